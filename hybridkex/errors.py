@@ -1,0 +1,225 @@
+"""Every exception that hybridkex raises on purpose.
+
+Four causes, four branches: the caller (:class:`ConfigError`, :class:`LocalStateError`), the peer
+(:class:`PeerError`, which carries the alert that was sent to it), the peer's own word
+(:class:`AlertReceived`, :class:`TruncationError`) and a key source (:class:`KeySourceError`).
+Anything else that escapes is a bug.
+"""
+
+from typing import ClassVar
+
+from hybridkex.constants import Alert
+
+__all__ = [
+    "AlertReceived",
+    "BadRecordMac",
+    "CertificateRejected",
+    "ConfigError",
+    "DecodeError",
+    "DecryptError",
+    "HandshakeFailure",
+    "HandshakeTimeout",
+    "HybridkexError",
+    "IllegalParameter",
+    "InternalError",
+    "KeyConsumed",
+    "KeyExpired",
+    "KeyNotYetAvailable",
+    "KeySourceError",
+    "KeySourceExhausted",
+    "KeySourceUnavailable",
+    "KeyUnauthorized",
+    "KeyUnknown",
+    "LocalStateError",
+    "MissingExtension",
+    "NoApplicationProtocol",
+    "PeerError",
+    "PolicyRefused",
+    "ProtocolVersionError",
+    "RecordOverflow",
+    "TruncationError",
+    "UnexpectedMessage",
+    "UnknownPskIdentity",
+    "UnrecognizedName",
+    "UnsupportedExtension",
+]
+
+
+class HybridkexError(Exception):
+    """The root of the tree."""
+
+
+class ConfigError(HybridkexError, ValueError):
+    """A configuration that cannot work, found when it is made."""
+
+
+class LocalStateError(HybridkexError, RuntimeError):
+    """The caller asked for something that the connection cannot do in its present state."""
+
+
+class PeerError(HybridkexError):
+    """The peer broke the protocol or was refused; :attr:`alert` is what it was told."""
+
+    alert: ClassVar[Alert] = Alert.HANDSHAKE_FAILURE
+
+
+class UnexpectedMessage(PeerError):
+    """A message that has no place in the present state."""
+
+    alert = Alert.UNEXPECTED_MESSAGE
+
+
+class BadRecordMac(PeerError):
+    """A record that does not decrypt under the present key."""
+
+    alert = Alert.BAD_RECORD_MAC
+
+
+class RecordOverflow(PeerError):
+    """A record longer than RFC 8446 section 5 or our own ``record_size_limit`` allows."""
+
+    alert = Alert.RECORD_OVERFLOW
+
+
+class HandshakeFailure(PeerError):
+    """The two sides have no acceptable parameters in common."""
+
+    alert = Alert.HANDSHAKE_FAILURE
+
+
+class IllegalParameter(PeerError):
+    """A field that parses and contradicts the protocol or another field."""
+
+    alert = Alert.ILLEGAL_PARAMETER
+
+
+class DecodeError(PeerError):
+    """Bytes that do not parse."""
+
+    alert = Alert.DECODE_ERROR
+
+
+class DecryptError(PeerError):
+    """A signature, a Finished or a PSK binder that does not verify."""
+
+    alert = Alert.DECRYPT_ERROR
+
+
+class ProtocolVersionError(PeerError):
+    """The peer does not speak TLS 1.3."""
+
+    alert = Alert.PROTOCOL_VERSION
+
+
+class InternalError(PeerError):
+    """The handshake cannot go on for a reason on our side; the peer is told no more than that."""
+
+    alert = Alert.INTERNAL_ERROR
+
+
+class MissingExtension(PeerError):
+    """An extension that is mandatory where it is missing (RFC 8446 section 9.2)."""
+
+    alert = Alert.MISSING_EXTENSION
+
+
+class UnsupportedExtension(PeerError):
+    """A response to an extension that was not offered."""
+
+    alert = Alert.UNSUPPORTED_EXTENSION
+
+
+class UnrecognizedName(PeerError):
+    """The server has no identity for the name that the client asked for."""
+
+    alert = Alert.UNRECOGNIZED_NAME
+
+
+class UnknownPskIdentity(PeerError):
+    """The client must use a PSK and offered none that is known."""
+
+    alert = Alert.UNKNOWN_PSK_IDENTITY
+
+
+class NoApplicationProtocol(PeerError):
+    """ALPN found no protocol in common (RFC 7301 section 3.2)."""
+
+    alert = Alert.NO_APPLICATION_PROTOCOL
+
+
+class PolicyRefused(PeerError):
+    """What the peer chose or offers is valid TLS and less than our policy demands."""
+
+    alert = Alert.INSUFFICIENT_SECURITY
+
+
+class CertificateRejected(PeerError):
+    """The peer's certificate was not accepted.
+
+    :attr:`alert` names the kind of reason, :attr:`subject` the certificate that it is about.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        alert: Alert = Alert.BAD_CERTIFICATE,
+        subject: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.alert = alert  # type: ignore[misc]  # the reason decides, case by case
+        self.subject = subject
+
+
+class HandshakeTimeout(PeerError):
+    """The handshake did not end within its deadline."""
+
+    alert = Alert.USER_CANCELED
+
+
+class AlertReceived(HybridkexError):
+    """The peer ended the connection with an error alert; :attr:`alert` is its code point."""
+
+    def __init__(self, alert: int) -> None:
+        try:
+            name = Alert(alert).name.lower()
+        except ValueError:
+            name = f"alert {alert}"
+        super().__init__(f"the peer sent {name}")
+        self.alert = alert
+
+
+class TruncationError(HybridkexError):
+    """The transport ended without close_notify: what came so far may not be all there was."""
+
+
+class KeySourceError(HybridkexError):
+    """A QKD key could not be had; the subclass says why."""
+
+
+class KeySourceExhausted(KeySourceError):
+    """No key is left for this peer now; the link may make more."""
+
+
+class KeyUnknown(KeySourceError):
+    """No key has this ID."""
+
+
+class KeyNotYetAvailable(KeySourceError):
+    """The key is not there yet: the two KMEs are not in step. Worth a brief retry."""
+
+
+class KeyConsumed(KeySourceError):
+    """The key was delivered before; a key is delivered once."""
+
+
+class KeyExpired(KeySourceError):
+    """The key was too old to be delivered."""
+
+
+class KeyUnauthorized(KeySourceError):
+    """The key source does not give this key, or any key, to us."""
+
+
+class KeySourceUnavailable(KeySourceError):
+    """The key source did not answer, or not as it should."""

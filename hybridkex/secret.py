@@ -1,0 +1,46 @@
+"""Secrets that do not leak by accident.
+
+Python cannot promise that memory is erased: ``bytes`` are immutable and copied freely (see
+``docs/security.md``). What it can do is to keep a secret out of the places where secrets are
+usually found later: a ``repr`` in a log line, a dataclass printed in a traceback, a pickle.
+"""
+
+import hmac
+from typing import NoReturn, final
+
+__all__ = ["Secret"]
+
+
+@final
+class Secret:
+    """Bytes that never show themselves: not in ``repr``, ``str``, ``format``, pickle or copy.
+
+    Comparison takes constant time. The bytes come out only through :meth:`reveal`, which is easy
+    to search for.
+    """
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: bytes | bytearray | memoryview) -> None:
+        self._value = bytes(value)
+
+    def reveal(self) -> bytes:
+        """The bytes themselves."""
+        return self._value
+
+    def __len__(self) -> int:
+        return len(self._value)
+
+    def __repr__(self) -> str:
+        return f"Secret({len(self._value)} bytes)"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Secret):
+            return NotImplemented
+        return hmac.compare_digest(self._value, other._value)
+
+    # A hash of a secret is a fingerprint of it; nothing here needs one.
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Secret is not pickled or copied")

@@ -20,7 +20,7 @@ __all__ = ["main"]
 COMMANDS: Final = {
     "connect": "open a secure channel to a server; standard input and output are the data",
     "listen": "accept secure channels; standard input and output are the data",
-    "demo": "two sites in one terminal: a real file over a hybrid channel, and what its keys rest on",
+    "demo": "two sites in one terminal: a real file across, and what its keys rest on",
     "dev-ca": "make a small certificate authority and a certificate for tests and first steps",
     "kme": "run, ask or set up a key management entity (ETSI GS QKD 014)",
     "qkd": "run or plot a simulated QKD link",

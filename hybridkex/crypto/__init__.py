@@ -1,0 +1,1 @@
+"""Thin skins over the primitives of `cryptography`. No TLS state lives here."""

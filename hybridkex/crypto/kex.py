@@ -1,0 +1,384 @@
+"""Key exchange as a plug-in in the shape of a KEM.
+
+The client calls :meth:`KeyExchange.start` and sends ``share``; the server calls
+:meth:`KeyExchange.respond` with it and sends its own share back; the client gives that to
+:meth:`Started.finish`. Diffie-Hellman fits that shape, a KEM does not fit Diffie-Hellman's.
+
+A :class:`Group` gives a key exchange its code point on the wire. A hybrid is :class:`Concat` of its
+parts: RFC 9954 section 3.2 and 3.3 concatenate shares and secrets, and the order of the parts is
+the layout. To add a group, write a :class:`KeyExchange` and put ``Group(code, name, exchange)``
+into the configuration; the engine needs no change.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Flag, auto
+from typing import Final, Protocol
+
+from cryptography.hazmat.primitives.asymmetric import ec, mlkem, x25519
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from hybridkex.constants import GroupCode
+from hybridkex.errors import ConfigError, IllegalParameter
+from hybridkex.secret import Secret
+
+__all__ = [
+    "ALL_GROUPS",
+    "CLASSICAL_GROUPS",
+    "HYBRID_GROUPS",
+    "MAX_SHARE",
+    "MLKEM768",
+    "MLKEM1024",
+    "SECP256R1",
+    "SECP256R1MLKEM768",
+    "SECP384R1",
+    "SECP384R1MLKEM1024",
+    "X25519",
+    "X25519MLKEM768",
+    "Concat",
+    "Group",
+    "KeyExchange",
+    "Property",
+    "Started",
+]
+
+MAX_SHARE: Final = 0xFFFF
+"""Bytes that a KeyShareEntry can hold (RFC 8446 section 4.2.8)."""
+
+
+class Property(Flag):
+    """What a key exchange withstands; a policy can demand it."""
+
+    CLASSICAL = auto()
+    """Rests on a problem that a quantum computer solves."""
+    POST_QUANTUM = auto()
+    """Rests on a problem for which no quantum algorithm is known."""
+
+
+class Started(Protocol):
+    """A key exchange of which we sent the first share."""
+
+    @property
+    def share(self) -> bytes:
+        """What goes to the peer: ``offer_length`` bytes."""
+        ...
+
+    def finish(self, peer_share: bytes) -> Secret:
+        """The shared secret, from the peer's ``answer_length`` bytes.
+
+        Raises:
+            IllegalParameter: the share is not one.
+        """
+        ...
+
+
+class KeyExchange(Protocol):
+    """A way to agree on a secret in one round trip."""
+
+    @property
+    def name(self) -> str:
+        """As people call it, for example ``ML-KEM-768``."""
+        ...
+
+    @property
+    def properties(self) -> Property:
+        """What it rests on."""
+        ...
+
+    @property
+    def parts(self) -> "Sequence[KeyExchange]":
+        """What it is made of: itself alone, or the parts of a hybrid."""
+        ...
+
+    @property
+    def offer_length(self) -> int:
+        """Bytes of the client's share."""
+        ...
+
+    @property
+    def answer_length(self) -> int:
+        """Bytes of the server's share."""
+        ...
+
+    def start(self) -> Started:
+        """Make a fresh key pair (client)."""
+        ...
+
+    def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:
+        """Our share and the secret, from the client's share (server).
+
+        Raises:
+            IllegalParameter: the share is not one.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A key exchange under its code point of the TLS Supported Groups registry."""
+
+    code: int
+    name: str
+    exchange: KeyExchange
+
+    def __post_init__(self) -> None:
+        if not 0 < self.code <= 0xFFFF:
+            raise ConfigError(f"{self.name}: a group's code point has 16 bits, not {self.code:#x}")
+        for length in (self.exchange.offer_length, self.exchange.answer_length):
+            if not 0 < length <= MAX_SHARE:
+                raise ConfigError(
+                    f"{self.name} has a share of {length} bytes, and a key share in TLS 1.3 "
+                    f"holds at most {MAX_SHARE}"
+                )
+
+    @property
+    def properties(self) -> Property:
+        """The union of the parts' properties."""
+        return self.exchange.properties
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The parts' names, in the order of the layout."""
+        return tuple(part.name for part in self.exchange.parts)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def check_length(name: str, share: bytes, expected: int) -> None:
+    """Refuse a share of the wrong length."""
+    if len(share) != expected:
+        raise IllegalParameter(f"{name}: a share of {len(share)} bytes instead of {expected}")
+
+
+class _Single:
+    """What a key exchange without parts says of its parts."""
+
+    @property
+    def parts(self) -> Sequence[KeyExchange]:
+        return (self,)  # type: ignore[return-value]  # every subclass is a KeyExchange
+
+
+class _X25519(_Single):
+    """X25519 (RFC 7748), as RFC 8446 section 4.2.8.2 and 7.4.2 use it."""
+
+    name = "X25519"
+    properties = Property.CLASSICAL
+    offer_length = answer_length = 32
+
+    def start(self) -> Started:
+        return _X25519Started()
+
+    def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:
+        started = _X25519Started()
+        return started.share, started.finish(peer_share)
+
+
+class _X25519Started:
+    __slots__ = ("_private", "share")
+
+    def __init__(self) -> None:
+        self._private = x25519.X25519PrivateKey.generate()
+        self.share = self._private.public_key().public_bytes_raw()
+
+    def finish(self, peer_share: bytes) -> Secret:
+        check_length("X25519", peer_share, 32)
+        public = x25519.X25519PublicKey.from_public_bytes(peer_share)
+        try:
+            return Secret(self._private.exchange(public))
+        except ValueError:
+            # RFC 8446 section 7.4.2: the all-zero result must be refused.
+            raise IllegalParameter("X25519: the share is a point of low order") from None
+
+
+class _Ecdh(_Single):
+    """ECDH over a NIST curve; shares are uncompressed points (RFC 8446 section 4.2.8.2)."""
+
+    properties = Property.CLASSICAL
+
+    def __init__(self, name: str, curve: ec.EllipticCurve) -> None:
+        self.name = name
+        self.curve = curve
+        self.offer_length = self.answer_length = 1 + 2 * ((curve.key_size + 7) // 8)
+
+    def start(self) -> Started:
+        return _EcdhStarted(self)
+
+    def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:
+        started = _EcdhStarted(self)
+        return started.share, started.finish(peer_share)
+
+
+class _EcdhStarted:
+    __slots__ = ("_kind", "_private", "share")
+
+    def __init__(self, kind: _Ecdh) -> None:
+        self._kind = kind
+        self._private = ec.generate_private_key(kind.curve)
+        self.share = self._private.public_key().public_bytes(
+            Encoding.X962, PublicFormat.UncompressedPoint
+        )
+
+    def finish(self, peer_share: bytes) -> Secret:
+        check_length(self._kind.name, peer_share, self._kind.answer_length)
+        # The length alone does not rule out the hybrid form (first byte 6 or 7).
+        if peer_share[0] != 4:
+            raise IllegalParameter(f"{self._kind.name}: the point is not in uncompressed form")
+        try:
+            public = ec.EllipticCurvePublicKey.from_encoded_point(self._kind.curve, peer_share)
+        except ValueError:
+            raise IllegalParameter(f"{self._kind.name}: the point is not on the curve") from None
+        return Secret(self._private.exchange(ec.ECDH(), public))
+
+
+class _MlKemPublic(Protocol):
+    def encapsulate(self) -> tuple[bytes, bytes]: ...
+    def public_bytes_raw(self) -> bytes: ...
+
+
+class _MlKemPrivate(Protocol):
+    def decapsulate(self, ciphertext: bytes, /) -> bytes: ...
+    def public_key(self) -> _MlKemPublic: ...
+
+
+class _MlKemModule(Protocol):
+    """The two calls in which ML-KEM-768 and ML-KEM-1024 differ."""
+
+    def generate(self) -> _MlKemPrivate: ...
+    def from_public_bytes(self, data: bytes, /) -> _MlKemPublic: ...
+
+
+class _MlKem768Module:
+    generate = staticmethod(mlkem.MLKEM768PrivateKey.generate)
+    from_public_bytes = staticmethod(mlkem.MLKEM768PublicKey.from_public_bytes)
+
+
+class _MlKem1024Module:
+    generate = staticmethod(mlkem.MLKEM1024PrivateKey.generate)
+    from_public_bytes = staticmethod(mlkem.MLKEM1024PublicKey.from_public_bytes)
+
+
+class _MlKem(_Single):
+    """ML-KEM (FIPS 203): the encapsulation key goes out, the ciphertext comes back."""
+
+    properties = Property.POST_QUANTUM
+
+    def __init__(self, name: str, module: _MlKemModule, *, key: int, ciphertext: int) -> None:
+        self.name = name
+        self.module = module
+        self.offer_length = key
+        self.answer_length = ciphertext
+
+    def start(self) -> Started:
+        return _MlKemStarted(self)
+
+    def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:
+        check_length(self.name, peer_share, self.offer_length)
+        try:
+            public = self.module.from_public_bytes(peer_share)
+        except ValueError:
+            # The modulus check of FIPS 203 section 7.2.
+            raise IllegalParameter(f"{self.name}: the encapsulation key is malformed") from None
+        secret, ciphertext = public.encapsulate()
+        return ciphertext, Secret(secret)
+
+
+class _MlKemStarted:
+    __slots__ = ("_kind", "_private", "share")
+
+    def __init__(self, kind: _MlKem) -> None:
+        self._kind = kind
+        self._private = kind.module.generate()
+        self.share = self._private.public_key().public_bytes_raw()
+
+    def finish(self, peer_share: bytes) -> Secret:
+        check_length(self._kind.name, peer_share, self._kind.answer_length)
+        return Secret(self._private.decapsulate(peer_share))
+
+
+class Concat:
+    """A hybrid: shares and secrets of the parts, one after the other (RFC 9954 section 3).
+
+    The secret is as strong as the strongest part, since the TLS 1.3 key schedule extracts from the
+    whole (RFC 9954 section 3.3). The lengths are fixed, so no part can run into the next.
+    """
+
+    def __init__(self, *parts: KeyExchange, name: str | None = None) -> None:
+        if len(parts) < 2:
+            raise ConfigError("a hybrid key exchange has at least two parts")
+        self.parts = parts
+        self.name = name or "+".join(part.name for part in parts)
+        self.offer_length = sum(part.offer_length for part in parts)
+        self.answer_length = sum(part.answer_length for part in parts)
+        self.properties = Property(0)
+        for part in parts:
+            self.properties |= part.properties
+
+    def start(self) -> Started:
+        return _ConcatStarted(self)
+
+    def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:
+        shares = _split(self.name, peer_share, [part.offer_length for part in self.parts])
+        answers = [part.respond(share) for part, share in zip(self.parts, shares, strict=True)]
+        return b"".join(share for share, _ in answers), _join(secret for _, secret in answers)
+
+
+class _ConcatStarted:
+    __slots__ = ("_kind", "_parts", "share")
+
+    def __init__(self, kind: Concat) -> None:
+        self._kind = kind
+        self._parts = [part.start() for part in kind.parts]
+        self.share = b"".join(part.share for part in self._parts)
+
+    def finish(self, peer_share: bytes) -> Secret:
+        lengths = [part.answer_length for part in self._kind.parts]
+        shares = _split(self._kind.name, peer_share, lengths)
+        return _join(part.finish(share) for part, share in zip(self._parts, shares, strict=True))
+
+
+def _split(name: str, share: bytes, lengths: list[int]) -> list[bytes]:
+    check_length(name, share, sum(lengths))
+    pieces, start = [], 0
+    for length in lengths:
+        pieces.append(share[start : start + length])
+        start += length
+    return pieces
+
+
+def _join(secrets: Iterable[Secret]) -> Secret:
+    return Secret(b"".join(secret.reveal() for secret in secrets))
+
+
+_X25519_EXCHANGE: Final = _X25519()
+_P256_EXCHANGE: Final = _Ecdh("P-256", ec.SECP256R1())
+_P384_EXCHANGE: Final = _Ecdh("P-384", ec.SECP384R1())
+_MLKEM768_EXCHANGE: Final = _MlKem("ML-KEM-768", _MlKem768Module(), key=1184, ciphertext=1088)
+_MLKEM1024_EXCHANGE: Final = _MlKem("ML-KEM-1024", _MlKem1024Module(), key=1568, ciphertext=1568)
+
+X25519: Final = Group(code=GroupCode.X25519, name="x25519", exchange=_X25519_EXCHANGE)
+SECP256R1: Final = Group(code=GroupCode.SECP256R1, name="secp256r1", exchange=_P256_EXCHANGE)
+SECP384R1: Final = Group(code=GroupCode.SECP384R1, name="secp384r1", exchange=_P384_EXCHANGE)
+MLKEM768: Final = Group(code=GroupCode.MLKEM768, name="MLKEM768", exchange=_MLKEM768_EXCHANGE)
+MLKEM1024: Final = Group(code=GroupCode.MLKEM1024, name="MLKEM1024", exchange=_MLKEM1024_EXCHANGE)
+
+# draft-ietf-tls-ecdhe-mlkem section 4: ML-KEM first beside X25519, ECDH first on the NIST curves.
+X25519MLKEM768: Final = Group(
+    code=GroupCode.X25519MLKEM768,
+    name="X25519MLKEM768",
+    exchange=Concat(_MLKEM768_EXCHANGE, _X25519_EXCHANGE),
+)
+SECP256R1MLKEM768: Final = Group(
+    code=GroupCode.SECP256R1MLKEM768,
+    name="SecP256r1MLKEM768",
+    exchange=Concat(_P256_EXCHANGE, _MLKEM768_EXCHANGE),
+)
+SECP384R1MLKEM1024: Final = Group(
+    code=GroupCode.SECP384R1MLKEM1024,
+    name="SecP384r1MLKEM1024",
+    exchange=Concat(_P384_EXCHANGE, _MLKEM1024_EXCHANGE),
+)
+
+HYBRID_GROUPS: Final = (X25519MLKEM768, SECP256R1MLKEM768, SECP384R1MLKEM1024)
+CLASSICAL_GROUPS: Final = (X25519, SECP256R1, SECP384R1)
+ALL_GROUPS: Final = (*HYBRID_GROUPS, MLKEM768, MLKEM1024, *CLASSICAL_GROUPS)

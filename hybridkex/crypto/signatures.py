@@ -1,0 +1,134 @@
+"""Signature schemes of CertificateVerify (RFC 8446 section 4.2.3; ML-DSA from its TLS draft).
+
+Only schemes that TLS 1.3 allows in CertificateVerify are here: no PKCS#1 v1.5, no SHA-1.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, padding, rsa
+
+from hybridkex.constants import SignatureSchemeCode as Code
+from hybridkex.errors import DecryptError, IllegalParameter
+
+__all__ = ["ALL_SCHEMES", "CERTIFICATE_ONLY_SCHEMES", "SignatureScheme", "choose_scheme"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignatureScheme:
+    """How a key signs: ``suits`` says whether a private or public key is of its kind."""
+
+    code: int
+    name: str
+    suits: Callable[[Any], bool]
+    _sign: Callable[[Any, bytes], bytes]
+    _verify: Callable[[Any, bytes, bytes], None]
+
+    def sign(self, private_key: Any, content: bytes) -> bytes:
+        """The signature over ``content``."""
+        return self._sign(private_key, content)
+
+    def verify(self, public_key: Any, signature: bytes, content: bytes) -> None:
+        """Return if the signature is good.
+
+        Raises:
+            IllegalParameter: the key is of another kind (section 4.4.3).
+            DecryptError: the signature is bad.
+        """
+        if not self.suits(public_key):
+            raise IllegalParameter(f"{self.name} does not go with the certificate's key")
+        try:
+            self._verify(public_key, signature, content)
+        except InvalidSignature:
+            raise DecryptError(f"the {self.name} signature does not verify") from None
+
+    def __repr__(self) -> str:
+        return self.name
+
+    __str__ = __repr__
+
+
+def _ecdsa(
+    code: Code, curve: type[ec.EllipticCurve], algorithm: hashes.HashAlgorithm
+) -> SignatureScheme:
+    scheme = ec.ECDSA(algorithm)
+
+    def suits(key: Any) -> bool:
+        return isinstance(
+            key, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey
+        ) and isinstance(key.curve, curve)
+
+    return SignatureScheme(
+        code=code,
+        name=code.name.lower(),
+        suits=suits,
+        _sign=lambda key, content: key.sign(content, scheme),
+        _verify=lambda key, signature, content: key.verify(signature, content, scheme),
+    )
+
+
+def _rsa_pss(code: Code, algorithm: hashes.HashAlgorithm) -> SignatureScheme:
+    # Section 4.2.3: the salt is as long as the hash, MGF1 uses the same hash.
+    pss = padding.PSS(mgf=padding.MGF1(algorithm), salt_length=algorithm.digest_size)
+
+    def suits(key: Any) -> bool:
+        # The encoded message needs room for hash, salt and two bytes (RFC 8017 section 9.1.1).
+        return isinstance(key, rsa.RSAPrivateKey | rsa.RSAPublicKey) and (
+            key.key_size >= 8 * (2 * algorithm.digest_size + 2)
+        )
+
+    return SignatureScheme(
+        code=code,
+        name=code.name.lower(),
+        suits=suits,
+        _sign=lambda key, content: key.sign(content, pss, algorithm),
+        _verify=lambda key, signature, content: key.verify(signature, content, pss, algorithm),
+    )
+
+
+def _plain(code: Code, private: type, public: type) -> SignatureScheme:
+    """A scheme whose keys take nothing but the content: Ed25519, and ML-DSA with empty context."""
+    return SignatureScheme(
+        code=code,
+        name=code.name.lower(),
+        suits=lambda key: isinstance(key, (private, public)),
+        _sign=lambda key, content: key.sign(content),
+        _verify=lambda key, signature, content: key.verify(signature, content),
+    )
+
+
+ALL_SCHEMES: Final = (
+    _plain(Code.MLDSA65, mldsa.MLDSA65PrivateKey, mldsa.MLDSA65PublicKey),
+    _plain(Code.MLDSA87, mldsa.MLDSA87PrivateKey, mldsa.MLDSA87PublicKey),
+    _plain(Code.MLDSA44, mldsa.MLDSA44PrivateKey, mldsa.MLDSA44PublicKey),
+    _ecdsa(Code.ECDSA_SECP256R1_SHA256, ec.SECP256R1, hashes.SHA256()),
+    _ecdsa(Code.ECDSA_SECP384R1_SHA384, ec.SECP384R1, hashes.SHA384()),
+    _ecdsa(Code.ECDSA_SECP521R1_SHA512, ec.SECP521R1, hashes.SHA512()),
+    _plain(Code.ED25519, ed25519.Ed25519PrivateKey, ed25519.Ed25519PublicKey),
+    _rsa_pss(Code.RSA_PSS_RSAE_SHA256, hashes.SHA256()),
+    _rsa_pss(Code.RSA_PSS_RSAE_SHA384, hashes.SHA384()),
+    _rsa_pss(Code.RSA_PSS_RSAE_SHA512, hashes.SHA512()),
+)
+"""All that we sign and verify with, in order of preference."""
+
+CERTIFICATE_ONLY_SCHEMES: Final = (
+    Code.RSA_PKCS1_SHA256,
+    Code.RSA_PKCS1_SHA384,
+    Code.RSA_PKCS1_SHA512,
+)
+"""Schemes that a certificate in the chain may be signed with, though CertificateVerify may not:
+they go into ``signature_algorithms_cert``."""
+
+
+def choose_scheme(
+    private_key: Any, ours: Iterable[SignatureScheme], theirs: Iterable[int]
+) -> SignatureScheme | None:
+    """The first of our schemes that suits the key and that the peer accepts."""
+    accepted = frozenset(theirs)
+    for scheme in ours:
+        if scheme.code in accepted and scheme.suits(private_key):
+            return scheme
+    return None

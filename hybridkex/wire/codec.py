@@ -1,0 +1,147 @@
+"""The presentation language of RFC 8446 section 3: bounded reading, and the vectors to write.
+
+A :class:`Reader` never reads past its end and never takes a length on trust: whatever bytes it is
+given, it returns what it was asked for or raises :class:`~hybridkex.errors.DecodeError`.
+"""
+
+from hybridkex.errors import DecodeError
+
+__all__ = [
+    "Reader",
+    "u8",
+    "u16",
+    "u16_list",
+    "u24",
+    "u32",
+    "u64",
+    "vector8",
+    "vector16",
+    "vector24",
+]
+
+
+class Reader:
+    """A cursor over a slice of bytes."""
+
+    __slots__ = ("_data", "_end", "_position")
+
+    def __init__(self, data: bytes, start: int = 0, end: int | None = None) -> None:
+        self._data = data
+        self._position = start
+        self._end = len(data) if end is None else end
+
+    @property
+    def remaining(self) -> int:
+        """Bytes not yet read."""
+        return self._end - self._position
+
+    def _advance(self, length: int) -> int:
+        start = self._position
+        if length > self._end - start:
+            raise DecodeError(f"{length} bytes expected where {self._end - start} are left")
+        self._position = start + length
+        return start
+
+    def take(self, length: int) -> bytes:
+        """Exactly ``length`` bytes."""
+        start = self._advance(length)
+        return self._data[start : start + length]
+
+    def rest(self) -> bytes:
+        """All that is left."""
+        return self.take(self.remaining)
+
+    def _unsigned(self, width: int) -> int:
+        start = self._advance(width)
+        return int.from_bytes(self._data[start : start + width], "big")
+
+    def u8(self) -> int:
+        """An unsigned 8-bit integer."""
+        return self._data[self._advance(1)]
+
+    def u16(self) -> int:
+        """An unsigned 16-bit integer."""
+        return self._unsigned(2)
+
+    def u24(self) -> int:
+        """An unsigned 24-bit integer."""
+        return self._unsigned(3)
+
+    def u32(self) -> int:
+        """An unsigned 32-bit integer."""
+        return self._unsigned(4)
+
+    def u64(self) -> int:
+        """An unsigned 64-bit integer."""
+        return self._unsigned(8)
+
+    def vector(self, width: int, least: int = 0, most: int | None = None) -> "Reader":
+        """A reader over a vector: a length of ``width`` bytes, then ``least..most`` of content."""
+        length = self._unsigned(width)
+        if length < least or (most is not None and length > most):
+            raise DecodeError(f"a vector of {length} bytes where {least} to {most or '...'} may be")
+        start = self._advance(length)
+        return Reader(self._data, start, start + length)
+
+    def opaque(self, width: int, least: int = 0, most: int | None = None) -> bytes:
+        """The bytes of such a vector."""
+        return self.vector(width, least, most).rest()
+
+    def u16_list(self, width: int, least: int = 2) -> tuple[int, ...]:
+        """A vector of 16-bit integers with a length of ``width`` bytes."""
+        content = self.opaque(width, least)
+        if len(content) % 2:
+            raise DecodeError("a list of 16-bit values with an odd number of bytes")
+        return tuple(
+            content[index] << 8 | content[index + 1] for index in range(0, len(content), 2)
+        )
+
+    def finish(self) -> None:
+        """Refuse bytes that nobody asked for."""
+        if self._position != self._end:
+            raise DecodeError(f"{self.remaining} bytes too many")
+
+
+def u8(value: int) -> bytes:
+    """An unsigned 8-bit integer."""
+    return value.to_bytes(1, "big")
+
+
+def u16(value: int) -> bytes:
+    """An unsigned 16-bit integer."""
+    return value.to_bytes(2, "big")
+
+
+def u24(value: int) -> bytes:
+    """An unsigned 24-bit integer."""
+    return value.to_bytes(3, "big")
+
+
+def u32(value: int) -> bytes:
+    """An unsigned 32-bit integer."""
+    return value.to_bytes(4, "big")
+
+
+def u64(value: int) -> bytes:
+    """An unsigned 64-bit integer."""
+    return value.to_bytes(8, "big")
+
+
+def vector8(content: bytes) -> bytes:
+    """A vector of up to 255 bytes."""
+    return u8(len(content)) + content
+
+
+def vector16(content: bytes) -> bytes:
+    """A vector of up to 65,535 bytes."""
+    return u16(len(content)) + content
+
+
+def vector24(content: bytes) -> bytes:
+    """A vector of up to 2^24 - 1 bytes."""
+    return u24(len(content)) + content
+
+
+def u16_list(values: tuple[int, ...]) -> bytes:
+    """16-bit integers in a row, without a length."""
+    return b"".join(u16(value) for value in values)

@@ -1,0 +1,696 @@
+"""Extensions (RFC 8446 section 4.2): one class each, and one table of where each may stand.
+
+A class says its type, the messages it may appear in, and how its body reads. :func:`parse` applies
+the rules that hold for all of them: no duplicates, nothing that we know in a message where it does
+not belong, ``pre_shared_key`` last. Whether a response was asked for is the engine's question,
+since only it knows what it offered.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import ClassVar, Final, Self, TypeVar
+
+from hybridkex.constants import ExtensionType
+from hybridkex.errors import DecodeError, IllegalParameter
+from hybridkex.wire.codec import Reader, u8, u16, u16_list, u32, vector8, vector16
+
+__all__ = [
+    "AlpnChoice",
+    "AlpnOffer",
+    "CertificateAuthorities",
+    "ClientCertificateTypeChoice",
+    "ClientCertificateTypeOffer",
+    "Cookie",
+    "EarlyDataIndication",
+    "EarlyDataLimit",
+    "Extension",
+    "Extensions",
+    "KeyShareChoice",
+    "KeyShareEntry",
+    "KeyShareOffer",
+    "KeyShareRetry",
+    "MessageKind",
+    "OfferedPskIdentity",
+    "OidFilters",
+    "Padding",
+    "PostHandshakeAuth",
+    "PreSharedKeyChoice",
+    "PreSharedKeyOffer",
+    "PskKeyExchangeModes",
+    "RecordSizeLimit",
+    "ServerCertificateTypeChoice",
+    "ServerCertificateTypeOffer",
+    "ServerName",
+    "ServerNameAck",
+    "SignatureAlgorithms",
+    "SignatureAlgorithmsCert",
+    "SupportedGroups",
+    "SupportedVersionsChoice",
+    "SupportedVersionsOffer",
+    "TlsCertWithExternPsk",
+    "UnknownExtension",
+    "parse",
+]
+
+
+class MessageKind(Enum):
+    """The messages that carry extensions."""
+
+    CLIENT_HELLO = auto()
+    SERVER_HELLO = auto()
+    HELLO_RETRY_REQUEST = auto()
+    ENCRYPTED_EXTENSIONS = auto()
+    CERTIFICATE = auto()
+    CERTIFICATE_REQUEST = auto()
+    NEW_SESSION_TICKET = auto()
+
+
+CH, SH, HRR = MessageKind.CLIENT_HELLO, MessageKind.SERVER_HELLO, MessageKind.HELLO_RETRY_REQUEST
+EE, CR = MessageKind.ENCRYPTED_EXTENSIONS, MessageKind.CERTIFICATE_REQUEST
+NST = MessageKind.NEW_SESSION_TICKET
+
+
+class Extension:
+    """What every extension has."""
+
+    type: ClassVar[int]
+    messages: ClassVar[tuple[MessageKind, ...]]
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        """Parse the body; the caller checks that nothing is left over."""
+        raise NotImplementedError
+
+    def body(self) -> bytes:
+        """The body, without type and length."""
+        raise NotImplementedError
+
+
+class _Empty(Extension):
+    """An extension whose presence is all it says."""
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls()
+
+    def body(self) -> bytes:
+        return b""
+
+
+@dataclass(frozen=True)
+class UnknownExtension:
+    """One that we do not know; GREASE (RFC 8701) among them."""
+
+    type: int
+    data: bytes
+
+    def body(self) -> bytes:
+        """The body as it came."""
+        return self.data
+
+
+@dataclass(frozen=True)
+class ServerName(Extension):
+    """The host name that the client wants (RFC 6066 section 3)."""
+
+    type = ExtensionType.SERVER_NAME
+    messages = (CH,)
+    host_name: str
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        names = reader.vector(2, least=1)
+        if names.u8() != 0:
+            raise DecodeError("server_name of a type other than host_name")
+        try:
+            host_name = names.opaque(2, least=1).decode("ascii")
+        except UnicodeDecodeError:
+            raise IllegalParameter("server_name is not ASCII") from None
+        if "\0" in host_name:
+            raise IllegalParameter("server_name contains a zero byte")
+        names.finish()  # One name: RFC 6066 allows one per type, and there is one type.
+        return cls(host_name)
+
+    def body(self) -> bytes:
+        return vector16(u8(0) + vector16(self.host_name.encode("ascii")))
+
+
+@dataclass(frozen=True)
+class ServerNameAck(_Empty):
+    """The server used the name."""
+
+    type = ExtensionType.SERVER_NAME
+    messages = (EE,)
+
+
+class _CodeList(Extension):
+    """A list of 16-bit code points in a vector with a 16-bit length."""
+
+    codes: tuple[int, ...]
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(reader.u16_list(2))  # type: ignore[call-arg]  # the dataclasses below
+
+    def body(self) -> bytes:
+        return vector16(u16_list(self.codes))
+
+
+@dataclass(frozen=True)
+class SupportedGroups(_CodeList):
+    """Section 4.2.7."""
+
+    type = ExtensionType.SUPPORTED_GROUPS
+    messages = (CH, EE)
+    codes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SignatureAlgorithms(_CodeList):
+    """Section 4.2.3: for CertificateVerify."""
+
+    type = ExtensionType.SIGNATURE_ALGORITHMS
+    messages = (CH, CR)
+    codes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SignatureAlgorithmsCert(_CodeList):
+    """Section 4.2.3: for the certificates of the chain."""
+
+    type = ExtensionType.SIGNATURE_ALGORITHMS_CERT
+    messages = (CH, CR)
+    codes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AlpnOffer(Extension):
+    """RFC 7301 section 3.1."""
+
+    type = ExtensionType.ALPN
+    messages = (CH,)
+    protocols: tuple[bytes, ...]
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        names = reader.vector(2, least=2)
+        protocols = []
+        while names.remaining:
+            protocols.append(names.opaque(1, least=1))
+        return cls(tuple(protocols))
+
+    def body(self) -> bytes:
+        return vector16(b"".join(vector8(protocol) for protocol in self.protocols))
+
+
+@dataclass(frozen=True)
+class AlpnChoice(Extension):
+    """RFC 7301 section 3.1: exactly one name."""
+
+    type = ExtensionType.ALPN
+    messages = (EE,)
+    protocol: bytes
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        names = reader.vector(2, least=2)
+        protocol = names.opaque(1, least=1)
+        names.finish()
+        return cls(protocol)
+
+    def body(self) -> bytes:
+        return vector16(vector8(self.protocol))
+
+
+class _CertificateTypeOffer(Extension):
+    types: tuple[int, ...]
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(tuple(reader.opaque(1, least=1)))  # type: ignore[call-arg]
+
+    def body(self) -> bytes:
+        return vector8(bytes(self.types))
+
+
+class _CertificateTypeChoice(Extension):
+    chosen: int
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(reader.u8())  # type: ignore[call-arg]
+
+    def body(self) -> bytes:
+        return u8(self.chosen)
+
+
+@dataclass(frozen=True)
+class ClientCertificateTypeOffer(_CertificateTypeOffer):
+    """RFC 7250 section 3."""
+
+    type = ExtensionType.CLIENT_CERTIFICATE_TYPE
+    messages = (CH,)
+    types: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ClientCertificateTypeChoice(_CertificateTypeChoice):
+    """RFC 7250 section 3."""
+
+    type = ExtensionType.CLIENT_CERTIFICATE_TYPE
+    messages = (EE,)
+    chosen: int
+
+
+@dataclass(frozen=True)
+class ServerCertificateTypeOffer(_CertificateTypeOffer):
+    """RFC 7250 section 3."""
+
+    type = ExtensionType.SERVER_CERTIFICATE_TYPE
+    messages = (CH,)
+    types: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ServerCertificateTypeChoice(_CertificateTypeChoice):
+    """RFC 7250 section 3."""
+
+    type = ExtensionType.SERVER_CERTIFICATE_TYPE
+    messages = (EE,)
+    chosen: int
+
+
+@dataclass(frozen=True)
+class Padding(Extension):
+    """RFC 7685: zeros, which nobody reads."""
+
+    type = ExtensionType.PADDING
+    messages = (CH,)
+    length: int
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(len(reader.rest()))
+
+    def body(self) -> bytes:
+        return bytes(self.length)
+
+
+@dataclass(frozen=True)
+class RecordSizeLimit(Extension):
+    """RFC 8449 section 4: counts the content type and the padding too."""
+
+    type = ExtensionType.RECORD_SIZE_LIMIT
+    messages = (CH, EE)
+    limit: int
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        limit = reader.u16()
+        if limit < 64:
+            raise IllegalParameter(f"a record_size_limit of {limit}, below 64")
+        return cls(limit)
+
+    def body(self) -> bytes:
+        return u16(self.limit)
+
+
+@dataclass(frozen=True)
+class TlsCertWithExternPsk(_Empty):
+    """RFC 9973 section 4: certificates although an external PSK is in use."""
+
+    type = ExtensionType.TLS_CERT_WITH_EXTERN_PSK
+    messages = (CH, SH)
+
+
+@dataclass(frozen=True)
+class OfferedPskIdentity:
+    """PskIdentity of section 4.2.11."""
+
+    identity: bytes
+    obfuscated_ticket_age: int
+
+
+@dataclass(frozen=True)
+class PreSharedKeyOffer(Extension):
+    """Section 4.2.11."""
+
+    type = ExtensionType.PRE_SHARED_KEY
+    messages = (CH,)
+    identities: tuple[OfferedPskIdentity, ...]
+    binders: tuple[bytes, ...]
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        identities = []
+        entries = reader.vector(2, least=7)
+        while entries.remaining:
+            identities.append(OfferedPskIdentity(entries.opaque(2, least=1), entries.u32()))
+        binders = []
+        entries = reader.vector(2, least=33)
+        while entries.remaining:
+            binders.append(entries.opaque(1, least=32))
+        if len(identities) != len(binders):
+            raise IllegalParameter(f"{len(identities)} PSK identities and {len(binders)} binders")
+        return cls(tuple(identities), tuple(binders))
+
+    def body(self) -> bytes:
+        identities = b"".join(
+            vector16(one.identity) + u32(one.obfuscated_ticket_age) for one in self.identities
+        )
+        return vector16(identities) + vector16(b"".join(map(vector8, self.binders)))
+
+    @property
+    def binders_length(self) -> int:
+        """Bytes of the binders list on the wire, which the binders do not cover."""
+        return 2 + sum(1 + len(binder) for binder in self.binders)
+
+
+@dataclass(frozen=True)
+class PreSharedKeyChoice(Extension):
+    """Section 4.2.11: the index of the identity that was selected."""
+
+    type = ExtensionType.PRE_SHARED_KEY
+    messages = (SH,)
+    selected: int
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(reader.u16())
+
+    def body(self) -> bytes:
+        return u16(self.selected)
+
+
+@dataclass(frozen=True)
+class EarlyDataIndication(_Empty):
+    """Section 4.2.10."""
+
+    type = ExtensionType.EARLY_DATA
+    messages = (CH, EE)
+
+
+@dataclass(frozen=True)
+class EarlyDataLimit(Extension):
+    """Section 4.6.1: how much early data a ticket allows."""
+
+    type = ExtensionType.EARLY_DATA
+    messages = (NST,)
+    max_early_data_size: int
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(reader.u32())
+
+    def body(self) -> bytes:
+        return u32(self.max_early_data_size)
+
+
+@dataclass(frozen=True)
+class SupportedVersionsOffer(Extension):
+    """Section 4.2.1."""
+
+    type = ExtensionType.SUPPORTED_VERSIONS
+    messages = (CH,)
+    versions: tuple[int, ...]
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(reader.u16_list(1))
+
+    def body(self) -> bytes:
+        return vector8(u16_list(self.versions))
+
+
+@dataclass(frozen=True)
+class SupportedVersionsChoice(Extension):
+    """Section 4.2.1."""
+
+    type = ExtensionType.SUPPORTED_VERSIONS
+    messages = (SH, HRR)
+    version: int
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(reader.u16())
+
+    def body(self) -> bytes:
+        return u16(self.version)
+
+
+@dataclass(frozen=True)
+class Cookie(Extension):
+    """Section 4.2.2."""
+
+    type = ExtensionType.COOKIE
+    messages = (CH, HRR)
+    cookie: bytes
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(reader.opaque(2, least=1))
+
+    def body(self) -> bytes:
+        return vector16(self.cookie)
+
+
+@dataclass(frozen=True)
+class PskKeyExchangeModes(Extension):
+    """Section 4.2.9."""
+
+    type = ExtensionType.PSK_KEY_EXCHANGE_MODES
+    messages = (CH,)
+    modes: tuple[int, ...]
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(tuple(reader.opaque(1, least=1)))
+
+    def body(self) -> bytes:
+        return vector8(bytes(self.modes))
+
+
+@dataclass(frozen=True)
+class CertificateAuthorities(Extension):
+    """Section 4.2.4: DER-encoded distinguished names."""
+
+    type = ExtensionType.CERTIFICATE_AUTHORITIES
+    messages = (CH, CR)
+    names: tuple[bytes, ...]
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        entries = reader.vector(2, least=3)
+        names = []
+        while entries.remaining:
+            names.append(entries.opaque(2, least=1))
+        return cls(tuple(names))
+
+    def body(self) -> bytes:
+        return vector16(b"".join(vector16(name) for name in self.names))
+
+
+@dataclass(frozen=True)
+class OidFilters(Extension):
+    """Section 4.2.5; a hint that may be ignored."""
+
+    type = ExtensionType.OID_FILTERS
+    messages = (CR,)
+    filters: tuple[tuple[bytes, bytes], ...]
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        entries = reader.vector(2)
+        filters = []
+        while entries.remaining:
+            filters.append((entries.opaque(1, least=1), entries.opaque(2)))
+        return cls(tuple(filters))
+
+    def body(self) -> bytes:
+        return vector16(b"".join(vector8(oid) + vector16(values) for oid, values in self.filters))
+
+
+@dataclass(frozen=True)
+class PostHandshakeAuth(_Empty):
+    """Section 4.2.6; we never offer it."""
+
+    type = ExtensionType.POST_HANDSHAKE_AUTH
+    messages = (CH,)
+
+
+@dataclass(frozen=True)
+class KeyShareEntry:
+    """Section 4.2.8."""
+
+    group: int
+    share: bytes
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        """Parse group and share."""
+        return cls(reader.u16(), reader.opaque(2, least=1))
+
+    def encode(self) -> bytes:
+        """Group and share."""
+        return u16(self.group) + vector16(self.share)
+
+
+@dataclass(frozen=True)
+class KeyShareOffer(Extension):
+    """Section 4.2.8; an empty list asks for a HelloRetryRequest."""
+
+    type = ExtensionType.KEY_SHARE
+    messages = (CH,)
+    entries: tuple[KeyShareEntry, ...]
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        shares = reader.vector(2)
+        entries = []
+        while shares.remaining:
+            entries.append(KeyShareEntry.read(shares))
+        return cls(tuple(entries))
+
+    def body(self) -> bytes:
+        return vector16(b"".join(entry.encode() for entry in self.entries))
+
+
+@dataclass(frozen=True)
+class KeyShareChoice(Extension):
+    """Section 4.2.8: the server's share."""
+
+    type = ExtensionType.KEY_SHARE
+    messages = (SH,)
+    entry: KeyShareEntry
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(KeyShareEntry.read(reader))
+
+    def body(self) -> bytes:
+        return self.entry.encode()
+
+
+@dataclass(frozen=True)
+class KeyShareRetry(Extension):
+    """Section 4.2.8: the group that the server wants a share of."""
+
+    type = ExtensionType.KEY_SHARE
+    messages = (HRR,)
+    group: int
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(reader.u16())
+
+    def body(self) -> bytes:
+        return u16(self.group)
+
+
+_CLASSES: Final[tuple[type[Extension], ...]] = (
+    ServerName,
+    ServerNameAck,
+    SupportedGroups,
+    SignatureAlgorithms,
+    SignatureAlgorithmsCert,
+    AlpnOffer,
+    AlpnChoice,
+    ClientCertificateTypeOffer,
+    ClientCertificateTypeChoice,
+    ServerCertificateTypeOffer,
+    ServerCertificateTypeChoice,
+    Padding,
+    RecordSizeLimit,
+    TlsCertWithExternPsk,
+    PreSharedKeyOffer,
+    PreSharedKeyChoice,
+    EarlyDataIndication,
+    EarlyDataLimit,
+    SupportedVersionsOffer,
+    SupportedVersionsChoice,
+    Cookie,
+    PskKeyExchangeModes,
+    CertificateAuthorities,
+    OidFilters,
+    PostHandshakeAuth,
+    KeyShareOffer,
+    KeyShareChoice,
+    KeyShareRetry,
+)
+_PARSERS: Final = {(kind, cls.type): cls for cls in _CLASSES for kind in cls.messages}
+_KNOWN_TYPES: Final = frozenset(int(cls.type) for cls in _CLASSES)
+
+AnyExtension = Extension | UnknownExtension
+E = TypeVar("E", bound=Extension)
+
+
+class Extensions:
+    """The extensions of one message, in their order on the wire."""
+
+    __slots__ = ("_by_type",)
+
+    def __init__(self, extensions: Iterable[AnyExtension] = ()) -> None:
+        self._by_type: dict[int, AnyExtension] = {int(one.type): one for one in extensions}
+
+    def get(self, cls: type[E]) -> E | None:
+        """The extension of this class, if the message has it."""
+        found = self._by_type.get(cls.type)
+        return found if isinstance(found, cls) else None
+
+    def __contains__(self, cls: type[Extension]) -> bool:
+        return cls.type in self._by_type
+
+    def __iter__(self) -> Iterator[AnyExtension]:
+        return iter(self._by_type.values())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Extensions) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Extensions({list(self)!r})"
+
+    @property
+    def types(self) -> tuple[int, ...]:
+        """The types, in order."""
+        return tuple(self._by_type)
+
+    def encode(self) -> bytes:
+        """The vector of extensions, with its 16-bit length."""
+        return vector16(
+            b"".join(u16(type_) + vector16(one.body()) for type_, one in self._by_type.items())
+        )
+
+
+def parse(kind: MessageKind, reader: Reader) -> Extensions:
+    """Read a vector of extensions as it stands in a message of this kind.
+
+    Raises:
+        DecodeError: it does not parse.
+        IllegalParameter: a duplicate, one that we know and that does not belong here (section
+            4.2), or something after ``pre_shared_key`` (section 4.2.11).
+    """
+    entries = reader.vector(2)
+    found: dict[int, AnyExtension] = {}
+    while entries.remaining:
+        type_ = entries.u16()
+        body = entries.vector(2)
+        if type_ in found:
+            raise IllegalParameter(f"extension {_name(type_)} appears twice")
+        if kind is CH and ExtensionType.PRE_SHARED_KEY in found:
+            raise IllegalParameter("pre_shared_key is not the last extension")
+        parser = _PARSERS.get((kind, type_))
+        if parser is not None:
+            found[type_] = parser.read(body)
+            body.finish()
+        elif type_ in _KNOWN_TYPES and kind is not MessageKind.CERTIFICATE:
+            raise IllegalParameter(f"extension {_name(type_)} in {kind.name.lower()}")
+        else:
+            found[type_] = UnknownExtension(type_, body.rest())
+    return Extensions(found.values())
+
+
+def _name(type_: int) -> str:
+    return ExtensionType(type_).name.lower() if type_ in _KNOWN_TYPES else str(type_)

@@ -1,0 +1,377 @@
+"""Handshake messages (RFC 8446 section 4) as frozen values.
+
+:func:`encode` writes a message with its header, :func:`decode` reads one. The transcript hashes the
+bytes that were received, never a message written again.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Final, Self
+
+from hybridkex.constants import HELLO_RETRY_RANDOM, LEGACY_VERSION, HandshakeType, KdfCode
+from hybridkex.errors import DecodeError, IllegalParameter, UnexpectedMessage
+from hybridkex.wire.codec import (
+    Reader,
+    u8,
+    u16,
+    u16_list,
+    u24,
+    u32,
+    vector8,
+    vector16,
+    vector24,
+)
+from hybridkex.wire.extensions import Extensions, MessageKind, parse
+
+__all__ = [
+    "HEADER_LENGTH",
+    "Certificate",
+    "CertificateRequest",
+    "CertificateVerify",
+    "ClientHello",
+    "EncryptedExtensions",
+    "EndOfEarlyData",
+    "Finished",
+    "HelloRetryRequest",
+    "ImportedIdentity",
+    "KeyUpdate",
+    "Message",
+    "NewSessionTicket",
+    "ServerHello",
+    "decode",
+    "encode",
+]
+
+HEADER_LENGTH: Final = 4
+"""Bytes of a handshake message before its body: type and 24-bit length."""
+
+
+class Message:
+    """What every handshake message has."""
+
+    type: ClassVar[HandshakeType]
+
+    @classmethod
+    def read(cls, reader: Reader) -> "Message":
+        """Parse the body; the caller checks that nothing is left over."""
+        raise NotImplementedError
+
+    def body(self) -> bytes:
+        """The body, without the header."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ClientHello(Message):
+    """Section 4.1.2."""
+
+    type = HandshakeType.CLIENT_HELLO
+    random: bytes
+    session_id: bytes
+    cipher_suites: tuple[int, ...]
+    extensions: Extensions
+    legacy_version: int = LEGACY_VERSION
+    compression_methods: bytes = b"\0"
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        legacy_version = reader.u16()
+        random = reader.take(32)
+        session_id = reader.opaque(1, most=32)
+        cipher_suites = reader.u16_list(2)
+        compression_methods = reader.opaque(1, least=1)
+        # Hellos before TLS 1.3 may end here; they are refused for their version, not their form.
+        extensions = parse(MessageKind.CLIENT_HELLO, reader) if reader.remaining else Extensions()
+        return cls(
+            random, session_id, cipher_suites, extensions, legacy_version, compression_methods
+        )
+
+    def body(self) -> bytes:
+        return (
+            u16(self.legacy_version)
+            + self.random
+            + vector8(self.session_id)
+            + vector16(u16_list(self.cipher_suites))
+            + vector8(self.compression_methods)
+            + self.extensions.encode()
+        )
+
+
+@dataclass(frozen=True)
+class _ServerHelloForm(Message):
+    """The form that ServerHello and HelloRetryRequest share (section 4.1.3 and 4.1.4)."""
+
+    type = HandshakeType.SERVER_HELLO
+    random: bytes
+    session_id: bytes
+    cipher_suite: int
+    extensions: Extensions
+    legacy_version: int = LEGACY_VERSION
+    compression_method: int = 0
+
+    def body(self) -> bytes:
+        return (
+            u16(self.legacy_version)
+            + self.random
+            + vector8(self.session_id)
+            + u16(self.cipher_suite)
+            + u8(self.compression_method)
+            + self.extensions.encode()
+        )
+
+
+@dataclass(frozen=True)
+class ServerHello(_ServerHelloForm):
+    """Section 4.1.3."""
+
+    @classmethod
+    def read(cls, reader: Reader) -> Message:
+        """A ServerHello or, where its random says so, a HelloRetryRequest."""
+        legacy_version = reader.u16()
+        random = reader.take(32)
+        form, kind = (
+            (HelloRetryRequest, MessageKind.HELLO_RETRY_REQUEST)
+            if random == HELLO_RETRY_RANDOM
+            else (ServerHello, MessageKind.SERVER_HELLO)
+        )
+        session_id = reader.opaque(1, most=32)
+        cipher_suite = reader.u16()
+        compression_method = reader.u8()
+        extensions = parse(kind, reader) if reader.remaining else Extensions()
+        return form(
+            random, session_id, cipher_suite, extensions, legacy_version, compression_method
+        )
+
+
+@dataclass(frozen=True)
+class HelloRetryRequest(_ServerHelloForm):
+    """Section 4.1.4: a ServerHello with ``HELLO_RETRY_RANDOM``."""
+
+
+@dataclass(frozen=True)
+class EncryptedExtensions(Message):
+    """Section 4.3.1."""
+
+    type = HandshakeType.ENCRYPTED_EXTENSIONS
+    extensions: Extensions
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(parse(MessageKind.ENCRYPTED_EXTENSIONS, reader))
+
+    def body(self) -> bytes:
+        return self.extensions.encode()
+
+
+@dataclass(frozen=True)
+class CertificateRequest(Message):
+    """Section 4.3.2."""
+
+    type = HandshakeType.CERTIFICATE_REQUEST
+    context: bytes
+    extensions: Extensions
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(reader.opaque(1), parse(MessageKind.CERTIFICATE_REQUEST, reader))
+
+    def body(self) -> bytes:
+        return vector8(self.context) + self.extensions.encode()
+
+
+@dataclass(frozen=True)
+class Certificate(Message):
+    """Section 4.4.2: DER, the end entity's first, each with its extensions."""
+
+    type = HandshakeType.CERTIFICATE
+    context: bytes
+    entries: tuple[tuple[bytes, Extensions], ...]
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        context = reader.opaque(1)
+        certificates = reader.vector(3)
+        entries = []
+        while certificates.remaining:
+            data = certificates.opaque(3, least=1)
+            entries.append((data, parse(MessageKind.CERTIFICATE, certificates)))
+        return cls(context, tuple(entries))
+
+    @property
+    def chain(self) -> tuple[bytes, ...]:
+        """The certificates alone."""
+        return tuple(data for data, _ in self.entries)
+
+    def body(self) -> bytes:
+        return vector8(self.context) + vector24(
+            b"".join(vector24(data) + extensions.encode() for data, extensions in self.entries)
+        )
+
+
+@dataclass(frozen=True)
+class CertificateVerify(Message):
+    """Section 4.4.3."""
+
+    type = HandshakeType.CERTIFICATE_VERIFY
+    scheme: int
+    signature: bytes
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(reader.u16(), reader.opaque(2))
+
+    def body(self) -> bytes:
+        return u16(self.scheme) + vector16(self.signature)
+
+
+@dataclass(frozen=True)
+class Finished(Message):
+    """Section 4.4.4; its length is checked together with its value."""
+
+    type = HandshakeType.FINISHED
+    verify_data: bytes
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(reader.rest())
+
+    def body(self) -> bytes:
+        return self.verify_data
+
+
+@dataclass(frozen=True)
+class NewSessionTicket(Message):
+    """Section 4.6.1."""
+
+    type = HandshakeType.NEW_SESSION_TICKET
+    lifetime: int
+    age_add: int
+    nonce: bytes
+    ticket: bytes
+    extensions: Extensions
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(
+            reader.u32(),
+            reader.u32(),
+            reader.opaque(1),
+            reader.opaque(2, least=1),
+            parse(MessageKind.NEW_SESSION_TICKET, reader),
+        )
+
+    def body(self) -> bytes:
+        return (
+            u32(self.lifetime)
+            + u32(self.age_add)
+            + vector8(self.nonce)
+            + vector16(self.ticket)
+            + self.extensions.encode()
+        )
+
+
+@dataclass(frozen=True)
+class KeyUpdate(Message):
+    """Section 4.6.3."""
+
+    type = HandshakeType.KEY_UPDATE
+    update_requested: bool
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        request = reader.u8()
+        if request > 1:
+            raise IllegalParameter(f"KeyUpdate with request_update {request}")
+        return cls(bool(request))
+
+    def body(self) -> bytes:
+        return u8(self.update_requested)
+
+
+@dataclass(frozen=True)
+class EndOfEarlyData(Message):
+    """Section 4.5; we accept no early data, so it is never in place."""
+
+    type = HandshakeType.END_OF_EARLY_DATA
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls()
+
+    def body(self) -> bytes:
+        return b""
+
+
+_CLASSES: Final[dict[int, type[Message]]] = {
+    cls.type: cls
+    for cls in (
+        ClientHello,
+        ServerHello,
+        EncryptedExtensions,
+        CertificateRequest,
+        Certificate,
+        CertificateVerify,
+        Finished,
+        NewSessionTicket,
+        KeyUpdate,
+        EndOfEarlyData,
+    )
+}
+
+
+def encode(message: Message) -> bytes:
+    """The message with its header."""
+    body = message.body()
+    return u8(message.type) + u24(len(body)) + body
+
+
+def decode(raw: bytes) -> Message:
+    """Read one whole message, header included.
+
+    Raises:
+        UnexpectedMessage: its type is none of TLS 1.3's.
+        DecodeError: it does not parse, or something is left over.
+        IllegalParameter: a field has a value that it must not have.
+    """
+    cls = _CLASSES.get(raw[0])
+    if cls is None:
+        raise UnexpectedMessage(f"handshake message of unknown type {raw[0]}")
+    reader = Reader(raw, HEADER_LENGTH)
+    try:
+        message = cls.read(reader)
+        reader.finish()
+    except DecodeError as error:
+        raise DecodeError(f"{cls.type.name.lower()}: {error}") from None
+    return message
+
+
+_KDFS: Final = frozenset(int(code) for code in KdfCode)
+
+
+@dataclass(frozen=True)
+class ImportedIdentity:
+    """The identity of an imported PSK on the wire (RFC 9258 section 5.1)."""
+
+    external_identity: bytes
+    context: bytes
+    target_protocol: int
+    target_kdf: int
+
+    @classmethod
+    def decode(cls, data: bytes) -> "ImportedIdentity | None":
+        """Read one; ``None`` where the bytes are an identity of another kind."""
+        reader = Reader(data)
+        try:
+            identity = cls(reader.opaque(2, least=1), reader.opaque(2), reader.u16(), reader.u16())
+            reader.finish()
+        except DecodeError:
+            return None
+        return identity if identity.target_kdf in _KDFS else None
+
+    def encode(self) -> bytes:
+        """The bytes that go into PskIdentity.identity and into the derivation."""
+        return (
+            vector16(self.external_identity)
+            + vector16(self.context)
+            + u16(self.target_protocol)
+            + u16(self.target_kdf)
+        )

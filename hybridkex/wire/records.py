@@ -1,0 +1,129 @@
+"""Records on the wire (RFC 8446 section 5.1): cutting a byte stream into them.
+
+A record is known by its five-byte header. :class:`RecordBuffer` hands out views of the bytes that
+it was fed; only a record that straddles two reads is copied, and no more than one record is ever
+kept.
+"""
+
+from typing import Final, NamedTuple
+
+from hybridkex.constants import (
+    LEGACY_VERSION,
+    MAX_CIPHERTEXT_EXPANSION,
+    MAX_PLAINTEXT,
+    ContentType,
+)
+from hybridkex.errors import DecodeError, RecordOverflow, UnexpectedMessage
+
+__all__ = ["HEADER_LENGTH", "MAX_RECORD", "Record", "RecordBuffer", "header"]
+
+HEADER_LENGTH: Final = 5
+MAX_RECORD: Final = HEADER_LENGTH + MAX_PLAINTEXT + MAX_CIPHERTEXT_EXPANSION
+"""Bytes of the largest record, its header included."""
+
+_TYPES: Final = frozenset(int(type_) for type_ in ContentType)
+
+
+class Record(NamedTuple):
+    """One record: its type, its header (the AEAD's associated data) and what follows it."""
+
+    type: int
+    header: memoryview
+    fragment: memoryview
+
+
+class RecordBuffer:
+    """What has been received and not yet been taken."""
+
+    __slots__ = ("_chunk", "_partial", "_position")
+
+    def __init__(self) -> None:
+        self._chunk = memoryview(b"")
+        self._position = 0
+        # The beginning of a record whose end has not come yet; empty most of the time.
+        self._partial = bytearray()
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Append what the transport gave. ``data`` must not change until it has been taken."""
+        if self._position < len(self._chunk):
+            left = self._chunk[self._position :]
+            self._chunk = memoryview(b"".join((left, data)))
+        else:
+            self._chunk = memoryview(data)
+        self._position = 0
+
+    @property
+    def pending(self) -> int:
+        """Bytes received and not yet taken."""
+        return len(self._partial) + len(self._chunk) - self._position
+
+    def take(self) -> Record | None:
+        """The next whole record, or ``None`` until more has been fed.
+
+        Raises:
+            UnexpectedMessage: an unknown content type (section 5.1).
+            DecodeError: the bytes are no TLS record at all.
+            RecordOverflow: longer than any record may be (section 5.2).
+        """
+        if self._partial:
+            return self._take_straddling()
+        chunk, start = self._chunk, self._position
+        available = len(chunk) - start
+        if available < HEADER_LENGTH:
+            self._keep()
+            return None
+        length = _check_header(chunk[start : start + HEADER_LENGTH])
+        end = start + HEADER_LENGTH + length
+        if end > len(chunk):
+            self._keep()
+            return None
+        self._position = end
+        body = start + HEADER_LENGTH
+        return Record(chunk[start], chunk[start:body], chunk[body:end])
+
+    def _keep(self) -> None:
+        """Set the beginning of a record aside, and let go of the chunk that it came in."""
+        self._partial += self._chunk[self._position :]
+        self._chunk = memoryview(b"")
+        self._position = 0
+
+    def _take_straddling(self) -> Record | None:
+        if not self._fill(HEADER_LENGTH):
+            return None
+        length = _check_header(memoryview(self._partial)[:HEADER_LENGTH])
+        if not self._fill(HEADER_LENGTH + length):
+            return None
+        whole = memoryview(self._partial)
+        self._partial = bytearray()
+        return Record(whole[0], whole[:HEADER_LENGTH], whole[HEADER_LENGTH:])
+
+    def _fill(self, length: int) -> bool:
+        missing = length - len(self._partial)
+        if missing > 0:
+            piece = self._chunk[self._position : self._position + missing]
+            self._partial += piece
+            self._position += len(piece)
+        return len(self._partial) >= length
+
+
+def _check_header(data: memoryview) -> int:
+    """The length that a record's header gives."""
+    type_ = data[0]
+    # legacy_record_version is ignored (section 5.1) but for its first byte, which tells a peer that
+    # does not speak TLS at all before we wait for the rest of its "record".
+    if data[1] != LEGACY_VERSION >> 8:
+        raise DecodeError("these bytes are not TLS")
+    if type_ not in _TYPES:
+        raise UnexpectedMessage(f"a record of unknown type {type_}")
+    length = data[3] << 8 | data[4]
+    limit = MAX_PLAINTEXT
+    if type_ == ContentType.APPLICATION_DATA:
+        limit += MAX_CIPHERTEXT_EXPANSION
+    if length > limit:
+        raise RecordOverflow(f"a record of {length} bytes, where {limit} are allowed")
+    return length
+
+
+def header(type_: int, length: int, version: int = LEGACY_VERSION) -> bytes:
+    """The header of a record with ``length`` bytes to follow."""
+    return b"%c%b%b" % (type_, version.to_bytes(2, "big"), length.to_bytes(2, "big"))

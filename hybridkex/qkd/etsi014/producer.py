@@ -1,0 +1,100 @@
+"""What feeds a KME: the inner end of a QKD link, or random numbers in its place.
+
+A link has two ends. Each end is a :class:`KeyProducer` and feeds the KME of its site; both give
+the same keys under the same IDs, not necessarily at the same time.
+"""
+
+import os
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Final, Protocol
+from uuid import UUID, uuid4
+
+import trio
+
+from hybridkex.secret import Secret
+
+__all__ = ["KeyProducer", "ProducedKey", "RandomEnd", "RandomProducer", "random_link"]
+
+BATCH: Final = 64
+"""Keys that a random producer makes at a time: one durable write of the key store for all."""
+
+MAX_LEAD: Final = 16
+"""Batches by which one end of a random link may be ahead of the other."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProducedKey:
+    """One key of a link, as one of its ends has it."""
+
+    key_id: UUID
+    key: Secret
+
+
+class KeyProducer(Protocol):
+    """``async for batch in producer`` gives lists of keys, all of one length.
+
+    The KME takes the next batch when it has room, so a producer that cannot wait drops keys at its
+    own discretion, on both ends alike. A producer that stops iterating has ended for good.
+    """
+
+    def __aiter__(self) -> AsyncIterator[list[ProducedKey]]: ...
+
+
+def _random_batch(key_bits: int) -> list[ProducedKey]:
+    return [
+        ProducedKey(key_id=uuid4(), key=Secret(os.urandom(key_bits // 8))) for _ in range(BATCH)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomProducer:
+    """Keys from the operating system, for a KME whose peer does not make the same ones.
+
+    Such keys reach the peer KME by value when they are allotted (see ``docs/kme.md``): a trusted
+    relay, not QKD.
+    """
+
+    key_bits: int = 256
+
+    async def __aiter__(self) -> AsyncIterator[list[ProducedKey]]:
+        while True:
+            await trio.lowlevel.checkpoint()
+            yield _random_batch(self.key_bits)
+
+
+class RandomEnd:
+    """One end of a random link within one process; see :func:`random_link`."""
+
+    def __init__(self, key_bits: int) -> None:
+        self._key_bits = key_bits
+        self._waiting: deque[list[ProducedKey]] = deque()
+        self._taken = trio.Event()
+        self._other = self
+
+    def _join(self, other: "RandomEnd") -> None:
+        self._other = other
+
+    async def __aiter__(self) -> AsyncIterator[list[ProducedKey]]:
+        while True:
+            await trio.lowlevel.checkpoint()
+            if not self._waiting:
+                while len(self._other._waiting) >= MAX_LEAD:
+                    self._other._taken = trio.Event()
+                    await self._other._taken.wait()
+                batch = _random_batch(self._key_bits)
+                self._other._waiting.append(batch)
+                yield batch
+            else:
+                batch = self._waiting.popleft()
+                self._taken.set()
+                yield batch
+
+
+def random_link(key_bits: int = 256) -> tuple[RandomEnd, RandomEnd]:
+    """The two ends of a link between two KMEs of one process, fed by the operating system."""
+    alice, bob = RandomEnd(key_bits), RandomEnd(key_bits)
+    alice._join(bob)
+    bob._join(alice)
+    return alice, bob

@@ -1,0 +1,126 @@
+"""What a QKD key is to the rest of the library, and where it comes from.
+
+The words are those of ETSI GS QKD 014: an *SAE* is the application that uses keys, a *KME* delivers
+them. Of the two SAEs, the *master* draws a new key from its KME and tells the *slave* the key's
+ID, with which the slave gets the same key from its own KME. How the ID travels is not the
+standard's business; in this library it is the TLS handshake's.
+
+A :class:`KeySource` belongs to one pair of SAEs: ourselves and one peer. So it can say everything
+that a handshake must bind (both SAEs, both KMEs, the roles) and no call has to name the peer.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+from uuid import UUID
+
+from hybridkex.errors import KeyUnknown
+from hybridkex.secret import Secret
+
+__all__ = ["KeyName", "KeyRef", "KeySource", "QkdKey", "SourceStatus"]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRef:
+    """The name of one key of one link: its ID and the two KMEs that hold it."""
+
+    master_kme: str
+    slave_kme: str
+    key_id: UUID
+
+
+KeyName: TypeAlias = tuple[KeyRef, ...]
+"""The name of a key as both sides know it: one part, or several for a key that is combined out of
+keys of several links, in the order in which they were combined."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QkdKey:
+    """A key that two SAEs share and that nobody will be given again."""
+
+    name: KeyName
+    master_sae: str
+    slave_sae: str
+    key: Secret
+
+    @property
+    def key_ids(self) -> tuple[UUID, ...]:
+        """The IDs of the parts, in order."""
+        return tuple(part.key_id for part in self.name)
+
+    @property
+    def kmes(self) -> tuple[tuple[str, str], ...]:
+        """The (master, slave) KMEs of the parts, in order."""
+        return tuple((part.master_kme, part.slave_kme) for part in self.name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceStatus:
+    """What a source can say about its stock without giving a key away."""
+
+    stored: int
+    """Keys that :meth:`KeySource.draw` could give now."""
+    capacity: int
+    """The most that :attr:`stored` can be."""
+    key_bits: int
+    """Length of a key, in bits."""
+
+
+class KeySource(Protocol):
+    """Keys that we share with one peer.
+
+    Every method but :meth:`knows` may raise :class:`~hybridkex.errors.KeySourceUnavailable` and
+    :class:`~hybridkex.errors.KeyUnauthorized`, and ends within a time that the source bounds.
+    """
+
+    @property
+    def local_sae(self) -> str:
+        """Our own SAE ID."""
+        ...
+
+    @property
+    def peer_sae(self) -> str:
+        """The SAE ID of the peer."""
+        ...
+
+    async def draw(self) -> QkdKey:
+        """A key that was never given out, with us as its master.
+
+        Raises :class:`~hybridkex.errors.KeySourceExhausted` when none is left now.
+        """
+        ...
+
+    async def get(self, name: KeyName) -> QkdKey:
+        """The key of this name, which the peer drew: we are its slave.
+
+        Raises :class:`~hybridkex.errors.KeyUnknown`, :class:`~hybridkex.errors.KeyConsumed`,
+        :class:`~hybridkex.errors.KeyExpired`, or
+        :class:`~hybridkex.errors.KeyNotYetAvailable`, the only one after which the same name may
+        be asked for again.
+        """
+        ...
+
+    def knows(self, name: KeyName) -> bool:
+        """Whether :meth:`get` of this name makes sense here: the KMEs named are ours. No I/O."""
+        ...
+
+    async def status(self) -> SourceStatus:
+        """The stock at this moment."""
+        ...
+
+
+def single(name: KeyName, *, master_kme: str | None, slave_kme: str | None) -> UUID:
+    """The ID in a name that must have one part, of the KMEs given (``None``: any).
+
+    Raises :class:`~hybridkex.errors.KeyUnknown`.
+    """
+    if len(name) != 1:
+        raise KeyUnknown(f"the name has {len(name)} parts, this source has keys of one")
+    part = name[0]
+    if part.master_kme != (master_kme or part.master_kme) or part.slave_kme != (
+        slave_kme or part.slave_kme
+    ):
+        raise KeyUnknown(
+            f"the key is of the KMEs {part.master_kme} and {part.slave_kme}, not of "
+            f"{master_kme} and {slave_kme}"
+        )
+    return part.key_id

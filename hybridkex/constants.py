@@ -220,3 +220,4 @@ class Label:
     TRAFFIC_UPDATE: Final = b"traffic upd"
     SERVER_CERTIFICATE_VERIFY: Final = b"TLS 1.3, server CertificateVerify"
     CLIENT_CERTIFICATE_VERIFY: Final = b"TLS 1.3, client CertificateVerify"
+    COMBINED_QKD_KEYS: Final = b"hybridkex combined QKD keys v1"  # ours, SP 800-56C FixedInfo

@@ -1,0 +1,92 @@
+"""Both ends of a key source in one process: the smallest secure site, no key crosses a network."""
+
+import os
+from collections import OrderedDict
+from typing import Final
+from uuid import UUID, uuid4
+
+import trio
+
+from hybridkex.errors import ConfigError, KeyConsumed, KeySourceExhausted, KeyUnknown
+from hybridkex.qkd.source import KeyName, KeyRef, QkdKey, SourceStatus, single
+from hybridkex.secret import Secret
+
+__all__ = ["InProcessSource", "in_process_pair"]
+
+REMEMBERED: Final = 4096
+"""IDs of delivered keys that are remembered, to tell consumed keys from unknown ones."""
+
+
+class InProcessSource:
+    """One end of a pair; see :func:`in_process_pair`."""
+
+    def __init__(self, *, sae: str, kme: str, peer_sae: str, peer_kme: str, capacity: int) -> None:
+        self.local_sae: Final = sae
+        self.peer_sae: Final = peer_sae
+        self._kme = kme
+        self._peer_kme = peer_kme
+        self._capacity = capacity
+        self._for_me: dict[UUID, Secret] = {}
+        self._delivered: OrderedDict[UUID, None] = OrderedDict()
+        self._other = self
+
+    async def draw(self) -> QkdKey:
+        """A new key. ``KeySourceExhausted`` when the peer has not fetched ``capacity`` of them."""
+        await trio.lowlevel.checkpoint()
+        if len(self._other._for_me) >= self._capacity:
+            raise KeySourceExhausted(f"{self._capacity} keys wait for {self.peer_sae}")
+        key_id, key = uuid4(), Secret(os.urandom(32))
+        self._other._for_me[key_id] = key
+        return QkdKey(
+            name=(KeyRef(self._kme, self._peer_kme, key_id),),
+            master_sae=self.local_sae,
+            slave_sae=self.peer_sae,
+            key=key,
+        )
+
+    async def get(self, name: KeyName) -> QkdKey:
+        """The key that the other end drew under this name, once."""
+        await trio.lowlevel.checkpoint()
+        key_id = single(name, master_kme=self._peer_kme, slave_kme=self._kme)
+        key = self._for_me.pop(key_id, None)
+        if key is None:
+            if key_id in self._delivered:
+                raise KeyConsumed(f"key {key_id} was delivered before")
+            raise KeyUnknown(f"no key {key_id}")
+        self._delivered[key_id] = None
+        if len(self._delivered) > REMEMBERED:
+            self._delivered.popitem(last=False)
+        return QkdKey(name=name, master_sae=self.peer_sae, slave_sae=self.local_sae, key=key)
+
+    def knows(self, name: KeyName) -> bool:
+        return [(part.master_kme, part.slave_kme) for part in name] == [(self._peer_kme, self._kme)]
+
+    async def status(self) -> SourceStatus:
+        await trio.lowlevel.checkpoint()
+        free = self._capacity - len(self._other._for_me)
+        return SourceStatus(stored=free, capacity=self._capacity, key_bits=256)
+
+
+def in_process_pair(
+    alice_sae: str,
+    bob_sae: str,
+    *,
+    kmes: tuple[str, str] = ("in-process-a", "in-process-b"),
+    capacity: int = 1024,
+) -> tuple[InProcessSource, InProcessSource]:
+    """Two sources that share 256-bit keys made by the operating system.
+
+    ``capacity`` bounds, in each direction, the keys drawn and not yet fetched.
+    """
+    if alice_sae == bob_sae or kmes[0] == kmes[1]:
+        raise ConfigError("the two ends of a pair need different SAE IDs and KME IDs")
+    if capacity < 1:
+        raise ConfigError("capacity must be at least 1")
+    alice = InProcessSource(
+        sae=alice_sae, kme=kmes[0], peer_sae=bob_sae, peer_kme=kmes[1], capacity=capacity
+    )
+    bob = InProcessSource(
+        sae=bob_sae, kme=kmes[1], peer_sae=alice_sae, peer_kme=kmes[0], capacity=capacity
+    )
+    alice._other, bob._other = bob, alice
+    return alice, bob

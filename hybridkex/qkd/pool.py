@@ -1,0 +1,147 @@
+"""A pool of keys that were placed in a file beforehand, consumed crash-safely.
+
+The file is a key database (:mod:`hybridkex.qkd.store`) with a name for each end of it: its material
+is what we may draw, its grants are what the peer may draw and we look up. A pool file and its
+counterpart at the peer are filled by ``hybridkex kme export-pool``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from hybridkex.errors import ConfigError, KeySourceExhausted
+from hybridkex.qkd.source import KeyName, KeyRef, QkdKey, SourceStatus, single
+from hybridkex.qkd.store import Allotment, SqliteKeyStore, read_key_file
+
+__all__ = ["FilePool", "PoolNames"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolNames:
+    """Whose keys a pool holds."""
+
+    sae: str
+    kme: str
+    peer_sae: str
+    peer_kme: str
+
+    def __post_init__(self) -> None:
+        if not all((self.sae, self.kme, self.peer_sae, self.peer_kme)):
+            raise ConfigError("a pool needs the IDs of both SAEs and both KMEs")
+        if self.sae == self.peer_sae:
+            raise ConfigError("a pool is for two different SAEs")
+
+
+def _settle_names(store: SqliteKeyStore, path: Path, names: PoolNames | None) -> PoolNames:
+    """The names in the file; those of a new file are written into it."""
+    found = [store.meta(name) for name in ("sae", "kme", "peer-sae", "peer-kme")]
+    if None in found:
+        if names is None:
+            raise ConfigError(f"{path} is not a key pool")
+        store.set_meta("sae", names.sae)
+        store.set_meta("kme", names.kme)
+        store.set_meta("peer-sae", names.peer_sae)
+        store.set_meta("peer-kme", names.peer_kme)
+        return names
+    sae, kme, peer_sae, peer_kme = map(str, found)
+    stored = PoolNames(sae=sae, kme=kme, peer_sae=peer_sae, peer_kme=peer_kme)
+    if names is not None and names != stored:
+        raise ConfigError(f"{path} is a pool of other SAEs or KMEs: {stored}")
+    return stored
+
+
+class FilePool:
+    """A :class:`~hybridkex.qkd.source.KeySource` on a file.
+
+    A key is marked as gone, on the disk, before it is returned: after a crash it is not given out
+    again. One process at a time may use a file.
+    """
+
+    def __init__(self, store: SqliteKeyStore, names: PoolNames) -> None:
+        self._store = store
+        self._names = names
+
+    @classmethod
+    def open(cls, path: Path, *, key_file: Path, names: PoolNames | None = None) -> "FilePool":
+        """Open a pool, or make one for ``names`` if there is no file. Blocks for a moment.
+
+        Raises ``ConfigError`` for a missing, foreign or damaged file and for a wrong key file.
+        """
+        if names is None and not path.exists():
+            raise ConfigError(f"there is no key pool {path}")
+        store = SqliteKeyStore(path, read_key_file(key_file))
+        try:
+            return cls(store, _settle_names(store, path, names))
+        except ConfigError:
+            store.close()
+            raise
+
+    @property
+    def local_sae(self) -> str:
+        return self._names.sae
+
+    @property
+    def peer_sae(self) -> str:
+        return self._names.peer_sae
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the file."""
+        await self._store.aclose()
+
+    async def add(self, keys: Sequence[QkdKey]) -> None:
+        """Put keys of a key source into the pool: those we drew and those we looked up."""
+        mine = [k for k in keys if k.master_sae == self.local_sae and k.slave_sae == self.peer_sae]
+        theirs = [
+            k for k in keys if k.master_sae == self.peer_sae and k.slave_sae == self.local_sae
+        ]
+        if len(mine) + len(theirs) != len(keys) or any(len(k.name) != 1 for k in keys):
+            raise ConfigError("a pool takes single keys of its own two SAEs")
+        link = self._names.peer_kme
+        await self._store.add(link, [(k.key_ids[0], k.key) for k in mine])
+        await self._store.accept(
+            link,
+            [Allotment(blocks=k.key_ids, size=len(k.key), value=k.key) for k in theirs],
+            master=self.peer_sae,
+            slaves=[self.local_sae],
+        )
+
+    async def draw(self) -> QkdKey:
+        link = self._names.peer_kme
+        found = await self._store.reserve(link, 1)
+        if not found:
+            raise KeySourceExhausted("the key pool is empty")
+        [material] = found
+        block = Allotment(blocks=(material.key_id,), size=len(material.key))
+        await self._store.allot(link, [block], master=self.local_sae)
+        return QkdKey(
+            name=(KeyRef(self._names.kme, self._names.peer_kme, material.key_id),),
+            master_sae=self.local_sae,
+            slave_sae=self.peer_sae,
+            key=material.key,
+        )
+
+    async def get(self, name: KeyName) -> QkdKey:
+        key_id = single(name, master_kme=self._names.peer_kme, slave_kme=self._names.kme)
+        [(_, key)] = await self._store.collect([key_id], slave=self.local_sae, master=self.peer_sae)
+        return QkdKey(name=name, master_sae=self.peer_sae, slave_sae=self.local_sae, key=key)
+
+    def knows(self, name: KeyName) -> bool:
+        ours = [(self._names.peer_kme, self._names.kme)]
+        return [(part.master_kme, part.slave_kme) for part in name] == ours
+
+    async def status(self) -> SourceStatus:
+        stored = await self._store.count(self._names.peer_kme)
+        return SourceStatus(stored=stored, capacity=stored, key_bits=256)

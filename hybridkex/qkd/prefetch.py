@@ -1,0 +1,137 @@
+"""Keys drawn ahead of need, so that a handshake does not wait for the KME."""
+
+import logging
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from hybridkex.errors import ConfigError, KeySourceError, KeySourceExhausted
+from hybridkex.qkd.source import KeyName, KeySource, QkdKey, SourceStatus
+
+__all__ = ["PrefetchConfig", "PrefetchSource"]
+
+LOG: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefetchConfig:
+    """How many keys are held ready, and how long."""
+
+    low: int = 2
+    """Watermark below which the stock is filled up."""
+    high: int = 8
+    """Watermark up to which it is filled: the cap, and the most keys that a crash burns."""
+    ttl: float = 300.0
+    """Seconds after which an unused key is thrown away."""
+    retry_after: float = 1.0
+    """Seconds to wait after the source failed; doubled each time, up to 32 times as long."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= self.high:
+            raise ConfigError("the watermarks must satisfy 0 < low <= high")
+        if self.ttl <= 0 or self.retry_after <= 0:
+            raise ConfigError("ttl and retry_after must be positive")
+
+
+class PrefetchSource:
+    """A key source with a stock in memory.
+
+    Start :meth:`fill` in a nursery: ``nursery.start_soon(source.fill)``. Keys that are in stock
+    when the program ends are burnt.
+
+    The master's side draws ahead. The slave's side can look keys up ahead once it has been told
+    their names (:meth:`upcoming` at the master, :meth:`expect` at the slave); telling is up to the
+    caller, for example over a session that is already there.
+    """
+
+    def __init__(self, source: KeySource, config: PrefetchConfig | None = None) -> None:
+        self.local_sae: Final = source.local_sae
+        self.peer_sae: Final = source.peer_sae
+        self._source = source
+        self._config = config or PrefetchConfig()
+        self._ready: deque[tuple[float, QkdKey]] = deque()
+        self._expected: OrderedDict[KeyName, tuple[float, QkdKey]] = OrderedDict()
+        self._low = trio.Event()
+        self._low.set()
+
+    async def draw(self) -> QkdKey:
+        """A key of the stock, or of the source itself when the stock is empty."""
+        self._drop_old()
+        if self._ready:
+            _, key = self._ready.popleft()
+            self._wake()
+            await trio.lowlevel.checkpoint()
+            return key
+        self._wake()
+        return await self._source.draw()
+
+    async def get(self, name: KeyName) -> QkdKey:
+        self._drop_old()
+        held = self._expected.pop(name, None)
+        if held is not None:
+            await trio.lowlevel.checkpoint()
+            return held[1]
+        return await self._source.get(name)
+
+    def knows(self, name: KeyName) -> bool:
+        return self._source.knows(name)
+
+    async def status(self) -> SourceStatus:
+        """The source's stock and ours."""
+        self._drop_old()
+        inner = await self._source.status()
+        return SourceStatus(
+            stored=inner.stored + len(self._ready),
+            capacity=inner.capacity + self._config.high,
+            key_bits=inner.key_bits,
+        )
+
+    def upcoming(self) -> tuple[KeyName, ...]:
+        """The names of the keys that :meth:`draw` will give next, in order."""
+        self._drop_old()
+        return tuple(key.name for _, key in self._ready)
+
+    async def expect(self, name: KeyName) -> None:
+        """Look a key up ahead of the :meth:`get` that will ask for it.
+
+        Raises what ``get`` raises, and ``KeySourceExhausted`` when ``high`` keys are held already.
+        """
+        self._drop_old()
+        if name in self._expected:
+            return
+        if len(self._expected) >= self._config.high:
+            raise KeySourceExhausted(f"{self._config.high} keys are held ahead already")
+        key = await self._source.get(name)
+        self._expected[name] = (trio.current_time() + self._config.ttl, key)
+
+    async def fill(self) -> None:
+        """Keep the stock between the watermarks, until it is cancelled."""
+        wait = self._config.retry_after
+        while True:
+            await self._low.wait()
+            self._low = trio.Event()
+            self._drop_old()
+            try:
+                while len(self._ready) < self._config.high:
+                    key = await self._source.draw()
+                    self._ready.append((trio.current_time() + self._config.ttl, key))
+                    wait = self._config.retry_after
+            except KeySourceError as error:
+                LOG.warning("prefetching: %s; next try in %.1f s", error, wait)
+                await trio.sleep(wait)
+                wait = min(wait * 2, self._config.retry_after * 32)
+                self._low.set()
+
+    def _wake(self) -> None:
+        if len(self._ready) < self._config.low:
+            self._low.set()
+
+    def _drop_old(self) -> None:
+        now = trio.current_time()
+        while self._ready and self._ready[0][0] <= now:
+            self._ready.popleft()
+        while self._expected and next(iter(self._expected.values()))[0] <= now:
+            self._expected.popitem(last=False)
+        self._wake()

@@ -1,0 +1,181 @@
+"""Several key sources as one: in order of preference, or all of them at once."""
+
+import logging
+from collections.abc import Sequence
+from typing import Final
+
+import trio
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from hybridkex.constants import Label
+from hybridkex.errors import (
+    ConfigError,
+    KeySourceError,
+    KeySourceExhausted,
+    KeySourceUnavailable,
+    KeyUnauthorized,
+    KeyUnknown,
+)
+from hybridkex.qkd.source import KeyName, KeySource, QkdKey, SourceStatus
+from hybridkex.secret import Secret
+
+__all__ = ["CombinedSource", "FailoverSource", "combine_keys"]
+
+LOG: Final = logging.getLogger(__name__)
+
+COMBINED_BYTES: Final = 32
+
+
+def _same_saes(sources: Sequence[KeySource]) -> tuple[str, str]:
+    if len(sources) < 2:
+        raise ConfigError("several key sources means two or more")
+    saes = {(source.local_sae, source.peer_sae) for source in sources}
+    if len(saes) != 1:
+        raise ConfigError("the key sources are for different pairs of SAEs")
+    return saes.pop()
+
+
+class FailoverSource:
+    """The first of several sources that gives a key.
+
+    A source that was unavailable is passed over for ``retry_after`` seconds, unless all are. A
+    look-up goes to the one source whose KMEs the name gives: the other side has chosen.
+    """
+
+    def __init__(
+        self, sources: Sequence[KeySource], *, retry_after: float = 10.0, timeout: float = 5.0
+    ) -> None:
+        """``timeout`` bounds one source's draw, in seconds, before the next one's turn."""
+        self.local_sae, self.peer_sae = _same_saes(sources)
+        if retry_after < 0 or timeout <= 0:
+            raise ConfigError("retry_after and timeout must be positive")
+        self._sources = tuple(sources)
+        self._retry_after = retry_after
+        self._timeout = timeout
+        self._down_until = [0.0] * len(sources)
+
+    async def draw(self) -> QkdKey:
+        """The first key that a source gives. Raises the last source's error if none does."""
+        now = trio.current_time()
+        order = sorted(range(len(self._sources)), key=lambda i: (self._down_until[i] > now, i))
+        error: KeySourceError | None = None
+        for index in order:
+            try:
+                with trio.move_on_after(self._timeout):
+                    key = await self._sources[index].draw()
+                    self._down_until[index] = 0.0
+                    return key
+                raise KeySourceUnavailable("the key source was too slow")  # noqa: TRY301
+            except KeySourceExhausted as empty:
+                # Empty is not broken: it may have a key again at the next call.
+                error = empty
+            except (KeySourceUnavailable, KeyUnauthorized) as broken:
+                self._down_until[index] = trio.current_time() + self._retry_after
+                error = broken
+            LOG.warning("key source %d of %d: %s", index + 1, len(self._sources), error)
+        assert error is not None  # there are two sources or more
+        raise error
+
+    async def get(self, name: KeyName) -> QkdKey:
+        for source in self._sources:
+            if source.knows(name):
+                return await source.get(name)
+        raise KeyUnknown("no key source has these KMEs")
+
+    def knows(self, name: KeyName) -> bool:
+        return any(source.knows(name) for source in self._sources)
+
+    async def status(self) -> SourceStatus:
+        """The sum over the sources that answer."""
+        found: list[SourceStatus] = []
+        error: KeySourceError | None = None
+        for source in self._sources:
+            try:
+                found.append(await source.status())
+            except KeySourceError as failure:
+                error = failure
+        if error is not None and not found:
+            raise error
+        return SourceStatus(
+            stored=sum(status.stored for status in found),
+            capacity=sum(status.capacity for status in found),
+            key_bits=min(status.key_bits for status in found),
+        )
+
+
+class CombinedSource:
+    """One key out of a key of every source: secret as long as one of the links is.
+
+    Each source must give keys with names of one part, and no two may share a link.
+    """
+
+    def __init__(self, sources: Sequence[KeySource]) -> None:
+        self.local_sae, self.peer_sae = _same_saes(sources)
+        self._sources = tuple(sources)
+
+    async def draw(self) -> QkdKey:
+        """A key of each source, combined. If one fails, the keys drawn of the others are burnt."""
+        return self._combined([await source.draw() for source in self._sources])
+
+    async def get(self, name: KeyName) -> QkdKey:
+        if not self.knows(name):
+            raise KeyUnknown("the name is not of one key of each source, in their order")
+        pairs = zip(self._sources, name, strict=True)
+        return self._combined([await source.get((part,)) for source, part in pairs])
+
+    def knows(self, name: KeyName) -> bool:
+        return len(name) == len(self._sources) and all(
+            source.knows((part,)) for source, part in zip(self._sources, name, strict=True)
+        )
+
+    async def status(self) -> SourceStatus:
+        """The scarcest source decides."""
+        found = [await source.status() for source in self._sources]
+        return SourceStatus(
+            stored=min(status.stored for status in found),
+            capacity=min(status.capacity for status in found),
+            key_bits=COMBINED_BYTES * 8,
+        )
+
+    @staticmethod
+    def _combined(parts: list[QkdKey]) -> QkdKey:
+        if any(len(part.name) != 1 for part in parts):
+            raise KeySourceUnavailable("only keys of one part are combined")
+        kmes = [set(part.kmes[0]) for part in parts]
+        if len({frozenset(pair) for pair in kmes}) != len(kmes):
+            raise KeySourceUnavailable("two of the combined keys are of one link")
+        return combine_keys(parts)
+
+
+def combine_keys(parts: Sequence[QkdKey]) -> QkdKey:
+    """Combine keys of different links into one of 32 bytes.
+
+    Two-step key derivation of NIST SP 800-56C Rev. 2 section 5 with HKDF-SHA-256 (RFC 5869)::
+
+        Z         = len(key 1) || key 1 || len(key 2) || key 2 ...
+        FixedInfo = "hybridkex combined QKD keys v1" || len(master) || master || len(slave) || slave
+                    || for each part: len(KME) || master's KME || len(KME) || slave's KME || key ID
+        key       = HKDF-Expand(HKDF-Extract(salt = zeros, Z), FixedInfo, 32)
+
+    Lengths are two bytes, big-endian; a key ID is the 16 bytes of the UUID. So both SAEs, the
+    roles, all KMEs, all key IDs and their order are bound, and no two inputs give one string.
+    """
+    master, slave = parts[0].master_sae, parts[0].slave_sae
+    fixed_info = Label.COMBINED_QKD_KEYS + _prefixed(master.encode()) + _prefixed(slave.encode())
+    for part in parts:
+        for ref in part.name:
+            fixed_info += _prefixed(ref.master_kme.encode()) + _prefixed(ref.slave_kme.encode())
+            fixed_info += ref.key_id.bytes
+    shared = b"".join(_prefixed(part.key.reveal()) for part in parts)
+    derive = HKDF(algorithm=hashes.SHA256(), length=COMBINED_BYTES, salt=None, info=fixed_info)
+    return QkdKey(
+        name=tuple(ref for part in parts for ref in part.name),
+        master_sae=master,
+        slave_sae=slave,
+        key=Secret(derive.derive(shared)),
+    )
+
+
+def _prefixed(value: bytes) -> bytes:
+    return len(value).to_bytes(2, "big") + value

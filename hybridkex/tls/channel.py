@@ -1,0 +1,353 @@
+"""Between the bytes and the handshake: records, keys, and the messages inside.
+
+The states of the handshake read and write messages through a :class:`Channel` and change its keys;
+they never see a record. The rules of RFC 8446 section 5 are all here: what may be fragmented, what
+may be empty, what may stand between two pieces of a message, and how much of anything is held.
+"""
+
+from collections import deque
+from typing import Final, TypeAlias
+
+from hybridkex.constants import MAX_PLAINTEXT, Alert, ContentType, HandshakeType
+from hybridkex.crypto.schedule import TrafficSecret
+from hybridkex.errors import (
+    BadRecordMac,
+    DecodeError,
+    IllegalParameter,
+    PeerError,
+    UnexpectedMessage,
+)
+from hybridkex.secret import Secret
+from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.events import Event
+from hybridkex.tls.protection import ReadProtection, WriteProtection, plaintext_records
+from hybridkex.wire.messages import HEADER_LENGTH, Message, encode
+from hybridkex.wire.records import Record, RecordBuffer
+
+__all__ = ["AlertItem", "Channel", "DataItem", "Item"]
+
+_HANDSHAKE: Final = int(ContentType.HANDSHAKE)
+_APPLICATION: Final = int(ContentType.APPLICATION_DATA)
+_ALERT: Final = int(ContentType.ALERT)
+
+# Records that carry nothing cost us work and the peer next to none.
+_MAX_EMPTY_RECORDS: Final = 32
+
+# Early data that we skip: a client may send as much as its ticket allowed it (section 4.2.10), and
+# ours allow none, so this is another server's ticket; BoringSSL's figure.
+_MAX_SKIPPED_EARLY_DATA: Final = 16384
+
+_LONGEST: Final = {
+    HandshakeType.CLIENT_HELLO: 1 << 17,  # two or three shares of up to 64 KiB
+    HandshakeType.SERVER_HELLO: (1 << 16) + 512,
+    HandshakeType.NEW_SESSION_TICKET: (1 << 16) + 1024,
+    HandshakeType.CERTIFICATE_VERIFY: (1 << 16) + 16,
+    HandshakeType.FINISHED: 64,
+    HandshakeType.KEY_UPDATE: 1,
+}
+_LONGEST_OTHER: Final = 1 << 16
+
+
+class DataItem:
+    """Application data, decrypted."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: memoryview) -> None:
+        self.data = data
+
+
+class AlertItem:
+    """An alert from the peer."""
+
+    __slots__ = ("description", "level")
+
+    def __init__(self, level: int, description: int) -> None:
+        self.level = level
+        self.description = description
+
+
+Item: TypeAlias = bytes | DataItem | AlertItem
+"""What arrives: a whole handshake message with its header, application data, or an alert."""
+
+
+class Channel:
+    """One connection's records, both ways."""
+
+    def __init__(self, config: ClientConfig | ServerConfig, client_random: bytes = b"") -> None:
+        self.incoming = RecordBuffer()
+        self.events: deque[Event] = deque()
+        self.read: ReadProtection | None = None
+        self.write: WriteProtection | None = None
+        self.client_random = client_random
+        self.record_limit = MAX_PLAINTEXT
+        """Bytes of content that the peer takes in a record."""
+        self.data_allowed = False
+        """Whether application data may arrive: once the handshake is complete."""
+        self.change_cipher_spec_allowed = False
+        """Whether the compatibility record may arrive (appendix D.4)."""
+        self._inner_limit = config.inner_limit
+        self._padding = config.padding
+        self._key_log = config.key_log
+        self._longest = {**_LONGEST, HandshakeType.CERTIFICATE: config.max_certificate_message}
+        self._outgoing: list[bytes | bytearray] = []
+        self._flight = bytearray()
+        self._message = bytearray()
+        self._stashed: tuple[int, bytes] | None = None
+        self._deferred: PeerError | None = None
+        self._empty_records = 0
+        self._early_data_budget = 0
+        self._skip_unprotected = False
+
+    # --- what states call ---------------------------------------------------------------------
+
+    def send(self, message: Message) -> bytes:
+        """Queue a handshake message; returns it as it goes into the transcript."""
+        raw = encode(message)
+        self.send_raw(raw)
+        return raw
+
+    def send_raw(self, raw: bytes) -> None:
+        """Queue a handshake message that is encoded already."""
+        self._flight += raw
+
+    def flush(self) -> None:
+        """End the flight: its messages share records (section 5.1)."""
+        if self._flight:
+            self._emit(ContentType.HANDSHAKE, bytes(self._flight))
+            self._flight.clear()
+
+    def send_change_cipher_spec(self) -> None:
+        """The record that makes TLS 1.3 look like TLS 1.2 (appendix D.4)."""
+        self.flush()
+        self._outgoing.append(plaintext_records(ContentType.CHANGE_CIPHER_SPEC, b"\x01"))
+
+    def send_alert(self, alert: Alert) -> None:
+        """Queue an alert; every one but these two is fatal (section 6)."""
+        self._flight.clear() if self.write is None else self.flush()
+        warning = alert in (Alert.CLOSE_NOTIFY, Alert.USER_CANCELED)
+        self._emit(ContentType.ALERT, bytes((1 if warning else 2, alert)))
+
+    def send_data(self, data: memoryview) -> None:
+        """Queue application data."""
+        assert self.write is not None
+        self.flush()
+        self._outgoing.append(self.write.seal(_APPLICATION, data, self.record_limit))
+
+    def write_with(self, traffic: TrafficSecret) -> None:
+        """Change the key of our direction."""
+        self.flush()
+        self.write = WriteProtection(traffic, self._padding)
+
+    def read_with(self, traffic: TrafficSecret) -> None:
+        """Change the key of the peer's direction."""
+        self.check_message_boundary()
+        self.read = ReadProtection(traffic, self._inner_limit)
+
+    def update_write(self) -> None:
+        """Our next key (section 7.2)."""
+        assert self.write is not None
+        self.flush()
+        self.write = self.write.updated()
+
+    def update_read(self) -> None:
+        """The peer's next key."""
+        assert self.read is not None
+        self.check_message_boundary()
+        self.read = self.read.updated()
+
+    def check_message_boundary(self) -> None:
+        """Messages must not straddle a change of keys (section 5.1)."""
+        if self._message:
+            raise UnexpectedMessage("handshake bytes after the last message before a key change")
+
+    def skip_early_data(self, *, after_retry: bool) -> None:
+        """Ignore the early data of a client whose offer we do not take (section 4.2.10).
+
+        After HelloRetryRequest it comes as records of another type than the second ClientHello;
+        otherwise as records that do not decrypt.
+        """
+        self._early_data_budget = _MAX_SKIPPED_EARLY_DATA
+        self._skip_unprotected = after_retry
+
+    def stop_skipping_early_data(self) -> None:
+        """The second ClientHello is here."""
+        self._early_data_budget = 0
+        self._skip_unprotected = False
+
+    def emit(self, event: Event) -> None:
+        """Tell the caller."""
+        self.events.append(event)
+
+    def log_secret(self, label: str, secret: Secret) -> None:
+        """A line for the key log, where the caller gave one."""
+        if self._key_log is not None:
+            self._key_log(f"{label} {self.client_random.hex()} {secret.reveal().hex()}")
+
+    # --- out ----------------------------------------------------------------------------------
+
+    @property
+    def has_output(self) -> bool:
+        """Whether anything waits to be sent."""
+        return bool(self._outgoing or self._flight)
+
+    def take_output(self) -> bytes | bytearray:
+        """All that waits to be sent."""
+        self.flush()
+        outgoing = self._outgoing
+        if len(outgoing) == 1:
+            return outgoing.pop()
+        data = b"".join(outgoing)
+        outgoing.clear()
+        return data
+
+    def _emit(self, type_: ContentType, content: bytes) -> None:
+        if self.write is None:
+            self._outgoing.append(plaintext_records(type_, content))
+        else:
+            self._outgoing.append(self.write.seal(type_, memoryview(content), self.record_limit))
+
+    # --- in -----------------------------------------------------------------------------------
+
+    def next_item(self) -> Item | None:
+        """The next thing that has arrived whole, or ``None``."""
+        while True:
+            message = self._take_message()
+            if message is not None:
+                return message
+            if self._deferred is not None:
+                raise self._deferred
+            if self._stashed is not None:
+                type_, content = self._stashed
+                self._stashed = None
+            else:
+                record = self.incoming.take()
+                if record is None:
+                    return None
+                if record.type == ContentType.CHANGE_CIPHER_SPEC:
+                    self._check_change_cipher_spec(record)
+                    continue
+                if self.read is not None:
+                    opened = self._open(self.read, record)
+                    if isinstance(opened, DataItem):
+                        return opened
+                    continue
+                if self._skip_unprotected and record.type == _APPLICATION:
+                    self._spend_early_data(len(record.fragment))
+                    continue
+                type_, content = record.type, bytes(record.fragment)
+            item = self._content(type_, content)
+            if item is not None:
+                return item
+
+    def _content(self, type_: int, content: bytes) -> Item | None:
+        """What a record without application data carries."""
+        if type_ == _HANDSHAKE:
+            if not content:
+                raise UnexpectedMessage("an empty handshake record")  # section 5.1
+            self._message += content
+            return None
+        if self._message:
+            raise UnexpectedMessage("another record between the pieces of a handshake message")
+        if type_ == _ALERT:
+            if len(content) != 2:
+                raise DecodeError(f"an alert of {len(content)} bytes")
+            return AlertItem(content[0], content[1])
+        raise UnexpectedMessage(f"a record of type {type_} out of place")
+
+    def _open(self, read: ReadProtection, first: Record) -> DataItem | None:
+        """Decrypt a record and all the application data that follows it, into one buffer.
+
+        What comes behind the data, an error included, is set aside until the data is taken: the
+        caller sees the same in whatever pieces the bytes arrived.
+        """
+        record: Record | None = first
+        out = bytearray(len(first.fragment) + self.incoming.pending)
+        view = memoryview(out)
+        filled = 0
+        try:
+            while record is not None:
+                if record.type != _APPLICATION:
+                    self._stashed = self._unprotected(read, record)
+                    break
+                try:
+                    end = filled + read.open(record, view[filled:])
+                except BadRecordMac:
+                    if self._early_data_budget and not read.opened:
+                        self._spend_early_data(len(record.fragment))
+                        record = self.incoming.take()
+                        continue
+                    raise
+                self._early_data_budget = 0
+                if not out[end - 1]:
+                    end = filled + len(bytes(view[filled:end]).rstrip(b"\0"))
+                    if end == filled:
+                        raise UnexpectedMessage("a record of nothing but zeros")  # section 5.4
+                end -= 1
+                type_ = out[end]
+                if type_ != _APPLICATION:
+                    self._stashed = (type_, bytes(view[filled:end]))
+                    break
+                self._check_data(end - filled)
+                filled = end
+                record = self.incoming.take()
+        except PeerError as error:
+            if not filled:
+                raise
+            self._deferred = error
+        return DataItem(view[:filled]) if filled else None
+
+    def _check_data(self, length: int) -> None:
+        if not self.data_allowed:
+            raise UnexpectedMessage("application data before the handshake is complete")
+        if self._message:
+            raise UnexpectedMessage("application data between the pieces of a handshake message")
+        self._empty_records = 0 if length else self._empty_records + 1
+        if self._empty_records > _MAX_EMPTY_RECORDS:
+            raise UnexpectedMessage("too many empty records")
+
+    def _unprotected(self, read: ReadProtection, record: Record) -> tuple[int, bytes]:
+        """A record in the clear where a protected one is due.
+
+        A peer that could not follow our ServerHello has no keys to tell us so with: its alert is
+        believed as long as nothing has been decrypted. Whoever forges one could as well have cut
+        the connection.
+        """
+        if record.type == _ALERT and not read.opened and not self.data_allowed:
+            return record.type, bytes(record.fragment)
+        if record.type == ContentType.CHANGE_CIPHER_SPEC:
+            # Behind application data, and so never allowed.
+            raise UnexpectedMessage("change_cipher_spec after the handshake")
+        raise UnexpectedMessage("an unprotected record where a protected one is due")
+
+    def _check_change_cipher_spec(self, record: Record) -> None:
+        if not self.change_cipher_spec_allowed or bytes(record.fragment) != b"\x01":
+            raise UnexpectedMessage("change_cipher_spec out of place")
+        if self._message:
+            raise UnexpectedMessage("change_cipher_spec between the pieces of a message")
+        self._empty_records += 1
+        if self._empty_records > _MAX_EMPTY_RECORDS:
+            raise UnexpectedMessage("too many change_cipher_spec records")
+
+    def _spend_early_data(self, length: int) -> None:
+        if length > self._early_data_budget:
+            raise UnexpectedMessage("more early data than anybody allowed")
+        self._early_data_budget -= length
+
+    def _take_message(self) -> bytes | None:
+        """The next whole handshake message; its length is checked before the rest is held."""
+        message = self._message
+        if len(message) < HEADER_LENGTH:
+            return None
+        length = int.from_bytes(message[1:HEADER_LENGTH], "big")
+        limit = self._longest.get(message[0], _LONGEST_OTHER)  # type: ignore[call-overload]
+        if length > limit:
+            raise IllegalParameter(
+                f"a handshake message of type {message[0]} with {length} bytes; {limit} may be"
+            )
+        end = HEADER_LENGTH + length
+        if len(message) < end:
+            return None
+        raw = bytes(message[:end])
+        del message[:end]
+        return raw

@@ -1,0 +1,642 @@
+"""The client's handshake (RFC 8446 appendix A.1), one class per state, in their order.
+
+A state is frozen and owns what is valid in it; ``handle`` checks one message and returns the next
+state. :func:`start` sends the ClientHello and returns the first.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+
+from hybridkex.auth import DnsName, IpAddress, ServerVerifier, VerifiedPeer
+from hybridkex.constants import (
+    LEGACY_VERSION,
+    TLS13,
+    CipherSuiteCode,
+    HandshakeType,
+    Label,
+    PskKeyExchangeMode,
+)
+from hybridkex.crypto.kex import Group, Started
+from hybridkex.crypto.schedule import EarlySecret, HandshakeSecret, TrafficSecret
+from hybridkex.crypto.signatures import CERTIFICATE_ONLY_SCHEMES, choose_scheme
+from hybridkex.crypto.suites import CipherSuite
+from hybridkex.errors import (
+    CertificateRejected,
+    DecodeError,
+    IllegalParameter,
+    MissingExtension,
+    PolicyRefused,
+    ProtocolVersionError,
+    UnexpectedMessage,
+    UnsupportedExtension,
+)
+from hybridkex.tls.channel import Channel
+from hybridkex.tls.config import Authentication, ClientConfig, Requirement
+from hybridkex.tls.events import HandshakeCompleted
+from hybridkex.tls.negotiation import (
+    PeerProof,
+    Psk,
+    authenticated_by,
+    certificate_message,
+    check_finished,
+    describe,
+    external_psks,
+    sign_transcript,
+    verify_signature,
+)
+from hybridkex.tls.session import AuthenticatedBy, Session, SessionTicket
+from hybridkex.tls.traffic import ClientTraffic, Connected, store_key
+from hybridkex.tls.transcript import Transcript
+from hybridkex.wire.extensions import (
+    AlpnChoice,
+    AlpnOffer,
+    Cookie,
+    Extension,
+    Extensions,
+    KeyShareChoice,
+    KeyShareEntry,
+    KeyShareOffer,
+    KeyShareRetry,
+    OfferedPskIdentity,
+    PreSharedKeyChoice,
+    PreSharedKeyOffer,
+    PskKeyExchangeModes,
+    RecordSizeLimit,
+    ServerName,
+    SignatureAlgorithms,
+    SignatureAlgorithmsCert,
+    SupportedGroups,
+    SupportedVersionsChoice,
+    SupportedVersionsOffer,
+    TlsCertWithExternPsk,
+)
+from hybridkex.wire.messages import (
+    Certificate,
+    CertificateRequest,
+    CertificateVerify,
+    ClientHello,
+    EncryptedExtensions,
+    Finished,
+    HelloRetryRequest,
+    Message,
+    ServerHello,
+    encode,
+)
+
+__all__ = ["ClientState", "start"]
+
+PeerName = DnsName | IpAddress
+
+
+class ClientState:
+    """What the engine asks of a state."""
+
+    accepts: frozenset[int]
+
+    def handle(
+        self, message: Message, raw: bytes, channel: Channel
+    ) -> "ClientState | ClientTraffic":
+        """Check one message; the type is one of ``accepts``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What the ClientHello says, the same in both where there are two."""
+
+    config: ClientConfig
+    name: PeerName | None
+    random: bytes
+    session_id: bytes
+    psks: tuple[Psk, ...]
+    ticket: SessionTicket | None
+    started: dict[int, Started]
+    """The key exchanges that were offered with a share, by the group's code."""
+
+    @property
+    def store_key(self) -> str:
+        return store_key(str(self.name) if self.name is not None else None)
+
+    def hello(self, cookie: bytes | None, prefix: Transcript | None) -> bytes:
+        """The ClientHello, encoded; ``prefix`` is the transcript before it, after a retry."""
+        config = self.config
+        extensions: list[Extension] = []
+        if isinstance(self.name, DnsName):
+            extensions.append(ServerName(self.name.a_label))
+        extensions.append(SupportedGroups(tuple(group.code for group in config.group_list)))
+        if config.authentication is not Authentication.PSK:
+            schemes = tuple(scheme.code for scheme in config.signature_schemes)
+            extensions.append(SignatureAlgorithms(schemes))
+            extensions.append(SignatureAlgorithmsCert(schemes + CERTIFICATE_ONLY_SCHEMES))
+        if config.alpn:
+            extensions.append(AlpnOffer(tuple(name.encode("utf-8") for name in config.alpn)))
+        extensions.append(SupportedVersionsOffer((TLS13,)))
+        if self.psks or config.session_store is not None:
+            extensions.append(PskKeyExchangeModes((PskKeyExchangeMode.PSK_DHE_KE,)))
+        entries = tuple(KeyShareEntry(code, one.share) for code, one in self.started.items())
+        extensions.append(KeyShareOffer(entries))
+        if cookie is not None:
+            extensions.append(Cookie(cookie))
+        if config.record_size_limit is not None:
+            extensions.append(RecordSizeLimit(config.inner_limit))
+        if self.wants_certificate_with_psk:
+            extensions.append(TlsCertWithExternPsk())
+        if self.psks:
+            extensions.append(self._psk_offer())
+        message = ClientHello(
+            random=self.random,
+            session_id=self.session_id,
+            cipher_suites=tuple(suite.code for suite in config.suites),
+            extensions=Extensions(extensions),
+        )
+        raw = encode(message)
+        return self._with_binders(raw, prefix) if self.psks else raw
+
+    @property
+    def wants_certificate_with_psk(self) -> bool:
+        """RFC 9973 section 4: every PSK offered must be an external one."""
+        return (
+            bool(self.psks)
+            and self.ticket is None
+            and self.config.authentication is Authentication.BOTH
+        )
+
+    def _psk_offer(self) -> PreSharedKeyOffer:
+        now = time.time()
+        identities = tuple(
+            OfferedPskIdentity(
+                psk.identity,
+                self.ticket.obfuscated_age(now) if psk.resumption and self.ticket else 0,
+            )
+            for psk in self.psks
+        )
+        return PreSharedKeyOffer(identities, tuple(bytes(psk.hash.size) for psk in self.psks))
+
+    def _with_binders(self, raw: bytes, prefix: Transcript | None) -> bytes:
+        """Fill in the binders: they cover everything before their own list (section 4.2.11.2)."""
+        length = 2 + sum(1 + psk.hash.size for psk in self.psks)
+        truncated = raw[:-length]
+        binders = b""
+        for psk in self.psks:
+            if prefix is not None and prefix.function == psk.hash:
+                digest = prefix.digest_with(truncated)
+            else:
+                digest = psk.hash.digest(truncated)
+            binder = EarlySecret.start(psk.hash, psk.key).binder(psk.binder_label, digest)
+            binders += bytes((len(binder),)) + binder
+        return truncated + len(binders).to_bytes(2, "big") + binders
+
+
+def start(config: ClientConfig, name: PeerName | None, channel: Channel) -> ClientState:
+    """Send the first ClientHello."""
+    ticket = _take_ticket(config, name)
+    psks: list[Psk] = []
+    if ticket is not None:
+        psks.append(
+            Psk(
+                ticket.ticket,
+                ticket.psk,
+                ticket.suite.hash,
+                Label.RESUMPTION_BINDER,
+                ticket.psk_identity,
+                resumption=True,
+            )
+        )
+    # RFC 9973 section 4 forbids a ticket beside an external PSK with certificates.
+    if config.policy.psk is not Requirement.OFF and (
+        ticket is None or config.authentication is Authentication.PSK
+    ):
+        for external in config.psks:
+            psks.extend(external_psks(external, config.suites))
+    offer = _Offer(
+        config=config,
+        name=name,
+        random=os.urandom(32),
+        session_id=os.urandom(32) if config.compatibility_mode else b"",
+        psks=tuple(psks),
+        ticket=ticket,
+        started={
+            group.code: group.exchange.start() for group in config.group_list[: config.key_shares]
+        },
+    )
+    channel.client_random = offer.random
+    hello = offer.hello(None, None)
+    channel.send_raw(hello)
+    channel.change_cipher_spec_allowed = True
+    return WaitServerHello(offer, hello)
+
+
+def _take_ticket(config: ClientConfig, name: PeerName | None) -> SessionTicket | None:
+    """A ticket whose session would satisfy today's configuration."""
+    if config.session_store is None:
+        return None
+    ticket = config.session_store.take(store_key(str(name) if name is not None else None))
+    if ticket is None or all(suite.hash != ticket.suite.hash for suite in config.suites):
+        return None
+    wanted, had = config.authentication, ticket.authenticated_by
+    if wanted is not Authentication.CERTIFICATE and had.value != wanted.value:
+        return None
+    if config.psks and config.policy.psk is Requirement.REQUIRE and ticket.psk_identity is None:
+        return None
+    if wanted is not Authentication.PSK:
+        assert config.verifier is not None
+        try:
+            config.verifier.verify_server(ticket.chain, name)
+        except CertificateRejected:
+            return None
+    return ticket
+
+
+@dataclass(frozen=True)
+class WaitServerHello(ClientState):
+    """After the first ClientHello."""
+
+    offer: _Offer
+    hello: bytes
+    accepts = frozenset((HandshakeType.SERVER_HELLO,))
+
+    def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientState:
+        if isinstance(message, HelloRetryRequest):
+            return self._retry(message, raw, channel)
+        assert isinstance(message, ServerHello)
+        suite = _check_hello(self.offer, message)
+        if self.offer.config.compatibility_mode:
+            channel.send_change_cipher_spec()
+        transcript = Transcript(suite.hash, self.hello)
+        return _accept(self.offer, self.offer.psks, suite, message, raw, transcript, channel)
+
+    def _retry(self, message: HelloRetryRequest, raw: bytes, channel: Channel) -> ClientState:
+        """Section 4.1.4: another ClientHello, changed only where the server asked."""
+        offer = self.offer
+        suite = _check_hello(offer, message)
+        cookie = message.extensions.get(Cookie)
+        wanted = message.extensions.get(KeyShareRetry)
+        if cookie is None and wanted is None:
+            raise IllegalParameter("HelloRetryRequest asks for no change")
+        started = offer.started
+        if wanted is not None:
+            if wanted.group in started:
+                raise IllegalParameter("HelloRetryRequest asks for a share that it has")
+            group = _find_group(offer.config, wanted.group)
+            started = {group.code: group.exchange.start()}
+        channel.check_message_boundary()
+        psks = tuple(psk for psk in offer.psks if psk.hash == suite.hash)
+        again = _Offer(
+            config=offer.config,
+            name=offer.name,
+            random=offer.random,
+            session_id=offer.session_id,
+            psks=psks,
+            ticket=offer.ticket if any(psk.resumption for psk in psks) else None,
+            started=started,
+        )
+        transcript = Transcript.after_retry(suite.hash, suite.hash.digest(self.hello), raw)
+        if offer.config.compatibility_mode:
+            channel.send_change_cipher_spec()
+        hello = again.hello(cookie.cookie if cookie is not None else None, transcript)
+        channel.send_raw(hello)
+        transcript.add(hello)
+        return WaitSecondServerHello(again, suite, transcript)
+
+
+@dataclass(frozen=True)
+class WaitSecondServerHello(ClientState):
+    """After the second ClientHello."""
+
+    offer: _Offer
+    suite: CipherSuite
+    transcript: Transcript
+    accepts = frozenset((HandshakeType.SERVER_HELLO,))
+
+    def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientState:
+        if isinstance(message, HelloRetryRequest):
+            raise UnexpectedMessage("a second HelloRetryRequest")
+        assert isinstance(message, ServerHello)
+        if _check_hello(self.offer, message) is not self.suite:
+            raise IllegalParameter("the cipher suite changed after HelloRetryRequest")
+        offer = self.offer
+        return _accept(offer, offer.psks, self.suite, message, raw, self.transcript, channel)
+
+
+def _find_group(config: ClientConfig, code: int) -> Group:
+    for group in config.group_list:
+        if group.code == code:
+            return group
+    raise IllegalParameter(f"group {code:#06x} was not offered")
+
+
+def _check_hello(offer: _Offer, message: ServerHello | HelloRetryRequest) -> CipherSuite:
+    """What holds for ServerHello and HelloRetryRequest (section 4.1.3); returns the suite."""
+    version = message.extensions.get(SupportedVersionsChoice)
+    if version is None:
+        raise ProtocolVersionError("the server does not speak TLS 1.3")
+    if version.version != TLS13:
+        raise IllegalParameter(f"the server chose version {version.version:#06x}")
+    if message.legacy_version != LEGACY_VERSION:
+        raise IllegalParameter(f"legacy_version {message.legacy_version:#06x}")
+    if message.session_id != offer.session_id:
+        raise IllegalParameter("the server did not echo the session ID")
+    if message.compression_method != 0:
+        raise IllegalParameter("the server chose a compression method")
+    allowed: set[type[Extension]] = {SupportedVersionsChoice, KeyShareChoice}
+    if isinstance(message, HelloRetryRequest):
+        allowed = {SupportedVersionsChoice, KeyShareRetry, Cookie}
+    elif offer.psks:
+        allowed.add(PreSharedKeyChoice)
+        if offer.wants_certificate_with_psk:
+            allowed.add(TlsCertWithExternPsk)
+    _check_offered(message.extensions, allowed)
+    for suite in offer.config.suites:
+        if suite.code == message.cipher_suite:
+            return suite
+    raise IllegalParameter(f"cipher suite {_suite_name(message.cipher_suite)} was not offered")
+
+
+def _suite_name(code: int) -> str:
+    try:
+        return CipherSuiteCode(code).name
+    except ValueError:
+        return f"{code:#06x}"
+
+
+def _check_offered(extensions: Extensions, allowed: set[type[Extension]]) -> None:
+    types = {int(cls.type) for cls in allowed}
+    for type_ in extensions.types:
+        if type_ not in types:
+            raise UnsupportedExtension(f"extension {type_} answers nothing that was offered")
+
+
+def _accept(
+    offer: _Offer,
+    psks: tuple[Psk, ...],
+    suite: CipherSuite,
+    message: ServerHello,
+    raw: bytes,
+    transcript: Transcript,
+    channel: Channel,
+) -> ClientState:
+    """ServerHello: the key exchange is complete, what follows is encrypted."""
+    share = message.extensions.get(KeyShareChoice)
+    if share is None:
+        # Without a key exchange there is no forward secrecy; psk_ke was not offered.
+        raise MissingExtension("ServerHello without a key share")
+    started = offer.started.get(share.entry.group)
+    if started is None:
+        raise IllegalParameter(f"a share of group {share.entry.group:#06x}, which has no partner")
+    psk = _chosen_psk(psks, suite, message)
+    with_certificate = TlsCertWithExternPsk in message.extensions
+    _check_psk_policy(offer, psk, with_certificate)
+
+    channel.check_message_boundary()
+    shared = started.finish(share.entry.share)
+    transcript.add(raw)
+    digest = transcript.digest()
+    early = EarlySecret.start(suite.hash, psk.key if psk is not None else None)
+    secret = early.handshake_secret(shared)
+    server = secret.server_handshake_traffic(suite, digest)
+    client = secret.client_handshake_traffic(suite, digest)
+    channel.log_secret("SERVER_HANDSHAKE_TRAFFIC_SECRET", server.secret)
+    channel.log_secret("CLIENT_HANDSHAKE_TRAFFIC_SECRET", client.secret)
+    channel.read_with(server)
+    channel.write_with(client)
+    keys = _Keys(suite, secret, client, server, transcript)
+    group = _find_group(offer.config, share.entry.group)
+    return WaitEncryptedExtensions(offer, group, psk, with_certificate, keys)
+
+
+def _chosen_psk(psks: tuple[Psk, ...], suite: CipherSuite, message: ServerHello) -> Psk | None:
+    choice = message.extensions.get(PreSharedKeyChoice)
+    if choice is None:
+        if TlsCertWithExternPsk in message.extensions:
+            raise IllegalParameter("tls_cert_with_extern_psk without a PSK")  # RFC 9973 section 4
+        return None
+    if choice.selected >= len(psks):
+        raise IllegalParameter(f"PSK {choice.selected} of {len(psks)} was selected")
+    psk = psks[choice.selected]
+    if psk.hash != suite.hash:
+        raise IllegalParameter("the PSK's hash is not the cipher suite's")
+    return psk
+
+
+def _check_psk_policy(offer: _Offer, psk: Psk | None, with_certificate: bool) -> None:
+    """Whether what the server chose satisfies us; the transcript will say if it really did."""
+    config = offer.config
+    if psk is not None:
+        if not psk.resumption and offer.wants_certificate_with_psk and not with_certificate:
+            raise PolicyRefused("the server took the PSK and leaves out the certificate")
+        return
+    if config.psks and config.policy.psk is Requirement.REQUIRE:
+        raise PolicyRefused("the server did not take the PSK that our policy requires")
+    if config.authentication is Authentication.PSK:
+        raise PolicyRefused("the server did not take a PSK, and nothing else can authenticate it")
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """The keys of the handshake's second half, and the transcript that they hang on."""
+
+    suite: CipherSuite
+    secret: HandshakeSecret
+    client: TrafficSecret
+    server: TrafficSecret
+    transcript: Transcript
+
+
+@dataclass(frozen=True)
+class WaitEncryptedExtensions(ClientState):
+    """After ServerHello."""
+
+    offer: _Offer
+    group: Group
+    psk: Psk | None
+    with_certificate: bool
+    keys: _Keys
+    accepts = frozenset((HandshakeType.ENCRYPTED_EXTENSIONS,))
+
+    def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientState:
+        assert isinstance(message, EncryptedExtensions)
+        config = self.offer.config
+        allowed: set[type[Extension]] = {SupportedGroups}
+        if isinstance(self.offer.name, DnsName):
+            allowed.add(ServerName)
+        if config.alpn:
+            allowed.add(AlpnChoice)
+        if config.record_size_limit is not None:
+            allowed.add(RecordSizeLimit)
+        _check_offered(message.extensions, allowed)
+        choice = message.extensions.get(AlpnChoice)
+        if choice is not None and choice.protocol not in (name.encode() for name in config.alpn):
+            raise IllegalParameter("the server chose an ALPN protocol that was not offered")
+        limit = message.extensions.get(RecordSizeLimit)
+        if limit is not None:
+            if limit.limit > channel.record_limit + 1:
+                raise IllegalParameter(f"a record_size_limit of {limit.limit}")  # RFC 8449
+            channel.record_limit = limit.limit - 1
+        self.keys.transcript.add(raw)
+        settled = _Settled(
+            self.offer, self.group, self.psk, self.keys, choice.protocol if choice else None
+        )
+        if self.psk is not None and not self.with_certificate:
+            peer = None
+            if self.psk.resumption and self.offer.ticket and self.offer.ticket.chain:
+                assert config.verifier is not None
+                peer = config.verifier.verify_server(self.offer.ticket.chain, self.offer.name)
+            return WaitFinished(settled, PeerProof(peer, None, self.psk), None)
+        verifier = config.verifier
+        assert verifier is not None
+        return WaitCertificateOrRequest(settled, verifier)
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """What the server's first messages settled."""
+
+    offer: _Offer
+    group: Group
+    psk: Psk | None
+    keys: _Keys
+    alpn: bytes | None
+
+
+@dataclass(frozen=True)
+class WaitCertificateOrRequest(ClientState):
+    """After EncryptedExtensions, where the server authenticates with a certificate."""
+
+    settled: _Settled
+    verifier: ServerVerifier
+    accepts = frozenset((HandshakeType.CERTIFICATE, HandshakeType.CERTIFICATE_REQUEST))
+
+    def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientState:
+        if isinstance(message, Certificate):
+            return WaitCertificate(self.settled, self.verifier, None).handle(message, raw, channel)
+        assert isinstance(message, CertificateRequest)
+        if message.context:
+            raise IllegalParameter("CertificateRequest with a context during the handshake")
+        schemes = message.extensions.get(SignatureAlgorithms)
+        if schemes is None:
+            raise MissingExtension("CertificateRequest without signature_algorithms")
+        self.settled.keys.transcript.add(raw)
+        return WaitCertificate(self.settled, self.verifier, schemes.codes)
+
+
+@dataclass(frozen=True)
+class WaitCertificate(ClientState):
+    """Before the server's Certificate."""
+
+    settled: _Settled
+    verifier: ServerVerifier
+    requested: tuple[int, ...] | None
+    """The schemes of the server's CertificateRequest, if it sent one."""
+    accepts = frozenset((HandshakeType.CERTIFICATE,))
+
+    def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientState:
+        assert isinstance(message, Certificate)
+        if message.context:
+            raise IllegalParameter("the server's Certificate has a context")
+        if not message.entries:
+            raise DecodeError("the server sent no certificate")  # section 4.4.2.4
+        for _, extensions in message.entries:
+            _check_offered(extensions, set())
+        peer = self.verifier.verify_server(message.chain, self.settled.offer.name)
+        self.settled.keys.transcript.add(raw)
+        return WaitCertificateVerify(self.settled, peer, self.requested)
+
+
+@dataclass(frozen=True)
+class WaitCertificateVerify(ClientState):
+    """The certificate is good; whether the server has its key is to be shown."""
+
+    settled: _Settled
+    peer: VerifiedPeer
+    requested: tuple[int, ...] | None
+    accepts = frozenset((HandshakeType.CERTIFICATE_VERIFY,))
+
+    def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientState:
+        assert isinstance(message, CertificateVerify)
+        transcript = self.settled.keys.transcript
+        scheme = verify_signature(
+            message,
+            self.peer,
+            self.settled.offer.config.signature_schemes,
+            Label.SERVER_CERTIFICATE_VERIFY,
+            transcript,
+        )
+        transcript.add(raw)
+        proof = PeerProof(self.peer, scheme, self.settled.psk)
+        return WaitFinished(self.settled, proof, self.requested)
+
+
+@dataclass(frozen=True)
+class WaitFinished(ClientState):
+    """The server is authenticated; its Finished confirms the whole handshake."""
+
+    settled: _Settled
+    proof: PeerProof
+    requested: tuple[int, ...] | None
+    accepts = frozenset((HandshakeType.FINISHED,))
+
+    def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientTraffic:
+        assert isinstance(message, Finished)
+        settled, keys = self.settled, self.settled.keys
+        suite, transcript = keys.suite, keys.transcript
+        check_finished(message, keys.server, transcript)
+        channel.check_message_boundary()
+        channel.change_cipher_spec_allowed = False
+        transcript.add(raw)
+        digest = transcript.digest()
+        main = keys.secret.main_secret()
+        server = main.server_application_traffic(suite, digest)
+        client = main.client_application_traffic(suite, digest)
+        exporter = main.exporter_secret(digest)
+        channel.log_secret("SERVER_TRAFFIC_SECRET_0", server.secret)
+        channel.log_secret("CLIENT_TRAFFIC_SECRET_0", client.secret)
+        channel.log_secret("EXPORTER_SECRET", exporter.secret)
+
+        if self.requested is not None:
+            self._authenticate(channel, self.requested)
+        finished = Finished(keys.client.finished(transcript.digest()))
+        transcript.add(channel.send(finished))
+        channel.read_with(server)
+        channel.write_with(client)
+        channel.data_allowed = True
+
+        resumption = main.resumption_secret(transcript.digest())
+        connected = Connected(self._session(), suite, exporter, resumption)
+        channel.emit(HandshakeCompleted(connected.session))
+        peer = self.proof.certificate
+        chain = peer.certificate.chain if peer is not None else ()
+        return ClientTraffic(connected, settled.offer.config, chain)
+
+    def _authenticate(self, channel: Channel, requested: tuple[int, ...]) -> None:
+        """Certificate and CertificateVerify; an empty Certificate where we have none that fits."""
+        config, transcript = self.settled.offer.config, self.settled.keys.transcript
+        identity, scheme = config.identity, None
+        if identity is not None:
+            scheme = choose_scheme(identity.private_key, config.signature_schemes, requested)
+        if identity is None or scheme is None:
+            transcript.add(channel.send(certificate_message(None)))
+            return
+        transcript.add(channel.send(certificate_message(identity)))
+        verify = sign_transcript(identity, scheme, Label.CLIENT_CERTIFICATE_VERIFY, transcript)
+        transcript.add(channel.send(verify))
+
+    def _session(self) -> Session:
+        settled, proof = self.settled, self.proof
+        ticket = settled.offer.ticket
+        if proof.psk is not None and proof.psk.resumption and ticket is not None:
+            by: AuthenticatedBy = ticket.authenticated_by
+        else:
+            by = authenticated_by(
+                proof.certificate, proof.psk, has_certificate=proof.scheme is not None
+            )
+        return describe(
+            suite=settled.keys.suite,
+            group=settled.group,
+            psk=proof.psk,
+            authenticated=by,
+            scheme=proof.scheme,
+            alpn=settled.alpn,
+            server_name=str(settled.offer.name) if settled.offer.name is not None else None,
+            peer=proof.certificate,
+        )

@@ -1,0 +1,274 @@
+"""What the caller wants: frozen, by keyword, checked when it is made.
+
+There is no global registry and no process-wide default: groups, suites and schemes are objects in
+order of preference. A configuration is made once and used for many connections.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from hybridkex.auth import ClientVerifier, Identity, ServerVerifier, TrustStore
+from hybridkex.constants import MAX_PLAINTEXT
+from hybridkex.crypto.kex import CLASSICAL_GROUPS, HYBRID_GROUPS, Group, Property
+from hybridkex.crypto.psk import ExternalPsk
+from hybridkex.crypto.signatures import ALL_SCHEMES, SignatureScheme
+from hybridkex.crypto.suites import ALL_SUITES, CipherSuite
+from hybridkex.errors import ConfigError
+from hybridkex.tls.protection import Padding
+from hybridkex.tls.session import SessionStore
+from hybridkex.tls.tickets import CookieProtector, TicketIssuer
+
+__all__ = [
+    "Authentication",
+    "ClientConfig",
+    "KeyLog",
+    "PadToMultiple",
+    "Policy",
+    "Requirement",
+    "ServerConfig",
+]
+
+KeyLog = Callable[[str], None]
+"""Takes one line of the NSS key log format, without its newline."""
+
+MAX_CERTIFICATE_MESSAGE: Final = 1 << 17
+"""Bytes of a Certificate message that we are ready to hold: eight ML-DSA-87 certificates fit."""
+
+
+class Requirement(Enum):
+    """How much a part of the keys matters."""
+
+    REQUIRE = "require"
+    """No connection without it."""
+    PREFER = "prefer"
+    """Used where the peer has it; a connection without it says so."""
+    OFF = "off"
+    """Not offered, not accepted."""
+
+
+class Authentication(Enum):
+    """What must authenticate the peer."""
+
+    CERTIFICATE = "certificate"
+    PSK = "psk"
+    BOTH = "certificate+psk"
+    """A certificate and an external PSK in one handshake (RFC 9973)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What a connection must rest on, else it fails.
+
+    Args:
+        post_quantum: whether the key exchange must have a post-quantum part.
+        psk: whether an external PSK (a QKD key) must be in the key schedule, once one is
+            configured.
+        authentication: ``None`` derives it from what is configured: a certificate where only
+            certificates are, a PSK where only PSKs are, both where both are.
+    """
+
+    post_quantum: Requirement = Requirement.REQUIRE
+    psk: Requirement = Requirement.REQUIRE
+    authentication: Authentication | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PadToMultiple:
+    """Pads every record's content to a multiple of ``size`` bytes (RFC 8446 section 5.4)."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= MAX_PLAINTEXT:
+            raise ConfigError(f"records are padded to a multiple of 1 to 16384, not {self.size}")
+
+    def __call__(self, length: int, limit: int, /) -> int:
+        """The zeros to append; never more than the record's limit leaves."""
+        return min(-length % self.size, limit - length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config:
+    """What both sides configure.
+
+    Args:
+        groups: key exchanges in order of preference; ``None`` takes what the policy allows, hybrids
+            first.
+        suites: cipher suites in order of preference.
+        signature_schemes: for CertificateVerify, in order of preference.
+        alpn: application protocols in order of preference (RFC 7301).
+        psks: external pre-shared keys.
+        policy: what a connection must rest on.
+        record_size_limit: bytes of content that we want in a record (RFC 8449, 64 to 16,384);
+            ``None`` leaves it at 16,384 without saying so.
+        padding: hides the length of what is sent.
+        key_log: gets the session's secrets, for a debugger: whoever has them reads everything.
+        max_certificate_message: bytes of a Certificate message that we hold.
+    """
+
+    groups: tuple[Group, ...] | None = None
+    suites: tuple[CipherSuite, ...] = ALL_SUITES
+    signature_schemes: tuple[SignatureScheme, ...] = ALL_SCHEMES
+    alpn: tuple[str, ...] = ()
+    psks: tuple[ExternalPsk, ...] = ()
+    policy: Policy = field(default_factory=Policy)
+    record_size_limit: int | None = None
+    padding: Padding | None = None
+    key_log: KeyLog | None = field(default=None, repr=False)
+    max_certificate_message: int = MAX_CERTIFICATE_MESSAGE
+
+    def __post_init__(self) -> None:
+        self._check_groups()
+        _check_list("cipher suite", self.suites)
+        _check_list("signature scheme", self.signature_schemes)
+        for name in self.alpn:
+            if not 1 <= len(name.encode("utf-8")) <= 255:
+                raise ConfigError(f"the ALPN protocol {name!r} does not have 1 to 255 bytes")
+        if len(set(self.alpn)) != len(self.alpn):
+            raise ConfigError("an ALPN protocol is listed twice")
+        identities = [(psk.identity, psk.context) for psk in self.psks]
+        if len(set(identities)) != len(identities):
+            raise ConfigError("two PSKs have the same identity")
+        for psk in self.psks:
+            if not psk.imported and all(suite.hash != psk.hash for suite in self.suites):
+                raise ConfigError(f"no cipher suite goes with a PSK for {psk.hash.name}")
+        limit = self.record_size_limit
+        if limit is not None and not 64 <= limit <= MAX_PLAINTEXT:
+            raise ConfigError(f"record_size_limit is 64 to {MAX_PLAINTEXT}, not {limit}")
+        if self.max_certificate_message < 1 << 10:
+            raise ConfigError("max_certificate_message below 1 KiB fits no certificate")
+
+    def _check_groups(self) -> None:
+        wanted = self.policy.post_quantum
+        if self.groups is None:
+            groups: tuple[Group, ...] = {
+                Requirement.REQUIRE: HYBRID_GROUPS,
+                Requirement.PREFER: HYBRID_GROUPS + CLASSICAL_GROUPS,
+                Requirement.OFF: CLASSICAL_GROUPS,
+            }[wanted]
+            object.__setattr__(self, "groups", groups)
+            return
+        _check_list("group", self.groups)
+        for group in self.groups:
+            quantum_safe = Property.POST_QUANTUM in group.properties
+            if wanted is Requirement.REQUIRE and not quantum_safe:
+                raise ConfigError(
+                    f"{group} has no post-quantum part and the policy requires one; "
+                    "Policy(post_quantum=Requirement.PREFER) allows it"
+                )
+            if wanted is Requirement.OFF and quantum_safe:
+                raise ConfigError(f"{group} has a post-quantum part and the policy wants none")
+
+    @property
+    def group_list(self) -> tuple[Group, ...]:
+        """The groups, after the policy."""
+        assert self.groups is not None
+        return self.groups
+
+    @property
+    def inner_limit(self) -> int:
+        """Bytes of content and type that we accept in a protected record."""
+        return (self.record_size_limit or MAX_PLAINTEXT) + 1
+
+
+def _check_list(what: str, items: Iterable[Group | CipherSuite | SignatureScheme]) -> None:
+    codes = [item.code for item in items]
+    if not codes:
+        raise ConfigError(f"at least one {what} is needed")
+    if len(set(codes)) != len(codes):
+        raise ConfigError(f"a {what} is listed twice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientConfig(_Config):
+    """What a client wants.
+
+    Args:
+        verifier: decides about the server's certificate. ``None``: the system's trust store, or,
+            where PSKs are configured, no certificate at all.
+        identity: our certificate and key, for a server that asks for them.
+        key_shares: how many of the groups are offered with a share in the first flight.
+        session_store: where tickets are kept; ``None`` offers no resumption.
+        compatibility_mode: look like TLS 1.2 to middleboxes (RFC 8446 appendix D.4).
+    """
+
+    verifier: ServerVerifier | None = None
+    identity: Identity | None = None
+    key_shares: int = 1
+    session_store: SessionStore | None = None
+    compatibility_mode: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.key_shares <= len(self.group_list):
+            raise ConfigError(f"key_shares is 0 to {len(self.group_list)} with these groups")
+        if self.verifier is None and not self.psks:
+            object.__setattr__(self, "verifier", TrustStore.system())
+        authentication = self.authentication
+        if authentication is not Authentication.CERTIFICATE and not self.psks:
+            raise ConfigError(f"authentication by {authentication.value} needs a PSK")
+        if authentication is not Authentication.PSK and self.verifier is None:
+            raise ConfigError(f"authentication by {authentication.value} needs a verifier")
+
+    @property
+    def authentication(self) -> Authentication:
+        """What authenticates the server."""
+        return self.policy.authentication or _derive(bool(self.verifier), bool(self.psks))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig(_Config):
+    """What a server wants.
+
+    Args:
+        identities: our certificates and keys. The client's server name picks one, then its
+            signature schemes do; where no name fits, the first that it can verify is taken.
+        client_verifier: asks clients for a certificate and decides about it.
+        require_client_certificate: refuse a client that has none.
+        tickets: makes session tickets; ``None`` allows no resumption.
+        tickets_per_connection: how many a client gets, with our first application data.
+        cookies: protects the cookie of HelloRetryRequest; servers that share the key can answer
+            for each other.
+        require_known_name: refuse a client whose server name fits no identity.
+        psk_lookup: ask the caller (event ``PskWanted``) about external identities that are not in
+            ``psks``.
+    """
+
+    identities: tuple[Identity, ...] = ()
+    client_verifier: ClientVerifier | None = None
+    require_client_certificate: bool = False
+    tickets: TicketIssuer | None = field(default_factory=TicketIssuer)
+    tickets_per_connection: int = 2
+    cookies: CookieProtector = field(default_factory=CookieProtector)
+    require_known_name: bool = False
+    psk_lookup: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        has_psk = bool(self.psks) or self.psk_lookup
+        if not self.identities and not has_psk:
+            raise ConfigError("a server needs an identity (certificate and key) or a PSK")
+        authentication = self.authentication
+        if authentication is not Authentication.CERTIFICATE and not has_psk:
+            raise ConfigError(f"authentication by {authentication.value} needs a PSK")
+        if authentication is not Authentication.PSK and not self.identities:
+            raise ConfigError(f"authentication by {authentication.value} needs an identity")
+        if self.require_client_certificate and self.client_verifier is None:
+            raise ConfigError("require_client_certificate needs a client_verifier")
+        if not 0 <= self.tickets_per_connection <= 16:
+            raise ConfigError("tickets_per_connection is 0 to 16")
+
+    @property
+    def authentication(self) -> Authentication:
+        """What authenticates us."""
+        return self.policy.authentication or _derive(
+            bool(self.identities), bool(self.psks) or self.psk_lookup
+        )
+
+
+def _derive(certificate: bool, psk: bool) -> Authentication:
+    if certificate and psk:
+        return Authentication.BOTH
+    return Authentication.PSK if psk else Authentication.CERTIFICATE

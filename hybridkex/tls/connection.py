@@ -1,0 +1,263 @@
+"""The engine, in the style of h11: bytes in, events out, bytes out.
+
+``receive_data`` takes what the transport gave, ``next_event`` says what it means, ``data_to_send``
+is what the transport must carry. Nothing here waits, and nothing here does I/O. After an error the
+engine is dead: every later call raises, and ``data_to_send`` still holds the alert for the peer.
+"""
+
+from hybridkex.auth import DnsName, IpAddress, parse_peer_name
+from hybridkex.constants import Alert
+from hybridkex.crypto.psk import ExternalPsk
+from hybridkex.errors import (
+    AlertReceived,
+    HybridkexError,
+    LocalStateError,
+    PeerError,
+    TruncationError,
+    UnexpectedMessage,
+)
+from hybridkex.secret import Secret
+from hybridkex.tls import client, server
+from hybridkex.tls.channel import AlertItem, Channel, DataItem
+from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.events import ApplicationData, CloseReceived, Event
+from hybridkex.tls.session import Session
+from hybridkex.tls.traffic import ClientTraffic, Connected, ServerTraffic
+from hybridkex.wire.messages import decode
+
+__all__ = ["ClientConnection", "Connection", "ServerConnection"]
+
+_MAX_WARNINGS = 4
+"""``user_canceled`` alerts that are ignored; any more are an attack or a bug."""
+
+State = client.ClientState | server.ServerState | ClientTraffic | ServerTraffic
+
+
+class Connection:
+    """What client and server have in common; make a :class:`ClientConnection` or the other."""
+
+    def __init__(self, channel: Channel, state: State | None) -> None:
+        self._channel = channel
+        self._state = state
+        self._error: HybridkexError | None = None
+        self._close_received = False
+        self._close_sent = False
+        self._warnings = 0
+
+    # --- in -----------------------------------------------------------------------------------
+
+    def receive_data(self, data: bytes | bytearray | memoryview) -> None:
+        """Take bytes from the transport; empty bytes mean that it has ended.
+
+        Raises:
+            TruncationError: the transport ended without close_notify.
+        """
+        self._check_alive()
+        if self._close_received:
+            return  # Whatever comes behind close_notify is to be ignored (section 6.1).
+        if data:
+            self._channel.incoming.feed(data)
+            return
+        if self.next_event_waits:
+            raise LocalStateError("take all events before telling of the transport's end")
+        self._error = TruncationError("the connection was cut: no close_notify came")
+        raise self._error
+
+    @property
+    def next_event_waits(self) -> bool:
+        """Whether an event is there already, without looking at the bytes."""
+        return bool(self._channel.events)
+
+    def next_event(self) -> Event | None:
+        """The next event, or ``None`` until more bytes (or a PSK) have come.
+
+        Raises:
+            PeerError: the peer broke the protocol or was refused; the alert is in
+                ``data_to_send``.
+            AlertReceived: the peer gave up.
+        """
+        channel = self._channel
+        if channel.events:
+            return channel.events.popleft()
+        self._check_alive()
+        while not self._close_received and not isinstance(self._state, server.WaitPsk):
+            try:
+                item = channel.next_item()
+                if item is None:
+                    return None
+                if type(item) is DataItem:
+                    assert isinstance(self._state, ClientTraffic | ServerTraffic)
+                    self._state.data_received()
+                    return ApplicationData(item.data)
+                if isinstance(item, AlertItem):
+                    self._alert(item)
+                elif isinstance(item, bytes):
+                    self._message(item)
+            except PeerError as error:
+                self._fail(error)
+                raise
+            if channel.events:
+                return channel.events.popleft()
+        return None
+
+    def _message(self, raw: bytes) -> None:
+        state = self._state
+        if state is None:
+            raise LocalStateError("the handshake has not been started")
+        if raw[0] not in state.accepts:
+            raise UnexpectedMessage(
+                f"handshake message of type {raw[0]} while in {type(state).__name__}"
+            )
+        self._state = state.handle(decode(raw), raw, self._channel)
+
+    def _alert(self, alert: AlertItem) -> None:
+        if alert.description == Alert.CLOSE_NOTIFY:
+            if not self.handshake_complete:
+                self._error = AlertReceived(alert.description)
+                raise self._error
+            self._close_received = True
+            self._channel.emit(CloseReceived())
+        elif alert.description == Alert.USER_CANCELED and alert.level == 1:
+            # close_notify follows (section 6.1).
+            self._warnings += 1
+            if self._warnings > _MAX_WARNINGS:
+                raise UnexpectedMessage("too many warning alerts")
+        else:
+            self._error = AlertReceived(alert.description)
+            raise self._error
+
+    # --- out ----------------------------------------------------------------------------------
+
+    def send_data(self, data: bytes | bytearray | memoryview) -> None:
+        """Queue application data. The records lie in ``data_to_send`` then; nothing is copied but
+        into them."""
+        self._check_alive()
+        state = self._state
+        if not isinstance(state, ClientTraffic | ServerTraffic):
+            raise LocalStateError("the handshake is not complete")
+        if self._close_sent:
+            raise LocalStateError("close_notify has been sent")
+        view = data if type(data) is memoryview else memoryview(data)
+        if view:
+            state.send_data(view, self._channel)
+
+    def send_close(self) -> None:
+        """Queue close_notify: we send no more. Receiving goes on (section 6.1)."""
+        self._check_alive()
+        if not self._close_sent:
+            self._close_sent = True
+            self._channel.send_alert(Alert.CLOSE_NOTIFY)
+
+    def update_keys(self, *, request_peer: bool = False) -> None:
+        """Change our key now, and ask the peer for the same (section 4.6.3)."""
+        self._check_alive()
+        if not isinstance(self._state, ClientTraffic | ServerTraffic) or self._close_sent:
+            raise LocalStateError("keys are updated between handshake and close")
+        self._state.update_keys(self._channel, request=request_peer)
+
+    def abort(self, error: PeerError) -> None:
+        """Give up for a reason that the caller found; its alert is queued."""
+        if self._error is None:
+            self._fail(error)
+
+    @property
+    def has_data_to_send(self) -> bool:
+        """Whether ``data_to_send`` has anything."""
+        return self._channel.has_output
+
+    def data_to_send(self) -> bytes | bytearray:
+        """All bytes that wait for the transport; they are handed out once."""
+        return self._channel.take_output()
+
+    # --- what it is ---------------------------------------------------------------------------
+
+    @property
+    def handshake_complete(self) -> bool:
+        """Whether application data may flow."""
+        return isinstance(self._state, ClientTraffic | ServerTraffic)
+
+    @property
+    def close_received(self) -> bool:
+        """Whether the peer has sent close_notify."""
+        return self._close_received
+
+    @property
+    def close_sent(self) -> bool:
+        """Whether we have."""
+        return self._close_sent
+
+    @property
+    def session(self) -> Session:
+        """What the keys rest on.
+
+        Raises:
+            LocalStateError: the handshake is not complete.
+        """
+        return self._connected().session
+
+    def export(self, label: bytes, context: bytes, length: int) -> Secret:
+        """Keying material for a protocol above: ``length`` bytes (section 7.5)."""
+        connected = self._connected()
+        if not 0 < length <= 255 * connected.suite.hash.size:
+            raise LocalStateError(f"an exporter gives 1 to {255 * connected.suite.hash.size} bytes")
+        return connected.exporter.export(label, context, length)
+
+    def _connected(self) -> Connected:
+        if not isinstance(self._state, ClientTraffic | ServerTraffic):
+            raise LocalStateError("the handshake is not complete")
+        return self._state.connected
+
+    def _check_alive(self) -> None:
+        if self._error is not None:
+            raise LocalStateError(f"the connection has failed: {self._error}")
+
+    def _fail(self, error: PeerError) -> None:
+        self._error = error
+        self._channel.send_alert(error.alert)
+
+
+class ClientConnection(Connection):
+    """The client's side.
+
+    Args:
+        config: what it wants.
+        server_hostname: a DNS name or an IP address, which the certificate must have.
+    """
+
+    def __init__(self, config: ClientConfig, server_hostname: str | None = None) -> None:
+        super().__init__(Channel(config), None)
+        self._config = config
+        self._name: DnsName | IpAddress | None = (
+            parse_peer_name(server_hostname) if server_hostname is not None else None
+        )
+
+    def start(self) -> None:
+        """Queue the ClientHello."""
+        self._check_alive()
+        if self._state is not None:
+            raise LocalStateError("the handshake has been started already")
+        self._state = client.start(self._config, self._name, self._channel)
+
+
+class ServerConnection(Connection):
+    """The server's side; it waits for the ClientHello."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        channel = Channel(config)
+        super().__init__(channel, server.start(config, channel))
+
+    def provide_psk(self, psk: ExternalPsk | None) -> None:
+        """Answer the event ``PskWanted``: with the PSK of one of its identities, or with none.
+
+        Raises:
+            PeerError: the client fails now: it lacks the key, or must have one and has none.
+        """
+        self._check_alive()
+        state = self._state
+        if not isinstance(state, server.WaitPsk):
+            raise LocalStateError("no PSK is wanted")
+        try:
+            self._state = state.provide(psk, self._channel)
+        except PeerError as error:
+            self._fail(error)
+            raise

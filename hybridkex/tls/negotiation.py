@@ -1,0 +1,153 @@
+"""What client and server share in a handshake: offered PSKs, signed content, the proofs."""
+
+import hmac
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from hybridkex.auth import Identity, VerifiedPeer
+from hybridkex.constants import TLS13, Label
+from hybridkex.crypto.kex import Group, Property
+from hybridkex.crypto.psk import ExternalPsk, import_key
+from hybridkex.crypto.schedule import TrafficSecret
+from hybridkex.crypto.signatures import SignatureScheme
+from hybridkex.crypto.suites import CipherSuite, HashFunction
+from hybridkex.errors import DecryptError, IllegalParameter
+from hybridkex.secret import Secret
+from hybridkex.tls.session import AuthenticatedBy, Session
+from hybridkex.tls.transcript import Transcript
+from hybridkex.wire.extensions import Extensions
+from hybridkex.wire.messages import Certificate, CertificateVerify, Finished, ImportedIdentity
+
+__all__ = [
+    "PeerProof",
+    "Psk",
+    "authenticated_by",
+    "certificate_message",
+    "check_finished",
+    "describe",
+    "external_psks",
+    "sign_transcript",
+    "verify_signature",
+]
+
+
+@dataclass(frozen=True)
+class Psk:
+    """A PSK as the key schedule sees it."""
+
+    identity: bytes
+    key: Secret
+    hash: HashFunction
+    binder_label: bytes
+    external_identity: bytes | None
+    """The external PSK that it is, or that the resumed session rested on."""
+    resumption: bool
+
+
+def external_psks(psk: ExternalPsk, suites: Iterable[CipherSuite]) -> list[Psk]:
+    """What to offer for one external PSK: itself, or an import for each hash (RFC 9258)."""
+    if psk.context is None:
+        return [Psk(psk.identity, psk.key, psk.hash, Label.EXTERNAL_BINDER, psk.identity, False)]
+    offers = []
+    for target in dict.fromkeys(suite.hash for suite in suites):
+        imported = ImportedIdentity(psk.identity, psk.context, TLS13, target.kdf).encode()
+        key = import_key(psk, imported, target)
+        offers.append(Psk(imported, key, target, Label.IMPORTED_BINDER, psk.identity, False))
+    return offers
+
+
+@dataclass(frozen=True)
+class PeerProof:
+    """Why we believe in the peer; only checked signatures and PSKs make one."""
+
+    certificate: VerifiedPeer | None
+    scheme: SignatureScheme | None
+    psk: Psk | None
+
+
+_PREFIX: Final = b" " * 64
+
+
+def _signed_content(label: bytes, transcript: Transcript) -> bytes:
+    """What CertificateVerify signs (RFC 8446 section 4.4.3)."""
+    return _PREFIX + label + b"\0" + transcript.digest()
+
+
+def sign_transcript(
+    identity: Identity, scheme: SignatureScheme, label: bytes, transcript: Transcript
+) -> CertificateVerify:
+    """Our signature over everything so far."""
+    content = _signed_content(label, transcript)
+    return CertificateVerify(scheme.code, scheme.sign(identity.private_key, content))
+
+
+def verify_signature(
+    message: CertificateVerify,
+    peer: VerifiedPeer,
+    offered: Sequence[SignatureScheme],
+    label: bytes,
+    transcript: Transcript,
+) -> SignatureScheme:
+    """Check the peer's signature; returns its scheme.
+
+    Raises:
+        IllegalParameter: a scheme that was not offered, or that does not suit the key.
+        DecryptError: a bad signature.
+    """
+    for scheme in offered:
+        if scheme.code == message.scheme:
+            content = _signed_content(label, transcript)
+            scheme.verify(peer.certificate.public_key, message.signature, content)
+            return scheme
+    raise IllegalParameter(f"a signature of scheme {message.scheme:#06x}, which was not offered")
+
+
+def certificate_message(identity: Identity | None, context: bytes = b"") -> Certificate:
+    """Our certificates, or none."""
+    chain = identity.chain if identity is not None else ()
+    return Certificate(context, tuple((data, Extensions()) for data in chain))
+
+
+def check_finished(message: Finished, traffic: TrafficSecret, transcript: Transcript) -> None:
+    """Compare the peer's Finished with ours, in constant time (section 4.4.4)."""
+    if not hmac.compare_digest(message.verify_data, traffic.finished(transcript.digest())):
+        raise DecryptError("Finished does not verify: the handshake was changed on the way")
+
+
+def authenticated_by(
+    certificate: VerifiedPeer | None, psk: Psk | None, *, has_certificate: bool
+) -> AuthenticatedBy:
+    """In one word, for a handshake that is not a resumption."""
+    if psk is not None:
+        return AuthenticatedBy.BOTH if has_certificate else AuthenticatedBy.PSK
+    if certificate is not None and certificate.verified_by == "insecure":
+        return AuthenticatedBy.NOTHING
+    return AuthenticatedBy.CERTIFICATE
+
+
+def describe(
+    *,
+    suite: CipherSuite,
+    group: Group,
+    psk: Psk | None,
+    authenticated: AuthenticatedBy,
+    scheme: SignatureScheme | None,
+    alpn: bytes | None,
+    server_name: str | None,
+    peer: VerifiedPeer | None,
+) -> Session:
+    """The session, from what the handshake settled."""
+    return Session(
+        cipher_suite=suite.name,
+        group=group.name,
+        parts=group.part_names,
+        post_quantum=Property.POST_QUANTUM in group.properties,
+        authenticated_by=authenticated,
+        signature_scheme=scheme.name if scheme is not None else None,
+        psk_identity=psk.external_identity if psk is not None else None,
+        resumed=psk is not None and psk.resumption,
+        alpn=alpn.decode("utf-8", "backslashreplace") if alpn is not None else None,
+        server_name=server_name,
+        peer_certificate=peer.certificate if peer is not None else None,
+    )

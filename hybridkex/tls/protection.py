@@ -1,0 +1,161 @@
+"""Record protection (RFC 8446 section 5.2 to 5.5): plaintext to records and back.
+
+Both directions write into buffers made once per call and hold many records in one call, since a
+call into the AEAD costs microseconds and so would every copy of 16 KiB.
+"""
+
+from typing import Final, Protocol
+
+from cryptography.exceptions import InvalidTag
+
+from hybridkex.constants import LEGACY_VERSION, MAX_PLAINTEXT, ContentType
+from hybridkex.crypto.schedule import TrafficSecret
+from hybridkex.crypto.suites import TAG_LENGTH
+from hybridkex.errors import BadRecordMac, RecordOverflow
+from hybridkex.wire.records import HEADER_LENGTH, Record, header
+
+__all__ = ["Padding", "ReadProtection", "WriteProtection", "plaintext_records"]
+
+_OVERHEAD: Final = 1 + TAG_LENGTH
+_OUTER_TYPE: Final = ContentType.APPLICATION_DATA
+
+
+class Padding(Protocol):
+    """How many zeros to add to a record (section 5.4)."""
+
+    def __call__(self, length: int, limit: int, /) -> int:
+        """For ``length`` bytes of content, of at most ``limit``: the zeros to append."""
+        ...
+
+
+class WriteProtection:
+    """The key of our direction, and how many records it has protected."""
+
+    __slots__ = ("_aead", "_iv", "_scratch", "_sequence", "padding", "traffic")
+
+    def __init__(self, traffic: TrafficSecret, padding: Padding | None = None) -> None:
+        key, iv = traffic.key_and_iv()
+        self.traffic = traffic
+        self.padding = padding
+        self._aead = traffic.suite.aead(key)
+        self._iv = int.from_bytes(iv, "big")
+        self._sequence = 0
+        # The AEAD takes content and content type as one piece of memory: the one copy of this path.
+        self._scratch = bytearray()
+
+    @property
+    def remaining(self) -> int:
+        """Records that this key may still protect (section 5.5)."""
+        return self.traffic.suite.record_limit - self._sequence
+
+    def updated(self) -> "WriteProtection":
+        """The protection under the next traffic secret."""
+        return WriteProtection(self.traffic.updated(), self.padding)
+
+    def seal(self, type_: int, content: memoryview, limit: int) -> bytearray:
+        """Protect ``content`` in as many records as it needs; an empty content makes one.
+
+        Args:
+            type_: the content type.
+            content: any length; the caller sees to :attr:`remaining`.
+            limit: bytes of content in one record.
+        """
+        pieces = max(1, -(-len(content) // limit))
+        if self.padding is not None:
+            return bytearray().join(
+                self._seal_padded(type_, content[start : start + limit], limit, self.padding)
+                for start in range(0, pieces * limit, limit)
+            )
+        out = bytearray(len(content) + pieces * (HEADER_LENGTH + _OVERHEAD))
+        view = memoryview(out)
+        scratch, encrypt = self._scratch, self._aead.encrypt_into
+        iv, sequence = self._iv, self._sequence
+        position = consumed = 0
+        while True:
+            size = min(limit, len(content) - consumed)
+            if len(scratch) != size + 1:
+                scratch = self._scratch = bytearray(size + 1)
+            scratch[:size] = content[consumed : consumed + size]
+            scratch[size] = type_
+            length = size + _OVERHEAD
+            head = b"\x17\x03\x03%c%c" % (length >> 8, length & 0xFF)
+            body = position + HEADER_LENGTH
+            view[position:body] = head
+            position = body + length
+            nonce = (iv ^ sequence).to_bytes(12, "big")
+            encrypt(nonce, scratch, head, view[body:position])
+            sequence += 1
+            consumed += size
+            if consumed >= len(content):
+                break
+        self._sequence = sequence
+        return out
+
+    def _seal_padded(
+        self, type_: int, content: memoryview, limit: int, padding: Padding
+    ) -> bytearray:
+        zeros = max(0, min(padding(len(content), limit), limit - len(content)))
+        inner = b"%b%c%b" % (bytes(content), type_, bytes(zeros))
+        head = header(_OUTER_TYPE, len(inner) + TAG_LENGTH)
+        out = bytearray(HEADER_LENGTH + len(inner) + TAG_LENGTH)
+        out[:HEADER_LENGTH] = head
+        nonce = (self._iv ^ self._sequence).to_bytes(12, "big")
+        self._aead.encrypt_into(nonce, inner, head, memoryview(out)[HEADER_LENGTH:])
+        self._sequence += 1
+        return out
+
+
+class ReadProtection:
+    """The key of the peer's direction, and how many records it has opened."""
+
+    __slots__ = ("_aead", "_iv", "_limit", "_sequence", "traffic")
+
+    def __init__(self, traffic: TrafficSecret, limit: int = MAX_PLAINTEXT + 1) -> None:
+        """``limit``: bytes of content, type and padding in one record (RFC 8449 section 4)."""
+        key, iv = traffic.key_and_iv()
+        self.traffic = traffic
+        self._aead = traffic.suite.aead(key)
+        self._iv = int.from_bytes(iv, "big")
+        self._limit = limit
+        self._sequence = 0
+
+    @property
+    def opened(self) -> int:
+        """Records opened under this key."""
+        return self._sequence
+
+    def updated(self) -> "ReadProtection":
+        """The protection under the next traffic secret."""
+        return ReadProtection(self.traffic.updated(), self._limit)
+
+    def open(self, record: Record, out: memoryview) -> int:
+        """Decrypt into the start of ``out``; returns the bytes of the inner plaintext.
+
+        ``out`` must hold at least ``len(record.fragment) - 16`` bytes.
+
+        Raises:
+            BadRecordMac: forged, damaged, or out of order.
+            RecordOverflow: more inside than we allow.
+        """
+        fragment = record.fragment
+        size = len(fragment) - TAG_LENGTH
+        if size < 0:
+            raise BadRecordMac("a protected record that is too short to be one")
+        nonce = (self._iv ^ self._sequence).to_bytes(12, "big")
+        try:
+            self._aead.decrypt_into(nonce, fragment, record.header, out[:size])
+        except InvalidTag:
+            raise BadRecordMac("a record does not decrypt: it was changed on the way") from None
+        if size > self._limit:
+            raise RecordOverflow(f"a record with {size} bytes inside, where {self._limit} may be")
+        self._sequence += 1
+        return size
+
+
+def plaintext_records(type_: int, content: bytes, version: int = LEGACY_VERSION) -> bytes:
+    """Unprotected records (section 5.1), cut at 2^14 bytes."""
+    return b"".join(
+        header(type_, len(piece), version) + piece
+        for start in range(0, len(content), MAX_PLAINTEXT)
+        for piece in (content[start : start + MAX_PLAINTEXT],)
+    )

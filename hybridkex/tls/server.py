@@ -1,0 +1,795 @@
+"""The server's handshake (RFC 8446 appendix A.2), one class per state, in their order.
+
+The ClientHello is checked in the order of cost: what can be read off it first, then our tickets,
+then the key exchange, and only then does an outside key source hear of it (:class:`WaitPsk`), since
+anybody can send a ClientHello.
+"""
+
+import hashlib
+import hmac
+import os
+from dataclasses import dataclass
+
+from hybridkex.auth import ClientVerifier, Identity, VerifiedPeer
+from hybridkex.constants import (
+    HELLO_RETRY_RANDOM,
+    TLS13,
+    Alert,
+    ExtensionType,
+    HandshakeType,
+    Label,
+    PskKeyExchangeMode,
+)
+from hybridkex.crypto.kex import Group
+from hybridkex.crypto.psk import ExternalPsk
+from hybridkex.crypto.schedule import (
+    EarlySecret,
+    ExporterSecret,
+    HandshakeSecret,
+    MainSecret,
+    TrafficSecret,
+)
+from hybridkex.crypto.signatures import CERTIFICATE_ONLY_SCHEMES, SignatureScheme, choose_scheme
+from hybridkex.crypto.suites import SHA256, CipherSuite, HashFunction
+from hybridkex.errors import (
+    CertificateRejected,
+    DecryptError,
+    HandshakeFailure,
+    IllegalParameter,
+    LocalStateError,
+    MissingExtension,
+    NoApplicationProtocol,
+    ProtocolVersionError,
+    UnknownPskIdentity,
+    UnrecognizedName,
+    UnsupportedExtension,
+)
+from hybridkex.secret import Secret
+from hybridkex.tls.channel import Channel
+from hybridkex.tls.config import Authentication, Requirement, ServerConfig
+from hybridkex.tls.events import HandshakeCompleted, PskWanted
+from hybridkex.tls.negotiation import (
+    Psk,
+    authenticated_by,
+    certificate_message,
+    check_finished,
+    describe,
+    external_psks,
+    sign_transcript,
+    verify_signature,
+)
+from hybridkex.tls.session import AuthenticatedBy
+from hybridkex.tls.tickets import CookieState, TicketState
+from hybridkex.tls.traffic import Connected, ServerTraffic
+from hybridkex.tls.transcript import Transcript
+from hybridkex.wire.codec import u16, vector8, vector16
+from hybridkex.wire.extensions import (
+    AlpnChoice,
+    AlpnOffer,
+    Cookie,
+    EarlyDataIndication,
+    Extension,
+    Extensions,
+    KeyShareChoice,
+    KeyShareEntry,
+    KeyShareOffer,
+    KeyShareRetry,
+    PreSharedKeyChoice,
+    PreSharedKeyOffer,
+    PskKeyExchangeModes,
+    RecordSizeLimit,
+    ServerName,
+    ServerNameAck,
+    SignatureAlgorithms,
+    SignatureAlgorithmsCert,
+    SupportedGroups,
+    SupportedVersionsChoice,
+    SupportedVersionsOffer,
+    TlsCertWithExternPsk,
+)
+from hybridkex.wire.messages import (
+    Certificate,
+    CertificateRequest,
+    CertificateVerify,
+    ClientHello,
+    EncryptedExtensions,
+    Finished,
+    HelloRetryRequest,
+    ImportedIdentity,
+    Message,
+    ServerHello,
+    encode,
+)
+
+__all__ = ["ServerState", "WaitPsk", "start"]
+
+
+class ServerState:
+    """What the engine asks of a state."""
+
+    accepts: frozenset[int]
+
+    def handle(
+        self, message: Message, raw: bytes, channel: Channel
+    ) -> "ServerState | ServerTraffic":
+        """Check one message; the type is one of ``accepts``."""
+        raise NotImplementedError
+
+
+def start(config: ServerConfig, channel: Channel) -> ServerState:
+    """Wait for the client to speak first."""
+    return WaitClientHello(config)
+
+
+@dataclass(frozen=True)
+class _Hello:
+    """A ClientHello that passed the checks that need nothing but itself."""
+
+    message: ClientHello
+    raw: bytes
+    groups: tuple[int, ...]
+    shares: dict[int, bytes]
+    schemes: tuple[int, ...]
+    psks: PreSharedKeyOffer | None
+    psk_dhe: bool
+    """Whether the client can do psk_dhe_ke, in this handshake or to resume it."""
+    certificate_with_psk: bool
+
+    @classmethod
+    def check(cls, message: ClientHello, raw: bytes) -> "_Hello":
+        """Sections 4.1.2, 4.2 and 9.2."""
+        extensions = message.extensions
+        versions = extensions.get(SupportedVersionsOffer)
+        if versions is None or TLS13 not in versions.versions:
+            raise ProtocolVersionError("the client does not speak TLS 1.3")
+        if message.compression_methods != b"\0":
+            raise IllegalParameter("the client offers compression")
+        groups, shares = extensions.get(SupportedGroups), extensions.get(KeyShareOffer)
+        if groups is None or shares is None:
+            missing = "supported_groups" if groups is None else "key_share"
+            raise MissingExtension(f"ClientHello without {missing}")
+        by_group = {entry.group: entry.share for entry in shares.entries}
+        if len(by_group) != len(shares.entries):
+            raise IllegalParameter("two key shares for one group")
+        if not by_group.keys() <= set(groups.codes):
+            raise IllegalParameter("a key share for a group that is not in supported_groups")
+        psks, modes = extensions.get(PreSharedKeyOffer), extensions.get(PskKeyExchangeModes)
+        if psks is not None and modes is None:
+            raise MissingExtension("pre_shared_key without psk_key_exchange_modes")
+        psk_dhe = modes is not None and PskKeyExchangeMode.PSK_DHE_KE in modes.modes
+        certificate_with_psk = TlsCertWithExternPsk in extensions
+        if certificate_with_psk and (psks is None or not psk_dhe):
+            # RFC 9973 section 4.
+            raise MissingExtension("tls_cert_with_extern_psk without a PSK for psk_dhe_ke")
+        if certificate_with_psk and EarlyDataIndication in extensions:
+            raise IllegalParameter("tls_cert_with_extern_psk with early data")
+        schemes = extensions.get(SignatureAlgorithms)
+        return cls(
+            message=message,
+            raw=raw,
+            groups=groups.codes,
+            shares=by_group,
+            schemes=schemes.codes if schemes is not None else (),
+            psks=psks if psk_dhe else None,
+            psk_dhe=psk_dhe,
+            certificate_with_psk=certificate_with_psk,
+        )
+
+    @property
+    def server_name(self) -> str | None:
+        """As asked for, in lower case."""
+        name = self.message.extensions.get(ServerName)
+        return name.host_name.lower() if name is not None else None
+
+    @property
+    def truncated(self) -> bytes:
+        """What the binders cover (section 4.2.11.2)."""
+        assert self.psks is not None
+        return self.raw[: -self.psks.binders_length]
+
+    def invariants(self) -> bytes:
+        """A digest of what a second ClientHello must repeat (section 4.1.2)."""
+        may_change = {
+            ExtensionType.KEY_SHARE,
+            ExtensionType.EARLY_DATA,
+            ExtensionType.COOKIE,
+            ExtensionType.PRE_SHARED_KEY,
+            ExtensionType.PADDING,
+        }
+        message = self.message
+        # Sorted: some clients shuffle their extensions anew in each hello.
+        kept = sorted((one.type, one.body()) for one in message.extensions)
+        return hashlib.sha256(
+            message.random
+            + vector8(message.session_id)
+            + vector16(b"".join(map(u16, message.cipher_suites)))
+            + b"".join(
+                u16(type_) + vector16(body) for type_, body in kept if type_ not in may_change
+            )
+        ).digest()
+
+
+@dataclass(frozen=True)
+class WaitClientHello(ServerState):
+    """Nothing has come yet."""
+
+    config: ServerConfig
+    accepts = frozenset((HandshakeType.CLIENT_HELLO,))
+
+    def handle(self, message: Message, raw: bytes, channel: Channel) -> ServerState | ServerTraffic:
+        assert isinstance(message, ClientHello)
+        channel.check_message_boundary()
+        channel.client_random = message.random
+        channel.change_cipher_spec_allowed = True
+        hello = _Hello.check(message, raw)
+        config = self.config
+        group = _choose_group(config, hello)
+        suite = _choose_suite(config, hello)
+        if group.code not in hello.shares:
+            return self._retry(hello, suite, group, channel)
+        if EarlyDataIndication in message.extensions:
+            channel.skip_early_data(after_retry=False)
+        return _negotiate(config, hello, suite, group, None, channel)
+
+    def _retry(
+        self, hello: _Hello, suite: CipherSuite, group: Group, channel: Channel
+    ) -> ServerState:
+        """Ask for another share, and forget this hello: the cookie remembers it (section 4.2.2)."""
+        state = CookieState(
+            suite=suite.code,
+            group=group.code,
+            hello_digest=suite.hash.digest(hello.raw),
+            invariants=hello.invariants(),
+            session_id=hello.message.session_id,
+        )
+        cookie = self.config.cookies.seal(state)
+        channel.send_raw(_retry_request(state, cookie))
+        channel.flush()
+        if hello.message.session_id:
+            channel.send_change_cipher_spec()
+        if EarlyDataIndication in hello.message.extensions:
+            channel.skip_early_data(after_retry=True)
+        return WaitSecondClientHello(self.config)
+
+
+def _retry_request(state: CookieState, cookie: bytes) -> bytes:
+    """The HelloRetryRequest for a cookie; the same bytes whenever it is made."""
+    return encode(
+        HelloRetryRequest(
+            random=HELLO_RETRY_RANDOM,
+            session_id=state.session_id,
+            cipher_suite=state.suite,
+            extensions=Extensions(
+                (SupportedVersionsChoice(TLS13), KeyShareRetry(state.group), Cookie(cookie))
+            ),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class WaitSecondClientHello(ServerState):
+    """After HelloRetryRequest; all that is known of the first hello is in the cookie."""
+
+    config: ServerConfig
+    accepts = frozenset((HandshakeType.CLIENT_HELLO,))
+
+    def handle(self, message: Message, raw: bytes, channel: Channel) -> ServerState | ServerTraffic:
+        assert isinstance(message, ClientHello)
+        channel.check_message_boundary()
+        channel.stop_skipping_early_data()
+        hello = _Hello.check(message, raw)
+        cookie = message.extensions.get(Cookie)
+        if cookie is None:
+            raise MissingExtension("the second ClientHello has no cookie")
+        state = self.config.cookies.open(cookie.cookie)
+        if state is None:
+            raise IllegalParameter("the cookie is not ours, or too old")
+        if not hmac.compare_digest(state.invariants, hello.invariants()):
+            raise IllegalParameter("the second ClientHello differs from the first")
+        if EarlyDataIndication in message.extensions:
+            raise IllegalParameter("early data after HelloRetryRequest")
+        if list(hello.shares) != [state.group]:
+            raise IllegalParameter("the second ClientHello has not the share that was asked for")
+        suite = next((one for one in self.config.suites if one.code == state.suite), None)
+        group = next((one for one in self.config.group_list if one.code == state.group), None)
+        if suite is None or group is None:
+            raise IllegalParameter("the cookie was made under another configuration")
+        retry = _retry_request(state, cookie.cookie)
+        transcript = Transcript.after_retry(suite.hash, state.hello_digest, retry)
+        return _negotiate(self.config, hello, suite, group, transcript, channel)
+
+
+def _choose_group(config: ServerConfig, hello: _Hello) -> Group:
+    """Our first group that the client has; one with a share goes before an equal without."""
+    common = [group for group in config.group_list if group.code in hello.groups]
+    if not common:
+        raise HandshakeFailure("no group in common")
+    best = common[0]
+    for group in common:
+        if group.code in hello.shares and group.properties == best.properties:
+            return group
+    return best
+
+
+def _choose_suite(config: ServerConfig, hello: _Hello) -> CipherSuite:
+    """Our first suite that the client has; where it offers PSKs, one whose hash fits them."""
+    offered = set(hello.message.cipher_suites)
+    common = [suite for suite in config.suites if suite.code in offered]
+    if not common:
+        raise HandshakeFailure("no cipher suite in common")
+    hashes = _psk_hashes(config, hello)
+    return next((suite for suite in common if suite.hash in hashes), common[0])
+
+
+def _psk_hashes(config: ServerConfig, hello: _Hello) -> list[HashFunction]:
+    """The hashes of those offered PSKs that we may be able to use."""
+    found = []
+    for offered in hello.psks.identities if hello.psks is not None else ():
+        for suite in config.suites:
+            if suite.hash not in found and _could_use(config, hello, offered.identity, suite):
+                found.append(suite.hash)
+    return found
+
+
+def _could_use(config: ServerConfig, hello: _Hello, identity: bytes, suite: CipherSuite) -> bool:
+    if _find_external(config, identity, suite) is not None:
+        return True
+    if config.tickets is not None and not hello.certificate_with_psk:
+        state = config.tickets.open(identity)
+        if state is not None:
+            return _hash_of(config, state.suite) == suite.hash
+    return _worth_asking(config, identity, suite)
+
+
+def _find_external(config: ServerConfig, identity: bytes, suite: CipherSuite) -> Psk | None:
+    """The configured PSK behind an identity, where its hash is the suite's."""
+    if config.policy.psk is Requirement.OFF:
+        return None
+    for external in config.psks:
+        # Compare what the identity says before deriving anything from the key.
+        if not _names(external, identity):
+            continue
+        for psk in external_psks(external, (suite,)):
+            if psk.identity == identity and psk.hash == suite.hash:
+                return psk
+    return None
+
+
+def _names(external: ExternalPsk, identity: bytes) -> bool:
+    if external.context is None:
+        return identity == external.identity
+    imported = ImportedIdentity.decode(identity)
+    return imported is not None and imported.external_identity == external.identity
+
+
+def _worth_asking(config: ServerConfig, identity: bytes, suite: CipherSuite) -> bool:
+    """Whether an outside source may know this identity for this suite's hash."""
+    if not config.psk_lookup or config.policy.psk is Requirement.OFF:
+        return False
+    imported = ImportedIdentity.decode(identity)
+    if imported is None:
+        return suite.hash is SHA256  # plain external PSKs go with SHA-256 (section 4.2.11)
+    return imported.target_protocol == TLS13 and imported.target_kdf == suite.hash.kdf
+
+
+def _hash_of(config: ServerConfig, code: int) -> HashFunction | None:
+    return next((suite.hash for suite in config.suites if suite.code == code), None)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Everything that the ClientHello settled but the PSK."""
+
+    config: ServerConfig
+    hello: _Hello
+    suite: CipherSuite
+    group: Group
+    transcript: Transcript
+    """Before this ClientHello: empty, or after a retry."""
+    retried: bool
+    identity: Identity | None
+    scheme: SignatureScheme | None
+    alpn: bytes | None
+
+
+def _negotiate(
+    config: ServerConfig,
+    hello: _Hello,
+    suite: CipherSuite,
+    group: Group,
+    transcript: Transcript | None,
+    channel: Channel,
+) -> ServerState | ServerTraffic:
+    """Settle everything; ask for a PSK where only an outside source can know it."""
+    if suite.code not in hello.message.cipher_suites:
+        raise IllegalParameter("the cipher suite of HelloRetryRequest is not offered any more")
+    identity, scheme = _choose_identity(config, hello)
+    choice = _Choice(
+        config=config,
+        hello=hello,
+        suite=suite,
+        group=group,
+        transcript=transcript if transcript is not None else Transcript(suite.hash),
+        retried=transcript is not None,
+        identity=identity,
+        scheme=scheme,
+        alpn=_choose_alpn(config, hello),
+    )
+    share, shared = group.exchange.respond(hello.shares[group.code])
+    wanted = []
+    for index, offered in enumerate(hello.psks.identities if hello.psks is not None else ()):
+        psk, ticket = _resolve(choice, offered.identity)
+        if psk is not None:
+            return _respond(choice, share, shared, _Selected(index, psk, ticket), channel)
+        if _worth_asking(config, offered.identity, suite) and _external_allowed(choice):
+            wanted.append(offered.identity)
+    if wanted:
+        channel.emit(PskWanted(tuple(wanted)))
+        return WaitPsk(choice, share, shared, tuple(wanted))
+    return _respond(choice, share, shared, None, channel)
+
+
+def _choose_identity(
+    config: ServerConfig, hello: _Hello
+) -> tuple[Identity | None, SignatureScheme | None]:
+    """Our certificate: by name first, then by what the client can verify."""
+    name = hello.server_name
+    named = [one for one in config.identities if name is not None and one.matches(name)]
+    if config.require_known_name and not named:
+        raise UnrecognizedName(f"no identity for the name {name}")
+    for identity in (*named, *config.identities):
+        scheme = choose_scheme(identity.private_key, config.signature_schemes, hello.schemes)
+        if scheme is not None:
+            return identity, scheme
+    return None, None
+
+
+def _choose_alpn(config: ServerConfig, hello: _Hello) -> bytes | None:
+    offer = hello.message.extensions.get(AlpnOffer)
+    if offer is None or not config.alpn:
+        return None
+    for name in config.alpn:
+        if name.encode() in offer.protocols:
+            return name.encode()
+    raise NoApplicationProtocol("no application protocol in common")
+
+
+def _external_allowed(choice: _Choice) -> bool:
+    """Whether an external PSK can be used with what authenticates us (RFC 9973 or plain)."""
+    if choice.config.authentication is Authentication.PSK:
+        return True
+    return choice.hello.certificate_with_psk and choice.identity is not None
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """The PSK that we take, and where it stands in the client's list."""
+
+    index: int
+    psk: Psk
+    ticket: TicketState | None
+
+
+def _resolve(choice: _Choice, identity: bytes) -> tuple[Psk | None, TicketState | None]:
+    """The PSK behind an identity, from our configuration or from a ticket of ours."""
+    external = _find_external(choice.config, identity, choice.suite)
+    if external is not None:
+        return (external if _external_allowed(choice) else None), None
+    issuer = choice.config.tickets
+    if issuer is None or choice.hello.certificate_with_psk:
+        return None, None
+    state = issuer.open(identity)
+    if state is None or not _resumable(choice, state):
+        return None, None
+    psk = Psk(
+        identity,
+        state.psk,
+        choice.suite.hash,
+        Label.RESUMPTION_BINDER,
+        state.psk_identity,
+        resumption=True,
+    )
+    return psk, state
+
+
+def _resumable(choice: _Choice, state: TicketState) -> bool:
+    """Whether the session behind a ticket would satisfy today's configuration."""
+    config = choice.config
+    if _hash_of(config, state.suite) != choice.suite.hash:
+        return False
+    if state.server_name != choice.hello.server_name:
+        return False
+    wanted, had = config.authentication, state.authenticated_by
+    fits = {
+        Authentication.PSK: (AuthenticatedBy.PSK,),
+        Authentication.CERTIFICATE: (AuthenticatedBy.CERTIFICATE, AuthenticatedBy.BOTH),
+        Authentication.BOTH: (AuthenticatedBy.BOTH,),
+    }[wanted]
+    if had not in fits and not (
+        wanted is Authentication.BOTH
+        and config.policy.psk is Requirement.PREFER
+        and had is AuthenticatedBy.CERTIFICATE
+    ):
+        return False
+    if config.client_verifier is None:
+        return True
+    if not state.client_chain:
+        return not config.require_client_certificate
+    try:
+        config.client_verifier.verify_client(state.client_chain)
+    except CertificateRejected:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class WaitPsk(ServerState):
+    """The client's PSK is looked up by our caller; nothing from the client has a place now."""
+
+    choice: _Choice
+    share: bytes
+    shared: Secret
+    wanted: tuple[bytes, ...]
+    accepts = frozenset[int]()
+
+    def provide(
+        self, external: ExternalPsk | None, channel: Channel
+    ) -> ServerState | ServerTraffic:
+        """Go on with the PSK that was found, or with none."""
+        if external is None:
+            return _respond(self.choice, self.share, self.shared, None, channel)
+        offered = self.choice.hello.psks
+        assert offered is not None
+        for psk in external_psks(external, (self.choice.suite,)):
+            if psk.identity in self.wanted and psk.hash == self.choice.suite.hash:
+                index = [one.identity for one in offered.identities].index(psk.identity)
+                selected = _Selected(index, psk, None)
+                return _respond(self.choice, self.share, self.shared, selected, channel)
+        raise LocalStateError("the PSK that was provided is none of those that were wanted")
+
+
+def _respond(
+    choice: _Choice,
+    share: bytes,
+    shared: Secret,
+    selected: _Selected | None,
+    channel: Channel,
+) -> ServerState:
+    """ServerHello to Finished."""
+    config, hello, suite = choice.config, choice.hello, choice.suite
+    with_certificate = _check_authentication(choice, selected)
+    psk = selected.psk if selected is not None else None
+    if selected is not None:
+        _check_binder(choice, selected)
+    transcript = choice.transcript
+    transcript.add(hello.raw)
+
+    extensions: list[Extension] = [
+        SupportedVersionsChoice(TLS13),
+        KeyShareChoice(KeyShareEntry(choice.group.code, share)),
+    ]
+    if selected is not None:
+        extensions.append(PreSharedKeyChoice(selected.index))
+        if with_certificate:
+            extensions.append(TlsCertWithExternPsk())
+    message = ServerHello(
+        random=os.urandom(32),
+        session_id=hello.message.session_id,
+        cipher_suite=suite.code,
+        extensions=Extensions(extensions),
+    )
+    transcript.add(channel.send(message))
+    if hello.message.session_id and not choice.retried:
+        channel.send_change_cipher_spec()
+    secret = EarlySecret.start(suite.hash, psk.key if psk is not None else None).handshake_secret(
+        shared
+    )
+    digest = transcript.digest()
+    client = secret.client_handshake_traffic(suite, digest)
+    server = secret.server_handshake_traffic(suite, digest)
+    channel.log_secret("SERVER_HANDSHAKE_TRAFFIC_SECRET", server.secret)
+    channel.log_secret("CLIENT_HANDSHAKE_TRAFFIC_SECRET", client.secret)
+    channel.write_with(server)
+    channel.read_with(client)
+
+    transcript.add(channel.send(EncryptedExtensions(_encrypted_extensions(choice, channel))))
+    verifier = config.client_verifier if with_certificate else None
+    if with_certificate:
+        _authenticate(choice, verifier, channel)
+    transcript.add(channel.send(Finished(server.finished(transcript.digest()))))
+    main = _start_writing(secret, choice, channel)
+    answered = _Answered(choice, selected, with_certificate, client, main)
+    if verifier is not None:
+        return WaitClientCertificate(answered, verifier)
+    return WaitClientFinished(answered, None)
+
+
+def _check_authentication(choice: _Choice, selected: _Selected | None) -> bool:
+    """Whether we send a certificate; refuse where the client offers too little."""
+    config = choice.config
+    if selected is not None and (selected.psk.resumption or not choice.hello.certificate_with_psk):
+        return False
+    if selected is not None and config.authentication is Authentication.PSK:
+        return False
+    psk_required = config.authentication is Authentication.PSK or (
+        (config.psks or config.psk_lookup) and config.policy.psk is Requirement.REQUIRE
+    )
+    if selected is None and psk_required:
+        raise UnknownPskIdentity("the client offers no PSK that we know, and must use one")
+    if choice.identity is None:
+        if SignatureAlgorithms not in choice.hello.message.extensions:
+            raise MissingExtension("ClientHello without signature_algorithms")
+        raise HandshakeFailure("the client can verify none of our certificates")
+    return True
+
+
+def _check_binder(choice: _Choice, selected: _Selected) -> None:
+    """The client has the PSK, and nobody changed the offer (section 4.2.11.2)."""
+    hello, psk = choice.hello, selected.psk
+    assert hello.psks is not None
+    digest = choice.transcript.digest_with(hello.truncated)
+    expected = EarlySecret.start(psk.hash, psk.key).binder(psk.binder_label, digest)
+    if not hmac.compare_digest(expected, hello.psks.binders[selected.index]):
+        raise DecryptError("the PSK binder does not verify: another key under the same identity?")
+
+
+def _encrypted_extensions(choice: _Choice, channel: Channel) -> Extensions:
+    config, offered = choice.config, choice.hello.message.extensions
+    extensions: list[Extension] = []
+    name = choice.hello.server_name
+    if name is not None and choice.identity is not None and choice.identity.matches(name):
+        extensions.append(ServerNameAck())
+    if choice.alpn is not None:
+        extensions.append(AlpnChoice(choice.alpn))
+    limit = offered.get(RecordSizeLimit)
+    if limit is not None:
+        channel.record_limit = min(channel.record_limit, limit.limit - 1)
+        extensions.append(RecordSizeLimit(config.inner_limit))
+    return Extensions(extensions)
+
+
+def _authenticate(choice: _Choice, verifier: ClientVerifier | None, channel: Channel) -> None:
+    """[CertificateRequest,] Certificate, CertificateVerify."""
+    transcript = choice.transcript
+    assert choice.identity is not None
+    assert choice.scheme is not None
+    if verifier is not None:
+        schemes = tuple(scheme.code for scheme in choice.config.signature_schemes)
+        request = Extensions(
+            (
+                SignatureAlgorithms(schemes),
+                SignatureAlgorithmsCert(schemes + CERTIFICATE_ONLY_SCHEMES),
+            )
+        )
+        transcript.add(channel.send(CertificateRequest(b"", request)))
+    transcript.add(channel.send(certificate_message(choice.identity)))
+    label = Label.SERVER_CERTIFICATE_VERIFY
+    verify = sign_transcript(choice.identity, choice.scheme, label, transcript)
+    transcript.add(channel.send(verify))
+
+
+@dataclass(frozen=True)
+class _MainKeys:
+    """The last stage of the key schedule, and what waits for the client's Finished."""
+
+    secret: MainSecret
+    client: TrafficSecret
+    exporter: ExporterSecret
+
+
+def _start_writing(secret: HandshakeSecret, choice: _Choice, channel: Channel) -> _MainKeys:
+    suite, digest = choice.suite, choice.transcript.digest()
+    main = secret.main_secret()
+    server = main.server_application_traffic(suite, digest)
+    client = main.client_application_traffic(suite, digest)
+    exporter = main.exporter_secret(digest)
+    channel.log_secret("SERVER_TRAFFIC_SECRET_0", server.secret)
+    channel.log_secret("CLIENT_TRAFFIC_SECRET_0", client.secret)
+    channel.log_secret("EXPORTER_SECRET", exporter.secret)
+    channel.write_with(server)
+    return _MainKeys(main, client, exporter)
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """What has been sent, and what it settled."""
+
+    choice: _Choice
+    selected: _Selected | None
+    with_certificate: bool
+    client_handshake: TrafficSecret
+    main: _MainKeys
+
+
+@dataclass(frozen=True)
+class WaitClientCertificate(ServerState):
+    """The client was asked for a certificate."""
+
+    answered: _Answered
+    verifier: ClientVerifier
+    accepts = frozenset((HandshakeType.CERTIFICATE,))
+
+    def handle(self, message: Message, raw: bytes, channel: Channel) -> ServerState:
+        assert isinstance(message, Certificate)
+        choice = self.answered.choice
+        if message.context:
+            raise IllegalParameter("the client's Certificate has a context that was not asked for")
+        if any(extensions.types for _, extensions in message.entries):
+            raise UnsupportedExtension("a certificate extension answers nothing that was asked for")
+        choice.transcript.add(raw)
+        if not message.entries:
+            if choice.config.require_client_certificate:
+                raise CertificateRejected(
+                    "the client sent no certificate", alert=Alert.CERTIFICATE_REQUIRED
+                )
+            return WaitClientFinished(self.answered, None)
+        peer = self.verifier.verify_client(message.chain)
+        return WaitClientCertificateVerify(self.answered, peer)
+
+
+@dataclass(frozen=True)
+class WaitClientCertificateVerify(ServerState):
+    """The client's certificate is good; whether it has the key is to be shown."""
+
+    answered: _Answered
+    peer: VerifiedPeer
+    accepts = frozenset((HandshakeType.CERTIFICATE_VERIFY,))
+
+    def handle(self, message: Message, raw: bytes, channel: Channel) -> ServerState:
+        assert isinstance(message, CertificateVerify)
+        choice = self.answered.choice
+        verify_signature(
+            message,
+            self.peer,
+            choice.config.signature_schemes,
+            Label.CLIENT_CERTIFICATE_VERIFY,
+            choice.transcript,
+        )
+        choice.transcript.add(raw)
+        return WaitClientFinished(self.answered, self.peer)
+
+
+@dataclass(frozen=True)
+class WaitClientFinished(ServerState):
+    """The last message of the handshake."""
+
+    answered: _Answered
+    peer: VerifiedPeer | None
+    accepts = frozenset((HandshakeType.FINISHED,))
+
+    def handle(self, message: Message, raw: bytes, channel: Channel) -> ServerTraffic:
+        assert isinstance(message, Finished)
+        answered, choice = self.answered, self.answered.choice
+        check_finished(message, answered.client_handshake, choice.transcript)
+        channel.change_cipher_spec_allowed = False
+        channel.read_with(answered.main.client)
+        channel.data_allowed = True
+        choice.transcript.add(raw)
+        ticket = answered.selected.ticket if answered.selected is not None else None
+        peer = self.peer
+        if ticket is not None and ticket.client_chain and choice.config.client_verifier is not None:
+            peer = choice.config.client_verifier.verify_client(ticket.client_chain)
+        session = describe(
+            suite=choice.suite,
+            group=choice.group,
+            psk=answered.selected.psk if answered.selected is not None else None,
+            authenticated=self._authenticated_by(ticket),
+            scheme=choice.scheme if answered.with_certificate else None,
+            alpn=choice.alpn,
+            server_name=choice.hello.server_name,
+            peer=peer,
+        )
+        resumption = answered.main.secret.resumption_secret(choice.transcript.digest())
+        connected = Connected(session, choice.suite, answered.main.exporter, resumption)
+        channel.emit(HandshakeCompleted(session))
+        chain = peer.certificate.chain if peer is not None else ()
+        traffic = ServerTraffic(connected, choice.config, chain)
+        traffic.tickets_wanted(choice.hello.psk_dhe)
+        return traffic
+
+    def _authenticated_by(self, ticket: TicketState | None) -> AuthenticatedBy:
+        if ticket is not None:
+            return ticket.authenticated_by
+        selected = self.answered.selected
+        psk = selected.psk if selected is not None else None
+        return authenticated_by(None, psk, has_certificate=self.answered.with_certificate)

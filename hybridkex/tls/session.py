@@ -1,0 +1,165 @@
+"""What a finished handshake says about itself, and what is kept to resume it."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final, Protocol
+
+from hybridkex.auth import PeerCertificate
+from hybridkex.crypto.suites import CipherSuite
+from hybridkex.secret import Secret
+
+__all__ = [
+    "MAX_TICKET_LIFETIME",
+    "AuthenticatedBy",
+    "MemorySessionStore",
+    "Session",
+    "SessionStore",
+    "SessionTicket",
+]
+
+MAX_TICKET_LIFETIME: Final = 7 * 24 * 3600
+"""Seconds (RFC 8446 section 4.6.1)."""
+
+
+class AuthenticatedBy(Enum):
+    """How the server was authenticated (the client too, where a PSK is involved)."""
+
+    CERTIFICATE = "certificate"
+    PSK = "psk"
+    BOTH = "certificate+psk"
+    NOTHING = "nothing"
+    """The caller asked not to verify the certificate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What the keys of a connection rest on, and who is at the other end."""
+
+    cipher_suite: str
+    group: str
+    parts: tuple[str, ...]
+    """The key exchanges of the group, in the order of the layout."""
+    post_quantum: bool
+    """Whether one of the parts is post-quantum."""
+    authenticated_by: AuthenticatedBy
+    signature_scheme: str | None
+    """The server's signature; ``None`` where it gave none (PSK, resumption)."""
+    psk_identity: bytes | None
+    """The external PSK in the key schedule: of this handshake or of the one that it resumes."""
+    resumed: bool
+    alpn: str | None
+    server_name: str | None
+    peer_certificate: PeerCertificate | None
+    """The peer's certificate; of the original handshake where this one resumes it."""
+    version: str = "TLS 1.3"
+
+    @property
+    def peer_subject(self) -> str | None:
+        """The subject of the peer's certificate (RFC 4514)."""
+        return self.peer_certificate.subject if self.peer_certificate is not None else None
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values under stable names, for a log or a command line."""
+        identity = self.psk_identity
+        return {
+            "version": self.version,
+            "cipher_suite": self.cipher_suite,
+            "group": self.group,
+            "parts": list(self.parts),
+            "signature_scheme": self.signature_scheme,
+            "alpn": self.alpn,
+            "psk_identity": identity.decode("ascii", "backslashreplace") if identity else None,
+            "auth": self.authenticated_by.value,
+            "resumed": self.resumed,
+            "peer_subject": self.peer_subject,
+        }
+
+    def __str__(self) -> str:
+        legs = " + ".join(self.parts)
+        if self.psk_identity is not None:
+            legs += f" + PSK {self.psk_identity.decode('ascii', 'backslashreplace')!r}"
+        lines = [
+            f"{self.version}, {self.cipher_suite}, {self.group}",
+            f"  keys rest on:  {legs}" + (" (resumed)" if self.resumed else ""),
+            f"  authenticated: {self.authenticated_by.value}"
+            + (f", {self.signature_scheme}" if self.signature_scheme else ""),
+        ]
+        if self.peer_subject is not None:
+            lines.append(f"  peer:          {self.peer_subject}")
+        if self.alpn is not None:
+            lines.append(f"  ALPN:          {self.alpn}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionTicket:
+    """What a client keeps to resume a session (RFC 8446 section 4.6.1)."""
+
+    ticket: bytes
+    psk: Secret
+    suite: CipherSuite
+    age_add: int
+    lifetime: int
+    """Seconds from ``received_at``."""
+    received_at: float
+    """Seconds since the epoch."""
+    server_name: str | None
+    chain: tuple[bytes, ...]
+    """The server's certificates, to be verified again when the ticket is used."""
+    authenticated_by: AuthenticatedBy
+    psk_identity: bytes | None
+
+    def usable(self, now: float) -> bool:
+        """Whether the lifetime has not passed, nor the clock gone back."""
+        return 0 <= now - self.received_at < min(self.lifetime, MAX_TICKET_LIFETIME)
+
+    def obfuscated_age(self, now: float) -> int:
+        """The age in milliseconds, masked (section 4.2.11.1)."""
+        return (int((now - self.received_at) * 1000) + self.age_add) % (1 << 32)
+
+
+class SessionStore(Protocol):
+    """Where a client keeps its tickets. Each ticket is used once (RFC 8446 appendix C.4)."""
+
+    def put(self, server: str, ticket: SessionTicket) -> None:
+        """Keep a ticket for this server."""
+        ...
+
+    def take(self, server: str) -> SessionTicket | None:
+        """The newest usable ticket for this server; it is not given out again."""
+        ...
+
+
+@dataclass
+class MemorySessionStore:
+    """Tickets in memory: the newest few per server, the most recent servers."""
+
+    max_servers: int = 1000
+    tickets_per_server: int = 4
+    clock: Callable[[], float] = time.time
+    _tickets: OrderedDict[str, list[SessionTicket]] = field(
+        default_factory=OrderedDict, init=False, repr=False
+    )
+
+    def put(self, server: str, ticket: SessionTicket) -> None:
+        """Keep a ticket; the oldest ones make room."""
+        kept = self._tickets.setdefault(server, [])
+        kept.append(ticket)
+        del kept[: -self.tickets_per_server]
+        self._tickets.move_to_end(server)
+        while len(self._tickets) > self.max_servers:
+            self._tickets.popitem(last=False)
+
+    def take(self, server: str) -> SessionTicket | None:
+        """The newest usable ticket, which leaves the store."""
+        kept = self._tickets.get(server, [])
+        now = self.clock()
+        while kept:
+            ticket = kept.pop()
+            if ticket.usable(now):
+                return ticket
+        self._tickets.pop(server, None)
+        return None

@@ -1,0 +1,231 @@
+"""What a server hands to its clients so that it need not remember them: tickets and cookies.
+
+Both are sealed with AES-256-GCM under keys that only the server has. A ticket holds the whole state
+of a session (RFC 8446 section 4.6.1); its keys rotate, since whoever steals one can take on the
+server's part in the resumptions made under it (but not read them: every resumption has a fresh key
+exchange). A cookie holds what HelloRetryRequest must remember of the first ClientHello (section
+4.2.2).
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from hybridkex.constants import TLS13
+from hybridkex.errors import ConfigError, DecodeError
+from hybridkex.secret import Secret
+from hybridkex.tls.session import MAX_TICKET_LIFETIME, AuthenticatedBy
+from hybridkex.wire.codec import Reader, u16, u64, vector8, vector16, vector24
+
+__all__ = ["CookieProtector", "CookieState", "TicketIssuer", "TicketState"]
+
+_NONCE_LENGTH: Final = 12
+_NAME_LENGTH: Final = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TicketState:
+    """A session, as a ticket remembers it."""
+
+    suite: int
+    psk: Secret
+    issued_at: int
+    """Seconds since the epoch."""
+    server_name: str | None
+    authenticated_by: AuthenticatedBy
+    psk_identity: bytes | None
+    client_chain: tuple[bytes, ...]
+    """The client's certificates, verified when the session was made; leaf first."""
+
+    def encode(self) -> bytes:
+        return (
+            u16(TLS13)
+            + u16(self.suite)
+            + vector8(self.psk.reveal())
+            + u64(self.issued_at)
+            + vector16((self.server_name or "").encode("ascii"))
+            + vector8(self.authenticated_by.value.encode("ascii"))
+            + vector16(self.psk_identity or b"")
+            + vector24(b"".join(map(vector24, self.client_chain)))
+        )
+
+    @classmethod
+    def decode(cls, data: bytes) -> "TicketState":
+        reader = Reader(data)
+        if reader.u16() != TLS13:
+            raise DecodeError("a ticket of another version")
+        suite = reader.u16()
+        psk = Secret(reader.opaque(1))
+        issued_at = reader.u64()
+        server_name = reader.opaque(2).decode("ascii") or None
+        authenticated_by = AuthenticatedBy(reader.opaque(1).decode("ascii"))
+        psk_identity = reader.opaque(2) or None
+        certificates = reader.vector(3)
+        chain = []
+        while certificates.remaining:
+            chain.append(certificates.opaque(3))
+        reader.finish()
+        return cls(
+            suite=suite,
+            psk=psk,
+            issued_at=issued_at,
+            server_name=server_name,
+            authenticated_by=authenticated_by,
+            psk_identity=psk_identity,
+            client_chain=tuple(chain),
+        )
+
+
+class _SealingKey:
+    """One AES-256-GCM key with a public name, by which the server finds it again."""
+
+    __slots__ = ("_aead", "made_at", "name")
+
+    def __init__(self, key: bytes, name: bytes, made_at: float) -> None:
+        self._aead = AESGCM(key)
+        self.name = name
+        self.made_at = made_at
+
+    @classmethod
+    def generate(cls, made_at: float) -> "_SealingKey":
+        return cls(AESGCM.generate_key(256), os.urandom(_NAME_LENGTH), made_at)
+
+    def seal(self, plaintext: bytes) -> bytes:
+        nonce = os.urandom(_NONCE_LENGTH)
+        return self.name + nonce + self._aead.encrypt(nonce, plaintext, self.name)
+
+    def open(self, sealed: bytes) -> bytes | None:
+        start = _NAME_LENGTH + _NONCE_LENGTH
+        nonce = sealed[_NAME_LENGTH:start]
+        if len(nonce) != _NONCE_LENGTH:
+            return None
+        try:
+            return self._aead.decrypt(nonce, sealed[start:], self.name)
+        except InvalidTag:
+            return None
+
+
+@dataclass(kw_only=True)
+class TicketIssuer:
+    """Seals and opens session tickets under keys that it rotates by itself.
+
+    Args:
+        lifetime: seconds for which a ticket is good, at most seven days.
+        rotation: seconds after which a new key seals; the one before still opens for a lifetime.
+        clock: seconds since the epoch.
+    """
+
+    lifetime: int = 12 * 3600
+    rotation: int = 4 * 3600
+    clock: Callable[[], float] = field(default=time.time, repr=False)
+    _keys: list[_SealingKey] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.lifetime <= MAX_TICKET_LIFETIME:
+            raise ConfigError(f"a ticket's lifetime is 1 to {MAX_TICKET_LIFETIME} seconds")
+        if self.rotation < 1:
+            raise ConfigError("ticket keys rotate after one second at the earliest")
+
+    def seal(self, state: TicketState) -> bytes:
+        """The ticket for this state."""
+        return self._current().seal(state.encode())
+
+    def open(self, ticket: bytes) -> TicketState | None:
+        """The state, or ``None`` for a ticket that is forged, expired, or somebody else's."""
+        name = ticket[:_NAME_LENGTH]
+        self._forget()
+        for key in self._keys:
+            if key.name == name:
+                plaintext = key.open(ticket)
+                if plaintext is None:
+                    return None
+                state = TicketState.decode(plaintext)
+                return state if 0 <= self.clock() - state.issued_at < self.lifetime else None
+        return None
+
+    def _current(self) -> _SealingKey:
+        now = self.clock()
+        self._forget()
+        if not self._keys or now - self._keys[0].made_at >= self.rotation:
+            self._keys.insert(0, _SealingKey.generate(now))
+        return self._keys[0]
+
+    def _forget(self) -> None:
+        oldest = self.clock() - self.rotation - self.lifetime
+        self._keys = [key for key in self._keys if key.made_at > oldest]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CookieState:
+    """What the second ClientHello must be checked against."""
+
+    suite: int
+    group: int
+    hello_digest: bytes
+    """The suite's hash of ClientHello1, which the transcript goes on from."""
+    invariants: bytes
+    """SHA-256 over what must be the same in both ClientHellos (section 4.1.2)."""
+    session_id: bytes
+
+    def encode(self) -> bytes:
+        return (
+            u16(self.suite)
+            + u16(self.group)
+            + vector8(self.hello_digest)
+            + vector8(self.invariants)
+            + vector8(self.session_id)
+        )
+
+    @classmethod
+    def decode(cls, data: bytes) -> "CookieState":
+        reader = Reader(data)
+        state = cls(
+            suite=reader.u16(),
+            group=reader.u16(),
+            hello_digest=reader.opaque(1),
+            invariants=reader.opaque(1),
+            session_id=reader.opaque(1),
+        )
+        reader.finish()
+        return state
+
+
+class CookieProtector:
+    """Seals and opens HelloRetryRequest cookies.
+
+    Args:
+        key: 32 bytes that servers behind one address may share; by default this one's own.
+        lifetime: seconds for which a cookie is good.
+    """
+
+    def __init__(
+        self,
+        key: Secret | None = None,
+        *,
+        lifetime: float = 30,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if key is not None and len(key) != 32:
+            raise ConfigError(f"a cookie key has 32 bytes, not {len(key)}")
+        raw = key.reveal() if key is not None else AESGCM.generate_key(256)
+        self._key = _SealingKey(raw, b"cookie 1", 0)
+        self._lifetime = lifetime
+        self._clock = clock
+
+    def seal(self, state: CookieState) -> bytes:
+        """The cookie for this state."""
+        return self._key.seal(u64(int(self._clock())) + state.encode())
+
+    def open(self, cookie: bytes) -> CookieState | None:
+        """The state, or ``None`` for a cookie that is forged, stale, or somebody else's."""
+        plaintext = self._key.open(cookie)
+        if plaintext is None:
+            return None
+        reader = Reader(plaintext)
+        age = int(self._clock()) - reader.u64()
+        return CookieState.decode(reader.rest()) if 0 <= age <= self._lifetime else None

@@ -1,0 +1,187 @@
+"""After the handshake: application data, KeyUpdate, tickets (RFC 8446 section 4.6)."""
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Final, Self
+
+from hybridkex.constants import HandshakeType
+from hybridkex.crypto.schedule import ExporterSecret, ResumptionSecret
+from hybridkex.crypto.suites import CipherSuite
+from hybridkex.errors import IllegalParameter, UnexpectedMessage
+from hybridkex.tls.channel import Channel
+from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.events import KeyUpdated, TicketReceived
+from hybridkex.tls.session import MAX_TICKET_LIFETIME, Session, SessionTicket
+from hybridkex.tls.tickets import TicketState
+from hybridkex.wire.extensions import Extensions
+from hybridkex.wire.messages import KeyUpdate, Message, NewSessionTicket
+
+__all__ = ["ClientTraffic", "Connected", "ServerTraffic", "store_key"]
+
+_MAX_KEY_UPDATES: Final = 32
+"""KeyUpdates in a row without data between them; each costs us a key schedule step."""
+_MAX_TICKETS: Final = 32
+"""Tickets that a client takes from one connection."""
+_KEEP_FREE: Final = 16
+"""Records of a key that are kept for alerts and for KeyUpdate itself."""
+
+
+def store_key(name: str | None) -> str:
+    """Under which a client's session store keeps the tickets of a server."""
+    return name or ""
+
+
+@dataclass(frozen=True)
+class Connected:
+    """What a finished handshake leaves: made only by the code that checked Finished."""
+
+    session: Session
+    suite: CipherSuite
+    exporter: ExporterSecret
+    resumption: ResumptionSecret
+
+
+class _Traffic:
+    """The last state: lasts until the connection ends."""
+
+    accepts: frozenset[int] = frozenset((HandshakeType.KEY_UPDATE,))
+
+    def __init__(self, connected: Connected) -> None:
+        self.connected = connected
+        self._updates_in_a_row = 0
+        self._read_generation = 0
+        self._answer_update = False
+
+    def handle(self, message: Message, raw: bytes, channel: Channel) -> Self:
+        """One message after the handshake."""
+        assert isinstance(message, KeyUpdate)
+        self._updates_in_a_row += 1
+        if self._updates_in_a_row > _MAX_KEY_UPDATES:
+            raise UnexpectedMessage("too many KeyUpdates without data between them")
+        channel.update_read()
+        self._read_generation += 1
+        # The answer waits for our next data (section 4.6.3 asks for no more): a peer that only
+        # writes cannot make us send without end.
+        self._answer_update |= message.update_requested
+        channel.emit(KeyUpdated(self._read_generation))
+        return self
+
+    def data_received(self) -> None:
+        """Data came: it is no storm."""
+        self._updates_in_a_row = 0
+
+    def send_data(self, data: memoryview, channel: Channel) -> None:
+        """Queue application data; our key changes before its limit (section 5.5)."""
+        if self._answer_update:
+            self.update_keys(channel, request=False)
+        while True:
+            assert channel.write is not None
+            room = channel.write.remaining - _KEEP_FREE
+            if room <= 0:
+                self.update_keys(channel, request=False)
+                continue
+            piece = data[: room * channel.record_limit]
+            channel.send_data(piece)
+            data = data[len(piece) :]
+            if not data:
+                return
+
+    def update_keys(self, channel: Channel, *, request: bool) -> None:
+        """Change our key, and ask the peer to change its own if ``request``."""
+        self._answer_update = False
+        channel.send(KeyUpdate(request))
+        channel.update_write()
+
+
+class ClientTraffic(_Traffic):
+    """The client's: takes tickets too."""
+
+    accepts = frozenset((HandshakeType.KEY_UPDATE, HandshakeType.NEW_SESSION_TICKET))
+
+    def __init__(
+        self, connected: Connected, config: ClientConfig, chain: tuple[bytes, ...]
+    ) -> None:
+        super().__init__(connected)
+        self._config = config
+        self._chain = chain
+        self._tickets = 0
+
+    def handle(self, message: Message, raw: bytes, channel: Channel) -> Self:
+        """One message after the handshake."""
+        if not isinstance(message, NewSessionTicket):
+            return super().handle(message, raw, channel)
+        self._tickets += 1
+        if self._tickets > _MAX_TICKETS:
+            raise UnexpectedMessage(f"more than {_MAX_TICKETS} session tickets")
+        if message.lifetime > MAX_TICKET_LIFETIME:
+            raise IllegalParameter(f"a ticket with a lifetime of {message.lifetime} s")
+        store, session = self._config.session_store, self.connected.session
+        if store is None or message.lifetime == 0:
+            return self
+        ticket = SessionTicket(
+            ticket=message.ticket,
+            psk=self.connected.resumption.psk(message.nonce),
+            suite=self.connected.suite,
+            age_add=message.age_add,
+            lifetime=message.lifetime,
+            received_at=time.time(),
+            server_name=session.server_name,
+            chain=self._chain,
+            authenticated_by=session.authenticated_by,
+            psk_identity=session.psk_identity,
+        )
+        store.put(store_key(session.server_name), ticket)
+        channel.emit(TicketReceived(ticket))
+        return self
+
+
+class ServerTraffic(_Traffic):
+    """The server's: gives tickets with its first data.
+
+    Not before: a client that only writes would never read them, and both sides could block on full
+    sockets.
+    """
+
+    def __init__(
+        self, connected: Connected, config: ServerConfig, client_chain: tuple[bytes, ...]
+    ) -> None:
+        super().__init__(connected)
+        self._config = config
+        self._client_chain = client_chain
+        self._tickets_due = config.tickets_per_connection if config.tickets is not None else 0
+
+    def tickets_wanted(self, wanted: bool) -> None:
+        """Whether the client can use tickets: it offered psk_dhe_ke (section 4.2.9)."""
+        if not wanted:
+            self._tickets_due = 0
+
+    def send_data(self, data: memoryview, channel: Channel) -> None:
+        """Queue application data, behind the tickets that are due."""
+        while self._tickets_due:
+            self._tickets_due -= 1
+            self._send_ticket(channel)
+        super().send_data(data, channel)
+
+    def _send_ticket(self, channel: Channel) -> None:
+        issuer, session = self._config.tickets, self.connected.session
+        assert issuer is not None
+        nonce = bytes((self._tickets_due,))
+        state = TicketState(
+            suite=self.connected.suite.code,
+            psk=self.connected.resumption.psk(nonce),
+            issued_at=int(issuer.clock()),
+            server_name=session.server_name,
+            authenticated_by=session.authenticated_by,
+            psk_identity=session.psk_identity,
+            client_chain=self._client_chain,
+        )
+        channel.send(
+            NewSessionTicket(
+                lifetime=issuer.lifetime,
+                age_add=int.from_bytes(os.urandom(4), "big"),
+                nonce=nonce,
+                ticket=issuer.seal(state),
+                extensions=Extensions(),
+            )
+        )

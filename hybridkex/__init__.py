@@ -1,3 +1,97 @@
 """Secure channels whose keys rest on ECDH, ML-KEM and QKD at once: TLS 1.3 on the wire."""
 
+from hybridkex.auth import DevCa, Identity, InsecureNoVerification, Pins, TrustStore
+from hybridkex.crypto.kex import (
+    ALL_GROUPS,
+    MLKEM768,
+    MLKEM1024,
+    SECP256R1,
+    SECP256R1MLKEM768,
+    SECP384R1,
+    SECP384R1MLKEM1024,
+    X25519,
+    X25519MLKEM768,
+    Concat,
+    Group,
+    Property,
+)
+from hybridkex.crypto.psk import ExternalPsk
+from hybridkex.crypto.signatures import ALL_SCHEMES
+from hybridkex.crypto.suites import (
+    ALL_SUITES,
+    SHA256,
+    SHA384,
+    TLS_AES_128_GCM_SHA256,
+    TLS_AES_256_GCM_SHA384,
+    TLS_CHACHA20_POLY1305_SHA256,
+)
+from hybridkex.errors import HybridkexError
+from hybridkex.secret import Secret
+from hybridkex.streams import (
+    SecureListener,
+    SecureStream,
+    open_secure_tcp_listeners,
+    open_secure_tcp_stream,
+    serve_secure_tcp,
+)
+from hybridkex.tls.config import (
+    Authentication,
+    ClientConfig,
+    PadToMultiple,
+    Policy,
+    Requirement,
+    ServerConfig,
+)
+from hybridkex.tls.connection import ClientConnection, ServerConnection
+from hybridkex.tls.session import AuthenticatedBy, MemorySessionStore, Session
+from hybridkex.tls.tickets import CookieProtector, TicketIssuer
+
+__all__ = [
+    "ALL_GROUPS",
+    "ALL_SCHEMES",
+    "ALL_SUITES",
+    "MLKEM768",
+    "MLKEM1024",
+    "SECP256R1",
+    "SECP256R1MLKEM768",
+    "SECP384R1",
+    "SECP384R1MLKEM1024",
+    "SHA256",
+    "SHA384",
+    "TLS_AES_128_GCM_SHA256",
+    "TLS_AES_256_GCM_SHA384",
+    "TLS_CHACHA20_POLY1305_SHA256",
+    "X25519",
+    "X25519MLKEM768",
+    "AuthenticatedBy",
+    "Authentication",
+    "ClientConfig",
+    "ClientConnection",
+    "Concat",
+    "CookieProtector",
+    "DevCa",
+    "ExternalPsk",
+    "Group",
+    "HybridkexError",
+    "Identity",
+    "InsecureNoVerification",
+    "MemorySessionStore",
+    "PadToMultiple",
+    "Pins",
+    "Policy",
+    "Property",
+    "Requirement",
+    "Secret",
+    "SecureListener",
+    "SecureStream",
+    "ServerConfig",
+    "ServerConnection",
+    "Session",
+    "TicketIssuer",
+    "TrustStore",
+    "open_secure_tcp_listeners",
+    "open_secure_tcp_stream",
+    "serve_secure_tcp",
+]
+
 __version__ = "0.1.0"

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from cryptography.hazmat.primitives import hashes
@@ -44,9 +44,9 @@ class HashFunction:
 
     name: str
     size: int
-    algorithm: hashes.HashAlgorithm
+    algorithm: hashes.HashAlgorithm = field(compare=False)
     kdf: KdfCode
-    new: Callable[..., "hashlib._Hash"]
+    new: Callable[..., "hashlib._Hash"] = field(compare=False)
 
     def digest(self, data: bytes) -> bytes:
         """The hash of ``data``: ``size`` bytes."""

@@ -169,6 +169,10 @@ class Connection:
         """All bytes that wait for the transport; they are handed out once."""
         return self._channel.take_output()
 
+    def trailing_data(self) -> bytes:
+        """What came behind the peer's close_notify: not TLS, and not ours."""
+        return self._channel.incoming.drain() if self._close_received else b""
+
     # --- what it is ---------------------------------------------------------------------------
 
     @property

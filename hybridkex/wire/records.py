@@ -57,6 +57,14 @@ class RecordBuffer:
         """Bytes received and not yet taken."""
         return len(self._partial) + len(self._chunk) - self._position
 
+    def drain(self) -> bytes:
+        """All that has not been taken, as it came."""
+        left = bytes(self._partial) + bytes(self._chunk[self._position :])
+        self._partial = bytearray()
+        self._chunk = memoryview(b"")
+        self._position = 0
+        return left
+
     def take(self) -> Record | None:
         """The next whole record, or ``None`` until more has been fed.
 

@@ -1,0 +1,46 @@
+"""SecureListener: like ``trio.SSLListener``, every accepted stream becomes a secure one."""
+
+from typing import Generic, TypeVar
+
+from trio.abc import Listener, Stream
+
+from hybridkex.streams.stream import DEFAULT_HANDSHAKE_TIMEOUT, SecureStream
+from hybridkex.tls.config import ServerConfig
+
+__all__ = ["SecureListener"]
+
+T = TypeVar("T", bound=Stream)
+
+
+class SecureListener(Listener[SecureStream[T]], Generic[T]):
+    """Accepts streams and wraps them.
+
+    The handshake does not run here: it runs in the task that handles the connection, at its first
+    send or receive, so that a peer that stalls holds up nobody else.
+    """
+
+    def __init__(
+        self,
+        transport_listener: Listener[T],
+        config: ServerConfig,
+        *,
+        https_compatible: bool = False,
+        handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+    ) -> None:
+        self.transport_listener = transport_listener
+        self._config = config
+        self._https_compatible = https_compatible
+        self._handshake_timeout = handshake_timeout
+
+    async def accept(self) -> SecureStream[T]:
+        """The next connection; its handshake has not been run."""
+        return SecureStream(
+            await self.transport_listener.accept(),
+            self._config,
+            https_compatible=self._https_compatible,
+            handshake_timeout=self._handshake_timeout,
+        )
+
+    async def aclose(self) -> None:
+        """Stop accepting."""
+        await self.transport_listener.aclose()

@@ -1,0 +1,421 @@
+"""SecureStream: the engine on a trio stream, in the shape of ``trio.SSLStream``.
+
+How it hangs together:
+
+- The engine does no I/O. Every method here moves bytes between it and the transport, and each
+  direction has one owner at a time: a task that receives and a task that sends never touch the same
+  half of the transport.
+- The handshake is lazy: the first call that needs it runs it, under a lock, with a deadline.
+- *Encrypting advances the sequence number.* A send that is cancelled half-way leaves the peer with
+  part of a record and us unable to say which, so it breaks sending for good; receiving goes on. A
+  receive that is cancelled loses nothing: what was read is in the engine.
+- Answers to the peer (KeyUpdate, tickets) ride on our next send, so receiving never waits for the
+  transport to take bytes. Only an alert is sent from the receiving side: once, shielded, and with a
+  time limit, before the error is raised.
+"""
+
+from types import TracebackType
+from typing import Final, Generic, NoReturn, TypeVar
+
+import trio
+from trio.abc import Stream
+
+from hybridkex.errors import (
+    HandshakeTimeout,
+    HybridkexError,
+    PeerError,
+    TruncationError,
+)
+from hybridkex.secret import Secret
+from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.connection import ClientConnection, ServerConnection
+from hybridkex.tls.events import ApplicationData, CloseReceived, PskWanted
+from hybridkex.tls.session import Session
+
+__all__ = ["DEFAULT_HANDSHAKE_TIMEOUT", "SecureStream"]
+
+DEFAULT_HANDSHAKE_TIMEOUT: Final = 10.0
+"""Seconds for a whole handshake."""
+
+_READ_SIZE: Final = 256 * 1024
+_SEND_SIZE: Final = 256 * 1024
+_ALERT_TIMEOUT: Final = 1.0
+
+T = TypeVar("T", bound=Stream)
+
+
+class SecureStream(Stream, Generic[T]):
+    """An encrypted stream over another stream.
+
+    Args:
+        transport_stream: what carries the bytes; this stream owns it from now on.
+        config: a :class:`ClientConfig` makes this the client, a :class:`ServerConfig` the server.
+        server_hostname: the name or address that the server's certificate must have (client).
+        https_compatible: do not send or ask for close_notify at the end, as HTTPS does not; then
+            only the protocol above can tell a cut connection from an ended one.
+        handshake_timeout: seconds that the handshake may take; ``math.inf`` for no limit.
+
+    Errors come as ``trio.SSLStream``'s do: :exc:`trio.BrokenResourceError` with the reason, one of
+    :mod:`hybridkex.errors`, as its ``__cause__``.
+    """
+
+    def __init__(
+        self,
+        transport_stream: T,
+        config: ClientConfig | ServerConfig,
+        *,
+        server_hostname: str | None = None,
+        https_compatible: bool = False,
+        handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+    ) -> None:
+        self.transport_stream: T = transport_stream
+        self._connection: ClientConnection | ServerConnection
+        if isinstance(config, ClientConfig):
+            self._connection = ClientConnection(config, server_hostname)
+        else:
+            if server_hostname is not None:
+                raise ValueError("server_hostname goes with a ClientConfig")
+            self._connection = ServerConnection(config)
+        self._https_compatible = https_compatible
+        self._handshake_timeout = handshake_timeout
+        self._handshake_lock = trio.Lock()
+        # Users' mistakes: two tasks in one direction.
+        self._send_guard = _Guard("another task is sending on this SecureStream")
+        self._receive_guard = _Guard("another task is receiving on this SecureStream")
+        self._failure: BaseException | None = None
+        self._send_failure: BaseException | None = None
+        self._closed = False
+        self._pending = memoryview(b"")
+
+    # --- what it is ---------------------------------------------------------------------------
+
+    @property
+    def session(self) -> Session:
+        """What the keys rest on.
+
+        Raises:
+            trio.NeedHandshakeError: the handshake is not complete.
+        """
+        if not self._connection.handshake_complete:
+            raise trio.NeedHandshakeError("call do_handshake() first")
+        return self._connection.session
+
+    def export(self, label: bytes, context: bytes, length: int) -> Secret:
+        """Keying material for a protocol above (RFC 8446 section 7.5).
+
+        Raises:
+            trio.NeedHandshakeError: the handshake is not complete.
+        """
+        if not self._connection.handshake_complete:
+            raise trio.NeedHandshakeError("call do_handshake() first")
+        return self._connection.export(label, context, length)
+
+    # --- the handshake ------------------------------------------------------------------------
+
+    async def do_handshake(self) -> None:
+        """Run the handshake, if it has not been run. The first send or receive does so too.
+
+        Raises:
+            trio.BrokenResourceError: it failed; ``__cause__`` says why.
+        """
+        self._check_usable()
+        if self._connection.handshake_complete:
+            await trio.lowlevel.checkpoint()
+            return
+        async with self._handshake_lock:
+            self._check_usable()
+            if self._connection.handshake_complete:
+                return
+            complete = False
+            try:
+                with trio.move_on_after(self._handshake_timeout) as scope:
+                    await self._run_handshake()
+                    complete = True
+                if not complete and scope.cancelled_caught:
+                    error = HandshakeTimeout(
+                        f"no handshake within {self._handshake_timeout:g} seconds"
+                    )
+                    self._connection.abort(error)
+                    await self._fail(error)
+            finally:
+                if not complete and self._failure is None:
+                    # Cancelled in the middle: part of a flight may be on its way.
+                    self._failure = _Interrupted("the handshake was cancelled")
+
+    async def _run_handshake(self) -> None:
+        connection = self._connection
+        if isinstance(connection, ClientConnection):
+            try:
+                connection.start()
+            except HybridkexError as error:
+                await self._fail(error)
+        while True:
+            await self._flush()
+            if connection.handshake_complete:
+                return
+            await self._receive_until_event()
+
+    async def _receive_until_event(self) -> None:
+        """Read from the transport once and take what the handshake makes of it."""
+        data = await self._read_transport()
+        try:
+            self._connection.receive_data(data)
+            while not self._connection.handshake_complete:
+                event = self._connection.next_event()
+                if event is None:
+                    return
+                if isinstance(event, PskWanted):
+                    assert isinstance(self._connection, ServerConnection)
+                    # No key source is configured that could know more than the engine does.
+                    self._connection.provide_psk(None)
+        except HybridkexError as error:
+            await self._fail(error)
+
+    # --- receiving ----------------------------------------------------------------------------
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        """Data from the peer; ``b""`` once it has closed its direction.
+
+        Raises:
+            trio.BrokenResourceError: the connection failed or was cut; ``__cause__`` says why.
+            trio.ClosedResourceError: this stream was closed.
+            trio.BusyResourceError: another task is receiving.
+        """
+        with self._receive_guard:
+            if max_bytes is not None and max_bytes < 1:
+                raise ValueError("max_bytes must be >= 1")
+            self._check_usable()
+            if not self._connection.handshake_complete:
+                await self.do_handshake()
+            elif self._pending:
+                await trio.lowlevel.checkpoint()
+            while not self._pending:
+                if not await self._receive_more():
+                    return b""
+            pending = self._pending
+            if max_bytes is None or max_bytes >= len(pending):
+                self._pending = memoryview(b"")
+                return bytes(pending)
+            self._pending = pending[max_bytes:]
+            return bytes(pending[:max_bytes])
+
+    async def _receive_more(self) -> bool:
+        """Wait for application data; ``False`` at the peer's close_notify."""
+        connection = self._connection
+        if connection.close_received:
+            await trio.lowlevel.checkpoint()
+            return False
+        while True:
+            try:
+                event = connection.next_event()
+            except HybridkexError as error:
+                await self._fail(error)
+            if isinstance(event, ApplicationData):
+                self._pending = event.data
+                return True
+            if isinstance(event, CloseReceived):
+                await trio.lowlevel.checkpoint()
+                return False
+            if event is not None:
+                continue
+            data = await self._read_transport()
+            try:
+                connection.receive_data(data)
+            except TruncationError as error:
+                if self._https_compatible:
+                    return False
+                await self._fail(error)
+            except HybridkexError as error:
+                await self._fail(error)
+
+    async def _read_transport(self) -> bytes | bytearray:
+        try:
+            return await self.transport_stream.receive_some(_READ_SIZE)
+        except trio.BrokenResourceError as error:
+            self._failure = error
+            raise
+        except trio.ClosedResourceError:
+            if self._closed:
+                raise
+            raise trio.BrokenResourceError("the transport was closed") from None
+
+    # --- sending ------------------------------------------------------------------------------
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send all of ``data``. If this is cancelled, nothing more can be sent.
+
+        Raises:
+            trio.BrokenResourceError: the connection failed; ``__cause__`` says why.
+            trio.ClosedResourceError: this stream was closed, or its sending direction was.
+            trio.BusyResourceError: another task is sending.
+        """
+        with self._send_guard:
+            self._check_sendable()
+            if not self._connection.handshake_complete:
+                await self.do_handshake()
+                self._check_sendable()
+            view = memoryview(data).cast("B") if data else memoryview(b"")
+            if not view:
+                await trio.lowlevel.checkpoint()
+                return
+            for start in range(0, len(view), _SEND_SIZE):
+                self._queue(view[start : start + _SEND_SIZE])
+                await self._flush()
+
+    def _queue(self, piece: memoryview) -> None:
+        try:
+            self._connection.send_data(piece)
+        except HybridkexError as error:
+            raise trio.BrokenResourceError(str(error)) from error
+
+    async def _flush(self) -> None:
+        """Put what the engine has queued on the transport, whole or never again."""
+        connection = self._connection
+        if not connection.has_data_to_send:
+            return
+        complete = False
+        try:
+            await self.transport_stream.send_all(connection.data_to_send())
+            complete = True
+        except trio.ClosedResourceError:
+            if self._closed:
+                raise
+            raise trio.BrokenResourceError("the transport was closed") from None
+        finally:
+            if not complete and self._send_failure is None:
+                self._send_failure = _Interrupted("an earlier send did not complete")
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Wait until ``send_all`` may go through at once; see ``trio.abc.SendStream``."""
+        with self._send_guard:
+            self._check_sendable()
+            await self.transport_stream.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        """Send close_notify: no more data will come from us. Receiving goes on.
+
+        The transport stays open in both directions; TLS says the end by itself.
+        """
+        with self._send_guard:
+            if self._connection.close_sent and not self._closed:
+                await trio.lowlevel.checkpoint()
+                return
+            self._check_sendable()
+            if not self._connection.handshake_complete:
+                await self.do_handshake()
+                self._check_sendable()
+            self._connection.send_close()
+            await self._flush()
+
+    # --- the end ------------------------------------------------------------------------------
+
+    async def unwrap(self) -> tuple[Stream, bytes]:
+        """End TLS in both directions; returns the transport and what came behind the end.
+
+        Raises:
+            trio.BrokenResourceError: the peer did not end it cleanly.
+        """
+        with self._receive_guard, self._send_guard:
+            self._check_usable()
+            if not self._connection.handshake_complete:
+                await self.do_handshake()
+            if not self._connection.close_sent:
+                self._connection.send_close()
+            await self._flush()
+            while not self._connection.close_received:
+                await self._receive_more()
+            self._pending = memoryview(b"")
+            transport, self._closed = self.transport_stream, True
+            return transport, self._connection.trailing_data()
+
+    async def aclose(self) -> None:
+        """Send close_notify if that is possible at once, and close the transport."""
+        if self._closed:
+            await trio.lowlevel.checkpoint()
+            return
+        self._closed = True
+        try:
+            polite = (
+                self._connection.handshake_complete
+                and not self._https_compatible
+                and self._failure is None
+                and self._send_failure is None
+                and not self._connection.close_sent
+                and not self._send_guard.busy
+            )
+            if polite:
+                self._connection.send_close()
+                with trio.move_on_after(_ALERT_TIMEOUT):
+                    await self.transport_stream.send_all(self._connection.data_to_send())
+        except (trio.BrokenResourceError, trio.BusyResourceError, trio.ClosedResourceError):
+            pass  # The peer is gone already, and so is the need to tell it.
+        finally:
+            await self.transport_stream.aclose()
+
+    # --- states -------------------------------------------------------------------------------
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this SecureStream is closed")
+        if self._failure is not None:
+            raise trio.BrokenResourceError(str(self._failure)) from self._failure
+
+    def _check_sendable(self) -> None:
+        self._check_usable()
+        if self._send_failure is not None:
+            raise trio.BrokenResourceError(str(self._send_failure)) from self._send_failure
+        if self._connection.close_sent:
+            raise trio.ClosedResourceError("send_eof was called on this SecureStream")
+
+    async def _fail(self, error: HybridkexError) -> NoReturn:
+        """Send the alert, if there is one, and raise."""
+        self._failure = error
+        if isinstance(error, PeerError) and not self._send_guard.busy_elsewhere:
+            with trio.move_on_after(_ALERT_TIMEOUT) as scope:
+                scope.shield = True
+                try:
+                    await self.transport_stream.send_all(self._connection.data_to_send())
+                except (
+                    trio.BrokenResourceError,
+                    trio.BusyResourceError,
+                    trio.ClosedResourceError,
+                ):
+                    pass  # The peer will see the connection end, at least.
+        raise trio.BrokenResourceError(str(error)) from error
+
+
+class _Interrupted(HybridkexError):
+    """What breaks a stream that was cancelled in the middle."""
+
+
+class _Guard:
+    """Refuses a second task in one direction, as trio's streams do."""
+
+    __slots__ = ("_message", "_owner")
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+        self._owner: trio.lowlevel.Task | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a task is inside."""
+        return self._owner is not None
+
+    @property
+    def busy_elsewhere(self) -> bool:
+        """Whether another task than this one is inside."""
+        return self._owner is not None and self._owner is not trio.lowlevel.current_task()
+
+    def __enter__(self) -> None:
+        if self._owner is not None:
+            raise trio.BusyResourceError(self._message)
+        self._owner = trio.lowlevel.current_task()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._owner = None

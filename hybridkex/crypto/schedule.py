@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from hybridkex.constants import Label
 from hybridkex.crypto.suites import IV_LENGTH, CipherSuite, HashFunction
+from hybridkex.errors import ConfigError
 from hybridkex.secret import Secret
 
 __all__ = [
@@ -180,8 +181,20 @@ class ExporterSecret:
     secret: Secret
 
     def export(self, label: bytes, context: bytes, length: int) -> Secret:
-        """``length`` bytes bound to the label and to the context (empty and absent are one)."""
+        """``length`` bytes bound to the label and to the context (empty and absent are one).
+
+        Raises:
+            ConfigError: the label does not have 1 to 249 bytes (section 7.1: HkdfLabel holds 255
+                with the prefix), or the length is not in 1 to 255 times the hash's (RFC 5869
+                section 2.3).
+        """
         hash_function = self.hash
+        if not 1 <= len(label) <= 255 - len(Label.PREFIX):
+            raise ConfigError(f"an exporter label has 1 to 249 bytes, not {len(label)}")
+        if not 1 <= length <= 255 * hash_function.size:
+            raise ConfigError(
+                f"an exporter gives 1 to {255 * hash_function.size} bytes, not {length}"
+            )
         base = _derive_secret(hash_function, self.secret, label, hash_function.digest(b""))
         digest = hash_function.digest(context)
         return Secret(hkdf_expand_label(hash_function, base, Label.EXPORTER, digest, length))

@@ -1,4 +1,4 @@
-"""The key schedule, written twice: from RFC 5869 and RFC 8446, on hmac and hashlib alone."""
+"""The key schedule once more, from RFC 5869 and RFC 8446 on hmac and hashlib alone."""
 
 import hashlib
 import hmac

@@ -1,0 +1,69 @@
+"""``hybridkex connect``: a secure channel to a server, in the manner of ``s_client -quiet``."""
+
+import argparse
+
+import trio
+
+from hybridkex.cli.options import (
+    add_channel_options,
+    channel_arguments,
+    identity,
+    key_log,
+    verifier,
+)
+from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
+from hybridkex.cli.sessions import FileSessionStore
+from hybridkex.streams import SecureStream
+from hybridkex.tls.config import ClientConfig
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("host", metavar="HOST")
+    parser.add_argument("port", metavar="PORT", type=int)
+    parser.add_argument(
+        "--server-name", metavar="NAME", help="the name in the certificate, if it is not HOST"
+    )
+    parser.add_argument(
+        "--resume", metavar="FILE", help="keep session tickets in FILE and resume with them"
+    )
+    add_channel_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Connect; 0 after a clean close."""
+    with key_log(args.keylog) as log:
+        config = ClientConfig(
+            verifier=verifier(args),
+            identity=identity(args),
+            session_store=FileSessionStore(args.resume) if args.resume is not None else None,
+            key_log=log,
+            **channel_arguments(args),
+        )
+        trio.run(_connect, args, config)
+    return 0
+
+
+async def _connect(args: argparse.Namespace, config: ClientConfig) -> None:
+    try:
+        tcp = await trio.open_tcp_stream(args.host, args.port, local_address=args.bind)
+    except OSError as error:
+        raise ChannelFailed(f"cannot connect to {args.host}:{args.port}: {_why(error)}") from None
+    stream = SecureStream(tcp, config, server_hostname=args.server_name or args.host)
+    async with stream:
+        try:
+            await stream.do_handshake()
+        except trio.BrokenResourceError as error:
+            raise ChannelFailed(f"handshake failed: {reason(error)}") from None
+        report(stream.session, as_json=args.json)
+        await pipe(stream)
+
+
+def _why(error: OSError) -> str:
+    """The reason of the last attempt, where several addresses were tried."""
+    cause = error.__cause__
+    while isinstance(cause, BaseExceptionGroup) and cause.exceptions:
+        cause = cause.exceptions[-1]
+    return str(cause or error)

@@ -1,0 +1,131 @@
+"""``hybridkex listen``: accept secure channels, in the manner of ``s_server``."""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from hybridkex.cli.options import (
+    add_channel_options,
+    channel_arguments,
+    identity,
+    key_log,
+    verifier,
+)
+from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
+from hybridkex.errors import ConfigError
+from hybridkex.streams import SecureListener, SecureStream, open_secure_tcp_listeners
+from hybridkex.tls.config import ServerConfig
+
+__all__ = ["configure", "run"]
+
+Stream = SecureStream[trio.SocketStream]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("port", metavar="PORT", type=int, help="0 picks a free one")
+    parser.add_argument(
+        "--require-client-cert", action="store_true", help="refuse clients without a certificate"
+    )
+    parser.add_argument("--echo", action="store_true", help="send back what comes, to many at once")
+    parser.add_argument("--once", action="store_true", help="end after the first connection")
+    parser.add_argument("--port-file", metavar="FILE", help="write the port here once it is open")
+    add_channel_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve; with ``--once`` 0 after a clean close."""
+    ours = identity(args)
+    with key_log(args.keylog) as log:
+        config = ServerConfig(
+            identities=(ours,) if ours is not None else (),
+            client_verifier=verifier(args),
+            require_client_certificate=args.require_client_cert,
+            key_log=log,
+            **channel_arguments(args),
+        )
+        trio.run(_listen, args, config)
+    return 0
+
+
+async def _listen(args: argparse.Namespace, config: ServerConfig) -> None:
+    try:
+        listeners = await open_secure_tcp_listeners(args.port, config, host=args.bind)
+    except OSError as error:
+        raise ChannelFailed(f"cannot listen on port {args.port}: {error.strerror}") from None
+    if args.port_file is not None:
+        _write_port(args.port_file, listeners[0])
+    if args.once:
+        await _serve_once(args, listeners)
+        return
+    # Standard input and output can serve one peer at a time; the others wait.
+    handler = partial(_serve_logged, args, trio.Lock())
+    await trio.serve_listeners(handler, listeners)
+
+
+async def _serve_once(
+    args: argparse.Namespace, listeners: list[SecureListener[trio.SocketStream]]
+) -> None:
+    accepted: list[Stream] = []
+    async with trio.open_nursery() as nursery:
+
+        async def accept(listener: SecureListener[trio.SocketStream]) -> None:
+            stream = await listener.accept()
+            # Two addresses may accept in the same instant: the first one is served.
+            if accepted:
+                await trio.aclose_forcefully(stream)
+                return
+            accepted.append(stream)
+            nursery.cancel_scope.cancel()
+
+        for listener in listeners:
+            nursery.start_soon(accept, listener)
+    for listener in listeners:
+        await listener.aclose()
+    await _serve(args, accepted[0])
+
+
+async def _serve_logged(args: argparse.Namespace, lock: trio.Lock, stream: Stream) -> None:
+    """One connection of many: what goes wrong with it is said and does not end the others."""
+    try:
+        if args.echo:
+            await _serve(args, stream)
+        else:
+            async with lock:
+                await _serve(args, stream)
+    except ChannelFailed as error:
+        print(f"hybridkex: {error}", file=sys.stderr, flush=True)
+
+
+async def _serve(args: argparse.Namespace, stream: Stream) -> None:
+    async with stream:
+        try:
+            await stream.do_handshake()
+        except trio.BrokenResourceError as error:
+            raise ChannelFailed(f"handshake failed: {reason(error)}") from None
+        report(stream.session, as_json=args.json)
+        if not args.echo:
+            await pipe(stream)
+            return
+        try:
+            while data := await stream.receive_some():
+                await stream.send_all(data)
+            await stream.send_eof()
+        except trio.BrokenResourceError as error:
+            raise ChannelFailed(reason(error)) from None
+
+
+def _write_port(path: str, listener: SecureListener[trio.SocketStream]) -> None:
+    inner = listener.transport_listener
+    assert isinstance(inner, trio.SocketListener)
+    port = inner.socket.getsockname()[1]
+    # Under its final name only when it is whole: whoever waits for the file reads it at once.
+    temporary = Path(f"{path}.new")
+    try:
+        temporary.write_text(f"{port}\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None

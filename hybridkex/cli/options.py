@@ -1,0 +1,165 @@
+"""The options that ``connect`` and ``listen`` share, and the configuration that they make."""
+
+import argparse
+import binascii
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from hybridkex.auth import Identity, InsecureNoVerification, Pins, TrustStore
+from hybridkex.crypto.kex import ALL_GROUPS, Group, Property
+from hybridkex.crypto.psk import ExternalPsk
+from hybridkex.crypto.suites import ALL_SUITES, SHA256, SHA384
+from hybridkex.errors import ConfigError
+from hybridkex.secret import Secret
+from hybridkex.tls.config import KeyLog, Policy, Requirement
+
+__all__ = ["add_channel_options", "channel_arguments", "identity", "key_log", "verifier"]
+
+N = TypeVar("N")
+
+
+def add_channel_options(parser: argparse.ArgumentParser) -> None:
+    """Everything but the address."""
+    trust = parser.add_argument_group("whom to trust")
+    trust.add_argument("--ca", metavar="FILE", help="authorities that may vouch for the peer (PEM)")
+    trust.add_argument(
+        "--pin",
+        metavar="HEX",
+        action="append",
+        default=[],
+        help="SHA-256 of the peer's public key (SPKI); with --ca both must hold",
+    )
+    trust.add_argument(
+        "--insecure", action="store_true", help="do not check the peer's certificate at all"
+    )
+    own = parser.add_argument_group("who we are")
+    own.add_argument("--cert", metavar="FILE", help="our certificate chain (PEM, leaf first)")
+    own.add_argument("--key", metavar="FILE", help="its private key (PEM)")
+    psk = parser.add_argument_group("pre-shared key")
+    psk.add_argument(
+        "--psk",
+        metavar="IDENTITY:HEX",
+        help="an external PSK; together with certificates it is used by RFC 9973. "
+        "Other users of this machine can see it in the process list",
+    )
+    psk.add_argument("--psk-hash", choices=("sha256", "sha384"), default="sha256")
+    psk.add_argument(
+        "--psk-import", metavar="CONTEXT_HEX", help="import the PSK by RFC 9258, with this context"
+    )
+    tls = parser.add_argument_group("what to offer or accept")
+    tls.add_argument("--groups", metavar="LIST", help=f"of {_names(ALL_GROUPS)}")
+    tls.add_argument("--suites", metavar="LIST", help=f"of {_names(ALL_SUITES)}")
+    tls.add_argument("--alpn", metavar="LIST", help="application protocols, the favourite first")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json", action="store_true", help="print the session as one JSON line on standard error"
+    )
+    output.add_argument(
+        "--keylog",
+        metavar="FILE",
+        help="append the session's secrets to FILE, for Wireshark: whoever has them reads all",
+    )
+    parser.add_argument("--bind", metavar="ADDR", help="the local address")
+
+
+def _names(items: Any) -> str:
+    return ", ".join(item.name for item in items)
+
+
+def channel_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The keywords that ClientConfig and ServerConfig share."""
+    arguments: dict[str, Any] = {}
+    if args.groups is not None:
+        groups: tuple[Group, ...] = tuple(_pick("group", args.groups, ALL_GROUPS))
+        arguments["groups"] = groups
+        if any(Property.POST_QUANTUM not in group.properties for group in groups):
+            # Whoever lists a classical group by name wants it.
+            arguments["policy"] = Policy(post_quantum=Requirement.PREFER)
+    if args.suites is not None:
+        arguments["suites"] = tuple(_pick("cipher suite", args.suites, ALL_SUITES))
+    if args.alpn is not None:
+        arguments["alpn"] = tuple(_split(args.alpn))
+    if args.psk is not None:
+        arguments["psks"] = (_psk(args),)
+    elif args.psk_import is not None:
+        raise ConfigError("--psk-import goes with --psk")
+    return arguments
+
+
+def _split(text: str) -> list[str]:
+    return [item for item in text.replace(":", ",").split(",") if item]
+
+
+def _pick(what: str, text: str, known: tuple[N, ...]) -> Iterator[N]:
+    by_name = {item.name.lower(): item for item in known}  # type: ignore[attr-defined]
+    for name in _split(text):
+        try:
+            yield by_name[name.lower()]
+        except KeyError:
+            raise ConfigError(f"unknown {what} {name!r}; known are {_names(known)}") from None
+
+
+def _psk(args: argparse.Namespace) -> ExternalPsk:
+    identity, separator, key = args.psk.rpartition(":")
+    if not separator:
+        raise ConfigError("--psk takes IDENTITY:HEX")
+    return ExternalPsk(
+        identity=identity.encode(),
+        key=Secret(_hex("the key of --psk", key)),
+        hash=SHA384 if args.psk_hash == "sha384" else SHA256,
+        context=None
+        if args.psk_import is None
+        else _hex("the context of --psk-import", args.psk_import),
+    )
+
+
+def _hex(what: str, text: str) -> bytes:
+    try:
+        return binascii.unhexlify(text)
+    except ValueError:
+        # The text is not shown: it may be most of a key.
+        raise ConfigError(f"{what} is not hexadecimal") from None
+
+
+def verifier(args: argparse.Namespace) -> TrustStore | Pins | InsecureNoVerification | None:
+    """What decides about the peer's certificate, if anything was asked for."""
+    if args.insecure:
+        if args.ca or args.pin:
+            raise ConfigError("--insecure contradicts --ca and --pin")
+        print(
+            "hybridkex: WARNING: --insecure: the peer's certificate is NOT checked; "
+            "anybody in between can read and change everything",
+            file=sys.stderr,
+        )
+        return InsecureNoVerification()
+    if args.ca is not None:
+        return TrustStore.from_file(args.ca, pins=args.pin)
+    return Pins(frozenset(args.pin)) if args.pin else None
+
+
+def identity(args: argparse.Namespace) -> Identity | None:
+    """Our certificate and key."""
+    if (args.cert is None) != (args.key is None):
+        raise ConfigError("--cert and --key go together")
+    return None if args.cert is None else Identity.from_files(args.cert, args.key)
+
+
+@contextmanager
+def key_log(path: str | None) -> Iterator[KeyLog | None]:
+    """The sink for ``--keylog``; its file is readable by its owner alone."""
+    if path is None:
+        yield None
+        return
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+    with os.fdopen(descriptor, "w", buffering=1) as file:
+
+        def write(line: str) -> None:
+            file.write(line + "\n")
+
+        yield write

@@ -1,0 +1,79 @@
+"""Standard input and output as the two ends of a secure stream."""
+
+import json
+import os
+import sys
+from typing import Any, Final
+
+import trio
+
+from hybridkex.errors import HybridkexError
+from hybridkex.streams import SecureStream
+from hybridkex.tls.session import Session
+
+__all__ = ["ChannelFailed", "pipe", "reason", "report"]
+
+_CHUNK: Final = 256 * 1024
+
+
+class ChannelFailed(HybridkexError):
+    """The channel did not end cleanly."""
+
+
+def reason(error: BaseException) -> str:
+    """Why a stream broke, in one line."""
+    cause = error.__cause__ or error
+    return str(cause) or type(cause).__name__
+
+
+def report(session: Session, *, as_json: bool) -> None:
+    """Say on standard error what the keys rest on."""
+    text = json.dumps(session.as_json()) if as_json else str(session)
+    print(text, file=sys.stderr, flush=True)
+
+
+async def pipe(stream: SecureStream[Any]) -> None:
+    """Carry standard input to the peer and the peer's data to standard output.
+
+    The end of our input is told to the peer; we go on until the peer ends too.
+
+    Raises:
+        ChannelFailed: the connection broke, or was cut.
+    """
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_send_input, stream)
+            await _write_output(stream)
+            nursery.cancel_scope.cancel()
+    except* trio.BrokenResourceError as group:
+        # Both directions see the same end; one of them is enough to tell it.
+        raise ChannelFailed(reason(_first(group))) from None
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def _send_input(stream: SecureStream[Any]) -> None:
+    while data := await _read_input():
+        await stream.send_all(data)
+    await stream.send_eof()
+
+
+async def _read_input() -> bytes:
+    # A thread, since standard input may be a file, which cannot be waited for otherwise; it is
+    # abandoned in its read when the peer ends first.
+    return await trio.to_thread.run_sync(os.read, 0, _CHUNK, abandon_on_cancel=True)
+
+
+async def _write_output(stream: SecureStream[Any]) -> None:
+    while data := await stream.receive_some():
+        await trio.to_thread.run_sync(_write, data)
+
+
+def _write(data: bytes | bytearray) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(1, view) :]

@@ -1,0 +1,113 @@
+"""A session store in a file, for ``connect --resume``."""
+
+import base64
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from hybridkex.crypto.suites import ALL_SUITES
+from hybridkex.errors import ConfigError
+from hybridkex.secret import Secret
+from hybridkex.tls.session import AuthenticatedBy, SessionTicket
+
+__all__ = ["FileSessionStore"]
+
+_KEPT = 4
+
+
+class FileSessionStore:
+    """Tickets per server, as JSON in a file that only its owner reads.
+
+    Each change replaces the file, and a ticket leaves it before it is used: it is not used twice,
+    whenever the process ends.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._tickets = self._load()
+
+    def put(self, server: str, ticket: SessionTicket) -> None:
+        """Keep a ticket; the oldest make room."""
+        kept = self._tickets.setdefault(server, [])
+        kept.append(_to_json(ticket))
+        del kept[:-_KEPT]
+        self._save()
+
+    def take(self, server: str) -> SessionTicket | None:
+        """The newest usable ticket, which leaves the file."""
+        kept = self._tickets.get(server, [])
+        found = None
+        while kept and found is None:
+            try:
+                ticket = _from_json(kept.pop())
+            except (KeyError, ValueError, TypeError):
+                continue  # Written by another version, or by hand.
+            found = ticket if ticket.usable(time.time()) else None
+        self._save()
+        return found
+
+    def _load(self) -> dict[str, list[Any]]:
+        try:
+            tickets = json.loads(self._path.read_text())
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise ConfigError(f"cannot read {self._path}: {error.strerror}") from None
+        except ValueError:
+            tickets = None
+        if not isinstance(tickets, dict) or not all(
+            isinstance(kept, list) for kept in tickets.values()
+        ):
+            raise ConfigError(f"{self._path} is no session store")
+        return tickets
+
+    def _save(self) -> None:
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(self._tickets, file)
+            temporary.replace(self._path)
+        except OSError as error:
+            raise ConfigError(f"cannot write {self._path}: {error.strerror}") from None
+
+
+def _to_json(ticket: SessionTicket) -> dict[str, Any]:
+    return {
+        "ticket": _text(ticket.ticket),
+        "psk": _text(ticket.psk.reveal()),
+        "suite": ticket.suite.name,
+        "age_add": ticket.age_add,
+        "lifetime": ticket.lifetime,
+        "received_at": ticket.received_at,
+        "server_name": ticket.server_name,
+        "chain": [_text(der) for der in ticket.chain],
+        "authenticated_by": ticket.authenticated_by.value,
+        "psk_identity": _text(ticket.psk_identity) if ticket.psk_identity is not None else None,
+    }
+
+
+def _from_json(fields: dict[str, Any]) -> SessionTicket:
+    identity = fields["psk_identity"]
+    return SessionTicket(
+        ticket=_bytes(fields["ticket"]),
+        psk=Secret(_bytes(fields["psk"])),
+        suite={suite.name: suite for suite in ALL_SUITES}[fields["suite"]],
+        age_add=int(fields["age_add"]),
+        lifetime=int(fields["lifetime"]),
+        received_at=float(fields["received_at"]),
+        server_name=fields["server_name"],
+        chain=tuple(_bytes(der) for der in fields["chain"]),
+        authenticated_by=AuthenticatedBy(fields["authenticated_by"]),
+        psk_identity=_bytes(identity) if identity is not None else None,
+    )
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)

@@ -1,0 +1,252 @@
+"""The rooms of the architecture stay apart: imports go one way.
+
+The sources are read, not run, so an import inside a function counts as well as one at the top.
+"""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "hybridkex"
+
+BASE = {"constants", "errors", "secret"}
+ENGINE = BASE | {"wire", "crypto", "auth", "tls"}
+
+# What each room may know, besides itself. A file beside the rooms is a room of its own; the public
+# names of hybridkex/__init__.py are the room "".
+MAY_IMPORT: dict[str, set[str]] = {
+    "constants": set(),
+    "errors": {"constants"},
+    "secret": set(),
+    "wire": BASE,
+    "crypto": BASE,
+    "auth": BASE | {"crypto"},
+    "qkd": BASE | {"crypto"},
+    "tls": BASE | {"wire", "crypto", "auth"},
+    # The one place where key sources meet the engine.
+    "streams": ENGINE | {"qkd"},
+    "adversary": ENGINE | {"qkd", "streams"},
+    "cli": ENGINE | {"qkd", "streams", "adversary", ""},
+    "__main__": {"cli"},
+    "": ENGINE | {"qkd", "streams"},
+}
+
+
+class Exemption(NamedTuple):
+    """An import inside a function that goes against the table."""
+
+    importer: str
+    rooms: frozenset[str]
+    reason: str
+
+
+EXEMPT = (
+    Exemption(
+        "hybridkex.qkd.etsi014",
+        frozenset({"auth", "tls", "streams"}),
+        "the hop between an SAE and its KME can run over this library's own TLS; imported when "
+        "that is asked for, so that a key source as such knows nothing of the engine",
+    ),
+)
+
+# The engine does no input and no output, and has no opinion on how its caller does.
+SANS_IO = {"constants", "errors", "secret", "wire", "crypto", "tls"}
+IO_MODULES = {"asyncio", "anyio", "trio", "socket", "ssl", "select", "selectors", "threading"}
+
+
+class Import(NamedTuple):
+    """One import statement's target, and whether it runs only when a function is called."""
+
+    importer: str
+    target: str
+    line: int
+    lazy: bool
+    typing_only: bool
+
+    def __str__(self) -> str:
+        return f"{self.importer}:{self.line} imports {self.target}"
+
+
+def imports_of(importer: str, source: str, modules: set[str]) -> Iterator[Import]:
+    """Every import in a source, as the module that it really means."""
+
+    def visit(node: ast.AST, lazy: bool, typing_only: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(importer, alias.name, node.lineno, lazy, typing_only)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{importer}:{node.lineno}: a relative import"
+            assert node.module is not None
+            for alias in node.names:
+                # `from package import module` means the module.
+                full = f"{node.module}.{alias.name}"
+                target = full if full in modules else node.module
+                yield Import(importer, target, node.lineno, lazy, typing_only)
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for statement in node.body:
+                yield from visit(statement, lazy, True)
+            for statement in node.orelse:
+                yield from visit(statement, lazy, typing_only)
+        else:
+            inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            for child in ast.iter_child_nodes(node):
+                yield from visit(child, inside, typing_only)
+
+    yield from visit(ast.parse(source), False, False)
+
+
+def room(module: str) -> str:
+    return module.partition(".")[2].partition(".")[0]
+
+
+def complaints(imports: list[Import]) -> list[str]:
+    """What goes against the table."""
+    found = []
+    for item in imports:
+        outside = item.target.split(".")[0]
+        if outside != "hybridkex":
+            if room(item.importer) in SANS_IO and outside in IO_MODULES:
+                found.append(f"{item}: input and output are not the engine's business")
+            if room(item.importer) == "wire" and outside == "cryptography":
+                found.append(f"{item}: no cryptography on the wire")
+            if outside in {"asyncio", "anyio"}:
+                found.append(f"{item}: the shell is trio's")
+            continue
+        own, other = room(item.importer), room(item.target)
+        if own not in MAY_IMPORT:
+            found.append(f"{item}: the room {own!r} is not in the table")
+        elif other != own and other not in MAY_IMPORT[own] and not exempt(item, other):
+            found.append(f"{item}: {own!r} must not know {other!r}")
+    return found
+
+
+def exempt(item: Import, other: str) -> bool:
+    return item.lazy and any(
+        f"{item.importer}.".startswith(f"{exemption.importer}.") and other in exemption.rooms
+        for exemption in EXEMPT
+    )
+
+
+def cycle(imports: list[Import]) -> list[str] | None:
+    """Modules that import each other in a ring when they are loaded, if there are any."""
+    graph: dict[str, set[str]] = {}
+    for item in imports:
+        ours = item.target.startswith("hybridkex.") and item.target != item.importer
+        if ours and not item.lazy and not item.typing_only:
+            graph.setdefault(item.importer, set()).add(item.target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        ring: list[str] = error.args[1]
+        return ring
+    return None
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def read_package() -> list[Import]:
+    files = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+    return [
+        item
+        for name, path in files.items()
+        for item in imports_of(name, path.read_text(encoding="utf-8"), set(files))
+    ]
+
+
+def test_imports_go_one_way() -> None:
+    imports = read_package()
+    assert len({item.importer for item in imports}) > 20
+    assert complaints(imports) == []
+
+
+def test_no_ring_of_imports() -> None:
+    assert cycle(read_package()) is None
+
+
+def test_the_table_itself_goes_one_way() -> None:
+    inner = {own: others - {own, ""} for own, others in MAY_IMPORT.items() if own}
+    TopologicalSorter(inner).prepare()
+    assert "wire" not in MAY_IMPORT["crypto"]
+    assert "crypto" not in MAY_IMPORT["wire"]
+
+
+@pytest.mark.parametrize(
+    ("importer", "source", "wrong"),
+    [
+        ("hybridkex.wire.records", "from hybridkex.crypto import kex", True),
+        ("hybridkex.wire.records", "from hybridkex.constants import TLS13", False),
+        ("hybridkex.wire.records", "from cryptography import x509", True),
+        ("hybridkex.crypto.kex", "import hybridkex.wire.codec", True),
+        ("hybridkex.crypto.kex", "def f():\n    from hybridkex.tls import config", True),
+        ("hybridkex.crypto.kex", "if TYPE_CHECKING:\n    import hybridkex.tls", True),
+        ("hybridkex.crypto.kex", "from hybridkex import ALL_GROUPS", True),
+        ("hybridkex.tls.client", "from hybridkex.qkd.source import KeySource", True),
+        ("hybridkex.tls.client", "from hybridkex.streams import SecureStream", True),
+        ("hybridkex.tls.client", "import trio", True),
+        ("hybridkex.tls.client", "def f():\n    import socket", True),
+        ("hybridkex.auth.verify", "from hybridkex.tls.config import Policy", True),
+        ("hybridkex.streams.stream", "from hybridkex.qkd.source import KeySource", False),
+        ("hybridkex.streams.stream", "from hybridkex.cli import main", True),
+        ("hybridkex.streams.stream", "import asyncio", True),
+        ("hybridkex.qkd.source", "def f():\n    from hybridkex.streams import x", True),
+        ("hybridkex.qkd.etsi014.hop", "from hybridkex.streams import x", True),
+        ("hybridkex.qkd.etsi014.hop", "def f():\n    from hybridkex.streams import x", False),
+        ("hybridkex.qkd.etsi014.hop", "def f():\n    from hybridkex.cli import x", True),
+        ("hybridkex.newroom.x", "from hybridkex.secret import Secret", True),
+    ],
+)
+def test_the_reader_sees_what_is_wrong(importer: str, source: str, wrong: bool) -> None:
+    found = complaints(list(imports_of(importer, source, {"hybridkex.crypto.kex"})))
+    assert bool(found) == wrong
+
+
+def test_the_reader_sees_a_ring() -> None:
+    modules = {"hybridkex.tls.a", "hybridkex.tls.b"}
+    there = list(imports_of("hybridkex.tls.a", "from hybridkex.tls import b", modules))
+    back = list(imports_of("hybridkex.tls.b", "import hybridkex.tls.a", modules))
+    later = list(imports_of("hybridkex.tls.b", "def f():\n import hybridkex.tls.a", modules))
+    assert cycle(there + back) is not None
+    assert cycle(there + later) is None
+
+
+def optional_modules() -> set[str]:
+    """The modules of every extra that is not for tests, from pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named_otherwise = {"liboqs-python": "oqs", "prometheus-client": "prometheus_client"}
+    names = {
+        requirement.partition(">=")[0].strip()
+        for extra in ("kme", "link", "plot", "oqs")
+        for requirement in project["optional-dependencies"][extra]
+    }
+    return {named_otherwise.get(name, name) for name in names}
+
+
+@pytest.mark.parametrize("module", ["hybridkex", "hybridkex.cli", "hybridkex.qkd"])
+def test_no_extra_is_needed(module: str) -> None:
+    """Importing the library loads none of the extras, so that it works without them."""
+    optional = optional_modules()
+    assert optional >= {"httpx", "h11", "numpy", "matplotlib", "oqs", "prometheus_client"}
+    program = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    loaded = set(result.stdout.split())
+    assert {"hybridkex", "cryptography"} <= loaded
+    assert loaded & optional == set()

@@ -58,10 +58,12 @@ class RandomProducer:
 
     key_bits: int = 256
 
-    async def __aiter__(self) -> AsyncIterator[list[ProducedKey]]:
-        while True:
-            await trio.lowlevel.checkpoint()
-            yield _random_batch(self.key_bits)
+    def __aiter__(self) -> "RandomProducer":
+        return self
+
+    async def __anext__(self) -> list[ProducedKey]:
+        await trio.lowlevel.checkpoint()
+        return _random_batch(self.key_bits)
 
 
 class RandomEnd:
@@ -76,20 +78,20 @@ class RandomEnd:
     def _join(self, other: "RandomEnd") -> None:
         self._other = other
 
-    async def __aiter__(self) -> AsyncIterator[list[ProducedKey]]:
-        while True:
-            await trio.lowlevel.checkpoint()
-            if not self._waiting:
-                while len(self._other._waiting) >= MAX_LEAD:
-                    self._other._taken = trio.Event()
-                    await self._other._taken.wait()
-                batch = _random_batch(self._key_bits)
-                self._other._waiting.append(batch)
-                yield batch
-            else:
-                batch = self._waiting.popleft()
-                self._taken.set()
-                yield batch
+    def __aiter__(self) -> "RandomEnd":
+        return self
+
+    async def __anext__(self) -> list[ProducedKey]:
+        await trio.lowlevel.checkpoint()
+        if self._waiting:
+            self._taken.set()
+            return self._waiting.popleft()
+        while len(self._other._waiting) >= MAX_LEAD:
+            self._other._taken = trio.Event()
+            await self._other._taken.wait()
+        batch = _random_batch(self._key_bits)
+        self._other._waiting.append(batch)
+        return batch
 
 
 def random_link(key_bits: int = 256) -> tuple[RandomEnd, RandomEnd]:

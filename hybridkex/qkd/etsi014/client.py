@@ -1,0 +1,390 @@
+"""An ETSI GS QKD 014 client and the key source on top of it."""
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+from urllib.parse import quote, urlsplit
+from uuid import UUID
+
+import httpx
+import trio
+
+from hybridkex.errors import (
+    ConfigError,
+    KeyConsumed,
+    KeyExpired,
+    KeyNotYetAvailable,
+    KeySourceError,
+    KeySourceExhausted,
+    KeySourceUnavailable,
+    KeyUnauthorized,
+    KeyUnknown,
+)
+from hybridkex.qkd.etsi014.hop import client_hop
+from hybridkex.qkd.etsi014.models import (
+    API,
+    DeliveredKey,
+    Json,
+    KeyContainer,
+    KeyIds,
+    KeyRequest,
+    ModelError,
+    Status,
+)
+from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate
+from hybridkex.qkd.etsi014.transport import HTTP_FAILURES, KmeTransport, refusal_of
+from hybridkex.qkd.source import KeyName, KeyRef, QkdKey, SourceStatus, single
+
+__all__ = ["Etsi014Source", "KmeAccess", "KmeClient", "classify"]
+
+LOG: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KmeAccess:
+    """How an SAE reaches its KME. Files are PEM."""
+
+    url: str
+    """``https://host:port``, without a path."""
+    ca: Path
+    certificate: Path
+    key: Path
+    kme_id: str | None = None
+    """The ID that the KME's certificate must have; ``None``: any, if there is one."""
+    kme_id_rule: IdRule = IdRule.COMMON_NAME
+    tls: str = "stdlib"
+    """``stdlib``, or ``hybridkex`` for a hop that is post-quantum too."""
+    timeout: float = 5.0
+    """Seconds for one request from beginning to end."""
+    max_body: int = 1 << 20
+    """Bytes of the longest answer that is read."""
+    always_post: bool = False
+    """POST where GET would do, for a KME that lacks the GET forms."""
+
+    def __post_init__(self) -> None:
+        try:
+            parts = urlsplit(self.url)
+            port = parts.port
+        except ValueError as error:
+            raise ConfigError(f"{self.url!r} is not the URL of a KME: {error}") from error
+        if parts.scheme != "https" or not parts.hostname or parts.path.strip("/") or parts.query:
+            raise ConfigError(f"the URL of a KME is https://host:port, not {self.url!r}")
+        if port == 0:
+            raise ConfigError("the port of a KME is not 0")
+        if self.timeout <= 0 or self.max_body < 1024:
+            raise ConfigError("timeout must be positive and max_body at least 1024")
+
+
+_SIGNS: Final[tuple[tuple[type[KeySourceError], re.Pattern[str]], ...]] = (
+    (KeyExpired, re.compile(r"expired|time.to.live|\bttl\b")),
+    (KeyConsumed, re.compile(r"consumed|already|replay|\bused\b")),
+    (KeyNotYetAvailable, re.compile(r"not.yet|in.sync|synchroni[sz]")),
+    (
+        KeySourceExhausted,
+        re.compile(r"exhaust|insufficient|not enough|too few|no (more )?keys?\b|empty|depleted"),
+    ),
+)
+"""What KMEs write about keys where the status alone does not tell."""
+
+_OF_A_KEY: Final = (KeyExpired, KeyConsumed, KeyNotYetAvailable)
+_BY_STATUS_ALONE: Final[dict[int, type[KeySourceError]]] = {
+    401: KeyUnauthorized,
+    403: KeyUnauthorized,
+}
+_BY_STATUS_OF_A_KEY: Final[dict[int, type[KeySourceError]]] = {
+    404: KeyUnknown,
+    409: KeyNotYetAvailable,
+    410: KeyConsumed,
+    425: KeyNotYetAvailable,
+}
+
+
+def classify(status: int, message: str, *, looking_up: bool) -> KeySourceError:
+    """The typed error for an answer that is not 200, as KMEs in the field give them.
+
+    ``looking_up``: the request named keys (dec_keys). The standard has 400, 401 and 503 only and
+    one message for every key that is not there; other statuses and messages are met all the same.
+    """
+    shown = "".join(c if c.isprintable() else " " for c in message[:200])
+    text = f"the KME answered {status}: {shown}" if shown else f"the KME answered {status}"
+    if status == 401:
+        # The standard's own word for a wrong SAE; whatever else the text says.
+        return KeyUnauthorized(text)
+    for kind, pattern in _SIGNS:
+        if (kind in _OF_A_KEY) == looking_up and pattern.search(message.lower()):
+            return kind(text)
+    if looking_up and status in _BY_STATUS_OF_A_KEY:
+        return _BY_STATUS_OF_A_KEY[status](text)
+    if status in _BY_STATUS_ALONE:
+        return _BY_STATUS_ALONE[status](text)
+    if looking_up and status == 400 and re.search(r"not found|unknown|not available", message):
+        return KeyUnknown(text)
+    return KeySourceUnavailable(text)
+
+
+class KmeClient:
+    """The three calls of ETSI GS QKD 014, for one SAE and its KME.
+
+    Each call takes at most ``access.timeout`` seconds and raises a
+    :class:`~hybridkex.errors.KeySourceError` for every way in which it can fail. No request is
+    sent twice: an answer to enc_keys or dec_keys that was lost has burnt its keys (the standard
+    has no way to ask again), and only the caller knows whether new ones are worth it.
+    """
+
+    def __init__(self, access: KmeAccess) -> None:
+        """Read the certificates; nothing is sent. Raises ``ConfigError``."""
+        self._access = access
+        self._kme_id = access.kme_id
+        hop = client_hop(access.tls, ca=access.ca, certificate=access.certificate, key=access.key)
+        self._http = httpx.AsyncClient(
+            base_url=access.url.rstrip("/"),
+            transport=KmeTransport(hop, self._confirm),
+            timeout=None,  # one deadline for the whole request instead, see _call
+            headers={"Accept": "application/json", "Accept-Encoding": "identity"},
+            trust_env=False,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    @property
+    def kme_id(self) -> str | None:
+        """The KME's ID: configured, or else what its certificate said on the first connection."""
+        return self._kme_id
+
+    def _confirm(self, certificate: bytes) -> None:
+        """Clause 5.1: the SAE confirms the KME ID from the certificate, else it does not go on."""
+        found = id_of_certificate(certificate, self._access.kme_id_rule)
+        if found is None:
+            rule = self._access.kme_id_rule.value
+            raise KeySourceUnavailable(f"the KME's certificate has no ID by the rule {rule}")
+        if self._kme_id is None:
+            self._kme_id = found
+        elif found != self._kme_id:
+            raise KeySourceUnavailable(f"the KME is {found}, not {self._kme_id}")
+
+    async def status(self, slave_sae: str) -> Status:
+        """Get status (clause 5.1)."""
+        body = await self._call("GET", slave_sae, "status", looking_up=False)
+        try:
+            status = Status.from_json(body)
+        except ModelError as error:
+            raise KeySourceUnavailable(f"the KME's status is malformed: {error}") from None
+        if status.source_kme_id != self._kme_id:
+            raise KeySourceUnavailable(
+                f"the KME calls itself {status.source_kme_id}, its certificate says {self._kme_id}"
+            )
+        return status
+
+    async def enc_keys(self, slave_sae: str, request: KeyRequest | None = None) -> KeyContainer:
+        """Get key (clause 5.2): new keys, ``request.size`` bits each, with us as master.
+
+        Raises what a source's ``draw`` raises. Number and length of the keys are checked.
+        """
+        request = request or KeyRequest()
+        if request.simple and not self._access.always_post:
+            query = {"number": request.number}
+            if request.size is not None:
+                query["size"] = request.size
+            body = await self._call("GET", slave_sae, "enc_keys", query=query, looking_up=False)
+        else:
+            body = await self._call(
+                "POST", slave_sae, "enc_keys", content=request.to_json(), looking_up=False
+            )
+        container = self._container(body, request.number)
+        if request.size is not None and any(
+            len(item.key) * 8 != request.size for item in container.keys
+        ):
+            raise KeySourceUnavailable("the KME gave keys of another length than was asked for")
+        return container
+
+    async def dec_keys(self, master_sae: str, key_ids: Sequence[UUID]) -> KeyContainer:
+        """Get key with key IDs (clause 5.3), in the order of ``key_ids``."""
+        if len(key_ids) == 1 and not self._access.always_post:
+            body = await self._call(
+                "GET", master_sae, "dec_keys", query={"key_ID": str(key_ids[0])}, looking_up=True
+            )
+        else:
+            ids = KeyIds(key_ids=tuple(key_ids))
+            body = await self._call(
+                "POST", master_sae, "dec_keys", content=ids.to_json(), looking_up=True
+            )
+        container = self._container(body, len(key_ids))
+        found: dict[UUID, DeliveredKey] = {item.key_id: item for item in container.keys}
+        if found.keys() != set(key_ids):
+            raise KeySourceUnavailable("the KME gave other keys than were asked for")
+        return KeyContainer(
+            keys=tuple(found[key_id] for key_id in key_ids),
+            key_container_extension=container.key_container_extension,
+        )
+
+    @staticmethod
+    def _container(body: object, number: int) -> KeyContainer:
+        try:
+            container = KeyContainer.from_json(body)
+        except ModelError as error:
+            raise KeySourceUnavailable(f"the KME's keys are malformed: {error}") from None
+        if len(container.keys) != number:
+            raise KeySourceUnavailable(
+                f"the KME gave {len(container.keys)} keys, {number} were asked for"
+            )
+        if len({item.key_id for item in container.keys}) != number:
+            raise KeySourceUnavailable("the KME gave one key ID twice")
+        if any(len(item.key) == 0 for item in container.keys):
+            raise KeySourceUnavailable("the KME gave an empty key")
+        return container
+
+    async def _call(
+        self,
+        method: str,
+        sae: str,
+        call: str,
+        *,
+        looking_up: bool,
+        query: dict[str, Any] | None = None,
+        content: Json | None = None,
+    ) -> object:
+        """One request, one answer. Errors name the call and the KME, never a key."""
+        path = f"{API}/{quote(sae, safe='')}/{call}"
+        try:
+            with trio.fail_after(self._access.timeout):
+                async with self._http.stream(method, path, params=query, json=content) as response:
+                    status = response.status_code
+                    body = await self._body(response)
+        except trio.TooSlowError:
+            raise KeySourceUnavailable(
+                f"{call}: no answer within {self._access.timeout:g} s"
+            ) from None
+        except HTTP_FAILURES as error:
+            refusal = refusal_of(error)
+            if refusal is not None:
+                raise KeyUnauthorized(
+                    f"{call}: the KME refused our certificate: {refusal}"
+                ) from None
+            raise KeySourceUnavailable(f"{call}: {type(error).__name__}: {error}") from None
+        try:
+            answer = json.loads(body)
+        except (ValueError, RecursionError):
+            # The decoder's error would hold the body, and so a key.
+            if status == 200:
+                raise KeySourceUnavailable(f"{call}: the KME's answer is not JSON") from None
+            answer = None
+        if status == 200:
+            return answer
+        message = answer.get("message") if isinstance(answer, dict) else None
+        refused = classify(
+            status, message if isinstance(message, str) else "", looking_up=looking_up
+        )
+        LOG.info("%s: %s", call, refused)
+        raise refused
+
+    async def _body(self, response: httpx.Response) -> bytes:
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise KeySourceUnavailable("the KME's answer is compressed, which was not asked for")
+        body = bytearray()
+        async for chunk in response.aiter_raw():
+            body += chunk
+            if len(body) > self._access.max_body:
+                raise KeySourceUnavailable(
+                    f"the KME's answer is longer than {self._access.max_body} bytes"
+                )
+        return bytes(body)
+
+
+class Etsi014Source:
+    """A :class:`~hybridkex.qkd.source.KeySource` at a KME, for one peer.
+
+    Several sources can share a client. The KME at the peer's site is learned from the status,
+    once, unless it is given.
+    """
+
+    def __init__(
+        self,
+        client: KmeClient,
+        *,
+        sae: str,
+        peer_sae: str,
+        peer_kme: str | None = None,
+        key_bits: int = 256,
+    ) -> None:
+        if not sae or not peer_sae or sae == peer_sae:
+            raise ConfigError("a key source needs two different SAE IDs")
+        if key_bits < 128 or key_bits % 8:
+            raise ConfigError("key_bits must be a multiple of 8, and 128 at least")
+        self.local_sae: Final = sae
+        self.peer_sae: Final = peer_sae
+        self._client = client
+        self._peer_kme = peer_kme
+        self._key_bits = key_bits
+
+    async def draw(self) -> QkdKey:
+        kme, peer_kme = await self._kmes()
+        request = KeyRequest(number=1, size=self._key_bits)
+        [item] = (await self._client.enc_keys(self.peer_sae, request)).keys
+        return QkdKey(
+            name=(KeyRef(kme, peer_kme, item.key_id),),
+            master_sae=self.local_sae,
+            slave_sae=self.peer_sae,
+            key=item.key,
+        )
+
+    async def get(self, name: KeyName) -> QkdKey:
+        kme, peer_kme = await self._kmes()
+        key_id = single(name, master_kme=peer_kme, slave_kme=kme)
+        [item] = (await self._client.dec_keys(self.peer_sae, [key_id])).keys
+        if len(item.key) * 8 != self._key_bits:
+            raise KeySourceUnavailable("the KME gave a key of another length than was agreed")
+        return QkdKey(name=name, master_sae=self.peer_sae, slave_sae=self.local_sae, key=item.key)
+
+    def knows(self, name: KeyName) -> bool:
+        try:
+            single(name, master_kme=self._peer_kme, slave_kme=self._client.kme_id)
+        except KeyUnknown:
+            return False
+        return True
+
+    async def status(self) -> SourceStatus:
+        status = await self._status()
+        return SourceStatus(
+            stored=status.stored_key_count,
+            capacity=status.max_key_count,
+            key_bits=self._key_bits,
+        )
+
+    async def _kmes(self) -> tuple[str, str]:
+        if self._client.kme_id is None or self._peer_kme is None:
+            await self._status()
+        assert self._client.kme_id is not None
+        assert self._peer_kme is not None
+        return self._client.kme_id, self._peer_kme
+
+    async def _status(self) -> Status:
+        status = await self._client.status(self.peer_sae)
+        if status.master_sae_id != self.local_sae:
+            raise KeyUnauthorized(
+                f"the KME takes us for {status.master_sae_id}, not for {self.local_sae}"
+            )
+        if self._peer_kme is None:
+            self._peer_kme = status.target_kme_id
+        elif self._peer_kme != status.target_kme_id:
+            raise KeySourceUnavailable(
+                f"the peer's KME is {status.target_kme_id}, not {self._peer_kme}"
+            )
+        return status

@@ -1,0 +1,76 @@
+"""Mutual TLS on the hop between an SAE and its KME, and between KMEs.
+
+A :data:`Hop` takes a connected stream, makes it secure and says whose certificate the other end
+has shown. The rest of this package needs no more of TLS than that, so the standard library's TLS
+and this library's own (post-quantum) TLS are one argument apart.
+"""
+
+import ssl
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import trio
+
+from hybridkex.errors import ConfigError
+
+__all__ = ["Hop", "client_hop", "server_hop"]
+
+Hop: TypeAlias = Callable[[trio.abc.Stream, str], Awaitable[tuple[trio.abc.Stream, bytes]]]
+"""``await hop(stream, host)`` gives the secure stream and the peer's certificate, DER-encoded.
+``host`` is the name that the peer's certificate must have; a server passes an empty one."""
+
+TLS_KINDS: Final = ("stdlib", "hybridkex")
+
+
+def client_hop(kind: str, *, ca: Path, certificate: Path, key: Path) -> Hop:
+    """The hop of a client: files are PEM; the server's certificate must lead to ``ca``.
+
+    Raises ``ConfigError`` for files that cannot be used.
+    """
+    if kind == "stdlib":
+        return _stdlib(_context(ssl.Purpose.SERVER_AUTH, ca, certificate, key), server_side=False)
+    raise _unknown(kind)
+
+
+def server_hop(kind: str, *, ca: Path, certificate: Path, key: Path) -> Hop:
+    """The hop of a server, which demands a client certificate that leads to ``ca``."""
+    if kind == "stdlib":
+        context = _context(ssl.Purpose.CLIENT_AUTH, ca, certificate, key)
+        context.verify_mode = ssl.CERT_REQUIRED
+        return _stdlib(context, server_side=True)
+    raise _unknown(kind)
+
+
+def _unknown(kind: str) -> ConfigError:
+    return ConfigError(f"tls must be one of {', '.join(TLS_KINDS)}, not {kind!r}")
+
+
+def _context(purpose: ssl.Purpose, ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(purpose, cafile=str(ca))
+        context.minimum_version = ssl.TLSVersion.TLSv1_2  # clause 5.1
+        context.load_cert_chain(str(certificate), str(key), password=_no_password)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"cannot use {ca}, {certificate} and {key} for TLS: {error}") from error
+    return context
+
+
+def _no_password() -> str:
+    # Without this OpenSSL would ask the terminal and wait.
+    return ""
+
+
+def _stdlib(context: ssl.SSLContext, *, server_side: bool) -> Hop:
+    async def hop(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
+        secure = trio.SSLStream(
+            stream,
+            context,
+            server_hostname=None if server_side else host,
+            server_side=server_side,
+            https_compatible=True,  # HTTP has its own end of message; many peers just hang up
+        )
+        await secure.do_handshake()
+        return secure, secure.getpeercert(binary_form=True)
+
+    return hop

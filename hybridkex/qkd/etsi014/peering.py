@@ -1,0 +1,191 @@
+"""How two KMEs agree on who gets which key.
+
+The messages have the shape of ETSI GS QKD 020 (``POST /kmapi/v1/ext_keys``): the KME of the master
+tells the KME of the slaves which keys it is about to deliver, and to whom. Where both have the
+keys from a QKD link, the message carries **no key**, only the IDs of the blocks of which it is
+made. A relayed key travels as ``value``.
+
+The answer 202 is given after the durable write, so it is also the acknowledgement, and no call
+back is needed. A refusal is 409 in the form of RFC 9457, with the reason for each block.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, Self
+from uuid import UUID
+
+import httpx
+import trio
+
+from hybridkex.errors import KeySourceUnavailable
+from hybridkex.qkd.etsi014.models import Json, ModelError, Refusal, parse_uuid
+from hybridkex.qkd.etsi014.transport import HTTP_FAILURES
+from hybridkex.qkd.store import Allotment, Refused
+from hybridkex.secret import Secret
+
+__all__ = ["EXT_KEYS", "VOID", "ExtKeys", "HttpPeer", "LocalPeer", "PeerLink", "void_from_json"]
+
+EXT_KEYS: Final = "/kmapi/v1/ext_keys"
+VOID: Final = "/kmapi/v1/ext_keys/void"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtKeys:
+    """The keys that a master is about to get, for the KME of its slaves."""
+
+    allotments: tuple[Allotment, ...]
+    master: str
+    slaves: tuple[str, ...]
+
+    def to_json(self) -> Json:
+        return {
+            "keys": [_allotment_json(one) for one in self.allotments],
+            "initiator_sae_id": self.master,
+            "target_sae_ids": list(self.slaves),
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> Self:
+        """Raises :class:`~hybridkex.qkd.etsi014.models.ModelError`."""
+        if not isinstance(data, dict):
+            raise ModelError("ext_keys is not an object")
+        keys, master = data.get("keys"), data.get("initiator_sae_id")
+        slaves = data.get("target_sae_ids")
+        if not (isinstance(keys, list) and keys and isinstance(master, str)):
+            raise ModelError("keys or initiator_sae_id is missing")
+        if not (isinstance(slaves, list) and all(isinstance(slave, str) for slave in slaves)):
+            raise ModelError("target_sae_ids is not a list of SAE IDs")
+        allotments = tuple(_allotment(item) for item in keys)
+        return cls(allotments=allotments, master=master, slaves=tuple(slaves))
+
+
+def _allotment_json(allotment: Allotment) -> Json:
+    item: Json = {
+        "key_id": str(allotment.key_id),
+        "extension": {
+            "blocks": [str(block) for block in allotment.blocks],
+            "size": allotment.size * 8,
+        },
+    }
+    if allotment.value is not None:
+        item["value"] = base64.b64encode(allotment.value.reveal()).decode("ascii")
+    return item
+
+
+def _allotment(item: Any) -> Allotment:
+    extension = item.get("extension") if isinstance(item, dict) else None
+    if not isinstance(extension, dict):
+        raise ModelError("a key has no extension object")
+    size, blocks = extension.get("size"), extension.get("blocks")
+    if type(size) is not int or size <= 0 or size % 8:
+        raise ModelError("size is not a positive multiple of 8")
+    if not isinstance(blocks, list) or not blocks:
+        raise ModelError("blocks is not a list of IDs")
+    ids = tuple(parse_uuid(block, "a block") for block in blocks)
+    if parse_uuid(item.get("key_id"), "key_id") != ids[0]:
+        raise ModelError("key_id is not that of the first block")
+    value: Secret | None = None
+    if "value" in item:
+        try:
+            value = Secret(base64.b64decode(str(item["value"]), validate=True))
+        except (ValueError, binascii.Error):
+            raise ModelError("value is not base64") from None
+        if len(value) * 8 != size:
+            raise ModelError("value is not of the size given")
+    return Allotment(blocks=ids, size=size // 8, value=value)
+
+
+def void_from_json(data: object) -> list[UUID]:
+    """The IDs of a void message. Raises :class:`~hybridkex.qkd.etsi014.models.ModelError`."""
+    if not isinstance(data, dict) or not isinstance(data.get("key_ids"), list):
+        raise ModelError("key_ids is missing")
+    return [parse_uuid(item) for item in data["key_ids"]]
+
+
+class PeerLink(Protocol):
+    """The KME at the other end, as this one uses it."""
+
+    async def ext_keys(self, message: ExtKeys) -> None:
+        """Ask for keys to be promised to the slaves.
+
+        Raises ``Refused``, and ``KeySourceUnavailable`` when the outcome is not known.
+        """
+        ...
+
+    async def void(self, key_ids: Sequence[UUID]) -> None:
+        """Say that these keys will not be used. ``KeySourceUnavailable`` when it is not heard."""
+        ...
+
+
+class _Accepts(Protocol):
+    async def peer_allots(self, peer: str, message: ExtKeys) -> None: ...
+
+    async def peer_voids(self, peer: str, key_ids: Sequence[UUID]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalPeer:
+    """The other KME of a link when it lives in this process."""
+
+    own_id: str
+    other: _Accepts
+
+    async def ext_keys(self, message: ExtKeys) -> None:
+        try:
+            await self.other.peer_allots(self.own_id, message)
+        except Refusal as refusal:
+            raise KeySourceUnavailable(f"the other KME answered {refusal}") from None
+
+    async def void(self, key_ids: Sequence[UUID]) -> None:
+        await self.other.peer_voids(self.own_id, key_ids)
+
+
+class HttpPeer:
+    """The other KME of a link over mutual TLS."""
+
+    def __init__(self, url: str, transport: httpx.AsyncBaseTransport, seconds: float) -> None:
+        self._http = httpx.AsyncClient(
+            base_url=url.rstrip("/"), transport=transport, timeout=None, trust_env=False
+        )
+        self._seconds = seconds
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def ext_keys(self, message: ExtKeys) -> None:
+        response = await self._post(EXT_KEYS, message.to_json())
+        if response.status_code == 202:
+            return
+        if response.status_code == 409:
+            raise Refused(_refusals(response))
+        raise KeySourceUnavailable(f"the other KME answered {response.status_code}")
+
+    async def void(self, key_ids: Sequence[UUID]) -> None:
+        response = await self._post(VOID, {"key_ids": [str(key_id) for key_id in key_ids]})
+        if response.status_code != 202:
+            raise KeySourceUnavailable(f"the other KME answered {response.status_code}")
+
+    async def _post(self, path: str, body: Json) -> httpx.Response:
+        try:
+            with trio.fail_after(self._seconds):
+                return await self._http.post(path, json=body)
+        except trio.TooSlowError:
+            raise KeySourceUnavailable("the other KME does not answer") from None
+        except HTTP_FAILURES as error:
+            raise KeySourceUnavailable(
+                f"the other KME cannot be reached: {type(error).__name__}: {error}"
+            ) from None
+
+
+def _refusals(response: httpx.Response) -> dict[UUID, str]:
+    try:
+        found = json.loads(response.content).get("refused")
+        reasons = {parse_uuid(name): str(reason) for name, reason in found.items()}
+    except (ValueError, AttributeError):
+        reasons = {}
+    if not reasons:
+        raise KeySourceUnavailable("the other KME refused without a reason")
+    return reasons

@@ -1,0 +1,173 @@
+"""How httpx reaches a KME: over a hop that has confirmed the KME's ID before any request is sent.
+
+httpx takes a transport, and httpcore under it takes a network backend. The backend is where TLS
+begins, so it is the place for another TLS and for the check of the certificate.
+"""
+
+# ruff: noqa: ASYNC109  # the timeouts are httpcore's interface
+
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import httpcore
+import httpx
+import trio
+
+from hybridkex.errors import HybridkexError
+from hybridkex.qkd.etsi014.hop import Hop
+
+__all__ = ["HTTP_FAILURES", "KmeTransport"]
+
+HTTP_FAILURES: Final = (
+    httpx.HTTPError,
+    httpx.InvalidURL,
+    httpcore.ConnectionNotAvailable,
+    httpcore.NetworkError,
+    httpcore.ProtocolError,
+    httpcore.TimeoutException,
+    httpcore.UnsupportedProtocol,
+)
+"""What a request over :class:`KmeTransport` raises when it fails."""
+
+
+@contextmanager
+def _as_httpcore(
+    slow: type[httpcore.TimeoutException], broken: type[httpcore.NetworkError]
+) -> Iterator[None]:
+    try:
+        yield
+    except trio.TooSlowError as error:
+        raise slow("too slow") from error
+    except (OSError, ssl.SSLError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+        raise broken(str(error)) from error
+
+
+class _Stream(httpcore.AsyncNetworkStream):
+    """A trio stream as httpcore wants it."""
+
+    def __init__(self, stream: trio.abc.Stream, raw: trio.SocketStream, secure: "_Backend") -> None:
+        self._stream = stream
+        self._raw = raw
+        self._backend = secure
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        with _as_httpcore(httpcore.ReadTimeout, httpcore.ReadError), _deadline(timeout):
+            return bytes(await self._stream.receive_some(max_bytes))
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        with _as_httpcore(httpcore.WriteTimeout, httpcore.WriteError), _deadline(timeout):
+            await self._stream.send_all(buffer)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """The hop instead of ``ssl_context``, which httpcore always makes."""
+        try:
+            with _as_httpcore(httpcore.ConnectTimeout, httpcore.ConnectError), _deadline(timeout):
+                secure, certificate = await self._backend.hop(self._stream, server_hostname or "")
+                self._backend.check(certificate)
+        except BaseException:
+            await trio.aclose_forcefully(self._stream)
+            raise
+        return _Stream(secure, self._raw, self._backend)
+
+    def get_extra_info(self, info: str) -> Any:
+        # A kept connection on which something waits has been closed by the other end.
+        return self._raw.socket.is_readable() if info == "is_readable" else None
+
+
+def _deadline(timeout: float | None) -> Any:
+    return trio.fail_after(float("inf") if timeout is None else timeout)
+
+
+class _Backend(httpcore.AsyncNetworkBackend):
+    def __init__(self, hop: Hop, check: Callable[[bytes], None]) -> None:
+        self.hop = hop
+        self.check = check
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        with _as_httpcore(httpcore.ConnectTimeout, httpcore.ConnectError), _deadline(timeout):
+            raw = await trio.open_tcp_stream(host, port)
+        return _Stream(raw, raw, self)
+
+    async def sleep(self, seconds: float) -> None:
+        await trio.sleep(seconds)
+
+
+class _Body(httpx.AsyncByteStream):
+    def __init__(self, response: httpcore.Response) -> None:
+        self._response = response
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._response.aiter_stream():
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._response.aclose()
+
+
+class KmeTransport(httpx.AsyncBaseTransport):
+    """Connections to one KME, kept and reused. Nothing is ever sent twice: no retries."""
+
+    def __init__(self, hop: Hop, check: Callable[[bytes], None], *, connections: int = 8) -> None:
+        """``check`` gets the KME's certificate and raises to refuse it."""
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),  # unused, see _Stream.start_tls
+            max_connections=connections,
+            keepalive_expiry=60.0,
+            network_backend=_Backend(hop, check),
+        )
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        assert isinstance(request.stream, httpx.AsyncByteStream)
+        response = await self._pool.handle_async_request(
+            httpcore.Request(
+                method=request.method,
+                url=httpcore.URL(
+                    scheme=request.url.raw_scheme,
+                    host=request.url.raw_host,
+                    port=request.url.port,
+                    target=request.url.raw_path,
+                ),
+                headers=request.headers.raw,
+                content=request.stream,
+                extensions=request.extensions,
+            )
+        )
+        return httpx.Response(
+            response.status, headers=response.headers, stream=_Body(response), request=request
+        )
+
+    async def aclose(self) -> None:
+        await self._pool.aclose()
+
+
+def refusal_of(error: BaseException) -> str | None:
+    """Why this failure means that the other end refused our certificate; ``None`` if it does not.
+
+    A TLS 1.3 server judges the client's certificate after the client's handshake is complete, so
+    the alert comes in place of an answer.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLError) and "ALERT" in (cause.reason or ""):
+            return cause.reason
+        if isinstance(cause, HybridkexError):
+            return None
+        cause = cause.__cause__ or cause.__context__
+    return None

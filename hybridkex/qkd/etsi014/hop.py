@@ -12,7 +12,7 @@ from typing import Final, TypeAlias
 
 import trio
 
-from hybridkex.errors import ConfigError
+from hybridkex.errors import ConfigError, KeyUnauthorized
 
 __all__ = ["Hop", "client_hop", "server_hop"]
 
@@ -30,6 +30,8 @@ def client_hop(kind: str, *, ca: Path, certificate: Path, key: Path) -> Hop:
     """
     if kind == "stdlib":
         return _stdlib(_context(ssl.Purpose.SERVER_AUTH, ca, certificate, key), server_side=False)
+    if kind == "hybridkex":
+        return _own(ca, certificate, key, server_side=False)
     raise _unknown(kind)
 
 
@@ -39,6 +41,8 @@ def server_hop(kind: str, *, ca: Path, certificate: Path, key: Path) -> Hop:
         context = _context(ssl.Purpose.CLIENT_AUTH, ca, certificate, key)
         context.verify_mode = ssl.CERT_REQUIRED
         return _stdlib(context, server_side=True)
+    if kind == "hybridkex":
+        return _own(ca, certificate, key, server_side=True)
     raise _unknown(kind)
 
 
@@ -72,5 +76,32 @@ def _stdlib(context: ssl.SSLContext, *, server_side: bool) -> Hop:
         )
         await secure.do_handshake()
         return secure, secure.getpeercert(binary_form=True)
+
+    return hop
+
+
+def _own(ca: Path, certificate: Path, key: Path, *, server_side: bool) -> Hop:
+    # Imported when it is asked for: a key source as such knows nothing of the engine, which in
+    # turn may rest on keys of a key source.
+    from hybridkex.auth import Identity, TrustStore  # noqa: PLC0415
+    from hybridkex.streams import SecureStream  # noqa: PLC0415
+    from hybridkex.tls.config import ClientConfig, ServerConfig  # noqa: PLC0415
+
+    identity, trust = Identity.from_files(certificate, key), TrustStore.from_file(ca)
+    config: ClientConfig | ServerConfig
+    if server_side:
+        config = ServerConfig(
+            identities=(identity,), client_verifier=trust, require_client_certificate=True
+        )
+    else:
+        config = ClientConfig(verifier=trust, identity=identity)
+
+    async def hop(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
+        secure = SecureStream(stream, config, server_hostname=host or None, https_compatible=True)
+        await secure.do_handshake()
+        peer = secure.session.peer_certificate
+        if peer is None:
+            raise KeyUnauthorized("the other end has shown no certificate")
+        return secure, peer.chain[0]
 
     return hop

@@ -15,7 +15,7 @@ import httpcore
 import httpx
 import trio
 
-from hybridkex.errors import HybridkexError
+from hybridkex.errors import AlertReceived
 from hybridkex.qkd.etsi014.hop import Hop
 
 __all__ = ["HTTP_FAILURES", "KmeTransport"]
@@ -41,7 +41,7 @@ def _as_httpcore(
     except trio.TooSlowError as error:
         raise slow("too slow") from error
     except (OSError, ssl.SSLError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-        raise broken(str(error)) from error
+        raise broken(str(error.__cause__ or error)) from error
 
 
 class _Stream(httpcore.AsyncNetworkStream):
@@ -167,7 +167,7 @@ def refusal_of(error: BaseException) -> str | None:
     while cause is not None:
         if isinstance(cause, ssl.SSLError) and "ALERT" in (cause.reason or ""):
             return cause.reason
-        if isinstance(cause, HybridkexError):
-            return None
+        if isinstance(cause, AlertReceived):
+            return str(cause)
         cause = cause.__cause__ or cause.__context__
     return None

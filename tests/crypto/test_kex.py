@@ -4,6 +4,7 @@ Layouts are checked from outside: shares are cut by hand and completed with `cry
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, mlkem, x448, x25519
@@ -50,9 +51,9 @@ TABLE = {
 every_group = pytest.mark.parametrize("group", ALL_GROUPS, ids=str)
 
 
-def refuse(action: Callable[[], object]) -> None:
-    """The share is refused, with the right alert, and nothing of it is in the message."""
-    with pytest.raises(IllegalParameter) as caught:
+def refuse(action: Callable[[], object], reason: str = "") -> None:
+    """The share is refused, with the right alert, and with this reason where one is given."""
+    with pytest.raises(IllegalParameter, match=reason) as caught:
         action()
     assert caught.value.alert == Alert.ILLEGAL_PARAMETER
     assert caught.value.__cause__ is None
@@ -231,14 +232,13 @@ def wrong_lengths(right: int) -> list[int]:
 
 @every_group
 def test_wrong_lengths(group: Group) -> None:
+    """Said as such, before any part of the share is looked at."""
     started = group.exchange.start()
     answer, _ = group.exchange.respond(started.share)
-    for length in wrong_lengths(group.exchange.offer_length):
-        share = (started.share * (length // len(started.share) + 1))[:length]
-        refuse(lambda share=share: group.exchange.respond(share))  # type: ignore[misc]
-    for length in wrong_lengths(group.exchange.answer_length):
-        share = (answer * (length // len(answer) + 1))[:length]
-        refuse(lambda share=share: started.finish(share))  # type: ignore[misc]
+    for good, take in ((started.share, group.exchange.respond), (answer, started.finish)):
+        for length in wrong_lengths(len(good)):
+            share = (good * (length // len(good) + 1))[:length]
+            refuse(partial(take, share), f"a share of {length} bytes instead of {len(good)}")
 
 
 @pytest.mark.parametrize("group", HYBRID_GROUPS, ids=str)
@@ -385,7 +385,7 @@ def test_malformed_client_shares(group: Group) -> None:
     for index, name in enumerate(group.part_names):
         for malformed in MALFORMED[name]:
             share = with_part(group, good, lengths, index, malformed)
-            refuse(lambda share=share: group.exchange.respond(share))  # type: ignore[misc]
+            refuse(partial(group.exchange.respond, share))
     group.exchange.respond(good)
 
 
@@ -399,8 +399,17 @@ def test_malformed_server_shares(group: Group) -> None:
             continue  # every ciphertext of the right length is one: implicit rejection, below
         for malformed in MALFORMED[name]:
             share = with_part(group, good, lengths, index, malformed)
-            refuse(lambda share=share: started.finish(share))  # type: ignore[misc]
+            refuse(partial(started.finish, share))
     assert started.finish(good) == secret
+
+
+@pytest.mark.parametrize("group", [SECP256R1, SECP384R1], ids=str)
+def test_the_form_of_a_point(group: Group) -> None:
+    """Whatever the library below accepts, only 0x04 passes (RFC 8446 section 4.2.8.2)."""
+    good = group.exchange.start().share
+    for form in set(range(256)) - {4}:
+        share = bytes((form,)) + good[1:]
+        refuse(partial(group.exchange.respond, share), "uncompressed")
 
 
 @pytest.mark.parametrize("group", [MLKEM768, MLKEM1024, *HYBRID_GROUPS], ids=str)

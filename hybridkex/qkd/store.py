@@ -191,6 +191,14 @@ class KeyStore(Protocol):
         """Keys of material of a link."""
         ...
 
+    async def shared_ids(self, link: str, *, created_before: float) -> list[UUID]:
+        """The IDs of shared material older than a time."""
+        ...
+
+    async def unknown(self, link: str, key_ids: Sequence[UUID]) -> list[UUID]:
+        """Those of these IDs that are not material of the link."""
+        ...
+
     async def aclose(self) -> None: ...
 
 
@@ -379,6 +387,27 @@ class SqliteKeyStore:
     def _count(self, link: str) -> int:
         row = self._db.execute("SELECT count(*) FROM material WHERE link = ?", (link,)).fetchone()
         return int(row[0])
+
+    async def shared_ids(self, link: str, *, created_before: float) -> list[UUID]:
+        return await self._run(self._shared_ids, link, created_before)
+
+    def _shared_ids(self, link: str, created_before: float) -> list[UUID]:
+        rows = self._db.execute(
+            "SELECT key_id FROM material WHERE link = ? AND shared AND created < ?",
+            (link, created_before),
+        )
+        return [UUID(bytes=row[0]) for row in rows if UUID(bytes=row[0]) not in self._reserved]
+
+    async def unknown(self, link: str, key_ids: Sequence[UUID]) -> list[UUID]:
+        return await self._run(self._unknown, link, key_ids)
+
+    def _unknown(self, link: str, key_ids: Sequence[UUID]) -> list[UUID]:
+        query = "SELECT 1 FROM material WHERE key_id = ? AND link = ?"
+        return [
+            key_id
+            for key_id in key_ids
+            if self._db.execute(query, (key_id.bytes, link)).fetchone() is None
+        ]
 
     # -- from material to grants
 

@@ -17,14 +17,15 @@ from hybridkex.qkd.etsi014.models import (
     ModelError,
     Refusal,
 )
-from hybridkex.qkd.etsi014.peering import EXT_KEYS, VOID, ExtKeys, void_from_json
+from hybridkex.qkd.etsi014.peering import CHECK, EXT_KEYS, VOID, ExtKeys, ids_from_json
 from hybridkex.qkd.store import Refused
 
 __all__ = ["kme_handler"]
 
 _API_PATH: Final = tuple(API.split("/")[1:])
 _PEER_CALLS: Final = {
-    tuple(url.split("/")[1:]): name for url, name in ((EXT_KEYS, "ext_keys"), (VOID, "void"))
+    tuple(url.split("/")[1:]): name
+    for url, name in ((EXT_KEYS, "ext_keys"), (VOID, "void"), (CHECK, "check"))
 }
 
 
@@ -72,8 +73,11 @@ async def _answer(kme: Kme, caller: str, call: str, request: Request) -> Respons
             await kme.peer_allots(caller, ExtKeys.from_json(_body(request)))
             return Response(status=202)
         case "void":
-            await kme.peer_voids(caller, void_from_json(_body(request)))
+            await kme.peer_voids(caller, ids_from_json(_body(request)))
             return Response(status=202)
+        case "check":
+            lacking = await kme.peer_checks(caller, ids_from_json(_body(request)))
+            return Response.json(200, {"key_ids": [str(key_id) for key_id in lacking]})
     kme.admit(caller)
     other = request.path[3]
     result: Json

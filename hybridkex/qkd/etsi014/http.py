@@ -52,7 +52,7 @@ Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 class HttpLimits:
     """What one client may cost."""
 
-    max_body: int = 1 << 16
+    max_body: int = 1 << 17
     max_headers: int = 1 << 14
     idle: float = 60.0
     """Seconds that a connection may wait for its next request."""

@@ -48,6 +48,12 @@ __all__ = ["Kme", "KmeLimits", "TokenBucket"]
 
 LOG: Final = logging.getLogger(__name__)
 
+CHECK_AT_ONCE: Final = 1000
+"""IDs in one check message."""
+
+CHECK_EVERY: Final = 600.0
+"""Seconds between two comparisons of our blocks with the other end's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class KmeLimits:
@@ -353,6 +359,30 @@ class Kme:
             raise Refusal(401, "Unauthorized")
         await self._store.void(peer, key_ids)
 
+    async def peer_checks(self, peer: str, key_ids: Sequence[UUID]) -> list[UUID]:
+        """Which of these blocks we do not have."""
+        if peer not in self._links:
+            raise Refusal(401, "Unauthorized")
+        return await self._store.unknown(peer, key_ids)
+
+    async def reconcile(self, target: str, *, grace: float) -> None:
+        """Erase blocks that are older than ``grace`` seconds and that the other end lacks.
+
+        They are what a crash leaves at the end of a link that was ahead, and would take the place
+        of keys that both ends have.
+        """
+        link = self._links[target]
+        if link.peer is None:
+            return
+        before = time.time() - grace
+        ids = await self._store.shared_ids(target, created_before=before)
+        for start in range(0, len(ids), CHECK_AT_ONCE):
+            lacking = await link.peer.check(ids[start : start + CHECK_AT_ONCE])
+            if lacking:
+                await self._store.void(target, lacking)
+                self._metrics.refused.labels(self.kme_id, target, "unknown").inc(len(lacking))
+                link.note_room()
+
     # -- keys in, keys out of date
 
     async def feed(self, target: str, producer: KeyProducer, *, shared: bool) -> None:
@@ -388,7 +418,8 @@ class Kme:
             self._metrics.produced.labels(self.kme_id, link.target).inc(len(batch))
 
     async def maintain(self, every: float = 10.0) -> None:
-        """Erase old keys and count the others, for ever."""
+        """Erase old keys, keep in step with the other ends and count keys, for ever."""
+        next_check = 0.0
         while True:
             now = time.time()
             try:
@@ -399,10 +430,14 @@ class Kme:
                 if erased:
                     self._metrics.expired.labels(self.kme_id).inc(erased)
                 for link in self._links.values():
+                    if now >= next_check:
+                        await self.reconcile(link.target, grace=self.limits.sync_grace)
                     stored = await self._store.count(link.target)
                     self._metrics.stored.labels(self.kme_id, link.target).set(stored)
                     if erased:
                         link.note_room()
+                if now >= next_check:
+                    next_check = now + CHECK_EVERY
             except KeySourceError as error:
                 LOG.warning("%s: %s", self.kme_id, error)
             await trio.sleep(every)

@@ -5,6 +5,9 @@ tells the KME of the slaves which keys it is about to deliver, and to whom. Wher
 keys from a QKD link, the message carries **no key**, only the IDs of the blocks of which it is
 made. A relayed key travels as ``value``.
 
+Two smaller messages keep the two stores in step: ``void`` says that keys will not be used, and
+``check``, an addition of ours, asks which of some blocks the other KME lacks.
+
 The answer 202 is given after the durable write, so it is also the acknowledgement, and no call
 back is needed. A refusal is 409 in the form of RFC 9457, with the reason for each block.
 """
@@ -26,10 +29,20 @@ from hybridkex.qkd.etsi014.transport import HTTP_FAILURES
 from hybridkex.qkd.store import Allotment, Refused
 from hybridkex.secret import Secret
 
-__all__ = ["EXT_KEYS", "VOID", "ExtKeys", "HttpPeer", "LocalPeer", "PeerLink", "void_from_json"]
+__all__ = [
+    "CHECK",
+    "EXT_KEYS",
+    "VOID",
+    "ExtKeys",
+    "HttpPeer",
+    "LocalPeer",
+    "PeerLink",
+    "ids_from_json",
+]
 
 EXT_KEYS: Final = "/kmapi/v1/ext_keys"
 VOID: Final = "/kmapi/v1/ext_keys/void"
+CHECK: Final = "/kmapi/v1/ext_keys/check"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +111,8 @@ def _allotment(item: Any) -> Allotment:
     return Allotment(blocks=ids, size=size // 8, value=value)
 
 
-def void_from_json(data: object) -> list[UUID]:
-    """The IDs of a void message. Raises :class:`~hybridkex.qkd.etsi014.models.ModelError`."""
+def ids_from_json(data: object) -> list[UUID]:
+    """The IDs of a void or check message. Raises ``ModelError``."""
     if not isinstance(data, dict) or not isinstance(data.get("key_ids"), list):
         raise ModelError("key_ids is missing")
     return [parse_uuid(item) for item in data["key_ids"]]
@@ -119,11 +132,17 @@ class PeerLink(Protocol):
         """Say that these keys will not be used. ``KeySourceUnavailable`` when it is not heard."""
         ...
 
+    async def check(self, key_ids: Sequence[UUID]) -> list[UUID]:
+        """Which of these blocks the other KME does not have. ``KeySourceUnavailable``."""
+        ...
+
 
 class _Accepts(Protocol):
     async def peer_allots(self, peer: str, message: ExtKeys) -> None: ...
 
     async def peer_voids(self, peer: str, key_ids: Sequence[UUID]) -> None: ...
+
+    async def peer_checks(self, peer: str, key_ids: Sequence[UUID]) -> list[UUID]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +160,9 @@ class LocalPeer:
 
     async def void(self, key_ids: Sequence[UUID]) -> None:
         await self.other.peer_voids(self.own_id, key_ids)
+
+    async def check(self, key_ids: Sequence[UUID]) -> list[UUID]:
+        return await self.other.peer_checks(self.own_id, key_ids)
 
 
 class HttpPeer:
@@ -167,6 +189,15 @@ class HttpPeer:
         response = await self._post(VOID, {"key_ids": [str(key_id) for key_id in key_ids]})
         if response.status_code != 202:
             raise KeySourceUnavailable(f"the other KME answered {response.status_code}")
+
+    async def check(self, key_ids: Sequence[UUID]) -> list[UUID]:
+        response = await self._post(CHECK, {"key_ids": [str(key_id) for key_id in key_ids]})
+        try:
+            if response.status_code == 200:
+                return ids_from_json(json.loads(response.content))
+        except ValueError:
+            pass
+        raise KeySourceUnavailable(f"the other KME answered {response.status_code}")
 
     async def _post(self, path: str, body: Json) -> httpx.Response:
         try:

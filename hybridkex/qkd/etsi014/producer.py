@@ -20,7 +20,7 @@ __all__ = ["KeyProducer", "ProducedKey", "RandomEnd", "RandomProducer", "random_
 BATCH: Final = 64
 """Keys that a random producer makes at a time: one durable write of the key store for all."""
 
-MAX_LEAD: Final = 16
+MAX_LEAD: Final = 1
 """Batches by which one end of a random link may be ahead of the other."""
 
 

@@ -84,6 +84,11 @@ class KmeServer:
                 stack.push_async_callback(store.aclose)
             for one in self._config.kme:
                 await self._connect_peers(one, stack)
+            for one in self._config.kme:
+                for peer in one.peer:
+                    if peer.url is None:
+                        # Both stores are ours and at rest: what one of them lacks, it never gets.
+                        await self._kmes[one.id].reconcile(peer.id, grace=0)
             producers = self._producers()
             doors = [await self._door(one, stack) for one in self._config.kme]
             addresses = {

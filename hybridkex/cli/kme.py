@@ -1,0 +1,326 @@
+"""``hybridkex kme``: run a KME, ask one, fill key pools, set up two sites to try.
+
+``docs/kme.md`` shows the configuration file and the whole way.
+"""
+
+import argparse
+import json
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID
+
+import trio
+
+from hybridkex.auth.dev_ca import DevCa, write_identity
+from hybridkex.errors import ConfigError
+from hybridkex.qkd.etsi014.client import KmeAccess, KmeClient
+from hybridkex.qkd.etsi014.config import Address, load_config
+from hybridkex.qkd.etsi014.hop import TLS_KINDS
+from hybridkex.qkd.etsi014.models import DeliveredKey, KeyRequest
+from hybridkex.qkd.etsi014.naming import IdRule
+from hybridkex.qkd.etsi014.serve import KmeServer, Serving
+from hybridkex.qkd.pool import FilePool, PoolNames
+from hybridkex.qkd.source import KeyRef, QkdKey
+from hybridkex.qkd.store import write_key_file
+
+__all__ = ["configure", "run"]
+
+SITES: Final = (("kme-a", "alice"), ("kme-b", "bob"))
+"""KME ID and SAE ID of the two sites of ``dev-up``."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the sub-commands."""
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    serve = commands.add_parser("serve", help="run the KMEs of a configuration file")
+    serve.add_argument("config", type=Path, metavar="FILE", help="a TOML file, see docs/kme.md")
+    serve.add_argument("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING"))
+    serve.set_defaults(action=_serve)
+
+    status = commands.add_parser("status", help="print a KME's status for a peer, as JSON")
+    _add_access(status)
+    status.set_defaults(action=_status)
+
+    pool = commands.add_parser(
+        "export-pool",
+        help="draw keys from a KME into a pool file",
+        description="Draw --number keys for the peer into a pool file and write their IDs to --ids;"
+        " or, with --take, get the keys whose IDs the peer wrote. Both sites do both once.",
+    )
+    _add_access(pool)
+    pool.add_argument("--pool", type=Path, required=True, metavar="FILE", help="the pool file")
+    pool.add_argument(
+        "--pool-key", type=Path, required=True, metavar="FILE", help="its key file; made if missing"
+    )
+    pool.add_argument(
+        "--ids", type=Path, required=True, metavar="FILE", help="key IDs, to be brought to the peer"
+    )
+    pool.add_argument("--number", type=int, default=100, metavar="N", help="keys (default 100)")
+    pool.add_argument("--take", action="store_true", help="read --ids and get those keys")
+    pool.set_defaults(action=_export_pool)
+
+    dev_up = commands.add_parser(
+        "dev-up", help="make certificates and configuration for two sites, and run both KMEs"
+    )
+    dev_up.add_argument("folder", type=Path, metavar="DIR", help="a new or empty folder")
+    dev_up.add_argument("--ports", default="8443,8444", metavar="A,B", help="of the KMEs; 0 picks")
+    dev_up.add_argument("--tls", default="stdlib", choices=TLS_KINDS, help="on the hop to the KME")
+    dev_up.add_argument("--no-serve", action="store_true", help="only write the files")
+    dev_up.add_argument("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING"))
+    dev_up.set_defaults(action=_dev_up)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the sub-command that was chosen."""
+    action: Callable[[argparse.Namespace], int] = args.action
+    return action(args)
+
+
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    """The options that say which KME, and who we are to it; the same as those of ``connect``."""
+    parser.add_argument("--kme", required=True, metavar="URL", help="https://host:port")
+    parser.add_argument("--kme-ca", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--kme-cert", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--kme-key", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--kme-id", metavar="ID", help="the ID its certificate must have")
+    parser.add_argument(
+        "--kme-id-rule",
+        type=IdRule,
+        default=IdRule.COMMON_NAME,
+        metavar="|".join(rule.value for rule in IdRule),
+        help="where in its certificate the ID is (default cn)",
+    )
+    parser.add_argument("--kme-tls", default="stdlib", choices=TLS_KINDS)
+    parser.add_argument("--sae", required=True, metavar="ID", help="our own SAE ID")
+    parser.add_argument("--peer-sae", required=True, metavar="ID", help="the peer's SAE ID")
+
+
+def _access(args: argparse.Namespace) -> KmeAccess:
+    return KmeAccess(
+        url=args.kme,
+        ca=args.kme_ca,
+        certificate=args.kme_cert,
+        key=args.kme_key,
+        kme_id=args.kme_id,
+        kme_id_rule=args.kme_id_rule,
+        tls=args.kme_tls,
+    )
+
+
+# -- serve
+
+
+def _serve(args: argparse.Namespace) -> int:
+    return _run_server(args.config, args.log_level, _print_where)
+
+
+def _print_where(where: Serving) -> None:
+    for kme_id, address in where.kmes.items():
+        print(f"{kme_id} listens on https://{address}", flush=True)
+    if where.metrics is not None:
+        print(f"metrics on http://{where.metrics}/metrics", flush=True)
+
+
+def _run_server(path: Path, log_level: str, announce: Callable[[Serving], None]) -> int:
+    logging.basicConfig(
+        level=log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    server = KmeServer(load_config(path))
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                nursery.start_soon(_close_at_signal, signals, server)
+                try:
+                    # Not in the nursery: an error shall come out as it is, not in a group.
+                    await server.serve(task_status=_Announced(announce))
+                finally:
+                    nursery.cancel_scope.cancel()
+
+    _run(main)
+    return 0
+
+
+class _Announced:
+    """A task status that hands the started value to a function."""
+
+    def __init__(self, announce: Callable[[Serving], None]) -> None:
+        self._announce = announce
+
+    def started(self, value: Any = None) -> None:
+        self._announce(value)
+
+
+async def _close_at_signal(signals: Any, server: KmeServer) -> None:
+    async for _ in signals:
+        server.close()
+
+
+def _run(main: Callable[[], Awaitable[None]]) -> None:
+    """Run to the end; a single error comes out of its exception groups."""
+    try:
+        trio.run(main)
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        raise error from None
+
+
+# -- status
+
+
+def _status(args: argparse.Namespace) -> int:
+    async def main() -> None:
+        async with KmeClient(_access(args)) as client:
+            status = await client.status(args.peer_sae)
+        print(json.dumps(status.to_json(), indent=2))
+
+    _run(main)
+    return 0
+
+
+# -- export-pool
+
+
+def _export_pool(args: argparse.Namespace) -> int:
+    if not args.pool_key.exists():
+        write_key_file(args.pool_key)
+    ids = _read_ids(args.ids) if args.take else []
+    if args.number < 1:
+        raise ConfigError("--number must be positive")
+    if not args.take and args.ids.exists():
+        raise ConfigError(f"{args.ids} is there already")
+
+    async def main() -> None:
+        async with KmeClient(_access(args)) as client:
+            moved = await (_take(args, client, ids) if args.take else _draw(args, client))
+        print(json.dumps({"pool": str(args.pool), "keys": moved}))
+
+    _run(main)
+    return 0
+
+
+async def _draw(args: argparse.Namespace, client: KmeClient) -> int:
+    status = await client.status(args.peer_sae)
+    names, size = _pool_names(args, status.source_kme_id, status.target_kme_id), status.key_size
+    drawn: list[str] = []
+    async with FilePool.open(args.pool, key_file=args.pool_key, names=names) as pool:
+        while len(drawn) < args.number:
+            number = min(status.max_key_per_request, args.number - len(drawn))
+            found = await client.enc_keys(args.peer_sae, KeyRequest(number=number, size=size))
+            await pool.add([_key(names, item, we_drew=True) for item in found.keys])
+            drawn += [str(item.key_id) for item in found.keys]
+            # After each request, so that no key is in the pool without its ID on the list.
+            args.ids.write_text(json.dumps(drawn) + "\n", encoding="ascii")
+    return len(drawn)
+
+
+async def _take(args: argparse.Namespace, client: KmeClient, ids: list[UUID]) -> int:
+    status = await client.status(args.peer_sae)
+    names = _pool_names(args, status.source_kme_id, status.target_kme_id)
+    async with FilePool.open(args.pool, key_file=args.pool_key, names=names) as pool:
+        for start in range(0, len(ids), status.max_key_per_request):
+            part = ids[start : start + status.max_key_per_request]
+            found = await client.dec_keys(args.peer_sae, part)
+            await pool.add([_key(names, item, we_drew=False) for item in found.keys])
+    return len(ids)
+
+
+def _pool_names(args: argparse.Namespace, kme: str, peer_kme: str) -> PoolNames:
+    return PoolNames(sae=args.sae, kme=kme, peer_sae=args.peer_sae, peer_kme=peer_kme)
+
+
+def _key(names: PoolNames, item: DeliveredKey, *, we_drew: bool) -> QkdKey:
+    mine, theirs = (names.kme, names.sae), (names.peer_kme, names.peer_sae)
+    (master_kme, master), (slave_kme, slave) = (mine, theirs) if we_drew else (theirs, mine)
+    return QkdKey(
+        name=(KeyRef(master_kme, slave_kme, item.key_id),),
+        master_sae=master,
+        slave_sae=slave,
+        key=item.key,
+    )
+
+
+def _read_ids(path: Path) -> list[UUID]:
+    try:
+        found = json.loads(path.read_text(encoding="ascii"))
+        return [UUID(item) for item in found]
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigError(f"{path} is not a list of key IDs") from None
+
+
+# -- dev-up
+
+_DEV_CONFIG: Final = """\
+# Two KMEs of one link in one process, for a first try. See docs/kme.md for every setting.
+"""
+
+_DEV_KME: Final = """
+[[kme]]
+id = "{kme}"
+listen = "127.0.0.1:{port}"
+saes = ["{sae}"]
+ca = "{kme}/ca.pem"
+certificate = "{kme}/cert.pem"
+key = "{kme}/key.pem"
+store = "{kme}/keys.db"
+key_file = "{kme}/store.key"
+tls = "{tls}"
+
+[[kme.peer]]
+id = "{peer_kme}"
+saes = ["{peer_sae}"]
+producer = "random"
+"""
+
+
+def _dev_up(args: argparse.Namespace) -> int:
+    ports = [Address.parse(f"127.0.0.1:{port}").port for port in args.ports.split(",")]
+    if len(ports) != len(SITES):
+        raise ConfigError("--ports takes two ports")
+    config: Path = args.folder / "kme.toml"
+    if config.exists():
+        raise ConfigError(f"{config} is there already; run: hybridkex kme serve {config}")
+    ca = DevCa.create("hybridkex development KME CA")
+    text = _DEV_CONFIG
+    for index, (kme, sae) in enumerate(SITES):
+        for holder in (kme, sae):
+            identity = ca.issue("127.0.0.1", "localhost", common_name=holder)
+            write_identity(args.folder / holder, ca, identity)
+        write_key_file(args.folder / kme / "store.key")
+        peer_kme, peer_sae = SITES[1 - index]
+        text += _DEV_KME.format(
+            kme=kme, sae=sae, port=ports[index], tls=args.tls, peer_kme=peer_kme, peer_sae=peer_sae
+        )
+    config.write_text(text, encoding="utf-8")
+    if args.no_serve:
+        print(config)
+        return 0
+
+    def announce(where: Serving) -> None:
+        _print_where(where)
+        print("\nTry, in two other terminals:\n")
+        alice, bob = (
+            _channel_options(args.folder, where.kmes[kme], sae, args.tls) for kme, sae in SITES
+        )
+        print(f"  hybridkex listen 4433 --bind 127.0.0.1 {bob} --peer-sae alice\n")
+        print(f"  hybridkex connect 127.0.0.1 4433 {alice} --peer-sae bob\n", flush=True)
+
+    return _run_server(config, args.log_level, announce)
+
+
+def _channel_options(folder: Path, address: Address, sae: str, tls: str) -> str:
+    files = folder / sae
+    hop = "" if tls == "stdlib" else f" --kme-tls {tls}"
+    return (
+        f"--kme https://{address} --kme-ca {files / 'ca.pem'} --kme-cert {files / 'cert.pem'}"
+        f" --kme-key {files / 'key.pem'} --sae {sae}{hop}"
+    )

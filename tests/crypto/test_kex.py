@@ -51,7 +51,7 @@ TABLE = {
 every_group = pytest.mark.parametrize("group", ALL_GROUPS, ids=str)
 
 
-def refuse(action: Callable[[], object], reason: str = "") -> None:
+def refuse(action: Callable[[], object], reason: str | None = None) -> None:
     """The share is refused, with the right alert, and with this reason where one is given."""
     with pytest.raises(IllegalParameter, match=reason) as caught:
         action()

@@ -35,15 +35,20 @@ def report(session: Session, *, as_json: bool) -> None:
 async def pipe(stream: SecureStream[Any]) -> None:
     """Carry standard input to the peer and the peer's data to standard output.
 
-    The end of our input is told to the peer; we go on until the peer ends too.
+    Ends when both sides have ended, or when the peer ended and closed the connection.
 
     Raises:
         ChannelFailed: the connection broke, or was cut.
     """
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_send_input, stream)
+            sent = trio.Event()
+            nursery.start_soon(_send_input, stream, sent)
             await _write_output(stream)
+            # The peer's end is the end of one direction only: ours goes on, unless the peer has
+            # left for good.
+            nursery.start_soon(_cancel_when_gone, stream, nursery.cancel_scope)
+            await sent.wait()
             nursery.cancel_scope.cancel()
     except* trio.BrokenResourceError as group:
         # Both directions see the same end; one of them is enough to tell it.
@@ -56,10 +61,18 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
-async def _send_input(stream: SecureStream[Any]) -> None:
+async def _send_input(stream: SecureStream[Any], sent: trio.Event) -> None:
     while data := await _read_input():
         await stream.send_all(data)
     await stream.send_eof()
+    sent.set()
+
+
+async def _cancel_when_gone(stream: SecureStream[Any], scope: trio.CancelScope) -> None:
+    # What comes behind close_notify is to be ignored (RFC 8446 section 6.1).
+    while await stream.transport_stream.receive_some():
+        pass
+    scope.cancel()
 
 
 async def _read_input() -> bytes:

@@ -117,6 +117,7 @@ class _Link:
     saes: frozenset[str]
     half: int
     peer: PeerLink | None
+    down: bool = False
     left: trio.Event = field(default_factory=trio.Event)
 
     def note_room(self) -> None:
@@ -280,8 +281,13 @@ class Kme:
                     ExtKeys(allotments=allotments, master=master, slaves=tuple(slaves))
                 )
             except KeySourceUnavailable as error:
-                LOG.warning("%s: %s", self.kme_id, error)
+                if not link.down:  # once, not for every request until it is back
+                    LOG.warning("%s: %s: %s", self.kme_id, link.target, error)
+                link.down = True
                 raise Refusal(503, "the KME at the other end does not answer") from None
+            if link.down:
+                LOG.warning("%s: %s is back", self.kme_id, link.target)
+            link.down = False
         try:
             await self._store.allot(link.target, allotments, master=master, slaves=local)
         except KeyConsumed:

@@ -109,6 +109,21 @@ class _Backend(httpcore.AsyncNetworkBackend):
         await trio.sleep(seconds)
 
 
+class _Content:
+    """A request body for httpcore, which leaves a generator hanging when a write fails."""
+
+    def __init__(self, body: bytes) -> None:
+        self._parts = [body] if body else []
+
+    def __aiter__(self) -> "_Content":
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not self._parts:
+            raise StopAsyncIteration
+        return self._parts.pop()
+
+
 class _Body(httpx.AsyncByteStream):
     def __init__(self, response: httpcore.Response) -> None:
         self._response = response
@@ -134,7 +149,7 @@ class KmeTransport(httpx.AsyncBaseTransport):
         )
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        assert isinstance(request.stream, httpx.AsyncByteStream)
+        body = await request.aread()
         response = await self._pool.handle_async_request(
             httpcore.Request(
                 method=request.method,
@@ -145,7 +160,7 @@ class KmeTransport(httpx.AsyncBaseTransport):
                     target=request.url.raw_path,
                 ),
                 headers=request.headers.raw,
-                content=request.stream,
+                content=_Content(body),
                 extensions=request.extensions,
             )
         )

@@ -1,16 +1,20 @@
 """A small certificate authority for tests and first steps; not one to run a company on."""
 
-import ipaddress
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.types import (
+    CertificateIssuerPrivateKeyTypes,
+    CertificatePublicKeyTypes,
+)
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -18,60 +22,116 @@ from hybridkex.auth.identity import Identity
 from hybridkex.auth.names import DnsName, parse_peer_name
 from hybridkex.errors import ConfigError
 
-__all__ = ["ALGORITHMS", "DevCa"]
+__all__ = ["ALGORITHMS", "DevCa", "write_identity"]
 
-ALGORITHMS: Final[dict[str, Callable[[], Any]]] = {
-    "ecdsa": lambda: ec.generate_private_key(ec.SECP256R1()),
-    "ecdsa-p384": lambda: ec.generate_private_key(ec.SECP384R1()),
-    "ecdsa-p521": lambda: ec.generate_private_key(ec.SECP521R1()),
-    "rsa": lambda: rsa.generate_private_key(65537, 2048),
-    "ed25519": ed25519.Ed25519PrivateKey.generate,
-    "mldsa44": mldsa.MLDSA44PrivateKey.generate,
-    "mldsa65": mldsa.MLDSA65PrivateKey.generate,
-    "mldsa87": mldsa.MLDSA87PrivateKey.generate,
+_ONE_DAY: Final = timedelta(days=1)
+_MAX_COMMON_NAME: Final = 64  # characters, RFC 5280 appendix A.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Algorithm:
+    """How keys of a kind are made, and how an authority signs with one."""
+
+    generate: Callable[[], CertificateIssuerPrivateKeyTypes]
+    digest: hashes.SHA256 | hashes.SHA384 | hashes.SHA512 | None = None
+    rsa_padding: padding.PSS | None = None
+
+
+def _ecdsa(
+    curve: ec.EllipticCurve, digest: hashes.SHA256 | hashes.SHA384 | hashes.SHA512
+) -> _Algorithm:
+    return _Algorithm(generate=lambda: ec.generate_private_key(curve), digest=digest)
+
+
+def _rsa(scheme: padding.PSS | None = None) -> _Algorithm:
+    return _Algorithm(
+        generate=lambda: rsa.generate_private_key(65537, 2048),
+        digest=hashes.SHA256(),
+        rsa_padding=scheme,
+    )
+
+
+ALGORITHMS: Final[dict[str, _Algorithm]] = {
+    "ecdsa": _ecdsa(ec.SECP256R1(), hashes.SHA256()),
+    "ecdsa-p384": _ecdsa(ec.SECP384R1(), hashes.SHA384()),
+    "ecdsa-p521": _ecdsa(ec.SECP521R1(), hashes.SHA512()),
+    # The same RSA key signs the handshake with PSS in either case (RFC 8446 section 4.2.3); the two
+    # differ in how an authority signs certificates with it.
+    "rsa": _rsa(),
+    "rsa-pss": _rsa(padding.PSS(padding.MGF1(hashes.SHA256()), hashes.SHA256.digest_size)),
+    "ed25519": _Algorithm(generate=ed25519.Ed25519PrivateKey.generate),
+    "mldsa44": _Algorithm(generate=mldsa.MLDSA44PrivateKey.generate),
+    "mldsa65": _Algorithm(generate=mldsa.MLDSA65PrivateKey.generate),
+    "mldsa87": _Algorithm(generate=mldsa.MLDSA87PrivateKey.generate),
 }
 """Kinds of keys, by the names of ``hybridkex dev-ca --alg``."""
 
-_ONE_DAY: Final = timedelta(days=1)
 
-
-def _new_key(algorithm: str) -> Any:
+def _algorithm(name: str) -> _Algorithm:
     try:
-        return ALGORITHMS[algorithm]()
+        return ALGORITHMS[name]
     except KeyError:
         known = ", ".join(ALGORITHMS)
-        raise ConfigError(f"unknown algorithm {algorithm!r}; known are {known}") from None
+        raise ConfigError(f"unknown algorithm {name!r}; known are {known}") from None
 
 
 @dataclass(frozen=True)
 class DevCa:
-    """A self-signed authority and its key."""
+    """An authority and its key: a self-signed root, or an intermediate under one."""
 
     certificate: x509.Certificate
-    private_key: Any = field(repr=False)
+    private_key: CertificateIssuerPrivateKeyTypes = field(repr=False)
+    algorithm: str = "ecdsa"
+    """The kind of the authority's own key."""
+    intermediates: tuple[bytes, ...] = field(default=(), repr=False)
+    """What the certificates that it issues must bring along (DER); nothing for a root."""
 
     @classmethod
-    def create(cls, name: str = "hybridkex development CA", algorithm: str = "ecdsa") -> "DevCa":
-        """A new one. Ed25519 cannot issue, since `cryptography` refuses it: it gets ECDSA."""
-        key = _new_key("ecdsa" if algorithm == "ed25519" else algorithm)
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        now = datetime.now(UTC)
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(subject)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _ONE_DAY)
-            .not_valid_after(now + 3650 * _ONE_DAY)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True)
-            .add_extension(_usage(ca=True), critical=True)
-            .add_extension(
-                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
-            )
-            .sign(key, _digest(key))
-        )
-        return cls(certificate, key)
+    def create(
+        cls,
+        name: str = "hybridkex development CA",
+        algorithm: str = "ecdsa",
+        *,
+        not_before: datetime | None = None,
+        not_after: datetime | None = None,
+        path_length: int | None = 1,
+    ) -> "DevCa":
+        """A new root, good for ten years by default.
+
+        Args:
+            name: its common name.
+            algorithm: one of :data:`ALGORITHMS`. ``ed25519`` gives the root an ECDSA key instead,
+                since `cryptography` accepts Ed25519 in end entities' certificates only.
+            not_before: aware; yesterday by default.
+            not_after: aware.
+            path_length: how many intermediates may stand in a row below it.
+
+        Raises:
+            ConfigError: an algorithm that is unknown, or dates or a name that cannot be.
+        """
+        algorithm = "ecdsa" if algorithm == "ed25519" else algorithm
+        chosen = _algorithm(algorithm)
+        key = chosen.generate()
+        builder = _builder(name, key.public_key(), not_before, not_after, days=3650)
+        builder = _as_authority(builder.issuer_name(_common_name(name)), path_length)
+        return cls(_sign(builder, key, chosen), key, algorithm)
+
+    def intermediate(
+        self,
+        name: str = "hybridkex development intermediate CA",
+        algorithm: str = "ecdsa",
+        *,
+        not_before: datetime | None = None,
+        not_after: datetime | None = None,
+        path_length: int | None = 0,
+    ) -> "DevCa":
+        """A new authority below this one; arguments and errors as with :meth:`create`."""
+        algorithm = "ecdsa" if algorithm == "ed25519" else algorithm
+        key = _algorithm(algorithm).generate()
+        builder = _builder(name, key.public_key(), not_before, not_after, days=3650)
+        certificate = self._issue(_as_authority(builder, path_length))
+        chain = (certificate.public_bytes(Encoding.DER), *self.intermediates)
+        return DevCa(certificate, key, algorithm, chain)
 
     def issue(
         self,
@@ -85,39 +145,50 @@ class DevCa:
         ),
         not_before: datetime | None = None,
         not_after: datetime | None = None,
-        private_key: Any = None,
+        private_key: CertificateIssuerPrivateKeyTypes | None = None,
     ) -> Identity:
-        """A certificate for these DNS names and IP addresses, good for a year by default."""
-        key = private_key if private_key is not None else _new_key(algorithm)
-        now = datetime.now(UTC)
+        """A certificate for these DNS names and IP addresses, good for a year by default.
+
+        Args:
+            names: host names (also beyond ASCII, or ``*.example.org``) and IP addresses.
+            algorithm: one of :data:`ALGORITHMS`.
+            common_name: the subject's; the first name by default.
+            uris: further subject alternative names.
+            usages: servers and clients by default.
+            not_before: aware; yesterday by default.
+            not_after: aware.
+            private_key: the key to certify instead of a new one.
+
+        Raises:
+            ConfigError: a name, a URI, an algorithm or dates that cannot be.
+        """
+        key = private_key if private_key is not None else _algorithm(algorithm).generate()
         alternatives: list[x509.GeneralName] = [_general_name(name) for name in names]
-        alternatives.extend(x509.UniformResourceIdentifier(uri) for uri in uris)
+        try:
+            alternatives.extend(x509.UniformResourceIdentifier(uri) for uri in uris)
+        except ValueError as error:
+            raise ConfigError(f"not a URI for a certificate: {error}") from None
         subject = common_name or (names[0] if names else "hybridkex")
         builder = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject[:64])]))
-            .issuer_name(self.certificate.subject)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(not_before or now - _ONE_DAY)
-            .not_valid_after(not_after or now + 365 * _ONE_DAY)
+            _builder(subject, key.public_key(), not_before, not_after, days=365)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(ca=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage(list(usages)), critical=False)
-            .add_extension(
-                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
-            )
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(self.private_key.public_key()),
-                critical=False,
-            )
         )
         if alternatives:
+            # Not critical: RFC 5280 section 4.2.1.6 wants that beside a subject.
             builder = builder.add_extension(
                 x509.SubjectAlternativeName(alternatives), critical=False
             )
-        certificate = builder.sign(self.private_key, _digest(self.private_key))
-        return Identity((certificate.public_bytes(Encoding.DER),), key)
+        certificate = self._issue(builder)
+        return Identity((certificate.public_bytes(Encoding.DER), *self.intermediates), key)
+
+    def _issue(self, builder: x509.CertificateBuilder) -> x509.Certificate:
+        own = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        builder = builder.issuer_name(self.certificate.subject).add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own), critical=False
+        )
+        return _sign(builder, self.private_key, _algorithm(self.algorithm))
 
     @property
     def pem(self) -> bytes:
@@ -125,9 +196,55 @@ class DevCa:
         return self.certificate.public_bytes(Encoding.PEM)
 
 
+def _common_name(name: str) -> x509.Name:
+    try:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:_MAX_COMMON_NAME])])
+    except ValueError as error:
+        raise ConfigError(f"{name!r} cannot be a common name: {error}") from None
+
+
+def _builder(
+    name: str,
+    key: CertificatePublicKeyTypes,
+    not_before: datetime | None,
+    not_after: datetime | None,
+    *,
+    days: int,
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(_common_name(name))
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+    try:
+        # A day back, for a peer whose clock is slow.
+        builder = builder.not_valid_before(not_before or now - _ONE_DAY)
+        return builder.not_valid_after(not_after or now + days * _ONE_DAY)
+    except ValueError as error:
+        raise ConfigError(f"a certificate cannot have these dates: {error}") from None
+
+
+def _as_authority(
+    builder: x509.CertificateBuilder, path_length: int | None
+) -> x509.CertificateBuilder:
+    constraints = x509.BasicConstraints(ca=True, path_length=path_length)
+    return builder.add_extension(constraints, critical=True).add_extension(
+        _usage(ca=True), critical=True
+    )
+
+
+def _sign(
+    builder: x509.CertificateBuilder, key: CertificateIssuerPrivateKeyTypes, algorithm: _Algorithm
+) -> x509.Certificate:
+    return builder.sign(key, algorithm.digest, rsa_padding=algorithm.rsa_padding)
+
+
 def _usage(*, ca: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
-        digital_signature=True,
+        digital_signature=not ca,
         key_cert_sign=ca,
         crl_sign=ca,
         content_commitment=False,
@@ -139,46 +256,52 @@ def _usage(*, ca: bool) -> x509.KeyUsage:
     )
 
 
-def _digest(key: Any) -> hashes.SHA256 | hashes.SHA384 | hashes.SHA512 | None:
-    """What an issuer hashes with; Ed25519 and ML-DSA hash by themselves."""
-    if isinstance(key, ec.EllipticCurvePrivateKey):
-        size = key.curve.key_size
-        return (
-            hashes.SHA256() if size <= 256 else hashes.SHA384() if size <= 384 else hashes.SHA512()
-        )
-    return hashes.SHA256() if isinstance(key, rsa.RSAPrivateKey) else None
-
-
 def _general_name(name: str) -> x509.GeneralName:
-    if name.startswith("*."):
-        return x509.DNSName(name)
-    parsed = parse_peer_name(name)
+    wildcard = "*." if name.startswith("*.") else ""
+    parsed = parse_peer_name(name.removeprefix(wildcard))
     if isinstance(parsed, DnsName):
-        return x509.DNSName(parsed.a_label)
-    return x509.IPAddress(ipaddress.ip_address(str(parsed)))
+        return x509.DNSName(wildcard + parsed.a_label)
+    if wildcard:
+        raise ConfigError(f"{name!r} is neither a host name nor an IP address")
+    return x509.IPAddress(parsed.address)
 
 
 def write_identity(
     directory: Path, ca: DevCa, identity: Identity, *, overwrite: bool = False
 ) -> list[Path]:
-    """Write ``ca.pem``, ``cert.pem`` and ``key.pem``; the key is readable by its owner alone."""
+    """Write ``ca.pem``, ``cert.pem`` and ``key.pem``; the key is readable by its owner alone.
+
+    Each file appears whole or not at all. The authority's own key is not written.
+
+    Raises:
+        ConfigError: a file is there already and ``overwrite`` was not asked for, or it cannot be
+            written.
+    """
     certificates = b"".join(
         x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM) for der in identity.chain
     )
     key = identity.private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     files = {"ca.pem": (ca.pem, 0o644), "cert.pem": (certificates, 0o644), "key.pem": (key, 0o600)}
+    present = [name for name in files if os.path.lexists(directory / name)]
+    if present and not overwrite:
+        raise ConfigError(f"{directory / present[0]} is there already; --force replaces it")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        present = [name for name in files if (directory / name).exists()]
-        if present and not overwrite:
-            raise ConfigError(f"{directory / present[0]} is there already; --force replaces it")
         for name, (content, mode) in files.items():
-            # A new file under another name: the key is never there with other rights.
-            temporary = directory / f".{name}.{os.getpid()}"
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-            temporary.replace(directory / name)
+            _write_whole(directory / name, content, mode)
     except OSError as error:
         raise ConfigError(f"cannot write to {directory}: {error.strerror}") from None
     return [directory / name for name in files]
+
+
+def _write_whole(path: Path, content: bytes, mode: int) -> None:
+    # A new file beside the old one, born readable by its owner alone; then it takes its name.
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise

@@ -3,18 +3,18 @@
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
     load_pem_private_key,
 )
 
-from hybridkex.auth.names import DnsName, parse_peer_name
-from hybridkex.auth.verify import matches_dns
+from hybridkex.auth.certificates import key_weakness, names_of, subject_of
+from hybridkex.auth.names import PeerName, covers, parse_peer_name
 from hybridkex.errors import ConfigError
 
 __all__ = ["Identity"]
@@ -25,65 +25,68 @@ class Identity:
     """A certificate chain (DER, leaf first) and its private key.
 
     Raises:
-        ConfigError: the key is not the certificate's.
+        ConfigError: a certificate that does not parse, a key that is not the leaf's, or one that
+            no peer should accept.
     """
 
     chain: tuple[bytes, ...] = field(repr=False)
-    private_key: Any = field(repr=False)
+    private_key: CertificateIssuerPrivateKeyTypes = field(repr=False)
+    names: tuple[str, ...] = field(init=False)
+    """The DNS names, IP addresses and URIs that the certificate is for."""
 
     def __post_init__(self) -> None:
         if not self.chain:
             raise ConfigError("an identity has at least one certificate")
-        form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        ours = self.private_key.public_key().public_bytes(*form)
-        if self.leaf.public_key().public_bytes(*form) != ours:
-            raise ConfigError("the private key is not the certificate's")
+        try:
+            certificates = [x509.load_der_x509_certificate(der) for der in self.chain]
+            object.__setattr__(self, "names", names_of(certificates[0]))
+            keys = [_spki(certificate.public_key()) for certificate in certificates]
+        except (ValueError, UnsupportedAlgorithm) as error:
+            raise ConfigError(f"our own certificate does not parse: {error}") from None
+        subject = subject_of(certificates[0])
+        own = _spki(self.private_key.public_key())
+        if own != keys[0]:
+            if own in keys:
+                raise ConfigError(f"the chain starts with {subject}, and the leaf must come first")
+            raise ConfigError(f"the private key is not that of the certificate {subject}")
+        weakness = key_weakness(certificates[0].public_key())
+        if weakness is not None:
+            raise ConfigError(f"our own certificate {subject} has {weakness}")
 
     @cached_property
     def leaf(self) -> x509.Certificate:
         """Our own certificate."""
         return x509.load_der_x509_certificate(self.chain[0])
 
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The DNS names and IP addresses that it is for."""
-        try:
-            names = self.leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        except x509.ExtensionNotFound:
-            return ()
-        addresses = names.get_values_for_type(x509.IPAddress)
-        return (*names.get_values_for_type(x509.DNSName), *map(str, addresses))
-
-    def matches(self, name: str) -> bool:
-        """Whether the certificate is for this server name."""
-        try:
-            parsed = parse_peer_name(name)
-        except ConfigError:
-            return False
-        if isinstance(parsed, DnsName):
-            return any(matches_dns(pattern, parsed.a_label) for pattern in self.names)
-        return str(parsed) in self.names
+    def matches(self, name: str | PeerName) -> bool:
+        """Whether the certificate is for this server name; a wildcard stands for one label."""
+        if isinstance(name, str):
+            try:
+                name = parse_peer_name(name)
+            except ConfigError:
+                return False  # A client may ask for any bytes; there is no certificate for these.
+        return any(covers(presented, name) for presented in self.names)
 
     @classmethod
     def from_pem(
         cls, certificates: bytes, key: bytes, *, password: bytes | None = None
     ) -> "Identity":
-        """From PEM: the chain with the leaf first, and the key."""
-        try:
-            chain = x509.load_pem_x509_certificates(certificates)
-        except ValueError as error:
-            raise ConfigError(f"these are no PEM certificates: {error}") from None
-        try:
-            private_key = load_pem_private_key(key, password)
-        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-            raise ConfigError(f"this is no usable private key: {error}") from None
-        return cls(tuple(one.public_bytes(Encoding.DER) for one in chain), private_key)
+        """From PEM: the chain with the leaf first, and the key.
+
+        Raises:
+            ConfigError: one of them is not what it should be, or they do not go together.
+        """
+        return cls._load("the certificate", certificates, "the private key", key, password)
 
     @classmethod
     def from_files(
         cls, certificates: str | Path, key: str | Path, *, password: bytes | None = None
     ) -> "Identity":
-        """From PEM files."""
+        """From PEM files.
+
+        Raises:
+            ConfigError: as with :meth:`from_pem`, and it names the file.
+        """
         read = []
         for path in (certificates, key):
             try:
@@ -91,6 +94,39 @@ class Identity:
             except OSError as error:
                 raise ConfigError(f"cannot read {path}: {error.strerror}") from None
         try:
-            return cls.from_pem(*read, password=password)
+            return cls._load(str(certificates), read[0], str(key), read[1], password)
         except ConfigError as error:
-            raise ConfigError(f"{certificates}, {key}: {error}") from None
+            raise ConfigError(f"{error} ({certificates}, {key})") from None
+
+    @classmethod
+    def _load(
+        cls,
+        chain_name: str,
+        chain_pem: bytes,
+        key_name: str,
+        key_pem: bytes,
+        password: bytes | None,
+    ) -> "Identity":
+        try:
+            chain = x509.load_pem_x509_certificates(chain_pem)
+        except ValueError as error:
+            raise ConfigError(f"{chain_name} is no certificate in PEM form: {error}") from None
+        # The library's own words about a key are not passed on: nothing of a key gets into a text.
+        try:
+            private_key = load_pem_private_key(key_pem, password)
+        except TypeError:
+            reason = "not encrypted, and a password was given"
+            if password is None:
+                reason = "encrypted, and no password was given"
+            raise ConfigError(f"{key_name} is {reason}") from None
+        except (ValueError, UnsupportedAlgorithm):
+            reason = "is no private key in PEM form"
+            if password is not None:
+                reason += ", or the password is wrong"
+            raise ConfigError(f"{key_name} {reason}") from None
+        # What is no key of a certificate (X25519, say) does not fit the leaf, and is told so there.
+        return cls(tuple(one.public_bytes(Encoding.DER) for one in chain), private_key)  # type: ignore[arg-type]
+
+
+def _spki(key: object) -> bytes:
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)  # type: ignore[attr-defined,no-any-return]

@@ -1,13 +1,20 @@
 """The name of a peer: a DNS name or an IP address, in the form that certificates use."""
 
 import ipaddress
+import re
 from dataclasses import dataclass
+from typing import Final
 
 import idna
 
 from hybridkex.errors import ConfigError
 
-__all__ = ["DnsName", "IpAddress", "PeerName", "parse_peer_name"]
+__all__ = ["DnsName", "IpAddress", "PeerName", "covers", "parse_peer_name"]
+
+# Letters, digits, hyphens (RFC 1123 section 2.1). Underscores are no host names, and container
+# networks use them all the same; no certificate can be checked for them, a pin can.
+_LABEL: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
+_MAX_NAME: Final = 253
 
 
 @dataclass(frozen=True)
@@ -36,33 +43,46 @@ PeerName = DnsName | IpAddress
 def parse_peer_name(text: str) -> PeerName:
     """A name as a person writes it: ``example.org``, ``bücher.example``, ``127.0.0.1``, ``[::1]``.
 
+    Names beyond ASCII become A-labels by IDNA 2008 with the mapping of UTS #46 (RFC 5891, RFC 9525
+    section 6.3). A trailing dot goes, and so does the scope of an IPv6 address: it says through
+    which interface of this machine, which no certificate names.
+
     Raises:
         ConfigError: it is neither a host name nor an address.
     """
-    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    # A scope says through which interface; it is not part of what a certificate names.
+    bracketed = text.startswith("[") and text.endswith("]")
+    bare = text[1:-1] if bracketed else text
     try:
         return IpAddress(ipaddress.ip_address(bare.partition("%")[0] if ":" in bare else bare))
     except ValueError:
-        pass
+        if bracketed:
+            raise ConfigError(f"{text!r} is not an IPv6 address in brackets") from None
     name = text.removesuffix(".")
     if not name:
-        raise ConfigError("an empty host name")
+        raise ConfigError("a host name is needed, and this one is empty")
     try:
         label = name.lower() if name.isascii() else idna.encode(name, uts46=True).decode("ascii")
     except idna.IDNAError as error:
         raise ConfigError(f"{text!r} is not a host name: {error}") from None
     labels = label.split(".")
-    if len(label) > 253 or not all(_is_label(one) for one in labels):
+    if len(label) > _MAX_NAME or not all(_LABEL.fullmatch(one) for one in labels):
         raise ConfigError(f"{text!r} is not a host name")
+    if labels[-1].isdigit():
+        # Resolvers read "127.1" as an address: a name must not mean one thing to them and another
+        # to the certificate.
+        raise ConfigError(f"{text!r} is neither a host name nor a complete IP address")
     return DnsName(label)
 
 
-def _is_label(label: str) -> bool:
-    # Underscores are no host names by RFC 1123, and are used in them all the same.
-    return (
-        0 < len(label) <= 63
-        and not label.startswith("-")
-        and not label.endswith("-")
-        and all(char.isalnum() or char in "-_" for char in label)
-    )
+def covers(presented: str, name: PeerName) -> bool:
+    """Whether a name of a certificate stands for ``name`` (RFC 9525 section 6.3).
+
+    A wildcard is the whole of the leftmost label and stands for one label. This chooses between
+    our own certificates and words errors; `cryptography`'s verifier decides about a peer's.
+    """
+    if isinstance(name, IpAddress):
+        return presented == str(name)
+    presented = presented.lower()
+    if presented.startswith("*."):
+        return name.a_label.partition(".")[2] == presented[2:]
+    return presented == name.a_label

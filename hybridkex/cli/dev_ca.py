@@ -1,8 +1,10 @@
 """``hybridkex dev-ca``: a small authority and a certificate, for tests and first steps."""
 
 import argparse
+import shlex
 from pathlib import Path
 
+from hybridkex.auth import spki_sha256
 from hybridkex.auth.dev_ca import ALGORITHMS, DevCa, write_identity
 
 __all__ = ["configure", "run"]
@@ -10,15 +12,21 @@ __all__ = ["configure", "run"]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("directory", metavar="DIR", type=Path)
+    parser.add_argument("directory", metavar="DIR", type=Path, help="made if it is not there")
     parser.add_argument(
         "--name",
         action="append",
         metavar="NAME",
-        help="a DNS name or an IP address for the certificate; may be repeated "
+        help="a host name or an IP address for the certificate; may be repeated "
         "(default: localhost, which brings 127.0.0.1 and ::1)",
     )
-    parser.add_argument("--alg", choices=ALGORITHMS, default="ecdsa", help="the kind of keys")
+    parser.add_argument(
+        "--alg",
+        choices=ALGORITHMS,
+        default="ecdsa",
+        help="the kind of keys (default: ecdsa); with ed25519 the authority's is ecdsa; with rsa "
+        "and rsa-pss the authority signs by PKCS #1 v1.5 and by PSS",
+    )
     parser.add_argument("--force", action="store_true", help="replace files that are there")
 
 
@@ -29,10 +37,18 @@ def run(args: argparse.Namespace) -> int:
         names += [address for address in ("127.0.0.1", "::1") if address not in names]
     authority = DevCa.create(algorithm=args.alg)
     identity = authority.issue(*names, algorithm=args.alg)
-    for path in write_identity(args.directory, authority, identity, overwrite=args.force):
-        print(path)
-    folder = args.directory
+    ca, cert, key = write_identity(args.directory, authority, identity, overwrite=args.force)
+    pin = spki_sha256(identity.leaf)
+    print(f"{ca}: a new authority ({authority.algorithm}); its key is forgotten after this")
+    print(f"{cert}: for {', '.join(identity.names)}, until {identity.leaf.not_valid_after_utc:%F}")
+    print(f"{key}: its key ({args.alg}), readable by you alone")
+    print(f"pin of this key: {pin}")
+    host = next((name for name in names if not name.startswith("*")), "localhost")
     print("\nnow try, in two terminals:")
-    print(f"  hybridkex listen 4433 --cert {folder}/cert.pem --key {folder}/key.pem")
-    print(f"  hybridkex connect {names[0]} 4433 --ca {folder}/ca.pem")
+    print(f"  hybridkex listen 4433 --cert {_shell(cert)} --key {_shell(key)}")
+    print(f"  hybridkex connect {_shell(host)} 4433 --ca {_shell(ca)}")
     return 0
+
+
+def _shell(text: str | Path) -> str:
+    return shlex.quote(str(text))

@@ -1,0 +1,151 @@
+"""Certificates as they are read, before anybody trusts them."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, rsa
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from hybridkex.constants import Alert
+from hybridkex.errors import CertificateRejected
+
+__all__ = [
+    "PeerCertificate",
+    "key_weakness",
+    "names_of",
+    "read_chain",
+    "spki_sha256",
+    "subject_of",
+]
+
+MIN_RSA_BITS: Final = 2048
+MAX_RSA_BITS: Final = 8192
+"""A larger key costs more to verify than the peer deserves before it is known."""
+
+MAX_CHAIN: Final = 16
+"""Certificates in one chain; the Web has three or four."""
+
+CURVES: Final = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
+
+_KINDS: Final = (
+    rsa.RSAPublicKey,
+    ec.EllipticCurvePublicKey,
+    ed25519.Ed25519PublicKey,
+    mldsa.MLDSA44PublicKey,
+    mldsa.MLDSA65PublicKey,
+    mldsa.MLDSA87PublicKey,
+)
+
+
+@dataclass(frozen=True, repr=False)
+class PeerCertificate:
+    """A peer's certificates as they came: DER, the end entity's first.
+
+    One that a handshake or a session gives out has been parsed already; made by hand from other
+    bytes, its properties raise what `cryptography` raises.
+    """
+
+    chain: tuple[bytes, ...]
+
+    @cached_property
+    def leaf(self) -> x509.Certificate:
+        """The end entity's certificate."""
+        return x509.load_der_x509_certificate(self.chain[0])
+
+    @cached_property
+    def subject(self) -> str:
+        """Its subject (RFC 4514); its first name where the subject is empty."""
+        return subject_of(self.leaf)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Its subject alternative names: DNS names, IP addresses and URIs."""
+        return names_of(self.leaf)
+
+    @cached_property
+    def public_key(self) -> CertificatePublicKeyTypes:
+        """Its key."""
+        return self.leaf.public_key()
+
+    @property
+    def pin(self) -> str:
+        """What ``--pin`` and :class:`~hybridkex.Pins` take for its key."""
+        return spki_sha256(self.leaf)
+
+    def __repr__(self) -> str:
+        return f"PeerCertificate({self.subject!r}, {len(self.chain)} in the chain)"
+
+
+def subject_of(certificate: x509.Certificate) -> str:
+    """How errors and sessions name a certificate."""
+    return certificate.subject.rfc4514_string() or next(iter(names_of(certificate)), "(no name)")
+
+
+def names_of(certificate: x509.Certificate) -> tuple[str, ...]:
+    """The subject alternative names: DNS names, IP addresses and URIs, in this order."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return ()
+    return (
+        *names.get_values_for_type(x509.DNSName),
+        *map(str, names.get_values_for_type(x509.IPAddress)),
+        *names.get_values_for_type(x509.UniformResourceIdentifier),
+    )
+
+
+def spki_sha256(certificate: x509.Certificate) -> str:
+    """The pin of a certificate: SHA-256 over its SubjectPublicKeyInfo, in hex (RFC 7469)."""
+    spki = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(spki).hexdigest()
+
+
+def read_chain(chain: Sequence[bytes]) -> tuple[PeerCertificate, list[x509.Certificate]]:
+    """Parse what a peer sent.
+
+    Raises:
+        CertificateRejected: nothing there, too much of it, or bytes that are no certificate.
+    """
+    if not chain:
+        raise CertificateRejected("the peer sent no certificate")
+    if len(chain) > MAX_CHAIN:
+        raise CertificateRejected(
+            f"the peer sent a chain of {len(chain)} certificates, and {MAX_CHAIN} are the most"
+        )
+    peer = PeerCertificate(tuple(chain))
+    place = 0
+    try:
+        # The library parses as late as it can: what is read later must fail here, once and for all.
+        _ = (peer.subject, peer.names, peer.public_key)
+        certificates = [peer.leaf]
+        for place in range(1, len(chain)):
+            certificates.append(x509.load_der_x509_certificate(chain[place]))
+    except UnsupportedAlgorithm as error:
+        raise CertificateRejected(
+            f"the peer's certificate uses what is not supported here: {error}",
+            alert=Alert.UNSUPPORTED_CERTIFICATE,
+        ) from None
+    except Exception as error:
+        # Whatever a parser has to say about bytes that a peer chose, the answer is the same one.
+        raise CertificateRejected(
+            f"certificate {place + 1} of {len(chain)} that the peer sent does not parse: {error}"
+        ) from None
+    return peer, certificates
+
+
+def key_weakness(key: CertificatePublicKeyTypes) -> str | None:
+    """What is wrong with a leaf's key; `cryptography`'s verifier looks at issuers' keys only."""
+    if not isinstance(key, _KINDS):
+        kind = type(key).__name__.removesuffix("PublicKey")
+        return f"a key of a kind that TLS 1.3 or this library does not sign with ({kind})"
+    if isinstance(key, rsa.RSAPublicKey) and not MIN_RSA_BITS <= key.key_size <= MAX_RSA_BITS:
+        return f"an RSA key of {key.key_size} bits, not of {MIN_RSA_BITS} to {MAX_RSA_BITS}"
+    if isinstance(key, ec.EllipticCurvePublicKey) and not isinstance(key.curve, CURVES):
+        return f"a key on {key.curve.name}, not on secp256r1, secp384r1 or secp521r1"
+    return None

@@ -1,0 +1,88 @@
+"""The authorities that this machine trusts."""
+
+import os
+import re
+import ssl
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.utils import CryptographyDeprecationWarning
+
+from hybridkex.errors import ConfigError
+
+__all__ = ["load_roots", "system_roots"]
+
+_FILES: Final = (
+    "/etc/ssl/certs/ca-certificates.crt",  # Debian, Alpine, Gentoo, Arch
+    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",  # Fedora, RHEL
+    "/etc/pki/tls/certs/ca-bundle.crt",  # older Fedora, RHEL
+    "/etc/ssl/ca-bundle.pem",  # SUSE
+    "/etc/ssl/cert.pem",  # macOS, the BSDs
+)
+_DIRECTORIES: Final = ("/etc/ssl/certs", "/etc/pki/tls/certs")
+"""Where distributions keep them; a Python of another make does not know its host's places."""
+
+_BLOCK: Final = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
+
+
+def load_roots(pem: bytes) -> list[x509.Certificate]:
+    """Certificates in PEM, one after the other.
+
+    Raises:
+        ValueError: there is none, or one does not parse.
+    """
+    with warnings.catch_warnings():
+        # Some old roots have the serial number 0, which the library finds worth a warning.
+        warnings.simplefilter("ignore", CryptographyDeprecationWarning)
+        return x509.load_pem_x509_certificates(pem)
+
+
+def system_roots() -> tuple[list[x509.Certificate], str]:
+    """The trusted authorities and where they are from.
+
+    ``SSL_CERT_FILE`` (a PEM file) and ``SSL_CERT_DIR`` (directories of them, separated as in
+    ``PATH``) replace the system's, if one of them is set: who names them means these and no others.
+
+    Raises:
+        ConfigError: there are none, or a place that the environment names is not there.
+    """
+    file, directories = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    if file or directories:
+        places = [Path(file)] if file else []
+        places += [Path(one) for one in (directories or "").split(os.pathsep) if one]
+        for place in places:
+            if not place.exists():
+                raise ConfigError(f"{place}, named by SSL_CERT_FILE or SSL_CERT_DIR, is not there")
+        roots = _load(places)
+        source = " and ".join(map(str, places))
+        if not roots:
+            raise ConfigError(f"{source} (SSL_CERT_FILE, SSL_CERT_DIR) has no certificate")
+        return roots, source
+    known = ssl.get_default_verify_paths()
+    for usual in (known.cafile, *_FILES, known.capath, *_DIRECTORIES):
+        if usual is not None and (roots := _load([Path(usual)])):
+            return roots, usual
+    raise ConfigError(
+        "this machine has no system trust store: install ca-certificates, set SSL_CERT_FILE, or "
+        "name the authorities in a file"
+    )
+
+
+def _load(places: Iterable[Path]) -> list[x509.Certificate]:
+    """Each certificate once; what does not parse or cannot be read vouches for nobody."""
+    found: dict[x509.Certificate, None] = {}
+    for place in places:
+        for file in sorted(place.iterdir()) if place.is_dir() else [place]:
+            try:
+                content = file.read_bytes()
+            except OSError:
+                continue
+            for block in _BLOCK.findall(content):
+                try:
+                    found.update(dict.fromkeys(load_roots(block)))
+                except ValueError:
+                    continue
+    return list(found)

@@ -61,8 +61,8 @@ class KmeAccess:
     """``stdlib``, or ``hybridkex`` for a hop that is post-quantum too."""
     timeout: float = 5.0
     """Seconds for one request from beginning to end."""
-    max_body: int = 1 << 20
-    """Bytes of the longest answer that is read."""
+    max_answer: int = 1 << 20
+    """Bytes of the longest answer that is read, headers and all."""
     always_post: bool = False
     """POST where GET would do, for a KME that lacks the GET forms."""
 
@@ -76,8 +76,8 @@ class KmeAccess:
             raise ConfigError(f"the URL of a KME is https://host:port, not {self.url!r}")
         if port == 0:
             raise ConfigError("the port of a KME is not 0")
-        if self.timeout <= 0 or self.max_body < 1024:
-            raise ConfigError("timeout must be positive and max_body at least 1024")
+        if self.timeout <= 0 or self.max_answer < 1024:
+            raise ConfigError("timeout must be positive and max_answer at least 1024")
 
 
 _SIGNS: Final[tuple[tuple[type[KeySourceError], re.Pattern[str]], ...]] = (
@@ -143,7 +143,7 @@ class KmeClient:
         hop = client_hop(access.tls, ca=access.ca, certificate=access.certificate, key=access.key)
         self._http = httpx.AsyncClient(
             base_url=access.url.rstrip("/"),
-            transport=KmeTransport(hop, self._confirm),
+            transport=KmeTransport(hop, self._confirm, max_answer=access.max_answer),
             timeout=None,  # one deadline for the whole request instead, see _call
             headers={"Accept": "application/json", "Accept-Encoding": "identity"},
             trust_env=False,
@@ -295,17 +295,11 @@ class KmeClient:
         LOG.info("%s: %s", call, refused)
         raise refused
 
-    async def _body(self, response: httpx.Response) -> bytes:
+    @staticmethod
+    async def _body(response: httpx.Response) -> bytes:
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise KeySourceUnavailable("the KME's answer is compressed, which was not asked for")
-        body = bytearray()
-        async for chunk in response.aiter_raw():
-            body += chunk
-            if len(body) > self._access.max_body:
-                raise KeySourceUnavailable(
-                    f"the KME's answer is longer than {self._access.max_body} bytes"
-                )
-        return bytes(body)
+        return b"".join([chunk async for chunk in response.aiter_raw()])
 
 
 class Etsi014Source:

@@ -41,7 +41,17 @@ def _as_httpcore(
     except trio.TooSlowError as error:
         raise slow("too slow") from error
     except (OSError, ssl.SSLError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-        raise broken(str(error.__cause__ or error)) from error
+        raise broken(_reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first thing said along the chain of causes; trio's own errors often say nothing."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if str(cause):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return type(error).__name__
 
 
 class _Stream(httpcore.AsyncNetworkStream):
@@ -51,12 +61,20 @@ class _Stream(httpcore.AsyncNetworkStream):
         self._stream = stream
         self._raw = raw
         self._backend = secure
+        self._received = 0
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        if self._received > self._backend.max_answer:
+            # Here, and not where the body is read: whoever stops reading a body half-way leaves
+            # generators of httpx and httpcore hanging.
+            raise httpcore.ReadError(f"an answer longer than {self._backend.max_answer} bytes")
         with _as_httpcore(httpcore.ReadTimeout, httpcore.ReadError), _deadline(timeout):
-            return bytes(await self._stream.receive_some(max_bytes))
+            data = bytes(await self._stream.receive_some(max_bytes))
+        self._received += len(data)
+        return data
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._received = 0
         with _as_httpcore(httpcore.WriteTimeout, httpcore.WriteError), _deadline(timeout):
             await self._stream.send_all(buffer)
 
@@ -89,8 +107,9 @@ def _deadline(timeout: float | None) -> Any:
 
 
 class _Backend(httpcore.AsyncNetworkBackend):
-    def __init__(self, hop: Hop, check: Callable[[bytes], None]) -> None:
+    def __init__(self, hop: Hop, check: Callable[[bytes], None], max_answer: int) -> None:
         self.hop = hop
+        self.max_answer = max_answer
         self.check = check
 
     async def connect_tcp(
@@ -139,13 +158,23 @@ class _Body(httpx.AsyncByteStream):
 class KmeTransport(httpx.AsyncBaseTransport):
     """Connections to one KME, kept and reused. Nothing is ever sent twice: no retries."""
 
-    def __init__(self, hop: Hop, check: Callable[[bytes], None], *, connections: int = 8) -> None:
-        """``check`` gets the KME's certificate and raises to refuse it."""
+    def __init__(
+        self,
+        hop: Hop,
+        check: Callable[[bytes], None],
+        *,
+        connections: int = 8,
+        max_answer: int = 1 << 20,
+    ) -> None:
+        """``check`` gets the KME's certificate and raises to refuse it.
+
+        ``max_answer`` bounds the bytes of an answer, headers and all.
+        """
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),  # unused, see _Stream.start_tls
             max_connections=connections,
             keepalive_expiry=60.0,
-            network_backend=_Backend(hop, check),
+            network_backend=_Backend(hop, check, max_answer),
         )
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:

@@ -8,6 +8,7 @@ second; everything after that rests on all of them.
 
 import hmac
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
@@ -107,8 +108,9 @@ class EarlySecret:
     @classmethod
     def start(cls, hash_function: HashFunction, psk: Secret | None = None) -> "EarlySecret":
         """From a PSK of any length, or from ``hash.size`` zeros."""
-        key = psk if psk is not None else Secret(bytes(hash_function.size))
-        return cls(hash_function, hkdf_extract(hash_function, bytes(hash_function.size), key))
+        if psk is None:
+            return _early_secret_without_psk(hash_function)
+        return cls(hash_function, hkdf_extract(hash_function, bytes(hash_function.size), psk))
 
     def binder(self, label: bytes, digest: bytes) -> bytes:
         """The PSK binder over the hash of the truncated ClientHello (section 4.2.11.2)."""
@@ -118,6 +120,13 @@ class EarlySecret:
     def handshake_secret(self, shared: Secret) -> "HandshakeSecret":
         """The second stage, from the key exchange's secret."""
         return HandshakeSecret(self.hash, _next_stage(self.hash, self.secret, shared))
+
+
+@cache
+def _early_secret_without_psk(hash_function: HashFunction) -> EarlySecret:
+    """A constant: nothing secret goes in."""
+    zeros = bytes(hash_function.size)
+    return EarlySecret(hash_function, hkdf_extract(hash_function, zeros, Secret(zeros)))
 
 
 @dataclass(frozen=True)

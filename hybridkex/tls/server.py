@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import os
 from dataclasses import dataclass
+from typing import Final
 
 from hybridkex.auth import ClientVerifier, Identity, VerifiedPeer
 from hybridkex.constants import (
@@ -74,6 +75,7 @@ from hybridkex.wire.extensions import (
     KeyShareEntry,
     KeyShareOffer,
     KeyShareRetry,
+    OfferedPskIdentity,
     PreSharedKeyChoice,
     PreSharedKeyOffer,
     PskKeyExchangeModes,
@@ -102,6 +104,9 @@ from hybridkex.wire.messages import (
 )
 
 __all__ = ["ServerState", "WaitPsk", "start"]
+
+_MAX_IDENTITIES: Final = 16
+"""PSK identities of one ClientHello that are tried."""
 
 
 class ServerState:
@@ -180,6 +185,11 @@ class _Hello:
         """As asked for, in lower case."""
         name = self.message.extensions.get(ServerName)
         return name.host_name.lower() if name is not None else None
+
+    @property
+    def offered_psks(self) -> tuple[OfferedPskIdentity, ...]:
+        """The identities that we look at: trying each costs us a decryption, and a client nothing."""
+        return self.psks.identities[:_MAX_IDENTITIES] if self.psks is not None else ()
 
     @property
     def truncated(self) -> bytes:
@@ -324,7 +334,7 @@ def _choose_suite(config: ServerConfig, hello: _Hello) -> CipherSuite:
 def _psk_hashes(config: ServerConfig, hello: _Hello) -> list[HashFunction]:
     """The hashes of those offered PSKs that we may be able to use."""
     found = []
-    for offered in hello.psks.identities if hello.psks is not None else ():
+    for offered in hello.offered_psks:
         for suite in config.suites:
             if suite.hash not in found and _could_use(config, hello, offered.identity, suite):
                 found.append(suite.hash)
@@ -417,7 +427,7 @@ def _negotiate(
     )
     share, shared = group.exchange.respond(hello.shares[group.code])
     wanted = []
-    for index, offered in enumerate(hello.psks.identities if hello.psks is not None else ()):
+    for index, offered in enumerate(hello.offered_psks):
         psk, ticket = _resolve(choice, offered.identity)
         if psk is not None:
             return _respond(choice, share, shared, _Selected(index, psk, ticket), channel)

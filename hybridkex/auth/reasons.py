@@ -109,6 +109,13 @@ def _issuer_of(
     roots: Roots,
 ) -> x509.Certificate | Finding:
     """The certificate that signed ``child``, or what is wrong where there is none."""
+    digest = child.signature_hash_algorithm
+    if digest is not None and digest.name in _BROKEN_HASHES:
+        return Finding(
+            child,
+            f"is signed with {digest.name.upper()}, which is broken",
+            Alert.UNSUPPORTED_CERTIFICATE,
+        )
     named = [one for one in candidates if one.subject == child.issuer and one not in path]
     for one in named:
         try:
@@ -197,14 +204,6 @@ def _authority(issuer: x509.Certificate, below: Sequence[x509.Certificate]) -> I
         )
     elif (weakness := key_weakness(key)) is not None:
         yield Finding(issuer, f"has {weakness}", Alert.UNSUPPORTED_CERTIFICATE)
-    for one in below:
-        algorithm = one.signature_hash_algorithm
-        if algorithm is not None and algorithm.name in _BROKEN_HASHES:
-            yield Finding(
-                one,
-                f"is signed with {algorithm.name.upper()}, which is broken",
-                Alert.UNSUPPORTED_CERTIFICATE,
-            )
 
 
 def _leaf(leaf: x509.Certificate, *, server: bool) -> Iterator[Finding]:

@@ -35,8 +35,7 @@ def load_roots(pem: bytes) -> list[x509.Certificate]:
         ValueError: there is none, or one does not parse.
     """
     with warnings.catch_warnings():
-        # Some old roots have the serial number 0, which the library finds worth a warning.
-        warnings.simplefilter("ignore", CryptographyDeprecationWarning)
+        _accept_old_roots()
         return x509.load_pem_x509_certificates(pem)
 
 
@@ -73,16 +72,24 @@ def system_roots() -> tuple[list[x509.Certificate], str]:
 
 def _load(places: Iterable[Path]) -> list[x509.Certificate]:
     """Each certificate once; what does not parse or cannot be read vouches for nobody."""
-    found: dict[x509.Certificate, None] = {}
+    blocks: dict[bytes, None] = {}
     for place in places:
         for file in sorted(place.iterdir()) if place.is_dir() else [place]:
             try:
-                content = file.read_bytes()
+                blocks.update(dict.fromkeys(_BLOCK.findall(file.read_bytes())))
             except OSError:
                 continue
-            for block in _BLOCK.findall(content):
-                try:
-                    found.update(dict.fromkeys(load_roots(block)))
-                except ValueError:
-                    continue
-    return list(found)
+    found = []
+    with warnings.catch_warnings():
+        _accept_old_roots()
+        for block in blocks:
+            try:
+                found.append(x509.load_pem_x509_certificate(block))
+            except ValueError:
+                continue
+    return found
+
+
+def _accept_old_roots() -> None:
+    # Some have the serial number 0, which the library finds worth a warning.
+    warnings.simplefilter("ignore", CryptographyDeprecationWarning)

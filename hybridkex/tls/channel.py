@@ -86,7 +86,7 @@ class Channel:
         """Whether application data may arrive: once the handshake is complete."""
         self.change_cipher_spec_allowed = False
         """Whether the compatibility record may arrive (appendix D.4)."""
-        self._inner_limit = config.inner_limit
+        self._inner_limit = MAX_PLAINTEXT + 1
         self._padding = config.padding
         self._key_log = config.key_log
         self._longest = {**_LONGEST, HandshakeType.CERTIFICATE: config.max_certificate_message}
@@ -143,6 +143,12 @@ class Channel:
         """Change the key of the peer's direction."""
         self.check_message_boundary()
         self.read = ReadProtection(traffic, self._inner_limit)
+
+    def limit_incoming(self, inner_limit: int) -> None:
+        """Bytes of content and type in a record, from now on: the peer knows (RFC 8449)."""
+        self._inner_limit = inner_limit
+        if self.read is not None:
+            self.read.limit = inner_limit
 
     def update_write(self) -> None:
         """Our next key (section 7.2)."""

@@ -218,6 +218,8 @@ class Connection:
     def _fail(self, error: PeerError) -> None:
         self._error = error
         self._channel.send_alert(error.alert)
+        if error.alert is Alert.USER_CANCELED:
+            self._channel.send_alert(Alert.CLOSE_NOTIFY)  # or the peer goes on (section 6.1)
 
 
 class ClientConnection(Connection):

@@ -108,7 +108,7 @@ class WriteProtection:
 class ReadProtection:
     """The key of the peer's direction, and how many records it has opened."""
 
-    __slots__ = ("_aead", "_iv", "_limit", "_sequence", "traffic")
+    __slots__ = ("_aead", "_iv", "_sequence", "limit", "traffic")
 
     def __init__(self, traffic: TrafficSecret, limit: int = MAX_PLAINTEXT + 1) -> None:
         """``limit``: bytes of content, type and padding in one record (RFC 8449 section 4)."""
@@ -116,7 +116,7 @@ class ReadProtection:
         self.traffic = traffic
         self._aead = traffic.suite.aead(key)
         self._iv = int.from_bytes(iv, "big")
-        self._limit = limit
+        self.limit = limit
         self._sequence = 0
 
     @property
@@ -126,7 +126,7 @@ class ReadProtection:
 
     def updated(self) -> "ReadProtection":
         """The protection under the next traffic secret."""
-        return ReadProtection(self.traffic.updated(), self._limit)
+        return ReadProtection(self.traffic.updated(), self.limit)
 
     def open(self, record: Record, out: memoryview) -> int:
         """Decrypt into the start of ``out``; returns the bytes of the inner plaintext.
@@ -146,8 +146,8 @@ class ReadProtection:
             self._aead.decrypt_into(nonce, fragment, record.header, out[:size])
         except InvalidTag:
             raise BadRecordMac("a record does not decrypt: it was changed on the way") from None
-        if size > self._limit:
-            raise RecordOverflow(f"a record with {size} bytes inside, where {self._limit} may be")
+        if size > self.limit:
+            raise RecordOverflow(f"a record with {size} bytes inside, where {self.limit} may be")
         self._sequence += 1
         return size
 

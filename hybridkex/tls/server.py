@@ -654,6 +654,7 @@ def _encrypted_extensions(choice: _Choice, channel: Channel) -> Extensions:
     limit = offered.get(RecordSizeLimit)
     if limit is not None:
         channel.record_limit = min(channel.record_limit, limit.limit - 1)
+        channel.limit_incoming(config.inner_limit)
         extensions.append(RecordSizeLimit(config.inner_limit))
     return Extensions(extensions)
 

@@ -159,7 +159,7 @@ class _Offer:
         return (
             bool(self.psks)
             and self.ticket is None
-            and self.config.authentication is Authentication.BOTH
+            and self.config.authentication is not Authentication.PSK
         )
 
     def _psk_offer(self) -> PreSharedKeyOffer:
@@ -473,6 +473,7 @@ class WaitEncryptedExtensions(ClientState):
             if limit.limit > channel.record_limit + 1:
                 raise IllegalParameter(f"a record_size_limit of {limit.limit}")  # RFC 8449
             channel.record_limit = limit.limit - 1
+            channel.limit_incoming(config.inner_limit)
         self.keys.transcript.add(raw)
         settled = _Settled(
             self.offer, self.group, self.psk, self.keys, choice.protocol if choice else None

@@ -215,11 +215,14 @@ def write_key_file(path: Path) -> None:
 def read_key_file(path: Path) -> Secret:
     """The key of a key file: 32 bytes in hexadecimal, in a file that only its owner can read."""
     try:
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise ConfigError(f"the key file {path} must be readable by its owner alone (mode 600)")
-        key = bytes.fromhex(path.read_text(encoding="ascii"))
+        mode = stat.S_IMODE(path.stat().st_mode)
+        text = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read the key file {path}: {error.strerror}") from error
+    if mode & 0o077:
+        raise ConfigError(f"the key file {path} must be readable by its owner alone (mode 600)")
+    try:
+        key = bytes.fromhex(text.decode("ascii"))
     except ValueError:
         # The decoder's own message would quote the content.
         raise ConfigError(f"the key file {path} is not hexadecimal") from None

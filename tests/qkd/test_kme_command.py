@@ -1,0 +1,189 @@
+"""``hybridkex kme`` as a person runs it: processes and files."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybridkex.errors import ConfigError
+from hybridkex.qkd.etsi014.config import Address, load_config
+from hybridkex.qkd.pool import FilePool
+
+COMMAND = [sys.executable, "-m", "hybridkex", "kme"]
+
+
+def kme(*words: Any) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+@contextmanager
+def site(folder: Path, *words: str) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """``dev-up``; gives the KMEs' addresses and the lines with the two commands."""
+    command = [*COMMAND, "dev-up", str(folder), "--ports", "0,0", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            lines: list[str] = []
+            while not any("hybridkex connect" in line for line in lines):
+                line = process.stdout.readline()
+                assert line, lines
+                lines.append(line)
+            where = {line.split()[0]: line.split()[-1] for line in lines if "listens on" in line}
+            yield where, [line for line in lines if line.startswith("  hybridkex ")]
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=20) == 0
+
+
+def access(folder: Path, url: str, sae: str, peer: str) -> list[Any]:
+    files = folder / sae
+    return [
+        "--kme", url, "--kme-ca", files / "ca.pem", "--kme-cert", files / "cert.pem",
+        "--kme-key", files / "key.pem", "--sae", sae, "--peer-sae", peer,
+    ]  # fmt: skip
+
+
+async def test_dev_up_status_and_export_pool(tmp_path: Path) -> None:
+    folder = tmp_path / "dev"
+    with site(folder) as (where, commands):
+        listen, connect = commands
+        assert "--sae bob" in listen
+        assert where["kme-b"] in listen
+        assert "--sae alice" in connect
+        assert where["kme-a"] in connect
+
+        alice = access(folder, where["kme-a"], "alice", "bob")
+        bob = access(folder, where["kme-b"], "bob", "alice")
+        found = kme("status", *alice)
+        assert found.returncode == 0, found.stderr
+        assert json.loads(found.stdout)["target_KME_ID"] == "kme-b"
+
+        # Each site draws for the other and takes what the other drew.
+        for drawer, taker, ids in ((alice, bob, "a.ids"), (bob, alice, "b.ids")):
+            for who, extra in ((drawer, ["--number", "130"]), (taker, ["--take"])):
+                name = who[-3]
+                done = kme(
+                    "export-pool", *who, "--pool", tmp_path / f"{name}.pool", "--pool-key",
+                    tmp_path / f"{name}.key", "--ids", tmp_path / ids, *extra,
+                )  # fmt: skip
+                assert done.returncode == 0, done.stderr
+                assert json.loads(done.stdout)["keys"] == 130
+        again = kme(
+            "export-pool", *bob, "--pool", tmp_path / "bob.pool", "--pool-key",
+            tmp_path / "bob.key", "--ids", tmp_path / "a.ids", "--take",
+        )  # fmt: skip
+        assert again.returncode == 1
+        assert "not found on KME" in again.stderr
+
+        wrong = kme("status", *access(folder, where["kme-a"], "alice", "nobody"))
+        assert wrong.returncode == 1
+        assert wrong.stderr.startswith("hybridkex: ")
+        assert "Traceback" not in wrong.stderr
+    async with (
+        FilePool.open(tmp_path / "alice.pool", key_file=tmp_path / "alice.key") as a,
+        FilePool.open(tmp_path / "bob.pool", key_file=tmp_path / "bob.key") as b,
+    ):
+        for master, slave in ((a, b), (b, a)):
+            for _ in range(130):
+                key = await master.draw()
+                assert await slave.get(key.name) == key
+
+    refused = kme("dev-up", folder)
+    assert refused.returncode == 1
+    assert "is there already" in refused.stderr
+    assert serves_again(folder / "kme.toml")
+
+
+def serves_again(config: Path) -> bool:
+    command = [*COMMAND, "serve", str(config)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        process.terminate()
+        return line.startswith("kme-a listens on https://") and process.wait(timeout=20) == 0
+
+
+def test_dev_up_with_post_quantum_tls(tmp_path: Path) -> None:
+    with site(tmp_path, "--tls", "hybridkex") as (where, commands):
+        assert all("--kme-tls hybridkex" in command for command in commands)
+        ours = access(tmp_path, where["kme-a"], "alice", "bob")
+        assert kme("status", *ours, "--kme-tls", "hybridkex").returncode == 0
+        plain = kme("status", *ours)  # no post-quantum group in this Python's TLS, or refused
+        if plain.returncode != 0:
+            assert plain.stderr.startswith("hybridkex: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no \\[\\[kme\\]\\]|kme is missing"),
+        ("kme = 5", "must be an array"),
+        ("[[kme]]\nid = 'a'", "is missing"),
+        ("x = 1\nkme = []", "x is not a setting"),
+        ("kme = [", "kme.toml"),
+    ],
+)
+def test_configuration_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "kme.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+GOOD = """
+metrics = "127.0.0.1:0"
+[[kme]]
+id = "a"
+listen = "[::1]:8443"
+saes = ["x"]
+ca = "ca"
+certificate = "c"
+key = "k"
+store = "s"
+key_file = "f"
+peer = [{ id = "b", saes = ["y"], url = "https://b:1" }]
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"[::1]:8443"', '"8443"', "an address is host:port"),
+        ('["x"]', '"x"', "saes must be an array"),
+        ('["x"]', "[5]", r"saes\[0\] is not of the right type"),
+        ('id = "a"', "id = true", "id is not of the right type"),
+        ('key_file = "f"', 'key_file = "f"\nid_rule = "x"', "must be one of cn"),
+        ('key_file = "f"', 'key_file = "f"\nlimits = { key_size = 7 }', "key sizes"),
+        ('key_file = "f"', 'key_file = "f"\nlimits = { rate = "x" }', "limits.rate is not"),
+        (', url = "https://b:1"', "", "has no url and is not in this file"),
+        ('"https://b:1"', '"https://b:1", producer = "x"', "producer must be one of"),
+    ],
+)
+def test_settings(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "kme.toml"
+    path.write_text(GOOD)
+    config = load_config(path)
+    assert config.kme[0].listen == Address("::1", 8443)
+    assert config.kme[0].key == tmp_path / "k"
+    assert old in GOOD
+    path.write_text(GOOD.replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "kme.toml"
+    path.write_text(GOOD)
+    for words in (["serve", tmp_path / "none.toml"], ["serve", path]):
+        result = kme(*words)
+        assert result.returncode == 1
+        assert result.stderr.count("\n") == 1
+        assert result.stderr.startswith("hybridkex: cannot ")

@@ -1,0 +1,551 @@
+"""The KME server, asked over HTTP as an SAE would, message by message."""
+
+import base64
+import ssl
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+import trio
+import trio.testing
+
+from hybridkex.errors import ConfigError, KeySourceExhausted, KeySourceUnavailable
+from hybridkex.qkd.etsi014.client import Etsi014Source, KmeClient
+from hybridkex.qkd.etsi014.config import Address, PeerConfig, ServeConfig
+from hybridkex.qkd.etsi014.http import HttpLimits, Request, Response, serve_connection
+from hybridkex.qkd.etsi014.kme import KmeLimits
+from hybridkex.qkd.etsi014.naming import IdRule
+from hybridkex.qkd.etsi014.serve import KmeServer
+
+Site = Any  # of conftest.py
+NOT_FOUND = {"message": "one or more keys specified are not found on KME"}
+
+
+def context_of(site: Site, holder: str) -> ssl.SSLContext:
+    folder = site.holder(holder)
+    context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    return context
+
+
+@asynccontextmanager
+async def as_sae(site: Site, holder: str, address: Address) -> AsyncIterator[httpx.AsyncClient]:
+    """A plain HTTP client with the certificate of an SAE; none of this project's code."""
+    async with httpx.AsyncClient(
+        base_url=f"https://{address}/api/v1/keys", verify=context_of(site, holder), timeout=5
+    ) as client:
+        yield client
+
+
+async def filled(where: Any, site: Site, number: int = 20, tls: str = "stdlib") -> None:
+    """Wait until the producer has made some keys."""
+    async with KmeClient(site.access("alice", where.kmes["kme-a"], tls=tls)) as alice:
+        source = Etsi014Source(alice, sae="alice", peer_sae="bob")
+        with trio.fail_after(5):
+            while (await source.status()).stored < number:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+
+
+async def once_stocked(client: KmeClient) -> None:
+    while True:
+        try:
+            await client.enc_keys("bob")
+        except KeySourceExhausted:
+            await trio.sleep(0.01)
+        else:
+            return
+
+
+@pytest.fixture
+async def two(site: Site, serve: Any) -> AsyncIterator[tuple[httpx.AsyncClient, httpx.AsyncClient]]:
+    """alice at kme-a and bob at kme-b."""
+    async with serve(site.pair()) as where:
+        await filled(where, site)
+        async with (
+            as_sae(site, "alice", where.kmes["kme-a"]) as alice,
+            as_sae(site, "bob", where.kmes["kme-b"]) as bob,
+        ):
+            yield alice, bob
+
+
+async def test_status(two: Any) -> None:
+    alice, _ = two
+    answer = await alice.get("/bob/status")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert body.pop("stored_key_count") > 0
+    assert body == {
+        "source_KME_ID": "kme-a",
+        "target_KME_ID": "kme-b",
+        "master_SAE_ID": "alice",
+        "slave_SAE_ID": "bob",
+        "key_size": 256,
+        "max_key_count": 4096,
+        "max_key_per_request": 128,
+        "max_key_size": 4096,
+        "min_key_size": 64,
+        "max_SAE_ID_count": 8,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "body"),
+    [("GET", None), ("POST", None), ("POST", {}), ("POST", {"number": 1})],
+)
+async def test_the_default_key(two: Any, method: str, body: Any) -> None:
+    alice, bob = two
+    answer = await alice.request(method, "/bob/enc_keys", json=body)
+    assert answer.status_code == 200
+    [key] = answer.json()["keys"]
+    assert len(base64.b64decode(key["key"], validate=True)) == 32
+    got = await bob.get("/alice/dec_keys", params={"key_ID": key["key_ID"]})
+    assert got.json() == {"keys": [key]}
+
+
+@pytest.mark.parametrize("size", [64, 128, 256, 264, 512, 4096])
+async def test_sizes(two: Any, size: int) -> None:
+    alice, bob = two
+    keys = (await alice.get(f"/bob/enc_keys?number=3&size={size}")).json()["keys"]
+    assert [len(base64.b64decode(key["key"])) * 8 for key in keys] == [size] * 3
+    ids = {"key_IDs": [{"key_ID": key["key_ID"]} for key in keys]}
+    assert (await bob.post("/alice/dec_keys", json=ids)).json()["keys"] == keys
+    # The first 64 bits are not used again for another key.
+    assert len({key["key"][:8] for key in keys}) == 3
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"size": 257}, "size shall be a multiple of 8"),
+        ({"size": 56}, "min_key_size"),
+        ({"size": 4104}, "max_key_size"),
+        ({"size": 0}, "min_key_size"),
+        ({"size": -8}, "min_key_size"),
+        ({"size": "256"}, "Bad request format: size"),
+        ({"size": True}, "Bad request format: size"),
+        ({"number": 0}, "max_key_per_request"),
+        ({"number": 129}, "max_key_per_request"),
+        ({"number": 1.5}, "Bad request format: number"),
+        ({"additional_slave_SAE_IDs": "dave"}, "Bad request format"),
+        ({"additional_slave_SAE_IDs": [""]}, "Bad request format"),
+        ({"additional_slave_SAE_IDs": ["bob"]}, "named twice"),
+        ({"additional_slave_SAE_IDs": ["nobody"]}, "unknown"),
+        ({"additional_slave_SAE_IDs": [f"x{i}" for i in range(9)]}, "too many"),
+        ({"extension_mandatory": [5]}, "Bad request format"),
+        ([], "Bad request format"),
+    ],
+)
+async def test_bad_key_requests(two: Any, request_: Any, message: str) -> None:
+    alice, _ = two
+    answer = await alice.post("/bob/enc_keys", json=request_)
+    assert answer.status_code == 400
+    assert message in answer.json()["message"]
+
+
+async def test_the_standards_own_words(two: Any) -> None:
+    alice, _ = two
+    answer = await alice.post("/bob/enc_keys", json={"size": 257})
+    assert answer.json() == {"message": "size shall be a multiple of 8"}
+    wanted = {"extension_mandatory": [{"abc_route_type": "direct"}]}
+    answer = await alice.post("/bob/enc_keys", json=wanted)
+    assert (answer.status_code, answer.json()) == (
+        400,
+        {
+            "message": "not all extension_mandatory parameters are supported",
+            "details": [{"extension_mandatory_unsupported": "abc_route_type is not supported"}],
+        },
+    )
+    optional = {"extension_optional": [{"abc_anything": [1, 2]}]}
+    assert (await alice.post("/bob/enc_keys", json=optional)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("GET", "/bob/enc_keys?number=x", None, 400),
+        ("GET", "/bob/enc_keys?number=1&number=2", None, 400),
+        ("GET", "/bob/enc_keys?number=99999999999999999999", None, 400),
+        ("GET", "/bob/enc_keys?extension_mandatory=1", None, 400),
+        ("GET", "/bob/dec_keys", None, 400),
+        ("GET", "/bob/dec_keys?key_ID=1", None, 400),
+        ("GET", "/nobody/status", None, 400),
+        ("GET", "/carol/status", None, 400),  # attached to the same KME
+        ("POST", "/bob/enc_keys", b"{", 400),
+        ("POST", "/bob/enc_keys", b"\xff", 400),
+        ("POST", "/bob/enc_keys", b"[" * 50_000, 400),
+        ("POST", "/bob/enc_keys", b" " * 200_000, 400),
+        ("POST", "/bob/dec_keys", b"", 400),
+        ("POST", "/bob/dec_keys", b'{"key_IDs": []}', 400),
+        ("POST", "/bob/dec_keys", b'{"key_IDs": [{"key_ID": "{0}"}]}', 400),
+        ("POST", "/bob/status", b"", 405),
+        ("DELETE", "/bob/enc_keys", None, 405),
+        ("GET", "/bob/nothing", None, 404),
+        ("GET", "/", None, 404),
+    ],
+)
+async def test_bad_requests(two: Any, method: str, path: str, body: Any, status: int) -> None:
+    alice, _ = two
+    answer = await alice.request(method, path, content=body)
+    assert answer.status_code == status
+    assert isinstance(answer.json()["message"], str)
+    assert (await alice.get("/bob/status")).status_code == 200, "the server goes on"
+
+
+async def test_dec_keys_is_all_or_nothing_and_once(two: Any) -> None:
+    alice, bob = two
+    keys = (await alice.get("/bob/enc_keys?number=2")).json()["keys"]
+    ids = [{"key_ID": key["key_ID"]} for key in keys]
+    strange = [*ids, {"key_ID": str(uuid.uuid4())}]
+    for wrong in (strange, [ids[0], ids[0]]):
+        answer = await bob.post("/alice/dec_keys", json={"key_IDs": wrong})
+        assert (answer.status_code, answer.json()) == (400, NOT_FOUND)
+    assert (await bob.post("/alice/dec_keys", json={"key_IDs": ids})).json()["keys"] == keys
+    answer = await bob.post("/alice/dec_keys", json={"key_IDs": ids[:1]})
+    assert (answer.status_code, answer.json()) == (400, NOT_FOUND)
+    # The master asked for it and does not get it a second time either.
+    answer = await alice.get("/bob/dec_keys", params={"key_ID": ids[0]["key_ID"]})
+    assert answer.status_code == 400
+
+
+async def test_401(site: Site, serve: Any) -> None:
+    async with serve(site.pair()) as where:
+        await filled(where, site)
+        a, b = where.kmes["kme-a"], where.kmes["kme-b"]
+        async with (
+            as_sae(site, "alice", a) as alice,
+            as_sae(site, "dave", b) as dave,
+            as_sae(site, "bob", a) as elsewhere,
+            as_sae(site, "mallory", a) as stranger,
+            as_sae(site, "kme-b", a) as kme,
+        ):
+            [key] = (await alice.get("/bob/enc_keys")).json()["keys"]
+            # Not among the SAEs of this key.
+            answer = await dave.get("/alice/dec_keys", params={"key_ID": key["key_ID"]})
+            assert (answer.status_code, answer.json()) == (401, {"message": "Unauthorized"})
+            # Good certificates of the same CA, of nobody who is attached here.
+            for client in (elsewhere, stranger, kme):
+                assert (await client.get("/bob/status")).status_code == 401
+            # An SAE is not a KME.
+            block = {"size": 256, "blocks": [key["key_ID"]]}
+            body = {
+                "keys": [{"key_id": key["key_ID"], "extension": block}],
+                "initiator_sae_id": "bob",
+                "target_sae_ids": ["alice"],
+            }
+            answer = await alice.post(f"https://{a}/kmapi/v1/ext_keys", json=body)
+            assert answer.status_code == 401
+
+
+async def test_no_certificate_no_connection(site: Site, serve: Any) -> None:
+    async with serve(site.pair()) as where:
+        bare = ssl.create_default_context(cafile=str(site.holder("alice") / "ca.pem"))
+        async with httpx.AsyncClient(verify=bare) as client:
+            with pytest.raises(httpx.TransportError):
+                await client.get(f"https://{where.kmes['kme-a']}/api/v1/keys/bob/status")
+
+
+async def test_multicast(two: Any, site: Site, serve: Any) -> None:
+    alice, bob = two
+    answer = await alice.post("/bob/enc_keys", json={"additional_slave_SAE_IDs": ["dave"]})
+    [key] = answer.json()["keys"]
+    address = str(bob.base_url).split("/")[2].rsplit(":", 1)
+    async with as_sae(site, "dave", Address(address[0], int(address[1]))) as dave:
+        for slave in (bob, dave):
+            query = {"key_ID": key["key_ID"]}
+            assert (await slave.get("/alice/dec_keys", params=query)).json()["keys"] == [key]
+            assert (await slave.get("/alice/dec_keys", params=query)).status_code == 400
+
+
+async def test_ids_are_url_encoded(site: Site, serve: Any) -> None:
+    strange = "urn:sae/ä b?"
+    config = ServeConfig(
+        kme=(
+            site.kme("kme-a", saes=("alice",), peer=(PeerConfig(id="kme-b", saes=(strange,)),)),
+            site.kme("kme-b", saes=(strange,), peer=(PeerConfig(id="kme-a", saes=("alice",)),)),
+        )
+    )
+    async with serve(config) as where, as_sae(site, "alice", where.kmes["kme-a"]) as alice:
+        answer = await alice.get("/urn:sae%2F%C3%A4%20b%3F/status")
+        assert answer.json()["slave_SAE_ID"] == strange
+
+
+@pytest.mark.parametrize("rule", IdRule)
+async def test_rules_for_ids(site: Site, serve: Any, rule: IdRule) -> None:
+    folder = site.holder("alice", uris=("urn:sae:alice",))
+    certificate = ssl._ssl._test_decode_cert(str(folder / "cert.pem"))  # type: ignore[attr-defined]
+    sae = {
+        IdRule.COMMON_NAME: "alice",
+        IdRule.SAN_URI: "urn:sae:alice",
+        IdRule.DISTINGUISHED_NAME: "CN=alice",
+        IdRule.SERIAL_NUMBER: f"{int(certificate['serialNumber'], 16):x}",
+    }[rule]
+    config = ServeConfig(kme=(site.kme("kme-a", saes=(sae,), self_pairs=True, id_rule=rule),))
+    async with serve(config) as where:
+        async with as_sae(site, "alice", where.kmes["kme-a"]) as alice:
+            answer = await alice.get(f"/{sae}/status")
+            assert answer.json()["master_SAE_ID"] == sae
+        if rule is IdRule.SAN_URI:
+            # Without an ID by the rule the connection is rejected.
+            async with as_sae(site, "bob", where.kmes["kme-a"]) as bob:
+                with pytest.raises(httpx.TransportError):
+                    await bob.get("/alice/status")
+
+
+async def test_not_found_status_and_self_pairs(site: Site, serve: Any) -> None:
+    config = ServeConfig(
+        kme=(site.kme("kme-a", saes=("alice",), self_pairs=True, not_found_status=404),)
+    )
+    async with serve(config) as where, as_sae(site, "alice", where.kmes["kme-a"]) as alice:
+        answer = await alice.get("/alice/dec_keys", params={"key_ID": str(uuid.uuid4())})
+        assert (answer.status_code, answer.json()) == (404, NOT_FOUND)
+
+
+async def test_exhaustion_and_refill(site: Site, serve: Any) -> None:
+    limits = KmeLimits(max_key_count=128)
+    async with serve(site.pair(limits=limits)) as where:
+        await filled(where, site, 128)
+        async with (
+            as_sae(site, "alice", where.kmes["kme-a"]) as alice,
+            as_sae(site, "bob", where.kmes["kme-b"]) as bob,
+        ):
+            answer = await alice.get("/bob/enc_keys?number=10&size=4096")
+            assert answer.status_code == 503
+            assert answer.json() == {"message": "not enough keys are stored"}
+            # Both ends draw at once from what is there: nobody gets the other's keys.
+            found: list[str] = []
+
+            async def draw(client: Any, slave: str) -> None:
+                for _ in range(30):
+                    got = await client.get(f"/{slave}/enc_keys?number=7")
+                    if got.status_code == 200:
+                        found.extend(key["key_ID"] for key in got.json()["keys"])
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(draw, alice, "bob")
+                nursery.start_soon(draw, bob, "alice")
+            assert len(found) > 128, "the producer fills up"
+            assert len(set(found)) == len(found)
+            status = (await alice.get("/bob/status")).json()
+            assert status["stored_key_count"] <= status["max_key_count"]
+
+
+async def test_keys_expire(site: Site, serve: Any) -> None:
+    limits = KmeLimits(key_ttl=0.2, tombstone_ttl=100)
+    config = site.pair(limits=limits)
+    async with serve(config) as where:
+        await filled(where, site)
+        async with (
+            as_sae(site, "alice", where.kmes["kme-a"]) as alice,
+            as_sae(site, "bob", where.kmes["kme-b"]) as bob,
+        ):
+            [key] = (await alice.get("/bob/enc_keys")).json()["keys"]
+    await trio.sleep(0.25)
+    async with serve(config) as where, as_sae(site, "bob", where.kmes["kme-b"]) as bob:
+        await trio.sleep(0.1)
+        answer = await bob.get("/alice/dec_keys", params={"key_ID": key["key_ID"]})
+        assert (answer.status_code, answer.json()) == (400, NOT_FOUND)
+
+
+async def test_rate_limit(site: Site, serve: Any) -> None:
+    async with (
+        serve(site.pair(limits=KmeLimits(rate=1.0, burst=3))) as where,
+        as_sae(site, "alice", where.kmes["kme-a"]) as alice,
+        as_sae(site, "carol", where.kmes["kme-a"]) as carol,
+    ):
+        statuses = [(await alice.get("/bob/status")).status_code for _ in range(5)]
+        assert statuses == [200, 200, 200, 503, 503]
+        assert (await carol.get("/bob/status")).status_code == 200, "each SAE has its own"
+
+
+async def test_restart_keeps_keys_and_what_was_delivered(site: Site, serve: Any) -> None:
+    config = site.pair()
+    async with serve(config) as where:
+        await filled(where, site)
+        async with (
+            as_sae(site, "alice", where.kmes["kme-a"]) as alice,
+            as_sae(site, "bob", where.kmes["kme-b"]) as bob,
+        ):
+            keys = (await alice.get("/bob/enc_keys?number=2")).json()["keys"]
+            await bob.get("/alice/dec_keys", params={"key_ID": keys[0]["key_ID"]})
+    async with serve(config) as where, as_sae(site, "bob", where.kmes["kme-b"]) as bob:
+        again, other = [
+            await bob.get("/alice/dec_keys", params={"key_ID": key["key_ID"]}) for key in keys
+        ]
+        assert again.status_code == 400
+        assert other.json()["keys"] == keys[1:]
+
+
+@pytest.mark.parametrize("tls", ["stdlib", "hybridkex"])
+async def test_two_servers_that_sync_over_tls(site: Site, serve: Any, tls: str) -> None:
+    """Each KME is a server of its own; relayed keys go by value, over either TLS."""
+    with trio.socket.socket() as probe:
+        await probe.bind(("127.0.0.1", 0))
+        address = Address("127.0.0.1", probe.getsockname()[1])
+    here = site.kme(
+        "kme-a",
+        saes=("alice",),
+        tls=tls,
+        peer=(PeerConfig(id="kme-b", saes=("bob",), url=f"https://{address}"),),
+    )
+    there = site.kme(
+        "kme-b",
+        saes=("bob",),
+        tls=tls,
+        listen=address,
+        peer=(PeerConfig(id="kme-a", saes=("alice",), url="https://127.0.0.1:1"),),
+    )
+    async with (
+        serve(ServeConfig(kme=(here,))) as a,
+        KmeClient(site.access("alice", a.kmes["kme-a"], tls=tls)) as alice,
+    ):
+        await filled(a, site, tls=tls)
+        with pytest.raises(KeySourceUnavailable, match="other end does not answer"):
+            await alice.enc_keys("bob")
+        async with (
+            serve(ServeConfig(kme=(there,))) as b,
+            KmeClient(site.access("bob", b.kmes["kme-b"], tls=tls)) as bob,
+        ):
+            keys = (await alice.enc_keys("bob")).keys
+            assert (await bob.dec_keys("alice", [keys[0].key_id])).keys == keys
+            # A KME with a good certificate that is not the one that was named.
+            impostor = site.kme("kme-a", saes=("alice",), tls=tls, peer=here.peer)
+            holder = site.holder("kme-x")
+            impostor = replace(
+                impostor,
+                certificate=holder / "cert.pem",
+                key=holder / "key.pem",
+                store=site.folder / "x.db",
+            )
+            async with serve(ServeConfig(kme=(impostor,))) as x:
+                access = site.access("alice", x.kmes["kme-a"], tls=tls, kme_id="kme-x")
+                async with KmeClient(access) as alice_at_x:
+                    with pytest.raises(KeySourceUnavailable, match="other end does not answer"):
+                        await once_stocked(alice_at_x)
+
+
+async def test_metrics_on_their_own_port(site: Site, serve: Any) -> None:
+    config = replace(site.pair(), metrics=Address("127.0.0.1", 0))
+    async with serve(config) as where:
+        await filled(where, site)
+        async with as_sae(site, "alice", where.kmes["kme-a"]) as alice:
+            await alice.get("/bob/enc_keys?number=3")
+            await alice.get("/bob/enc_keys?size=1")
+            answer = await alice.get(f"http://{where.metrics}/metrics")
+            assert (await alice.get(f"http://{where.metrics}/other")).status_code == 404
+    text = answer.text
+    assert 'hybridkex_kme_keys_delivered_total{kme="kme-a",role="master"} 3.0' in text
+    assert 'hybridkex_kme_requests_total{call="enc_keys",kme="kme-a",status="400"} 1.0' in text
+    assert "hybridkex_kme_request_seconds_bucket" in text
+
+
+async def test_a_graceful_end_answers_what_has_begun() -> None:
+    """Closing: a request under way is answered and the idle connection beside it ends."""
+    begun, go_on, closing = trio.Event(), trio.Event(), trio.Event()
+
+    async def handler(request: Request) -> Response:
+        begun.set()
+        await go_on.wait()
+        return Response.json(200, {"path": request.path})
+
+    busy, busy_end = trio.testing.memory_stream_pair()
+    idle, idle_end = trio.testing.memory_stream_pair()
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            for end in (busy_end, idle_end):
+                nursery.start_soon(serve_connection, end, handler, HttpLimits(), closing)
+            await busy.send_all(b"GET /a%2Fb HTTP/1.1\r\nHost: x\r\n\r\n")
+            await begun.wait()
+            closing.set()
+            go_on.set()
+            answer = await busy.receive_some()
+    assert b'{"path":["a/b"]}' in answer  # headers and body in one piece
+    assert idle is not None
+
+
+async def test_one_send_for_a_response() -> None:
+    sends = 0
+
+    class Counting(trio.abc.Stream):
+        async def send_all(self, data: Any) -> None:
+            nonlocal sends
+            sends += 1
+            await theirs.send_all(data)
+
+        async def wait_send_all_might_not_block(self) -> None:
+            await theirs.wait_send_all_might_not_block()
+
+        async def receive_some(self, max_bytes: int | None = None) -> Any:
+            return await theirs.receive_some(max_bytes)
+
+        async def aclose(self) -> None:
+            await theirs.aclose()
+
+    async def handler(request: Request) -> Response:
+        return Response.json(200, {"x": "y" * 5000})
+
+    ours, theirs = trio.testing.memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve_connection, Counting(), handler, HttpLimits())
+        # Two requests at once: pipelining is allowed by HTTP/1.1.
+        await ours.send_all(b"GET /1 HTTP/1.1\r\nHost: x\r\n\r\nGET /2 HTTP/1.1\r\nHost: x\r\n\r\n")
+        received = b""
+        while received.count(b'yyy"}') < 2:
+            received += await ours.receive_some()
+        await ours.aclose()
+    assert sends == 2
+
+
+@pytest.mark.parametrize(
+    "sent", [b"\x16\x03\x01\x00\x00\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"A" * 20_000, b"\r\n"]
+)
+async def test_what_is_not_http(sent: bytes) -> None:
+    async def handler(request: Request) -> Response:
+        raise AssertionError
+
+    ours, theirs = trio.testing.memory_stream_pair()
+    with trio.fail_after(2):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve_connection, theirs, handler, HttpLimits(request=0.5))
+            await ours.send_all(sent)
+
+
+async def test_a_slow_client_is_cut_off() -> None:
+    async def handler(request: Request) -> Response:
+        raise AssertionError
+
+    ours, theirs = trio.testing.memory_stream_pair()
+    began = time.perf_counter()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve_connection, theirs, handler, HttpLimits(request=0.2, idle=0.2))
+        await ours.send_all(b"GET / HT")
+    assert time.perf_counter() - began < 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tls": "none"},
+        {"max_connections": 0},
+        {"not_found_status": 418},
+        {"saes": ("bob",)},
+        {"saes": ("kme-a",)},
+        {"peer": (PeerConfig(id="kme-a", saes=("alice",)),)},
+        {"key_file": "missing"},
+    ],
+)
+def test_configurations_that_cannot_work(site: Site, changes: dict[str, Any]) -> None:
+    settings = {"saes": ("alice",), "peer": (PeerConfig(id="kme-b", saes=("bob",), url="x"),)}
+    key_file = changes.pop("key_file", "kme-a/store.key")
+
+    def make() -> KmeServer:
+        config = site.kme("kme-a", **(settings | changes))
+        return KmeServer(ServeConfig(kme=(replace(config, key_file=site.folder / key_file),)))
+
+    with pytest.raises(ConfigError):
+        make()

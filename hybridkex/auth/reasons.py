@@ -6,10 +6,11 @@ would mend it: the chain itself, the dates, the authorities, the end entity's ow
 never turns a no into a yes; where it finds nothing, the verifier's own words are passed on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from itertools import chain
+from typing import Final, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -22,6 +23,8 @@ from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected
 
 __all__ = ["Roots", "explain"]
+
+E = TypeVar("E", bound=x509.ExtensionType)
 
 _BROKEN_HASHES: Final = frozenset({"md5", "sha1"})
 
@@ -72,7 +75,7 @@ def explain(
         refusal: what the verifier said.
     """
     try:
-        found = next(_findings(certificates, roots, name, at), None)
+        found = _first_finding(certificates, roots, name, at)
     except Exception as error:
         # Issuers are parsed only now, and they are bytes of the peer's as well.
         found = Finding(certificates[0], f"comes with a chain that does not parse: {error}")
@@ -83,23 +86,25 @@ def explain(
     return found.rejection()
 
 
-def _findings(
+def _first_finding(
     certificates: Sequence[x509.Certificate], roots: Roots, name: PeerName | None, at: datetime
-) -> Iterator[Finding]:
+) -> Finding | None:
     path = [certificates[0]]
     while path[-1] not in roots.certificates:
         issuer = _issuer_of(path[-1], (*roots.certificates, *certificates[1:]), path, roots)
         if isinstance(issuer, Finding):
-            yield issuer
-            break
+            return issuer
         path.append(issuer)
-    for certificate in path:
-        yield from _dates(certificate, at)
-    for depth, issuer in enumerate(path[1:]):
-        yield from _authority(issuer, path[: depth + 1])
-    yield from _leaf(path[0], server=name is not None)
-    if name is not None:
-        yield from _name(path[0], name)
+    checks = chain(
+        (_dates(certificate, at) for certificate in path),
+        (_authority(issuer, path[: place + 1]) for place, issuer in enumerate(path[1:])),
+    )
+    for found in checks:
+        if found is not None:
+            return found
+    return _leaf(path[0], server=name is not None) or (
+        None if name is None else _name(path[0], name)
+    )
 
 
 def _issuer_of(
@@ -150,106 +155,104 @@ def _issuer_of(
 
 def _names_key_of(child: x509.Certificate, issuer: x509.Certificate) -> bool:
     """Whether the child's authority key identifier is the issuer's, as far as they say."""
-    try:
-        wanted = child.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier)
-        own = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
-    except x509.ExtensionNotFound:
-        return True
-    return wanted.value.key_identifier in (None, own.value.digest)
+    wanted = _extension(child, x509.AuthorityKeyIdentifier)
+    own = _extension(issuer, x509.SubjectKeyIdentifier)
+    return wanted is None or own is None or wanted.key_identifier in (None, own.digest)
 
 
-def _dates(certificate: x509.Certificate, at: datetime) -> Iterator[Finding]:
+def _dates(certificate: x509.Certificate, at: datetime) -> Finding | None:
     # RFC 8446 section 6.2: certificate_expired is "has expired or is not currently valid".
-    when = f"(the clock says {at:%Y-%m-%d %H:%M} UTC)"
-    if at > certificate.not_valid_after_utc:
-        end = f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
-        yield Finding(certificate, f"expired on {end} {when}", Alert.CERTIFICATE_EXPIRED)
-    if at < certificate.not_valid_before_utc:
-        start = f"{certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
-        yield Finding(certificate, f"is not valid before {start} {when}", Alert.CERTIFICATE_EXPIRED)
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if start <= at <= end:
+        return None
+    when = f"expired on {_minute(end)}" if at > end else f"is not valid before {_minute(start)}"
+    return Finding(certificate, f"{when} (the clock says {_minute(at)})", Alert.CERTIFICATE_EXPIRED)
 
 
-def _authority(issuer: x509.Certificate, below: Sequence[x509.Certificate]) -> Iterator[Finding]:
+def _minute(time: datetime) -> str:
+    return f"{time:%Y-%m-%d %H:%M} UTC"
+
+
+def _authority(issuer: x509.Certificate, below: Sequence[x509.Certificate]) -> Finding | None:
     """What keeps a certificate from issuing (RFC 5280 section 6.1.4 (k) to (n))."""
     signed = f"and yet it signed {subject_of(below[-1])}"
-    extensions = issuer.extensions
-    try:
-        constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
-    except x509.ExtensionNotFound:
-        yield Finding(issuer, f"has no basicConstraints, so it is no authority, {signed}")
-        return
+    constraints = _extension(issuer, x509.BasicConstraints)
+    if constraints is None:
+        return Finding(issuer, f"has no basicConstraints, so it is no authority, {signed}")
     if not constraints.ca:
-        yield Finding(issuer, f"is not an authority's (basicConstraints CA:FALSE), {signed}")
-        return
-    try:
-        usage = extensions.get_extension_for_class(x509.KeyUsage).value
-    except x509.ExtensionNotFound:
-        usage = None
+        return Finding(issuer, f"is not an authority's (basicConstraints CA:FALSE), {signed}")
+    usage = _extension(issuer, x509.KeyUsage)
     if usage is not None and not usage.key_cert_sign:
-        yield Finding(issuer, f"may not sign certificates (keyUsage), {signed}")
+        return Finding(issuer, f"may not sign certificates (keyUsage), {signed}")
     # Self-issued certificates do not count (section 4.2.1.9), nor does the leaf.
     between = sum(one.subject != one.issuer for one in below[1:])
     if constraints.path_length is not None and between > constraints.path_length:
-        yield Finding(
+        return Finding(
             issuer,
             f"allows {constraints.path_length} authorities below itself, and there are {between}",
         )
     key = issuer.public_key()
+    weakness = f"has {weak}" if (weak := key_weakness(key)) is not None else None
     if isinstance(key, ed25519.Ed25519PublicKey | ed448.Ed448PublicKey):
-        yield Finding(
-            issuer,
+        weakness = (
             "signs with EdDSA, which the verifier accepts for end entities only; an authority "
-            "needs an ECDSA, RSA or ML-DSA key",
-            Alert.UNSUPPORTED_CERTIFICATE,
+            "needs an ECDSA, RSA or ML-DSA key"
         )
-    elif (weakness := key_weakness(key)) is not None:
-        yield Finding(issuer, f"has {weakness}", Alert.UNSUPPORTED_CERTIFICATE)
+    if weakness is None:
+        return None
+    return Finding(issuer, weakness, Alert.UNSUPPORTED_CERTIFICATE)
 
 
-def _leaf(leaf: x509.Certificate, *, server: bool) -> Iterator[Finding]:
+def _leaf(leaf: x509.Certificate, *, server: bool) -> Finding | None:
     """What keeps a certificate from being an end entity's of this role."""
+    unsupported = Alert.UNSUPPORTED_CERTIFICATE
     if leaf.version is not x509.Version.v3:
-        yield Finding(
-            leaf,
-            "is of X.509 version 1, which has no extensions; it needs version 3",
-            Alert.UNSUPPORTED_CERTIFICATE,
+        return Finding(
+            leaf, "is of X.509 version 1, which has no extensions; it needs version 3", unsupported
         )
-        return
     side = "server" if server else "client"
     wanted = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
+    usages = _extension(leaf, x509.ExtendedKeyUsage)
+    if usages is not None and wanted not in usages:
+        return Finding(
+            leaf, f"is not for a {side} (extendedKeyUsage lacks {side}Auth)", unsupported
+        )
+    constraints = _extension(leaf, x509.BasicConstraints)
+    if constraints is not None and constraints.ca:
+        return Finding(leaf, f"is an authority's, and a {side} needs one of its own")
+    usage = _extension(leaf, x509.KeyUsage)
+    if usage is not None and usage.key_cert_sign:
+        return Finding(leaf, f"is for signing certificates (keyUsage), not for a {side}")
     for extension in leaf.extensions:
-        match extension.value:
-            case x509.ExtendedKeyUsage() as usages if wanted not in usages:
-                yield Finding(
-                    leaf,
-                    f"is not for a {side} (extendedKeyUsage lacks {side}Auth)",
-                    Alert.UNSUPPORTED_CERTIFICATE,
-                )
-            case x509.BasicConstraints(ca=True):
-                yield Finding(leaf, f"is an authority's, and a {side} needs one of its own")
-            case x509.KeyUsage(key_cert_sign=True):
-                yield Finding(leaf, f"is for signing certificates (keyUsage), not for a {side}")
-            case x509.UnrecognizedExtension(oid=oid) if extension.critical:
-                yield Finding(
-                    leaf,
-                    f"has a critical extension that is not known here ({oid.dotted_string})",
-                    Alert.UNSUPPORTED_CERTIFICATE,
-                )
+        if extension.critical and isinstance(extension.value, x509.UnrecognizedExtension):
+            oid = extension.oid.dotted_string
+            return Finding(
+                leaf, f"has a critical extension that is not known here ({oid})", unsupported
+            )
+    return None
 
 
-def _name(leaf: x509.Certificate, name: PeerName) -> Iterator[Finding]:
+def _name(leaf: x509.Certificate, name: PeerName) -> Finding | None:
     if isinstance(name, DnsName) and "_" in name.a_label:
-        yield Finding(
+        return Finding(
             leaf,
             f"cannot be checked for {name}: a name with an underscore is no host name (RFC 5280 "
             "section 4.2.1.6). Check it for another name, or pin its key",
         )
     names = names_of(leaf)
     if not names:
-        yield Finding(
+        return Finding(
             leaf,
             f"has no subjectAltName, so it is not for {name}; a common name does not count "
             "(RFC 9525 section 2)",
         )
-    elif not any(covers(one, name) for one in names):
-        yield Finding(leaf, f"is for {', '.join(names)}, not for {name}")
+    if not any(covers(one, name) for one in names):
+        return Finding(leaf, f"is for {', '.join(names)}, not for {name}")
+    return None
+
+
+def _extension(certificate: x509.Certificate, kind: type[E]) -> E | None:
+    try:
+        return certificate.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None

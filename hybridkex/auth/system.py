@@ -62,7 +62,7 @@ def system_roots() -> tuple[list[x509.Certificate], str]:
         return roots, source
     known = ssl.get_default_verify_paths()
     for usual in (known.cafile, *_FILES, known.capath, *_DIRECTORIES):
-        if usual is not None and (roots := _load([Path(usual)])):
+        if usual and (roots := _load([Path(usual)])):
             return roots, usual
     raise ConfigError(
         "this machine has no system trust store: install ca-certificates, set SSL_CERT_FILE, or "

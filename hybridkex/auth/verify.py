@@ -97,26 +97,37 @@ def _may_sign(policy: Policy, issuer: x509.Certificate, usage: x509.KeyUsage | N
         raise ValueError("keyUsage does not allow to sign certificates")
 
 
+def _may_serve(
+    policy: Policy, leaf: x509.Certificate, usages: x509.ExtendedKeyUsage | None
+) -> None:
+    # RFC 5280 section 4.2.1.12: where it is present, it must name the use.
+    if usages is not None and policy.extended_key_usage not in usages:
+        raise ValueError("extendedKeyUsage does not allow this use")
+
+
 def _extension_policies() -> tuple[ExtensionPolicy, ExtensionPolicy, ExtensionPolicy]:
     """For authorities, servers and clients.
 
-    The library's defaults are the Web's rules, and two of them refuse what private authorities
-    make every day and RFC 5280 section 6 does not ask for in a path: a keyUsage in an authority
-    (``openssl req -x509`` leaves it out) and an authorityKeyIdentifier in a leaf. Where they are
-    present, they count. A client may be known by its common name alone, without a subjectAltName;
-    for a server the library matches the name in any case.
+    The library's defaults are the Web's rules. Some of them refuse what private authorities and
+    test tools make every day and RFC 5280 section 6 lets pass: an authority without keyUsage
+    (``openssl req -x509``), a leaf without authorityKeyIdentifier, and extendedKeyUsage or
+    subjectAltName marked critical (``trustme``). Their content counts all the same. A client may
+    be known by its common name alone, without a subjectAltName; a server may not, and the library
+    matches its name in any case.
     """
-    agnostic, normal = Criticality.AGNOSTIC, Criticality.NON_CRITICAL
+    either, normal = Criticality.AGNOSTIC, Criticality.NON_CRITICAL
     authority = ExtensionPolicy.webpki_defaults_ca().may_be_present(
-        x509.KeyUsage, agnostic, _may_sign
+        x509.KeyUsage, either, _may_sign
     )
-    leaf = ExtensionPolicy.webpki_defaults_ee().may_be_present(
-        x509.AuthorityKeyIdentifier, normal, None
+    leaf = (
+        ExtensionPolicy.webpki_defaults_ee()
+        .may_be_present(x509.AuthorityKeyIdentifier, normal, None)
+        .may_be_present(x509.ExtendedKeyUsage, either, _may_serve)
     )
     return (
         authority,
-        leaf.require_present(x509.SubjectAlternativeName, agnostic, None),
-        leaf.may_be_present(x509.SubjectAlternativeName, agnostic, None),
+        leaf.require_present(x509.SubjectAlternativeName, either, None),
+        leaf.may_be_present(x509.SubjectAlternativeName, either, None),
     )
 
 

@@ -112,6 +112,7 @@ def leaf(
     issuer_key: Any = ROOT_KEY,
     san_critical: bool = False,
     usages: Sequence[x509.ObjectIdentifier] | None = (SERVER, CLIENT),
+    usages_critical: bool = False,
     constraints: x509.BasicConstraints | None = NO_CA,
     key_usage: x509.KeyUsage | None = SIGNS,
     extra: Sequence[tuple[x509.ExtensionType, bool]] = (),
@@ -127,7 +128,7 @@ def leaf(
                 general.append(x509.DNSName(name))
         extensions.append((x509.SubjectAlternativeName(general), san_critical))
     if usages is not None:
-        extensions.append((x509.ExtendedKeyUsage(list(usages)), False))
+        extensions.append((x509.ExtendedKeyUsage(list(usages)), usages_critical))
     if constraints is not None:
         extensions.append((constraints, True))
     if key_usage is not None:
@@ -205,6 +206,7 @@ def test_good() -> None:
         # What small authorities leave out, or write otherwise than the Web's.
         (leaf("a.example", identifiers=False), "a.example"),
         (leaf("a.example", san_critical=True), "a.example"),
+        (leaf("a.example", usages_critical=True), "a.example"),
         (leaf("a.example", subject="", san_critical=True), "a.example"),
     ],
 )
@@ -294,7 +296,7 @@ def test_not_yet_valid() -> None:
 
 
 def test_expired_authorities() -> None:
-    old = {"start": NOW - 9 * DAY, "end": NOW - DAY}
+    old: dict[str, Any] = {"start": NOW - 9 * DAY, "end": NOW - DAY}
     refused(
         [UNDER_MIDDLE, authority("Middle", MIDDLE_KEY, **old)],
         Alert.CERTIFICATE_EXPIRED,
@@ -582,6 +584,10 @@ def test_version_one() -> None:
 
 
 def test_usages() -> None:
+    critical = leaf("a.example", usages=[CLIENT], usages_critical=True)
+    refused([critical], Alert.UNSUPPORTED_CERTIFICATE, "is not for a server", "serverAuth")
+    any_use = leaf("a.example", usages=[ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE])
+    refused([any_use], Alert.UNSUPPORTED_CERTIFICATE, "is not for a server", "serverAuth")
     for_clients = leaf("a.example", usages=[CLIENT])
     assert accepted([for_clients], client=True)
     refused([for_clients], Alert.UNSUPPORTED_CERTIFICATE, "is not for a server", "serverAuth")
@@ -838,7 +844,7 @@ def test_a_proof_cannot_be_made() -> None:
     with pytest.raises(TypeError, match="only a verifier"):
         VerifiedPeer(object(), certificate, "ca")
     with pytest.raises((TypeError, ValueError)):
-        replace(accepted([GOOD]), verified_by="insecure")
+        replace(accepted([GOOD]), verified_by="insecure")  # type: ignore[call-arg]
 
 
 def test_certificates_print_well() -> None:

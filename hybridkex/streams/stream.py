@@ -14,11 +14,13 @@ How it hangs together:
   time limit, before the error is raised.
 """
 
+import contextlib
+import operator
 from types import TracebackType
 from typing import Final, Generic, NoReturn, TypeVar
 
 import trio
-from trio.abc import Stream
+from trio.abc import HalfCloseableStream, Stream
 
 from hybridkex.errors import (
     HandshakeTimeout,
@@ -44,7 +46,7 @@ _ALERT_TIMEOUT: Final = 1.0
 T = TypeVar("T", bound=Stream)
 
 
-class SecureStream(Stream, Generic[T]):
+class SecureStream(HalfCloseableStream, Generic[T]):
     """An encrypted stream over another stream.
 
     Args:
@@ -182,7 +184,7 @@ class SecureStream(Stream, Generic[T]):
             trio.BusyResourceError: another task is receiving.
         """
         with self._receive_guard:
-            if max_bytes is not None and max_bytes < 1:
+            if max_bytes is not None and operator.index(max_bytes) < 1:
                 raise ValueError("max_bytes must be >= 1")
             self._check_usable()
             if not self._connection.handshake_complete:
@@ -373,14 +375,11 @@ class SecureStream(Stream, Generic[T]):
         if isinstance(error, PeerError) and not self._send_guard.busy_elsewhere:
             with trio.move_on_after(_ALERT_TIMEOUT) as scope:
                 scope.shield = True
-                try:
-                    await self.transport_stream.send_all(self._connection.data_to_send())
-                except (
-                    trio.BrokenResourceError,
-                    trio.BusyResourceError,
-                    trio.ClosedResourceError,
+                # If it does not get through, the peer will see the connection end, at least.
+                with contextlib.suppress(
+                    trio.BrokenResourceError, trio.BusyResourceError, trio.ClosedResourceError
                 ):
-                    pass  # The peer will see the connection end, at least.
+                    await self.transport_stream.send_all(self._connection.data_to_send())
         raise trio.BrokenResourceError(str(error)) from error
 
 

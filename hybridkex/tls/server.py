@@ -188,7 +188,7 @@ class _Hello:
 
     @property
     def offered_psks(self) -> tuple[OfferedPskIdentity, ...]:
-        """The identities that we look at: trying each costs us a decryption, and a client nothing."""
+        """The identities that we look at: to list one costs nothing, to try one does."""
         return self.psks.identities[:_MAX_IDENTITIES] if self.psks is not None else ()
 
     @property

@@ -1,0 +1,249 @@
+"""What happens when things go wrong: rejected, cut, stalled, cancelled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from hybridkex import (
+    ClientConfig,
+    DevCa,
+    SecureStream,
+    ServerConfig,
+    TrustStore,
+    open_secure_tcp_stream,
+    serve_secure_tcp,
+)
+from hybridkex.constants import Alert
+from hybridkex.errors import (
+    AlertReceived,
+    CertificateRejected,
+    HandshakeTimeout,
+    TruncationError,
+)
+
+MakePair = Callable[..., Any]
+
+
+async def shake(one: Any, other: Any) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one.do_handshake)
+        nursery.start_soon(other.do_handshake)
+
+
+async def test_session_needs_the_handshake(make_pair: MakePair) -> None:
+    client, server = make_pair()
+    with pytest.raises(trio.NeedHandshakeError):
+        _ = client.session
+    with pytest.raises(trio.NeedHandshakeError):
+        client.export(b"label", b"", 32)
+    await shake(client, server)
+    assert client.session.parts == ("ML-KEM-768", "X25519")
+    assert client.export(b"label", b"", 32) == server.export(b"label", b"", 32)
+
+
+async def test_both_sides_hear_of_a_rejected_certificate(server_config: ServerConfig) -> None:
+    stranger = ClientConfig(verifier=TrustStore((DevCa.create("other").certificate,)))
+    one, other = trio.testing.memory_stream_pair()
+    client = SecureStream(one, stranger, server_hostname="localhost")
+    server = SecureStream(other, server_config)
+    causes: dict[str, BaseException | None] = {}
+
+    async def expect_failure(name: str, stream: Any) -> None:
+        with pytest.raises(trio.BrokenResourceError) as caught:
+            await stream.do_handshake()
+        causes[name] = caught.value.__cause__
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(expect_failure, "client", client)
+            nursery.start_soon(expect_failure, "server", server)
+    assert isinstance(causes["client"], CertificateRejected)
+    heard = causes["server"]
+    assert isinstance(heard, AlertReceived)
+    assert heard.alert == Alert.UNKNOWN_CA
+    with pytest.raises(trio.BrokenResourceError):
+        await client.send_all(b"x")
+
+
+@pytest.mark.parametrize("https_compatible", [False, True])
+async def test_truncation(make_pair: MakePair, https_compatible: bool) -> None:
+    client, server = make_pair(https_compatible=https_compatible)
+    await shake(client, server)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.send_all, b"half")
+        assert await client.receive_some() == b"half"
+    await server.transport_stream.aclose()
+    if https_compatible:
+        assert await client.receive_some() == b""
+        return
+    with pytest.raises(trio.BrokenResourceError) as caught:
+        await client.receive_some()
+    assert isinstance(caught.value.__cause__, TruncationError)
+
+
+async def test_a_handshake_that_stalls_ends(
+    client_config: ClientConfig, autojump_clock: trio.testing.MockClock
+) -> None:
+    one, other = trio.testing.memory_stream_pair()
+    client = SecureStream(one, client_config, server_hostname="localhost")
+    started = trio.current_time()
+    with pytest.raises(trio.BrokenResourceError) as caught:
+        await client.do_handshake()
+    assert isinstance(caught.value.__cause__, HandshakeTimeout)
+    assert trio.current_time() - started == pytest.approx(10)
+    assert await other.receive_some() != b""
+
+
+async def test_half_close_and_bulk_both_ways(make_pair: MakePair) -> None:
+    client, server = make_pair()
+    size = 3_000_000
+
+    async def send(stream: Any, byte: bytes) -> None:
+        await stream.send_all(byte * size)
+        await stream.send_eof()
+
+    async def receive(stream: Any, byte: bytes) -> None:
+        got = b"".join([bytes(piece) async for piece in stream])
+        assert got == byte * size
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, client, b"c")
+            nursery.start_soon(send, server, b"s")
+            nursery.start_soon(receive, client, b"s")
+            nursery.start_soon(receive, server, b"c")
+    with pytest.raises(trio.ClosedResourceError):
+        await client.send_all(b"more")
+
+
+async def test_unwrap_gives_the_transport_back(make_pair: MakePair) -> None:
+    client, server = make_pair()
+    await shake(client, server)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.unwrap)
+        transport, trailing = await server.unwrap()
+    assert transport is server.transport_stream
+    assert trailing == b""
+    with pytest.raises(trio.ClosedResourceError):
+        await client.receive_some()
+
+
+class CancelAt(trio.abc.Instrument):
+    """Cancels a scope when a task has been stepped n times inside it."""
+
+    def __init__(self, scope: trio.CancelScope, steps: int) -> None:
+        self.task = trio.lowlevel.current_task()
+        self.scope = scope
+        self.left = steps
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        if task is self.task:
+            self.left -= 1
+            if self.left == 0:
+                self.scope.cancel()
+
+
+@pytest.mark.parametrize("victim", ["client", "server"])
+async def test_cancelled_anywhere_it_works_or_is_broken(make_pair: MakePair, victim: str) -> None:
+    """For every n: cancel at the n-th step; then data is right, or an error says it is over."""
+    payload = bytes(range(256)) * 4000
+    outcomes = set()
+    for steps in range(1, 400):
+        client, server = make_pair(trio.testing.lockstep_stream_pair)
+        subject, peer = (client, server) if victim == "client" else (server, client)
+        received = bytearray()
+
+        async def echo(stream: Any = peer) -> None:
+            try:
+                while data := await stream.receive_some():
+                    await stream.send_all(data)
+                await stream.send_eof()
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+
+        async def use(stream: Any, sink: bytearray) -> None:
+            async with trio.open_nursery() as inner:
+                inner.start_soon(stream.send_all, payload)
+                while len(sink) < len(payload):
+                    sink += await stream.receive_some()
+
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(echo)
+                with trio.CancelScope() as scope:
+                    instrument = CancelAt(scope, steps)
+                    trio.lowlevel.add_instrument(instrument)
+                    try:
+                        await use(subject, received)
+                    finally:
+                        trio.lowlevel.remove_instrument(instrument)
+                assert payload.startswith(received)
+                if not scope.cancelled_caught:
+                    assert received == payload
+                    outcomes.add("finished")
+                    nursery.cancel_scope.cancel()
+                else:
+                    try:
+                        with trio.move_on_after(1):
+                            await subject.send_all(b"after")
+                            outcomes.add("usable")
+                    except trio.BrokenResourceError:
+                        outcomes.add("broken")
+                    nursery.cancel_scope.cancel()
+        if "finished" in outcomes:
+            break
+    assert outcomes >= {"finished", "broken"}
+
+
+async def test_rubbish_and_stalls_do_not_take_the_server_down(
+    client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    async def echo(stream: Any) -> None:
+        async with stream:
+            async for data in stream:
+                await stream.send_all(data)
+
+    async def rubbish(port: int, data: bytes) -> None:
+        tcp = await trio.open_tcp_stream("127.0.0.1", port)
+        async with tcp:
+            try:
+                await tcp.send_all(data)
+                while await tcp.receive_some():
+                    pass
+            except trio.BrokenResourceError:
+                pass
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+
+            async def serve(task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+                await serve_secure_tcp(
+                    echo,
+                    0,
+                    server_config,
+                    host="127.0.0.1",
+                    handshake_timeout=1,
+                    task_status=task_status,
+                )
+
+            listeners = await nursery.start(serve)
+            port = listeners[0].transport_listener.socket.getsockname()[1]
+            async with trio.open_nursery() as attackers:
+                for index in range(200):
+                    data = [
+                        b"GET / HTTP/1.1\r\n\r\n",
+                        b"\x16\x03\x01\x00\x05\x01",
+                        b"",
+                        b"\x17" * 99,
+                    ]
+                    attackers.start_soon(rubbish, port, data[index % 4])
+            stream = await open_secure_tcp_stream(
+                "127.0.0.1", port, client_config, server_hostname="localhost"
+            )
+            async with stream:
+                await stream.send_all(b"still here")
+                assert await stream.receive_some() == b"still here"
+            nursery.cancel_scope.cancel()

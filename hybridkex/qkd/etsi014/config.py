@@ -15,7 +15,7 @@ from hybridkex.qkd.etsi014.naming import IdRule
 
 __all__ = ["Address", "KmeConfig", "PeerConfig", "ServeConfig", "load_config"]
 
-PRODUCERS: Final = ("random", "link")
+PRODUCERS: Final = ("random",)
 
 T = TypeVar("T")
 

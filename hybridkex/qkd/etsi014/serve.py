@@ -10,7 +10,7 @@ import trio
 
 from hybridkex.errors import ConfigError, HybridkexError, KeySourceUnavailable
 from hybridkex.qkd.etsi014.api import kme_handler
-from hybridkex.qkd.etsi014.config import Address, KmeConfig, PeerConfig, ServeConfig
+from hybridkex.qkd.etsi014.config import Address, KmeConfig, ServeConfig
 from hybridkex.qkd.etsi014.hop import Hop, client_hop, server_hop
 from hybridkex.qkd.etsi014.http import HttpLimits, serve_connection
 from hybridkex.qkd.etsi014.kme import Kme
@@ -140,20 +140,14 @@ class KmeServer:
             if config.self_pairs:
                 found.append((config.id, config.id, RandomProducer(key_bits=size), False))
             for peer in config.peer:
-                found.extend(self._of_peer(config, peer, size))
+                if peer.url is not None:
+                    # The other end makes keys of its own; ours reach it by value.
+                    found.append((config.id, peer.id, RandomProducer(key_bits=size), False))
+                elif config.id < peer.id:
+                    here, there = random_link(size)
+                    found.append((config.id, peer.id, here, True))
+                    found.append((peer.id, config.id, there, True))
         return found
-
-    def _of_peer(
-        self, config: KmeConfig, peer: PeerConfig, size: int
-    ) -> list[tuple[str, str, KeyProducer, bool]]:
-        if peer.producer != "random":
-            raise ConfigError(f"there is no producer {peer.producer}")
-        if peer.url is not None:
-            return [(config.id, peer.id, RandomProducer(key_bits=size), False)]
-        if config.id > peer.id:
-            return []  # made with the other end
-        here, there = random_link(size)
-        return [(config.id, peer.id, here, True), (peer.id, config.id, there, True)]
 
     @staticmethod
     async def _feed(kme: Kme, target: str, producer: KeyProducer, shared: bool) -> None:

@@ -1,0 +1,184 @@
+"""What a key costs: ``python benchmarks/kme.py [--json]``.
+
+Two KMEs in one process of their own, asked over loopback with mutual TLS, once over the standard
+library's TLS and once over this library's (X25519MLKEM768). Times are medians in milliseconds.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from hybridkex.errors import KeySourceError
+from hybridkex.qkd.etsi014.client import Etsi014Source, KmeAccess, KmeClient
+from hybridkex.qkd.etsi014.models import KeyRequest
+from hybridkex.qkd.in_process import in_process_pair
+from hybridkex.qkd.pool import FilePool, PoolNames
+from hybridkex.qkd.prefetch import PrefetchConfig, PrefetchSource
+from hybridkex.qkd.source import KeySource
+from hybridkex.qkd.store import write_key_file
+
+ROUNDS = 200
+
+
+async def median_ms(call: Callable[[], Awaitable[Any]], rounds: int = ROUNDS) -> float:
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        await call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) * 1000
+
+
+async def of_sources(alice: KeySource, bob: KeySource) -> dict[str, float]:
+    drawn = []
+
+    async def draw() -> None:
+        drawn.append(await alice.draw())
+
+    async def get() -> None:
+        await bob.get(drawn.pop().name)
+
+    return {"draw": await median_ms(draw), "get": await median_ms(get)}
+
+
+def access(folder: Path, sae: str, url: str, tls: str) -> KmeAccess:
+    files = folder / sae
+    return KmeAccess(
+        url=url, ca=files / "ca.pem", certificate=files / "cert.pem", key=files / "key.pem", tls=tls
+    )
+
+
+async def of_kme(folder: Path, where: dict[str, str], tls: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    to_a, to_b = (
+        access(folder, "alice", where["kme-a"], tls),
+        access(folder, "bob", where["kme-b"], tls),
+    )
+
+    async def fresh() -> None:
+        async with KmeClient(to_a) as client:
+            await client.status("bob")
+
+    async with KmeClient(to_a) as a, KmeClient(to_b) as b:
+        alice, bob = (
+            Etsi014Source(a, sae="alice", peer_sae="bob"),
+            Etsi014Source(b, sae="bob", peer_sae="alice"),
+        )
+        while (await alice.status()).stored < 3 * ROUNDS:  # noqa: ASYNC110
+            await trio.sleep(0.05)
+        found["status, new connection"] = await median_ms(fresh, 30)
+        found["status"] = await median_ms(lambda: a.status("bob"))
+        found |= await of_sources(alice, bob)
+        found["draw 100 in one request"] = await median_ms(
+            lambda: a.enc_keys("bob", KeyRequest(number=100)), 20
+        )
+
+        stock = PrefetchSource(alice, PrefetchConfig(low=32, high=64))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stock.fill)
+
+            async def prefetched() -> float:
+                while not stock.upcoming():  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+                began = time.perf_counter()
+                await stock.draw()
+                return time.perf_counter() - began
+
+            found["draw, prefetched"] = (
+                statistics.median([await prefetched() for _ in range(ROUNDS)]) * 1000
+            )
+            nursery.cancel_scope.cancel()
+        found["keys a second, 8 pairs, 1 a request"] = await throughput(to_a, 1, 40)
+        found["keys a second, 8 pairs, 25 a request"] = await throughput(to_a, 25, 20)
+    return found
+
+
+async def throughput(to: KmeAccess, number: int, rounds: int) -> float:
+    keys = 0
+
+    async def draw() -> None:
+        nonlocal keys
+        async with KmeClient(to) as client:
+            for _ in range(rounds):
+                try:
+                    await client.enc_keys("bob", KeyRequest(number=number))
+                    keys += number
+                except KeySourceError:
+                    await trio.sleep(0.01)  # the producer is behind
+
+    began = time.perf_counter()
+    async with trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(draw)
+    return keys / (time.perf_counter() - began)
+
+
+def measure_kme(tls: str) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = [sys.executable, "-m", "hybridkex", "kme"]
+        setup = [*command, "dev-up", name, "--ports", "0,0", "--tls", tls, "--no-serve"]
+        subprocess.run(setup, check=True, stdout=subprocess.DEVNULL)
+        config = folder / "kme.toml"
+        limits = "limits = { rate = 100000.0, burst = 100000 }\n"
+        config.write_text(config.read_text().replace("tls =", limits + "tls ="))
+        serve = [*command, "serve", str(config)]
+        with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout is not None
+            lines = [server.stdout.readline().split() for _ in range(2)]
+            where = {line[0]: line[-1] for line in lines}
+            try:
+                return trio.run(of_kme, folder, where, tls)
+            finally:
+                server.terminate()
+
+
+async def of_pool() -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_key_file(folder / "key")
+        names = PoolNames(sae="alice", kme="a", peer_sae="bob", peer_kme="b")
+        back = PoolNames(sae="bob", kme="b", peer_sae="alice", peer_kme="a")
+        # The keys come from an in-process pair with the pools' names.
+        master, _ = in_process_pair("alice", "bob", kmes=("a", "b"))
+        keys = [await master.draw() for _ in range(ROUNDS)]
+        async with (
+            FilePool.open(folder / "a", key_file=folder / "key", names=names) as alice,
+            FilePool.open(folder / "b", key_file=folder / "key", names=back) as bob,
+        ):
+            await alice.add(keys)
+            await bob.add(keys)
+            return await of_sources(alice, bob)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    results = {
+        "in-process pair": trio.run(of_sources, *in_process_pair("alice", "bob")),
+        "file pool": trio.run(of_pool),
+        "KME, TLS of the standard library": measure_kme("stdlib"),
+        "KME, TLS of hybridkex": measure_kme("hybridkex"),
+    }
+    if args.json:
+        print(json.dumps(results, indent=2))
+        return
+    for name, figures in results.items():
+        print(name)
+        for what, value in figures.items():
+            unit = "" if what.startswith("keys") else " ms"
+            print(f"  {what:<40} {value:10.3f}{unit}")
+
+
+if __name__ == "__main__":
+    main()

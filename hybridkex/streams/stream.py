@@ -191,9 +191,13 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                 await self.do_handshake()
             elif self._pending:
                 await trio.lowlevel.checkpoint()
-            while not self._pending:
-                if not await self._receive_more():
+            if not self._pending:
+                data = await self._receive_more()
+                if data is None:
                     return b""
+                if max_bytes is None or max_bytes >= len(data):
+                    return data  # As it was decrypted, without a copy.
+                self._pending = memoryview(data)
             pending = self._pending
             if max_bytes is None or max_bytes >= len(pending):
                 self._pending = memoryview(b"")
@@ -201,23 +205,22 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             self._pending = pending[max_bytes:]
             return bytes(pending[:max_bytes])
 
-    async def _receive_more(self) -> bool:
-        """Wait for application data; ``False`` at the peer's close_notify."""
+    async def _receive_more(self) -> bytearray | None:
+        """Wait for application data; ``None`` at the peer's close_notify."""
         connection = self._connection
         if connection.close_received:
             await trio.lowlevel.checkpoint()
-            return False
+            return None
         while True:
             try:
                 event = connection.next_event()
             except HybridkexError as error:
                 await self._fail(error)
             if isinstance(event, ApplicationData):
-                self._pending = event.data
-                return True
+                return event.data
             if isinstance(event, CloseReceived):
                 await trio.lowlevel.checkpoint()
-                return False
+                return None
             if event is not None:
                 continue
             data = await self._read_transport()
@@ -225,7 +228,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                 connection.receive_data(data)
             except TruncationError as error:
                 if self._https_compatible:
-                    return False
+                    return None
                 await self._fail(error)
             except HybridkexError as error:
                 await self._fail(error)

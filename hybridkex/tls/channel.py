@@ -53,7 +53,7 @@ class DataItem:
 
     __slots__ = ("data",)
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: bytearray) -> None:
         self.data = data
 
 
@@ -301,7 +301,13 @@ class Channel:
             if not filled:
                 raise
             self._deferred = error
-        return DataItem(view[:filled]) if filled else None
+            # The error's traceback holds on to pieces of the buffer, which cannot shrink then.
+            return DataItem(out[:filled])
+        if not filled:
+            return None
+        view.release()
+        del out[filled:]
+        return DataItem(out)
 
     def _check_data(self, length: int) -> None:
         if not self.data_allowed:

@@ -38,7 +38,7 @@ class PskWanted:
 class ApplicationData:
     """Data from the peer, in order; never empty."""
 
-    data: memoryview
+    data: bytearray
 
 
 @dataclass(frozen=True)

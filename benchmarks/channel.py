@@ -1,0 +1,199 @@
+"""SecureStream beside trio.SSLStream, in one process, over loopback TCP, in turns.
+
+Run: ``python benchmarks/channel.py [--rounds N]``. Every figure is a ratio of the two in the same
+round; the median and the spread over the rounds are printed. The peer is the standard library's
+``ssl`` (its OpenSSL, X25519), and for the engine alone pyOpenSSL (its OpenSSL, X25519MLKEM768).
+"""
+
+import argparse
+import os
+import ssl
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+from OpenSSL import SSL, crypto
+
+from hybridkex import (
+    ClientConfig,
+    ClientConnection,
+    DevCa,
+    SecureStream,
+    ServerConfig,
+    ServerConnection,
+    TrustStore,
+)
+from hybridkex.auth.dev_ca import write_identity
+
+CA = DevCa.create()
+IDENTITY = CA.issue("localhost")
+CLIENT = ClientConfig(verifier=TrustStore((CA.certificate,)))
+SERVER = ServerConfig(identities=(IDENTITY,))
+
+with tempfile.TemporaryDirectory() as folder:
+    write_identity(Path(folder), CA, IDENTITY)
+    SSL_SERVER = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    SSL_SERVER.load_cert_chain(f"{folder}/cert.pem", f"{folder}/key.pem")
+    SSL_CLIENT = ssl.create_default_context(cafile=f"{folder}/ca.pem")
+
+Pair = tuple[Any, Any]
+Wrap = Callable[[trio.abc.Stream, trio.abc.Stream], Pair]
+
+
+def ours(client: trio.abc.Stream, server: trio.abc.Stream) -> Pair:
+    return SecureStream(client, CLIENT, server_hostname="localhost"), SecureStream(server, SERVER)
+
+
+def theirs(client: trio.abc.Stream, server: trio.abc.Stream) -> Pair:
+    return (
+        trio.SSLStream(client, SSL_CLIENT, server_hostname="localhost"),
+        trio.SSLStream(server, SSL_SERVER, server_side=True),
+    )
+
+
+async def connect(wrap: Wrap, listener: trio.SocketListener) -> Pair:
+    port = listener.socket.getsockname()[1]
+    client = await trio.open_tcp_stream("127.0.0.1", port)
+    pair = wrap(client, await listener.accept())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pair[0].do_handshake)
+        nursery.start_soon(pair[1].do_handshake)
+    return pair
+
+
+async def close(pair: Pair) -> None:
+    for stream in pair:
+        await trio.aclose_forcefully(stream)
+
+
+async def bulk(wrap: Wrap, listener: trio.SocketListener, size: int) -> float:
+    """Bytes per second, one way."""
+    pair = await connect(wrap, listener)
+    data, total = os.urandom(size), 128 << 20
+
+    async def send() -> None:
+        for _ in range(total // size):
+            await pair[0].send_all(data)
+
+    started = time.perf_counter()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        received = 0
+        while received < total:
+            received += len(await pair[1].receive_some())
+    elapsed = time.perf_counter() - started
+    await close(pair)
+    return total / elapsed
+
+
+async def handshakes(wrap: Wrap, listener: trio.SocketListener) -> float:
+    """Connections with a full handshake, per second."""
+    count = 100
+    started = time.perf_counter()
+    for _ in range(count):
+        await close(await connect(wrap, listener))
+    return count / (time.perf_counter() - started)
+
+
+async def ping_pong(wrap: Wrap, listener: trio.SocketListener, size: int) -> float:
+    """Round trips per second."""
+    pair = await connect(wrap, listener)
+    data, count = os.urandom(size), 1000
+
+    async def echo() -> None:
+        for _ in range(count):
+            await pair[1].send_all(await pair[1].receive_some())
+
+    started = time.perf_counter()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(echo)
+        for _ in range(count):
+            await pair[0].send_all(data)
+            await pair[0].receive_some()
+    elapsed = time.perf_counter() - started
+    await close(pair)
+    return count / elapsed
+
+
+def engine() -> float:
+    """Handshakes per second in memory, ours."""
+    count = 100
+    started = time.perf_counter()
+    for _ in range(count):
+        client, server = ClientConnection(CLIENT, "localhost"), ServerConnection(SERVER)
+        client.start()
+        while not (client.handshake_complete and server.handshake_complete):
+            for one, other in ((client, server), (server, client)):
+                if one.has_data_to_send:
+                    other.receive_data(one.data_to_send())
+                    while other.next_event() is not None:
+                        pass
+    return count / (time.perf_counter() - started)
+
+
+def pyopenssl() -> float:
+    """Handshakes per second in memory, pyOpenSSL's."""
+    server_context, client_context = SSL.Context(SSL.TLS_METHOD), SSL.Context(SSL.TLS_METHOD)
+    server_context.use_certificate(crypto.X509.from_cryptography(IDENTITY.leaf))
+    server_context.use_privatekey(crypto.PKey.from_cryptography_key(IDENTITY.private_key))
+    store = client_context.get_cert_store()
+    assert store is not None
+    store.add_cert(crypto.X509.from_cryptography(CA.certificate))
+    client_context.set_verify(SSL.VERIFY_PEER)
+    count = 100
+    started = time.perf_counter()
+    for _ in range(count):
+        client, server = SSL.Connection(client_context), SSL.Connection(server_context)
+        client.set_connect_state()
+        server.set_accept_state()
+        waiting = {client, server}
+        while waiting:
+            for one, other in ((client, server), (server, client)):
+                try:
+                    one.do_handshake()
+                    waiting.discard(one)
+                except SSL.WantReadError:
+                    pass
+                try:
+                    while True:
+                        other.bio_write(one.bio_read(65536))
+                except SSL.WantReadError:
+                    pass
+    return count / (time.perf_counter() - started)
+
+
+def show(name: str, unit: str, scale: float, pairs: list[tuple[float, float]]) -> None:
+    ratios = [one / other for one, other in pairs]
+    mine = statistics.median(one for one, _ in pairs) / scale
+    peer = statistics.median(other for _, other in pairs) / scale
+    print(
+        f"{name:<28} {mine:8.0f} {peer:8.0f} {unit:<5} "
+        f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+
+
+async def main(rounds: int) -> None:
+    listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+    measures: list[tuple[str, str, float, Callable[[Wrap], Awaitable[float]]]] = [
+        ("bulk, send_all of 1 MiB", "MB/s", 1e6, lambda wrap: bulk(wrap, listener, 1 << 20)),
+        ("bulk, send_all of 64 KiB", "MB/s", 1e6, lambda wrap: bulk(wrap, listener, 1 << 16)),
+        ("full handshakes over TCP", "1/s", 1, lambda wrap: handshakes(wrap, listener)),
+        ("ping-pong, 1 byte", "1/s", 1, lambda wrap: ping_pong(wrap, listener, 1)),
+        ("ping-pong, 100 bytes", "1/s", 1, lambda wrap: ping_pong(wrap, listener, 100)),
+        ("ping-pong, 1000 bytes", "1/s", 1, lambda wrap: ping_pong(wrap, listener, 1000)),
+    ]
+    print(f"{'':<28} {'ours':>8} {'peer':>8}")
+    for name, unit, scale, measure in measures:
+        pairs = [(await measure(ours), await measure(theirs)) for _ in range(rounds)]
+        show(name, unit, scale, pairs)
+    show("engine alone, in memory", "1/s", 1, [(engine(), pyopenssl()) for _ in range(rounds)])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    trio.run(main, parser.parse_args().rounds)

@@ -102,7 +102,7 @@ class _SealingKey:
     def open(self, sealed: bytes) -> bytes | None:
         start = _NAME_LENGTH + _NONCE_LENGTH
         nonce = sealed[_NAME_LENGTH:start]
-        if len(nonce) != _NONCE_LENGTH:
+        if len(nonce) != _NONCE_LENGTH or sealed[:_NAME_LENGTH] != self.name:
             return None
         try:
             return self._aead.decrypt(nonce, sealed[start:], self.name)

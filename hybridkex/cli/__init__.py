@@ -23,7 +23,6 @@ COMMANDS: Final = {
     "demo": "two sites in one terminal: a real file across, and what its keys rest on",
     "dev-ca": "make a small certificate authority and a certificate for tests and first steps",
     "kme": "run, ask or set up a key management entity (ETSI GS QKD 014)",
-    "qkd": "run or plot a simulated QKD link",
 }
 """Name and one-line summary of each command, in the order that ``--help`` shows."""
 

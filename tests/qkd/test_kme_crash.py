@@ -224,10 +224,10 @@ async def test_both_kmes_in_one_process(site: Site) -> None:
     ports = dict(zip(SAES, free_ports(2), strict=True))
     config = site.folder / "kme.toml"
     config.write_text("".join(table(site, kme, ports, two_processes=False) for kme in SAES))
-    server, batch = Server(config), 25
-    record = await run_and_kill(site, [server], ports, keys=10_000, batch=batch, kills=12)
+    server, batch = Server(config), 40
+    record = await run_and_kill(site, [server], ports, keys=10_000, batch=batch, kills=10)
     check(record, 10_000)
-    assert server.kills >= 8
+    assert server.kills >= 5
     assert record.lost_requests + record.asked_again > 0, "no kill hit a request"
 
     (here, spent_here), (there, _) = [await stock(site, kme) for kme in SAES]
@@ -249,8 +249,8 @@ async def test_two_processes(site: Site) -> None:
         config = site.folder / f"{kme}.toml"
         config.write_text(table(site, kme, ports, two_processes=True))
         servers.append(Server(config))
-    record = await run_and_kill(site, servers, ports, keys=2_000, batch=10, kills=3)
+    record = await run_and_kill(site, servers, ports, keys=2_000, batch=20, kills=3)
     check(record, 2_000)
     assert all(server.kills for server in servers)
     _, spent = await stock(site, "kme-a")
-    assert len(spent - record.master.keys()) <= record.lost_requests * 10
+    assert len(spent - record.master.keys()) <= record.lost_requests * 20

@@ -1,6 +1,7 @@
 """The KME server, asked over HTTP as an SAE would, message by message."""
 
 import base64
+import logging
 import ssl
 import time
 import uuid
@@ -21,6 +22,8 @@ from hybridkex.qkd.etsi014.http import HttpLimits, Request, Response, serve_conn
 from hybridkex.qkd.etsi014.kme import KmeLimits
 from hybridkex.qkd.etsi014.naming import IdRule
 from hybridkex.qkd.etsi014.serve import KmeServer
+from hybridkex.qkd.store import SqliteKeyStore, read_key_file
+from hybridkex.secret import Secret
 
 Site = Any  # of conftest.py
 NOT_FOUND = {"message": "one or more keys specified are not found on KME"}
@@ -427,6 +430,59 @@ async def test_two_servers_that_sync_over_tls(site: Site, serve: Any, tls: str) 
                 async with KmeClient(access) as alice_at_x:
                     with pytest.raises(KeySourceUnavailable, match="other end does not answer"):
                         await once_stocked(alice_at_x)
+
+
+async def test_ends_that_a_crash_has_put_out_of_step(site: Site, serve: Any) -> None:
+    config = site.pair()
+    stray = {kme.id: (uuid.uuid4(), Secret(bytes(32))) for kme in config.kme}
+    for kme in config.kme:
+        store = SqliteKeyStore(kme.store, read_key_file(kme.key_file))
+        [other] = kme.peer
+        await store.add(other.id, [stray[kme.id]])
+        await store.aclose()
+    async with serve(config) as where:
+        await filled(where, site)
+    for kme in config.kme:
+        store = SqliteKeyStore(kme.store, read_key_file(kme.key_file))
+        [other] = kme.peer
+        assert await store.unknown(other.id, [stray[kme.id][0]]) == [stray[kme.id][0]]
+        await store.aclose()
+
+
+async def test_a_block_that_the_other_end_lacks_is_passed_over(site: Site, serve: Any) -> None:
+    """As between two sites whose link delivered to one of them only: young, so not erased."""
+    config = site.pair()
+    async with serve(config) as where:
+        await filled(where, site)
+        here = SqliteKeyStore(config.kme[0].store, read_key_file(config.kme[0].key_file))
+        lost = await here.reserve("kme-b", 3)
+        there = SqliteKeyStore(config.kme[1].store, read_key_file(config.kme[1].key_file))
+        await there.void("kme-a", [material.key_id for material in lost])
+        await here.aclose()
+        await there.aclose()
+        async with as_sae(site, "alice", where.kmes["kme-a"]) as alice:
+            answer = await alice.get("/bob/enc_keys?number=5")
+    assert answer.status_code == 200
+    ids = {uuid.UUID(key["key_ID"]) for key in answer.json()["keys"]}
+    assert not ids & {material.key_id for material in lost}
+
+
+async def test_no_key_is_logged(site: Site, serve: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with serve(site.pair()) as where:
+        await filled(where, site)
+        async with (
+            as_sae(site, "alice", where.kmes["kme-a"]) as alice,
+            as_sae(site, "bob", where.kmes["kme-b"]) as bob,
+        ):
+            keys = (await alice.get("/bob/enc_keys?number=3")).json()["keys"]
+            ids = {"key_IDs": [{"key_ID": key["key_ID"]} for key in keys]}
+            assert (await bob.post("/alice/dec_keys", json=ids)).status_code == 200
+    assert caplog.text
+    for key in keys:
+        raw = base64.b64decode(key["key"])
+        for text in (key["key"], raw.hex(), repr(raw)[2:-1]):
+            assert text not in caplog.text
 
 
 async def test_metrics_on_their_own_port(site: Site, serve: Any) -> None:

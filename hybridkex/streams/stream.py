@@ -25,13 +25,14 @@ from trio.abc import HalfCloseableStream, Stream
 from hybridkex.errors import (
     HandshakeTimeout,
     HybridkexError,
+    LocalStateError,
     PeerError,
     TruncationError,
 )
 from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
-from hybridkex.tls.events import ApplicationData, CloseReceived, PskWanted
+from hybridkex.tls.events import ApplicationData, PskWanted
 from hybridkex.tls.session import Session
 
 __all__ = ["DEFAULT_HANDSHAKE_TIMEOUT", "SecureStream"]
@@ -42,6 +43,7 @@ DEFAULT_HANDSHAKE_TIMEOUT: Final = 10.0
 _READ_SIZE: Final = 256 * 1024
 _SEND_SIZE: Final = 256 * 1024
 _ALERT_TIMEOUT: Final = 1.0
+_CLOSE_TIMEOUT: Final = 10.0
 
 T = TypeVar("T", bound=Stream)
 
@@ -187,10 +189,14 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             if max_bytes is not None and operator.index(max_bytes) < 1:
                 raise ValueError("max_bytes must be >= 1")
             self._check_usable()
+            await trio.lowlevel.checkpoint_if_cancelled()
             if not self._connection.handshake_complete:
-                await self.do_handshake()
-            elif self._pending:
-                await trio.lowlevel.checkpoint()
+                try:
+                    await self.do_handshake()
+                except trio.BrokenResourceError as error:
+                    if self._https_compatible and isinstance(error.__cause__, TruncationError):
+                        return b""  # As trio: a peer that came and went said nothing.
+                    raise
             if not self._pending:
                 data = await self._receive_more()
                 if data is None:
@@ -198,6 +204,8 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                 if max_bytes is None or max_bytes >= len(data):
                     return data  # As it was decrypted, without a copy.
                 self._pending = memoryview(data)
+            else:
+                await trio.lowlevel.cancel_shielded_checkpoint()
             pending = self._pending
             if max_bytes is None or max_bytes >= len(pending):
                 self._pending = memoryview(b"")
@@ -206,24 +214,25 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             return bytes(pending[:max_bytes])
 
     async def _receive_more(self) -> bytearray | None:
-        """Wait for application data; ``None`` at the peer's close_notify."""
+        """Wait for application data; ``None`` at the peer's close_notify.
+
+        Always a checkpoint, and one that cannot lose what the engine has handed out.
+        """
         connection = self._connection
-        if connection.close_received:
-            await trio.lowlevel.checkpoint()
-            return None
+        waited = False
         while True:
             try:
                 event = connection.next_event()
             except HybridkexError as error:
                 await self._fail(error)
-            if isinstance(event, ApplicationData):
-                return event.data
-            if isinstance(event, CloseReceived):
-                await trio.lowlevel.checkpoint()
-                return None
+            if isinstance(event, ApplicationData) or connection.close_received:
+                if not waited:
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+                return event.data if isinstance(event, ApplicationData) else None
             if event is not None:
                 continue
             data = await self._read_transport()
+            waited = True
             try:
                 connection.receive_data(data)
             except TruncationError as error:
@@ -256,6 +265,8 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         """
         with self._send_guard:
             self._check_sendable()
+            # Before anything is encrypted: a cancelled caller must not break what is whole.
+            await trio.lowlevel.checkpoint_if_cancelled()
             if not self._connection.handshake_complete:
                 await self.do_handshake()
                 self._check_sendable()
@@ -271,6 +282,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         try:
             self._connection.send_data(piece)
         except HybridkexError as error:
+            self._check_usable()  # If the receiving side has failed, its reason says more.
             raise trio.BrokenResourceError(str(error)) from error
 
     async def _flush(self) -> None:
@@ -296,16 +308,34 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             self._check_sendable()
             await self.transport_stream.wait_send_all_might_not_block()
 
+    async def update_keys(self, *, request_peer: bool = False) -> None:
+        """Change the key of our direction now (RFC 8446 section 4.6.3); long before the limits of
+        the cipher suite it happens by itself.
+
+        Args:
+            request_peer: ask the peer to change its own too, which it does with its next data.
+        """
+        with self._send_guard:
+            self._check_sendable()
+            await trio.lowlevel.checkpoint_if_cancelled()
+            if not self._connection.handshake_complete:
+                await self.do_handshake()
+                self._check_sendable()
+            self._connection.update_keys(request_peer=request_peer)
+            await self._flush()
+
     async def send_eof(self) -> None:
         """Send close_notify: no more data will come from us. Receiving goes on.
 
         The transport stays open in both directions; TLS says the end by itself.
         """
         with self._send_guard:
-            if self._connection.close_sent and not self._closed:
+            self._check_usable()
+            if self._connection.close_sent and self._send_failure is None:
                 await trio.lowlevel.checkpoint()
                 return
             self._check_sendable()
+            await trio.lowlevel.checkpoint_if_cancelled()
             if not self._connection.handshake_complete:
                 await self.do_handshake()
                 self._check_sendable()
@@ -318,23 +348,30 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         """End TLS in both directions; returns the transport and what came behind the end.
 
         Raises:
-            trio.BrokenResourceError: the peer did not end it cleanly.
+            trio.BrokenResourceError: the peer did not end it cleanly, or data came that nobody has
+                received.
         """
         with self._receive_guard, self._send_guard:
             self._check_usable()
+            await trio.lowlevel.checkpoint_if_cancelled()
             if not self._connection.handshake_complete:
                 await self.do_handshake()
             if not self._connection.close_sent:
                 self._connection.send_close()
             await self._flush()
-            while not self._connection.close_received:
-                await self._receive_more()
-            self._pending = memoryview(b"")
+            if self._pending or await self._receive_more() is not None:
+                await self._fail(LocalStateError("unwrap, and there is data left to receive"))
+            if not self._connection.close_received:
+                await self._fail(TruncationError("the connection was cut: no close_notify came"))
             transport, self._closed = self.transport_stream, True
             return transport, self._connection.trailing_data()
 
     async def aclose(self) -> None:
-        """Send close_notify if that is possible at once, and close the transport."""
+        """Send close_notify, if there was a handshake and nobody is sending; close the transport.
+
+        This waits for the transport to take close_notify, for ten seconds and as long as the caller
+        lets it, but not for the peer's answer. The transport is closed in any case.
+        """
         if self._closed:
             await trio.lowlevel.checkpoint()
             return
@@ -350,9 +387,14 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             )
             if polite:
                 self._connection.send_close()
-                with trio.move_on_after(_ALERT_TIMEOUT):
+                with trio.move_on_after(_CLOSE_TIMEOUT):
                     await self.transport_stream.send_all(self._connection.data_to_send())
-        except (trio.BrokenResourceError, trio.BusyResourceError, trio.ClosedResourceError):
+        except (
+            HybridkexError,
+            trio.BrokenResourceError,
+            trio.BusyResourceError,
+            trio.ClosedResourceError,
+        ):
             pass  # The peer is gone already, and so is the need to tell it.
         finally:
             await self.transport_stream.aclose()
@@ -375,10 +417,11 @@ class SecureStream(HalfCloseableStream, Generic[T]):
     async def _fail(self, error: HybridkexError) -> NoReturn:
         """Send the alert, if there is one, and raise."""
         self._failure = error
-        if isinstance(error, PeerError) and not self._send_guard.busy_elsewhere:
+        if isinstance(error, PeerError) and self._send_failure is None:
             with trio.move_on_after(_ALERT_TIMEOUT) as scope:
                 scope.shield = True
-                # If it does not get through, the peer will see the connection end, at least.
+                # If it does not get through, or another task is in the middle of a send, the peer
+                # will see the connection end, at least.
                 with contextlib.suppress(
                     trio.BrokenResourceError, trio.BusyResourceError, trio.ClosedResourceError
                 ):
@@ -393,26 +436,16 @@ class _Interrupted(HybridkexError):
 class _Guard:
     """Refuses a second task in one direction, as trio's streams do."""
 
-    __slots__ = ("_message", "_owner")
+    __slots__ = ("_message", "busy")
 
     def __init__(self, message: str) -> None:
         self._message = message
-        self._owner: trio.lowlevel.Task | None = None
-
-    @property
-    def busy(self) -> bool:
-        """Whether a task is inside."""
-        return self._owner is not None
-
-    @property
-    def busy_elsewhere(self) -> bool:
-        """Whether another task than this one is inside."""
-        return self._owner is not None and self._owner is not trio.lowlevel.current_task()
+        self.busy = False
 
     def __enter__(self) -> None:
-        if self._owner is not None:
+        if self.busy:
             raise trio.BusyResourceError(self._message)
-        self._owner = trio.lowlevel.current_task()
+        self.busy = True
 
     def __exit__(
         self,
@@ -420,4 +453,4 @@ class _Guard:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._owner = None
+        self.busy = False

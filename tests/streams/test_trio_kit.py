@@ -18,7 +18,10 @@ async def both(one: object, other: object) -> None:
     "transports", [trio.testing.memory_stream_pair, trio.testing.lockstep_stream_pair]
 )
 async def test_half_closeable_stream(
-    make_pair: Callable[..., object], transports: Callable[[], object], shaken: bool
+    make_pair: Callable[..., object],
+    transports: Callable[[], object],
+    shaken: bool,
+    autojump_clock: trio.testing.MockClock,
 ) -> None:
     async def maker() -> object:
         pair = make_pair(transports)
@@ -33,5 +36,5 @@ async def test_half_closeable_stream(
         await both(pair[0].do_handshake, pair[1].do_handshake)
         return pair
 
-    with trio.fail_after(30):
+    with trio.fail_after(300):
         await trio.testing.check_half_closeable_stream(maker, clogged_maker)

@@ -10,7 +10,9 @@ from tls_glue import ANY_GROUP, Pair
 from hybridkex.auth import Identity, TrustStore
 from hybridkex.constants import Alert
 from hybridkex.crypto.kex import SECP256R1, X25519
+from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import PeerError
+from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.extensions import Extensions
@@ -174,3 +176,39 @@ def test_second_client_hello(
         ServerConfig(identities=(identity,), groups=(X25519,), policy=ANY_GROUP),
     )
     assert refuse(retry, "client", 1, edit, "server").alert == alert
+
+
+@pytest.mark.parametrize(
+    ("edit", "alert"),
+    [
+        (adding(ext.PreSharedKeyChoice(9)), Alert.ILLEGAL_PARAMETER),
+        (without(ext.PreSharedKeyChoice), Alert.ILLEGAL_PARAMETER),  # RFC 9973 section 4
+        (without(ext.TlsCertWithExternPsk), Alert.INSUFFICIENT_SECURITY),
+        (setting(cipher_suite=0x1302), Alert.ILLEGAL_PARAMETER),  # not the hash of the PSK
+    ],
+)
+def test_server_hello_with_psk(
+    edit: Edit, alert: Alert, trust: TrustStore, identity: Identity
+) -> None:
+    psk = ExternalPsk(identity=b"qkd-1", key=Secret(bytes(32)))
+    pair = Pair.make(
+        ClientConfig(verifier=trust, psks=(psk,)),
+        ServerConfig(identities=(identity,), psks=(psk,)),
+    )
+    assert refuse(pair, "server", 0, edit, "client").alert == alert
+
+
+@pytest.mark.parametrize(
+    ("edit", "alert"),
+    [
+        (setting(context=b"x"), Alert.ILLEGAL_PARAMETER),
+        (without(ext.SignatureAlgorithms), Alert.MISSING_EXTENSION),
+    ],
+)
+def test_certificate_request(
+    edit: Edit, alert: Alert, trust: TrustStore, identity: Identity
+) -> None:
+    pair = Pair.make(
+        ClientConfig(verifier=trust), ServerConfig(identities=(identity,), client_verifier=trust)
+    )
+    assert refuse(pair, "server", 2, edit, "client").alert == alert

@@ -98,6 +98,7 @@ class Channel:
         self._empty_records = 0
         self._early_data_budget = 0
         self._skip_unprotected = False
+        self._change_cipher_spec_sent = False
 
     # --- what states call ---------------------------------------------------------------------
 
@@ -118,7 +119,10 @@ class Channel:
             self._flight.clear()
 
     def send_change_cipher_spec(self) -> None:
-        """The record that makes TLS 1.3 look like TLS 1.2 (appendix D.4)."""
+        """The record that makes TLS 1.3 look like TLS 1.2 (appendix D.4): once in a connection."""
+        if self._change_cipher_spec_sent:
+            return
+        self._change_cipher_spec_sent = True
         self.flush()
         self._outgoing.append(plaintext_records(ContentType.CHANGE_CIPHER_SPEC, b"\x01"))
 

@@ -261,8 +261,6 @@ class WaitServerHello(ClientState):
             return self._retry(message, raw, channel)
         assert isinstance(message, ServerHello)
         suite = _check_hello(self.offer, message)
-        if self.offer.config.compatibility_mode:
-            channel.send_change_cipher_spec()
         transcript = Transcript(suite.hash, self.hello)
         return _accept(self.offer, self.offer.psks, suite, message, raw, transcript, channel)
 
@@ -594,6 +592,9 @@ class WaitFinished(ClientState):
         channel.log_secret("CLIENT_TRAFFIC_SECRET_0", client.secret)
         channel.log_secret("EXPORTER_SECRET", exporter.secret)
 
+        if settled.offer.config.compatibility_mode:
+            # Not before: to send while the server does could block both (appendix D.4 has it here).
+            channel.send_change_cipher_spec()
         if self.requested is not None:
             self._authenticate(channel, self.requested)
         finished = Finished(keys.client.finished(transcript.digest()))

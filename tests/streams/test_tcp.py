@@ -1,0 +1,171 @@
+"""Over loopback TCP: the helpers, and servers that get more rubbish than clients."""
+
+import gc
+import os
+import tracemalloc
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from hybridkex import (
+    ClientConfig,
+    ClientConnection,
+    SecureStream,
+    ServerConfig,
+    open_secure_tcp_listeners,
+    open_secure_tcp_stream,
+    serve_secure_tcp,
+)
+
+CONNECTIONS = 10_000
+AT_ONCE = 50
+MAY_GROW = 256 * 1024
+"""Bytes: 26 for each connection, and the smallest leak of an object is more."""
+
+
+async def echo(stream: SecureStream[trio.SocketStream]) -> None:
+    async with stream:
+        async for data in stream:
+            await stream.send_all(data)
+
+
+@asynccontextmanager
+async def serving(config: ServerConfig, deadline: float = 10) -> AsyncIterator[int]:
+    """An echo server; gives its port."""
+
+    async def serve(task_status: Any) -> None:
+        await serve_secure_tcp(
+            echo, 0, config, host="127.0.0.1", handshake_timeout=deadline, task_status=task_status
+        )
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(serve)
+        yield listeners[0].transport_listener.socket.getsockname()[1]
+        nursery.cancel_scope.cancel()
+
+
+async def check_service(port: int, config: ClientConfig) -> None:
+    stream = await open_secure_tcp_stream("127.0.0.1", port, config, server_hostname="localhost")
+    async with stream:
+        await stream.send_all(b"still here")
+        assert await stream.receive_some() == b"still here"
+
+
+async def test_open_and_serve(client_config: ClientConfig, server_config: ServerConfig) -> None:
+    with trio.fail_after(10):
+        async with serving(server_config) as port:
+            await check_service(port, client_config)
+
+
+async def test_the_host_is_the_name_that_is_checked(
+    client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    """The certificate is for localhost alone, and no server_hostname says so."""
+    with trio.fail_after(10):
+        async with (
+            serving(server_config) as port,
+            await open_secure_tcp_stream("127.0.0.1", port, client_config) as stream,
+        ):
+            with pytest.raises(trio.BrokenResourceError, match=r"127\.0\.0\.1"):
+                await stream.do_handshake()
+
+
+async def test_listeners_of_all_interfaces(server_config: ServerConfig) -> None:
+    listeners = await open_secure_tcp_listeners(0, server_config)
+    assert listeners
+    for listener in listeners:
+        await listener.aclose()
+
+
+async def test_stalls_end_at_their_deadline_and_hold_up_nobody(
+    client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    with trio.fail_after(20):
+        async with serving(server_config, deadline=0.5) as port:
+            silent = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(20)]
+            for stream in silent[::2]:
+                await stream.send_all(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03")
+            await check_service(port, client_config)
+            for stream in silent:
+                async with stream:
+                    with trio.fail_after(5):
+                        while await stream.receive_some():
+                            pass
+
+
+def hello(config: ClientConfig) -> bytes:
+    """A ClientHello that is in order."""
+    connection = ClientConnection(config, "localhost")
+    connection.start()
+    return bytes(connection.data_to_send())
+
+
+async def rubbish(port: int, data: bytes) -> None:
+    async with await trio.open_tcp_stream("127.0.0.1", port) as tcp:
+        try:
+            await tcp.send_all(data)
+            await tcp.send_eof()
+            while await tcp.receive_some():
+                pass
+        except trio.BrokenResourceError:
+            pass
+
+
+async def many(port: int, kinds: list[bytes], count: int) -> None:
+    indices = iter(range(count))
+
+    async def worker() -> None:
+        for index in indices:
+            await rubbish(port, kinds[index % len(kinds)])
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(AT_ONCE):
+            nursery.start_soon(worker)
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts descriptors by /proc")
+async def test_ten_thousand_connections_of_rubbish(
+    client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    good = hello(client_config)
+    flipped = bytearray(good)
+    flipped[60] ^= 0xFF
+    kinds = [
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x16\x03\x01\x00\x05\x01",
+        b"\x17" * 99,
+        b"\x16\x03\x01\x40\x00" + bytes(1 << 14),
+        good[: len(good) // 2],
+        bytes(flipped),
+        os.urandom(500),
+    ]
+    with trio.fail_after(300):
+        async with serving(server_config) as port:
+            await many(port, [*kinds, good], 500)  # caches fill once
+            await check_service(port, client_config)
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            gc.collect()
+            files, tasks = open_files(), trio.lowlevel.current_statistics().tasks_living
+            tracemalloc.start()
+            try:
+                await many(port, [*kinds, good], CONNECTIONS)
+                await check_service(port, client_config)
+                await trio.testing.wait_all_tasks_blocked(0.1)
+                gc.collect()
+                grown, _ = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+            assert grown < MAY_GROW
+            assert open_files() == files
+            assert trio.lowlevel.current_statistics().tasks_living == tasks

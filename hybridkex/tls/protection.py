@@ -41,7 +41,7 @@ class WriteProtection:
         self._iv = int.from_bytes(iv, "big")
         self._sequence = 0
         # The AEAD takes content and content type as one piece of memory: the one copy of this path.
-        self._scratch = bytearray()
+        self._scratch = memoryview(b"")
 
     @property
     def remaining(self) -> int:
@@ -68,22 +68,23 @@ class WriteProtection:
             )
         out = bytearray(len(content) + pieces * (HEADER_LENGTH + _OVERHEAD))
         view = memoryview(out)
-        scratch, encrypt = self._scratch, self._aead.encrypt_into
+        inner, encrypt = self._scratch, self._aead.encrypt_into
         iv, sequence = self._iv, self._sequence
         position = consumed = 0
         while True:
             size = min(limit, len(content) - consumed)
-            if len(scratch) != size + 1:
-                scratch = self._scratch = bytearray(size + 1)
-            scratch[:size] = content[consumed : consumed + size]
-            scratch[size] = type_
+            if len(inner) != size + 1:
+                inner = self._scratch = memoryview(bytearray(size + 1))
+            # A bytearray would copy twice here.
+            inner[:size] = content[consumed : consumed + size]
+            inner[size] = type_
             length = size + _OVERHEAD
             head = b"\x17\x03\x03%c%c" % (length >> 8, length & 0xFF)
             body = position + HEADER_LENGTH
             view[position:body] = head
             position = body + length
             nonce = (iv ^ sequence).to_bytes(12, "big")
-            encrypt(nonce, scratch, head, view[body:position])
+            encrypt(nonce, inner, head, view[body:position])
             sequence += 1
             consumed += size
             if consumed >= len(content):

@@ -5,6 +5,7 @@ it was fed; only a record that straddles two reads is copied, and no more than o
 kept.
 """
 
+from struct import Struct
 from typing import Final, NamedTuple
 
 from hybridkex.constants import (
@@ -21,7 +22,10 @@ HEADER_LENGTH: Final = 5
 MAX_RECORD: Final = HEADER_LENGTH + MAX_PLAINTEXT + MAX_CIPHERTEXT_EXPANSION
 """Bytes of the largest record, its header included."""
 
-_TYPES: Final = frozenset(int(type_) for type_ in ContentType)
+_HEADER: Final = Struct(">BBxH")
+_LIMITS: Final = {int(type_): MAX_PLAINTEXT for type_ in ContentType} | {
+    int(ContentType.APPLICATION_DATA): MAX_PLAINTEXT + MAX_CIPHERTEXT_EXPANSION
+}
 
 
 class Record(NamedTuple):
@@ -76,18 +80,17 @@ class RecordBuffer:
         if self._partial:
             return self._take_straddling()
         chunk, start = self._chunk, self._position
-        available = len(chunk) - start
-        if available < HEADER_LENGTH:
+        size, body = len(chunk), start + HEADER_LENGTH
+        if body > size:
             self._keep()
             return None
-        length = _check_header(chunk[start : start + HEADER_LENGTH])
-        end = start + HEADER_LENGTH + length
-        if end > len(chunk):
+        type_, length = _check_header(chunk, start)
+        end = body + length
+        if end > size:
             self._keep()
             return None
         self._position = end
-        body = start + HEADER_LENGTH
-        return Record(chunk[start], chunk[start:body], chunk[body:end])
+        return Record(type_, chunk[start:body], chunk[body:end])
 
     def _keep(self) -> None:
         """Set the beginning of a record aside, and let go of the chunk that it came in."""
@@ -98,7 +101,7 @@ class RecordBuffer:
     def _take_straddling(self) -> Record | None:
         if not self._fill(HEADER_LENGTH):
             return None
-        length = _check_header(memoryview(self._partial)[:HEADER_LENGTH])
+        _, length = _check_header(self._partial, 0)
         if not self._fill(HEADER_LENGTH + length):
             return None
         whole = memoryview(self._partial)
@@ -114,22 +117,20 @@ class RecordBuffer:
         return len(self._partial) >= length
 
 
-def _check_header(data: memoryview) -> int:
-    """The length that a record's header gives."""
-    type_ = data[0]
+def _check_header(data: memoryview | bytearray, start: int) -> tuple[int, int]:
+    """The type and the length that a record's header gives."""
+    major: int
+    type_, major, length = _HEADER.unpack_from(data, start)
     # legacy_record_version is ignored (section 5.1) but for its first byte, which tells a peer that
     # does not speak TLS at all before we wait for the rest of its "record".
-    if data[1] != LEGACY_VERSION >> 8:
+    if major != LEGACY_VERSION >> 8:
         raise DecodeError("these bytes are not TLS")
-    if type_ not in _TYPES:
+    if type_ not in _LIMITS:
         raise UnexpectedMessage(f"a record of unknown type {type_}")
-    length = data[3] << 8 | data[4]
-    limit = MAX_PLAINTEXT
-    if type_ == ContentType.APPLICATION_DATA:
-        limit += MAX_CIPHERTEXT_EXPANSION
+    limit = _LIMITS[type_]
     if length > limit:
         raise RecordOverflow(f"a record of {length} bytes, where {limit} are allowed")
-    return length
+    return type_, length
 
 
 def header(type_: int, length: int, version: int = LEGACY_VERSION) -> bytes:

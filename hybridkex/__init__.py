@@ -28,6 +28,9 @@ from hybridkex.crypto.suites import (
 from hybridkex.errors import HybridkexError
 from hybridkex.secret import Secret
 from hybridkex.streams import (
+    QkdKeys,
+    QkdLimits,
+    QkdPeer,
     SecureListener,
     SecureStream,
     open_secure_tcp_listeners,
@@ -39,6 +42,7 @@ from hybridkex.tls.config import (
     ClientConfig,
     PadToMultiple,
     Policy,
+    PskSource,
     Requirement,
     ServerConfig,
 )
@@ -80,6 +84,10 @@ __all__ = [
     "Pins",
     "Policy",
     "Property",
+    "PskSource",
+    "QkdKeys",
+    "QkdLimits",
+    "QkdPeer",
     "Requirement",
     "Secret",
     "SecureListener",

@@ -64,6 +64,12 @@ class PeerCertificate:
         return subject_of(self.leaf)
 
     @cached_property
+    def common_name(self) -> str | None:
+        """The common name of its subject: what ETSI GS QKD 014 systems put IDs into."""
+        attributes = self.leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+        return str(attributes[0].value) if attributes else None
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Its subject alternative names: DNS names, IP addresses and URIs."""
         return names_of(self.leaf)

@@ -22,17 +22,25 @@ from typing import Final, Generic, NoReturn, TypeVar
 import trio
 from trio.abc import HalfCloseableStream, Stream
 
+from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import (
     HandshakeTimeout,
     HybridkexError,
+    InternalError,
+    KeyConsumed,
+    KeyExpired,
+    KeySourceError,
+    KeyUnknown,
     LocalStateError,
     PeerError,
     TruncationError,
+    UnknownPskIdentity,
 )
 from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
 from hybridkex.tls.events import ApplicationData, PskWanted
+from hybridkex.tls.policy import Requirement
 from hybridkex.tls.session import Session
 
 __all__ = ["DEFAULT_HANDSHAKE_TIMEOUT", "SecureStream"]
@@ -73,6 +81,10 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     ) -> None:
         self.transport_stream: T = transport_stream
+        self._psk_source = config.psk_source
+        self._psk_required = config.policy.psk is Requirement.REQUIRE
+        self._psk_missing: str | None = None
+        self._session: Session | None = None
         self._connection: ClientConnection | ServerConnection
         if isinstance(config, ClientConfig):
             self._connection = ClientConnection(config, server_hostname)
@@ -100,9 +112,9 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         Raises:
             trio.NeedHandshakeError: the handshake is not complete.
         """
-        if not self._connection.handshake_complete:
+        if self._session is None:
             raise trio.NeedHandshakeError("call do_handshake() first")
-        return self._connection.session
+        return self._session
 
     def export(self, label: bytes, context: bytes, length: int) -> Secret:
         """Keying material for a protocol above (RFC 8446 section 7.5).
@@ -110,7 +122,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         Raises:
             trio.NeedHandshakeError: the handshake is not complete.
         """
-        if not self._connection.handshake_complete:
+        if self._session is None:
             raise trio.NeedHandshakeError("call do_handshake() first")
         return self._connection.export(label, context, length)
 
@@ -123,12 +135,12 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             trio.BrokenResourceError: it failed; ``__cause__`` says why.
         """
         self._check_usable()
-        if self._connection.handshake_complete:
+        if self._session is not None:
             await trio.lowlevel.checkpoint()
             return
         async with self._handshake_lock:
             self._check_usable()
-            if self._connection.handshake_complete:
+            if self._session is not None:
                 return
             complete = False
             try:
@@ -148,32 +160,57 @@ class SecureStream(HalfCloseableStream, Generic[T]):
 
     async def _run_handshake(self) -> None:
         connection = self._connection
-        if isinstance(connection, ClientConnection):
-            try:
-                connection.start()
-            except HybridkexError as error:
-                await self._fail(error)
-        while True:
-            await self._flush()
-            if connection.handshake_complete:
-                return
-            await self._receive_until_event()
-
-    async def _receive_until_event(self) -> None:
-        """Read from the transport once and take what the handshake makes of it."""
-        data = await self._read_transport()
         try:
-            self._connection.receive_data(data)
-            while not self._connection.handshake_complete:
-                event = self._connection.next_event()
-                if event is None:
+            if isinstance(connection, ClientConnection):
+                connection.start()
+            while True:
+                await self._advance()
+                session = self._judge() if connection.handshake_complete else None
+                await self._flush()
+                if session is not None:
+                    self._session = session
                     return
-                if isinstance(event, PskWanted):
-                    assert isinstance(self._connection, ServerConnection)
-                    # No key source is configured that could know more than the engine does.
-                    self._connection.provide_psk(None)
+                connection.receive_data(await self._read_transport())
         except HybridkexError as error:
             await self._fail(error)
+
+    async def _advance(self) -> None:
+        """What the handshake makes of the bytes that have come."""
+        connection = self._connection
+        while not connection.handshake_complete:
+            event = connection.next_event()
+            if event is None:
+                return
+            if isinstance(event, PskWanted):
+                connection.provide_psk(await self._ask(event))
+
+    async def _ask(self, event: PskWanted) -> ExternalPsk | None:
+        """A PSK from outside; without one the policy decides."""
+        source = self._psk_source
+        assert source is not None  # or the engine would not want one
+        try:
+            if isinstance(self._connection, ClientConnection):
+                return await source.offer()
+            return await source.look_up(event.identities)
+        except KeySourceError as error:
+            if self._psk_required:
+                unknown = isinstance(error, KeyUnknown | KeyConsumed | KeyExpired)
+                refusal = UnknownPskIdentity if unknown else InternalError
+                self._connection.abort(refusal("no external PSK"))
+                raise
+            self._psk_missing = str(error)
+            return None
+
+    def _judge(self) -> Session:
+        """The session, once its PSK source has no objection."""
+        session, source = self._connection.session, self._psk_source
+        if source is None:
+            return session
+        try:
+            return source.describe(session, self._psk_missing)
+        except PeerError as error:
+            self._connection.abort(error)
+            raise
 
     # --- receiving ----------------------------------------------------------------------------
 
@@ -190,7 +227,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                 raise ValueError("max_bytes must be >= 1")
             self._check_usable()
             await trio.lowlevel.checkpoint_if_cancelled()
-            if not self._connection.handshake_complete:
+            if self._session is None:
                 try:
                     await self.do_handshake()
                 except trio.BrokenResourceError as error:
@@ -267,7 +304,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             self._check_sendable()
             # Before anything is encrypted: a cancelled caller must not break what is whole.
             await trio.lowlevel.checkpoint_if_cancelled()
-            if not self._connection.handshake_complete:
+            if self._session is None:
                 await self.do_handshake()
                 self._check_sendable()
             view = memoryview(data).cast("B") if data else memoryview(b"")
@@ -318,7 +355,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         with self._send_guard:
             self._check_sendable()
             await trio.lowlevel.checkpoint_if_cancelled()
-            if not self._connection.handshake_complete:
+            if self._session is None:
                 await self.do_handshake()
                 self._check_sendable()
             self._connection.update_keys(request_peer=request_peer)
@@ -336,7 +373,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                 return
             self._check_sendable()
             await trio.lowlevel.checkpoint_if_cancelled()
-            if not self._connection.handshake_complete:
+            if self._session is None:
                 await self.do_handshake()
                 self._check_sendable()
             self._connection.send_close()
@@ -354,7 +391,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         with self._receive_guard, self._send_guard:
             self._check_usable()
             await trio.lowlevel.checkpoint_if_cancelled()
-            if not self._connection.handshake_complete:
+            if self._session is None:
                 await self.do_handshake()
             if not self._connection.close_sent:
                 self._connection.send_close()
@@ -378,7 +415,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         self._closed = True
         try:
             polite = (
-                self._connection.handshake_complete
+                self._session is not None
                 and not self._https_compatible
                 and self._failure is None
                 and self._send_failure is None
@@ -417,7 +454,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
     async def _fail(self, error: HybridkexError) -> NoReturn:
         """Send the alert, if there is one, and raise."""
         self._failure = error
-        if isinstance(error, PeerError) and self._send_failure is None:
+        if isinstance(error, PeerError | KeySourceError) and self._send_failure is None:
             with trio.move_on_after(_ALERT_TIMEOUT) as scope:
                 scope.shield = True
                 # If it does not get through, or another task is in the middle of a send, the peer

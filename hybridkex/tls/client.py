@@ -18,6 +18,7 @@ from hybridkex.constants import (
     PskKeyExchangeMode,
 )
 from hybridkex.crypto.kex import Group, Started
+from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.schedule import EarlySecret, HandshakeSecret, TrafficSecret
 from hybridkex.crypto.signatures import CERTIFICATE_ONLY_SCHEMES, choose_scheme
 from hybridkex.crypto.suites import CipherSuite
@@ -33,7 +34,7 @@ from hybridkex.errors import (
 )
 from hybridkex.tls.channel import Channel
 from hybridkex.tls.config import Authentication, ClientConfig, Requirement
-from hybridkex.tls.events import HandshakeCompleted
+from hybridkex.tls.events import HandshakeCompleted, PskWanted
 from hybridkex.tls.negotiation import (
     PeerProof,
     Psk,
@@ -84,7 +85,7 @@ from hybridkex.wire.messages import (
     encode,
 )
 
-__all__ = ["ClientState", "start"]
+__all__ = ["ClientState", "WaitPsk", "start"]
 
 PeerName = DnsName | IpAddress
 
@@ -189,8 +190,39 @@ class _Offer:
 
 
 def start(config: ClientConfig, name: PeerName | None, channel: Channel) -> ClientState:
-    """Send the first ClientHello."""
+    """Send the first ClientHello, or ask for the PSK that it shall offer."""
     ticket = _take_ticket(config, name)
+    if ticket is None and config.psk_source and config.policy.psk is not Requirement.OFF:
+        channel.emit(PskWanted(()))
+        return WaitPsk(config, name)
+    return _send_hello(config, name, ticket, config.psks, channel)
+
+
+@dataclass(frozen=True)
+class WaitPsk(ClientState):
+    """Our caller fetches a PSK; nothing has been sent, so nothing can come."""
+
+    config: ClientConfig
+    name: PeerName | None
+    accepts = frozenset[int]()
+
+    def provide(self, external: ExternalPsk | None, channel: Channel) -> ClientState:
+        """Go on with the PSK, or without one where the policy allows that."""
+        config = self.config
+        if external is not None:
+            return _send_hello(config, self.name, None, (external, *config.psks), channel)
+        if not config.psks:
+            _check_psk_policy(config, "there is none to offer")
+        return _send_hello(config, self.name, None, config.psks, channel)
+
+
+def _send_hello(
+    config: ClientConfig,
+    name: PeerName | None,
+    ticket: SessionTicket | None,
+    externals: tuple[ExternalPsk, ...],
+    channel: Channel,
+) -> ClientState:
     psks: list[Psk] = []
     if ticket is not None:
         psks.append(
@@ -207,7 +239,7 @@ def start(config: ClientConfig, name: PeerName | None, channel: Channel) -> Clie
     if config.policy.psk is not Requirement.OFF and (
         ticket is None or config.authentication is Authentication.PSK
     ):
-        for external in config.psks:
+        for external in externals:
             psks.extend(external_psks(external, config.suites))
     offer = _Offer(
         config=config,
@@ -237,7 +269,7 @@ def _take_ticket(config: ClientConfig, name: PeerName | None) -> SessionTicket |
     wanted, had = config.authentication, ticket.authenticated_by
     if wanted is not Authentication.CERTIFICATE and had.value != wanted.value:
         return None
-    if config.psks and config.policy.psk is Requirement.REQUIRE and ticket.psk_identity is None:
+    if config.has_psk and config.policy.psk is Requirement.REQUIRE and ticket.psk_identity is None:
         return None
     if wanted is not Authentication.PSK:
         assert config.verifier is not None
@@ -384,7 +416,10 @@ def _accept(
         raise IllegalParameter(f"a share of group {share.entry.group:#06x}, which has no partner")
     psk = _chosen_psk(psks, suite, message)
     with_certificate = TlsCertWithExternPsk in message.extensions
-    _check_psk_policy(offer, psk, with_certificate)
+    if psk is None:
+        _check_psk_policy(offer.config, "the server did not take one")
+    elif not psk.resumption and offer.wants_certificate_with_psk and not with_certificate:
+        raise PolicyRefused("the server took the PSK and leaves out the certificate")
 
     channel.check_message_boundary()
     shared = started.finish(share.entry.share)
@@ -417,17 +452,12 @@ def _chosen_psk(psks: tuple[Psk, ...], suite: CipherSuite, message: ServerHello)
     return psk
 
 
-def _check_psk_policy(offer: _Offer, psk: Psk | None, with_certificate: bool) -> None:
-    """Whether what the server chose satisfies us; the transcript will say if it really did."""
-    config = offer.config
-    if psk is not None:
-        if not psk.resumption and offer.wants_certificate_with_psk and not with_certificate:
-            raise PolicyRefused("the server took the PSK and leaves out the certificate")
-        return
-    if config.psks and config.policy.psk is Requirement.REQUIRE:
-        raise PolicyRefused("the server did not take the PSK that our policy requires")
+def _check_psk_policy(config: ClientConfig, why: str) -> None:
+    """Whether we may go on without a PSK; the transcript will say if the peer agrees."""
+    if config.has_psk and config.policy.psk is Requirement.REQUIRE:
+        raise PolicyRefused(f"our policy requires a PSK, and {why}")
     if config.authentication is Authentication.PSK:
-        raise PolicyRefused("the server did not take a PSK, and nothing else can authenticate it")
+        raise PolicyRefused(f"nothing but a PSK can authenticate the server, and {why}")
 
 
 @dataclass(frozen=True)
@@ -641,4 +671,5 @@ class WaitFinished(ClientState):
             alpn=settled.alpn,
             server_name=str(settled.offer.name) if settled.offer.name is not None else None,
             peer=proof.certificate,
+            policy=settled.offer.config.policy_in_force,
         )

@@ -5,9 +5,9 @@ order of preference. A configuration is made once and used for many connections.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Final
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Final, Protocol
 
 from hybridkex.auth import ClientVerifier, Identity, ServerVerifier, TrustStore
 from hybridkex.constants import MAX_PLAINTEXT
@@ -16,8 +16,9 @@ from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.signatures import ALL_SCHEMES, SignatureScheme
 from hybridkex.crypto.suites import ALL_SUITES, CipherSuite
 from hybridkex.errors import ConfigError
+from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.protection import Padding
-from hybridkex.tls.session import SessionStore
+from hybridkex.tls.session import Session, SessionStore
 from hybridkex.tls.tickets import CookieProtector, TicketIssuer
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "KeyLog",
     "PadToMultiple",
     "Policy",
+    "PskSource",
     "Requirement",
     "ServerConfig",
 ]
@@ -33,45 +35,40 @@ __all__ = [
 KeyLog = Callable[[str], None]
 """Takes one line of the NSS key log format, without its newline."""
 
-MAX_CERTIFICATE_MESSAGE: Final = 1 << 17
-"""Bytes of a Certificate message that we are ready to hold: eight ML-DSA-87 certificates fit."""
 
+class PskSource(Protocol):
+    """External PSKs that are known only when they are needed: one for each handshake.
 
-class Requirement(Enum):
-    """How much a part of the keys matters."""
-
-    REQUIRE = "require"
-    """No connection without it."""
-    PREFER = "prefer"
-    """Used where the peer has it; a connection without it says so."""
-    OFF = "off"
-    """Not offered, not accepted."""
-
-
-class Authentication(Enum):
-    """What must authenticate the peer."""
-
-    CERTIFICATE = "certificate"
-    PSK = "psk"
-    BOTH = "certificate+psk"
-    """A certificate and an external PSK in one handshake (RFC 9973)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """What a connection must rest on, else it fails.
-
-    Args:
-        post_quantum: whether the key exchange must have a post-quantum part.
-        psk: whether an external PSK (a QKD key) must be in the key schedule, once one is
-            configured.
-        authentication: ``None`` derives it from what is configured: a certificate where only
-            certificates are, a PSK where only PSKs are, both where both are.
+    The engine never calls this: it says ``PskWanted``, and the shell that drives it asks.
     """
 
-    post_quantum: Requirement = Requirement.REQUIRE
-    psk: Requirement = Requirement.REQUIRE
-    authentication: Authentication | None = None
+    async def offer(self) -> ExternalPsk:
+        """A PSK for a client to offer; it is used in one handshake and never again.
+
+        Raises :class:`~hybridkex.errors.KeySourceError`.
+        """
+        ...
+
+    async def look_up(self, identities: tuple[bytes, ...]) -> ExternalPsk:
+        """The PSK behind one of the identities that a client offered, as they were on the wire.
+
+        Raises :class:`~hybridkex.errors.KeySourceError`.
+        """
+        ...
+
+    def describe(self, session: Session, missing: str | None) -> Session:
+        """The session with all that the source knows of its PSK.
+
+        Args:
+            missing: why there is no PSK in it, where asking for one failed.
+
+        Raises :class:`~hybridkex.errors.PolicyRefused` when this peer must use a PSK and did not.
+        """
+        ...
+
+
+MAX_CERTIFICATE_MESSAGE: Final = 1 << 17
+"""Bytes of a Certificate message that we are ready to hold: eight ML-DSA-87 certificates fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +97,7 @@ class _Config:
         signature_schemes: for CertificateVerify, in order of preference.
         alpn: application protocols in order of preference (RFC 7301).
         psks: external pre-shared keys.
+        psk_source: where further ones come from, one for each handshake.
         policy: what a connection must rest on.
         record_size_limit: bytes of content that we want in a record (RFC 8449, 64 to 16,384);
             ``None`` leaves it at 16,384 without saying so.
@@ -113,6 +111,7 @@ class _Config:
     signature_schemes: tuple[SignatureScheme, ...] = ALL_SCHEMES
     alpn: tuple[str, ...] = ()
     psks: tuple[ExternalPsk, ...] = ()
+    psk_source: PskSource | None = None
     policy: Policy = field(default_factory=Policy)
     record_size_limit: int | None = None
     padding: Padding | None = None
@@ -168,6 +167,22 @@ class _Config:
         return self.groups
 
     @property
+    def authentication(self) -> Authentication:
+        """What authenticates the server."""
+        raise NotImplementedError
+
+    @cached_property
+    def policy_in_force(self) -> Policy:
+        """The policy, with what it leaves to the rest of the configuration filled in."""
+        psk = self.policy.psk if self.has_psk else Requirement.OFF
+        return replace(self.policy, psk=psk, authentication=self.authentication)
+
+    @property
+    def has_psk(self) -> bool:
+        """Whether there is or may be an external PSK."""
+        return bool(self.psks) or self.psk_source is not None
+
+    @property
     def inner_limit(self) -> int:
         """Bytes of content and type that we accept in a protected record."""
         return (self.record_size_limit or MAX_PLAINTEXT) + 1
@@ -204,10 +219,10 @@ class ClientConfig(_Config):
         super().__post_init__()
         if not 0 <= self.key_shares <= len(self.group_list):
             raise ConfigError(f"key_shares is 0 to {len(self.group_list)} with these groups")
-        if self.verifier is None and not self.psks:
+        if self.verifier is None and not self.has_psk:
             object.__setattr__(self, "verifier", TrustStore.system())
         authentication = self.authentication
-        if authentication is not Authentication.CERTIFICATE and not self.psks:
+        if authentication is not Authentication.CERTIFICATE and not self.has_psk:
             raise ConfigError(f"authentication by {authentication.value} needs a PSK")
         if authentication is not Authentication.PSK and self.verifier is None:
             raise ConfigError(f"authentication by {authentication.value} needs a verifier")
@@ -215,7 +230,7 @@ class ClientConfig(_Config):
     @property
     def authentication(self) -> Authentication:
         """What authenticates the server."""
-        return self.policy.authentication or _derive(bool(self.verifier), bool(self.psks))
+        return self.policy.authentication or _derive(bool(self.verifier), self.has_psk)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,8 +247,6 @@ class ServerConfig(_Config):
         cookies: protects the cookie of HelloRetryRequest; servers that share the key can answer
             for each other.
         require_known_name: refuse a client whose server name fits no identity.
-        psk_lookup: ask the caller (event ``PskWanted``) about external identities that are not in
-            ``psks``.
     """
 
     identities: tuple[Identity, ...] = ()
@@ -243,15 +256,13 @@ class ServerConfig(_Config):
     tickets_per_connection: int = 2
     cookies: CookieProtector = field(default_factory=CookieProtector)
     require_known_name: bool = False
-    psk_lookup: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        has_psk = bool(self.psks) or self.psk_lookup
-        if not self.identities and not has_psk:
+        if not self.identities and not self.has_psk:
             raise ConfigError("a server needs an identity (certificate and key) or a PSK")
         authentication = self.authentication
-        if authentication is not Authentication.CERTIFICATE and not has_psk:
+        if authentication is not Authentication.CERTIFICATE and not self.has_psk:
             raise ConfigError(f"authentication by {authentication.value} needs a PSK")
         if authentication is not Authentication.PSK and not self.identities:
             raise ConfigError(f"authentication by {authentication.value} needs an identity")
@@ -263,9 +274,7 @@ class ServerConfig(_Config):
     @property
     def authentication(self) -> Authentication:
         """What authenticates us."""
-        return self.policy.authentication or _derive(
-            bool(self.identities), bool(self.psks) or self.psk_lookup
-        )
+        return self.policy.authentication or _derive(bool(self.identities), self.has_psk)
 
 
 def _derive(certificate: bool, psk: bool) -> Authentication:

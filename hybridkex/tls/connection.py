@@ -80,7 +80,9 @@ class Connection:
         if channel.events:
             return channel.events.popleft()
         self._check_alive()
-        while not self._close_received and not isinstance(self._state, server.WaitPsk):
+        while not self._close_received and not isinstance(
+            self._state, client.WaitPsk | server.WaitPsk
+        ):
             try:
                 item = channel.next_item()
                 if item is None:
@@ -147,6 +149,24 @@ class Connection:
         if not self._close_sent:
             self._close_sent = True
             self._channel.send_alert(Alert.CLOSE_NOTIFY)
+
+    def provide_psk(self, psk: ExternalPsk | None) -> None:
+        """Answer the event ``PskWanted``: with a PSK (at a server, of one of the identities in the
+        event), or with none.
+
+        Raises:
+            PeerError: the handshake fails now: the policy demands a PSK and there is none, or the
+                client has another key under its name.
+        """
+        self._check_alive()
+        state = self._state
+        if not isinstance(state, client.WaitPsk | server.WaitPsk):
+            raise LocalStateError("no PSK is wanted")
+        try:
+            self._state = state.provide(psk, self._channel)
+        except PeerError as error:
+            self._fail(error)
+            raise
 
     def update_keys(self, *, request_peer: bool = False) -> None:
         """Change our key now, and ask the peer for the same (section 4.6.3)."""
@@ -251,19 +271,3 @@ class ServerConnection(Connection):
     def __init__(self, config: ServerConfig) -> None:
         channel = Channel(config)
         super().__init__(channel, server.start(config, channel))
-
-    def provide_psk(self, psk: ExternalPsk | None) -> None:
-        """Answer the event ``PskWanted``: with the PSK of one of its identities, or with none.
-
-        Raises:
-            PeerError: the client fails now: it lacks the key, or must have one and has none.
-        """
-        self._check_alive()
-        state = self._state
-        if not isinstance(state, server.WaitPsk):
-            raise LocalStateError("no PSK is wanted")
-        try:
-            self._state = state.provide(psk, self._channel)
-        except PeerError as error:
-            self._fail(error)
-            raise

@@ -25,13 +25,15 @@ class HandshakeCompleted:
 
 @dataclass(frozen=True)
 class PskWanted:
-    """A client offered these external identities and none is known: look them up.
+    """The handshake waits for an external PSK, until ``provide_psk`` is called.
 
-    The engine waits until ``provide_psk`` is called. The identities are as on the wire, in the
-    client's order; imported ones decode with ``ImportedIdentity.decode``.
+    At a client: one to offer. At a server: one of those that the client offers and that are not in
+    the configuration.
     """
 
     identities: tuple[bytes, ...]
+    """As on the wire, in the client's order; imported ones decode with ``ImportedIdentity.decode``.
+    Empty at a client."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from hybridkex.crypto.signatures import SignatureScheme
 from hybridkex.crypto.suites import CipherSuite, HashFunction
 from hybridkex.errors import DecryptError, IllegalParameter
 from hybridkex.secret import Secret
+from hybridkex.tls.policy import Policy
 from hybridkex.tls.session import AuthenticatedBy, Session
 from hybridkex.tls.transcript import Transcript
 from hybridkex.wire.extensions import Extensions
@@ -136,6 +137,7 @@ def describe(
     alpn: bytes | None,
     server_name: str | None,
     peer: VerifiedPeer | None,
+    policy: Policy,
 ) -> Session:
     """The session, from what the handshake settled."""
     return Session(
@@ -150,4 +152,5 @@ def describe(
         alpn=alpn.decode("utf-8", "backslashreplace") if alpn is not None else None,
         server_name=server_name,
         peer_certificate=peer.certificate if peer is not None else None,
+        policy=policy,
     )

@@ -374,7 +374,7 @@ def _names(external: ExternalPsk, identity: bytes) -> bool:
 
 def _worth_asking(config: ServerConfig, identity: bytes, suite: CipherSuite) -> bool:
     """Whether an outside source may know this identity for this suite's hash."""
-    if not config.psk_lookup or config.policy.psk is Requirement.OFF:
+    if config.psk_source is None or config.policy.psk is Requirement.OFF:
         return False
     imported = ImportedIdentity.decode(identity)
     if imported is None:
@@ -622,7 +622,7 @@ def _check_authentication(choice: _Choice, selected: _Selected | None) -> bool:
     if selected is not None and config.authentication is Authentication.PSK:
         return False
     psk_required = config.authentication is Authentication.PSK or (
-        (config.psks or config.psk_lookup) and config.policy.psk is Requirement.REQUIRE
+        config.has_psk and config.policy.psk is Requirement.REQUIRE
     )
     if selected is None and psk_required:
         raise UnknownPskIdentity("the client offers no PSK that we know, and must use one")
@@ -789,6 +789,7 @@ class WaitClientFinished(ServerState):
             alpn=choice.alpn,
             server_name=choice.hello.server_name,
             peer=peer,
+            policy=choice.config.policy_in_force,
         )
         resumption = answered.main.secret.resumption_secret(choice.transcript.digest())
         connected = Connected(session, choice.suite, answered.main.exporter, resumption)

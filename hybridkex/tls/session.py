@@ -10,6 +10,7 @@ from typing import Final, Protocol
 from hybridkex.auth import PeerCertificate
 from hybridkex.crypto.suites import CipherSuite
 from hybridkex.secret import Secret
+from hybridkex.tls.policy import Policy
 
 __all__ = [
     "MAX_TICKET_LIFETIME",
@@ -54,6 +55,14 @@ class Session:
     server_name: str | None
     peer_certificate: PeerCertificate | None
     """The peer's certificate; of the original handshake where this one resumes it."""
+    policy: Policy
+    """What our side demanded."""
+    qkd_key_ids: tuple[str, ...] = ()
+    """The QKD keys in the key schedule (UUIDs)."""
+    qkd_sources: tuple[str, ...] = ()
+    """The two KMEs of each of them, the drawing side's first."""
+    qkd_fallback: str | None = None
+    """Why there is no QKD key, where our policy preferred one."""
     version: str = "TLS 1.3"
 
     @property
@@ -75,11 +84,17 @@ class Session:
             "auth": self.authenticated_by.value,
             "resumed": self.resumed,
             "peer_subject": self.peer_subject,
+            "qkd_key_ids": list(self.qkd_key_ids),
+            "qkd_sources": list(self.qkd_sources),
+            "qkd_fallback": self.qkd_fallback,
+            "policy": self.policy.as_json(),
         }
 
     def __str__(self) -> str:
         legs = " + ".join(self.parts)
-        if self.psk_identity is not None:
+        if self.qkd_key_ids:
+            legs += f" + QKD {', '.join(self.qkd_key_ids)} of {', '.join(self.qkd_sources)}"
+        elif self.psk_identity is not None:
             legs += f" + PSK {self.psk_identity.decode('ascii', 'backslashreplace')!r}"
         lines = [
             f"{self.version}, {self.cipher_suite}, {self.group}",
@@ -87,6 +102,8 @@ class Session:
             f"  authenticated: {self.authenticated_by.value}"
             + (f", {self.signature_scheme}" if self.signature_scheme else ""),
         ]
+        if self.qkd_fallback is not None:
+            lines.append(f"  NO QKD KEY:    {self.qkd_fallback}")
         if self.peer_subject is not None:
             lines.append(f"  peer:          {self.peer_subject}")
         if self.alpn is not None:

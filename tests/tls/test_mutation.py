@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from tls_glue import ANY_GROUP, Pair, drain
+from tls_glue import ANY_GROUP, ELSEWHERE, Pair, drain
 
 from hybridkex.auth import DevCa, TrustStore
 from hybridkex.constants import Alert, HandshakeType
@@ -409,7 +409,7 @@ def test_every_message_while_a_psk_is_looked_up() -> None:
     """It waits until the PSK is there, and is then in the clear where it must not be."""
     psk = ExternalPsk(identity=b"qkd-1", key=Secret(bytes(32)))
     for raw in samples().values():
-        pair = Pair.make(ClientConfig(psks=(psk,)), ServerConfig(psk_lookup=True))
+        pair = Pair.make(ClientConfig(psks=(psk,)), ServerConfig(psk_source=ELSEWHERE))
         pair.client.start()
         pair.client._channel.flush()
         pair.client._channel.send_raw(raw)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tls_glue import ANY_GROUP, Pair, data_of
+from tls_glue import ANY_GROUP, ELSEWHERE, Pair, data_of
 
 from hybridkex.auth import DevCa, Identity, InsecureNoVerification, TrustStore
 from hybridkex.constants import Alert
@@ -598,7 +598,7 @@ def test_a_psk_is_looked_up(psk: ExternalPsk, trust: TrustStore, identity: Ident
 
     pair = connect(
         ClientConfig(psks=(psk,), verifier=trust),
-        ServerConfig(psk_lookup=True, identities=(identity,)),
+        ServerConfig(psk_source=ELSEWHERE, identities=(identity,)),
         lookup=lookup,
     )
     assert pair.server.session.psk_identity == psk.identity
@@ -613,7 +613,7 @@ def test_a_psk_is_looked_up(psk: ExternalPsk, trust: TrustStore, identity: Ident
 
 def test_the_look_up_finds_nothing(trust: TrustStore, identity: Identity) -> None:
     prefer = Policy(psk=Requirement.PREFER)
-    server = ServerConfig(psk_lookup=True, identities=(identity,))
+    server = ServerConfig(psk_source=ELSEWHERE, identities=(identity,))
     client = ClientConfig(psks=(PLAIN,), verifier=trust, policy=prefer)
     refused(client, server, "server", UnknownPskIdentity, lookup=lambda _: None)
     pair = connect(client, replace(server, policy=prefer), lookup=lambda _: None)
@@ -622,7 +622,7 @@ def test_the_look_up_finds_nothing(trust: TrustStore, identity: Identity) -> Non
 
 
 def test_what_is_provided_must_be_wanted() -> None:
-    pair = Pair.make(ClientConfig(psks=(PLAIN,)), ServerConfig(psk_lookup=True))
+    pair = Pair.make(ClientConfig(psks=(PLAIN,)), ServerConfig(psk_source=ELSEWHERE))
     with pytest.raises(LocalStateError):
         pair.server.provide_psk(PLAIN)
     pair.client.start()
@@ -638,7 +638,7 @@ def test_what_is_provided_must_be_wanted() -> None:
 
 
 def test_the_provided_key_is_another() -> None:
-    pair = Pair.make(ClientConfig(psks=(PLAIN,)), ServerConfig(psk_lookup=True))
+    pair = Pair.make(ClientConfig(psks=(PLAIN,)), ServerConfig(psk_source=ELSEWHERE))
     pair.client.start()
     pair.server.receive_data(pair.client.data_to_send())
     pair.server.next_event()
@@ -652,7 +652,7 @@ def test_a_plain_sha384_psk_is_not_asked_for() -> None:
     """Only SHA-256 goes without saying (section 4.2.11)."""
     pair = Pair.make(
         ClientConfig(psks=(PLAIN,)),
-        ServerConfig(psk_lookup=True, suites=(TLS_AES_256_GCM_SHA384,)),
+        ServerConfig(psk_source=ELSEWHERE, suites=(TLS_AES_256_GCM_SHA384,)),
     )
     pair.client.start()
     pair.fight()

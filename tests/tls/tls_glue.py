@@ -8,9 +8,26 @@ from hybridkex.errors import AlertReceived, LocalStateError, PeerError, Truncati
 from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
 from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
 from hybridkex.tls.events import ApplicationData, Event, PskWanted
+from hybridkex.tls.session import Session
 
 ANY_GROUP = Policy(post_quantum=Requirement.PREFER)
 """Lets a test use the small and fast classical groups."""
+
+
+class Elsewhere:
+    """A PskSource that only the engine's caller knows how to ask; the engine must not."""
+
+    async def offer(self) -> ExternalPsk:
+        raise AssertionError("the engine does no I/O")
+
+    async def look_up(self, identities: tuple[bytes, ...]) -> ExternalPsk:
+        raise AssertionError("the engine does no I/O")
+
+    def describe(self, session: Session, missing: str | None) -> Session:
+        raise AssertionError("describing is the shell's business")
+
+
+ELSEWHERE = Elsewhere()
 
 Lookup = Callable[[tuple[bytes, ...]], ExternalPsk | None]
 OnWire = Callable[[Connection, bytes], bytes]
@@ -22,7 +39,6 @@ def drain(connection: Connection, lookup: Lookup | None = None) -> list[Event]:
     while (event := connection.next_event()) is not None:
         events.append(event)
         if isinstance(event, PskWanted) and lookup is not None:
-            assert isinstance(connection, ServerConnection)
             connection.provide_psk(lookup(event.identities))
     return events
 

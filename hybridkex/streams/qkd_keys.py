@@ -1,0 +1,266 @@
+"""QkdKeys: key sources as the PSK source of a configuration.
+
+The one place where QKD meets TLS. The client draws a key and offers it as an imported PSK; the
+server finds the key's name and the two SAEs in what was offered, and looks it up.
+
+What a stranger can make a server do is bounded: a look-up is made only for a name that is ours in
+every part, only once per name, only so often per peer, and only for so long. A name counts as used
+when its look-up begins, whatever comes of it: a key that was taken for a handshake that fails is
+gone.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+import trio
+
+from hybridkex.crypto.psk import ExternalPsk
+from hybridkex.errors import (
+    ConfigError,
+    KeyConsumed,
+    KeyNotYetAvailable,
+    KeySourceError,
+    KeySourceUnavailable,
+    KeyUnknown,
+    PolicyRefused,
+)
+from hybridkex.qkd.psk import as_psk, context_of, name_of
+from hybridkex.qkd.source import KeyName, KeySource, QkdKey
+from hybridkex.tls.policy import Requirement
+from hybridkex.tls.session import Session
+from hybridkex.wire.messages import ImportedIdentity
+
+__all__ = ["QkdCounters", "QkdKeys", "QkdLimits", "QkdPeer"]
+
+_log = logging.getLogger("hybridkex.streams.qkd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QkdLimits:
+    """What asking for keys may cost.
+
+    Args:
+        timeout: seconds for one draw or one look-up, retries and all.
+        retries: how often a look-up that came too early (``KeyNotYetAvailable``) is repeated.
+        retry_after: seconds before the first repetition; doubled each time.
+        look_ups_per_second: of one peer, in the long run; ``math.inf`` for no limit.
+        burst: look-ups of one peer that may come at once.
+        remembered: names whose look-up was made, and will not be made again.
+    """
+
+    timeout: float = 5.0
+    retries: int = 4
+    retry_after: float = 0.05
+    look_ups_per_second: float = 100.0
+    burst: int = 200
+    remembered: int = 65_536
+
+    def __post_init__(self) -> None:
+        if self.timeout <= 0 or self.retries < 0 or self.retry_after <= 0:
+            raise ConfigError("timeout and retry_after are positive, retries not negative")
+        if self.look_ups_per_second <= 0 or self.burst < 1 or self.remembered < 1:
+            raise ConfigError("look_ups_per_second, burst and remembered are positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QkdPeer:
+    """A peer with which we share QKD keys.
+
+    Args:
+        source: the keys that we share with it.
+        names: names in its certificate (DNS names, URIs, the common name). If there are any, they
+            tie the two together: a client with a certificate of such a name must use a key of this
+            source, even where the policy only prefers one, and this source's keys are for nobody
+            else.
+    """
+
+    source: KeySource
+    names: tuple[str, ...] = ()
+
+
+@dataclass
+class QkdCounters:
+    """What has happened since the start."""
+
+    drawn: int = 0
+    looked_up: int = 0
+    failed: int = 0
+    """Draws and look-ups that gave no key."""
+    repeated: int = 0
+    """Names that were offered again: replays, or broken clients."""
+    limited: int = 0
+    """Look-ups that were not made because the peer asked too often."""
+    sessions: int = 0
+    """Handshakes with a QKD key in them, resumptions included."""
+    fallbacks: int = 0
+    """Handshakes without one."""
+
+
+class QkdKeys:
+    """What goes into the ``psk_source`` of a configuration.
+
+    A client has one peer, a server any number. One object serves many connections, since it is
+    what remembers which names were asked for.
+
+    Args:
+        peers: a :class:`~hybridkex.qkd.source.KeySource` each, or a :class:`QkdPeer`.
+        limits: what asking may cost.
+    """
+
+    def __init__(self, *peers: KeySource | QkdPeer, limits: QkdLimits | None = None) -> None:
+        self._peers: Final = tuple(
+            peer if isinstance(peer, QkdPeer) else QkdPeer(source=peer) for peer in peers
+        )
+        pairs = [(peer.source.local_sae, peer.source.peer_sae) for peer in self._peers]
+        if not pairs:
+            raise ConfigError("QKD keys need at least one key source")
+        if len(set(pairs)) != len(pairs):
+            raise ConfigError("two sources for one pair of SAEs: join them in a FailoverSource")
+        self._limits: Final = limits or QkdLimits()
+        self._budgets: Final = {id(peer): _Budget(self._limits) for peer in self._peers}
+        self._asked: Final = OrderedDict[KeyName, QkdPeer]()
+        self.counters: Final = QkdCounters()
+
+    async def offer(self) -> ExternalPsk:
+        """A new key, for a client to offer.
+
+        Raises:
+            KeySourceError: there is none.
+            ConfigError: there is more than one peer to choose from.
+        """
+        if len(self._peers) != 1:
+            raise ConfigError("a client shares QKD keys with one peer: the server")
+        (peer,) = self._peers
+        key = await self._ask(peer.source.draw)
+        self.counters.drawn += 1
+        self._remember(key.name, peer)
+        return as_psk(key)
+
+    async def look_up(self, identities: tuple[bytes, ...]) -> ExternalPsk:
+        """The key behind one of the identities.
+
+        Raises:
+            KeySourceError: none of them is ours, or its key cannot be had.
+        """
+        for identity in identities:
+            found = self._recognise(identity)
+            if found is not None:
+                key = await self._look_up_once(*found)
+                self.counters.looked_up += 1
+                return as_psk(key)
+        raise KeyUnknown("no identity that the client offers names a QKD key of ours")
+
+    def _recognise(self, identity: bytes) -> tuple[QkdPeer, KeyName] | None:
+        """Whose key an identity names. Costs nothing but the comparison."""
+        imported = ImportedIdentity.decode(identity)
+        name = name_of(imported.external_identity) if imported is not None else None
+        if imported is None or name is None:
+            return None
+        for peer in self._peers:
+            source = peer.source
+            expected = context_of(name, master_sae=source.peer_sae, slave_sae=source.local_sae)
+            if imported.context == expected and source.knows(name):
+                return peer, name
+        return None
+
+    async def _look_up_once(self, peer: QkdPeer, name: KeyName) -> QkdKey:
+        if name in self._asked:
+            self.counters.repeated += 1
+            raise KeyConsumed("this key was asked for before")
+        if not self._budgets[id(peer)].spend():
+            self.counters.limited += 1
+            raise KeySourceUnavailable(f"too many look-ups for {peer.source.peer_sae}")
+        self._remember(name, peer)
+        return await self._ask(lambda: self._look_up_patiently(peer.source, name))
+
+    def _remember(self, name: KeyName, peer: QkdPeer) -> None:
+        self._asked[name] = peer
+        if len(self._asked) > self._limits.remembered:
+            self._asked.popitem(last=False)
+
+    async def _look_up_patiently(self, source: KeySource, name: KeyName) -> QkdKey:
+        """The two KMEs may be out of step by a moment; the client's key has just been made."""
+        wait = self._limits.retry_after
+        for _ in range(self._limits.retries):
+            try:
+                return await source.get(name)
+            except KeyNotYetAvailable:
+                await trio.sleep(wait)
+                wait *= 2
+        return await source.get(name)
+
+    async def _ask(self, call: Callable[[], Awaitable[QkdKey]]) -> QkdKey:
+        """One call, with its time limit."""
+        try:
+            with trio.fail_after(self._limits.timeout):
+                return await call()
+        except trio.TooSlowError:
+            self.counters.failed += 1
+            raise KeySourceUnavailable(
+                f"the key source did not answer within {self._limits.timeout:g} s"
+            ) from None
+        except KeySourceError:
+            self.counters.failed += 1
+            raise
+
+    def describe(self, session: Session, missing: str | None) -> Session:
+        """The session with its QKD keys, or with the reason why it has none.
+
+        Raises:
+            PolicyRefused: the peer's certificate belongs to a peer that must use its own QKD keys.
+        """
+        name = name_of(session.psk_identity) if session.psk_identity is not None else None
+        if not session.resumed:  # else this was checked before the ticket was given
+            self._check_names(session, name)
+        if name is not None:
+            self.counters.sessions += 1
+            return replace(
+                session,
+                qkd_key_ids=tuple(str(part.key_id) for part in name),
+                qkd_sources=tuple(f"{part.master_kme} > {part.slave_kme}" for part in name),
+            )
+        if session.policy.psk is Requirement.OFF:
+            return session
+        self.counters.fallbacks += 1
+        reason = missing or "the peer did not offer or did not take one"
+        _log.warning("a session without a QKD key: %s", reason)
+        return replace(session, qkd_fallback=reason)
+
+    def _check_names(self, session: Session, name: KeyName | None) -> None:
+        certificate = session.peer_certificate
+        if certificate is None:
+            return
+        shown = {certificate.common_name, *certificate.names}
+        used = self._asked.get(name) if name is not None else None
+        for peer in self._peers:
+            belongs = not shown.isdisjoint(peer.names)
+            if belongs and peer is not used:
+                raise PolicyRefused(f"{peer.source.peer_sae} must use a QKD key of its own")
+            if peer is used and peer.names and not belongs:
+                raise PolicyRefused(
+                    f"a QKD key of {peer.source.peer_sae} with the certificate of another"
+                )
+
+
+class _Budget:
+    """A token bucket."""
+
+    def __init__(self, limits: QkdLimits) -> None:
+        self._rate = limits.look_ups_per_second
+        self._most = float(limits.burst)
+        self._left = self._most
+        self._at: float | None = None
+
+    def spend(self) -> bool:
+        """Take one, if there is one."""
+        now = trio.current_time()
+        if self._at is not None:
+            self._left = min(self._most, self._left + (now - self._at) * self._rate)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True

@@ -1,0 +1,52 @@
+"""What a connection must rest on."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["Authentication", "Policy", "Requirement"]
+
+
+class Requirement(Enum):
+    """How much a part of the keys matters."""
+
+    REQUIRE = "require"
+    """No connection without it."""
+    PREFER = "prefer"
+    """Used where the peer has it; a connection without it says so."""
+    OFF = "off"
+    """Not offered, not accepted."""
+
+
+class Authentication(Enum):
+    """What must authenticate the peer."""
+
+    CERTIFICATE = "certificate"
+    PSK = "psk"
+    BOTH = "certificate+psk"
+    """A certificate and an external PSK in one handshake (RFC 9973)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What a connection must rest on, else it fails.
+
+    Args:
+        post_quantum: whether the key exchange must have a post-quantum part.
+        psk: whether an external PSK (a QKD key) must be in the key schedule, once one or a source
+            of them is configured.
+        authentication: ``None`` derives it from what is configured: a certificate where only
+            certificates are, a PSK where only PSKs are, both where both are. With ``psk`` preferred
+            and not there, both means the certificate.
+    """
+
+    post_quantum: Requirement = Requirement.REQUIRE
+    psk: Requirement = Requirement.REQUIRE
+    authentication: Authentication | None = None
+
+    def as_json(self) -> dict[str, str | None]:
+        """Plain values under stable names."""
+        return {
+            "post_quantum": self.post_quantum.value,
+            "psk": self.psk.value,
+            "authentication": self.authentication.value if self.authentication else None,
+        }

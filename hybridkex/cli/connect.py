@@ -4,13 +4,7 @@ import argparse
 
 import trio
 
-from hybridkex.cli.options import (
-    add_channel_options,
-    channel_arguments,
-    identity,
-    key_log,
-    verifier,
-)
+from hybridkex.cli.options import add_channel_options, client_config
 from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
 from hybridkex.cli.sessions import FileSessionStore
 from hybridkex.streams import SecureStream
@@ -34,16 +28,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Connect; 0 after a clean close."""
-    with key_log(args.keylog) as log:
-        config = ClientConfig(
-            verifier=verifier(args),
-            identity=identity(args),
-            session_store=FileSessionStore(args.resume) if args.resume is not None else None,
-            key_log=log,
-            **channel_arguments(args),
-        )
-        trio.run(_connect, args, config)
+    trio.run(_run, args)
     return 0
+
+
+async def _run(args: argparse.Namespace) -> None:
+    tickets = FileSessionStore(args.resume) if args.resume is not None else None
+    async with client_config(args, session_store=tickets) as config:
+        await _connect(args, config)
 
 
 async def _connect(args: argparse.Namespace, config: ClientConfig) -> None:

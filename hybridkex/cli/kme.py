@@ -16,12 +16,12 @@ from uuid import UUID
 import trio
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
+from hybridkex.cli.key_sources import add_kme_options, kme_access
 from hybridkex.errors import ConfigError
-from hybridkex.qkd.etsi014.client import KmeAccess, KmeClient
+from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.config import Address, load_config
 from hybridkex.qkd.etsi014.hop import TLS_KINDS
 from hybridkex.qkd.etsi014.models import DeliveredKey, KeyRequest
-from hybridkex.qkd.etsi014.naming import IdRule
 from hybridkex.qkd.etsi014.serve import KmeServer, Serving
 from hybridkex.qkd.pool import FilePool, PoolNames
 from hybridkex.qkd.source import KeyRef, QkdKey
@@ -83,33 +83,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _add_access(parser: argparse.ArgumentParser) -> None:
     """The options that say which KME, and who we are to it; the same as those of ``connect``."""
-    parser.add_argument("--kme", required=True, metavar="URL", help="https://host:port")
-    parser.add_argument("--kme-ca", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--kme-cert", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--kme-key", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--kme-id", metavar="ID", help="the ID its certificate must have")
-    parser.add_argument(
-        "--kme-id-rule",
-        type=IdRule,
-        default=IdRule.COMMON_NAME,
-        metavar="|".join(rule.value for rule in IdRule),
-        help="where in its certificate the ID is (default cn)",
-    )
-    parser.add_argument("--kme-tls", default="stdlib", choices=TLS_KINDS)
+    add_kme_options(parser, required=True)
     parser.add_argument("--sae", required=True, metavar="ID", help="our own SAE ID")
     parser.add_argument("--peer-sae", required=True, metavar="ID", help="the peer's SAE ID")
-
-
-def _access(args: argparse.Namespace) -> KmeAccess:
-    return KmeAccess(
-        url=args.kme,
-        ca=args.kme_ca,
-        certificate=args.kme_cert,
-        key=args.kme_key,
-        kme_id=args.kme_id,
-        kme_id_rule=args.kme_id_rule,
-        tls=args.kme_tls,
-    )
 
 
 # -- serve
@@ -177,7 +153,7 @@ def _run(main: Callable[[], Awaitable[None]]) -> None:
 
 def _status(args: argparse.Namespace) -> int:
     async def main() -> None:
-        async with KmeClient(_access(args)) as client:
+        async with KmeClient(kme_access(args)) as client:
             status = await client.status(args.peer_sae)
         print(json.dumps(status.to_json(), indent=2))
 
@@ -198,7 +174,7 @@ def _export_pool(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.ids} is there already")
 
     async def main() -> None:
-        async with KmeClient(_access(args)) as client:
+        async with KmeClient(kme_access(args)) as client:
             moved = await (_take(args, client, ids) if args.take else _draw(args, client))
         print(json.dumps({"pool": str(args.pool), "keys": moved}))
 

@@ -7,13 +7,7 @@ from pathlib import Path
 
 import trio
 
-from hybridkex.cli.options import (
-    add_channel_options,
-    channel_arguments,
-    identity,
-    key_log,
-    verifier,
-)
+from hybridkex.cli.options import add_channel_options, server_config
 from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
 from hybridkex.errors import ConfigError
 from hybridkex.streams import SecureListener, SecureStream, open_secure_tcp_listeners
@@ -38,17 +32,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve; with ``--once`` 0 after a clean close."""
-    ours = identity(args)
-    with key_log(args.keylog) as log:
-        config = ServerConfig(
-            identities=(ours,) if ours is not None else (),
-            client_verifier=verifier(args),
-            require_client_certificate=args.require_client_cert,
-            key_log=log,
-            **channel_arguments(args),
-        )
-        trio.run(_listen, args, config)
+    trio.run(_run, args)
     return 0
+
+
+async def _run(args: argparse.Namespace) -> None:
+    wanted = args.require_client_cert
+    async with server_config(args, require_client_certificate=wanted) as config:
+        await _listen(args, config)
 
 
 async def _listen(args: argparse.Namespace, config: ServerConfig) -> None:

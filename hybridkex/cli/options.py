@@ -4,19 +4,20 @@ import argparse
 import binascii
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from hybridkex.auth import Identity, InsecureNoVerification, Pins, TrustStore
+from hybridkex.cli.key_sources import add_qkd_options, qkd_keys, qkd_requirement
 from hybridkex.crypto.kex import ALL_GROUPS, Group, Property
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.suites import ALL_SUITES, SHA256, SHA384
 from hybridkex.errors import ConfigError
 from hybridkex.secret import Secret
-from hybridkex.tls.config import KeyLog, Policy, Requirement
+from hybridkex.tls.config import ClientConfig, KeyLog, Policy, Requirement, ServerConfig
 
-__all__ = ["add_channel_options", "channel_arguments", "identity", "key_log", "verifier"]
+__all__ = ["add_channel_options", "client_config", "server_config"]
 
 N = TypeVar("N")
 
@@ -62,6 +63,7 @@ def add_channel_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="append the session's secrets to FILE, for Wireshark: whoever has them reads all",
     )
+    add_qkd_options(parser)
     parser.add_argument("--bind", metavar="ADDR", help="the local address")
 
 
@@ -69,15 +71,48 @@ def _names(items: Any) -> str:
     return ", ".join(item.name for item in items)
 
 
-def channel_arguments(args: argparse.Namespace) -> dict[str, Any]:
+@asynccontextmanager
+async def client_config(args: argparse.Namespace, **more: Any) -> AsyncIterator[ClientConfig]:
+    """The client that the options describe; its key sources and files are open meanwhile."""
+    async with _shared_arguments(args) as shared:
+        decides = _verifier(args)
+        if decides is None and args.cert is not None:
+            # Whoever has a certificate wants to use it, which needs the server's, too.
+            decides = TrustStore.system()
+        yield ClientConfig(verifier=decides, identity=_identity(args), **shared, **more)
+
+
+@asynccontextmanager
+async def server_config(args: argparse.Namespace, **more: Any) -> AsyncIterator[ServerConfig]:
+    """The server that the options describe; its key sources and files are open meanwhile."""
+    async with _shared_arguments(args) as shared:
+        ours = _identity(args)
+        yield ServerConfig(
+            identities=(ours,) if ours is not None else (),
+            client_verifier=_verifier(args),
+            **shared,
+            **more,
+        )
+
+
+@asynccontextmanager
+async def _shared_arguments(args: argparse.Namespace) -> AsyncIterator[dict[str, Any]]:
     """The keywords that ClientConfig and ServerConfig share."""
+    arguments = _channel_arguments(args)
+    with _key_log(args.keylog) as log:
+        async with qkd_keys(args) as keys:
+            yield {**arguments, "key_log": log, "psk_source": keys}
+
+
+def _channel_arguments(args: argparse.Namespace) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
+    post_quantum = Requirement.REQUIRE
     if args.groups is not None:
         groups: tuple[Group, ...] = tuple(_pick("group", args.groups, ALL_GROUPS))
         arguments["groups"] = groups
         if any(Property.POST_QUANTUM not in group.properties for group in groups):
             # Whoever lists a classical group by name wants it.
-            arguments["policy"] = Policy(post_quantum=Requirement.PREFER)
+            post_quantum = Requirement.PREFER
     if args.suites is not None:
         arguments["suites"] = tuple(_pick("cipher suite", args.suites, ALL_SUITES))
     if args.alpn is not None:
@@ -86,6 +121,11 @@ def channel_arguments(args: argparse.Namespace) -> dict[str, Any]:
         arguments["psks"] = (_psk(args),)
     elif args.psk_import is not None:
         raise ConfigError("--psk-import goes with --psk")
+    qkd = qkd_requirement(args)
+    if qkd is not Requirement.OFF and args.psk is not None:
+        raise ConfigError("--psk and QKD keys exclude each other: one PSK goes into a handshake")
+    psk = Requirement.REQUIRE if args.psk is not None else qkd
+    arguments["policy"] = Policy(post_quantum=post_quantum, psk=psk)
     return arguments
 
 
@@ -124,7 +164,7 @@ def _hex(what: str, text: str) -> bytes:
         raise ConfigError(f"{what} is not hexadecimal") from None
 
 
-def verifier(args: argparse.Namespace) -> TrustStore | Pins | InsecureNoVerification | None:
+def _verifier(args: argparse.Namespace) -> TrustStore | Pins | InsecureNoVerification | None:
     """What decides about the peer's certificate, if anything was asked for."""
     if args.insecure:
         if args.ca or args.pin:
@@ -140,7 +180,7 @@ def verifier(args: argparse.Namespace) -> TrustStore | Pins | InsecureNoVerifica
     return Pins(frozenset(args.pin)) if args.pin else None
 
 
-def identity(args: argparse.Namespace) -> Identity | None:
+def _identity(args: argparse.Namespace) -> Identity | None:
     """Our certificate and key."""
     if (args.cert is None) != (args.key is None):
         raise ConfigError("--cert and --key go together")
@@ -148,7 +188,7 @@ def identity(args: argparse.Namespace) -> Identity | None:
 
 
 @contextmanager
-def key_log(path: str | None) -> Iterator[KeyLog | None]:
+def _key_log(path: str | None) -> Iterator[KeyLog | None]:
     """The sink for ``--keylog``; its file is readable by its owner alone."""
     if path is None:
         yield None

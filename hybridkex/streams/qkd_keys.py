@@ -210,7 +210,7 @@ class QkdKeys:
         """The session with its QKD keys, or with the reason why it has none.
 
         Raises:
-            PolicyRefused: the peer's certificate belongs to a peer that must use its own QKD keys.
+            PolicyRefused: a QKD key is required, or must be one that fits the peer's certificate.
         """
         name = name_of(session.psk_identity) if session.psk_identity is not None else None
         if not session.resumed:  # else this was checked before the ticket was given
@@ -222,6 +222,8 @@ class QkdKeys:
                 qkd_key_ids=tuple(str(part.key_id) for part in name),
                 qkd_sources=tuple(f"{part.master_kme} > {part.slave_kme}" for part in name),
             )
+        if session.policy.psk is Requirement.REQUIRE:
+            raise PolicyRefused("our policy requires a QKD key, and the session has another PSK")
         if session.policy.psk is Requirement.OFF:
             return session
         self.counters.fallbacks += 1

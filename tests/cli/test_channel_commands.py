@@ -26,6 +26,10 @@ JSON_KEYS = {
     "auth",
     "resumed",
     "peer_subject",
+    "policy",
+    "qkd_fallback",
+    "qkd_key_ids",
+    "qkd_sources",
 }
 PSK = "qkd-1:" + "5a" * 32
 

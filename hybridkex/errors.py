@@ -37,6 +37,7 @@ __all__ = [
     "PolicyRefused",
     "ProtocolVersionError",
     "RecordOverflow",
+    "RecordingError",
     "TruncationError",
     "UnexpectedMessage",
     "UnknownPskIdentity",
@@ -223,3 +224,7 @@ class KeyUnauthorized(KeySourceError):
 
 class KeySourceUnavailable(KeySourceError):
     """The key source did not answer, or not as it should."""
+
+
+class RecordingError(HybridkexError):
+    """A capture file, or another file that an adversary works from, cannot be read."""

@@ -109,6 +109,7 @@ class GroupCode(IntEnum):
     SECP256R1 = 0x0017
     SECP384R1 = 0x0018
     X25519 = 0x001D
+    MLKEM512 = 0x0200  # by liboqs alone
     MLKEM768 = 0x0201
     MLKEM1024 = 0x0202
     SECP256R1MLKEM768 = 0x11EB

@@ -36,6 +36,7 @@ __all__ = [
     "PeerError",
     "PolicyRefused",
     "ProtocolVersionError",
+    "ProviderMissing",
     "RecordOverflow",
     "RecordingError",
     "TruncationError",
@@ -52,6 +53,10 @@ class HybridkexError(Exception):
 
 class ConfigError(HybridkexError, ValueError):
     """A configuration that cannot work, found when it is made."""
+
+
+class ProviderMissing(ConfigError):
+    """A library that the configuration asks for is not there; the text says how to get it."""
 
 
 class LocalStateError(HybridkexError, RuntimeError):

@@ -124,12 +124,7 @@ class Group:
     def __post_init__(self) -> None:
         if not 0 < self.code <= 0xFFFF:
             raise ConfigError(f"{self.name}: a group's code point has 16 bits, not {self.code:#x}")
-        for length in (self.exchange.offer_length, self.exchange.answer_length):
-            if not 0 < length <= MAX_SHARE:
-                raise ConfigError(
-                    f"{self.name} has a share of {length} bytes, and a key share in TLS 1.3 "
-                    f"holds at most {MAX_SHARE}"
-                )
+        check_fits(self.name, self.exchange)
 
     @property
     def properties(self) -> Property:
@@ -143,6 +138,16 @@ class Group:
 
     def __str__(self) -> str:
         return self.name
+
+
+def check_fits(name: str, exchange: KeyExchange) -> None:
+    """Refuse a key exchange whose shares a KeyShareEntry cannot hold."""
+    for length in (exchange.offer_length, exchange.answer_length):
+        if not 0 < length <= MAX_SHARE:
+            raise ConfigError(
+                f"{name} has a share of {length} bytes, and a key share in TLS 1.3 "
+                f"holds at most {MAX_SHARE}"
+            )
 
 
 def check_length(name: str, share: bytes, expected: int) -> None:

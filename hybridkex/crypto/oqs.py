@@ -1,0 +1,141 @@
+"""liboqs, found before it is imported.
+
+``liboqs-python`` is a wrapper around a native library. When its import finds none, it prints a
+countdown, clones and builds liboqs, and ends the process if that fails. So this module, the only
+one that imports it, looks for the library itself first, in the same places, and says how to get it
+where there is none. Nothing is imported before somebody asks for an algorithm.
+"""
+
+import ctypes
+import ctypes.util
+import importlib
+import importlib.metadata
+import logging
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from hybridkex.errors import ProviderMissing
+
+__all__ = ["HOW_TO_GET_IT", "OqsStatus", "load", "oqs_status"]
+
+HOW_TO_GET_IT: Final = (
+    "install the extra hybridkex[oqs], and the native liboqs as a shared library: from your "
+    "distribution (liboqs-dev, liboqs), by hand (cmake -DBUILD_SHARED_LIBS=ON, installed into "
+    "~/_oqs, into the folder that OQS_INSTALL_PATH names, or where the linker looks), or by "
+    'liboqs-python itself, which clones and builds it when you run: python -c "import oqs"'
+)
+
+_SUFFIX: Final = {"Darwin": ".dylib", "Windows": ".dll"}.get(platform.system(), ".so")
+_FOLDERS: Final = ("bin",) if platform.system() == "Windows" else ("lib", "lib64")
+
+
+def _candidates() -> Iterator[str]:
+    """Where liboqs-python looks, in its order."""
+    for name in ("liboqs", "oqs"):
+        found = ctypes.util.find_library(name)
+        if found:
+            yield found
+    try:
+        root = Path(os.environ.get("OQS_INSTALL_PATH") or Path.home() / "_oqs")
+    except RuntimeError:
+        return  # A user without a home.
+    for folder in _FOLDERS:
+        yield str(root.absolute() / folder / f"liboqs{_SUFFIX}")
+
+
+def _find_library() -> str | None:
+    """The first native library that loads."""
+    for path in _candidates():
+        try:
+            ctypes.CDLL(path)
+        except OSError:
+            continue
+        return path
+    return None
+
+
+def _import(library: str) -> Any:
+    """The module ``oqs``; ``library`` is known to load."""
+    # It logs to standard output as soon as it is imported, by a handler of its own.
+    logging.getLogger("oqs.oqs").disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of the two versions; oqs_status tells them.
+            return importlib.import_module("oqs")
+    except ModuleNotFoundError as missing:
+        if missing.name != "oqs":
+            raise
+        raise ProviderMissing(
+            f"the package liboqs-python is not installed: {HOW_TO_GET_IT}"
+        ) from None
+    except (SystemExit, RuntimeError, AttributeError, OSError) as error:
+        # AttributeError: a library under this name that lacks what liboqs has.
+        raise ProviderMissing(
+            f"{library} is not a liboqs that liboqs-python can use ({error}): {HOW_TO_GET_IT}"
+        ) from None
+
+
+@cache
+def load() -> Any:
+    """The module ``oqs`` of liboqs-python.
+
+    Raises:
+        ProviderMissing: the native library or the package is not there; it says how to get it.
+    """
+    library = _find_library()
+    if library is None:
+        raise ProviderMissing(f"the native library liboqs was not found: {HOW_TO_GET_IT}")
+    return _import(library)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OqsStatus:
+    """What there is of liboqs on this machine."""
+
+    library: str | None
+    """The native library that was found: a path, or a name that the linker knows."""
+    library_version: str | None
+    package_version: str | None
+    """Of ``liboqs-python``."""
+    kems: tuple[str, ...]
+    """The enabled key encapsulation mechanisms, by liboqs's names."""
+    signatures: tuple[str, ...]
+    """The enabled signature algorithms, by liboqs's names."""
+    problem: str | None
+    """Why it cannot be used, and how to get it; ``None`` where it can."""
+
+    @property
+    def available(self) -> bool:
+        """Whether liboqs can be used."""
+        return self.problem is None
+
+
+def oqs_status() -> OqsStatus:
+    """Look, without raising, printing, cloning or building."""
+    try:
+        package = importlib.metadata.version("liboqs-python")
+    except importlib.metadata.PackageNotFoundError:
+        package = None
+    version, kems, signatures, problem = None, (), (), None
+    try:
+        oqs = load()
+    except ProviderMissing as missing:
+        problem = str(missing)
+    else:
+        version = oqs.oqs_version()
+        kems = oqs.get_enabled_kem_mechanisms()
+        signatures = oqs.get_enabled_sig_mechanisms()
+    return OqsStatus(
+        library=_find_library(),
+        library_version=version,
+        package_version=package,
+        kems=tuple(kems),
+        signatures=tuple(signatures),
+        problem=problem,
+    )

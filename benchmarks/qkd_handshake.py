@@ -1,0 +1,206 @@
+"""What the QKD leg costs a handshake: ``python benchmarks/qkd_handshake.py [--rounds N] [--json]``.
+
+Handshakes over loopback TCP, X25519MLKEM768 with an ECDSA certificate, in turns in one run: without
+a QKD key, with one of an in-process pair, with one that was drawn and looked up ahead
+(``PrefetchSource`` on both sides), and with one that each side fetches from its KME while the other
+waits. The KMEs are a process of their own. Every figure is a ratio to the handshake without QKD of
+the same round; the median and the quartiles are printed. ``round trips`` counts the requests that
+the KMEs got for one handshake.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import trio
+
+from hybridkex import (
+    ClientConfig,
+    DevCa,
+    QkdKeys,
+    SecureStream,
+    ServerConfig,
+    TrustStore,
+    open_secure_tcp_stream,
+    serve_secure_tcp,
+)
+from hybridkex.qkd.etsi014.client import Etsi014Source, KmeAccess, KmeClient
+from hybridkex.qkd.in_process import in_process_pair
+from hybridkex.qkd.prefetch import PrefetchConfig, PrefetchSource
+from hybridkex.qkd.source import KeyName, KeySource, QkdKey, SourceStatus
+
+PER_ROUND = 10
+
+
+class Counted:
+    """A source that counts its requests."""
+
+    def __init__(self, inner: KeySource) -> None:
+        self.inner = inner
+        self.local_sae, self.peer_sae = inner.local_sae, inner.peer_sae
+        self.requests = 0
+
+    async def draw(self) -> QkdKey:
+        self.requests += 1
+        return await self.inner.draw()
+
+    async def get(self, name: KeyName) -> QkdKey:
+        self.requests += 1
+        return await self.inner.get(name)
+
+    def knows(self, name: KeyName) -> bool:
+        return self.inner.knows(name)
+
+    async def status(self) -> SourceStatus:
+        return await self.inner.status()
+
+
+class Way:
+    """One way to have a key, or none, and what comes before each handshake."""
+
+    def __init__(
+        self,
+        alice: KeySource | None = None,
+        bob: KeySource | None = None,
+        prepare: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self.sources = alice, bob
+        self.prepare = prepare
+
+    async def open(self, ca: DevCa, nursery: trio.Nursery) -> "Way":
+        alice, bob = (None if one is None else QkdKeys(one) for one in self.sources)
+        self.client = ClientConfig(verifier=TrustStore((ca.certificate,)), psk_source=alice)
+        server = ServerConfig(identities=(ca.issue("localhost"),), psk_source=bob)
+        listeners = await nursery.start(
+            lambda task_status: serve_secure_tcp(
+                _close, 0, server, host="127.0.0.1", task_status=task_status
+            )
+        )
+        self.port = listeners[0].transport_listener.socket.getsockname()[1]
+        return self
+
+    async def time(self, count: int) -> float:
+        """Seconds for one handshake, connecting included; preparations are not."""
+        total = 0.0
+        for _ in range(count):
+            began = time.perf_counter()
+            stream = await open_secure_tcp_stream(
+                "127.0.0.1", self.port, self.client, server_hostname="localhost"
+            )
+            # The server's word comes after it has the client's Finished: both are done then.
+            await stream.receive_some()
+            total += time.perf_counter() - began
+            await stream.aclose()
+        return total / count
+
+
+async def _close(stream: SecureStream[trio.SocketStream]) -> None:
+    await stream.send_all(b"!")
+    await stream.aclose()
+
+
+@contextlib.asynccontextmanager
+async def kmes(folder: Path) -> AsyncIterator[tuple[KeySource, KeySource]]:
+    """The two KMEs of ``kme dev-up``, and a source at each."""
+    command = [sys.executable, "-m", "hybridkex", "kme", "dev-up", str(folder), "--ports", "0,0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220
+    try:
+        assert process.stdout is not None
+        urls = [process.stdout.readline().split()[-1] for _ in range(2)]
+        async with contextlib.AsyncExitStack() as stack:
+            sources = []
+            for url, sae, peer in zip(urls, ("alice", "bob"), ("bob", "alice"), strict=True):
+                files = folder / sae
+                access = KmeAccess(
+                    url=url,
+                    ca=files / "ca.pem",
+                    certificate=files / "cert.pem",
+                    key=files / "key.pem",
+                )
+                client = await stack.enter_async_context(KmeClient(access))
+                source = Etsi014Source(client, sae=sae, peer_sae=peer)
+                await source.status()  # asked once in the life of a source, for the KMEs' IDs
+                sources.append(Counted(source))
+            yield sources[0], sources[1]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def main(rounds: int) -> dict[str, dict[str, float]]:
+    ca = DevCa.create()
+    with tempfile.TemporaryDirectory() as name:
+        async with kmes(Path(name) / "kmes") as (alice, bob), trio.open_nursery() as nursery:
+            # A round leaves the low watermark; one key more starts the filling, between rounds.
+            config = PrefetchConfig(low=2, high=PER_ROUND + 2)
+            ahead, behind = (PrefetchSource(one, config) for one in (alice, bob))
+            nursery.start_soon(ahead.fill)
+
+            async def look_up_ahead() -> None:
+                if len(ahead.upcoming()) == config.low:
+                    await ahead.draw()
+                # As two sites do over a session that is already there.
+                while len(ahead.upcoming()) < config.high:  # noqa: ASYNC110  # no event for it
+                    await trio.sleep(0.001)
+                for name in ahead.upcoming():
+                    await behind.expect(name)
+
+            ways = {
+                "without QKD": await Way().open(ca, nursery),
+                "in-process pair": await Way(*in_process_pair("alice", "bob")).open(ca, nursery),
+                "prefetched": await Way(ahead, behind, look_up_ahead).open(ca, nursery),
+                "from the KMEs": await Way(alice, bob).open(ca, nursery),
+            }
+            for way in ways.values():
+                if way.prepare is not None:
+                    await way.prepare()
+                await way.time(PER_ROUND)
+            assert isinstance(alice, Counted)
+            assert isinstance(bob, Counted)
+            seconds: dict[str, list[float]] = {key: [] for key in ways}
+            trips: dict[str, float] = {}
+            for _ in range(rounds):
+                for key, way in ways.items():
+                    if way.prepare is not None:
+                        await way.prepare()
+                    before = alice.requests + bob.requests
+                    seconds[key].append(await way.time(PER_ROUND))
+                    trips[key] = (alice.requests + bob.requests - before) / PER_ROUND
+            nursery.cancel_scope.cancel()
+    result = {}
+    for key, values in seconds.items():
+        ratios = [a / b for a, b in zip(values, seconds["without QKD"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        result[key] = {
+            "milliseconds": statistics.median(values) * 1000,
+            "ratio": middle,
+            "lower quartile": low,
+            "upper quartile": high,
+            "round trips": trips[key],
+        }
+    return result
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    found = trio.run(main, arguments.rounds)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print(f"{'':18}{'ms':>8}{'ratio':>8}  quartiles      KME requests")
+        for label, row in found.items():
+            spread = f"{row['lower quartile']:.2f} to {row['upper quartile']:.2f}"
+            print(
+                f"{label:18}{row['milliseconds']:8.2f}{row['ratio']:8.2f}  {spread:14}"
+                f"{row['round trips']:6.1f}"
+            )

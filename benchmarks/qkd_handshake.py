@@ -140,7 +140,8 @@ async def main(rounds: int) -> dict[str, dict[str, float]]:
         async with kmes(Path(name) / "kmes") as (alice, bob), trio.open_nursery() as nursery:
             # A round leaves the low watermark; one key more starts the filling, between rounds.
             config = PrefetchConfig(low=2, high=PER_ROUND + 2)
-            ahead, behind = (PrefetchSource(one, config) for one in (alice, bob))
+            ahead = PrefetchSource(alice, config)
+            behind = PrefetchSource(bob, PrefetchConfig(high=1000))  # keeps the burnt ones, too
             nursery.start_soon(ahead.fill)
 
             async def look_up_ahead() -> None:

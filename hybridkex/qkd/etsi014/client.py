@@ -25,7 +25,7 @@ from hybridkex.errors import (
     KeyUnauthorized,
     KeyUnknown,
 )
-from hybridkex.qkd.etsi014.hop import client_hop
+from hybridkex.qkd.etsi014.hop import Hop, client_hop
 from hybridkex.qkd.etsi014.models import (
     API,
     DeliveredKey,
@@ -136,11 +136,16 @@ class KmeClient:
     has no way to ask again), and only the caller knows whether new ones are worth it.
     """
 
-    def __init__(self, access: KmeAccess) -> None:
-        """Read the certificates; nothing is sent. Raises ``ConfigError``."""
+    def __init__(self, access: KmeAccess, *, hop: Hop | None = None) -> None:
+        """Read the certificates; nothing is sent. ``hop`` takes the place of ``access.tls``.
+
+        Raises ``ConfigError``.
+        """
         self._access = access
         self._kme_id = access.kme_id
-        hop = client_hop(access.tls, ca=access.ca, certificate=access.certificate, key=access.key)
+        hop = hop or client_hop(
+            access.tls, ca=access.ca, certificate=access.certificate, key=access.key
+        )
         self._http = httpx.AsyncClient(
             base_url=access.url.rstrip("/"),
             transport=KmeTransport(hop, self._confirm, max_answer=access.max_answer),

@@ -34,7 +34,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The one place where key sources meet the engine.
     "streams": ENGINE | {"qkd"},
     "adversary": ENGINE | {"qkd", "streams"},
-    "cli": ENGINE | {"qkd", "streams", "adversary", ""},
+    # Applications need no more than what everybody has.
+    "apps": {"errors", ""},
+    "cli": ENGINE | {"qkd", "streams", "adversary", "apps", ""},
     "__main__": {"cli"},
     "": ENGINE | {"qkd", "streams"},
 }
@@ -226,7 +228,7 @@ def optional_modules() -> set[str]:
     named_otherwise = {"liboqs-python": "oqs", "prometheus-client": "prometheus_client"}
     names = {
         requirement.partition(">=")[0].strip()
-        for extra in ("kme", "link", "plot", "oqs")
+        for extra in ("apps", "kme", "link", "plot", "oqs")
         for requirement in project["optional-dependencies"][extra]
     }
     return {named_otherwise.get(name, name) for name in names}

@@ -20,6 +20,8 @@ __all__ = ["main"]
 COMMANDS: Final = {
     "connect": "open a secure channel to a server; standard input and output are the data",
     "listen": "accept secure channels; standard input and output are the data",
+    "send": "send files and folders; broken transfers go on where they were",
+    "receive": "take in files and folders, verified before they appear",
     "demo": "two sites in one terminal: a real file across, and what its keys rest on",
     "dev-ca": "make a small certificate authority and a certificate for tests and first steps",
     "kme": "run, ask or set up a key management entity (ETSI GS QKD 014)",

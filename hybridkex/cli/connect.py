@@ -4,6 +4,7 @@ import argparse
 
 import trio
 
+from hybridkex.apps.tcp import os_reason
 from hybridkex.cli.options import add_channel_options, client_config
 from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
 from hybridkex.cli.sessions import FileSessionStore
@@ -42,7 +43,9 @@ async def _connect(args: argparse.Namespace, config: ClientConfig) -> None:
     try:
         tcp = await trio.open_tcp_stream(args.host, args.port, local_address=args.bind)
     except OSError as error:
-        raise ChannelFailed(f"cannot connect to {args.host}:{args.port}: {_why(error)}") from None
+        raise ChannelFailed(
+            f"cannot connect to {args.host}:{args.port}: {os_reason(error)}"
+        ) from None
     stream = SecureStream(tcp, config, server_hostname=args.server_name or args.host)
     async with stream:
         try:
@@ -51,11 +54,3 @@ async def _connect(args: argparse.Namespace, config: ClientConfig) -> None:
             raise ChannelFailed(f"handshake failed: {reason(error)}") from None
         report(stream.session, as_json=args.json)
         await pipe(stream)
-
-
-def _why(error: OSError) -> str:
-    """The reason of the last attempt, where several addresses were tried."""
-    cause = error.__cause__
-    while isinstance(cause, BaseExceptionGroup) and cause.exceptions:
-        cause = cause.exceptions[-1]
-    return str(cause or error)

@@ -3,13 +3,12 @@
 import argparse
 import sys
 from functools import partial
-from pathlib import Path
 
 import trio
 
 from hybridkex.cli.options import add_channel_options, server_config
 from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
-from hybridkex.errors import ConfigError
+from hybridkex.cli.port_file import write_port
 from hybridkex.streams import SecureListener, SecureStream, open_secure_tcp_listeners
 from hybridkex.tls.config import ServerConfig
 
@@ -47,8 +46,9 @@ async def _listen(args: argparse.Namespace, config: ServerConfig) -> None:
         listeners = await open_secure_tcp_listeners(args.port, config, host=args.bind)
     except OSError as error:
         raise ChannelFailed(f"cannot listen on port {args.port}: {error.strerror}") from None
-    if args.port_file is not None:
-        _write_port(args.port_file, listeners[0])
+    inner = listeners[0].transport_listener
+    assert isinstance(inner, trio.SocketListener)
+    write_port(args.port_file, inner)
     if args.once:
         await _serve_once(args, listeners)
         return
@@ -107,16 +107,3 @@ async def _serve(args: argparse.Namespace, stream: Stream) -> None:
             await stream.send_eof()
         except trio.BrokenResourceError as error:
             raise ChannelFailed(reason(error)) from None
-
-
-def _write_port(path: str, listener: SecureListener[trio.SocketStream]) -> None:
-    inner = listener.transport_listener
-    assert isinstance(inner, trio.SocketListener)
-    port = inner.socket.getsockname()[1]
-    # Under its final name only when it is whole: whoever waits for the file reads it at once.
-    temporary = Path(f"{path}.new")
-    try:
-        temporary.write_text(f"{port}\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from None

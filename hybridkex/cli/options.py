@@ -22,8 +22,12 @@ __all__ = ["add_channel_options", "client_config", "server_config"]
 N = TypeVar("N")
 
 
-def add_channel_options(parser: argparse.ArgumentParser) -> None:
-    """Everything but the address."""
+def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = None) -> None:
+    """Everything but the address.
+
+    Args:
+        alpn: the application protocol of a command that speaks one; without it the user names some.
+    """
     trust = parser.add_argument_group("whom to trust")
     trust.add_argument("--ca", metavar="FILE", help="authorities that may vouch for the peer (PEM)")
     trust.add_argument(
@@ -53,7 +57,10 @@ def add_channel_options(parser: argparse.ArgumentParser) -> None:
     tls = parser.add_argument_group("what to offer or accept")
     tls.add_argument("--groups", metavar="LIST", help=f"of {_names(ALL_GROUPS)}")
     tls.add_argument("--suites", metavar="LIST", help=f"of {_names(ALL_SUITES)}")
-    tls.add_argument("--alpn", metavar="LIST", help="application protocols, the favourite first")
+    if alpn is not None:
+        parser.set_defaults(alpn=alpn)
+    else:
+        tls.add_argument("--alpn", metavar="LIST", help="application protocols, favourite first")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json", action="store_true", help="print the session as one JSON line on standard error"

@@ -1,0 +1,62 @@
+"""Where something listens: ``HOST:PORT``, ``[2001:db8::1]:PORT`` or ``unix:/path``."""
+
+from dataclasses import dataclass
+
+from hybridkex.errors import ConfigError
+
+__all__ = ["Address", "TcpAddress", "UnixAddress", "parse_address", "parse_tcp_address"]
+
+
+@dataclass(frozen=True)
+class TcpAddress:
+    """A host name or an IP address, and a port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class UnixAddress:
+    """The path of a Unix socket."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
+Address = TcpAddress | UnixAddress
+
+
+def parse_address(text: str) -> Address:
+    """Either kind. Raises ``ConfigError``."""
+    if not text.startswith("unix:"):
+        return parse_tcp_address(text)
+    path = text.removeprefix("unix:")
+    # 108 bytes with the terminating zero is what sockaddr_un holds on Linux.
+    if not path or "\0" in path or len(path.encode("utf-8", "surrogateescape")) > 107:
+        raise ConfigError(f"{text!r}: the path of a Unix socket has 1 to 107 bytes")
+    return UnixAddress(path)
+
+
+def parse_tcp_address(text: str, *, default_port: int | None = None) -> TcpAddress:
+    """``HOST:PORT``, with the port left out where there is a default. Raises ``ConfigError``."""
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        separator, port = rest[:1], rest[1:]
+        whole = bool(bracket) and separator in ("", ":")
+    else:
+        host, separator, port = text.partition(":")
+        whole = ":" not in port
+    if not whole:
+        raise ConfigError(f"{text!r} is not HOST:PORT; an IPv6 address stands in brackets")
+    if not host:
+        raise ConfigError(f"{text!r} names no host")
+    if not separator and default_port is not None:
+        return TcpAddress(host, default_port)
+    if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise ConfigError(f"{text!r} is not HOST:PORT, with a port up to 65535")
+    return TcpAddress(host, int(port))

@@ -1,0 +1,26 @@
+"""Files over the channel: resumable, verified before they appear, in constant memory.
+
+``docs/file-transfer.md`` has the protocol.
+"""
+
+from hybridkex.apps.transfer.folder import Folder
+from hybridkex.apps.transfer.messages import PROTOCOL, ProtocolError
+from hybridkex.apps.transfer.progress import Progress, Silent
+from hybridkex.apps.transfer.receiver import Receiver
+from hybridkex.apps.transfer.sender import Connect, ConnectionLost, Outcome, send_items
+from hybridkex.apps.transfer.source import Item, collect
+
+__all__ = [
+    "PROTOCOL",
+    "Connect",
+    "ConnectionLost",
+    "Folder",
+    "Item",
+    "Outcome",
+    "Progress",
+    "ProtocolError",
+    "Receiver",
+    "Silent",
+    "collect",
+    "send_items",
+]

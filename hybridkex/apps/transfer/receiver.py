@@ -1,0 +1,241 @@
+"""The receiving side: one task per connection, which reads, stores and answers in order."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from hybridkex import HybridkexError, SecureStream
+from hybridkex.apps.transfer.folder import Folder, NotTaken, PartFile, Present
+from hybridkex.apps.transfer.frames import Frames
+from hybridkex.apps.transfer.messages import (
+    CHUNK,
+    PROTOCOL,
+    VERSION,
+    WINDOW,
+    Bye,
+    Drop,
+    End,
+    Failed,
+    Have,
+    Hello,
+    Offer,
+    ProtocolError,
+    Same,
+    Start,
+    Stored,
+)
+from hybridkex.apps.transfer.names import UnsafeName, shown
+from hybridkex.apps.transfer.progress import Progress, Silent
+
+__all__ = ["Receiver"]
+
+_log = logging.getLogger("hybridkex.apps.transfer")
+
+
+class Receiver:
+    """Takes files from any number of senders into one folder."""
+
+    def __init__(self, folder: Folder, progress: Progress | None = None) -> None:
+        self._folder = folder
+        self._progress = progress or Silent()
+        self._live: dict[str, tuple[trio.CancelScope, trio.Event]] = {}
+
+    async def serve(self, stream: SecureStream[Any]) -> bool:
+        """One connection, after its handshake; the stream is closed at the end.
+
+        Returns whether the sender has come to its end; False where the connection broke.
+        """
+        try:
+            return await self._serve(stream)
+        except (trio.BrokenResourceError, HybridkexError) as error:
+            _log.warning("a transfer was cut short: %s", error.__cause__ or error)
+            return False
+        finally:
+            with trio.move_on_after(2, shield=True):
+                await stream.aclose()
+
+    async def _serve(self, stream: SecureStream[Any]) -> bool:
+        if stream.session.alpn != PROTOCOL:
+            raise ProtocolError("the other end is not 'hybridkex send'")
+        frames = Frames(stream)
+        hello = await frames.receive()
+        if not isinstance(hello, Hello) or hello.version != VERSION:
+            raise ProtocolError(f"the sender does not speak version {VERSION} of the protocol")
+        # A sender that comes back may be faster than our notice of the break: the newest
+        # connection of a transfer is the one that counts. Its name is known to its sender alone.
+        while (older := self._live.get(hello.transfer)) is not None:
+            older[0].cancel()
+            await older[1].wait()
+        with trio.CancelScope() as scope:
+            ended = trio.Event()
+            self._live[hello.transfer] = scope, ended
+            reception = _Reception(self._folder, frames, self._progress)
+            try:
+                await reception.run()
+            finally:
+                reception.close()
+                del self._live[hello.transfer]
+                ended.set()
+        return not scope.cancelled_caught
+
+
+@dataclass
+class _Current:
+    """The file whose data are coming."""
+
+    n: int
+    part: PartFile | None
+    """``None``: given up, and what comes of it is thrown away."""
+    pieces: list[memoryview] = field(default_factory=list)
+    gathered: int = 0
+
+
+class _Reception:
+    """One connection's files."""
+
+    def __init__(self, folder: Folder, frames: Frames, progress: Progress) -> None:
+        self._folder = folder
+        self._frames = frames
+        self._progress = progress
+        self._offers: dict[int, tuple[Offer, Present]] = {}
+        self._current: _Current | None = None
+
+    def close(self) -> None:
+        """Let go of what is open; what was written of it stays."""
+        if self._current is not None and self._current.part is not None:
+            self._progress.end(shown(self._current.part.offer.path), "the connection broke")
+            self._current.part.close()
+
+    async def run(self) -> None:
+        while True:
+            message = await self._frames.receive()
+            match message:
+                case memoryview():
+                    await self._data(message)
+                case Offer():
+                    await self._offered(message)
+                case Start():
+                    await self._start(message)
+                case End():
+                    await self._end(message)
+                case Same(n=n):
+                    self._take_offer(n)
+                    await self._frames.send(Stored(n=n, already=True))
+                case Drop(n=n):
+                    await self._drop(n)
+                case Bye():
+                    await self._frames.send(Bye())
+                    return
+                case None:
+                    raise ProtocolError("the sender left without a goodbye")
+                case _:
+                    raise ProtocolError(f"the sender says {type(message).__name__}")
+
+    async def _fail(self, n: int, error: HybridkexError) -> None:
+        _log.warning("not stored: %s", error)
+        await self._frames.send(Failed(n=n, reason=str(error)))
+
+    async def _offered(self, offer: Offer) -> None:
+        if len(self._offers) >= WINDOW or offer.n in self._offers:
+            raise ProtocolError("too many offers, or one number for two")
+        try:
+            if offer.folder:
+                made = await trio.to_thread.run_sync(self._folder.make, offer.path)
+                await self._frames.send(Stored(n=offer.n, already=not made))
+                return
+            present = await trio.to_thread.run_sync(self._folder.look, offer)
+        except (NotTaken, UnsafeName) as error:
+            await self._fail(offer.n, error)
+            return
+        self._offers[offer.n] = offer, present
+        await self._frames.send(
+            Have(
+                n=offer.n,
+                size=present.size,
+                sha256=present.digest.hexdigest(),
+                complete=present.complete,
+                replace=self._folder.overwrite,
+            )
+        )
+
+    def _take_offer(self, n: int) -> tuple[Offer, Present]:
+        try:
+            return self._offers.pop(n)
+        except KeyError:
+            raise ProtocolError(f"there is no offer {n}") from None
+
+    async def _start(self, start: Start) -> None:
+        if self._current is not None:
+            raise ProtocolError("one file begins before another has ended")
+        offer, present = self._take_offer(start.n)
+        if start.offset not in (0, present.size) or start.offset > offer.size:
+            raise ProtocolError("an offset that is not ours")
+        self._current = _Current(start.n, None)
+        try:
+            self._current.part = await trio.to_thread.run_sync(
+                self._folder.begin, offer, present, start.offset
+            )
+        except NotTaken as error:
+            await self._fail(start.n, error)
+        else:
+            self._progress.begin(shown(offer.path), offer.size, start.offset)
+
+    async def _data(self, piece: memoryview) -> None:
+        current = self._current
+        if current is None:
+            raise ProtocolError("data of no file")
+        if current.part is None:
+            return
+        current.pieces.append(piece)
+        current.gathered += len(piece)
+        if current.part.size + current.gathered > current.part.offer.size:
+            raise ProtocolError("more data than the file has")
+        if current.gathered >= CHUNK:
+            await self._write(current, current.part)
+
+    async def _write(self, current: _Current, part: PartFile) -> None:
+        pieces, count = current.pieces, current.gathered
+        current.pieces, current.gathered = [], 0
+        try:
+            await trio.to_thread.run_sync(part.write, pieces)
+            self._progress.advance(shown(part.offer.path), count)
+        except NotTaken as error:
+            await self._give_up(current, part, error)
+
+    async def _give_up(self, current: _Current, part: PartFile, error: HybridkexError) -> None:
+        current.part = None
+        part.close()
+        self._progress.end(shown(part.offer.path), str(error))
+        await self._fail(current.n, error)
+
+    async def _end(self, end: End) -> None:
+        current = self._current
+        if current is None or current.n != end.n:
+            raise ProtocolError("the end of a file that was not begun")
+        if current.part is not None and current.pieces:
+            await self._write(current, current.part)
+        self._current = None
+        part = current.part
+        if part is None:
+            return
+        try:
+            await trio.to_thread.run_sync(part.complete, end.sha256)
+        except NotTaken as error:
+            await self._give_up(current, part, error)
+            return
+        self._progress.end(shown(part.offer.path), None)
+        await self._frames.send(Stored(n=end.n, already=False))
+
+    async def _drop(self, n: int) -> None:
+        self._offers.pop(n, None)
+        current = self._current
+        if current is None or current.n != n:
+            return
+        if current.part is not None and current.pieces:
+            await self._write(current, current.part)  # it serves the next try
+        self._current = None
+        if current.part is not None:
+            self._progress.end(shown(current.part.offer.path), "the sender gave it up")
+            current.part.close()

@@ -1,0 +1,384 @@
+"""The sending side: offers everything, sends what the receiver lacks, and comes back after a break.
+
+Two tasks share a connection. One offers and sends; the other reads the answers, so that neither
+side ever waits for the other to read. Up to :data:`WINDOW` offers are ahead of the file that is
+being sent: many small files cost no round trip each.
+"""
+
+import os
+import secrets
+import stat
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from hybridkex import HybridkexError, SecureStream
+from hybridkex.apps.backoff import Backoff
+from hybridkex.apps.tcp import os_reason
+from hybridkex.apps.transfer.folder import hash_prefix, why
+from hybridkex.apps.transfer.frames import Frames
+from hybridkex.apps.transfer.messages import (
+    CHUNK,
+    DATA,
+    HEADER,
+    PROTOCOL,
+    VERSION,
+    WINDOW,
+    Bye,
+    Drop,
+    End,
+    Failed,
+    Have,
+    Hello,
+    Offer,
+    ProtocolError,
+    Same,
+    Start,
+    Stored,
+    header,
+)
+from hybridkex.apps.transfer.names import shown
+from hybridkex.apps.transfer.progress import Progress
+from hybridkex.apps.transfer.source import Item
+from hybridkex.errors import AlertReceived, HandshakeTimeout, PeerError
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+__all__ = ["Connect", "ConnectionLost", "Outcome", "send_items"]
+
+Connect = Callable[[], Awaitable[SecureStream[Any]]]
+"""Opens a connection to the receiver, handshake and all; ``OSError`` and
+``trio.BrokenResourceError`` as usual."""
+
+_BUFFERS: Final = 4
+
+
+class ConnectionLost(HybridkexError):
+    """The connection broke and did not come back."""
+
+
+class _Changed(HybridkexError):
+    """A file that became another while it was read."""
+
+
+@dataclass
+class Outcome:
+    """What became of a transfer; failures by name, each with its reason."""
+
+    stored: int = 0
+    already: int = 0
+    payload: int = 0
+    """Bytes of files that went over the channel, repetitions included."""
+    connections: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+async def send_items(
+    items: Iterable[Item],
+    connect: Connect,
+    progress: Progress,
+    *,
+    retries: int = 8,
+    backoff: Backoff | None = None,
+) -> Outcome:
+    """Send everything; what was stored before a break is not sent again.
+
+    Args:
+        retries: how many connections in a row may end without a file stored or a megabyte sent.
+
+    Raises:
+        ConnectionLost: so many did.
+        OSError, trio.BrokenResourceError: the first connection could not be made.
+        ProtocolError: the other end is no receiver.
+    """
+    work = _Transfer(list(items), progress)
+    waits = backoff or Backoff()
+    stream = await connect()
+    while True:
+        before = work.outcome.payload // CHUNK, work.settled
+        try:
+            await work.over(stream)
+        except trio.BrokenResourceError as error:
+            lost = _worth_a_try(error)
+        else:
+            return work.outcome
+        if (work.outcome.payload // CHUNK, work.settled) != before:
+            waits.reset()
+        stream = await _again(connect, lost, waits, retries, progress)
+
+
+async def _again(
+    connect: Connect, lost: str, waits: Backoff, retries: int, progress: Progress
+) -> SecureStream[Any]:
+    while waits.tries < retries:
+        seconds = waits.next()
+        progress.note(f"{lost}; trying again in {seconds:.1f} s")
+        await trio.sleep(seconds)
+        try:
+            return await connect()
+        except OSError as error:
+            lost = f"cannot connect: {os_reason(error)}"
+        except trio.BrokenResourceError as error:
+            lost = _worth_a_try(error)
+    raise ConnectionLost(f"{lost}; given up after {retries} tries")
+
+
+def _worth_a_try(error: trio.BrokenResourceError) -> str:
+    """Why it broke. Raises ``ConnectionLost`` where the peer meant it, or we did."""
+    reason = str(error.__cause__ or error) or "the connection broke"
+    refused = isinstance(error.__cause__, PeerError | AlertReceived)
+    if refused and not isinstance(error.__cause__, HandshakeTimeout):
+        raise ConnectionLost(reason)
+    return reason
+
+
+class _Transfer:
+    """The state that outlives a connection: what was settled."""
+
+    def __init__(self, items: list[Item], progress: Progress) -> None:
+        self._items: Final = dict(enumerate(items))
+        self._progress = progress
+        self._name: Final = secrets.token_hex(16)
+        self.outcome = Outcome()
+
+    @property
+    def settled(self) -> int:
+        """How many have an outcome."""
+        return self.outcome.stored + self.outcome.already + len(self.outcome.failed)
+
+    def settle(self, n: int, *, already: bool = False, failed: str | None = None) -> None:
+        """An item has its outcome and is not offered again."""
+        item = self._items.pop(n)
+        if failed is not None:
+            self.outcome.failed[shown(item.path)] = failed
+        elif already:
+            self.outcome.already += 1
+        else:
+            self.outcome.stored += 1
+        self._progress.end(shown(item.path), failed)
+
+    async def over(self, stream: SecureStream[Any]) -> None:
+        """Offer and send what is left over one connection."""
+        self.outcome.connections += 1
+        try:
+            if stream.session.alpn != PROTOCOL:
+                raise ProtocolError("the other end is not 'hybridkex receive'")
+            await _Connection(self, dict(self._items), stream, self._progress).run(self._name)
+        except* trio.BrokenResourceError as group:
+            # Both tasks see the same break.
+            raise _first(group) from None
+        except* HybridkexError as group:
+            raise _first(group) from None
+        finally:
+            with trio.move_on_after(2, shield=True):
+                await stream.aclose()
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+class _Connection:
+    """One connection's part of a transfer."""
+
+    def __init__(
+        self,
+        transfer: _Transfer,
+        items: dict[int, Item],
+        stream: SecureStream[Any],
+        progress: Progress,
+    ) -> None:
+        self._transfer = transfer
+        self._items = items
+        self._frames = Frames(stream)
+        self._progress = progress
+        self._answers: dict[int, Have] = {}
+        self._open: set[int] = set()
+        """Offered, and without an outcome."""
+        self._offered = -1
+        self._leaving = False
+        self._news = trio.Condition()
+
+    async def run(self, name: str) -> None:
+        await self._frames.send(Hello(version=VERSION, transfer=name))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._read_answers)
+            offers = iter(self._items)
+            for n in self._items:
+                await self._offer_ahead(offers, n)
+                await self._send_one(n)
+            await self._until(lambda: not self._open)
+            self._leaving = True
+            await self._frames.send(Bye())
+
+    # -- reading
+
+    async def _read_answers(self) -> None:
+        while True:
+            match await self._frames.receive():
+                case Have(n=n) as have if n in self._open:
+                    self._answers[n] = have
+                case Stored(n=n, already=already) if n in self._open:
+                    self._open.remove(n)
+                    self._transfer.settle(n, already=already)
+                case Failed(n=n, reason=reason) if n in self._open:
+                    self._open.remove(n)
+                    self._transfer.settle(n, failed=_one_line(reason))
+                case Bye() if self._leaving:
+                    return
+                case None:
+                    raise trio.BrokenResourceError("the receiver ended the connection")
+                case other:
+                    raise ProtocolError(f"the receiver says {type(other).__name__} out of turn")
+            async with self._news:
+                self._news.notify_all()
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        async with self._news:
+            while not condition():
+                await self._news.wait()
+
+    # -- sending
+
+    async def _offer_ahead(self, offers: Iterator[int], current: int) -> None:
+        """Offer up to the current item and, as far as the window allows, beyond it."""
+        while self._offered < current or len(self._open) < WINDOW:
+            n = next(offers, None)
+            if n is None:
+                return
+            await self._until(lambda: len(self._open) < WINDOW)
+            item = self._items[n]
+            self._offered = n
+            self._open.add(n)
+            await self._frames.send(
+                Offer(
+                    n=n,
+                    path=item.path,
+                    folder=item.folder,
+                    size=item.size,
+                    mtime_ns=item.mtime_ns,
+                    executable=item.executable,
+                )
+            )
+
+    async def _send_one(self, n: int) -> None:
+        item = self._items[n]
+        await self._until(lambda: n in self._answers or n not in self._open)
+        have = self._answers.pop(n, None)
+        if have is None:
+            return
+        try:
+            with _opened(item) as file:
+                await self._send_file(n, item, file, have)
+        except OSError as error:
+            await self._drop(n, why(error, f"read {item.source}"))
+        except _Changed as error:
+            await self._drop(n, str(error))
+
+    async def _drop(self, n: int, reason: str) -> None:
+        if n in self._open:
+            self._open.remove(n)
+            self._transfer.settle(n, failed=reason)
+            await self._frames.send(Drop(n=n, reason=reason))
+
+    async def _send_file(self, n: int, item: Item, file: int, have: Have) -> None:
+        digest = await trio.to_thread.run_sync(hash_prefix, file, have.size)
+        same = digest.hexdigest() == have.sha256
+        if have.complete and same:
+            await self._frames.send(Same(n=n))
+            return
+        if have.complete and not have.replace:
+            await self._drop(
+                n, "is there already, with other content; 'receive --overwrite' replaces it"
+            )
+            return
+        offset = have.size if same else 0
+        self._progress.begin(shown(item.path), item.size, offset)
+        await self._frames.send(Start(n=n, offset=offset))
+        whole = digest if same else sha256()
+        await self._send_data(n, item, file, whole, offset)
+        _check(file, item)
+        if n in self._open:
+            await self._frames.send(End(n=n, sha256=whole.hexdigest()))
+        else:  # the receiver has given it up
+            await self._frames.send(Drop(n=n, reason=""))
+
+    async def _send_data(self, n: int, item: Item, file: int, digest: "_Hash", offset: int) -> None:
+        """Read and hash in a thread while the chunk before is being sent."""
+        put, full = trio.open_memory_channel[bytearray](_BUFFERS)
+        give_back, take = trio.open_memory_channel[bytearray](_BUFFERS)
+        for _ in range(_BUFFERS):
+            give_back.send_nowait(bytearray(HEADER + min(CHUNK, item.size - offset)))
+        failure: list[Exception] = []
+
+        async def read() -> None:
+            position = offset
+            with put:
+                while position < item.size and n in self._open:
+                    frame = await take.receive()
+                    del frame[HEADER + item.size - position :]  # the last one may be shorter
+                    try:
+                        await trio.to_thread.run_sync(_read_frame, file, position, frame, digest)
+                    except (OSError, _Changed) as error:
+                        failure.append(error)
+                        return
+                    position += len(frame) - HEADER
+                    await put.send(frame)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            with full:
+                async for frame in full:
+                    await self._frames.send_frame(frame)
+                    count = len(frame) - HEADER
+                    self._transfer.outcome.payload += count
+                    self._progress.advance(shown(item.path), count)
+                    give_back.send_nowait(frame)
+        if failure:
+            raise failure[0]
+
+
+@contextmanager
+def _opened(item: Item) -> Iterator[int]:
+    # Not blocking, should it have become a named pipe.
+    file = os.open(item.source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        _check(file, item)
+        yield file
+    finally:
+        os.close(file)
+
+
+def _check(file: int, item: Item) -> None:
+    """It is still what was offered."""
+    status = os.fstat(file)
+    found = stat.S_ISREG(status.st_mode), status.st_size, max(0, status.st_mtime_ns)
+    if found != (True, item.size, item.mtime_ns):
+        raise _Changed("it changed while it was sent")
+
+
+def _read_frame(file: int, position: int, frame: bytearray, digest: "_Hash") -> None:
+    """Fill a frame: as many bytes of the file as it has room for."""
+    with memoryview(frame) as view:
+        body = view[HEADER:]
+        view[:HEADER] = header(DATA, len(body))
+        done = 0
+        while done < len(body):
+            count = os.preadv(file, [body[done:]], position + done)
+            if not count:
+                raise _Changed("it became shorter while it was sent")
+            done += count
+        digest.update(body)
+        body.release()
+
+
+def _one_line(text: str) -> str:
+    """What the other end says, for a terminal."""
+    return shown((text,))[:500]

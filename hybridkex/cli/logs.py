@@ -1,0 +1,67 @@
+"""Where the library's log goes when a command runs: to standard error, in the form of its reader.
+
+systemd's journal stamps each line with time and program itself and reads a priority from its start
+(sd-daemon(3)); a person or a file wants the time in the line.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from typing import Final, TextIO
+
+__all__ = ["add_log_options", "set_up_logging"]
+
+_PRIORITIES: Final = (
+    (logging.CRITICAL, 2),
+    (logging.ERROR, 3),
+    (logging.WARNING, 4),
+    (logging.INFO, 6),
+    (logging.DEBUG, 7),
+)
+
+
+def add_log_options(parser: argparse.ArgumentParser, *, default: str = "info") -> None:
+    """Add ``--log-level``."""
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default=default,
+        help=f"what is told on standard error (default: {default})",
+    )
+
+
+def set_up_logging(args: argparse.Namespace) -> None:
+    """Send the log of the library to standard error."""
+    handler = _StandardError()
+    if _is_journal():
+        handler.setFormatter(_JournalFormatter("%(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("hybridkex")
+    logger.addHandler(handler)
+    logger.setLevel(args.log_level.upper())
+    logger.propagate = False
+
+
+def _is_journal() -> bool:
+    """Whether standard error is the journal's socket (systemd.exec(5), ``$JOURNAL_STREAM``)."""
+    try:
+        status = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+class _JournalFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        priority = next((p for level, p in _PRIORITIES if record.levelno >= level), 7)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Standard error as it is when something is said: progress bars stand in for it meanwhile."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)

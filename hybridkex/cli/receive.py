@@ -1,0 +1,135 @@
+"""``hybridkex receive``: files and folders from ``hybridkex send``."""
+
+import argparse
+import signal
+import sys
+from typing import Any
+
+import trio
+
+from hybridkex.apps.tcp import CountingStream, os_reason, watch_peer
+from hybridkex.apps.transfer import PROTOCOL, Folder, Receiver
+from hybridkex.cli.logs import add_log_options, set_up_logging
+from hybridkex.cli.options import add_channel_options, server_config
+from hybridkex.cli.pipe import ChannelFailed, reason, report
+from hybridkex.cli.port_file import write_port
+from hybridkex.cli.progress import showing
+from hybridkex.cli.send import DEFAULT_PORT
+from hybridkex.errors import ConfigError
+from hybridkex.streams import SecureStream
+from hybridkex.tls.config import Requirement, ServerConfig
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.description = (
+        "Take in files and folders from 'hybridkex send'. Nothing appears under its name before "
+        "it is complete, verified by SHA-256 and on the disk; nothing leaves the folder; nothing "
+        "is overwritten unless --overwrite is given."
+    )
+    parser.epilog = "example: hybridkex receive incoming --ca ca.pem --cert cert.pem --key key.pem"
+    parser.add_argument("folder", metavar="DIR", help="where to; made if it is not there")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="(default: %(default)s)")
+    parser.add_argument("--port-file", metavar="FILE", help="write the port here once it is open")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_argument(
+        "--anyone", action="store_true", help="take files from senders that prove no identity"
+    )
+    parser.add_argument("--once", action="store_true", help="end when a sender has come to its end")
+    parser.add_argument(
+        "--max-connections", metavar="N", type=int, default=64, help="(default: %(default)s)"
+    )
+    add_log_options(parser, default="warning")
+    add_channel_options(parser, alpn=PROTOCOL)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Receive until stopped."""
+    if args.max_connections < 1:
+        raise ConfigError("--max-connections is at least 1")
+    set_up_logging(args)
+    trio.run(_run, args)
+    return 0
+
+
+async def _run(args: argparse.Namespace) -> None:
+    asks = bool(args.ca or args.pin or args.insecure)
+    wanted = asks and not args.anyone
+    async with server_config(args, require_client_certificate=wanted) as config:
+        by_psk = config.has_psk and config.policy.psk is Requirement.REQUIRE
+        if not (args.anyone or asks or by_psk):
+            raise ConfigError(
+                "whoever connects could write here: name the senders' authority with --ca, use a "
+                "PSK or QKD keys, or say --anyone"
+            )
+        folder = Folder(args.folder, overwrite=args.overwrite)
+        try:
+            await _Server(args, config, folder).run()
+        finally:
+            folder.close()
+
+
+class _Server:
+    """The listening socket and its connections."""
+
+    def __init__(self, args: argparse.Namespace, config: ServerConfig, folder: Folder) -> None:
+        self._args = args
+        self._config = config
+        self._folder = folder
+        self._wire = 0
+        self._live: set[CountingStream] = set()
+        self._slots = trio.CapacityLimiter(args.max_connections)
+        self._done = trio.Event()
+
+    async def run(self) -> None:
+        try:
+            listeners = await trio.open_tcp_listeners(self._args.port, host=self._args.bind)
+        except OSError as error:
+            raise ChannelFailed(
+                f"cannot listen on port {self._args.port}: {os_reason(error)}"
+            ) from None
+        write_port(self._args.port_file, listeners[0])
+        port = listeners[0].socket.getsockname()[1]
+        print(f"receiving into {self._args.folder} on port {port}", file=sys.stderr, flush=True)
+        with showing("received", self._received) as progress:
+            receiver = Receiver(self._folder, progress)
+
+            async def handle(tcp: trio.SocketStream) -> None:
+                async with self._slots:
+                    await self._converse(receiver, tcp)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.serve_listeners, handle, listeners)
+                nursery.start_soon(self._wait_for_signal)
+                await self._done.wait()
+                nursery.cancel_scope.cancel()
+
+    def _received(self) -> int:
+        return self._wire + sum(stream.received for stream in self._live)
+
+    async def _wait_for_signal(self) -> None:
+        """SIGTERM ends it in an orderly way: what was written of a file stays for its next try."""
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            async for _ in signals:
+                self._done.set()
+
+    async def _converse(self, receiver: Receiver, tcp: trio.SocketStream) -> None:
+        watch_peer(tcp)
+        counting = CountingStream(tcp)
+        stream: SecureStream[Any] = SecureStream(counting, self._config)
+        self._live.add(counting)
+        try:
+            try:
+                await stream.do_handshake()
+            except trio.BrokenResourceError as error:
+                print(f"hybridkex: handshake failed: {reason(error)}", file=sys.stderr, flush=True)
+                await trio.aclose_forcefully(stream)
+                return
+            report(stream.session, as_json=self._args.json)
+            if await receiver.serve(stream) and self._args.once:
+                self._done.set()
+        finally:
+            self._live.remove(counting)
+            self._wire += counting.received

@@ -1,0 +1,124 @@
+"""``hybridkex send``: files and folders to a ``hybridkex receive``."""
+
+import argparse
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from hybridkex.apps.address import TcpAddress, parse_tcp_address
+from hybridkex.apps.tcp import CountingStream, os_reason, watch_peer
+from hybridkex.apps.transfer import PROTOCOL, Outcome, collect, send_items
+from hybridkex.cli.options import add_channel_options, client_config
+from hybridkex.cli.pipe import ChannelFailed, reason, report
+from hybridkex.cli.progress import rate, showing
+from hybridkex.streams import SecureStream
+from hybridkex.tls.config import ClientConfig
+
+__all__ = ["DEFAULT_PORT", "configure", "run"]
+
+DEFAULT_PORT = 4434
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.description = (
+        "Send files and folders to 'hybridkex receive'. What is there already is not sent again; "
+        "after a break the transfer goes on where it was."
+    )
+    parser.epilog = (
+        "example: hybridkex send report.pdf data/ backup.example.org "
+        "--ca ca.pem --cert me.pem --key me.key"
+    )
+    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="a file or a folder")
+    parser.add_argument(
+        "host", metavar="HOST[:PORT]", help=f"the receiver (port {DEFAULT_PORT} if none is given)"
+    )
+    parser.add_argument(
+        "--server-name", metavar="NAME", help="the name in the certificate, if it is not HOST"
+    )
+    parser.add_argument(
+        "--retries",
+        metavar="N",
+        type=int,
+        default=8,
+        help="connections in a row that may bring nothing before it is given up (default: 8)",
+    )
+    add_channel_options(parser, alpn=PROTOCOL)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Send; 0 when everything is there."""
+    left_out: list[str] = []
+    items = collect(args.files, left_out.append)
+    for text in left_out:
+        print(f"hybridkex: not sent: {text}", file=sys.stderr)
+    wire = _Wire(args, parse_tcp_address(args.host, default_port=DEFAULT_PORT))
+    started = time.monotonic()
+    with showing("sent", wire.sent, sum(item.size for item in items)) as progress:
+
+        async def work() -> Outcome:
+            async with client_config(args) as config:
+                connect = partial(wire.connect, config)
+                return await send_items(items, connect, progress, retries=args.retries)
+
+        outcome = trio.run(work)
+    _summarise(outcome, wire.sent(), time.monotonic() - started)
+    return 1 if outcome.failed or left_out else 0
+
+
+def _summarise(outcome: Outcome, on_wire: int, seconds: float) -> None:
+    parts = [f"{outcome.stored:,} stored"]
+    if outcome.already:
+        parts.append(f"{outcome.already:,} were there")
+    if outcome.failed:
+        parts.append(f"{len(outcome.failed):,} FAILED")
+    if outcome.connections > 1:
+        parts.append(f"{outcome.connections} connections")
+    print(
+        f"{', '.join(parts)}; {outcome.payload:,} bytes of files in {seconds:.2f} s: "
+        f"{rate(outcome.payload, seconds)}, on the wire {rate(on_wire, seconds)}",
+        file=sys.stderr,
+    )
+
+
+class _Wire:
+    """Opens the connections and counts what goes over all of them."""
+
+    def __init__(self, args: argparse.Namespace, address: TcpAddress) -> None:
+        self._args = args
+        self._address = address
+        self._streams: list[CountingStream] = []
+        self._reported = False
+
+    def sent(self) -> int:
+        """Bytes so far."""
+        return sum(stream.sent for stream in self._streams)
+
+    async def connect(self, config: ClientConfig) -> SecureStream[Any]:
+        """One connection, handshake and all."""
+        host = self._address.host
+        try:
+            tcp = await trio.open_tcp_stream(
+                host, self._address.port, local_address=self._args.bind
+            )
+        except OSError as error:
+            if self._streams:
+                raise
+            raise ChannelFailed(f"cannot connect to {self._address}: {os_reason(error)}") from None
+        watch_peer(tcp)
+        counting = CountingStream(tcp)
+        stream = SecureStream(counting, config, server_hostname=self._args.server_name or host)
+        try:
+            await stream.do_handshake()
+        except trio.BrokenResourceError as error:
+            await trio.aclose_forcefully(stream)
+            if self._streams:
+                raise
+            raise ChannelFailed(f"handshake failed: {reason(error)}") from None
+        self._streams.append(counting)
+        report(stream.session, as_json=self._args.json)
+        return stream

@@ -10,6 +10,7 @@ from uuid import uuid4
 import pytest
 import trio
 import trio.testing
+from prometheus_client import CollectorRegistry
 
 from hybridkex import (
     SECP256R1MLKEM768,
@@ -49,6 +50,7 @@ from hybridkex.qkd.in_process import InProcessSource, in_process_pair
 from hybridkex.qkd.psk import as_psk, identity_of
 from hybridkex.qkd.several import CombinedSource, FailoverSource
 from hybridkex.qkd.source import KeyName, KeySource, QkdKey, SourceStatus
+from hybridkex.streams.metrics import register_qkd_metrics
 
 PREFER = Policy(psk=Requirement.PREFER)
 Outcome = BaseException | None
@@ -581,3 +583,21 @@ async def test_configurations_that_cannot_be() -> None:
     for wrong in ({"timeout": 0}, {"retries": -1}, {"burst": 0}, {"look_ups_per_second": 0}):
         with pytest.raises(ConfigError):
             QkdLimits(**wrong)
+
+
+async def test_the_counters_are_metrics(make_sites: Callable[..., Sites]) -> None:
+    sites = make_sites(client={"policy": PREFER}, server={"policy": PREFER})
+    registry = CollectorRegistry()
+    register_qkd_metrics(registry, "to bob", sites.alice_keys)
+    register_qkd_metrics(registry, "from alice", sites.bob_keys)
+    await succeed(sites)
+    sites.alice.draw_error = KeySourceUnavailable("down")
+    await succeed(sites)
+
+    def value(name: str, channel: str) -> float | None:
+        return registry.get_sample_value(f"hybridkex_qkd_{name}_total", {"channel": channel})
+
+    assert (value("drawn", "to bob"), value("failed", "to bob")) == (1, 1)
+    assert (value("looked_up", "from alice"), value("failed", "from alice")) == (1, 0)
+    for channel in ("to bob", "from alice"):
+        assert (value("sessions", channel), value("fallbacks", channel)) == (1, 1)

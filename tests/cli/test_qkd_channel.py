@@ -1,0 +1,219 @@
+"""``connect`` and ``listen`` with QKD keys, as a person runs them: two KMEs, two processes."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from hybridkex.auth.dev_ca import DevCa, write_identity
+
+COMMAND = [sys.executable, "-m", "hybridkex"]
+
+
+@dataclass
+class Kmes:
+    """The two sites of ``kme dev-up``; ``alice`` and ``bob`` are the options that it printed."""
+
+    folder: Path
+    alice: list[str]
+    bob: list[str]
+    process: "subprocess.Popen[str]"
+
+
+@contextmanager
+def dev_up(folder: Path, *words: str) -> Iterator[Kmes]:
+    process = subprocess.Popen(
+        [*COMMAND, "kme", "dev-up", str(folder), "--ports", "0,0", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        options = {}
+        for line in process.stdout:
+            if found := re.match(r" +hybridkex (listen 4433 --bind|connect) 127.0.0.1 (.*)", line):
+                words_ = found[2].removeprefix("4433 ").split()
+                options["alice" if found[1] == "connect" else "bob"] = words_
+            if len(options) == 2:
+                break
+        yield Kmes(folder, options["alice"], options["bob"], process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def kmes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kmes]:
+    with dev_up(tmp_path_factory.mktemp("sites") / "sites") as both:
+        yield both
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("certificates")
+    ca = DevCa.create()
+    write_identity(folder / "bob", ca, ca.issue("localhost", "127.0.0.1"))
+    write_identity(folder / "alice", ca, ca.issue("alice"))
+    return folder
+
+
+@contextmanager
+def listening(tmp_path: Path, *words: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    port_file = tmp_path / f"port-{time.monotonic_ns()}"
+    address = ["0", "--bind", "127.0.0.1", "--port-file", str(port_file)]
+    process = subprocess.Popen(
+        [*COMMAND, "listen", *address, "--once", "--json", *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while not port_file.exists():
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield port_file.read_text().strip(), process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def connect(port: str, *words: str) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(
+        [*COMMAND, "connect", "127.0.0.1", port, "--json", *words],
+        input=b"hello",
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def session(stderr: bytes) -> dict[str, object]:
+    found = json.loads(stderr.splitlines()[0])
+    assert isinstance(found, dict)
+    return found
+
+
+def one_line(stderr: bytes) -> str:
+    text = stderr.decode()
+    assert "Traceback" not in text
+    assert len(text.strip().splitlines()) == 1, text
+    return text
+
+
+def test_the_qkd_key_alone(tmp_path: Path, kmes: Kmes) -> None:
+    with listening(tmp_path, *kmes.bob) as (port, server):
+        client = connect(port, *kmes.alice)
+        output, complaints = server.communicate(timeout=10)
+    assert (client.returncode, output) == (0, b"hello"), client.stderr + complaints
+    ours, theirs = session(client.stderr), session(complaints)
+    assert ours["qkd_key_ids"] == theirs["qkd_key_ids"] != []
+    assert ours["qkd_sources"] == ["kme-a > kme-b"]
+    assert ours["auth"] == "psk"
+    assert ours["policy"] == {
+        "post_quantum": "require",
+        "psk": "require",
+        "authentication": "psk",
+    }
+
+
+def test_with_certificates_on_both_sides(tmp_path: Path, kmes: Kmes, certificates: Path) -> None:
+    def files(who: str) -> list[str]:
+        return [
+            word
+            for option in ("ca", "cert", "key")
+            for word in (f"--{option}", str(certificates / who / f"{option}.pem"))
+        ]
+
+    with listening(tmp_path, *kmes.bob, *files("bob"), "--require-client-cert") as (port, server):
+        client = connect(port, *kmes.alice, *files("alice"))
+        _, complaints = server.communicate(timeout=10)
+    assert client.returncode == 0, client.stderr
+    ours, theirs = session(client.stderr), session(complaints)
+    assert ours["auth"] == theirs["auth"] == "certificate+psk"
+    assert ours["qkd_key_ids"] == theirs["qkd_key_ids"] != []
+    assert theirs["peer_subject"] == "CN=alice"
+
+
+@pytest.mark.parametrize("qkd", ["require", "prefer", "off"])
+def test_one_side_has_no_keys(tmp_path: Path, kmes: Kmes, certificates: Path, qkd: str) -> None:
+    cert = [str(certificates / "bob" / name) for name in ("cert.pem", "key.pem")]
+    server_words = ["--cert", cert[0], "--key", cert[1], *kmes.bob, "--qkd", qkd]
+    with listening(tmp_path, *server_words) as (port, server):
+        client = connect(port, "--ca", str(certificates / "bob" / "ca.pem"))
+        _, complaints = server.communicate(timeout=10)
+    if qkd == "require":
+        assert client.returncode == 1
+        assert "unknown_psk_identity" in one_line(client.stderr)
+        assert "handshake failed" in one_line(complaints)
+        return
+    assert client.returncode == 0, client.stderr
+    found = session(complaints)
+    assert found["qkd_key_ids"] == []
+    assert (found["qkd_fallback"] is None) == (qkd == "off")
+
+
+def test_a_dead_kme(tmp_path: Path, kmes: Kmes, certificates: Path) -> None:
+    def replaced(url: str) -> list[str]:
+        at = kmes.alice.index("--kme") + 1
+        return [*kmes.alice[:at], url, *kmes.alice[at + 1 :]]
+
+    with listening(tmp_path, *kmes.bob) as (port, _):
+        client = connect(port, *replaced("https://127.0.0.1:1"))
+    assert client.returncode == 1
+    assert "handshake failed" in one_line(client.stderr)
+
+
+def test_a_key_pool(tmp_path: Path, kmes: Kmes) -> None:
+    """Both sites fill a pool once, in both directions as it were; no KME is asked afterwards."""
+    ids = tmp_path / "ids"
+
+    def export(who: list[str], *words: str) -> list[str]:
+        pool = tmp_path / f"{who[who.index('--sae') + 1]}.pool"
+        files = ["--pool", str(pool), "--pool-key", f"{pool}.key", "--ids", str(ids)]
+        done = subprocess.run(
+            [*COMMAND, "kme", "export-pool", *who, *files, *words],
+            capture_output=True,
+            timeout=30,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return ["--key-pool", str(pool)]
+
+    alice = export(kmes.alice, "--number", "2")
+    bob = export(kmes.bob, "--take")
+    seen = set()
+    for _ in range(2):
+        with listening(tmp_path, *bob) as (port, _):
+            client = connect(port, *alice)
+        assert client.returncode == 0, client.stderr
+        seen.add(str(session(client.stderr)["qkd_key_ids"]))
+    assert len(seen) == 2
+    with listening(tmp_path, *bob) as (port, _):
+        client = connect(port, *alice)
+    assert client.returncode == 1
+    assert "pool is empty" in one_line(client.stderr)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--qkd", "require"], "--qkd require needs --kme or --key-pool"),
+        (["--kme", "https://127.0.0.1:1"], "--sae and --peer-sae"),
+        (["--kme", "https://127.0.0.1:1", "--sae", "a", "--peer-sae", "b"], "--kme-ca"),
+        (["--kme", "https://x:1", "--psk", "id:" + "00" * 32], "exclude each other"),
+        (["--key-pool", "/nonexistent"], "no key pool"),
+    ],
+)
+def test_options_that_cannot_be(words: list[str], message: str) -> None:
+    done = connect("1", *words)
+    assert done.returncode == 1
+    assert message in one_line(done.stderr)

@@ -1,0 +1,1 @@
+"""What a wire tap writes and an adversary reads."""

@@ -1,0 +1,196 @@
+"""What an adversary has besides the recordings: answers of oracles, and stolen goods.
+
+A folder is all there is::
+
+    oracle/ecdh.jsonl, ml-kem.jsonl, signature.jsonl    broken primitives, see Knowledge.solve
+    stolen/certificate/*.pem                            a party's long-term private key
+    stolen/kme/NAME/keys.db, store.key                  a KME's key store, with its sealing key
+    stolen/ticket-keys.jsonl                            the keys that seal session tickets
+    CASE/*.pcapng                                       recordings that belong together
+"""
+
+import json
+import sqlite3
+from base64 import b64decode
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric import ec, x25519
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_der_private_key,
+    load_pem_private_key,
+)
+
+from hybridkex.errors import DecodeError, RecordingError
+from hybridkex.wire.codec import Reader
+
+__all__ = ["Knowledge", "Known"]
+
+_NONCE: Final = 12
+_TICKET_KEY_NAME: Final = 8
+
+
+@dataclass(frozen=True)
+class Known:
+    """A secret, and how the adversary came by it."""
+
+    secret: bytes
+    how: str
+
+
+@dataclass
+class Knowledge:
+    """Everything known so far; it grows while recordings fall."""
+
+    private_keys: dict[bytes, tuple[Any, str]] = field(default_factory=dict)
+    """By public share."""
+    qkd_keys: list[Known] = field(default_factory=list)
+    tickets: dict[bytes, Known] = field(default_factory=dict)
+    """The PSKs of session tickets, by ticket."""
+    ticket_keys: dict[bytes, AESGCM] = field(default_factory=dict)
+    overheard: list[bytes] = field(default_factory=list)
+    """Byte streams in the clear, such as the classical channel of a QKD link."""
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Knowledge":
+        """What lies in ``oracle`` and ``stolen``; either may be missing.
+
+        Raises:
+            RecordingError: a file is not what its name says.
+        """
+        known = cls()
+        try:
+            for path in sorted(folder.glob("oracle/*.jsonl")):
+                for item in _lines(path):
+                    key = load_der_private_key(bytes.fromhex(item["private"]), None)
+                    how = f"its private key is the answer of the {path.stem} oracle"
+                    known.private_keys[bytes.fromhex(item["public"])] = (key, how)
+            for path in sorted(folder.glob("stolen/certificate/*.pem")):
+                stolen = load_pem_private_key(path.read_bytes(), None)
+                how = "its private key is that of the stolen certificate"
+                known.private_keys[_share(stolen.public_key())] = (stolen, how)
+            for path in sorted(folder.glob("stolen/kme/*/keys.db")):
+                known.qkd_keys.extend(_key_store(path, path.with_name("store.key")))
+            for path in folder.glob("stolen/ticket-keys.jsonl"):
+                for item in _lines(path):
+                    known.ticket_keys[bytes.fromhex(item["name"])] = AESGCM(
+                        bytes.fromhex(item["key"])
+                    )
+        except (OSError, ValueError, KeyError, sqlite3.Error) as error:
+            raise RecordingError(f"cannot use what was stolen: {error}") from error
+        return known
+
+    def solve(self, offer: bytes, answer: bytes) -> Known | None:
+        """The shared secret of a key exchange, if one of its private keys is known.
+
+        The oracle is asked for the public share on the wire and for nothing else.
+        """
+        for share, other in ((offer, answer), (answer, offer)):
+            if share in self.private_keys:
+                key, how = self.private_keys[share]
+                return Known(_agree(key, other), how)
+        return None
+
+    def ticket(self, identity: bytes) -> Known | None:
+        """The PSK behind a session ticket."""
+        found = self.tickets.get(identity)
+        if found is not None:
+            return found
+        name = identity[:_TICKET_KEY_NAME]
+        if name not in self.ticket_keys:
+            return None
+        start = _TICKET_KEY_NAME + _NONCE
+        try:
+            state = self.ticket_keys[name].decrypt(
+                identity[_TICKET_KEY_NAME:start], identity[start:], name
+            )
+            reader = Reader(state)
+            reader.take(4)  # version and cipher suite
+            return Known(reader.opaque(1), "the ticket opens under the stolen ticket key")
+        except (InvalidTag, DecodeError):
+            return None
+
+    def harvest(self, plaintext: bytes, where: str) -> None:
+        """Take the QKD keys out of decrypted answers of a KME (ETSI GS QKD 014 clause 6.3)."""
+        text = plaintext.decode("latin-1")
+        decoder, position = json.JSONDecoder(), text.find("{")
+        while position >= 0:
+            try:
+                value, _ = decoder.raw_decode(text, position)
+            except ValueError:
+                value = None
+            for item in value.get("keys", ()) if isinstance(value, dict) else ():
+                if isinstance(item, dict) and "key" in item:
+                    key = b64decode(item["key"])
+                    self.qkd_keys.append(Known(key, f"read in the recording {where}"))
+            position = text.find("{", position + 1)
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    return map(json.loads, path.read_text(encoding="ascii").splitlines())
+
+
+def _share(public: Any) -> bytes:
+    """A public key as it would stand in a key share, in case that it does."""
+    if isinstance(public, ec.EllipticCurvePublicKey):
+        return public.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    return public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)  # type: ignore[no-any-return]
+
+
+def _agree(key: Any, other: bytes) -> bytes:
+    """The secret that a private key has in common with the other side's share."""
+    if isinstance(key, x25519.X25519PrivateKey):
+        return key.exchange(x25519.X25519PublicKey.from_public_bytes(other))
+    if isinstance(key, ec.EllipticCurvePrivateKey):
+        peer = ec.EllipticCurvePublicKey.from_encoded_point(key.curve, other)
+        return key.exchange(ec.ECDH(), peer)
+    secret: bytes = key.decapsulate(other)
+    return secret
+
+
+def _key_store(path: Path, key_file: Path) -> Iterator[Known]:
+    """Every key in a KME's database that opens under its sealing key.
+
+    The rows first; then the raw bytes of all its files, for rows that were erased from the tables
+    and may still lie in free pages or in the write-ahead log.
+    """
+    seal = AESGCM(bytes.fromhex(key_file.read_text(encoding="ascii").strip()))
+    how = f"found in the stolen key store of {path.parent.name}"
+    raw = b"".join(one.read_bytes() for one in sorted(path.parent.glob("keys.db*")))
+    with closing(sqlite3.connect(path)) as db:
+        places, key_ids = set[tuple[bytes, bytes]](), set[bytes]()
+        for table, column, prefix in (
+            ("material", "link", b"material\0"),
+            ("grants", "slave", b"grant\0"),
+            ("grants", "link", b"material\0"),
+        ):
+            for key_id, name in db.execute(f"SELECT key_id, {column} FROM {table}"):
+                places.add((prefix, name.encode()))
+                key_ids.add(key_id)
+        key_ids.update(row[0] for row in db.execute("SELECT key_id FROM spent"))
+    for key_id in key_ids:
+        for window in _near(raw, key_id):
+            for prefix, name in places:
+                place = prefix + key_id + name
+                try:
+                    key = seal.decrypt(window[:_NONCE], window[_NONCE:], place)
+                except InvalidTag:
+                    continue
+                yield Known(key, how)
+
+
+def _near(raw: bytes, key_id: bytes) -> Iterator[bytes]:
+    """Sealed 256-bit keys that may stand beside a key ID, wherever it occurs."""
+    size, reach = _NONCE + 32 + 16, 512
+    position = raw.find(key_id)
+    while position >= 0:
+        for start in range(position, min(position + reach, len(raw) - size)):
+            yield raw[start : start + size]
+        position = raw.find(key_id, position + 1)

@@ -1,0 +1,102 @@
+"""Instruments that keep private keys aside, for the oracles that stand for broken primitives.
+
+A quantum computer would compute the private key from the public share in a recording. Nobody has
+one, so the private key is set aside when it is made, under its public share; the adversary's oracle
+answers to that share and to nothing else. The instrument changes nothing in what the key exchange
+does or sends: it wraps the library's own.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+
+from hybridkex.auth import Identity
+from hybridkex.crypto.kex import Concat, Group, KeyExchange, Property, Started
+from hybridkex.secret import Secret
+
+__all__ = ["ECDH", "ML_KEM", "ORACLES", "SIGNATURE", "Escrow"]
+
+ECDH: Final = "ecdh"
+ML_KEM: Final = "ml-kem"
+SIGNATURE: Final = "signature"
+ORACLES: Final = (ECDH, ML_KEM, SIGNATURE)
+"""The primitives that can be broken, each by a file of its own."""
+
+
+class Escrow:
+    """Writes pairs of public share and private key, a file for each primitive, into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        for primitive in ORACLES:
+            self.file(primitive).touch()
+
+    def file(self, primitive: str) -> Path:
+        """Where a primitive's pairs are: one JSON object a line."""
+        return self._folder / f"{primitive}.jsonl"
+
+    def instrumented(self, group: Group) -> Group:
+        """The same group, whose key pairs are kept aside."""
+        parts = [_Watched(part, self._keep) for part in group.exchange.parts]
+        return replace(group, exchange=parts[0] if len(parts) == 1 else Concat(*parts))
+
+    def keep_identity(self, identity: Identity) -> Identity:
+        """Keep a certificate's key aside, as one who breaks signatures would compute it."""
+        self._keep(SIGNATURE, identity.private_key)
+        return identity
+
+    def _keep(self, primitive: str, private_key: Any) -> None:
+        line = {
+            "public": public_share(private_key.public_key()).hex(),
+            "private": private_key.private_bytes(
+                Encoding.DER, PrivateFormat.PKCS8, NoEncryption()
+            ).hex(),
+        }
+        with self.file(primitive).open("a", encoding="ascii") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def public_share(public_key: Any) -> bytes:
+    """A public key in the form that it has in a key share."""
+    if isinstance(public_key, ec.EllipticCurvePublicKey):
+        return public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    raw: bytes = public_key.public_bytes_raw()
+    return raw
+
+
+class _Watched:
+    """A key exchange of one part, with every private key that it makes put aside."""
+
+    def __init__(self, inner: KeyExchange, keep: Callable[[str, Any], None]) -> None:
+        self._inner = inner
+        self._keep = keep
+        self.name = inner.name
+        self.properties = inner.properties
+        self.parts: tuple[KeyExchange, ...] = (self,)
+        self.offer_length = inner.offer_length
+        self.answer_length = inner.answer_length
+
+    def start(self) -> Started:
+        started = self._inner.start()
+        primitive = ECDH if self.properties is Property.CLASSICAL else ML_KEM
+        # Outside of this instrument nobody looks into a started key exchange.
+        self._keep(primitive, started._private)  # type: ignore[attr-defined]
+        return started
+
+    def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:
+        if self.properties is Property.POST_QUANTUM:
+            # The answer of a KEM has no key pair of its own: the client's opens it.
+            return self._inner.respond(peer_share)
+        # What the answer of a Diffie-Hellman exchange is made of.
+        started = self.start()
+        return started.share, started.finish(peer_share)

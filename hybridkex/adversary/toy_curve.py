@@ -1,0 +1,171 @@
+"""A TOY elliptic curve, small enough that its discrete logarithm is computed on the spot.
+
+NOT A GROUP TO USE: 40 bits are worth about a million additions, and this arithmetic takes no care
+of side channels. It exists so that the way from a recording to its plaintext is walked once with no
+oracle at all: :func:`discrete_log` breaks it in seconds, and a quantum computer's work on X25519
+differs from that in the algorithm, not in what comes out.
+
+y^2 = x^3 - 3x + 56 over the field of 2^40 - 213 elements. The number of its points is a prime, so
+that every point but the neutral one generates all others.
+"""
+
+import secrets
+from collections.abc import Callable, Sequence
+from math import isqrt
+from typing import Final, TypeAlias
+
+from hybridkex.crypto.kex import Group, KeyExchange, Property, Started
+from hybridkex.errors import IllegalParameter
+from hybridkex.secret import Secret
+
+__all__ = [
+    "GENERATOR",
+    "ORDER",
+    "TOY_GROUP",
+    "Point",
+    "decode",
+    "discrete_log",
+    "encode",
+    "multiply",
+    "shared_secret",
+]
+
+PRIME: Final = 2**40 - 213
+A: Final = PRIME - 3
+B: Final = 56
+ORDER: Final = 1_099_512_551_701
+
+Point: TypeAlias = tuple[int, int] | None
+"""Affine coordinates; ``None`` is the neutral element."""
+
+GENERATOR: Final[Point] = (1, 15_267_301_451)
+
+_WIDTH: Final = 5  # bytes of a coordinate
+_LENGTH: Final = 1 + 2 * _WIDTH
+
+
+def add(one: Point, other: Point) -> Point:
+    """The sum of two points."""
+    if one is None:
+        return other
+    if other is None:
+        return one
+    (x1, y1), (x2, y2) = one, other
+    if x1 == x2:
+        if (y1 + y2) % PRIME == 0:
+            return None
+        slope = (3 * x1 * x1 + A) * pow(2 * y1, -1, PRIME) % PRIME
+    else:
+        slope = (y2 - y1) * pow(x2 - x1, -1, PRIME) % PRIME
+    x3 = (slope * slope - x1 - x2) % PRIME
+    return x3, (slope * (x1 - x3) - y1) % PRIME
+
+
+def multiply(factor: int, point: Point) -> Point:
+    """A multiple of a point, by doubling and adding."""
+    result: Point = None
+    for bit in bin(factor % ORDER)[2:]:
+        result = add(result, result)
+        if bit == "1":
+            result = add(result, point)
+    return result
+
+
+def encode(point: Point) -> bytes:
+    """The uncompressed form of a point other than the neutral one: ``04``, x, y."""
+    assert point is not None
+    return b"\x04" + b"".join(value.to_bytes(_WIDTH, "big") for value in point)
+
+
+def decode(share: bytes) -> Point:
+    """The point in a key share.
+
+    Raises:
+        IllegalParameter: it is none.
+    """
+    if len(share) != _LENGTH or share[0] != 4:
+        raise IllegalParameter("toy curve: not an uncompressed point")
+    x, y = (int.from_bytes(share[start : start + _WIDTH], "big") for start in (1, 1 + _WIDTH))
+    if x >= PRIME or y >= PRIME or (y * y - x * x * x - A * x - B) % PRIME:
+        raise IllegalParameter("toy curve: the point is not on the curve")
+    return x, y
+
+
+def shared_secret(private: int, peer: Point) -> bytes:
+    """The x coordinate, as with the NIST curves (RFC 8446 section 7.4.2)."""
+    point = multiply(private, peer)
+    assert point is not None  # the order is prime and the private key is not 0
+    return point[0].to_bytes(_WIDTH, "big")
+
+
+class _ToyStarted:
+    __slots__ = ("_private", "share")
+
+    def __init__(self) -> None:
+        self._private = 1 + secrets.randbelow(ORDER - 1)
+        self.share = encode(multiply(self._private, GENERATOR))
+
+    def finish(self, peer_share: bytes) -> Secret:
+        return Secret(shared_secret(self._private, decode(peer_share)))
+
+
+class _ToyExchange:
+    """The toy curve as a plug-in of the engine."""
+
+    name = "toy curve (40 bits)"
+    properties = Property.CLASSICAL
+    offer_length = answer_length = _LENGTH
+
+    @property
+    def parts(self) -> Sequence[KeyExchange]:
+        return (self,)
+
+    def start(self) -> Started:
+        return _ToyStarted()
+
+    def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:
+        started = _ToyStarted()
+        return started.share, started.finish(peer_share)
+
+
+TOY_GROUP: Final = Group(code=0xFE28, name="toy40", exchange=_ToyExchange())
+"""Under a code point for private use (RFC 8446 section 4.2.7: 0xFE00 to 0xFEFF)."""
+
+
+def discrete_log(target: Point, progress: Callable[[str, int, int], None] | None = None) -> int:
+    """The factor by which ``target`` is a multiple of the generator.
+
+    Shanks's baby steps and giant steps. A point and its negative share their x coordinate, so
+    a table of i*G for i up to m finds every multiple within m of where a giant stands, and giants
+    stride 2m + 1: sqrt(n/2) entries and as many strides do for the group's n elements.
+
+    Args:
+        progress: is told, now and then, what is done and how much of how much.
+    """
+    reach = isqrt(ORDER // 2)
+    strides = ORDER // (2 * reach + 1) + 1
+
+    def tell(what: str, done: int, total: int) -> None:
+        if progress is not None and (done % (1 << 16) == 0 or done == total):
+            progress(what, done, total)
+
+    baby: dict[int, int] = {}
+    point: Point = None
+    for index in range(1, reach + 1):
+        point = add(point, GENERATOR)
+        assert point is not None
+        baby[point[0]] = index
+        tell("baby steps", index, reach)
+    stride = multiply(-(2 * reach + 1), GENERATOR)
+    here = target
+    for giant in range(strides + 1):
+        base = giant * (2 * reach + 1)
+        near = 0 if here is None else baby.get(here[0])
+        if near is not None:
+            for candidate in (base + near, base - near):
+                if multiply(candidate, GENERATOR) == target:
+                    tell("giant steps", giant, giant)
+                    return candidate % ORDER
+        here = add(here, stride)
+        tell("giant steps", giant + 1, strides)
+    raise AssertionError("every point of the curve is a multiple of the generator")

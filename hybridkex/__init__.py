@@ -1,5 +1,7 @@
 """Secure channels whose keys rest on ECDH, ML-KEM and QKD at once: TLS 1.3 on the wire."""
 
+import logging
+
 from hybridkex.auth import DevCa, Identity, InsecureNoVerification, Pins, TrustStore
 from hybridkex.crypto.kex import (
     ALL_GROUPS,
@@ -103,3 +105,6 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# A library says nothing on standard error unless the program asks for it.
+logging.getLogger("hybridkex").addHandler(logging.NullHandler())

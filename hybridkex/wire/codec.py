@@ -4,6 +4,8 @@ A :class:`Reader` never reads past its end and never takes a length on trust: wh
 given, it returns what it was asked for or raises :class:`~hybridkex.errors.DecodeError`.
 """
 
+from struct import pack, unpack
+
 from hybridkex.errors import DecodeError
 
 __all__ = [
@@ -21,80 +23,73 @@ __all__ = [
 
 
 class Reader:
-    """A cursor over a slice of bytes."""
+    """A cursor over bytes, from ``start`` to their end."""
 
     __slots__ = ("_data", "_end", "_position")
 
-    def __init__(self, data: bytes, start: int = 0, end: int | None = None) -> None:
+    def __init__(self, data: bytes, start: int = 0) -> None:
         self._data = data
         self._position = start
-        self._end = len(data) if end is None else end
+        self._end = len(data)
 
     @property
     def remaining(self) -> int:
         """Bytes not yet read."""
         return self._end - self._position
 
-    def _advance(self, length: int) -> int:
-        start = self._position
-        if length > self._end - start:
-            raise DecodeError(f"{length} bytes expected where {self._end - start} are left")
-        self._position = start + length
-        return start
-
     def take(self, length: int) -> bytes:
         """Exactly ``length`` bytes."""
-        start = self._advance(length)
-        return self._data[start : start + length]
+        start = self._position
+        end = start + length
+        if end > self._end:
+            raise DecodeError(f"{length} bytes expected where {self._end - start} are left")
+        self._position = end
+        return self._data[start:end]
 
     def rest(self) -> bytes:
         """All that is left."""
-        return self.take(self.remaining)
-
-    def _unsigned(self, width: int) -> int:
-        start = self._advance(width)
-        return int.from_bytes(self._data[start : start + width], "big")
+        return self.take(self._end - self._position)
 
     def u8(self) -> int:
         """An unsigned 8-bit integer."""
-        return self._data[self._advance(1)]
+        return self.take(1)[0]
 
     def u16(self) -> int:
         """An unsigned 16-bit integer."""
-        return self._unsigned(2)
+        return int.from_bytes(self.take(2), "big")
 
     def u24(self) -> int:
         """An unsigned 24-bit integer."""
-        return self._unsigned(3)
+        return int.from_bytes(self.take(3), "big")
 
     def u32(self) -> int:
         """An unsigned 32-bit integer."""
-        return self._unsigned(4)
+        return int.from_bytes(self.take(4), "big")
 
     def u64(self) -> int:
         """An unsigned 64-bit integer."""
-        return self._unsigned(8)
+        return int.from_bytes(self.take(8), "big")
+
+    def _length(self, width: int, least: int, most: int | None) -> int:
+        length = int.from_bytes(self.take(width), "big")
+        if length < least or (most is not None and length > most):
+            raise DecodeError(f"a vector of {length} bytes where {least} to {most or '...'} may be")
+        return length
 
     def vector(self, width: int, least: int = 0, most: int | None = None) -> "Reader":
         """A reader over a vector: a length of ``width`` bytes, then ``least..most`` of content."""
-        length = self._unsigned(width)
-        if length < least or (most is not None and length > most):
-            raise DecodeError(f"a vector of {length} bytes where {least} to {most or '...'} may be")
-        start = self._advance(length)
-        return Reader(self._data, start, start + length)
+        return Reader(self.opaque(width, least, most))
 
     def opaque(self, width: int, least: int = 0, most: int | None = None) -> bytes:
         """The bytes of such a vector."""
-        return self.vector(width, least, most).rest()
+        return self.take(self._length(width, least, most))
 
     def u16_list(self, width: int, least: int = 2) -> tuple[int, ...]:
         """A vector of 16-bit integers with a length of ``width`` bytes."""
         content = self.opaque(width, least)
         if len(content) % 2:
             raise DecodeError("a list of 16-bit values with an odd number of bytes")
-        return tuple(
-            content[index] << 8 | content[index + 1] for index in range(0, len(content), 2)
-        )
+        return unpack(f">{len(content) // 2}H", content)
 
     def finish(self) -> None:
         """Refuse bytes that nobody asked for."""
@@ -144,4 +139,4 @@ def vector24(content: bytes) -> bytes:
 
 def u16_list(values: tuple[int, ...]) -> bytes:
     """16-bit integers in a row, without a length."""
-    return b"".join(u16(value) for value in values)
+    return pack(f">{len(values)}H", *values)

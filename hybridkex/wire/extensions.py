@@ -9,6 +9,7 @@ since only it knows what it offered.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from struct import pack
 from typing import ClassVar, Final, Self, TypeVar
 
 from hybridkex.constants import ExtensionType
@@ -618,8 +619,11 @@ _CLASSES: Final[tuple[type[Extension], ...]] = (
     KeyShareChoice,
     KeyShareRetry,
 )
-_PARSERS: Final = {(kind, cls.type): cls for cls in _CLASSES for kind in cls.messages}
+_PARSERS: Final = {
+    kind: {int(cls.type): cls for cls in _CLASSES if kind in cls.messages} for kind in MessageKind
+}
 _KNOWN_TYPES: Final = frozenset(int(cls.type) for cls in _CLASSES)
+_LAST: Final = int(ExtensionType.PRE_SHARED_KEY)
 
 AnyExtension = Extension | UnknownExtension
 E = TypeVar("E", bound=Extension)
@@ -631,7 +635,7 @@ class Extensions:
     __slots__ = ("_by_type",)
 
     def __init__(self, extensions: Iterable[AnyExtension] = ()) -> None:
-        self._by_type: dict[int, AnyExtension] = {int(one.type): one for one in extensions}
+        self._by_type: dict[int, AnyExtension] = {one.type: one for one in extensions}
 
     def get(self, cls: type[E]) -> E | None:
         """The extension of this class, if the message has it."""
@@ -659,9 +663,11 @@ class Extensions:
 
     def encode(self) -> bytes:
         """The vector of extensions, with its 16-bit length."""
-        return vector16(
-            b"".join(u16(type_) + vector16(one.body()) for type_, one in self._by_type.items())
-        )
+        pieces = []
+        for type_, one in self._by_type.items():
+            body = one.body()
+            pieces += (pack(">HH", type_, len(body)), body)
+        return vector16(b"".join(pieces))
 
 
 def parse(kind: MessageKind, reader: Reader) -> Extensions:
@@ -674,14 +680,15 @@ def parse(kind: MessageKind, reader: Reader) -> Extensions:
     """
     entries = reader.vector(2)
     found: dict[int, AnyExtension] = {}
+    parsers = _PARSERS[kind]
     while entries.remaining:
         type_ = entries.u16()
         body = entries.vector(2)
         if type_ in found:
             raise IllegalParameter(f"extension {_name(type_)} appears twice")
-        if kind is CH and ExtensionType.PRE_SHARED_KEY in found:
+        if kind is CH and _LAST in found:
             raise IllegalParameter("pre_shared_key is not the last extension")
-        parser = _PARSERS.get((kind, type_))
+        parser = parsers.get(type_)
         if parser is not None:
             found[type_] = parser.read(body)
             body.finish()

@@ -128,7 +128,7 @@ def read_chain(chain: Sequence[bytes]) -> tuple[PeerCertificate, list[x509.Certi
     place = 0
     try:
         # The library parses as late as it can: what is read later must fail here, once and for all.
-        _ = (peer.subject, peer.leaf.extensions, peer.public_key)
+        _ = (peer.leaf.subject, peer.leaf.extensions, peer.public_key)
         certificates = [peer.leaf]
         for place in range(1, len(chain)):
             certificates.append(x509.load_der_x509_certificate(chain[place]))

@@ -13,7 +13,8 @@ __all__ = ["DnsName", "IpAddress", "PeerName", "covers", "parse_peer_name"]
 
 # Letters, digits, hyphens (RFC 1123 section 2.1). Underscores are no host names, and container
 # networks use them all the same; no certificate can be checked for them, a pin can.
-_LABEL: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
+_LABEL: Final = r"(?!-)[a-z0-9_-]{1,63}(?<!-)"
+_LABELS: Final = re.compile(rf"{_LABEL}(\.{_LABEL})*")
 _MAX_NAME: Final = 253
 
 
@@ -52,11 +53,13 @@ def parse_peer_name(text: str) -> PeerName:
     """
     bracketed = text.startswith("[") and text.endswith("]")
     bare = text[1:-1] if bracketed else text
-    try:
-        return IpAddress(ipaddress.ip_address(bare.partition("%")[0] if ":" in bare else bare))
-    except ValueError:
-        if bracketed:
-            raise ConfigError(f"{text!r} is not an IPv6 address in brackets") from None
+    # Every IPv4 address ends in a digit: most host names need not be tried as one.
+    if bracketed or ":" in bare or bare[-1:].isdigit():
+        try:
+            return IpAddress(ipaddress.ip_address(bare.partition("%")[0] if ":" in bare else bare))
+        except ValueError:
+            if bracketed:
+                raise ConfigError(f"{text!r} is not an IPv6 address in brackets") from None
     name = text.removesuffix(".")
     if not name:
         raise ConfigError("a host name is needed, and this one is empty")
@@ -64,10 +67,9 @@ def parse_peer_name(text: str) -> PeerName:
         label = name.lower() if name.isascii() else idna.encode(name, uts46=True).decode("ascii")
     except idna.IDNAError as error:
         raise ConfigError(f"{text!r} is not a host name: {error}") from None
-    labels = label.split(".")
-    if len(label) > _MAX_NAME or not all(_LABEL.fullmatch(one) for one in labels):
+    if len(label) > _MAX_NAME or not _LABELS.fullmatch(label):
         raise ConfigError(f"{text!r} is not a host name")
-    if labels[-1].isdigit():
+    if label.rpartition(".")[2].isdigit():
         # Resolvers read "127.1" as an address: a name must not mean one thing to them and another
         # to the certificate.
         raise ConfigError(f"{text!r} is neither a host name nor a complete IP address")

@@ -663,7 +663,7 @@ class Extensions:
 
     def encode(self) -> bytes:
         """The vector of extensions, with its 16-bit length."""
-        pieces = []
+        pieces: list[bytes] = []
         for type_, one in self._by_type.items():
             body = one.body()
             pieces += (pack(">HH", type_, len(body)), body)

@@ -67,7 +67,7 @@ CONFIGURATIONS: Final = (
 )
 
 
-TOY: Final = Configuration(id="toy40", title="toy curve", group=TOY_GROUP, escrowed=False)
+TOY: Final = Configuration(id="toy36", title="toy curve", group=TOY_GROUP, escrowed=False)
 """Beside the matrix: broken by computing a discrete logarithm, with no oracle at all."""
 
 

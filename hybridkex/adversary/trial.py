@@ -181,7 +181,7 @@ async def _record(stage: Stage, tell: Tell) -> _Said:
     for configuration in (*CONFIGURATIONS, TOY):
         tell(f"recording: {configuration.title}")
         path = stage.recording(configuration, Delivery.IN_PROCESS)
-        said[path] = await stage.talk(configuration)
+        said[path] = await stage.talk(configuration, connections=1 if configuration is TOY else 2)
     for delivery in (Delivery.CLASSICAL_HOP, Delivery.HYBRID_HOP):
         async with stage.kmes(delivery) as where:
             for configuration in CONFIGURATIONS:

@@ -10,12 +10,14 @@ A folder is all there is::
 """
 
 import json
+import shutil
 import sqlite3
 from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from cryptography.exceptions import InvalidTag
@@ -164,7 +166,7 @@ def _key_store(path: Path, key_file: Path) -> Iterator[Known]:
     seal = AESGCM(bytes.fromhex(key_file.read_text(encoding="ascii").strip()))
     how = f"found in the stolen key store of {path.parent.name}"
     raw = b"".join(one.read_bytes() for one in sorted(path.parent.glob("keys.db*")))
-    with closing(sqlite3.connect(path)) as db:
+    with TemporaryDirectory() as copy, closing(_opened_copy(path.parent, Path(copy))) as db:
         places, key_ids = set[tuple[bytes, bytes]](), set[bytes]()
         for table, column, prefix in (
             ("material", "link", b"material\0"),
@@ -186,11 +188,18 @@ def _key_store(path: Path, key_file: Path) -> Iterator[Known]:
                 yield Known(key, how)
 
 
+def _opened_copy(source: Path, folder: Path) -> sqlite3.Connection:
+    """The database, opened elsewhere: SQLite clears the write-ahead log of what it closes."""
+    for file in source.glob("keys.db*"):
+        shutil.copy(file, folder)
+    return sqlite3.connect(folder / "keys.db")
+
+
 def _near(raw: bytes, key_id: bytes) -> Iterator[bytes]:
     """Sealed 256-bit keys that may stand beside a key ID, wherever it occurs."""
     size, reach = _NONCE + 32 + 16, 512
     position = raw.find(key_id)
     while position >= 0:
-        for start in range(position, min(position + reach, len(raw) - size)):
+        for start in range(position, min(position + reach, len(raw) - size + 1)):
             yield raw[start : start + size]
         position = raw.find(key_id, position + 1)

@@ -90,9 +90,11 @@ class Stage:
         configuration: Configuration,
         delivery: Delivery = Delivery.IN_PROCESS,
         sources: tuple[KeySource, KeySource] | None = None,
+        *,
+        connections: int = 2,
         **client_options: Any,
     ) -> list[Talk]:
-        """Record two connections, of which the second resumes the first."""
+        """Record connections, of which each resumes the one before it."""
         folder = self.recording(configuration, delivery)
         folder.mkdir(exist_ok=True)
         if configuration.qkd and sources is None:
@@ -118,14 +120,19 @@ class Stage:
                 key_log=lambda line: print(line, file=key_log),
                 **client_options,
             )
-            return await self._two_connections(configuration, folder, client, server)
+            return await self._talk(configuration, folder, client, server, connections)
 
     def _group(self, configuration: Configuration) -> Group:
         group = configuration.group
         return self.escrow.instrumented(group) if configuration.escrowed else group
 
-    async def _two_connections(
-        self, configuration: Configuration, folder: Path, client: ClientConfig, server: ServerConfig
+    async def _talk(
+        self,
+        configuration: Configuration,
+        folder: Path,
+        client: ClientConfig,
+        server: ServerConfig,
+        connections: int,
     ) -> list[Talk]:
         talks = []
         async with trio.open_nursery() as nursery:
@@ -134,8 +141,8 @@ class Stage:
             )
             where: Address = listeners[0].transport_listener.socket.getsockname()
             async with wire_tap(folder / "session.pcapng", where) as (host, port):
-                for number in ("first", "resumed"):
-                    secret = f"{configuration.title}, {number} connection: {secrets.token_hex(8)}"
+                for number in range(1, connections + 1):
+                    secret = f"{configuration.title}, connection {number}: {secrets.token_hex(8)}"
                     stream = await open_secure_tcp_stream(
                         host, port, client, server_hostname="localhost"
                     )

@@ -8,8 +8,7 @@ second; everything after that rests on all of them.
 
 import hmac
 from dataclasses import dataclass
-from functools import cache
-from typing import Final
+from functools import cache, cached_property
 
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
@@ -58,16 +57,9 @@ def finished_mac(hash_function: HashFunction, base: Secret, digest: bytes) -> by
     return hmac.digest(key, digest, hash_function.name)
 
 
-# The hash of no messages, which salts the steps between the stages.
-_EMPTY: Final[dict[str, bytes]] = {}
-
-
-def _next_stage(hash_function: HashFunction, secret: Secret, key: Secret) -> Secret:
-    empty = _EMPTY.get(hash_function.name)
-    if empty is None:
-        empty = _EMPTY[hash_function.name] = hash_function.digest(b"")
-    salt = _derive_secret(hash_function, secret, Label.DERIVED, empty)
-    return hkdf_extract(hash_function, salt.reveal(), key)
+def _next_salt(hash_function: HashFunction, secret: Secret) -> Secret:
+    """What one stage gives to the next."""
+    return _derive_secret(hash_function, secret, Label.DERIVED, hash_function.empty_digest)
 
 
 @dataclass(frozen=True)
@@ -114,12 +106,17 @@ class EarlySecret:
 
     def binder(self, label: bytes, digest: bytes) -> bytes:
         """The PSK binder over the hash of the truncated ClientHello (section 4.2.11.2)."""
-        base = _derive_secret(self.hash, self.secret, label, self.hash.digest(b""))
+        base = _derive_secret(self.hash, self.secret, label, self.hash.empty_digest)
         return finished_mac(self.hash, base, digest)
 
     def handshake_secret(self, shared: Secret) -> "HandshakeSecret":
         """The second stage, from the key exchange's secret."""
-        return HandshakeSecret(self.hash, _next_stage(self.hash, self.secret, shared))
+        salt = self._salt.reveal()
+        return HandshakeSecret(self.hash, hkdf_extract(self.hash, salt, shared))
+
+    @cached_property
+    def _salt(self) -> Secret:
+        return _next_salt(self.hash, self.secret)
 
 
 @cache
@@ -146,8 +143,9 @@ class HandshakeSecret:
 
     def main_secret(self) -> "MainSecret":
         """The last stage."""
+        salt = _next_salt(self.hash, self.secret).reveal()
         zeros = Secret(bytes(self.hash.size))
-        return MainSecret(self.hash, _next_stage(self.hash, self.secret, zeros))
+        return MainSecret(self.hash, hkdf_extract(self.hash, salt, zeros))
 
     def _traffic(self, suite: CipherSuite, label: bytes, digest: bytes) -> TrafficSecret:
         return TrafficSecret(suite, _derive_secret(self.hash, self.secret, label, digest))
@@ -204,7 +202,7 @@ class ExporterSecret:
             raise ConfigError(
                 f"an exporter gives 1 to {255 * hash_function.size} bytes, not {length}"
             )
-        base = _derive_secret(hash_function, self.secret, label, hash_function.digest(b""))
+        base = _derive_secret(hash_function, self.secret, label, hash_function.empty_digest)
         digest = hash_function.digest(context)
         return Secret(hkdf_expand_label(hash_function, base, Label.EXPORTER, digest, length))
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final, Protocol
 
 from cryptography.hazmat.primitives import hashes
@@ -51,6 +52,11 @@ class HashFunction:
     def digest(self, data: bytes) -> bytes:
         """The hash of ``data``: ``size`` bytes."""
         return self.new(data).digest()
+
+    @cached_property
+    def empty_digest(self) -> bytes:
+        """The hash of no messages, which several steps of the key schedule take."""
+        return self.digest(b"")
 
     def __repr__(self) -> str:
         return self.name.upper()

@@ -9,11 +9,12 @@ __all__ = ["Transcript"]
 class Transcript:
     """A running hash over handshake messages, as bytes on the wire."""
 
-    __slots__ = ("_hash", "function")
+    __slots__ = ("_digest", "_hash", "function")
 
     def __init__(self, function: HashFunction, *messages: bytes) -> None:
         self.function = function
         self._hash = function.new()
+        self._digest: bytes | None = None
         for message in messages:
             self._hash.update(message)
 
@@ -25,11 +26,14 @@ class Transcript:
 
     def add(self, message: bytes) -> None:
         """Append one message."""
+        self._digest = None
         self._hash.update(message)
 
     def digest(self) -> bytes:
         """The hash of everything so far."""
-        return self._hash.digest()
+        if self._digest is None:
+            self._digest = self._hash.digest()
+        return self._digest
 
     def digest_with(self, more: bytes) -> bytes:
         """The hash as if ``more`` had been appended."""

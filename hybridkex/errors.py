@@ -43,6 +43,7 @@ __all__ = [
     "UnexpectedMessage",
     "UnknownPskIdentity",
     "UnrecognizedName",
+    "UnsupportedCertificateType",
     "UnsupportedExtension",
 ]
 
@@ -127,6 +128,12 @@ class MissingExtension(PeerError):
     """An extension that is mandatory where it is missing (RFC 8446 section 9.2)."""
 
     alert = Alert.MISSING_EXTENSION
+
+
+class UnsupportedCertificateType(PeerError):
+    """One side can only show certificates, the other only check raw keys, or the reverse."""
+
+    alert = Alert.UNSUPPORTED_CERTIFICATE
 
 
 class UnsupportedExtension(PeerError):

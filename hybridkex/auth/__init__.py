@@ -4,16 +4,19 @@ from hybridkex.auth.certificates import PeerCertificate, spki_sha256
 from hybridkex.auth.dev_ca import DevCa
 from hybridkex.auth.identity import Identity
 from hybridkex.auth.names import DnsName, IpAddress, PeerName, parse_peer_name
-from hybridkex.auth.verify import (
+from hybridkex.auth.raw_keys import PeerRawKey, RawIdentity
+from hybridkex.auth.verified import (
+    ClientKeyVerifier,
     ClientVerifier,
-    InsecureNoVerification,
-    Pins,
+    Presented,
+    ServerKeyVerifier,
     ServerVerifier,
-    TrustStore,
     VerifiedPeer,
 )
+from hybridkex.auth.verify import InsecureNoVerification, Pins, TrustStore
 
 __all__ = [
+    "ClientKeyVerifier",
     "ClientVerifier",
     "DevCa",
     "DnsName",
@@ -22,7 +25,11 @@ __all__ = [
     "IpAddress",
     "PeerCertificate",
     "PeerName",
+    "PeerRawKey",
     "Pins",
+    "Presented",
+    "RawIdentity",
+    "ServerKeyVerifier",
     "ServerVerifier",
     "TrustStore",
     "VerifiedPeer",

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import ClassVar, Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from hybridkex.constants import Alert
+from hybridkex.constants import Alert, CertificateType
 from hybridkex.errors import CertificateRejected
 
 __all__ = [
@@ -51,6 +51,7 @@ class PeerCertificate:
     bytes, its properties raise what `cryptography` raises.
     """
 
+    certificate_type: ClassVar[CertificateType] = CertificateType.X509
     chain: tuple[bytes, ...]
 
     @cached_property

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -14,7 +15,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from hybridkex.auth.certificates import key_weakness, names_of, subject_of
-from hybridkex.auth.names import PeerName, covers, parse_peer_name
+from hybridkex.auth.names import PeerName, any_covers
+from hybridkex.constants import CertificateType
 from hybridkex.errors import ConfigError
 
 __all__ = ["Identity"]
@@ -29,6 +31,7 @@ class Identity:
             no peer should accept.
     """
 
+    certificate_type: ClassVar[CertificateType] = CertificateType.X509
     chain: tuple[bytes, ...] = field(repr=False)
     private_key: CertificateIssuerPrivateKeyTypes = field(repr=False)
     names: tuple[str, ...] = field(init=False)
@@ -60,12 +63,7 @@ class Identity:
 
     def matches(self, name: str | PeerName) -> bool:
         """Whether the certificate is for this server name; a wildcard stands for one label."""
-        if isinstance(name, str):
-            try:
-                name = parse_peer_name(name)
-            except ConfigError:
-                return False  # A client may ask for any bytes; there is no certificate for these.
-        return any(covers(presented, name) for presented in self.names)
+        return any_covers(self.names, name)
 
     @classmethod
     def from_pem(

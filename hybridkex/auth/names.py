@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -9,7 +10,7 @@ import idna
 
 from hybridkex.errors import ConfigError
 
-__all__ = ["DnsName", "IpAddress", "PeerName", "covers", "parse_peer_name"]
+__all__ = ["DnsName", "IpAddress", "PeerName", "any_covers", "covers", "parse_peer_name"]
 
 # Letters, digits, hyphens (RFC 1123 section 2.1). Underscores are no host names, and container
 # networks use them all the same; no certificate can be checked for them, a pin can.
@@ -88,3 +89,13 @@ def covers(presented: str, name: PeerName) -> bool:
     if presented.startswith("*."):
         return name.a_label.partition(".")[2] == presented[2:]
     return presented == name.a_label
+
+
+def any_covers(presented: Iterable[str], name: str | PeerName) -> bool:
+    """Whether one of our own names stands for what a client asks for."""
+    if isinstance(name, str):
+        try:
+            name = parse_peer_name(name)
+        except ConfigError:
+            return False  # A client may ask for any bytes; there is no identity for these.
+    return any(covers(one, name) for one in presented)

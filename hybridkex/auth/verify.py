@@ -9,11 +9,10 @@ import base64
 import binascii
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal, Protocol, final
 
 from cryptography import x509
 from cryptography.x509.verification import (
@@ -31,64 +30,14 @@ from hybridkex.auth.certificates import (
     read_chain,
 )
 from hybridkex.auth.names import DnsName, PeerName
+from hybridkex.auth.raw_keys import read_raw_key
 from hybridkex.auth.reasons import Roots, explain
 from hybridkex.auth.system import load_roots, system_roots
+from hybridkex.auth.verified import PROOF, Presented, VerifiedPeer
 from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected, ConfigError
 
-__all__ = [
-    "ClientVerifier",
-    "InsecureNoVerification",
-    "Pins",
-    "ServerVerifier",
-    "TrustStore",
-    "VerifiedPeer",
-]
-
-_PROOF: Final = object()
-
-
-@final
-@dataclass(frozen=True)
-class VerifiedPeer:
-    """Proof that a chain was accepted; only a verifier of this module makes one."""
-
-    proof: InitVar[object]
-    certificate: PeerCertificate
-    verified_by: Literal["ca", "pin", "insecure"]
-    """``ca`` where authorities vouched for it (and pins, if there are any, fitted as well)."""
-
-    def __post_init__(self, proof: object) -> None:
-        if proof is not _PROOF:
-            raise TypeError("only a verifier makes a VerifiedPeer")
-
-    @property
-    def subject(self) -> str:
-        """The subject of the end entity's certificate."""
-        return self.certificate.subject
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Its subject alternative names: DNS names, IP addresses and URIs."""
-        return self.certificate.names
-
-
-class ServerVerifier(Protocol):
-    """Decides about a server's certificates."""
-
-    def verify_server(
-        self, chain: Sequence[bytes], name: PeerName | None, *, at: datetime | None = None
-    ) -> VerifiedPeer:
-        """Accept ``chain`` (DER, leaf first) for ``name``, or raise ``CertificateRejected``."""
-        ...
-
-
-class ClientVerifier(Protocol):
-    """Decides about a client's certificates."""
-
-    def verify_client(self, chain: Sequence[bytes], *, at: datetime | None = None) -> VerifiedPeer:
-        """Accept ``chain`` (DER, leaf first), or raise ``CertificateRejected``."""
-        ...
+__all__ = ["InsecureNoVerification", "Pins", "TrustStore"]
 
 
 def _may_sign(policy: Policy, issuer: x509.Certificate, usage: x509.KeyUsage | None) -> None:
@@ -246,12 +195,14 @@ class TrustStore:
     def _accept(self, peer: PeerCertificate) -> VerifiedPeer:
         if self.pins:
             _require_pin(peer, self.pins)
-        return VerifiedPeer(_PROOF, peer, "ca")
+        return VerifiedPeer(PROOF, peer, "ca")
 
 
 @dataclass(frozen=True)
 class Pins:
     """Keys that we know, whoever vouches for them: no authority, no name and no dates are asked.
+
+    A key may come in a certificate or raw (RFC 7250): the pin is the same.
 
     A pin is the promise that this very key is the peer's, and the handshake proves that the peer
     has it; the certificate around it adds nothing, as in RFC 7671 section 5.1 (DANE-EE).
@@ -282,7 +233,17 @@ class Pins:
         peer, _ = read_chain(chain)
         _refuse_weak_key(peer)
         _require_pin(peer, self.pins)
-        return VerifiedPeer(_PROOF, peer, "pin")
+        return VerifiedPeer(PROOF, peer, "pin")
+
+    def verify_server_key(self, spki: bytes, name: PeerName | None) -> VerifiedPeer:
+        """The raw public key is pinned, and strong enough."""
+        return self.verify_client_key(spki)
+
+    def verify_client_key(self, spki: bytes) -> VerifiedPeer:
+        """The raw public key is pinned, and strong enough."""
+        peer = read_raw_key(spki)
+        _require_pin(peer, self.pins)
+        return VerifiedPeer(PROOF, peer, "pin")
 
 
 @dataclass(frozen=True)
@@ -298,7 +259,7 @@ class InsecureNoVerification:
     def verify_client(self, chain: Sequence[bytes], *, at: datetime | None = None) -> VerifiedPeer:
         """Anybody."""
         peer, _ = read_chain(chain)
-        return VerifiedPeer(_PROOF, peer, "insecure")
+        return VerifiedPeer(PROOF, peer, "insecure")
 
 
 def _refuse_weak_key(peer: PeerCertificate) -> None:
@@ -311,10 +272,11 @@ def _refuse_weak_key(peer: PeerCertificate) -> None:
         )
 
 
-def _require_pin(peer: PeerCertificate, pins: frozenset[str]) -> None:
+def _require_pin(peer: Presented, pins: frozenset[str]) -> None:
     if peer.pin not in pins:
+        what = f"certificate {peer.subject}" if isinstance(peer, PeerCertificate) else "the peer"
         raise CertificateRejected(
-            f"certificate {peer.subject} has the key {peer.pin}, which is not pinned",
+            f"{what} has the key {peer.pin}, which is not pinned",
             alert=Alert.CERTIFICATE_UNKNOWN,
             subject=peer.subject,
         )

@@ -84,6 +84,7 @@ def _to_json(ticket: SessionTicket) -> dict[str, Any]:
         "received_at": ticket.received_at,
         "server_name": ticket.server_name,
         "chain": [_text(der) for der in ticket.chain],
+        "certificate_type": ticket.certificate_type,
         "authenticated_by": ticket.authenticated_by.value,
         "psk_identity": _text(ticket.psk_identity) if ticket.psk_identity is not None else None,
     }
@@ -100,6 +101,7 @@ def _from_json(fields: dict[str, Any]) -> SessionTicket:
         received_at=float(fields["received_at"]),
         server_name=fields["server_name"],
         chain=tuple(_bytes(der) for der in fields["chain"]),
+        certificate_type=int(fields["certificate_type"]),
         authenticated_by=AuthenticatedBy(fields["authenticated_by"]),
         psk_identity=_bytes(identity) if identity is not None else None,
     )

@@ -8,7 +8,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from hybridkex.auth import DnsName, IpAddress, ServerVerifier, VerifiedPeer
+from hybridkex.auth import DnsName, IpAddress, VerifiedPeer
 from hybridkex.constants import (
     LEGACY_VERSION,
     TLS13,
@@ -32,6 +32,14 @@ from hybridkex.errors import (
     UnexpectedMessage,
     UnsupportedExtension,
 )
+from hybridkex.tls.certificate_types import (
+    ONLY_X509,
+    AnyServerVerifier,
+    accept_server,
+    accepted_types,
+    check_choice,
+    check_entries,
+)
 from hybridkex.tls.channel import Channel
 from hybridkex.tls.config import Authentication, ClientConfig, Requirement
 from hybridkex.tls.events import HandshakeCompleted, PskWanted
@@ -52,6 +60,8 @@ from hybridkex.tls.transcript import Transcript
 from hybridkex.wire.extensions import (
     AlpnChoice,
     AlpnOffer,
+    ClientCertificateTypeChoice,
+    ClientCertificateTypeOffer,
     Cookie,
     Extension,
     Extensions,
@@ -64,6 +74,8 @@ from hybridkex.wire.extensions import (
     PreSharedKeyOffer,
     PskKeyExchangeModes,
     RecordSizeLimit,
+    ServerCertificateTypeChoice,
+    ServerCertificateTypeOffer,
     ServerName,
     SignatureAlgorithms,
     SignatureAlgorithmsCert,
@@ -130,6 +142,10 @@ class _Offer:
             schemes = tuple(scheme.code for scheme in config.signature_schemes)
             extensions.append(SignatureAlgorithms(schemes))
             extensions.append(SignatureAlgorithmsCert(schemes + CERTIFICATE_ONLY_SCHEMES))
+        if self.server_types != ONLY_X509:
+            extensions.append(ServerCertificateTypeOffer(self.server_types))
+        if self.client_types != ONLY_X509:
+            extensions.append(ClientCertificateTypeOffer(self.client_types))
         if config.alpn:
             extensions.append(AlpnOffer(tuple(name.encode("utf-8") for name in config.alpn)))
         extensions.append(SupportedVersionsOffer((TLS13,)))
@@ -153,6 +169,20 @@ class _Offer:
         )
         raw = encode(message)
         return self._with_binders(raw, prefix) if self.psks else raw
+
+    @property
+    def server_types(self) -> tuple[int, ...]:
+        """The kinds of certificate that we can check (RFC 7250)."""
+        verifier = self.config.verifier
+        if verifier is None or self.config.authentication is Authentication.PSK:
+            return ONLY_X509
+        return accepted_types(verifier)
+
+    @property
+    def client_types(self) -> tuple[int, ...]:
+        """The kinds of certificate that we can show."""
+        identity = self.config.identity
+        return ONLY_X509 if identity is None else (identity.certificate_type,)
 
     @property
     def wants_certificate_with_psk(self) -> bool:
@@ -274,7 +304,7 @@ def _take_ticket(config: ClientConfig, name: PeerName | None) -> SessionTicket |
     if wanted is not Authentication.PSK:
         assert config.verifier is not None
         try:
-            config.verifier.verify_server(ticket.chain, name)
+            accept_server(config.verifier, ticket.certificate_type, ticket.chain, name)
         except CertificateRejected:
             return None
     return ticket
@@ -492,6 +522,10 @@ class WaitEncryptedExtensions(ClientState):
             allowed.add(AlpnChoice)
         if config.record_size_limit is not None:
             allowed.add(RecordSizeLimit)
+        if self.offer.server_types != ONLY_X509:
+            allowed.add(ServerCertificateTypeChoice)
+        if self.offer.client_types != ONLY_X509:
+            allowed.add(ClientCertificateTypeChoice)
         _check_offered(message.extensions, allowed)
         choice = message.extensions.get(AlpnChoice)
         if choice is not None and choice.protocol not in (name.encode() for name in config.alpn):
@@ -502,15 +536,29 @@ class WaitEncryptedExtensions(ClientState):
                 raise IllegalParameter(f"a record_size_limit of {limit.limit}")  # RFC 8449
             channel.record_limit = limit.limit - 1
             channel.limit_incoming(config.inner_limit)
+        server_type = message.extensions.get(ServerCertificateTypeChoice)
+        client_type = message.extensions.get(ClientCertificateTypeChoice)
         self.keys.transcript.add(raw)
         settled = _Settled(
-            self.offer, self.group, self.psk, self.keys, choice.protocol if choice else None
+            offer=self.offer,
+            group=self.group,
+            psk=self.psk,
+            keys=self.keys,
+            alpn=choice.protocol if choice else None,
+            server_type=check_choice(
+                server_type.chosen if server_type else None, self.offer.server_types
+            ),
+            client_type=check_choice(
+                client_type.chosen if client_type else None, self.offer.client_types
+            ),
         )
         if self.psk is not None and not self.with_certificate:
             peer = None
-            if self.psk.resumption and self.offer.ticket and self.offer.ticket.chain:
+            ticket = self.offer.ticket
+            if self.psk.resumption and ticket is not None and ticket.chain:
                 assert config.verifier is not None
-                peer = config.verifier.verify_server(self.offer.ticket.chain, self.offer.name)
+                kind, name = ticket.certificate_type, self.offer.name
+                peer = accept_server(config.verifier, kind, ticket.chain, name)
             return WaitFinished(settled, PeerProof(peer, None, self.psk), None)
         verifier = config.verifier
         assert verifier is not None
@@ -526,6 +574,10 @@ class _Settled:
     psk: Psk | None
     keys: _Keys
     alpn: bytes | None
+    server_type: int
+    """What the server shows: a code of ``CertificateType``."""
+    client_type: int
+    """What we show, if the server asks."""
 
 
 @dataclass(frozen=True)
@@ -533,7 +585,7 @@ class WaitCertificateOrRequest(ClientState):
     """After EncryptedExtensions, where the server authenticates with a certificate."""
 
     settled: _Settled
-    verifier: ServerVerifier
+    verifier: AnyServerVerifier
     accepts = frozenset((HandshakeType.CERTIFICATE, HandshakeType.CERTIFICATE_REQUEST))
 
     def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientState:
@@ -554,7 +606,7 @@ class WaitCertificate(ClientState):
     """Before the server's Certificate."""
 
     settled: _Settled
-    verifier: ServerVerifier
+    verifier: AnyServerVerifier
     requested: tuple[int, ...] | None
     """The schemes of the server's CertificateRequest, if it sent one."""
     accepts = frozenset((HandshakeType.CERTIFICATE,))
@@ -567,7 +619,9 @@ class WaitCertificate(ClientState):
             raise DecodeError("the server sent no certificate")  # section 4.4.2.4
         for _, extensions in message.entries:
             _check_offered(extensions, set())
-        peer = self.verifier.verify_server(message.chain, self.settled.offer.name)
+        kind, name = self.settled.server_type, self.settled.offer.name
+        check_entries(kind, message)
+        peer = accept_server(self.verifier, kind, message.chain, name)
         self.settled.keys.transcript.add(raw)
         return WaitCertificateVerify(self.settled, peer, self.requested)
 
@@ -637,14 +691,16 @@ class WaitFinished(ClientState):
         connected = Connected(self._session(), suite, exporter, resumption)
         channel.emit(HandshakeCompleted(connected.session))
         peer = self.proof.certificate
-        chain = peer.certificate.chain if peer is not None else ()
-        return ClientTraffic(connected, settled.offer.config, chain)
+        if peer is not None and peer.remember is not None:
+            peer.remember()
+        presented = peer.certificate if peer is not None else None
+        return ClientTraffic(connected, settled.offer.config, presented)
 
     def _authenticate(self, channel: Channel, requested: tuple[int, ...]) -> None:
         """Certificate and CertificateVerify; an empty Certificate where we have none that fits."""
         config, transcript = self.settled.offer.config, self.settled.keys.transcript
         identity, scheme = config.identity, None
-        if identity is not None:
+        if identity is not None and identity.certificate_type == self.settled.client_type:
             scheme = choose_scheme(identity.private_key, config.signature_schemes, requested)
         if identity is None or scheme is None:
             transcript.add(channel.send(certificate_message(None)))

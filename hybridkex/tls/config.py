@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Final, Protocol
 
-from hybridkex.auth import ClientVerifier, Identity, ServerVerifier, TrustStore
+from hybridkex.auth import Identity, RawIdentity, TrustStore
 from hybridkex.constants import MAX_PLAINTEXT
 from hybridkex.crypto.kex import CLASSICAL_GROUPS, HYBRID_GROUPS, Group, Property
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.signatures import ALL_SCHEMES, SignatureScheme
 from hybridkex.crypto.suites import ALL_SUITES, CipherSuite
 from hybridkex.errors import ConfigError
+from hybridkex.tls.certificate_types import AnyClientVerifier, AnyServerVerifier
 from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.protection import Padding
 from hybridkex.tls.session import Session, SessionStore
@@ -201,16 +202,17 @@ class ClientConfig(_Config):
     """What a client wants.
 
     Args:
-        verifier: decides about the server's certificate. ``None``: the system's trust store, or,
-            where PSKs are configured, no certificate at all.
-        identity: our certificate and key, for a server that asks for them.
+        verifier: decides about the server's certificate or raw public key; the kinds that it can
+            decide about are offered (RFC 7250). ``None``: the system's trust store, or, where PSKs
+            are configured, no certificate at all.
+        identity: our certificate or raw public key, and its private key, for a server that asks.
         key_shares: how many of the groups are offered with a share in the first flight.
         session_store: where tickets are kept; ``None`` offers no resumption.
         compatibility_mode: look like TLS 1.2 to middleboxes (RFC 8446 appendix D.4).
     """
 
-    verifier: ServerVerifier | None = None
-    identity: Identity | None = None
+    verifier: AnyServerVerifier | None = None
+    identity: Identity | RawIdentity | None = None
     key_shares: int = 1
     session_store: SessionStore | None = None
     compatibility_mode: bool = True
@@ -238,9 +240,10 @@ class ServerConfig(_Config):
     """What a server wants.
 
     Args:
-        identities: our certificates and keys. The client's server name picks one, then its
-            signature schemes do; where no name fits, the first that it can verify is taken.
-        client_verifier: asks clients for a certificate and decides about it.
+        identities: our certificates or raw public keys, with their private keys. The client's
+            server name picks one, then what it can check does (RFC 7250, its signature schemes);
+            where no name fits, the first that it can verify is taken.
+        client_verifier: asks clients for a certificate or a raw public key and decides about it.
         require_client_certificate: refuse a client that has none.
         tickets: makes session tickets; ``None`` allows no resumption.
         tickets_per_connection: how many a client gets, with our first application data.
@@ -249,8 +252,8 @@ class ServerConfig(_Config):
         require_known_name: refuse a client whose server name fits no identity.
     """
 
-    identities: tuple[Identity, ...] = ()
-    client_verifier: ClientVerifier | None = None
+    identities: tuple[Identity | RawIdentity, ...] = ()
+    client_verifier: AnyClientVerifier | None = None
     require_client_certificate: bool = False
     tickets: TicketIssuer | None = field(default_factory=TicketIssuer)
     tickets_per_connection: int = 2

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from hybridkex.auth import Identity, VerifiedPeer
+from hybridkex.auth import Identity, RawIdentity, VerifiedPeer
 from hybridkex.constants import TLS13, Label
 from hybridkex.crypto.kex import Group, Property
 from hybridkex.crypto.psk import ExternalPsk, import_key
@@ -76,7 +76,7 @@ def _signed_content(label: bytes, transcript: Transcript) -> bytes:
 
 
 def sign_transcript(
-    identity: Identity, scheme: SignatureScheme, label: bytes, transcript: Transcript
+    identity: Identity | RawIdentity, scheme: SignatureScheme, label: bytes, transcript: Transcript
 ) -> CertificateVerify:
     """Our signature over everything so far."""
     content = _signed_content(label, transcript)
@@ -104,8 +104,10 @@ def verify_signature(
     raise IllegalParameter(f"a signature of scheme {message.scheme:#06x}, which was not offered")
 
 
-def certificate_message(identity: Identity | None, context: bytes = b"") -> Certificate:
-    """Our certificates, or none."""
+def certificate_message(
+    identity: Identity | RawIdentity | None, context: bytes = b""
+) -> Certificate:
+    """Our certificates, our raw public key, or nothing."""
     chain = identity.chain if identity is not None else ()
     return Certificate(context, tuple((data, Extensions()) for data in chain))
 
@@ -152,5 +154,6 @@ def describe(
         alpn=alpn.decode("utf-8", "backslashreplace") if alpn is not None else None,
         server_name=server_name,
         peer_certificate=peer.certificate if peer is not None else None,
+        verified_by=peer.verified_by if peer is not None else None,
         policy=policy,
     )

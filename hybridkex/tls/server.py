@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import Final
 
-from hybridkex.auth import ClientVerifier, Identity, VerifiedPeer
+from hybridkex.auth import Identity, RawIdentity, VerifiedPeer
 from hybridkex.constants import (
     HELLO_RETRY_RANDOM,
     TLS13,
@@ -43,9 +43,17 @@ from hybridkex.errors import (
     ProtocolVersionError,
     UnknownPskIdentity,
     UnrecognizedName,
+    UnsupportedCertificateType,
     UnsupportedExtension,
 )
 from hybridkex.secret import Secret
+from hybridkex.tls.certificate_types import (
+    ONLY_X509,
+    AnyClientVerifier,
+    accept_client,
+    accepted_types,
+    check_entries,
+)
 from hybridkex.tls.channel import Channel
 from hybridkex.tls.config import Authentication, Requirement, ServerConfig
 from hybridkex.tls.events import HandshakeCompleted, PskWanted
@@ -67,6 +75,8 @@ from hybridkex.wire.codec import u16, vector8, vector16
 from hybridkex.wire.extensions import (
     AlpnChoice,
     AlpnOffer,
+    ClientCertificateTypeChoice,
+    ClientCertificateTypeOffer,
     Cookie,
     EarlyDataIndication,
     Extension,
@@ -80,6 +90,8 @@ from hybridkex.wire.extensions import (
     PreSharedKeyOffer,
     PskKeyExchangeModes,
     RecordSizeLimit,
+    ServerCertificateTypeChoice,
+    ServerCertificateTypeOffer,
     ServerName,
     ServerNameAck,
     SignatureAlgorithms,
@@ -185,6 +197,18 @@ class _Hello:
         """As asked for, in lower case."""
         name = self.message.extensions.get(ServerName)
         return name.host_name.lower() if name is not None else None
+
+    @property
+    def server_types(self) -> tuple[int, ...]:
+        """The kinds of certificate that the client can check (RFC 7250)."""
+        offer = self.message.extensions.get(ServerCertificateTypeOffer)
+        return offer.types if offer is not None else ONLY_X509
+
+    @property
+    def client_types(self) -> tuple[int, ...]:
+        """The kinds of certificate that the client can show."""
+        offer = self.message.extensions.get(ClientCertificateTypeOffer)
+        return offer.types if offer is not None else ONLY_X509
 
     @property
     def offered_psks(self) -> tuple[OfferedPskIdentity, ...]:
@@ -397,9 +421,11 @@ class _Choice:
     transcript: Transcript
     """Before this ClientHello: empty, or after a retry."""
     retried: bool
-    identity: Identity | None
+    identity: Identity | RawIdentity | None
     scheme: SignatureScheme | None
     alpn: bytes | None
+    client_type: int | None
+    """What the client shall show of itself; ``None`` where it is not asked."""
 
 
 def _negotiate(
@@ -424,6 +450,7 @@ def _negotiate(
         identity=identity,
         scheme=scheme,
         alpn=_choose_alpn(config, hello),
+        client_type=_choose_client_type(config, hello),
     )
     share, shared = group.exchange.respond(hello.shares[group.code])
     wanted = []
@@ -441,17 +468,27 @@ def _negotiate(
 
 def _choose_identity(
     config: ServerConfig, hello: _Hello
-) -> tuple[Identity | None, SignatureScheme | None]:
-    """Our certificate: by name first, then by what the client can verify."""
+) -> tuple[Identity | RawIdentity | None, SignatureScheme | None]:
+    """Our certificate or raw key: by name first, then by what the client can verify."""
     name = hello.server_name
     named = [one for one in config.identities if name is not None and one.matches(name)]
     if config.require_known_name and not named:
         raise UnrecognizedName(f"no identity for the name {name}")
     for identity in (*named, *config.identities):
+        if identity.certificate_type not in hello.server_types:
+            continue
         scheme = choose_scheme(identity.private_key, config.signature_schemes, hello.schemes)
         if scheme is not None:
             return identity, scheme
     return None, None
+
+
+def _choose_client_type(config: ServerConfig, hello: _Hello) -> int | None:
+    """The first kind that the client can show and that we can check (RFC 7250 section 4.2)."""
+    if config.client_verifier is None:
+        return None
+    ours = accepted_types(config.client_verifier)
+    return next((kind for kind in hello.client_types if kind in ours), None)
 
 
 def _choose_alpn(config: ServerConfig, hello: _Hello) -> bytes | None:
@@ -526,7 +563,8 @@ def _resumable(choice: _Choice, state: TicketState) -> bool:
     if not state.client_chain:
         return not config.require_client_certificate
     try:
-        config.client_verifier.verify_client(state.client_chain)
+        kind = state.client_certificate_type
+        accept_client(config.client_verifier, kind, state.client_chain)
     except CertificateRejected:
         return False
     return True
@@ -602,8 +640,10 @@ def _respond(
     channel.write_with(server)
     channel.read_with(client)
 
-    transcript.add(channel.send(EncryptedExtensions(_encrypted_extensions(choice, channel))))
-    verifier = config.client_verifier if with_certificate else None
+    encrypted = _encrypted_extensions(choice, channel, with_certificate=with_certificate)
+    transcript.add(channel.send(EncryptedExtensions(encrypted)))
+    asked = with_certificate and choice.client_type is not None
+    verifier = config.client_verifier if asked else None
     if with_certificate:
         _authenticate(choice, verifier, channel)
     transcript.add(channel.send(Finished(server.finished(transcript.digest()))))
@@ -629,7 +669,11 @@ def _check_authentication(choice: _Choice, selected: _Selected | None) -> bool:
     if choice.identity is None:
         if SignatureAlgorithms not in choice.hello.message.extensions:
             raise MissingExtension("ClientHello without signature_algorithms")
+        if all(one.certificate_type not in choice.hello.server_types for one in config.identities):
+            raise UnsupportedCertificateType("the client can check nothing that we can show")
         raise HandshakeFailure("the client can verify none of our certificates")
+    if config.require_client_certificate and choice.client_type is None:
+        raise UnsupportedCertificateType("the client can show nothing of itself that we can check")
     return True
 
 
@@ -643,7 +687,9 @@ def _check_binder(choice: _Choice, selected: _Selected) -> None:
         raise DecryptError("the PSK binder does not verify: another key under the same identity?")
 
 
-def _encrypted_extensions(choice: _Choice, channel: Channel) -> Extensions:
+def _encrypted_extensions(
+    choice: _Choice, channel: Channel, *, with_certificate: bool
+) -> Extensions:
     config, offered = choice.config, choice.hello.message.extensions
     extensions: list[Extension] = []
     name = choice.hello.server_name
@@ -656,10 +702,16 @@ def _encrypted_extensions(choice: _Choice, channel: Channel) -> Extensions:
         channel.record_limit = min(channel.record_limit, limit.limit - 1)
         channel.limit_incoming(config.inner_limit)
         extensions.append(RecordSizeLimit(config.inner_limit))
+    if with_certificate:
+        assert choice.identity is not None
+        if ServerCertificateTypeOffer in offered:
+            extensions.append(ServerCertificateTypeChoice(choice.identity.certificate_type))
+        if ClientCertificateTypeOffer in offered and choice.client_type is not None:
+            extensions.append(ClientCertificateTypeChoice(choice.client_type))
     return Extensions(extensions)
 
 
-def _authenticate(choice: _Choice, verifier: ClientVerifier | None, channel: Channel) -> None:
+def _authenticate(choice: _Choice, verifier: AnyClientVerifier | None, channel: Channel) -> None:
     """[CertificateRequest,] Certificate, CertificateVerify."""
     transcript = choice.transcript
     assert choice.identity is not None
@@ -717,7 +769,7 @@ class WaitClientCertificate(ServerState):
     """The client was asked for a certificate."""
 
     answered: _Answered
-    verifier: ClientVerifier
+    verifier: AnyClientVerifier
     accepts = frozenset((HandshakeType.CERTIFICATE,))
 
     def handle(self, message: Message, raw: bytes, channel: Channel) -> ServerState:
@@ -734,7 +786,9 @@ class WaitClientCertificate(ServerState):
                     "the client sent no certificate", alert=Alert.CERTIFICATE_REQUIRED
                 )
             return WaitClientFinished(self.answered, None)
-        peer = self.verifier.verify_client(message.chain)
+        assert choice.client_type is not None
+        check_entries(choice.client_type, message)
+        peer = accept_client(self.verifier, choice.client_type, message.chain)
         return WaitClientCertificateVerify(self.answered, peer)
 
 
@@ -779,7 +833,8 @@ class WaitClientFinished(ServerState):
         ticket = answered.selected.ticket if answered.selected is not None else None
         peer = self.peer
         if ticket is not None and ticket.client_chain and choice.config.client_verifier is not None:
-            peer = choice.config.client_verifier.verify_client(ticket.client_chain)
+            kind = ticket.client_certificate_type
+            peer = accept_client(choice.config.client_verifier, kind, ticket.client_chain)
         session = describe(
             suite=choice.suite,
             group=choice.group,
@@ -794,8 +849,10 @@ class WaitClientFinished(ServerState):
         resumption = answered.main.secret.resumption_secret(choice.transcript.digest())
         connected = Connected(session, choice.suite, answered.main.exporter, resumption)
         channel.emit(HandshakeCompleted(session))
-        chain = peer.certificate.chain if peer is not None else ()
-        traffic = ServerTraffic(connected, choice.config, chain)
+        if peer is not None and peer.remember is not None:
+            peer.remember()
+        presented = peer.certificate if peer is not None else None
+        traffic = ServerTraffic(connected, choice.config, presented)
         traffic.tickets_wanted(choice.hello.psk_dhe)
         return traffic
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol
 
-from hybridkex.auth import PeerCertificate
+from hybridkex.auth import Presented
+from hybridkex.constants import CertificateType
 from hybridkex.crypto.suites import CipherSuite
 from hybridkex.secret import Secret
 from hybridkex.tls.policy import Policy
@@ -53,8 +54,9 @@ class Session:
     resumed: bool
     alpn: str | None
     server_name: str | None
-    peer_certificate: PeerCertificate | None
-    """The peer's certificate; of the original handshake where this one resumes it."""
+    peer_certificate: Presented | None
+    """The peer's certificate or raw public key; of the original handshake where this one resumes
+    it."""
     policy: Policy
     """What our side demanded."""
     qkd_key_ids: tuple[str, ...] = ()
@@ -63,6 +65,9 @@ class Session:
     """The two KMEs of each of them, the drawing side's first."""
     qkd_fallback: str | None = None
     """Why there is no QKD key, where our policy preferred one."""
+    verified_by: str | None = None
+    """Why :attr:`peer_certificate` was accepted: ``ca``, ``pin``, ``known``, ``first use``,
+    ``openpgp`` or ``insecure``."""
     version: str = "TLS 1.3"
 
     @property
@@ -84,6 +89,7 @@ class Session:
             "auth": self.authenticated_by.value,
             "resumed": self.resumed,
             "peer_subject": self.peer_subject,
+            "verified_by": self.verified_by,
             "qkd_key_ids": list(self.qkd_key_ids),
             "qkd_sources": list(self.qkd_sources),
             "qkd_fallback": self.qkd_fallback,
@@ -105,7 +111,7 @@ class Session:
         if self.qkd_fallback is not None:
             lines.append(f"  NO QKD KEY:    {self.qkd_fallback}")
         if self.peer_subject is not None:
-            lines.append(f"  peer:          {self.peer_subject}")
+            lines.append(f"  peer:          {self.peer_subject} ({self.verified_by})")
         if self.alpn is not None:
             lines.append(f"  ALPN:          {self.alpn}")
         return "\n".join(lines)
@@ -128,6 +134,8 @@ class SessionTicket:
     """The server's certificates, to be verified again when the ticket is used."""
     authenticated_by: AuthenticatedBy
     psk_identity: bytes | None
+    certificate_type: int = CertificateType.X509
+    """What :attr:`chain` holds: certificates, or one raw public key."""
 
     def usable(self, now: float) -> bool:
         """Whether the lifetime has not passed, nor the clock gone back."""

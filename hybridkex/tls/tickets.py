@@ -16,11 +16,11 @@ from typing import Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from hybridkex.constants import TLS13
+from hybridkex.constants import TLS13, CertificateType
 from hybridkex.errors import ConfigError, DecodeError
 from hybridkex.secret import Secret
 from hybridkex.tls.session import MAX_TICKET_LIFETIME, AuthenticatedBy
-from hybridkex.wire.codec import Reader, u16, u64, vector8, vector16, vector24
+from hybridkex.wire.codec import Reader, u8, u16, u64, vector8, vector16, vector24
 
 __all__ = ["CookieProtector", "CookieState", "TicketIssuer", "TicketState"]
 
@@ -41,6 +41,8 @@ class TicketState:
     psk_identity: bytes | None
     client_chain: tuple[bytes, ...]
     """The client's certificates, verified when the session was made; leaf first."""
+    client_certificate_type: int = CertificateType.X509
+    """What :attr:`client_chain` holds: certificates, or one raw public key."""
 
     def encode(self) -> bytes:
         return (
@@ -51,6 +53,7 @@ class TicketState:
             + vector16((self.server_name or "").encode("ascii"))
             + vector8(self.authenticated_by.value.encode("ascii"))
             + vector16(self.psk_identity or b"")
+            + u8(self.client_certificate_type)
             + vector24(b"".join(map(vector24, self.client_chain)))
         )
 
@@ -65,6 +68,7 @@ class TicketState:
         server_name = reader.opaque(2).decode("ascii") or None
         authenticated_by = AuthenticatedBy(reader.opaque(1).decode("ascii"))
         psk_identity = reader.opaque(2) or None
+        certificate_type = reader.u8()
         certificates = reader.vector(3)
         chain = []
         while certificates.remaining:
@@ -78,6 +82,7 @@ class TicketState:
             authenticated_by=authenticated_by,
             psk_identity=psk_identity,
             client_chain=tuple(chain),
+            client_certificate_type=certificate_type,
         )
 
 

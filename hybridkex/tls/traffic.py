@@ -5,7 +5,8 @@ import time
 from dataclasses import dataclass
 from typing import Final, Self
 
-from hybridkex.constants import HandshakeType
+from hybridkex.auth import Presented
+from hybridkex.constants import CertificateType, HandshakeType
 from hybridkex.crypto.schedule import ExporterSecret, ResumptionSecret
 from hybridkex.crypto.suites import CipherSuite
 from hybridkex.errors import IllegalParameter, UnexpectedMessage
@@ -18,6 +19,8 @@ from hybridkex.wire.extensions import Extensions
 from hybridkex.wire.messages import KeyUpdate, Message, NewSessionTicket
 
 __all__ = ["ClientTraffic", "Connected", "ServerTraffic", "store_key"]
+
+X509: Final = CertificateType.X509
 
 _MAX_KEY_UPDATES: Final = 32
 """KeyUpdates in a row without data between them; each costs us a key schedule step."""
@@ -100,11 +103,11 @@ class ClientTraffic(_Traffic):
     accepts = frozenset((HandshakeType.KEY_UPDATE, HandshakeType.NEW_SESSION_TICKET))
 
     def __init__(
-        self, connected: Connected, config: ClientConfig, chain: tuple[bytes, ...]
+        self, connected: Connected, config: ClientConfig, presented: Presented | None
     ) -> None:
         super().__init__(connected)
         self._config = config
-        self._chain = chain
+        self._presented = presented
         self._tickets = 0
 
     def handle(self, message: Message, raw: bytes, channel: Channel) -> Self:
@@ -117,6 +120,7 @@ class ClientTraffic(_Traffic):
         if message.lifetime > MAX_TICKET_LIFETIME:
             raise IllegalParameter(f"a ticket with a lifetime of {message.lifetime} s")
         store, session = self._config.session_store, self.connected.session
+        presented = self._presented
         if store is None or message.lifetime == 0:
             return self
         ticket = SessionTicket(
@@ -127,7 +131,8 @@ class ClientTraffic(_Traffic):
             lifetime=message.lifetime,
             received_at=time.time(),
             server_name=session.server_name,
-            chain=self._chain,
+            chain=presented.chain if presented is not None else (),
+            certificate_type=presented.certificate_type if presented is not None else X509,
             authenticated_by=session.authenticated_by,
             psk_identity=session.psk_identity,
         )
@@ -144,11 +149,11 @@ class ServerTraffic(_Traffic):
     """
 
     def __init__(
-        self, connected: Connected, config: ServerConfig, client_chain: tuple[bytes, ...]
+        self, connected: Connected, config: ServerConfig, presented: Presented | None
     ) -> None:
         super().__init__(connected)
         self._config = config
-        self._client_chain = client_chain
+        self._presented = presented
         self._tickets_due = config.tickets_per_connection if config.tickets is not None else 0
 
     def tickets_wanted(self, wanted: bool) -> None:
@@ -165,6 +170,7 @@ class ServerTraffic(_Traffic):
 
     def _send_ticket(self, channel: Channel) -> None:
         issuer, session = self._config.tickets, self.connected.session
+        presented = self._presented
         assert issuer is not None
         nonce = bytes((self._tickets_due,))
         state = TicketState(
@@ -174,7 +180,8 @@ class ServerTraffic(_Traffic):
             server_name=session.server_name,
             authenticated_by=session.authenticated_by,
             psk_identity=session.psk_identity,
-            client_chain=self._client_chain,
+            client_chain=presented.chain if presented is not None else (),
+            client_certificate_type=presented.certificate_type if presented is not None else X509,
         )
         channel.send(
             NewSessionTicket(

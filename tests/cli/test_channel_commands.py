@@ -26,6 +26,7 @@ JSON_KEYS = {
     "auth",
     "resumed",
     "peer_subject",
+    "verified_by",
     "policy",
     "qkd_fallback",
     "qkd_key_ids",

@@ -115,6 +115,15 @@ def test_a_session_says_what_it_rests_on(trust: TrustStore, identity: Identity) 
         "auth": "certificate+psk",
         "resumed": False,
         "peer_subject": "CN=localhost",
+        "verified_by": "ca",
+        "qkd_key_ids": [],
+        "qkd_sources": [],
+        "qkd_fallback": None,
+        "policy": {
+            "post_quantum": "require",
+            "psk": "require",
+            "authentication": "certificate+psk",
+        },
     }
     text = str(pair.client.session)
     for part in ("ML-KEM-768 + X25519 + PSK 'qkd-1'", "certificate+psk", "CN=localhost", "h2"):

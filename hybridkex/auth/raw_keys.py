@@ -1,0 +1,208 @@
+"""Raw public keys (RFC 7250): a peer that is its key, without a certificate around it."""
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_der_public_key,
+    load_pem_private_key,
+)
+
+from hybridkex.auth.certificates import key_weakness
+from hybridkex.auth.names import PeerName, any_covers
+from hybridkex.constants import Alert, CertificateType
+from hybridkex.crypto.sig_oqs import OqsPrivateKey, OqsPublicKey
+from hybridkex.errors import CertificateRejected, ConfigError
+
+__all__ = ["PeerRawKey", "RawIdentity", "read_raw_key"]
+
+MAX_SPKI: Final = 1 << 20
+"""Bytes of a key that we parse; the largest of liboqs's signatures have 400 KB."""
+
+
+def _weakness(key: Any) -> str | None:
+    return None if isinstance(key, OqsPublicKey) else key_weakness(key)
+
+
+@dataclass(frozen=True, repr=False)
+class PeerRawKey:
+    """A peer's raw public key, with the names under which it was trusted.
+
+    It has what a :class:`~hybridkex.auth.PeerCertificate` has, as far as a key can.
+    """
+
+    certificate_type: ClassVar[CertificateType] = CertificateType.RAW_PUBLIC_KEY
+    common_name: ClassVar[None] = None
+    spki: bytes
+    """SubjectPublicKeyInfo in DER."""
+    vouched: tuple[str, ...] = ()
+    """Names that the trust store knows it by; the key itself says none."""
+
+    @property
+    def chain(self) -> tuple[bytes, ...]:
+        """What went over the wire: the key alone."""
+        return (self.spki,)
+
+    @cached_property
+    def public_key(self) -> Any:
+        """The key, of a class of `cryptography` or an :class:`OqsPublicKey`."""
+        try:
+            return load_der_public_key(self.spki)
+        except UnsupportedAlgorithm:
+            key = OqsPublicKey.from_spki(self.spki)
+            if key is None:
+                raise
+            return key
+
+    @cached_property
+    def pin(self) -> str:
+        """SHA-256 of the key in hex: what ``--pin`` and :class:`~hybridkex.Pins` take."""
+        return hashlib.sha256(self.spki).hexdigest()
+
+    @property
+    def subject(self) -> str:
+        """How sessions and errors name it."""
+        return f"raw public key {self.pin}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names under which it was trusted, and ``sha256:`` with its pin."""
+        return (*self.vouched, f"sha256:{self.pin}")
+
+    def __repr__(self) -> str:
+        return f"PeerRawKey({', '.join(self.names)})"
+
+
+def read_raw_key(spki: bytes, vouched: tuple[str, ...] = ()) -> PeerRawKey:
+    """Parse what a peer sent.
+
+    Raises:
+        CertificateRejected: bytes that are no key, or a key that is of no use.
+    """
+    if len(spki) > MAX_SPKI:
+        raise CertificateRejected(f"the peer sent a raw public key of {len(spki)} bytes")
+    peer = PeerRawKey(spki, vouched)
+    try:
+        key = peer.public_key
+    except UnsupportedAlgorithm as error:
+        raise CertificateRejected(
+            f"the peer's raw public key is not supported here: {error}",
+            alert=Alert.UNSUPPORTED_CERTIFICATE,
+        ) from None
+    except Exception as error:
+        # Whatever a parser has to say about bytes that a peer chose, the answer is the same one.
+        raise CertificateRejected(f"the peer's raw public key does not parse: {error}") from None
+    weakness = _weakness(key)
+    if weakness is not None:
+        raise CertificateRejected(
+            f"the {peer.subject} is {weakness}", alert=Alert.UNSUPPORTED_CERTIFICATE
+        )
+    return peer
+
+
+@dataclass(frozen=True)
+class RawIdentity:
+    """Who we are: a key pair, and nobody who vouches for it.
+
+    Args:
+        private_key: of a class of `cryptography`, or an :class:`OqsPrivateKey`.
+        names: server names that this key is for; a server with several identities chooses by them.
+
+    Raises:
+        ConfigError: a key that no peer should accept.
+    """
+
+    certificate_type: ClassVar[CertificateType] = CertificateType.RAW_PUBLIC_KEY
+    private_key: Any = field(repr=False)
+    names: tuple[str, ...] = ()
+    peer_view: PeerRawKey = field(init=False)
+    """The public half, as a peer will see it."""
+
+    def __post_init__(self) -> None:
+        try:
+            public = self.private_key.public_key()
+            spki = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        except AttributeError:
+            raise ConfigError("a raw identity is a private key") from None
+        weakness = _weakness(public)
+        if weakness is not None:
+            raise ConfigError(f"our own key is {weakness}")
+        object.__setattr__(self, "peer_view", PeerRawKey(spki))
+
+    @property
+    def chain(self) -> tuple[bytes, ...]:
+        """What goes over the wire: the public key alone."""
+        return self.peer_view.chain
+
+    @property
+    def pin(self) -> str:
+        """SHA-256 of the public key in hex, for the peer's trust."""
+        return self.peer_view.pin
+
+    def matches(self, name: str | PeerName) -> bool:
+        """Whether the key is for this server name; a wildcard stands for one label."""
+        return any_covers(self.names, name)
+
+    @classmethod
+    def generate(cls, *, names: tuple[str, ...] = ()) -> "RawIdentity":
+        """A fresh Ed25519 key."""
+        return cls(ed25519.Ed25519PrivateKey.generate(), names)
+
+    def to_pem(self) -> bytes:
+        """The private key in PEM (PKCS #8), unencrypted."""
+        if isinstance(self.private_key, OqsPrivateKey):
+            return self.private_key.to_pem()
+        pem: bytes = self.private_key.private_bytes(
+            Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+        )
+        return pem
+
+    @classmethod
+    def from_pem(
+        cls, pem: bytes, *, names: tuple[str, ...] = (), password: bytes | None = None
+    ) -> "RawIdentity":
+        """From a private key in PEM.
+
+        Raises:
+            ConfigError: it is none, or a key that no peer should accept.
+        """
+        # The library's own words about a key are not passed on: nothing of a key gets into a text.
+        try:
+            key: Any = load_pem_private_key(pem, password)
+        except TypeError:
+            wanted = "encrypted, and no password was given"
+            if password is not None:
+                wanted = "not encrypted, and a password was given"
+            raise ConfigError(f"the private key is {wanted}") from None
+        except (ValueError, UnsupportedAlgorithm):
+            key = OqsPrivateKey.from_pem(pem)
+            if key is None:
+                raise ConfigError("there is no private key in PEM form") from None
+        return cls(key, names)
+
+    @classmethod
+    def from_file(
+        cls, path: str | Path, *, names: tuple[str, ...] = (), password: bytes | None = None
+    ) -> "RawIdentity":
+        """From a file with a private key in PEM.
+
+        Raises:
+            ConfigError: as with :meth:`from_pem`, and it names the file.
+        """
+        try:
+            pem = Path(path).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        try:
+            return cls.from_pem(pem, names=names, password=password)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None

@@ -1,0 +1,92 @@
+"""The proof that a peer's certificate or key was accepted, and who may say so."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass, field
+from datetime import datetime
+from typing import Final, Literal, Protocol, TypeAlias, final, runtime_checkable
+
+from hybridkex.auth.certificates import PeerCertificate
+from hybridkex.auth.names import PeerName
+from hybridkex.auth.raw_keys import PeerRawKey
+
+__all__ = [
+    "PROOF",
+    "ClientKeyVerifier",
+    "ClientVerifier",
+    "Presented",
+    "ServerKeyVerifier",
+    "ServerVerifier",
+    "VerifiedPeer",
+]
+
+PROOF: Final = object()
+"""Known to the verifiers of this room alone."""
+
+Presented: TypeAlias = PeerCertificate | PeerRawKey
+"""What a peer can show: a chain of certificates, or a raw public key (RFC 7250)."""
+
+
+@final
+@dataclass(frozen=True)
+class VerifiedPeer:
+    """Proof that a chain or a key was accepted; only a verifier of this room makes one."""
+
+    proof: InitVar[object]
+    certificate: Presented
+    verified_by: Literal["ca", "pin", "known", "first use", "openpgp", "insecure"]
+    """``ca`` where authorities vouched for it (and pins, if there are any, fitted as well)."""
+    remember: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    """Called once the peer has shown that it has the key and the handshake is complete: before
+    that, anybody could have us remember anybody's key."""
+
+    def __post_init__(self, proof: object) -> None:
+        if proof is not PROOF:
+            raise TypeError("only a verifier makes a VerifiedPeer")
+
+    @property
+    def subject(self) -> str:
+        """The subject of the end entity's certificate; a raw key's is its pin."""
+        return self.certificate.subject
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its subject alternative names: DNS names, IP addresses and URIs."""
+        return self.certificate.names
+
+
+@runtime_checkable
+class ServerVerifier(Protocol):
+    """Decides about a server's certificates."""
+
+    def verify_server(
+        self, chain: Sequence[bytes], name: PeerName | None, *, at: datetime | None = None
+    ) -> VerifiedPeer:
+        """Accept ``chain`` (DER, leaf first) for ``name``, or raise ``CertificateRejected``."""
+        ...
+
+
+@runtime_checkable
+class ClientVerifier(Protocol):
+    """Decides about a client's certificates."""
+
+    def verify_client(self, chain: Sequence[bytes], *, at: datetime | None = None) -> VerifiedPeer:
+        """Accept ``chain`` (DER, leaf first), or raise ``CertificateRejected``."""
+        ...
+
+
+@runtime_checkable
+class ServerKeyVerifier(Protocol):
+    """Decides about a server's raw public key."""
+
+    def verify_server_key(self, spki: bytes, name: PeerName | None) -> VerifiedPeer:
+        """Accept a SubjectPublicKeyInfo for ``name``, or raise ``CertificateRejected``."""
+        ...
+
+
+@runtime_checkable
+class ClientKeyVerifier(Protocol):
+    """Decides about a client's raw public key."""
+
+    def verify_client_key(self, spki: bytes) -> VerifiedPeer:
+        """Accept a SubjectPublicKeyInfo, or raise ``CertificateRejected``."""
+        ...

@@ -1,0 +1,91 @@
+"""What each side shows of itself: certificates or a raw public key (RFC 7250).
+
+RFC 8446 section 4.4.2 puts the server's choice into EncryptedExtensions; without an extension it is
+X.509. A verifier takes the kinds that it has methods for, an identity is of one kind.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+from hybridkex.auth import (
+    ClientKeyVerifier,
+    ClientVerifier,
+    PeerName,
+    ServerKeyVerifier,
+    ServerVerifier,
+    VerifiedPeer,
+)
+from hybridkex.constants import Alert, CertificateType
+from hybridkex.errors import CertificateRejected, IllegalParameter
+from hybridkex.wire.messages import Certificate
+
+__all__ = [
+    "ONLY_X509",
+    "AnyClientVerifier",
+    "AnyServerVerifier",
+    "accept_client",
+    "accept_server",
+    "accepted_types",
+    "check_choice",
+    "check_entries",
+]
+
+AnyServerVerifier = ServerVerifier | ServerKeyVerifier
+AnyClientVerifier = ClientVerifier | ClientKeyVerifier
+
+X509: Final = CertificateType.X509
+RAW: Final = CertificateType.RAW_PUBLIC_KEY
+ONLY_X509: Final[tuple[int, ...]] = (X509,)
+"""What holds where nobody says anything."""
+
+
+def accepted_types(verifier: AnyServerVerifier | AnyClientVerifier) -> tuple[int, ...]:
+    """The kinds that a verifier can decide about, certificates first."""
+    certificates = isinstance(verifier, ServerVerifier | ClientVerifier)
+    keys = isinstance(verifier, ServerKeyVerifier | ClientKeyVerifier)
+    return ((X509,) if certificates else ()) + ((RAW,) if keys else ())
+
+
+def check_choice(chosen: int | None, offered: tuple[int, ...]) -> int:
+    """The kind that the server settled on, from its extension, if it sent one."""
+    if chosen is None:
+        return X509
+    if chosen not in offered:
+        raise IllegalParameter(f"certificate type {chosen} was not offered")
+    return chosen
+
+
+def check_entries(kind: int, message: Certificate) -> None:
+    """RFC 8446 section 4.4.2: a raw public key stands alone."""
+    if kind == RAW and len(message.entries) > 1:
+        raise IllegalParameter(f"{len(message.entries)} raw public keys, where one may be")
+
+
+def accept_server(
+    verifier: AnyServerVerifier, kind: int, chain: Sequence[bytes], name: PeerName | None
+) -> VerifiedPeer:
+    """Have the verifier decide about what a server showed."""
+    if kind == RAW and isinstance(verifier, ServerKeyVerifier):
+        return verifier.verify_server_key(chain[0], name)
+    if kind == X509 and isinstance(verifier, ServerVerifier):
+        return verifier.verify_server(chain, name)
+    raise _unwanted(kind)
+
+
+def accept_client(verifier: AnyClientVerifier, kind: int, chain: Sequence[bytes]) -> VerifiedPeer:
+    """Have the verifier decide about what a client showed."""
+    if kind == RAW and isinstance(verifier, ClientKeyVerifier):
+        return verifier.verify_client_key(chain[0])
+    if kind == X509 and isinstance(verifier, ClientVerifier):
+        return verifier.verify_client(chain)
+    raise _unwanted(kind)
+
+
+def _unwanted(kind: int) -> CertificateRejected:
+    shown, wanted = "a certificate", "a raw public key"
+    if kind == RAW:
+        shown, wanted = wanted, shown
+    return CertificateRejected(
+        f"the peer showed {shown}, and we can only check {wanted}",
+        alert=Alert.UNSUPPORTED_CERTIFICATE,
+    )

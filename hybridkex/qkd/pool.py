@@ -126,6 +126,7 @@ class FilePool:
         [material] = found
         block = Allotment(blocks=(material.key_id,), size=len(material.key))
         await self._store.allot(link, [block], master=self.local_sae)
+        await self._store.scrub()
         return QkdKey(
             name=(KeyRef(self._names.kme, self._names.peer_kme, material.key_id),),
             master_sae=self.local_sae,
@@ -136,6 +137,7 @@ class FilePool:
     async def get(self, name: KeyName) -> QkdKey:
         key_id = single(name, master_kme=self._names.peer_kme, slave_kme=self._names.kme)
         [(_, key)] = await self._store.collect([key_id], slave=self.local_sae, master=self.peer_sae)
+        await self._store.scrub()
         return QkdKey(name=name, master_sae=self.peer_sae, slave_sae=self.local_sae, key=key)
 
     def knows(self, name: KeyName) -> bool:

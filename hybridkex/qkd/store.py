@@ -187,6 +187,13 @@ class KeyStore(Protocol):
         """
         ...
 
+    async def scrub(self) -> None:
+        """Make sure that keys which left the tables have left the files too, sealed or not.
+
+        Free if nothing changed since the last time.
+        """
+        ...
+
     async def count(self, link: str) -> int:
         """Keys of material of a link."""
         ...
@@ -234,9 +241,11 @@ def read_key_file(path: Path) -> Secret:
 class SqliteKeyStore:
     """The embedded key store: one SQLite file, for one process.
 
-    Write-ahead log with ``synchronous=FULL``: one flush to the disk for each transaction. Calls
-    run one after the other in a worker thread, and a call that began is not cancelled, so its
-    outcome is never in doubt while the process lives.
+    Write-ahead log with ``synchronous=FULL``: one flush to the disk for each transaction. Deleted
+    rows are overwritten in the tables (``secure_delete``), but the log keeps them until
+    :meth:`scrub` empties it; that is one flush more, so the caller chooses when. Calls run one
+    after the other in a worker thread, and a call that began is not cancelled, so its outcome is
+    never in doubt while the process lives.
     """
 
     def __init__(self, path: Path, seal_key: Secret) -> None:
@@ -244,6 +253,7 @@ class SqliteKeyStore:
         self._seal = AESGCM(seal_key.reveal())
         self._lock = trio.Lock()
         self._reserved: set[UUID] = set()
+        self._unscrubbed = True
         try:
             path.touch(mode=0o600, exist_ok=True)
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -306,6 +316,7 @@ class SqliteKeyStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        self._unscrubbed = True
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield self._db
@@ -313,6 +324,14 @@ class SqliteKeyStore:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+
+    async def scrub(self) -> None:
+        await self._run(self._scrub)
+
+    def _scrub(self) -> None:
+        if self._unscrubbed:
+            busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._unscrubbed = bool(busy)
 
     # -- meta
 

@@ -1,7 +1,9 @@
 """The key database: one transaction for each step, and nothing readable on the disk."""
 
+import sqlite3
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,24 @@ async def test_a_key_is_in_no_file(tmp_path: Path) -> None:
         assert value not in on_disk
     await store.aclose()
     assert secret not in b"".join(contents(tmp_path))
+
+
+async def test_a_delivered_key_is_in_no_file_even_sealed(tmp_path: Path) -> None:
+    """Whoever steals the key file too must not find it: not in the tables, not in the log."""
+    write_key_file(tmp_path / "key")
+    store = SqliteKeyStore(tmp_path / "db", read_key_file(tmp_path / "key"))
+    await store.add("a", keys(1, 2))
+    await store.allot("a", [block(1)], master="m", slaves=["s"])
+    with closing(sqlite3.connect(tmp_path / "db")) as other:
+        [(granted,)] = other.execute("SELECT sealed FROM grants").fetchall()
+        [(waiting,)] = other.execute("SELECT sealed FROM material").fetchall()
+    await store.collect([key_id(1)], slave="s", master="m")
+    assert granted in b"".join(contents(tmp_path)), "the log still has it: the search works"
+    await store.scrub()
+    assert granted not in b"".join(contents(tmp_path))
+    assert waiting in b"".join(contents(tmp_path))
+    assert (tmp_path / "db-wal").stat().st_size == 0
+    await store.aclose()
 
 
 async def test_a_row_cannot_pose_as_another(store: SqliteKeyStore) -> None:

@@ -54,6 +54,9 @@ CHECK_AT_ONCE: Final = 1000
 CHECK_EVERY: Final = 600.0
 """Seconds between two comparisons of our blocks with the other end's."""
 
+SCRUB_EVERY: Final = 1.0
+"""Seconds for which a delivered key may be left, sealed, in the database's log."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class KmeLimits:
@@ -425,6 +428,20 @@ class Kme:
 
     async def maintain(self, every: float = 10.0) -> None:
         """Erase old keys, keep in step with the other ends and count keys, for ever."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._scrub_often)
+            await self._keep_house(every)
+
+    async def _scrub_often(self) -> None:
+        """A second after a key was delivered, none of our files has it."""
+        while True:
+            await trio.sleep(SCRUB_EVERY)
+            try:
+                await self._store.scrub()
+            except KeySourceError as error:
+                LOG.warning("%s: %s", self.kme_id, error)
+
+    async def _keep_house(self, every: float) -> None:
         next_check = 0.0
         while True:
             now = time.time()

@@ -30,7 +30,7 @@ from hybridkex.qkd.etsi014.client import Etsi014Source, KmeAccess, KmeClient
 from hybridkex.qkd.etsi014.config import Address as KmeAddress
 from hybridkex.qkd.etsi014.config import KmeConfig, PeerConfig, ServeConfig
 from hybridkex.qkd.etsi014.hop import Hop
-from hybridkex.qkd.etsi014.kme import KmeLimits
+from hybridkex.qkd.etsi014.kme import SCRUB_EVERY, KmeLimits
 from hybridkex.qkd.etsi014.serve import KmeServer, Serving
 from hybridkex.qkd.in_process import in_process_pair
 from hybridkex.qkd.source import KeySource
@@ -46,6 +46,8 @@ _SITES: Final = (("alice", "kme-a"), ("bob", "kme-b"))
 _LOOPBACK: Final = "127.0.0.1"
 _KEYS: Final = 64
 """Keys that a KME holds ready; every session takes one."""
+_THIEF_COMES: Final = 2 * SCRUB_EVERY
+"""Seconds after the last delivery."""
 _CLASSICAL_TOO: Final = Policy(post_quantum=Requirement.PREFER)
 
 
@@ -164,7 +166,7 @@ class Stage:
     async def kmes(self, delivery: Delivery) -> AsyncIterator[Serving]:
         """Two KMEs of one link, which serve SAEs as the delivery says.
 
-        Their databases are stolen at both ends of the block.
+        Their databases are stolen before the block, and a while after all of its deliveries.
         """
         server = KmeServer(self._kme_config(delivery))
         async with trio.open_nursery() as nursery:
@@ -172,6 +174,7 @@ class Stage:
             await self._wait_for_keys(where, delivery)
             self._steal_stores(delivery, "before")
             yield where
+            await trio.sleep(_THIEF_COMES)
             self._steal_stores(delivery, "after")
             server.close()
 

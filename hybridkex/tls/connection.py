@@ -5,6 +5,8 @@ is what the transport must carry. Nothing here waits, and nothing here does I/O.
 engine is dead: every later call raises, and ``data_to_send`` still holds the alert for the peer.
 """
 
+from typing import Final
+
 from hybridkex.auth import DnsName, IpAddress, parse_peer_name
 from hybridkex.constants import Alert
 from hybridkex.crypto.psk import ExternalPsk
@@ -31,6 +33,10 @@ _MAX_WARNINGS = 4
 """``user_canceled`` alerts that are ignored; any more are an attack or a bug."""
 
 State = client.ClientState | server.ServerState | ClientTraffic | ServerTraffic
+
+# Tuples, made once: a union is built anew in every call, and isinstance takes longer over it.
+_WAITING: Final = (client.WaitPsk, server.WaitPsk)
+_TRAFFIC: Final = (ClientTraffic, ServerTraffic)
 
 
 class Connection:
@@ -80,15 +86,13 @@ class Connection:
         if channel.events:
             return channel.events.popleft()
         self._check_alive()
-        while not self._close_received and not isinstance(
-            self._state, client.WaitPsk | server.WaitPsk
-        ):
+        while not self._close_received and not isinstance(self._state, _WAITING):
             try:
                 item = channel.next_item()
                 if item is None:
                     return None
                 if type(item) is DataItem:
-                    assert isinstance(self._state, ClientTraffic | ServerTraffic)
+                    assert isinstance(self._state, _TRAFFIC)
                     self._state.data_received()
                     return ApplicationData(item.data)
                 if isinstance(item, AlertItem):
@@ -135,7 +139,7 @@ class Connection:
         into them."""
         self._check_alive()
         state = self._state
-        if not isinstance(state, ClientTraffic | ServerTraffic):
+        if not isinstance(state, _TRAFFIC):
             raise LocalStateError("the handshake is not complete")
         if self._close_sent:
             raise LocalStateError("close_notify has been sent")
@@ -160,7 +164,7 @@ class Connection:
         """
         self._check_alive()
         state = self._state
-        if not isinstance(state, client.WaitPsk | server.WaitPsk):
+        if not isinstance(state, _WAITING):
             raise LocalStateError("no PSK is wanted")
         try:
             self._state = state.provide(psk, self._channel)
@@ -171,7 +175,7 @@ class Connection:
     def update_keys(self, *, request_peer: bool = False) -> None:
         """Change our key now, and ask the peer for the same (section 4.6.3)."""
         self._check_alive()
-        if not isinstance(self._state, ClientTraffic | ServerTraffic) or self._close_sent:
+        if not isinstance(self._state, _TRAFFIC) or self._close_sent:
             raise LocalStateError("keys are updated between handshake and close")
         self._state.update_keys(self._channel, request=request_peer)
 
@@ -198,7 +202,7 @@ class Connection:
     @property
     def handshake_complete(self) -> bool:
         """Whether application data may flow."""
-        return isinstance(self._state, ClientTraffic | ServerTraffic)
+        return isinstance(self._state, _TRAFFIC)
 
     @property
     def close_received(self) -> bool:
@@ -227,7 +231,7 @@ class Connection:
         return connected.exporter.export(label, context, length)
 
     def _connected(self) -> Connected:
-        if not isinstance(self._state, ClientTraffic | ServerTraffic):
+        if not isinstance(self._state, _TRAFFIC):
             raise LocalStateError("the handshake is not complete")
         return self._state.connected
 

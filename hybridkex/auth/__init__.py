@@ -3,6 +3,7 @@
 from hybridkex.auth.certificates import PeerCertificate, spki_sha256
 from hybridkex.auth.dev_ca import DevCa
 from hybridkex.auth.identity import Identity
+from hybridkex.auth.known_peers import KnownPeers
 from hybridkex.auth.names import DnsName, IpAddress, PeerName, parse_peer_name
 from hybridkex.auth.raw_keys import PeerRawKey, RawIdentity
 from hybridkex.auth.verified import (
@@ -14,6 +15,7 @@ from hybridkex.auth.verified import (
     VerifiedPeer,
 )
 from hybridkex.auth.verify import InsecureNoVerification, Pins, TrustStore
+from hybridkex.auth.web_of_trust import WebOfTrust, endorsement
 
 __all__ = [
     "ClientKeyVerifier",
@@ -23,6 +25,7 @@ __all__ = [
     "Identity",
     "InsecureNoVerification",
     "IpAddress",
+    "KnownPeers",
     "PeerCertificate",
     "PeerName",
     "PeerRawKey",
@@ -33,6 +36,8 @@ __all__ = [
     "ServerVerifier",
     "TrustStore",
     "VerifiedPeer",
+    "WebOfTrust",
+    "endorsement",
     "parse_peer_name",
     "spki_sha256",
 ]

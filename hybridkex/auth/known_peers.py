@@ -1,0 +1,186 @@
+"""Trust on first use: a file of names and the keys that they had, as SSH's ``known_hosts``.
+
+A line is a name, a space, and the key (SubjectPublicKeyInfo in DER, in base64); ``#`` begins a
+comment. A name may have several keys. The first connection to a name is trusted blindly, every
+later one must show a key that is in the file: whoever sits in between must have been there from the
+beginning, and must stay for ever.
+"""
+
+import base64
+import binascii
+import fcntl
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from hybridkex.auth.names import PeerName
+from hybridkex.auth.raw_keys import read_raw_key
+from hybridkex.auth.verified import PROOF, VerifiedPeer
+from hybridkex.constants import Alert
+from hybridkex.errors import CertificateRejected, ConfigError
+
+__all__ = ["KnownPeers"]
+
+LOG: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KnownPeers:
+    """Servers by the key that they showed first, clients by the keys that are in the file.
+
+    The file is replaced as a whole, under a lock, and only when a handshake with a new peer is
+    complete; a crash leaves the old file or the new one.
+
+    Args:
+        path: the file; it need not be there yet.
+        accept_new: whether a name that is not in the file is trusted and remembered.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line of it makes no sense.
+    """
+
+    path: Path
+    accept_new: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+        _read(self.path)
+
+    def verify_server_key(self, spki: bytes, name: PeerName | None) -> VerifiedPeer:
+        """A key that the name had before; any key, where the name is new."""
+        if name is None:
+            raise CertificateRejected(
+                "a server's key is known by the server's name; pass server_hostname"
+            )
+        peer = read_raw_key(spki, (str(name),))
+        known = [key for entry, key in self._entries() if entry == str(name)]
+        if spki in known:
+            return VerifiedPeer(PROOF, peer, "known")
+        if known:
+            raise CertificateRejected(
+                f"{name} has another key than the one in {self.path}: somebody is in between, or "
+                f"the server has a new key; it showed {peer.pin}",
+                alert=Alert.CERTIFICATE_UNKNOWN,
+                subject=peer.subject,
+            )
+        if not self.accept_new:
+            raise CertificateRejected(
+                f"{name} is not in {self.path}; it showed the key {peer.pin}",
+                alert=Alert.CERTIFICATE_UNKNOWN,
+                subject=peer.subject,
+            )
+        return VerifiedPeer(PROOF, peer, "first use", partial(self._remember, str(name), spki))
+
+    def verify_client_key(self, spki: bytes) -> VerifiedPeer:
+        """A key that is in the file: a client says no name, so none of them is new."""
+        names = tuple(name for name, key in self._entries() if key == spki)
+        peer = read_raw_key(spki, names)
+        if not names:
+            raise CertificateRejected(
+                f"a client with the key {peer.pin}, which is not in {self.path}",
+                alert=Alert.CERTIFICATE_UNKNOWN,
+                subject=peer.subject,
+            )
+        return VerifiedPeer(PROOF, peer, "known")
+
+    def add(self, name: str, spki: bytes) -> None:
+        """Put a key into the file, beside those that the name may have already.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        with _locked(self.path):
+            self._add(name, spki)
+
+    def _add(self, name: str, spki: bytes) -> None:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            text = ""
+        if text and not text.endswith("\n"):
+            text += "\n"
+        line = f"{name} {base64.b64encode(spki).decode('ascii')}\n"
+        if line not in text.splitlines(keepends=True):
+            _replace(self.path, text + line)
+
+    def _remember(self, name: str, spki: bytes) -> None:
+        """The handshake is complete. That it cannot be noted does not undo it."""
+        try:
+            with _locked(self.path):
+                if any(entry == name for entry, _ in _read(self.path)):
+                    # Another connection was first; the next one to this name will tell.
+                    return
+                self._add(name, spki)
+        except ConfigError as error:
+            LOG.warning("the key of %s is not remembered: %s", name, error)
+
+    def _entries(self) -> list[tuple[str, bytes]]:
+        try:
+            return _read(self.path)
+        except ConfigError as error:
+            # Half a store could have lost the very key that matters.
+            raise CertificateRejected(str(error), alert=Alert.INTERNAL_ERROR) from None
+
+
+def _read(path: Path) -> list[tuple[str, bytes]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ConfigError(f"cannot read {path}: {reason}") from None
+    entries = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        try:
+            name, key = words
+            entries.append((name, base64.b64decode(key, validate=True)))
+        except (ValueError, binascii.Error):
+            raise ConfigError(f"{path}, line {number}: not a name and a key") from None
+    return entries
+
+
+class _locked:
+    """Only one process at a time changes the file; the lock is a file of its own, since the file
+    itself is replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.with_name(f".{path.name}.lock")
+
+    def __enter__(self) -> None:
+        try:
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ConfigError(f"cannot lock {self._path}: {error.strerror}") from None
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self._descriptor)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write beside the file, flush to the disk, and put it in its place."""
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None

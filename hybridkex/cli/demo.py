@@ -1,4 +1,8 @@
-"""``hybridkex demo``: a real file between two processes, and what the channel's keys rest on."""
+"""``hybridkex demo``: two sites, a QKD link, a real file across, and what Eve has of it.
+
+Everything is what a user would run: the KMEs are ``kme serve``, the two parties ``listen`` and
+``connect``, each a process of its own. Eve is a tap on the cable between them.
+"""
 
 import argparse
 import hashlib
@@ -7,16 +11,31 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Final
 
+import trio
 from cryptography.hazmat.bindings import _rust
 
+from hybridkex.adversary.later.reading import Connection, read_capture
+from hybridkex.adversary.now.tap import wire_tap
 from hybridkex.auth.dev_ca import DevCa, write_identity
+from hybridkex.crypto.kex import ALL_GROUPS
 from hybridkex.errors import ConfigError, HybridkexError
+from hybridkex.qkd.psk import name_of
+from hybridkex.wire.extensions import PreSharedKeyOffer, ServerName
+from hybridkex.wire.messages import ImportedIdentity
 
 __all__ = ["configure", "run"]
 
-_TIMEOUT = 60.0
+_TIMEOUT: Final = 60.0
+_COMMAND: Final = (sys.executable, "-m", "hybridkex")
+_SAMPLES: Final = 64
+"""Pieces of the file that are looked for in Eve's recording."""
 
 
 class DemoFailed(HybridkexError):
@@ -31,86 +50,252 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="what to send; by default the largest library that hybridkex uses",
     )
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="leave Eve's recording there, for Wireshark"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run it; 0 when the file arrived whole."""
+    """Run it; 0 when the file arrived whole and Eve has nothing of it."""
     source = Path(args.file or _rust.__file__).resolve()
-    try:
-        size = source.stat().st_size
-    except OSError as error:
-        raise ConfigError(f"cannot read {source}: {error.strerror}") from None
+    if not source.is_file():
+        raise ConfigError(f"cannot read {source}: not a file that is there")
     with tempfile.TemporaryDirectory(prefix="hybridkex-demo-") as name:
         folder = Path(name)
-        authority = DevCa.create()
-        write_identity(folder / "bob", authority, authority.issue("localhost", "127.0.0.1"))
-        write_identity(folder / "alice", authority, authority.issue("alice"))
-        print("two parties, each with a certificate of a development authority")
-        target = folder / "received"
-        seconds, session = _transfer(folder, source, target)
-        if _digest(source) != _digest(target):
-            raise DemoFailed("the file that arrived is not the file that was sent")
-        print(f"{source.name}, {size:,} bytes, crossed in {seconds:.2f} s (start-up included)")
-        print(f"SHA-256 of both ends: {_digest(target)}")
-    print("what the keys rest on:")
-    for leg in session["parts"]:
-        print(f"  - {leg}")
-    print(f"suite {session['cipher_suite']}, group {session['group']}")
-    print(f"authentication: {session['auth']}, {session['signature_scheme']}, both ways")
+        keep: Path = args.keep or folder
+        try:
+            keep.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot write {keep}: {error.strerror}") from None
+        try:
+            trio.run(_demonstrate, folder, source, keep / "eve.pcapng")
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
     return 0
 
 
-def _transfer(folder: Path, source: Path, target: Path) -> tuple[float, dict[str, list[str]]]:
-    """Run ``listen`` and ``connect`` as two processes."""
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def _demonstrate(folder: Path, source: Path, capture: Path) -> None:
+    target = folder / "received"
+    _heading("1. Two sites and the QKD link between them")
+    async with _kmes(folder / "sites") as urls:
+        _heading("2. Alice sends Bob a file")
+        _make_certificates(folder)
+        seconds, session = await _transfer(folder, urls, source, target, capture)
+    _report_file(source, target, seconds)
+
+    _heading("3. What Eve recorded on the way")
+    _report_recording(capture, source)
+
+    _heading("4. What the keys rest on")
+    _report_session(session)
+
+
+def _heading(text: str) -> None:
+    print(f"\n{text}", flush=True)
+
+
+def _say(text: str) -> None:
+    print(f"   {text}", flush=True)
+
+
+# --- the sites ------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _kmes(folder: Path) -> AsyncIterator[dict[str, str]]:
+    """Run both KMEs; gives the URL of each SAE's."""
+    command = [*_COMMAND, "kme", "dev-up", str(folder), "--ports", "0,0", "--tls", "hybridkex"]
+    async with _process(command) as process:
+        lines = _lines(process)
+        with _deadline("the KMEs did not start"):
+            urls = [(await anext(lines)).split()[-1] for _ in range(2)]
+        _say("Alice and her KME at one site, Bob and his at the other")
+        _say("each program fetches its keys from the KME beside it (ETSI GS QKD 014),")
+        _say("over post-quantum TLS")
+        yield dict(zip(("alice", "bob"), urls, strict=True))
+
+
+def _make_certificates(folder: Path) -> None:
+    authority = DevCa.create()
+    write_identity(folder / "bob", authority, authority.issue("localhost", "127.0.0.1"))
+    write_identity(folder / "alice", authority, authority.issue("alice"))
+    _say("each has a certificate of a development authority")
+
+
+def _options(folder: Path, who: str, peer: str, url: str) -> list[str]:
+    """What a party adds to ``listen`` or ``connect``."""
+    words = ["--kme", url, "--kme-tls", "hybridkex", "--sae", who, "--peer-sae", peer]
+    for option in ("ca", "cert", "key"):
+        words += [f"--{option}", str(folder / who / f"{option}.pem")]
+        words += [f"--kme-{option}", str(folder / "sites" / who / f"{option}.pem")]
+    return words
+
+
+async def _transfer(
+    folder: Path, urls: dict[str, str], source: Path, target: Path, capture: Path
+) -> tuple[float, dict[str, Any]]:
+    """Run ``listen`` and ``connect``, with Eve's tap between them."""
     port_file = folder / "port"
-    bob, alice = folder / "bob", folder / "alice"
-    command = [sys.executable, "-m", "hybridkex"]
-    listen = [*command, "listen", "0", "--bind", "127.0.0.1", "--once", "--port-file"]
-    listen += [str(port_file), "--require-client-cert", *_credentials(bob)]
-    started = time.monotonic()
+    listen = [*_COMMAND, "listen", "0", "--bind", "127.0.0.1", "--once"]
+    listen += ["--port-file", str(port_file), "--require-client-cert"]
+    began = time.monotonic()
     with target.open("wb") as sink, source.open("rb") as file:
-        receiver = subprocess.Popen(
-            listen, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.PIPE
-        )
-        try:
-            port = _wait_for_port(port_file, receiver)
-            sender = subprocess.run(
-                [*command, "connect", "localhost", port, "--json", *_credentials(alice)],
-                stdin=file,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                timeout=_TIMEOUT,
-                check=False,
-            )
-            complaint = receiver.communicate(timeout=_TIMEOUT)[1]
-        except subprocess.TimeoutExpired:
-            raise DemoFailed(f"no end after {_TIMEOUT:g} s") from None
-        finally:
-            receiver.kill()
-            receiver.wait()
-    if sender.returncode or receiver.returncode:
+        async with _process(
+            [*listen, *_options(folder, "bob", "alice", urls["bob"])], stdout=sink.fileno()
+        ) as receiver:
+            with _deadline("the listener did not open its port"):
+                port = int(await _contents(trio.Path(port_file), receiver))
+            with _deadline("the transfer did not end"):
+                async with wire_tap(capture, ("127.0.0.1", port)) as (_, tapped):
+                    command = [*_COMMAND, "connect", "localhost", str(tapped), "--json"]
+                    sender = await trio.run_process(
+                        [*command, *_options(folder, "alice", "bob", urls["alice"])],
+                        stdin=file,
+                        stdout=subprocess.DEVNULL,
+                        capture_stderr=True,
+                        check=False,
+                    )
+                    complaint = await _rest(receiver)
+                    status = await receiver.wait()
+    if sender.returncode or status:
         raise DemoFailed((sender.stderr + complaint).decode(errors="replace").strip())
-    return time.monotonic() - started, json.loads(sender.stderr.splitlines()[0])
+    return time.monotonic() - began, json.loads(sender.stderr.splitlines()[0])
 
 
-def _credentials(folder: Path) -> list[str]:
-    return [
-        word
-        for option in ("ca", "cert", "key")
-        for word in (f"--{option}", str(folder / f"{option}.pem"))
-    ]
+# --- the reports ----------------------------------------------------------------------------------
 
 
-def _wait_for_port(path: Path, process: "subprocess.Popen[bytes]") -> str:
-    deadline = time.monotonic() + _TIMEOUT
-    while not path.exists():
-        if process.poll() is not None:
-            assert process.stderr is not None
-            raise DemoFailed(process.stderr.read().decode(errors="replace").strip())
-        if time.monotonic() > deadline:
-            raise DemoFailed("the listener did not open its port")
-        time.sleep(0.02)
-    return path.read_text().strip()
+def _report_file(source: Path, target: Path, seconds: float) -> None:
+    if _digest(source) != _digest(target):
+        raise DemoFailed("the file that arrived is not the file that was sent")
+    size = f"{source.stat().st_size:,} bytes"
+    _say(f"{source.name}, {size}, in {seconds:.2f} s (start of both programs included)")
+    _say(f"SHA-256 at both ends: {_digest(target)}")
+
+
+@dataclass(frozen=True)
+class _Overheard:
+    """What a handshake says in the clear."""
+
+    connection: Connection
+
+    @property
+    def server_name(self) -> str:
+        name = self.connection.client_hello.extensions.get(ServerName)
+        return name.host_name if name is not None else "none"
+
+    @property
+    def group(self) -> str:
+        names = {group.code: group.name for group in ALL_GROUPS}
+        return names[self.connection.group]
+
+    @property
+    def key_ids(self) -> list[str]:
+        offer = self.connection.client_hello.extensions.get(PreSharedKeyOffer)
+        found: dict[str, None] = {}
+        for one in offer.identities if offer is not None else ():
+            imported = ImportedIdentity.decode(one.identity)
+            name = name_of(imported.external_identity) if imported is not None else None
+            found |= dict.fromkeys(str(part.key_id) for part in name or ())
+        return list(found)
+
+
+def _report_recording(capture: Path, source: Path) -> None:
+    connections, _ = read_capture(capture)
+    if len(connections) != 1:
+        raise DemoFailed(f"Eve recorded {len(connections)} handshakes where there was one")
+    overheard = _Overheard(connections[0])
+    records = connections[0].records
+    _say(f"{len(records):,} records, {sum(record.size for record in records):,} bytes")
+    _say(f"in the clear: server name {overheard.server_name}, group {overheard.group},")
+    _say(f"  the public shares, and the ID (not the key) {', '.join(overheard.key_ids)}")
+    recorded = capture.read_bytes()
+    pieces = _pieces(source)
+    seen = sum(piece in recorded for piece in pieces)
+    if seen:
+        raise DemoFailed(f"{seen} of {len(pieces)} pieces of the file are in Eve's recording")
+    _say(f"of {len(pieces)} pieces of the file that were looked for in it, none is there")
+    _say("to read it later she must get past ALL of the legs below;")
+    _say("'hybridkex rndl' plays that through, with an adversary who breaks them")
+
+
+def _pieces(source: Path) -> list[bytes]:
+    """Pieces of 32 bytes from all over the file, those that could be there by chance left out."""
+    size = source.stat().st_size
+    found = []
+    with source.open("rb") as file:
+        for index in range(_SAMPLES):
+            file.seek(size * index // _SAMPLES)
+            piece = file.read(32)
+            if len(set(piece)) > 8:
+                found.append(piece)
+    return found
+
+
+def _report_session(session: dict[str, Any]) -> None:
+    for part in session["parts"]:
+        _say(f"- {part}")
+    for key_id, source in zip(session["qkd_key_ids"], session["qkd_sources"], strict=True):
+        _say(f"- QKD key {key_id} (KMEs {source})")
+    _say(f"joined by the key schedule of {session['version']}, {session['cipher_suite']}")
+    _say(f"authentication: {session['auth']}, {session['signature_scheme']}, both ways")
+    policy = session["policy"]
+    _say(f"policy: post-quantum {policy['post_quantum']}, QKD {policy['psk']}")
+
+
+# --- processes and files --------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _process(command: list[str], **options: Any) -> AsyncIterator[trio.Process]:
+    """A process that is ended with the block."""
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **options}
+    async with trio.open_nursery() as nursery:
+        run = partial(trio.run_process, command, stderr=subprocess.PIPE, check=False, **options)
+        process: trio.Process = await nursery.start(run)
+        yield process
+        nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def _deadline(complaint: str) -> Iterator[None]:
+    """Fails with a complaint when the block takes too long."""
+    try:
+        with trio.fail_after(_TIMEOUT):
+            yield
+    except trio.TooSlowError:
+        raise DemoFailed(f"{complaint} within {_TIMEOUT:g} s") from None
+
+
+async def _lines(process: trio.Process) -> AsyncIterator[str]:
+    assert process.stdout is not None
+    buffer = b""
+    async for data in process.stdout:
+        *lines, buffer = (buffer + data).split(b"\n")
+        for line in lines:
+            yield line.decode()
+    raise DemoFailed((await _rest(process)).decode(errors="replace").strip() or "it ended")
+
+
+async def _rest(process: trio.Process) -> bytes:
+    """All that a process says on standard error."""
+    assert process.stderr is not None
+    return b"".join([bytes(data) async for data in process.stderr])
+
+
+async def _contents(file: trio.Path, process: trio.Process) -> str:
+    """What is in a file, once it is there."""
+    while not await file.exists():
+        if process.returncode is not None:
+            raise DemoFailed((await _rest(process)).decode(errors="replace").strip())
+        await trio.sleep(0.02)
+    return await file.read_text()
 
 
 def _digest(path: Path) -> str:

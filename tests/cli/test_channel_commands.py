@@ -237,11 +237,15 @@ def test_dev_ca_keeps_what_is_there(keys: Path) -> None:
     assert (keys / "key.pem").stat().st_mode & 0o077 == 0
 
 
-def test_demo() -> None:
-    done = hybridkex("demo")
+def test_demo(tmp_path: Path) -> None:
+    done = hybridkex("demo", "--keep", str(tmp_path / "eve"))
     assert done.returncode == 0, done.stderr
-    assert b"ML-KEM-768" in done.stdout
-    assert b"X25519" in done.stdout
+    text = done.stdout.decode()
+    legs = re.findall(r"^   - (\S+)(?: key (\S+))?", text, re.MULTILINE)
+    assert [leg for leg, _ in legs] == ["ML-KEM-768", "X25519", "QKD"]
+    assert f"the ID (not the key) {legs[-1][1]}" in text
+    assert "none is there" in text
+    assert (tmp_path / "eve" / "eve.pcapng").stat().st_size > 10_000_000
 
 
 # --- a stock OpenSSL ------------------------------------------------------------------------------

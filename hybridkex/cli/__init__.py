@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "send": "send files and folders; broken transfers go on where they were",
     "receive": "take in files and folders, verified before they appear",
     "demo": "two sites in one terminal: a real file across, and what its keys rest on",
+    "rndl": "record now, decrypt later: adversaries of the future try our recordings",
     "dev-ca": "make a small certificate authority and a certificate for tests and first steps",
     "kme": "run, ask or set up a key management entity (ETSI GS QKD 014)",
 }

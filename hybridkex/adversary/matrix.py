@@ -59,7 +59,7 @@ CONFIGURATIONS: Final = (
     ),
     Configuration(
         id="x25519mlkem768-qkd-psk",
-        title="X25519MLKEM768 + QKD, no certificates",
+        title="X25519MLKEM768 + QKD, PSK alone",
         group=X25519MLKEM768,
         qkd=True,
         certificates=False,
@@ -116,6 +116,15 @@ class Break:
     steals_ticket_key: bool = False
 
     @property
+    def theme(self) -> str:
+        """What it is about."""
+        if self.steals_certificate_key or self.steals_ticket_key or self.steals_key_store:
+            return "stolen, alone or besides"
+        if self.hop:
+            return "broken, with the hop to the KME recorded too"
+        return "what is broken"
+
+    @property
     def knows_qkd_key(self) -> bool:
         """Whether the QKD keys of the sessions fall to it."""
         if self.steals_key_store == "before":
@@ -150,7 +159,7 @@ BREAKS: Final = (
     ),
     Break(
         id="hop-classical",
-        title="ECDH, with the KME hop over classical TLS",
+        title="ECDH; KME hop by classical TLS",
         note="X25519 is broken, and the hop on which the KME delivered the QKD key was recorded "
         "too: TLS 1.3 with X25519.",
         oracles=frozenset((ECDH,)),
@@ -159,7 +168,7 @@ BREAKS: Final = (
     ),
     Break(
         id="hop-classical-both",
-        title="ECDH + ML-KEM, with the KME hop over classical TLS",
+        title="ECDH + ML-KEM; KME hop by classical TLS",
         note="Both are broken, and the classical hop to the KME was recorded.",
         oracles=_BOTH,
         delivery=Delivery.CLASSICAL_HOP,
@@ -167,7 +176,7 @@ BREAKS: Final = (
     ),
     Break(
         id="hop-hybrid",
-        title="ECDH, with the KME hop over hybrid TLS",
+        title="ECDH; KME hop by hybrid TLS",
         note="X25519 is broken, and the hop to the KME was recorded: this library's TLS with "
         "X25519MLKEM768.",
         oracles=frozenset((ECDH,)),
@@ -176,7 +185,7 @@ BREAKS: Final = (
     ),
     Break(
         id="hop-hybrid-both",
-        title="ECDH + ML-KEM, with the KME hop over hybrid TLS",
+        title="ECDH + ML-KEM; KME hop by hybrid TLS",
         note="Both are broken, and the hybrid hop to the KME was recorded: a hop is no stronger "
         "than its own key exchange. Keep it inside the secure site.",
         oracles=_BOTH,
@@ -185,13 +194,13 @@ BREAKS: Final = (
     ),
     Break(
         id="certificate-key",
-        title="certificate key stolen",
+        title="certificate key",
         note="The server's long-term private key is stolen after the session.",
         steals_certificate_key=True,
     ),
     Break(
         id="key-store-after",
-        title="all broken, KME stores stolen after delivery",
+        title="all broken; KME stores, after delivery",
         note="ECDH, ML-KEM and signatures are broken; both KMEs' databases are stolen with the "
         "keys that seal them, after the QKD keys were delivered.",
         oracles=_ALL,
@@ -200,7 +209,7 @@ BREAKS: Final = (
     ),
     Break(
         id="key-store-before",
-        title="ECDH + ML-KEM, KME stores stolen before delivery",
+        title="ECDH + ML-KEM; KME stores, before delivery",
         note="Both are broken, and the databases were stolen while the keys still lay in them: "
         "the control that shows that the thief can read them.",
         oracles=_BOTH,
@@ -209,13 +218,13 @@ BREAKS: Final = (
     ),
     Break(
         id="ticket-key",
-        title="ticket key stolen",
+        title="ticket key",
         note="The key that seals the server's session tickets is stolen.",
         steals_ticket_key=True,
     ),
     Break(
         id="ticket-key-both",
-        title="ECDH + ML-KEM, ticket key stolen",
+        title="ECDH + ML-KEM; ticket key",
         note="Both are broken, and the ticket key is stolen: the ticket gives the PSK of the "
         "resumed session, past the QKD key that it was derived from.",
         oracles=_BOTH,

@@ -66,7 +66,8 @@ class Event:
     from_client: bool
     what: str
     size: int
-    readable: bool
+    state: str
+    """``clear``, ``decrypted`` or ``protected``."""
     text: str | None = None
 
 
@@ -114,7 +115,7 @@ class Verdict:
                     "from": "client" if event.from_client else "server",
                     "what": event.what,
                     "size": event.size,
-                    "readable": event.readable,
+                    "state": event.state,
                     "text": event.text,
                 }
                 for event in self.events
@@ -369,7 +370,8 @@ def _open(connection: Connection, secrets: Secrets) -> _Opened | None:
 
 def _event(record: WireRecord, what: str | None = None, text: str | None = None) -> Event:
     """A record in the timeline; ``what`` is in it where it was decrypted."""
-    readable = what is not None or record.type != ContentType.APPLICATION_DATA
+    clear = record.type != ContentType.APPLICATION_DATA
+    state = "clear" if clear else "protected" if what is None else "decrypted"
     if what is None:
         if record.type == ContentType.HANDSHAKE:
             messages = split_messages(bytearray(record.fragment))
@@ -377,13 +379,13 @@ def _event(record: WireRecord, what: str | None = None, text: str | None = None)
         elif record.type == ContentType.CHANGE_CIPHER_SPEC:
             what = "change_cipher_spec"
         else:
-            what = "encrypted" if record.type == ContentType.APPLICATION_DATA else "alert"
+            what = "alert" if clear else "protected record"
     return Event(
         number=record.number,
         time=record.time,
         from_client=record.from_client,
         what=what,
         size=record.size,
-        readable=readable,
+        state=state,
         text=text,
     )

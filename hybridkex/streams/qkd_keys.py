@@ -120,6 +120,7 @@ class QkdKeys:
         if len(set(pairs)) != len(pairs):
             raise ConfigError("two sources for one pair of SAEs: join them in a FailoverSource")
         self._limits: Final = limits or QkdLimits()
+        self._has_names: Final = any(peer.names for peer in self._peers)
         self._budgets: Final = {id(peer): _Budget(self._limits) for peer in self._peers}
         self._asked: Final = OrderedDict[KeyName, QkdPeer]()
         self.counters: Final = QkdCounters()
@@ -213,7 +214,7 @@ class QkdKeys:
             PolicyRefused: a QKD key is required, or must be one that fits the peer's certificate.
         """
         name = name_of(session.psk_identity) if session.psk_identity is not None else None
-        if not session.resumed:  # else this was checked before the ticket was given
+        if self._has_names and not session.resumed:  # else checked before the ticket was given
             self._check_names(session, name)
         if name is not None:
             self.counters.sessions += 1

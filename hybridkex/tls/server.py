@@ -31,7 +31,7 @@ from hybridkex.crypto.schedule import (
     TrafficSecret,
 )
 from hybridkex.crypto.signatures import CERTIFICATE_ONLY_SCHEMES, SignatureScheme, choose_scheme
-from hybridkex.crypto.suites import SHA256, CipherSuite, HashFunction
+from hybridkex.crypto.suites import SHA256, SHA384, CipherSuite, HashFunction
 from hybridkex.errors import (
     CertificateRejected,
     DecryptError,
@@ -85,7 +85,6 @@ from hybridkex.wire.extensions import (
     KeyShareEntry,
     KeyShareOffer,
     KeyShareRetry,
-    OfferedPskIdentity,
     PreSharedKeyChoice,
     PreSharedKeyOffer,
     PskKeyExchangeModes,
@@ -139,6 +138,40 @@ def start(config: ServerConfig, channel: Channel) -> ServerState:
 
 
 @dataclass(frozen=True)
+class _OfferedPsk:
+    """An identity that a client offers, read as far as it can be without any key."""
+
+    index: int
+    identity: bytes
+    imported: ImportedIdentity | None
+    """What it says, if it is an imported one (RFC 9258)."""
+
+    @property
+    def hash(self) -> HashFunction | None:
+        """The hash that it goes with, where it says so and it is for this protocol.
+
+        A plain external PSK does not say; SHA-256 goes without saying (section 4.2.11).
+        """
+        if self.imported is None:
+            return SHA256
+        if self.imported.target_protocol != TLS13:
+            return None
+        return SHA256 if self.imported.target_kdf == SHA256.kdf else SHA384
+
+    def names(self, psk: ExternalPsk) -> bool:
+        """Whether this names the PSK; whether the client has its key is for the binder to show."""
+        if psk.context is None:
+            return self.identity == psk.identity
+        imported = self.imported
+        return (
+            imported is not None
+            and imported.target_protocol == TLS13
+            and imported.external_identity == psk.identity
+            and imported.context == psk.context
+        )
+
+
+@dataclass(frozen=True)
 class _Hello:
     """A ClientHello that passed the checks that need nothing but itself."""
 
@@ -148,6 +181,8 @@ class _Hello:
     shares: dict[int, bytes]
     schemes: tuple[int, ...]
     psks: PreSharedKeyOffer | None
+    offered_psks: tuple[_OfferedPsk, ...]
+    """The identities that we look at: to list one costs nothing, to try one does."""
     psk_dhe: bool
     """Whether the client can do psk_dhe_ke, in this handshake or to resume it."""
     certificate_with_psk: bool
@@ -181,6 +216,7 @@ class _Hello:
         if certificate_with_psk and EarlyDataIndication in extensions:
             raise IllegalParameter("tls_cert_with_extern_psk with early data")
         schemes = extensions.get(SignatureAlgorithms)
+        identities = psks.identities[:_MAX_IDENTITIES] if psks is not None and psk_dhe else ()
         return cls(
             message=message,
             raw=raw,
@@ -188,6 +224,10 @@ class _Hello:
             shares=by_group,
             schemes=schemes.codes if schemes is not None else (),
             psks=psks if psk_dhe else None,
+            offered_psks=tuple(
+                _OfferedPsk(index, one.identity, ImportedIdentity.decode(one.identity))
+                for index, one in enumerate(identities)
+            ),
             psk_dhe=psk_dhe,
             certificate_with_psk=certificate_with_psk,
         )
@@ -209,11 +249,6 @@ class _Hello:
         """The kinds of certificate that the client can show."""
         offer = self.message.extensions.get(ClientCertificateTypeOffer)
         return offer.types if offer is not None else ONLY_X509
-
-    @property
-    def offered_psks(self) -> tuple[OfferedPskIdentity, ...]:
-        """The identities that we look at: to list one costs nothing, to try one does."""
-        return self.psks.identities[:_MAX_IDENTITIES] if self.psks is not None else ()
 
     @property
     def truncated(self) -> bytes:
@@ -351,59 +386,32 @@ def _choose_suite(config: ServerConfig, hello: _Hello) -> CipherSuite:
     common = [suite for suite in config.suites if suite.code in offered]
     if not common:
         raise HandshakeFailure("no cipher suite in common")
-    hashes = _psk_hashes(config, hello)
+    hashes = {_usable_with(config, hello, offered) for offered in hello.offered_psks}
     return next((suite for suite in common if suite.hash in hashes), common[0])
 
 
-def _psk_hashes(config: ServerConfig, hello: _Hello) -> list[HashFunction]:
-    """The hashes of those offered PSKs that we may be able to use."""
-    found = []
-    for offered in hello.offered_psks:
-        for suite in config.suites:
-            if suite.hash not in found and _could_use(config, hello, offered.identity, suite):
-                found.append(suite.hash)
-    return found
-
-
-def _could_use(config: ServerConfig, hello: _Hello, identity: bytes, suite: CipherSuite) -> bool:
-    if _find_external(config, identity, suite) is not None:
-        return True
+def _usable_with(config: ServerConfig, hello: _Hello, offered: _OfferedPsk) -> HashFunction | None:
+    """The hash of a suite with which we may be able to use a PSK, if there is one."""
+    external = _find_external(config, offered)
+    if external is not None:
+        return offered.hash if external.imported else external.hash
     if config.tickets is not None and not hello.certificate_with_psk:
-        state = config.tickets.open(identity)
+        state = config.tickets.open(offered.identity)
         if state is not None:
-            return _hash_of(config, state.suite) == suite.hash
-    return _worth_asking(config, identity, suite)
+            return _hash_of(config, state.suite)
+    return offered.hash if _worth_asking(config) else None
 
 
-def _find_external(config: ServerConfig, identity: bytes, suite: CipherSuite) -> Psk | None:
-    """The configured PSK behind an identity, where its hash is the suite's."""
+def _find_external(config: ServerConfig, offered: _OfferedPsk) -> ExternalPsk | None:
+    """The configured PSK behind an identity."""
     if config.policy.psk is Requirement.OFF:
         return None
-    for external in config.psks:
-        # Compare what the identity says before deriving anything from the key.
-        if not _names(external, identity):
-            continue
-        for psk in external_psks(external, (suite,)):
-            if psk.identity == identity and psk.hash == suite.hash:
-                return psk
-    return None
+    return next((psk for psk in config.psks if offered.names(psk)), None)
 
 
-def _names(external: ExternalPsk, identity: bytes) -> bool:
-    if external.context is None:
-        return identity == external.identity
-    imported = ImportedIdentity.decode(identity)
-    return imported is not None and imported.external_identity == external.identity
-
-
-def _worth_asking(config: ServerConfig, identity: bytes, suite: CipherSuite) -> bool:
-    """Whether an outside source may know this identity for this suite's hash."""
-    if config.psk_source is None or config.policy.psk is Requirement.OFF:
-        return False
-    imported = ImportedIdentity.decode(identity)
-    if imported is None:
-        return suite.hash is SHA256  # plain external PSKs go with SHA-256 (section 4.2.11)
-    return imported.target_protocol == TLS13 and imported.target_kdf == suite.hash.kdf
+def _worth_asking(config: ServerConfig) -> bool:
+    """Whether an outside source may know what we do not."""
+    return config.psk_source is not None and config.policy.psk is not Requirement.OFF
 
 
 def _hash_of(config: ServerConfig, code: int) -> HashFunction | None:
@@ -454,14 +462,14 @@ def _negotiate(
     )
     share, shared = group.exchange.respond(hello.shares[group.code])
     wanted = []
-    for index, offered in enumerate(hello.offered_psks):
-        psk, ticket = _resolve(choice, offered.identity)
-        if psk is not None:
-            return _respond(choice, share, shared, _Selected(index, psk, ticket), channel)
-        if _worth_asking(config, offered.identity, suite) and _external_allowed(choice):
-            wanted.append(offered.identity)
+    for offered in hello.offered_psks:
+        selected = _resolve(choice, offered)
+        if selected is not None:
+            return _respond(choice, share, shared, selected, channel)
+        if _worth_asking(config) and offered.hash is suite.hash and _external_allowed(choice):
+            wanted.append(offered)
     if wanted:
-        channel.emit(PskWanted(tuple(wanted)))
+        channel.emit(PskWanted(tuple(offered.identity for offered in wanted)))
         return WaitPsk(choice, share, shared, tuple(wanted))
     return _respond(choice, share, shared, None, channel)
 
@@ -517,26 +525,28 @@ class _Selected:
     ticket: TicketState | None
 
 
-def _resolve(choice: _Choice, identity: bytes) -> tuple[Psk | None, TicketState | None]:
+def _resolve(choice: _Choice, offered: _OfferedPsk) -> _Selected | None:
     """The PSK behind an identity, from our configuration or from a ticket of ours."""
-    external = _find_external(choice.config, identity, choice.suite)
+    config, function = choice.config, choice.suite.hash
+    external = _find_external(config, offered)
     if external is not None:
-        return (external if _external_allowed(choice) else None), None
-    issuer = choice.config.tickets
-    if issuer is None or choice.hello.certificate_with_psk:
-        return None, None
-    state = issuer.open(identity)
+        return _selected(choice, offered, external) if _external_allowed(choice) else None
+    if config.tickets is None or choice.hello.certificate_with_psk:
+        return None
+    state = config.tickets.open(offered.identity)
     if state is None or not _resumable(choice, state):
-        return None, None
-    psk = Psk(
-        identity,
-        state.psk,
-        choice.suite.hash,
-        Label.RESUMPTION_BINDER,
-        state.psk_identity,
-        resumption=True,
-    )
-    return psk, state
+        return None
+    label, origin = Label.RESUMPTION_BINDER, state.psk_identity
+    psk = Psk(offered.identity, state.psk, function, label, origin, resumption=True)
+    return _Selected(offered.index, psk, state)
+
+
+def _selected(choice: _Choice, offered: _OfferedPsk, external: ExternalPsk) -> _Selected | None:
+    """An external PSK that was named, if it goes with our suite: its key is derived here."""
+    for psk in external_psks(external, (choice.suite,)):
+        if psk.identity == offered.identity and psk.hash == choice.suite.hash:
+            return _Selected(offered.index, psk, None)
+    return None
 
 
 def _resumable(choice: _Choice, state: TicketState) -> bool:
@@ -577,7 +587,7 @@ class WaitPsk(ServerState):
     choice: _Choice
     share: bytes
     shared: Secret
-    wanted: tuple[bytes, ...]
+    wanted: tuple[_OfferedPsk, ...]
     accepts = frozenset[int]()
 
     def provide(
@@ -586,12 +596,9 @@ class WaitPsk(ServerState):
         """Go on with the PSK that was found, or with none."""
         if external is None:
             return _respond(self.choice, self.share, self.shared, None, channel)
-        offered = self.choice.hello.psks
-        assert offered is not None
-        for psk in external_psks(external, (self.choice.suite,)):
-            if psk.identity in self.wanted and psk.hash == self.choice.suite.hash:
-                index = [one.identity for one in offered.identities].index(psk.identity)
-                selected = _Selected(index, psk, None)
+        for offered in self.wanted:
+            selected = _selected(self.choice, offered, external) if offered.names(external) else None
+            if selected is not None:
                 return _respond(self.choice, self.share, self.shared, selected, channel)
         raise LocalStateError("the PSK that was provided is none of those that were wanted")
 

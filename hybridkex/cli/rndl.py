@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Final
 
 import trio
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
@@ -119,7 +118,8 @@ def _print_matrix(console: Console, trial: Trial) -> None:
     table = Table(
         title="Who could read the recordings?",
         title_justify="left",
-        box=box.SIMPLE_HEAD,
+        box=None,
+        header_style="bold",
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )

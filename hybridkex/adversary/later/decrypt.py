@@ -31,7 +31,6 @@ from hybridkex.constants import ContentType, HandshakeType, Label
 from hybridkex.crypto.kex import ALL_GROUPS, Group
 from hybridkex.errors import HybridkexError, RecordingError
 from hybridkex.qkd.psk import name_of
-from hybridkex.wire.extensions import PreSharedKeyChoice, PreSharedKeyOffer
 from hybridkex.wire.messages import ImportedIdentity, NewSessionTicket, decode
 
 __all__ = ["Adversary", "Event", "Leg", "Verdict"]
@@ -197,41 +196,32 @@ class Adversary:
             self._progress(f"{what}: {done:,} of {total:,}")
 
     def _psk_legs(self, connection: Connection) -> Iterator[Leg]:
-        choice = connection.server_hello.extensions.get(PreSharedKeyChoice)
-        offer = connection.client_hello.extensions.get(PreSharedKeyOffer)
-        if choice is None or offer is None or choice.selected >= len(offer.identities):
+        identity = connection.psk_identity
+        if not identity:
             return
-        chosen = offer.identities[choice.selected]
-        imported = ImportedIdentity.decode(chosen.identity)
-        if imported is None and chosen.obfuscated_ticket_age:
-            # External identities have an age of 0 (RFC 8446 section 4.2.11.1).
-            yield _leg("ticket", "PSK of the ticket", self.knowledge.ticket(chosen.identity))
+        imported = ImportedIdentity.decode(identity)
+        if imported is None and connection.psk_is_ticket:
+            yield _leg("ticket", "PSK of the ticket", self.knowledge.ticket(identity))
             return
-        binder = offer.binders[choice.selected]
-        found = self._external_psk(connection, offer, chosen.identity, binder)
+        found = self._external_psk(connection, imported=imported is not None)
         name = name_of(imported.external_identity) if imported is not None else None
         if name is None:
             yield _leg("psk", "external PSK", found)
         else:
             yield _leg("qkd", f"QKD key {', '.join(str(part.key_id) for part in name)}", found)
 
-    def _external_psk(
-        self, connection: Connection, offer: PreSharedKeyOffer, identity: bytes, binder: bytes
-    ) -> Known | None:
+    def _external_psk(self, connection: Connection, *, imported: bool) -> Known | None:
         """The PSK among all keys that were come by, and among all bytes that were overheard.
 
         The binder tells whether a candidate is the one.
         """
-        suite = connection.suite
-        imported = ImportedIdentity.decode(identity) is not None
+        suite, identity = connection.suite, connection.psk_identity
         label = Label.IMPORTED_BINDER if imported else Label.EXTERNAL_BINDER
-        truncated = connection.raw_client_hello[: -offer.binders_length]
-        digest = suite.digest(connection.before + truncated)
         for candidate in self._candidates():
             psk = candidate.secret
             if imported:
                 psk = derivation.imported_psk(psk, identity, suite.hash_length)
-            if derivation.binder(suite, psk, label, digest) == binder:
+            if derivation.binder(suite, psk, label, connection.bound) == connection.binder:
                 return Known(psk, candidate.how)
         return None
 
@@ -272,7 +262,7 @@ def _split(group: Group, offer: bytes, answer: bytes) -> Iterator[tuple[str, byt
 def _attempts(connection: Connection, legs: tuple[Leg, ...]) -> Iterator[Secrets]:
     """Key schedules to try: one where all is known, else what forgetful parties would have."""
     parts = [_guesses(leg) for leg in legs if leg.kind == "exchange"]
-    psks = [[leg.secret] for leg in legs if leg.kind != "exchange"] or [[None]]
+    psks = [_psk_guesses(connection, leg) for leg in legs if leg.kind != "exchange"] or [[None]]
     for *shared, psk in product(*parts, *psks):
         pieces = [piece for piece in shared if piece is not None]
         yield Secrets.derive(connection.suite, psk, b"".join(pieces))
@@ -281,6 +271,17 @@ def _attempts(connection: Connection, legs: tuple[Leg, ...]) -> Iterator[Secrets
 def _guesses(leg: Leg) -> list[bytes | None]:
     """A secret, or, where it is missing: nothing, and zeros."""
     return [leg.secret] if leg.secret is not None else [None, bytes(32)]
+
+
+def _psk_guesses(connection: Connection, leg: Leg) -> list[bytes | None]:
+    """The same for a PSK, which may also have been imported from nothing or from zeros."""
+    if leg.secret is not None or leg.kind == "ticket":
+        return [leg.secret]
+    identity, suite = connection.psk_identity, connection.suite
+    imported = [
+        derivation.imported_psk(key, identity, suite.hash_length) for key in (b"", bytes(32))
+    ]
+    return [None, *imported]
 
 
 class _Opened:

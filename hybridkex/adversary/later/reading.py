@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Final
@@ -11,7 +12,13 @@ from hybridkex.adversary.capture.tcpip import Flow, reassemble
 from hybridkex.adversary.later.derivation import SUITES, Suite
 from hybridkex.constants import ContentType, HandshakeType
 from hybridkex.errors import HybridkexError, RecordingError
-from hybridkex.wire.extensions import KeyShareChoice, KeyShareOffer
+from hybridkex.wire.extensions import (
+    KeyShareChoice,
+    KeyShareOffer,
+    OfferedPskIdentity,
+    PreSharedKeyChoice,
+    PreSharedKeyOffer,
+)
 from hybridkex.wire.messages import ClientHello, HelloRetryRequest, ServerHello, decode
 from hybridkex.wire.records import RecordBuffer
 
@@ -79,6 +86,42 @@ class Connection:
             if entry.group == self.group:
                 return entry.share, self._choice.entry.share
         raise RecordingError("a ServerHello without the ClientHello that it answers")
+
+    @property
+    def psk_identity(self) -> bytes:
+        """The identity of the PSK that the server took; empty where it took none."""
+        chosen = self._chosen_psk
+        return chosen[0].identity if chosen is not None else b""
+
+    @property
+    def psk_is_ticket(self) -> bool:
+        """Whether that is a session ticket: other identities have an age of 0.
+
+        RFC 8446 section 4.2.11.1.
+        """
+        chosen = self._chosen_psk
+        return chosen is not None and chosen[0].obfuscated_ticket_age != 0
+
+    @property
+    def binder(self) -> bytes:
+        """What proves that the client has that PSK."""
+        chosen = self._chosen_psk
+        return chosen[1] if chosen is not None else b""
+
+    @property
+    def bound(self) -> bytes:
+        """The hash of what binders cover (RFC 8446 section 4.2.11.2)."""
+        offer = self.client_hello.extensions.get(PreSharedKeyOffer)
+        length = offer.binders_length if offer is not None else 0
+        return self.suite.digest(self.before + self.raw_client_hello[:-length])
+
+    @cached_property
+    def _chosen_psk(self) -> tuple[OfferedPskIdentity, bytes] | None:
+        choice = self.server_hello.extensions.get(PreSharedKeyChoice)
+        offer = self.client_hello.extensions.get(PreSharedKeyOffer)
+        if choice is None or offer is None or choice.selected >= len(offer.identities):
+            return None
+        return offer.identities[choice.selected], offer.binders[choice.selected]
 
     @property
     def _choice(self) -> KeyShareChoice:

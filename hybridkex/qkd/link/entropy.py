@@ -1,0 +1,13 @@
+"""Shannon's binary entropy."""
+
+import math
+
+__all__ = ["binary_entropy"]
+
+
+def binary_entropy(probability: float) -> float:
+    """h(p) in bits; 0 outside the open interval (0, 1)."""
+    if not 0.0 < probability < 1.0:
+        return 0.0
+    q = 1.0 - probability
+    return -probability * math.log2(probability) - q * math.log2(q)

@@ -77,7 +77,8 @@ class Way:
     async def open(self, ca: DevCa, nursery: trio.Nursery) -> "Way":
         alice, bob = (None if one is None else QkdKeys(one) for one in self.sources)
         self.client = ClientConfig(verifier=TrustStore((ca.certificate,)), psk_source=alice)
-        server = ServerConfig(identities=(ca.issue("localhost"),), psk_source=bob)
+        # No tickets: a client that offers a PSK says that it could use them, one without does not.
+        server = ServerConfig(identities=(ca.issue("localhost"),), psk_source=bob, tickets=None)
         listeners = await nursery.start(
             lambda task_status: serve_secure_tcp(
                 _close, 0, server, host="127.0.0.1", task_status=task_status

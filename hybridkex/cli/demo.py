@@ -24,6 +24,7 @@ from cryptography.hazmat.bindings import _rust
 from hybridkex.adversary.later.reading import Connection, read_capture
 from hybridkex.adversary.now.tap import wire_tap
 from hybridkex.auth.dev_ca import DevCa, write_identity
+from hybridkex.cli.running import run_trio
 from hybridkex.crypto.kex import ALL_GROUPS
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.qkd.psk import name_of
@@ -67,17 +68,8 @@ def run(args: argparse.Namespace) -> int:
             keep.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot write {keep}: {error.strerror}") from None
-        try:
-            trio.run(_demonstrate, folder, source, keep / "eve.pcapng")
-        except BaseExceptionGroup as group:
-            raise _first(group) from None
+        run_trio(partial(_demonstrate, folder, source, keep / "eve.pcapng"))
     return 0
-
-
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 async def _demonstrate(folder: Path, source: Path, capture: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -17,6 +17,7 @@ import trio
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.cli.key_sources import add_kme_options, kme_access
+from hybridkex.cli.running import run_trio
 from hybridkex.errors import ConfigError
 from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.config import Address, load_config
@@ -118,7 +119,7 @@ def _run_server(path: Path, log_level: str, announce: Callable[[Serving], None])
                 finally:
                     nursery.cancel_scope.cancel()
 
-    _run(main)
+    run_trio(main)
     return 0
 
 
@@ -137,17 +138,6 @@ async def _close_at_signal(signals: Any, server: KmeServer) -> None:
         server.close()
 
 
-def _run(main: Callable[[], Awaitable[None]]) -> None:
-    """Run to the end; a single error comes out of its exception groups."""
-    try:
-        trio.run(main)
-    except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-            error = error.exceptions[0]
-        raise error from None
-
-
 # -- status
 
 
@@ -157,7 +147,7 @@ def _status(args: argparse.Namespace) -> int:
             status = await client.status(args.peer_sae)
         print(json.dumps(status.to_json(), indent=2))
 
-    _run(main)
+    run_trio(main)
     return 0
 
 
@@ -178,7 +168,7 @@ def _export_pool(args: argparse.Namespace) -> int:
             moved = await (_take(args, client, ids) if args.take else _draw(args, client))
         print(json.dumps({"pool": str(args.pool), "keys": moved}))
 
-    _run(main)
+    run_trio(main)
     return 0
 
 

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-import trio
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
@@ -23,6 +22,7 @@ from rich.text import Text
 from hybridkex.adversary import page
 from hybridkex.adversary.matrix import BREAKS, rows
 from hybridkex.adversary.trial import Cell, Trial, run_trial
+from hybridkex.cli.running import run_trio
 from hybridkex.errors import ConfigError
 
 __all__ = ["configure", "run"]
@@ -104,7 +104,7 @@ def _watched(console: Console, folder: Path) -> Trial:
         def decided(cell: Cell) -> None:
             progress.advance(cells)
 
-        return trio.run(
+        return run_trio(
             lambda: run_trial(
                 folder,
                 tell=lambda text: progress.update(cells, description=text),

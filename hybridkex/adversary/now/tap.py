@@ -63,6 +63,10 @@ async def _pass_on(client: trio.SocketStream, target: Address, writer: PcapngWri
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # One end has hung up; what it had sent is recorded.
 
-    async with await trio.open_tcp_stream(*target) as server, trio.open_nursery() as nursery:
+    try:
+        server = await trio.open_tcp_stream(*target)
+    except OSError:
+        return  # Our end closes too, which is what a client without the tap would see.
+    async with server, trio.open_nursery() as nursery:
         nursery.start_soon(partial(relay, client, server, from_client=True))
         nursery.start_soon(partial(relay, server, client, from_client=False))

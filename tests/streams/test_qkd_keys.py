@@ -487,6 +487,15 @@ async def test_only_names_of_ours_are_looked_up(make_sites: Callable[..., Sites]
     assert sites.bob.gets == 0
 
 
+async def test_a_hello_reflected_to_its_sender(make_sites: Callable[..., Sites]) -> None:
+    """Selfie (RFC 9257 section 4.1): Alice serves, too, and gets her own ClientHello back."""
+    sites = make_sites(certificates=False)
+    hello = recorded_hello(sites, await sites.alice.inner.draw())
+    at_alice = replace(sites, server=replace(sites.server, psk_source=QkdKeys(sites.alice)))
+    assert type(await send_alone(at_alice, hello)) is KeyUnknown
+    assert sites.alice.gets == 0
+
+
 async def test_an_unknown_id_fails_closed(make_sites: Callable[..., Sites]) -> None:
     sites = make_sites()
     key = await sites.alice.draw()

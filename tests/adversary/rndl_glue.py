@@ -1,8 +1,15 @@
 """What the adversary's tests have in common."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from hybridkex.adversary.later.decrypt import Adversary, Verdict
+from hybridkex.adversary.later.knowledge import Knowledge
+from hybridkex.adversary.later.reading import Connection, read_capture
+from hybridkex.adversary.now.stage import Stage
 
 ADVERSARIES = (
     "none",
@@ -61,3 +68,21 @@ class Report:
                 verdicts: list[dict[str, Any]] = one["verdicts"]
                 return verdicts
         raise KeyError((configuration, adversary))
+
+
+def attack(case: Path, stage: Stage, *oracles: str) -> list[Verdict]:
+    """What an adversary with these oracles makes of a folder of recordings, in this process."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "oracle").mkdir()
+        for primitive in oracles:
+            shutil.copy(stage.escrow.file(primitive), folder / "oracle")
+        knowledge = Knowledge.from_folder(folder)
+    found: list[Connection] = []
+    for capture in sorted(case.glob("*.pcapng")):
+        connections, others = read_capture(capture)
+        found += connections
+        knowledge.overheard += [
+            flow.stream(from_client=side) for flow in others for side in (True, False)
+        ]
+    return Adversary(knowledge).attack(found)

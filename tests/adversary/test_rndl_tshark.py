@@ -1,0 +1,91 @@
+"""Wireshark's opinion: the captures open, and its own TLS reads with the key log what ours read."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from rndl_glue import Report
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("tshark") is None, reason="needs tshark (Debian's package tshark)"
+)
+
+
+def tshark(*options: str | Path) -> str:
+    process = subprocess.run(
+        ["tshark", *map(str, options)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def captures(report: Report) -> list[Path]:
+    return sorted((report.kept / "recordings").rglob("*.pcapng"))
+
+
+def test_every_capture_opens_without_complaint(report: Report) -> None:
+    found = captures(report)
+    assert len(found) == 6 + 3 * 2 * 3
+    for capture in found:
+        # Checksums, sequence numbers and TLS, as strictly as Wireshark knows.
+        lines = tshark(
+            *("-o", "tcp.check_checksum:TRUE", "-o", "ip.check_checksum:TRUE"),
+            *("-r", capture, "-T", "fields", "-E", "separator=|"),
+            *("-e", "tls.handshake.type", "-e", "_ws.col.Protocol", "-e", "_ws.expert.severity"),
+            *("-e", "_ws.malformed"),
+        ).splitlines()
+        rows = [line.split("|") for line in lines]
+        seen = {number for row in rows for number in row[0].split(",")}
+        assert {"1", "2"} <= seen, f"{capture}: ClientHello and ServerHello"
+        assert "TLSv1.3" in {row[1] for row in rows}
+        severities = {int(number) for row in rows for number in row[2].split(",") if number}
+        assert all(number < WARNING for number in severities), capture
+        assert not any(row[3] for row in rows), capture
+
+
+WARNING = 0x600000  # epan/proto.h: PI_WARN; below are notes and chats
+
+
+@pytest.mark.parametrize(
+    ("configuration", "adversary"),
+    [
+        ("x25519", "ecdh"),
+        ("x25519mlkem768", "both"),
+        # Nobody in this trial reads these without being given the QKD key by a KME.
+        ("x25519-qkd", "hop-classical"),
+        ("x25519mlkem768-qkd", "hop-hybrid-both"),
+        ("x25519mlkem768-qkd-psk", "hop-hybrid-both"),
+    ],
+)
+def test_wireshark_reads_what_the_adversary_read(
+    report: Report, configuration: str, adversary: str
+) -> None:
+    """From the parties' key log, where the adversary had none."""
+    name = configuration
+    if configuration.endswith(("qkd", "psk")):
+        name += "-hybrid-hop" if "hybrid" in adversary else "-classical-hop"
+    verdicts = report.verdicts(configuration, adversary)
+    sessions = [one for one in verdicts if one["capture"] == "session.pcapng"]
+    assert [one["decrypted"] for one in sessions] == [True, True]
+    for stream, verdict in enumerate(sessions):
+        output = tshark(
+            *("-o", f"tls.keylog_file:{report.kept / 'keylog' / name}.txt"),
+            *("-r", report.kept / "recordings" / name / "session.pcapng"),
+            *("-q", "-z", f"follow,tls,raw,{stream}"),
+        )
+        # One side's lines are indented; which side that is depends on the version.
+        lines = [line for line in output.splitlines() if set(line) <= set("\t0123456789abcdef")]
+        said = [
+            b"".join(bytes.fromhex(line) for line in lines if line.startswith("\t") is indented)
+            for indented in (True, False)
+        ]
+        expected = [verdict["to_server"].encode(), verdict["to_client"].encode()]
+        assert sorted(said) == sorted(expected)
+
+
+def test_without_the_key_log_wireshark_reads_nothing(report: Report) -> None:
+    """The control: what it prints comes out of the records."""
+    capture = report.kept / "recordings/x25519/session.pcapng"
+    output = tshark("-r", capture, "-q", "-z", "follow,tls,raw,0")
+    assert b"Alice".hex() not in output

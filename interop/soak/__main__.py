@@ -1,0 +1,31 @@
+"""The command; see :mod:`interop.soak`."""
+
+import argparse
+import json
+from functools import partial
+
+import trio
+
+from interop.soak import load
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m interop.soak")
+    commands = parser.add_subparsers(dest="load", required=True)
+    idle = commands.add_parser("idle", help="many connections that do nothing")
+    idle.add_argument("--connections", type=int, default=10_000)
+    storm = commands.add_parser("storm", help="connect, transfer, close")
+    storm.add_argument("--seconds", type=float, default=600)
+    slow = commands.add_parser("slowloris", help="handshakes a byte at a time")
+    slow.add_argument("--connections", type=int, default=1000)
+    slow.add_argument("--deadline", type=float, default=10)
+    updates = commands.add_parser("updates", help="key updates without end")
+    updates.add_argument("--count", type=int, default=1000)
+    options = vars(parser.parse_args())
+    run = getattr(load, options.pop("load"))
+    load.raise_file_limit()
+    print(json.dumps(trio.run(partial(run, **options)), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Coverage-guided fuzzing: ``python -m interop.fuzz TARGET --seconds N``, see docs/fuzzing.md.
+
+``targets.py`` has one function for each target; ``seeds.py`` makes what they start from. The small
+corpus in the tree is replayed by the tests without any fuzzer.
+"""

@@ -1,0 +1,39 @@
+"""``python -m interop.fuzz TARGET [--seconds N] [--corpus DIR]``: fuzz one target.
+
+Ends with status 0 when the time is up and nothing was found; what crashes is written beside where
+it was called, as libFuzzer does. Needs ``pip install atheris``.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["hybridkex"]):
+    from interop.fuzz import targets
+    from interop.fuzz.seeds import CORPUS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m interop.fuzz")
+    parser.add_argument("target", choices=[*targets.TARGETS, "everything"])
+    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--corpus", type=Path, help="where new inputs are kept")
+    parser.add_argument("--memory", type=int, default=1024, help="megabytes, at most")
+    args = parser.parse_args()
+    options = [sys.argv[0], f"-max_total_time={args.seconds}", f"-rss_limit_mb={args.memory}"]
+    options += ["-timeout=10", "-max_len=20000", "-print_final_stats=1", "-verbosity=1"]
+    target = targets.TARGETS.get(args.target, targets.everything)
+    seeds = sorted((CORPUS / args.target).glob("*"))
+    if seeds:  # read, and not written into
+        options.append(f"-seed_inputs={','.join(map(str, seeds))}")
+    if args.corpus is not None:
+        args.corpus.mkdir(parents=True, exist_ok=True)
+        options.append(str(args.corpus))
+    atheris.Setup(options, target)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

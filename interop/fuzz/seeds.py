@@ -1,0 +1,117 @@
+"""What the fuzzer starts from, made out of real handshakes: ``python -m interop.fuzz.seeds``.
+
+Writes ``corpus/TARGET/NAME`` beside this file. What a fuzzer has found worth keeping may lie there,
+too; the tests replay it all.
+"""
+
+import json
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+from hybridkex.auth import DevCa
+from hybridkex.constants import TLS13
+from hybridkex.qkd.psk import context_of, identity_of
+from hybridkex.qkd.source import KeyRef
+from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
+from hybridkex.wire.messages import ImportedIdentity
+from interop.fuzz import targets
+
+CORPUS: Final = Path(__file__).parent / "corpus"
+
+NAME: Final = (KeyRef("kme-a", "kme-b", UUID("994f95df-037c-40e9-8b79-79f79bb8eaa0")),)
+
+
+def seeds() -> dict[str, dict[str, bytes]]:
+    """By target and by name."""
+    messages: dict[str, bytes] = {}
+    flights: dict[str, bytes] = {}
+    for number, (client_config, server_config) in enumerate(targets._scenarios()):
+        client = ClientConnection(client_config, "localhost")
+        server = ServerConnection(server_config)
+        for who, one in (("client", client), ("server", server)):
+            _record(one, f"{number}-{who}", messages)
+        client.start()
+        for turn in range(4):
+            flights[f"{number}-client-{turn}"] = _carry(client, server)
+            if turn == 0 and number == 0:
+                server_first = (
+                    bytes(server._channel._outgoing[0]) if server.has_data_to_send else b""
+                )
+                flights["server-first"] = server_first
+            flights[f"{number}-server-{turn}"] = _carry(server, client)
+            if server.handshake_complete and turn:
+                break
+        server.send_data(b"hello")
+        _carry(server, client)
+    identity = identity_of(NAME)
+    context = context_of(NAME, master_sae="alice", slave_sae="bob")
+    key = {"key_ID": str(NAME[0].key_id), "key": "AAECAwQFBgcICQoLDA0ODw=="}
+    leaf = DevCa.create().issue("localhost")
+    chain = b"".join(len(one).to_bytes(2, "big") + one for one in leaf.chain)
+    return {
+        "messages": messages,
+        "records": {name: data for name, data in flights.items() if data and name[0] == "0"},
+        "raw-server": {
+            "hello": b"\0" + flights["0-client-0"],
+            "psk": b"\3" + flights["3-client-0"],
+        },
+        "raw-client": {
+            "hello": b"\0" + flights["0-server-0"],
+            "retry": b"\1" + flights["1-server-0"],
+        },
+        "psk-identities": {
+            "name": identity,
+            "imported": ImportedIdentity(identity, context, TLS13, 1).encode(),
+        },
+        "certificates": {"chain": chain},
+        "names": {"dns": b"xn--bcher-kva.example", "address": b"2001:db8::1"},
+        "etsi014": {
+            "keys": json.dumps({"keys": [key, key]}).encode(),
+            "ids": json.dumps({"key_IDs": [{"key_ID": key["key_ID"]}]}).encode(),
+            "request": b'{"number": 2, "size": 256, "additional_slave_SAE_IDs": ["c"]}',
+            "query": b"number=3&size=1024",
+        },
+        "session-store": {"empty": b"{}", "bad": b'{"localhost": [{"ticket": "AAAA"}]}'},
+        "handshake": {
+            str(number): bytes((number % 4, number, 1, *range(60))) for number in range(12)
+        },
+        "traffic": {
+            "update": bytes((0, 0, 5, 24, 0, 0, 1, 1)),
+            "ticket": bytes((255, 0, 16, 4, 0, 0, 12, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 1, 65)),
+            "close": bytes((0, 1, 2, 1, 0)),
+            "data": bytes((255, 2, 3)) + b"abc",
+        },
+        "tickets": {"zeros": bytes(64)},
+    }
+
+
+def _record(connection: Connection, name: str, messages: dict[str, bytes]) -> None:
+    channel = connection._channel
+    send = channel.send_raw
+
+    def kept(raw: bytes) -> None:
+        messages[f"{name}-{raw[0]}"] = raw
+        send(raw)
+
+    channel.send_raw = kept  # type: ignore[method-assign]
+
+
+def _carry(source: Connection, target: Connection) -> bytes:
+    data = bytes(source.data_to_send())
+    if data:
+        target.receive_data(data)
+        targets._drain(target)
+    return data
+
+
+def main() -> None:
+    for target, named in seeds().items():
+        folder = CORPUS / target
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in named.items():
+            (folder / name).write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,361 @@
+"""What is fuzzed: functions of bytes that must not raise.
+
+What they swallow are the typed errors that the code under test promises for such input. Whatever
+else comes out is a bug.
+"""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Final
+from urllib.parse import parse_qs
+
+from hybridkex.auth import DevCa, PeerCertificate, TrustStore, parse_peer_name
+from hybridkex.auth.certificates import read_chain
+from hybridkex.cli.sessions import FileSessionStore
+from hybridkex.constants import ContentType
+from hybridkex.crypto.kex import SECP256R1, X25519
+from hybridkex.crypto.psk import ExternalPsk
+from hybridkex.crypto.suites import TLS_AES_128_GCM_SHA256
+from hybridkex.errors import (
+    AlertReceived,
+    ConfigError,
+    DecodeError,
+    HybridkexError,
+    LocalStateError,
+    PeerError,
+)
+from hybridkex.qkd.etsi014.models import KeyContainer, KeyIds, KeyRequest, ModelError, Status
+from hybridkex.qkd.etsi014.peering import ExtKeys, ids_from_json
+from hybridkex.qkd.psk import identity_of, name_of
+from hybridkex.secret import Secret
+from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
+from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
+from hybridkex.tls.tickets import CookieProtector, CookieState, TicketIssuer, TicketState
+from hybridkex.wire.messages import ImportedIdentity, decode, encode
+from hybridkex.wire.records import RecordBuffer
+
+__all__ = ["TARGETS"]
+
+ANY_GROUP: Final = Policy(post_quantum=Requirement.PREFER)
+
+
+def messages(data: bytes) -> None:
+    """A handshake message; what parses must come out of the encoder as it went in."""
+    if len(data) < 4:
+        return  # The channel hands over whole messages, header and all.
+    try:
+        message = decode(data)
+    except PeerError:
+        return
+    again = decode(encode(message))
+    assert again == message, "the message is another one after encoding"
+
+
+def records(data: bytes) -> None:
+    """The record layer's cutting, with the cuts of the stream taken from the data."""
+    buffer, position = RecordBuffer(), 0
+    try:
+        while position < len(data):
+            step = 1 + data[position] % 64
+            buffer.feed(data[position : position + step])
+            position += step
+            while (record := buffer.take()) is not None:
+                assert len(record.header) == 5
+    except PeerError:
+        pass
+
+
+def tickets(data: bytes) -> None:
+    """Tickets, cookies and what is sealed in them."""
+    for parse in (TicketState.decode, CookieState.decode):
+        # Under a seal of our own; the opener decides, below.
+        with contextlib.suppress(DecodeError, ValueError):
+            parse(data)
+    assert _issuer().open(data) is None
+    assert _cookies().open(data) is None
+
+
+@cache
+def _issuer() -> TicketIssuer:
+    return TicketIssuer()
+
+
+@cache
+def _cookies() -> CookieProtector:
+    return CookieProtector()
+
+
+def psk_identities(data: bytes) -> None:
+    """The names of QKD keys, in and out of imported identities."""
+    name = name_of(data)
+    if name is not None:
+        assert identity_of(name) == data, "two encodings of one name"
+    imported = ImportedIdentity.decode(data)
+    if imported is not None:
+        assert imported.encode() == data
+        name_of(imported.external_identity)
+
+
+def certificates(data: bytes) -> None:
+    """Chains as a peer sends them, lengths of two bytes before each certificate."""
+    chain, rest = [], data
+    while rest:
+        length = int.from_bytes(rest[:2], "big")
+        chain.append(rest[2 : 2 + length])
+        rest = rest[2 + length :]
+    try:
+        peer, _ = read_chain(chain)
+    except PeerError:
+        return
+    assert isinstance(peer, PeerCertificate)
+    assert peer.subject is not None
+    _ = (peer.names, peer.common_name)
+
+
+def names(data: bytes) -> None:
+    """Host names and addresses."""
+    with contextlib.suppress(ConfigError):
+        parse_peer_name(data.decode("utf-8", "replace"))
+
+
+def etsi014(data: bytes) -> None:
+    """The bodies and queries of ETSI GS QKD 014, and of what KMEs say to each other."""
+    text = data.decode("utf-8", "replace")
+    query = parse_qs(text, keep_blank_values=True)
+    for of_query in (KeyRequest.from_query, KeyIds.from_query):
+        with contextlib.suppress(ModelError):
+            of_query(query)
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    for of_json in (
+        Status.from_json,
+        KeyRequest.from_json,
+        KeyContainer.from_json,
+        KeyIds.from_json,
+        ExtKeys.from_json,
+        ids_from_json,
+    ):
+        with contextlib.suppress(ModelError):
+            of_json(body)
+
+
+def session_store(data: bytes) -> None:
+    """The file of ``connect --resume``."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        with contextlib.suppress(ConfigError):
+            FileSessionStore(Path(file.name)).take("localhost")
+
+
+# --- engines --------------------------------------------------------------------------------------
+
+
+@cache
+def _scenarios() -> tuple[tuple[ClientConfig, ServerConfig], ...]:
+    ca = DevCa.create()
+    trust = TrustStore((ca.certificate,))
+    psk = ExternalPsk(identity=b"qkd-1", key=Secret(bytes(range(32))), context=b"A to B")
+    client = ClientConfig(
+        verifier=trust,
+        groups=(X25519,),
+        suites=(TLS_AES_128_GCM_SHA256,),
+        policy=ANY_GROUP,
+        alpn=("h2",),
+        identity=ca.issue("bob"),
+    )
+    server = ServerConfig(
+        identities=(ca.issue("localhost"),), groups=(X25519,), policy=ANY_GROUP, alpn=("h2",)
+    )
+    return (
+        (client, replace(server, client_verifier=trust, require_client_certificate=True)),
+        (replace(client, groups=(SECP256R1, X25519)), server),
+        (replace(client, psks=(psk,)), replace(server, psks=(psk,))),
+        (
+            ClientConfig(psks=(psk,), groups=(X25519,), policy=ANY_GROUP),
+            ServerConfig(psks=(psk,), groups=(X25519,), policy=ANY_GROUP),
+        ),
+    )
+
+
+def _drain(connection: Connection) -> bool:
+    """Take all events; whether it lives."""
+    try:
+        while connection.next_event() is not None:
+            pass
+    except PeerError:
+        assert connection.has_data_to_send, "no alert for the peer"
+        return False
+    except HybridkexError:
+        return False
+    return True
+
+
+def raw_server(data: bytes) -> None:
+    """Any bytes at a server."""
+    server = ServerConnection(_scenarios()[data[0] % 4][1] if data else _scenarios()[0][1])
+    if data[1:]:
+        server.receive_data(data[1:])
+        _drain(server)
+    assert not server.handshake_complete
+
+
+def raw_client(data: bytes) -> None:
+    """Any bytes at a client that has said hello."""
+    client = ClientConnection(
+        _scenarios()[data[0] % 4][0] if data else _scenarios()[0][0], "localhost"
+    )
+    client.start()
+    if data[1:]:
+        client.receive_data(data[1:])
+        _drain(client)
+    assert not client.handshake_complete
+
+
+class _Reader:
+    """Small numbers out of fuzzed bytes; zeros when they have run out."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def byte(self) -> int:
+        first, self.data = self.data[:1], self.data[1:]
+        return first[0] if first else 0
+
+    def bytes_(self, length: int) -> bytes:
+        taken, self.data = self.data[:length], self.data[length:]
+        return taken
+
+
+def handshake(data: bytes) -> None:
+    """A real handshake with messages changed before they are encrypted.
+
+    Nobody may finish unless nothing was changed, and both must end with typed errors: the keys are
+    known to the attacker here, so that changes reach every parser and every state.
+    """
+    reader = _Reader(data)
+    client_config, server_config = _scenarios()[reader.byte() % 4]
+    client, server = ClientConnection(client_config, "localhost"), ServerConnection(server_config)
+    changes = {reader.byte() % 12: _change(reader) for _ in range(1 + reader.byte() % 2)}
+    changed = False
+    number = 0
+
+    def hook(connection: Connection) -> None:
+        channel = connection._channel
+        send = channel.send_raw
+
+        def altered(raw: bytes) -> None:
+            nonlocal changed, number
+            new = changes.get(number, lambda same: same)(raw)
+            number += 1
+            changed |= new != raw
+            if new:
+                send(new)
+
+        channel.send_raw = altered  # type: ignore[method-assign]
+
+    hook(client)
+    hook(server)
+    client.start()
+    alive = {True: True, False: True}
+    for _ in range(8):
+        for is_client, source, target in ((True, client, server), (False, server, client)):
+            out = bytes(source.data_to_send())
+            if out and alive[not is_client]:
+                try:
+                    target.receive_data(out)
+                except (LocalStateError, AlertReceived):
+                    alive[not is_client] = False
+                    continue
+                alive[not is_client] = _drain(target)
+    if changed:
+        both = client.handshake_complete and server.handshake_complete
+        assert not both, "a changed handshake was completed"
+    else:
+        assert client.handshake_complete
+
+
+def _change(reader: _Reader) -> Callable[[bytes], bytes]:
+    kind, at, length = reader.byte() % 5, reader.byte() << 8 | reader.byte(), reader.byte()
+    new = reader.bytes_(length)
+
+    def change(raw: bytes) -> bytes:
+        place = 4 + at % max(1, len(raw) - 4)
+        if kind == 0:  # overwrite
+            body = raw[4:place] + new + raw[place + len(new) :]
+        elif kind == 1:  # insert
+            body = raw[4:place] + new + raw[place:]
+        elif kind == 2:  # delete
+            body = raw[4:place] + raw[place + length :]
+        elif kind == 3:  # another message altogether
+            return new
+        else:  # flip one bit, header included
+            position = at % len(raw)
+            flipped = raw[position] ^ (1 << length % 8)
+            return raw[:position] + bytes((flipped,)) + raw[position + 1 :]
+        return raw[:1] + len(body).to_bytes(3, "big") + body
+
+    return change
+
+
+def traffic(data: bytes) -> None:
+    """Handshake messages, alerts and data after the handshake, under good keys."""
+    client, server = _connected()
+    sender, target = (client, server) if data[:1] < b"\x80" else (server, client)
+    channel, rest = sender._channel, data[1:]
+    assert channel.write is not None
+    kinds = (ContentType.HANDSHAKE, ContentType.ALERT, ContentType.APPLICATION_DATA, 77)
+    while rest:
+        kind, length = kinds[rest[0] % 4], rest[1] if len(rest) > 1 else 0
+        content, rest = rest[2 : 2 + length], rest[2 + length :]
+        target.receive_data(bytes(channel.write.seal(kind, memoryview(content), 16384)))
+        if not _drain(target):
+            return
+
+
+def _connected() -> tuple[ClientConnection, ServerConnection]:
+    client_config, server_config = _scenarios()[3]
+    client, server = ClientConnection(client_config, "localhost"), ServerConnection(server_config)
+    client.start()
+    for _ in range(2):
+        server.receive_data(client.data_to_send())
+        _drain(server)
+        if server.has_data_to_send:
+            client.receive_data(server.data_to_send())
+            _drain(client)
+    assert client.handshake_complete
+    assert server.handshake_complete
+    return client, server
+
+
+TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
+    one.__name__.replace("_", "-"): one
+    for one in (
+        messages,
+        records,
+        tickets,
+        psk_identities,
+        certificates,
+        names,
+        etsi014,
+        session_store,
+        raw_server,
+        raw_client,
+        handshake,
+        traffic,
+    )
+}
+
+
+def everything(data: bytes) -> None:
+    """All targets by turns, chosen by the first byte."""
+    if data:
+        targets = list(TARGETS.values())
+        targets[data[0] % len(targets)](data[1:])

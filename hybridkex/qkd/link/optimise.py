@@ -5,7 +5,7 @@ a given number of key-basis detections.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np

@@ -98,7 +98,7 @@ def rows() -> tuple[Row, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Break:
-    """An adversary: what it can break, what it has recorded, what it has stolen.
+    """A kind of adversary: what it breaks, what it has recorded, what it has stolen.
 
     The session itself is always recorded. ``delivery`` says by which way the QKD keys came in the
     sessions that this adversary meets, and ``hop`` whether it tapped that way too.

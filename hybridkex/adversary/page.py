@@ -42,13 +42,13 @@ p, li { max-width: 75ch; }
 table { border-collapse: collapse; width: 100%; }
 th, td { border: 1px solid var(--line); padding: .45rem .5rem; text-align: left;
   vertical-align: top; }
-#matrix th { font-weight: 600; font-size: .8rem; line-height: 1.3; }
-#matrix thead th { vertical-align: bottom; min-width: 5.6rem; }
-#matrix tbody th { position: sticky; left: 0; background: var(--paper); min-width: 11.5rem; }
+#matrix th { font-weight: 600; font-size: .78rem; line-height: 1.3; padding: .4rem; }
+#matrix thead th { vertical-align: bottom; min-width: 4.7rem; }
+#matrix tbody th { position: sticky; left: 0; background: var(--paper); min-width: 9.5rem; }
 #matrix tr.resumed th { font-weight: 400; padding-left: 1.4rem; color: var(--soft); }
 #matrix td { padding: 0; }
 #matrix td { height: 1px; }
-#matrix td a { display: block; height: 100%; min-height: 3.2rem; padding: .45rem .5rem;
+#matrix td a { display: block; height: 100%; min-height: 3.2rem; padding: .4rem;
   color: inherit; text-decoration: none; font-size: .85rem; }
 #matrix td a:hover, #matrix td a:focus-visible { outline: 2px solid var(--accent);
   outline-offset: -2px; }
@@ -176,7 +176,7 @@ def _short(missing: str) -> str:
     for start, word in (("QKD key", "QKD key"), ("PSK of the ticket", "ticket")):
         if missing.startswith(start):
             return word
-    return missing
+    return missing.replace("-", "\N{NON-BREAKING HYPHEN}")
 
 
 # --- what one adversary saw -------------------------------------------------------------------

@@ -13,6 +13,7 @@ from hybridkex.constants import Alert
 __all__ = [
     "AlertReceived",
     "BadRecordMac",
+    "BlockAborted",
     "CertificateRejected",
     "ConfigError",
     "DecodeError",
@@ -30,6 +31,9 @@ __all__ = [
     "KeySourceUnavailable",
     "KeyUnauthorized",
     "KeyUnknown",
+    "LedgerDry",
+    "LinkAuthenticationError",
+    "LinkError",
     "LocalStateError",
     "MissingExtension",
     "NoApplicationProtocol",
@@ -236,6 +240,22 @@ class KeyUnauthorized(KeySourceError):
 
 class KeySourceUnavailable(KeySourceError):
     """The key source did not answer, or not as it should."""
+
+
+class LinkError(KeySourceError):
+    """A QKD link cannot go on; what it had in hand is erased."""
+
+
+class BlockAborted(LinkError):
+    """One block of a QKD link made no key and is erased; the link may try the next."""
+
+
+class LinkAuthenticationError(LinkError):
+    """What came over a QKD link's classical channel is not from the other party."""
+
+
+class LedgerDry(LinkError):
+    """A QKD link has no authentication key left, and does not go on without."""
 
 
 class RecordingError(HybridkexError):

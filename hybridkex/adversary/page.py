@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any, Final
 
-from hybridkex import __version__
 from hybridkex.adversary.matrix import BREAKS, CONFIGURATIONS, TOY, Break, Configuration, rows
 from hybridkex.adversary.pictures import STYLE, key_schedule, legend, timeline
 from hybridkex.adversary.toy_curve import ORDER
@@ -87,10 +86,10 @@ _FEATURED: Final = "both"
 """The adversary of the two sessions that stand side by side: everything that TLS has is broken."""
 
 
-def render(trial: Trial) -> str:
-    """The page, as HTML."""
+def render(trial: Trial, version: str) -> str:
+    """The page, as HTML; ``version`` is this library's."""
     parts = [
-        _head(trial),
+        _head(trial, version),
         "<h2>The matrix</h2>",
         "<p>A row is a recorded connection, a column an adversary. <b>read</b>: the adversary "
         "printed what was said, both ways, and it is what was said. <b>safe</b>: it could not, and "
@@ -114,7 +113,7 @@ def render(trial: Trial) -> str:
     )
 
 
-def _head(trial: Trial) -> str:
+def _head(trial: Trial, version: str) -> str:
     at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(trial.at))
     cells, wrong = len(trial.cells), trial.wrong
     outcome = (
@@ -126,7 +125,7 @@ def _head(trial: Trial) -> str:
     complaint = "".join(f"<li>{escape(text)}</li>" for text in wrong)
     return (
         "<h1>Record now, decrypt later</h1>"
-        f'<p class="soft">hybridkex {escape(__version__)}, {at}, {trial.seconds:.1f} s</p>'
+        f'<p class="soft">hybridkex {escape(version)}, {at}, {trial.seconds:.1f} s</p>'
         f'<p><span class="outcome{" bad" if wrong else ""}">{outcome}</span></p>'
         f"{f'<ul>{complaint}</ul>' if wrong else ''}"
         f"<p>Connections between two parties were recorded on the wire. Then {len(BREAKS)} "

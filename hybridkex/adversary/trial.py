@@ -18,7 +18,6 @@ from typing import Any, Final
 
 import trio
 
-from hybridkex import __version__
 from hybridkex.adversary.matrix import (
     BREAKS,
     CONFIGURATIONS,
@@ -103,7 +102,6 @@ class Trial:
     def as_json(self) -> dict[str, object]:
         """Plain values under stable names."""
         return {
-            "hybridkex": __version__,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.at)),
             "seconds": round(self.seconds, 2),
             "as_predicted": not self.wrong,

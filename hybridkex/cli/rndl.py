@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from hybridkex import __version__
 from hybridkex.adversary import page
 from hybridkex.adversary.matrix import BREAKS, rows
 from hybridkex.adversary.trial import Cell, Trial, run_trial
@@ -57,9 +58,10 @@ def run(args: argparse.Namespace) -> int:
     _print_findings(console, trial)
     try:
         if args.html is not None:
-            args.html.write_text(page.render(trial), encoding="utf-8")
+            args.html.write_text(page.render(trial, __version__), encoding="utf-8")
         if args.json is not None:
-            args.json.write_text(json.dumps(trial.as_json(), indent=1) + "\n", encoding="utf-8")
+            report = {"hybridkex": __version__, **trial.as_json()}
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write the report: {error}") from error
     for kept in (args.html, args.json, args.keep):

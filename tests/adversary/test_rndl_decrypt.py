@@ -1,6 +1,7 @@
 """The decryptor on single recordings: every suite, group and handshake; and what must not help."""
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -228,3 +229,26 @@ def test_other_traffic_is_no_connection(tmp_path: Path) -> None:
         found, others = read_capture(path)
         assert found == []
         assert [flow.stream(from_client=True) for flow in others] == [data]
+
+
+def test_damaged_recordings_break_nothing(tmp_path: Path) -> None:
+    """Bytes changed anywhere above TCP: less is read, or nothing; never another error."""
+    stage, capture, talks = recorded(tmp_path, HYBRID, key_shares=0)
+    said = [(talk.to_server, talk.to_client) for talk in talks]
+    packets = list(read_pcapng(capture / "session.pcapng"))
+    rng, outcomes = random.Random(1), set()
+    (tmp_path / "damaged").mkdir()
+    for _ in range(60):
+        damaged = rng.choices(range(len(packets)), k=rng.randint(1, 3))
+        with (tmp_path / "damaged/session.pcapng").open("wb") as file:
+            writer = PcapngWriter(file)
+            for number, packet in enumerate(packets):
+                data = bytearray(packet.data)
+                if number in damaged and len(data) > 54:
+                    data[rng.randrange(54, len(data))] ^= 1 << rng.randrange(8)
+                writer.packet(int(packet.time * 1e9), bytes(data))
+        for verdict in attack(tmp_path / "damaged", stage, "ecdh", "ml-kem"):
+            read = (verdict.to_server, verdict.to_client)
+            assert any(a.startswith(read[0]) and b.startswith(read[1]) for a, b in said)
+            outcomes.add("all" if read in said else "some" if any(read) else "nothing")
+    assert outcomes == {"all", "some", "nothing"}

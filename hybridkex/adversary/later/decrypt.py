@@ -29,7 +29,7 @@ from hybridkex.adversary.later.reading import (
 )
 from hybridkex.constants import ContentType, HandshakeType, Label
 from hybridkex.crypto.kex import ALL_GROUPS, Group
-from hybridkex.errors import HybridkexError, RecordingError
+from hybridkex.errors import HybridkexError, IllegalParameter, RecordingError
 from hybridkex.qkd.psk import name_of
 from hybridkex.wire.messages import ImportedIdentity, NewSessionTicket, decode
 
@@ -178,10 +178,12 @@ class Adversary:
             yield Leg(kind="exchange", name=f"group {connection.group:#06x}", how=None, secret=None)
             return
         for name, offer, answer in _split(group, *connection.shares):
-            if group is toy_curve.TOY_GROUP:
-                found: Known | None = self._break_toy(offer, answer)
-            else:
-                found = self.knowledge.solve(offer, answer)
+            found: Known | None = None
+            with suppress(ValueError, IllegalParameter):  # a share that is none
+                if group is toy_curve.TOY_GROUP:
+                    found = self._break_toy(offer, answer)
+                else:
+                    found = self.knowledge.solve(offer, answer)
             yield _leg("exchange", name, found)
 
     def _break_toy(self, offer: bytes, answer: bytes) -> Known:

@@ -14,7 +14,7 @@ import shutil
 import sqlite3
 from base64 import b64decode
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -124,14 +124,11 @@ class Knowledge:
         text = plaintext.decode("latin-1")
         decoder, position = json.JSONDecoder(), text.find("{")
         while position >= 0:
-            try:
+            with suppress(ValueError, TypeError, KeyError, RecursionError):  # not such an answer
                 value, _ = decoder.raw_decode(text, position)
-            except ValueError:
-                value = None
-            for item in value.get("keys", ()) if isinstance(value, dict) else ():
-                if isinstance(item, dict) and "key" in item:
-                    key = b64decode(item["key"])
-                    self.qkd_keys.append(Known(key, f"read in the recording {where}"))
+                for item in value["keys"]:
+                    how = f"read in the recording {where}"
+                    self.qkd_keys.append(Known(b64decode(item["key"]), how))
             position = text.find("{", position + 1)
 
 

@@ -171,7 +171,7 @@ def _connection(capture: str, flow: Flow) -> Connection:
             raise RecordingError("two ServerHellos")
         digest = suite.digest(clients[0])
         before = bytes((_MESSAGE_HASH, 0, 0, len(digest))) + digest + servers[0]
-    return Connection(
+    connection = Connection(
         capture=capture,
         flow=flow,
         records=records,
@@ -182,6 +182,9 @@ def _connection(capture: str, flow: Flow) -> Connection:
         before=before,
         raw_server_hello=servers[-1],
     )
+    if not all(connection.shares):  # raises for hellos that do not belong together
+        raise RecordingError("a key share without content")
+    return connection
 
 
 def _records(flow: Flow) -> Iterator[WireRecord]:

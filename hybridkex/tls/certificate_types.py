@@ -5,7 +5,8 @@ X.509. A verifier takes the kinds that it has methods for, an identity is of one
 """
 
 from collections.abc import Sequence
-from typing import Final
+from functools import cache
+from typing import Final, cast
 
 from hybridkex.auth import (
     ClientKeyVerifier,
@@ -41,8 +42,14 @@ ONLY_X509: Final[tuple[int, ...]] = (X509,)
 
 def accepted_types(verifier: AnyServerVerifier | AnyClientVerifier) -> tuple[int, ...]:
     """The kinds that a verifier can decide about, certificates first."""
-    certificates = isinstance(verifier, ServerVerifier | ClientVerifier)
-    keys = isinstance(verifier, ServerKeyVerifier | ClientKeyVerifier)
+    return _accepted_by(type(verifier))
+
+
+@cache
+def _accepted_by(kind: type) -> tuple[int, ...]:
+    # By class and once: a look into a protocol costs more than all the rest of a message.
+    certificates = issubclass(kind, ServerVerifier | ClientVerifier)
+    keys = issubclass(kind, ServerKeyVerifier | ClientKeyVerifier)
     return ((X509,) if certificates else ()) + ((RAW,) if keys else ())
 
 
@@ -65,20 +72,20 @@ def accept_server(
     verifier: AnyServerVerifier, kind: int, chain: Sequence[bytes], name: PeerName | None
 ) -> VerifiedPeer:
     """Have the verifier decide about what a server showed."""
-    if kind == RAW and isinstance(verifier, ServerKeyVerifier):
-        return verifier.verify_server_key(chain[0], name)
-    if kind == X509 and isinstance(verifier, ServerVerifier):
-        return verifier.verify_server(chain, name)
-    raise _unwanted(kind)
+    if kind not in accepted_types(verifier):
+        raise _unwanted(kind)
+    if kind == RAW:
+        return cast(ServerKeyVerifier, verifier).verify_server_key(chain[0], name)
+    return cast(ServerVerifier, verifier).verify_server(chain, name)
 
 
 def accept_client(verifier: AnyClientVerifier, kind: int, chain: Sequence[bytes]) -> VerifiedPeer:
     """Have the verifier decide about what a client showed."""
-    if kind == RAW and isinstance(verifier, ClientKeyVerifier):
-        return verifier.verify_client_key(chain[0])
-    if kind == X509 and isinstance(verifier, ClientVerifier):
-        return verifier.verify_client(chain)
-    raise _unwanted(kind)
+    if kind not in accepted_types(verifier):
+        raise _unwanted(kind)
+    if kind == RAW:
+        return cast(ClientKeyVerifier, verifier).verify_client_key(chain[0])
+    return cast(ClientVerifier, verifier).verify_client(chain)
 
 
 def _unwanted(kind: int) -> CertificateRejected:

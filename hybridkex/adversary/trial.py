@@ -181,12 +181,12 @@ async def _record(stage: Stage, tell: Tell) -> _Said:
         path = stage.recording(configuration, Delivery.IN_PROCESS)
         said[path] = await stage.talk(configuration, connections=1 if configuration is TOY else 2)
     for delivery in (Delivery.CLASSICAL_HOP, Delivery.HYBRID_HOP):
-        async with stage.kmes(delivery) as where:
+        async with stage.sites(delivery).running() as sites:
             for configuration in CONFIGURATIONS:
                 if configuration.qkd:
                     tell(f"recording: {configuration.title}, keys by {delivery.value}")
                     path = stage.recording(configuration, delivery)
-                    async with stage.tapped_sources(configuration, delivery, where) as sources:
+                    async with sites.tapped_sources(path) as sources:
                         said[path] = await stage.talk(configuration, delivery, sources)
     return said
 
@@ -233,7 +233,7 @@ def equip(stage: Stage, adversary: Break) -> Path:
         (folder / "stolen").mkdir(exist_ok=True)
         shutil.copy(stolen / "ticket-keys.jsonl", folder / "stolen")
     if adversary.steals_key_store is not None:
-        loot = stolen / f"{adversary.steals_key_store}-{adversary.delivery.value}"
+        loot = stolen / adversary.delivery.value / adversary.steals_key_store
         shutil.copytree(loot, folder / "stolen/kme")
     return folder
 

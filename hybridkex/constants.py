@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import Final
 
 __all__ = [
+    "FIRST_VERSION",
     "HELLO_RETRY_RANDOM",
     "LEGACY_VERSION",
     "MAX_CIPHERTEXT_EXPANSION",
@@ -30,6 +31,8 @@ __all__ = [
 
 TLS13: Final = 0x0304
 LEGACY_VERSION: Final = 0x0303
+FIRST_VERSION: Final = 0x0301
+"""In the record of the first ClientHello, for old middleboxes (RFC 8446 section 5.1)."""
 
 MAX_PLAINTEXT: Final = 1 << 14
 """Bytes of content in one record (RFC 8446 section 5.1)."""

@@ -11,6 +11,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import PublicKeyAlgorithmOID
 
 from hybridkex.constants import Alert, CertificateType
 from hybridkex.errors import CertificateRejected
@@ -143,7 +144,28 @@ def read_chain(chain: Sequence[bytes]) -> tuple[PeerCertificate, list[x509.Certi
         raise CertificateRejected(
             f"certificate {place + 1} of {len(chain)} that the peer sent does not parse: {error}"
         ) from None
+    if not _may_sign_handshakes(peer.leaf):
+        raise CertificateRejected(
+            f"certificate {peer.subject}: keyUsage does not allow to sign",
+            alert=Alert.UNSUPPORTED_CERTIFICATE,
+            subject=peer.subject,
+        )
+    if peer.leaf.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
+        # RFC 8446 section 4.2.3: such a key is not one for the rsa_pss_rsae schemes.
+        raise CertificateRejected(
+            f"certificate {peer.subject} has a key for RSASSA-PSS alone, which we cannot check",
+            alert=Alert.UNSUPPORTED_CERTIFICATE,
+            subject=peer.subject,
+        )
     return peer, certificates
+
+
+def _may_sign_handshakes(certificate: x509.Certificate) -> bool:
+    """RFC 8446 section 4.4.2.2: digitalSignature is set wherever there is a keyUsage."""
+    try:
+        return certificate.extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature
+    except x509.ExtensionNotFound:
+        return True
 
 
 def key_weakness(key: CertificatePublicKeyTypes) -> str | None:

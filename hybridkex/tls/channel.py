@@ -8,7 +8,7 @@ may be empty, what may stand between two pieces of a message, and how much of an
 from collections import deque
 from typing import Final, TypeAlias
 
-from hybridkex.constants import MAX_PLAINTEXT, Alert, ContentType, HandshakeType
+from hybridkex.constants import LEGACY_VERSION, MAX_PLAINTEXT, Alert, ContentType, HandshakeType
 from hybridkex.crypto.schedule import TrafficSecret
 from hybridkex.errors import (
     BadRecordMac,
@@ -95,9 +95,12 @@ class Channel:
         self._message = bytearray()
         self._stashed: tuple[int, bytes] | None = None
         self._deferred: PeerError | None = None
-        self._empty_records = 0
+        self._empty_records = 0  # in a row, under one key
         self._early_data_budget = 0
         self._skip_unprotected = False
+        self.change_cipher_spec_due = False
+        """Whether our next record, a fatal alert too, comes behind the compatibility record. Not
+        sent at once: to send while the peer does could block both."""
         self._change_cipher_spec_sent = False
 
     # --- what states call ---------------------------------------------------------------------
@@ -112,11 +115,12 @@ class Channel:
         """Queue a handshake message that is encoded already."""
         self._flight += raw
 
-    def flush(self) -> None:
+    def flush(self, version: int = LEGACY_VERSION) -> None:
         """End the flight: its messages share records (section 5.1)."""
         if self._flight:
-            self._emit(ContentType.HANDSHAKE, bytes(self._flight))
+            flight = bytes(self._flight)
             self._flight.clear()
+            self._emit(ContentType.HANDSHAKE, flight, version)
 
     def send_change_cipher_spec(self) -> None:
         """The record that makes TLS 1.3 look like TLS 1.2 (appendix D.4): once in a connection."""
@@ -147,6 +151,7 @@ class Channel:
         """Change the key of the peer's direction."""
         self.check_message_boundary()
         self.read = ReadProtection(traffic, self._inner_limit)
+        self._empty_records = 0
 
     def limit_incoming(self, inner_limit: int) -> None:
         """Bytes of content and type in a record, from now on: the peer knows (RFC 8449)."""
@@ -211,9 +216,12 @@ class Channel:
         outgoing.clear()
         return data
 
-    def _emit(self, type_: ContentType, content: bytes) -> None:
+    def _emit(self, type_: ContentType, content: bytes, version: int = LEGACY_VERSION) -> None:
+        if self.change_cipher_spec_due:
+            self.change_cipher_spec_due = False
+            self.send_change_cipher_spec()
         if self.write is None:
-            self._outgoing.append(plaintext_records(type_, content))
+            self._outgoing.append(plaintext_records(type_, content, version))
         else:
             self._outgoing.append(self.write.seal(type_, memoryview(content), self.record_limit))
 
@@ -262,6 +270,8 @@ class Channel:
         if type_ == _ALERT:
             if len(content) != 2:
                 raise DecodeError(f"an alert of {len(content)} bytes")
+            if content[0] not in (1, 2):
+                raise IllegalParameter(f"an alert of level {content[0]}")
             return AlertItem(content[0], content[1])
         raise UnexpectedMessage(f"a record of type {type_} out of place")
 

@@ -7,9 +7,11 @@ state. :func:`start` sends the ClientHello and returns the first.
 import os
 import time
 from dataclasses import dataclass
+from typing import Final
 
 from hybridkex.auth import DnsName, IpAddress, VerifiedPeer
 from hybridkex.constants import (
+    FIRST_VERSION,
     LEGACY_VERSION,
     TLS13,
     CipherSuiteCode,
@@ -44,6 +46,7 @@ from hybridkex.tls.channel import Channel
 from hybridkex.tls.config import Authentication, ClientConfig, Requirement
 from hybridkex.tls.events import HandshakeCompleted, PskWanted
 from hybridkex.tls.negotiation import (
+    RESUMED_FOR,
     PeerProof,
     Psk,
     authenticated_by,
@@ -100,6 +103,9 @@ from hybridkex.wire.messages import (
 __all__ = ["ClientState", "WaitPsk", "start"]
 
 PeerName = DnsName | IpAddress
+
+_ALONE: Final = (Authentication.PSK, Authentication.EITHER)
+"""Where a PSK is enough."""
 
 
 class ClientState:
@@ -187,11 +193,7 @@ class _Offer:
     @property
     def wants_certificate_with_psk(self) -> bool:
         """RFC 9973 section 4: every PSK offered must be an external one."""
-        return (
-            bool(self.psks)
-            and self.ticket is None
-            and self.config.authentication is not Authentication.PSK
-        )
+        return bool(self.psks) and self.ticket is None and self.config.authentication not in _ALONE
 
     def _psk_offer(self) -> PreSharedKeyOffer:
         now = time.time()
@@ -267,7 +269,7 @@ def _send_hello(
         )
     # RFC 9973 section 4 forbids a ticket beside an external PSK with certificates.
     if config.policy.psk is not Requirement.OFF and (
-        ticket is None or config.authentication is Authentication.PSK
+        ticket is None or config.authentication in _ALONE
     ):
         for external in externals:
             psks.extend(external_psks(external, config.suites))
@@ -278,13 +280,12 @@ def _send_hello(
         session_id=os.urandom(32) if config.compatibility_mode else b"",
         psks=tuple(psks),
         ticket=ticket,
-        started={
-            group.code: group.exchange.start() for group in config.group_list[: config.key_shares]
-        },
+        started={group.code: group.exchange.start() for group in config.shared_groups},
     )
     channel.client_random = offer.random
     hello = offer.hello(None, None)
     channel.send_raw(hello)
+    channel.flush(FIRST_VERSION)
     channel.change_cipher_spec_allowed = True
     return WaitServerHello(offer, hello)
 
@@ -297,11 +298,11 @@ def _take_ticket(config: ClientConfig, name: PeerName | None) -> SessionTicket |
     if ticket is None or all(suite.hash != ticket.suite.hash for suite in config.suites):
         return None
     wanted, had = config.authentication, ticket.authenticated_by
-    if wanted is not Authentication.CERTIFICATE and had.value != wanted.value:
+    if had not in RESUMED_FOR[wanted]:
         return None
     if config.has_psk and config.policy.psk is Requirement.REQUIRE and ticket.psk_identity is None:
         return None
-    if wanted is not Authentication.PSK:
+    if had is not AuthenticatedBy.PSK:
         assert config.verifier is not None
         try:
             accept_server(config.verifier, ticket.certificate_type, ticket.chain, name)
@@ -352,8 +353,7 @@ class WaitServerHello(ClientState):
             started=started,
         )
         transcript = Transcript.after_retry(suite.hash, suite.hash.digest(self.hello), raw)
-        if offer.config.compatibility_mode:
-            channel.send_change_cipher_spec()
+        channel.change_cipher_spec_due = offer.config.compatibility_mode
         hello = again.hello(cookie.cookie if cookie is not None else None, transcript)
         channel.send_raw(hello)
         transcript.add(hello)
@@ -463,6 +463,7 @@ def _accept(
     channel.log_secret("CLIENT_HANDSHAKE_TRAFFIC_SECRET", client.secret)
     channel.read_with(server)
     channel.write_with(client)
+    channel.change_cipher_spec_due = offer.config.compatibility_mode
     keys = _Keys(suite, secret, client, server, transcript)
     group = _find_group(offer.config, share.entry.group)
     return WaitEncryptedExtensions(offer, group, psk, with_certificate, keys)
@@ -676,9 +677,6 @@ class WaitFinished(ClientState):
         channel.log_secret("CLIENT_TRAFFIC_SECRET_0", client.secret)
         channel.log_secret("EXPORTER_SECRET", exporter.secret)
 
-        if settled.offer.config.compatibility_mode:
-            # Not before: to send while the server does could block both (appendix D.4 has it here).
-            channel.send_change_cipher_spec()
         if self.requested is not None:
             self._authenticate(channel, self.requested)
         finished = Finished(keys.client.finished(transcript.digest()))

@@ -97,7 +97,7 @@ class _Config:
         suites: cipher suites in order of preference.
         signature_schemes: for CertificateVerify, in order of preference.
         alpn: application protocols in order of preference (RFC 7301).
-        psks: external pre-shared keys.
+        psks: external pre-shared keys; a server takes the first that the client offers too.
         psk_source: where further ones come from, one for each handshake.
         policy: what a connection must rest on.
         record_size_limit: bytes of content that we want in a record (RFC 8449, 64 to 16,384);
@@ -131,6 +131,9 @@ class _Config:
         identities = [(psk.identity, psk.context) for psk in self.psks]
         if len(set(identities)) != len(identities):
             raise ConfigError("two PSKs have the same identity")
+        either = self.policy.authentication is Authentication.EITHER
+        if either and self.policy.psk is not Requirement.PREFER:
+            raise ConfigError("authentication by either goes with a PSK that is preferred")
         for psk in self.psks:
             if not psk.imported and all(suite.hash != psk.hash for suite in self.suites):
                 raise ConfigError(f"no cipher suite goes with a PSK for {psk.hash.name}")
@@ -206,21 +209,27 @@ class ClientConfig(_Config):
             decide about are offered (RFC 7250). ``None``: the system's trust store, or, where PSKs
             are configured, no certificate at all.
         identity: our certificate or raw public key, and its private key, for a server that asks.
-        key_shares: how many of the groups are offered with a share in the first flight.
+        key_shares: how many of the groups are offered with a share in the first flight, from the
+            first on, or which.
         session_store: where tickets are kept; ``None`` offers no resumption.
         compatibility_mode: look like TLS 1.2 to middleboxes (RFC 8446 appendix D.4).
     """
 
     verifier: AnyServerVerifier | None = None
     identity: Identity | RawIdentity | None = None
-    key_shares: int = 1
+    key_shares: int | tuple[Group, ...] = 1
     session_store: SessionStore | None = None
     compatibility_mode: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.key_shares <= len(self.group_list):
+        shares = self.key_shares
+        if isinstance(shares, int) and not 0 <= shares <= len(self.group_list):
             raise ConfigError(f"key_shares is 0 to {len(self.group_list)} with these groups")
+        if [group for group in self.group_list if group in self.shared_groups] != [
+            *self.shared_groups
+        ]:
+            raise ConfigError("key_shares is some of the groups, in the same order")
         if self.verifier is None and not self.has_psk:
             object.__setattr__(self, "verifier", TrustStore.system())
         authentication = self.authentication
@@ -228,6 +237,12 @@ class ClientConfig(_Config):
             raise ConfigError(f"authentication by {authentication.value} needs a PSK")
         if authentication is not Authentication.PSK and self.verifier is None:
             raise ConfigError(f"authentication by {authentication.value} needs a verifier")
+
+    @property
+    def shared_groups(self) -> tuple[Group, ...]:
+        """The groups that are offered with a share in the first flight."""
+        shares = self.key_shares
+        return self.group_list[:shares] if isinstance(shares, int) else shares
 
     @property
     def authentication(self) -> Authentication:

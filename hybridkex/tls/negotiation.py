@@ -14,13 +14,14 @@ from hybridkex.crypto.signatures import SignatureScheme
 from hybridkex.crypto.suites import CipherSuite, HashFunction
 from hybridkex.errors import DecryptError, IllegalParameter
 from hybridkex.secret import Secret
-from hybridkex.tls.policy import Policy
+from hybridkex.tls.policy import Authentication, Policy
 from hybridkex.tls.session import AuthenticatedBy, Session
 from hybridkex.tls.transcript import Transcript
 from hybridkex.wire.extensions import Extensions
 from hybridkex.wire.messages import Certificate, CertificateVerify, Finished, ImportedIdentity
 
 __all__ = [
+    "RESUMED_FOR",
     "PeerProof",
     "Psk",
     "authenticated_by",
@@ -116,6 +117,19 @@ def check_finished(message: Finished, traffic: TrafficSecret, transcript: Transc
     """Compare the peer's Finished with ours, in constant time (section 4.4.4)."""
     if not hmac.compare_digest(message.verify_data, traffic.finished(transcript.digest())):
         raise DecryptError("Finished does not verify: the handshake was changed on the way")
+
+
+RESUMED_FOR: Final = {
+    Authentication.PSK: (AuthenticatedBy.PSK,),
+    Authentication.CERTIFICATE: (
+        AuthenticatedBy.CERTIFICATE,
+        AuthenticatedBy.BOTH,
+        AuthenticatedBy.NOTHING,  # its verifier is asked again
+    ),
+    Authentication.BOTH: (AuthenticatedBy.BOTH,),
+    Authentication.EITHER: tuple(AuthenticatedBy),
+}
+"""The sessions that may be resumed, by what authentication is wanted."""
 
 
 def authenticated_by(

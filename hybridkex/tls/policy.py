@@ -24,6 +24,9 @@ class Authentication(Enum):
     PSK = "psk"
     BOTH = "certificate+psk"
     """A certificate and an external PSK in one handshake (RFC 9973)."""
+    EITHER = "certificate or psk"
+    """An external PSK, or a certificate where the two sides have no PSK in common: each is enough
+    alone, so the connection is as strong as the weaker one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,7 @@ from hybridkex.tls.channel import Channel
 from hybridkex.tls.config import Authentication, Requirement, ServerConfig
 from hybridkex.tls.events import HandshakeCompleted, PskWanted
 from hybridkex.tls.negotiation import (
+    RESUMED_FOR,
     Psk,
     authenticated_by,
     certificate_message,
@@ -314,8 +315,7 @@ class WaitClientHello(ServerState):
         cookie = self.config.cookies.seal(state)
         channel.send_raw(_retry_request(state, cookie))
         channel.flush()
-        if hello.message.session_id:
-            channel.send_change_cipher_spec()
+        channel.send_change_cipher_spec()
         if EarlyDataIndication in hello.message.extensions:
             channel.skip_early_data(after_retry=True)
         return WaitSecondClientHello(self.config)
@@ -409,6 +409,12 @@ def _find_external(config: ServerConfig, offered: _OfferedPsk) -> ExternalPsk | 
     return next((psk for psk in config.psks if offered.names(psk)), None)
 
 
+def _preference(config: ServerConfig, offered: _OfferedPsk) -> int:
+    """Our order among the configured PSKs; before them what is none, such as a ticket."""
+    external = _find_external(config, offered)
+    return config.psks.index(external) if external is not None else -1
+
+
 def _worth_asking(config: ServerConfig) -> bool:
     """Whether an outside source may know what we do not."""
     return config.psk_source is not None and config.policy.psk is not Requirement.OFF
@@ -462,7 +468,7 @@ def _negotiate(
     )
     share, shared = group.exchange.respond(hello.shares[group.code])
     wanted = []
-    for offered in hello.offered_psks:
+    for offered in sorted(hello.offered_psks, key=lambda one: _preference(config, one)):
         selected = _resolve(choice, offered)
         if selected is not None:
             return _respond(choice, share, shared, selected, channel)
@@ -511,7 +517,7 @@ def _choose_alpn(config: ServerConfig, hello: _Hello) -> bytes | None:
 
 def _external_allowed(choice: _Choice) -> bool:
     """Whether an external PSK can be used with what authenticates us (RFC 9973 or plain)."""
-    if choice.config.authentication is Authentication.PSK:
+    if choice.config.authentication in (Authentication.PSK, Authentication.EITHER):
         return True
     return choice.hello.certificate_with_psk and choice.identity is not None
 
@@ -557,12 +563,7 @@ def _resumable(choice: _Choice, state: TicketState) -> bool:
     if state.server_name != choice.hello.server_name:
         return False
     wanted, had = config.authentication, state.authenticated_by
-    fits = {
-        Authentication.PSK: (AuthenticatedBy.PSK,),
-        Authentication.CERTIFICATE: (AuthenticatedBy.CERTIFICATE, AuthenticatedBy.BOTH),
-        Authentication.BOTH: (AuthenticatedBy.BOTH,),
-    }[wanted]
-    if had not in fits and not (
+    if had not in RESUMED_FOR[wanted] and not (
         wanted is Authentication.BOTH
         and config.policy.psk is Requirement.PREFER
         and had is AuthenticatedBy.CERTIFICATE
@@ -597,7 +598,9 @@ class WaitPsk(ServerState):
         if external is None:
             return _respond(self.choice, self.share, self.shared, None, channel)
         for offered in self.wanted:
-            selected = _selected(self.choice, offered, external) if offered.names(external) else None
+            selected = (
+                _selected(self.choice, offered, external) if offered.names(external) else None
+            )
             if selected is not None:
                 return _respond(self.choice, self.share, self.shared, selected, channel)
         raise LocalStateError("the PSK that was provided is none of those that were wanted")
@@ -634,8 +637,7 @@ def _respond(
         extensions=Extensions(extensions),
     )
     transcript.add(channel.send(message))
-    if hello.message.session_id and not choice.retried:
-        channel.send_change_cipher_spec()
+    channel.send_change_cipher_spec()
     secret = EarlySecret.start(suite.hash, psk.key if psk is not None else None).handshake_secret(
         shared
     )
@@ -666,7 +668,9 @@ def _check_authentication(choice: _Choice, selected: _Selected | None) -> bool:
     config = choice.config
     if selected is not None and (selected.psk.resumption or not choice.hello.certificate_with_psk):
         return False
-    if selected is not None and config.authentication is Authentication.PSK:
+    if selected is not None and (
+        config.authentication is Authentication.PSK or choice.identity is None
+    ):
         return False
     psk_required = config.authentication is Authentication.PSK or (
         config.has_psk and config.policy.psk is Requirement.REQUIRE
@@ -679,7 +683,11 @@ def _check_authentication(choice: _Choice, selected: _Selected | None) -> bool:
         if all(one.certificate_type not in choice.hello.server_types for one in config.identities):
             raise UnsupportedCertificateType("the client can check nothing that we can show")
         raise HandshakeFailure("the client can verify none of our certificates")
-    if config.require_client_certificate and choice.client_type is None:
+    if config.client_verifier is not None and choice.client_type is None:
+        offered = ClientCertificateTypeOffer in choice.hello.message.extensions
+        if not offered and not config.require_client_certificate:
+            return True
+        # RFC 7250 section 4.2, also where a client may stay unknown.
         raise UnsupportedCertificateType("the client can show nothing of itself that we can check")
     return True
 
@@ -700,7 +708,8 @@ def _encrypted_extensions(
     config, offered = choice.config, choice.hello.message.extensions
     extensions: list[Extension] = []
     name = choice.hello.server_name
-    if name is not None and choice.identity is not None and choice.identity.matches(name):
+    named = name is not None and choice.identity is not None and choice.identity.matches(name)
+    if named and with_certificate:  # or the name was of no use (RFC 6066 section 3)
         extensions.append(ServerNameAck())
     if choice.alpn is not None:
         extensions.append(AlpnChoice(choice.alpn))
@@ -709,12 +718,11 @@ def _encrypted_extensions(
         channel.record_limit = min(channel.record_limit, limit.limit - 1)
         channel.limit_incoming(config.inner_limit)
         extensions.append(RecordSizeLimit(config.inner_limit))
-    if with_certificate:
-        assert choice.identity is not None
-        if ServerCertificateTypeOffer in offered:
-            extensions.append(ServerCertificateTypeChoice(choice.identity.certificate_type))
-        if ClientCertificateTypeOffer in offered and choice.client_type is not None:
-            extensions.append(ClientCertificateTypeChoice(choice.client_type))
+    if choice.identity is not None and ServerCertificateTypeOffer in offered:
+        extensions.append(ServerCertificateTypeChoice(choice.identity.certificate_type))
+    client_type = choice.client_type if with_certificate else None  # what it is asked for
+    if client_type is not None and ClientCertificateTypeOffer in offered:
+        extensions.append(ClientCertificateTypeChoice(client_type))
     return Extensions(extensions)
 
 

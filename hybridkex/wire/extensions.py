@@ -12,7 +12,7 @@ from enum import Enum, auto
 from struct import pack
 from typing import ClassVar, Final, Self, TypeVar
 
-from hybridkex.constants import ExtensionType
+from hybridkex.constants import CertificateType, ExtensionType
 from hybridkex.errors import DecodeError, IllegalParameter
 from hybridkex.wire.codec import Reader, u8, u16, u16_list, u32, vector8, vector16
 
@@ -229,7 +229,11 @@ class _CertificateTypeOffer(Extension):
 
     @classmethod
     def read(cls, reader: Reader) -> Self:
-        return cls(tuple(reader.opaque(1, least=1)))  # type: ignore[call-arg]
+        types = tuple(reader.opaque(1, least=1))
+        if types == (CertificateType.X509,):
+            # RFC 7250 section 4.1: what is the default goes without saying.
+            raise IllegalParameter("certificate types that are the default alone")
+        return cls(types)  # type: ignore[call-arg]
 
     def body(self) -> bytes:
         return vector8(bytes(self.types))

@@ -356,8 +356,9 @@ def test_messages_must_not_straddle_a_change_of_keys(
     pair = Pair.make(*small(trust, identity))
     if where == "hello":
         pair.client.start()
-        pair.client._channel.send_raw(b"\x14")
-        pair.server.receive_data(pair.client.data_to_send())
+        hello = bytearray(pair.client.data_to_send())
+        hello[3:5] = (len(hello) - 5 + 1).to_bytes(2, "big")
+        pair.server.receive_data(hello + b"\x14")
         with pytest.raises(PeerError, match="key change"):
             pair.server.next_event()
         return

@@ -5,7 +5,7 @@ a given number of key-basis detections.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -16,8 +16,9 @@ from hybridkex.errors import ConfigError
 from hybridkex.qkd.link.entropy import binary_entropy
 from hybridkex.qkd.link.finite_key import SecretLength, Security, expected_counts, proof_for
 from hybridkex.qkd.link.physics import Channel, Transmitter
+from hybridkex.qkd.link.presets import Preset
 
-__all__ = ["Optimum", "expected_length", "optimise"]
+__all__ = ["Optimum", "expected_length", "optimise", "tuned"]
 
 NEAR_VACUUM: Final = 2e-4
 """The dimmest intensity that a modulator reaches (Lim et al. 2014, section IV)."""
@@ -80,7 +81,7 @@ def _transmitter(settings: NDArray[np.float64]) -> Transmitter:
     if len(free) == 5:
         mu_1, share, p_1, rest, q = (float(value) for value in free)
         mu_2 = NEAR_VACUUM + share * (mu_1 - 2.0 * NEAR_VACUUM)
-        probabilities = (p_1, (1.0 - p_1) * rest, (1.0 - p_1) * (1.0 - rest))
+        probabilities: tuple[float, ...] = (p_1, (1.0 - p_1) * rest, (1.0 - p_1) * (1.0 - rest))
         intensities: tuple[float, ...] = (mu_1, mu_2, NEAR_VACUUM)
     else:
         mu_1, share, p_1, q = (float(value) for value in free)
@@ -134,3 +135,33 @@ def optimise(
     if length.real <= 0.0:
         return None
     return Optimum(transmitter=transmitter, length=length, pulses=pulses, rate=length.real / pulses)
+
+
+def tuned(preset: Preset, block_bits: int) -> Preset:
+    """A preset with the best settings for its distance and blocks of ``block_bits``.
+
+    Raises ``ConfigError`` where no key can be made at all.
+    """
+    best = optimise(
+        preset.channel,
+        key_detections=block_bits,
+        f=preset.efficiency,
+        intensities=len(preset.transmitter.intensities),
+        security=preset.security,
+    )
+    if best is None:
+        raise ConfigError(
+            f"{preset.name} makes no key over {preset.channel.distance_km:g} km in blocks of "
+            f"{block_bits} bits; shorten the fibre or make the blocks larger"
+        )
+    # Rounded, so that two ends that computed it apart have the same.
+    mu = tuple(round(mean, 4) for mean in best.transmitter.intensities)
+    p = [round(share, 4) for share in best.transmitter.probabilities[:-1]]
+    return replace(
+        preset,
+        transmitter=Transmitter(
+            intensities=mu,
+            probabilities=(*p, round(1.0 - sum(p), 4)),
+            key_basis_probability=round(best.transmitter.key_basis_probability, 4),
+        ),
+    )

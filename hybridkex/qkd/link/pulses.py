@@ -34,7 +34,7 @@ def send_pulses(
     photons, state_basis, state = eve.touch(photons, basis, bit, randomness)
 
     bob_basis = randomness.happens(test, pulses).astype(np.uint8)
-    signal = randomness.happens(1.0 - (1.0 - eve.efficiency) ** photons, pulses)
+    signal = randomness.happens(1.0 - np.float64(1.0 - eve.efficiency) ** photons, pulses)
     flip = randomness.happens(channel.misalignment, pulses).astype(np.uint8)
     shown = np.where(state_basis == bob_basis, state ^ flip, randomness.bits(pulses))
     # Two detectors, one for each bit; if both click, the bit is drawn.

@@ -155,7 +155,9 @@ class Fibre:
         *,
         light: Light | None = None,
         seed: int | None = None,
+        real_time: bool = False,
     ) -> None:
+        self._real_time = real_time
         self._channel = channel
         self._transmitter = transmitter
         self._light: Light = channel if light is None else light
@@ -171,7 +173,11 @@ class Fibre:
 
     async def detect(self, count: int) -> Clicks:
         """Bob's end; see :class:`Detector`."""
+        before = self.seconds
+        started = trio.current_time()
         sent, clicks = await trio.to_thread.run_sync(self._sample, count)
+        if self._real_time:
+            await trio.sleep_until(started + self.seconds - before)
         self.log.record(clicks.pulse, sent)
         return clicks
 

@@ -51,7 +51,7 @@ class Randomness:
     def uniform(self, count: int) -> NDArray[np.float64]:
         """Uniform numbers in (0, 1], multiples of 2^-53."""
         words = np.frombuffer(self._read(8 * count), dtype="<u8")
-        return ((words >> np.uint64(11)) + np.uint64(1)) * 2.0**-53
+        return ((words >> np.uint64(11)) + np.uint64(1)).astype(np.float64) * 2.0**-53
 
     def happens(self, probability: float | NDArray[np.float64], count: int) -> NDArray[np.bool_]:
         """Events of the given probability."""
@@ -61,10 +61,13 @@ class Randomness:
         """Indices, drawn in proportion to the weights."""
         bounds = np.cumsum(weights)
         found = np.searchsorted(bounds, self.uniform(count) * bounds[-1])
-        return np.minimum(found, len(weights) - 1).astype(np.uint8)
+        chosen: NDArray[np.uint8] = np.minimum(found, len(weights) - 1).astype(np.uint8)
+        return chosen
 
     def gaps(self, probability: float, count: int) -> NDArray[np.int64]:
         """Geometric numbers from 1: trials up to and including the first success."""
         if probability >= 1.0:
             return np.ones(count, dtype=np.int64)
-        return 1 + np.floor(np.log(self.uniform(count)) / np.log1p(-probability)).astype(np.int64)
+        failures = np.floor(np.log(self.uniform(count)) / np.log1p(-probability))
+        trials: NDArray[np.int64] = 1 + failures.astype(np.int64)
+        return trials

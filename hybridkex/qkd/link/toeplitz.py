@@ -15,7 +15,7 @@ of ``x`` and ``y`` by transforms of ``2^t`` points, with machine precision ``e``
 wrong by at most ``d``, is wrong in no coefficient by more than ``|x| |y| ((1 + e)^{3t}
 (1 + e √5)^{3t + 1} (1 + d)^{3t} - 1)``. With coefficients 0 and 1 the Euclidean norms give
 ``|x| |y| <= n``. :func:`rounding_bound` evaluates this with ``t`` two larger than the size asks
-for, which covers the extra factors below, and ``d = 8 e``: 8e-7 at 1e7 bits, and a result is certain
+for, which covers the extra factors below, and ``d = 8 e``: 8e-7 at 1e7 bits. A result is certain
 below 1/2; :data:`MAX_INPUT` keeps it below 1e-3. Scipy's butterflies of radix 3, 4, 5, ... do no
 more roundings than as many of radix 2. Lest anything rest on that sentence, each product also
 checks that *all* its coefficients are within 1/16 of an integer, and raises if not.
@@ -111,7 +111,8 @@ class _Factors:
     def after(self, start: int, width: int) -> Complex:
         """For the columns from ``start``."""
         shift = np.pi / self._total * (0.5j * start - 2j * (self._row * start % self._total))
-        return np.exp(shift)[:, None] * self._first[:, :width]
+        factors: Complex = np.exp(shift)[:, None] * self._first[:, :width]
+        return factors
 
 
 @functools.lru_cache(maxsize=2)

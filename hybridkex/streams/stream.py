@@ -51,6 +51,12 @@ DEFAULT_HANDSHAKE_TIMEOUT: Final = 10.0
 _READ_SIZE: Final = 256 * 1024
 _SEND_SIZE: Final = 256 * 1024
 _ALERT_TIMEOUT: Final = 1.0
+
+# Buffers of these sizes come and go with every call. The GNU C library gives memory back to the
+# kernel beyond twice the size of the largest block that was ever freed (mallopt(3), the dynamic
+# mmap threshold), and every page of the next buffer would have to be fetched again: a third of the
+# time of a bulk transfer. A block that is freed once sets the bound; elsewhere this does nothing.
+bytearray(4 * _READ_SIZE)
 _CLOSE_TIMEOUT: Final = 10.0
 
 T = TypeVar("T", bound=Stream)

@@ -24,6 +24,8 @@ class Delivery(Enum):
     """From a KME (ETSI GS QKD 014) over TLS 1.3 with X25519, and the hop is tapped too."""
     HYBRID_HOP = "hybrid-hop"
     """From a KME over this library's TLS with X25519MLKEM768, and the hop is tapped too."""
+    LINK = "link"
+    """Made by a simulated QKD link between the two, whose classical channel is tapped too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,7 @@ class Break:
     """A kind of adversary: what it breaks, what it has recorded, what it has stolen.
 
     The session itself is always recorded. ``delivery`` says by which way the QKD keys came in the
-    sessions that this adversary meets, and ``hop`` whether it tapped that way too.
+    sessions that this adversary meets, and ``taps_delivery`` whether it recorded that way too.
     """
 
     id: str
@@ -109,7 +111,7 @@ class Break:
     note: str
     oracles: frozenset[str] = frozenset()
     delivery: Delivery = Delivery.IN_PROCESS
-    hop: bool = False
+    taps_delivery: bool = False
     steals_certificate_key: bool = False
     steals_key_store: str | None = None
     """``before`` or ``after`` the delivery of the keys."""
@@ -120,8 +122,8 @@ class Break:
         """What it is about."""
         if self.steals_certificate_key or self.steals_ticket_key or self.steals_key_store:
             return "stolen, alone or besides"
-        if self.hop:
-            return "broken, with the hop to the KME recorded too"
+        if self.taps_delivery:
+            return "broken, and the way of the QKD key recorded too"
         return "what is broken"
 
     @property
@@ -129,8 +131,8 @@ class Break:
         """Whether the QKD keys of the sessions fall to it."""
         if self.steals_key_store == "before":
             return True
-        hybrid = self.delivery is Delivery.HYBRID_HOP
-        return self.hop and self.oracles >= ({ECDH, ML_KEM} if hybrid else {ECDH})
+        guards = _GUARDS.get(self.delivery)
+        return self.taps_delivery and guards is not None and self.oracles >= guards
 
     def defeats(self, row: Row) -> bool:
         """Whether the row's plaintext must come out: every leg is known."""
@@ -144,6 +146,8 @@ class Break:
 
 
 _BOTH: Final = frozenset((ECDH, ML_KEM))
+_GUARDS: Final = {Delivery.CLASSICAL_HOP: frozenset((ECDH,)), Delivery.HYBRID_HOP: _BOTH}
+"""What keeps a QKD key secret on its way; on other ways it crosses no wire."""
 _ALL: Final = frozenset((ECDH, ML_KEM, SIGNATURE))
 
 BREAKS: Final = (
@@ -164,7 +168,7 @@ BREAKS: Final = (
         "too: TLS 1.3 with X25519.",
         oracles=frozenset((ECDH,)),
         delivery=Delivery.CLASSICAL_HOP,
-        hop=True,
+        taps_delivery=True,
     ),
     Break(
         id="hop-classical-both",
@@ -172,7 +176,7 @@ BREAKS: Final = (
         note="Both are broken, and the classical hop to the KME was recorded.",
         oracles=_BOTH,
         delivery=Delivery.CLASSICAL_HOP,
-        hop=True,
+        taps_delivery=True,
     ),
     Break(
         id="hop-hybrid",
@@ -181,7 +185,7 @@ BREAKS: Final = (
         "X25519MLKEM768.",
         oracles=frozenset((ECDH,)),
         delivery=Delivery.HYBRID_HOP,
-        hop=True,
+        taps_delivery=True,
     ),
     Break(
         id="hop-hybrid-both",
@@ -190,7 +194,16 @@ BREAKS: Final = (
         "than its own key exchange. Keep it inside the secure site.",
         oracles=_BOTH,
         delivery=Delivery.HYBRID_HOP,
-        hop=True,
+        taps_delivery=True,
+    ),
+    Break(
+        id="qkd-channel",
+        title="all broken; QKD link's classical channel",
+        note="ECDH, ML-KEM and signatures are broken, and all that the two ends of the QKD link "
+        "said to each other was recorded: bases, parities, hashes, seeds, and how they signed.",
+        oracles=_ALL,
+        delivery=Delivery.LINK,
+        taps_delivery=True,
     ),
     Break(
         id="certificate-key",

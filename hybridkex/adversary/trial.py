@@ -180,14 +180,20 @@ async def _record(stage: Stage, tell: Tell) -> _Said:
         tell(f"recording: {configuration.title}")
         path = stage.recording(configuration, Delivery.IN_PROCESS)
         said[path] = await stage.talk(configuration, connections=1 if configuration is TOY else 2)
+    with_qkd = [configuration for configuration in CONFIGURATIONS if configuration.qkd]
+    tell("QKD link: making keys")
+    async with stage.link() as sources:
+        for configuration in with_qkd:
+            tell(f"recording: {configuration.title}, keys of the link")
+            path = stage.recording(configuration, Delivery.LINK)
+            said[path] = await stage.talk(configuration, Delivery.LINK, sources)
     for delivery in (Delivery.CLASSICAL_HOP, Delivery.HYBRID_HOP):
         async with stage.sites(delivery).running() as sites:
-            for configuration in CONFIGURATIONS:
-                if configuration.qkd:
-                    tell(f"recording: {configuration.title}, keys by {delivery.value}")
-                    path = stage.recording(configuration, delivery)
-                    async with sites.tapped_sources(path) as sources:
-                        said[path] = await stage.talk(configuration, delivery, sources)
+            for configuration in with_qkd:
+                tell(f"recording: {configuration.title}, keys by {delivery.value}")
+                path = stage.recording(configuration, delivery)
+                async with sites.tapped_sources(path) as sources:
+                    said[path] = await stage.talk(configuration, delivery, sources)
     return said
 
 
@@ -222,10 +228,12 @@ def equip(stage: Stage, adversary: Break) -> Path:
     for primitive in adversary.oracles:
         shutil.copy(stage.escrow.file(primitive), folder / "oracle")
     for configuration in CONFIGURATIONS:
-        source = stage.recording(configuration, adversary.delivery)
-        (folder / configuration.id).mkdir()
-        for capture in source.glob("*.pcapng" if adversary.hop else "session.pcapng"):
-            shutil.copy(capture, folder / configuration.id)
+        source, case = stage.recording(configuration, adversary.delivery), folder / configuration.id
+        case.mkdir()
+        for capture in source.glob("*.pcapng" if adversary.taps_delivery else "session.pcapng"):
+            shutil.copy(capture, case)
+        if configuration.qkd and adversary.taps_delivery and adversary.delivery is Delivery.LINK:
+            shutil.copy(stage.link_recording, case)
     stolen = stage.folder / "stolen"
     if adversary.steals_certificate_key:
         shutil.copytree(stolen / "certificate", folder / "stolen/certificate")

@@ -21,6 +21,7 @@ ADVERSARIES = (
     "hop-classical-both",
     "hop-hybrid",
     "hop-hybrid-both",
+    "qkd-channel",
     "certificate-key",
     "key-store-after",
     "key-store-before",
@@ -30,16 +31,16 @@ ADVERSARIES = (
 
 # Written down by hand, not computed: R is read, a dot is safe; the columns are ADVERSARIES.
 _EXPECTED = {
-    "x25519":                         ". R . R . R R R R . R R . R",
-    "x25519-resumed":                 ". R . R . R R R R . R R . R",
-    "x25519mlkem768":                 ". . . R . . R . R . R R . R",
-    "x25519mlkem768-resumed":         ". . . R . . R . R . R R . R",
-    "x25519-qkd":                     ". . . . . R R . R . . R . .",
-    "x25519-qkd-resumed":             ". . . . . R R . R . . R . R",
-    "x25519mlkem768-qkd":             ". . . . . . R . R . . R . .",
-    "x25519mlkem768-qkd-resumed":     ". . . . . . R . R . . R . R",
-    "x25519mlkem768-qkd-psk":         ". . . . . . R . R . . R . .",
-    "x25519mlkem768-qkd-psk-resumed": ". . . . . . R . R . . R . R",
+    "x25519":                         ". R . R . R R R R R . R R . R",
+    "x25519-resumed":                 ". R . R . R R R R R . R R . R",
+    "x25519mlkem768":                 ". . . R . . R . R R . R R . R",
+    "x25519mlkem768-resumed":         ". . . R . . R . R R . R R . R",
+    "x25519-qkd":                     ". . . . . R R . R . . . R . .",
+    "x25519-qkd-resumed":             ". . . . . R R . R . . . R . R",
+    "x25519mlkem768-qkd":             ". . . . . . R . R . . . R . .",
+    "x25519mlkem768-qkd-resumed":     ". . . . . . R . R . . . R . R",
+    "x25519mlkem768-qkd-psk":         ". . . . . . R . R . . . R . .",
+    "x25519mlkem768-qkd-psk-resumed": ". . . . . . R . R . . . R . R",
 }  # fmt: skip
 
 EXPECTED = {

@@ -91,7 +91,7 @@ def test_the_matrix_in_the_browser(browser: Any) -> None:
             "read" if next(expected) else "safe" for _ in ADVERSARIES
         ]
         assert all(one[1] == "lacks" for one in words if one[0] == "safe")
-    assert elements(browser, ".outcome")[0].text == "140 of 140 cells as predicted"
+    assert elements(browser, ".outcome")[0].text == "150 of 150 cells as predicted"
 
 
 @in_browser

@@ -84,6 +84,20 @@ def test_the_hops_fall_with_their_own_key_exchange(report: Report) -> None:
     assert fell("hop-hybrid-both") == [True, True]
 
 
+def test_the_links_channel_was_recorded_and_is_no_help(report: Report) -> None:
+    """A megabyte of what QKD modules say to each other; the keys that came of it stay closed."""
+    recording = report.kept / "recordings/link.pcapng"
+    assert recording.stat().st_size > 1_000_000
+    ids = set()
+    for configuration in ("x25519-qkd", "x25519mlkem768-qkd", "x25519mlkem768-qkd-psk"):
+        had = report.kept / "adversaries/qkd-channel" / configuration / "link.pcapng"
+        assert had.read_bytes() == recording.read_bytes()
+        first, _ = report.verdicts(configuration, "qkd-channel")
+        assert [leg["kind"] for leg in first["legs"] if leg["how"] is None] == ["qkd"]
+        ids |= set(first["missing"])
+    assert len(ids) == 3
+
+
 def test_the_toy_curve_fell_without_an_oracle(report: Report) -> None:
     toy = report.json["toy"]
     assert toy["wrong"] is None
@@ -110,6 +124,7 @@ HOPS = frozenset(
     for configuration in ("x25519-qkd", "x25519mlkem768-qkd", "x25519mlkem768-qkd-psk")
     for who in ("alice", "bob")
 )
+LINKS = frozenset(hop.replace("hop-alice", "link").replace("hop-bob", "link") for hop in HOPS)
 ECDH, ML_KEM, SIGNATURE = "oracle/ecdh.jsonl", "oracle/ml-kem.jsonl", "oracle/signature.jsonl"
 STORES = frozenset(
     f"stolen/kme/{kme}/{file}" for kme in ("kme-a", "kme-b") for file in ("keys.db", "store.key")
@@ -125,6 +140,7 @@ BELONGINGS = {
     "hop-classical-both": SESSIONS | HOPS | {ECDH, ML_KEM},
     "hop-hybrid": SESSIONS | HOPS | {ECDH},
     "hop-hybrid-both": SESSIONS | HOPS | {ECDH, ML_KEM},
+    "qkd-channel": SESSIONS | LINKS | {ECDH, ML_KEM, SIGNATURE},
     "certificate-key": SESSIONS | {"stolen/certificate/server.pem"},
     "key-store-after": SESSIONS | STORES | {ECDH, ML_KEM, SIGNATURE},
     "key-store-before": SESSIONS | STORES | {ECDH, ML_KEM},

@@ -26,7 +26,7 @@ def captures(report: Report) -> list[Path]:
 
 def test_every_capture_opens_without_complaint(report: Report) -> None:
     found = captures(report)
-    assert len(found) == 6 + 3 * 2 * 3
+    assert len(found) == 6 + 3 * 2 * 3 + 3 + 1
     for capture in found:
         # Checksums, sequence numbers and TLS, as strictly as Wireshark knows.
         lines = tshark(
@@ -37,8 +37,9 @@ def test_every_capture_opens_without_complaint(report: Report) -> None:
         ).splitlines()
         rows = [line.split("|") for line in lines]
         seen = {number for row in rows for number in row[0].split(",")}
-        assert {"1", "2"} <= seen, f"{capture}: ClientHello and ServerHello"
-        assert "TLSv1.3" in {row[1] for row in rows}
+        if capture.name != "link.pcapng":
+            assert {"1", "2"} <= seen, f"{capture}: ClientHello and ServerHello"
+            assert "TLSv1.3" in {row[1] for row in rows}
         severities = {int(number) for row in rows for number in row[2].split(",") if number}
         assert all(number < WARNING for number in severities), capture
         assert not any(row[3] for row in rows), capture

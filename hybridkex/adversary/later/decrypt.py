@@ -38,8 +38,8 @@ __all__ = ["Adversary", "Event", "Leg", "Verdict"]
 _GROUPS: Final = {group.code: group for group in (*ALL_GROUPS, toy_curve.TOY_GROUP)}
 _PSK_LENGTH: Final = 32
 """Bytes of a QKD key, for which overheard bytes are tried."""
-_MAX_OVERHEARD: Final = 1 << 18
-"""Bytes of each overheard stream in which a key is looked for."""
+_MOST_CANDIDATES: Final = 1 << 12
+"""Places at either end of an overheard stream where a key is looked for."""
 
 Progress = Callable[[str], None]
 
@@ -230,7 +230,8 @@ class Adversary:
     def _candidates(self) -> Iterator[Known]:
         yield from self.knowledge.qkd_keys
         for stream in self.knowledge.overheard:
-            for start in range(min(len(stream) - _PSK_LENGTH + 1, _MAX_OVERHEARD)):
+            places = range(len(stream) - _PSK_LENGTH + 1)
+            for start in {*places[:_MOST_CANDIDATES], *places[-_MOST_CANDIDATES:]}:
                 yield Known(stream[start : start + _PSK_LENGTH], "it was overheard in the clear")
 
     def _learn(self, connection: Connection, opened: "_Opened") -> None:

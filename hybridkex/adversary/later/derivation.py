@@ -9,6 +9,7 @@ import hashlib
 import hmac
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Final
 
 from cryptography.exceptions import InvalidTag
@@ -26,10 +27,15 @@ class Suite:
     aead: type[AESGCM] | type[ChaCha20Poly1305]
     key_length: int
 
-    @property
+    @cached_property
     def hash_length(self) -> int:
         """Bytes."""
         return hashlib.new(self.hash).digest_size
+
+    @cached_property
+    def empty_digest(self) -> bytes:
+        """The hash of nothing."""
+        return self.digest(b"")
 
     def digest(self, data: bytes) -> bytes:
         """The suite's hash."""
@@ -51,15 +57,22 @@ def _extract(hash_: str, salt: bytes, key: bytes) -> bytes:
 
 def _expand_label(hash_: str, secret: bytes, label: bytes, context: bytes, length: int) -> bytes:
     """HKDF-Expand-Label (RFC 8446 section 7.1)."""
-    full = b"tls13 " + label
-    info = length.to_bytes(2, "big") + bytes((len(full),)) + full + bytes((len(context),)) + context
-    block = out = b""
-    for counter in range(1, 256):
+    info = _hkdf_label(label, context, length)
+    block = out = hmac.digest(secret, info + b"\x01", hash_)
+    for counter in range(2, 256):
         if len(out) >= length:
             break
         block = hmac.digest(secret, block + info + bytes((counter,)), hash_)
         out += block
     return out[:length]
+
+
+@lru_cache(maxsize=64)
+def _hkdf_label(label: bytes, context: bytes, length: int) -> bytes:
+    """Kept, since a search for a PSK asks for the same ones a million times."""
+    full = b"tls13 " + label
+    sizes = length.to_bytes(2, "big"), bytes((len(full),)), bytes((len(context),))
+    return sizes[0] + sizes[1] + full + sizes[2] + context
 
 
 def _derive(hash_: str, secret: bytes, label: bytes, digest: bytes) -> bytes:
@@ -74,8 +87,7 @@ def _finished(hash_: str, base: bytes, digest: bytes) -> bytes:
 def imported_psk(key: bytes, identity: bytes, hash_length: int) -> bytes:
     """``ipskx`` of RFC 9258 section 5.1, for the identity as it is on the wire."""
     hash_ = _IMPORT_HASH
-    size = hashlib.new(hash_).digest_size
-    epskx = _extract(hash_, bytes(size), key)
+    epskx = _extract(hash_, bytes(hashlib.new(hash_).digest_size), key)
     digest = hashlib.new(hash_, identity).digest()
     return _expand_label(hash_, epskx, b"derived psk", digest, hash_length)
 
@@ -91,7 +103,7 @@ def binder(suite: Suite, psk: bytes, label: bytes, digest: bytes) -> bytes:
     It travels in the clear: whoever has a candidate for a PSK can test it without any break.
     """
     early = _extract(suite.hash, bytes(suite.hash_length), psk)
-    return _finished(suite.hash, _derive(suite.hash, early, label, suite.digest(b"")), digest)
+    return _finished(suite.hash, _derive(suite.hash, early, label, suite.empty_digest), digest)
 
 
 class TrafficKey:
@@ -135,7 +147,7 @@ class Secrets:
     @classmethod
     def derive(cls, suite: Suite, psk: bytes | None, shared: bytes) -> "Secrets":
         """From the PSK (``None``: zeros, as where there is none) and the exchange's secret."""
-        hash_, zeros, empty = suite.hash, bytes(suite.hash_length), suite.digest(b"")
+        hash_, zeros, empty = suite.hash, bytes(suite.hash_length), suite.empty_digest
         early = _extract(hash_, zeros, zeros if psk is None else psk)
         return cls(suite, _extract(hash_, _derive(hash_, early, b"derived", empty), shared))
 
@@ -155,6 +167,6 @@ class Secrets:
 
     @property
     def _main(self) -> bytes:
-        empty = self.suite.digest(b"")
+        empty = self.suite.empty_digest
         salt = _derive(self.suite.hash, self.handshake, b"derived", empty)
         return _extract(self.suite.hash, salt, bytes(self.suite.hash_length))

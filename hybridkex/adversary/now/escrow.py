@@ -47,15 +47,16 @@ class Escrow:
 
     def instrumented(self, group: Group) -> Group:
         """The same group, whose key pairs are kept aside."""
-        parts = [_Watched(part, self._keep) for part in group.exchange.parts]
+        parts = [_Watched(part, self.keep) for part in group.exchange.parts]
         return replace(group, exchange=parts[0] if len(parts) == 1 else Concat(*parts))
 
     def keep_identity(self, identity: Identity) -> Identity:
         """Keep a certificate's key aside, as one who breaks signatures would compute it."""
-        self._keep(SIGNATURE, identity.private_key)
+        self.keep(SIGNATURE, identity.private_key)
         return identity
 
-    def _keep(self, primitive: str, private_key: Any) -> None:
+    def keep(self, primitive: str, private_key: Any) -> None:
+        """Put one private key aside."""
         line = {
             "public": public_share(private_key.public_key()).hex(),
             "private": private_key.private_bytes(

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import time
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import trio
 from hybridkex.adversary.capture.tcpip import Address
 from hybridkex.adversary.matrix import Configuration, Delivery
 from hybridkex.adversary.now.escrow import Escrow
+from hybridkex.adversary.now.link import link_sources
 from hybridkex.adversary.now.sites import Sites
 from hybridkex.adversary.now.tap import wire_tap
 from hybridkex.auth import DevCa, TrustStore
@@ -75,6 +77,17 @@ class Stage:
             self.escrow,
             delivery,
         )
+
+    def link(self) -> AbstractAsyncContextManager[tuple[KeySource, KeySource]]:
+        """Key sources whose keys a tapped QKD link has made."""
+        pools = self.folder / "pools"
+        pools.mkdir()
+        return link_sources(pools, self.link_recording, self.escrow)
+
+    @property
+    def link_recording(self) -> Path:
+        """Of the link's classical channel, which all sessions with its keys have in common."""
+        return self.folder / "recordings" / "link.pcapng"
 
     def recording(self, configuration: Configuration, delivery: Delivery) -> Path:
         """Where the captures of a run are; the folder is made."""

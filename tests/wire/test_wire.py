@@ -27,6 +27,8 @@ u32s = st.integers(0, 0xFFFFFFFF)
 blobs = st.binary(min_size=1, max_size=40)
 codes = st.lists(u16s, min_size=1, max_size=6).map(tuple)
 types8 = st.lists(u8s, min_size=1, max_size=4).map(tuple)
+# What is the default alone is not said (RFC 7250 section 4.1).
+certificate_types = types8.filter(lambda types: types != (0,))
 names = st.text("abcdefghijklmnopqrstuvwxyz.-0123456789", min_size=1, max_size=30)
 entries = st.builds(ext.KeyShareEntry, u16s, blobs)
 offers = st.integers(1, 3).flatmap(
@@ -44,9 +46,9 @@ VALUES: dict[type[ext.Extension], st.SearchStrategy[ext.Extension]] = {
     ext.SignatureAlgorithmsCert: st.builds(ext.SignatureAlgorithmsCert, codes),
     ext.AlpnOffer: st.builds(ext.AlpnOffer, st.lists(blobs, min_size=1, max_size=3).map(tuple)),
     ext.AlpnChoice: st.builds(ext.AlpnChoice, blobs),
-    ext.ClientCertificateTypeOffer: st.builds(ext.ClientCertificateTypeOffer, types8),
+    ext.ClientCertificateTypeOffer: st.builds(ext.ClientCertificateTypeOffer, certificate_types),
     ext.ClientCertificateTypeChoice: st.builds(ext.ClientCertificateTypeChoice, u8s),
-    ext.ServerCertificateTypeOffer: st.builds(ext.ServerCertificateTypeOffer, types8),
+    ext.ServerCertificateTypeOffer: st.builds(ext.ServerCertificateTypeOffer, certificate_types),
     ext.ServerCertificateTypeChoice: st.builds(ext.ServerCertificateTypeChoice, u8s),
     ext.Padding: st.builds(ext.Padding, st.integers(0, 300)),
     ext.RecordSizeLimit: st.builds(ext.RecordSizeLimit, st.integers(64, 0xFFFF)),

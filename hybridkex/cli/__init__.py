@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "rndl": "record now, decrypt later: adversaries of the future try our recordings",
     "dev-ca": "make a small certificate authority and a certificate for tests and first steps",
     "kme": "run, ask or set up a key management entity (ETSI GS QKD 014)",
+    "qkd": "run a simulated QKD link, with or without Eve; draw its rates",
 }
 """Name and one-line summary of each command, in the order that ``--help`` shows."""
 

@@ -20,7 +20,7 @@ from hybridkex.cli.key_sources import add_kme_options, kme_access
 from hybridkex.cli.running import run_trio
 from hybridkex.errors import ConfigError
 from hybridkex.qkd.etsi014.client import KmeClient
-from hybridkex.qkd.etsi014.config import Address, load_config
+from hybridkex.qkd.etsi014.config import PRODUCERS, Address, load_config
 from hybridkex.qkd.etsi014.hop import TLS_KINDS
 from hybridkex.qkd.etsi014.models import DeliveredKey, KeyRequest
 from hybridkex.qkd.etsi014.serve import KmeServer, Serving
@@ -71,6 +71,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     dev_up.add_argument("folder", type=Path, metavar="DIR", help="a new or empty folder")
     dev_up.add_argument("--ports", default="8443,8444", metavar="A,B", help="of the KMEs; 0 picks")
     dev_up.add_argument("--tls", default="stdlib", choices=TLS_KINDS, help="on the hop to the KME")
+    dev_up.add_argument(
+        "--producer", default="random", choices=PRODUCERS, help="of keys: random, or a QKD link"
+    )
     dev_up.add_argument("--no-serve", action="store_true", help="only write the files")
     dev_up.add_argument("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING"))
     dev_up.set_defaults(action=_dev_up)
@@ -244,7 +247,7 @@ tls = "{tls}"
 [[kme.peer]]
 id = "{peer_kme}"
 saes = ["{peer_sae}"]
-producer = "random"
+producer = "{producer}"
 """
 
 
@@ -264,7 +267,13 @@ def _dev_up(args: argparse.Namespace) -> int:
         write_key_file(args.folder / kme / "store.key")
         peer_kme, peer_sae = SITES[1 - index]
         text += _DEV_KME.format(
-            kme=kme, sae=sae, port=ports[index], tls=args.tls, peer_kme=peer_kme, peer_sae=peer_sae
+            kme=kme,
+            sae=sae,
+            port=ports[index],
+            tls=args.tls,
+            peer_kme=peer_kme,
+            peer_sae=peer_sae,
+            producer=args.producer,
         )
     config.write_text(text, encoding="utf-8")
     if args.no_serve:

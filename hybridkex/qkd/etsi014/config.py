@@ -13,9 +13,17 @@ from hybridkex.qkd.etsi014.http import HttpLimits
 from hybridkex.qkd.etsi014.kme import KmeLimits
 from hybridkex.qkd.etsi014.naming import IdRule
 
-__all__ = ["Address", "KmeConfig", "PeerConfig", "ServeConfig", "load_config"]
+__all__ = [
+    "PRODUCERS",
+    "Address",
+    "KmeConfig",
+    "LinkConfig",
+    "PeerConfig",
+    "ServeConfig",
+    "load_config",
+]
 
-PRODUCERS: Final = ("random",)
+PRODUCERS: Final = ("random", "link")
 
 T = TypeVar("T")
 
@@ -40,6 +48,36 @@ class Address:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinkConfig:
+    """A simulated QKD link; ``docs/qkd-link.md`` says what the settings mean."""
+
+    preset: str = "lim2014"
+    distance_km: float = 50.0
+    block_bits: int = 1_000_000
+    tuned: bool = True
+    """Use the best intensities for the distance, not those of the preset."""
+    clock: str = "fast"
+    bootstrap: str = "ml-dsa"
+    """Of the authentication, where both ends are in this process."""
+    party: str | None = None
+    """Where the other end is in another process: ``alice``, who listens, or ``bob``."""
+    address: Address | None = None
+    peer_certificate: Path | None = None
+    """Of the other KME; with our own it authenticates the first block."""
+
+    def __post_init__(self) -> None:
+        if self.clock not in ("fast", "real"):
+            raise ConfigError("clock must be fast or real")
+        if self.party not in (None, "alice", "bob"):
+            raise ConfigError("party must be alice or bob")
+        if {self.party is None, self.address is None, self.peer_certificate is None} == {
+            True,
+            False,
+        }:
+            raise ConfigError("party, address and peer_certificate go together")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PeerConfig:
     """A KME at the other end of a link."""
 
@@ -48,10 +86,18 @@ class PeerConfig:
     url: str | None = None
     """Absent: the KME of this ID in the same file."""
     producer: str = "random"
+    link: LinkConfig = field(default_factory=LinkConfig)
 
     def __post_init__(self) -> None:
         if self.producer not in PRODUCERS:
             raise ConfigError(f"producer must be one of {', '.join(PRODUCERS)}")
+        if self.producer != "link" and self.link != LinkConfig():
+            raise ConfigError(f'{self.id}: a link table needs producer = "link"')
+        if self.producer == "link" and (self.url is None) != (self.link.party is None):
+            raise ConfigError(
+                f"{self.id}: a link to a KME of another process has a party, one to a KME of this "
+                "file has none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +158,11 @@ def _check_pair(kme: KmeConfig, peer: PeerConfig, other: KmeConfig | None) -> No
     back = next((one for one in other.peer if one.id == kme.id), None)
     if back is None or set(back.saes) != set(kme.saes) or set(peer.saes) != set(other.saes):
         raise ConfigError(f"{kme.id} and {peer.id} do not agree on their SAEs")
-    if kme.limits.key_size != other.limits.key_size or peer.producer != back.producer:
-        raise ConfigError(f"{kme.id} and {peer.id} do not agree on key_size or producer")
+    if kme.limits.key_size != other.limits.key_size or (
+        peer.producer,
+        peer.link,
+    ) != (back.producer, back.link):
+        raise ConfigError(f"{kme.id} and {peer.id} do not agree on key_size, producer or link")
 
 
 def load_config(path: Path) -> ServeConfig:

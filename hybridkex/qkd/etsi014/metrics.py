@@ -1,8 +1,14 @@
 """What a KME counts, in Prometheus form. No registry is shared: each process makes its own."""
 
+from typing import TYPE_CHECKING
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from hybridkex.errors import BlockAborted
 from hybridkex.qkd.etsi014.http import Request, Response
+
+if TYPE_CHECKING:  # numpy comes with it, and is an extra
+    from hybridkex.qkd.link.party import Block
 
 __all__ = ["KmeMetrics"]
 
@@ -56,12 +62,60 @@ class KmeMetrics:
             ("kme",),
             registry=registry,
         )
+        self.link_blocks = Counter(
+            "hybridkex_qkd_link_blocks",
+            "Blocks of a QKD link, made or given up.",
+            ("kme", "link", "outcome"),
+            registry=registry,
+        )
+        self.link_sifted = Counter(
+            "hybridkex_qkd_link_sifted_bits",
+            "Sifted bits of the key basis, of blocks that made keys.",
+            ("kme", "link"),
+            registry=registry,
+        )
+        self.link_secret = Counter(
+            "hybridkex_qkd_link_secret_bits",
+            "Secret bits made.",
+            ("kme", "link"),
+            registry=registry,
+        )
+        self.link_qber = Gauge(
+            "hybridkex_qkd_link_qber_ratio",
+            "Share of wrong bits in the last block that made keys.",
+            ("kme", "link"),
+            registry=registry,
+        )
+        self.link_rate = Gauge(
+            "hybridkex_qkd_link_secret_bits_per_second",
+            "Secret bits per second of the link's time, in the last block that made keys.",
+            ("kme", "link"),
+            registry=registry,
+        )
+        self.link_ledger = Gauge(
+            "hybridkex_qkd_link_ledger_bits",
+            "Authentication key of a QKD link in stock.",
+            ("kme", "link"),
+            registry=registry,
+        )
         self.rejected = Counter(
             "hybridkex_kme_connections_rejected",
             "Connections that ended before a request.",
             ("kme", "reason"),
             registry=registry,
         )
+
+    def note_block(self, kme: str, link: str, block: "Block | BlockAborted") -> None:
+        """Count a block of a QKD link."""
+        if isinstance(block, BlockAborted):
+            self.link_blocks.labels(kme, link, "aborted").inc()
+            return
+        self.link_blocks.labels(kme, link, "made").inc()
+        self.link_sifted.labels(kme, link).inc(block.sifted)
+        self.link_secret.labels(kme, link).inc(block.secret_bits)
+        self.link_qber.labels(kme, link).set(block.qber)
+        self.link_rate.labels(kme, link).set(block.rate)
+        self.link_ledger.labels(kme, link).set(block.ledger_bits)
 
     def text(self) -> bytes:
         """The metrics in the Prometheus text format."""

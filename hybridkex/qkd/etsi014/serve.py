@@ -89,7 +89,7 @@ class KmeServer:
                     if peer.url is None:
                         # Both stores are ours and at rest: what one of them lacks, it never gets.
                         await self._kmes[one.id].reconcile(peer.id, grace=0)
-            producers = self._producers()
+            producers, links = self._producers()
             doors = [await self._door(one, stack) for one in self._config.kme]
             addresses = {
                 one.id: _address(door.listeners[0])
@@ -104,6 +104,8 @@ class KmeServer:
             async with trio.open_nursery() as background:
                 for one in self._config.kme:
                     background.start_soon(self._kmes[one.id].maintain)
+                for link in links:
+                    background.start_soon(link)
                 for kme_id, target, producer, shared in producers:
                     background.start_soon(self._feed, self._kmes[kme_id], target, producer, shared)
                 async with trio.open_nursery() as connections:
@@ -132,22 +134,38 @@ class KmeServer:
             stack.push_async_callback(link.aclose)
             kme.connect(peer.id, link)
 
-    def _producers(self) -> list[tuple[str, str, KeyProducer, bool]]:
-        """What feeds which KME for which link, and whether the other end is fed the same."""
+    def _producers(
+        self,
+    ) -> tuple[list[tuple[str, str, KeyProducer, bool]], list[Callable[[], Awaitable[None]]]]:
+        """What feeds which KME for which link, and whether the other end is fed the same.
+
+        Also the links that must run for it.
+        """
         found: list[tuple[str, str, KeyProducer, bool]] = []
+        links: list[Callable[[], Awaitable[None]]] = []
         for config in self._config.kme:
             size = config.limits.key_size
             if config.self_pairs:
                 found.append((config.id, config.id, RandomProducer(key_bits=size), False))
             for peer in config.peer:
-                if peer.url is not None:
+                if peer.producer == "link":
+                    if peer.url is None and config.id > peer.id:
+                        continue  # the two ends are made at once
+                    from hybridkex.qkd.link.producer import link_feed  # noqa: PLC0415  # an extra
+
+                    feed = link_feed(config, peer, self.metrics)
+                    links.append(feed.run)
+                    found.append((config.id, peer.id, feed.ends[0], True))
+                    if peer.url is None:
+                        found.append((peer.id, config.id, feed.ends[1], True))
+                elif peer.url is not None:
                     # The other end makes keys of its own; ours reach it by value.
                     found.append((config.id, peer.id, RandomProducer(key_bits=size), False))
                 elif config.id < peer.id:
                     here, there = random_link(size)
                     found.append((config.id, peer.id, here, True))
                     found.append((peer.id, config.id, there, True))
-        return found
+        return found, links
 
     @staticmethod
     async def _feed(kme: Kme, target: str, producer: KeyProducer, shared: bool) -> None:

@@ -91,6 +91,13 @@ def _transmitter(settings: NDArray[np.float64]) -> Transmitter:
     )
 
 
+def _start(near: Transmitter) -> tuple[float, ...]:
+    """The reverse of :func:`_transmitter`, in the form of :data:`STARTS`."""
+    p = near.probabilities
+    middle = (p[1] / (1.0 - p[0]),) if len(p) == 3 else ()
+    return (*near.intensities[:2], p[0], *middle, near.key_basis_probability)
+
+
 def optimise(
     channel: Channel,
     *,
@@ -98,10 +105,12 @@ def optimise(
     f: float,
     intensities: int = 3,
     security: Security | None = None,
+    near: Transmitter | None = None,
 ) -> Optimum | None:
     """The settings with the highest rate, or ``None`` where no key can be made.
 
-    ``intensities``: 3 for two decoys, 2 for one. See :func:`expected_length` for the others.
+    ``intensities``: 3 for two decoys, 2 for one. ``near``: settings to start from, such as the best
+    of a link that is a little shorter; without them the search has several starts. See :func:`expected_length` for the others.
     """
 
     def loss(settings: NDArray[np.float64]) -> float:
@@ -116,7 +125,7 @@ def optimise(
         return -math.log(length.real / pulses) if length.real > 0 else 100.0 - length.real / pulses
 
     found = []
-    for start in STARTS[intensities]:
+    for start in STARTS[intensities] if near is None else (_start(near),):
         share = start[1] / start[0]
         free = np.array([start[0], share, *start[2:]])
         found.append(

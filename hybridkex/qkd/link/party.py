@@ -79,6 +79,8 @@ class Block:
     number: int
     keys: tuple[LinkKey, ...]
     pulses: int
+    seconds: float
+    """How long the laser took for them."""
     sifted: int
     """Bits of the key basis."""
     tested: int
@@ -101,6 +103,11 @@ class Block:
     authentication: str
     epsilon: float
     """All that can go wrong unnoticed: secrecy, correctness and forgery, added up."""
+
+    @property
+    def rate(self) -> float:
+        """Secret bits per second of the link's time."""
+        return self.secret_bits / self.seconds
 
 
 def verification_hash(key: Bits, seed: bytes, bits: int) -> Bits:
@@ -295,6 +302,7 @@ class _Party:
             number=self._number,
             keys=keys,
             pulses=sifted.pulses,
+            seconds=sifted.pulses / self._settings.preset.channel.repetition_rate_hz,
             sifted=sifted_bits,
             tested=int(sum(counts.test)),
             qber=counts.key_error_rate,

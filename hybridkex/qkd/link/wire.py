@@ -1,8 +1,9 @@
 """The messages of the classical channel, and their bytes.
 
 A message is a type (1 byte), a length (4 bytes, big-endian) and a body; numbers are big-endian,
-bits are packed from the highest, the unused bits of a last byte are zero. Decoding is strict: a body
-has exactly one reading, nothing is left over, and every size has a bound before anything is allocated.
+bits are packed from the highest, the unused bits of a last byte are zero. Decoding is strict: a
+body has exactly one reading, nothing is left over, and every size has a bound before anything is
+allocated.
 
 ========  ===========  =============================================================================
 type      sender       body

@@ -1,6 +1,6 @@
 """The whole trial: record, hand the recordings over, let every adversary try, compare.
 
-Each adversary is a process of its own that gets a folder: copies of the recordings that it made, of
+Each adversary is a process of its own that has a folder: copies of the recordings that it made, of
 the answers of the oracles that it has, of what it stole, and nothing else. What it claims to have
 read is then compared with what was said.
 """
@@ -9,7 +9,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,8 @@ from hybridkex.errors import RecordingError
 __all__ = ["Cell", "Toy", "Trial", "run_trial"]
 
 _AT_ONCE: Final = 2
-_ADVERSARY_SECONDS: Final = 60.0
+_ADVERSARY_SECONDS: Final = 300.0
+"""For a machine that has much else to do."""
 
 Tell = Callable[[str], None]
 
@@ -154,17 +155,11 @@ async def run_trial(
     began = time.monotonic()
     trial, stage = Trial(), Stage(folder)
     said = await _record(stage, tell)
-    slots = trio.Semaphore(_AT_ONCE)
-
-    async def attack(adversary: Break) -> None:
-        async with slots:
-            tell(f"adversary: {adversary.title}")
-            await _attack(stage, adversary, said, trial, decided)
-
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_break_toy, stage, said, trial, toy_progress)
-        for adversary in BREAKS:
-            nursery.start_soon(attack, adversary)
+        for first in range(_AT_ONCE):
+            some = BREAKS[first::_AT_ONCE]
+            nursery.start_soon(_attack, stage, some, said, trial, tell, decided)
     trial.seconds = time.monotonic() - began
     return trial
 
@@ -202,23 +197,26 @@ async def _record(stage: Stage, tell: Tell) -> _Said:
 
 async def _attack(
     stage: Stage,
-    adversary: Break,
+    adversaries: Sequence[Break],
     said: _Said,
     trial: Trial,
+    tell: Tell,
     decided: Callable[[Cell], None],
 ) -> None:
-    folder = equip(stage, adversary)
-    by_name = {configuration.id: configuration for configuration in CONFIGURATIONS}
+    """Let some adversaries try, one after the other."""
+    adversary_of = {one.id: one for one in adversaries}
+    configuration_of = {one.id: one for one in CONFIGURATIONS}
 
     def take(line: dict[str, Any]) -> None:
-        configuration = by_name[line["case"]]
+        adversary, configuration = adversary_of[line["folder"]], configuration_of[line["case"]]
+        tell(f"adversary: {adversary.title}")
         trial.verdicts[configuration.id, adversary.id] = line["verdicts"]
         talks = said[stage.recording(configuration, adversary.delivery)]
         for cell in _cells(configuration, adversary, line["verdicts"], talks):
             trial.cells.append(cell)
             decided(cell)
 
-    await _run_adversary(folder, take)
+    await _run_adversaries([equip(stage, one) for one in adversaries], take)
 
 
 def equip(stage: Stage, adversary: Break) -> Path:
@@ -308,12 +306,12 @@ async def _break_toy(stage: Stage, said: _Said, trial: Trial, progress: Tell) ->
             wrong=_contradiction(first, said[recording][0], predicted=True),
         )
 
-    await _run_adversary(folder, take)
+    await _run_adversaries([folder], take)
 
 
-async def _run_adversary(folder: Path, take: Callable[[dict[str, Any]], None]) -> None:
-    """Start an adversary's process on a folder; ``take`` gets what it says, as it says it."""
-    command = [sys.executable, "-m", "hybridkex.adversary.later", str(folder)]
+async def _run_adversaries(folders: Sequence[Path], take: Callable[[dict[str, Any]], None]) -> None:
+    """Start adversaries' processes on folders; ``take`` gets what they say, as they say it."""
+    command = [sys.executable, "-m", "hybridkex.adversary.later", *map(str, folders)]
     complaint = bytearray()
 
     async def read_complaint(stream: trio.abc.ReceiveStream) -> None:
@@ -334,6 +332,6 @@ async def _run_adversary(folder: Path, take: Callable[[dict[str, Any]], None]) -
                 for line in lines:
                     take(json.loads(line))
     if scope.cancelled_caught:
-        raise RecordingError(f"an adversary was not done after {_ADVERSARY_SECONDS:g} s")
+        raise RecordingError(f"adversaries were not done after {_ADVERSARY_SECONDS:g} s")
     if process.returncode != 0:
         raise RecordingError(f"an adversary failed: {complaint.decode(errors='replace')}")

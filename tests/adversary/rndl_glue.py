@@ -57,7 +57,7 @@ class Report:
 
     status: int
     output: str
-    seconds: float
+    cpu_seconds: float
     html: Path
     json: dict[str, Any]
     kept: Path

@@ -22,7 +22,8 @@ def test_the_matrix(report: Report) -> None:
 
 
 def test_it_is_done_in_under_a_minute(report: Report) -> None:
-    assert report.seconds < 60
+    """By CPU time, which does not count what else the machine does; it uses two cores."""
+    assert report.cpu_seconds < 60
 
 
 def test_the_matrix_in_the_terminal(report: Report) -> None:

@@ -1,13 +1,16 @@
-"""``python -m hybridkex.adversary.later FOLDER``: attack the recordings in a folder.
+"""``python -m hybridkex.adversary.later FOLDER ...``: attack the recordings in folders.
+
+Each folder is one adversary's, and each adversary is a process of its own: this one when there is
+one folder, else a copy of this one that knows code and nothing more.
 
 Writes one JSON object a line to standard output: ``progress`` while a computation is long, then
-``case`` and ``verdicts`` for each sub-folder with recordings. ``knowledge.py`` says what the folder
-may hold.
+``case`` and ``verdicts`` for each sub-folder with recordings, all with the ``folder``'s name.
+``knowledge.py`` says what a folder may hold.
 """
 
 import json
+import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from hybridkex.adversary.later.decrypt import Adversary
@@ -16,41 +19,54 @@ from hybridkex.adversary.later.reading import Connection, read_capture
 from hybridkex.errors import HybridkexError
 
 
-def _cases(folder: Path) -> Iterator[Path]:
-    return iter(sorted({capture.parent for capture in folder.glob("*/*.pcapng")}))
+def _attack_folder(folder: Path) -> int:
+    """One adversary's work; returns the exit status."""
 
+    def say(line: dict[str, object]) -> None:
+        print(json.dumps({"folder": folder.name, **line}), flush=True)
 
-def attack_case(folder: Path, case: Path) -> dict[str, object]:
-    """The verdicts on one sub-folder, by an adversary who has seen no other."""
-    knowledge = Knowledge.from_folder(folder)
-    connections: list[Connection] = []
-    for capture in sorted(case.glob("*.pcapng")):
-        found, others = read_capture(capture)
-        connections.extend(found)
-        for flow in others:
-            knowledge.overheard.extend(flow.stream(from_client=side) for side in (True, False))
-    adversary = Adversary(knowledge, lambda text: _say({"progress": text}))
-    verdicts = adversary.attack(connections)
-    return {"case": case.name, "verdicts": [verdict.as_json() for verdict in verdicts]}
-
-
-def _say(line: dict[str, object]) -> None:
-    print(json.dumps(line), flush=True)
-
-
-def main() -> int:
-    """Attack every case of the folder that the command line names."""
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        print("usage: python -m hybridkex.adversary.later FOLDER", file=sys.stderr)
-        return 2
-    folder = Path(sys.argv[1])
     try:
-        for case in _cases(folder):
-            _say(attack_case(folder, case))
+        for case in sorted({capture.parent for capture in folder.glob("*/*.pcapng")}):
+            # A case is attacked by an adversary who has seen no other.
+            knowledge = Knowledge.from_folder(folder)
+            connections: list[Connection] = []
+            for capture in sorted(case.glob("*.pcapng")):
+                found, others = read_capture(capture)
+                connections.extend(found)
+                for flow in others:
+                    knowledge.overheard += [flow.stream(from_client=x) for x in (True, False)]
+            adversary = Adversary(knowledge, lambda text: say({"progress": text}))
+            verdicts = [verdict.as_json() for verdict in adversary.attack(connections)]
+            say({"case": case.name, "verdicts": verdicts})
     except HybridkexError as error:
         print(f"hybridkex adversary: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _in_a_copy(folder: Path) -> int:
+    """The same in a process of its own, which ends with it."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 1
+    try:
+        status = _attack_folder(folder)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def main() -> int:
+    """Attack the folders that the command line names."""
+    folders = [Path(name) for name in sys.argv[1:]]
+    if not folders or not all(folder.is_dir() for folder in folders):
+        print("usage: python -m hybridkex.adversary.later FOLDER ...", file=sys.stderr)
+        return 2
+    if len(folders) == 1:
+        return _attack_folder(folders[0])
+    return max(abs(_in_a_copy(folder)) for folder in folders)
 
 
 if __name__ == "__main__":

@@ -290,7 +290,7 @@ def _model() -> str:
         "missing the adversary also tries without it and with zeros, so that a key schedule which "
         "forgets a leg is found out.</li>"
         "<li><b>Not proven:</b> that X25519 or ML-KEM withstand anything; that a QKD link is "
-        "secure (keys come from the operating system here); anything about an adversary who is "
-        "active on the wire, who sits inside a site, or who reads memory. It shows that this "
+        "secure (its light is simulated here, and nobody attacks it); anything about an adversary "
+        "who is active on the wire, who sits inside a site, or who reads memory. It shows that this "
         "implementation puts every leg into the keys, and which recordings matter.</li></ul>"
     )

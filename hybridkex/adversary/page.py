@@ -291,6 +291,6 @@ def _model() -> str:
         "forgets a leg is found out.</li>"
         "<li><b>Not proven:</b> that X25519 or ML-KEM withstand anything; that a QKD link is "
         "secure (its light is simulated here, and nobody attacks it); anything about an adversary "
-        "who is active on the wire, who sits inside a site, or who reads memory. It shows that this "
+        "who is active on the wire, sits inside a site, or reads memory. It shows that this "
         "implementation puts every leg into the keys, and which recordings matter.</li></ul>"
     )

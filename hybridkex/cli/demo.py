@@ -18,8 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
 import trio
 from cryptography.hazmat.bindings import _rust
+from prometheus_client.parser import text_string_to_metric_families
 
 from hybridkex.adversary.later.reading import Connection, read_capture
 from hybridkex.adversary.now.tap import wire_tap
@@ -35,6 +37,7 @@ __all__ = ["configure", "run"]
 
 _TIMEOUT: Final = 60.0
 _COMMAND: Final = (sys.executable, "-m", "hybridkex")
+_SITES: Final = ("alice", "bob")
 _SAMPLES: Final = 64
 """Pieces of the file that are looked for in Eve's recording."""
 
@@ -54,6 +57,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="leave Eve's recording there, for Wireshark"
     )
+    parser.add_argument(
+        "--distance", type=float, default=25.0, metavar="KM", help="of the QKD link (default 25)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,14 +74,14 @@ def run(args: argparse.Namespace) -> int:
             keep.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot write {keep}: {error.strerror}") from None
-        run_trio(partial(_demonstrate, folder, source, keep / "eve.pcapng"))
+        run_trio(partial(_demonstrate, folder, source, keep / "eve.pcapng", args.distance))
     return 0
 
 
-async def _demonstrate(folder: Path, source: Path, capture: Path) -> None:
+async def _demonstrate(folder: Path, source: Path, capture: Path, distance: float) -> None:
     target = folder / "received"
     _heading("1. Two sites and the QKD link between them")
-    async with _kmes(folder / "sites") as urls:
+    async with _kmes(folder / "sites", distance) as urls:
         _heading("2. Alice sends Bob a file")
         _make_certificates(folder)
         seconds, session = await _transfer(folder, urls, source, target, capture)
@@ -100,17 +106,44 @@ def _say(text: str) -> None:
 
 
 @asynccontextmanager
-async def _kmes(folder: Path) -> AsyncIterator[dict[str, str]]:
-    """Run both KMEs; gives the URL of each SAE's."""
+async def _kmes(folder: Path, distance: float) -> AsyncIterator[dict[str, str]]:
+    """Run both KMEs, fed by a QKD link, until they have keys; gives the URL of each SAE's."""
     command = [*_COMMAND, "kme", "dev-up", str(folder), "--ports", "0,0", "--tls", "hybridkex"]
+    command += ["--producer", "link", "--distance", str(distance), "--metrics", "127.0.0.1:0"]
     async with _process(command) as process:
         lines = _lines(process)
         with _deadline("the KMEs did not start"):
             urls = [(await anext(lines)).split()[-1] for _ in range(2)]
-        _say("Alice and her KME at one site, Bob and his at the other")
-        _say("each program fetches its keys from the KME beside it (ETSI GS QKD 014),")
-        _say("over post-quantum TLS")
-        yield dict(zip(("alice", "bob"), urls, strict=True))
+            metrics = (await anext(lines)).split()[-1]
+        with _deadline(f"the QKD link over {distance:g} km made no keys"):
+            link = await _first_keys(metrics)
+        _say(
+            f"decoy-state BB84 over {distance:g} km of simulated fibre, post-processed by the book:"
+        )
+        _say(
+            f"{link['sifted_bits_total']:,.0f} sifted bits, QBER {link['qber_ratio']:.2%}, "
+            f"{link['secret_bits_total']:,.0f} secret bits"
+        )
+        _say("at each end a KME; every program fetches its keys from the one beside it")
+        _say("(ETSI GS QKD 014, over post-quantum TLS)")
+        yield dict(zip(_SITES, urls, strict=True))
+
+
+async def _first_keys(metrics: str) -> dict[str, float]:
+    """What the link says of itself, once both KMEs have keys of it."""
+    async with httpx.AsyncClient(trust_env=False) as client:
+        while True:
+            found: dict[str, float] = {}
+            stocks = []
+            for family in text_string_to_metric_families((await client.get(metrics)).text):
+                for sample in family.samples:
+                    if sample.name == "hybridkex_kme_keys_stored":
+                        stocks.append(sample.value)
+                    elif sample.labels.get("kme") == "kme-a":
+                        found[sample.name.removeprefix("hybridkex_qkd_link_")] = sample.value
+            if len(stocks) == len(_SITES) and all(stocks):
+                return found
+            await trio.sleep(0.1)
 
 
 def _make_certificates(folder: Path) -> None:

@@ -74,6 +74,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     dev_up.add_argument(
         "--producer", default="random", choices=PRODUCERS, help="of keys: random, or a QKD link"
     )
+    dev_up.add_argument(
+        "--distance", type=float, metavar="KM", help="of the QKD link's fibre (default 50)"
+    )
+    dev_up.add_argument(
+        "--metrics", type=Address.parse, metavar="ADDR", help="serve Prometheus metrics there"
+    )
     dev_up.add_argument("--no-serve", action="store_true", help="only write the files")
     dev_up.add_argument("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING"))
     dev_up.set_defaults(action=_dev_up)
@@ -258,8 +264,12 @@ def _dev_up(args: argparse.Namespace) -> int:
     config: Path = args.folder / "kme.toml"
     if config.exists():
         raise ConfigError(f"{config} is there already; run: hybridkex kme serve {config}")
+    if args.distance is not None and args.producer != "link":
+        raise ConfigError("--distance goes with --producer link")
     ca = DevCa.create("hybridkex development KME CA")
     text = _DEV_CONFIG
+    if args.metrics is not None:
+        text += f'metrics = "{args.metrics}"\n'
     for index, (kme, sae) in enumerate(SITES):
         for holder in (kme, sae):
             identity = ca.issue("127.0.0.1", "localhost", common_name=holder)
@@ -275,6 +285,8 @@ def _dev_up(args: argparse.Namespace) -> int:
             peer_sae=peer_sae,
             producer=args.producer,
         )
+        if args.distance is not None:
+            text += f"link = {{ distance_km = {args.distance} }}\n"
     config.write_text(text, encoding="utf-8")
     if args.no_serve:
         print(config)

@@ -245,6 +245,9 @@ def test_demo(tmp_path: Path) -> None:
     assert [leg for leg, _ in legs] == ["ML-KEM-768", "X25519", "QKD"]
     assert f"the ID (not the key) {legs[-1][1]}" in text
     assert "none is there" in text
+    assert re.search(
+        r"over 25 km .*\n +[\d,]+ sifted bits, QBER [12]\.\d+%, [\d,]{7,} secret bits", text
+    )
     assert (tmp_path / "eve" / "eve.pcapng").stat().st_size > 10_000_000
 
 

@@ -37,7 +37,7 @@ PSK = "qkd-1:" + "5a" * 32
 
 def hybridkex(*words: str, data: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
     return subprocess.run(
-        [*COMMAND, *words], input=data, capture_output=True, timeout=30, check=False
+        [*COMMAND, *words], input=data, capture_output=True, timeout=120, check=False
     )
 
 

@@ -34,11 +34,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The one place where key sources meet the engine.
     "streams": ENGINE | {"qkd"},
     "adversary": ENGINE | {"qkd", "streams"},
+    "combiner": BASE | {"wire", "crypto", "auth", "qkd"},
     # Applications need no more than what everybody has.
     "apps": {"errors", ""},
-    "cli": ENGINE | {"qkd", "streams", "adversary", "apps", ""},
+    "cli": ENGINE | {"combiner", "qkd", "streams", "adversary", "apps", ""},
     "__main__": {"cli"},
-    "": ENGINE | {"qkd", "streams"},
+    "": ENGINE | {"combiner", "qkd", "streams"},
 }
 
 
@@ -228,7 +229,7 @@ def optional_modules() -> set[str]:
     named_otherwise = {"liboqs-python": "oqs", "prometheus-client": "prometheus_client"}
     names = {
         requirement.partition(">=")[0].strip()
-        for extra in ("apps", "kme", "link", "plot", "oqs")
+        for extra in ("apps", "kme", "link", "openpgp", "oqs", "plot")
         for requirement in project["optional-dependencies"][extra]
     }
     return {named_otherwise.get(name, name) for name in names}

@@ -118,11 +118,11 @@ def test_captures_of_other_tools(order: str, option: bytes, tick: float, tmp_pat
 def test_a_damaged_file_is_refused_or_read_to_the_damage(tmp_path: Path) -> None:
     whole = written((True, b"hello"), (False, b"there"))
     count = len(read(whole, tmp_path))
-    for length in range(len(whole)):
+    for length in range(0, len(whole), 3):
         with suppress(RecordingError):
             assert len(read(whole[:length], tmp_path)) <= count
     rng = random.Random(3)
-    for _ in range(2000):
+    for _ in range(500):
         data = bytearray(whole)
         for _ in range(rng.randint(1, 3)):
             data[rng.randrange(len(data))] = rng.randrange(256)

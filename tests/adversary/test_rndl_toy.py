@@ -63,7 +63,7 @@ def test_what_is_no_share() -> None:
 
 def test_the_discrete_logarithm_is_computed() -> None:
     said = []
-    for factor in (random.Random(2).randrange(ORDER), 1, ORDER - 1, ORDER // 2):
+    for factor in (random.Random(2).randrange(ORDER), ORDER - 1):
         target = multiply(factor, GENERATOR)
         assert discrete_log(target, lambda *step: said.append(step)) == factor
     assert {what for what, _, _ in said} == {"baby steps", "giant steps"}

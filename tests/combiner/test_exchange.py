@@ -1,0 +1,326 @@
+"""The exchange of one round trip, its attackers, and two channels that are not TLS."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import trio
+from noise.connection import NoiseConnection
+
+from hybridkex import (
+    MLKEM768,
+    SECP256R1,
+    X25519,
+    X25519MLKEM768,
+    Secret,
+)
+from hybridkex.auth import KnownPeers, Pins, RawIdentity
+from hybridkex.combiner import (
+    Exchanged,
+    Method,
+    PskAuthentication,
+    SignatureAuthentication,
+    exchange,
+)
+from hybridkex.errors import (
+    CertificateRejected,
+    ConfigError,
+    DecodeError,
+    DecryptError,
+    HandshakeTimeout,
+    HybridkexError,
+    IllegalParameter,
+    KeyConsumed,
+    TruncationError,
+)
+from hybridkex.qkd.in_process import in_process_pair
+
+PSK = PskAuthentication(Secret(bytes(range(32))))
+Change = Callable[[int, bytes], bytes]
+
+
+@dataclass
+class Wire(trio.abc.Stream):
+    """One end of an in-memory stream whose outgoing messages can be changed and are kept."""
+
+    inner: Any
+    change: Change | None = None
+    sent: list[bytes] = field(default_factory=list)
+
+    async def send_all(self, data: bytes) -> None:
+        if self.change is not None:
+            data = self.change(len(self.sent), data)
+        self.sent.append(data)
+        await self.inner.send_all(data)
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        return await self.inner.receive_some(max_bytes)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self.inner.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
+Outcome = Exchanged | Exception
+
+
+async def both(
+    initiator: dict[str, Any] | None = None,
+    responder: dict[str, Any] | None = None,
+    *,
+    authentication: tuple[Any, Any] = (PSK, PSK),
+    change: tuple[Change | None, Change | None] = (None, None),
+    **common: Any,
+) -> tuple[Outcome, Outcome, Wire, Wire]:
+    """Run both sides; each ends with a result or a typed error, and closes its stream."""
+    common = {"label": b"test", "time_limit": 5, **common}
+    ends = trio.testing.memory_stream_pair()
+    wires = Wire(ends[0], change[0]), Wire(ends[1], change[1])
+    outcome: dict[str, Outcome] = {}
+
+    async def one(role: Any, wire: Wire, auth: Any, names: tuple[str, str], own: Any) -> None:
+        options = {"local": names[0], "peer": names[1], **common, **(own or {})}
+        try:
+            outcome[role] = await exchange(wire, role=role, authentication=auth, **options)
+        except HybridkexError as error:
+            outcome[role] = error
+            await wire.aclose()
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            names = ("alice.example", "bob.example")
+            nursery.start_soon(one, "initiator", wires[0], authentication[0], names, initiator)
+            nursery.start_soon(
+                one, "responder", wires[1], authentication[1], names[::-1], responder
+            )
+    return outcome["initiator"], outcome["responder"], *wires
+
+
+def signed() -> tuple[SignatureAuthentication, SignatureAuthentication]:
+    alice, bob = RawIdentity.generate(), RawIdentity.generate()
+    return (
+        SignatureAuthentication(alice, Pins(frozenset({bob.pin}))),
+        SignatureAuthentication(bob, Pins(frozenset({alice.pin}))),
+    )
+
+
+def agree(one: Outcome, other: Outcome) -> Exchanged:
+    assert isinstance(one, Exchanged), one
+    assert isinstance(other, Exchanged), other
+    assert one.key == other.key
+    assert one.qkd_key_ids == other.qkd_key_ids
+    return one
+
+
+@pytest.mark.parametrize("method", Method)
+@pytest.mark.parametrize("how", ["psk", "signatures"])
+async def test_both_have_the_same_key(method: Method, how: str) -> None:
+    authentication = signed() if how == "signatures" else (PSK, PSK)
+    a, b, out, back = await both(authentication=authentication, method=method, length=48)
+    result = agree(a, b)
+    assert len(result.key) == 48
+    assert [len(out.sent), len(back.sent)] == [2, 1]  # one round trip, and the confirmation
+    if how == "signatures":
+        assert result.peer is not None
+        assert result.peer.verified_by == "pin"
+    again, _, _, _ = await both(authentication=authentication, method=method, length=48)
+    assert isinstance(again, Exchanged)
+    assert again.key != result.key
+
+
+async def test_every_kind_of_exchange() -> None:
+    for exchanges in (
+        (X25519MLKEM768.exchange,),
+        (SECP256R1.exchange, X25519.exchange, MLKEM768.exchange),
+    ):
+        a, b, *_ = await both(exchanges=exchanges)
+        agree(a, b)
+
+
+async def test_a_qkd_key_is_one_of_the_legs() -> None:
+    ours, theirs = in_process_pair("alice", "bob")
+    a, b, out, _ = await both({"key_source": ours}, {"key_source": theirs})
+    result = agree(a, b)
+    assert len(result.qkd_key_ids) == 1
+    assert result.qkd_key_ids[0].replace("-", "") in out.sent[0].hex()
+    # The same offer again: the key behind it has been given out.
+    replay, stuck, *_ = await both(
+        {"key_source": ours}, {"key_source": theirs}, change=(lambda i, d: out.sent[i], None)
+    )
+    assert isinstance(replay, TruncationError)
+    assert isinstance(stuck, KeyConsumed)
+
+
+async def test_a_replayed_offer_confirms_nothing() -> None:
+    _, _, out, _ = await both()
+    replay, stuck, *_ = await both(change=(lambda i, d: out.sent[i], None))
+    assert isinstance(replay, DecryptError)  # it does not fit what the responder answers
+    assert isinstance(stuck, TruncationError | DecryptError)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"label": b"other"},
+        {"context": b"other"},
+        {"length": 33},
+        {"method": Method.CASCADE},
+        {"peer": "carol.example"},
+        {"local": "carol.example"},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+async def test_both_must_mean_the_same(option: dict[str, Any]) -> None:
+    for authentication in ((PSK, PSK), signed()):
+        a, b, *_ = await both(option, authentication=authentication)
+        assert isinstance(b, DecryptError)
+        assert isinstance(a, TruncationError)
+
+
+async def test_other_exchanges_or_no_qkd_key() -> None:
+    a, b, *_ = await both({"exchanges": (X25519.exchange,)})
+    assert (type(a), type(b)) == (TruncationError, IllegalParameter)
+    a, b, *_ = await both({"key_source": in_process_pair("alice", "bob")[0]})
+    assert (type(a), type(b)) == (TruncationError, DecryptError)
+    stranger = in_process_pair("alice", "eve", kmes=("x", "y"))[0]
+    friend = in_process_pair("alice", "bob")[1]
+    a, b, *_ = await both({"key_source": stranger}, {"key_source": friend})
+    assert (type(a), type(b)) == (TruncationError, IllegalParameter)
+
+
+async def test_the_wrong_peer() -> None:
+    other = PskAuthentication(Secret(bytes(32)))
+    a, b, *_ = await both(authentication=(other, PSK))
+    assert (type(a), type(b)) == (TruncationError, DecryptError)
+    (alice, bob), (eve, _) = signed(), signed()
+    a, b, *_ = await both(authentication=(eve, bob))
+    assert (type(a), type(b)) == (TruncationError, CertificateRejected)
+    a, b, *_ = await both(
+        authentication=(
+            alice,
+            SignatureAuthentication(eve.identity, Pins(frozenset({alice.identity.pin}))),
+        )
+    )
+    assert (type(a), type(b)) == (CertificateRejected, TruncationError)
+
+
+async def test_first_use_is_remembered_when_all_is_done(tmp_path: Any) -> None:
+    alice, bob = RawIdentity.generate(), RawIdentity.generate()
+    known = KnownPeers(tmp_path / "known")
+    authentication = (
+        SignatureAuthentication(alice, known),
+        SignatureAuthentication(bob, Pins(frozenset({alice.pin}))),
+    )
+
+    def damage(index: int, data: bytes) -> bytes:
+        return data[:-1] + bytes((data[-1] ^ 1,))  # the responder's confirmation
+
+    a, _, *_ = await both(authentication=authentication, change=(None, damage))
+    assert isinstance(a, DecryptError)
+    assert not known.path.exists()
+    a, b, *_ = await both(authentication=authentication)
+    assert agree(a, b).peer is not None
+    assert a.peer.verified_by == "first use"  # type: ignore[union-attr]
+    a, b, *_ = await both(authentication=authentication)
+    assert agree(a, b).peer.verified_by == "known"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("how", ["psk", "signatures"])
+async def test_no_bit_can_be_changed(how: str) -> None:
+    """Of each message, bits all along it; whatever is changed, no side accepts a key alone."""
+    authentication = signed() if how == "signatures" else (PSK, PSK)
+    _, _, out, back = await both(authentication=authentication)
+    targets = [(0, 0, len(out.sent[0])), (0, 1, len(out.sent[1])), (1, 0, len(back.sent[0]))]
+    for side, message, length in targets:
+        # Past the first four bytes, whose change only makes the other side wait.
+        for position in range(4, length, 61 if length > 100 else 5):
+
+            def flip(index: int, data: bytes, m: int = message, p: int = position) -> bytes:
+                if index != m:
+                    return data
+                return data[:p] + bytes((data[p] ^ 0x10,)) + data[p + 1 :]
+
+            change = (flip, None) if side == 0 else (None, flip)
+            a, b, *_ = await both(authentication=authentication, change=change, time_limit=1)
+            assert not isinstance(b, Exchanged), (side, message, position)
+            if message == 0:
+                assert not isinstance(a, Exchanged), (side, message, position)
+
+
+async def test_a_message_reflected_to_its_sender() -> None:
+    """Selfie: with one key for both directions, our own offer is not an answer to us."""
+    near, far = trio.testing.memory_stream_pair()
+
+    async def mirror() -> None:
+        await far.send_all(await far.receive_some(1 << 20))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(mirror)
+        with pytest.raises(DecodeError):
+            await exchange(near, role="initiator", local="a", peer="b", authentication=PSK,
+                           label=b"test")  # fmt: skip
+
+
+async def test_silence_rubbish_and_floods() -> None:
+    near, far = trio.testing.memory_stream_pair()
+    options: dict[str, Any] = {"local": "a", "peer": "b", "authentication": PSK, "label": b"l"}
+    with pytest.raises(HandshakeTimeout):
+        await exchange(near, role="responder", time_limit=0.05, **options)
+    await far.send_all(b"\xff\xff\xff\xff")
+    with pytest.raises(IllegalParameter):
+        await exchange(near, role="responder", **options)
+    for rubbish in (b"", b"\0\0\0\1x", bytes(8)):
+        await far.send_all(len(rubbish).to_bytes(4, "big") + rubbish)
+        with pytest.raises(DecodeError):
+            await exchange(near, role="responder", **options)
+    await far.aclose()
+    with pytest.raises(TruncationError):
+        await exchange(near, role="responder", **options)
+    for wrong in ({"peer": "a"}, {"local": ""}, {"exchanges": ()}):
+        with pytest.raises(ConfigError):
+            await exchange(near, role="responder", **(options | wrong))
+    with pytest.raises(ConfigError):
+        PskAuthentication(Secret(bytes(15)))
+
+
+async def test_what_follows_is_the_callers() -> None:
+    a, b, out, back = await both()
+    agree(a, b)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(out.send_all, b"data")
+        assert await back.receive_some(10) == b"data"
+
+
+async def test_a_noise_channel_with_the_key() -> None:
+    """NNpsk0 of the Noise framework (revision 34, section 9): the key is its PSK."""
+
+    async def noise(wire: Wire, result: Exchanged, *, initiator: bool) -> NoiseConnection:
+        channel = NoiseConnection.from_name(b"Noise_NNpsk0_25519_ChaChaPoly_SHA256")
+        channel.set_psks(psk=result.key.reveal())
+        channel.set_as_initiator() if initiator else channel.set_as_responder()
+        channel.start_handshake()
+        for ours in (initiator, not initiator):
+            if ours:
+                await wire.send_all(bytes(channel.write_message()))
+            else:
+                channel.read_message(bytes(await wire.receive_some(65535)))
+        return channel
+
+    a, b, out, back = await both(authentication=signed(), label=b"noise psk")
+    agree(a, b)
+    channels: dict[bool, NoiseConnection] = {}
+
+    async def side(wire: Wire, result: Outcome, initiator: bool) -> None:
+        assert isinstance(result, Exchanged)
+        channels[initiator] = await noise(wire, result, initiator=initiator)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(side, out, a, True)
+        nursery.start_soon(side, back, b, False)
+    secret = b"over Noise " + hashlib.sha256(b"x").digest()
+    assert channels[False].decrypt(channels[True].encrypt(secret)) == secret
+    assert channels[True].decrypt(channels[False].encrypt(secret)) == secret

@@ -31,7 +31,7 @@ from hybridkex.adversary.matrix import (
 from hybridkex.adversary.now.stage import Stage, Talk
 from hybridkex.errors import RecordingError
 
-__all__ = ["Cell", "Toy", "Trial", "run_trial"]
+__all__ = ["Cell", "Toy", "Trial", "contradiction", "equip", "run_trial"]
 
 _AT_ONCE: Final = 2
 _ADVERSARY_SECONDS: Final = 300.0
@@ -263,14 +263,14 @@ def _cells(
                 decrypted=verdict["decrypted"],
                 missing=tuple(missing),
                 plaintext=lines[0] if lines else None,
-                wrong=_contradiction(verdict, talk, predicted=adversary.defeats(row)),
+                wrong=contradiction(verdict, talk, predicted=adversary.defeats(row)),
             )
         )
     return cells
 
 
-def _contradiction(verdict: dict[str, Any], talk: Talk, *, predicted: bool) -> str | None:
-    """What is wrong with a verdict, if anything is."""
+def contradiction(verdict: dict[str, Any], talk: Talk, *, predicted: bool) -> str | None:
+    """What is wrong with a verdict of an adversary's process, if anything is."""
     if verdict["resumed"] != talk.resumed:
         return "the adversary mistakes which connection was resumed"
     if verdict["decrypted"] and verdict["missing"]:
@@ -303,7 +303,7 @@ async def _break_toy(stage: Stage, said: _Said, trial: Trial, progress: Tell) ->
             seconds=time.monotonic() - began,
             steps=tuple(steps),
             verdict=first,
-            wrong=_contradiction(first, said[recording][0], predicted=True),
+            wrong=contradiction(first, said[recording][0], predicted=True),
         )
 
     await _run_adversaries([folder], take)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from rndl_glue import ADVERSARIES, EXPECTED, Report
 
+from hybridkex.adversary.now.stage import Talk
+from hybridkex.adversary.trial import contradiction
 from hybridkex.cli import main
 
 
@@ -178,3 +180,28 @@ def test_bad_options_end_at_once_with_a_sentence(
         assert complaint in printed.err
         assert printed.err.count("\n") == 1
         assert printed.out == ""
+
+
+def test_a_contradiction_is_said() -> None:
+    """The command fails on a leg that does not count, on a lie, and on a cell that differs."""
+    talk = Talk(to_server=b"question", to_client=b"answer", resumed=False, session={})
+    read = {
+        "decrypted": True,
+        "missing": [],
+        "resumed": False,
+        "to_server": "question",
+        "to_client": "answer",
+    }
+    safe = {**read, "decrypted": False, "missing": ["X25519"], "to_server": "", "to_client": ""}
+    assert contradiction(read, talk, predicted=True) is None
+    assert contradiction(safe, talk, predicted=False) is None
+    for verdict, predicted, complaint in (
+        ({**read, "missing": ["QKD key"]}, False, "decrypted WITHOUT QKD key"),
+        ({**read, "missing": ["QKD key"]}, True, "decrypted WITHOUT QKD key"),
+        (read, False, "decrypted, and should be safe"),
+        (safe, True, "not decrypted, and should be"),
+        ({**read, "to_client": "another"}, True, "something else than what was said"),
+        ({**safe, "missing": []}, False, "no secret was missing"),
+        ({**read, "resumed": True}, True, "which connection was resumed"),
+    ):
+        assert complaint in (contradiction(verdict, talk, predicted=predicted) or "")

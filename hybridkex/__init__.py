@@ -2,7 +2,17 @@
 
 import logging
 
-from hybridkex.auth import DevCa, Identity, InsecureNoVerification, Pins, TrustStore
+from hybridkex.auth import (
+    DevCa,
+    Identity,
+    InsecureNoVerification,
+    KnownPeers,
+    Pins,
+    RawIdentity,
+    TrustStore,
+    WebOfTrust,
+)
+from hybridkex.combiner import Leg, combine
 from hybridkex.crypto.kex import (
     ALL_GROUPS,
     MLKEM768,
@@ -81,6 +91,8 @@ __all__ = [
     "HybridkexError",
     "Identity",
     "InsecureNoVerification",
+    "KnownPeers",
+    "Leg",
     "MemorySessionStore",
     "PadToMultiple",
     "Pins",
@@ -90,6 +102,7 @@ __all__ = [
     "QkdKeys",
     "QkdLimits",
     "QkdPeer",
+    "RawIdentity",
     "Requirement",
     "Secret",
     "SecureListener",
@@ -99,6 +112,8 @@ __all__ = [
     "Session",
     "TicketIssuer",
     "TrustStore",
+    "WebOfTrust",
+    "combine",
     "open_secure_tcp_listeners",
     "open_secure_tcp_stream",
     "serve_secure_tcp",

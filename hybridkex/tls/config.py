@@ -72,6 +72,11 @@ MAX_CERTIFICATE_MESSAGE: Final = 1 << 17
 """Bytes of a Certificate message that we are ready to hold: eight ML-DSA-87 certificates fit."""
 
 
+MAX_SHARES: Final = 60 << 10
+"""Bytes of key shares in one ClientHello: all its extensions have 65,535 bytes together (RFC 8446
+section 4.1.2), and the others need some."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PadToMultiple:
     """Pads every record's content to a multiple of ``size`` bytes (RFC 8446 section 5.4)."""
@@ -230,6 +235,7 @@ class ClientConfig(_Config):
             *self.shared_groups
         ]:
             raise ConfigError("key_shares is some of the groups, in the same order")
+        self._check_room()
         if self.verifier is None and not self.has_psk:
             object.__setattr__(self, "verifier", TrustStore.system())
         authentication = self.authentication
@@ -237,6 +243,16 @@ class ClientConfig(_Config):
             raise ConfigError(f"authentication by {authentication.value} needs a PSK")
         if authentication is not Authentication.PSK and self.verifier is None:
             raise ConfigError(f"authentication by {authentication.value} needs a verifier")
+
+    def _check_room(self) -> None:
+        """Shares go into one ClientHello, those of a retry into another."""
+        first = sum(group.exchange.offer_length for group in self.shared_groups)
+        largest = max(group.exchange.offer_length for group in self.group_list)
+        if max(first, largest) > MAX_SHARES:
+            raise ConfigError(
+                f"key shares of {max(first, largest)} bytes, and a ClientHello has room for "
+                f"{MAX_SHARES}; lower key_shares or choose smaller groups"
+            )
 
     @property
     def shared_groups(self) -> tuple[Group, ...]:

@@ -2,17 +2,37 @@
 
 import dataclasses
 import functools
+import hashlib
+import random
+import re
 from collections.abc import Sequence
 
+import hypothesis
+import numpy as np
 import pytest
 import trio
+from hypothesis import strategies as st
+from scipy.stats import chi2
+from trio.testing import memory_stream_pair
 
-from hybridkex.errors import BlockAborted, ConfigError, LinkAuthenticationError, LinkError
+from hybridkex.errors import (
+    BlockAborted,
+    ConfigError,
+    LedgerDry,
+    LinkAuthenticationError,
+    LinkError,
+)
+from hybridkex.qkd.link.finite_key import Counts
+from hybridkex.qkd.link.ledger import Ledger
 from hybridkex.qkd.link.optimise import tuned
-from hybridkex.qkd.link.party import Block
+from hybridkex.qkd.link.party import Alice, Block, Bob, verification_hash
 from hybridkex.qkd.link.presets import PRESETS, Preset
+from hybridkex.qkd.link.quantum import Clicks, Fibre, sample
+from hybridkex.qkd.link.randomness import Randomness
 from hybridkex.qkd.link.settings import LinkSettings
 from hybridkex.qkd.link.simulated import SimulatedLink
+from hybridkex.qkd.link.wire import HEADER, Type
+from hybridkex.secret import Secret
 
 
 @functools.cache
@@ -50,3 +70,343 @@ async def test_both_ends_have_the_same_keys(name: str, bootstrap: str) -> None:
     assert names == ["wegman-carter" if bootstrap == "psk" else "signatures", "wegman-carter"]
     ids = [key_id for key_id, _ in keys([alice for alice, _ in made])]
     assert len(set(ids)) == len(ids)
+
+
+async def test_one_seed_one_run_and_none_none() -> None:
+    runs = [await blocks(SimulatedLink(settings(), seed=7), 1) for _ in range(2)]
+    assert keys([runs[0][0][0]]) == keys([runs[1][0][0]])
+    assert runs[0][0][0].leak == runs[1][0][0].leak
+    free = [await blocks(SimulatedLink(settings()), 1) for _ in range(2)]
+    assert keys([free[0][0][0]])[0] != keys([free[1][0][0]])[0]
+
+
+async def test_without_a_seed_randomness_is_the_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is drawn comes through os.urandom: fix that, and the whole run is fixed."""
+    streams = 0
+
+    def run() -> list[tuple[str, bytes]]:
+        counter = 0
+
+        def fixed(count: int) -> bytes:
+            nonlocal counter
+            counter += 1
+            return hashlib.shake_256(counter.to_bytes(8)).digest(count)
+
+        monkeypatch.setattr("hybridkex.qkd.link.randomness.os.urandom", fixed)
+        nonlocal streams
+        made = sample(
+            PRESETS["lim2014"].channel,
+            PRESETS["lim2014"].transmitter,
+            PRESETS["lim2014"].channel,
+            5000,
+            first=0,
+            randomness=Randomness.system(),
+        )
+        streams = counter
+        return [("bits", made[0].bit.tobytes()), ("clicks", made[1].pulse.tobytes())]
+
+    assert run() == run()
+    assert streams > 5
+
+
+async def refused(link: SimulatedLink, count: int = 1) -> list[str]:
+    """The reasons why blocks were given up."""
+    reasons = []
+    async with link.open():
+        for _ in range(count):
+            with pytest.raises(BlockAborted) as caught:
+                await link.block()
+            reasons.append(str(caught.value))
+    return reasons
+
+
+async def test_full_intercept_resend_is_seen_and_no_key_comes_out() -> None:
+    seen: list[Block | BlockAborted] = []
+    link = SimulatedLink(settings(), eve="intercept", seed=2, observer=seen.append)
+    (reason,) = await refused(link)
+    found = re.search(r"QBER of the test basis: ([\d.]+)%", reason)
+    assert found is not None
+    assert abs(float(found[1]) - 25) < 2.5
+    assert [type(one) for one in seen] == [BlockAborted]
+
+
+async def test_partial_intercept_resend_costs_the_whole_key() -> None:
+    reasons = await refused(SimulatedLink(settings(), eve="intercept:0.2", seed=2), 2)
+    assert all("no secret bit is left" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("eve", "distance", "what"),
+    [("pns", 60, "decoy statistics"), ("split:0.3", 10, "decoy statistics: all detections")],
+)
+async def test_decoys_show_who_touches_photons(eve: str, distance: float, what: str) -> None:
+    (reason,) = await refused(SimulatedLink(settings(distance=distance), eve=eve, seed=2))
+    assert what in reason
+
+
+@pytest.mark.parametrize("bootstrap", ["psk", "ml-dsa"])
+async def test_a_man_in_the_middle_does_not_pass_the_first_tag(bootstrap: str) -> None:
+    link = SimulatedLink(settings(), eve="mitm", bootstrap=bootstrap)
+    async with link.open():
+        with pytest.raises(LinkAuthenticationError):
+            await link.block()
+        with pytest.raises(LinkError, match="not open"):
+            await link.block()
+
+
+class Recorder(trio.abc.Stream):
+    """Passes everything on, keeps it, and may flip one bit of what is sent."""
+
+    def __init__(self, stream: trio.abc.Stream, *, flip: int | None = None) -> None:
+        self.stream, self.sent, self.flip = stream, bytearray(), flip
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        changed = bytearray(data)
+        start = len(self.sent)
+        self.sent += data
+        if self.flip is not None and start <= self.flip // 8 < len(self.sent):
+            changed[self.flip // 8 - start] ^= 1 << self.flip % 8
+        await self.stream.send_all(changed)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self.stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        return bytes(await self.stream.receive_some(max_bytes))
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()
+
+
+SMALL = LinkSettings(
+    preset=dataclasses.replace(
+        tuned(PRESETS["rusca2018"].at(0), 30_000),
+        name="small",
+    ),
+    block_bits=30_000,
+)
+
+
+async def two_parties(
+    *, flip: tuple[int, int] | None = None, seed: int = 11, patience: float = 5.0
+) -> tuple[list[Block | LinkError], tuple[Recorder, Recorder], list[Clicks]]:
+    """One block; ``flip``: whose message, and which bit of all that this party says."""
+    left, right = memory_stream_pair()
+    ends = tuple(
+        Recorder(stream, flip=flip[1] if flip and flip[0] == who else None)
+        for who, stream in enumerate((left, right))
+    )
+    fibre = Fibre(SMALL.preset.channel, SMALL.preset.transmitter, seed=seed)
+    clicks: list[Clicks] = []
+
+    class Kept:
+        async def detect(self, count: int) -> Clicks:
+            seen = await fibre.detect(count)
+            clicks.append(dataclasses.replace(seen, bit=seen.bit.copy()))
+            return seen
+
+    alice = Alice(ends[0], SMALL, fibre.log, bootstrap=Ledger(PSK), seed=seed, timeout=patience)
+    bob = Bob(ends[1], SMALL, Kept(), bootstrap=Ledger(PSK), seed=seed, timeout=patience)
+    outcome: dict[int, Block | LinkError] = {}
+
+    async def play(number: int, party: Alice | Bob) -> None:
+        try:
+            outcome[number] = await party.block()
+        except LinkError as error:
+            outcome[number] = error
+            await ends[number].aclose()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(play, 0, alice)
+        nursery.start_soon(play, 1, bob)
+    return [outcome[0], outcome[1]], (ends[0], ends[1]), clicks
+
+
+PSK = Secret(bytes(range(256)) * 2)
+
+
+async def test_a_flipped_bit_anywhere_costs_the_block() -> None:
+    """A bit of every message, and of many places in it: header, body, tag."""
+    made, ends, _ = await two_parties()
+    assert isinstance(made[0], Block)
+    assert isinstance(made[1], Block)
+    draw = random.Random(5)
+    delivered = 0
+    for who, end in enumerate(ends):
+        position, places = 0, []
+        while position < len(end.sent):
+            kind, length = HEADER.unpack_from(end.sent, position)
+            many = 3 if kind in (Type.ASK, Type.TELL) else 12
+            places.append((kind, 8 * position + draw.randrange(40)))
+            inside = [8 * (position + 5) + draw.randrange(8 * length) for _ in range(many)]
+            places += [(kind, place) for place in inside]
+            position += 5 + length
+        assert position == len(end.sent)
+        by_kind = {kind: [p for k, p in places if k == kind] for kind, _ in places}
+        for chosen in by_kind.values():
+            for place in draw.sample(chosen, min(len(chosen), 3)):
+                outcome, _, _ = await two_parties(flip=(who, place), patience=0.25)
+                # Bob has the last word: if that is damaged, he has the block, and Alice has not.
+                alice, bob = outcome
+                assert isinstance(alice, LinkError), (who, place)
+                delivered += isinstance(bob, Block)
+                if isinstance(bob, Block):
+                    last = len(end.sent) - 2 * 5 - 1 - 16
+                    assert who == 1
+                    assert place // 8 >= last
+    assert delivered > 0
+
+
+async def test_a_party_needs_nothing_but_its_own_end_and_what_it_heard() -> None:
+    """Each party alone, with a recording in place of the other, makes the same keys again."""
+    made, ends, clicks = await two_parties()
+    alice, bob = made
+    assert isinstance(alice, Block)
+    assert isinstance(bob, Block)
+    assert keys([alice]) == keys([bob])
+
+    class Played:
+        async def detect(self, count: int) -> Clicks:
+            return clicks[0]
+
+    near, far = memory_stream_pair()
+    await far.send_all(ends[0].sent)
+    alone = Bob(near, SMALL, Played(), bootstrap=Ledger(PSK), seed=11)
+    assert keys([await alone.block()]) == keys([bob])
+
+    fibre = Fibre(SMALL.preset.channel, SMALL.preset.transmitter, seed=11)
+    await fibre.detect(SMALL.detections)
+    near, far = memory_stream_pair()
+    await far.send_all(ends[1].sent)
+    other = Alice(near, SMALL, fibre.log, bootstrap=Ledger(PSK), seed=11)
+    assert keys([await other.block()]) == keys([alice])
+    # Nothing that crossed is a key.
+    crossed = bytes(ends[0].sent + ends[1].sent)
+    assert not any(key in crossed for _, key in keys([alice]))
+
+
+async def test_settings_that_differ_are_found_at_once() -> None:
+    left, right = memory_stream_pair()
+    fibre = Fibre(SMALL.preset.channel, SMALL.preset.transmitter)
+    other = dataclasses.replace(SMALL, key_bits=128)
+    alice = Alice(left, SMALL, fibre.log, bootstrap=Ledger(PSK))
+    bob = Bob(right, other, fibre, bootstrap=Ledger(PSK))
+    refusals = []
+
+    async def play(party: Alice | Bob) -> None:
+        with pytest.raises(LinkError, match="different settings") as caught:
+            await party.block()
+        refusals.append(caught)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(play, alice)
+        nursery.start_soon(play, bob)
+    assert len(refusals) == 2
+
+
+async def test_a_silent_party_is_not_waited_for_for_ever(autojump_clock: object) -> None:
+    left, _right = memory_stream_pair()
+    fibre = Fibre(SMALL.preset.channel, SMALL.preset.transmitter)
+    with pytest.raises(LinkError, match="does not answer"):
+        await Alice(left, SMALL, fibre.log, bootstrap=Ledger(PSK)).block()
+
+
+async def test_aborted_blocks_drain_the_ledger_and_the_link_stops() -> None:
+    link = SimulatedLink(dataclasses.replace(SMALL, max_qber=0.001), bootstrap="psk", seed=1)
+    async with link.open():
+        endings: list[type[LinkError]] = []
+        while LedgerDry not in endings:
+            try:
+                await link.block()
+            except LinkError as error:
+                endings.append(type(error))
+        # After sifting each side has used two of the sixteen parts of 16 bytes of its lane.
+        assert endings == [BlockAborted] * 8 + [LedgerDry]
+        with pytest.raises(LinkError, match="not open"):
+            await link.block()
+
+
+def test_verification_finds_what_cascade_left() -> None:
+    draw = np.random.default_rng(3)
+    key = draw.integers(0, 2, 5000, dtype=np.uint8)
+    for _ in range(200):
+        other = key.copy()
+        other[draw.integers(0, 5000, 2)] ^= 1
+        seed = draw.bytes(32)
+        same = (verification_hash(key, seed, 50) == verification_hash(other, seed, 50)).all()
+        assert same == (key == other).all()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"block_bits": 10}, {"key_bits": 12}, {"max_qber": 0.0}, {"tolerance": 2.0}],
+)
+def test_impossible_settings(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        dataclasses.replace(SMALL, **wrong)
+    with pytest.raises(ConfigError, match="bootstrap"):
+        SimulatedLink(SMALL, bootstrap="none")
+    with pytest.raises(ConfigError, match="tamper"):
+        SimulatedLink(SMALL, eve="tamper")
+    with pytest.raises(ConfigError, match="makes no key"):
+        tuned(PRESETS["gys2005"].at(200), 10_000)
+
+
+# -- thousands of blocks
+
+
+@pytest.mark.parametrize("name", ["lim2014", "rusca2018"])
+def test_the_length_is_never_more_than_the_bound(name: str) -> None:
+    chosen = LinkSettings(preset=PRESETS[name])
+    kinds = len(chosen.preset.transmitter.intensities)
+    numbers = st.tuples(*[st.integers(0, 10**7)] * kinds)
+
+    @hypothesis.given(numbers, numbers, numbers, numbers, st.integers(0, 10**7))
+    @hypothesis.settings(max_examples=2000, deadline=None)
+    def check(
+        key: tuple[int, ...],
+        wrong: tuple[int, ...],
+        test: tuple[int, ...],
+        test_wrong: tuple[int, ...],
+        leak: int,
+    ) -> None:
+        counts = Counts(
+            key=tuple(map(float, key)),
+            key_errors=tuple(float(min(m // 20, n)) for m, n in zip(wrong, key, strict=True)),
+            test=tuple(map(float, test)),
+            test_errors=tuple(
+                float(min(m // 20, n)) for m, n in zip(test_wrong, test, strict=True)
+            ),
+        )
+        bound = chosen.proof.secret_length(
+            chosen.preset.transmitter, counts, security=chosen.preset.security, leak=leak
+        )
+        try:
+            found = chosen.secret_length(counts, leak=leak)
+        except BlockAborted:
+            assert bound.real < 1 or counts.key_error_rate > chosen.max_qber
+            return
+        assert 0 < found.bits <= bound.real <= sum(key) - leak
+
+    check()
+
+
+async def test_many_small_blocks_agree_and_look_random() -> None:
+    link = SimulatedLink(SMALL, seed=21)
+    async with link.open():
+        made = [await link.block() for _ in range(40)]
+    for alice, bob in made:
+        assert keys([alice]) == keys([bob])
+        assert alice.secret_bits <= alice.sifted - alice.leak
+    bits = np.unpackbits(
+        np.frombuffer(b"".join(key for _, key in keys([a for a, _ in made])), dtype=np.uint8)
+    ).astype(np.int64)
+    count = len(bits)
+    assert count > 100_000
+    # NIST SP 800-22: frequency, runs, serial correlation, bytes.
+    assert abs(bits.sum() - count / 2) < 4 * np.sqrt(count) / 2
+    assert abs((bits[1:] != bits[:-1]).sum() - count / 2) < 4 * np.sqrt(count) / 2
+    for lag in (2, 8, 256):
+        assert abs((bits[lag:] ^ bits[:-lag]).sum() - (count - lag) / 2) < 4 * np.sqrt(count) / 2
+    histogram = np.bincount(np.packbits(bits.astype(np.uint8)), minlength=256)
+    assert 1e-4 < chi2.sf(((histogram - count / 2048) ** 2 / (count / 2048)).sum(), 255) < 1 - 1e-4

@@ -110,7 +110,8 @@ def optimise(
     """The settings with the highest rate, or ``None`` where no key can be made.
 
     ``intensities``: 3 for two decoys, 2 for one. ``near``: settings to start from, such as the best
-    of a link that is a little shorter; without them the search has several starts. See :func:`expected_length` for the others.
+    of a link that is a little shorter; without them the search has several starts.
+    See :func:`expected_length` for the others.
     """
 
     def loss(settings: NDArray[np.float64]) -> float:

@@ -1,0 +1,303 @@
+"""Cascade, Toeplitz hashing, tags, ledger, messages: each alone."""
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, x25519
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridkex.errors import ConfigError, LedgerDry, LinkAuthenticationError, LinkError
+from hybridkex.qkd.link.authentication import Signatures, WegmanCarter, forgery_probability
+from hybridkex.qkd.link.cascade import CascadeAlice, CascadeError, Plan, Question, cascade_bob
+from hybridkex.qkd.link.entropy import binary_entropy
+from hybridkex.qkd.link.ledger import LANE_RESERVE, Direction, Ledger
+from hybridkex.qkd.link.toeplitz import MAX_INPUT, compress, rounding_bound, seed_length
+from hybridkex.qkd.link.wire import (
+    Ask,
+    Finish,
+    Found,
+    Hello,
+    Report,
+    Sift,
+    Verdict,
+    pack_bits,
+    unpack_bits,
+)
+from hybridkex.secret import Secret
+
+# -- Cascade
+
+
+def reconcile(alice: "np.ndarray", bob: "np.ndarray", rate: float) -> tuple[int, "np.ndarray", int]:
+    """Run both sides; bits disclosed, places corrected, questions."""
+    plan = Plan.for_error_rate(len(alice), rate)
+    answers, search = CascadeAlice(plan, alice), cascade_bob(plan, bob)
+    questions = 0
+    try:
+        question = next(search)
+        while True:
+            questions += 1
+            question = search.send(answers.answer(question))
+    except StopIteration as end:
+        return answers.disclosed, end.value, questions
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.02, 0.03, 0.04, 0.05])
+def test_cascade_at_a_million_bits(rate: float) -> None:
+    draw = np.random.default_rng(int(rate * 100))
+    alice = draw.integers(0, 2, 1_000_000, dtype=np.uint8)
+    errors = (draw.random(len(alice)) < rate).astype(np.uint8)
+    bob = alice ^ errors
+    disclosed, corrected, questions = reconcile(alice, bob, rate)
+    assert (alice == bob).all()
+    assert (corrected == np.flatnonzero(errors)).all()
+    f = disclosed / (len(alice) * binary_entropy(float(errors.mean())))
+    assert 1.0 < f <= 1.15
+    assert questions < 400
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.001, 0.1, 0.2])
+@pytest.mark.parametrize("expected", [0.001, 0.05, 0.5])
+def test_cascade_with_a_wrong_idea_of_the_error_rate(rate: float, expected: float) -> None:
+    draw = np.random.default_rng(1)
+    alice = draw.integers(0, 2, 100_000, dtype=np.uint8)
+    bob = alice ^ (draw.random(len(alice)) < rate).astype(np.uint8)
+    disclosed, _, _ = reconcile(alice, bob, expected)
+    assert (alice == bob).all()
+    assert disclosed < 2 * len(alice)
+
+
+@given(length=st.integers(1, 3000), rate=st.floats(0, 0.12), seed=st.integers(0, 2**32))
+@settings(max_examples=1000, deadline=None)
+def test_cascade_leaves_almost_nothing_in_any_length(length: int, rate: float, seed: int) -> None:
+    """What it says it corrected it did, and an even number at most is left."""
+    draw = np.random.default_rng(seed)
+    alice = draw.integers(0, 2, length, dtype=np.uint8)
+    before = alice ^ (draw.random(length) < rate).astype(np.uint8)
+    bob = before.copy()
+    disclosed, corrected, _ = reconcile(alice, bob, rate)
+    assert (np.flatnonzero(before != bob) == corrected).all()
+    left = int((alice != bob).sum())
+    assert left % 2 == 0
+    assert left == 0 or length < 200  # a few bits in few blocks: the verification's business
+    assert disclosed <= 3 * length + 200
+
+
+def test_alice_answers_no_nonsense() -> None:
+    plan = Plan.for_error_rate(1000, 0.05)
+    alice = CascadeAlice(plan, np.zeros(1000, dtype=np.uint8))
+    with pytest.raises(CascadeError, match="not there"):
+        alice.answer(Question(np.array([0])))
+    for _ in plan.heights:
+        alice.answer(Question(None))
+    with pytest.raises(CascadeError, match="no more passes"):
+        alice.answer(Question(None))
+    for nodes in ([-1], [10**7], []):
+        with pytest.raises(CascadeError, match="not there"):
+            alice.answer(Question(np.array(nodes, dtype=np.int64)))
+
+
+def test_bob_ends_even_if_the_answers_are_noise() -> None:
+    draw = np.random.default_rng(2)
+    plan = Plan.for_error_rate(5000, 0.05)
+
+    def converse() -> None:
+        search = cascade_bob(plan, draw.integers(0, 2, 5000, dtype=np.uint8))
+        alice = CascadeAlice(plan, np.zeros(5000, dtype=np.uint8))
+        question = next(search)
+        while True:
+            count = len(alice.answer(question))
+            question = search.send(draw.integers(0, 2, count, dtype=np.uint8))
+
+    for _ in range(8):
+        with pytest.raises((CascadeError, StopIteration)):
+            converse()
+
+
+# -- privacy amplification
+
+
+def by_the_book(key: "np.ndarray", seed: "np.ndarray", length: int) -> "np.ndarray":
+    """The matrix (1 | T), written out, times the key in integers."""
+    tail = key[length:]
+    rows = np.arange(length)[:, None] - np.arange(len(tail))[None, :] + len(tail) - 1
+    return (key[:length] + seed[rows].astype(np.int64) @ tail) % 2 if len(tail) else key[:length]
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_toeplitz_is_the_matrix_product(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 400))
+    m = data.draw(st.integers(0, n))
+    draw = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    key = draw.integers(0, 2, n, dtype=np.uint8)
+    seed = draw.integers(0, 2, seed_length(n), dtype=np.uint8)
+    assert (compress(key, seed, m) == by_the_book(key, seed, m)).all()
+
+
+@pytest.mark.parametrize(("n", "m"), [(1_000_000, 250_000), (1_000_000, 3), (3_000_000, 1_500_000)])
+def test_toeplitz_at_size_agrees_with_integers(n: int, m: int) -> None:
+    """All ones is the worst that rounding can meet; random bits are what there will be."""
+    draw = np.random.default_rng(n + m)
+    for key, seed in (
+        (np.ones(n, dtype=np.uint8), np.ones(n - 1, dtype=np.uint8)),
+        (draw.integers(0, 2, n, dtype=np.uint8), draw.integers(0, 2, n - 1, dtype=np.uint8)),
+    ):
+        out = compress(key, seed, m)
+        tail = key[m:]
+        for row in {0, 1, m // 2, m - 2, m - 1} & set(range(m)):
+            stretch = seed[row : row + len(tail)][::-1]
+            assert out[row] == (int(key[row]) + int((stretch & tail).sum())) % 2
+
+
+def test_toeplitz_is_linear_and_rounding_is_bounded() -> None:
+    draw = np.random.default_rng(9)
+    seed = draw.integers(0, 2, 499_999, dtype=np.uint8)
+    a, b = (draw.integers(0, 2, 500_000, dtype=np.uint8) for _ in range(2))
+    assert (compress(a ^ b, seed, 9999) == compress(a, seed, 9999) ^ compress(b, seed, 9999)).all()
+    assert rounding_bound(10**7) < 1e-6
+    assert rounding_bound(MAX_INPUT) < 1e-3
+    for bad in ((a, seed, 500_001), (a, seed[1:], 5), (a, seed, -1)):
+        with pytest.raises(ValueError, match=r"longer than its input|wrong length"):
+            compress(*bad)
+
+
+# -- tags and the ledger
+
+SHARED = Secret(hashlib.shake_256(b"shared").digest(512))
+
+
+def test_tags_fit_one_message_one_direction_once() -> None:
+    def pair() -> tuple[WegmanCarter, WegmanCarter]:
+        return WegmanCarter(Ledger(SHARED), 1), WegmanCarter(Ledger(SHARED), 1)
+
+    way = Direction.ALICE_TO_BOB
+    alice, bob = pair()
+    tag = alice.tag(way, [b"a", b"b"])
+    bob.check(way, [b"ab"], tag)
+    with pytest.raises(LinkAuthenticationError):
+        bob.check(way, [b"ab"], tag)  # the pad is used once
+    for direction, parts, wrong in (
+        (Direction.BOB_TO_ALICE, [b"ab"], tag),
+        (way, [b"ac"], tag),
+        (way, [b"ab"], bytes([tag[0] ^ 1]) + tag[1:]),
+        (way, [b"ab"], tag[:-1]),
+        (way, [b"ab"], b""),
+    ):
+        with pytest.raises(LinkAuthenticationError):
+            pair()[1].check(direction, parts, wrong)
+    assert forgery_probability(1 << 24) < 2**-82
+
+
+def test_signatures_stand_in() -> None:
+    ours, theirs = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    alice, bob = Signatures(ours, theirs.public_key()), Signatures(theirs, ours.public_key())
+    tag = alice.tag(Direction.ALICE_TO_BOB, [b"x"])
+    bob.check(Direction.ALICE_TO_BOB, [b"x"], tag)
+    with pytest.raises(LinkAuthenticationError):
+        bob.check(Direction.ALICE_TO_BOB, [b"y"], tag)
+    with pytest.raises(LinkAuthenticationError):
+        alice.check(Direction.ALICE_TO_BOB, [b"x"], tag)
+    with pytest.raises(ConfigError):
+        Signatures(x25519.X25519PrivateKey.generate(), ours.public_key())
+    assert "0x" not in repr(alice)
+
+
+def test_the_ledger_balances() -> None:
+    ledger = Ledger(SHARED)
+    assert ledger.balance == 512
+    assert ledger.wanting == 0
+    first = ledger.draw(1, Direction.ALICE_TO_BOB, 16)
+    assert first == SHARED.reveal()[:16]
+    assert ledger.wanting == 16
+    ledger.add(1, "from the link", bytes(16))
+    assert ledger.wanting == 0
+    assert sum(entry.change for entry in ledger.history) == ledger.balance
+    assert [entry.balance for entry in ledger.history] == [512, 496, 512]
+    with pytest.raises(LedgerDry):
+        ledger.draw(2, Direction.BOB_TO_ALICE, LANE_RESERVE + 1)
+    with pytest.raises(ConfigError):
+        Ledger(Secret(bytes(10)))
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.sampled_from(Direction)), max_size=40))
+@settings(deadline=None)
+def test_two_ledgers_stay_alike_and_no_byte_is_used_twice(
+    steps: list[tuple[int, Direction]],
+) -> None:
+    ours, theirs = Ledger(), Ledger()
+    fresh = iter(range(1, 1 << 20))
+    used: list[bytes] = []
+    for number, (count, direction) in enumerate(steps):
+        stock = b"".join(next(fresh).to_bytes(4) for _ in range(count // 4))
+        ours.add(number, "", stock)
+        theirs.add(number, "", stock)
+        try:
+            taken = ours.draw(number, direction, 4)
+        except LedgerDry:
+            with pytest.raises(LedgerDry):
+                theirs.draw(number, direction, 4)
+            continue
+        assert theirs.draw(number, direction, 4) == taken
+        used.append(taken)
+    assert ours.balance == theirs.balance
+
+
+# -- messages
+
+BITS = st.lists(st.integers(0, 1), max_size=200).map(lambda bits: np.array(bits, dtype=np.uint8))
+
+
+@given(BITS)
+def test_bits_there_and_back(bits: "np.ndarray") -> None:
+    assert (unpack_bits(pack_bits(bits), len(bits)) == bits).all()
+
+
+@given(st.lists(st.integers(1, 2**32 - 1), min_size=1, max_size=50), st.data())
+def test_reports_and_sifts_there_and_back(gaps: list[int], data: st.DataObject) -> None:
+    draw = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    pulse = np.cumsum(np.array(gaps, dtype=np.int64))
+    basis, kept = (draw.integers(0, 2, len(gaps), dtype=np.uint8) for _ in range(2))
+    bit = draw.integers(0, 2, int(basis.sum()), dtype=np.uint8)
+    again = Report.decode(Report(pulse=pulse, basis=basis, bit=bit).encode())
+    assert (again.pulse == pulse).all()
+    assert (again.basis == basis).all()
+    assert (again.bit == bit).all()
+    sift = Sift(
+        kept=kept,
+        intensity=draw.integers(0, 3, int(kept.sum()), dtype=np.uint8),
+        bit=draw.integers(0, 2, int((kept & basis).sum()), dtype=np.uint8),
+    )
+    back = Sift.decode(sift.encode(), basis=basis, intensities=3)
+    assert (back.kept == kept).all()
+    assert (back.intensity == sift.intensity).all()
+    assert (back.bit == sift.bit).all()
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=500)
+def test_garbage_is_refused_or_has_one_reading(body: bytes) -> None:
+    basis = np.ones(9, dtype=np.uint8)
+    for decode in (
+        Hello.decode,
+        Report.decode,
+        Ask.decode,
+        Verdict.decode,
+        lambda data: Sift.decode(data, basis=basis, intensities=3),
+        lambda data: Found.decode(data, most=(5, 5)),
+        lambda data: Finish.decode(data, hash_bits=50, seed_bits=99),
+    ):
+        try:
+            found = decode(body)
+        except LinkError:
+            continue
+        assert found.encode() == body
+
+
+def test_entropy() -> None:
+    assert binary_entropy(0.5) == 1.0
+    assert binary_entropy(0.0) == binary_entropy(1.0) == 0.0
+    assert math.isclose(binary_entropy(0.11), 0.4999, abs_tol=1e-4)

@@ -1,0 +1,37 @@
+"""Run BoGo against hybridkex: ``python -m interop.bogo RUNNER [PATTERN]``.
+
+RUNNER is BoringSSL's test runner (``ssl/test/runner``), built with Go's ``go test -c``; it is no
+part of this repository. The command ends with the counts and with every test that did not do what
+it must. ``--json`` writes them to a file.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from interop.bogo.results import GROUPS, Outcome, run
+
+
+def main() -> int:
+    """Run the suite; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m interop.bogo", description=__doc__)
+    parser.add_argument("runner", type=Path)
+    parser.add_argument("pattern", nargs="?", default="")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    results = run(options.runner, options.pattern, options.workers)
+    counts = results.counts()
+    width = max(map(len, GROUPS))
+    for group, numbers in counts.items():
+        print(f"{group:{width}}", "  ".join(f"{kind} {count}" for kind, count in numbers.items()))
+    for name in results.of(Outcome.FAILED):
+        print(f"FAILED {name}")
+    if options.json is not None:
+        options.json.write_text(json.dumps(results.as_json(), indent=1) + "\n")
+    return 1 if results.of(Outcome.FAILED) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

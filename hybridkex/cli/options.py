@@ -6,9 +6,17 @@ import os
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
-from hybridkex.auth import Identity, InsecureNoVerification, Pins, TrustStore
+from hybridkex.auth import (
+    Identity,
+    InsecureNoVerification,
+    KnownPeers,
+    Pins,
+    RawIdentity,
+    TrustStore,
+)
 from hybridkex.cli.key_sources import add_qkd_options, qkd_keys, qkd_requirement
 from hybridkex.crypto.kex import ALL_GROUPS, Group, Property
 from hybridkex.crypto.psk import ExternalPsk
@@ -38,11 +46,18 @@ def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = N
         help="SHA-256 of the peer's public key (SPKI); with --ca both must hold",
     )
     trust.add_argument(
+        "--known-peers",
+        metavar="FILE",
+        help="raw public keys by name, as known_hosts; a new server is trusted and remembered",
+    )
+    trust.add_argument(
         "--insecure", action="store_true", help="do not check the peer's certificate at all"
     )
     own = parser.add_argument_group("who we are")
     own.add_argument("--cert", metavar="FILE", help="our certificate chain (PEM, leaf first)")
-    own.add_argument("--key", metavar="FILE", help="its private key (PEM)")
+    own.add_argument(
+        "--key", metavar="FILE", help="its private key (PEM); without --cert, a raw public key"
+    )
     psk = parser.add_argument_group("pre-shared key")
     psk.add_argument(
         "--psk",
@@ -171,8 +186,14 @@ def _hex(what: str, text: str) -> bytes:
         raise ConfigError(f"{what} is not hexadecimal") from None
 
 
-def _verifier(args: argparse.Namespace) -> TrustStore | Pins | InsecureNoVerification | None:
-    """What decides about the peer's certificate, if anything was asked for."""
+def _verifier(
+    args: argparse.Namespace,
+) -> TrustStore | Pins | KnownPeers | InsecureNoVerification | None:
+    """What decides about the peer's certificate or raw public key, if anything was asked for."""
+    if args.known_peers is not None:
+        if args.insecure or args.ca or args.pin:
+            raise ConfigError("--known-peers contradicts --ca, --pin and --insecure")
+        return KnownPeers(Path(args.known_peers))
     if args.insecure:
         if args.ca or args.pin:
             raise ConfigError("--insecure contradicts --ca and --pin")
@@ -187,11 +208,15 @@ def _verifier(args: argparse.Namespace) -> TrustStore | Pins | InsecureNoVerific
     return Pins(frozenset(args.pin)) if args.pin else None
 
 
-def _identity(args: argparse.Namespace) -> Identity | None:
-    """Our certificate and key."""
-    if (args.cert is None) != (args.key is None):
+def _identity(args: argparse.Namespace) -> Identity | RawIdentity | None:
+    """Our certificate and key, or a key alone: a raw public key (RFC 7250)."""
+    if args.cert is not None and args.key is None:
         raise ConfigError("--cert and --key go together")
-    return None if args.cert is None else Identity.from_files(args.cert, args.key)
+    if args.key is None:
+        return None
+    if args.cert is None:
+        return RawIdentity.from_file(args.key)
+    return Identity.from_files(args.cert, args.key)
 
 
 @contextmanager

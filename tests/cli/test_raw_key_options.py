@@ -14,8 +14,18 @@ def test_first_use_then_known_then_somebody_else(tmp_path: Path) -> None:
     key, known, port_file = tmp_path / "key.pem", tmp_path / "known", tmp_path / "port"
     key.write_bytes(RawIdentity.generate().to_pem())
     server = subprocess.Popen(
-        [*COMMAND, "listen", "0", "--bind", "127.0.0.1", "--port-file", str(port_file)]
-        + ["--echo", "--key", str(key)],
+        [
+            *COMMAND,
+            "listen",
+            "0",
+            "--bind",
+            "127.0.0.1",
+            "--port-file",
+            str(port_file),
+            "--echo",
+            "--key",
+            str(key),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

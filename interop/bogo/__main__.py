@@ -2,7 +2,8 @@
 
 RUNNER is BoringSSL's test runner (``ssl/test/runner``), built with Go's ``go test -c``; it is no
 part of this repository. The command ends with the counts and with every test that did not do what
-it must. ``--json`` writes them to a file.
+it must. ``--json`` writes them to a file,
+``--page`` the page in ``docs/``.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+from interop.bogo.page import page
 from interop.bogo.results import GROUPS, Outcome, run
 
 
@@ -19,7 +21,9 @@ def main() -> int:
     parser.add_argument("runner", type=Path)
     parser.add_argument("pattern", nargs="?", default="")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the counts to this file")
+    parser.add_argument("--page", type=Path, help="write the result page to this file")
+    parser.add_argument("--version", default="not stated", help="of the runner, for the page")
     options = parser.parse_args()
     results = run(options.runner, options.pattern, options.workers)
     counts = results.counts()
@@ -30,6 +34,8 @@ def main() -> int:
         print(f"FAILED {name}")
     if options.json is not None:
         options.json.write_text(json.dumps(results.as_json(), indent=1) + "\n")
+    if options.page is not None:
+        options.page.write_text(page(results, options.version))
     return 1 if results.of(Outcome.FAILED) else 0
 
 

@@ -18,7 +18,14 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from hybridkex.auth import Identity, InsecureNoVerification, Pins, RawIdentity, VerifiedPeer
+from hybridkex.auth import (
+    Identity,
+    InsecureNoVerification,
+    PeerName,
+    Pins,
+    RawIdentity,
+    VerifiedPeer,
+)
 from hybridkex.constants import Alert, CertificateType
 from hybridkex.crypto.kex import ALL_GROUPS, CLASSICAL_GROUPS, X25519MLKEM768, Group, Property
 from hybridkex.crypto.psk import ExternalPsk
@@ -74,8 +81,15 @@ class OneKey:
     """One raw public key, and no certificate."""
 
     def __init__(self, pins: Pins) -> None:
-        self.verify_server_key = pins.verify_server_key
-        self.verify_client_key = pins.verify_client_key
+        self.pins = pins
+
+    def verify_server_key(self, spki: bytes, name: PeerName | None) -> VerifiedPeer:
+        """The key that the runner named."""
+        return self.pins.verify_server_key(spki, name)
+
+    def verify_client_key(self, spki: bytes) -> VerifiedPeer:
+        """The key that the runner named."""
+        return self.pins.verify_client_key(spki)
 
 
 class AnyKind(OneKey, InsecureNoVerification):

@@ -16,7 +16,8 @@ async def test_a_storm_leaves_nothing_behind() -> None:
     found = await load.storm(6)
     assert found["connections"] > 50
     assert found["growth in megabytes"] < 8
-    assert (found["files more"], found["tasks more"]) == (0, 0)
+    assert found["files more"] <= 0
+    assert found["tasks more"] <= 0  # a worker thread of trio may have gone
 
 
 async def test_slow_handshakes_hold_up_nobody() -> None:

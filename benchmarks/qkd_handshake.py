@@ -2,10 +2,11 @@
 
 Handshakes over loopback TCP, X25519MLKEM768 with an ECDSA certificate, in turns in one run: without
 a QKD key, with one of an in-process pair, with one that was drawn and looked up ahead
-(``PrefetchSource`` on both sides), and with one that each side fetches from its KME while the other
-waits. The KMEs are a process of their own. Every figure is a ratio to the handshake without QKD of
-the same round; the median and the quartiles are printed. ``round trips`` counts the requests that
-the KMEs got for one handshake.
+(``PrefetchSource`` on both sides; "alone" is without certificates, the key being the
+authentication), and with one that each side fetches from its KME while the other waits. The KMEs
+are a process of their own. Every figure is a ratio to the handshake without QKD of the same round;
+the median and the quartiles are printed. ``round trips`` counts the requests that the KMEs got for
+one handshake.
 """
 
 import argparse
@@ -70,15 +71,19 @@ class Way:
         alice: KeySource | None = None,
         bob: KeySource | None = None,
         prepare: Callable[[], Awaitable[None]] | None = None,
+        certificates: bool = True,
     ) -> None:
         self.sources = alice, bob
         self.prepare = prepare
+        self.certificates = certificates
 
     async def open(self, ca: DevCa, nursery: trio.Nursery) -> "Way":
         alice, bob = (None if one is None else QkdKeys(one) for one in self.sources)
-        self.client = ClientConfig(verifier=TrustStore((ca.certificate,)), psk_source=alice)
+        trust = TrustStore((ca.certificate,)) if self.certificates else None
+        identities = (ca.issue("localhost"),) if self.certificates else ()
+        self.client = ClientConfig(verifier=trust, psk_source=alice)
         # No tickets: a client that offers a PSK says that it could use them, one without does not.
-        server = ServerConfig(identities=(ca.issue("localhost"),), psk_source=bob, tickets=None)
+        server = ServerConfig(identities=identities, psk_source=bob, tickets=None)
         listeners = await nursery.start(
             lambda task_status: serve_secure_tcp(
                 _close, 0, server, host="127.0.0.1", task_status=task_status
@@ -158,6 +163,9 @@ async def main(rounds: int) -> dict[str, dict[str, float]]:
                 "without QKD": await Way().open(ca, nursery),
                 "in-process pair": await Way(*in_process_pair("alice", "bob")).open(ca, nursery),
                 "prefetched": await Way(ahead, behind, look_up_ahead).open(ca, nursery),
+                "prefetched, alone": await Way(
+                    ahead, behind, look_up_ahead, certificates=False
+                ).open(ca, nursery),
                 "from the KMEs": await Way(alice, bob).open(ca, nursery),
             }
             for way in ways.values():

@@ -32,7 +32,7 @@ class InProcessSource:
 
     async def draw(self) -> QkdKey:
         """A new key. ``KeySourceExhausted`` when the peer has not fetched ``capacity`` of them."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         if len(self._other._for_me) >= self._capacity:
             raise KeySourceExhausted(f"{self._capacity} keys wait for {self.peer_sae}")
         key_id, key = uuid4(), Secret(os.urandom(32))
@@ -46,7 +46,7 @@ class InProcessSource:
 
     async def get(self, name: KeyName) -> QkdKey:
         """The key that the other end drew under this name, once."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         key_id = single(name, master_kme=self._peer_kme, slave_kme=self._kme)
         key = self._for_me.pop(key_id, None)
         if key is None:

@@ -62,7 +62,7 @@ class PrefetchSource:
         if self._ready:
             _, key = self._ready.popleft()
             self._wake()
-            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint_if_cancelled()
             return key
         self._wake()
         return await self._source.draw()
@@ -71,7 +71,7 @@ class PrefetchSource:
         self._drop_old()
         held = self._expected.pop(name, None)
         if held is not None:
-            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint_if_cancelled()
             return held[1]
         return await self._source.get(name)
 

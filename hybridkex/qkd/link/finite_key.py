@@ -163,6 +163,7 @@ def _assemble(
     *,
     terms: int,
     security: Security,
+    detections: float,
     leak: float,
     vacuum: float,
     single: float,
@@ -178,7 +179,9 @@ def _assemble(
         gap = _sampling_gap(security.secrecy, terms, observed, single_test, single)
         phase_error = min(0.5, observed + gap)
     price = 6.0 * math.log2(terms / security.secrecy) + math.log2(2.0 / security.correctness)
-    real = vacuum + max(0.0, single) * (1.0 - binary_entropy(phase_error)) - leak - price
+    # Counts that no laser makes can bound more single photons than there were detections.
+    entropy = min(detections, vacuum + max(0.0, single) * (1.0 - binary_entropy(phase_error)))
+    real = entropy - leak - price
     return SecretLength(
         vacuum=vacuum,
         single=single,
@@ -217,6 +220,7 @@ class TwoDecoys:
         return _assemble(
             terms=self.terms,
             security=security,
+            detections=sum(counts.key),
             leak=leak,
             vacuum=vacuum,
             single=single,
@@ -267,6 +271,7 @@ class OneDecoy:
         return _assemble(
             terms=self.terms,
             security=security,
+            detections=sum(counts.key),
             leak=leak,
             vacuum=vacuum,
             single=single,

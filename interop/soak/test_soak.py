@@ -17,7 +17,8 @@ async def test_a_storm_leaves_nothing_behind() -> None:
     assert found["connections"] > 50
     assert found["growth in megabytes"] < 8
     assert found["files more"] <= 0
-    assert found["tasks more"] <= 0  # a worker thread of trio may have gone
+    # A task or two may be under way at either count; a leak would be one for every connection.
+    assert found["tasks more"] < found["connections"] / 10
 
 
 async def test_slow_handshakes_hold_up_nobody() -> None:

@@ -123,8 +123,10 @@ class SimulatedLink:
             yield self
         finally:
             self._over = True
-            for stream in streams:
-                await trio.aclose_forcefully(stream)
+            # Shielded, or a cancelled caller would close the first of them only.
+            with trio.CancelScope(shield=True):
+                for stream in streams:
+                    await trio.aclose_forcefully(stream)
 
     async def block(self) -> tuple[Block, Block]:
         """Make one block: what Alice has and what Bob has.

@@ -1,0 +1,181 @@
+"""Alice and Bob as processes of their own, and the link as what feeds KMEs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from hybridkex.auth.dev_ca import DevCa, write_identity
+from hybridkex.cli import main
+from hybridkex.errors import ConfigError
+from hybridkex.qkd.etsi014.config import load_config
+from hybridkex.qkd.etsi014.serve import KmeServer
+
+PARTY = """
+import json, sys, trio
+from cryptography import x509
+from pathlib import Path
+from hybridkex.qkd.etsi014.config import Address
+from hybridkex.qkd.link.optimise import tuned
+from hybridkex.qkd.link.presets import PRESETS
+from hybridkex.qkd.link.producer import PartyFeed, _signatures
+from hybridkex.qkd.link.settings import LinkSettings
+
+party, port, folder, peer = sys.argv[1:]
+settings = LinkSettings(preset=tuned(PRESETS["rusca2018"].at(0), 30_000), block_bits=30_000)
+
+async def main():
+    feed = PartyFeed(
+        settings, party=party, address=Address("127.0.0.1", int(port)),
+        signatures=_signatures(Path(folder) / party / "key.pem", Path(folder) / peer / "cert.pem"),
+        real_time=False, note=lambda block: None,
+    )
+    found = {}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(feed.run)
+        while len(found) < 40:
+            for one in await anext(feed.ends[0]):
+                found[str(one.key_id)] = one.key.reveal().hex()
+        print(json.dumps(found), flush=True)
+        sys.stdin.read()  # until the other one has its keys, too
+        nursery.cancel_scope.cancel()
+
+trio.run(main)
+"""
+
+
+async def relay(upstream: int, crossed: bytearray, listener: trio.SocketListener) -> None:
+    """Pass connections on, and keep all that crosses the classical one, both ways."""
+
+    async def pump(source: trio.SocketStream, sink: trio.SocketStream, keep: bool) -> None:
+        try:
+            async for data in source:
+                if keep:
+                    crossed.extend(data)
+                await sink.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+
+    async def join(stream: trio.SocketStream) -> None:
+        kind = await stream.receive_some(1)
+        other = await trio.open_tcp_stream("127.0.0.1", upstream)
+        await other.send_all(kind)
+        async with stream, other, trio.open_nursery() as nursery:
+            nursery.start_soon(pump, stream, other, kind == b"C")
+            nursery.start_soon(pump, other, stream, kind == b"C")
+
+    await trio.serve_listeners(join, [listener])
+
+
+async def test_two_processes_make_the_same_keys_and_none_of_them_crosses(tmp_path: Path) -> None:
+    ca = DevCa.create()
+    for party in ("alice", "bob"):
+        write_identity(tmp_path / party, ca, ca.issue(party))
+    spare = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = spare[0].socket.getsockname()[1]
+    await spare[0].aclose()
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    crossed = bytearray()
+    found: dict[str, dict[str, str]] = {}
+    ready = {"alice": trio.Event(), "bob": trio.Event()}
+
+    async def play(party: str, peer: str, where: int) -> None:
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-c", PARTY, party, str(where), str(tmp_path), peer],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        assert process.stdin is not None
+        try:
+            line = b""
+            while not line.endswith(b"\n"):
+                part = await process.stdout.receive_some()
+                assert part, "the process ended early"
+                line += part
+            found[party] = json.loads(line)
+            ready[party].set()
+            await ready[peer].wait()
+            await process.stdin.aclose()
+            await process.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(relay, port, crossed, listener)
+            async with trio.open_nursery() as parties:
+                parties.start_soon(play, "alice", "bob", port)
+                parties.start_soon(play, "bob", "alice", listener.socket.getsockname()[1])
+            nursery.cancel_scope.cancel()
+    both = found["alice"].keys() & found["bob"].keys()
+    assert len(both) >= 40
+    for key_id in both:
+        assert found["alice"][key_id] == found["bob"][key_id]
+        assert bytes.fromhex(found["alice"][key_id]) not in crossed
+    assert len(crossed) > 100_000
+
+
+def written(tmp_path: Path, link: str) -> Path:
+    assert main(["kme", "dev-up", str(tmp_path), "--ports", "0,0", "--no-serve"]) == 0
+    path = tmp_path / "kme.toml"
+    text = path.read_text()
+    path.write_text(text.replace('producer = "random"', f'producer = "link"\n{link}'))
+    return path
+
+
+async def test_a_link_feeds_two_kmes(tmp_path: Path) -> None:
+    path = written(tmp_path, "link = {preset = 'rusca2018', distance_km = 0, block_bits = 30000}")
+    server = KmeServer(load_config(path))
+    stored = [0]
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.serve)
+            while min(stored) < 20:
+                await trio.sleep(0.05)
+                stored = [
+                    await kme._store.count(link)
+                    for kme in server._kmes.values()
+                    for link in kme.links
+                ]
+            server.close()
+    text = server.metrics.text().decode()
+    for name in ("blocks_total", "qber_ratio", "secret_bits_per_second", "ledger_bits"):
+        assert f"hybridkex_qkd_link_{name}{{" in text
+    assert 'outcome="made"} 0' not in text
+
+
+@pytest.mark.parametrize(
+    ("link", "reason"),
+    [
+        ("link = {clock = 'slow'}", "clock"),
+        ("link = {party = 'alice'}", "go together"),
+        ("link = {party = 'eve'}", "alice or bob"),
+        (
+            "link = {party = 'bob', address = '127.0.0.1:1', peer_certificate = 'x'}",
+            "of another process",
+        ),
+    ],
+)
+def test_links_that_cannot_be(tmp_path: Path, link: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_config(written(tmp_path, link))
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--preset", "rusca2018", "--distance", "5", "--block-bits", "50000", "--json"]
+    assert main(["qkd", "run", "--blocks", "2", *options]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["number"] for line in lines] == [1, 2]
+    assert all(line["keys"] == len(line["key_ids"]) > 0 for line in lines)
+    assert main(["qkd", "run", "--blocks", "1", *options, "--eve", "intercept:1"]) == 1
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "QBER" in line["aborted"]
+    assert line["keys"] == 0
+    for wrong in (["--preset", "x"], ["--eve", "x"], ["--blocks", "0"], ["--distance", "900"]):
+        assert main(["qkd", "run", *options, *wrong]) == 1
+        assert capsys.readouterr().err.startswith("hybridkex: ")

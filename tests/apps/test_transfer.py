@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from apps_glue import Run, Wire, small_disk
+from apps_glue import Run, Wire, small_disk, wait_until
 
 from hybridkex import ClientConfig, DevCa, SecureStream, ServerConfig, TrustStore
 from hybridkex.apps.transfer import PROTOCOL, Folder, Receiver
@@ -79,8 +79,65 @@ def test_nothing_is_overwritten_unless_told(tmp_path: Path, run: Run, mutual: li
     assert {(target / name).read_text() for name in ("same", "longer")} == {"new content"}
 
 
+async def test_a_cut_connection_goes_on_where_it_was(
+    tmp_path: Path, run: Run, mutual: list[str], wire: MakeWire
+) -> None:
+    source, target = tmp_path / "file", tmp_path / "target"
+    content = os.urandom(24 * MIB)
+    source.write_bytes(content)
+    server, port = receive(run, target, mutual)
+    async with wire(port) as proxy:
+        proxy.cut_after = 15 * MIB
+        status, errors = await trio.to_thread.run_sync(send, run, mutual, proxy.port, source)
+        assert status == 0, errors
+        assert "trying again in" in errors
+        assert proxy.connections == 2
+        # Not from the beginning: only what had not reached the disk went twice.
+        assert proxy.carried < 33 * MIB
+    assert (target / "file").read_bytes() == content
+    assert there(target) == {"file"}
+    assert open_descriptors(server) < 15
+
+
 def open_descriptors(process: "subprocess.Popen[str]") -> int:
     return len(os.listdir(f"/proc/{process.pid}/fd"))
+
+
+def test_a_killed_receiver_is_found_again(tmp_path: Path, run: Run, mutual: list[str]) -> None:
+    source, target = tmp_path / "file", tmp_path / "target"
+    content = os.urandom(40 * MIB)
+    source.write_bytes(content)
+    server, port = receive(run, target, mutual)
+    sender = run.start("send", source, f"localhost:{port}", *mutual)
+    parts = target / PARTIAL
+    wait_until(lambda: any(part.stat().st_size > 4 * MIB for part in parts.glob("*")), sender)
+    server.kill()
+    server.communicate()
+    assert there(target) == set(), "nothing half-written under a final name"
+    run.server("receive", target, "--port", port, "--bind", "127.0.0.1", *mutual)
+    errors = sender.communicate(timeout=30)[1]
+    assert sender.returncode == 0, errors
+    assert re.search(r"of which [\d,]+ were there", errors)
+    assert (target / "file").read_bytes() == content
+
+
+def test_a_killed_sender_leaves_nothing_under_a_final_name(
+    tmp_path: Path, run: Run, mutual: list[str]
+) -> None:
+    source, target = tmp_path / "file", tmp_path / "target"
+    source.write_bytes(os.urandom(40 * MIB))
+    server, port = receive(run, target, mutual)
+    sender = run.start("send", source, f"localhost:{port}", *mutual)
+    parts = target / PARTIAL
+    wait_until(lambda: any(part.stat().st_size > 4 * MIB for part in parts.glob("*")), sender)
+    sender.kill()
+    sender.communicate()
+    assert there(target) == set()
+    status, errors = send(run, mutual, port, source)
+    assert status == 0, errors
+    assert "were there" in errors
+    assert (target / "file").read_bytes() == source.read_bytes()
+    assert server.poll() is None
 
 
 def test_disk_full_before_and_in_the_middle(tmp_path: Path, run: Run, mutual: list[str]) -> None:

@@ -256,9 +256,10 @@ class PartFile:
         """Append. Raises ``NotTaken``: the disk is full, and the like."""
         try:
             for piece in pieces:
-                left = piece
-                while left:
-                    left = left[os.write(self._file, left) :]
+                # At its place, wherever the digest of what was there has left the file's position.
+                done = 0
+                while done < len(piece):
+                    done += os.pwrite(self._file, piece[done:], self.size + done)
                 self._digest.update(piece)
                 self.size += len(piece)
         except OSError as error:

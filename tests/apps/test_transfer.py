@@ -61,6 +61,40 @@ def there(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if PARTIAL not in str(path)}
 
 
+def test_files_and_folders_and_once_more(tmp_path: Path, run: Run, mutual: list[str]) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "empty").mkdir(parents=True)
+    (source / "deep" / "er").mkdir(parents=True)
+    for number in range(150):
+        (source / "deep" / "er" / f"{number} ü").write_bytes(bytes([number]) * number)
+    (source / "large").write_bytes(os.urandom(5 * MIB + 17))
+    (source / "large").chmod(0o755)
+    os.utime(source / "large", (1_000_000_000, 1_000_000_000))
+    (source / "link").symlink_to("/etc/passwd")
+    single = tmp_path / os.fsdecode(b"not utf-8 \xff")
+    single.write_bytes(b"x")
+    server, port = receive(run, target, mutual)
+    status, errors = send(run, mutual, port, source, single)
+    assert status == 1, "a link was left out, which is not success"
+    assert "link is a link" in errors
+    below = sum(not path.is_symlink() for path in source.rglob("*"))
+    assert f"{below + 2} stored" in errors, "what is in the folder, the folder, the single file"
+    compared = subprocess.run(
+        ["diff", "-r", "-x", "link", str(source), str(target / "source")], check=False
+    )
+    assert compared.returncode == 0
+    assert (target / single.name).read_bytes() == b"x"
+    arrived = (target / "source" / "large").stat()
+    assert (arrived.st_mode & 0o777, arrived.st_mtime) == (0o755, 1_000_000_000)
+    assert not (target / "source" / "link").is_symlink()
+    status, errors = send(run, mutual, port, source, single)
+    assert f"0 stored, {below + 2} were there; 0 bytes of files" in errors
+    server.terminate()
+    server.communicate(timeout=10)
+    assert server.returncode == 0
+    assert not (target / PARTIAL).exists()
+
+
 def test_nothing_is_overwritten_unless_told(tmp_path: Path, run: Run, mutual: list[str]) -> None:
     target, file, longer = tmp_path / "target", tmp_path / "same", tmp_path / "longer"
     target.mkdir()
@@ -253,6 +287,16 @@ def test_mistakes_in_one_line(
     assert process.returncode == 1
     assert said in errors
     assert len(errors.strip().splitlines()) == 1
+
+
+def test_a_stranger_sends_nothing(tmp_path: Path, run: Run, keys: Path, mutual: list[str]) -> None:
+    _, port = receive(run, tmp_path / "target", mutual)
+    process = run.start("send", keys / "ca.pem", f"localhost:{port}", "--ca", keys / "ca.pem")
+    errors = process.communicate(timeout=10)[1]
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert len(errors.splitlines()[-1]) > 20, "the last line says why"
+    assert there(tmp_path / "target") == set()
 
 
 # --- a peer that does not keep to the protocol ------------------------------------------------

@@ -92,7 +92,7 @@ async def send_items(
         retries: how many connections in a row may end without a file stored or a megabyte sent.
 
     Raises:
-        ConnectionLost: so many did.
+        ConnectionLost: so many did, or the first did before the receiver said a word.
         OSError, trio.BrokenResourceError: the first connection could not be made.
         ProtocolError: the other end is no receiver.
     """
@@ -105,6 +105,12 @@ async def send_items(
             await work.over(stream)
         except trio.BrokenResourceError as error:
             lost = _worth_a_try(error)
+            if not work.heard:
+                # A server refuses a client after the client's handshake is done (RFC 8446, section
+                # 4.4.2.4), and its alert may be lost with the reset: as good as no connection.
+                raise ConnectionLost(
+                    f"{lost}, before the receiver said a word: it may have refused us, see its log"
+                ) from None
         else:
             return work.outcome
         if (work.outcome.payload // CHUNK, work.settled) != before:
@@ -145,6 +151,8 @@ class _Transfer:
         self._progress = progress
         self._name: Final = secrets.token_hex(16)
         self.outcome = Outcome()
+        self.heard = False
+        """Whether the receiver has ever answered."""
 
     @property
     def settled(self) -> int:
@@ -222,7 +230,9 @@ class _Connection:
 
     async def _read_answers(self) -> None:
         while True:
-            match await self._frames.receive():
+            answer = await self._frames.receive()
+            self._transfer.heard |= answer is not None
+            match answer:
                 case Have(n=n) as have if n in self._open:
                     self._answers[n] = have
                 case Stored(n=n, already=already) if n in self._open:

@@ -61,7 +61,13 @@ async def relay(upstream: int, crossed: bytearray, listener: trio.SocketListener
 
     async def join(stream: trio.SocketStream) -> None:
         kind = await stream.receive_some(1)
-        other = await trio.open_tcp_stream("127.0.0.1", upstream)
+        while True:  # the process behind it may still be on its way to listening
+            try:
+                other = await trio.open_tcp_stream("127.0.0.1", upstream)
+            except OSError:
+                await trio.sleep(0.05)
+            else:
+                break
         await other.send_all(kind)
         async with stream, other, trio.open_nursery() as nursery:
             nursery.start_soon(pump, stream, other, kind == b"C")

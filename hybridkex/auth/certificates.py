@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import ClassVar, Final
 
 from cryptography import x509
@@ -32,6 +32,9 @@ MAX_RSA_BITS: Final = 8192
 MAX_CHAIN: Final = 16
 """Certificates in one chain; the Web has three or four."""
 
+_PARSED: Final = 64
+"""End entities' certificates that are kept as parsed."""
+
 CURVES: Final = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 
 _KINDS: Final = (
@@ -55,10 +58,10 @@ class PeerCertificate:
     certificate_type: ClassVar[CertificateType] = CertificateType.X509
     chain: tuple[bytes, ...]
 
-    @cached_property
+    @property
     def leaf(self) -> x509.Certificate:
         """The end entity's certificate."""
-        return x509.load_der_x509_certificate(self.chain[0])
+        return _parse(self.chain[0])[0]
 
     @cached_property
     def subject(self) -> str:
@@ -76,10 +79,10 @@ class PeerCertificate:
         """Its subject alternative names: DNS names, IP addresses and URIs."""
         return names_of(self.leaf)
 
-    @cached_property
+    @property
     def public_key(self) -> CertificatePublicKeyTypes:
         """Its key."""
-        return self.leaf.public_key()
+        return _parse(self.chain[0])[1]
 
     @property
     def pin(self) -> str:
@@ -88,6 +91,18 @@ class PeerCertificate:
 
     def __repr__(self) -> str:
         return f"PeerCertificate({self.subject!r}, {len(self.chain)} in the chain)"
+
+
+@lru_cache(maxsize=_PARSED)
+def _parse(data: bytes) -> tuple[x509.Certificate, CertificatePublicKeyTypes]:
+    """A certificate and its key, from DER; the same bytes are parsed once, as in Go's crypto/tls.
+
+    What they mean is kept, and never whether they are to be trusted. The library parses as late as
+    it can: what is read later must fail here, once and for all.
+    """
+    certificate = x509.load_der_x509_certificate(data)
+    _ = (certificate.subject, certificate.extensions)
+    return certificate, certificate.public_key()
 
 
 def subject_of(certificate: x509.Certificate) -> str:
@@ -129,8 +144,6 @@ def read_chain(chain: Sequence[bytes]) -> tuple[PeerCertificate, list[x509.Certi
     peer = PeerCertificate(tuple(chain))
     place = 0
     try:
-        # The library parses as late as it can: what is read later must fail here, once and for all.
-        _ = (peer.leaf.subject, peer.leaf.extensions, peer.public_key)
         certificates = [peer.leaf]
         for place in range(1, len(chain)):
             certificates.append(x509.load_der_x509_certificate(chain[place]))

@@ -485,7 +485,7 @@ def _choose_identity(
 ) -> tuple[Identity | RawIdentity | None, SignatureScheme | None]:
     """Our certificate or raw key: by name first, then by what the client can verify."""
     name = hello.server_name
-    named = [one for one in config.identities if name is not None and one.matches(name)]
+    named = [] if name is None else [one for one in config.identities if one.matches(name)]
     if config.require_known_name and not named:
         raise UnrecognizedName(f"no identity for the name {name}")
     for identity in (*named, *config.identities):

@@ -23,28 +23,37 @@ __all__ = [
 
 
 class Reader:
-    """A cursor over bytes, from ``start`` to their end."""
+    """A cursor over bytes, from ``start`` to ``end``.
+
+    Numbers are read where they lie and a vector's reader looks at the same bytes: a slice for each
+    of them would cost more than all the rest of a message.
+    """
 
     __slots__ = ("_data", "_end", "_position")
 
-    def __init__(self, data: bytes, start: int = 0) -> None:
+    def __init__(self, data: bytes, start: int = 0, end: int | None = None) -> None:
         self._data = data
         self._position = start
-        self._end = len(data)
+        self._end = len(data) if end is None else end
 
     @property
     def remaining(self) -> int:
         """Bytes not yet read."""
         return self._end - self._position
 
-    def take(self, length: int) -> bytes:
-        """Exactly ``length`` bytes."""
+    def _advance(self, length: int) -> int:
+        """Go past ``length`` bytes; returns where they start."""
         start = self._position
         end = start + length
         if end > self._end:
             raise DecodeError(f"{length} bytes expected where {self._end - start} are left")
         self._position = end
-        return self._data[start:end]
+        return start
+
+    def take(self, length: int) -> bytes:
+        """Exactly ``length`` bytes."""
+        start = self._advance(length)
+        return self._data[start : self._position]
 
     def rest(self) -> bytes:
         """All that is left."""
@@ -52,11 +61,12 @@ class Reader:
 
     def u8(self) -> int:
         """An unsigned 8-bit integer."""
-        return self.take(1)[0]
+        return self._data[self._advance(1)]
 
     def u16(self) -> int:
         """An unsigned 16-bit integer."""
-        return int.from_bytes(self.take(2), "big")
+        start, data = self._advance(2), self._data
+        return data[start] << 8 | data[start + 1]
 
     def u24(self) -> int:
         """An unsigned 24-bit integer."""
@@ -70,19 +80,26 @@ class Reader:
         """An unsigned 64-bit integer."""
         return int.from_bytes(self.take(8), "big")
 
-    def _length(self, width: int, least: int, most: int | None) -> int:
-        length = int.from_bytes(self.take(width), "big")
+    def _content(self, width: int, least: int, most: int | None) -> int:
+        """Go past a vector; returns where its content starts."""
+        start, data = self._advance(width), self._data
+        if width == 2:
+            length = data[start] << 8 | data[start + 1]
+        else:
+            length = int.from_bytes(data[start : start + width], "big")
         if length < least or (most is not None and length > most):
             raise DecodeError(f"a vector of {length} bytes where {least} to {most or '...'} may be")
-        return length
+        return self._advance(length)
 
     def vector(self, width: int, least: int = 0, most: int | None = None) -> "Reader":
         """A reader over a vector: a length of ``width`` bytes, then ``least..most`` of content."""
-        return Reader(self.opaque(width, least, most))
+        start = self._content(width, least, most)
+        return Reader(self._data, start, self._position)
 
     def opaque(self, width: int, least: int = 0, most: int | None = None) -> bytes:
         """The bytes of such a vector."""
-        return self.take(self._length(width, least, most))
+        start = self._content(width, least, most)
+        return self._data[start : self._position]
 
     def u16_list(self, width: int, least: int = 2) -> tuple[int, ...]:
         """A vector of 16-bit integers with a length of ``width`` bytes."""

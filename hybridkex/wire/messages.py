@@ -14,7 +14,6 @@ from hybridkex.wire.codec import (
     u8,
     u16,
     u16_list,
-    u24,
     u32,
     vector8,
     vector16,
@@ -321,7 +320,7 @@ _CLASSES: Final[dict[int, type[Message]]] = {
 def encode(message: Message) -> bytes:
     """The message with its header."""
     body = message.body()
-    return u8(message.type) + u24(len(body)) + body
+    return u32(message.type << 24 | len(body)) + body
 
 
 def decode(raw: bytes) -> Message:

@@ -7,7 +7,7 @@ second; everything after that rests on all of them.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from cryptography.hazmat.primitives.hmac import HMAC
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
@@ -39,14 +39,15 @@ def hkdf_expand_label(
     hash_function: HashFunction, secret: Secret, label: bytes, context: bytes, length: int
 ) -> bytes:
     """HKDF-Expand-Label (RFC 8446 section 7.1): ``length`` bytes."""
-    info = _hkdf_label(label, context, length)
+    info = _hkdf_label_head(label, len(context), length) + context
     return HKDFExpand(hash_function.algorithm, length, info).derive(secret.reveal())
 
 
-def _hkdf_label(label: bytes, context: bytes, length: int) -> bytes:
-    """The structure HkdfLabel (section 7.1)."""
+@lru_cache(maxsize=64)
+def _hkdf_label_head(label: bytes, context_length: int, length: int) -> bytes:
+    """The structure HkdfLabel (section 7.1) without the context, which ends it."""
     full = Label.PREFIX + label
-    return b"%b%c%b%c%b" % (length.to_bytes(2, "big"), len(full), full, len(context), context)
+    return b"%b%c%b%c" % (length.to_bytes(2, "big"), len(full), full, context_length)
 
 
 def finished_mac(hash_function: HashFunction, base: Secret, digest: bytes) -> bytes:
@@ -74,7 +75,7 @@ class _Base:
     def expand(self, label: bytes, context: bytes, length: int) -> bytes:
         """HKDF-Expand-Label: ``length`` bytes, of at most ``hash.size``."""
         mac = self._keyed.copy()
-        mac.update(_hkdf_label(label, context, length) + b"\1")
+        mac.update(_hkdf_label_head(label, len(context), length) + context + b"\1")
         return mac.finalize()[:length]
 
     def derive(self, label: bytes, digest: bytes) -> Secret:

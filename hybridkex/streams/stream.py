@@ -15,6 +15,7 @@ How it hangs together:
 """
 
 import contextlib
+import math
 import operator
 from types import TracebackType
 from typing import Final, Generic, NoReturn, TypeVar
@@ -144,25 +145,32 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         if self._session is not None:
             await trio.lowlevel.checkpoint()
             return
-        async with self._handshake_lock:
-            self._check_usable()
-            if self._session is not None:
-                return
-            complete = False
-            try:
-                with trio.move_on_after(self._handshake_timeout) as scope:
-                    await self._run_handshake()
-                    complete = True
-                if not complete and scope.cancelled_caught:
-                    error = HandshakeTimeout(
-                        f"no handshake within {self._handshake_timeout:g} seconds"
-                    )
-                    self._connection.abort(error)
-                    await self._fail(error)
-            finally:
-                if not complete and self._failure is None:
-                    # Cancelled in the middle: part of a flight may be on its way.
-                    self._failure = _Interrupted("the handshake was cancelled")
+        if self._handshake_lock.locked():
+            async with self._handshake_lock:
+                self._check_usable()
+                return  # Whoever held it has run the handshake, or has failed.
+        # A caller who is cancelled already leaves the stream as it is.
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._handshake_lock.acquire_nowait()
+        try:
+            await self._handshake_in_time()
+        finally:
+            self._handshake_lock.release()
+
+    async def _handshake_in_time(self) -> None:
+        complete = False
+        try:
+            with trio.move_on_after(self._handshake_timeout) as scope:
+                await self._run_handshake()
+                complete = True
+            if not complete and scope.cancelled_caught:
+                error = HandshakeTimeout(f"no handshake within {self._handshake_timeout:g} seconds")
+                self._connection.abort(error)
+                await self._fail(error)
+        finally:
+            if not complete and self._failure is None:
+                # Cancelled in the middle: part of a flight may be on its way.
+                self._failure = _Interrupted("the handshake was cancelled")
 
     async def _run_handshake(self) -> None:
         connection = self._connection
@@ -427,6 +435,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                 and self._send_failure is None
                 and not self._connection.close_sent
                 and not self._send_guard.busy
+                and trio.current_effective_deadline() > -math.inf  # or nothing would be sent
             )
             if polite:
                 self._connection.send_close()

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
+import numpy as np
+
 from hybridkex.auth import DevCa
 from hybridkex.constants import TLS13
+from hybridkex.qkd.link import wire
+from hybridkex.qkd.link.cascade import Question
 from hybridkex.qkd.psk import context_of, identity_of
 from hybridkex.qkd.source import KeyRef
 from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
@@ -83,7 +87,34 @@ def seeds() -> dict[str, dict[str, bytes]]:
             "data": bytes((255, 2, 3)) + b"abc",
         },
         "tickets": {"zeros": bytes(64)},
+        "link-messages": _link_messages(),
+        "link-parties": {
+            "unchanged": b"",
+            **{f"flip-{n}": bytes((0, n, 5, 0, n, 1)) for n in range(0, 48, 3)},
+            **{f"cut-{n}": bytes((0, n, 2, 0, 4, 9)) for n in range(1, 48, 6)},
+            **{f"body-{n}": bytes((1, n, 3, 0, 0, 2, 1, 1)) for n in range(2, 48, 6)},
+        },
     }
+
+
+def _link_messages() -> dict[str, bytes]:
+    """One of each kind, short."""
+    bits = np.array([1, 0, 1, 1, 0, 0, 1, 0, 1], dtype=np.uint8)
+    three = bits[:3]
+    messages: dict[str, wire.Message] = {
+        "hello": wire.Hello(role=1, nonce=bytes(32), settings=bytes(32)),
+        "report": wire.Report(pulse=np.array([3, 9, 2**31]), basis=three, bit=three[:2]),
+        "sift": wire.Sift(kept=bits, intensity=bits[:5] * 2, bit=bits[:5]),
+        "ask-frame": wire.Ask(question=None),
+        "ask-pass": wire.Ask(question=Question(None)),
+        "ask": wire.Ask(question=Question(np.array([1, 70_000]))),
+        "found": wire.Found(errors=(1, 2, 3)),
+        "finish": wire.Finish(
+            hash_seed=bytes(32), hash=np.resize(bits, 50), name=bytes(16), seed=np.resize(bits, 99)
+        ),
+        "verdict": wire.Verdict(agree=True),
+    }
+    return {name: message.encode() for name, message in messages.items()}
 
 
 def _record(connection: Connection, name: str, messages: dict[str, bytes]) -> None:

@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qs
 
+import numpy as np
+import trio
+from trio.testing import memory_stream_pair
+
 from hybridkex.auth import DevCa, PeerCertificate, TrustStore, parse_peer_name
 from hybridkex.auth.certificates import read_chain
 from hybridkex.cli.sessions import FileSessionStore
@@ -26,11 +30,21 @@ from hybridkex.errors import (
     ConfigError,
     DecodeError,
     HybridkexError,
+    LinkError,
     LocalStateError,
     PeerError,
 )
 from hybridkex.qkd.etsi014.models import KeyContainer, KeyIds, KeyRequest, ModelError, Status
 from hybridkex.qkd.etsi014.peering import ExtKeys, ids_from_json
+from hybridkex.qkd.link import wire
+from hybridkex.qkd.link.finite_key import Security
+from hybridkex.qkd.link.ledger import LANE_RESERVE, Ledger
+from hybridkex.qkd.link.party import Alice, Block, Bob
+from hybridkex.qkd.link.physics import Transmitter
+from hybridkex.qkd.link.presets import preset
+from hybridkex.qkd.link.quantum import Clicks, Log, Sent, sample
+from hybridkex.qkd.link.randomness import Randomness
+from hybridkex.qkd.link.settings import LinkSettings
 from hybridkex.qkd.psk import identity_of, name_of
 from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
@@ -335,6 +349,142 @@ def _connected() -> tuple[ClientConnection, ServerConnection]:
     return client, server
 
 
+# --- the simulated QKD link -----------------------------------------------------------------------
+
+
+def link_messages(data: bytes) -> None:
+    """A message of the link's classical channel; what parses is encoded as it came."""
+    basis = np.ones(9, dtype=np.uint8)
+    decoders: tuple[Callable[[bytes], wire.Message], ...] = (
+        wire.Hello.decode,
+        wire.Report.decode,
+        lambda body: wire.Sift.decode(body, basis=basis, intensities=3),
+        wire.Ask.decode,
+        lambda body: wire.Found.decode(body, most=(5, 5, 5)),
+        lambda body: wire.Finish.decode(body, hash_bits=50, seed_bits=99),
+        wire.Verdict.decode,
+    )
+    for decode_ in decoders:
+        try:
+            message = decode_(data)
+        except LinkError:
+            continue
+        assert message.encode() == data, "two encodings of one message"
+
+
+@cache
+def _link() -> tuple[LinkSettings, Sent, Clicks]:
+    """A link with blocks as small as they come, and the light of its first block."""
+    chosen = preset("rusca2018")
+    settings = LinkSettings(
+        preset=replace(
+            chosen,
+            channel=replace(chosen.channel, misalignment=0.005),
+            transmitter=Transmitter(
+                intensities=(0.5, 0.13), probabilities=(0.2, 0.8), key_basis_probability=0.55
+            ),
+            security=Security(secrecy=0.5, correctness=0.01),
+        ),
+        block_bits=1500,
+        key_bits=64,
+        tolerance=0.3,
+    )
+    sent, clicks = sample(
+        settings.preset.channel,
+        settings.preset.transmitter,
+        settings.preset.channel,
+        settings.detections,
+        first=0,
+        randomness=Randomness.seeded(4, "fuzz"),
+    )
+    return settings, sent, clicks
+
+
+class _Detector:
+    """The same light again and again."""
+
+    async def detect(self, count: int) -> Clicks:
+        clicks = _link()[2]
+        return replace(clicks, bit=clicks.bit.copy())
+
+
+def link_parties(data: bytes) -> None:
+    """Alice and Bob make a block, with messages changed before they are authenticated.
+
+    As in ``handshake`` the attacker has the keys here, so that changes get past the tags and reach
+    every parser and every state. What the parties must do is end, with a typed error or a block;
+    unchanged, with the same keys.
+    """
+    reader = _Reader(data)
+    changes = {reader.byte() % 64: _link_change(reader) for _ in range(1 + reader.byte() % 3)}
+    settings, sent, clicks = _link()
+    log = Log(settings.preset.transmitter, Randomness.seeded(5, "fuzz"))
+    log.record(clicks.pulse, replace(sent, bit=sent.bit.copy()))
+    near, far = memory_stream_pair()
+    shared = Secret(bytes(4 * LANE_RESERVE))  # so full that the ledger takes nothing of the block
+    alice = Alice(near, settings, log, bootstrap=Ledger(shared), seed=1)
+    bob = Bob(far, settings, _Detector(), bootstrap=Ledger(shared), seed=1)
+    changed = False
+    number = 0
+
+    def hook(party: Alice | Bob) -> None:
+        send = party._line._send
+
+        async def altered(kind: wire.Type, body: bytes) -> None:
+            nonlocal changed, number
+            new = changes.get(number, lambda *same: same)(kind, body)
+            number += 1
+            changed |= new != (kind, body)
+            await send(*new)
+
+        party._line._send = altered  # type: ignore[method-assign]
+
+    made: list[Block] = []
+
+    async def play(party: Alice | Bob, stream: trio.abc.Stream) -> None:
+        async with stream:
+            with contextlib.suppress(LinkError):
+                made.append(await party.block())
+
+    async def both() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(play, alice, near)
+            nursery.start_soon(play, bob, far)
+
+    hook(alice)
+    hook(bob)
+    trio.run(both)
+    if not changed:
+        one, other = made
+        assert one.keys
+        assert [key.key_id for key in one.keys] == [key.key_id for key in other.keys]
+        assert all(a.key == b.key for a, b in zip(one.keys, other.keys, strict=True))
+
+
+def _link_change(reader: _Reader) -> Callable[[wire.Type, bytes], tuple[wire.Type, bytes]]:
+    kind, at, length = reader.byte() % 6, reader.byte() << 8 | reader.byte(), reader.byte()
+    new = reader.bytes_(length)
+
+    def change(type_: wire.Type, body: bytes) -> tuple[wire.Type, bytes]:
+        place = at % (len(body) + 1)
+        if kind == 0:  # overwrite
+            return type_, body[:place] + new + body[place + len(new) :]
+        if kind == 1:  # insert
+            return type_, body[:place] + new + body[place:]
+        if kind == 2:  # delete
+            return type_, body[:place] + body[place + length :]
+        if kind == 3:  # another body altogether
+            return type_, new
+        if kind == 4:  # another message altogether
+            return wire.Type(1 + at % len(wire.Type)), new
+        if not body:
+            return type_, body
+        flipped = body[at % len(body)] ^ (1 << length % 8)
+        return type_, body[: at % len(body)] + bytes((flipped,)) + body[at % len(body) + 1 :]
+
+    return change
+
+
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     one.__name__.replace("_", "-"): one
     for one in (
@@ -350,6 +500,8 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
         raw_client,
         handshake,
         traffic,
+        link_messages,
+        link_parties,
     )
 }
 

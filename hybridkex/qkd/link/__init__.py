@@ -5,13 +5,15 @@ is done here in full, by two parties that share nothing but a quantum and a clas
 
 ::
 
-    physics   presets   entropy        the channel, its parameters, closed forms
+    entropy   physics   presets        the channel, its parameters, closed forms
     asymptotic   finite_key            what a block is worth: Ma 2005, Lim 2014, Rusca 2018
-    randomness   quantum   eavesdroppers   the light: sampled detections, and who touches it
-    wire   authentication   ledger     the classical channel and the key that guards it
-    parity   cascade   toeplitz        error correction and privacy amplification
-    party   session   clock            the protocol itself
-    producer   metrics                 what comes out, for the KMEs
+    optimise   plots                   the best intensities for a distance; pictures
+    randomness   quantum   pulses   eavesdroppers    the light, sampled or pulse by pulse; Eve
+    wire   line   authentication   ledger            the classical channel and what guards it
+    interference                       Eve on the classical channel
+    cascade   toeplitz                 error correction and privacy amplification
+    settings   party                   the protocol itself
+    simulated   remote   producer      both parties in one process or two; keys for the KMEs
 
 The simulation is not a QKD module and claims no certification; see ``docs/qkd-link.md``.
 """

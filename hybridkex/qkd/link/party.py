@@ -220,7 +220,7 @@ class _Party:
         )
 
     def _meet(self, ours: Hello, theirs: Hello) -> None:
-        if theirs.role == ours.role:
+        if theirs.role != 1 - ours.role:
             raise LinkError("both ends play the same party")
         if theirs.settings != ours.settings:
             raise LinkError("the two ends of the link have different settings")

@@ -1,0 +1,3 @@
+module hybridkex/interop
+
+go 1.27

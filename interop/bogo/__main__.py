@@ -13,6 +13,7 @@ from pathlib import Path
 
 from interop.bogo.page import page
 from interop.bogo.results import GROUPS, Outcome, run
+from interop.page import put_into
 
 
 def main() -> int:
@@ -22,7 +23,7 @@ def main() -> int:
     parser.add_argument("pattern", nargs="?", default="")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the counts to this file")
-    parser.add_argument("--page", type=Path, help="write the result page to this file")
+    parser.add_argument("--page", type=Path, help="put the results into this page")
     parser.add_argument("--version", default="not stated", help="of the runner, for the page")
     options = parser.parse_args()
     results = run(options.runner, options.pattern, options.workers)
@@ -35,7 +36,7 @@ def main() -> int:
     if options.json is not None:
         options.json.write_text(json.dumps(results.as_json(), indent=1) + "\n")
     if options.page is not None:
-        options.page.write_text(page(results, options.version))
+        put_into(options.page, "bogo", page(results, options.version))
     return 1 if results.of(Outcome.FAILED) else 0
 
 

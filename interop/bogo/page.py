@@ -1,4 +1,4 @@
-"""The result page, from the results of a run and from ``config.json``."""
+"""The part of the result page, from the results of a run and from ``config.json``."""
 
 import json
 from collections import defaultdict
@@ -7,9 +7,7 @@ from interop.bogo.results import CONFIG, GROUPS, Outcome, Results
 
 __all__ = ["page"]
 
-HEAD = """# Interoperability
-
-## BoGo
+HEAD = """## BoGo
 
 BoringSSL's protocol tests, with a shim around hybridkex's engine (`interop/bogo/shim.py`). This
 part of the page is generated: `python -m interop.bogo RUNNER --page docs/interop.md`.

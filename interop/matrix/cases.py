@@ -12,7 +12,7 @@ __all__ = ["CASES", "Case", "other_end"]
 
 End = Literal["us", "peer"]
 
-SIZE: Final = 16 << 10
+SIZE: Final = 4 << 10
 LARGE: Final = 4 << 20
 EXPORTER: Final = "EXPORTER-interop"
 PSK: Final = Psk(identity="interop-psk", key=bytes(range(32)).hex())
@@ -85,8 +85,8 @@ class Case:
             (self.sni, "SNI"),
             (self.resume, "resumption"),
             (self.resume and self.mutual, "resumption with certificates of both"),
-            (self.update == "us", "answer to KeyUpdate"),
-            (self.update == "peer", "KeyUpdate"),
+            (self.update == "us", "KeyUpdate answer"),
+            (self.update == "peer", "KeyUpdate request"),
             (self.half_close == "peer", "half-close"),
             (self.half_close == "us", "speaking after our close_notify"),
             (self.size == LARGE, "large transfer"),

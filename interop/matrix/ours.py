@@ -262,6 +262,9 @@ async def http_server(page: bytes, stream: Ours, task: Task) -> bytes:
     root before that is given ``page``."""
     buffer = bytearray()
 
+    def headed() -> bool:
+        return b"\r\n\r\n" in buffer
+
     async def until(complete: Callable[[], bool]) -> None:
         while not complete():
             data = await stream.receive_some()
@@ -270,9 +273,9 @@ async def http_server(page: bytes, stream: Ours, task: Task) -> bytes:
             buffer.extend(data)
 
     while True:
-        await until(lambda: b"\r\n\r\n" in buffer)
+        await until(headed)
         head, _, rest = bytes(buffer).partition(b"\r\n\r\n")
-        buffer = bytearray(rest)
+        buffer[:] = rest
         if head.startswith(b"POST "):
             break
         found = head.startswith((b"GET / ", b"GET /?"))
@@ -289,5 +292,5 @@ async def http_server(page: bytes, stream: Ours, task: Task) -> bytes:
 
 
 def _response(status: str, body: bytes, more: str = "") -> bytes:
-    head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nContent-Type: text/html\r\n{more}\r\n"
-    return head.encode() + body
+    fields = f"Content-Length: {len(body)}\r\nContent-Type: text/html\r\n{more}"
+    return f"HTTP/1.1 {status}\r\n{fields}\r\n".encode() + body

@@ -149,5 +149,3 @@ async def agent(*command: str) -> AsyncIterator[Running]:
             await process.wait()
             await trio.aclose_forcefully(process.stdin)
             await trio.aclose_forcefully(process.stdout)
-
-

@@ -120,9 +120,7 @@ async def _try(cell: Cell, running: Running, materials: Materials) -> list[str]:
     here: list[Report] = []
     there: list[Report] = []
 
-    async def server(
-        *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def server(*, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:
         if cell.ours == "server":
             here.extend(await ours.serve(our_task, converse, task_status=task_status))
         else:

@@ -196,5 +196,3 @@ def serve(version: str, configure: Callable[[Task], Callable[[], Engine]]) -> No
     _say(version=version)
     for line in sys.stdin:
         threading.Thread(target=_answer, args=(_parse(line), configure), daemon=True).start()
-
-

@@ -15,7 +15,8 @@ from interop.matrix.agents.loop import Blocked, serve
 from interop.matrix.task import Material, Psk, Task
 
 # pyOpenSSL has no method for groups, PSKs and whether a session was resumed; its binding has.
-_lib, _ffi = SSL._lib, SSL._ffi
+_binding: Any = SSL
+_lib, _ffi = _binding._lib, _binding._ffi
 
 
 class _Engine:
@@ -107,24 +108,25 @@ def _offer(context: SSL.Context, psk: Psk) -> list[Any]:
     """Callbacks for an external PSK; the caller keeps them alive."""
     key = bytes.fromhex(psk.key)
 
-    @_ffi.callback(
-        "unsigned int(SSL *, const char *, char *, unsigned int, unsigned char *, unsigned int)"
-    )
     def client(_: Any, hint: Any, identity: Any, room: int, value: Any, most: int) -> int:
         _ffi.memmove(identity, psk.identity.encode() + b"\0", len(psk.identity) + 1)
         _ffi.memmove(value, key, len(key))
         return len(key)
 
-    @_ffi.callback("unsigned int(SSL *, const char *, unsigned char *, unsigned int)")
     def server(_: Any, identity: Any, value: Any, most: int) -> int:
         if _ffi.string(identity).decode() != psk.identity:
             return 0
         _ffi.memmove(value, key, len(key))
         return len(key)
 
-    _lib.SSL_CTX_set_psk_client_callback(context._context, client)
-    _lib.SSL_CTX_set_psk_server_callback(context._context, server)
-    return [client, server]
+    offer = _ffi.callback(
+        "unsigned int(SSL *, const char *, char *, unsigned int, unsigned char *, unsigned int)",
+        client,
+    )
+    find = _ffi.callback("unsigned int(SSL *, const char *, unsigned char *, unsigned int)", server)
+    _lib.SSL_CTX_set_psk_client_callback(context._context, offer)
+    _lib.SSL_CTX_set_psk_server_callback(context._context, find)
+    return [offer, find]
 
 
 def _context(task: Task, own: Material | None, key_log: list[str]) -> SSL.Context:
@@ -148,9 +150,7 @@ def _context(task: Task, own: Material | None, key_log: list[str]) -> SSL.Contex
         context.set_alpn_protos([name.encode() for name in task.alpn])
     elif task.alpn:
         context.set_alpn_select_callback(
-            lambda _, offered: next(
-                name.encode() for name in task.alpn if name.encode() in offered
-            )
+            lambda _, offered: next(name.encode() for name in task.alpn if name.encode() in offered)
         )
     return context
 

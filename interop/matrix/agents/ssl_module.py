@@ -1,9 +1,11 @@
 """The standard library's ``ssl``, and ``rtls`` (rustls), which has the same interface."""
 
+import contextlib
 import hashlib
 import importlib
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +68,8 @@ class _Engine:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            try:
+            with contextlib.suppress(ssl.SSLWantReadError):  # The other end's is read later.
                 self.object.unwrap()
-            except ssl.SSLWantReadError:
-                pass  # Ours is sent; the other end's is read later.
 
     def report(self) -> dict[str, Any]:
         shown = self.object.getpeercert(binary_form=True)
@@ -137,12 +137,9 @@ def configure(task: Task) -> Callable[[], _Engine]:
 
 def _version() -> str:
     if NAME == "ssl":
-        return f"Python {sys.version.split()[0]}, {ssl.OPENSSL_VERSION[:14].strip()}"
-    from importlib.metadata import version
-
-    from rtls import _rustls  # type: ignore[import-not-found,unused-ignore]
-
-    return f"{version('rtls')}, rustls {_rustls.rustls_version()}"
+        return f"{sys.version.split()[0]}, {' '.join(ssl.OPENSSL_VERSION.split()[:2])}"
+    rustls = importlib.import_module("rtls._rustls")
+    return f"{rustls.rustls_version()}, in rtls {version('rtls')}"
 
 
 if __name__ == "__main__":

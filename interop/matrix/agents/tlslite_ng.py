@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from tlslite.api import (  # type: ignore[import-untyped,unused-ignore]
@@ -127,7 +128,7 @@ class _Engine:
             "alpn": bytes(session.appProto or b"").decode(),
             # Its server does not keep that of a TLS 1.3 session.
             "resumed": connection.resumed if self._task.role == "client" else None,
-            "server_name": session.serverName and str(session.serverName) or None,
+            "server_name": str(session.serverName) if session.serverName else None,
             "peer": chain and hashlib.sha256(chain.x509List[0].bytes).hexdigest(),
             "exporter": None if self._mutual() else self._export(),
         }
@@ -154,12 +155,17 @@ _NAMES = {
 }
 
 
+# dilithium-py makes wrong signatures where two threads use it at once.
+_ALONE = Lock()
+
+
 def _finish(steps: Iterator[Any]) -> Any:
     """Drive one of tlslite's generators: 0 and 1 mean that it waits for its socket."""
-    for result in steps:
-        if result in (0, 1) and isinstance(result, int):
-            raise Blocked
-        return result
+    with _ALONE:
+        for result in steps:
+            if isinstance(result, int) and result in (0, 1):
+                raise Blocked
+            return result
     return None
 
 
@@ -171,8 +177,9 @@ def _then_empty(steps: Iterator[Any]) -> Iterator[Any]:
 
 def _load(own: Material) -> tuple[Any, Any]:
     chain = X509CertChain()
-    chain.parsePemList(Path(own.chain).read_text())
-    return chain, parsePEMKey(Path(own.key).read_text(), private=True)
+    with _ALONE:
+        chain.parsePemList(Path(own.chain).read_text())
+        return chain, parsePEMKey(Path(own.key).read_text(), private=True)
 
 
 def configure(task: Task) -> Callable[[], _Engine]:

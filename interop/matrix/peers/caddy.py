@@ -44,6 +44,9 @@ class _Caddy:
                 await caddy.until(rb"serving initial configuration")
                 task_status.started(int(port[1]))
                 await caddy.until(rb'"handled request".*\n', times=task.connections)
+                # A request is logged before its response is out; the end waits for that.
+                caddy.terminate()
+                await caddy.end()
                 lines = caddy.output.decode().splitlines()
         return [_report(json.loads(line), task) for line in lines if '"handled request"' in line]
 

@@ -20,11 +20,13 @@ from interop.matrix.task import Material, Report, Task, digest
 
 __all__ = ["PEER"]
 
-# It says its text in a POST and writes what it heard into the document. The size of a small case.
+# It says its text in as many POSTs as there are connections, and writes what it heard into the
+# document.
 PAGE: Final = b"""<!doctype html><title>interop</title><pre id="heard"></pre><script>
+const [connections, size] = location.search.slice(1).split('-').map(Number);
 let said = '';
-for (let n = 0; said.length < 16384; n++) said += `client ${String(n).padStart(8, '0')}\\n`;
-for (let times = Number(location.search.slice(1)); times; times--) {
+for (let n = 0; said.length < size; n++) said += `client ${String(n).padStart(8, '0')}\\n`;
+for (let times = connections; times; times--) {
   const request = new XMLHttpRequest();
   request.open('POST', '/', false);
   request.send(said);
@@ -61,7 +63,7 @@ class _Chromium:
             f"--host-resolver-rules=MAP {task.server_name} 127.0.0.1, MAP * ~NOTFOUND",
             f"--ignore-certificate-errors-spki-list={_pin(task.expected)}",
             "--dump-dom",
-            f"https://{task.server_name}:{task.port}/?{task.connections}",
+            f"https://{task.server_name}:{task.port}/?{task.connections}-{task.size}",
         ]
         done = await run(command)
         heard = re.search(rb'<pre id="heard">([^<]*)</pre>', done.stdout)

@@ -93,6 +93,10 @@ class Command:
             await self._news.wait()
         return found[times - 1]
 
+    def terminate(self) -> None:
+        """Ask it to end (SIGTERM)."""
+        self._process.terminate()
+
     async def end(self) -> None:
         """Wait until it has said all."""
         while not self.ended:

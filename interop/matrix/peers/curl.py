@@ -33,7 +33,7 @@ class _Curl:
         command = [self._path]
         for number in range(task.connections):
             command += ["--next"] if number else []
-            command += self._options(task) + ["--data-binary", f"@{said}"]
+            command += [*self._options(task), "--data-binary", f"@{said}"]
             command += ["-o", str(folder / str(number))]
             command += [f"https://{task.server_name}:{task.port}/"]
         done = await run(command, env=os.environ | {"SSLKEYLOGFILE": str(keys)})
@@ -53,7 +53,16 @@ class _Curl:
 
     def _options(self, task: Task) -> list[str]:
         where = f"{task.server_name}:{task.port}:127.0.0.1"
-        options = ["-sS", "--noproxy", "*", "--tlsv1.3", "--cacert", task.ca or "", "--resolve", where]
+        options = [
+            "-sS",
+            "--noproxy",
+            "*",
+            "--tlsv1.3",
+            "--cacert",
+            task.ca or "",
+            "--resolve",
+            where,
+        ]
         if not task.alpn:
             options += ["--http1.1"]
         if task.groups:

@@ -14,13 +14,14 @@ import trio
 from interop.matrix.peer import Missing, Peer, PeerFailed, Running, agent
 from interop.matrix.peers.reasons import IMPORT
 
-__all__ = ["PEER"]
+__all__ = ["PEER", "cache"]
 
 _SOURCE: Final = Path(__file__).parents[1] / "agents" / "go"
 _BUILD_TIME: Final = 300.0
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Where what was built or installed stays for the next run."""
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hybridkex-interop"
 
 
@@ -38,7 +39,7 @@ async def _build(goroot: Path) -> Path:
     """The program, from the compiler's own packages alone: nothing is fetched."""
     sources = b"".join(path.read_bytes() for path in sorted(_SOURCE.iterdir()))
     version = (goroot / "VERSION").read_bytes()
-    program = _cache() / f"go-{hashlib.sha256(version + sources).hexdigest()[:16]}"
+    program = cache() / f"go-{hashlib.sha256(version + sources).hexdigest()[:16]}"
     if program.exists():
         return program
     program.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,7 @@ async def _build(goroot: Path) -> Path:
             env=os.environ
             | {
                 "GOROOT": str(goroot),
-                "GOCACHE": str(_cache() / "go-build"),
+                "GOCACHE": str(cache() / "go-build"),
                 "GOFLAGS": "-mod=mod",
                 "GOPROXY": "off",
                 "GOTOOLCHAIN": "local",
@@ -71,8 +72,8 @@ PEER: Final = Peer(
     open=_open,
     lacks={
         "* group MLKEM768": "no ML-KEM-768 without ECDH",
-        "client retry from x25519 to X25519MLKEM768": "the order of its groups is fixed, hybrids first",
-        "* KeyUpdate": "no call for it",
+        "client retry from x25519 to X25519MLKEM768": "it orders groups by itself, hybrids first",
+        "* KeyUpdate request": "no call for it",
         "* plain PSK": "no external PSKs",
     }
     | IMPORT,

@@ -35,5 +35,5 @@ async def _open() -> AsyncIterator[Running]:
 PEER: Final = Peer(
     name="Node",
     open=_open,
-    lacks={"* KeyUpdate": "no call for it"} | IMPORT,
+    lacks={"* KeyUpdate request": "no call for it"} | IMPORT,
 )

@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from interop.matrix.peer import Peer, PeerFailed, Running
+from interop.matrix.peer import Peer, Running
 from interop.matrix.peers.commands import Command, find, run, running
 from interop.matrix.peers.reasons import IMPORT, NO_HYBRIDS, NO_MLDSA
 from interop.matrix.task import Material, Report, Role, Task, digest, text
@@ -32,9 +32,7 @@ class _OpenSsl:
 
     async def connect(self, task: Task) -> list[Report]:
         with TemporaryDirectory(prefix="interop-") as name:
-            return [
-                await self._one(task, Path(name), number) for number in range(task.connections)
-            ]
+            return [await self._one(task, Path(name), number) for number in range(task.connections)]
 
     async def _one(self, task: Task, folder: Path, number: int) -> Report:
         keys, session = folder / f"keys{number}", str(folder / "session")

@@ -12,5 +12,5 @@ __all__ = ["PEER"]
 PEER: Final = Peer(
     name="pyOpenSSL",
     open=partial(python_agent, "pyopenssl", needs="OpenSSL", package="pyOpenSSL>=26"),
-    lacks={"* KeyUpdate": "its binding has no SSL_key_update"} | IMPORT,
+    lacks={"* KeyUpdate request": "its binding has no SSL_key_update"} | IMPORT,
 )

@@ -16,8 +16,8 @@ OVER_HTTP: Final = {
     "* half-close": "HTTP/1.1: a request, then its response",
     "* speaking after our close_notify": "HTTP/1.1: a request, then its response",
     "* large transfer": "HTTP/1.1: a request, then its response",
-    "* KeyUpdate": "no command for it",
-    "client answer to KeyUpdate": "HTTP/1.1: the client says nothing after the response",
+    "* KeyUpdate request": "no command for it",
+    "client KeyUpdate answer": "HTTP/1.1: the client says nothing after the response",
     "* exporter": "not told over HTTP",
     "* plain PSK": "no option for it",
 } | IMPORT

@@ -21,7 +21,7 @@ PEER: Final = Peer(
         "* resumption": "rtls makes each connection from new, without the sessions of others",
         "* half-close": "rtls ends both directions at once",
         "* speaking after our close_notify": "rtls ends both directions at once",
-        "* KeyUpdate": "rtls has no call for it",
+        "* KeyUpdate request": "rtls has no call for it",
         "* exporter": "rtls has no call for it",
         "* plain PSK": "rustls has no external PSKs",
     }

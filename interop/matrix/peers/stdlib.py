@@ -24,7 +24,7 @@ PEER: Final = Peer(
     | {
         "server retry from *": "no choice of groups",
         "client retry from x25519 to X25519MLKEM768": "no choice of groups",
-        "* KeyUpdate": "no call for it",
+        "* KeyUpdate request": "no call for it",
         "* exporter": "no call for it",
     }
     | IMPORT,

@@ -1,0 +1,142 @@
+"""The matrix, a test for each peer and role; all of them run at once, in one loop.
+
+The cells of peers that PyPI serves run wherever the ``test`` extra is installed. Chromium, curl and
+``openssl`` come from the distribution, liboqs from npm.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from interop.matrix import liboqs, runner
+from interop.matrix.cases import CASES
+from interop.matrix.material import Materials
+from interop.matrix.peer import Missing, Peer
+from interop.matrix.peers import PEERS
+from interop.matrix.report import as_markdown, from_json
+from interop.matrix.runner import Cell, Outcome, Result, cells, missing_from, run_all
+from interop.matrix.task import Report, Role, digest, text
+from interop.page import DOCS, part_of
+
+ROLES: tuple[Role, ...] = ("client", "server")
+
+
+def todo(peers: tuple[Peer, ...] = PEERS) -> list[Cell]:
+    return cells(peers, CASES)
+
+
+SEATS = [
+    pytest.param(peer, role, id=f"{peer.name}, hybridkex as {role}")
+    for peer in PEERS
+    for role in ROLES
+    if any(missing_from(cell) is None for cell in todo((peer,)) if cell.ours == role)
+]
+
+
+@pytest.fixture(scope="session")
+def results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[Result]:
+    """Of the peers whose tests were selected."""
+    chosen = {
+        item.callspec.params["peer"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function)
+        and hasattr(item, "callspec")
+        and "peer" in item.callspec.params
+    }
+    materials = Materials(tmp_path_factory.mktemp("matrix"))
+    wanted = todo(tuple(peer for peer in PEERS if peer in chosen))
+    return trio.run(run_all, wanted, materials)[1]
+
+
+@pytest.mark.parametrize(("peer", "role"), SEATS)
+def test_peer(peer: Peer, role: Role, results: list[Result]) -> None:
+    mine = [one for one in results if one.cell.peer is peer and one.cell.ours == role]
+    if any(one.outcome is Outcome.MISSING for one in mine):
+        pytest.skip(f"{peer.name}: {mine[0].reason}")
+    assert [f"{one.cell}: {one.reason}" for one in mine if one.outcome is Outcome.FAILED] == []
+    assert sum(one.outcome is Outcome.PASSED for one in mine) > 10
+
+
+@pytest.fixture(scope="module")
+def wasm() -> Iterator[liboqs.Liboqs]:
+    try:
+        opening = liboqs.opened()
+        running = opening.__enter__()
+    except Missing as missing:
+        pytest.skip(f"liboqs in WebAssembly: {missing}")
+    yield running
+    opening.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("direction", liboqs.DIRECTIONS)
+@pytest.mark.parametrize("name", liboqs.PARAMETER_SETS)
+def test_liboqs(name: str, direction: str, wasm: liboqs.Liboqs) -> None:
+    try:
+        assert liboqs.agrees(wasm, name, direction)
+    except Missing as missing:
+        pytest.skip(str(missing))
+
+
+def test_the_page_is_of_these_cases_and_has_no_red_cell() -> None:
+    values = json.loads((DOCS / "interop.json").read_text(encoding="utf-8"))
+    versions, results = from_json(values, todo())
+    assert set(versions) == {peer.name for peer in PEERS}
+    assert {one.outcome for one in results} == {Outcome.PASSED, Outcome.NOT_SUPPORTED}
+    assert all(one.reason for one in results if one.outcome is Outcome.NOT_SUPPORTED)
+    kems = liboqs.Kems.from_json(values["liboqs"])
+    assert set(kems.agree) == {
+        (name, way) for name in liboqs.PARAMETER_SETS for way in liboqs.DIRECTIONS
+    }
+    assert all(kems.agree.values())
+    page = as_markdown(versions, results) + "\n" + kems.as_markdown()
+    assert part_of(DOCS / "interop.md", "matrix") == page.strip()
+
+
+async def test_a_difference_is_seen(tmp_path: Path) -> None:
+    """The judge is no rubber stamp: an end that says another thing fails its cell."""
+    peer = next(one for one in PEERS if one.name == "pyOpenSSL")
+    cell = next(one for one in todo((peer,)) if one.case.name == "exporter")
+    ours, theirs = cell.case.tasks(cell.ours, Materials(tmp_path))
+    lines = tuple(f"{label} 00 11" for label in sorted(runner._SECRETS))
+    said = digest(text("server", ours.size))
+    back = digest(text("client", ours.size))
+    assert ours.expected is not None
+    good = Report(
+        group="X25519MLKEM768",
+        suite="TLS_AES_128_GCM_SHA256",
+        alpn="",
+        resumed=False,
+        peer=ours.expected.fingerprint,
+        exporter="aa",
+        key_log=lines,
+        received=said,
+        retried=False,
+        updates=0,
+    )
+    told = replace(good, peer=None, received=back)
+
+    def judge(we: Report, they: Report) -> list[str]:
+        return list(runner._judge(cell.case, ours, theirs, [we], [they]))
+
+    assert judge(good, told) == []
+    for they in (
+        replace(told, exporter="bb"),
+        replace(told, exporter=None),
+        replace(told, group="x25519"),
+        replace(told, suite="TLS_AES_256_GCM_SHA384"),
+        replace(told, resumed=True),
+        replace(told, received=said),
+        replace(told, key_log=lines[1:]),
+        replace(told, key_log=(f"{lines[0][:-1]}2", *lines[1:])),
+    ):
+        assert len(judge(good, they)) == 1, they
+    for we in (replace(good, peer="00"), replace(good, resumed=True), replace(good, received=back)):
+        assert judge(we, told)
+    assert judge(good, told) == []
+    assert runner._judge(cell.case, ours, theirs, [], [told])

@@ -5,13 +5,18 @@ import subprocess
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Final, Protocol
 
 import trio
 
 from interop.matrix.task import Report, Task
 
 __all__ = ["Missing", "Peer", "PeerFailed", "Running", "agent"]
+
+
+_ROOT: Final = Path(__file__).parents[2]
+"""Agents in Python are modules below it."""
 
 
 class Missing(Exception):
@@ -61,6 +66,7 @@ class Peer:
             role and one of a case's needs, for example ``server group MLKEM*`` or ``* exporter``.
         http: whether it speaks HTTP/1.1 instead of a stream of bytes.
         page: what our HTTP server gives to a GET.
+        note: what a reader of the results should know.
     """
 
     name: str
@@ -68,6 +74,7 @@ class Peer:
     lacks: Mapping[str, str]
     http: bool = False
     page: bytes = b""
+    note: str = ""
 
 
 @dataclass
@@ -128,7 +135,7 @@ async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[dict[str, Any]
 async def agent(*command: str) -> AsyncIterator[Running]:
     """Start an agent and end it."""
     process = await trio.lowlevel.open_process(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=_ROOT
     )
     assert process.stdin is not None
     assert process.stdout is not None

@@ -80,11 +80,12 @@ def as_markdown(versions: Mapping[str, str], results: Iterable[Result]) -> str:
         "|---|---|---:|---:|---:|",
     ]
     peers = _names(results)
+    notes = {result.cell.peer.name: result.cell.peer.note for result in results}
     for name in peers:
         counts = Counter(one.outcome for one in results if one.cell.peer.name == name)
         lines.append(
             f"| {name} | {versions.get(name, 'not there')} | {counts[Outcome.PASSED]} "
-            f"| {counts[Outcome.NOT_SUPPORTED]} | {counts[Outcome.FAILED]} |"
+            f"| {counts[Outcome.NOT_SUPPORTED]} | {counts[Outcome.FAILED]} | {notes[name]} |"
         )
     lines += ["", "In each cell: hybridkex as client, hybridkex as server. ✓ passed, ✗ failed,"]
     lines += ["– not supported by the peer, · not a case for this role.", ""]

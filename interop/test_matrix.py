@@ -4,6 +4,7 @@ The cells of peers that PyPI serves run wherever the ``test`` extra is installed
 ``openssl`` come from the distribution, liboqs from npm.
 """
 
+import fnmatch
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 import trio
 
 from interop.matrix import liboqs, runner
-from interop.matrix.cases import CASES
+from interop.matrix.cases import CASES, other_end
 from interop.matrix.material import Materials
 from interop.matrix.peer import Missing, Peer
 from interop.matrix.peers import PEERS
@@ -98,7 +99,15 @@ def test_the_page_is_of_these_cases_and_has_no_red_cell() -> None:
     assert part_of(DOCS / "interop.md", "matrix") == page.strip()
 
 
-async def test_a_difference_is_seen(tmp_path: Path) -> None:
+def test_what_a_peer_lacks_is_asked_of_it() -> None:
+    """A pattern that matches nothing says something of a case that is gone, or is misspelt."""
+    for peer in PEERS:
+        wanted = {f"{other_end(cell.ours)} {need}" for cell in todo() for need in cell.case.needs}
+        idle = [pattern for pattern in peer.lacks if not fnmatch.filter(wanted, pattern)]
+        assert idle == [], peer.name
+
+
+def test_a_difference_is_seen(tmp_path: Path) -> None:
     """The judge is no rubber stamp: an end that says another thing fails its cell."""
     peer = next(one for one in PEERS if one.name == "pyOpenSSL")
     cell = next(one for one in todo((peer,)) if one.case.name == "exporter")

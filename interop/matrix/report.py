@@ -30,7 +30,7 @@ A case passes where both ends agree on all that they can tell: group, cipher sui
 there was a HelloRetryRequest and whether a session was resumed, the certificate shown, every
 secret of the key log, the exporter, and each byte that was sent. What a peer's interface does not
 tell is not compared; for the cases *key log* and *exporter* it must be told. Between peers that
-speak a stream of bytes, 4 KiB go each way; curl, Caddy and Chromium send them in HTTP/1.1.
+speak a stream of bytes, 4 KiB go each way; curl, Caddy and Chromium send them in HTTP/1.
 """
 
 
@@ -76,8 +76,8 @@ def as_markdown(versions: Mapping[str, str], results: Iterable[Result]) -> str:
     results = list(results)
     lines = [
         _HEAD,
-        "| peer | version | passed | not supported | failed |",
-        "|---|---|---:|---:|---:|",
+        "| peer | version | passed | not supported | failed | |",
+        "|---|---|---:|---:|---:|---|",
     ]
     peers = _names(results)
     notes = {result.cell.peer.name: result.cell.peer.note for result in results}

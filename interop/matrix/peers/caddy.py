@@ -10,13 +10,12 @@ from typing import Any, Final
 import trio
 
 from interop.matrix.peer import Peer, PeerFailed, Running
-from interop.matrix.peers.commands import find_script, running, version_of
+from interop.matrix.peers.commands import find_script, key_log, running, version_of
 from interop.matrix.peers.reasons import OVER_HTTP
 from interop.matrix.task import Report, Task, digest, text
 
 __all__ = ["PEER"]
 
-_CURVES: Final = ("X25519MLKEM768", "x25519", "secp256r1", "secp384r1")
 _SUITES: Final = {
     0x1301: "TLS_AES_128_GCM_SHA256",
     0x1302: "TLS_AES_256_GCM_SHA384",
@@ -36,8 +35,8 @@ class _Caddy:
         self, task: Task, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
     ) -> list[Report]:
         with TemporaryDirectory(prefix="interop-") as name:
-            configuration = Path(name) / "caddy.json"
-            configuration.write_text(json.dumps(_configuration(task)))
+            configuration, keys = Path(name) / "caddy.json", Path(name) / "keys"
+            configuration.write_text(json.dumps(_configuration(task, keys)))
             command = [self._path, "run", "--config", str(configuration)]
             async with running(command, env={"HOME": name, "XDG_DATA_HOME": name}) as caddy:
                 port = await caddy.until(rb'"actual_address":"127\.0\.0\.1:(\d+)"')
@@ -48,10 +47,12 @@ class _Caddy:
                 caddy.terminate()
                 await caddy.end()
                 lines = caddy.output.decode().splitlines()
-        return [_report(json.loads(line), task) for line in lines if '"handled request"' in line]
+            logs = key_log(keys)
+        entries = [json.loads(line) for line in lines if '"handled request"' in line]
+        return [_report(entry, task, log) for entry, log in zip(entries, logs, strict=True)]
 
 
-def _report(entry: dict[str, Any], task: Task) -> Report:
+def _report(entry: dict[str, Any], task: Task, log: tuple[str, ...]) -> Report:
     """From a line of the access log; a request is answered with 200 if its body is the text."""
     tls, right = entry["request"]["tls"], entry["status"] == 200
     return Report(
@@ -59,12 +60,13 @@ def _report(entry: dict[str, Any], task: Task) -> Report:
         resumed=tls["resumed"],
         alpn=tls["proto"],
         server_name=tls["server_name"],
+        key_log=log,
         received=digest(text("client", task.size)) if right else "something else",
     )
 
 
-def _configuration(task: Task) -> dict[str, Any]:
-    policy: dict[str, Any] = {"protocol_min": "tls1.3"}
+def _configuration(task: Task, keys: Path) -> dict[str, Any]:
+    policy: dict[str, Any] = {"protocol_min": "tls1.3", "insecure_secrets_log": str(keys)}
     if task.groups:
         policy["curves"] = [name.lower() for name in task.groups]
     if task.ca is not None:
@@ -117,7 +119,6 @@ PEER: Final = Peer(
         "server group MLKEM*": "no choice of it in its configuration",
         "server group SecP*": "no choice of it in its configuration",
         "server resumption with certificates of both": "seen: it makes a full handshake instead",
-        "server key_log": "secrets_log is a file of its own; Go's is compared",
     }
     | OVER_HTTP,
 )

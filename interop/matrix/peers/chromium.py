@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from interop.matrix.peer import Peer, PeerFailed, Running
-from interop.matrix.peers.commands import find, run, version_of
+from interop.matrix.peers.commands import find, key_log, run, version_of
 from interop.matrix.peers.reasons import OVER_HTTP
 from interop.matrix.task import Material, Report, Task, digest
 
@@ -69,15 +69,7 @@ class _Chromium:
         heard = re.search(rb'<pre id="heard">([^<]*)</pre>', done.stdout)
         if heard is None:
             raise PeerFailed((done.stderr or done.stdout)[-600:].decode(errors="replace"))
-        lines = keys.read_text().splitlines() if keys.exists() else []
-        randoms = list(dict.fromkeys(line.split()[1] for line in lines if line.count(" ") == 2))
-        return [
-            Report(
-                received=digest(heard[1]),
-                key_log=tuple(line for line in lines if random in line),
-            )
-            for random in randoms
-        ]
+        return [Report(received=digest(heard[1]), key_log=log) for log in key_log(keys)]
 
     async def serve(
         self, task: Task, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED

@@ -12,7 +12,7 @@ import trio
 
 from interop.matrix.peer import Missing, PeerFailed
 
-__all__ = ["Command", "find", "find_script", "run", "running", "version_of"]
+__all__ = ["Command", "find", "find_script", "key_log", "run", "running", "version_of"]
 
 
 def find(name: str, package: str) -> str:
@@ -49,6 +49,16 @@ async def run(
         check=False,
         env=env,
     )
+
+
+def key_log(path: Path) -> list[tuple[str, ...]]:
+    """The lines of a key log, connection by connection; each has a client random of its own."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    by_random: dict[str, list[str]] = {}
+    for line in lines:
+        if line.count(" ") == 2:
+            by_random.setdefault(line.split()[1], []).append(line)
+    return [tuple(found) for found in by_random.values()]
 
 
 async def version_of(*command: str) -> str:

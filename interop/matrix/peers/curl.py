@@ -10,7 +10,7 @@ from typing import Final
 import trio
 
 from interop.matrix.peer import Peer, PeerFailed, Running
-from interop.matrix.peers.commands import find, run
+from interop.matrix.peers.commands import find, key_log, run
 from interop.matrix.peers.openssl import openssl_group
 from interop.matrix.peers.reasons import NO_HYBRIDS, NO_MLDSA, OVER_HTTP
 from interop.matrix.task import Report, Task, digest, text
@@ -39,16 +39,12 @@ class _Curl:
         done = await run(command, env=os.environ | {"SSLKEYLOGFILE": str(keys)})
         if done.returncode != 0:
             raise PeerFailed(done.stderr.decode(errors="replace").strip())
-        lines = keys.read_text().splitlines() if keys.exists() else []
-        randoms = list(dict.fromkeys(line.split()[1] for line in lines if line.count(" ") == 2))
-        if len(randoms) != task.connections:
-            raise PeerFailed(f"{len(randoms)} connections of {task.connections}")
+        logs = key_log(keys)
+        if len(logs) != task.connections:
+            raise PeerFailed(f"{len(logs)} connections of {task.connections}")
         return [
-            Report(
-                received=digest((folder / str(number)).read_bytes()),
-                key_log=tuple(line for line in lines if random in line),
-            )
-            for number, random in enumerate(randoms)
+            Report(received=digest((folder / str(number)).read_bytes()), key_log=log)
+            for number, log in enumerate(logs)
         ]
 
     def _options(self, task: Task) -> list[str]:

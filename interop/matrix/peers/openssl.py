@@ -13,7 +13,7 @@ from typing import Final
 import trio
 
 from interop.matrix.peer import Peer, Running
-from interop.matrix.peers.commands import Command, find, run, running
+from interop.matrix.peers.commands import Command, find, key_log, run, running
 from interop.matrix.peers.reasons import IMPORT, NO_HYBRIDS, NO_MLDSA
 from interop.matrix.task import Material, Report, Role, Task, digest, text
 
@@ -50,7 +50,7 @@ class _OpenSsl:
             await client.stdin.aclose()
             await client.end()
             said = bytes(client.output)
-        return _report(task, said, received, _lines_of(1, keys))
+        return _report(task, said, received, key_log(keys)[0])
 
     async def serve(
         self, task: Task, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
@@ -77,7 +77,9 @@ class _OpenSsl:
                     received = await _talk(server, task, "client", number)
                     await server.until(b"CONNECTION CLOSED", times=number)
                     told = bytes(server.output[start:])
-                    reports.append(_report(task, told, received, _lines_of(number, keys)))
+                    # For its second certificate, s_server logs nothing.
+                    log = key_log(keys)[number - 1 : number]
+                    reports.append(_report(task, told, received, log[0] if log else None))
         return reports
 
 
@@ -139,7 +141,7 @@ def _shown(own: Material) -> list[str]:
     return ["-cert", own.chain, "-key", own.key]
 
 
-def _report(task: Task, said: bytes, received: bytes, key_log: list[str]) -> Report:
+def _report(task: Task, said: bytes, received: bytes, log: tuple[str, ...] | None) -> Report:
     told = said.decode(errors="replace")
 
     def find_in(pattern: str) -> str | None:
@@ -154,17 +156,9 @@ def _report(task: Task, said: bytes, received: bytes, key_log: list[str]) -> Rep
         alpn=find_in(r"ALPN protocol(?:s selected)?: (\S+)"),
         resumed=None if resumed is None else resumed == "Reused",
         exporter=exporter and exporter.lower(),
-        # s_server logs nothing for its second certificate.
-        key_log=tuple(key_log) or None,
+        key_log=log,
         received=digest(received),
     )
-
-
-def _lines_of(number: int, keys: Path) -> list[str]:
-    """The lines of one connection in a key log; the first has the number 1."""
-    lines = [line for line in keys.read_text().splitlines() if line.count(" ") == 2]
-    randoms = list(dict.fromkeys(line.split()[1] for line in lines))
-    return [line for line in lines if line.split()[1] in randoms[number - 1 : number]]
 
 
 @asynccontextmanager

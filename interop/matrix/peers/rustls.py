@@ -19,7 +19,7 @@ PEER: Final = Peer(
         "server retry from *": "rtls has no choice of groups",
         "client retry from x25519 to X25519MLKEM768": "rtls has no choice of groups",
         "server SNI": "rtls does not call its sni_callback",
-        "* resumption": "rtls makes each connection from new, without the sessions of others",
+        "* resumption": "seen: rtls resumes no session",
         "* half-close": "rtls ends both directions at once",
         "* speaking after our close_notify": "rtls ends both directions at once",
         "* KeyUpdate request": "rtls has no call for it",

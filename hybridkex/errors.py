@@ -195,7 +195,8 @@ class HandshakeTimeout(PeerError):
 
 
 class AlertReceived(HybridkexError):
-    """The peer ended the connection with an error alert; :attr:`alert` is its code point."""
+    """The peer ended the connection with an error alert; :attr:`alert` is its code point and
+    :attr:`name` what RFC 8446 section 6 calls it."""
 
     def __init__(self, alert: int) -> None:
         try:
@@ -204,6 +205,7 @@ class AlertReceived(HybridkexError):
             name = f"alert {alert}"
         super().__init__(f"the peer sent {name}")
         self.alert = alert
+        self.name = name
 
 
 class TruncationError(HybridkexError):

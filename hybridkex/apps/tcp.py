@@ -8,23 +8,33 @@ from typing import Final
 import trio
 from trio.abc import HalfCloseableStream
 
-__all__ = ["CountingStream", "os_reason", "reset", "watch_peer"]
+__all__ = ["CountingStream", "keep_alive", "os_reason", "reset", "watch_peer"]
 
 SILENCE: Final = 45
 """Seconds after which a peer that does not even acknowledge is taken for gone."""
 
 
-def watch_peer(stream: trio.SocketStream) -> None:
-    """Let the kernel end a connection whose peer has vanished.
+def keep_alive(stream: trio.SocketStream) -> None:
+    """Let the kernel end a connection that is at rest and whose peer has vanished.
 
-    Better than a time limit on data: a peer that is busy, hashing a large file or waiting for a
-    person to type, still acknowledges (RFC 5482, tcp(7)).
+    Better than a time limit on data: a peer that is busy, or that waits for a person to type, still
+    acknowledges (tcp(7)).
     """
     with contextlib.suppress(OSError):  # not TCP
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE // 3)
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE // 9)
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
+
+
+def watch_peer(stream: trio.SocketStream) -> None:
+    """As :func:`keep_alive`, and also while data is on its way (RFC 5482).
+
+    Linux counts a peer that acknowledges and reads nothing as silent, too: this is for protocols
+    whose peers always read.
+    """
+    keep_alive(stream)
+    with contextlib.suppress(OSError):
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE * 1000)
 
 

@@ -22,6 +22,7 @@ COMMANDS: Final = {
     "listen": "accept secure channels; standard input and output are the data",
     "send": "send files and folders; broken transfers go on where they were",
     "receive": "take in files and folders, verified before they appear",
+    "tunnel": "carry the connections of other programs through secure channels",
     "demo": "two sites in one terminal: a real file across, and what its keys rest on",
     "rndl": "record now, decrypt later: adversaries of the future try our recordings",
     "dev-ca": "make a small certificate authority and a certificate for tests and first steps",

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import trio
 
+from hybridkex.cli.running import first_of
 from hybridkex.errors import HybridkexError
 from hybridkex.streams import SecureStream
 from hybridkex.tls.session import Session
@@ -52,13 +53,7 @@ async def pipe(stream: SecureStream[Any]) -> None:
             nursery.cancel_scope.cancel()
     except* trio.BrokenResourceError as group:
         # Both directions see the same end; one of them is enough to tell it.
-        raise ChannelFailed(reason(_first(group))) from None
-
-
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+        raise ChannelFailed(reason(first_of(group))) from None
 
 
 async def _send_input(stream: SecureStream[Any], sent: trio.Event) -> None:

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import trio
 
-__all__ = ["run_trio"]
+__all__ = ["first_of", "run_trio"]
 
 T = TypeVar("T")
 
@@ -18,7 +18,11 @@ def run_trio(main: Callable[[], Awaitable[T]]) -> T:
     try:
         return trio.run(main)
     except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
+        raise first_of(group) from None
+
+
+def first_of(error: BaseException) -> BaseException:
+    """The first error inside of nested groups; the error itself, if it is none."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

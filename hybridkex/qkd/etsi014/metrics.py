@@ -10,7 +10,7 @@ from hybridkex.qkd.etsi014.http import Request, Response
 if TYPE_CHECKING:  # numpy comes with it, and is an extra
     from hybridkex.qkd.link.party import Block
 
-__all__ = ["KmeMetrics"]
+__all__ = ["KmeMetrics", "metrics_page"]
 
 
 class KmeMetrics:
@@ -123,6 +123,13 @@ class KmeMetrics:
 
     async def handle(self, request: Request) -> Response:
         """Answer ``GET /metrics``."""
-        if request.path != ("metrics",) or request.method != "GET":
-            return Response.json(404, {"message": "the metrics are at /metrics"})
-        return Response(body=self.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
+        return metrics_page(self._registry, request)
+
+
+def metrics_page(registry: CollectorRegistry, request: Request) -> Response:
+    """The metrics of a registry in the Prometheus text format, at ``/metrics``."""
+    if request.path != ("metrics",) or request.method != "GET":
+        return Response.json(404, {"message": "the metrics are at /metrics"})
+    return Response(
+        body=generate_latest(registry), content_type="text/plain; version=0.0.4; charset=utf-8"
+    )

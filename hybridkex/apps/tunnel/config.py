@@ -1,0 +1,106 @@
+"""What one tunnel is."""
+
+from collections.abc import Callable, Collection
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from hybridkex import ClientConfig, ServerConfig
+from hybridkex.apps.address import Address, TcpAddress, UnixAddress
+from hybridkex.errors import ConfigError
+
+__all__ = ["Channel", "TunnelConfig", "check_together"]
+
+Channel: TypeAlias = Callable[[], AbstractAsyncContextManager[ClientConfig | ServerConfig]]
+"""Reads the certificates and opens the key sources of a channel, for as long as the context lasts.
+
+With a ``ServerConfig`` the connections that are accepted are the secure ones and those to the
+target are plain; with a ``ClientConfig`` it is the other way round.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunnelConfig:
+    """One tunnel: where it listens, where its connections go, and what secures one half of the way.
+
+    Args:
+        name: tells it from the others in logs and metrics.
+        local: where it listens.
+        forward: where each connection is carried to.
+        channel: see :data:`Channel`.
+        server_name: the name in the server's certificate, if it is not the host of ``forward``.
+        bind: the local address of connections to ``forward``, ``None`` for any.
+        allowed: names of which a client's certificate must have one (subject alternative names or
+            the common name); empty: whomever the channel's configuration accepts.
+        max_connections: more at the same time are refused.
+        handshake_timeout: seconds for a handshake.
+        connect_timeout: seconds for the connection to ``forward``.
+        idle_timeout: seconds without a byte in either direction after which a connection is cut;
+            ``None`` for no limit.
+        socket_mode: the permissions of ``local``, where it is a Unix socket.
+        json: log sessions as JSON.
+
+    Raises:
+        ConfigError: a value that makes no sense.
+    """
+
+    name: str
+    local: Address
+    forward: Address
+    channel: Channel
+    server_name: str | None = None
+    bind: str | None = None
+    allowed: frozenset[str] = frozenset()
+    max_connections: int = 256
+    handshake_timeout: float = 10.0
+    connect_timeout: float = 10.0
+    idle_timeout: float | None = None
+    socket_mode: int = 0o600
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ConfigError("a tunnel needs a name")
+        if self.max_connections < 1:
+            raise ConfigError(f"{self.name}: max-connections is at least 1")
+        limits = (self.handshake_timeout, self.connect_timeout, self.idle_timeout)
+        if not all(limit is None or limit > 0 for limit in limits):
+            raise ConfigError(f"{self.name}: time limits are positive")
+        if not 0 <= self.socket_mode <= 0o777:
+            raise ConfigError(f"{self.name}: the mode of a socket is 000 to 777")
+
+    @property
+    def expected_name(self) -> str | None:
+        """The name that the server at ``forward`` must have, for a client.
+
+        Raises:
+            ConfigError: a Unix socket has none.
+        """
+        if self.server_name is not None:
+            return self.server_name
+        if isinstance(self.forward, UnixAddress):
+            raise ConfigError(f"{self.name}: the server at {self.forward} needs a server-name")
+        return self.forward.host
+
+    @property
+    def door(self) -> tuple[Address, str]:
+        """What makes a listening socket the same one after a change of the configuration."""
+        any_port = isinstance(self.local, TcpAddress) and self.local.port == 0
+        return self.local, self.name if any_port else ""
+
+
+def check_together(tunnels: Collection[TunnelConfig]) -> None:
+    """Raise ``ConfigError`` where two of them are in each other's way, or there are none."""
+    if not tunnels:
+        raise ConfigError("no tunnel is configured")
+    names: set[str] = set()
+    doors: dict[tuple[Address, str], str] = {}
+    for tunnel in tunnels:
+        if tunnel.name in names:
+            raise ConfigError(f"two tunnels are called {tunnel.name}")
+        if tunnel.door in doors:
+            raise ConfigError(
+                f"{doors[tunnel.door]} and {tunnel.name} both listen on {tunnel.local}"
+            )
+        names.add(tunnel.name)
+        doors[tunnel.door] = tunnel.name

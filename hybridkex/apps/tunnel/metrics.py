@@ -1,0 +1,110 @@
+"""What the tunnels of a process count, in Prometheus form (needs ``prometheus_client``)."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from hybridkex import Session
+from hybridkex.errors import AlertReceived, PeerError
+
+__all__ = ["TunnelCounters", "TunnelMetrics"]
+
+
+class TunnelMetrics:
+    """The metrics of the tunnels of one process, told apart by the label ``tunnel``."""
+
+    def __init__(self) -> None:
+        registry = CollectorRegistry()
+        self.registry = registry
+        self.open = Gauge(
+            "hybridkex_tunnel_connections_open",
+            "Connections now.",
+            ("tunnel",),
+            registry=registry,
+        )
+        self.total = Counter(
+            "hybridkex_tunnel_connections",
+            "Connections accepted.",
+            ("tunnel",),
+            registry=registry,
+        )
+        self.failed = Counter(
+            "hybridkex_tunnel_connections_refused",
+            "Connections that carried nothing: limit, handshake, name or upstream.",
+            ("tunnel", "reason"),
+            registry=registry,
+        )
+        self.cut = Counter(
+            "hybridkex_tunnel_connections_cut",
+            "Connections that did not come to an orderly end.",
+            ("tunnel",),
+            registry=registry,
+        )
+        self.bytes = Counter(
+            "hybridkex_tunnel_bytes",
+            "Bytes carried, out from where the tunnel listens or back.",
+            ("tunnel", "direction"),
+            registry=registry,
+        )
+        self.handshakes = Counter(
+            "hybridkex_tunnel_handshakes",
+            "Handshakes that went well.",
+            ("tunnel", "group", "auth"),
+            registry=registry,
+        )
+        self.handshake_failures = Counter(
+            "hybridkex_tunnel_handshake_failures",
+            "Handshakes that failed, with the alert and who sent it.",
+            ("tunnel", "alert", "by"),
+            registry=registry,
+        )
+        self.qkd_keys = Counter(
+            "hybridkex_tunnel_qkd_keys",
+            "QKD keys that went into handshakes.",
+            ("tunnel",),
+            registry=registry,
+        )
+        self.qkd_fallbacks = Counter(
+            "hybridkex_tunnel_qkd_fallbacks",
+            "Handshakes without a QKD key, where one is preferred.",
+            ("tunnel",),
+            registry=registry,
+        )
+
+    def of(self, tunnel: str) -> "TunnelCounters":
+        """Those of one tunnel, which are there from now on."""
+        return TunnelCounters(self, tunnel)
+
+
+class TunnelCounters:
+    """The metrics of one tunnel; found once, not at each chunk."""
+
+    def __init__(self, metrics: TunnelMetrics, tunnel: str) -> None:
+        self._metrics = metrics
+        self._tunnel = tunnel
+        self.open = metrics.open.labels(tunnel)
+        self.total = metrics.total.labels(tunnel)
+        self.cut = metrics.cut.labels(tunnel)
+        self.out = metrics.bytes.labels(tunnel, "out")
+        self.back = metrics.bytes.labels(tunnel, "back")
+        self._qkd_keys = metrics.qkd_keys.labels(tunnel)
+        self._qkd_fallbacks = metrics.qkd_fallbacks.labels(tunnel)
+
+    def refused(self, reason: str) -> None:
+        """A connection came to nothing."""
+        self._metrics.failed.labels(self._tunnel, reason).inc()
+
+    def handshake(self, session: Session) -> None:
+        """A handshake went well."""
+        auth = session.authenticated_by.value
+        self._metrics.handshakes.labels(self._tunnel, session.group, auth).inc()
+        self._qkd_keys.inc(len(session.qkd_key_ids))
+        if session.qkd_fallback is not None:
+            self._qkd_fallbacks.inc()
+
+    def handshake_failed(self, cause: BaseException | None) -> None:
+        """A handshake failed."""
+        alert, by = "none", "nobody"
+        if isinstance(cause, PeerError):
+            alert, by = cause.alert.name.lower(), "us"
+        elif isinstance(cause, AlertReceived):
+            alert, by = cause.name, "peer"
+        self._metrics.handshake_failures.labels(self._tunnel, alert, by).inc()

@@ -1,0 +1,360 @@
+"""Any number of tunnels in one process, and how their configuration changes while they run.
+
+Three nurseries, ended from the inside out: no new connections, then no old ones, then the key
+sources are closed. A configuration in force is a :class:`_Live`; a connection takes the one that it
+finds when it is accepted and holds it until its handshake is done, so that a new configuration is
+for new connections and an old one stays open as long as somebody needs its key source.
+"""
+
+import contextlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import trio
+
+from hybridkex import ClientConfig, SecureStream, ServerConfig, Session
+from hybridkex.apps.address import Address
+from hybridkex.apps.tcp import keep_alive, os_reason, reset
+from hybridkex.apps.tunnel.config import TunnelConfig, check_together
+from hybridkex.apps.tunnel.forward import ConnectionCut, Leg, forward
+from hybridkex.apps.tunnel.metrics import TunnelCounters, TunnelMetrics
+from hybridkex.apps.tunnel.sockets import connect, listen, set_mode, unlink
+from hybridkex.errors import HybridkexError
+
+__all__ = ["TunnelServer"]
+
+LOG: Final = logging.getLogger("hybridkex.tunnel")
+
+
+class _Refused(HybridkexError):
+    """A connection that carries nothing."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class _Live:
+    """A configuration in force: its files are read, its key sources are open."""
+
+    def __init__(self, config: TunnelConfig, channel: ClientConfig | ServerConfig) -> None:
+        self.config = config
+        self.channel = channel
+        self.over = trio.Event()
+        self._users = 0
+        self._retired = False
+
+    def retire(self) -> None:
+        """No new connection will use it."""
+        self._retired = True
+        if not self._users:
+            self.over.set()
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """A handshake is under way with it."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if self._retired and not self._users:
+                self.over.set()
+
+
+@dataclass(eq=False)
+class _Door:
+    """Where connections come in, and the configuration that they find."""
+
+    address: Address
+    listeners: list[trio.SocketListener]
+    live: _Live
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+    async def aclose(self) -> None:
+        for listener in self.listeners:
+            await listener.aclose()
+        unlink(self.address)
+
+
+class TunnelServer:
+    """Runs tunnels.
+
+    Args:
+        metrics: where they count.
+    """
+
+    def __init__(self, metrics: TunnelMetrics) -> None:
+        self._metrics = metrics
+        self._doors: dict[tuple[Address, str], _Door] = {}
+        self._open: Counter[str] = Counter()
+        self._closing = trio.Event()
+        self._grace = 0.0
+        self._background: trio.Nursery
+        self._connections: trio.Nursery
+        self._accepting: trio.Nursery
+
+    async def run(
+        self,
+        tunnels: Collection[TunnelConfig],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until :meth:`close`; started once all of them listen.
+
+        Raises:
+            ConfigError: the configuration cannot be used.
+        """
+        async with (
+            trio.open_nursery() as self._background,
+            trio.open_nursery() as self._connections,
+        ):
+            async with trio.open_nursery() as self._accepting:
+                await self.apply(tunnels)
+                task_status.started()
+                await self._closing.wait()
+                self._accepting.cancel_scope.cancel()
+            if self._connections.child_tasks:
+                LOG.info(
+                    "%d connections may go on for %g s",
+                    len(self._connections.child_tasks),
+                    self._grace,
+                )
+            self._connections.cancel_scope.deadline = trio.current_time() + self._grace
+            for door in self._doors.values():
+                door.live.retire()
+
+    def close(self, grace: float) -> None:
+        """Begin an orderly end: no new connections, the old ones have ``grace`` seconds. Called
+        again, it ends them sooner."""
+        self._grace = grace
+        if self._closing.is_set():
+            self._connections.cancel_scope.deadline = trio.current_time() + grace
+        self._closing.set()
+
+    @property
+    def open_connections(self) -> int:
+        """How many there are now."""
+        return self._open.total()
+
+    def listeners(self, name: str) -> list[trio.SocketListener]:
+        """The listening sockets of a tunnel."""
+        return next(
+            door.listeners for door in self._doors.values() if door.live.config.name == name
+        )
+
+    async def apply(self, tunnels: Collection[TunnelConfig]) -> None:
+        """Put a new configuration into force, as a whole or not at all.
+
+        Connections that are there go on as they are. A listening socket that is in both
+        configurations stays open, so that nobody is refused in between.
+
+        Raises:
+            ConfigError: the new one cannot be used, and the old one stays.
+        """
+        check_together(tunnels)
+        fresh: dict[tuple[Address, str], _Live] = {}
+        opened: dict[tuple[Address, str], _Door] = {}
+        try:
+            for config in tunnels:
+                fresh[config.door] = await self._background.start(self._hold, config)
+            for key, live in fresh.items():
+                if key not in self._doors:
+                    config = live.config
+                    listeners = await listen(config.local, mode=config.socket_mode)
+                    opened[key] = _Door(config.local, listeners, live)
+        except BaseException:
+            for live in fresh.values():
+                live.retire()
+            with trio.CancelScope(shield=True):
+                for door in opened.values():
+                    await door.aclose()
+            raise
+        for key in [key for key in self._doors if key not in fresh]:
+            gone = self._doors.pop(key)
+            gone.scope.cancel()
+            gone.live.retire()
+        for key, door in self._doors.items():
+            door.live.retire()
+            door.live = fresh[key]
+            set_mode(door.address, door.live.config.socket_mode)
+        for key, door in opened.items():
+            self._doors[key] = door
+            self._accepting.start_soon(self._accept, door)
+
+    async def _hold(self, config: TunnelConfig, *, task_status: trio.TaskStatus[_Live]) -> None:
+        async with config.channel() as channel:
+            if isinstance(channel, ClientConfig):
+                _ = config.expected_name  # now, not with the first connection
+            elif not (channel.require_client_certificate or channel.has_psk):
+                LOG.info("%s: clients need not prove who they are", config.name)
+            self._metrics.of(config.name)  # shown at zero, so that a rate has a beginning
+            live = _Live(config, channel)
+            task_status.started(live)
+            await live.over.wait()
+
+    async def _accept(self, door: _Door) -> None:
+        async def handle(socket: trio.SocketStream) -> None:
+            await self._accepted(door.live, socket)
+
+        with door.scope:
+            try:
+                await trio.serve_listeners(
+                    handle, door.listeners, handler_nursery=self._connections
+                )
+            finally:
+                unlink(door.address)
+
+    # -- one connection
+
+    async def _accepted(self, live: _Live, socket: trio.SocketStream) -> None:
+        name = live.config.name
+        counters = self._metrics.of(name)
+        peer = _peer(socket)
+        if self._open[name] >= live.config.max_connections:
+            counters.refused("limit")
+            LOG.warning("%s: %s refused: %d connections are open", name, peer, self._open[name])
+            reset(socket)
+            return
+        self._open[name] += 1
+        counters.total.inc()
+        try:
+            with counters.open.track_inprogress():
+                await _Connection(live, socket, counters, f"{name}: {peer}").run()
+        except Exception:
+            # A bug of ours costs one connection, not all of them.
+            LOG.exception("%s: %s: internal error", name, peer)
+        finally:
+            self._open[name] -= 1
+
+
+class _Connection:
+    """One connection, from its acceptance to its end."""
+
+    def __init__(
+        self, live: _Live, socket: trio.SocketStream, counters: TunnelCounters, what: str
+    ) -> None:
+        self._live = live
+        self._config = live.config
+        self._counters = counters
+        self._what = what
+        self._accepted = socket
+        self._sockets = [socket]
+        """Whatever has been opened: all of it is closed in the end."""
+
+    async def run(self) -> None:
+        began = trio.current_time()
+        out, back = _Sum(self._counters.out.inc), _Sum(self._counters.back.inc)
+        end = "cut: the tunnel is ending"
+        try:
+            with self._live.used():
+                legs = await self._establish()
+            await forward(*legs, out=out, back=back, idle_timeout=self._config.idle_timeout)
+            for leg in legs:
+                await leg.stream.aclose()
+            self._sockets.clear()
+            end = "closed"
+        except _Refused as refused:
+            self._counters.refused(refused.kind)
+            end = f"refused: {refused}"
+        except ConnectionCut as cut:
+            self._counters.cut.inc()
+            end = f"cut: {cut}"
+        except trio.Cancelled:
+            self._counters.cut.inc()
+            raise
+        finally:
+            for socket in self._sockets:
+                reset(socket)
+            LOG.log(
+                logging.WARNING if end.startswith("refused") else logging.INFO,
+                "%s %s; %d bytes out, %d back, %.1f s",
+                self._what,
+                end,
+                out.sum,
+                back.sum,
+                trio.current_time() - began,
+            )
+
+    async def _establish(self) -> tuple[Leg, Leg]:
+        """Both halves of the way, near and far."""
+        channel = self._live.channel
+        keep_alive(self._accepted)
+        if isinstance(channel, ServerConfig):
+            near = await self._secure(self._accepted, channel, None)
+            far = await self._connect()
+            return near, Leg("the target", far, far)
+        far = await self._connect()
+        return (
+            Leg("the program", self._accepted, self._accepted),
+            await self._secure(far, channel, self._config.expected_name),
+        )
+
+    async def _connect(self) -> trio.SocketStream:
+        address, limit = self._config.forward, self._config.connect_timeout
+        try:
+            with trio.fail_after(limit):
+                socket = await connect(address, bind=self._config.bind)
+        except trio.TooSlowError:
+            raise _Refused("upstream", f"no answer from {address} within {limit:g} s") from None
+        except OSError as error:
+            raise _Refused("upstream", f"cannot connect to {address}: {os_reason(error)}") from None
+        self._sockets.append(socket)
+        keep_alive(socket)
+        return socket
+
+    async def _secure(
+        self, socket: trio.SocketStream, channel: ClientConfig | ServerConfig, name: str | None
+    ) -> Leg:
+        stream: SecureStream[Any] = SecureStream(
+            socket,
+            channel,
+            server_hostname=name,
+            handshake_timeout=self._config.handshake_timeout,
+        )
+        try:
+            await stream.do_handshake()
+        except trio.BrokenResourceError as error:
+            self._counters.handshake_failed(error.__cause__)
+            raise _Refused("handshake", f"handshake failed: {error.__cause__ or error}") from None
+        session = stream.session
+        self._counters.handshake(session)
+        if self._config.allowed and self._config.allowed.isdisjoint(_names(session)):
+            raise _Refused("name", f"{session.peer_subject} is not on the list")
+        LOG.info("%s open; %s", self._what, _described(session, as_json=self._config.json))
+        return Leg("the channel", stream, socket)
+
+
+class _Sum:
+    """Adds up for the log what is counted for the metrics."""
+
+    def __init__(self, count: Any) -> None:
+        self._count = count
+        self.sum = 0
+
+    def __call__(self, amount: int) -> None:
+        self.sum += amount
+        self._count(amount)
+
+
+def _described(session: Session, *, as_json: bool) -> str:
+    if as_json:
+        return json.dumps(session.as_json())
+    return "; ".join(" ".join(line.split()) for line in str(session).splitlines())
+
+
+def _names(session: Session) -> set[str | None]:
+    shown = session.peer_certificate
+    return set() if shown is None else {shown.common_name, *shown.names}
+
+
+def _peer(socket: trio.SocketStream) -> str:
+    try:
+        where = socket.socket.getpeername()
+    except OSError:  # gone already
+        return "somebody"
+    return f"{where[0]}:{where[1]}" if isinstance(where, tuple) else "a local program"

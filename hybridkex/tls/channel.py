@@ -20,7 +20,12 @@ from hybridkex.errors import (
 from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.events import Event
-from hybridkex.tls.protection import ReadProtection, WriteProtection, plaintext_records
+from hybridkex.tls.protection import (
+    ReadProtection,
+    WriteProtection,
+    content_length,
+    plaintext_records,
+)
 from hybridkex.wire.messages import HEADER_LENGTH, Message, encode
 from hybridkex.wire.records import Record, RecordBuffer
 
@@ -230,9 +235,10 @@ class Channel:
     def next_item(self) -> Item | None:
         """The next thing that has arrived whole, or ``None``."""
         while True:
-            message = self._take_message()
-            if message is not None:
-                return message
+            if self._message:
+                message = self._take_message()
+                if message is not None:
+                    return message
             if self._deferred is not None:
                 raise self._deferred
             if self._stashed is not None:
@@ -299,17 +305,19 @@ class Channel:
                         continue
                     raise
                 self._early_data_budget = 0
-                if not out[end - 1]:
-                    end = filled + len(bytes(view[filled:end]).rstrip(b"\0"))
-                    if end == filled:
-                        raise UnexpectedMessage("a record of nothing but zeros")  # section 5.4
-                end -= 1
+                length = content_length(view[filled:end])
+                if length < 0:
+                    raise UnexpectedMessage("a record of nothing but zeros")  # section 5.4
+                end = filled + length
                 type_ = out[end]
                 if type_ != _APPLICATION:
                     self._stashed = (type_, bytes(view[filled:end]))
                     break
-                self._check_data(end - filled)
-                filled = end
+                self._check_data(length)
+                more = read.open_data(self.incoming, view[end:])
+                if more:
+                    self._empty_records = 0
+                filled = end + more
                 record = self.incoming.take()
         except PeerError as error:
             if not filled:

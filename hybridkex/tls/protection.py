@@ -10,14 +10,14 @@ from cryptography.exceptions import InvalidTag
 
 from hybridkex.constants import LEGACY_VERSION, MAX_PLAINTEXT, ContentType
 from hybridkex.crypto.schedule import TrafficSecret
-from hybridkex.crypto.suites import TAG_LENGTH
+from hybridkex.crypto.suites import IV_LENGTH, TAG_LENGTH
 from hybridkex.errors import BadRecordMac, RecordOverflow
-from hybridkex.wire.records import HEADER_LENGTH, Record, header
+from hybridkex.wire.records import HEADER, HEADER_LENGTH, Record, RecordBuffer, header
 
-__all__ = ["Padding", "ReadProtection", "WriteProtection", "plaintext_records"]
+__all__ = ["Padding", "ReadProtection", "WriteProtection", "content_length", "plaintext_records"]
 
 _OVERHEAD: Final = 1 + TAG_LENGTH
-_OUTER_TYPE: Final = ContentType.APPLICATION_DATA
+_OUTER_TYPE: Final = int(ContentType.APPLICATION_DATA)
 
 
 class Padding(Protocol):
@@ -67,29 +67,24 @@ class WriteProtection:
                 for start in range(0, pieces * limit, limit)
             )
         out = bytearray(len(content) + pieces * (HEADER_LENGTH + _OVERHEAD))
-        view = memoryview(out)
-        inner, encrypt = self._scratch, self._aead.encrypt_into
-        iv, sequence = self._iv, self._sequence
-        position = consumed = 0
-        while True:
-            size = min(limit, len(content) - consumed)
-            if len(inner) != size + 1:
-                inner = self._scratch = memoryview(bytearray(size + 1))
-            # A bytearray would copy twice here.
-            inner[:size] = content[consumed : consumed + size]
-            inner[size] = type_
-            length = size + _OVERHEAD
-            head = b"\x17\x03\x03%c%c" % (length >> 8, length & 0xFF)
+        view, encrypt = memoryview(out), self._aead.encrypt_into
+        inner, size = self._scratch, len(self._scratch) - 1
+        head, position = b"", 0
+        for start in range(0, pieces * limit, limit):
+            piece = content[start : start + limit]
+            if len(piece) != size or not head:
+                size = len(piece)
+                if len(inner) != size + 1:
+                    inner = self._scratch = memoryview(bytearray(size + 1))
+                inner[size] = type_
+                head = header(_OUTER_TYPE, size + _OVERHEAD)
+            inner[:size] = piece  # A bytearray would copy twice here.
             body = position + HEADER_LENGTH
             view[position:body] = head
-            position = body + length
-            nonce = (iv ^ sequence).to_bytes(12, "big")
-            encrypt(nonce, inner, head, view[body:position])
-            sequence += 1
-            consumed += size
-            if consumed >= len(content):
-                break
-        self._sequence = sequence
+            position = body + size + _OVERHEAD
+            nonce = self._iv ^ self._sequence
+            encrypt(nonce.to_bytes(IV_LENGTH, "big"), inner, head, view[body:position])
+            self._sequence += 1
         return out
 
     def _seal_padded(
@@ -100,7 +95,7 @@ class WriteProtection:
         head = header(_OUTER_TYPE, len(inner) + TAG_LENGTH)
         out = bytearray(HEADER_LENGTH + len(inner) + TAG_LENGTH)
         out[:HEADER_LENGTH] = head
-        nonce = (self._iv ^ self._sequence).to_bytes(12, "big")
+        nonce = (self._iv ^ self._sequence).to_bytes(IV_LENGTH, "big")
         self._aead.encrypt_into(nonce, inner, head, memoryview(out)[HEADER_LENGTH:])
         self._sequence += 1
         return out
@@ -142,7 +137,7 @@ class ReadProtection:
         size = len(fragment) - TAG_LENGTH
         if size < 0:
             raise BadRecordMac("a protected record that is too short to be one")
-        nonce = (self._iv ^ self._sequence).to_bytes(12, "big")
+        nonce = (self._iv ^ self._sequence).to_bytes(IV_LENGTH, "big")
         try:
             self._aead.decrypt_into(nonce, fragment, record.header, out[:size])
         except InvalidTag:
@@ -151,6 +146,52 @@ class ReadProtection:
             raise RecordOverflow(f"a record with {size} bytes inside, where {self.limit} may be")
         self._sequence += 1
         return size
+
+    def open_data(self, incoming: RecordBuffer, out: memoryview) -> int:
+        """Decrypt the records of application data that come next; returns the bytes of data.
+
+        This is :meth:`open` for many records in a row, without an object for any of them. Before
+        whatever is not whole, good, plain data it stops, as if it had not seen it: that is for
+        :meth:`open` and its caller to judge.
+
+        Args:
+            incoming: what has been received.
+            out: as long as that, or longer.
+        """
+        chunk, start = incoming.in_place()
+        last_header = len(chunk) - HEADER_LENGTH
+        decrypt, iv, sequence = self._aead.decrypt_into, self._iv, self._sequence
+        filled = 0
+        while start <= last_header:
+            type_, major, length = HEADER.unpack_from(chunk, start)
+            body = start + HEADER_LENGTH
+            end, size = body + length, length - TAG_LENGTH
+            whole = end <= len(chunk) and 1 < size <= self.limit
+            if type_ != _OUTER_TYPE or major != LEGACY_VERSION >> 8 or not whole:
+                break
+            nonce = (iv ^ sequence).to_bytes(IV_LENGTH, "big")
+            inner = out[filled : filled + size]
+            try:
+                decrypt(nonce, chunk[body:end], chunk[start:body], inner)
+            except InvalidTag:
+                break
+            content = content_length(inner)
+            if content < 1 or inner[content] != _OUTER_TYPE:
+                break
+            filled += content
+            sequence += 1
+            start = end
+        self._sequence = sequence
+        incoming.skip(start)
+        return filled
+
+
+def content_length(inner: memoryview) -> int:
+    """Where the content of an inner plaintext ends and its type stands (section 5.4): -1 where
+    there is nothing but zeros."""
+    if inner and inner[-1]:
+        return len(inner) - 1
+    return len(bytes(inner).rstrip(b"\0")) - 1
 
 
 def plaintext_records(type_: int, content: bytes, version: int = LEGACY_VERSION) -> bytes:

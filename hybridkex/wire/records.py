@@ -16,13 +16,14 @@ from hybridkex.constants import (
 )
 from hybridkex.errors import DecodeError, RecordOverflow, UnexpectedMessage
 
-__all__ = ["HEADER_LENGTH", "MAX_RECORD", "Record", "RecordBuffer", "header"]
+__all__ = ["HEADER", "HEADER_LENGTH", "MAX_RECORD", "Record", "RecordBuffer", "header"]
 
 HEADER_LENGTH: Final = 5
 MAX_RECORD: Final = HEADER_LENGTH + MAX_PLAINTEXT + MAX_CIPHERTEXT_EXPANSION
 """Bytes of the largest record, its header included."""
 
-_HEADER: Final = Struct(">BBxH")
+HEADER: Final = Struct(">BBxH")
+"""Type, first byte of the version, and length."""
 _LIMITS: Final = {int(type_): MAX_PLAINTEXT for type_ in ContentType} | {
     int(ContentType.APPLICATION_DATA): MAX_PLAINTEXT + MAX_CIPHERTEXT_EXPANSION
 }
@@ -60,6 +61,18 @@ class RecordBuffer:
     def pending(self) -> int:
         """Bytes received and not yet taken."""
         return len(self._partial) + len(self._chunk) - self._position
+
+    def in_place(self) -> tuple[memoryview, int]:
+        """Received bytes, and where in them the next record begins: for a reader that cuts whole
+        records by itself and calls :meth:`skip` then. Empty while a record straddles two reads."""
+        if self._partial:
+            return self._chunk[:0], 0
+        return self._chunk, self._position
+
+    def skip(self, end: int) -> None:
+        """The bytes of :meth:`in_place` have been taken up to ``end``."""
+        if not self._partial:
+            self._position = end
 
     def drain(self) -> bytes:
         """All that has not been taken, as it came."""
@@ -120,7 +133,7 @@ class RecordBuffer:
 def _check_header(data: memoryview | bytearray, start: int) -> tuple[int, int]:
     """The type and the length that a record's header gives."""
     major: int
-    type_, major, length = _HEADER.unpack_from(data, start)
+    type_, major, length = HEADER.unpack_from(data, start)
     # legacy_record_version is ignored (section 5.1) but for its first byte, which tells a peer that
     # does not speak TLS at all before we wait for the rest of its "record".
     if major != LEGACY_VERSION >> 8:

@@ -302,10 +302,13 @@ def test_too_many_empty_records(trust: TrustStore, identity: Identity) -> None:
         (b"xyz\x63", "a record of type 99"),
     ],
 )
+@pytest.mark.parametrize("ahead", [b"", b"data\x17"], ids=["alone", "behind data"])
 def test_what_must_not_be_inside_a_record(
-    inner: bytes, reason: str, trust: TrustStore, identity: Identity
+    inner: bytes, reason: str, ahead: bytes, trust: TrustStore, identity: Identity
 ) -> None:
     pair = Pair.make(*small(trust, identity)).connect()
+    if ahead:
+        pair.client.send_data(ahead)
     write = pair.client._channel.write
     assert write is not None
     content, type_ = (inner[:-1], inner[-1]) if inner else (b"", 0)
@@ -313,6 +316,22 @@ def test_what_must_not_be_inside_a_record(
     pair.fight()
     assert reason in str(pair.errors["server"])
     assert isinstance(pair.errors["server"], PeerError)
+
+
+@pytest.mark.parametrize("ahead", [b"", b"data\x17"], ids=["alone", "behind data"])
+def test_a_record_with_nothing_inside(ahead: bytes, trust: TrustStore, identity: Identity) -> None:
+    """Not even a content type: a good tag over no bytes."""
+    pair = Pair.make(*small(trust, identity)).connect()
+    if ahead:
+        pair.client.send_data(ahead)
+    write = pair.client._channel.write
+    assert write is not None
+    head, tag = b"\x17\3\3\0\x10", bytearray(16)
+    nonce = (write._iv ^ write._sequence).to_bytes(12, "big")
+    write._aead.encrypt_into(nonce, b"", head, tag)
+    pair.client._channel._outgoing.append(head + tag)
+    pair.fight()
+    assert "nothing but zeros" in str(pair.errors["server"])
 
 
 def test_data_between_the_pieces_of_a_message(trust: TrustStore, identity: Identity) -> None:

@@ -7,6 +7,7 @@ then close_notify from both, then the end of the transport.
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 __all__ = ["Material", "Psk", "Report", "Role", "Task", "digest", "text"]
@@ -106,6 +107,7 @@ class Report:
     """KeyUpdates that came from the other end."""
 
 
+@lru_cache(maxsize=8)
 def text(role: Role, size: int) -> bytes:
     """What an end of this role says: numbered lines, cut at ``size`` bytes."""
     lines = -(-size // len(f"{role} {0:08d}\n"))

@@ -97,11 +97,17 @@ class Command:
         Raises:
             PeerFailed: the command ended without.
         """
-        while len(found := list(re.finditer(pattern, self.output))) < times:
-            if self.ended:
+        found, start = None, 0
+        while times:
+            found = re.compile(pattern).search(self.output, start)
+            if found is not None:
+                times, start = times - 1, found.end()
+            elif self.ended:
                 raise PeerFailed(self.output[-600:].decode(errors="replace"))
-            await self._news.wait()
-        return found[times - 1]
+            else:
+                await self._news.wait()
+        assert found is not None
+        return found
 
     def terminate(self) -> None:
         """Ask it to end (SIGTERM)."""

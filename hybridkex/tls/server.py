@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import Final
 
-from hybridkex.auth import Identity, RawIdentity, VerifiedPeer
+from hybridkex.auth import Identity, PeerName, RawIdentity, VerifiedPeer, parse_peer_name
 from hybridkex.constants import (
     HELLO_RETRY_RANDOM,
     TLS13,
@@ -34,6 +34,7 @@ from hybridkex.crypto.signatures import CERTIFICATE_ONLY_SCHEMES, SignatureSchem
 from hybridkex.crypto.suites import SHA256, SHA384, CipherSuite, HashFunction
 from hybridkex.errors import (
     CertificateRejected,
+    ConfigError,
     DecryptError,
     HandshakeFailure,
     IllegalParameter,
@@ -240,6 +241,15 @@ class _Hello:
         return name.host_name.lower() if name is not None else None
 
     @property
+    def peer_name(self) -> PeerName | None:
+        """The same, if it is a name at all: a client may ask for any bytes."""
+        name = self.server_name
+        try:
+            return parse_peer_name(name) if name is not None else None
+        except ConfigError:
+            return None
+
+    @property
     def server_types(self) -> tuple[int, ...]:
         """The kinds of certificate that the client can check (RFC 7250)."""
         offer = self.message.extensions.get(ServerCertificateTypeOffer)
@@ -437,6 +447,8 @@ class _Choice:
     retried: bool
     identity: Identity | RawIdentity | None
     scheme: SignatureScheme | None
+    named: bool
+    """Whether the identity is the one that the client asked for by name."""
     alpn: bytes | None
     client_type: int | None
     """What the client shall show of itself; ``None`` where it is not asked."""
@@ -453,7 +465,7 @@ def _negotiate(
     """Settle everything; ask for a PSK where only an outside source can know it."""
     if suite.code not in hello.message.cipher_suites:
         raise IllegalParameter("the cipher suite of HelloRetryRequest is not offered any more")
-    identity, scheme = _choose_identity(config, hello)
+    identity, scheme, named = _choose_identity(config, hello)
     choice = _Choice(
         config=config,
         hello=hello,
@@ -463,6 +475,7 @@ def _negotiate(
         retried=transcript is not None,
         identity=identity,
         scheme=scheme,
+        named=named,
         alpn=_choose_alpn(config, hello),
         client_type=_choose_client_type(config, hello),
     )
@@ -482,19 +495,20 @@ def _negotiate(
 
 def _choose_identity(
     config: ServerConfig, hello: _Hello
-) -> tuple[Identity | RawIdentity | None, SignatureScheme | None]:
-    """Our certificate or raw key: by name first, then by what the client can verify."""
-    name = hello.server_name
+) -> tuple[Identity | RawIdentity | None, SignatureScheme | None, bool]:
+    """Our certificate or raw key: by name first, then by what the client can verify; and whether
+    it is by name."""
+    name = hello.peer_name
     named = [] if name is None else [one for one in config.identities if one.matches(name)]
     if config.require_known_name and not named:
-        raise UnrecognizedName(f"no identity for the name {name}")
+        raise UnrecognizedName(f"no identity for the name {hello.server_name}")
     for identity in (*named, *config.identities):
         if identity.certificate_type not in hello.server_types:
             continue
         scheme = choose_scheme(identity.private_key, config.signature_schemes, hello.schemes)
         if scheme is not None:
-            return identity, scheme
-    return None, None
+            return identity, scheme, identity in named
+    return None, None, False
 
 
 def _choose_client_type(config: ServerConfig, hello: _Hello) -> int | None:
@@ -707,9 +721,7 @@ def _encrypted_extensions(
 ) -> Extensions:
     config, offered = choice.config, choice.hello.message.extensions
     extensions: list[Extension] = []
-    name = choice.hello.server_name
-    named = name is not None and choice.identity is not None and choice.identity.matches(name)
-    if named and with_certificate:  # or the name was of no use (RFC 6066 section 3)
+    if choice.named and with_certificate:  # or the name was of no use (RFC 6066 section 3)
         extensions.append(ServerNameAck())
     if choice.alpn is not None:
         extensions.append(AlpnChoice(choice.alpn))

@@ -35,6 +35,8 @@ __all__ = ["Conversation", "connect", "http_client", "http_server", "serve", "st
 
 _GROUPS: Final = {group.name: group for group in ALL_GROUPS}
 _SUITES: Final = {suite.name: suite for suite in ALL_SUITES}
+_HANDSHAKE_TIMEOUT: Final = 40.0
+"""Seconds: some peers do ML-DSA in Python, many cases at once."""
 _ANY: Final = Policy(post_quantum=Requirement.PREFER)
 
 Conversation = Callable[["Ours", Task], Awaitable[bytes]]
@@ -143,7 +145,12 @@ async def connect(task: Task, port: int, converse: Conversation) -> list[Report]
     reports = []
     for _ in range(task.connections):
         tcp = _Tap(await trio.open_tcp_stream("127.0.0.1", port))
-        stream = SecureStream(tcp, config, server_hostname=task.server_name)
+        stream = SecureStream(
+            tcp,
+            config,
+            server_hostname=task.server_name,
+            handshake_timeout=_HANDSHAKE_TIMEOUT,
+        )
         reports.append(await _run(stream, task, log, converse))
     return reports
 
@@ -162,7 +169,9 @@ async def serve(
         task_status.started(listener.socket.getsockname()[1])
         reports = []
         for _ in range(task.connections):
-            stream = SecureStream(_Tap(await listener.accept()), config)
+            stream = SecureStream(
+                _Tap(await listener.accept()), config, handshake_timeout=_HANDSHAKE_TIMEOUT
+            )
             reports.append(await _run(stream, task, log, converse))
         return reports
 

@@ -118,7 +118,7 @@ PEER: Final = Peer(
         "client *": "a server alone",
         "server group MLKEM*": "no choice of it in its configuration",
         "server group SecP*": "no choice of it in its configuration",
-        "server resumption with certificates of both": "seen: it makes a full handshake instead",
+        "server resumption with certificates of both": "a full handshake instead, with curl too",
     }
     | OVER_HTTP,
 )

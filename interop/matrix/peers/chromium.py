@@ -104,7 +104,8 @@ PEER: Final = Peer(
         "client group SecP*": "not offered",
         "client certificate ed25519": "not offered",
         "client certificate mldsa*": "not offered",
-        "client resumption": "seen without a window: its second connection offers no session",
+        # Where the first connection takes more than a moment, a second one is begun beside it.
+        "client resumption": "resumes, but may open its second connection before it has a session",
         "client client certificate": "it takes client certificates from its user's store alone",
     }
     | OVER_HTTP,

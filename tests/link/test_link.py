@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from trio.testing import memory_stream_pair
 
+from hybridkex.auth import DevCa, TrustStore
 from hybridkex.errors import (
     BlockAborted,
     ConfigError,
@@ -22,10 +23,12 @@ from hybridkex.errors import (
     LinkAuthenticationError,
     LinkError,
 )
-from hybridkex.qkd.link.finite_key import Counts
+from hybridkex.qkd.link import party
+from hybridkex.qkd.link.finite_key import Counts, Security, expected_counts
 from hybridkex.qkd.link.ledger import Ledger
 from hybridkex.qkd.link.optimise import tuned
 from hybridkex.qkd.link.party import Alice, Block, Bob, verification_hash
+from hybridkex.qkd.link.physics import Transmitter
 from hybridkex.qkd.link.presets import PRESETS, Preset
 from hybridkex.qkd.link.quantum import Clicks, Fibre, sample
 from hybridkex.qkd.link.randomness import Randomness
@@ -33,6 +36,8 @@ from hybridkex.qkd.link.settings import LinkSettings
 from hybridkex.qkd.link.simulated import SimulatedLink
 from hybridkex.qkd.link.wire import HEADER, Type
 from hybridkex.secret import Secret
+from hybridkex.streams import SecureStream
+from hybridkex.tls.config import ClientConfig, ServerConfig
 
 
 @functools.cache
@@ -70,6 +75,24 @@ async def test_both_ends_have_the_same_keys(name: str, bootstrap: str) -> None:
     assert names == ["wegman-carter" if bootstrap == "psk" else "signatures", "wegman-carter"]
     ids = [key_id for key_id, _ in keys([alice for alice, _ in made])]
     assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "distance"),
+    [("gys2005", 10), ("lim2014", 50), ("rusca2018", 100), ("boaron2018", 150)],
+)
+async def test_each_preset_makes_keys(name: str, distance: float) -> None:
+    """Intensities, dead time and after-pulses are those of the paper's; distances are usual."""
+    chosen = settings(name, distance)
+    ((alice, bob),) = await blocks(SimulatedLink(chosen, seed=4), 1)
+    assert keys([alice]) == keys([bob])
+    assert alice.keys
+    expected = expected_counts(chosen.preset.channel, chosen.preset.transmitter, 1.0)
+    spread = np.sqrt(expected.key_error_rate / alice.sifted)
+    assert abs(alice.qber - expected.key_error_rate) < 5 * spread
+    assert alice.secret_bits < alice.sifted - alice.leak
+    assert alice.efficiency < 1.25
+    assert alice.epsilon < 1.001e-9
 
 
 async def test_one_seed_one_run_and_none_none() -> None:
@@ -187,8 +210,29 @@ SMALL = LinkSettings(
 )
 
 
+# Blocks as small as they come: with proofs that promise less, a few thousand bits make a key.
+TINY = LinkSettings(
+    preset=dataclasses.replace(
+        PRESETS["rusca2018"],
+        name="tiny",
+        channel=dataclasses.replace(PRESETS["rusca2018"].channel, misalignment=0.005),
+        transmitter=Transmitter(
+            intensities=(0.52, 0.15), probabilities=(0.25, 0.75), key_basis_probability=0.6
+        ),
+        security=Security(secrecy=0.1, correctness=1e-9),
+    ),
+    block_bits=4000,
+    key_bits=64,
+    tolerance=0.3,
+)
+
+
 async def two_parties(
-    *, flip: tuple[int, int] | None = None, seed: int = 11, patience: float = 5.0
+    settings: LinkSettings,
+    *,
+    flip: tuple[int, int] | None = None,
+    seed: int = 11,
+    patience: float = 30.0,
 ) -> tuple[list[Block | LinkError], tuple[Recorder, Recorder], list[Clicks]]:
     """One block; ``flip``: whose message, and which bit of all that this party says."""
     left, right = memory_stream_pair()
@@ -196,7 +240,7 @@ async def two_parties(
         Recorder(stream, flip=flip[1] if flip and flip[0] == who else None)
         for who, stream in enumerate((left, right))
     )
-    fibre = Fibre(SMALL.preset.channel, SMALL.preset.transmitter, seed=seed)
+    fibre = Fibre(settings.preset.channel, settings.preset.transmitter, seed=seed)
     clicks: list[Clicks] = []
 
     class Kept:
@@ -205,8 +249,8 @@ async def two_parties(
             clicks.append(dataclasses.replace(seen, bit=seen.bit.copy()))
             return seen
 
-    alice = Alice(ends[0], SMALL, fibre.log, bootstrap=Ledger(PSK), seed=seed, timeout=patience)
-    bob = Bob(ends[1], SMALL, Kept(), bootstrap=Ledger(PSK), seed=seed, timeout=patience)
+    alice = Alice(ends[0], settings, fibre.log, bootstrap=Ledger(PSK), seed=seed, timeout=patience)
+    bob = Bob(ends[1], settings, Kept(), bootstrap=Ledger(PSK), seed=seed, timeout=patience)
     outcome: dict[int, Block | LinkError] = {}
 
     async def play(number: int, party: Alice | Bob) -> None:
@@ -222,44 +266,129 @@ async def two_parties(
     return [outcome[0], outcome[1]], (ends[0], ends[1]), clicks
 
 
-PSK = Secret(bytes(range(256)) * 2)
+PSK = Secret(bytes(range(256)) * 4)
+"""More than the ledger wants, so that even a tiny block leaves keys."""
 
 
-async def test_a_flipped_bit_anywhere_costs_the_block() -> None:
-    """A bit of every message, and of many places in it: header, body, tag."""
-    made, ends, _ = await two_parties()
+async def test_a_flipped_bit_in_any_message_costs_the_block() -> None:
+    """One bit of the body of every single message that crosses, tags included."""
+    made, ends, _ = await two_parties(TINY)
     assert isinstance(made[0], Block)
     assert isinstance(made[1], Block)
     draw = random.Random(5)
-    delivered = 0
+    kinds, delivered = set(), 0
     for who, end in enumerate(ends):
-        position, places = 0, []
+        position = 0
         while position < len(end.sent):
             kind, length = HEADER.unpack_from(end.sent, position)
-            many = 3 if kind in (Type.ASK, Type.TELL) else 12
-            places.append((kind, 8 * position + draw.randrange(40)))
-            inside = [8 * (position + 5) + draw.randrange(8 * length) for _ in range(many)]
-            places += [(kind, place) for place in inside]
-            position += 5 + length
+            place = 8 * (position + HEADER.size) + draw.randrange(8 * length)
+            position += HEADER.size + length
+            kinds.add((who, kind))
+            alice, bob = (await two_parties(TINY, flip=(who, place)))[0]
+            assert isinstance(alice, LinkError), (who, kind, place)
+            assert "does not answer" not in str(alice), "it was time that ended this"
+            # Bob has the last word: if that is damaged, he has the block, and Alice has not.
+            last_words = who == 1 and kind in (Type.VERDICT, Type.TAG)
+            if isinstance(bob, Block):
+                assert last_words, (who, kind, place)
+                delivered += 1
         assert position == len(end.sent)
-        by_kind = {kind: [p for k, p in places if k == kind] for kind, _ in places}
-        for chosen in by_kind.values():
-            for place in draw.sample(chosen, min(len(chosen), 3)):
-                outcome, _, _ = await two_parties(flip=(who, place), patience=0.25)
-                # Bob has the last word: if that is damaged, he has the block, and Alice has not.
-                alice, bob = outcome
-                assert isinstance(alice, LinkError), (who, place)
-                delivered += isinstance(bob, Block)
-                if isinstance(bob, Block):
-                    last = len(end.sent) - 2 * 5 - 1 - 16
-                    assert who == 1
-                    assert place // 8 >= last
-    assert delivered > 0
+    # With a damaged verdict he may find that she has hung up before he has sealed it.
+    assert delivered in (1, 2)
+    assert kinds == {
+        *((0, one) for one in (Type.HELLO, Type.SIFT, Type.TELL, Type.FINISH, Type.TAG)),
+        *((1, one) for one in (Type.HELLO, Type.REPORT, Type.ASK, Type.FOUND)),
+        *((1, one) for one in (Type.VERDICT, Type.TAG)),
+    }
+
+
+async def test_a_flipped_bit_in_a_header_costs_the_block() -> None:
+    """Of one message of each kind; a length that has grown is waited for in vain."""
+    _, ends, _ = await two_parties(TINY)
+    draw = random.Random(6)
+    for who, end in enumerate(ends):
+        position, places = 0, {}
+        while position < len(end.sent):
+            kind, length = HEADER.unpack_from(end.sent, position)
+            places[kind] = 8 * position + draw.randrange(8 * HEADER.size)
+            position += HEADER.size + length
+        for place in places.values():
+            outcome = (await two_parties(TINY, flip=(who, place), patience=0.3))[0]
+            assert isinstance(outcome[0], LinkError), (who, place)
+
+
+@pytest.mark.parametrize("byte", [0, 40, 90, 5000, 20_000])
+async def test_a_tamperer_of_the_simulated_link(byte: int) -> None:
+    link = SimulatedLink(TINY, eve=f"tamper:{byte}", seed=3)
+    async with link.open():
+        with pytest.raises(LinkError):
+            await link.block()
+        with pytest.raises(LinkError, match="not open"):
+            await link.block()
+
+
+async def test_what_was_said_once_is_nothing_in_another_session() -> None:
+    """All of Bob's messages of one session, replayed to Alice in the next."""
+    _, ends, _ = await two_parties(TINY)
+    fibre = Fibre(TINY.preset.channel, TINY.preset.transmitter, seed=11)
+    await fibre.detect(TINY.detections)
+    near, far = memory_stream_pair()
+    await far.send_all(ends[1].sent)
+    # The same light and the same shared secret, but a nonce of her own.
+    alice = Alice(near, TINY, fibre.log, bootstrap=Ledger(PSK), seed=12)
+    with pytest.raises(LinkAuthenticationError):
+        await alice.block()
+
+
+@pytest.mark.parametrize("eve", [None, "intercept"])
+async def test_a_block_is_erased_whatever_its_end(
+    eve: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[np.ndarray] = []
+    keep = party._Party._keep
+
+    def kept(self: party._Party, bits: np.ndarray) -> np.ndarray:
+        held.append(bits)
+        return keep(self, bits)
+
+    monkeypatch.setattr(party._Party, "_keep", kept)
+    link = SimulatedLink(TINY, eve=eve, seed=3)
+    async with link.open():
+        if eve is None:
+            await link.block()
+        else:
+            with pytest.raises(BlockAborted, match="QBER"):
+                await link.block()
+    assert len(held) >= 4
+    assert not any(bits.any() for bits in held)
+
+
+async def test_over_our_own_channel() -> None:
+    """The classical channel may be a SecureStream; and both ends still have the same keys."""
+    ca = DevCa.create()
+    streams = memory_stream_pair()
+    near = SecureStream(
+        streams[0], ClientConfig(verifier=TrustStore((ca.certificate,))), server_hostname="alice"
+    )
+    far = SecureStream(streams[1], ServerConfig(identities=(ca.issue("alice"),)))
+    fibre = Fibre(TINY.preset.channel, TINY.preset.transmitter, seed=1)
+    alice = Alice(far, TINY, fibre.log, bootstrap=Ledger(PSK))
+    bob = Bob(near, TINY, fibre, bootstrap=Ledger(PSK))
+    made: dict[str, Block] = {}
+
+    async def play(name: str, who: Alice | Bob) -> None:
+        made[name] = await who.block()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(play, "alice", alice)
+        nursery.start_soon(play, "bob", bob)
+    assert keys([made["alice"]]) == keys([made["bob"]])
+    assert made["alice"].keys
 
 
 async def test_a_party_needs_nothing_but_its_own_end_and_what_it_heard() -> None:
     """Each party alone, with a recording in place of the other, makes the same keys again."""
-    made, ends, clicks = await two_parties()
+    made, ends, clicks = await two_parties(SMALL)
     alice, bob = made
     assert isinstance(alice, Block)
     assert isinstance(bob, Block)
@@ -362,7 +491,7 @@ def test_the_length_is_never_more_than_the_bound(name: str) -> None:
     numbers = st.tuples(*[st.integers(0, 10**7)] * kinds)
 
     @hypothesis.given(numbers, numbers, numbers, numbers, st.integers(0, 10**7))
-    @hypothesis.settings(max_examples=2000, deadline=None)
+    @hypothesis.settings(max_examples=1000, deadline=None)
     def check(
         key: tuple[int, ...],
         wrong: tuple[int, ...],
@@ -394,7 +523,7 @@ def test_the_length_is_never_more_than_the_bound(name: str) -> None:
 async def test_many_small_blocks_agree_and_look_random() -> None:
     link = SimulatedLink(SMALL, seed=21)
     async with link.open():
-        made = [await link.block() for _ in range(40)]
+        made = [await link.block() for _ in range(20)]
     for alice, bob in made:
         assert keys([alice]) == keys([bob])
         assert alice.secret_bits <= alice.sifted - alice.leak
@@ -402,7 +531,7 @@ async def test_many_small_blocks_agree_and_look_random() -> None:
         np.frombuffer(b"".join(key for _, key in keys([a for a, _ in made])), dtype=np.uint8)
     ).astype(np.int64)
     count = len(bits)
-    assert count > 100_000
+    assert count > 60_000
     # NIST SP 800-22: frequency, runs, serial correlation, bytes.
     assert abs(bits.sum() - count / 2) < 4 * np.sqrt(count) / 2
     assert abs((bits[1:] != bits[:-1]).sum() - count / 2) < 4 * np.sqrt(count) / 2

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import trio
 from scipy.stats import chi2
 
 from hybridkex.errors import ConfigError
@@ -44,7 +45,7 @@ def expected_table(channel: Channel, transmitter: Transmitter) -> "np.ndarray":
     return np.array(cells)
 
 
-@pytest.mark.parametrize("name", ["lim2014", "rusca2018", "gys2005"])
+@pytest.mark.parametrize("name", ["lim2014", "rusca2018", "gys2005", "boaron2018"])
 @pytest.mark.parametrize("distance", [0, 50, 100])
 def test_detections_follow_the_closed_forms(name: str, distance: float) -> None:
     chosen = PRESETS[name].at(distance)
@@ -61,12 +62,88 @@ def test_detections_follow_the_closed_forms(name: str, distance: float) -> None:
     cells = expected_table(chosen.channel, chosen.transmitter)
     total = cells.sum()
     assert passes(table(sent, clicks, kinds), count * cells / total)
-    # The yield: detections are geometric, so the pulses have this mean and deviation.
+    # The gain of a mean pulse: waiting times are geometric, with this mean and deviation.
     assert total == pytest.approx(chosen.transmitter.mean_gain(chosen.channel))
-    pulses = int(clicks.pulse[-1]) + 1
+    pulses = int(clicks.pulse[-1]) + 1 - (count - 1) * chosen.channel.dead_pulses
     assert abs(pulses - count / total) < 4 * np.sqrt(count * (1 - total)) / total
     assert (np.diff(clicks.pulse) > 0).all()
     assert abs(int(sent.bit.sum()) - count / 2) < 4 * np.sqrt(count) / 2
+
+
+@pytest.mark.parametrize("name", ["lim2014", "rusca2018", "gys2005", "boaron2018"])
+@pytest.mark.parametrize("distance", [0, 50, 100])
+def test_gains_and_error_rates_of_each_intensity(name: str, distance: float) -> None:
+    """Q_k and E_k as a party would estimate them, one chi-square each."""
+    chosen = PRESETS[name].at(distance)
+    channel, transmitter = chosen.channel, chosen.transmitter
+    sent, clicks = sample(
+        channel, transmitter, channel, 1_000_000, first=0, randomness=Randomness.seeded(2, name)
+    )
+    alive = int(clicks.pulse[-1]) + 1 - (len(clicks.pulse) - 1) * channel.dead_pulses
+    gains = np.array([channel.gain(k) for k in transmitter.intensities])
+    rates = np.array([channel.error(k) for k in transmitter.intensities]) / gains
+    seen = np.bincount(sent.intensity, minlength=len(gains))
+    expected = alive * np.array(transmitter.probabilities) * gains
+    deviates = (seen - expected) ** 2 / (expected * (1 - gains))
+    assert chi2.sf(deviates.sum(), len(gains)) > LEVEL
+    same = sent.basis == clicks.basis
+    total = np.bincount(sent.intensity[same], minlength=len(gains))
+    wrong = np.bincount(sent.intensity[same & (sent.bit != clicks.bit)], minlength=len(gains))
+    enough = total * rates > 5  # of a vacuum next to no click is among a million
+    assert enough[:2].all()
+    deviates = (wrong - total * rates) ** 2 / (total * rates * (1 - rates))
+    assert chi2.sf(deviates[enough].sum(), enough.sum()) > LEVEL
+
+
+class Watched(NoEve):
+    """Sees how many photons each pulse has, and changes nothing."""
+
+    photons: "np.ndarray"
+
+    def touch(
+        self, photons: "np.ndarray", basis: "np.ndarray", bit: "np.ndarray", randomness: Randomness
+    ) -> "tuple[np.ndarray, np.ndarray, np.ndarray]":
+        object.__setattr__(self, "photons", photons)
+        return super().touch(photons, basis, bit, randomness)
+
+
+@pytest.mark.parametrize("distance", [0, 50, 100])
+def test_yields_of_photon_numbers(distance: float) -> None:
+    """Y_n: how often pulses of n photons make a click, counted pulse by pulse."""
+    chosen = PRESETS["rusca2018"].at(distance)
+    channel = chosen.channel
+    pulses, seen = np.zeros(4), np.zeros(4)
+    for part in range(3):
+        light = Watched(channel)
+        _, clicks = send_pulses(
+            channel,
+            chosen.transmitter,
+            light,
+            1_000_000,
+            randomness=Randomness.seeded(part, "yields"),
+        )
+        many = np.minimum(light.photons, 4)
+        pulses += np.bincount(many, minlength=5)[:4]
+        seen += np.bincount(many[clicks.pulse], minlength=5)[:4]
+    yields = 1 - (1 - channel.background) * (1 - channel.eta) ** np.arange(4)
+    expected = pulses * yields
+    assert seen[0] <= expected[0] + 6  # dark counts, of which there is hardly one
+    deviates = (seen - expected)[1:] ** 2 / (expected * (1 - yields))[1:]
+    assert (expected[1:] > 5).all()
+    assert chi2.sf(deviates.sum(), 3) > LEVEL
+
+
+async def test_the_clock_of_the_laser_can_be_kept() -> None:
+    chosen = PRESETS["gys2005"].at(50)
+    fibre = Fibre(chosen.channel, chosen.transmitter, seed=1, real_time=True)
+    began = trio.current_time()
+    await fibre.detect(300)
+    assert trio.current_time() - began >= fibre.seconds > 0.05
+    hours = Fibre(chosen.channel.at(100), chosen.transmitter, seed=1)
+    began = trio.current_time()
+    await hours.detect(1_000_000)
+    assert hours.seconds > 3600  # and this test is not an hour long
+    assert trio.current_time() - began < hours.seconds / 60
 
 
 @pytest.mark.parametrize("eve", [None, "intercept:1", "intercept:0.3", "split:0.5", "pns"])

@@ -57,6 +57,14 @@ def _rates(axes: Any) -> None:
         values = np.array([rate(gys.at(float(one))) for one in distances])
         seen = values > 0
         axes.plot(distances[seen], values[seen] * gys.repetition_rate_hz, label=label, alpha=0.7)
+    _published(axes)
+    axes.set_yscale("log")
+    axes.set_ylim(5e-3, 1e9)
+    axes.set_ylabel("secret bit/s (▲ experiments)")
+
+
+def _published(axes: Any) -> None:
+    """What others computed and measured."""
     for maximum, label in PUBLISHED_MAXIMA:
         axes.plot([maximum], [1e-2], "k|", markersize=12)
         axes.annotate(f"{maximum:g} km\n{label}", (maximum, 2e-2), fontsize=6, ha="center")
@@ -65,9 +73,6 @@ def _rates(axes: Any) -> None:
         axes.annotate(
             label, (distance, rate_), fontsize=7, xytext=(4, 4), textcoords="offset points"
         )
-    axes.set_yscale("log")
-    axes.set_ylim(5e-3, 1e9)
-    axes.set_ylabel("secret bit/s (▲ experiments)")
 
 
 def _gys_infinite(channel: Any) -> float:

@@ -1,0 +1,267 @@
+"""What the QKD link's post-processing takes: ``python benchmarks/qkd_link.py [--json]``.
+
+Cascade and Toeplitz hashing on one core, and beside them in the same run, by turns, two packages of
+PyPI, if they are there (they are not among our extras; install them by hand, they want numpy and
+pandas)::
+
+    pip install qkdpy tno.quantum.communication.qkd_key_rate
+
+Times are the CPU time of the one thread that works, so that it counts little what else the machine
+does. What is shown is the median over the rounds and, in brackets, the spread.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybridkex.qkd.link import asymptotic
+from hybridkex.qkd.link.cascade import CascadeAlice, Plan, cascade_bob
+from hybridkex.qkd.link.entropy import binary_entropy
+from hybridkex.qkd.link.presets import PRESETS
+from hybridkex.qkd.link.toeplitz import compress, rounding_bound, seed_length
+
+Bits = NDArray[np.uint8]
+
+QBERS = (0.01, 0.02, 0.03, 0.04, 0.05)
+BLOCK = 1_000_000
+PEER_BLOCK = 100_000
+"""The peers' Cascade is too slow for more; their speed hardly depends on it."""
+PEER_TOEPLITZ = 2_000
+"""qkdpy writes the matrix out, so its time grows with the square."""
+INTENSITY = 0.48
+LOSSES = (0.0, 2.5, 5.0, 7.5, 10.0)
+HINT = "pip install qkdpy tno.quantum.communication.qkd_key_rate"
+
+
+def cpu(call: Callable[[], Any]) -> tuple[float, Any]:
+    began = time.thread_time()
+    result = call()
+    return time.thread_time() - began, result
+
+
+def noisy(length: int, rate: float, seed: int) -> tuple[Bits, Bits]:
+    draw = np.random.default_rng(seed)
+    alice = draw.integers(0, 2, length, dtype=np.uint8)
+    return alice, alice ^ (draw.random(length) < rate).astype(np.uint8)
+
+
+def cascade(alice: Bits, bob: Bits, rate: float) -> tuple[int, int]:
+    """Both sides in turns, as over a wire; bits disclosed and questions. Corrects ``bob``."""
+    plan = Plan.for_error_rate(len(alice), rate)
+    answers, search = CascadeAlice(plan, alice), cascade_bob(plan, bob)
+    questions = 0
+    try:
+        question = next(search)
+        while True:
+            questions += 1
+            question = search.send(answers.answer(question))
+    except StopIteration:
+        return answers.disclosed, questions
+
+
+def qkdpy_cascade(alice: Bits, bob: Bits) -> tuple[float, int]:
+    """Seconds, and wrong bits that are left. It does not say what it disclosed."""
+    from qkdpy.key_management.error_correction import ErrorCorrection  # noqa: PLC0415
+
+    ours, theirs = alice.tolist(), bob.tolist()
+    seconds, (left, right) = cpu(lambda: ErrorCorrection.cascade(ours, theirs))
+    return seconds, sum(a != b for a, b in zip(left, right, strict=True))
+
+
+def tno_cascade(alice: Bits, bob: Bits, rate: float) -> tuple[float, int, int]:
+    """Seconds, wrong bits that are left, bits disclosed; set up as its documentation does."""
+    from tno.quantum.communication.qkd_key_rate.classical import (  # noqa: PLC0415
+        Message,
+        ParityStrategy,
+        Permutations,
+    )
+    from tno.quantum.communication.qkd_key_rate.classical.cascade import (  # noqa: PLC0415
+        CascadeCorrector,
+        CascadeReceiver,
+        CascadeSender,
+    )
+
+    order = Permutations.random_permutation(
+        number_of_passes=8, message_size=len(alice), random_state=42
+    )
+    strategy = ParityStrategy(error_rate=rate, sampling_fraction=0.34, number_of_passes=8)
+    sender = CascadeSender(message=Message(alice.tolist()), permutations=order)
+    receiver = CascadeReceiver(
+        message=Message(bob.tolist()), permutations=order, parity_strategy=strategy
+    )
+    corrector = CascadeCorrector(alice=sender, bob=receiver)
+    seconds, summary = cpu(corrector.correct_errors)
+    return seconds, round(summary.output_error * len(alice)), summary.number_of_exposed_bits
+
+
+def of_cascade(rate: float, rounds: int, peers: set[str]) -> dict[str, Any]:
+    ours: list[float] = []
+    fs: list[float] = []
+    others: dict[str, list[float]] = {name: [] for name in sorted(peers)}
+    found: dict[str, Any] = {"qber": rate}
+    for number in range(rounds):
+        alice, bob = noisy(BLOCK, rate, number)
+        errors = int((alice != bob).sum())
+        seconds, (disclosed, questions) = cpu(lambda: cascade(alice, bob, rate))  # noqa: B023
+        if (alice != bob).any():
+            raise RuntimeError("Cascade left a wrong bit")
+        ours.append(BLOCK / seconds / 1e6)
+        fs.append(disclosed / (BLOCK * binary_entropy(errors / BLOCK)))
+        found["questions"] = questions
+        if number:
+            continue  # the peers take seconds, once is enough
+        alice, bob = noisy(PEER_BLOCK, rate, number)
+        shannon = PEER_BLOCK * binary_entropy(float((alice != bob).mean()))
+        if "qkdpy" in peers:
+            seconds, left = qkdpy_cascade(alice, bob)
+            others["qkdpy"].append(PEER_BLOCK / seconds / 1e6)
+            found["qkdpy_wrong_bits_left"] = left
+        if "tno" in peers:
+            seconds, left, told = tno_cascade(alice, bob, rate)
+            others["tno"].append(PEER_BLOCK / seconds / 1e6)
+            found |= {"tno_wrong_bits_left": left, "tno_f": told / shannon}
+    found |= {"mbit_s": spread(ours), "f": spread(fs)}
+    for name, speeds in others.items():
+        found[f"{name}_mbit_s"] = speeds[0]
+        found[f"times_{name}"] = statistics.median(ours) / speeds[0]
+    return found
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    return statistics.median(values), min(values), max(values)
+
+
+def of_toeplitz(length: int, rounds: int, peers: set[str]) -> dict[str, Any]:
+    speeds = []
+    for number in range(rounds):
+        draw = np.random.default_rng(number)
+        key = draw.integers(0, 2, length, dtype=np.uint8)
+        seed = draw.integers(0, 2, seed_length(length), dtype=np.uint8)
+        seconds, _ = cpu(lambda: compress(key, seed, length // 4))  # noqa: B023
+        speeds.append(length / seconds / 1e6)
+    found: dict[str, Any] = {"input_bits": length, "mbit_s": spread(speeds)}
+    found["rounding_bound"] = rounding_bound(length)
+    if "qkdpy" in peers:
+        from qkdpy.key_management.privacy_amplification import (  # noqa: PLC0415
+            PrivacyAmplification,
+        )
+
+        short = key[:PEER_TOEPLITZ].tolist()
+        seconds, _ = cpu(
+            lambda: PrivacyAmplification.toeplitz_hashing(short, PEER_TOEPLITZ // 4, seed=1)
+        )
+        found["qkdpy_mbit_s"] = PEER_TOEPLITZ / seconds / 1e6
+        found["times_qkdpy"] = found["mbit_s"][0] / found["qkdpy_mbit_s"]
+    return found
+
+
+def of_key_rates(name: str) -> list[dict[str, float]]:
+    """Asymptotic rates of TNO's package and ours. Its q and f are 1."""
+    from tno.quantum.communication.qkd_key_rate.quantum import standard_detector  # noqa: PLC0415
+    from tno.quantum.communication.qkd_key_rate.quantum.bb84 import (  # noqa: PLC0415
+        BB84FullyAsymptoticKeyRateEstimate,
+    )
+
+    channel = PRESETS[name].channel
+    detector = standard_detector.customise(
+        dark_count_rate=channel.background / 2,
+        polarization_drift=math.asin(math.sqrt(channel.misalignment)),
+        efficiency_party=channel.receiver_efficiency,
+    )
+    theirs = BB84FullyAsymptoticKeyRateEstimate(detector=detector)
+    lines = []
+    for loss in LOSSES:
+        there = channel.at(loss / channel.attenuation_db_per_km)
+        times: dict[str, list[float]] = {"tno": [], "ours": []}
+        for _ in range(50):
+            seconds, rate = cpu(lambda: theirs.compute_rate(INTENSITY, loss))  # noqa: B023
+            times["tno"].append(seconds)
+            seconds, ours = cpu(
+                lambda: 2 * asymptotic.infinite_decoy_rate(there, INTENSITY, f=1.0)  # noqa: B023
+            )
+            times["ours"].append(seconds)
+        lines.append(
+            {
+                "loss_db": loss,
+                "tno": float(rate),
+                "ours": ours,
+                "difference": ours / float(rate) - 1,
+                "tno_us": statistics.median(times["tno"]) * 1e6,
+                "ours_us": statistics.median(times["ours"]) * 1e6,
+            }
+        )
+    return lines
+
+
+def triple(values: tuple[float, float, float], digits: int) -> str:
+    middle, low, high = (f"{value:.{digits}f}" for value in values)
+    return f"{middle} ({low} to {high})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    peers = {
+        name
+        for name, module in (("qkdpy", "qkdpy"), ("tno", "tno.quantum.communication"))
+        if find_spec(module.partition(".")[0]) and find_spec(module)
+    }
+    cascade(*noisy(BLOCK, 0.05, 0), 0.05)  # the orders of the passes are made once, and kept
+    found: dict[str, Any] = {
+        "cascade": [of_cascade(rate, args.rounds, peers) for rate in QBERS],
+        "toeplitz": [of_toeplitz(length, args.rounds, peers) for length in (10**6, 10**7)],
+    }
+    if "tno" in peers:
+        found["key_rate"] = {name: of_key_rates(name) for name in ("gys2005", "rusca2018")}
+    if args.json:
+        print(json.dumps(found))
+        return
+    print(f"Cascade, blocks of {BLOCK:,} bits, both sides; Mbit of sifted key per CPU second")
+    for line in found["cascade"]:
+        print(
+            f"  QBER {line['qber']:.0%}: {triple(line['mbit_s'], 1)}, "
+            f"f {triple(line['f'], 3)}, {line['questions']} questions"
+        )
+        for name in sorted(peers):
+            more = f", f {line['tno_f']:.2f}" if name == "tno" else ""
+            print(
+                f"    {name}, {PEER_BLOCK:,} bits: {line[f'{name}_mbit_s']:.3f}{more}, "
+                f"{line[f'{name}_wrong_bits_left']} wrong bits left; "
+                f"ours is {line[f'times_{name}']:.0f} times as fast"
+            )
+    print("Toeplitz hashing to a quarter; Mbit of input per CPU second")
+    for line in found["toeplitz"]:
+        print(
+            f"  {line['input_bits']:,} bits: {triple(line['mbit_s'], 1)}; "
+            f"no coefficient is wrong by more than {line['rounding_bound']:.1e}"
+        )
+        if "qkdpy" in peers:
+            print(
+                f"    qkdpy, {PEER_TOEPLITZ:,} bits: {line['qkdpy_mbit_s']:.5f}; "
+                f"ours is {line['times_qkdpy']:,.0f} times as fast"
+            )
+    for name, lines in found.get("key_rate", {}).items():
+        print(
+            f"Asymptotic key rate, {name}, bits per pulse (q = f = 1): loss, TNO, ours, difference"
+        )
+        for line in lines:
+            print(
+                f"  {line['loss_db']:4.1f} dB  {line['tno']:.6e}  {line['ours']:.6e}  "
+                f"{line['difference']:+.3%}  ({line['tno_us']:.0f} and {line['ours_us']:.1f} us)"
+            )
+    if len(peers) < 2:
+        print(f"Not everything to compare with is here: {HINT}")
+
+
+if __name__ == "__main__":
+    main()

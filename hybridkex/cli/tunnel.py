@@ -282,7 +282,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def _check(settings: _Settings) -> None:
     for tunnel in settings.tunnels:
-        async with tunnel.channel():
+        async with tunnel.opened():
             pass
 
 

@@ -26,10 +26,9 @@ class Run:
         process = subprocess.Popen(
             [*COMMAND, *map(str, words)],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,
-            **options,
+            **{"stderr": subprocess.PIPE, **options},
         )
         self._started.append(process)
         return process

@@ -1,7 +1,7 @@
 """What one tunnel is."""
 
-from collections.abc import Callable, Collection
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -81,6 +81,18 @@ class TunnelConfig:
         if isinstance(self.forward, UnixAddress):
             raise ConfigError(f"{self.name}: the server at {self.forward} needs a server-name")
         return self.forward.host
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[ClientConfig | ServerConfig]:
+        """The channel, for as long as the context lasts.
+
+        Raises:
+            ConfigError: a file of it cannot be used.
+        """
+        async with self.channel() as channel:
+            if isinstance(channel, ClientConfig):
+                _ = self.expected_name  # now, not with the first connection
+            yield channel
 
     @property
     def door(self) -> tuple[Address, str]:

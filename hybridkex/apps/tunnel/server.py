@@ -187,10 +187,10 @@ class TunnelServer:
             self._accepting.start_soon(self._accept, door)
 
     async def _hold(self, config: TunnelConfig, *, task_status: trio.TaskStatus[_Live]) -> None:
-        async with config.channel() as channel:
-            if isinstance(channel, ClientConfig):
-                _ = config.expected_name  # now, not with the first connection
-            elif not (channel.require_client_certificate or channel.has_psk):
+        async with config.opened() as channel:
+            if isinstance(channel, ServerConfig) and not (
+                channel.require_client_certificate or channel.has_psk
+            ):
                 LOG.info("%s: clients need not prove who they are", config.name)
             self._metrics.of(config.name)  # shown at zero, so that a rate has a beginning
             live = _Live(config, channel)

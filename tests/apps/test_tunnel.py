@@ -1,0 +1,703 @@
+"""``hybridkex tunnel`` as processes, with faults."""
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import socket
+import stat
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from apps_glue import Run, Wire
+from trio.testing import wait_all_tasks_blocked
+from tunnel_glue import (
+    PATIENCE,
+    Tunnel,
+    echo,
+    exchange,
+    read_metrics,
+    receive_all,
+    serving,
+    until,
+)
+
+from hybridkex import ClientConfig, DevCa, ServerConfig, TrustStore, open_secure_tcp_stream
+from hybridkex.apps.address import TcpAddress, UnixAddress
+from hybridkex.apps.tunnel import TunnelConfig, TunnelMetrics, TunnelServer
+from hybridkex.auth.dev_ca import write_identity
+from hybridkex.cli import main
+from hybridkex.errors import ConfigError
+
+
+@pytest.fixture
+def tunnel(run: Run, tmp_path: Path, keys: Path) -> Tunnel:
+    return Tunnel(run, tmp_path, keys)
+
+
+async def is_cut(stream: trio.SocketStream) -> bool:
+    """Whether it breaks off, as against: comes to an end."""
+    async with stream:
+        try:
+            await receive_all(stream)
+        except trio.BrokenResourceError:
+            return True
+        return False
+
+
+# -- what it carries
+
+
+async def test_an_end_is_of_one_direction(tunnel: Tunnel) -> None:
+    """First the program ends and is answered, then the target ends and is still spoken to."""
+    upload, later = random.randbytes(3_000_000), random.randbytes(1_000_000)
+    heard: list[bytes] = []
+
+    async def answers_at_the_end(stream: trio.SocketStream) -> None:
+        if await stream.receive_some(1) == b"1":
+            await stream.send_all(hashlib.sha256(await receive_all(stream)).digest())
+            await stream.send_eof()
+        else:
+            await stream.send_all(b"goodbye")
+            await stream.send_eof()
+            heard.append(await receive_all(stream))
+
+    async with serving(answers_at_the_end) as target:
+        tunnel.write(target)
+        await tunnel.start()
+        async with await tunnel.connect() as stream:
+            await stream.send_all(b"1" + upload)
+            await stream.send_eof()
+            assert await receive_all(stream) == hashlib.sha256(upload).digest()
+        async with await tunnel.connect() as stream:
+            await stream.send_all(b"2")
+            assert await receive_all(stream) == b"goodbye"
+            await stream.send_all(later)
+            await stream.send_eof()
+            await until(lambda: heard == [later])
+
+
+async def test_many_connections_and_nothing_is_left_of_them(tunnel: Tunnel) -> None:
+    """150 at once, each with data of its own; afterwards no descriptor is open."""
+    number = 150
+    good = []
+
+    async def one() -> None:
+        data = random.randbytes(random.randrange(1, 200_000))
+        async with await tunnel.connect() as stream:
+            good.append(await exchange(stream, data) == data)
+
+    async with serving(echo) as target:
+        tunnel.write(target)
+        await tunnel.start()
+        before = tunnel.descriptors()
+        async with trio.open_nursery() as nursery:
+            for _ in range(number):
+                nursery.start_soon(one)
+        assert good == [True] * number
+        await until(lambda: tunnel.descriptors() == before)
+        found = tunnel.metrics()
+        for name in ("in", "out"):
+            assert found[f'hybridkex_tunnel_connections_open{{tunnel="{name}"}}'] == 0
+            assert found[f'hybridkex_tunnel_connections_total{{tunnel="{name}"}}'] == number
+            assert found[f'hybridkex_tunnel_connections_cut_total{{tunnel="{name}"}}'] == 0
+            group = f'auth="certificate",group="X25519MLKEM768",tunnel="{name}"'
+            assert found[f"hybridkex_tunnel_handshakes_total{{{group}}}"] == number
+
+
+async def test_cut_at_random(
+    run: Run,
+    mutual: list[str],
+    wire: Callable[[int], AbstractAsyncContextManager[Wire]],
+) -> None:
+    """Whatever is cut, what arrived is the beginning of what was sent, and no cut looks like an
+    end."""
+    whole: set[bytes] = set()
+    data = random.randbytes(1 << 20)
+
+    async def target(stream: trio.SocketStream) -> None:
+        """Checks each byte against the one generator that both sides know."""
+        name = b""
+        while len(name) < 4:
+            name += await stream.receive_some(4 - len(name))
+        position = 0
+        while piece := await stream.receive_some():
+            expected = (data + data)[position % len(data) :][: len(piece)]
+            assert piece == expected, "a corrupted byte"
+            position += len(piece)
+        assert position == 8 * len(data), "a cut was taken for an end"
+        whole.add(name)
+        await stream.send_all(b"done")
+        await stream.send_eof()
+
+    async with serving(target) as port:
+        listening, inner = run.server(
+            "tunnel", "listen", "--local", "127.0.0.1:0", "--target", f"127.0.0.1:{port}", *mutual
+        )
+        async with wire(inner) as between:
+            connecting, outer = run.server(
+                *("tunnel", "connect", "--local", "127.0.0.1:0"),
+                *("--remote", f"127.0.0.1:{between.port}", "--server-name", "localhost", *mutual),
+            )
+            before = [len(os.listdir(f"/proc/{one.pid}/fd")) for one in (listening, connecting)]
+            cut = done = 0
+
+            async def program(number: int) -> None:
+                """Goes on until it has been answered."""
+                nonlocal cut, done
+                while True:
+                    stream = await trio.open_tcp_stream("127.0.0.1", outer)
+                    try:
+                        await stream.send_all(number.to_bytes(4, "big"))
+                        for _ in range(8):
+                            await stream.send_all(data)
+                        await stream.send_eof()
+                        answer = await receive_all(stream)
+                    except trio.BrokenResourceError:
+                        cut += 1
+                    else:
+                        assert answer == b"done", "an end where there was a cut"
+                        done += 1
+                        return
+                    finally:
+                        await trio.aclose_forcefully(stream)
+
+            async with trio.open_nursery() as nursery:
+                for number in range(8):
+                    nursery.start_soon(program, number)
+                for _ in range(5):
+                    carried = between.carried + random.randrange(2 << 20, 8 << 20)
+                    await until(lambda mark=carried: between.carried > mark or done == 8)
+                    between.cut()
+            assert cut > 0
+            assert done == 8
+            assert len(whole) == 8
+        await until(
+            lambda: (
+                [len(os.listdir(f"/proc/{one.pid}/fd")) for one in (listening, connecting)]
+                == before
+            )
+        )
+
+
+async def test_who_reads_slowly_is_waited_for(tunnel: Tunnel) -> None:
+    """A target that does not read stops the program, and costs no memory."""
+    begin = trio.Event()
+    found: list[bytes] = []
+
+    async def target(stream: trio.SocketStream) -> None:
+        await begin.wait()
+        found.append(hashlib.sha256(await receive_all(stream)).digest())
+
+    async with serving(target) as port:
+        tunnel.write(port)
+        await tunnel.start()
+        sent = hashlib.sha256()
+        amount = 0
+        async with await tunnel.connect() as stream:
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+            memory = tunnel.memory()
+            piece = random.randbytes(1 << 16)
+            while True:
+                with trio.move_on_after(2.0) as scope:
+                    await stream.wait_send_all_might_not_block()
+                if scope.cancelled_caught:
+                    break
+                number = await stream.socket.send(piece)
+                sent.update(piece[:number])
+                amount += number
+                assert amount < 128 << 20, "somebody takes it all"
+            # What the kernel's buffers hold, on three sockets, is not the tunnel's memory.
+            assert tunnel.memory() - memory < 24 << 20
+            begin.set()
+            await stream.send_eof()
+            await until(lambda: found == [sent.digest()])
+
+
+async def test_unix_sockets_on_every_side(tunnel: Tunnel) -> None:
+    """Between programs and the tunnel, and between its two ends."""
+    inner, outer = tunnel.folder / "target.sock", tunnel.folder / "program.sock"
+    # One that a dead process left behind.
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(outer))
+    server = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    await server.bind(str(inner))
+    server.listen()
+    data = random.randbytes(500_000)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, echo, [trio.SocketListener(server)])
+        tunnel.write(
+            f"unix:{inner}",
+            listen={"socket-mode": "660"},
+            connect={"local": "unix:program.sock"},
+        )
+        (tunnel.folder / "port").write_text("0")  # there is no port to wait for
+        await tunnel.start()
+        await until(lambda: tunnel.says("out: unix"))
+        assert stat.S_IMODE(outer.stat().st_mode) == 0o600
+        assert stat.S_IMODE(tunnel.middle.stat().st_mode) == 0o660
+        async with await trio.open_unix_socket(str(outer)) as stream:
+            assert await exchange(stream, data) == data
+        tunnel.process.terminate()
+        assert await tunnel.ended() == 0
+        assert not outer.exists()
+        assert not tunnel.middle.exists()
+        nursery.cancel_scope.cancel()
+
+
+# -- what goes wrong
+
+
+async def test_a_target_that_is_down_costs_its_own_connections(tunnel: Tunnel) -> None:
+    async with await trio_listener() as spare:
+        port = spare.socket.getsockname()[1]
+        tunnel.write(port)
+        await tunnel.start()
+        living = await tunnel.connect()
+        there = await spare.accept()
+    # Nobody listens any more, and one connection lives.
+    assert await is_cut(await tunnel.connect())
+    await living.send_all(b"still")
+    assert await there.receive_some() == b"still"
+    found = tunnel.metrics()
+    key = 'hybridkex_tunnel_connections_refused_total{reason="upstream",tunnel="in"}'
+    assert found[key] == 1
+    assert tunnel.says("in: a local program refused: cannot connect to 127.0.0.1")
+    await living.aclose()
+    await there.aclose()
+
+
+async def trio_listener() -> trio.SocketListener:
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    return listener
+
+
+async def test_the_limit(tunnel: Tunnel) -> None:
+    async with serving(echo) as target:
+        tunnel.write(target, connect={"max-connections": 2})
+        await tunnel.start()
+        first, second = await tunnel.connect(), await tunnel.connect()
+        for stream in (first, second):
+            await stream.send_all(b"x")
+            assert await stream.receive_some() == b"x"
+        assert await is_cut(await tunnel.connect())
+        await first.aclose()
+        open_now = 'hybridkex_tunnel_connections_open{tunnel="out"}'
+        await until(lambda: tunnel.metrics()[open_now] == 1)
+        async with await tunnel.connect() as again:
+            assert await exchange(again, b"room") == b"room"
+        refused = 'hybridkex_tunnel_connections_refused_total{reason="limit",tunnel="out"}'
+        assert tunnel.metrics()[refused] == 1
+        await second.aclose()
+
+
+async def test_silence_before_and_after_the_handshake(tunnel: Tunnel) -> None:
+    async with serving(echo) as target:
+        tunnel.write(
+            target, listen={"handshake-timeout": 0.3}, connect={"idle-timeout": 0.5, "name": "out"}
+        )
+        await tunnel.start()
+        async with await trio.open_unix_socket(str(tunnel.middle)) as mute:
+            await receive_all(mute)  # the alert, if there is one, and the end
+        failed = 'hybridkex_tunnel_handshake_failures_total{alert="user_canceled",by="us",tunnel'
+        assert tunnel.metrics()[failed + '="in"}'] == 1
+        stream = await tunnel.connect()
+        await stream.send_all(b"x")
+        assert await stream.receive_some() == b"x"
+        assert await is_cut(stream)
+        await until(lambda: tunnel.says("nothing moved for 0.5 s"))
+
+
+async def test_who_leaves_early_does_not_stay_in_the_books(tunnel: Tunnel, keys: Path) -> None:
+    """close_notify, then the end of TCP, while the target says nothing: the target is let go."""
+    gone = trio.Event()
+
+    async def silent(stream: trio.SocketStream) -> None:
+        try:
+            while await stream.receive_some():
+                pass
+            # A half-closed socket tells of a reset when it is written to.
+            while True:
+                await stream.send_all(b"")
+                await stream.wait_send_all_might_not_block()
+                await trio.sleep(0.02)
+                if stream.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                    break
+        finally:
+            gone.set()
+
+    async with serving(silent) as target:
+        tunnel.write(target, listen={"local": "127.0.0.1:0", "port-file": "in-port"})
+        config = ClientConfig(verifier=TrustStore.from_file(str(keys / "ca.pem")))
+        tunnel.write(
+            target,
+            listen={"local": "127.0.0.1:0", "port-file": "in-port", "require-client-cert": False},
+        )
+        text = tunnel.file.read_text().replace("ca =", "# ca =", 1)  # the listener asks nobody
+        tunnel.file.write_text(text)
+        await tunnel.start()
+        port = int((tunnel.folder / "in-port").read_text())
+        stream = await open_secure_tcp_stream("localhost", port, config)
+        await stream.send_all(b"hello")
+        await stream.send_eof()
+        await stream.transport_stream.aclose()
+        await until(gone.is_set)
+        await until(lambda: tunnel.says("the channel left before the target had ended"))
+
+
+async def test_who_may_come_in(run: Run, tmp_path: Path) -> None:
+    """An allow-list of names; and whoever has no certificate learns that from an alert."""
+    ca = DevCa.create()
+    for name in ("localhost", "alice", "mallory"):
+        write_identity(tmp_path / name, ca, ca.issue(name))
+
+    def options(name: str, *more: str) -> list[str]:
+        folder = tmp_path / name
+        found = ["--ca", str(folder / "ca.pem")]
+        return [*found, *more, "--cert", f"{folder}/cert.pem", "--key", f"{folder}/key.pem"]
+
+    async with serving(echo) as target:
+        metrics = tmp_path / "log"
+        with metrics.open("w") as log:
+            _, inner = run.server(
+                *("tunnel", "listen", "--local", "127.0.0.1:0", "--target", f"127.0.0.1:{target}"),
+                *("--allow", "alice", "--name", "door", *options("localhost")),
+                stderr=log,
+            )
+        there = ["--local", "127.0.0.1:0", "--remote", f"localhost:{inner}"]
+        ports = {
+            "alice": run.server("tunnel", "connect", *there, *options("alice"))[1],
+            "mallory": run.server("tunnel", "connect", *there, *options("mallory"))[1],
+            "nobody": run.server("tunnel", "connect", *there, *options("alice")[:2])[1],
+        }
+        async with await trio.open_tcp_stream("127.0.0.1", ports["alice"]) as stream:
+            assert await exchange(stream, b"hello") == b"hello"
+        for name in ("mallory", "nobody"):
+            assert await is_cut(await trio.open_tcp_stream("127.0.0.1", ports[name]))
+        await until(lambda: "refused: CN=mallory is not on the list" in metrics.read_text())
+        await until(lambda: "handshake failed" in metrics.read_text())
+
+
+# -- a new configuration
+
+
+async def test_reload(tunnel: Tunnel) -> None:
+    """A broken file changes nothing; a good one is for new connections; certificates are read
+    again."""
+
+    def answering(text: bytes) -> Callable[[trio.SocketStream], object]:
+        async def answer(stream: trio.SocketStream) -> None:
+            while await stream.receive_some():
+                await stream.send_all(text)
+            await stream.send_eof()
+
+        return answer
+
+    async with serving(answering(b"old")) as old, serving(answering(b"new")) as new:  # type: ignore[arg-type]
+        tunnel.write(old)
+        await tunnel.start()
+        living = await tunnel.connect()
+
+        async def asked(stream: trio.SocketStream) -> bytes:
+            await stream.send_all(b"?")
+            with trio.fail_after(PATIENCE):
+                return bytes(await stream.receive_some())
+
+        assert await asked(living) == b"old"
+        good = tunnel.file.read_text()
+        for broken, reason in (
+            ("metrics = [", "Invalid"),
+            (good.replace("target", "tarjet"), "[[listen]] in: tarjet is not a setting"),
+            (good.replace("cert.pem", "none.pem"), "none.pem: No such file"),
+            (good + '[[connect]]\nname = "third"\nlocal = "192.0.2.1:9"\nremote = "a:1"\n', "192"),
+            (good + "[[connect]]\n" + good.split("[[connect]]\n")[1], "two tunnels are called out"),
+        ):
+            tunnel.file.write_text(broken)
+            await tunnel.reload("not reloaded, the old configuration stays")
+            assert reason in tunnel.log.read_text().splitlines()[-3:][0] + tunnel.log.read_text()
+            assert await asked(living) == b"old"
+            async with await tunnel.connect() as stream:
+                assert await asked(stream) == b"old"
+        # Both sides get other certificates and another target; the port stays the same.
+        other = tunnel.folder / "other"
+        ca = DevCa.create()
+        write_identity(other, ca, ca.issue("localhost"))
+        tunnel._keys = other
+        tunnel.write(new)
+        await tunnel.reload("reloaded")
+        assert await asked(living) == b"old"
+        async with await tunnel.connect() as stream:
+            assert await asked(stream) == b"new"
+        # The same file; the certificates in it have changed: the two sides do not trust each other
+        # any more only if they are read again.
+        ca = DevCa.create()
+        shutil.rmtree(other)
+        write_identity(other, ca, ca.issue("elsewhere"))
+        await tunnel.reload("reloaded")
+        assert await is_cut(await tunnel.connect())
+        assert tunnel.says("handshake failed: .*elsewhere|handshake failed: .*localhost")
+        assert await asked(living) == b"old"
+        await living.aclose()
+
+
+async def test_tunnels_come_and_go(tunnel: Tunnel) -> None:
+    """A tunnel that is added listens, one that is taken away does not, and no old channel stays."""
+    async with serving(echo) as target:
+        tunnel.write(target)
+        await tunnel.start()
+        both = tunnel.file.read_text()
+        third = both.split("[[connect]]\n")[1].replace('"out"', '"third"')
+        third = third.replace('"127.0.0.1:0"', '"unix:third.sock"').replace("port-file", "#")
+        before = tunnel.descriptors()
+        tunnel.file.write_text(f"{both}[[connect]]\n{third}")
+        await tunnel.reload("reloaded")
+        path = tunnel.folder / "third.sock"
+        living = await trio.open_unix_socket(str(path))
+        await living.send_all(b"x")
+        assert await living.receive_some() == b"x"
+        tunnel.file.write_text(both)
+        await tunnel.reload("reloaded")
+        await until(lambda: not path.exists())
+        assert await exchange(living, b"goes on") == b"goes on"
+        await living.aclose()
+        async with await tunnel.connect() as stream:
+            assert await exchange(stream, b"x") == b"x"
+        await until(lambda: tunnel.descriptors() == before)
+
+
+# -- as a service
+
+
+async def test_sigterm_lets_connections_end(tunnel: Tunnel) -> None:
+    async with serving(echo) as target:
+        tunnel.write(target)
+        await tunnel.start()
+        living = await tunnel.connect()
+        await living.send_all(b"x")
+        assert await living.receive_some() == b"x"
+        tunnel.process.terminate()
+        await until(lambda: tunnel.says("may go on for 10 s"))
+        with pytest.raises(OSError):
+            await tunnel.connect()
+        data = random.randbytes(2_000_000)
+        assert await exchange(living, data) == data
+        await living.aclose()
+        assert await tunnel.ended() == 0
+
+
+async def test_sigterm_does_not_wait_for_ever(tunnel: Tunnel) -> None:
+    async with serving(echo) as target:
+        tunnel.write(target, top={"grace": 0.2})
+        await tunnel.start()
+        living = await tunnel.connect()
+        await living.send_all(b"x")
+        assert await living.receive_some() == b"x"
+        tunnel.process.terminate()
+        assert await is_cut(living)
+        assert await tunnel.ended() == 0
+        assert tunnel.says("cut: the tunnel is ending")
+
+
+async def test_systemd_is_told(tunnel: Tunnel) -> None:
+    """sd_notify(3), and a log in the journal's form."""
+    path = tunnel.folder / "notify"
+    heard = trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    await heard.bind(str(path))
+
+    async def next_message() -> dict[str, str]:
+        with trio.fail_after(PATIENCE):
+            text = (await heard.recv(4096)).decode()
+        return dict(line.split("=", 1) for line in text.splitlines())
+
+    async with serving(echo) as target:
+        tunnel.write(target)
+        tunnel.log.touch()
+        status = tunnel.log.stat()
+        await tunnel.start(
+            NOTIFY_SOCKET=str(path), JOURNAL_STREAM=f"{status.st_dev}:{status.st_ino}"
+        )
+        assert await next_message() == {"READY": "1", "STATUS": "2 tunnels"}
+        tunnel.process.send_signal(signal.SIGHUP)
+        reloading = await next_message()
+        assert reloading["RELOADING"] == "1"
+        assert reloading["MONOTONIC_USEC"].isdigit()
+        assert (await next_message())["READY"] == "1"
+        tunnel.process.terminate()
+        assert (await next_message())["STOPPING"] == "1"
+        assert await tunnel.ended() == 0
+    lines = tunnel.log.read_text().splitlines()
+    assert lines
+    assert all(line.startswith(("<6>", "<4>")) for line in lines)
+    heard.close()
+
+
+async def test_qkd_keys_from_the_file(tunnel: Tunnel, run: Run) -> None:
+    """The options of ``connect`` and ``listen``, word for word: a new QKD key each connection."""
+    sites = tunnel.folder / "sites"
+    kmes = run.start("kme", "dev-up", sites, "--ports", "0,0", "--metrics", "127.0.0.1:0")
+    assert kmes.stdout is not None
+    urls: dict[str, str] = {}
+    for line in kmes.stdout:
+        name, _, url = line.strip().partition(" listens on ")
+        if url:
+            urls[name] = url
+        if len(urls) == 2:
+            break
+
+    def site(own: str, kme: str, peer: str) -> dict[str, object]:
+        files = {f"kme-{name}": f"sites/{own}/{name}.pem" for name in ("ca", "cert", "key")}
+        return {"kme": urls[kme], **files, "sae": own, "peer-sae": [peer]}
+
+    async with serving(echo) as target:
+        tunnel.write(
+            target, listen=site("bob", "kme-b", "alice"), connect=site("alice", "kme-a", "bob")
+        )
+        await tunnel.start()
+        for _ in range(3):
+            async with await tunnel.connect() as stream:
+                assert await exchange(stream, b"x") == b"x"
+        found = tunnel.metrics()
+        for name in ("in", "out"):
+            assert found[f'hybridkex_tunnel_qkd_keys_total{{tunnel="{name}"}}'] == 3
+        assert tunnel.says("QKD .* of ")
+        # A connection after a reload finds key sources that are open.
+        await tunnel.reload("reloaded")
+        async with await tunnel.connect() as stream:
+            assert await exchange(stream, b"x") == b"x"
+
+
+# -- what is wrong before anything runs
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "no tunnel is configured"),
+        ("grace = -1\n", "no tunnel is configured"),
+        ("color = 1\n", "color is not a setting"),
+        ("grace = true\n", "grace is not of the right type"),
+        ("listen = 1\n", "tunnels stand under [[listen]]"),
+        ("[[connect]]\n", "the following arguments are required: --local, --remote"),
+        ('[[connect]]\nlocal="x"\nremote="h:1"\n', "'x' is not HOST:PORT"),
+        ('[[connect]]\nlocal="h:1"\nremote="h:1"\nqkd="require"\n', "needs --kme or --key-pool"),
+        ('[[connect]]\nlocal="h:1"\nremote="unix:s"\nca="CA"\n', "needs a server-name"),
+        ('[[connect]]\nlocal="h:1"\nremote="h:1"\nmax-connections=0\n', "is at least 1"),
+        ('[[connect]]\nlocal="h:1"\nremote="h:1"\nmax-connections="a"\n', "max-connections"),
+        ('[[connect]]\nlocal="h:1"\nremote="h:1"\nidle-timeout=0\n', "time limits are positive"),
+        ('[[connect]]\nlocal="h:1"\nremote="h:1"\nlocal-x=0\n', "local-x is not a setting"),
+        ('[[connect]]\nlocal="h:1"\nremote="h:1"\ninsecure="yes"\n', "insecure is true or false"),
+        ('[[connect]]\nlocal="h:1"\nremote="h:1"\nname=["a"]\n', "name takes one value"),
+        ('[[listen]]\nlocal="h:1"\ntarget="h:1"\nallow=["a"]\n', "needs ca, pin or known-peers"),
+        ('[[listen]]\nlocal="h:1"\ntarget="h:1"\n', "needs an identity"),
+        ('[[listen]]\nlocal="h:1"\ntarget="h:1"\nsocket-mode="9"\n', "three octal digits"),
+    ],
+)
+def test_what_a_file_cannot_say(
+    tmp_path: Path, keys: Path, capsys: pytest.CaptureFixture[str], text: str, complaint: str
+) -> None:
+    path = tmp_path / "tunnels.toml"
+    path.write_text(text.replace("CA", str(keys / "ca.pem")))
+    assert main(["tunnel", "run", str(path), "--check"]) == 1
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_good_file_is_said_to_be_good(tunnel: Tunnel, capsys: pytest.CaptureFixture[str]) -> None:
+    tunnel.write(1)
+    assert main(["tunnel", "run", str(tunnel.file), "--check"]) == 0
+    assert capsys.readouterr().out == f"{tunnel.file}: 2 tunnels\n"
+
+
+def test_the_example_files_can_be_used(
+    tmp_path: Path, keys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one beside the documentation, with the certificates that it names."""
+    example = Path(__file__).parents[2] / "examples" / "tunnel" / "tunnels.toml"
+    shutil.copy(example, tmp_path)
+    for name in ("ca.pem", "cert.pem", "key.pem"):
+        shutil.copy(keys / name, tmp_path)
+    assert main(["tunnel", "run", str(tmp_path / "tunnels.toml"), "--check"]) == 0
+    assert "tunnels" in capsys.readouterr().out
+
+
+async def test_an_address_in_use(tunnel: Tunnel, run: Run, tmp_path: Path) -> None:
+    async with serving(echo) as target:
+        tunnel.write(target)
+        await tunnel.start()
+        second = run.start(
+            *("tunnel", "connect", "--local", f"127.0.0.1:{tunnel.port}", "--remote", "h:1"),
+            *("--insecure",),
+        )
+        await until(lambda: second.poll() is not None)
+        assert second.stderr is not None
+        lines = second.stderr.read().splitlines()
+        assert second.returncode == 1
+        assert lines[-1].endswith("Address already in use")
+        assert read_metrics(tunnel.metrics_port)
+
+
+async def test_no_task_is_left(tmp_path: Path) -> None:
+    """In one process: connections that end, that are cut, that nobody answers; and reloads."""
+    ca = DevCa.create()
+
+    @asynccontextmanager
+    async def server_side() -> AsyncIterator[ServerConfig]:
+        yield ServerConfig(identities=(ca.issue("localhost"),))
+
+    @asynccontextmanager
+    async def client_side() -> AsyncIterator[ClientConfig]:
+        yield ClientConfig(verifier=TrustStore((ca.certificate,)))
+
+    middle = UnixAddress(str(tmp_path / "middle"))
+    outer = UnixAddress(str(tmp_path / "outer"))
+    async with serving(echo) as port, trio.open_nursery() as nursery:
+        tunnels = (
+            TunnelConfig(
+                name="in", local=middle, forward=TcpAddress("127.0.0.1", port), channel=server_side
+            ),
+            TunnelConfig(
+                name="out",
+                local=outer,
+                forward=middle,
+                channel=client_side,
+                server_name="localhost",
+            ),
+        )
+        server = TunnelServer(TunnelMetrics())
+        await nursery.start(server.run, tunnels)
+
+        def tasks() -> int:
+            return trio.lowlevel.current_statistics().tasks_living
+
+        await wait_all_tasks_blocked()
+        before = tasks()
+
+        async def ends(data: bytes) -> None:
+            async with await trio.open_unix_socket(outer.path) as stream:
+                assert await exchange(stream, data) == data
+
+        async def is_gone_at_once() -> None:
+            stream = await trio.open_unix_socket(outer.path)
+            await stream.send_all(b"x" * 100_000)
+            await trio.aclose_forcefully(stream)
+
+        async def says_nothing() -> None:
+            async with await trio.open_unix_socket(middle.path):
+                pass
+
+        async with trio.open_nursery() as programs:
+            for _ in range(30):
+                programs.start_soon(ends, random.randbytes(300_000))
+                programs.start_soon(is_gone_at_once)
+                programs.start_soon(says_nothing)
+            for _ in range(5):
+                await server.apply(tunnels)
+        await until(lambda: server.open_connections == 0 and tasks() == before)
+        with pytest.raises(ConfigError, match="no tunnel"):
+            await server.apply(())
+        server.close(0)

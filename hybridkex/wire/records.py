@@ -63,16 +63,14 @@ class RecordBuffer:
         return len(self._partial) + len(self._chunk) - self._position
 
     def in_place(self) -> tuple[memoryview, int]:
-        """Received bytes, and where in them the next record begins: for a reader that cuts whole
-        records by itself and calls :meth:`skip` then. Empty while a record straddles two reads."""
-        if self._partial:
-            return self._chunk[:0], 0
+        """The received bytes, and where in them the next record begins, once :meth:`take` has given
+        a record: for a reader that cuts the next ones by itself and calls :meth:`skip` then."""
+        assert not self._partial
         return self._chunk, self._position
 
     def skip(self, end: int) -> None:
         """The bytes of :meth:`in_place` have been taken up to ``end``."""
-        if not self._partial:
-            self._position = end
+        self._position = end
 
     def drain(self) -> bytes:
         """All that has not been taken, as it came."""

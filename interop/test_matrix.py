@@ -67,12 +67,10 @@ def test_peer(peer: Peer, role: Role, results: list[Result]) -> None:
 @pytest.fixture(scope="module")
 def wasm() -> Iterator[liboqs.Liboqs]:
     try:
-        opening = liboqs.opened()
-        running = opening.__enter__()
+        with liboqs.opened() as running:
+            yield running
     except Missing as missing:
         pytest.skip(f"liboqs in WebAssembly: {missing}")
-    yield running
-    opening.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("direction", liboqs.DIRECTIONS)

@@ -64,7 +64,7 @@ def _package() -> Path:
     place.mkdir(parents=True, exist_ok=True)
     npm = node / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
     install = ["install", "--prefix", str(place), f"@oqs/liboqs-js@{VERSION}"]
-    quietly = ["--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error"]
+    quietly = ["--no-audit", "--no-fund", "--ignore-scripts", "--fetch-retries=0"]
     path = os.pathsep.join((str(node / "bin"), os.environ.get("PATH", "")))
     try:
         subprocess.run(

@@ -171,7 +171,8 @@ async def test_cut_at_random(
                     nursery.start_soon(program, number)
                 for _ in range(5):
                     carried = between.carried + random.randrange(2 << 20, 8 << 20)
-                    await until(lambda mark=carried: between.carried > mark or done == 8)
+                    while between.carried < carried and done < 8:
+                        await trio.sleep(0.01)
                     between.cut()
             assert cut > 0
             assert done == 8
@@ -439,7 +440,7 @@ async def test_reload(tunnel: Tunnel) -> None:
         write_identity(other, ca, ca.issue("elsewhere"))
         await tunnel.reload("reloaded")
         assert await is_cut(await tunnel.connect())
-        assert tunnel.says("handshake failed: .*elsewhere|handshake failed: .*localhost")
+        await until(lambda: tunnel.says("handshake failed: .*(elsewhere|localhost)"))
         assert await asked(living) == b"old"
         await living.aclose()
 

@@ -122,7 +122,6 @@ def postgres() -> Iterator[Postgres]:
         )
         try:
             found = Postgres(f"{folder}/.s.PGSQL.{port}", port, psql, pgbench)
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             ready = [psql, "-h", folder, "-p", str(port), "-U", "tester", "postgres", "-c", ""]
             wait_until(
                 lambda: subprocess.run(ready, check=False, capture_output=True).returncode == 0

@@ -1,0 +1,103 @@
+"""An ASGI application over hybridkex: HTTP/1.1 and HTTP/2 by hypercorn, chosen by ALPN.
+
+    python examples/asgi_server.py 8443 keys/cert.pem keys/key.pem
+
+hypercorn's own listeners make TLS by the standard library. Below them its trio worker takes any
+stream that says which protocol ALPN has chosen, and that is all that is needed here.
+"""
+
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio.lifespan import Lifespan
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ASGIFramework, ConnectionState
+from hypercorn.utils import wrap_app
+
+from hybridkex import (
+    Identity,
+    Policy,
+    Requirement,
+    SecureStream,
+    ServerConfig,
+)
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class _HttpStream(SecureStream[trio.SocketStream]):
+    """What hypercorn asks of a stream, beside what every stream has."""
+
+    def selected_alpn_protocol(self) -> str:
+        """``h2`` or ``http/1.1``."""
+        return self.session.alpn or "http/1.1"
+
+
+async def serve_asgi(
+    app: ASGIFramework,
+    port: int,
+    config: ServerConfig,
+    *,
+    host: str | None = None,
+    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve ``app`` until cancelled; ``config.alpn`` says which versions of HTTP.
+
+    ``task_status`` gets the port.
+    """
+    settings, state = Config(), ConnectionState({})
+    wrapped = wrap_app(app, settings.wsgi_max_body_size, None)
+    lifespan, context = Lifespan(wrapped, settings, state), WorkerContext(None)
+
+    async def handle(tcp: trio.SocketStream) -> None:
+        stream = _HttpStream(tcp, config, https_compatible=True)
+        await TCPServer(wrapped, settings, context, ConnectionState(state.copy()), stream)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(lifespan.handle_lifespan)
+        await lifespan.wait_for_startup()
+        listeners = await trio.open_tcp_listeners(port, host=host)
+        task_status.started(listeners[0].socket.getsockname()[1])
+        try:
+            await trio.serve_listeners(handle, listeners)
+        finally:
+            with trio.move_on_after(5, shield=True):
+                await lifespan.wait_for_shutdown()
+            nursery.cancel_scope.cancel()
+
+
+async def hello(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with the method, the path and the length of the body."""
+    if scope["type"] != "http":
+        raise NotImplementedError(scope["type"])  # hypercorn takes this for «no lifespan»
+    length, more = 0, True
+    while more:
+        message = await receive()
+        length += len(message.get("body", b""))
+        more = message.get("more_body", False)
+    body = f"{scope['method']} {scope['path']} HTTP/{scope['http_version']} {length}\n".encode()
+    headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def main() -> None:
+    """Serve ``hello``."""
+    port, certificate, key = sys.argv[1:4]
+    config = ServerConfig(
+        identities=(Identity.from_files(certificate, key),),
+        alpn=("h2", "http/1.1"),
+        # Browsers and curl may not have ML-KEM yet.
+        policy=Policy(post_quantum=Requirement.PREFER),
+    )
+    trio.run(serve_asgi, hello, int(port), config)
+
+
+if __name__ == "__main__":
+    main()

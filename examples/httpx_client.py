@@ -1,0 +1,150 @@
+"""``httpx`` over hybridkex: every https request with hybrid keys, HTTP/1.1 or HTTP/2 by ALPN.
+
+    python examples/httpx_client.py https://localhost:8443/ keys/ca.pem
+
+httpcore, which carries httpx, asks a network backend for its connections and each connection for
+its TLS. The one here answers with a ``SecureStream``.
+"""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import httpcore
+import httpx
+import trio
+
+from hybridkex import ClientConfig, SecureStream, TrustStore
+
+__all__ = ["SecureBackend", "secure_transport"]
+
+
+class SecureBackend(httpcore.AsyncNetworkBackend):
+    """Connections whose TLS is a :class:`~hybridkex.SecureStream`.
+
+    Args:
+        config: what every connection wants, ``alpn`` included.
+    """
+
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
+        self._tcp = httpcore.TrioBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109  # httpcore's signature
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """TCP; httpcore asks the stream for TLS next."""
+        with _errors(httpcore.ConnectTimeout, httpcore.ConnectError), _within(timeout):
+            tcp = await trio.open_tcp_stream(host, port, local_address=local_address)
+        for option in socket_options or ():
+            tcp.setsockopt(*option)
+        return _Connection(tcp, self._config)
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait before the next try."""
+        await trio.sleep(seconds)
+
+
+class _Connection(httpcore.AsyncNetworkStream):
+    def __init__(self, stream: trio.abc.Stream, config: ClientConfig) -> None:
+        self._stream = stream
+        self._config = config
+
+    async def start_tls(
+        self,
+        ssl_context: object,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> httpcore.AsyncNetworkStream:
+        """Our TLS: ``ssl_context`` is the standard library's, and has no say here."""
+        secure = SecureStream(
+            self._stream, self._config, server_hostname=server_hostname, https_compatible=True
+        )
+        try:
+            with _errors(httpcore.ConnectTimeout, httpcore.ConnectError), _within(timeout):
+                await secure.do_handshake()
+        except BaseException:
+            await trio.aclose_forcefully(secure)
+            raise
+        return _Connection(secure, self._config)
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
+        """At most ``max_bytes``."""
+        with _errors(httpcore.ReadTimeout, httpcore.ReadError), _within(timeout):
+            return bytes(await self._stream.receive_some(max_bytes))
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        """All of it."""
+        with _errors(httpcore.WriteTimeout, httpcore.WriteError), _within(timeout):
+            await self._stream.send_all(buffer)
+
+    async def aclose(self) -> None:
+        """Close."""
+        await self._stream.aclose()
+
+    def get_extra_info(self, info: str) -> Any:
+        """``ssl_object`` is how httpcore learns what ALPN chose; ``session`` is ours."""
+        if not isinstance(self._stream, SecureStream):
+            return None
+        if info == "session":
+            return self._stream.session
+        return self if info == "ssl_object" else None
+
+    def selected_alpn_protocol(self) -> str | None:
+        """``h2`` or ``http/1.1``."""
+        assert isinstance(self._stream, SecureStream)
+        return self._stream.session.alpn
+
+
+class _errors:
+    """Errors in the names that httpx knows."""
+
+    def __init__(self, late: type[Exception], broken: type[Exception]) -> None:
+        self._late, self._broken = late, broken
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, trio.TooSlowError):
+            raise self._late("no answer in time") from error
+        if isinstance(error, OSError | trio.BrokenResourceError | trio.ClosedResourceError):
+            raise self._broken(str(error.__cause__ or error)) from error
+
+
+def _within(seconds: float | None) -> Any:
+    return trio.fail_after(float("inf") if seconds is None else seconds)
+
+
+def secure_transport(config: ClientConfig) -> httpx.AsyncHTTPTransport:
+    """What goes into ``httpx.AsyncClient(transport=...)``."""
+    transport = httpx.AsyncHTTPTransport()
+    # httpx has no argument for the backend of httpcore's pool, which is where it belongs.
+    transport._pool = httpcore.AsyncConnectionPool(
+        network_backend=SecureBackend(config),
+        http2="h2" in config.alpn,
+        max_connections=100,
+        max_keepalive_connections=20,
+        keepalive_expiry=5.0,
+    )
+    return transport
+
+
+async def main() -> None:
+    """One request."""
+    url, ca = sys.argv[1:3]
+    config = ClientConfig(verifier=TrustStore.from_file(ca), alpn=("h2", "http/1.1"))
+    async with httpx.AsyncClient(transport=secure_transport(config)) as client:
+        answer = await client.get(url)
+        print(answer.extensions["network_stream"].get_extra_info("session"))
+        print(answer.http_version, answer.status_code)
+        print(answer.text)
+
+
+if __name__ == "__main__":
+    trio.run(main)

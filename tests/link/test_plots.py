@@ -38,7 +38,7 @@ def test_rates(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_published_points_are_beside_the_curves() -> None:
     figure = plots.Figure()
     axes = figure.subplots()
-    for maximum, label in plots.PUBLISHED_MAXIMA:
+    for maximum, label, _ in plots.PUBLISHED_MAXIMA:
         assert 0 < maximum < 150, label
     plots._published(axes)
     shown = {text.get_text() for text in axes.texts}

@@ -18,8 +18,11 @@ from hybridkex.qkd.link.randomness import Randomness
 __all__ = ["draw"]
 
 GYS_F: Final = 1.22
-PUBLISHED_MAXIMA: Final = ((142.0, "infinitely many decoys"), (140.6, "vacuum + weak"))
-"""Distances at which Ma et al. 2005 end (km); marked on the axis."""
+PUBLISHED_MAXIMA: Final = (
+    (140.6, "vacuum + weak", "right"),
+    (142.0, "infinitely many decoys", "left"),
+)
+"""Distances at which Ma et al. 2005 end (km), marked on the axis, and the side of their labels."""
 PUBLISHED_RATES: Final = (
     (10.0, 115.8e6, "Li 2023"),
     (10.0, 64e6, "Grünenfelder 2023"),
@@ -65,9 +68,17 @@ def _rates(axes: Any) -> None:
 
 def _published(axes: Any) -> None:
     """What others computed and measured."""
-    for maximum, label in PUBLISHED_MAXIMA:
+    for maximum, label, side in PUBLISHED_MAXIMA:
         axes.plot([maximum], [1e-2], "k|", markersize=12)
-        axes.annotate(f"{maximum:g} km\n{label}", (maximum, 2e-2), fontsize=6, ha="center")
+        away = 6 if side == "left" else -6
+        axes.annotate(
+            f"{maximum:g} km\n{label}",
+            (maximum, 1e-2),
+            xytext=(away, 0),
+            textcoords="offset points",
+            fontsize=6,
+            ha=side,
+        )
     for distance, rate_, label in PUBLISHED_RATES:
         axes.plot([distance], [rate_], "k^", markersize=5)
         axes.annotate(

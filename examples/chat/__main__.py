@@ -1,0 +1,258 @@
+"""``python -m examples.chat server|client|pair``: the channel's options are the command's own."""
+
+import argparse
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from hybridkex import HybridkexError, SecureStream, ServerConfig, Session, open_secure_tcp_listeners
+from hybridkex.apps.address import parse_tcp_address
+from hybridkex.apps.tcp import os_reason, watch_peer
+from hybridkex.cli.options import add_channel_options, client_config, server_config
+from hybridkex.cli.port_file import write_port
+
+from .client import Client
+from .hub import Hub
+from .keys import rests_on
+from .protocol import PROTOCOL, ChatError, check_name
+from .store import Store
+from .terminal import Terminal
+
+_log = logging.getLogger("examples.chat")
+_PORT = 4435
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=args.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    try:
+        _check(args)
+        trio.run({"server": _serve, "client": _take_part, "pair": _pair}[args.mode], args)
+    except BaseException as error:
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        if isinstance(error, KeyboardInterrupt):
+            return 130
+        if not isinstance(error, HybridkexError | OSError | trio.BrokenResourceError):
+            raise
+        text = os_reason(error) if isinstance(error, OSError) else error.__cause__ or error
+        print(f"chat: {text}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.chat", description="Chat over hybridkex channels."
+    )
+    modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
+    server = modes.add_parser("server", help="rooms for many")
+    client = modes.add_parser("client", help="take part in a server's conversation")
+    pair = modes.add_parser("pair", help="two parties, no server: one listens, one connects")
+    client.add_argument("address", metavar="HOST[:PORT]", help=f"port {_PORT} if none is given")
+    client.add_argument("--room", default="lobby", help="where to begin (default: lobby)")
+    pair.add_argument(
+        "address", metavar="HOST[:PORT]", nargs="?", help="the one who listens; without it, we do"
+    )
+    for one in (client, pair):
+        one.add_argument("--nick", required=True, metavar="NAME", help="our nickname")
+        one.add_argument("--server-name", metavar="NAME", help="the name in the certificate")
+        one.add_argument(
+            "--rekey",
+            type=float,
+            metavar="SECONDS",
+            help="a new connection with new keys that often (default: never); one QKD key each",
+        )
+    for one in (server, pair):
+        one.add_argument("--port", type=int, default=_PORT, help=f"(default: {_PORT})")
+        one.add_argument("--port-file", metavar="FILE", help="write the port here once it is open")
+        one.add_argument(
+            "--store",
+            type=Path,
+            metavar="FILE",
+            help="keep what is said in this SQLite file, in the clear (default: in memory)",
+        )
+    server.add_argument(
+        "--queue",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="messages that may wait for one client (default: 1000)",
+    )
+    server.add_argument("--most", type=int, default=1000, metavar="N", help="seats (default: 1000)")
+    server.add_argument(
+        "--away",
+        type=float,
+        default=3600.0,
+        metavar="SECONDS",
+        help="until the seat of a client that was lost is free (default: 3600)",
+    )
+    for one in (server, client, pair):
+        one.add_argument(
+            "--log-level",
+            default="warning",
+            choices=("debug", "info", "warning"),
+            help="what is told on standard error (default: warning)",
+        )
+        add_channel_options(one, alpn=PROTOCOL)
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Both ends prove who they are, or there is no conversation."""
+    if args.mode != "server":
+        check_name("nickname", args.nick)
+        if args.rekey is not None and args.rekey <= 0:
+            raise ChatError("--rekey takes a positive number of seconds")
+    elif args.queue < 1 or args.most < 1 or args.away <= 0:
+        raise ChatError("--queue, --most and --away are positive")
+    if args.mode == "client":
+        check_name("room", args.room)
+    by_certificate = args.key and (args.ca or args.pin or args.known_peers)
+    by_psk = (args.psk or args.kme or args.key_pool) and args.qkd not in ("prefer", "off")
+    if not (by_certificate or by_psk):
+        raise ChatError(
+            "both ends prove who they are: --ca, --cert and --key, or QKD keys, or a PSK"
+        )
+
+
+# --- the listening side ----------------------------------------------------------------------
+
+
+def _server_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"require_client_certificate": bool(args.ca or args.pin or args.known_peers)}
+
+
+async def _serve(args: argparse.Namespace) -> None:
+    store = Store(args.store)
+    try:
+        hub = Hub(store, queue=args.queue, most=args.most, away=args.away)
+        async with (
+            server_config(args, **_server_options(args)) as config,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(hub.run)
+            nursery.start_soon(_listen, args, config, hub, [])
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                async for _ in signals:
+                    break
+            hub.close("the server is going down")
+            await trio.sleep(0.2)
+            nursery.cancel_scope.cancel()
+    finally:
+        store.close()
+
+
+async def _listen(
+    args: argparse.Namespace, config: ServerConfig, hub: Hub, sessions: list[Session]
+) -> None:
+    listeners = await open_secure_tcp_listeners(args.port, config, host=args.bind)
+    inner = listeners[0].transport_listener
+    assert isinstance(inner, trio.SocketListener)
+    write_port(args.port_file, inner)
+    print(f"listening on port {inner.socket.getsockname()[1]}", file=sys.stderr, flush=True)
+
+    async def handle(stream: SecureStream[trio.SocketStream]) -> None:
+        watch_peer(stream.transport_stream)
+        try:
+            await stream.do_handshake()
+        except trio.BrokenResourceError as error:
+            _log.warning("handshake failed: %s", error)
+            await trio.aclose_forcefully(stream)
+            return
+        session = stream.session
+        _log.info("%s: %s", session.peer_subject or "a client", rests_on(session))
+        sessions.append(session)
+        try:
+            await hub.serve(stream, session.peer_subject or "")
+        finally:
+            sessions.remove(session)
+
+    await trio.serve_listeners(handle, listeners)
+
+
+# --- the connecting side ---------------------------------------------------------------------
+
+
+async def _take_part(args: argparse.Namespace) -> None:
+    address = parse_tcp_address(args.address, default_port=_PORT)
+    sessions: list[Session] = []
+    async with client_config(args) as config:
+
+        async def connect() -> trio.abc.Stream:
+            tcp = await trio.open_tcp_stream(address.host, address.port, local_address=args.bind)
+            watch_peer(tcp)
+            stream = SecureStream(tcp, config, server_hostname=args.server_name or address.host)
+            try:
+                await stream.do_handshake()
+            except BaseException:
+                await trio.aclose_forcefully(stream)
+                raise
+            sessions[:] = [stream.session]
+            return stream
+
+        room = args.room if args.mode == "client" else "pair"
+        client = Client(connect, args.nick, room, rekey=args.rekey)
+        await _converse(client, sessions)
+
+
+async def _converse(client: Client, sessions: list[Session]) -> None:
+    def basis() -> str:
+        return rests_on(sessions[-1]) if sessions else "nobody is there yet"
+
+    def details() -> str:
+        return str(sessions[-1]) if sessions else "nobody is there yet"
+
+    async with trio.open_nursery() as nursery:
+
+        async def talk() -> None:
+            await Terminal(client, basis, details).run()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(talk)
+        await client.run()
+
+
+async def _pair(args: argparse.Namespace) -> None:
+    if args.address is not None:
+        await _take_part(args)
+        return
+    # Whoever listens holds the room, and sits in it by a socket pair that leaves no process.
+    store = Store(args.store)
+    hub = Hub(store, most=2)
+    sessions: list[Session] = []
+    try:
+        async with (
+            server_config(args, **_server_options(args)) as config,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(hub.run)
+
+            async def connect() -> trio.abc.Stream:
+                ours, theirs = socket.socketpair()
+                inner = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
+                nursery.start_soon(hub.serve, inner, "")
+                return trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+
+            nursery.start_soon(_listen, args, config, hub, sessions)
+            await _converse(Client(connect, args.nick, "pair"), sessions)
+            hub.close("the other party has left")
+            await trio.sleep(0.2)
+            nursery.cancel_scope.cancel()
+    finally:
+        store.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

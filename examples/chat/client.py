@@ -1,0 +1,300 @@
+"""A client that stays in the conversation: over broken connections, and with fresh keys.
+
+The conversation is its token, the number of its last action and the last entry it has seen; a
+connection only carries it for a while. So new keys need no protocol of their own: a second
+connection is made, with a handshake and QKD keys of its own, and when the server has welcomed us
+there, the first one is closed. What was on its way is sent again and recognised by its number.
+"""
+
+import contextlib
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import trio
+
+from hybridkex.apps.backoff import Backoff
+
+from .protocol import (
+    Accepted,
+    Action,
+    Ask,
+    Bye,
+    ChatError,
+    Entry,
+    Frames,
+    Hello,
+    Notice,
+    ProtocolError,
+    Welcome,
+)
+
+__all__ = ["Client", "Connect"]
+
+_log = logging.getLogger("examples.chat")
+
+Connect = Callable[[], Awaitable[trio.abc.Stream]]
+"""Makes one connection, handshake and all; ``OSError`` or ``trio.BrokenResourceError`` if not."""
+
+_WELCOME_WITHIN: Final = 30.0
+_LEAVE_WITHIN: Final = 5.0
+_UNACKNOWLEDGED: Final = 200
+_NO_CONNECTION: Final = (
+    OSError,
+    trio.BrokenResourceError,
+    trio.ClosedResourceError,
+    trio.TooSlowError,
+    ProtocolError,
+)
+
+
+class Client:
+    """One seat in a conversation.
+
+    Args:
+        connect: makes a connection.
+        rekey: seconds after which a new connection with new keys takes over; ``None`` for never.
+        backoff: how long to wait between tries.
+    """
+
+    def __init__(
+        self,
+        connect: Connect,
+        nickname: str,
+        room: str,
+        *,
+        rekey: float | None = None,
+        backoff: Backoff | None = None,
+    ) -> None:
+        self._connect = connect
+        self._rekey = rekey
+        self._backoff = backoff or Backoff(first=0.5, most=30.0)
+        self._token = secrets.token_hex(32)
+        self._seen = 0
+        self._number = 0
+        self._outbox: deque[Action] = deque()
+        self._changed = trio.Condition()
+        self._frames: Frames | None = None
+        self._questions: deque[Ask] = deque(maxlen=8)
+        self._leaving = False
+        self._put, self.news = trio.open_memory_channel[Entry | Notice](100)
+        """What happens in the room, and what is to be told to the user."""
+        self.nickname: Final = nickname
+        self.room = room
+        self.connections = 0
+        """How many there were: each has had keys of its own."""
+        self.since = 0.0
+        """When the present one was made, by ``time.monotonic``."""
+        self.trouble: str | None = None
+        """Why there is no connection, or no new one."""
+
+    @property
+    def online(self) -> bool:
+        """Whether there is a connection now."""
+        return self._frames is not None
+
+    @property
+    def unacknowledged(self) -> int:
+        """Actions that the server has not acknowledged yet."""
+        return len(self._outbox)
+
+    # --- what the user does -------------------------------------------------------------------
+
+    async def say(self, text: str) -> None:
+        """Say something in the room; waits where too much is not acknowledged yet."""
+        await self._act("say", text)
+
+    async def join(self, room: str) -> None:
+        """Go to another room."""
+        await self._act("join", room)
+
+    async def ask(self, what: str) -> None:
+        """Ask ``who`` is there or which ``rooms`` there are; the answer comes as news."""
+        async with self._changed:
+            self._questions.append(Ask(what))
+            self._changed.notify_all()
+
+    async def leave(self) -> None:
+        """Leave for good: after all that was said has arrived, or after a few seconds."""
+        with trio.move_on_after(_LEAVE_WITHIN):
+            await self._act("leave", "")
+            self._leaving = True
+            async with self._changed:
+                while self._outbox:
+                    await self._changed.wait()
+        self._leaving = True
+        await self._put.aclose()
+
+    async def _act(self, verb: str, text: str) -> None:
+        async with self._changed:
+            while len(self._outbox) >= _UNACKNOWLEDGED:
+                await self._changed.wait()
+            action = Action(self._number + 1, verb, text)
+            self._number += 1
+            self._outbox.append(action)
+            self._changed.notify_all()
+
+    # --- connections --------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Stay connected until we have left.
+
+        Raises:
+            ChatError: the server wants us no more.
+            OSError, trio.BrokenResourceError, ProtocolError: there is no connection at the first
+                try; later on it is tried again.
+        """
+        frames = await self._open()
+        while True:
+            following = await self._use(frames)
+            self._frames = following
+            with trio.move_on_after(1):
+                await frames.stream.aclose()
+            if self._leaving and not self._outbox:
+                return
+            frames = following or await self._reconnect()
+
+    async def _use(self, frames: Frames) -> Frames | None:
+        """Converse over a connection until it ends; what follows it, if that is there already."""
+        self._frames, self.trouble = frames, None
+        following: list[Frames] = []
+        ended: list[Bye] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send, frames, nursery.cancel_scope)
+            nursery.start_soon(self._receive, frames, nursery.cancel_scope, ended)
+            if self._rekey is not None:
+                nursery.start_soon(self._open_in_time, self._rekey, nursery.cancel_scope, following)
+        if ended and not ended[0].again:
+            if not self._leaving:
+                raise ChatError(ended[0].reason)
+            self._outbox.clear()
+        if ended:
+            self.trouble = ended[0].reason
+        return following[0] if following else None
+
+    async def _open_in_time(
+        self, seconds: float, scope: trio.CancelScope, following: list[Frames]
+    ) -> None:
+        """A second connection beside the first, which then ends."""
+        while True:
+            await trio.sleep(seconds)
+            try:
+                following.append(await self._open())
+            except _NO_CONNECTION as error:
+                # The old keys go on meanwhile, and the status line says how old they are.
+                self.trouble = f"no new keys: {_reason(error)}"
+                _log.warning("%s", self.trouble)
+                continue
+            scope.cancel()
+            return
+
+    async def _reconnect(self) -> Frames:
+        while True:
+            wait = self._backoff.next()
+            self.trouble = f"{self.trouble or 'the connection broke'}; next try in {wait:.1f} s"
+            _log.info("%s", self.trouble)
+            await trio.sleep(wait)
+            try:
+                frames = await self._open()
+            except _NO_CONNECTION as error:
+                self.trouble = _reason(error)
+                continue
+            self._backoff.reset()
+            return frames
+
+    async def _open(self) -> Frames:
+        """A connection on which we are welcome, and on which what comes next is ours."""
+        with trio.fail_after(_WELCOME_WITHIN):
+            stream = await self._connect()
+            try:
+                frames = Frames(stream)
+                await frames.send(Hello(self.nickname, self.room, self._token, self._seen))
+                answer = await frames.receive()
+                welcome = _welcome(answer)
+            except BaseException:
+                await trio.aclose_forcefully(stream)
+                raise
+        self._settle(welcome)
+        self.connections += 1
+        self.since = time.monotonic()
+        return frames
+
+    def _settle(self, welcome: Welcome) -> None:
+        self._forget(welcome.accepted)
+        if not welcome.resumed:
+            # A server that does not know us, now or any more: everything begins anew.
+            self._seen = welcome.seen
+            self._outbox = deque(
+                Action(number, action.verb, action.text)
+                for number, action in enumerate(self._outbox, 1)
+            )
+            self._number = len(self._outbox)
+        self.room = welcome.room
+
+    def _forget(self, number: int) -> None:
+        while self._outbox and self._outbox[0].number <= number:
+            self._outbox.popleft()
+
+    async def _send(self, frames: Frames, scope: trio.CancelScope) -> None:
+        sent = 0
+        try:
+            while True:
+                async with self._changed:
+                    while not self._questions and not (
+                        self._outbox and self._outbox[-1].number > sent
+                    ):
+                        await self._changed.wait()
+                    due = [action for action in self._outbox if action.number > sent]
+                    asked = list(self._questions)
+                    self._questions.clear()
+                messages: list[Action | Ask] = [*due, *asked]
+                for message in messages:
+                    await frames.send(message)
+                sent = max([sent, *(action.number for action in due)])
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            scope.cancel()
+
+    async def _receive(self, frames: Frames, scope: trio.CancelScope, ended: list[Bye]) -> None:
+        try:
+            while (message := await frames.receive()) is not None:
+                if isinstance(message, Accepted):
+                    async with self._changed:
+                        self._forget(message.number)
+                        self._changed.notify_all()
+                elif isinstance(message, Entry):
+                    if message.id > self._seen:
+                        await self._tell(message)
+                        self._seen = message.id
+                        if message.kind == "joined" and message.nickname == self.nickname:
+                            self.room = message.room
+                elif isinstance(message, Notice):
+                    await self._tell(message)
+                elif isinstance(message, Bye):
+                    ended.append(message)
+                    break
+                else:
+                    self.trouble = "the server said what is a client's to say"
+                    break
+        except (trio.BrokenResourceError, trio.ClosedResourceError, ProtocolError) as error:
+            self.trouble = _reason(error)
+        scope.cancel()
+
+    async def _tell(self, news: Entry | Notice) -> None:
+        # Nobody listens any more while we are leaving.
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await self._put.send(news)
+
+
+def _welcome(answer: object) -> Welcome:
+    if isinstance(answer, Bye):
+        raise (ProtocolError if answer.again else ChatError)(answer.reason)
+    if not isinstance(answer, Welcome):
+        raise ProtocolError("the server did not welcome us")
+    return answer
+
+
+def _reason(error: BaseException) -> str:
+    return str(error.__cause__ or error) or type(error).__name__

@@ -1,0 +1,329 @@
+"""The server without its socket: seats, rooms, and who is told what.
+
+- One task writes the log; what came meanwhile goes into its next transaction. An action is
+  acknowledged when it is on the disk, and a client's next one is read after that: a client that
+  floods is held up by the disk, and the others are not.
+- Each connection has a queue of its own with a bound. Whoever does not read until it is full is
+  dropped; nobody waits for him. He can come back, to where he was.
+"""
+
+import hmac
+import logging
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from .protocol import (
+    Accepted,
+    Action,
+    Ask,
+    Bye,
+    ChatError,
+    Entry,
+    Frames,
+    Hello,
+    Message,
+    Notice,
+    ProtocolError,
+    Welcome,
+    encode,
+)
+from .store import Change, Seat, Store, digest
+
+__all__ = ["Hub"]
+
+_log = logging.getLogger("examples.chat")
+
+_HELLO_WITHIN: Final = 10.0
+_FAREWELL_WITHIN: Final = 5.0
+_PAGE: Final = 200
+_RECORD: Final = 16 * 1024
+
+
+class _Link:
+    """The sending side of one connection."""
+
+    def __init__(self, frames: Frames, queue: int) -> None:
+        self._frames = frames
+        self._put, self._get = trio.open_memory_channel[bytes](queue)
+        self._farewell: Bye | None = None
+        self._skip = False
+        self.scope: Final = trio.CancelScope()
+
+    def put(self, frame: bytes) -> bool:
+        """Queue a frame; false where there is no room."""
+        try:
+            self._put.send_nowait(frame)
+        except trio.WouldBlock:
+            return False
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # It has ended already.
+        return True
+
+    def end(self, farewell: Bye | None, *, skip: bool = True) -> None:
+        """Say farewell instead of what is queued, or after it, if the peer takes it in time."""
+        self._farewell = farewell
+        self._skip = skip
+        self._put.close()
+        self.scope.deadline = trio.current_time() + _FAREWELL_WITHIN
+
+    async def send(self) -> None:
+        """What is queued, many frames at once where there are many."""
+        async for frame in self._get:
+            if self._skip:
+                break
+            record = bytearray(frame)
+            try:
+                while len(record) < _RECORD:
+                    record += self._get.receive_nowait()
+            except (trio.WouldBlock, trio.EndOfChannel):
+                pass
+            await self._frames.stream.send_all(record)
+        if self._farewell is not None:
+            await self._frames.send(self._farewell)
+        self.scope.cancel()
+
+
+@dataclass(eq=False)
+class _Member:
+    """Somebody with a seat, connected or not."""
+
+    seat: Seat
+    link: _Link | None = None
+    away_since: float = 0.0
+    dropped: str | None = None
+    """Why he was dropped, to tell him when he is back."""
+    turn: trio.Lock = field(default_factory=trio.Lock)
+    """One action at a time, over however many connections."""
+
+
+@dataclass(eq=False)
+class _Job:
+    """An action on its way to the disk."""
+
+    member: _Member
+    change: Change
+    done: trio.Event = field(default_factory=trio.Event)
+
+
+class Hub:
+    """Everybody and everything that the server knows.
+
+    Args:
+        queue: messages that may wait for one client before it is dropped.
+        most: seats.
+        away: seconds after which the seat of somebody who went without a word is free.
+    """
+
+    def __init__(
+        self, store: Store, *, queue: int = 1000, most: int = 1000, away: float = 3600.0
+    ) -> None:
+        self._store = store
+        self._queue = queue
+        self._most = most
+        self._away = away
+        self._members = {seat.nickname: _Member(seat) for seat in store.seats()}
+        self._head = store.head()
+        self._jobs, self._work = trio.open_memory_channel[_Job](256)
+        self._connections: set[_Link] = set()
+
+    async def run(self) -> None:
+        """Write the log, and free the seats of those who do not come back, until cancelled."""
+        for member in self._members.values():
+            member.away_since = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._write)
+            nursery.start_soon(self._clean)
+
+    def close(self, reason: str) -> None:
+        """Tell all who are connected that it is over for now."""
+        for link in list(self._connections):
+            link.end(Bye(reason, again=True))
+
+    async def serve(self, stream: trio.abc.Stream, peer: str) -> None:
+        """One connection, from Hello to its end.
+
+        Args:
+            peer: who the other end is by its certificate, empty where that is not known.
+        """
+        frames = Frames(stream)
+        link = _Link(frames, self._queue)
+        try:
+            with link.scope:
+                async with trio.open_nursery() as nursery:
+                    try:
+                        await self._converse(nursery, frames, link, peer)
+                    except ChatError as error:
+                        _log.info("%s", error)
+                        link.end(Bye(str(error), again=False))
+                        nursery.start_soon(link.send)
+                    else:
+                        link.scope.cancel()
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # Gone; it will come back or it will not.
+        finally:
+            self._connections.discard(link)
+            with trio.move_on_after(_FAREWELL_WITHIN):
+                await stream.aclose()
+
+    # --- one connection -----------------------------------------------------------------------
+
+    async def _converse(
+        self, nursery: trio.Nursery, frames: Frames, link: _Link, peer: str
+    ) -> None:
+        hello = None
+        with trio.move_on_after(_HELLO_WITHIN):
+            hello = await frames.receive()
+        if hello is None:
+            return
+        if not isinstance(hello, Hello):
+            raise ProtocolError("the first message is hello")
+        member, welcome = await self._admit(hello, peer)
+        await frames.send(welcome)
+        if member.link is not None:
+            member.link.end(None)  # The client has moved to this connection.
+        member.link = link
+        self._connections.add(link)
+        # From here on what is new goes into the queue; what is older comes before it.
+        up_to = self._head
+        nursery.start_soon(self._send, frames, link, member, welcome.seen, up_to)
+        try:
+            while (message := await frames.receive()) is not None:
+                if isinstance(message, Action):
+                    await self._act(member, message)
+                    self._tell(member, Accepted(message.number))
+                    if message.verb == "leave":
+                        link.end(Bye("you have left", again=False), skip=False)
+                        await trio.sleep_forever()  # The farewell ends this connection.
+                elif isinstance(message, Ask):
+                    self._tell(member, Notice(self._answer(member, message.what)))
+                else:
+                    raise ProtocolError("that is the server's to say")
+        finally:
+            if member.link is link:
+                member.link = None
+                member.away_since = trio.current_time()
+
+    async def _send(
+        self, frames: Frames, link: _Link, member: _Member, seen: int, up_to: int
+    ) -> None:
+        try:
+            if member.dropped is not None:
+                reason, member.dropped = member.dropped, None
+                await frames.send(Notice(reason))
+            if seen < await trio.to_thread.run_sync(self._store.forgotten):
+                await frames.send(Notice("what was said long ago is no longer kept"))
+            while page := await trio.to_thread.run_sync(
+                self._store.missed, member.seat.nickname, seen, up_to, _PAGE
+            ):
+                await frames.stream.send_all(b"".join(map(encode, page)))
+                seen = page[-1].id
+            await link.send()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            link.scope.cancel()
+
+    async def _admit(self, hello: Hello, peer: str) -> tuple[_Member, Welcome]:
+        token = digest(hello.token)
+        member = self._members.get(hello.nickname)
+        if member is not None:
+            seat = member.seat
+            if not hmac.compare_digest(seat.token, token) or seat.peer != peer:
+                raise ChatError(f"the nickname {hello.nickname!r} is taken")
+            async with member.turn:
+                pass  # An action of an earlier connection is on its way to the disk.
+            return member, Welcome(seat.accepted, min(hello.seen, self._head), seat.room, True)
+        if len(self._members) >= self._most:
+            raise ChatError("there is no seat left")
+        seat = Seat(hello.nickname, token, peer, 0, hello.room)
+        member = self._members[hello.nickname] = _Member(seat)
+        member.away_since = trio.current_time()
+        before = self._head
+        await self._apply(member, Change("enter", seat))
+        return member, Welcome(0, before, seat.room, False)
+
+    async def _act(self, member: _Member, action: Action) -> None:
+        async with member.turn:
+            seat = member.seat
+            if action.number <= seat.accepted:
+                return  # Sent again after a break: it is in the log.
+            if action.number != seat.accepted + 1:
+                raise ProtocolError("an action is missing")
+            await self._apply(member, Change(action.verb, seat, action.number, action.text))
+
+    async def _apply(self, member: _Member, change: Change) -> None:
+        job = _Job(member, change)
+        await self._jobs.send(job)
+        with trio.CancelScope(shield=True):
+            # It will be written, whatever becomes of the connection: a client that comes back
+            # must not find it half-way.
+            await job.done.wait()
+
+    def _answer(self, member: _Member, what: str) -> str:
+        others = self._members.values()
+        if what == "who":
+            room = member.seat.room
+            names = sorted(
+                other.seat.nickname + ("" if other.link else " (away)")
+                for other in others
+                if other.seat.room == room
+            )
+            return f"in {room}: {', '.join(names)}"
+        if what == "rooms":
+            rooms = [other.seat.room for other in others]
+            return ", ".join(f"{room} ({rooms.count(room)})" for room in sorted(set(rooms)))
+        raise ProtocolError("nobody knows that")
+
+    # --- everybody ----------------------------------------------------------------------------
+
+    async def _write(self) -> None:
+        async for job in self._work:
+            jobs = [job]
+            try:
+                while len(jobs) < 256:
+                    jobs.append(self._work.receive_nowait())
+            except trio.WouldBlock:
+                pass
+            made = await trio.to_thread.run_sync(self._store.apply, [one.change for one in jobs])
+            for one, entries in zip(jobs, made, strict=True):
+                self._publish(one.member, one.change, entries)
+                one.done.set()
+
+    def _publish(self, member: _Member, change: Change, entries: list[Entry]) -> None:
+        """Make known what is on the disk."""
+        seat = member.seat
+        if change.verb != "enter":
+            seat.accepted = change.number
+        for entry in entries:
+            self._head = entry.id
+            if entry.kind == "joined":
+                seat.room = entry.room
+            frame = encode(entry)
+            for other in self._members.values():
+                if other.seat.room == entry.room:
+                    self._deliver(other, frame)
+        if change.verb == "leave":
+            del self._members[seat.nickname]
+
+    def _tell(self, member: _Member, message: Message) -> None:
+        self._deliver(member, encode(message))
+
+    def _deliver(self, member: _Member, frame: bytes) -> None:
+        link = member.link
+        if link is None or link.put(frame):
+            return
+        reason = f"you did not read: {self._queue} messages were waiting"
+        _log.warning("%s was dropped: %s", member.seat.nickname, reason)
+        member.link, member.dropped = None, f"you were dropped: {reason}"
+        member.away_since = trio.current_time()
+        link.end(Bye(reason, again=True))
+
+    async def _clean(self) -> None:
+        while True:
+            await trio.sleep(min(60.0, self._away / 4))
+            limit = trio.current_time() - self._away
+            for member in list(self._members.values()):
+                if member.link is None and member.away_since < limit:
+                    async with member.turn:
+                        change = Change("leave", member.seat, member.seat.accepted + 1)
+                        await self._apply(member, change)

@@ -1,0 +1,16 @@
+"""What the keys of a session rest on, in a few words for a status line."""
+
+from hybridkex import Session
+
+__all__ = ["rests_on"]
+
+
+def rests_on(session: Session) -> str:
+    """The legs, and what authenticated the other end."""
+    legs = list(session.parts)
+    if session.qkd_key_ids:
+        legs.append(f"QKD {', '.join(key_id[:8] for key_id in session.qkd_key_ids)}")
+    elif session.psk_identity is not None:
+        legs.append("PSK")
+    text = f"{' + '.join(legs)}, by {session.authenticated_by.value}"
+    return f"{text}, NO QKD KEY" if session.qkd_fallback is not None else text

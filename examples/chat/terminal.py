@@ -1,0 +1,157 @@
+"""The user's side: an input line with history and a status line, or plain lines in a pipe.
+
+``prompt_toolkit`` has a loop of its own, so the input line lives in a thread; lines come from there
+one by one, and what is printed goes above it.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from .client import Client
+from .protocol import MAX_TEXT, ChatError, Entry, Notice, printable
+
+__all__ = ["Terminal"]
+
+_HELP: Final = """\
+/join ROOM   go to another room          /who     who is in this one
+/keys        what our keys rest on       /rooms   which rooms there are
+/quit        leave (or Ctrl-D)           //text   says "/text\""""
+
+
+class Terminal:
+    """Shows what happens, and does what is typed.
+
+    Args:
+        basis: what the keys rest on, in a few words.
+        details: the same at length.
+    """
+
+    def __init__(
+        self, client: Client, basis: Callable[[], str], details: Callable[[], str]
+    ) -> None:
+        self._client = client
+        self._basis = basis
+        self._details = details
+        self._lines_in, self._lines = trio.open_memory_channel[str](0)
+
+    async def run(self) -> None:
+        """Until the user leaves."""
+        fancy = sys.stdin.isatty() and sys.stdout.isatty()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._prompts if fancy else self._read_lines)
+            nursery.start_soon(self._show)
+            async with self._lines_in:
+                await self._obey()
+            nursery.cancel_scope.cancel()
+
+    # --- out ----------------------------------------------------------------------------------
+
+    def status(self) -> str:
+        """The status line."""
+        client = self._client
+        if client.online:
+            age = time.monotonic() - client.since
+            parts = [self._basis(), f"keys {age:.0f} s old (#{client.connections})"]
+        else:
+            parts = ["NOT CONNECTED"]
+        if client.unacknowledged:
+            parts.append(f"{client.unacknowledged} on the way")
+        if client.trouble:
+            parts.append(printable(client.trouble))
+        return f"{client.nickname} in {client.room} | " + " | ".join(parts)
+
+    async def _show(self) -> None:
+        async for news in self._client.news:
+            print(_shown(news), flush=True)
+
+    # --- in -----------------------------------------------------------------------------------
+
+    async def _obey(self) -> None:
+        async for line in self._lines:
+            if line.strip() in ("/quit", "/q"):
+                break
+            try:
+                await self._do(line)
+            except ChatError as error:
+                print(f"! {error}", flush=True)
+        await self._client.leave()
+
+    async def _do(self, line: str) -> None:
+        client = self._client
+        text = printable(line).strip()
+        if not text:
+            return
+        if text.startswith("//"):
+            await client.say(text[1:])
+        elif not text.startswith("/"):
+            for start in range(0, len(text), MAX_TEXT):
+                await client.say(text[start : start + MAX_TEXT])
+        elif text.startswith("/join "):
+            await client.join(text.removeprefix("/join ").strip())
+        elif text in ("/who", "/rooms"):
+            await client.ask(text[1:])
+        elif text == "/keys":
+            print(self._details(), flush=True)
+        else:
+            print(_HELP, flush=True)
+
+    async def _read_lines(self) -> None:
+        """Plain lines: a pipe, or a file."""
+        unread = b""
+        while data := await trio.to_thread.run_sync(os.read, 0, 65536, abandon_on_cancel=True):
+            *lines, unread = (unread + data).split(b"\n")
+            for line in lines:
+                await self._lines_in.send(line.decode("utf-8", "replace"))
+        await self._lines_in.send("/quit")
+
+    async def _prompts(self) -> None:
+        try:
+            from prompt_toolkit import PromptSession  # noqa: PLC0415  # an extra of its own
+            from prompt_toolkit.patch_stdout import patch_stdout  # noqa: PLC0415
+        except ModuleNotFoundError:
+            print("the input line needs prompt_toolkit: pip install 'hybridkex[examples]'")
+            await self._read_lines()
+            return
+        # What is typed is kept in memory alone.
+        session = PromptSession[str](bottom_toolbar=self.status, refresh_interval=0.5)
+        ended = threading.Event()
+
+        def ask() -> None:
+            while not ended.is_set():
+                try:
+                    line = session.prompt("> ", handle_sigint=False)
+                except (EOFError, KeyboardInterrupt):
+                    line = "/quit"
+                try:
+                    trio.from_thread.run(self._lines_in.send, line)
+                except (trio.RunFinishedError, trio.Cancelled, trio.ClosedResourceError):
+                    return
+                if line.strip() in ("/quit", "/q"):
+                    return
+
+        with patch_stdout():
+            try:
+                await trio.to_thread.run_sync(ask, abandon_on_cancel=True)
+            finally:
+                ended.set()
+                if session.app.is_running and session.app.loop is not None:
+                    session.app.loop.call_soon_threadsafe(
+                        lambda: session.app.exit(exception=EOFError)
+                    )
+
+
+def _shown(news: Entry | Notice) -> str:
+    """One line, with nothing in it that a terminal would obey."""
+    if isinstance(news, Notice):
+        return f"* {printable(news.text)}"
+    at = time.strftime("%H:%M", time.localtime(news.at))
+    who, text = printable(news.nickname), printable(news.text)
+    if news.kind == "said":
+        return f"{at} <{who}> {text}"
+    return f"{at} * {who} {printable(news.kind)} {printable(news.room)}"

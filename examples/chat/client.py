@@ -149,10 +149,12 @@ class Client:
         """
         frames = await self._open()
         while True:
-            following = await self._use(frames)
-            self._frames = following
-            with trio.move_on_after(1):
-                await frames.stream.aclose()
+            try:
+                following = await self._use(frames)
+            finally:
+                self._frames = None
+                with trio.move_on_after(1):
+                    await frames.stream.aclose()  # In any case, also when cancelled.
             if self._leaving and not self._outbox:
                 return
             frames = following or await self._reconnect()
@@ -162,11 +164,18 @@ class Client:
         self._frames, self.trouble = frames, None
         following: list[Frames] = []
         ended: list[Bye] = []
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._send, frames, nursery.cancel_scope)
-            nursery.start_soon(self._receive, frames, nursery.cancel_scope, ended)
-            if self._rekey is not None:
-                nursery.start_soon(self._open_in_time, self._rekey, nursery.cancel_scope, following)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._send, frames, nursery.cancel_scope)
+                nursery.start_soon(self._receive, frames, nursery.cancel_scope, ended)
+                if self._rekey is not None:
+                    nursery.start_soon(
+                        self._open_in_time, self._rekey, nursery.cancel_scope, following
+                    )
+        except BaseException:
+            for other in following:
+                await trio.aclose_forcefully(other.stream)
+            raise
         if ended and not ended[0].again:
             if not self._leaving:
                 raise ChatError(ended[0].reason)

@@ -149,10 +149,11 @@ class Client:
         """
         frames = await self._open()
         while True:
+            following = None
             try:
                 following = await self._use(frames)
             finally:
-                self._frames = None
+                self._frames = following
                 with trio.move_on_after(1):
                     await frames.stream.aclose()  # In any case, also when cancelled.
             if self._leaving and not self._outbox:

@@ -9,6 +9,7 @@ import socket
 import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,8 +83,8 @@ async def test_an_end_is_of_one_direction(tunnel: Tunnel) -> None:
 
 
 async def test_many_connections_and_nothing_is_left_of_them(tunnel: Tunnel) -> None:
-    """150 at once, each with data of its own; afterwards no descriptor is open."""
-    number = 150
+    """120 at once, each with data of its own; afterwards no descriptor is open."""
+    number = 120
     good = []
 
     async def one() -> None:
@@ -166,13 +167,16 @@ async def test_cut_at_random(
                     finally:
                         await trio.aclose_forcefully(stream)
 
+            def enough(mark: int) -> bool:
+                return between.carried > mark or done == 8
+
             async with trio.open_nursery() as nursery:
                 for number in range(8):
                     nursery.start_soon(program, number)
                 for _ in range(5):
-                    carried = between.carried + random.randrange(2 << 20, 8 << 20)
-                    while between.carried < carried and done < 8:
-                        await trio.sleep(0.01)
+                    await until(
+                        partial(enough, between.carried + random.randrange(2 << 20, 8 << 20))
+                    )
                     between.cut()
             assert cut > 0
             assert done == 8

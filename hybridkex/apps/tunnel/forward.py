@@ -7,7 +7,6 @@ An end is an end of one direction, and is passed on: FIN becomes close_notify an
 is passed on as a cut: both sockets are reset, so that nobody takes what came for all there was.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -62,58 +61,60 @@ async def forward(
     Raises:
         ConnectionCut: one of the legs broke, or nothing moved for too long.
     """
-    limit = math.inf if idle_timeout is None else idle_timeout
-    await _Forwarding(limit).run(near, far, out, back)
+    await _Forwarding().run(near, far, out, back, idle_timeout)
 
 
 class _Forwarding:
-    def __init__(self, idle_timeout: float) -> None:
-        self._idle_timeout = idle_timeout
+    def __init__(self) -> None:
         self._scope = trio.CancelScope()
+        self._moved = trio.current_time()
         self._ended: set[Leg] = set()
         self._reason: str | None = None
 
-    async def run(self, near: Leg, far: Leg, out: Count, back: Count) -> None:
-        self._touch()
+    async def run(
+        self, near: Leg, far: Leg, out: Count, back: Count, idle_timeout: float | None
+    ) -> None:
         with self._scope:
             async with trio.open_nursery() as watchers:
+                if idle_timeout is not None:
+                    watchers.start_soon(self._limit_idleness, idle_timeout)
                 async with trio.open_nursery() as directions:
                     directions.start_soon(self._carry, near, far, out, watchers)
                     directions.start_soon(self._carry, far, near, back, watchers)
                 watchers.cancel_scope.cancel()
-        if self._reason is None and self._scope.cancelled_caught:
-            self._reason = f"nothing moved for {self._idle_timeout:g} s"
         if self._reason is not None:
             raise ConnectionCut(self._reason)
 
-    def _touch(self) -> None:
-        self._scope.deadline = trio.current_time() + self._idle_timeout
+    async def _limit_idleness(self, seconds: float) -> None:
+        # Not a deadline that each chunk moves: that would cost each of them more than looking.
+        while (quiet_until := self._moved + seconds) > trio.current_time():  # noqa: ASYNC110
+            await trio.sleep_until(quiet_until)
+        self._give_up(f"nothing moved for {seconds:g} s")
 
     async def _carry(self, source: Leg, sink: Leg, count: Count, watchers: trio.Nursery) -> None:
         while True:
             try:
                 data = await source.stream.receive_some(_CHUNK)
             except trio.BrokenResourceError as error:
-                self._broke(source, error)
-                self._scope.cancel()
+                self._give_up(f"{source.what}: {error.__cause__ or error}")
                 return
             if not data:
                 break
-            self._touch()
+            self._moved = trio.current_time()
             try:
                 await sink.stream.send_all(data)
             except trio.BrokenResourceError as error:
                 # The sink is gone; what it said before it went is still carried the other way,
                 # whose loop then meets the end or the break.
-                self._broke(sink, error)
+                self._note(f"{sink.what}: {error.__cause__ or error}")
                 return
-            self._touch()
+            self._moved = trio.current_time()
             count(len(data))
         self._ended.add(source)
         try:
             await sink.stream.send_eof()
         except trio.BrokenResourceError as error:
-            self._broke(sink, error)
+            self._note(f"{sink.what}: {error.__cause__ or error}")
             return
         if source.secure and sink not in self._ended:
             watchers.start_soon(self._watch, source, sink)
@@ -127,9 +128,13 @@ class _Forwarding:
         except trio.BrokenResourceError:
             pass
         if other not in self._ended:
-            self._reason = f"{gone.what} left before {other.what} had ended"
-            self._scope.cancel()
+            self._give_up(f"{gone.what} left before {other.what} had ended")
 
-    def _broke(self, leg: Leg, error: trio.BrokenResourceError) -> None:
+    def _give_up(self, reason: str) -> None:
+        self._note(reason)
+        self._scope.cancel()
+
+    def _note(self, reason: str) -> None:
+        """The first thing that went wrong is what is told; the rest follows from it."""
         if self._reason is None:
-            self._reason = f"{leg.what}: {error.__cause__ or error}"
+            self._reason = reason

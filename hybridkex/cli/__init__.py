@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "send": "send files and folders; broken transfers go on where they were",
     "receive": "take in files and folders, verified before they appear",
     "tunnel": "carry the connections of other programs through secure channels",
+    "wg-psk": "keep the pre-shared key of a WireGuard tunnel fresh, with QKD keys in it",
     "demo": "two sites in one terminal: a real file across, and what its keys rest on",
     "rndl": "record now, decrypt later: adversaries of the future try our recordings",
     "dev-ca": "make a small certificate authority and a certificate for tests and first steps",

@@ -18,7 +18,14 @@ from hybridkex.tls.policy import Requirement
 if TYPE_CHECKING:
     from hybridkex.qkd.etsi014.client import KmeAccess
 
-__all__ = ["add_kme_options", "add_qkd_options", "kme_access", "qkd_keys", "qkd_requirement"]
+__all__ = [
+    "add_kme_options",
+    "add_qkd_options",
+    "key_sources",
+    "kme_access",
+    "qkd_keys",
+    "qkd_requirement",
+]
 
 
 def add_kme_options(parser: argparse._ActionsContainer, *, required: bool) -> None:
@@ -127,8 +134,19 @@ async def qkd_keys(args: argparse.Namespace) -> AsyncIterator[QkdKeys | None]:
     Raises:
         ConfigError: the options contradict each other, or a file cannot be used.
     """
+    async with key_sources(args) as sources:
+        yield QkdKeys(*sources) if sources else None
+
+
+@asynccontextmanager
+async def key_sources(args: argparse.Namespace) -> AsyncIterator[list[KeySource]]:
+    """One source for each peer that the options name; none where QKD keys are off.
+
+    Raises:
+        ConfigError: the options contradict each other, or a file cannot be used.
+    """
     if qkd_requirement(args) is Requirement.OFF:
-        yield None
+        yield []
         return
     async with AsyncExitStack() as stack:
         sources: dict[str, list[KeySource]] = {}
@@ -151,9 +169,7 @@ async def qkd_keys(args: argparse.Namespace) -> AsyncIterator[QkdKeys | None]:
             if args.peer_sae and pool.peer_sae not in args.peer_sae:
                 raise ConfigError(f"{args.key_pool} holds keys that {pool.peer_sae} shares")
             sources.setdefault(pool.peer_sae, []).append(pool)
-        yield QkdKeys(
-            *(one[0] if len(one) == 1 else FailoverSource(one) for one in sources.values())
-        )
+        yield [one[0] if len(one) == 1 else FailoverSource(one) for one in sources.values()]
 
 
 def _open_pool(args: argparse.Namespace) -> FilePool:

@@ -1,0 +1,156 @@
+"""``hybridkex wg-psk`` as two processes, with a ``wg`` that records."""
+
+import json
+import re
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hybridkex.auth import RawIdentity
+from hybridkex.cli import main
+from hybridkex.qkd.store import write_key_file
+
+COMMAND = (sys.executable, "-m", "hybridkex", "wg-psk")
+KEY = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
+Start = Callable[..., "subprocess.Popen[str]"]
+WG = """#!{python}
+import sys
+with open({log!r}, "a") as log:
+    print(*sys.argv[1:], sys.stdin.readline().strip(), file=log)
+"""
+
+
+@pytest.fixture
+def side(tmp_path: Path) -> Iterator[Start]:
+    """Starts one end of the tunnel; all that were started end with the test."""
+    running = []
+
+    def start(name: str, peer: str, *words: str) -> "subprocess.Popen[str]":
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        command = folder / "wg"
+        command.write_text(WG.format(python=sys.executable, log=str(folder / "log")))
+        command.chmod(command.stat().st_mode | stat.S_IXUSR)
+        process = subprocess.Popen(
+            [
+                *(*COMMAND, "--interface", "wg0", "--peer-key", KEY, "--wg", str(command)),
+                *("--local", name, "--peer", peer, *words),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate(timeout=20)
+
+
+def until(condition: Callable[[], bool], *, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def keys(folder: Path) -> list[str]:
+    log = folder / "log"
+    if not log.exists():
+        return []
+    lines = log.read_text().splitlines()
+    found = [re.fullmatch(rf"set wg0 peer {KEY} preshared-key /dev/stdin (\S+)", x) for x in lines]
+    return [one[1] for one in found if one]
+
+
+def port_of(path: Path) -> str:
+    until(path.exists)
+    return path.read_text().strip()
+
+
+def trust(tmp_path: Path) -> dict[str, list[str]]:
+    """Raw keys for both, pinned by the other."""
+    found = {}
+    identities = {name: RawIdentity.generate() for name in "ab"}
+    for name, other in (("a", "b"), ("b", "a")):
+        path = tmp_path / f"{name}.pem"
+        path.write_bytes(identities[name].to_pem())
+        found[name] = ["--key", str(path), "--pin", identities[other].peer_view.pin]
+    return found
+
+
+def test_the_key_is_rotated_with_pinned_keys(tmp_path: Path, side: Start) -> None:
+    known = trust(tmp_path)
+    port = tmp_path / "port"
+    b = side("b", "a", "--listen", "127.0.0.1:0", "--port-file", str(port), *known["b"])
+    where = f"127.0.0.1:{port_of(port)}"
+    side("a", "b", "--connect", where, "--interval", "0.2", "--json", *known["a"])
+    until(lambda: len(keys(tmp_path / "a")) >= 3)
+    ours, theirs = keys(tmp_path / "a"), keys(tmp_path / "b")
+    assert ours == theirs[: len(ours)]
+    assert len(set(ours)) == len(ours)
+    # The responder is gone: the old key stays, and the initiator says why and goes on trying.
+    b.kill()
+    b.communicate(timeout=20)
+    before = len(keys(tmp_path / "b"))
+    b = side("b", "a", "--listen", where, *known["b"])
+    until(lambda: len(keys(tmp_path / "b")) > before + 1)
+    assert b.poll() is None
+
+
+def test_once_with_a_shared_key_and_a_qkd_pool(tmp_path: Path, side: Start) -> None:
+    """Also that a stranger, and a wrong key, change nothing."""
+    secret, wrong = tmp_path / "psk", tmp_path / "wrong"
+    for path in (secret, wrong):
+        write_key_file(path)
+    port = tmp_path / "port"
+    words = ("--listen", "127.0.0.1:0", "--port-file", str(port), "--psk-file", str(secret))
+    b = side("b", "a", *words, "--once", "--json")
+    where = ("--connect", f"127.0.0.1:{port_of(port)}", "--once")
+    stranger = side("a", "b", *where, "--psk-file", str(wrong))
+    _, said = stranger.communicate(timeout=30)
+    assert stranger.returncode == 1
+    assert said.startswith("hybridkex: ")
+    assert "Traceback" not in said
+    assert keys(tmp_path / "a") == keys(tmp_path / "b") == []
+    a = side("a", "b", *where, "--psk-file", str(secret), "--json")
+    lines = [json.loads(one.communicate(timeout=30)[0]) for one in (a, b)]
+    assert a.returncode == b.returncode == 0
+    assert [line["peer"] for line in lines] == ["b", "a"]
+    assert lines[0]["rests_on"] == ["X25519", "ML-KEM-768"]
+    assert keys(tmp_path / "a") == keys(tmp_path / "b") != []
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--connect", "h", "--interval", "0"], "--interval"),
+        (["--connect", "h"], "how to know the peer"),
+        (["--connect", "h", "--psk-file", "/nowhere"], "/nowhere"),
+        (["--connect", "h", "--psk-file", "x", "--pin", "00"], "takes the place"),
+        (["--connect", "h:port", "--psk-file", "{psk}"], "HOST:PORT"),
+        (["--listen", "x", "--psk-file", "{psk}"], "HOST:PORT"),
+        (["--connect", "127.0.0.1:1", "--psk-file", "{psk}", "--once"], "cannot connect"),
+        (["--connect", "h", "--psk-file", "{psk}", "--qkd", "require"], "needs --kme"),
+    ],
+)
+def test_what_cannot_be(
+    words: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    psk = tmp_path / "psk"
+    write_key_file(psk)
+    given = [word.format(psk=psk) for word in words]
+    fixed = ["--interface", "wg0", "--peer-key", KEY, "--local", "a", "--peer", "b"]
+    assert main(["wg-psk", *fixed, *given]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("hybridkex: ")
+    assert reason in said
+    assert main(["wg-psk", *fixed[:2], "--peer-key", "AAAA", *fixed[4:], *given]) == 1

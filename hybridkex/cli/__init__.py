@@ -29,6 +29,7 @@ COMMANDS: Final = {
     "dev-ca": "make a small certificate authority and a certificate for tests and first steps",
     "kme": "run, ask or set up a key management entity (ETSI GS QKD 014)",
     "qkd": "run a simulated QKD link, with or without Eve; draw its rates",
+    "doctor": "say what is there and works on this machine, and what is missing",
 }
 """Name and one-line summary of each command, in the order that ``--help`` shows."""
 

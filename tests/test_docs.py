@@ -32,3 +32,9 @@ def test_links(page: Path) -> None:
 def test_the_threat_page_names_tests() -> None:
     text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
     assert len(re.findall(r"`tests/[\w/.]+::\w+`", text)) > 40
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    contents = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {page.name for page in ROOT.glob("docs/*.md")} - {"README.md"}
+    assert pages <= set(re.findall(r"\]\(([\w-]+\.md)\)", contents))

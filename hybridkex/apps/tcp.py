@@ -30,8 +30,8 @@ def keep_alive(stream: trio.SocketStream) -> None:
 def watch_peer(stream: trio.SocketStream) -> None:
     """As :func:`keep_alive`, and also while data is on its way (RFC 5482).
 
-    Linux counts a peer that acknowledges and reads nothing as silent, too: this is for protocols
-    whose peers always read.
+    Linux counts a peer that acknowledges and reads nothing as silent, too: this is for ends whose
+    peers always read.
     """
     keep_alive(stream)
     with contextlib.suppress(OSError):

@@ -71,6 +71,26 @@ async def _run(args: argparse.Namespace) -> None:
             folder.close()
 
 
+class _Seated(trio.abc.Listener[trio.SocketStream]):
+    """Accepts when there is a seat. Those who wait do so in the kernel's queue, which is bounded:
+    a flood of connections takes no descriptors that the files need."""
+
+    def __init__(self, listener: trio.SocketListener, slots: trio.Semaphore) -> None:
+        self._listener = listener
+        self._slots = slots
+
+    async def accept(self) -> trio.SocketStream:
+        await self._slots.acquire()
+        try:
+            return await self._listener.accept()
+        except BaseException:
+            self._slots.release()
+            raise
+
+    async def aclose(self) -> None:
+        await self._listener.aclose()
+
+
 class _Server:
     """The listening socket and its connections."""
 
@@ -80,7 +100,7 @@ class _Server:
         self._folder = folder
         self._wire = 0
         self._live: set[CountingStream] = set()
-        self._slots = trio.CapacityLimiter(args.max_connections)
+        self._slots = trio.Semaphore(args.max_connections)
         self._done = trio.Event()
 
     async def run(self) -> None:
@@ -97,11 +117,14 @@ class _Server:
             receiver = Receiver(self._folder, progress)
 
             async def handle(tcp: trio.SocketStream) -> None:
-                async with self._slots:
+                try:
                     await self._converse(receiver, tcp)
+                finally:
+                    self._slots.release()
 
+            seated = [_Seated(listener, self._slots) for listener in listeners]
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(trio.serve_listeners, handle, listeners)
+                nursery.start_soon(trio.serve_listeners, handle, seated)
                 nursery.start_soon(self._wait_for_signal)
                 await self._done.wait()
                 nursery.cancel_scope.cancel()

@@ -10,7 +10,7 @@ from typing import Any
 import trio
 
 from hybridkex.apps.address import TcpAddress, parse_tcp_address
-from hybridkex.apps.tcp import CountingStream, os_reason, watch_peer
+from hybridkex.apps.tcp import CountingStream, keep_alive, os_reason
 from hybridkex.apps.transfer import PROTOCOL, Outcome, collect, send_items
 from hybridkex.cli.options import add_channel_options, client_config
 from hybridkex.cli.pipe import ChannelFailed, reason, report
@@ -109,7 +109,7 @@ class _Wire:
             if self._streams:
                 raise
             raise ChannelFailed(f"cannot connect to {self._address}: {os_reason(error)}") from None
-        watch_peer(tcp)
+        keep_alive(tcp)
         counting = CountingStream(tcp)
         stream = SecureStream(counting, config, server_hostname=self._args.server_name or host)
         try:

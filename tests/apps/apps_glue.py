@@ -1,6 +1,7 @@
 """Processes of the command, one authority, and a wire that can be cut."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -91,6 +92,29 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("mounting a tmpfs is not allowed here; the test with RLIMIT_FSIZE stands")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def fat_disk(folder: Path) -> Iterator[Path]:
+    """A file system that does not tell upper case from lower case."""
+    folder.mkdir()
+    image = folder.with_suffix(".img")
+    made = False
+    if os.geteuid() == 0 and (
+        mkfs := shutil.which("mkfs.vfat", path=f"{os.environ['PATH']}:/sbin")
+    ):
+        with image.open("wb") as file:
+            file.truncate(8 << 20)
+        made = all(
+            not subprocess.run(words, check=False, capture_output=True).returncode
+            for words in ([mkfs, str(image)], ["mount", "-o", "loop", str(image), str(folder)])
+        )
+    if not made:
+        pytest.skip("mounting a FAT file system is not allowed here, or dosfstools are missing")
     try:
         yield folder
     finally:

@@ -62,6 +62,8 @@ class Present:
     digest: "_Hash"
     """Of those bytes, ready to go on."""
     complete: bool
+    stamp: tuple[int, ...] = ()
+    """By which it is seen whether those bytes are still the same."""
 
 
 NOTHING: Final = Present(size=0, digest=hashlib.sha256(), complete=False)
@@ -118,13 +120,14 @@ class Folder:
             there = self._stat(offer.path)
             if there is not None and not stat.S_ISREG(there.st_mode):
                 raise NotTaken(f"{shown(offer.path)}: something that is not a file is there")
-            if there is not None and there.st_size == offer.size:
-                found = self._hashed(offer.path, complete=True, size=offer.size)
-                if found is not None:
-                    return found
-            elif there is not None and not self.overwrite:
+            same_size = there is not None and there.st_size == offer.size
+            if there is not None and not same_size and not self.overwrite:
                 raise NotTaken(_taken(offer.path))
-            return self._hashed(_partial(offer.path), complete=False, size=offer.size) or NOTHING
+            part = self._hashed(_partial(offer.path), complete=False, size=offer.size)
+            if part is not None and part.size and (self.overwrite or not same_size):
+                return part  # Also where it is to replace a file of the same size.
+            whole = same_size and self._hashed(offer.path, complete=True, size=offer.size)
+            return whole or part or NOTHING
 
     def make(self, path: tuple[str, ...]) -> bool:
         """Make a folder. False: it was there.
@@ -152,21 +155,32 @@ class Folder:
             with self._parent(_partial(offer.path), make=True, mode=0o700) as parent:
                 flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
                 file = os.open(_partial(offer.path)[-1], flags, 0o600, dir_fd=parent)
-            try:
-                self._prepare(file, offer, offset)
-            except BaseException:
-                os.close(file)
-                raise
+                try:
+                    self._lock(file, parent, offer)
+                    self._prepare(file, offer, present, offset)
+                except BaseException:
+                    os.close(file)
+                    raise
             digest = present.digest.copy() if offset else hashlib.sha256()
             return PartFile(self, offer, file, digest, offset)
 
-    def _prepare(self, file: int, offer: Offer, offset: int) -> None:
+    def _lock(self, file: int, parent: int, offer: Offer) -> None:
+        """Have the incomplete file for ourselves."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.stat(_partial(offer.path)[-1], dir_fd=parent).st_ino
         except BlockingIOError:
             raise NotTaken(f"{shown(offer.path)}: another transfer is writing it") from None
-        if os.fstat(file).st_size < offset:
-            raise NotTaken(f"{shown(offer.path)}: its beginning is gone; try again")
+        except FileNotFoundError:
+            ours = 0
+        # Who had it before may have given it its final name between our opening and locking it.
+        if os.fstat(file).st_ino != ours:
+            raise NotTaken(f"{shown(offer.path)}: another transfer has just stored it")
+
+    def _prepare(self, file: int, offer: Offer, present: Present, offset: int) -> None:
+        # Another transfer of the same name may have written to it since it was hashed.
+        if offset and _stamp(file) != present.stamp:
+            raise NotTaken(f"{shown(offer.path)}: its beginning has changed meanwhile; try again")
         os.ftruncate(file, offset)
         disk = os.fstatvfs(file)
         free = disk.f_bavail * disk.f_frsize
@@ -207,10 +221,12 @@ class Folder:
         except FileNotFoundError:
             return None
         try:
+            stamp = _stamp(file)
             length = os.fstat(file).st_size
             if length > size:
                 return None
-            return Present(size=length, digest=hash_prefix(file, length), complete=complete)
+            digest = hash_prefix(file, length)
+            return Present(size=length, digest=digest, complete=complete, stamp=stamp)
         finally:
             os.close(file)
 
@@ -300,6 +316,11 @@ class PartFile:
             self._file = -1
 
 
+def _stamp(file: int) -> tuple[int, ...]:
+    status = os.fstat(file)
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def _partial(path: tuple[str, ...]) -> tuple[str, ...]:
     # A digest, since a name with something added may be too long.
     text = "/".join(path).encode("utf-8", "surrogateescape")
@@ -321,8 +342,10 @@ def _rename_new(name: str, source: int, path: tuple[str, ...], target: int) -> N
             raise
         # A file system without hard links (FAT, some network shares): look, then rename. Whoever
         # makes the same name between the two loses its file.
-        if path[-1] in os.listdir(target):
-            raise NotTaken(_taken(path)) from None
-        os.rename(name, path[-1], src_dir_fd=source, dst_dir_fd=target)
-        return
+        try:
+            os.stat(path[-1], dir_fd=target, follow_symlinks=False)
+        except FileNotFoundError:
+            os.rename(name, path[-1], src_dir_fd=source, dst_dir_fd=target)
+            return
+        raise NotTaken(_taken(path)) from None
     os.unlink(name, dir_fd=source)

@@ -4,7 +4,7 @@ from typing import Any, Final
 
 import trio
 
-from hybridkex import SecureStream
+from hybridkex import HybridkexError, SecureStream
 from hybridkex.apps.transfer.messages import (
     DATA,
     HEADER,
@@ -15,7 +15,23 @@ from hybridkex.apps.transfer.messages import (
     split_header,
 )
 
-__all__ = ["Frames"]
+__all__ = ["Frames", "first_failure"]
+
+
+def first_failure(group: BaseExceptionGroup[Any]) -> BaseException:
+    """What went wrong with a connection that several tasks share.
+
+    They all see the same end. Where one of them knows more than that it has broken, its word
+    counts. A cancellation, or a bug, is more than any of that.
+    """
+    failures, other = group.split((trio.BrokenResourceError, HybridkexError))
+    if failures is None or other is not None:
+        return other or group
+    told, _ = failures.split(HybridkexError)
+    error: BaseException = told or failures
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 class Frames:

@@ -11,6 +11,7 @@ from typing import Any, Final, get_type_hints
 from hybridkex.errors import HybridkexError
 
 __all__ = [
+    "BEAT",
     "CHUNK",
     "DATA",
     "HEADER",
@@ -18,6 +19,7 @@ __all__ = [
     "PROTOCOL",
     "VERSION",
     "WINDOW",
+    "Alive",
     "Bye",
     "Drop",
     "End",
@@ -47,6 +49,8 @@ CHUNK: Final = 1 << 20
 MAX_MESSAGE: Final = 1 << 16
 WINDOW: Final = 64
 """Offers that may wait for their outcome at once."""
+BEAT: Final = 15
+"""Seconds between two words of a receiver, at most."""
 
 
 class ProtocolError(HybridkexError):
@@ -139,7 +143,12 @@ class Bye:
     """Nothing more will be asked for (sender), all was answered (receiver)."""
 
 
-Message = Hello | Offer | Have | Same | Start | End | Drop | Stored | Failed | Bye
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alive:
+    """The receiver is there, however slow its disk: it says so every :data:`BEAT` seconds."""
+
+
+Message = Hello | Offer | Have | Same | Start | End | Drop | Stored | Failed | Bye | Alive
 
 _TYPES: Final[dict[int, type[Message]]] = {
     1: Hello,
@@ -152,6 +161,7 @@ _TYPES: Final[dict[int, type[Message]]] = {
     8: Stored,
     9: Failed,
     10: Bye,
+    11: Alive,
 }
 _CODES: Final = {kind: code for code, kind in _TYPES.items()}
 _HINTS: Final = {kind: get_type_hints(kind) for kind in _TYPES.values()}

@@ -26,7 +26,8 @@ def check_path(path: tuple[str, ...]) -> None:
     """
     if not 1 <= len(path) <= _DEEPEST:
         raise UnsafeName(f"a path has 1 to {_DEEPEST} parts")
-    if path[0] == PARTIAL:
+    # As a file system sees it that ignores case, and dots and spaces at the end (FAT).
+    if path[0].casefold().rstrip(". ") == PARTIAL:
         raise UnsafeName(f"{PARTIAL} is the receiver's own")
     for part in path:
         try:

@@ -2,18 +2,20 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import trio
 
 from hybridkex import HybridkexError, SecureStream
 from hybridkex.apps.transfer.folder import Folder, NotTaken, PartFile, Present
-from hybridkex.apps.transfer.frames import Frames
+from hybridkex.apps.transfer.frames import Frames, first_failure
 from hybridkex.apps.transfer.messages import (
+    BEAT,
     CHUNK,
     PROTOCOL,
     VERSION,
     WINDOW,
+    Alive,
     Bye,
     Drop,
     End,
@@ -32,6 +34,8 @@ from hybridkex.apps.transfer.progress import Progress, Silent
 __all__ = ["Receiver"]
 
 _log = logging.getLogger("hybridkex.apps.transfer")
+
+_HELLO_WITHIN: Final = 30.0
 
 
 class Receiver:
@@ -60,7 +64,9 @@ class Receiver:
         if stream.session.alpn != PROTOCOL:
             raise ProtocolError("the other end is not 'hybridkex send'")
         frames = Frames(stream)
-        hello = await frames.receive()
+        hello = None
+        with trio.move_on_after(_HELLO_WITHIN):
+            hello = await frames.receive()
         if not isinstance(hello, Hello) or hello.version != VERSION:
             raise ProtocolError(f"the sender does not speak version {VERSION} of the protocol")
         # A sender that comes back may be faster than our notice of the break: the newest
@@ -73,12 +79,21 @@ class Receiver:
             self._live[hello.transfer] = scope, ended
             reception = _Reception(self._folder, frames, self._progress)
             try:
-                await reception.run()
+                await self._converse(reception)
             finally:
                 reception.close()
                 del self._live[hello.transfer]
                 ended.set()
         return not scope.cancelled_caught
+
+    async def _converse(self, reception: "_Reception") -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(reception.say_that_we_are_there)
+                await reception.run()
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise first_failure(group) from None
 
 
 @dataclass
@@ -133,6 +148,13 @@ class _Reception:
                 case _:
                     raise ProtocolError(f"the sender says {type(message).__name__}")
 
+    async def say_that_we_are_there(self) -> None:
+        """A disk that takes its time must not look like a receiver that has vanished: what waits
+        for it is in threads, and this goes on."""
+        while True:
+            await trio.sleep(BEAT)
+            await self._frames.send(Alive())
+
     async def _fail(self, n: int, error: HybridkexError) -> None:
         _log.warning("not stored: %s", error)
         await self._frames.send(Failed(n=n, reason=str(error)))
@@ -170,7 +192,7 @@ class _Reception:
         if self._current is not None:
             raise ProtocolError("one file begins before another has ended")
         offer, present = self._take_offer(start.n)
-        if start.offset not in (0, present.size) or start.offset > offer.size:
+        if start.offset and (present.complete or start.offset != present.size):
             raise ProtocolError("an offset that is not ours")
         self._current = _Current(start.n, None)
         try:

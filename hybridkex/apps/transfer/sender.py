@@ -20,14 +20,16 @@ from hybridkex import HybridkexError, SecureStream
 from hybridkex.apps.backoff import Backoff
 from hybridkex.apps.tcp import os_reason
 from hybridkex.apps.transfer.folder import hash_prefix, why
-from hybridkex.apps.transfer.frames import Frames
+from hybridkex.apps.transfer.frames import Frames, first_failure
 from hybridkex.apps.transfer.messages import (
+    BEAT,
     CHUNK,
     DATA,
     HEADER,
     PROTOCOL,
     VERSION,
     WINDOW,
+    Alive,
     Bye,
     Drop,
     End,
@@ -56,6 +58,9 @@ Connect = Callable[[], Awaitable[SecureStream[Any]]]
 ``trio.BrokenResourceError`` as usual."""
 
 _BUFFERS: Final = 4
+_SILENCE: Final = 3 * BEAT
+"""Seconds after which a receiver that says nothing is taken for gone. TCP_USER_TIMEOUT will not do:
+Linux counts one that is alive and does not read for a while, too (tcp(7))."""
 
 
 class ConnectionLost(HybridkexError):
@@ -177,20 +182,11 @@ class _Transfer:
             if stream.session.alpn != PROTOCOL:
                 raise ProtocolError("the other end is not 'hybridkex receive'")
             await _Connection(self, dict(self._items), stream, self._progress).run(self._name)
-        except* trio.BrokenResourceError as group:
-            # Both tasks see the same break.
-            raise _first(group) from None
-        except* HybridkexError as group:
-            raise _first(group) from None
+        except BaseExceptionGroup as group:
+            raise first_failure(group) from None
         finally:
             with trio.move_on_after(2, shield=True):
                 await stream.aclose()
-
-
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 class _Connection:
@@ -230,10 +226,17 @@ class _Connection:
 
     async def _read_answers(self) -> None:
         while True:
-            answer = await self._frames.receive()
+            with trio.move_on_after(_SILENCE) as limit:
+                answer = await self._frames.receive()
+            if limit.cancelled_caught:
+                raise trio.BrokenResourceError(f"the receiver was silent for {_SILENCE} s")
             self._transfer.heard |= answer is not None
             match answer:
-                case Have(n=n) as have if n in self._open:
+                case Alive():
+                    continue
+                case Have(n=n, size=size) as have if n in self._open:
+                    if size > self._items[n].size:
+                        raise ProtocolError("the receiver has more of a file than there is")
                     self._answers[n] = have
                 case Stored(n=n, already=already) if n in self._open:
                     self._open.remove(n)

@@ -55,6 +55,10 @@ def parse_tcp_address(text: str, *, default_port: int | None = None) -> TcpAddre
         raise ConfigError(f"{text!r} is not HOST:PORT; an IPv6 address stands in brackets")
     if not host:
         raise ConfigError(f"{text!r} names no host")
+    try:
+        host.encode("idna" if host.isascii() else "utf-8")
+    except UnicodeError:
+        raise ConfigError(f"{host!r} is no host: a label of a name has 1 to 63 bytes") from None
     if not separator and default_port is not None:
         return TcpAddress(host, default_port)
     if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):

@@ -1,6 +1,7 @@
 """What the applications need of their sockets beside reading and writing."""
 
 import contextlib
+import os
 import socket
 import struct
 from typing import Final
@@ -8,7 +9,7 @@ from typing import Final
 import trio
 from trio.abc import HalfCloseableStream
 
-__all__ = ["CountingStream", "keep_alive", "os_reason", "reset", "watch_peer"]
+__all__ = ["CountingStream", "keep_alive", "last_attempt", "os_reason", "reset", "watch_peer"]
 
 SILENCE: Final = 45
 """Seconds after which a peer that does not even acknowledge is taken for gone."""
@@ -45,13 +46,22 @@ def reset(stream: trio.SocketStream) -> None:
     stream.socket.close()
 
 
-def os_reason(error: OSError) -> str:
-    """Why there is no connection: of the last attempt, where several addresses were tried."""
+def last_attempt(error: OSError) -> BaseException:
+    """Of the last address, where several were tried; the error itself otherwise."""
     cause = error.__cause__
     while isinstance(cause, BaseExceptionGroup) and cause.exceptions:
         cause = cause.exceptions[-1]
-    reason = cause or error
-    return (isinstance(reason, OSError) and reason.strerror) or str(reason)
+    return cause or error
+
+
+def os_reason(error: OSError) -> str:
+    """Why there is no connection: of the last attempt."""
+    reason = last_attempt(error)
+    if not isinstance(reason, OSError) or reason.strerror is None:
+        return str(reason)
+    if reason.strerror.startswith("Error connecting to") and reason.errno:  # trio's; names it again
+        return os.strerror(reason.errno)
+    return reason.strerror
 
 
 class CountingStream(HalfCloseableStream):

@@ -1,13 +1,16 @@
 """``hybridkex connect``: a secure channel to a server, in the manner of ``s_client -quiet``."""
 
 import argparse
+from functools import partial
 
 import trio
 
-from hybridkex.apps.tcp import os_reason
+from hybridkex.apps.address import TcpAddress
 from hybridkex.cli.options import add_channel_options, client_config
 from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
+from hybridkex.cli.running import run_trio
 from hybridkex.cli.sessions import FileSessionStore
+from hybridkex.cli.tcp import NO_TCP, cannot_connect, checked_port
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig
 
@@ -29,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Connect; 0 after a clean close."""
-    trio.run(_run, args)
+    run_trio(partial(_run, args))
     return 0
 
 
@@ -40,12 +43,11 @@ async def _run(args: argparse.Namespace) -> None:
 
 
 async def _connect(args: argparse.Namespace, config: ClientConfig) -> None:
+    port = checked_port(args.port)
     try:
-        tcp = await trio.open_tcp_stream(args.host, args.port, local_address=args.bind)
-    except OSError as error:
-        raise ChannelFailed(
-            f"cannot connect to {args.host}:{args.port}: {os_reason(error)}"
-        ) from None
+        tcp = await trio.open_tcp_stream(args.host, port, local_address=args.bind)
+    except NO_TCP as error:
+        raise cannot_connect(TcpAddress(args.host, port), error) from None
     stream = SecureStream(tcp, config, server_hostname=args.server_name or args.host)
     async with stream:
         try:

@@ -7,6 +7,7 @@ Everything is what a user would run: the KMEs are ``kme serve``, the two parties
 import argparse
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     source = Path(args.file or _rust.__file__).resolve()
     if not source.is_file():
         raise ConfigError(f"cannot read {source}: not a file that is there")
+    if not 0 <= args.distance < math.inf:
+        raise ConfigError("--distance is in km, and not negative")
     with tempfile.TemporaryDirectory(prefix="hybridkex-demo-") as name:
         folder = Path(name)
         keep: Path = args.keep or folder
@@ -189,7 +192,7 @@ async def _transfer(
                     complaint = await _rest(receiver)
                     status = await receiver.wait()
     if sender.returncode or status:
-        raise DemoFailed((sender.stderr + complaint).decode(errors="replace").strip())
+        raise DemoFailed(_complaint(sender.stderr + complaint))
     return time.monotonic() - began, json.loads(sender.stderr.splitlines()[0])
 
 
@@ -305,7 +308,7 @@ async def _lines(process: trio.Process) -> AsyncIterator[str]:
         *lines, buffer = (buffer + data).split(b"\n")
         for line in lines:
             yield line.decode()
-    raise DemoFailed((await _rest(process)).decode(errors="replace").strip() or "it ended")
+    raise DemoFailed(_complaint(await _rest(process)))
 
 
 async def _rest(process: trio.Process) -> bytes:
@@ -314,11 +317,17 @@ async def _rest(process: trio.Process) -> bytes:
     return b"".join([bytes(data) async for data in process.stderr])
 
 
+def _complaint(told: bytes) -> str:
+    """The last line that a program told, as one of ours."""
+    lines = told.decode(errors="replace").splitlines() or ["a program ended without a word"]
+    return lines[-1].removeprefix("hybridkex: ")
+
+
 async def _contents(file: trio.Path, process: trio.Process) -> str:
     """What is in a file, once it is there."""
     while not await file.exists():
         if process.returncode is not None:
-            raise DemoFailed((await _rest(process)).decode(errors="replace").strip())
+            raise DemoFailed(_complaint(await _rest(process)))
         await trio.sleep(0.02)
     return await file.read_text()
 

@@ -6,6 +6,7 @@
 import argparse
 import json
 import logging
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import trio
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.cli.key_sources import add_kme_options, kme_access
 from hybridkex.cli.running import run_trio
-from hybridkex.errors import ConfigError
+from hybridkex.errors import ConfigError, KeySourceUnavailable
 from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.config import PRODUCERS, Address, load_config
 from hybridkex.qkd.etsi014.hop import TLS_KINDS
@@ -88,7 +89,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command that was chosen."""
     action: Callable[[argparse.Namespace], int] = args.action
-    return action(args)
+    try:
+        return action(args)
+    except KeySourceUnavailable as error:
+        raise KeySourceUnavailable(
+            f"{error}; is the KME up, and do --kme and the certificates fit?"
+        ) from None
 
 
 def _add_access(parser: argparse.ArgumentParser) -> None:
@@ -266,6 +272,8 @@ def _dev_up(args: argparse.Namespace) -> int:
         raise ConfigError(f"{config} is there already; run: hybridkex kme serve {config}")
     if args.distance is not None and args.producer != "link":
         raise ConfigError("--distance goes with --producer link")
+    if args.distance is not None and not 0 <= args.distance < math.inf:
+        raise ConfigError("--distance is in km, and not negative")
     ca = DevCa.create("hybridkex development KME CA")
     text = _DEV_CONFIG
     if args.metrics is not None:

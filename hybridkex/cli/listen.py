@@ -6,9 +6,12 @@ from functools import partial
 
 import trio
 
+from hybridkex.apps.address import TcpAddress
 from hybridkex.cli.options import add_channel_options, server_config
 from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
 from hybridkex.cli.port_file import write_port
+from hybridkex.cli.running import run_trio
+from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
 from hybridkex.streams import SecureListener, SecureStream, open_secure_tcp_listeners
 from hybridkex.tls.config import ServerConfig
 
@@ -31,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve; with ``--once`` 0 after a clean close."""
-    trio.run(_run, args)
+    run_trio(partial(_run, args))
     return 0
 
 
@@ -42,10 +45,11 @@ async def _run(args: argparse.Namespace) -> None:
 
 
 async def _listen(args: argparse.Namespace, config: ServerConfig) -> None:
+    port = checked_port(args.port)
     try:
-        listeners = await open_secure_tcp_listeners(args.port, config, host=args.bind)
-    except OSError as error:
-        raise ChannelFailed(f"cannot listen on port {args.port}: {error.strerror}") from None
+        listeners = await open_secure_tcp_listeners(port, config, host=args.bind)
+    except NO_TCP as error:
+        raise cannot_listen(TcpAddress(args.bind or "*", port), error) from None
     inner = listeners[0].transport_listener
     assert isinstance(inner, trio.SocketListener)
     write_port(args.port_file, inner)

@@ -11,14 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import trio
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from hybridkex.cli.running import run_trio
 from hybridkex.errors import BlockAborted, ConfigError, LinkError
 from hybridkex.qkd.link.optimise import tuned
 from hybridkex.qkd.link.party import Block
@@ -100,6 +101,8 @@ def _plot(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.blocks < 1:
         raise ConfigError("--blocks must be positive")
+    if args.block_bits < 1:
+        raise ConfigError("--block-bits must be positive")
     chosen = preset(args.preset).at(args.distance)
     if not args.as_published:
         chosen = tuned(chosen, args.block_bits)
@@ -113,7 +116,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     show = _json_lines() if args.json else _table(settings)
     with show as report:
-        return trio.run(_make_blocks, link, args.blocks, report)
+        return run_trio(partial(_make_blocks, link, args.blocks, report))
 
 
 Report = Callable[[int, Block | LinkError, float], None]

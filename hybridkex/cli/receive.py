@@ -3,18 +3,22 @@
 import argparse
 import signal
 import sys
+from functools import partial
 from typing import Any
 
 import trio
 
-from hybridkex.apps.tcp import CountingStream, os_reason, watch_peer
+from hybridkex.apps.address import TcpAddress
+from hybridkex.apps.tcp import CountingStream, watch_peer
 from hybridkex.apps.transfer import PROTOCOL, Folder, Receiver
 from hybridkex.cli.logs import add_log_options, set_up_logging
 from hybridkex.cli.options import add_channel_options, server_config
-from hybridkex.cli.pipe import ChannelFailed, reason, report
+from hybridkex.cli.pipe import reason, report
 from hybridkex.cli.port_file import write_port
 from hybridkex.cli.progress import showing
+from hybridkex.cli.running import run_trio
 from hybridkex.cli.send import DEFAULT_PORT
+from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
 from hybridkex.errors import ConfigError
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import Requirement, ServerConfig
@@ -50,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if args.max_connections < 1:
         raise ConfigError("--max-connections is at least 1")
     set_up_logging(args)
-    trio.run(_run, args)
+    run_trio(partial(_run, args))
     return 0
 
 
@@ -104,12 +108,11 @@ class _Server:
         self._done = trio.Event()
 
     async def run(self) -> None:
+        wanted = checked_port(self._args.port)
         try:
-            listeners = await trio.open_tcp_listeners(self._args.port, host=self._args.bind)
-        except OSError as error:
-            raise ChannelFailed(
-                f"cannot listen on port {self._args.port}: {os_reason(error)}"
-            ) from None
+            listeners = await trio.open_tcp_listeners(wanted, host=self._args.bind)
+        except NO_TCP as error:
+            raise cannot_listen(TcpAddress(self._args.bind or "*", wanted), error) from None
         write_port(self._args.port_file, listeners[0])
         port = listeners[0].socket.getsockname()[1]
         print(f"receiving into {self._args.folder} on port {port}", file=sys.stderr, flush=True)

@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.html, args.json):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"there is no folder {path.absolute().parent}")
+        if path is not None and path.is_dir():
+            raise ConfigError(f"{path} is a folder, and the report is a file")
     with _folder(args.keep) as folder:
         trial = _watched(console, folder)
     _print_matrix(console, trial)

@@ -10,11 +10,14 @@ from typing import Any
 import trio
 
 from hybridkex.apps.address import TcpAddress, parse_tcp_address
-from hybridkex.apps.tcp import CountingStream, keep_alive, os_reason
+from hybridkex.apps.tcp import CountingStream, keep_alive
 from hybridkex.apps.transfer import PROTOCOL, Outcome, collect, send_items
 from hybridkex.cli.options import add_channel_options, client_config
 from hybridkex.cli.pipe import ChannelFailed, reason, report
 from hybridkex.cli.progress import rate, showing
+from hybridkex.cli.running import run_trio
+from hybridkex.cli.tcp import NO_TCP, cannot_connect
+from hybridkex.errors import ConfigError
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig
 
@@ -52,6 +55,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Send; 0 when everything is there."""
+    if args.retries < 0:
+        raise ConfigError("--retries is not negative")
     left_out: list[str] = []
     items = collect(args.files, left_out.append)
     for text in left_out:
@@ -65,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
                 connect = partial(wire.connect, config)
                 return await send_items(items, connect, progress, retries=args.retries)
 
-        outcome = trio.run(work)
+        outcome = run_trio(work)
     _summarise(outcome, wire.sent(), time.monotonic() - started)
     return 1 if outcome.failed or left_out else 0
 
@@ -105,10 +110,10 @@ class _Wire:
             tcp = await trio.open_tcp_stream(
                 host, self._address.port, local_address=self._args.bind
             )
-        except OSError as error:
+        except NO_TCP as error:
             if self._streams:
                 raise
-            raise ChannelFailed(f"cannot connect to {self._address}: {os_reason(error)}") from None
+            raise cannot_connect(self._address, error) from None
         keep_alive(tcp)
         counting = CountingStream(tcp)
         stream = SecureStream(counting, config, server_hostname=self._args.server_name or host)

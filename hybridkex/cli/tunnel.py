@@ -15,7 +15,6 @@ from typing import Any, Final
 import trio
 
 from hybridkex.apps.address import TcpAddress, parse_address, parse_tcp_address
-from hybridkex.apps.tcp import os_reason
 from hybridkex.apps.tunnel import TunnelConfig, TunnelMetrics, TunnelServer
 from hybridkex.apps.tunnel.config import Channel, check_together
 from hybridkex.cli.logs import add_log_options, set_up_logging
@@ -24,6 +23,7 @@ from hybridkex.cli.options import add_channel_options, client_config, server_con
 from hybridkex.cli.port_file import write_port
 from hybridkex.cli.running import first_of, run_trio
 from hybridkex.cli.systemd import notify, notify_reloading
+from hybridkex.cli.tcp import NO_TCP, cannot_listen
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.qkd.etsi014.http import HttpLimits, Request, Response, serve_connection
 from hybridkex.qkd.etsi014.metrics import metrics_page
@@ -363,8 +363,8 @@ class _Process:
 
         try:
             listeners = await trio.open_tcp_listeners(address.port, host=address.host)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {address}: {os_reason(error)}") from None
+        except NO_TCP as error:
+            raise cannot_listen(address, error) from None
         port = listeners[0].socket.getsockname()[1]
         LOG.info("metrics on http://%s/metrics", TcpAddress(address.host, port))
         task_status.started()

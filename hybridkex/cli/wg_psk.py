@@ -12,12 +12,13 @@ import trio
 
 from hybridkex.apps.address import TcpAddress, parse_tcp_address
 from hybridkex.apps.backoff import Backoff
-from hybridkex.apps.tcp import os_reason, watch_peer
+from hybridkex.apps.tcp import watch_peer
 from hybridkex.auth import Pins, RawIdentity
 from hybridkex.cli.key_sources import add_qkd_options, key_sources, qkd_requirement
 from hybridkex.cli.logs import add_log_options, set_up_logging
 from hybridkex.cli.port_file import write_port
 from hybridkex.cli.running import run_trio
+from hybridkex.cli.tcp import NO_TCP, cannot_connect, cannot_listen
 from hybridkex.combiner import Exchanged, PskAuthentication, SignatureAuthentication
 from hybridkex.combiner.wireguard import REKEY_AFTER, Tunnel, rotate
 from hybridkex.errors import ConfigError, HybridkexError, LocalStateError
@@ -106,9 +107,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--interval must be positive")
     if qkd_requirement(args) is Requirement.PREFER:
         raise ConfigError("--qkd prefer: both ends agree beforehand on whether a QKD key goes in")
-    tunnel = Tunnel(
-        interface=args.interface, peer_key=args.peer_key, command=tuple(shlex.split(args.wg))
-    )
+    try:
+        command = tuple(shlex.split(args.wg))
+    except ValueError as error:
+        raise ConfigError(f"--wg is not a command: {error}") from None
+    tunnel = Tunnel(interface=args.interface, peer_key=args.peer_key, command=command)
     rotator = _Rotator(args, tunnel)
     set_up_logging(args)
 
@@ -174,8 +177,8 @@ class _Rotator:
                 stream = await trio.open_tcp_stream(address.host, address.port)
         except trio.TooSlowError:
             raise LocalStateError(f"cannot connect to {address}: no answer in 10 s") from None
-        except OSError as error:
-            raise LocalStateError(f"cannot connect to {address}: {os_reason(error)}") from None
+        except NO_TCP as error:
+            raise cannot_connect(address, error) from None
         async with stream:
             await self._rotate(stream, "initiator")
 
@@ -184,8 +187,8 @@ class _Rotator:
         address = parse_tcp_address(where if ":" in where else f"0.0.0.0:{where}")
         try:
             listeners = await trio.open_tcp_listeners(address.port, host=address.host)
-        except OSError as error:
-            raise LocalStateError(f"cannot listen on {address}: {os_reason(error)}") from None
+        except NO_TCP as error:
+            raise cannot_listen(address, error) from None
         write_port(self._args.port_file, listeners[0])
         room = trio.CapacityLimiter(STRANGERS)
 

@@ -1,0 +1,217 @@
+"""Starts commands as processes that are forked from one which has imported everything.
+
+Python and its imports take 0.4 s of processor time for each command, this takes 0.05 s. What runs
+is ``hybridkex.cli.main`` in a process of its own, with its own files, folder, environment and
+signals, up to the end of the interpreter.
+"""
+
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+__all__ = ["Forkserver", "Running"]
+
+NOBODY = 65534
+LIMIT = 60.0
+
+
+# --- in the server --------------------------------------------------------------------------------
+
+
+def serve(control: socket.socket) -> dict[str, Any]:
+    """Fork for each request; returns only in a child, with its request."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those in between
+    while True:
+        message, files, _, _ = socket.recv_fds(control, 1 << 20, 4)
+        if not message:
+            os._exit(0)
+        if os.fork() == 0:
+            control.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            *standard, status = files
+            child = os.fork()
+            if child == 0:
+                os.close(status)
+                for number, descriptor in enumerate(standard):
+                    os.dup2(descriptor, number)
+                    os.close(descriptor)
+                request: dict[str, Any] = json.loads(message)
+                return request
+            for descriptor in standard:
+                os.close(descriptor)
+            os.write(status, f"{child}\n".encode())
+            os.write(status, f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n".encode())
+            os._exit(0)
+        for descriptor in files:
+            os.close(descriptor)
+
+
+def become(request: dict[str, Any]) -> NoReturn:
+    """Be the command."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(request["folder"])
+    os.environ.update(request["environment"])
+    if request["unprivileged"] and os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+    sys.argv = ["hybridkex", *request["words"]]
+    sys.exit(importlib.import_module("hybridkex.cli").main())
+
+
+def import_all() -> None:
+    """What the commands would import."""
+    package = importlib.import_module("hybridkex.cli")
+    for module in pkgutil.iter_modules(package.__path__, "hybridkex.cli."):
+        importlib.import_module(module.name)
+
+
+# --- in the tests ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Running:
+    """A process as :class:`subprocess.Popen` would show it."""
+
+    pid: int
+    stdin: IO[bytes] | None
+    stdout: IO[bytes]
+    stderr: IO[bytes]
+    _status: IO[bytes]
+    returncode: int | None = None
+
+    def poll(self, timeout: float = 0.0) -> int | None:
+        """The exit status, once there is one."""
+        if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
+            self.returncode = int(self._status.readline())
+        return self.returncode
+
+    def wait(self, timeout: float = LIMIT) -> int:
+        """The exit status."""
+        status = self.poll(timeout)
+        if status is None:
+            self.kill()
+            raise subprocess.TimeoutExpired(str(self.pid), timeout, self.said(), self.told())
+        return status
+
+    def said(self) -> bytes:
+        """All that it has written to standard output."""
+        return os.pread(self.stdout.fileno(), 1 << 28, 0)
+
+    def told(self) -> bytes:
+        """All that it has written to standard error."""
+        return os.pread(self.stderr.fileno(), 1 << 28, 0)
+
+    def communicate(self, data: bytes = b"", timeout: float = LIMIT) -> tuple[bytes, bytes]:
+        """Write, close, wait."""
+        if self.stdin is not None and not self.stdin.closed:
+            self.stdin.write(data)
+            self.stdin.close()
+        self.wait(timeout)
+        return self.said(), self.told()
+
+    def send_signal(self, number: int) -> None:
+        """To a process that has not ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """At once."""
+        self.send_signal(signal.SIGKILL)
+
+
+class Forkserver:
+    """The process that forks."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        self._control = ours
+
+    def close(self) -> None:
+        """End it; what it has started goes on."""
+        self._control.close()
+        self._process.wait(LIMIT)
+
+    def start(
+        self,
+        *words: Any,
+        folder: Path | str = "/",
+        environment: Mapping[str, str] | None = None,
+        stdin: IO[bytes] | None = None,
+        unprivileged: bool = False,
+    ) -> Running:
+        """Start ``hybridkex`` with these words.
+
+        Args:
+            words: what stands behind ``hybridkex``.
+            folder: where it runs.
+            environment: what is added to ours.
+            stdin: a file; otherwise it is a pipe that the caller writes into and closes.
+            unprivileged: run as nobody, if the tests run as root, who may read every file.
+        """
+        request = {
+            "words": [str(word) for word in words],
+            "folder": str(folder),
+            "environment": dict(environment or {}),
+            "unprivileged": unprivileged,
+        }
+        pipe: IO[bytes] | None = None
+        if stdin is None:
+            reading, writing = os.pipe()
+            stdin, pipe = os.fdopen(reading, "rb"), os.fdopen(writing, "wb", buffering=0)
+        # Files, so that nobody has to read for the command to go on.
+        stdout, stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        told, tells = os.pipe()
+        files = [stdin.fileno(), stdout.fileno(), stderr.fileno(), tells]
+        socket.send_fds(self._control, [json.dumps(request).encode()], files)
+        os.close(tells)
+        if pipe is not None:
+            stdin.close()
+        status = os.fdopen(told, "rb", buffering=0)
+        pid = int(status.readline())
+        return Running(pid, pipe, stdout, stderr, status)
+
+    def run(
+        self, *words: Any, data: bytes = b"", timeout: float = LIMIT, **options: Any
+    ) -> "subprocess.CompletedProcess[bytes]":
+        """Start, write to standard input, wait."""
+        process = self.start(*words, **options)
+        try:
+            stdout, stderr = process.communicate(data, timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(words, process.wait(), stdout, stderr)
+
+
+def one_line(stderr: bytes, *, beside: Sequence[str] = ()) -> str:
+    """The one line that a command may say when it fails."""
+    lines = [line for line in stderr.decode().splitlines() if not line.startswith(tuple(beside))]
+    assert len(lines) == 1, stderr.decode()
+    return lines[0]
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[2])
+    import_all()
+    gc.collect()
+    gc.freeze()
+    become(serve(socket.socket(fileno=int(sys.argv[1]))))

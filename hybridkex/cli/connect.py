@@ -6,6 +6,7 @@ from functools import partial
 import trio
 
 from hybridkex.apps.address import TcpAddress
+from hybridkex.cli.manual import describe
 from hybridkex.cli.options import add_channel_options, client_config
 from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
 from hybridkex.cli.running import run_trio
@@ -19,8 +20,24 @@ __all__ = ["configure", "run"]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("host", metavar="HOST")
-    parser.add_argument("port", metavar="PORT", type=int)
+    describe(
+        parser,
+        "Open a TLS 1.3 channel to a server. Standard input goes to it, what it sends goes to "
+        "standard output; the end of the input closes our direction, and the command ends when the "
+        "server has closed its own.\n\nThe peer's certificate is checked against the system's "
+        "authorities if nothing else is said. A peer without a post-quantum group is refused "
+        "unless --groups names a classical one.",
+        examples=[
+            "connect localhost 4433 --ca keys/ca.pem --json < file",
+            "connect example.org 443 --alpn http/1.1 --groups X25519MLKEM768,x25519",
+            'connect localhost 4433 --psk "site-a:$(cat psk.hex)" --psk-import 00',
+        ],
+        status="0 after a clean close by the peer, 1 otherwise, with one line on standard error",
+        notes="'hybridkex listen' is the other end; so is 'openssl s_server' (3.5 or newer, or an "
+        "older one with --groups x25519).",
+    )
+    parser.add_argument("host", metavar="HOST", help="the server's name or IP address")
+    parser.add_argument("port", metavar="PORT", type=int, help="the server's TCP port")
     parser.add_argument(
         "--server-name", metavar="NAME", help="the name in the certificate, if it is not HOST"
     )

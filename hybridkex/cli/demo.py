@@ -27,6 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from hybridkex.adversary.later.reading import Connection, read_capture
 from hybridkex.adversary.now.tap import wire_tap
 from hybridkex.auth.dev_ca import DevCa, write_identity
+from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
 from hybridkex.crypto.kex import ALL_GROUPS
 from hybridkex.errors import ConfigError, HybridkexError
@@ -49,6 +50,14 @@ class DemoFailed(HybridkexError):
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
+    describe(
+        parser,
+        "Two sites in one terminal: a simulated QKD link, a KME at each site, a handshake with "
+        "X25519, ML-KEM and a QKD key, certificates on both sides, a real file across; then what "
+        "Eve, who recorded the cable, has of it, and a report of what the keys rest on. Everything "
+        "runs on this machine and takes about half a minute.",
+        examples=["demo", "demo holiday.jpg --distance 80", "demo --keep recording"],
+    )
     parser.add_argument(
         "file",
         nargs="?",
@@ -59,7 +68,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--keep", type=Path, metavar="DIR", help="leave Eve's recording there, for Wireshark"
     )
     parser.add_argument(
-        "--distance", type=float, default=25.0, metavar="KM", help="of the QKD link (default 25)"
+        "--distance",
+        type=float,
+        default=25.0,
+        metavar="KM",
+        help="of the QKD link's fibre (default: %(default)g)",
     )
 
 

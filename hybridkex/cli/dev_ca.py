@@ -6,12 +6,23 @@ from pathlib import Path
 
 from hybridkex.auth import spki_sha256
 from hybridkex.auth.dev_ca import ALGORITHMS, DevCa, write_identity
+from hybridkex.cli.manual import describe
 
 __all__ = ["configure", "run"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
+    describe(
+        parser,
+        "Make ca.pem, cert.pem and key.pem: a small certificate authority and a certificate that "
+        "it issued, for tests and first steps. The authority's own key is thrown away.",
+        examples=[
+            "dev-ca keys",
+            "dev-ca keys --name db.example.org --name 192.0.2.1 --alg mldsa65",
+        ],
+        notes="See docs/certificates.md.",
+    )
     parser.add_argument("directory", metavar="DIR", type=Path, help="made if it is not there")
     parser.add_argument(
         "--name",
@@ -23,8 +34,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--alg",
         choices=ALGORITHMS,
+        metavar="ALG",
         default="ecdsa",
-        help="the kind of keys (default: ecdsa); with ed25519 the authority's is ecdsa; with rsa "
+        help=f"the kind of keys: {', '.join(ALGORITHMS)} (default: ecdsa); with "
+        "ed25519 the authority's is ecdsa; with rsa "
         "and rsa-pss the authority signs by PKCS #1 v1.5 and by PSS",
     )
     parser.add_argument("--force", action="store_true", help="replace files that are there")

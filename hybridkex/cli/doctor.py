@@ -5,6 +5,7 @@ import json
 
 from hybridkex.cli.checks import Finding, examine, examine_kme
 from hybridkex.cli.key_sources import add_kme_options, kme_access
+from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
 from hybridkex.errors import ConfigError
 
@@ -13,12 +14,18 @@ __all__ = ["configure", "run"]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.description = (
+    describe(
+        parser,
         "Try what this library rests on, on this machine: published vectors, every group and "
         "signature scheme, a handshake with all three legs, the trust store, liboqs, the optional "
-        "packages; and a KME, if one is named. No key is drawn from it."
+        "packages; and a KME, if one is named. No key is drawn from it.",
+        examples=[
+            "doctor",
+            "doctor --json",
+            "doctor --kme https://localhost:8443 --kme-ca ca.pem --kme-cert a.pem --kme-key a.key",
+        ],
+        status="0 when everything required works, 1 otherwise",
     )
-    parser.epilog = "exit status: 0 when everything required works, 1 otherwise"
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     group = parser.add_argument_group("a KME to ask for its status")
     add_kme_options(group, required=False)

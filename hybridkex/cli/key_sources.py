@@ -30,7 +30,9 @@ __all__ = [
 
 def add_kme_options(parser: argparse._ActionsContainer, *, required: bool) -> None:
     """Which KME, and how to reach it."""
-    parser.add_argument("--kme", required=required, metavar="URL", help="https://host:port")
+    parser.add_argument(
+        "--kme", required=required, metavar="URL", help="the KME of our site, as https://host:port"
+    )
     for name, text in (
         ("ca", "the authority of the KME's certificate"),
         ("cert", "the certificate that names our SAE to it"),
@@ -51,7 +53,8 @@ def add_kme_options(parser: argparse._ActionsContainer, *, required: bool) -> No
         "--kme-tls",
         default="stdlib",
         choices=TLS_KINDS,
-        help="TLS to the KME: the standard library's, or our own, which is post-quantum",
+        help="TLS to the KME: the standard library's, or our own, which is post-quantum "
+        "(default: %(default)s)",
     )
 
 

@@ -18,6 +18,7 @@ import trio
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.cli.key_sources import add_kme_options, kme_access
+from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
 from hybridkex.errors import ConfigError, KeySourceUnavailable
 from hybridkex.qkd.etsi014.client import KmeClient
@@ -37,22 +38,54 @@ SITES: Final = (("kme-a", "alice"), ("kme-b", "bob"))
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands."""
+    describe(
+        parser,
+        "A key management entity hands the keys of a QKD link to the applications (SAEs) of its "
+        "site over mutual TLS, as ETSI GS QKD 014 has it.",
+        examples=["kme dev-up sites", "kme serve kme.toml"],
+        notes="See docs/kme.md.",
+    )
     commands = parser.add_subparsers(metavar="command", required=True)
 
     serve = commands.add_parser("serve", help="run the KMEs of a configuration file")
+    describe(
+        serve,
+        "Run the KMEs of a configuration file until a signal ends them.",
+        examples=["kme serve kme.toml", "kme serve kme.toml --log-level INFO"],
+        status="0 after SIGTERM or SIGINT, 1 when it cannot start",
+        notes="See docs/kme.md.",
+    )
     serve.add_argument("config", type=Path, metavar="FILE", help="a TOML file, see docs/kme.md")
-    serve.add_argument("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING"))
+    _add_log_level(serve)
     serve.set_defaults(action=_serve)
 
     status = commands.add_parser("status", help="print a KME's status for a peer, as JSON")
+    describe(
+        status,
+        "Ask a KME how many keys it has for us and a peer, and what it allows (ETSI GS QKD 014, "
+        "section 5.1). No key is drawn.",
+        examples=[
+            "kme status --kme https://localhost:8443 --kme-ca ca.pem --kme-cert a.pem \\\n"
+            "      --kme-key a.key --sae sae-a --peer-sae sae-b",
+        ],
+    )
     _add_access(status)
     status.set_defaults(action=_status)
 
     pool = commands.add_parser(
         "export-pool",
         help="draw keys from a KME into a pool file",
-        description="Draw --number keys for the peer into a pool file and write their IDs to --ids;"
-        " or, with --take, get the keys whose IDs the peer wrote. Both sites do both once.",
+    )
+    describe(
+        pool,
+        "Draw --number keys for the peer into a pool file and write their IDs to --ids; or, with "
+        "--take, get the keys whose IDs the peer wrote. Both sites do both once. The pool serves "
+        "--key-pool of the other commands, where the KME cannot be reached.",
+        examples=[
+            "kme export-pool --pool a.pool --pool-key a.pool.key --ids ids \\\n"
+            "      --kme https://localhost:8443 --kme-ca ca.pem --kme-cert a.pem \\\n"
+            "      --kme-key a.key --sae sae-a --peer-sae sae-b",
+        ],
     )
     _add_access(pool)
     pool.add_argument("--pool", type=Path, required=True, metavar="FILE", help="the pool file")
@@ -69,21 +102,54 @@ def configure(parser: argparse.ArgumentParser) -> None:
     dev_up = commands.add_parser(
         "dev-up", help="make certificates and configuration for two sites, and run both KMEs"
     )
+    describe(
+        dev_up,
+        "Make certificates, keys and configuration for two sites, and run both their KMEs. The "
+        "commands for 'listen' and 'connect' that use them are printed.",
+        examples=["kme dev-up sites", "kme dev-up sites --producer link --distance 80"],
+        status="0 after SIGTERM or SIGINT, 1 when it cannot start",
+        notes="For tests and first steps: both sites' keys are on one machine. See docs/kme.md.",
+    )
     dev_up.add_argument("folder", type=Path, metavar="DIR", help="a new or empty folder")
-    dev_up.add_argument("--ports", default="8443,8444", metavar="A,B", help="of the KMEs; 0 picks")
-    dev_up.add_argument("--tls", default="stdlib", choices=TLS_KINDS, help="on the hop to the KME")
     dev_up.add_argument(
-        "--producer", default="random", choices=PRODUCERS, help="of keys: random, or a QKD link"
+        "--ports",
+        default="8443,8444",
+        metavar="A,B",
+        help="of the KMEs; 0 picks (default: %(default)s)",
+    )
+    dev_up.add_argument(
+        "--tls",
+        default="stdlib",
+        choices=TLS_KINDS,
+        help="on the hop to the KME (default: %(default)s)",
+    )
+    dev_up.add_argument(
+        "--producer",
+        default="random",
+        choices=PRODUCERS,
+        help="of keys: random, or a QKD link (default: %(default)s)",
     )
     dev_up.add_argument(
         "--distance", type=float, metavar="KM", help="of the QKD link's fibre (default 50)"
     )
     dev_up.add_argument(
-        "--metrics", type=Address.parse, metavar="ADDR", help="serve Prometheus metrics there"
+        "--metrics",
+        type=Address.parse,
+        metavar="ADDR",
+        help="serve Prometheus metrics at this HOST:PORT",
     )
     dev_up.add_argument("--no-serve", action="store_true", help="only write the files")
-    dev_up.add_argument("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING"))
+    _add_log_level(dev_up)
     dev_up.set_defaults(action=_dev_up)
+
+
+def _add_log_level(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log-level",
+        default="WARNING",
+        choices=("DEBUG", "INFO", "WARNING"),
+        help="what is told on standard error (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

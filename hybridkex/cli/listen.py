@@ -7,6 +7,7 @@ from functools import partial
 import trio
 
 from hybridkex.apps.address import TcpAddress
+from hybridkex.cli.manual import describe
 from hybridkex.cli.options import add_channel_options, server_config
 from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
 from hybridkex.cli.port_file import write_port
@@ -22,6 +23,19 @@ Stream = SecureStream[trio.SocketStream]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
+    describe(
+        parser,
+        "Accept TLS 1.3 channels, one after the other. What a client sends goes to standard "
+        "output, standard input goes to the client; with --echo each client gets its own data "
+        "back, and many are served at once.",
+        examples=[
+            "listen 4433 --cert keys/cert.pem --key keys/key.pem > received",
+            "listen 4433 --cert cert.pem --key key.pem --ca clients.pem --require-client-cert",
+            'listen 0 --echo --port-file port --psk "site-a:$(cat psk.hex)"',
+        ],
+        status="0 after a clean close (with --once: of the one connection), 1 otherwise",
+        notes="A client that fails its handshake never ends the command, except with --once.",
+    )
     parser.add_argument("port", metavar="PORT", type=int, help="0 picks a free one")
     parser.add_argument(
         "--require-client-cert", action="store_true", help="refuse clients without a certificate"

@@ -37,7 +37,11 @@ def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = N
         alpn: the application protocol of a command that speaks one; without it the user names some.
     """
     trust = parser.add_argument_group("whom to trust")
-    trust.add_argument("--ca", metavar="FILE", help="authorities that may vouch for the peer (PEM)")
+    trust.add_argument(
+        "--ca",
+        metavar="FILE",
+        help="authorities that may vouch for the peer (PEM; a client's default: the system's)",
+    )
     trust.add_argument(
         "--pin",
         metavar="HEX",
@@ -65,13 +69,24 @@ def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = N
         help="an external PSK; together with certificates it is used by RFC 9973. "
         "Other users of this machine can see it in the process list",
     )
-    psk.add_argument("--psk-hash", choices=("sha256", "sha384"), default="sha256")
+    psk.add_argument(
+        "--psk-hash",
+        choices=("sha256", "sha384"),
+        default="sha256",
+        help="the hash that the PSK is for, and with it the suites (default: %(default)s)",
+    )
     psk.add_argument(
         "--psk-import", metavar="CONTEXT_HEX", help="import the PSK by RFC 9258, with this context"
     )
     tls = parser.add_argument_group("what to offer or accept")
-    tls.add_argument("--groups", metavar="LIST", help=f"of {_names(ALL_GROUPS)}")
-    tls.add_argument("--suites", metavar="LIST", help=f"of {_names(ALL_SUITES)}")
+    tls.add_argument(
+        "--groups",
+        metavar="LIST",
+        help=f"favourite first, of {_names(ALL_GROUPS)} (default: the post-quantum ones)",
+    )
+    tls.add_argument(
+        "--suites", metavar="LIST", help=f"favourite first, of {_names(ALL_SUITES)} (default: all)"
+    )
     if alpn is not None:
         parser.set_defaults(alpn=alpn)
     else:
@@ -86,7 +101,7 @@ def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = N
         help="append the session's secrets to FILE, for Wireshark: whoever has them reads all",
     )
     add_qkd_options(parser)
-    parser.add_argument("--bind", metavar="ADDR", help="the local address")
+    parser.add_argument("--bind", metavar="ADDR", help="the local IP address (default: any)")
 
 
 def _names(items: Any) -> str:

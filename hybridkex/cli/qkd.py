@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
 from hybridkex.errors import BlockAborted, ConfigError, LinkError
 from hybridkex.qkd.link.optimise import tuned
@@ -34,33 +35,73 @@ KINDS: Final = ("rate-vs-distance", "qber", "finite-key")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands."""
+    describe(
+        parser,
+        "A simulated QKD link: decoy-state BB84 with finite keys, error correction, privacy "
+        "amplification and authentication, with an eavesdropper if you like.",
+        examples=["qkd run --distance 50", "qkd plot --kind rate-vs-distance -o rate.svg"],
+        notes="See docs/qkd-link.md.",
+    )
     commands = parser.add_subparsers(metavar="command", required=True)
 
     run_ = commands.add_parser(
         "run",
         help="make blocks of key over a simulated link",
-        description="Run Alice and Bob over a simulated fibre. The exit status is 0 when every "
-        "block made keys, and 1 when one was given up or the link stopped.",
     )
-    run_.add_argument("--distance", type=float, default=50.0, metavar="KM", help="of fibre")
-    run_.add_argument("--preset", default="lim2014", help=f"one of {', '.join(PRESETS)}")
+    describe(
+        run_,
+        "Run Alice and Bob over a simulated fibre, and tell of each block what was detected, "
+        "corrected, leaked and kept.",
+        examples=[
+            "qkd run --distance 80 --blocks 5",
+            "qkd run --eve intercept:1.0",
+            "qkd run --preset rusca2018 --json",
+        ],
+        status="0 when every block made keys, 1 when one was given up or the link stopped",
+        notes="See docs/qkd-link.md.",
+    )
+    run_.add_argument(
+        "--distance", type=float, default=50.0, metavar="KM", help="of fibre (default: %(default)g)"
+    )
+    run_.add_argument(
+        "--preset",
+        metavar="NAME",
+        default="lim2014",
+        help=f"one of {', '.join(PRESETS)} (default: %(default)s)",
+    )
     run_.add_argument(
         "--as-published",
         action="store_true",
         help="use the preset's own intensities, not the best ones for the distance",
     )
-    run_.add_argument("--blocks", type=int, default=3, metavar="N", help="how many (default 3)")
     run_.add_argument(
-        "--block-bits", type=int, default=1_000_000, metavar="N", help="sifted bits in each"
+        "--blocks", type=int, default=3, metavar="N", help="how many (default: %(default)s)"
     )
-    run_.add_argument("--key-bits", type=int, default=256, metavar="N", help="length of a key")
+    run_.add_argument(
+        "--block-bits",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="sifted bits in each (default: %(default)s)",
+    )
+    run_.add_argument(
+        "--key-bits",
+        type=int,
+        default=256,
+        metavar="N",
+        help="length of a key (default: %(default)s)",
+    )
     run_.add_argument(
         "--eve",
         metavar="WHAT",
-        help="intercept:SHARE, split:SHARE, pns, mitm, or tamper:BYTE of what Alice hears",
+        help="an eavesdropper: intercept:SHARE, split:SHARE, pns, mitm, or tamper:BYTE of what "
+        "Alice hears",
     )
     run_.add_argument(
-        "--bootstrap", default="psk", choices=BOOTSTRAPS, help="of the authentication"
+        "--bootstrap",
+        default="psk",
+        choices=BOOTSTRAPS,
+        help="of the authentication (default: %(default)s)",
     )
     run_.add_argument("--real-time", action="store_true", help="as slow as the laser's clock")
     run_.add_argument(
@@ -70,8 +111,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     run_.set_defaults(action=_run)
 
     plot = commands.add_parser("plot", help="draw a picture (needs matplotlib)")
-    plot.add_argument("--kind", required=True, choices=KINDS)
-    plot.add_argument("-o", "--output", required=True, type=Path, metavar="FILE.png|.svg")
+    describe(
+        plot,
+        "Draw the rates or error rates of the presets, from formulas and from simulated blocks.",
+        examples=["qkd plot --kind rate-vs-distance -o rate.svg", "qkd plot --kind qber -o q.png"],
+        notes="See docs/qkd-link.md, which has the pictures.",
+    )
+    plot.add_argument("--kind", required=True, choices=KINDS, help="what to draw")
+    plot.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE.png|.svg",
+        help="where to; the name's end says the format",
+    )
     plot.set_defaults(action=_plot)
 
 

@@ -12,6 +12,7 @@ from hybridkex.apps.address import TcpAddress
 from hybridkex.apps.tcp import CountingStream, watch_peer
 from hybridkex.apps.transfer import PROTOCOL, Folder, Receiver
 from hybridkex.cli.logs import add_log_options, set_up_logging
+from hybridkex.cli.manual import describe
 from hybridkex.cli.options import add_channel_options, server_config
 from hybridkex.cli.pipe import reason, report
 from hybridkex.cli.port_file import write_port
@@ -28,14 +29,26 @@ __all__ = ["configure", "run"]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.description = (
+    describe(
+        parser,
         "Take in files and folders from 'hybridkex send'. Nothing appears under its name before "
         "it is complete, verified by SHA-256 and on the disk; nothing leaves the folder; nothing "
-        "is overwritten unless --overwrite is given."
+        "is overwritten unless --overwrite is given.",
+        examples=[
+            "receive incoming --ca ca.pem --cert cert.pem --key key.pem",
+            "receive incoming --once --port 0 --port-file port --pin HEX --key key.pem",
+        ],
+        status="0 after --once or a signal to end, 1 after an error",
+        notes="See docs/file-transfer.md.",
     )
-    parser.epilog = "example: hybridkex receive incoming --ca ca.pem --cert cert.pem --key key.pem"
     parser.add_argument("folder", metavar="DIR", help="where to; made if it is not there")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="(default: %(default)s)")
+    parser.add_argument(
+        "--port",
+        metavar="PORT",
+        type=int,
+        default=DEFAULT_PORT,
+        help="where to listen; 0 picks a free one (default: %(default)s)",
+    )
     parser.add_argument("--port-file", metavar="FILE", help="write the port here once it is open")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     parser.add_argument(
@@ -43,7 +56,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--once", action="store_true", help="end when a sender has come to its end")
     parser.add_argument(
-        "--max-connections", metavar="N", type=int, default=64, help="(default: %(default)s)"
+        "--max-connections",
+        metavar="N",
+        type=int,
+        default=64,
+        help="senders at once; more are refused (default: %(default)s)",
     )
     add_log_options(parser, default="warning")
     add_channel_options(parser, alpn=PROTOCOL)

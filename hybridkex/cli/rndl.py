@@ -23,6 +23,7 @@ from hybridkex import __version__
 from hybridkex.adversary import page
 from hybridkex.adversary.matrix import BREAKS, rows
 from hybridkex.adversary.trial import Cell, Trial, run_trial
+from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
 from hybridkex.errors import ConfigError
 
@@ -35,6 +36,15 @@ _WRONG: Final = Text("!", style="bold black on yellow")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
+    describe(
+        parser,
+        "Record handshakes and data of five configurations now, and let adversaries of the future "
+        "try them: who breaks ECDH, ML-KEM or signatures, who steals keys, stores or tickets. What "
+        "each could read is shown as a table, and checked against what the theory says.",
+        examples=["rndl", "rndl --html report.html", "rndl --keep recordings"],
+        status="0 when each adversary read what was expected and nothing else, 1 otherwise",
+        notes="See docs/record-now-decrypt-later.md.",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as one page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     parser.add_argument(

@@ -12,6 +12,7 @@ import trio
 from hybridkex.apps.address import TcpAddress, parse_tcp_address
 from hybridkex.apps.tcp import CountingStream, keep_alive
 from hybridkex.apps.transfer import PROTOCOL, Outcome, collect, send_items
+from hybridkex.cli.manual import describe
 from hybridkex.cli.options import add_channel_options, client_config
 from hybridkex.cli.pipe import ChannelFailed, reason, report
 from hybridkex.cli.progress import rate, showing
@@ -28,13 +29,16 @@ DEFAULT_PORT = 4434
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.description = (
+    describe(
+        parser,
         "Send files and folders to 'hybridkex receive'. What is there already is not sent again; "
-        "after a break the transfer goes on where it was."
-    )
-    parser.epilog = (
-        "example: hybridkex send report.pdf data/ backup.example.org "
-        "--ca ca.pem --cert me.pem --key me.key"
+        "after a break the transfer goes on where it was.",
+        examples=[
+            "send report.pdf data/ backup.example.org --ca ca.pem --cert me.pem --key me.key",
+            "send disk.img [2001:db8::1]:4434 --pin HEX --key me.pem",
+        ],
+        status="0 when everything is there and verified, 1 otherwise",
+        notes="See docs/file-transfer.md.",
     )
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="a file or a folder")
     parser.add_argument(

@@ -18,6 +18,7 @@ from hybridkex.apps.address import TcpAddress, parse_address, parse_tcp_address
 from hybridkex.apps.tunnel import TunnelConfig, TunnelMetrics, TunnelServer
 from hybridkex.apps.tunnel.config import Channel, check_together
 from hybridkex.cli.logs import add_log_options, set_up_logging
+from hybridkex.cli.manual import describe
 from hybridkex.cli.option_tables import OptionTable, read_options, read_toml
 from hybridkex.cli.options import add_channel_options, client_config, server_config
 from hybridkex.cli.port_file import write_port
@@ -35,14 +36,33 @@ LOG: Final = logging.getLogger("hybridkex.tunnel")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands."""
+    describe(
+        parser,
+        "Carry TCP connections and Unix sockets of other programs through secure channels, so that "
+        "they gain hybrid keys without a change. One end runs 'tunnel connect' beside the client "
+        "program, the other 'tunnel listen' beside the server program.",
+        examples=[
+            "tunnel listen --local 0.0.0.0:6432 --target 127.0.0.1:5432 --cert c.pem --key k.pem",
+            "tunnel connect --local 127.0.0.1:5432 --remote db.example.org:6432 --ca ca.pem",
+            "tunnel run tunnels.toml",
+        ],
+        notes="See docs/tunnel.md.",
+    )
     commands = parser.add_subparsers(metavar="command", required=True)
 
     listen = commands.add_parser(
         "listen",
         help="accept secure channels and carry them to a program",
-        description="Accept secure channels and carry each to a program's own socket.",
-        epilog="example: hybridkex tunnel listen --local 0.0.0.0:6432 --target 127.0.0.1:5432 "
-        "--cert cert.pem --key key.pem --ca ca.pem --require-client-cert",
+    )
+    describe(
+        listen,
+        "Accept secure channels and carry each to a program's own socket.",
+        examples=[
+            "tunnel listen --local 0.0.0.0:6432 --target 127.0.0.1:5432 \\\n"
+            "      --cert cert.pem --key key.pem --ca ca.pem --require-client-cert",
+            "tunnel listen --local [::]:6379 --target unix:/run/db.sock --cert c.pem --key k.pem",
+        ],
+        status="0 after SIGTERM or SIGINT, 1 when it cannot start",
     )
     _add_listen_options(listen)
     _add_process_options(listen)
@@ -51,9 +71,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     connect = commands.add_parser(
         "connect",
         help="accept a program's connections and carry them through secure channels",
-        description="Accept a program's connections and carry each through a secure channel.",
-        epilog="example: hybridkex tunnel connect --local 127.0.0.1:5432 "
-        "--remote db.example.org:6432 --ca ca.pem --cert cert.pem --key key.pem",
+    )
+    describe(
+        connect,
+        "Accept a program's connections and carry each through a secure channel.",
+        examples=[
+            "tunnel connect --local 127.0.0.1:5432 --remote db.example.org:6432 \\\n"
+            "      --ca ca.pem --cert cert.pem --key key.pem",
+        ],
+        status="0 after SIGTERM or SIGINT, 1 when it cannot start",
     )
     _add_connect_options(connect)
     _add_process_options(connect)
@@ -62,7 +88,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     several = commands.add_parser(
         "run",
         help="run the tunnels of a configuration file",
-        description="Run the tunnels of a configuration file; SIGHUP reads it again.",
+    )
+    describe(
+        several,
+        "Run the tunnels of a configuration file. SIGHUP reads it again: what is the same goes on, "
+        "and a file that cannot be used changes nothing.",
+        examples=["tunnel run tunnels.toml", "tunnel run tunnels.toml --check"],
+        status="0 after SIGTERM or SIGINT (with --check: the file can be used), 1 otherwise",
+        notes="For systemd there is a unit in examples/tunnel. See docs/tunnel.md.",
     )
     several.add_argument("file", type=Path, metavar="FILE", help="a TOML file, see docs/tunnel.md")
     several.add_argument("--check", action="store_true", help="say whether it can be used, and end")

@@ -16,6 +16,7 @@ from hybridkex.apps.tcp import watch_peer
 from hybridkex.auth import Pins, RawIdentity
 from hybridkex.cli.key_sources import add_qkd_options, key_sources, qkd_requirement
 from hybridkex.cli.logs import add_log_options, set_up_logging
+from hybridkex.cli.manual import describe
 from hybridkex.cli.port_file import write_port
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_connect, cannot_listen
@@ -37,19 +38,19 @@ log = logging.getLogger(__name__)
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = (
+    describe(
+        parser,
         "Agree on a fresh pre-shared key with the other end of a WireGuard tunnel, and install it "
-        "on both\nsides with 'wg set'. One side listens, the other connects every --interval "
-        "seconds. A rotation\nthat fails leaves the old key in force, says why, and is tried again."
-    )
-    parser.epilog = (
-        "examples:\n"
-        "  hybridkex wg-psk --listen 4436 --interface wg0 --peer-key KEY --local b --peer a \\\\\n"
-        "      --key b.pem --pin PIN_OF_A\n"
-        "  hybridkex wg-psk --connect b.example.org --interface wg0 --peer-key KEY --local a \\\\\n"
-        "      --peer b --key a.pem --pin PIN_OF_B --key-pool a.pool\n"
-        "exit status: 0 after --once, 1 when it failed or the options make no sense"
+        "on both sides with 'wg set'. One side listens, the other connects every --interval "
+        "seconds. A rotation that fails leaves the old key in force, says why, and is tried again.",
+        examples=[
+            "wg-psk --listen 4436 --interface wg0 --peer-key KEY --local b --peer a \\\n"
+            "      --key b.pem --pin PIN_OF_A",
+            "wg-psk --connect b.example.org --interface wg0 --peer-key KEY --local a --peer b \\\n"
+            "      --key a.pem --pin PIN_OF_B --key-pool a.pool",
+        ],
+        status="0 after --once, 1 when it failed or the options make no sense",
+        notes="See docs/combiner.md.",
     )
     role = parser.add_mutually_exclusive_group(required=True)
     role.add_argument(
@@ -59,12 +60,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     role.add_argument("--listen", metavar="[ADDR:]PORT", help="wait for the other end; 0 picks")
     tunnel = parser.add_argument_group("the tunnel")
-    tunnel.add_argument("--interface", required=True, metavar="NAME", help="for example wg0")
+    tunnel.add_argument(
+        "--interface",
+        required=True,
+        metavar="NAME",
+        help="the WireGuard interface, for example wg0",
+    )
     tunnel.add_argument(
         "--peer-key", required=True, metavar="BASE64", help="the peer's WireGuard public key"
     )
     tunnel.add_argument(
-        "--wg", default="wg", metavar="COMMAND", help="how to call wg, for example 'sudo wg'"
+        "--wg",
+        default="wg",
+        metavar="COMMAND",
+        help="how to call wg, for example 'sudo wg' (default: %(default)s)",
     )
     names = parser.add_argument_group("who we are, and who the peer is")
     names.add_argument("--local", required=True, metavar="NAME", help="our name")

@@ -1,0 +1,66 @@
+"""Every command says what it does, what each option means, and gives examples that work."""
+
+import argparse
+import shlex
+from collections.abc import Iterator
+
+import pytest
+
+from hybridkex.cli import main
+from hybridkex.cli.commands import COMMANDS, command_parser
+
+
+def parsers(name: str) -> Iterator[argparse.ArgumentParser]:
+    """A command's parser and those of its own commands."""
+    waiting = [command_parser(name)]
+    for parser in waiting:
+        yield parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                waiting += action.choices.values()
+
+
+def options(name: str) -> Iterator[tuple[argparse.ArgumentParser, argparse.Action]]:
+    for parser in parsers(name):
+        for action in parser._actions:
+            if not isinstance(action, argparse._SubParsersAction):
+                yield parser, action
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_text(name: str) -> None:
+    for parser, action in options(name):
+        where = f"{parser.prog} {action.option_strings or action.dest}"
+        assert action.help, where
+        assert len(action.help) > 4, where
+        if action.option_strings and action.default not in (None, False, [], argparse.SUPPRESS):
+            assert "default" in action.help, f"{where} does not tell its default"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_examples_that_it_takes(name: str) -> None:
+    for parser in parsers(name):
+        assert parser.description, parser.prog
+        assert len(parser.description) > 60, parser.prog
+        epilog = parser.epilog or ""
+        assert "exit status:" in epilog, parser.prog
+        examples = epilog.partition("examples:\n")[2].partition("\n\n")[0]
+        lines = examples.replace("\\\n", " ").splitlines()
+        assert lines, parser.prog
+        for line in lines:
+            words = shlex.split(line.partition(" > ")[0].partition(" < ")[0], comments=True)
+            assert words[:2] == ["hybridkex", name], line
+            command_parser(name).parse_args(words[2:])  # SystemExit where it is not taken
+
+
+@pytest.mark.parametrize("name", ["--help", *COMMANDS])
+def test_help_is_readable(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"] if name != "--help" else [name])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    assert all(command in text for command in COMMANDS) or name != "--help"

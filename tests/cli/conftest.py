@@ -10,11 +10,18 @@ from hybridkex.auth.dev_ca import DevCa, write_identity
 
 
 @pytest.fixture(scope="session")
-def hybridkex() -> Iterator[Forkserver]:
-    """Starts commands."""
+def forkserver() -> Iterator[Forkserver]:
+    """The process that the commands come from."""
     server = Forkserver()
     yield server
     server.close()
+
+
+@pytest.fixture
+def hybridkex(forkserver: Forkserver) -> Iterator[Forkserver]:
+    """Starts commands, which end with the test."""
+    yield forkserver
+    forkserver.end()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ is ``hybridkex.cli.main`` in a process of its own, with its own files, folder, e
 signals, up to the end of the interpreter.
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -16,12 +17,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-__all__ = ["Forkserver", "Running"]
+__all__ = ["Forkserver", "Running", "one_line", "until"]
 
 NOBODY = 65534
 LIMIT = 60.0
@@ -63,6 +65,11 @@ def become(request: dict[str, Any]) -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["folder"])
     os.environ.update(request["environment"])
+    if request["without"]:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "hybridkex"]:
+            del sys.modules[name]
+        for name in request["without"]:
+            sys.modules[name] = None  # type: ignore[assignment]  # "not there" (import system, 5.3.1)
     if request["unprivileged"] and os.getuid() == 0:
         os.setgroups([])
         os.setgid(NOBODY)
@@ -87,15 +94,19 @@ class Running:
 
     pid: int
     stdin: IO[bytes] | None
-    stdout: IO[bytes]
-    stderr: IO[bytes]
+    _files: tuple[IO[bytes] | None, IO[bytes]]
     _status: IO[bytes]
     returncode: int | None = None
+    _output: tuple[bytes, bytes] = (b"", b"")
 
     def poll(self, timeout: float = 0.0) -> int | None:
         """The exit status, once there is one."""
         if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
+            self._output = self.said(), self.told()
             self.returncode = int(self._status.readline())
+            for file in (self.stdin, *self._files, self._status):
+                if file is not None:
+                    file.close()
         return self.returncode
 
     def wait(self, timeout: float = LIMIT) -> int:
@@ -103,21 +114,29 @@ class Running:
         status = self.poll(timeout)
         if status is None:
             self.kill()
-            raise subprocess.TimeoutExpired(str(self.pid), timeout, self.said(), self.told())
+            self.poll(timeout)
+            raise subprocess.TimeoutExpired(str(self.pid), timeout, *self._output)
         return status
 
     def said(self) -> bytes:
-        """All that it has written to standard output."""
-        return os.pread(self.stdout.fileno(), 1 << 28, 0)
+        """All that it has written to standard output, unless that is a file of the caller's."""
+        return self._written(0)
 
     def told(self) -> bytes:
         """All that it has written to standard error."""
-        return os.pread(self.stderr.fileno(), 1 << 28, 0)
+        return self._written(1)
+
+    def _written(self, index: int) -> bytes:
+        file = self._files[index]
+        if self.returncode is not None or file is None:
+            return self._output[index]
+        return os.pread(file.fileno(), 1 << 28, 0)
 
     def communicate(self, data: bytes = b"", timeout: float = LIMIT) -> tuple[bytes, bytes]:
         """Write, close, wait."""
         if self.stdin is not None and not self.stdin.closed:
-            self.stdin.write(data)
+            with contextlib.suppress(BrokenPipeError):  # it does not want to hear
+                self.stdin.write(data)
             self.stdin.close()
         self.wait(timeout)
         return self.said(), self.told()
@@ -145,11 +164,20 @@ class Forkserver:
                 stdout=subprocess.DEVNULL,
             )
         self._control = ours
+        self._started: list[Running] = []
 
     def close(self) -> None:
-        """End it; what it has started goes on."""
+        """End it, and what it has started."""
+        self.end()
         self._control.close()
         self._process.wait(LIMIT)
+
+    def end(self) -> None:
+        """End what it has started."""
+        for process in self._started:
+            process.kill()
+            process.wait()
+        self._started.clear()
 
     def start(
         self,
@@ -157,7 +185,9 @@ class Forkserver:
         folder: Path | str = "/",
         environment: Mapping[str, str] | None = None,
         stdin: IO[bytes] | None = None,
+        stdout: IO[bytes] | None = None,
         unprivileged: bool = False,
+        without: Sequence[str] = (),
     ) -> Running:
         """Start ``hybridkex`` with these words.
 
@@ -166,29 +196,50 @@ class Forkserver:
             folder: where it runs.
             environment: what is added to ours.
             stdin: a file; otherwise it is a pipe that the caller writes into and closes.
+            stdout: a file; otherwise one that the tests can read.
             unprivileged: run as nobody, if the tests run as root, who may read every file.
+            without: packages that are not there.
         """
         request = {
             "words": [str(word) for word in words],
             "folder": str(folder),
             "environment": dict(environment or {}),
             "unprivileged": unprivileged,
+            "without": list(without),
         }
         pipe: IO[bytes] | None = None
         if stdin is None:
             reading, writing = os.pipe()
             stdin, pipe = os.fdopen(reading, "rb"), os.fdopen(writing, "wb", buffering=0)
         # Files, so that nobody has to read for the command to go on.
-        stdout, stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        ours = tempfile.TemporaryFile() if stdout is None else None  # noqa: SIM115
+        stderr = tempfile.TemporaryFile()  # noqa: SIM115
         told, tells = os.pipe()
-        files = [stdin.fileno(), stdout.fileno(), stderr.fileno(), tells]
+        standard = [stdin, ours or stdout, stderr]
+        files = [*(file.fileno() for file in standard if file is not None), tells]
         socket.send_fds(self._control, [json.dumps(request).encode()], files)
         os.close(tells)
         if pipe is not None:
             stdin.close()
         status = os.fdopen(told, "rb", buffering=0)
-        pid = int(status.readline())
-        return Running(pid, pipe, stdout, stderr, status)
+        process = Running(int(status.readline()), pipe, (ours, stderr), status)
+        self._started.append(process)
+        return process
+
+    @contextlib.contextmanager
+    def listening(self, folder: Path, *words: Any, **options: Any) -> Iterator[tuple[str, Running]]:
+        """``listen`` on a free port of 127.0.0.1; gives the port, once it is open."""
+        port_file = folder / f"port-{time.monotonic_ns()}"
+        where = ("0", "--port-file", port_file)
+        if "--bind" not in words:
+            where += ("--bind", "127.0.0.1")
+        process = self.start("listen", *where, *words, **options)
+        try:
+            until(port_file.exists, process)
+            yield port_file.read_text().strip(), process
+        finally:
+            process.kill()
+            process.wait()
 
     def run(
         self, *words: Any, data: bytes = b"", timeout: float = LIMIT, **options: Any
@@ -200,6 +251,15 @@ class Forkserver:
         finally:
             process.kill()
         return subprocess.CompletedProcess(words, process.wait(), stdout, stderr)
+
+
+def until(condition: Callable[[], bool], process: Running | None = None) -> None:
+    """Wait for a condition, as long as a process lives."""
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert process is None or process.poll() is None, process.told()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def one_line(stderr: bytes, *, beside: Sequence[str] = ()) -> str:

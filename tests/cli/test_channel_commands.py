@@ -6,15 +6,14 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from forked import Forkserver, one_line
 
-COMMAND = [sys.executable, "-m", "hybridkex"]
 JSON_KEYS = {
     "version",
     "cipher_suite",
@@ -35,64 +34,20 @@ JSON_KEYS = {
 PSK = "qkd-1:" + "5a" * 32
 
 
-def hybridkex(*words: str, data: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
-    return subprocess.run(
-        [*COMMAND, *words], input=data, capture_output=True, timeout=120, check=False
-    )
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("keys")
-    made = hybridkex("dev-ca", str(folder / "one"), "--name", "localhost", "--alg", "ecdsa")
-    assert made.returncode == 0, made.stderr
-    return folder / "one"
-
-
 def server_keys(keys: Path) -> list[str]:
     return ["--cert", str(keys / "cert.pem"), "--key", str(keys / "key.pem")]
 
 
-@contextmanager
-def listening(folder: Path, *words: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    port_file = folder / f"port-{time.monotonic_ns()}"
-    process = subprocess.Popen(
-        [*COMMAND, "listen", "0", "--bind", "127.0.0.1", "--port-file", str(port_file), *words],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        deadline = time.monotonic() + 20
-        while not port_file.exists():
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        yield port_file.read_text().strip(), process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def one_line(stderr: bytes) -> str:
-    text = stderr.decode()
-    assert "Traceback" not in text
-    assert len(text.strip().splitlines()) == 1, text
-    return text
-
-
-def test_a_file_crosses_and_both_sides_say_the_same(tmp_path: Path, keys: Path) -> None:
+def test_a_file_crosses_and_both_sides_say_the_same(
+    hybridkex: Forkserver, tmp_path: Path, keys: Path
+) -> None:
     content = os.urandom(3_000_001)
-    with listening(tmp_path, *server_keys(keys), "--once", "--json") as (port, server):
+    with hybridkex.listening(tmp_path, *server_keys(keys), "--once", "--json") as (port, server):
         source = tmp_path / "source"
         source.write_bytes(content)
         with source.open("rb") as file:
-            client = subprocess.Popen(
-                [*COMMAND, "connect", "localhost", port, "--ca", str(keys / "ca.pem"), "--json"],
-                stdin=file,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
+            words = ["connect", "localhost", port, "--ca", str(keys / "ca.pem"), "--json"]
+            client = hybridkex.start(*words, stdin=file)
         received, server_errors = server.communicate(b"thank you", timeout=30)
         answer, client_errors = client.communicate(timeout=30)
         assert received == content
@@ -107,13 +62,15 @@ def test_a_file_crosses_and_both_sides_say_the_same(tmp_path: Path, keys: Path) 
     assert ours["resumed"] is False
 
 
-def test_echo_serves_many_and_sessions_resume(tmp_path: Path, keys: Path) -> None:
+def test_echo_serves_many_and_sessions_resume(
+    hybridkex: Forkserver, tmp_path: Path, keys: Path
+) -> None:
     store = tmp_path / "sessions"
-    with listening(tmp_path, *server_keys(keys), "--echo") as (port, _):
+    with hybridkex.listening(tmp_path, *server_keys(keys), "--echo") as (port, _):
         common = ["connect", "localhost", port, "--ca", str(keys / "ca.pem"), "--json"]
         resumed = []
         for _ in range(3):
-            done = hybridkex(*common, "--resume", str(store), data=b"ping")
+            done = hybridkex.run(*common, "--resume", str(store), data=b"ping")
             assert (done.returncode, done.stdout) == (0, b"ping"), done.stderr
             resumed.append(json.loads(done.stderr)["resumed"])
         assert resumed == [False, True, True]
@@ -132,68 +89,76 @@ def test_echo_serves_many_and_sessions_resume(tmp_path: Path, keys: Path) -> Non
     ],
 )
 def test_options_reach_the_handshake(
-    tmp_path: Path, keys: Path, words: list[str], expected: dict[str, str]
+    hybridkex: Forkserver, tmp_path: Path, keys: Path, words: list[str], expected: dict[str, str]
 ) -> None:
-    with listening(tmp_path, *server_keys(keys), "--echo", "--alpn", "demo") as (port, _):
+    with hybridkex.listening(tmp_path, *server_keys(keys), "--echo", "--alpn", "demo") as (port, _):
         ca = str(keys / "ca.pem")
-        done = hybridkex("connect", "localhost", port, "--ca", ca, "--json", *words, data=b"x")
+        done = hybridkex.run("connect", "localhost", port, "--ca", ca, "--json", *words, data=b"x")
         assert done.returncode == 0, done.stderr
         assert expected.items() <= json.loads(done.stderr).items()
 
 
-def test_psk_alone_and_with_certificates(tmp_path: Path, keys: Path) -> None:
+def test_psk_alone_and_with_certificates(hybridkex: Forkserver, tmp_path: Path, keys: Path) -> None:
     psk = ["--psk", PSK, "--psk-import", "aabb"]
-    with listening(tmp_path, *psk, "--echo") as (port, _):
-        done = hybridkex("connect", "localhost", port, *psk, "--json", data=b"x")
+    with hybridkex.listening(tmp_path, *psk, "--echo") as (port, _):
+        done = hybridkex.run("connect", "localhost", port, *psk, "--json", data=b"x")
         assert done.returncode == 0, done.stderr
         session = json.loads(done.stderr)
         assert (session["auth"], session["psk_identity"]) == ("psk", "qkd-1")
-        other = hybridkex("connect", "localhost", port, "--psk", "qkd-1:" + "00" * 32, data=b"x")
+        other = hybridkex.run(
+            "connect", "localhost", port, "--psk", "qkd-1:" + "00" * 32, data=b"x"
+        )
         assert other.returncode == 1
         assert "handshake failed" in one_line(other.stderr)
-    with listening(tmp_path, *server_keys(keys), *psk, "--echo") as (port, _):
+    with hybridkex.listening(tmp_path, *server_keys(keys), *psk, "--echo") as (port, _):
         ca = str(keys / "ca.pem")
-        done = hybridkex("connect", "localhost", port, *psk, "--ca", ca, "--json", data=b"x")
+        done = hybridkex.run("connect", "localhost", port, *psk, "--ca", ca, "--json", data=b"x")
         assert json.loads(done.stderr)["auth"] == "certificate+psk"
 
 
-def test_client_certificates(tmp_path: Path, keys: Path) -> None:
+def test_client_certificates(hybridkex: Forkserver, tmp_path: Path, keys: Path) -> None:
     ca = str(keys / "ca.pem")
     words = [*server_keys(keys), "--ca", ca, "--require-client-cert", "--echo"]
-    with listening(tmp_path, *words) as (port, _):
-        bare = hybridkex("connect", "localhost", port, "--ca", ca, data=b"x")
+    with hybridkex.listening(tmp_path, *words) as (port, _):
+        bare = hybridkex.run("connect", "localhost", port, "--ca", ca, data=b"x")
         assert bare.returncode == 1
         assert "certificate_required" in bare.stderr.decode()
-        done = hybridkex("connect", "localhost", port, "--ca", ca, *server_keys(keys), data=b"x")
+        done = hybridkex.run(
+            "connect", "localhost", port, "--ca", ca, *server_keys(keys), data=b"x"
+        )
         assert (done.returncode, done.stdout) == (0, b"x"), done.stderr
 
 
-def test_trust(tmp_path: Path, keys: Path) -> None:
-    with listening(tmp_path, *server_keys(keys), "--echo") as (port, _):
-        stranger = hybridkex("connect", "localhost", port, data=b"x")
+def test_trust(hybridkex: Forkserver, tmp_path: Path, keys: Path) -> None:
+    with hybridkex.listening(tmp_path, *server_keys(keys), "--echo") as (port, _):
+        stranger = hybridkex.run("connect", "localhost", port, data=b"x")
         assert stranger.returncode == 1
         text = one_line(stranger.stderr)
         assert "handshake failed" in text or "trust store" in text
         ca = str(keys / "ca.pem")
-        wrong_name = hybridkex(
+        wrong_name = hybridkex.run(
             "connect", "localhost", port, "--ca", ca, "--server-name", "else.example", data=b"x"
         )
         assert "not for else.example" in one_line(wrong_name.stderr)
-        wrong_pin = hybridkex("connect", "localhost", port, "--pin", "00" * 32, data=b"x")
+        wrong_pin = hybridkex.run("connect", "localhost", port, "--pin", "00" * 32, data=b"x")
         pin = re.search(r"has the key ([0-9a-f]{64})", one_line(wrong_pin.stderr))
         assert pin is not None
-        assert hybridkex("connect", "localhost", port, "--pin", pin[1], data=b"x").returncode == 0
-        loud = hybridkex("connect", "localhost", port, "--insecure", "--json", data=b"x")
+        assert (
+            hybridkex.run("connect", "localhost", port, "--pin", pin[1], data=b"x").returncode == 0
+        )
+        loud = hybridkex.run("connect", "localhost", port, "--insecure", "--json", data=b"x")
         assert loud.returncode == 0
         assert b"WARNING" in loud.stderr
         assert b'"auth": "nothing"' in loud.stderr
 
 
-def test_keylog_holds_the_secrets_of_the_session(tmp_path: Path, keys: Path) -> None:
+def test_keylog_holds_the_secrets_of_the_session(
+    hybridkex: Forkserver, tmp_path: Path, keys: Path
+) -> None:
     log = tmp_path / "keys.log"
-    with listening(tmp_path, *server_keys(keys), "--echo") as (port, _):
+    with hybridkex.listening(tmp_path, *server_keys(keys), "--echo") as (port, _):
         words = ["--ca", str(keys / "ca.pem"), "--keylog", str(log)]
-        assert hybridkex("connect", "localhost", port, *words, data=b"x").returncode == 0
+        assert hybridkex.run("connect", "localhost", port, *words, data=b"x").returncode == 0
     labels = [line.split()[0] for line in log.read_text().splitlines()]
     assert set(labels) == {
         "CLIENT_HANDSHAKE_TRAFFIC_SECRET",
@@ -220,25 +185,25 @@ def test_keylog_holds_the_secrets_of_the_session(tmp_path: Path, keys: Path) -> 
         ["demo", "/does/not/exist"],
     ],
 )
-def test_mistakes_are_told_in_one_line(words: list[str]) -> None:
-    done = hybridkex(*words)
+def test_mistakes_are_told_in_one_line(hybridkex: Forkserver, words: list[str]) -> None:
+    done = hybridkex.run(*words)
     assert done.returncode == 1
     assert done.stderr.decode().strip().splitlines()[-1].startswith("hybridkex: ")
     assert b"Traceback" not in done.stderr
     assert b"5a5a" not in done.stderr
 
 
-def test_dev_ca_keeps_what_is_there(keys: Path) -> None:
+def test_dev_ca_keeps_what_is_there(hybridkex: Forkserver, keys: Path) -> None:
     before = (keys / "key.pem").read_bytes()
-    again = hybridkex("dev-ca", str(keys))
+    again = hybridkex.run("dev-ca", str(keys))
     assert again.returncode == 1
     assert "--force" in one_line(again.stderr)
     assert (keys / "key.pem").read_bytes() == before
     assert (keys / "key.pem").stat().st_mode & 0o077 == 0
 
 
-def test_demo(tmp_path: Path) -> None:
-    done = hybridkex("demo", "--keep", str(tmp_path / "eve"))
+def test_demo(hybridkex: Forkserver, tmp_path: Path) -> None:
+    done = hybridkex.run("demo", "--keep", str(tmp_path / "eve"))
     assert done.returncode == 0, done.stderr
     text = done.stdout.decode()
     legs = re.findall(r"^   - (\S+)(?: key (\S+))?", text, re.MULTILINE)
@@ -297,28 +262,30 @@ def s_server(*words: str) -> Iterator[str]:
         process.communicate()
 
 
-def test_connect_to_stock_openssl(keys: Path) -> None:
+def test_connect_to_stock_openssl(hybridkex: Forkserver, keys: Path) -> None:
     certificates = ["-cert", str(keys / "cert.pem"), "-key", str(keys / "key.pem")]
     with s_server(*certificates, "-rev") as port:
         words = ["--ca", str(keys / "ca.pem"), "--groups", "X25519MLKEM768,x25519", "--json"]
-        done = hybridkex("connect", "localhost", port, *words, data=b"hello\n")
+        done = hybridkex.run("connect", "localhost", port, *words, data=b"hello\n")
         assert (done.returncode, done.stdout) == (0, b"olleh\n"), done.stderr
         assert json.loads(done.stderr)["group"] in ("x25519", "X25519MLKEM768")
 
 
-def test_connect_to_stock_openssl_with_a_psk() -> None:
+def test_connect_to_stock_openssl_with_a_psk(hybridkex: Forkserver) -> None:
     identity, _, key = PSK.partition(":")
     words = ["-nocert", "-psk_identity", identity, "-psk", key, "-rev"]
     with s_server(*words) as port:
         ours = ["--psk", PSK, "--groups", "x25519", "--suites", "TLS_AES_128_GCM_SHA256", "--json"]
-        done = hybridkex("connect", "localhost", port, *ours, data=b"hello\n")
+        done = hybridkex.run("connect", "localhost", port, *ours, data=b"hello\n")
         assert (done.returncode, done.stdout) == (0, b"olleh\n"), done.stderr
         assert json.loads(done.stderr)["auth"] == "psk"
 
 
-def test_stock_openssl_connects_to_listen(tmp_path: Path, keys: Path) -> None:
+def test_stock_openssl_connects_to_listen(
+    hybridkex: Forkserver, tmp_path: Path, keys: Path
+) -> None:
     words = [*server_keys(keys), "--echo", "--groups", "X25519MLKEM768,x25519"]
-    with listening(tmp_path, *words) as (port, _):
+    with hybridkex.listening(tmp_path, *words) as (port, _):
         client = subprocess.Popen(
             [
                 *(openssl(), "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_3", "-quiet"),

@@ -1,5 +1,19 @@
 """Applications over the channel: file transfer and tunnel.
 
 They are the proof that the public names of :mod:`hybridkex` are enough: nothing here reaches
-further in. The commands in :mod:`hybridkex.cli` add options and output.
+further in. The commands in :mod:`hybridkex.cli` add options and output. What they share beside the
+channel is here for other applications, too.
 """
+
+from hybridkex.apps.address import TcpAddress, parse_tcp_address
+from hybridkex.apps.backoff import Backoff
+from hybridkex.apps.tcp import keep_alive, os_reason, watch_peer
+
+__all__ = [
+    "Backoff",
+    "TcpAddress",
+    "keep_alive",
+    "os_reason",
+    "parse_tcp_address",
+    "watch_peer",
+]

@@ -1,4 +1,7 @@
-"""The options that ``connect`` and ``listen`` share, and the configuration that they make."""
+"""The options that ``connect`` and ``listen`` share, and the configuration that they make.
+
+For programs outside of this package, too: ``examples/chat`` has them.
+"""
 
 import argparse
 import binascii

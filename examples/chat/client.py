@@ -16,7 +16,7 @@ from typing import Final
 
 import trio
 
-from hybridkex.apps.backoff import Backoff
+from hybridkex.apps import Backoff
 
 from .protocol import (
     Accepted,

@@ -50,6 +50,7 @@ class _Link:
         self._farewell: Bye | None = None
         self._skip = False
         self.scope: Final = trio.CancelScope()
+        self.gone: Final = trio.Event()
 
     def put(self, frame: bytes) -> bool:
         """Queue a frame; false where there is no room."""
@@ -105,6 +106,7 @@ class _Job:
     member: _Member
     change: Change
     done: trio.Event = field(default_factory=trio.Event)
+    written: bool = False
 
 
 class Hub:
@@ -136,10 +138,13 @@ class Hub:
             nursery.start_soon(self._write)
             nursery.start_soon(self._clean)
 
-    def close(self, reason: str) -> None:
-        """Tell all who are connected that it is over for now."""
+    async def close(self, reason: str) -> None:
+        """Tell all who are connected that it is over for now; returns when they have gone."""
         for link in list(self._connections):
             link.end(Bye(reason, again=True))
+        with trio.move_on_after(_FAREWELL_WITHIN):
+            while self._connections:
+                await next(iter(self._connections)).gone.wait()
 
     async def serve(self, stream: trio.abc.Stream, peer: str) -> None:
         """One connection, from Hello to its end.
@@ -164,6 +169,7 @@ class Hub:
             pass  # Gone; it will come back or it will not.
         finally:
             self._connections.discard(link)
+            link.gone.set()
             with trio.move_on_after(_FAREWELL_WITHIN):
                 await stream.aclose()
 
@@ -258,6 +264,8 @@ class Hub:
             # It will be written, whatever becomes of the connection: a client that comes back
             # must not find it half-way.
             await job.done.wait()
+        if not job.written:
+            raise trio.BrokenResourceError("the log has ended")
 
     def _answer(self, member: _Member, what: str) -> str:
         others = self._members.values()
@@ -277,17 +285,31 @@ class Hub:
     # --- everybody ----------------------------------------------------------------------------
 
     async def _write(self) -> None:
-        async for job in self._work:
-            jobs = [job]
-            try:
-                while len(jobs) < 256:
-                    jobs.append(self._work.receive_nowait())
-            except trio.WouldBlock:
-                pass
-            made = await trio.to_thread.run_sync(self._store.apply, [one.change for one in jobs])
-            for one, entries in zip(jobs, made, strict=True):
-                self._publish(one.member, one.change, entries)
+        jobs: list[_Job] = []
+        try:
+            async for job in self._work:
+                jobs = [job, *self._waiting(255)]
+                changes = [one.change for one in jobs]
+                made = await trio.to_thread.run_sync(self._store.apply, changes)
+                for one, entries in zip(jobs, made, strict=True):
+                    self._publish(one.member, one.change, entries)
+                    one.written = True
+                    one.done.set()
+        finally:
+            # The disk is full, or the server ends: who waits is told that nothing was written.
+            for one in (*jobs, *self._waiting(None)):
                 one.done.set()
+            self._work.close()
+
+    def _waiting(self, most: int | None) -> list[_Job]:
+        """What else is to be written."""
+        jobs: list[_Job] = []
+        try:
+            while most is None or len(jobs) < most:
+                jobs.append(self._work.receive_nowait())
+        except trio.WouldBlock:
+            pass
+        return jobs
 
     def _publish(self, member: _Member, change: Change, entries: list[Entry]) -> None:
         """Make known what is on the disk."""

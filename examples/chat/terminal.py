@@ -43,12 +43,13 @@ class Terminal:
     async def run(self) -> None:
         """Until the user leaves."""
         fancy = sys.stdin.isatty() and sys.stdout.isatty()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._prompts if fancy else self._read_lines)
-            nursery.start_soon(self._show)
-            async with self._lines_in:
-                await self._obey()
-            nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as outer:
+            outer.start_soon(self._show)  # to the end of the news, which leaving brings about
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._prompts if fancy else self._read_lines)
+                async with self._lines_in:
+                    await self._obey()
+                nursery.cancel_scope.cancel()
 
     # --- out ----------------------------------------------------------------------------------
 

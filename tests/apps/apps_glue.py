@@ -1,12 +1,13 @@
 """Processes of the command, one authority, and a wire that can be cut."""
 
 import os
-import shutil
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,34 +92,47 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not allowed here; the test with RLIMIT_FSIZE stands")
+        pytest.skip("mounting a tmpfs is not allowed here")
     try:
         yield folder
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@contextmanager
-def fat_disk(folder: Path) -> Iterator[Path]:
-    """A file system that does not tell upper case from lower case."""
-    folder.mkdir()
-    image = folder.with_suffix(".img")
-    made = False
-    if os.geteuid() == 0 and (
-        mkfs := shutil.which("mkfs.vfat", path=f"{os.environ['PATH']}:/sbin")
-    ):
-        with image.open("wb") as file:
-            file.truncate(8 << 20)
-        made = all(
-            not subprocess.run(words, check=False, capture_output=True).returncode
-            for words in ([mkfs, str(image)], ["mount", "-o", "loop", str(image), str(folder)])
-        )
-    if not made:
-        pytest.skip("mounting a FAT file system is not allowed here, or dosfstools are missing")
+@dataclass(frozen=True)
+class Kmes:
+    """Two key management entities with a link between them, and the options of their two SAEs."""
+
+    alice: list[str]
+    bob: list[str]
+
+
+@pytest.fixture(scope="session")
+def kmes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kmes]:
+    folder = tmp_path_factory.mktemp("sites") / "sites"
+    process = subprocess.Popen(
+        [*COMMAND, "kme", "dev-up", str(folder), "--ports", "0,0"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
-        yield folder
+        assert process.stdout is not None
+        options: dict[str, list[str]] = {}
+        for line in process.stdout:
+            # The two commands that it suggests.
+            if found := re.match(r" +hybridkex (listen|connect) .*?127.0.0.1( 4433)? (--.*)", line):
+                options["alice" if found[1] == "connect" else "bob"] = found[3].split()
+            if len(options) == 2:
+                break
+        yield Kmes(**options)
     finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+        process.kill()
+        process.communicate()
+
+
+def descriptors(process: "subprocess.Popen[str]") -> int:
+    """How many are open in a process."""
+    return len(os.listdir(f"/proc/{process.pid}/fd"))
 
 
 class Wire:

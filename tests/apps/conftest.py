@@ -1,5 +1,5 @@
 """The fixtures of this folder; what is imported by name is in ``apps_glue``."""
 
-from apps_glue import keys, mutual, run, wire
+from apps_glue import keys, kmes, mutual, run, wire
 
-__all__ = ["keys", "mutual", "run", "wire"]
+__all__ = ["keys", "kmes", "mutual", "run", "wire"]

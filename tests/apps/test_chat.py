@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -21,6 +22,7 @@ import pyte
 import pytest
 import trio
 import trio.testing
+from apps_glue import Kmes, descriptors, small_disk
 
 from examples.chat.client import Client
 from examples.chat.hub import Hub
@@ -41,7 +43,9 @@ from hybridkex import (
     ClientConfig,
     DevCa,
     Identity,
+    KnownPeers,
     QkdKeys,
+    RawIdentity,
     SecureStream,
     ServerConfig,
     TrustStore,
@@ -74,13 +78,15 @@ def options(ids: Path, name: str) -> list[str]:
 
 
 class Processes:
-    def __init__(self, ids: Path, folder: Path) -> None:
-        self._ids, self._folder = ids, folder
+    def __init__(self, ids: Path) -> None:
+        self._ids = ids
         self.started: list[subprocess.Popen[str]] = []
 
-    def start(self, name: str, *words: object) -> "subprocess.Popen[str]":
+    def start(self, who: str | list[str], *words: object) -> "subprocess.Popen[str]":
+        """As somebody with a certificate, or with other options."""
+        proof = options(self._ids, who) if isinstance(who, str) else who
         process = subprocess.Popen(
-            [*CHAT, *map(str, words), *options(self._ids, name)],
+            [*CHAT, *map(str, words), *proof],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -91,22 +97,19 @@ class Processes:
         self.started.append(process)
         return process
 
-    def listening(self, mode: str, *words: object, port: int = 0) -> tuple[int, int]:
-        """A server, or the listening one of a pair: its index and its port."""
-        port_file = self._folder / f"port-{len(self.started)}"
-        address = ("--bind", "127.0.0.1", "--port", port, "--port-file", port_file)
-        process = self.start("localhost", mode, *address, *words)
-        deadline = time.monotonic() + WITHIN
-        while not port_file.exists():
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        return len(self.started) - 1, int(port_file.read_text())
+    def listening(
+        self, mode: str, *words: object, port: int = 0, who: str | list[str] = "localhost"
+    ) -> tuple["subprocess.Popen[str]", int]:
+        """A server, or the listening one of a pair, and its port."""
+        process = self.start(who, mode, "--bind", "127.0.0.1", "--port", port, *words)
+        told = read_until(process, "\n")
+        assert told.startswith("listening on port "), told
+        return process, int(told.split()[-1])
 
 
 @pytest.fixture
-def processes(ids: Path, tmp_path: Path) -> Iterator[Processes]:
-    made = Processes(ids, tmp_path)
+def processes(ids: Path) -> Iterator[Processes]:
+    made = Processes(ids)
     yield made
     for process in made.started:
         if process.poll() is None:
@@ -133,11 +136,28 @@ def type_in(process: "subprocess.Popen[str]", line: str) -> None:
     process.stdin.flush()
 
 
+def converse(alice: "subprocess.Popen[str]", bob: "subprocess.Popen[str]") -> str:
+    """Twenty lines from each, and the other one hears each of them once, in order; what the first
+    of them showed meanwhile."""
+    for number in range(20):
+        type_in(bob, f"b{number}.")
+        type_in(alice, f"a{number}.")
+        time.sleep(0.04)  # so that new keys come in between
+    shown = [
+        read_until(process, f"<{who}> {who[0]}19.")
+        for process, who in ((alice, "bob"), (bob, "alice"))
+    ]
+    for text, who in zip(shown, ("bob", "alice"), strict=True):
+        heard = re.findall(rf"<{who}> {who[0]}(\d+)\.", text)
+        assert heard == [str(number) for number in range(20)]
+    return shown[0]
+
+
 # --- as processes ----------------------------------------------------------------------------
 
 
 def test_rooms_names_and_leaving(processes: Processes) -> None:
-    index, port = processes.listening("server")
+    server, port = processes.listening("server")
     alice = processes.start("alice", "client", f"localhost:{port}", "--nick", "alice")
     read_until(alice, "alice joined lobby")
     bob = processes.start("bob", "client", f"localhost:{port}", "--nick", "bob")
@@ -164,8 +184,8 @@ def test_rooms_names_and_leaving(processes: Processes) -> None:
     assert bob.wait(WITHIN) == 0
     again = processes.start("alice", "client", f"localhost:{port}", "--nick", "bob")
     read_until(again, "bob joined lobby")  # The name is free again.
-    processes.started[index].send_signal(signal.SIGTERM)
-    assert processes.started[index].wait(WITHIN) == 0
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(WITHIN) == 0
 
 
 def test_a_wrong_certificate_is_refused_in_one_line(processes: Processes, ids: Path) -> None:
@@ -177,27 +197,18 @@ def test_a_wrong_certificate_is_refused_in_one_line(processes: Processes, ids: P
     assert out.startswith("chat: ")
     # One who trusts the server and is not trusted by it.
     mixed = [*options(ids, "stranger"), "--ca", str(ids / "localhost" / "ca.pem")]
-    words = [*CHAT, "client", f"localhost:{port}", "--nick", "eve", *mixed]
-    made = subprocess.run(
-        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=WITHIN, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
-    assert (made.returncode, len(made.stderr.splitlines())) == (1, 1), made.stderr
-    assert "unknown_ca" in made.stderr or "certificate" in made.stderr
+    out, _ = processes.start(mixed, "client", f"localhost:{port}", "--nick", "eve").communicate(
+        timeout=WITHIN
+    )
+    assert len(out.splitlines()) == 1
+    assert "unknown_ca" in out or "certificate" in out
 
 
 def test_two_parties_without_a_server(processes: Processes) -> None:
-    index, port = processes.listening("pair", "--nick", "alice")
-    alice = processes.started[index]
+    alice, port = processes.listening("pair", "--nick", "alice")
     bob = processes.start("bob", "pair", f"localhost:{port}", "--nick", "bob", "--rekey", "0.3")
     read_until(alice, "bob joined pair")
-    for number in range(20):
-        type_in(bob, f"b{number}.")
-        type_in(alice, f"a{number}.")
-        time.sleep(0.02)
-    said = read_until(alice, "b19."), read_until(bob, "a19.")
-    for text, who in zip(said, "ba", strict=True):
-        assert re.findall(rf" ({who}\d+)\.", text) == [f"{who}{number}" for number in range(20)]
+    converse(alice, bob)
     third = processes.start("bob", "pair", f"localhost:{port}", "--nick", "carol")
     assert third.communicate(timeout=WITHIN)[0] == "chat: there is no seat left\n"
     type_in(alice, "/keys")
@@ -207,6 +218,101 @@ def test_two_parties_without_a_server(processes: Processes) -> None:
     assert bob.wait(WITHIN) == 0
     type_in(alice, "/quit")
     assert alice.wait(WITHIN) == 0
+
+
+# --- who we are, in other ways ---------------------------------------------------------------
+
+
+def ended(process: "subprocess.Popen[str]") -> str:
+    """What a process says that does not get in: one line."""
+    out, _ = process.communicate(timeout=WITHIN)
+    assert process.returncode == 1
+    assert len(out.splitlines()) == 1, out
+    return out
+
+
+def test_two_kmes_and_no_certificate(processes: Processes, kmes: Kmes) -> None:
+    """QKD keys authenticate both, and each new connection has a new one."""
+    told = ("--log-level", "info")
+    alice, port = processes.listening("pair", "--nick", "alice", *told, who=kmes.bob)
+    bob = processes.start(
+        kmes.alice, "pair", f"localhost:{port}", "--nick", "bob", "--rekey", "0.2"
+    )
+    said = read_until(alice, "bob joined pair")
+    said += converse(alice, bob)
+    type_in(alice, "/keys")
+    said += read_until(alice, "authenticated: psk")
+    assert "of kme-a > kme-b" in said
+    type_in(bob, "/quit")
+    said += read_until(alice, "bob left pair")
+    keys = re.findall(r"a client: ML-KEM-768 \+ X25519 \+ QKD ([0-9a-f]{8}), by psk", said)
+    assert len(keys) == len(set(keys)) >= 3, said
+    assert bob.wait(WITHIN) == 0
+
+
+def test_a_key_pool_that_runs_dry(processes: Processes, kmes: Kmes, tmp_path: Path) -> None:
+    """Three keys are three connections; then the old keys go on, and that is said."""
+
+    def export(who: list[str], *words: str) -> list[str]:
+        pool = tmp_path / who[who.index("--sae") + 1]
+        files = ["--pool", str(pool), "--pool-key", f"{pool}.key", "--ids", str(tmp_path / "ids")]
+        command = [sys.executable, "-m", "hybridkex", "kme", "export-pool"]
+        subprocess.run([*command, *who, *files, *words], check=True, timeout=WITHIN)
+        return ["--key-pool", str(pool)]
+
+    ours = export(kmes.alice, "--number", "3")
+    server, port = processes.listening(
+        "server", "--log-level", "info", who=export(kmes.bob, "--take")
+    )
+    alice = processes.start(
+        ours, "client", f"localhost:{port}", "--nick", "alice", "--rekey", "0.1"
+    )
+    said = read_until(alice, "pool is empty")
+    assert "no new keys: " in said
+    type_in(alice, "still here")
+    read_until(alice, "<alice> still here")
+    type_in(alice, "/quit")
+    assert alice.wait(WITHIN) == 0
+    server.terminate()
+    told = server.communicate(timeout=WITHIN)[0]
+    keys = re.findall(r"QKD ([0-9a-f]{8}), by psk", told)
+    assert len(set(keys)) == 3, told
+
+
+def test_a_psk(processes: Processes) -> None:
+    psk = ["--psk", "room:" + "5a" * 32]
+    _, port = processes.listening("server", who=psk)
+    alice = processes.start(psk, "client", f"localhost:{port}", "--nick", "alice")
+    read_until(alice, "alice joined lobby")
+    type_in(alice, "/keys")
+    read_until(alice, "authenticated: psk")
+    wrong = ["--psk", "room:" + "a5" * 32]
+    out = ended(processes.start(wrong, "client", f"localhost:{port}", "--nick", "eve"))
+    assert "decrypt_error" in out
+    assert "5a5a" not in out
+    nothing = ended(processes.start([], "client", f"localhost:{port}", "--nick", "eve"))
+    assert nothing.startswith("chat: both ends prove who they are")
+
+
+def test_known_peers(processes: Processes, tmp_path: Path) -> None:
+    """Raw public keys: the server's is trusted when it is first seen, the clients' are listed."""
+    people = {name: RawIdentity.generate() for name in ("server", "alice", "eve")}
+    proof = {}
+    for name, identity in people.items():
+        (tmp_path / f"{name}.pem").write_bytes(identity.to_pem())
+        known = tmp_path / f"{name}.known"
+        proof[name] = ["--key", str(tmp_path / f"{name}.pem"), "--known-peers", str(known)]
+    KnownPeers(tmp_path / "server.known").add("alice", people["alice"].peer_view.spki)
+    _, port = processes.listening("server", who=proof["server"])
+    alice = processes.start(proof["alice"], "client", f"localhost:{port}", "--nick", "alice")
+    read_until(alice, "alice joined lobby")
+    eve = processes.start(proof["eve"], "client", f"localhost:{port}", "--nick", "eve")
+    assert "certificate_unknown" in ended(eve)
+    # The name that alice knows has another key now.
+    other = tmp_path / "alice.known"
+    other.write_text(other.read_text().split()[0] + " AAAA\n")
+    again = processes.start(proof["alice"], "client", f"localhost:{port}", "--nick", "again")
+    assert "has another key" in ended(again)
 
 
 # --- on a terminal ---------------------------------------------------------------------------
@@ -284,24 +390,29 @@ def test_input_line_history_and_status_line(processes: Processes, ids: Path) -> 
 Connect = Callable[[], Awaitable[SecureStream[trio.SocketStream]]]
 
 
-def connector(ids: Path, name: str, port: int) -> Connect:
-    config = ClientConfig(
+def config(ids: Path, name: str) -> ClientConfig:
+    return ClientConfig(
         verifier=TrustStore.from_file(ids / name / "ca.pem"),
         identity=Identity.from_files(ids / name / "cert.pem", ids / name / "key.pem"),
         alpn=("hkx-chat/1",),
     )
 
+
+def connector(ids: Path, name: str, port: int) -> Connect:
+    ours = config(ids, name)
+
     async def connect() -> SecureStream[trio.SocketStream]:
         tcp = await trio.open_tcp_stream("127.0.0.1", port)
-        stream = SecureStream(tcp, config, server_hostname="localhost")
+        stream = SecureStream(tcp, ours, server_hostname="localhost")
         await stream.do_handshake()
         return stream
 
     return connect
 
 
-async def collect(client: Client, heard: list[str]) -> None:
+async def collect(client: Client, heard: list[str], pause: float = 0) -> None:
     async for news in client.news:
+        await trio.sleep(pause)
         if isinstance(news, Entry) and news.kind == "said":
             heard.append(news.text)
 
@@ -312,45 +423,47 @@ async def until(condition: Callable[[], bool]) -> None:
             await trio.sleep(0.02)
 
 
-async def test_two_hundred_clients_and_one_that_never_reads(
+async def test_two_hundred_clients_and_two_that_do_not_keep_up(
     processes: Processes, ids: Path
 ) -> None:
-    index, port = await trio.to_thread.run_sync(
-        partial(processes.listening, "server", "--queue", "40", "--log-level", "warning")
+    """One reads slowly, one never: nobody waits for them, the first misses nothing, the second is
+    dropped and can come back. When all have gone the server is as it was."""
+    server, port = await trio.to_thread.run_sync(
+        partial(processes.listening, "server", "--queue", "25", "--log-level", "warning")
     )
+    before = descriptors(server)
     connect = connector(ids, "alice", port)
-    clients = [Client(connect, f"c{number}", "lobby") for number in range(199)]
+    clients = [Client(connect, f"c{number}", "lobby") for number in range(198)]
     heard: list[list[str]] = [[] for _ in clients]
+    slow, slowly = Client(connect, "slow", "lobby"), list[str]()
     async with trio.open_nursery() as nursery:
-        for client, said in zip(clients, heard, strict=True):
+        for number, (client, said) in enumerate(zip(clients, heard, strict=True), 1):
             nursery.start_soon(client.run)
             nursery.start_soon(collect, client, said)
-        await until(lambda: all(client.online for client in clients))
-        # The one that never reads: with a small buffer, so that it is full soon.
+            if number % 20 == 0:  # Each hears of all who come.
+                await until(lambda: all(client.online for client in clients[:number]))  # noqa: B023
+        nursery.start_soon(slow.run)
+        nursery.start_soon(collect, slow, slowly, 0.1)
+        await until(lambda: all(client.online for client in (*clients, slow)))
         sleeper = await trio.open_tcp_stream("127.0.0.1", port)
+        # With a small buffer, so that it is full soon.
         sleeper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        stream = SecureStream(
-            sleeper,
-            ClientConfig(
-                verifier=TrustStore.from_file(ids / "bob" / "ca.pem"),
-                identity=Identity.from_files(ids / "bob" / "cert.pem", ids / "bob" / "key.pem"),
-                alpn=("hkx-chat/1",),
-            ),
-            server_hostname="localhost",
-        )
+        stream = SecureStream(sleeper, config(ids, "bob"), server_hostname="localhost")
         await Frames(stream).send(Hello("sleeper", "lobby", "ab" * 32, 0))
         texts: list[str] = []
-        server = processes.started[index]
         assert server.stdout is not None
         os.set_blocking(server.stdout.fileno(), False)
         told = ""
         with trio.fail_after(WITHIN):
             while "sleeper was dropped: you did not read" not in told:
-                texts.append(f"{len(texts)} " + "x" * 3900)
-                await clients[len(texts) % 199].say(texts[-1])
+                # Some are large, for the kernel's buffers; then each counts.
+                size = 3900 if len(texts) < 12 else 10
+                texts.append(f"{len(texts)} " + "\U0001f511" * size)  # four bytes each
+                await clients[len(texts) % 198].say(texts[-1])
                 await until(lambda: all(len(said) == len(texts) for said in heard))
                 with contextlib.suppress(BlockingIOError):
                     told += os.read(server.stdout.fileno(), 65536).decode()
+        assert told.count("was dropped") == 1
         # It is told why when it comes back, and goes on where it was.
         back = Client(connector(ids, "bob", port), "sleeper", "lobby")
         back._token = "ab" * 32
@@ -359,16 +472,20 @@ async def test_two_hundred_clients_and_one_that_never_reads(
         assert "you were dropped: you did not read" in reason.text
         again: list[str] = []
         nursery.start_soon(collect, back, again)
-        await until(lambda: len(again) == len(texts))
-        assert sorted(again) == sorted(texts)
+        await until(lambda: len(again) == len(slowly) == len(texts))
+        assert sorted(again) == sorted(slowly) == sorted(texts)
         assert all(sorted(said) == sorted(texts) for said in heard)
         await trio.aclose_forcefully(stream)
-        nursery.cancel_scope.cancel()
+        for client in clients[:100]:
+            nursery.start_soon(client.leave)
+        await until(lambda: not any(client.unacknowledged for client in clients))
+        nursery.cancel_scope.cancel()  # and the others are cut off
+    await until(lambda: descriptors(server) <= before)
 
 
 async def test_a_server_that_is_killed(processes: Processes, ids: Path, tmp_path: Path) -> None:
     store = ("--store", tmp_path / "log.sqlite")
-    index, port = await trio.to_thread.run_sync(partial(processes.listening, "server", *store))
+    server, port = await trio.to_thread.run_sync(partial(processes.listening, "server", *store))
     backoff = partial(Backoff, first=0.1, most=0.5)
     clients = [
         Client(connector(ids, "alice", port), f"c{number}", "lobby", backoff=backoff())
@@ -393,7 +510,7 @@ async def test_a_server_that_is_killed(processes: Processes, ids: Path, tmp_path
             for number in range(5):
                 talks.start_soon(talk, number)
             await until(lambda: len(heard[0]) > 50)
-            processes.started[index].kill()
+            server.kill()
             await until(lambda: not any(client.online for client in clients))
             await trio.to_thread.run_sync(partial(processes.listening, "server", *store, port=port))
         await until(lambda: all(len(texts) >= len(said) for texts in heard))
@@ -455,6 +572,81 @@ async def test_new_keys_under_traffic(nursery: trio.Nursery) -> None:
         await until(lambda: not hub._connections)
         all_of_it.cancel_scope.cancel()
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+async def test_no_task_is_left() -> None:
+    """A hundred, over sockets without TLS: some leave, some vanish, some never say hello."""
+
+    def tasks() -> int:
+        return trio.lowlevel.current_statistics().tasks_living
+
+    async with trio.open_nursery() as nursery:
+        hub = Hub(Store())
+        nursery.start_soon(hub.run)
+        await trio.testing.wait_all_tasks_blocked()
+        before, open_before = tasks(), len(os.listdir("/proc/self/fd"))
+
+        async def connect() -> trio.SocketStream:
+            ours, theirs = (
+                trio.SocketStream(trio.socket.from_stdlib_socket(one))
+                for one in socket.socketpair()
+            )
+            nursery.start_soon(hub.serve, theirs, "")
+            return ours
+
+        async def take_part(number: int) -> None:
+            if number % 3 == 0:
+                stream = await connect()
+                if number % 2:
+                    await stream.send_all(b"\xff\xff\xff\xff")
+                await stream.aclose()
+                return
+            client = Client(connect, f"c{number}", "lobby")
+            async with trio.open_nursery() as own:
+                own.start_soon(client.run)
+                own.start_soon(collect, client, [])
+                await client.say("hello")
+                await until(lambda: client.online and not client.unacknowledged)
+                if number % 3 == 1:
+                    await client.leave()
+                own.cancel_scope.cancel()
+
+        async with trio.open_nursery() as clients:
+            for number in range(100):
+                clients.start_soon(take_part, number)
+        await until(lambda: tasks() == before and not hub._connections)
+        assert len(os.listdir("/proc/self/fd")) == open_before
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_disk_that_is_full(processes: Processes, ids: Path, tmp_path: Path) -> None:
+    """The server ends with one line; what it has acknowledged is in its log."""
+    with small_disk(tmp_path / "disk", 1) as disk:
+        server, port = await trio.to_thread.run_sync(
+            partial(processes.listening, "server", "--store", disk / "log.sqlite")
+        )
+        client, heard = Client(connector(ids, "alice", port), "alice", "lobby"), list[str]()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.run)
+            nursery.start_soon(collect, client, heard)
+            count = 0
+            while server.poll() is None:
+                with trio.move_on_after(1):
+                    await client.say(f"{count} " + "x" * 3900)
+                    count += 1
+            unacknowledged = client.unacknowledged
+            nursery.cancel_scope.cancel()
+        out, _ = server.communicate()
+        assert out == "chat: cannot write the store: database or disk is full\n"
+        for path in disk.iterdir():
+            shutil.copy(path, tmp_path)
+    store = Store(tmp_path / "log.sqlite")
+    kept = [entry.text for entry in store.missed("alice", 0, store.head(), 10_000)]
+    store.close()
+    assert count - unacknowledged > 20
+    assert [text.split()[0] for text in kept if text][: count - unacknowledged] == [
+        str(number) for number in range(count - unacknowledged)
+    ]
 
 
 # --- the protocol ----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from apps_glue import Run, Wire
+from apps_glue import Kmes, Run, Wire
 from trio.testing import wait_all_tasks_blocked
 from tunnel_glue import (
     PATIENCE,
@@ -540,27 +540,18 @@ async def test_systemd_is_told(tunnel: Tunnel) -> None:
     heard.close()
 
 
-async def test_qkd_keys_from_the_file(tunnel: Tunnel, run: Run) -> None:
+async def test_qkd_keys_from_the_file(tunnel: Tunnel, kmes: Kmes) -> None:
     """The options of ``connect`` and ``listen``, word for word: a new QKD key each connection."""
-    sites = tunnel.folder / "sites"
-    kmes = run.start("kme", "dev-up", sites, "--ports", "0,0", "--metrics", "127.0.0.1:0")
-    assert kmes.stdout is not None
-    urls: dict[str, str] = {}
-    for line in kmes.stdout:
-        name, _, url = line.strip().partition(" listens on ")
-        if url:
-            urls[name] = url
-        if len(urls) == 2:
-            break
 
-    def site(own: str, kme: str, peer: str) -> dict[str, object]:
-        files = {f"kme-{name}": f"sites/{own}/{name}.pem" for name in ("ca", "cert", "key")}
-        return {"kme": urls[kme], **files, "sae": own, "peer-sae": [peer]}
+    def site(words: list[str]) -> dict[str, object]:
+        found: dict[str, object] = {
+            name.removeprefix("--"): value
+            for name, value in zip(words[::2], words[1::2], strict=True)
+        }
+        return {**found, "peer-sae": [found["peer-sae"]]}
 
     async with serving(echo) as target:
-        tunnel.write(
-            target, listen=site("bob", "kme-b", "alice"), connect=site("alice", "kme-a", "bob")
-        )
+        tunnel.write(target, listen=site(kmes.bob), connect=site(kmes.alice))
         await tunnel.start()
         for _ in range(3):
             async with await tunnel.connect() as stream:

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _run(args: argparse.Namespace) -> None:
-    asks = bool(args.ca or args.pin or args.insecure)
+    asks = bool(args.ca or args.pin or args.known_peers or args.insecure)
     wanted = asks and not args.anyone
     async with server_config(args, require_client_certificate=wanted) as config:
         by_psk = config.has_psk and config.policy.psk is Requirement.REQUIRE

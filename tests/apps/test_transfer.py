@@ -43,6 +43,7 @@ from hybridkex.apps.transfer.messages import (
     DATA,
     VERSION,
     Alive,
+    Bye,
     End,
     Failed,
     Have,
@@ -553,6 +554,47 @@ async def test_a_receiver_that_has_more_than_there_is(
 
     with pytest.RaisesGroup(pytest.RaisesExc(ProtocolError, match="more of a file")):
         await transfer(tmp_path, configs, mock_clock, lie)
+
+
+# --- what is left of connections --------------------------------------------------------------
+
+
+async def test_a_flood_takes_no_descriptors(tmp_path: Path, run: Run, mutual: list[str]) -> None:
+    """Connections that say nothing wait in the kernel's queue, and then the sender has its turn."""
+    (tmp_path / "file").write_text("x")
+    server, port = receive(run, tmp_path / "target", mutual, "--max-connections", 3)
+    before = descriptors(server)
+    silent = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(60)]
+    await until(lambda: descriptors(server) == before + 3)
+    sender = run.start("send", tmp_path / "file", f"localhost:{port}", *mutual)
+    for stream in silent:
+        await stream.aclose()
+    _, errors = await trio.to_thread.run_sync(sender.communicate)
+    assert sender.returncode == 0, errors
+    await until(lambda: descriptors(server) == before)
+
+
+async def test_no_task_is_left(tmp_path: Path, configs: tuple[ClientConfig, ServerConfig]) -> None:
+    """Connections that come to their end, that are cut, that say nothing, or nonsense."""
+    folder = Folder(tmp_path / "in")
+    before = trio.lowlevel.current_statistics().tasks_living, len(os.listdir("/proc/self/fd"))
+    data = header(DATA, 2) + b"ab"
+    done = offer("x"), Start(n=0, offset=0), header(DATA, 3) + b"abc"
+    digest = hashlib.sha256(b"abc").hexdigest()
+    async with trio.open_nursery() as nursery:
+        for number in range(10):
+            nursery.start_soon(
+                talk, folder, configs, offer(f"cut {number}"), Start(n=0, offset=0), data
+            )
+            nursery.start_soon(talk, folder, configs)
+            nursery.start_soon(talk, folder, configs, b"\xff\0\0\0\0")
+            nursery.start_soon(talk, folder, configs, *done, End(n=0, sha256=digest), Bye())
+    assert before == (
+        trio.lowlevel.current_statistics().tasks_living,
+        len(os.listdir("/proc/self/fd")),
+    )
+    folder.close()
+    assert there(tmp_path / "in") == {"x"}
 
 
 # --- a peer that does not keep to the protocol ------------------------------------------------

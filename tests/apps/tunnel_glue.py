@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from apps_glue import Run
+from apps_glue import Run, descriptors
 
 PATIENCE = 30.0
 """Seconds before a test gives a condition up; the machine may have other work."""
@@ -106,7 +106,7 @@ class Tunnel:
         return read_metrics(self.metrics_port)
 
     def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+        return descriptors(self.process)
 
     def memory(self) -> int:
         """Resident bytes."""

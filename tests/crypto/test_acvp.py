@@ -1,4 +1,4 @@
-"""NIST's ACVP vectors for ML-KEM and ML-DSA, through what this library composes of them."""
+"""NIST's ACVP vectors for ML-KEM, ML-DSA and TLS 1.3's key schedule, through what is ours."""
 
 import hashlib
 import json
@@ -13,7 +13,14 @@ from cryptography.hazmat.primitives.asymmetric import mldsa, mlkem
 from hybridkex.crypto.kex import MLKEM768, MLKEM1024
 from hybridkex.crypto.kex_oqs import OqsKem, via_oqs
 from hybridkex.crypto.oqs import load, oqs_status
+from hybridkex.crypto.schedule import EarlySecret
 from hybridkex.crypto.signatures import ALL_SCHEMES
+from hybridkex.crypto.suites import (
+    SHA256,
+    SHA384,
+    TLS_AES_128_GCM_SHA256,
+    TLS_AES_256_GCM_SHA384,
+)
 from hybridkex.errors import IllegalParameter
 from hybridkex.secret import Secret
 
@@ -136,3 +143,44 @@ def test_our_schemes_are_pure_ml_dsa_with_an_empty_context() -> None:
                 break
         else:
             assert not scheme.name.startswith("mldsa")
+
+
+def test_key_schedule() -> None:
+    """Every secret of every case; the "randoms" stand for the messages of the transcript.
+
+    Two secrets of the set belong to 0-RTT data, which this library does not have: they are derived
+    from the stage all the same.
+    """
+    seen: Counter[tuple[str, str]] = Counter()
+    for row in rows("tls13_kdf.json", "cases"):
+        suite, function = {
+            "SHA2-256": (TLS_AES_128_GCM_SHA256, SHA256),
+            "SHA2-384": (TLS_AES_256_GCM_SHA384, SHA384),
+        }[row["hash"]]
+        transcript, digests = b"", {}
+        for message in ("helloClient", "helloServer", "finishedServer", "finishedClient"):
+            transcript += bytes.fromhex(row[f"{message}Random"])
+            digests[message] = hashlib.new(function.algorithm.name, transcript).digest()
+        psk = Secret(bytes.fromhex(row["psk"])) if "psk" in row else None
+        zeros = "00" * function.size
+        early = EarlySecret.start(function, psk)
+        handshake = early.handshake_secret(Secret(bytes.fromhex(row.get("dhe", zeros))))
+        main = handshake.main_secret()
+        hello, server, client = (
+            digests[name] for name in ("helloServer", "finishedServer", "finishedClient")
+        )
+        found = {
+            "clientEarlyTrafficSecret": early.derive(b"c e traffic", digests["helloClient"]),
+            "earlyExporterMasterSecret": early.derive(b"e exp master", digests["helloClient"]),
+            "clientHandshakeTrafficSecret": handshake.client_handshake_traffic(suite, hello).secret,
+            "serverHandshakeTrafficSecret": handshake.server_handshake_traffic(suite, hello).secret,
+            "clientApplicationTrafficSecret": main.client_application_traffic(suite, server).secret,
+            "serverApplicationTrafficSecret": main.server_application_traffic(suite, server).secret,
+            "exporterMasterSecret": main.exporter_secret(server).secret,
+            "resumptionMasterSecret": main.resumption_secret(client).secret,
+        }
+        for name, secret in found.items():
+            assert secret.reveal().hex() == row[name], (row["number"], name)
+        seen[row["hash"], row["mode"]] += 1
+    assert len(seen) == 6
+    assert sum(seen.values()) == 10

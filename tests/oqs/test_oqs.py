@@ -117,8 +117,6 @@ def test_every_group_has_its_own_code_point() -> None:
 @needs_liboqs
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_every_signature_in_a_handshake(name: str) -> None:
-    if name.startswith("SLH_DSA") and name.endswith("S"):
-        pytest.skip("the small SLH-DSA sets sign for seconds; the fast ones are here")
     scheme = oqs_scheme(name)
     identity = RawIdentity(OqsPrivateKey.generate(name))
     again = RawIdentity.from_pem(identity.to_pem())

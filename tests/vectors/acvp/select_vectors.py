@@ -78,8 +78,21 @@ def ml_dsa(folder: Path) -> dict[str, list[list[Any]]]:
     return found
 
 
+def tls13_kdf(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Inputs and secrets of each case, by ACVP's own names (draft-hammett-acvp-kdf-tls-v1.3)."""
+    found = []
+    for group, case, answer in cases(folder, "TLS13"):
+        row = {"hash": group["hmacAlg"], "mode": group["runningMode"]}
+        values = {**case, **answer}
+        number = values.pop("tcId")
+        row |= {name: str(value).lower() for name, value in values.items()}
+        found.append({"number": number, **row})
+    return {"cases": found}
+
+
 def main(folder: Path) -> None:
-    for name, table in (("ml_kem", ml_kem(folder)), ("ml_dsa", ml_dsa(folder))):
+    tables = {"ml_kem": ml_kem(folder), "ml_dsa": ml_dsa(folder), "tls13_kdf": tls13_kdf(folder)}
+    for name, table in tables.items():
         (HERE / f"{name}.json").write_text(json.dumps(table, indent=0) + "\n", encoding="ascii")
 
 

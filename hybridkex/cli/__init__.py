@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from hybridkex import __version__
-from hybridkex.cli.commands import COMMANDS, command_module, command_parser
+from hybridkex.cli.commands import COMMANDS, Parser, command_module, command_parser
 from hybridkex.errors import HybridkexError
 
 __all__ = ["main"]
@@ -19,8 +19,27 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; ``argv`` is without the program's name. Returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    top = argparse.ArgumentParser(
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # here, where an error can still be told
+    except HybridkexError as error:
+        print(f"hybridkex: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        # The end of the interpreter would try to write the same again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # whose reader wants to hear no more
+            where = f": {error.filename}" if error.filename is not None else ""
+            print(f"hybridkex: {error.strerror or error}{where}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    top = Parser(
         prog="hybridkex",
         description="Secure channels whose keys rest on ECDH, ML-KEM and QKD at once.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -31,16 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     top.add_argument("--version", action="version", version=f"hybridkex {__version__}")
     top.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below")
     name = top.parse_args(arguments[:1]).command
-    try:
-        parser = command_parser(name)
-        status: int = command_module(name).run(parser.parse_args(arguments[1:]))
-    except HybridkexError as error:
-        print(f"hybridkex: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        # The reader of our output is gone; so is the place for a complaint.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    parser = command_parser(name)
+    status: int = command_module(name).run(parser.parse_args(arguments[1:]))
     return status

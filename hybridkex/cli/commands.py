@@ -3,11 +3,11 @@
 import argparse
 import importlib
 from types import ModuleType
-from typing import Final
+from typing import Final, NoReturn
 
 from hybridkex.errors import ConfigError
 
-__all__ = ["COMMANDS", "command_module", "command_parser"]
+__all__ = ["COMMANDS", "Parser", "command_module", "command_parser"]
 
 COMMANDS: Final = {
     "connect": "open a secure channel to a server; standard input and output are the data",
@@ -27,6 +27,14 @@ COMMANDS: Final = {
 """Name and one-line summary of each command, in the order that ``--help`` shows."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that complains in one line, which says where to read on."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with the status 2, as is the custom."""
+        self.exit(2, f"hybridkex: {message}; try: {self.prog} --help\n")
+
+
 def command_module(name: str) -> ModuleType:
     """The module of a command. Raises ``ConfigError`` where a package that it needs is missing."""
     try:
@@ -41,6 +49,6 @@ def command_module(name: str) -> ModuleType:
 
 def command_parser(name: str) -> argparse.ArgumentParser:
     """The parser of a command's own arguments. Raises ``ConfigError`` as above."""
-    parser = argparse.ArgumentParser(prog=f"hybridkex {name}", description=COMMANDS[name])
+    parser = Parser(prog=f"hybridkex {name}", description=COMMANDS[name])
     command_module(name).configure(parser)
     return parser

@@ -44,9 +44,8 @@ def add_kme_options(parser: argparse._ActionsContainer, *, required: bool) -> No
     parser.add_argument("--kme-id", metavar="ID", help="the ID its certificate must have")
     parser.add_argument(
         "--kme-id-rule",
-        type=IdRule,
-        default=IdRule.COMMON_NAME,
-        metavar="|".join(rule.value for rule in IdRule),
+        choices=[rule.value for rule in IdRule],
+        default=IdRule.COMMON_NAME.value,
         help="where in its certificate the ID is (default cn)",
     )
     parser.add_argument(
@@ -78,7 +77,7 @@ def kme_access(args: argparse.Namespace) -> "KmeAccess":
         certificate=args.kme_cert,
         key=args.kme_key,
         kme_id=args.kme_id,
-        kme_id_rule=args.kme_id_rule,
+        kme_id_rule=IdRule(args.kme_id_rule),
         tls=args.kme_tls,
     )
 

@@ -134,7 +134,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     dev_up.add_argument(
         "--metrics",
-        type=Address.parse,
+        type=_address,
         metavar="ADDR",
         help="serve Prometheus metrics at this HOST:PORT",
     )
@@ -161,6 +161,13 @@ def run(args: argparse.Namespace) -> int:
         raise KeySourceUnavailable(
             f"{error}; is the KME up, and do --kme and the certificates fit?"
         ) from None
+
+
+def _address(text: str) -> Address:
+    try:
+        return Address.parse(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_access(parser: argparse.ArgumentParser) -> None:

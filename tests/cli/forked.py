@@ -66,7 +66,8 @@ def become(request: dict[str, Any]) -> NoReturn:
     os.chdir(request["folder"])
     os.environ.update(request["environment"])
     if request["without"]:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "hybridkex"]:
+        anew = {"hybridkex", *request["without"]}
+        for name in [name for name in sys.modules if name.partition(".")[0] in anew]:
             del sys.modules[name]
         for name in request["without"]:
             sys.modules[name] = None  # type: ignore[assignment]  # "not there" (import system, 5.3.1)
@@ -162,6 +163,8 @@ class Forkserver:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                # Whoever runs the tests may want no buffer; users have one.
+                env={**os.environ, "PYTHONUNBUFFERED": ""},
             )
         self._control = ours
         self._started: list[Running] = []

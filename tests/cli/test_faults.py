@@ -1,0 +1,422 @@
+"""Every command with the faults that people meet: one line that says what to do, never a traceback.
+
+Each case runs as a process of its own. What it may say beside its one line is named here: the
+warning of ``--insecure`` and the log of ``tunnel``.
+"""
+
+import os
+import re
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import Forkserver, Running, one_line, until
+
+from hybridkex.auth.dev_ca import DevCa, write_identity
+from hybridkex.cli.commands import COMMANDS
+from hybridkex.qkd.store import write_key_file
+
+BESIDE = ("hybridkex: WARNING: --insecure", "20")  # a log line begins with the year
+QUICK = {"RES_OPTIONS": "timeout:1 attempts:1", "COLUMNS": "100"}  # a resolver that is not there
+KEY = "5a" * 32
+LONG = "a" * 64  # longer than a label of a host name can be
+SERVER = ("--cert", "cert.pem", "--key", "key.pem")
+KME = ("--kme", "https://127.0.0.1:{closed}", "--kme-ca", "ca.pem", "--kme-cert", "cert.pem",
+       "--kme-key", "key.pem", "--sae", "a")  # fmt: skip
+POOL = ("--pool", "pool", "--pool-key", "psk", "--ids", "ids")
+WG = ("wg-psk", "--interface", "wg0", "--peer-key", "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=",
+      "--local", "a", "--peer", "b")  # fmt: skip
+CONNECT = ("connect", "127.0.0.1", "{closed}")
+LISTEN = ("listen", "0", "--bind", "127.0.0.1", "--once")
+RECEIVE = ("receive", "in", *SERVER, "--anyone", "--bind", "127.0.0.1", "--port")
+TUNNEL = ("tunnel", "listen", "--target", "127.0.0.1:1", *SERVER, "--local")
+TUNNEL_0 = (*TUNNEL, "127.0.0.1:0")
+STATUS = ("kme", "status", "--peer-sae", "b")
+EXPORT = ("kme", "export-pool", "--peer-sae", "b", *KME)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with good files and bad ones."""
+    folder = tmp_path_factory.mktemp("faults")
+    folder.chmod(0o755)
+    ca = DevCa.create()
+    write_identity(folder, ca, ca.issue("localhost", "127.0.0.1"))
+    (folder / "locked.pem").write_bytes((folder / "key.pem").read_bytes())
+    (folder / "locked.pem").chmod(0)
+    (folder / "junk.pem").write_text(
+        "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+    )
+    (folder / "binary").write_bytes(bytes(range(256)))
+    (folder / "text").write_text("hello")
+    (folder / "empty").touch()
+    (folder / "folder").mkdir()
+    (folder / "bad.toml").write_text("x = [\n")
+    write_key_file(folder / "psk")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ports() -> Iterator[dict[str, int]]:
+    """One that is taken, one where nobody listens, and one who never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as busy, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+            found = {"busy": busy, "closed": closed, "silent": silent}
+            yield {name: one.getsockname()[1] for name, one in found.items()}
+
+
+REFUSED = "Connection refused; nobody listens there"
+TAKEN = "Address already in use"
+FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
+    # files
+    ((*CONNECT, "--ca", "nothing"), "cannot read nothing: No such file"),
+    ((*CONNECT, "--ca", "folder"), "cannot read folder: Is a directory"),
+    ((*CONNECT, "--ca", "binary"), "binary has no certificates in PEM form"),
+    ((*CONNECT, "--ca", "junk.pem"), "junk.pem has no certificates"),
+    ((*CONNECT, "--cert", "cert.pem"), "--cert and --key go together"),
+    ((*CONNECT, "--cert", "cert.pem", "--key", "locked.pem"), "locked.pem: Permission denied"),
+    ((*CONNECT, "--insecure", "--keylog", "folder"), "cannot write folder"),
+    ((*CONNECT, "--insecure", "--resume", "text"), "text is no session store"),
+    ((*CONNECT, "--known-peers", "text"), "text, line 1"),
+    ((*CONNECT, "--key-pool", "nothing"), "no key pool nothing"),
+    ((*LISTEN, "--cert", "nothing", "--key", "key.pem"), "cannot read nothing: No such file"),
+    ((*LISTEN, "--cert", "junk.pem", "--key", "key.pem"), "junk.pem is no certificate"),
+    ((*LISTEN, "--cert", "cert.pem", "--key", "cert.pem"), "cert.pem is no private key"),
+    ((*LISTEN, "--cert", "cert.pem", "--key", "binary"), "binary is no private key"),
+    ((*LISTEN, *SERVER, "--port-file", "folder"), "cannot write folder"),
+    (LISTEN, "a server needs an identity"),
+    (("send", "nothing", "127.0.0.1", "--insecure"), "cannot read nothing: No such file"),
+    ((*RECEIVE[:1], "text", *RECEIVE[2:], "0"), "cannot use the folder text"),
+    (("receive", "in", *SERVER), "name the senders' authority with --ca"),
+    ((*TUNNEL_0, "--ca", "nothing"), "cannot read nothing"),
+    ((*TUNNEL_0, "--socket-mode", "9"), "octal"),
+    (("tunnel", "run", "nothing"), "cannot read nothing: No such file"),
+    (("tunnel", "run", "bad.toml"), "bad.toml: "),
+    (("tunnel", "run", "binary"), "binary: "),
+    (("tunnel", "run", "empty"), "no tunnel is configured"),
+    ((*WG, "--connect", "127.0.0.1", "--psk-file", "nothing"), "cannot read the key file nothing"),
+    ((*WG, "--connect", "127.0.0.1", "--psk-file", "text"), "mode 600"),
+    ((*WG, "--connect", "127.0.0.1", "--key", "binary", "--pin", "00"), "no private key"),
+    ((*WG, "--connect", "127.0.0.1", "--psk-file", "psk", "--wg", "'"), "--wg is not a command"),
+    (("demo", "nothing"), "nothing: not a file that is there"),
+    (("demo", "text", "--keep", "text"), "cannot write text"),
+    (("rndl", "--html", "nothing/page.html"), "there is no folder"),
+    (("rndl", "--json", "folder"), "folder is a folder"),
+    (("rndl", "--keep", "folder"), "cannot make the folder folder"),
+    (("dev-ca", "text"), "cannot write to text"),
+    (("dev-ca", "."), "--force replaces it"),
+    (("kme", "serve", "nothing"), "cannot read nothing: No such file"),
+    (("kme", "serve", "bad.toml"), "bad.toml: "),
+    (("kme", "serve", "empty"), "empty: kme is missing"),
+    (("kme", "dev-up", "text"), "cannot write to text"),
+    ((*STATUS, *KME, "--kme-ca", "binary"), "cannot use binary"),
+    ((*STATUS, *KME, "--kme-key", "cert.pem"), "cannot use ca.pem, cert.pem and cert.pem"),
+    ((*EXPORT, *POOL, "--ids", "text"), "text is there already"),
+    ((*EXPORT, *POOL, "--ids", "text", "--take"), "text is not a list of key IDs"),
+    ((*EXPORT, *POOL, "--pool-key", "nothing/key"), "cannot make the key file nothing/key"),
+    (("qkd", "plot", "--kind", "qber", "-o", "nothing.txt"), "a .png or an .svg"),
+    # places
+    (CONNECT, REFUSED),
+    (("connect", "no-such-host.invalid", "1"), "check the host's name"),
+    (("connect", LONG, "1"), "no host can have this name"),
+    (("connect", "127.0.0.1", "70000"), "from 0 to 65535, not 70000"),
+    ((*CONNECT, "--bind", "203.0.113.1"), "203.0.113.1"),
+    (("listen", "{busy}", "--bind", "127.0.0.1", *SERVER), f"{TAKEN}; another program listens"),
+    (("listen", "0", "--bind", "203.0.113.1", *SERVER), "this machine has no such address"),
+    (("listen", "0", "--bind", LONG, *SERVER), "no host can have this name"),
+    (("listen", "65536", *SERVER), "from 0 to 65535, not 65536"),
+    (("send", "text", "127.0.0.1:{closed}", "--insecure"), REFUSED),
+    (("send", "text", "no-such-host.invalid"), "check the host's name"),
+    (("send", "text", LONG), "1 to 63 bytes"),
+    (("send", "text", "127.0.0.1:x"), "HOST:PORT"),
+    ((*RECEIVE, "{busy}"), TAKEN),
+    ((*RECEIVE, "70000"), "from 0 to 65535"),
+    ((*TUNNEL, "127.0.0.1:{busy}"), TAKEN),
+    ((*TUNNEL, "unix:text"), "there is something that is no socket"),
+    ((*TUNNEL_0, "--metrics", "127.0.0.1:{busy}"), TAKEN),
+    (("tunnel", "connect", "--local", "127.0.0.1:0", "--remote", "x:y"), "HOST:PORT"),
+    ((*WG, "--connect", "127.0.0.1:{closed}", "--psk-file", "psk", "--once"), REFUSED),
+    ((*WG, "--connect", LONG, "--psk-file", "psk", "--once"), "1 to 63 bytes"),
+    ((*WG, "--listen", "127.0.0.1:{busy}", "--psk-file", "psk"), TAKEN),
+    (("kme", "dev-up", "busy", "--ports", "{busy},0"), TAKEN),
+    (("kme", "dev-up", "other", "--ports", "1"), "--ports takes two ports"),
+    ((*STATUS, *KME), "is the KME up"),
+    ((*STATUS, *KME, "--kme", "https://no-such-host.invalid:1"), "Name or service"),
+    ((*STATUS, *KME, "--kme", "nonsense"), "https://host:port"),
+    ((*EXPORT, *POOL), "is the KME up"),
+    (("doctor", "--kme", "https://127.0.0.1:1"), "--kme goes with --peer-sae"),
+    # values
+    ((*CONNECT, "--psk", "no-colon"), "IDENTITY:HEX"),
+    ((*CONNECT, "--psk", f"site:{KEY}z"), "the key of --psk is not hexadecimal"),
+    ((*CONNECT, "--psk", f"site:{KEY[:8]}"), "at least 16 bytes"),
+    ((*CONNECT, "--psk", f"site:{KEY}", "--psk-import", "z"), "--psk-import is not hexadecimal"),
+    ((*CONNECT, "--psk-import", "00"), "--psk-import goes with --psk"),
+    ((*CONNECT, "--pin", "zz"), "64 digits in hex"),
+    ((*CONNECT, "--groups", "kyber"), "unknown group 'kyber'; known are X25519MLKEM768"),
+    ((*CONNECT, "--suites", "RC4"), "unknown cipher suite 'RC4'; known are TLS_"),
+    ((*CONNECT, "--groups", ","), "at least one group"),
+    ((*CONNECT, "--alpn", "x" * 256), "the ALPN protocol"),
+    ((*CONNECT, "--insecure", "--pin", "00" * 32), "--insecure contradicts"),
+    ((*CONNECT, *KME), "--kme goes with --sae and --peer-sae"),
+    ((*CONNECT, "--qkd", "require"), "--qkd require needs --kme or --key-pool"),
+    ((*LISTEN, *SERVER, "--groups", "kyber"), "unknown group 'kyber'"),
+    ((*LISTEN, *SERVER, "--require-client-cert"), "client_verifier"),
+    (("send", "text", "127.0.0.1", "--retries", "-1"), "--retries is not negative"),
+    ((*RECEIVE, "0", "--max-connections", "0"), "--max-connections is at least 1"),
+    ((*TUNNEL_0, "--grace", "-1"), "grace is not negative"),
+    ((*TUNNEL_0, "--idle-timeout", "-1"), "time limits are positive"),
+    ((*WG, "--listen", "0", "--psk-file", "psk", "--interval", "0"), "--interval must be positive"),
+    (("demo", "text", "--distance", "-1"), "--distance is in km"),
+    (("dev-ca", "new", "--name", "a b"), "'a b' is not a host name"),
+    (("kme", "dev-up", "new", "--producer", "link", "--distance", "nan"), "--distance is in km"),
+    (("qkd", "run", "--preset", "none"), "there are gys2005"),
+    (("qkd", "run", "--block-bits", "0"), "--block-bits must be positive"),
+    (("qkd", "run", "--distance", "5000"), "shorten the fibre or make the blocks larger"),
+    (("qkd", "run", "--eve", "mallory"), "no eavesdropper 'mallory'"),
+)
+
+
+def filled(words: tuple[str, ...], ports: dict[str, int]) -> list[str]:
+    return [word.format(**ports) if word.count("{") == 1 else word for word in words]
+
+
+def is_clean(process: Any, place: Path) -> None:
+    """No traceback, and nothing of a key."""
+    for text in (process.stdout.decode(), process.stderr.decode()):
+        assert "Traceback" not in text
+        assert "Error(" not in text
+        assert KEY[:16] not in text
+        for line in (place / "key.pem").read_text().splitlines()[1:-1]:
+            assert line not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"), FAULTS, ids=lambda one: one[0] if isinstance(one, tuple) else one[:30]
+)
+def test_one_line_with_the_next_step(
+    hybridkex: Forkserver,
+    place: Path,
+    ports: dict[str, int],
+    words: tuple[str, ...],
+    reason: str,
+) -> None:
+    done = hybridkex.run(
+        *filled(words, ports),
+        folder=place,
+        environment=QUICK,
+        unprivileged="locked.pem" in words,
+    )
+    assert done.returncode == 1, done.stderr
+    line = one_line(done.stderr, beside=BESIDE)
+    assert line.startswith("hybridkex: ")
+    assert not line.startswith("hybridkex: hybridkex")
+    assert reason in line
+    is_clean(done, place)
+
+
+def test_every_command_is_among_them() -> None:
+    """``completion`` has no fault of its own; ``doctor`` reports them on standard output."""
+    assert {words[0] for words, _ in FAULTS} == COMMANDS.keys() - {"completion"}
+
+
+def test_the_doctor_tells_of_a_kme_that_is_not_there(
+    hybridkex: Forkserver, place: Path, ports: dict[str, int]
+) -> None:
+    words = filled(("doctor", *KME[:-2], "--peer-sae", "b"), ports)
+    done = hybridkex.run(*words, folder=place)
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert re.search(rb"^FAILED  KME https.*\n +-> check --kme", done.stdout, re.MULTILINE)
+    is_clean(done, place)
+
+
+# --- words that the parser does not take ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((), "required: command"),
+        (("conect",), "'conect'"),
+        (("connect",), "required: HOST, PORT"),
+        (("connect", "host", "port"), "PORT"),
+        (("connect", "host", "1", "--psk-hash", "md5"), "'md5'"),
+        (("connect", "host", "1", "--kme-id-rule", "x"), "--kme-id-rule"),
+        (("listen", "1", "--no-such-option"), "--no-such-option"),
+        (("send", "file"), "HOST"),
+        (("receive",), "DIR"),
+        (("tunnel",), "command"),
+        (("tunnel", "listen"), "--local, --target"),
+        (("wg-psk",), "--interface"),
+        (("demo", "--distance", "far"), "'far'"),
+        (("rndl", "--nothing"), "--nothing"),
+        (("dev-ca", "new", "--alg", "dsa"), "'dsa'"),
+        (("kme",), "command"),
+        (("kme", "dev-up", "new", "--metrics", "x"), "--metrics"),
+        (("qkd", "run", "--seed", "x"), "--seed"),
+        (("doctor", "now"), "now"),
+        (("completion", "cmd"), "'cmd'"),
+    ],
+    ids=lambda one: " ".join(one) if isinstance(one, tuple) else "",
+)
+def test_a_word_out_of_place(hybridkex: Forkserver, words: tuple[str, ...], reason: str) -> None:
+    done = hybridkex.run(*words)
+    assert (done.returncode, done.stdout) == (2, b"")
+    line = one_line(done.stderr)
+    assert line.startswith("hybridkex: ")
+    assert reason in line
+    command = re.search(r"try: (hybridkex.* --help)$", line)
+    assert command is not None
+    assert hybridkex.run(*command[1].split()[1:]).returncode == 0
+
+
+# --- a package that is missing --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (("qkd", "run"), "numpy"),
+        (("qkd", "plot", "--kind", "qber", "-o", "new.png"), "matplotlib"),
+        (("rndl",), "rich"),
+        (("kme", "serve", "x"), "httpx"),
+        (("demo",), "prometheus_client"),
+        (("tunnel", "run", "x"), "prometheus_client"),
+        ((*CONNECT, *KME, "--peer-sae", "b"), "httpx"),
+        (("completion", "bash"), "shtab"),
+    ],
+    ids=lambda one: one[0] if isinstance(one, tuple) else one,
+)
+def test_a_missing_package_is_named_with_how_to_get_it(
+    hybridkex: Forkserver, place: Path, words: tuple[str, ...], missing: str
+) -> None:
+    done = hybridkex.run(*filled(words, {"closed": 1}), folder=place, without=[missing])
+    assert done.returncode == 1
+    line = one_line(done.stderr)
+    assert missing in line
+    assert re.search(r"pip install 'hybridkex\[\w+\]'$", line)
+
+
+# --- Ctrl-C ---------------------------------------------------------------------------------------
+
+
+def opened(process: Running, place: Path) -> bool:
+    return bool(list(place.glob("port-*")))
+
+
+def spoke(process: Running, place: Path) -> bool:
+    return bool(process.said())
+
+
+def warned(process: Running, place: Path) -> bool:
+    return bool(process.told())
+
+
+SILENT = ("https://127.0.0.1:{silent}", *KME[2:8])
+WAITING: tuple[tuple[tuple[str, ...], Callable[[Running, Path], bool] | None, int], ...] = (
+    (("connect", "127.0.0.1", "{silent}", "--insecure"), None, 130),
+    ((*LISTEN, *SERVER, "--port-file", "port-1"), opened, 130),
+    ((*LISTEN[:-1], *SERVER, "--port-file", "port-1"), opened, 130),
+    (("send", "text", "127.0.0.1:{silent}", "--insecure"), None, 130),
+    ((*RECEIVE, "0", "--port-file", "port-1"), opened, 130),
+    ((*TUNNEL_0, "--port-file", "port-1"), opened, 0),
+    ((*WG, "--listen", "127.0.0.1:0", "--psk-file", "psk", "--port-file", "port-1"), opened, 130),
+    ((*WG, "--connect", "127.0.0.1:{silent}", "--psk-file", "psk"), None, 130),
+    (("demo", "text"), spoke, 130),
+    (("kme", "dev-up", "sites", "--ports", "0,0"), spoke, 0),
+    (("kme", "status", "--kme", *SILENT, "--sae", "a", "--peer-sae", "b"), None, 130),
+    (("qkd", "run", "--json", "--blocks", "999", "--block-bits", "50000"), spoke, 130),
+    (("doctor", "--kme", *SILENT, "--peer-sae", "b"), None, 130),
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "ready", "status"), WAITING, ids=[" ".join(words[:2]) for words, _, _ in WAITING]
+)
+def test_ctrl_c_ends_it_without_a_word(
+    hybridkex: Forkserver,
+    place: Path,
+    words: tuple[str, ...],
+    ready: Callable[[Running, Path], bool] | None,
+    status: int,
+    tmp_path: Path,
+) -> None:
+    for path in place.iterdir():
+        if path.is_file() and os.access(path, os.R_OK):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+            (tmp_path / path.name).chmod(path.stat().st_mode)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(30)
+        ports = {"silent": silent.getsockname()[1]}
+        process = hybridkex.start(
+            *filled(words, ports), folder=tmp_path, environment={"TMPDIR": str(temporary)}
+        )
+        if ready is None:
+            accepted, _ = silent.accept()
+        else:
+            until(lambda: ready(process, tmp_path), process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == status, process.told()
+        if ready is None:
+            accepted.close()
+    for line in process.told().decode().splitlines():
+        assert line.startswith((*BESIDE, "receiving into"))
+    assert not list(temporary.iterdir())
+
+
+# --- standard output ------------------------------------------------------------------------------
+
+TALKING = (
+    ("--help",),
+    ("connect", "--help"),
+    ("doctor",),
+    ("dev-ca", "new"),
+    ("demo", "text"),
+    ("kme", "dev-up", "sites", "--no-serve"),
+    ("qkd", "run", "--json", "--blocks", "1", "--block-bits", "30000", "--distance", "1"),
+    ("qkd", "run", "--blocks", "1", "--block-bits", "30000", "--distance", "1"),
+    ("completion", "bash"),
+)
+
+
+@pytest.mark.parametrize("words", TALKING, ids=" ".join)
+def test_a_reader_who_has_left_and_a_disk_that_is_full(
+    hybridkex: Forkserver, place: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    (tmp_path / "text").write_text("hello")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        gone = hybridkex.run(*words, folder=tmp_path, stdout=pipe)
+    assert gone.stderr == b""
+    assert gone.returncode == 1
+    for made in ("new", "sites"):
+        if (tmp_path / made).exists():
+            (tmp_path / made).rename(tmp_path / f"{made}-1")
+    with Path("/dev/full").open("wb") as full:
+        done = hybridkex.run(*words, folder=tmp_path, stdout=full)
+    assert done.returncode == 1
+    assert one_line(done.stderr) == "hybridkex: No space left on device"
+
+
+def test_the_data_of_a_channel_has_no_reader(
+    hybridkex: Forkserver, place: Path, tmp_path: Path
+) -> None:
+    words = ("--cert", place / "cert.pem", "--key", place / "key.pem", "--echo")
+    with hybridkex.listening(tmp_path, *words) as (port, server):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with os.fdopen(writing, "wb") as pipe:
+            done = hybridkex.run(
+                *("connect", "localhost", port, "--ca", place / "ca.pem", "--json"),
+                data=b"x" * 1000,
+                stdout=pipe,
+            )
+        assert done.returncode == 1
+        assert done.stderr.count(b"\n") == 1  # the session
+        assert server.poll() is None

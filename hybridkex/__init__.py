@@ -52,6 +52,7 @@ from hybridkex.streams import (
 from hybridkex.tls.config import (
     Authentication,
     ClientConfig,
+    Limits,
     PadToMultiple,
     Policy,
     PskSource,
@@ -93,6 +94,7 @@ __all__ = [
     "InsecureNoVerification",
     "KnownPeers",
     "Leg",
+    "Limits",
     "MemorySessionStore",
     "PadToMultiple",
     "Pins",

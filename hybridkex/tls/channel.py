@@ -35,9 +35,6 @@ _HANDSHAKE: Final = int(ContentType.HANDSHAKE)
 _APPLICATION: Final = int(ContentType.APPLICATION_DATA)
 _ALERT: Final = int(ContentType.ALERT)
 
-# Records that carry nothing cost us work and the peer next to none.
-_MAX_EMPTY_RECORDS: Final = 32
-
 # Early data that we skip: a client may send as much as its ticket allowed it (section 4.2.10), and
 # ours allow none, so this is another server's ticket; BoringSSL's figure.
 _MAX_SKIPPED_EARLY_DATA: Final = 16384
@@ -94,7 +91,8 @@ class Channel:
         self._inner_limit = MAX_PLAINTEXT + 1
         self._padding = config.padding
         self._key_log = config.key_log
-        self._longest = {**_LONGEST, HandshakeType.CERTIFICATE: config.max_certificate_message}
+        self.limits = config.limits
+        self._longest = {**_LONGEST, HandshakeType.CERTIFICATE: self.limits.certificate_message}
         self._outgoing: list[bytes | bytearray] = []
         self._flight = bytearray()
         self._message = bytearray()
@@ -337,7 +335,7 @@ class Channel:
         if self._message:
             raise UnexpectedMessage("application data between the pieces of a handshake message")
         self._empty_records = 0 if length else self._empty_records + 1
-        if self._empty_records > _MAX_EMPTY_RECORDS:
+        if self._empty_records > self.limits.empty_records:
             raise UnexpectedMessage("too many empty records")
 
     def _unprotected(self, read: ReadProtection, record: Record) -> tuple[int, bytes]:
@@ -360,7 +358,7 @@ class Channel:
         if self._message:
             raise UnexpectedMessage("change_cipher_spec between the pieces of a message")
         self._empty_records += 1
-        if self._empty_records > _MAX_EMPTY_RECORDS:
+        if self._empty_records > self.limits.empty_records:
             raise UnexpectedMessage("too many change_cipher_spec records")
 
     def _spend_early_data(self, length: int) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "Authentication",
     "ClientConfig",
     "KeyLog",
+    "Limits",
     "PadToMultiple",
     "Policy",
     "PskSource",
@@ -68,8 +69,33 @@ class PskSource(Protocol):
         ...
 
 
-MAX_CERTIFICATE_MESSAGE: Final = 1 << 17
-"""Bytes of a Certificate message that we are ready to hold: eight ML-DSA-87 certificates fit."""
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a peer may cost us; ``docs/security.md`` tells where the figures come from.
+
+    Args:
+        certificate_message: bytes of a Certificate message that we hold; eight ML-DSA-87
+            certificates fit.
+        key_updates: KeyUpdates in a row without data between them; each takes a key schedule step.
+        empty_records: records in a row with nothing in them.
+        tickets: session tickets that a client takes from one connection.
+        psk_identities: how many of a ClientHello's a server looks at; those behind are passed over.
+
+    Raises:
+        ConfigError: a limit that no ordinary peer keeps.
+    """
+
+    certificate_message: int = 1 << 17
+    key_updates: int = 32
+    empty_records: int = 32
+    tickets: int = 32
+    psk_identities: int = 16
+
+    def __post_init__(self) -> None:
+        if self.certificate_message < 1 << 10:
+            raise ConfigError("a certificate_message below 1 KiB fits no certificate")
+        if min(self.key_updates, self.empty_records, self.tickets, self.psk_identities) < 1:
+            raise ConfigError("a limit is 1 or more")
 
 
 MAX_SHARES: Final = 60 << 10
@@ -109,7 +135,7 @@ class _Config:
             ``None`` leaves it at 16,384 without saying so.
         padding: hides the length of what is sent.
         key_log: gets the session's secrets, for a debugger: whoever has them reads everything.
-        max_certificate_message: bytes of a Certificate message that we hold.
+        limits: what a peer may cost us.
     """
 
     groups: tuple[Group, ...] | None = None
@@ -122,7 +148,7 @@ class _Config:
     record_size_limit: int | None = None
     padding: Padding | None = None
     key_log: KeyLog | None = field(default=None, repr=False)
-    max_certificate_message: int = MAX_CERTIFICATE_MESSAGE
+    limits: Limits = Limits()
 
     def __post_init__(self) -> None:
         self._check_groups()
@@ -145,8 +171,6 @@ class _Config:
         limit = self.record_size_limit
         if limit is not None and not 64 <= limit <= MAX_PLAINTEXT:
             raise ConfigError(f"record_size_limit is 64 to {MAX_PLAINTEXT}, not {limit}")
-        if self.max_certificate_message < 1 << 10:
-            raise ConfigError("max_certificate_message below 1 KiB fits no certificate")
 
     def _check_groups(self) -> None:
         wanted = self.policy.post_quantum

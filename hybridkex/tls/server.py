@@ -9,7 +9,6 @@ import hashlib
 import hmac
 import os
 from dataclasses import dataclass
-from typing import Final
 
 from hybridkex.auth import Identity, PeerName, RawIdentity, VerifiedPeer, parse_peer_name
 from hybridkex.constants import (
@@ -118,9 +117,6 @@ from hybridkex.wire.messages import (
 
 __all__ = ["ServerState", "WaitPsk", "start"]
 
-_MAX_IDENTITIES: Final = 16
-"""PSK identities of one ClientHello that are tried."""
-
 
 class ServerState:
     """What the engine asks of a state."""
@@ -190,7 +186,7 @@ class _Hello:
     certificate_with_psk: bool
 
     @classmethod
-    def check(cls, message: ClientHello, raw: bytes) -> "_Hello":
+    def check(cls, message: ClientHello, raw: bytes, config: ServerConfig) -> "_Hello":
         """Sections 4.1.2, 4.2 and 9.2."""
         extensions = message.extensions
         versions = extensions.get(SupportedVersionsOffer)
@@ -218,7 +214,7 @@ class _Hello:
         if certificate_with_psk and EarlyDataIndication in extensions:
             raise IllegalParameter("tls_cert_with_extern_psk with early data")
         schemes = extensions.get(SignatureAlgorithms)
-        identities = psks.identities[:_MAX_IDENTITIES] if psks is not None and psk_dhe else ()
+        identities = psks.identities if psks is not None and psk_dhe else ()
         return cls(
             message=message,
             raw=raw,
@@ -228,7 +224,7 @@ class _Hello:
             psks=psks if psk_dhe else None,
             offered_psks=tuple(
                 _OfferedPsk(index, one.identity, ImportedIdentity.decode(one.identity))
-                for index, one in enumerate(identities)
+                for index, one in enumerate(identities[: config.limits.psk_identities])
             ),
             psk_dhe=psk_dhe,
             certificate_with_psk=certificate_with_psk,
@@ -301,7 +297,7 @@ class WaitClientHello(ServerState):
         channel.check_message_boundary()
         channel.client_random = message.random
         channel.change_cipher_spec_allowed = True
-        hello = _Hello.check(message, raw)
+        hello = _Hello.check(message, raw, self.config)
         config = self.config
         group = _choose_group(config, hello)
         suite = _choose_suite(config, hello)
@@ -356,7 +352,7 @@ class WaitSecondClientHello(ServerState):
         assert isinstance(message, ClientHello)
         channel.check_message_boundary()
         channel.stop_skipping_early_data()
-        hello = _Hello.check(message, raw)
+        hello = _Hello.check(message, raw, self.config)
         cookie = message.extensions.get(Cookie)
         if cookie is None:
             raise MissingExtension("the second ClientHello has no cookie")

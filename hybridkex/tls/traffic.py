@@ -22,10 +22,6 @@ __all__ = ["ClientTraffic", "Connected", "ServerTraffic", "store_key"]
 
 X509: Final = CertificateType.X509
 
-_MAX_KEY_UPDATES: Final = 32
-"""KeyUpdates in a row without data between them; each costs us a key schedule step."""
-_MAX_TICKETS: Final = 32
-"""Tickets that a client takes from one connection."""
 _KEEP_FREE: Final = 16
 """Records of a key that are kept for alerts and for KeyUpdate itself."""
 
@@ -60,7 +56,7 @@ class _Traffic:
         """One message after the handshake."""
         assert isinstance(message, KeyUpdate)
         self._updates_in_a_row += 1
-        if self._updates_in_a_row > _MAX_KEY_UPDATES:
+        if self._updates_in_a_row > channel.limits.key_updates:
             raise UnexpectedMessage("too many KeyUpdates without data between them")
         channel.update_read()
         self._read_generation += 1
@@ -115,8 +111,8 @@ class ClientTraffic(_Traffic):
         if not isinstance(message, NewSessionTicket):
             return super().handle(message, raw, channel)
         self._tickets += 1
-        if self._tickets > _MAX_TICKETS:
-            raise UnexpectedMessage(f"more than {_MAX_TICKETS} session tickets")
+        if self._tickets > channel.limits.tickets:
+            raise UnexpectedMessage(f"more than {channel.limits.tickets} session tickets")
         if message.lifetime > MAX_TICKET_LIFETIME:
             raise IllegalParameter(f"a ticket with a lifetime of {message.lifetime} s")
         store, session = self._config.session_store, self.connected.session

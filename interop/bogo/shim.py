@@ -39,7 +39,14 @@ from hybridkex.errors import (
     TruncationError,
 )
 from hybridkex.secret import Secret
-from hybridkex.tls.config import Authentication, ClientConfig, Policy, Requirement, ServerConfig
+from hybridkex.tls.config import (
+    Authentication,
+    ClientConfig,
+    Limits,
+    Policy,
+    Requirement,
+    ServerConfig,
+)
 from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
 from hybridkex.tls.events import ApplicationData, CloseReceived, TicketReceived
 from hybridkex.tls.session import MemorySessionStore, Session
@@ -184,7 +191,7 @@ class ShimConnection:
             "key_log": self._log,
         }
         if flags.on("max-cert-list"):
-            shared["max_certificate_message"] = flags.number("max-cert-list")
+            shared["limits"] = Limits(certificate_message=flags.number("max-cert-list"))
         policy: dict[str, Any] = {"post_quantum": Requirement.PREFER}
         if self.is_server:
             if psks:

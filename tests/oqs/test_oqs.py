@@ -22,7 +22,7 @@ from hybridkex.crypto.kex_oqs import CODES, OqsKem, oqs_group, oqs_groups, via_o
 from hybridkex.crypto.oqs import oqs_status
 from hybridkex.crypto.sig_oqs import ALGORITHMS, OqsPrivateKey, oqs_scheme
 from hybridkex.errors import CertificateRejected, ConfigError, DecryptError, IllegalParameter
-from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.config import ClientConfig, Limits, ServerConfig
 
 STATUS = oqs_status()
 needs_liboqs = pytest.mark.skipif(not STATUS.available, reason=f"needs liboqs: {STATUS.problem}")
@@ -124,7 +124,9 @@ def test_every_signature_in_a_handshake(name: str) -> None:
     common = {"signature_schemes": (scheme,), "groups": (X25519,), "policy": ANY_GROUP}
     # Oil-and-vinegar keys are larger than what is held unasked, some than what is held at all.
     client = ClientConfig(
-        verifier=Pins(frozenset((identity.pin,))), max_certificate_message=4 << 20, **common
+        verifier=Pins(frozenset((identity.pin,))),
+        limits=Limits(certificate_message=4 << 20),
+        **common,
     )
     pair = Pair.make(client, ServerConfig(identities=(again,), **common))
     pair.client.start()

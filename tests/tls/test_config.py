@@ -16,6 +16,7 @@ from hybridkex.secret import Secret
 from hybridkex.tls.config import (
     Authentication,
     ClientConfig,
+    Limits,
     PadToMultiple,
     Policy,
     Requirement,
@@ -48,7 +49,6 @@ BOTH = Policy(authentication=Authentication.BOTH)
         ),
         ({"record_size_limit": 63}, "record_size_limit"),
         ({"record_size_limit": 16385}, "record_size_limit"),
-        ({"max_certificate_message": 1023}, "fits no certificate"),
         ({"policy": BOTH}, "needs a PSK"),
     ],
 )
@@ -152,3 +152,12 @@ def test_the_memory_store(trust: TrustStore, identity: Identity) -> None:
     assert store.take("b") is None
     now[0] += ticket.lifetime + 2
     assert store.take("c") is None
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"certificate_message": 1023}, {"key_updates": 0}, {"tickets": 0}, {"empty_records": -1}],
+)
+def test_limits_that_nobody_keeps(limits: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"limit|fits no certificate"):
+        Limits(**limits)

@@ -50,6 +50,7 @@ from hybridkex.tls import client as client_module
 from hybridkex.tls.config import (
     Authentication,
     ClientConfig,
+    Limits,
     PadToMultiple,
     Policy,
     Requirement,
@@ -216,7 +217,7 @@ def test_insecure_says_so(identity: Identity) -> None:
 def test_a_certificate_message_beyond_the_limit(trust: TrustStore, ca: DevCa) -> None:
     big = ca.issue("localhost", *(f"{'x' * 60}{i}.example.org" for i in range(20)))
     refused(
-        ClientConfig(verifier=trust, max_certificate_message=1024),
+        ClientConfig(verifier=trust, limits=Limits(certificate_message=1024)),
         ServerConfig(identities=(big,)),
         "client",
         IllegalParameter,
@@ -930,6 +931,52 @@ def test_too_many_tickets(trust: TrustStore, identity: Identity) -> None:
         pair.server.send_data(b"16 more")
     pair.fight()
     assert type(pair.errors["client"]) is UnexpectedMessage
+
+
+@pytest.mark.parametrize("name", ["key_updates", "empty_records"])
+def test_limits_can_be_set(name: str, trust: TrustStore, identity: Identity) -> None:
+    """What is refused above a limit is taken where the limit is higher."""
+    for most, refused in ((5, True), (6, False)):
+        limits = Limits(**{name: most})
+        server = ServerConfig(identities=(identity,), limits=limits)
+        pair = Pair.make(ClientConfig(verifier=trust), server).connect()
+        for _ in range(6):
+            if name == "key_updates":
+                pair.client.update_keys()
+            else:
+                pair.client._channel.send_data(memoryview(b""))
+        pair.client.send_data(b"alive")
+        pair.fight()
+        assert ("server" in pair.errors) == refused
+
+
+def test_the_limit_of_tickets_can_be_set(trust: TrustStore, identity: Identity) -> None:
+    for most, refused in ((15, True), (16, False)):
+        pair = Pair.make(
+            ClientConfig(
+                verifier=trust, session_store=MemorySessionStore(), limits=Limits(tickets=most)
+            ),
+            ServerConfig(identities=(identity,), tickets_per_connection=16),
+        ).connect()
+        pair.server.send_data(b"16 tickets")
+        pair.fight()
+        assert ("client" in pair.errors) == refused
+
+
+def test_the_limit_of_psk_identities_can_be_set() -> None:
+    """A server finds the PSK that it knows among those that it looks at, and no further."""
+    psks = tuple(
+        ExternalPsk(identity=b"psk %d" % number, key=Secret(bytes([number]) * 32))
+        for number in range(5)
+    )
+    for most, refused in ((4, True), (5, False)):
+        pair = Pair.make(
+            ClientConfig(psks=psks),
+            ServerConfig(psks=psks[-1:], limits=Limits(psk_identities=most)),
+        )
+        pair.client.start()
+        pair.fight()
+        assert bool(pair.errors) == refused
 
 
 def test_exporter(trust: TrustStore, identity: Identity) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["hybridkex"]):
+with atheris.instrument_imports(include=["hybridkex", "examples"]):
     from interop.fuzz import targets
     from interop.fuzz.seeds import CORPUS
 

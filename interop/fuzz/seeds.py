@@ -4,14 +4,18 @@ Writes ``corpus/TARGET/NAME`` beside this file. What a fuzzer has found worth ke
 too; the tests replay it all.
 """
 
+import base64
 import json
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
 import numpy as np
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from hybridkex.auth import DevCa
+from examples.chat import protocol as chat
+from hybridkex.apps.transfer import messages as transfer
+from hybridkex.auth import DevCa, RawIdentity
 from hybridkex.constants import TLS13
 from hybridkex.qkd.link import wire
 from hybridkex.qkd.link.cascade import Question
@@ -87,6 +91,11 @@ def seeds() -> dict[str, dict[str, bytes]]:
             "data": bytes((255, 2, 3)) + b"abc",
         },
         "tickets": {"zeros": bytes(64)},
+        "operator-files": _operator_files(),
+        "known-peers": {"line": b"localhost " + base64.b64encode(bytes(44)) + b"\n"},
+        "transfer": _transfer_messages(),
+        "chat": _chat_messages(),
+        "combined-exchange": _exchanges(),
         "link-messages": _link_messages(),
         "link-parties": {
             "unchanged": b"",
@@ -95,6 +104,64 @@ def seeds() -> dict[str, dict[str, bytes]]:
             **{f"body-{n}": bytes((1, n, 3, 0, 0, 2, 1, 1)) for n in range(2, 48, 6)},
         },
     }
+
+
+def _operator_files() -> dict[str, bytes]:
+    """Behind the byte that says as what each is read."""
+    identity = RawIdentity.generate()
+    certificate = DevCa.create().certificate.public_bytes(Encoding.PEM)
+    named = DevCa.create().issue("localhost")
+    key = named.private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    kme = (
+        "[[kme]]\nid = 'a'\nlisten = '127.0.0.1:0'\nstore = 's'\nkey_file = 'k'\n"
+        "certificate = 'c'\nprivate_key = 'p'\nca = 'ca'\nsaes = ['x']\n"
+    )
+    tunnels = "[[connect]]\nlocal = '127.0.0.1:1'\nremote = 'b:2'\ninsecure = true\n"
+    return {
+        "authority": b"\0" + certificate,
+        "identity": b"\1" + named.leaf.public_bytes(Encoding.PEM) + key,
+        "raw-key": b"\2" + identity.to_pem(),
+        "key-file": b"\3" + b"00" * 32 + b"\n",
+        "kme": b"\4" + kme.encode(),
+        "tunnels": b"\5" + tunnels.encode(),
+    }
+
+
+def _transfer_messages() -> dict[str, bytes]:
+    offer = transfer.Offer(n=0, path=("a", "b"), folder=False, size=9, mtime_ns=1, executable=True)
+    messages: tuple[transfer.Message, ...] = (
+        transfer.Hello(version=1, transfer="0" * 32),
+        offer,
+        transfer.Have(n=0, size=9, sha256="0" * 64, complete=False, replace=True),
+        transfer.Failed(n=0, reason="disk full"),
+        transfer.Bye(),
+    )
+    return {type(one).__name__.lower(): transfer.encode(one) for one in messages}
+
+
+def _chat_messages() -> dict[str, bytes]:
+    messages: tuple[chat.Message, ...] = (
+        chat.Ask("rooms"),
+        chat.Welcome(accepted=1, seen=2, room="lobby", resumed=True),
+        chat.Entry(1, 2, "said", "lobby", "ann", "hello"),
+        chat.Bye(reason="full", again=True),
+    )
+    return {type(one).__name__.lower(): chat.encode(one)[4:] for one in messages}
+
+
+def _exchanges() -> dict[str, bytes]:
+    """First messages with a proof that is none; the first byte says whose they are."""
+    head, nonce, proof = b"hybridkex combiner v1 ", bytes(32), _vector(bytes(32))
+    offer = _vector(head + b"offer" + nonce + b"\0\0" + bytes(32))
+    answer = _vector(head + b"answer" + nonce + bytes(32))
+    return {
+        "offer": b"\0" + _vector(offer + proof),
+        "answer": b"\1" + _vector(answer + proof + proof),
+    }
+
+
+def _vector(data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + data
 
 
 def _link_messages() -> dict[str, bytes]:

@@ -18,15 +18,29 @@ import numpy as np
 import trio
 from trio.testing import memory_stream_pair
 
-from hybridkex.auth import DevCa, PeerCertificate, TrustStore, parse_peer_name
+from examples.chat import protocol as chat_protocol
+from hybridkex.apps.transfer import messages as transfer_messages
+from hybridkex.apps.transfer.names import UnsafeName, check_path
+from hybridkex.auth import (
+    DevCa,
+    Identity,
+    KnownPeers,
+    PeerCertificate,
+    RawIdentity,
+    TrustStore,
+    parse_peer_name,
+)
 from hybridkex.auth.certificates import read_chain
+from hybridkex.cli.commands import command_parser
 from hybridkex.cli.sessions import FileSessionStore
+from hybridkex.combiner import PskAuthentication, exchange
 from hybridkex.constants import ContentType
 from hybridkex.crypto.kex import SECP256R1, X25519
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.suites import TLS_AES_128_GCM_SHA256
 from hybridkex.errors import (
     AlertReceived,
+    CertificateRejected,
     ConfigError,
     DecodeError,
     HybridkexError,
@@ -34,6 +48,7 @@ from hybridkex.errors import (
     LocalStateError,
     PeerError,
 )
+from hybridkex.qkd.etsi014.config import load_config
 from hybridkex.qkd.etsi014.models import KeyContainer, KeyIds, KeyRequest, ModelError, Status
 from hybridkex.qkd.etsi014.peering import ExtKeys, ids_from_json
 from hybridkex.qkd.link import wire
@@ -46,6 +61,7 @@ from hybridkex.qkd.link.quantum import Clicks, Log, Sent, sample
 from hybridkex.qkd.link.randomness import Randomness
 from hybridkex.qkd.link.settings import LinkSettings
 from hybridkex.qkd.psk import identity_of, name_of
+from hybridkex.qkd.store import read_key_file
 from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
 from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
@@ -167,6 +183,104 @@ def session_store(data: bytes) -> None:
         file.flush()
         with contextlib.suppress(ConfigError):
             FileSessionStore(Path(file.name)).take("localhost")
+
+
+def operator_files(data: bytes) -> None:
+    """What an operator may place wrongly: certificates, keys, key files, configurations.
+
+    The first byte says as which of them the rest is read.
+    """
+    if not data:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        path.write_bytes(data[1:])
+        readers: tuple[Callable[[Path], object], ...] = (
+            TrustStore.from_file,
+            lambda file: Identity.from_files(file, file),
+            RawIdentity.from_file,
+            read_key_file,
+            load_config,
+            _tunnels,
+        )
+        with contextlib.suppress(ConfigError):
+            readers[data[0] % len(readers)](path)
+
+
+def _tunnels(path: Path) -> object:
+    """As ``hybridkex tunnel run --check`` reads them."""
+    arguments = command_parser("tunnel").parse_args(["run", str(path)])
+    return arguments.load(arguments)
+
+
+@cache
+def _some_key() -> bytes:
+    return RawIdentity.generate().peer_view.spki
+
+
+def known_peers(data: bytes) -> None:
+    """The file of ``--known-peers``, read and written."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "known"
+        path.write_bytes(data)
+        with contextlib.suppress(ConfigError, CertificateRejected):
+            known = KnownPeers(path)
+            known.add("localhost", _some_key())
+            known.verify_server_key(_some_key(), parse_peer_name("localhost"))
+
+
+def transfer(data: bytes) -> None:
+    """A frame between sender and receiver of files, and the names in it."""
+    try:
+        kind, _ = transfer_messages.split_header(data[:5].ljust(5, b"\0"))
+        if kind == transfer_messages.DATA:
+            return
+        message = transfer_messages.decode(kind, data[5:])
+    except transfer_messages.ProtocolError:
+        return
+    frame = transfer_messages.encode(message)
+    assert transfer_messages.decode(frame[0], frame[5:]) == message
+    if isinstance(message, transfer_messages.Offer):
+        with contextlib.suppress(UnsafeName):
+            check_path(message.path)
+            assert not Path(*message.path).is_absolute()
+            assert ".." not in message.path
+
+
+def chat(data: bytes) -> None:
+    """A frame of the chat, and what a terminal is shown of it."""
+    try:
+        message = chat_protocol.decode(data)
+        frame = chat_protocol.encode(message)
+    except chat_protocol.ProtocolError:
+        return
+    assert chat_protocol.decode(frame[4:]) == message
+    text = getattr(message, "text", "")
+    assert "\x1b" not in chat_protocol.printable(text)
+
+
+def combined_exchange(data: bytes) -> None:
+    """Any bytes at either side of the exchange outside TLS: they end it with a typed error."""
+    if not data:
+        return
+
+    async def play() -> None:
+        near, far = memory_stream_pair()
+        await far.send_all(data[1:])
+        await far.send_eof()
+        with contextlib.suppress(HybridkexError):
+            await exchange(
+                near,
+                role="initiator" if data[0] & 1 else "responder",
+                local="a.example",
+                peer="b.example",
+                authentication=PskAuthentication(Secret(bytes(32))),
+                label=b"fuzz",
+                exchanges=(X25519.exchange,),
+            )
+            raise AssertionError("an exchange with rubbish was completed")
+
+    trio.run(play)
 
 
 # --- engines --------------------------------------------------------------------------------------
@@ -502,6 +616,11 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
         traffic,
         link_messages,
         link_parties,
+        operator_files,
+        known_peers,
+        transfer,
+        chat,
+        combined_exchange,
     )
 }
 

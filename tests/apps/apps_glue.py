@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -9,36 +10,85 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeAlias
 
 import pytest
 import trio
+from forked import Forkserver, Running
+
+from hybridkex.auth.dev_ca import DevCa, write_identity
 
 COMMAND = [sys.executable, "-m", "hybridkex"]
+
+
+class Process:
+    """What :class:`subprocess.Popen` has in text mode, of a process that was forked."""
+
+    def __init__(self, forked: Running) -> None:
+        self._forked = forked
+        self.pid = forked.pid
+        self.poll = forked.poll
+        self.kill = forked.kill
+        self.send_signal = forked.send_signal
+
+    @property
+    def returncode(self) -> int | None:
+        return self._forked.returncode
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def wait(self, timeout: float = 60) -> int:
+        return self._forked.wait(timeout)
+
+    def communicate(self, timeout: float = 60) -> tuple[str, str]:
+        said, told = self._forked.communicate(timeout=timeout)
+        return said.decode(), told.decode()
+
+
+AnyProcess: TypeAlias = Process | subprocess.Popen[str]
 
 
 class Run:
     """Starts commands, and ends what is left of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, forkserver: Forkserver) -> None:
         self._folder = folder
-        self._started: list[subprocess.Popen[str]] = []
+        self._forkserver = forkserver
+        self._started: list[AnyProcess] = []
 
-    def start(self, *words: object, **options: Any) -> "subprocess.Popen[str]":
+    def start(
+        self, *words: object, stderr: IO[bytes] | None = None, **environment: str
+    ) -> AnyProcess:
+        """Forked from one that has imported everything: the test does not wait for that."""
+        with Path(os.devnull).open("rb") as nothing:
+            process = Process(
+                self._forkserver.start(
+                    *words, stdin=nothing, stderr=stderr, environment=environment
+                )
+            )
+        self._started.append(process)
+        return process
+
+    def fresh(self, *words: object, preexec_fn: Callable[[], object] | None = None) -> AnyProcess:
+        """An interpreter of its own, whose memory and rights are its own."""
         process = subprocess.Popen(
             [*COMMAND, *map(str, words)],
-            stdout=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
-            **{"stderr": subprocess.PIPE, **options},
+            preexec_fn=preexec_fn,  # noqa: PLW1509  # no other thread runs here
         )
         self._started.append(process)
         return process
 
-    def server(self, *words: object, **options: Any) -> tuple["subprocess.Popen[str]", int]:
+    def server(
+        self, *words: object, start: Callable[..., AnyProcess] | None = None, **options: Any
+    ) -> tuple[AnyProcess, int]:
         """A command with ``--port-file``, once it listens."""
         port_file = self._folder / f"port-{time.monotonic_ns()}"
-        process = self.start(*words, "--port-file", port_file, **options)
+        process = (start or self.start)(*words, "--port-file", port_file, **options)
         wait_until(port_file.exists, process)
         return process, int(port_file.read_text())
 
@@ -49,21 +99,25 @@ class Run:
             process.communicate()
 
 
-def wait_until(
-    condition: Callable[[], bool], process: "subprocess.Popen[str] | None" = None
-) -> None:
-    deadline = time.monotonic() + 20
+def wait_until(condition: Callable[[], bool], process: AnyProcess | None = None) -> None:
+    deadline = time.monotonic() + 30
     while not condition():
         if process is not None and process.poll() is not None:
-            assert process.stderr is not None
-            raise AssertionError(process.stderr.read())
+            raise AssertionError(process.communicate()[1])
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def forkserver() -> Iterator[Forkserver]:
+    server = Forkserver()
+    yield server
+    server.close()
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    runner = Run(tmp_path)
+def run(tmp_path: Path, forkserver: Forkserver) -> Iterator[Run]:
+    runner = Run(tmp_path, forkserver)
     yield runner
     runner.end()
 
@@ -71,10 +125,8 @@ def run(tmp_path: Path) -> Iterator[Run]:
 @pytest.fixture(scope="session")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("keys") / "one"
-    made = subprocess.run(
-        [*COMMAND, "dev-ca", str(folder)], capture_output=True, timeout=30, check=False
-    )
-    assert made.returncode == 0, made.stderr
+    ca = DevCa.create()
+    write_identity(folder, ca, ca.issue("localhost", "127.0.0.1", "::1"))
     return folder
 
 
@@ -130,7 +182,7 @@ def kmes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kmes]:
         process.communicate()
 
 
-def descriptors(process: "subprocess.Popen[str]") -> int:
+def descriptors(process: AnyProcess) -> int:
     """How many are open in a process."""
     return len(os.listdir(f"/proc/{process.pid}/fd"))
 

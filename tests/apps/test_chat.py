@@ -22,7 +22,8 @@ import pyte
 import pytest
 import trio
 import trio.testing
-from apps_glue import Kmes, descriptors, small_disk
+from apps_glue import Kmes, Process, descriptors, small_disk
+from forked import Forkserver
 
 from examples.chat.client import Client
 from examples.chat.hub import Hub
@@ -77,29 +78,60 @@ def options(ids: Path, name: str) -> list[str]:
     return [word for pair in words for word in pair]
 
 
-class Processes:
-    def __init__(self, ids: Path) -> None:
-        self._ids = ids
-        self.started: list[subprocess.Popen[str]] = []
+class Talking(Process):
+    """A chat whose standard input and output are pipes of the test."""
 
-    def start(self, who: str | list[str], *words: object) -> "subprocess.Popen[str]":
+    def __init__(self, forkserver: Forkserver, words: list[str]) -> None:
+        reads, self.stdin = os.pipe()
+        self.stdout, writes = os.pipe()
+        with os.fdopen(reads, "rb") as theirs, os.fdopen(writes, "wb") as said:
+            super().__init__(
+                forkserver.start(
+                    *words,
+                    program="examples.chat.__main__",
+                    stdin=theirs,
+                    stdout=said,
+                    stderr=said,
+                )
+            )
+
+    def rest(self) -> str:
+        """What it still says until its end, with its standard input closed."""
+        self.hang_up()
+        said = b""
+        while data := os.read(self.stdout, 65536):
+            said += data
+        self.wait(WITHIN)
+        return said.decode()
+
+    def hang_up(self) -> None:
+        if self.stdin >= 0:
+            os.close(self.stdin)
+            self.stdin = -1
+
+    def close(self) -> None:
+        self.hang_up()
+        self.kill()
+        self.wait(WITHIN)
+        os.close(self.stdout)
+
+
+class Processes:
+    def __init__(self, ids: Path, forkserver: Forkserver) -> None:
+        self._ids = ids
+        self._forkserver = forkserver
+        self.started: list[Talking] = []
+
+    def start(self, who: str | list[str], *words: object) -> Talking:
         """As somebody with a certificate, or with other options."""
         proof = options(self._ids, who) if isinstance(who, str) else who
-        process = subprocess.Popen(
-            [*CHAT, *map(str, words), *proof],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
+        process = Talking(self._forkserver, [*map(str, words), *proof])
         self.started.append(process)
         return process
 
     def listening(
         self, mode: str, *words: object, port: int = 0, who: str | list[str] = "localhost"
-    ) -> tuple["subprocess.Popen[str]", int]:
+    ) -> tuple[Talking, int]:
         """A server, or the listening one of a pair, and its port."""
         process = self.start(who, mode, "--bind", "127.0.0.1", "--port", port, *words)
         told = read_until(process, "\n")
@@ -108,35 +140,30 @@ class Processes:
 
 
 @pytest.fixture
-def processes(ids: Path) -> Iterator[Processes]:
-    made = Processes(ids)
+def processes(ids: Path, forkserver: Forkserver) -> Iterator[Processes]:
+    made = Processes(ids, forkserver)
     yield made
     for process in made.started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+        process.close()
 
 
-def read_until(process: "subprocess.Popen[str]", text: str) -> str:
+def read_until(process: Talking, text: str) -> str:
     """The output, to the line with this in it."""
-    assert process.stdout is not None
     deadline, seen = time.monotonic() + WITHIN, ""
     while text not in seen:
         ready, _, _ = select.select([process.stdout], [], [], deadline - time.monotonic())
-        assert ready, f"no {text!r} in {seen!r}"
-        data = os.read(process.stdout.fileno(), 65536)
-        assert data, f"no {text!r} in {seen!r}"
+        assert ready, f"no {text!r} in {seen[-2000:]!r}"
+        data = os.read(process.stdout, 65536)
+        assert data, f"no {text!r} in {seen[-2000:]!r}"
         seen += data.decode()
     return seen
 
 
-def type_in(process: "subprocess.Popen[str]", line: str) -> None:
-    assert process.stdin is not None
-    process.stdin.write(line + "\n")
-    process.stdin.flush()
+def type_in(process: Talking, line: str) -> None:
+    os.write(process.stdin, f"{line}\n".encode())
 
 
-def converse(alice: "subprocess.Popen[str]", bob: "subprocess.Popen[str]") -> str:
+def converse(alice: Talking, bob: Talking) -> str:
     """Twenty lines from each, and the other one hears each of them once, in order; what the first
     of them showed meanwhile."""
     for number in range(20):
@@ -167,7 +194,7 @@ def test_rooms_names_and_leaving(processes: Processes) -> None:
     assert "<bob> good [31mmorning" in read_until(alice, "morning")
 
     other = processes.start("bob", "client", f"localhost:{port}", "--nick", "alice")
-    out, _ = other.communicate(timeout=WITHIN)
+    out = other.rest()
     assert (out, other.returncode) == ("chat: the nickname 'alice' is taken\n", 1)
 
     type_in(bob, "/join den")
@@ -190,16 +217,13 @@ def test_rooms_names_and_leaving(processes: Processes) -> None:
 
 def test_a_wrong_certificate_is_refused_in_one_line(processes: Processes, ids: Path) -> None:
     _, port = processes.listening("server")
-    out, _ = processes.start(
-        "stranger", "client", f"localhost:{port}", "--nick", "eve"
-    ).communicate(timeout=WITHIN)
+    eve = processes.start("stranger", "client", f"localhost:{port}", "--nick", "eve")
+    out = eve.rest()
     assert len(out.splitlines()) == 1
     assert out.startswith("chat: ")
     # One who trusts the server and is not trusted by it.
     mixed = [*options(ids, "stranger"), "--ca", str(ids / "localhost" / "ca.pem")]
-    out, _ = processes.start(mixed, "client", f"localhost:{port}", "--nick", "eve").communicate(
-        timeout=WITHIN
-    )
+    out = processes.start(mixed, "client", f"localhost:{port}", "--nick", "eve").rest()
     assert len(out.splitlines()) == 1
     assert "unknown_ca" in out or "certificate" in out
 
@@ -210,7 +234,7 @@ def test_two_parties_without_a_server(processes: Processes) -> None:
     read_until(alice, "bob joined pair")
     converse(alice, bob)
     third = processes.start("bob", "pair", f"localhost:{port}", "--nick", "carol")
-    assert third.communicate(timeout=WITHIN)[0] == "chat: there is no seat left\n"
+    assert third.rest() == "chat: there is no seat left\n"
     type_in(alice, "/keys")
     read_until(alice, "keys rest on:")
     type_in(bob, "/quit")
@@ -223,9 +247,9 @@ def test_two_parties_without_a_server(processes: Processes) -> None:
 # --- who we are, in other ways ---------------------------------------------------------------
 
 
-def ended(process: "subprocess.Popen[str]") -> str:
+def ended(process: Talking) -> str:
     """What a process says that does not get in: one line."""
-    out, _ = process.communicate(timeout=WITHIN)
+    out = process.rest()
     assert process.returncode == 1
     assert len(out.splitlines()) == 1, out
     return out
@@ -274,7 +298,7 @@ def test_a_key_pool_that_runs_dry(processes: Processes, kmes: Kmes, tmp_path: Pa
     type_in(alice, "/quit")
     assert alice.wait(WITHIN) == 0
     server.terminate()
-    told = server.communicate(timeout=WITHIN)[0]
+    told = server.rest()
     keys = re.findall(r"QKD ([0-9a-f]{8}), by psk", told)
     assert len(set(keys)) == 3, told
 
@@ -451,8 +475,7 @@ async def test_two_hundred_clients_and_two_that_do_not_keep_up(
         stream = SecureStream(sleeper, config(ids, "bob"), server_hostname="localhost")
         await Frames(stream).send(Hello("sleeper", "lobby", "ab" * 32, 0))
         texts: list[str] = []
-        assert server.stdout is not None
-        os.set_blocking(server.stdout.fileno(), False)
+        os.set_blocking(server.stdout, False)
         told = ""
         with trio.fail_after(WITHIN):
             while "sleeper was dropped: you did not read" not in told:
@@ -462,7 +485,7 @@ async def test_two_hundred_clients_and_two_that_do_not_keep_up(
                 await clients[len(texts) % 198].say(texts[-1])
                 await until(lambda: all(len(said) == len(texts) for said in heard))
                 with contextlib.suppress(BlockingIOError):
-                    told += os.read(server.stdout.fileno(), 65536).decode()
+                    told += os.read(server.stdout, 65536).decode()
         assert told.count("was dropped") == 1
         # It is told why when it comes back, and goes on where it was.
         back = Client(connector(ids, "bob", port), "sleeper", "lobby")
@@ -636,7 +659,7 @@ async def test_a_disk_that_is_full(processes: Processes, ids: Path, tmp_path: Pa
                     count += 1
             unacknowledged = client.unacknowledged
             nursery.cancel_scope.cancel()
-        out, _ = server.communicate()
+        out = server.rest()
         assert out == "chat: cannot write the store: database or disk is full\n"
         for path in disk.iterdir():
             shutil.copy(path, tmp_path)

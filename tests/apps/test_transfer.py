@@ -241,7 +241,7 @@ def test_a_write_error_in_the_middle(tmp_path: Path, run: Run, mutual: list[str]
     """Where no tmpfs may be mounted this is the full disk: writing fails after 3 MiB."""
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (3 * MIB, 3 * MIB))
     target = tmp_path / "target"
-    _, port = receive(run, target, mutual, preexec_fn=limit)
+    _, port = receive(run, target, mutual, start=run.fresh, preexec_fn=limit)
     large, small = tmp_path / "large", tmp_path / "small"
     large.write_bytes(bytes(8 * MIB))
     small.write_bytes(b"fits")
@@ -253,13 +253,13 @@ def test_a_write_error_in_the_middle(tmp_path: Path, run: Run, mutual: list[str]
 
 def test_a_large_file_in_constant_memory(tmp_path: Path, run: Run, mutual: list[str]) -> None:
     """Twenty times the bytes, the same memory; ``benchmarks/transfer.py`` does it with 10 GB."""
-    server, port = receive(run, tmp_path / "target", mutual)
+    server, port = receive(run, tmp_path / "target", mutual, start=run.fresh)
     peaks = []
     for megabytes in (8, 160):
         source = tmp_path / f"sparse-{megabytes}"
         with source.open("wb") as file:
             file.truncate(megabytes * MIB)
-        sender = run.start("send", source, f"localhost:{port}", *mutual)
+        sender = run.fresh("send", source, f"localhost:{port}", *mutual)
         peak = 0
         while sender.poll() is None:
             peak = max(peak, memory(sender.pid))
@@ -356,7 +356,7 @@ def test_no_permission(tmp_path: Path, run: Run, mutual: list[str]) -> None:
     closed.chmod(0o555)
     # Root may write everywhere, unless it gives that up.
     drop = drop_capabilities if os.geteuid() == 0 else None
-    _, port = receive(run, target, mutual, preexec_fn=drop)
+    _, port = receive(run, target, mutual, start=run.fresh, preexec_fn=drop)
     status, errors = send(mutual, port, source)
     assert status == 1
     assert "source/closed/file: cannot write source/closed/file: permission denied" in errors
@@ -373,8 +373,10 @@ def drop_capabilities() -> None:
             raise OSError(ctypes.get_errno(), "prctl")
 
 
-def receive_once(run: Run, folder: Path, mutual: list[str], **options: Any) -> tuple[int, str]:
-    process = run.start("receive", folder, "--port", 0, *mutual, **options)
+def receive_once(
+    run: Run, folder: Path, mutual: list[str], **options: Any
+) -> tuple[int | None, str]:
+    process = run.fresh("receive", folder, "--port", 0, *mutual, **options)
     _, errors = process.communicate(timeout=30)
     return process.returncode, errors
 

@@ -361,7 +361,7 @@ async def test_who_may_come_in(run: Run, tmp_path: Path) -> None:
 
     async with serving(echo) as target:
         metrics = tmp_path / "log"
-        with metrics.open("w") as log:
+        with metrics.open("wb") as log:
             _, inner = run.server(
                 *("tunnel", "listen", "--local", "127.0.0.1:0", "--target", f"127.0.0.1:{target}"),
                 *("--allow", "alice", "--name", "door", *options("localhost")),
@@ -624,8 +624,7 @@ async def test_an_address_in_use(tunnel: Tunnel, run: Run, tmp_path: Path) -> No
             *("--insecure",),
         )
         await until(lambda: second.poll() is not None)
-        assert second.stderr is not None
-        lines = second.stderr.read().splitlines()
+        lines = second.communicate()[1].splitlines()
         assert second.returncode == 1
         assert lines[-1].endswith("Address already in use")
         assert read_metrics(tunnel.metrics_port)

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import pytest
 import trio
-from apps_glue import Run, Wire, descriptors, wait_until
+from apps_glue import AnyProcess, Run, Wire, descriptors, wait_until
 from tunnel_glue import PATIENCE, free_port, until
 
 MakeWire: TypeAlias = Callable[[int], AbstractAsyncContextManager[Wire]]
@@ -54,7 +54,7 @@ class Ends:
 
     port: int
     wire: Wire
-    processes: tuple["subprocess.Popen[str]", "subprocess.Popen[str]"]
+    processes: tuple[AnyProcess, AnyProcess]
 
     def descriptors(self) -> list[int]:
         """How many are open at each end."""

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from apps_glue import Run, descriptors
+from apps_glue import AnyProcess, Run, descriptors
 
 PATIENCE = 30.0
 """Seconds before a test gives a condition up; the machine may have other work."""
@@ -47,7 +46,7 @@ class Tunnel:
         self.middle = folder / "middle.sock"
         self._keys = keys
         self.metrics_port = free_port()
-        self.process: subprocess.Popen[str]
+        self.process: AnyProcess
         self.port = 0
 
     def options(self) -> dict[str, object]:
@@ -82,10 +81,8 @@ class Tunnel:
         write_toml(self.file, above, listen=[server], connect=[client])
 
     async def start(self, **environment: str) -> None:
-        with self.log.open("w") as log:
-            self.process = self._run.start(
-                "tunnel", "run", self.file, stderr=log, env={**os.environ, **environment}
-            )
+        with self.log.open("wb") as log:
+            self.process = self._run.start("tunnel", "run", self.file, stderr=log, **environment)
         await until(lambda: (self.folder / "port").exists() or self.process.poll() is not None)
         assert self.process.poll() is None, self.log.read_text()
         self.port = int((self.folder / "port").read_text())
@@ -116,7 +113,7 @@ class Tunnel:
     async def ended(self) -> int:
         await until(lambda: self.process.poll() is not None)
         assert "Traceback" not in self.log.read_text(), self.log.read_text()
-        return int(self.process.returncode)
+        return int(self.process.returncode or 0)
 
 
 def read_metrics(port: int) -> dict[str, float]:

@@ -76,7 +76,7 @@ def become(request: dict[str, Any]) -> NoReturn:
         os.setgid(NOBODY)
         os.setuid(NOBODY)
     sys.argv = ["hybridkex", *request["words"]]
-    sys.exit(importlib.import_module("hybridkex.cli").main())
+    sys.exit(importlib.import_module(request["program"]).main())
 
 
 def import_all() -> None:
@@ -84,6 +84,7 @@ def import_all() -> None:
     package = importlib.import_module("hybridkex.cli")
     for module in pkgutil.iter_modules(package.__path__, "hybridkex.cli."):
         importlib.import_module(module.name)
+    importlib.import_module("examples.chat.__main__")
 
 
 # --- in the tests ---------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ class Running:
 
     pid: int
     stdin: IO[bytes] | None
-    _files: tuple[IO[bytes] | None, IO[bytes]]
+    _files: tuple[IO[bytes] | None, IO[bytes] | None]
     _status: IO[bytes]
     returncode: int | None = None
     _output: tuple[bytes, bytes] = (b"", b"")
@@ -124,7 +125,7 @@ class Running:
         return self._written(0)
 
     def told(self) -> bytes:
-        """All that it has written to standard error."""
+        """All that it has written to standard error, unless that is a file of the caller's."""
         return self._written(1)
 
     def _written(self, index: int) -> bytes:
@@ -189,8 +190,10 @@ class Forkserver:
         environment: Mapping[str, str] | None = None,
         stdin: IO[bytes] | None = None,
         stdout: IO[bytes] | None = None,
+        stderr: IO[bytes] | None = None,
         unprivileged: bool = False,
         without: Sequence[str] = (),
+        program: str = "hybridkex.cli",
     ) -> Running:
         """Start ``hybridkex`` with these words.
 
@@ -200,8 +203,10 @@ class Forkserver:
             environment: what is added to ours.
             stdin: a file; otherwise it is a pipe that the caller writes into and closes.
             stdout: a file; otherwise one that the tests can read.
+            stderr: likewise.
             unprivileged: run as nobody, if the tests run as root, who may read every file.
             without: packages that are not there.
+            program: the module whose ``main`` runs.
         """
         request = {
             "words": [str(word) for word in words],
@@ -209,6 +214,7 @@ class Forkserver:
             "environment": dict(environment or {}),
             "unprivileged": unprivileged,
             "without": list(without),
+            "program": program,
         }
         pipe: IO[bytes] | None = None
         if stdin is None:
@@ -216,16 +222,16 @@ class Forkserver:
             stdin, pipe = os.fdopen(reading, "rb"), os.fdopen(writing, "wb", buffering=0)
         # Files, so that nobody has to read for the command to go on.
         ours = tempfile.TemporaryFile() if stdout is None else None  # noqa: SIM115
-        stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        errors = tempfile.TemporaryFile() if stderr is None else None  # noqa: SIM115
         told, tells = os.pipe()
-        standard = [stdin, ours or stdout, stderr]
+        standard = [stdin, ours or stdout, errors or stderr]
         files = [*(file.fileno() for file in standard if file is not None), tells]
         socket.send_fds(self._control, [json.dumps(request).encode()], files)
         os.close(tells)
         if pipe is not None:
             stdin.close()
         status = os.fdopen(told, "rb", buffering=0)
-        process = Running(int(status.readline()), pipe, (ours, stderr), status)
+        process = Running(int(status.readline()), pipe, (ours, errors), status)
         self._started.append(process)
         return process
 

@@ -224,14 +224,15 @@ class _Rotator:
 
     def _report(self, result: Exchanged) -> None:
         interface = self._tunnel.interface
+        legs = [*result.parts, *(["QKD"] if result.qkd_key_ids else [])]
         if self._args.json:
             line = {
                 "interface": interface,
                 "peer": self._args.peer,
-                "rests_on": ["X25519", "ML-KEM-768", *(["QKD"] if result.qkd_key_ids else [])],
+                "rests_on": legs,
                 "qkd_key_ids": list(result.qkd_key_ids),
             }
             print(json.dumps(line), flush=True)
-        legs = "X25519, ML-KEM-768" + (" and QKD" if result.qkd_key_ids else "")
-        log.info("%s: a new pre-shared key with %s, from %s", interface, self._args.peer, legs)
+        rests = ", ".join(legs)
+        log.info("%s: a new pre-shared key with %s, from %s", interface, self._args.peer, rests)
         sys.stdout.flush()

@@ -7,27 +7,34 @@ Three messages, each behind its length in 32 bits::
     initiator -> responder   confirmation
 
 A *proof* shows who made the message: an HMAC under the PSK, or a signature with the key behind it.
-It covers all that was said so far and the names, roles and key exchanges that both sides have
-configured, so that a message reflected to its sender, or taken from an exchange with somebody else,
-fails. A replayed offer passes, and is worth nothing: the replayer cannot confirm. A *confirmation*
-shows that its sender has the combined key; the initiator has the key after one round trip, the
-responder with the confirmation, for which nobody waits.
+It covers all that was said so far, the other side's proof included, and the names, roles and key
+exchanges that both sides have configured, so that a message reflected to its sender, or taken from
+an exchange with somebody else, fails. A replayed offer passes, and is worth nothing: the replayer
+cannot confirm. A *confirmation* shows that its sender has the combined key; the initiator has the
+key after one round trip, the responder with the confirmation, for which nobody waits.
 
 The key is :func:`~hybridkex.combiner.kdf.combine` over every key exchange, the QKD key if there is
-one, and the PSK if there is one; its context is the hash of both messages. The design is that of
-SIGMA (sign and MAC) without its identity protection: the names of both sides are configured, and
-raw public keys travel in the clear.
+one, and the PSK if there is one; its context is the hash of both messages and both proofs, so that
+two sides with one key have seen the same peers. The design is that of SIGMA (sign and MAC) without
+its identity protection: the names of both sides are configured, and raw public keys travel in the
+clear.
 """
 
 import hmac
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, get_args
 
 import trio
 
-from hybridkex.auth import ClientKeyVerifier, RawIdentity, ServerKeyVerifier, VerifiedPeer
+from hybridkex.auth import (
+    ClientKeyVerifier,
+    PeerRawKey,
+    RawIdentity,
+    ServerKeyVerifier,
+    VerifiedPeer,
+)
 from hybridkex.auth.names import parse_peer_name
 from hybridkex.combiner.kdf import NO_SECRET, Leg, Method, combine
 from hybridkex.crypto.kex import MLKEM768, X25519, KeyExchange
@@ -35,6 +42,7 @@ from hybridkex.crypto.schedule import hkdf_expand_label
 from hybridkex.crypto.signatures import ALL_SCHEMES, SignatureScheme, choose_scheme
 from hybridkex.crypto.suites import SHA256
 from hybridkex.errors import (
+    CertificateRejected,
     ConfigError,
     DecodeError,
     DecryptError,
@@ -43,7 +51,7 @@ from hybridkex.errors import (
     TruncationError,
 )
 from hybridkex.qkd.psk import identity_of, name_of
-from hybridkex.qkd.source import KeySource
+from hybridkex.qkd.source import KeySource, QkdKey
 from hybridkex.secret import Secret
 from hybridkex.wire.codec import Reader, u16, u32, vector16, vector24
 
@@ -53,8 +61,12 @@ Role = Literal["initiator", "responder"]
 
 _HEADER: Final = b"hybridkex combiner v1 "
 _NONCE: Final = 32
+_CONFIRMATION: Final = 32
 _PROOF_ROOM: Final = (1 << 16) + (1 << 18)
 """Bytes of a message beside its shares that we are ready to hold: a signature and a public key."""
+
+MAX_LENGTH: Final = 255 * SHA256.size - 2 * _CONFIRMATION
+"""Bytes of a key: what HKDF gives (RFC 5869 section 2.3), less the two confirmations."""
 
 
 class Authentication(Protocol):
@@ -111,8 +123,9 @@ class SignatureAuthentication:
 
     Args:
         identity: our key.
-        verifier: decides about the peer's raw public key: pins, known peers, a web of trust. The
-            responder is checked as a server of its name, the initiator as a client.
+        verifier: decides about the peer's raw public key: the pins of this one peer, known peers, a
+            web of trust. The responder is checked as a server of its name, the initiator as a
+            client that must be known or endorsed under its name.
         schemes: signature schemes, in order of preference.
     """
 
@@ -144,6 +157,7 @@ class SignatureAuthentication:
             verified = self.verifier.verify_server_key(spki, parse_peer_name(peer))
         elif role == "initiator" and isinstance(self.verifier, ClientKeyVerifier):
             verified = self.verifier.verify_client_key(spki)
+            _require_name(verified, peer)
         else:
             raise ConfigError(f"the verifier cannot decide about the key of a {role}")
         content = self._content(role, digest, spki)
@@ -157,6 +171,17 @@ class SignatureAuthentication:
         return b" " * 64 + label + b"\0" + digest + SHA256.digest(spki)
 
 
+def _require_name(verified: VerifiedPeer, peer: str) -> None:
+    """Who is known by other names is somebody else. Pins know keys, and no names."""
+    key = verified.certificate
+    vouched = key.vouched if isinstance(key, PeerRawKey) else ()
+    if vouched and peer not in vouched:
+        raise CertificateRejected(
+            f"the key of the initiator belongs to {', '.join(vouched)}, not to {peer}",
+            subject=verified.subject,
+        )
+
+
 @dataclass(frozen=True)
 class Exchanged:
     """What an exchange came to."""
@@ -164,6 +189,8 @@ class Exchanged:
     key: Secret
     peer: VerifiedPeer | None
     """Who the peer is, where it signed."""
+    parts: tuple[str, ...]
+    """The key exchanges that it rests on, by name."""
     qkd_key_ids: tuple[str, ...]
     """The QKD keys in it (UUIDs)."""
 
@@ -191,13 +218,14 @@ async def exchange(
 
     Args:
         role: ``initiator`` speaks first; with a QKD key it draws, the ``responder`` looks it up.
-        local: our name, ``peer``: the other's; for signatures the responder's is a host name.
+        local: our name.
+        peer: the other's name; with signatures the responder's is a host name or an address.
         authentication: :class:`PskAuthentication` or :class:`SignatureAuthentication`.
         label: what the key is for.
         exchanges: every one of them must be broken to learn the key.
         key_source: where a QKD key comes from; given on one side, it must be on the other.
         context: whatever else both must agree on.
-        length: bytes of the key.
+        length: bytes of the key, 1 to 8096.
         time_limit: seconds for the whole exchange.
 
     Raises:
@@ -207,14 +235,24 @@ async def exchange(
         KeySourceError: there is no QKD key.
         ConfigError: the arguments cannot work.
     """
+    if role not in get_args(Role):
+        raise ConfigError(f"a side is the initiator or the responder, not {role!r}")
     if not exchanges or not local or not peer or local == peer:
         raise ConfigError("an exchange needs key exchanges, and two sides with different names")
+    if not label:
+        raise ConfigError("a label is needed: it keeps the key's uses apart")
+    if not 1 <= length <= MAX_LENGTH:
+        raise ConfigError(f"a key of {length} bytes; 1 to {MAX_LENGTH} can be had")
+    if not time_limit > 0:
+        raise ConfigError("the time limit of an exchange is positive")
+    if role == "initiator" and isinstance(authentication, SignatureAuthentication):
+        parse_peer_name(peer)
     names = (local, peer) if role == "initiator" else (peer, local)
     agreed = b"".join(
-        vector16(item)
+        u32(len(item)) + item
         for item in (
             *(name.encode("utf-8") for name in names),
-            b",".join(one.name.encode("utf-8") for one in exchanges),
+            b"".join(vector16(one.name.encode("utf-8")) for one in exchanges),
             b"qkd" if key_source is not None else b"",
             method.value.encode("ascii"),
             label,
@@ -262,11 +300,13 @@ class _Run:
         offer = _HEADER + b"offer" + os.urandom(_NONCE) + vector16(key_name)
         offer += b"".join(one.share for one in started)
         said = SHA256.digest(self.agreed + offer)
-        await self._send(offer, self.authentication.prove("initiator", said))
+        ours = self.authentication.prove("initiator", said)
+        await self._send(offer, ours)
 
         answer, proof, confirmation = await self._receive_answer()
-        heard = SHA256.digest(said + answer)
+        heard = SHA256.digest(said + SHA256.digest(ours) + answer)
         verified = self.authentication.check("responder", heard, proof, self.peer)
+        heard = SHA256.digest(heard + proof)
         shares = self._split(answer[-sum(self._lengths("answer")) :], "answer")
         secrets = [one.finish(share) for one, share in zip(started, shares, strict=True)]
         offers = [one.share for one in started]
@@ -274,7 +314,7 @@ class _Run:
         if not hmac.compare_digest(keys.responder, confirmation):
             raise DecryptError("the responder has another key")
         await self._send(keys.initiator)
-        return Exchanged(keys.key, verified, _ids(qkd.key_ids if qkd else ()))
+        return self._result(keys, verified, qkd)
 
     async def respond(self) -> Exchanged:
         offer, proof = await self._receive_offer()
@@ -291,13 +331,25 @@ class _Run:
             qkd = await self.key_source.get(name)
         shares = [share for share, _ in results]
         answer = _HEADER + b"answer" + os.urandom(_NONCE) + b"".join(shares)
-        heard = SHA256.digest(said + answer)
+        heard = SHA256.digest(said + SHA256.digest(proof) + answer)
+        ours = self.authentication.prove("responder", heard)
+        heard = SHA256.digest(heard + ours)
         secrets = [secret for _, secret in results]
         keys = self._keys(heard, secrets, offers, shares, key_name, qkd.key if qkd else None)
-        await self._send(answer, self.authentication.prove("responder", heard), keys.responder)
-        if not hmac.compare_digest(keys.initiator, await self._receive(32)):
+        await self._send(answer, ours, keys.responder)
+        if not hmac.compare_digest(keys.initiator, await self._receive(_CONFIRMATION)):
             raise DecryptError("the initiator has another key")
-        return Exchanged(keys.key, verified, _ids(qkd.key_ids if qkd else ()))
+        return self._result(keys, verified, qkd)
+
+    def _result(
+        self, keys: "_Keys", verified: VerifiedPeer | None, qkd: QkdKey | None
+    ) -> Exchanged:
+        return Exchanged(
+            keys.key,
+            verified,
+            tuple(part.name for one in self.exchanges for part in one.parts),
+            tuple(map(str, qkd.key_ids if qkd else ())),
+        )
 
     def _keys(
         self,
@@ -320,11 +372,15 @@ class _Run:
             legs,
             label=self.label,
             context=self.agreed + transcript,
-            length=64 + self.length,
+            length=2 * _CONFIRMATION + self.length,
             psk=self.authentication.psk,
             method=self.method,
         ).reveal()
-        return _Keys(combined[:32], combined[32:64], Secret(combined[64:]))
+        return _Keys(
+            combined[:_CONFIRMATION],
+            combined[_CONFIRMATION : 2 * _CONFIRMATION],
+            Secret(combined[2 * _CONFIRMATION :]),
+        )
 
     def _lengths(self, which: Literal["offer", "answer"]) -> list[int]:
         return [
@@ -409,7 +465,3 @@ class _Keys:
 
     def __repr__(self) -> str:
         return "_Keys()"
-
-
-def _ids(ids: Sequence[object]) -> tuple[str, ...]:
-    return tuple(map(str, ids))

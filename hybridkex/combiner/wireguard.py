@@ -38,11 +38,13 @@ class Tunnel:
         interface: for example ``wg0``.
         peer_key: the peer's WireGuard public key, in base64.
         command: how ``wg`` is called; with a prefix such as ``("sudo", "wg")`` if need be.
+        time_limit: seconds that it may take; the other end waits for it.
     """
 
     interface: str
     peer_key: str
     command: tuple[str, ...] = ("wg",)
+    time_limit: float = 5.0
 
     def __post_init__(self) -> None:
         try:
@@ -53,30 +55,39 @@ class Tunnel:
             raise ConfigError("a WireGuard key is 32 bytes in base64")
         if not self.interface or self.interface.startswith("-") or not self.command:
             raise ConfigError("an interface and the command that sets it up are needed")
+        if not self.time_limit > 0:
+            raise ConfigError("the time limit of wg is positive")
 
     async def set_psk(self, psk: Secret) -> None:
         """Install a key; it goes through a pipe, never through a file or the process list.
 
         Raises:
-            LocalStateError: ``wg`` is not there, or refused.
+            LocalStateError: ``wg`` is not there, refused, or did not end in time.
         """
+        key = base64.b64encode(psk.reveal())
         arguments = [*self.command, "set", self.interface, "peer", self.peer_key]
         arguments += ["preshared-key", "/dev/stdin"]
         try:
-            done = await trio.run_process(
-                arguments,
-                stdin=base64.b64encode(psk.reveal()) + b"\n",
-                capture_stderr=True,
-                check=False,
-            )
+            with trio.fail_after(self.time_limit):
+                done = await trio.run_process(
+                    arguments,
+                    stdin=key + b"\n",
+                    capture_stdout=True,
+                    capture_stderr=True,
+                    check=False,
+                )
         except OSError as error:
             raise LocalStateError(f"cannot run {self.command[0]}: {error.strerror}") from None
+        except trio.TooSlowError:
+            raise LocalStateError(f"wg set did not end within {self.time_limit:g} s") from None
         if done.returncode != 0:
-            raise LocalStateError(f"wg set failed: {_last_line(done)}")
+            raise LocalStateError(f"wg set failed: {_last_line(done, key)}")
 
 
-def _last_line(done: "subprocess.CompletedProcess[bytes]") -> str:
-    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+def _last_line(done: "subprocess.CompletedProcess[bytes]", key: bytes) -> str:
+    """What the command complained of; wg repeats a key that it does not like."""
+    said = done.stderr.replace(key, b"(the key)").decode("utf-8", "replace")
+    lines = said.strip().splitlines()
     return lines[-1] if lines else f"exit status {done.returncode}"
 
 
@@ -93,13 +104,16 @@ async def rotate(
     fails; the key before it stays in force then.
     """
     result = await exchange(stream, role=role, label=_LABEL, length=32, **options)
-    if role == "responder":
-        await tunnel.set_psk(result.key)
-        await stream.send_all(_INSTALLED)
-        return result
-    word = b""
-    with trio.move_on_after(options.get("time_limit", 10.0)):
-        word = bytes(await stream.receive_some(1))
+    try:
+        if role == "responder":
+            await tunnel.set_psk(result.key)
+            await stream.send_all(_INSTALLED)
+            return result
+        word = b""
+        with trio.move_on_after(options.get("time_limit", 10.0)):
+            word = bytes(await stream.receive_some(1))
+    except trio.BrokenResourceError as error:
+        raise TruncationError(f"the peer is gone: {error}") from None
     if not word:
         raise TruncationError("the responder did not install the key")
     if word != _INSTALLED:

@@ -304,13 +304,15 @@ class _MlKemStarted:
 class Concat:
     """A hybrid: shares and secrets of the parts, one after the other (RFC 9954 section 3).
 
-    The secret is as strong as the strongest part, since the TLS 1.3 key schedule extracts from the
-    whole (RFC 9954 section 3.3). The lengths are fixed, so no part can run into the next.
+    The parts of a hybrid among the parts are parts themselves: the layout is the same. The secret
+    is as strong as the strongest part, since the TLS 1.3 key schedule extracts from the whole (RFC
+    9954 section 3.3). The lengths are fixed, so no part can run into the next.
     """
 
     def __init__(self, *parts: KeyExchange, name: str | None = None) -> None:
         if len(parts) < 2:
             raise ConfigError("a hybrid key exchange has at least two parts")
+        parts = tuple(single for part in parts for single in part.parts)
         self.parts = parts
         self.name = name or "+".join(part.name for part in parts)
         self.offer_length = sum(part.offer_length for part in parts)

@@ -89,6 +89,7 @@ class OqsKem:
         with self._new(name) as kem:
             self.offer_length: int = kem.details["length_public_key"]
             self.answer_length: int = kem.details["length_ciphertext"]
+            self._private_length: int = kem.details["length_secret_key"]
         self.name = name
 
     @property
@@ -114,6 +115,9 @@ class OqsKem:
     def open(self, private_key: Secret, peer_share: bytes) -> Secret:
         """Decapsulate the peer's ciphertext."""
         check_length(self.name, peer_share, self.answer_length)
+        if len(private_key) != self._private_length:
+            # The wrapper would fill up what is missing with zeros.
+            raise ConfigError(f"{self.name}: a private key of {len(private_key)} bytes")
         with self._new(self.name, secret_key=private_key.reveal()) as kem:
             try:
                 return Secret(kem.decap_secret(peer_share))

@@ -42,7 +42,9 @@ def _candidates() -> Iterator[str]:
         if found:
             yield found
     try:
-        root = Path(os.environ.get("OQS_INSTALL_PATH") or Path.home() / "_oqs")
+        # Set and empty is the working directory to it: where we differed, it would build.
+        named = os.environ.get("OQS_INSTALL_PATH")
+        root = Path.home() / "_oqs" if named is None else Path(named)
     except RuntimeError:
         return  # A user without a home.
     for folder in _FOLDERS:

@@ -1,8 +1,10 @@
 """The exchange of one round trip, its attackers, and two channels that are not TLS."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from hybridkex import (
     X25519MLKEM768,
     Secret,
 )
-from hybridkex.auth import KnownPeers, Pins, RawIdentity
+from hybridkex.auth import KnownPeers, Pins, RawIdentity, WebOfTrust, endorsement
 from hybridkex.combiner import (
     Exchanged,
     Method,
@@ -138,7 +140,8 @@ async def test_every_kind_of_exchange() -> None:
         (SECP256R1.exchange, X25519.exchange, MLKEM768.exchange),
     ):
         a, b, *_ = await both(exchanges=exchanges)
-        agree(a, b)
+        names = tuple(part.name for one in exchanges for part in one.parts)
+        assert agree(a, b).parts == names
 
 
 async def test_a_qkd_key_is_one_of_the_legs() -> None:
@@ -206,6 +209,96 @@ async def test_the_wrong_peer() -> None:
         )
     )
     assert (type(a), type(b)) == (CertificateRejected, TruncationError)
+
+
+async def test_another_known_peer_is_not_the_one_who_is_expected(tmp_path: Any) -> None:
+    """Mallory is known to Bob and says that she is Alice: her key is good, and not Alice's."""
+    pysequoia = pytest.importorskip("pysequoia", reason="needs pysequoia: pip install pysequoia")
+    alice, bob, mallory = (RawIdentity.generate() for _ in range(3))
+    known = KnownPeers(tmp_path / "known")
+    ann = pysequoia.Tsk.generate("Ann <ann@example.org>")
+    until = datetime.now(UTC).date() + timedelta(days=1)
+    statements = []
+    for name, who in (("alice.example", alice), ("mallory.example", mallory)):
+        known.add(name, who.chain[0])
+        text = endorsement(name, who.pin, until)
+        statements.append(bytes(pysequoia.sign(ann.signer(), text)))
+    web = WebOfTrust((str(ann.extract_certificate()).encode(),), tuple(statements))
+    trusts_bob = Pins(frozenset({bob.pin}))
+    for verifier in (known, web):
+        theirs = SignatureAuthentication(bob, verifier)
+        a, b, *_ = await both(authentication=(SignatureAuthentication(alice, trusts_bob), theirs))
+        assert agree(a, b)
+        a, b, *_ = await both(authentication=(SignatureAuthentication(mallory, trusts_bob), theirs))
+        assert (type(a), type(b)) == (TruncationError, CertificateRejected)
+        assert "mallory.example" in str(b)
+
+
+class Trickle(Wire):
+    """Gives a few bytes at a time."""
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        return await self.inner.receive_some(min(max_bytes or 11, 11))
+
+
+@pytest.mark.parametrize("role", ["initiator", "responder"])
+async def test_cancelled_anywhere(role: str, autojump_clock: trio.testing.MockClock) -> None:
+    """At every checkpoint of one side: it ends at once, and the other says that it is alone."""
+    step = 0
+    while True:
+        ends = trio.testing.memory_stream_pair()
+        wires = {"initiator": Trickle(ends[0]), "responder": Trickle(ends[1])}
+        outcome: dict[str, Any] = {}
+        scope = trio.CancelScope()
+
+        class Counted(trio.abc.Instrument):
+            left = step
+            victim: Any = None
+
+            def before_task_step(self, task: Any, scope: trio.CancelScope = scope) -> None:
+                if task is self.victim:
+                    if self.left == 0:
+                        scope.cancel()
+                    self.left -= 1
+
+        counted = Counted()
+
+        async def side(
+            own: Any,
+            outcome: dict[str, Any] = outcome,
+            wires: Any = wires,
+            scope: Any = scope,
+            counted: Any = counted,
+        ) -> None:
+            if own == role:
+                counted.victim = trio.lowlevel.current_task()
+            names = ("a", "b") if own == "initiator" else ("b", "a")
+            with scope if own == role else trio.CancelScope():
+                try:
+                    outcome[own] = await exchange(
+                        wires[own], role=own, local=names[0], peer=names[1], authentication=PSK,
+                        label=b"l", exchanges=(X25519.exchange,), time_limit=5,
+                    )  # fmt: skip
+                except TruncationError as error:
+                    outcome[own] = error
+            if own == role and own not in outcome:
+                await wires[own].aclose()
+
+        trio.lowlevel.add_instrument(counted)
+        try:
+            async with trio.open_nursery() as nursery:
+                for own in wires:
+                    nursery.start_soon(side, own)
+        finally:
+            trio.lowlevel.remove_instrument(counted)
+        other = outcome["responder" if role == "initiator" else "initiator"]
+        if isinstance(outcome.get(role), Exchanged):
+            agree(outcome[role], other)
+            break
+        # The initiator may have its key and confirm it to a responder that is not there any more.
+        assert isinstance(other, TruncationError) or role == "responder", step
+        step += 1
+    assert step > 20
 
 
 async def test_first_use_is_remembered_when_all_is_done(tmp_path: Any) -> None:
@@ -280,9 +373,21 @@ async def test_silence_rubbish_and_floods() -> None:
     await far.aclose()
     with pytest.raises(TruncationError):
         await exchange(near, role="responder", **options)
-    for wrong in ({"peer": "a"}, {"local": ""}, {"exchanges": ()}):
+    for wrong in (
+        {"peer": "a"},
+        {"local": ""},
+        {"exchanges": ()},
+        {"label": b""},
+        {"length": 0},
+        {"length": -1},
+        {"length": 8097},
+        {"time_limit": 0},
+        {"time_limit": math.nan},
+        {"role": "Initiator"},
+        {"role": "initiator", "peer": "no host", "authentication": signed()[0]},
+    ):
         with pytest.raises(ConfigError):
-            await exchange(near, role="responder", **(options | wrong))
+            await exchange(near, **({"role": "responder"} | options | wrong))
     with pytest.raises(ConfigError):
         PskAuthentication(Secret(bytes(15)))
 

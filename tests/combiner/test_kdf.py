@@ -1,9 +1,13 @@
-"""The combiner: ETSI's reference implementation, the formulas by hand, and what differs."""
+"""The combiner: ETSI's vectors and its reference implementation, the formulas by hand, and what
+makes a difference."""
 
 import hashlib
 import hmac
 import itertools
+import json
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +75,59 @@ def test_cas_kdf_as_etsi_computes_it(function: HashFunction) -> None:
     assert [shown(chain), shown(key)] == [ETSI[function]["chain 1"], ETSI[function]["key 1"]]
     chain, key = cas_kdf(chain, K2, message_a=MA[:1184], message_b=MB[:1088], **common)
     assert [shown(chain), shown(key)] == [ETSI[function]["chain 2"], ETSI[function]["key 2"]]
+
+
+VECTORS = Path(__file__).parents[1] / "vectors" / "etsi103744" / "hkdf.json"
+
+
+def xor(one: str, other: str) -> bytes:
+    return bytes(a ^ b for a, b in zip(bytes.fromhex(one), bytes.fromhex(other), strict=True))
+
+
+def message(cid: str, *values: str) -> bytes:
+    """A message of the vectors: ``len`` counts hexadecimal digits there."""
+    return bytes.fromhex(cid) + b"".join(
+        len(value).to_bytes(4, "big") + bytes.fromhex(value) for value in values
+    )
+
+
+def test_the_vectors_of_the_standard() -> None:
+    """Those with HKDF, of P-256, P-384 and X25519 with ML-KEM, in both methods."""
+    seen: Counter[tuple[str, str]] = Counter()
+    for case in json.loads(VECTORS.read_text(encoding="ascii"))["cases"]:
+        function = {"sha256": SHA256, "sha384": SHA384}[case["hash"]]
+        common = {"info": b"ETSI_QSHKE_TEST_VECTORS_V_1_2", "hash": function}
+        k1, k2 = (Secret(bytes.fromhex(case[name])) for name in ("k1", "k2"))
+        seen[case["method"], case["hash"]] += 1
+        if case["method"] == "CatKDF":
+            key = cat_kdf(
+                [k1, k2],
+                message_a=message(case["cid"], case["LA"], case["PA1"], case["PA2"]),
+                message_b=message(case["cid"], case["LB"], case["PB1"], case["PB2"]),
+                label=xor(case["LA"], case["LB"]),
+                length=len(case["key material"]) // 2,
+                **common,
+            )
+            assert shown(key) == case["key material"], case["cid"]
+            continue
+        chain = Secret(b"")
+        for number, secret in (("1", k1), ("2", k2)):
+            chain, key = cas_kdf(
+                chain,
+                secret,
+                message_a=message(case["cid"], case["LA" + number], case["PA" + number]),
+                message_b=message(case["cid"], case["LB" + number], case["PB" + number]),
+                label=xor(case["LA" + number], case["LB" + number]),
+                length=len(case["key_material" + number]) // 2,
+                **common,
+            )
+            assert shown(chain) == case["chain_secret" + number], case["cid"]
+            assert shown(key) == case["key_material" + number], case["cid"]
+    assert seen == {
+        (kind + "KDF", f"sha{bits}"): count
+        for kind in ("Cat", "Cas")
+        for bits, count in ((256, 4), (384, 2))
+    }
 
 
 def by_hand_hkdf(name: str, salt: bytes, secret: bytes, info: bytes, length: int) -> bytes:

@@ -20,6 +20,16 @@ from hybridkex.errors import ConfigError, LocalStateError, TruncationError
 PEER = base64.b64encode(bytes(range(32))).decode()
 PSK = PskAuthentication(Secret(bytes(range(32))))
 
+SLOW = """#!{python}
+import time
+time.sleep(60)
+"""
+
+ECHO = """#!{python}
+import sys
+sys.exit("Key is not the correct length or format: " + sys.stdin.read())
+"""
+
 FAKE = """#!{python}
 import sys
 with open({log!r}, "a") as log:
@@ -83,8 +93,76 @@ async def test_a_responder_that_cannot_install_it(tmp_path: Path) -> None:
         await nowhere.set_psk(Secret(bytes(32)))
 
 
+def script(path: Path, text: str) -> tuple[str, ...]:
+    path.write_text(text.format(python=sys.executable))
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return (str(path),)
+
+
+async def test_a_wg_that_hangs_or_repeats_the_key(tmp_path: Path) -> None:
+    psk = Secret(bytes(range(32)))
+    echo = Tunnel(interface="wg0", peer_key=PEER, command=script(tmp_path / "echo", ECHO))
+    with pytest.raises(LocalStateError, match=r"format: \(the key\)") as caught:
+        await echo.set_psk(psk)
+    assert base64.b64encode(psk.reveal()).decode() not in str(caught.value)
+    slow = Tunnel(
+        interface="wg0", peer_key=PEER, command=script(tmp_path / "slow", SLOW), time_limit=0.2
+    )
+    with trio.fail_after(20), pytest.raises(LocalStateError, match="did not end within"):
+        await slow.set_psk(psk)
+
+
+async def test_a_peer_that_vanishes_after_the_exchange(tmp_path: Path) -> None:
+    """A reset between the confirmation and the responder's word is a typed error on either side."""
+
+    class Vanishing(trio.abc.Stream):
+        def __init__(self, inner: trio.abc.Stream) -> None:
+            self.inner = inner
+
+        async def send_all(self, data: bytes) -> None:
+            if len(data) == 1:
+                raise trio.BrokenResourceError
+            await self.inner.send_all(data)
+
+        async def receive_some(self, max_bytes: int | None = None) -> bytes:
+            if max_bytes == 1:
+                raise trio.BrokenResourceError
+            return await self.inner.receive_some(max_bytes)
+
+        async def wait_send_all_might_not_block(self) -> None:
+            await self.inner.wait_send_all_might_not_block()
+
+        async def aclose(self) -> None:
+            await self.inner.aclose()
+
+    command, _ = fake_wg(tmp_path / "a")
+    tunnel = Tunnel(interface="wg0", peer_key=PEER, command=(command,))
+    ends = trio.testing.memory_stream_pair()
+    failed = []
+
+    async def side(role: Any, stream: Any, local: str, peer: str) -> None:
+        with pytest.raises(TruncationError):
+            await rotate(
+                Vanishing(stream), tunnel, role=role, local=local, peer=peer,
+                authentication=PSK,
+            )  # fmt: skip
+        failed.append(role)
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(side, "initiator", ends[0], "a", "b")
+            nursery.start_soon(side, "responder", ends[1], "b", "a")
+    assert set(failed) == {"initiator", "responder"}
+
+
 def test_what_is_no_tunnel() -> None:
-    for wrong in ({"peer_key": "AAAA"}, {"peer_key": "%"}, {"interface": "-x"}, {"command": ()}):
+    for wrong in (
+        {"peer_key": "AAAA"},
+        {"peer_key": "%"},
+        {"interface": "-x"},
+        {"command": ()},
+        {"time_limit": 0},
+    ):
         with pytest.raises(ConfigError):
             Tunnel(**{"interface": "wg0", "peer_key": PEER, **wrong})
 

@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 from tls_glue import ANY_GROUP, Pair
 
 from hybridkex.auth import DevCa, Pins, RawIdentity, TrustStore
+from hybridkex.combiner import Exchanged, PskAuthentication, exchange
 from hybridkex.crypto.kex import (
     MLKEM768,
     MLKEM1024,
@@ -20,8 +23,23 @@ from hybridkex.crypto.kex import (
 )
 from hybridkex.crypto.kex_oqs import CODES, OqsKem, oqs_group, oqs_groups, via_oqs
 from hybridkex.crypto.oqs import oqs_status
-from hybridkex.crypto.sig_oqs import ALGORITHMS, OqsPrivateKey, oqs_scheme
-from hybridkex.errors import CertificateRejected, ConfigError, DecryptError, IllegalParameter
+from hybridkex.crypto.sig_oqs import (
+    ALGORITHMS,
+    OqsPrivateKey,
+    OqsPublicKey,
+    oqs_scheme,
+    oqs_schemes,
+)
+from hybridkex.crypto.signatures import ALL_SCHEMES
+from hybridkex.errors import (
+    CertificateRejected,
+    ConfigError,
+    DecryptError,
+    IllegalParameter,
+    LocalStateError,
+)
+from hybridkex.secret import Secret
+from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig, Limits, ServerConfig
 
 STATUS = oqs_status()
@@ -90,11 +108,36 @@ def test_either_provider_on_either_side(ca: DevCa, group: Group) -> None:
 def test_three_legs_in_one_group(ca: DevCa, third: str) -> None:
     if third not in STATUS.kems:
         pytest.skip(f"this liboqs was built without {third}")
-    exchange = Concat(*X25519MLKEM768.exchange.parts, OqsKem(third))
+    # A hybrid and one part more: the same as of its parts.
+    exchange = Concat(X25519MLKEM768.exchange, OqsKem(third))
     group = Group(code=0xFEC0, name=f"X25519MLKEM768{third}", exchange=exchange)
     pair = connected(ca, group, group)
     assert pair.client.session.parts == ("ML-KEM-768", "X25519", third)
     assert group.properties == Property.CLASSICAL | Property.POST_QUANTUM
+    # Who computes the parts is still each side's choice.
+    connected(ca, group, via_oqs(group))
+
+
+@needs_liboqs
+async def test_shares_beyond_16_kib_over_a_stream_and_after_a_retry(ca: DevCa) -> None:
+    """FrodoKEM-1344, which the server wants and the client did not offer a share for."""
+    large = oqs_group("FrodoKEM-1344-SHAKE")
+    assert large.exchange.offer_length > 1 << 14
+    trust = TrustStore((ca.certificate,))
+    ends = trio.testing.lockstep_stream_pair()
+    client = SecureStream(
+        ends[0],
+        ClientConfig(verifier=trust, groups=(X25519MLKEM768, large)),
+        server_hostname="localhost",
+    )
+    server = SecureStream(
+        ends[1], ServerConfig(identities=(ca.issue("localhost"),), groups=(large,))
+    )
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.do_handshake)
+            await client.do_handshake()
+    assert client.session.parts == server.session.parts == ("FrodoKEM-1344-SHAKE",)
 
 
 @needs_liboqs
@@ -103,8 +146,64 @@ def test_a_key_that_no_share_can_hold() -> None:
     if not mceliece:
         pytest.skip("this liboqs was built without Classic McEliece")
     for name in mceliece:
-        with pytest.raises(ConfigError, match="at most 65535"):
-            oqs_group(name, code=0xFEC1)
+        for refused in (
+            lambda name=name: oqs_group(name),
+            lambda name=name: oqs_group(name, code=0xFEC1),
+            lambda name=name: Group(
+                code=0xFEC1, name="hybrid", exchange=Concat(X25519.exchange, OqsKem(name))
+            ),
+        ):
+            with pytest.raises(ConfigError, match="at most 65535"):
+                refused()
+
+
+@needs_liboqs
+async def test_what_no_share_can_hold_goes_into_an_exchange_of_ones_own() -> None:
+    mceliece = "Classic-McEliece-348864f"
+    if mceliece not in STATUS.kems:
+        pytest.skip(f"this liboqs was built without {mceliece}")
+    ends = trio.testing.memory_stream_pair()
+    results: dict[str, Exchanged] = {}
+
+    async def side(role: Any, stream: Any, local: str, peer: str) -> None:
+        results[role] = await exchange(
+            stream, role=role, local=local, peer=peer, label=b"test",
+            authentication=PskAuthentication(Secret(bytes(32))),
+            exchanges=(X25519.exchange, OqsKem(mceliece)), time_limit=30,
+        )  # fmt: skip
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(side, "initiator", ends[0], "a", "b")
+            nursery.start_soon(side, "responder", ends[1], "b", "a")
+    assert results["initiator"].key == results["responder"].key
+    assert results["initiator"].parts == ("X25519", mceliece)
+
+
+@needs_liboqs
+def test_keys_of_other_lengths() -> None:
+    kem = OqsKem("ML-KEM-768")
+    _, private = kem.key_pair()
+    answer, _ = kem.respond(kem.start().share)
+    for wrong in (b"", private.reveal()[:-1], private.reveal() + b"\0"):
+        with pytest.raises(ConfigError, match="private key of"):
+            kem.open(Secret(wrong), answer)
+    good = OqsPrivateKey.generate("Falcon-512")
+    for public, secret in (
+        (good.public.key[:-1], good.private.reveal()),
+        (good.public.key, good.private.reveal()[:-1]),
+        (good.public.key, good.private.reveal() + b"\0"),
+    ):
+        pem = OqsPrivateKey(OqsPublicKey("Falcon-512", public), Secret(secret)).to_pem()
+        with pytest.raises(ConfigError, match="other lengths") as caught:
+            RawIdentity.from_pem(pem)
+        assert secret[:8].hex() not in str(caught.value)
+    spoiled = OqsPrivateKey(good.public, Secret(bytes(len(good.private))))
+    with pytest.raises(LocalStateError, match="cannot sign"):
+        spoiled.sign(b"content")
+    for one in (good, kem, RawIdentity(good)):
+        assert good.private.reveal()[:8].hex() not in repr(one)
+        assert repr(good.private.reveal())[2:20] not in repr(one)
 
 
 @needs_liboqs
@@ -153,29 +252,89 @@ def test_unknown_names() -> None:
         oqs_scheme("Rainbow")
     with pytest.raises(ConfigError, match="no part"):
         via_oqs(X25519)
+    assert {scheme.name for scheme in oqs_schemes()} == set(SIGNATURES)
+    left_out = {one for one in STATUS.signatures if "PREHASH" not in one} - set(ALGORITHMS)
+    ours = {scheme.name for scheme in ALL_SCHEMES}
+    assert {one for one in left_out if one.lower().replace("-", "") not in ours} <= {
+        "cross-rsdp-256-balanced",
+        "cross-rsdp-256-fast",
+    }
 
 
-@pytest.mark.parametrize("call", ["OqsKem('ML-KEM-768')", "oqs_groups()", "via_oqs(MLKEM768)"])
-def test_without_liboqs(call: str, tmp_path: Path) -> None:
-    """Nothing is cloned, built or printed, and the process goes on: one error says what to do."""
-    program = f"""
-import ctypes.util
-ctypes.util.find_library = lambda name: None
+@needs_liboqs
+def test_nothing_is_printed_with_liboqs_either() -> None:
+    program = """
+from hybridkex.crypto.oqs import load, oqs_status
+from hybridkex.crypto.kex_oqs import OqsKem
+assert oqs_status().available
+OqsKem("ML-KEM-768").start()
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+WITHOUT = """
+import ctypes, ctypes.util, subprocess, sys
+{setting}
+real = subprocess.Popen.__init__
+def refused(self, command, *more, **options):
+    assert "git" not in command and "cmake" not in command, command
+    real(self, command, *more, **options)
+subprocess.Popen.__init__ = refused
+import hybridkex
 from hybridkex.crypto.kex_oqs import *
+from hybridkex.crypto.sig_oqs import *
 from hybridkex.crypto.kex import MLKEM768
 from hybridkex.crypto.oqs import oqs_status
 from hybridkex.errors import ProviderMissing
+assert sys.modules.get("oqs") is None
 assert not oqs_status().available
-try:
-    {call}
-except ProviderMissing as error:
-    assert "OQS_INSTALL_PATH" in str(error) and "hybridkex[oqs]" in str(error)
-else:
-    raise AssertionError("it was found")
+for call in (
+    lambda: OqsKem("ML-KEM-768"), oqs_groups, lambda: via_oqs(MLKEM768), oqs_schemes,
+    lambda: OqsPrivateKey.generate("Falcon-512"), lambda: oqs_group("HQC-3"),
+):
+    try:
+        call()
+    except ProviderMissing as error:
+        assert "OQS_INSTALL_PATH" in str(error) and "hybridkex[oqs]" in str(error)
+        assert {reason!r} in str(error), error
+    else:
+        raise AssertionError("it was found")
 """
+NOWHERE = "ctypes.util.find_library = lambda name: None"
+
+
+@pytest.mark.parametrize(
+    ("setting", "where", "reason"),
+    [
+        (NOWHERE, "here", "was not found"),
+        # liboqs-python takes an empty name for the working directory: then so do we.
+        (NOWHERE, "", "was not found"),
+        # Something is there under the name, and it is another library.
+        ("ctypes.util.find_library = lambda name: 'libc.so.6'", "here", "is not a liboqs"),
+        # The library without the package.
+        ("ctypes.util.find_library = lambda name: 'libc.so.6'; sys.modules['oqs'] = None", "here",
+         "liboqs-python is not installed"),
+    ],
+    ids=["nowhere", "empty", "foreign", "no-package"],
+)  # fmt: skip
+def test_without_liboqs(setting: str, where: str, reason: str, tmp_path: Path) -> None:
+    """Nothing is cloned, built or printed, and the process goes on: one error says what to do."""
     done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "OQS_INSTALL_PATH": str(tmp_path), "HOME": str(tmp_path)},
+        [sys.executable, "-c", WITHOUT.format(setting=setting, reason=reason)],
+        env={
+            **os.environ,
+            "OQS_INSTALL_PATH": str(tmp_path) if where else "",
+            "HOME": str(tmp_path),
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        },
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=60,

@@ -9,15 +9,33 @@ from tls_glue import ANY_GROUP, Pair
 
 from hybridkex.auth import Pins, RawIdentity
 from hybridkex.constants import Alert
-from hybridkex.crypto.kex import ALL_GROUPS, MLKEM768, X25519, Group, KeyExchange, Property
-from hybridkex.crypto.kex_oqs import oqs_groups
+from hybridkex.crypto.kex import (
+    ALL_GROUPS,
+    MLKEM768,
+    SECP256R1,
+    X25519,
+    X25519MLKEM768,
+    Concat,
+    Group,
+    KeyExchange,
+    Property,
+)
+from hybridkex.crypto.kex_oqs import OqsKem, oqs_groups
 from hybridkex.crypto.oqs import oqs_status
-from hybridkex.errors import AlertReceived, ConfigError, IllegalParameter
+from hybridkex.errors import AlertReceived, BadRecordMac, ConfigError, IllegalParameter
 from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, ServerConfig
 
 STATUS = oqs_status()
-GROUPS = [*ALL_GROUPS, *(oqs_groups() if STATUS.available else ())]
+THREE = Group(
+    code=0xFEC0,
+    name="three parts",
+    exchange=Concat(SECP256R1.exchange, MLKEM768.exchange, X25519.exchange),
+)
+GROUPS = [*ALL_GROUPS, THREE, *(oqs_groups() if STATUS.available else ())]
+if STATUS.available and "HQC-3" in STATUS.kems:
+    exchange = Concat(X25519MLKEM768.exchange, OqsKem("HQC-3"))
+    GROUPS.append(Group(code=0xFEC1, name="X25519MLKEM768HQC-3", exchange=exchange))
 IDENTITY = RawIdentity.generate()
 
 # What every bit pattern of the right length cannot be: coordinates and coefficients out of range.
@@ -94,6 +112,39 @@ def test_malformed_shares(group: Group) -> None:
     # A ciphertext cannot be malformed, ML-KEM rejects implicitly; a point can.
     if Property.CLASSICAL in group.properties:
         assert refused(clash(group, zeros_and_ones[0], "server")), group
+
+
+@pytest.mark.parametrize("liar", ["client", "server"])
+@pytest.mark.parametrize("group", GROUPS, ids=str)
+def test_rubbish_of_the_right_length(group: Group, liar: str) -> None:
+    """A KEM that takes any bytes gives another secret: then no record of the peer's opens."""
+    for change in (lambda s: bytes(len(s)), lambda s: b"\xff" * len(s), lambda s: s[::-1]):
+        victim, other = clash(group, change, liar)
+        if isinstance(victim, IllegalParameter):
+            assert refused((victim, other))
+        else:
+            # Not even the alert can be read, where it is encrypted already.
+            assert BadRecordMac in (type(victim), type(other)), (victim, other)
+            assert isinstance(victim, BadRecordMac | AlertReceived), victim
+            assert isinstance(other, BadRecordMac | AlertReceived), other
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_one_malformed_part_of_three(part: int) -> None:
+    """Whatever part it is, the whole share is refused; that of ML-KEM by the server alone."""
+    for liar in ("client", "server"):
+        lengths = [
+            one.offer_length if liar == "client" else one.answer_length
+            for one in THREE.exchange.parts
+        ]
+
+        def change(share: bytes, lengths: list[int] = lengths) -> bytes:
+            start = sum(lengths[:part])
+            filling = b"\xff" if part == 1 else b"\0"
+            return share[:start] + filling * lengths[part] + share[start + lengths[part] :]
+
+        if (part, liar) != (1, "server"):
+            assert refused(clash(THREE, change, liar)), (part, liar)
 
 
 @pytest.mark.parametrize("liar", ["client", "server"])

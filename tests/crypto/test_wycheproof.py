@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.asymmetric import ec, mlkem, x25519
+from cryptography.hazmat.primitives.asymmetric import ec, mldsa, mlkem, x25519
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from hybridkex.crypto import kex
 from hybridkex.crypto.kex import MLKEM768, MLKEM1024, SECP256R1, SECP384R1, X25519, Group, Started
 from hybridkex.crypto.schedule import hkdf_extract
+from hybridkex.crypto.signatures import ALL_SCHEMES
 from hybridkex.crypto.suites import (
     SHA256,
     SHA384,
@@ -24,7 +25,7 @@ from hybridkex.crypto.suites import (
     TLS_CHACHA20_POLY1305_SHA256,
     HashFunction,
 )
-from hybridkex.errors import IllegalParameter
+from hybridkex.errors import DecryptError, IllegalParameter
 from hybridkex.secret import Secret
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "wycheproof"
@@ -149,6 +150,55 @@ def test_ml_kem_encapsulation_keys(name: str, group: Group, counts: dict[str, in
             assert case.result == "valid", case.number
         seen[case.result] += 1
     assert seen == counts
+
+
+ML_DSA: dict[str, tuple[Any, Any]] = {
+    "44": (mldsa.MLDSA44PrivateKey, mldsa.MLDSA44PublicKey),
+    "65": (mldsa.MLDSA65PrivateKey, mldsa.MLDSA65PublicKey),
+    "87": (mldsa.MLDSA87PrivateKey, mldsa.MLDSA87PublicKey),
+}
+
+
+def of_ml_dsa(size: str) -> Any:
+    return next(scheme for scheme in ALL_SCHEMES if scheme.name == f"mldsa{size}")
+
+
+@pytest.mark.parametrize(
+    ("size", "counts"),
+    [
+        ("44", {"valid": 7, "invalid": 8}),
+        ("65", {"valid": 7, "invalid": 8}),
+        ("87", {"valid": 8, "invalid": 9}),
+    ],
+)
+def test_ml_dsa_signatures(size: str, counts: dict[str, int]) -> None:
+    """Hints and norms out of bounds, keys and signatures of wrong lengths."""
+    scheme, (private, public) = of_ml_dsa(size), ML_DSA[size]
+    length = len(private.generate().public_key().public_bytes_raw())
+    seen: Counter[str] = Counter()
+    for case in cases(f"mldsa_{size}_verify"):
+        try:
+            scheme.verify(public.from_public_bytes(case["publicKey"]), case["sig"], case["msg"])
+        except (DecryptError, ValueError) as error:
+            assert case.result == "invalid", case.number
+            if isinstance(error, ValueError):  # what is no key never becomes one
+                assert len(case["publicKey"]) != length, case.number
+        else:
+            assert case.result == "valid", case.number
+        seen[case.result] += 1
+    assert seen == counts
+
+
+@pytest.mark.parametrize("size", ML_DSA)
+def test_ml_dsa_keys(size: str) -> None:
+    """Wycheproof's keys from their seeds, through signatures of ours; those are randomised."""
+    scheme, seen = of_ml_dsa(size), 0
+    for case in cases(f"mldsa_{size}_sign_seed"):
+        key = ML_DSA[size][0].from_seed_bytes(case["privateSeed"])
+        assert key.public_key().public_bytes_raw() == case["publicKey"], case.number
+        scheme.verify(key.public_key(), scheme.sign(key, case["msg"]), case["msg"])
+        seen += 1
+    assert seen == 9
 
 
 AEADS = {

@@ -153,9 +153,16 @@ class UnrecognizedName(PeerError):
 
 
 class UnknownPskIdentity(PeerError):
-    """The client must use a PSK and offered none that is known."""
+    """The client must use a PSK and offered none that is known.
 
-    alert = Alert.UNKNOWN_PSK_IDENTITY
+    The alert of this name is optional (RFC 8446 section 6.2): a stream sends it where a key source
+    was asked and does not know the key, so that two sites that are out of step learn of it. Where
+    nothing was in common to begin with, :attr:`alert` is handshake_failure (section 4.1.1).
+    """
+
+    def __init__(self, message: str, *, alert: Alert = Alert.UNKNOWN_PSK_IDENTITY) -> None:
+        super().__init__(message)
+        self.alert = alert  # type: ignore[misc]  # as it is said above
 
 
 class NoApplicationProtocol(PeerError):

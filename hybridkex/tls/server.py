@@ -206,6 +206,8 @@ class _Hello:
         psks, modes = extensions.get(PreSharedKeyOffer), extensions.get(PskKeyExchangeModes)
         if psks is not None and modes is None:
             raise MissingExtension("pre_shared_key without psk_key_exchange_modes")
+        if psks is None and SignatureAlgorithms not in extensions:
+            raise MissingExtension("ClientHello without pre_shared_key and signature_algorithms")
         psk_dhe = modes is not None and PskKeyExchangeMode.PSK_DHE_KE in modes.modes
         certificate_with_psk = TlsCertWithExternPsk in extensions
         if certificate_with_psk and (psks is None or not psk_dhe):
@@ -316,6 +318,7 @@ class WaitClientHello(ServerState):
             group=group.code,
             hello_digest=suite.hash.digest(hello.raw),
             invariants=hello.invariants(),
+            psk=_first_usable(self.config, hello, suite),
             session_id=hello.message.session_id,
         )
         cookie = self.config.cookies.seal(state)
@@ -361,6 +364,7 @@ class WaitSecondClientHello(ServerState):
             raise IllegalParameter("the cookie is not ours, or too old")
         if not hmac.compare_digest(state.invariants, hello.invariants()):
             raise IllegalParameter("the second ClientHello differs from the first")
+        _check_psk_is_kept(state, hello)
         if EarlyDataIndication in message.extensions:
             raise IllegalParameter("early data after HelloRetryRequest")
         if list(hello.shares) != [state.group]:
@@ -372,6 +376,24 @@ class WaitSecondClientHello(ServerState):
         retry = _retry_request(state, cookie.cookie)
         transcript = Transcript.after_retry(suite.hash, state.hello_digest, retry)
         return _negotiate(self.config, hello, suite, group, transcript, channel)
+
+
+def _first_usable(config: ServerConfig, hello: _Hello, suite: CipherSuite) -> bytes:
+    """For the cookie: a digest of the first identity that we may take with this suite, if any."""
+    for offered in hello.offered_psks:
+        if _usable_with(config, hello, offered) is suite.hash:
+            return hashlib.sha256(offered.identity).digest()
+    return b""
+
+
+def _check_psk_is_kept(state: CookieState, hello: _Hello) -> None:
+    """A client may remove PSKs that do not go with the suite, and no others (section 4.1.2)."""
+    if not state.psk:
+        return
+    if hello.psks is None:
+        raise MissingExtension("the second ClientHello has no pre_shared_key any more")
+    if all(hashlib.sha256(one.identity).digest() != state.psk for one in hello.offered_psks):
+        raise IllegalParameter("the second ClientHello lacks a PSK that goes with the suite")
 
 
 def _choose_group(config: ServerConfig, hello: _Hello) -> Group:
@@ -686,7 +708,10 @@ def _check_authentication(choice: _Choice, selected: _Selected | None) -> bool:
         config.has_psk and config.policy.psk is Requirement.REQUIRE
     )
     if selected is None and psk_required:
-        raise UnknownPskIdentity("the client offers no PSK that we know, and must use one")
+        raise UnknownPskIdentity(
+            "the client offers no PSK that we know, and must use one",
+            alert=Alert.HANDSHAKE_FAILURE,
+        )
     if choice.identity is None:
         if SignatureAlgorithms not in choice.hello.message.extensions:
             raise MissingExtension("ClientHello without signature_algorithms")

@@ -175,6 +175,8 @@ class CookieState:
     """The suite's hash of ClientHello1, which the transcript goes on from."""
     invariants: bytes
     """SHA-256 over what must be the same in both ClientHellos (section 4.1.2)."""
+    psk: bytes
+    """SHA-256 of the first PSK identity that goes with the suite; empty where there was none."""
     session_id: bytes
 
     def encode(self) -> bytes:
@@ -183,6 +185,7 @@ class CookieState:
             + u16(self.group)
             + vector8(self.hello_digest)
             + vector8(self.invariants)
+            + vector8(self.psk)
             + vector8(self.session_id)
         )
 
@@ -194,6 +197,7 @@ class CookieState:
             group=reader.u16(),
             hello_digest=reader.opaque(1),
             invariants=reader.opaque(1),
+            psk=reader.opaque(1),
             session_id=reader.opaque(1),
         )
         reader.finish()

@@ -17,6 +17,9 @@ FOLDER = Path(sys.argv[2])
 """For key logs."""
 ssl: Any = importlib.import_module(NAME)
 
+_CURVES = {("secp256r1",): "prime256v1", ("secp384r1",): "secp384r1"}
+"""Groups that a server of the standard library can be limited to, by OpenSSL's names."""
+
 
 class _Engine:
     def __init__(self, context: Any, task: Task, key_log: Path, session: Any) -> None:
@@ -95,6 +98,8 @@ def _context(task: Task, own: Material | None, key_log: Path) -> Any:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if client else ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.keylog_filename = str(key_log)
+    if not client and NAME == "ssl" and task.groups[-1:] in _CURVES:
+        context.set_ecdh_curve(_CURVES[task.groups[-1:]])
     if task.psk is not None:
         identity, secret = task.psk.identity, bytes.fromhex(task.psk.key)
         context.check_hostname = False

@@ -22,8 +22,7 @@ PEER: Final = Peer(
     lacks=_OLD
     | _NO_PSK
     | {
-        "server retry from *": "no choice of groups",
-        "client retry from x25519 to X25519MLKEM768": "no choice of groups",
+        "* retry from x25519 to X25519MLKEM768": "no choice of groups but one of NIST's curves",
         "* KeyUpdate request": "no call for it",
         "* exporter": "no call for it",
     }

@@ -13,8 +13,8 @@ T = TypeVar("T")
 def run_trio(main: Callable[[], Awaitable[T]]) -> T:
     """Run to the end; an error comes out of the exception groups of the nurseries around it.
 
-    Where there are several the first is raised: a command has one thing to say when it fails. Ctrl-C
-    comes at a checkpoint: between two lines it would leave coroutines that nobody has awaited.
+    Where there are several the first is raised: a command has one thing to say when it fails.
+    Ctrl-C comes at a checkpoint: between two lines it would leave coroutines that nobody awaits.
     """
     try:
         return trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)

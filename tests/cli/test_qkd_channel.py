@@ -1,20 +1,23 @@
 """``connect`` and ``listen`` with QKD keys, as a person runs them: two KMEs, two processes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from forked import Forkserver, Running, one_line
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 
 COMMAND = [sys.executable, "-m", "hybridkex"]
+Listening = Callable[..., AbstractContextManager[tuple[str, Running]]]
+Connect = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
 @dataclass
@@ -64,36 +67,29 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextmanager
-def listening(tmp_path: Path, *words: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    port_file = tmp_path / f"port-{time.monotonic_ns()}"
-    address = ["0", "--bind", "127.0.0.1", "--port-file", str(port_file)]
-    process = subprocess.Popen(
-        [*COMMAND, "listen", *address, "--once", "--json", *words],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        deadline = time.monotonic() + 20
-        while not port_file.exists():
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        yield port_file.read_text().strip(), process
-    finally:
-        process.kill()
-        process.communicate()
+@pytest.fixture
+def listening(hybridkex: Forkserver, tmp_path: Path) -> Listening:
+    """``listen --once``."""
+
+    @contextmanager
+    def start(*words: str) -> Iterator[tuple[str, Running]]:
+        with (
+            Path(os.devnull).open("rb") as nothing,
+            hybridkex.listening(tmp_path, "--once", "--json", *words, stdin=nothing) as both,
+        ):
+            yield both
+
+    return start
 
 
-def connect(port: str, *words: str) -> "subprocess.CompletedProcess[bytes]":
-    return subprocess.run(
-        [*COMMAND, "connect", "127.0.0.1", port, "--json", *words],
-        input=b"hello",
-        capture_output=True,
-        timeout=30,
-        check=False,
-    )
+@pytest.fixture
+def connect(hybridkex: Forkserver) -> Connect:
+    """``connect``, which says hello."""
+
+    def run(port: str, *words: str) -> "subprocess.CompletedProcess[bytes]":
+        return hybridkex.run("connect", "127.0.0.1", port, "--json", *words, data=b"hello")
+
+    return run
 
 
 def session(stderr: bytes) -> dict[str, object]:
@@ -102,17 +98,10 @@ def session(stderr: bytes) -> dict[str, object]:
     return found
 
 
-def one_line(stderr: bytes) -> str:
-    text = stderr.decode()
-    assert "Traceback" not in text
-    assert len(text.strip().splitlines()) == 1, text
-    return text
-
-
-def test_the_qkd_key_alone(tmp_path: Path, kmes: Kmes) -> None:
-    with listening(tmp_path, *kmes.bob) as (port, server):
+def test_the_qkd_key_alone(listening: Listening, connect: Connect, kmes: Kmes) -> None:
+    with listening(*kmes.bob) as (port, server):
         client = connect(port, *kmes.alice)
-        output, complaints = server.communicate(timeout=10)
+        output, complaints = server.communicate()
     assert (client.returncode, output) == (0, b"hello"), client.stderr + complaints
     ours, theirs = session(client.stderr), session(complaints)
     assert ours["qkd_key_ids"] == theirs["qkd_key_ids"] != []
@@ -125,7 +114,9 @@ def test_the_qkd_key_alone(tmp_path: Path, kmes: Kmes) -> None:
     }
 
 
-def test_with_certificates_on_both_sides(tmp_path: Path, kmes: Kmes, certificates: Path) -> None:
+def test_with_certificates_on_both_sides(
+    listening: Listening, connect: Connect, kmes: Kmes, certificates: Path
+) -> None:
     def files(who: str) -> list[str]:
         return [
             word
@@ -133,9 +124,9 @@ def test_with_certificates_on_both_sides(tmp_path: Path, kmes: Kmes, certificate
             for word in (f"--{option}", str(certificates / who / f"{option}.pem"))
         ]
 
-    with listening(tmp_path, *kmes.bob, *files("bob"), "--require-client-cert") as (port, server):
+    with listening(*kmes.bob, *files("bob"), "--require-client-cert") as (port, server):
         client = connect(port, *kmes.alice, *files("alice"))
-        _, complaints = server.communicate(timeout=10)
+        _, complaints = server.communicate()
     assert client.returncode == 0, client.stderr
     ours, theirs = session(client.stderr), session(complaints)
     assert ours["auth"] == theirs["auth"] == "certificate+psk"
@@ -144,12 +135,14 @@ def test_with_certificates_on_both_sides(tmp_path: Path, kmes: Kmes, certificate
 
 
 @pytest.mark.parametrize("qkd", ["require", "prefer", "off"])
-def test_one_side_has_no_keys(tmp_path: Path, kmes: Kmes, certificates: Path, qkd: str) -> None:
+def test_one_side_has_no_keys(
+    listening: Listening, connect: Connect, kmes: Kmes, certificates: Path, qkd: str
+) -> None:
     cert = [str(certificates / "bob" / name) for name in ("cert.pem", "key.pem")]
     server_words = ["--cert", cert[0], "--key", cert[1], *kmes.bob, "--qkd", qkd]
-    with listening(tmp_path, *server_words) as (port, server):
+    with listening(*server_words) as (port, server):
         client = connect(port, "--ca", str(certificates / "bob" / "ca.pem"))
-        _, complaints = server.communicate(timeout=10)
+        _, complaints = server.communicate()
     if qkd == "require":
         assert client.returncode == 1
         assert "unknown_psk_identity" in one_line(client.stderr)
@@ -161,30 +154,27 @@ def test_one_side_has_no_keys(tmp_path: Path, kmes: Kmes, certificates: Path, qk
     assert (found["qkd_fallback"] is None) == (qkd == "off")
 
 
-def test_a_dead_kme(tmp_path: Path, kmes: Kmes, certificates: Path) -> None:
+def test_a_dead_kme(listening: Listening, connect: Connect, kmes: Kmes, certificates: Path) -> None:
     def replaced(url: str) -> list[str]:
         at = kmes.alice.index("--kme") + 1
         return [*kmes.alice[:at], url, *kmes.alice[at + 1 :]]
 
-    with listening(tmp_path, *kmes.bob) as (port, _):
+    with listening(*kmes.bob) as (port, _):
         client = connect(port, *replaced("https://127.0.0.1:1"))
     assert client.returncode == 1
     assert "handshake failed" in one_line(client.stderr)
 
 
-def test_a_key_pool(tmp_path: Path, kmes: Kmes) -> None:
+def test_a_key_pool(
+    listening: Listening, connect: Connect, hybridkex: Forkserver, tmp_path: Path, kmes: Kmes
+) -> None:
     """Both sites fill a pool once, in both directions as it were; no KME is asked afterwards."""
     ids = tmp_path / "ids"
 
     def export(who: list[str], *words: str) -> list[str]:
         pool = tmp_path / f"{who[who.index('--sae') + 1]}.pool"
         files = ["--pool", str(pool), "--pool-key", f"{pool}.key", "--ids", str(ids)]
-        done = subprocess.run(
-            [*COMMAND, "kme", "export-pool", *who, *files, *words],
-            capture_output=True,
-            timeout=30,
-            check=False,
-        )
+        done = hybridkex.run("kme", "export-pool", *who, *files, *words)
         assert done.returncode == 0, done.stderr
         return ["--key-pool", str(pool)]
 
@@ -192,12 +182,12 @@ def test_a_key_pool(tmp_path: Path, kmes: Kmes) -> None:
     bob = export(kmes.bob, "--take")
     seen = set()
     for _ in range(2):
-        with listening(tmp_path, *bob) as (port, _):
+        with listening(*bob) as (port, _):
             client = connect(port, *alice)
         assert client.returncode == 0, client.stderr
         seen.add(str(session(client.stderr)["qkd_key_ids"]))
     assert len(seen) == 2
-    with listening(tmp_path, *bob) as (port, _):
+    with listening(*bob) as (port, _):
         client = connect(port, *alice)
     assert client.returncode == 1
     assert "pool is empty" in one_line(client.stderr)
@@ -213,7 +203,7 @@ def test_a_key_pool(tmp_path: Path, kmes: Kmes) -> None:
         (["--key-pool", "/nonexistent"], "no key pool"),
     ],
 )
-def test_options_that_cannot_be(words: list[str], message: str) -> None:
+def test_options_that_cannot_be(connect: Connect, words: list[str], message: str) -> None:
     done = connect("1", *words)
     assert done.returncode == 1
     assert message in one_line(done.stderr)

@@ -29,12 +29,14 @@ RUNNER = os.environ.get("HYBRIDKEX_BOGO_RUNNER")
 def test_bogo() -> None:
     results = run(Path(RUNNER or ""))
     assert results.of(Outcome.FAILED) == []
+    assert results.without_reason() == []
     assert len(results.of(Outcome.PASSED)) > 800
 
 
 def test_every_exception_has_a_reason() -> None:
     config = json.loads(CONFIG.read_text())
     assert all(len(reason) > 5 for reason in config["DisabledTests"].values())
+    assert all(len(reason) > 5 and names for reason, names in config["NotSupported"].items())
     assert all(one["sees"] and "RFC" in one["because"] for one in config["OtherAlerts"].values())
 
 

@@ -33,11 +33,13 @@ def main() -> int:
         print(f"{group:{width}}", "  ".join(f"{kind} {count}" for kind, count in numbers.items()))
     for name in results.of(Outcome.FAILED):
         print(f"FAILED {name}")
+    for name in results.without_reason():
+        print(f"NO REASON why {name} is not supported")
     if options.json is not None:
         options.json.write_text(json.dumps(results.as_json(), indent=1) + "\n")
     if options.page is not None:
         put_into(options.page, "bogo", page(results, options.version))
-    return 1 if results.of(Outcome.FAILED) else 0
+    return 1 if results.of(Outcome.FAILED) or results.without_reason() else 0
 
 
 if __name__ == "__main__":

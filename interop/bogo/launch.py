@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+UNSUPPORTED = "unsupported"
 LAUNCHER = """#!{python} -IS
 import socket, sys
 with socket.socket(socket.AF_UNIX) as parent:
@@ -26,7 +27,10 @@ sys.exit(code[0] if code else 70)
 
 @contextmanager
 def launcher(folder: Path) -> Iterator[Path]:
-    """An executable in ``folder`` that is a shim for as long as the context lasts."""
+    """An executable in ``folder`` that is a shim for as long as the context lasts.
+
+    What its tests ask for in vain stands in the file :data:`UNSUPPORTED` there, a line each.
+    """
     path = folder / "socket"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -34,7 +38,7 @@ def launcher(folder: Path) -> Iterator[Path]:
         parent = os.fork()
         if parent == 0:
             with suppress(KeyboardInterrupt):
-                _serve(listener)
+                _serve(listener, folder / UNSUPPORTED)
             os._exit(0)
         try:
             executable = folder / "shim"
@@ -46,7 +50,7 @@ def launcher(folder: Path) -> Iterator[Path]:
             os.waitpid(parent, 0)
 
 
-def _serve(listener: socket.socket) -> None:
+def _serve(listener: socket.socket, unsupported: Path) -> None:
     import signal  # noqa: PLC0415  # in the forked parent only
 
     from interop.bogo.shim import main  # noqa: PLC0415
@@ -70,14 +74,15 @@ def _serve(listener: socket.socket) -> None:
             while piece := connection.recv(1 << 16):
                 received += piece
             arguments = received.decode("utf-8", "surrogateescape").split("\0")
-            code = main(arguments if received else [])
+            code = main(arguments if received else [], unsupported)
         except BaseException:
             import traceback  # noqa: PLC0415
 
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
             with suppress(OSError):
                 connection.sendall(bytes((code,)))
             os._exit(0)

@@ -30,6 +30,16 @@ def page(results: Results, version: str) -> str:
     lines += ["", "### Other alerts", "", "| tests | runner sees | because |", "|---|---|---|"]
     for pattern, other in config["OtherAlerts"].items():
         lines.append(f"| `{pattern}` | {other['sees']} | {other['because']} |")
+    lines += ["", "### Not supported", "", "| tests | because | asked for by |", "|---:|---|---|"]
+    rows = [
+        (
+            sum(results.unsupported[name] for name in names),
+            reason,
+            ", ".join(f"`{one}`" for one in names),
+        )
+        for reason, names in config["NotSupported"].items()
+    ]
+    lines += [f"| {number} | {reason} | {names} |" for number, reason, names in sorted(rows)[::-1]]
     lines += ["", "### Left out", ""]
     by_reason = defaultdict(list)
     for pattern, reason in config["DisabledTests"].items():

@@ -4,12 +4,13 @@ import json
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from interop.bogo.launch import launcher
+from interop.bogo.launch import UNSUPPORTED, launcher
 
 __all__ = ["GROUPS", "Outcome", "Results", "run"]
 
@@ -42,6 +43,8 @@ class Results:
     """Outcomes by the name of the test; those that ``config.json`` leaves out do not appear."""
 
     tests: dict[str, Outcome]
+    unsupported: Counter[str]
+    """What the unsupported tests asked for, by its name in ``config.json``."""
 
     def of(self, outcome: Outcome) -> list[str]:
         """The tests that ended so."""
@@ -60,11 +63,17 @@ class Results:
             for group, pattern in GROUPS.items()
         }
 
+    def without_reason(self) -> list[str]:
+        """What was asked for in vain and has no reason in ``config.json``."""
+        reasons = json.loads(CONFIG.read_text())["NotSupported"]
+        return sorted(set(self.unsupported) - {one for names in reasons.values() for one in names})
+
     def as_json(self) -> dict[str, object]:
         """For the result page."""
         return {
             "groups": self.counts(),
             "other alerts": self.of(Outcome.OTHER_ALERT),
+            "not supported": dict(sorted(self.unsupported.items())),
         }
 
 
@@ -73,7 +82,8 @@ def run(runner: Path, pattern: str = "", workers: int = 2) -> Results:
     config = json.loads(CONFIG.read_text())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        runner_config = {key: one for key, one in config.items() if key != "OtherAlerts"}
+        ours = ("OtherAlerts", "NotSupported")
+        runner_config = {key: one for key, one in config.items() if key not in ours}
         (folder / "config.json").write_text(json.dumps(runner_config))
         command: list[str | Path] = [
             runner.resolve(),
@@ -97,12 +107,14 @@ def run(runner: Path, pattern: str = "", workers: int = 2) -> Results:
         if not (folder / "out.json").exists():
             raise RuntimeError(f"the runner ended without results: {process.stdout[-2000:]}")
         tests = json.loads((folder / "out.json").read_text())["tests"]
+        missing = folder / UNSUPPORTED
+        lines = missing.read_text().splitlines() if missing.exists() else []
     reports = _reports(process.stdout)
     outcomes = {
         name: _outcome(name, test["actual"], reports.get(name, ""), config["OtherAlerts"])
         for name, test in tests.items()
     }
-    return Results(outcomes)
+    return Results(outcomes, Counter(lines))
 
 
 def _reports(output: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ FOLDER = Path(sys.argv[2])
 """For key logs."""
 ssl: Any = importlib.import_module(NAME)
 
-_CURVES = {("secp256r1",): "prime256v1", ("secp384r1",): "secp384r1"}
+_CURVES: dict[tuple[str, ...], str] = {("secp256r1",): "prime256v1", ("secp384r1",): "secp384r1"}
 """Groups that a server of the standard library can be limited to, by OpenSSL's names."""
 
 

@@ -58,7 +58,7 @@ from hybridkex.qkd.in_process import in_process_pair
 
 ROOT = Path(__file__).parents[2]
 CHAT = [sys.executable, "-m", "examples.chat"]
-WITHIN = 30
+WITHIN = 60
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +264,8 @@ def test_two_kmes_and_no_certificate(processes: Processes, kmes: Kmes) -> None:
     )
     said = read_until(alice, "bob joined pair")
     said += converse(alice, bob)
+    while said.count("a client: ") < 3:
+        said += read_until(alice, "a client: ")
     type_in(alice, "/keys")
     said += read_until(alice, "authenticated: psk")
     assert "of kme-a > kme-b" in said
@@ -400,10 +402,12 @@ def test_input_line_history_and_status_line(processes: Processes, ids: Path) -> 
     screen.wait_for(lambda lines: lines[-2].startswith("> half a li"))
     screen.type("ne\r")
     read_until(bob, "<alice> half a line")
+    screen.wait_for(lambda lines: lines[-2] == ">")
     screen.type("\x1b[A")  # The arrow up: the last line again.
     screen.wait_for(lambda lines: lines[-2].startswith("> half a line"))
     screen.type("\r")
     read_until(bob, "<alice> half a line")
+    screen.wait_for(lambda lines: lines[-2] == ">")
     screen.type("\x04")
     read_until(bob, "alice left lobby")
     assert screen.end() == 0
@@ -644,7 +648,7 @@ async def test_no_task_is_left() -> None:
 
 async def test_a_disk_that_is_full(processes: Processes, ids: Path, tmp_path: Path) -> None:
     """The server ends with one line; what it has acknowledged is in its log."""
-    with small_disk(tmp_path / "disk", 1) as disk:
+    with small_disk(tmp_path / "disk", 2) as disk:
         server, port = await trio.to_thread.run_sync(
             partial(processes.listening, "server", "--store", disk / "log.sqlite")
         )
@@ -660,13 +664,13 @@ async def test_a_disk_that_is_full(processes: Processes, ids: Path, tmp_path: Pa
             unacknowledged = client.unacknowledged
             nursery.cancel_scope.cancel()
         out = server.rest()
-        assert out == "chat: cannot write the store: database or disk is full\n"
+        assert out.splitlines()[-1] == "chat: cannot write the store: database or disk is full"
         for path in disk.iterdir():
             shutil.copy(path, tmp_path)
     store = Store(tmp_path / "log.sqlite")
     kept = [entry.text for entry in store.missed("alice", 0, store.head(), 10_000)]
     store.close()
-    assert count - unacknowledged > 20
+    assert count - unacknowledged > 10
     assert [text.split()[0] for text in kept if text][: count - unacknowledged] == [
         str(number) for number in range(count - unacknowledged)
     ]

@@ -392,14 +392,14 @@ def test_a_reader_who_has_left_and_a_disk_that_is_full(
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as pipe:
-        gone = hybridkex.run(*words, folder=tmp_path, stdout=pipe)
+        gone = hybridkex.run(*words, folder=tmp_path, stdout=pipe, to_the_end=True)
     assert gone.stderr == b""
     assert gone.returncode == 1
     for made in ("new", "sites"):
         if (tmp_path / made).exists():
             (tmp_path / made).rename(tmp_path / f"{made}-1")
     with Path("/dev/full").open("wb") as full:
-        done = hybridkex.run(*words, folder=tmp_path, stdout=full)
+        done = hybridkex.run(*words, folder=tmp_path, stdout=full, to_the_end=True)
     assert done.returncode == 1
     assert one_line(done.stderr) == "hybridkex: No space left on device"
 

@@ -64,7 +64,7 @@ def test_cascade_at_a_million_bits(rate: float) -> None:
 @pytest.mark.parametrize("expected", [0.001, 0.05, 0.5])
 def test_cascade_with_a_wrong_idea_of_the_error_rate(rate: float, expected: float) -> None:
     draw = np.random.default_rng(1)
-    alice = draw.integers(0, 2, 50_000, dtype=np.uint8)
+    alice = draw.integers(0, 2, 20_000, dtype=np.uint8)
     bob = alice ^ (draw.random(len(alice)) < rate).astype(np.uint8)
     disclosed, _, _ = reconcile(alice, bob, expected)
     assert (alice == bob).all()

@@ -1,46 +1,51 @@
 """``hybridkex kme`` as a person runs it: processes and files."""
 
 import json
+import re
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forkserver, until
 
 from hybridkex.errors import ConfigError
 from hybridkex.qkd.etsi014.config import Address, load_config
 from hybridkex.qkd.pool import FilePool
 
-COMMAND = [sys.executable, "-m", "hybridkex", "kme"]
+Kme = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def kme(*words: Any) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=30, check=False
-    )
+@pytest.fixture
+def kme(hybridkex: Forkserver) -> Kme:
+    """Runs ``hybridkex kme`` to its end."""
+
+    def run(*words: Any) -> "subprocess.CompletedProcess[str]":
+        done = hybridkex.run("kme", *words)
+        return subprocess.CompletedProcess(
+            words, done.returncode, done.stdout.decode(), done.stderr.decode()
+        )
+
+    return run
 
 
 @contextmanager
-def site(folder: Path, *words: str) -> Iterator[tuple[dict[str, str], list[str]]]:
+def site(
+    hybridkex: Forkserver, folder: Path, *words: str
+) -> Iterator[tuple[dict[str, str], list[str]]]:
     """``dev-up``; gives the KMEs' addresses and the lines with the two commands."""
-    command = [*COMMAND, "dev-up", str(folder), "--ports", "0,0", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            lines: list[str] = []
-            while not any("hybridkex connect" in line for line in lines):
-                line = process.stdout.readline()
-                assert line, lines
-                lines.append(line)
-            where = {line.split()[0]: line.split()[-1] for line in lines if "listens on" in line}
-            yield where, [line for line in lines if line.startswith("  hybridkex ")]
-        finally:
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=20) == 0
+    process = hybridkex.start("kme", "dev-up", folder, "--ports", "0,0", *words)
+    try:
+        until(lambda: re.search(rb"hybridkex connect.*\n", process.said()) is not None, process)
+        lines = process.said().decode().splitlines()
+        where = {line.split()[0]: line.split()[-1] for line in lines if "listens on" in line}
+        yield where, [line for line in lines if line.startswith("  hybridkex ")]
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
 
 
 def access(folder: Path, url: str, sae: str, peer: str) -> list[Any]:
@@ -51,9 +56,11 @@ def access(folder: Path, url: str, sae: str, peer: str) -> list[Any]:
     ]  # fmt: skip
 
 
-async def test_dev_up_status_and_export_pool(tmp_path: Path) -> None:
+async def test_dev_up_status_and_export_pool(
+    tmp_path: Path, hybridkex: Forkserver, kme: Kme
+) -> None:
     folder = tmp_path / "dev"
-    with site(folder) as (where, commands):
+    with site(hybridkex, folder) as (where, commands):
         listen, connect = commands
         assert "--sae bob" in listen
         assert where["kme-b"] in listen
@@ -76,12 +83,12 @@ async def test_dev_up_status_and_export_pool(tmp_path: Path) -> None:
                 )  # fmt: skip
                 assert done.returncode == 0, done.stderr
                 assert json.loads(done.stdout)["keys"] == 130
-        again = kme(
+        twice = kme(
             "export-pool", *bob, "--pool", tmp_path / "bob.pool", "--pool-key",
             tmp_path / "bob.key", "--ids", tmp_path / "a.ids", "--take",
         )  # fmt: skip
-        assert again.returncode == 1
-        assert "not found on KME" in again.stderr
+        assert twice.returncode == 1
+        assert "not found on KME" in twice.stderr
 
         wrong = kme("status", *access(folder, where["kme-a"], "alice", "nobody"))
         assert wrong.returncode == 1
@@ -92,27 +99,23 @@ async def test_dev_up_status_and_export_pool(tmp_path: Path) -> None:
         FilePool.open(tmp_path / "bob.pool", key_file=tmp_path / "bob.key") as b,
     ):
         for master, slave in ((a, b), (b, a)):
-            for _ in range(130):
+            for _ in range(20):
                 key = await master.draw()
                 assert await slave.get(key.name) == key
+        # Each has 130 of its own and 130 of the other's, but for those.
+        assert [(await pool.status()).stored for pool in (a, b)] == [110, 110]
 
     refused = kme("dev-up", folder)
     assert refused.returncode == 1
     assert "is there already" in refused.stderr
-    assert serves_again(folder / "kme.toml")
+    again = hybridkex.start("kme", "serve", folder / "kme.toml")
+    until(lambda: again.said().startswith(b"kme-a listens on https://"), again)
+    again.send_signal(signal.SIGTERM)
+    assert again.wait(timeout=20) == 0
 
 
-def serves_again(config: Path) -> bool:
-    command = [*COMMAND, "serve", str(config)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        process.terminate()
-        return line.startswith("kme-a listens on https://") and process.wait(timeout=20) == 0
-
-
-def test_dev_up_with_post_quantum_tls(tmp_path: Path) -> None:
-    with site(tmp_path, "--tls", "hybridkex") as (where, commands):
+def test_dev_up_with_post_quantum_tls(tmp_path: Path, hybridkex: Forkserver, kme: Kme) -> None:
+    with site(hybridkex, tmp_path, "--tls", "hybridkex") as (where, commands):
         assert all("--kme-tls hybridkex" in command for command in commands)
         ours = access(tmp_path, where["kme-a"], "alice", "bob")
         assert kme("status", *ours, "--kme-tls", "hybridkex").returncode == 0
@@ -179,7 +182,7 @@ def test_settings(tmp_path: Path, old: str, new: str, message: str) -> None:
         load_config(path)
 
 
-def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_file_is_one_line(tmp_path: Path, kme: Kme) -> None:
     path = tmp_path / "kme.toml"
     path.write_text(GOOD)
     for words in (["serve", tmp_path / "none.toml"], ["serve", path]):

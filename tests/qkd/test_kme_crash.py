@@ -7,8 +7,6 @@ SIGKILL and started again while eight pairs of SAEs draw keys from them as fast 
 import random
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from uuid import UUID
 
 import pytest
 import trio
+from forked import Forkserver, Running
 
 from hybridkex.errors import KeySourceError, KeySourceUnavailable, KeyUnknown
 from hybridkex.qkd.etsi014.client import KmeAccess, KmeClient
@@ -75,13 +74,13 @@ saes = {SAES[other]!r}
 class Server:
     """A KME process that is killed and started again."""
 
+    hybridkex: Forkserver
     config: Path
-    process: "subprocess.Popen[bytes] | None" = None
+    process: Running | None = None
     kills: int = 0
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "hybridkex", "kme", "serve", str(self.config)]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        self.process = self.hybridkex.start("kme", "serve", self.config)
 
     def kill(self) -> None:
         assert self.process is not None
@@ -91,7 +90,7 @@ class Server:
 
     def stop(self) -> int:
         assert self.process is not None
-        self.process.terminate()
+        self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=20)
 
 
@@ -220,11 +219,11 @@ def check(record: Record, keys: int) -> None:
 
 
 @pytest.mark.slow
-async def test_both_kmes_in_one_process(site: Site) -> None:
+async def test_both_kmes_in_one_process(site: Site, hybridkex: Forkserver) -> None:
     ports = dict(zip(SAES, free_ports(2), strict=True))
     config = site.folder / "kme.toml"
     config.write_text("".join(table(site, kme, ports, two_processes=False) for kme in SAES))
-    server, batch = Server(config), 40
+    server, batch = Server(hybridkex, config), 40
     record = await run_and_kill(site, [server], ports, keys=10_000, batch=batch, kills=10)
     check(record, 10_000)
     assert server.kills >= 5
@@ -241,14 +240,14 @@ async def test_both_kmes_in_one_process(site: Site) -> None:
 
 
 @pytest.mark.slow
-async def test_two_processes(site: Site) -> None:
+async def test_two_processes(site: Site, hybridkex: Forkserver) -> None:
     """Each KME is killed on its own, so that the message between them is cut off as well."""
     ports = dict(zip(SAES, free_ports(2), strict=True))
     servers = []
     for kme in SAES:
         config = site.folder / f"{kme}.toml"
         config.write_text(table(site, kme, ports, two_processes=True))
-        servers.append(Server(config))
+        servers.append(Server(hybridkex, config))
     record = await run_and_kill(site, servers, ports, keys=2_000, batch=20, kills=3)
     check(record, 2_000)
     assert all(server.kills for server in servers)

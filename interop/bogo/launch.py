@@ -80,9 +80,9 @@ def _serve(listener: socket.socket, unsupported: Path) -> None:
 
             traceback.print_exc()
         finally:
-            for stream in (sys.stdout, sys.stderr):
-                if stream is not None:
-                    stream.flush()
+            for output in (sys.stdout, sys.stderr):
+                if output is not None:
+                    output.flush()
             with suppress(OSError):
                 connection.sendall(bytes((code,)))
             os._exit(0)

@@ -1,4 +1,4 @@
-"""Agents in Python, in the interpreter that runs the matrix."""
+"""Agents in Python, as a rule in the interpreter that runs the matrix."""
 
 import sys
 from collections.abc import AsyncIterator
@@ -13,7 +13,7 @@ __all__ = ["python_agent"]
 
 @asynccontextmanager
 async def python_agent(
-    module: str, *arguments: str, needs: str, package: str
+    module: str, *arguments: str, needs: str, package: str, interpreter: str = sys.executable
 ) -> AsyncIterator[Running]:
     """Run a module of ``agents``; ``needs`` is what it imports, from ``package``.
 
@@ -23,6 +23,6 @@ async def python_agent(
         raise Missing(f"pip install '{package}'")
     name = f"interop.matrix.agents.{module}"
     with TemporaryDirectory(prefix="interop-") as folder:
-        command = [sys.executable, "-W", "ignore", "-m", name, *arguments, folder]
+        command = [interpreter, "-W", "ignore", "-m", name, *arguments, folder]
         async with agent(*command) as running:
             yield running

@@ -35,12 +35,19 @@ def test_the_core_is_three_packages() -> None:
 
 
 def test_the_command_makes_a_bill_of_materials(tmp_path: Path) -> None:
-    """The page's own command, with this Python's tool and environment."""
+    """The page's own command, with this Python's tool and environment.
+
+    It also holds its result to the format's schema, which takes longer than all the rest.
+    """
     command = re.search(r"^cyclonedx-py (environment .*) > sbom\.json$", PAGE, re.MULTILINE)
     assert command is not None
     tool = [sys.executable, "-m", "cyclonedx_py"]
     made = subprocess.run(
-        [*tool, *command[1].split()], cwd=ROOT, capture_output=True, check=False, text=True
+        [*tool, *command[1].split(), "--no-validate"],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+        text=True,
     )
     assert made.returncode == 0, made.stderr
     bill = json.loads(made.stdout)

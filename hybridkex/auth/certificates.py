@@ -17,6 +17,7 @@ from hybridkex.constants import Alert, CertificateType
 from hybridkex.errors import CertificateRejected
 
 __all__ = [
+    "UNREADABLE",
     "PeerCertificate",
     "key_weakness",
     "names_of",
@@ -91,6 +92,16 @@ class PeerCertificate:
 
     def __repr__(self) -> str:
         return f"PeerCertificate({self.subject!r}, {len(self.chain)} in the chain)"
+
+
+UNREADABLE: Final = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""What `cryptography` raises for certificates that are none, now or when they are looked into."""
 
 
 @lru_cache(maxsize=_PARSED)

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from hybridkex.auth.certificates import key_weakness, names_of, subject_of
+from hybridkex.auth.certificates import UNREADABLE, key_weakness, names_of, subject_of
 from hybridkex.auth.names import PeerName, any_covers
 from hybridkex.constants import CertificateType
 from hybridkex.errors import ConfigError
@@ -44,7 +44,7 @@ class Identity:
             certificates = [x509.load_der_x509_certificate(der) for der in self.chain]
             object.__setattr__(self, "names", names_of(certificates[0]))
             keys = [_spki(certificate.public_key()) for certificate in certificates]
-        except (ValueError, UnsupportedAlgorithm) as error:
+        except UNREADABLE as error:
             raise ConfigError(f"our own certificate does not parse: {error}") from None
         subject = subject_of(certificates[0])
         own = _spki(self.private_key.public_key())
@@ -107,7 +107,7 @@ class Identity:
     ) -> "Identity":
         try:
             chain = x509.load_pem_x509_certificates(chain_pem)
-        except ValueError as error:
+        except UNREADABLE as error:
             raise ConfigError(f"{chain_name} is no certificate in PEM form: {error}") from None
         # The library's own words about a key are not passed on: nothing of a key gets into a text.
         try:

@@ -25,6 +25,7 @@ from cryptography.x509.verification import (
 )
 
 from hybridkex.auth.certificates import (
+    UNREADABLE,
     PeerCertificate,
     key_weakness,
     read_chain,
@@ -110,7 +111,7 @@ class TrustStore:
         """From PEM certificates in a row."""
         try:
             authorities = load_roots(data)
-        except ValueError as error:
+        except UNREADABLE as error:
             where = f"{source} has" if source else "there are"
             raise ConfigError(f"{where} no certificates in PEM form: {error}") from None
         return cls(tuple(authorities), frozenset(pins), source)

@@ -112,6 +112,8 @@ def _operator_files() -> dict[str, bytes]:
     certificate = DevCa.create().certificate.public_bytes(Encoding.PEM)
     named = DevCa.create().issue("localhost")
     key = named.private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    # What the fuzzer found: the library says this late, and by an error that is no ValueError.
+    extension_twice = named.chain[0].replace(b"\x06\x03\x55\x1d\x23", b"\x06\x03\x55\x1d\x0e")
     kme = (
         "[[kme]]\nid = 'a'\nlisten = '127.0.0.1:0'\nstore = 's'\nkey_file = 'k'\n"
         "certificate = 'c'\nprivate_key = 'p'\nca = 'ca'\nsaes = ['x']\n"
@@ -120,11 +122,17 @@ def _operator_files() -> dict[str, bytes]:
     return {
         "authority": b"\0" + certificate,
         "identity": b"\1" + named.leaf.public_bytes(Encoding.PEM) + key,
+        "extension-twice": b"\1" + pem(extension_twice) + key,
         "raw-key": b"\2" + identity.to_pem(),
         "key-file": b"\3" + b"00" * 32 + b"\n",
         "kme": b"\4" + kme.encode(),
         "tunnels": b"\5" + tunnels.encode(),
     }
+
+
+def pem(certificate: bytes) -> bytes:
+    body = base64.encodebytes(certificate)
+    return b"-----BEGIN CERTIFICATE-----\n" + body + b"-----END CERTIFICATE-----\n"
 
 
 def _transfer_messages() -> dict[str, bytes]:

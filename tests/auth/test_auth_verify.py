@@ -861,3 +861,19 @@ def test_certificates_print_well() -> None:
     )
     again = pickle.loads(pickle.dumps(PeerCertificate(tuple(der(GOOD)))))
     assert again == PeerCertificate(tuple(der(GOOD)))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_certificate_with_an_extension_twice(place: int) -> None:
+    """At any place of the chain."""
+    ca, other = DevCa.create(), DevCa.create()
+    leaf = ca.issue("localhost").chain[0]
+    twice = leaf.replace(b"\x06\x03\x55\x1d\x23", b"\x06\x03\x55\x1d\x0e", 1)
+    assert twice != leaf
+    chain = [leaf, leaf]
+    chain[place] = twice
+    with pytest.raises(CertificateRejected):
+        TrustStore((other.certificate,)).verify_server(chain, parse_peer_name("localhost"))
+    if place == 0:
+        with pytest.raises(CertificateRejected, match="certificate 1 of 2 .* Duplicate"):
+            InsecureNoVerification().verify_server(chain, parse_peer_name("localhost"))

@@ -190,3 +190,12 @@ def test_a_key_with_its_parameters_before_it(tmp_path: Path, openssl: str) -> No
     ).stdout
     assert made.startswith(b"-----BEGIN EC PARAMETERS-----")
     refused("not that of the certificate", CERT_PEM, made)
+
+
+def test_a_certificate_with_an_extension_twice() -> None:
+    """The library parses lazily and has errors of its own, which are none of ours."""
+    whole = DevCa.create().issue("localhost")
+    twice = whole.chain[0].replace(b"\x06\x03\x55\x1d\x23", b"\x06\x03\x55\x1d\x0e", 1)
+    assert twice != whole.chain[0]
+    with pytest.raises(ConfigError, match="our own certificate does not parse: Duplicate"):
+        Identity((twice,), whole.private_key)

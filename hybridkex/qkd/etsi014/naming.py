@@ -44,6 +44,12 @@ def id_of_certificate(der: bytes, rule: IdRule) -> str | None:
                 found = [certificate.subject.rfc4514_string()]
             case IdRule.SERIAL_NUMBER:
                 found = [f"{certificate.serial_number:x}"]
-    except (ValueError, x509.ExtensionNotFound):
+    except (
+        ValueError,
+        x509.DuplicateExtension,
+        x509.ExtensionNotFound,
+        x509.InvalidVersion,
+        x509.UnsupportedGeneralNameType,
+    ):
         return None
     return found[0] if len(found) == 1 and found[0] else None

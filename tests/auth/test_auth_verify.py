@@ -875,5 +875,5 @@ def test_a_certificate_with_an_extension_twice(place: int) -> None:
     with pytest.raises(CertificateRejected):
         TrustStore((other.certificate,)).verify_server(chain, parse_peer_name("localhost"))
     if place == 0:
-        with pytest.raises(CertificateRejected, match="certificate 1 of 2 .* Duplicate"):
+        with pytest.raises(CertificateRejected, match=r"certificate 1 of 2 .* Duplicate"):
             InsecureNoVerification().verify_server(chain, parse_peer_name("localhost"))

@@ -1,9 +1,13 @@
-"""What holds for all tests."""
+"""What holds for all tests, and what several folders share."""
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from forked import Forkserver
+
+from hybridkex.auth.dev_ca import DevCa, write_identity
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +19,27 @@ def _log_as_it_was() -> Iterator[None]:
     logger.handlers[:] = handlers
     logger.setLevel(level)
     logger.propagate = propagate
+
+
+@pytest.fixture(scope="session")
+def forkserver() -> Iterator[Forkserver]:
+    """The process that the commands come from."""
+    server = Forkserver()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hybridkex(forkserver: Forkserver) -> Iterator[Forkserver]:
+    """Starts commands, which end with the test."""
+    yield forkserver
+    forkserver.end()
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``ca.pem``, ``cert.pem`` and ``key.pem`` for localhost."""
+    folder = tmp_path_factory.mktemp("keys") / "one"
+    ca = DevCa.create()
+    write_identity(folder, ca, ca.issue("localhost", "127.0.0.1", "::1"))
+    return folder

@@ -227,7 +227,7 @@ def _liboqs() -> Finding:
         reason, _, advice = (status.problem or "").partition(": ")
         return Finding(name="liboqs", works=False, required=False, detail=reason, advice=advice)
     detail = (
-        f"{status.library_version} at {status.library}, liboqs-python {status.package_version}: "
+        f"{status.library_version} at {status.location}, liboqs-python {status.package_version}: "
         f"{len(status.kems)} KEMs, {len(status.signatures)} signatures"
     )
     return Finding(name="liboqs", works=True, required=False, detail=detail)

@@ -100,7 +100,7 @@ def load() -> Any:
 class OqsStatus:
     """What there is of liboqs on this machine."""
 
-    library: str | None
+    location: str | None
     """The native library that was found: a path, or a name that the linker knows."""
     library_version: str | None
     package_version: str | None
@@ -134,7 +134,7 @@ def oqs_status() -> OqsStatus:
         kems = oqs.get_enabled_kem_mechanisms()
         signatures = oqs.get_enabled_sig_mechanisms()
     return OqsStatus(
-        library=_find_library(),
+        location=_find_library(),
         library_version=version,
         package_version=package,
         kems=tuple(kems),

@@ -16,8 +16,6 @@ import pytest
 import trio
 from forked import Forkserver, Running
 
-from hybridkex.auth.dev_ca import DevCa, write_identity
-
 COMMAND = [sys.executable, "-m", "hybridkex"]
 
 
@@ -108,26 +106,11 @@ def wait_until(condition: Callable[[], bool], process: AnyProcess | None = None)
         time.sleep(0.01)
 
 
-@pytest.fixture(scope="session")
-def forkserver() -> Iterator[Forkserver]:
-    server = Forkserver()
-    yield server
-    server.close()
-
-
 @pytest.fixture
 def run(tmp_path: Path, forkserver: Forkserver) -> Iterator[Run]:
     runner = Run(tmp_path, forkserver)
     yield runner
     runner.end()
-
-
-@pytest.fixture(scope="session")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("keys") / "one"
-    ca = DevCa.create()
-    write_identity(folder, ca, ca.issue("localhost", "127.0.0.1", "::1"))
-    return folder
 
 
 @pytest.fixture(scope="session")

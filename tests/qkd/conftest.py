@@ -1,6 +1,6 @@
 """Two KMEs with certificates, in this process, on loopback."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import trio
-from forked import Forkserver
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.qkd.etsi014.client import KmeAccess
@@ -67,21 +66,6 @@ class Site:
             key=folder / "key.pem",
         )
         return replace(access, **changes)
-
-
-@pytest.fixture(scope="session")
-def forkserver() -> Iterator[Forkserver]:
-    """The process that the commands come from."""
-    server = Forkserver()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def hybridkex(forkserver: Forkserver) -> Iterator[Forkserver]:
-    """Starts commands, which end with the test."""
-    yield forkserver
-    forkserver.end()
 
 
 @pytest.fixture

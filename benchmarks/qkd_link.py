@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridkex.qkd.link import asymptotic
-from hybridkex.qkd.link.cascade import CascadeAlice, Plan, cascade_bob
-from hybridkex.qkd.link.entropy import binary_entropy
-from hybridkex.qkd.link.presets import PRESETS
-from hybridkex.qkd.link.toeplitz import compress, rounding_bound, seed_length
+from hybridkex.link import asymptotic
+from hybridkex.link.cascade import CascadeAlice, Plan, cascade_bob
+from hybridkex.link.entropy import binary_entropy
+from hybridkex.link.presets import PRESETS
+from hybridkex.link.toeplitz import compress, rounding_bound, seed_length
 
 Bits = NDArray[np.uint8]
 

@@ -26,18 +26,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "constants": set(),
     "errors": {"constants"},
     "secret": set(),
+    # Addresses, HTTP and the like: it knows nothing of what is carried.
+    "net": BASE,
     "wire": BASE,
     "crypto": BASE,
     "auth": BASE | {"crypto"},
-    "qkd": BASE | {"crypto"},
+    "qkd": BASE | {"crypto", "net"},
     "tls": BASE | {"wire", "crypto", "auth"},
+    # The simulator knows of QKD keys what a producer of them must know.
+    "link": BASE | {"crypto", "qkd"},
     # The one place where key sources meet the engine.
     "streams": ENGINE | {"qkd"},
-    "adversary": ENGINE | {"qkd", "streams"},
+    "kme": ENGINE | {"net", "qkd", "link", "streams"},
     "combiner": BASE | {"wire", "crypto", "auth", "qkd"},
     # Applications need no more than what everybody has.
-    "apps": {"errors", ""},
-    "cli": ENGINE | {"combiner", "qkd", "streams", "adversary", "apps", ""},
+    "apps": {"errors", "net", ""},
+    "demos": ENGINE | {"net", "qkd", "link", "kme", "streams", ""},
+    "cli": ENGINE | {"combiner", "net", "qkd", "link", "kme", "streams", "demos", "apps", ""},
     "__main__": {"cli"},
     "": ENGINE | {"combiner", "qkd", "streams"},
 }

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from hybridkex.adversary.pictures import key_schedule, standalone
+from hybridkex.demos.rndl.pictures import key_schedule, standalone
 
 PICTURES = {
     "rndl-hybrid-read.svg": ("x25519mlkem768", "both", 0),

@@ -5,9 +5,9 @@ further in. The commands in :mod:`hybridkex.cli` add options and output. What th
 channel is here for other applications, too.
 """
 
-from hybridkex.apps.address import TcpAddress, parse_tcp_address
 from hybridkex.apps.backoff import Backoff
 from hybridkex.apps.tcp import keep_alive, os_reason, watch_peer
+from hybridkex.net.address import TcpAddress, parse_tcp_address
 
 __all__ = [
     "Backoff",

@@ -5,13 +5,13 @@ from functools import partial
 
 import trio
 
-from hybridkex.apps.address import TcpAddress
 from hybridkex.cli.manual import describe
 from hybridkex.cli.options import add_channel_options, client_config
 from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.sessions import FileSessionStore
 from hybridkex.cli.tcp import NO_TCP, cannot_connect, checked_port
+from hybridkex.net.address import TcpAddress
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig
 

@@ -24,12 +24,12 @@ import trio
 from cryptography.hazmat.bindings import _rust
 from prometheus_client.parser import text_string_to_metric_families
 
-from hybridkex.adversary.later.reading import Connection, read_capture
-from hybridkex.adversary.now.tap import wire_tap
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
 from hybridkex.crypto.kex import ALL_GROUPS
+from hybridkex.demos.rndl.later.reading import Connection, read_capture
+from hybridkex.demos.rndl.now.tap import wire_tap
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.qkd.psk import name_of
 from hybridkex.wire.extensions import PreSharedKeyOffer, ServerName

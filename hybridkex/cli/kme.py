@@ -21,11 +21,11 @@ from hybridkex.cli.key_sources import add_kme_options, kme_access
 from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
 from hybridkex.errors import ConfigError, KeySourceUnavailable
+from hybridkex.kme.config import PRODUCERS, Address, load_config
+from hybridkex.kme.serve import KmeServer, Serving
 from hybridkex.qkd.etsi014.client import KmeClient
-from hybridkex.qkd.etsi014.config import PRODUCERS, Address, load_config
 from hybridkex.qkd.etsi014.hop import TLS_KINDS
 from hybridkex.qkd.etsi014.models import DeliveredKey, KeyRequest
-from hybridkex.qkd.etsi014.serve import KmeServer, Serving
 from hybridkex.qkd.pool import FilePool, PoolNames
 from hybridkex.qkd.source import KeyRef, QkdKey
 from hybridkex.qkd.store import write_key_file

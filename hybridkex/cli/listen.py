@@ -6,13 +6,13 @@ from functools import partial
 
 import trio
 
-from hybridkex.apps.address import TcpAddress
 from hybridkex.cli.manual import describe
 from hybridkex.cli.options import add_channel_options, server_config
 from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
 from hybridkex.cli.port_file import write_port
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
+from hybridkex.net.address import TcpAddress
 from hybridkex.streams import SecureListener, SecureStream, open_secure_tcp_listeners
 from hybridkex.tls.config import ServerConfig
 

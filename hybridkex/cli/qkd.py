@@ -22,11 +22,11 @@ from rich.table import Table
 from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
 from hybridkex.errors import BlockAborted, ConfigError, LinkError
-from hybridkex.qkd.link.optimise import tuned
-from hybridkex.qkd.link.party import Block
-from hybridkex.qkd.link.presets import PRESETS, preset
-from hybridkex.qkd.link.settings import LinkSettings
-from hybridkex.qkd.link.simulated import BOOTSTRAPS, SimulatedLink
+from hybridkex.link.optimise import tuned
+from hybridkex.link.party import Block
+from hybridkex.link.presets import PRESETS, preset
+from hybridkex.link.settings import LinkSettings
+from hybridkex.link.simulated import BOOTSTRAPS, SimulatedLink
 
 __all__ = ["configure", "run"]
 
@@ -139,7 +139,7 @@ def _plot(args: argparse.Namespace) -> int:
     if args.output.suffix not in (".png", ".svg"):
         raise ConfigError("the picture is a .png or an .svg")
     try:
-        from hybridkex.qkd.link.plots import draw  # noqa: PLC0415  # matplotlib is an extra
+        from hybridkex.link.plots import draw  # noqa: PLC0415  # matplotlib is an extra
     except ModuleNotFoundError as missing:
         if missing.name != "matplotlib":
             raise

@@ -8,7 +8,6 @@ from typing import Any
 
 import trio
 
-from hybridkex.apps.address import TcpAddress
 from hybridkex.apps.tcp import CountingStream, watch_peer
 from hybridkex.apps.transfer import PROTOCOL, Folder, Receiver
 from hybridkex.cli.logs import add_log_options, set_up_logging
@@ -21,6 +20,7 @@ from hybridkex.cli.running import run_trio
 from hybridkex.cli.send import DEFAULT_PORT
 from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
 from hybridkex.errors import ConfigError
+from hybridkex.net.address import TcpAddress
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import Requirement, ServerConfig
 

@@ -20,11 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from hybridkex import __version__
-from hybridkex.adversary import page
-from hybridkex.adversary.matrix import BREAKS, rows
-from hybridkex.adversary.trial import Cell, Trial, run_trial
 from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
+from hybridkex.demos.rndl import page
+from hybridkex.demos.rndl.matrix import BREAKS, rows
+from hybridkex.demos.rndl.trial import Cell, Trial, run_trial
 from hybridkex.errors import ConfigError
 
 __all__ = ["configure", "run"]

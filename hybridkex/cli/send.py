@@ -9,7 +9,6 @@ from typing import Any
 
 import trio
 
-from hybridkex.apps.address import TcpAddress, parse_tcp_address
 from hybridkex.apps.tcp import CountingStream, keep_alive
 from hybridkex.apps.transfer import PROTOCOL, Outcome, collect, send_items
 from hybridkex.cli.manual import describe
@@ -19,6 +18,7 @@ from hybridkex.cli.progress import rate, showing
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_connect
 from hybridkex.errors import ConfigError
+from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig
 

@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import trio
 
-from hybridkex.apps.address import TcpAddress, parse_address, parse_tcp_address
 from hybridkex.apps.tunnel import TunnelConfig, TunnelMetrics, TunnelServer
 from hybridkex.apps.tunnel.config import Channel, check_together
 from hybridkex.cli.logs import add_log_options, set_up_logging
@@ -26,8 +25,9 @@ from hybridkex.cli.running import first_of, run_trio
 from hybridkex.cli.systemd import notify, notify_reloading
 from hybridkex.cli.tcp import NO_TCP, cannot_listen
 from hybridkex.errors import ConfigError, HybridkexError
-from hybridkex.qkd.etsi014.http import HttpLimits, Request, Response, serve_connection
-from hybridkex.qkd.etsi014.metrics import metrics_page
+from hybridkex.kme.metrics import metrics_page
+from hybridkex.net.address import TcpAddress, parse_address, parse_tcp_address
+from hybridkex.net.http import HttpLimits, Request, Response, serve_connection
 
 __all__ = ["configure", "run"]
 

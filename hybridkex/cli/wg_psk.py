@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import trio
 
-from hybridkex.apps.address import TcpAddress, parse_tcp_address
 from hybridkex.apps.backoff import Backoff
 from hybridkex.apps.tcp import watch_peer
 from hybridkex.auth import Pins, RawIdentity
@@ -23,6 +22,7 @@ from hybridkex.cli.tcp import NO_TCP, cannot_connect, cannot_listen
 from hybridkex.combiner import Exchanged, PskAuthentication, SignatureAuthentication
 from hybridkex.combiner.wireguard import REKEY_AFTER, Tunnel, rotate
 from hybridkex.errors import ConfigError, HybridkexError, LocalStateError
+from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.qkd.source import KeySource
 from hybridkex.qkd.store import read_key_file
 from hybridkex.tls.policy import Requirement

@@ -1,1 +1,1 @@
-"""QKD: where keys come from. Key sources, the ETSI GS QKD 014 interface, the simulated link."""
+"""QKD: where keys come from. Key sources, the key store, the ETSI GS QKD 014 client."""

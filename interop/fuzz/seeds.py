@@ -17,8 +17,8 @@ from examples.chat import protocol as chat
 from hybridkex.apps.transfer import messages as transfer
 from hybridkex.auth import DevCa, RawIdentity
 from hybridkex.constants import TLS13
-from hybridkex.qkd.link import wire
-from hybridkex.qkd.link.cascade import Question
+from hybridkex.link import wire
+from hybridkex.link.cascade import Question
 from hybridkex.qkd.psk import context_of, identity_of
 from hybridkex.qkd.source import KeyRef
 from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection

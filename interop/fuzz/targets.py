@@ -48,18 +48,18 @@ from hybridkex.errors import (
     LocalStateError,
     PeerError,
 )
-from hybridkex.qkd.etsi014.config import load_config
+from hybridkex.kme.config import load_config
+from hybridkex.kme.peering import ExtKeys, ids_from_json
+from hybridkex.link import wire
+from hybridkex.link.finite_key import Security
+from hybridkex.link.ledger import LANE_RESERVE, Ledger
+from hybridkex.link.party import Alice, Block, Bob
+from hybridkex.link.physics import Transmitter
+from hybridkex.link.presets import preset
+from hybridkex.link.quantum import Clicks, Log, Sent, sample
+from hybridkex.link.randomness import Randomness
+from hybridkex.link.settings import LinkSettings
 from hybridkex.qkd.etsi014.models import KeyContainer, KeyIds, KeyRequest, ModelError, Status
-from hybridkex.qkd.etsi014.peering import ExtKeys, ids_from_json
-from hybridkex.qkd.link import wire
-from hybridkex.qkd.link.finite_key import Security
-from hybridkex.qkd.link.ledger import LANE_RESERVE, Ledger
-from hybridkex.qkd.link.party import Alice, Block, Bob
-from hybridkex.qkd.link.physics import Transmitter
-from hybridkex.qkd.link.presets import preset
-from hybridkex.qkd.link.quantum import Clicks, Log, Sent, sample
-from hybridkex.qkd.link.randomness import Randomness
-from hybridkex.qkd.link.settings import LinkSettings
 from hybridkex.qkd.psk import identity_of, name_of
 from hybridkex.qkd.store import read_key_file
 from hybridkex.secret import Secret

@@ -27,11 +27,11 @@ from tunnel_glue import (
 )
 
 from hybridkex import ClientConfig, DevCa, ServerConfig, TrustStore, open_secure_tcp_stream
-from hybridkex.apps.address import TcpAddress, UnixAddress
 from hybridkex.apps.tunnel import TunnelConfig, TunnelMetrics, TunnelServer
 from hybridkex.auth.dev_ca import write_identity
 from hybridkex.cli import main
 from hybridkex.errors import ConfigError
+from hybridkex.net.address import TcpAddress, UnixAddress
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ from hybridkex import (
 from hybridkex.auth.dev_ca import DevCa
 from hybridkex.cli import main
 from hybridkex.errors import HybridkexError
+from hybridkex.kme.config import load_config
+from hybridkex.kme.serve import KmeServer
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeAccess, KmeClient
-from hybridkex.qkd.etsi014.config import load_config
-from hybridkex.qkd.etsi014.serve import KmeServer
 from hybridkex.secret import Secret
 
 ROOT = Path(__file__).parents[2]
@@ -173,7 +173,7 @@ async def test_no_secret_in_the_log_of_everything(
     out, err = capfd.readouterr()
     text = "\n".join([*handler.lines, out, err])
     names = {line.partition(":")[0] for line in handler.lines}
-    assert {"hybridkex.qkd.etsi014.client", "hybridkex.qkd.etsi014.serve"} <= names
+    assert {"hybridkex.qkd.etsi014.client", "hybridkex.kme.serve"} <= names
     assert {"hybridkex.streams.qkd", "httpcore.http11"} <= names
     kept = [secret for secret in secrets if len(secret) >= 16 and len(set(secret)) > 4]
     assert len(kept) > 50  # of the key schedules, the KMEs' stores and the link

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from hybridkex.errors import ConfigError
-from hybridkex.qkd.link import asymptotic
-from hybridkex.qkd.link.finite_key import (
+from hybridkex.link import asymptotic
+from hybridkex.link.finite_key import (
     Counts,
     OneDecoy,
     SecretLength,
@@ -14,9 +14,9 @@ from hybridkex.qkd.link.finite_key import (
     TwoDecoys,
     expected_counts,
 )
-from hybridkex.qkd.link.optimise import expected_length, optimise
-from hybridkex.qkd.link.physics import Channel, Transmitter
-from hybridkex.qkd.link.presets import PRESETS, preset
+from hybridkex.link.optimise import expected_length, optimise
+from hybridkex.link.physics import Channel, Transmitter
+from hybridkex.link.presets import PRESETS, preset
 
 GYS = PRESETS["gys2005"].channel
 LIM = PRESETS["lim2014"].channel

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridkex.errors import ConfigError, LedgerDry, LinkAuthenticationError, LinkError
-from hybridkex.qkd.link.authentication import Signatures, WegmanCarter, forgery_probability
-from hybridkex.qkd.link.cascade import CascadeAlice, CascadeError, Plan, Question, cascade_bob
-from hybridkex.qkd.link.entropy import binary_entropy
-from hybridkex.qkd.link.ledger import LANE_RESERVE, Direction, Ledger
-from hybridkex.qkd.link.party import verification_hash
-from hybridkex.qkd.link.toeplitz import MAX_INPUT, compress, rounding_bound, seed_length
-from hybridkex.qkd.link.wire import (
+from hybridkex.link.authentication import Signatures, WegmanCarter, forgery_probability
+from hybridkex.link.cascade import CascadeAlice, CascadeError, Plan, Question, cascade_bob
+from hybridkex.link.entropy import binary_entropy
+from hybridkex.link.ledger import LANE_RESERVE, Direction, Ledger
+from hybridkex.link.party import verification_hash
+from hybridkex.link.toeplitz import MAX_INPUT, compress, rounding_bound, seed_length
+from hybridkex.link.wire import (
     Ask,
     Finish,
     Found,

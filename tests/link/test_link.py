@@ -23,18 +23,18 @@ from hybridkex.errors import (
     LinkAuthenticationError,
     LinkError,
 )
-from hybridkex.qkd.link import party
-from hybridkex.qkd.link.finite_key import Counts, Security, expected_counts
-from hybridkex.qkd.link.ledger import Ledger
-from hybridkex.qkd.link.optimise import tuned
-from hybridkex.qkd.link.party import Alice, Block, Bob, verification_hash
-from hybridkex.qkd.link.physics import Transmitter
-from hybridkex.qkd.link.presets import PRESETS, Preset
-from hybridkex.qkd.link.quantum import Clicks, Fibre, sample
-from hybridkex.qkd.link.randomness import Randomness
-from hybridkex.qkd.link.settings import LinkSettings
-from hybridkex.qkd.link.simulated import SimulatedLink
-from hybridkex.qkd.link.wire import HEADER, Type
+from hybridkex.link import party
+from hybridkex.link.finite_key import Counts, Security, expected_counts
+from hybridkex.link.ledger import Ledger
+from hybridkex.link.optimise import tuned
+from hybridkex.link.party import Alice, Block, Bob, verification_hash
+from hybridkex.link.physics import Transmitter
+from hybridkex.link.presets import PRESETS, Preset
+from hybridkex.link.quantum import Clicks, Fibre, sample
+from hybridkex.link.randomness import Randomness
+from hybridkex.link.settings import LinkSettings
+from hybridkex.link.simulated import SimulatedLink
+from hybridkex.link.wire import HEADER, Type
 from hybridkex.secret import Secret
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig, ServerConfig
@@ -115,7 +115,7 @@ async def test_without_a_seed_randomness_is_the_systems(monkeypatch: pytest.Monk
             counter += 1
             return hashlib.shake_256(counter.to_bytes(8)).digest(count)
 
-        monkeypatch.setattr("hybridkex.qkd.link.randomness.os.urandom", fixed)
+        monkeypatch.setattr("hybridkex.link.randomness.os.urandom", fixed)
         nonlocal streams
         made = sample(
             PRESETS["lim2014"].channel,

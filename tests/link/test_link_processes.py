@@ -11,18 +11,18 @@ import trio
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.cli import main
 from hybridkex.errors import ConfigError
-from hybridkex.qkd.etsi014.config import load_config
-from hybridkex.qkd.etsi014.serve import KmeServer
+from hybridkex.kme.config import load_config
+from hybridkex.kme.serve import KmeServer
 
 PARTY = """
 import json, sys, trio
 from cryptography import x509
 from pathlib import Path
-from hybridkex.qkd.etsi014.config import Address
-from hybridkex.qkd.link.optimise import tuned
-from hybridkex.qkd.link.presets import PRESETS
-from hybridkex.qkd.link.producer import PartyFeed, _signatures
-from hybridkex.qkd.link.settings import LinkSettings
+from hybridkex.kme.config import Address
+from hybridkex.link.optimise import tuned
+from hybridkex.link.presets import PRESETS
+from hybridkex.kme.link_feed import PartyFeed, _signatures
+from hybridkex.link.settings import LinkSettings
 
 party, port, folder, peer = sys.argv[1:]
 settings = LinkSettings(preset=tuned(PRESETS["rusca2018"].at(0), 30_000), block_bits=30_000)

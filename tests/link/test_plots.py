@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from hybridkex.cli import main
-from hybridkex.qkd.link import plots
-from hybridkex.qkd.link.physics import Channel
+from hybridkex.link import plots
+from hybridkex.link.physics import Channel
 
 
 def test_qber_with_sampled_points(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ import trio
 from scipy.stats import chi2
 
 from hybridkex.errors import ConfigError
-from hybridkex.qkd.link.eavesdroppers import NoEve, eavesdropper
-from hybridkex.qkd.link.physics import Channel, Transmitter, gain_from_yields
-from hybridkex.qkd.link.presets import PRESETS
-from hybridkex.qkd.link.pulses import send_pulses
-from hybridkex.qkd.link.quantum import Clicks, Fibre, Log, Sent, sample
-from hybridkex.qkd.link.randomness import Randomness
+from hybridkex.link.eavesdroppers import NoEve, eavesdropper
+from hybridkex.link.physics import Channel, Transmitter, gain_from_yields
+from hybridkex.link.presets import PRESETS
+from hybridkex.link.pulses import send_pulses
+from hybridkex.link.quantum import Clicks, Fibre, Log, Sent, sample
+from hybridkex.link.randomness import Randomness
 
 LEVEL = 1e-4
 """Of the tests below: with their fixed seeds they pass or fail always."""

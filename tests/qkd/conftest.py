@@ -10,9 +10,9 @@ import pytest
 import trio
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
+from hybridkex.kme.config import Address, KmeConfig, PeerConfig, ServeConfig
+from hybridkex.kme.serve import KmeServer, Serving
 from hybridkex.qkd.etsi014.client import KmeAccess
-from hybridkex.qkd.etsi014.config import Address, KmeConfig, PeerConfig, ServeConfig
-from hybridkex.qkd.etsi014.serve import KmeServer, Serving
 from hybridkex.qkd.store import write_key_file
 
 

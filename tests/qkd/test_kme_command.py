@@ -13,7 +13,7 @@ import pytest
 from forked import Forkserver, until
 
 from hybridkex.errors import ConfigError
-from hybridkex.qkd.etsi014.config import Address, load_config
+from hybridkex.kme.config import Address, load_config
 from hybridkex.qkd.pool import FilePool
 
 Kme = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -18,8 +18,8 @@ import trio
 from forked import Forkserver, Running
 
 from hybridkex.errors import KeySourceError, KeySourceUnavailable, KeyUnknown
+from hybridkex.kme.config import Address
 from hybridkex.qkd.etsi014.client import KmeAccess, KmeClient
-from hybridkex.qkd.etsi014.config import Address
 from hybridkex.qkd.etsi014.models import KeyRequest
 from hybridkex.qkd.store import SqliteKeyStore, read_key_file, write_key_file
 

@@ -16,12 +16,12 @@ import trio
 import trio.testing
 
 from hybridkex.errors import ConfigError, KeySourceExhausted, KeySourceUnavailable
+from hybridkex.kme.config import Address, PeerConfig, ServeConfig
+from hybridkex.kme.delivery import KmeLimits
+from hybridkex.kme.serve import KmeServer
+from hybridkex.net.http import HttpLimits, Request, Response, serve_connection
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeClient
-from hybridkex.qkd.etsi014.config import Address, PeerConfig, ServeConfig
-from hybridkex.qkd.etsi014.http import HttpLimits, Request, Response, serve_connection
-from hybridkex.qkd.etsi014.kme import KmeLimits
 from hybridkex.qkd.etsi014.naming import IdRule
-from hybridkex.qkd.etsi014.serve import KmeServer
 from hybridkex.qkd.store import SqliteKeyStore, read_key_file
 from hybridkex.secret import Secret
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from hybridkex import ClientConfig, ServerConfig
-from hybridkex.apps.address import Address, TcpAddress, UnixAddress
 from hybridkex.errors import ConfigError
+from hybridkex.net.address import Address, TcpAddress, UnixAddress
 
 __all__ = ["Channel", "TunnelConfig", "check_together"]
 

@@ -17,13 +17,13 @@ from typing import Any, Final
 import trio
 
 from hybridkex import ClientConfig, SecureStream, ServerConfig, Session
-from hybridkex.apps.address import Address
 from hybridkex.apps.tcp import keep_alive, os_reason, reset
 from hybridkex.apps.tunnel.config import TunnelConfig, check_together
 from hybridkex.apps.tunnel.forward import ConnectionCut, Leg, forward
 from hybridkex.apps.tunnel.metrics import TunnelCounters, TunnelMetrics
 from hybridkex.apps.tunnel.sockets import connect, listen, set_mode, unlink
 from hybridkex.errors import HybridkexError
+from hybridkex.net.address import Address
 
 __all__ = ["TunnelServer"]
 

@@ -8,9 +8,9 @@ from typing import Final
 
 import trio
 
-from hybridkex.apps.address import Address, UnixAddress
 from hybridkex.apps.tcp import os_reason
 from hybridkex.errors import ConfigError
+from hybridkex.net.address import Address, UnixAddress
 
 __all__ = ["connect", "listen", "set_mode", "unlink"]
 

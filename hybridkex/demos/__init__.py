@@ -1,0 +1,1 @@
+"""Demonstrations: record now, decrypt later. Only the commands know this room."""

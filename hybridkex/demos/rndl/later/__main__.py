@@ -1,0 +1,73 @@
+"""``python -m hybridkex.demos.rndl.later FOLDER ...``: attack the recordings in folders.
+
+Each folder is one adversary's, and each adversary is a process of its own: this one when there is
+one folder, else a copy of this one that knows code and nothing more.
+
+Writes one JSON object a line to standard output: ``progress`` while a computation is long, then
+``case`` and ``verdicts`` for each sub-folder with recordings, all with the ``folder``'s name.
+``knowledge.py`` says what a folder may hold.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from hybridkex.demos.rndl.later.decrypt import Adversary
+from hybridkex.demos.rndl.later.knowledge import Knowledge
+from hybridkex.demos.rndl.later.reading import Connection, read_capture
+from hybridkex.errors import HybridkexError
+
+
+def _attack_folder(folder: Path) -> int:
+    """One adversary's work; returns the exit status."""
+
+    def say(line: dict[str, object]) -> None:
+        print(json.dumps({"folder": folder.name, **line}), flush=True)
+
+    try:
+        for case in sorted({capture.parent for capture in folder.glob("*/*.pcapng")}):
+            # A case is attacked by an adversary who has seen no other.
+            knowledge = Knowledge.from_folder(folder)
+            connections: list[Connection] = []
+            for capture in sorted(case.glob("*.pcapng")):
+                found, others = read_capture(capture)
+                connections.extend(found)
+                for flow in others:
+                    knowledge.overheard += [flow.stream(from_client=x) for x in (True, False)]
+            adversary = Adversary(knowledge, lambda text: say({"progress": text}))
+            verdicts = [verdict.as_json() for verdict in adversary.attack(connections)]
+            say({"case": case.name, "verdicts": verdicts})
+    except HybridkexError as error:
+        print(f"hybridkex adversary: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _in_a_copy(folder: Path) -> int:
+    """The same in a process of its own, which ends with it."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 1
+    try:
+        status = _attack_folder(folder)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def main() -> int:
+    """Attack the folders that the command line names."""
+    folders = [Path(name) for name in sys.argv[1:]]
+    if not folders or not all(folder.is_dir() for folder in folders):
+        print("usage: python -m hybridkex.demos.rndl.later FOLDER ...", file=sys.stderr)
+        return 2
+    if len(folders) == 1:
+        return _attack_folder(folders[0])
+    return max(abs(_in_a_copy(folder)) for folder in folders)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""Which configurations meet which adversaries, and what must come of it.
+
+The prediction is the whole claim of this library in one line: a connection falls if and only if
+*every* leg that its keys rest on is known. :meth:`Break.defeats` says that; the trial measures it.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from hybridkex.crypto.kex import X25519, X25519MLKEM768, Group, Property
+from hybridkex.demos.rndl.now.escrow import ECDH, ML_KEM, SIGNATURE
+from hybridkex.demos.rndl.toy_curve import TOY_GROUP
+
+__all__ = ["BREAKS", "CONFIGURATIONS", "TOY", "Break", "Configuration", "Delivery", "Row", "rows"]
+
+
+class Delivery(Enum):
+    """How the QKD keys of a session reach the two parties."""
+
+    IN_PROCESS = "in-process"
+    """No network: each party and its end of the key source are one process."""
+    CLASSICAL_HOP = "classical-hop"
+    """From a KME (ETSI GS QKD 014) over TLS 1.3 with X25519, and the hop is tapped too."""
+    HYBRID_HOP = "hybrid-hop"
+    """From a KME over this library's TLS with X25519MLKEM768, and the hop is tapped too."""
+    LINK = "link"
+    """Made by a simulated QKD link between the two, whose classical channel is tapped too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """How two parties set up their channel."""
+
+    id: str
+    title: str
+    group: Group
+    qkd: bool = False
+    certificates: bool = True
+    escrowed: bool = True
+    """Whether an oracle stands for the break of its key exchange."""
+
+    @property
+    def primitives(self) -> frozenset[str]:
+        """What has to be broken to know the key exchange's secret."""
+        return frozenset(
+            ECDH if part.properties is Property.CLASSICAL else ML_KEM
+            for part in self.group.exchange.parts
+        )
+
+
+CONFIGURATIONS: Final = (
+    Configuration(id="x25519", title="X25519", group=X25519),
+    Configuration(id="x25519mlkem768", title="X25519MLKEM768", group=X25519MLKEM768),
+    Configuration(id="x25519-qkd", title="X25519 + QKD", group=X25519, qkd=True),
+    Configuration(
+        id="x25519mlkem768-qkd",
+        title="X25519MLKEM768 + QKD, certificates",
+        group=X25519MLKEM768,
+        qkd=True,
+    ),
+    Configuration(
+        id="x25519mlkem768-qkd-psk",
+        title="X25519MLKEM768 + QKD, PSK alone",
+        group=X25519MLKEM768,
+        qkd=True,
+        certificates=False,
+    ),
+)
+
+
+TOY: Final = Configuration(id="toy36", title="toy curve", group=TOY_GROUP, escrowed=False)
+"""Beside the matrix: broken by computing a discrete logarithm, with no oracle at all."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A connection of a configuration: the first one, or the one that resumes it."""
+
+    configuration: Configuration
+    resumed: bool
+
+    @property
+    def id(self) -> str:
+        """Of this row in reports."""
+        return self.configuration.id + ("-resumed" if self.resumed else "")
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.configuration.title + (", resumed" if self.resumed else "")
+
+
+def rows() -> tuple[Row, ...]:
+    """Every connection that is recorded."""
+    return tuple(
+        Row(configuration, resumed) for configuration in CONFIGURATIONS for resumed in (False, True)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Break:
+    """A kind of adversary: what it breaks, what it has recorded, what it has stolen.
+
+    The session itself is always recorded. ``delivery`` says by which way the QKD keys came in the
+    sessions that this adversary meets, and ``taps_delivery`` whether it recorded that way too.
+    """
+
+    id: str
+    title: str
+    note: str
+    oracles: frozenset[str] = frozenset()
+    delivery: Delivery = Delivery.IN_PROCESS
+    taps_delivery: bool = False
+    steals_certificate_key: bool = False
+    steals_key_store: str | None = None
+    """``before`` or ``after`` the delivery of the keys."""
+    steals_ticket_key: bool = False
+
+    @property
+    def theme(self) -> str:
+        """What it is about."""
+        if self.steals_certificate_key or self.steals_ticket_key or self.steals_key_store:
+            return "stolen, alone or besides"
+        if self.taps_delivery:
+            return "broken, and the way of the QKD key recorded too"
+        return "what is broken"
+
+    @property
+    def knows_qkd_key(self) -> bool:
+        """Whether the QKD keys of the sessions fall to it."""
+        if self.steals_key_store == "before":
+            return True
+        guards = _GUARDS.get(self.delivery)
+        return self.taps_delivery and guards is not None and self.oracles >= guards
+
+    def defeats(self, row: Row) -> bool:
+        """Whether the row's plaintext must come out: every leg is known."""
+        configuration = row.configuration
+        exchange = self.oracles >= configuration.primitives
+        psk = self.knows_qkd_key or not configuration.qkd
+        # The PSK of a ticket is known to whoever opened the first connection or the ticket.
+        if row.resumed and self.steals_ticket_key:
+            psk = True
+        return exchange and psk
+
+
+_BOTH: Final = frozenset((ECDH, ML_KEM))
+_GUARDS: Final = {Delivery.CLASSICAL_HOP: frozenset((ECDH,)), Delivery.HYBRID_HOP: _BOTH}
+"""What keeps a QKD key secret on its way; on other ways it crosses no wire."""
+_ALL: Final = frozenset((ECDH, ML_KEM, SIGNATURE))
+
+BREAKS: Final = (
+    Break(id="none", title="nothing", note="The recording alone."),
+    Break(id="ecdh", title="ECDH", note="X25519 is broken.", oracles=frozenset((ECDH,))),
+    Break(id="ml-kem", title="ML-KEM", note="ML-KEM-768 is broken.", oracles=frozenset((ML_KEM,))),
+    Break(id="both", title="ECDH + ML-KEM", note="Both are broken.", oracles=_BOTH),
+    Break(
+        id="signatures",
+        title="signatures",
+        note="The private key of every certificate can be computed.",
+        oracles=frozenset((SIGNATURE,)),
+    ),
+    Break(
+        id="hop-classical",
+        title="ECDH; KME hop by classical TLS",
+        note="X25519 is broken, and the hop on which the KME delivered the QKD key was recorded "
+        "too: TLS 1.3 with X25519.",
+        oracles=frozenset((ECDH,)),
+        delivery=Delivery.CLASSICAL_HOP,
+        taps_delivery=True,
+    ),
+    Break(
+        id="hop-classical-both",
+        title="ECDH + ML-KEM; KME hop by classical TLS",
+        note="Both are broken, and the classical hop to the KME was recorded.",
+        oracles=_BOTH,
+        delivery=Delivery.CLASSICAL_HOP,
+        taps_delivery=True,
+    ),
+    Break(
+        id="hop-hybrid",
+        title="ECDH; KME hop by hybrid TLS",
+        note="X25519 is broken, and the hop to the KME was recorded: this library's TLS with "
+        "X25519MLKEM768.",
+        oracles=frozenset((ECDH,)),
+        delivery=Delivery.HYBRID_HOP,
+        taps_delivery=True,
+    ),
+    Break(
+        id="hop-hybrid-both",
+        title="ECDH + ML-KEM; KME hop by hybrid TLS",
+        note="Both are broken, and the hybrid hop to the KME was recorded: a hop is no stronger "
+        "than its own key exchange. Keep it inside the secure site.",
+        oracles=_BOTH,
+        delivery=Delivery.HYBRID_HOP,
+        taps_delivery=True,
+    ),
+    Break(
+        id="qkd-channel",
+        title="all broken; QKD link's classical channel",
+        note="ECDH, ML-KEM and signatures are broken, and all that the two ends of the QKD link "
+        "said to each other was recorded: bases, parities, hashes, seeds, and how they signed.",
+        oracles=_ALL,
+        delivery=Delivery.LINK,
+        taps_delivery=True,
+    ),
+    Break(
+        id="certificate-key",
+        title="certificate key",
+        note="The server's long-term private key is stolen after the session.",
+        steals_certificate_key=True,
+    ),
+    Break(
+        id="key-store-after",
+        title="all broken; KME stores, after delivery",
+        note="ECDH, ML-KEM and signatures are broken; both KMEs' databases are stolen with the "
+        "keys that seal them, after the QKD keys were delivered.",
+        oracles=_ALL,
+        delivery=Delivery.HYBRID_HOP,
+        steals_key_store="after",
+    ),
+    Break(
+        id="key-store-before",
+        title="ECDH + ML-KEM; KME stores, before delivery",
+        note="Both are broken, and the databases were stolen while the keys still lay in them: "
+        "the control that shows that the thief can read them.",
+        oracles=_BOTH,
+        delivery=Delivery.HYBRID_HOP,
+        steals_key_store="before",
+    ),
+    Break(
+        id="ticket-key",
+        title="ticket key",
+        note="The key that seals the server's session tickets is stolen.",
+        steals_ticket_key=True,
+    ),
+    Break(
+        id="ticket-key-both",
+        title="ECDH + ML-KEM; ticket key",
+        note="Both are broken, and the ticket key is stolen: the ticket gives the PSK of the "
+        "resumed session, past the QKD key that it was derived from.",
+        oracles=_BOTH,
+        steals_ticket_key=True,
+    ),
+)

@@ -1,0 +1,211 @@
+"""The parties: a client and a server, and the tap between them.
+
+Everything is the library's own code over real TCP. What is added: instrumented key exchanges (see
+``escrow.py``), a copy of the ticket key, and a key log for those who want to compare with
+Wireshark. None of that reaches the adversary but what a trial gives it.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import time
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from hybridkex.auth import DevCa, TrustStore
+from hybridkex.auth.dev_ca import write_identity
+from hybridkex.crypto.kex import Group
+from hybridkex.demos.rndl.capture.tcpip import Address
+from hybridkex.demos.rndl.matrix import Configuration, Delivery
+from hybridkex.demos.rndl.now.escrow import Escrow
+from hybridkex.demos.rndl.now.link import link_sources
+from hybridkex.demos.rndl.now.sites import Sites
+from hybridkex.demos.rndl.now.tap import wire_tap
+from hybridkex.qkd.in_process import in_process_pair
+from hybridkex.qkd.source import KeySource
+from hybridkex.streams import QkdKeys, SecureStream, open_secure_tcp_stream, serve_secure_tcp
+from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
+from hybridkex.tls.session import MemorySessionStore
+from hybridkex.tls.tickets import TicketIssuer, _SealingKey
+
+__all__ = ["Stage", "Talk"]
+
+_LOOPBACK: Final = "127.0.0.1"
+_CLASSICAL_TOO: Final = Policy(post_quantum=Requirement.PREFER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Talk:
+    """What was really said in one connection; the adversary never sees this."""
+
+    to_server: bytes
+    to_client: bytes
+    resumed: bool
+    session: dict[str, object]
+
+
+class Stage:
+    """A folder with everything that the parties, the taps and the thieves leave behind.
+
+    ``oracle/``: private keys in escrow. ``recordings/NAME/*.pcapng``. ``stolen/certificate/``,
+    ``stolen/ticket-keys.jsonl``, ``stolen/DELIVERY/WHEN/KME/`` with a key store and its sealing
+    key. ``keylog/NAME.txt``, for Wireshark.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("oracle", "recordings", "stolen/certificate", "keylog"):
+            (folder / name).mkdir(parents=True)
+        self.escrow = Escrow(folder / "oracle")
+        self._ca = DevCa.create()
+        self._identity = self.escrow.keep_identity(self._ca.issue("localhost"))
+        write_identity(folder / "server", self._ca, self._identity)
+        shutil.copy(folder / "server/key.pem", folder / "stolen/certificate/server.pem")
+
+    def sites(self, delivery: Delivery) -> Sites:
+        """The KMEs that deliver QKD keys in this way."""
+        return Sites(
+            self.folder / f"sites-{delivery.value}",
+            self.folder / "stolen" / delivery.value,
+            self._ca,
+            self.escrow,
+            delivery,
+        )
+
+    def link(self) -> AbstractAsyncContextManager[tuple[KeySource, KeySource]]:
+        """Key sources whose keys a tapped QKD link has made."""
+        pools = self.folder / "pools"
+        pools.mkdir()
+        return link_sources(pools, self.link_recording, self.escrow)
+
+    @property
+    def link_recording(self) -> Path:
+        """Of the link's classical channel, which all sessions with its keys have in common."""
+        return self.folder / "recordings" / "link.pcapng"
+
+    def recording(self, configuration: Configuration, delivery: Delivery) -> Path:
+        """Where the captures of a run are; the folder is made."""
+        name = f"{configuration.id}-{delivery.value}" if configuration.qkd else configuration.id
+        folder = self.folder / "recordings" / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    async def talk(
+        self,
+        configuration: Configuration,
+        delivery: Delivery = Delivery.IN_PROCESS,
+        sources: tuple[KeySource, KeySource] | None = None,
+        *,
+        connections: int = 2,
+        **client_options: Any,
+    ) -> list[Talk]:
+        """Record connections, of which each resumes the one before it."""
+        folder = self.recording(configuration, delivery)
+        if configuration.qkd and sources is None:
+            sources = in_process_pair("alice", "bob")
+        alice, bob = sources or (None, None)
+        shared: dict[str, Any] = {
+            "groups": (self._group(configuration),),
+            "policy": _CLASSICAL_TOO,
+        }
+        server = ServerConfig(
+            **shared,
+            identities=(self._identity,) if configuration.certificates else (),
+            psk_source=QkdKeys(bob) if bob is not None else None,
+            tickets=self._tickets(),
+        )
+        trust = TrustStore((self._ca.certificate,))
+        with (self.folder / "keylog" / f"{folder.name}.txt").open("w") as key_log:
+            client = ClientConfig(
+                **shared,
+                verifier=trust if configuration.certificates else None,
+                psk_source=QkdKeys(alice) if alice is not None else None,
+                session_store=MemorySessionStore(),
+                key_log=lambda line: print(line, file=key_log),
+                **client_options,
+            )
+            return await self._talk(configuration, folder, client, server, connections)
+
+    def _group(self, configuration: Configuration) -> Group:
+        group = configuration.group
+        return self.escrow.instrumented(group) if configuration.escrowed else group
+
+    async def _talk(
+        self,
+        configuration: Configuration,
+        folder: Path,
+        client: ClientConfig,
+        server: ServerConfig,
+        connections: int,
+    ) -> list[Talk]:
+        talks = []
+        async with trio.open_nursery() as nursery:
+            listeners = await nursery.start(
+                partial(serve_secure_tcp, _answer, 0, server, host=_LOOPBACK)
+            )
+            where: Address = listeners[0].transport_listener.socket.getsockname()
+            async with wire_tap(folder / "session.pcapng", where) as (host, port):
+                for number in range(1, connections + 1):
+                    secret = f"{configuration.title}, connection {number}: {secrets.token_hex(8)}"
+                    stream = await open_secure_tcp_stream(
+                        host, port, client, server_hostname="localhost"
+                    )
+                    talks.append(await _converse(stream, secret))
+            nursery.cancel_scope.cancel()
+        return talks
+
+    def _tickets(self) -> TicketIssuer:
+        """A ticket issuer, with a copy of its key for the thief."""
+        issuer, key, name = TicketIssuer(), os.urandom(32), os.urandom(8)
+        issuer._keys.append(_SealingKey(key, name, time.time()))
+        with (self.folder / "stolen/ticket-keys.jsonl").open("a", encoding="ascii") as file:
+            file.write(json.dumps({"name": name.hex(), "key": key.hex()}) + "\n")
+        return issuer
+
+
+# --- what is said -----------------------------------------------------------------------------
+
+
+async def _converse(stream: SecureStream[trio.SocketStream], secret: str) -> Talk:
+    """The client's part: two questions, with new keys for both directions between them."""
+    said, heard = bytearray(), bytearray()
+    async with stream:
+        for line in (f"Alice to Bob: {secret}", "Alice to Bob: still there with new keys?"):
+            if said:
+                await stream.update_keys(request_peer=True)
+            data = line.encode() + b"\n"
+            await stream.send_all(data)
+            said += data
+            heard += await _line(stream)
+        await stream.send_eof()
+        if await stream.receive_some():
+            raise trio.BrokenResourceError("the server said more than it should")
+        session = stream.session
+    return Talk(
+        to_server=bytes(said),
+        to_client=bytes(heard),
+        resumed=session.resumed,
+        session=session.as_json(),
+    )
+
+
+async def _answer(stream: SecureStream[trio.SocketStream]) -> None:
+    """The server's part: an answer to each question."""
+    async with stream:
+        while question := await _line(stream):
+            answer = f"Bob to Alice: {len(question)} bytes received, {secrets.token_hex(8)}\n"
+            await stream.send_all(answer.encode())
+
+
+async def _line(stream: SecureStream[trio.SocketStream]) -> bytes:
+    """Up to the end of the line, or of the stream."""
+    line = bytearray()
+    while not line.endswith(b"\n") and (data := await stream.receive_some()):
+        line += data
+    return bytes(line)

@@ -1,0 +1,72 @@
+"""The wire tap: a TCP proxy that writes all that crosses it into a capture file.
+
+It has what a tap on a cable has, and no more: bytes and times. What it has seen it has written
+before it passes it on.
+"""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from hybridkex.demos.rndl.capture.pcapng import PcapngWriter
+from hybridkex.demos.rndl.capture.tcpip import Address, ConnectionWriter
+
+__all__ = ["wire_tap"]
+
+_READ_SIZE = 64 * 1024
+
+
+@asynccontextmanager
+async def wire_tap(capture: Path, target: Address) -> AsyncIterator[Address]:
+    """Listen on loopback and pass every connection on to ``target``, recorded in ``capture``.
+
+    Gives the address to connect to. At the end of the block connections that are still open are
+    cut, and the file is complete.
+    """
+    with capture.open("wb") as file:
+        writer = PcapngWriter(file)
+
+        async def handle(client: trio.SocketStream) -> None:
+            async with client:
+                await _pass_on(client, target, writer)
+
+        async with trio.open_nursery() as nursery:
+            listeners: list[trio.SocketListener] = await nursery.start(
+                partial(trio.serve_tcp, handle, 0, host="127.0.0.1")
+            )
+            host, port = listeners[0].socket.getsockname()
+            try:
+                yield host, port
+            finally:
+                nursery.cancel_scope.cancel()
+
+
+async def _pass_on(client: trio.SocketStream, target: Address, writer: PcapngWriter) -> None:
+    """One connection, until both directions are closed."""
+    connection = ConnectionWriter(
+        writer, client.socket.getpeername(), client.socket.getsockname(), time.time_ns()
+    )
+
+    async def relay(
+        source: trio.SocketStream, sink: trio.SocketStream, *, from_client: bool
+    ) -> None:
+        try:
+            while data := await source.receive_some(_READ_SIZE):
+                connection.data(time.time_ns(), bytes(data), from_client=from_client)
+                await sink.send_all(data)
+            connection.end(time.time_ns(), from_client=from_client)
+            await sink.send_eof()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # One end has hung up; what it had sent is recorded.
+
+    try:
+        server = await trio.open_tcp_stream(*target)
+    except OSError:
+        return  # Our end closes too, which is what a client without the tap would see.
+    async with server, trio.open_nursery() as nursery:
+        nursery.start_soon(partial(relay, client, server, from_client=True))
+        nursery.start_soon(partial(relay, server, client, from_client=False))

@@ -1,0 +1,337 @@
+"""The whole trial: record, hand the recordings over, let every adversary try, compare.
+
+Each adversary is a process of its own that has a folder: copies of the recordings that it made, of
+the answers of the oracles that it has, of what it stole, and nothing else. What it claims to have
+read is then compared with what was said.
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from subprocess import PIPE
+from typing import Any, Final
+
+import trio
+
+from hybridkex.demos.rndl.matrix import (
+    BREAKS,
+    CONFIGURATIONS,
+    TOY,
+    Break,
+    Configuration,
+    Delivery,
+    Row,
+    rows,
+)
+from hybridkex.demos.rndl.now.stage import Stage, Talk
+from hybridkex.errors import RecordingError
+
+__all__ = ["Cell", "Toy", "Trial", "contradiction", "equip", "run_trial"]
+
+_AT_ONCE: Final = 2
+_ADVERSARY_SECONDS: Final = 300.0
+"""For a machine that has much else to do."""
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What one adversary made of one connection."""
+
+    row: Row
+    adversary: Break
+    decrypted: bool
+    missing: tuple[str, ...]
+    """The secrets that the adversary lacked."""
+    plaintext: str | None
+    """The first line that it read."""
+    wrong: str | None
+    """How this contradicts the prediction or what was said; ``None`` where it does not."""
+
+    @property
+    def verdict(self) -> str:
+        """In one word."""
+        return "decrypted" if self.decrypted else "safe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    """The break without an oracle."""
+
+    seconds: float
+    steps: tuple[str, ...]
+    verdict: dict[str, Any]
+    wrong: str | None
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """Everything that came out."""
+
+    cells: list[Cell] = field(default_factory=list)
+    verdicts: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
+    """By configuration and adversary: what its process said of each connection that it had."""
+    toy: Toy | None = None
+    seconds: float = 0.0
+    at: float = field(default_factory=time.time)
+
+    @property
+    def wrong(self) -> list[str]:
+        """Everything that contradicts the claim."""
+        found = [
+            f"{cell.row.title}, against {cell.adversary.title}: {cell.wrong}"
+            for cell in self.cells
+            if cell.wrong is not None
+        ]
+        if self.toy is not None and self.toy.wrong is not None:
+            found.append(f"toy curve: {self.toy.wrong}")
+        return found
+
+    def cell(self, row: Row, adversary: Break) -> Cell:
+        """The cell of a row and a column."""
+        for cell in self.cells:
+            if cell.row == row and cell.adversary == adversary:
+                return cell
+        raise KeyError(f"{row.id} against {adversary.id}")
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values under stable names."""
+        return {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.at)),
+            "seconds": round(self.seconds, 2),
+            "as_predicted": not self.wrong,
+            "rows": [{"id": row.id, "title": row.title} for row in rows()],
+            "adversaries": [{"id": one.id, "title": one.title, "note": one.note} for one in BREAKS],
+            "cells": [
+                {
+                    "row": cell.row.id,
+                    "adversary": cell.adversary.id,
+                    "verdict": cell.verdict,
+                    "missing": list(cell.missing),
+                    "plaintext": cell.plaintext,
+                    "wrong": cell.wrong,
+                }
+                for cell in self.cells
+            ],
+            "recordings": [
+                {"configuration": configuration, "adversary": adversary, "verdicts": verdicts}
+                for (configuration, adversary), verdicts in self.verdicts.items()
+            ],
+            "toy": None
+            if self.toy is None
+            else {
+                "seconds": round(self.toy.seconds, 2),
+                "steps": list(self.toy.steps),
+                "verdict": self.toy.verdict,
+                "wrong": self.toy.wrong,
+            },
+        }
+
+
+async def run_trial(
+    folder: Path,
+    *,
+    tell: Tell,
+    toy_progress: Tell,
+    decided: Callable[[Cell], None],
+) -> Trial:
+    """Run it all in a new folder, where everything is left for whoever wants to look.
+
+    Args:
+        folder: does not exist yet, or is empty.
+        tell: is told what is being done.
+        toy_progress: is told how far the discrete logarithm is.
+        decided: gets each cell as it becomes known.
+
+    Raises:
+        RecordingError: an adversary's process failed.
+    """
+    began = time.monotonic()
+    trial, stage = Trial(), Stage(folder)
+    said = await _record(stage, tell)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_break_toy, stage, said, trial, toy_progress)
+        for first in range(_AT_ONCE):
+            some = BREAKS[first::_AT_ONCE]
+            nursery.start_soon(_attack, stage, some, said, trial, tell, decided)
+    trial.seconds = time.monotonic() - began
+    return trial
+
+
+_Said = dict[Path, list[Talk]]
+"""By recording."""
+
+
+async def _record(stage: Stage, tell: Tell) -> _Said:
+    """Every configuration, over every way of delivery that some adversary is about."""
+    said: _Said = {}
+    for configuration in (*CONFIGURATIONS, TOY):
+        tell(f"recording: {configuration.title}")
+        path = stage.recording(configuration, Delivery.IN_PROCESS)
+        said[path] = await stage.talk(configuration, connections=1 if configuration is TOY else 2)
+    with_qkd = [configuration for configuration in CONFIGURATIONS if configuration.qkd]
+    tell("QKD link: making keys")
+    async with stage.link() as sources:
+        for configuration in with_qkd:
+            tell(f"recording: {configuration.title}, keys of the link")
+            path = stage.recording(configuration, Delivery.LINK)
+            said[path] = await stage.talk(configuration, Delivery.LINK, sources)
+    for delivery in (Delivery.CLASSICAL_HOP, Delivery.HYBRID_HOP):
+        async with stage.sites(delivery).running() as sites:
+            for configuration in with_qkd:
+                tell(f"recording: {configuration.title}, keys by {delivery.value}")
+                path = stage.recording(configuration, delivery)
+                async with sites.tapped_sources(path) as sources:
+                    said[path] = await stage.talk(configuration, delivery, sources)
+    return said
+
+
+# --- adversaries ------------------------------------------------------------------------------
+
+
+async def _attack(
+    stage: Stage,
+    adversaries: Sequence[Break],
+    said: _Said,
+    trial: Trial,
+    tell: Tell,
+    decided: Callable[[Cell], None],
+) -> None:
+    """Let some adversaries try, one after the other."""
+    adversary_of = {one.id: one for one in adversaries}
+    configuration_of = {one.id: one for one in CONFIGURATIONS}
+
+    def take(line: dict[str, Any]) -> None:
+        adversary, configuration = adversary_of[line["folder"]], configuration_of[line["case"]]
+        tell(f"adversary: {adversary.title}")
+        trial.verdicts[configuration.id, adversary.id] = line["verdicts"]
+        talks = said[stage.recording(configuration, adversary.delivery)]
+        for cell in _cells(configuration, adversary, line["verdicts"], talks):
+            trial.cells.append(cell)
+            decided(cell)
+
+    await _run_adversaries([equip(stage, one) for one in adversaries], take)
+
+
+def equip(stage: Stage, adversary: Break) -> Path:
+    """Make the folder that holds what this adversary has, and nothing else."""
+    folder = stage.folder / "adversaries" / adversary.id
+    (folder / "oracle").mkdir(parents=True)
+    for primitive in adversary.oracles:
+        shutil.copy(stage.escrow.file(primitive), folder / "oracle")
+    for configuration in CONFIGURATIONS:
+        source, case = stage.recording(configuration, adversary.delivery), folder / configuration.id
+        case.mkdir()
+        for capture in source.glob("*.pcapng" if adversary.taps_delivery else "session.pcapng"):
+            shutil.copy(capture, case)
+        if configuration.qkd and adversary.taps_delivery and adversary.delivery is Delivery.LINK:
+            shutil.copy(stage.link_recording, case)
+    stolen = stage.folder / "stolen"
+    if adversary.steals_certificate_key:
+        shutil.copytree(stolen / "certificate", folder / "stolen/certificate")
+    if adversary.steals_ticket_key:
+        (folder / "stolen").mkdir(exist_ok=True)
+        shutil.copy(stolen / "ticket-keys.jsonl", folder / "stolen")
+    if adversary.steals_key_store is not None:
+        loot = stolen / adversary.delivery.value / adversary.steals_key_store
+        shutil.copytree(loot, folder / "stolen/kme")
+    return folder
+
+
+def _cells(
+    configuration: Configuration, adversary: Break, verdicts: list[Any], talks: list[Talk]
+) -> list[Cell]:
+    sessions = [verdict for verdict in verdicts if verdict["capture"] == "session.pcapng"]
+    cells = []
+    for verdict, talk in zip(sessions, talks, strict=True):
+        row = Row(configuration, talk.resumed)
+        missing = list(verdict["missing"])
+        if any(leg["kind"] == "ticket" and leg["how"] is None for leg in verdict["legs"]):
+            # The ticket's PSK comes out of the first connection, and rests on what that rests on.
+            missing[-1] += f", which takes: {', '.join(sessions[0]['missing'])}"
+        lines = verdict["to_server"].splitlines()
+        cells.append(
+            Cell(
+                row=row,
+                adversary=adversary,
+                decrypted=verdict["decrypted"],
+                missing=tuple(missing),
+                plaintext=lines[0] if lines else None,
+                wrong=contradiction(verdict, talk, predicted=adversary.defeats(row)),
+            )
+        )
+    return cells
+
+
+def contradiction(verdict: dict[str, Any], talk: Talk, *, predicted: bool) -> str | None:
+    """What is wrong with a verdict of an adversary's process, if anything is."""
+    if verdict["resumed"] != talk.resumed:
+        return "the adversary mistakes which connection was resumed"
+    if verdict["decrypted"] and verdict["missing"]:
+        return f"decrypted WITHOUT {', '.join(verdict['missing'])}: the keys do not rest on it"
+    if verdict["decrypted"] != predicted:
+        return "not decrypted, and should be" if predicted else "decrypted, and should be safe"
+    if verdict["decrypted"] and (
+        verdict["to_server"].encode() != talk.to_server
+        or verdict["to_client"].encode() != talk.to_client
+    ):
+        return "decrypted to something else than what was said"
+    if not verdict["decrypted"] and not verdict["missing"]:
+        return "no secret was missing, and still it was not decrypted"
+    return None
+
+
+async def _break_toy(stage: Stage, said: _Said, trial: Trial, progress: Tell) -> None:
+    recording = stage.recording(TOY, Delivery.IN_PROCESS)
+    folder = stage.folder / "adversaries" / TOY.id
+    shutil.copytree(recording, folder / TOY.id)
+    began, steps = time.monotonic(), list[str]()
+
+    def take(line: dict[str, Any]) -> None:
+        if "progress" in line:
+            steps.append(line["progress"])
+            progress(line["progress"])
+            return
+        first = line["verdicts"][0]
+        trial.toy = Toy(
+            seconds=time.monotonic() - began,
+            steps=tuple(steps),
+            verdict=first,
+            wrong=contradiction(first, said[recording][0], predicted=True),
+        )
+
+    await _run_adversaries([folder], take)
+
+
+async def _run_adversaries(folders: Sequence[Path], take: Callable[[dict[str, Any]], None]) -> None:
+    """Start adversaries' processes on folders; ``take`` gets what they say, as they say it."""
+    command = [sys.executable, "-m", "hybridkex.demos.rndl.later", *map(str, folders)]
+    complaint = bytearray()
+
+    async def read_complaint(stream: trio.abc.ReceiveStream) -> None:
+        async for data in stream:
+            complaint.extend(data)
+
+    with trio.move_on_after(_ADVERSARY_SECONDS) as scope:
+        async with trio.open_nursery() as nursery:
+            process: trio.Process = await nursery.start(
+                partial(trio.run_process, command, stdout=PIPE, stderr=PIPE, check=False)
+            )
+            assert process.stdout is not None
+            assert process.stderr is not None
+            nursery.start_soon(read_complaint, process.stderr)
+            buffer = b""
+            async for data in process.stdout:
+                *lines, buffer = (buffer + data).split(b"\n")
+                for line in lines:
+                    take(json.loads(line))
+    if scope.cancelled_caught:
+        raise RecordingError(f"adversaries were not done after {_ADVERSARY_SECONDS:g} s")
+    if process.returncode != 0:
+        raise RecordingError(f"an adversary failed: {complaint.decode(errors='replace')}")

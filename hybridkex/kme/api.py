@@ -1,0 +1,131 @@
+"""The URLs of a KME: ETSI GS QKD 014 clause 5 for SAEs, ``/kmapi`` for the KME at the other end."""
+
+import json
+import time
+from typing import Final
+from urllib.parse import parse_qs
+
+from hybridkex.errors import KeySourceError
+from hybridkex.kme.delivery import Kme
+from hybridkex.kme.metrics import KmeMetrics
+from hybridkex.kme.peering import CHECK, EXT_KEYS, VOID, ExtKeys, ids_from_json
+from hybridkex.net.http import Handler, Request, Response
+from hybridkex.qkd.etsi014.models import (
+    API,
+    Json,
+    KeyIds,
+    KeyRequest,
+    ModelError,
+    Refusal,
+)
+from hybridkex.qkd.store import Refused
+
+__all__ = ["kme_handler"]
+
+_API_PATH: Final = tuple(API.split("/")[1:])
+_PEER_CALLS: Final = {
+    tuple(url.split("/")[1:]): name
+    for url, name in ((EXT_KEYS, "ext_keys"), (VOID, "void"), (CHECK, "check"))
+}
+
+
+def kme_handler(kme: Kme, caller: str, metrics: KmeMetrics) -> Handler:
+    """The handler for one connection, whose certificate says that it is ``caller``'s."""
+
+    async def handle(request: Request) -> Response:
+        began = time.perf_counter()
+        call = _call_of(request)
+        try:
+            response = await _answer(kme, caller, call, request)
+        except Refusal as refusal:
+            # The standard gives 401 no body; two known clients read one all the same.
+            response = Response.json(refusal.status, refusal.body.to_json())
+        except ModelError as error:
+            response = Response.json(400, {"message": f"Bad request format: {error}"})
+        except Refused as refused:
+            response = _refused(refused)
+        except KeySourceError:
+            response = Response.json(503, {"message": "Error on server side"})
+        metrics.requests.labels(kme.kme_id, call, response.status).inc()
+        metrics.seconds.labels(kme.kme_id, call).observe(time.perf_counter() - began)
+        return response
+
+    return handle
+
+
+def _call_of(request: Request) -> str:
+    if request.path in _PEER_CALLS:
+        return _PEER_CALLS[request.path]
+    of_keys = len(request.path) == 5 and request.path[:3] == _API_PATH
+    if of_keys and request.path[4] in ("status", "enc_keys", "dec_keys"):
+        return request.path[4]
+    return "unknown"
+
+
+async def _answer(kme: Kme, caller: str, call: str, request: Request) -> Response:
+    if call == "unknown":
+        raise Refusal(404, "there is nothing at this URL")
+    allowed = ("POST",) if call in _PEER_CALLS.values() else ("GET", "POST")
+    if request.method not in (("GET",) if call == "status" else allowed):
+        raise Refusal(405, "this method is not for this URL")
+    match call:
+        case "ext_keys":
+            await kme.peer_allots(caller, ExtKeys.from_json(_body(request)))
+            return Response(status=202)
+        case "void":
+            await kme.peer_voids(caller, ids_from_json(_body(request)))
+            return Response(status=202)
+        case "check":
+            lacking = await kme.peer_checks(caller, ids_from_json(_body(request)))
+            return Response.json(200, {"key_ids": [str(key_id) for key_id in lacking]})
+    kme.admit(caller)
+    other = request.path[3]
+    result: Json
+    match call:
+        case "status":
+            result = (await kme.status(caller, other)).to_json()
+        case "enc_keys":
+            result = (await kme.get_key(caller, other, _key_request(request))).to_json()
+        case _:
+            ids = _key_ids(request)
+            result = (await kme.get_key_with_ids(caller, other, ids.key_ids)).to_json()
+    return Response.json(200, result)
+
+
+def _key_request(request: Request) -> KeyRequest:
+    if request.method == "GET":
+        return KeyRequest.from_query(_query(request))
+    # An empty body is an empty key request (clause 6.2: every member is optional).
+    return KeyRequest.from_json(_body(request)) if request.body else KeyRequest()
+
+
+def _key_ids(request: Request) -> KeyIds:
+    if request.method == "GET":
+        return KeyIds.from_query(_query(request))
+    return KeyIds.from_json(_body(request))
+
+
+def _query(request: Request) -> dict[str, list[str]]:
+    try:
+        return parse_qs(request.query, keep_blank_values=True, max_num_fields=16)
+    except ValueError:
+        raise ModelError("the query is malformed") from None
+
+
+def _body(request: Request) -> object:
+    try:
+        return json.loads(request.body)
+    except (ValueError, RecursionError):
+        raise ModelError("the body is not JSON") from None
+
+
+def _refused(refused: Refused) -> Response:
+    """409 in the form of RFC 9457."""
+    problem = {
+        "type": "about:blank",
+        "title": "Conflict",
+        "status": 409,
+        "detail": str(refused),
+        "refused": {str(key_id): reason for key_id, reason in refused.reasons.items()},
+    }
+    return Response.json(409, problem, "application/problem+json")

@@ -1,0 +1,227 @@
+"""The TOML file of ``hybridkex kme serve``; ``docs/kme.md`` shows one."""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Final, TypeVar, get_type_hints
+
+from hybridkex.errors import ConfigError
+from hybridkex.kme.delivery import KmeLimits
+from hybridkex.net.http import HttpLimits
+from hybridkex.qkd.etsi014.hop import TLS_KINDS
+from hybridkex.qkd.etsi014.naming import IdRule
+
+__all__ = [
+    "PRODUCERS",
+    "Address",
+    "KmeConfig",
+    "LinkConfig",
+    "PeerConfig",
+    "ServeConfig",
+    "load_config",
+]
+
+PRODUCERS: Final = ("random", "link")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """``host:port``, an IPv6 address in brackets. Raises ``ConfigError``."""
+        host, colon, port = text.rpartition(":")
+        if not colon or not host or not port.isdigit() or int(port) > 65535:
+            raise ConfigError(f"an address is host:port, not {text!r}")
+        return cls(host.removeprefix("[").removesuffix("]"), int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkConfig:
+    """A simulated QKD link; ``docs/qkd-link.md`` says what the settings mean."""
+
+    preset: str = "lim2014"
+    distance_km: float = 50.0
+    block_bits: int = 1_000_000
+    tuned: bool = True
+    """Use the best intensities for the distance, not those of the preset."""
+    clock: str = "fast"
+    bootstrap: str = "ml-dsa"
+    """Of the authentication, where both ends are in this process."""
+    party: str | None = None
+    """Where the other end is in another process: ``alice``, who listens, or ``bob``."""
+    address: Address | None = None
+    peer_certificate: Path | None = None
+    """Of the other KME; with our own it authenticates the first block."""
+
+    def __post_init__(self) -> None:
+        if self.clock not in ("fast", "real"):
+            raise ConfigError("clock must be fast or real")
+        if self.party not in (None, "alice", "bob"):
+            raise ConfigError("party must be alice or bob")
+        if {self.party is None, self.address is None, self.peer_certificate is None} == {
+            True,
+            False,
+        }:
+            raise ConfigError("party, address and peer_certificate go together")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerConfig:
+    """A KME at the other end of a link."""
+
+    id: str
+    saes: tuple[str, ...]
+    url: str | None = None
+    """Absent: the KME of this ID in the same file."""
+    producer: str = "random"
+    link: LinkConfig = field(default_factory=LinkConfig)
+
+    def __post_init__(self) -> None:
+        if self.producer not in PRODUCERS:
+            raise ConfigError(f"producer must be one of {', '.join(PRODUCERS)}")
+        if self.producer != "link" and self.link != LinkConfig():
+            raise ConfigError(f'{self.id}: a link table needs producer = "link"')
+        if self.producer == "link" and (self.url is None) != (self.link.party is None):
+            raise ConfigError(
+                f"{self.id}: a link to a KME of another process has a party, one to a KME of this "
+                "file has none"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KmeConfig:
+    """One KME."""
+
+    id: str
+    listen: Address
+    saes: tuple[str, ...]
+    ca: Path
+    certificate: Path
+    key: Path
+    store: Path
+    key_file: Path
+    tls: str = "stdlib"
+    id_rule: IdRule = IdRule.COMMON_NAME
+    self_pairs: bool = False
+    not_found_status: int = 400
+    max_connections: int = 256
+    peer_timeout: float = 3.0
+    peer: tuple[PeerConfig, ...] = ()
+    limits: KmeLimits = field(default_factory=KmeLimits)
+    http: HttpLimits = field(default_factory=HttpLimits)
+
+    def __post_init__(self) -> None:
+        if self.tls not in TLS_KINDS:
+            raise ConfigError(f"tls must be one of {', '.join(TLS_KINDS)}")
+        if self.max_connections < 1 or self.peer_timeout <= 0:
+            raise ConfigError("max_connections and peer_timeout must be positive")
+        if len({peer.id for peer in self.peer}) != len(self.peer):
+            raise ConfigError(f"{self.id} names a peer twice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """All KMEs of a process."""
+
+    kme: tuple[KmeConfig, ...]
+    metrics: Address | None = None
+    grace: float = 5.0
+    """Seconds that requests under way may take after the signal to stop."""
+
+    def __post_init__(self) -> None:
+        if not self.kme:
+            raise ConfigError("the configuration has no [[kme]]")
+        here = {kme.id: kme for kme in self.kme}
+        if len(here) != len(self.kme) or len({kme.store for kme in self.kme}) != len(self.kme):
+            raise ConfigError("every KME needs an ID and a store of its own")
+        for kme in self.kme:
+            for peer in kme.peer:
+                if peer.url is None:
+                    _check_pair(kme, peer, here.get(peer.id))
+
+
+def _check_pair(kme: KmeConfig, peer: PeerConfig, other: KmeConfig | None) -> None:
+    if other is None:
+        raise ConfigError(f"{kme.id}: the peer {peer.id} has no url and is not in this file")
+    back = next((one for one in other.peer if one.id == kme.id), None)
+    if back is None or set(back.saes) != set(kme.saes) or set(peer.saes) != set(other.saes):
+        raise ConfigError(f"{kme.id} and {peer.id} do not agree on their SAEs")
+    if kme.limits.key_size != other.limits.key_size or (
+        peer.producer,
+        peer.link,
+    ) != (back.producer, back.link):
+        raise ConfigError(f"{kme.id} and {peer.id} do not agree on key_size, producer or link")
+
+
+def load_config(path: Path) -> ServeConfig:
+    """Read a configuration. Paths in it are relative to its folder. Raises ``ConfigError``."""
+    try:
+        with path.open("rb") as file:
+            data = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    try:
+        return _build(ServeConfig, data, path.parent, "")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _build(kind: type[T], data: object, base: Path, where: str) -> T:
+    """A configuration class out of a table, checked against the types of its fields."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where or 'the file'} must be a table")
+    hints = get_type_hints(kind)
+    fields = {one.name: one for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in data:
+        if name not in fields:
+            raise ConfigError(f"{where}{name} is not a setting")
+    for name, one in fields.items():
+        required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+        if required and name not in data:
+            raise ConfigError(f"{where}{name} is missing")
+    values = {
+        name: _value(hints[name], value, base, f"{where}{name}") for name, value in data.items()
+    }
+    return kind(**values)
+
+
+def _value(kind: Any, value: Any, base: Path, where: str) -> Any:
+    if isinstance(kind, UnionType):  # optional: TOML has no null, so it is the other type
+        kind = next(one for one in kind.__args__ if one is not type(None))
+    if getattr(kind, "__origin__", None) is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where} must be an array")
+        return tuple(
+            _value(kind.__args__[0], item, base, f"{where}[{index}]")
+            for index, item in enumerate(value)
+        )
+    if dataclasses.is_dataclass(kind) and kind is not Address:
+        return _build(kind, value, base, f"{where}.")  # type: ignore[arg-type]
+    expected: Any = {Path: str, Address: str, IdRule: str, float: (int, float)}.get(kind, kind)
+    if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{where} is not of the right type")
+    if kind is Path:
+        return base / value
+    if kind is Address:
+        return Address.parse(value)
+    if kind is IdRule:
+        try:
+            return IdRule(value)
+        except ValueError:
+            known = ", ".join(rule.value for rule in IdRule)
+            raise ConfigError(f"{where} must be one of {known}") from None
+    return float(value) if kind is float else value

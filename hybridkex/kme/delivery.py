@@ -1,0 +1,461 @@
+"""A key management entity: the decisions, without HTTP, TLS or a database.
+
+Keys of a link lie at both of its KMEs. When a master asks for keys, its KME reserves blocks,
+asks the KME at the other end to promise them to the slaves, marks them as delivered in its own
+store, and only then answers. Two KMEs that reach for one block at the same time are kept apart by
+its *half*: the last bit of its ID says whose it is. Either side takes of its own half first, and
+of a block that both have reserved, the side of its half gets it.
+
+Nothing in this order can deliver a key twice, wherever it is cut off: a block is promised by the
+other KME at most once, durably, and a block whose promise is not used is refused from then on,
+upon which both sides erase it.
+"""
+
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+from uuid import UUID
+
+import trio
+
+from hybridkex.errors import (
+    ConfigError,
+    KeyConsumed,
+    KeyExpired,
+    KeySourceError,
+    KeySourceUnavailable,
+    KeyUnauthorized,
+    KeyUnknown,
+)
+from hybridkex.kme.metrics import KmeMetrics
+from hybridkex.kme.peering import ExtKeys, PeerLink
+from hybridkex.net.token_bucket import TokenBucket
+from hybridkex.qkd.etsi014.models import (
+    DeliveredKey,
+    KeyContainer,
+    KeyRequest,
+    Message,
+    Refusal,
+    Status,
+)
+from hybridkex.qkd.producer import KeyProducer, ProducedKey
+from hybridkex.qkd.store import Allotment, KeyStore, Material, Refused
+from hybridkex.secret import Secret
+
+__all__ = ["Kme", "KmeLimits"]
+
+LOG: Final = logging.getLogger(__name__)
+
+CHECK_AT_ONCE: Final = 1000
+"""IDs in one check message."""
+
+CHECK_EVERY: Final = 600.0
+"""Seconds between two comparisons of our blocks with the other end's."""
+
+SCRUB_EVERY: Final = 1.0
+"""Seconds for which a delivered key may be left, sealed, in the database's log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KmeLimits:
+    """Sizes in bits, times in seconds, rates in requests per second for each SAE."""
+
+    key_size: int = 256
+    """The default size, and the size of the blocks that producers give."""
+    min_key_size: int = 64
+    max_key_size: int = 4096
+    max_key_count: int = 4096
+    max_key_per_request: int = 128
+    max_sae_id_count: int = 8
+    key_ttl: float = 86_400.0
+    tombstone_ttl: float = 30 * 86_400.0
+    sync_grace: float = 60.0
+    """How long a block that the other end does not know may still be on its way there."""
+    rate: float = 200.0
+    burst: int = 400
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_key_size <= self.key_size <= self.max_key_size:
+            raise ConfigError("key sizes must satisfy 0 < min_key_size <= key_size <= max_key_size")
+        if self.key_size % 8 or self.min_key_size % 8 or self.max_key_size % 8:
+            raise ConfigError("key sizes are multiples of 8")
+        if min(self.max_key_count, self.max_key_per_request, self.burst) < 1:
+            raise ConfigError("max_key_count, max_key_per_request and burst must be positive")
+        if self.max_sae_id_count < 0:
+            raise ConfigError("max_SAE_ID_count cannot be negative")
+        if min(self.key_ttl, self.tombstone_ttl, self.rate) <= 0 or self.sync_grace < 0:
+            raise ConfigError("key_ttl, tombstone_ttl and rate must be positive")
+        if self.tombstone_ttl < self.key_ttl:
+            # Otherwise a key could be forgotten as delivered while the other end still has it.
+            raise ConfigError("tombstone_ttl cannot be shorter than key_ttl")
+
+
+@dataclass(kw_only=True)
+class _Link:
+    """What joins this KME to another one, or to itself for pairs of SAEs of its own."""
+
+    target: str
+    saes: frozenset[str]
+    half: int
+    peer: PeerLink | None
+    down: bool = False
+    left: trio.Event = field(default_factory=trio.Event)
+
+    def note_room(self) -> None:
+        self.left.set()
+        self.left = trio.Event()
+
+
+class Kme:
+    """One KME. Methods that an SAE's request leads to raise :class:`Refusal`."""
+
+    def __init__(
+        self,
+        kme_id: str,
+        *,
+        saes: frozenset[str],
+        peers: Mapping[str, frozenset[str]],
+        store: KeyStore,
+        limits: KmeLimits,
+        metrics: KmeMetrics,
+        self_pairs: bool = False,
+        not_found_status: int = 400,
+    ) -> None:
+        """``saes`` are attached here, ``peers`` maps other KMEs to the SAEs attached there.
+
+        ``self_pairs`` allows a slave that is attached here too, even the master itself;
+        ``not_found_status`` is 400 by the standard and 404 in much of the field.
+        """
+        everyone = [*saes, *(sae for attached in peers.values() for sae in attached)]
+        if not kme_id or kme_id in peers:
+            raise ConfigError("a KME needs an ID of its own")
+        if len(set(everyone)) != len(everyone) or {kme_id, *peers} & set(everyone):
+            raise ConfigError("SAE IDs and KME IDs must differ, and an SAE has one KME")
+        if not_found_status not in (400, 404):
+            raise ConfigError("not_found_status is 400 or 404")
+        self.kme_id: Final = kme_id
+        self.saes: Final = saes
+        self.limits: Final = limits
+        self.not_found_status: Final = not_found_status
+        self._store = store
+        self._metrics = metrics
+        self._links = {
+            target: _Link(target=target, saes=attached, half=int(kme_id > target), peer=None)
+            for target, attached in peers.items()
+        }
+        if self_pairs:
+            self._links[kme_id] = _Link(target=kme_id, saes=saes, half=0, peer=None)
+        self._buckets = {sae: TokenBucket(limits.rate, limits.burst) for sae in saes}
+
+    @property
+    def links(self) -> tuple[str, ...]:
+        """The KMEs to which there is a link; itself among them where ``self_pairs`` is on."""
+        return tuple(self._links)
+
+    def connect(self, target: str, peer: PeerLink) -> None:
+        """Say how the KME ``target`` is reached."""
+        self._links[target].peer = peer
+
+    # -- SAEs
+
+    def admit(self, sae: str) -> None:
+        """Clause 5.1: is this SAE ours, and within its rate?"""
+        if sae not in self.saes:
+            raise Refusal(401, "Unauthorized")
+        if not self._buckets[sae].take():
+            raise Refusal(503, "too many requests")
+
+    def _link_to(self, slaves: Sequence[str]) -> _Link:
+        for link in self._links.values():
+            if link.saes.issuperset(slaves):
+                return link
+        known = {sae for link in self._links.values() for sae in link.saes}
+        if known.issuperset(slaves):
+            raise Refusal(400, "the slave SAEs are attached to different KMEs")
+        raise Refusal(400, "a slave SAE is unknown or cannot be reached from here")
+
+    async def status(self, master: str, slave: str) -> Status:
+        """Get status (clause 5.1)."""
+        link = self._link_to([slave])
+        return Status(
+            source_kme_id=self.kme_id,
+            target_kme_id=link.target,
+            master_sae_id=master,
+            slave_sae_id=slave,
+            key_size=self.limits.key_size,
+            stored_key_count=await self._store.count(link.target),
+            max_key_count=self.limits.max_key_count,
+            max_key_per_request=self.limits.max_key_per_request,
+            max_key_size=self.limits.max_key_size,
+            min_key_size=self.limits.min_key_size,
+            max_sae_id_count=self.limits.max_sae_id_count,
+        )
+
+    async def get_key(self, master: str, slave: str, request: KeyRequest) -> KeyContainer:
+        """Get key (clause 5.2)."""
+        slaves = [slave, *request.additional_slave_sae_ids]
+        size = self._checked_size(request)
+        if len(request.additional_slave_sae_ids) > self.limits.max_sae_id_count:
+            raise Refusal(400, "too many additional_slave_SAE_IDs")
+        if len(set(slaves)) != len(slaves):
+            raise Refusal(400, "a slave SAE is named twice")
+        link = self._link_to(slaves)
+        per_key = math.ceil(size / self.limits.key_size)
+        tried: set[UUID] = set()
+        while True:
+            found = await self._store.reserve(
+                link.target, per_key * request.number, half=link.half, skip=tried
+            )
+            try:
+                if len(found) < per_key * request.number:
+                    raise Refusal(503, "not enough keys are stored")
+                keys = _assembled(found, per_key, size // 8)
+                try:
+                    await self._settle(link, keys, master, slaves)
+                except Refused as refused:
+                    tried |= refused.reasons.keys()
+                    await self._drop(link, found, refused.reasons)
+                    continue
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._store.release(material.key_id for material in found)
+            self._metrics.delivered.labels(self.kme_id, "master").inc(len(keys))
+            return KeyContainer(
+                keys=tuple(DeliveredKey(key_id=one.key_id, key=key) for one, key in keys)
+            )
+
+    def _checked_size(self, request: KeyRequest) -> int:
+        if request.extension_mandatory:
+            raise Refusal(
+                400,
+                Message.MANDATORY_UNSUPPORTED,
+                *(
+                    {"extension_mandatory_unsupported": f"{name} is not supported"}
+                    for item in request.extension_mandatory
+                    for name in item
+                ),
+            )
+        size = self.limits.key_size if request.size is None else request.size
+        if size % 8:
+            raise Refusal(400, Message.SIZE_MULTIPLE)
+        if not self.limits.min_key_size <= size <= self.limits.max_key_size:
+            raise Refusal(400, "size is out of the range of min_key_size and max_key_size")
+        if not 1 <= request.number <= self.limits.max_key_per_request:
+            raise Refusal(400, "number is out of the range of 1 and max_key_per_request")
+        return size
+
+    async def _settle(
+        self,
+        link: _Link,
+        keys: list[tuple[Allotment, Secret]],
+        master: str,
+        slaves: list[str],
+    ) -> None:
+        """The other KME's promise first, then our own durable mark. Raises ``Refused``."""
+        allotments = tuple(one for one, _ in keys)
+        local = [slave for slave in slaves if link.target == self.kme_id]
+        if link.target != self.kme_id:
+            if link.peer is None:
+                raise Refusal(503, "the KME at the other end is not connected")
+            try:
+                await link.peer.ext_keys(
+                    ExtKeys(allotments=allotments, master=master, slaves=tuple(slaves))
+                )
+            except KeySourceUnavailable as error:
+                if not link.down:  # once, not for every request until it is back
+                    LOG.warning("%s: %s: %s", self.kme_id, link.target, error)
+                link.down = True
+                raise Refusal(503, "the KME at the other end does not answer") from None
+            if link.down:
+                LOG.warning("%s: %s is back", self.kme_id, link.target)
+            link.down = False
+        try:
+            await self._store.allot(link.target, allotments, master=master, slaves=local)
+        except KeyConsumed:
+            await self._tell_void(link, [one.key_id for one in allotments])
+            raise Refusal(503, "a key expired while it was allotted") from None
+        link.note_room()
+
+    async def _drop(self, link: _Link, found: list[Material], reasons: Mapping[UUID, str]) -> None:
+        """Erase, on both sides, blocks that the other end will never allot."""
+        arrived = time.time() - self.limits.sync_grace
+        dead = [
+            material.key_id
+            for material in found
+            if reasons.get(material.key_id) == "spent"
+            or (reasons.get(material.key_id) == "unknown" and material.created < arrived)
+        ]
+        for reason in reasons.values():
+            self._metrics.refused.labels(self.kme_id, link.target, reason).inc()
+        if dead:
+            await self._store.void(link.target, dead)
+            await self._tell_void(link, dead)
+
+    async def _tell_void(self, link: _Link, key_ids: list[UUID]) -> None:
+        if link.peer is not None:
+            try:
+                await link.peer.void(key_ids)
+            except KeySourceUnavailable as error:
+                # Unused promises also expire; this message only frees them sooner.
+                LOG.info("%s: %s", self.kme_id, error)
+
+    async def get_key_with_ids(
+        self, slave: str, master: str, key_ids: Sequence[UUID]
+    ) -> KeyContainer:
+        """Get key with key IDs (clause 5.3)."""
+        if not 1 <= len(key_ids) <= self.limits.max_key_per_request:
+            raise Refusal(400, "the number of key_IDs is out of range")
+        try:
+            found = await self._store.collect(key_ids, slave=slave, master=master)
+        except KeyUnauthorized:
+            raise Refusal(401, "Unauthorized") from None
+        except (KeyUnknown, KeyConsumed, KeyExpired):
+            raise Refusal(self.not_found_status, Message.NOT_FOUND) from None
+        self._metrics.delivered.labels(self.kme_id, "slave").inc(len(found))
+        return KeyContainer(
+            keys=tuple(DeliveredKey(key_id=key_id, key=key) for key_id, key in found)
+        )
+
+    # -- the KME at the other end
+
+    async def peer_allots(self, peer: str, message: ExtKeys) -> None:
+        """Promise keys to SAEs of ours. Raises ``Refused``, and ``Refusal`` for nonsense."""
+        link = self._links.get(peer)
+        if link is None or message.master not in link.saes:
+            raise Refusal(401, "Unauthorized")
+        if not message.slaves or not self.saes.issuperset(message.slaves):
+            raise Refusal(400, "a target SAE is not attached here")
+        if any(
+            one.size * 8 > self.limits.max_key_size
+            or len(one.blocks) > math.ceil(self.limits.max_key_size / self.limits.key_size)
+            for one in message.allotments
+        ):
+            raise Refusal(400, "a key is too long")
+        await self._store.accept(
+            peer,
+            message.allotments,
+            master=message.master,
+            slaves=message.slaves,
+            peer_half=1 - link.half,
+        )
+        link.note_room()
+
+    async def peer_voids(self, peer: str, key_ids: Sequence[UUID]) -> None:
+        """Erase what the other end will not use."""
+        if peer not in self._links:
+            raise Refusal(401, "Unauthorized")
+        await self._store.void(peer, key_ids)
+
+    async def peer_checks(self, peer: str, key_ids: Sequence[UUID]) -> list[UUID]:
+        """Which of these blocks we do not have."""
+        if peer not in self._links:
+            raise Refusal(401, "Unauthorized")
+        return await self._store.unknown(peer, key_ids)
+
+    async def reconcile(self, target: str, *, grace: float) -> None:
+        """Erase blocks that are older than ``grace`` seconds and that the other end lacks.
+
+        They are what a crash leaves at the end of a link that was ahead, and would take the place
+        of keys that both ends have.
+        """
+        link = self._links[target]
+        if link.peer is None:
+            return
+        before = time.time() - grace
+        ids = await self._store.shared_ids(target, created_before=before)
+        for start in range(0, len(ids), CHECK_AT_ONCE):
+            lacking = await link.peer.check(ids[start : start + CHECK_AT_ONCE])
+            if lacking:
+                await self._store.void(target, lacking)
+                self._metrics.refused.labels(self.kme_id, target, "unknown").inc(len(lacking))
+                link.note_room()
+
+    # -- keys in, keys out of date
+
+    async def feed(self, target: str, producer: KeyProducer, *, shared: bool) -> None:
+        """Take keys for a link from a producer whenever there is room, until it ends.
+
+        ``shared``: the KME at the other end gets the same keys from its own end of the link.
+        """
+        link = self._links[target]
+        batches = aiter(producer)
+        try:
+            await self._take(link, batches, shared)
+        finally:
+            # An asynchronous generator holds what it was doing; others have nothing to close.
+            close = getattr(batches, "aclose", None)
+            if close is not None:
+                with trio.CancelScope(shield=True):
+                    await close()
+
+    async def _take(
+        self, link: _Link, batches: AsyncIterator[list[ProducedKey]], shared: bool
+    ) -> None:
+        async for batch in batches:
+            if any(len(item.key) * 8 != self.limits.key_size for item in batch):
+                raise ConfigError("the producer's keys are not of key_size")
+            while True:
+                left = link.left  # before the count, so that no change after it is missed
+                if await self._store.count(link.target) + len(batch) <= self.limits.max_key_count:
+                    break
+                await left.wait()
+            await self._store.add(
+                link.target, [(item.key_id, item.key) for item in batch], shared=shared
+            )
+            self._metrics.produced.labels(self.kme_id, link.target).inc(len(batch))
+
+    async def maintain(self, every: float = 10.0) -> None:
+        """Erase old keys, keep in step with the other ends and count keys, for ever."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._scrub_often)
+            await self._keep_house(every)
+
+    async def _scrub_often(self) -> None:
+        """A second after a key was delivered, none of our files has it."""
+        while True:
+            await trio.sleep(SCRUB_EVERY)
+            try:
+                await self._store.scrub()
+            except KeySourceError as error:
+                LOG.warning("%s: %s", self.kme_id, error)
+
+    async def _keep_house(self, every: float) -> None:
+        next_check = 0.0
+        while True:
+            now = time.time()
+            try:
+                erased = await self._store.expire(
+                    keys_before=now - self.limits.key_ttl,
+                    tombstones_before=now - self.limits.tombstone_ttl,
+                )
+                if erased:
+                    self._metrics.expired.labels(self.kme_id).inc(erased)
+                for link in self._links.values():
+                    if now >= next_check:
+                        await self.reconcile(link.target, grace=self.limits.sync_grace)
+                    stored = await self._store.count(link.target)
+                    self._metrics.stored.labels(self.kme_id, link.target).set(stored)
+                    if erased:
+                        link.note_room()
+                if now >= next_check:
+                    next_check = now + CHECK_EVERY
+            except KeySourceError as error:
+                LOG.warning("%s: %s", self.kme_id, error)
+            await trio.sleep(every)
+
+
+def _assembled(
+    found: Sequence[Material], per_key: int, size: int
+) -> list[tuple[Allotment, Secret]]:
+    """Group blocks into keys; a key goes by value if the other end lacks one of its blocks."""
+    keys: list[tuple[Allotment, Secret]] = []
+    for start in range(0, len(found), per_key):
+        blocks = found[start : start + per_key]
+        key = Secret(b"".join(block.key.reveal() for block in blocks)[:size])
+        value = None if all(block.shared for block in blocks) else key
+        ids = tuple(block.key_id for block in blocks)
+        keys.append((Allotment(blocks=ids, size=size, value=value), key))
+    return keys

@@ -1,0 +1,265 @@
+"""KMEs as running servers: sockets, TLS, producers, metrics, an orderly end."""
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from hybridkex.errors import ConfigError, HybridkexError, KeySourceUnavailable
+from hybridkex.kme.api import kme_handler
+from hybridkex.kme.config import Address, KmeConfig, ServeConfig
+from hybridkex.kme.delivery import Kme
+from hybridkex.kme.metrics import KmeMetrics
+from hybridkex.kme.peering import HttpPeer, LocalPeer
+from hybridkex.net.http import HttpLimits, serve_connection
+from hybridkex.qkd.etsi014.hop import Hop, client_hop, server_hop
+from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate
+from hybridkex.qkd.etsi014.transport import KmeTransport
+from hybridkex.qkd.producer import KeyProducer, RandomProducer, random_link
+from hybridkex.qkd.store import SqliteKeyStore, read_key_file
+
+__all__ = ["KmeServer", "Serving"]
+
+LOG: Final = logging.getLogger(__name__)
+
+HANDSHAKE_SECONDS: Final = 10.0
+CLOSE_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """Where a server listens, ports filled in."""
+
+    kmes: Mapping[str, Address]
+    metrics: Address | None
+
+
+class KmeServer:
+    """The KMEs of one configuration.
+
+    Opens the stores and reads the certificates when it is made; raises ``ConfigError``.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self.metrics: Final = KmeMetrics()
+        self._closing = trio.Event()
+        self._stores: dict[str, SqliteKeyStore] = {}
+        self._kmes: dict[str, Kme] = {}
+        try:
+            for one in config.kme:
+                self._kmes[one.id] = self._make(one)
+        except ConfigError:
+            for store in self._stores.values():
+                store.close()
+            raise
+
+    def _make(self, config: KmeConfig) -> Kme:
+        store = SqliteKeyStore(config.store, read_key_file(config.key_file))
+        self._stores[config.id] = store
+        return Kme(
+            config.id,
+            saes=frozenset(config.saes),
+            peers={peer.id: frozenset(peer.saes) for peer in config.peer},
+            store=store,
+            limits=config.limits,
+            metrics=self.metrics,
+            self_pairs=config.self_pairs,
+            not_found_status=config.not_found_status,
+        )
+
+    def close(self) -> None:
+        """Begin an orderly end: no new connections, requests under way are answered."""
+        self._closing.set()
+
+    async def serve(
+        self, *, task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Serve until :meth:`close`; the started value says where. Raises ``ConfigError``."""
+        async with AsyncExitStack() as stack:
+            for store in self._stores.values():
+                stack.push_async_callback(store.aclose)
+            for one in self._config.kme:
+                await self._connect_peers(one, stack)
+            for one in self._config.kme:
+                for peer in one.peer:
+                    if peer.url is None:
+                        # Both stores are ours and at rest: what one of them lacks, it never gets.
+                        await self._kmes[one.id].reconcile(peer.id, grace=0)
+            producers, links = self._producers()
+            doors = [await self._door(one, stack) for one in self._config.kme]
+            addresses = {
+                one.id: _address(door.listeners[0])
+                for one, door in zip(self._config.kme, doors, strict=True)
+            }
+            metrics = None
+            if self._config.metrics is not None:
+                doors.append(await _opened(self._config.metrics, self._serve_metrics, stack))
+                metrics = _address(doors[-1].listeners[0])
+            # Three nurseries, ended from the inside out: no new connections, then no old ones,
+            # then no more keys.
+            async with trio.open_nursery() as background:
+                for one in self._config.kme:
+                    background.start_soon(self._kmes[one.id].maintain)
+                for link in links:
+                    background.start_soon(link)
+                for kme_id, target, producer, shared in producers:
+                    background.start_soon(self._feed, self._kmes[kme_id], target, producer, shared)
+                async with trio.open_nursery() as connections:
+                    async with trio.open_nursery() as accepting:
+                        for door in doors:
+                            accepting.start_soon(door.serve, connections)
+                        task_status.started(Serving(kmes=addresses, metrics=metrics))
+                        await self._closing.wait()
+                        accepting.cancel_scope.cancel()
+                    connections.cancel_scope.deadline = trio.current_time() + self._config.grace
+                background.cancel_scope.cancel()
+
+    # -- links
+
+    async def _connect_peers(self, config: KmeConfig, stack: AsyncExitStack) -> None:
+        kme = self._kmes[config.id]
+        for peer in config.peer:
+            if peer.url is None:
+                kme.connect(peer.id, LocalPeer(own_id=config.id, other=self._kmes[peer.id]))
+                continue
+            hop = client_hop(
+                config.tls, ca=config.ca, certificate=config.certificate, key=config.key
+            )
+            transport = KmeTransport(hop, _confirms(peer.id, config.id_rule))
+            link = HttpPeer(peer.url, transport, config.peer_timeout)
+            stack.push_async_callback(link.aclose)
+            kme.connect(peer.id, link)
+
+    def _producers(
+        self,
+    ) -> tuple[list[tuple[str, str, KeyProducer, bool]], list[Callable[[], Awaitable[None]]]]:
+        """What feeds which KME for which link, and whether the other end is fed the same.
+
+        Also the links that must run for it.
+        """
+        found: list[tuple[str, str, KeyProducer, bool]] = []
+        links: list[Callable[[], Awaitable[None]]] = []
+        for config in self._config.kme:
+            size = config.limits.key_size
+            if config.self_pairs:
+                found.append((config.id, config.id, RandomProducer(key_bits=size), False))
+            for peer in config.peer:
+                if peer.producer == "link":
+                    if peer.url is None and config.id > peer.id:
+                        continue  # the two ends are made at once
+                    from hybridkex.kme.link_feed import link_feed  # noqa: PLC0415  # an extra
+
+                    feed = link_feed(config, peer, self.metrics)
+                    links.append(feed.run)
+                    found.append((config.id, peer.id, feed.ends[0], True))
+                    if peer.url is None:
+                        found.append((peer.id, config.id, feed.ends[1], True))
+                elif peer.url is not None:
+                    # The other end makes keys of its own; ours reach it by value.
+                    found.append((config.id, peer.id, RandomProducer(key_bits=size), False))
+                elif config.id < peer.id:
+                    here, there = random_link(size)
+                    found.append((config.id, peer.id, here, True))
+                    found.append((peer.id, config.id, there, True))
+        return found, links
+
+    @staticmethod
+    async def _feed(kme: Kme, target: str, producer: KeyProducer, shared: bool) -> None:
+        try:
+            await kme.feed(target, producer, shared=shared)
+        except HybridkexError as error:
+            LOG.error("%s: no more keys for %s: %s", kme.kme_id, target, error)  # noqa: TRY400
+        else:
+            LOG.warning("%s: the producer for %s has ended", kme.kme_id, target)
+
+    # -- sockets
+
+    async def _door(self, config: KmeConfig, stack: AsyncExitStack) -> "_Door":
+        hop = server_hop(config.tls, ca=config.ca, certificate=config.certificate, key=config.key)
+        slots = trio.Semaphore(config.max_connections)
+        rejected = self.metrics.rejected
+
+        async def handle(stream: trio.SocketStream) -> None:
+            try:
+                slots.acquire_nowait()
+            except trio.WouldBlock:
+                rejected.labels(config.id, "too many").inc()
+                await trio.aclose_forcefully(stream)
+                return
+            try:
+                await self._converse(config, hop, stream)
+            finally:
+                slots.release()
+
+        return await _opened(config.listen, handle, stack)
+
+    async def _converse(self, config: KmeConfig, hop: Hop, stream: trio.SocketStream) -> None:
+        """One connection, from the handshake to its end."""
+        rejected = self.metrics.rejected
+        secure: trio.abc.Stream = stream
+        try:
+            with trio.fail_after(HANDSHAKE_SECONDS):
+                secure, certificate = await hop(stream, "")
+        except (trio.TooSlowError, trio.BrokenResourceError, HybridkexError) as error:
+            rejected.labels(config.id, "handshake").inc()
+            LOG.info("%s: a handshake failed: %s", config.id, error.__cause__ or error)
+            await trio.aclose_forcefully(secure)
+            return
+        try:
+            caller = id_of_certificate(certificate, config.id_rule)
+            if caller is None:
+                # Clause 5.1: without an SAE ID from the certificate, no connection.
+                rejected.labels(config.id, "no ID").inc()
+                return
+            handler = kme_handler(self._kmes[config.id], caller, self.metrics)
+            await serve_connection(secure, handler, config.http, self._closing)
+        except trio.BrokenResourceError as error:
+            LOG.info("%s: a connection failed: %s", config.id, error.__cause__ or error)
+        finally:
+            with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                await secure.aclose()
+
+    async def _serve_metrics(self, stream: trio.SocketStream) -> None:
+        async with stream:
+            await serve_connection(stream, self.metrics.handle, HttpLimits(), self._closing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Door:
+    """Listening sockets and what serves a connection through them."""
+
+    listeners: list[trio.SocketListener]
+    handle: Callable[[trio.SocketStream], Awaitable[None]]
+
+    async def serve(self, connections: trio.Nursery) -> None:
+        await trio.serve_listeners(self.handle, self.listeners, handler_nursery=connections)
+
+
+async def _opened(
+    address: Address, handle: Callable[[trio.SocketStream], Awaitable[None]], stack: AsyncExitStack
+) -> _Door:
+    try:
+        listeners = await trio.open_tcp_listeners(address.port, host=address.host)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {address}: {error.strerror}") from error
+    for listener in listeners:
+        stack.push_async_callback(listener.aclose)
+    return _Door(listeners=listeners, handle=handle)
+
+
+def _address(listener: trio.SocketListener) -> Address:
+    host, port, *_ = listener.socket.getsockname()
+    return Address(host, port)
+
+
+def _confirms(kme_id: str, rule: IdRule) -> Callable[[bytes], None]:
+    def check(certificate: bytes) -> None:
+        found = id_of_certificate(certificate, rule)
+        if found != kme_id:
+            raise KeySourceUnavailable(f"the other KME is {found}, not {kme_id}")
+
+    return check

@@ -1,0 +1,177 @@
+"""The best intensities, their probabilities and the basis bias for a link.
+
+The papers optimise them for every distance; so does this, with the expected counts of a block of
+a given number of key-basis detections.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+from hybridkex.errors import ConfigError
+from hybridkex.link.entropy import binary_entropy
+from hybridkex.link.finite_key import SecretLength, Security, expected_counts, proof_for
+from hybridkex.link.physics import Channel, Transmitter
+from hybridkex.link.presets import Preset
+
+__all__ = ["Optimum", "expected_length", "optimise", "tuned"]
+
+NEAR_VACUUM: Final = 2e-4
+"""The dimmest intensity that a modulator reaches (Lim et al. 2014, section IV)."""
+
+RELATIVE_SECRECY: Final = 1e-15
+"""kappa: Lim et al. let eps_sec be so much for each bit of the key."""
+
+STARTS: Final = {
+    3: ((0.5, 0.2, 0.5, 0.6, 0.8), (0.5, 0.12, 0.3, 0.6, 0.95), (0.7, 0.3, 0.1, 0.5, 0.5)),
+    2: ((0.5, 0.2, 0.6, 0.9), (0.5, 0.15, 0.3, 0.97), (0.5, 0.2, 0.4, 0.7)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimum:
+    """The best settings found, and what they give."""
+
+    transmitter: Transmitter
+    length: SecretLength
+    pulses: float
+    rate: float
+    """Secret bits per pulse; 0 if there is no key."""
+
+
+def expected_length(
+    channel: Channel,
+    transmitter: Transmitter,
+    *,
+    key_detections: float,
+    f: float,
+    security: Security | None = None,
+    clamp: bool = True,
+) -> tuple[SecretLength, float]:
+    """The secret length of an average block, and its number of pulses.
+
+    Without ``security``, eps_sec is in proportion to the length, as in Lim et al. 2014.
+    """
+    q = transmitter.key_basis_probability
+    pulses = key_detections / (q**2 * transmitter.mean_gain(channel))
+    counts = expected_counts(channel, transmitter, pulses)
+    leak = f * key_detections * binary_entropy(counts.key_error_rate)
+    proof = proof_for(transmitter)
+    if security is not None:
+        return proof.secret_length(
+            transmitter, counts, security=security, leak=leak, clamp=clamp
+        ), pulses
+    real = key_detections
+    for _ in range(30):  # the length depends on its logarithm alone, so this settles at once
+        goal = Security(secrecy=RELATIVE_SECRECY * max(real, 1.0), correctness=RELATIVE_SECRECY)
+        length = proof.secret_length(transmitter, counts, security=goal, leak=leak, clamp=clamp)
+        if abs(length.real - real) < 1e-9 * abs(real):
+            break
+        real = length.real
+    return length, pulses
+
+
+def _transmitter(settings: NDArray[np.float64]) -> Transmitter:
+    """From numbers of any size to settings that make sense."""
+    free = 1.0 / (1.0 + np.exp(-np.clip(settings, -7.0, 7.0)))
+    if len(free) == 5:
+        mu_1, share, p_1, rest, q = (float(value) for value in free)
+        mu_2 = NEAR_VACUUM + share * (mu_1 - 2.0 * NEAR_VACUUM)
+        probabilities: tuple[float, ...] = (p_1, (1.0 - p_1) * rest, (1.0 - p_1) * (1.0 - rest))
+        intensities: tuple[float, ...] = (mu_1, mu_2, NEAR_VACUUM)
+    else:
+        mu_1, share, p_1, q = (float(value) for value in free)
+        intensities, probabilities = (mu_1, share * mu_1), (p_1, 1.0 - p_1)
+    return Transmitter(
+        intensities=intensities, probabilities=probabilities, key_basis_probability=q
+    )
+
+
+def _start(near: Transmitter) -> tuple[float, ...]:
+    """The reverse of :func:`_transmitter`, in the form of :data:`STARTS`."""
+    p = near.probabilities
+    middle = (p[1] / (1.0 - p[0]),) if len(p) == 3 else ()
+    return (*near.intensities[:2], p[0], *middle, near.key_basis_probability)
+
+
+def optimise(
+    channel: Channel,
+    *,
+    key_detections: float,
+    f: float,
+    intensities: int = 3,
+    security: Security | None = None,
+    near: Transmitter | None = None,
+) -> Optimum | None:
+    """The settings with the highest rate, or ``None`` where no key can be made.
+
+    ``intensities``: 3 for two decoys, 2 for one. ``near``: settings to start from, such as the best
+    of a link that is a little shorter; without them the search has several starts.
+    See :func:`expected_length` for the others.
+    """
+
+    def loss(settings: NDArray[np.float64]) -> float:
+        try:
+            transmitter = _transmitter(settings)
+        except ConfigError:
+            return math.inf
+        length, pulses = expected_length(
+            channel, transmitter, key_detections=key_detections, f=f, security=security
+        )
+        # Where there is no key, less of a debt is better, so that the search finds its way out.
+        return -math.log(length.real / pulses) if length.real > 0 else 100.0 - length.real / pulses
+
+    found = []
+    for start in STARTS[intensities] if near is None else (_start(near),):
+        share = start[1] / start[0]
+        free = np.array([start[0], share, *start[2:]])
+        found.append(
+            minimize(
+                loss,
+                np.log(free / (1.0 - free)),
+                method="Nelder-Mead",
+                options={"maxiter": 1500, "xatol": 1e-4, "fatol": 1e-7},
+            )
+        )
+    best = min(found, key=lambda result: float(result.fun))
+    transmitter = _transmitter(best.x)
+    length, pulses = expected_length(
+        channel, transmitter, key_detections=key_detections, f=f, security=security
+    )
+    if length.real <= 0.0:
+        return None
+    return Optimum(transmitter=transmitter, length=length, pulses=pulses, rate=length.real / pulses)
+
+
+def tuned(preset: Preset, block_bits: int) -> Preset:
+    """A preset with the best settings for its distance and blocks of ``block_bits``.
+
+    Raises ``ConfigError`` where no key can be made at all.
+    """
+    best = optimise(
+        preset.channel,
+        key_detections=block_bits,
+        f=preset.efficiency,
+        intensities=len(preset.transmitter.intensities),
+        security=preset.security,
+    )
+    if best is None:
+        raise ConfigError(
+            f"{preset.name} makes no key over {preset.channel.distance_km:g} km in blocks of "
+            f"{block_bits} bits; shorten the fibre or make the blocks larger"
+        )
+    # Rounded, so that two ends that computed it apart have the same.
+    mu = tuple(round(mean, 4) for mean in best.transmitter.intensities)
+    p = [round(share, 4) for share in best.transmitter.probabilities[:-1]]
+    return replace(
+        preset,
+        transmitter=Transmitter(
+            intensities=mu,
+            probabilities=(*p, round(1.0 - sum(p), 4)),
+            key_basis_probability=round(best.transmitter.key_basis_probability, 4),
+        ),
+    )

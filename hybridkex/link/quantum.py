@@ -1,0 +1,194 @@
+"""The quantum channel: what Alice sent, what Bob saw, and the simulated fibre in between.
+
+Of a weak pulse through a long fibre nothing arrives but once in a thousand times, so detections are
+sampled, not pulses: the number of pulses between two of them is geometric, and what a detected
+pulse was follows from Bayes' rule. That is exact, because the settings of pulses are independent of
+each other.
+
+:class:`Fibre` is nobody's: it knows both sides, as nature does. Alice gets at her end nothing but
+:class:`Log`, the settings of her own pulses, and Bob nothing but :class:`Clicks`.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from hybridkex.link.physics import Channel, Light, Transmitter, gain_from_yields
+from hybridkex.link.randomness import Randomness
+
+__all__ = ["KEY", "TEST", "Clicks", "Detector", "Fibre", "Log", "Sent", "sample"]
+
+KEY: Final = 0
+TEST: Final = 1
+"""The two bases."""
+
+Bits = NDArray[np.uint8]
+Pulses = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """Alice's settings of some pulses, one row for each."""
+
+    intensity: Bits
+    basis: Bits
+    bit: Bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clicks:
+    """Bob's detections, one row for each, in the order of time."""
+
+    pulse: Pulses
+    """The number of the pulse, from 0, over the life of the link; strictly increasing."""
+    basis: Bits
+    bit: Bits
+
+
+class Detector(Protocol):
+    """Bob's end of the quantum channel."""
+
+    async def detect(self, count: int) -> Clicks:
+        """Wait for so many detections."""
+        ...
+
+
+def sample(
+    channel: Channel,
+    transmitter: Transmitter,
+    light: Light,
+    count: int,
+    *,
+    first: int,
+    randomness: Randomness,
+) -> tuple[Sent, Clicks]:
+    """The next ``count`` detections from pulse ``first``, and the settings of their pulses."""
+    gains, errors = [], []
+    for mean_photons in transmitter.intensities:
+        signal = gain_from_yields(light, mean_photons)
+        click = channel.click(signal)
+        gain = min(1.0, click * (1.0 + channel.afterpulse_probability))
+        wrong = (
+            channel.dark_count_probability
+            + light.signal_error * signal
+            + channel.afterpulse_probability * click / 2.0
+        )
+        gains.append(gain)
+        errors.append(wrong / gain if gain else 0.0)
+    weights = np.array(transmitter.probabilities) * np.array(gains)
+    # A dead time only moves what comes after it.
+    steps = randomness.gaps(float(weights.sum()), count) + channel.dead_pulses
+    steps[0] -= channel.dead_pulses if first == 0 else 0
+    pulse = first - 1 + np.cumsum(steps)
+    intensity = randomness.choice(weights, count)
+    test = 1.0 - transmitter.key_basis_probability
+    sent_basis = randomness.happens(test, count).astype(np.uint8)
+    seen_basis = randomness.happens(test, count).astype(np.uint8)
+    bit = randomness.bits(count)
+    flip = randomness.happens(np.array(errors)[intensity], count).astype(np.uint8)
+    seen = np.where(sent_basis == seen_basis, bit ^ flip, randomness.bits(count))
+    return (
+        Sent(intensity=intensity, basis=sent_basis, bit=bit),
+        Clicks(pulse=pulse, basis=seen_basis, bit=seen.astype(np.uint8)),
+    )
+
+
+class Log:
+    """Alice's memory of her pulses."""
+
+    def __init__(self, transmitter: Transmitter, randomness: Randomness) -> None:
+        self._transmitter = transmitter
+        self._randomness = randomness
+        self._pulse: Pulses = np.empty(0, dtype=np.int64)
+        self._sent = Sent(intensity=_EMPTY, basis=_EMPTY, bit=_EMPTY)
+
+    def record(self, pulse: Pulses, sent: Sent) -> None:
+        """Called by the fibre; what was remembered before is forgotten."""
+        self._pulse, self._sent = pulse, sent
+
+    def recall(self, pulse: Pulses) -> Sent:
+        """The settings of these pulses.
+
+        Of a pulse that the fibre did not bring to Bob they are drawn now: nobody can tell.
+        """
+        count = len(pulse)
+        place = np.searchsorted(self._pulse, pulse)
+        there = np.zeros(count, dtype=bool)
+        inside = place < len(self._pulse)
+        there[inside] = self._pulse[place[inside]] == pulse[inside]
+        if there.all():
+            known = self._sent
+            return Sent(
+                intensity=known.intensity[place], basis=known.basis[place], bit=known.bit[place]
+            )
+        draw, place = self._randomness, place[there]
+        test = 1.0 - self._transmitter.key_basis_probability
+        intensity = draw.choice(np.array(self._transmitter.probabilities), count)
+        basis, bit = draw.happens(test, count).astype(np.uint8), draw.bits(count)
+        intensity[there] = self._sent.intensity[place]
+        basis[there] = self._sent.basis[place]
+        bit[there] = self._sent.bit[place]
+        return Sent(intensity=intensity, basis=basis, bit=bit)
+
+    def forget(self) -> None:
+        """Erase the settings."""
+        self._sent.bit.fill(0)
+        self._pulse, self._sent = (
+            np.empty(0, dtype=np.int64),
+            Sent(intensity=_EMPTY, basis=_EMPTY, bit=_EMPTY),
+        )
+
+
+_EMPTY: Final = np.empty(0, dtype=np.uint8)
+
+
+class Fibre:
+    """A laser, a fibre (with or without Eve) and two detectors."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        transmitter: Transmitter,
+        *,
+        light: Light | None = None,
+        seed: int | None = None,
+        real_time: bool = False,
+    ) -> None:
+        self._real_time = real_time
+        self._channel = channel
+        self._transmitter = transmitter
+        self._light: Light = channel if light is None else light
+        self._randomness = Randomness.seeded(seed, "fibre")
+        self._next = 0
+        self.log: Final = Log(transmitter, Randomness.seeded(seed, "laser"))
+        """Alice's end."""
+
+    @property
+    def seconds(self) -> float:
+        """How long the light has been on so far."""
+        return self._next / self._channel.repetition_rate_hz
+
+    async def detect(self, count: int) -> Clicks:
+        """Bob's end; see :class:`Detector`."""
+        before = self.seconds
+        started = trio.current_time()
+        sent, clicks = await trio.to_thread.run_sync(self._sample, count)
+        if self._real_time:
+            await trio.sleep_until(started + self.seconds - before)
+        self.log.record(clicks.pulse, sent)
+        return clicks
+
+    def _sample(self, count: int) -> tuple[Sent, Clicks]:
+        sent, clicks = sample(
+            self._channel,
+            self._transmitter,
+            self._light,
+            count,
+            first=self._next,
+            randomness=self._randomness,
+        )
+        self._next = int(clicks.pulse[-1]) + 1
+        return sent, clicks

@@ -1,0 +1,171 @@
+"""Both parties in one process, with a fibre between them: the whole link as one object."""
+
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Final, TypeAlias
+
+import trio
+from cryptography.hazmat.primitives.asymmetric import ec, mldsa
+
+from hybridkex.errors import BlockAborted, ConfigError, LinkError
+from hybridkex.link.authentication import Signatures
+from hybridkex.link.eavesdroppers import eavesdropper
+from hybridkex.link.interference import TamperedStream
+from hybridkex.link.ledger import LANE_RESERVE, Ledger
+from hybridkex.link.party import Alice, Block, Bob
+from hybridkex.link.quantum import Fibre
+from hybridkex.link.randomness import Randomness
+from hybridkex.link.settings import LinkSettings
+from hybridkex.secret import Secret
+
+__all__ = ["BOOTSTRAPS", "Observer", "SimulatedLink"]
+
+Observer: TypeAlias = Callable[[Block | BlockAborted], None]
+"""Told of each block, made or given up."""
+
+BOOTSTRAPS: Final = ("psk", "ecdsa", "ml-dsa")
+
+
+def _bootstraps(kind: str, shared: bytes) -> tuple[Ledger | Signatures, Ledger | Signatures]:
+    """What Alice and Bob authenticate the first block with."""
+    if kind == "psk":
+        return Ledger(Secret(shared)), Ledger(Secret(shared))
+    if kind == "ecdsa":
+        curve = ec.SECP256R1()
+        a, b = ec.generate_private_key(curve), ec.generate_private_key(curve)
+        return Signatures(a, b.public_key()), Signatures(b, a.public_key())
+    if kind == "ml-dsa":
+        c, d = mldsa.MLDSA65PrivateKey.generate(), mldsa.MLDSA65PrivateKey.generate()
+        return Signatures(c, d.public_key()), Signatures(d, c.public_key())
+    raise ConfigError(f"bootstrap must be one of {', '.join(BOOTSTRAPS)}")
+
+
+class SimulatedLink:
+    """Alice, Bob and what is between them. Use it inside ``async with link.open():``."""
+
+    def __init__(
+        self,
+        settings: LinkSettings,
+        *,
+        eve: str | None = None,
+        bootstrap: str = "psk",
+        seed: int | None = None,
+        real_time: bool = False,
+        observer: Observer | None = None,
+    ) -> None:
+        """``eve``: ``intercept:SHARE``, ``split:SHARE``, ``pns``, ``mitm`` or ``tamper:BYTE``.
+
+        ``real_time``: detections come as fast as the laser's clock lets them, else as fast as they
+        can be simulated. ``seed`` makes a run repeatable, and its keys worthless. Raises
+        ``ConfigError``.
+        """
+        self.settings: Final = settings
+        self._observer = observer
+        self._eve = eve or ""
+        self._seed = seed
+        self._bootstrap = bootstrap
+        self._real_time = real_time
+        channel, transmitter = settings.preset.channel, settings.preset.transmitter
+        self._tampers = self._eve.partition(":")[0] == "tamper"
+        if self._tampers and not self._eve.partition(":")[2].isdecimal():
+            raise ConfigError("tamper:BYTE flips a bit of that byte of what Alice hears")
+        light = None
+        if self._eve and self._eve != "mitm" and not self._tampers:
+            light = eavesdropper(self._eve, channel, transmitter)
+        self._fibre = Fibre(channel, transmitter, light=light, seed=seed, real_time=real_time)
+        self._shared = Randomness.seeded(seed, "shared secret").bytes(2 * LANE_RESERVE)
+        self._ends = _bootstraps(bootstrap, self._shared)
+        self._parties: tuple[Alice | Bob, ...] = ()
+        self._over = False
+
+    @property
+    def seconds(self) -> float:
+        """How long the laser has been on, by its own clock."""
+        return self._fibre.seconds
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes from Alice to Bob and from Bob to Alice."""
+        return self._parties[0].traffic if self._parties else (0, 0)
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator["SimulatedLink"]:
+        """Connect the parties, and disconnect them at the end."""
+        streams = [*_stream_pair()]
+        near: trio.abc.Stream = streams[0]
+        if self._tampers:
+            near = TamperedStream(near, byte=int(self._eve.partition(":")[2]))
+        alice = Alice(
+            near, self.settings, self._fibre.log, bootstrap=self._ends[0], seed=self._seed
+        )
+        far, detector = streams[1], self._fibre
+        between: list[Alice | Bob] = []
+        if self._eve == "mitm":
+            # Eve plays Bob to Alice and Alice to Bob; what she lacks is the bootstrap.
+            hers = _bootstraps(self._bootstrap, os.urandom(len(self._shared)))
+            other = Fibre(
+                self.settings.preset.channel,
+                self.settings.preset.transmitter,
+                seed=self._seed,
+                real_time=self._real_time,
+            )
+            streams += _stream_pair()
+            between = [
+                Bob(far, self.settings, detector, bootstrap=hers[1]),
+                Alice(streams[2], self.settings, other.log, bootstrap=hers[0]),
+            ]
+            far, detector = streams[3], other
+        bob = Bob(far, self.settings, detector, bootstrap=self._ends[1], seed=self._seed)
+        self._parties = (alice, bob, *between)
+        try:
+            yield self
+        finally:
+            self._over = True
+            # Shielded, or a cancelled caller would close the first of them only.
+            with trio.CancelScope(shield=True):
+                for stream in streams:
+                    await trio.aclose_forcefully(stream)
+
+    async def block(self) -> tuple[Block, Block]:
+        """Make one block: what Alice has and what Bob has.
+
+        Raises :class:`~hybridkex.errors.BlockAborted`, after which the next can be tried, and other
+        :class:`~hybridkex.errors.LinkError`, after which the link is over.
+        """
+        if self._over or not self._parties:
+            raise LinkError("the link is not open")
+        made: dict[int, Block] = {}
+        failures: list[LinkError] = []
+        async with trio.open_nursery() as nursery:
+
+            async def play(number: int, party: Alice | Bob) -> None:
+                try:
+                    made[number] = await party.block()
+                except LinkError as error:
+                    failures.append(error)
+                    if not isinstance(error, BlockAborted):
+                        nursery.cancel_scope.cancel()
+
+            for number, party in enumerate(self._parties):
+                nursery.start_soon(play, number, party)
+        fatal = [one for one in failures if not isinstance(one, BlockAborted)]
+        if fatal:
+            self._over = True
+            raise fatal[0]
+        if failures:
+            if self._observer is not None and isinstance(failures[0], BlockAborted):
+                self._observer(failures[0])
+            raise failures[0]
+        if self._observer is not None:
+            self._observer(made[0])
+        return made[0], made[1]
+
+
+def _stream_pair() -> tuple[trio.SocketStream, trio.SocketStream]:
+    left, right = socket.socketpair()
+    return (
+        trio.SocketStream(trio.socket.from_stdlib_socket(left)),
+        trio.SocketStream(trio.socket.from_stdlib_socket(right)),
+    )

@@ -1,0 +1,302 @@
+"""The messages of the classical channel, and their bytes.
+
+A message is a type (1 byte), a length (4 bytes, big-endian) and a body; numbers are big-endian,
+bits are packed from the highest, the unused bits of a last byte are zero. Decoding is strict: a
+body has exactly one reading, nothing is left over, and every size has a bound before anything is
+allocated.
+
+========  ===========  =============================================================================
+type      sender       body
+========  ===========  =============================================================================
+HELLO     both         version, role, nonce, digest of the settings
+REPORT    Bob          detections: distance from pulse to pulse, bases, the bits of the test basis
+SIFT      Alice        which bases agree, the intensities of those, her bits of the test basis
+ASK       Bob          Cascade: the next frame, the roots of the next pass, or parities of nodes
+TELL      Alice        Cascade: the parities
+FOUND     Bob          how many wrong bits of each intensity were corrected
+FINISH    Alice        hash of her key, seeds of hash and privacy amplification, name of the block
+VERDICT   Bob          whether the hash agrees
+TAG       both         authenticates all that this side has said since its last tag
+========  ===========  =============================================================================
+"""
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybridkex.errors import LinkError
+from hybridkex.link.cascade import Question
+
+__all__ = [
+    "CHUNK",
+    "HEADER",
+    "LIMITS",
+    "Ask",
+    "Finish",
+    "Found",
+    "Hello",
+    "Message",
+    "Report",
+    "Sift",
+    "Type",
+    "Verdict",
+    "pack_bits",
+    "unpack_bits",
+]
+
+VERSION: Final = 1
+HEADER: Final = struct.Struct(">BI")
+CHUNK: Final = 1 << 20
+"""Detections in one REPORT, at most."""
+
+Bits = NDArray[np.uint8]
+
+
+class Type(IntEnum):
+    """Types of messages."""
+
+    HELLO = 1
+    REPORT = 2
+    SIFT = 3
+    ASK = 4
+    TELL = 5
+    FOUND = 6
+    FINISH = 7
+    VERDICT = 8
+    TAG = 9
+
+
+LIMITS: Final = {
+    Type.HELLO: 128,
+    Type.REPORT: 16 + 4 * CHUNK + 2 * (CHUNK // 8 + 1),
+    Type.SIFT: 2 * (CHUNK // 8 + 1) + CHUNK // 4 + 1,
+    Type.ASK: 1 + 4 * CHUNK,
+    Type.TELL: CHUNK,
+    Type.FOUND: 64,
+    Type.FINISH: 1 << 27,
+    Type.VERDICT: 1,
+    Type.TAG: 16_384,
+}
+"""The longest body of each type."""
+
+
+def pack_bits(bits: Bits) -> bytes:
+    """Eight bits in a byte, the first highest."""
+    return np.packbits(bits).tobytes()
+
+
+def unpack_bits(data: bytes, count: int) -> Bits:
+    """The reverse. Raises ``LinkError`` unless ``data`` is exactly the bytes of ``count`` bits."""
+    packed = np.frombuffer(data, dtype=np.uint8)
+    if len(packed) != -(-count // 8) or (count % 8 and packed[-1] & (0xFF >> count % 8)):
+        raise LinkError("a message has the wrong length")
+    return np.unpackbits(packed, count=count)
+
+
+class _Reader:
+    """Cuts a body into parts."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+        self._at = 0
+
+    def take(self, count: int) -> bytes:
+        if count > len(self._body) - self._at:
+            raise LinkError("a message ends too early")
+        self._at += count
+        return self._body[self._at - count : self._at]
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size))
+
+    def bits(self, count: int) -> Bits:
+        return unpack_bits(self.take(-(-count // 8)), count)
+
+    def end(self) -> None:
+        if self._at != len(self._body):
+            raise LinkError("a message is too long")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello:
+    """The beginning."""
+
+    type: ClassVar[Type] = Type.HELLO
+    role: int
+    """0: Alice, 1: Bob."""
+    nonce: bytes
+    settings: bytes
+    """SHA-256 of what both must have configured alike."""
+
+    def encode(self) -> bytes:
+        return bytes([VERSION, self.role]) + self.nonce + self.settings
+
+    @classmethod
+    def decode(cls, body: bytes) -> Self:
+        reader = _Reader(body)
+        if reader.number(1) != VERSION:
+            raise LinkError("the other party speaks another version")
+        found = cls(role=reader.number(1), nonce=reader.take(32), settings=reader.take(32))
+        reader.end()
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Detections. ``bit`` has those of the test basis alone."""
+
+    type: ClassVar[Type] = Type.REPORT
+    pulse: NDArray[np.int64]
+    basis: Bits
+    bit: Bits
+
+    def encode(self) -> bytes:
+        gaps = np.diff(self.pulse)
+        if len(gaps) and int(gaps.max()) >= 1 << 32:
+            raise LinkError("the link is too dark: four thousand million pulses without a click")
+        return (
+            struct.pack(">IQ", len(self.pulse), int(self.pulse[0]))
+            + gaps.astype(">u4").tobytes()
+            + pack_bits(self.basis)
+            + pack_bits(self.bit)
+        )
+
+    @classmethod
+    def decode(cls, body: bytes) -> Self:
+        reader = _Reader(body)
+        count, first = reader.number(4), reader.number(8)
+        if not 0 < count <= CHUNK or first >= 1 << 62:
+            raise LinkError("a report of a number of detections that cannot be")
+        gaps = np.frombuffer(reader.take(4 * (count - 1)), dtype=">u4").astype(np.int64)
+        if len(gaps) and int(gaps.min()) == 0:
+            raise LinkError("a pulse is reported twice")
+        pulse = first + np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(gaps)])
+        basis = reader.bits(count)
+        found = cls(pulse=pulse, basis=basis, bit=reader.bits(int(basis.sum())))
+        reader.end()
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sift:
+    """Alice's answer to a report; ``intensity`` and ``bit`` are of the detections kept."""
+
+    type: ClassVar[Type] = Type.SIFT
+    kept: Bits
+    intensity: Bits
+    bit: Bits
+    """Of the test basis alone."""
+
+    def encode(self) -> bytes:
+        pairs = np.stack([self.intensity >> 1, self.intensity & 1], axis=1).reshape(-1)
+        return pack_bits(self.kept) + pack_bits(pairs) + pack_bits(self.bit)
+
+    @classmethod
+    def decode(cls, body: bytes, *, basis: Bits, intensities: int) -> Self:
+        """``basis``: Bob's bases of the report that this answers."""
+        reader = _Reader(body)
+        kept = reader.bits(len(basis))
+        pairs = reader.bits(2 * int(kept.sum())).reshape(-1, 2)
+        intensity = pairs[:, 0] * np.uint8(2) + pairs[:, 1]
+        if len(intensity) and int(intensity.max()) >= intensities:
+            raise LinkError("an intensity that there is not")
+        found = cls(kept=kept, intensity=intensity, bit=reader.bits(int((kept & basis).sum())))
+        reader.end()
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """Cascade. ``question`` is ``None`` when the next frame begins."""
+
+    type: ClassVar[Type] = Type.ASK
+    question: Question | None
+
+    def encode(self) -> bytes:
+        if self.question is None:
+            return b"\0"
+        if self.question.nodes is None:
+            return b"\1"
+        return b"\2" + self.question.nodes.astype(">u4").tobytes()
+
+    @classmethod
+    def decode(cls, body: bytes) -> Self:
+        kind, rest = body[:1], body[1:]
+        if kind == b"\2" and rest and len(rest) % 4 == 0:
+            return cls(question=Question(np.frombuffer(rest, dtype=">u4").astype(np.int64)))
+        if rest or kind not in (b"\0", b"\1"):
+            raise LinkError("a question that is none")
+        return cls(question=None if kind == b"\0" else Question(None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Wrong bits of the key basis that were corrected, for each intensity."""
+
+    type: ClassVar[Type] = Type.FOUND
+    errors: tuple[int, ...]
+
+    def encode(self) -> bytes:
+        return b"".join(count.to_bytes(8) for count in self.errors)
+
+    @classmethod
+    def decode(cls, body: bytes, *, most: tuple[int, ...]) -> Self:
+        reader = _Reader(body)
+        errors = tuple(reader.number(8) for _ in most)
+        reader.end()
+        if any(count > bound for count, bound in zip(errors, most, strict=True)):
+            raise LinkError("more wrong bits than bits")
+        return cls(errors=errors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """Verification, privacy amplification, and the name from which key IDs are made."""
+
+    type: ClassVar[Type] = Type.FINISH
+    hash_seed: bytes
+    hash: Bits
+    name: bytes
+    seed: Bits
+
+    HASH_SEED: ClassVar[int] = 32
+    NAME: ClassVar[int] = 16
+
+    def encode(self) -> bytes:
+        return self.hash_seed + pack_bits(self.hash) + self.name + pack_bits(self.seed)
+
+    @classmethod
+    def decode(cls, body: bytes, *, hash_bits: int, seed_bits: int) -> Self:
+        reader = _Reader(body)
+        found = cls(
+            hash_seed=reader.take(cls.HASH_SEED),
+            hash=reader.bits(hash_bits),
+            name=reader.take(cls.NAME),
+            seed=reader.bits(seed_bits),
+        )
+        reader.end()
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether the keys agree."""
+
+    type: ClassVar[Type] = Type.VERDICT
+    agree: bool
+
+    def encode(self) -> bytes:
+        return bytes([self.agree])
+
+    @classmethod
+    def decode(cls, body: bytes) -> Self:
+        if body not in (b"\0", b"\1"):
+            raise LinkError("a verdict that is none")
+        return cls(agree=body == b"\1")
+
+
+Message = Hello | Report | Sift | Ask | Found | Finish | Verdict

@@ -1,0 +1,1 @@
+"""What every networked part shares: addresses, HTTP, the supervision of accepted connections."""

@@ -17,7 +17,7 @@ def requirements() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     listed = [*project["dependencies"]]
-    for extra in extras.keys() - {"test", "dev"}:
+    for extra in extras.keys() - {"test", "dev", "docs"}:
         listed += [one for one in extras[extra] if not one.startswith("hybridkex")]
     return set(listed)
 

@@ -169,7 +169,7 @@ NIST_HYBRIDS = pytest.mark.parametrize(
             97,
         ),
     ],
-    ids=str,
+    ids=["SecP256r1MLKEM768", "SecP384r1MLKEM1024"],
 )
 type_of_kem = type[mlkem.MLKEM768PrivateKey] | type[mlkem.MLKEM1024PrivateKey]
 type_of_public_kem = type[mlkem.MLKEM768PublicKey] | type[mlkem.MLKEM1024PublicKey]

@@ -1,0 +1,64 @@
+"""Every check of the project: ``nox`` runs them all, ``nox -s lint`` one of them.
+
+Sessions reuse their environments; the first run installs them.
+"""
+
+from pathlib import Path
+
+import nox
+
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["lint", "types", "tests", "docs", "wheel", "smoke"]
+
+SMOKE = ["tests", "interop/test_node_psk.py"]
+"""What runs on the Python versions that the whole suite does not run on."""
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with ruff."""
+    session.install("ruff>=0.13")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types with mypy --strict."""
+    session.install("-e", ".[dev]")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the whole suite; arguments after ``--`` go to pytest."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "-q", "-n", "auto", *session.posargs)
+
+
+@nox.session(python=["3.12", "3.13"])
+def smoke(session: nox.Session) -> None:
+    """Run the suite without the tests marked slow, on the other Python versions."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "-q", "-n", "auto", "-m", "not slow", *(session.posargs or SMOKE))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation site; warnings are errors."""
+    session.install("-e", ".[docs,apps,kme,link]")
+    session.run("mkdocs", "build", "--quiet", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the wheel and the source distribution, check them, and use the wheel by itself."""
+    session.install("build", "twine")
+    folder = Path(session.create_tmp())
+    session.run("python", "-m", "build", "--outdir", str(folder), ".")
+    session.run("twine", "check", "--strict", *map(str, folder.iterdir()))
+    session.install("--force-reinstall", *map(str, folder.glob("*.whl")))
+    with session.chdir(folder):
+        session.run("hybridkex", "--version")
+        session.run("hybridkex", "doctor")

@@ -11,6 +11,7 @@ from hybridkex.auth import (
     RawIdentity,
     TrustStore,
     WebOfTrust,
+    canonical_peer_name,
 )
 from hybridkex.combiner import Leg, combine
 from hybridkex.crypto.kex import (
@@ -115,6 +116,7 @@ __all__ = [
     "TicketIssuer",
     "TrustStore",
     "WebOfTrust",
+    "canonical_peer_name",
     "combine",
     "open_secure_tcp_listeners",
     "open_secure_tcp_stream",

@@ -4,7 +4,13 @@ from hybridkex.auth.certificates import PeerCertificate, spki_sha256
 from hybridkex.auth.dev_ca import DevCa
 from hybridkex.auth.identity import Identity
 from hybridkex.auth.known_peers import KnownPeers
-from hybridkex.auth.names import DnsName, IpAddress, PeerName, parse_peer_name
+from hybridkex.auth.names import (
+    DnsName,
+    IpAddress,
+    PeerName,
+    canonical_peer_name,
+    parse_peer_name,
+)
 from hybridkex.auth.raw_keys import PeerRawKey, RawIdentity
 from hybridkex.auth.verified import (
     ClientKeyVerifier,
@@ -37,6 +43,7 @@ __all__ = [
     "TrustStore",
     "VerifiedPeer",
     "WebOfTrust",
+    "canonical_peer_name",
     "endorsement",
     "parse_peer_name",
     "spki_sha256",

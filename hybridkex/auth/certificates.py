@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import ClassVar, Final
@@ -13,8 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import PublicKeyAlgorithmOID
 
+from hybridkex.auth.names import PIN, DnsName, canonical_peer_name, parse_peer_name
 from hybridkex.constants import Alert, CertificateType
-from hybridkex.errors import CertificateRejected
+from hybridkex.errors import CertificateRejected, ConfigError
 
 __all__ = [
     "UNREADABLE",
@@ -24,6 +26,7 @@ __all__ = [
     "read_chain",
     "spki_sha256",
     "subject_of",
+    "vouched_names_of",
 ]
 
 MIN_RSA_BITS: Final = 2048
@@ -77,8 +80,17 @@ class PeerCertificate:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Its subject alternative names: DNS names, IP addresses and URIs."""
+        """Its subject alternative names: DNS names, IP addresses and URIs.
+
+        This is what the peer says. What a trusted party vouches for is
+        :attr:`VerifiedPeer.vouched_names <hybridkex.auth.VerifiedPeer.vouched_names>`.
+        """
         return names_of(self.leaf)
+
+    @cached_property
+    def vouched(self) -> tuple[str, ...]:
+        """What an authority vouches for, if a verifier trusts the chain up to one."""
+        return vouched_names_of(self.leaf)
 
     @property
     def public_key(self) -> CertificatePublicKeyTypes:
@@ -132,6 +144,43 @@ def names_of(certificate: x509.Certificate) -> tuple[str, ...]:
         *map(str, names.get_values_for_type(x509.IPAddress)),
         *names.get_values_for_type(x509.UniformResourceIdentifier),
     )
+
+
+def vouched_names_of(certificate: x509.Certificate) -> tuple[str, ...]:
+    """The names that an authority vouches for when it signs: DNS names, IP addresses and URIs.
+
+    They are canonical (:func:`~hybridkex.auth.names.canonical_peer_name`); what has no canonical
+    form, or would be read as a name of another type, is left out: name constraints hold for each
+    type on its own (RFC 5280 section 4.2.1.10). The common name is not one of them: it is no DNS
+    name (RFC 9525 section 2), and constraints on DNS names do not bind it.
+    """
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return ()
+    found = []
+    for value in names.get_values_for_type(x509.DNSName):
+        with suppress(ConfigError):
+            canonical = canonical_peer_name(value)
+            if isinstance(parse_peer_name(canonical.removeprefix("*.")), DnsName):
+                found.append(canonical)
+    found += map(str, names.get_values_for_type(x509.IPAddress))
+    for value in names.get_values_for_type(x509.UniformResourceIdentifier):
+        with suppress(ConfigError):
+            if canonical_peer_name(value) == value and _is_uri(value):
+                found.append(value)
+    return tuple(dict.fromkeys(found))
+
+
+def _is_uri(canonical: str) -> bool:
+    """Whether a canonical name is a URI, and neither a key nor a host name nor an address."""
+    if canonical.startswith(PIN):
+        return False
+    try:
+        parse_peer_name(canonical)
+    except ConfigError:
+        return ":" in canonical
+    return False
 
 
 def spki_sha256(certificate: x509.Certificate) -> str:

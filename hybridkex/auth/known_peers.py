@@ -1,9 +1,14 @@
 """Trust on first use: a file of names and the keys that they had, as SSH's ``known_hosts``.
 
-A line is a name, a space, and the key (SubjectPublicKeyInfo in DER, in base64); ``#`` begins a
-comment. A name may have several keys. The first connection to a name is trusted blindly, every
-later one must show a key that is in the file: whoever sits in between must have been there from the
-beginning, and must stay for ever.
+A line is a name, a space, and the key (SubjectPublicKeyInfo in DER, in base64); ``#`` at the start
+of a line or after a space begins a comment. A name may have several keys. The first connection to a
+name is trusted blindly; every later one must show a key that is in the file. An attacker must
+therefore be there from the first connection on and must never leave.
+
+Names are compared in one canonical form (:func:`canonical_peer_name`), whoever wrote the line:
+``Server.Example``, ``server.example.`` and ``server.example`` are one name, and so are all
+spellings of an IPv6 address. A file with a line that has no canonical name, or no key, trusts
+nobody.
 """
 
 import base64
@@ -11,13 +16,14 @@ import binascii
 import fcntl
 import logging
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
 
-from hybridkex.auth.names import PeerName
+from hybridkex.auth.names import PIN, PeerName, canonical_peer_name
 from hybridkex.auth.raw_keys import read_raw_key
 from hybridkex.auth.verified import PROOF, VerifiedPeer
 from hybridkex.constants import Alert
@@ -26,6 +32,9 @@ from hybridkex.errors import CertificateRejected, ConfigError
 __all__ = ["KnownPeers"]
 
 LOG: Final = logging.getLogger(__name__)
+
+_COMMENT: Final = re.compile(r"(?:^|[ \t])#.*")
+_LINE: Final = re.compile(r"(?P<name>[^ \t]+)[ \t]+(?P<key>[A-Za-z0-9+/]+=*)")
 
 
 @dataclass(frozen=True)
@@ -90,22 +99,28 @@ class KnownPeers:
     def add(self, name: str, spki: bytes) -> None:
         """Put a key into the file, beside those that the name may have already.
 
+        Args:
+            name: a host name, an IP address or a URI, in any spelling.
+            spki: the key, as SubjectPublicKeyInfo in DER.
+
         Raises:
-            ConfigError: the file cannot be written.
+            ConfigError: there is no such name or key, or the file cannot be read or written.
         """
+        name = _entry_name(name)
+        try:
+            read_raw_key(spki)
+        except CertificateRejected as error:
+            raise ConfigError(f"cannot add a key for {name}: {error}") from None
         with _locked(self.path):
             self._add(name, spki)
 
     def _add(self, name: str, spki: bytes) -> None:
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            text = ""
+        if (name, spki) in _read(self.path):
+            return
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         if text and not text.endswith("\n"):
             text += "\n"
-        line = f"{name} {base64.b64encode(spki).decode('ascii')}\n"
-        if line not in text.splitlines(keepends=True):
-            _replace(self.path, text + line)
+        _replace(self.path, f"{text}{name} {base64.b64encode(spki).decode('ascii')}\n")
 
     def _remember(self, name: str, spki: bytes) -> None:
         """The handshake is complete. That it cannot be noted does not undo it."""
@@ -135,16 +150,28 @@ def _read(path: Path) -> list[tuple[str, bytes]]:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise ConfigError(f"cannot read {path}: {reason}") from None
     entries = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        words = line.partition("#")[0].split()
-        if not words:
+    for number, raw in enumerate(text.split("\n"), start=1):
+        line = _COMMENT.sub("", raw).strip(" \t\r")
+        if not line:
             continue
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise ConfigError(f"{path}, line {number}: not a name, a space and a key in base64")
         try:
-            name, key = words
-            entries.append((name, base64.b64decode(key, validate=True)))
-        except (ValueError, binascii.Error):
-            raise ConfigError(f"{path}, line {number}: not a name and a key") from None
+            entries.append((_entry_name(match["name"]), base64.b64decode(match["key"])))
+        except binascii.Error:
+            raise ConfigError(f"{path}, line {number}: the key is not valid base64") from None
+        except ConfigError as error:
+            raise ConfigError(f"{path}, line {number}: {error}") from None
     return entries
+
+
+def _entry_name(text: str) -> str:
+    """The one spelling in which names are written, read and compared."""
+    name = canonical_peer_name(text)
+    if name.startswith((PIN, "*.")):
+        raise ConfigError(f"{text!r} is not the name of one peer")
+    return name
 
 
 class _locked:

@@ -10,7 +10,19 @@ import idna
 
 from hybridkex.errors import ConfigError
 
-__all__ = ["DnsName", "IpAddress", "PeerName", "any_covers", "covers", "parse_peer_name"]
+__all__ = [
+    "PIN",
+    "DnsName",
+    "IpAddress",
+    "PeerName",
+    "any_covers",
+    "canonical_peer_name",
+    "covers",
+    "parse_peer_name",
+]
+
+PIN: Final = "sha256:"
+"""What stands before the SHA-256 of a key, where a list of names may also hold keys."""
 
 # Letters, digits, hyphens (RFC 1123 section 2.1). Underscores are no host names, and container
 # networks use them all the same; no certificate can be checked for them, a pin can.
@@ -66,7 +78,8 @@ def parse_peer_name(text: str) -> PeerName:
         raise ConfigError("a host name is needed, and this one is empty")
     try:
         label = name.lower() if name.isascii() else idna.encode(name, uts46=True).decode("ascii")
-    except idna.IDNAError as error:
+        label = label.removesuffix(".")  # UTS #46 maps other full stops to this one.
+    except (idna.IDNAError, UnicodeError) as error:
         raise ConfigError(f"{text!r} is not a host name: {error}") from None
     if len(label) > _MAX_NAME or not _LABELS.fullmatch(label):
         raise ConfigError(f"{text!r} is not a host name")
@@ -75,6 +88,41 @@ def parse_peer_name(text: str) -> PeerName:
         # to the certificate.
         raise ConfigError(f"{text!r} is neither a host name nor a complete IP address")
     return DnsName(label)
+
+
+_URI: Final = re.compile(r"[a-z][a-z0-9+.-]*:[!-~]+", re.IGNORECASE)
+"""A scheme and something after it, without spaces and control characters (RFC 3986)."""
+
+
+def canonical_peer_name(text: str) -> str:
+    """The one spelling of a name that a peer may be known by, for lists of names.
+
+    Host names and IP addresses become what :func:`parse_peer_name` makes of them; a wildcard
+    (``*.example.org``) keeps its asterisk. A URI stays as it is. ``sha256:`` and 64 hexadecimal
+    digits stand for a key (see :func:`~hybridkex.auth.spki_sha256`) and become lower case.
+
+    Two names are the same if and only if this function returns the same text for both: DNS names
+    contain no colon, URIs and keys contain one and are never IP addresses.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if text.lower().startswith(PIN):
+        digest = text[len(PIN) :].lower()
+        if re.fullmatch(r"[0-9a-f]{64}", digest) is None:
+            raise ConfigError(f"{text!r} does not have 64 hexadecimal digits after {PIN}")
+        return PIN + digest
+    if text.startswith("*."):
+        name = parse_peer_name(text[2:])
+        if isinstance(name, IpAddress):
+            raise ConfigError(f"{text!r} has a wildcard before an IP address")
+        return f"*.{name}"
+    try:
+        return str(parse_peer_name(text))
+    except ConfigError:
+        if _URI.fullmatch(text) is None:
+            raise
+        return text
 
 
 def covers(presented: str, name: PeerName) -> bool:

@@ -1,12 +1,12 @@
 """The proof that a peer's certificate or key was accepted, and who may say so."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import InitVar, dataclass, field
 from datetime import datetime
 from typing import Final, Literal, Protocol, TypeAlias, final, runtime_checkable
 
 from hybridkex.auth.certificates import PeerCertificate
-from hybridkex.auth.names import PeerName
+from hybridkex.auth.names import PIN, PeerName
 from hybridkex.auth.raw_keys import PeerRawKey
 
 __all__ = [
@@ -49,9 +49,26 @@ class VerifiedPeer:
         return self.certificate.subject
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Its subject alternative names: DNS names, IP addresses and URIs."""
-        return self.certificate.names
+    def vouched_names(self) -> tuple[str, ...]:
+        """The canonical names that a trusted party vouches for; only these may decide anything.
+
+        Of a certificate that an authority signed, the DNS names, IP addresses and URIs in the
+        subjectAltName; of a raw key, the names under which the trust store has it. None where the
+        key is pinned or nothing was verified: such a peer writes its own names.
+        """
+        return () if self.verified_by in ("pin", "insecure") else self.certificate.vouched
+
+    def is_one_of(self, names: Collection[str]) -> bool:
+        """Whether the peer is meant by a list of names.
+
+        Args:
+            names: canonical (:func:`~hybridkex.auth.names.canonical_peer_name`); ``sha256:`` and
+                a pin means the peer's key, whoever vouches for it, since the peer has proved that
+                it holds this key.
+        """
+        return PIN + self.certificate.pin in names or any(
+            name in names for name in self.vouched_names
+        )
 
 
 @runtime_checkable

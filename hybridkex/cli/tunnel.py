@@ -167,7 +167,8 @@ def _add_listen_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="only clients whose certificate has this name, or another that is allowed",
+        help="accept only clients with this name (DNS name, IP address or URI in the certificate's "
+        "subjectAltName) or this key (sha256:PIN); may be repeated",
     )
     _add_common_options(parser)
 

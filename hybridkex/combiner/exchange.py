@@ -30,12 +30,11 @@ import trio
 
 from hybridkex.auth import (
     ClientKeyVerifier,
-    PeerRawKey,
     RawIdentity,
     ServerKeyVerifier,
     VerifiedPeer,
 )
-from hybridkex.auth.names import parse_peer_name
+from hybridkex.auth.names import canonical_peer_name, parse_peer_name
 from hybridkex.combiner.kdf import NO_SECRET, Leg, Method, combine
 from hybridkex.crypto.kex import MLKEM768, X25519, KeyExchange
 from hybridkex.crypto.schedule import hkdf_expand_label
@@ -173,9 +172,8 @@ class SignatureAuthentication:
 
 def _require_name(verified: VerifiedPeer, peer: str) -> None:
     """Who is known by other names is somebody else. Pins know keys, and no names."""
-    key = verified.certificate
-    vouched = key.vouched if isinstance(key, PeerRawKey) else ()
-    if vouched and peer not in vouched:
+    vouched = verified.vouched_names
+    if vouched and not verified.is_one_of({canonical_peer_name(peer)}):
         raise CertificateRejected(
             f"the key of the initiator belongs to {', '.join(vouched)}, not to {peer}",
             subject=verified.subject,

@@ -17,6 +17,7 @@ from typing import Final
 
 import trio
 
+from hybridkex.auth.names import canonical_peer_name
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import (
     ConfigError,
@@ -71,14 +72,20 @@ class QkdPeer:
 
     Args:
         source: the keys that we share with it.
-        names: names in its certificate (DNS names, URIs, the common name). If there are any, they
-            tie the two together: a client with a certificate of such a name must use a key of this
-            source, even where the policy only prefers one, and this source's keys are for nobody
-            else.
+        names: DNS names, IP addresses and URIs in the subjectAltName of its certificate, or
+            ``sha256:`` and the pin of its key. If there are any, they tie the two together: a
+            client with such a name that somebody vouches for must use a key of this source, even
+            where the policy only prefers one, and this source's keys are for nobody else.
+
+    Raises:
+        ConfigError: a name that cannot be.
     """
 
     source: KeySource
     names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(map(canonical_peer_name, self.names)))
 
 
 @dataclass
@@ -233,13 +240,11 @@ class QkdKeys:
         return replace(session, qkd_fallback=reason)
 
     def _check_names(self, session: Session, name: KeyName | None) -> None:
-        certificate = session.peer_certificate
-        if certificate is None:
+        if session.peer_certificate is None:
             return
-        shown = {certificate.common_name, *certificate.names}
         used = self._asked.get(name) if name is not None else None
         for peer in self._peers:
-            belongs = not shown.isdisjoint(peer.names)
+            belongs = session.peer_is_one_of(peer.names)
             if belongs and peer is not used:
                 raise PolicyRefused(f"{peer.source.peer_sae} must use a QKD key of its own")
             if peer is used and peer.names and not belongs:

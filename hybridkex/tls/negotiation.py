@@ -169,5 +169,6 @@ def describe(
         server_name=server_name,
         peer_certificate=peer.certificate if peer is not None else None,
         verified_by=peer.verified_by if peer is not None else None,
+        vouched_names=peer.vouched_names if peer is not None else (),
         policy=policy,
     )

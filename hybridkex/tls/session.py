@@ -2,12 +2,13 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol
 
 from hybridkex.auth import Presented
+from hybridkex.auth.names import PIN
 from hybridkex.constants import CertificateType
 from hybridkex.crypto.suites import CipherSuite
 from hybridkex.secret import Secret
@@ -68,12 +69,28 @@ class Session:
     verified_by: str | None = None
     """Why :attr:`peer_certificate` was accepted: ``ca``, ``pin``, ``known``, ``first use``,
     ``openpgp`` or ``insecure``."""
+    vouched_names: tuple[str, ...] = ()
+    """The names of the peer that a trusted party vouches for, in canonical form; none where its
+    key is pinned or nothing was verified. Decide by these, or by :meth:`peer_is_one_of`, and never
+    by the names that :attr:`peer_certificate` has: the peer may have written those itself."""
     version: str = "TLS 1.3"
 
     @property
     def peer_subject(self) -> str | None:
         """The subject of the peer's certificate (RFC 4514)."""
         return self.peer_certificate.subject if self.peer_certificate is not None else None
+
+    def peer_is_one_of(self, names: Collection[str]) -> bool:
+        """Whether the peer is meant by a list of names.
+
+        Args:
+            names: canonical (:func:`~hybridkex.auth.names.canonical_peer_name`): DNS names, IP
+                addresses and URIs that somebody vouches for, or ``sha256:`` and the pin of a key.
+        """
+        shown = self.peer_certificate
+        return shown is not None and (
+            PIN + shown.pin in names or any(name in names for name in self.vouched_names)
+        )
 
     def as_json(self) -> dict[str, object]:
         """Plain values under stable names, for a log or a command line."""
@@ -90,6 +107,7 @@ class Session:
             "resumed": self.resumed,
             "peer_subject": self.peer_subject,
             "verified_by": self.verified_by,
+            "vouched_names": list(self.vouched_names),
             "qkd_key_ids": list(self.qkd_key_ids),
             "qkd_sources": list(self.qkd_sources),
             "qkd_fallback": self.qkd_fallback,

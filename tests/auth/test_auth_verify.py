@@ -183,7 +183,7 @@ def test_good() -> None:
     peer = accepted([GOOD])
     assert peer.verified_by == "ca"
     assert peer.subject == "CN=leaf"
-    assert peer.names == ("a.example",)
+    assert peer.vouched_names == ("a.example",)
     assert peer.certificate.chain == tuple(der(GOOD))
     assert peer.certificate.leaf == GOOD
     assert peer.certificate.public_key == LEAF_KEY.public_key()
@@ -252,7 +252,7 @@ def test_every_algorithm(algorithm: str) -> None:
     identity = middle.issue("a.example", algorithm=algorithm)
     store = TrustStore.from_pem(root.pem)
     assert store.verify_server(identity.chain, NAME).verified_by == "ca"
-    assert store.verify_client(identity.chain).names == ("a.example",)
+    assert store.verify_client(identity.chain).vouched_names == ("a.example",)
     with pytest.raises(CertificateRejected, match=r"is for a\.example, not for b\.example"):
         store.verify_server(identity.chain, DnsName("b.example"))
 
@@ -361,7 +361,7 @@ def test_no_alternative_name() -> None:
     """The common name is not looked at; a client may do without a name."""
     nameless = leaf(subject="a.example")
     refused([nameless], Alert.BAD_CERTIFICATE, "has no subjectAltName", about="CN=a.example")
-    assert accepted([nameless], client=True).names == ()
+    assert accepted([nameless], client=True).vouched_names == ()
     assert accepted([nameless], client=True).subject == "CN=a.example"
 
 
@@ -369,7 +369,7 @@ def test_uris_do_not_stand_for_hosts() -> None:
     names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier("urn:sae:alice")])
     certificate = leaf(extra=[(names, False)])
     refused([certificate], Alert.BAD_CERTIFICATE, "is for urn:sae:alice, not for a.example")
-    assert accepted([certificate], client=True).names == ("urn:sae:alice",)
+    assert accepted([certificate], client=True).vouched_names == ("urn:sae:alice",)
 
 
 def test_a_host_with_an_underscore() -> None:
@@ -787,7 +787,7 @@ def unharmed(chain: Sequence[bytes]) -> None:
         else:
             assert peer.certificate.public_key
             assert isinstance(peer.subject, str)
-            assert isinstance(peer.names, tuple)
+            assert isinstance(peer.vouched_names, tuple)
             assert peer.certificate.pin
 
 

@@ -5,7 +5,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from hybridkex import ClientConfig, ServerConfig
+from hybridkex import ClientConfig, ServerConfig, canonical_peer_name
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import Address, TcpAddress, UnixAddress
 
@@ -30,8 +30,9 @@ class TunnelConfig:
         channel: see :data:`Channel`.
         server_name: the name in the server's certificate, if it is not the host of ``forward``.
         bind: the local address of connections to ``forward``, ``None`` for any.
-        allowed: names of which a client's certificate must have one (subject alternative names or
-            the common name); empty: whomever the channel's configuration accepts.
+        allowed: names of which one must be vouched for (DNS names, IP addresses and URIs in the
+            subjectAltName, never the common name), or ``sha256:`` and the pin of a key; empty:
+            whomever the channel's configuration accepts.
         max_connections: more at the same time are refused.
         handshake_timeout: seconds for a handshake.
         connect_timeout: seconds for the connection to ``forward``.
@@ -59,6 +60,8 @@ class TunnelConfig:
     json: bool = False
 
     def __post_init__(self) -> None:
+        allowed = frozenset(map(canonical_peer_name, self.allowed))
+        object.__setattr__(self, "allowed", allowed)
         if not self.name:
             raise ConfigError("a tunnel needs a name")
         if self.max_connections < 1:

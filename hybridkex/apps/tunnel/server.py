@@ -323,7 +323,7 @@ class _Connection:
             raise _Refused("handshake", f"handshake failed: {error.__cause__ or error}") from None
         session = stream.session
         self._counters.handshake(session)
-        if self._config.allowed and self._config.allowed.isdisjoint(_names(session)):
+        if self._config.allowed and not session.peer_is_one_of(self._config.allowed):
             raise _Refused("name", f"{session.peer_subject} is not on the list")
         LOG.info("%s open; %s", self._what, _described(session, as_json=self._config.json))
         return Leg("the channel", stream, socket)
@@ -345,11 +345,6 @@ def _described(session: Session, *, as_json: bool) -> str:
     if as_json:
         return json.dumps(session.as_json())
     return "; ".join(" ".join(line.split()) for line in str(session).splitlines())
-
-
-def _names(session: Session) -> set[str | None]:
-    shown = session.peer_certificate
-    return set() if shown is None else {shown.common_name, *shown.names}
 
 
 def _peer(socket: trio.SocketStream) -> str:

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The simulator knows of QKD keys what a producer of them must know.
     "link": BASE | {"crypto", "qkd"},
     # The one place where key sources meet the engine.
-    "streams": ENGINE | {"qkd"},
+    "streams": ENGINE | {"net", "qkd"},
     "kme": ENGINE | {"net", "qkd", "link", "streams"},
     "combiner": BASE | {"wire", "crypto", "auth", "qkd"},
     # Applications need no more than what everybody has.

@@ -25,6 +25,15 @@ __all__ = [
 
 PRODUCERS: Final = ("random", "link")
 
+_POSITIVE: Final = (
+    "max_connections",
+    "max_sae_connections",
+    "max_peer_connections",
+    "max_handshakes",
+    "handshake_timeout",
+    "peer_timeout",
+)
+
 T = TypeVar("T")
 
 
@@ -117,6 +126,14 @@ class KmeConfig:
     self_pairs: bool = False
     not_found_status: int = 400
     max_connections: int = 256
+    """Of all SAEs, at once."""
+    max_sae_connections: int = 64
+    """Of one SAE, at once."""
+    max_peer_connections: int = 64
+    """Of all peer KMEs, at once; they take no places of the SAEs, nor SAEs theirs."""
+    max_handshakes: int = 128
+    """Connections that have not yet authenticated, at once."""
+    handshake_timeout: float = 10.0
     peer_timeout: float = 3.0
     peer: tuple[PeerConfig, ...] = ()
     limits: KmeLimits = field(default_factory=KmeLimits)
@@ -125,8 +142,9 @@ class KmeConfig:
     def __post_init__(self) -> None:
         if self.tls not in TLS_KINDS:
             raise ConfigError(f"tls must be one of {', '.join(TLS_KINDS)}")
-        if self.max_connections < 1 or self.peer_timeout <= 0:
-            raise ConfigError("max_connections and peer_timeout must be positive")
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive")
         if len({peer.id for peer in self.peer}) != len(self.peer):
             raise ConfigError(f"{self.id} names a peer twice")
 

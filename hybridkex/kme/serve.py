@@ -14,8 +14,9 @@ from hybridkex.kme.config import Address, KmeConfig, ServeConfig
 from hybridkex.kme.delivery import Kme
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import HttpPeer, LocalPeer
-from hybridkex.net.http import HttpLimits, serve_connection
-from hybridkex.qkd.etsi014.hop import Hop, client_hop, server_hop
+from hybridkex.net.http import http_supervisor, serve_connection
+from hybridkex.net.supervisor import Budget, Connection, Supervisor
+from hybridkex.qkd.etsi014.hop import client_hop, server_hop
 from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate
 from hybridkex.qkd.etsi014.transport import KmeTransport
 from hybridkex.qkd.producer import KeyProducer, RandomProducer, random_link
@@ -25,7 +26,6 @@ __all__ = ["KmeServer", "Serving"]
 
 LOG: Final = logging.getLogger(__name__)
 
-HANDSHAKE_SECONDS: Final = 10.0
 CLOSE_SECONDS: Final = 1.0
 
 
@@ -90,15 +90,15 @@ class KmeServer:
                         # Both stores are ours and at rest: what one of them lacks, it never gets.
                         await self._kmes[one.id].reconcile(peer.id, grace=0)
             producers, links = self._producers()
-            doors = [await self._door(one, stack) for one in self._config.kme]
+            ports = [await self._kme_port(one, stack) for one in self._config.kme]
             addresses = {
-                one.id: _address(door.listeners[0])
-                for one, door in zip(self._config.kme, doors, strict=True)
+                one.id: _address(port.listeners[0])
+                for one, port in zip(self._config.kme, ports, strict=True)
             }
             metrics = None
             if self._config.metrics is not None:
-                doors.append(await _opened(self._config.metrics, self._serve_metrics, stack))
-                metrics = _address(doors[-1].listeners[0])
+                ports.append(await self._metrics_port(self._config.metrics, stack))
+                metrics = _address(ports[-1].listeners[0])
             # Three nurseries, ended from the inside out: no new connections, then no old ones,
             # then no more keys.
             async with trio.open_nursery() as background:
@@ -110,8 +110,8 @@ class KmeServer:
                     background.start_soon(self._feed, self._kmes[kme_id], target, producer, shared)
                 async with trio.open_nursery() as connections:
                     async with trio.open_nursery() as accepting:
-                        for door in doors:
-                            accepting.start_soon(door.serve, connections)
+                        for port in ports:
+                            accepting.start_soon(port.serve, connections)
                         task_status.started(Serving(kmes=addresses, metrics=metrics))
                         await self._closing.wait()
                         accepting.cancel_scope.cancel()
@@ -178,77 +178,70 @@ class KmeServer:
 
     # -- sockets
 
-    async def _door(self, config: KmeConfig, stack: AsyncExitStack) -> "_Door":
+    async def _kme_port(self, config: KmeConfig, stack: AsyncExitStack) -> "_Port":
         hop = server_hop(config.tls, ca=config.ca, certificate=config.certificate, key=config.key)
-        slots = trio.Semaphore(config.max_connections)
+        peers = frozenset(peer.id for peer in config.peer)
+        of_peers = Budget(config.max_peer_connections, what="peer connections")
+        of_saes = Budget(config.max_connections, each=config.max_sae_connections)
         rejected = self.metrics.rejected
 
-        async def handle(stream: trio.SocketStream) -> None:
-            try:
-                slots.acquire_nowait()
-            except trio.WouldBlock:
-                rejected.labels(config.id, "too many").inc()
-                await trio.aclose_forcefully(stream)
-                return
-            try:
-                await self._converse(config, hop, stream)
-            finally:
-                slots.release()
-
-        return await _opened(config.listen, handle, stack)
-
-    async def _converse(self, config: KmeConfig, hop: Hop, stream: trio.SocketStream) -> None:
-        """One connection, from the handshake to its end."""
-        rejected = self.metrics.rejected
-        secure: trio.abc.Stream = stream
-        try:
-            with trio.fail_after(HANDSHAKE_SECONDS):
-                secure, certificate = await hop(stream, "")
-        except (trio.TooSlowError, trio.BrokenResourceError, HybridkexError) as error:
-            rejected.labels(config.id, "handshake").inc()
-            LOG.info("%s: a handshake failed: %s", config.id, error.__cause__ or error)
-            await trio.aclose_forcefully(secure)
-            return
-        try:
+        async def handle(stream: trio.SocketStream, connection: Connection) -> None:
+            secure, certificate = await hop(stream, "")
             caller = id_of_certificate(certificate, config.id_rule)
             if caller is None:
                 # Clause 5.1: without an SAE ID from the certificate, no connection.
                 rejected.labels(config.id, "no ID").inc()
+                await trio.aclose_forcefully(secure)
                 return
-            handler = kme_handler(self._kmes[config.id], caller, self.metrics)
-            await serve_connection(secure, handler, config.http, self._closing)
-        except trio.BrokenResourceError as error:
-            LOG.info("%s: a connection failed: %s", config.id, error.__cause__ or error)
-        finally:
-            with trio.move_on_after(CLOSE_SECONDS, shield=True):
-                await secure.aclose()
+            connection.admit(of_peers if caller in peers else of_saes, caller)
+            try:
+                await serve_connection(
+                    secure,
+                    kme_handler(self._kmes[config.id], caller, self.metrics),
+                    config.http,
+                    self._closing,
+                    connection.waiting,
+                )
+            finally:
+                with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                    await secure.aclose()
 
-    async def _serve_metrics(self, stream: trio.SocketStream) -> None:
-        async with stream:
-            await serve_connection(stream, self.metrics.handle, HttpLimits(), self._closing)
+        supervisor = Supervisor(
+            handle,
+            name=config.id,
+            logger=LOG,
+            handshakes=config.max_handshakes,
+            handshake_seconds=config.handshake_timeout,
+            on_failure=lambda kind: rejected.labels(config.id, kind).inc(),
+        )
+        return await _opened(config.listen, supervisor, stack)
+
+    async def _metrics_port(self, address: Address, stack: AsyncExitStack) -> "_Port":
+        supervisor = http_supervisor(self.metrics.handle, "metrics", LOG, closing=self._closing)
+        return await _opened(address, supervisor, stack)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Door:
-    """Listening sockets and what serves a connection through them."""
+class _Port:
+    """Listening sockets and the supervisor of their connections."""
 
     listeners: list[trio.SocketListener]
-    handle: Callable[[trio.SocketStream], Awaitable[None]]
+    supervisor: Supervisor[trio.SocketStream]
 
     async def serve(self, connections: trio.Nursery) -> None:
-        await trio.serve_listeners(self.handle, self.listeners, handler_nursery=connections)
+        await self.supervisor.serve(self.listeners, connections=connections)
 
 
 async def _opened(
-    address: Address, handle: Callable[[trio.SocketStream], Awaitable[None]], stack: AsyncExitStack
-) -> _Door:
+    address: Address, supervisor: Supervisor[trio.SocketStream], stack: AsyncExitStack
+) -> _Port:
     try:
         listeners = await trio.open_tcp_listeners(address.port, host=address.host)
     except OSError as error:
         raise ConfigError(f"cannot listen on {address}: {error.strerror}") from error
     for listener in listeners:
         stack.push_async_callback(listener.aclose)
-    return _Door(listeners=listeners, handle=handle)
+    return _Port(listeners=listeners, supervisor=supervisor)
 
 
 def _address(listener: trio.SocketListener) -> Address:

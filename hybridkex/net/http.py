@@ -7,6 +7,7 @@ acknowledgements would cost 40 ms.
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 from urllib.parse import unquote
@@ -14,9 +15,14 @@ from urllib.parse import unquote
 import h11
 import trio
 
-__all__ = ["Handler", "HttpLimits", "Request", "Response", "serve_connection"]
+from hybridkex.net.supervisor import Budget, Connection, Supervisor
+
+__all__ = ["Handler", "HttpLimits", "Request", "Response", "http_supervisor", "serve_connection"]
 
 LOG: Final = logging.getLogger(__name__)
+
+PLAIN_CONNECTIONS: Final = 16
+"""Connections at once to a port without authentication: a few scrapers and their owner."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +75,18 @@ async def serve_connection(
     handler: Handler,
     limits: HttpLimits,
     closing: trio.Event | None = None,
+    waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Answer the requests of one connection until it ends, or until ``closing`` is set.
 
     A request that has begun when ``closing`` is set is still answered. The stream is left open.
+    ``waiting`` is entered while the client owes us its next request.
     """
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.max_headers)
     while True:
-        if not await _request_begins(stream, connection, limits.idle, closing):
+        with waiting():
+            begins = await _request_begins(stream, connection, limits.idle, closing)
+        if not begins:
             return
         with trio.move_on_after(limits.request) as scope:
             last = closing is not None and closing.is_set()
@@ -85,6 +95,25 @@ async def serve_connection(
         if scope.cancelled_caught:
             return
         connection.start_next_cycle()
+
+
+def http_supervisor(
+    handler: Handler,
+    name: str,
+    logger: logging.Logger,
+    *,
+    connections: int = PLAIN_CONNECTIONS,
+    limits: HttpLimits | None = None,
+    closing: trio.Event | None = None,
+) -> Supervisor[trio.SocketStream]:
+    """A supervisor for plain HTTP without authentication, such as metrics."""
+    budget = Budget(connections)
+
+    async def handle(stream: trio.SocketStream, connection: Connection) -> None:
+        connection.admit(budget, connection.address)
+        await serve_connection(stream, handler, limits or HttpLimits(), closing, connection.waiting)
+
+    return Supervisor(handle, name=name, logger=logger, handshakes=connections)
 
 
 async def _request_begins(
@@ -144,7 +173,7 @@ async def _one_exchange(
         # A bug of ours must not end the server; the client learns no more than that.
         LOG.exception("request handler failed")
         response = Response.json(503, {"message": "internal error"})
-    return await _send(stream, connection, response, last=last)
+    return await _send(stream, connection, response, last=last, head=request.method == "HEAD")
 
 
 async def _read_request(
@@ -183,7 +212,12 @@ async def _read_request(
 
 
 async def _send(
-    stream: trio.abc.Stream, connection: h11.Connection, response: Response, *, last: bool
+    stream: trio.abc.Stream,
+    connection: h11.Connection,
+    response: Response,
+    *,
+    last: bool,
+    head: bool = False,
 ) -> bool:
     """Send a response with one call. False: it was the last one."""
     if not _may_answer(connection):
@@ -197,7 +231,8 @@ async def _send(
     if last:
         headers.append(("Connection", "close"))
     data = connection.send(h11.Response(status_code=response.status, headers=headers))
-    data += connection.send(h11.Data(data=response.body)) or b""
+    if not head:  # headers as those of GET, and no body (RFC 9110 section 9.3.2)
+        data += connection.send(h11.Data(data=response.body)) or b""
     data += connection.send(h11.EndOfMessage()) or b""
     try:
         await stream.send_all(data)

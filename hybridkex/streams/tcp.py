@@ -1,11 +1,12 @@
 """TCP in one call, beside ``trio.open_ssl_over_tcp_stream`` and its two fellows."""
 
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 import trio
 
+from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.streams.listener import SecureListener
 from hybridkex.streams.stream import DEFAULT_HANDSHAKE_TIMEOUT, SecureStream
 from hybridkex.tls.config import ClientConfig, ServerConfig
@@ -13,6 +14,9 @@ from hybridkex.tls.config import ClientConfig, ServerConfig
 __all__ = ["open_secure_tcp_listeners", "open_secure_tcp_stream", "serve_secure_tcp"]
 
 _log = logging.getLogger("hybridkex.streams")
+
+MAX_CONNECTIONS: Final = 10_000
+"""Connections at once of :func:`serve_secure_tcp`, unless told otherwise."""
 
 
 async def open_secure_tcp_stream(
@@ -71,27 +75,41 @@ async def serve_secure_tcp(
     https_compatible: bool = False,
     backlog: int | None = None,
     handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+    max_connections: int = MAX_CONNECTIONS,
     handler_nursery: trio.Nursery | None = None,
-    task_status: trio.TaskStatus[list[SecureListener[trio.SocketStream]]] = (
+    task_status: trio.TaskStatus[Sequence[SecureListener[trio.SocketStream]]] = (
         trio.TASK_STATUS_IGNORED
     ),
-) -> NoReturn:
+) -> None:
     """Serve every connection with ``handler``, in a task of its own, after its handshake.
 
-    A handshake that fails is logged and takes nothing else down; an exception of ``handler``'s is
-    the caller's own, as with ``trio.serve_ssl_over_tcp``.
-    """
+    No connection ends another: unlike with ``trio.serve_ssl_over_tcp``, an exception that leaves
+    ``handler``, or a handshake that fails, ends its own connection and becomes one line of the log
+    ``hybridkex.streams``, at a bounded rate. The stream is closed when ``handler`` returns.
 
-    async def handle(stream: SecureStream[trio.SocketStream]) -> None:
-        try:
-            await stream.do_handshake()
-        except trio.BrokenResourceError as error:
-            _log.info("a handshake failed: %s", error)
-            await trio.aclose_forcefully(stream)
-            return
+    Args:
+        handler: serves one connection; its handshake is complete.
+        port: TCP port; 0 picks a free one.
+        config: identities, verifier and policy.
+        host: address to listen on; ``None`` for all interfaces.
+        https_compatible: see :class:`SecureStream`.
+        backlog: length of the kernel's queue.
+        handshake_timeout: seconds for a handshake.
+        max_connections: connections at once, after their handshakes; more are closed.
+        handler_nursery: where handlers run, if they shall outlive this call.
+        task_status: given the listeners.
+
+    Raises:
+        OSError: cannot listen there.
+    """
+    budget = Budget(max_connections)
+
+    async def handle(stream: SecureStream[trio.SocketStream], connection: Connection) -> None:
+        await stream.do_handshake()
+        connection.admit(budget)
         await handler(stream)
 
-    listeners: Any = await open_secure_tcp_listeners(
+    listeners = await open_secure_tcp_listeners(
         port,
         config,
         host=host,
@@ -99,6 +117,18 @@ async def serve_secure_tcp(
         backlog=backlog,
         handshake_timeout=handshake_timeout,
     )
-    await trio.serve_listeners(
-        handle, listeners, handler_nursery=handler_nursery, task_status=task_status
+    supervisor = Supervisor(
+        handle,
+        name=f"port {_port_of(listeners[0])}",
+        logger=_log,
+        # The stream's own time limit, which tells the peer, comes first.
+        handshake_seconds=handshake_timeout + 1,
     )
+    await supervisor.serve(listeners, connections=handler_nursery, task_status=task_status)
+
+
+def _port_of(listener: SecureListener[trio.SocketStream]) -> int:
+    inner = listener.transport_listener
+    assert isinstance(inner, trio.SocketListener)
+    port: int = inner.socket.getsockname()[1]
+    return port

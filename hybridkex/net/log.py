@@ -1,0 +1,45 @@
+"""Log lines that strangers can cause: bounded in rate, with the number of those left out."""
+
+import logging
+from typing import Final
+
+from hybridkex.net.token_bucket import TokenBucket
+
+__all__ = ["BoundedLog"]
+
+RATE: Final = 1.0
+BURST: Final = 20
+
+
+class BoundedLog:
+    """A logger that writes at most ``burst`` lines at once and ``rate`` lines a second.
+
+    What is left out is counted: the next line that is written, or :meth:`flush`, tells how many
+    lines were suppressed.
+
+    Args:
+        logger: where the lines go.
+        rate: lines a second in the long run.
+        burst: lines at once.
+    """
+
+    def __init__(self, logger: logging.Logger, *, rate: float = RATE, burst: int = BURST) -> None:
+        self._logger = logger
+        self._bucket = TokenBucket(rate, burst)
+        self._suppressed = 0
+
+    def log(self, level: int, message: str, *args: object) -> None:
+        """Write a line, or count it."""
+        if not self._logger.isEnabledFor(level):
+            return
+        if not self._bucket.take():
+            self._suppressed += 1
+            return
+        self.flush()
+        self._logger.log(level, message, *args)
+
+    def flush(self) -> None:
+        """Tell how many lines were suppressed, if there are any."""
+        if self._suppressed:
+            count, self._suppressed = self._suppressed, 0
+            self._logger.warning("%d similar log lines were suppressed", count)

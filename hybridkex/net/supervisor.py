@@ -1,0 +1,423 @@
+"""The supervisor of accepted connections: every socket that this project listens on has one.
+
+It accepts, runs a handler for each connection in a task of its own, and keeps three promises:
+
+- **No connection ends another.** Whatever exception leaves a handler, alone or in a group, ends
+  its own connection and becomes one log line. Only cancellation and ``KeyboardInterrupt`` pass.
+- **Number and time are bounded.** A connection begins in the budget of those that have not yet
+  authenticated, with a deadline; the handler calls :meth:`Connection.admit` when it knows who is
+  there, and the connection moves to the budget of its kind. A budget is shared fairly among its
+  holders (see :class:`Budget`), so that idle strangers keep nobody out.
+- **A fault that passes leaves nothing behind.** While the system has no descriptors or no memory
+  for another connection (accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM) the accept loop waits and
+  tries again, and says so at a bounded rate.
+"""
+
+import contextlib
+import logging
+import math
+import select
+import socket
+import traceback
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from pathlib import PurePath
+from typing import Any, Final, Generic, TypeVar
+
+import trio
+from trio.abc import AsyncResource, Listener
+
+from hybridkex.errors import HybridkexError
+from hybridkex.net.log import BoundedLog
+
+__all__ = ["Budget", "Connection", "Supervisor", "TooManyConnections", "peer_name"]
+
+HANDSHAKES: Final = 128
+"""Default number of connections that have not yet authenticated."""
+HANDSHAKE_SECONDS: Final = 10.0
+"""Default time until a connection has authenticated."""
+RIPE_SECONDS: Final = 1.0
+"""How long a connection must have waited for its peer before a newcomer may take its place."""
+RETRY_SECONDS: Final = 0.1
+"""Between two tries to accept while the system has no room."""
+FLUSH_SECONDS: Final = 30.0
+"""Between two looks at the number of suppressed log lines."""
+
+T = TypeVar("T", bound=AsyncResource)
+
+
+class TooManyConnections(HybridkexError):
+    """A connection was refused because a budget of connections is used up."""
+
+
+class Connection:
+    """An accepted connection under supervision.
+
+    Attributes:
+        peer: the peer's address and port, or ``a local program``.
+        address: the peer's network address, which holds a place until the peer has authenticated:
+            an IPv4 address, the /64 prefix of an IPv6 address, or empty.
+    """
+
+    def __init__(self, transport: trio.SocketStream | None) -> None:
+        self.peer: Final = peer_name(transport)
+        self.address: Final = _network(transport)
+        self._transport = transport
+        self._scope = trio.CancelScope()
+        self._budget: Budget | None = None
+        self._holder: Hashable = None
+        self._waiting_since: float | None = None
+        self._evicted = False
+
+    def admit(self, budget: "Budget", holder: Hashable = "") -> None:
+        """The peer is known: move to ``budget``, as one of ``holder``'s; the deadline is lifted.
+
+        Raises:
+            TooManyConnections: the budget is used up.
+        """
+        self._release()
+        self._waiting_since = None
+        budget._take(self, holder)
+        self._scope.deadline = math.inf
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the context lasts the peer owes us something, and a newcomer may take the place of
+        this connection: nothing is lost when it is closed now."""
+        self._waiting_since = trio.current_time()
+        try:
+            yield
+        finally:
+            self._waiting_since = None
+
+    def _age(self, now: float) -> float:
+        """Seconds that the peer has kept us waiting; negative if it is we who are slow."""
+        if self._waiting_since is None or self._evicted or _has_unread(self._transport):
+            return -1.0
+        return now - self._waiting_since
+
+    def _evict(self) -> None:
+        self._evicted = True
+        self._release()
+        self._scope.cancel()
+
+    def _release(self) -> None:
+        if self._budget is not None:
+            self._budget._give_back(self)
+            self._budget = None
+
+
+class Budget:
+    """A number of connections that may be open at once, shared fairly among those who hold them.
+
+    When all of it is used, a newcomer takes the place of the connection that has waited longest for
+    its peer (see :meth:`Connection.waiting`) among those of the holder who has the most, and never
+    of one who has fewer than the newcomer. If there is no such connection, it is refused.
+
+    Args:
+        total: connections at once.
+        each: connections at once of one holder; ``None`` for no limit but ``total``.
+        what: the name of the budget in messages: *connections*, *peer connections*.
+    """
+
+    def __init__(self, total: int, *, each: int | None = None, what: str = "connections") -> None:
+        self.total: Final = total
+        self._each = each
+        self._what = what
+        self._count = 0
+        self._held: dict[Hashable, dict[Connection, None]] = {}
+        self._changed = trio.Event()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _take(self, connection: Connection, holder: Hashable) -> None:
+        own = len(self._held.get(holder, ()))
+        if self._each is not None and own >= self._each:
+            victim, age = self._victim(holder, only=True)
+            if victim is None or age < RIPE_SECONDS:
+                raise TooManyConnections(f"{holder} has {own} {self._what} open")
+            victim._evict()
+        elif self._count >= self.total:
+            victim, age = self._victim(holder)
+            if victim is None or age < RIPE_SECONDS:
+                raise TooManyConnections(f"{self._count} {self._what} are open")
+            victim._evict()
+        self._add(connection, holder)
+
+    async def _wait_and_take(self, connection: Connection, holder: Hashable) -> None:
+        """As :meth:`_take`, but wait until there is a place: newcomers stay in the kernel's queue,
+        so that a burst of good connections loses none of them."""
+        while self._count >= self.total:
+            victim, age = self._victim(holder)
+            if victim is not None and age >= RIPE_SECONDS:
+                victim._evict()
+                break
+            if self._changed.is_set():
+                self._changed = trio.Event()
+            with trio.move_on_after(RIPE_SECONDS - max(age, 0.0) if victim else RETRY_SECONDS):
+                await self._changed.wait()
+        self._add(connection, holder)
+
+    def _victim(self, newcomer: Hashable, *, only: bool = False) -> tuple[Connection | None, float]:
+        now = trio.current_time()
+        own = len(self._held.get(newcomer, ()))
+        best: Connection | None = None
+        rank = (0, 0.0)
+        for holder, connections in self._held.items():
+            if holder != newcomer and (only or len(connections) <= own):
+                continue
+            for connection in connections:
+                age = connection._age(now)
+                if age >= 0 and (len(connections), age) > rank:
+                    best, rank = connection, (len(connections), age)
+        return best, rank[1]
+
+    def _evict_one(self) -> bool:
+        """Free the descriptor of a connection that has waited too long, if there is one."""
+        victim, age = self._victim(object())
+        if victim is None or age < RIPE_SECONDS:
+            return False
+        victim._evict()
+        return True
+
+    def _add(self, connection: Connection, holder: Hashable) -> None:
+        connection._budget, connection._holder = self, holder
+        self._held.setdefault(holder, {})[connection] = None
+        self._count += 1
+
+    def _give_back(self, connection: Connection) -> None:
+        connections = self._held[connection._holder]
+        del connections[connection]
+        if not connections:
+            del self._held[connection._holder]
+        self._count -= 1
+        self._changed.set()
+
+
+class Supervisor(Generic[T]):
+    """Accepts connections and runs a handler for each.
+
+    Args:
+        handler: ``await handler(stream, connection)`` serves a connection. The stream is closed
+            when it returns. It calls ``connection.admit`` once it knows the peer.
+        name: the beginning of each log line.
+        logger: where failures are logged, at a bounded rate.
+        handshakes: connections that have not been admitted, at once.
+        handshake_seconds: time until a connection must have been admitted.
+        on_failure: told the kind of each failure, for a counter: ``limit``, ``timeout``,
+            ``evicted``, ``failed`` or ``internal``.
+    """
+
+    def __init__(
+        self,
+        handler: Callable[[T, Connection], Awaitable[object]],
+        *,
+        name: str,
+        logger: logging.Logger,
+        handshakes: int = HANDSHAKES,
+        handshake_seconds: float = HANDSHAKE_SECONDS,
+        on_failure: Callable[[str], object] | None = None,
+    ) -> None:
+        self._handler = handler
+        self._name = name
+        self.log: Final = BoundedLog(logger)
+        self._logger = logger
+        self._handshakes = Budget(handshakes, what="unauthenticated connections")
+        self._handshake_seconds = handshake_seconds
+        self._on_failure = on_failure or (lambda _: None)
+
+    async def serve(
+        self,
+        listeners: Sequence[Listener[T]],
+        *,
+        connections: trio.Nursery | None = None,
+        task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Accept and serve until cancelled. The listeners are closed at the end.
+
+        Args:
+            listeners: where connections come in.
+            connections: the nursery of the handlers, if they shall outlive this call.
+            task_status: given ``listeners`` when the first connection may come.
+        """
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._flush_log)
+            for listener in listeners:
+                nursery.start_soon(self._accept, listener, connections or nursery)
+            task_status.started(listeners)
+
+    async def _flush_log(self) -> None:
+        while True:
+            await trio.sleep(FLUSH_SECONDS)
+            self.log.flush()
+
+    async def _accept(self, listener: Listener[T], connections: trio.Nursery) -> None:
+        full = BoundedLog(self._logger, rate=1 / 60, burst=1)
+        async with listener:
+            while True:
+                try:
+                    stream = await listener.accept()
+                except (OSError, MemoryError) as error:
+                    full.log(
+                        logging.ERROR,
+                        "%s: cannot accept connections now: %s; they wait until there is room",
+                        self._name,
+                        error.strerror if isinstance(error, OSError) else "out of memory",
+                    )
+                    self._handshakes._evict_one()
+                    await trio.sleep(RETRY_SECONDS)
+                    continue
+                connection = Connection(_transport(stream))
+                try:
+                    await self._handshakes._wait_and_take(connection, connection.address)
+                except BaseException:
+                    await trio.aclose_forcefully(stream)
+                    raise
+                connection._waiting_since = trio.current_time()
+                connections.start_soon(self._run, stream, connection)
+
+    async def _run(self, stream: T, connection: Connection) -> None:
+        scope = connection._scope
+        scope.deadline = trio.current_time() + self._handshake_seconds
+        try:
+            with scope:
+                await self._handler(stream, connection)
+            if scope.cancelled_caught:
+                self._cut(connection)
+        except Exception as error:
+            self._failed(connection, error)
+        except BaseExceptionGroup as group:
+            # A fault of this connection's, and a cancellation of all: each goes its way.
+            faults, others = group.split(Exception)
+            if faults is not None:
+                self._failed(connection, faults)
+            if others is not None:
+                raise others from None
+        finally:
+            connection._release()
+            with contextlib.suppress(Exception):
+                await trio.aclose_forcefully(stream)
+
+    def _cut(self, connection: Connection) -> None:
+        if connection._evicted:
+            self._on_failure("evicted")
+            self._say(connection, "closed: it waited, and its place was needed for another")
+        else:
+            self._on_failure("timeout")
+            self._say(connection, f"not authenticated within {self._handshake_seconds:g} s")
+
+    def _failed(self, connection: Connection, error: BaseException) -> None:
+        cause = _innermost(error)
+        if isinstance(cause, TooManyConnections):
+            self._on_failure("limit")
+            self._say(connection, f"refused: {cause}")
+        elif isinstance(cause, _EXPECTED):
+            self._on_failure("failed")
+            self._say(connection, _reason(cause))
+        else:
+            # A bug of ours. Its text may quote anything, so the log has its type and its place.
+            self._on_failure("internal")
+            self.log.log(
+                logging.ERROR,
+                "%s: %s: internal error: %s in %s; please report it",
+                self._name,
+                connection.peer,
+                type(cause).__name__,
+                _place(cause),
+            )
+            self._logger.debug("%s: the internal error", self._name, exc_info=cause)
+
+    def _say(self, connection: Connection, text: str) -> None:
+        self.log.log(logging.WARNING, "%s: %s: %s", self._name, connection.peer, text)
+
+
+_EXPECTED: Final = (
+    HybridkexError,
+    OSError,
+    trio.BrokenResourceError,
+    trio.ClosedResourceError,
+    trio.TooSlowError,
+)
+"""What a peer, a network or a full disk can cause."""
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The first error of nested groups; an unexpected one before those that a peer can cause."""
+    found: list[BaseException] = [error]
+    flat: list[BaseException] = []
+    while found:
+        one = found.pop(0)
+        if isinstance(one, BaseExceptionGroup):
+            found[:0] = one.exceptions
+        else:
+            flat.append(one)
+    return next((one for one in flat if not isinstance(one, _EXPECTED)), flat[0])
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return str(cause) or type(cause).__name__
+
+
+def _place(error: BaseException) -> str:
+    """File and line, the innermost of ours."""
+    frames = [
+        (PurePath(frame.f_code.co_filename), line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    ours = [(path, line) for path, line in frames if "hybridkex" in path.parts[-4:]]
+    if not frames:
+        return "an unknown place"
+    path, line = (ours or frames)[-1]
+    return f"{path.parent.name}/{path.name}, line {line}"
+
+
+def _transport(stream: object) -> trio.SocketStream | None:
+    """The socket below a stream, if there is one."""
+    while not isinstance(stream, trio.SocketStream):
+        below = getattr(stream, "transport_stream", None)
+        if below is None:
+            return None
+        stream = below
+    return stream
+
+
+def _has_unread(transport: trio.SocketStream | None) -> bool:
+    """Whether bytes of the peer wait for us: then it is not the peer who is slow."""
+    if transport is None or transport.socket.fileno() < 0:
+        return False
+    poll = select.poll()
+    poll.register(transport.socket.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def peer_name(transport: trio.SocketStream | None) -> str:
+    """The address of the other end for a log line."""
+    try:
+        where = transport.socket.getpeername() if transport is not None else ""
+    except OSError:
+        return "a peer that is gone"
+    if not isinstance(where, tuple):
+        return "a local program"
+    host, port = where[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _network(transport: trio.SocketStream | None) -> str:
+    try:
+        where = transport.socket.getpeername() if transport is not None else ""
+    except OSError:
+        return ""
+    if not isinstance(where, tuple):
+        return ""
+    host = str(where[0])
+    if ":" not in host:
+        return host
+    packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+    return packed[:8].hex() if packed[:12] != _MAPPED else packed[12:].hex()
+
+
+_MAPPED: Final = bytes(10) + b"\xff\xff"
+"""The prefix of an IPv4 address in an IPv6 socket (RFC 4291 section 2.5.5.2)."""

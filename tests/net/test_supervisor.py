@@ -1,0 +1,310 @@
+"""The supervisor of accepted connections: faults stay with their connection, budgets are shared
+fairly, and a system without room is waited for."""
+
+import contextlib
+import errno
+import logging
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
+
+from hybridkex.errors import LocalStateError
+from hybridkex.net.log import BoundedLog
+from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
+
+LOGGER = logging.getLogger("hybridkex.test")
+Handler = Callable[[Any, Connection], Awaitable[object]]
+
+
+class Fake(trio.abc.Listener[trio.abc.Stream]):
+    """Hands out what a test puts in: streams, or errors to raise."""
+
+    def __init__(self) -> None:
+        self.put, self._get = trio.open_memory_channel[Any](1000)
+
+    async def accept(self) -> trio.abc.Stream:
+        item = await self._get.receive()
+        if isinstance(item, BaseException):
+            raise item
+        stream: trio.abc.Stream = item
+        return stream
+
+    async def aclose(self) -> None:
+        self._get.close()
+
+    def connect(self) -> trio.abc.Stream:
+        """The client's end of a new connection."""
+        ours, theirs = memory_stream_pair()
+        self.put.send_nowait(theirs)
+        return ours
+
+
+@asynccontextmanager
+async def serving(handler: Handler, **options: Any) -> AsyncIterator[Fake]:
+    listener = Fake()
+    supervisor: Supervisor[Any] = Supervisor(handler, name="test", logger=LOGGER, **options)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(supervisor.serve, [listener])
+        yield listener
+        nursery.cancel_scope.cancel()
+
+
+async def echo(stream: Any, connection: Connection) -> None:
+    async for data in stream:
+        await stream.send_all(data)
+
+
+async def check(listener: Fake) -> None:
+    stream = listener.connect()
+    async with stream:
+        await stream.send_all(b"x")
+        with trio.fail_after(5):
+            assert await stream.receive_some() == b"x"
+
+
+def faults() -> list[BaseException]:
+    single: list[Exception] = [
+        ValueError("a\nb"),
+        OverflowError(),
+        struct.error("x"),
+        RecursionError(),
+        MemoryError(),
+        AssertionError(),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"),
+        StopAsyncIteration(),
+        LookupError(),
+        LocalStateError("ours"),
+        OSError(errno.ECONNRESET, "Connection reset by peer"),
+        TimeoutError(),
+        trio.BrokenResourceError("broken"),
+        trio.ClosedResourceError(),
+        trio.BusyResourceError(),
+        trio.TooSlowError(),
+        trio.NeedHandshakeError(),
+    ]
+    groups: list[BaseException] = [
+        ExceptionGroup("one", [ValueError()]),
+        ExceptionGroup("deep", [ExceptionGroup("x", [OSError(errno.EPIPE, "p"), KeyError(1)])]),
+        BaseExceptionGroup("of base type", [ValueError()]),
+    ]
+    return [*single, *groups]
+
+
+@pytest.mark.parametrize("fault", faults(), ids=repr)
+async def test_a_fault_ends_its_own_connection(
+    fault: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    kinds: list[str] = []
+
+    async def handler(stream: Any, connection: Connection) -> None:
+        if await stream.receive_some() == b"fault":
+            raise fault
+        await stream.send_all(b"x")
+
+    async with serving(handler, on_failure=kinds.append) as listener:
+        stream = listener.connect()
+        await stream.send_all(b"fault")
+        with trio.fail_after(5):
+            assert await stream.receive_some() == b""  # closed, not left open
+        await check(listener)
+    lines = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(lines) == 1
+    assert lines[0].exc_info is None
+    assert kinds in (["failed"], ["internal"])
+
+
+async def test_a_fault_beside_a_cancellation() -> None:
+    """A group of both: the fault is logged, and the cancellation goes on to where it belongs."""
+    began = trio.Event()
+
+    async def handler(stream: Any, connection: Connection) -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def fails() -> None:
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    raise ValueError
+
+            nursery.start_soon(fails)
+            began.set()
+            await trio.sleep_forever()
+
+    async with serving(handler) as listener:
+        listener.connect()
+        await began.wait()
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+async def test_what_ends_a_process_is_let_through(kind: type[BaseException]) -> None:
+    async def handler(stream: Any, connection: Connection) -> None:
+        raise kind
+
+    with pytest.RaisesGroup(kind, flatten_subgroups=True, allow_unwrapped=True):
+        async with serving(handler) as listener:
+            listener.connect()
+            await trio.sleep(5)
+
+
+@pytest.mark.parametrize(
+    "name", ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "ECONNABORTED", "EPERM", "EPROTO"]
+)
+async def test_a_system_without_room_is_waited_for(
+    name: str, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    number = getattr(errno, name)
+    async with serving(echo) as listener:
+        for _ in range(300):
+            listener.put.send_nowait(OSError(number, "no room"))
+        await trio.sleep(31)
+        await check(listener)
+    assert len(caplog.records) == 1
+    assert "no room" in caplog.text
+
+
+async def test_silence_is_cut(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
+    kinds: list[str] = []
+    async with serving(echo, handshake_seconds=3, on_failure=kinds.append) as listener:
+        stream = listener.connect()
+        began = trio.current_time()
+        assert await stream.receive_some() == b""
+        assert trio.current_time() - began == pytest.approx(3)
+    assert kinds == ["timeout"]
+    assert "not authenticated within 3 s" in caplog.text
+
+
+async def test_an_admitted_connection_stays(autojump_clock: MockClock) -> None:
+    budget = Budget(4)
+
+    async def handler(stream: Any, connection: Connection) -> None:
+        connection.admit(budget)
+        await echo(stream, connection)
+
+    async with serving(handler, handshake_seconds=3) as listener:
+        stream = listener.connect()
+        await trio.sleep(100)
+        await stream.send_all(b"x")
+        assert await stream.receive_some() == b"x"
+        assert len(budget) == 1
+        await stream.aclose()
+        await wait_all_tasks_blocked()
+        assert len(budget) == 0
+
+
+async def test_silent_connections_starve_nobody(autojump_clock: MockClock) -> None:
+    """Four places and forty silent strangers, again and again: a client waits a little at most."""
+    async with serving(echo, handshakes=4, handshake_seconds=10) as listener:
+        silent = [listener.connect() for _ in range(40)]
+        began = trio.current_time()
+        stream = listener.connect()
+        await stream.send_all(b"x")
+        assert await stream.receive_some() == b"x"
+        assert trio.current_time() - began <= 11
+        assert len(silent) == 40
+
+
+async def test_a_burst_loses_nobody(autojump_clock: MockClock) -> None:
+    """A hundred good clients at once on two places: those that make progress are not evicted."""
+    done = 0
+
+    async def handler(stream: Any, connection: Connection) -> None:
+        await trio.sleep(0.5)  # a slow handshake
+        await echo(stream, connection)
+
+    async with serving(handler, handshakes=2) as listener, trio.open_nursery() as nursery:
+
+        async def client() -> None:
+            nonlocal done
+            async with listener.connect() as stream:
+                await stream.send_all(b"x")
+                assert await stream.receive_some() == b"x"
+            done += 1
+
+        for _ in range(100):
+            nursery.start_soon(client)
+    assert done == 100
+
+
+def connection_of(budget: Budget, holder: str) -> Connection:
+    connection = Connection(None)
+    connection.admit(budget, holder)
+    return connection
+
+
+async def test_a_budget_is_shared_fairly(mock_clock: MockClock) -> None:
+    """Idle connections of the one who has the most make room; busy ones never do."""
+    budget = Budget(8, each=6)
+    many = [connection_of(budget, "many") for _ in range(6)]
+    with pytest.raises(TooManyConnections, match="many has 6 connections open"):
+        connection_of(budget, "many")
+    few = [connection_of(budget, "few") for _ in range(2)]
+    with pytest.raises(TooManyConnections, match="8 connections are open"):
+        connection_of(budget, "third")  # all of them are busy
+    with contextlib.ExitStack() as waiting:
+        for connection in (few[0], many[3], many[1]):
+            waiting.enter_context(connection.waiting())
+            mock_clock.jump(0.1)
+        with pytest.raises(TooManyConnections):
+            connection_of(budget, "third")  # they have not waited long
+        mock_clock.jump(60)
+        connection_of(budget, "third")
+        assert many[3]._evicted  # of the one who has the most, the one that waited longest
+        assert not few[0]._evicted
+        connection_of(budget, "few")  # the one who has many has five, and pays again
+        assert many[1]._evicted
+        assert not few[0]._evicted
+        connection_of(budget, "few")  # nobody who has more is idle: one of its own
+        assert few[0]._evicted
+    assert len(budget) == 8
+
+
+async def test_a_stranger_does_not_evict_those_who_have_less(mock_clock: MockClock) -> None:
+    budget = Budget(4)
+    with connection_of(budget, "a").waiting(), connection_of(budget, "b").waiting():
+        connection_of(budget, "c")
+        connection_of(budget, "c")
+        mock_clock.jump(60)
+        with pytest.raises(TooManyConnections):
+            connection_of(budget, "c")
+
+
+async def test_lines_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
+    log = BoundedLog(LOGGER, rate=1e-6, burst=3)
+    for number in range(100):
+        log.log(logging.WARNING, "line %d", number)
+    log.flush()
+    log.flush()
+    assert [record.getMessage() for record in caplog.records] == [
+        "line 0",
+        "line 1",
+        "line 2",
+        "97 similar log lines were suppressed",
+    ]
+
+
+async def test_resets_at_accept() -> None:
+    """Connections that were reset before they are accepted have no address; nothing ends."""
+
+    async def handler(stream: Any, connection: Connection) -> None:
+        await echo(stream, connection)
+
+    supervisor: Supervisor[trio.SocketStream] = Supervisor(handler, name="test", logger=LOGGER)
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    where = listeners[0].socket.getsockname()
+    for _ in range(20):
+        client = socket.create_connection(where)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(supervisor.serve, listeners)
+        async with await trio.open_tcp_stream(*where) as stream:
+            await stream.send_all(b"x")
+            with trio.fail_after(5):
+                assert await stream.receive_some() == b"x"
+        nursery.cancel_scope.cancel()

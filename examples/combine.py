@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from hybridkex import Pins, RawIdentity, Secret
-from hybridkex.combiner import SignatureAuthentication, exchange
+from hybridkex.combiner import ExchangeConfig, SignatureAuthentication, exchange
 from hybridkex.qkd.in_process import in_process_pair
 
 LABEL = b"example.org records v1"
@@ -62,8 +62,7 @@ async def main() -> None:
     keys = in_process_pair("alice", "bob")
 
     async def ask() -> None:
-        result = await exchange(
-            ends[0],
+        config = ExchangeConfig(
             role="initiator",
             local="alice",
             peer="bob",
@@ -71,14 +70,14 @@ async def main() -> None:
             label=LABEL,
             key_source=keys[0],
         )
+        result = await exchange(ends[0], config)
         records = Records(ends[0], result.key, we_began=True)
         await records.send(b"what time is it?")
         print("Bob says:", (await records.receive()).decode())
         print("the key rests on X25519, ML-KEM-768 and the QKD key", *result.qkd_key_ids)
 
     async def answer() -> None:
-        result = await exchange(
-            ends[1],
+        config = ExchangeConfig(
             role="responder",
             local="bob",
             peer="alice",
@@ -86,6 +85,7 @@ async def main() -> None:
             label=LABEL,
             key_source=keys[1],
         )
+        result = await exchange(ends[1], config)
         records = Records(ends[1], result.key, we_began=False)
         print("Alice says:", (await records.receive()).decode())
         await records.send(b"time for new keys")

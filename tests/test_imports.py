@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "wire": BASE,
     "crypto": BASE,
     "auth": BASE | {"crypto"},
-    "qkd": BASE | {"crypto", "net"},
+    "qkd": BASE | {"wire", "crypto", "net"},
     "tls": BASE | {"wire", "crypto", "auth"},
     # The simulator knows of QKD keys what a producer of them must know.
     "link": BASE | {"crypto", "qkd"},

@@ -1,10 +1,12 @@
-"""One key out of several: the combiner of this library for channels that are not TLS.
+"""Hybrid keys for protocols other than TLS.
 
-:func:`combine` mixes secrets that are there already, :func:`exchange` makes them, in one round trip
-over any trio stream. ``wireguard`` keeps the pre-shared key of a WireGuard tunnel fresh with it.
+:func:`combine` derives one key from secrets that both sides already share. :func:`exchange`
+establishes the secrets as well, over any trio stream. ``wireguard`` uses it to rotate the
+pre-shared key of a WireGuard tunnel.
 """
 
 from hybridkex.combiner.exchange import (
+    ExchangeConfig,
     Exchanged,
     PskAuthentication,
     SignatureAuthentication,
@@ -13,6 +15,7 @@ from hybridkex.combiner.exchange import (
 from hybridkex.combiner.kdf import Leg, Method, cas_kdf, cat_kdf, combine
 
 __all__ = [
+    "ExchangeConfig",
     "Exchanged",
     "Leg",
     "Method",

@@ -1,29 +1,37 @@
-"""A key exchange of one round trip over any trio stream, for those with a record layer already.
+"""A key exchange over any trio stream, for protocols that have their own record layer.
 
-Three messages, each behind its length in 32 bits::
+The messages, each behind its length in 32 bits::
 
-    initiator -> responder   offer:   header, nonce, QKD key name, shares; proof
+    initiator -> responder   offer:   header, nonce, shares; proof
     responder -> initiator   answer:  header, nonce, shares; proof; confirmation
-    initiator -> responder   confirmation
+    initiator -> responder   finish:  confirmation
 
-A *proof* shows who made the message: an HMAC under the PSK, or a signature with the key behind it.
-It covers all that was said so far, the other side's proof included, and the names, roles and key
-exchanges that both sides have configured, so that a message reflected to its sender, or taken from
-an exchange with somebody else, fails. A replayed offer passes, and is worth nothing: the replayer
-cannot confirm. A *confirmation* shows that its sender has the combined key; the initiator has the
-key after one round trip, the responder with the confirmation, for which nobody waits.
+and, where both sides use a QKD key, the finish carries more and one message follows::
+
+    initiator -> responder   finish:  name of the QKD key; confirmation; confirmation with QKD key
+    responder -> initiator   end:     confirmation with QKD key
+
+A *proof* authenticates a message: an HMAC under the PSK, or a signature with its public key. It
+covers everything said so far, the other side's proof included, and the names, roles and settings
+that both sides configured: a message that is reflected to its sender, or replayed from an exchange
+with another party, fails. A replayed offer verifies, because nothing in it is fresh to the
+responder, but whoever replays it cannot send the confirmation.
+
+A *confirmation* shows that its sender has the combined key. The initiator's answers the responder's
+fresh shares and nonce, so it is the first message that shows the responder a live peer. Only then
+does the responder ask its key source, once: replayed or copied offers cause no look-up and use up
+no key. The initiator, too, asks for a QKD key only once it has authenticated the responder.
 
 The key is :func:`~hybridkex.combiner.kdf.combine` over every key exchange, the QKD key if there is
-one, and the PSK if there is one; its context is the hash of both messages and both proofs, so that
-two sides with one key have seen the same peers. The design is that of SIGMA (sign and MAC) without
-its identity protection: the names of both sides are configured, and raw public keys travel in the
-clear.
+one, and the PSK if there is one; its context is the hash of all messages and proofs up to there, so
+that two sides with the same key have seen the same peers. The design is that of SIGMA (sign and
+MAC) without identity protection: the names are configured, raw public keys travel in the clear.
 """
 
 import hmac
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol, get_args
 
 import trio
@@ -35,7 +43,7 @@ from hybridkex.auth import (
     VerifiedPeer,
 )
 from hybridkex.auth.names import canonical_peer_name, parse_peer_name
-from hybridkex.combiner.kdf import NO_SECRET, Leg, Method, combine
+from hybridkex.combiner.kdf import NO_SECRET, Leg, Method, combine, require
 from hybridkex.crypto.kex import MLKEM768, X25519, KeyExchange
 from hybridkex.crypto.schedule import hkdf_expand_label
 from hybridkex.crypto.signatures import ALL_SCHEMES, SignatureScheme, choose_scheme
@@ -52,52 +60,69 @@ from hybridkex.errors import (
 from hybridkex.qkd.psk import identity_of, name_of
 from hybridkex.qkd.source import KeySource, QkdKey
 from hybridkex.secret import Secret
-from hybridkex.wire.codec import Reader, u16, u32, vector16, vector24
+from hybridkex.wire.codec import Reader, u16, u32, vector16, vector24, vector32
 
-__all__ = ["Exchanged", "PskAuthentication", "SignatureAuthentication", "exchange"]
+__all__ = [
+    "ExchangeConfig",
+    "Exchanged",
+    "PskAuthentication",
+    "SignatureAuthentication",
+    "exchange",
+]
 
 Role = Literal["initiator", "responder"]
+_Message = Literal["offer", "answer"]
 
-_HEADER: Final = b"hybridkex combiner v1 "
+_HEADER: Final = b"hybridkex combiner v2 "
 _NONCE: Final = 32
 _CONFIRMATION: Final = 32
-_PROOF_ROOM: Final = (1 << 16) + (1 << 18)
-"""Bytes of a message beside its shares that we are ready to hold: a signature and a public key."""
+_MAX_PROOF: Final = (1 << 16) + (1 << 18)
+"""Bytes of a message besides its shares: a signature and a public key."""
+_MAX_KEY_NAME: Final = 1 << 13
+"""Bytes of the name of a QKD key: at most eight parts of 528 bytes."""
 
-MAX_LENGTH: Final = 255 * SHA256.size - 2 * _CONFIRMATION
-"""Bytes of a key: what HKDF gives (RFC 5869 section 2.3), less the two confirmations."""
+MAX_LENGTH: Final = 254 * SHA256.size - 2 * _CONFIRMATION
+"""Most bytes of a key: the output of either method with SHA-256, less the two confirmations."""
 
 
 class Authentication(Protocol):
-    """How a message is tied to who made it."""
+    """Authenticates the messages of an exchange."""
 
     @property
     def psk(self) -> Secret:
-        """What goes into the key as well; empty where nothing does."""
+        """A secret that enters the key as well; empty if there is none."""
         ...
 
     def prove(self, role: Role, digest: bytes) -> bytes:
-        """Our proof for a message of ours in this role."""
+        """Our proof over ``digest``, sent in ``role``."""
         ...
 
     def check(self, role: Role, digest: bytes, proof: bytes, peer: str) -> VerifiedPeer | None:
-        """Return if the peer's proof for its message in ``role`` is good, else raise PeerError."""
+        """Verify the proof that ``peer`` sent in ``role``.
+
+        Raises:
+            PeerError: the proof does not verify, or the peer is not ``peer``.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class PskAuthentication:
-    """Both sides know a key; it authenticates the messages, and goes into the result.
+    """Both sides hold a pre-shared key; it authenticates the messages, and enters the key.
 
     Args:
-        key: 16 bytes or more of full entropy, for this pair of names and nothing else.
+        key: 16 bytes or more of full entropy, used by this pair of names and for nothing else.
+
+    Raises:
+        ConfigError: the key is not a :class:`~hybridkex.Secret`, or is shorter than 16 bytes.
     """
 
     key: Secret
 
     def __post_init__(self) -> None:
+        require(self.key, Secret, "the pre-shared key")
         if len(self.key) < 16:
-            raise ConfigError("a pre-shared key has at least 16 bytes")
+            raise ConfigError("a pre-shared key must have at least 16 bytes")
 
     @property
     def psk(self) -> Secret:
@@ -109,7 +134,10 @@ class PskAuthentication:
 
     def check(self, role: Role, digest: bytes, proof: bytes, peer: str) -> None:
         if not hmac.compare_digest(self.prove(role, digest), proof):
-            raise DecryptError("the peer does not have the pre-shared key, or means something else")
+            raise DecryptError(
+                "the peer's message does not verify: it has another pre-shared key, or is "
+                "configured differently (names, label, context, exchanges, QKD, method, length)"
+            )
 
     @property
     def _extracted(self) -> Secret:
@@ -118,14 +146,17 @@ class PskAuthentication:
 
 @dataclass(frozen=True)
 class SignatureAuthentication:
-    """Both sides sign with a key of their own.
+    """Each side signs with its own key.
 
     Args:
-        identity: our key.
-        verifier: decides about the peer's raw public key: the pins of this one peer, known peers, a
-            web of trust. The responder is checked as a server of its name, the initiator as a
-            client that must be known or endorsed under its name.
+        identity: our key pair.
+        verifier: decides whether to trust the peer's raw public key: the pins of this one peer,
+            known peers, or a web of trust. The responder is verified as the server of its name, the
+            initiator as a client that must be known or endorsed under its name.
         schemes: signature schemes, in order of preference.
+
+    Raises:
+        ConfigError: no scheme fits our key.
     """
 
     identity: RawIdentity
@@ -140,7 +171,7 @@ class SignatureAuthentication:
         key = self.identity.private_key
         scheme = choose_scheme(key, self.schemes, (one.code for one in self.schemes))
         if scheme is None:
-            raise ConfigError("none of the signature schemes goes with our key")
+            raise ConfigError("none of the signature schemes fits our key")
         spki = self.identity.chain[0]
         signature = scheme.sign(key, self._content(role, digest, spki))
         return u16(scheme.code) + vector24(spki) + vector16(signature)
@@ -151,27 +182,27 @@ class SignatureAuthentication:
         reader.finish()
         scheme = next((one for one in self.schemes if one.code == code), None)
         if scheme is None:
-            raise IllegalParameter(f"a signature of scheme {code:#06x}, which we do not use")
+            raise IllegalParameter(f"the peer signed with scheme {code:#06x}, which is not enabled")
         if role == "responder" and isinstance(self.verifier, ServerKeyVerifier):
             verified = self.verifier.verify_server_key(spki, parse_peer_name(peer))
         elif role == "initiator" and isinstance(self.verifier, ClientKeyVerifier):
             verified = self.verifier.verify_client_key(spki)
             _require_name(verified, peer)
         else:
-            raise ConfigError(f"the verifier cannot decide about the key of a {role}")
+            raise ConfigError(f"the verifier cannot verify the key of the {role}")
         content = self._content(role, digest, spki)
         scheme.verify(verified.certificate.public_key, signature, content)
         return verified
 
     @staticmethod
     def _content(role: Role, digest: bytes, spki: bytes) -> bytes:
-        """In the form of RFC 8446 section 4.4.3, under labels of our own."""
+        """The signed content, in the form of RFC 8446 section 4.4.3, with our context string."""
         label = _HEADER + role.encode("ascii")
         return b" " * 64 + label + b"\0" + digest + SHA256.digest(spki)
 
 
 def _require_name(verified: VerifiedPeer, peer: str) -> None:
-    """Who is known by other names is somebody else. Pins know keys, and no names."""
+    """Refuse a key that is known under other names only. Pins vouch for a key, not for a name."""
     vouched = verified.vouched_names
     if vouched and not verified.is_one_of({canonical_peer_name(peer)}):
         raise CertificateRejected(
@@ -180,199 +211,246 @@ def _require_name(verified: VerifiedPeer, peer: str) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExchangeConfig:
+    """One side of an exchange.
+
+    Both sides configure the same ``exchanges``, ``label``, ``context``, ``length`` and ``method``,
+    each other's names, and opposite roles. Nothing is negotiated: a difference is an error.
+
+    Raises:
+        ConfigError: a field has the wrong type, or the fields cannot work together.
+    """
+
+    role: Role
+    """``initiator`` sends first, and draws the QKD key that the ``responder`` looks up."""
+    local: str
+    """Our name."""
+    peer: str
+    """The peer's name; with signatures, the responder's is a host name or an IP address."""
+    authentication: Authentication
+    """:class:`PskAuthentication` or :class:`SignatureAuthentication`."""
+    label: bytes
+    """What the key is for; not empty."""
+    exchanges: tuple[KeyExchange, ...] = (X25519.exchange, MLKEM768.exchange)
+    """An attacker must break every one of them to learn the key."""
+    key_source: KeySource | None = None
+    """Where a QKD key comes from; both sides have one, or neither has."""
+    context: bytes = b""
+    """Whatever else both sides must agree on."""
+    length: int = 32
+    """Length of the key in bytes, 1 to 8064."""
+    method: Method = Method.CONCATENATE
+    """How the secrets are combined."""
+    time_limit: float = 10.0
+    """Seconds for the whole exchange."""
+    agreed: bytes = field(init=False, repr=False)
+    """The hash of everything that both sides must have configured alike."""
+
+    def __post_init__(self) -> None:
+        if self.role not in get_args(Role):
+            raise ConfigError(f"role must be initiator or responder, not {self.role!r}")
+        for name, kind in (("local", str), ("peer", str), ("label", bytes), ("context", bytes)):
+            require(getattr(self, name), kind, name)
+        require(self.length, int, "length")
+        require(self.method, Method, "method")
+        object.__setattr__(self, "exchanges", tuple(self.exchanges))
+        if not self.exchanges:
+            raise ConfigError("an exchange needs at least one key exchange")
+        if not self.local or not self.peer or self.local == self.peer:
+            raise ConfigError("local and peer must be two different names")
+        if not self.label:
+            raise ConfigError("the label must not be empty: it separates the uses of a key")
+        if not 1 <= self.length <= MAX_LENGTH:
+            raise ConfigError(f"length must be 1 to {MAX_LENGTH} bytes, not {self.length}")
+        if not self.time_limit > 0:
+            raise ConfigError("the time limit of an exchange must be positive")
+        if self.role == "initiator" and isinstance(self.authentication, SignatureAuthentication):
+            parse_peer_name(self.peer)
+        object.__setattr__(self, "agreed", self._digest())
+
+    def _digest(self) -> bytes:
+        names = (self.local, self.peer)
+        try:
+            initiator, responder = (
+                name.encode("utf-8")
+                for name in (names if self.role == "initiator" else names[::-1])
+            )
+        except UnicodeEncodeError:
+            raise ConfigError("local and peer must be valid Unicode text") from None
+        settings = (
+            initiator,
+            responder,
+            b"".join(vector16(one.name.encode("utf-8")) for one in self.exchanges),
+            b"qkd" if self.key_source is not None else b"",
+            self.method.value.encode("ascii"),
+            self.label,
+            self.context,
+            u32(self.length),
+        )
+        return SHA256.digest(_HEADER + b"".join(map(vector32, settings)))
+
+
 @dataclass(frozen=True)
 class Exchanged:
-    """What an exchange came to."""
+    """The result of an exchange."""
 
     key: Secret
     peer: VerifiedPeer | None
-    """Who the peer is, where it signed."""
+    """The peer, if it was authenticated by a signature."""
     parts: tuple[str, ...]
-    """The key exchanges that it rests on, by name."""
+    """The key exchanges that the key rests on, by name."""
     qkd_key_ids: tuple[str, ...]
-    """The QKD keys in it (UUIDs)."""
+    """The QKD keys that the key rests on (UUIDs)."""
 
 
 async def exchange(
     stream: trio.abc.Stream,
+    config: ExchangeConfig,
     *,
-    role: Role,
-    local: str,
-    peer: str,
-    authentication: Authentication,
-    label: bytes,
-    exchanges: Sequence[KeyExchange] = (X25519.exchange, MLKEM768.exchange),
-    key_source: KeySource | None = None,
-    context: bytes = b"",
-    length: int = 32,
-    method: Method = Method.CONCATENATE,
-    time_limit: float = 10.0,
+    on_authenticated: Callable[[], None] | None = None,
 ) -> Exchanged:
     """Agree on a key with the peer.
 
-    Both sides give the same ``exchanges``, ``label``, ``context``, ``length`` and ``method``, each
-    other's names, and opposite roles; there is no negotiation that could be attacked. The stream
-    stays open and holds nothing of ours afterwards.
+    The stream stays open; no byte beyond the exchange has been read from it.
 
     Args:
-        role: ``initiator`` speaks first; with a QKD key it draws, the ``responder`` looks it up.
-        local: our name.
-        peer: the other's name; with signatures the responder's is a host name or an address.
-        authentication: :class:`PskAuthentication` or :class:`SignatureAuthentication`.
-        label: what the key is for.
-        exchanges: every one of them must be broken to learn the key.
-        key_source: where a QKD key comes from; given on one side, it must be on the other.
-        context: whatever else both must agree on.
-        length: bytes of the key, 1 to 8096.
-        time_limit: seconds for the whole exchange.
+        stream: any trio stream.
+        config: our side.
+        on_authenticated: called as soon as the peer has shown that it is the configured one and
+            live. A server counts connections before that against a budget for strangers.
 
     Raises:
-        PeerError: the peer is not who it should be, means something else, or breaks the protocol.
-        HandshakeTimeout: it took too long.
+        PeerError: the peer is not the configured one, is configured differently, or broke the
+            protocol.
+        HandshakeTimeout: the exchange took longer than ``config.time_limit``.
         TruncationError: the stream ended.
-        KeySourceError: there is no QKD key.
-        ConfigError: the arguments cannot work.
+        KeySourceError: no QKD key could be had.
     """
-    if role not in get_args(Role):
-        raise ConfigError(f"a side is the initiator or the responder, not {role!r}")
-    if not exchanges or not local or not peer or local == peer:
-        raise ConfigError("an exchange needs key exchanges, and two sides with different names")
-    if not label:
-        raise ConfigError("a label is needed: it keeps the key's uses apart")
-    if not 1 <= length <= MAX_LENGTH:
-        raise ConfigError(f"a key of {length} bytes; 1 to {MAX_LENGTH} can be had")
-    if not time_limit > 0:
-        raise ConfigError("the time limit of an exchange is positive")
-    if role == "initiator" and isinstance(authentication, SignatureAuthentication):
-        parse_peer_name(peer)
-    names = (local, peer) if role == "initiator" else (peer, local)
-    agreed = b"".join(
-        u32(len(item)) + item
-        for item in (
-            *(name.encode("utf-8") for name in names),
-            b"".join(vector16(one.name.encode("utf-8")) for one in exchanges),
-            b"qkd" if key_source is not None else b"",
-            method.value.encode("ascii"),
-            label,
-            context,
-            u32(length),
-        )
-    )
-    run = _Run(
-        stream=stream,
-        agreed=SHA256.digest(_HEADER + agreed),
-        exchanges=tuple(exchanges),
-        authentication=authentication,
-        key_source=key_source,
-        peer=peer,
-        label=label,
-        length=length,
-        method=method,
-    )
-    with trio.move_on_after(time_limit):
-        result = await (run.initiate() if role == "initiator" else run.respond())
+    with trio.move_on_after(config.time_limit):
+        run = _Run(stream, config, on_authenticated or _nothing)
+        result = await (run.initiate() if config.role == "initiator" else run.respond())
         if result.peer is not None and result.peer.remember is not None:
             result.peer.remember()
         return result
-    raise HandshakeTimeout(f"no key within {time_limit:g} s")
+    raise HandshakeTimeout(f"the exchange did not end within {config.time_limit:g} s")
 
 
-@dataclass(frozen=True, kw_only=True)
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
 class _Run:
-    """One exchange, with all that does not change in it."""
+    """One exchange in progress."""
 
     stream: trio.abc.Stream
-    agreed: bytes
-    exchanges: tuple[KeyExchange, ...]
-    authentication: Authentication
-    key_source: KeySource | None
-    peer: str
-    label: bytes
-    length: int
-    method: Method
+    config: ExchangeConfig
+    on_authenticated: Callable[[], None]
 
     async def initiate(self) -> Exchanged:
-        qkd = await self.key_source.draw() if self.key_source is not None else None
-        key_name = identity_of(qkd.name) if qkd is not None else b""
-        started = [one.start() for one in self.exchanges]
-        offer = _HEADER + b"offer" + os.urandom(_NONCE) + vector16(key_name)
-        offer += b"".join(one.share for one in started)
-        said = SHA256.digest(self.agreed + offer)
-        ours = self.authentication.prove("initiator", said)
-        await self._send(offer, ours)
-
-        answer, proof, confirmation = await self._receive_answer()
-        heard = SHA256.digest(said + SHA256.digest(ours) + answer)
-        verified = self.authentication.check("responder", heard, proof, self.peer)
-        heard = SHA256.digest(heard + proof)
-        shares = self._split(answer[-sum(self._lengths("answer")) :], "answer")
-        secrets = [one.finish(share) for one, share in zip(started, shares, strict=True)]
+        config = self.config
+        started = [one.start() for one in config.exchanges]
         offers = [one.share for one in started]
-        keys = self._keys(heard, secrets, offers, shares, key_name, qkd.key if qkd else None)
+        offer = _HEADER + b"offer" + os.urandom(_NONCE) + b"".join(offers)
+        digest = SHA256.digest(config.agreed + offer)
+        ours = config.authentication.prove("initiator", digest)
+        await self._send(vector32(offer) + vector32(ours))
+
+        answer, theirs, confirmation = await self._receive_answer()
+        digest = SHA256.digest(digest + SHA256.digest(ours) + answer)
+        verified = config.authentication.check("responder", digest, theirs, config.peer)
+        digest = SHA256.digest(digest + theirs)
+        answers = self._shares(answer, "answer")
+        secrets = [one.finish(share) for one, share in zip(started, answers, strict=True)]
+        legs = self._legs(secrets, offers, answers)
+        keys = self._keys(digest, legs)
         if not hmac.compare_digest(keys.responder, confirmation):
-            raise DecryptError("the responder has another key")
-        await self._send(keys.initiator)
-        return self._result(keys, verified, qkd)
+            raise DecryptError("the responder has a different key")
+        self.on_authenticated()
+        if config.key_source is None:
+            await self._send(keys.initiator)
+            return self._result(keys, verified)
+
+        qkd = await config.key_source.draw()
+        name = identity_of(qkd.name)
+        with_qkd = self._keys(
+            SHA256.digest(digest + name), [*legs, Leg(name="QKD", secret=qkd.key, offer=name)]
+        )
+        named = vector32(name) + vector32(_bound(keys.initiator, name))
+        await self._send(named + vector32(with_qkd.initiator))
+        if not hmac.compare_digest(with_qkd.responder, await self._receive(_CONFIRMATION)):
+            raise DecryptError("the responder's KME gave it a different QKD key")
+        return self._result(with_qkd, verified, qkd)
 
     async def respond(self) -> Exchanged:
-        offer, proof = await self._receive_offer()
-        said = SHA256.digest(self.agreed + offer)
-        verified = self.authentication.check("initiator", said, proof, self.peer)
-        key_name, offers = self._read_offer(offer)
-        results = [one.respond(share) for one, share in zip(self.exchanges, offers, strict=True)]
-        # What can fail without the key source has not failed: now a key may be used up.
-        qkd = None
-        if self.key_source is not None:
-            name = name_of(key_name)
-            if name is None or not self.key_source.knows(name):
-                raise IllegalParameter("the QKD key that the peer names is of other KMEs")
-            qkd = await self.key_source.get(name)
-        shares = [share for share, _ in results]
-        answer = _HEADER + b"answer" + os.urandom(_NONCE) + b"".join(shares)
-        heard = SHA256.digest(said + SHA256.digest(proof) + answer)
-        ours = self.authentication.prove("responder", heard)
-        heard = SHA256.digest(heard + ours)
-        secrets = [secret for _, secret in results]
-        keys = self._keys(heard, secrets, offers, shares, key_name, qkd.key if qkd else None)
-        await self._send(answer, ours, keys.responder)
-        if not hmac.compare_digest(keys.initiator, await self._receive(_CONFIRMATION)):
-            raise DecryptError("the initiator has another key")
-        return self._result(keys, verified, qkd)
+        config = self.config
+        offer, theirs = await self._receive_offer()
+        digest = SHA256.digest(config.agreed + offer)
+        verified = config.authentication.check("initiator", digest, theirs, config.peer)
+        offers = self._shares(offer, "offer")
+        results = [one.respond(share) for one, share in zip(config.exchanges, offers, strict=True)]
+        answers = [share for share, _ in results]
+        answer = _HEADER + b"answer" + os.urandom(_NONCE) + b"".join(answers)
+        digest = SHA256.digest(digest + SHA256.digest(theirs) + answer)
+        ours = config.authentication.prove("responder", digest)
+        digest = SHA256.digest(digest + ours)
+        legs = self._legs([secret for _, secret in results], offers, answers)
+        keys = self._keys(digest, legs)
+        await self._send(vector32(answer) + vector32(ours) + vector32(keys.responder))
+        if config.key_source is None:
+            if not hmac.compare_digest(keys.initiator, await self._receive(_CONFIRMATION)):
+                raise DecryptError("the initiator has a different key")
+            self.on_authenticated()
+            return self._result(keys, verified)
+
+        identity, bound, confirmation = await self._receive_finish()
+        if not hmac.compare_digest(_bound(keys.initiator, identity), bound):
+            raise DecryptError("the initiator has a different key")
+        # The initiator is live: now one key may be used up.
+        self.on_authenticated()
+        name = name_of(identity)
+        if name is None or not config.key_source.knows(name):
+            raise IllegalParameter("the peer named a QKD key of other KMEs than ours")
+        qkd = await config.key_source.get(name)
+        with_qkd = self._keys(
+            SHA256.digest(digest + identity),
+            [*legs, Leg(name="QKD", secret=qkd.key, offer=identity)],
+        )
+        if not hmac.compare_digest(with_qkd.initiator, confirmation):
+            raise DecryptError("the initiator's KME gave it a different QKD key")
+        await self._send(with_qkd.responder)
+        return self._result(with_qkd, verified, qkd)
 
     def _result(
-        self, keys: "_Keys", verified: VerifiedPeer | None, qkd: QkdKey | None
+        self, keys: "_Keys", verified: VerifiedPeer | None, qkd: QkdKey | None = None
     ) -> Exchanged:
         return Exchanged(
             keys.key,
             verified,
-            tuple(part.name for one in self.exchanges for part in one.parts),
+            tuple(part.name for one in self.config.exchanges for part in one.parts),
             tuple(map(str, qkd.key_ids if qkd else ())),
         )
 
-    def _keys(
-        self,
-        transcript: bytes,
-        secrets: Sequence[Secret],
-        offers: Sequence[bytes],
-        answers: Sequence[bytes],
-        key_name: bytes,
-        qkd: Secret | None,
-    ) -> "_Keys":
-        legs = [
+    def _legs(
+        self, secrets: Sequence[Secret], offers: Sequence[bytes], answers: Sequence[bytes]
+    ) -> list[Leg]:
+        return [
             Leg(name=one.name, secret=secret, offer=offer, answer=answer)
             for one, secret, offer, answer in zip(
-                self.exchanges, secrets, offers, answers, strict=True
+                self.config.exchanges, secrets, offers, answers, strict=True
             )
         ]
-        if qkd is not None:
-            legs.append(Leg(name="QKD", secret=qkd, offer=key_name))
+
+    def _keys(self, digest: bytes, legs: Sequence[Leg]) -> "_Keys":
+        config = self.config
         combined = combine(
             legs,
-            label=self.label,
-            context=self.agreed + transcript,
-            length=2 * _CONFIRMATION + self.length,
-            psk=self.authentication.psk,
-            method=self.method,
+            label=config.label,
+            context=config.agreed + digest,
+            length=2 * _CONFIRMATION + config.length,
+            psk=config.authentication.psk,
+            method=config.method,
         ).reveal()
         return _Keys(
             combined[:_CONFIRMATION],
@@ -380,82 +458,80 @@ class _Run:
             Secret(combined[2 * _CONFIRMATION :]),
         )
 
-    def _lengths(self, which: Literal["offer", "answer"]) -> list[int]:
+    def _lengths(self, which: _Message) -> list[int]:
         return [
-            one.offer_length if which == "offer" else one.answer_length for one in self.exchanges
+            one.offer_length if which == "offer" else one.answer_length
+            for one in self.config.exchanges
         ]
 
-    def _split(self, shares: bytes, which: Literal["offer", "answer"]) -> list[bytes]:
-        pieces = []
-        for length in self._lengths(which):
-            pieces.append(shares[:length])
-            shares = shares[length:]
-        return pieces
+    def _shares(self, message: bytes, which: _Message) -> list[bytes]:
+        """Split a message that :meth:`_require_form` accepted."""
+        reader = Reader(message, len(_HEADER) + len(which) + _NONCE)
+        return [reader.take(length) for length in self._lengths(which)]
 
-    def _read_offer(self, offer: bytes) -> tuple[bytes, list[bytes]]:
-        reader = Reader(offer, len(_HEADER + b"offer") + _NONCE)
-        key_name = reader.opaque(2)
-        if bool(key_name) != (self.key_source is not None):
-            raise IllegalParameter("one side wants a QKD key and the other does not")
-        return key_name, self._split(reader.rest(), "offer")
+    def _require_form(self, message: bytes, which: _Message) -> None:
+        header = _HEADER + which.encode("ascii")
+        if not message.startswith(header):
+            raise DecodeError(f"the peer sent something else than an {which} of this protocol")
+        if len(message) != len(header) + _NONCE + sum(self._lengths(which)):
+            raise IllegalParameter(
+                f"the shares in the peer's {which} do not have the lengths of our key exchanges"
+            )
 
     async def _receive_offer(self) -> tuple[bytes, bytes]:
-        most = sum(self._lengths("offer")) + _PROOF_ROOM
-        reader = Reader(await self._receive(most))
+        reader = Reader(await self._receive(sum(self._lengths("offer")) + _MAX_PROOF))
         offer, proof = reader.opaque(4), reader.opaque(4)
         reader.finish()
-        start = len(_HEADER + b"offer") + _NONCE
-        if not offer.startswith(_HEADER + b"offer") or len(offer) < start + 2:
-            raise DecodeError("that is no offer of this protocol")
-        name_length = int.from_bytes(offer[start : start + 2], "big")
-        if len(offer) != start + 2 + name_length + sum(self._lengths("offer")):
-            raise IllegalParameter("the offered shares do not have the lengths of our exchanges")
+        self._require_form(offer, "offer")
         return offer, proof
 
     async def _receive_answer(self) -> tuple[bytes, bytes, bytes]:
-        most = sum(self._lengths("answer")) + _PROOF_ROOM
-        reader = Reader(await self._receive(most))
+        reader = Reader(await self._receive(sum(self._lengths("answer")) + _MAX_PROOF))
         answer, proof, confirmation = reader.opaque(4), reader.opaque(4), reader.opaque(4)
         reader.finish()
-        if not answer.startswith(_HEADER + b"answer"):
-            raise DecodeError("that is no answer of this protocol")
-        if len(answer) != len(_HEADER + b"answer") + _NONCE + sum(self._lengths("answer")):
-            raise IllegalParameter("the answered shares do not have the lengths of our exchanges")
+        self._require_form(answer, "answer")
         return answer, proof, confirmation
 
-    async def _send(self, *parts: bytes) -> None:
-        """One part is a message as it is; several each have their length before them."""
-        body = parts[0]
-        if len(parts) > 1:
-            body = b"".join(u32(len(part)) + part for part in parts)
+    async def _receive_finish(self) -> tuple[bytes, bytes, bytes]:
+        reader = Reader(await self._receive(_MAX_KEY_NAME + 2 * _CONFIRMATION + 12))
+        name, bound, confirmation = reader.opaque(4), reader.opaque(4), reader.opaque(4)
+        reader.finish()
+        return name, bound, confirmation
+
+    async def _send(self, message: bytes) -> None:
         try:
-            await self.stream.send_all(u32(len(body)) + body)
+            await self.stream.send_all(vector32(message))
         except trio.BrokenResourceError as error:
-            raise TruncationError(f"the peer is gone: {error}") from None
+            raise TruncationError(f"the connection broke: {error}") from None
 
     async def _receive(self, most: int) -> bytes:
         length = int.from_bytes(await self._exactly(4), "big")
         if length > most:
-            raise IllegalParameter(f"a message of {length} bytes, where {most} may be")
+            raise IllegalParameter(f"the peer sent a message of {length} bytes; {most} are allowed")
         return await self._exactly(length)
 
     async def _exactly(self, count: int) -> bytes:
-        """Not a byte more than is ours: what follows belongs to the caller."""
+        """Read ``count`` bytes and no more: what follows belongs to the caller."""
         data = bytearray()
         while len(data) < count:
             try:
                 piece = await self.stream.receive_some(count - len(data))
             except trio.BrokenResourceError as error:
-                raise TruncationError(f"the peer is gone: {error}") from None
+                raise TruncationError(f"the connection broke: {error}") from None
             if not piece:
-                raise TruncationError("the stream ended within the exchange")
+                raise TruncationError("the peer closed the stream during the exchange")
             data += piece
         return bytes(data)
 
 
+def _bound(confirmation: bytes, key_name: bytes) -> bytes:
+    """The initiator's confirmation without the QKD key, over the name of the key."""
+    return hmac.digest(confirmation, key_name, "sha256")
+
+
 @dataclass(frozen=True)
 class _Keys:
-    """What the combiner gave: two confirmations and the key."""
+    """The output of the combiner: two confirmations and the key."""
 
     initiator: bytes
     responder: bytes

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import trio
 
-from hybridkex.combiner.exchange import Exchanged, Role, exchange
+from hybridkex.combiner.exchange import ExchangeConfig, Exchanged, Role, exchange
 from hybridkex.errors import ConfigError, IllegalParameter, LocalStateError, TruncationError
 from hybridkex.secret import Secret
 
@@ -103,7 +103,8 @@ async def rotate(
     Raises what ``exchange`` raises, and :class:`~hybridkex.errors.LocalStateError` when ``wg``
     fails; the key before it stays in force then.
     """
-    result = await exchange(stream, role=role, label=_LABEL, length=32, **options)
+    config = ExchangeConfig(role=role, label=_LABEL, length=32, **options)
+    result = await exchange(stream, config)
     try:
         if role == "responder":
             await tunnel.set_psk(result.key)

@@ -33,8 +33,9 @@ from typing import Final
 from uuid import UUID
 
 from hybridkex.crypto.psk import ExternalPsk
-from hybridkex.errors import ConfigError, KeySourceUnavailable
+from hybridkex.errors import ConfigError, DecodeError, KeySourceUnavailable
 from hybridkex.qkd.source import KeyName, KeyRef, QkdKey
+from hybridkex.wire.codec import Reader, vector8, vector16
 
 __all__ = ["MAX_PARTS", "as_psk", "context_of", "identity_of", "name_of"]
 
@@ -68,50 +69,35 @@ def identity_of(name: KeyName) -> bytes:
     parts = b"".join(
         _text(part.master_kme) + _text(part.slave_kme) + part.key_id.bytes for part in name
     )
-    return _IDENTITY + _vector(2, parts)
+    return _IDENTITY + vector16(parts)
 
 
 def context_of(name: KeyName, *, master_sae: str, slave_sae: str) -> bytes:
     """The context: ``QkdContext``, encoded."""
     kmes = b"".join(_text(part.master_kme) + _text(part.slave_kme) for part in name)
-    return _CONTEXT + _text(master_sae) + _text(slave_sae) + _vector(2, kmes)
+    return _CONTEXT + _text(master_sae) + _text(slave_sae) + vector16(kmes)
 
 
 def name_of(identity: bytes) -> KeyName | None:
     """The name of the key behind an external identity; ``None`` if it is another kind of one."""
     if not identity.startswith(_IDENTITY):
         return None
-    body = identity[len(_IDENTITY) :]
-    if len(body) < 2 or int.from_bytes(body[:2], "big") != len(body) - 2:
-        return None
     parts: list[KeyRef] = []
-    rest = body[2:]
-    while rest:
-        if len(parts) == MAX_PARTS:
-            return None
-        texts = []
-        for _ in range(2):
-            length = rest[0] if rest else 0
-            text, rest = rest[1 : 1 + length], rest[1 + length :]
-            if not length or len(text) != length:
-                return None
-            try:
-                texts.append(text.decode("utf-8"))
-            except UnicodeDecodeError:
-                return None
-        if len(rest) < 16:
-            return None
-        parts.append(KeyRef(texts[0], texts[1], UUID(bytes=rest[:16])))
-        rest = rest[16:]
-    return tuple(parts) or None
-
-
-def _vector(width: int, content: bytes) -> bytes:
-    return len(content).to_bytes(width, "big") + content
+    try:
+        reader = Reader(identity, len(_IDENTITY))
+        body = reader.vector(2, least=1)
+        reader.finish()
+        while body.remaining and len(parts) < MAX_PARTS:
+            master, slave = (body.opaque(1, least=1).decode("utf-8") for _ in range(2))
+            parts.append(KeyRef(master, slave, UUID(bytes=body.take(16))))
+        body.finish()
+    except (DecodeError, UnicodeDecodeError):
+        return None
+    return tuple(parts)
 
 
 def _text(text: str) -> bytes:
     data = text.encode("utf-8")
     if not 1 <= len(data) <= 255:
         raise ConfigError("an SAE ID or KME ID has 1 to 255 bytes")
-    return _vector(1, data)
+    return vector8(data)

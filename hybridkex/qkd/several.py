@@ -19,6 +19,7 @@ from hybridkex.errors import (
 )
 from hybridkex.qkd.source import KeyName, KeySource, QkdKey, SourceStatus
 from hybridkex.secret import Secret
+from hybridkex.wire.codec import vector16
 
 __all__ = ["CombinedSource", "FailoverSource", "combine_keys"]
 
@@ -162,12 +163,12 @@ def combine_keys(parts: Sequence[QkdKey]) -> QkdKey:
     roles, all KMEs, all key IDs and their order are bound, and no two inputs give one string.
     """
     master, slave = parts[0].master_sae, parts[0].slave_sae
-    fixed_info = Label.COMBINED_QKD_KEYS + _prefixed(master.encode()) + _prefixed(slave.encode())
+    fixed_info = Label.COMBINED_QKD_KEYS + vector16(master.encode()) + vector16(slave.encode())
     for part in parts:
         for ref in part.name:
-            fixed_info += _prefixed(ref.master_kme.encode()) + _prefixed(ref.slave_kme.encode())
+            fixed_info += vector16(ref.master_kme.encode()) + vector16(ref.slave_kme.encode())
             fixed_info += ref.key_id.bytes
-    shared = b"".join(_prefixed(part.key.reveal()) for part in parts)
+    shared = b"".join(vector16(part.key.reveal()) for part in parts)
     derive = HKDF(algorithm=hashes.SHA256(), length=COMBINED_BYTES, salt=None, info=fixed_info)
     return QkdKey(
         name=tuple(ref for part in parts for ref in part.name),
@@ -175,7 +176,3 @@ def combine_keys(parts: Sequence[QkdKey]) -> QkdKey:
         slave_sae=slave,
         key=Secret(derive.derive(shared)),
     )
-
-
-def _prefixed(value: bytes) -> bytes:
-    return len(value).to_bytes(2, "big") + value

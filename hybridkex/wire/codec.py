@@ -19,6 +19,7 @@ __all__ = [
     "vector8",
     "vector16",
     "vector24",
+    "vector32",
 ]
 
 
@@ -152,6 +153,11 @@ def vector16(content: bytes) -> bytes:
 def vector24(content: bytes) -> bytes:
     """A vector of up to 2^24 - 1 bytes."""
     return u24(len(content)) + content
+
+
+def vector32(content: bytes) -> bytes:
+    """A vector of up to 2^32 - 1 bytes."""
+    return u32(len(content)) + content
 
 
 def u16_list(values: tuple[int, ...]) -> bytes:

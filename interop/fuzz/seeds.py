@@ -158,13 +158,16 @@ def _chat_messages() -> dict[str, bytes]:
 
 
 def _exchanges() -> dict[str, bytes]:
-    """First messages with a proof that is none; the first byte says whose they are."""
-    head, nonce, proof = b"hybridkex combiner v1 ", bytes(32), _vector(bytes(32))
-    offer = _vector(head + b"offer" + nonce + b"\0\0" + bytes(32))
-    answer = _vector(head + b"answer" + nonce + bytes(32))
+    """First messages with a proof of zeros; the first byte says who receives them, and whether
+    proofs are verified."""
+    head, nonce, proof = b"hybridkex combiner v2 ", bytes(32), _vector(bytes(32))
+    offer = _vector(head + b"offer" + nonce + bytes((9, *bytes(31))))
+    answer = _vector(head + b"answer" + nonce + bytes((9, *bytes(31))))
     return {
         "offer": b"\0" + _vector(offer + proof),
         "answer": b"\1" + _vector(answer + proof + proof),
+        "offer-accepted": b"\2" + _vector(offer + proof) + _vector(bytes(32)),
+        "answer-accepted": b"\3" + _vector(answer + proof + proof),
     }
 
 

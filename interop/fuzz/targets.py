@@ -33,7 +33,7 @@ from hybridkex.auth import (
 from hybridkex.auth.certificates import read_chain
 from hybridkex.cli.commands import command_parser
 from hybridkex.cli.sessions import FileSessionStore
-from hybridkex.combiner import PskAuthentication, exchange
+from hybridkex.combiner import ExchangeConfig, PskAuthentication, exchange
 from hybridkex.constants import ContentType
 from hybridkex.crypto.kex import SECP256R1, X25519
 from hybridkex.crypto.psk import ExternalPsk
@@ -259,25 +259,35 @@ def chat(data: bytes) -> None:
     assert "\x1b" not in chat_protocol.printable(text)
 
 
+class _AnyProof(PskAuthentication):
+    """Takes every proof, so that the fuzzer reaches what comes after it."""
+
+    def check(self, role: object, digest: bytes, proof: bytes, peer: str) -> None:
+        pass
+
+
 def combined_exchange(data: bytes) -> None:
-    """Any bytes at either side of the exchange outside TLS: they end it with a typed error."""
+    """Any bytes at either side of the exchange outside TLS end it with a typed error.
+
+    Bit 0 of the first byte chooses the side, bit 1 whether proofs are verified.
+    """
     if not data:
         return
+    config = ExchangeConfig(
+        role="initiator" if data[0] & 1 else "responder",
+        local="a.example",
+        peer="b.example",
+        authentication=(_AnyProof if data[0] & 2 else PskAuthentication)(Secret(bytes(32))),
+        label=b"fuzz",
+        exchanges=(X25519.exchange,),
+    )
 
     async def play() -> None:
         near, far = memory_stream_pair()
         await far.send_all(data[1:])
         await far.send_eof()
         with contextlib.suppress(HybridkexError):
-            await exchange(
-                near,
-                role="initiator" if data[0] & 1 else "responder",
-                local="a.example",
-                peer="b.example",
-                authentication=PskAuthentication(Secret(bytes(32))),
-                label=b"fuzz",
-                exchanges=(X25519.exchange,),
-            )
+            await exchange(near, config)
             raise AssertionError("an exchange with rubbish was completed")
 
     trio.run(play)

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ from hybridkex import (
 )
 from hybridkex.auth import KnownPeers, Pins, RawIdentity, WebOfTrust, endorsement
 from hybridkex.combiner import (
+    ExchangeConfig,
     Exchanged,
     Method,
     PskAuthentication,
@@ -34,7 +35,6 @@ from hybridkex.errors import (
     HandshakeTimeout,
     HybridkexError,
     IllegalParameter,
-    KeyConsumed,
     TruncationError,
 )
 from hybridkex.qkd.in_process import in_process_pair
@@ -87,7 +87,8 @@ async def both(
     async def one(role: Any, wire: Wire, auth: Any, names: tuple[str, str], own: Any) -> None:
         options = {"local": names[0], "peer": names[1], **common, **(own or {})}
         try:
-            outcome[role] = await exchange(wire, role=role, authentication=auth, **options)
+            config = ExchangeConfig(role=role, authentication=auth, **options)
+            outcome[role] = await exchange(wire, config)
         except HybridkexError as error:
             outcome[role] = error
             await wire.aclose()
@@ -146,16 +147,111 @@ async def test_every_kind_of_exchange() -> None:
 
 async def test_a_qkd_key_is_one_of_the_legs() -> None:
     ours, theirs = in_process_pair("alice", "bob")
-    a, b, out, _ = await both({"key_source": ours}, {"key_source": theirs})
+    a, b, out, back = await both({"key_source": ours}, {"key_source": theirs})
     result = agree(a, b)
     assert len(result.qkd_key_ids) == 1
-    assert result.qkd_key_ids[0].replace("-", "") in out.sent[0].hex()
-    # The same offer again: the key behind it has been given out.
-    replay, stuck, *_ = await both(
-        {"key_source": ours}, {"key_source": theirs}, change=(lambda i, d: out.sent[i], None)
+    assert [len(wire.sent) for wire in (out, back)] == [2, 2]
+    key_id = result.qkd_key_ids[0].replace("-", "")
+    assert [key_id in message.hex() for message in out.sent] == [False, True]
+
+
+class CountingSource:
+    """A key source that counts look-ups."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.drawn = self.asked = 0
+        self.local_sae, self.peer_sae = inner.local_sae, inner.peer_sae
+        self.knows, self.status = inner.knows, inner.status
+
+    async def draw(self) -> Any:
+        self.drawn += 1
+        return await self.inner.draw()
+
+    async def get(self, name: Any) -> Any:
+        self.asked += 1
+        return await self.inner.get(name)
+
+
+@pytest.mark.parametrize("how", ["psk", "signatures"])
+async def test_replays_cost_no_look_up_and_no_key(how: str) -> None:
+    """Copies of an offer, before and after the exchange that it belongs to, with the copied finish
+    behind it: the key source is asked once, for the peer itself."""
+    ours, theirs = map(CountingSource, in_process_pair("alice", "bob"))
+    authentication = signed() if how == "signatures" else (PSK, PSK)
+    names: dict[str, Any] = {"local": "bob.example", "peer": "alice.example", "label": b"test"}
+    config = ExchangeConfig(
+        role="responder", authentication=authentication[1], key_source=theirs, **names
     )
-    assert isinstance(replay, TruncationError)
-    assert isinstance(stuck, KeyConsumed)
+
+    async def replay(*messages: bytes) -> None:
+        near, far = trio.testing.memory_stream_pair()
+        for message in messages:
+            await far.send_all(message)
+        await far.send_eof()
+        authenticated = []
+        with pytest.raises((TruncationError, DecryptError)):
+            await exchange(near, config, on_authenticated=lambda: authenticated.append(1))
+        assert not authenticated
+
+    copies: list[bytes] = []
+
+    def copy(index: int, data: bytes) -> bytes:
+        copies.append(data)
+        return data
+
+    class CopyFirst(Wire):
+        """The copies reach the responder, on other connections, before the original does."""
+
+        async def send_all(self, data: bytes) -> None:
+            copies.append(data)
+            for _ in range(50 if len(copies) == 1 else 3):
+                await replay(*copies)
+            await super().send_all(data)
+
+    ends = trio.testing.memory_stream_pair()
+    results: dict[str, Exchanged] = {}
+
+    async def side(role: str, stream: Any, config: ExchangeConfig) -> None:
+        results[role] = await exchange(stream, config)
+
+    async with trio.open_nursery() as nursery:
+        initiator = ExchangeConfig(
+            role="initiator",
+            authentication=authentication[0],
+            key_source=ours,
+            **(names | {"local": names["peer"], "peer": names["local"]}),
+        )
+        nursery.start_soon(side, "initiator", CopyFirst(ends[0]), initiator)
+        nursery.start_soon(side, "responder", ends[1], config)
+    assert results["initiator"].key == results["responder"].key
+    for _ in range(10):
+        await replay(*copies)
+    assert len(copies) == 2
+    assert (ours.drawn, theirs.asked) == (1, 1)
+
+
+async def test_no_key_is_drawn_for_a_responder_that_is_not_the_peer() -> None:
+    ours = CountingSource(in_process_pair("alice", "bob")[0])
+    (alice, _), (_, eve) = signed(), signed()
+    a, *_ = await both(
+        {"key_source": ours}, {"key_source": ours}, authentication=(alice, eve), time_limit=1
+    )
+    assert isinstance(a, CertificateRejected | TruncationError)
+    assert ours.drawn == ours.asked == 0
+
+
+async def test_kmes_that_give_different_keys() -> None:
+    """Both sides notice, and neither has a key."""
+
+    class Wrong(CountingSource):
+        async def get(self, name: Any) -> Any:
+            return replace(await self.inner.get(name), key=Secret(bytes(32)))
+
+    ours, theirs = in_process_pair("alice", "bob")
+    a, b, *_ = await both({"key_source": ours}, {"key_source": Wrong(theirs)})
+    assert (type(a), type(b)) == (TruncationError, DecryptError)
+    assert "KME" in str(b)
 
 
 async def test_a_replayed_offer_confirms_nothing() -> None:
@@ -187,6 +283,8 @@ async def test_both_must_mean_the_same(option: dict[str, Any]) -> None:
 async def test_other_exchanges_or_no_qkd_key() -> None:
     a, b, *_ = await both({"exchanges": (X25519.exchange,)})
     assert (type(a), type(b)) == (TruncationError, IllegalParameter)
+    a, b, *_ = await both(None, {"key_source": in_process_pair("alice", "bob")[1]})
+    assert (type(a), type(b)) == (TruncationError, DecryptError)
     a, b, *_ = await both({"key_source": in_process_pair("alice", "bob")[0]})
     assert (type(a), type(b)) == (TruncationError, DecryptError)
     stranger = in_process_pair("alice", "eve", kmes=("x", "y"))[0]
@@ -275,10 +373,11 @@ async def test_cancelled_anywhere(role: str, autojump_clock: trio.testing.MockCl
             names = ("a", "b") if own == "initiator" else ("b", "a")
             with scope if own == role else trio.CancelScope():
                 try:
-                    outcome[own] = await exchange(
-                        wires[own], role=own, local=names[0], peer=names[1], authentication=PSK,
+                    config = ExchangeConfig(
+                        role=own, local=names[0], peer=names[1], authentication=PSK,
                         label=b"l", exchanges=(X25519.exchange,), time_limit=5,
                     )  # fmt: skip
+                    outcome[own] = await exchange(wires[own], config)
                 except TruncationError as error:
                     outcome[own] = error
             if own == role and own not in outcome:
@@ -353,26 +452,29 @@ async def test_a_message_reflected_to_its_sender() -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(mirror)
+        config = ExchangeConfig(
+            role="initiator", local="a", peer="b", authentication=PSK, label=b"test"
+        )
         with pytest.raises(DecodeError):
-            await exchange(near, role="initiator", local="a", peer="b", authentication=PSK,
-                           label=b"test")  # fmt: skip
+            await exchange(near, config)
 
 
 async def test_silence_rubbish_and_floods() -> None:
     near, far = trio.testing.memory_stream_pair()
     options: dict[str, Any] = {"local": "a", "peer": "b", "authentication": PSK, "label": b"l"}
+    responder = ExchangeConfig(role="responder", **options)
     with pytest.raises(HandshakeTimeout):
-        await exchange(near, role="responder", time_limit=0.05, **options)
+        await exchange(near, ExchangeConfig(role="responder", time_limit=0.05, **options))
     await far.send_all(b"\xff\xff\xff\xff")
     with pytest.raises(IllegalParameter):
-        await exchange(near, role="responder", **options)
+        await exchange(near, responder)
     for rubbish in (b"", b"\0\0\0\1x", bytes(8)):
         await far.send_all(len(rubbish).to_bytes(4, "big") + rubbish)
         with pytest.raises(DecodeError):
-            await exchange(near, role="responder", **options)
+            await exchange(near, responder)
     await far.aclose()
     with pytest.raises(TruncationError):
-        await exchange(near, role="responder", **options)
+        await exchange(near, responder)
     for wrong in (
         {"peer": "a"},
         {"local": ""},
@@ -380,14 +482,21 @@ async def test_silence_rubbish_and_floods() -> None:
         {"label": b""},
         {"length": 0},
         {"length": -1},
-        {"length": 8097},
+        {"length": 8065},
+        {"length": "32"},
+        {"length": True},
+        {"label": "text"},
+        {"context": None},
+        {"peer": b"b"},
+        {"peer": "\ud800"},
+        {"method": "CatKDF"},
         {"time_limit": 0},
         {"time_limit": math.nan},
         {"role": "Initiator"},
         {"role": "initiator", "peer": "no host", "authentication": signed()[0]},
     ):
         with pytest.raises(ConfigError):
-            await exchange(near, **({"role": "responder"} | options | wrong))
+            ExchangeConfig(**({"role": "responder"} | options | wrong))
     with pytest.raises(ConfigError):
         PskAuthentication(Secret(bytes(15)))
 

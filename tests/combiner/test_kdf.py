@@ -1,6 +1,7 @@
 """The combiner: ETSI's vectors and its reference implementation, the formulas by hand, and what
 makes a difference."""
 
+import functools
 import hashlib
 import hmac
 import itertools
@@ -8,8 +9,11 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hybridkex.combiner import Leg, Method, cas_kdf, cat_kdf, combine
 from hybridkex.crypto.suites import SHA256, SHA384, HashFunction
@@ -146,6 +150,7 @@ def vectors(*values: bytes) -> bytes:
     return b"".join(len(value).to_bytes(4, "big") + value for value in values)
 
 
+SALT = b"hybridkex combine v1"
 LEGS = (
     Leg(name="X25519", secret=cut(K1, 32), offer=MA[:32], answer=MB[:32]),
     Leg(name="ML-KEM-768", secret=K2, offer=MA[:1184], answer=MB[:1088]),
@@ -159,46 +164,129 @@ def test_combine_by_hand(function: HashFunction, method: Method) -> None:
     key = combine(
         LEGS, label=b"label", context=b"ctx", length=80, hash=function, psk=PSK, method=method
     )
-    form = b"".join(vectors(leg.name.encode()) + len(leg.secret).to_bytes(4, "big") for leg in LEGS)
-    info = vectors(method.value.encode(), bytes((0, 0, 0, 32)), form, b"ctx")
+    u32 = functools.partial(int.to_bytes, length=4, byteorder="big")
+    info = vectors(method.value.encode(), function.name.encode(), b"label")
+    info += u32(80) + u32(32) + u32(3)
+    info += b"".join(vectors(leg.name.encode()) + u32(len(leg.secret)) for leg in LEGS)
+    info += vectors(b"ctx")
     if method is Method.CONCATENATE:
         secret = PSK.reveal() + b"".join(leg.secret.reveal() for leg in LEGS)
         offers = vectors(*(leg.offer for leg in LEGS))
         answers = vectors(*(leg.answer for leg in LEGS))
         digest = hashlib.new(function.name, vectors(info, offers, answers)).digest()
-        expected = by_hand_hkdf(function.name, b"label", secret, digest, 80)
+        expected = by_hand_hkdf(function.name, SALT, secret, digest, 80)
     else:
         chain, expected = PSK.reveal(), b""
         for leg in LEGS:
             said = vectors(leg.secret.reveal(), leg.offer, leg.answer)
             digest = hashlib.new(function.name, said).digest()
             secret = hmac.digest(chain, digest, function.name)
-            output = by_hand_hkdf(function.name, b"label", secret, info, function.size + 80)
+            output = by_hand_hkdf(function.name, SALT, secret, info, function.size + 80)
             chain, expected = output[: function.size], output[function.size :]
     assert key.reveal() == expected
 
 
-@pytest.mark.parametrize("method", Method)
-def test_everything_makes_a_difference(method: Method) -> None:
-    a, b, c = LEGS
-    common = {"label": b"l", "context": b"c", "method": method}
-    keys = [
-        combine(LEGS, **common),
-        combine(LEGS, **(common | {"label": b"m"})),
-        combine(LEGS, **(common | {"context": b"d"})),
-        combine(LEGS, **common, psk=PSK),
-        combine(LEGS, **common, hash=SHA384),
-        combine((b, a, c), **common),
-        combine((a, b), **common),
-        combine((a, b, replace(c, name="PSK")), **common),
-        combine((a, b, replace(c, secret=K2)), **common),
-        combine((a, b, replace(c, offer=b"key-ie")), **common),
-        combine((a, b, replace(c, answer=b"x")), **common),
-        combine((replace(a, answer=b""), b, c), **common),
+# Values that HMAC, HKDF or a concatenation without lengths would confuse: trailing zeros, more than
+# a block and its hash, one field's bytes at the end of another.
+LONG = bytes(range(1, 151))
+TRICKY = [b"", b"\0", b"a", b"a\0", b"a\0\0", b"ab", b"b", LONG]
+TRICKY += [f.digest(LONG) + pad for f in (SHA256, SHA384) for pad in (b"", b"\0")]
+texts = st.sampled_from(TRICKY) | st.binary(max_size=3)
+secrets = st.sampled_from([one for one in TRICKY if one]) | st.binary(min_size=1, max_size=3)
+names = st.sampled_from(["a", "aa", "ab", "b", "é", "e\u0301", "a\0"])
+legs = st.lists(st.tuples(names, secrets, texts, texts), min_size=1, max_size=3).map(tuple)
+ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
+    "legs": legs,
+    "label": secrets,
+    "context": texts,
+    "length": st.integers(16, 40),
+    "hash": st.sampled_from([SHA256, SHA384]),
+    "psk": texts,
+    "method": st.sampled_from(Method),
+}
+
+
+def derived(arguments: dict[str, Any]) -> bytes:
+    """The first 16 bytes: a key that is a prefix of another is not another key."""
+    given = dict(arguments)
+    given["legs"] = [
+        Leg(name=name, secret=Secret(secret), offer=offer, answer=answer)
+        for name, secret, offer, answer in given["legs"]
     ]
-    assert len({shown(key) for key in keys}) == len(keys)
-    other = {Method.CONCATENATE: Method.CASCADE, Method.CASCADE: Method.CONCATENATE}[method]
-    assert combine(LEGS, **(common | {"method": other})) != keys[0]
+    given["psk"] = Secret(given["psk"])
+    key = combine(given.pop("legs"), **given)
+    assert len(key) == arguments["length"]
+    return key.reveal()[:16]
+
+
+@settings(max_examples=400, deadline=None)
+@given(first=st.fixed_dictionaries(ARGUMENTS), second=st.fixed_dictionaries(ARGUMENTS))
+def test_other_arguments_give_another_key(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """All arguments at once, and each on its own."""
+    cases = [second, *(first | {name: second[name]} for name in ARGUMENTS)]
+    for other in cases:
+        assert (derived(first) == derived(other)) == (first == other)
+
+
+@settings(max_examples=150, deadline=None)
+@given(arguments=st.fixed_dictionaries(ARGUMENTS), data=st.data())
+def test_other_legs_give_another_key(arguments: dict[str, Any], data: st.DataObject) -> None:
+    """One field of one leg, the order, and bytes that move from one field to the next."""
+    one = arguments["legs"]
+    index = data.draw(st.integers(0, len(one) - 1))
+    leg = list(one[index])
+    field = data.draw(st.integers(0, 3))
+    leg[field] = data.draw((names, secrets, texts, texts)[field])
+    changed = (*one[:index], tuple(leg), *one[index + 1 :])
+    name, secret, offer, answer = one[index]
+    moved = (*one[:index], (name, secret, offer + answer, b""), *one[index + 1 :])
+    for legs in (changed, moved, one[::-1], one + one[:1]):
+        assert (derived(arguments) == derived(arguments | {"legs": legs})) == (one == legs)
+
+
+def test_each_pair_of_labels() -> None:
+    """All pairs: the property above draws some of them."""
+    for method in Method:
+        keys = [combine(LEGS, label=label, context=b"", method=method) for label in TRICKY[1:]]
+        assert len({shown(key) for key in keys}) == len(keys)
+
+
+WRONG = (None, "text", 1, 1.5, True, bytearray(b"x"), memoryview(b"x"), object(), [b"x"])
+
+
+@pytest.mark.parametrize("name", list(ARGUMENTS))
+def test_wrong_types_are_refused(name: str) -> None:
+    good: dict[str, Any] = {"legs": LEGS, "label": b"l", "context": b"c"}
+    for value in WRONG:
+        if name == "length" and type(value) is int:
+            continue
+        with pytest.raises(ConfigError, match=name):
+            combine(**(good | {name: value}))
+
+
+@pytest.mark.parametrize("name", ["name", "secret", "offer", "answer"])
+def test_wrong_types_in_a_leg_are_refused(name: str) -> None:
+    for value in WRONG:
+        if name == "name" and type(value) is str:
+            continue
+        with pytest.raises(ConfigError, match=f"{name} of a leg"):
+            replace(LEGS[0], **{name: value})
+    for value in ("", "\ud800"):
+        with pytest.raises(ConfigError, match="Unicode"):
+            replace(LEGS[0], name=value)
+
+
+def test_wrong_types_at_the_bare_functions() -> None:
+    common: dict[str, Any] = {"message_a": b"", "message_b": b"", "label": b"l", "info": b""}
+    for name in (*common, "length", "hash"):
+        given = common | {"length": 32, name: None}
+        with pytest.raises(ConfigError, match=name):
+            cat_kdf([K1], **given)
+        with pytest.raises(ConfigError, match=name):
+            cas_kdf(PSK, K1, **given)
+    for wrong in (K1, b"secret", [b"secret"], [None]):
+        with pytest.raises(ConfigError, match="secrets"):
+            cat_kdf(wrong, length=32, **common)  # type: ignore[arg-type]
 
 
 def test_no_byte_passes_from_one_part_to_the_next() -> None:
@@ -219,13 +307,14 @@ def test_no_byte_passes_from_one_part_to_the_next() -> None:
 
 
 def test_what_cannot_be_combined() -> None:
-    empty = replace(LEGS[0], secret=Secret(b""))
+    with pytest.raises(ConfigError, match="empty"):
+        replace(LEGS[0], secret=Secret(b""))
     for legs, options in (
         ((), {"label": b"l"}),
-        ((empty,), {"label": b"l"}),
         (LEGS, {"label": b""}),
         (LEGS, {"label": b"l", "length": 0}),
         (LEGS, {"label": b"l", "length": 255 * 32 + 1}),
+        (LEGS, {"label": b"l", "length": 254 * 32 + 1, "method": Method.CASCADE}),
     ):
         with pytest.raises(ConfigError):
             combine(legs, context=b"", **options)

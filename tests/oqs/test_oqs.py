@@ -11,7 +11,7 @@ import trio
 from tls_glue import ANY_GROUP, Pair
 
 from hybridkex.auth import DevCa, Pins, RawIdentity, TrustStore
-from hybridkex.combiner import Exchanged, PskAuthentication, exchange
+from hybridkex.combiner import ExchangeConfig, Exchanged, PskAuthentication, exchange
 from hybridkex.crypto.kex import (
     MLKEM768,
     MLKEM1024,
@@ -166,11 +166,12 @@ async def test_what_no_share_can_hold_goes_into_an_exchange_of_ones_own() -> Non
     results: dict[str, Exchanged] = {}
 
     async def side(role: Any, stream: Any, local: str, peer: str) -> None:
-        results[role] = await exchange(
-            stream, role=role, local=local, peer=peer, label=b"test",
+        config = ExchangeConfig(
+            role=role, local=local, peer=peer, label=b"test",
             authentication=PskAuthentication(Secret(bytes(32))),
             exchanges=(X25519.exchange, OqsKem(mceliece)), time_limit=30,
         )  # fmt: skip
+        results[role] = await exchange(stream, config)
 
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:

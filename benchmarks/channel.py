@@ -36,6 +36,7 @@ from hybridkex import (
     TrustStore,
 )
 from hybridkex.auth.dev_ca import write_identity
+from hybridkex.tls.events import SessionProposed
 
 CA = DevCa.create()
 IDENTITY = CA.issue("localhost")
@@ -197,8 +198,9 @@ def engine() -> float:
             for one, other in ((client, server), (server, client)):
                 if one.has_data_to_send:
                     other.receive_data(one.data_to_send())
-                    while other.next_event() is not None:
-                        pass
+                    while (event := other.next_event()) is not None:
+                        if isinstance(event, SessionProposed):
+                            other.accept()
     return count / (now() - started)
 
 

@@ -24,6 +24,7 @@ from hybridkex import (
 )
 from hybridkex.crypto.kex_oqs import via_oqs
 from hybridkex.crypto.oqs import load
+from hybridkex.tls.events import SessionProposed
 
 PER_ROUND = 100
 
@@ -59,8 +60,9 @@ def handshake(group: Group) -> Callable[[], None]:
         client.start()
         for source, target in ((client, server), (server, client), (client, server)):
             target.receive_data(source.data_to_send())
-            while target.next_event() is not None:
-                pass
+            while (event := target.next_event()) is not None:
+                if isinstance(event, SessionProposed):
+                    target.accept()
         if not (client.handshake_complete and server.handshake_complete):
             raise SystemExit("the handshake did not complete")
 

@@ -14,7 +14,7 @@ from hybridkex import TrustStore
 from hybridkex.auth import DevCa
 from hybridkex.tls.config import ClientConfig, Policy, Requirement
 from hybridkex.tls.connection import ClientConnection
-from hybridkex.tls.events import ApplicationData
+from hybridkex.tls.events import ApplicationData, SessionProposed
 from interop.bogo.launch import launcher
 from interop.bogo.results import CONFIG, Outcome, run
 
@@ -49,7 +49,9 @@ def _talk(peer: socket.socket, trust: TrustStore) -> bytes:
     while True:
         peer.sendall(client.data_to_send())
         event = client.next_event()
-        if isinstance(event, ApplicationData):
+        if isinstance(event, SessionProposed):
+            client.accept()
+        elif isinstance(event, ApplicationData):
             client.send_close()
             peer.sendall(client.data_to_send())
             return bytes(event.data)

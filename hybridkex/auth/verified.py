@@ -36,8 +36,9 @@ class VerifiedPeer:
     verified_by: Literal["ca", "pin", "known", "first use", "openpgp", "insecure"]
     """``ca`` where authorities vouched for it (and pins, if there are any, fitted as well)."""
     remember: Callable[[], None] | None = field(default=None, repr=False, compare=False)
-    """Called once the peer has shown that it has the key and the handshake is complete: before
-    that, anybody could have us remember anybody's key."""
+    """Writes the peer's key to a store; a shell calls it, in a worker thread, once the peer has
+    proved that it holds the key and the session has been authorized. Raises ``CertificateRejected``
+    where the store meanwhile has another key for the peer."""
 
     def __post_init__(self, proof: object) -> None:
         if proof is not PROOF:

@@ -35,18 +35,23 @@ class FileSessionStore:
         del kept[:-_KEPT]
         self._save()
 
-    def take(self, server: str) -> SessionTicket | None:
-        """The newest usable ticket, which leaves the file."""
-        kept = self._tickets.get(server, [])
-        found = None
-        while kept and found is None:
+    def take(self, server: str, binding: bytes | None = None) -> SessionTicket | None:
+        """The newest usable ticket with this binding, which leaves the file."""
+        kept, fitting = [], []
+        for fields in self._tickets.get(server, []):
             try:
-                ticket = _from_json(kept.pop())
+                ticket = _from_json(fields)
             except (KeyError, ValueError, TypeError):
                 continue  # Written by another version, or by hand.
-            found = ticket if ticket.usable(time.time()) else None
+            if ticket.usable(time.time()):
+                kept.append(fields)
+                if binding in (None, ticket.binding):
+                    fitting.append((fields, ticket))
+        if fitting:
+            kept.remove(fitting[-1][0])
+        self._tickets[server] = kept
         self._save()
-        return found
+        return fitting[-1][1] if fitting else None
 
     def _load(self) -> dict[str, list[Any]]:
         try:
@@ -87,11 +92,14 @@ def _to_json(ticket: SessionTicket) -> dict[str, Any]:
         "certificate_type": ticket.certificate_type,
         "authenticated_by": ticket.authenticated_by.value,
         "psk_identity": _text(ticket.psk_identity) if ticket.psk_identity is not None else None,
+        "psk_context": _text(ticket.psk_context) if ticket.psk_context is not None else None,
+        "began_at": ticket.began_at,
+        "binding": _text(ticket.binding),
     }
 
 
 def _from_json(fields: dict[str, Any]) -> SessionTicket:
-    identity = fields["psk_identity"]
+    identity, context = fields["psk_identity"], fields["psk_context"]
     return SessionTicket(
         ticket=_bytes(fields["ticket"]),
         psk=Secret(_bytes(fields["psk"])),
@@ -104,6 +112,9 @@ def _from_json(fields: dict[str, Any]) -> SessionTicket:
         certificate_type=int(fields["certificate_type"]),
         authenticated_by=AuthenticatedBy(fields["authenticated_by"]),
         psk_identity=_bytes(identity) if identity is not None else None,
+        psk_context=_bytes(context) if context is not None else None,
+        began_at=float(fields["began_at"]),
+        binding=_bytes(fields["binding"]),
     )
 
 

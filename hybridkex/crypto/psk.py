@@ -28,12 +28,14 @@ class ExternalPsk:
         key: 16 bytes or more, from a source of full entropy; never a password.
         hash: the hash that it goes with; plain PSKs work only with suites of that hash.
         context: ``None`` for a plain PSK; bytes (which may be empty) to import it by RFC 9258.
+        origin: anything that the supplier wants back: the session has it as ``psk_origin``.
     """
 
     identity: bytes
     key: Secret
     hash: HashFunction = field(default=SHA256)
     context: bytes | None = None
+    origin: object = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.identity) <= 0xFFFF:

@@ -127,7 +127,6 @@ class QkdKeys:
         if len(set(pairs)) != len(pairs):
             raise ConfigError("two sources for one pair of SAEs: join them in a FailoverSource")
         self._limits: Final = limits or QkdLimits()
-        self._has_names: Final = any(peer.names for peer in self._peers)
         self._budgets: Final = {id(peer): _Budget(self._limits) for peer in self._peers}
         self._asked: Final = OrderedDict[KeyName, QkdPeer]()
         self.counters: Final = QkdCounters()
@@ -145,7 +144,7 @@ class QkdKeys:
         key = await self._ask(peer.source.draw)
         self.counters.drawn += 1
         self._remember(key.name, peer)
-        return as_psk(key)
+        return replace(as_psk(key), origin=_Origin(peer, key.name))
 
     async def look_up(self, identities: tuple[bytes, ...]) -> ExternalPsk:
         """The key behind one of the identities.
@@ -158,7 +157,7 @@ class QkdKeys:
             if found is not None:
                 key = await self._look_up_once(*found)
                 self.counters.looked_up += 1
-                return as_psk(key)
+                return replace(as_psk(key), origin=_Origin(*found))
         raise KeyUnknown("no identity that the client offers names a QKD key of ours")
 
     def _recognise(self, identity: bytes) -> tuple[QkdPeer, KeyName] | None:
@@ -214,21 +213,20 @@ class QkdKeys:
             self.counters.failed += 1
             raise
 
-    def describe(self, session: Session, missing: str | None) -> Session:
+    def authorize(self, session: Session, missing: str | None) -> Session:
         """The session with its QKD keys, or with the reason why it has none.
 
         Raises:
-            PolicyRefused: a QKD key is required, or must be one that fits the peer's certificate.
+            PolicyRefused: a QKD key is required, or must be one that fits the peer's names.
         """
-        name = name_of(session.psk_identity) if session.psk_identity is not None else None
-        if self._has_names and not session.resumed:  # else checked before the ticket was given
-            self._check_names(session, name)
-        if name is not None:
+        used = self._used(session)
+        self._check_names(session, used)
+        if used is not None:
             self.counters.sessions += 1
             return replace(
                 session,
-                qkd_key_ids=tuple(str(part.key_id) for part in name),
-                qkd_sources=tuple(f"{part.master_kme} > {part.slave_kme}" for part in name),
+                qkd_key_ids=tuple(str(part.key_id) for part in used.name),
+                qkd_sources=tuple(f"{part.master_kme} > {part.slave_kme}" for part in used.name),
             )
         if session.policy.psk is Requirement.REQUIRE:
             raise PolicyRefused("our policy requires a QKD key, and the session has another PSK")
@@ -239,18 +237,43 @@ class QkdKeys:
         _log.warning("a session without a QKD key: %s", reason)
         return replace(session, qkd_fallback=reason)
 
-    def _check_names(self, session: Session, name: KeyName | None) -> None:
+    def _used(self, session: Session) -> "_Origin | None":
+        """The QKD key in the session: given for this handshake, or named in the ticket."""
+        if isinstance(session.psk_origin, _Origin):
+            return session.psk_origin
+        if not session.resumed or session.psk_identity is None:
+            return None
+        name = name_of(session.psk_identity)
+        if name is None:
+            return None
+        for peer in self._peers:
+            ours, theirs = peer.source.local_sae, peer.source.peer_sae
+            for master, slave in ((ours, theirs), (theirs, ours)):
+                if session.psk_context == context_of(name, master_sae=master, slave_sae=slave):
+                    return _Origin(peer, name)
+        return None
+
+    def _check_names(self, session: Session, used: "_Origin | None") -> None:
         if session.peer_certificate is None:
             return
-        used = self._asked.get(name) if name is not None else None
         for peer in self._peers:
+            if not peer.names:
+                continue
             belongs = session.peer_is_one_of(peer.names)
-            if belongs and peer is not used:
+            if belongs and (used is None or used.peer is not peer):
                 raise PolicyRefused(f"{peer.source.peer_sae} must use a QKD key of its own")
-            if peer is used and peer.names and not belongs:
+            if not belongs and used is not None and used.peer is peer:
                 raise PolicyRefused(
                     f"a QKD key of {peer.source.peer_sae} with the certificate of another"
                 )
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Whose key a PSK is, and which."""
+
+    peer: QkdPeer
+    name: KeyName
 
 
 class _Budget:

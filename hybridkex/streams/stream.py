@@ -40,7 +40,7 @@ from hybridkex.errors import (
 from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
-from hybridkex.tls.events import ApplicationData, PskWanted
+from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed
 from hybridkex.tls.policy import Requirement
 from hybridkex.tls.session import Session
 
@@ -179,10 +179,9 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                 connection.start()
             while True:
                 await self._advance()
-                session = self._judge() if connection.handshake_complete else None
                 await self._flush()
-                if session is not None:
-                    self._session = session
+                if connection.handshake_complete:
+                    self._session = connection.session
                     return
                 connection.receive_data(await self._read_transport())
         except HybridkexError as error:
@@ -197,6 +196,8 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                 return
             if isinstance(event, PskWanted):
                 connection.provide_psk(await self._ask(event))
+            elif isinstance(event, SessionProposed):
+                connection.accept(await self._decide(event))
 
     async def _ask(self, event: PskWanted) -> ExternalPsk | None:
         """A PSK from outside; without one the policy decides."""
@@ -215,16 +216,19 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             self._psk_missing = str(error)
             return None
 
-    def _judge(self) -> Session:
-        """The session, once its PSK source has no objection."""
-        session, source = self._connection.session, self._psk_source
-        if source is None:
-            return session
+    async def _decide(self, proposed: SessionProposed) -> Session:
+        """The session, once its PSK source has no objection and its peer is remembered."""
+        session = proposed.session
         try:
-            return source.describe(session, self._psk_missing)
+            if self._psk_source is not None:
+                session = self._psk_source.authorize(session, self._psk_missing)
+            if proposed.peer is not None and proposed.peer.remember is not None:
+                # It writes a file. If we are cancelled meanwhile, the thread ends by itself.
+                await trio.to_thread.run_sync(proposed.peer.remember, abandon_on_cancel=True)
         except PeerError as error:
             self._connection.abort(error)
             raise
+        return session
 
     # --- receiving ----------------------------------------------------------------------------
 

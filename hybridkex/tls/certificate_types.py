@@ -5,6 +5,7 @@ X.509. A verifier takes the kinds that it has methods for, an identity is of one
 """
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from functools import cache
 from typing import Final, cast
 
@@ -69,23 +70,33 @@ def check_entries(kind: int, message: Certificate) -> None:
 
 
 def accept_server(
-    verifier: AnyServerVerifier, kind: int, chain: Sequence[bytes], name: PeerName | None
+    verifier: AnyServerVerifier,
+    kind: int,
+    chain: Sequence[bytes],
+    name: PeerName | None,
+    now: float,
 ) -> VerifiedPeer:
-    """Have the verifier decide about what a server showed."""
+    """Have the verifier decide about what a server showed, at ``now`` (seconds since the epoch)."""
     if kind not in accepted_types(verifier):
         raise _unwanted(kind)
     if kind == RAW:
         return cast(ServerKeyVerifier, verifier).verify_server_key(chain[0], name)
-    return cast(ServerVerifier, verifier).verify_server(chain, name)
+    return cast(ServerVerifier, verifier).verify_server(chain, name, at=_moment(now))
 
 
-def accept_client(verifier: AnyClientVerifier, kind: int, chain: Sequence[bytes]) -> VerifiedPeer:
-    """Have the verifier decide about what a client showed."""
+def accept_client(
+    verifier: AnyClientVerifier, kind: int, chain: Sequence[bytes], now: float
+) -> VerifiedPeer:
+    """Have the verifier decide about what a client showed, at ``now`` (seconds since the epoch)."""
     if kind not in accepted_types(verifier):
         raise _unwanted(kind)
     if kind == RAW:
         return cast(ClientKeyVerifier, verifier).verify_client_key(chain[0])
-    return cast(ClientVerifier, verifier).verify_client(chain)
+    return cast(ClientVerifier, verifier).verify_client(chain, at=_moment(now))
+
+
+def _moment(now: float) -> datetime:
+    return datetime.fromtimestamp(now, UTC)
 
 
 def _unwanted(kind: int) -> CertificateRejected:

@@ -4,8 +4,6 @@ A state is frozen and owns what is valid in it; ``handle`` checks one message an
 state. :func:`start` sends the ClientHello and returns the first.
 """
 
-import os
-import time
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,6 +32,7 @@ from hybridkex.errors import (
     UnexpectedMessage,
     UnsupportedExtension,
 )
+from hybridkex.tls.admission import check_session, resumable
 from hybridkex.tls.certificate_types import (
     ONLY_X509,
     AnyServerVerifier,
@@ -44,9 +43,8 @@ from hybridkex.tls.certificate_types import (
 )
 from hybridkex.tls.channel import Channel
 from hybridkex.tls.config import Authentication, ClientConfig, Requirement
-from hybridkex.tls.events import HandshakeCompleted, PskWanted
+from hybridkex.tls.events import HandshakeCompleted, PskWanted, SessionProposed
 from hybridkex.tls.negotiation import (
-    RESUMED_FOR,
     PeerProof,
     Psk,
     authenticated_by,
@@ -100,7 +98,7 @@ from hybridkex.wire.messages import (
     encode,
 )
 
-__all__ = ["ClientState", "WaitPsk", "start"]
+__all__ = ["ClientState", "Proposed", "WaitPsk", "start"]
 
 PeerName = DnsName | IpAddress
 
@@ -196,7 +194,7 @@ class _Offer:
         return bool(self.psks) and self.ticket is None and self.config.authentication not in _ALONE
 
     def _psk_offer(self) -> PreSharedKeyOffer:
-        now = time.time()
+        now = self.config.clock()
         identities = tuple(
             OfferedPskIdentity(
                 psk.identity,
@@ -259,12 +257,13 @@ def _send_hello(
     if ticket is not None:
         psks.append(
             Psk(
-                ticket.ticket,
-                ticket.psk,
-                ticket.suite.hash,
-                Label.RESUMPTION_BINDER,
-                ticket.psk_identity,
+                identity=ticket.ticket,
+                key=ticket.psk,
+                hash=ticket.suite.hash,
+                binder_label=Label.RESUMPTION_BINDER,
                 resumption=True,
+                external_identity=ticket.psk_identity,
+                external_context=ticket.psk_context,
             )
         )
     # RFC 9973 section 4 forbids a ticket beside an external PSK with certificates.
@@ -276,8 +275,8 @@ def _send_hello(
     offer = _Offer(
         config=config,
         name=name,
-        random=os.urandom(32),
-        session_id=os.urandom(32) if config.compatibility_mode else b"",
+        random=config.entropy(32),
+        session_id=config.entropy(32) if config.compatibility_mode else b"",
         psks=tuple(psks),
         ticket=ticket,
         started={group.code: group.exchange.start() for group in config.shared_groups},
@@ -294,18 +293,17 @@ def _take_ticket(config: ClientConfig, name: PeerName | None) -> SessionTicket |
     """A ticket whose session would satisfy today's configuration."""
     if config.session_store is None:
         return None
-    ticket = config.session_store.take(store_key(str(name) if name is not None else None))
+    key = store_key(str(name) if name is not None else None)
+    ticket = config.session_store.take(key, config.binding(config.identity))
     if ticket is None or all(suite.hash != ticket.suite.hash for suite in config.suites):
         return None
-    wanted, had = config.authentication, ticket.authenticated_by
-    if had not in RESUMED_FOR[wanted]:
+    if not resumable(config, ticket, config.identity):
         return None
-    if config.has_psk and config.policy.psk is Requirement.REQUIRE and ticket.psk_identity is None:
-        return None
-    if had is not AuthenticatedBy.PSK:
+    if ticket.authenticated_by is not AuthenticatedBy.PSK:
         assert config.verifier is not None
         try:
-            accept_server(config.verifier, ticket.certificate_type, ticket.chain, name)
+            kind, now = ticket.certificate_type, config.clock()
+            accept_server(config.verifier, kind, ticket.chain, name, now)
         except CertificateRejected:
             return None
     return ticket
@@ -559,7 +557,7 @@ class WaitEncryptedExtensions(ClientState):
             if self.psk.resumption and ticket is not None and ticket.chain:
                 assert config.verifier is not None
                 kind, name = ticket.certificate_type, self.offer.name
-                peer = accept_server(config.verifier, kind, ticket.chain, name)
+                peer = accept_server(config.verifier, kind, ticket.chain, name, config.clock())
             return WaitFinished(settled, PeerProof(peer, None, self.psk), None)
         verifier = config.verifier
         assert verifier is not None
@@ -622,7 +620,8 @@ class WaitCertificate(ClientState):
             _check_offered(extensions, set())
         kind, name = self.settled.server_type, self.settled.offer.name
         check_entries(kind, message)
-        peer = accept_server(self.verifier, kind, message.chain, name)
+        now = self.settled.offer.config.clock()
+        peer = accept_server(self.verifier, kind, message.chain, name, now)
         self.settled.keys.transcript.add(raw)
         return WaitCertificateVerify(self.settled, peer, self.requested)
 
@@ -660,14 +659,55 @@ class WaitFinished(ClientState):
     requested: tuple[int, ...] | None
     accepts = frozenset((HandshakeType.FINISHED,))
 
-    def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientTraffic:
+    def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientState:
         assert isinstance(message, Finished)
-        settled, keys = self.settled, self.settled.keys
-        suite, transcript = keys.suite, keys.transcript
-        check_finished(message, keys.server, transcript)
+        keys = self.settled.keys
+        check_finished(message, keys.server, keys.transcript)
         channel.check_message_boundary()
         channel.change_cipher_spec_allowed = False
-        transcript.add(raw)
+        keys.transcript.add(raw)
+        session = self._session()
+        check_session(self.settled.offer.config, session)
+        channel.emit(SessionProposed(session, self.proof.certificate))
+        return Proposed(self.settled, self.proof, self.requested, session)
+
+    def _session(self) -> Session:
+        settled, proof = self.settled, self.proof
+        config, ticket = settled.offer.config, settled.offer.ticket
+        if proof.psk is not None and proof.psk.resumption and ticket is not None:
+            by, began_at = ticket.authenticated_by, ticket.began_at
+        else:
+            signed = proof.scheme is not None
+            by = authenticated_by(proof.certificate, proof.psk, has_certificate=signed)
+            began_at = config.clock()
+        return describe(
+            suite=settled.keys.suite,
+            group=settled.group,
+            psk=proof.psk,
+            authenticated=by,
+            scheme=proof.scheme,
+            alpn=settled.alpn,
+            server_name=str(settled.offer.name) if settled.offer.name is not None else None,
+            peer=proof.certificate,
+            policy=config.policy_in_force,
+            began_at=began_at,
+        )
+
+
+@dataclass(frozen=True)
+class Proposed(ClientState):
+    """The server's Finished is verified; our caller decides before we send ours."""
+
+    settled: _Settled
+    proof: PeerProof
+    requested: tuple[int, ...] | None
+    session: Session
+    accepts = frozenset[int]()
+
+    def accept(self, session: Session, channel: Channel) -> ClientTraffic:
+        """[Certificate, CertificateVerify,] Finished."""
+        settled, keys = self.settled, self.settled.keys
+        suite, transcript = keys.suite, keys.transcript
         digest = transcript.digest()
         main = keys.secret.main_secret()
         server = main.server_application_traffic(suite, digest)
@@ -686,11 +726,9 @@ class WaitFinished(ClientState):
         channel.data_allowed = True
 
         resumption = main.resumption_secret(transcript.digest())
-        connected = Connected(self._session(), suite, exporter, resumption)
-        channel.emit(HandshakeCompleted(connected.session))
+        connected = Connected(session, suite, exporter, resumption)
+        channel.emit(HandshakeCompleted(session))
         peer = self.proof.certificate
-        if peer is not None and peer.remember is not None:
-            peer.remember()
         presented = peer.certificate if peer is not None else None
         return ClientTraffic(connected, settled.offer.config, presented)
 
@@ -706,24 +744,3 @@ class WaitFinished(ClientState):
         transcript.add(channel.send(certificate_message(identity)))
         verify = sign_transcript(identity, scheme, Label.CLIENT_CERTIFICATE_VERIFY, transcript)
         transcript.add(channel.send(verify))
-
-    def _session(self) -> Session:
-        settled, proof = self.settled, self.proof
-        ticket = settled.offer.ticket
-        if proof.psk is not None and proof.psk.resumption and ticket is not None:
-            by: AuthenticatedBy = ticket.authenticated_by
-        else:
-            by = authenticated_by(
-                proof.certificate, proof.psk, has_certificate=proof.scheme is not None
-            )
-        return describe(
-            suite=settled.keys.suite,
-            group=settled.group,
-            psk=proof.psk,
-            authenticated=by,
-            scheme=proof.scheme,
-            alpn=settled.alpn,
-            server_name=str(settled.offer.name) if settled.offer.name is not None else None,
-            peer=proof.certificate,
-            policy=settled.offer.config.policy_in_force,
-        )

@@ -4,6 +4,10 @@ There is no global registry and no process-wide default: groups, suites and sche
 order of preference. A configuration is made once and used for many connections.
 """
 
+import hashlib
+import json
+import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,6 +25,7 @@ from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.protection import Padding
 from hybridkex.tls.session import Session, SessionStore
 from hybridkex.tls.tickets import CookieProtector, TicketIssuer
+from hybridkex.wire.codec import vector24
 
 __all__ = [
     "Authentication",
@@ -58,10 +63,13 @@ class PskSource(Protocol):
         """
         ...
 
-    def describe(self, session: Session, missing: str | None) -> Session:
-        """The session with all that the source knows of its PSK.
+    def authorize(self, session: Session, missing: str | None) -> Session:
+        """Decide about a proposed session; return it with what the source knows of its PSK.
+
+        Called for every handshake, resumptions included, before it completes.
 
         Args:
+            session: what the engine proposes; ``psk_origin`` is that of the PSK that was given.
             missing: why there is no PSK in it, where asking for one failed.
 
         Raises :class:`~hybridkex.errors.PolicyRefused` when this peer must use a PSK and did not.
@@ -136,6 +144,9 @@ class _Config:
         padding: hides the length of what is sent.
         key_log: gets the session's secrets, for a debugger: whoever has them reads everything.
         limits: what a peer may cost us.
+        clock: seconds since the epoch, for certificates and the age of sessions.
+        entropy: gives that many random bytes, for all but key pairs, which the library of the
+            primitives makes with its own generator.
     """
 
     groups: tuple[Group, ...] | None = None
@@ -149,6 +160,8 @@ class _Config:
     padding: Padding | None = None
     key_log: KeyLog | None = field(default=None, repr=False)
     limits: Limits = Limits()
+    clock: Callable[[], float] = field(default=time.time, repr=False)
+    entropy: Callable[[int], bytes] = field(default=os.urandom, repr=False)
 
     def __post_init__(self) -> None:
         self._check_groups()
@@ -210,10 +223,31 @@ class _Config:
         psk = self.policy.psk if self.has_psk else Requirement.OFF
         return replace(self.policy, psk=psk, authentication=self.authentication)
 
+    def binding(self, identity: Identity | RawIdentity | None) -> bytes:
+        """What tickets are bound to: SHA-256 over the policy in force, the PSKs, and who we are.
+
+        Args:
+            identity: ours in this handshake, if we have one.
+        """
+        own = hashlib.sha256(identity.chain[0]).digest() if identity is not None else b""
+        return hashlib.sha256(self._bound + own).digest()
+
+    @cached_property
+    def _bound(self) -> bytes:
+        return hashlib.sha256(b"".join(map(vector24, self._bound_to()))).digest()
+
+    def _bound_to(self) -> list[bytes]:
+        parts = [json.dumps(self.policy_in_force.as_json(), sort_keys=True).encode()]
+        for psk in self.psks:
+            context = b"" if psk.context is None else b"\1" + psk.context
+            parts += [psk.identity, context, psk.hash.name.encode(), psk.key.reveal()]
+        return parts
+
     @property
     def has_psk(self) -> bool:
-        """Whether there is or may be an external PSK."""
-        return bool(self.psks) or self.psk_source is not None
+        """Whether there is or may be an external PSK, and the policy lets it be used."""
+        configured = bool(self.psks) or self.psk_source is not None
+        return configured and self.policy.psk is not Requirement.OFF
 
     @property
     def inner_limit(self) -> int:
@@ -328,6 +362,9 @@ class ServerConfig(_Config):
             raise ConfigError("require_client_certificate needs a client_verifier")
         if not 0 <= self.tickets_per_connection <= 16:
             raise ConfigError("tickets_per_connection is 0 to 16")
+
+    def _bound_to(self) -> list[bytes]:
+        return [bytes((self.require_client_certificate,)), *super()._bound_to()]
 
     @property
     def authentication(self) -> Authentication:

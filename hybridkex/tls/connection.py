@@ -35,7 +35,9 @@ _MAX_WARNINGS = 4
 State = client.ClientState | server.ServerState | ClientTraffic | ServerTraffic
 
 # Tuples, made once: a union is built anew in every call, and isinstance takes longer over it.
-_WAITING: Final = (client.WaitPsk, server.WaitPsk)
+_WAIT_PSK: Final = (client.WaitPsk, server.WaitPsk)
+_PROPOSED: Final = (client.Proposed, server.Proposed)
+_WAITING: Final = (*_WAIT_PSK, *_PROPOSED)
 _TRAFFIC: Final = (ClientTraffic, ServerTraffic)
 
 
@@ -75,7 +77,7 @@ class Connection:
         return bool(self._channel.events)
 
     def next_event(self) -> Event | None:
-        """The next event, or ``None`` until more bytes (or a PSK) have come.
+        """The next event, or ``None`` until the caller brings more bytes, a PSK or a decision.
 
         Raises:
             PeerError: the peer broke the protocol or was refused; the alert is in
@@ -164,13 +166,26 @@ class Connection:
         """
         self._check_alive()
         state = self._state
-        if not isinstance(state, _WAITING):
+        if not isinstance(state, _WAIT_PSK):
             raise LocalStateError("no PSK is wanted")
         try:
             self._state = state.provide(psk, self._channel)
         except PeerError as error:
             self._fail(error)
             raise
+
+    def accept(self, session: Session | None = None) -> None:
+        """Answer the event ``SessionProposed``: the handshake completes.
+
+        Args:
+            session: the proposed session with what the caller knows about it (the QKD keys, say);
+                ``None`` takes it as it was proposed. From now on it is :attr:`session`.
+        """
+        self._check_alive()
+        state = self._state
+        if not isinstance(state, _PROPOSED):
+            raise LocalStateError("no session is proposed")
+        self._state = state.accept(state.session if session is None else session, self._channel)
 
     def update_keys(self, *, request_peer: bool = False) -> None:
         """Change our key now, and ask the peer for the same (section 4.6.3)."""
@@ -180,7 +195,10 @@ class Connection:
         self._state.update_keys(self._channel, request=request_peer)
 
     def abort(self, error: PeerError) -> None:
-        """Give up for a reason that the caller found; its alert is queued."""
+        """Give up for a reason that the caller found; its alert is queued.
+
+        This is also how a caller refuses a session that is proposed.
+        """
         if self._error is None:
             self._fail(error)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from hybridkex.auth import VerifiedPeer
 from hybridkex.tls.session import Session, SessionTicket
 
 __all__ = [
@@ -12,13 +13,30 @@ __all__ = [
     "HandshakeCompleted",
     "KeyUpdated",
     "PskWanted",
+    "SessionProposed",
     "TicketReceived",
 ]
 
 
 @dataclass(frozen=True)
+class SessionProposed:
+    """The peer's Finished has been verified, and the handshake waits for a decision.
+
+    Call :meth:`~hybridkex.tls.connection.Connection.accept` or
+    :meth:`~hybridkex.tls.connection.Connection.abort`. Until then the engine sends nothing (a
+    client not even its Finished) and reads nothing: no application data, no ticket.
+    """
+
+    session: Session
+    """What the connection would be. It satisfies the policy of the configuration."""
+    peer: VerifiedPeer | None
+    """Who the peer is, if it showed a certificate or a raw public key. If ``peer.remember`` is
+    set, call it before accepting; it may write a file."""
+
+
+@dataclass(frozen=True)
 class HandshakeCompleted:
-    """Both sides are sure of each other; application data may flow."""
+    """The session has been accepted; application data may flow."""
 
     session: Session
 
@@ -63,5 +81,11 @@ class CloseReceived:
 
 
 Event: TypeAlias = (
-    HandshakeCompleted | PskWanted | ApplicationData | TicketReceived | KeyUpdated | CloseReceived
+    SessionProposed
+    | HandshakeCompleted
+    | PskWanted
+    | ApplicationData
+    | TicketReceived
+    | KeyUpdated
+    | CloseReceived
 )

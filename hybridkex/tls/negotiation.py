@@ -14,14 +14,13 @@ from hybridkex.crypto.signatures import SignatureScheme
 from hybridkex.crypto.suites import CipherSuite, HashFunction
 from hybridkex.errors import DecryptError, IllegalParameter
 from hybridkex.secret import Secret
-from hybridkex.tls.policy import Authentication, Policy
+from hybridkex.tls.policy import Policy
 from hybridkex.tls.session import AuthenticatedBy, Session
 from hybridkex.tls.transcript import Transcript
 from hybridkex.wire.extensions import Extensions
 from hybridkex.wire.messages import Certificate, CertificateVerify, Finished, ImportedIdentity
 
 __all__ = [
-    "RESUMED_FOR",
     "PeerProof",
     "Psk",
     "authenticated_by",
@@ -42,20 +41,37 @@ class Psk:
     key: Secret
     hash: HashFunction
     binder_label: bytes
+    resumption: bool
     external_identity: bytes | None
     """The external PSK that it is, or that the resumed session rested on."""
-    resumption: bool
+    external_context: bytes | None = None
+    """The context of its import (RFC 9258); ``None`` for a plain PSK."""
+    origin: object = None
+    """The origin of the :class:`ExternalPsk`; a resumption has none."""
 
 
 def external_psks(psk: ExternalPsk, suites: Iterable[CipherSuite]) -> list[Psk]:
     """What to offer for one external PSK: itself, or an import for each hash (RFC 9258)."""
+
+    def offer(identity: bytes, key: Secret, target: HashFunction, binder_label: bytes) -> Psk:
+        return Psk(
+            identity=identity,
+            key=key,
+            hash=target,
+            binder_label=binder_label,
+            resumption=False,
+            external_identity=psk.identity,
+            external_context=psk.context,
+            origin=psk.origin,
+        )
+
     if psk.context is None:
-        return [Psk(psk.identity, psk.key, psk.hash, Label.EXTERNAL_BINDER, psk.identity, False)]
+        return [offer(psk.identity, psk.key, psk.hash, Label.EXTERNAL_BINDER)]
     offers = []
     for target in dict.fromkeys(suite.hash for suite in suites):
         imported = ImportedIdentity(psk.identity, psk.context, TLS13, target.kdf).encode()
         key = import_key(psk, imported, target)
-        offers.append(Psk(imported, key, target, Label.IMPORTED_BINDER, psk.identity, False))
+        offers.append(offer(imported, key, target, Label.IMPORTED_BINDER))
     return offers
 
 
@@ -119,19 +135,6 @@ def check_finished(message: Finished, traffic: TrafficSecret, transcript: Transc
         raise DecryptError("Finished does not verify: the handshake was changed on the way")
 
 
-RESUMED_FOR: Final = {
-    Authentication.PSK: (AuthenticatedBy.PSK,),
-    Authentication.CERTIFICATE: (
-        AuthenticatedBy.CERTIFICATE,
-        AuthenticatedBy.BOTH,
-        AuthenticatedBy.NOTHING,  # its verifier is asked again
-    ),
-    Authentication.BOTH: (AuthenticatedBy.BOTH,),
-    Authentication.EITHER: tuple(AuthenticatedBy),
-}
-"""The sessions that may be resumed, by what authentication is wanted."""
-
-
 def authenticated_by(
     certificate: VerifiedPeer | None, psk: Psk | None, *, has_certificate: bool
 ) -> AuthenticatedBy:
@@ -154,6 +157,7 @@ def describe(
     server_name: str | None,
     peer: VerifiedPeer | None,
     policy: Policy,
+    began_at: float,
 ) -> Session:
     """The session, from what the handshake settled."""
     return Session(
@@ -164,6 +168,8 @@ def describe(
         authenticated_by=authenticated,
         signature_scheme=scheme.name if scheme is not None else None,
         psk_identity=psk.external_identity if psk is not None else None,
+        psk_context=psk.external_context if psk is not None else None,
+        psk_origin=psk.origin if psk is not None else None,
         resumed=psk is not None and psk.resumption,
         alpn=alpn.decode("utf-8", "backslashreplace") if alpn is not None else None,
         server_name=server_name,
@@ -171,4 +177,5 @@ def describe(
         verified_by=peer.verified_by if peer is not None else None,
         vouched_names=peer.vouched_names if peer is not None else (),
         policy=policy,
+        began_at=began_at,
     )

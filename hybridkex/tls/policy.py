@@ -40,11 +40,14 @@ class Policy:
         authentication: ``None`` derives it from what is configured: a certificate where only
             certificates are, a PSK where only PSKs are, both where both are. With ``psk`` preferred
             and not there, both means the certificate.
+        session_lifetime: seconds for which a session may be resumed, counted from its first, full
+            handshake; whatever is resumed, and however often, ends then. 0: no resumption.
     """
 
     post_quantum: Requirement = Requirement.REQUIRE
     psk: Requirement = Requirement.REQUIRE
     authentication: Authentication | None = None
+    session_lifetime: int = 12 * 3600
 
     def as_json(self) -> dict[str, str | None]:
         """Plain values under stable names."""

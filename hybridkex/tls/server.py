@@ -7,7 +7,6 @@ anybody can send a ClientHello.
 
 import hashlib
 import hmac
-import os
 from dataclasses import dataclass
 
 from hybridkex.auth import Identity, PeerName, RawIdentity, VerifiedPeer, parse_peer_name
@@ -47,6 +46,7 @@ from hybridkex.errors import (
     UnsupportedExtension,
 )
 from hybridkex.secret import Secret
+from hybridkex.tls.admission import check_session, resumable
 from hybridkex.tls.certificate_types import (
     ONLY_X509,
     AnyClientVerifier,
@@ -56,9 +56,8 @@ from hybridkex.tls.certificate_types import (
 )
 from hybridkex.tls.channel import Channel
 from hybridkex.tls.config import Authentication, Requirement, ServerConfig
-from hybridkex.tls.events import HandshakeCompleted, PskWanted
+from hybridkex.tls.events import HandshakeCompleted, PskWanted, SessionProposed
 from hybridkex.tls.negotiation import (
-    RESUMED_FOR,
     Psk,
     authenticated_by,
     certificate_message,
@@ -68,7 +67,7 @@ from hybridkex.tls.negotiation import (
     sign_transcript,
     verify_signature,
 )
-from hybridkex.tls.session import AuthenticatedBy
+from hybridkex.tls.session import AuthenticatedBy, Session
 from hybridkex.tls.tickets import CookieState, TicketState
 from hybridkex.tls.traffic import Connected, ServerTraffic
 from hybridkex.tls.transcript import Transcript
@@ -115,7 +114,7 @@ from hybridkex.wire.messages import (
     encode,
 )
 
-__all__ = ["ServerState", "WaitPsk", "start"]
+__all__ = ["Proposed", "ServerState", "WaitPsk", "start"]
 
 
 class ServerState:
@@ -574,8 +573,15 @@ def _resolve(choice: _Choice, offered: _OfferedPsk) -> _Selected | None:
     state = config.tickets.open(offered.identity)
     if state is None or not _resumable(choice, state):
         return None
-    label, origin = Label.RESUMPTION_BINDER, state.psk_identity
-    psk = Psk(offered.identity, state.psk, function, label, origin, resumption=True)
+    psk = Psk(
+        identity=offered.identity,
+        key=state.psk,
+        hash=function,
+        binder_label=Label.RESUMPTION_BINDER,
+        resumption=True,
+        external_identity=state.psk_identity,
+        external_context=state.psk_context,
+    )
     return _Selected(offered.index, psk, state)
 
 
@@ -594,12 +600,7 @@ def _resumable(choice: _Choice, state: TicketState) -> bool:
         return False
     if state.server_name != choice.hello.server_name:
         return False
-    wanted, had = config.authentication, state.authenticated_by
-    if had not in RESUMED_FOR[wanted] and not (
-        wanted is Authentication.BOTH
-        and config.policy.psk is Requirement.PREFER
-        and had is AuthenticatedBy.CERTIFICATE
-    ):
+    if not resumable(config, state, choice.identity):
         return False
     if config.client_verifier is None:
         return True
@@ -607,7 +608,7 @@ def _resumable(choice: _Choice, state: TicketState) -> bool:
         return not config.require_client_certificate
     try:
         kind = state.client_certificate_type
-        accept_client(config.client_verifier, kind, state.client_chain)
+        accept_client(config.client_verifier, kind, state.client_chain, config.clock())
     except CertificateRejected:
         return False
     return True
@@ -663,7 +664,7 @@ def _respond(
         if with_certificate:
             extensions.append(TlsCertWithExternPsk())
     message = ServerHello(
-        random=os.urandom(32),
+        random=config.entropy(32),
         session_id=hello.message.session_id,
         cipher_suite=suite.code,
         extensions=Extensions(extensions),
@@ -836,7 +837,8 @@ class WaitClientCertificate(ServerState):
             return WaitClientFinished(self.answered, None)
         assert choice.client_type is not None
         check_entries(choice.client_type, message)
-        peer = accept_client(self.verifier, choice.client_type, message.chain)
+        now = choice.config.clock()
+        peer = accept_client(self.verifier, choice.client_type, message.chain, now)
         return WaitClientCertificateVerify(self.answered, peer)
 
 
@@ -870,19 +872,19 @@ class WaitClientFinished(ServerState):
     peer: VerifiedPeer | None
     accepts = frozenset((HandshakeType.FINISHED,))
 
-    def handle(self, message: Message, raw: bytes, channel: Channel) -> ServerTraffic:
+    def handle(self, message: Message, raw: bytes, channel: Channel) -> ServerState:
         assert isinstance(message, Finished)
         answered, choice = self.answered, self.answered.choice
         check_finished(message, answered.client_handshake, choice.transcript)
+        channel.check_message_boundary()
         channel.change_cipher_spec_allowed = False
-        channel.read_with(answered.main.client)
-        channel.data_allowed = True
         choice.transcript.add(raw)
         ticket = answered.selected.ticket if answered.selected is not None else None
         peer = self.peer
         if ticket is not None and ticket.client_chain and choice.config.client_verifier is not None:
             kind = ticket.client_certificate_type
-            peer = accept_client(choice.config.client_verifier, kind, ticket.client_chain)
+            now = choice.config.clock()
+            peer = accept_client(choice.config.client_verifier, kind, ticket.client_chain, now)
         session = describe(
             suite=choice.suite,
             group=choice.group,
@@ -893,16 +895,11 @@ class WaitClientFinished(ServerState):
             server_name=choice.hello.server_name,
             peer=peer,
             policy=choice.config.policy_in_force,
+            began_at=ticket.began_at if ticket is not None else choice.config.clock(),
         )
-        resumption = answered.main.secret.resumption_secret(choice.transcript.digest())
-        connected = Connected(session, choice.suite, answered.main.exporter, resumption)
-        channel.emit(HandshakeCompleted(session))
-        if peer is not None and peer.remember is not None:
-            peer.remember()
-        presented = peer.certificate if peer is not None else None
-        traffic = ServerTraffic(connected, choice.config, presented)
-        traffic.tickets_wanted(choice.hello.psk_dhe)
-        return traffic
+        check_session(choice.config, session)
+        channel.emit(SessionProposed(session, peer))
+        return Proposed(answered, peer, session)
 
     def _authenticated_by(self, ticket: TicketState | None) -> AuthenticatedBy:
         if ticket is not None:
@@ -910,3 +907,27 @@ class WaitClientFinished(ServerState):
         selected = self.answered.selected
         psk = selected.psk if selected is not None else None
         return authenticated_by(None, psk, has_certificate=self.answered.with_certificate)
+
+
+@dataclass(frozen=True)
+class Proposed(ServerState):
+    """The client's Finished is verified; our caller decides before anything else is read."""
+
+    answered: _Answered
+    peer: VerifiedPeer | None
+    session: Session
+    accepts = frozenset[int]()
+
+    def accept(self, session: Session, channel: Channel) -> ServerTraffic:
+        """The handshake is complete."""
+        answered, choice = self.answered, self.answered.choice
+        channel.read_with(answered.main.client)
+        channel.data_allowed = True
+        resumption = answered.main.secret.resumption_secret(choice.transcript.digest())
+        connected = Connected(session, choice.suite, answered.main.exporter, resumption)
+        channel.emit(HandshakeCompleted(session))
+        presented = self.peer.certificate if self.peer is not None else None
+        binding = choice.config.binding(choice.identity)
+        traffic = ServerTraffic(connected, choice.config, presented, binding)
+        traffic.tickets_wanted(choice.hello.psk_dhe)
+        return traffic

@@ -53,6 +53,9 @@ class Session:
     psk_identity: bytes | None
     """The external PSK in the key schedule: of this handshake or of the one that it resumes."""
     resumed: bool
+    began_at: float
+    """When the full handshake was made, in seconds since the epoch; a resumption has the time of
+    the handshake that it resumes, and of all before it the first."""
     alpn: str | None
     server_name: str | None
     peer_certificate: Presented | None
@@ -60,6 +63,10 @@ class Session:
     it."""
     policy: Policy
     """What our side demanded."""
+    psk_context: bytes | None = None
+    """The context of the PSK's import (RFC 9258); ``None`` for a plain PSK."""
+    psk_origin: object = field(default=None, repr=False, compare=False)
+    """:attr:`ExternalPsk.origin` of the PSK, as it was given; ``None`` after a resumption."""
     qkd_key_ids: tuple[str, ...] = ()
     """The QKD keys in the key schedule (UUIDs)."""
     qkd_sources: tuple[str, ...] = ()
@@ -152,6 +159,11 @@ class SessionTicket:
     """The server's certificates, to be verified again when the ticket is used."""
     authenticated_by: AuthenticatedBy
     psk_identity: bytes | None
+    psk_context: bytes | None
+    began_at: float
+    """When the full handshake was made, in seconds since the epoch."""
+    binding: bytes
+    """What the session belongs to: the policy, the PSKs and the identity that made it."""
     certificate_type: int = CertificateType.X509
     """What :attr:`chain` holds: certificates, or one raw public key."""
 
@@ -171,8 +183,12 @@ class SessionStore(Protocol):
         """Keep a ticket for this server."""
         ...
 
-    def take(self, server: str) -> SessionTicket | None:
-        """The newest usable ticket for this server; it is not given out again."""
+    def take(self, server: str, binding: bytes | None = None) -> SessionTicket | None:
+        """The newest usable ticket for this server; it is not given out again.
+
+        Args:
+            binding: only tickets with this binding; others stay. ``None`` takes any.
+        """
         ...
 
 
@@ -196,13 +212,15 @@ class MemorySessionStore:
         while len(self._tickets) > self.max_servers:
             self._tickets.popitem(last=False)
 
-    def take(self, server: str) -> SessionTicket | None:
-        """The newest usable ticket, which leaves the store."""
-        kept = self._tickets.get(server, [])
+    def take(self, server: str, binding: bytes | None = None) -> SessionTicket | None:
+        """The newest usable ticket with this binding, which leaves the store."""
         now = self.clock()
-        while kept:
-            ticket = kept.pop()
-            if ticket.usable(now):
-                return ticket
-        self._tickets.pop(server, None)
-        return None
+        kept = [ticket for ticket in self._tickets.get(server, []) if ticket.usable(now)]
+        fitting = [ticket for ticket in kept if binding in (None, ticket.binding)]
+        if fitting:
+            kept.remove(fitting[-1])
+        if kept:
+            self._tickets[server] = kept
+        else:
+            self._tickets.pop(server, None)
+        return fitting[-1] if fitting else None

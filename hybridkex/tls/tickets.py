@@ -39,6 +39,11 @@ class TicketState:
     server_name: str | None
     authenticated_by: AuthenticatedBy
     psk_identity: bytes | None
+    psk_context: bytes | None
+    began_at: int
+    """When the full handshake was made, in seconds since the epoch."""
+    binding: bytes
+    """What the session belongs to: the policy, the PSKs and the identity that made it."""
     client_chain: tuple[bytes, ...]
     """The client's certificates, verified when the session was made; leaf first."""
     client_certificate_type: int = CertificateType.X509
@@ -53,6 +58,10 @@ class TicketState:
             + vector16((self.server_name or "").encode("ascii"))
             + vector8(self.authenticated_by.value.encode("ascii"))
             + vector16(self.psk_identity or b"")
+            + u8(self.psk_context is not None)
+            + vector16(self.psk_context or b"")
+            + u64(self.began_at)
+            + vector8(self.binding)
             + u8(self.client_certificate_type)
             + vector24(b"".join(map(vector24, self.client_chain)))
         )
@@ -68,6 +77,9 @@ class TicketState:
         server_name = reader.opaque(2).decode("ascii") or None
         authenticated_by = AuthenticatedBy(reader.opaque(1).decode("ascii"))
         psk_identity = reader.opaque(2) or None
+        imported, context = reader.u8(), reader.opaque(2)
+        began_at = reader.u64()
+        binding = reader.opaque(1)
         certificate_type = reader.u8()
         certificates = reader.vector(3)
         chain = []
@@ -81,6 +93,9 @@ class TicketState:
             server_name=server_name,
             authenticated_by=authenticated_by,
             psk_identity=psk_identity,
+            psk_context=context if imported else None,
+            began_at=began_at,
+            binding=binding,
             client_chain=tuple(chain),
             client_certificate_type=certificate_type,
         )

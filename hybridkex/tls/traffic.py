@@ -1,7 +1,5 @@
 """After the handshake: application data, KeyUpdate, tickets (RFC 8446 section 4.6)."""
 
-import os
-import time
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -10,6 +8,7 @@ from hybridkex.constants import CertificateType, HandshakeType
 from hybridkex.crypto.schedule import ExporterSecret, ResumptionSecret
 from hybridkex.crypto.suites import CipherSuite
 from hybridkex.errors import IllegalParameter, UnexpectedMessage
+from hybridkex.tls.admission import remaining_lifetime
 from hybridkex.tls.channel import Channel
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.events import KeyUpdated, TicketReceived
@@ -117,20 +116,24 @@ class ClientTraffic(_Traffic):
             raise IllegalParameter(f"a ticket with a lifetime of {message.lifetime} s")
         store, session = self._config.session_store, self.connected.session
         presented = self._presented
-        if store is None or message.lifetime == 0:
+        lifetime = min(message.lifetime, remaining_lifetime(self._config, session.began_at))
+        if store is None or lifetime <= 0:
             return self
         ticket = SessionTicket(
             ticket=message.ticket,
             psk=self.connected.resumption.psk(message.nonce),
             suite=self.connected.suite,
             age_add=message.age_add,
-            lifetime=message.lifetime,
-            received_at=time.time(),
+            lifetime=lifetime,
+            received_at=self._config.clock(),
             server_name=session.server_name,
             chain=presented.chain if presented is not None else (),
             certificate_type=presented.certificate_type if presented is not None else X509,
             authenticated_by=session.authenticated_by,
             psk_identity=session.psk_identity,
+            psk_context=session.psk_context,
+            began_at=session.began_at,
+            binding=self._config.binding(self._config.identity),
         )
         store.put(store_key(session.server_name), ticket)
         channel.emit(TicketReceived(ticket))
@@ -145,11 +148,16 @@ class ServerTraffic(_Traffic):
     """
 
     def __init__(
-        self, connected: Connected, config: ServerConfig, presented: Presented | None
+        self,
+        connected: Connected,
+        config: ServerConfig,
+        presented: Presented | None,
+        binding: bytes,
     ) -> None:
         super().__init__(connected)
         self._config = config
         self._presented = presented
+        self._binding = binding
         self._tickets_due = config.tickets_per_connection if config.tickets is not None else 0
 
     def tickets_wanted(self, wanted: bool) -> None:
@@ -168,6 +176,9 @@ class ServerTraffic(_Traffic):
         issuer, session = self._config.tickets, self.connected.session
         presented = self._presented
         assert issuer is not None
+        lifetime = min(issuer.lifetime, remaining_lifetime(self._config, session.began_at))
+        if lifetime <= 0:
+            return  # The next handshake is a full one.
         nonce = bytes((self._tickets_due,))
         state = TicketState(
             suite=self.connected.suite.code,
@@ -176,13 +187,16 @@ class ServerTraffic(_Traffic):
             server_name=session.server_name,
             authenticated_by=session.authenticated_by,
             psk_identity=session.psk_identity,
+            psk_context=session.psk_context,
+            began_at=int(session.began_at),
+            binding=self._binding,
             client_chain=presented.chain if presented is not None else (),
             client_certificate_type=presented.certificate_type if presented is not None else X509,
         )
         channel.send(
             NewSessionTicket(
-                lifetime=issuer.lifetime,
-                age_add=int.from_bytes(os.urandom(4), "big"),
+                lifetime=lifetime,
+                age_add=int.from_bytes(self._config.entropy(4), "big"),
                 nonce=nonce,
                 ticket=issuer.seal(state),
                 extensions=Extensions(),

@@ -48,7 +48,12 @@ from hybridkex.tls.config import (
     ServerConfig,
 )
 from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
-from hybridkex.tls.events import ApplicationData, CloseReceived, TicketReceived
+from hybridkex.tls.events import (
+    ApplicationData,
+    CloseReceived,
+    SessionProposed,
+    TicketReceived,
+)
 from hybridkex.tls.session import MemorySessionStore, Session
 from hybridkex.tls.tickets import TicketIssuer
 from interop.bogo.flags import Credential, Flags, Unimplemented, parse
@@ -127,8 +132,7 @@ class Shim:
         self.resume = resume
         self.now = float(int(time.time()))
         # BoringSSL's shim has such a clock too: the runner compares the age of a ticket to the
-        # millisecond. This process has one test to run and ends.
-        vars(time)["time"] = self.clock
+        # millisecond.
         self.store = MemorySessionStore(clock=self.clock)
         self.tickets = TicketIssuer(clock=self.clock)
 
@@ -196,6 +200,7 @@ class ShimConnection:
             "signature_schemes": self._schemes(),
             "psks": psks,
             "key_log": self._log,
+            "clock": self.shim.clock,
         }
         if flags.on("max-cert-list"):
             shared["limits"] = Limits(certificate_message=flags.number("max-cert-list"))
@@ -414,7 +419,10 @@ class ShimConnection:
         finally:
             self.hello_retry |= type(self.engine._state).__name__.startswith("WaitSecond")
             self._flush()
-        if isinstance(event, ApplicationData):
+        if isinstance(event, SessionProposed):
+            self.engine.accept()
+            self._flush()
+        elif isinstance(event, ApplicationData):
             self.pending += event.data
         elif isinstance(event, TicketReceived):
             self.got_ticket = True

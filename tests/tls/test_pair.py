@@ -63,6 +63,7 @@ from hybridkex.tls.events import (
     HandshakeCompleted,
     KeyUpdated,
     PskWanted,
+    SessionProposed,
     TicketReceived,
 )
 from hybridkex.tls.session import AuthenticatedBy, MemorySessionStore
@@ -1122,6 +1123,8 @@ def test_the_caller_gives_up(answered: bool, trust: TrustStore, identity: Identi
     pair.server.abort(HandshakeTimeout("once is enough"))
     pair.client.receive_data(pair.server.data_to_send())
     if answered:  # The client has seen the server's Finished.
+        assert isinstance(pair.client.next_event(), SessionProposed)
+        pair.client.accept()
         assert isinstance(pair.client.next_event(), HandshakeCompleted)
         assert isinstance(pair.client.next_event(), CloseReceived)
     else:

@@ -15,7 +15,7 @@ from hybridkex.crypto.kex import SECP256R1, X25519
 from hybridkex.errors import HybridkexError, PeerError
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import Connection
-from hybridkex.tls.events import ApplicationData
+from hybridkex.tls.events import ApplicationData, SessionProposed
 from hybridkex.tls.session import MemorySessionStore
 
 Cut = Callable[[bytes], Iterable[bytes]]
@@ -42,7 +42,10 @@ def feed(target: Connection, data: bytes, cut: Cut) -> list[Any]:
         target.receive_data(piece)
         try:
             while (event := target.next_event()) is not None:
-                events.append(event)
+                if isinstance(event, SessionProposed):
+                    target.accept()
+                else:
+                    events.append(event)
         except HybridkexError as error:
             return [*told(events), f"{type(error).__name__}: {error}"]
     return told(events)

@@ -7,7 +7,7 @@ from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import AlertReceived, LocalStateError, PeerError, TruncationError
 from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
 from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
-from hybridkex.tls.events import ApplicationData, Event, PskWanted
+from hybridkex.tls.events import ApplicationData, Event, PskWanted, SessionProposed
 from hybridkex.tls.session import Session
 
 ANY_GROUP = Policy(post_quantum=Requirement.PREFER)
@@ -23,8 +23,8 @@ class Elsewhere:
     async def look_up(self, identities: tuple[bytes, ...]) -> ExternalPsk:
         raise AssertionError("the engine does no I/O")
 
-    def describe(self, session: Session, missing: str | None) -> Session:
-        raise AssertionError("describing is the shell's business")
+    def authorize(self, session: Session, missing: str | None) -> Session:
+        raise AssertionError("authorizing is the shell's business")
 
 
 ELSEWHERE = Elsewhere()
@@ -37,6 +37,11 @@ def drain(connection: Connection, lookup: Lookup | None = None) -> list[Event]:
     """All events that are there now."""
     events = []
     while (event := connection.next_event()) is not None:
+        if isinstance(event, SessionProposed):
+            if event.peer is not None and event.peer.remember is not None:
+                event.peer.remember()
+            connection.accept()
+            continue
         events.append(event)
         if isinstance(event, PskWanted) and lookup is not None:
             connection.provide_psk(lookup(event.identities))

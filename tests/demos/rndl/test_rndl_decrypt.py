@@ -26,6 +26,7 @@ from hybridkex.errors import RecordingError
 from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
+from hybridkex.tls.events import SessionProposed
 
 X25519_ONLY, HYBRID, X25519_QKD, ALL_LEGS, PSK_ALONE = CONFIGURATIONS
 
@@ -179,8 +180,9 @@ def test_a_key_in_the_clear_is_found(psk: ExternalPsk, overheard: bool, tmp_path
                 if data:
                     record.data(turn, data, from_client=side is client)
                     other.receive_data(data)
-                    while other.next_event() is not None:
-                        pass
+                    while (event := other.next_event()) is not None:
+                        if isinstance(event, SessionProposed):
+                            other.accept()
         key = psk.key.reveal() if overheard else bytes(32)
         other_wire = ConnectionWriter(writer, ("127.0.0.1", 3), ("127.0.0.1", 4), 0)
         other_wire.data(1, b"a courier's note: " + key + b" end", from_client=True)

@@ -1,0 +1,120 @@
+"""Which sessions a configuration admits: one decision for full handshakes and for resumptions.
+
+The states of the handshake refuse early, with the alert that fits, where a message shows that the
+policy cannot be met. This module has the last word: every session passes :func:`check_session`
+before it is proposed to the caller, and a ticket is used only where :func:`resumable` says that its
+session would pass.
+"""
+
+from collections.abc import Mapping
+from typing import Final, Protocol
+
+from hybridkex.auth import Identity, RawIdentity
+from hybridkex.errors import PolicyRefused
+from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.policy import Authentication, Policy, Requirement
+from hybridkex.tls.session import AuthenticatedBy, Session
+
+__all__ = ["Remembered", "check_session", "remaining_lifetime", "resumable"]
+
+_CERTIFICATE: Final = frozenset(
+    # NOTHING: the caller asked not to verify; its verifier is asked again at every resumption.
+    (AuthenticatedBy.CERTIFICATE, AuthenticatedBy.BOTH, AuthenticatedBy.NOTHING)
+)
+_ENOUGH: Final[Mapping[Authentication, frozenset[AuthenticatedBy]]] = {
+    Authentication.PSK: frozenset((AuthenticatedBy.PSK,)),
+    Authentication.CERTIFICATE: _CERTIFICATE,
+    Authentication.BOTH: frozenset((AuthenticatedBy.BOTH,)),
+    Authentication.EITHER: frozenset(AuthenticatedBy),
+}
+
+
+class Remembered(Protocol):
+    """A session as a ticket remembers it, at the client or at the server."""
+
+    @property
+    def authenticated_by(self) -> AuthenticatedBy:
+        """How the first handshake authenticated the server."""
+        ...
+
+    @property
+    def psk_identity(self) -> bytes | None:
+        """The external PSK in the key schedule of the first handshake."""
+        ...
+
+    @property
+    def began_at(self) -> float:
+        """When the first handshake was made, in seconds since the epoch."""
+        ...
+
+    @property
+    def binding(self) -> bytes:
+        """The binding of the configuration that made the session."""
+        ...
+
+
+def check_session(config: ClientConfig | ServerConfig, session: Session) -> None:
+    """The session satisfies the policy in force.
+
+    Raises:
+        PolicyRefused: it does not.
+    """
+    policy = config.policy_in_force
+    if policy.post_quantum is Requirement.REQUIRE and not session.post_quantum:
+        raise PolicyRefused("our policy requires a post-quantum key exchange")
+    if policy.post_quantum is Requirement.OFF and session.post_quantum:
+        raise PolicyRefused("our policy excludes post-quantum key exchanges")
+    reason = _lacks(policy, session.authenticated_by, session.psk_identity)
+    if reason is not None:
+        raise PolicyRefused(reason)
+    if session.resumed and remaining_lifetime(config, session.began_at) <= 0:
+        raise PolicyRefused("the session that was resumed is older than our policy allows")
+    if (
+        isinstance(config, ServerConfig)
+        and config.require_client_certificate
+        and session.peer_certificate is None
+    ):
+        raise PolicyRefused("our policy requires a certificate of the client")
+
+
+def resumable(
+    config: ClientConfig | ServerConfig,
+    remembered: Remembered,
+    identity: Identity | RawIdentity | None,
+) -> bool:
+    """Whether the session behind a ticket may be resumed; else the handshake is a full one.
+
+    Args:
+        identity: who we are in this handshake.
+    """
+    return (
+        remembered.binding == config.binding(identity)
+        and remaining_lifetime(config, remembered.began_at) > 0
+        and _lacks(config.policy_in_force, remembered.authenticated_by, remembered.psk_identity)
+        is None
+    )
+
+
+def remaining_lifetime(config: ClientConfig | ServerConfig, began_at: float) -> int:
+    """Seconds for which a session of this first handshake may still be resumed.
+
+    0 or less: no longer; also where the clock has gone back behind the handshake.
+    """
+    age = config.clock() - began_at
+    return int(config.policy.session_lifetime - age) if age >= 0 else 0
+
+
+def _lacks(policy: Policy, by: AuthenticatedBy, psk_identity: bytes | None) -> str | None:
+    """What a session lacks that the policy in force demands."""
+    if policy.psk is Requirement.REQUIRE and psk_identity is None:
+        return "our policy requires a PSK, and the session has none"
+    if policy.psk is Requirement.OFF and psk_identity is not None:
+        return "our policy excludes PSKs, and the session has one"
+    wanted = policy.authentication
+    assert wanted is not None  # filled in by the configuration
+    enough = _ENOUGH[wanted]
+    if wanted is Authentication.BOTH and policy.psk is Requirement.PREFER:
+        enough = _CERTIFICATE
+    if by not in enough:
+        return f"our policy wants {wanted.value}, and the session has {by.value}"
+    return None

@@ -111,11 +111,12 @@ def test_a_refused_session_is_an_alert(
     with pytest.raises(LocalStateError, match="not this peer"):
         ours.accept()
     other.receive_data(ours.data_to_send())
+    if who == "server":
+        other.next_event()  # A client has finished by then.
     with pytest.raises(AlertReceived) as caught:
-        while other.next_event() is not None:
-            pass
+        other.next_event()
     assert caught.value.alert == Alert.INSUFFICIENT_SECURITY
-    assert other.handshake_complete is (who == "server")  # A client has finished by then.
+    assert other.handshake_complete is (who == "server")
 
 
 @pytest.mark.parametrize("who", ROLES)
@@ -217,5 +218,5 @@ def test_time_and_randomness_are_injected(configs: tuple[ClientConfig, ServerCon
     pair = at(now)
     pair.client.start()
     assert bytes(pair.client.data_to_send())[11:43] == bytes(32)
-    with pytest.raises(CertificateRejected, match="expired|valid"):
+    with pytest.raises(CertificateRejected, match="expired"):
         at(now + 100 * 365 * 86_400).connect()

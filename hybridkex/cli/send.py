@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     items = collect(args.files, left_out.append)
     for text in left_out:
         print(f"hybridkex: not sent: {text}", file=sys.stderr)
+    if not items:
+        return 1
     wire = _Wire(args, parse_tcp_address(args.host, default_port=DEFAULT_PORT))
     started = time.monotonic()
     with showing("sent", wire.sent, sum(item.size for item in items)) as progress:
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
         outcome = run_trio(work)
     _summarise(outcome, wire.sent(), time.monotonic() - started)
-    return 1 if outcome.failed or left_out else 0
+    return 1 if outcome.failed or outcome.incomplete or left_out else 0
 
 
 def _summarise(outcome: Outcome, on_wire: int, seconds: float) -> None:
@@ -85,6 +87,8 @@ def _summarise(outcome: Outcome, on_wire: int, seconds: float) -> None:
         parts.append(f"{outcome.already:,} were there")
     if outcome.failed:
         parts.append(f"{len(outcome.failed):,} FAILED")
+    if outcome.incomplete:
+        parts.append(f"{len(outcome.incomplete):,} INCOMPLETE")
     if outcome.connections > 1:
         parts.append(f"{outcome.connections} connections")
     print(

@@ -136,11 +136,12 @@ def pem(certificate: bytes) -> bytes:
 
 
 def _transfer_messages() -> dict[str, bytes]:
-    offer = transfer.Offer(n=0, path=("a", "b"), folder=False, size=9, mtime_ns=1, executable=True)
+    offer = transfer.Offer(n=0, path=("a", "b"), folder=False, size=9, mtime_ns=transfer.Nanoseconds(-1), mode=0o640)
     messages: tuple[transfer.Message, ...] = (
         transfer.Hello(version=1, transfer="0" * 32),
         offer,
-        transfer.Have(n=0, size=9, sha256="0" * 64, complete=False, replace=True),
+        transfer.Have(n=0, size=9),
+        transfer.Digest(n=0, sha256="0" * 64),
         transfer.Failed(n=0, reason="disk full"),
         transfer.Bye(),
     )

@@ -16,6 +16,9 @@ import pytest
 import trio
 from forked import Forkserver, Running
 
+from hybridkex import ClientConfig, DevCa, ServerConfig, TrustStore
+from hybridkex.apps.transfer import PROTOCOL
+
 COMMAND = [sys.executable, "-m", "hybridkex"]
 
 
@@ -111,6 +114,16 @@ def run(tmp_path: Path, forkserver: Forkserver) -> Iterator[Run]:
     runner = Run(tmp_path, forkserver)
     yield runner
     runner.end()
+
+
+@pytest.fixture(scope="session")
+def configs() -> tuple[ClientConfig, ServerConfig]:
+    """Of a sender and a receiver in one process."""
+    authority = DevCa.create()
+    return (
+        ClientConfig(verifier=TrustStore((authority.certificate,)), alpn=(PROTOCOL,)),
+        ServerConfig(identities=(authority.issue("localhost"),), alpn=(PROTOCOL,)),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 """The fixtures of this folder; what is imported by name is in ``apps_glue``."""
 
-from apps_glue import kmes, mutual, run, wire
+from apps_glue import configs, kmes, mutual, run, wire
 
-__all__ = ["kmes", "mutual", "run", "wire"]
+__all__ = ["configs", "kmes", "mutual", "run", "wire"]

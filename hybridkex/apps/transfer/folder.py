@@ -1,72 +1,74 @@
-"""The receiving folder: nothing appears in it under its name before it is complete and verified.
+"""The receiving folder: a file appears under its name once it is complete and verified.
 
-Incomplete files live in one hidden folder beside the others, so on the same file system, under a
-name that is made from their path. A file that arrives again goes on there. When it is complete, its
-bytes are on the disk first and its name appears second, in one step.
+Incomplete files lie in one hidden folder on the same file system, under a name made from their
+path; a transfer that comes again continues there. A complete file is flushed to the disk first and
+gets its name second, in one step.
 
-Paths are walked part by part, and a symbolic link is never followed: a link inside the folder leads
+Paths are walked part by part and symbolic links are never followed: a link inside the folder leads
 nobody out of it.
 
-Everything here waits for the disk and is called in a thread.
+Permissions: a file gets the lower nine bits of the mode that was offered, less our umask. It is
+never readable for more users than its source is, also while it is incomplete; set-user-ID,
+set-group-ID and sticky bits are dropped. A new folder gets its bits likewise, and its owner may
+always enter and change it.
+
+All calls wait for the disk and belong in a thread.
 """
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import hmac
 import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
+from unicodedata import normalize
 
+from hybridkex.apps.transfer.errors import NotStored, why
 from hybridkex.apps.transfer.messages import Offer
 from hybridkex.apps.transfer.names import PARTIAL, check_path, shown
-from hybridkex.errors import ConfigError, HybridkexError
+from hybridkex.errors import ConfigError
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-__all__ = ["Folder", "NotTaken", "PartFile", "Present", "hash_prefix", "why"]
+__all__ = ["NOTHING", "Folder", "PartFile", "Prefix", "Present", "hash_prefix"]
+
+T = TypeVar("T")
 
 _READ: Final = 1 << 20
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-class NotTaken(HybridkexError):
-    """A file that cannot or may not be stored; the text is for a person."""
-
-
-def why(error: OSError, doing: str) -> str:
-    """An error of the system, as a person would say it."""
-    said = {
-        errno.ENOSPC: "the disk is full",
-        errno.EDQUOT: "the disk quota is used up",
-        errno.EFBIG: "the file is larger than the limit for files here",
-        errno.EACCES: "permission denied",
-        errno.EPERM: "not permitted",
-        errno.EROFS: "the file system is read-only",
-        errno.ELOOP: "a symbolic link is in the way",
-        errno.ENOTDIR: "something that is not a folder is in the way",
-        errno.EISDIR: "a folder is in the way",
-    }
-    return f"cannot {doing}: {said.get(error.errno or 0, error.strerror or 'unknown error')}"
+_FILE: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+"""Not blocking, should somebody put a named pipe there."""
+_OTHERS: Final = 0o077
+_GRANULARITY: Final = 2 * 10**9
+"""Nanoseconds: the coarsest dates of a file system in use (FAT)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Present:
-    """What is there of an offered file."""
+    """What is there of an offered file: so many bytes, under its name or incomplete."""
+
+    size: int
+    complete: bool
+    stamp: tuple[int, ...] = ()
+    """By which it is seen whether the file is still the same."""
+
+
+NOTHING: Final = Present(size=0, complete=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """The first bytes of an incomplete file, which the sender has proved to be its own."""
 
     size: int
     digest: "_Hash"
-    """Of those bytes, ready to go on."""
-    complete: bool
-    stamp: tuple[int, ...] = ()
-    """By which it is seen whether those bytes are still the same."""
-
-
-NOTHING: Final = Present(size=0, digest=hashlib.sha256(), complete=False)
+    stamp: tuple[int, ...]
 
 
 def hash_prefix(file: int, length: int) -> "_Hash":
@@ -109,60 +111,84 @@ class Folder:
         os.close(self._root)
 
     def look(self, offer: Offer) -> Present:
-        """What is there of it. Reads as much of the disk as there is, to hash it.
+        """Say what is there of a file.
 
         Raises:
             UnsafeName: the path.
-            NotTaken: the name is taken, and not by this file or not to be replaced.
+            NotStored: the name is taken, and not by this file or not to be replaced.
         """
         check_path(offer.path)
         with self._errors(offer.path):
             there = self._stat(offer.path)
             if there is not None and not stat.S_ISREG(there.st_mode):
-                raise NotTaken(f"{shown(offer.path)}: something that is not a file is there")
+                raise NotStored(f"{shown(offer.path)}: something that is not a file is there")
             same_size = there is not None and there.st_size == offer.size
             if there is not None and not same_size and not self.overwrite:
-                raise NotTaken(_taken(offer.path))
-            part = self._hashed(_partial(offer.path), complete=False, size=offer.size)
-            if part is not None and part.size and (self.overwrite or not same_size):
-                return part  # Also where it is to replace a file of the same size.
-            whole = same_size and self._hashed(offer.path, complete=True, size=offer.size)
-            return whole or part or NOTHING
+                raise NotStored(_taken(offer.path))
+            part = self._stat(_partial(offer.path))
+            usable = part is not None and stat.S_ISREG(part.st_mode) and part.st_size <= offer.size
+            if part is not None and usable and part.st_size and (self.overwrite or not same_size):
+                # Also where it is to replace a file of the same size.
+                _check_room(self._root, offer, part.st_size)
+                return Present(size=part.st_size, complete=False, stamp=_stamp(part))
+            if there is not None and same_size:
+                return Present(size=there.st_size, complete=True, stamp=_stamp(there))
+            _check_room(self._root, offer, 0)
+            return NOTHING
 
-    def make(self, path: tuple[str, ...]) -> bool:
-        """Make a folder. False: it was there.
+    def compare(self, offer: Offer, present: Present, sha256: str) -> Prefix | None:
+        """Compare what is there with the digest of as many bytes of the sender's file.
+
+        Returns ``None`` where it differs, or is no longer what :meth:`look` found.
+
+        Raises ``NotStored``: a complete file that differs and is not to be replaced, or that
+        cannot be read.
+        """
+        path = offer.path if present.complete else _partial(offer.path)
+        with self._errors(offer.path):
+            digest = self._hashed(path, present)
+        if digest is not None and hmac.compare_digest(
+            digest.hexdigest().encode(), sha256.encode("utf-8", "surrogatepass")
+        ):
+            return Prefix(size=present.size, digest=digest, stamp=present.stamp)
+        if present.complete and not self.overwrite:
+            raise NotStored(_taken(offer.path))
+        return None
+
+    def make(self, offer: Offer) -> bool:
+        """Make a folder. False: it was there, and is left as it is.
 
         Raises as :meth:`look`.
         """
+        path = offer.path
         check_path(path)
         with self._errors(path), self._parent(path, make=True) as parent:
             try:
-                os.mkdir(path[-1], dir_fd=parent)
+                os.mkdir(path[-1], offer.mode & 0o777 | stat.S_IRWXU, dir_fd=parent)
             except FileExistsError:
                 os.close(os.open(path[-1], _DIRECTORY, dir_fd=parent))
                 return False
         return True
 
-    def begin(self, offer: Offer, present: Present, offset: int) -> "PartFile":
-        """Open the incomplete file, to be written from ``offset`` on: 0, or what is there.
+    def begin(self, offer: Offer, prefix: Prefix | None = None) -> "PartFile":
+        """Open the incomplete file, to be written behind the prefix.
 
         Raises:
-            NotTaken: no space, no permission, or another transfer has it.
+            NotStored: no space, no permission, or another transfer has it.
         """
-        if present.complete and not self.overwrite:
-            raise NotTaken(_taken(offer.path))
         with self._errors(offer.path):
-            with self._parent(_partial(offer.path), make=True, mode=0o700) as parent:
-                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            with self._parent(_partial(offer.path), make=True) as parent:
+                flags = os.O_RDWR | os.O_CREAT | _FILE
                 file = os.open(_partial(offer.path)[-1], flags, 0o600, dir_fd=parent)
                 try:
                     self._lock(file, parent, offer)
-                    self._prepare(file, offer, present, offset)
+                    self._prepare(file, offer, prefix)
                 except BaseException:
                     os.close(file)
                     raise
-            digest = present.digest.copy() if offset else hashlib.sha256()
-            return PartFile(self, offer, file, digest, offset)
+            if prefix is None:
+                return PartFile(self, offer, file, hashlib.sha256(), 0)
+            return PartFile(self, offer, file, prefix.digest.copy(), prefix.size)
 
     def _lock(self, file: int, parent: int, offer: Offer) -> None:
         """Have the incomplete file for ourselves."""
@@ -170,28 +196,27 @@ class Folder:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours = os.stat(_partial(offer.path)[-1], dir_fd=parent).st_ino
         except BlockingIOError:
-            raise NotTaken(f"{shown(offer.path)}: another transfer is writing it") from None
+            raise NotStored(f"{shown(offer.path)}: another transfer is writing it") from None
         except FileNotFoundError:
             ours = 0
         # Who had it before may have given it its final name between our opening and locking it.
         if os.fstat(file).st_ino != ours:
-            raise NotTaken(f"{shown(offer.path)}: another transfer has just stored it")
+            raise NotStored(f"{shown(offer.path)}: another transfer has just stored it")
 
-    def _prepare(self, file: int, offer: Offer, present: Present, offset: int) -> None:
-        # Another transfer of the same name may have written to it since it was hashed.
-        if offset and _stamp(file) != present.stamp:
-            raise NotTaken(f"{shown(offer.path)}: its beginning has changed meanwhile; try again")
+    def _prepare(self, file: int, offer: Offer, prefix: Prefix | None) -> None:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise NotStored(f"{shown(offer.path)}: something that is not a file is in its way")
+        # Another transfer of the same name may have written to it since it was compared.
+        if prefix is not None and _stamp(status) != prefix.stamp:
+            raise NotStored(f"{shown(offer.path)}: another transfer has changed it; send it again")
+        _limit_mode(file, 0o600, offer)
+        offset = prefix.size if prefix is not None else 0
         os.ftruncate(file, offset)
-        disk = os.fstatvfs(file)
-        free = disk.f_bavail * disk.f_frsize
-        if offer.size - offset > free:
-            raise NotTaken(
-                f"{shown(offer.path)}: the disk is full: {offer.size - offset:,} bytes are still "
-                f"to come and {free:,} are free"
-            )
+        _check_room(file, offer, offset)
 
     def settle(self, part: "PartFile") -> None:
-        """Give a complete file its name. Raises ``NotTaken``."""
+        """Give a complete file its name. Raises ``NotStored``."""
         path = part.offer.path
         with (
             self._errors(path),
@@ -200,6 +225,7 @@ class Folder:
         ):
             name = _partial(path)[-1]
             if self.overwrite:
+                _refuse_alias(path, target)
                 os.rename(name, path[-1], src_dir_fd=source, dst_dir_fd=target)
             else:
                 _rename_new(name, source, path, target)
@@ -212,35 +238,31 @@ class Folder:
         except FileNotFoundError:
             return None
 
-    def _hashed(self, path: tuple[str, ...], *, complete: bool, size: int) -> Present | None:
-        """A file of ours, if it is there and not longer than ``size``."""
+    def _hashed(self, path: tuple[str, ...], present: Present) -> "_Hash | None":
         try:
             with self._parent(path) as parent:
-                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-                file = os.open(path[-1], flags, dir_fd=parent)
+                file = os.open(path[-1], os.O_RDONLY | _FILE, dir_fd=parent)
         except FileNotFoundError:
             return None
         try:
-            stamp = _stamp(file)
-            length = os.fstat(file).st_size
-            if length > size:
+            if _stamp(os.fstat(file)) != present.stamp:
                 return None
-            digest = hash_prefix(file, length)
-            return Present(size=length, digest=digest, complete=complete, stamp=stamp)
+            return hash_prefix(file, present.size)
         finally:
             os.close(file)
 
     @contextmanager
-    def _parent(
-        self, path: tuple[str, ...], *, make: bool = False, mode: int = 0o777
-    ) -> Iterator[int]:
-        """The folder that holds the last part, walked to without following a link."""
+    def _parent(self, path: tuple[str, ...], *, make: bool = False) -> Iterator[int]:
+        """The folder that holds the last part, walked to without following a link.
+
+        ``make``: folders that nobody has offered are made for our user alone.
+        """
         here = os.dup(self._root)
         try:
             for part in path[:-1]:
                 if make:
                     with contextlib.suppress(FileExistsError):
-                        os.mkdir(part, mode, dir_fd=here)
+                        os.mkdir(part, stat.S_IRWXU, dir_fd=here)
                 below = os.open(part, _DIRECTORY, dir_fd=here)
                 os.close(here)
                 here = below
@@ -253,7 +275,7 @@ class Folder:
         try:
             yield
         except OSError as error:
-            raise NotTaken(why(error, f"write {shown(path)}")) from None
+            raise NotStored(why(error, f"write {shown(path)}")) from None
 
 
 class PartFile:
@@ -269,7 +291,7 @@ class PartFile:
         self._digest = digest
 
     def write(self, pieces: list[memoryview]) -> None:
-        """Append. Raises ``NotTaken``: the disk is full, and the like."""
+        """Append. Raises ``NotStored``: the disk is full, and the like."""
         try:
             for piece in pieces:
                 # At its place, wherever the digest of what was there has left the file's position.
@@ -279,35 +301,38 @@ class PartFile:
                 self._digest.update(piece)
                 self.size += len(piece)
         except OSError as error:
-            raise NotTaken(why(error, f"write {shown(self.offer.path)}")) from None
+            raise NotStored(why(error, f"write {shown(self.offer.path)}")) from None
 
-    def complete(self, sha256: str) -> None:
-        """Verify, put it on the disk, give it its name. The file is closed in any case.
+    def complete(self, sha256: str) -> str:
+        """Verify the file, put it on the disk, give it its name. It is closed in any case.
+
+        Returns what could not be kept beside the content, as a text; empty if all was.
 
         Raises:
-            NotTaken: the digest is another, or the name was taken meanwhile.
+            NotStored: the digest differs, or the name was taken meanwhile.
         """
         try:
             if self.size != self.offer.size or self._digest.hexdigest() != sha256:
-                # What is there is worth nothing: the next try begins at the beginning.
+                # Nothing of it can be used: the next try begins at the beginning.
                 self._on_file(lambda file: os.ftruncate(file, 0))
-                raise NotTaken(f"{shown(self.offer.path)}: what arrived is not what was sent")
-            self._on_file(self._finish)
+                raise NotStored(f"{shown(self.offer.path)}: what arrived is not what was sent")
+            lost = self._on_file(self._finish)
             self._folder.settle(self)
         finally:
             self.close()
+        return lost
 
-    def _finish(self, file: int) -> None:
-        mode = 0o777 if self.offer.executable else 0o666
-        os.fchmod(file, mode & ~self._folder.umask)
-        os.utime(file, ns=(self.offer.mtime_ns, self.offer.mtime_ns))
+    def _finish(self, file: int) -> str:
+        _limit_mode(file, self.offer.mode & 0o777 & ~self._folder.umask, self.offer)
+        lost = "" if _date(file, self.offer.mtime_ns) else "its date, which the disk cannot keep"
         os.fsync(file)
+        return lost
 
-    def _on_file(self, act: Callable[[int], object]) -> None:
+    def _on_file(self, act: Callable[[int], T]) -> T:
         try:
-            act(self._file)
+            return act(self._file)
         except OSError as error:
-            raise NotTaken(why(error, f"write {shown(self.offer.path)}")) from None
+            raise NotStored(why(error, f"write {shown(self.offer.path)}")) from None
 
     def close(self) -> None:
         """Close it as it is; it stays for the next try."""
@@ -316,9 +341,69 @@ class PartFile:
             self._file = -1
 
 
-def _stamp(file: int) -> tuple[int, ...]:
-    status = os.fstat(file)
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _check_room(file: int, offer: Offer, there: int) -> None:
+    """Raise ``NotStored`` where the disk does not have the space that is still needed."""
+    disk = os.fstatvfs(file)
+    free = disk.f_bavail * disk.f_frsize
+    if offer.size - there > free:
+        raise NotStored(
+            f"{shown(offer.path)}: the disk is full: {offer.size - there:,} bytes are still "
+            f"to come and {free:,} are free"
+        )
+
+
+def _limit_mode(file: int, mode: int, offer: Offer) -> None:
+    """Set the permissions. Raises ``NotStored`` where others could read a file that they cannot
+    read at the sender's: some file systems have one mode for all files."""
+    with contextlib.suppress(PermissionError):
+        os.fchmod(file, mode)
+    wider = os.fstat(file).st_mode & _OTHERS & ~(offer.mode | mode)
+    if wider:
+        raise NotStored(
+            f"{shown(offer.path)}: it is private (mode {offer.mode & 0o777:04o}), and the "
+            "receiver's file system would let others read it"
+        )
+
+
+def _date(file: int, mtime_ns: int) -> bool:
+    """Set the date of a file; whether it was kept."""
+    try:
+        os.utime(file, ns=(mtime_ns, mtime_ns))
+    except (OverflowError, OSError):
+        return False
+    return abs(os.fstat(file).st_mtime_ns - mtime_ns) < _GRANULARITY
+
+
+def _refuse_alias(path: tuple[str, ...], folder: int) -> None:
+    """Raise ``NotStored`` where the file system takes this name for that of another file.
+
+    Systems that ignore case or the form of accents do so: a file that is replaced there may be
+    one that has just been stored under its own name.
+    """
+    name = path[-1]
+    there = _inode(name, folder)
+    if there is None:
+        return
+    variants = {name.swapcase(), name.lower(), name.upper(), name.rstrip(". ")}
+    variants |= {normalize(form, name) for form in ("NFC", "NFD")}
+    # The list may be long, and is read only where the file system is one of these.
+    folds = any(_inode(one, folder) == there for one in variants - {name, ""})
+    if folds and name not in os.listdir(folder):
+        raise NotStored(
+            f"{shown(path)}: the receiver's file system takes this name for that of another file"
+        )
+
+
+def _inode(name: str, folder: int) -> tuple[int, int] | None:
+    try:
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except (OSError, UnicodeError):
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _partial(path: tuple[str, ...]) -> tuple[str, ...]:
@@ -336,7 +421,7 @@ def _rename_new(name: str, source: int, path: tuple[str, ...], target: int) -> N
     try:
         os.link(name, path[-1], src_dir_fd=source, dst_dir_fd=target)
     except FileExistsError:
-        raise NotTaken(_taken(path)) from None
+        raise NotStored(_taken(path)) from None
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
             raise
@@ -347,5 +432,5 @@ def _rename_new(name: str, source: int, path: tuple[str, ...], target: int) -> N
         except FileNotFoundError:
             os.rename(name, path[-1], src_dir_fd=source, dst_dir_fd=target)
             return
-        raise NotTaken(_taken(path)) from None
+        raise NotStored(_taken(path)) from None
     os.unlink(name, dir_fd=source)

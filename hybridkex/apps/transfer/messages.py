@@ -1,12 +1,17 @@
-"""What sender and receiver say to each other; ``docs/file-transfer.md`` is the specification.
+"""The messages of the file transfer; ``docs/file-transfer.md`` is the specification.
 
 A frame is one byte of type, four bytes of length (big-endian) and a body: raw bytes of a file for
-type 0, else a JSON object. Everything comes from an authenticated peer and is checked all the same.
+type 0, otherwise a JSON object. Every field is checked, although the peer is authenticated.
+
+Resuming discloses nothing: the receiver says how many bytes it has, the sender proves that its own
+first bytes are the same by their SHA-256, and the receiver compares. A receiver never sends a
+digest, and the sender cannot choose how many bytes are compared, so that neither the digest nor the
+content of a file that somebody else stored can be learned from it.
 """
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Final, get_type_hints
+from typing import Any, Final, NewType, TypeGuard, get_type_hints
 
 from hybridkex.errors import HybridkexError
 
@@ -21,15 +26,17 @@ __all__ = [
     "WINDOW",
     "Alive",
     "Bye",
+    "Digest",
     "Drop",
     "End",
     "Failed",
     "Have",
     "Hello",
     "Message",
+    "Nanoseconds",
     "Offer",
     "ProtocolError",
-    "Same",
+    "Send",
     "Start",
     "Stored",
     "decode",
@@ -50,7 +57,12 @@ MAX_MESSAGE: Final = 1 << 16
 WINDOW: Final = 64
 """Offers that may wait for their outcome at once."""
 BEAT: Final = 15
-"""Seconds between two words of a receiver, at most."""
+"""The longest pause between two messages of a receiver, in seconds."""
+
+Nanoseconds = NewType("Nanoseconds", int)
+"""A time since 1970, in nanoseconds; negative before."""
+_LATEST: Final = (1 << 63) * 10**9
+"""No file system has dates beyond 64 bits of seconds."""
 
 
 class ProtocolError(HybridkexError):
@@ -67,48 +79,53 @@ class Hello:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Offer:
-    """A file or a folder; ``n`` is its number from now on."""
+    """A file or a folder; ``n`` is its number from now on.
+
+    ``mode`` has the permission bits of chmod(2); the receiver takes the lower nine.
+    """
 
     n: int
     path: tuple[str, ...]
     folder: bool
     size: int
-    mtime_ns: int
-    executable: bool
+    mtime_ns: Nanoseconds
+    mode: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Have:
-    """What the receiver has of an offered file: its first ``size`` bytes have this digest.
-
-    ``complete``: they stand under the final name, and it may be replaced if ``replace`` is set.
-    """
+    """Receiver: ``size`` bytes under this name are there; send the digest of yours."""
 
     n: int
     size: int
-    sha256: str
-    complete: bool
-    replace: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Same:
-    """The file that stands there is the file that was offered."""
+class Digest:
+    """Sender: the SHA-256 of as many bytes of the offered file as the receiver has, in hex."""
 
     n: int
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Start:
-    """The data from ``offset`` on follow."""
+class Send:
+    """Receiver: send the file from ``offset`` on, which is 0 or what the digest was of."""
 
     n: int
     offset: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """Sender: the data follow, from the offset that the receiver named."""
+
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class End:
-    """The data are complete; the digest is of the whole file."""
+    """Sender: the data are complete; the digest is of the whole file."""
 
     n: int
     sha256: str
@@ -116,7 +133,7 @@ class End:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drop:
-    """The sender gives this one up."""
+    """Sender: this one will not come."""
 
     n: int
     reason: str
@@ -124,15 +141,20 @@ class Drop:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """Verified, on the disk and under its final name; ``already``: it was there before."""
+    """Receiver: verified, on the disk and under its final name.
+
+    ``already``: it was there before. ``lost``: what could not be kept beside the content, such as
+    a date that the file system does not have; empty if all was.
+    """
 
     n: int
     already: bool
+    lost: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failed:
-    """The receiver cannot or will not take this one."""
+    """Receiver: this one is not stored."""
 
     n: int
     reason: str
@@ -140,28 +162,29 @@ class Failed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bye:
-    """Nothing more will be asked for (sender), all was answered (receiver)."""
+    """Sender: nothing more will be offered. Receiver: all was answered."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alive:
-    """The receiver is there, however slow its disk: it says so every :data:`BEAT` seconds."""
+    """Receiver, every :data:`BEAT` seconds: still there, however slow the disk is."""
 
 
-Message = Hello | Offer | Have | Same | Start | End | Drop | Stored | Failed | Bye | Alive
+Message = Hello | Offer | Have | Digest | Send | Start | End | Drop | Stored | Failed | Bye | Alive
 
 _TYPES: Final[dict[int, type[Message]]] = {
     1: Hello,
     2: Offer,
     3: Have,
-    4: Same,
-    5: Start,
-    6: End,
-    7: Drop,
-    8: Stored,
-    9: Failed,
-    10: Bye,
-    11: Alive,
+    4: Digest,
+    5: Send,
+    6: Start,
+    7: End,
+    8: Drop,
+    9: Stored,
+    10: Failed,
+    11: Bye,
+    12: Alive,
 }
 _CODES: Final = {kind: code for code, kind in _TYPES.items()}
 _HINTS: Final = {kind: get_type_hints(kind) for kind in _TYPES.values()}
@@ -173,7 +196,7 @@ def header(kind: int, length: int) -> bytes:
 
 
 def split_header(data: bytes) -> tuple[int, int]:
-    """Type and length. Raises ``ProtocolError`` for a frame that must not be."""
+    """Type and length. Raises ``ProtocolError`` for an unknown type or a frame too long."""
     kind, length = data[0], int.from_bytes(data[1:])
     if kind != DATA and kind not in _TYPES:
         raise ProtocolError(f"a frame of the unknown type {kind}")
@@ -183,7 +206,7 @@ def split_header(data: bytes) -> tuple[int, int]:
 
 
 def encode(message: Message) -> bytes:
-    """The whole frame."""
+    """The whole frame. Paths and reasons are bounded, so that it never exceeds the limit."""
     # JSON's escapes carry the lone surrogates that stand for bytes outside UTF-8 (PEP 383).
     body = json.dumps(asdict(message), separators=(",", ":")).encode("ascii")
     return header(_CODES[type(message)], len(body)) + body
@@ -202,13 +225,19 @@ def decode(kind: int, body: bytes) -> Message:
     return wanted(**{name: _checked(wanted, hints[name], value) for name, value in values.items()})
 
 
+def _is_list_of_strings(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
 def _checked(wanted: type[Message], hint: Any, value: object) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and type(value) is int and 0 <= value < 1 << 63:
         return value
+    if hint is Nanoseconds and type(value) is int and abs(value) < _LATEST:
+        return value
     if hint is str and isinstance(value, str):
         return value
-    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+    if hint == tuple[str, ...] and _is_list_of_strings(value):
         return tuple(value)
     raise ProtocolError(f"{wanted.__name__}: a field of the wrong type")

@@ -1,4 +1,4 @@
-"""Names of files that come from the other end, and what of them may be shown."""
+"""Paths that go over the channel: which are allowed, and how they are shown."""
 
 from typing import Final
 from unicodedata import category
@@ -12,23 +12,27 @@ PARTIAL: Final = ".hybridkex-partial"
 
 _LONGEST: Final = 255
 _DEEPEST: Final = 128
+_SHOWN: Final = 300
+_LONGEST_PATH: Final = 4096
+"""PATH_MAX of Linux: a longer path cannot be opened by its name, and would not fit a message."""
 
 
 class UnsafeName(HybridkexError):
-    """A path that could leave the folder, or that no honest folder has."""
+    """A path that could leave the receiving folder, or that many systems cannot have."""
 
 
 def check_path(path: tuple[str, ...]) -> None:
-    """Refuse what is not a plain relative path. Raises ``UnsafeName``.
+    """Refuse everything but a plain relative path. Raises ``UnsafeName``.
 
-    Nothing is rewritten: two names could become one. That the path does not leave the folder
-    through a symbolic link is seen when it is walked, see :mod:`hybridkex.apps.transfer.folder`.
+    Names are never rewritten, since two names could become one. Symbolic links are looked for when
+    the path is walked, see :mod:`hybridkex.apps.transfer.folder`.
     """
     if not 1 <= len(path) <= _DEEPEST:
-        raise UnsafeName(f"a path has 1 to {_DEEPEST} parts")
-    # As a file system sees it that ignores case, and dots and spaces at the end (FAT).
+        raise UnsafeName(f"{shown(path)}: the path has more than {_DEEPEST} parts, or none")
+    # As seen by a file system that ignores case, and dots and spaces at the end (FAT).
     if path[0].casefold().rstrip(". ") == PARTIAL:
-        raise UnsafeName(f"{PARTIAL} is the receiver's own")
+        raise UnsafeName(f"{shown(path)}: {PARTIAL} is reserved for incomplete files")
+    total = 0
     for part in path:
         try:
             length = len(part.encode("utf-8", "surrogateescape"))
@@ -40,11 +44,17 @@ def check_path(path: tuple[str, ...]) -> None:
             raise UnsafeName(f"{shown(path)}: a name of more than {_LONGEST} bytes")
         if any(category(character) == "Cc" for character in part):
             raise UnsafeName(f"{shown(path)}: a name with control characters")
+        total += length + 1
+    if total > _LONGEST_PATH:
+        raise UnsafeName(f"{shown(path)}: the path has more than {_LONGEST_PATH} bytes")
 
 
 def shown(path: tuple[str, ...]) -> str:
-    """The path for a terminal or a log: what could steer a terminal is escaped."""
-    text = "/".join(path)
+    """The path for a terminal or a log: what could control a terminal is escaped; a path that is
+    too long for a line is cut in its middle."""
+    text = "/".join(path[:_DEEPEST])
+    if len(text) > _SHOWN:
+        text = f"{text[: _SHOWN // 2]}…{text[-_SHOWN // 2 :]}"
     return "".join(
         character if character.isprintable() else ascii(character)[1:-1] for character in text
     )

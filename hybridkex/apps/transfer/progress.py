@@ -1,15 +1,15 @@
-"""What a transfer tells about itself while it runs."""
+"""How a transfer reports what it does."""
 
 from typing import Protocol
 
-__all__ = ["Progress", "Silent"]
+__all__ = ["NullProgress", "Progress"]
 
 
 class Progress(Protocol):
-    """Called from the transfer's tasks; must not block."""
+    """Is called from the transfer's tasks and must not block."""
 
     def begin(self, name: str, size: int, done: int) -> None:
-        """A file begins; ``done`` of its ``size`` bytes are there from an earlier time."""
+        """A file begins; ``done`` of its ``size`` bytes were stored earlier."""
         ...
 
     def advance(self, name: str, count: int) -> None:
@@ -17,25 +17,25 @@ class Progress(Protocol):
         ...
 
     def end(self, name: str, outcome: str | None) -> None:
-        """It is over; ``outcome`` is why it failed, ``None`` where it went well."""
+        """A file has ended; ``outcome`` is why it failed, ``None`` on success."""
         ...
 
     def note(self, text: str) -> None:
-        """Something that a person should know."""
+        """A message for the user."""
         ...
 
 
-class Silent:
-    """Tells nobody."""
+class NullProgress:
+    """Reports nothing."""
 
     def begin(self, name: str, size: int, done: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def advance(self, name: str, count: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def end(self, name: str, outcome: str | None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def note(self, text: str) -> None:
-        """Nothing."""
+        """Do nothing."""

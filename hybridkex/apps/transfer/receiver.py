@@ -7,7 +7,8 @@ from typing import Any, Final
 import trio
 
 from hybridkex import HybridkexError, SecureStream
-from hybridkex.apps.transfer.folder import Folder, NotTaken, PartFile, Present
+from hybridkex.apps.transfer.errors import NotStored
+from hybridkex.apps.transfer.folder import Folder, PartFile, Prefix, Present
 from hybridkex.apps.transfer.frames import Frames, first_failure
 from hybridkex.apps.transfer.messages import (
     BEAT,
@@ -17,6 +18,7 @@ from hybridkex.apps.transfer.messages import (
     WINDOW,
     Alive,
     Bye,
+    Digest,
     Drop,
     End,
     Failed,
@@ -24,12 +26,12 @@ from hybridkex.apps.transfer.messages import (
     Hello,
     Offer,
     ProtocolError,
-    Same,
+    Send,
     Start,
     Stored,
 )
 from hybridkex.apps.transfer.names import UnsafeName, shown
-from hybridkex.apps.transfer.progress import Progress, Silent
+from hybridkex.apps.transfer.progress import NullProgress, Progress
 
 __all__ = ["Receiver"]
 
@@ -39,17 +41,17 @@ _HELLO_WITHIN: Final = 30.0
 
 
 class Receiver:
-    """Takes files from any number of senders into one folder."""
+    """Receives files from any number of senders into one folder."""
 
     def __init__(self, folder: Folder, progress: Progress | None = None) -> None:
         self._folder = folder
-        self._progress = progress or Silent()
+        self._progress = progress or NullProgress()
         self._live: dict[str, tuple[trio.CancelScope, trio.Event]] = {}
 
     async def serve(self, stream: SecureStream[Any]) -> bool:
-        """One connection, after its handshake; the stream is closed at the end.
+        """Serve one connection, after its handshake, and close its stream.
 
-        Returns whether the sender has come to its end; False where the connection broke.
+        Returns whether the sender has finished; False where the connection broke.
         """
         try:
             return await self._serve(stream)
@@ -97,12 +99,24 @@ class Receiver:
 
 
 @dataclass
+class _Offered:
+    """A file that has been offered and has not begun."""
+
+    offer: Offer
+    present: Present
+    compared: bool = False
+    """Whether the sender may begin."""
+    prefix: Prefix | None = None
+    """What need not be sent."""
+
+
+@dataclass
 class _Current:
-    """The file whose data are coming."""
+    """The file whose data are arriving."""
 
     n: int
     part: PartFile | None
-    """``None``: given up, and what comes of it is thrown away."""
+    """``None``: given up, and the rest of its data is discarded."""
     pieces: list[memoryview] = field(default_factory=list)
     gathered: int = 0
 
@@ -114,11 +128,11 @@ class _Reception:
         self._folder = folder
         self._frames = frames
         self._progress = progress
-        self._offers: dict[int, tuple[Offer, Present]] = {}
+        self._offers: dict[int, _Offered] = {}
         self._current: _Current | None = None
 
     def close(self) -> None:
-        """Let go of what is open; what was written of it stays."""
+        """Close what is open; what was written of it stays."""
         if self._current is not None and self._current.part is not None:
             self._progress.end(shown(self._current.part.offer.path), "the connection broke")
             self._current.part.close()
@@ -131,13 +145,12 @@ class _Reception:
                     await self._data(message)
                 case Offer():
                     await self._offered(message)
-                case Start():
-                    await self._start(message)
+                case Digest():
+                    await self._compare(message)
+                case Start(n=n):
+                    await self._start(n)
                 case End():
                     await self._end(message)
-                case Same(n=n):
-                    self._take_offer(n)
-                    await self._frames.send(Stored(n=n, already=True))
                 case Drop(n=n):
                     await self._drop(n)
                 case Bye():
@@ -149,8 +162,7 @@ class _Reception:
                     raise ProtocolError(f"the sender says {type(message).__name__}")
 
     async def say_that_we_are_there(self) -> None:
-        """A disk that takes its time must not look like a receiver that has vanished: what waits
-        for it is in threads, and this goes on."""
+        """Send a message now and then: a slow disk must not look like a receiver that vanished."""
         while True:
             await trio.sleep(BEAT)
             await self._frames.send(Alive())
@@ -164,45 +176,55 @@ class _Reception:
             raise ProtocolError("too many offers, or one number for two")
         try:
             if offer.folder:
-                made = await trio.to_thread.run_sync(self._folder.make, offer.path)
-                await self._frames.send(Stored(n=offer.n, already=not made))
+                made = await trio.to_thread.run_sync(self._folder.make, offer)
+                await self._frames.send(Stored(n=offer.n, already=not made, lost=""))
                 return
             present = await trio.to_thread.run_sync(self._folder.look, offer)
-        except (NotTaken, UnsafeName) as error:
+        except (NotStored, UnsafeName) as error:
             await self._fail(offer.n, error)
             return
-        self._offers[offer.n] = offer, present
+        nothing = not present.size and not present.complete
+        self._offers[offer.n] = _Offered(offer, present, compared=nothing)
         await self._frames.send(
-            Have(
-                n=offer.n,
-                size=present.size,
-                sha256=present.digest.hexdigest(),
-                complete=present.complete,
-                replace=self._folder.overwrite,
-            )
+            Send(n=offer.n, offset=0) if nothing else Have(n=offer.n, size=present.size)
         )
 
-    def _take_offer(self, n: int) -> tuple[Offer, Present]:
+    async def _compare(self, digest: Digest) -> None:
+        """One digest for each offer, of as many bytes as are here: a sender that could choose how
+        many would learn a file of somebody else's byte by byte."""
+        offered = self._offers.get(digest.n)
+        if offered is None or offered.compared:
+            raise ProtocolError("a digest that was not asked for")
         try:
-            return self._offers.pop(n)
-        except KeyError:
-            raise ProtocolError(f"there is no offer {n}") from None
+            offered.prefix = await trio.to_thread.run_sync(
+                self._folder.compare, offered.offer, offered.present, digest.sha256
+            )
+        except NotStored as error:
+            del self._offers[digest.n]
+            await self._fail(digest.n, error)
+            return
+        if offered.prefix is not None and offered.present.complete:
+            del self._offers[digest.n]
+            await self._frames.send(Stored(n=digest.n, already=True, lost=""))
+            return
+        offered.compared = True
+        offset = offered.prefix.size if offered.prefix is not None else 0
+        await self._frames.send(Send(n=digest.n, offset=offset))
 
-    async def _start(self, start: Start) -> None:
+    async def _start(self, n: int) -> None:
         if self._current is not None:
             raise ProtocolError("one file begins before another has ended")
-        offer, present = self._take_offer(start.n)
-        if start.offset and (present.complete or start.offset != present.size):
-            raise ProtocolError("an offset that is not ours")
-        self._current = _Current(start.n, None)
+        offered = self._offers.pop(n, None)
+        if offered is None or not offered.compared:
+            raise ProtocolError(f"file {n} begins and was not asked for")
+        self._current = _Current(n, None)
         try:
-            self._current.part = await trio.to_thread.run_sync(
-                self._folder.begin, offer, present, start.offset
-            )
-        except NotTaken as error:
-            await self._fail(start.n, error)
+            part = await trio.to_thread.run_sync(self._folder.begin, offered.offer, offered.prefix)
+        except NotStored as error:
+            await self._fail(n, error)
         else:
-            self._progress.begin(shown(offer.path), offer.size, start.offset)
+            self._current.part = part
+            self._progress.begin(shown(offered.offer.path), offered.offer.size, part.size)
 
     async def _data(self, piece: memoryview) -> None:
         current = self._current
@@ -223,7 +245,7 @@ class _Reception:
         try:
             await trio.to_thread.run_sync(part.write, pieces)
             self._progress.advance(shown(part.offer.path), count)
-        except NotTaken as error:
+        except NotStored as error:
             await self._give_up(current, part, error)
 
     async def _give_up(self, current: _Current, part: PartFile, error: HybridkexError) -> None:
@@ -243,12 +265,12 @@ class _Reception:
         if part is None:
             return
         try:
-            await trio.to_thread.run_sync(part.complete, end.sha256)
-        except NotTaken as error:
+            lost = await trio.to_thread.run_sync(part.complete, end.sha256)
+        except NotStored as error:
             await self._give_up(current, part, error)
             return
         self._progress.end(shown(part.offer.path), None)
-        await self._frames.send(Stored(n=end.n, already=False))
+        await self._frames.send(Stored(n=end.n, already=False, lost=lost))
 
     async def _drop(self, n: int) -> None:
         self._offers.pop(n, None)

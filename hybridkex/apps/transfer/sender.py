@@ -1,13 +1,14 @@
-"""The sending side: offers everything, sends what the receiver lacks, and comes back after a break.
+"""The sending side: offers everything, sends what the receiver lacks, resumes after a break.
 
-Two tasks share a connection. One offers and sends; the other reads the answers, so that neither
-side ever waits for the other to read. Up to :data:`WINDOW` offers are ahead of the file that is
-being sent: many small files cost no round trip each.
+Two tasks share a connection. One offers, and answers what the receiver asks for; the other reads,
+so that neither side ever waits for the other to read. Up to :data:`WINDOW` offers await their
+outcome at once: many small files cost no round trip each.
 """
 
 import os
 import secrets
 import stat
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ import trio
 from hybridkex import HybridkexError, SecureStream
 from hybridkex.apps.backoff import Backoff
 from hybridkex.apps.tcp import os_reason
-from hybridkex.apps.transfer.folder import hash_prefix, why
+from hybridkex.apps.transfer.errors import why
+from hybridkex.apps.transfer.folder import hash_prefix
 from hybridkex.apps.transfer.frames import Frames, first_failure
 from hybridkex.apps.transfer.messages import (
     BEAT,
@@ -31,6 +33,7 @@ from hybridkex.apps.transfer.messages import (
     WINDOW,
     Alive,
     Bye,
+    Digest,
     Drop,
     End,
     Failed,
@@ -38,7 +41,7 @@ from hybridkex.apps.transfer.messages import (
     Hello,
     Offer,
     ProtocolError,
-    Same,
+    Send,
     Start,
     Stored,
     header,
@@ -68,12 +71,16 @@ class ConnectionLost(HybridkexError):
 
 
 class _Changed(HybridkexError):
-    """A file that became another while it was read."""
+    """A file that is not, or no longer, what was offered."""
 
 
 @dataclass
 class Outcome:
-    """What became of a transfer; failures by name, each with its reason."""
+    """The result of a transfer; failures by name, each with its reason.
+
+    ``stored`` counts what was transferred, ``already`` what the receiver had, ``incomplete`` what
+    was stored without something beside its content (its date), which the value names.
+    """
 
     stored: int = 0
     already: int = 0
@@ -81,6 +88,7 @@ class Outcome:
     """Bytes of files that went over the channel, repetitions included."""
     connections: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+    incomplete: dict[str, str] = field(default_factory=dict)
 
 
 async def send_items(
@@ -164,9 +172,14 @@ class _Transfer:
         """How many have an outcome."""
         return self.outcome.stored + self.outcome.already + len(self.outcome.failed)
 
-    def settle(self, n: int, *, already: bool = False, failed: str | None = None) -> None:
+    def settle(
+        self, n: int, *, already: bool = False, failed: str | None = None, lost: str = ""
+    ) -> None:
         """An item has its outcome and is not offered again."""
         item = self._items.pop(n)
+        if lost:
+            self.outcome.incomplete[shown(item.path)] = lost
+            self._progress.note(f"{shown(item.path)}: stored without {lost}")
         if failed is not None:
             self.outcome.failed[shown(item.path)] = failed
         elif already:
@@ -203,10 +216,22 @@ class _Connection:
         self._items = items
         self._frames = Frames(stream)
         self._progress = progress
-        self._answers: dict[int, Have] = {}
+        self._waiting = deque(items)
+        """Not yet offered, in order."""
         self._open: set[int] = set()
         """Offered, and without an outcome."""
-        self._offered = -1
+        self._dropped: set[int] = set()
+        """Given up by us."""
+        self._requests: deque[Have | Send] = deque()
+        """What the receiver has asked for."""
+        self._compared: set[int] = set()
+        """Files of which the receiver has asked for the digest."""
+        self._begun: set[int] = set()
+        """Files of which the receiver has asked for the data."""
+        self._proved: set[int] = set()
+        """Files of which the receiver has all that it needs to call them stored."""
+        self._prefixes: dict[int, tuple[int, _Hash]] = {}
+        """Sizes and digests that were sent to it."""
         self._leaving = False
         self._news = trio.Condition()
 
@@ -214,13 +239,18 @@ class _Connection:
         await self._frames.send(Hello(version=VERSION, transfer=name))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._read_answers)
-            offers = iter(self._items)
-            for n in self._items:
-                await self._offer_ahead(offers, n)
-                await self._send_one(n)
-            await self._until(lambda: not self._open)
+            while self._waiting or self._open:
+                await self._until(lambda: self._requests or self._may_offer or not self._open)
+                if self._may_offer:
+                    await self._offer(self._waiting.popleft())
+                elif self._requests:
+                    await self._answer(self._requests.popleft())
             self._leaving = True
             await self._frames.send(Bye())
+
+    @property
+    def _may_offer(self) -> bool:
+        return bool(self._waiting) and len(self._open) < WINDOW
 
     # -- reading
 
@@ -234,16 +264,22 @@ class _Connection:
             match answer:
                 case Alive():
                     continue
-                case Have(n=n, size=size) as have if n in self._open:
+                case Have(n=n, size=size) as have if n in self._open - self._compared:
                     if size > self._items[n].size:
                         raise ProtocolError("the receiver has more of a file than there is")
-                    self._answers[n] = have
-                case Stored(n=n, already=already) if n in self._open:
+                    self._compared.add(n)
+                    self._requests.append(have)
+                case Send(n=n) as request if n in self._open - self._begun:
+                    self._begun.add(n)
+                    self._requests.append(request)
+                case Stored(n=n, already=already, lost=lost) if n in self._open & self._proved:
                     self._open.remove(n)
-                    self._transfer.settle(n, already=already)
+                    self._transfer.settle(n, already=already, lost=_one_line(lost))
                 case Failed(n=n, reason=reason) if n in self._open:
                     self._open.remove(n)
                     self._transfer.settle(n, failed=_one_line(reason))
+                case Failed(n=n) if n in self._dropped:
+                    continue  # both sides gave it up at once
                 case Bye() if self._leaving:
                     return
                 case None:
@@ -253,72 +289,72 @@ class _Connection:
             async with self._news:
                 self._news.notify_all()
 
-    async def _until(self, condition: Callable[[], bool]) -> None:
+    async def _until(self, condition: Callable[[], object]) -> None:
         async with self._news:
             while not condition():
                 await self._news.wait()
 
     # -- sending
 
-    async def _offer_ahead(self, offers: Iterator[int], current: int) -> None:
-        """Offer up to the current item and, as far as the window allows, beyond it."""
-        while self._offered < current or len(self._open) < WINDOW:
-            n = next(offers, None)
-            if n is None:
-                return
-            await self._until(lambda: len(self._open) < WINDOW)
-            item = self._items[n]
-            self._offered = n
-            self._open.add(n)
-            await self._frames.send(
-                Offer(
-                    n=n,
-                    path=item.path,
-                    folder=item.folder,
-                    size=item.size,
-                    mtime_ns=item.mtime_ns,
-                    executable=item.executable,
-                )
-            )
-
-    async def _send_one(self, n: int) -> None:
+    async def _offer(self, n: int) -> None:
         item = self._items[n]
-        await self._until(lambda: n in self._answers or n not in self._open)
-        have = self._answers.pop(n, None)
-        if have is None:
+        self._open.add(n)
+        if item.folder:
+            self._proved.add(n)
+        await self._frames.send(
+            Offer(
+                n=n,
+                path=item.path,
+                folder=item.folder,
+                size=item.size,
+                mtime_ns=item.mtime_ns,
+                mode=item.mode,
+            )
+        )
+
+    async def _answer(self, request: Have | Send) -> None:
+        n = request.n
+        if n not in self._open:  # it has failed meanwhile
             return
+        item = self._items[n]
         try:
             with _opened(item) as file:
-                await self._send_file(n, item, file, have)
+                if isinstance(request, Have):
+                    await self._send_digest(n, item, file, request.size)
+                else:
+                    await self._send_file(n, item, file, request.offset)
         except OSError as error:
-            await self._drop(n, why(error, f"read {item.source}"))
+            await self._drop(n, why(error, f"read {shown((str(item.source),))}"))
         except _Changed as error:
             await self._drop(n, str(error))
+
+    async def _send_digest(self, n: int, item: Item, file: int, size: int) -> None:
+        digest = await trio.to_thread.run_sync(hash_prefix, file, size)
+        _check(file, item)
+        self._prefixes[n] = size, digest
+        if size == item.size:
+            self._proved.add(n)
+        await self._frames.send(Digest(n=n, sha256=digest.hexdigest()))
 
     async def _drop(self, n: int, reason: str) -> None:
         if n in self._open:
             self._open.remove(n)
+            self._dropped.add(n)
             self._transfer.settle(n, failed=reason)
             await self._frames.send(Drop(n=n, reason=reason))
 
-    async def _send_file(self, n: int, item: Item, file: int, have: Have) -> None:
-        digest = await trio.to_thread.run_sync(hash_prefix, file, have.size)
-        same = digest.hexdigest() == have.sha256
-        if have.complete and same:
-            await self._frames.send(Same(n=n))
-            return
-        if have.complete and not have.replace:
-            await self._drop(
-                n, "is there already, with other content; 'receive --overwrite' replaces it"
-            )
-            return
-        offset = have.size if same else 0
+    async def _send_file(self, n: int, item: Item, file: int, offset: int) -> None:
+        size, whole = self._prefixes.pop(n, (0, sha256()))
+        if not offset:
+            whole = sha256()
+        elif offset != size:
+            raise ProtocolError("the receiver asks for a part that it has not compared")
         self._progress.begin(shown(item.path), item.size, offset)
-        await self._frames.send(Start(n=n, offset=offset))
-        whole = digest if same else sha256()
+        await self._frames.send(Start(n=n))
         await self._send_data(n, item, file, whole, offset)
         _check(file, item)
         if n in self._open:
+            self._proved.add(n)
             await self._frames.send(End(n=n, sha256=whole.hexdigest()))
         else:  # the receiver has given it up
             await self._frames.send(Drop(n=n, reason=""))
@@ -370,10 +406,20 @@ def _opened(item: Item) -> Iterator[int]:
 
 
 def _check(file: int, item: Item) -> None:
-    """It is still what was offered."""
+    """Raise ``_Changed`` where it is not what was offered.
+
+    One byte behind the end is read, too: files of /proc say that they have 0 bytes.
+    """
     status = os.fstat(file)
-    found = stat.S_ISREG(status.st_mode), status.st_size, max(0, status.st_mtime_ns)
-    if found != (True, item.size, item.mtime_ns):
+    if not stat.S_ISREG(status.st_mode):
+        raise _Changed("it is no longer a file")
+    if os.pread(file, 1, item.size):
+        raise _Changed(
+            f"it has more than the {item.size:,} bytes that its size says: it is still written to, "
+            "or the system makes it up while it is read; copy it first"
+        )
+    found = (status.st_dev, status.st_ino), status.st_size, status.st_mtime_ns
+    if found != (item.inode, item.size, item.mtime_ns):
         raise _Changed("it changed while it was sent")
 
 
@@ -386,12 +432,12 @@ def _read_frame(file: int, position: int, frame: bytearray, digest: "_Hash") -> 
         while done < len(body):
             count = os.preadv(file, [body[done:]], position + done)
             if not count:
-                raise _Changed("it became shorter while it was sent")
+                raise _Changed(f"it has only {position + done:,} bytes, fewer than its size said")
             done += count
         digest.update(body)
         body.release()
 
 
 def _one_line(text: str) -> str:
-    """What the other end says, for a terminal."""
+    """What the other end says, for one line of a terminal."""
     return shown((text,))[:500]

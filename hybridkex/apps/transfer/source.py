@@ -1,12 +1,14 @@
-"""What is to be sent: files and folders of this machine."""
+"""The files and folders of this machine that are to be sent."""
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridkex.apps.transfer.folder import why
+from hybridkex.apps.transfer.errors import why
+from hybridkex.apps.transfer.messages import Nanoseconds
+from hybridkex.apps.transfer.names import UnsafeName, check_path, shown
 from hybridkex.errors import ConfigError
 
 __all__ = ["Item", "collect"]
@@ -14,62 +16,123 @@ __all__ = ["Item", "collect"]
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A file or a folder to send, as it was when it was found."""
+    """A file or a folder to send, as it was when it was found.
+
+    Args:
+        source: where it is.
+        path: its name on the other side, part by part.
+        folder: whether it is a folder.
+        size: bytes; 0 of a folder.
+        mtime_ns: nanoseconds since 1970; negative before.
+        mode: permission bits, as of chmod(2).
+        inode: device and inode number, by which a replaced file is noticed.
+    """
 
     source: Path
     path: tuple[str, ...]
-    """Its name on the other side."""
     folder: bool
     size: int
-    mtime_ns: int
-    executable: bool
+    mtime_ns: Nanoseconds
+    mode: int
+    inode: tuple[int, int]
+
+
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def collect(paths: list[Path], leave_out: Callable[[str], None]) -> list[Item]:
-    """Everything below the paths, folders before what is in them, in order of name.
+    """List everything below the paths, folders before their content, in order of name.
 
-    Links that are named themselves are followed. Links inside a folder, devices and the like are
-    not sent; ``leave_out`` is told.
+    Links that are named themselves are followed. What cannot be sent is left out, and
+    ``leave_out`` is called with a line that names it: links inside a folder, devices, pipes, names
+    that :func:`~hybridkex.apps.transfer.names.check_path` refuses, what cannot be read.
 
-    Raises ``ConfigError`` for a path that is not there, or two of one name.
+    Raises:
+        ConfigError: two of the paths have the same name.
     """
     found: list[Item] = []
+    named: dict[str, Path] = {}
     for path in paths:
-        # The name of "." or "folder/.." is what it is called where it is.
-        name = path.name if path.name not in ("", "..") else path.resolve().name
-        if not name:
-            raise ConfigError(f"{path} has no name to send it under")
         try:
-            found += _walk(path, (name,), path.stat(), leave_out)
-        except OSError as error:
-            raise ConfigError(why(error, f"read {path}")) from None
-    seen: dict[tuple[str, ...], Path] = {}
-    for item in found:
-        if item.path in seen:
-            raise ConfigError(f"{seen[item.path]} and {item.source} have the same name")
-        seen[item.path] = item.source
+            # The name of "." or "folder/.." is what it is called where it is.
+            name = path.name if path.name not in ("", "..") else path.resolve().name
+            status = path.stat()
+        except (OSError, ValueError, RuntimeError) as error:  # a NUL in it; a loop of links
+            reason = why(error, "read it") if isinstance(error, OSError) else str(error)
+            leave_out(f"{_text(path)}: {reason}")
+            continue
+        if not name:
+            leave_out(f"{_text(path)}: it has no name to send it under")
+            continue
+        if name in named:
+            raise ConfigError(
+                f"{_text(named[name])} and {_text(path)} have the same name; send them one by one"
+            )
+        named[name] = path
+        found += _tree(path, (name,), status, leave_out)
     return found
 
 
-def _walk(
+def _text(path: Path) -> str:
+    return shown((str(path),))
+
+
+def _tree(
     source: Path, path: tuple[str, ...], status: os.stat_result, leave_out: Callable[[str], None]
-) -> Iterator[Item]:
-    if stat.S_ISREG(status.st_mode):
-        yield Item(
-            source=source,
-            path=path,
-            folder=False,
-            size=status.st_size,
-            mtime_ns=max(0, status.st_mtime_ns),
-            executable=bool(status.st_mode & 0o111),
-        )
-    elif stat.S_ISDIR(status.st_mode):
-        yield Item(source=source, path=path, folder=True, size=0, mtime_ns=0, executable=False)
-        for below in sorted(source.iterdir()):
+) -> list[Item]:
+    """A file, or a folder and everything below it.
+
+    Not recursive: a tree may be deeper than Python's stack.
+    """
+    found: list[Item] = []
+    waiting = [(source, path, status)]
+    while waiting:
+        source, path, status = waiting.pop()
+        item = _item(source, path, status, leave_out)
+        if item is None:
+            continue
+        below = []
+        if item.folder:
             try:
-                yield from _walk(below, (*path, below.name), below.lstat(), leave_out)
+                for entry in sorted(os.listdir(source)):
+                    child = source / entry
+                    try:
+                        below.append((child, (*path, entry), child.lstat()))
+                    except OSError as error:
+                        leave_out(f"{_text(child)}: {why(error, 'read it')}")
             except OSError as error:
-                leave_out(why(error, f"read {below}"))
-    else:
-        kind = "a link" if stat.S_ISLNK(status.st_mode) else "neither file nor folder"
-        leave_out(f"{source} is {kind}")
+                leave_out(f"{_text(source)}: {why(error, 'list it')}")
+        found.append(item)
+        waiting += reversed(below)
+    return found
+
+
+def _item(
+    source: Path, path: tuple[str, ...], status: os.stat_result, leave_out: Callable[[str], None]
+) -> Item | None:
+    kind = stat.S_IFMT(status.st_mode)
+    if kind not in (stat.S_IFREG, stat.S_IFDIR):
+        leave_out(f"{_text(source)}: {_KINDS.get(kind, 'neither a file nor a folder')}")
+        return None
+    folder = kind == stat.S_IFDIR
+    try:
+        check_path(path)
+    except UnsafeName as error:
+        below = ", and everything below it" if folder else ""
+        leave_out(f"{error}{below}")
+        return None
+    return Item(
+        source=source,
+        path=path,
+        folder=folder,
+        size=0 if folder else status.st_size,
+        mtime_ns=Nanoseconds(status.st_mtime_ns),
+        mode=stat.S_IMODE(status.st_mode),
+        inode=(status.st_dev, status.st_ino),
+    )

@@ -1,0 +1,37 @@
+"""Errors of the operating system in words, for both sides of a transfer."""
+
+import errno
+from typing import Final
+
+from hybridkex.errors import HybridkexError
+
+__all__ = ["NotStored", "why"]
+
+_WORDS: Final = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this file system or process may write",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "not permitted",
+    errno.EROFS: "the file system is read-only",
+    errno.ELOOP: "a symbolic link is in the way",
+    errno.ENOTDIR: "something that is not a folder is in the way",
+    errno.EISDIR: "a folder is in the way",
+    errno.ENAMETOOLONG: "the file system does not take a name or a path this long",
+    errno.EILSEQ: "the file system does not take the bytes of this name",
+    errno.EINVAL: "the file system does not take this name or value",
+    errno.EMFILE: "this process has too many open files (see 'ulimit -n')",
+    errno.ENFILE: "this machine has too many open files",
+    errno.EIO: "the disk reports an error",
+    errno.ESTALE: "the network share has been replaced",
+}
+
+
+class NotStored(HybridkexError):
+    """A file that the receiver cannot or may not store; the text is for a person."""
+
+
+def why(error: OSError, doing: str) -> str:
+    """An error of the system as a sentence: what could not be done, and why."""
+    reason = _WORDS.get(error.errno or 0, error.strerror or "unknown error")
+    return f"cannot {doing}: {reason}"

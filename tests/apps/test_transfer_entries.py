@@ -1,0 +1,625 @@
+"""Entries as disks have them: every one arrives as it is, or is named while the others arrive.
+
+Sender and receiver run in one process, over a pair of streams in memory.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import os
+import random
+import socket
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unicodedata import category, normalize
+
+import pytest
+import trio
+import trio.testing
+
+from hybridkex import ClientConfig, SecureStream, ServerConfig
+from hybridkex.apps.transfer import Folder, NullProgress, Outcome, Receiver, collect, send_items
+from hybridkex.apps.transfer import sender as sending
+from hybridkex.apps.transfer.frames import Frames
+from hybridkex.apps.transfer.messages import (
+    VERSION,
+    Digest,
+    Failed,
+    Have,
+    Hello,
+    Message,
+    Nanoseconds,
+    Offer,
+    Send,
+    Stored,
+)
+from hybridkex.apps.transfer.names import PARTIAL, shown
+
+Configs = tuple[ClientConfig, ServerConfig]
+
+
+@pytest.fixture(autouse=True)
+def umask() -> Iterator[None]:
+    """The one of most machines."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+async def connected(configs: Configs) -> tuple[SecureStream[Any], SecureStream[Any]]:
+    one, other = trio.testing.memory_stream_pair()
+    client = SecureStream(one, configs[0], server_hostname="localhost")
+    server = SecureStream(other, configs[1])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.do_handshake)
+        nursery.start_soon(server.do_handshake)
+    return client, server
+
+
+async def deliver(
+    configs: Configs, target: Path, *sources: Path, overwrite: bool = False
+) -> tuple[Outcome, list[str]]:
+    """Send and receive; the outcome, and what was left out from the beginning."""
+    left_out: list[str] = []
+    items = collect(list(sources), left_out.append)
+    folder = Folder(target, overwrite=overwrite)
+    try:
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+
+                async def connect() -> SecureStream[Any]:
+                    client, server = await connected(configs)
+                    nursery.start_soon(Receiver(folder).serve, server)
+                    return client
+
+                outcome = await send_items(items, connect, NullProgress(), retries=0)
+    finally:
+        folder.close()
+    return outcome, left_out
+
+
+def named(name: str, outcome: Outcome, left_out: list[str]) -> bool:
+    """Whether an entry was said not to be carried."""
+    text = shown((name,))
+    lines = [*left_out, *outcome.failed, *outcome.incomplete]
+    return any(text in line for line in lines)
+
+
+# --- dates, modes, names, kinds: one folder with all of them ------------------------------------
+
+DATES = (
+    -(2**33),
+    -2_208_988_800,  # 1900
+    -1,
+    0,
+    2**31,  # 2038
+    2**32,  # 2106
+    9_223_372_037,  # 2262, the end of 64 bits of nanoseconds
+    13_569_465_600,  # 2400
+    2**34,  # 2514
+    253_402_300_800,  # year 10000
+    2**40,
+)
+MODES = (
+    *(0o600, 0o400, 0o640, 0o755, 0o777, 0o000, 0o4755, 0o2755, 0o1644, 0o7777),
+    *random.Random(14).sample(range(0o10000), 40),
+)
+NAMES = (
+    *(b"a" * 255, "ü".encode() * 127, b"-rf", b" ", b"a ", b"a.", b"...", b"con", b"a\\b", b"a:b"),
+    *(b"\xff\xfe", b"a\nb", b"a\x1b[2J", b"a\x7f", "a\u202eb".encode(), "\U0001f511".encode()),
+    *(normalize(form, "Å").encode() for form in ("NFC", "NFD")),
+    *(b"README", b"readme", "straße".encode(), b"STRASSE", b"%00", b"~", b"*", b"{n}", b".hidden"),
+    *(
+        bytes(random.Random(number).choices([*range(1, 47), *range(48, 256)], k=number % 40 + 1))
+        for number in range(60)
+    ),
+)
+
+
+def test_every_kind_of_entry_is_here() -> None:
+    names = [os.fsdecode(name) for name in NAMES]
+    refused = [name for name in names if any(category(one) == "Cc" for one in name)]
+    assert len(refused) > 10
+    assert len(names) - len(refused) > 20
+
+
+def fill(source: Path) -> tuple[set[str], set[str]]:
+    """Make a folder; the names of what must arrive, and of what must be named."""
+    source.mkdir()
+    arrives, refused = set(), set()
+
+    def file(name: str, content: bytes = b"content") -> Path:
+        (source / name).write_bytes(content)
+        arrives.add(name)
+        return source / name
+
+    for date in DATES:
+        path = file(f"date {date}")
+        os.utime(path, ns=(date * 10**9 + 123_000_000, date * 10**9 + 123_000_000))
+    for mode in MODES:
+        file(f"mode {mode:o}").chmod(mode)
+    for name in dict.fromkeys(map(os.fsdecode, NAMES)):
+        if name in (".", ".."):
+            continue
+        file(name)
+        if any(category(one) == "Cc" for one in name):
+            arrives.remove(name)
+            refused.add(name)
+    file("empty", b"")
+    with file("sparse").open("r+b") as sparse:
+        sparse.seek(3 << 20)
+        sparse.write(b"end")
+    with (source / "larger than any disk").open("wb") as huge, contextlib.suppress(OSError):
+        huge.truncate(1 << 43)
+        refused.add("larger than any disk")
+    os.mkfifo(source / "pipe")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(os.path.relpath(source / "socket"))
+    for name, target in (
+        *(("loop", "loop"), ("dangling", "nowhere"), ("outside", "/etc/hostname")),
+        ("inside", "empty"),
+    ):
+        (source / name).symlink_to(target)
+        refused.add(name)
+    refused |= {"pipe", "socket"}
+    with contextlib.suppress(PermissionError):
+        os.mknod(source / "device", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        refused.add("device")
+    return arrives, refused
+
+
+async def test_odd_entries_arrive_as_they_are_or_are_named(
+    tmp_path: Path, configs: Configs
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    arrives, refused = fill(source)
+    outcome, left_out = await deliver(configs, target, source)
+    assert outcome.connections == 1
+    assert {path.name for path in (target / "source").iterdir()} == arrives
+    for name in arrives:
+        sent, arrived = source / name, target / "source" / name
+        assert arrived.read_bytes() == sent.read_bytes(), name
+        ours, theirs = sent.stat(), arrived.stat()
+        assert stat.S_IMODE(theirs.st_mode) == stat.S_IMODE(ours.st_mode) & 0o755, name
+        if theirs.st_mtime_ns != ours.st_mtime_ns:
+            assert named(name, outcome, left_out), name
+    for name in refused:
+        assert named(name, outcome, left_out), name
+    assert len(left_out) + len(outcome.failed) == len(refused)
+    assert not any("\n" in line or "\x1b" in line for line in (*left_out, *outcome.failed))
+    # And nothing of it is sent twice.
+    again, _ = await deliver(configs, target, source)
+    assert (again.stored, again.payload) == (0, 0)
+    assert again.already == len(arrives) + 1
+
+
+async def test_a_tree_that_is_too_deep(tmp_path: Path, configs: Configs) -> None:
+    """Deeper than Python's stack, and with a path longer than any system call takes."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for top, name, depth in (("fits", "d", 100), ("deep", "d", 1100), ("long", "n" * 255, 30)):
+        (source / top).mkdir(parents=True)
+        (source / top / "file").write_text(top)
+        here = os.open(source / top, os.O_RDONLY)
+        for _ in range(depth):
+            os.mkdir(name, dir_fd=here)
+            below = os.open(name, os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+        os.close(here)
+    try:
+        outcome, left_out = await deliver(configs, target, source)
+    finally:
+        subprocess.run(  # noqa: ASYNC221
+            ["rm", "-rf", str(source / "deep"), str(source / "long")], check=True
+        )
+    assert outcome.failed == {}
+    assert len(left_out) == 2
+    assert all("everything below" in line or "too" in line for line in left_out), left_out
+    for top in ("fits", "deep", "long"):
+        assert (target / "source" / top / "file").read_text() == top
+    assert (target / "source" / "fits").joinpath(*["d"] * 100).is_dir()
+
+
+async def test_a_named_path_that_cannot_be_sent_costs_itself_alone(
+    tmp_path: Path, configs: Configs
+) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "link").symlink_to("file")
+    paths = [tmp_path / name for name in ("nowhere", "loop", "file", "link")]
+    outcome, left_out = await deliver(configs, tmp_path / "target", *paths, Path("/"), Path("a\0b"))
+    assert outcome.stored == 2
+    assert len(left_out) == 4
+    assert (tmp_path / "target" / "link").read_text() == "x"
+    assert not (tmp_path / "target" / "link").is_symlink()
+
+
+async def test_directory_modes(tmp_path: Path, configs: Configs) -> None:
+    """Never wider for others than at the sender's, and its owner can fill it."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    modes = (0o700, 0o750, 0o755, 0o777, 0o500, 0o2770, 0o1777, 0o711)
+    for mode in modes:
+        folder = source / f"{mode:o}"
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("x")
+        folder.chmod(mode)
+    outcome, left_out = await deliver(configs, target, source)
+    assert (outcome.failed, left_out) == ({}, [])
+    for mode in modes:
+        arrived = target / "source" / f"{mode:o}"
+        assert arrived.stat().st_mode & 0o7777 == (mode & 0o755 | 0o700)
+        assert (arrived / "file").read_text() == "x"
+
+
+# --- privacy ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o644, 0o4700])
+@pytest.mark.parametrize("overwrite", [False, True])
+async def test_a_file_is_never_wider_than_its_source(
+    tmp_path: Path,
+    configs: Configs,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: int,
+    overwrite: bool,
+) -> None:
+    """Looked at after every call that writes, names or changes a file."""
+    source, target = tmp_path / "file", tmp_path / "target"
+    source.write_bytes(bytes(3 << 20))
+    source.chmod(mode)
+    seen: list[int] = []
+
+    def looking(call: Callable[..., Any]) -> Callable[..., Any]:
+        def look(*args: Any, **more: Any) -> Any:
+            done = call(*args, **more)
+            seen.extend(path.stat().st_mode for path in target.rglob("*") if path.is_file())
+            return done
+
+        return look
+
+    for name in ("open", "pwrite", "fchmod", "utime", "ftruncate", "link", "unlink", "rename"):
+        monkeypatch.setattr(os, name, looking(getattr(os, name)))
+    outcome, _ = await deliver(configs, target, source, overwrite=overwrite)
+    assert outcome.stored == 1
+    assert len(seen) > 10
+    assert not [f"{one:o}" for one in seen if one & 0o7077 & ~mode]
+    assert not [f"{one:o}" for one in seen if one & 0o7000]
+
+
+async def test_a_disk_with_one_mode_for_all_files(
+    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAT and some network shares: nothing private is written to them, not even in part."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    for mode in (0o600, 0o644, 0o755):
+        (source / f"{mode:o}").write_bytes(b"content")
+        (source / f"{mode:o}").chmod(mode)
+    fstat, written = os.fstat, []
+
+    def wide(file: int) -> os.stat_result:
+        found = list(fstat(file))
+        if PARTIAL in os.readlink(f"/proc/self/fd/{file}"):
+            found[0] = stat.S_IFREG | 0o755
+        return os.stat_result(found, {"st_mtime_ns": fstat(file).st_mtime_ns})
+
+    pwrite = os.pwrite
+
+    def write(file: int, data: bytes, offset: int) -> int:
+        written.append(os.readlink(f"/proc/self/fd/{file}"))
+        return pwrite(file, data, offset)
+
+    monkeypatch.setattr(os, "fchmod", not_permitted)
+    monkeypatch.setattr(os, "fstat", wide)
+    monkeypatch.setattr(os, "pwrite", write)
+    outcome, _ = await deliver(configs, target, source)
+    assert list(outcome.failed) == ["source/600", "source/644"]
+    assert "would let others read it" in outcome.failed["source/600"]
+    assert {path.name for path in (target / "source").iterdir()} == {"755"}
+    assert len(written) == 1
+
+
+def not_permitted(*args: object, **more: object) -> None:
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+async def test_a_date_that_the_disk_does_not_have(
+    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The content arrives, and it is said that the date did not."""
+    paths = [tmp_path / name for name in ("refused", "rounded", "kept")]
+    for path in paths:
+        path.write_text(path.name)
+    os.utime(paths[0], (1, 1))
+    os.utime(paths[1], (2, 2))
+    utime = os.utime
+
+    def limited(file: int, *, ns: tuple[int, int]) -> None:
+        if ns[1] == 10**9:
+            raise OverflowError("timestamp out of range for platform time_t")
+        utime(file, ns=(5 * 10**9, 5 * 10**9) if ns[1] == 2 * 10**9 else ns)
+
+    monkeypatch.setattr(os, "utime", limited)
+    outcome, _ = await deliver(configs, tmp_path / "target", *paths)
+    assert outcome.stored == 3
+    assert set(outcome.incomplete) == {"refused", "rounded"}
+    assert "date" in outcome.incomplete["refused"]
+
+
+async def alone(folder: Folder, configs: Configs, *said: Message) -> list[Message]:
+    """What a receiver answers to these messages."""
+    client, server = await connected(configs)
+    answers: list[Message] = []
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Receiver(folder).serve, server)
+            frames = Frames(client)
+            for message in (Hello(version=VERSION, transfer="t"), *said):
+                await frames.send(message)
+            await client.send_eof()
+            with contextlib.suppress(trio.BrokenResourceError):
+                while (answer := await frames.receive()) is not None:
+                    assert not isinstance(answer, memoryview)
+                    answers.append(answer)
+            await client.aclose()
+    return answers
+
+
+def offer(*path: str, size: int) -> Offer:
+    when = Nanoseconds(0)
+    return Offer(n=0, path=path, folder=False, size=size, mtime_ns=when, mode=0o600)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("complete", [False, True])
+async def test_a_receiver_tells_nobody_what_it_has(
+    tmp_path: Path, configs: Configs, overwrite: bool, complete: bool
+) -> None:
+    """Neither the digest of somebody's file nor of its beginning, and nothing by guessing."""
+    content = b"the secret of somebody else"
+    digests = [
+        hashlib.sha256(content[:length]).hexdigest() for length in range(1, len(content) + 1)
+    ]
+    folder = Folder(tmp_path / "in", overwrite=overwrite)
+    size = len(content) + (0 if complete else 1)
+    part = folder.begin(offer("x", size=size))
+    part.write([memoryview(content)])
+    if complete:
+        part.complete(digests[-1])
+    part.close()
+    asked = offer("x", size=size)
+    for claimed in (None, "", "0" * 64, *digests[:-1], "\ud800", "é"):
+        said = [] if claimed is None else [Digest(n=0, sha256=claimed)]
+        answers = await alone(folder, configs, asked, *said)
+        assert answers[0] == Have(n=0, size=len(content))
+        for answer in answers:
+            assert not any(digest in str(answer) for digest in digests)
+        if claimed is not None and complete and not overwrite:
+            assert [type(answer) for answer in answers] == [Have, Failed]
+        elif claimed is not None:
+            assert answers[1:] == [Send(n=0, offset=0)]
+    (_, proved) = await alone(folder, configs, asked, Digest(n=0, sha256=digests[-1]))
+    expected = Stored(n=0, already=True, lost="") if complete else Send(n=0, offset=len(content))
+    assert proved == expected
+    folder.close()
+
+
+def test_no_message_of_a_receiver_has_room_for_a_digest() -> None:
+    assert {field.name for field in dataclasses.fields(Have)} == {"n", "size"}
+    assert {field.name for field in dataclasses.fields(Send)} == {"n", "offset"}
+
+
+# --- files that are not what they seem, or do not stay it ---------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/proc/cpuinfo", "/proc/self/status", "/proc/self/maps", "/proc/sys/kernel/ostype"),
+        *("/sys/kernel/mm/transparent_hugepage/enabled", "/proc/self/mem", "/proc/self/environ"),
+    ],
+)
+async def test_files_that_the_system_makes_up(tmp_path: Path, configs: Configs, path: str) -> None:
+    source = Path(path)
+    if not os.path.exists(source):  # noqa: ASYNC240
+        pytest.skip("this machine does not have it")
+    (tmp_path / "plain").write_text("plain")
+    outcome, left_out = await deliver(configs, tmp_path / "in", source, tmp_path / "plain")
+    arrived = tmp_path / "in" / source.name
+    if arrived.exists():  # an empty one
+        assert arrived.read_bytes() == b""
+    else:
+        assert named(source.name, outcome, left_out)
+    assert (tmp_path / "in" / "plain").read_text() == "plain"
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def grow_and_hide_it(path: Path) -> None:
+    """Longer, under the old date."""
+    before = path.stat()
+    grow(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def shrink(path: Path) -> None:
+    os.truncate(path, 1)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def rewrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"other")
+
+
+def replace(path: Path) -> None:
+    """Another file with the same name, size and date."""
+    before = path.stat()
+    new = path.with_name("new")
+    new.write_bytes(bytes(before.st_size))
+    os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
+    new.rename(path)
+
+
+def become_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def become_a_link(path: Path) -> None:
+    """To a file elsewhere that has the same size and date."""
+    before = path.stat()
+    other = path.parent.parent / "elsewhere"
+    other.write_bytes(bytes(before.st_size))
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    path.unlink()
+    path.symlink_to(other)
+
+
+def vanish(path: Path) -> None:
+    path.unlink()
+
+
+CHANGES = (
+    *(grow, grow_and_hide_it, shrink, empty, rewrite),
+    *(replace, become_a_pipe, become_a_link, vanish),
+)
+OPEN_FILES_STAY = (replace, become_a_pipe, become_a_link, vanish)
+"""Who has the file open when this happens reads on what was offered."""
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("moment", ["before it is opened", "while it is read"])
+@pytest.mark.parametrize("had", ["nothing", "a part", "all"])
+async def test_files_that_change(
+    tmp_path: Path,
+    configs: Configs,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
+    moment: str,
+    had: str,
+) -> None:
+    """Nothing is stored under the name but what was offered, and the next file arrives."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    content = random.Random(14).randbytes(2_100_000)
+    (source / "a").write_bytes(content)
+    os.utime(source / "a", (1_000_000_000, 1_000_000_000))
+    (source / "b").write_text("the next one")
+    if had != "nothing":
+        whole = dataclasses.replace(offer("source", "a", size=len(content)))
+        folder = Folder(target)
+        part = folder.begin(whole)
+        part.write([memoryview(content if had == "all" else content[: 1 << 20])])
+        if had == "all":
+            part.complete(hashlib.sha256(content).hexdigest())
+        part.close()
+        folder.close()
+    done = []
+
+    def before(call: Callable[..., Any]) -> Callable[..., Any]:
+        def first(*args: Any, **more: Any) -> Any:
+            if not done:
+                done.append(change(source / "a"))
+            return call(*args, **more)
+
+        return first
+
+    for name in ("_opened",) if moment == "before it is opened" else ("_read_frame", "hash_prefix"):
+        monkeypatch.setattr(sending, name, before(getattr(sending, name)))
+    outcome, _ = await deliver(configs, target, source)
+    assert done
+    assert (target / "source" / "b").read_text() == "the next one"
+    arrived = target / "source" / "a"
+    if had == "all":
+        assert arrived.read_bytes() == content
+    if "source/a" not in outcome.failed:
+        assert change in OPEN_FILES_STAY
+        assert moment == "while it is read"
+        assert arrived.read_bytes() == content
+    elif had != "all":
+        assert not arrived.exists()
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOENT, errno.EMFILE])
+async def test_a_file_that_cannot_be_read(
+    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("closed", "open"):
+        (source / name).write_text(name)
+    open_ = os.open
+
+    def refuse(path: Any, *args: Any, **more: Any) -> int:
+        if path == source / "closed":
+            raise OSError(code, os.strerror(code))
+        return open_(path, *args, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    outcome, _ = await deliver(configs, tmp_path / "in", source)
+    assert list(outcome.failed) == ["source/closed"]
+    assert "cannot read" in outcome.failed["source/closed"]
+    assert (tmp_path / "in" / "source" / "open").read_text() == "open"
+
+
+# --- disks that take two names for one ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "fold"),
+    [
+        (("README", "readme"), str.casefold),
+        ((normalize("NFC", "Åb"), normalize("NFD", "Åb")), lambda name: normalize("NFC", name)),
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+async def test_two_names_that_the_disk_takes_for_one(
+    tmp_path: Path,
+    configs: Configs,
+    monkeypatch: pytest.MonkeyPatch,
+    names: tuple[str, str],
+    fold: Callable[[str], str],
+    overwrite: bool,
+) -> None:
+    """Neither is lost without a word, also where files are replaced."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    for name in names:
+        (source / name).write_text(f"the content of {name}")
+
+    def folding(call: Callable[..., Any], count: int = 1) -> Callable[..., Any]:
+        """Like such a disk, which keeps the name that was there first."""
+
+        def folded(*words: Any, **more: Any) -> Any:
+            keys = [key for key in more if key.endswith("dir_fd")]
+            if not keys:
+                return call(*words, **more)
+            found = []
+            for word, key in zip(words[:count], keys, strict=True):
+                there = os.listdir(more[key])
+                found.append(next((one for one in there if fold(one) == fold(word)), word))
+            return call(*found, *words[count:], **more)
+
+        return folded
+
+    with monkeypatch.context() as patched:
+        for name in ("open", "stat", "mkdir", "unlink"):
+            patched.setattr(os, name, folding(getattr(os, name)))
+        for name in ("rename", "link"):
+            patched.setattr(os, name, folding(getattr(os, name), 2))
+        outcome, _ = await deliver(configs, target, source, overwrite=overwrite)
+    (arrived,) = (target / "source").iterdir()
+    assert arrived.read_text() == f"the content of {arrived.name}"
+    assert len(outcome.failed) == 1
+    assert not named(arrived.name, outcome, [])

@@ -136,7 +136,8 @@ def pem(certificate: bytes) -> bytes:
 
 
 def _transfer_messages() -> dict[str, bytes]:
-    offer = transfer.Offer(n=0, path=("a", "b"), folder=False, size=9, mtime_ns=transfer.Nanoseconds(-1), mode=0o640)
+    when = transfer.Nanoseconds(-1)
+    offer = transfer.Offer(n=0, path=("a", "b"), folder=False, size=9, mtime_ns=when, mode=0o640)
     messages: tuple[transfer.Message, ...] = (
         transfer.Hello(version=1, transfer="0" * 32),
         offer,

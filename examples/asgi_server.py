@@ -8,6 +8,7 @@ stream that says which protocol ALPN has chosen, and that is all that is needed 
 
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import trio
@@ -24,6 +25,7 @@ from hybridkex import (
     Requirement,
     SecureStream,
     ServerConfig,
+    serve_secure_tcp,
 )
 
 Scope = dict[str, Any]
@@ -31,12 +33,18 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
-class _HttpStream(SecureStream[trio.SocketStream]):
-    """What hypercorn asks of a stream, beside what every stream has."""
+class _HttpStream:
+    """A secure stream with what hypercorn asks of one, beside what every stream has."""
+
+    def __init__(self, stream: SecureStream[trio.SocketStream]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
     def selected_alpn_protocol(self) -> str:
         """``h2`` or ``http/1.1``."""
-        return self.session.alpn or "http/1.1"
+        return self._stream.session.alpn or "http/1.1"
 
 
 async def serve_asgi(
@@ -55,21 +63,23 @@ async def serve_asgi(
     wrapped = wrap_app(app, settings.wsgi_max_body_size, None)
     lifespan, context = Lifespan(wrapped, settings, state), WorkerContext(None)
 
-    async def handle(tcp: trio.SocketStream) -> None:
-        stream = _HttpStream(tcp, config, https_compatible=True)
-        await TCPServer(wrapped, settings, context, ConnectionState(state.copy()), stream)
+    async def handle(stream: SecureStream[trio.SocketStream]) -> None:
+        state_of_one = ConnectionState(state.copy())
+        await TCPServer(wrapped, settings, context, state_of_one, _HttpStream(stream))
 
     async with trio.open_nursery() as nursery:
         await nursery.start(lifespan.handle_lifespan)
         await lifespan.wait_for_startup()
-        listeners = await trio.open_tcp_listeners(port, host=host)
-        task_status.started(listeners[0].socket.getsockname()[1])
-        try:
-            await trio.serve_listeners(handle, listeners)
-        finally:
-            with trio.move_on_after(5, shield=True):
-                await lifespan.wait_for_shutdown()
-            nursery.cancel_scope.cancel()
+        serve = partial(serve_secure_tcp, handle, port, config, host=host, https_compatible=True)
+        async with trio.open_nursery() as connections:
+            try:
+                listeners = await connections.start(serve)
+                task_status.started(listeners[0].transport_listener.socket.getsockname()[1])
+                await trio.sleep_forever()
+            finally:
+                with trio.move_on_after(5, shield=True):
+                    await lifespan.wait_for_shutdown()
+                nursery.cancel_scope.cancel()
 
 
 async def hello(scope: Scope, receive: Receive, send: Send) -> None:

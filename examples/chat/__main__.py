@@ -6,12 +6,13 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from hybridkex import HybridkexError, SecureStream, ServerConfig, Session, open_secure_tcp_listeners
+from hybridkex import HybridkexError, SecureStream, ServerConfig, Session, serve_secure_tcp
 from hybridkex.apps import os_reason, parse_tcp_address, watch_peer
 from hybridkex.cli.options import add_channel_options, client_config, server_config
 
@@ -24,6 +25,8 @@ from .terminal import Terminal
 
 _log = logging.getLogger("examples.chat")
 _PORT = 4435
+_CONNECTIONS = 2000
+"""At once: of clients that have a seat, and of those that come back to theirs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,19 +158,8 @@ async def _serve(args: argparse.Namespace) -> None:
 async def _listen(
     args: argparse.Namespace, config: ServerConfig, hub: Hub, sessions: list[Session]
 ) -> None:
-    listeners = await open_secure_tcp_listeners(args.port, config, host=args.bind)
-    inner = listeners[0].transport_listener
-    assert isinstance(inner, trio.SocketListener)
-    print(f"listening on port {inner.socket.getsockname()[1]}", file=sys.stderr, flush=True)
-
     async def handle(stream: SecureStream[trio.SocketStream]) -> None:
         watch_peer(stream.transport_stream)
-        try:
-            await stream.do_handshake()
-        except trio.BrokenResourceError as error:
-            _log.warning("handshake failed: %s", error)
-            await trio.aclose_forcefully(stream)
-            return
         session = stream.session
         _log.info("%s: %s", session.peer_subject or "a client", rests_on(session))
         sessions.append(session)
@@ -176,7 +168,14 @@ async def _listen(
         finally:
             sessions.remove(session)
 
-    await trio.serve_listeners(handle, listeners)
+    serve = partial(
+        serve_secure_tcp, handle, args.port, config, host=args.bind, max_connections=_CONNECTIONS
+    )
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(serve)
+        inner = listeners[0].transport_listener
+        assert isinstance(inner, trio.SocketListener)
+        print(f"listening on port {inner.socket.getsockname()[1]}", file=sys.stderr, flush=True)
 
 
 # --- the connecting side ---------------------------------------------------------------------

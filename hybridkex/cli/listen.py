@@ -1,11 +1,14 @@
 """``hybridkex listen``: accept secure channels, in the manner of ``s_server``."""
 
 import argparse
-import sys
+import logging
+from contextlib import nullcontext
 from functools import partial
+from typing import Final
 
 import trio
 
+from hybridkex.cli.logs import add_log_options, set_up_logging
 from hybridkex.cli.manual import describe
 from hybridkex.cli.options import add_channel_options, server_config
 from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
@@ -13,10 +16,16 @@ from hybridkex.cli.port_file import write_port
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
 from hybridkex.net.address import TcpAddress
+from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.streams import SecureListener, SecureStream, open_secure_tcp_listeners
 from hybridkex.tls.config import ServerConfig
 
 __all__ = ["configure", "run"]
+
+LOG: Final = logging.getLogger("hybridkex.listen")
+
+MAX_CONNECTIONS: Final = 256
+"""At once, after their handshakes."""
 
 Stream = SecureStream[trio.SocketStream]
 
@@ -43,11 +52,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--echo", action="store_true", help="send back what comes, to many at once")
     parser.add_argument("--once", action="store_true", help="end after the first connection")
     parser.add_argument("--port-file", metavar="FILE", help="write the port here once it is open")
+    add_log_options(parser, default="warning")
     add_channel_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve; with ``--once`` 0 after a clean close."""
+    set_up_logging(args)
     run_trio(partial(_run, args))
     return 0
 
@@ -71,8 +82,17 @@ async def _listen(args: argparse.Namespace, config: ServerConfig) -> None:
         await _serve_once(args, listeners)
         return
     # Standard input and output can serve one peer at a time; the others wait.
-    handler = partial(_serve_logged, args, trio.Lock())
-    await trio.serve_listeners(handler, listeners)
+    turn = nullcontext() if args.echo else trio.Lock()
+    budget = Budget(MAX_CONNECTIONS)
+
+    async def handle(stream: Stream, connection: Connection) -> None:
+        async with stream:
+            await _shake_hands(stream)
+            connection.admit(budget)
+            async with turn:
+                await _serve(args, stream)
+
+    await Supervisor(handle, name="listen", logger=LOG).serve(listeners)
 
 
 async def _serve_once(
@@ -94,34 +114,26 @@ async def _serve_once(
             nursery.start_soon(accept, listener)
     for listener in listeners:
         await listener.aclose()
-    await _serve(args, accepted[0])
+    async with accepted[0] as stream:
+        await _shake_hands(stream)
+        await _serve(args, stream)
 
 
-async def _serve_logged(args: argparse.Namespace, lock: trio.Lock, stream: Stream) -> None:
-    """One connection of many: what goes wrong with it is said and does not end the others."""
+async def _shake_hands(stream: Stream) -> None:
     try:
-        if args.echo:
-            await _serve(args, stream)
-        else:
-            async with lock:
-                await _serve(args, stream)
-    except ChannelFailed as error:
-        print(f"hybridkex: {error}", file=sys.stderr, flush=True)
+        await stream.do_handshake()
+    except trio.BrokenResourceError as error:
+        raise ChannelFailed(f"handshake failed: {reason(error)}") from None
 
 
 async def _serve(args: argparse.Namespace, stream: Stream) -> None:
-    async with stream:
-        try:
-            await stream.do_handshake()
-        except trio.BrokenResourceError as error:
-            raise ChannelFailed(f"handshake failed: {reason(error)}") from None
-        report(stream.session, as_json=args.json)
-        if not args.echo:
-            await pipe(stream)
-            return
-        try:
-            while data := await stream.receive_some():
-                await stream.send_all(data)
-            await stream.send_eof()
-        except trio.BrokenResourceError as error:
-            raise ChannelFailed(reason(error)) from None
+    report(stream.session, as_json=args.json)
+    if not args.echo:
+        await pipe(stream)
+        return
+    try:
+        while data := await stream.receive_some():
+            await stream.send_all(data)
+        await stream.send_eof()
+    except trio.BrokenResourceError as error:
+        raise ChannelFailed(reason(error)) from None

@@ -1,10 +1,11 @@
 """``hybridkex receive``: files and folders from ``hybridkex send``."""
 
 import argparse
+import logging
 import signal
 import sys
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import trio
 
@@ -13,7 +14,7 @@ from hybridkex.apps.transfer import PROTOCOL, Folder, Receiver
 from hybridkex.cli.logs import add_log_options, set_up_logging
 from hybridkex.cli.manual import describe
 from hybridkex.cli.options import add_channel_options, server_config
-from hybridkex.cli.pipe import reason, report
+from hybridkex.cli.pipe import ChannelFailed, reason, report
 from hybridkex.cli.port_file import write_port
 from hybridkex.cli.progress import showing
 from hybridkex.cli.running import run_trio
@@ -21,10 +22,13 @@ from hybridkex.cli.send import DEFAULT_PORT
 from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import TcpAddress
+from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import Requirement, ServerConfig
 
 __all__ = ["configure", "run"]
+
+LOG: Final = logging.getLogger("hybridkex.receive")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -92,26 +96,6 @@ async def _run(args: argparse.Namespace) -> None:
             folder.close()
 
 
-class _Seated(trio.abc.Listener[trio.SocketStream]):
-    """Accepts when there is a seat. Those who wait do so in the kernel's queue, which is bounded:
-    a flood of connections takes no descriptors that the files need."""
-
-    def __init__(self, listener: trio.SocketListener, slots: trio.Semaphore) -> None:
-        self._listener = listener
-        self._slots = slots
-
-    async def accept(self) -> trio.SocketStream:
-        await self._slots.acquire()
-        try:
-            return await self._listener.accept()
-        except BaseException:
-            self._slots.release()
-            raise
-
-    async def aclose(self) -> None:
-        await self._listener.aclose()
-
-
 class _Server:
     """The listening socket and its connections."""
 
@@ -121,7 +105,7 @@ class _Server:
         self._folder = folder
         self._wire = 0
         self._live: set[CountingStream] = set()
-        self._slots = trio.Semaphore(args.max_connections)
+        self._budget = Budget(args.max_connections)
         self._done = trio.Event()
 
     async def run(self) -> None:
@@ -136,15 +120,9 @@ class _Server:
         with showing("received", self._received) as progress:
             receiver = Receiver(self._folder, progress)
 
-            async def handle(tcp: trio.SocketStream) -> None:
-                try:
-                    await self._converse(receiver, tcp)
-                finally:
-                    self._slots.release()
-
-            seated = [_Seated(listener, self._slots) for listener in listeners]
+            supervisor = Supervisor(partial(self._converse, receiver), name="receive", logger=LOG)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(trio.serve_listeners, handle, seated)
+                nursery.start_soon(supervisor.serve, listeners)
                 nursery.start_soon(self._wait_for_signal)
                 await self._done.wait()
                 nursery.cancel_scope.cancel()
@@ -158,7 +136,9 @@ class _Server:
             async for _ in signals:
                 self._done.set()
 
-    async def _converse(self, receiver: Receiver, tcp: trio.SocketStream) -> None:
+    async def _converse(
+        self, receiver: Receiver, tcp: trio.SocketStream, connection: Connection
+    ) -> None:
         watch_peer(tcp)
         counting = CountingStream(tcp)
         stream: SecureStream[Any] = SecureStream(counting, self._config)
@@ -167,9 +147,8 @@ class _Server:
             try:
                 await stream.do_handshake()
             except trio.BrokenResourceError as error:
-                print(f"hybridkex: handshake failed: {reason(error)}", file=sys.stderr, flush=True)
-                await trio.aclose_forcefully(stream)
-                return
+                raise ChannelFailed(f"handshake failed: {reason(error)}") from None
+            connection.admit(self._budget)
             report(stream.session, as_json=self._args.json)
             if await receiver.serve(stream) and self._args.once:
                 self._done.set()

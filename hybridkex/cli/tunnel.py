@@ -27,7 +27,7 @@ from hybridkex.cli.tcp import NO_TCP, cannot_listen
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.kme.metrics import metrics_page
 from hybridkex.net.address import TcpAddress, parse_address, parse_tcp_address
-from hybridkex.net.http import HttpLimits, Request, Response, serve_connection
+from hybridkex.net.http import Request, Response, http_supervisor
 
 __all__ = ["configure", "run"]
 
@@ -392,9 +392,6 @@ class _Process:
         async def page(request: Request) -> Response:
             return metrics_page(self._metrics.registry, request)
 
-        async def handle(stream: trio.SocketStream) -> None:
-            await serve_connection(stream, page, HttpLimits())
-
         try:
             listeners = await trio.open_tcp_listeners(address.port, host=address.host)
         except NO_TCP as error:
@@ -402,4 +399,4 @@ class _Process:
         port = listeners[0].socket.getsockname()[1]
         LOG.info("metrics on http://%s/metrics", TcpAddress(address.host, port))
         task_status.started()
-        await trio.serve_listeners(handle, listeners)
+        await http_supervisor(page, "metrics", LOG).serve(listeners)

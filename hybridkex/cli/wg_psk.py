@@ -23,6 +23,7 @@ from hybridkex.combiner import Exchanged, PskAuthentication, SignatureAuthentica
 from hybridkex.combiner.wireguard import REKEY_AFTER, Tunnel, rotate
 from hybridkex.errors import ConfigError, HybridkexError, LocalStateError
 from hybridkex.net.address import TcpAddress, parse_tcp_address
+from hybridkex.net.supervisor import Connection, Supervisor
 from hybridkex.qkd.source import KeySource
 from hybridkex.qkd.store import read_key_file
 from hybridkex.tls.policy import Requirement
@@ -30,7 +31,7 @@ from hybridkex.tls.policy import Requirement
 __all__ = ["configure", "run"]
 
 DEFAULT_PORT: Final = 4436
-STRANGERS: Final = 16
+STRANGERS: Final = 64
 """Exchanges at once at the responder: more than one peer needs, few enough to bear."""
 
 log = logging.getLogger(__name__)
@@ -199,22 +200,18 @@ class _Rotator:
         except NO_TCP as error:
             raise cannot_listen(address, error) from None
         write_port(self._args.port_file, listeners[0])
-        room = trio.CapacityLimiter(STRANGERS)
-
         async with trio.open_nursery() as nursery:
 
-            async def serve(stream: trio.SocketStream) -> None:
+            async def serve(stream: trio.SocketStream, _: Connection) -> None:
                 watch_peer(stream)
-                async with room:
-                    try:
-                        await self._rotate(stream, "responder")
-                    except HybridkexError as error:
-                        log.warning("the old key stays: %s", error)
-                        return
+                await self._rotate(stream, "responder")
                 if self._args.once:
                     nursery.cancel_scope.cancel()
 
-            await trio.serve_listeners(serve, listeners, handler_nursery=nursery)
+            # Nobody is admitted: an exchange is all that a connection is for, and the supervisor
+            # ends those that take too long, or whose place a newcomer needs.
+            supervisor = Supervisor(serve, name="wg-psk", logger=log, handshakes=STRANGERS)
+            nursery.start_soon(supervisor.serve, listeners)
 
     async def _rotate(self, stream: trio.SocketStream, role: Any) -> None:
         result = await rotate(

@@ -2,12 +2,12 @@
 
 import hashlib
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
 from hybridkex.errors import BlockAborted, ConfigError
-from hybridkex.link.finite_key import FINITE_KEY, Counts, FiniteKeyProof, SecretLength, proof_for
+from hybridkex.link.finite_key import Counts, FiniteKeyProof, SecretLength, proof_for
 from hybridkex.link.presets import PRESETS, Preset
 from hybridkex.link.toeplitz import MAX_INPUT
 
@@ -25,8 +25,6 @@ class LinkSettings:
     block_bits: int = 1_000_000
     """n_X: bits of the key basis that make a block."""
     key_bits: int = 256
-    finite_key: str = FINITE_KEY[0]
-    """``tight`` or ``published``: see :mod:`hybridkex.link.finite_key`."""
     max_qber: float = 0.11
     """Above this share of wrong bits in either basis a block is given up."""
     tolerance: float = 0.1
@@ -39,8 +37,6 @@ class LinkSettings:
             raise ConfigError("key_bits is a positive multiple of 8")
         if not 0.0 < self.max_qber <= 0.5 or not 0.0 < self.tolerance < 1.0:
             raise ConfigError("max_qber lies between 0 and 0.5, tolerance between 0 and 1")
-        if self.finite_key not in FINITE_KEY:
-            raise ConfigError(f"finite_key must be one of {', '.join(FINITE_KEY)}")
         if self.detections > 1 << 31:
             raise ConfigError("so many bits with so rare a key basis are too much for one block")
 
@@ -54,14 +50,12 @@ class LinkSettings:
     @property
     def proof(self) -> FiniteKeyProof:
         """What says how long the key is."""
-        return proof_for(self.preset.transmitter, self.finite_key)
+        return proof_for(self.preset.transmitter)
 
     @property
     def digest(self) -> bytes:
-        """A fingerprint of all that decides what the parties do; names and citations do not."""
-        mine = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "preset"}
-        mine |= self.preset.parameters
-        return hashlib.sha256(repr(sorted(mine.items())).encode()).digest()
+        """A fingerprint of all of this."""
+        return hashlib.sha256(repr(self).encode()).digest()
 
     def check(self, counts: Counts, *, pulses: int) -> None:
         """The rules on what was detected. Raises ``BlockAborted`` with the reason."""

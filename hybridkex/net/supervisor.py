@@ -56,9 +56,12 @@ class Connection:
         peer: the peer's address and port, or ``a local program``.
         address: the peer's network address, which holds a place until the peer has authenticated:
             an IPv4 address, the /64 prefix of an IPv6 address, or empty.
+        log: for log lines that the peer can cause.
+        evicted: whether it was closed because its place was needed for another.
     """
 
-    def __init__(self, transport: trio.SocketStream | None) -> None:
+    def __init__(self, transport: trio.SocketStream | None, log: BoundedLog) -> None:
+        self.log: Final = log
         self.peer: Final = peer_name(transport)
         self.address: Final = _network(transport)
         self._transport = transport
@@ -66,7 +69,7 @@ class Connection:
         self._budget: Budget | None = None
         self._holder: Hashable = None
         self._waiting_since: float | None = None
-        self._evicted = False
+        self.evicted = False
 
     def admit(self, budget: "Budget", holder: Hashable = "") -> None:
         """The peer is known: move to ``budget``, as one of ``holder``'s; the deadline is lifted.
@@ -91,12 +94,12 @@ class Connection:
 
     def _age(self, now: float) -> float:
         """Seconds that the peer has kept us waiting; negative if it is we who are slow."""
-        if self._waiting_since is None or self._evicted or _has_unread(self._transport):
+        if self._waiting_since is None or self.evicted or _has_unread(self._transport):
             return -1.0
         return now - self._waiting_since
 
     def _evict(self) -> None:
-        self._evicted = True
+        self.evicted = True
         self._release()
         self._scope.cancel()
 
@@ -120,7 +123,7 @@ class Budget:
     """
 
     def __init__(self, total: int, *, each: int | None = None, what: str = "connections") -> None:
-        self.total: Final = total
+        self.total = total
         self._each = each
         self._what = what
         self._count = 0
@@ -267,7 +270,7 @@ class Supervisor(Generic[T]):
                     self._handshakes._evict_one()
                     await trio.sleep(RETRY_SECONDS)
                     continue
-                connection = Connection(_transport(stream))
+                connection = Connection(_transport(stream), self.log)
                 try:
                     await self._handshakes._wait_and_take(connection, connection.address)
                 except BaseException:
@@ -299,7 +302,7 @@ class Supervisor(Generic[T]):
                 await trio.aclose_forcefully(stream)
 
     def _cut(self, connection: Connection) -> None:
-        if connection._evicted:
+        if connection.evicted:
             self._on_failure("evicted")
             self._say(connection, "closed: it waited, and its place was needed for another")
         else:

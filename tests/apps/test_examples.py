@@ -320,10 +320,10 @@ def test_examples_use_what_is_public() -> None:
 
 
 def test_applications_use_what_is_public() -> None:
-    """The public names and their own rooms."""
+    """The public names, their own rooms, and what every networked part shares."""
     folder = Path(hybridkex.__file__).parent / "apps"
     own = {module for path in folder.rglob("*.py") for module, _ in imported(path)}
-    own = {module for module in own if module.startswith("hybridkex.apps")}
+    own = {module for module in own if module.startswith(("hybridkex.apps", "hybridkex.net"))}
     files = list(folder.rglob("*.py"))
     assert len(files) > 15
     public = {"hybridkex", "hybridkex.errors"} | own

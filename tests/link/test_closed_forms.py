@@ -9,7 +9,6 @@ from hybridkex.link import asymptotic
 from hybridkex.link.finite_key import (
     Counts,
     OneDecoy,
-    Published,
     SecretLength,
     Security,
     TwoDecoys,
@@ -186,11 +185,7 @@ def lim(
     )
     channel = LIM.at(distance)
     length, pulses = expected_length(
-        channel,
-        transmitter,
-        key_detections=detections,
-        f=1.16,
-        proof=TwoDecoys(Published(21, clamp=clamp)),
+        channel, transmitter, key_detections=detections, f=1.16, clamp=clamp
     )
     return length, pulses, expected_counts(channel, transmitter, pulses)
 
@@ -244,13 +239,13 @@ def test_lim_0_km() -> None:
     ],
 )
 def test_lim_optimised(distance: float, detections: float, rate: float) -> None:
-    best = optimise(LIM.at(distance), key_detections=detections, f=1.16, finite_key="published")
+    best = optimise(LIM.at(distance), key_detections=detections, f=1.16)
     assert best is not None
     assert best.rate == pytest.approx(rate, rel=0.01)
 
 
 def test_lim_ends_where_it_should() -> None:
-    assert optimise(LIM.at(190), key_detections=1e9, f=1.16, finite_key="published") is None
+    assert optimise(LIM.at(190), key_detections=1e9, f=1.16) is None
 
 
 # -- Rusca et al. 2018
@@ -260,7 +255,7 @@ def rusca(distance: float, pulses: float) -> tuple[SecretLength, Counts]:
     chosen = PRESETS["rusca2018"].at(distance)
     counts = expected_counts(chosen.channel, chosen.transmitter, pulses)
     h = -sum(p * math.log2(p) for p in (counts.key_error_rate, 1 - counts.key_error_rate))
-    length = OneDecoy(Published(19)).secret_length(
+    length = OneDecoy().secret_length(
         chosen.transmitter,
         counts,
         security=Security(secrecy=1e-9, correctness=1e-15),

@@ -232,7 +232,7 @@ async def test_a_burst_loses_nobody(autojump_clock: MockClock) -> None:
 
 
 def connection_of(budget: Budget, holder: str) -> Connection:
-    connection = Connection(None)
+    connection = Connection(None, BoundedLog(LOGGER))
     connection.admit(budget, holder)
     return connection
 
@@ -254,13 +254,13 @@ async def test_a_budget_is_shared_fairly(mock_clock: MockClock) -> None:
             connection_of(budget, "third")  # they have not waited long
         mock_clock.jump(60)
         connection_of(budget, "third")
-        assert many[3]._evicted  # of the one who has the most, the one that waited longest
-        assert not few[0]._evicted
+        assert many[3].evicted  # of the one who has the most, the one that waited longest
+        assert not few[0].evicted
         connection_of(budget, "few")  # the one who has many has five, and pays again
-        assert many[1]._evicted
-        assert not few[0]._evicted
+        assert many[1].evicted
+        assert not few[0].evicted
         connection_of(budget, "few")  # nobody who has more is idle: one of its own
-        assert few[0]._evicted
+        assert few[0].evicted
     assert len(budget) == 8
 
 

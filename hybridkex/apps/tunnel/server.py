@@ -9,9 +9,11 @@ for new connections and an old one stays open as long as somebody needs its key 
 import contextlib
 import json
 import logging
+import math
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -24,6 +26,7 @@ from hybridkex.apps.tunnel.metrics import TunnelCounters, TunnelMetrics
 from hybridkex.apps.tunnel.sockets import connect, listen, set_mode, unlink
 from hybridkex.errors import HybridkexError
 from hybridkex.net.address import Address
+from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
 
 __all__ = ["TunnelServer"]
 
@@ -73,6 +76,7 @@ class _Door:
     address: Address
     listeners: list[trio.SocketListener]
     live: _Live
+    budget: Budget
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     async def aclose(self) -> None:
@@ -166,7 +170,9 @@ class TunnelServer:
                 if key not in self._doors:
                     config = live.config
                     listeners = await listen(config.local, mode=config.socket_mode)
-                    opened[key] = _Door(config.local, listeners, live)
+                    opened[key] = _Door(
+                        config.local, listeners, live, Budget(config.max_connections)
+                    )
         except BaseException:
             for live in fresh.values():
                 live.retire()
@@ -181,6 +187,7 @@ class TunnelServer:
         for key, door in self._doors.items():
             door.live.retire()
             door.live = fresh[key]
+            door.budget.total = door.live.config.max_connections
             set_mode(door.address, door.live.config.socket_mode)
         for key, door in opened.items():
             self._doors[key] = door
@@ -198,36 +205,36 @@ class TunnelServer:
             await live.over.wait()
 
     async def _accept(self, door: _Door) -> None:
-        async def handle(socket: trio.SocketStream) -> None:
-            await self._accepted(door.live, socket)
+        async def handle(socket: trio.SocketStream, connection: Connection) -> None:
+            await self._accepted(door, socket, connection)
 
+        supervisor = Supervisor(
+            handle,
+            name=door.live.config.name,
+            logger=LOG,
+            # The stream's own time limit, which tells the peer and follows the configuration, is
+            # the one that counts.
+            handshake_seconds=math.inf,
+        )
         with door.scope:
             try:
-                await trio.serve_listeners(
-                    handle, door.listeners, handler_nursery=self._connections
-                )
+                await supervisor.serve(door.listeners, connections=self._connections)
             finally:
                 unlink(door.address)
 
     # -- one connection
 
-    async def _accepted(self, live: _Live, socket: trio.SocketStream) -> None:
+    async def _accepted(
+        self, door: _Door, socket: trio.SocketStream, connection: Connection
+    ) -> None:
+        live = door.live
         name = live.config.name
         counters = self._metrics.of(name)
-        peer = _peer(socket)
-        if self._open[name] >= live.config.max_connections:
-            counters.refused("limit")
-            LOG.warning("%s: %s refused: %d connections are open", name, peer, self._open[name])
-            reset(socket)
-            return
-        self._open[name] += 1
         counters.total.inc()
+        self._open[name] += 1
         try:
             with counters.open.track_inprogress():
-                await _Connection(live, socket, counters, f"{name}: {peer}").run()
-        except Exception:
-            # A bug of ours costs one connection, not all of them.
-            LOG.exception("%s: %s: internal error", name, peer)
+                await _Connection(live, socket, counters, connection, door.budget).run()
         finally:
             self._open[name] -= 1
 
@@ -236,12 +243,19 @@ class _Connection:
     """One connection, from its acceptance to its end."""
 
     def __init__(
-        self, live: _Live, socket: trio.SocketStream, counters: TunnelCounters, what: str
+        self,
+        live: _Live,
+        socket: trio.SocketStream,
+        counters: TunnelCounters,
+        connection: Connection,
+        budget: Budget,
     ) -> None:
         self._live = live
         self._config = live.config
         self._counters = counters
-        self._what = what
+        self._connection = connection
+        self._budget = budget
+        self._what = f"{live.config.name}: {connection.peer}"
         self._accepted = socket
         self._sockets = [socket]
         """Whatever has been opened: all of it is closed in the end."""
@@ -249,7 +263,8 @@ class _Connection:
     async def run(self) -> None:
         began = trio.current_time()
         out, back = _Sum(self._counters.out.inc), _Sum(self._counters.back.inc)
-        end = "cut: the tunnel is ending"
+        log: Callable[..., None] = partial(LOG.log, logging.INFO)
+        end = "cut: the tunnel is ending"  # if it is cancelled, alone or in a group
         try:
             with self._live.used():
                 legs = await self._establish()
@@ -261,17 +276,20 @@ class _Connection:
         except _Refused as refused:
             self._counters.refused(refused.kind)
             end = f"refused: {refused}"
+            log = partial(self._connection.log.log, logging.WARNING)
         except ConnectionCut as cut:
-            self._counters.cut.inc()
             end = f"cut: {cut}"
-        except trio.Cancelled:
-            self._counters.cut.inc()
+        except Exception:
+            end = "cut: internal error"
             raise
         finally:
+            if self._connection.evicted:
+                end = "cut: its place was needed for another"
+            if end.startswith("cut"):
+                self._counters.cut.inc()
             for socket in self._sockets:
                 reset(socket)
-            LOG.log(
-                logging.WARNING if end.startswith("refused") else logging.INFO,
+            log(
                 "%s %s; %d bytes out, %d back, %.1f s",
                 self._what,
                 end,
@@ -280,14 +298,22 @@ class _Connection:
                 trio.current_time() - began,
             )
 
+    def _admit(self) -> None:
+        try:
+            self._connection.admit(self._budget)
+        except TooManyConnections as error:
+            raise _Refused("limit", str(error)) from None
+
     async def _establish(self) -> tuple[Leg, Leg]:
         """Both halves of the way, near and far."""
         channel = self._live.channel
         keep_alive(self._accepted)
         if isinstance(channel, ServerConfig):
             near = await self._secure(self._accepted, channel, None)
+            self._admit()
             far = await self._connect()
             return near, Leg("the target", far, far)
+        self._admit()
         far = await self._connect()
         return (
             Leg("the program", self._accepted, self._accepted),
@@ -345,11 +371,3 @@ def _described(session: Session, *, as_json: bool) -> str:
     if as_json:
         return json.dumps(session.as_json())
     return "; ".join(" ".join(line.split()) for line in str(session).splitlines())
-
-
-def _peer(socket: trio.SocketStream) -> str:
-    try:
-        where = socket.socket.getpeername()
-    except OSError:  # gone already
-        return "somebody"
-    return f"{where[0]}:{where[1]}" if isinstance(where, tuple) else "a local program"

@@ -18,13 +18,13 @@ import logging
 import os
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from hybridkex.auth.names import PIN, PeerName, canonical_peer_name
-from hybridkex.auth.raw_keys import read_raw_key
+from hybridkex.auth.raw_keys import PeerRawKey, read_raw_key
 from hybridkex.auth.verified import PROOF, VerifiedPeer
 from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected, ConfigError
@@ -41,8 +41,9 @@ _LINE: Final = re.compile(r"(?P<name>[^ \t]+)[ \t]+(?P<key>[A-Za-z0-9+/]+=*)")
 class KnownPeers:
     """Servers by the key that they showed first, clients by the keys that are in the file.
 
-    The file is replaced as a whole, under a lock, and only when a handshake with a new peer is
-    complete; a crash leaves the old file or the new one.
+    The file is read when this object is made and by :meth:`refresh`; to verify a key does no input
+    or output. The file is replaced as a whole, under a lock, and only when the session with a new
+    peer has been authorized; a crash leaves the old file or the new one.
 
     Args:
         path: the file; it need not be there yet.
@@ -54,10 +55,21 @@ class KnownPeers:
 
     path: Path
     accept_new: bool = True
+    _snapshot: "_Snapshot" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
-        _read(self.path)
+        object.__setattr__(self, "_snapshot", _Snapshot(_read(self.path)))
+
+    def refresh(self) -> None:
+        """Read the file again. If that is not possible, no key is accepted from then on.
+
+        A shell calls this, in a worker thread, before each handshake.
+        """
+        try:
+            self._snapshot.entries = _read(self.path)
+        except ConfigError as error:
+            self._snapshot.entries = error
 
     def verify_server_key(self, spki: bytes, name: PeerName | None) -> VerifiedPeer:
         """A key that the name had before; any key, where the name is new."""
@@ -70,19 +82,14 @@ class KnownPeers:
         if spki in known:
             return VerifiedPeer(PROOF, peer, "known")
         if known:
-            raise CertificateRejected(
-                f"{name} has another key than the one in {self.path}: somebody is in between, or "
-                f"the server has a new key; it showed {peer.pin}",
-                alert=Alert.CERTIFICATE_UNKNOWN,
-                subject=peer.subject,
-            )
+            raise self._another_key(str(name), peer)
         if not self.accept_new:
             raise CertificateRejected(
                 f"{name} is not in {self.path}; it showed the key {peer.pin}",
                 alert=Alert.CERTIFICATE_UNKNOWN,
                 subject=peer.subject,
             )
-        return VerifiedPeer(PROOF, peer, "first use", partial(self._remember, str(name), spki))
+        return VerifiedPeer(PROOF, peer, "first use", partial(self._remember, str(name), peer))
 
     def verify_client_key(self, spki: bytes) -> VerifiedPeer:
         """A key that is in the file: a client says no name, so none of them is new."""
@@ -113,6 +120,7 @@ class KnownPeers:
             raise ConfigError(f"cannot add a key for {name}: {error}") from None
         with _locked(self.path):
             self._add(name, spki)
+        self.refresh()
 
     def _add(self, name: str, spki: bytes) -> None:
         if (name, spki) in _read(self.path):
@@ -122,26 +130,50 @@ class KnownPeers:
             text += "\n"
         _replace(self.path, f"{text}{name} {base64.b64encode(spki).decode('ascii')}\n")
 
-    def _remember(self, name: str, spki: bytes) -> None:
-        """The handshake is complete. That it cannot be noted does not undo it."""
+    def _remember(self, name: str, peer: PeerRawKey) -> None:
+        """Write a first use. That the file cannot be written does not undo the session."""
         try:
             with _locked(self.path):
-                if any(entry == name for entry, _ in _read(self.path)):
-                    # Another connection was first; the next one to this name will tell.
-                    return
-                self._add(name, spki)
+                known = [key for entry, key in _read(self.path) if entry == name]
+                if not known:
+                    self._add(name, peer.spki)
         except ConfigError as error:
             LOG.warning("the key of %s is not remembered: %s", name, error)
+            return
+        finally:
+            self.refresh()
+        if known and peer.spki not in known:
+            # Another connection, or another process, met the name first, and another key.
+            raise self._another_key(name, peer)
 
-    def _entries(self) -> list[tuple[str, bytes]]:
-        try:
-            return _read(self.path)
-        except ConfigError as error:
+    def _another_key(self, name: str, peer: PeerRawKey) -> CertificateRejected:
+        return CertificateRejected(
+            f"{name} has another key than the one in {self.path}: somebody is in between, or "
+            f"the server has a new key; it showed {peer.pin}",
+            alert=Alert.CERTIFICATE_UNKNOWN,
+            subject=peer.subject,
+        )
+
+    def _entries(self) -> "_Entries":
+        entries = self._snapshot.entries
+        if isinstance(entries, ConfigError):
             # Half a store could have lost the very key that matters.
-            raise CertificateRejected(str(error), alert=Alert.INTERNAL_ERROR) from None
+            raise CertificateRejected(str(entries), alert=Alert.INTERNAL_ERROR)
+        return entries
 
 
-def _read(path: Path) -> list[tuple[str, bytes]]:
+_Entries = list[tuple[str, bytes]]
+"""Names and keys, in the order of the file."""
+
+
+@dataclass
+class _Snapshot:
+    """What the file held when it was read last, or why it could not be read."""
+
+    entries: _Entries | ConfigError
+
+
+def _read(path: Path) -> _Entries:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

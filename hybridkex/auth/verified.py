@@ -14,6 +14,7 @@ __all__ = [
     "ClientKeyVerifier",
     "ClientVerifier",
     "Presented",
+    "Refreshable",
     "ServerKeyVerifier",
     "ServerVerifier",
     "VerifiedPeer",
@@ -107,4 +108,17 @@ class ClientKeyVerifier(Protocol):
 
     def verify_client_key(self, spki: bytes) -> VerifiedPeer:
         """Accept a SubjectPublicKeyInfo, or raise ``CertificateRejected``."""
+        ...
+
+
+@runtime_checkable
+class Refreshable(Protocol):
+    """A verifier that decides by files which change while it is in use."""
+
+    def refresh(self) -> None:
+        """Read the files again.
+
+        A shell calls this, in a worker thread, before each handshake; the engine never does.
+        Raises nothing: what cannot be read is trusted by nobody.
+        """
         ...

@@ -39,6 +39,7 @@ import trio
 from hybridkex.auth import (
     ClientKeyVerifier,
     RawIdentity,
+    Refreshable,
     ServerKeyVerifier,
     VerifiedPeer,
 )
@@ -328,10 +329,13 @@ async def exchange(
         KeySourceError: no QKD key could be had.
     """
     with trio.move_on_after(config.time_limit):
+        verifier = getattr(config.authentication, "verifier", None)
+        if isinstance(verifier, Refreshable):
+            await trio.to_thread.run_sync(verifier.refresh, abandon_on_cancel=True)
         run = _Run(stream, config, on_authenticated or _nothing)
         result = await (run.initiate() if config.role == "initiator" else run.respond())
         if result.peer is not None and result.peer.remember is not None:
-            result.peer.remember()
+            await trio.to_thread.run_sync(result.peer.remember, abandon_on_cancel=True)
         return result
     raise HandshakeTimeout(f"the exchange did not end within {config.time_limit:g} s")
 

@@ -23,6 +23,7 @@ from typing import Final, Generic, NoReturn, TypeVar
 import trio
 from trio.abc import HalfCloseableStream, Stream
 
+from hybridkex.auth import Refreshable
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import (
     HandshakeTimeout,
@@ -94,8 +95,10 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         self._session: Session | None = None
         self._connection: ClientConnection | ServerConnection
         if isinstance(config, ClientConfig):
+            self._verifier: object = config.verifier
             self._connection = ClientConnection(config, server_hostname)
         else:
+            self._verifier = config.client_verifier
             if server_hostname is not None:
                 raise ValueError("server_hostname goes with a ClientConfig")
             self._connection = ServerConnection(config)
@@ -174,6 +177,8 @@ class SecureStream(HalfCloseableStream, Generic[T]):
 
     async def _run_handshake(self) -> None:
         connection = self._connection
+        if isinstance(self._verifier, Refreshable):
+            await trio.to_thread.run_sync(self._verifier.refresh, abandon_on_cancel=True)
         try:
             if isinstance(connection, ClientConnection):
                 connection.start()

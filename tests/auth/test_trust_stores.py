@@ -9,7 +9,15 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from hybridkex.auth import DevCa, TrustStore, parse_peer_name, spki_sha256, system
+from hybridkex.auth import (
+    DevCa,
+    KnownPeers,
+    RawIdentity,
+    TrustStore,
+    parse_peer_name,
+    spki_sha256,
+    system,
+)
 from hybridkex.errors import CertificateRejected, ConfigError
 
 ONE, TWO, THREE = DevCa.create("One"), DevCa.create("Two"), DevCa.create("Three")
@@ -177,3 +185,20 @@ def test_the_usual_places(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
     known = ssl.DefaultVerifyPaths(str(built), "", "", "", "", "")
     bare.setattr(ssl, "get_default_verify_paths", lambda: known)
     assert TrustStore.system().authorities == (THREE.certificate,)
+
+
+def test_two_first_uses_of_one_name_at_once(tmp_path: Path) -> None:
+    """The second to finish has met somebody else: its session is refused, the file stays."""
+    one, other = RawIdentity.generate(), RawIdentity.generate()
+    path, name = tmp_path / "known", parse_peer_name("server.example")
+    first = KnownPeers(path).verify_server_key(one.chain[0], name)
+    same = KnownPeers(path).verify_server_key(one.chain[0], name)
+    second = KnownPeers(path).verify_server_key(other.chain[0], name)
+    assert first.remember is not None
+    assert same.remember is not None
+    assert second.remember is not None
+    first.remember()
+    same.remember()
+    with pytest.raises(CertificateRejected, match="another key"):
+        second.remember()
+    assert path.read_text().count("\n") == 1

@@ -235,6 +235,7 @@ def test_a_bad_line_never_makes_first_use(line: str, tmp_path: Path) -> None:
     known = KnownPeers(path)
     known.add("other.example", ONE)
     path.write_text(path.read_text() + line + "\n", encoding="utf-8")
+    known.refresh()
     for name in ("server.example", "other.example"):
         with pytest.raises(CertificateRejected, match="line 2"):
             known.verify_server_key(ONE, parse_peer_name(name))
@@ -252,6 +253,7 @@ def test_comments_and_line_ends(tmp_path: Path) -> None:
     known.add("urn:sae:a#b", ONE)
     text = path.read_text()
     path.write_bytes(f"# comment\r\n\r\n  {text.strip()}\t# mine\r\n#x\n".encode())
+    known.refresh()
     assert known.verify_client_key(ONE).vouched_names == ("urn:sae:a#b",)
 
 

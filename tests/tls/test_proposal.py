@@ -25,7 +25,7 @@ from hybridkex import (
 )
 from hybridkex.constants import Alert
 from hybridkex.errors import AlertReceived, CertificateRejected, LocalStateError, PolicyRefused
-from hybridkex.tls.connection import Connection
+from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
 from hybridkex.tls.events import (
     ApplicationData,
     HandshakeCompleted,
@@ -183,19 +183,26 @@ def audited() -> Iterator[list[str]]:
 
 
 def test_the_engine_does_no_io(
-    configs: tuple[ClientConfig, ServerConfig], client_identity: Identity, trust: TrustStore
+    configs: tuple[ClientConfig, ServerConfig],
+    client_identity: Identity,
+    trust: TrustStore,
+    tmp_path: Path,
 ) -> None:
     client, server = configs
     asking = {"client_verifier": trust, "require_client_certificate": True}
+    raw = RawIdentity.generate()
+    known = KnownPeers(tmp_path / "known")
+    known.add("localhost", raw.chain[0])
     scenarios = [
         (client, server),
+        (replace(client, verifier=known), replace(server, identities=(raw,))),
         (replace(client, identity=client_identity), replace(server, **asking)),
         (replace(client, psks=(PSK,)), replace(server, psks=(PSK,))),
     ]
     for one, other in scenarios:
         Pair.make(one, other).connect().exchange(b"a", b"b")  # what is imported once, is
         with audited() as seen:
-            pair = Pair.make(one, other).connect()
+            pair = Pair(ClientConnection(one, "localhost"), ServerConnection(other)).connect()
             pair.exchange(b"a", b"b")
             pair.client.update_keys(request_peer=True)
             pair.exchange(b"a", b"b")

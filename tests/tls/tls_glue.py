@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from hybridkex.auth import Refreshable
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import AlertReceived, LocalStateError, PeerError, TruncationError
 from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
@@ -75,6 +76,9 @@ class Pair:
         lookup: Lookup | None = None,
         on_wire: OnWire | None = None,
     ) -> "Pair":
+        for verifier in (client.verifier, server.client_verifier):
+            if isinstance(verifier, Refreshable):  # as a shell does
+                verifier.refresh()
         return cls(ClientConnection(client, name), ServerConnection(server), lookup, on_wire)
 
     @property

@@ -18,6 +18,7 @@ __all__ = [
     "ConfigError",
     "DecodeError",
     "DecryptError",
+    "EncodeError",
     "HandshakeFailure",
     "HandshakeTimeout",
     "HybridkexError",
@@ -126,6 +127,14 @@ class InternalError(PeerError):
     """The handshake cannot go on for a reason on our side; the peer is told no more than that."""
 
     alert = Alert.INTERNAL_ERROR
+
+
+class EncodeError(InternalError):
+    """A value that a message cannot carry.
+
+    Values from the caller are checked when a configuration is made and values from the peer when
+    they are read, so this is the last barrier: it ends one connection with internal_error.
+    """
 
 
 class MissingExtension(PeerError):

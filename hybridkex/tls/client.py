@@ -25,6 +25,7 @@ from hybridkex.crypto.suites import CipherSuite
 from hybridkex.errors import (
     CertificateRejected,
     DecodeError,
+    EncodeError,
     IllegalParameter,
     MissingExtension,
     PolicyRefused,
@@ -58,6 +59,7 @@ from hybridkex.tls.negotiation import (
 from hybridkex.tls.session import AuthenticatedBy, Session, SessionTicket
 from hybridkex.tls.traffic import ClientTraffic, Connected, store_key
 from hybridkex.tls.transcript import Transcript
+from hybridkex.wire.codec import vector8, vector16
 from hybridkex.wire.extensions import (
     AlpnChoice,
     AlpnOffer,
@@ -215,8 +217,8 @@ class _Offer:
             else:
                 digest = psk.hash.digest(truncated)
             binder = EarlySecret.start(psk.hash, psk.key).binder(psk.binder_label, digest)
-            binders += bytes((len(binder),)) + binder
-        return truncated + len(binders).to_bytes(2, "big") + binders
+            binders += vector8(binder)
+        return truncated + vector16(binders)
 
 
 def start(config: ClientConfig, name: PeerName | None, channel: Channel) -> ClientState:
@@ -297,7 +299,7 @@ def _take_ticket(config: ClientConfig, name: PeerName | None) -> SessionTicket |
     ticket = config.session_store.take(key, config.binding(config.identity))
     if ticket is None or all(suite.hash != ticket.suite.hash for suite in config.suites):
         return None
-    if not resumable(config, ticket, config.identity):
+    if len(ticket.ticket) > config.ticket_room or not resumable(config, ticket, config.identity):
         return None
     if ticket.authenticated_by is not AuthenticatedBy.PSK:
         assert config.verifier is not None
@@ -352,7 +354,11 @@ class WaitServerHello(ClientState):
         )
         transcript = Transcript.after_retry(suite.hash, suite.hash.digest(self.hello), raw)
         channel.change_cipher_spec_due = offer.config.compatibility_mode
-        hello = again.hello(cookie.cookie if cookie is not None else None, transcript)
+        try:
+            hello = again.hello(cookie.cookie if cookie is not None else None, transcript)
+        except EncodeError:
+            # Section 4.3.2 of RFC 9846 wants the cookie back as it came, and there is no room.
+            raise IllegalParameter("the server's cookie does not fit into a ClientHello") from None
         channel.send_raw(hello)
         transcript.add(hello)
         return WaitSecondServerHello(again, suite, transcript)

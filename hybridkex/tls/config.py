@@ -106,9 +106,14 @@ class Limits:
             raise ConfigError("a limit is 1 or more")
 
 
-MAX_SHARES: Final = 60 << 10
-"""Bytes of key shares in one ClientHello: all its extensions have 65,535 bytes together (RFC 8446
-section 4.1.2), and the others need some."""
+MAX_OFFER: Final = 60 << 10
+"""Bytes of key shares, PSK identities and ALPN names in one ClientHello: all its extensions have
+65,535 bytes together (RFC 9846 section 4.2.2), and the others need some."""
+
+
+_PSK_OVERHEAD: Final = 8 + 2 + 4 + 1 + 48
+"""Bytes of an offered PSK beside its identity: the fields of ImportedIdentity, the length, the age
+and a binder of SHA-384."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,14 +308,27 @@ class ClientConfig(_Config):
             raise ConfigError(f"authentication by {authentication.value} needs a verifier")
 
     def _check_room(self) -> None:
-        """Shares go into one ClientHello, those of a retry into another."""
-        first = sum(group.exchange.offer_length for group in self.shared_groups)
-        largest = max(group.exchange.offer_length for group in self.group_list)
-        if max(first, largest) > MAX_SHARES:
+        if self.ticket_room < 0:
             raise ConfigError(
-                f"key shares of {max(first, largest)} bytes, and a ClientHello has room for "
-                f"{MAX_SHARES}; lower key_shares or choose smaller groups"
+                f"key shares, PSK identities and ALPN names take {MAX_OFFER - self.ticket_room} "
+                f"bytes, and a ClientHello has room for {MAX_OFFER}; lower key_shares, choose "
+                "smaller groups, or list fewer PSKs"
             )
+
+    @cached_property
+    def ticket_room(self) -> int:
+        """Bytes that are left in every ClientHello for a session ticket."""
+        # The shares go into one ClientHello, the share of a retry into another.
+        shares = sum(group.exchange.offer_length for group in self.shared_groups)
+        largest = max(group.exchange.offer_length for group in self.group_list)
+        hashes = {suite.hash for suite in self.suites}
+        psks = sum(
+            (len(psk.identity) + len(psk.context or b"") + _PSK_OVERHEAD)
+            * (len(hashes) if psk.imported else 1)
+            for psk in self.psks
+        )
+        names = sum(1 + len(name.encode("utf-8")) for name in self.alpn)
+        return MAX_OFFER - max(shares, largest) - psks - names
 
     @property
     def shared_groups(self) -> tuple[Group, ...]:

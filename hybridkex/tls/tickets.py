@@ -20,12 +20,17 @@ from hybridkex.constants import TLS13, CertificateType
 from hybridkex.errors import ConfigError, DecodeError
 from hybridkex.secret import Secret
 from hybridkex.tls.session import MAX_TICKET_LIFETIME, AuthenticatedBy
-from hybridkex.wire.codec import Reader, u8, u16, u64, vector8, vector16, vector24
+from hybridkex.wire.codec import Reader, ascii_text, u8, u16, u64, vector8, vector16, vector24
 
-__all__ = ["CookieProtector", "CookieState", "TicketIssuer", "TicketState"]
+__all__ = ["MAX_TICKET", "CookieProtector", "CookieState", "TicketIssuer", "TicketState"]
+
+MAX_TICKET: Final = 1 << 15
+"""Bytes of the longest ticket that a server issues: half of what the extensions of a ClientHello
+hold together, so that the client's key shares and names have room beside it."""
 
 _NONCE_LENGTH: Final = 12
 _NAME_LENGTH: Final = 8
+_SEAL_OVERHEAD: Final = _NAME_LENGTH + _NONCE_LENGTH + 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,7 @@ class TicketState:
             + u16(self.suite)
             + vector8(self.psk.reveal())
             + u64(self.issued_at)
-            + vector16((self.server_name or "").encode("ascii"))
+            + vector16(ascii_text(self.server_name or ""))
             + vector8(self.authenticated_by.value.encode("ascii"))
             + vector16(self.psk_identity or b"")
             + u8(self.psk_context is not None)
@@ -151,9 +156,15 @@ class TicketIssuer:
         if self.rotation < 1:
             raise ConfigError("ticket keys rotate after one second at the earliest")
 
-    def seal(self, state: TicketState) -> bytes:
-        """The ticket for this state."""
-        return self._current().seal(state.encode())
+    def seal(self, state: TicketState) -> bytes | None:
+        """The ticket for this state; ``None`` where it would be longer than :data:`MAX_TICKET`.
+
+        A ticket holds the client's certificates and its PSK identity, which a client chooses.
+        """
+        plaintext = state.encode()
+        if len(plaintext) + _SEAL_OVERHEAD > MAX_TICKET:
+            return None
+        return self._current().seal(plaintext)
 
     def open(self, ticket: bytes) -> TicketState | None:
         """The state, or ``None`` for a ticket that is forged, expired, or somebody else's."""

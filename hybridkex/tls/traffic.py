@@ -119,6 +119,8 @@ class ClientTraffic(_Traffic):
         lifetime = min(message.lifetime, remaining_lifetime(self._config, session.began_at))
         if store is None or lifetime <= 0:
             return self
+        if len(message.ticket) > self._config.ticket_room:
+            return self  # No ClientHello of ours could carry it.
         ticket = SessionTicket(
             ticket=message.ticket,
             psk=self.connected.resumption.psk(message.nonce),
@@ -193,12 +195,15 @@ class ServerTraffic(_Traffic):
             client_chain=presented.chain if presented is not None else (),
             client_certificate_type=presented.certificate_type if presented is not None else X509,
         )
+        ticket = issuer.seal(state)
+        if ticket is None:
+            return  # Too long; this client makes a full handshake the next time.
         channel.send(
             NewSessionTicket(
                 lifetime=lifetime,
                 age_add=int.from_bytes(self._config.entropy(4), "big"),
                 nonce=nonce,
-                ticket=issuer.seal(state),
+                ticket=ticket,
                 extensions=Extensions(),
             )
         )

@@ -1,16 +1,22 @@
-"""The presentation language of RFC 8446 section 3: bounded reading, and the vectors to write.
+"""The presentation language of RFC 9846 section 3: bounded reading and bounded writing.
 
-A :class:`Reader` never reads past its end and never takes a length on trust: whatever bytes it is
-given, it returns what it was asked for or raises :class:`~hybridkex.errors.DecodeError`.
+A :class:`Reader` never reads past its end and never trusts a length: for any input it returns what
+was asked for or raises :class:`~hybridkex.errors.DecodeError`. The functions that write raise
+:class:`~hybridkex.errors.EncodeError` for a value that the field cannot hold, and nothing else.
+Every encoder of this package writes through them.
 """
 
+from struct import error as StructError
 from struct import pack, unpack
 
-from hybridkex.errors import DecodeError
+from hybridkex.errors import DecodeError, EncodeError
 
 __all__ = [
     "Reader",
+    "ascii_text",
+    "fixed",
     "u8",
+    "u8_list",
     "u16",
     "u16_list",
     "u24",
@@ -115,44 +121,66 @@ class Reader:
             raise DecodeError(f"{self.remaining} bytes too many")
 
 
+def _unsigned(value: int, width: int) -> bytes:
+    try:
+        return value.to_bytes(width, "big")
+    except OverflowError:
+        raise EncodeError(f"the value {value} does not fit into {8 * width} bits") from None
+
+
 def u8(value: int) -> bytes:
     """An unsigned 8-bit integer."""
-    return value.to_bytes(1, "big")
+    return _unsigned(value, 1)
 
 
 def u16(value: int) -> bytes:
     """An unsigned 16-bit integer."""
-    return value.to_bytes(2, "big")
+    return _unsigned(value, 2)
 
 
 def u24(value: int) -> bytes:
     """An unsigned 24-bit integer."""
-    return value.to_bytes(3, "big")
+    return _unsigned(value, 3)
 
 
 def u32(value: int) -> bytes:
     """An unsigned 32-bit integer."""
-    return value.to_bytes(4, "big")
+    return _unsigned(value, 4)
 
 
 def u64(value: int) -> bytes:
     """An unsigned 64-bit integer."""
-    return value.to_bytes(8, "big")
+    return _unsigned(value, 8)
 
 
-def vector8(content: bytes) -> bytes:
-    """A vector of up to 255 bytes."""
-    return u8(len(content)) + content
+def _vector(content: bytes, width: int, most: int) -> bytes:
+    length = len(content)
+    if length > most:
+        raise EncodeError(f"{length} bytes in a vector of at most {most}")
+    return length.to_bytes(width, "big") + content
+
+
+def vector8(content: bytes, most: int = 0xFF) -> bytes:
+    """A vector of up to 255 bytes, or of up to ``most``."""
+    return _vector(content, 1, most)
 
 
 def vector16(content: bytes) -> bytes:
     """A vector of up to 65,535 bytes."""
-    return u16(len(content)) + content
+    return _vector(content, 2, 0xFFFF)
 
 
 def vector24(content: bytes) -> bytes:
     """A vector of up to 2^24 - 1 bytes."""
-    return u24(len(content)) + content
+    return _vector(content, 3, 0xFFFFFF)
+
+
+def u8_list(values: tuple[int, ...]) -> bytes:
+    """8-bit integers in a row, without a length."""
+    try:
+        return bytes(values)
+    except ValueError:
+        raise EncodeError(f"a value in {values} does not fit into 8 bits") from None
 
 
 def vector32(content: bytes) -> bytes:
@@ -162,4 +190,22 @@ def vector32(content: bytes) -> bytes:
 
 def u16_list(values: tuple[int, ...]) -> bytes:
     """16-bit integers in a row, without a length."""
-    return pack(f">{len(values)}H", *values)
+    try:
+        return pack(f">{len(values)}H", *values)
+    except StructError:
+        raise EncodeError(f"a value in {values} does not fit into 16 bits") from None
+
+
+def ascii_text(text: str) -> bytes:
+    """Text that must be ASCII, without a length."""
+    try:
+        return text.encode("ascii")
+    except UnicodeEncodeError:
+        raise EncodeError("text that is not ASCII") from None
+
+
+def fixed(content: bytes, length: int) -> bytes:
+    """An opaque field of ``length`` bytes, which has no length on the wire."""
+    if len(content) != length:
+        raise EncodeError(f"{len(content)} bytes in a field of {length}")
+    return content

@@ -9,12 +9,21 @@ since only it knows what it offered.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
-from struct import pack
 from typing import ClassVar, Final, Self, TypeVar
 
 from hybridkex.constants import CertificateType, ExtensionType
-from hybridkex.errors import DecodeError, IllegalParameter
-from hybridkex.wire.codec import Reader, u8, u16, u16_list, u32, vector8, vector16
+from hybridkex.errors import DecodeError, EncodeError, IllegalParameter, UnrecognizedName
+from hybridkex.wire.codec import (
+    Reader,
+    ascii_text,
+    u8,
+    u8_list,
+    u16,
+    u16_list,
+    u32,
+    vector8,
+    vector16,
+)
 
 __all__ = [
     "AlpnChoice",
@@ -53,6 +62,10 @@ __all__ = [
     "UnknownExtension",
     "parse",
 ]
+
+
+MAX_HOST_NAME: Final = 255
+"""Bytes of a DNS name (RFC 1035 section 2.3.4)."""
 
 
 class MessageKind(Enum):
@@ -124,8 +137,13 @@ class ServerName(Extension):
         names = reader.vector(2, least=1)
         if names.u8() != 0:
             raise DecodeError("server_name of a type other than host_name")
+        name = names.opaque(2, least=1)
+        if len(name) > MAX_HOST_NAME:
+            raise UnrecognizedName(
+                f"server_name of {len(name)} bytes; no host name has more than 255"
+            )
         try:
-            host_name = names.opaque(2, least=1).decode("ascii")
+            host_name = name.decode("ascii")
         except UnicodeDecodeError:
             raise IllegalParameter("server_name is not ASCII") from None
         if "\0" in host_name:
@@ -134,7 +152,7 @@ class ServerName(Extension):
         return cls(host_name)
 
     def body(self) -> bytes:
-        return vector16(u8(0) + vector16(self.host_name.encode("ascii")))
+        return vector16(u8(0) + vector16(ascii_text(self.host_name)))
 
 
 @dataclass(frozen=True)
@@ -236,7 +254,7 @@ class _CertificateTypeOffer(Extension):
         return cls(types)  # type: ignore[call-arg]
 
     def body(self) -> bytes:
-        return vector8(bytes(self.types))
+        return vector8(u8_list(self.types))
 
 
 class _CertificateTypeChoice(Extension):
@@ -299,6 +317,8 @@ class Padding(Extension):
         return cls(len(reader.rest()))
 
     def body(self) -> bytes:
+        if not 0 <= self.length <= 0xFFFF:
+            raise EncodeError(f"{self.length} bytes of padding")
         return bytes(self.length)
 
 
@@ -473,7 +493,7 @@ class PskKeyExchangeModes(Extension):
         return cls(tuple(reader.opaque(1, least=1)))
 
     def body(self) -> bytes:
-        return vector8(bytes(self.modes))
+        return vector8(u8_list(self.modes))
 
 
 @dataclass(frozen=True)
@@ -669,8 +689,7 @@ class Extensions:
         """The vector of extensions, with its 16-bit length."""
         pieces: list[bytes] = []
         for type_, one in self._by_type.items():
-            body = one.body()
-            pieces += (pack(">HH", type_, len(body)), body)
+            pieces += (u16(type_), vector16(one.body()))
         return vector16(b"".join(pieces))
 
 

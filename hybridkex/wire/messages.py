@@ -11,6 +11,7 @@ from hybridkex.constants import HELLO_RETRY_RANDOM, LEGACY_VERSION, HandshakeTyp
 from hybridkex.errors import DecodeError, IllegalParameter, UnexpectedMessage
 from hybridkex.wire.codec import (
     Reader,
+    fixed,
     u8,
     u16,
     u16_list,
@@ -87,8 +88,8 @@ class ClientHello(Message):
     def body(self) -> bytes:
         return (
             u16(self.legacy_version)
-            + self.random
-            + vector8(self.session_id)
+            + fixed(self.random, 32)
+            + vector8(self.session_id, most=32)
             + vector16(u16_list(self.cipher_suites))
             + vector8(self.compression_methods)
             + self.extensions.encode()
@@ -110,8 +111,8 @@ class _ServerHelloForm(Message):
     def body(self) -> bytes:
         return (
             u16(self.legacy_version)
-            + self.random
-            + vector8(self.session_id)
+            + fixed(self.random, 32)
+            + vector8(self.session_id, most=32)
             + u16(self.cipher_suite)
             + u8(self.compression_method)
             + self.extensions.encode()
@@ -319,8 +320,7 @@ _CLASSES: Final[dict[int, type[Message]]] = {
 
 def encode(message: Message) -> bytes:
     """The message with its header."""
-    body = message.body()
-    return u32(message.type << 24 | len(body)) + body
+    return u8(message.type) + vector24(message.body())
 
 
 def decode(raw: bytes) -> Message:

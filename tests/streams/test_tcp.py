@@ -7,6 +7,7 @@ import socket
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,21 @@ import trio.testing
 from hybridkex import (
     ClientConfig,
     ClientConnection,
+    DevCa,
+    MemorySessionStore,
+    Policy,
+    Requirement,
     SecureStream,
     ServerConfig,
+    TrustStore,
     open_secure_tcp_listeners,
     open_secure_tcp_stream,
     serve_secure_tcp,
 )
+from hybridkex.constants import Alert
+from hybridkex.crypto.kex import X25519
+from hybridkex.wire.extensions import Extensions, ServerName
+from hybridkex.wire.messages import ClientHello, decode, encode
 
 CONNECTIONS = 10_000
 TRACED = 2_000
@@ -176,3 +186,40 @@ async def test_ten_thousand_connections_of_rubbish(
             assert len(gc.get_objects()) - objects < CONNECTIONS // 10
             assert open_files() == files
             assert trio.lowlevel.current_statistics().tasks_living == tasks
+
+
+async def test_values_that_no_message_can_carry_end_one_connection_only(
+    stream_ca: DevCa, client_config: ClientConfig
+) -> None:
+    """A client chain that no ticket can hold, and a server name of 65,350 letters."""
+    config = ServerConfig(
+        identities=(stream_ca.issue("localhost"),),
+        client_verifier=TrustStore((stream_ca.certificate,)),
+        groups=(X25519,),
+        policy=Policy(post_quantum=Requirement.PREFER),
+    )
+    options: dict[str, Any] = {"groups": config.groups, "policy": config.policy}
+    usual = replace(client_config, session_store=MemorySessionStore(), **options)
+    leaf = stream_ca.issue("bob")
+    junk = stream_ca.issue(*(f"{'x' * 60}.{number}.example" for number in range(330))).chain[:1]
+    bloated = replace(usual, identity=replace(leaf, chain=(*leaf.chain, *junk * 3)))
+    hello = ClientConnection(usual, "localhost")
+    hello.start()
+    message = decode(bytes(hello.data_to_send())[5:])
+    assert isinstance(message, ClientHello)
+    extensions = [
+        ServerName("a" * 65_350) if isinstance(one, ServerName) else one
+        for one in message.extensions
+    ]
+    raw = encode(replace(message, extensions=Extensions(extensions)))
+    pieces = [raw[at : at + 16384] for at in range(0, len(raw), 16384)]
+    with trio.fail_after(10):
+        async with serving(config) as port:
+            await check_service(port, bloated)
+            async with await trio.open_tcp_stream("127.0.0.1", port) as transport:
+                await transport.send_all(
+                    b"".join(b"\x16\3\3" + len(one).to_bytes(2, "big") + one for one in pieces)
+                )
+                answer = await transport.receive_some()
+                assert answer == bytes((21, 3, 3, 0, 2, 2, Alert.UNRECOGNIZED_NAME))
+            await check_service(port, usual)

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
-from uuid import UUID
 
 import trio
 
@@ -27,7 +26,7 @@ from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.hop import TLS_KINDS
 from hybridkex.qkd.etsi014.models import DeliveredKey, KeyRequest
 from hybridkex.qkd.pool import FilePool, PoolNames
-from hybridkex.qkd.source import KeyRef, QkdKey
+from hybridkex.qkd.source import KeyRef, QkdKey, canonical_key_id
 from hybridkex.qkd.store import write_key_file
 
 __all__ = ["configure", "run"]
@@ -275,7 +274,7 @@ async def _draw(args: argparse.Namespace, client: KmeClient) -> int:
     return len(drawn)
 
 
-async def _take(args: argparse.Namespace, client: KmeClient, ids: list[UUID]) -> int:
+async def _take(args: argparse.Namespace, client: KmeClient, ids: list[str]) -> int:
     status = await client.status(args.peer_sae)
     names = _pool_names(args, status.source_kme_id, status.target_kme_id)
     async with FilePool.open(args.pool, key_file=args.pool_key, names=names) as pool:
@@ -301,10 +300,10 @@ def _key(names: PoolNames, item: DeliveredKey, *, we_drew: bool) -> QkdKey:
     )
 
 
-def _read_ids(path: Path) -> list[UUID]:
+def _read_ids(path: Path) -> list[str]:
     try:
         found = json.loads(path.read_text(encoding="ascii"))
-        return [UUID(item) for item in found]
+        return [canonical_key_id(item) for item in found]
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError, AttributeError):

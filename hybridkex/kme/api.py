@@ -18,7 +18,7 @@ from hybridkex.qkd.etsi014.models import (
     ModelError,
     Refusal,
 )
-from hybridkex.qkd.store import Refused
+from hybridkex.qkd.store import BlocksRefused
 
 __all__ = ["kme_handler"]
 
@@ -42,7 +42,7 @@ def kme_handler(kme: Kme, caller: str, metrics: KmeMetrics) -> Handler:
             response = Response.json(refusal.status, refusal.body.to_json())
         except ModelError as error:
             response = Response.json(400, {"message": f"Bad request format: {error}"})
-        except Refused as refused:
+        except BlocksRefused as refused:
             response = _refused(refused)
         except KeySourceError:
             response = Response.json(503, {"message": "Error on server side"})
@@ -77,7 +77,7 @@ async def _answer(kme: Kme, caller: str, call: str, request: Request) -> Respons
             return Response(status=202)
         case "check":
             lacking = await kme.peer_checks(caller, ids_from_json(_body(request)))
-            return Response.json(200, {"key_ids": [str(key_id) for key_id in lacking]})
+            return Response.json(200, {"key_ids": lacking})
     kme.admit(caller)
     other = request.path[3]
     result: Json
@@ -119,13 +119,13 @@ def _body(request: Request) -> object:
         raise ModelError("the body is not JSON") from None
 
 
-def _refused(refused: Refused) -> Response:
+def _refused(refused: BlocksRefused) -> Response:
     """409 in the form of RFC 9457."""
     problem = {
         "type": "about:blank",
         "title": "Conflict",
         "status": 409,
         "detail": str(refused),
-        "refused": {str(key_id): reason for key_id, reason in refused.reasons.items()},
+        "refused": {key_id: state.value for key_id, state in refused.states.items()},
     }
     return Response.json(409, problem, "application/problem+json")

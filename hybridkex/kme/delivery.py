@@ -1,23 +1,26 @@
 """A key management entity: the decisions, without HTTP, TLS or a database.
 
-Keys of a link lie at both of its KMEs. When a master asks for keys, its KME reserves blocks,
-asks the KME at the other end to promise them to the slaves, marks them as delivered in its own
-store, and only then answers. Two KMEs that reach for one block at the same time are kept apart by
-its *half*: the last bit of its ID says whose it is. Either side takes of its own half first, and
-of a block that both have reserved, the side of its half gets it.
+Both KMEs of a link hold its keys. When a master asks for keys, its KME reserves blocks, asks the
+KME at the other end to promise them to the slaves, marks them as delivered in its own store, and
+only then answers. Two KMEs may reach for one block at the same time. Its *half*, the last bit of
+its ID, decides: each KME takes of its own half first, and if both have reserved a block, the KME
+whose half it is in gets it.
 
-Nothing in this order can deliver a key twice, wherever it is cut off: a block is promised by the
-other KME at most once, durably, and a block whose promise is not used is refused from then on,
-upon which both sides erase it.
+Wherever this order is cut off, no key is delivered twice: the other KME promises a block at most
+once, durably. A block whose promise was not used is refused from then on, and both KMEs erase it.
+
+What is erased is material, never a promise. "Spent" does not mean that a block is lost: the other
+KME may have delivered it to its own SAE, and this KME may have promised it to the slave, all while
+our own request for it was on its way.
 """
 
 import logging
 import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
-from uuid import UUID
 
 import trio
 
@@ -31,7 +34,7 @@ from hybridkex.errors import (
     KeyUnknown,
 )
 from hybridkex.kme.metrics import KmeMetrics
-from hybridkex.kme.peering import ExtKeys, PeerLink
+from hybridkex.kme.peering import MAX_MESSAGE_BYTES, ExtKeys, PeerLink, message_bytes
 from hybridkex.net.token_bucket import TokenBucket
 from hybridkex.qkd.etsi014.models import (
     DeliveredKey,
@@ -42,7 +45,7 @@ from hybridkex.qkd.etsi014.models import (
     Status,
 )
 from hybridkex.qkd.producer import KeyProducer, ProducedKey
-from hybridkex.qkd.store import Allotment, KeyStore, Material, Refused
+from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState, KeyStore, Material
 from hybridkex.secret import Secret
 
 __all__ = ["Kme", "KmeLimits"]
@@ -54,6 +57,18 @@ CHECK_AT_ONCE: Final = 1000
 
 CHECK_EVERY: Final = 600.0
 """Seconds between two comparisons of our blocks with the other end's."""
+
+RETRY_AFTER: Final = 0.25
+RETRY_AFTER_MOST: Final = 10.0
+"""Seconds between two tries to store keys while the store fails; doubled each time."""
+
+LOST: Final = {
+    "refused": "the other end does not allot them (it spent them, or never had them)",
+    "unknown": "the other end does not have them",
+    "voided": "the other end has given them up",
+    "overtaken": "one of their request expired or went to the other end meanwhile",
+}
+"""Why keys are lost, as the counter and the log say it."""
 
 SCRUB_EVERY: Final = 1.0
 """Seconds for which a delivered key may be left, sealed, in the database's log."""
@@ -91,6 +106,23 @@ class KmeLimits:
         if self.tombstone_ttl < self.key_ttl:
             # Otherwise a key could be forgotten as delivered while the other end still has it.
             raise ConfigError("tombstone_ttl cannot be shorter than key_ttl")
+        most = message_bytes(
+            self.max_key_per_request, self.blocks(self.max_key_size), self.max_key_size
+        )
+        if most > MAX_MESSAGE_BYTES:
+            raise ConfigError(
+                f"max_key_per_request keys of max_key_size bits make a message of {most} bytes for "
+                f"the KME at the other end, which takes {MAX_MESSAGE_BYTES}: lower one of them"
+            )
+
+    def blocks(self, size: int) -> int:
+        """Blocks of the link of which a key of ``size`` bits is made."""
+        return math.ceil(size / self.key_size)
+
+    @property
+    def request_bytes(self) -> int:
+        """The length, at most, of the body of a request by an SAE that keeps these limits."""
+        return 4096 + 128 * self.max_key_per_request + 2048 * self.max_sae_id_count
 
 
 @dataclass(kw_only=True)
@@ -203,8 +235,8 @@ class Kme:
         if len(set(slaves)) != len(slaves):
             raise Refusal(400, "a slave SAE is named twice")
         link = self._link_to(slaves)
-        per_key = math.ceil(size / self.limits.key_size)
-        tried: set[UUID] = set()
+        per_key = self.limits.blocks(size)
+        tried: set[str] = set()
         while True:
             found = await self._store.reserve(
                 link.target, per_key * request.number, half=link.half, skip=tried
@@ -215,13 +247,17 @@ class Kme:
                 keys = _assembled(found, per_key, size // 8)
                 try:
                     await self._settle(link, keys, master, slaves)
-                except Refused as refused:
-                    tried |= refused.reasons.keys()
-                    await self._drop(link, found, refused.reasons)
+                except BlocksRefused as refused:
+                    states = {one.key_id: refused.states.get(one.key_id) for one in found}
+                    refused_ids = {key_id for key_id, state in states.items() if state}
+                    if not refused_ids:  # of what was asked for; a loop would not end
+                        raise Refusal(503, "the KME at the other end refused other keys") from None
+                    tried |= refused_ids
+                    await self._drop(link, found, refused.states)
                     continue
             finally:
                 with trio.CancelScope(shield=True):
-                    await self._store.release(material.key_id for material in found)
+                    await self._store.release(link.target, [one.key_id for one in found])
             self._metrics.delivered.labels(self.kme_id, "master").inc(len(keys))
             return KeyContainer(
                 keys=tuple(DeliveredKey(key_id=one.key_id, key=key) for one, key in keys)
@@ -254,7 +290,7 @@ class Kme:
         master: str,
         slaves: list[str],
     ) -> None:
-        """The other KME's promise first, then our own durable mark. Raises ``Refused``."""
+        """The other KME's promise first, then our own durable mark. Raises ``BlocksRefused``."""
         allotments = tuple(one for one, _ in keys)
         local = [slave for slave in slaves if link.target == self.kme_id]
         if link.target != self.kme_id:
@@ -275,41 +311,74 @@ class Kme:
         try:
             await self._store.allot(link.target, allotments, master=master, slaves=local)
         except KeyConsumed:
+            # One block expired, or went to the peer. The other KME's promises are of no use now,
+            # and neither is the rest of our blocks, which it will not allot again.
+            blocks = [block for one in allotments for block in one.blocks]
+            await self._store.release(link.target, blocks)
+            await self._erase(link, blocks, "overtaken")
             await self._tell_void(link, [one.key_id for one in allotments])
             raise Refusal(503, "a key expired while it was allotted") from None
         link.note_room()
 
-    async def _drop(self, link: _Link, found: list[Material], reasons: Mapping[UUID, str]) -> None:
-        """Erase, on both sides, blocks that the other end will never allot."""
+    async def _drop(
+        self, link: _Link, found: list[Material], states: Mapping[str, BlockState]
+    ) -> None:
+        """Erase, on both sides, material that the other end will never allot."""
         arrived = time.time() - self.limits.sync_grace
-        dead = [
-            material.key_id
-            for material in found
-            if reasons.get(material.key_id) == "spent"
-            or (reasons.get(material.key_id) == "unknown" and material.created < arrived)
-        ]
-        for reason in reasons.values():
-            self._metrics.refused.labels(self.kme_id, link.target, reason).inc()
-        if dead:
-            await self._store.void(link.target, dead)
-            await self._tell_void(link, dead)
+        dead: list[str] = []
+        for material in found:
+            state = states.get(material.key_id)
+            if state is None:
+                continue
+            self._metrics.refused.labels(self.kme_id, link.target, state.value).inc()
+            if state is BlockState.SPENT or (
+                state is BlockState.UNKNOWN and material.created < arrived
+            ):
+                dead.append(material.key_id)
+        # Ours to erase as long as they are material: a promise made meanwhile has taken them out.
+        await self._store.release(link.target, dead)
+        gone = await self._erase(link, dead, "refused")
+        await self._tell_void(link, gone)
 
-    async def _tell_void(self, link: _Link, key_ids: list[UUID]) -> None:
-        if link.peer is not None:
+    async def _erase(self, link: _Link, key_ids: Sequence[str], reason: str) -> list[str]:
+        """Erase material that cannot be delivered, and say so. Returns what was erased."""
+        if not key_ids:
+            return []
+        gone = await self._store.discard(link.target, key_ids)
+        if gone:
+            self._note_lost(link, len(gone), reason)
+            link.note_room()
+        return gone
+
+    def _note_lost(self, link: _Link, number: int, reason: str) -> None:
+        self._metrics.lost.labels(self.kme_id, link.target, reason).inc(number)
+        LOG.warning(
+            "%s: %d keys of the link to %s are lost, and erased: %s",
+            self.kme_id,
+            number,
+            link.target,
+            LOST[reason],
+        )
+
+    async def _tell_void(self, link: _Link, key_ids: list[str]) -> None:
+        if link.peer is not None and key_ids:
             try:
                 await link.peer.void(key_ids)
             except KeySourceUnavailable as error:
-                # Unused promises also expire; this message only frees them sooner.
+                # Unused promises also expire; this message only frees their space sooner.
                 LOG.info("%s: %s", self.kme_id, error)
 
     async def get_key_with_ids(
-        self, slave: str, master: str, key_ids: Sequence[UUID]
+        self, slave: str, master: str, key_ids: Sequence[str]
     ) -> KeyContainer:
         """Get key with key IDs (clause 5.3)."""
         if not 1 <= len(key_ids) <= self.limits.max_key_per_request:
             raise Refusal(400, "the number of key_IDs is out of range")
+        link = next((one for one in self._links.values() if master in one.saes), None)
+        if link is None:
+            raise Refusal(self.not_found_status, Message.NOT_FOUND)
         try:
-            found = await self._store.collect(key_ids, slave=slave, master=master)
+            found = await self._store.collect(link.target, key_ids, slave=slave, master=master)
         except KeyUnauthorized:
             raise Refusal(401, "Unauthorized") from None
         except (KeyUnknown, KeyConsumed, KeyExpired):
@@ -322,18 +391,15 @@ class Kme:
     # -- the KME at the other end
 
     async def peer_allots(self, peer: str, message: ExtKeys) -> None:
-        """Promise keys to SAEs of ours. Raises ``Refused``, and ``Refusal`` for nonsense."""
+        """Promise keys to SAEs of ours. Raises ``BlocksRefused``, or ``Refusal`` for bad input."""
         link = self._links.get(peer)
         if link is None or message.master not in link.saes:
             raise Refusal(401, "Unauthorized")
         if not message.slaves or not self.saes.issuperset(message.slaves):
             raise Refusal(400, "a target SAE is not attached here")
-        if any(
-            one.size * 8 > self.limits.max_key_size
-            or len(one.blocks) > math.ceil(self.limits.max_key_size / self.limits.key_size)
-            for one in message.allotments
-        ):
-            raise Refusal(400, "a key is too long")
+        # Our own limits for SAEs are not the peer's: what it announces to its SAEs, we carry out.
+        if any(len(one.blocks) * self.limits.key_size < one.size * 8 for one in message.allotments):
+            raise Refusal(400, "a key is longer than its blocks")
         await self._store.accept(
             peer,
             message.allotments,
@@ -343,13 +409,17 @@ class Kme:
         )
         link.note_room()
 
-    async def peer_voids(self, peer: str, key_ids: Sequence[UUID]) -> None:
+    async def peer_voids(self, peer: str, key_ids: Sequence[str]) -> None:
         """Erase what the other end will not use."""
-        if peer not in self._links:
+        link = self._links.get(peer)
+        if link is None:
             raise Refusal(401, "Unauthorized")
-        await self._store.void(peer, key_ids)
+        erased = await self._store.void(peer, key_ids)
+        if erased:
+            self._note_lost(link, erased, "voided")
+            link.note_room()
 
-    async def peer_checks(self, peer: str, key_ids: Sequence[UUID]) -> list[UUID]:
+    async def peer_checks(self, peer: str, key_ids: Sequence[str]) -> list[str]:
         """Which of these blocks we do not have."""
         if peer not in self._links:
             raise Refusal(401, "Unauthorized")
@@ -368,10 +438,8 @@ class Kme:
         ids = await self._store.shared_ids(target, created_before=before)
         for start in range(0, len(ids), CHECK_AT_ONCE):
             lacking = await link.peer.check(ids[start : start + CHECK_AT_ONCE])
-            if lacking:
-                await self._store.void(target, lacking)
-                self._metrics.refused.labels(self.kme_id, target, "unknown").inc(len(lacking))
-                link.note_room()
+            asked = set(ids[start : start + CHECK_AT_ONCE])
+            await self._erase(link, [one for one in lacking if one in asked], "unknown")
 
     # -- keys in, keys out of date
 
@@ -397,15 +465,31 @@ class Kme:
         async for batch in batches:
             if any(len(item.key) * 8 != self.limits.key_size for item in batch):
                 raise ConfigError("the producer's keys are not of key_size")
-            while True:
-                left = link.left  # before the count, so that no change after it is missed
-                if await self._store.count(link.target) + len(batch) <= self.limits.max_key_count:
-                    break
-                await left.wait()
-            await self._store.add(
-                link.target, [(item.key_id, item.key) for item in batch], shared=shared
-            )
+            await self._take_batch_until_stored(link, batch, shared=shared)
             self._metrics.produced.labels(self.kme_id, link.target).inc(len(batch))
+
+    async def _take_batch_until_stored(
+        self, link: _Link, batch: list[ProducedKey], *, shared: bool
+    ) -> None:
+        """Keys of a link are at both of its ends: they wait here until the store works again."""
+        wait = RETRY_AFTER
+        while True:
+            try:
+                await self._take_batch(link, batch, shared)
+            except KeySourceUnavailable:  # the store says so itself
+                await trio.sleep(wait)
+                wait = min(wait * 2, RETRY_AFTER_MOST)
+            else:
+                return
+
+    async def _take_batch(self, link: _Link, batch: list[ProducedKey], shared: bool) -> None:
+        while True:
+            left = link.left  # before the count, so that no change after it is missed
+            if await self._store.count(link.target) + len(batch) <= self.limits.max_key_count:
+                break
+            await left.wait()
+        keys = [(item.key_id, item.key) for item in batch]
+        await self._store.add(link.target, keys, shared=shared)
 
     async def maintain(self, every: float = 10.0) -> None:
         """Erase old keys, keep in step with the other ends and count keys, for ever."""
@@ -417,10 +501,8 @@ class Kme:
         """A second after a key was delivered, none of our files has it."""
         while True:
             await trio.sleep(SCRUB_EVERY)
-            try:
+            with suppress(KeySourceUnavailable):  # the store says so itself
                 await self._store.scrub()
-            except KeySourceError as error:
-                LOG.warning("%s: %s", self.kme_id, error)
 
     async def _keep_house(self, every: float) -> None:
         next_check = 0.0

@@ -56,6 +56,18 @@ class KmeMetrics:
             ("kme", "link", "reason"),
             registry=registry,
         )
+        self.lost = Counter(
+            "hybridkex_kme_keys_lost",
+            "Keys of a link that were erased without having been delivered.",
+            ("kme", "link", "reason"),
+            registry=registry,
+        )
+        self.store_failures = Counter(
+            "hybridkex_kme_store_failures",
+            "Calls to the key store that failed.",
+            ("kme",),
+            registry=registry,
+        )
         self.expired = Counter(
             "hybridkex_kme_keys_expired",
             "Keys erased because of their age.",

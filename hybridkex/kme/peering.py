@@ -15,10 +15,10 @@ back is needed. A refusal is 409 in the form of RFC 9457, with the reason for ea
 import base64
 import binascii
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self
-from uuid import UUID
 
 import httpx
 import trio
@@ -26,23 +26,37 @@ import trio
 from hybridkex.errors import KeySourceUnavailable
 from hybridkex.qkd.etsi014.models import Json, ModelError, Refusal, parse_uuid
 from hybridkex.qkd.etsi014.transport import HTTP_FAILURES
-from hybridkex.qkd.store import Allotment, Refused
+from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState
 from hybridkex.secret import Secret
 
 __all__ = [
     "CHECK",
     "EXT_KEYS",
+    "MAX_MESSAGE_BYTES",
     "VOID",
     "ExtKeys",
     "HttpPeer",
     "LocalPeer",
     "PeerLink",
     "ids_from_json",
+    "message_bytes",
 ]
 
 EXT_KEYS: Final = "/kmapi/v1/ext_keys"
 VOID: Final = "/kmapi/v1/ext_keys/void"
 CHECK: Final = "/kmapi/v1/ext_keys/check"
+
+MAX_MESSAGE_BYTES: Final = 1 << 22
+"""The longest message that every KME takes from another one, whatever either announces to SAEs."""
+
+SAE_IDS_BYTES: Final = 1 << 16
+"""What the SAE IDs of a message may take of it."""
+
+
+def message_bytes(keys: int, blocks: int, size: int) -> int:
+    """The length, at most, of an ``ext_keys`` message: keys of ``blocks`` blocks and ``size`` bits,
+    by value."""
+    return SAE_IDS_BYTES + keys * (160 + 40 * blocks + math.ceil(size / 6))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +125,7 @@ def _allotment(item: Any) -> Allotment:
     return Allotment(blocks=ids, size=size // 8, value=value)
 
 
-def ids_from_json(data: object) -> list[UUID]:
+def ids_from_json(data: object) -> list[str]:
     """The IDs of a void or check message. Raises ``ModelError``."""
     if not isinstance(data, dict) or not isinstance(data.get("key_ids"), list):
         raise ModelError("key_ids is missing")
@@ -124,15 +138,15 @@ class PeerLink(Protocol):
     async def ext_keys(self, message: ExtKeys) -> None:
         """Ask for keys to be promised to the slaves.
 
-        Raises ``Refused``, and ``KeySourceUnavailable`` when the outcome is not known.
+        Raises ``BlocksRefused``, and ``KeySourceUnavailable`` when the outcome is not known.
         """
         ...
 
-    async def void(self, key_ids: Sequence[UUID]) -> None:
+    async def void(self, key_ids: Sequence[str]) -> None:
         """Say that these keys will not be used. ``KeySourceUnavailable`` when it is not heard."""
         ...
 
-    async def check(self, key_ids: Sequence[UUID]) -> list[UUID]:
+    async def check(self, key_ids: Sequence[str]) -> list[str]:
         """Which of these blocks the other KME does not have. ``KeySourceUnavailable``."""
         ...
 
@@ -140,9 +154,9 @@ class PeerLink(Protocol):
 class _Accepts(Protocol):
     async def peer_allots(self, peer: str, message: ExtKeys) -> None: ...
 
-    async def peer_voids(self, peer: str, key_ids: Sequence[UUID]) -> None: ...
+    async def peer_voids(self, peer: str, key_ids: Sequence[str]) -> None: ...
 
-    async def peer_checks(self, peer: str, key_ids: Sequence[UUID]) -> list[UUID]: ...
+    async def peer_checks(self, peer: str, key_ids: Sequence[str]) -> list[str]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +172,10 @@ class LocalPeer:
         except Refusal as refusal:
             raise KeySourceUnavailable(f"the other KME answered {refusal}") from None
 
-    async def void(self, key_ids: Sequence[UUID]) -> None:
+    async def void(self, key_ids: Sequence[str]) -> None:
         await self.other.peer_voids(self.own_id, key_ids)
 
-    async def check(self, key_ids: Sequence[UUID]) -> list[UUID]:
+    async def check(self, key_ids: Sequence[str]) -> list[str]:
         return await self.other.peer_checks(self.own_id, key_ids)
 
 
@@ -182,15 +196,15 @@ class HttpPeer:
         if response.status_code == 202:
             return
         if response.status_code == 409:
-            raise Refused(_refusals(response))
+            raise BlocksRefused(_refusals(response))
         raise KeySourceUnavailable(f"the other KME answered {response.status_code}")
 
-    async def void(self, key_ids: Sequence[UUID]) -> None:
+    async def void(self, key_ids: Sequence[str]) -> None:
         response = await self._post(VOID, {"key_ids": [str(key_id) for key_id in key_ids]})
         if response.status_code != 202:
             raise KeySourceUnavailable(f"the other KME answered {response.status_code}")
 
-    async def check(self, key_ids: Sequence[UUID]) -> list[UUID]:
+    async def check(self, key_ids: Sequence[str]) -> list[str]:
         response = await self._post(CHECK, {"key_ids": [str(key_id) for key_id in key_ids]})
         try:
             if response.status_code == 200:
@@ -211,12 +225,9 @@ class HttpPeer:
             ) from None
 
 
-def _refusals(response: httpx.Response) -> dict[UUID, str]:
+def _refusals(response: httpx.Response) -> dict[str, BlockState]:
     try:
         found = json.loads(response.content).get("refused")
-        reasons = {parse_uuid(name): str(reason) for name, reason in found.items()}
-    except (ValueError, AttributeError):
-        reasons = {}
-    if not reasons:
-        raise KeySourceUnavailable("the other KME refused without a reason")
-    return reasons
+        return {parse_uuid(name): BlockState(reason) for name, reason in found.items()}
+    except (ValueError, AttributeError, RecursionError):
+        raise KeySourceUnavailable("the other KME refused without a reason") from None

@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -13,14 +13,14 @@ from hybridkex.kme.api import kme_handler
 from hybridkex.kme.config import Address, KmeConfig, ServeConfig
 from hybridkex.kme.delivery import Kme
 from hybridkex.kme.metrics import KmeMetrics
-from hybridkex.kme.peering import HttpPeer, LocalPeer
+from hybridkex.kme.peering import MAX_MESSAGE_BYTES, HttpPeer, LocalPeer
 from hybridkex.net.http import http_supervisor, serve_connection
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.qkd.etsi014.hop import client_hop, server_hop
 from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate
 from hybridkex.qkd.etsi014.transport import KmeTransport
 from hybridkex.qkd.producer import KeyProducer, RandomProducer, random_link
-from hybridkex.qkd.store import SqliteKeyStore, read_key_file
+from hybridkex.qkd.store import KeyStore, read_key_file
 
 __all__ = ["KmeServer", "Serving"]
 
@@ -47,7 +47,7 @@ class KmeServer:
         self._config = config
         self.metrics: Final = KmeMetrics()
         self._closing = trio.Event()
-        self._stores: dict[str, SqliteKeyStore] = {}
+        self._stores: dict[str, KeyStore] = {}
         self._kmes: dict[str, Kme] = {}
         try:
             for one in config.kme:
@@ -58,7 +58,11 @@ class KmeServer:
             raise
 
     def _make(self, config: KmeConfig) -> Kme:
-        store = SqliteKeyStore(config.store, read_key_file(config.key_file))
+        store = KeyStore(
+            config.store,
+            read_key_file(config.key_file),
+            on_failure=self.metrics.store_failures.labels(config.id).inc,
+        )
         self._stores[config.id] = store
         return Kme(
             config.id,
@@ -88,7 +92,8 @@ class KmeServer:
                 for peer in one.peer:
                     if peer.url is None:
                         # Both stores are ours and at rest: what one of them lacks, it never gets.
-                        await self._kmes[one.id].reconcile(peer.id, grace=0)
+                        with suppress(KeySourceUnavailable):  # the store says so itself
+                            await self._kmes[one.id].reconcile(peer.id, grace=0)
             producers, links = self._producers()
             ports = [await self._kme_port(one, stack) for one in self._config.kme]
             addresses = {
@@ -129,7 +134,10 @@ class KmeServer:
             hop = client_hop(
                 config.tls, ca=config.ca, certificate=config.certificate, key=config.key
             )
-            transport = KmeTransport(hop, _confirms(peer.id, config.id_rule))
+            # A refusal names every block of the message, with its state.
+            transport = KmeTransport(
+                hop, _confirms(peer.id, config.id_rule), max_answer=2 * MAX_MESSAGE_BYTES
+            )
             link = HttpPeer(peer.url, transport, config.peer_timeout)
             stack.push_async_callback(link.aclose)
             kme.connect(peer.id, link)
@@ -194,11 +202,15 @@ class KmeServer:
                 await trio.aclose_forcefully(secure)
                 return
             connection.admit(of_peers if caller in peers else of_saes, caller)
+            kme = self._kmes[config.id]
+            # What a KME announces must also get through: to its SAEs, and between KMEs.
+            needed = MAX_MESSAGE_BYTES if caller in peers else kme.limits.request_bytes
+            limits = replace(config.http, max_body=max(config.http.max_body, needed))
             try:
                 await serve_connection(
                     secure,
-                    kme_handler(self._kmes[config.id], caller, self.metrics),
-                    config.http,
+                    kme_handler(kme, caller, self.metrics),
+                    limits,
                     self._closing,
                     connection.waiting,
                 )

@@ -115,10 +115,10 @@ def verification_hash(key: Bits, seed: bytes, bits: int) -> Bits:
     return compress(short, np.unpackbits(np.frombuffer(seed[16:], dtype=np.uint8))[:127], bits)
 
 
-def _key_ids(name: bytes, count: int) -> Iterator[UUID]:
+def _key_ids(name: bytes, count: int) -> Iterator[str]:
     for number in range(count):
         digest = hashlib.shake_256(name + number.to_bytes(4)).digest(16)
-        yield UUID(bytes=digest, version=4)
+        yield str(UUID(bytes=digest, version=4))
 
 
 def _frames(length: int) -> list[slice]:

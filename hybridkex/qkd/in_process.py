@@ -3,7 +3,7 @@
 import os
 from collections import OrderedDict
 from typing import Final
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import trio
 
@@ -26,8 +26,8 @@ class InProcessSource:
         self._kme = kme
         self._peer_kme = peer_kme
         self._capacity = capacity
-        self._for_me: dict[UUID, Secret] = {}
-        self._delivered: OrderedDict[UUID, None] = OrderedDict()
+        self._for_me: dict[str, Secret] = {}
+        self._delivered: OrderedDict[str, None] = OrderedDict()
         self._other = self
 
     async def draw(self) -> QkdKey:
@@ -35,7 +35,7 @@ class InProcessSource:
         await trio.lowlevel.checkpoint_if_cancelled()
         if len(self._other._for_me) >= self._capacity:
             raise KeySourceExhausted(f"{self._capacity} keys wait for {self.peer_sae}")
-        key_id, key = uuid4(), Secret(os.urandom(32))
+        key_id, key = str(uuid4()), Secret(os.urandom(32))
         self._other._for_me[key_id] = key
         return QkdKey(
             name=(KeyRef(self._kme, self._peer_kme, key_id),),

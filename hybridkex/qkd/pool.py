@@ -13,7 +13,7 @@ from typing import Self
 
 from hybridkex.errors import ConfigError, KeySourceExhausted
 from hybridkex.qkd.source import KeyName, KeyRef, QkdKey, SourceStatus, single
-from hybridkex.qkd.store import Allotment, SqliteKeyStore, read_key_file
+from hybridkex.qkd.store import Allotment, KeyStore, read_key_file
 
 __all__ = ["FilePool", "PoolNames"]
 
@@ -34,16 +34,20 @@ class PoolNames:
             raise ConfigError("a pool is for two different SAEs")
 
 
-def _settle_names(store: SqliteKeyStore, path: Path, names: PoolNames | None) -> PoolNames:
+def _settle_names(store: KeyStore, path: Path, names: PoolNames | None) -> PoolNames:
     """The names in the file; those of a new file are written into it."""
     found = [store.meta(name) for name in ("sae", "kme", "peer-sae", "peer-kme")]
     if None in found:
         if names is None:
             raise ConfigError(f"{path} is not a key pool")
-        store.set_meta("sae", names.sae)
-        store.set_meta("kme", names.kme)
-        store.set_meta("peer-sae", names.peer_sae)
-        store.set_meta("peer-kme", names.peer_kme)
+        store.set_meta(
+            {
+                "sae": names.sae,
+                "kme": names.kme,
+                "peer-sae": names.peer_sae,
+                "peer-kme": names.peer_kme,
+            }
+        )
         return names
     sae, kme, peer_sae, peer_kme = map(str, found)
     stored = PoolNames(sae=sae, kme=kme, peer_sae=peer_sae, peer_kme=peer_kme)
@@ -59,7 +63,7 @@ class FilePool:
     again. One process at a time may use a file.
     """
 
-    def __init__(self, store: SqliteKeyStore, names: PoolNames) -> None:
+    def __init__(self, store: KeyStore, names: PoolNames) -> None:
         self._store = store
         self._names = names
 
@@ -71,7 +75,7 @@ class FilePool:
         """
         if names is None and not path.exists():
             raise ConfigError(f"there is no key pool {path}")
-        store = SqliteKeyStore(path, read_key_file(key_file))
+        store = KeyStore(path, read_key_file(key_file))
         try:
             return cls(store, _settle_names(store, path, names))
         except ConfigError:
@@ -136,7 +140,9 @@ class FilePool:
 
     async def get(self, name: KeyName) -> QkdKey:
         key_id = single(name, master_kme=self._names.peer_kme, slave_kme=self._names.kme)
-        [(_, key)] = await self._store.collect([key_id], slave=self.local_sae, master=self.peer_sae)
+        [(_, key)] = await self._store.collect(
+            self._names.peer_kme, [key_id], slave=self.local_sae, master=self.peer_sae
+        )
         await self._store.scrub()
         return QkdKey(name=name, master_sae=self.peer_sae, slave_sae=self.local_sae, key=key)
 

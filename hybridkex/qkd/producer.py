@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final, Protocol
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import trio
 
@@ -28,7 +28,8 @@ MAX_LEAD: Final = 1
 class ProducedKey:
     """One key of a link, as one of its ends has it."""
 
-    key_id: UUID
+    key_id: str
+    """A UUID in the form of RFC 9562 section 4, in lower case."""
     key: Secret
 
 
@@ -44,7 +45,8 @@ class KeyProducer(Protocol):
 
 def _random_batch(key_bits: int) -> list[ProducedKey]:
     return [
-        ProducedKey(key_id=uuid4(), key=Secret(os.urandom(key_bits // 8))) for _ in range(BATCH)
+        ProducedKey(key_id=str(uuid4()), key=Secret(os.urandom(key_bits // 8)))
+        for _ in range(BATCH)
     ]
 
 

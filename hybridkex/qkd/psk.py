@@ -11,7 +11,7 @@ In the presentation language of RFC 8446 section 3::
     struct {
         opaque master_kme<1..255>;
         opaque slave_kme<1..255>;
-        opaque key_id[16];
+        opaque key_id<1..255>;            /* UTF-8; a UUID in lower case with its hyphens */
     } KeyRef;
 
     struct {
@@ -30,11 +30,10 @@ In the presentation language of RFC 8446 section 3::
 """
 
 from typing import Final
-from uuid import UUID
 
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import ConfigError, DecodeError, KeySourceUnavailable
-from hybridkex.qkd.source import KeyName, KeyRef, QkdKey
+from hybridkex.qkd.source import KeyName, KeyRef, QkdKey, canonical_key_id
 from hybridkex.wire.codec import Reader, vector8, vector16
 
 __all__ = ["MAX_PARTS", "as_psk", "context_of", "identity_of", "name_of"]
@@ -67,7 +66,7 @@ def identity_of(name: KeyName) -> bytes:
     if not 1 <= len(name) <= MAX_PARTS:
         raise ConfigError(f"a QKD key has 1 to {MAX_PARTS} parts, not {len(name)}")
     parts = b"".join(
-        _text(part.master_kme) + _text(part.slave_kme) + part.key_id.bytes for part in name
+        _text(part.master_kme) + _text(part.slave_kme) + _text(part.key_id) for part in name
     )
     return _IDENTITY + vector16(parts)
 
@@ -88,10 +87,12 @@ def name_of(identity: bytes) -> KeyName | None:
         body = reader.vector(2, least=1)
         reader.finish()
         while body.remaining and len(parts) < MAX_PARTS:
-            master, slave = (body.opaque(1, least=1).decode("utf-8") for _ in range(2))
-            parts.append(KeyRef(master, slave, UUID(bytes=body.take(16))))
+            master, slave, key_id = (body.opaque(1, least=1).decode("utf-8") for _ in range(3))
+            if canonical_key_id(key_id) != key_id:
+                return None  # one key has one spelling
+            parts.append(KeyRef(master, slave, key_id))
         body.finish()
-    except (DecodeError, UnicodeDecodeError):
+    except (DecodeError, ValueError):
         return None
     return tuple(parts)
 
@@ -99,5 +100,5 @@ def name_of(identity: bytes) -> KeyName | None:
 def _text(text: str) -> bytes:
     data = text.encode("utf-8")
     if not 1 <= len(data) <= 255:
-        raise ConfigError("an SAE ID or KME ID has 1 to 255 bytes")
+        raise ConfigError("an SAE ID, KME ID or key ID has 1 to 255 bytes")
     return vector8(data)

@@ -1,7 +1,7 @@
 """Several key sources as one: in order of preference, or all of them at once."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
 import trio
@@ -11,6 +11,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hybridkex.constants import Label
 from hybridkex.errors import (
     ConfigError,
+    KeyConsumed,
+    KeyExpired,
+    KeyNotYetAvailable,
     KeySourceError,
     KeySourceExhausted,
     KeySourceUnavailable,
@@ -38,16 +41,18 @@ def _same_saes(sources: Sequence[KeySource]) -> tuple[str, str]:
 
 
 class FailoverSource:
-    """The first of several sources that gives a key.
+    """Several sources in order of preference: the first one that gives a key.
 
-    A source that was unavailable is passed over for ``retry_after`` seconds, unless all are. A
-    look-up goes to the one source whose KMEs the name gives: the other side has chosen.
+    No error of one source ends a call as long as another source may have the key. A source that was
+    unavailable, or too slow, is asked last for ``retry_after`` seconds. A key by its name can only
+    be at a source whose KMEs the name gives; there may be several, such as a KME and a pool of keys
+    that were drawn from it.
     """
 
     def __init__(
         self, sources: Sequence[KeySource], *, retry_after: float = 10.0, timeout: float = 5.0
     ) -> None:
-        """``timeout`` bounds one source's draw, in seconds, before the next one's turn."""
+        """``timeout`` bounds one source's call, in seconds, before it is the next one's turn."""
         self.local_sae, self.peer_sae = _same_saes(sources)
         if retry_after < 0 or timeout <= 0:
             raise ConfigError("retry_after and timeout must be positive")
@@ -58,31 +63,39 @@ class FailoverSource:
 
     async def draw(self) -> QkdKey:
         """The first key that a source gives. Raises the last source's error if none does."""
-        now = trio.current_time()
-        order = sorted(range(len(self._sources)), key=lambda i: (self._down_until[i] > now, i))
-        error: KeySourceError | None = None
-        for index in order:
-            try:
-                with trio.move_on_after(self._timeout):
-                    key = await self._sources[index].draw()
-                    self._down_until[index] = 0.0
-                    return key
-                raise KeySourceUnavailable("the key source was too slow")  # noqa: TRY301
-            except KeySourceExhausted as empty:
-                # Empty is not broken: it may have a key again at the next call.
-                error = empty
-            except (KeySourceUnavailable, KeyUnauthorized) as broken:
-                self._down_until[index] = trio.current_time() + self._retry_after
-                error = broken
-            LOG.warning("key source %d of %d: %s", index + 1, len(self._sources), error)
-        assert error is not None  # there are two sources or more
-        raise error
+        return await self._first(range(len(self._sources)), lambda source: source.draw())
 
     async def get(self, name: KeyName) -> QkdKey:
-        for source in self._sources:
-            if source.knows(name):
-                return await source.get(name)
-        raise KeyUnknown("no key source has these KMEs")
+        """The key of this name, from the first source that has it.
+
+        Raises the error that leaves most hope, if none does: a key that one source does not know
+        yet, or that one source could not be asked for, may still be there.
+        """
+        places = [i for i, source in enumerate(self._sources) if source.knows(name)]
+        if not places:
+            raise KeyUnknown("no key source has these KMEs")
+        return await self._first(places, lambda source: source.get(name))
+
+    async def _first(
+        self, places: Iterable[int], call: Callable[[KeySource], Awaitable[QkdKey]]
+    ) -> QkdKey:
+        now = trio.current_time()
+        errors: list[KeySourceError] = []
+        for index in sorted(places, key=lambda i: (self._down_until[i] > now, i)):
+            error: KeySourceError = KeySourceUnavailable("the key source was too slow")
+            try:
+                with trio.move_on_after(self._timeout):
+                    key = await call(self._sources[index])
+                    self._down_until[index] = 0.0
+                    return key
+            except KeySourceError as failure:
+                error = failure
+            if isinstance(error, KeySourceUnavailable | KeyUnauthorized):
+                # The source is broken. The other errors are about a key, or about its stock.
+                self._down_until[index] = trio.current_time() + self._retry_after
+            LOG.warning("key source %d of %d: %s", index + 1, len(self._sources), error)
+            errors.append(error)
+        raise min(errors, key=_hope)
 
     def knows(self, name: KeyName) -> bool:
         return any(source.knows(name) for source in self._sources)
@@ -103,6 +116,20 @@ class FailoverSource:
             capacity=sum(status.capacity for status in found),
             key_bits=min(status.key_bits for status in found),
         )
+
+
+def _hope(error: KeySourceError) -> int:
+    """The rank of an error among those of several sources: the smallest is raised."""
+    kinds = (
+        KeyNotYetAvailable,  # the same key, in a moment
+        KeySourceExhausted,  # another key, later
+        KeySourceUnavailable,  # perhaps, once the source is back
+        KeyUnauthorized,  # not before somebody changes something
+        KeyExpired,
+        KeyConsumed,
+        KeyUnknown,
+    )
+    return next((rank for rank, kind in enumerate(kinds) if isinstance(error, kind)), len(kinds))
 
 
 class CombinedSource:
@@ -156,18 +183,19 @@ def combine_keys(parts: Sequence[QkdKey]) -> QkdKey:
 
         Z         = len(key 1) || key 1 || len(key 2) || key 2 ...
         FixedInfo = "hybridkex combined QKD keys v1" || len(master) || master || len(slave) || slave
-                    || for each part: len(KME) || master's KME || len(KME) || slave's KME || key ID
+                    || for each part: len(KME) || master's KME || len(KME) || slave's KME
+                       || len(key ID) || key ID
         key       = HKDF-Expand(HKDF-Extract(salt = zeros, Z), FixedInfo, 32)
 
-    Lengths are two bytes, big-endian; a key ID is the 16 bytes of the UUID. So both SAEs, the
-    roles, all KMEs, all key IDs and their order are bound, and no two inputs give one string.
+    Lengths are two bytes, big-endian; IDs are UTF-8. So both SAEs, the roles,
+    all KMEs, all key IDs and their order are bound, and no two inputs give one string.
     """
     master, slave = parts[0].master_sae, parts[0].slave_sae
     fixed_info = Label.COMBINED_QKD_KEYS + vector16(master.encode()) + vector16(slave.encode())
     for part in parts:
         for ref in part.name:
             fixed_info += vector16(ref.master_kme.encode()) + vector16(ref.slave_kme.encode())
-            fixed_info += ref.key_id.bytes
+            fixed_info += vector16(ref.key_id.encode())
     shared = b"".join(vector16(part.key.reveal()) for part in parts)
     derive = HKDF(algorithm=hashes.SHA256(), length=COMBINED_BYTES, salt=None, info=fixed_info)
     return QkdKey(

@@ -9,14 +9,35 @@ A :class:`KeySource` belongs to one pair of SAEs: ourselves and one peer. So it 
 that a handshake must bind (both SAEs, both KMEs, the roles) and no call has to name the peer.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 from uuid import UUID
 
 from hybridkex.errors import KeyUnknown
 from hybridkex.secret import Secret
 
-__all__ = ["KeyName", "KeyRef", "KeySource", "QkdKey", "SourceStatus"]
+__all__ = ["KeyName", "KeyRef", "KeySource", "QkdKey", "SourceStatus", "canonical_key_id"]
+
+
+MAX_KEY_ID_BYTES: Final = 255
+
+
+def canonical_key_id(text: str) -> str:
+    """A key ID in its one spelling: of a UUID the lower-case form of RFC 9562 section 4.
+
+    ETSI GS QKD 014 wants UUIDs. KMEs that give other texts are met too, and those are left as they
+    are.
+
+    Raises:
+        ValueError: the text is empty, not printable, or longer than 255 bytes.
+    """
+    if not text.isprintable() or not 1 <= len(text.encode()) <= MAX_KEY_ID_BYTES:
+        raise ValueError("a key ID has 1 to 255 bytes of printable text")
+    if len(text) == 36:  # UUID() also takes braces, URNs and hexadecimal without hyphens
+        with suppress(ValueError):
+            return str(UUID(text))
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +46,8 @@ class KeyRef:
 
     master_kme: str
     slave_kme: str
-    key_id: UUID
+    key_id: str
+    """As :func:`canonical_key_id` gives it."""
 
 
 KeyName: TypeAlias = tuple[KeyRef, ...]
@@ -43,7 +65,7 @@ class QkdKey:
     key: Secret
 
     @property
-    def key_ids(self) -> tuple[UUID, ...]:
+    def key_ids(self) -> tuple[str, ...]:
         """The IDs of the parts, in order."""
         return tuple(part.key_id for part in self.name)
 
@@ -108,7 +130,7 @@ class KeySource(Protocol):
         ...
 
 
-def single(name: KeyName, *, master_kme: str | None, slave_kme: str | None) -> UUID:
+def single(name: KeyName, *, master_kme: str | None, slave_kme: str | None) -> str:
     """The ID in a name that must have one part, of the KMEs given (``None``: any).
 
     Raises :class:`~hybridkex.errors.KeyUnknown`.

@@ -1,29 +1,34 @@
-"""The key database: which keys are still to be had, by whom, and which are gone for good.
+"""The key database: the keys of each link, who may collect which of them, and which are used up.
 
-A key lives in one of three tables::
+A key is in one of three tables::
 
-    material   keys of a link that nobody was promised           reserve -> allot | accept
-    grants     a promised key, one row for each slave SAE        collect
-    spent      IDs that left ``material``, so that none returns
+    material   keys of a link that are promised to nobody       reserve -> allot | accept
+    grants     promised keys, one row for each slave SAE        collect
+    spent      IDs that left ``material`` and must not return
 
-One rule holds everything together: *a key leaves the database, durably, before it leaves the
-process.* After a crash at any instant a key may be lost that was on its way out; none is given
-out twice.
+Every row belongs to one link, the link is part of every primary key, and every statement names it:
+what one peer KME sends cannot read, spend or erase a row of another link, even where the two links
+use the same key ID.
 
-Keys at rest are sealed with AES-256-GCM under the key of a key file; the associated data is the
-place in the database, so that a row cannot pose as another. With random 96-bit nonces one key file
-serves for 2^32 writes (NIST SP 800-38D section 8.3).
+Delivery is safe because of one rule: *a key leaves the database, durably, before it leaves the
+process.* A crash can lose a key that was on its way out. It cannot deliver a key twice.
+
+Keys at rest are encrypted with AES-256-GCM under the key of a key file. The associated data is the
+place of the row, so that a row cannot be passed off as another. With random 96-bit nonces, one key
+file is good for 2^32 writes (NIST SP 800-38D section 8.3).
 """
 
+import logging
 import os
 import sqlite3
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Final, ParamSpec, Protocol, TypeVar
+from typing import Final, ParamSpec, TypeVar
 from uuid import UUID
 
 import trio
@@ -42,13 +47,16 @@ from hybridkex.secret import Secret
 
 __all__ = [
     "Allotment",
+    "BlockState",
+    "BlocksRefused",
     "KeyStore",
     "Material",
-    "Refused",
-    "SqliteKeyStore",
+    "half_of",
     "read_key_file",
     "write_key_file",
 ]
+
+LOG: Final = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -56,161 +64,101 @@ T = TypeVar("T")
 NONCE_BYTES: Final = 12
 SEAL_KEY_BYTES: Final = 32
 
-SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS material (
+SCHEMA_VERSION: Final = 2
+"""``PRAGMA user_version`` of the tables below; 0 with tables is version 1, which did not say."""
+
+ANY_LINK: Final = ""
+"""The link of a spent ID out of version 1, which did not note it: spent on every link."""
+
+TABLES: Final = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE material (
     seq INTEGER PRIMARY KEY,
-    key_id BLOB NOT NULL UNIQUE,
     link TEXT NOT NULL,
+    key_id TEXT NOT NULL,
     half INTEGER NOT NULL,
     shared INTEGER NOT NULL,
     created REAL NOT NULL,
-    sealed BLOB NOT NULL
+    sealed BLOB NOT NULL,
+    UNIQUE (link, key_id)
 );
-CREATE INDEX IF NOT EXISTS material_order ON material (link, half, seq);
-CREATE TABLE IF NOT EXISTS grants (
-    key_id BLOB NOT NULL,
+CREATE INDEX material_order ON material (link, half, seq);
+CREATE TABLE grants (
+    link TEXT NOT NULL,
+    key_id TEXT NOT NULL,
     slave TEXT NOT NULL,
     master TEXT NOT NULL,
-    link TEXT NOT NULL,
     created REAL NOT NULL,
     sealed BLOB,
     ended TEXT,
-    PRIMARY KEY (key_id, slave)
+    PRIMARY KEY (link, key_id, slave)
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS grants_age ON grants (created);
-CREATE TABLE IF NOT EXISTS spent (key_id BLOB PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
+CREATE INDEX grants_age ON grants (created);
+CREATE TABLE spent (
+    link TEXT NOT NULL,
+    key_id TEXT NOT NULL,
+    at REAL NOT NULL,
+    PRIMARY KEY (link, key_id)
+) WITHOUT ROWID;
+CREATE INDEX spent_age ON spent (at);
 """
+
+
+def half_of(key_id: str) -> int:
+    """The half of a link, 0 or 1, that a key ID is in: each of the two KMEs has one."""
+    return key_id.encode()[-1] & 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Material:
-    """A key of a link that nobody was promised."""
+    """A key of a link that is promised to nobody."""
 
-    key_id: UUID
+    key_id: str
     key: Secret
     created: float
+    """Seconds since the epoch."""
     shared: bool
-    """The KME at the other end has it too, from the link."""
+    """The KME at the other end has the key too, from the link."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Allotment:
-    """A key made for SAEs out of blocks of material: their concatenation, cut to ``size`` bytes.
+    """A key for SAEs, made of blocks of material: their concatenation, cut to ``size`` bytes.
 
-    Its ID is the first block's. ``value`` is present where the other side cannot know the blocks.
+    Its ID is that of the first block. ``value`` is the key itself, where the other KME does not
+    have the blocks.
     """
 
-    blocks: tuple[UUID, ...]
+    blocks: tuple[str, ...]
     size: int
     value: Secret | None = None
 
     @property
-    def key_id(self) -> UUID:
+    def key_id(self) -> str:
         return self.blocks[0]
 
 
-class Refused(Exception):  # an answer between the two KMEs, not a failure
-    """Blocks that cannot be allotted, with the reason: ``unknown``, ``busy`` or ``spent``."""
+class BlockState(Enum):
+    """Why a KME does not allot a block."""
 
-    def __init__(self, reasons: dict[UUID, str]) -> None:
-        super().__init__(f"{len(reasons)} blocks refused")
-        self.reasons = reasons
+    UNKNOWN = "unknown"
+    """It does not have the block, or does not have it yet."""
+    RESERVED = "busy"
+    """It is about to deliver the block to an SAE of its own."""
+    SPENT = "spent"
+    """The block was used before, or was erased."""
 
 
-class KeyStore(Protocol):
-    """What a KME needs of a database. Each method is one transaction, durable when it returns."""
+class BlocksRefused(Exception):  # an answer between two KMEs, not a failure
+    """Blocks that cannot be allotted, each with its state."""
 
-    async def add(
-        self, link: str, keys: Iterable[tuple[UUID, Secret]], *, shared: bool = True
-    ) -> None:
-        """Take in new material; IDs that were here before are dropped silently."""
-        ...
-
-    async def reserve(
-        self, link: str, number: int, *, half: int = 0, skip: Iterable[UUID] = ()
-    ) -> list[Material]:
-        """Up to ``number`` keys, oldest first, those of our ``half`` before the others.
-
-        Nobody else gets them until :meth:`release` or :meth:`allot`. A reservation need not
-        survive a crash.
-        """
-        ...
-
-    async def release(self, key_ids: Iterable[UUID]) -> None:
-        """End reservations; what was not allotted is free again."""
-        ...
-
-    async def allot(
-        self, link: str, allotments: Sequence[Allotment], *, master: str, slaves: Sequence[str] = ()
-    ) -> None:
-        """Spend reserved blocks: the master gets the keys now, ``slaves`` of this KME may later.
-
-        Raises :class:`~hybridkex.errors.KeyConsumed` when a block is gone.
-        """
-        ...
-
-    async def accept(
-        self,
-        link: str,
-        allotments: Sequence[Allotment],
-        *,
-        master: str,
-        slaves: Sequence[str],
-        peer_half: int = 0,
-    ) -> None:
-        """Promise to ``slaves`` what the KME at the other end has allotted. All or nothing.
-
-        Raises :class:`Refused`. A block that we have reserved goes to the peer only if it is of the
-        peer's half.
-        """
-        ...
-
-    async def collect(
-        self, key_ids: Sequence[UUID], *, slave: str, master: str
-    ) -> list[tuple[UUID, Secret]]:
-        """Give a slave its copy of keys, once. All or nothing.
-
-        Raises :class:`~hybridkex.errors.KeyUnknown`, ``KeyConsumed``, ``KeyExpired`` or
-        ``KeyUnauthorized``.
-        """
-        ...
-
-    async def void(self, link: str, key_ids: Iterable[UUID]) -> None:
-        """Erase keys that the other end will not use: material, and grants not yet collected."""
-        ...
-
-    async def expire(self, *, keys_before: float, tombstones_before: float) -> int:
-        """Erase keys older than the first time, forget gone ones older than the second.
-
-        Times are seconds since the epoch. Returns how many keys were erased.
-        """
-        ...
-
-    async def scrub(self) -> None:
-        """Make sure that keys which left the tables have left the files too, sealed or not.
-
-        Free if nothing changed since the last time.
-        """
-        ...
-
-    async def count(self, link: str) -> int:
-        """Keys of material of a link."""
-        ...
-
-    async def shared_ids(self, link: str, *, created_before: float) -> list[UUID]:
-        """The IDs of shared material older than a time."""
-        ...
-
-    async def unknown(self, link: str, key_ids: Sequence[UUID]) -> list[UUID]:
-        """Those of these IDs that are not material of the link."""
-        ...
-
-    async def aclose(self) -> None: ...
+    def __init__(self, states: dict[str, BlockState]) -> None:
+        super().__init__(f"{len(states)} blocks cannot be allotted")
+        self.states: Final = states
 
 
 def write_key_file(path: Path) -> None:
-    """Make a new key file, readable by the owner alone. Raises ``ConfigError`` if it exists."""
+    """Make a key file that only its owner can read. Raises ``ConfigError`` if the file exists."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
@@ -220,14 +168,19 @@ def write_key_file(path: Path) -> None:
 
 
 def read_key_file(path: Path) -> Secret:
-    """The key of a key file: 32 bytes in hexadecimal, in a file that only its owner can read."""
+    """Read a key file: 32 bytes in hexadecimal, in a file that only its owner can read.
+
+    Raises ``ConfigError``.
+    """
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
         text = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read the key file {path}: {error.strerror}") from error
     if mode & 0o077:
-        raise ConfigError(f"the key file {path} must be readable by its owner alone (mode 600)")
+        raise ConfigError(
+            f"the key file {path} can be read by others; make it private: chmod 600 {path}"
+        )
     try:
         key = bytes.fromhex(text.decode("ascii"))
     except ValueError:
@@ -238,33 +191,45 @@ def read_key_file(path: Path) -> Secret:
     return Secret(key)
 
 
-class SqliteKeyStore:
-    """The embedded key store: one SQLite file, for one process.
+class KeyStore:
+    """A key database in one SQLite file. Each method is one transaction, durable on return.
 
-    Write-ahead log with ``synchronous=FULL``: one flush to the disk for each transaction. Deleted
-    rows are overwritten in the tables (``secure_delete``), but the log keeps them until
-    :meth:`scrub` empties it; that is one flush more, so the caller chooses when. Calls run one
-    after the other in a worker thread, and a call that began is not cancelled, so its outcome is
-    never in doubt while the process lives.
+    One process may have a store open, because what is reserved is noted in memory: the file is
+    locked (``locking_mode=EXCLUSIVE``), under whatever name it is opened, until the store is
+    closed or its process ends. The lock is one of the file system's, so it also holds on a network
+    file system that has locks.
+
+    The write-ahead log is flushed once in each transaction (``synchronous=FULL``). Deleted rows are
+    overwritten in the tables (``secure_delete``), and remain in the log until :meth:`scrub` empties
+    it; that costs another flush, so the caller chooses when.
+
+    Calls run one after the other in a worker thread. A call that has begun is not cancelled, so its
+    outcome is known as long as the process lives. A call that fails (the disk is full, or cannot be
+    read) raises :class:`~hybridkex.errors.KeySourceUnavailable`, changes nothing, and leaves the
+    store usable: once the disk works again, so does the store.
     """
 
-    def __init__(self, path: Path, seal_key: Secret) -> None:
-        """Open or make the database. Raises ``ConfigError`` for a wrong key file or a bad file."""
+    def __init__(
+        self, path: Path, seal_key: Secret, *, on_failure: Callable[[], object] = lambda: None
+    ) -> None:
+        """Open a database, or make it where there is no file. Blocks for a moment.
+
+        ``on_failure`` is called, in a worker thread, for each call that fails.
+
+        Raises:
+            ConfigError: the store is in use, the key file is another store's, the file is not a
+                key store or is of a later version, or it cannot be read and written.
+        """
+        self._path = path
         self._seal = AESGCM(seal_key.reveal())
+        self._on_failure = on_failure
+        self._failing = False
         self._lock = trio.Lock()
-        self._reserved: set[UUID] = set()
+        self._reserved: set[tuple[str, str]] = set()
         self._unscrubbed = True
+        self._db = _open_locked(path)
         try:
-            path.touch(mode=0o600, exist_ok=True)
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"cannot open the key store {path}: {error}") from error
-        try:
-            self._db.executescript(
-                "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA secure_delete=ON;"
-                "PRAGMA busy_timeout=5000;" + SCHEMA
-            )
-            self._check_seal(path)
+            self._prepare()
         except sqlite3.Error as error:
             self._db.close()
             raise ConfigError(f"cannot use the key store {path}: {error}") from error
@@ -272,18 +237,83 @@ class SqliteKeyStore:
             self._db.close()
             raise
 
-    def _check_seal(self, path: Path) -> None:
-        row = self._db.execute("SELECT value FROM meta WHERE name = 'seal'").fetchone()
-        if row is None:
-            value = self._sealed(Secret(b"seal"), b"meta")
-            self._db.execute("INSERT INTO meta VALUES ('seal', ?)", (value,))
+    def _prepare(self) -> None:
+        """Check that the file is ours and make or migrate its tables, all in one transaction."""
+        [version] = self._db.execute("PRAGMA user_version").fetchone()
+        tables = {row[0] for row in self._db.execute("SELECT name FROM sqlite_master")}
+        if version > SCHEMA_VERSION:
+            raise ConfigError(
+                f"the key store {self._path} was written by a later version of hybridkex"
+            )
+        if tables and not {"meta", "material", "grants", "spent"} <= tables:
+            raise ConfigError(f"{self._path} is a database, and not a key store")
+        if tables:
+            self._check_seal()
+        # The file is ours: now it may change.
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA secure_delete=ON")
+        if version == SCHEMA_VERSION:
             return
-        try:
-            self._opened(row[0], b"meta")
-        except InvalidTag:
-            raise ConfigError(f"the key store {path} is sealed under another key file") from None
+        with self._transaction() as db:
+            if tables:
+                self._migrate_from_1(db)
+            else:
+                _execute_all(db, TABLES)
+                seal = self._sealed(Secret(b"seal"), b"meta")
+                db.execute("INSERT INTO meta VALUES ('seal', ?)", (seal,))
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
-    # -- what is written at rest
+    def _check_seal(self) -> None:
+        row = self._db.execute("SELECT value FROM meta WHERE name = 'seal'").fetchone()
+        try:
+            self._opened(row[0] if row else b"", b"meta")
+        except (InvalidTag, ValueError):
+            raise ConfigError(
+                f"the key file is not the one under which the key store {self._path} was encrypted"
+            ) from None
+
+    def _migrate_from_1(self, db: sqlite3.Connection) -> None:
+        """Version 1 had no link in its keys, and key IDs as the 16 bytes of a UUID."""
+        for table in ("meta", "material", "grants", "spent"):
+            db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
+        for index in ("material_order", "grants_age"):
+            db.execute(f"DROP INDEX IF EXISTS {index}")
+        _execute_all(db, TABLES)
+        db.execute("INSERT INTO meta SELECT * FROM old_meta")
+        rows = db.execute("SELECT key_id, link, shared, created, sealed FROM old_material")
+        for old_id, link, shared, created, sealed in rows.fetchall():
+            key_id = str(UUID(bytes=old_id))
+            key = self._opened(sealed, b"material\0" + old_id + link.encode())
+            db.execute(
+                "INSERT INTO material (link, key_id, half, shared, created, sealed)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                (link, key_id, half_of(key_id), shared, created,
+                 self._sealed(key, _place("material", link, key_id))),
+            )  # fmt: skip
+        rows = db.execute(
+            "SELECT key_id, slave, master, link, created, sealed, ended FROM old_grants"
+        )
+        for old_id, slave, master, link, created, sealed, ended in rows.fetchall():
+            key_id = str(UUID(bytes=old_id))
+            if sealed is not None:
+                key = self._opened(sealed, b"grant\0" + old_id + slave.encode())
+                sealed = self._sealed(key, _place("grant", link, key_id, master, slave))  # noqa: PLW2901
+            db.execute(
+                "INSERT INTO grants VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (link, key_id, slave, master, created, sealed, ended),
+            )
+        db.executemany(
+            "INSERT INTO spent VALUES (?, ?, ?)",
+            [
+                (ANY_LINK, str(UUID(bytes=old_id)), at)
+                for old_id, at in db.execute("SELECT key_id, at FROM old_spent").fetchall()
+            ],
+        )
+        for table in ("meta", "material", "grants", "spent"):
+            db.execute(f"DROP TABLE old_{table}")
+
+    # -- encryption at rest
 
     def _sealed(self, key: Secret, place: bytes) -> bytes:
         nonce = os.urandom(NONCE_BYTES)
@@ -291,14 +321,6 @@ class SqliteKeyStore:
 
     def _opened(self, sealed: bytes, place: bytes) -> Secret:
         return Secret(self._seal.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], place))
-
-    @staticmethod
-    def _material_place(link: str, key_id: bytes) -> bytes:
-        return b"material\0" + key_id + link.encode()
-
-    @staticmethod
-    def _grant_place(slave: str, key_id: bytes) -> bytes:
-        return b"grant\0" + key_id + slave.encode()
 
     # -- how a call runs
 
@@ -309,23 +331,42 @@ class SqliteKeyStore:
             try:
                 return operation(*arguments, **options)
             except (sqlite3.Error, InvalidTag) as error:
-                raise KeySourceUnavailable(f"the key store failed: {error!r}") from error
+                self._on_failure()
+                text = _reason(error)
+                if not self._failing:  # once, not for every call until it works again
+                    LOG.error("the key store %s failed: %s", self._path, text)  # noqa: TRY400
+                self._failing = True
+                raise KeySourceUnavailable(f"the key store failed: {text}") from error
 
         async with self._lock:
             return await trio.to_thread.run_sync(call)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """One durable change, or none: also where the commit itself fails, as on a full disk."""
         self._unscrubbed = True
+        self._undo()  # what a failed roll-back may have left
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield self._db
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            self._undo()
             raise
-        self._db.execute("COMMIT")
+        if self._failing:
+            LOG.warning("the key store %s works again", self._path)
+        self._failing = False
+
+    def _undo(self) -> None:
+        if self._db.in_transaction:  # SQLite ends a transaction of its own on some errors
+            with suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
 
     async def scrub(self) -> None:
+        """Make sure that keys which left the tables have left the files too.
+
+        Does nothing if nothing has changed since the last time.
+        """
         await self._run(self._scrub)
 
     def _scrub(self) -> None:
@@ -335,9 +376,13 @@ class SqliteKeyStore:
 
     # -- meta
 
-    def set_meta(self, name: str, value: str) -> None:
-        """Note a fact about the database under a name, when it is made."""
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"x-{name}", value))
+    def set_meta(self, values: dict[str, str]) -> None:
+        """Note facts about the database, each under a name. Blocks; for the opening of a store."""
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT OR REPLACE INTO meta VALUES (?, ?)",
+                [(f"x-{name}", value) for name, value in values.items()],
+            )
 
     def meta(self, name: str) -> str | None:
         """A fact noted with :meth:`set_meta`."""
@@ -347,38 +392,48 @@ class SqliteKeyStore:
     # -- material
 
     async def add(
-        self, link: str, keys: Iterable[tuple[UUID, Secret]], *, shared: bool = True
+        self, link: str, keys: Iterable[tuple[str, Secret]], *, shared: bool = True
     ) -> None:
+        """Take in material. IDs that the link has, or had, are ignored: a call can be repeated."""
         await self._run(self._add, link, list(keys), shared)
 
-    def _add(self, link: str, keys: list[tuple[UUID, Secret]], shared: bool) -> None:
+    def _add(self, link: str, keys: list[tuple[str, Secret]], shared: bool) -> None:
         now = time.time()
-        rows = [
-            (
-                key_id.bytes,
-                link,
-                key_id.bytes[-1] & 1,
-                shared,
-                now,
-                self._sealed(key, self._material_place(link, key_id.bytes)),
-                key_id.bytes,
-            )
-            for key_id, key in keys
-        ]
         with self._transaction() as db:
-            db.executemany(
-                "INSERT OR IGNORE INTO material (key_id, link, half, shared, created, sealed)"
-                " SELECT ?, ?, ?, ?, ?, ? WHERE NOT EXISTS (SELECT 1 FROM spent WHERE key_id = ?)",
-                rows,
-            )
+            for key_id, key in keys:
+                if not self._is_spent(link, key_id):
+                    sealed = self._sealed(key, _place("material", link, key_id))
+                    db.execute(
+                        "INSERT OR IGNORE INTO material (link, key_id, half, shared, created,"
+                        " sealed) VALUES (?, ?, ?, ?, ?, ?)",
+                        (link, key_id, half_of(key_id), shared, now, sealed),
+                    )
+
+    def _is_spent(self, link: str, key_id: str) -> bool:
+        row = self._db.execute(
+            "SELECT 1 FROM spent WHERE link IN (?, ?) AND key_id = ?", (link, ANY_LINK, key_id)
+        ).fetchone()
+        return row is not None
+
+    def _has_material(self, link: str, key_id: str) -> bool:
+        row = self._db.execute(
+            "SELECT 1 FROM material WHERE link = ? AND key_id = ?", (link, key_id)
+        ).fetchone()
+        return row is not None
 
     async def reserve(
-        self, link: str, number: int, *, half: int = 0, skip: Iterable[UUID] = ()
+        self, link: str, number: int, *, half: int = 0, skip: Iterable[str] = ()
     ) -> list[Material]:
+        """Up to ``number`` keys of a link, oldest first, those of ``half`` before the others.
+
+        They are reserved for the caller until :meth:`release` or :meth:`allot`. A reservation is in
+        memory and ends with the process. Keys in ``skip`` are passed over.
+        """
         return await self._run(self._reserve, link, number, half, frozenset(skip))
 
-    def _reserve(self, link: str, number: int, half: int, skip: frozenset[UUID]) -> list[Material]:
+    def _reserve(self, link: str, number: int, half: int, skip: frozenset[str]) -> list[Material]:
         found: list[Material] = []
+        damaged: list[str] = []
         for part in (half, 1 - half):
             rows = self._db.execute(
                 "SELECT key_id, shared, created, sealed FROM material"
@@ -388,54 +443,64 @@ class SqliteKeyStore:
             for key_id, shared, created, sealed in rows:
                 if len(found) == number:
                     break
-                name = UUID(bytes=key_id)
-                if name not in self._reserved and name not in skip:
-                    key = self._opened(sealed, self._material_place(link, key_id))
-                    found.append(
-                        Material(key_id=name, key=key, created=created, shared=bool(shared))
-                    )
+                if (link, key_id) in self._reserved or key_id in skip:
+                    continue
+                try:
+                    key = self._opened(sealed, _place("material", link, key_id))
+                except InvalidTag:
+                    damaged.append(key_id)
+                    continue
+                found.append(Material(key_id=key_id, key=key, created=created, shared=bool(shared)))
             rows.close()
-        self._reserved.update(material.key_id for material in found)
+        if damaged:
+            # One damaged row must not stand in the way of the others for ever.
+            LOG.error("%s: %d damaged keys of %s are erased", self._path, len(damaged), link)
+            with self._transaction():
+                self._take_out(link, damaged)
+        self._reserved.update((link, material.key_id) for material in found)
         return found
 
-    async def release(self, key_ids: Iterable[UUID]) -> None:
+    async def release(self, link: str, key_ids: Iterable[str]) -> None:
+        """End reservations: what was not allotted is free again."""
         # No I/O and no lock: the set belongs to this process and a difference is one step.
-        self._reserved.difference_update(key_ids)
+        self._reserved.difference_update([(link, key_id) for key_id in key_ids])
         await trio.lowlevel.checkpoint()
 
     async def count(self, link: str) -> int:
+        """How many keys of material a link has."""
         return await self._run(self._count, link)
 
     def _count(self, link: str) -> int:
         row = self._db.execute("SELECT count(*) FROM material WHERE link = ?", (link,)).fetchone()
         return int(row[0])
 
-    async def shared_ids(self, link: str, *, created_before: float) -> list[UUID]:
+    async def shared_ids(self, link: str, *, created_before: float) -> list[str]:
+        """The IDs of a link's shared material that is older than a time and not reserved."""
         return await self._run(self._shared_ids, link, created_before)
 
-    def _shared_ids(self, link: str, created_before: float) -> list[UUID]:
+    def _shared_ids(self, link: str, created_before: float) -> list[str]:
         rows = self._db.execute(
             "SELECT key_id FROM material WHERE link = ? AND shared AND created < ?",
             (link, created_before),
         )
-        return [UUID(bytes=row[0]) for row in rows if UUID(bytes=row[0]) not in self._reserved]
+        return [key_id for (key_id,) in rows if (link, key_id) not in self._reserved]
 
-    async def unknown(self, link: str, key_ids: Sequence[UUID]) -> list[UUID]:
+    async def unknown(self, link: str, key_ids: Sequence[str]) -> list[str]:
+        """Those of these IDs that are not material of the link."""
         return await self._run(self._unknown, link, key_ids)
 
-    def _unknown(self, link: str, key_ids: Sequence[UUID]) -> list[UUID]:
-        query = "SELECT 1 FROM material WHERE key_id = ? AND link = ?"
-        return [
-            key_id
-            for key_id in key_ids
-            if self._db.execute(query, (key_id.bytes, link)).fetchone() is None
-        ]
+    def _unknown(self, link: str, key_ids: Sequence[str]) -> list[str]:
+        return [key_id for key_id in key_ids if not self._has_material(link, key_id)]
 
     # -- from material to grants
 
     async def allot(
         self, link: str, allotments: Sequence[Allotment], *, master: str, slaves: Sequence[str] = ()
     ) -> None:
+        """Spend reserved blocks: ``master`` gets the keys now, ``slaves`` of this KME may later.
+
+        Raises :class:`~hybridkex.errors.KeyConsumed` when a block is gone.
+        """
         await self._run(self._allot, link, allotments, master, slaves)
 
     def _allot(
@@ -447,7 +512,9 @@ class SqliteKeyStore:
                 if key is None:
                     raise KeyConsumed(f"a block of key {allotment.key_id} is gone")
                 self._grant(link, allotment.key_id, key, master, slaves)
-        self._reserved.difference_update(b for one in allotments for b in one.blocks)
+        self._reserved.difference_update(
+            [(link, block) for one in allotments for block in one.blocks]
+        )
 
     async def accept(
         self,
@@ -458,6 +525,12 @@ class SqliteKeyStore:
         slaves: Sequence[str],
         peer_half: int = 0,
     ) -> None:
+        """Promise to ``slaves`` what the KME at the other end allots. All or nothing.
+
+        A block that we have reserved goes to the peer only if it is of the peer's half.
+
+        Raises :class:`BlocksRefused`.
+        """
         await self._run(self._accept, link, allotments, master, slaves, peer_half)
 
     def _accept(
@@ -468,148 +541,178 @@ class SqliteKeyStore:
         slaves: Sequence[str],
         peer_half: int,
     ) -> None:
-        with self._transaction() as db:
-            reasons: dict[UUID, str] = {}
+        with self._transaction():
+            states = {
+                block: state
+                for allotment in allotments
+                for block in allotment.blocks
+                if (state := self._objection(link, block, allotment.value, peer_half)) is not None
+            }
+            if states:
+                raise BlocksRefused(states)
             for allotment in allotments:
-                for block in allotment.blocks:
-                    reason = self._objection(db, link, block, allotment.value, peer_half)
-                    if reason is not None:
-                        reasons[block] = reason
-            if reasons:
-                raise Refused(reasons)
-            for allotment in allotments:
-                key = allotment.value
+                key = self._assemble(link, allotment)
                 if key is None:
-                    key = self._assemble(link, allotment)
-                if key is None:
-                    # One block twice in one request: the first use took it.
-                    raise Refused(dict.fromkeys(allotment.blocks, "spent"))
-                if allotment.value is not None:
-                    self._spend(db, allotment.blocks)
+                    # A block stands twice in one request: its first use took it.
+                    raise BlocksRefused(dict.fromkeys(allotment.blocks, BlockState.SPENT))
                 self._grant(link, allotment.key_id, key, master, slaves)
 
     def _objection(
-        self,
-        db: sqlite3.Connection,
-        link: str,
-        block: UUID,
-        value: Secret | None,
-        peer_half: int,
-    ) -> str | None:
+        self, link: str, block: str, value: Secret | None, peer_half: int
+    ) -> BlockState | None:
         """Why a block cannot go to the peer; ``None`` if it can."""
-        if db.execute("SELECT 1 FROM spent WHERE key_id = ?", (block.bytes,)).fetchone():
-            return "spent"
-        if value is not None:
-            return None
-        here = db.execute(
-            "SELECT 1 FROM material WHERE key_id = ? AND link = ?", (block.bytes, link)
-        ).fetchone()
-        if here is None:
-            return "unknown"
-        if block in self._reserved and block.bytes[-1] & 1 != peer_half:
-            return "busy"
+        if self._is_spent(link, block):
+            return BlockState.SPENT
+        if not self._has_material(link, block):
+            return BlockState.UNKNOWN if value is None else None
+        if (link, block) in self._reserved and half_of(block) != peer_half:
+            return BlockState.RESERVED
         return None
 
     def _assemble(self, link: str, allotment: Allotment) -> Secret | None:
-        """Take the blocks out of the material; ``None`` if one is not there."""
+        """Take the blocks out of the material; ``None`` if one is gone, or not there and needed."""
         parts: list[bytes] = []
         for block in allotment.blocks:
             row = self._db.execute(
-                "DELETE FROM material WHERE key_id = ? AND link = ? RETURNING sealed",
-                (block.bytes, link),
+                "DELETE FROM material WHERE link = ? AND key_id = ? RETURNING sealed", (link, block)
             ).fetchone()
-            if row is None:
+            if row is not None:
+                parts.append(self._opened(row[0], _place("material", link, block)).reveal())
+            elif allotment.value is None:
                 return None
-            parts.append(self._opened(row[0], self._material_place(link, block.bytes)).reveal())
-        self._spend(self._db, allotment.blocks)
+        if not self._spend(link, allotment.blocks):
+            return None
+        if allotment.value is not None:
+            return allotment.value
         return Secret(b"".join(parts)[: allotment.size])
 
-    @staticmethod
-    def _spend(db: sqlite3.Connection, key_ids: Iterable[UUID]) -> None:
+    def _spend(self, link: str, key_ids: Sequence[str]) -> bool:
+        """Note IDs as spent. False: one of them was before."""
         now = time.time()
-        db.executemany(
-            "INSERT OR IGNORE INTO spent VALUES (?, ?)", [(key_id.bytes, now) for key_id in key_ids]
-        )
+        new = 0
+        for key_id in key_ids:
+            new += self._db.execute(
+                "INSERT OR IGNORE INTO spent VALUES (?, ?, ?)", (link, key_id, now)
+            ).rowcount
+        return new == len(key_ids)
 
     def _grant(
-        self, link: str, key_id: UUID, key: Secret, master: str, slaves: Iterable[str]
+        self, link: str, key_id: str, key: Secret, master: str, slaves: Iterable[str]
     ) -> None:
         now = time.time()
         for slave in slaves:
-            sealed = self._sealed(key, self._grant_place(slave, key_id.bytes))
+            sealed = self._sealed(key, _place("grant", link, key_id, master, slave))
             self._db.execute(
-                "INSERT INTO grants (key_id, slave, master, link, created, sealed)"
+                "INSERT INTO grants (link, key_id, slave, master, created, sealed)"
                 " VALUES (?, ?, ?, ?, ?, ?)",
-                (key_id.bytes, slave, master, link, now, sealed),
+                (link, key_id, slave, master, now, sealed),
             )
 
     # -- from grants to slaves
 
     async def collect(
-        self, key_ids: Sequence[UUID], *, slave: str, master: str
-    ) -> list[tuple[UUID, Secret]]:
-        return await self._run(self._collect, key_ids, slave, master)
+        self, link: str, key_ids: Sequence[str], *, slave: str, master: str
+    ) -> list[tuple[str, Secret]]:
+        """Give a slave its copy of keys that ``master`` drew, once. All or nothing.
+
+        Raises :class:`~hybridkex.errors.KeyUnknown`, ``KeyConsumed``, ``KeyExpired`` or
+        ``KeyUnauthorized``.
+        """
+        return await self._run(self._collect, link, key_ids, slave, master)
 
     def _collect(
-        self, key_ids: Sequence[UUID], slave: str, master: str
-    ) -> list[tuple[UUID, Secret]]:
-        with self._transaction() as db:
-            return [(key_id, self._collect_one(db, key_id, slave, master)) for key_id in key_ids]
+        self, link: str, key_ids: Sequence[str], slave: str, master: str
+    ) -> list[tuple[str, Secret]]:
+        with self._transaction():
+            return [(key_id, self._collect_one(link, key_id, slave, master)) for key_id in key_ids]
 
-    def _collect_one(self, db: sqlite3.Connection, key_id: UUID, slave: str, master: str) -> Secret:
-        row = db.execute(
-            "SELECT master, sealed, ended FROM grants WHERE key_id = ? AND slave = ?",
-            (key_id.bytes, slave),
+    def _collect_one(self, link: str, key_id: str, slave: str, master: str) -> Secret:
+        row = self._db.execute(
+            "SELECT sealed, ended FROM grants"
+            " WHERE link = ? AND key_id = ? AND slave = ? AND master = ?",
+            (link, key_id, slave, master),
         ).fetchone()
         if row is None:
-            other = db.execute(
-                "SELECT 1 FROM grants WHERE key_id = ? AND master = ?", (key_id.bytes, master)
+            others = self._db.execute(
+                "SELECT 1 FROM grants WHERE link = ? AND key_id = ? AND master = ?",
+                (link, key_id, master),
             ).fetchone()
-            if other is not None:
+            if others is not None:
                 raise KeyUnauthorized(f"key {key_id} is not for {slave}")
-            raise KeyUnknown(f"no key {key_id}")
-        if row[0] != master:
-            raise KeyUnknown(f"no key {key_id} of {master}")
-        if row[2] == "expired":
+            raise KeyUnknown(f"there is no key {key_id} of {master}")
+        sealed, ended = row
+        if ended == "expired":
             raise KeyExpired(f"key {key_id} has expired")
-        if row[2] is not None:
-            raise KeyConsumed(f"key {key_id} is {row[2]}")
-        db.execute(
-            "UPDATE grants SET sealed = NULL, ended = 'delivered' WHERE key_id = ? AND slave = ?",
-            (key_id.bytes, slave),
+        if ended is not None:
+            raise KeyConsumed(f"key {key_id} is {ended}")
+        self._db.execute(
+            "UPDATE grants SET sealed = NULL, ended = 'delivered'"
+            " WHERE link = ? AND key_id = ? AND slave = ? AND master = ?",
+            (link, key_id, slave, master),
         )
-        return self._opened(row[1], self._grant_place(slave, key_id.bytes))
+        return self._opened(sealed, _place("grant", link, key_id, master, slave))
 
     # -- the end of keys
 
-    async def void(self, link: str, key_ids: Iterable[UUID]) -> None:
-        await self._run(self._void, link, list(key_ids))
+    async def discard(self, link: str, key_ids: Iterable[str]) -> list[str]:
+        """Erase material that the other end does not have. Returns what was erased.
 
-    def _void(self, link: str, key_ids: list[UUID]) -> None:
+        Only material, and only what is not reserved: a key that has been promised to an SAE in the
+        meantime is not touched.
+        """
+        return await self._run(self._discard, link, list(key_ids))
+
+    def _discard(self, link: str, key_ids: list[str]) -> list[str]:
+        with self._transaction():
+            return self._take_out(
+                link, [key_id for key_id in key_ids if (link, key_id) not in self._reserved]
+            )
+
+    def _take_out(self, link: str, key_ids: Iterable[str]) -> list[str]:
+        gone = [
+            key_id
+            for key_id in key_ids
+            if self._db.execute(
+                "DELETE FROM material WHERE link = ? AND key_id = ?", (link, key_id)
+            ).rowcount
+        ]
+        self._spend(link, gone)
+        return gone
+
+    async def void(self, link: str, key_ids: Iterable[str]) -> int:
+        """Erase keys that the KME at the other end has given up. Returns how many were erased.
+
+        Material, and promises made at the peer's request that no SAE has collected. An ID that was
+        never here is noted as spent: its key may still be on its way.
+        """
+        return await self._run(self._void, link, list(key_ids))
+
+    def _void(self, link: str, key_ids: list[str]) -> int:
         with self._transaction() as db:
-            # An ID that never was here is noted too: it may still be on its way to us.
-            self._spend(db, key_ids)
+            erased = len(self._take_out(link, key_ids))
+            self._spend(link, key_ids)
             for key_id in key_ids:
-                place = (key_id.bytes, link)
-                db.execute("DELETE FROM material WHERE key_id = ? AND link = ?", place)
-                db.execute(
+                erased += db.execute(
                     "UPDATE grants SET sealed = NULL, ended = 'void'"
-                    " WHERE key_id = ? AND link = ? AND ended IS NULL",
-                    place,
-                )
+                    " WHERE link = ? AND key_id = ? AND ended IS NULL",
+                    (link, key_id),
+                ).rowcount
+            return erased
 
     async def expire(self, *, keys_before: float, tombstones_before: float) -> int:
+        """Erase keys older than the first time; forget IDs of keys gone before the second.
+
+        Times are in seconds since the epoch. Returns how many keys were erased.
+        """
         return await self._run(self._expire, keys_before, tombstones_before)
 
     def _expire(self, keys_before: float, tombstones_before: float) -> int:
         with self._transaction() as db:
-            old = [
-                UUID(bytes=row[0])
-                for row in db.execute(
-                    "DELETE FROM material WHERE created < ? RETURNING key_id", (keys_before,)
-                )
-            ]
-            self._spend(db, old)
+            old = db.execute(
+                "DELETE FROM material WHERE created < ? RETURNING link, key_id", (keys_before,)
+            ).fetchall()
+            for link, key_id in old:
+                self._spend(link, [key_id])
             grants = db.execute(
                 "UPDATE grants SET sealed = NULL, ended = 'expired'"
                 " WHERE created < ? AND ended IS NULL",
@@ -629,3 +732,62 @@ class SqliteKeyStore:
         """Close the database after the call under way."""
         with trio.CancelScope(shield=True):
             await self._run(self._db.close)
+
+
+def _open_locked(path: Path) -> sqlite3.Connection:
+    """The only connection to a database. Nothing of a file that is in use is touched."""
+    try:
+        # SQLite names its log after the file: through a link to it, it would look for another one.
+        real = path.resolve()
+        try:
+            os.close(os.open(real, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            found = real.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise ConfigError(f"the key store {path} is not a regular file") from None
+            if found.st_nlink > 1:
+                raise ConfigError(
+                    f"the key store {path} has several names (hard links), and its log would be "
+                    "missed under another one; leave it one name"
+                ) from None
+        db = sqlite3.connect(real, isolation_level=None, check_same_thread=False, timeout=0)
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(f"cannot open the key store {path}: {_reason(error)}") from error
+    try:
+        # The lock is taken here and kept; with it, SQLite needs no memory shared with others.
+        db.execute("PRAGMA locking_mode=EXCLUSIVE")
+        db.execute("BEGIN EXCLUSIVE")
+        db.execute("COMMIT")
+    except sqlite3.Error as error:
+        db.close()
+        if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise ConfigError(
+                f"the key store {path} is in use by another process, and only one may use it: end "
+                "that process, or give this one a store of its own"
+            ) from None
+        raise ConfigError(f"cannot use the key store {path}: {_reason(error)}") from error
+    return db
+
+
+def _execute_all(db: sqlite3.Connection, script: str) -> None:
+    """``executescript`` would commit the transaction under way."""
+    for statement in script.split(";\n"):
+        if statement.strip():
+            db.execute(statement)
+
+
+def _place(table: str, *columns: str) -> bytes:
+    """The associated data of a sealed key: the table and the columns that say whose it is."""
+    place = table.encode()
+    for column in columns:
+        data = column.encode()
+        place += len(data).to_bytes(4) + data
+    return place
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, InvalidTag):
+        return "a key in it is damaged or was altered"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)

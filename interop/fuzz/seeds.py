@@ -8,7 +8,6 @@ import base64
 import json
 from pathlib import Path
 from typing import Final
-from uuid import UUID
 
 import numpy as np
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -27,7 +26,7 @@ from interop.fuzz import targets
 
 CORPUS: Final = Path(__file__).parent / "corpus"
 
-NAME: Final = (KeyRef("kme-a", "kme-b", UUID("994f95df-037c-40e9-8b79-79f79bb8eaa0")),)
+NAME: Final = (KeyRef("kme-a", "kme-b", "994f95df-037c-40e9-8b79-79f79bb8eaa0"),)
 
 
 def seeds() -> dict[str, dict[str, bytes]]:

@@ -284,7 +284,7 @@ async def test_answers_of_the_field(
     fake.twist = lambda call, answer: (status, body)
     async with client_for() as alice:
         call = (
-            partial(alice.dec_keys, "bob", [uuid.uuid4()])
+            partial(alice.dec_keys, "bob", [str(uuid.uuid4())])
             if looking_up
             else partial(alice.enc_keys, "bob")
         )

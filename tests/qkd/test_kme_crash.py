@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import pytest
 import trio
@@ -21,7 +20,7 @@ from hybridkex.errors import KeySourceError, KeySourceUnavailable, KeyUnknown
 from hybridkex.kme.config import Address
 from hybridkex.qkd.etsi014.client import KmeAccess, KmeClient
 from hybridkex.qkd.etsi014.models import KeyRequest
-from hybridkex.qkd.store import SqliteKeyStore, read_key_file, write_key_file
+from hybridkex.qkd.store import KeyStore, read_key_file, write_key_file
 
 Site = Any  # of conftest.py
 
@@ -98,13 +97,13 @@ class Server:
 class Record:
     """What one run saw."""
 
-    master: dict[UUID, bytes] = field(default_factory=dict)
-    slave: dict[UUID, bytes] = field(default_factory=dict)
-    lost_at_slave: set[UUID] = field(default_factory=set)
+    master: dict[str, bytes] = field(default_factory=dict)
+    slave: dict[str, bytes] = field(default_factory=dict)
+    lost_at_slave: set[str] = field(default_factory=set)
     lost_requests: int = 0
     asked_again: int = 0
 
-    def delivered(self, side: dict[UUID, bytes], keys: Iterable[tuple[UUID, bytes]]) -> None:
+    def delivered(self, side: dict[str, bytes], keys: Iterable[tuple[str, bytes]]) -> None:
         for key_id, key in keys:
             assert key_id not in side, f"{key_id} was delivered twice"
             side[key_id] = key
@@ -134,7 +133,7 @@ async def one_pair(
             await fetch(slave, alice, [k.key_id for k in found.keys], record)
 
 
-async def fetch(slave: KmeClient, master: str, ids: list[UUID], record: Record) -> None:
+async def fetch(slave: KmeClient, master: str, ids: list[str], record: Record) -> None:
     in_flight = False
     while True:
         try:
@@ -198,12 +197,12 @@ async def run_and_kill(
     return record
 
 
-async def stock(site: Site, kme: str) -> tuple[set[UUID], set[UUID]]:
+async def stock(site: Site, kme: str) -> tuple[set[str], set[str]]:
     """The IDs of material and the IDs that are spent, from the database of a stopped KME."""
     folder = site.holder(kme)
-    store = SqliteKeyStore(folder / "store.db", read_key_file(folder / "store.key"))
+    store = KeyStore(folder / "store.db", read_key_file(folder / "store.key"))
     rows = [
-        {UUID(bytes=row[0]) for row in store._db.execute(f"SELECT key_id FROM {name}")}
+        {row[0] for row in store._db.execute(f"SELECT key_id FROM {name}")}
         for name in ("material", "spent")
     ]
     await store.aclose()

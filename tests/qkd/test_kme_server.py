@@ -22,7 +22,7 @@ from hybridkex.kme.serve import KmeServer
 from hybridkex.net.http import HttpLimits, Request, Response, serve_connection
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeClient
 from hybridkex.qkd.etsi014.naming import IdRule
-from hybridkex.qkd.store import SqliteKeyStore, read_key_file
+from hybridkex.qkd.store import KeyStore, read_key_file
 from hybridkex.secret import Secret
 
 Site = Any  # of conftest.py
@@ -434,36 +434,36 @@ async def test_two_servers_that_sync_over_tls(site: Site, serve: Any, tls: str) 
 
 async def test_ends_that_a_crash_has_put_out_of_step(site: Site, serve: Any) -> None:
     config = site.pair()
-    stray = {kme.id: (uuid.uuid4(), Secret(bytes(32))) for kme in config.kme}
+    stray = {kme.id: (str(uuid.uuid4()), Secret(bytes(32))) for kme in config.kme}
     for kme in config.kme:
-        store = SqliteKeyStore(kme.store, read_key_file(kme.key_file))
+        store = KeyStore(kme.store, read_key_file(kme.key_file))
         [other] = kme.peer
         await store.add(other.id, [stray[kme.id]])
         await store.aclose()
     async with serve(config) as where:
         await filled(where, site)
     for kme in config.kme:
-        store = SqliteKeyStore(kme.store, read_key_file(kme.key_file))
+        store = KeyStore(kme.store, read_key_file(kme.key_file))
         [other] = kme.peer
         assert await store.unknown(other.id, [stray[kme.id][0]]) == [stray[kme.id][0]]
         await store.aclose()
 
 
-async def test_a_block_that_the_other_end_lacks_is_passed_over(site: Site, serve: Any) -> None:
+async def test_a_block_that_the_other_end_lacks_is_passed_over(site: Site) -> None:
     """As between two sites whose link delivered to one of them only: young, so not erased."""
-    config = site.pair()
-    async with serve(config) as where:
+    server = KmeServer(site.pair())
+    async with trio.open_nursery() as nursery:
+        where = await nursery.start(lambda task_status: server.serve(task_status=task_status))
         await filled(where, site)
-        here = SqliteKeyStore(config.kme[0].store, read_key_file(config.kme[0].key_file))
+        here, there = server._stores["kme-a"], server._stores["kme-b"]
         lost = await here.reserve("kme-b", 3)
-        there = SqliteKeyStore(config.kme[1].store, read_key_file(config.kme[1].key_file))
+        await here.release("kme-b", [material.key_id for material in lost])
         await there.void("kme-a", [material.key_id for material in lost])
-        await here.aclose()
-        await there.aclose()
         async with as_sae(site, "alice", where.kmes["kme-a"]) as alice:
             answer = await alice.get("/bob/enc_keys?number=5")
+        server.close()
     assert answer.status_code == 200
-    ids = {uuid.UUID(key["key_ID"]) for key in answer.json()["keys"]}
+    ids = {key["key_ID"] for key in answer.json()["keys"]}
     assert not ids & {material.key_id for material in lost}
 
 

@@ -499,7 +499,7 @@ async def test_a_hello_reflected_to_its_sender(make_sites: Callable[..., Sites])
 async def test_an_unknown_id_fails_closed(make_sites: Callable[..., Sites]) -> None:
     sites = make_sites()
     key = await sites.alice.draw()
-    stranger = replace(key, name=(replace(key.name[0], key_id=uuid4()),))
+    stranger = replace(key, name=(replace(key.name[0], key_id=str(uuid4())),))
     assert type(await send_alone(sites, recorded_hello(sites, stranger))) is KeyUnknown
     assert sites.bob.gets == 1
 

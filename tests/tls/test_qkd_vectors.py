@@ -12,7 +12,6 @@ import hmac
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
-from uuid import UUID
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -29,7 +28,7 @@ from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import Connection
 from hybridkex.tls.negotiation import external_psks
 
-KEY_ID = UUID("994f95df-037c-40e9-8b79-79f79bb8eaa0")
+KEY_ID = "994f95df-037c-40e9-8b79-79f79bb8eaa0"
 QKD_KEY = QkdKey(
     name=(KeyRef("kme-a", "kme-b", KEY_ID),),
     master_sae="alice",
@@ -38,13 +37,13 @@ QKD_KEY = QkdKey(
 )
 
 # Written by hand from the structures in hybridkex/qkd/psk.py.
-IDENTITY = b"hkx-qkd\x01" + b"\x00\x1c" + b"\x05kme-a" + b"\x05kme-b" + KEY_ID.bytes
+IDENTITY = b"hkx-qkd\x01" + b"\x00\x31" + b"\x05kme-a" + b"\x05kme-b" + b"\x24" + KEY_ID.encode()
 CONTEXT = b"hkx-qkd ctx\x01" + b"\x05alice" + b"\x03bob" + b"\x00\x0c" + b"\x05kme-a" + b"\x05kme-b"
 
 PINNED = {
-    "sha256": "416948b464ff0f407f077e71f2ca3790b6df8e765c68d765f871fa2dfed35c19",
-    "sha384": "cdd03caeed67a0046450fcbd648653b1612220320320acde0163c33528a0b193"
-    "212f25485b0b1d79dedfa4554d0c4c7e",
+    "sha256": "9eb1da6a69c38cb4d078d49f1e5d32dc1ee69b48819185ec1309ef9813a9b05e",
+    "sha384": "eb671e59b90e6acdd1ad2af8f677f6d78fd6fb284b24e2b0963b7b8963433d67"
+    "9a81b32676d55b6e0f03fc6973ad7828",
 }
 
 
@@ -262,7 +261,10 @@ def everything_else() -> list[tuple[str, Callable[[], ExternalPsk]]]:
         ("slave SAE", lambda: as_psk(replace(QKD_KEY, slave_sae="carol"))),
         ("roles", lambda: as_psk(replace(QKD_KEY, master_sae="bob", slave_sae="alice"))),
         ("KME", lambda: as_psk(replace(QKD_KEY, name=(replace(part, master_kme="kme-c"),)))),
-        ("key ID", lambda: as_psk(replace(QKD_KEY, name=(replace(part, key_id=UUID(int=1)),)))),
+        (
+            "key ID",
+            lambda: as_psk(replace(QKD_KEY, name=(replace(part, key_id="1"),))),
+        ),
         ("number", lambda: as_psk(replace(QKD_KEY, name=(part, part)))),
         ("key", lambda: as_psk(replace(QKD_KEY, key=Secret(bytes(32))))),
     ]

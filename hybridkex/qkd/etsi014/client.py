@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import quote, urlsplit
-from uuid import UUID
 
 import httpx
 import trio
@@ -220,11 +219,11 @@ class KmeClient:
             raise KeySourceUnavailable("the KME gave keys of another length than was asked for")
         return container
 
-    async def dec_keys(self, master_sae: str, key_ids: Sequence[UUID]) -> KeyContainer:
+    async def dec_keys(self, master_sae: str, key_ids: Sequence[str]) -> KeyContainer:
         """Get key with key IDs (clause 5.3), in the order of ``key_ids``."""
         if len(key_ids) == 1 and not self._access.always_post:
             body = await self._call(
-                "GET", master_sae, "dec_keys", query={"key_ID": str(key_ids[0])}, looking_up=True
+                "GET", master_sae, "dec_keys", query={"key_ID": key_ids[0]}, looking_up=True
             )
         else:
             ids = KeyIds(key_ids=tuple(key_ids))
@@ -232,7 +231,7 @@ class KmeClient:
                 "POST", master_sae, "dec_keys", content=ids.to_json(), looking_up=True
             )
         container = self._container(body, len(key_ids))
-        found: dict[UUID, DeliveredKey] = {item.key_id: item for item in container.keys}
+        found: dict[str, DeliveredKey] = {item.key_id: item for item in container.keys}
         if found.keys() != set(key_ids):
             raise KeySourceUnavailable("the KME gave other keys than were asked for")
         return KeyContainer(

@@ -70,11 +70,11 @@ def _objects(data: Json, name: str) -> tuple[Json, ...]:
     return tuple(_object(item, name) for item in _member(data, name, list, ()))
 
 
-def parse_uuid(text: object, what: str = "key_ID") -> UUID:
-    """A key ID in the form of RFC 9562 section 4, either case. Raises :class:`ModelError`."""
+def parse_uuid(text: object, what: str = "key_ID") -> str:
+    """A key ID in the form of RFC 9562 section 4, made lower-case. Raises :class:`ModelError`."""
     if isinstance(text, str) and len(text) == 36:  # UUID() alone also takes braces and URNs
         try:
-            return UUID(text)
+            return str(UUID(text))
         except ValueError:
             pass
     raise ModelError(f"{what} is not a UUID")
@@ -192,7 +192,7 @@ def _query_number(query: Mapping[str, Sequence[str]], name: str) -> int:
 class DeliveredKey:
     """One item of ``keys`` of clause 6.3."""
 
-    key_id: UUID
+    key_id: str
     key: Secret
 
 
@@ -219,7 +219,7 @@ class KeyContainer:
         return {
             "keys": [
                 {
-                    "key_ID": str(item.key_id),
+                    "key_ID": item.key_id,
                     "key": base64.b64encode(item.key.reveal()).decode("ascii"),
                 }
                 for item in self.keys
@@ -243,7 +243,7 @@ def _decode_key(text: object) -> Secret:
 class KeyIds:
     """Clause 6.4."""
 
-    key_ids: tuple[UUID, ...]
+    key_ids: tuple[str, ...]
 
     @classmethod
     def from_json(cls, data: object) -> Self:
@@ -259,7 +259,7 @@ class KeyIds:
         return cls(key_ids=(parse_uuid(query["key_ID"][0]),))
 
     def to_json(self) -> Json:
-        return {"key_IDs": [{"key_ID": str(key_id)} for key_id in self.key_ids]}
+        return {"key_IDs": [{"key_ID": key_id} for key_id in self.key_ids]}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -164,25 +164,28 @@ def _key_store(path: Path, key_file: Path) -> Iterator[Known]:
     how = f"found in the stolen key store of {path.parent.name}"
     raw = b"".join(one.read_bytes() for one in sorted(path.parent.glob("keys.db*")))
     with TemporaryDirectory() as copy, closing(_opened_copy(path.parent, Path(copy))) as db:
-        places, key_ids = set[tuple[bytes, bytes]](), set[bytes]()
-        for table, column, prefix in (
-            ("material", "link", b"material\0"),
-            ("grants", "slave", b"grant\0"),
-            ("grants", "link", b"material\0"),
-        ):
-            for key_id, name in db.execute(f"SELECT key_id, {column} FROM {table}"):
-                places.add((prefix, name.encode()))
+        links, grantees, key_ids = set[str](), set[tuple[str, str]](), set[str]()
+        for table in ("material", "grants", "spent"):
+            for link, key_id in db.execute(f"SELECT link, key_id FROM {table}"):
+                links.add(link)
                 key_ids.add(key_id)
-        key_ids.update(row[0] for row in db.execute("SELECT key_id FROM spent"))
+        grantees.update(db.execute("SELECT master, slave FROM grants"))
     for key_id in key_ids:
-        for window in _near(raw, key_id):
-            for prefix, name in places:
-                place = prefix + key_id + name
+        places = [_place("material", link, key_id) for link in links]
+        places += [_place("grant", link, key_id, *names) for link in links for names in grantees]
+        for window in _near(raw, key_id.encode()):
+            for place in places:
                 try:
                     key = seal.decrypt(window[:_NONCE], window[_NONCE:], place)
                 except InvalidTag:
                     continue
                 yield Known(key, how)
+
+
+def _place(table: str, *columns: str) -> bytes:
+    """The associated data of a sealed key, as the key store writes it."""
+    fields = (column.encode() for column in columns)
+    return table.encode() + b"".join(len(field).to_bytes(4) + field for field in fields)
 
 
 def _opened_copy(source: Path, folder: Path) -> sqlite3.Connection:

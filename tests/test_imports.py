@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kme": ENGINE | {"net", "qkd", "link", "streams"},
     "combiner": BASE | {"wire", "crypto", "auth", "qkd"},
     # Applications need no more than what everybody has.
-    "apps": {"errors", "net", ""},
+    "apps": {"errors", "net", "combiner", ""},
     "demos": ENGINE | {"net", "qkd", "link", "kme", "streams", ""},
     "cli": ENGINE | {"combiner", "net", "qkd", "link", "kme", "streams", "demos", "apps", ""},
     "__main__": {"cli"},

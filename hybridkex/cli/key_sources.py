@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hybridkex.qkd.etsi014.client import KmeAccess
 
 __all__ = [
+    "add_exchange_qkd_options",
     "add_kme_options",
     "add_qkd_options",
     "key_sources",
@@ -88,15 +89,28 @@ def add_qkd_options(parser: argparse.ArgumentParser) -> None:
         "QKD keys",
         "With certificates they are used by RFC 9973, without they authenticate both sides.",
     )
+    _add_source_options(group, peers="the peer's SAE ID; a listener may have several")
+    group.add_argument(
+        "--qkd",
+        choices=[one.value for one in Requirement],
+        help="no connection without a QKD key (require, the default once there is a source), "
+        "one without that says so (prefer), or none (off)",
+    )
+
+
+def add_exchange_qkd_options(parser: argparse.ArgumentParser) -> None:
+    """QKD keys of an exchange outside TLS, where nothing is negotiated: all rotations or none."""
+    group = parser.add_argument_group(
+        "QKD keys", "With --kme or --key-pool, given at both ends, a QKD key goes into each key."
+    )
+    _add_source_options(group, peers="the peer's SAE ID")
+    parser.set_defaults(qkd=None)
+
+
+def _add_source_options(group: argparse._ArgumentGroup, *, peers: str) -> None:
     add_kme_options(group, required=False)
     group.add_argument("--sae", metavar="ID", help="our own SAE ID")
-    group.add_argument(
-        "--peer-sae",
-        metavar="ID",
-        action="append",
-        default=[],
-        help="the peer's SAE ID; a listener may have several",
-    )
+    group.add_argument("--peer-sae", metavar="ID", action="append", default=[], help=peers)
     group.add_argument(
         "--key-pool",
         type=Path,
@@ -105,12 +119,6 @@ def add_qkd_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--pool-key", type=Path, metavar="FILE", help="its key file (default: FILE.key)"
-    )
-    group.add_argument(
-        "--qkd",
-        choices=[one.value for one in Requirement],
-        help="no connection without a QKD key (require, the default once there is a source), "
-        "one without that says so (prefer), or none (off)",
     )
 
 

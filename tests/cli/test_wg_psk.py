@@ -1,7 +1,9 @@
 """``hybridkex wg-psk`` as two processes, with a ``wg`` that records."""
 
+import contextlib
 import json
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -18,10 +20,14 @@ from hybridkex.qkd.store import write_key_file
 COMMAND = (sys.executable, "-m", "hybridkex", "wg-psk")
 KEY = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 Start = Callable[..., "subprocess.Popen[str]"]
-WG = """#!{python}
-import sys
-with open({log!r}, "a") as log:
-    print(*sys.argv[1:], sys.stdin.readline().strip(), file=log)
+WG = """#!/bin/sh
+if [ "$1" = show ]; then
+    printf '%s\\t%s\\n' {key} "$(cat {folder}/psk 2>/dev/null || echo '(none)')"
+    exit
+fi
+read -r psk
+echo "$psk" > {folder}/psk
+echo "$@" "$psk" >> {folder}/log
 """
 
 
@@ -34,7 +40,7 @@ def side(tmp_path: Path) -> Iterator[Start]:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         command = folder / "wg"
-        command.write_text(WG.format(python=sys.executable, log=str(folder / "log")))
+        command.write_text(WG.format(key=KEY, folder=folder))
         command.chmod(command.stat().st_mode | stat.S_IXUSR)
         process = subprocess.Popen(
             [
@@ -63,6 +69,7 @@ def until(condition: Callable[[], bool], *, seconds: float = 30) -> None:
 
 
 def keys(folder: Path) -> list[str]:
+    """Every key that was installed, in order."""
     log = folder / "log"
     if not log.exists():
         return []
@@ -92,18 +99,64 @@ def test_the_key_is_rotated_with_pinned_keys(tmp_path: Path, side: Start) -> Non
     port = tmp_path / "port"
     b = side("b", "a", "--listen", "127.0.0.1:0", "--port-file", str(port), *known["b"])
     where = f"127.0.0.1:{port_of(port)}"
-    side("a", "b", "--connect", where, "--interval", "0.2", "--json", *known["a"])
+    a = side("a", "b", "--connect", where, "--interval", "0.2", "--json", *known["a"])
     until(lambda: len(keys(tmp_path / "a")) >= 3)
     ours, theirs = keys(tmp_path / "a"), keys(tmp_path / "b")
-    assert ours == theirs[: len(ours)]
+    assert ours[0] != theirs[0], "a random key blocks the tunnel before the first rotation"
+    assert ours[1:] == theirs[1 : len(ours)]
     assert len(set(ours)) == len(ours)
-    # The responder is gone: the old key stays, and the initiator says why and goes on trying.
+    # The responder is gone: the initiator says why, stops the tunnel, and goes on trying.
     b.kill()
     b.communicate(timeout=20)
-    before = len(keys(tmp_path / "b"))
+    events = (json.loads(line) for line in a.stdout or ())
+    assert next(one for one in events if one["event"] != "rotated")["event"] == "stopped"
+    stopped = keys(tmp_path / "a")[-1]
+    assert stopped not in keys(tmp_path / "b")
     b = side("b", "a", "--listen", where, *known["b"])
-    until(lambda: len(keys(tmp_path / "b")) > before + 1)
+    until(lambda: keys(tmp_path / "b")[-1] == keys(tmp_path / "a")[-1])
     assert b.poll() is None
+    a.terminate()
+    said = a.communicate(timeout=20)[1]
+    assert re.search(
+        r"rotation failed: cannot connect .*; the pre-shared key agreed \d+ s ago", said
+    )
+    assert "a random pre-shared key blocks the tunnel" in said
+
+
+def test_a_tunnel_that_shall_go_on_without_a_fresh_key(tmp_path: Path, side: Start) -> None:
+    """--fresh-psk prefer: what is there stays, and the log says that it is nothing."""
+    words = ("--interval", "0.1", "--max-age", "0.3", "--fresh-psk", "prefer", "--json")
+    a = side("a", "b", "--connect", "127.0.0.1:1", *words, *trust(tmp_path)["a"])
+    assert a.stdout is not None
+    assert json.loads(a.stdout.readline())["event"] == "overdue"
+    assert a.poll() is None
+    a.terminate()
+    said = a.communicate(timeout=20)[1]
+    assert keys(tmp_path / "a") == []
+    assert "the tunnel has NO pre-shared key" in said
+    assert "stays" not in said
+
+
+@pytest.mark.parametrize("number", [40, 200])
+def test_idle_strangers_do_not_stop_rotations(number: int, tmp_path: Path, side: Start) -> None:
+    known = trust(tmp_path)
+    port = tmp_path / "port"
+    side("b", "a", "--listen", "127.0.0.1:0", "--port-file", str(port), *known["b"])
+    address = ("127.0.0.1", int(port_of(port)))
+    with contextlib.ExitStack() as stack:
+        for _ in range(number):
+            stack.enter_context(socket.create_connection(address, timeout=5))
+        where = f"{address[0]}:{address[1]}"
+        side("a", "b", "--connect", where, "--interval", "0.2", *known["a"])
+        until(lambda: len(keys(tmp_path / "a")) >= 4, seconds=9)
+
+
+def test_help_offers_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["wg-psk", "--help"])
+    said = capsys.readouterr().out
+    assert "--qkd" not in said
+    assert "ertificates" not in said.partition("--kme-ca")[0].partition("QKD keys:")[2]
 
 
 def test_once_with_a_shared_key_and_a_qkd_pool(tmp_path: Path, side: Start) -> None:
@@ -118,7 +171,7 @@ def test_once_with_a_shared_key_and_a_qkd_pool(tmp_path: Path, side: Start) -> N
     stranger = side("a", "b", *where, "--psk-file", str(wrong))
     _, said = stranger.communicate(timeout=30)
     assert stranger.returncode == 1
-    assert said.startswith("hybridkex: ")
+    assert said.splitlines()[-1].startswith("hybridkex: ")
     assert "Traceback" not in said
     assert keys(tmp_path / "a") == keys(tmp_path / "b") == []
     a = side("a", "b", *where, "--psk-file", str(secret), "--json")
@@ -132,14 +185,16 @@ def test_once_with_a_shared_key_and_a_qkd_pool(tmp_path: Path, side: Start) -> N
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--connect", "h", "--interval", "0"], "--interval"),
-        (["--connect", "h"], "how to know the peer"),
+        (["--connect", "h", "--interval", "0", "--psk-file", "{psk}"], "interval"),
+        (["--connect", "h"], "to authenticate the peer"),
         (["--connect", "h", "--psk-file", "/nowhere"], "/nowhere"),
-        (["--connect", "h", "--psk-file", "x", "--pin", "00"], "takes the place"),
+        (["--connect", "h", "--psk-file", "x", "--pin", "00"], "cannot be combined"),
         (["--connect", "h:port", "--psk-file", "{psk}"], "HOST:PORT"),
         (["--listen", "x", "--psk-file", "{psk}"], "HOST:PORT"),
         (["--connect", "127.0.0.1:1", "--psk-file", "{psk}", "--once"], "cannot connect"),
-        (["--connect", "h", "--psk-file", "{psk}", "--qkd", "require"], "needs --kme"),
+        (["--connect", "h", "--psk-file", "{psk}", "--max-age", "1"], "age limit"),
+        (["--connect", "h", "--psk-file", "{psk}", "--wg", "'"], "--wg"),
+        (["--connect", "h", "--psk-file", "{psk}", "--wg", "/nowhere"], "cannot run /nowhere"),
     ],
 )
 def test_what_cannot_be(
@@ -147,10 +202,14 @@ def test_what_cannot_be(
 ) -> None:
     psk = tmp_path / "psk"
     write_key_file(psk)
-    given = [word.format(psk=psk) for word in words]
+    wg = tmp_path / "wg"
+    wg.write_text(WG.format(key=KEY, folder=tmp_path))
+    wg.chmod(0o700)
+    given = ["--wg", str(wg), *(word.format(psk=psk) for word in words)]
     fixed = ["--interface", "wg0", "--peer-key", KEY, "--local", "a", "--peer", "b"]
     assert main(["wg-psk", *fixed, *given]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("hybridkex: ")
-    assert reason in said
+    last = said.splitlines()[-1]
+    assert last.startswith("hybridkex: ")
+    assert reason in last
     assert main(["wg-psk", *fixed[:2], "--peer-key", "AAAA", *fixed[4:], *given]) == 1

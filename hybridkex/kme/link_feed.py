@@ -1,13 +1,24 @@
 """The link as what feeds KMEs: see :mod:`hybridkex.qkd.producer`.
 
 Either both parties run here and feed two KMEs of one process, or one party runs here and reaches
-the other over TCP: two connections, which begin with ``C`` for the classical and ``Q`` for the
-quantum channel. The first block of such a link is authenticated with the keys of the KMEs'
-certificates. (A shared secret would be used again after a restart, and a one-time pad must not be.)
+the other over TCP, with a connection for the classical and one for the quantum channel. The first
+block of such a link is authenticated with the keys of the KMEs' certificates. (A shared secret
+would be used again after a restart, and a one-time pad must not be.)
+
+Alice listens, and each connection begins with a greeting, so that only Bob reaches her party::
+
+    Bob    kind (C or Q, 1 byte), number of the session (16 random bytes)
+    Alice  challenge (32 random bytes)
+    Bob    length (2 bytes, big-endian), signature of his certificate's key over all of the above
+
+A session begins when both connections of one number are there. A new one ends the one before: Bob
+makes one only if he has lost the other.
 """
 
 import logging
+import secrets
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +36,7 @@ from hybridkex.errors import (
 from hybridkex.kme.config import Address, KmeConfig, PeerConfig
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.link.authentication import Signatures
+from hybridkex.link.ledger import Direction
 from hybridkex.link.optimise import tuned
 from hybridkex.link.party import Alice, Block, Bob
 from hybridkex.link.presets import preset
@@ -32,6 +44,8 @@ from hybridkex.link.quantum import Fibre
 from hybridkex.link.remote import RemoteDetector, serve_detector
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.simulated import SimulatedLink
+from hybridkex.net.reading import EndOfStream, read_exactly
+from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.qkd.producer import ProducedKey
 
 __all__ = ["LinkEnd", "PairFeed", "PartyFeed", "link_feed"]
@@ -43,6 +57,15 @@ BATCH: Final = 64
 PAUSE: Final = 1.0
 """Seconds before the next try, after a block that was given up or a connection that broke."""
 GREETING_SECONDS: Final = 10.0
+"""For a greeting, and then for the other connection of the session."""
+STRANGERS: Final = 32
+"""Connections at Alice's port that have not proved to be Bob's, at once."""
+BOBS: Final = 8
+"""Connections that have, at once: two of a session, and what is left of those before."""
+KINDS: Final = (b"C", b"Q")
+NUMBER: Final = 16
+CHALLENGE: Final = 32
+GREETING: Final = b"hybridkex QKD link greeting v1"
 
 Note = Callable[[Block | BlockAborted], None]
 
@@ -136,53 +159,68 @@ class PartyFeed:
         """
         failure: LinkError | None = None
         try:
-            if self._party == "alice":
-                await self._run_alice()
-            else:
-                while True:
-                    await self._session(await self._reach(b"C"), await self._reach(b"Q"))
+            await (self._run_alice() if self._party == "alice" else self._run_bob())
         except LinkError as error:
             failure = error
         finally:
             self.ends[0].end(failure)
 
-    async def _run_alice(self) -> None:
-        host, port = self._address.host, self._address.port
-        try:
-            listeners = await trio.open_tcp_listeners(port, host=host)
-        except OSError as error:
-            raise LinkError(f"the link cannot listen on {self._address}: {error}") from None
-        try:
-            while True:
-                streams: dict[bytes, trio.SocketStream] = {}
-                while len(streams) < 2:
-                    stream = await listeners[0].accept()
-                    kind = b""
-                    with trio.move_on_after(GREETING_SECONDS):
-                        kind = await stream.receive_some(1)
-                    old = streams.pop(kind, None)
-                    if kind in (b"C", b"Q"):
-                        streams[kind], stream = stream, old or stream
-                    if stream not in streams.values():
-                        await trio.aclose_forcefully(stream)
-                await self._session(streams[b"C"], streams[b"Q"])
-        finally:
-            for listener in listeners:
-                await listener.aclose()
+    async def _run_bob(self) -> None:
+        while True:
+            number = secrets.token_bytes(NUMBER)
+            classical = await self._reach(b"C", number)
+            quantum = await self._reach(b"Q", number)
+            await self._session(classical, quantum)
 
-    async def _reach(self, kind: bytes) -> trio.SocketStream:
+    async def _reach(self, kind: bytes, number: bytes) -> trio.SocketStream:
+        """A connection that Alice has greeted."""
         while True:
             try:
-                stream = await trio.open_tcp_stream(self._address.host, self._address.port)
-                await stream.send_all(kind)
-            except (OSError, trio.BrokenResourceError):
+                with trio.fail_after(GREETING_SECONDS):
+                    stream = await trio.open_tcp_stream(self._address.host, self._address.port)
+                    try:
+                        await greet(stream, self._signatures, kind, number)
+                    except BaseException:
+                        await trio.aclose_forcefully(stream)
+                        raise
+            except (OSError, trio.BrokenResourceError, trio.TooSlowError, EndOfStream):
                 await trio.sleep(PAUSE)
             else:
                 return stream
 
+    async def _run_alice(self) -> None:
+        try:
+            listeners = await trio.open_tcp_listeners(self._address.port, host=self._address.host)
+        except OSError as error:
+            raise LinkError(f"the link cannot listen on {self._address}: {error}") from None
+        failure: LinkError | None = None
+        pairs, arrived = trio.open_memory_channel[_Pair](0)
+        desk = _Reception(self._signatures, pairs)
+        supervisor = Supervisor(
+            desk.receive,
+            name="QKD link",
+            logger=LOG,
+            handshakes=STRANGERS,
+            handshake_seconds=GREETING_SECONDS,
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(supervisor.serve, listeners)
+            async for pair in arrived:
+                try:
+                    with pair.scope:
+                        await self._session(pair.streams[b"C"], pair.streams[b"Q"])
+                except LinkError as error:
+                    failure = error
+                    nursery.cancel_scope.cancel()
+                finally:
+                    pair.over.set()
+        if failure is not None:
+            raise failure
+
     async def _session(self, classical: trio.SocketStream, quantum: trio.SocketStream) -> None:
         """Blocks, until the connection breaks. Raises ``LinkError`` when that is the end."""
         made = 0
+        error: BaseException | None = None
         try:
             async with classical, quantum, trio.open_nursery() as nursery:
                 party = self._make(classical, quantum, nursery)
@@ -191,13 +229,14 @@ class PartyFeed:
                         made += await self._block(party)
                 finally:
                     nursery.cancel_scope.cancel()
-        except* LinkError as group:
+        except* (LinkError, trio.BrokenResourceError, OSError) as group:
             error = _first(group)
-            final = isinstance(error, LedgerDry | LinkAuthenticationError) and made > 0
-            if final:
-                raise error from None
-            LOG.warning("QKD link: %s; a new session begins", error)
-            await trio.sleep(PAUSE)
+        if error is None:
+            return
+        if isinstance(error, LedgerDry | LinkAuthenticationError) and made > 0:
+            raise error from None
+        LOG.warning("QKD link: %s; a new session begins", error)
+        await trio.sleep(PAUSE)
 
     def _make(
         self, classical: trio.SocketStream, quantum: trio.SocketStream, nursery: trio.Nursery
@@ -228,11 +267,83 @@ class PartyFeed:
         return 1
 
 
-def _first(group: BaseExceptionGroup[LinkError]) -> LinkError:
-    error: BaseException = group
+@dataclass(eq=False)
+class _Pair:
+    """The two connections of a session."""
+
+    streams: dict[bytes, trio.SocketStream] = field(default_factory=dict)
+    complete: trio.Event = field(default_factory=trio.Event)
+    over: trio.Event = field(default_factory=trio.Event)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
+class _Reception:
+    """Brings the two connections of each session together, once Bob has proved who he is."""
+
+    def __init__(self, signatures: Signatures, pairs: "trio.MemorySendChannel[_Pair]") -> None:
+        self._signatures = signatures
+        self._pairs = pairs
+        self._budget = Budget(BOBS)
+        self._by_number: dict[bytes, _Pair] = {}
+        self._newest: _Pair | None = None
+
+    async def receive(self, stream: trio.SocketStream, connection: Connection) -> None:
+        """Serve one connection: it is part of a session until that is over."""
+        kind, number = await greeted(stream, self._signatures)
+        connection.admit(self._budget)
+        pair = self._by_number.setdefault(number, _Pair())
+        if kind in pair.streams:
+            raise LinkError("a session has one channel of each kind")
+        pair.streams[kind] = stream
+        try:
+            if len(pair.streams) == len(KINDS):
+                pair.complete.set()
+                if self._newest is not None:
+                    self._newest.scope.cancel()
+                self._newest = pair
+                await self._pairs.send(pair)
+            with trio.move_on_after(GREETING_SECONDS):
+                await pair.complete.wait()
+            if pair.complete.is_set():
+                await pair.over.wait()
+        finally:
+            self._by_number.pop(number, None)
+
+
+async def greet(
+    stream: trio.abc.Stream, signatures: Signatures, kind: bytes, number: bytes
+) -> None:
+    """Prove to Alice that we are Bob. Raises ``EndOfStream`` and ``trio.BrokenResourceError``."""
+    await stream.send_all(kind + number)
+    challenge = await read_exactly(stream, CHALLENGE)
+    signature = signatures.tag(Direction.BOB_TO_ALICE, [GREETING, kind, number, challenge])
+    await stream.send_all(len(signature).to_bytes(2) + signature)
+
+
+async def greeted(stream: trio.abc.Stream, signatures: Signatures) -> tuple[bytes, bytes]:
+    """Kind of the channel and number of the session, of a connection that is Bob's.
+
+    Raises:
+        LinkError: it is not.
+        EndOfStream: it ended early.
+        trio.BrokenResourceError: it broke.
+    """
+    kind = await read_exactly(stream, 1)
+    if kind not in KINDS:
+        raise LinkError("a connection that is not for a QKD link")
+    number = await read_exactly(stream, NUMBER)
+    challenge = secrets.token_bytes(CHALLENGE)
+    await stream.send_all(challenge)
+    length = int.from_bytes(await read_exactly(stream, 2))
+    signature = await read_exactly(stream, length)
+    parts = [GREETING, kind, number, challenge]
+    signatures.check(Direction.BOB_TO_ALICE, parts, signature)
+    return kind, number
+
+
+def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    assert isinstance(error, LinkError)
     return error
 
 

@@ -110,7 +110,7 @@ class KmeServer:
                 for one in self._config.kme:
                     background.start_soon(self._kmes[one.id].maintain)
                 for link in links:
-                    background.start_soon(link)
+                    background.start_soon(_keep_running, link)
                 for kme_id, target, producer, shared in producers:
                     background.start_soon(self._feed, self._kmes[kme_id], target, producer, shared)
                 async with trio.open_nursery() as connections:
@@ -254,6 +254,14 @@ async def _opened(
     for listener in listeners:
         stack.push_async_callback(listener.aclose)
     return _Port(listeners=listeners, supervisor=supervisor)
+
+
+async def _keep_running(link: Callable[[], Awaitable[None]]) -> None:
+    """Run a QKD link; a fault of its own ends it and nothing else."""
+    try:
+        await link()
+    except Exception:
+        LOG.exception("a QKD link has ended with an internal error")
 
 
 def _address(listener: trio.SocketListener) -> Address:

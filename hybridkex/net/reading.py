@@ -1,0 +1,31 @@
+"""Reading a known number of bytes from a stream."""
+
+from trio.abc import ReceiveStream
+
+from hybridkex.errors import HybridkexError
+
+__all__ = ["EndOfStream", "read_exactly"]
+
+_CHUNK = 1 << 20
+
+
+class EndOfStream(HybridkexError):
+    """The peer ended the stream before all the bytes of a message had come."""
+
+
+async def read_exactly(stream: ReceiveStream, count: int) -> bytes:
+    """The next ``count`` bytes, and not one more.
+
+    Memory grows with what comes, not with ``count``.
+
+    Raises:
+        EndOfStream: the stream ended early.
+        trio.BrokenResourceError: it broke.
+    """
+    data = bytearray()
+    while len(data) < count:
+        part = await stream.receive_some(min(count - len(data), _CHUNK))
+        if not part:
+            raise EndOfStream(f"the stream ended after {len(data)} of {count} bytes")
+        data += part
+    return bytes(data)

@@ -56,6 +56,17 @@ def access(folder: Path, url: str, sae: str, peer: str) -> list[Any]:
     ]  # fmt: skip
 
 
+def test_a_second_server_on_one_store_is_refused(
+    tmp_path: Path, hybridkex: Forkserver, kme: Kme
+) -> None:
+    """At once, in one line, with the first one going on."""
+    with site(hybridkex, tmp_path):
+        done = kme("serve", tmp_path / "kme.toml")
+        assert done.returncode == 1
+        assert "keys.db is in use by another process" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
 async def test_dev_up_status_and_export_pool(
     tmp_path: Path, hybridkex: Forkserver, kme: Kme
 ) -> None:

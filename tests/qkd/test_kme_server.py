@@ -21,6 +21,7 @@ from hybridkex.kme.delivery import KmeLimits
 from hybridkex.kme.serve import KmeServer
 from hybridkex.net.http import HttpLimits, Request, Response, serve_connection
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeClient
+from hybridkex.qkd.etsi014.models import KeyRequest
 from hybridkex.qkd.etsi014.naming import IdRule
 from hybridkex.qkd.store import KeyStore, read_key_file
 from hybridkex.secret import Secret
@@ -430,6 +431,74 @@ async def test_two_servers_that_sync_over_tls(site: Site, serve: Any, tls: str) 
                 async with KmeClient(access) as alice_at_x:
                     with pytest.raises(KeySourceUnavailable, match="other end does not answer"):
                         await once_stocked(alice_at_x)
+
+
+async def test_the_largest_batch_that_status_announces(site: Site, serve: Any) -> None:
+    """Between two KMEs, by value: the longest message that the announced limits allow.
+
+    The KME at the other end announces less to its own SAEs, which is not the peer's business.
+    """
+    with trio.socket.socket() as probe:
+        await probe.bind(("127.0.0.1", 0))
+        address = Address("127.0.0.1", probe.getsockname()[1])
+    peer = PeerConfig(id="kme-b", saes=("bob",), url=f"https://{address}")
+    here = site.kme("kme-a", saes=("alice",), peer=(peer,))
+    there = site.kme(
+        "kme-b",
+        saes=("bob",),
+        listen=address,
+        peer=(PeerConfig(id="kme-a", saes=("alice",), url="https://127.0.0.1:1"),),
+        limits=KmeLimits(max_key_size=512, max_key_per_request=64),
+        http=HttpLimits(max_body=1024),
+    )
+    async with (
+        serve(ServeConfig(kme=(here,))) as a,
+        serve(ServeConfig(kme=(there,))) as b,
+        KmeClient(site.access("alice", a.kmes["kme-a"])) as alice,
+        KmeClient(site.access("bob", b.kmes["kme-b"])) as bob,
+    ):
+        status = await alice.status("bob")
+        assert (status.max_key_per_request, status.max_key_size) == (128, 4096)
+        await filled(a, site, number=128 * 16)
+        request = KeyRequest(number=status.max_key_per_request, size=status.max_key_size)
+        keys = (await alice.enc_keys("bob", request)).keys
+        assert len(keys) == 128
+        for start in (0, 64):
+            part = keys[start : start + 64]
+            assert (await bob.dec_keys("alice", [key.key_id for key in part])).keys == part
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_key_size": 1 << 20},
+        {"max_key_per_request": 20_000},
+        {"key_size": 64, "max_key_size": 1 << 16},
+    ],
+)
+def test_limits_that_no_message_could_carry(changes: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="message of"):
+        KmeLimits(**{"max_key_size": 16384} | changes)
+
+
+async def test_the_feed_outlives_a_full_disk(site: Site) -> None:
+    server = KmeServer(site.pair())
+    disks = [store._db for store in server._stores.values()]
+    pages = [db.execute("PRAGMA page_count").fetchone()[0] for db in disks]
+    for db, number in zip(disks, pages, strict=True):
+        db.execute(f"PRAGMA max_page_count = {number + 4}")
+    async with trio.open_nursery() as nursery:
+        where = await nursery.start(lambda task_status: server.serve(task_status=task_status))
+        failures = server.metrics.store_failures.labels("kme-a")._value
+        with trio.fail_after(10):
+            while failures.get() < 3:  # noqa: ASYNC110
+                await trio.sleep(0.05)
+        for db in disks:
+            db.execute("PRAGMA max_page_count = 1000000")
+        await filled(where, site, number=500)
+        async with as_sae(site, "alice", where.kmes["kme-a"]) as alice:
+            assert (await alice.get("/bob/enc_keys?number=5")).status_code == 200
+        server.close()
 
 
 async def test_ends_that_a_crash_has_put_out_of_step(site: Site, serve: Any) -> None:

@@ -14,9 +14,12 @@ import trio
 from hybridkex.errors import (
     ConfigError,
     KeyConsumed,
+    KeyExpired,
+    KeyNotYetAvailable,
     KeySourceError,
     KeySourceExhausted,
     KeySourceUnavailable,
+    KeyUnauthorized,
     KeyUnknown,
 )
 from hybridkex.qkd.in_process import in_process_pair
@@ -48,6 +51,8 @@ class Flaky:
     async def get(self, name: KeyName) -> QkdKey:
         self.gets += 1
         await trio.sleep(self.slow)
+        if self.error is not None:
+            raise self.error
         return await self.inner.get(name)
 
     def knows(self, name: KeyName) -> bool:
@@ -261,6 +266,64 @@ async def test_failover() -> None:
         await alice.draw()
     with pytest.raises(KeyUnknown):
         await bob.get((KeyRef("x", "y", str(uuid.uuid4())),))
+
+
+ERRORS = (
+    KeyNotYetAvailable,
+    KeySourceExhausted,
+    KeySourceUnavailable,
+    KeyUnauthorized,
+    KeyExpired,
+    KeyConsumed,
+    KeyUnknown,
+)
+"""In the order in which a failover reports them when every source fails."""
+
+
+@pytest.mark.parametrize("kind", [*ERRORS, KeySourceError])
+async def test_failover_goes_on_after_every_error(kind: type[KeySourceError]) -> None:
+    (a0, a1), (b0, b1) = pairs(2)
+    for one in (a1, b1):  # a pool of keys that were drawn from the same KMEs
+        one.knows = lambda name: True  # type: ignore[method-assign]
+    for one in (a0, b0):
+        one.knows = lambda name: True  # type: ignore[method-assign]
+        one.error = kind("of the first source")
+    key = await FailoverSource([a0, a1]).draw()
+    assert key.kmes == (("a1", "b1"),)
+    assert await FailoverSource([b0, b1]).get(key.name) == key
+    assert (b0.gets, b1.gets) == (1, 1)
+
+
+@pytest.mark.parametrize("first", ERRORS)
+@pytest.mark.parametrize("second", ERRORS)
+async def test_failover_reports_the_error_that_leaves_most_hope(
+    first: type[KeySourceError], second: type[KeySourceError]
+) -> None:
+    _, (b0, b1) = pairs(2)
+    for one, kind in ((b0, first), (b1, second)):
+        one.error = kind("x")
+        one.knows = lambda name: True  # type: ignore[method-assign]
+    with pytest.raises(min(first, second, key=ERRORS.index)):
+        await FailoverSource([b0, b1]).get((KeyRef("a", "b", "1"),))
+
+
+async def test_failover_passes_over_a_look_up_that_hangs() -> None:
+    (_, a1), (b0, b1) = pairs(2)
+    b0.slow, b0.knows = 10, lambda name: True  # type: ignore[method-assign]
+    key = await a1.draw()
+    with trio.fail_after(2):
+        assert await FailoverSource([b0, b1], timeout=0.05).get(key.name) == key
+
+
+async def test_a_pool_is_for_one_process(tmp_path: Path, key_file: Path) -> None:
+    path = tmp_path / "a.pool"
+    async with FilePool.open(path, key_file=key_file, names=ALICE) as pool:
+        await pool.add(keys_of(ALICE, 3))
+        command = [sys.executable, "-c", KILLED, str(tmp_path)]
+        result = await trio.run_process(command, capture_stderr=True, check=False)
+        assert b"in use by another process" in result.stderr
+        assert b"ConfigError" in result.stderr
+        assert (await pool.status()).stored == 3
 
 
 async def test_failover_status() -> None:

@@ -1,6 +1,6 @@
 """A web of trust: raw public keys endorsed by OpenPGP signatures of people whom the user trusts.
 
-An endorsement is four lines of text, signed by a person with their own tool (``gpg --clearsign``,
+An endorsement is four lines of text that a person signs with their own tool (``gpg --clearsign``,
 ``sq sign``)::
 
     hybridkex endorsement v1
@@ -8,15 +8,19 @@ An endorsement is four lines of text, signed by a person with their own tool (``
     key: sha256:<64 hexadecimal digits: the pin of the key>
     until: 2027-12-31
 
-Sequoia (the package ``pysequoia``) checks the signatures. Trust is one step deep: whom the user
-trusts endorses keys, and cannot make the user trust others. How many of them must agree is the
-user's choice. Nothing is fetched: endorsements are files that people send each other.
+Sequoia (the package ``pysequoia``) verifies the signatures. Trust is one step deep: the people whom
+the user trusts endorse keys, and cannot introduce other people. The user chooses how many of them
+must agree. Nothing is fetched from a network: endorsements are files that people send each other.
+
+A text is accepted exactly as :func:`endorsement` writes it (lines may end with CRLF, and the last
+one without). Time counts when a key is verified, not when the files are read: the last day of the
+endorsement, the expiry of its signature and the expiry of the person's certificate.
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +36,7 @@ _FORM: Final = re.compile(
     r"hybridkex endorsement v1\n"
     r"name: (?P<name>[^\s]+)\n"
     r"key: sha256:(?P<pin>[0-9a-f]{64})\n"
-    r"until: (?P<until>\d{4}-\d\d-\d\d)\n?"
+    r"until: (?P<until>\d{4}-\d\d-\d\d)\n"
 )
 
 
@@ -40,30 +44,34 @@ def endorsement(name: str, pin: str, until: date) -> bytes:
     """The text that a person signs to endorse a key.
 
     Args:
-        name: the server's name, or the name by which a client shall be known.
-        pin: SHA-256 of the key, in hex (``RawIdentity.pin``).
-        until: the last day on which it counts (UTC).
+        name: the server's host name or IP address, or the name by which a client shall be known.
+        pin: SHA-256 of the key, in lower-case hex (``RawIdentity.pin``).
+        until: the last day on which the endorsement counts (UTC).
 
     Raises:
-        ConfigError: the name or the pin is none.
+        ConfigError: the name, the pin or the day is not valid.
     """
+    if not isinstance(until, date) or isinstance(until, datetime):
+        raise ConfigError("an endorsement ends with a day: until must be a datetime.date")
     text = f"hybridkex endorsement v1\nname: {parse_peer_name(name)}\nkey: sha256:{pin}\n"
     text += f"until: {until.isoformat()}\n"
     if _FORM.fullmatch(text) is None:
-        raise ConfigError("the pin of a key is 64 hexadecimal digits in lower case")
+        raise ConfigError("the pin of a key must be 64 hexadecimal digits in lower case")
     return text.encode("ascii")
 
 
 @dataclass(frozen=True)
 class Endorsement:
-    """One person's word for one key, its signature verified."""
+    """One person's endorsement of one key."""
 
     name: str
     pin: str
-    until: datetime
-    """The first moment at which it does not count any more."""
+    until: date
+    """The last day on which it counts (UTC)."""
     by: str
     """The fingerprint of the person's OpenPGP certificate."""
+    statement: bytes = field(repr=False)
+    """The signed text."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +79,13 @@ class WebOfTrust:
     """Keys that enough of the trusted people endorse for a name.
 
     Args:
-        people: OpenPGP certificates, binary or armored, each file one or several.
-        statements: signed endorsements; one that no trusted person signed is passed over.
+        people: OpenPGP certificates, binary or armored; each file holds one or several.
+        statements: signed endorsements; those that no trusted person signed are ignored.
         needed: how many different people must endorse a key.
 
     Raises:
-        ConfigError: a certificate that is none or cannot be trusted now, a statement that is no
-            OpenPGP message, or a signed text that is no endorsement.
+        ConfigError: a file is not an OpenPGP certificate, a certificate is revoked, a statement is
+            not an OpenPGP message, or the signed text is not an endorsement.
         ProviderMissing: the package ``pysequoia`` is not installed.
     """
 
@@ -85,7 +93,8 @@ class WebOfTrust:
     statements: tuple[bytes, ...] = field(repr=False)
     needed: int = 1
     endorsements: tuple[Endorsement, ...] = field(init=False)
-    """What the statements came to."""
+    """Those that trusted people signed, whether they count now or not."""
+    _certificates: dict[str, Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         pysequoia = _load()
@@ -101,10 +110,11 @@ class WebOfTrust:
                 certificates[certificate.fingerprint] = certificate
         if not 1 <= self.needed <= len(certificates):
             raise ConfigError(
-                f"{self.needed} people must agree, and there are {len(certificates)} to trust"
+                f"{self.needed} people must agree, but {len(certificates)} are trusted"
             )
-        found = [one for statement in self.statements for one in _check(statement, certificates)]
+        found = [one for statement in self.statements for one in _read(statement, certificates)]
         object.__setattr__(self, "endorsements", tuple(found))
+        object.__setattr__(self, "_certificates", certificates)
 
     @classmethod
     def from_files(
@@ -114,7 +124,7 @@ class WebOfTrust:
         *,
         needed: int = 1,
     ) -> "WebOfTrust":
-        """From files with certificates, and files with endorsements or a folder of them.
+        """Read certificates from files, and endorsements from files or from a folder of them.
 
         Raises:
             ConfigError: as above, or a file cannot be read.
@@ -127,7 +137,7 @@ class WebOfTrust:
         return cls(tuple(map(_bytes_of, people)), tuple(map(_bytes_of, statements)), needed)
 
     def verify_server_key(self, spki: bytes, name: PeerName | None) -> VerifiedPeer:
-        """Endorsed for this name by enough people."""
+        """Accept a key that enough people endorse for this name now."""
         if name is None:
             raise CertificateRejected(
                 "a server's key is endorsed for the server's name; pass server_hostname"
@@ -138,7 +148,7 @@ class WebOfTrust:
         return VerifiedPeer(PROOF, peer, "openpgp")
 
     def verify_client_key(self, spki: bytes) -> VerifiedPeer:
-        """Endorsed by enough people for some name; the session gives the names."""
+        """Accept a key that enough people endorse for some name now; the peer has these names."""
         peer = read_raw_key(spki)
         names = self._names(peer)
         if not names:
@@ -150,9 +160,21 @@ class WebOfTrust:
         now = datetime.now(UTC)
         by: dict[str, set[str]] = {}
         for one in self.endorsements:
-            if one.pin == peer.pin and now < one.until:
+            if one.pin == peer.pin and self._counts(one, now):
                 by.setdefault(one.name, set()).add(one.by)
         return tuple(name for name, people in by.items() if len(people) >= self.needed)
+
+    def _counts(self, one: Endorsement, now: datetime) -> bool:
+        """Whether its day has not passed, the certificate has not expired, and the signature is
+        valid still."""
+        certificate = self._certificates[one.by]
+        expiration: datetime | None = certificate.expiration
+        if expiration is not None and expiration.tzinfo is None:
+            expiration = expiration.replace(tzinfo=UTC)
+        if now.date() > one.until or (expiration is not None and now >= expiration):
+            return False
+        _, signers = _verify(one.statement, self._certificates)
+        return one.by in signers
 
     def _refusal(self, peer: PeerRawKey, how: str) -> CertificateRejected:
         return CertificateRejected(
@@ -179,9 +201,12 @@ def _bytes_of(path: str | Path) -> bytes:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _check(statement: bytes, certificates: dict[str, Any]) -> list[Endorsement]:
-    """The endorsements in a signed text: one for each trusted person whose signature is good."""
-    pysequoia = _load()
+def _verify(statement: bytes, certificates: dict[str, Any]) -> tuple[str, set[str]]:
+    """The signed text, and the fingerprints of the trusted people whose signature is valid now.
+
+    Raises:
+        ConfigError: it is not an OpenPGP message.
+    """
     asked = False
 
     def store(_key_ids: object) -> list[Any]:
@@ -190,33 +215,42 @@ def _check(statement: bytes, certificates: dict[str, Any]) -> list[Endorsement]:
         return list(certificates.values())
 
     try:
-        signed = pysequoia.verify(bytes=statement, store=store)
+        signed = _load().verify(bytes=statement, store=store)
     except Exception as error:
         if asked:
-            return []  # Signed by others, or not by anyone whose key is good now.
-        raise ConfigError(f"a file is no endorsement: {_line(error)}") from None
-    match = _FORM.fullmatch((signed.bytes or b"").decode("ascii", "replace").replace("\r\n", "\n"))
+            return "", set()  # Signed by others, or by nobody whose signature is valid now.
+        raise ConfigError(f"a file is not a signed endorsement: {_line(error)}") from None
+    text = (signed.bytes or b"").decode("ascii", "replace")
+    signers = {signature.certificate for signature in signed.valid_sigs}
+    return text, signers & certificates.keys()
+
+
+def _read(statement: bytes, certificates: dict[str, Any]) -> list[Endorsement]:
+    """The endorsements in a signed text: one for each trusted person who signed it."""
+    text, signers = _verify(statement, certificates)
+    if not signers:
+        return []
+    text = text.replace("\r\n", "\n").removesuffix("\n") + "\n"
+    match = _FORM.fullmatch(text)
     if match is None:
-        raise ConfigError("a signed text is no endorsement of a key")
+        raise ConfigError("a signed text is not an endorsement of a key")
     try:
-        last_day = date.fromisoformat(match["until"])
+        until = date.fromisoformat(match["until"])
     except ValueError:
-        raise ConfigError(f"an endorsement until {match['until']}, which is no day") from None
-    until = datetime(last_day.year, last_day.month, last_day.day, tzinfo=UTC) + timedelta(days=1)
+        raise ConfigError(f"an endorsement ends on {match['until']}, which is not a day") from None
+    try:
+        written = endorsement(match["name"], match["pin"], until)
+    except ConfigError as error:
+        raise ConfigError(f"an endorsement cannot be used: {error}") from None
+    if written != text.encode("ascii"):
+        written_name = str(parse_peer_name(match["name"]))
+        raise ConfigError(f"an endorsement names {match['name']!r}; write {written_name!r}")
     return [
-        Endorsement(match["name"], match["pin"], _earlier(until, certificates[one]), one)
-        for one in {signature.certificate for signature in signed.valid_sigs}
+        Endorsement(match["name"], match["pin"], until, signer, statement)
+        for signer in sorted(signers)
     ]
 
 
-def _earlier(until: datetime, certificate: Any) -> datetime:
-    """An endorsement counts no longer than the certificate of whoever gave it."""
-    expiration: datetime | None = certificate.expiration
-    if expiration is None:
-        return until
-    return min(until, expiration if expiration.tzinfo else expiration.replace(tzinfo=UTC))
-
-
 def _line(error: Exception) -> str:
-    """What went wrong, without the backtrace that may follow."""
+    """The error's first line, without the backtrace that may follow."""
     return str(error).partition("\n")[0]

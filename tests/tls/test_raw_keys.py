@@ -1,9 +1,13 @@
 """Raw public keys (RFC 7250) in both roles, with each way to trust them."""
 
 import logging
+import shutil
+import subprocess
+import time as clock
 from dataclasses import replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -336,9 +340,9 @@ def test_an_endorsed_client(people: list[Person]) -> None:
 
 def test_statements_that_are_none(people: list[Person], tmp_path: Path) -> None:
     ann = people[0]
-    with pytest.raises(ConfigError, match="no endorsement"):
+    with pytest.raises(ConfigError, match="not a signed endorsement"):
         WebOfTrust((ann.public,), (b"not OpenPGP",))
-    with pytest.raises(ConfigError, match="no endorsement of a key"):
+    with pytest.raises(ConfigError, match="not an endorsement of a key"):
         WebOfTrust((ann.public,), (ann.signs(b"I like this key"),))
     with pytest.raises(ConfigError, match="not an OpenPGP certificate"):
         WebOfTrust((b"nonsense",), ())
@@ -355,3 +359,117 @@ def test_statements_that_are_none(people: list[Person], tmp_path: Path) -> None:
     except ConfigError:
         return
     assert web.endorsements == ()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Server.Example", "server.example.", "*.example", "bücher.example", "a b", "-", "a..b"),
+        *(f"sha256:{CLIENT.pin}", "https://server.example", "[::1]", "::0001", "127.1", "a" * 64),
+        *("server.example\nkey: sha256:" + "0" * 64, "server.example\t", "", "xn--", "fe80::1%lo"),
+    ],
+)
+def test_reading_refuses_what_writing_refuses(name: str, people: list[Person]) -> None:
+    """Whatever stands in a signed text is a name that endorsement() writes, in this spelling."""
+    ann = people[0]
+    text = f"hybridkex endorsement v1\nname: {name}\nkey: sha256:{SERVER.pin}\n"
+    text += f"until: {TOMORROW.isoformat()}\n"
+    try:
+        written = endorsement(name, SERVER.pin, TOMORROW)
+    except ConfigError:
+        written = b""
+    assert written != text.encode()
+    with pytest.raises(ConfigError, match="endorsement"):
+        WebOfTrust((ann.public,), (ann.signs(text.encode()),))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace(b"v1", b"v2"),
+        lambda text: text + b"\n",
+        lambda text: b"\n" + text,
+        lambda text: text.replace(b"name: ", b"name:  "),
+        lambda text: text + text,
+        lambda text: text.replace(SERVER.pin.encode(), SERVER.pin.upper().encode()),
+        lambda text: text.replace(b"until: 2", b"until: x"),
+        lambda text: text[:-6] + b"02-30\n",
+    ],
+)
+def test_other_texts_are_refused(change: Any, people: list[Person]) -> None:
+    ann = people[0]
+    good = endorsement("localhost", SERVER.pin, TOMORROW)
+    with pytest.raises(ConfigError, match="endorsement"):
+        WebOfTrust((ann.public,), (ann.signs(change(good)),))
+
+
+def test_texts_as_tools_sign_them(people: list[Person]) -> None:
+    ann = people[0]
+    good = endorsement("LocalHost.", SERVER.pin, date.max)
+    for text in (good, good[:-1], good.replace(b"\n", b"\r\n")):
+        web = WebOfTrust((ann.public,), (ann.signs(text),))
+        assert [one.name for one in web.endorsements] == ["localhost"]
+        web.verify_client_key(SERVER.chain[0])
+    for day in (datetime.now(UTC), "2027-12-31", None):
+        with pytest.raises(ConfigError, match=r"datetime\.date"):
+            endorsement("localhost", SERVER.pin, day)  # type: ignore[arg-type]
+
+
+def test_the_last_day_counts_when_a_key_is_verified(
+    people: list[Person], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann = people[0]
+    web = WebOfTrust((ann.public,), (ann.endorses("localhost", SERVER.pin, TOMORROW),))
+    web.verify_client_key(SERVER.chain[0])
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Later":
+            moment = datetime.combine(TOMORROW + timedelta(days=1), time(), tz)
+            return cls.fromtimestamp(moment.timestamp(), tz)
+
+    monkeypatch.setattr("hybridkex.auth.web_of_trust.datetime", Later)
+    with pytest.raises(CertificateRejected):
+        web.verify_client_key(SERVER.chain[0])
+
+
+@pytest.mark.slow
+def test_a_signature_and_a_certificate_that_expire_while_they_are_in_use(tmp_path: Path) -> None:
+    """Both are valid when the files are read, and have expired when the key is verified."""
+    gpg = shutil.which("gpg")
+    if gpg is None:
+        pytest.skip("signatures that expire need gpg")
+    home = tmp_path / "gnupg"
+    home.mkdir(mode=0o700)
+    options = (gpg, "--homedir", str(home), "--batch", "--quiet", "--passphrase", "")
+
+    def run(*words: str, stdin: bytes = b"") -> bytes:
+        done = subprocess.run((*options, *words), input=stdin, capture_output=True, check=True)
+        return done.stdout
+
+    text = endorsement("localhost", SERVER.pin, TOMORROW)
+    try:
+        for who in ("ann", "ben"):
+            run("--quick-gen-key", f"{who}@example.org", "ed25519", "sign", "never")
+        lasting = run("--local-user", "ann", "--clearsign", stdin=text)
+        brief = ("--default-sig-expire", "seconds=4", "--local-user", "ann", "--clearsign")
+        fingerprint = run("--list-keys", "--with-colons", "ben").decode()
+        fingerprint = next(
+            line.split(":")[9] for line in fingerprint.splitlines() if line.startswith("fpr")
+        )
+        run("--quick-set-expire", fingerprint, "seconds=4")
+        of_ben = run("--local-user", "ben", "--clearsign", stdin=text)
+        of_ann = run(*brief, stdin=text)
+        ann, ben = (run("--export", who) for who in ("ann", "ben"))
+        begun = clock.monotonic()
+        webs = [WebOfTrust((ann,), (of_ann,)), WebOfTrust((ben,), (of_ben,))]
+        stays = WebOfTrust((ann,), (lasting,))
+        for web in (*webs, stays):
+            web.verify_client_key(SERVER.chain[0])
+        clock.sleep(max(0.0, begun + 5 - clock.monotonic()))
+        for web in webs:
+            with pytest.raises(CertificateRejected):
+                web.verify_client_key(SERVER.chain[0])
+        stays.verify_client_key(SERVER.chain[0])
+    finally:
+        subprocess.run(("gpgconf", "--homedir", str(home), "--kill", "all"), check=False)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from hybridkex import __version__
 from hybridkex.cli.commands import COMMANDS, Parser, command_module, command_parser
+from hybridkex.cli.standard_streams import unfailing_standard_error
 from hybridkex.errors import HybridkexError
 
 __all__ = ["main"]
@@ -19,9 +20,14 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; ``argv`` is without the program's name. Returns the exit status."""
+    with unfailing_standard_error():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(arguments: list[str]) -> int:
     try:
         try:
-            return _run(list(sys.argv[1:] if argv is None else argv))
+            return _run(arguments)
         finally:
             sys.stdout.flush()  # here, where an error can still be told
     except HybridkexError as error:

@@ -247,9 +247,25 @@ def _key_log(path: str | None) -> Iterator[KeyLog | None]:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None
-    with os.fdopen(descriptor, "w", buffering=1) as file:
+    failed = False
 
-        def write(line: str) -> None:
-            file.write(line + "\n")
+    def write(line: str) -> None:
+        nonlocal failed
+        try:
+            os.write(descriptor, f"{line}\n".encode())
+        except OSError as error:
+            # The log is for a debugger; connections go on without it.
+            if not failed:
+                print(
+                    f"hybridkex: cannot write {path}: {error.strerror}; connections go on",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            failed = True
+        else:
+            failed = False
 
+    try:
         yield write
+    finally:
+        os.close(descriptor)

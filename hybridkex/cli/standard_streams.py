@@ -1,0 +1,58 @@
+"""Standard error that cannot fail, and descriptors 0 to 2 that are always open.
+
+What a command tells on standard error is a log: when its reader has gone (EPIPE) or its file system
+is full (ENOSPC), lines are lost and nothing else. Every message, log line and progress bar goes
+through ``sys.stderr``, so this is the one place that sees to it.
+"""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["unfailing_standard_error"]
+
+
+class _Lossy(io.FileIO):
+    """A file that loses what cannot be written. Nothing is kept for later, so that writing goes on
+    as soon as there is room again."""
+
+    def write(self, data: Any) -> int:
+        """Always the length of ``data``."""
+        view = memoryview(data).cast("B")
+        total = len(view)
+        with contextlib.suppress(OSError):
+            while view:
+                # Not a blocking file: None if nothing could be written.
+                view = view[super().write(view) or len(view) :]
+        return total
+
+
+@contextlib.contextmanager
+def unfailing_standard_error() -> Iterator[None]:
+    """While the context lasts, writing to ``sys.stderr`` raises no ``OSError``."""
+    _open_missing()
+    before = sys.stderr
+    if before is not sys.__stderr__ and before is not None:
+        yield  # somebody has put a stream of his own there, such as a test
+        return
+    raw: Any = _Lossy(2, "w", closefd=False)
+    sys.stderr = io.TextIOWrapper(
+        raw, encoding="utf-8", errors="backslashreplace", line_buffering=True, write_through=True
+    )
+    try:
+        yield
+    finally:
+        sys.stderr = before
+
+
+def _open_missing() -> None:
+    """Open what a caller has closed (``2>&-``), or the next file that is opened gets its number,
+    and messages would be written into that."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # for as long as we live

@@ -169,10 +169,11 @@ async def _one_exchange(
         return False
     try:
         response = await handler(request)
-    except Exception:
+    except Exception as error:
         # A bug of ours must not end the server; the client learns no more than that.
-        LOG.exception("request handler failed")
-        response = Response.json(503, {"message": "internal error"})
+        LOG.error("request handler failed: %s", type(error).__name__)  # noqa: TRY400
+        LOG.debug("the internal error", exc_info=error)
+        response = Response.json(500, {"message": "internal error"})
     return await _send(stream, connection, response, last=last, head=request.method == "HEAD")
 
 

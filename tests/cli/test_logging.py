@@ -67,6 +67,14 @@ def logged_by(module: Path) -> Iterator[tuple[str, str]]:
             else:
                 words = {"ERROR" if method == "exception" else method.upper()}
             yield from ((logger, word) for word in words)
+    # A supervisor of connections logs through the logger that it is given.
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("upervisor"):
+            given = [ast.unparse(word.value) for word in node.keywords] + [
+                ast.unparse(word) for word in node.args
+            ]
+            names = {loggers[word] for word in given if word in loggers}
+            yield from ((name, word) for name in names for word in ("DEBUG", "WARNING", "ERROR"))
 
 
 def test_the_page_lists_every_logger_and_level() -> None:
@@ -74,7 +82,11 @@ def test_the_page_lists_every_logger_and_level() -> None:
     for module in (ROOT / "hybridkex").rglob("*.py"):
         found |= set(logged_by(module))
     page = (ROOT / "docs" / "logging.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"^\| `(hybridkex[\w.]*)` \| ([A-Z]+) \|", page, re.MULTILINE))
+    listed = {
+        (name, level)
+        for names, level in re.findall(r"^\| (`hybridkex.*?`) \| ([A-Z]+) \|", page, re.MULTILINE)
+        for name in re.findall(r"`([\w.]+)`", names)
+    }
     assert found == listed
     assert {level for _, level in found} <= LEVELS
 

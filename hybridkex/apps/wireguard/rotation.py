@@ -175,8 +175,12 @@ class Rotator:
         else:
             state = _State.ABSENT if present is None else _State.CONFIGURED
             self._in_force = _InForce(state, self._clock())
-        level = logging.WARNING if self._in_force.state is _State.ABSENT else logging.INFO
-        log.log(level, "%s: before the first rotation: %s", self.tunnel.interface, self.standing)
+        log.log(
+            logging.WARNING if self._in_force.state is _State.ABSENT else logging.INFO,
+            "%s: before the first rotation: %s",
+            self.tunnel.interface,
+            self.standing,
+        )
 
     # --- rotations --------------------------------------------------------------------------
 

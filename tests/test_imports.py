@@ -26,23 +26,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "constants": set(),
     "errors": {"constants"},
     "secret": set(),
+    "files": {"errors"},
     # Addresses, HTTP and the like: it knows nothing of what is carried.
     "net": BASE,
     "wire": BASE,
     "crypto": BASE,
-    "auth": BASE | {"crypto"},
-    "qkd": BASE | {"wire", "crypto", "net"},
+    "auth": BASE | {"files", "crypto"},
+    "qkd": BASE | {"files", "wire", "crypto", "net"},
     "tls": BASE | {"wire", "crypto", "auth"},
     # The simulator knows of QKD keys what a producer of them must know.
     "link": BASE | {"crypto", "qkd"},
     # The one place where key sources meet the engine.
     "streams": ENGINE | {"net", "qkd"},
-    "kme": ENGINE | {"net", "qkd", "link", "streams"},
+    "kme": ENGINE | {"files", "net", "qkd", "link", "streams"},
     "combiner": BASE | {"wire", "crypto", "auth", "qkd"},
     # Applications need no more than what everybody has.
-    "apps": {"errors", "net", "combiner", ""},
+    "apps": {"errors", "files", "net", "combiner", ""},
     "demos": ENGINE | {"net", "qkd", "link", "kme", "streams", ""},
-    "cli": ENGINE | {"combiner", "net", "qkd", "link", "kme", "streams", "demos", "apps", ""},
+    "cli": ENGINE
+    | {"files", "combiner", "net", "qkd", "link", "kme", "streams", "demos", "apps", ""},
     "__main__": {"cli"},
     "": ENGINE | {"combiner", "qkd", "streams"},
 }

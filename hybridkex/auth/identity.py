@@ -18,6 +18,7 @@ from hybridkex.auth.certificates import UNREADABLE, key_weakness, names_of, subj
 from hybridkex.auth.names import PeerName, any_covers
 from hybridkex.constants import CertificateType
 from hybridkex.errors import ConfigError
+from hybridkex.files import read_file
 
 __all__ = ["Identity"]
 
@@ -85,12 +86,7 @@ class Identity:
         Raises:
             ConfigError: as with :meth:`from_pem`, and it names the file.
         """
-        read = []
-        for path in (certificates, key):
-            try:
-                read.append(Path(path).read_bytes())
-            except OSError as error:
-                raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        read = [read_file(path) for path in (certificates, key)]
         try:
             return cls._load(str(certificates), read[0], str(key), read[1], password)
         except ConfigError as error:

@@ -28,6 +28,7 @@ from hybridkex.auth.raw_keys import PeerRawKey, read_raw_key
 from hybridkex.auth.verified import PROOF, VerifiedPeer
 from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected, ConfigError
+from hybridkex.files import read_file
 
 __all__ = ["KnownPeers"]
 
@@ -175,12 +176,9 @@ class _Snapshot:
 
 def _read(path: Path) -> _Entries:
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise ConfigError(f"cannot read {path}: {reason}") from None
+        text = read_file(path, missing=b"").decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"cannot read {path}: it is not text") from None
     entries = []
     for number, raw in enumerate(text.split("\n"), start=1):
         line = _COMMENT.sub("", raw).strip(" \t\r")

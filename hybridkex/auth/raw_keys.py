@@ -22,6 +22,7 @@ from hybridkex.auth.names import PeerName, any_covers
 from hybridkex.constants import Alert, CertificateType
 from hybridkex.crypto.sig_oqs import OqsPrivateKey, OqsPublicKey
 from hybridkex.errors import CertificateRejected, ConfigError
+from hybridkex.files import read_file
 
 __all__ = ["PeerRawKey", "RawIdentity", "read_raw_key"]
 
@@ -198,10 +199,7 @@ class RawIdentity:
         Raises:
             ConfigError: as with :meth:`from_pem`, and it names the file.
         """
-        try:
-            pem = Path(path).read_bytes()
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        pem = read_file(path)
         try:
             return cls.from_pem(pem, names=names, password=password)
         except ConfigError as error:

@@ -37,6 +37,7 @@ from hybridkex.auth.system import load_roots, system_roots
 from hybridkex.auth.verified import PROOF, Presented, VerifiedPeer
 from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected, ConfigError
+from hybridkex.files import read_file
 
 __all__ = ["InsecureNoVerification", "Pins", "TrustStore"]
 
@@ -119,11 +120,7 @@ class TrustStore:
     @classmethod
     def from_file(cls, path: str | Path, *, pins: Iterable[str] = ()) -> "TrustStore":
         """From a PEM file."""
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-        return cls.from_pem(data, pins=pins, source=str(path))
+        return cls.from_pem(read_file(path), pins=pins, source=str(path))
 
     @classmethod
     def system(cls, *, pins: Iterable[str] = ()) -> "TrustStore":

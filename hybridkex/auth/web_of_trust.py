@@ -29,6 +29,7 @@ from hybridkex.auth.raw_keys import PeerRawKey, read_raw_key
 from hybridkex.auth.verified import PROOF, VerifiedPeer
 from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected, ConfigError, ProviderMissing
+from hybridkex.files import read_file
 
 __all__ = ["Endorsement", "WebOfTrust", "endorsement"]
 
@@ -195,10 +196,7 @@ def _load() -> Any:
 
 
 def _bytes_of(path: str | Path) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    return read_file(path)
 
 
 def _verify(statement: bytes, certificates: dict[str, Any]) -> tuple[str, set[str]]:

@@ -5,25 +5,13 @@ What an option means, what it may be and what it goes with is written once, in t
 """
 
 import argparse
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hybridkex.errors import ConfigError
 
-__all__ = ["read_options", "read_toml"]
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a file. Raises ``ConfigError``."""
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+__all__ = ["OptionTable", "read_options"]
 
 
 class OptionTable(argparse.ArgumentParser):

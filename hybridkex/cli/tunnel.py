@@ -18,13 +18,14 @@ from hybridkex.apps.tunnel import TunnelConfig, TunnelMetrics, TunnelServer
 from hybridkex.apps.tunnel.config import Channel, check_together
 from hybridkex.cli.logs import add_log_options, set_up_logging
 from hybridkex.cli.manual import describe
-from hybridkex.cli.option_tables import OptionTable, read_options, read_toml
+from hybridkex.cli.option_tables import OptionTable, read_options
 from hybridkex.cli.options import add_channel_options, client_config, server_config
 from hybridkex.cli.port_file import write_port
 from hybridkex.cli.running import first_of, run_trio
 from hybridkex.cli.systemd import notify, notify_reloading
 from hybridkex.cli.tcp import NO_TCP, cannot_listen
 from hybridkex.errors import ConfigError, HybridkexError
+from hybridkex.files import read_toml
 from hybridkex.kme.metrics import metrics_page
 from hybridkex.net.address import TcpAddress, parse_address, parse_tcp_address
 from hybridkex.net.http import Request, Response, http_supervisor

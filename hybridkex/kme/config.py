@@ -1,13 +1,13 @@
 """The TOML file of ``hybridkex kme serve``; ``docs/kme.md`` shows one."""
 
 import dataclasses
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Final, TypeVar, get_type_hints
 
 from hybridkex.errors import ConfigError
+from hybridkex.files import read_toml
 from hybridkex.kme.delivery import KmeLimits
 from hybridkex.net.http import HttpLimits
 from hybridkex.qkd.etsi014.hop import TLS_KINDS
@@ -185,13 +185,7 @@ def _check_pair(kme: KmeConfig, peer: PeerConfig, other: KmeConfig | None) -> No
 
 def load_config(path: Path) -> ServeConfig:
     """Read a configuration. Paths in it are relative to its folder. Raises ``ConfigError``."""
-    try:
-        with path.open("rb") as file:
-            data = tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    data = read_toml(path)
     try:
         return _build(ServeConfig, data, path.parent, "")
     except ConfigError as error:

@@ -43,6 +43,7 @@ from hybridkex.errors import (
     KeyUnauthorized,
     KeyUnknown,
 )
+from hybridkex.files import read_file
 from hybridkex.secret import Secret
 
 __all__ = [
@@ -174,9 +175,11 @@ def read_key_file(path: Path) -> Secret:
     """
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
-        text = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read the key file {path}: {error.strerror}") from error
+        raise ConfigError(f"cannot read the key file {path}: {error.strerror}") from None
+    except ValueError:
+        mode = 0  # no path can be this; reading it says so
+    text = read_file(path, what="the key file")
     if mode & 0o077:
         raise ConfigError(
             f"the key file {path} can be read by others; make it private: chmod 600 {path}"

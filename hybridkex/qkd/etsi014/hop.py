@@ -13,6 +13,7 @@ from typing import Final, TypeAlias
 import trio
 
 from hybridkex.errors import ConfigError, KeyUnauthorized
+from hybridkex.files import read_file
 
 __all__ = ["Hop", "client_hop", "server_hop"]
 
@@ -51,6 +52,9 @@ def _unknown(kind: str) -> ConfigError:
 
 
 def _context(purpose: ssl.Purpose, ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
+    for path in (ca, certificate, key):
+        # OpenSSL would not say which of them it is, and would wait for a pipe.
+        read_file(path, pipe=False)
     try:
         context = ssl.create_default_context(purpose, cafile=str(ca))
         context.minimum_version = ssl.TLSVersion.TLSv1_2  # clause 5.1

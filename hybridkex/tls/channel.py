@@ -246,13 +246,13 @@ class Channel:
                 record = self.incoming.take()
                 if record is None:
                     return None
-                if record.type == ContentType.CHANGE_CIPHER_SPEC:
-                    self._check_change_cipher_spec(record)
-                    continue
                 if self.read is not None:
                     opened = self._open(self.read, record)
                     if isinstance(opened, DataItem):
                         return opened
+                    continue
+                if record.type == ContentType.CHANGE_CIPHER_SPEC:
+                    self._check_change_cipher_spec(record)
                     continue
                 if self._skip_unprotected and record.type == _APPLICATION:
                     self._spend_early_data(len(record.fragment))
@@ -272,6 +272,12 @@ class Channel:
         if self._message:
             raise UnexpectedMessage("another record between the pieces of a handshake message")
         if type_ == _ALERT:
+            if not content:
+                # Section 5.4: "Implementations MUST NOT send Handshake and Alert records that have
+                # a zero-length TLSInnerPlaintext.content; if such a message is received, the
+                # receiving implementation MUST terminate the connection with an
+                # 'unexpected_message' alert."
+                raise UnexpectedMessage("an empty alert record")
             if len(content) != 2:
                 raise DecodeError(f"an alert of {len(content)} bytes")
             if content[0] not in (1, 2):
@@ -291,6 +297,10 @@ class Channel:
         filled = 0
         try:
             while record is not None:
+                if record.type == ContentType.CHANGE_CIPHER_SPEC:
+                    self._check_change_cipher_spec(record)
+                    record = self.incoming.take()
+                    continue
                 if record.type != _APPLICATION:
                     self._stashed = self._unprotected(read, record)
                     break
@@ -347,12 +357,13 @@ class Channel:
         """
         if record.type == _ALERT and not read.opened and not self.data_allowed:
             return record.type, bytes(record.fragment)
-        if record.type == ContentType.CHANGE_CIPHER_SPEC:
-            # Behind application data, and so never allowed.
-            raise UnexpectedMessage("change_cipher_spec after the handshake")
         raise UnexpectedMessage("an unprotected record where a protected one is due")
 
     def _check_change_cipher_spec(self, record: Record) -> None:
+        """Section 5: a change_cipher_spec of the single byte 1 may come "at any time after the
+        first ClientHello message has been sent or received and before the peer's Finished message
+        has been received", and is dropped without further processing. Between the records of early
+        data that is skipped too."""
         if not self.change_cipher_spec_allowed or bytes(record.fragment) != b"\x01":
             raise UnexpectedMessage("change_cipher_spec out of place")
         if self._message:

@@ -398,7 +398,9 @@ def _check_hello(offer: _Offer, message: ServerHello | HelloRetryRequest) -> Cip
     if version.version != TLS13:
         raise IllegalParameter(f"the server chose version {version.version:#06x}")
     if message.legacy_version != LEGACY_VERSION:
-        raise IllegalParameter(f"legacy_version {message.legacy_version:#06x}")
+        # Section 4.2.3: "A client which receives a TLS 1.3 Server Hello with a legacy_version value
+        # not equal to 0x0303 MUST abort the handshake with a 'protocol_version' alert."
+        raise ProtocolVersionError(f"ServerHello.legacy_version is {message.legacy_version:#06x}")
     if message.session_id != offer.session_id:
         raise IllegalParameter("the server did not echo the session ID")
     if message.compression_method != 0:

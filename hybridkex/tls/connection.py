@@ -125,11 +125,12 @@ class Connection:
                 raise self._error
             self._close_received = True
             self._channel.emit(CloseReceived())
-        elif alert.description == Alert.USER_CANCELED and alert.level == 1:
-            # close_notify follows (section 6.1).
+        elif alert.description == Alert.USER_CANCELED:
+            # Section 6.1: "This alert generally has AlertLevel=warning. Receiving implementations
+            # SHOULD continue to read data from the peer until a 'close_notify' is received".
             self._warnings += 1
             if self._warnings > _MAX_WARNINGS:
-                raise UnexpectedMessage("too many warning alerts")
+                raise UnexpectedMessage("too many user_canceled alerts")
         else:
             self._error = AlertReceived(alert.description)
             raise self._error

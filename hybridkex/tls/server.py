@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hybridkex.auth import Identity, PeerName, RawIdentity, VerifiedPeer, parse_peer_name
 from hybridkex.constants import (
     HELLO_RETRY_RANDOM,
+    LEGACY_VERSION,
     TLS13,
     Alert,
     ExtensionType,
@@ -191,6 +192,12 @@ class _Hello:
         versions = extensions.get(SupportedVersionsOffer)
         if versions is None or TLS13 not in versions.versions:
             raise ProtocolVersionError("the client does not speak TLS 1.3")
+        if message.legacy_version != LEGACY_VERSION:
+            # Section 4.2.2: "A server which receives a legacy_version value not equal to 0x0303
+            # MUST abort the handshake with a 'protocol_version' alert."
+            raise ProtocolVersionError(
+                f"ClientHello.legacy_version is {message.legacy_version:#06x}"
+            )
         if message.compression_methods != b"\0":
             raise IllegalParameter("the client offers compression")
         groups, shares = extensions.get(SupportedGroups), extensions.get(KeyShareOffer)

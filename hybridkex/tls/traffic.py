@@ -7,7 +7,7 @@ from hybridkex.auth import Presented
 from hybridkex.constants import CertificateType, HandshakeType
 from hybridkex.crypto.schedule import ExporterSecret, ResumptionSecret
 from hybridkex.crypto.suites import CipherSuite
-from hybridkex.errors import IllegalParameter, UnexpectedMessage
+from hybridkex.errors import IllegalParameter, LocalStateError, UnexpectedMessage
 from hybridkex.tls.admission import remaining_lifetime
 from hybridkex.tls.channel import Channel
 from hybridkex.tls.config import ClientConfig, ServerConfig
@@ -20,6 +20,9 @@ from hybridkex.wire.messages import KeyUpdate, Message, NewSessionTicket
 __all__ = ["ClientTraffic", "Connected", "ServerTraffic", "store_key"]
 
 X509: Final = CertificateType.X509
+
+MAX_KEY_UPDATES: Final = (1 << 48) - 1
+"""How often a sender may change its key (section 4.7.3)."""
 
 _KEEP_FREE: Final = 16
 """Records of a key that are kept for alerts and for KeyUpdate itself."""
@@ -49,7 +52,9 @@ class _Traffic:
         self.connected = connected
         self._updates_in_a_row = 0
         self._read_generation = 0
+        self._write_generation = 0
         self._answer_update = False
+        self._update_requested = False
 
     def handle(self, message: Message, raw: bytes, channel: Channel) -> Self:
         """One message after the handshake."""
@@ -57,8 +62,11 @@ class _Traffic:
         self._updates_in_a_row += 1
         if self._updates_in_a_row > channel.limits.key_updates:
             raise UnexpectedMessage("too many KeyUpdates without data between them")
+        # MAX_KEY_UPDATES is the sender's: "receiving implementations MUST NOT enforce this rule"
+        # (section 4.7.3).
         channel.update_read()
         self._read_generation += 1
+        self._update_requested = False
         # The answer waits for our next data (section 4.6.3 asks for no more): a peer that only
         # writes cannot make us send without end.
         self._answer_update |= message.update_requested
@@ -72,7 +80,11 @@ class _Traffic:
     def send_data(self, data: memoryview, channel: Channel) -> None:
         """Queue application data; our key changes before its limit (section 5.5)."""
         if self._answer_update:
-            self.update_keys(channel, request=False)
+            self._answer_update = False
+            # Section 4.7.3: a sender at the limit "MUST NOT send its own KeyUpdate [...] and SHOULD
+            # instead ignore the 'update_requested' flag".
+            if self._write_generation < MAX_KEY_UPDATES:
+                self.update_keys(channel, request=False)
         while True:
             assert channel.write is not None
             room = channel.write.remaining - _KEEP_FREE
@@ -86,9 +98,19 @@ class _Traffic:
                 return
 
     def update_keys(self, channel: Channel, *, request: bool) -> None:
-        """Change our key, and ask the peer to change its own if ``request``."""
+        """Change our key, and ask the peer to change its own if ``request``.
+
+        Raises:
+            LocalStateError: our key has changed 2^48-1 times (section 4.7.3).
+        """
+        if self._write_generation >= MAX_KEY_UPDATES:
+            raise LocalStateError("our key cannot change any more; open a new connection")
         self._answer_update = False
-        channel.send(KeyUpdate(request))
+        self._write_generation += 1
+        # "Until receiving a subsequent KeyUpdate from the peer, the sender MUST NOT send another
+        # KeyUpdate with request_update set to 'update_requested'" (section 4.7.3).
+        channel.send(KeyUpdate(request and not self._update_requested))
+        self._update_requested |= request
         channel.update_write()
 
 
@@ -109,15 +131,19 @@ class ClientTraffic(_Traffic):
         """One message after the handshake."""
         if not isinstance(message, NewSessionTicket):
             return super().handle(message, raw, channel)
+        store, session = self._config.session_store, self.connected.session
+        if store is None:
+            # Section 4.7.1: a client that does "not support resumption MUST silently ignore this
+            # message".
+            return self
         self._tickets += 1
         if self._tickets > channel.limits.tickets:
             raise UnexpectedMessage(f"more than {channel.limits.tickets} session tickets")
         if message.lifetime > MAX_TICKET_LIFETIME:
             raise IllegalParameter(f"a ticket with a lifetime of {message.lifetime} s")
-        store, session = self._config.session_store, self.connected.session
         presented = self._presented
         lifetime = min(message.lifetime, remaining_lifetime(self._config, session.began_at))
-        if store is None or lifetime <= 0:
+        if lifetime <= 0:
             return self
         if len(message.ticket) > self._config.ticket_room:
             return self  # No ClientHello of ours could carry it.

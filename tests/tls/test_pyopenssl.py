@@ -357,7 +357,7 @@ def test_key_update(trust: TrustStore, identity: Identity) -> None:
         for request in (False, True, True):
             pair.ours.update_keys(request_peer=request)
             pair.exchange(b"under the next key", b"and back" * 5000)
-        pair.exchange(b"once more", b"the answer to the last request comes before this")
+            pair.exchange(b"once more", b"the answer to a request comes before this")
         answered = [event.generation for event in pair.events if isinstance(event, KeyUpdated)]
         assert answered == [1, 2]  # OpenSSL does what it is asked
 

@@ -45,6 +45,7 @@ def setting(**fields: Any) -> Edit:
 
 
 SHARE = ext.KeyShareEntry(0x1D, bytes(range(32)))
+LEGACY_VERSIONS = (0x0000, 0x0002, 0x0300, 0x0301, 0x0302, 0x0304, 0x7F1C, 0xFEFD, 0xFFFF)
 CLIENT_HELLO: list[tuple[Edit, Alert]] = [
     (without(ext.SupportedVersionsOffer), Alert.PROTOCOL_VERSION),
     (adding(ext.SupportedVersionsOffer((0x0303,))), Alert.PROTOCOL_VERSION),
@@ -57,11 +58,13 @@ CLIENT_HELLO: list[tuple[Edit, Alert]] = [
     (adding(ext.KeyShareOffer((ext.KeyShareEntry(0x1D, b"x"),))), Alert.ILLEGAL_PARAMETER),
     (adding(ext.TlsCertWithExternPsk()), Alert.MISSING_EXTENSION),
     (setting(cipher_suites=(0x1304, 0x0A0A)), Alert.HANDSHAKE_FAILURE),
+    *((setting(legacy_version=one), Alert.PROTOCOL_VERSION) for one in LEGACY_VERSIONS),
 ]
 SERVER_HELLO: list[tuple[Edit, Alert]] = [
     (without(ext.SupportedVersionsChoice), Alert.PROTOCOL_VERSION),
     (adding(ext.SupportedVersionsChoice(0x0303)), Alert.ILLEGAL_PARAMETER),
-    (setting(legacy_version=0x0304), Alert.ILLEGAL_PARAMETER),
+    # RFC 9846 section 4.2.3; RFC 8446 had illegal_parameter.
+    *((setting(legacy_version=one), Alert.PROTOCOL_VERSION) for one in LEGACY_VERSIONS),
     (setting(session_id=b""), Alert.ILLEGAL_PARAMETER),
     (setting(compression_method=1), Alert.ILLEGAL_PARAMETER),
     (setting(cipher_suite=0x1304), Alert.ILLEGAL_PARAMETER),

@@ -9,6 +9,7 @@ Anything else that escapes is a bug.
 from typing import ClassVar
 
 from hybridkex.constants import Alert
+from hybridkex.text import printable
 
 __all__ = [
     "AlertReceived",
@@ -54,7 +55,10 @@ __all__ = [
 
 
 class HybridkexError(Exception):
-    """The root of the tree."""
+    """The root of the tree. The text of an error is safe to show, whatever it quotes."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(HybridkexError, ValueError):

@@ -17,16 +17,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybridkex"
 
-BASE = {"constants", "errors", "secret"}
+BASE = {"constants", "errors", "secret", "text"}
 ENGINE = BASE | {"wire", "crypto", "auth", "tls"}
 
 # What each room may know, besides itself. A file beside the rooms is a room of its own; the public
 # names of hybridkex/__init__.py are the room "".
 MAY_IMPORT: dict[str, set[str]] = {
     "constants": set(),
-    "errors": {"constants"},
+    "errors": {"constants", "text"},
     "secret": set(),
     "files": {"errors"},
+    "text": set(),
     # Addresses, HTTP and the like: it knows nothing of what is carried.
     "net": BASE,
     "wire": BASE,
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kme": ENGINE | {"files", "net", "qkd", "link", "streams"},
     "combiner": BASE | {"wire", "crypto", "auth", "qkd"},
     # Applications need no more than what everybody has.
-    "apps": {"errors", "files", "net", "combiner", ""},
+    "apps": {"errors", "files", "net", "text", "combiner", ""},
     "demos": ENGINE | {"net", "qkd", "link", "kme", "streams", ""},
     "cli": ENGINE
     | {"files", "combiner", "net", "qkd", "link", "kme", "streams", "demos", "apps", ""},
@@ -68,7 +69,7 @@ EXEMPT = (
 )
 
 # The engine does no input and no output, and has no opinion on how its caller does.
-SANS_IO = {"constants", "errors", "secret", "wire", "crypto", "auth", "tls"}
+SANS_IO = {"constants", "errors", "secret", "text", "wire", "crypto", "auth", "tls"}
 # Finds the system's trust store while a configuration is made; no handshake comes here.
 IO_EXEMPT = {("hybridkex.auth.system", "ssl")}
 IO_MODULES = {"asyncio", "anyio", "trio", "socket", "ssl", "select", "selectors", "threading"}

@@ -16,11 +16,13 @@ from cryptography.x509.oid import PublicKeyAlgorithmOID
 
 from hybridkex.auth.names import PIN, DnsName, canonical_peer_name, parse_peer_name
 from hybridkex.constants import Alert, CertificateType
+from hybridkex.crypto.x509_parsing import certificate_from_der
 from hybridkex.errors import CertificateRejected, ConfigError
+from hybridkex.text import printable
 
 __all__ = [
-    "UNREADABLE",
     "PeerCertificate",
+    "issuer_of",
     "key_weakness",
     "names_of",
     "read_chain",
@@ -69,18 +71,18 @@ class PeerCertificate:
 
     @cached_property
     def subject(self) -> str:
-        """Its subject (RFC 4514); its first name where the subject is empty."""
+        """Its subject (RFC 4514), safe to show; its first name where the subject is empty."""
         return subject_of(self.leaf)
 
     @cached_property
     def common_name(self) -> str | None:
-        """The common name of its subject: what ETSI GS QKD 014 systems put IDs into."""
+        """The common name of its subject, safe to show. No authority vouches for it as a name."""
         attributes = self.leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
-        return str(attributes[0].value) if attributes else None
+        return printable(str(attributes[0].value)) if attributes else None
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Its subject alternative names: DNS names, IP addresses and URIs.
+        """Its subject alternative names, safe to show: DNS names, IP addresses and URIs.
 
         This is what the peer says. What a trusted party vouches for is
         :attr:`VerifiedPeer.vouched_names <hybridkex.auth.VerifiedPeer.vouched_names>`.
@@ -106,16 +108,6 @@ class PeerCertificate:
         return f"PeerCertificate({self.subject!r}, {len(self.chain)} in the chain)"
 
 
-UNREADABLE: Final = (
-    ValueError,
-    UnsupportedAlgorithm,
-    x509.DuplicateExtension,
-    x509.InvalidVersion,
-    x509.UnsupportedGeneralNameType,
-)
-"""What `cryptography` raises for certificates that are none, now or when they are looked into."""
-
-
 @lru_cache(maxsize=_PARSED)
 def _parse(data: bytes) -> tuple[x509.Certificate, CertificatePublicKeyTypes]:
     """A certificate and its key, from DER; the same bytes are parsed once, as in Go's crypto/tls.
@@ -123,26 +115,34 @@ def _parse(data: bytes) -> tuple[x509.Certificate, CertificatePublicKeyTypes]:
     What they mean is kept, and never whether they are to be trusted. The library parses as late as
     it can: what is read later must fail here, once and for all.
     """
-    certificate = x509.load_der_x509_certificate(data)
-    _ = (certificate.subject, certificate.extensions)
+    certificate = certificate_from_der(data)
     return certificate, certificate.public_key()
 
 
 def subject_of(certificate: x509.Certificate) -> str:
-    """How errors and sessions name a certificate."""
-    return certificate.subject.rfc4514_string() or next(iter(names_of(certificate)), "(no name)")
+    """How errors and sessions name a certificate; safe to show."""
+    subject = printable(certificate.subject.rfc4514_string(), most=1024)
+    return subject or next(iter(names_of(certificate)), "(no name)")
+
+
+def issuer_of(certificate: x509.Certificate) -> str:
+    """The name of the issuer (RFC 4514); safe to show."""
+    return printable(certificate.issuer.rfc4514_string(), most=1024) or "(no name)"
 
 
 def names_of(certificate: x509.Certificate) -> tuple[str, ...]:
-    """The subject alternative names: DNS names, IP addresses and URIs, in this order."""
+    """The subject alternative names: DNS names, IP addresses and URIs, in this order.
+
+    They are safe to show. What is escaped matches no name: no host name has a backslash.
+    """
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return ()
     return (
-        *names.get_values_for_type(x509.DNSName),
+        *map(printable, names.get_values_for_type(x509.DNSName)),
         *map(str, names.get_values_for_type(x509.IPAddress)),
-        *names.get_values_for_type(x509.UniformResourceIdentifier),
+        *map(printable, names.get_values_for_type(x509.UniformResourceIdentifier)),
     )
 
 
@@ -206,7 +206,7 @@ def read_chain(chain: Sequence[bytes]) -> tuple[PeerCertificate, list[x509.Certi
     try:
         certificates = [peer.leaf]
         for place in range(1, len(chain)):
-            certificates.append(x509.load_der_x509_certificate(chain[place]))
+            certificates.append(certificate_from_der(chain[place]))
     except UnsupportedAlgorithm as error:
         raise CertificateRejected(
             f"the peer's certificate uses what is not supported here: {error}",

@@ -20,6 +20,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hybridkex.auth.identity import Identity
 from hybridkex.auth.names import DnsName, parse_peer_name
+from hybridkex.crypto.x509_parsing import certificate_from_der
 from hybridkex.errors import ConfigError
 
 __all__ = ["ALGORITHMS", "DevCa", "write_identity"]
@@ -278,7 +279,7 @@ def write_identity(
             written.
     """
     certificates = b"".join(
-        x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM) for der in identity.chain
+        certificate_from_der(der).public_bytes(Encoding.PEM) for der in identity.chain
     )
     key = identity.private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     files = {"ca.pem": (ca.pem, 0o644), "cert.pem": (certificates, 0o644), "key.pem": (key, 0o600)}

@@ -14,9 +14,14 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from hybridkex.auth.certificates import UNREADABLE, key_weakness, names_of, subject_of
+from hybridkex.auth.certificates import key_weakness, names_of, subject_of
 from hybridkex.auth.names import PeerName, any_covers
 from hybridkex.constants import CertificateType
+from hybridkex.crypto.x509_parsing import (
+    UNREADABLE,
+    certificate_from_der,
+    certificates_from_pem,
+)
 from hybridkex.errors import ConfigError
 from hybridkex.files import read_file
 
@@ -42,7 +47,7 @@ class Identity:
         if not self.chain:
             raise ConfigError("an identity has at least one certificate")
         try:
-            certificates = [x509.load_der_x509_certificate(der) for der in self.chain]
+            certificates = [certificate_from_der(der) for der in self.chain]
             object.__setattr__(self, "names", names_of(certificates[0]))
             keys = [_spki(certificate.public_key()) for certificate in certificates]
         except UNREADABLE as error:
@@ -60,7 +65,7 @@ class Identity:
     @cached_property
     def leaf(self) -> x509.Certificate:
         """Our own certificate."""
-        return x509.load_der_x509_certificate(self.chain[0])
+        return certificate_from_der(self.chain[0])
 
     def matches(self, name: str | PeerName) -> bool:
         """Whether the certificate is for this server name; a wildcard stands for one label."""
@@ -102,7 +107,7 @@ class Identity:
         password: bytes | None,
     ) -> "Identity":
         try:
-            chain = x509.load_pem_x509_certificates(chain_pem)
+            chain = certificates_from_pem(chain_pem)
         except UNREADABLE as error:
             raise ConfigError(f"{chain_name} is no certificate in PEM form: {error}") from None
         # The library's own words about a key are not passed on: nothing of a key gets into a text.

@@ -14,7 +14,6 @@ nobody.
 import base64
 import binascii
 import fcntl
-import logging
 import os
 import re
 import tempfile
@@ -29,10 +28,11 @@ from hybridkex.auth.verified import PROOF, VerifiedPeer
 from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected, ConfigError
 from hybridkex.files import read_file
+from hybridkex.text import get_logger
 
 __all__ = ["KnownPeers"]
 
-LOG: Final = logging.getLogger(__name__)
+LOG: Final = get_logger(__name__)
 
 _COMMENT: Final = re.compile(r"(?:^|[ \t])#.*")
 _LINE: Final = re.compile(r"(?P<name>[^ \t]+)[ \t]+(?P<key>[A-Za-z0-9+/]+=*)")

@@ -17,7 +17,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ed448, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from hybridkex.auth.certificates import key_weakness, names_of, spki_sha256, subject_of
+from hybridkex.auth.certificates import issuer_of, key_weakness, names_of, spki_sha256, subject_of
 from hybridkex.auth.names import DnsName, PeerName, covers
 from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected
@@ -128,7 +128,7 @@ def _issuer_of(
         except (InvalidSignature, UnsupportedAlgorithm, TypeError, ValueError):
             continue
         return one
-    issuer = child.issuer.rfc4514_string()
+    issuer = issuer_of(child)
     if named and not any(_names_key_of(child, one) for one in named):
         return Finding(
             child,

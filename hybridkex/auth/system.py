@@ -1,19 +1,18 @@
 """The authorities that this machine trusts."""
 
 import os
-import re
 import ssl
-import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from cryptography import x509
-from cryptography.utils import CryptographyDeprecationWarning
 
+from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem, pem_blocks
 from hybridkex.errors import ConfigError
 
-__all__ = ["load_roots", "system_roots"]
+__all__ = ["system_roots"]
 
 _FILES: Final = (
     "/etc/ssl/certs/ca-certificates.crt",  # Debian, Alpine, Gentoo, Arch
@@ -24,19 +23,6 @@ _FILES: Final = (
 )
 _DIRECTORIES: Final = ("/etc/ssl/certs", "/etc/pki/tls/certs")
 """Where distributions keep them; a Python of another make does not know its host's places."""
-
-_BLOCK: Final = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
-
-
-def load_roots(pem: bytes) -> list[x509.Certificate]:
-    """Certificates in PEM, one after the other.
-
-    Raises:
-        ValueError: there is none, or one does not parse.
-    """
-    with warnings.catch_warnings():
-        _accept_old_roots()
-        return x509.load_pem_x509_certificates(pem)
 
 
 def system_roots() -> tuple[list[x509.Certificate], str]:
@@ -76,20 +62,11 @@ def _load(places: Iterable[Path]) -> list[x509.Certificate]:
     for place in places:
         for file in sorted(place.iterdir()) if place.is_dir() else [place]:
             try:
-                blocks.update(dict.fromkeys(_BLOCK.findall(file.read_bytes())))
+                blocks.update(dict.fromkeys(pem_blocks(file.read_bytes())))
             except OSError:
                 continue
     found = []
-    with warnings.catch_warnings():
-        _accept_old_roots()
-        for block in blocks:
-            try:
-                found.append(x509.load_pem_x509_certificate(block))
-            except ValueError:
-                continue
+    for block in blocks:
+        with suppress(*UNREADABLE):
+            found += certificates_from_pem(block)
     return found
-
-
-def _accept_old_roots() -> None:
-    # Some have the serial number 0, which the library finds worth a warning.
-    warnings.simplefilter("ignore", CryptographyDeprecationWarning)

@@ -24,18 +24,14 @@ from cryptography.x509.verification import (
     VerificationError,
 )
 
-from hybridkex.auth.certificates import (
-    UNREADABLE,
-    PeerCertificate,
-    key_weakness,
-    read_chain,
-)
+from hybridkex.auth.certificates import PeerCertificate, key_weakness, read_chain
 from hybridkex.auth.names import DnsName, PeerName
 from hybridkex.auth.raw_keys import read_raw_key
 from hybridkex.auth.reasons import Roots, explain
-from hybridkex.auth.system import load_roots, system_roots
+from hybridkex.auth.system import system_roots
 from hybridkex.auth.verified import PROOF, Presented, VerifiedPeer
 from hybridkex.constants import Alert
+from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem
 from hybridkex.errors import CertificateRejected, ConfigError
 from hybridkex.files import read_file
 
@@ -111,7 +107,7 @@ class TrustStore:
     def from_pem(cls, data: bytes, *, pins: Iterable[str] = (), source: str = "") -> "TrustStore":
         """From PEM certificates in a row."""
         try:
-            authorities = load_roots(data)
+            authorities = certificates_from_pem(data)
         except UNREADABLE as error:
             where = f"{source} has" if source else "there are"
             raise ConfigError(f"{where} no certificates in PEM form: {error}") from None

@@ -8,20 +8,37 @@ command whose extra is not installed does not stop the others.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from hybridkex import __version__
 from hybridkex.cli.commands import COMMANDS, Parser, command_module, command_parser
 from hybridkex.cli.standard_streams import unfailing_standard_error
 from hybridkex.errors import HybridkexError
+from hybridkex.text import PrintableOutput
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; ``argv`` is without the program's name. Returns the exit status."""
-    with unfailing_standard_error():
+    with unfailing_standard_error(), _safe_output():
         return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+@contextmanager
+def _safe_output() -> Iterator[None]:
+    """Escape what a terminal would obey, and keep libraries' warnings for their developers."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        own = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = map(PrintableOutput, own)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = own
 
 
 def _main(arguments: list[str]) -> int:

@@ -1,13 +1,13 @@
 """``hybridkex doctor``: what is there and works, what is missing, and how to get it."""
 
 import argparse
-import json
 
 from hybridkex.cli.checks import Finding, examine, examine_kme
 from hybridkex.cli.key_sources import add_kme_options, kme_access
 from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
 from hybridkex.errors import ConfigError
+from hybridkex.text import json_line
 
 __all__ = ["configure", "run"]
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     healthy = all(one.works for one in findings if one.required)
     if args.json:
         report = {"healthy": healthy, "checks": [one.as_json() for one in findings]}
-        print(json.dumps(report, indent=2))
+        print(json_line(report, indent=2))
         return 0 if healthy else 1
     for one in findings:
         word = "ok" if one.works else "FAILED" if one.required else "missing"

@@ -28,6 +28,7 @@ from hybridkex.qkd.etsi014.models import DeliveredKey, KeyRequest
 from hybridkex.qkd.pool import FilePool, PoolNames
 from hybridkex.qkd.source import KeyRef, QkdKey, canonical_key_id
 from hybridkex.qkd.store import write_key_file
+from hybridkex.text import json_line
 
 __all__ = ["configure", "run"]
 
@@ -232,7 +233,7 @@ def _status(args: argparse.Namespace) -> int:
     async def main() -> None:
         async with KmeClient(kme_access(args)) as client:
             status = await client.status(args.peer_sae)
-        print(json.dumps(status.to_json(), indent=2))
+        print(json_line(status.to_json(), indent=2))
 
     run_trio(main)
     return 0
@@ -253,7 +254,7 @@ def _export_pool(args: argparse.Namespace) -> int:
     async def main() -> None:
         async with KmeClient(kme_access(args)) as client:
             moved = await (_take(args, client, ids) if args.take else _draw(args, client))
-        print(json.dumps({"pool": str(args.pool), "keys": moved}))
+        print(json_line({"pool": str(args.pool), "keys": moved}))
 
     run_trio(main)
     return 0
@@ -270,7 +271,7 @@ async def _draw(args: argparse.Namespace, client: KmeClient) -> int:
             await pool.add([_key(names, item, we_drew=True) for item in found.keys])
             drawn += [str(item.key_id) for item in found.keys]
             # After each request, so that no key is in the pool without its ID on the list.
-            args.ids.write_text(json.dumps(drawn) + "\n", encoding="ascii")
+            args.ids.write_text(json_line(drawn) + "\n", encoding="ascii")
     return len(drawn)
 
 

@@ -10,6 +10,8 @@ import os
 import sys
 from typing import Final, TextIO
 
+from hybridkex.text import PRINTABLE
+
 __all__ = ["add_log_options", "set_up_logging"]
 
 _PRIORITIES: Final = (
@@ -34,6 +36,7 @@ def add_log_options(parser: argparse.ArgumentParser, *, default: str = "info") -
 def set_up_logging(args: argparse.Namespace) -> None:
     """Send the log of the library to standard error."""
     handler = _StandardError()
+    handler.addFilter(PRINTABLE)
     if _is_journal():
         handler.setFormatter(_JournalFormatter("%(message)s"))
     else:

@@ -1,6 +1,5 @@
 """Standard input and output as the two ends of a secure stream."""
 
-import json
 import os
 import sys
 from typing import Any, Final
@@ -10,6 +9,7 @@ import trio
 from hybridkex.cli.running import first_of
 from hybridkex.errors import HybridkexError
 from hybridkex.streams import SecureStream
+from hybridkex.text import json_line
 from hybridkex.tls.session import Session
 
 __all__ = ["ChannelFailed", "pipe", "reason", "report"]
@@ -29,7 +29,7 @@ def reason(error: BaseException) -> str:
 
 def report(session: Session, *, as_json: bool) -> None:
     """Say on standard error what the keys rest on."""
-    text = json.dumps(session.as_json()) if as_json else str(session)
+    text = json_line(session.as_json()) if as_json else str(session)
     print(text, file=sys.stderr, flush=True)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from hybridkex.apps.transfer import Progress
+from hybridkex.text import terminal
 
 __all__ = ["rate", "showing"]
 
@@ -86,7 +87,7 @@ class _Bars:
             progress.TransferSpeedColumn(),
             progress.TextColumn("{task.fields[wire]}", markup=False),
             progress.TimeRemainingColumn(),
-            console=rich.console.Console(stderr=True),
+            console=rich.console.Console(file=terminal(sys.stderr)),
         )
         self._lines = _Lines(verb)
         self._on_wire = on_wire

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -27,6 +26,7 @@ from hybridkex.link.party import Block
 from hybridkex.link.presets import PRESETS, preset
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.simulated import BOOTSTRAPS, SimulatedLink
+from hybridkex.text import json_line, terminal
 
 __all__ = ["configure", "run"]
 
@@ -208,7 +208,7 @@ def _json_lines() -> Iterator[Report]:
         else:
             line = {"number": number, "keys": 0, "aborted": str(outcome)}
             line["link_over"] = not isinstance(outcome, BlockAborted)
-        print(json.dumps({**line, "computed_in": round(seconds, 3)}), flush=True)
+        print(json_line({**line, "computed_in": round(seconds, 3)}), flush=True)
 
     yield report
 
@@ -247,9 +247,9 @@ def _table(settings: LinkSettings) -> Iterator[Report]:
         else:
             table.add_row(str(number), *["-"] * 7, "-", f"NO KEY: {outcome}")
 
-    console = Console(file=sys.stdout)
+    console = Console(file=terminal(sys.stdout))
     if not console.is_terminal:
-        console = Console(file=sys.stdout, width=160)
+        console = Console(file=terminal(sys.stdout), width=160)
         yield report
         console.print(table)
         return

@@ -8,6 +8,7 @@ what is modelled, what is real and what it does not prove.
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from hybridkex.demos.rndl import page
 from hybridkex.demos.rndl.matrix import BREAKS, rows
 from hybridkex.demos.rndl.trial import Cell, Trial, run_trial
 from hybridkex.errors import ConfigError
+from hybridkex.text import terminal
 
 __all__ = ["configure", "run"]
 
@@ -58,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run it; 0 when every adversary could read what it should, and nothing else."""
-    console = Console(highlight=False)
+    console = Console(file=terminal(sys.stdout), highlight=False)
     for path in (args.html, args.json):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"there is no folder {path.absolute().parent}")

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import logging
 import signal
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -29,10 +28,11 @@ from hybridkex.files import read_toml
 from hybridkex.kme.metrics import metrics_page
 from hybridkex.net.address import TcpAddress, parse_address, parse_tcp_address
 from hybridkex.net.http import Request, Response, http_supervisor
+from hybridkex.text import get_logger
 
 __all__ = ["configure", "run"]
 
-LOG: Final = logging.getLogger("hybridkex.tunnel")
+LOG: Final = get_logger("hybridkex.tunnel")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

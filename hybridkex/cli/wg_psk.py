@@ -1,8 +1,6 @@
 """``hybridkex wg-psk``: rotates the pre-shared key of a WireGuard tunnel."""
 
 import argparse
-import json
-import logging
 import shlex
 from functools import partial
 from pathlib import Path
@@ -30,6 +28,7 @@ from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.qkd.source import KeySource
 from hybridkex.qkd.store import read_key_file
+from hybridkex.text import get_logger, json_line
 from hybridkex.tls.policy import Requirement
 
 __all__ = ["configure", "run"]
@@ -41,7 +40,7 @@ _ROTATIONS: Final = 4
 
 Authentication = PskAuthentication | SignatureAuthentication
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -283,4 +282,4 @@ def _report_overdue(args: argparse.Namespace, policy: Requirement) -> None:
 def _report(args: argparse.Namespace, event: str, **details: object) -> None:
     if args.json:
         line = {"event": event, "interface": args.interface, "peer": args.peer, **details}
-        print(json.dumps(line), flush=True)
+        print(json_line(line), flush=True)

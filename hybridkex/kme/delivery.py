@@ -14,7 +14,6 @@ KME may have delivered it to its own SAE, and this KME may have promised it to t
 our own request for it was on its way.
 """
 
-import logging
 import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -47,10 +46,11 @@ from hybridkex.qkd.etsi014.models import (
 from hybridkex.qkd.producer import KeyProducer, ProducedKey
 from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState, KeyStore, Material
 from hybridkex.secret import Secret
+from hybridkex.text import get_logger
 
 __all__ = ["Kme", "KmeLimits"]
 
-LOG: Final = logging.getLogger(__name__)
+LOG: Final = get_logger(__name__)
 
 CHECK_AT_ONCE: Final = 1000
 """IDs in one check message."""

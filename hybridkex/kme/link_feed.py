@@ -15,7 +15,6 @@ A session begins when both connections of one number are there. A new one ends t
 makes one only if he has lost the other.
 """
 
-import logging
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -47,10 +46,11 @@ from hybridkex.link.simulated import SimulatedLink
 from hybridkex.net.reading import EndOfStream, read_exactly
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.qkd.producer import ProducedKey
+from hybridkex.text import get_logger
 
 __all__ = ["LinkEnd", "PairFeed", "PartyFeed", "link_feed"]
 
-LOG: Final = logging.getLogger(__name__)
+LOG: Final = get_logger(__name__)
 
 BATCH: Final = 64
 """Keys handed over at a time, so that a large block does not need room for all of its keys."""

@@ -1,6 +1,5 @@
 """KMEs as running servers: sockets, TLS, producers, metrics, an orderly end."""
 
-import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
@@ -21,10 +20,11 @@ from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate
 from hybridkex.qkd.etsi014.transport import KmeTransport
 from hybridkex.qkd.producer import KeyProducer, RandomProducer, random_link
 from hybridkex.qkd.store import KeyStore, read_key_file
+from hybridkex.text import get_logger
 
 __all__ = ["KmeServer", "Serving"]
 
-LOG: Final = logging.getLogger(__name__)
+LOG: Final = get_logger(__name__)
 
 CLOSE_SECONDS: Final = 1.0
 

@@ -16,10 +16,11 @@ import h11
 import trio
 
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
+from hybridkex.text import get_logger
 
 __all__ = ["Handler", "HttpLimits", "Request", "Response", "http_supervisor", "serve_connection"]
 
-LOG: Final = logging.getLogger(__name__)
+LOG: Final = get_logger(__name__)
 
 PLAIN_CONNECTIONS: Final = 16
 """Connections at once to a port without authentication: a few scrapers and their owner."""

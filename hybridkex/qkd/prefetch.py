@@ -1,6 +1,5 @@
 """Keys drawn ahead of need, so that a handshake does not wait for the KME."""
 
-import logging
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Final
@@ -9,10 +8,11 @@ import trio
 
 from hybridkex.errors import ConfigError, KeySourceError, KeySourceExhausted
 from hybridkex.qkd.source import KeyName, KeySource, QkdKey, SourceStatus
+from hybridkex.text import get_logger
 
 __all__ = ["PrefetchConfig", "PrefetchSource"]
 
-LOG: Final = logging.getLogger(__name__)
+LOG: Final = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

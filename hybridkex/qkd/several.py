@@ -1,6 +1,5 @@
 """Several key sources as one: in order of preference, or all of them at once."""
 
-import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
@@ -22,11 +21,12 @@ from hybridkex.errors import (
 )
 from hybridkex.qkd.source import KeyName, KeySource, QkdKey, SourceStatus
 from hybridkex.secret import Secret
+from hybridkex.text import get_logger
 from hybridkex.wire.codec import vector16
 
 __all__ = ["CombinedSource", "FailoverSource", "combine_keys"]
 
-LOG: Final = logging.getLogger(__name__)
+LOG: Final = get_logger(__name__)
 
 COMBINED_BYTES: Final = 32
 

@@ -9,7 +9,6 @@ when its look-up begins, whatever comes of it: a key that was taken for a handsh
 gone.
 """
 
-import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -30,13 +29,14 @@ from hybridkex.errors import (
 )
 from hybridkex.qkd.psk import as_psk, context_of, name_of
 from hybridkex.qkd.source import KeyName, KeySource, QkdKey
+from hybridkex.text import get_logger
 from hybridkex.tls.policy import Requirement
 from hybridkex.tls.session import Session
 from hybridkex.wire.messages import ImportedIdentity
 
 __all__ = ["QkdCounters", "QkdKeys", "QkdLimits", "QkdPeer"]
 
-_log = logging.getLogger("hybridkex.streams.qkd")
+_log = get_logger("hybridkex.streams.qkd")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """TCP in one call, beside ``trio.open_ssl_over_tcp_stream`` and its two fellows."""
 
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -9,11 +8,12 @@ import trio
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.streams.listener import SecureListener
 from hybridkex.streams.stream import DEFAULT_HANDSHAKE_TIMEOUT, SecureStream
+from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig
 
 __all__ = ["open_secure_tcp_listeners", "open_secure_tcp_stream", "serve_secure_tcp"]
 
-_log = logging.getLogger("hybridkex.streams")
+_log = get_logger("hybridkex.streams")
 
 MAX_CONNECTIONS: Final = 10_000
 """Connections at once of :func:`serve_secure_tcp`, unless told otherwise."""

@@ -14,6 +14,7 @@ from hybridkex.crypto.signatures import SignatureScheme
 from hybridkex.crypto.suites import CipherSuite, HashFunction
 from hybridkex.errors import DecryptError, IllegalParameter
 from hybridkex.secret import Secret
+from hybridkex.text import printable
 from hybridkex.tls.policy import Policy
 from hybridkex.tls.session import AuthenticatedBy, Session
 from hybridkex.tls.transcript import Transcript
@@ -171,8 +172,8 @@ def describe(
         psk_context=psk.external_context if psk is not None else None,
         psk_origin=psk.origin if psk is not None else None,
         resumed=psk is not None and psk.resumption,
-        alpn=alpn.decode("utf-8", "backslashreplace") if alpn is not None else None,
-        server_name=server_name,
+        alpn=printable(alpn.decode("utf-8", "backslashreplace")) if alpn is not None else None,
+        server_name=printable(server_name) if server_name is not None else None,
         peer_certificate=peer.certificate if peer is not None else None,
         verified_by=peer.verified_by if peer is not None else None,
         vouched_names=peer.vouched_names if peer is not None else (),

@@ -12,6 +12,7 @@ from hybridkex.auth.names import PIN
 from hybridkex.constants import CertificateType
 from hybridkex.crypto.suites import CipherSuite
 from hybridkex.secret import Secret
+from hybridkex.text import printable
 from hybridkex.tls.policy import Policy
 
 __all__ = [
@@ -109,7 +110,7 @@ class Session:
             "parts": list(self.parts),
             "signature_scheme": self.signature_scheme,
             "alpn": self.alpn,
-            "psk_identity": identity.decode("ascii", "backslashreplace") if identity else None,
+            "psk_identity": _shown(identity) if identity else None,
             "auth": self.authenticated_by.value,
             "resumed": self.resumed,
             "peer_subject": self.peer_subject,
@@ -126,7 +127,7 @@ class Session:
         if self.qkd_key_ids:
             legs += f" + QKD {', '.join(self.qkd_key_ids)} of {', '.join(self.qkd_sources)}"
         elif self.psk_identity is not None:
-            legs += f" + PSK {self.psk_identity.decode('ascii', 'backslashreplace')!r}"
+            legs += f" + PSK '{_shown(self.psk_identity)}'"
         lines = [
             f"{self.version}, {self.cipher_suite}, {self.group}",
             f"  keys rest on:  {legs}" + (" (resumed)" if self.resumed else ""),
@@ -140,6 +141,10 @@ class Session:
         if self.alpn is not None:
             lines.append(f"  ALPN:          {self.alpn}")
         return "\n".join(lines)
+
+
+def _shown(identity: bytes) -> str:
+    return printable(identity.decode("ascii", "backslashreplace"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ JSON_KEYS = {
     "resumed",
     "peer_subject",
     "verified_by",
+    "vouched_names",
     "policy",
     "qkd_fallback",
     "qkd_key_ids",

@@ -4,6 +4,7 @@ from typing import Final
 from unicodedata import category
 
 from hybridkex.errors import HybridkexError
+from hybridkex.text import printable
 
 __all__ = ["PARTIAL", "UnsafeName", "check_path", "shown"]
 
@@ -55,6 +56,4 @@ def shown(path: tuple[str, ...]) -> str:
     text = "/".join(path[:_DEEPEST])
     if len(text) > _SHOWN:
         text = f"{text[: _SHOWN // 2]}…{text[-_SHOWN // 2 :]}"
-    return "".join(
-        character if character.isprintable() else ascii(character)[1:-1] for character in text
-    )
+    return printable(text)

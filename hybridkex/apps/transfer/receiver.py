@@ -1,6 +1,5 @@
 """The receiving side: one task per connection, which reads, stores and answers in order."""
 
-import logging
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -32,10 +31,11 @@ from hybridkex.apps.transfer.messages import (
 )
 from hybridkex.apps.transfer.names import UnsafeName, shown
 from hybridkex.apps.transfer.progress import NullProgress, Progress
+from hybridkex.text import get_logger
 
 __all__ = ["Receiver"]
 
-_log = logging.getLogger("hybridkex.apps.transfer")
+_log = get_logger("hybridkex.apps.transfer")
 
 _HELLO_WITHIN: Final = 30.0
 

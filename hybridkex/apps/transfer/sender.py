@@ -50,6 +50,7 @@ from hybridkex.apps.transfer.names import shown
 from hybridkex.apps.transfer.progress import Progress
 from hybridkex.apps.transfer.source import Item
 from hybridkex.errors import AlertReceived, HandshakeTimeout, PeerError
+from hybridkex.text import printable
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -440,4 +441,4 @@ def _read_frame(file: int, position: int, frame: bytearray, digest: "_Hash") -> 
 
 def _one_line(text: str) -> str:
     """What the other end says, for one line of a terminal."""
-    return shown((text,))[:500]
+    return printable(text, most=500)

@@ -7,7 +7,6 @@ for new connections and an old one stays open as long as somebody needs its key 
 """
 
 import contextlib
-import json
 import logging
 import math
 from collections import Counter
@@ -27,10 +26,11 @@ from hybridkex.apps.tunnel.sockets import connect, listen, set_mode, unlink
 from hybridkex.errors import HybridkexError
 from hybridkex.net.address import Address
 from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
+from hybridkex.text import get_logger, json_line
 
 __all__ = ["TunnelServer"]
 
-LOG: Final = logging.getLogger("hybridkex.tunnel")
+LOG: Final = get_logger("hybridkex.tunnel")
 
 
 class _Refused(HybridkexError):
@@ -369,5 +369,5 @@ class _Sum:
 
 def _described(session: Session, *, as_json: bool) -> str:
     if as_json:
-        return json.dumps(session.as_json())
+        return json_line(session.as_json())
     return "; ".join(" ".join(line.split()) for line in str(session).splitlines())

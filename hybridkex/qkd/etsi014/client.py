@@ -1,7 +1,6 @@
 """An ETSI GS QKD 014 client and the key source on top of it."""
 
 import json
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,10 +37,11 @@ from hybridkex.qkd.etsi014.models import (
 from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate
 from hybridkex.qkd.etsi014.transport import HTTP_FAILURES, KmeTransport, refusal_of
 from hybridkex.qkd.source import KeyName, KeyRef, QkdKey, SourceStatus, single
+from hybridkex.text import get_logger, printable
 
 __all__ = ["Etsi014Source", "KmeAccess", "KmeClient", "classify"]
 
-LOG: Final = logging.getLogger(__name__)
+LOG: Final = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def classify(status: int, message: str, *, looking_up: bool) -> KeySourceError:
     ``looking_up``: the request named keys (dec_keys). The standard has 400, 401 and 503 only and
     one message for every key that is not there; other statuses and messages are met all the same.
     """
-    shown = "".join(c if c.isprintable() else " " for c in message[:200])
+    shown = printable(message, most=200)
     text = f"the KME answered {status}: {shown}" if shown else f"the KME answered {status}"
     if status == 401:
         # The standard's own word for a wrong SAE; whatever else the text says.

@@ -9,6 +9,9 @@ from enum import Enum
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
+from hybridkex.crypto.x509_parsing import UNREADABLE, certificate_from_der
+from hybridkex.text import printable
+
 __all__ = ["IdRule", "id_of_certificate"]
 
 
@@ -22,13 +25,14 @@ class IdRule(Enum):
 
 
 def id_of_certificate(der: bytes, rule: IdRule) -> str | None:
-    """The ID in a certificate, or ``None`` where it has none or more than one.
+    """The ID in a certificate, or ``None`` where it has none, more than one, or one with characters
+    that cannot be shown.
 
     ``dn`` is the subject in the form of RFC 4514; ``serial`` is the certificate's serial number in
     lower-case hexadecimal. A serial number is unique within one CA only.
     """
     try:
-        certificate = x509.load_der_x509_certificate(der)
+        certificate = certificate_from_der(der)
         match rule:
             case IdRule.COMMON_NAME:
                 found = [
@@ -44,12 +48,8 @@ def id_of_certificate(der: bytes, rule: IdRule) -> str | None:
                 found = [certificate.subject.rfc4514_string()]
             case IdRule.SERIAL_NUMBER:
                 found = [f"{certificate.serial_number:x}"]
-    except (
-        ValueError,
-        x509.DuplicateExtension,
-        x509.ExtensionNotFound,
-        x509.InvalidVersion,
-        x509.UnsupportedGeneralNameType,
-    ):
+    except (*UNREADABLE, x509.ExtensionNotFound):
         return None
-    return found[0] if len(found) == 1 and found[0] else None
+    if len(found) != 1 or not found[0] or printable(found[0]) != found[0]:
+        return None
+    return found[0]

@@ -8,7 +8,6 @@ Writes one JSON object a line to standard output: ``progress`` while a computati
 ``knowledge.py`` says what a folder may hold.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -17,13 +16,14 @@ from hybridkex.demos.rndl.later.decrypt import Adversary
 from hybridkex.demos.rndl.later.knowledge import Knowledge
 from hybridkex.demos.rndl.later.reading import Connection, read_capture
 from hybridkex.errors import HybridkexError
+from hybridkex.text import json_line
 
 
 def _attack_folder(folder: Path) -> int:
     """One adversary's work; returns the exit status."""
 
     def say(line: dict[str, object]) -> None:
-        print(json.dumps({"folder": folder.name, **line}), flush=True)
+        print(json_line({"folder": folder.name, **line}), flush=True)
 
     try:
         for case in sorted({capture.parent for capture in folder.glob("*/*.pcapng")}):

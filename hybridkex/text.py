@@ -1,0 +1,154 @@
+r"""Text from outside, made safe to show.
+
+A certificate, a file name or an answer of a KME can hold characters that clear a terminal, forge a
+line of a log, or turn a line around. They are escaped where they become text, in four places that
+nothing passes by:
+
+- :class:`~hybridkex.errors.HybridkexError` escapes its message;
+- a logger from :func:`get_logger` escapes the arguments of each record;
+- the command line writes through :class:`PrintableOutput`;
+- what describes a peer (:attr:`PeerCertificate.subject <hybridkex.auth.PeerCertificate.subject>`,
+  the names in a :class:`~hybridkex.Session`) is escaped when it is read.
+
+The escapes are Python's: ``\n``, ``\x1b``, ``\u202e``. Escaping twice changes nothing.
+"""
+
+import json
+import logging
+import traceback
+from collections.abc import Mapping
+from typing import Any, Final, TextIO
+
+__all__ = [
+    "PRINTABLE",
+    "PrintableOutput",
+    "get_logger",
+    "json_line",
+    "printable",
+    "printable_prose",
+    "terminal",
+]
+
+MOST: Final = 4096
+"""Characters of one text that are shown."""
+
+_INVISIBLE: Final = frozenset(
+    "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
+    + "".join(map(chr, (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
+)
+"""What Python calls printable and nobody sees (Default_Ignorable_Code_Point, and a blank)."""
+
+_JOINERS: Final = "\u200c\u200d\ufe0e\ufe0f"
+
+
+def printable(text: str, *, most: int = MOST, keep: str = "") -> str:
+    r"""Text with nothing in it that a terminal would obey or a reader could not see.
+
+    Escaped are control characters (C0, DEL, C1), the characters that reverse a line or have no
+    width, line and paragraph separators, lone surrogates, private and unassigned code points, and
+    all spaces but U+0020.
+
+    Args:
+        text: from anywhere.
+        most: characters to show; the rest is counted and left out.
+        keep: characters to pass as they are, such as ``"\n"``.
+    """
+    if len(text) > most:
+        text = f"{text[:most]}... ({len(text) - most} more characters)"
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char if char in keep or (char.isprintable() and char not in _INVISIBLE) else _escaped(char)
+        for char in text
+    )
+
+
+def printable_prose(text: str, *, most: int = MOST) -> str:
+    """What a person wrote, as :func:`printable`, with the joiners that emoji and scripts need."""
+    return printable(text, most=most, keep=_JOINERS)
+
+
+def _escaped(char: str) -> str:
+    return ascii(char)[1:-1]
+
+
+def json_line(value: object, *, indent: int | None = None) -> str:
+    """JSON in ASCII that any parser takes and any terminal can show.
+
+    Lone surrogates, which many parsers refuse, are escaped inside the string (``\\\\udc80``).
+    """
+    text = json.dumps(_without_surrogates(value), indent=indent)
+    return text.replace("\x7f", "\\u007f")
+
+
+def _without_surrogates(value: object) -> object:
+    if isinstance(value, str):
+        return "".join(_escaped(one) if "\ud800" <= one <= "\udfff" else one for one in value)
+    if isinstance(value, Mapping):
+        return {_without_surrogates(key): _without_surrogates(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_surrogates(one) for one in value]
+    return value
+
+
+class _PrintableRecords(logging.Filter):
+    """Escapes the arguments of a record, and the traceback that goes with it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg = printable(str(record.msg))
+        if isinstance(record.args, Mapping):
+            record.args = {key: _argument(value) for key, value in record.args.items()}
+        elif record.args:
+            record.args = tuple(map(_argument, record.args))
+        if record.exc_info and not record.exc_text:
+            lines = traceback.format_exception(*record.exc_info)
+            record.exc_text = printable("".join(lines), most=64 * MOST, keep="\n").rstrip("\n")
+        return True
+
+
+PRINTABLE: Final = _PrintableRecords()
+"""For a handler that may get records of other loggers."""
+
+
+def _argument(value: object) -> object:
+    return value if isinstance(value, int | float | None) else printable(str(value))
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of this name, whose records hold nothing that a log could take for its own."""
+    logger = logging.getLogger(name)
+    logger.addFilter(PRINTABLE)  # once, however often it is asked for
+    return logger
+
+
+class PrintableOutput:
+    """A text stream that escapes all but line feeds and tabs, and what its encoding lacks.
+
+    Everything else is the stream's own.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream: Final = stream
+
+    def write(self, text: str) -> int:
+        """Write it, escaped. Returns the number of characters that were given."""
+        shown = printable(text, most=len(text), keep="\n\t")
+        encoding = self.stream.encoding or "utf-8"
+        self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Write each of them."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def terminal(stream: Any) -> TextIO:
+    """The stream below a :class:`PrintableOutput`, for what draws on a terminal by itself."""
+    while isinstance(stream, PrintableOutput):
+        stream = stream.stream
+    found: TextIO = stream
+    return found

@@ -1,0 +1,185 @@
+"""Text from outside can steer no terminal and forge no line, wherever it becomes text."""
+
+import ast
+import io
+import json
+import logging
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hybridkex
+from hybridkex import errors
+from hybridkex.text import (
+    PRINTABLE,
+    PrintableOutput,
+    get_logger,
+    json_line,
+    printable,
+    printable_prose,
+    terminal,
+)
+
+MEMBERS = (
+    *(chr(code) for code in range(0x20)),
+    *(chr(code) for code in range(0x7F, 0xA1)),
+    *"\u061c\u200b\u200c\u200d\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2060\u2061",
+    *"\u2066\u2067\u2068\u2069\u3000\u3164\u115f\uffa0\u034f\ufe0f\ufeff\ufff9\ufffe\U000e0041",
+    *"\U000e0100\ud800\udc80\udfff\ue000\U0010ffff",
+)
+"""One of each kind that must never be shown as it is."""
+SHOWN = "Az09 ~äßж日本語😀«\"'\\%{}"
+
+
+def is_safe(text: str, *, keep: str = "") -> bool:
+    return all(char in keep or (char.isprintable() and char not in MEMBERS) for char in text)
+
+
+@pytest.mark.parametrize("char", MEMBERS, ids=ascii)
+def test_each_member_is_escaped(char: str) -> None:
+    assert printable(f"a{char}b") == f"a{ascii(char)[1:-1]}b"
+    assert printable(f"a{char}b", keep=char) == f"a{char}b"
+
+
+def test_what_can_be_shown_stays() -> None:
+    assert printable(SHOWN) == SHOWN
+    assert printable_prose("👩\u200d💻 می\u200cخواهم") == "👩\u200d💻 می\u200cخواهم"
+    assert printable_prose("\x1b[2J\u202e") == r"\x1b[2J\u202e"
+
+
+@given(st.text(st.characters(exclude_categories=())))
+def test_any_text(text: str) -> None:
+    shown = printable(text)
+    assert printable(shown) == shown
+    for char in shown:
+        assert unicodedata.category(char) not in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+    assert is_safe(shown)
+    shown.encode()
+
+
+def test_absurd_lengths() -> None:
+    assert printable("x" * 70_000) == "x" * 4096 + "... (65904 more characters)"
+    assert len(str(errors.ConfigError("\0" * 1_000_000))) < 20_000
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def all_errors(kind: type[BaseException] = errors.HybridkexError) -> Iterator[type[BaseException]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from all_errors(below)
+
+
+@pytest.mark.parametrize("kind", [one for one in all_errors() if one is not errors.AlertReceived])
+def test_every_error_of_ours(kind: type[BaseException]) -> None:
+    """However its message was made: an f-string has no memory of what was quoted."""
+    evil = "".join(MEMBERS)
+    try:
+        error = kind(f"certificate {evil}")
+    except TypeError:
+        pytest.skip("made from other things than a message")
+    assert is_safe(str(error)), str(error)
+    assert is_safe(f"{error}")
+    assert str(error).startswith("certificate ")
+
+
+# --- logs -----------------------------------------------------------------------------------------
+
+
+class Odd:
+    def __str__(self) -> str:
+        return "".join(MEMBERS)
+
+
+def test_a_logger_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    logger = get_logger("hybridkex.test")
+    assert get_logger("hybridkex.test").filters.count(PRINTABLE) == 1
+    evil = "".join(MEMBERS)
+    with caplog.at_level(logging.DEBUG, "hybridkex.test"):
+        logger.info("a peer %s of %d, %.1f and %s", evil, 3, 2.5, None)
+        logger.info("%s", Odd())
+        logger.info("%s", ValueError(evil))
+        logger.info("%(who)s", {"who": evil})
+        logger.info(f"a careless one: {evil}")
+        try:
+            raise ValueError(evil)
+        except ValueError:
+            logger.exception("failed")
+    assert len(caplog.records) == 6
+    for record in caplog.records:
+        assert is_safe(record.getMessage()), ascii(record.getMessage())
+        assert is_safe(record.exc_text or "", keep="\n")
+    assert ", 2.5 and None" in caplog.records[0].getMessage()
+    assert "Traceback" in (caplog.records[-1].exc_text or "")
+
+
+def test_no_room_has_another_logger() -> None:
+    """The type that escapes is the only one that the library uses."""
+    root = Path(hybridkex.__file__).parent
+    allowed = {"text.py", "__init__.py", "cli/logs.py", "crypto/oqs.py"}
+    for path in root.rglob("*.py"):
+        if str(path.relative_to(root)) in allowed:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                assert node.attr != "getLogger", path
+            if isinstance(node, ast.ImportFrom) and node.module == "logging":
+                assert "getLogger" not in {one.name for one in node.names}, path
+
+
+# --- output ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_output(encoding: str) -> None:
+    raw = io.BytesIO()
+    stream = PrintableOutput(io.TextIOWrapper(raw, encoding=encoding))
+    print("".join(MEMBERS), SHOWN, file=stream, flush=True)
+    stream.writelines(["a\tb\n", "\x1b[2J\r"])
+    stream.flush()
+    text = raw.getvalue().decode(encoding)
+    assert is_safe(text, keep="\n\t"), ascii(text)
+    assert text.endswith("a\tb\n\\x1b[2J\\r")
+    assert terminal(stream) is stream.stream
+    assert terminal(PrintableOutput(stream)) is stream.stream  # type: ignore[arg-type]
+    assert not stream.isatty()
+
+
+@given(
+    st.recursive(
+        st.text(st.characters(exclude_categories=())) | st.none() | st.integers(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters()), inner),
+    )
+)
+def test_json(value: object) -> None:
+    text = json_line(value)
+    assert text.isascii()
+    assert text.isprintable()
+    json.dumps(json.loads(text), ensure_ascii=False).encode()  # no lone surrogate is in it
+
+
+def test_json_says_what_there_is() -> None:
+    said = {"subject": "a\x7f\x1b\u202e", "n": [1, 2.5, True, None]}
+    assert json.loads(json_line(said)) == said
+    assert json_line("\udc80") == r'"\\udc80"'
+
+
+def test_a_library_does_not_warn_users() -> None:
+    """A warning would show a line of our source, when a peer chooses."""
+    script = """
+import warnings
+import hybridkex.auth
+for category in (UserWarning, DeprecationWarning, FutureWarning):
+    warnings.warn_explicit("of a library", category, "x.py", 1, "hybridkex.crypto.x509_parsing")
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""

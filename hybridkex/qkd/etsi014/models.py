@@ -13,6 +13,7 @@ from typing import Any, Final, Self, TypeAlias
 from uuid import UUID
 
 from hybridkex.secret import Secret
+from hybridkex.text import printable
 
 __all__ = [
     "API",
@@ -57,7 +58,8 @@ def _member(data: Json, name: str, kind: type, default: object = None) -> Any:
     # bool is an int to Python and not to JSON.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ModelError(f"{name} is not of the right type")
-    return value
+    # What is escaped is no ID that anybody configured, and safe to show.
+    return printable(value, most=len(value)) if isinstance(value, str) else value
 
 
 def _object(data: object, what: str) -> Json:

@@ -1,7 +1,6 @@
 """``hybridkex listen``: accept secure channels, in the manner of ``s_server``."""
 
 import argparse
-import logging
 from contextlib import nullcontext
 from functools import partial
 from typing import Final
@@ -18,11 +17,12 @@ from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.streams import SecureListener, SecureStream, open_secure_tcp_listeners
+from hybridkex.text import get_logger
 from hybridkex.tls.config import ServerConfig
 
 __all__ = ["configure", "run"]
 
-LOG: Final = logging.getLogger("hybridkex.listen")
+LOG: Final = get_logger("hybridkex.listen")
 
 MAX_CONNECTIONS: Final = 256
 """At once, after their handshakes."""

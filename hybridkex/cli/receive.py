@@ -1,7 +1,6 @@
 """``hybridkex receive``: files and folders from ``hybridkex send``."""
 
 import argparse
-import logging
 import signal
 import sys
 from functools import partial
@@ -24,11 +23,12 @@ from hybridkex.errors import ConfigError
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.streams import SecureStream
+from hybridkex.text import get_logger
 from hybridkex.tls.config import Requirement, ServerConfig
 
 __all__ = ["configure", "run"]
 
-LOG: Final = logging.getLogger("hybridkex.receive")
+LOG: Final = get_logger("hybridkex.receive")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

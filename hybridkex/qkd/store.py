@@ -18,7 +18,6 @@ place of the row, so that a row cannot be passed off as another. With random 96-
 file is good for 2^32 writes (NIST SP 800-38D section 8.3).
 """
 
-import logging
 import os
 import sqlite3
 import stat
@@ -45,6 +44,7 @@ from hybridkex.errors import (
 )
 from hybridkex.files import read_file
 from hybridkex.secret import Secret
+from hybridkex.text import get_logger
 
 __all__ = [
     "Allotment",
@@ -57,7 +57,7 @@ __all__ = [
     "write_key_file",
 ]
 
-LOG: Final = logging.getLogger(__name__)
+LOG: Final = get_logger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")

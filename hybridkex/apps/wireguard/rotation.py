@@ -31,6 +31,7 @@ from hybridkex.errors import (
     LocalStateError,
     TruncationError,
 )
+from hybridkex.text import get_logger
 
 __all__ = ["LABEL", "RotationPolicy", "Rotator"]
 
@@ -43,7 +44,7 @@ _INTERVALS: Final = 3
 _CHECK_EVERY: Final = 10.0
 """Seconds between two looks at the age of the key and at the interface."""
 
-log = logging.getLogger("hybridkex.apps.wireguard")
+log = get_logger("hybridkex.apps.wireguard")
 
 Clock = Callable[[], float]
 Connect = Callable[[], Awaitable[trio.abc.Stream]]

@@ -40,10 +40,8 @@ from hybridkex.crypto.suites import (
 )
 from hybridkex.errors import HybridkexError
 from hybridkex.secret import Secret
+from hybridkex.shell.qkd_keys import QkdKeys, QkdLimits, QkdPeer
 from hybridkex.streams import (
-    QkdKeys,
-    QkdLimits,
-    QkdPeer,
     SecureListener,
     SecureStream,
     open_secure_tcp_listeners,

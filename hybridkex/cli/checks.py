@@ -28,7 +28,8 @@ from hybridkex.crypto.suites import SHA256
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.qkd.in_process import in_process_pair
 from hybridkex.secret import Secret
-from hybridkex.streams import QkdKeys, SecureStream
+from hybridkex.shell.qkd_keys import QkdKeys
+from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig, ServerConfig
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from hybridkex.qkd.etsi014.naming import IdRule
 from hybridkex.qkd.pool import FilePool
 from hybridkex.qkd.several import FailoverSource
 from hybridkex.qkd.source import KeySource
-from hybridkex.streams import QkdKeys
+from hybridkex.shell.qkd_keys import QkdKeys
 from hybridkex.tls.policy import Requirement
 
 if TYPE_CHECKING:

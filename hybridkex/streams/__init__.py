@@ -1,7 +1,6 @@
 """The trio shell around the engine: secure streams, listeners, and what opens them."""
 
 from hybridkex.streams.listener import SecureListener
-from hybridkex.streams.qkd_keys import QkdCounters, QkdKeys, QkdLimits, QkdPeer
 from hybridkex.streams.stream import SecureStream
 from hybridkex.streams.tcp import (
     open_secure_tcp_listeners,
@@ -10,10 +9,6 @@ from hybridkex.streams.tcp import (
 )
 
 __all__ = [
-    "QkdCounters",
-    "QkdKeys",
-    "QkdLimits",
-    "QkdPeer",
     "SecureListener",
     "SecureStream",
     "open_secure_tcp_listeners",

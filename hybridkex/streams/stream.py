@@ -23,26 +23,19 @@ from typing import Final, Generic, NoReturn, TypeVar
 import trio
 from trio.abc import HalfCloseableStream, Stream
 
-from hybridkex.auth import Refreshable
-from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import (
     HandshakeTimeout,
     HybridkexError,
-    InternalError,
-    KeyConsumed,
-    KeyExpired,
     KeySourceError,
-    KeyUnknown,
     LocalStateError,
     PeerError,
     TruncationError,
-    UnknownPskIdentity,
 )
 from hybridkex.secret import Secret
+from hybridkex.shell.answers import Answers
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed
-from hybridkex.tls.policy import Requirement
 from hybridkex.tls.session import Session
 
 __all__ = ["DEFAULT_HANDSHAKE_TIMEOUT", "SecureStream"]
@@ -89,19 +82,15 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     ) -> None:
         self.transport_stream: T = transport_stream
-        self._psk_source = config.psk_source
-        self._psk_required = config.policy.psk is Requirement.REQUIRE
-        self._psk_missing: str | None = None
         self._session: Session | None = None
         self._connection: ClientConnection | ServerConnection
         if isinstance(config, ClientConfig):
-            self._verifier: object = config.verifier
             self._connection = ClientConnection(config, server_hostname)
         else:
-            self._verifier = config.client_verifier
             if server_hostname is not None:
                 raise ValueError("server_hostname goes with a ClientConfig")
             self._connection = ServerConnection(config)
+        self._answers = Answers(config, self._connection)
         self._https_compatible = https_compatible
         self._handshake_timeout = handshake_timeout
         self._handshake_lock = trio.Lock()
@@ -177,8 +166,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
 
     async def _run_handshake(self) -> None:
         connection = self._connection
-        if isinstance(self._verifier, Refreshable):
-            await trio.to_thread.run_sync(self._verifier.refresh, abandon_on_cancel=True)
+        await self._answers.refresh()
         try:
             if isinstance(connection, ClientConnection):
                 connection.start()
@@ -199,41 +187,8 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             event = connection.next_event()
             if event is None:
                 return
-            if isinstance(event, PskWanted):
-                connection.provide_psk(await self._ask(event))
-            elif isinstance(event, SessionProposed):
-                connection.accept(await self._decide(event))
-
-    async def _ask(self, event: PskWanted) -> ExternalPsk | None:
-        """A PSK from outside; without one the policy decides."""
-        source = self._psk_source
-        assert source is not None  # or the engine would not want one
-        try:
-            if isinstance(self._connection, ClientConnection):
-                return await source.offer()
-            return await source.look_up(event.identities)
-        except KeySourceError as error:
-            if self._psk_required:
-                unknown = isinstance(error, KeyUnknown | KeyConsumed | KeyExpired)
-                refusal = UnknownPskIdentity if unknown else InternalError
-                self._connection.abort(refusal("no external PSK"))
-                raise
-            self._psk_missing = str(error)
-            return None
-
-    async def _decide(self, proposed: SessionProposed) -> Session:
-        """The session, once its PSK source has no objection and its peer is remembered."""
-        session = proposed.session
-        try:
-            if self._psk_source is not None:
-                session = self._psk_source.authorize(session, self._psk_missing)
-            if proposed.peer is not None and proposed.peer.remember is not None:
-                # It writes a file. If we are cancelled meanwhile, the thread ends by itself.
-                await trio.to_thread.run_sync(proposed.peer.remember, abandon_on_cancel=True)
-        except PeerError as error:
-            self._connection.abort(error)
-            raise
-        return session
+            if isinstance(event, PskWanted | SessionProposed):
+                await self._answers.give(event)
 
     # --- receiving ----------------------------------------------------------------------------
 

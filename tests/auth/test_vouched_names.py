@@ -28,7 +28,7 @@ from hybridkex.auth import (
 from hybridkex.auth.certificates import vouched_names_of
 from hybridkex.errors import CertificateRejected, ConfigError
 from hybridkex.net.address import TcpAddress
-from hybridkex.streams.qkd_keys import QkdPeer
+from hybridkex.shell.qkd_keys import QkdPeer
 
 CA = DevCa.create()
 STORE = TrustStore((CA.certificate,))

@@ -184,7 +184,7 @@ async def test_no_secret_in_the_log_of_everything(
     text = "\n".join([*handler.lines, out, err])
     names = {line.partition(":")[0] for line in handler.lines}
     assert {"hybridkex.qkd.etsi014.client", "hybridkex.kme.serve"} <= names
-    assert {"hybridkex.streams.qkd", "httpcore.http11"} <= names
+    assert {"hybridkex.qkd.keys", "httpcore.http11"} <= names
     kept = [secret for secret in secrets if len(secret) >= 16 and len(set(secret)) > 4]
     assert len(kept) > 50  # of the key schedules, the KMEs' stores and the link
     for secret in kept:

@@ -50,7 +50,7 @@ from hybridkex.qkd.in_process import InProcessSource, in_process_pair
 from hybridkex.qkd.psk import as_psk, identity_of
 from hybridkex.qkd.several import CombinedSource, FailoverSource
 from hybridkex.qkd.source import KeyName, KeySource, QkdKey, SourceStatus
-from hybridkex.streams.metrics import register_qkd_metrics
+from hybridkex.shell.metrics import register_qkd_metrics
 
 PREFER = Policy(psk=Requirement.PREFER)
 Outcome = BaseException | None
@@ -316,7 +316,7 @@ async def test_a_fall_back_is_seen(
         sites.alice.draw_error = KeySourceUnavailable("the KME is down")
     else:
         sites.bob.get_errors = [KeySourceUnavailable("the KME is down")]
-    with caplog.at_level(logging.WARNING, "hybridkex.streams.qkd"):
+    with caplog.at_level(logging.WARNING, "hybridkex.qkd.keys"):
         sessions = await succeed(sites)
     for session in sessions:
         assert session.qkd_key_ids == ()

@@ -29,7 +29,8 @@ from hybridkex.demos.rndl.now.sites import Sites
 from hybridkex.demos.rndl.now.tap import wire_tap
 from hybridkex.qkd.in_process import in_process_pair
 from hybridkex.qkd.source import KeySource
-from hybridkex.streams import QkdKeys, SecureStream, open_secure_tcp_stream, serve_secure_tcp
+from hybridkex.shell.qkd_keys import QkdKeys
+from hybridkex.streams import SecureStream, open_secure_tcp_stream, serve_secure_tcp
 from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
 from hybridkex.tls.session import MemorySessionStore
 from hybridkex.tls.tickets import TicketIssuer, _SealingKey

@@ -6,7 +6,7 @@ from dataclasses import fields
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from hybridkex.streams.qkd_keys import QkdCounters, QkdKeys
+from hybridkex.shell.qkd_keys import QkdCounters, QkdKeys
 
 __all__ = ["register_qkd_metrics"]
 

@@ -14,8 +14,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-import trio
-
 from hybridkex.auth.names import canonical_peer_name
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import (
@@ -27,6 +25,7 @@ from hybridkex.errors import (
     KeyUnknown,
     PolicyRefused,
 )
+from hybridkex.net.event_loop import current_time, sleep, time_limit
 from hybridkex.qkd.psk import as_psk, context_of, name_of
 from hybridkex.qkd.source import KeyName, KeySource, QkdKey
 from hybridkex.text import get_logger
@@ -36,7 +35,7 @@ from hybridkex.wire.messages import ImportedIdentity
 
 __all__ = ["QkdCounters", "QkdKeys", "QkdLimits", "QkdPeer"]
 
-_log = get_logger("hybridkex.streams.qkd")
+_log = get_logger("hybridkex.qkd.keys")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,16 +194,16 @@ class QkdKeys:
             try:
                 return await source.get(name)
             except KeyNotYetAvailable:
-                await trio.sleep(wait)
+                await sleep(wait)
                 wait *= 2
         return await source.get(name)
 
     async def _ask(self, call: Callable[[], Awaitable[QkdKey]]) -> QkdKey:
         """One call, with its time limit."""
         try:
-            with trio.fail_after(self._limits.timeout):
+            async with time_limit(self._limits.timeout):
                 return await call()
-        except trio.TooSlowError:
+        except TimeoutError:
             self.counters.failed += 1
             raise KeySourceUnavailable(
                 f"the key source did not answer within {self._limits.timeout:g} s"
@@ -287,7 +286,7 @@ class _Budget:
 
     def spend(self) -> bool:
         """Take one, if there is one."""
-        now = trio.current_time()
+        now = current_time()
         if self._at is not None:
             self._left = min(self._most, self._left + (now - self._at) * self._rate)
         self._at = now

@@ -1,0 +1,103 @@
+"""The answers to the engine's questions: which PSK, and is this session accepted?"""
+
+from hybridkex.auth import Refreshable
+from hybridkex.crypto.psk import ExternalPsk
+from hybridkex.errors import (
+    InternalError,
+    KeyConsumed,
+    KeyExpired,
+    KeySourceError,
+    KeyUnknown,
+    PeerError,
+    UnknownPskIdentity,
+)
+from hybridkex.net.event_loop import in_thread
+from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.connection import ClientConnection, ServerConnection
+from hybridkex.tls.events import PskWanted, SessionProposed
+from hybridkex.tls.policy import Requirement
+from hybridkex.tls.session import Session
+
+__all__ = ["Answers"]
+
+
+class Answers:
+    """Answers the questions of one connection's engine, as its configuration says.
+
+    Args:
+        config: the configuration of the connection.
+        connection: its engine.
+    """
+
+    def __init__(
+        self, config: ClientConfig | ServerConfig, connection: ClientConnection | ServerConnection
+    ) -> None:
+        self._connection = connection
+        self._psk_source = config.psk_source
+        self._psk_required = config.policy.psk is Requirement.REQUIRE
+        self._psk_missing: str | None = None
+        verifier: object = (
+            config.verifier if isinstance(config, ClientConfig) else config.client_verifier
+        )
+        self._refreshable = verifier if isinstance(verifier, Refreshable) else None
+
+    async def refresh(self) -> None:
+        """Bring the verifier up to date, before the handshake; it may read files."""
+        if self._refreshable is not None:
+            await in_thread(self._refreshable.refresh)
+
+    def waits(self, event: PskWanted | SessionProposed) -> bool:
+        """Whether the answer needs a key source or a file, so that :meth:`give` may wait."""
+        if isinstance(event, PskWanted):
+            return True
+        return event.peer is not None and event.peer.remember is not None
+
+    async def give(self, event: PskWanted | SessionProposed) -> None:
+        """Answer a question.
+
+        Raises:
+            PeerError: the session is refused; the alert is in the engine's ``data_to_send``.
+            KeySourceError: the policy requires a PSK and there is none; likewise.
+        """
+        if isinstance(event, PskWanted):
+            self._connection.provide_psk(await self._psk(event))
+        else:
+            try:
+                session = self._authorized(event)
+                if event.peer is not None and event.peer.remember is not None:
+                    await in_thread(event.peer.remember)  # it writes a file
+            except PeerError as error:
+                self._connection.abort(error)
+                raise
+            self._connection.accept(session)
+
+    def give_at_once(self, event: SessionProposed) -> None:
+        """Answer a question for which :meth:`waits` is false. Raises as :meth:`give` does."""
+        try:
+            session = self._authorized(event)
+        except PeerError as error:
+            self._connection.abort(error)
+            raise
+        self._connection.accept(session)
+
+    async def _psk(self, event: PskWanted) -> ExternalPsk | None:
+        """A PSK from outside; without one the policy decides."""
+        source = self._psk_source
+        assert source is not None  # or the engine would not want one
+        try:
+            if isinstance(self._connection, ClientConnection):
+                return await source.offer()
+            return await source.look_up(event.identities)
+        except KeySourceError as error:
+            if self._psk_required:
+                unknown = isinstance(error, KeyUnknown | KeyConsumed | KeyExpired)
+                refusal = UnknownPskIdentity if unknown else InternalError
+                self._connection.abort(refusal("no external PSK"))
+                raise
+            self._psk_missing = str(error)
+            return None
+
+    def _authorized(self, proposed: SessionProposed) -> Session:
+        if self._psk_source is None:
+            return proposed.session
+        return self._psk_source.authorize(proposed.session, self._psk_missing)

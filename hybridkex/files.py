@@ -1,26 +1,49 @@
-"""The files that a configuration names, read with care.
+"""The files that a configuration names, read with care; and all files that the library writes.
 
-A service reads them again while it runs, on a signal: whatever has become of a file since (a
-folder, a device without an end, a pipe that nobody writes to, a path that cannot be one) must be an
-error that names it, and neither a hang nor the end of the service.
+Reading: a service reads its files again while it runs, on a signal. Whatever has become of a file
+since (a folder, a device without an end, a pipe that nobody writes to, a path that cannot be one)
+must be an error that names it, and neither a hang nor the end of the service.
+
+Writing: whole, and by default readable by the owner alone. Every file that the library or a command
+creates is created here (``tests/test_written_files.py`` reads the sources for others), except those
+that a peer sends, whose mode the transfer decides. The mode does not depend on the umask. The
+functions that write raise ``OSError``.
 """
 
+import contextlib
 import os
 import select
 import stat
+import tempfile
 import time
 import tomllib
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from hybridkex.errors import ConfigError
 
-__all__ = ["read_file", "read_toml"]
+__all__ = [
+    "PRIVATE",
+    "PUBLIC",
+    "create_file",
+    "make_private",
+    "make_private_folder",
+    "open_private",
+    "read_file",
+    "read_toml",
+    "write_file",
+]
 
 LIMIT: Final = 16 << 20
 """Bytes: far more than any certificate, key, key list or configuration has."""
 PATIENCE: Final = 5.0
 """Seconds that a pipe (``<(command)`` of a shell) may take."""
+PRIVATE: Final = 0o600
+"""Keys, secrets, and everything that says who talked to whom."""
+PUBLIC: Final = 0o644
+"""Certificates, ports and configurations without secrets."""
+
+_OTHERS: Final = 0o077
 
 
 def read_file(
@@ -105,3 +128,91 @@ def read_toml(path: Path) -> dict[str, Any]:
 def _shown(path: str | os.PathLike[str]) -> str:
     text = os.fspath(path)
     return text if text.isprintable() else repr(text)
+
+
+def write_file(path: str | Path, content: bytes, *, mode: int = PRIVATE) -> None:
+    """Create or replace a file; whoever opens it finds the old content or the new one.
+
+    The content is on the disk on return. A link is replaced, not followed; a device or a pipe is
+    written to as it is.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        with open(path, "wb", buffering=0) as device:
+            device.write(content)
+        return
+    # mkstemp creates the file exclusively, with mode 600, under a name that nobody can guess.
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def create_file(path: str | Path, content: bytes, *, mode: int = PRIVATE) -> None:
+    """Create a file. Raises ``FileExistsError`` if there is one, or a link."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE)
+    with os.fdopen(descriptor, "wb") as file:
+        os.fchmod(descriptor, mode)
+        file.write(content)
+        file.flush()
+        os.fsync(descriptor)
+
+
+def open_private(path: str | Path, *, append: bool = False) -> BinaryIO:
+    """Open a file for writing, unbuffered; a new one is private, and an existing one becomes so.
+
+    A device or a pipe is used as it is. Raises ``PermissionError`` for a file that others can read
+    and that belongs to another user.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
+    descriptor = os.open(path, flags, PRIVATE)
+    try:
+        _tighten(descriptor)
+        return open(descriptor, "wb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def make_private(path: str | Path) -> None:
+    """Make sure that there is a file which its owner alone can read, for a library that opens it by
+    its name."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE)
+    try:
+        _tighten(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_private_folder(path: str | Path) -> None:
+    """Create a folder, and those above it. Raises ``FileExistsError`` if there is one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkdir(path, 0o700)
+    os.chmod(path, 0o700)
+
+
+def _tighten(descriptor: int) -> None:
+    mode = os.fstat(descriptor).st_mode
+    wanted = mode & ~_OTHERS | PRIVATE
+    if stat.S_ISREG(mode) and mode != wanted:
+        os.fchmod(descriptor, stat.S_IMODE(wanted))
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename durable, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

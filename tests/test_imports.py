@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "combiner": BASE | {"wire", "crypto", "auth", "qkd"},
     # Applications need no more than what everybody has.
     "apps": {"errors", "files", "net", "text", "combiner", ""},
-    "demos": ENGINE | {"net", "qkd", "link", "kme", "shell", "streams", ""},
+    "demos": ENGINE | {"files", "net", "qkd", "link", "kme", "shell", "streams", ""},
     "cli": ENGINE
     | {"files", "combiner", "net", "qkd", "link", "kme", "demos", "apps", "shell", "streams", ""},
     "__main__": {"cli"},

@@ -83,7 +83,13 @@ def _parser() -> argparse.ArgumentParser:
             "--store",
             type=Path,
             metavar="FILE",
-            help="keep what is said in this SQLite file, in the clear (default: in memory)",
+            help="keep what is said in this SQLite file, encrypted (default: in memory)",
+        )
+        one.add_argument(
+            "--store-key",
+            type=Path,
+            metavar="FILE",
+            help="the key of the store, made with it (default: STORE.key)",
         )
     server.add_argument(
         "--queue",
@@ -137,7 +143,7 @@ def _server_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _serve(args: argparse.Namespace) -> None:
-    store = Store(args.store)
+    store = Store(args.store, args.store_key)
     try:
         hub = Hub(store, queue=args.queue, most=args.most, away=args.away)
         async with (
@@ -225,7 +231,7 @@ async def _pair(args: argparse.Namespace) -> None:
         await _take_part(args)
         return
     # Whoever listens holds the room, and sits in it by a socket pair that leaves no process.
-    store = Store(args.store)
+    store = Store(args.store, args.store_key)
     hub = Hub(store, most=2)
     sessions: list[Session] = []
     try:

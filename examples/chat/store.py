@@ -1,9 +1,13 @@
 """The server's memory: who is there, and the log of what happened, in SQLite.
 
-What is in the log has been acknowledged and outlives the server, where the store is a file.
+What is in the log has been acknowledged and, where the store is a file, outlives the server. In a
+file, what people said is encrypted (AES-256-GCM) under a key of its own; who was in which room, and
+when, is not, because the server searches for it. File and key file are private to their owner.
 """
 
 import hashlib
+import json
+import os
 import sqlite3
 import threading
 import time
@@ -12,24 +16,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from hybridkex import Secret
+from hybridkex.files import make_private
+from hybridkex.qkd.store import read_key_file, write_key_file
+
 from .protocol import ChatError, Entry
 
 __all__ = ["Change", "Seat", "Store"]
 
 _KEPT = 20_000
+_FORMAT = 2
+"""``user_version``; in 1, which had none, texts were in the clear."""
 _TABLES = """
-    PRAGMA journal_mode = WAL;
-    PRAGMA synchronous = FULL;
     CREATE TABLE IF NOT EXISTS seat (
         nickname TEXT PRIMARY KEY, token BLOB NOT NULL, peer TEXT NOT NULL,
         accepted INTEGER NOT NULL, room TEXT NOT NULL);
     CREATE TABLE IF NOT EXISTS entry (
         id INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, kind TEXT NOT NULL,
-        room TEXT NOT NULL, nickname TEXT NOT NULL, text TEXT NOT NULL);
-    -- What a person may read of the log: each room, while he was in it.
+        room TEXT NOT NULL, nickname TEXT NOT NULL, text BLOB NOT NULL);
+    -- What a person may read of the log: each room, while they were in it.
     CREATE TABLE IF NOT EXISTS stay (
         nickname TEXT NOT NULL, room TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER);
     CREATE INDEX IF NOT EXISTS stay_of ON stay (nickname);
+    CREATE TABLE IF NOT EXISTS seal (value BLOB NOT NULL);
 """
 
 
@@ -57,27 +69,79 @@ class Change:
     text: str = ""
 
 
+def _key(path: Path | None, key_file: Path | None) -> Secret:
+    """The key of a store; a new one for a new store, or for one in memory."""
+    if path is None:
+        return Secret(os.urandom(32))
+    key_file = key_file or path.with_name(path.name + ".key")
+    if not path.exists() and not key_file.exists():
+        write_key_file(key_file)
+    return read_key_file(key_file)
+
+
 def digest(token: str) -> bytes:
     """What is kept of a token."""
     return hashlib.sha256(bytes.fromhex(token)).digest()
+
+
+class _Sealed:
+    """Encrypts texts, each under a random nonce and bound to its place."""
+
+    def __init__(self, key: Secret) -> None:
+        self._aead = AESGCM(key.reveal())
+
+    def seal(self, text: str, *place: object) -> bytes:
+        nonce = os.urandom(12)
+        return nonce + self._aead.encrypt(nonce, text.encode("utf-8"), json.dumps(place).encode())
+
+    def open(self, sealed: bytes, *place: object) -> str:
+        try:
+            plain = self._aead.decrypt(sealed[:12], sealed[12:], json.dumps(place).encode())
+        except (InvalidTag, ValueError):
+            raise ChatError("the store was written with another key, or was changed") from None
+        return plain.decode("utf-8")
 
 
 class Store:
     """The tables. Its methods block, and may be called from any thread.
 
     Args:
-        path: a file, or ``None``: then it lasts as long as the server does.
+        path: a file, or ``None`` for a store that lasts as long as the server.
+        key_file: where the key of the file is; by default ``PATH.key``. It is made with the store.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, key_file: Path | None = None) -> None:
         self._lock = threading.Lock()
+        self._sealed = _Sealed(_key(path, key_file))
         try:
+            if path is not None:
+                make_private(path)
             self._db = sqlite3.connect(
                 path or ":memory:", check_same_thread=False, isolation_level=None
             )
-            self._db.executescript(_TABLES)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise ChatError(f"cannot use {path} as the store: {error}") from None
+        try:
+            self._prepare()
+        except BaseException as error:
+            self._db.close()
+            if isinstance(error, sqlite3.Error | ChatError):
+                raise ChatError(f"cannot use {path} as the store: {error}") from None
+            raise
+
+    def _prepare(self) -> None:
+        [(version,)] = self._db.execute("PRAGMA user_version")
+        [(tables,)] = self._db.execute("SELECT count(*) FROM sqlite_master")
+        if tables and version != _FORMAT:
+            raise ChatError("it is not encrypted: an earlier version of this program wrote it")
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.executescript(_TABLES)
+        for (value,) in self._db.execute("SELECT value FROM seal"):
+            self._sealed.open(value, "seal")
+            return
+        self._db.execute("INSERT INTO seal VALUES (?)", (self._sealed.seal("chat", "seal"),))
+        self._db.execute(f"PRAGMA user_version = {_FORMAT}")
 
     def close(self) -> None:
         """Close the file."""
@@ -106,7 +170,10 @@ class Store:
             " ORDER BY entry.id LIMIT ?",
             (nickname, after, up_to, limit),
         )
-        return [Entry(*row) for row in rows]
+        return [
+            Entry(*row[:-1], self._sealed.open(row[-1], *row[1:-1]))  # all but the id
+            for row in rows
+        ]
 
     def apply(self, changes: Iterable[Change]) -> list[list[Entry]]:
         """Write changes down, all or none; returns when they are on the disk.
@@ -156,7 +223,7 @@ class Store:
         at = int(time.time())
         made = self._db.execute(
             "INSERT INTO entry (at, kind, room, nickname, text) VALUES (?, ?, ?, ?, ?)",
-            (at, kind, room, nickname, text),
+            (at, kind, room, nickname, self._sealed.seal(text, at, kind, room, nickname)),
         )
         assert made.lastrowid is not None
         return Entry(made.lastrowid, at, kind, room, nickname, text)

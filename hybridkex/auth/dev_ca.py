@@ -1,7 +1,6 @@
 """A small certificate authority for tests and first steps; not one to run a company on."""
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -22,6 +21,7 @@ from hybridkex.auth.identity import Identity
 from hybridkex.auth.names import DnsName, parse_peer_name
 from hybridkex.crypto.x509_parsing import certificate_from_der
 from hybridkex.errors import ConfigError
+from hybridkex.files import PRIVATE, PUBLIC, write_file
 
 __all__ = ["ALGORITHMS", "DevCa", "write_identity"]
 
@@ -282,27 +282,18 @@ def write_identity(
         certificate_from_der(der).public_bytes(Encoding.PEM) for der in identity.chain
     )
     key = identity.private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    files = {"ca.pem": (ca.pem, 0o644), "cert.pem": (certificates, 0o644), "key.pem": (key, 0o600)}
+    files = {
+        "ca.pem": (ca.pem, PUBLIC),
+        "cert.pem": (certificates, PUBLIC),
+        "key.pem": (key, PRIVATE),
+    }
     present = [name for name in files if os.path.lexists(directory / name)]
     if present and not overwrite:
         raise ConfigError(f"{directory / present[0]} is there already; --force replaces it")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, (content, mode) in files.items():
-            _write_whole(directory / name, content, mode)
+            write_file(directory / name, content, mode=mode)
     except OSError as error:
         raise ConfigError(f"cannot write to {directory}: {error.strerror}") from None
     return [directory / name for name in files]
-
-
-def _write_whole(path: Path, content: bytes, mode: int) -> None:
-    # A new file beside the old one, born readable by its owner alone; then it takes its name.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(descriptor, mode)
-            file.write(content)
-        os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise

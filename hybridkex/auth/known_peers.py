@@ -14,9 +14,7 @@ nobody.
 import base64
 import binascii
 import fcntl
-import os
 import re
-import tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,7 @@ from hybridkex.auth.raw_keys import PeerRawKey, read_raw_key
 from hybridkex.auth.verified import PROOF, VerifiedPeer
 from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected, ConfigError
-from hybridkex.files import read_file
+from hybridkex.files import open_private, read_file, write_file
 from hybridkex.text import get_logger
 
 __all__ = ["KnownPeers"]
@@ -213,31 +211,17 @@ class _locked:
 
     def __enter__(self) -> None:
         try:
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            self._file = open_private(self._path, append=True)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
         except OSError as error:
             raise ConfigError(f"cannot lock {self._path}: {error.strerror}") from None
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self._descriptor)
+        self._file.close()
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write beside the file, flush to the disk, and put it in its place."""
-    temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_file(path, text.encode("utf-8"))
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None

@@ -31,6 +31,7 @@ from hybridkex.crypto.kex import ALL_GROUPS
 from hybridkex.demos.rndl.later.reading import Connection, read_capture
 from hybridkex.demos.rndl.now.tap import wire_tap
 from hybridkex.errors import ConfigError, HybridkexError
+from hybridkex.files import open_private
 from hybridkex.qkd.psk import name_of
 from hybridkex.wire.extensions import PreSharedKeyOffer, ServerName
 from hybridkex.wire.messages import ImportedIdentity
@@ -186,7 +187,7 @@ async def _transfer(
     listen = [*_COMMAND, "listen", "0", "--bind", "127.0.0.1", "--once"]
     listen += ["--port-file", str(port_file), "--require-client-cert"]
     began = time.monotonic()
-    with target.open("wb") as sink, source.open("rb") as file:
+    with open_private(target) as sink, source.open("rb") as file:
         async with _process(
             [*listen, *_options(folder, "bob", "alice", urls["bob"])], stdout=sink.fileno()
         ) as receiver:

@@ -20,6 +20,7 @@ from hybridkex.cli.key_sources import add_kme_options, kme_access
 from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
 from hybridkex.errors import ConfigError, KeySourceUnavailable
+from hybridkex.files import PUBLIC, write_file
 from hybridkex.kme.config import PRODUCERS, Address, load_config
 from hybridkex.kme.serve import KmeServer, Serving
 from hybridkex.qkd.etsi014.client import KmeClient
@@ -271,7 +272,7 @@ async def _draw(args: argparse.Namespace, client: KmeClient) -> int:
             await pool.add([_key(names, item, we_drew=True) for item in found.keys])
             drawn += [str(item.key_id) for item in found.keys]
             # After each request, so that no key is in the pool without its ID on the list.
-            args.ids.write_text(json_line(drawn) + "\n", encoding="ascii")
+            write_file(args.ids, (json_line(drawn) + "\n").encode("ascii"))
     return len(drawn)
 
 
@@ -368,7 +369,7 @@ def _dev_up(args: argparse.Namespace) -> int:
         )
         if args.distance is not None:
             text += f"link = {{ distance_km = {args.distance} }}\n"
-    config.write_text(text, encoding="utf-8")
+    write_file(config, text.encode("utf-8"), mode=PUBLIC)
     if args.no_serve:
         print(config)
         return 0

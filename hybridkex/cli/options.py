@@ -5,7 +5,6 @@ For programs outside of this package, too: ``examples/chat`` has them.
 
 import argparse
 import binascii
-import os
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -25,6 +24,7 @@ from hybridkex.crypto.kex import ALL_GROUPS, Group, Property
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.suites import ALL_SUITES, SHA256, SHA384
 from hybridkex.errors import ConfigError
+from hybridkex.files import open_private
 from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, KeyLog, Policy, Requirement, ServerConfig
 
@@ -244,7 +244,7 @@ def _key_log(path: str | None) -> Iterator[KeyLog | None]:
         yield None
         return
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        file = open_private(path, append=True)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None
     failed = False
@@ -252,7 +252,7 @@ def _key_log(path: str | None) -> Iterator[KeyLog | None]:
     def write(line: str) -> None:
         nonlocal failed
         try:
-            os.write(descriptor, f"{line}\n".encode())
+            file.write(f"{line}\n".encode())
         except OSError as error:
             # The log is for a debugger; connections go on without it.
             if not failed:
@@ -268,4 +268,4 @@ def _key_log(path: str | None) -> Iterator[KeyLog | None]:
     try:
         yield write
     finally:
-        os.close(descriptor)
+        file.close()

@@ -1,10 +1,9 @@
 """``--port-file``: tells whoever started a server where it listens."""
 
-from pathlib import Path
-
 import trio
 
 from hybridkex.errors import ConfigError
+from hybridkex.files import PUBLIC, write_file
 
 __all__ = ["write_port"]
 
@@ -14,10 +13,8 @@ def write_port(path: str | None, listener: trio.SocketListener) -> None:
     if path is None:
         return
     port = listener.socket.getsockname()[1]
-    # Under its final name only when it is whole: whoever waits for the file reads it at once.
-    temporary = Path(f"{path}.new")
+    # Whole when it appears: whoever waits for the file reads it at once.
     try:
-        temporary.write_text(f"{port}\n")
-        temporary.replace(path)
+        write_file(path, f"{port}\n".encode("ascii"), mode=PUBLIC)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None

@@ -27,6 +27,7 @@ from hybridkex.demos.rndl import page
 from hybridkex.demos.rndl.matrix import BREAKS, rows
 from hybridkex.demos.rndl.trial import Cell, Trial, run_trial
 from hybridkex.errors import ConfigError
+from hybridkex.files import PUBLIC, make_private_folder, write_file
 from hybridkex.text import terminal
 
 __all__ = ["configure", "run"]
@@ -72,10 +73,10 @@ def run(args: argparse.Namespace) -> int:
     _print_findings(console, trial)
     try:
         if args.html is not None:
-            args.html.write_text(page.render(trial, __version__), encoding="utf-8")
+            write_file(args.html, page.render(trial, __version__).encode("utf-8"), mode=PUBLIC)
         if args.json is not None:
             report = {"hybridkex": __version__, **trial.as_json()}
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_file(args.json, json.dumps(report, indent=1).encode("ascii") + b"\n", mode=PUBLIC)
     except OSError as error:
         raise ConfigError(f"cannot write the report: {error}") from error
     for kept in (args.html, args.json, args.keep):
@@ -89,7 +90,7 @@ def _folder(keep: Path | None) -> Iterator[Path]:
     """A folder that is ours alone, since private keys lie in it."""
     if keep is not None:
         try:
-            keep.mkdir(mode=0o700, parents=True)
+            make_private_folder(keep)
         except OSError as error:
             raise ConfigError(f"cannot make the folder {keep}: {error.strerror}") from error
         yield keep.absolute()

@@ -2,13 +2,13 @@
 
 import base64
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from hybridkex.crypto.suites import ALL_SUITES
 from hybridkex.errors import ConfigError
+from hybridkex.files import write_file
 from hybridkex.secret import Secret
 from hybridkex.tls.session import AuthenticatedBy, SessionTicket
 
@@ -69,12 +69,8 @@ class FileSessionStore:
         return tickets
 
     def _save(self) -> None:
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(self._tickets, file)
-            temporary.replace(self._path)
+            write_file(self._path, json.dumps(self._tickets).encode("ascii"))
         except OSError as error:
             raise ConfigError(f"cannot write {self._path}: {error.strerror}") from None
 

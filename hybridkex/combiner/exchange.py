@@ -80,7 +80,7 @@ _CONFIRMATION: Final = 32
 _MAX_PROOF: Final = (1 << 16) + (1 << 18)
 """Bytes of a message besides its shares: a signature and a public key."""
 _MAX_KEY_NAME: Final = 1 << 13
-"""Bytes of the name of a QKD key: at most eight parts of 528 bytes."""
+"""Bytes of the name of a QKD key: at most eight parts of 768 bytes."""
 
 MAX_LENGTH: Final = 254 * SHA256.size - 2 * _CONFIRMATION
 """Most bytes of a key: the output of either method with SHA-256, less the two confirmations."""

@@ -42,7 +42,7 @@ from hybridkex.errors import (
     KeyUnauthorized,
     KeyUnknown,
 )
-from hybridkex.files import read_file
+from hybridkex.files import create_file, read_file
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
 
@@ -161,11 +161,9 @@ class BlocksRefused(Exception):  # an answer between two KMEs, not a failure
 def write_key_file(path: Path) -> None:
     """Make a key file that only its owner can read. Raises ``ConfigError`` if the file exists."""
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        create_file(path, os.urandom(SEAL_KEY_BYTES).hex().encode("ascii") + b"\n")
     except OSError as error:
         raise ConfigError(f"cannot make the key file {path}: {error.strerror}") from error
-    with os.fdopen(handle, "w", encoding="ascii") as file:
-        file.write(os.urandom(SEAL_KEY_BYTES).hex() + "\n")
 
 
 def read_key_file(path: Path) -> Secret:
@@ -743,7 +741,7 @@ def _open_locked(path: Path) -> sqlite3.Connection:
         # SQLite names its log after the file: through a link to it, it would look for another one.
         real = path.resolve()
         try:
-            os.close(os.open(real, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            create_file(real, b"")
         except FileExistsError:
             found = real.stat()
             if not stat.S_ISREG(found.st_mode):

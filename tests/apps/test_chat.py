@@ -9,6 +9,7 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from examples.chat.hub import Hub
 from examples.chat.protocol import (
     MAX_FRAME,
     Action,
+    ChatError,
     Entry,
     Frames,
     Hello,
@@ -39,7 +41,7 @@ from examples.chat.protocol import (
     encode,
     printable,
 )
-from examples.chat.store import Store
+from examples.chat.store import Change, Seat, Store
 from hybridkex import (
     ClientConfig,
     DevCa,
@@ -54,7 +56,9 @@ from hybridkex import (
 )
 from hybridkex.apps.backoff import Backoff
 from hybridkex.auth.dev_ca import write_identity
+from hybridkex.errors import ConfigError
 from hybridkex.qkd.in_process import in_process_pair
+from hybridkex.qkd.store import write_key_file
 
 ROOT = Path(__file__).parents[2]
 CHAT = [sys.executable, "-m", "examples.chat"]
@@ -646,6 +650,48 @@ async def test_no_task_is_left() -> None:
         nursery.cancel_scope.cancel()
 
 
+def test_what_was_said_is_encrypted_in_the_file(tmp_path: Path) -> None:
+    """With its key it comes back; without, with another key, or with a text moved to another place,
+    it does not."""
+    path, said = tmp_path / "log.sqlite", "meet me at the harbour"
+    store = Store(path)
+    seat = Seat("alice", bytes(32), "", 0, "lobby")
+    store.apply([Change("enter", seat), *(Change("say", seat, 1, said + mark) for mark in "!?")])
+    files = [one for one in tmp_path.iterdir() if one.name != "log.sqlite.key"]
+    assert len(files) > 1  # the write-ahead log, too
+    assert not any(b"harbour" in one.read_bytes() for one in files)
+    assert {one.stat().st_mode & 0o777 for one in tmp_path.iterdir()} == {0o600}
+    store.close()
+    again = Store(path)
+    assert [one.text for one in again.missed("alice", 1, 9, 9)] == [said + "!", said + "?"]
+    again.close()
+
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE entry SET nickname = 'mallory' WHERE id = 2")
+    db.close()
+    moved = Store(path)
+    with pytest.raises(ChatError, match="was changed"):
+        moved.missed("alice", 0, 9, 9)
+    moved.close()
+    (tmp_path / "log.sqlite.key").unlink()
+    with pytest.raises(ConfigError, match="key file"):
+        Store(path)
+    other = tmp_path / "other.key"
+    write_key_file(other)
+    with pytest.raises(ChatError, match="another key"):
+        Store(path, other)
+
+
+def test_a_store_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "log.sqlite"
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE entry (id INTEGER PRIMARY KEY, text TEXT)")
+    db.close()
+    write_key_file(tmp_path / "log.sqlite.key")
+    with pytest.raises(ChatError, match="not encrypted"):
+        Store(path)
+
+
 async def test_a_disk_that_is_full(processes: Processes, ids: Path, tmp_path: Path) -> None:
     """The server ends with one line; what it has acknowledged is in its log."""
     with small_disk(tmp_path / "disk", 2) as disk:
@@ -667,7 +713,7 @@ async def test_a_disk_that_is_full(processes: Processes, ids: Path, tmp_path: Pa
         assert out.splitlines()[-1] == "chat: cannot write the store: database or disk is full"
         for path in disk.iterdir():
             shutil.copy(path, tmp_path)
-    store = Store(tmp_path / "log.sqlite")
+    store = Store(tmp_path / "log.sqlite")  # with its key file
     kept = [entry.text for entry in store.missed("alice", 0, store.head(), 10_000)]
     store.close()
     assert count - unacknowledged > 10

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from hybridkex.auth import Identity
 from hybridkex.crypto.kex import Concat, Group, KeyExchange, Property, Started
+from hybridkex.files import make_private, open_private
 from hybridkex.secret import Secret
 
 __all__ = ["ECDH", "ML_KEM", "ORACLES", "SIGNATURE", "Escrow"]
@@ -39,7 +40,7 @@ class Escrow:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         for primitive in ORACLES:
-            self.file(primitive).touch()
+            make_private(self.file(primitive))
 
     def file(self, primitive: str) -> Path:
         """Where a primitive's pairs are: one JSON object a line."""
@@ -63,8 +64,13 @@ class Escrow:
                 Encoding.DER, PrivateFormat.PKCS8, NoEncryption()
             ).hex(),
         }
-        with self.file(primitive).open("a", encoding="ascii") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.file(primitive), line)
+
+
+def append_line(path: Path, value: object) -> None:
+    """Append one line of JSON to a private file."""
+    with open_private(path, append=True) as file:
+        file.write(json.dumps(value).encode("ascii") + b"\n")
 
 
 def public_share(public_key: Any) -> bytes:

@@ -5,7 +5,6 @@ Everything is the library's own code over real TCP. What is added: instrumented 
 Wireshark. None of that reaches the adversary but what a trial gives it.
 """
 
-import json
 import os
 import secrets
 import shutil
@@ -23,10 +22,11 @@ from hybridkex.auth.dev_ca import write_identity
 from hybridkex.crypto.kex import Group
 from hybridkex.demos.rndl.capture.tcpip import Address
 from hybridkex.demos.rndl.matrix import Configuration, Delivery
-from hybridkex.demos.rndl.now.escrow import Escrow
+from hybridkex.demos.rndl.now.escrow import Escrow, append_line
 from hybridkex.demos.rndl.now.link import link_sources
 from hybridkex.demos.rndl.now.sites import Sites
 from hybridkex.demos.rndl.now.tap import wire_tap
+from hybridkex.files import open_private
 from hybridkex.qkd.in_process import in_process_pair
 from hybridkex.qkd.source import KeySource
 from hybridkex.shell.qkd_keys import QkdKeys
@@ -122,13 +122,17 @@ class Stage:
             tickets=self._tickets(),
         )
         trust = TrustStore((self._ca.certificate,))
-        with (self.folder / "keylog" / f"{folder.name}.txt").open("w") as key_log:
+        with open_private(self.folder / "keylog" / f"{folder.name}.txt") as key_log:
+
+            def log_key(line: str) -> None:
+                key_log.write(line.encode("ascii") + b"\n")
+
             client = ClientConfig(
                 **shared,
                 verifier=trust if configuration.certificates else None,
                 psk_source=QkdKeys(alice) if alice is not None else None,
                 session_store=MemorySessionStore(),
-                key_log=lambda line: print(line, file=key_log),
+                key_log=log_key,
                 **client_options,
             )
             return await self._talk(configuration, folder, client, server, connections)
@@ -165,8 +169,9 @@ class Stage:
         """A ticket issuer, with a copy of its key for the thief."""
         issuer, key, name = TicketIssuer(), os.urandom(32), os.urandom(8)
         issuer._keys.append(_SealingKey(key, name, time.time()))
-        with (self.folder / "stolen/ticket-keys.jsonl").open("a", encoding="ascii") as file:
-            file.write(json.dumps({"name": name.hex(), "key": key.hex()}) + "\n")
+        append_line(
+            self.folder / "stolen/ticket-keys.jsonl", {"name": name.hex(), "key": key.hex()}
+        )
         return issuer
 
 

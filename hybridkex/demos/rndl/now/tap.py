@@ -14,6 +14,7 @@ import trio
 
 from hybridkex.demos.rndl.capture.pcapng import PcapngWriter
 from hybridkex.demos.rndl.capture.tcpip import Address, ConnectionWriter
+from hybridkex.files import open_private
 
 __all__ = ["wire_tap"]
 
@@ -27,7 +28,7 @@ async def wire_tap(capture: Path, target: Address) -> AsyncIterator[Address]:
     Gives the address to connect to. At the end of the block connections that are still open are
     cut, and the file is complete.
     """
-    with capture.open("wb") as file:
+    with open_private(capture) as file:
         writer = PcapngWriter(file)
 
         async def handle(client: trio.SocketStream) -> None:

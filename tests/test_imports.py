@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybridkex"
 
-BASE = {"constants", "errors", "secret", "text"}
+BASE = {"constants", "errors", "fields", "secret", "text"}
 ENGINE = BASE | {"wire", "crypto", "auth", "tls"}
 
 # What each room may know, besides itself. A file beside the rooms is a room of its own; the public
@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "constants": set(),
     "errors": {"constants", "text"},
     "secret": set(),
+    "fields": {"errors"},
     "files": {"errors"},
     "text": set(),
     # Addresses, HTTP and the like: it knows nothing of what is carried.
@@ -71,7 +72,7 @@ EXEMPT = (
 )
 
 # The engine does no input and no output, and has no opinion on how its caller does.
-SANS_IO = {"constants", "errors", "secret", "text", "wire", "crypto", "auth", "tls"}
+SANS_IO = {"constants", "errors", "fields", "secret", "text", "wire", "crypto", "auth", "tls"}
 # Finds the system's trust store while a configuration is made; no handshake comes here.
 IO_EXEMPT = {("hybridkex.auth.system", "ssl")}
 IO_MODULES = {"asyncio", "anyio", "trio", "socket", "ssl", "select", "selectors", "threading"}

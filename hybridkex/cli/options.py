@@ -126,10 +126,16 @@ async def client_config(args: argparse.Namespace, **more: Any) -> AsyncIterator[
 async def server_config(args: argparse.Namespace, **more: Any) -> AsyncIterator[ServerConfig]:
     """The server that the options describe; its key sources and files are open meanwhile."""
     async with _shared_arguments(args) as shared:
-        ours = _identity(args)
+        ours, decides = _identity(args), _verifier(args)
+        if ours is None and decides is not None and (shared.get("psks") or shared["psk_source"]):
+            raise ConfigError(
+                "--ca, --pin, --known-peers and --insecure are about the client's certificate, and "
+                "a server that has only a PSK cannot ask for it (RFC 8446 section 4.3.2): add our "
+                "own with --cert and --key, so that both are used (RFC 9973)"
+            )
         yield ServerConfig(
             identities=(ours,) if ours is not None else (),
-            client_verifier=_verifier(args),
+            client_verifier=decides,
             **shared,
             **more,
         )

@@ -83,7 +83,7 @@ async def _run(args: argparse.Namespace) -> None:
     asks = bool(args.ca or args.pin or args.known_peers or args.insecure)
     wanted = asks and not args.anyone
     async with server_config(args, require_client_certificate=wanted) as config:
-        by_psk = config.has_psk and config.policy.psk is Requirement.REQUIRE
+        by_psk = config.policy_in_force.psk is Requirement.REQUIRE
         if not (args.anyone or asks or by_psk):
             raise ConfigError(
                 "whoever connects could write here: name the senders' authority with --ca, use a "

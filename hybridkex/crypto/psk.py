@@ -11,6 +11,7 @@ from hybridkex.constants import Label
 from hybridkex.crypto.schedule import hkdf_expand_label, hkdf_extract
 from hybridkex.crypto.suites import SHA256, HashFunction
 from hybridkex.errors import ConfigError
+from hybridkex.fields import a, check_fields, or_none
 from hybridkex.secret import Secret
 
 __all__ = ["MIN_PSK_LENGTH", "ExternalPsk", "import_key"]
@@ -38,6 +39,7 @@ class ExternalPsk:
     origin: object = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_fields(self, _FIELDS)
         if not 1 <= len(self.identity) <= 0xFFFF:
             raise ConfigError(f"a PSK identity has 1 to 65,535 bytes, not {len(self.identity)}")
         if len(self.key) < MIN_PSK_LENGTH:
@@ -53,6 +55,14 @@ class ExternalPsk:
     def imported(self) -> bool:
         """Whether RFC 9258 applies."""
         return self.context is not None
+
+
+_FIELDS: Final = {
+    "identity": (a("bytes", bytes), 'identity=b"site"'),
+    "key": (a("a Secret", Secret), "key=Secret(key)"),
+    "hash": (a("a HashFunction", HashFunction), "hash=SHA384"),
+    "context": (or_none(a("bytes", bytes)), 'context=b""'),
+}
 
 
 def import_key(psk: ExternalPsk, imported_identity: bytes, target: HashFunction) -> Secret:

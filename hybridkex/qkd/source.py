@@ -11,7 +11,7 @@ that a handshake must bind (both SAEs, both KMEs, the roles) and no call has to 
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias, runtime_checkable
 from uuid import UUID
 
 from hybridkex.errors import KeyUnknown
@@ -87,6 +87,7 @@ class SourceStatus:
     """Length of a key, in bits."""
 
 
+@runtime_checkable
 class KeySource(Protocol):
     """Keys that we share with one peer.
 

@@ -34,7 +34,7 @@ class Answers:
     ) -> None:
         self._connection = connection
         self._psk_source = config.psk_source
-        self._psk_required = config.policy.psk is Requirement.REQUIRE
+        self._psk_required = config.policy_in_force.psk is Requirement.REQUIRE
         self._psk_missing: str | None = None
         verifier: object = (
             config.verifier if isinstance(config, ClientConfig) else config.client_verifier

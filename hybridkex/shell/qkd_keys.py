@@ -25,6 +25,7 @@ from hybridkex.errors import (
     KeyUnknown,
     PolicyRefused,
 )
+from hybridkex.fields import INTEGER, NUMBER, a, check_fields, tuple_of
 from hybridkex.net.event_loop import current_time, sleep, time_limit
 from hybridkex.qkd.psk import as_psk, context_of, name_of
 from hybridkex.qkd.source import KeyName, KeySource, QkdKey
@@ -59,6 +60,9 @@ class QkdLimits:
     remembered: int = 65_536
 
     def __post_init__(self) -> None:
+        whole = {name: (INTEGER, f"{name}=100") for name in ("retries", "burst", "remembered")}
+        seconds = ("timeout", "retry_after", "look_ups_per_second")
+        check_fields(self, {**whole, **{name: (NUMBER, f"{name}=1.5") for name in seconds}})
         if self.timeout <= 0 or self.retries < 0 or self.retry_after <= 0:
             raise ConfigError("timeout and retry_after are positive, retries not negative")
         if self.look_ups_per_second <= 0 or self.burst < 1 or self.remembered < 1:
@@ -84,6 +88,13 @@ class QkdPeer:
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            {
+                "source": (a("a KeySource", KeySource), "QkdKeys(key_source)"),
+                "names": (tuple_of(a("a str", str), "strings"), 'names=("bob.example",)'),
+            },
+        )
         object.__setattr__(self, "names", tuple(map(canonical_peer_name, self.names)))
 
 

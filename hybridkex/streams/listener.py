@@ -5,7 +5,7 @@ from typing import Generic, TypeVar
 from trio.abc import Listener, Stream
 
 from hybridkex.streams.stream import DEFAULT_HANDSHAKE_TIMEOUT, SecureStream
-from hybridkex.tls.config import ServerConfig
+from hybridkex.tls.config import ServerConfig, check_config
 
 __all__ = ["SecureListener"]
 
@@ -27,6 +27,7 @@ class SecureListener(Listener[SecureStream[T]], Generic[T]):
         https_compatible: bool = False,
         handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     ) -> None:
+        check_config(config, ServerConfig)
         self.transport_listener = transport_listener
         self._config = config
         self._https_compatible = https_compatible

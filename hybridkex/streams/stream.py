@@ -24,6 +24,7 @@ import trio
 from trio.abc import HalfCloseableStream, Stream
 
 from hybridkex.errors import (
+    ConfigError,
     HandshakeTimeout,
     HybridkexError,
     KeySourceError,
@@ -33,7 +34,7 @@ from hybridkex.errors import (
 )
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
-from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 from hybridkex.tls.connection import ClientConnection, ServerConnection
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed
 from hybridkex.tls.session import Session
@@ -81,6 +82,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         https_compatible: bool = False,
         handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     ) -> None:
+        check_config(config, ClientConfig, ServerConfig)
         self.transport_stream: T = transport_stream
         self._session: Session | None = None
         self._connection: ClientConnection | ServerConnection
@@ -88,7 +90,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             self._connection = ClientConnection(config, server_hostname)
         else:
             if server_hostname is not None:
-                raise ValueError("server_hostname goes with a ClientConfig")
+                raise ConfigError("server_hostname goes with a ClientConfig")
             self._connection = ServerConnection(config)
         self._answers = Answers(config, self._connection)
         self._https_compatible = https_compatible

@@ -224,7 +224,7 @@ class _Offer:
 def start(config: ClientConfig, name: PeerName | None, channel: Channel) -> ClientState:
     """Send the first ClientHello, or ask for the PSK that it shall offer."""
     ticket = _take_ticket(config, name)
-    if ticket is None and config.psk_source and config.policy.psk is not Requirement.OFF:
+    if ticket is None and config.psk_source and config.has_psk:
         channel.emit(PskWanted(()))
         return WaitPsk(config, name)
     return _send_hello(config, name, ticket, config.psks, channel)
@@ -269,9 +269,7 @@ def _send_hello(
             )
         )
     # RFC 9973 section 4 forbids a ticket beside an external PSK with certificates.
-    if config.policy.psk is not Requirement.OFF and (
-        ticket is None or config.authentication in _ALONE
-    ):
+    if config.has_psk and (ticket is None or config.authentication in _ALONE):
         for external in externals:
             psks.extend(external_psks(external, config.suites))
     offer = _Offer(
@@ -491,7 +489,7 @@ def _chosen_psk(psks: tuple[Psk, ...], suite: CipherSuite, message: ServerHello)
 
 def _check_psk_policy(config: ClientConfig, why: str) -> None:
     """Whether we may go on without a PSK; the transcript will say if the peer agrees."""
-    if config.has_psk and config.policy.psk is Requirement.REQUIRE:
+    if config.policy_in_force.psk is Requirement.REQUIRE:
         raise PolicyRefused(f"our policy requires a PSK, and {why}")
     if config.authentication is Authentication.PSK:
         raise PolicyRefused(f"nothing but a PSK can authenticate the server, and {why}")

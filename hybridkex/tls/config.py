@@ -8,18 +8,37 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol, runtime_checkable
 
-from hybridkex.auth import Identity, RawIdentity, TrustStore
+from hybridkex.auth import (
+    ClientKeyVerifier,
+    ClientVerifier,
+    Identity,
+    RawIdentity,
+    ServerKeyVerifier,
+    ServerVerifier,
+    TrustStore,
+)
 from hybridkex.constants import MAX_PLAINTEXT
 from hybridkex.crypto.kex import CLASSICAL_GROUPS, HYBRID_GROUPS, Group, Property
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.signatures import ALL_SCHEMES, SignatureScheme
 from hybridkex.crypto.suites import ALL_SUITES, CipherSuite
 from hybridkex.errors import ConfigError
+from hybridkex.fields import (
+    CALLABLE,
+    FLAG,
+    INTEGER,
+    Kind,
+    a,
+    check_fields,
+    described,
+    or_none,
+    tuple_of,
+)
 from hybridkex.tls.certificate_types import AnyClientVerifier, AnyServerVerifier
 from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.protection import Padding
@@ -37,12 +56,14 @@ __all__ = [
     "PskSource",
     "Requirement",
     "ServerConfig",
+    "check_config",
 ]
 
 KeyLog = Callable[[str], None]
 """Takes one line of the NSS key log format, without its newline."""
 
 
+@runtime_checkable
 class PskSource(Protocol):
     """External PSKs that are known only when they are needed: one for each handshake.
 
@@ -100,6 +121,7 @@ class Limits:
     psk_identities: int = 16
 
     def __post_init__(self) -> None:
+        check_fields(self, {one.name: (INTEGER, f"{one.name}=32") for one in fields(self)})
         if self.certificate_message < 1 << 10:
             raise ConfigError("a certificate_message below 1 KiB fits no certificate")
         if min(self.key_updates, self.empty_records, self.tickets, self.psk_identities) < 1:
@@ -123,12 +145,80 @@ class PadToMultiple:
     size: int
 
     def __post_init__(self) -> None:
+        check_fields(self, {"size": (INTEGER, "PadToMultiple(size=256)")})
         if not 1 <= self.size <= MAX_PLAINTEXT:
             raise ConfigError(f"records are padded to a multiple of 1 to 16384, not {self.size}")
 
     def __call__(self, length: int, limit: int, /) -> int:
         """The zeros to append; never more than the record's limit leaves."""
         return min(-length % self.size, limit - length)
+
+
+_GROUPS: Final = tuple_of(a("a Group", Group), "groups")
+_IDENTITY: Final = a("an Identity or a RawIdentity", Identity, RawIdentity)
+
+_Rules = Mapping[str, tuple[Kind, str]]
+
+_SHARED: Final[_Rules] = {
+    "groups": (or_none(_GROUPS), "groups=(X25519MLKEM768,)"),
+    "suites": (
+        tuple_of(a("a CipherSuite", CipherSuite), "cipher suites"),
+        "suites=(TLS_AES_256_GCM_SHA384,)",
+    ),
+    "signature_schemes": (
+        tuple_of(a("a SignatureScheme", SignatureScheme), "signature schemes"),
+        "signature_schemes=ALL_SCHEMES",
+    ),
+    "alpn": (tuple_of(a("a str", str), "strings"), 'alpn=("h2", "http/1.1")'),
+    "psks": (
+        tuple_of(a("an ExternalPsk", ExternalPsk), "ExternalPsk objects"),
+        'psks=(ExternalPsk(identity=b"site", key=Secret(key)),)',
+    ),
+    "psk_source": (or_none(a("a PskSource", PskSource)), "psk_source=QkdKeys(key_source)"),
+    "policy": (a("a Policy", Policy), "policy=Policy(psk=Requirement.PREFER)"),
+    "record_size_limit": (or_none(INTEGER), "record_size_limit=4096"),
+    "padding": (or_none(CALLABLE), "padding=PadToMultiple(size=256)"),
+    "key_log": (or_none(CALLABLE), "key_log=print"),
+    "limits": (a("a Limits", Limits), "limits=Limits(tickets=4)"),
+    "clock": (CALLABLE, "clock=time.time"),
+    "entropy": (CALLABLE, "entropy=os.urandom"),
+}
+_CLIENT: Final[_Rules] = {
+    "verifier": (
+        or_none(a("a verifier of servers", ServerVerifier, ServerKeyVerifier)),
+        'verifier=TrustStore.from_file("ca.pem")',
+    ),
+    "identity": (
+        or_none(_IDENTITY),
+        'identity=Identity.from_files("cert.pem", "key.pem")',
+    ),
+    "key_shares": (
+        Kind(
+            lambda value: INTEGER.fits(value) or _GROUPS.fits(value), "an int or a tuple of groups"
+        ),
+        "key_shares=2",
+    ),
+    "session_store": (
+        or_none(a("a session store", SessionStore)),
+        "session_store=MemorySessionStore()",
+    ),
+    "compatibility_mode": (FLAG, "compatibility_mode=False"),
+}
+_SERVER: Final[_Rules] = {
+    "identities": (
+        tuple_of(_IDENTITY, "identities"),
+        'identities=(Identity.from_files("cert.pem", "key.pem"),)',
+    ),
+    "client_verifier": (
+        or_none(a("a verifier of clients", ClientVerifier, ClientKeyVerifier)),
+        'client_verifier=TrustStore.from_file("ca.pem")',
+    ),
+    "require_client_certificate": (FLAG, "require_client_certificate=True"),
+    "tickets": (or_none(a("a TicketIssuer", TicketIssuer)), "tickets=TicketIssuer(lifetime=3600)"),
+    "tickets_per_connection": (INTEGER, "tickets_per_connection=2"),
+    "cookies": (a("a CookieProtector", CookieProtector), "cookies=CookieProtector()"),
+    "require_known_name": (FLAG, "require_known_name=True"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +244,8 @@ class _Config:
             primitives makes with its own generator.
     """
 
+    _rules: ClassVar[_Rules] = _SHARED
+
     groups: tuple[Group, ...] | None = None
     suites: tuple[CipherSuite, ...] = ALL_SUITES
     signature_schemes: tuple[SignatureScheme, ...] = ALL_SCHEMES
@@ -169,6 +261,7 @@ class _Config:
     entropy: Callable[[int], bytes] = field(default=os.urandom, repr=False)
 
     def __post_init__(self) -> None:
+        check_fields(self, self._rules)
         self._check_groups()
         _check_list("cipher suite", self.suites)
         _check_list("signature scheme", self.signature_schemes)
@@ -180,9 +273,11 @@ class _Config:
         identities = [(psk.identity, psk.context) for psk in self.psks]
         if len(set(identities)) != len(identities):
             raise ConfigError("two PSKs have the same identity")
-        either = self.policy.authentication is Authentication.EITHER
-        if either and self.policy.psk is not Requirement.PREFER:
-            raise ConfigError("authentication by either goes with a PSK that is preferred")
+        if self.policy.psk is Requirement.REQUIRE and not self.has_psk:
+            raise ConfigError(
+                "the policy requires a PSK, and there is none: give psks=(ExternalPsk(...),) or "
+                "psk_source=QkdKeys(source)"
+            )
         for psk in self.psks:
             if not psk.imported and all(suite.hash != psk.hash for suite in self.suites):
                 raise ConfigError(f"no cipher suite goes with a PSK for {psk.hash.name}")
@@ -225,7 +320,7 @@ class _Config:
     @cached_property
     def policy_in_force(self) -> Policy:
         """The policy, with what it leaves to the rest of the configuration filled in."""
-        psk = self.policy.psk if self.has_psk else Requirement.OFF
+        psk = (self.policy.psk or Requirement.REQUIRE) if self.has_psk else Requirement.OFF
         return replace(self.policy, psk=psk, authentication=self.authentication)
 
     def binding(self, identity: Identity | RawIdentity | None) -> bytes:
@@ -283,6 +378,8 @@ class ClientConfig(_Config):
         compatibility_mode: look like TLS 1.2 to middleboxes (RFC 8446 appendix D.4).
     """
 
+    _rules: ClassVar[_Rules] = {**_SHARED, **_CLIENT}
+
     verifier: AnyServerVerifier | None = None
     identity: Identity | RawIdentity | None = None
     key_shares: int | tuple[Group, ...] = 1
@@ -306,6 +403,11 @@ class ClientConfig(_Config):
             raise ConfigError(f"authentication by {authentication.value} needs a PSK")
         if authentication is not Authentication.PSK and self.verifier is None:
             raise ConfigError(f"authentication by {authentication.value} needs a verifier")
+        if authentication is Authentication.PSK and self.verifier is not None:
+            raise ConfigError(
+                "authentication by psk never asks the verifier: leave out the verifier, or have "
+                "the server show a certificate with Policy(authentication=Authentication.BOTH)"
+            )
 
     def _check_room(self) -> None:
         if self.ticket_room < 0:
@@ -359,6 +461,8 @@ class ServerConfig(_Config):
         require_known_name: refuse a client whose server name fits no identity.
     """
 
+    _rules: ClassVar[_Rules] = {**_SHARED, **_SERVER}
+
     identities: tuple[Identity | RawIdentity, ...] = ()
     client_verifier: AnyClientVerifier | None = None
     require_client_certificate: bool = False
@@ -378,6 +482,19 @@ class ServerConfig(_Config):
             raise ConfigError(f"authentication by {authentication.value} needs an identity")
         if self.require_client_certificate and self.client_verifier is None:
             raise ConfigError("require_client_certificate needs a client_verifier")
+        if authentication is Authentication.PSK and self.client_verifier is not None:
+            # RFC 8446 section 4.3.2: no CertificateRequest; RFC 9973 needs our certificate.
+            raise ConfigError(
+                "a server that shows no certificate cannot ask clients for theirs: beside the PSK, "
+                "give identities (certificate and key), or leave out client_verifier"
+            )
+        if authentication is Authentication.EITHER and self.require_client_certificate:
+            raise ConfigError(
+                "with authentication by either a PSK is enough, and such a client is not asked for "
+                "a certificate: require_client_certificate needs Authentication.BOTH or CERTIFICATE"
+            )
+        if self.require_known_name and not self.identities:
+            raise ConfigError("require_known_name needs identities, which have the known names")
         if not 0 <= self.tickets_per_connection <= 16:
             raise ConfigError("tickets_per_connection is 0 to 16")
 
@@ -388,6 +505,19 @@ class ServerConfig(_Config):
     def authentication(self) -> Authentication:
         """What authenticates us."""
         return self.policy.authentication or _derive(bool(self.identities), self.has_psk)
+
+
+def check_config(config: object, *kinds: type["ClientConfig | ServerConfig"]) -> None:
+    """What a connection is made with is a configuration of its role.
+
+    Raises:
+        ConfigError: it is something else, an ``ssl.SSLContext`` perhaps.
+    """
+    if not isinstance(config, kinds):
+        raise ConfigError(
+            f"a connection is made with a {' or a '.join(kind.__name__ for kind in kinds)}, "
+            f"not {described(config)}"
+        )
 
 
 def _derive(certificate: bool, psk: bool) -> Authentication:

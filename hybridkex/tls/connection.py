@@ -21,7 +21,7 @@ from hybridkex.errors import (
 from hybridkex.secret import Secret
 from hybridkex.tls import client, server
 from hybridkex.tls.channel import AlertItem, Channel, DataItem
-from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 from hybridkex.tls.events import ApplicationData, CloseReceived, Event
 from hybridkex.tls.session import Session
 from hybridkex.tls.traffic import ClientTraffic, Connected, ServerTraffic
@@ -274,6 +274,7 @@ class ClientConnection(Connection):
     """
 
     def __init__(self, config: ClientConfig, server_hostname: str | None = None) -> None:
+        check_config(config, ClientConfig)
         super().__init__(Channel(config), None)
         self._config = config
         self._name: DnsName | IpAddress | None = (
@@ -292,5 +293,6 @@ class ServerConnection(Connection):
     """The server's side; it waits for the ClientHello."""
 
     def __init__(self, config: ServerConfig) -> None:
+        check_config(config, ServerConfig)
         channel = Channel(config)
         super().__init__(channel, server.start(config, channel))

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
+
+from hybridkex.errors import ConfigError
+from hybridkex.fields import INTEGER, a, check_fields, or_none
 
 __all__ = ["Authentication", "Policy", "Requirement"]
 
@@ -35,24 +39,55 @@ class Policy:
 
     Args:
         post_quantum: whether the key exchange must have a post-quantum part.
-        psk: whether an external PSK (a QKD key) must be in the key schedule, once one or a source
-            of them is configured.
+        psk: whether an external PSK (a QKD key) must be in the key schedule. ``None`` requires one
+            where PSKs or a source of them are configured.
         authentication: ``None`` derives it from what is configured: a certificate where only
             certificates are, a PSK where only PSKs are, both where both are. With ``psk`` preferred
             and not there, both means the certificate.
         session_lifetime: seconds for which a session may be resumed, counted from its first, full
             handshake; whatever is resumed, and however often, ends then. 0: no resumption.
+
+    Raises:
+        ConfigError: a field of another type, or a combination that no connection can satisfy.
     """
 
     post_quantum: Requirement = Requirement.REQUIRE
-    psk: Requirement = Requirement.REQUIRE
+    psk: Requirement | None = None
     authentication: Authentication | None = None
     session_lifetime: int = 12 * 3600
+
+    def __post_init__(self) -> None:
+        check_fields(self, _FIELDS)
+        if self.session_lifetime < 0:
+            raise ConfigError("session_lifetime is 0 or more seconds")
+        if self.psk is Requirement.OFF and self.authentication in (
+            Authentication.PSK,
+            Authentication.BOTH,
+        ):
+            raise ConfigError(
+                f"authentication by {self.authentication.value} uses a PSK, and psk is off"
+            )
+        if self.authentication is Authentication.EITHER and self.psk is not Requirement.PREFER:
+            raise ConfigError(
+                "authentication by either needs psk=Requirement.PREFER: where a PSK is required, "
+                "a certificate alone is not enough"
+            )
 
     def as_json(self) -> dict[str, str | None]:
         """Plain values under stable names."""
         return {
             "post_quantum": self.post_quantum.value,
-            "psk": self.psk.value,
+            "psk": self.psk.value if self.psk else None,
             "authentication": self.authentication.value if self.authentication else None,
         }
+
+
+_FIELDS: Final = {
+    "post_quantum": (a("a Requirement", Requirement), "post_quantum=Requirement.PREFER"),
+    "psk": (or_none(a("a Requirement", Requirement)), "psk=Requirement.REQUIRE"),
+    "authentication": (
+        or_none(a("an Authentication", Authentication)),
+        "authentication=Authentication.BOTH",
+    ),
+    "session_lifetime": (INTEGER, "session_lifetime=8 * 3600"),
+}

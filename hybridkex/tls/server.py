@@ -438,7 +438,7 @@ def _usable_with(config: ServerConfig, hello: _Hello, offered: _OfferedPsk) -> H
 
 def _find_external(config: ServerConfig, offered: _OfferedPsk) -> ExternalPsk | None:
     """The configured PSK behind an identity."""
-    if config.policy.psk is Requirement.OFF:
+    if not config.has_psk:
         return None
     return next((psk for psk in config.psks if offered.names(psk)), None)
 
@@ -451,7 +451,7 @@ def _preference(config: ServerConfig, offered: _OfferedPsk) -> int:
 
 def _worth_asking(config: ServerConfig) -> bool:
     """Whether an outside source may know what we do not."""
-    return config.psk_source is not None and config.policy.psk is not Requirement.OFF
+    return config.psk_source is not None and config.has_psk
 
 
 def _hash_of(config: ServerConfig, code: int) -> HashFunction | None:
@@ -713,7 +713,7 @@ def _check_authentication(choice: _Choice, selected: _Selected | None) -> bool:
     ):
         return False
     psk_required = config.authentication is Authentication.PSK or (
-        config.has_psk and config.policy.psk is Requirement.REQUIRE
+        config.policy_in_force.psk is Requirement.REQUIRE
     )
     if selected is None and psk_required:
         raise UnknownPskIdentity(

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from hybridkex.auth import Presented
 from hybridkex.auth.names import PIN
@@ -181,6 +181,7 @@ class SessionTicket:
         return (int((now - self.received_at) * 1000) + self.age_add) % (1 << 32)
 
 
+@runtime_checkable
 class SessionStore(Protocol):
     """Where a client keeps its tickets. Each ticket is used once (RFC 8446 appendix C.4)."""
 

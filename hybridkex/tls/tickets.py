@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from hybridkex.constants import TLS13, CertificateType
 from hybridkex.errors import ConfigError, DecodeError
+from hybridkex.fields import CALLABLE, INTEGER, check_fields
 from hybridkex.secret import Secret
 from hybridkex.tls.session import MAX_TICKET_LIFETIME, AuthenticatedBy
 from hybridkex.wire.codec import Reader, ascii_text, u8, u16, u64, vector8, vector16, vector24
@@ -151,6 +152,14 @@ class TicketIssuer:
     _keys: list[_SealingKey] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            {
+                "lifetime": (INTEGER, "lifetime=3600"),
+                "rotation": (INTEGER, "rotation=3600"),
+                "clock": (CALLABLE, "clock=time.time"),
+            },
+        )
         if not 1 <= self.lifetime <= MAX_TICKET_LIFETIME:
             raise ConfigError(f"a ticket's lifetime is 1 to {MAX_TICKET_LIFETIME} seconds")
         if self.rotation < 1:

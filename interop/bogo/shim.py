@@ -210,13 +210,16 @@ class ShimConnection:
                 both = bool(identities)
                 policy["authentication"] = Authentication.EITHER if both else Authentication.PSK
                 policy["psk"] = Requirement.PREFER if both else Requirement.REQUIRE
+                if flags.on("require-any-client-certificate"):
+                    raise Unimplemented("a client's certificate where a PSK is enough")
+            by_psk = policy.get("authentication") is Authentication.PSK
             return ServerConnection(
                 ServerConfig(
                     **shared,
                     policy=Policy(**policy),
                     identities=tuple(identities),
                     alpn=self._server_alpn(),
-                    client_verifier=self._verifier(asked=True),
+                    client_verifier=None if by_psk else self._verifier(asked=True),
                     require_client_certificate=flags.on("require-any-client-certificate"),
                     tickets=None if flags.on("no-ticket") else self.shim.tickets,
                 )

@@ -116,6 +116,7 @@ def test_a_session_says_what_it_rests_on(trust: TrustStore, identity: Identity) 
         "resumed": False,
         "peer_subject": "CN=localhost",
         "verified_by": "ca",
+        "vouched_names": ["localhost", "127.0.0.1"],
         "qkd_key_ids": [],
         "qkd_sources": [],
         "qkd_fallback": None,

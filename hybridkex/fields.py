@@ -1,0 +1,100 @@
+"""The types of configuration fields, checked when an object is made.
+
+Annotations bind only who runs a type checker. Everybody else gets, at the moment of the mistake,
+the field, the type that was given, and the line that would be right; never the value, which may be
+a key.
+"""
+
+from collections.abc import Callable, Mapping
+from types import UnionType
+from typing import Any, Final, NamedTuple
+
+from hybridkex.errors import ConfigError
+
+__all__ = [
+    "CALLABLE",
+    "FLAG",
+    "INTEGER",
+    "NUMBER",
+    "Kind",
+    "a",
+    "check_fields",
+    "described",
+    "or_none",
+    "tuple_of",
+]
+
+
+class Kind(NamedTuple):
+    """What a field takes."""
+
+    fits: Callable[[Any], bool]
+    what: str
+
+
+def a(what: str, *classes: type[Any] | UnionType) -> Kind:
+    """An instance of one of these classes or runtime protocols."""
+
+    def fits(value: Any) -> bool:
+        # A class has the methods of its instances, so that a protocol would take it for one.
+        return not isinstance(value, type) and any(isinstance(value, one) for one in classes)
+
+    return Kind(fits, what)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+INTEGER: Final = Kind(lambda value: type(value) is int, "an int")
+NUMBER: Final = Kind(_is_number, "a number")
+FLAG: Final = Kind(lambda value: type(value) is bool, "True or False")
+CALLABLE: Final = Kind(lambda value: callable(value) and not isinstance(value, type), "a function")
+
+
+def or_none(kind: Kind) -> Kind:
+    """The same, or ``None``."""
+    return Kind(lambda value: value is None or kind.fits(value), f"{kind.what} or None")
+
+
+def tuple_of(kind: Kind, plural: str) -> Kind:
+    """A tuple, empty or not, and nothing else in it."""
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, tuple) and all(map(kind.fits, value))
+
+    return Kind(fits, f"a tuple of {plural}")
+
+
+def check_fields(made: object, rules: Mapping[str, tuple[Kind, str]]) -> None:
+    """Check the attributes of an object.
+
+    Args:
+        made: the object.
+        rules: by attribute: what it takes, and a line that is right.
+
+    Raises:
+        ConfigError: an attribute has another type.
+    """
+    for name, (kind, right) in rules.items():
+        value = getattr(made, name)
+        if not kind.fits(value):
+            raise ConfigError(
+                f"{type(made).__name__}: {name} takes {kind.what}, not {described(value)}; "
+                f"write, for example: {right}"
+            )
+
+
+def described(value: Any) -> str:
+    """What a value is, without what is in it."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__} itself"
+    kind = type(value)
+    if kind.__module__ == "ssl":
+        return f"an ssl.{kind.__name__}, which configures another TLS library"
+    if kind is tuple:
+        inside = ", ".join(dict.fromkeys(type(one).__name__ for one in value))
+        return f"a tuple of {inside}" if inside else "an empty tuple"
+    return f"{'an' if kind.__name__[0] in 'aeiouAEIO' else 'a'} {kind.__name__}"

@@ -19,7 +19,7 @@ from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.cli.key_sources import add_kme_options, kme_access
 from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
-from hybridkex.errors import ConfigError, KeySourceUnavailable
+from hybridkex.errors import ConfigError
 from hybridkex.files import PUBLIC, write_file
 from hybridkex.kme.config import PRODUCERS, Address, load_config
 from hybridkex.kme.serve import KmeServer, Serving
@@ -156,12 +156,7 @@ def _add_log_level(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command that was chosen."""
     action: Callable[[argparse.Namespace], int] = args.action
-    try:
-        return action(args)
-    except KeySourceUnavailable as error:
-        raise KeySourceUnavailable(
-            f"{error}; is the KME up, and do --kme and the certificates fit?"
-        ) from None
+    return action(args)
 
 
 def _address(text: str) -> Address:

@@ -1,6 +1,7 @@
 """The URLs of a KME: ETSI GS QKD 014 clause 5 for SAEs, ``/kmapi`` for the KME at the other end."""
 
 import json
+import logging
 import time
 from typing import Final
 from urllib.parse import parse_qs
@@ -38,9 +39,12 @@ def kme_handler(kme: Kme, caller: str, metrics: KmeMetrics) -> Handler:
         try:
             response = await _answer(kme, caller, call, request)
         except Refusal as refusal:
+            if refusal.status != 401:  # which is logged where it is decided
+                kme.log.log(logging.INFO, "%s: %s of %s: %s", kme.kme_id, call, caller, refusal)
             # The standard gives 401 no body; two known clients read one all the same.
             response = Response.json(refusal.status, refusal.body.to_json())
         except ModelError as error:
+            kme.log.log(logging.INFO, "%s: %s of %s: %s", kme.kme_id, call, caller, error)
             response = Response.json(400, {"message": f"Bad request format: {error}"})
         except BlocksRefused as refused:
             response = _refused(refused)

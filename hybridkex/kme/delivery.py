@@ -14,6 +14,7 @@ KME may have delivered it to its own SAE, and this KME may have promised it to t
 our own request for it was on its way.
 """
 
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from hybridkex.errors import (
 )
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import MAX_MESSAGE_BYTES, ExtKeys, PeerLink, message_bytes
+from hybridkex.net.log import BoundedLog
 from hybridkex.net.token_bucket import TokenBucket
 from hybridkex.qkd.etsi014.models import (
     DeliveredKey,
@@ -133,8 +135,11 @@ class _Link:
     saes: frozenset[str]
     half: int
     peer: PeerLink | None
-    down: bool = False
+    answers: bool | None = None
+    """Whether the other KME answered the last message; ``None`` before the first one."""
     left: trio.Event = field(default_factory=trio.Event)
+    log: BoundedLog = field(default_factory=lambda: BoundedLog(LOG, rate=1 / 60, burst=5))
+    """For the lines that an SAE or the other KME can cause again and again."""
 
     def note_room(self) -> None:
         self.left.set()
@@ -180,6 +185,8 @@ class Kme:
         }
         if self_pairs:
             self._links[kme_id] = _Link(target=kme_id, saes=saes, half=0, peer=None)
+        self.log: Final = BoundedLog(LOG)
+        """For the lines that a stranger or an SAE can cause again and again."""
         self._buckets = {sae: TokenBucket(limits.rate, limits.burst) for sae in saes}
 
     @property
@@ -196,8 +203,16 @@ class Kme:
     def admit(self, sae: str) -> None:
         """Clause 5.1: is this SAE ours, and within its rate?"""
         if sae not in self.saes:
+            self.log.log(
+                logging.WARNING,
+                "%s: a certificate of our authority names %s, and no SAE of that ID is attached "
+                "here: it got 401",
+                self.kme_id,
+                sae,
+            )
             raise Refusal(401, "Unauthorized")
         if not self._buckets[sae].take():
+            self.log.log(logging.WARNING, "%s: %s asks too often: it got 503", self.kme_id, sae)
             raise Refusal(503, "too many requests")
 
     def _link_to(self, slaves: Sequence[str]) -> _Link:
@@ -243,6 +258,7 @@ class Kme:
             )
             try:
                 if len(found) < per_key * request.number:
+                    self._note_shortage(link, per_key * request.number, len(found))
                     raise Refusal(503, "not enough keys are stored")
                 keys = _assembled(found, per_key, size // 8)
                 try:
@@ -259,9 +275,29 @@ class Kme:
                 with trio.CancelScope(shield=True):
                     await self._store.release(link.target, [one.key_id for one in found])
             self._metrics.delivered.labels(self.kme_id, "master").inc(len(keys))
+            LOG.info(
+                "%s: %s drew %d keys for %s: %s",
+                self.kme_id,
+                master,
+                len(keys),
+                ", ".join(slaves),
+                ", ".join(one.key_id for one, _ in keys),
+            )
             return KeyContainer(
                 keys=tuple(DeliveredKey(key_id=one.key_id, key=key) for one, key in keys)
             )
+
+    def _note_shortage(self, link: _Link, needed: int, found: int) -> None:
+        self._metrics.shortages.labels(self.kme_id, link.target).inc()
+        link.log.log(
+            logging.WARNING,
+            "%s: the link to %s is short of keys: a request needs %d blocks and %d are free; it "
+            "got 503. SAEs draw more keys than the link makes, or the link is down",
+            self.kme_id,
+            link.target,
+            needed,
+            found,
+        )
 
     def _checked_size(self, request: KeyRequest) -> int:
         if request.extension_mandatory:
@@ -301,13 +337,14 @@ class Kme:
                     ExtKeys(allotments=allotments, master=master, slaves=tuple(slaves))
                 )
             except KeySourceUnavailable as error:
-                if not link.down:  # once, not for every request until it is back
-                    LOG.warning("%s: %s: %s", self.kme_id, link.target, error)
-                link.down = True
-                raise Refusal(503, "the KME at the other end does not answer") from None
-            if link.down:
-                LOG.warning("%s: %s is back", self.kme_id, link.target)
-            link.down = False
+                self._note_peer(link, error)
+                raise Refusal(
+                    503, "the KME at the other end does not answer as it should"
+                ) from None
+            except BlocksRefused:
+                self._note_peer(link, None)
+                raise
+            self._note_peer(link, None)
         try:
             await self._store.allot(link.target, allotments, master=master, slaves=local)
         except KeyConsumed:
@@ -319,6 +356,22 @@ class Kme:
             await self._tell_void(link, [one.key_id for one in allotments])
             raise Refusal(503, "a key expired while it was allotted") from None
         link.note_room()
+
+    def _note_peer(self, link: _Link, error: KeySourceUnavailable | None) -> None:
+        """Say when the other KME is gone and when it is back, once each."""
+        before, link.answers = link.answers, error is None
+        if error is not None and before is not False:
+            link.log.log(
+                logging.WARNING,
+                "%s: the KME %s: %s. Requests for its SAEs get 503 until it answers",
+                self.kme_id,
+                link.target,
+                error,
+            )
+        elif error is None and before is not True:
+            level = logging.INFO if before is None else logging.WARNING
+            again = "" if before is None else " again"
+            link.log.log(level, "%s: the KME %s answers%s", self.kme_id, link.target, again)
 
     async def _drop(
         self, link: _Link, found: list[Material], states: Mapping[str, BlockState]
@@ -353,7 +406,7 @@ class Kme:
     def _note_lost(self, link: _Link, number: int, reason: str) -> None:
         self._metrics.lost.labels(self.kme_id, link.target, reason).inc(number)
         LOG.warning(
-            "%s: %d keys of the link to %s are lost, and erased: %s",
+            "%s: %d keys of the link to %s are lost and erased: %s",
             self.kme_id,
             number,
             link.target,
@@ -384,6 +437,14 @@ class Kme:
         except (KeyUnknown, KeyConsumed, KeyExpired):
             raise Refusal(self.not_found_status, Message.NOT_FOUND) from None
         self._metrics.delivered.labels(self.kme_id, "slave").inc(len(found))
+        LOG.info(
+            "%s: %s collected %d keys of %s: %s",
+            self.kme_id,
+            slave,
+            len(found),
+            master,
+            ", ".join(key_id for key_id, _ in found),
+        )
         return KeyContainer(
             keys=tuple(DeliveredKey(key_id=key_id, key=key) for key_id, key in found)
         )

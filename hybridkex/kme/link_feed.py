@@ -357,8 +357,24 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
         preset=chosen, block_bits=link.block_bits, key_bits=config.limits.key_size
     )
 
+    up = False
+
     def note(block: Block | BlockAborted) -> None:
+        nonlocal up
         metrics.note_block(config.id, peer.id, block)
+        if isinstance(block, BlockAborted):
+            return
+        if not up:
+            LOG.info("%s: the QKD link to %s is up", config.id, peer.id)
+            up = True
+        LOG.info(
+            "%s: the QKD link to %s made a block: %d keys, %d secret bits, QBER %.2f %%",
+            config.id,
+            peer.id,
+            len(block.keys),
+            block.secret_bits,
+            100 * block.qber,
+        )
 
     real_time = link.clock == "real"
     if link.party is None:

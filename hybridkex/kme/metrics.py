@@ -62,6 +62,12 @@ class KmeMetrics:
             ("kme", "link", "reason"),
             registry=registry,
         )
+        self.shortages = Counter(
+            "hybridkex_kme_shortages",
+            "Requests for more keys than were free.",
+            ("kme", "link"),
+            registry=registry,
+        )
         self.store_failures = Counter(
             "hybridkex_kme_store_failures",
             "Calls to the key store that failed.",

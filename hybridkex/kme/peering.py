@@ -25,9 +25,10 @@ import trio
 
 from hybridkex.errors import KeySourceUnavailable
 from hybridkex.qkd.etsi014.models import Json, ModelError, Refusal, parse_uuid
-from hybridkex.qkd.etsi014.transport import HTTP_FAILURES
+from hybridkex.qkd.etsi014.transport import HTTP_FAILURES, what_failed
 from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState
 from hybridkex.secret import Secret
+from hybridkex.text import printable
 
 __all__ = [
     "CHECK",
@@ -170,7 +171,7 @@ class LocalPeer:
         try:
             await self.other.peer_allots(self.own_id, message)
         except Refusal as refusal:
-            raise KeySourceUnavailable(f"the other KME answered {refusal}") from None
+            raise KeySourceUnavailable(f"it answered {refusal}") from None
 
     async def void(self, key_ids: Sequence[str]) -> None:
         await self.other.peer_voids(self.own_id, key_ids)
@@ -197,12 +198,12 @@ class HttpPeer:
             return
         if response.status_code == 409:
             raise BlocksRefused(_refusals(response))
-        raise KeySourceUnavailable(f"the other KME answered {response.status_code}")
+        raise KeySourceUnavailable(_answer(response))
 
     async def void(self, key_ids: Sequence[str]) -> None:
         response = await self._post(VOID, {"key_ids": [str(key_id) for key_id in key_ids]})
         if response.status_code != 202:
-            raise KeySourceUnavailable(f"the other KME answered {response.status_code}")
+            raise KeySourceUnavailable(_answer(response))
 
     async def check(self, key_ids: Sequence[str]) -> list[str]:
         response = await self._post(CHECK, {"key_ids": [str(key_id) for key_id in key_ids]})
@@ -211,18 +212,27 @@ class HttpPeer:
                 return ids_from_json(json.loads(response.content))
         except ValueError:
             pass
-        raise KeySourceUnavailable(f"the other KME answered {response.status_code}")
+        raise KeySourceUnavailable(_answer(response))
 
     async def _post(self, path: str, body: Json) -> httpx.Response:
         try:
             with trio.fail_after(self._seconds):
                 return await self._http.post(path, json=body)
         except trio.TooSlowError:
-            raise KeySourceUnavailable("the other KME does not answer") from None
+            raise KeySourceUnavailable(f"it gave no answer within {self._seconds:g} s") from None
         except HTTP_FAILURES as error:
-            raise KeySourceUnavailable(
-                f"the other KME cannot be reached: {type(error).__name__}: {error}"
-            ) from None
+            raise KeySourceUnavailable(f"it {what_failed(error)}") from None
+
+
+def _answer(response: httpx.Response) -> str:
+    """What a KME answered, in words for a log line; its text is bounded and printable."""
+    try:
+        message = json.loads(response.content).get("message")
+    except (ValueError, AttributeError, RecursionError):
+        message = None
+    if not isinstance(message, str) or not message:
+        return f"it answered {response.status_code}"
+    return f"it answered {response.status_code}: {printable(message, most=200)}"
 
 
 def _refusals(response: httpx.Response) -> dict[str, BlockState]:
@@ -230,4 +240,4 @@ def _refusals(response: httpx.Response) -> dict[str, BlockState]:
         found = json.loads(response.content).get("refused")
         return {parse_uuid(name): BlockState(reason) for name, reason in found.items()}
     except (ValueError, AttributeError, RecursionError):
-        raise KeySourceUnavailable("the other KME refused without a reason") from None
+        raise KeySourceUnavailable("it refused keys and did not say which") from None

@@ -16,7 +16,7 @@ from hybridkex.kme.peering import MAX_MESSAGE_BYTES, HttpPeer, LocalPeer
 from hybridkex.net.http import http_supervisor, serve_connection
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.qkd.etsi014.hop import client_hop, server_hop
-from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate
+from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate, problems_of_certificate
 from hybridkex.qkd.etsi014.transport import KmeTransport
 from hybridkex.qkd.producer import KeyProducer, RandomProducer, random_link
 from hybridkex.qkd.store import KeyStore, read_key_file
@@ -58,6 +58,8 @@ class KmeServer:
             raise
 
     def _make(self, config: KmeConfig) -> Kme:
+        for problem in problems_of_certificate(config.certificate, config.id, config.id_rule):
+            LOG.warning("%s: %s", config.id, problem)
         store = KeyStore(
             config.store,
             read_key_file(config.key_file),
@@ -273,6 +275,8 @@ def _confirms(kme_id: str, rule: IdRule) -> Callable[[bytes], None]:
     def check(certificate: bytes) -> None:
         found = id_of_certificate(certificate, rule)
         if found != kme_id:
-            raise KeySourceUnavailable(f"the other KME is {found}, not {kme_id}")
+            raise KeySourceUnavailable(
+                f"its certificate is that of {found}; check the url, and which KME is there"
+            )
 
     return check

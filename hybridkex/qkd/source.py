@@ -16,6 +16,7 @@ from uuid import UUID
 
 from hybridkex.errors import KeyUnknown
 from hybridkex.secret import Secret
+from hybridkex.text import printable
 
 __all__ = ["KeyName", "KeyRef", "KeySource", "QkdKey", "SourceStatus", "canonical_key_id"]
 
@@ -32,7 +33,7 @@ def canonical_key_id(text: str) -> str:
     Raises:
         ValueError: the text is empty, not printable, or longer than 255 bytes.
     """
-    if not text.isprintable() or not 1 <= len(text.encode()) <= MAX_KEY_ID_BYTES:
+    if printable(text) != text or not 1 <= len(text.encode()) <= MAX_KEY_ID_BYTES:
         raise ValueError("a key ID has 1 to 255 bytes of printable text")
     if len(text) == 36:  # UUID() also takes braces, URNs and hexadecimal without hyphens
         with suppress(ValueError):

@@ -144,10 +144,10 @@ FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((*WG, "--listen", "127.0.0.1:{busy}", "--psk-file", "psk"), TAKEN),
     (("kme", "dev-up", "busy", "--ports", "{busy},0"), TAKEN),
     (("kme", "dev-up", "other", "--ports", "1"), "--ports takes two ports"),
-    ((*STATUS, *KME), "is the KME up"),
+    ((*STATUS, *KME), "cannot be reached: Connection refused"),
     ((*STATUS, *KME, "--kme", "https://no-such-host.invalid:1"), "Name or service"),
     ((*STATUS, *KME, "--kme", "nonsense"), "https://host:port"),
-    ((*EXPORT, *POOL), "is the KME up"),
+    ((*EXPORT, *POOL), "cannot be reached: Connection refused"),
     (("doctor", "--kme", "https://127.0.0.1:1"), "--kme goes with --peer-sae"),
     # values
     ((*CONNECT, "--psk", "no-colon"), "IDENTITY:HEX"),

@@ -377,7 +377,7 @@ async def test_a_slow_and_a_dead_kme(fake: StrictFake, certificates: Path, clien
             await alice.status("bob")
         assert trio.current_time() - began < 0.5
     async with KmeClient(access(certificates, 1)) as nobody:
-        with pytest.raises(KeySourceUnavailable, match="ConnectError"):
+        with pytest.raises(KeySourceUnavailable, match="cannot be reached"):
             await nobody.status("bob")
     # One that accepts and then says nothing at all.
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -405,13 +405,13 @@ async def test_the_kme_id_is_confirmed_before_any_request(
 async def test_unauthenticated(certificates: Path, fake: StrictFake, client_for: Any) -> None:
     # Its certificate is of another CA than ours.
     async with client_for(ca=certificates / "foreign" / "ca.pem") as alice:
-        with pytest.raises(KeySourceUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+        with pytest.raises(KeySourceUnavailable, match="certificate is not accepted: self-signed"):
             await alice.status("bob")
     assert fake.requests == []
     # Our certificate is of another CA than it trusts.
     async with client_for("foreign") as stranger:
         # The alert comes in place of an answer, or is lost in the reset that follows it.
-        with pytest.raises((KeyUnauthorized, KeySourceUnavailable), match=r"refused|Error"):
+        with pytest.raises((KeyUnauthorized, KeySourceUnavailable), match=r"our certificate"):
             await stranger.status("bob")
     assert fake.requests == []
 

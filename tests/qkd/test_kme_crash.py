@@ -110,7 +110,7 @@ class Record:
 
 
 def never_sent(error: KeySourceError) -> bool:
-    return "ConnectError" in str(error) or "ConnectTimeout" in str(error)
+    return "cannot be reached" in str(error)
 
 
 async def one_pair(

@@ -35,7 +35,7 @@ from hybridkex.qkd.etsi014.models import (
     Status,
 )
 from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate
-from hybridkex.qkd.etsi014.transport import HTTP_FAILURES, KmeTransport, refusal_of
+from hybridkex.qkd.etsi014.transport import HTTP_FAILURES, KmeTransport, refusal_of, what_failed
 from hybridkex.qkd.source import KeyName, KeyRef, QkdKey, SourceStatus, single
 from hybridkex.text import get_logger, printable
 
@@ -274,15 +274,19 @@ class KmeClient:
                     body = await self._body(response)
         except trio.TooSlowError:
             raise KeySourceUnavailable(
-                f"{call}: no answer within {self._access.timeout:g} s"
+                f"{call}: the KME at {self._access.url} gave no answer within "
+                f"{self._access.timeout:g} s"
             ) from None
         except HTTP_FAILURES as error:
             refusal = refusal_of(error)
             if refusal is not None:
                 raise KeyUnauthorized(
-                    f"{call}: the KME refused our certificate: {refusal}"
+                    f"{call}: the KME refused our certificate ({refusal}): it must be valid now, "
+                    "and of an authority that the KME trusts"
                 ) from None
-            raise KeySourceUnavailable(f"{call}: {type(error).__name__}: {error}") from None
+            raise KeySourceUnavailable(
+                f"{call}: the KME at {self._access.url} {what_failed(error)}"
+            ) from None
         try:
             answer = json.loads(body)
         except (ValueError, RecursionError):

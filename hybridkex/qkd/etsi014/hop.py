@@ -12,10 +12,16 @@ from typing import Final, TypeAlias
 
 import trio
 
-from hybridkex.errors import ConfigError, KeyUnauthorized
+from hybridkex.errors import (
+    AlertReceived,
+    ConfigError,
+    HybridkexError,
+    KeySourceUnavailable,
+    KeyUnauthorized,
+)
 from hybridkex.files import read_file
 
-__all__ = ["Hop", "client_hop", "server_hop"]
+__all__ = ["Hop", "client_hop", "server_hop", "tls_failure"]
 
 Hop: TypeAlias = Callable[[trio.abc.Stream, str], Awaitable[tuple[trio.abc.Stream, bytes]]]
 """``await hop(stream, host)`` gives the secure stream and the peer's certificate, DER-encoded.
@@ -41,10 +47,54 @@ def server_hop(kind: str, *, ca: Path, certificate: Path, key: Path) -> Hop:
     if kind == "stdlib":
         context = _context(ssl.Purpose.CLIENT_AUTH, ca, certificate, key)
         context.verify_mode = ssl.CERT_REQUIRED
-        return _stdlib(context, server_side=True)
+        return _in_words(_stdlib(context, server_side=True))
     if kind == "hybridkex":
-        return _own(ca, certificate, key, server_side=True)
+        return _in_words(_own(ca, certificate, key, server_side=True))
     raise _unknown(kind)
+
+
+def _in_words(hop: Hop) -> Hop:
+    """A server's hop: nobody there catches its error, and a log shows it."""
+
+    async def in_words(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
+        try:
+            return await hop(stream, host)
+        except (trio.BrokenResourceError, ssl.SSLError, HybridkexError) as error:
+            why = tls_failure(error)
+            if why is None:
+                raise
+            raise KeySourceUnavailable(f"a TLS handshake failed: {why}") from None
+
+    return in_words
+
+
+def tls_failure(error: BaseException) -> str | None:
+    """Why TLS failed, in words, from an error or one of its causes; ``None`` if TLS is not why."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"its certificate is not accepted: {cause.verify_message}"
+        if isinstance(cause, ssl.SSLError):
+            name = (cause.reason or "").replace("_", " ").lower()
+            if "alert" in name:
+                return f"it ended the TLS handshake: {name.partition('alert')[2].strip()}"
+            return _SSL_WORDS.get(name, f"TLS failed: {name or cause}")
+        if isinstance(cause, AlertReceived):
+            return f"it ended the TLS handshake: {cause.name.replace('_', ' ')}"
+        if isinstance(cause, HybridkexError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+_SSL_WORDS: Final = {
+    "wrong version number": "it does not speak TLS",
+    "http request": "it sent plain HTTP, not TLS",
+    "peer did not return a certificate": "it showed no certificate",
+    "unexpected eof while reading": "it closed the connection in the TLS handshake",
+    "no shared cipher": "it has no TLS cipher suite in common with us",
+    "unsupported protocol": "it does not speak TLS 1.2 or later",
+}
 
 
 def _unknown(kind: str) -> ConfigError:

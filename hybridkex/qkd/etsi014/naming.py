@@ -4,15 +4,19 @@ ETSI GS QKD 014 demands that IDs are confirmed from certificates and leaves open
 below are met in the field.
 """
 
+from datetime import UTC, datetime, timedelta
 from enum import Enum
+from pathlib import Path
+from typing import Final
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from hybridkex.crypto.x509_parsing import UNREADABLE, certificate_from_der
+from hybridkex.crypto.x509_parsing import UNREADABLE, certificate_from_der, certificates_from_pem
 from hybridkex.text import printable
 
-__all__ = ["IdRule", "id_of_certificate"]
+__all__ = ["IdRule", "id_of_certificate", "problems_of_certificate"]
 
 
 class IdRule(Enum):
@@ -22,6 +26,35 @@ class IdRule(Enum):
     SAN_URI = "san-uri"
     DISTINGUISHED_NAME = "dn"
     SERIAL_NUMBER = "serial"
+
+
+SOON: Final = timedelta(days=14)
+
+
+def problems_of_certificate(path: Path, kme_id: str, rule: IdRule) -> list[str]:
+    """What will make others refuse a KME's own certificate, in words. Empty if nothing will.
+
+    A file that cannot be read or parsed has none: TLS refuses it.
+    """
+    try:
+        [certificate, *_] = certificates_from_pem(path.read_bytes())
+        ends = certificate.not_valid_after_utc
+    except (OSError, *UNREADABLE):
+        return []
+    problems = []
+    found = id_of_certificate(certificate.public_bytes(Encoding.DER), rule)
+    if found != kme_id:
+        problems.append(
+            f"our own certificate {path} is that of {found or 'nobody'} by the rule {rule.value}, "
+            "not ours: SAEs and KMEs that confirm our ID (ETSI GS QKD 014, clause 5.1) refuse us. "
+            "Use a certificate for this id, or change id or id_rule"
+        )
+    now = datetime.now(UTC)
+    if ends < now:
+        problems.append(f"our own certificate {path} expired on {ends:%Y-%m-%d}: renew it")
+    elif ends < now + SOON:
+        problems.append(f"our own certificate {path} expires on {ends:%Y-%m-%d}: renew it")
+    return problems
 
 
 def id_of_certificate(der: bytes, rule: IdRule) -> str | None:

@@ -6,6 +6,8 @@ begins, so it is the place for another TLS and for the check of the certificate.
 
 # ruff: noqa: ASYNC109  # the timeouts are httpcore's interface
 
+import os
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,9 +18,9 @@ import httpx
 import trio
 
 from hybridkex.errors import AlertReceived
-from hybridkex.qkd.etsi014.hop import Hop
+from hybridkex.qkd.etsi014.hop import Hop, tls_failure
 
-__all__ = ["HTTP_FAILURES", "KmeTransport"]
+__all__ = ["HTTP_FAILURES", "KmeTransport", "refusal_of", "what_failed"]
 
 HTTP_FAILURES: Final = (
     httpx.HTTPError,
@@ -199,6 +201,48 @@ class KmeTransport(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         await self._pool.aclose()
+
+
+def what_failed(error: BaseException) -> str:
+    """Why a request has no answer, as a predicate of the KME: *cannot be reached: ...*."""
+    kind = _outermost(error)
+    why = tls_failure(error) or _system_reason(error)
+    if isinstance(kind, httpcore.ConnectError | httpcore.ConnectTimeout):
+        return f"cannot be reached: {why or _reason(error)}"
+    ended = isinstance(kind, httpcore.RemoteProtocolError) and "disconnected" in str(kind)
+    if isinstance(kind, httpcore.ProtocolError) and not ended:
+        return f"did not answer in HTTP: {_reason(error)}"
+    if "longer than" in str(kind):
+        return f"gave {kind}"
+    # A TLS 1.3 server judges our certificate when our handshake is complete.
+    why = f" ({why})" if why else ""
+    return f"closed the connection without an answer{why}; it may not accept our certificate"
+
+
+def _outermost(error: BaseException) -> BaseException:
+    """httpcore's error: httpx has wrapped it, or has not."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if type(cause).__module__.startswith("httpcore"):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
+def _system_reason(error: BaseException) -> str | None:
+    """The operating system's words, from the first error of its own among the causes."""
+    found: list[BaseException | None] = [error]
+    while found:
+        cause = found.pop(0)
+        if isinstance(cause, BaseExceptionGroup):
+            found.extend(cause.exceptions)
+        elif cause is not None:
+            if isinstance(cause, socket.gaierror):
+                return cause.strerror
+            if isinstance(cause, OSError) and cause.errno:
+                return os.strerror(cause.errno)  # trio's own text has the address again
+            found.append(cause.__cause__ or cause.__context__)
+    return None
 
 
 def refusal_of(error: BaseException) -> str | None:

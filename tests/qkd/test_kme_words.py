@@ -1,0 +1,202 @@
+"""What a failure says: the cause in words, whose side it is, once; and what a KME's owner sees."""
+
+import logging
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from test_kme_server import as_sae, filled
+
+from hybridkex.auth.dev_ca import DevCa, write_identity
+from hybridkex.errors import KeySourceError
+from hybridkex.kme.config import Address, PeerConfig, ServeConfig
+from hybridkex.kme.delivery import KmeLimits
+from hybridkex.kme.serve import KmeServer
+from hybridkex.qkd.etsi014.client import KmeClient
+from hybridkex.qkd.etsi014.models import KeyRequest
+
+Site = Any  # of conftest.py
+
+RAW = ("[SSL", "_ssl.c", "Error:", "Errno", "Traceback", "ConnectError", "ReadError")
+"""Words of a library that no message has."""
+
+
+def closed_port() -> Address:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return Address("127.0.0.1", probe.getsockname()[1])
+
+
+@asynccontextmanager
+async def answering(answer: bytes) -> AsyncIterator[Address]:
+    """A server that says one thing and hangs up."""
+
+    async def handle(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        await stream.send_all(answer)
+
+    async with trio.open_nursery() as nursery:
+        [listener] = await nursery.start(partial(trio.serve_tcp, handle, 0, host="127.0.0.1"))
+        yield Address("127.0.0.1", listener.socket.getsockname()[1])
+        nursery.cancel_scope.cancel()
+
+
+async def complaint(site: Site, address: Address, holder: str = "alice", **changes: Any) -> str:
+    """What the client says about a KME."""
+    async with KmeClient(site.access(holder, address, **changes)) as client:
+        with pytest.raises(KeySourceError) as caught:
+            await client.enc_keys("bob", KeyRequest(size=257))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("tls", ["stdlib", "hybridkex"])
+async def test_what_the_client_says(site: Site, serve: Any, tmp_path: Path, tls: str) -> None:
+    config = site.pair(tls=tls)
+    other_ca = DevCa.create("another authority")
+    stranger = tmp_path / "stranger"
+    write_identity(stranger, other_ca, other_ca.issue("127.0.0.1", common_name="alice"))
+    said: dict[str, str] = {}
+    async with serve(config) as where:
+        address = where.kmes["kme-a"]
+        said["answered 400: size shall be a multiple of 8"] = await complaint(
+            site, address, tls=tls
+        )
+        said["answered 401: Unauthorized"] = await complaint(site, address, "mallory", tls=tls)
+        said["our certificate"] = await complaint(
+            site, address, tls=tls, certificate=stranger / "cert.pem", key=stranger / "key.pem"
+        )
+        said["certificate"] = await complaint(site, address, tls=tls, ca=stranger / "ca.pem")
+        said["The KME is kme-a, not kme-z".replace("The", "the")] = await complaint(
+            site, address, tls=tls, kme_id="kme-z"
+        )
+    said["cannot be reached: Connection refused"] = await complaint(site, closed_port(), tls=tls)
+    async with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as plain:
+        said["cannot be reached"] = await complaint(site, plain, tls=tls)
+    for expected, text in said.items():
+        assert expected in text
+        assert "\n" not in text
+        assert not [word for word in RAW if word in text], text
+
+
+async def test_what_a_kme_says_about_keys(
+    site: Site, serve: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "hybridkex.kme")
+    async with serve(site.pair(limits=KmeLimits(max_key_count=128))) as where:
+        await filled(where, site, 128)
+        async with (
+            as_sae(site, "alice", where.kmes["kme-a"]) as alice,
+            as_sae(site, "bob", where.kmes["kme-b"]) as bob,
+            as_sae(site, "mal lory", where.kmes["kme-b"]) as mallory,
+        ):
+            [key] = (await alice.get("/bob/enc_keys")).json()["keys"]
+            await bob.get("/alice/dec_keys", params={"key_ID": key["key_ID"]})
+            await bob.get("/alice/dec_keys", params={"key_ID": key["key_ID"]})
+            for _ in range(20):
+                answer = await alice.get("/bob/enc_keys?number=128&size=512")
+                assert answer.status_code == 503
+            for _ in range(200):
+                await mallory.get("/alice/status")
+    lines = [(record.levelname, record.getMessage()) for record in caplog.records]
+    key_id = key["key_ID"]
+    assert ("INFO", f"kme-a: alice drew 1 keys for bob: {key_id}") in lines
+    assert ("INFO", f"kme-b: bob collected 1 keys of alice: {key_id}") in lines
+    assert ("INFO", "kme-a: the KME kme-b answers") in lines
+    [again] = [text for _, text in lines if "dec_keys of bob: 400" in text]
+    assert "not found" in again
+    short = [text for level, text in lines if level == "WARNING" and "is short of keys" in text]
+    assert 1 <= len(short) <= 6, "at a bounded rate"
+    strangers = [text for level, text in lines if level == "WARNING" and "mal lory" in text]
+    assert 1 <= len(strangers) <= 25, "at a bounded rate"
+    assert not [text for _, text in lines if key["key"] in text or "\n" in text]
+
+
+async def test_what_a_kme_says_about_its_peer(
+    site: Site, serve: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = closed_port()
+    here = site.kme(
+        "kme-a",
+        saes=("alice",),
+        peer=(PeerConfig(id="kme-b", saes=("bob",), url=f"https://{address}"),),
+    )
+    there = site.kme(
+        "kme-b",
+        saes=("bob",),
+        listen=address,
+        peer=(PeerConfig(id="kme-a", saes=("alice",), url="https://127.0.0.1:1"),),
+    )
+    async with serve(ServeConfig(kme=(here,))) as a:
+        await filled(a, site)
+        async with as_sae(site, "alice", a.kmes["kme-a"]) as alice:
+            for _ in range(3):
+                assert (await alice.get("/bob/enc_keys")).status_code == 503
+            async with serve(ServeConfig(kme=(there,))):
+                assert (await alice.get("/bob/enc_keys")).status_code == 200
+    told = [record.getMessage() for record in caplog.records if "the KME kme-b" in record.message]
+    assert told == [
+        "kme-a: the KME kme-b: it cannot be reached: Connection refused. "
+        "Requests for its SAEs get 503 until it answers",
+        "kme-a: the KME kme-b answers again",
+    ]
+
+
+async def test_what_a_kme_says_about_an_expired_certificate_of_an_sae(
+    site: Site, serve: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    past = datetime.now(UTC) - timedelta(days=30)
+    folder = site.folder / "late"
+    write_identity(
+        folder,
+        site.ca,
+        site.ca.issue(
+            "127.0.0.1", common_name="alice", not_before=past, not_after=past + timedelta(days=1)
+        ),
+    )
+    async with serve(site.pair()) as where:
+        access = replace(
+            site.access("alice", where.kmes["kme-a"]),
+            certificate=folder / "cert.pem",
+            key=folder / "key.pem",
+        )
+        async with KmeClient(access) as client:
+            with pytest.raises(KeySourceError, match="our certificate"):
+                await client.status("bob")
+    [line] = [record for record in caplog.records if "expired" in record.getMessage()]
+    assert line.levelname == "WARNING"
+    assert "its certificate is not accepted: certificate has expired" in line.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("name", "days", "words"),
+    [
+        ("localhost", 365, ["that of localhost by the rule cn, not ours"]),
+        ("kme-a", 3, ["expires on"]),
+        ("localhost", 3, ["not ours", "expires on"]),
+        ("kme-a", 365, []),
+    ],
+)
+def test_what_a_kme_says_about_its_own_certificate(
+    site: Site, caplog: pytest.LogCaptureFixture, name: str, days: int, words: list[str]
+) -> None:
+    config = site.kme("kme-a", saes=("alice",), self_pairs=True)
+    folder = site.folder / "own"
+    ends = datetime.now(UTC) + timedelta(days=days)
+    write_identity(folder, site.ca, site.ca.issue("127.0.0.1", common_name=name, not_after=ends))
+    server = KmeServer(
+        ServeConfig(kme=(replace(config, certificate=folder / "cert.pem", key=folder / "key.pem"),))
+    )
+    for store in server._stores.values():
+        store.close()
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == len(words)
+    for text, word in zip(told, words, strict=True):
+        assert text.startswith("kme-a: our own certificate")
+        assert word in text

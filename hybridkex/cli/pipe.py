@@ -64,9 +64,7 @@ async def _send_input(stream: SecureStream[Any], sent: trio.Event) -> None:
 
 
 async def _cancel_when_gone(stream: SecureStream[Any], scope: trio.CancelScope) -> None:
-    # What comes behind close_notify is to be ignored (RFC 8446 section 6.1).
-    while await stream.transport_stream.receive_some():
-        pass
+    await stream.wait_peer_gone()
     scope.cancel()
 
 

@@ -357,7 +357,30 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                 await self.do_handshake()
                 self._check_sendable()
             self._connection.send_close()
-            await self._flush()
+            try:
+                await self._flush()
+            except trio.BrokenResourceError:
+                # A peer that has ended its direction may leave at once. All that it sent is here,
+                # and our own close_notify would tell nobody anything (section 6.1).
+                if not self._connection.close_received:
+                    raise
+
+    async def wait_peer_gone(self) -> None:
+        """Wait until the transport ends, once :meth:`receive_some` has returned ``b""``.
+
+        Any data received behind close_notify is ignored (section 6.1), and so is whether the
+        transport ends by an orderly close or by a reset: nothing was lost.
+
+        Raises:
+            trio.ClosedResourceError: this stream was closed.
+            trio.BusyResourceError: another task is receiving.
+        """
+        with self._receive_guard:
+            try:
+                while await self.transport_stream.receive_some(_READ_SIZE):
+                    pass
+            except trio.BrokenResourceError:
+                pass
 
     # --- the end ------------------------------------------------------------------------------
 

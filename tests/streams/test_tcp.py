@@ -4,10 +4,12 @@ import contextlib
 import gc
 import os
 import socket
+import struct
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +225,42 @@ async def test_values_that_no_message_can_carry_end_one_connection_only(
                 answer = await transport.receive_some()
                 assert answer == bytes((21, 3, 3, 0, 2, 2, Alert.UNRECOGNIZED_NAME))
             await check_service(port, usual)
+
+
+@pytest.mark.parametrize("half", ["before our end", "after our end"])
+@pytest.mark.parametrize("data", [b"", b"all of it"])
+async def test_a_reset_behind_close_notify_is_no_failure(
+    half: str, data: bytes, stream_ca: DevCa, client_config: ClientConfig
+) -> None:
+    """RFC 9846 section 6.1: what comes behind close_notify is ignored, a reset too."""
+
+    async def reset(stream: SecureStream[trio.SocketStream]) -> None:
+        if data:
+            await stream.send_all(data)
+        await stream.send_eof()
+        linger = struct.pack("ii", 1, 0)
+        stream.transport_stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        await trio.aclose_forcefully(stream)
+
+    config = ServerConfig(identities=(stream_ca.issue("localhost"),))
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            listeners = await nursery.start(
+                partial(serve_secure_tcp, reset, 0, config, host="127.0.0.1")
+            )
+            port = listeners[0].transport_listener.socket.getsockname()[1]
+            stream = await open_secure_tcp_stream(
+                "127.0.0.1", port, client_config, server_hostname="localhost"
+            )
+            await stream.do_handshake()
+            received = b""
+            while piece := await stream.receive_some():
+                received += piece
+            assert received == data
+            if half == "before our end":
+                await stream.wait_peer_gone()
+            await stream.send_eof()
+            await stream.wait_peer_gone()
+            assert await stream.receive_some() == b""
+            await stream.aclose()
+            nursery.cancel_scope.cancel()

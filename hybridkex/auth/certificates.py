@@ -16,6 +16,7 @@ from cryptography.x509.oid import PublicKeyAlgorithmOID
 
 from hybridkex.auth.names import PIN, DnsName, canonical_peer_name, parse_peer_name
 from hybridkex.constants import Alert, CertificateType
+from hybridkex.crypto.rsa_pss import RsaPssKey, certificate_key, spki_of
 from hybridkex.crypto.x509_parsing import certificate_from_der
 from hybridkex.errors import CertificateRejected, ConfigError
 from hybridkex.text import printable
@@ -23,6 +24,7 @@ from hybridkex.text import printable
 __all__ = [
     "PeerCertificate",
     "issuer_of",
+    "key_of",
     "key_weakness",
     "names_of",
     "read_chain",
@@ -95,8 +97,9 @@ class PeerCertificate:
         return vouched_names_of(self.leaf)
 
     @property
-    def public_key(self) -> CertificatePublicKeyTypes:
-        """Its key."""
+    def public_key(self) -> CertificatePublicKeyTypes | RsaPssKey:
+        """Its key: of `cryptography`, or a :class:`~hybridkex.crypto.rsa_pss.RsaPssKey` where its
+        algorithm is id-RSASSA-PSS."""
         return _parse(self.chain[0])[1]
 
     @property
@@ -109,14 +112,26 @@ class PeerCertificate:
 
 
 @lru_cache(maxsize=_PARSED)
-def _parse(data: bytes) -> tuple[x509.Certificate, CertificatePublicKeyTypes]:
+def _parse(data: bytes) -> tuple[x509.Certificate, CertificatePublicKeyTypes | RsaPssKey]:
     """A certificate and its key, from DER; the same bytes are parsed once, as in Go's crypto/tls.
 
     What they mean is kept, and never whether they are to be trusted. The library parses as late as
     it can: what is read later must fail here, once and for all.
     """
     certificate = certificate_from_der(data)
-    return certificate, certificate.public_key()
+    return certificate, key_of(certificate)
+
+
+def key_of(certificate: x509.Certificate) -> CertificatePublicKeyTypes | RsaPssKey:
+    """The key of a certificate, as signature schemes take it.
+
+    Raises:
+        ValueError, UnsupportedAlgorithm: it does not parse.
+    """
+    key = certificate.public_key()
+    if certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
+        return certificate_key(certificate, key)
+    return key
 
 
 def subject_of(certificate: x509.Certificate) -> str:
@@ -185,6 +200,9 @@ def _is_uri(canonical: str) -> bool:
 
 def spki_sha256(certificate: x509.Certificate) -> str:
     """The pin of a certificate: SHA-256 over its SubjectPublicKeyInfo, in hex (RFC 7469)."""
+    if certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
+        # The library writes such a key with another algorithm than the one it was read with.
+        return hashlib.sha256(spki_of(certificate)).hexdigest()
     spki = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(spki).hexdigest()
 
@@ -223,13 +241,6 @@ def read_chain(chain: Sequence[bytes]) -> tuple[PeerCertificate, list[x509.Certi
             alert=Alert.UNSUPPORTED_CERTIFICATE,
             subject=peer.subject,
         )
-    if peer.leaf.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
-        # RFC 8446 section 4.2.3: such a key is not one for the rsa_pss_rsae schemes.
-        raise CertificateRejected(
-            f"certificate {peer.subject} has a key for RSASSA-PSS alone, which we cannot check",
-            alert=Alert.UNSUPPORTED_CERTIFICATE,
-            subject=peer.subject,
-        )
     return peer, certificates
 
 
@@ -241,8 +252,10 @@ def _may_sign_handshakes(certificate: x509.Certificate) -> bool:
         return True
 
 
-def key_weakness(key: CertificatePublicKeyTypes) -> str | None:
+def key_weakness(key: object) -> str | None:
     """What is wrong with a leaf's key; `cryptography`'s verifier looks at issuers' keys only."""
+    if isinstance(key, RsaPssKey):
+        key = key.key
     if not isinstance(key, _KINDS):
         kind = type(key).__name__.removesuffix("PublicKey")
         return f"a key of a kind that TLS 1.3 or this library does not sign with ({kind})"

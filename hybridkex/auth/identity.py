@@ -3,20 +3,21 @@
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
-    load_pem_private_key,
 )
 
-from hybridkex.auth.certificates import key_weakness, names_of, subject_of
+from hybridkex.auth.certificates import key_of, key_weakness, names_of, subject_of
 from hybridkex.auth.names import PeerName, any_covers
 from hybridkex.constants import CertificateType
+from hybridkex.crypto.private_keys import load_private_key
+from hybridkex.crypto.rsa_pss import RsaPssKey
 from hybridkex.crypto.x509_parsing import (
     UNREADABLE,
     certificate_from_der,
@@ -58,9 +59,19 @@ class Identity:
             if own in keys:
                 raise ConfigError(f"the chain starts with {subject}, and the leaf must come first")
             raise ConfigError(f"the private key is not that of the certificate {subject}")
-        weakness = key_weakness(certificates[0].public_key())
+        weakness = key_weakness(key_of(certificates[0]))
         if weakness is not None:
             raise ConfigError(f"our own certificate {subject} has {weakness}")
+
+    @cached_property
+    def signing_key(self) -> Any:
+        """The private key as signature schemes take it: where the certificate's public key
+        algorithm is id-RSASSA-PSS, it signs by ``rsa_pss_pss_*`` alone (RFC 9846 section 4.3.3)."""
+        public = key_of(self.leaf)
+        if isinstance(public, RsaPssKey):
+            assert isinstance(self.private_key, rsa.RSAPrivateKey)
+            return RsaPssKey(self.private_key, public.parameters)
+        return self.private_key
 
     @cached_property
     def leaf(self) -> x509.Certificate:
@@ -110,21 +121,9 @@ class Identity:
             chain = certificates_from_pem(chain_pem)
         except UNREADABLE as error:
             raise ConfigError(f"{chain_name} is no certificate in PEM form: {error}") from None
-        # The library's own words about a key are not passed on: nothing of a key gets into a text.
-        try:
-            private_key = load_pem_private_key(key_pem, password)
-        except TypeError:
-            reason = "not encrypted, and a password was given"
-            if password is None:
-                reason = "encrypted, and no password was given"
-            raise ConfigError(f"{key_name} is {reason}") from None
-        except (ValueError, UnsupportedAlgorithm):
-            reason = "is no private key in PEM form"
-            if password is not None:
-                reason += ", or the password is wrong"
-            raise ConfigError(f"{key_name} {reason}") from None
+        private_key = load_private_key(key_pem, password, key_name)
         # What is no key of a certificate (X25519, say) does not fit the leaf, and is told so there.
-        return cls(tuple(one.public_bytes(Encoding.DER) for one in chain), private_key)  # type: ignore[arg-type]
+        return cls(tuple(one.public_bytes(Encoding.DER) for one in chain), private_key)
 
 
 def _spki(key: object) -> bytes:

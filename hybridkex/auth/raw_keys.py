@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
     PublicFormat,
     load_der_public_key,
-    load_pem_private_key,
 )
 
 from hybridkex.auth.certificates import key_weakness
 from hybridkex.auth.names import PeerName, any_covers
 from hybridkex.constants import Alert, CertificateType
+from hybridkex.crypto.private_keys import load_private_key
+from hybridkex.crypto.rsa_pss import raw_key
 from hybridkex.crypto.sig_oqs import OqsPrivateKey, OqsPublicKey
 from hybridkex.errors import CertificateRejected, ConfigError
 from hybridkex.files import read_file
@@ -57,12 +58,15 @@ class PeerRawKey:
     def public_key(self) -> Any:
         """The key, of a class of `cryptography` or an :class:`OqsPublicKey`."""
         try:
-            return load_der_public_key(self.spki)
+            loaded = load_der_public_key(self.spki)
         except UnsupportedAlgorithm:
             key = OqsPublicKey.from_spki(self.spki)
             if key is None:
                 raise
             return key
+        if isinstance(loaded, rsa.RSAPublicKey):
+            return raw_key(self.spki, loaded) or loaded
+        return loaded
 
     @cached_property
     def pin(self) -> str:
@@ -128,6 +132,11 @@ class RawIdentity:
     peer_view: PeerRawKey = field(init=False)
     """The public half, as a peer will see it."""
 
+    @property
+    def signing_key(self) -> Any:
+        """The private key as signature schemes take it."""
+        return self.private_key
+
     def __post_init__(self) -> None:
         try:
             public = self.private_key.public_key()
@@ -176,18 +185,9 @@ class RawIdentity:
         Raises:
             ConfigError: it is none, or a key that no peer should accept.
         """
-        # The library's own words about a key are not passed on: nothing of a key gets into a text.
-        try:
-            key: Any = load_pem_private_key(pem, password)
-        except TypeError:
-            wanted = "encrypted, and no password was given"
-            if password is not None:
-                wanted = "not encrypted, and a password was given"
-            raise ConfigError(f"the private key is {wanted}") from None
-        except (ValueError, UnsupportedAlgorithm):
-            key = OqsPrivateKey.from_pem(pem)
-            if key is None:
-                raise ConfigError("there is no private key in PEM form") from None
+        key: Any = OqsPrivateKey.from_pem(pem)
+        if key is None:
+            key = load_private_key(pem, password, "the file")
         return cls(key, names)
 
     @classmethod

@@ -169,7 +169,7 @@ class SignatureAuthentication:
         return NO_SECRET
 
     def prove(self, role: Role, digest: bytes) -> bytes:
-        key = self.identity.private_key
+        key = self.identity.signing_key
         scheme = choose_scheme(key, self.schemes, (one.code for one in self.schemes))
         if scheme is None:
             raise ConfigError("none of the signature schemes fits our key")

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, padding, rsa
 
 from hybridkex.constants import SignatureSchemeCode as Code
+from hybridkex.crypto.rsa_pss import PssParameters, RsaPssKey
 from hybridkex.errors import DecryptError, IllegalParameter
 
 __all__ = ["ALL_SCHEMES", "CERTIFICATE_ONLY_SCHEMES", "SignatureScheme", "choose_scheme"]
@@ -70,22 +71,33 @@ def _ecdsa(
     )
 
 
-def _rsa_pss(code: Code, algorithm: hashes.HashAlgorithm) -> SignatureScheme:
-    # Section 4.2.3: the salt is as long as the hash, MGF1 uses the same hash.
+def _rsa_pss(code: Code, algorithm: hashes.HashAlgorithm, *, alone: bool) -> SignatureScheme:
+    """RFC 9846 section 4.3.3: ``rsa_pss_rsae_*`` is for keys with the object identifier
+    rsaEncryption, ``rsa_pss_pss_*`` for keys with id-RSASSA-PSS (``alone``), which may name the
+    parameters of all their signatures."""
+    # Section 4.3.3: the salt is as long as the hash, MGF1 uses the same hash.
     pss = padding.PSS(mgf=padding.MGF1(algorithm), salt_length=algorithm.digest_size)
+    ours = PssParameters(algorithm.name, algorithm.name, algorithm.digest_size)
 
     def suits(key: Any) -> bool:
+        if alone:
+            of_its_kind = isinstance(key, RsaPssKey) and key.parameters in (None, ours)
+        else:
+            of_its_kind = isinstance(key, rsa.RSAPrivateKey | rsa.RSAPublicKey)
         # The encoded message needs room for hash, salt and two bytes (RFC 8017 section 9.1.1).
-        return isinstance(key, rsa.RSAPrivateKey | rsa.RSAPublicKey) and (
-            key.key_size >= 8 * (2 * algorithm.digest_size + 2)
-        )
+        return of_its_kind and key.key_size >= 8 * (2 * algorithm.digest_size + 2)
+
+    def bare(key: Any) -> Any:
+        return key.key if alone else key
 
     return SignatureScheme(
         code=code,
         name=code.name.lower(),
         suits=suits,
-        _sign=lambda key, content: key.sign(content, pss, algorithm),
-        _verify=lambda key, signature, content: key.verify(signature, content, pss, algorithm),
+        _sign=lambda key, content: bare(key).sign(content, pss, algorithm),
+        _verify=lambda key, signature, content: bare(key).verify(
+            signature, content, pss, algorithm
+        ),
     )
 
 
@@ -108,9 +120,12 @@ ALL_SCHEMES: Final = (
     _ecdsa(Code.ECDSA_SECP384R1_SHA384, ec.SECP384R1, hashes.SHA384()),
     _ecdsa(Code.ECDSA_SECP521R1_SHA512, ec.SECP521R1, hashes.SHA512()),
     _plain(Code.ED25519, ed25519.Ed25519PrivateKey, ed25519.Ed25519PublicKey),
-    _rsa_pss(Code.RSA_PSS_RSAE_SHA256, hashes.SHA256()),
-    _rsa_pss(Code.RSA_PSS_RSAE_SHA384, hashes.SHA384()),
-    _rsa_pss(Code.RSA_PSS_RSAE_SHA512, hashes.SHA512()),
+    _rsa_pss(Code.RSA_PSS_RSAE_SHA256, hashes.SHA256(), alone=False),
+    _rsa_pss(Code.RSA_PSS_RSAE_SHA384, hashes.SHA384(), alone=False),
+    _rsa_pss(Code.RSA_PSS_RSAE_SHA512, hashes.SHA512(), alone=False),
+    _rsa_pss(Code.RSA_PSS_PSS_SHA256, hashes.SHA256(), alone=True),
+    _rsa_pss(Code.RSA_PSS_PSS_SHA384, hashes.SHA384(), alone=True),
+    _rsa_pss(Code.RSA_PSS_PSS_SHA512, hashes.SHA512(), alone=True),
 )
 """All that we sign and verify with, in order of preference."""
 

@@ -23,8 +23,8 @@ from typing import Final
 
 import trio
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from hybridkex.crypto.private_keys import load_private_key
 from hybridkex.errors import (
     BlockAborted,
     ConfigError,
@@ -395,10 +395,12 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
 
 def _signatures(key: Path, peer_certificate: Path) -> Signatures:
     try:
-        own = load_pem_private_key(key.read_bytes(), None)
+        own = load_private_key(key.read_bytes(), None, str(key))
         peer = x509.load_pem_x509_certificate(peer_certificate.read_bytes())
         return Signatures(own, peer.public_key())
     except OSError as error:
         raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from None
+    except ConfigError:
+        raise
     except (ValueError, TypeError):
         raise ConfigError(f"{key} or {peer_certificate} cannot be used for the link") from None

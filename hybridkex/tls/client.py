@@ -743,7 +743,7 @@ class Proposed(ClientState):
         config, transcript = self.settled.offer.config, self.settled.keys.transcript
         identity, scheme = config.identity, None
         if identity is not None and identity.certificate_type == self.settled.client_type:
-            scheme = choose_scheme(identity.private_key, config.signature_schemes, requested)
+            scheme = choose_scheme(identity.signing_key, config.signature_schemes, requested)
         if identity is None or scheme is None:
             transcript.add(channel.send(certificate_message(None)))
             return

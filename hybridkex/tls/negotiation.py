@@ -98,7 +98,7 @@ def sign_transcript(
 ) -> CertificateVerify:
     """Our signature over everything so far."""
     content = _signed_content(label, transcript)
-    return CertificateVerify(scheme.code, scheme.sign(identity.private_key, content))
+    return CertificateVerify(scheme.code, scheme.sign(identity.signing_key, content))
 
 
 def verify_signature(

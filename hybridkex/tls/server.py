@@ -529,7 +529,7 @@ def _choose_identity(
     for identity in (*named, *config.identities):
         if identity.certificate_type not in hello.server_types:
             continue
-        scheme = choose_scheme(identity.private_key, config.signature_schemes, hello.schemes)
+        scheme = choose_scheme(identity.signing_key, config.signature_schemes, hello.schemes)
         if scheme is not None:
             return identity, scheme, identity in named
     return None, None, False

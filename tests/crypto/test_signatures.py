@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridkex.constants import Alert
+from hybridkex.crypto.rsa_pss import PssParameters, RsaPssKey
 from hybridkex.crypto.signatures import (
     ALL_SCHEMES,
     CERTIFICATE_ONLY_SCHEMES,
@@ -39,6 +40,13 @@ MAKE: dict[str, Callable[[], Any]] = {
     "rsa2048": lambda: rsa.generate_private_key(65537, 2048),
     "rsa1024": lambda: rsa.generate_private_key(65537, 1024),
     "rsa1040": lambda: rsa.generate_private_key(65537, 1040),
+    "rsapss": lambda: RsaPssKey(rsa.generate_private_key(65537, 2048), None),
+    "rsapss384": lambda: RsaPssKey(
+        rsa.generate_private_key(65537, 2048), PssParameters("sha384", "sha384", 48)
+    ),
+    "rsapss1": lambda: RsaPssKey(
+        rsa.generate_private_key(65537, 2048), PssParameters("sha1", "sha1", 20)
+    ),
     "mldsa44": mldsa.MLDSA44PrivateKey.generate,
     "mldsa65": mldsa.MLDSA65PrivateKey.generate,
     "mldsa87": mldsa.MLDSA87PrivateKey.generate,
@@ -85,6 +93,9 @@ TABLE: dict[str, tuple[int, set[str], dict[str, Any]]] = {
     "rsa_pss_rsae_sha256": (0x0804, {"rsa2048", "rsa1024", "rsa1040"}, pss(hashes.SHA256(), 32)),
     "rsa_pss_rsae_sha384": (0x0805, {"rsa2048", "rsa1024", "rsa1040"}, pss(hashes.SHA384(), 48)),
     "rsa_pss_rsae_sha512": (0x0806, {"rsa2048", "rsa1040"}, pss(hashes.SHA512(), 64)),
+    "rsa_pss_pss_sha256": (0x0809, {"rsapss"}, pss(hashes.SHA256(), 32)),
+    "rsa_pss_pss_sha384": (0x080A, {"rsapss", "rsapss384"}, pss(hashes.SHA384(), 48)),
+    "rsa_pss_pss_sha512": (0x080B, {"rsapss"}, pss(hashes.SHA512(), 64)),
 }
 
 every_scheme = pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
@@ -111,7 +122,9 @@ def test_sign_and_verify(scheme: SignatureScheme, content: bytes) -> None:
         private = key(kind)
         signature = scheme.sign(private, content)
         scheme.verify(private.public_key(), signature, content)
-        private.public_key().verify(signature=signature, data=content, **parameters)
+        public = private.public_key()
+        bare = public.key if isinstance(public, RsaPssKey) else public
+        bare.verify(signature=signature, data=content, **parameters)
 
 
 @every_scheme
@@ -200,12 +213,14 @@ def test_the_salt_is_as_long_as_the_hash() -> None:
 
 
 def test_a_signature_for_another_scheme_of_the_same_key() -> None:
-    private = key("rsa2048")
-    schemes = [scheme for scheme in ALL_SCHEMES if scheme.name.startswith("rsa")]
-    for signing in schemes:
-        for verifying in schemes:
-            if signing is not verifying:
-                refuse(verifying, private.public_key(), signing.sign(private, CONTENT), CONTENT)
+    for kind, prefix in (("rsapss", "rsa_pss_pss"), ("rsa2048", "rsa_pss_rsae")):
+        private = key(kind)
+        schemes = [scheme for scheme in ALL_SCHEMES if scheme.name.startswith(prefix)]
+        for signing in schemes:
+            for verifying in schemes:
+                if signing is not verifying:
+                    signature = signing.sign(private, CONTENT)
+                    refuse(verifying, private.public_key(), signature, CONTENT)
     pkcs1 = private.sign(CONTENT, padding.PKCS1v15(), hashes.SHA256())
     refuse(schemes[0], private.public_key(), pkcs1, CONTENT)
 

@@ -1,6 +1,5 @@
 """What other implementations do or expect where RFC 8446 leaves a choice; found with BoGo."""
 
-import base64
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -344,27 +343,3 @@ def test_a_certificate_must_be_for_signatures(usage: bool | None, good: bool) ->
     with pytest.raises(CertificateRejected, match="keyUsage") as refused:
         InsecureNoVerification().verify_server(chain, None)
     assert refused.value.alert is Alert.UNSUPPORTED_CERTIFICATE
-
-
-# openssl genpkey -algorithm RSA-PSS -pkeyopt rsa_keygen_bits:2048; openssl req -x509
-PSS_KEY = """
-MIIDZTCCAhigAwIBAgIULT6+3P+pXw7HOufh5eNF9NKFK4owQgYJKoZIhvcNAQEKMDWgDzANBglghkgBZQMEAgEFAKEcMBoG
-CSqGSIb3DQEBCDANBglghkgBZQMEAgEFAKIEAgIA3jAOMQwwCgYDVQQDDANwc3MwHhcNMjYxMTI0MDUwNDIzWhcNMjYxMTI1
-MDUwNDIzWjAOMQwwCgYDVQQDDANwc3MwggEgMAsGCSqGSIb3DQEBCgOCAQ8AMIIBCgKCAQEAw50uYZjxEn5L9k/lH8PVMSQq
-x2m14VbiOFMIh9seXlrlOvKPZYksdUG+6umWbsWGurcpE0aftQLStvDthvyh0ew8CYamTlH/DMtTRcRMNAn84yEa/8mh+U12
-YceAZv02uOBqw9quKS32NIwXBCcS32q9au+oa25dbHq/zAITUgjnJybyy7URGADY83xL8bIDiyOQrasacdMuw5FQDGFuPWTs
-wGHXTZqinfasYaWuIa0vNUOb+wa6dFi6oN/eyCj1YX45t0saQZwQeg0NbrW6KGO7DCk/aWkxQukDrQH57uayBn9hIebvtdn9
-hxax0b1aaelQo+AR78u/v4vCFsAnXwIDAQABo1MwUTAdBgNVHQ4EFgQUmaJanVo/RiZtksX/Eu+ztsoWAAQwHwYDVR0jBBgw
-FoAUmaJanVo/RiZtksX/Eu+ztsoWAAQwDwYDVR0TAQH/BAUwAwEB/zBCBgkqhkiG9w0BAQowNaAPMA0GCWCGSAFlAwQCAQUA
-oRwwGgYJKoZIhvcNAQEIMA0GCWCGSAFlAwQCAQUAogQCAgDeA4IBAQBOGNOqwHkrBe5MajQmchFRFNGCMDVPncIPECVCbDTe
-b0K/La7F5Cg2laVurPg4ZSk1PS+4lLEhwCKxV/Zt9bHJaH7rpVeAksgzk9rVjuyjKwA9abTRBRDZF81M1yr0yOwwCeUWMdRd
-vbOGvGD+xgZ2EWjDq30UWDA0K0nzp5YR540ShBu2WVdeZXDHiq9TdGPJtsbnOxW3pPp+ePJuX6z1uj5m9z1mpwWzYU42bN5C
-q0HdeKLpcWYTZmE1mmt9DTtksjhCmTY048HICkXVZs6eJ/cxLKBFQ+bdjfQQSnKqztQaCnR3FbyGiq3T8qsrePl0wj+1LfUw
-RYBl7PbDXTyZ
-"""
-
-
-def test_a_key_for_rsassa_pss_alone() -> None:
-    """RFC 8446 section 4.2.3: the rsa_pss_rsae schemes go with rsaEncryption keys."""
-    with pytest.raises(CertificateRejected, match="RSASSA-PSS"):
-        InsecureNoVerification().verify_server((base64.b64decode(PSS_KEY),), None)

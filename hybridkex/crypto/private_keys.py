@@ -1,0 +1,126 @@
+"""Private keys from PEM, in the forms that `cryptography` reads and in those of RFC 9881.
+
+An ML-DSA private key is a seed, an expanded key, or both (RFC 9881 section 6). `cryptography` reads
+the seed alone; OpenSSL 3.5 writes both. Of both the seed is taken, once it is known to go with the
+expanded key.
+"""
+
+import base64
+import binascii
+import hashlib
+import re
+from typing import Annotated, Any, Final
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat import asn1
+from cryptography.hazmat.primitives.asymmetric import mldsa
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from hybridkex.errors import ConfigError
+
+__all__ = ["load_private_key"]
+
+_BLOCK: Final = re.compile(rb"-----BEGIN PRIVATE KEY-----(.*?)-----END PRIVATE KEY-----", re.DOTALL)
+
+# Class, and rows and columns of the matrix (FIPS 204 table 1) by object identifier.
+_PARAMETERS: Final[dict[str, tuple[Any, int, int]]] = {
+    "2.16.840.1.101.3.4.3.17": (mldsa.MLDSA44PrivateKey, 4, 4),
+    "2.16.840.1.101.3.4.3.18": (mldsa.MLDSA65PrivateKey, 6, 5),
+    "2.16.840.1.101.3.4.3.19": (mldsa.MLDSA87PrivateKey, 8, 7),
+}
+
+
+@asn1.sequence
+class _Algorithm:
+    algorithm: x509.ObjectIdentifier
+
+
+@asn1.sequence
+class _PrivateKeyInfo:
+    """OneAsymmetricKey (RFC 5958 section 2)."""
+
+    version: int
+    algorithm: _Algorithm
+    private: bytes
+    attributes: Annotated[asn1.SetOf[asn1.TLV] | None, asn1.Implicit(0)]
+    public: Annotated[asn1.BitString | None, asn1.Implicit(1)]
+
+
+@asn1.sequence
+class _Both:
+    """The form ``both`` of RFC 9881 section 6."""
+
+    seed: bytes
+    expanded: bytes
+
+
+def load_private_key(pem: bytes, password: bytes | None, name: str) -> Any:
+    """The private key in a PEM file, of a class of `cryptography`.
+
+    Args:
+        pem: PKCS #8, PKCS #1 or SEC 1.
+        password: what it is encrypted with, if it is.
+        name: how an error names the file.
+
+    Raises:
+        ConfigError: it is no private key, the password does not fit, or it is an ML-DSA key that
+            cannot be used. Nothing of the key is in the text, and neither are the library's words.
+    """
+    try:
+        return load_pem_private_key(pem, password)
+    except TypeError:
+        reason = "is not encrypted, and a password was given"
+        if password is None:
+            reason = "is encrypted, and no password was given"
+        raise ConfigError(f"{name} {reason}") from None
+    except (ValueError, UnsupportedAlgorithm):
+        pass  # Outside of this handler, so that no error carries the library's as its context.
+    key = _mldsa_key(pem, name)
+    if key is not None:
+        return key
+    reason = "is no private key in PEM form"
+    if password is not None:
+        reason += ", or the password is wrong"
+    raise ConfigError(f"{name} {reason}")
+
+
+def _mldsa_key(pem: bytes, name: str) -> Any:
+    """The ML-DSA key in an unencrypted file; ``None`` where it is something else."""
+    block = _BLOCK.search(pem)
+    if block is None:
+        return None
+    try:
+        info = asn1.decode_der(_PrivateKeyInfo, base64.b64decode(block[1]))
+    except (ValueError, binascii.Error):
+        return None
+    oid = info.algorithm.algorithm.dotted_string
+    if oid not in _PARAMETERS:
+        return None
+    kind, rows, columns = _PARAMETERS[oid]
+    try:
+        both = asn1.decode_der(_Both, info.private)
+    except ValueError:
+        if info.private[:1] == b"\x04":  # expandedKey, an OCTET STRING
+            raise ConfigError(
+                f"{name} holds an expanded ML-DSA key without its seed, which cannot be used here; "
+                "make a new key and keep its seed (OpenSSL 3.5 does so by default)"
+            ) from None
+        raise ConfigError(f"{name} holds an ML-DSA key that does not parse") from None
+    if len(both.seed) != 32:
+        raise ConfigError(f"{name} holds an ML-DSA seed of {len(both.seed)} bytes, not of 32")
+    key = kind.from_seed_bytes(both.seed)
+    if not _consistent(both, key.public_key().public_bytes_raw(), rows, columns):
+        # RFC 9881 on consistency testing: a key whose halves differ is refused.
+        raise ConfigError(f"{name} holds an ML-DSA seed and an expanded key that do not match")
+    return key
+
+
+def _consistent(both: _Both, public: bytes, rows: int, columns: int) -> bool:
+    """Whether the parts of the expanded key that the seed gives by a hash alone are its own:
+    ``rho``, ``K`` and ``tr`` (FIPS 204 algorithm 6), which determine the public key."""
+    s_bytes, t_bytes = (96 if rows != 6 else 128), 416
+    length = 128 + (rows + columns) * s_bytes + rows * t_bytes
+    expansion = hashlib.shake_256(both.seed + bytes((rows, columns))).digest(128)
+    rho, key, tr = expansion[:32], expansion[96:], hashlib.shake_256(public).digest(64)
+    return len(both.expanded) == length and both.expanded[:128] == rho + key + tr

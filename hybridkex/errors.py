@@ -233,7 +233,12 @@ class TruncationError(HybridkexError):
 
 
 class KeySourceError(HybridkexError):
-    """A QKD key could not be had; the subclass says why."""
+    """A QKD key could not be had; the subclass says why.
+
+    :attr:`retry_after` is how many seconds the source asked us to wait, if it did.
+    """
+
+    retry_after: float | None = None
 
 
 class KeySourceExhausted(KeySourceError):

@@ -112,6 +112,11 @@ def _add_source_options(group: argparse._ArgumentGroup, *, peers: str) -> None:
     group.add_argument("--sae", metavar="ID", help="our own SAE ID")
     group.add_argument("--peer-sae", metavar="ID", action="append", default=[], help=peers)
     group.add_argument(
+        "--peer-kme-id",
+        metavar="ID",
+        help="the ID of the peer's KME, where the status of ours hides it",
+    )
+    group.add_argument(
         "--key-pool",
         type=Path,
         metavar="FILE",
@@ -163,6 +168,8 @@ async def key_sources(args: argparse.Namespace) -> AsyncIterator[list[KeySource]
         if args.kme is not None:
             if args.sae is None or not args.peer_sae:
                 raise ConfigError("--kme goes with --sae and --peer-sae")
+            if args.peer_kme_id is not None and len(args.peer_sae) > 1:
+                raise ConfigError("--peer-kme-id goes with one --peer-sae")
             access = kme_access(args)
             from hybridkex.qkd.etsi014.client import (  # noqa: PLC0415  # as above
                 Etsi014Source,
@@ -171,7 +178,9 @@ async def key_sources(args: argparse.Namespace) -> AsyncIterator[list[KeySource]
 
             client = await stack.enter_async_context(KmeClient(access))
             for peer in args.peer_sae:
-                sources[peer] = [Etsi014Source(client, sae=args.sae, peer_sae=peer)]
+                sources[peer] = [
+                    Etsi014Source(client, sae=args.sae, peer_sae=peer, peer_kme=args.peer_kme_id)
+                ]
         if args.key_pool is not None:
             pool = await stack.enter_async_context(_open_pool(args))
             if args.sae not in (None, pool.local_sae):

@@ -119,8 +119,9 @@ class PrefetchSource:
                     self._ready.append((trio.current_time() + self._config.ttl, key))
                     wait = self._config.retry_after
             except KeySourceError as error:
-                LOG.warning("prefetching: %s; next try in %.1f s", error, wait)
-                await trio.sleep(wait)
+                pause = max(wait, error.retry_after or 0.0)
+                LOG.warning("prefetching: %s; next try in %.1f s", error, pause)
+                await trio.sleep(pause)
                 wait = min(wait * 2, self._config.retry_after * 32)
                 self._low.set()
 

@@ -92,7 +92,8 @@ class FailoverSource:
                 error = failure
             if isinstance(error, KeySourceUnavailable | KeyUnauthorized):
                 # The source is broken. The other errors are about a key, or about its stock.
-                self._down_until[index] = trio.current_time() + self._retry_after
+                pause = max(self._retry_after, error.retry_after or 0.0)
+                self._down_until[index] = trio.current_time() + pause
             LOG.warning("key source %d of %d: %s", index + 1, len(self._sources), error)
             errors.append(error)
         raise min(errors, key=_hope)

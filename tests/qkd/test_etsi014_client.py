@@ -47,6 +47,7 @@ class StrictFake:
         self.requests: list[tuple[str, str]] = []
         self.connections = 0
         self.twist: Callable[[str, Answer], Any] = lambda call, answer: answer
+        self.before: Callable[[str, str], Any] = lambda method, url: None
         self.target = "KME/B"
 
     def serve(self, method: str, url: str, body: bytes, caller: str) -> Any:
@@ -54,8 +55,11 @@ class StrictFake:
         self.requests.append((method, url))
         segments = parts.path.split("/")
         assert segments[:4] == ["", "api", "v1", "keys"]
-        assert len(segments) == 6
+        assert segments[6:] in ([], [""])
         sae, call = unquote(segments[4]), segments[5]
+        early = self.before(method, url)
+        if early is not None:
+            return early
         query = parse_qs(parts.query)
         if method == "POST" and body:
             assert "/json" in self.content_type
@@ -125,11 +129,12 @@ def running(fake: StrictFake, folder: Path, **context: Any) -> Iterator[int]:
             if result is None:  # the answer is lost on its way
                 self.close_connection = True
                 return
-            status, value = result
+            status, value, *more = result
+            headers = "".join(f"{name}: {text}\r\n" for name, text in more[0]) if more else ""
             data = value if isinstance(value, bytes) else json.dumps(value).encode()
             data = b"" if value is None else data
             self.wfile.write(
-                f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n"
+                f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n{headers}"
                 f"Content-Length: {len(data)}\r\n\r\n".encode()
                 + data
             )
@@ -315,7 +320,8 @@ LIES = {
     "no padding": change(key=SECRET.rstrip("=")),
     "key not a string": change(key=5),
     "key missing": change(key=None),
-    "ID not a UUID": change(key_ID="42"),
+    "an ID that is no text": change(key_ID=[42]),
+    "an ID with a control character": change(key_ID="4\n2"),
     "ID missing": change(key_ID=None),
     "no keys": lambda call, answer: (200, {"keys": []}) if call != "status" else answer,
     "too many": lambda call, answer: (
@@ -396,10 +402,12 @@ async def test_the_kme_id_is_confirmed_before_any_request(
         with pytest.raises(KeySourceUnavailable, match="the KME is KME/A, not KME/Z"):
             await alice.enc_keys("bob")
     assert fake.requests == []
-    async with client_for(kme_id="urn:kme", kme_id_rule=IdRule.SAN_URI) as alice:
+    async with client_for(kme_id_rule=IdRule.SAN_URI) as alice:
         await alice.enc_keys("bob")
         with pytest.raises(KeySourceUnavailable, match="calls itself"):
             await alice.status("bob")
+    async with client_for(kme_id="urn:kme", kme_id_rule=IdRule.SAN_URI) as alice:
+        assert (await alice.status("bob")).source_kme_id == "KME/A"
 
 
 async def test_unauthenticated(certificates: Path, fake: StrictFake, client_for: Any) -> None:
@@ -460,3 +468,197 @@ def test_classify_cleans_and_cuts_the_message() -> None:
 def test_configuration(certificates: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         KmeClient(access(certificates, 1, **changes))
+
+
+# -- what servers in the field do that the standard does not say
+
+
+def through(change: Callable[[str, Any], Any]) -> Callable[[str, Answer], Answer]:
+    """A twist of the bodies of good answers."""
+    return lambda call, answer: (200, change(call, answer[1])) if answer[0] == 200 else answer
+
+
+def easy_kme(call: str, body: Any) -> Any:
+    if call == "status":
+        return body | {"status_extension": None, "key_metadata": {"a": 1}}
+    more = {"key_size": 256, "created_at": "2026-11-01T00:00:00Z", "expires_at": None,
+            "source_kme_id": "KME/A", "key_metadata": None, "key_extension": None,
+            "key_ID_extension": None}  # fmt: skip
+    return {"keys": [key | more for key in body["keys"]], "key_container_extension": None}
+
+
+def numbered(call: str, body: Any) -> Any:
+    return body | {"target_KME_ID": 2} if call == "status" else body
+
+
+def tiny(call: str, body: Any) -> Any:
+    return body | {"key_size": 32, "max_key_count": 1} if call == "status" else body
+
+
+def odd_ids(make: Callable[[str], Any]) -> Callable[[str, Any], Any]:
+    """Key IDs that are no UUIDs, and what the peer asks with."""
+
+    def change(call: str, body: Any) -> Any:
+        if call == "status":
+            return body
+        return {"keys": [key | {"key_ID": make(key["key_ID"])} for key in body["keys"]]}
+
+    return change
+
+
+ODD_BUT_GOOD: dict[str, Callable[[str, Any], Any]] = {
+    "extension fields null, extra fields": easy_kme,
+    "integer KME IDs": numbered,
+    "default size of 32 bits, one key at a time": tiny,
+    "key IDs of 24 bytes in hexadecimal": odd_ids(lambda text: text.replace("-", "") + "0" * 16),
+    "upper-case UUIDs": odd_ids(str.upper),
+}
+
+
+@pytest.mark.parametrize("name", ODD_BUT_GOOD)
+async def test_odd_but_good_answers(fake: Any, client_for: Any, name: str) -> None:
+    fake.twist = through(ODD_BUT_GOOD[name])
+    real: dict[str, str] = {}
+    enc, dec = fake.enc_keys, fake.dec_keys
+
+    def enc_keys(*arguments: Any) -> Answer:
+        status, body = enc(*arguments)
+        real.update(
+            {fake.twist("enc_keys", (200, {"keys": [key]}))[1]["keys"][0]["key_ID"]: key["key_ID"]
+             for key in body["keys"]}
+        )  # fmt: skip
+        return status, body
+
+    def dec_keys(method: str, master: str, query: Any, body: bytes, caller: str) -> Answer:
+        known = {shown.lower(): key_id for shown, key_id in real.items()}
+        return dec(method, master, {"key_ID": [known[query["key_ID"][0].lower()]]}, body, caller)
+
+    fake.enc_keys, fake.dec_keys = enc_keys, dec_keys
+    async with client_for() as alice, client_for("bob") as bob:
+        source = Etsi014Source(alice, sae="sae a/ü", peer_sae="bob", peer_kme="KME/B")
+        key = await source.draw()
+        assert len(key.key) == 32
+        [got] = (await bob.dec_keys("sae a/ü", list(key.key_ids))).keys
+        assert got.key == key.key
+
+
+async def test_a_kme_that_hides_its_names(fake: Any, client_for: Any) -> None:
+    fake.twist = through(
+        lambda call, body: (
+            body | {"source_KME_ID": "hsm:0", "target_KME_ID": "hidden"}
+            if call == "status"
+            else body
+        )
+    )
+    async with client_for() as alice:
+        with pytest.raises(KeySourceUnavailable, match="--kme-id KME/A"):
+            await alice.status("bob")
+    async with client_for(kme_id="KME/A") as alice:
+        source = Etsi014Source(alice, sae="sae a/ü", peer_sae="bob", peer_kme="KME/B")
+        assert (await source.status()).stored == 25
+        assert (await source.draw()).kmes == (("KME/A", "KME/B"),)
+
+
+async def test_a_kme_with_post_only(fake: Any, client_for: Any) -> None:
+    fake.before = lambda method, url: (
+        (405, b"", [("Allow", "POST")]) if method == "GET" and "status" not in url else None
+    )
+    async with client_for() as alice, client_for("bob") as bob:
+        [key] = (await alice.enc_keys("bob")).keys
+        [again] = (await alice.enc_keys("bob")).keys
+        assert (await bob.dec_keys("sae a/ü", [key.key_id])).keys == (key,)
+    assert again.key_id != key.key_id
+    assert [method for method, _ in fake.requests] == ["GET", "POST", "POST", "GET", "POST"]
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize("absolute", [False, True])
+async def test_a_proxy_that_wants_a_slash(
+    fake: Any, client_for: Any, status: int, absolute: bool
+) -> None:
+    def redirect(method: str, url: str) -> Any:
+        path, _, query = url.partition("?")
+        if path.endswith("/"):
+            return None
+        origin = f"https://127.0.0.1:{fake.port}" if absolute else ""
+        where = f"{origin}{path}/" + (f"?{query}" if query else "")
+        return status, b"<html>Moved</html>", [("Location", where)]
+
+    fake.before = redirect
+    async with client_for() as alice, client_for("bob") as bob:
+        assert (await alice.status("bob")).target_kme_id == "KME/B"
+        keys = (await alice.enc_keys("bob", KeyRequest(number=2))).keys
+        assert (await bob.dec_keys("sae a/ü", [key.key_id for key in keys])).keys == keys
+    assert len(fake.requests) == 5, "each client learns it once"
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "https://evil.example{path}/",
+        "http://127.0.0.1:{port}{path}/",
+        "{path}/x",
+        "{path}",
+        "",
+        "//x",
+    ],
+)
+async def test_redirects_that_are_not_followed(fake: Any, client_for: Any, where: str) -> None:
+    def redirect(method: str, url: str) -> Any:
+        path = url.partition("?")[0]
+        return 307, b"", [("Location", where.format(path=path, port=fake.port))]
+
+    fake.before = redirect
+    async with client_for() as alice:
+        with pytest.raises(KeySourceUnavailable, match="307"):
+            await alice.enc_keys("bob")
+    assert len(fake.requests) == 1
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 409, 412, 429, 500, 502, 503, 504])
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [("7", 7), ("999999999999", 3600), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("soon", None)],
+)
+async def test_errors_of_a_proxy(
+    fake: Any, client_for: Any, status: int, told: str, seconds: float | None
+) -> None:
+    page = b"<html><body><h1>Not available</h1><p>key=c2VjcmV0</p></body></html>"
+    fake.before = lambda method, url: (status, page, [("Retry-After", told)])
+    async with client_for() as alice:
+        for call in (alice.enc_keys("bob"), alice.dec_keys("bob", [str(uuid.uuid4())])):
+            with pytest.raises(KeySourceError) as caught:
+                await call
+            assert caught.value.retry_after == seconds
+            assert str(status) in str(caught.value)
+            assert "html" not in str(caught.value)
+    assert len(fake.requests) == 2, "nothing is sent twice"
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "looking_up", "kind"),
+    [
+        (403, "Key has expired", True, KeyExpired),  # QuKayDee
+        (404, "Key not found", True, KeyUnknown),
+        (400, "Key pool exhausted", False, KeySourceExhausted),
+        (400, "key was already consumed", True, KeyConsumed),  # guardian
+        (409, "", True, KeyNotYetAvailable),  # qkd_kme_server
+        (412, "", False, KeySourceUnavailable),
+        (504, "remote KME timeout", False, KeySourceUnavailable),
+        (401, "wrong SAE", True, KeyUnauthorized),
+        (503, "slave SAE unknown", False, KeySourceUnavailable),  # QKDLite
+    ],
+)
+def test_errors_by_server(
+    status: int, message: str, looking_up: bool, kind: type[KeySourceError]
+) -> None:
+    assert type(classify(status, message, looking_up=looking_up)) is kind
+
+
+async def test_an_answer_that_would_be_too_long_is_not_asked_for(
+    fake: Any, client_for: Any
+) -> None:
+    async with client_for(max_answer=10_000) as alice:
+        with pytest.raises(ConfigError, match="max_answer"):
+            await alice.enc_keys("bob", KeyRequest(number=100))
+    assert not fake.requests

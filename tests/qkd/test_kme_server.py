@@ -100,7 +100,14 @@ async def test_status(two: Any) -> None:
 
 @pytest.mark.parametrize(
     ("method", "body"),
-    [("GET", None), ("POST", None), ("POST", {}), ("POST", {"number": 1})],
+    [
+        ("GET", None),
+        ("POST", None),
+        ("POST", {}),
+        ("POST", {"number": 1}),
+        ("POST", {"number": 1, "size": None, "additional_slave_SAE_IDs": None}),
+        ("POST", {"number": None, "extension_mandatory": None, "extension_optional": None}),
+    ],
 )
 async def test_the_default_key(two: Any, method: str, body: Any) -> None:
     alice, bob = two

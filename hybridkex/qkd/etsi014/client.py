@@ -4,10 +4,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import httpx
 import trio
@@ -63,7 +65,7 @@ class KmeAccess:
     max_answer: int = 1 << 20
     """Bytes of the longest answer that is read, headers and all."""
     always_post: bool = False
-    """POST where GET would do, for a KME that lacks the GET forms."""
+    """POST where GET would do, for a KME that lacks the GET forms and does not say so with 405."""
 
     def __post_init__(self) -> None:
         try:
@@ -142,6 +144,8 @@ class KmeClient:
         """
         self._access = access
         self._kme_id = access.kme_id
+        self._post = access.always_post
+        self._slash = ""  # what this KME wants at the end of a path
         hop = hop or client_hop(
             access.tls, ca=access.ca, certificate=access.certificate, key=access.key
         )
@@ -191,9 +195,12 @@ class KmeClient:
             status = Status.from_json(body)
         except ModelError as error:
             raise KeySourceUnavailable(f"the KME's status is malformed: {error}") from None
-        if status.source_kme_id != self._kme_id:
+        if self._access.kme_id is None and status.source_kme_id != self._kme_id:
+            # An ID that was configured, and confirmed by the certificate, stands above this one.
             raise KeySourceUnavailable(
-                f"the KME calls itself {status.source_kme_id}, its certificate says {self._kme_id}"
+                f"the KME calls itself {status.source_kme_id}, and its certificate says "
+                f"{self._kme_id}; if that is the right KME, configure its ID (--kme-id "
+                f"{self._kme_id})"
             )
         return status
 
@@ -203,11 +210,20 @@ class KmeClient:
         Raises what a source's ``draw`` raises. Number and length of the keys are checked.
         """
         request = request or KeyRequest()
-        if request.simple and not self._access.always_post:
+        longest = 4096 + request.number * (512 + (request.size or 0) // 6)
+        if longest > self._access.max_answer:
+            # Asked for and not read, the keys would be lost.
+            raise ConfigError(
+                f"an answer with {request.number} keys may have {longest} bytes, and max_answer is "
+                f"{self._access.max_answer}"
+            )
+        if request.simple and not self._post:
             query = {"number": request.number}
             if request.size is not None:
                 query["size"] = request.size
-            body = await self._call("GET", slave_sae, "enc_keys", query=query, looking_up=False)
+            body = await self._call(
+                "GET", slave_sae, "enc_keys", query, request.to_json(), looking_up=False
+            )
         else:
             body = await self._call(
                 "POST", slave_sae, "enc_keys", content=request.to_json(), looking_up=False
@@ -221,14 +237,13 @@ class KmeClient:
 
     async def dec_keys(self, master_sae: str, key_ids: Sequence[str]) -> KeyContainer:
         """Get key with key IDs (clause 5.3), in the order of ``key_ids``."""
-        if len(key_ids) == 1 and not self._access.always_post:
-            body = await self._call(
-                "GET", master_sae, "dec_keys", query={"key_ID": key_ids[0]}, looking_up=True
-            )
+        content = KeyIds(key_ids=tuple(key_ids)).to_json()
+        if len(key_ids) == 1 and not self._post:
+            query = {"key_ID": key_ids[0]}
+            body = await self._call("GET", master_sae, "dec_keys", query, content, looking_up=True)
         else:
-            ids = KeyIds(key_ids=tuple(key_ids))
             body = await self._call(
-                "POST", master_sae, "dec_keys", content=ids.to_json(), looking_up=True
+                "POST", master_sae, "dec_keys", content=content, looking_up=True
             )
         container = self._container(body, len(key_ids))
         found: dict[str, DeliveredKey] = {item.key_id: item for item in container.keys}
@@ -260,18 +275,26 @@ class KmeClient:
         method: str,
         sae: str,
         call: str,
-        *,
-        looking_up: bool,
         query: dict[str, Any] | None = None,
         content: Json | None = None,
+        *,
+        looking_up: bool,
     ) -> object:
-        """One request, one answer. Errors name the call and the KME, never a key."""
+        """One request, one answer. Errors name the call and the KME, never a key.
+
+        A request is sent again only where the answer says that nothing was done: a redirect that
+        adds the slash at the end, and 405 for a GET that has a POST form.
+        """
         path = f"{API}/{quote(sae, safe='')}/{call}"
         try:
             with trio.fail_after(self._access.timeout):
-                async with self._http.stream(method, path, params=query, json=content) as response:
-                    status = response.status_code
-                    body = await self._body(response)
+                response, body = await self._exchange(method, path, query, content)
+                if not self._slash and _adds_a_slash(response, self._access.url, path):
+                    self._slash = "/"
+                    response, body = await self._exchange(method, path, query, content)
+                if response.status_code == 405 and method == "GET" and content is not None:
+                    self._post = True
+                    response, body = await self._exchange("POST", path, query, content)
         except trio.TooSlowError:
             raise KeySourceUnavailable(
                 f"{call}: the KME at {self._access.url} gave no answer within "
@@ -287,21 +310,34 @@ class KmeClient:
             raise KeySourceUnavailable(
                 f"{call}: the KME at {self._access.url} {what_failed(error)}"
             ) from None
+        status = response.status_code
         try:
             answer = json.loads(body)
         except (ValueError, RecursionError):
             # The decoder's error would hold the body, and so a key.
             if status == 200:
                 raise KeySourceUnavailable(f"{call}: the KME's answer is not JSON") from None
-            answer = None
+            answer = None  # such as a proxy's HTML
         if status == 200:
             return answer
         message = answer.get("message") if isinstance(answer, dict) else None
         refused = classify(
             status, message if isinstance(message, str) else "", looking_up=looking_up
         )
+        refused.retry_after = _retry_after(response)
         LOG.info("%s: %s", call, refused)
         raise refused
+
+    async def _exchange(
+        self, method: str, path: str, query: dict[str, Any] | None, content: Json | None
+    ) -> tuple[httpx.Response, bytes]:
+        async with self._http.stream(
+            method,
+            path + self._slash,
+            params=query if method == "GET" else None,
+            json=content if method == "POST" else None,
+        ) as response:
+            return response, await self._body(response)
 
     @staticmethod
     async def _body(response: httpx.Response) -> bytes:
@@ -310,11 +346,38 @@ class KmeClient:
         return b"".join([chunk async for chunk in response.aiter_raw()])
 
 
+def _adds_a_slash(response: httpx.Response, url: str, path: str) -> bool:
+    """Whether this is a redirect to the same URL with a slash at its end, and to nowhere else."""
+    if response.status_code not in (301, 302, 307, 308):
+        return False
+    location = urlsplit(response.headers.get("Location", ""))
+    if unquote(location.path) != f"{unquote(path)}/":
+        return False
+    return not location.netloc or (location.scheme, location.netloc) == urlsplit(url)[:2]
+
+
+MOST_RETRY_AFTER: Final = 3600.0
+"""Seconds for which an answer can ask us to wait."""
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """The seconds of a Retry-After (RFC 9110 section 10.2.3), bounded; ``None`` without one."""
+    text = response.headers.get("Retry-After", "").strip()
+    if text.isascii() and text.isdigit():
+        seconds = float(text[:9])
+    else:
+        try:
+            seconds = (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError):
+            return None
+    return min(max(seconds, 0.0), MOST_RETRY_AFTER)
+
+
 class Etsi014Source:
     """A :class:`~hybridkex.qkd.source.KeySource` at a KME, for one peer.
 
-    Several sources can share a client. The KME at the peer's site is learned from the status,
-    once, unless it is given.
+    Several sources can share a client. The KME at the peer's site is learned from the status, once.
+    For a KME whose status hides it, give it as ``peer_kme``: both sites must use the same names.
     """
 
     def __init__(
@@ -333,6 +396,7 @@ class Etsi014Source:
         self.local_sae: Final = sae
         self.peer_sae: Final = peer_sae
         self._client = client
+        self._peer_kme_given: Final = peer_kme
         self._peer_kme = peer_kme
         self._key_bits = key_bits
 
@@ -383,10 +447,13 @@ class Etsi014Source:
             raise KeyUnauthorized(
                 f"the KME takes us for {status.master_sae_id}, not for {self.local_sae}"
             )
+        if self._peer_kme_given is not None:
+            return status  # some KMEs hide the real ID
         if self._peer_kme is None:
             self._peer_kme = status.target_kme_id
         elif self._peer_kme != status.target_kme_id:
             raise KeySourceUnavailable(
-                f"the peer's KME is {status.target_kme_id}, not {self._peer_kme}"
+                f"the KME of {self.peer_sae} is {status.target_kme_id} now, and was "
+                f"{self._peer_kme}"
             )
         return status

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Self, TypeAlias
 from uuid import UUID
 
+from hybridkex.qkd.source import canonical_key_id
 from hybridkex.secret import Secret
 from hybridkex.text import printable
 
@@ -49,12 +50,17 @@ class ModelError(ValueError):
 
 
 def _member(data: Json, name: str, kind: type, default: object = None) -> Any:
-    """A member of an object, or ``default`` where it is absent; ``None`` as default: required."""
-    if name not in data:
+    """A member of an object, or ``default`` where it is absent; ``None`` as default: required.
+
+    ``null`` is absent: clients and servers in Go, Rust and Python write it for what is not set.
+    """
+    value = data.get(name)
+    if value is None:
         if default is None:
             raise ModelError(f"{name} is missing")
         return default
-    value = data[name]
+    if kind is str and type(value) is int:
+        return str(value)  # KMEs that number their SAEs and KMEs are met
     # bool is an int to Python and not to JSON.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ModelError(f"{name} is not of the right type")
@@ -70,6 +76,19 @@ def _object(data: object, what: str) -> Json:
 
 def _objects(data: Json, name: str) -> tuple[Json, ...]:
     return tuple(_object(item, name) for item in _member(data, name, list, ()))
+
+
+def parse_key_id(text: object) -> str:
+    """A key ID as a KME gives it: a UUID by the standard, another text or a number in the field.
+
+    Raises :class:`ModelError`.
+    """
+    if type(text) is int:
+        text = str(text)
+    try:
+        return canonical_key_id(text) if isinstance(text, str) else parse_uuid(text)
+    except ValueError:
+        raise ModelError("key_ID is not a key ID") from None
 
 
 def parse_uuid(text: object, what: str = "key_ID") -> str:
@@ -152,7 +171,7 @@ class KeyRequest:
             raise ModelError("additional_slave_SAE_IDs has an item that is not an SAE ID")
         return cls(
             number=_member(body, "number", int, 1),
-            size=_member(body, "size", int) if "size" in body else None,
+            size=None if body.get("size") is None else _member(body, "size", int),
             additional_slave_sae_ids=tuple(slaves),
             extension_mandatory=_objects(body, "extension_mandatory"),
             extension_optional=_objects(body, "extension_optional"),
@@ -209,7 +228,7 @@ class KeyContainer:
     def from_json(cls, data: object) -> Self:
         body = _object(data, "the key container")
         keys = tuple(
-            DeliveredKey(key_id=parse_uuid(item.get("key_ID")), key=_decode_key(item.get("key")))
+            DeliveredKey(key_id=parse_key_id(item.get("key_ID")), key=_decode_key(item.get("key")))
             for item in (_object(item, "a key") for item in _member(body, "keys", list))
         )
         extension = body.get("key_container_extension")

@@ -100,7 +100,15 @@ from hybridkex.wire.messages import (
     encode,
 )
 
-__all__ = ["ClientState", "Proposed", "WaitPsk", "start"]
+__all__ = [
+    "ClientState",
+    "Proposed",
+    "WaitPsk",
+    "WaitSecondServerHello",
+    "WaitServerHello",
+    "forget_tickets",
+    "start",
+]
 
 PeerName = DnsName | IpAddress
 
@@ -309,6 +317,16 @@ def _take_ticket(config: ClientConfig, name: PeerName | None) -> SessionTicket |
     return ticket
 
 
+def forget_tickets(offer: _Offer) -> None:
+    """The server declined our ticket: those that came with it would cost further handshakes."""
+    config = offer.config
+    if offer.ticket is None or config.session_store is None:
+        return
+    binding = config.binding(config.identity)
+    while config.session_store.take(offer.store_key, binding) is not None:
+        pass
+
+
 @dataclass(frozen=True)
 class WaitServerHello(ClientState):
     """After the first ClientHello."""
@@ -449,6 +467,8 @@ def _accept(
     if started is None:
         raise IllegalParameter(f"a share of group {share.entry.group:#06x}, which has no partner")
     psk = _chosen_psk(psks, suite, message)
+    if psk is None or not psk.resumption:
+        forget_tickets(offer)
     with_certificate = TlsCertWithExternPsk in message.extensions
     if psk is None:
         _check_psk_policy(offer.config, "the server did not take one")

@@ -133,7 +133,11 @@ class Connection:
                 raise UnexpectedMessage("too many user_canceled alerts")
         else:
             self._error = AlertReceived(alert.description)
+            self._ended()
             raise self._error
+
+    def _ended(self) -> None:
+        """The peer has ended the handshake."""
 
     # --- out ----------------------------------------------------------------------------------
 
@@ -287,6 +291,10 @@ class ClientConnection(Connection):
         if self._state is not None:
             raise LocalStateError("the handshake has been started already")
         self._state = client.start(self._config, self._name, self._channel)
+
+    def _ended(self) -> None:
+        if isinstance(self._state, client.WaitServerHello | client.WaitSecondServerHello):
+            client.forget_tickets(self._state.offer)
 
 
 class ServerConnection(Connection):

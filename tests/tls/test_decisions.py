@@ -31,13 +31,24 @@ from hybridkex import (
     TrustStore,
 )
 from hybridkex.errors import ConfigError, HybridkexError
-from hybridkex.tls.events import PskWanted
+from hybridkex.tls.events import PskWanted, TicketReceived
+from hybridkex.tls.session import SessionTicket
 
 PSK: Final = ExternalPsk(identity=b"site", key=Secret(bytes(range(32))))
 OTHER: Final = replace(PSK, identity=b"another site")
 NOW: Final = float(int(time.time()))
 CERTIFICATE, BOTH = AuthenticatedBy.CERTIFICATE, AuthenticatedBy.BOTH
 By = AuthenticatedBy | None
+
+
+@dataclass
+class Clock:
+    """Seconds since the epoch, as a test says."""
+
+    now: float
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @cache
@@ -270,3 +281,122 @@ def test_the_whole_table(part: int) -> None:
     everything = list(itertools.product(CLIENTS, SERVERS))
     for client, server in everything[part::8]:
         check(client, server)
+
+
+# --- what a session may claim, and for how long ---------------------------------------------------
+
+WEEK: Final = 7 * 24 * 3600
+
+
+class Credulous(MemorySessionStore):
+    """A client that thinks every ticket fresh."""
+
+    def take(self, server: str, binding: bytes | None = None) -> SessionTicket | None:
+        ticket = super().take(server, binding)
+        return replace(ticket, began_at=self.clock(), lifetime=WEEK) if ticket else None
+
+    def put(self, server: str, ticket: SessionTicket) -> None:
+        super().put(server, replace(ticket, lifetime=WEEK))
+
+
+@pytest.mark.parametrize("lax", ["nobody", "client", "server"])
+def test_ninety_connections_in_thirty_days(lax: str) -> None:
+    """No session claims the first handshake's proofs for longer than either side's policy says."""
+    trust, identity, _, _ = authority()
+    clock = Clock(NOW)
+    small: dict[str, Any] = {"groups": (X25519,), "psks": (PSK,), "clock": clock}
+    policy = Policy(post_quantum=Requirement.PREFER)
+    long = replace(policy, session_lifetime=60 * 24 * 3600)
+    store = Credulous if lax == "client" else MemorySessionStore
+    client = ClientConfig(
+        verifier=trust,
+        session_store=store(clock=clock),
+        policy=long if lax == "client" else policy,
+        **small,
+    )
+    server = ServerConfig(
+        identities=(identity,),
+        tickets=TicketIssuer(lifetime=WEEK, clock=clock),
+        policy=long if lax == "server" else policy,
+        **small,
+    )
+    resumed = 0
+    for _ in range(90):
+        pair, by = run(client, server, "static", "static")
+        if by is None:  # The ticket was declined, and RFC 9973 allows no PSK beside it.
+            assert lax == "client"
+            # Its siblings are gone with it.
+            pair, by = run(client, server, "static", "static")
+        assert by is BOTH
+        resumed += pair.server.session.resumed
+        for session in (pair.client.session, pair.server.session):
+            assert clock() - session.began_at < policy.session_lifetime
+        pair.server.send_data(b"tickets")
+        pair.pump()
+        clock.now += 8 * 3600
+    assert resumed == 45  # every second one
+
+
+def test_a_lifetime_of_zero_is_no_resumption() -> None:
+    trust, identity, _, _ = authority()
+    off = Policy(post_quantum=Requirement.PREFER, session_lifetime=0)
+    for ours, theirs in ((off, replace(off, session_lifetime=60)), (off, off)):
+        client = ClientConfig(
+            verifier=trust, groups=(X25519,), policy=ours, session_store=MemorySessionStore()
+        )
+        server = ServerConfig(identities=(identity,), groups=(X25519,), policy=theirs)
+        for _ in range(2):
+            pair, _ = run(client, server, "none", "none")
+            assert not pair.client.session.resumed
+            pair.server.send_data(b"no ticket")
+            pair.pump()
+            assert not any(isinstance(one, TicketReceived) for one in pair.client_events)
+
+
+def test_two_servers_share_an_issuer() -> None:
+    """One requires a PSK, and does not take over the sessions of the one that prefers it."""
+    trust, identity, _, _ = authority()
+    issuer = TicketIssuer()
+    strict, lax = (
+        ServerConfig(
+            identities=(identity,),
+            psks=(PSK,),
+            groups=(X25519,),
+            tickets=issuer,
+            policy=Policy(
+                post_quantum=Requirement.PREFER,
+                psk=psk,
+                authentication=Authentication.CERTIFICATE,
+            ),
+        )
+        for psk in (Requirement.REQUIRE, Requirement.PREFER)
+    )
+    client = ClientConfig(
+        verifier=trust,
+        groups=(X25519,),
+        policy=Policy(post_quantum=Requirement.PREFER),
+        session_store=MemorySessionStore(),
+    )
+    pair, by = run(client, lax, "none", "none")
+    assert by is CERTIFICATE
+    pair.server.send_data(b"tickets")
+    pair.pump()
+    assert run(client, lax, "none", "none")[0].client.session.resumed
+    assert run(client, strict, "none", "none")[1] is None
+
+
+def test_a_psk_that_is_withdrawn_is_not_resumed() -> None:
+    """Nor is one whose key was changed under its name."""
+    config: dict[str, Any] = {
+        "groups": (X25519,),
+        "policy": Policy(post_quantum=Requirement.PREFER),
+    }
+    issuer = TicketIssuer()
+    client = ClientConfig(psks=(PSK,), session_store=MemorySessionStore(), **config)
+    server = ServerConfig(psks=(PSK,), tickets=issuer, **config)
+    pair, _ = run(client, server, "static", "static")
+    pair.server.send_data(b"tickets")
+    pair.pump()
+    changed = replace(PSK, key=Secret(b"x" * 32))
+    for psks in ((OTHER,), (changed,)):
+        assert run(client, replace(server, psks=psks), "static", "static")[1] is None

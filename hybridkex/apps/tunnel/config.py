@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from hybridkex import ClientConfig, ServerConfig, canonical_peer_name
@@ -89,13 +89,18 @@ class TunnelConfig:
     async def opened(self) -> AsyncIterator[ClientConfig | ServerConfig]:
         """The channel, for as long as the context lasts.
 
+        It gives and takes no session tickets: every connection of a tunnel has a full handshake
+        and, where QKD is used, a key of its own.
+
         Raises:
             ConfigError: a file of it cannot be used.
         """
         async with self.channel() as channel:
             if isinstance(channel, ClientConfig):
                 _ = self.expected_name  # now, not with the first connection
-            yield channel
+                yield replace(channel, session_store=None)
+            else:
+                yield replace(channel, tickets=None)
 
     @property
     def door(self) -> tuple[Address, str]:

@@ -1,0 +1,68 @@
+"""What the link asks of an error correction: the interface that :mod:`~hybridkex.link.cascade` fills.
+
+Bob corrects his key. He sends requests, Alice answers each with bits about hers; what requests and
+answers look like is the method's own business. A method with one message from Alice has one request.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Correction", "ReconciliationError", "Reconciler", "Responder"]
+
+Bits = NDArray[np.uint8]
+
+
+class ReconciliationError(Exception):
+    """The other party's messages contradict each other or ask for what there is not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """What Bob knows when he is done."""
+
+    disclosed: int
+    """Bits about Alice's key that she disclosed."""
+    announced: int
+    """Bits about his own key that Bob disclosed with his requests."""
+
+
+class Responder(Protocol):
+    """Alice's side for one key."""
+
+    @property
+    def disclosed(self) -> int:
+        """Bits about her key disclosed so far."""
+        ...
+
+    @property
+    def announced(self) -> int:
+        """Bits about Bob's key that his requests disclosed so far."""
+        ...
+
+    def answer(self, request: bytes) -> bytes:
+        """The answer. Raises :class:`ReconciliationError` for a request that Bob would not send."""
+        ...
+
+
+class Reconciler(Protocol):
+    """A method of error correction."""
+
+    @property
+    def name(self) -> str:
+        """For reports and for the digest of the settings."""
+        ...
+
+    def respond(self, key: Bits, error_rate: float) -> Responder:
+        """Alice's side for this key, and an estimate of the share of wrong bits that both have."""
+        ...
+
+    def correct(self, key: Bits, error_rate: float) -> Generator[bytes, bytes, Correction]:
+        """Bob's side: yields requests, wants the answers sent, corrects ``key`` in place.
+
+        Raises :class:`ReconciliationError` when the answers contradict each other.
+        """
+        ...

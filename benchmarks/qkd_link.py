@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridkex.link import asymptotic
-from hybridkex.link.cascade import CascadeAlice, Plan, cascade_bob
+from hybridkex.link.cascade import Cascade
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.toeplitz import compress, rounding_bound, seed_length
@@ -54,17 +54,17 @@ def noisy(length: int, rate: float, seed: int) -> tuple[Bits, Bits]:
 
 
 def cascade(alice: Bits, bob: Bits, rate: float) -> tuple[int, int]:
-    """Both sides in turns, as over a wire; bits disclosed and questions. Corrects ``bob``."""
-    plan = Plan.for_error_rate(len(alice), rate)
-    answers, search = CascadeAlice(plan, alice), cascade_bob(plan, bob)
-    questions = 0
+    """Both sides in turns, as over a wire; bits disclosed and round trips. Corrects ``bob``."""
+    method = Cascade()
+    answers, search = method.respond(alice, rate), method.correct(bob, rate)
+    requests = 0
     try:
-        question = next(search)
+        request = next(search)
         while True:
-            questions += 1
-            question = search.send(answers.answer(question))
+            requests += 1
+            request = search.send(answers.answer(request))
     except StopIteration:
-        return answers.disclosed, questions
+        return answers.disclosed, requests
 
 
 def qkdpy_cascade(alice: Bits, bob: Bits) -> tuple[float, int]:

@@ -34,6 +34,7 @@ __all__ = [
     "KeyUnauthorized",
     "KeyUnknown",
     "LedgerDry",
+    "LedgerLost",
     "LinkAuthenticationError",
     "LinkError",
     "LocalStateError",
@@ -283,6 +284,13 @@ class LinkAuthenticationError(LinkError):
 
 class LedgerDry(LinkError):
     """A QKD link has no authentication key left, and does not go on without."""
+
+
+class LedgerLost(LinkError):
+    """The parties of a QKD link cannot agree on authentication key from before: one lost its state.
+
+    Signatures may start the link again if its settings allow that.
+    """
 
 
 class RecordingError(HybridkexError):

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -191,7 +190,7 @@ async def _make_blocks(link: SimulatedLink, count: int, report: Report) -> int:
             else:
                 if alice.keys != bob.keys:  # they were verified; this is the proof of it
                     raise LinkError("Alice and Bob have different keys")
-                report(number, alice, time.monotonic() - began)
+                report(number, bob, time.monotonic() - began)
     return status
 
 
@@ -203,8 +202,7 @@ def _json_lines() -> Iterator[Report]:
             line = {**asdict(_without_keys(outcome)), "keys": len(outcome.keys)}
             line["key_ids"] = [str(one.key_id) for one in outcome.keys]
             line["bits_per_second"] = outcome.rate
-            if math.isinf(outcome.efficiency):
-                line["efficiency"] = None
+            line["epsilon"]["total"] = outcome.epsilon.total
         else:
             line = {"number": number, "keys": 0, "aborted": str(outcome)}
             line["link_over"] = not isinstance(outcome, BlockAborted)
@@ -235,9 +233,9 @@ def _table(settings: LinkSettings) -> Iterator[Report]:
             table.add_row(
                 str(number),
                 f"{outcome.sifted:,}",
-                f"{outcome.qber:.2%}",
+                "-" if outcome.qber is None else f"{outcome.qber:.2%}",
                 f"{outcome.leak:,}",
-                f"{outcome.efficiency:.3f}",
+                "-" if outcome.efficiency is None else f"{outcome.efficiency:.3f}",
                 f"{outcome.secret_bits:,}",
                 f"{outcome.rate:,.0f} bit/s",
                 str(len(outcome.keys)),

@@ -29,17 +29,18 @@ from hybridkex.errors import (
     BlockAborted,
     ConfigError,
     LedgerDry,
+    LedgerLost,
     LinkAuthenticationError,
     LinkError,
 )
 from hybridkex.kme.config import Address, KmeConfig, PeerConfig
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.link.authentication import Signatures
-from hybridkex.link.ledger import Direction
+from hybridkex.link.ledger import Direction, Ledger
 from hybridkex.link.optimise import tuned
 from hybridkex.link.party import Alice, Block, Bob
 from hybridkex.link.presets import preset
-from hybridkex.link.quantum import Fibre
+from hybridkex.link.quantum import OpticalLink
 from hybridkex.link.remote import RemoteDetector, serve_detector
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.simulated import SimulatedLink
@@ -151,11 +152,12 @@ class PartyFeed:
         self._signatures = signatures
         self._real_time = real_time
         self._note = note
+        self._ledger = Ledger()  # it outlives a session: only its first one has signatures
 
     async def run(self) -> None:
         """Make keys until cancelled, or until the link must not go on.
 
-        A connection that breaks is made again: a new session, authenticated from the start.
+        A connection that breaks is made again: a new session, authenticated with the key in stock.
         """
         failure: LinkError | None = None
         try:
@@ -233,7 +235,9 @@ class PartyFeed:
             error = _first(group)
         if error is None:
             return
-        if isinstance(error, LedgerDry | LinkAuthenticationError) and made > 0:
+        if isinstance(error, LedgerDry | LedgerLost) or (
+            isinstance(error, LinkAuthenticationError) and made > 0
+        ):
             raise error from None
         LOG.warning("QKD link: %s; a new session begins", error)
         await trio.sleep(PAUSE)
@@ -243,15 +247,27 @@ class PartyFeed:
     ) -> Alice | Bob:
         if self._party == "bob":
             detector = RemoteDetector(quantum)
-            return Bob(classical, self._settings, detector, bootstrap=self._signatures)
+            return Bob(
+                classical,
+                self._settings,
+                detector,
+                bootstrap=self._signatures,
+                ledger=self._ledger,
+            )
         chosen = self._settings.preset
-        fibre = Fibre(chosen.channel, chosen.transmitter, real_time=self._real_time)
+        light = OpticalLink(chosen.channel, chosen.transmitter, real_time=self._real_time)
 
         async def shine() -> None:
-            await serve_detector(fibre, quantum, most=self._settings.detections)
+            await serve_detector(light, quantum, most=self._settings.detections)
 
         nursery.start_soon(shine)
-        return Alice(classical, self._settings, fibre.log, bootstrap=self._signatures)
+        return Alice(
+            classical,
+            self._settings,
+            light.record,
+            bootstrap=self._signatures,
+            ledger=self._ledger,
+        )
 
     async def _block(self, party: Alice | Bob) -> int:
         try:
@@ -373,7 +389,7 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
             peer.id,
             len(block.keys),
             block.secret_bits,
-            100 * block.qber,
+            100 * (block.test_qber if block.qber is None else block.qber),
         )
 
     real_time = link.clock == "real"

@@ -131,7 +131,9 @@ class KmeMetrics:
         self.link_blocks.labels(kme, link, "made").inc()
         self.link_sifted.labels(kme, link).inc(block.sifted)
         self.link_secret.labels(kme, link).inc(block.secret_bits)
-        self.link_qber.labels(kme, link).set(block.qber)
+        # Alice learns the QBER of the key basis only where the proof needs it.
+        qber = block.test_qber if block.qber is None else block.qber
+        self.link_qber.labels(kme, link).set(qber)
         self.link_rate.labels(kme, link).set(block.rate)
         self.link_ledger.labels(kme, link).set(block.ledger_bits)
 

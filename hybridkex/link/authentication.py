@@ -1,10 +1,10 @@
-"""Who says so: tags on all that crosses the classical channel.
+"""Authentication of the classical channel: tags on all that crosses it.
 
 *Wegman and Carter*: a polynomial hash of the message under a secret point, encrypted by a one-time
 pad. With Poly1305 (RFC 8439 section 2.5) this is ``poly_r(m) + s``: ``r`` is the point, ``s``, used
 once, the pad. D. J. Bernstein, "The Poly1305-AES message-authentication code", FSE 2005, theorem
 3.3: whoever knows neither forges a tag for a message of at most ``L`` bytes with a probability of
-at most ``8 ⌈L/16⌉ / 2^106``, whatever he computes. Each block takes a new ``r`` and each tag a new
+at most ``8 ⌈L/16⌉ / 2^106``, whatever they compute. Each block takes a new ``r`` and each tag a new
 ``s`` from the :class:`~hybridkex.link.ledger.Ledger`.
 
 *Signatures* stand in until the first block has filled the ledger: they must be good only while it
@@ -14,7 +14,7 @@ Before the message a tag covers: protocol, session (both nonces, the settings), 
 of the block and of the tag. So nothing can be sent back, sent again or moved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -26,7 +26,14 @@ from hybridkex.crypto.signatures import ALL_SCHEMES, SignatureScheme
 from hybridkex.errors import ConfigError, LinkAuthenticationError, PeerError
 from hybridkex.link.ledger import Direction, Ledger
 
-__all__ = ["TAGS", "Authenticator", "Signatures", "WegmanCarter", "forgery_probability"]
+__all__ = [
+    "TAGS",
+    "Authenticator",
+    "Signatures",
+    "WegmanCarter",
+    "collision_probability",
+    "forgery_probability",
+]
 
 TAG: Final = 16
 POINT: Final = 16
@@ -34,9 +41,14 @@ TAGS: Final = {Direction.ALICE_TO_BOB: 2, Direction.BOB_TO_ALICE: 3}
 """Tags of a block."""
 
 
+def collision_probability(length: int) -> float:
+    """That two messages of ``length`` bytes have a given difference of their polynomials."""
+    return 8.0 * -(-length // 16) / 2.0**106
+
+
 def forgery_probability(length: int) -> float:
     """Of one tag under a message of ``length`` bytes."""
-    return 8.0 * -(-length // 16) / 2.0**106
+    return collision_probability(length)
 
 
 class Authenticator(Protocol):
@@ -48,40 +60,57 @@ class Authenticator(Protocol):
         ...
 
     def tag(self, direction: Direction, parts: Sequence[bytes]) -> bytes:
-        """For what we said."""
+        """For what we sent. Raises :class:`~hybridkex.errors.LedgerDry`."""
         ...
 
     def check(self, direction: Direction, parts: Sequence[bytes], tag: bytes) -> None:
-        """For what we heard. Raises :class:`~hybridkex.errors.LinkAuthenticationError`."""
+        """For what we received. Raises :class:`~hybridkex.errors.LinkAuthenticationError`."""
         ...
 
 
 class WegmanCarter:
-    """Tags with key of the ledger."""
+    """Tags with key of the ledger.
+
+    The key of a tag of ours is used up before the tag is made; that of the other party's when the
+    tag has verified, so that nobody who has not the key can use it up at this end.
+    """
 
     name: Final = "wegman-carter"
 
-    def __init__(self, ledger: Ledger, block: int) -> None:
-        """Raises :class:`~hybridkex.errors.LedgerDry`."""
+    def __init__(self, ledger: Ledger, block: int, *, starts: Mapping[Direction, int]) -> None:
+        """``starts``: for each lane, the number of the byte to go on from."""
         self._ledger = ledger
         self._block = block
-        self._points = {one: ledger.draw(block, one, POINT) for one in Direction}
-
-    def _mac(self, direction: Direction, parts: Sequence[bytes]) -> Poly1305:
-        pad = self._ledger.draw(self._block, direction, TAG)
-        mac = Poly1305(self._points[direction] + pad)
-        for part in parts:
-            mac.update(part)
-        return mac
+        self._points: dict[Direction, bytes] = {}
+        self._starts = dict(starts)
 
     def tag(self, direction: Direction, parts: Sequence[bytes]) -> bytes:
-        return self._mac(direction, parts).finalize()
+        if direction not in self._points:
+            self._points[direction] = self._ledger.draw(self._block, direction, POINT)
+        pad = self._ledger.draw(self._block, direction, TAG)
+        return _mac(self._points[direction] + pad, parts).finalize()
 
     def check(self, direction: Direction, parts: Sequence[bytes], tag: bytes) -> None:
+        start = self._starts[direction]
+        point = self._points.get(direction)
+        count = TAG if point is not None else POINT + TAG
+        key = (point or b"") + self._ledger.read(direction, start, count)
         try:
-            self._mac(direction, parts).verify(tag)
+            _mac(key, parts).verify(tag)
         except InvalidSignature:
-            raise LinkAuthenticationError("a tag does not verify") from None
+            raise LinkAuthenticationError(
+                "an authentication tag of the other party does not verify"
+            ) from None
+        self._points[direction] = key[:POINT]
+        self._starts[direction] = start + count
+        self._ledger.advance(self._block, direction, start + count)
+
+
+def _mac(key: bytes, parts: Sequence[bytes]) -> Poly1305:
+    mac = Poly1305(key)
+    for part in parts:
+        mac.update(part)
+    return mac
 
 
 @dataclass(frozen=True)
@@ -102,7 +131,9 @@ class Signatures:
         for scheme in ALL_SCHEMES:
             if scheme.suits(key):
                 return scheme
-        raise ConfigError("this kind of key cannot authenticate a link")
+        raise ConfigError(
+            "this kind of key cannot authenticate a link: use ML-DSA, ECDSA, Ed25519 or RSA"
+        )
 
     @staticmethod
     def _digest(parts: Sequence[bytes]) -> bytes:
@@ -120,7 +151,9 @@ class Signatures:
         try:
             self._scheme(self.peer_public_key).verify(self.peer_public_key, tag, content)
         except PeerError:
-            raise LinkAuthenticationError("a signature does not verify") from None
+            raise LinkAuthenticationError(
+                "a signature of the other party does not verify"
+            ) from None
 
     def __repr__(self) -> str:
         return "Signatures(...)"

@@ -14,8 +14,9 @@ a block stands a binary tree of parities, in ``2^(h+1)`` bytes::
     ...                                       whose size is s
     root     of all, and one byte that says whether the tree below the root is filled in
 
-A tree is filled in when something below its root is asked for; of most blocks of the later passes
-nobody ever asks. The trees of all passes and frames are one array, and a *node* is an index into it.
+A tree is filled in when something below its root is asked for, which never happens to most blocks
+of the later passes. The trees of all passes and frames are one array, and a *node* is an index into
+it.
 
 Alice does nothing but look up parities. Bob keeps two flags for each node: ``DIFFERS``, his own
 parity until Alice's is known and from then on whether the two differ, and ``KNOWN``. A node with
@@ -34,6 +35,7 @@ compiled (:mod:`~hybridkex.link.cascade_loops`). Both send the same bytes.
 
 import functools
 import importlib
+import itertools
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -51,7 +53,7 @@ __all__ = ["Cascade", "Plan"]
 
 Bits = NDArray[np.uint8]
 Nodes = NDArray[np.int64]
-Orders = NDArray[np.unsignedinteger]
+Orders = NDArray[np.integer]
 
 DIFFERS: Final = np.uint8(1)
 KNOWN: Final = np.uint8(2)
@@ -166,7 +168,7 @@ def _orders(frame: int, room: int, passes: int) -> tuple[Orders, Orders]:
     sides have the same ones whatever version of numpy they run.
     """
     kind = np.uint16 if room <= 16 else np.uint32
-    orders = np.tile(np.arange(1 << room, dtype=kind), (passes, 1))
+    orders: Orders = np.tile(np.arange(1 << room, dtype=kind), (passes, 1))
     places = orders.copy()
     for number in range(1, passes):
         stream = Cipher(ChaCha20(b"hybridkex: the order of Cascade.", number.to_bytes(16)), None)
@@ -262,9 +264,7 @@ class _Bob(_Side):
                 if budget < 0:
                     raise ReconciliationError("the corrections do not come to an end")
                 frame, place = bits >> plan.room, bits & ((1 << plan.room) - 1)
-                if (place >= plan.frame).any() or (
-                    frame * plan.frame + place >= plan.length
-                ).any():
+                if (place >= plan.frame).any() or (frame * plan.frame + place >= plan.length).any():
                     raise ReconciliationError("a wrong bit was found in the padding")
                 active = np.concatenate([active, found])
 
@@ -273,13 +273,14 @@ def _groups(length: int) -> list[slice]:
     """A key in groups of frames, all about equal."""
     count = max(1, -(-length // GROUP))
     edges = [length * number // count for number in range(count + 1)]
-    return [slice(start, end) for start, end in zip(edges, edges[1:], strict=False)]
+    return [slice(start, end) for start, end in itertools.pairwise(edges)]
 
 
 MORE: Final = b"\x00"
 BEGIN: Final = b"\x01"
 NEXT_GROUP: Final = b"\x02"
-"""First byte of a request: nodes; the roots of the next pass, then nodes; the same in a new group."""
+"""First byte of a request: for nodes; for the roots of the next pass, then nodes; the same in a new
+group."""
 
 
 class _Responder:

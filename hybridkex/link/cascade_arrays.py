@@ -12,7 +12,7 @@ __all__ = ["answer", "correct", "descend", "learn", "roots"]
 
 Bits = NDArray[np.uint8]
 Nodes = NDArray[np.int64]
-Orders = NDArray[np.int32]
+Orders = NDArray[np.integer]
 
 DIFFERS: Final = np.uint8(1)
 KNOWN: Final = np.uint8(2)
@@ -106,7 +106,7 @@ def descend(
     _plant(flags, active, key, orders, heights, span, room)
     width = np.int64(2) << heights[active >> span]
     inside = active % width
-    # The sizes of levels above a place are 2^h, 2^(h-1), ...: the offset of a level is 2^(h+1) - 2 s.
+    # Levels of size 2^h, 2^(h-1), ... follow each other, so that of size s begins at 2^(h+1) - 2 s.
     rest = width - inside - 1
     size = np.int64(1) << np.floor(np.log2(rest)).astype(np.int64)
     while True:

@@ -4,7 +4,7 @@ The functions are those of :mod:`hybridkex.link.cascade_arrays`, with the same r
 """
 
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import numba
 import numpy as np
@@ -22,10 +22,9 @@ MARK: Final = 4
 
 def _compiled(function: Function) -> Function:
     try:
-        made: Function = numba.njit(cache=True, nogil=True)(function)
+        return cast(Function, numba.njit(cache=True, nogil=True)(function))
     except RuntimeError:  # no folder where compiled code could be kept
-        made = numba.njit(nogil=True)(function)
-    return made
+        return cast(Function, numba.njit(nogil=True)(function))
 
 
 @_compiled
@@ -46,7 +45,9 @@ def roots(key: Any, order: Any, room: int, height: int, blocks: int) -> Any:
 
 
 @_compiled
-def _plant(trees: Any, block: int, place: int, key: Any, order: Any, height: int, room: int) -> None:
+def _plant(
+    trees: Any, block: int, place: int, key: Any, order: Any, height: int, room: int
+) -> None:
     size = 1 << height
     start = place >> room << room
     bits = key[start : start + (1 << room)]

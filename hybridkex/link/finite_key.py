@@ -1,36 +1,47 @@
 """How long a secret key a finite block gives.
 
-Two proofs, told apart by the number of decoys, with the same shape: bound the vacuum and
-single-photon events among the detections, bound the phase errors, subtract what was said aloud.
+Two decoy methods, told apart by the number of intensities, and two kinds of statistics.
 
 * :class:`TwoDecoys`: Lim, Curty, Walenta, Xu, Zbinden, PRA 89, 022307 (2014), arXiv:1311.7129.
 * :class:`OneDecoy`: Rusca, Boaron, Grünenfelder, Martin, Zbinden, APL 112, 171104 (2018),
   arXiv:1801.03443.
 
-Both are written for the *key* basis (X in Lim, Z in Rusca) and the *test* basis (Z, X). Estimates
-below zero are raised to zero, which is valid and tighter; ``clamp=False`` gives the papers' raw
-values.
+Both are written for the *key* basis (X in Lim, Z in Rusca) and the *test* basis (Z, X).
+
+* :class:`Published` has the papers' formulas, to the digits that they give. They are kept for
+  comparison: they are for a key of fixed length, and their gap between test and key basis exceeds
+  its failure probability when errors are few (``docs/qkd-link.md``).
+* :class:`Tight`, the default, bounds the same events with the inequalities of
+  :mod:`hybridkex.link.statistics`, and its length is that of a variable-length protocol.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Final, Protocol
 
 from hybridkex.errors import ConfigError
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.physics import Channel, Transmitter
+from hybridkex.link.statistics import mean_lower, mean_upper, trials_upper, unseen_errors
 
 __all__ = [
+    "FINITE_KEY",
     "Counts",
     "FiniteKeyProof",
     "OneDecoy",
+    "Published",
     "SecretLength",
     "Security",
+    "Statistics",
+    "Tight",
     "TwoDecoys",
     "expected_counts",
     "proof_for",
 ]
+
+FINITE_KEY: Final = ("tight", "published")
+"""Kinds of statistics, by name; the first is the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +70,7 @@ class Counts:
     key: tuple[float, ...]
     """n_k of the key basis."""
     key_errors: tuple[float, ...]
-    """m_k of the key basis, known after error correction; only the one-decoy proof needs it."""
+    """m_k of the key basis, known after error correction; only the one-decoy proof uses them."""
     test: tuple[float, ...]
     test_errors: tuple[float, ...]
 
@@ -101,41 +112,174 @@ class SecretLength:
         return max(0, math.floor(self.real))
 
 
+@dataclass(frozen=True)
+class Expectations:
+    """Bounds on what one vector of counts would be on average, times ``e^k / p_k``."""
+
+    lower: tuple[float, ...]
+    upper: tuple[float, ...]
+
+
+class Statistics(Protocol):
+    """The inequalities that a proof uses, and what its length costs."""
+
+    @property
+    def name(self) -> str:
+        """One of :data:`FINITE_KEY`."""
+        ...
+
+    def expectations(
+        self, transmitter: Transmitter, counts: Sequence[float], security: Security
+    ) -> Expectations:
+        """Bounds n± of one vector of counts; each fails with its share of epsilon."""
+        ...
+
+    def vacuum(self, wrong: float, detections: float, security: Security) -> float:
+        """The most vacuum detections, given that at most ``wrong`` of them show a wrong bit."""
+        ...
+
+    def phase_error(
+        self, wrong: float, single_test: float, single: float, security: Security
+    ) -> float:
+        """Upper bound on the phase error rate of ``single`` detections of the key basis.
+
+        ``wrong`` of ``single_test`` detections of the test basis showed a wrong bit, at most.
+        """
+        ...
+
+    def length(self, vacuum: float, secret: float, security: Security) -> float:
+        """The length before the leak is subtracted, from vacuum events and secret bits."""
+        ...
+
+
+@dataclass(frozen=True)
+class Published:
+    """The formulas of Lim et al. 2014 (``terms`` = 21) and Rusca et al. 2018 (19).
+
+    Estimates below zero are raised to zero, which is valid and tighter; ``clamp=False`` gives the
+    papers' raw values.
+    """
+
+    terms: int
+    clamp: bool = True
+
+    name: ClassVar[str] = "published"
+
+    def _deviation(self, total: float, security: Security) -> float:
+        # sqrt(n/2 ln(1/eps)), with the total of the vector, not the part of one intensity.
+        return math.sqrt(total / 2.0 * math.log(self.terms / security.secrecy))
+
+    def expectations(
+        self, transmitter: Transmitter, counts: Sequence[float], security: Security
+    ) -> Expectations:
+        """Hoeffding's inequality: Lim et al., equations 2 to 4; Rusca et al., equation 4."""
+        deviation = self._deviation(sum(counts), security)
+        floor = 0.0 if self.clamp else -math.inf
+        pairs = list(zip(_scales(transmitter), counts, strict=True))
+        return Expectations(
+            lower=tuple(scale * max(floor, n - deviation) for scale, n in pairs),
+            upper=tuple(scale * (n + deviation) for scale, n in pairs),
+        )
+
+    def vacuum(self, wrong: float, detections: float, security: Security) -> float:
+        """Rusca et al., equation 5."""
+        return 2.0 * (wrong + self._deviation(detections, security))
+
+    def phase_error(
+        self, wrong: float, single_test: float, single: float, security: Security
+    ) -> float:
+        """gamma of Lim et al., below equation 5; Rusca et al., equation 10 of the appendix."""
+        # The formula ends in zero for a rate of zero, as if no error in a small sample proved that
+        # there are none: so no fewer than one is taken for seen.
+        rate = max(wrong, 1.0) / single_test
+        if not 0.0 < rate < 1.0:
+            return 0.5
+        spread = rate * (1.0 - rate)
+        weight = (single_test + single) / (single_test * single)
+        log = math.log2(weight / spread * (self.terms / security.secrecy) ** 2)
+        return min(0.5, rate + math.sqrt(max(0.0, weight * spread / math.log(2.0) * log)))
+
+    def length(self, vacuum: float, secret: float, security: Security) -> float:
+        """Equation 1 of both papers."""
+        price = 6.0 * math.log2(self.terms / security.secrecy)
+        return vacuum + secret - price - math.log2(2.0 / security.correctness)
+
+
+@dataclass(frozen=True)
+class Tight:
+    """Divergences for counts, the hypergeometric tail for the gap; lengths that vary.
+
+    Of eps_sec each event has a fifteenth; two of them are the smoothing, one the privacy
+    amplification, and both decoy methods bound at most twelve expectations. The tail for the phase
+    errors has the square of its share (a purified distance). ``docs/qkd-link.md`` adds this up.
+    """
+
+    terms: ClassVar[int] = 15
+    name: ClassVar[str] = "tight"
+
+    def _share(self, security: Security) -> float:
+        return security.secrecy / self.terms
+
+    def expectations(
+        self, transmitter: Transmitter, counts: Sequence[float], security: Security
+    ) -> Expectations:
+        """Hoeffding 1963, theorem 1."""
+        total, share = sum(counts), self._share(security)
+        pairs = list(zip(_scales(transmitter), counts, strict=True))
+        return Expectations(
+            lower=tuple(scale * mean_lower(n, total, share) for scale, n in pairs),
+            upper=tuple(scale * mean_upper(n, total, share) for scale, n in pairs),
+        )
+
+    def vacuum(self, wrong: float, detections: float, security: Security) -> float:
+        """Each vacuum detection shows a wrong bit with the probability 1/2, by itself."""
+        return min(detections, trials_upper(wrong, self._share(security)))
+
+    def phase_error(
+        self, wrong: float, single_test: float, single: float, security: Security
+    ) -> float:
+        """The hypergeometric tail, inverted.
+
+        The sizes are lower bounds on the true ones. The bound is for random subsets of just these
+        sizes: a random subset of either side of a random partition leaves a random partition, has
+        no more errors than the whole, and the bits outside of it may be given to Eve. So no
+        monotonicity in the sizes is needed; in the errors it is given.
+        """
+        key, test = math.floor(single), math.floor(single_test)
+        if key < 1 or test < 1:
+            return 0.5
+        most = unseen_errors(key, test, math.floor(wrong), self._share(security) ** 2)
+        return min(0.5, most / key)
+
+    def length(self, vacuum: float, secret: float, security: Security) -> float:
+        """Wiesemann et al., arXiv:2405.16578v3; vacuum events count as known to Eve."""
+        price = 4.0 * math.log2(self.terms / security.secrecy) - 1.0
+        return secret - price - math.log2(2.0 / security.correctness)
+
+
 class FiniteKeyProof(Protocol):
     """A proof: how long a key observed counts allow."""
 
-    terms: ClassVar[int]
-    """Into how many parts the proof divides eps_sec: 21 or 19."""
+    @property
+    def statistics(self) -> Statistics:
+        """Its inequalities."""
+        ...
+
+    @property
+    def uses_key_errors(self) -> bool:
+        """Whether ``Counts.key_errors`` must be known to both parties."""
+        ...
 
     def secret_length(
-        self,
-        transmitter: Transmitter,
-        counts: Counts,
-        *,
-        security: Security,
-        leak: float,
-        clamp: bool = True,
+        self, transmitter: Transmitter, counts: Counts, *, security: Security, leak: float
     ) -> SecretLength:
         """The bound for these counts, with ``leak`` bits disclosed by error correction."""
         ...
 
 
-class _Estimates:
-    """The bounds n± of one vector of counts (Hoeffding; Lim eq. 2-4, Rusca eq. 4)."""
-
-    def __init__(
-        self, transmitter: Transmitter, counts: Sequence[float], eps: float, clamp: bool
-    ) -> None:
-        # sqrt(n/2 ln(1/eps)), with the total of the vector, not the part of one intensity.
-        self.deviation = math.sqrt(sum(counts) / 2.0 * math.log(1.0 / eps))
-        scales = [
-            math.exp(k) / p
-            for k, p in zip(transmitter.intensities, transmitter.probabilities, strict=True)
-        ]
-        floor = 0.0 if clamp else -math.inf
-        pairs = list(zip(scales, counts, strict=True))
-        self.lower = [scale * max(floor, n - self.deviation) for scale, n in pairs]
-        self.upper = [scale * (n + self.deviation) for scale, n in pairs]
+def _scales(transmitter: Transmitter) -> list[float]:
+    pairs = zip(transmitter.intensities, transmitter.probabilities, strict=True)
+    return [math.exp(k) / p for k, p in pairs]
 
 
 def _photon_number_probability(transmitter: Transmitter, photons: int) -> float:
@@ -146,22 +290,9 @@ def _photon_number_probability(transmitter: Transmitter, photons: int) -> float:
     )
 
 
-def _sampling_gap(eps: float, terms: int, rate: float, test: float, key: float) -> float:
-    """gamma: how far the phase errors of the key may be from the bit errors of the test.
-
-    Lim et al., below eq. 5; Rusca et al., eq. 10 of the appendix, with 19 for 21.
-    """
-    if not 0.0 < rate < 1.0:
-        return 0.0
-    spread = rate * (1.0 - rate)
-    weight = (test + key) / (test * key)
-    log = math.log2(weight / spread * (terms / eps) ** 2)
-    return math.sqrt(max(0.0, weight * spread / math.log(2.0) * log))
-
-
 def _assemble(
+    statistics: Statistics,
     *,
-    terms: int,
     security: Security,
     detections: float,
     leak: float,
@@ -170,18 +301,13 @@ def _assemble(
     single_test: float,
     single_test_errors: float,
 ) -> SecretLength:
-    """From the estimates to the length: eq. 1 of both papers."""
+    """From the estimates to the length."""
     phase_error = 0.5
     if single > 0.0 and single_test > 0.0:
-        # The gap's formula ends in zero for a rate of zero, as if no error in a small sample proved
-        # that there are none: so no fewer than one is taken for seen.
-        observed = max(single_test_errors, 1.0) / single_test
-        gap = _sampling_gap(security.secrecy, terms, observed, single_test, single)
-        phase_error = min(0.5, observed + gap)
-    price = 6.0 * math.log2(terms / security.secrecy) + math.log2(2.0 / security.correctness)
+        phase_error = statistics.phase_error(single_test_errors, single_test, single, security)
+    secret = max(0.0, single) * (1.0 - binary_entropy(phase_error))
     # Counts that no laser makes can bound more single photons than there were detections.
-    entropy = min(detections, vacuum + max(0.0, single) * (1.0 - binary_entropy(phase_error)))
-    real = entropy - leak - price
+    real = statistics.length(vacuum, min(secret, detections - vacuum), security) - leak
     return SecretLength(
         vacuum=vacuum,
         single=single,
@@ -193,32 +319,28 @@ def _assemble(
     )
 
 
+@dataclass(frozen=True)
 class TwoDecoys:
     """Lim et al. 2014: three intensities, the dimmest as close to vacuum as the laser can."""
 
-    terms: ClassVar[int] = 21
+    statistics: Statistics = Tight()
+
+    uses_key_errors: ClassVar[bool] = False
 
     def secret_length(
-        self,
-        transmitter: Transmitter,
-        counts: Counts,
-        *,
-        security: Security,
-        leak: float,
-        clamp: bool = True,
+        self, transmitter: Transmitter, counts: Counts, *, security: Security, leak: float
     ) -> SecretLength:
         """Equations 1 to 5. Raises ``ConfigError`` unless there are three intensities."""
         if len(transmitter.intensities) != 3:
             raise ConfigError("the two-decoy proof needs three intensities")
-        eps = security.secrecy / self.terms
         tau_1 = _photon_number_probability(transmitter, 1)
         mu_2, mu_3 = transmitter.intensities[1:]
-        vacuum, single = self._photons(transmitter, counts.key, eps, clamp)
-        _, single_test = self._photons(transmitter, counts.test, eps, clamp)
-        wrong = _Estimates(transmitter, counts.test_errors, eps, clamp)
+        vacuum, single = self._photons(transmitter, counts.key, security)
+        _, single_test = self._photons(transmitter, counts.test, security)
+        wrong = self.statistics.expectations(transmitter, counts.test_errors, security)
         single_test_errors = tau_1 * (wrong.upper[1] - wrong.lower[2]) / (mu_2 - mu_3)
         return _assemble(
-            terms=self.terms,
+            self.statistics,
             security=security,
             detections=sum(counts.key),
             leak=leak,
@@ -228,15 +350,14 @@ class TwoDecoys:
             single_test_errors=single_test_errors,
         )
 
-    @staticmethod
     def _photons(
-        transmitter: Transmitter, counts: Sequence[float], eps: float, clamp: bool
+        self, transmitter: Transmitter, counts: Sequence[float], security: Security
     ) -> tuple[float, float]:
         """s_0 (eq. 2) and s_1 (eq. 3) of one basis."""
         mu_1, mu_2, mu_3 = transmitter.intensities
         tau_0 = _photon_number_probability(transmitter, 0)
         tau_1 = _photon_number_probability(transmitter, 1)
-        n = _Estimates(transmitter, counts, eps, clamp)
+        n = self.statistics.expectations(transmitter, counts, security)
         vacuum = max(0.0, tau_0 * (mu_2 * n.lower[2] - mu_3 * n.upper[1]) / (mu_2 - mu_3))
         ratio = (mu_2**2 - mu_3**2) / mu_1**2
         inner = n.lower[1] - n.upper[2] - ratio * (n.upper[0] - vacuum / tau_0)
@@ -244,32 +365,28 @@ class TwoDecoys:
         return vacuum, single
 
 
+@dataclass(frozen=True)
 class OneDecoy:
     """Rusca et al. 2018: two intensities; the vacuum is bounded through the errors."""
 
-    terms: ClassVar[int] = 19
+    statistics: Statistics = Tight()
+
+    uses_key_errors: ClassVar[bool] = True
 
     def secret_length(
-        self,
-        transmitter: Transmitter,
-        counts: Counts,
-        *,
-        security: Security,
-        leak: float,
-        clamp: bool = True,
+        self, transmitter: Transmitter, counts: Counts, *, security: Security, leak: float
     ) -> SecretLength:
         """Equations 1 to 6. Raises ``ConfigError`` unless there are two intensities."""
         if len(transmitter.intensities) != 2:
             raise ConfigError("the one-decoy proof needs two intensities")
-        eps = security.secrecy / self.terms
         mu_1, mu_2 = transmitter.intensities
         tau_1 = _photon_number_probability(transmitter, 1)
-        vacuum, single = self._photons(transmitter, counts.key, counts.key_errors, eps, clamp)
-        _, single_test = self._photons(transmitter, counts.test, counts.test_errors, eps, clamp)
-        wrong = _Estimates(transmitter, counts.test_errors, eps, clamp)
+        vacuum, single = self._photons(transmitter, counts.key, counts.key_errors, security)
+        _, single_test = self._photons(transmitter, counts.test, counts.test_errors, security)
+        wrong = self.statistics.expectations(transmitter, counts.test_errors, security)
         single_test_errors = tau_1 * (wrong.upper[0] - wrong.lower[1]) / (mu_1 - mu_2)
         return _assemble(
-            terms=self.terms,
+            self.statistics,
             security=security,
             detections=sum(counts.key),
             leak=leak,
@@ -279,31 +396,34 @@ class OneDecoy:
             single_test_errors=single_test_errors,
         )
 
-    @staticmethod
     def _photons(
+        self,
         transmitter: Transmitter,
         counts: Sequence[float],
         errors: Sequence[float],
-        eps: float,
-        clamp: bool,
+        security: Security,
     ) -> tuple[float, float]:
         """s_0 (eq. 2) and s_1 (eq. 3) of one basis, the upper bound on s_0 by eq. 5."""
         mu_1, mu_2 = transmitter.intensities
         tau_0 = _photon_number_probability(transmitter, 0)
         tau_1 = _photon_number_probability(transmitter, 1)
-        n = _Estimates(transmitter, counts, eps, clamp)
-        wrong = _Estimates(transmitter, errors, eps, clamp)
+        n = self.statistics.expectations(transmitter, counts, security)
+        wrong = self.statistics.expectations(transmitter, errors, security)
         vacuum = max(0.0, tau_0 * (mu_1 * n.lower[1] - mu_2 * n.upper[0]) / (mu_1 - mu_2))
         # An empty pulse shows a wrong bit half of the time, whatever its intensity was meant to be.
-        most = 2.0 * (tau_0 * min(wrong.upper) + n.deviation)
+        most = self.statistics.vacuum(tau_0 * min(wrong.upper), sum(counts), security)
         inner = n.lower[1] - (mu_2**2 * n.upper[0] + (mu_1**2 - mu_2**2) * most / tau_0) / mu_1**2
         single = tau_1 * mu_1 * inner / (mu_2 * (mu_1 - mu_2))
         return vacuum, single
 
 
-def proof_for(transmitter: Transmitter) -> FiniteKeyProof:
-    """The proof for this number of intensities."""
-    return TwoDecoys() if len(transmitter.intensities) == 3 else OneDecoy()
+def proof_for(transmitter: Transmitter, finite_key: str = "tight") -> FiniteKeyProof:
+    """The proof for this number of intensities. Raises ``ConfigError`` for an unknown kind."""
+    if finite_key not in FINITE_KEY:
+        raise ConfigError(f"finite_key must be one of {', '.join(FINITE_KEY)}")
+    if len(transmitter.intensities) == 3:
+        return TwoDecoys(Published(21)) if finite_key == "published" else TwoDecoys()
+    return OneDecoy(Published(19)) if finite_key == "published" else OneDecoy()
 
 
 def expected_counts(channel: Channel, transmitter: Transmitter, pulses: float) -> Counts:

@@ -1,7 +1,12 @@
 """The key that authenticates the classical channel: where it came from and where it went.
 
 Both parties keep the same ledger. Each direction has a lane of its own, used from the front and
-filled up at the end, so that the two agree on every byte whatever the order of events.
+filled up at the end, so that the two agree on every byte whatever the order of events. A byte has a
+number that it keeps for the life of the ledger: :class:`Position` says which bytes are in stock.
+
+A ledger outlives a session. When a connection was cut in the middle of a block, the party that
+speaks on a lane may have used bytes that the listener has not yet seen used, and Bob may have put
+in what Alice has not. :meth:`Ledger.agreement` says from which byte on both can go on.
 """
 
 from collections import deque
@@ -9,10 +14,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-from hybridkex.errors import ConfigError, LedgerDry
+from hybridkex.errors import ConfigError, LedgerDry, LedgerLost
 from hybridkex.secret import Secret
 
-__all__ = ["LANE_RESERVE", "Direction", "Entry", "Ledger"]
+__all__ = ["LANE_RESERVE", "Direction", "Entry", "Ledger", "Position"]
 
 HISTORY: Final = 1000
 LANE_RESERVE: Final = 256
@@ -36,14 +41,27 @@ class Entry:
     balance: int
 
 
+@dataclass(frozen=True)
+class Position:
+    """Which bytes of a lane are in stock: from ``start`` to before ``end``."""
+
+    start: int
+    end: int
+
+
 class Ledger:
     """Authentication key in stock."""
 
     def __init__(self, shared: Secret | None = None) -> None:
         """``shared``: a secret that both parties were given, an even number of bytes."""
         self._lanes = {direction: bytearray() for direction in Direction}
+        self._starts = dict.fromkeys(Direction, 0)
         self.history: Final[deque[Entry]] = deque(maxlen=HISTORY)
         """The last entries, oldest first."""
+        self.inherited: float = 0.0
+        """Epsilon of the blocks that the key in stock came from."""
+        self.conditional = False
+        """Whether one of those blocks was authenticated by signatures."""
         if shared is not None:
             if len(shared) < 2 * LANE_RESERVE or len(shared) % 2:
                 raise ConfigError(
@@ -51,6 +69,11 @@ class Ledger:
                     "or more"
                 )
             self.add(0, "shared secret", shared.reveal())
+
+    @property
+    def filled(self) -> bool:
+        """Whether there ever was a key in it."""
+        return any(self.position(one).end for one in Direction)
 
     @property
     def balance(self) -> int:
@@ -61,6 +84,11 @@ class Ledger:
     def wanting(self) -> int:
         """Bytes that both lanes lack to be full."""
         return sum(max(0, LANE_RESERVE - len(lane)) for lane in self._lanes.values())
+
+    def position(self, direction: Direction) -> Position:
+        """Which bytes of a lane are in stock."""
+        start = self._starts[direction]
+        return Position(start, start + len(self._lanes[direction]))
 
     def add(self, block: int, what: str, key: bytes) -> None:
         """Put key in: to each lane what it lacks, and of what is left half to each."""
@@ -73,13 +101,63 @@ class Ledger:
 
     def draw(self, block: int, direction: Direction, count: int) -> bytes:
         """Use ``count`` bytes. Raises ``LedgerDry``."""
-        lane = self._lanes[direction]
-        if len(lane) < count:
-            raise LedgerDry("no authentication key is left: the link stops")
-        taken = bytes(lane[:count])
-        del lane[:count]
-        self._note(block, f"tag, {direction.name.lower().replace('_', ' ')}", -count)
+        taken = self.read(direction, self._starts[direction], count)
+        self.advance(block, direction, self._starts[direction] + count)
         return taken
+
+    def read(self, direction: Direction, start: int, count: int) -> bytes:
+        """Bytes from number ``start`` on; they stay in stock. Raises ``LedgerDry``."""
+        lane, at = self._lanes[direction], start - self._starts[direction]
+        if at < 0 or len(lane) - at < count:
+            raise LedgerDry(
+                "no authentication key is left, and the link stops: restart both ends, so that "
+                "they authenticate from the beginning"
+            )
+        return bytes(lane[at : at + count])
+
+    def advance(self, block: int, direction: Direction, start: int) -> None:
+        """Everything before byte number ``start`` is used."""
+        count = start - self._starts[direction]
+        del self._lanes[direction][:count]
+        self._starts[direction] = start
+        self._note(block, f"tag, {direction.name.lower().replace('_', ' ')}", -count)
+
+    def agreement(
+        self, speaks: Direction, theirs: dict[Direction, Position]
+    ) -> dict[Direction, Position]:
+        """What both parties have in stock, from our positions and theirs.
+
+        ``speaks``: our direction. Who speaks on a lane uses its bytes first, so the listener goes
+        on from where the speaker is. What only one of them was filled up with is of a block that
+        the other never finished, and is dropped. Raises ``LedgerLost`` when the positions
+        contradict that order: one party's ledger is an old copy.
+        """
+        agreed = {}
+        for lane in Direction:
+            ours, other = self.position(lane), theirs[lane]
+            speaker, listener = (ours, other) if lane is speaks else (other, ours)
+            if speaker.start < listener.start:
+                who = "this" if lane is speaks else "the other"
+                raise LedgerLost(f"{who} party's authentication key is an old copy")
+            agreed[lane] = Position(speaker.start, min(ours.end, other.end))
+        return agreed
+
+    def cut(self, block: int, ends: dict[Direction, Position]) -> None:
+        """Drop what is beyond the ends that were agreed on."""
+        for lane, agreed in ends.items():
+            surplus = self.position(lane).end - max(agreed.end, self._starts[lane])
+            if surplus > 0:
+                del self._lanes[lane][-surplus:]
+                self._note(block, "dropped: the other party lacks it", -surplus)
+
+    def clear(self) -> None:
+        """Forget everything: the parties begin again."""
+        for lane in self._lanes.values():
+            lane[:] = bytes(len(lane))
+            lane.clear()
+        self._starts = dict.fromkeys(Direction, 0)
+        self.history.clear()
+        self.inherited, self.conditional = 0.0, False
 
     def _note(self, block: int, what: str, change: int) -> None:
         self.history.append(Entry(block=block, what=what, change=change, balance=self.balance))

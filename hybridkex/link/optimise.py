@@ -14,7 +14,14 @@ from scipy.optimize import minimize
 
 from hybridkex.errors import ConfigError
 from hybridkex.link.entropy import binary_entropy
-from hybridkex.link.finite_key import SecretLength, Security, expected_counts, proof_for
+from hybridkex.link.finite_key import (
+    FINITE_KEY,
+    FiniteKeyProof,
+    SecretLength,
+    Security,
+    expected_counts,
+    proof_for,
+)
 from hybridkex.link.physics import Channel, Transmitter
 from hybridkex.link.presets import Preset
 
@@ -50,25 +57,25 @@ def expected_length(
     key_detections: float,
     f: float,
     security: Security | None = None,
-    clamp: bool = True,
+    proof: FiniteKeyProof | None = None,
 ) -> tuple[SecretLength, float]:
-    """The secret length of an average block, and its number of pulses.
+    """The secret length of an average block, and its number of pulses, dead time included.
 
+    ``key_detections``: sifted bits of the key basis. ``f``: error correction over Shannon's bound.
     Without ``security``, eps_sec is in proportion to the length, as in Lim et al. 2014.
     """
-    q = transmitter.key_basis_probability
-    pulses = key_detections / (q**2 * transmitter.mean_gain(channel))
-    counts = expected_counts(channel, transmitter, pulses)
+    detections = key_detections / transmitter.key_basis_probability**2
+    alive = detections / transmitter.mean_gain(channel)
+    counts = expected_counts(channel, transmitter, alive)
+    pulses = alive + detections * channel.dead_pulses
     leak = f * key_detections * binary_entropy(counts.key_error_rate)
-    proof = proof_for(transmitter)
+    proof = proof_for(transmitter) if proof is None else proof
     if security is not None:
-        return proof.secret_length(
-            transmitter, counts, security=security, leak=leak, clamp=clamp
-        ), pulses
+        return proof.secret_length(transmitter, counts, security=security, leak=leak), pulses
     real = key_detections
     for _ in range(30):  # the length depends on its logarithm alone, so this settles at once
         goal = Security(secrecy=RELATIVE_SECRECY * max(real, 1.0), correctness=RELATIVE_SECRECY)
-        length = proof.secret_length(transmitter, counts, security=goal, leak=leak, clamp=clamp)
+        length = proof.secret_length(transmitter, counts, security=goal, leak=leak)
         if abs(length.real - real) < 1e-9 * abs(real):
             break
         real = length.real
@@ -106,22 +113,32 @@ def optimise(
     intensities: int = 3,
     security: Security | None = None,
     near: Transmitter | None = None,
+    finite_key: str = FINITE_KEY[0],
 ) -> Optimum | None:
     """The settings with the highest rate, or ``None`` where no key can be made.
 
     ``intensities``: 3 for two decoys, 2 for one. ``near``: settings to start from, such as the best
     of a link that is a little shorter; without them the search has several starts.
-    See :func:`expected_length` for the others.
+    ``finite_key``: one of :data:`~hybridkex.link.finite_key.FINITE_KEY`. See
+    :func:`expected_length` for the others.
     """
+
+    def expected(transmitter: Transmitter) -> tuple[SecretLength, float]:
+        return expected_length(
+            channel,
+            transmitter,
+            key_detections=key_detections,
+            f=f,
+            security=security,
+            proof=proof_for(transmitter, finite_key),
+        )
 
     def loss(settings: NDArray[np.float64]) -> float:
         try:
             transmitter = _transmitter(settings)
         except ConfigError:
             return math.inf
-        length, pulses = expected_length(
-            channel, transmitter, key_detections=key_detections, f=f, security=security
-        )
+        length, pulses = expected(transmitter)
         # Where there is no key, less of a debt is better, so that the search finds its way out.
         return -math.log(length.real / pulses) if length.real > 0 else 100.0 - length.real / pulses
 
@@ -139,15 +156,13 @@ def optimise(
         )
     best = min(found, key=lambda result: float(result.fun))
     transmitter = _transmitter(best.x)
-    length, pulses = expected_length(
-        channel, transmitter, key_detections=key_detections, f=f, security=security
-    )
+    length, pulses = expected(transmitter)
     if length.real <= 0.0:
         return None
     return Optimum(transmitter=transmitter, length=length, pulses=pulses, rate=length.real / pulses)
 
 
-def tuned(preset: Preset, block_bits: int) -> Preset:
+def tuned(preset: Preset, block_bits: int, *, finite_key: str = FINITE_KEY[0]) -> Preset:
     """A preset with the best settings for its distance and blocks of ``block_bits``.
 
     Raises ``ConfigError`` where no key can be made at all.
@@ -158,6 +173,7 @@ def tuned(preset: Preset, block_bits: int) -> Preset:
         f=preset.efficiency,
         intensities=len(preset.transmitter.intensities),
         security=preset.security,
+        finite_key=finite_key,
     )
     if best is None:
         raise ConfigError(

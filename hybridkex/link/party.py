@@ -3,23 +3,25 @@
 A block in the order of its messages::
 
     Bob                                  Alice
-    REPORT pulses, bases, test bits, TAG ──────►   drops what was measured in another basis
-                        ◄────── SIFT bases, intensities, test bits, TAG
-    both count, and give the block up if the QBER or the decoys say so
+    REPORT pulses, bases, test bits, TAG ──────►   drops what was measured in another basis, and
+                                                   of the key basis, at random, what is too much
+                        ◄────── SIFT kept, intensities, test bits, TAG
+    both count, and abort the block if the QBER or the decoys say so
     ASK  ───────────────────────────────►
-                        ◄─────────────── TELL          Cascade, many times
-    FOUND wrong bits by intensity, TAG ─────────►
-    both compute the secret length from the counts and what was disclosed, and give up at zero
+                        ◄─────────────── TELL          error correction, many times
+    CORRECTED error counts, TAG ────────────────►
+    both compute the secret length from the counts and what was disclosed, and abort at zero
                         ◄────── FINISH hash, seeds, name, TAG
     VERDICT, TAG ───────────────────────────────►
     both hash their key to the secret length: first the ledger's share, the rest are keys
 
-Each party uses its own end of the quantum channel and what it hears, nothing else.
+Each party uses its own end of the quantum channel and what it received, nothing else.
+
+A session begins with HELLO, which says where each party's ledger stands. The first tag of the other
+party, which covers both HELLOs, confirms it; until then nothing in the ledger is given up.
 """
 
 import hashlib
-import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -30,39 +32,61 @@ import trio
 from cryptography.hazmat.primitives.poly1305 import Poly1305
 from numpy.typing import NDArray
 
-from hybridkex.errors import BlockAborted, LinkAuthenticationError, LinkError
+from hybridkex.errors import BlockAborted, LedgerLost, LinkAuthenticationError, LinkError
 from hybridkex.link.authentication import Authenticator, Signatures, WegmanCarter
-from hybridkex.link.cascade import FRAME, CascadeAlice, CascadeError, Plan, cascade_bob
+from hybridkex.link.classical import ClassicalChannel
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import Counts
-from hybridkex.link.ledger import Direction, Ledger
-from hybridkex.link.line import Line
-from hybridkex.link.quantum import Clicks, Detector, Log, Sent
+from hybridkex.link.ledger import Direction, Ledger, Position
+from hybridkex.link.quantum import Detections, Detector, PulseRecord, Sent
 from hybridkex.link.randomness import Randomness
+from hybridkex.link.reconciliation import Correction, ReconciliationError
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.toeplitz import compress, seed_length
 from hybridkex.link.wire import (
     CHUNK,
-    Ask,
+    Answer,
+    Corrected,
     Finish,
-    Found,
     Hello,
     Report,
+    Request,
     Sift,
     Type,
     Verdict,
     pack_bits,
-    unpack_bits,
 )
 from hybridkex.qkd.producer import ProducedKey
 from hybridkex.secret import Secret
 
-__all__ = ["Alice", "Block", "Bob", "verification_hash"]
+__all__ = ["Alice", "Block", "Bob", "Epsilon", "verification_hash"]
 
 TIMEOUT: Final = 60.0
 """Seconds that a party waits for a message."""
 
 Bits = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epsilon:
+    """All that can go wrong unnoticed with the keys of a block, as probabilities to add up."""
+
+    secrecy: float
+    """Distance from keys that Eve knows nothing of: estimates, smoothing, privacy amplification."""
+    correctness: float
+    """Of a difference between the keys that the verification misses: its hash, and Poly1305."""
+    authentication: float
+    """Of a forged tag under this block's messages, by the bound of Wegman and Carter; 0 for
+    signatures, whose security is computational."""
+    inherited: float
+    """Of the blocks before it, whose keys authenticate this one."""
+    conditional: bool
+    """Whether the others hold only if no signature was forged while the link began."""
+
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return self.secrecy + self.correctness + self.authentication + self.inherited
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,24 +102,25 @@ class Block:
     """Bits of the key basis."""
     tested: int
     """Bits of the test basis, all disclosed."""
-    qber: float
-    """Share of wrong bits in the key basis."""
+    qber: float | None
+    """Share of wrong bits in the key basis; ``None`` at Alice's end where Bob does not tell."""
     test_qber: float
     phase_error: float
     leak: int
-    """Parities that Cascade disclosed, bits."""
-    efficiency: float
-    """f: the leak over Shannon's bound."""
+    """Bits that error correction disclosed, as the settings count them."""
+    parities: int
+    """Bits that Alice disclosed among them."""
+    efficiency: float | None
+    """f: Alice's parities over Shannon's bound; ``None`` where the QBER is unknown or 0."""
     rounds: int
-    """Questions of Cascade."""
+    """Round trips of error correction."""
     secret_bits: int
     to_ledger: int
     """Bits of those that went into the ledger."""
     ledger_bits: int
     """The ledger's balance afterwards."""
     authentication: str
-    epsilon: float
-    """All that can go wrong unnoticed: secrecy, correctness and forgery, added up."""
+    epsilon: Epsilon
 
     @property
     def rate(self) -> float:
@@ -121,13 +146,6 @@ def _key_ids(name: bytes, count: int) -> Iterator[str]:
         yield str(UUID(bytes=digest, version=4))
 
 
-def _frames(length: int) -> list[slice]:
-    """A key in frames for Cascade, all about equal."""
-    count = max(1, -(-length // FRAME))
-    edges = [length * number // count for number in range(count + 1)]
-    return [slice(start, end) for start, end in itertools.pairwise(edges)]
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Sifted:
     """One party's bits after sifting, and what both know about them."""
@@ -138,6 +156,27 @@ class _Sifted:
     counts: Counts
     """Without the errors of the key basis."""
     pulses: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Corrected:
+    """What a party knows after error correction."""
+
+    disclosed: int
+    announced: int
+    rounds: int
+    errors: tuple[int, ...] | None
+    """Wrong bits of each intensity; ``None`` if this party does not know them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """What the bound makes of it."""
+
+    counts: Counts
+    leak: int
+    bits: int
+    phase_error: float
 
 
 class _Party:
@@ -151,53 +190,55 @@ class _Party:
         settings: LinkSettings,
         *,
         bootstrap: Ledger | Signatures,
+        ledger: Ledger | None = None,
         seed: int | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
         """``bootstrap``: a ledger with a shared secret in it, or signatures for the first block.
 
-        ``seed`` is for runs that must be repeated: it makes all random choices foreseeable.
+        ``ledger``: the authentication key of an earlier session over the same link, beside
+        signatures. It goes on from there. ``seed`` is for runs that must be repeated: it makes all
+        random choices foreseeable. ``timeout``: seconds.
         """
-        self._line = Line(stream, speaks=self.direction, timeout=timeout)
+        self._channel = ClassicalChannel(stream, sends=self.direction, timeout=timeout)
         self._settings = settings
         self._signatures = bootstrap if isinstance(bootstrap, Signatures) else None
-        self.ledger: Final = bootstrap if isinstance(bootstrap, Ledger) else Ledger()
+        if isinstance(bootstrap, Ledger):
+            ledger = bootstrap
+        self.ledger: Final = Ledger() if ledger is None else ledger
         self._randomness = Randomness.seeded(seed, f"party {self.direction}")
         self._number = 0
         self._begun = False
+        self._restarts = False
+        self._agreed: dict[Direction, Position] | None = None
         self._last_pulse = -1
         self._secrets: list[Bits] = []
 
     @property
     def traffic(self) -> tuple[int, int]:
-        """Bytes said and heard on the classical channel."""
-        return self._line.said_bytes, self._line.heard_bytes
+        """Bytes sent and received on the classical channel."""
+        return self._channel.sent_bytes, self._channel.received_bytes
 
     async def block(self) -> Block:
         """Make one block.
 
         Raises :class:`~hybridkex.errors.BlockAborted`, after which the next can be tried, and
-        other :class:`~hybridkex.errors.LinkError`, after which the link is over. Either way what
-        the block had is erased.
+        other :class:`~hybridkex.errors.LinkError`, after which the session is over. Either way
+        what the block had is erased.
         """
         try:
             if not self._begun:
                 await self._greet()
                 self._begun = True
             self._number += 1
-            self._line.begin_block(self._number, self._authenticator())
+            self._channel.begin_block(self._number, self._authenticator())
             return await self._block()
-        except CascadeError as error:
+        except ReconciliationError as error:
             raise LinkAuthenticationError(f"error correction: {error}") from None
         finally:
             for secret in self._secrets:
                 secret.fill(0)
             self._secrets.clear()
-
-    def _authenticator(self) -> Authenticator:
-        if self._signatures is not None and not self.ledger.history:
-            return self._signatures
-        return WegmanCarter(self.ledger, self._number)
 
     async def _greet(self) -> None:
         raise NotImplementedError
@@ -206,27 +247,67 @@ class _Party:
         raise NotImplementedError
 
     def _hello(self) -> Hello:
+        positions = {lane: self.ledger.position(lane) for lane in Direction}
         return Hello(
             role=int(self.direction),
             nonce=self._randomness.bytes(32),
             settings=self._settings.digest,
+            positions=positions if self.ledger.filled else None,
         )
 
-    def _meet(self, ours: Hello, theirs: Hello) -> None:
+    def _begin_session(self, ours: Hello, theirs: Hello) -> None:
+        """Compare the two HELLOs. Raises ``LinkError``."""
         if theirs.role != 1 - ours.role:
-            raise LinkError("both ends play the same party")
+            raise LinkError("both ends of the link play the same party")
         if theirs.settings != ours.settings:
             raise LinkError("the two ends of the link have different settings")
-        self._line.begin_session(
+        self._channel.begin_session(
             *(hello.encode() for hello in sorted((ours, theirs), key=lambda one: one.role))
         )
+        if ours.positions is None or theirs.positions is None:
+            if ours.positions is not None or theirs.positions is not None:
+                self._may_restart("this" if ours.positions is None else "the other")
+            if self._signatures is None:
+                raise LinkError("the link has neither authentication key nor signatures")
+            self._restarts = True
+            return
+        try:
+            self._agreed = self.ledger.agreement(self.direction, theirs.positions)
+        except LedgerLost:
+            self._may_restart("one")
+            self._restarts = True
 
-    def _keep(self, bits: Bits) -> Bits:
+    def _may_restart(self, who: str) -> None:
+        if self._settings.reauthentication != "signatures" or self._signatures is None:
+            raise LedgerLost(
+                f"{who} party of the link lost its authentication key: restart both ends, or set "
+                'reauthentication = "signatures" at both'
+            )
+
+    def _authenticator(self) -> Authenticator:
+        if self._restarts:
+            assert self._signatures is not None
+            return self._signatures
+        lanes = self._agreed or {lane: self.ledger.position(lane) for lane in Direction}
+        return WegmanCarter(
+            self.ledger, self._number, starts={lane: one.start for lane, one in lanes.items()}
+        )
+
+    async def _verify_tag(self) -> None:
+        """Check the other party's tag; the first one of a session confirms what was agreed."""
+        await self._channel.verify_tag()
+        if self._agreed is not None:
+            self.ledger.cut(self._number, self._agreed)
+            self._agreed = None
+        if self._restarts and self.ledger.filled:
+            self.ledger.clear()
+
+    def _erase_later(self, bits: Bits) -> Bits:
         """Erase these at the end of the block."""
         self._secrets.append(bits)
         return bits
 
-    def _sort(
+    def _estimate(
         self, own: Bits, basis: Bits, intensity: Bits, tests: tuple[Bits, Bits], pulses: int
     ) -> _Sifted:
         """From kept detections to a key and counts; ``tests``: both parties' bits of the test."""
@@ -236,61 +317,57 @@ class _Party:
             return tuple(map(float, np.bincount(which, minlength=kinds)))
 
         in_test = basis.astype(bool)
-        # Of the key basis no more than a block has, so that Cascade's orders fit.
-        key_intensity = intensity[~in_test][: self._settings.block_bits]
-        test_intensity = intensity[in_test]
+        key_intensity, test_intensity = intensity[~in_test], intensity[in_test]
         counts = Counts(
             key=count(key_intensity),
             key_errors=(0.0,) * kinds,
             test=count(test_intensity),
             test_errors=count(test_intensity[tests[0] != tests[1]]),
         )
+        key = self._erase_later(own[~in_test].copy())
         self._settings.check(counts, pulses=pulses)
-        key = self._keep(own[~in_test][: self._settings.block_bits].copy())
         return _Sifted(key=key, intensity=key_intensity, counts=counts, pulses=pulses)
 
-    def _plans(self, sifted: _Sifted) -> list[tuple[slice, Plan]]:
-        rate = sifted.counts.test_error_rate
-        return [
-            (part, Plan.for_error_rate(part.stop - part.start, rate))
-            for part in _frames(len(sifted.key))
-        ]
-
-    def _length(self, sifted: _Sifted, errors: tuple[int, ...], leak: int) -> "_Outcome":
-        counts = Counts(
-            key=sifted.counts.key,
-            key_errors=tuple(map(float, errors)),
-            test=sifted.counts.test,
-            test_errors=sifted.counts.test_errors,
+    def _bound(self, sifted: _Sifted, corrected: _Corrected) -> _Outcome:
+        counts = sifted.counts
+        if corrected.errors is not None:
+            counts = Counts(
+                key=counts.key,
+                key_errors=tuple(map(float, corrected.errors)),
+                test=counts.test,
+                test_errors=counts.test_errors,
+            )
+        leak = self._settings.leaked(
+            counts, disclosed=corrected.disclosed, announced=corrected.announced
         )
         length = self._settings.secret_length(counts, leak=leak)
         return _Outcome(counts=counts, leak=leak, bits=length.bits, phase_error=length.phase_error)
 
-    @property
-    def _hash_bits(self) -> int:
-        return min(127, self._settings.preset.security.verification_bits)
-
-    async def _deliver(
-        self, sifted: _Sifted, outcome: "_Outcome", finish: Finish, rounds: int
+    async def _amplify(
+        self, sifted: _Sifted, corrected: _Corrected, outcome: _Outcome, finish: Finish
     ) -> Block:
         """Privacy amplification, the ledger, keys."""
-        secret = self._keep(
+        secret = self._erase_later(
             await trio.to_thread.run_sync(compress, sifted.key, finish.seed, outcome.bits)
         )
         whole = secret[: len(secret) // 8 * 8]
         output = pack_bits(whole)
-        ledger_share = min(len(output), self.ledger.wanting)
-        self.ledger.add(self._number, "from the link", output[:ledger_share])
+        epsilon = self._epsilon()
+        share = min(len(output), self.ledger.wanting)
+        self.ledger.add(self._number, "from the link", output[:share])
+        self.ledger.inherited = epsilon.total
+        self.ledger.conditional = epsilon.conditional
+        self._restarts = False
         size = self._settings.key_bits // 8
-        usable = output[ledger_share:]
+        usable = output[share:]
         count = len(usable) // size
         keys = tuple(
             ProducedKey(key_id=key_id, key=Secret(usable[number * size : (number + 1) * size]))
             for number, key_id in enumerate(_key_ids(finish.name, count))
         )
-        counts, security = outcome.counts, self._settings.preset.security
-        sifted_bits = len(sifted.key)
-        shannon = sifted_bits * binary_entropy(counts.key_error_rate)
+        counts, sifted_bits = outcome.counts, len(sifted.key)
+        qber = None if corrected.errors is None else counts.key_error_rate
+        shannon = sifted_bits * binary_entropy(qber or 0.0)
         return Block(
             number=self._number,
             keys=keys,
@@ -298,28 +375,29 @@ class _Party:
             seconds=sifted.pulses / self._settings.preset.channel.repetition_rate_hz,
             sifted=sifted_bits,
             tested=int(sum(counts.test)),
-            qber=counts.key_error_rate,
+            qber=qber,
             test_qber=counts.test_error_rate,
             phase_error=outcome.phase_error,
             leak=outcome.leak,
-            efficiency=outcome.leak / shannon if shannon else math.inf,
-            rounds=rounds,
+            parities=corrected.disclosed,
+            efficiency=corrected.disclosed / shannon if shannon else None,
+            rounds=corrected.rounds,
             secret_bits=outcome.bits,
-            to_ledger=8 * ledger_share,
+            to_ledger=8 * share,
             ledger_bits=8 * self.ledger.balance,
-            authentication=self._line.authentication,
-            epsilon=security.secrecy + security.correctness + self._line.forgery,
+            authentication=self._channel.authentication,
+            epsilon=epsilon,
         )
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Outcome:
-    """What both know after error correction."""
-
-    counts: Counts
-    leak: int
-    bits: int
-    phase_error: float
+    def _epsilon(self) -> Epsilon:
+        settings = self._settings
+        return Epsilon(
+            secrecy=settings.preset.security.secrecy,
+            correctness=2.0**-settings.verification_bits + settings.collision,
+            authentication=0.0 if self._restarts else self._channel.forgery,
+            inherited=self.ledger.inherited,
+            conditional=self._restarts or self.ledger.conditional,
+        )
 
 
 class Alice(_Party):
@@ -331,106 +409,121 @@ class Alice(_Party):
         self,
         stream: trio.abc.Stream,
         settings: LinkSettings,
-        log: Log,
+        record: PulseRecord,
         *,
         bootstrap: Ledger | Signatures,
+        ledger: Ledger | None = None,
         seed: int | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
-        super().__init__(stream, settings, bootstrap=bootstrap, seed=seed, timeout=timeout)
-        self._log = log
+        super().__init__(
+            stream, settings, bootstrap=bootstrap, ledger=ledger, seed=seed, timeout=timeout
+        )
+        self._record = record
 
     async def _greet(self) -> None:
         ours = self._hello()
-        await self._line.say(ours)
-        self._meet(ours, Hello.decode(await self._line.hear(Type.HELLO)))
+        await self._channel.send(ours)
+        self._begin_session(ours, Hello.decode(await self._channel.receive(Type.HELLO)))
 
     async def _block(self) -> Block:
         try:
             sifted = await self._sift()
         finally:
-            self._log.forget()
-        errors, leak, rounds = await self._answer(sifted)
-        outcome = self._length(sifted, errors, leak)
+            self._record.forget()
+        corrected = await self._respond(sifted)
+        outcome = self._bound(sifted, corrected)
         draw = self._randomness
         hash_seed = draw.bytes(Finish.HASH_SEED)
         finish = Finish(
             hash_seed=hash_seed,
-            hash=verification_hash(sifted.key, hash_seed, self._hash_bits),
+            hash=verification_hash(sifted.key, hash_seed, self._settings.verification_bits),
             name=draw.bytes(Finish.NAME),
             seed=draw.bits(seed_length(len(sifted.key))),
         )
-        await self._line.say(finish)
-        await self._line.seal()
-        verdict = Verdict.decode(await self._line.hear(Type.VERDICT))
-        await self._line.confirm()
+        await self._channel.send(finish)
+        await self._channel.send_tag()
+        verdict = Verdict.decode(await self._channel.receive(Type.VERDICT))
+        await self._verify_tag()
         if not verdict.agree:
             raise BlockAborted("verification: the keys differ")
-        return await self._deliver(sifted, outcome, finish, rounds)
+        return await self._amplify(sifted, corrected, outcome, finish)
 
     async def _sift(self) -> _Sifted:
         reports: list[Report] = []
         missing = self._settings.detections
         last = self._last_pulse
         while missing:
-            report = Report.decode(await self._line.hear(Type.REPORT))
+            report = Report.decode(await self._channel.receive(Type.REPORT))
             missing -= len(report.pulse)
             if missing < 0 or int(report.pulse[0]) <= last:
-                raise LinkError("the reports do not fit together")
+                raise LinkError("the reports of a block do not fit together")
             last = int(report.pulse[-1])
             reports.append(report)
-        await self._line.confirm()
+        await self._verify_tag()
         pulses, self._last_pulse = last - self._last_pulse, last
-        kept_sent: list[tuple[Sent, Bits]] = []
-        for report in reports:
-            sent = self._log.recall(report.pulse)
-            self._keep(sent.bit)
-            kept = sent.basis == report.basis
-            mine = Sent(intensity=sent.intensity[kept], basis=sent.basis[kept], bit=sent.bit[kept])
-            in_test = mine.basis.astype(bool)
-            theirs = report.bit[kept[report.basis.astype(bool)]]
-            kept_sent.append((mine, theirs))
-            await self._line.say(
-                Sift(kept=kept.astype(np.uint8), intensity=mine.intensity, bit=mine.bit[in_test])
+        sent = [self._record.recall(report.pulse) for report in reports]
+        for one in sent:
+            self._erase_later(one.bit)
+        keeps = self._choose(sent, reports)
+        mine: list[Sent] = []
+        theirs: list[Bits] = []
+        for one, report, kept in zip(sent, reports, keeps, strict=True):
+            chosen = Sent(intensity=one.intensity[kept], basis=one.basis[kept], bit=one.bit[kept])
+            mine.append(chosen)
+            theirs.append(report.bit[kept[report.basis.astype(bool)]])
+            in_test = chosen.basis.astype(bool)
+            await self._channel.send(
+                Sift(
+                    kept=kept.astype(np.uint8),
+                    intensity=chosen.intensity,
+                    bit=chosen.bit[in_test],
+                )
             )
-        await self._line.seal()
-        basis = np.concatenate([one.basis for one, _ in kept_sent])
-        bit = self._keep(np.concatenate([one.bit for one, _ in kept_sent]))
-        return self._sort(
-            bit,
-            basis,
-            np.concatenate([one.intensity for one, _ in kept_sent]),
-            (bit[basis.astype(bool)], np.concatenate([theirs for _, theirs in kept_sent])),
-            pulses,
-        )
+        await self._channel.send_tag()
+        basis = np.concatenate([one.basis for one in mine])
+        bit = self._erase_later(np.concatenate([one.bit for one in mine]))
+        intensity = np.concatenate([one.intensity for one in mine])
+        tests = bit[basis.astype(bool)], np.concatenate(theirs)
+        return self._estimate(bit, basis, intensity, tests, pulses)
 
-    async def _answer(self, sifted: _Sifted) -> tuple[tuple[int, ...], int, int]:
-        """Cascade: errors by intensity, bits disclosed, questions answered."""
-        frames = iter(self._plans(sifted))
-        cascade: CascadeAlice | None = None
-        disclosed = rounds = 0
+    def _choose(self, sent: list[Sent], reports: list[Report]) -> list[NDArray[np.bool_]]:
+        """Which detections are kept: equal bases; of the key basis a random sample."""
+        keeps = [one.basis == report.basis for one, report in zip(sent, reports, strict=True)]
+        in_key = [kept & (one.basis == 0) for one, kept in zip(sent, keeps, strict=True)]
+        surplus = sum(int(one.sum()) for one in in_key) - self._settings.block_bits
+        if surplus > 0:
+            places = np.flatnonzero(np.concatenate(in_key))
+            drawn = self._randomness.uniform(len(places))
+            drop = places[np.argpartition(drawn, surplus)[:surplus]]
+            start = 0
+            for kept in keeps:
+                here = drop[(drop >= start) & (drop < start + len(kept))] - start
+                kept[here] = False
+                start += len(kept)
+        return keeps
+
+    async def _respond(self, sifted: _Sifted) -> _Corrected:
+        """Error correction: answer Bob's requests."""
+        responder = self._settings.reconciler.respond(sifted.key, sifted.counts.test_error_rate)
+        rounds = 0
         while True:
-            kind, body = await self._line.hear_one_of(Type.ASK, Type.FOUND)
-            if kind is Type.FOUND:
+            kind, body = await self._channel.receive_one_of(Type.ASK, Type.CORRECTED)
+            if kind is Type.CORRECTED:
                 break
-            question = Ask.decode(body).question
-            if question is None:
-                part, plan = next(frames, (None, None))
-                if part is None or plan is None:
-                    raise LinkError("there are no more frames")
-                cascade = CascadeAlice(plan, sifted.key[part])
-                continue
-            if cascade is None:
-                raise LinkError("a question before the first frame")
-            found = cascade.answer(question)
-            disclosed += len(found)
+            answer = await trio.to_thread.run_sync(responder.answer, body)
             rounds += 1
-            if disclosed > 2 * len(sifted.key):
-                raise LinkError("more was asked than there is to know")
-            await self._line.say_raw(Type.TELL, pack_bits(found))
-        errors = Found.decode(body, most=tuple(map(int, sifted.counts.key))).errors
-        await self._line.confirm()
-        return errors, disclosed, rounds
+            await self._channel.send(Answer(answer))
+        tells = self._settings.proof.uses_key_errors
+        most = tuple(map(int, sifted.counts.key)) if tells else ()
+        errors = Corrected.decode(body, most=most).errors
+        await self._verify_tag()
+        return _Corrected(
+            disclosed=responder.disclosed,
+            announced=responder.announced,
+            rounds=rounds,
+            errors=errors if tells else None,
+        )
 
 
 class Bob(_Party):
@@ -445,98 +538,105 @@ class Bob(_Party):
         detector: Detector,
         *,
         bootstrap: Ledger | Signatures,
+        ledger: Ledger | None = None,
         seed: int | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
-        super().__init__(stream, settings, bootstrap=bootstrap, seed=seed, timeout=timeout)
+        super().__init__(
+            stream, settings, bootstrap=bootstrap, ledger=ledger, seed=seed, timeout=timeout
+        )
         self._detector = detector
 
     async def _greet(self) -> None:
-        theirs = Hello.decode(await self._line.hear(Type.HELLO))
+        theirs = Hello.decode(await self._channel.receive(Type.HELLO))
         ours = self._hello()
-        await self._line.say(ours)
-        self._meet(ours, theirs)
+        await self._channel.send(ours)
+        self._begin_session(ours, theirs)
 
     async def _block(self) -> Block:
         sifted = await self._sift()
-        before = self._keep(sifted.key.copy())
-        leak, rounds = await self._ask(sifted)
-        kinds = len(sifted.counts.key)
-        wrong = sifted.intensity[before != sifted.key]
-        errors = tuple(map(int, np.bincount(wrong, minlength=kinds)))
-        await self._line.say(Found(errors=errors))
-        await self._line.seal()
-        outcome = self._length(sifted, errors, leak)
+        corrected = await self._correct(sifted)
+        outcome = self._bound(sifted, corrected)
         finish = Finish.decode(
-            await self._line.hear(Type.FINISH),
-            hash_bits=self._hash_bits,
+            await self._channel.receive(Type.FINISH),
+            hash_bits=self._settings.verification_bits,
             seed_bits=seed_length(len(sifted.key)),
         )
-        await self._line.confirm()
-        ours = verification_hash(sifted.key, finish.hash_seed, self._hash_bits)
+        await self._verify_tag()
+        ours = verification_hash(sifted.key, finish.hash_seed, self._settings.verification_bits)
         agree = bool((ours == finish.hash).all())
-        await self._line.say(Verdict(agree=agree))
-        await self._line.seal()
+        await self._channel.send(Verdict(agree=agree))
+        await self._channel.send_tag()
         if not agree:
             raise BlockAborted("verification: the keys differ")
-        return await self._deliver(sifted, outcome, finish, rounds)
+        return await self._amplify(sifted, corrected, outcome, finish)
 
     async def _sift(self) -> _Sifted:
-        clicks = await self._detector.detect(self._settings.detections)
-        self._keep(clicks.bit)
+        seen = await self._detector.detect(self._settings.detections)
+        self._erase_later(seen.bit)
         parts = [
-            Clicks(
-                pulse=clicks.pulse[start : start + CHUNK],
-                basis=clicks.basis[start : start + CHUNK],
-                bit=clicks.bit[start : start + CHUNK],
+            Detections(
+                pulse=seen.pulse[start : start + CHUNK],
+                basis=seen.basis[start : start + CHUNK],
+                bit=seen.bit[start : start + CHUNK],
             )
-            for start in range(0, len(clicks.pulse), CHUNK)
+            for start in range(0, len(seen.pulse), CHUNK)
         ]
         for part in parts:
             in_test = part.basis.astype(bool)
-            await self._line.say(Report(pulse=part.pulse, basis=part.basis, bit=part.bit[in_test]))
-        await self._line.seal()
-        last = int(clicks.pulse[-1])
+            await self._channel.send(
+                Report(pulse=part.pulse, basis=part.basis, bit=part.bit[in_test])
+            )
+        await self._channel.send_tag()
+        last = int(seen.pulse[-1])
         pulses, self._last_pulse = last - self._last_pulse, last
         answers = [
             Sift.decode(
-                await self._line.hear(Type.SIFT),
+                await self._channel.receive(Type.SIFT),
                 basis=part.basis,
                 intensities=len(self._settings.preset.transmitter.intensities),
             )
             for part in parts
         ]
-        await self._line.confirm()
+        await self._verify_tag()
         kept = np.concatenate([answer.kept for answer in answers]).astype(bool)
-        basis, bit = clicks.basis[kept], self._keep(clicks.bit[kept])
-        return self._sort(
-            bit,
-            basis,
-            np.concatenate([answer.intensity for answer in answers]),
-            (bit[basis.astype(bool)], np.concatenate([answer.bit for answer in answers])),
-            pulses,
-        )
+        basis, bit = seen.basis[kept], self._erase_later(seen.bit[kept])
+        if int((basis == 0).sum()) > self._settings.block_bits:
+            raise LinkError("the other party kept more detections than a block has")
+        intensity = np.concatenate([answer.intensity for answer in answers])
+        tests = bit[basis.astype(bool)], np.concatenate([answer.bit for answer in answers])
+        return self._estimate(bit, basis, intensity, tests, pulses)
 
-    async def _ask(self, sifted: _Sifted) -> tuple[int, int]:
-        """Cascade: corrects the key; bits disclosed and questions asked."""
-        disclosed = rounds = 0
-        for part, plan in self._plans(sifted):
-            await self._line.say(Ask(question=None))
-            search = cascade_bob(plan, sifted.key[part])
-            passes = 0
+    async def _correct(self, sifted: _Sifted) -> _Corrected:
+        """Error correction: ask Alice until the key is hers."""
+        before = self._erase_later(sifted.key.copy())
+        search = self._settings.reconciler.correct(sifted.key, sifted.counts.test_error_rate)
+        rounds = 0
+
+        correction: Correction | None = None
+
+        def step(answer: bytes | None) -> bytes | None:
+            nonlocal correction
             try:
-                question = next(search)
-                while True:
-                    await self._line.say(Ask(question=question))
-                    if question.nodes is None:
-                        roots = plan.forest.roots(passes)
-                        count, passes = int(roots.stop - roots.start), passes + 1
-                    else:
-                        count = len(question.nodes)
-                    disclosed += count
-                    rounds += 1
-                    parities = unpack_bits(await self._line.hear(Type.TELL), count)
-                    question = search.send(parities)
-            except StopIteration:
-                pass
-        return disclosed, rounds
+                return next(search) if answer is None else search.send(answer)
+            except StopIteration as end:
+                correction = end.value
+                return None
+
+        request = await trio.to_thread.run_sync(step, None)
+        while request is not None:
+            rounds += 1
+            await self._channel.send(Request(request))
+            request = await trio.to_thread.run_sync(step, await self._channel.receive(Type.TELL))
+        assert correction is not None
+        wrong = sifted.intensity[before != sifted.key]
+        errors = tuple(map(int, np.bincount(wrong, minlength=len(sifted.counts.key))))
+        tells = self._settings.proof.uses_key_errors
+        await self._channel.send(Corrected(errors=errors if tells else ()))
+        await self._channel.send_tag()
+        return _Corrected(
+            disclosed=correction.disclosed,
+            announced=correction.announced,
+            rounds=rounds,
+            errors=errors,
+        )

@@ -5,7 +5,7 @@ Where a paper optimises its intensities for every distance, one sensible choice 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Final
 
@@ -27,6 +27,13 @@ class Preset:
     security: Security
     efficiency: float
     """f, as the paper assumes for error correction; only closed forms use it."""
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """The numbers of the preset, without its name and its reference."""
+        parts = (self.channel, self.transmitter, self.security)
+        flat = {one.name: getattr(part, one.name) for part in parts for one in fields(part)}
+        return {**flat, "efficiency": self.efficiency}
 
     def at(self, distance_km: float) -> "Preset":
         """The same link over another length of fibre."""

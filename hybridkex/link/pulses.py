@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hybridkex.link.eavesdroppers import Eavesdropper
 from hybridkex.link.physics import PHOTONS, Channel, Transmitter
-from hybridkex.link.quantum import Clicks, Sent
+from hybridkex.link.quantum import Detections, Sent
 from hybridkex.link.randomness import Randomness
 
 __all__ = ["send_pulses"]
@@ -24,7 +24,7 @@ def send_pulses(
     pulses: int,
     *,
     randomness: Randomness,
-) -> tuple[Sent, Clicks]:
+) -> tuple[Sent, Detections]:
     """Send ``pulses`` pulses; the detections, and the settings of their pulses."""
     test = 1.0 - transmitter.key_basis_probability
     intensity = randomness.choice(np.array(transmitter.probabilities), pulses)
@@ -54,7 +54,7 @@ def send_pulses(
     pulse = _alive(np.flatnonzero(detected | after), channel.dead_pulses)
     return (
         Sent(intensity=intensity[pulse], basis=basis[pulse], bit=bit[pulse]),
-        Clicks(pulse=pulse, basis=bob_basis[pulse], bit=seen[pulse].astype(np.uint8)),
+        Detections(pulse=pulse, basis=bob_basis[pulse], bit=seen[pulse].astype(np.uint8)),
     )
 
 

@@ -5,8 +5,8 @@ sampled, not pulses: the number of pulses between two of them is geometric, and 
 pulse was follows from Bayes' rule. That is exact, because the settings of pulses are independent of
 each other.
 
-:class:`Fibre` is nobody's: it knows both sides, as nature does. Alice gets at her end nothing but
-:class:`Log`, the settings of her own pulses, and Bob nothing but :class:`Clicks`.
+:class:`OpticalLink` belongs to neither party: it knows both sides, as nature does. Alice has the
+settings of her own pulses (:class:`PulseRecord`), and Bob his :class:`Detections`, nothing else.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from hybridkex.link.physics import Channel, Light, Transmitter, gain_from_yields
 from hybridkex.link.randomness import Randomness
 
-__all__ = ["KEY", "TEST", "Clicks", "Detector", "Fibre", "Log", "Sent", "sample"]
+__all__ = ["KEY", "TEST", "Detections", "Detector", "OpticalLink", "PulseRecord", "Sent", "sample"]
 
 KEY: Final = 0
 TEST: Final = 1
@@ -39,7 +39,7 @@ class Sent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clicks:
+class Detections:
     """Bob's detections, one row for each, in the order of time."""
 
     pulse: Pulses
@@ -51,7 +51,7 @@ class Clicks:
 class Detector(Protocol):
     """Bob's end of the quantum channel."""
 
-    async def detect(self, count: int) -> Clicks:
+    async def detect(self, count: int) -> Detections:
         """Wait for so many detections."""
         ...
 
@@ -64,7 +64,7 @@ def sample(
     *,
     first: int,
     randomness: Randomness,
-) -> tuple[Sent, Clicks]:
+) -> tuple[Sent, Detections]:
     """The next ``count`` detections from pulse ``first``, and the settings of their pulses."""
     gains, errors = [], []
     for mean_photons in transmitter.intensities:
@@ -92,11 +92,11 @@ def sample(
     seen = np.where(sent_basis == seen_basis, bit ^ flip, randomness.bits(count))
     return (
         Sent(intensity=intensity, basis=sent_basis, bit=bit),
-        Clicks(pulse=pulse, basis=seen_basis, bit=seen.astype(np.uint8)),
+        Detections(pulse=pulse, basis=seen_basis, bit=seen.astype(np.uint8)),
     )
 
 
-class Log:
+class PulseRecord:
     """Alice's memory of her pulses."""
 
     def __init__(self, transmitter: Transmitter, randomness: Randomness) -> None:
@@ -105,14 +105,14 @@ class Log:
         self._pulse: Pulses = np.empty(0, dtype=np.int64)
         self._sent = Sent(intensity=_EMPTY, basis=_EMPTY, bit=_EMPTY)
 
-    def record(self, pulse: Pulses, sent: Sent) -> None:
-        """Called by the fibre; what was remembered before is forgotten."""
+    def keep(self, pulse: Pulses, sent: Sent) -> None:
+        """Called by the optical link; what was remembered before is forgotten."""
         self._pulse, self._sent = pulse, sent
 
     def recall(self, pulse: Pulses) -> Sent:
         """The settings of these pulses.
 
-        Of a pulse that the fibre did not bring to Bob they are drawn now: nobody can tell.
+        Those of a pulse that was not detected are drawn now: nobody can tell the difference.
         """
         count = len(pulse)
         place = np.searchsorted(self._pulse, pulse)
@@ -145,7 +145,7 @@ class Log:
 _EMPTY: Final = np.empty(0, dtype=np.uint8)
 
 
-class Fibre:
+class OpticalLink:
     """A laser, a fibre (with or without Eve) and two detectors."""
 
     def __init__(
@@ -163,7 +163,7 @@ class Fibre:
         self._light: Light = channel if light is None else light
         self._randomness = Randomness.seeded(seed, "fibre")
         self._next = 0
-        self.log: Final = Log(transmitter, Randomness.seeded(seed, "laser"))
+        self.record: Final = PulseRecord(transmitter, Randomness.seeded(seed, "laser"))
         """Alice's end."""
 
     @property
@@ -171,18 +171,18 @@ class Fibre:
         """How long the light has been on so far."""
         return self._next / self._channel.repetition_rate_hz
 
-    async def detect(self, count: int) -> Clicks:
+    async def detect(self, count: int) -> Detections:
         """Bob's end; see :class:`Detector`."""
         before = self.seconds
         started = trio.current_time()
-        sent, clicks = await trio.to_thread.run_sync(self._sample, count)
+        sent, detections = await trio.to_thread.run_sync(self._sample, count)
         if self._real_time:
             await trio.sleep_until(started + self.seconds - before)
-        self.log.record(clicks.pulse, sent)
-        return clicks
+        self.record.keep(detections.pulse, sent)
+        return detections
 
-    def _sample(self, count: int) -> tuple[Sent, Clicks]:
-        sent, clicks = sample(
+    def _sample(self, count: int) -> tuple[Sent, Detections]:
+        sent, detections = sample(
             self._channel,
             self._transmitter,
             self._light,
@@ -190,5 +190,5 @@ class Fibre:
             first=self._next,
             randomness=self._randomness,
         )
-        self._next = int(clicks.pulse[-1]) + 1
-        return sent, clicks
+        self._next = int(detections.pulse[-1]) + 1
+        return sent, detections

@@ -1,7 +1,7 @@
-"""What the link asks of an error correction: the interface that :mod:`~hybridkex.link.cascade` fills.
+"""The interface of an error correction; :mod:`~hybridkex.link.cascade` implements it.
 
-Bob corrects his key. He sends requests, Alice answers each with bits about hers; what requests and
-answers look like is the method's own business. A method with one message from Alice has one request.
+Bob corrects his key. He sends requests, and Alice answers each with bits about hers; the format of
+both is up to the method. A method with one message from Alice has one request.
 """
 
 from collections.abc import Generator
@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Correction", "ReconciliationError", "Reconciler", "Responder"]
+__all__ = ["Correction", "Reconciler", "ReconciliationError", "Responder"]
 
 Bits = NDArray[np.uint8]
 

@@ -1,7 +1,7 @@
-"""The quantum channel between two processes: the fibre is at Alice's, its clicks go to Bob's.
+"""The quantum channel between two processes: detections go from Alice's process to Bob's.
 
 What crosses here is light, as far as this simulation goes: it is not part of the classical channel
-and nothing of it is secret from Alice's process, where the simulated fibre lives. Bob's bits are
+and nothing of it is secret from Alice's process, which simulates the optical link. Bob's bits are
 the result of a measurement that happens in his detectors, though; a real link has no such stream.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 import trio
 
 from hybridkex.errors import LinkError
-from hybridkex.link.quantum import Clicks, Fibre
+from hybridkex.link.quantum import Detections, OpticalLink
 from hybridkex.link.wire import pack_bits, unpack_bits
 
 __all__ = ["RemoteDetector", "serve_detector"]
@@ -21,12 +21,12 @@ COUNT: Final = struct.Struct(">I")
 
 
 class RemoteDetector:
-    """Bob's end of a fibre that is in another process."""
+    """Bob's end of an optical link that is simulated in another process."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
 
-    async def detect(self, count: int) -> Clicks:
+    async def detect(self, count: int) -> Detections:
         """See :class:`~hybridkex.link.quantum.Detector`. Raises ``LinkError``."""
         try:
             await self._stream.send_all(COUNT.pack(count))
@@ -36,26 +36,26 @@ class RemoteDetector:
             raise LinkError(f"the quantum channel broke: {error}") from None
         pulse = np.frombuffer(data[: 8 * count], dtype="<i8").astype(np.int64)
         if int(pulse[0]) < 0 or (count > 1 and int(np.diff(pulse).min()) <= 0):
-            raise LinkError("the quantum channel gave nonsense")
-        return Clicks(
+            raise LinkError("the quantum channel gave malformed detections")
+        return Detections(
             pulse=pulse,
             basis=unpack_bits(data[8 * count : 8 * count + packed], count),
             bit=unpack_bits(data[8 * count + packed :], count),
         )
 
 
-async def serve_detector(fibre: Fibre, stream: trio.abc.Stream, *, most: int) -> None:
+async def serve_detector(link: OpticalLink, stream: trio.abc.Stream, *, most: int) -> None:
     """Give Bob what his detectors see, up to ``most`` detections at a time, until he hangs up."""
     try:
         while True:
             (count,) = COUNT.unpack(await _exactly(stream, COUNT.size))
             if not 0 < count <= most:
-                raise LinkError("more detections are wanted than a block has")
-            clicks = await fibre.detect(count)
+                raise LinkError("more detections were requested than a block has")
+            detections = await link.detect(count)
             await stream.send_all(
-                clicks.pulse.astype("<i8").tobytes()
-                + pack_bits(clicks.basis)
-                + pack_bits(clicks.bit)
+                detections.pulse.astype("<i8").tobytes()
+                + pack_bits(detections.basis)
+                + pack_bits(detections.bit)
             )
     except trio.BrokenResourceError as error:
         raise LinkError(f"the quantum channel broke: {error}") from None

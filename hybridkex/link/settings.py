@@ -2,19 +2,32 @@
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Final
 
 from hybridkex.errors import BlockAborted, ConfigError
-from hybridkex.link.finite_key import Counts, FiniteKeyProof, SecretLength, proof_for
+from hybridkex.link.authentication import collision_probability
+from hybridkex.link.cascade import Cascade
+from hybridkex.link.finite_key import FINITE_KEY, Counts, FiniteKeyProof, SecretLength, proof_for
 from hybridkex.link.presets import PRESETS, Preset
+from hybridkex.link.reconciliation import Reconciler
 from hybridkex.link.toeplitz import MAX_INPUT
 
-__all__ = ["LinkSettings"]
+__all__ = ["DECOY_CHECKS", "LEAKS", "MEMORY", "REAUTHENTICATION", "LinkSettings"]
 
 SIGMAS: Final = 6.0
 """Standard deviations that statistics may be off by before they are suspicious."""
+VERIFICATION_BITS: Final = 127
+"""The longest verification hash."""
+LEAKS: Final = ("alice", "both")
+DECOY_CHECKS: Final = ("full", "shares", "off")
+REAUTHENTICATION: Final = ("refuse", "signatures")
+MEMORY: Final = 8 << 30
+"""Bytes that a block may take, both parties together; settings that ask for more are refused."""
+FIXED_MEMORY: Final = 512 << 20
+PER_DETECTION: Final = 80
+PER_KEY_BIT: Final = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +36,28 @@ class LinkSettings:
 
     preset: Preset = field(default_factory=lambda: PRESETS["lim2014"])
     block_bits: int = 1_000_000
-    """n_X: bits of the key basis that make a block."""
+    """n_X: bits of the key basis that make a block, a random sample of those detected."""
     key_bits: int = 256
+    """Bits of each key that comes out, a multiple of 8."""
     max_qber: float = 0.11
-    """Above this share of wrong bits in either basis a block is given up."""
+    """Above this share of wrong bits in the test basis (and in the key basis, where it is
+    announced) a block is given up."""
     tolerance: float = 0.1
     """How far the rate of detections and their shares of the intensities may drift."""
+    finite_key: str = FINITE_KEY[0]
+    """``tight`` or ``published``: see :mod:`hybridkex.link.finite_key`."""
+    leak: str = LEAKS[0]
+    """Whose parities count as disclosed: ``alice``, as in most of the literature, or ``both``,
+    which also covers what Bob's requests tell about his key (arXiv:2307.00576)."""
+    decoy_check: str = DECOY_CHECKS[0]
+    """``full``: the rate of detections and the shares of the intensities must be the preset's
+    within ``tolerance``; ``shares``: the latter alone; ``off``: neither. No bound rests on it."""
+    reauthentication: str = REAUTHENTICATION[0]
+    """If a party lost its authentication key: ``refuse``, or let ``signatures`` begin again."""
+    reconciler: Reconciler = field(default_factory=Cascade)
+    """The error correction."""
+    block_detections: int | None = None
+    """Detections of a block, both bases; ``None``: enough that ``block_bits`` are among them."""
 
     def __post_init__(self) -> None:
         if not 1000 <= self.block_bits <= MAX_INPUT // 2:
@@ -37,46 +66,101 @@ class LinkSettings:
             raise ConfigError("key_bits is a positive multiple of 8")
         if not 0.0 < self.max_qber <= 0.5 or not 0.0 < self.tolerance < 1.0:
             raise ConfigError("max_qber lies between 0 and 0.5, tolerance between 0 and 1")
-        if self.detections > 1 << 31:
-            raise ConfigError("so many bits with so rare a key basis are too much for one block")
+        for name, known in (
+            ("finite_key", FINITE_KEY),
+            ("leak", LEAKS),
+            ("decoy_check", DECOY_CHECKS),
+            ("reauthentication", REAUTHENTICATION),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}")
+        if self.block_detections is not None and self.block_detections < 1:
+            raise ConfigError("block_detections must be positive")
+        if self.memory > MEMORY:
+            raise ConfigError(
+                f"a block of {self.block_bits:,} bits takes {self.detections:,} detections, with "
+                f"{self.memory / 2**30:.1f} GiB of memory, and at most {MEMORY / 2**30:.0f} GiB "
+                "are allowed: make the block smaller or the key basis more probable"
+            )
+        wanted = self.preset.security.correctness
+        if self.verification_bits > VERIFICATION_BITS:
+            least = 2.0 * max(self.collision, 2.0**-VERIFICATION_BITS)
+            raise ConfigError(
+                f"keys of {self.block_bits:,} bits cannot be verified with a correctness of "
+                f"{wanted:g}: allow {least:.2g} or more"
+            )
 
     @cached_property
     def detections(self) -> int:
         """How many detections a block takes, so that the key basis almost surely has enough."""
+        if self.block_detections is not None:
+            return self.block_detections
         share = self.preset.transmitter.key_basis_probability**2
         wanted = self.block_bits + 5.0 * math.sqrt(self.block_bits)
         return math.ceil(wanted / share)
 
     @property
+    def memory(self) -> int:
+        """Bytes that a block takes, at most, if both parties are in one process."""
+        return FIXED_MEMORY + PER_DETECTION * self.detections + PER_KEY_BIT * self.block_bits
+
+    @property
+    def collision(self) -> float:
+        """The probability that Poly1305 maps two different keys to the same number."""
+        return collision_probability(-(-self.block_bits // 8))
+
+    @property
+    def verification_bits(self) -> int:
+        """Bits of the hash that both sides compare.
+
+        So many that they and Poly1305, whose output they hash, miss a difference with no more than
+        the probability that ``correctness`` allows.
+        """
+        left = self.preset.security.correctness - self.collision
+        return math.ceil(-math.log2(left)) if left > 0.0 else VERIFICATION_BITS + 1
+
+    @property
     def proof(self) -> FiniteKeyProof:
         """What says how long the key is."""
-        return proof_for(self.preset.transmitter)
+        return proof_for(self.preset.transmitter, self.finite_key)
 
     @property
     def digest(self) -> bytes:
-        """A fingerprint of all of this."""
-        return hashlib.sha256(repr(self).encode()).digest()
+        """A fingerprint of all that decides what the parties do; names and citations do not."""
+        mine: dict[str, object] = {
+            one.name: getattr(self, one.name)
+            for one in fields(self)
+            if one.name not in ("preset", "reconciler")
+        }
+        mine |= {**self.preset.parameters, "reconciler": self.reconciler.name}
+        return hashlib.sha256(repr(sorted(mine.items())).encode()).digest()
 
     def check(self, counts: Counts, *, pulses: int) -> None:
         """The rules on what was detected. Raises ``BlockAborted`` with the reason."""
         if not sum(counts.key) or not sum(counts.test):
-            raise BlockAborted("a basis without detections")
+            raise BlockAborted("nothing was detected in one of the bases")
         self.check_qber(counts.test_error_rate, "test")
         channel, transmitter = self.preset.channel, self.preset.transmitter
         gain = transmitter.mean_gain(channel)
-        alive = max(1, pulses - self.detections * channel.dead_pulses)
-        self._compare("all detections", self.detections, gain * alive)
-        seen = [key + test for key, test in zip(counts.key, counts.test, strict=True)]
-        for number, (mean, chosen) in enumerate(
-            zip(transmitter.intensities, transmitter.probabilities, strict=True)
-        ):
-            expected = sum(seen) * chosen * channel.gain(mean) / gain
-            self._compare(f"detections of intensity {number + 1}", seen[number], expected)
+        if self.decoy_check == "full":
+            alive = max(1, pulses - self.detections * channel.dead_pulses)
+            self._compare("all detections", self.detections, gain * alive)
+        if self.decoy_check == "off":
+            return
+        # The key basis may have been thinned out, so each basis is compared by itself.
+        for basis, seen in (("key", counts.key), ("test", counts.test)):
+            for number, (mean, chosen) in enumerate(
+                zip(transmitter.intensities, transmitter.probabilities, strict=True)
+            ):
+                expected = sum(seen) * chosen * channel.gain(mean) / gain
+                self._compare(
+                    f"intensity {number + 1} in the {basis} basis", seen[number], expected
+                )
 
     def _compare(self, what: str, seen: float, expected: float) -> None:
         if abs(seen - expected) > self.tolerance * expected + SIGMAS * math.sqrt(expected):
             raise BlockAborted(
-                f"decoy statistics: {what}: {seen:.0f}, and {expected:.0f} were expected"
+                f"decoy statistics: {what}: {seen:.0f} detections, {expected:.0f} were expected"
             )
 
     def check_qber(self, rate: float, basis: str) -> None:
@@ -86,9 +170,31 @@ class LinkSettings:
                 f"QBER of the {basis} basis: {rate:.2%}, and at most {self.max_qber:.2%} is allowed"
             )
 
+    def leaked(self, counts: Counts, *, disclosed: int, announced: int) -> int:
+        """Bits to subtract for error correction; the verification hash is counted apart.
+
+        ``disclosed``: bits about Alice's key, ``announced``: about Bob's. That the number of them
+        is visible counts too, and so do the error counts, twice: as what they tell, and because
+        the length depends on them.
+        """
+        bits = float(disclosed)
+        if self.leak == "both":
+            bits += announced
+        bits += math.log2(2.0 * sum(counts.key) + 4096.0)
+        # The proofs subtract log2(2 / eps_cor) for the hash, which Poly1305 may make longer.
+        price = math.log2(2.0 / self.preset.security.correctness)
+        bits += max(0.0, self.verification_bits - price)
+        if self.proof.uses_key_errors:
+            bits += 2.0 * sum(math.log2(n + 1.0) for n in counts.key)
+        return math.ceil(bits)
+
     def secret_length(self, counts: Counts, *, leak: int) -> SecretLength:
-        """The bound. Raises ``BlockAborted`` when it leaves nothing."""
-        self.check_qber(counts.key_error_rate, "key")
+        """The bound, for ``leak`` bits by :meth:`leaked`.
+
+        Raises ``BlockAborted`` when it leaves nothing.
+        """
+        if self.proof.uses_key_errors:
+            self.check_qber(counts.key_error_rate, "key")
         found = self.proof.secret_length(
             self.preset.transmitter, counts, security=self.preset.security, leak=float(leak)
         )

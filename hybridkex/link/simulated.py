@@ -15,7 +15,7 @@ from hybridkex.link.eavesdroppers import eavesdropper
 from hybridkex.link.interference import TamperedStream
 from hybridkex.link.ledger import LANE_RESERVE, Ledger
 from hybridkex.link.party import Alice, Block, Bob
-from hybridkex.link.quantum import Fibre
+from hybridkex.link.quantum import OpticalLink
 from hybridkex.link.randomness import Randomness
 from hybridkex.link.settings import LinkSettings
 from hybridkex.secret import Secret
@@ -23,7 +23,7 @@ from hybridkex.secret import Secret
 __all__ = ["BOOTSTRAPS", "Observer", "SimulatedLink"]
 
 Observer: TypeAlias = Callable[[Block | BlockAborted], None]
-"""Told of each block, made or given up."""
+"""Told of each block, made (as Bob has it, who knows all of its numbers) or aborted."""
 
 BOOTSTRAPS: Final = ("psk", "ecdsa", "ml-dsa")
 
@@ -74,7 +74,7 @@ class SimulatedLink:
         light = None
         if self._eve and self._eve != "mitm" and not self._tampers:
             light = eavesdropper(self._eve, channel, transmitter)
-        self._fibre = Fibre(channel, transmitter, light=light, seed=seed, real_time=real_time)
+        self._link = OpticalLink(channel, transmitter, light=light, seed=seed, real_time=real_time)
         self._shared = Randomness.seeded(seed, "shared secret").bytes(2 * LANE_RESERVE)
         self._ends = _bootstraps(bootstrap, self._shared)
         self._parties: tuple[Alice | Bob, ...] = ()
@@ -83,7 +83,7 @@ class SimulatedLink:
     @property
     def seconds(self) -> float:
         """How long the laser has been on, by its own clock."""
-        return self._fibre.seconds
+        return self._link.seconds
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -98,14 +98,14 @@ class SimulatedLink:
         if self._tampers:
             near = TamperedStream(near, byte=int(self._eve.partition(":")[2]))
         alice = Alice(
-            near, self.settings, self._fibre.log, bootstrap=self._ends[0], seed=self._seed
+            near, self.settings, self._link.record, bootstrap=self._ends[0], seed=self._seed
         )
-        far, detector = streams[1], self._fibre
+        far, detector = streams[1], self._link
         between: list[Alice | Bob] = []
         if self._eve == "mitm":
             # Eve plays Bob to Alice and Alice to Bob; what she lacks is the bootstrap.
             hers = _bootstraps(self._bootstrap, os.urandom(len(self._shared)))
-            other = Fibre(
+            other = OpticalLink(
                 self.settings.preset.channel,
                 self.settings.preset.transmitter,
                 seed=self._seed,
@@ -114,7 +114,7 @@ class SimulatedLink:
             streams += _stream_pair()
             between = [
                 Bob(far, self.settings, detector, bootstrap=hers[1]),
-                Alice(streams[2], self.settings, other.log, bootstrap=hers[0]),
+                Alice(streams[2], self.settings, other.record, bootstrap=hers[0]),
             ]
             far, detector = streams[3], other
         bob = Bob(far, self.settings, detector, bootstrap=self._ends[1], seed=self._seed)
@@ -159,7 +159,7 @@ class SimulatedLink:
                 self._observer(failures[0])
             raise failures[0]
         if self._observer is not None:
-            self._observer(made[0])
+            self._observer(made[1])
         return made[0], made[1]
 
 

@@ -5,19 +5,18 @@ bits are packed from the highest, the unused bits of a last byte are zero. Decod
 body has exactly one reading, nothing is left over, and every size has a bound before anything is
 allocated.
 
-========  ===========  =============================================================================
-type      sender       body
-========  ===========  =============================================================================
-HELLO     both         version, role, nonce, digest of the settings
-REPORT    Bob          detections: distance from pulse to pulse, bases, the bits of the test basis
-SIFT      Alice        which bases agree, the intensities of those, her bits of the test basis
-ASK       Bob          Cascade: the next frame, the roots of the next pass, or parities of nodes
-TELL      Alice        Cascade: the parities
-FOUND     Bob          how many wrong bits of each intensity were corrected
-FINISH    Alice        hash of her key, seeds of hash and privacy amplification, name of the block
-VERDICT   Bob          whether the hash agrees
-TAG       both         authenticates all that this side has said since its last tag
-========  ===========  =============================================================================
+=========  ===========  ============================================================================
+type       sender       body
+=========  ===========  ============================================================================
+HELLO      both         version, role, nonce, digest of the settings, positions in the ledger
+REPORT     Bob          detections: distance from pulse to pulse, bases, the bits of the test basis
+SIFT       Alice        which detections are kept, their intensities, her bits of the test basis
+ASK, TELL  Bob, Alice   error correction: a request and its answer, as the method has them
+CORRECTED  Bob          the number of wrong bits of each intensity, if the proof uses it
+FINISH     Alice        hash of her key, seeds of hash and privacy amplification, name of the block
+VERDICT    Bob          whether the hash agrees
+TAG        both         authenticates all that this side has sent since its last tag
+=========  ===========  ============================================================================
 """
 
 import struct
@@ -29,18 +28,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridkex.errors import LinkError
-from hybridkex.link.cascade import Question
+from hybridkex.link.ledger import Direction, Position
 
 __all__ = [
     "CHUNK",
     "HEADER",
     "LIMITS",
-    "Ask",
+    "Answer",
+    "Corrected",
     "Finish",
-    "Found",
     "Hello",
     "Message",
     "Report",
+    "Request",
     "Sift",
     "Type",
     "Verdict",
@@ -48,7 +48,7 @@ __all__ = [
     "unpack_bits",
 ]
 
-VERSION: Final = 1
+VERSION: Final = 2
 HEADER: Final = struct.Struct(">BI")
 CHUNK: Final = 1 << 20
 """Detections in one REPORT, at most."""
@@ -64,7 +64,7 @@ class Type(IntEnum):
     SIFT = 3
     ASK = 4
     TELL = 5
-    FOUND = 6
+    CORRECTED = 6
     FINISH = 7
     VERDICT = 8
     TAG = 9
@@ -74,9 +74,9 @@ LIMITS: Final = {
     Type.HELLO: 128,
     Type.REPORT: 16 + 4 * CHUNK + 2 * (CHUNK // 8 + 1),
     Type.SIFT: 2 * (CHUNK // 8 + 1) + CHUNK // 4 + 1,
-    Type.ASK: 1 + 4 * CHUNK,
-    Type.TELL: CHUNK,
-    Type.FOUND: 64,
+    Type.ASK: 1 << 27,
+    Type.TELL: 1 << 24,
+    Type.CORRECTED: 64,
     Type.FINISH: 1 << 27,
     Type.VERDICT: 1,
     Type.TAG: 16_384,
@@ -116,6 +116,10 @@ class _Reader:
     def bits(self, count: int) -> Bits:
         return unpack_bits(self.take(-(-count // 8)), count)
 
+    @property
+    def left(self) -> int:
+        return len(self._body) - self._at
+
     def end(self) -> None:
         if self._at != len(self._body):
             raise LinkError("a message is too long")
@@ -131,18 +135,30 @@ class Hello:
     nonce: bytes
     settings: bytes
     """SHA-256 of what both must have configured alike."""
+    positions: dict[Direction, Position] | None
+    """Which bytes of its ledger this party has in stock; ``None`` if it never had any."""
 
     def encode(self) -> bytes:
-        return bytes([VERSION, self.role]) + self.nonce + self.settings
+        numbers = b""
+        for lane in Direction if self.positions is not None else ():
+            assert self.positions is not None
+            position = self.positions[lane]
+            numbers += position.start.to_bytes(8) + position.end.to_bytes(8)
+        return bytes([VERSION, self.role]) + self.nonce + self.settings + numbers
 
     @classmethod
     def decode(cls, body: bytes) -> Self:
         reader = _Reader(body)
         if reader.number(1) != VERSION:
-            raise LinkError("the other party speaks another version")
-        found = cls(role=reader.number(1), nonce=reader.take(32), settings=reader.take(32))
+            raise LinkError("the other party speaks another version of the link's protocol")
+        role, nonce, settings = reader.number(1), reader.take(32), reader.take(32)
+        positions = None
+        if reader.left:
+            positions = {lane: Position(reader.number(8), reader.number(8)) for lane in Direction}
+            if any(one.end < one.start for one in positions.values()):
+                raise LinkError("malformed positions in the ledger")
         reader.end()
-        return found
+        return cls(role=role, nonce=nonce, settings=settings, positions=positions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +173,9 @@ class Report:
     def encode(self) -> bytes:
         gaps = np.diff(self.pulse)
         if len(gaps) and int(gaps.max()) >= 1 << 32:
-            raise LinkError("the link is too dark: four thousand million pulses without a click")
+            raise LinkError(
+                "more than 2^32 pulses passed without a detection: the loss is too high"
+            )
         return (
             struct.pack(">IQ", len(self.pulse), int(self.pulse[0]))
             + gaps.astype(">u4").tobytes()
@@ -170,7 +188,7 @@ class Report:
         reader = _Reader(body)
         count, first = reader.number(4), reader.number(8)
         if not 0 < count <= CHUNK or first >= 1 << 62:
-            raise LinkError("a report of a number of detections that cannot be")
+            raise LinkError("a report with an impossible number of detections")
         gaps = np.frombuffer(reader.take(4 * (count - 1)), dtype=">u4").astype(np.int64)
         if len(gaps) and int(gaps.min()) == 0:
             raise LinkError("a pulse is reported twice")
@@ -203,41 +221,42 @@ class Sift:
         pairs = reader.bits(2 * int(kept.sum())).reshape(-1, 2)
         intensity = pairs[:, 0] * np.uint8(2) + pairs[:, 1]
         if len(intensity) and int(intensity.max()) >= intensities:
-            raise LinkError("an intensity that there is not")
+            raise LinkError("an unknown intensity index")
         found = cls(kept=kept, intensity=intensity, bit=reader.bits(int((kept & basis).sum())))
         reader.end()
         return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ask:
-    """Cascade. ``question`` is ``None`` when the next frame begins."""
+@dataclass(frozen=True)
+class Request:
+    """Error correction: what Bob wants to know, in the form of the method."""
 
     type: ClassVar[Type] = Type.ASK
-    question: Question | None
+    body: bytes
 
     def encode(self) -> bytes:
-        if self.question is None:
-            return b"\0"
-        if self.question.nodes is None:
-            return b"\1"
-        return b"\2" + self.question.nodes.astype(">u4").tobytes()
+        return self.body
 
-    @classmethod
-    def decode(cls, body: bytes) -> Self:
-        kind, rest = body[:1], body[1:]
-        if kind == b"\2" and rest and len(rest) % 4 == 0:
-            return cls(question=Question(np.frombuffer(rest, dtype=">u4").astype(np.int64)))
-        if rest or kind not in (b"\0", b"\1"):
-            raise LinkError("a question that is none")
-        return cls(question=None if kind == b"\0" else Question(None))
+
+@dataclass(frozen=True)
+class Answer:
+    """Error correction: Alice's answer, in the form of the method."""
+
+    type: ClassVar[Type] = Type.TELL
+    body: bytes
+
+    def encode(self) -> bytes:
+        return self.body
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """Wrong bits of the key basis that were corrected, for each intensity."""
+class Corrected:
+    """Error correction has ended: the wrong bits that were corrected, for each intensity.
 
-    type: ClassVar[Type] = Type.FOUND
+    The counts are announced only if the proof uses them; there are none otherwise.
+    """
+
+    type: ClassVar[Type] = Type.CORRECTED
     errors: tuple[int, ...]
 
     def encode(self) -> bytes:
@@ -245,11 +264,12 @@ class Found:
 
     @classmethod
     def decode(cls, body: bytes, *, most: tuple[int, ...]) -> Self:
+        """``most``: the greatest possible counts; empty if none are announced."""
         reader = _Reader(body)
         errors = tuple(reader.number(8) for _ in most)
         reader.end()
         if any(count > bound for count, bound in zip(errors, most, strict=True)):
-            raise LinkError("more wrong bits than bits")
+            raise LinkError("more wrong bits than bits were reported")
         return cls(errors=errors)
 
 
@@ -295,8 +315,8 @@ class Verdict:
     @classmethod
     def decode(cls, body: bytes) -> Self:
         if body not in (b"\0", b"\1"):
-            raise LinkError("a verdict that is none")
+            raise LinkError("a malformed verdict")
         return cls(agree=body == b"\1")
 
 
-Message = Hello | Report | Sift | Ask | Found | Finish | Verdict
+Message = Hello | Report | Sift | Request | Answer | Corrected | Finish | Verdict

@@ -17,7 +17,7 @@ from hybridkex.apps.transfer import messages as transfer
 from hybridkex.auth import DevCa, RawIdentity
 from hybridkex.constants import TLS13
 from hybridkex.link import wire
-from hybridkex.link.cascade import Question
+from hybridkex.link.ledger import Direction, Position
 from hybridkex.qkd.psk import context_of, identity_of
 from hybridkex.qkd.source import KeyRef
 from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
@@ -181,13 +181,18 @@ def _link_messages() -> dict[str, bytes]:
     bits = np.array([1, 0, 1, 1, 0, 0, 1, 0, 1], dtype=np.uint8)
     three = bits[:3]
     messages: dict[str, wire.Message] = {
-        "hello": wire.Hello(role=1, nonce=bytes(32), settings=bytes(32)),
+        "hello": wire.Hello(role=1, nonce=bytes(32), settings=bytes(32), positions=None),
+        "hello-again": wire.Hello(
+            role=0,
+            nonce=bytes(32),
+            settings=bytes(32),
+            positions={lane: Position(48, 304) for lane in Direction},
+        ),
         "report": wire.Report(pulse=np.array([3, 9, 2**31]), basis=three, bit=three[:2]),
         "sift": wire.Sift(kept=bits, intensity=bits[:5] * 2, bit=bits[:5]),
-        "ask-frame": wire.Ask(question=None),
-        "ask-pass": wire.Ask(question=Question(None)),
-        "ask": wire.Ask(question=Question(np.array([1, 70_000]))),
-        "found": wire.Found(errors=(1, 2, 3)),
+        "ask-pass": wire.Request(b"\x01"),
+        "ask": wire.Request(b"\x00\x01\x00\x00\x00\x11\x00\x00\x00"),
+        "corrected": wire.Corrected(errors=(1, 2, 3)),
         "finish": wire.Finish(
             hash_seed=bytes(32), hash=np.resize(bits, 50), name=bytes(16), seed=np.resize(bits, 99)
         ),

@@ -51,13 +51,15 @@ from hybridkex.errors import (
 from hybridkex.kme.config import load_config
 from hybridkex.kme.peering import ExtKeys, ids_from_json
 from hybridkex.link import wire
+from hybridkex.link.cascade import Cascade
 from hybridkex.link.finite_key import Security
 from hybridkex.link.ledger import LANE_RESERVE, Ledger
 from hybridkex.link.party import Alice, Block, Bob
 from hybridkex.link.physics import Transmitter
 from hybridkex.link.presets import preset
-from hybridkex.link.quantum import Clicks, Log, Sent, sample
+from hybridkex.link.quantum import Detections, PulseRecord, Sent, sample
 from hybridkex.link.randomness import Randomness
+from hybridkex.link.reconciliation import ReconciliationError
 from hybridkex.link.settings import LinkSettings
 from hybridkex.qkd.etsi014.models import KeyContainer, KeyIds, KeyRequest, ModelError, Status
 from hybridkex.qkd.psk import identity_of, name_of
@@ -485,8 +487,7 @@ def link_messages(data: bytes) -> None:
         wire.Hello.decode,
         wire.Report.decode,
         lambda body: wire.Sift.decode(body, basis=basis, intensities=3),
-        wire.Ask.decode,
-        lambda body: wire.Found.decode(body, most=(5, 5, 5)),
+        lambda body: wire.Corrected.decode(body, most=(5, 5, 5)),
         lambda body: wire.Finish.decode(body, hash_bits=50, seed_bits=99),
         wire.Verdict.decode,
     )
@@ -496,10 +497,14 @@ def link_messages(data: bytes) -> None:
         except LinkError:
             continue
         assert message.encode() == data, "two encodings of one message"
+    alice = Cascade().respond(np.ones(1000, dtype=np.uint8), 0.03)
+    for request in (b"\x02", data[: len(data) // 2], data[len(data) // 2 :]):
+        with contextlib.suppress(ReconciliationError):
+            alice.answer(request)
 
 
 @cache
-def _link() -> tuple[LinkSettings, Sent, Clicks]:
+def _link() -> tuple[LinkSettings, Sent, Detections]:
     """A link with blocks as small as they come, and the light of its first block."""
     chosen = preset("rusca2018")
     settings = LinkSettings(
@@ -529,7 +534,7 @@ def _link() -> tuple[LinkSettings, Sent, Clicks]:
 class _Detector:
     """The same light again and again."""
 
-    async def detect(self, count: int) -> Clicks:
+    async def detect(self, count: int) -> Detections:
         clicks = _link()[2]
         return replace(clicks, bit=clicks.bit.copy())
 
@@ -544,17 +549,17 @@ def link_parties(data: bytes) -> None:
     reader = _Reader(data)
     changes = {reader.byte() % 64: _link_change(reader) for _ in range(1 + reader.byte() % 3)}
     settings, sent, clicks = _link()
-    log = Log(settings.preset.transmitter, Randomness.seeded(5, "fuzz"))
-    log.record(clicks.pulse, replace(sent, bit=sent.bit.copy()))
+    record = PulseRecord(settings.preset.transmitter, Randomness.seeded(5, "fuzz"))
+    record.keep(clicks.pulse, replace(sent, bit=sent.bit.copy()))
     near, far = memory_stream_pair()
     shared = Secret(bytes(4 * LANE_RESERVE))  # so full that the ledger takes nothing of the block
-    alice = Alice(near, settings, log, bootstrap=Ledger(shared), seed=1)
+    alice = Alice(near, settings, record, bootstrap=Ledger(shared), seed=1)
     bob = Bob(far, settings, _Detector(), bootstrap=Ledger(shared), seed=1)
     changed = False
     number = 0
 
     def hook(party: Alice | Bob) -> None:
-        send = party._line._send
+        send = party._channel._send
 
         async def altered(kind: wire.Type, body: bytes) -> None:
             nonlocal changed, number
@@ -563,7 +568,7 @@ def link_parties(data: bytes) -> None:
             changed |= new != (kind, body)
             await send(*new)
 
-        party._line._send = altered  # type: ignore[method-assign]
+        party._channel._send = altered  # type: ignore[method-assign]
 
     made: list[Block] = []
 

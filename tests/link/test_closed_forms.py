@@ -9,6 +9,7 @@ from hybridkex.link import asymptotic
 from hybridkex.link.finite_key import (
     Counts,
     OneDecoy,
+    Published,
     SecretLength,
     Security,
     TwoDecoys,
@@ -185,7 +186,11 @@ def lim(
     )
     channel = LIM.at(distance)
     length, pulses = expected_length(
-        channel, transmitter, key_detections=detections, f=1.16, clamp=clamp
+        channel,
+        transmitter,
+        key_detections=detections,
+        f=1.16,
+        proof=TwoDecoys(Published(21, clamp=clamp)),
     )
     return length, pulses, expected_counts(channel, transmitter, pulses)
 
@@ -239,13 +244,13 @@ def test_lim_0_km() -> None:
     ],
 )
 def test_lim_optimised(distance: float, detections: float, rate: float) -> None:
-    best = optimise(LIM.at(distance), key_detections=detections, f=1.16)
+    best = optimise(LIM.at(distance), key_detections=detections, f=1.16, finite_key="published")
     assert best is not None
     assert best.rate == pytest.approx(rate, rel=0.01)
 
 
 def test_lim_ends_where_it_should() -> None:
-    assert optimise(LIM.at(190), key_detections=1e9, f=1.16) is None
+    assert optimise(LIM.at(190), key_detections=1e9, f=1.16, finite_key="published") is None
 
 
 # -- Rusca et al. 2018
@@ -255,7 +260,7 @@ def rusca(distance: float, pulses: float) -> tuple[SecretLength, Counts]:
     chosen = PRESETS["rusca2018"].at(distance)
     counts = expected_counts(chosen.channel, chosen.transmitter, pulses)
     h = -sum(p * math.log2(p) for p in (counts.key_error_rate, 1 - counts.key_error_rate))
-    length = OneDecoy().secret_length(
+    length = OneDecoy(Published(19)).secret_length(
         chosen.transmitter,
         counts,
         security=Security(secrecy=1e-9, correctness=1e-15),

@@ -10,7 +10,7 @@ from hybridkex.link.eavesdroppers import NoEve, eavesdropper
 from hybridkex.link.physics import Channel, Transmitter, gain_from_yields
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.pulses import send_pulses
-from hybridkex.link.quantum import Clicks, Fibre, Log, Sent, sample
+from hybridkex.link.quantum import Detections, OpticalLink, PulseRecord, Sent, sample
 from hybridkex.link.randomness import Randomness
 
 LEVEL = 1e-4
@@ -26,7 +26,7 @@ def passes(observed: "np.ndarray", expected: "np.ndarray") -> bool:
     return bool(chi2.sf(((observed - expected) ** 2 / expected).sum(), len(expected) - 1) > LEVEL)
 
 
-def table(sent: Sent, clicks: Clicks, intensities: int) -> "np.ndarray":
+def table(sent: Sent, clicks: Detections, intensities: int) -> "np.ndarray":
     """Detections by intensity, bases, and whether the bits differ."""
     code = ((sent.intensity * 2 + sent.basis) * 2 + clicks.basis) * 2 + (sent.bit ^ clicks.bit)
     return np.bincount(code.astype(np.int64), minlength=intensities * 8)
@@ -135,11 +135,11 @@ def test_yields_of_photon_numbers(distance: float) -> None:
 
 async def test_the_clock_of_the_laser_can_be_kept() -> None:
     chosen = PRESETS["gys2005"].at(50)
-    fibre = Fibre(chosen.channel, chosen.transmitter, seed=1, real_time=True)
+    fibre = OpticalLink(chosen.channel, chosen.transmitter, seed=1, real_time=True)
     began = trio.current_time()
     await fibre.detect(300)
     assert trio.current_time() - began >= fibre.seconds > 0.05
-    hours = Fibre(chosen.channel.at(100), chosen.transmitter, seed=1)
+    hours = OpticalLink(chosen.channel.at(100), chosen.transmitter, seed=1)
     began = trio.current_time()
     await hours.detect(1_000_000)
     assert hours.seconds > 3600  # and this test is not an hour long
@@ -237,7 +237,7 @@ def test_unknown_eavesdroppers(text: str) -> None:
 
 def test_alice_remembers_and_never_admits_that_a_pulse_was_lost() -> None:
     chosen = PRESETS["lim2014"]
-    log = Log(chosen.transmitter, Randomness.seeded(1, "log"))
+    log = PulseRecord(chosen.transmitter, Randomness.seeded(1, "log"))
     sent, clicks = sample(
         chosen.channel,
         chosen.transmitter,
@@ -246,7 +246,7 @@ def test_alice_remembers_and_never_admits_that_a_pulse_was_lost() -> None:
         first=0,
         randomness=Randomness.seeded(2, "log"),
     )
-    log.record(clicks.pulse, sent)
+    log.keep(clicks.pulse, sent)
     again = log.recall(clicks.pulse)
     assert (again.bit == sent.bit).all()
     assert (again.basis == sent.basis).all()
@@ -261,11 +261,11 @@ async def test_the_fibre_goes_on_where_it_was_and_repeats_with_its_seed() -> Non
     chosen = PRESETS["boaron2018"].at(50)
     runs = []
     for _ in range(2):
-        fibre = Fibre(chosen.channel, chosen.transmitter, seed=3)
+        fibre = OpticalLink(chosen.channel, chosen.transmitter, seed=3)
         runs.append([await fibre.detect(100), await fibre.detect(100)])
         assert fibre.seconds == pytest.approx((runs[-1][1].pulse[-1] + 1) / 2.5e9)
     first, second = runs[0]
     assert first.pulse[-1] + 75 < second.pulse[0]  # 30 ns at 2.5 GHz
     assert (runs[1][1].pulse == second.pulse).all()
-    other = Fibre(chosen.channel, chosen.transmitter)
+    other = OpticalLink(chosen.channel, chosen.transmitter)
     assert ((await other.detect(100)).pulse != first.pulse).any()

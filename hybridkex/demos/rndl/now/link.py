@@ -16,7 +16,7 @@ from hybridkex.errors import BlockAborted, LinkError
 from hybridkex.link.authentication import Signatures
 from hybridkex.link.party import Alice, Block, Bob
 from hybridkex.link.presets import preset
-from hybridkex.link.quantum import Fibre
+from hybridkex.link.quantum import OpticalLink
 from hybridkex.link.settings import LinkSettings
 from hybridkex.qkd.pool import FilePool, PoolNames
 from hybridkex.qkd.source import KeyRef, KeySource, QkdKey
@@ -80,7 +80,7 @@ async def _one_block(capture: Path, escrow: Escrow) -> tuple[Block, Block]:
     there = preset("rusca2018").at(_DISTANCE_KM)
     transmitter = replace(there.transmitter, key_basis_probability=_KEY_BASIS)
     settings = LinkSettings(preset=replace(there, transmitter=transmitter), block_bits=_BLOCK_BITS)
-    fibre = Fibre(there.channel, transmitter)
+    light = OpticalLink(there.channel, transmitter)
     keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
     for key in keys:
         escrow.keep(SIGNATURE, key)
@@ -99,7 +99,7 @@ async def _one_block(capture: Path, escrow: Escrow) -> tuple[Block, Block]:
     async def serve_bob(stream: trio.SocketStream) -> None:
         async with stream:
             ours = Signatures(keys[1], keys[0].public_key())
-            await run("bob", Bob(stream, settings, fibre, bootstrap=ours))
+            await run("bob", Bob(stream, settings, light, bootstrap=ours))
 
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(partial(trio.serve_tcp, serve_bob, 0, host="127.0.0.1"))
@@ -107,7 +107,7 @@ async def _one_block(capture: Path, escrow: Escrow) -> tuple[Block, Block]:
         tap = wire_tap(capture, where)
         async with tap as address, await trio.open_tcp_stream(*address) as stream:
             ours = Signatures(keys[0], keys[1].public_key())
-            await run("alice", Alice(stream, settings, fibre.log, bootstrap=ours))
+            await run("alice", Alice(stream, settings, light.record, bootstrap=ours))
             await stream.receive_some()  # Bob closes when he has his keys.
         nursery.cancel_scope.cancel()
     if len(blocks) != 2:

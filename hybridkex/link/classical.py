@@ -1,7 +1,7 @@
-"""One party's end of the classical channel: frames, and tags over all that was said.
+"""One party's end of the classical channel: messages, and tags over all that was sent.
 
 Nothing that a message says is final before the tag that covers it: the parties compute with what
-they hear and give no key away until the last tag of the block.
+they receive and give no key away until the last tag of the block.
 """
 
 import hashlib
@@ -15,27 +15,28 @@ from hybridkex.link.authentication import Authenticator, forgery_probability
 from hybridkex.link.ledger import Direction
 from hybridkex.link.wire import HEADER, LIMITS, Message, Type
 
-__all__ = ["Line"]
+__all__ = ["ClassicalChannel"]
 
 
-class Line:
+class ClassicalChannel:
     """Messages to and from the other party, over any stream."""
 
-    def __init__(self, stream: trio.abc.Stream, *, speaks: Direction, timeout: float) -> None:
+    def __init__(self, stream: trio.abc.Stream, *, sends: Direction, timeout: float) -> None:
+        """``timeout``: seconds to wait for a message, and to send one."""
         self._stream = stream
-        self._speaks = speaks
-        self._hears = Direction(1 - speaks)
+        self._sends = sends
+        self._receives = Direction(1 - sends)
         self._timeout = timeout
         self._buffer = bytearray()
-        self._said: dict[Direction, list[bytes]] = {one: [] for one in Direction}
+        self._uncovered: dict[Direction, list[bytes]] = {one: [] for one in Direction}
         self._tags = dict.fromkeys(Direction, 0)
         self._authenticator: Authenticator | None = None
         self._block = 0
         self._session = b""
         self.forgery: float = 0.0
         """Probability that a forger succeeded in the present block, by the bound."""
-        self.heard_bytes = 0
-        self.said_bytes = 0
+        self.received_bytes = 0
+        self.sent_bytes = 0
 
     def begin_session(self, *parts: bytes) -> None:
         """Bind all tags to this session."""
@@ -50,73 +51,72 @@ class Line:
         """How the present block is authenticated."""
         return "none" if self._authenticator is None else self._authenticator.name
 
-    async def say(self, message: Message) -> None:
+    async def send(self, message: Message) -> None:
         """Send a message."""
         await self._send(message.type, message.encode())
 
-    async def say_raw(self, kind: Type, body: bytes) -> None:
-        """Send a body that was made by hand."""
-        await self._send(kind, body)
-
-    async def hear(self, kind: Type) -> bytes:
+    async def receive(self, kind: Type) -> bytes:
         """The body of the next message, which must be of this type."""
-        return (await self.hear_one_of(kind))[1]
+        return (await self.receive_one_of(kind))[1]
 
-    async def hear_one_of(self, *kinds: Type) -> tuple[Type, bytes]:
+    async def receive_one_of(self, *kinds: Type) -> tuple[Type, bytes]:
         """Type and body of the next message. Raises ``LinkError`` for another one, or none."""
-        with self._troubles():
+        with self._errors():
             header = await self._exactly(HEADER.size)
             number, length = HEADER.unpack(header)
             if number not in kinds or length > LIMITS[Type(number)]:
-                raise LinkError("a message that does not belong here")
+                raise LinkError("the other party sent an unexpected message")
             body = await self._exactly(length)
         kind = Type(number)
         if kind is not Type.TAG:
-            self._said[self._hears] += [header, body]
+            self._uncovered[self._receives] += [header, body]
         return kind, body
 
-    async def seal(self) -> None:
-        """Authenticate what we said since the last time."""
+    async def send_tag(self) -> None:
+        """Authenticate what we sent since the last tag."""
         assert self._authenticator is not None
-        tag = self._authenticator.tag(self._speaks, self._covered(self._speaks))
+        tag = self._authenticator.tag(self._sends, self._covered(self._sends))
         await self._send(Type.TAG, tag)
 
-    async def confirm(self) -> None:
-        """Hear the tag over what the other party said since the last time, and check it."""
+    async def verify_tag(self) -> None:
+        """Receive the tag over what the other party sent since its last one, and check it.
+
+        Raises ``LinkError``.
+        """
         assert self._authenticator is not None
-        tag = await self.hear(Type.TAG)
-        self._authenticator.check(self._hears, self._covered(self._hears), tag)
+        tag = await self.receive(Type.TAG)
+        self._authenticator.check(self._receives, self._covered(self._receives), tag)
 
     def _covered(self, direction: Direction) -> list[bytes]:
-        head = b"hybridkex QKD link v1" + self._session + bytes([direction])
+        head = b"hybridkex QKD link v2" + self._session + bytes([direction])
         head += self._block.to_bytes(8) + self._tags[direction].to_bytes(8)
-        parts = [head, *self._said[direction]]
+        parts = [head, *self._uncovered[direction]]
         self._tags[direction] += 1
-        self._said[direction] = []
+        self._uncovered[direction] = []
         self.forgery += forgery_probability(sum(map(len, parts)))
         return parts
 
     async def _send(self, kind: Type, body: bytes) -> None:
         header = HEADER.pack(kind, len(body))
         if kind is not Type.TAG:
-            self._said[self._speaks] += [header, body]
-        with self._troubles():
+            self._uncovered[self._sends] += [header, body]
+        with self._errors():
             await self._stream.send_all(header + body)
-        self.said_bytes += len(header) + len(body)
+        self.sent_bytes += len(header) + len(body)
 
     async def _exactly(self, count: int) -> bytes:
         while len(self._buffer) < count:
             data = await self._stream.receive_some(max(65536, min(count, 1 << 20)))
             if not data:
-                raise LinkError("the other party has hung up")
+                raise LinkError("the other party closed the connection")
             self._buffer += data
-            self.heard_bytes += len(data)
+            self.received_bytes += len(data)
         taken = bytes(self._buffer[:count])
         del self._buffer[:count]
         return taken
 
     @contextmanager
-    def _troubles(self) -> Iterator[None]:
+    def _errors(self) -> Iterator[None]:
         try:
             with trio.fail_after(self._timeout):
                 yield

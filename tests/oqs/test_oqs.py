@@ -30,7 +30,6 @@ from hybridkex.crypto.sig_oqs import (
     oqs_scheme,
     oqs_schemes,
 )
-from hybridkex.crypto.signatures import ALL_SCHEMES
 from hybridkex.errors import (
     CertificateRejected,
     ConfigError,
@@ -254,12 +253,10 @@ def test_unknown_names() -> None:
     with pytest.raises(ConfigError, match="no part"):
         via_oqs(X25519)
     assert {scheme.name for scheme in oqs_schemes()} == set(SIGNATURES)
-    left_out = {one for one in STATUS.signatures if "PREHASH" not in one} - set(ALGORITHMS)
-    ours = {scheme.name for scheme in ALL_SCHEMES}
-    assert {one for one in left_out if one.lower().replace("-", "") not in ours} <= {
-        "cross-rsdp-256-balanced",
-        "cross-rsdp-256-fast",
-    }
+    # What a release adds is refused by name until it has a code point here, and changes nothing.
+    for name in set(STATUS.signatures) - set(ALGORITHMS):
+        with pytest.raises(ConfigError, match="no signature algorithm"):
+            oqs_scheme(name)
 
 
 @needs_liboqs

@@ -1,18 +1,20 @@
 """``hybridkex completion``: a script that completes commands, options and file names in a shell."""
 
 import argparse
+from pathlib import Path
 from typing import Final
 
 import shtab
 
 from hybridkex.cli.commands import COMMANDS, command_parser
 from hybridkex.cli.manual import describe
+from hybridkex.cli.values import file_path, folder_path
 from hybridkex.errors import ConfigError
 
 __all__ = ["configure", "run"]
 
-_COMPLETED: Final = {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY, "FILE.png|.svg": shtab.FILE}
-"""What the shell offers for a value, by what the help calls it."""
+_COMPLETED: Final = {Path: shtab.FILE, file_path: shtab.FILE, folder_path: shtab.DIRECTORY}
+"""What the shell offers for a value, by the option's type."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ],
     )
     parser.add_argument(
-        "shell", choices=shtab.SUPPORTED_SHELLS, help="the shell that shall complete"
+        "shell", choices=shtab.SUPPORTED_SHELLS, help="the shell to generate the script for"
     )
 
 
@@ -61,5 +63,5 @@ def _complete_files(parser: argparse.ArgumentParser) -> None:
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():
                 _complete_files(inner)
-        elif action.metavar in _COMPLETED:
-            action.complete = _COMPLETED[action.metavar]  # type: ignore[attr-defined]
+        elif action.type in _COMPLETED:
+            action.complete = _COMPLETED[action.type]  # type: ignore[attr-defined]

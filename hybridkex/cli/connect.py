@@ -11,6 +11,7 @@ from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.sessions import FileSessionStore
 from hybridkex.cli.tcp import NO_TCP, cannot_connect, checked_port
+from hybridkex.cli.values import file_path
 from hybridkex.net.address import TcpAddress
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig
@@ -42,7 +43,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--server-name", metavar="NAME", help="the name in the certificate, if it is not HOST"
     )
     parser.add_argument(
-        "--resume", metavar="FILE", help="keep session tickets in FILE and resume with them"
+        "--resume",
+        type=file_path,
+        metavar="FILE",
+        help="keep session tickets in FILE and resume with them",
     )
     add_channel_options(parser)
 

@@ -27,6 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
+from hybridkex.cli.values import folder_path
 from hybridkex.crypto.kex import ALL_GROUPS
 from hybridkex.demos.rndl.later.reading import Connection, read_capture
 from hybridkex.demos.rndl.now.tap import wire_tap
@@ -66,7 +67,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="what to send; by default the largest library that hybridkex uses",
     )
     parser.add_argument(
-        "--keep", type=Path, metavar="DIR", help="leave Eve's recording there, for Wireshark"
+        "--keep", type=folder_path, metavar="DIR", help="leave Eve's recording there, for Wireshark"
     )
     parser.add_argument(
         "--distance",

@@ -7,6 +7,7 @@ from pathlib import Path
 from hybridkex.auth import spki_sha256
 from hybridkex.auth.dev_ca import ALGORITHMS, DevCa, write_identity
 from hybridkex.cli.manual import describe
+from hybridkex.cli.values import folder_path
 
 __all__ = ["configure", "run"]
 
@@ -23,7 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ],
         notes="See docs/certificates.md.",
     )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="made if it is not there")
+    parser.add_argument(
+        "directory", type=folder_path, metavar="DIR", help="made if it is not there"
+    )
     parser.add_argument(
         "--name",
         action="append",

@@ -1,17 +1,22 @@
 """The options that say where QKD keys come from, and the key sources that they make."""
 
 import argparse
+import hmac
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hybridkex.cli.values import file_path
 from hybridkex.errors import ConfigError
 from hybridkex.qkd.etsi014.hop import TLS_KINDS
 from hybridkex.qkd.etsi014.naming import IdRule
 from hybridkex.qkd.pool import FilePool
 from hybridkex.qkd.several import FailoverSource
 from hybridkex.qkd.source import KeySource
+from hybridkex.qkd.store import read_key_file
+from hybridkex.secret import Secret
 from hybridkex.shell.qkd_keys import QkdKeys
 from hybridkex.tls.policy import Requirement
 
@@ -40,7 +45,7 @@ def add_kme_options(parser: argparse._ActionsContainer, *, required: bool) -> No
         ("key", "its private key"),
     ):
         parser.add_argument(
-            f"--kme-{name}", type=Path, required=required, metavar="FILE", help=f"{text} (PEM)"
+            f"--kme-{name}", type=file_path, required=required, metavar="FILE", help=f"{text} (PEM)"
         )
     parser.add_argument("--kme-id", metavar="ID", help="the ID its certificate must have")
     parser.add_argument(
@@ -118,12 +123,12 @@ def _add_source_options(group: argparse._ArgumentGroup, *, peers: str) -> None:
     )
     group.add_argument(
         "--key-pool",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="keys that 'kme export-pool' placed here; beside --kme, where the KME fails",
     )
     group.add_argument(
-        "--pool-key", type=Path, metavar="FILE", help="its key file (default: FILE.key)"
+        "--pool-key", type=file_path, metavar="FILE", help="its key file (default: FILE.key)"
     )
 
 
@@ -182,7 +187,8 @@ async def key_sources(args: argparse.Namespace) -> AsyncIterator[list[KeySource]
                     Etsi014Source(client, sae=args.sae, peer_sae=peer, peer_kme=args.peer_kme_id)
                 ]
         if args.key_pool is not None:
-            pool = await stack.enter_async_context(_open_pool(args))
+            key_file = args.pool_key or args.key_pool.with_name(args.key_pool.name + ".key")
+            pool = await stack.enter_async_context(_shared_pool(args.key_pool, key_file))
             if args.sae not in (None, pool.local_sae):
                 raise ConfigError(f"{args.key_pool} is the key pool of {pool.local_sae}")
             if args.peer_sae and pool.peer_sae not in args.peer_sae:
@@ -191,6 +197,43 @@ async def key_sources(args: argparse.Namespace) -> AsyncIterator[list[KeySource]
         yield [one[0] if len(one) == 1 else FailoverSource(one) for one in sources.values()]
 
 
-def _open_pool(args: argparse.Namespace) -> FilePool:
-    key_file = args.pool_key or args.key_pool.with_name(args.key_pool.name + ".key")
-    return FilePool.open(args.key_pool, key_file=key_file)
+@dataclass
+class _OpenPool:
+    """A key pool that is open in this process, by however many channels."""
+
+    pool: FilePool
+    key: Secret
+    users: int = 0
+
+
+_OPEN_POOLS: dict[tuple[int, int], _OpenPool] = {}
+"""By device and inode. One connection at a time may have the file, and a process that reloads its
+configuration needs it twice for a moment."""
+
+
+@asynccontextmanager
+async def _shared_pool(path: Path, key_file: Path) -> AsyncIterator[FilePool]:
+    """Raises ``ConfigError``: the pool cannot be opened, or the key file is not its own."""
+    opened = _OPEN_POOLS.get(_inode(path))
+    if opened is None:
+        pool = FilePool.open(path, key_file=key_file)
+        opened = _OPEN_POOLS[_inode(path)] = _OpenPool(pool, read_key_file(key_file))
+    elif not hmac.compare_digest(opened.key.reveal(), read_key_file(key_file).reveal()):
+        raise ConfigError(f"{key_file} is not the key file with which {path} was opened")
+    opened.users += 1
+    try:
+        yield opened.pool
+    finally:
+        opened.users -= 1
+        if not opened.users:
+            for inode in [inode for inode, one in _OPEN_POOLS.items() if one is opened]:
+                del _OPEN_POOLS[inode]
+            await opened.pool.aclose()
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return 0, 0  # there is none; to open it says so
+    return status.st_dev, status.st_ino

@@ -5,10 +5,8 @@
 
 import argparse
 import json
-import logging
 import math
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -17,8 +15,10 @@ import trio
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.cli.key_sources import add_kme_options, kme_access
+from hybridkex.cli.logs import add_log_options, set_up_logging
 from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
+from hybridkex.cli.values import file_path, folder_path
 from hybridkex.errors import ConfigError
 from hybridkex.files import PUBLIC, write_file
 from hybridkex.kme.config import PRODUCERS, Address, load_config
@@ -52,12 +52,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     describe(
         serve,
         "Run the KMEs of a configuration file until a signal ends them.",
-        examples=["kme serve kme.toml", "kme serve kme.toml --log-level INFO"],
+        examples=["kme serve kme.toml", "kme serve kme.toml --log-level info"],
         status="0 after SIGTERM or SIGINT, 1 when it cannot start",
         notes="See docs/kme.md.",
     )
-    serve.add_argument("config", type=Path, metavar="FILE", help="a TOML file, see docs/kme.md")
-    _add_log_level(serve)
+    serve.add_argument(
+        "config", type=file_path, metavar="FILE", help="a TOML file, see docs/kme.md"
+    )
+    add_log_options(serve, default="warning")
     serve.set_defaults(action=_serve)
 
     status = commands.add_parser("status", help="print a KME's status for a peer, as JSON")
@@ -89,12 +91,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ],
     )
     _add_access(pool)
-    pool.add_argument("--pool", type=Path, required=True, metavar="FILE", help="the pool file")
+    pool.add_argument("--pool", type=file_path, required=True, metavar="FILE", help="the pool file")
     pool.add_argument(
-        "--pool-key", type=Path, required=True, metavar="FILE", help="its key file; made if missing"
+        "--pool-key",
+        type=file_path,
+        required=True,
+        metavar="FILE",
+        help="its key file; made if missing",
     )
     pool.add_argument(
-        "--ids", type=Path, required=True, metavar="FILE", help="key IDs, to be brought to the peer"
+        "--ids",
+        type=file_path,
+        required=True,
+        metavar="FILE",
+        help="key IDs, to be brought to the peer",
     )
     pool.add_argument("--number", type=int, default=100, metavar="N", help="keys (default 100)")
     pool.add_argument("--take", action="store_true", help="read --ids and get those keys")
@@ -111,7 +121,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         status="0 after SIGTERM or SIGINT, 1 when it cannot start",
         notes="For tests and first steps: both sites' keys are on one machine. See docs/kme.md.",
     )
-    dev_up.add_argument("folder", type=Path, metavar="DIR", help="a new or empty folder")
+    dev_up.add_argument("folder", type=folder_path, metavar="DIR", help="a new or empty folder")
     dev_up.add_argument(
         "--ports",
         default="8443,8444",
@@ -140,17 +150,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="serve Prometheus metrics at this HOST:PORT",
     )
     dev_up.add_argument("--no-serve", action="store_true", help="only write the files")
-    _add_log_level(dev_up)
+    add_log_options(dev_up, default="warning")
     dev_up.set_defaults(action=_dev_up)
-
-
-def _add_log_level(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--log-level",
-        default="WARNING",
-        choices=("DEBUG", "INFO", "WARNING"),
-        help="what is told on standard error (default: %(default)s)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -188,9 +189,7 @@ def _print_where(where: Serving) -> None:
 
 
 def _run_server(path: Path, log_level: str, announce: Callable[[Serving], None]) -> int:
-    logging.basicConfig(
-        level=log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    set_up_logging(log_level)
     server = KmeServer(load_config(path))
 
     async def main() -> None:

@@ -7,13 +7,14 @@ from typing import Final
 
 import trio
 
+from hybridkex.apps.port_file import write_port
 from hybridkex.cli.logs import add_log_options, set_up_logging
 from hybridkex.cli.manual import describe
 from hybridkex.cli.options import add_channel_options, server_config
 from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
-from hybridkex.cli.port_file import write_port
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
+from hybridkex.cli.values import file_path
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.streams import SecureListener, SecureStream, open_secure_tcp_listeners
@@ -51,14 +52,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--echo", action="store_true", help="send back what comes, to many at once")
     parser.add_argument("--once", action="store_true", help="end after the first connection")
-    parser.add_argument("--port-file", metavar="FILE", help="write the port here once it is open")
+    parser.add_argument(
+        "--port-file", type=file_path, metavar="FILE", help="write the port here once it is open"
+    )
     add_log_options(parser, default="warning")
     add_channel_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve; with ``--once`` 0 after a clean close."""
-    set_up_logging(args)
+    set_up_logging(args.log_level)
     run_trio(partial(_run, args))
     return 0
 
@@ -77,7 +80,7 @@ async def _listen(args: argparse.Namespace, config: ServerConfig) -> None:
         raise cannot_listen(TcpAddress(args.bind or "*", port), error) from None
     inner = listeners[0].transport_listener
     assert isinstance(inner, trio.SocketListener)
-    write_port(args.port_file, inner)
+    write_port(args.port_file, inner.socket.getsockname()[1])
     if args.once:
         await _serve_once(args, listeners)
         return

@@ -33,8 +33,8 @@ def add_log_options(parser: argparse.ArgumentParser, *, default: str = "info") -
     )
 
 
-def set_up_logging(args: argparse.Namespace) -> None:
-    """Send the log of the library to standard error."""
+def set_up_logging(level: str) -> None:
+    """Send the log of the library to standard error, from this level on."""
     handler = _StandardError()
     handler.addFilter(PRINTABLE)
     if _is_journal():
@@ -43,7 +43,7 @@ def set_up_logging(args: argparse.Namespace) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("hybridkex")
     logger.addHandler(handler)
-    logger.setLevel(args.log_level.upper())
+    logger.setLevel(level.upper())
     logger.propagate = False
 
 

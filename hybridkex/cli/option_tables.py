@@ -1,34 +1,41 @@
-"""A table of a TOML file as the options of a command: ``max-connections = 9`` is
+"""A table of a TOML file as the options of a command: ``max_connections = 9`` is
 ``--max-connections 9``.
 
-What an option means, what it may be and what it goes with is written once, in the command's parser.
+The command's parser is the one place that defines what an option means and which values it takes.
 """
 
 import argparse
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
+from hybridkex.cli.values import address, comma_list, file_path, folder_path
 from hybridkex.errors import ConfigError
 
 __all__ = ["OptionTable", "read_options"]
 
 
+_OPTION: Final = re.compile(r"--([a-z][a-z0-9-]*)")
+
+
 class OptionTable(argparse.ArgumentParser):
-    """A parser whose complaints are ``ConfigError``."""
+    """A parser that raises ``ConfigError``."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message.removeprefix("argument --"))
+        # In the words of a file.
+        text = _OPTION.sub(lambda found: found[1].replace("-", "_"), message)
+        raise ConfigError(text.removeprefix("argument "))
 
 
 def read_options(
     table: Mapping[str, Any], options: "argparse.ArgumentParser", base: Path
 ) -> argparse.Namespace:
-    """What the parser makes of a table; files in it are relative to ``base``.
+    """Parse a table as the options of a command; files in it are relative to ``base``.
 
     Args:
-        table: names of options, without their hyphens, and values: ``true`` for an option that
-            takes none, an array for one that is given several times or takes a list.
+        table: names of options, with underscores for their hyphens, and values: ``true`` for an
+            option that takes none, an array for one that is given several times or takes a list.
         options: an :class:`OptionTable`.
         base: the folder of the file.
 
@@ -39,33 +46,43 @@ def read_options(
     known = {text: action for action in options._actions for text in action.option_strings}
     words: list[str] = []
     for name, value in table.items():
-        action = known.get(f"--{name}")
+        option = name.replace("_", "-")
+        action = known.get(f"--{option}")
         if action is None or action.dest == "help":
             raise ConfigError(f"{name} is not a setting")
-        words += _words(name, value, action, base)
+        if "-" in name:
+            raise ConfigError(f"{name} is spelled {name.replace('-', '_')} in a file")
+        words += [f"--{option}{rest}" for rest in _values(name, value, action, base)]
     return options.parse_args(words)
 
 
-def _words(name: str, value: Any, action: argparse.Action, base: Path) -> list[str]:
+def _values(name: str, value: Any, action: argparse.Action, base: Path) -> list[str]:
+    """What stands behind the option, each time that it is given."""
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ConfigError(f"{name} is true or false")
-        return [f"--{name}"] if value else []
+        return [""] if value else []
     items = value if isinstance(value, list) else [value]
-    if not all(isinstance(item, str | int | float) and item is not True for item in items):
+    if not all(
+        isinstance(item, str | int | float) and not isinstance(item, bool) for item in items
+    ):
         raise ConfigError(f"{name} is not of the right type")
-    texts = [_located(str(item), action.metavar, base) for item in items]
+    if action.type in (file_path, folder_path, address) and not all(
+        isinstance(item, str) for item in items
+    ):
+        raise ConfigError(f"{name} is not of the right type")
+    texts = [_located(str(item), action, base) for item in items]
     if isinstance(action, argparse._AppendAction):
-        return [f"--{name}={text}" for text in texts]
-    if isinstance(value, list) and action.metavar != "LIST":
+        return [f"={text}" for text in texts]
+    if isinstance(value, list) and action.type is not comma_list:
         raise ConfigError(f"{name} takes one value")
-    return [f"--{name}={','.join(texts)}"]
+    return [f"={','.join(texts)}"]
 
 
-def _located(text: str, metavar: object, base: Path) -> str:
-    """A file's name, or a Unix socket's, from the folder of the configuration."""
-    if metavar == "FILE":
+def _located(text: str, action: argparse.Action, base: Path) -> str:
+    """A path, or a Unix socket's, from the folder of the configuration."""
+    if action.type in (file_path, folder_path):
         return str(base / text)
-    if metavar == "ADDRESS" and text.startswith("unix:"):
+    if action.type is address and text.startswith("unix:"):
         return f"unix:{base / text.removeprefix('unix:')}"
     return text

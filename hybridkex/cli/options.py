@@ -8,7 +8,6 @@ import binascii
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from hybridkex.auth import (
@@ -20,6 +19,7 @@ from hybridkex.auth import (
     TrustStore,
 )
 from hybridkex.cli.key_sources import add_qkd_options, qkd_keys, qkd_requirement
+from hybridkex.cli.values import comma_list, file_path
 from hybridkex.crypto.kex import ALL_GROUPS, Group, Property
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.suites import ALL_SUITES, SHA256, SHA384
@@ -42,6 +42,7 @@ def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = N
     trust = parser.add_argument_group("whom to trust")
     trust.add_argument(
         "--ca",
+        type=file_path,
         metavar="FILE",
         help="authorities that may vouch for the peer (PEM; a client's default: the system's)",
     )
@@ -54,6 +55,7 @@ def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = N
     )
     trust.add_argument(
         "--known-peers",
+        type=file_path,
         metavar="FILE",
         help="raw public keys by name, as known_hosts; a new server is trusted and remembered",
     )
@@ -61,9 +63,14 @@ def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = N
         "--insecure", action="store_true", help="do not check the peer's certificate at all"
     )
     own = parser.add_argument_group("who we are")
-    own.add_argument("--cert", metavar="FILE", help="our certificate chain (PEM, leaf first)")
     own.add_argument(
-        "--key", metavar="FILE", help="its private key (PEM); without --cert, a raw public key"
+        "--cert", type=file_path, metavar="FILE", help="our certificate chain (PEM, leaf first)"
+    )
+    own.add_argument(
+        "--key",
+        type=file_path,
+        metavar="FILE",
+        help="its private key (PEM); without --cert, a raw public key",
     )
     psk = parser.add_argument_group("pre-shared key")
     psk.add_argument(
@@ -84,22 +91,29 @@ def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = N
     tls = parser.add_argument_group("what to offer or accept")
     tls.add_argument(
         "--groups",
+        type=comma_list,
         metavar="LIST",
         help=f"favourite first, of {_names(ALL_GROUPS)} (default: the post-quantum ones)",
     )
     tls.add_argument(
-        "--suites", metavar="LIST", help=f"favourite first, of {_names(ALL_SUITES)} (default: all)"
+        "--suites",
+        type=comma_list,
+        metavar="LIST",
+        help=f"favourite first, of {_names(ALL_SUITES)} (default: all)",
     )
     if alpn is not None:
-        parser.set_defaults(alpn=alpn)
+        parser.set_defaults(alpn=[alpn])
     else:
-        tls.add_argument("--alpn", metavar="LIST", help="application protocols, favourite first")
+        tls.add_argument(
+            "--alpn", type=comma_list, metavar="LIST", help="application protocols, favourite first"
+        )
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json", action="store_true", help="print the session as one JSON line on standard error"
     )
     output.add_argument(
         "--keylog",
+        type=file_path,
         metavar="FILE",
         help="append the session's secrets to FILE, for Wireshark: whoever has them reads all",
     )
@@ -162,7 +176,7 @@ def _channel_arguments(args: argparse.Namespace) -> dict[str, Any]:
     if args.suites is not None:
         arguments["suites"] = tuple(_pick("cipher suite", args.suites, ALL_SUITES))
     if args.alpn is not None:
-        arguments["alpn"] = tuple(_split(args.alpn))
+        arguments["alpn"] = tuple(args.alpn)
     if args.psk is not None:
         arguments["psks"] = (_psk(args),)
     elif args.psk_import is not None:
@@ -175,13 +189,9 @@ def _channel_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return arguments
 
 
-def _split(text: str) -> list[str]:
-    return [item for item in text.replace(":", ",").split(",") if item]
-
-
-def _pick(what: str, text: str, known: tuple[N, ...]) -> Iterator[N]:
+def _pick(what: str, names: list[str], known: tuple[N, ...]) -> Iterator[N]:
     by_name = {item.name.lower(): item for item in known}  # type: ignore[attr-defined]
-    for name in _split(text):
+    for name in names:
         try:
             yield by_name[name.lower()]
         except KeyError:
@@ -217,7 +227,7 @@ def _verifier(
     if args.known_peers is not None:
         if args.insecure or args.ca or args.pin:
             raise ConfigError("--known-peers contradicts --ca, --pin and --insecure")
-        return KnownPeers(Path(args.known_peers))
+        return KnownPeers(args.known_peers)
     if args.insecure:
         if args.ca or args.pin:
             raise ConfigError("--insecure contradicts --ca and --pin")

@@ -8,17 +8,18 @@ from typing import Any, Final
 
 import trio
 
+from hybridkex.apps.port_file import write_port
 from hybridkex.apps.tcp import CountingStream, watch_peer
 from hybridkex.apps.transfer import PROTOCOL, Folder, Receiver
 from hybridkex.cli.logs import add_log_options, set_up_logging
 from hybridkex.cli.manual import describe
 from hybridkex.cli.options import add_channel_options, server_config
 from hybridkex.cli.pipe import ChannelFailed, reason, report
-from hybridkex.cli.port_file import write_port
 from hybridkex.cli.progress import showing
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.send import DEFAULT_PORT
 from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
+from hybridkex.cli.values import file_path, folder_path
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
@@ -45,7 +46,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         status="0 after --once or a signal to end, 1 after an error",
         notes="See docs/file-transfer.md.",
     )
-    parser.add_argument("folder", metavar="DIR", help="where to; made if it is not there")
+    parser.add_argument(
+        "folder", type=folder_path, metavar="DIR", help="where to; made if it is not there"
+    )
     parser.add_argument(
         "--port",
         metavar="PORT",
@@ -53,7 +56,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_PORT,
         help="where to listen; 0 picks a free one (default: %(default)s)",
     )
-    parser.add_argument("--port-file", metavar="FILE", help="write the port here once it is open")
+    parser.add_argument(
+        "--port-file", type=file_path, metavar="FILE", help="write the port here once it is open"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     parser.add_argument(
         "--anyone", action="store_true", help="take files from senders that prove no identity"
@@ -74,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     """Receive until stopped."""
     if args.max_connections < 1:
         raise ConfigError("--max-connections is at least 1")
-    set_up_logging(args)
+    set_up_logging(args.log_level)
     run_trio(partial(_run, args))
     return 0
 
@@ -114,7 +119,7 @@ class _Server:
             listeners = await trio.open_tcp_listeners(wanted, host=self._args.bind)
         except NO_TCP as error:
             raise cannot_listen(TcpAddress(self._args.bind or "*", wanted), error) from None
-        write_port(self._args.port_file, listeners[0])
+        write_port(self._args.port_file, listeners[0].socket.getsockname()[1])
         port = listeners[0].socket.getsockname()[1]
         print(f"receiving into {self._args.folder} on port {port}", file=sys.stderr, flush=True)
         with showing("received", self._received) as progress:

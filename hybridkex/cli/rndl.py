@@ -23,6 +23,7 @@ from rich.text import Text
 from hybridkex import __version__
 from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
+from hybridkex.cli.values import file_path, folder_path
 from hybridkex.demos.rndl import page
 from hybridkex.demos.rndl.matrix import BREAKS, rows
 from hybridkex.demos.rndl.trial import Cell, Trial, run_trial
@@ -48,11 +49,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         status="0 when each adversary read what was expected and nothing else, 1 otherwise",
         notes="See docs/record-now-decrypt-later.md.",
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as one page")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    parser.add_argument(
+        "--html", type=file_path, metavar="FILE", help="write the report as one page"
+    )
+    parser.add_argument("--json", type=file_path, metavar="FILE", help="write the report as JSON")
     parser.add_argument(
         "--keep",
-        type=Path,
+        type=folder_path,
         metavar="DIR",
         help="leave recordings (pcapng), key logs for Wireshark, and what each adversary had in a "
         "new folder",

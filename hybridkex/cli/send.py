@@ -4,7 +4,6 @@ import argparse
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import trio
@@ -17,6 +16,7 @@ from hybridkex.cli.pipe import ChannelFailed, reason, report
 from hybridkex.cli.progress import rate, showing
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_connect
+from hybridkex.cli.values import file_path
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.streams import SecureStream
@@ -40,7 +40,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         status="0 when everything is there and verified, 1 otherwise",
         notes="See docs/file-transfer.md.",
     )
-    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="a file or a folder")
+    parser.add_argument(
+        "files", metavar="FILE", nargs="+", type=file_path, help="a file or a folder"
+    )
     parser.add_argument(
         "host", metavar="HOST[:PORT]", help=f"the receiver (port {DEFAULT_PORT} if none is given)"
     )

@@ -8,15 +8,16 @@ from typing import Final, Literal
 
 import trio
 
+from hybridkex.apps.port_file import write_port
 from hybridkex.apps.tcp import watch_peer
 from hybridkex.apps.wireguard import LABEL, REKEY_AFTER, RotationPolicy, Rotator, Tunnel
 from hybridkex.auth import Pins, RawIdentity
 from hybridkex.cli.key_sources import add_exchange_qkd_options, key_sources
 from hybridkex.cli.logs import add_log_options, set_up_logging
 from hybridkex.cli.manual import describe
-from hybridkex.cli.port_file import write_port
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_connect, cannot_listen
+from hybridkex.cli.values import file_path
 from hybridkex.combiner import (
     ExchangeConfig,
     Exchanged,
@@ -89,7 +90,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     names = parser.add_argument_group("the two ends")
     names.add_argument("--local", required=True, metavar="NAME", help="our name")
     names.add_argument("--peer", required=True, metavar="NAME", help="the other end's --local")
-    names.add_argument("--key", type=Path, metavar="FILE", help="our private key (PEM)")
+    names.add_argument("--key", type=file_path, metavar="FILE", help="our private key (PEM)")
     names.add_argument(
         "--pin",
         action="append",
@@ -134,7 +135,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "and with --once)",
     )
     when.add_argument("--once", action="store_true", help="rotate once, then exit")
-    when.add_argument("--port-file", metavar="FILE", help="write the port that is listened on here")
+    when.add_argument(
+        "--port-file",
+        type=file_path,
+        metavar="FILE",
+        help="write the port that is listened on here",
+    )
     when.add_argument(
         "--json", action="store_true", help="one JSON line on standard output for each rotation"
     )
@@ -157,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
         initial=initial,
     )
     authentication = _authentication(args)
-    set_up_logging(args)
+    set_up_logging(args.log_level)
     run_trio(partial(_rotate, args, tunnel, policy, authentication))
     return 0
 
@@ -265,7 +271,7 @@ async def _listen(args: argparse.Namespace, rotator: Rotator) -> None:
                 nursery.cancel_scope.cancel()
 
         await rotator.start()
-        write_port(args.port_file, listeners[0])
+        write_port(args.port_file, listeners[0].socket.getsockname()[1])
         nursery.start_soon(rotator.watch)
         await Supervisor(serve, name=f"wg-psk {interface}", logger=log).serve(listeners)
 

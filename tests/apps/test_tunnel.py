@@ -450,7 +450,7 @@ async def test_tunnels_come_and_go(tunnel: Tunnel) -> None:
         await tunnel.start()
         both = tunnel.file.read_text()
         third = both.split("[[connect]]\n")[1].replace('"out"', '"third"')
-        third = third.replace('"127.0.0.1:0"', '"unix:third.sock"').replace("port-file", "#")
+        third = third.replace('"127.0.0.1:0"', '"unix:third.sock"').replace("port_file", "#")
         before = tunnel.descriptors()
         tunnel.file.write_text(f"{both}[[connect]]\n{third}")
         await tunnel.reload("reloaded")
@@ -571,19 +571,23 @@ async def test_qkd_keys_from_the_file(tunnel: Tunnel, kmes: Kmes) -> None:
         ("color = 1\n", "color is not a setting"),
         ("grace = true\n", "grace is not of the right type"),
         ("listen = 1\n", "tunnels stand under [[listen]]"),
-        ("[[connect]]\n", "the following arguments are required: --local, --remote"),
+        ("[[connect]]\n", "the following arguments are required: local, remote"),
         ('[[connect]]\nlocal="x"\nremote="h:1"\n', "'x' is not HOST:PORT"),
         ('[[connect]]\nlocal="h:1"\nremote="h:1"\nqkd="require"\n', "needs --kme or --key-pool"),
-        ('[[connect]]\nlocal="h:1"\nremote="unix:s"\nca="CA"\n', "needs a server-name"),
-        ('[[connect]]\nlocal="h:1"\nremote="h:1"\nmax-connections=0\n', "is at least 1"),
-        ('[[connect]]\nlocal="h:1"\nremote="h:1"\nmax-connections="a"\n', "max-connections"),
-        ('[[connect]]\nlocal="h:1"\nremote="h:1"\nidle-timeout=0\n', "time limits are positive"),
+        ('[[connect]]\nlocal="h:1"\nremote="unix:s"\nca="CA"\n', "needs a server_name"),
+        ('[[connect]]\nlocal="h:1"\nremote="h:1"\nmax_connections=0\n', "is at least 1"),
+        (
+            '[[connect]]\nlocal="h:1"\nremote="h:1"\nmax_connections="a"\n',
+            "max_connections: invalid",
+        ),
+        ('[[connect]]\nlocal="h:1"\nremote="h:1"\nidle_timeout=0\n', "time limits are positive"),
         ('[[connect]]\nlocal="h:1"\nremote="h:1"\nlocal-x=0\n', "local-x is not a setting"),
+        ("[[connect]]\nidle-timeout=9\n", "idle-timeout is spelled idle_timeout in a file"),
         ('[[connect]]\nlocal="h:1"\nremote="h:1"\ninsecure="yes"\n', "insecure is true or false"),
         ('[[connect]]\nlocal="h:1"\nremote="h:1"\nname=["a"]\n', "name takes one value"),
-        ('[[listen]]\nlocal="h:1"\ntarget="h:1"\nallow=["a"]\n', "needs ca, pin or known-peers"),
+        ('[[listen]]\nlocal="h:1"\ntarget="h:1"\nallow=["a"]\n', "with ca, pin or known_peers"),
         ('[[listen]]\nlocal="h:1"\ntarget="h:1"\n', "needs an identity"),
-        ('[[listen]]\nlocal="h:1"\ntarget="h:1"\nsocket-mode="9"\n', "three octal digits"),
+        ('[[listen]]\nlocal="h:1"\ntarget="h:1"\nsocket_mode="9"\n', "three octal digits"),
     ],
 )
 def test_what_a_file_cannot_say(

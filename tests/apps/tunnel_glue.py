@@ -23,11 +23,13 @@ Table = Mapping[str, object]
 
 def write_toml(path: Path, top: Table, *, listen: list[Table], connect: list[Table]) -> Path:
     """JSON's strings, numbers, booleans and arrays are TOML's, too."""
-    lines = [f"{name} = {json.dumps(value)}" for name, value in top.items()]
+    lines = [f"{name.replace('-', '_')} = {json.dumps(value)}" for name, value in top.items()]
     for kind, tables in (("listen", listen), ("connect", connect)):
         for table in tables:
             lines.append(f"[[{kind}]]")
-            lines += [f"{name} = {json.dumps(value)}" for name, value in table.items()]
+            lines += [
+                f"{name.replace('-', '_')} = {json.dumps(value)}" for name, value in table.items()
+            ]
     path.write_text("\n".join(lines) + "\n")
     return path
 

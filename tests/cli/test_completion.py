@@ -46,7 +46,7 @@ def test_bash(script: Path, tmp_path: Path) -> None:
     assert completed(script, "dev-ca", "--alg", "mldsa") == {"mldsa44", "mldsa65", "mldsa87"}
     assert completed(script, "tunnel", "") >= {"listen", "connect", "run"}
     assert completed(script, "tunnel", "connect", "--rem") == {"--remote"}
-    assert completed(script, "kme", "serve", "--log-level", "W") == {"WARNING"}
+    assert completed(script, "kme", "serve", "--log-level", "w") == {"warning"}
     (tmp_path / "authority.pem").touch()
     (tmp_path / "folder").mkdir()
     found = completed(script, "connect", "--ca", "a", folder=tmp_path)

@@ -1,17 +1,19 @@
 """What one tunnel is."""
 
+import math
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from typing import TypeAlias
 
-from hybridkex import ClientConfig, ServerConfig, canonical_peer_name
+from hybridkex import ClientConfig, ClientConnection, ServerConfig, canonical_peer_name
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import Address, TcpAddress, UnixAddress
 
-__all__ = ["Channel", "TunnelConfig", "check_together"]
+__all__ = ["ConfigFactory", "TunnelConfig", "check_together"]
 
-Channel: TypeAlias = Callable[[], AbstractAsyncContextManager[ClientConfig | ServerConfig]]
+ConfigFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[ClientConfig | ServerConfig]]
 """Reads the certificates and opens the key sources of a channel, for as long as the context lasts.
 
 With a ``ServerConfig`` the connections that are accepted are the secure ones and those to the
@@ -27,7 +29,7 @@ class TunnelConfig:
         name: tells it from the others in logs and metrics.
         local: where it listens.
         forward: where each connection is carried to.
-        channel: see :data:`Channel`.
+        channel: see :data:`ConfigFactory`.
         server_name: the name in the server's certificate, if it is not the host of ``forward``.
         bind: the local address of connections to ``forward``, ``None`` for any.
         allowed: names of which one must be vouched for (DNS names, IP addresses and URIs in the
@@ -39,6 +41,7 @@ class TunnelConfig:
         idle_timeout: seconds without a byte in either direction after which a connection is cut;
             ``None`` for no limit.
         socket_mode: the permissions of ``local``, where it is a Unix socket.
+        port_file: a file that gets the TCP port of ``local``; ``None`` for none.
         json: log sessions as JSON.
 
     Raises:
@@ -48,7 +51,7 @@ class TunnelConfig:
     name: str
     local: Address
     forward: Address
-    channel: Channel
+    channel: ConfigFactory
     server_name: str | None = None
     bind: str | None = None
     allowed: frozenset[str] = frozenset()
@@ -58,6 +61,7 @@ class TunnelConfig:
     idle_timeout: float | None = None
     socket_mode: int = 0o600
     json: bool = False
+    port_file: str | None = None
 
     def __post_init__(self) -> None:
         allowed = frozenset(map(canonical_peer_name, self.allowed))
@@ -65,10 +69,15 @@ class TunnelConfig:
         if not self.name:
             raise ConfigError("a tunnel needs a name")
         if self.max_connections < 1:
-            raise ConfigError(f"{self.name}: max-connections is at least 1")
+            raise ConfigError(f"{self.name}: max_connections is at least 1")
         limits = (self.handshake_timeout, self.connect_timeout, self.idle_timeout)
-        if not all(limit is None or limit > 0 for limit in limits):
-            raise ConfigError(f"{self.name}: time limits are positive")
+        if not all(limit is None or 0 < limit < math.inf for limit in limits):
+            raise ConfigError(f"{self.name}: time limits are positive numbers of seconds")
+        if self.bind is not None:
+            try:
+                ip_address(self.bind)
+            except ValueError:
+                raise ConfigError(f"{self.name}: bind is not an IP address") from None
         if not 0 <= self.socket_mode <= 0o777:
             raise ConfigError(f"{self.name}: the mode of a socket is 000 to 777")
 
@@ -82,7 +91,7 @@ class TunnelConfig:
         if self.server_name is not None:
             return self.server_name
         if isinstance(self.forward, UnixAddress):
-            raise ConfigError(f"{self.name}: the server at {self.forward} needs a server-name")
+            raise ConfigError(f"{self.name}: the server at {self.forward} needs a server_name")
         return self.forward.host
 
     @asynccontextmanager
@@ -97,7 +106,7 @@ class TunnelConfig:
         """
         async with self.channel() as channel:
             if isinstance(channel, ClientConfig):
-                _ = self.expected_name  # now, not with the first connection
+                ClientConnection(channel, self.expected_name)  # now, not with the first connection
                 yield replace(channel, session_store=None)
             else:
                 yield replace(channel, tickets=None)

@@ -10,27 +10,31 @@ import contextlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import trio
 
 from hybridkex import ClientConfig, SecureStream, ServerConfig, Session
+from hybridkex.apps.port_file import check_port_file, write_port
 from hybridkex.apps.tcp import keep_alive, os_reason, reset
 from hybridkex.apps.tunnel.config import TunnelConfig, check_together
 from hybridkex.apps.tunnel.forward import ConnectionCut, Leg, forward
 from hybridkex.apps.tunnel.metrics import TunnelCounters, TunnelMetrics
-from hybridkex.apps.tunnel.sockets import connect, listen, set_mode, unlink
+from hybridkex.apps.tunnel.sockets import Listening, connect, listen
 from hybridkex.errors import HybridkexError
-from hybridkex.net.address import Address
+from hybridkex.net.address import Address, TcpAddress
 from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
 from hybridkex.text import get_logger, json_line
 
 __all__ = ["TunnelServer"]
 
 LOG: Final = get_logger("hybridkex.tunnel")
+
+_Key: TypeAlias = tuple[Address, str]
+"""Of a door, see :attr:`TunnelConfig.door`."""
 
 
 class _Refused(HybridkexError):
@@ -73,16 +77,10 @@ class _Live:
 class _Door:
     """Where connections come in, and the configuration that they find."""
 
-    address: Address
-    listeners: list[trio.SocketListener]
+    listening: Listening
     live: _Live
     budget: Budget
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-
-    async def aclose(self) -> None:
-        for listener in self.listeners:
-            await listener.aclose()
-        unlink(self.address)
 
 
 class TunnelServer:
@@ -94,7 +92,7 @@ class TunnelServer:
 
     def __init__(self, metrics: TunnelMetrics) -> None:
         self._metrics = metrics
-        self._doors: dict[tuple[Address, str], _Door] = {}
+        self._doors: dict[_Key, _Door] = {}
         self._open: Counter[str] = Counter()
         self._closing = trio.Event()
         self._grace = 0.0
@@ -145,42 +143,55 @@ class TunnelServer:
         """How many there are now."""
         return self._open.total()
 
-    def listeners(self, name: str) -> list[trio.SocketListener]:
-        """The listening sockets of a tunnel."""
-        return next(
-            door.listeners for door in self._doors.values() if door.live.config.name == name
+    def where(self, name: str) -> Address:
+        """Where a tunnel listens, with the port that it has."""
+        listening = next(
+            door.listening for door in self._doors.values() if door.live.config.name == name
         )
+        if isinstance(listening.address, TcpAddress) and listening.port is not None:
+            return TcpAddress(listening.address.host, listening.port)
+        return listening.address
 
     async def apply(self, tunnels: Collection[TunnelConfig]) -> None:
         """Put a new configuration into force, as a whole or not at all.
 
         Connections that are there go on as they are. A listening socket that is in both
-        configurations stays open, so that nobody is refused in between.
+        configurations stays open, so that nobody is refused in between; one whose name in the file
+        system was taken away is opened anew.
 
         Raises:
-            ConfigError: the new one cannot be used, and the old one stays.
+            ConfigError: the new one cannot be used, and everything is as it was.
         """
         check_together(tunnels)
-        fresh: dict[tuple[Address, str], _Live] = {}
-        opened: dict[tuple[Address, str], _Door] = {}
-        try:
+        # Everything that can fail or wait comes first, and is undone if the rest fails.
+        async with contextlib.AsyncExitStack() as undo:
+            fresh: dict[_Key, _Live] = {}
             for config in tunnels:
-                fresh[config.door] = await self._background.start(self._hold, config)
+                live = await self._background.start(self._hold, config)
+                undo.callback(live.retire)
+                fresh[config.door] = live
+            opened: dict[_Key, _Door] = {}
             for key, live in fresh.items():
-                if key not in self._doors:
-                    config = live.config
-                    listeners = await listen(config.local, mode=config.socket_mode)
-                    opened[key] = _Door(
-                        config.local, listeners, live, Budget(config.max_connections)
-                    )
-        except BaseException:
-            for live in fresh.values():
-                live.retire()
-            with trio.CancelScope(shield=True):
-                for door in opened.values():
-                    await door.aclose()
-            raise
-        for key in [key for key in self._doors if key not in fresh]:
+                config, door = live.config, self._doors.get(key)
+                if door is not None and door.listening.reachable:
+                    before = door.listening.set_mode(config.socket_mode)
+                    if before is not None:
+                        undo.callback(_try, door.listening.set_mode, before)
+                    continue
+                listening = await listen(config.local, mode=config.socket_mode)
+                undo.push_async_callback(_shielded, listening.aclose)
+                opened[key] = _Door(listening, live, Budget(config.max_connections))
+            port_files = []
+            for key, live in fresh.items():
+                port = (opened.get(key) or self._doors[key]).listening.port
+                if live.config.port_file is not None and port is not None:
+                    check_port_file(live.config.port_file)
+                    port_files.append((live.config.port_file, port))
+            for path, port in port_files:
+                write_port(path, port)
+            undo.pop_all()
+        # And nothing of what follows does either.
+        for key in [key for key in self._doors if key not in fresh or key in opened]:
             gone = self._doors.pop(key)
             gone.scope.cancel()
             gone.live.retire()
@@ -188,21 +199,28 @@ class TunnelServer:
             door.live.retire()
             door.live = fresh[key]
             door.budget.total = door.live.config.max_connections
-            set_mode(door.address, door.live.config.socket_mode)
         for key, door in opened.items():
             self._doors[key] = door
             self._accepting.start_soon(self._accept, door)
 
     async def _hold(self, config: TunnelConfig, *, task_status: trio.TaskStatus[_Live]) -> None:
-        async with config.opened() as channel:
-            if isinstance(channel, ServerConfig) and not (
-                channel.require_client_certificate or channel.has_psk
-            ):
-                LOG.info("%s: clients need not prove who they are", config.name)
-            self._metrics.of(config.name)  # shown at zero, so that a rate has a beginning
-            live = _Live(config, channel)
-            task_status.started(live)
-            await live.over.wait()
+        started = False
+        try:
+            async with config.opened() as channel:
+                if isinstance(channel, ServerConfig) and not (
+                    channel.require_client_certificate or channel.has_psk
+                ):
+                    LOG.info("%s: clients need not prove who they are", config.name)
+                self._metrics.of(config.name)  # shown at zero, so that a rate has a beginning
+                live = _Live(config, channel)
+                started = True
+                task_status.started(live)
+                await live.over.wait()
+        except Exception:
+            if not started:
+                raise
+            # A key source that does not close well is no reason to end the others.
+            LOG.exception("%s: its key sources were not closed in order", config.name)
 
     async def _accept(self, door: _Door) -> None:
         async def handle(socket: trio.SocketStream, connection: Connection) -> None:
@@ -218,9 +236,9 @@ class TunnelServer:
         )
         with door.scope:
             try:
-                await supervisor.serve(door.listeners, connections=self._connections)
+                await supervisor.serve(door.listening.listeners, connections=self._connections)
             finally:
-                unlink(door.address)
+                door.listening.unlink()
 
     # -- one connection
 
@@ -371,3 +389,13 @@ def _described(session: Session, *, as_json: bool) -> str:
     if as_json:
         return json_line(session.as_json())
     return "; ".join(" ".join(line.split()) for line in str(session).splitlines())
+
+
+def _try(call: Callable[[int], object], value: int) -> None:
+    with contextlib.suppress(HybridkexError):
+        call(value)
+
+
+async def _shielded(call: Callable[[], Awaitable[object]]) -> None:
+    with trio.CancelScope(shield=True):
+        await call()

@@ -1,5 +1,6 @@
 """Listening and connecting, whatever kind the address is of."""
 
+import contextlib
 import errno
 import os
 import socket
@@ -12,7 +13,7 @@ from hybridkex.apps.tcp import os_reason
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import Address, UnixAddress
 
-__all__ = ["connect", "listen", "set_mode", "unlink"]
+__all__ = ["Listening", "connect", "listen"]
 
 _BACKLOG: Final = 4096
 """Of a Unix socket; the kernel lowers it to its own limit (listen(2))."""
@@ -25,7 +26,73 @@ async def connect(address: Address, *, bind: str | None = None) -> trio.SocketSt
     return await trio.open_tcp_stream(address.host, address.port, local_address=bind)
 
 
-async def listen(address: Address, *, mode: int) -> list[trio.SocketListener]:
+class Listening:
+    """The listening sockets of one address.
+
+    A Unix socket has a name in the file system, which others can take away or replace: what is done
+    to the name is done only as long as it is that of our socket.
+    """
+
+    def __init__(self, address: Address, listeners: list[trio.SocketListener]) -> None:
+        self.address: Final = address
+        self.listeners: Final = listeners
+        self._inode = _inode(address.path) if isinstance(address, UnixAddress) else None
+
+    @property
+    def port(self) -> int | None:
+        """The TCP port; ``None`` of a Unix socket."""
+        if isinstance(self.address, UnixAddress):
+            return None
+        port: int = self.listeners[0].socket.getsockname()[1]
+        return port
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the name, if it has one, still leads to it."""
+        return self._inode is None or (
+            isinstance(self.address, UnixAddress) and _inode(self.address.path) == self._inode
+        )
+
+    def set_mode(self, mode: int) -> int | None:
+        """Give a Unix socket other permissions; returns those that it had.
+
+        Raises:
+            ConfigError: the file system does not let us.
+        """
+        if not isinstance(self.address, UnixAddress):
+            return None
+        try:
+            before = stat.S_IMODE(os.stat(self.address.path).st_mode)
+            if before != mode:
+                os.chmod(self.address.path, mode)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot change the permissions of {self.address}: {error.strerror}"
+            ) from None
+        return before
+
+    def unlink(self) -> None:
+        """Take the name of a Unix socket away."""
+        if isinstance(self.address, UnixAddress) and self.reachable:
+            with contextlib.suppress(OSError):
+                os.unlink(self.address.path)
+
+    async def aclose(self) -> None:
+        """Close the sockets, and take the name away."""
+        for listener in self.listeners:
+            await listener.aclose()
+        self.unlink()
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+async def listen(address: Address, *, mode: int) -> Listening:
     """Listen; a Unix socket that a dead process left behind is replaced.
 
     Raises:
@@ -33,10 +100,14 @@ async def listen(address: Address, *, mode: int) -> list[trio.SocketListener]:
     """
     try:
         if isinstance(address, UnixAddress):
-            return [_listen_unix(address.path, mode)]
-        return await trio.open_tcp_listeners(address.port, host=address.host)
+            return Listening(address, [_listen_unix(address.path, mode)])
+        return Listening(
+            address, list(await trio.open_tcp_listeners(address.port, host=address.host))
+        )
     except OSError as error:
         raise ConfigError(f"cannot listen on {address}: {os_reason(error)}") from None
+    except ValueError as error:  # a NUL in a path, a name that no host can have
+        raise ConfigError(f"cannot listen on {str(address)!r}: {error}") from None
 
 
 def _listen_unix(path: str, mode: int) -> trio.SocketListener:
@@ -60,27 +131,14 @@ def _listen_unix(path: str, mode: int) -> trio.SocketListener:
 def _remove_stale(path: str) -> None:
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise ConfigError(f"cannot listen on unix:{path}: there is something that is no socket")
+            raise ConfigError(
+                f"cannot listen on unix:{path}: something that is not a socket is there"
+            )
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         found = probe.connect_ex(path)
     if found != errno.ECONNREFUSED:
-        raise ConfigError(f"cannot listen on unix:{path}: another process does")
+        raise ConfigError(f"cannot listen on unix:{path}: another process does that")
     os.unlink(path)
-
-
-def set_mode(address: Address, mode: int) -> None:
-    """Give the listening Unix socket new permissions."""
-    if isinstance(address, UnixAddress):
-        os.chmod(address.path, mode)
-
-
-def unlink(address: Address) -> None:
-    """Take the name of a closed listening Unix socket away."""
-    if isinstance(address, UnixAddress):
-        try:
-            os.unlink(address.path)
-        except FileNotFoundError:
-            return

@@ -1,0 +1,43 @@
+"""Port files: a server that was told to listen on any free port writes down which one it has."""
+
+import os
+from pathlib import Path
+
+from hybridkex.errors import ConfigError
+from hybridkex.files import PUBLIC, write_file
+
+__all__ = ["check_port_file", "write_port"]
+
+
+def check_port_file(path: str | Path) -> None:
+    """Raise ``ConfigError`` where :func:`write_port` would fail."""
+    where = Path(path)
+    try:
+        if where.is_dir():
+            raise ConfigError(f"cannot write {path}: Is a directory")
+        where.parent.stat()
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+    except ValueError:
+        raise ConfigError(f"cannot write {str(path)!r}: no path has such characters") from None
+    if not os.path.isdir(where.parent) or not os.access(where.parent, os.W_OK | os.X_OK):
+        reason = "Permission denied" if os.path.isdir(where.parent) else "Not a directory"
+        raise ConfigError(f"cannot write {path}: {reason}")
+    if len(where.name.encode("utf-8", "surrogateescape")) > os.statvfs(where.parent).f_namemax:
+        raise ConfigError(f"cannot write {path}: File name too long")
+
+
+def write_port(path: str | Path | None, port: int) -> None:
+    """Write the port to a file, if one was asked for.
+
+    The file appears complete: a program that waits for it can read it at once.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        write_file(path, f"{port}\n".encode("ascii"), mode=PUBLIC)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None

@@ -1,0 +1,139 @@
+"""Tunnels as a service: signals reload their configuration and drain them, systemd is told."""
+
+import math
+import signal
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from hybridkex import HybridkexError
+from hybridkex.apps.systemd import notify, notify_reloading
+from hybridkex.apps.tunnel.config import TunnelConfig, check_together
+from hybridkex.apps.tunnel.metrics import TunnelMetrics
+from hybridkex.apps.tunnel.server import TunnelServer
+from hybridkex.errors import ConfigError
+from hybridkex.net.address import TcpAddress
+from hybridkex.text import get_logger
+
+__all__ = ["TunnelService", "TunnelSettings"]
+
+LOG: Final = get_logger("hybridkex.tunnel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunnelSettings:
+    """The settings of a whole process.
+
+    Args:
+        tunnels: at least one.
+        metrics: where Prometheus may ask, ``None`` for nowhere.
+        grace: seconds that connections may go on after SIGTERM.
+        log_level: ``debug``, ``info``, ``warning`` or ``error``.
+
+    Raises:
+        ConfigError: a value makes no sense, or two tunnels are in each other's way.
+    """
+
+    tunnels: tuple[TunnelConfig, ...]
+    metrics: TcpAddress | None = None
+    grace: float = 30.0
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        check_together(self.tunnels)
+        if not 0 <= self.grace < math.inf:
+            raise ConfigError("grace is a number of seconds, and not negative")
+
+
+class TunnelService:
+    """Runs tunnels until a signal ends it.
+
+    SIGHUP loads the settings again and puts them into force as a whole or not at all. SIGTERM and
+    SIGINT stop accepting and give open connections :attr:`TunnelSettings.grace` seconds; a second
+    one ends them at once.
+
+    Args:
+        load: reads the settings; called again for each SIGHUP, in a thread.
+        settings: those to begin with.
+        metrics: where the tunnels count.
+    """
+
+    def __init__(
+        self, load: Callable[[], TunnelSettings], settings: TunnelSettings, metrics: TunnelMetrics
+    ) -> None:
+        self._load = load
+        self._settings = settings
+        self._server = TunnelServer(metrics)
+        self._wanted = trio.Event()
+        """That the settings be loaded again."""
+        self._reloading = trio.CancelScope()
+
+    async def run(self) -> None:
+        """Serve until a signal ends it.
+
+        Raises:
+            ConfigError: the first settings cannot be used.
+        """
+        signals = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+        with trio.open_signal_receiver(*signals) as received:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._serve, nursery.cancel_scope)
+                self._say_ready()
+                nursery.start_soon(self._reload_when_asked)
+                nursery.start_soon(self._obey, received)
+
+    async def _serve(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
+        await self._server.run(self._settings.tunnels, task_status=task_status)
+        scope.cancel()
+
+    async def _obey(self, received: AsyncIterator[int]) -> None:
+        ending = False
+        async for number in received:
+            if number == signal.SIGHUP:
+                self._wanted.set()
+                continue
+            # A reload that waits for a name server does not hold up the end.
+            self._reloading.cancel()
+            notify("STOPPING=1", "STATUS=no new connections")
+            # Two signals mean a hurry.
+            self._server.close(0.0 if ending else self._settings.grace)
+            ending = True
+
+    async def _reload_when_asked(self) -> None:
+        with self._reloading:
+            while True:
+                await self._wanted.wait()
+                self._wanted = trio.Event()
+                await self._reload()
+
+    async def _reload(self) -> None:
+        notify_reloading()
+        try:
+            settings = await trio.to_thread.run_sync(self._load, abandon_on_cancel=True)
+            await self._server.apply(settings.tunnels)
+        except Exception as error:
+            # Whatever it is, a running service does not end because of a file.
+            reason = _first(error)
+            said = str(reason) if isinstance(reason, HybridkexError) else repr(reason)
+            LOG.error("not reloaded, the old configuration stays: %s", said)  # noqa: TRY400
+        else:
+            if settings.metrics != self._settings.metrics:
+                LOG.warning("metrics stay where they are until a restart")
+            LOG.setLevel(settings.log_level.upper())
+            self._settings = settings
+            LOG.info("reloaded")
+        self._say_ready()
+
+    def _say_ready(self) -> None:
+        for tunnel in self._settings.tunnels:
+            where = self._server.where(tunnel.name)
+            LOG.info("%s: %s to %s", tunnel.name, where, tunnel.forward)
+        notify("READY=1", f"STATUS={len(self._settings.tunnels)} tunnels")
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,202 @@
+"""SIGHUP with whatever may have become of the file, of what it names, and of the sockets.
+
+A reload that cannot be done leaves everything as it was: the connections, the sockets, the
+configuration.
+"""
+
+import json
+import os
+import random
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+from apps_glue import Run
+from tunnel_glue import Tunnel, echo, exchange, serving, until
+
+NUMBERS = random.Random(33)
+
+
+@pytest.fixture
+def tunnel(run: Run, tmp_path: Path, keys: Path) -> Tunnel:
+    return Tunnel(run, tmp_path, keys)
+
+
+def spoiled(good: str, folder: Path) -> list[str]:
+    """200 files that cannot be used, each made of a good one."""
+    os.mkfifo(folder / "pipe")
+    (folder / "folder").mkdir()
+    (folder / "empty").touch()
+    (folder / "loop").symlink_to("loop")
+    with (folder / "huge").open("wb") as file:
+        file.truncate(1 << 40)
+    lines = good.splitlines()
+    found = []
+
+    def add(number: int, value: object) -> None:
+        name = lines[number].partition(" = ")[0]
+        text = value if isinstance(value, str) else json.dumps(value)
+        found.append("\n".join([*lines[:number], f"{name} = {text}", *lines[number + 1 :]]))
+
+    paths = ("pipe", "folder", "empty", "loop", "huge", "missing", "/dev/zero", "/proc/self/mem")
+    paths += ("a\0b", "/", "x" * 300, "x/" * 3000, "empty/x")
+    wrong = (
+        *('"\\u0000"', "[]", "{}", "{a = 1}", "[[1]]", "1979-05-27", "nan", "-inf", "", "'"),
+        *("9" * 5000, "[" * 3000, '"\\ud800"', "-1", "true", '["a", "b"]', "'''"),
+    )
+    for number, line in enumerate(lines):
+        name = line.partition(" = ")[0]
+        if name in ("ca", "cert", "key"):
+            for path in paths:
+                add(number, path)
+        elif name not in ("name", "server_name", "require_client_cert"):
+            for value in wrong:
+                add(number, value)
+        if name in ("local", "target", "remote", "port_file"):
+            for value in ("unix:" + "x" * 200, "unix:a\0b", "unix:folder", "a\0b:1", "a:65536"):
+                if name in ("local", "port_file") or "65536" in value or ":1" in value:
+                    add(number, value if name != "port_file" else f"folder/{value}/x")
+        if " = " in line:
+            found.append(good.replace(line, f"{line}\n{line}", 1))
+            found.append(good.replace(line, f"un{line}", 1))
+    found += [
+        "\n".join(lines[:number]) + NUMBERS.choice(['\nx = "', "\n[[[", "\n[listen]\n"])
+        for number in range(1, len(lines), 2)
+    ]
+    found += ["", "\0", "\ufeff" * 3, "x" * (17 << 20), "[listen]\n", "grace = 1\n"]
+    return found
+
+
+async def works(tunnel: Tunnel, living: trio.SocketStream) -> None:
+    """Both an old and a new connection."""
+    with trio.fail_after(30):
+        await living.send_all(b"x")
+        assert await living.receive_some() == b"x"
+        async with await tunnel.connect() as stream:
+            assert await exchange(stream, b"hello") == b"hello"
+
+
+@pytest.mark.slow
+async def test_files_that_cannot_be_used_change_nothing(tunnel: Tunnel) -> None:
+    async with serving(echo) as target:
+        tunnel.write(
+            target,
+            listen={"socket-mode": "600"},
+            connect={"max-connections": 50, "idle-timeout": 600},
+        )
+        await tunnel.start()
+        await until(lambda: tunnel.says("out: 127.0.0.1"))
+        living = await tunnel.connect()
+        await works(tunnel, living)
+        descriptors = tunnel.descriptors()
+        good = tunnel.file.read_text()
+        broken = spoiled(good, tunnel.folder)
+        assert len(broken) >= 200
+        (tunnel.folder / "port").unlink()
+        for number, text in enumerate(broken):
+            tunnel.file.write_text(text, encoding="utf-8", errors="surrogatepass")
+            known = len(tunnel.log.read_text())
+            await tunnel.reload("reloaded")
+            said = tunnel.log.read_text()[known:]
+            difference = set(text.splitlines()) - set(good.splitlines())
+            assert "not reloaded, the old configuration stays" in said, (difference, said)
+            assert "Traceback" not in said, said
+            assert "Error(" not in said, said
+            if number % 10 == 0:
+                await works(tunnel, living)
+        assert not (tunnel.folder / "port").exists()
+        assert stat.S_IMODE(tunnel.middle.stat().st_mode) == 0o600
+        await until(lambda: tunnel.descriptors() <= descriptors)
+        tunnel.file.write_text(good)
+        await tunnel.reload("reloaded")
+        await works(tunnel, living)
+        await living.aclose()
+
+
+def removed(path: Path) -> None:
+    path.unlink()
+
+
+def replaced_by_a_socket(path: Path) -> None:
+    """As another program's that has ended."""
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(os.path.relpath(path))
+
+
+def renamed(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("change", [removed, replaced_by_a_socket, renamed])
+async def test_a_socket_that_was_taken_away_comes_back(
+    tunnel: Tunnel, change: Callable[[Path], None]
+) -> None:
+    async with serving(echo) as target:
+        tunnel.write(target)
+        await tunnel.start()
+        living = await tunnel.connect()
+        await living.send_all(b"x")
+        assert await living.receive_some() == b"x"
+        descriptors = tunnel.descriptors()
+        change(tunnel.middle)
+        await tunnel.reload("reloaded")
+        await works(tunnel, living)
+        await until(lambda: tunnel.descriptors() <= descriptors)
+        await tunnel.reload("reloaded")
+        await works(tunnel, living)
+        await living.aclose()
+        tunnel.process.terminate()
+        assert await tunnel.ended() == 0
+        assert not tunnel.middle.exists()
+
+
+async def test_something_else_in_the_place_of_a_socket(tunnel: Tunnel) -> None:
+    """It is not ours to take away: the reload is refused, and the end leaves it there."""
+    async with serving(echo) as target:
+        tunnel.write(target)
+        await tunnel.start()
+        living = await tunnel.connect()
+        await works(tunnel, living)
+        tunnel.middle.unlink()
+        tunnel.middle.write_text("somebody's")
+        await tunnel.reload("something that is not a socket is there")
+        await living.send_all(b"x")
+        assert await living.receive_some() == b"x"
+        tunnel.process.terminate()
+        await living.aclose()
+        assert await tunnel.ended() == 0
+        assert tunnel.middle.read_text() == "somebody's"
+
+
+async def test_permissions_change_only_with_the_rest(tunnel: Tunnel) -> None:
+    async with serving(echo) as target:
+        tunnel.write(target)
+        await tunnel.start()
+        tunnel.write(target, listen={"socket-mode": "660"}, connect={"port-file": "nowhere/port"})
+        await tunnel.reload("not reloaded")
+        assert stat.S_IMODE(tunnel.middle.stat().st_mode) == 0o600
+        tunnel.write(target, listen={"socket-mode": "660"})
+        await tunnel.reload("reloaded")
+        assert stat.S_IMODE(tunnel.middle.stat().st_mode) == 0o660
+
+
+async def test_an_end_does_not_wait_for_a_reload(tunnel: Tunnel, keys: Path) -> None:
+    """A pipe that somebody holds open and never writes to takes its time to be refused."""
+    async with serving(echo) as target:
+        tunnel.write(target)
+        await tunnel.start()
+        os.mkfifo(tunnel.folder / "slow.toml")
+        writer = os.open(tunnel.folder / "slow.toml", os.O_RDWR)
+        tunnel.file.unlink()
+        tunnel.file.symlink_to("slow.toml")
+        tunnel.process.send_signal(1)
+        await trio.sleep(0.2)
+        tunnel.process.terminate()
+        with trio.fail_after(4):
+            await until(lambda: tunnel.process.poll() is not None)
+        os.close(writer)
+        assert await tunnel.ended() == 0

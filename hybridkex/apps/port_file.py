@@ -12,14 +12,14 @@ __all__ = ["check_port_file", "write_port"]
 def check_port_file(path: str | Path) -> None:
     """Raise ``ConfigError`` where :func:`write_port` would fail."""
     where = Path(path)
+    if "\0" in str(path):
+        raise ConfigError(f"cannot write {str(path)!r}: no path has such characters")
     try:
         if where.is_dir():
             raise ConfigError(f"cannot write {path}: Is a directory")
         where.parent.stat()
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None
-    except ValueError:
-        raise ConfigError(f"cannot write {str(path)!r}: no path has such characters") from None
     if not os.path.isdir(where.parent) or not os.access(where.parent, os.W_OK | os.X_OK):
         reason = "Permission denied" if os.path.isdir(where.parent) else "Not a directory"
         raise ConfigError(f"cannot write {path}: {reason}")
@@ -37,6 +37,7 @@ def write_port(path: str | Path | None, port: int) -> None:
     """
     if path is None:
         return
+    check_port_file(path)
     try:
         write_file(path, f"{port}\n".encode("ascii"), mode=PUBLIC)
     except OSError as error:

@@ -89,7 +89,7 @@ FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((*LISTEN, "--cert", "cert.pem", "--key", "binary"), "binary is no private key"),
     ((*LISTEN, *SERVER, "--port-file", "folder"), "cannot write folder"),
     (LISTEN, "a server needs an identity"),
-    (("send", "nothing", "127.0.0.1", "--insecure"), "cannot read nothing: No such file"),
+    (("send", "nothing", "127.0.0.1", "--insecure"), "nothing: cannot read it: No such file"),
     ((*RECEIVE[:1], "text", *RECEIVE[2:], "0"), "cannot use the folder text"),
     (("receive", "in", *SERVER), "name the senders' authority with --ca"),
     ((*TUNNEL_0, "--ca", "nothing"), "cannot read nothing"),

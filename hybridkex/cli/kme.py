@@ -7,7 +7,7 @@ import argparse
 import json
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,9 +25,13 @@ from hybridkex.kme.config import PRODUCERS, Address, load_config
 from hybridkex.kme.serve import KmeServer, Serving
 from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.hop import TLS_KINDS
-from hybridkex.qkd.etsi014.models import DeliveredKey, KeyRequest
-from hybridkex.qkd.pool import FilePool, PoolNames
-from hybridkex.qkd.source import KeyRef, QkdKey, canonical_key_id
+from hybridkex.qkd.etsi014.pool_filling import (
+    collect_into_pool,
+    draw_into_pool,
+    pool_names,
+)
+from hybridkex.qkd.pool import FilePool
+from hybridkex.qkd.source import canonical_key_id
 from hybridkex.qkd.store import write_key_file
 from hybridkex.text import json_line
 
@@ -81,17 +85,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     describe(
         pool,
-        "Draw --number keys for the peer into a pool file and write their IDs to --ids; or, with "
-        "--take, get the keys whose IDs the peer wrote. Both sites do both once. The pool serves "
-        "--key-pool of the other commands, where the KME cannot be reached.",
+        "As the master (the default), draw --number keys for the peer into a pool file and write "
+        "their IDs to --ids. As the slave, collect the keys whose IDs the peer wrote. Run it in "
+        "both roles at both sites. --key-pool of the other commands uses the pool where the KME "
+        "cannot be reached.",
         examples=[
-            "kme export-pool --pool a.pool --pool-key a.pool.key --ids ids \\\n"
+            "kme export-pool --key-pool a.pool --pool-key a.pool.key --ids ids \\\n"
             "      --kme https://localhost:8443 --kme-ca ca.pem --kme-cert a.pem \\\n"
             "      --kme-key a.key --sae sae-a --peer-sae sae-b",
         ],
     )
     _add_access(pool)
-    pool.add_argument("--pool", type=file_path, required=True, metavar="FILE", help="the pool file")
+    pool.add_argument(
+        "--key-pool", type=file_path, required=True, metavar="FILE", help="the pool file"
+    )
     pool.add_argument(
         "--pool-key",
         type=file_path,
@@ -104,10 +111,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=file_path,
         required=True,
         metavar="FILE",
-        help="key IDs, to be brought to the peer",
+        help="key IDs: the master writes them, the slave reads them",
     )
-    pool.add_argument("--number", type=int, default=100, metavar="N", help="keys (default 100)")
-    pool.add_argument("--take", action="store_true", help="read --ids and get those keys")
+    pool.add_argument(
+        "--number", type=int, default=100, metavar="N", help="keys to draw (default 100)"
+    )
+    pool.add_argument(
+        "--role",
+        choices=("master", "slave"),
+        default="master",
+        help="master: draw new keys; slave: collect the keys of --ids (default: %(default)s)",
+    )
     pool.set_defaults(action=_export_pool)
 
     dev_up = commands.add_parser(
@@ -240,60 +254,31 @@ def _status(args: argparse.Namespace) -> int:
 def _export_pool(args: argparse.Namespace) -> int:
     if not args.pool_key.exists():
         write_key_file(args.pool_key)
-    ids = _read_ids(args.ids) if args.take else []
+    master = args.role == "master"
+    ids = [] if master else _read_ids(args.ids)
     if args.number < 1:
         raise ConfigError("--number must be positive")
-    if not args.take and args.ids.exists():
-        raise ConfigError(f"{args.ids} is there already")
+    if master and args.ids.exists():
+        raise ConfigError(
+            f"{args.ids} is there already; name another file, or collect its keys with --role slave"
+        )
+
+    def announce(drawn: Sequence[str]) -> None:
+        write_file(args.ids, (json_line(list(drawn)) + "\n").encode("ascii"))
 
     async def main() -> None:
         async with KmeClient(kme_access(args)) as client:
-            moved = await (_take(args, client, ids) if args.take else _draw(args, client))
-        print(json_line({"pool": str(args.pool), "keys": moved}))
+            names = await pool_names(client, sae=args.sae, peer_sae=args.peer_sae)
+            async with FilePool.open(args.key_pool, key_file=args.pool_key, names=names) as pool:
+                if master:
+                    await draw_into_pool(pool, client, args.number, announce=announce)
+                else:
+                    await collect_into_pool(pool, client, ids)
+        moved = args.number if master else len(ids)
+        print(json_line({"pool": str(args.key_pool), "keys": moved}))
 
     run_trio(main)
     return 0
-
-
-async def _draw(args: argparse.Namespace, client: KmeClient) -> int:
-    status = await client.status(args.peer_sae)
-    names, size = _pool_names(args, status.source_kme_id, status.target_kme_id), status.key_size
-    drawn: list[str] = []
-    async with FilePool.open(args.pool, key_file=args.pool_key, names=names) as pool:
-        while len(drawn) < args.number:
-            number = min(status.max_key_per_request, args.number - len(drawn))
-            found = await client.enc_keys(args.peer_sae, KeyRequest(number=number, size=size))
-            await pool.add([_key(names, item, we_drew=True) for item in found.keys])
-            drawn += [str(item.key_id) for item in found.keys]
-            # After each request, so that no key is in the pool without its ID on the list.
-            write_file(args.ids, (json_line(drawn) + "\n").encode("ascii"))
-    return len(drawn)
-
-
-async def _take(args: argparse.Namespace, client: KmeClient, ids: list[str]) -> int:
-    status = await client.status(args.peer_sae)
-    names = _pool_names(args, status.source_kme_id, status.target_kme_id)
-    async with FilePool.open(args.pool, key_file=args.pool_key, names=names) as pool:
-        for start in range(0, len(ids), status.max_key_per_request):
-            part = ids[start : start + status.max_key_per_request]
-            found = await client.dec_keys(args.peer_sae, part)
-            await pool.add([_key(names, item, we_drew=False) for item in found.keys])
-    return len(ids)
-
-
-def _pool_names(args: argparse.Namespace, kme: str, peer_kme: str) -> PoolNames:
-    return PoolNames(sae=args.sae, kme=kme, peer_sae=args.peer_sae, peer_kme=peer_kme)
-
-
-def _key(names: PoolNames, item: DeliveredKey, *, we_drew: bool) -> QkdKey:
-    mine, theirs = (names.kme, names.sae), (names.peer_kme, names.peer_sae)
-    (master_kme, master), (slave_kme, slave) = (mine, theirs) if we_drew else (theirs, mine)
-    return QkdKey(
-        name=(KeyRef(master_kme, slave_kme, item.key_id),),
-        master_sae=master,
-        slave_sae=slave,
-        key=item.key,
-    )
 
 
 def _read_ids(path: Path) -> list[str]:

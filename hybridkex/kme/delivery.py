@@ -64,6 +64,9 @@ RETRY_AFTER: Final = 0.25
 RETRY_AFTER_MOST: Final = 10.0
 """Seconds between two tries to store keys while the store fails; doubled each time."""
 
+LATE_WAITS: Final = (0.05, 0.1, 0.2, 0.4, 0.8)
+"""Seconds before each new try of a request, where the other end has too few of the blocks yet."""
+
 LOST: Final = {
     "refused": "the other end does not allot them (it spent them, or never had them)",
     "unknown": "the other end does not have them",
@@ -251,15 +254,24 @@ class Kme:
             raise Refusal(400, "a slave SAE is named twice")
         link = self._link_to(slaves)
         per_key = self.limits.blocks(size)
+        needed = per_key * request.number
         tried: set[str] = set()
+        late: set[str] = set()
+        waits = iter(LATE_WAITS)
         while True:
-            found = await self._store.reserve(
-                link.target, per_key * request.number, half=link.half, skip=tried
-            )
-            try:
-                if len(found) < per_key * request.number:
-                    self._note_shortage(link, per_key * request.number, len(found))
+            found = await self._store.reserve(link.target, needed, half=link.half, skip=tried)
+            if len(found) < needed:
+                await self._store.release(link.target, [one.key_id for one in found])
+                wait = next(waits, None)
+                if not late or wait is None:
+                    self._note_shortage(link, needed, len(found))
                     raise Refusal(503, "not enough keys are stored")
+                # The other end does not have them yet, or lets go of them in a moment.
+                await trio.sleep(wait)
+                tried -= late
+                late.clear()
+                continue
+            try:
                 keys = _assembled(found, per_key, size // 8)
                 try:
                     await self._settle(link, keys, master, slaves)
@@ -269,6 +281,7 @@ class Kme:
                     if not refused_ids:  # of what was asked for; a loop would not end
                         raise Refusal(503, "the KME at the other end refused other keys") from None
                     tried |= refused_ids
+                    late |= {one for one in refused_ids if states[one] is not BlockState.SPENT}
                     await self._drop(link, found, refused.states)
                     continue
             finally:

@@ -5,6 +5,7 @@ is what we may draw, its grants are what the peer may draw and we look up. A poo
 counterpart at the peer are filled by ``hybridkex kme export-pool``.
 """
 
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +79,17 @@ class FilePool:
         store = KeyStore(path, read_key_file(key_file))
         try:
             return cls(store, _settle_names(store, path, names))
-        except ConfigError:
+        except sqlite3.Error as error:
+            store.close()
+            raise ConfigError(f"cannot use the key pool {path}: {error}") from error
+        except BaseException:
             store.close()
             raise
+
+    @property
+    def names(self) -> PoolNames:
+        """Whose keys the pool holds."""
+        return self._names
 
     @property
     def local_sae(self) -> str:

@@ -231,10 +231,10 @@ class KeyStore:
         self._db = _open_locked(path)
         try:
             self._prepare()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, InvalidTag) as error:
             self._db.close()
-            raise ConfigError(f"cannot use the key store {path}: {error}") from error
-        except ConfigError:
+            raise ConfigError(f"cannot use the key store {path}: {_reason(error)}") from error
+        except BaseException:
             self._db.close()
             raise
 

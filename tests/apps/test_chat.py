@@ -16,6 +16,7 @@ import sys
 import termios
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -285,14 +286,21 @@ def test_a_key_pool_that_runs_dry(processes: Processes, kmes: Kmes, tmp_path: Pa
 
     def export(who: list[str], *words: str) -> list[str]:
         pool = tmp_path / who[who.index("--sae") + 1]
-        files = ["--pool", str(pool), "--pool-key", f"{pool}.key", "--ids", str(tmp_path / "ids")]
+        files = [
+            "--key-pool",
+            str(pool),
+            "--pool-key",
+            f"{pool}.key",
+            "--ids",
+            str(tmp_path / "ids"),
+        ]
         command = [sys.executable, "-m", "hybridkex", "kme", "export-pool"]
         subprocess.run([*command, *who, *files, *words], check=True, timeout=WITHIN)
         return ["--key-pool", str(pool)]
 
     ours = export(kmes.alice, "--number", "3")
     server, port = processes.listening(
-        "server", "--log-level", "info", who=export(kmes.bob, "--take")
+        "server", "--log-level", "info", who=export(kmes.bob, "--role", "slave")
     )
     alice = processes.start(
         ours, "client", f"localhost:{port}", "--nick", "alice", "--rekey", "0.1"
@@ -554,11 +562,18 @@ async def test_a_server_that_is_killed(processes: Processes, ids: Path, tmp_path
         nursery.cancel_scope.cancel()
 
 
-async def test_new_keys_under_traffic(nursery: trio.Nursery) -> None:
+@pytest.fixture
+def store() -> Iterator[Store]:
+    """A store in memory."""
+    with closing(Store()) as store:
+        yield store
+
+
+async def test_new_keys_under_traffic(nursery: trio.Nursery, store: Store) -> None:
     """Only QKD keys, both ends authenticated by them; no message lost or doubled."""
     before = len(os.listdir("/proc/self/fd"))
     ours, theirs = in_process_pair("alice", "bob")
-    hub = Hub(Store())
+    hub = Hub(store)
     key_ids: list[str] = []
     alpn = ("hkx-chat/1",)
 
@@ -605,14 +620,14 @@ async def test_new_keys_under_traffic(nursery: trio.Nursery) -> None:
     assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
-async def test_no_task_is_left() -> None:
+async def test_no_task_is_left(store: Store) -> None:
     """A hundred, over sockets without TLS: some leave, some vanish, some never say hello."""
 
     def tasks() -> int:
         return trio.lowlevel.current_statistics().tasks_living
 
     async with trio.open_nursery() as nursery:
-        hub = Hub(Store())
+        hub = Hub(store)
         nursery.start_soon(hub.run)
         await trio.testing.wait_all_tasks_blocked()
         before, open_before = tasks(), len(os.listdir("/proc/self/fd"))

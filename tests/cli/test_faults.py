@@ -26,7 +26,7 @@ LONG = "a" * 64  # longer than a label of a host name can be
 SERVER = ("--cert", "cert.pem", "--key", "key.pem")
 KME = ("--kme", "https://127.0.0.1:{closed}", "--kme-ca", "ca.pem", "--kme-cert", "cert.pem",
        "--kme-key", "key.pem", "--sae", "a")  # fmt: skip
-POOL = ("--pool", "pool", "--pool-key", "psk", "--ids", "ids")
+POOL = ("--key-pool", "pool", "--pool-key", "psk", "--ids", "ids")
 WG = ("wg-psk", "--interface", "wg0", "--peer-key", "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=",
       "--local", "a", "--peer", "b")  # fmt: skip
 CONNECT = ("connect", "127.0.0.1", "{closed}")
@@ -116,7 +116,7 @@ FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((*STATUS, *KME, "--kme-ca", "binary"), "cannot use binary"),
     ((*STATUS, *KME, "--kme-key", "cert.pem"), "cannot use ca.pem, cert.pem and cert.pem"),
     ((*EXPORT, *POOL, "--ids", "text"), "text is there already"),
-    ((*EXPORT, *POOL, "--ids", "text", "--take"), "text is not a list of key IDs"),
+    ((*EXPORT, *POOL, "--ids", "text", "--role", "slave"), "text is not a list of key IDs"),
     ((*EXPORT, *POOL, "--pool-key", "nothing/key"), "cannot make the key file nothing/key"),
     (("qkd", "plot", "--kind", "qber", "-o", "nothing.txt"), "a .png or an .svg"),
     # places

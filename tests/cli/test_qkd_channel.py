@@ -173,13 +173,13 @@ def test_a_key_pool(
 
     def export(who: list[str], *words: str) -> list[str]:
         pool = tmp_path / f"{who[who.index('--sae') + 1]}.pool"
-        files = ["--pool", str(pool), "--pool-key", f"{pool}.key", "--ids", str(ids)]
+        files = ["--key-pool", str(pool), "--pool-key", f"{pool}.key", "--ids", str(ids)]
         done = hybridkex.run("kme", "export-pool", *who, *files, *words)
         assert done.returncode == 0, done.stderr
         return ["--key-pool", str(pool)]
 
     alice = export(kmes.alice, "--number", "2")
-    bob = export(kmes.bob, "--take")
+    bob = export(kmes.bob, "--role", "slave")
     seen = set()
     for _ in range(2):
         with listening(*bob) as (port, _):

@@ -86,17 +86,17 @@ async def test_dev_up_status_and_export_pool(
 
         # Each site draws for the other and takes what the other drew.
         for drawer, taker, ids in ((alice, bob, "a.ids"), (bob, alice, "b.ids")):
-            for who, extra in ((drawer, ["--number", "130"]), (taker, ["--take"])):
+            for who, extra in ((drawer, ["--number", "130"]), (taker, ["--role", "slave"])):
                 name = who[-3]
                 done = kme(
-                    "export-pool", *who, "--pool", tmp_path / f"{name}.pool", "--pool-key",
+                    "export-pool", *who, "--key-pool", tmp_path / f"{name}.pool", "--pool-key",
                     tmp_path / f"{name}.key", "--ids", tmp_path / ids, *extra,
                 )  # fmt: skip
                 assert done.returncode == 0, done.stderr
                 assert json.loads(done.stdout)["keys"] == 130
         twice = kme(
-            "export-pool", *bob, "--pool", tmp_path / "bob.pool", "--pool-key",
-            tmp_path / "bob.key", "--ids", tmp_path / "a.ids", "--take",
+            "export-pool", *bob, "--key-pool", tmp_path / "bob.pool", "--pool-key",
+            tmp_path / "bob.key", "--ids", tmp_path / "a.ids", "--role", "slave",
         )  # fmt: skip
         assert twice.returncode == 1
         assert "not found on KME" in twice.stderr

@@ -400,3 +400,34 @@ def test_what_was_delivered_to_one_side_is_there_for_the_other(
     with inline_threads(monkeypatch, seed):
         checker = trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
     assert len(checker.masters) > 20, "the run delivered something"
+
+
+def test_a_key_that_comes_late_to_the_other_end_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the first moments of a link: one end is fed before the other."""
+
+    async def main() -> KeyContainer | None:
+        async with trio.open_nursery() as nursery:
+            world = World(tmp_path, random.Random(1), nursery, latest=0.01)
+            world.sites = {kme_id: Site(world, kme_id) for kme_id in SAES}
+            item = ProducedKey(key_id="0" * 8, key=Secret(bytes(32)))
+
+            async def bring(kme_id: str, seconds: float) -> None:
+                await trio.sleep(seconds)
+                await world.sites[kme_id].store.add(OTHER[kme_id], [(item.key_id, item.key)])
+
+            await bring("kme-a", 0)
+            nursery.start_soon(bring, "kme-b", 0.7)
+            kme = world.sites["kme-a"].kme
+            found = await world.sites["kme-a"].ask(
+                lambda _: kme.get_key("alice", "bob", KeyRequest())
+            )
+            for site in world.sites.values():
+                await site.store.aclose()
+            nursery.cancel_scope.cancel()
+        return found
+
+    with inline_threads(monkeypatch, 1):
+        found = trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert found is not None

@@ -1,0 +1,84 @@
+"""Key pools filled from KMEs: one site draws keys as the master, the other collects them.
+
+Each site runs this once in either role, so that both can open connections without a KME.
+"""
+
+from collections.abc import Callable, Sequence
+
+from hybridkex.qkd.etsi014.client import KmeClient
+from hybridkex.qkd.etsi014.models import DeliveredKey, KeyRequest
+from hybridkex.qkd.pool import FilePool, PoolNames
+from hybridkex.qkd.source import KeyRef, QkdKey
+
+__all__ = ["collect_into_pool", "draw_into_pool", "pool_names"]
+
+
+async def pool_names(client: KmeClient, *, sae: str, peer_sae: str) -> PoolNames:
+    """The names of a pool for two SAEs, with the KMEs that the status gives.
+
+    Raises:
+        KeySourceError: the KME gives no status.
+    """
+    status = await client.status(peer_sae)
+    return PoolNames(
+        sae=sae,
+        kme=client.kme_id or status.source_kme_id,
+        peer_sae=peer_sae,
+        peer_kme=status.target_kme_id,
+    )
+
+
+async def draw_into_pool(
+    pool: FilePool,
+    client: KmeClient,
+    number: int,
+    *,
+    announce: Callable[[Sequence[str]], object],
+    key_bits: int = 256,
+) -> None:
+    """Draw new keys (Get key, clause 5.2) and put them into a pool, as the master.
+
+    Args:
+        pool: the pool of our site.
+        client: the KME of our site.
+        number: keys to draw.
+        announce: called with the IDs of all keys so far, after each request and before its keys
+            are in the pool. If it fails, no key is in the pool that the peer will not hear of.
+        key_bits: length of a key, in bits.
+
+    Raises:
+        KeySourceError: the KME gives no more keys. Those before are in the pool.
+    """
+    names = pool.names
+    at_once = max(1, (await client.status(names.peer_sae)).max_key_per_request)
+    drawn: list[str] = []
+    while len(drawn) < number:
+        request = KeyRequest(number=min(at_once, number - len(drawn)), size=key_bits)
+        found = await client.enc_keys(names.peer_sae, request)
+        drawn += [item.key_id for item in found.keys]
+        announce(drawn)
+        await pool.add([_key(names, item, master=True) for item in found.keys])
+
+
+async def collect_into_pool(pool: FilePool, client: KmeClient, key_ids: Sequence[str]) -> None:
+    """Collect keys that the peer drew (Get key with key IDs, clause 5.3), as the slave.
+
+    Raises:
+        KeySourceError: the KME does not give a key. Those of earlier requests are in the pool.
+    """
+    names = pool.names
+    at_once = max(1, (await client.status(names.peer_sae)).max_key_per_request)
+    for start in range(0, len(key_ids), at_once):
+        found = await client.dec_keys(names.peer_sae, key_ids[start : start + at_once])
+        await pool.add([_key(names, item, master=False) for item in found.keys])
+
+
+def _key(names: PoolNames, item: DeliveredKey, *, master: bool) -> QkdKey:
+    ours, theirs = (names.kme, names.sae), (names.peer_kme, names.peer_sae)
+    (master_kme, master_sae), (slave_kme, slave_sae) = (ours, theirs) if master else (theirs, ours)
+    return QkdKey(
+        name=(KeyRef(master_kme, slave_kme, item.key_id),),
+        master_sae=master_sae,
+        slave_sae=slave_sae,
+        key=item.key,
+    )

@@ -194,7 +194,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
 
     # --- receiving ----------------------------------------------------------------------------
 
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Data from the peer; ``b""`` once it has closed its direction.
 
         Raises:
@@ -230,7 +230,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             self._pending = pending[max_bytes:]
             return bytes(pending[:max_bytes])
 
-    async def _receive_more(self) -> bytearray | None:
+    async def _receive_more(self) -> bytes | None:
         """Wait for application data; ``None`` at the peer's close_notify.
 
         Always a checkpoint, and one that cannot lose what the engine has handed out.

@@ -6,6 +6,7 @@ may be empty, what may stand between two pieces of a message, and how much of an
 """
 
 from collections import deque
+from io import BytesIO
 from typing import Final, TypeAlias
 
 from hybridkex.constants import LEGACY_VERSION, MAX_PLAINTEXT, Alert, ContentType, HandshakeType
@@ -55,7 +56,7 @@ class DataItem:
 
     __slots__ = ("data",)
 
-    def __init__(self, data: bytearray) -> None:
+    def __init__(self, data: bytes) -> None:
         self.data = data
 
 
@@ -67,6 +68,19 @@ class AlertItem:
     def __init__(self, level: int, description: int) -> None:
         self.level = level
         self.description = description
+
+
+def _buffer_of(size: int) -> BytesIO:
+    """A buffer that is decrypted into and becomes ``bytes`` without a copy.
+
+    ``BytesIO`` keeps its content in a ``bytes`` object, which ``getvalue`` hands out as it is once
+    nobody has a view of it.
+    """
+    buffer = BytesIO()
+    if size:
+        buffer.seek(size - 1)
+        buffer.write(b"\0")
+    return buffer
 
 
 Item: TypeAlias = bytes | DataItem | AlertItem
@@ -292,8 +306,8 @@ class Channel:
         caller sees the same in whatever pieces the bytes arrived.
         """
         record: Record | None = first
-        out = bytearray(len(first.fragment) + self.incoming.pending)
-        view = memoryview(out)
+        buffer = _buffer_of(len(first.fragment) + self.incoming.pending)
+        view = buffer.getbuffer()
         filled = 0
         try:
             while record is not None:
@@ -317,7 +331,7 @@ class Channel:
                 if length < 0:
                     raise UnexpectedMessage("a record of nothing but zeros")  # section 5.4
                 end = filled + length
-                type_ = out[end]
+                type_ = view[end]
                 if type_ != _APPLICATION:
                     self._stashed = (type_, bytes(view[filled:end]))
                     break
@@ -332,12 +346,12 @@ class Channel:
                 raise
             self._deferred = error
             # The error's traceback holds on to pieces of the buffer, which cannot shrink then.
-            return DataItem(out[:filled])
+            return DataItem(bytes(view[:filled]))
         if not filled:
             return None
         view.release()
-        del out[filled:]
-        return DataItem(out)
+        buffer.truncate(filled)
+        return DataItem(buffer.getvalue())
 
     def _check_data(self, length: int) -> None:
         if not self.data_allowed:

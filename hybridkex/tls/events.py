@@ -58,7 +58,7 @@ class PskWanted:
 class ApplicationData:
     """Data from the peer, in order; never empty."""
 
-    data: bytearray
+    data: bytes
 
 
 @dataclass(frozen=True)

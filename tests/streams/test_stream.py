@@ -101,6 +101,20 @@ async def test_the_alert_reaches_the_peer_whichever_task_fails(
     ]
 
 
+async def test_what_is_received_is_bytes(make_pair: MakePair) -> None:
+    """As with ``trio.SSLStream``: a program may use it as a key of a dictionary, or keep it."""
+    client, server = await shaken(make_pair)
+    for size in (1, 100, 16_384, 20_000, 100_000):
+        for limit in (None, 1, size):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.send_all, b"x" * size)
+                pieces = []
+                while sum(map(len, pieces)) < size:
+                    pieces.append(await server.receive_some(limit if len(pieces) < 5 else None))
+            assert {type(piece) for piece in pieces} == {bytes}
+            assert b"".join(pieces) == b"x" * size
+
+
 @pytest.mark.parametrize(
     "names", [("receive_some", "receive_some"), ("receive_some", "unwrap"), ("send", "send")]
 )

@@ -42,7 +42,6 @@ from hybridkex.tls.certificate_types import (
     check_choice,
     check_entries,
 )
-from hybridkex.tls.channel import Channel
 from hybridkex.tls.config import Authentication, ClientConfig, Requirement
 from hybridkex.tls.events import HandshakeCompleted, PskWanted, SessionProposed
 from hybridkex.tls.negotiation import (
@@ -56,6 +55,7 @@ from hybridkex.tls.negotiation import (
     sign_transcript,
     verify_signature,
 )
+from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import AuthenticatedBy, Session, SessionTicket
 from hybridkex.tls.traffic import ClientTraffic, Connected, store_key
 from hybridkex.tls.transcript import Transcript
@@ -122,7 +122,7 @@ class ClientState:
     accepts: frozenset[int]
 
     def handle(
-        self, message: Message, raw: bytes, channel: Channel
+        self, message: Message, raw: bytes, records: RecordLayer
     ) -> "ClientState | ClientTraffic":
         """Check one message; the type is one of ``accepts``."""
         raise NotImplementedError
@@ -229,13 +229,13 @@ class _Offer:
         return truncated + vector16(binders)
 
 
-def start(config: ClientConfig, name: PeerName | None, channel: Channel) -> ClientState:
+def start(config: ClientConfig, name: PeerName | None, records: RecordLayer) -> ClientState:
     """Send the first ClientHello, or ask for the PSK that it shall offer."""
     ticket = _take_ticket(config, name)
     if ticket is None and config.psk_source and config.has_psk:
-        channel.emit(PskWanted(()))
+        records.emit(PskWanted(()))
         return WaitPsk(config, name)
-    return _send_hello(config, name, ticket, config.psks, channel)
+    return _send_hello(config, name, ticket, config.psks, records)
 
 
 @dataclass(frozen=True)
@@ -246,14 +246,14 @@ class WaitPsk(ClientState):
     name: PeerName | None
     accepts = frozenset[int]()
 
-    def provide(self, external: ExternalPsk | None, channel: Channel) -> ClientState:
+    def provide(self, external: ExternalPsk | None, records: RecordLayer) -> ClientState:
         """Go on with the PSK, or without one where the policy allows that."""
         config = self.config
         if external is not None:
-            return _send_hello(config, self.name, None, (external, *config.psks), channel)
+            return _send_hello(config, self.name, None, (external, *config.psks), records)
         if not config.psks:
             _check_psk_policy(config, "there is none to offer")
-        return _send_hello(config, self.name, None, config.psks, channel)
+        return _send_hello(config, self.name, None, config.psks, records)
 
 
 def _send_hello(
@@ -261,7 +261,7 @@ def _send_hello(
     name: PeerName | None,
     ticket: SessionTicket | None,
     externals: tuple[ExternalPsk, ...],
-    channel: Channel,
+    records: RecordLayer,
 ) -> ClientState:
     psks: list[Psk] = []
     if ticket is not None:
@@ -289,11 +289,11 @@ def _send_hello(
         ticket=ticket,
         started={group.code: group.exchange.start() for group in config.shared_groups},
     )
-    channel.client_random = offer.random
+    records.client_random = offer.random
     hello = offer.hello(None, None)
-    channel.send_raw(hello)
-    channel.flush(FIRST_VERSION)
-    channel.change_cipher_spec_allowed = True
+    records.writer.send_raw(hello)
+    records.writer.flush(FIRST_VERSION)
+    records.reader.change_cipher_spec_allowed = True
     return WaitServerHello(offer, hello)
 
 
@@ -335,15 +335,15 @@ class WaitServerHello(ClientState):
     hello: bytes
     accepts = frozenset((HandshakeType.SERVER_HELLO,))
 
-    def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         if isinstance(message, HelloRetryRequest):
-            return self._retry(message, raw, channel)
+            return self._retry(message, raw, records)
         assert isinstance(message, ServerHello)
         suite = _check_hello(self.offer, message)
         transcript = Transcript(suite.hash, self.hello)
-        return _accept(self.offer, self.offer.psks, suite, message, raw, transcript, channel)
+        return _accept(self.offer, self.offer.psks, suite, message, raw, transcript, records)
 
-    def _retry(self, message: HelloRetryRequest, raw: bytes, channel: Channel) -> ClientState:
+    def _retry(self, message: HelloRetryRequest, raw: bytes, records: RecordLayer) -> ClientState:
         """Section 4.1.4: another ClientHello, changed only where the server asked."""
         offer = self.offer
         suite = _check_hello(offer, message)
@@ -357,7 +357,7 @@ class WaitServerHello(ClientState):
                 raise IllegalParameter("HelloRetryRequest asks for a share that it has")
             group = _find_group(offer.config, wanted.group)
             started = {group.code: group.exchange.start()}
-        channel.check_message_boundary()
+        records.reader.check_message_boundary()
         psks = tuple(psk for psk in offer.psks if psk.hash == suite.hash)
         again = _Offer(
             config=offer.config,
@@ -369,13 +369,13 @@ class WaitServerHello(ClientState):
             started=started,
         )
         transcript = Transcript.after_retry(suite.hash, suite.hash.digest(self.hello), raw)
-        channel.change_cipher_spec_due = offer.config.compatibility_mode
+        records.writer.change_cipher_spec_due = offer.config.compatibility_mode
         try:
             hello = again.hello(cookie.cookie if cookie is not None else None, transcript)
         except EncodeError:
             # Section 4.3.2 of RFC 9846 wants the cookie back as it came, and there is no room.
             raise IllegalParameter("the server's cookie does not fit into a ClientHello") from None
-        channel.send_raw(hello)
+        records.writer.send_raw(hello)
         transcript.add(hello)
         return WaitSecondServerHello(again, suite, transcript)
 
@@ -389,14 +389,14 @@ class WaitSecondServerHello(ClientState):
     transcript: Transcript
     accepts = frozenset((HandshakeType.SERVER_HELLO,))
 
-    def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         if isinstance(message, HelloRetryRequest):
             raise UnexpectedMessage("a second HelloRetryRequest")
         assert isinstance(message, ServerHello)
         if _check_hello(self.offer, message) is not self.suite:
             raise IllegalParameter("the cipher suite changed after HelloRetryRequest")
         offer = self.offer
-        return _accept(offer, offer.psks, self.suite, message, raw, self.transcript, channel)
+        return _accept(offer, offer.psks, self.suite, message, raw, self.transcript, records)
 
 
 def _find_group(config: ClientConfig, code: int) -> Group:
@@ -456,7 +456,7 @@ def _accept(
     message: ServerHello,
     raw: bytes,
     transcript: Transcript,
-    channel: Channel,
+    records: RecordLayer,
 ) -> ClientState:
     """ServerHello: the key exchange is complete, what follows is encrypted."""
     share = message.extensions.get(KeyShareChoice)
@@ -475,7 +475,7 @@ def _accept(
     elif not psk.resumption and offer.wants_certificate_with_psk and not with_certificate:
         raise PolicyRefused("the server took the PSK and leaves out the certificate")
 
-    channel.check_message_boundary()
+    records.reader.check_message_boundary()
     shared = started.finish(share.entry.share)
     transcript.add(raw)
     digest = transcript.digest()
@@ -483,11 +483,11 @@ def _accept(
     secret = early.handshake_secret(shared)
     server = secret.server_handshake_traffic(suite, digest)
     client = secret.client_handshake_traffic(suite, digest)
-    channel.log_secret("SERVER_HANDSHAKE_TRAFFIC_SECRET", server.secret)
-    channel.log_secret("CLIENT_HANDSHAKE_TRAFFIC_SECRET", client.secret)
-    channel.read_with(server)
-    channel.write_with(client)
-    channel.change_cipher_spec_due = offer.config.compatibility_mode
+    records.log_secret("SERVER_HANDSHAKE_TRAFFIC_SECRET", server.secret)
+    records.log_secret("CLIENT_HANDSHAKE_TRAFFIC_SECRET", client.secret)
+    records.reader.change_key(server)
+    records.writer.change_key(client)
+    records.writer.change_cipher_spec_due = offer.config.compatibility_mode
     keys = _Keys(suite, secret, client, server, transcript)
     group = _find_group(offer.config, share.entry.group)
     return WaitEncryptedExtensions(offer, group, psk, with_certificate, keys)
@@ -537,7 +537,7 @@ class WaitEncryptedExtensions(ClientState):
     keys: _Keys
     accepts = frozenset((HandshakeType.ENCRYPTED_EXTENSIONS,))
 
-    def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, EncryptedExtensions)
         config = self.offer.config
         allowed: set[type[Extension]] = {SupportedGroups}
@@ -557,10 +557,10 @@ class WaitEncryptedExtensions(ClientState):
             raise IllegalParameter("the server chose an ALPN protocol that was not offered")
         limit = message.extensions.get(RecordSizeLimit)
         if limit is not None:
-            if limit.limit > channel.record_limit + 1:
+            if limit.limit > records.writer.record_limit + 1:
                 raise IllegalParameter(f"a record_size_limit of {limit.limit}")  # RFC 8449
-            channel.record_limit = limit.limit - 1
-            channel.limit_incoming(config.inner_limit)
+            records.writer.record_limit = limit.limit - 1
+            records.reader.limit_records(config.inner_limit)
         server_type = message.extensions.get(ServerCertificateTypeChoice)
         client_type = message.extensions.get(ClientCertificateTypeChoice)
         self.keys.transcript.add(raw)
@@ -613,9 +613,9 @@ class WaitCertificateOrRequest(ClientState):
     verifier: AnyServerVerifier
     accepts = frozenset((HandshakeType.CERTIFICATE, HandshakeType.CERTIFICATE_REQUEST))
 
-    def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         if isinstance(message, Certificate):
-            return WaitCertificate(self.settled, self.verifier, None).handle(message, raw, channel)
+            return WaitCertificate(self.settled, self.verifier, None).handle(message, raw, records)
         assert isinstance(message, CertificateRequest)
         if message.context:
             raise IllegalParameter("CertificateRequest with a context during the handshake")
@@ -636,7 +636,7 @@ class WaitCertificate(ClientState):
     """The schemes of the server's CertificateRequest, if it sent one."""
     accepts = frozenset((HandshakeType.CERTIFICATE,))
 
-    def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, Certificate)
         if message.context:
             raise IllegalParameter("the server's Certificate has a context")
@@ -661,7 +661,7 @@ class WaitCertificateVerify(ClientState):
     requested: tuple[int, ...] | None
     accepts = frozenset((HandshakeType.CERTIFICATE_VERIFY,))
 
-    def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, CertificateVerify)
         transcript = self.settled.keys.transcript
         scheme = verify_signature(
@@ -685,16 +685,16 @@ class WaitFinished(ClientState):
     requested: tuple[int, ...] | None
     accepts = frozenset((HandshakeType.FINISHED,))
 
-    def handle(self, message: Message, raw: bytes, channel: Channel) -> ClientState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, Finished)
         keys = self.settled.keys
         check_finished(message, keys.server, keys.transcript)
-        channel.check_message_boundary()
-        channel.change_cipher_spec_allowed = False
+        records.reader.check_message_boundary()
+        records.reader.change_cipher_spec_allowed = False
         keys.transcript.add(raw)
         session = self._session()
         check_session(self.settled.offer.config, session)
-        channel.emit(SessionProposed(session, self.proof.certificate))
+        records.emit(SessionProposed(session, self.proof.certificate))
         return Proposed(self.settled, self.proof, self.requested, session)
 
     def _session(self) -> Session:
@@ -730,7 +730,7 @@ class Proposed(ClientState):
     session: Session
     accepts = frozenset[int]()
 
-    def accept(self, session: Session, channel: Channel) -> ClientTraffic:
+    def accept(self, session: Session, records: RecordLayer) -> ClientTraffic:
         """[Certificate, CertificateVerify,] Finished."""
         settled, keys = self.settled, self.settled.keys
         suite, transcript = keys.suite, keys.transcript
@@ -739,34 +739,34 @@ class Proposed(ClientState):
         server = main.server_application_traffic(suite, digest)
         client = main.client_application_traffic(suite, digest)
         exporter = main.exporter_secret(digest)
-        channel.log_secret("SERVER_TRAFFIC_SECRET_0", server.secret)
-        channel.log_secret("CLIENT_TRAFFIC_SECRET_0", client.secret)
-        channel.log_secret("EXPORTER_SECRET", exporter.secret)
+        records.log_secret("SERVER_TRAFFIC_SECRET_0", server.secret)
+        records.log_secret("CLIENT_TRAFFIC_SECRET_0", client.secret)
+        records.log_secret("EXPORTER_SECRET", exporter.secret)
 
         if self.requested is not None:
-            self._authenticate(channel, self.requested)
+            self._authenticate(records, self.requested)
         finished = Finished(keys.client.finished(transcript.digest()))
-        transcript.add(channel.send(finished))
-        channel.read_with(server)
-        channel.write_with(client)
-        channel.data_allowed = True
+        transcript.add(records.writer.send(finished))
+        records.reader.change_key(server)
+        records.writer.change_key(client)
+        records.reader.data_allowed = True
 
         resumption = main.resumption_secret(transcript.digest())
         connected = Connected(session, suite, exporter, resumption)
-        channel.emit(HandshakeCompleted(session))
+        records.emit(HandshakeCompleted(session))
         peer = self.proof.certificate
         presented = peer.certificate if peer is not None else None
         return ClientTraffic(connected, settled.offer.config, presented)
 
-    def _authenticate(self, channel: Channel, requested: tuple[int, ...]) -> None:
+    def _authenticate(self, records: RecordLayer, requested: tuple[int, ...]) -> None:
         """Certificate and CertificateVerify; an empty Certificate where we have none that fits."""
         config, transcript = self.settled.offer.config, self.settled.keys.transcript
         identity, scheme = config.identity, None
         if identity is not None and identity.certificate_type == self.settled.client_type:
             scheme = choose_scheme(identity.signing_key, config.signature_schemes, requested)
         if identity is None or scheme is None:
-            transcript.add(channel.send(certificate_message(None)))
+            transcript.add(records.writer.send(certificate_message(None)))
             return
-        transcript.add(channel.send(certificate_message(identity)))
+        transcript.add(records.writer.send(certificate_message(identity)))
         verify = sign_transcript(identity, scheme, Label.CLIENT_CERTIFICATE_VERIFY, transcript)
-        transcript.add(channel.send(verify))
+        transcript.add(records.writer.send(verify))

@@ -20,9 +20,9 @@ from hybridkex.errors import (
 )
 from hybridkex.secret import Secret
 from hybridkex.tls import client, server
-from hybridkex.tls.channel import AlertItem, Channel, DataItem
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 from hybridkex.tls.events import ApplicationData, CloseReceived, Event
+from hybridkex.tls.record_layer import AlertItem, DataItem, RecordLayer
 from hybridkex.tls.session import Session
 from hybridkex.tls.traffic import ClientTraffic, Connected, ServerTraffic
 from hybridkex.wire.messages import decode
@@ -44,8 +44,8 @@ _TRAFFIC: Final = (ClientTraffic, ServerTraffic)
 class Connection:
     """What client and server have in common; make a :class:`ClientConnection` or the other."""
 
-    def __init__(self, channel: Channel, state: State | None) -> None:
-        self._channel = channel
+    def __init__(self, records: RecordLayer, state: State | None) -> None:
+        self._records = records
         self._state = state
         self._error: HybridkexError | None = None
         self._close_received = False
@@ -64,7 +64,7 @@ class Connection:
         if self._close_received:
             return  # Whatever comes behind close_notify is to be ignored (section 6.1).
         if data:
-            self._channel.incoming.feed(data)
+            self._records.reader.incoming.feed(data)
             return
         if self.next_event_waits:
             raise LocalStateError("take all events before telling of the transport's end")
@@ -74,7 +74,7 @@ class Connection:
     @property
     def next_event_waits(self) -> bool:
         """Whether an event is there already, without looking at the bytes."""
-        return bool(self._channel.events)
+        return bool(self._records.events)
 
     def next_event(self) -> Event | None:
         """The next event, or ``None`` until the caller brings more bytes, a PSK or a decision.
@@ -84,13 +84,13 @@ class Connection:
                 ``data_to_send``.
             AlertReceived: the peer gave up.
         """
-        channel = self._channel
-        if channel.events:
-            return channel.events.popleft()
+        records = self._records
+        if records.events:
+            return records.events.popleft()
         self._check_alive()
         while not self._close_received and not isinstance(self._state, _WAITING):
             try:
-                item = channel.next_item()
+                item = records.reader.next_item()
                 if item is None:
                     return None
                 if type(item) is DataItem:
@@ -104,8 +104,8 @@ class Connection:
             except PeerError as error:
                 self._fail(error)
                 raise
-            if channel.events:
-                return channel.events.popleft()
+            if records.events:
+                return records.events.popleft()
         return None
 
     def _message(self, raw: bytes) -> None:
@@ -116,7 +116,7 @@ class Connection:
             raise UnexpectedMessage(
                 f"handshake message of type {raw[0]} while in {type(state).__name__}"
             )
-        self._state = state.handle(decode(raw), raw, self._channel)
+        self._state = state.handle(decode(raw), raw, self._records)
 
     def _alert(self, alert: AlertItem) -> None:
         if alert.description == Alert.CLOSE_NOTIFY:
@@ -124,7 +124,7 @@ class Connection:
                 self._error = AlertReceived(alert.description)
                 raise self._error
             self._close_received = True
-            self._channel.emit(CloseReceived())
+            self._records.emit(CloseReceived())
         elif alert.description == Alert.USER_CANCELED:
             # Section 6.1: "This alert generally has AlertLevel=warning. Receiving implementations
             # SHOULD continue to read data from the peer until a 'close_notify' is received".
@@ -152,14 +152,14 @@ class Connection:
             raise LocalStateError("close_notify has been sent")
         view = data if type(data) is memoryview else memoryview(data)
         if view:
-            state.send_data(view, self._channel)
+            state.send_data(view, self._records)
 
     def send_close(self) -> None:
         """Queue close_notify: we send no more. Receiving goes on (section 6.1)."""
         self._check_alive()
         if not self._close_sent:
             self._close_sent = True
-            self._channel.send_alert(Alert.CLOSE_NOTIFY)
+            self._records.writer.send_alert(Alert.CLOSE_NOTIFY)
 
     def provide_psk(self, psk: ExternalPsk | None) -> None:
         """Answer the event ``PskWanted``: with a PSK (at a server, of one of the identities in the
@@ -174,7 +174,7 @@ class Connection:
         if not isinstance(state, _WAIT_PSK):
             raise LocalStateError("no PSK is wanted")
         try:
-            self._state = state.provide(psk, self._channel)
+            self._state = state.provide(psk, self._records)
         except PeerError as error:
             self._fail(error)
             raise
@@ -190,14 +190,14 @@ class Connection:
         state = self._state
         if not isinstance(state, _PROPOSED):
             raise LocalStateError("no session is proposed")
-        self._state = state.accept(state.session if session is None else session, self._channel)
+        self._state = state.accept(state.session if session is None else session, self._records)
 
     def update_keys(self, *, request_peer: bool = False) -> None:
         """Change our key now, and ask the peer for the same (section 4.6.3)."""
         self._check_alive()
         if not isinstance(self._state, _TRAFFIC) or self._close_sent:
             raise LocalStateError("keys are updated between handshake and close")
-        self._state.update_keys(self._channel, request=request_peer)
+        self._state.update_keys(self._records, request=request_peer)
 
     def abort(self, error: PeerError) -> None:
         """Give up for a reason that the caller found; its alert is queued.
@@ -210,15 +210,15 @@ class Connection:
     @property
     def has_data_to_send(self) -> bool:
         """Whether ``data_to_send`` has anything."""
-        return self._channel.has_output
+        return self._records.writer.has_output
 
     def data_to_send(self) -> bytes | bytearray:
         """All bytes that wait for the transport; they are handed out once."""
-        return self._channel.take_output()
+        return self._records.writer.take_output()
 
     def trailing_data(self) -> bytes:
         """What came behind the peer's close_notify: not TLS, and not ours."""
-        return self._channel.incoming.drain() if self._close_received else b""
+        return self._records.reader.incoming.drain() if self._close_received else b""
 
     # --- what it is ---------------------------------------------------------------------------
 
@@ -264,9 +264,9 @@ class Connection:
 
     def _fail(self, error: PeerError) -> None:
         self._error = error
-        self._channel.send_alert(error.alert)
+        self._records.writer.send_alert(error.alert)
         if error.alert is Alert.USER_CANCELED:
-            self._channel.send_alert(Alert.CLOSE_NOTIFY)  # or the peer goes on (section 6.1)
+            self._records.writer.send_alert(Alert.CLOSE_NOTIFY)  # or the peer goes on (section 6.1)
 
 
 class ClientConnection(Connection):
@@ -279,7 +279,7 @@ class ClientConnection(Connection):
 
     def __init__(self, config: ClientConfig, server_hostname: str | None = None) -> None:
         check_config(config, ClientConfig)
-        super().__init__(Channel(config), None)
+        super().__init__(RecordLayer(config), None)
         self._config = config
         self._name: DnsName | IpAddress | None = (
             parse_peer_name(server_hostname) if server_hostname is not None else None
@@ -290,7 +290,7 @@ class ClientConnection(Connection):
         self._check_alive()
         if self._state is not None:
             raise LocalStateError("the handshake has been started already")
-        self._state = client.start(self._config, self._name, self._channel)
+        self._state = client.start(self._config, self._name, self._records)
 
     def _ended(self) -> None:
         if isinstance(self._state, client.WaitServerHello | client.WaitSecondServerHello):
@@ -302,5 +302,5 @@ class ServerConnection(Connection):
 
     def __init__(self, config: ServerConfig) -> None:
         check_config(config, ServerConfig)
-        channel = Channel(config)
-        super().__init__(channel, server.start(config, channel))
+        records = RecordLayer(config)
+        super().__init__(records, server.start(config, records))

@@ -55,7 +55,6 @@ from hybridkex.tls.certificate_types import (
     accepted_types,
     check_entries,
 )
-from hybridkex.tls.channel import Channel
 from hybridkex.tls.config import Authentication, Requirement, ServerConfig
 from hybridkex.tls.events import HandshakeCompleted, PskWanted, SessionProposed
 from hybridkex.tls.negotiation import (
@@ -68,6 +67,7 @@ from hybridkex.tls.negotiation import (
     sign_transcript,
     verify_signature,
 )
+from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import AuthenticatedBy, Session
 from hybridkex.tls.tickets import CookieState, TicketState
 from hybridkex.tls.traffic import Connected, ServerTraffic
@@ -124,13 +124,13 @@ class ServerState:
     accepts: frozenset[int]
 
     def handle(
-        self, message: Message, raw: bytes, channel: Channel
+        self, message: Message, raw: bytes, records: RecordLayer
     ) -> "ServerState | ServerTraffic":
         """Check one message; the type is one of ``accepts``."""
         raise NotImplementedError
 
 
-def start(config: ServerConfig, channel: Channel) -> ServerState:
+def start(config: ServerConfig, records: RecordLayer) -> ServerState:
     """Wait for the client to speak first."""
     return WaitClientHello(config)
 
@@ -300,23 +300,25 @@ class WaitClientHello(ServerState):
     config: ServerConfig
     accepts = frozenset((HandshakeType.CLIENT_HELLO,))
 
-    def handle(self, message: Message, raw: bytes, channel: Channel) -> ServerState | ServerTraffic:
+    def handle(
+        self, message: Message, raw: bytes, records: RecordLayer
+    ) -> ServerState | ServerTraffic:
         assert isinstance(message, ClientHello)
-        channel.check_message_boundary()
-        channel.client_random = message.random
-        channel.change_cipher_spec_allowed = True
+        records.reader.check_message_boundary()
+        records.client_random = message.random
+        records.reader.change_cipher_spec_allowed = True
         hello = _Hello.check(message, raw, self.config)
         config = self.config
         group = _choose_group(config, hello)
         suite = _choose_suite(config, hello)
         if group.code not in hello.shares:
-            return self._retry(hello, suite, group, channel)
+            return self._retry(hello, suite, group, records)
         if EarlyDataIndication in message.extensions:
-            channel.skip_early_data(after_retry=False)
-        return _negotiate(config, hello, suite, group, None, channel)
+            records.reader.skip_early_data(after_retry=False)
+        return _negotiate(config, hello, suite, group, None, records)
 
     def _retry(
-        self, hello: _Hello, suite: CipherSuite, group: Group, channel: Channel
+        self, hello: _Hello, suite: CipherSuite, group: Group, records: RecordLayer
     ) -> ServerState:
         """Ask for another share, and forget this hello: the cookie remembers it (section 4.2.2)."""
         state = CookieState(
@@ -328,11 +330,11 @@ class WaitClientHello(ServerState):
             session_id=hello.message.session_id,
         )
         cookie = self.config.cookies.seal(state)
-        channel.send_raw(_retry_request(state, cookie))
-        channel.flush()
-        channel.send_change_cipher_spec()
+        records.writer.send_raw(_retry_request(state, cookie))
+        records.writer.flush()
+        records.writer.send_change_cipher_spec()
         if EarlyDataIndication in hello.message.extensions:
-            channel.skip_early_data(after_retry=True)
+            records.reader.skip_early_data(after_retry=True)
         return WaitSecondClientHello(self.config)
 
 
@@ -357,10 +359,12 @@ class WaitSecondClientHello(ServerState):
     config: ServerConfig
     accepts = frozenset((HandshakeType.CLIENT_HELLO,))
 
-    def handle(self, message: Message, raw: bytes, channel: Channel) -> ServerState | ServerTraffic:
+    def handle(
+        self, message: Message, raw: bytes, records: RecordLayer
+    ) -> ServerState | ServerTraffic:
         assert isinstance(message, ClientHello)
-        channel.check_message_boundary()
-        channel.stop_skipping_early_data()
+        records.reader.check_message_boundary()
+        records.reader.stop_skipping_early_data()
         hello = _Hello.check(message, raw, self.config)
         cookie = message.extensions.get(Cookie)
         if cookie is None:
@@ -381,7 +385,7 @@ class WaitSecondClientHello(ServerState):
             raise IllegalParameter("the cookie was made under another configuration")
         retry = _retry_request(state, cookie.cookie)
         transcript = Transcript.after_retry(suite.hash, state.hello_digest, retry)
-        return _negotiate(self.config, hello, suite, group, transcript, channel)
+        return _negotiate(self.config, hello, suite, group, transcript, records)
 
 
 def _first_usable(config: ServerConfig, hello: _Hello, suite: CipherSuite) -> bytes:
@@ -484,7 +488,7 @@ def _negotiate(
     suite: CipherSuite,
     group: Group,
     transcript: Transcript | None,
-    channel: Channel,
+    records: RecordLayer,
 ) -> ServerState | ServerTraffic:
     """Settle everything; ask for a PSK where only an outside source can know it."""
     if suite.code not in hello.message.cipher_suites:
@@ -508,13 +512,13 @@ def _negotiate(
     for offered in sorted(hello.offered_psks, key=lambda one: _preference(config, one)):
         selected = _resolve(choice, offered)
         if selected is not None:
-            return _respond(choice, share, shared, selected, channel)
+            return _respond(choice, share, shared, selected, records)
         if _worth_asking(config) and offered.hash is suite.hash and _external_allowed(choice):
             wanted.append(offered)
     if wanted:
-        channel.emit(PskWanted(tuple(offered.identity for offered in wanted)))
+        records.emit(PskWanted(tuple(offered.identity for offered in wanted)))
         return WaitPsk(choice, share, shared, tuple(wanted))
-    return _respond(choice, share, shared, None, channel)
+    return _respond(choice, share, shared, None, records)
 
 
 def _choose_identity(
@@ -632,17 +636,17 @@ class WaitPsk(ServerState):
     accepts = frozenset[int]()
 
     def provide(
-        self, external: ExternalPsk | None, channel: Channel
+        self, external: ExternalPsk | None, records: RecordLayer
     ) -> ServerState | ServerTraffic:
         """Go on with the PSK that was found, or with none."""
         if external is None:
-            return _respond(self.choice, self.share, self.shared, None, channel)
+            return _respond(self.choice, self.share, self.shared, None, records)
         for offered in self.wanted:
             selected = (
                 _selected(self.choice, offered, external) if offered.names(external) else None
             )
             if selected is not None:
-                return _respond(self.choice, self.share, self.shared, selected, channel)
+                return _respond(self.choice, self.share, self.shared, selected, records)
         raise LocalStateError("the PSK that was provided is none of those that were wanted")
 
 
@@ -651,7 +655,7 @@ def _respond(
     share: bytes,
     shared: Secret,
     selected: _Selected | None,
-    channel: Channel,
+    records: RecordLayer,
 ) -> ServerState:
     """ServerHello to Finished."""
     config, hello, suite = choice.config, choice.hello, choice.suite
@@ -676,27 +680,27 @@ def _respond(
         cipher_suite=suite.code,
         extensions=Extensions(extensions),
     )
-    transcript.add(channel.send(message))
-    channel.send_change_cipher_spec()
+    transcript.add(records.writer.send(message))
+    records.writer.send_change_cipher_spec()
     secret = EarlySecret.start(suite.hash, psk.key if psk is not None else None).handshake_secret(
         shared
     )
     digest = transcript.digest()
     client = secret.client_handshake_traffic(suite, digest)
     server = secret.server_handshake_traffic(suite, digest)
-    channel.log_secret("SERVER_HANDSHAKE_TRAFFIC_SECRET", server.secret)
-    channel.log_secret("CLIENT_HANDSHAKE_TRAFFIC_SECRET", client.secret)
-    channel.write_with(server)
-    channel.read_with(client)
+    records.log_secret("SERVER_HANDSHAKE_TRAFFIC_SECRET", server.secret)
+    records.log_secret("CLIENT_HANDSHAKE_TRAFFIC_SECRET", client.secret)
+    records.writer.change_key(server)
+    records.reader.change_key(client)
 
-    encrypted = _encrypted_extensions(choice, channel, with_certificate=with_certificate)
-    transcript.add(channel.send(EncryptedExtensions(encrypted)))
+    encrypted = _encrypted_extensions(choice, records, with_certificate=with_certificate)
+    transcript.add(records.writer.send(EncryptedExtensions(encrypted)))
     asked = with_certificate and choice.client_type is not None
     verifier = config.client_verifier if asked else None
     if with_certificate:
-        _authenticate(choice, verifier, channel)
-    transcript.add(channel.send(Finished(server.finished(transcript.digest()))))
-    main = _start_writing(secret, choice, channel)
+        _authenticate(choice, verifier, records)
+    transcript.add(records.writer.send(Finished(server.finished(transcript.digest()))))
+    main = _start_writing(secret, choice, records)
     answered = _Answered(choice, selected, with_certificate, client, main)
     if verifier is not None:
         return WaitClientCertificate(answered, verifier)
@@ -746,7 +750,7 @@ def _check_binder(choice: _Choice, selected: _Selected) -> None:
 
 
 def _encrypted_extensions(
-    choice: _Choice, channel: Channel, *, with_certificate: bool
+    choice: _Choice, records: RecordLayer, *, with_certificate: bool
 ) -> Extensions:
     config, offered = choice.config, choice.hello.message.extensions
     extensions: list[Extension] = []
@@ -756,8 +760,8 @@ def _encrypted_extensions(
         extensions.append(AlpnChoice(choice.alpn))
     limit = offered.get(RecordSizeLimit)
     if limit is not None:
-        channel.record_limit = min(channel.record_limit, limit.limit - 1)
-        channel.limit_incoming(config.inner_limit)
+        records.writer.record_limit = min(records.writer.record_limit, limit.limit - 1)
+        records.reader.limit_records(config.inner_limit)
         extensions.append(RecordSizeLimit(config.inner_limit))
     if choice.identity is not None and ServerCertificateTypeOffer in offered:
         extensions.append(ServerCertificateTypeChoice(choice.identity.certificate_type))
@@ -767,7 +771,9 @@ def _encrypted_extensions(
     return Extensions(extensions)
 
 
-def _authenticate(choice: _Choice, verifier: AnyClientVerifier | None, channel: Channel) -> None:
+def _authenticate(
+    choice: _Choice, verifier: AnyClientVerifier | None, records: RecordLayer
+) -> None:
     """[CertificateRequest,] Certificate, CertificateVerify."""
     transcript = choice.transcript
     assert choice.identity is not None
@@ -780,11 +786,11 @@ def _authenticate(choice: _Choice, verifier: AnyClientVerifier | None, channel: 
                 SignatureAlgorithmsCert(schemes + CERTIFICATE_ONLY_SCHEMES),
             )
         )
-        transcript.add(channel.send(CertificateRequest(b"", request)))
-    transcript.add(channel.send(certificate_message(choice.identity)))
+        transcript.add(records.writer.send(CertificateRequest(b"", request)))
+    transcript.add(records.writer.send(certificate_message(choice.identity)))
     label = Label.SERVER_CERTIFICATE_VERIFY
     verify = sign_transcript(choice.identity, choice.scheme, label, transcript)
-    transcript.add(channel.send(verify))
+    transcript.add(records.writer.send(verify))
 
 
 @dataclass(frozen=True)
@@ -796,16 +802,16 @@ class _MainKeys:
     exporter: ExporterSecret
 
 
-def _start_writing(secret: HandshakeSecret, choice: _Choice, channel: Channel) -> _MainKeys:
+def _start_writing(secret: HandshakeSecret, choice: _Choice, records: RecordLayer) -> _MainKeys:
     suite, digest = choice.suite, choice.transcript.digest()
     main = secret.main_secret()
     server = main.server_application_traffic(suite, digest)
     client = main.client_application_traffic(suite, digest)
     exporter = main.exporter_secret(digest)
-    channel.log_secret("SERVER_TRAFFIC_SECRET_0", server.secret)
-    channel.log_secret("CLIENT_TRAFFIC_SECRET_0", client.secret)
-    channel.log_secret("EXPORTER_SECRET", exporter.secret)
-    channel.write_with(server)
+    records.log_secret("SERVER_TRAFFIC_SECRET_0", server.secret)
+    records.log_secret("CLIENT_TRAFFIC_SECRET_0", client.secret)
+    records.log_secret("EXPORTER_SECRET", exporter.secret)
+    records.writer.change_key(server)
     return _MainKeys(main, client, exporter)
 
 
@@ -828,7 +834,7 @@ class WaitClientCertificate(ServerState):
     verifier: AnyClientVerifier
     accepts = frozenset((HandshakeType.CERTIFICATE,))
 
-    def handle(self, message: Message, raw: bytes, channel: Channel) -> ServerState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
         assert isinstance(message, Certificate)
         choice = self.answered.choice
         if message.context:
@@ -857,7 +863,7 @@ class WaitClientCertificateVerify(ServerState):
     peer: VerifiedPeer
     accepts = frozenset((HandshakeType.CERTIFICATE_VERIFY,))
 
-    def handle(self, message: Message, raw: bytes, channel: Channel) -> ServerState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
         assert isinstance(message, CertificateVerify)
         choice = self.answered.choice
         verify_signature(
@@ -879,12 +885,12 @@ class WaitClientFinished(ServerState):
     peer: VerifiedPeer | None
     accepts = frozenset((HandshakeType.FINISHED,))
 
-    def handle(self, message: Message, raw: bytes, channel: Channel) -> ServerState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
         assert isinstance(message, Finished)
         answered, choice = self.answered, self.answered.choice
         check_finished(message, answered.client_handshake, choice.transcript)
-        channel.check_message_boundary()
-        channel.change_cipher_spec_allowed = False
+        records.reader.check_message_boundary()
+        records.reader.change_cipher_spec_allowed = False
         choice.transcript.add(raw)
         ticket = answered.selected.ticket if answered.selected is not None else None
         peer = self.peer
@@ -905,7 +911,7 @@ class WaitClientFinished(ServerState):
             began_at=ticket.began_at if ticket is not None else choice.config.clock(),
         )
         check_session(choice.config, session)
-        channel.emit(SessionProposed(session, peer))
+        records.emit(SessionProposed(session, peer))
         return Proposed(answered, peer, session)
 
     def _authenticated_by(self, ticket: TicketState | None) -> AuthenticatedBy:
@@ -925,14 +931,14 @@ class Proposed(ServerState):
     session: Session
     accepts = frozenset[int]()
 
-    def accept(self, session: Session, channel: Channel) -> ServerTraffic:
+    def accept(self, session: Session, records: RecordLayer) -> ServerTraffic:
         """The handshake is complete."""
         answered, choice = self.answered, self.answered.choice
-        channel.read_with(answered.main.client)
-        channel.data_allowed = True
+        records.reader.change_key(answered.main.client)
+        records.reader.data_allowed = True
         resumption = answered.main.secret.resumption_secret(choice.transcript.digest())
         connected = Connected(session, choice.suite, answered.main.exporter, resumption)
-        channel.emit(HandshakeCompleted(session))
+        records.emit(HandshakeCompleted(session))
         presented = self.peer.certificate if self.peer is not None else None
         binding = choice.config.binding(choice.identity)
         traffic = ServerTraffic(connected, choice.config, presented, binding)

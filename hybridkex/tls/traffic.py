@@ -9,9 +9,9 @@ from hybridkex.crypto.schedule import ExporterSecret, ResumptionSecret
 from hybridkex.crypto.suites import CipherSuite
 from hybridkex.errors import IllegalParameter, LocalStateError, UnexpectedMessage
 from hybridkex.tls.admission import remaining_lifetime
-from hybridkex.tls.channel import Channel
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.events import KeyUpdated, TicketReceived
+from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import MAX_TICKET_LIFETIME, Session, SessionTicket
 from hybridkex.tls.tickets import TicketState
 from hybridkex.wire.extensions import Extensions
@@ -56,48 +56,48 @@ class _Traffic:
         self._answer_update = False
         self._update_requested = False
 
-    def handle(self, message: Message, raw: bytes, channel: Channel) -> Self:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> Self:
         """One message after the handshake."""
         assert isinstance(message, KeyUpdate)
         self._updates_in_a_row += 1
-        if self._updates_in_a_row > channel.limits.key_updates:
+        if self._updates_in_a_row > records.reader.limits.key_updates:
             raise UnexpectedMessage("too many KeyUpdates without data between them")
         # MAX_KEY_UPDATES is the sender's: "receiving implementations MUST NOT enforce this rule"
         # (section 4.7.3).
-        channel.update_read()
+        records.reader.update_key()
         self._read_generation += 1
         self._update_requested = False
         # The answer waits for our next data (section 4.6.3 asks for no more): a peer that only
         # writes cannot make us send without end.
         self._answer_update |= message.update_requested
-        channel.emit(KeyUpdated(self._read_generation))
+        records.emit(KeyUpdated(self._read_generation))
         return self
 
     def data_received(self) -> None:
         """Data came: it is no storm."""
         self._updates_in_a_row = 0
 
-    def send_data(self, data: memoryview, channel: Channel) -> None:
+    def send_data(self, data: memoryview, records: RecordLayer) -> None:
         """Queue application data; our key changes before its limit (section 5.5)."""
         if self._answer_update:
             self._answer_update = False
             # Section 4.7.3: a sender at the limit "MUST NOT send its own KeyUpdate [...] and SHOULD
             # instead ignore the 'update_requested' flag".
             if self._write_generation < MAX_KEY_UPDATES:
-                self.update_keys(channel, request=False)
+                self.update_keys(records, request=False)
         while True:
-            assert channel.write is not None
-            room = channel.write.remaining - _KEEP_FREE
+            assert records.writer.protection is not None
+            room = records.writer.protection.remaining - _KEEP_FREE
             if room <= 0:
-                self.update_keys(channel, request=False)
+                self.update_keys(records, request=False)
                 continue
-            piece = data[: room * channel.record_limit]
-            channel.send_data(piece)
+            piece = data[: room * records.writer.record_limit]
+            records.writer.send_data(piece)
             data = data[len(piece) :]
             if not data:
                 return
 
-    def update_keys(self, channel: Channel, *, request: bool) -> None:
+    def update_keys(self, records: RecordLayer, *, request: bool) -> None:
         """Change our key, and ask the peer to change its own if ``request``.
 
         Raises:
@@ -109,9 +109,9 @@ class _Traffic:
         self._write_generation += 1
         # "Until receiving a subsequent KeyUpdate from the peer, the sender MUST NOT send another
         # KeyUpdate with request_update set to 'update_requested'" (section 4.7.3).
-        channel.send(KeyUpdate(request and not self._update_requested))
+        records.writer.send(KeyUpdate(request and not self._update_requested))
         self._update_requested |= request
-        channel.update_write()
+        records.writer.update_key()
 
 
 class ClientTraffic(_Traffic):
@@ -127,18 +127,18 @@ class ClientTraffic(_Traffic):
         self._presented = presented
         self._tickets = 0
 
-    def handle(self, message: Message, raw: bytes, channel: Channel) -> Self:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> Self:
         """One message after the handshake."""
         if not isinstance(message, NewSessionTicket):
-            return super().handle(message, raw, channel)
+            return super().handle(message, raw, records)
         store, session = self._config.session_store, self.connected.session
         if store is None:
             # Section 4.7.1: a client that does "not support resumption MUST silently ignore this
             # message".
             return self
         self._tickets += 1
-        if self._tickets > channel.limits.tickets:
-            raise UnexpectedMessage(f"more than {channel.limits.tickets} session tickets")
+        if self._tickets > records.reader.limits.tickets:
+            raise UnexpectedMessage(f"more than {records.reader.limits.tickets} session tickets")
         if message.lifetime > MAX_TICKET_LIFETIME:
             raise IllegalParameter(f"a ticket with a lifetime of {message.lifetime} s")
         presented = self._presented
@@ -164,7 +164,7 @@ class ClientTraffic(_Traffic):
             binding=self._config.binding(self._config.identity),
         )
         store.put(store_key(session.server_name), ticket)
-        channel.emit(TicketReceived(ticket))
+        records.emit(TicketReceived(ticket))
         return self
 
 
@@ -193,14 +193,14 @@ class ServerTraffic(_Traffic):
         if not wanted:
             self._tickets_due = 0
 
-    def send_data(self, data: memoryview, channel: Channel) -> None:
+    def send_data(self, data: memoryview, records: RecordLayer) -> None:
         """Queue application data, behind the tickets that are due."""
         while self._tickets_due:
             self._tickets_due -= 1
-            self._send_ticket(channel)
-        super().send_data(data, channel)
+            self._send_ticket(records)
+        super().send_data(data, records)
 
-    def _send_ticket(self, channel: Channel) -> None:
+    def _send_ticket(self, records: RecordLayer) -> None:
         issuer, session = self._config.tickets, self.connected.session
         presented = self._presented
         assert issuer is not None
@@ -224,7 +224,7 @@ class ServerTraffic(_Traffic):
         ticket = issuer.seal(state)
         if ticket is None:
             return  # Too long; this client makes a full handshake the next time.
-        channel.send(
+        records.writer.send(
             NewSessionTicket(
                 lifetime=lifetime,
                 age_add=int.from_bytes(self._config.entropy(4), "big"),

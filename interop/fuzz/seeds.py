@@ -43,7 +43,7 @@ def seeds() -> dict[str, dict[str, bytes]]:
             flights[f"{number}-client-{turn}"] = _carry(client, server)
             if turn == 0 and number == 0:
                 server_first = (
-                    bytes(server._channel._outgoing[0]) if server.has_data_to_send else b""
+                    bytes(server._records.writer._outgoing[0]) if server.has_data_to_send else b""
                 )
                 flights["server-first"] = server_first
             flights[f"{number}-server-{turn}"] = _carry(server, client)
@@ -202,14 +202,14 @@ def _link_messages() -> dict[str, bytes]:
 
 
 def _record(connection: Connection, name: str, messages: dict[str, bytes]) -> None:
-    channel = connection._channel
-    send = channel.send_raw
+    channel = connection._records
+    send = channel.writer.send_raw
 
     def kept(raw: bytes) -> None:
         messages[f"{name}-{raw[0]}"] = raw
         send(raw)
 
-    channel.send_raw = kept  # type: ignore[method-assign]
+    channel.writer.send_raw = kept  # type: ignore[method-assign]
 
 
 def _carry(source: Connection, target: Connection) -> bytes:

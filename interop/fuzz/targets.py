@@ -390,8 +390,8 @@ def handshake(data: bytes) -> None:
     number = 0
 
     def hook(connection: Connection) -> None:
-        channel = connection._channel
-        send = channel.send_raw
+        channel = connection._records
+        send = channel.writer.send_raw
 
         def altered(raw: bytes) -> None:
             nonlocal changed, number
@@ -401,7 +401,7 @@ def handshake(data: bytes) -> None:
             if new:
                 send(new)
 
-        channel.send_raw = altered  # type: ignore[method-assign]
+        channel.writer.send_raw = altered  # type: ignore[method-assign]
 
     hook(client)
     hook(server)
@@ -451,13 +451,13 @@ def traffic(data: bytes) -> None:
     """Handshake messages, alerts and data after the handshake, under good keys."""
     client, server = _connected()
     sender, target = (client, server) if data[:1] < b"\x80" else (server, client)
-    channel, rest = sender._channel, data[1:]
-    assert channel.write is not None
+    channel, rest = sender._records, data[1:]
+    assert channel.writer.protection is not None
     kinds = (ContentType.HANDSHAKE, ContentType.ALERT, ContentType.APPLICATION_DATA, 77)
     while rest:
         kind, length = kinds[rest[0] % 4], rest[1] if len(rest) > 1 else 0
         content, rest = rest[2 : 2 + length], rest[2 + length :]
-        target.receive_data(bytes(channel.write.seal(kind, memoryview(content), 16384)))
+        target.receive_data(bytes(channel.writer.protection.seal(kind, memoryview(content), 16384)))
         if not _drain(target):
             return
 

@@ -160,14 +160,14 @@ RETRY = replace(CLIENT, groups=(SECP256R1, X25519))
 
 
 def one_record_per_message(connection: Connection) -> None:
-    channel = connection._channel
-    send = channel.send_raw
+    channel = connection._records
+    send = channel.writer.send_raw
 
     def send_and_flush(raw: bytes) -> None:
         send(raw)
-        channel.flush()
+        channel.writer.flush()
 
-    channel.send_raw = send_and_flush  # type: ignore[method-assign]
+    channel.writer.send_raw = send_and_flush  # type: ignore[method-assign]
 
 
 # --- the variants ---------------------------------------------------------------------------------
@@ -285,14 +285,14 @@ def pieces(wire: Wire) -> None:
     wire.pair.client.start()
     hello = bytes(wire.pair.client.data_to_send())[5:]
     wire.deliver(wire.pair.server, b"".join(record(22, bytes((one,))) for one in hello))
-    wire.pair.client._channel.record_limit = 7
+    wire.pair.client._records.writer.record_limit = 7
     wire.to_client()
     wire.both_speak()
 
 
 def small_records(wire: Wire) -> None:
     wire.pair.client.start()
-    wire.pair.server._channel.record_limit = 5
+    wire.pair.server._records.writer.record_limit = 5
     wire.to_server()
     wire.to_client()
     wire.both_speak()
@@ -302,7 +302,7 @@ def user_canceled(wire: Wire) -> None:
     """Section 6.1: read on until close_notify."""
     wire.handshake()
     wire.pair.client.send_data(b"some")
-    wire.pair.client._channel.send_alert(Alert.USER_CANCELED)
+    wire.pair.client._records.writer.send_alert(Alert.USER_CANCELED)
     wire.pair.client.send_data(b" more")
     wire.pair.client.send_close()
     wire.to_server()
@@ -323,7 +323,7 @@ def fatal_in_the_clear(wire: Wire) -> None:
 def fatal_after_data(wire: Wire) -> None:
     wire.handshake()
     wire.pair.client.send_data(b"some")
-    wire.pair.client._channel.send_alert(Alert.INTERNAL_ERROR)
+    wire.pair.client._records.writer.send_alert(Alert.INTERNAL_ERROR)
     wire.to_server(behind=early(40))
 
 
@@ -334,9 +334,9 @@ def inside(content: bytes, type_: int) -> Callable[[Wire], None]:
         wire.handshake()
         client = wire.pair.client
         client.send_data(b"some")
-        write = client._channel.write
+        write = client._records.writer.protection
         assert write is not None
-        client._channel._outgoing.append(write.seal(type_, memoryview(content), 1 << 14))
+        client._records.writer._outgoing.append(write.seal(type_, memoryview(content), 1 << 14))
         client.send_data(b"never seen")
         wire.to_server()
 
@@ -382,7 +382,7 @@ def storm(wire: Wire) -> None:
 def straddling(wire: Wire) -> None:
     wire.handshake()
     wire.pair.client.send_data(b"some")
-    wire.pair.client._channel.send_raw(b"\x18\0\0\1\0\x18")
+    wire.pair.client._records.writer.send_raw(b"\x18\0\0\1\0\x18")
     wire.to_server()
 
 

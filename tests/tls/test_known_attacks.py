@@ -66,9 +66,9 @@ def fought(client: ClientConfig, server: ServerConfig, name: str = "localhost") 
 
 def edit_sent(connection: Connection, number: int, edit: Callable[[Any], Message]) -> None:
     """Change the message with this number on its way out."""
-    channel, seen = connection._channel, iter(range(99))
-    send = channel.send_raw
-    channel.send_raw = lambda raw: send(  # type: ignore[method-assign]
+    channel, seen = connection._records, iter(range(99))
+    send = channel.writer.send_raw
+    channel.writer.send_raw = lambda raw: send(  # type: ignore[method-assign]
         encode(edit(decode(raw))) if next(seen) == number else raw
     )
 

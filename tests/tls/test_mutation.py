@@ -102,14 +102,14 @@ NAMES = ("mutual", "retry", "psk", "psk and certificate", "resumption", "hybrid"
 
 def intercept(connection: Connection, change: Callable[[int, bytes], list[bytes]]) -> None:
     """Put ``change`` between a state and the record layer: number and message in, messages out."""
-    channel, count = connection._channel, iter(range(1 << 20))
-    send = channel.send_raw
+    channel, count = connection._records, iter(range(1 << 20))
+    send = channel.writer.send_raw
 
     def changed(raw: bytes) -> None:
         for one in change(next(count), raw):
             send(one)
 
-    channel.send_raw = changed  # type: ignore[method-assign]
+    channel.writer.send_raw = changed  # type: ignore[method-assign]
 
 
 def messages(name: str) -> dict[str, list[bytes]]:
@@ -394,7 +394,7 @@ def test_every_message_after_the_handshake(victim: str) -> None:
             continue
         pair = Pair.make(*scenarios()["mutual"]).connect()
         source = pair.server if victim == "client" else pair.client
-        source._channel.send_raw(raw)
+        source._records.writer.send_raw(raw)
         pair.fight()
         assert type(pair.errors[victim]) is UnexpectedMessage
         heard = pair.errors["server" if victim == "client" else "client"]
@@ -408,8 +408,8 @@ def test_every_message_while_a_psk_is_looked_up() -> None:
     for raw in samples().values():
         pair = Pair.make(ClientConfig(psks=(psk,)), ServerConfig(psk_source=ELSEWHERE))
         pair.client.start()
-        pair.client._channel.flush()
-        pair.client._channel.send_raw(raw)
+        pair.client._records.writer.flush()
+        pair.client._records.writer.send_raw(raw)
         pair.server.receive_data(pair.client.data_to_send())
         try:
             pair.server.next_event()

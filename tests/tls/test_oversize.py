@@ -103,7 +103,7 @@ def test_a_client_keeps_no_ticket_that_it_could_not_offer(
     server = server_config(identities=(identity,), tickets=None)
     pair = Pair.make(config, server).connect()
     ticket = NewSessionTicket(100, 0, b"\0", b"t" * length, Extensions())
-    pair.server._channel.send(ticket)
+    pair.server._records.writer.send(ticket)
     pair.exchange(b"question", b"answer")
     kept = [event for event in pair.client_events if isinstance(event, TicketReceived)]
     assert len(kept) == (length <= config.ticket_room)

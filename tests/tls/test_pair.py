@@ -945,7 +945,7 @@ def test_limits_can_be_set(name: str, trust: TrustStore, identity: Identity) -> 
             if name == "key_updates":
                 pair.client.update_keys()
             else:
-                pair.client._channel.send_data(memoryview(b""))
+                pair.client._records.writer.send_data(memoryview(b""))
         pair.client.send_data(b"alive")
         pair.fight()
         assert ("server" in pair.errors) == refused
@@ -1016,7 +1016,7 @@ def test_key_log(trust: TrustStore, identity: Identity) -> None:
         "EXPORTER_SECRET",
     }
     randoms = {line.split()[1] for line in ours}
-    assert randoms == {pair.client._channel.client_random.hex()}
+    assert randoms == {pair.client._records.client_random.hex()}
     assert all(len(line.split()[2]) == 96 for line in ours)  # SHA-384
 
 
@@ -1095,9 +1095,9 @@ def test_close_notify_during_the_handshake(trust: TrustStore, identity: Identity
 def test_user_canceled_is_a_warning(trust: TrustStore, identity: Identity) -> None:
     pair = simple(trust, identity)
     for _ in range(4):
-        pair.client._channel.send_alert(Alert.USER_CANCELED)
+        pair.client._records.writer.send_alert(Alert.USER_CANCELED)
     pair.exchange(b"still", b"alive")
-    pair.client._channel.send_alert(Alert.USER_CANCELED)
+    pair.client._records.writer.send_alert(Alert.USER_CANCELED)
     pair.fight()
     assert type(pair.errors["server"]) is UnexpectedMessage
 
@@ -1105,7 +1105,7 @@ def test_user_canceled_is_a_warning(trust: TrustStore, identity: Identity) -> No
 def test_any_other_alert_ends_the_connection(trust: TrustStore, identity: Identity) -> None:
     for number in (Alert.INTERNAL_ERROR, 199):
         pair = simple(trust, identity)
-        pair.client._channel.send_alert(number)  # type: ignore[arg-type]
+        pair.client._records.writer.send_alert(number)  # type: ignore[arg-type]
         with pytest.raises(AlertReceived) as caught:
             pair.pump()
         assert caught.value.alert == number
@@ -1243,7 +1243,7 @@ def test_a_record_beyond_the_limit(trust: TrustStore, identity: Identity) -> Non
     pair = Pair.make(
         ClientConfig(verifier=trust, record_size_limit=64), ServerConfig(identities=(identity,))
     ).connect()
-    pair.server._channel.record_limit = 65
+    pair.server._records.writer.record_limit = 65
     pair.server.send_data(b"y" * 65)
     pair.fight()
     assert type(pair.errors["client"]) is RecordOverflow
@@ -1253,7 +1253,7 @@ def test_a_server_without_the_limit_stays_within_it(trust: TrustStore, identity:
     pair = connect(
         ClientConfig(verifier=trust), ServerConfig(identities=(identity,), record_size_limit=64)
     )
-    assert pair.client._channel.record_limit == 16384  # nobody asked
+    assert pair.client._records.writer.record_limit == 16384  # nobody asked
 
 
 # --- early data, which we never take --------------------------------------------------------------

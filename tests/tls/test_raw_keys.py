@@ -222,12 +222,12 @@ def test_a_failed_handshake_is_not_remembered(tmp_path: Path) -> None:
     """Somebody who shows a key that he does not have must not get into the file."""
     known = KnownPeers(tmp_path / "known")
     pair = Pair.make(client(known), server(SERVER))
-    spoil = pair.server._channel.send_raw
+    spoil = pair.server._records.writer.send_raw
 
     def spoiled(raw: bytes) -> None:
         spoil(raw[:-1] + bytes((raw[-1] ^ 1,)) if raw[0] == 15 else raw)
 
-    pair.server._channel.send_raw = spoiled  # type: ignore[method-assign]
+    pair.server._records.writer.send_raw = spoiled  # type: ignore[method-assign]
     pair.client.start()
     pair.fight()
     assert "client" in pair.errors

@@ -82,9 +82,9 @@ ENCRYPTED_EXTENSIONS: list[tuple[Edit, Alert]] = [
 
 
 def refuse(pair: Pair, who: str, number: int, edit: Edit, victim: str) -> PeerError:
-    channel = (pair.client if who == "client" else pair.server)._channel
-    send, count = channel.send_raw, iter(range(99))
-    channel.send_raw = lambda raw: send(  # type: ignore[method-assign]
+    channel = (pair.client if who == "client" else pair.server)._records
+    send, count = channel.writer.send_raw, iter(range(99))
+    channel.writer.send_raw = lambda raw: send(  # type: ignore[method-assign]
         encode(edit(decode(raw))) if next(count) == number else raw
     )
     pair.client.start()

@@ -42,7 +42,7 @@ def test_a_client_without_resumption_ignores_every_ticket(pair: Pair) -> None:
     """Section 4.7.1: such a client "MUST silently ignore this message"."""
     for number in range(100):
         lifetime = 7 * 24 * 3600 + number
-        pair.server._channel.send(NewSessionTicket(lifetime, 0, b"", b"t", Extensions()))
+        pair.server._records.writer.send(NewSessionTicket(lifetime, 0, b"", b"t", Extensions()))
     pair.exchange(b"question", b"answer")
     assert not [one for one in pair.client_events if isinstance(one, TicketReceived)]
 
@@ -79,8 +79,8 @@ def test_a_receiver_does_not_count_key_updates(pair: Pair, monkeypatch: pytest.M
 def test_one_request_at_a_time(pair: Pair) -> None:
     """Section 4.7.3: no second update_requested before the peer's KeyUpdate."""
     sent: list[bool] = []
-    channel = pair.client._channel
-    send = channel.send_raw
+    channel = pair.client._records
+    send = channel.writer.send_raw
 
     def record(raw: bytes) -> None:
         message = decode(raw)
@@ -88,7 +88,7 @@ def test_one_request_at_a_time(pair: Pair) -> None:
         sent.append(message.update_requested)
         send(raw)
 
-    channel.send_raw = record  # type: ignore[method-assign]
+    channel.writer.send_raw = record  # type: ignore[method-assign]
     for _ in range(3):
         pair.client.update_keys(request_peer=True)
     pair.exchange(b"question", b"answer")
@@ -100,10 +100,10 @@ def test_one_request_at_a_time(pair: Pair) -> None:
 @pytest.mark.parametrize("level", [1, 2])
 def test_user_canceled_ends_nothing(pair: Pair, level: int) -> None:
     """Section 6.1: read on until close_notify, whatever the level says."""
-    write = pair.client._channel.write
+    write = pair.client._records.writer.protection
     assert write is not None
     alert = bytes((level, Alert.USER_CANCELED))
-    pair.client._channel._outgoing.append(write.seal(21, memoryview(alert), 1 << 14))
+    pair.client._records.writer._outgoing.append(write.seal(21, memoryview(alert), 1 << 14))
     pair.exchange(b"goes on", b"indeed")
     pair.client.send_close()
     pair.pump()
@@ -112,7 +112,7 @@ def test_user_canceled_ends_nothing(pair: Pair, level: int) -> None:
 
 def test_general_error_has_a_name(pair: Pair) -> None:
     """Section 6.2."""
-    pair.client._channel.send_alert(Alert.GENERAL_ERROR)
+    pair.client._records.writer.send_alert(Alert.GENERAL_ERROR)
     pair.server.receive_data(pair.client.data_to_send())
     with pytest.raises(AlertReceived, match="general_error") as caught:
         drain(pair.server)
@@ -130,12 +130,12 @@ def test_a_certificate_request_without_extensions(
             identities=(identity,), client_verifier=trust, groups=(X25519,), policy=ANY_GROUP
         ),
     )
-    send = pair.server._channel.send_raw
+    send = pair.server._records.writer.send_raw
 
     def emptied(raw: bytes) -> None:
         send(b"\x0d\0\0\3\0\0\0" if raw[0] == CertificateRequest.type else raw)
 
-    monkeypatch.setattr(pair.server._channel, "send_raw", emptied)
+    monkeypatch.setattr(pair.server._records.writer, "send_raw", emptied)
     pair.client.start()
     pair.fight()
     assert isinstance(pair.errors["client"], MissingExtension)
@@ -153,7 +153,7 @@ def test_which_hash_after_hello_retry_request(hash_function: Any) -> None:
         replace(SERVER, psks=(psk,), suites=suites),
     )
     hellos: list[ClientHello] = []
-    send = pair.client._channel.send_raw
+    send = pair.client._records.writer.send_raw
 
     def record(raw: bytes) -> None:
         if raw[0] == ClientHello.type:
@@ -162,7 +162,7 @@ def test_which_hash_after_hello_retry_request(hash_function: Any) -> None:
             hellos.append(message)
         send(raw)
 
-    pair.client._channel.send_raw = record  # type: ignore[method-assign]
+    pair.client._records.writer.send_raw = record  # type: ignore[method-assign]
     pair.connect()
     kdfs = []
     for hello in hellos:

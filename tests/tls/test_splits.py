@@ -171,7 +171,7 @@ def test_an_error_comes_behind_the_data_before_it(
             bad[-1] ^= 1
             data += bad
         elif how == "alert":
-            pair.client._channel.send_alert(Alert.INTERNAL_ERROR)
+            pair.client._records.writer.send_alert(Alert.INTERNAL_ERROR)
         elif how == "in the clear":
             data += b"\x15\x03\x03\0\2\2\x50"
         elif how == "change_cipher_spec":
@@ -233,7 +233,7 @@ def test_nothing_may_stand_between_the_pieces(
 ) -> None:
     pair = Pair.make(ClientConfig(verifier=trust), ServerConfig(identities=(identity,)))
     pair.client.start()
-    pair.server._channel.change_cipher_spec_allowed = True
+    pair.server._records.reader.change_cipher_spec_allowed = True
     hello = bytes(pair.client.data_to_send())[5:]
     pair.server.receive_data(records((22, hello[:100])) + between + records((22, hello[100:])))
     with pytest.raises(PeerError, match=reason) as caught:
@@ -286,9 +286,9 @@ def test_too_many_empty_records(trust: TrustStore, identity: Identity) -> None:
     for _ in range(3):
         pair.client.send_data(b"x")
         for _ in range(32):
-            pair.client._channel.send_data(memoryview(b""))
+            pair.client._records.writer.send_data(memoryview(b""))
     pair.pump()
-    pair.client._channel.send_data(memoryview(b""))
+    pair.client._records.writer.send_data(memoryview(b""))
     pair.fight()
     assert "too many empty records" in str(pair.errors["server"])
 
@@ -312,10 +312,10 @@ def test_what_must_not_be_inside_a_record(
     pair = Pair.make(*small(trust, identity)).connect()
     if ahead:
         pair.client.send_data(ahead)
-    write = pair.client._channel.write
+    write = pair.client._records.writer.protection
     assert write is not None
     content, type_ = (inner[:-1], inner[-1]) if inner else (b"", 0)
-    pair.client._channel._outgoing.append(write.seal(type_, memoryview(content), 1 << 14))
+    pair.client._records.writer._outgoing.append(write.seal(type_, memoryview(content), 1 << 14))
     pair.fight()
     assert reason in str(pair.errors["server"])
     assert isinstance(pair.errors["server"], PeerError)
@@ -327,22 +327,22 @@ def test_a_record_with_nothing_inside(ahead: bytes, trust: TrustStore, identity:
     pair = Pair.make(*small(trust, identity)).connect()
     if ahead:
         pair.client.send_data(ahead)
-    write = pair.client._channel.write
+    write = pair.client._records.writer.protection
     assert write is not None
     head, tag = b"\x17\3\3\0\x10", bytearray(16)
     nonce = (write._iv ^ write._sequence).to_bytes(12, "big")
     write._aead.encrypt_into(nonce, b"", head, tag)
-    pair.client._channel._outgoing.append(head + tag)
+    pair.client._records.writer._outgoing.append(head + tag)
     pair.fight()
     assert "nothing but zeros" in str(pair.errors["server"])
 
 
 def test_data_between_the_pieces_of_a_message(trust: TrustStore, identity: Identity) -> None:
     pair = Pair.make(*small(trust, identity)).connect()
-    channel = pair.client._channel
-    channel.send_raw(b"\x18\0")
+    channel = pair.client._records
+    channel.writer.send_raw(b"\x18\0")
     pair.client.send_data(b"between")
-    channel.send_raw(b"\0\1\0")
+    channel.writer.send_raw(b"\0\1\0")
     pair.fight()
     assert "between the pieces" in str(pair.errors["server"])
 
@@ -355,9 +355,9 @@ def test_data_before_the_handshake_is_complete(trust: TrustStore, identity: Iden
     pair.client.receive_data(pair.server.data_to_send())
     drain(pair.client)
     # Under the handshake key, which the client has no more: as if it were early by one flight.
-    pair.server._channel.read = replace_traffic(pair)
-    pair.client._channel._outgoing.clear()
-    pair.client._channel._flight.clear()
+    pair.server._records.reader.protection = replace_traffic(pair)
+    pair.client._records.writer._outgoing.clear()
+    pair.client._records.writer._flight.clear()
     pair.client.send_data(b"too early")
     pair.fight()
     assert "before the handshake is complete" in str(pair.errors["server"])
@@ -366,7 +366,7 @@ def test_data_before_the_handshake_is_complete(trust: TrustStore, identity: Iden
 def replace_traffic(pair: Pair) -> Any:
     """A server that would take the client's application key already."""
     state: Any = pair.server._state
-    protection = pair.server._channel.read
+    protection = pair.server._records.reader.protection
     assert protection is not None
     return type(protection)(state.answered.main.client)
 
@@ -385,7 +385,7 @@ def test_messages_must_not_straddle_a_change_of_keys(
             pair.server.next_event()
         return
     pair.connect()
-    pair.client._channel.send_raw(b"\x18\0\0\1\0\x18")
+    pair.client._records.writer.send_raw(b"\x18\0\0\1\0\x18")
     pair.fight()
     assert "key change" in str(pair.errors["server"])
 

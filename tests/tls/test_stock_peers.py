@@ -129,7 +129,7 @@ def test_empty_records_are_counted_for_each_key(trust: TrustStore, identity: Ide
         ClientConfig(verifier=trust, policy=ANY_GROUP, groups=(X25519,)),
         ServerConfig(identities=(identity,), policy=ANY_GROUP),
     ).connect()
-    write = pair.client._channel.write
+    write = pair.client._records.writer.protection
     assert write is not None
     for _ in range(32):
         pair.server.receive_data(write.seal(23, memoryview(b""), 16384))
@@ -174,8 +174,8 @@ def test_the_name_is_acknowledged_only_with_a_certificate(
         pair.server.receive_data(pair.client.data_to_send())
         pair.server.next_event()
         pair.client.receive_data(pair.server.data_to_send())
-        channel = pair.client._channel
-        take, got = channel.next_item, []
+        channel = pair.client._records
+        take, got = channel.reader.next_item, []
 
         def next_item(take: Callable[[], Any] = take, got: list[Any] = got) -> Any:
             item = take()
@@ -183,7 +183,7 @@ def test_the_name_is_acknowledged_only_with_a_certificate(
                 got.append(decode(item))
             return item
 
-        channel.next_item = next_item  # type: ignore[method-assign]
+        channel.reader.next_item = next_item  # type: ignore[method-assign]
         drain(pair.client)
         pair.pump()
         assert pair.client.session.resumed is resumed

@@ -1,8 +1,9 @@
 """Between the bytes and the handshake: records, keys, and the messages inside.
 
-The states of the handshake read and write messages through a :class:`Channel` and change its keys;
-they never see a record. The rules of RFC 8446 section 5 are all here: what may be fragmented, what
-may be empty, what may stand between two pieces of a message, and how much of anything is held.
+The states of the handshake read and write messages through the two halves of a
+:class:`RecordLayer` and change their keys; they never see a record. The rules of RFC 9846 section 5
+are all here: what may be fragmented, what may be empty, what may stand between two pieces of a
+message, and how much of anything is held.
 """
 
 from collections import deque
@@ -19,9 +20,10 @@ from hybridkex.errors import (
     UnexpectedMessage,
 )
 from hybridkex.secret import Secret
-from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.config import ClientConfig, Limits, ServerConfig
 from hybridkex.tls.events import Event
 from hybridkex.tls.protection import (
+    Padding,
     ReadProtection,
     WriteProtection,
     content_length,
@@ -30,7 +32,7 @@ from hybridkex.tls.protection import (
 from hybridkex.wire.messages import HEADER_LENGTH, Message, encode
 from hybridkex.wire.records import Record, RecordBuffer
 
-__all__ = ["AlertItem", "Channel", "DataItem", "Item"]
+__all__ = ["AlertItem", "DataItem", "Item", "ReadingHalf", "RecordLayer", "WritingHalf"]
 
 _HANDSHAKE: Final = int(ContentType.HANDSHAKE)
 _APPLICATION: Final = int(ContentType.APPLICATION_DATA)
@@ -87,40 +89,20 @@ Item: TypeAlias = bytes | DataItem | AlertItem
 """What arrives: a whole handshake message with its header, application data, or an alert."""
 
 
-class Channel:
-    """One connection's records, both ways."""
+class WritingHalf:
+    """What we send: messages and data into records, under our key."""
 
-    def __init__(self, config: ClientConfig | ServerConfig, client_random: bytes = b"") -> None:
-        self.incoming = RecordBuffer()
-        self.events: deque[Event] = deque()
-        self.read: ReadProtection | None = None
-        self.write: WriteProtection | None = None
-        self.client_random = client_random
+    def __init__(self, padding: Padding | None) -> None:
+        self.protection: WriteProtection | None = None
         self.record_limit = MAX_PLAINTEXT
         """Bytes of content that the peer takes in a record."""
-        self.data_allowed = False
-        """Whether application data may arrive: once the handshake is complete."""
-        self.change_cipher_spec_allowed = False
-        """Whether the compatibility record may arrive (appendix D.4)."""
-        self._inner_limit = MAX_PLAINTEXT + 1
-        self._padding = config.padding
-        self._key_log = config.key_log
-        self.limits = config.limits
-        self._longest = {**_LONGEST, HandshakeType.CERTIFICATE: self.limits.certificate_message}
-        self._outgoing: list[bytes | bytearray] = []
-        self._flight = bytearray()
-        self._message = bytearray()
-        self._stashed: tuple[int, bytes] | None = None
-        self._deferred: PeerError | None = None
-        self._empty_records = 0  # in a row, under one key
-        self._early_data_budget = 0
-        self._skip_unprotected = False
         self.change_cipher_spec_due = False
         """Whether our next record, a fatal alert too, comes behind the compatibility record. Not
         sent at once: to send while the peer does could block both."""
+        self._padding = padding
+        self._outgoing: list[bytes | bytearray] = []
+        self._flight = bytearray()
         self._change_cipher_spec_sent = False
-
-    # --- what states call ---------------------------------------------------------------------
 
     def send(self, message: Message) -> bytes:
         """Queue a handshake message; returns it as it goes into the transcript."""
@@ -149,74 +131,26 @@ class Channel:
 
     def send_alert(self, alert: Alert) -> None:
         """Queue an alert; every one but these two is fatal (section 6)."""
-        self._flight.clear() if self.write is None else self.flush()
+        self._flight.clear() if self.protection is None else self.flush()
         warning = alert in (Alert.CLOSE_NOTIFY, Alert.USER_CANCELED)
         self._emit(ContentType.ALERT, bytes((1 if warning else 2, alert)))
 
     def send_data(self, data: memoryview) -> None:
         """Queue application data."""
-        assert self.write is not None
+        assert self.protection is not None
         self.flush()
-        self._outgoing.append(self.write.seal(_APPLICATION, data, self.record_limit))
+        self._outgoing.append(self.protection.seal(_APPLICATION, data, self.record_limit))
 
-    def write_with(self, traffic: TrafficSecret) -> None:
+    def change_key(self, traffic: TrafficSecret) -> None:
         """Change the key of our direction."""
         self.flush()
-        self.write = WriteProtection(traffic, self._padding)
+        self.protection = WriteProtection(traffic, self._padding)
 
-    def read_with(self, traffic: TrafficSecret) -> None:
-        """Change the key of the peer's direction."""
-        self.check_message_boundary()
-        self.read = ReadProtection(traffic, self._inner_limit)
-        self._empty_records = 0
-
-    def limit_incoming(self, inner_limit: int) -> None:
-        """Bytes of content and type in a record, from now on: the peer knows (RFC 8449)."""
-        self._inner_limit = inner_limit
-        if self.read is not None:
-            self.read.limit = inner_limit
-
-    def update_write(self) -> None:
+    def update_key(self) -> None:
         """Our next key (section 7.2)."""
-        assert self.write is not None
+        assert self.protection is not None
         self.flush()
-        self.write = self.write.updated()
-
-    def update_read(self) -> None:
-        """The peer's next key."""
-        assert self.read is not None
-        self.check_message_boundary()
-        self.read = self.read.updated()
-
-    def check_message_boundary(self) -> None:
-        """Messages must not straddle a change of keys (section 5.1)."""
-        if self._message:
-            raise UnexpectedMessage("handshake bytes after the last message before a key change")
-
-    def skip_early_data(self, *, after_retry: bool) -> None:
-        """Ignore the early data of a client whose offer we do not take (section 4.2.10).
-
-        After HelloRetryRequest it comes as records of another type than the second ClientHello;
-        otherwise as records that do not decrypt.
-        """
-        self._early_data_budget = _MAX_SKIPPED_EARLY_DATA
-        self._skip_unprotected = after_retry
-
-    def stop_skipping_early_data(self) -> None:
-        """The second ClientHello is here."""
-        self._early_data_budget = 0
-        self._skip_unprotected = False
-
-    def emit(self, event: Event) -> None:
-        """Tell the caller."""
-        self.events.append(event)
-
-    def log_secret(self, label: str, secret: Secret) -> None:
-        """A line for the key log, where the caller gave one."""
-        if self._key_log is not None:
-            self._key_log(f"{label} {self.client_random.hex()} {secret.reveal().hex()}")
-
-    # --- out ----------------------------------------------------------------------------------
+        self.protection = self.protection.updated()
 
     @property
     def has_output(self) -> bool:
@@ -237,12 +171,70 @@ class Channel:
         if self.change_cipher_spec_due:
             self.change_cipher_spec_due = False
             self.send_change_cipher_spec()
-        if self.write is None:
+        if self.protection is None:
             self._outgoing.append(plaintext_records(type_, content, version))
         else:
-            self._outgoing.append(self.write.seal(type_, memoryview(content), self.record_limit))
+            self._outgoing.append(
+                self.protection.seal(type_, memoryview(content), self.record_limit)
+            )
 
-    # --- in -----------------------------------------------------------------------------------
+
+class ReadingHalf:
+    """What the peer sends: records into messages, data and alerts, under its key."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.incoming = RecordBuffer()
+        self.protection: ReadProtection | None = None
+        self.limits = limits
+        self.data_allowed = False
+        """Whether application data may arrive: once the handshake is complete."""
+        self.change_cipher_spec_allowed = False
+        """Whether the compatibility record may arrive (appendix E.4)."""
+        self._inner_limit = MAX_PLAINTEXT + 1
+        self._longest = {**_LONGEST, HandshakeType.CERTIFICATE: limits.certificate_message}
+        self._message = bytearray()
+        self._stashed: tuple[int, bytes] | None = None
+        self._deferred: PeerError | None = None
+        self._empty_records = 0  # in a row, under one key
+        self._early_data_budget = 0
+        self._skip_unprotected = False
+
+    def change_key(self, traffic: TrafficSecret) -> None:
+        """Change the key of the peer's direction."""
+        self.check_message_boundary()
+        self.protection = ReadProtection(traffic, self._inner_limit)
+        self._empty_records = 0
+
+    def limit_records(self, inner_limit: int) -> None:
+        """Bytes of content and type in a record, from now on: the peer knows (RFC 8449)."""
+        self._inner_limit = inner_limit
+        if self.protection is not None:
+            self.protection.limit = inner_limit
+
+    def update_key(self) -> None:
+        """The peer's next key."""
+        assert self.protection is not None
+        self.check_message_boundary()
+        self.protection = self.protection.updated()
+
+    def check_message_boundary(self) -> None:
+        """Messages must not straddle a change of keys (section 5.1)."""
+        if self._message:
+            raise UnexpectedMessage("handshake bytes after the last message before a key change")
+
+    def skip_early_data(self, *, after_retry: bool) -> None:
+        """Ignore the early data of a client whose offer we do not take (section 4.2.10).
+
+        After HelloRetryRequest it comes as records of another type than the second ClientHello;
+        otherwise as records that do not decrypt.
+        """
+        self._early_data_budget = _MAX_SKIPPED_EARLY_DATA
+        self._skip_unprotected = after_retry
+
+    def stop_skipping_early_data(self) -> None:
+        """The second ClientHello is here."""
+        self._early_data_budget = 0
+        self._skip_unprotected = False
 
     def next_item(self) -> Item | None:
         """The next thing that has arrived whole, or ``None``."""
@@ -260,8 +252,8 @@ class Channel:
                 record = self.incoming.take()
                 if record is None:
                     return None
-                if self.read is not None:
-                    opened = self._open(self.read, record)
+                if self.protection is not None:
+                    opened = self._open(self.protection, record)
                     if isinstance(opened, DataItem):
                         return opened
                     continue
@@ -408,3 +400,24 @@ class Channel:
         raw = bytes(message[:end])
         del message[:end]
         return raw
+
+
+class RecordLayer:
+    """One connection's records, both ways, and what its states tell the caller."""
+
+    def __init__(self, config: ClientConfig | ServerConfig) -> None:
+        self.reader = ReadingHalf(config.limits)
+        self.writer = WritingHalf(config.padding)
+        self.events: deque[Event] = deque()
+        self.client_random = b""
+        """Names the connection in the key log."""
+        self._key_log = config.key_log
+
+    def emit(self, event: Event) -> None:
+        """Tell the caller."""
+        self.events.append(event)
+
+    def log_secret(self, label: str, secret: Secret) -> None:
+        """A line for the key log, where the caller gave one."""
+        if self._key_log is not None:
+            self._key_log(f"{label} {self.client_random.hex()} {secret.reveal().hex()}")

@@ -1,6 +1,5 @@
 """The URLs of a KME: ETSI GS QKD 014 clause 5 for SAEs, ``/kmapi`` for the KME at the other end."""
 
-import json
 import logging
 import time
 from typing import Final
@@ -10,7 +9,16 @@ from hybridkex.errors import KeySourceError
 from hybridkex.kme.delivery import Kme
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import CHECK, EXT_KEYS, VOID, ExtKeys, ids_from_json
-from hybridkex.net.http import Handler, Request, Response
+from hybridkex.net.http import (
+    ANY,
+    Handler,
+    HttpError,
+    Request,
+    Response,
+    Route,
+    find_route,
+    parse_json,
+)
 from hybridkex.qkd.etsi014.models import (
     API,
     Json,
@@ -23,11 +31,17 @@ from hybridkex.qkd.store import BlocksRefused
 
 __all__ = ["kme_handler"]
 
-_API_PATH: Final = tuple(API.split("/")[1:])
-_PEER_CALLS: Final = {
-    tuple(url.split("/")[1:]): name
-    for url, name in ((EXT_KEYS, "ext_keys"), (VOID, "void"), (CHECK, "check"))
-}
+_SAE: Final = tuple(API.split("/")[1:])
+_ROUTES: Final = (
+    Route(name="status", path=(*_SAE, ANY, "status"), methods=("GET", "HEAD")),
+    # GET draws keys here, so there is no HEAD.
+    Route(name="enc_keys", path=(*_SAE, ANY, "enc_keys"), methods=("GET", "POST")),
+    Route(name="dec_keys", path=(*_SAE, ANY, "dec_keys"), methods=("GET", "POST")),
+    *(
+        Route(name=name, path=tuple(url.split("/")[1:]), methods=("POST",))
+        for url, name in ((EXT_KEYS, "ext_keys"), (VOID, "void"), (CHECK, "check"))
+    ),
+)
 
 
 def kme_handler(kme: Kme, caller: str, metrics: KmeMetrics) -> Handler:
@@ -35,9 +49,16 @@ def kme_handler(kme: Kme, caller: str, metrics: KmeMetrics) -> Handler:
 
     async def handle(request: Request) -> Response:
         began = time.perf_counter()
-        call = _call_of(request)
+        call = "unknown"
         try:
-            response = await _answer(kme, caller, call, request)
+            route = find_route(_ROUTES, request)
+            if isinstance(route, Route):
+                call = route.name
+                response = await _answer(kme, caller, call, request)
+            else:
+                response = route
+        except HttpError as error:
+            response = error.response()
         except Refusal as refusal:
             if refusal.status != 401:  # which is logged where it is decided
                 kme.log.log(logging.INFO, "%s: %s of %s: %s", kme.kme_id, call, caller, refusal)
@@ -57,21 +78,7 @@ def kme_handler(kme: Kme, caller: str, metrics: KmeMetrics) -> Handler:
     return handle
 
 
-def _call_of(request: Request) -> str:
-    if request.path in _PEER_CALLS:
-        return _PEER_CALLS[request.path]
-    of_keys = len(request.path) == 5 and request.path[:3] == _API_PATH
-    if of_keys and request.path[4] in ("status", "enc_keys", "dec_keys"):
-        return request.path[4]
-    return "unknown"
-
-
 async def _answer(kme: Kme, caller: str, call: str, request: Request) -> Response:
-    if call == "unknown":
-        raise Refusal(404, "there is nothing at this URL")
-    allowed = ("POST",) if call in _PEER_CALLS.values() else ("GET", "POST")
-    if request.method not in (("GET",) if call == "status" else allowed):
-        raise Refusal(405, "this method is not for this URL")
     match call:
         case "ext_keys":
             await kme.peer_allots(caller, ExtKeys.from_json(_body(request)))
@@ -118,8 +125,8 @@ def _query(request: Request) -> dict[str, list[str]]:
 
 def _body(request: Request) -> object:
     try:
-        return json.loads(request.body)
-    except (ValueError, RecursionError):
+        return parse_json(request.body)
+    except ValueError:
         raise ModelError("the body is not JSON") from None
 
 

@@ -1,11 +1,11 @@
 """What a KME counts, in Prometheus form. No registry is shared: each process makes its own."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from hybridkex.errors import BlockAborted
-from hybridkex.net.http import Request, Response
+from hybridkex.net.http import Request, Response, Route, find_route
 
 if TYPE_CHECKING:  # numpy comes with it, and is an extra
     from hybridkex.link.party import Block
@@ -146,10 +146,18 @@ class KmeMetrics:
         return metrics_page(self._registry, request)
 
 
+_PAGE: Final = Route(name="metrics", path=("metrics",), methods=("GET", "HEAD"))
+
+
 def metrics_page(registry: CollectorRegistry, request: Request) -> Response:
-    """The metrics of a registry in the Prometheus text format, at ``/metrics``."""
-    if request.path != ("metrics",) or request.method != "GET":
-        return Response.json(404, {"message": "the metrics are at /metrics"})
+    """The metrics of a registry in the Prometheus text format, at ``/metrics``.
+
+    Raises:
+        HttpError: 404 and 405.
+    """
+    found = find_route([_PAGE], request)
+    if isinstance(found, Response):
+        return found
     return Response(
         body=generate_latest(registry), content_type="text/plain; version=0.0.4; charset=utf-8"
     )

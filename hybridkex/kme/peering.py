@@ -116,7 +116,7 @@ def _allotment(item: Any) -> Allotment:
     if parse_uuid(item.get("key_id"), "key_id") != ids[0]:
         raise ModelError("key_id is not that of the first block")
     value: Secret | None = None
-    if "value" in item:
+    if item.get("value") is not None:
         try:
             value = Secret(base64.b64decode(str(item["value"]), validate=True))
         except (ValueError, binascii.Error):

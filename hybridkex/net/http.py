@@ -1,38 +1,77 @@
-"""A small HTTP/1.1 server over any trio stream: h11 does the protocol, this file the I/O.
+"""The HTTP/1.1 server of every port that speaks HTTP, over any trio stream.
 
-One send for a response, headers and body together: in two sends, Nagle's algorithm and delayed
+h11 reads and writes the protocol; this file does the input and output, the limits, and what RFC
+9110 and RFC 9112 leave to a server. ``docs/adr/0008-http.md`` says why it is not a framework.
+
+A response is one send, headers and body together: in two sends, Nagle's algorithm and delayed
 acknowledgements would cost 40 ms.
 """
 
 import json
 import logging
-from collections.abc import Awaitable, Callable
+import math
+import time
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from dataclasses import dataclass
+from email.utils import formatdate
+from functools import lru_cache
+from typing import Final, NoReturn, TypeAlias
 from urllib.parse import unquote
 
 import h11
 import trio
 
-from hybridkex.net.supervisor import Budget, Connection, Supervisor
+from hybridkex.net.supervisor import Connection, Supervisor
 from hybridkex.text import get_logger
 
-__all__ = ["Handler", "HttpLimits", "Request", "Response", "http_supervisor", "serve_connection"]
+__all__ = [
+    "ANY",
+    "Handler",
+    "HttpError",
+    "HttpLimits",
+    "Request",
+    "Response",
+    "Route",
+    "find_route",
+    "http_supervisor",
+    "parse_json",
+    "serve_connection",
+]
 
 LOG: Final = get_logger(__name__)
 
 PLAIN_CONNECTIONS: Final = 16
 """Connections at once to a port without authentication: a few scrapers and their owner."""
+PLAIN_PATIENCE: Final = 0.2
+"""Seconds that a connection to such a port may be silent while others wait for its place."""
+LINGER_SECONDS: Final = 2.0
+LINGER_SILENCE: Final = 0.5
+LINGER_BYTES: Final = 1 << 22
+"""What is read and thrown away behind a request that was refused, so that the client sees the
+response and not a reset (RFC 9112 section 9.6)."""
+MAX_PIECES: Final = 4096
+"""Of a chunked body: each costs us more than the client."""
+_EMPTY_LINES: Final = b"\r\n"
+"""Some clients send one before a request; they are ignored (RFC 9112 section 2.2)."""
+ANY: Final = "*"
+"""Stands for any segment in the path of a :class:`Route`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A complete request."""
+    """A complete request.
+
+    Attributes:
+        method: as the client wrote it; methods are case-sensitive.
+        path: the segments, split at ``/`` before percent-decoding, since a segment may hold a
+            slash; empty segments are left out.
+        query: what stands behind ``?``, not decoded.
+        body: of at most :attr:`HttpLimits.max_body` bytes.
+    """
 
     method: str
     path: tuple[str, ...]
-    """The segments, split at ``/`` before percent-decoding: a segment may hold a slash."""
     query: str
     body: bytes
 
@@ -44,31 +83,160 @@ class Response:
     status: int = 200
     body: bytes = b"{}"
     content_type: str = "application/json"
-    headers: tuple[tuple[str, str], ...] = field(default=())
+    headers: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def json(cls, status: int, value: object, content_type: str = "application/json") -> "Response":
+    def json(
+        cls,
+        status: int,
+        value: object,
+        content_type: str = "application/json",
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> "Response":
+        """A response with ``value`` as its body."""
         body = json.dumps(value, separators=(",", ":")).encode()
-        return cls(status=status, body=body, content_type=content_type)
+        return cls(status=status, body=body, content_type=content_type, headers=headers)
 
 
 Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 
+class HttpError(Exception):
+    """A request that is refused: status, message and headers of the response."""
+
+    def __init__(self, status: int, message: str, *headers: tuple[str, str]) -> None:
+        super().__init__(f"{status}: {message}")
+        self.status = status
+        self.message = message
+        self.headers = headers
+
+    def response(self) -> Response:
+        """With the message in a JSON object, as ETSI GS QKD 014 clause 6.5 has it."""
+        return Response.json(self.status, {"message": self.message}, headers=self.headers)
+
+
 @dataclass(frozen=True, kw_only=True)
 class HttpLimits:
-    """What one client may cost."""
+    """What one client may cost. Sizes are bytes, times are seconds."""
 
     max_body: int = 1 << 17
     max_headers: int = 1 << 14
+    max_requests: int = 100_000
+    """Of one connection, which is then closed."""
     idle: float = 60.0
-    """Seconds that a connection may wait for its next request."""
+    """For which a connection may wait for its next request."""
     request: float = 10.0
-    """Seconds from the first byte of a request to the end of its response."""
+    """From the first byte of a request to its last, and again for sending the response."""
+    handler: float = 30.0
+    """For the work on a request."""
 
 
-class _TooLarge(Exception):
-    pass
+# --- routes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """A path and the methods that it has. ``HEAD`` is among them only where GET changes nothing."""
+
+    name: str
+    path: tuple[str, ...]
+    methods: tuple[str, ...]
+
+    def matches(self, path: tuple[str, ...]) -> bool:
+        """Whether it is the route of a path."""
+        return len(path) == len(self.path) and all(
+            expected in (ANY, found) for expected, found in zip(self.path, path, strict=True)
+        )
+
+
+def find_route(routes: Iterable[Route], request: Request) -> Route | Response:
+    """The route of a request; a response where that is an answer by itself (OPTIONS).
+
+    Raises:
+        HttpError: 404 for a path that there is not, 405 with ``Allow`` for a method that it does
+            not have (RFC 9110 sections 15.5.5 and 15.5.6).
+    """
+    route = next((one for one in routes if one.matches(request.path)), None)
+    if request.method == "OPTIONS" and (route is not None or not request.path):
+        allowed = sorted({m for one in ([route] if route else routes) for m in one.methods})
+        return Response(
+            status=204, body=b"", headers=(("Allow", ", ".join([*allowed, "OPTIONS"])),)
+        )
+    if route is None:
+        raise HttpError(404, "there is nothing at this URL")
+    if request.method not in route.methods:
+        raise HttpError(
+            405,
+            "this URL does not have this method",
+            ("Allow", ", ".join([*sorted(route.methods), "OPTIONS"])),
+        )
+    return route
+
+
+def parse_json(body: bytes) -> object:
+    """A JSON text (RFC 8259) that has one meaning: UTF-8, with or without a byte order mark, no
+    member twice, no number that JSON does not have, no half of a surrogate pair.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        text = body.decode("utf-8-sig")
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_not_json, parse_float=_number
+        )
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("the nesting is too deep") from None
+    return value
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a member stands twice in an object")
+    return found
+
+
+def _not_json(_: str) -> NoReturn:
+    raise ValueError("NaN and Infinity are not JSON")
+
+
+def _number(text: str) -> float | int:
+    """JSON has one kind of number: 1.0 and 1e0 are the integer 1."""
+    value = float(text)
+    if abs(value) > 2**53:
+        raise ValueError("a number is out of range (RFC 8259 section 6)")
+    return int(value) if value.is_integer() else value
+
+
+# --- connections -------------------------------------------------------------------------------
+
+
+def http_supervisor(
+    handler: Handler,
+    name: str,
+    logger: logging.Logger,
+    *,
+    connections: int = PLAIN_CONNECTIONS,
+    limits: HttpLimits | None = None,
+    closing: trio.Event | None = None,
+) -> Supervisor[trio.SocketStream]:
+    """A supervisor for HTTP without TLS and authentication, such as metrics."""
+
+    async def handle(stream: trio.SocketStream, connection: Connection) -> None:
+        await serve_connection(stream, handler, limits or HttpLimits(), closing, connection.waiting)
+
+    # Nobody is admitted, since there is nothing to know: whoever is silent makes room at once.
+    return Supervisor(
+        handle,
+        name=name,
+        logger=logger,
+        handshakes=connections,
+        handshake_seconds=math.inf,
+        patience=PLAIN_PATIENCE,
+    )
 
 
 async def serve_connection(
@@ -81,167 +249,234 @@ async def serve_connection(
     """Answer the requests of one connection until it ends, or until ``closing`` is set.
 
     A request that has begun when ``closing`` is set is still answered. The stream is left open.
-    ``waiting`` is entered while the client owes us its next request.
+    A stream that breaks is the end of the connection, and no error.
+
+    Args:
+        stream: the connection.
+        handler: answers requests. What it raises becomes a response: an :class:`HttpError` its own,
+            anything else 500 and one log line.
+        limits: bounds of size and time.
+        closing: set when no new request shall be read.
+        waiting: entered while the client owes us bytes and nothing is lost if the connection ends.
     """
-    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.max_headers)
-    while True:
-        with waiting():
-            begins = await _request_begins(stream, connection, limits.idle, closing)
-        if not begins:
-            return
-        with trio.move_on_after(limits.request) as scope:
-            last = closing is not None and closing.is_set()
-            if not await _one_exchange(stream, connection, handler, limits, last):
-                return
-        if scope.cancelled_caught:
-            return
-        connection.start_next_cycle()
-
-
-def http_supervisor(
-    handler: Handler,
-    name: str,
-    logger: logging.Logger,
-    *,
-    connections: int = PLAIN_CONNECTIONS,
-    limits: HttpLimits | None = None,
-    closing: trio.Event | None = None,
-) -> Supervisor[trio.SocketStream]:
-    """A supervisor for plain HTTP without authentication, such as metrics."""
-    budget = Budget(connections)
-
-    async def handle(stream: trio.SocketStream, connection: Connection) -> None:
-        connection.admit(budget, connection.address)
-        await serve_connection(stream, handler, limits or HttpLimits(), closing, connection.waiting)
-
-    return Supervisor(handle, name=name, logger=logger, handshakes=connections)
-
-
-async def _request_begins(
-    stream: trio.abc.Stream,
-    connection: h11.Connection,
-    idle: float,
-    closing: trio.Event | None,
-) -> bool:
-    """Wait for the first bytes of a request. False: there will be none."""
-    if connection.trailing_data[0]:
-        return True
-    began = False
-
-    async with trio.open_nursery() as nursery:
-
-        async def watch(event: trio.Event) -> None:
-            await event.wait()
-            nursery.cancel_scope.cancel()
-
-        if closing is not None:
-            nursery.start_soon(watch, closing)
-        with trio.move_on_after(idle):
-            try:
-                data = await stream.receive_some(1 << 16)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                data = b""
-            if data:
-                connection.receive_data(bytes(data))
-                began = True
-        nursery.cancel_scope.cancel()
-    return began
-
-
-async def _one_exchange(
-    stream: trio.abc.Stream,
-    connection: h11.Connection,
-    handler: Handler,
-    limits: HttpLimits,
-    last: bool,
-) -> bool:
-    """Read one request and answer it. False: the connection is at its end."""
     try:
-        request = await _read_request(stream, connection, limits)
-    except h11.RemoteProtocolError as error:
-        status = error.error_status_hint
-        return await _send(
-            stream, connection, Response.json(status, {"message": "not HTTP"}), last=True
-        )
-    except _TooLarge:
-        answer = Response.json(400, {"message": "the request body is too large"})
-        return await _send(stream, connection, answer, last=True)
-    if request is None:
-        return False
-    try:
-        response = await handler(request)
-    except Exception as error:
-        # A bug of ours must not end the server; the client learns no more than that.
-        LOG.error("request handler failed: %s", type(error).__name__)  # noqa: TRY400
-        LOG.debug("the internal error", exc_info=error)
-        response = Response.json(500, {"message": "internal error"})
-    return await _send(stream, connection, response, last=last, head=request.method == "HEAD")
-
-
-async def _read_request(
-    stream: trio.abc.Stream, connection: h11.Connection, limits: HttpLimits
-) -> Request | None:
-    head: h11.Request | None = None
-    body = bytearray()
-    while True:
-        event = connection.next_event()
-        if event is h11.NEED_DATA:
-            if connection.they_are_waiting_for_100_continue:
-                go_on = connection.send(
-                    h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
-                )
-                await stream.send_all(go_on)
-            try:
-                connection.receive_data(bytes(await stream.receive_some(1 << 16)))
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return None
-        elif isinstance(event, h11.Request):
-            head = event
-        elif isinstance(event, h11.Data):
-            body += event.data
-            if len(body) > limits.max_body:
-                raise _TooLarge
-        elif isinstance(event, h11.EndOfMessage) and head is not None:
-            target, _, query = head.target.decode("latin-1").partition("?")
-            return Request(
-                method=head.method.decode("ascii"),
-                path=tuple(unquote(part) for part in target.split("/")[1:]),
-                query=query,
-                body=bytes(body),
-            )
-        else:
-            return None  # the other end is gone
-
-
-async def _send(
-    stream: trio.abc.Stream,
-    connection: h11.Connection,
-    response: Response,
-    *,
-    last: bool,
-    head: bool = False,
-) -> bool:
-    """Send a response with one call. False: it was the last one."""
-    if not _may_answer(connection):
-        return False
-    headers = [
-        ("Content-Type", response.content_type),
-        ("Content-Length", str(len(response.body))),
-        ("Cache-Control", "no-store"),
-        *response.headers,
-    ]
-    if last:
-        headers.append(("Connection", "close"))
-    data = connection.send(h11.Response(status_code=response.status, headers=headers))
-    if not head:  # headers as those of GET, and no body (RFC 9110 section 9.3.2)
-        data += connection.send(h11.Data(data=response.body)) or b""
-    data += connection.send(h11.EndOfMessage()) or b""
-    try:
-        await stream.send_all(data)
+        await _Server(
+            stream, handler, limits, trio.Event() if closing is None else closing, waiting
+        ).run()
     except (trio.BrokenResourceError, trio.ClosedResourceError):
+        return
+
+
+class _Server:
+    """One connection."""
+
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        handler: Handler,
+        limits: HttpLimits,
+        closing: trio.Event,
+        waiting: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        self._stream = stream
+        self._handler = handler
+        self._limits = limits
+        self._closing = closing
+        self._waiting = waiting
+        self._http = self._connection()
+
+    async def run(self) -> None:
+        for left in reversed(range(self._limits.max_requests)):
+            with self._waiting():
+                if not await self._begins():
+                    return
+                try:
+                    with trio.fail_after(self._limits.request):
+                        request = await self._read()
+                except HttpError as error:
+                    await self._refuse(error)
+                    return
+                except h11.RemoteProtocolError as error:
+                    await self._refuse(HttpError(error.error_status_hint, "malformed HTTP request"))
+                    return
+                except trio.TooSlowError:
+                    await self._refuse(HttpError(408, "the request did not come in time"))
+                    return
+            if request is None:
+                return
+            response = await self._respond(request)
+            last = self._closing.is_set() or left == 0
+            if not await self._send(response, last=last, head=request.method == "HEAD"):
+                return
+            self._next_cycle()
+
+    # -- reading
+
+    async def _begins(self) -> bool:
+        """Wait for the first bytes of a request. False: there will be none."""
+        if self._http.trailing_data[0]:
+            return True
+        begin = b""
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                await self._closing.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            with trio.move_on_after(self._limits.idle):
+                while not begin and (data := await self._receive()):
+                    begin = data.lstrip(_EMPTY_LINES)
+            nursery.cancel_scope.cancel()
+        if begin:
+            self._http.receive_data(begin)
+        return bool(begin)
+
+    async def _receive(self) -> bytes:
+        try:
+            return bytes(await self._stream.receive_some(1 << 16))
+        except trio.BrokenResourceError:
+            return b""
+
+    def _next_cycle(self) -> None:
+        rest = self._http.trailing_data[0]
+        if rest.startswith((b"\r", b"\n")):
+            self._http = self._connection()
+            if rest := rest.lstrip(_EMPTY_LINES):
+                self._http.receive_data(rest)
+        else:
+            self._http.start_next_cycle()
+
+    def _connection(self) -> h11.Connection:
+        return h11.Connection(h11.SERVER, max_incomplete_event_size=self._limits.max_headers)
+
+    async def _read(self) -> Request | None:
+        """The next request; ``None`` if the client has gone. Raises ``HttpError`` and h11's."""
+        head: h11.Request | None = None
+        body = bytearray()
+        pieces = 0
+        while True:
+            event = self._http.next_event()
+            if event is h11.NEED_DATA:
+                if self._http.they_are_waiting_for_100_continue:
+                    go_on = h11.InformationalResponse(
+                        status_code=100, headers=[], reason=b"Continue"
+                    )
+                    await self._stream.send_all(self._http.send(go_on))
+                self._http.receive_data(await self._receive())
+            elif isinstance(event, h11.Request):
+                head = event
+                _check_head(head, self._limits)
+            elif isinstance(event, h11.Data):
+                body += event.data
+                pieces += 1
+                if len(body) > self._limits.max_body or pieces > MAX_PIECES:
+                    raise _too_large(self._limits)
+            elif isinstance(event, h11.EndOfMessage) and head is not None:
+                path, query = _target(head)
+                return Request(
+                    method=head.method.decode("ascii"), path=path, query=query, body=bytes(body)
+                )
+            else:
+                return None
+
+    # -- answering
+
+    async def _respond(self, request: Request) -> Response:
+        try:
+            with trio.fail_after(self._limits.handler):
+                return await self._handler(request)
+        except HttpError as error:
+            return error.response()
+        except trio.TooSlowError:
+            return Response.json(503, {"message": "the server is too slow now"})
+        except Exception as error:
+            # A bug of ours; the client learns no more than that.
+            LOG.error("a handler of requests failed: %s", type(error).__name__)  # noqa: TRY400
+            LOG.debug("the internal error", exc_info=error)
+            return Response.json(500, {"message": "internal error"})
+
+    async def _send(self, response: Response, *, last: bool, head: bool = False) -> bool:
+        """Send a response with one call. False: it was the last one."""
+        if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            return False
+        headers = [("Date", _date(int(time.time()))), ("Cache-Control", "no-store")]
+        if response.status != 204:
+            headers += [
+                ("Content-Type", response.content_type),
+                ("Content-Length", str(len(response.body))),
+            ]
+        headers += response.headers
+        if last:
+            headers.append(("Connection", "close"))
+        data = self._http.send(h11.Response(status_code=response.status, headers=headers))
+        if not head and response.body:  # HEAD: the headers of GET (RFC 9110 section 9.3.2)
+            data += self._http.send(h11.Data(data=response.body)) or b""
+        data += self._http.send(h11.EndOfMessage()) or b""
+        with trio.move_on_after(self._limits.request):
+            await self._stream.send_all(data)
+            return not last and self._http.states == {h11.CLIENT: h11.DONE, h11.SERVER: h11.DONE}
         return False
-    return not last and connection.states == {h11.CLIENT: h11.DONE, h11.SERVER: h11.DONE}
+
+    async def _refuse(self, error: HttpError) -> None:
+        """Answer a request that was not read to its end, and end the connection."""
+        await self._send(error.response(), last=True)
+        with trio.move_on_after(LINGER_SECONDS):
+            if isinstance(self._stream, trio.SocketStream):
+                await self._stream.send_eof()
+            read = 0
+            while read < LINGER_BYTES:
+                data = b""
+                with trio.move_on_after(LINGER_SILENCE):
+                    data = bytes(await self._stream.receive_some(1 << 16))
+                if not data:
+                    return
+                read += len(data)
 
 
-def _may_answer(connection: h11.Connection) -> bool:
-    return connection.our_state in (h11.IDLE, h11.SEND_RESPONSE)
+def _check_head(head: h11.Request, limits: HttpLimits) -> None:
+    if not head.http_version.startswith(b"1."):
+        raise HttpError(505, "this server speaks HTTP/1.1")
+    # h11 looks at the size only while a head is incomplete.
+    if len(head.target) + sum(len(n) + len(v) + 4 for n, v in head.headers) > limits.max_headers:
+        raise HttpError(431, "the header fields are too large")
+    fields = dict(head.headers)  # names in lower case
+    if b"transfer-encoding" in fields:
+        # Two lengths, or a client that does not know chunks: a request that another server between
+        # us and the client could read in another way (RFC 9112 sections 6.1 and 6.3).
+        if b"content-length" in fields or head.http_version < b"1.1":
+            raise HttpError(400, "Transfer-Encoding with Content-Length, or in HTTP/1.0")
+    elif int(fields.get(b"content-length", b"0")) > limits.max_body:
+        raise _too_large(limits)
+    if fields.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise HttpError(415, "the body has a content coding", ("Accept-Encoding", "identity"))
+    if fields.get(b"expect", b"100-continue").lower() != b"100-continue":
+        raise HttpError(417, "Expect is 100-continue or nothing")
+    _target(head)
+
+
+def _too_large(limits: HttpLimits) -> HttpError:
+    return HttpError(413, f"the body is too large: the limit is {limits.max_body} bytes")
+
+
+def _target(head: h11.Request) -> tuple[tuple[str, ...], str]:
+    """Path and query of a request target (RFC 9112 section 3.2)."""
+    text = head.target.decode("latin-1")
+    if text == "*" and head.method == b"OPTIONS":
+        return (), ""
+    scheme, separator, rest = text.partition("://")
+    if separator and scheme.lower() in ("http", "https"):  # absolute-form, which MUST be accepted
+        text = rest[len(rest.partition("/")[0].partition("?")[0]) :]
+        text = text if text.startswith("/") else f"/{text}"
+    if not text.startswith("/") or "#" in text:
+        raise HttpError(400, "malformed request target")
+    path, _, query = text.partition("?")
+    try:
+        return tuple(unquote(part, errors="strict") for part in path.split("/") if part), query
+    except UnicodeDecodeError:
+        raise HttpError(400, "the request target is not UTF-8") from None
+
+
+@lru_cache(1)
+def _date(seconds: int) -> str:
+    return formatdate(seconds, usegmt=True)

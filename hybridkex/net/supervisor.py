@@ -35,7 +35,7 @@ HANDSHAKES: Final = 128
 """Default number of connections that have not yet authenticated."""
 HANDSHAKE_SECONDS: Final = 10.0
 """Default time until a connection has authenticated."""
-RIPE_SECONDS: Final = 1.0
+PATIENCE: Final = 1.0
 """How long a connection must have waited for its peer before a newcomer may take its place."""
 RETRY_SECONDS: Final = 0.1
 """Between two tries to accept while the system has no room."""
@@ -120,12 +120,21 @@ class Budget:
         total: connections at once.
         each: connections at once of one holder; ``None`` for no limit but ``total``.
         what: the name of the budget in messages: *connections*, *peer connections*.
+        patience: seconds that a connection must have waited before a newcomer may take its place.
     """
 
-    def __init__(self, total: int, *, each: int | None = None, what: str = "connections") -> None:
+    def __init__(
+        self,
+        total: int,
+        *,
+        each: int | None = None,
+        what: str = "connections",
+        patience: float = PATIENCE,
+    ) -> None:
         self.total = total
         self._each = each
         self._what = what
+        self._patience = patience
         self._count = 0
         self._held: dict[Hashable, dict[Connection, None]] = {}
         self._changed = trio.Event()
@@ -137,12 +146,12 @@ class Budget:
         own = len(self._held.get(holder, ()))
         if self._each is not None and own >= self._each:
             victim, age = self._victim(holder, only=True)
-            if victim is None or age < RIPE_SECONDS:
+            if victim is None or age < self._patience:
                 raise TooManyConnections(f"{holder} has {own} {self._what} open")
             victim._evict()
         elif self._count >= self.total:
             victim, age = self._victim(holder)
-            if victim is None or age < RIPE_SECONDS:
+            if victim is None or age < self._patience:
                 raise TooManyConnections(f"{self._count} {self._what} are open")
             victim._evict()
         self._add(connection, holder)
@@ -152,12 +161,12 @@ class Budget:
         so that a burst of good connections loses none of them."""
         while self._count >= self.total:
             victim, age = self._victim(holder)
-            if victim is not None and age >= RIPE_SECONDS:
+            if victim is not None and age >= self._patience:
                 victim._evict()
                 break
             if self._changed.is_set():
                 self._changed = trio.Event()
-            with trio.move_on_after(RIPE_SECONDS - max(age, 0.0) if victim else RETRY_SECONDS):
+            with trio.move_on_after(self._patience - max(age, 0.0) if victim else RETRY_SECONDS):
                 await self._changed.wait()
         self._add(connection, holder)
 
@@ -178,7 +187,7 @@ class Budget:
     def _evict_one(self) -> bool:
         """Free the descriptor of a connection that has waited too long, if there is one."""
         victim, age = self._victim(object())
-        if victim is None or age < RIPE_SECONDS:
+        if victim is None or age < self._patience:
             return False
         victim._evict()
         return True
@@ -207,6 +216,7 @@ class Supervisor(Generic[T]):
         logger: where failures are logged, at a bounded rate.
         handshakes: connections that have not been admitted, at once.
         handshake_seconds: time until a connection must have been admitted.
+        patience: seconds that one of them must have been silent before a newcomer takes its place.
         on_failure: told the kind of each failure, for a counter: ``limit``, ``timeout``,
             ``evicted``, ``failed`` or ``internal``.
     """
@@ -219,13 +229,14 @@ class Supervisor(Generic[T]):
         logger: logging.Logger,
         handshakes: int = HANDSHAKES,
         handshake_seconds: float = HANDSHAKE_SECONDS,
+        patience: float = PATIENCE,
         on_failure: Callable[[str], object] | None = None,
     ) -> None:
         self._handler = handler
         self._name = name
         self.log: Final = BoundedLog(logger)
         self._logger = logger
-        self._handshakes = Budget(handshakes, what="unauthenticated connections")
+        self._handshakes = Budget(handshakes, what="new connections", patience=patience)
         self._handshake_seconds = handshake_seconds
         self._on_failure = on_failure or (lambda _: None)
 

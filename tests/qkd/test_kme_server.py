@@ -190,7 +190,11 @@ async def test_the_standards_own_words(two: Any) -> None:
         ("POST", "/bob/enc_keys", b"{", 400),
         ("POST", "/bob/enc_keys", b"\xff", 400),
         ("POST", "/bob/enc_keys", b"[" * 50_000, 400),
-        ("POST", "/bob/enc_keys", b" " * 200_000, 400),
+        ("POST", "/bob/enc_keys", b" " * 200_000, 413),
+        ("POST", "/bob/enc_keys", b'{"number": 1, "number": 2}', 400),
+        ("POST", "/bob/enc_keys", b'{"number": "1"}', 400),
+        ("DELETE", "/bob/status", None, 405),
+        ("PUT", "/bob/enc_keys", b"{}", 405),
         ("POST", "/bob/dec_keys", b"", 400),
         ("POST", "/bob/dec_keys", b'{"key_IDs": []}', 400),
         ("POST", "/bob/dec_keys", b'{"key_IDs": [{"key_ID": "{0}"}]}', 400),
@@ -206,6 +210,37 @@ async def test_bad_requests(two: Any, method: str, path: str, body: Any, status:
     assert answer.status_code == status
     assert isinstance(answer.json()["message"], str)
     assert (await alice.get("/bob/status")).status_code == 200, "the server goes on"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"number":1,"additional_slave_SAE_IDs":null,"size":null}',
+        b'{"number":null,"size":256,"extension_mandatory":null,"extension_optional":null}',
+        b'{"number":1.0}',
+        b'\xef\xbb\xbf{"number":1}',
+        b"{}",
+        b"",
+    ],
+)
+async def test_a_key_request_as_clients_write_it(two: Any, body: bytes) -> None:
+    alice, _ = two
+    answer = await alice.post("/bob/enc_keys", content=body)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["keys"]) == 1
+
+
+async def test_methods(two: Any) -> None:
+    """HEAD where GET changes nothing; elsewhere it would draw a key that nobody sees."""
+    alice, _ = two
+    head = await alice.head("/bob/status")
+    assert (head.status_code, head.content) == (200, b"")
+    for path in ("/bob/enc_keys", "/bob/dec_keys"):
+        refused = await alice.head(path)
+        assert (refused.status_code, refused.headers["allow"]) == (405, "GET, POST, OPTIONS")
+        options = await alice.options(path)
+        assert (options.status_code, options.headers["allow"]) == (204, "GET, POST, OPTIONS")
+    assert (await alice.get("/bob/status/")).status_code == 200
 
 
 async def test_dec_keys_is_all_or_nothing_and_once(two: Any) -> None:
@@ -643,7 +678,7 @@ async def test_what_is_not_http(sent: bytes) -> None:
     ours, theirs = trio.testing.memory_stream_pair()
     with trio.fail_after(2):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve_connection, theirs, handler, HttpLimits(request=0.5))
+            nursery.start_soon(serve_connection, theirs, handler, HttpLimits(request=0.5, idle=0.5))
             await ours.send_all(sent)
 
 

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from hybridkex import __version__
 from hybridkex.cli.manual import describe
-from hybridkex.cli.running import run_trio
+from hybridkex.cli.running import end_as_interrupted, run_trio
 from hybridkex.cli.values import file_path, folder_path
 from hybridkex.demos.rndl import page
 from hybridkex.demos.rndl.matrix import BREAKS, rows
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"there is no folder {path.absolute().parent}")
         if path is not None and path.is_dir():
             raise ConfigError(f"{path} is a folder, and the report is a file")
-    with _folder(args.keep) as folder:
+    with end_as_interrupted(), _folder(args.keep) as folder:
         trial = _watched(console, folder)
     _print_matrix(console, trial)
     _print_findings(console, trial)

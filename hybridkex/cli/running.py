@@ -1,11 +1,14 @@
 """Running trio from a command."""
 
-from collections.abc import Awaitable, Callable
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import TypeVar
 
 import trio
 
-__all__ = ["first_of", "run_trio"]
+__all__ = ["end_as_interrupted", "first_of", "run_trio"]
 
 T = TypeVar("T")
 
@@ -20,6 +23,25 @@ def run_trio(main: Callable[[], Awaitable[T]]) -> T:
         return trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)
     except BaseExceptionGroup as group:
         raise first_of(group) from None
+
+
+@contextmanager
+def end_as_interrupted() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP end a command as Ctrl-C does: what it started and what it
+    has in temporary places goes with it."""
+
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        # Whoever handles Ctrl-C now: trio while it runs, Python before and after.
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler):
+            handler(signal.SIGINT, frame)
+
+    before = {one: signal.signal(one, interrupt) for one in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def first_of(error: BaseException) -> BaseException:

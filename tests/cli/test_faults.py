@@ -28,7 +28,10 @@ KME = ("--kme", "https://127.0.0.1:{closed}", "--kme-ca", "ca.pem", "--kme-cert"
        "--kme-key", "key.pem", "--sae", "a")  # fmt: skip
 POOL = ("--key-pool", "pool", "--pool-key", "psk", "--ids", "ids")
 WG = ("wg-psk", "--interface", "wg0", "--peer-key", "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=",
-      "--local", "a", "--peer", "b")  # fmt: skip
+      "--local", "a", "--peer", "b", "--wg", "./wg", "--log-level", "error")  # fmt: skip
+WG_SCRIPT = f"""#!/bin/sh
+[ "$1" = show ] && printf '%s\\t(none)\\n' {WG[4]} || cat >/dev/null
+"""
 CONNECT = ("connect", "127.0.0.1", "{closed}")
 LISTEN = ("listen", "0", "--bind", "127.0.0.1", "--once")
 RECEIVE = ("receive", "in", *SERVER, "--anyone", "--bind", "127.0.0.1", "--port")
@@ -56,6 +59,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "folder").mkdir()
     (folder / "bad.toml").write_text("x = [\n")
     write_key_file(folder / "psk")
+    (folder / "wg").write_text(WG_SCRIPT)
+    (folder / "wg").chmod(0o755)
     return folder
 
 
@@ -169,7 +174,10 @@ FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((*RECEIVE, "0", "--max-connections", "0"), "--max-connections is at least 1"),
     ((*TUNNEL_0, "--grace", "-1"), "grace is a number of seconds"),
     ((*TUNNEL_0, "--idle-timeout", "-1"), "time limits are positive"),
-    ((*WG, "--listen", "0", "--psk-file", "psk", "--interval", "0"), "--interval must be positive"),
+    (
+        (*WG, "--listen", "0", "--psk-file", "psk", "--interval", "0"),
+        "interval between rotations must be positive",
+    ),
     (("demo", "text", "--distance", "-1"), "--distance is in km"),
     (("dev-ca", "new", "--name", "a b"), "'a b' is not a host name"),
     (("kme", "dev-up", "new", "--producer", "link", "--distance", "nan"), "--distance is in km"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rndl_glue import Report
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "hybridkex"
 
 
@@ -66,7 +66,7 @@ def test_its_code_knows_no_party() -> None:
 
 
 def test_its_key_schedule_is_its_own() -> None:
-    found = imports_of(PACKAGE / "adversary/later/derivation.py")
+    found = imports_of(PACKAGE / "demos/rndl/later/derivation.py")
     assert found == set()
 
 

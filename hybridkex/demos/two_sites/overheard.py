@@ -1,0 +1,126 @@
+"""What Eve has: a recording, of which every record is searched for what was sent."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from hybridkex.constants import ContentType
+from hybridkex.crypto.kex import ALL_GROUPS
+from hybridkex.demos.rndl.later.reading import Connection, read_capture
+from hybridkex.errors import RecordingError
+from hybridkex.qkd.psk import name_of
+from hybridkex.wire.extensions import PreSharedKeyOffer, ServerName
+from hybridkex.wire.messages import ImportedIdentity
+
+__all__ = ["Overheard", "overhear"]
+
+_SAMPLES: Final = 64
+"""Pieces of the file that are searched for besides the marker."""
+_PIECE: Final = 32
+"""Bytes of such a piece."""
+_OVERHEAD: Final = 17
+"""Bytes of a record that are not data: the content type and the tag (RFC 8446 section 5.2)."""
+
+
+@dataclass(frozen=True)
+class Overheard:
+    """One recorded handshake and what followed, searched in full and without a find."""
+
+    connection: Connection
+    needles: int
+    """Byte strings that each record was searched for."""
+
+    @property
+    def records(self) -> int:
+        """Records, in both directions; each was searched."""
+        return len(self.connection.records)
+
+    @property
+    def size(self) -> int:
+        """Bytes of these records."""
+        return sum(record.size for record in self.connection.records)
+
+    @property
+    def server_name(self) -> str:
+        """The server name in the clear."""
+        name = self.connection.client_hello.extensions.get(ServerName)
+        return name.host_name if name is not None else "none"
+
+    @property
+    def group(self) -> str:
+        """The group of the key exchange."""
+        names = {group.code: group.name for group in ALL_GROUPS}
+        return names[self.connection.group]
+
+    @property
+    def key_ids(self) -> list[str]:
+        """The IDs of the QKD keys that the client offered."""
+        offer = self.connection.client_hello.extensions.get(PreSharedKeyOffer)
+        found: dict[str, None] = {}
+        for one in offer.identities if offer is not None else ():
+            imported = ImportedIdentity.decode(one.identity)
+            name = name_of(imported.external_identity) if imported is not None else None
+            found |= dict.fromkeys(str(part.key_id) for part in name or ())
+        return list(found)
+
+
+def overhear(capture: Path, sent: Path, marker: bytes) -> Overheard:
+    """Search every record of a recording for what was sent.
+
+    Args:
+        capture: the recording of one connection.
+        sent: the file that the client sent through it, with markers in it.
+        marker: the marker.
+
+    Raises:
+        RecordingError: the recording is not of one connection, holds less than was sent, or shows
+            part of it; or the search is of no use, because it does not find the marker in what was
+            sent.
+    """
+    needles = [marker, *_pieces(sent)]
+    if not _search([marker], _beginning(sent)):
+        raise RecordingError("the search cannot find the marker even in what was sent")
+    connections, others = read_capture(capture)
+    if len(connections) != 1 or others:
+        count = len(connections) + len(others)
+        raise RecordingError(f"Eve recorded {count} connections where there was one handshake")
+    [connection] = connections
+    size, carried = sent.stat().st_size, 0
+    for record in connection.records:
+        if _search(needles, record.fragment):
+            raise RecordingError(f"record {record.number} of Eve's recording shows what was sent")
+        if record.from_client and record.type == ContentType.APPLICATION_DATA:
+            carried += max(0, len(record.fragment) - _OVERHEAD)
+    if carried < size:
+        raise RecordingError(
+            f"Eve's recording has room for {carried:,} bytes, and {size:,} were sent: it has not "
+            "all been searched"
+        )
+    for from_client in (True, False):
+        # Across the borders of records, too.
+        if _search(needles, connection.flow.stream(from_client=from_client)):
+            raise RecordingError("Eve's recording shows what was sent")
+    return Overheard(connection, len(needles))
+
+
+def _search(needles: Sequence[bytes], haystack: bytes) -> bool:
+    return any(needle in haystack for needle in needles)
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4096)
+
+
+def _pieces(path: Path) -> list[bytes]:
+    """Pieces from all over the file, without those that could be there by chance."""
+    size = path.stat().st_size
+    found = []
+    with path.open("rb") as file:
+        for index in range(_SAMPLES):
+            file.seek(size * index // _SAMPLES)
+            piece = file.read(_PIECE)
+            if len(piece) == _PIECE and len(set(piece)) > 8:
+                found.append(piece)
+    return found

@@ -1,0 +1,213 @@
+"""The demonstration itself: it starts the programs, and says what they did."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import trio
+from prometheus_client.parser import text_string_to_metric_families
+
+from hybridkex.auth.dev_ca import DevCa, write_identity
+from hybridkex.demos.rndl.now.tap import wire_tap
+from hybridkex.demos.two_sites.marked import mark, new_marker, unmark
+from hybridkex.demos.two_sites.overheard import overhear
+from hybridkex.demos.two_sites.processes import (
+    DemonstrationFailed,
+    all_errors,
+    contents,
+    deadline,
+    lines,
+    running,
+    said_last,
+)
+from hybridkex.files import open_private
+
+__all__ = ["Demonstration"]
+
+_COMMAND: Final = (sys.executable, "-m", "hybridkex")
+_SITES: Final = ("alice", "bob")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """One run.
+
+    Args:
+        folder: a private one, for everything that the two sites have.
+        source: the file to send.
+        capture: where Eve records.
+        distance: of the QKD link, in km.
+        say: prints a line.
+    """
+
+    folder: Path
+    source: Path
+    capture: Path
+    distance: float
+    say: Callable[[str], object]
+    marker: bytes = field(default_factory=new_marker, repr=False)
+
+    async def run(self) -> None:
+        """Run it.
+
+        Raises:
+            DemonstrationFailed: a program failed, or the file did not arrive whole.
+            RecordingError: Eve has something of the file, or her recording was not searched.
+        """
+        self.say("\n1. Two sites and the QKD link between them")
+        async with self._kmes() as urls:
+            self.say("\n2. Alice sends Bob a file")
+            session = await self._transfer(urls)
+        self.say("\n3. What Eve recorded on the way")
+        await trio.to_thread.run_sync(self._report_recording)
+        self.say("\n4. What the keys rest on")
+        self._report_session(session)
+
+    def _tell(self, text: str) -> None:
+        self.say(f"   {text}")
+
+    # --- the sites ------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _kmes(self) -> AsyncIterator[dict[str, str]]:
+        """Run both KMEs, fed by a QKD link, until they have keys; gives the URL of each SAE's."""
+        command = [*_COMMAND, "kme", "dev-up", str(self.folder / "sites"), "--ports", "0,0"]
+        command += ["--tls", "hybridkex", "--producer", "link", "--distance", str(self.distance)]
+        command += ["--metrics", "127.0.0.1:0"]
+        async with running(command) as process:
+            told = lines(process)
+            with deadline("the KMEs did not start"):
+                urls = [(await anext(told)).split()[-1] for _ in range(2)]
+                metrics = (await anext(told)).split()[-1]
+            with deadline(f"the QKD link over {self.distance:g} km produced no keys"):
+                link = await _first_keys(metrics)
+            self._tell(
+                f"decoy-state BB84 over {self.distance:g} km of simulated fibre, with the complete "
+                "post-processing:"
+            )
+            self._tell(
+                f"{link['sifted_bits_total']:,.0f} sifted bits, QBER {link['qber_ratio']:.2%}, "
+                f"{link['secret_bits_total']:,.0f} secret bits"
+            )
+            self._tell("at each end a KME; every program gets its keys from the one at its site")
+            self._tell("(ETSI GS QKD 014, over post-quantum TLS)")
+            yield dict(zip(_SITES, urls, strict=True))
+
+    def _options(self, who: str, peer: str, url: str) -> list[str]:
+        """What a party adds to ``listen`` or ``connect``."""
+        words = ["--kme", url, "--kme-tls", "hybridkex", "--sae", who, "--peer-sae", peer]
+        for option in ("ca", "cert", "key"):
+            words += [f"--{option}", str(self.folder / who / f"{option}.pem")]
+            words += [f"--kme-{option}", str(self.folder / "sites" / who / f"{option}.pem")]
+        return words
+
+    # --- the file -------------------------------------------------------------------------------
+
+    @property
+    def _sent(self) -> Path:
+        return self.folder / "sent"
+
+    async def _transfer(self, urls: dict[str, str]) -> dict[str, Any]:
+        """Send the file through the tap, and compare; returns what Alice says of the session."""
+        authority = DevCa.create()
+        write_identity(self.folder / "bob", authority, authority.issue("localhost", "127.0.0.1"))
+        write_identity(self.folder / "alice", authority, authority.issue("alice"))
+        self._tell("each has a certificate of a development authority")
+        await trio.to_thread.run_sync(mark, self.source, self._sent, self.marker)
+        marked, received = self.folder / "marked", self.folder / "received"
+        began = time.monotonic()
+        session = await self._run_programs(urls, marked)
+        seconds = time.monotonic() - began
+        await trio.to_thread.run_sync(unmark, marked, received, self.marker)
+        digest = _digest(self.source)
+        if digest != _digest(received):
+            raise DemonstrationFailed("the file that arrived is not the file that was sent")
+        size = self.source.stat().st_size
+        self._tell(
+            f"{self.source.name}, {size:,} bytes, in {seconds:.2f} s (start of both programs "
+            "included)"
+        )
+        self._tell(f"SHA-256 at both ends: {digest}")
+        return session
+
+    async def _run_programs(self, urls: dict[str, str], target: Path) -> dict[str, Any]:
+        """Run ``listen`` and ``connect``, with Eve's tap between them."""
+        port_file = self.folder / "port"
+        listen = [*_COMMAND, "listen", "0", "--bind", "127.0.0.1", "--once"]
+        listen += ["--port-file", str(port_file), "--require-client-cert"]
+        listen += self._options("bob", "alice", urls["bob"])
+        options = self._options("alice", "bob", urls["alice"])
+        with open_private(target) as sink, self._sent.open("rb") as file:
+            async with running(listen, stdout=sink.fileno()) as receiver:
+                with deadline("the listener did not open its port"):
+                    port = int(await contents(trio.Path(port_file), receiver))
+                with deadline("the transfer did not end"):
+                    async with wire_tap(self.capture, ("127.0.0.1", port)) as (_, tapped):
+                        sender = await trio.run_process(
+                            [*_COMMAND, "connect", "localhost", str(tapped), "--json", *options],
+                            stdin=file,
+                            stdout=subprocess.DEVNULL,
+                            capture_stderr=True,
+                            check=False,
+                        )
+                        complaint = await all_errors(receiver)
+                        status = await receiver.wait()
+        if sender.returncode or status:
+            raise DemonstrationFailed(said_last(sender.stderr + complaint))
+        session: dict[str, Any] = json.loads(sender.stderr.splitlines()[0])
+        return session
+
+    # --- the reports ----------------------------------------------------------------------------
+
+    def _report_recording(self) -> None:
+        overheard = overhear(self.capture, self._sent, self.marker)
+        self._tell(f"{overheard.records:,} records, {overheard.size:,} bytes")
+        self._tell(f"in the clear: server name {overheard.server_name}, group {overheard.group},")
+        self._tell(f"  the public shares, and the ID (not the key) {', '.join(overheard.key_ids)}")
+        self._tell("a random marker was sent with every kilobyte of the file: each of the")
+        self._tell(
+            f"{overheard.records:,} records was searched for it and for {overheard.needles - 1} "
+            "pieces of the file; none is there"
+        )
+        self._tell("to read the file later she must break ALL of the legs below;")
+        self._tell("'hybridkex rndl' plays that through, with an adversary who breaks them")
+
+    def _report_session(self, session: dict[str, Any]) -> None:
+        for part in session["parts"]:
+            self._tell(f"- {part}")
+        for key_id, source in zip(session["qkd_key_ids"], session["qkd_sources"], strict=True):
+            self._tell(f"- QKD key {key_id} (KMEs {source})")
+        self._tell(f"joined by the key schedule of {session['version']}, {session['cipher_suite']}")
+        self._tell(f"authentication: {session['auth']}, {session['signature_scheme']}, both ways")
+        policy = session["policy"]
+        self._tell(f"policy: post-quantum {policy['post_quantum']}, QKD {policy['psk']}")
+
+
+async def _first_keys(metrics: str) -> dict[str, float]:
+    """What the link says of itself, once both KMEs have keys of it."""
+    async with httpx.AsyncClient(trust_env=False) as client:
+        while True:
+            found: dict[str, float] = {}
+            stocks = []
+            for family in text_string_to_metric_families((await client.get(metrics)).text):
+                for sample in family.samples:
+                    if sample.name == "hybridkex_kme_keys_stored":
+                        stocks.append(sample.value)
+                    elif sample.labels.get("kme") == "kme-a":
+                        found[sample.name.removeprefix("hybridkex_qkd_link_")] = sample.value
+            if len(stocks) == len(_SITES) and all(stocks):
+                return found
+            await trio.sleep(0.1)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

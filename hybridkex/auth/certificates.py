@@ -1,9 +1,11 @@
 """Certificates as they are read, before anybody trusts them."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from typing import ClassVar, Final
 
@@ -22,11 +24,16 @@ from hybridkex.errors import CertificateRejected, ConfigError
 from hybridkex.text import printable
 
 __all__ = [
+    "MAX_CHAIN",
     "PeerCertificate",
+    "extension_name",
+    "flaw_of_own",
     "issuer_of",
     "key_of",
     "key_weakness",
     "names_of",
+    "not_valid_today",
+    "parse_failure",
     "read_chain",
     "spki_sha256",
     "subject_of",
@@ -224,24 +231,72 @@ def read_chain(chain: Sequence[bytes]) -> tuple[PeerCertificate, list[x509.Certi
     try:
         certificates = [peer.leaf]
         for place in range(1, len(chain)):
-            certificates.append(certificate_from_der(chain[place]))
-    except UnsupportedAlgorithm as error:
+            # One that leads nowhere may be odd; one that the path needs is read there.
+            certificates.append(certificate_from_der(chain[place], whole=False))
+    except UnsupportedAlgorithm:
         raise CertificateRejected(
-            f"the peer's certificate uses what is not supported here: {error}",
+            f"certificate {place + 1} of {len(chain)} that the peer sent has a key of a kind that "
+            "is not supported",
             alert=Alert.UNSUPPORTED_CERTIFICATE,
         ) from None
     except Exception as error:
         # Whatever a parser has to say about bytes that a peer chose, the answer is the same one.
         raise CertificateRejected(
-            f"certificate {place + 1} of {len(chain)} that the peer sent does not parse: {error}"
+            f"certificate {place + 1} of {len(chain)} that the peer sent does not parse: "
+            f"{parse_failure(error)}"
         ) from None
     if not _may_sign_handshakes(peer.leaf):
         raise CertificateRejected(
-            f"certificate {peer.subject}: keyUsage does not allow to sign",
+            f"certificate {peer.subject} {flaw_of_own(peer.leaf)}",
             alert=Alert.UNSUPPORTED_CERTIFICATE,
             subject=peer.subject,
         )
     return peer, certificates
+
+
+def extension_name(oid: str) -> str:
+    """What its RFC calls an extension; its object identifier where it is not known."""
+    name = _EXTENSIONS.get(oid)
+    return f"{name} ({oid})" if name is not None else f"extension {oid}"
+
+
+_EXTENSIONS: Final = {
+    "1.3.6.1.4.1.11129.2.4.2": "signedCertificateTimestampList",
+    "1.3.6.1.4.1.11129.2.4.3": "the poison of a precertificate",
+    "1.3.6.1.5.5.7.1.1": "authorityInfoAccess",
+    "1.3.6.1.5.5.7.1.11": "subjectInfoAccess",
+    "1.3.6.1.5.5.7.1.24": "TLS feature",
+    "1.3.6.1.5.5.7.48.1.5": "id-pkix-ocsp-nocheck",
+    "2.16.840.1.113730.1.1": "netscape-cert-type",
+    "2.5.29.9": "subjectDirectoryAttributes",
+    "2.5.29.14": "subjectKeyIdentifier",
+    "2.5.29.15": "keyUsage",
+    "2.5.29.16": "privateKeyUsagePeriod",
+    "2.5.29.17": "subjectAltName",
+    "2.5.29.18": "issuerAltName",
+    "2.5.29.19": "basicConstraints",
+    "2.5.29.30": "nameConstraints",
+    "2.5.29.31": "cRLDistributionPoints",
+    "2.5.29.32": "certificatePolicies",
+    "2.5.29.33": "policyMappings",
+    "2.5.29.35": "authorityKeyIdentifier",
+    "2.5.29.36": "policyConstraints",
+    "2.5.29.37": "extendedKeyUsage",
+    "2.5.29.46": "freshestCRL",
+    "2.5.29.54": "inhibitAnyPolicy",
+}
+
+
+def parse_failure(error: Exception) -> str:
+    """Why `cryptography` could not read a certificate or a key, without its data structures."""
+    if isinstance(error, x509.DuplicateExtension):
+        return f"it has {extension_name(error.oid.dotted_string)} twice"
+    text, brace, inside = str(error).partition("{")
+    text = text.removesuffix("ParseError ").strip(": ")
+    if brace:
+        fields = re.findall(r'"(?:\w+::)?(\w+)"', inside)
+        text = "its DER encoding is malformed" + (f" (in {fields[-1]})" if fields else "")
+    return text or "it is malformed"
 
 
 def _may_sign_handshakes(certificate: x509.Certificate) -> bool:
@@ -250,6 +305,31 @@ def _may_sign_handshakes(certificate: x509.Certificate) -> bool:
         return certificate.extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature
     except x509.ExtensionNotFound:
         return True
+
+
+def not_valid_today(certificate: x509.Certificate, at: datetime | None = None) -> str | None:
+    """What is wrong with the dates of a certificate at a moment (aware; now, if there is none)."""
+    at = datetime.now(UTC) if at is None else at
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if start <= at <= end:
+        return None
+    when = f"expired on {_minute(end)}" if at > end else f"is not valid before {_minute(start)}"
+    return f"{when} (the clock says {_minute(at)})"
+
+
+def _minute(time: datetime) -> str:
+    return f"{time:%Y-%m-%d %H:%M} UTC"
+
+
+def flaw_of_own(leaf: x509.Certificate) -> str | None:
+    """What keeps every peer from accepting our own certificate, whomever the peer trusts."""
+    if leaf.version is not x509.Version.v3:
+        return "is of X.509 version 1, which has no extensions; it needs version 3"
+    if not _may_sign_handshakes(leaf):
+        return (
+            "may not sign a handshake (keyUsage lacks digitalSignature; RFC 8446 section 4.4.2.2)"
+        )
+    return None
 
 
 def key_weakness(key: object) -> str | None:

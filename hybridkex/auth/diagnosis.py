@@ -3,21 +3,31 @@
 The verifier of `cryptography` has said no already, in words about candidates and policies. What is
 here walks the chain again and looks for the first thing that is wrong, in the order in which one
 would mend it: the chain itself, the dates, the authorities, the end entity's own certificate. It
-never turns a no into a yes; where it finds nothing, the verifier's own words are passed on.
+never turns a no into a yes; where it finds nothing, the verifier's own words are passed on, without
+what only its authors understand.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain
 from typing import Final, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ed448, ed25519
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.hazmat.primitives.asymmetric import ed448, ed25519, padding
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
-from hybridkex.auth.certificates import issuer_of, key_weakness, names_of, spki_sha256, subject_of
+from hybridkex.auth.certificates import (
+    extension_name,
+    issuer_of,
+    key_weakness,
+    names_of,
+    not_valid_today,
+    parse_failure,
+    spki_sha256,
+    subject_of,
+)
 from hybridkex.auth.names import DnsName, PeerName, covers
 from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected
@@ -27,6 +37,7 @@ __all__ = ["Roots", "explain"]
 E = TypeVar("E", bound=x509.ExtensionType)
 
 _BROKEN_HASHES: Final = frozenset({"md5", "sha1"})
+_NOT_SUPPORTED: Final = Alert.UNSUPPORTED_CERTIFICATE
 
 
 @dataclass(frozen=True)
@@ -75,19 +86,34 @@ def explain(
         refusal: what the verifier said.
     """
     try:
-        found = _first_finding(certificates, roots, name, at)
+        found = _first_finding(certificates, roots, name, at, str(refusal))
     except Exception as error:
-        # Issuers are parsed only now, and they are bytes of the peer's as well.
-        found = Finding(certificates[0], f"comes with a chain that does not parse: {error}")
+        # Issuers are looked into only now, and they are bytes of the peer's as well.
+        reason = parse_failure(error)
+        found = Finding(certificates[0], f"comes with an issuer's that does not parse: {reason}")
     if found is None:
-        # The certificate is named already; the library's note of which one it was adds nothing.
-        words = str(refusal).removeprefix("validation failed: ").partition(" (encountered")[0]
-        found = Finding(certificates[0], f"was not accepted: {words}", Alert.CERTIFICATE_UNKNOWN)
+        found = Finding(
+            certificates[0], f"was not accepted: {_words(refusal)}", Alert.CERTIFICATE_UNKNOWN
+        )
     return found.rejection()
 
 
+def _words(refusal: Exception) -> str:
+    """What the verifier said, for people."""
+    text = str(refusal).partition(" (encountered")[0].partition("{")[0]
+    text = re.sub(r"validation failed: |candidates exhausted: |fatal error: ", "", text)
+    text = re.sub(
+        r"invalid extension: ([\d.]+): ", lambda found: f"{extension_name(found[1])}: ", text
+    )
+    return text.strip() or "the verifier gives no reason"
+
+
 def _first_finding(
-    certificates: Sequence[x509.Certificate], roots: Roots, name: PeerName | None, at: datetime
+    certificates: Sequence[x509.Certificate],
+    roots: Roots,
+    name: PeerName | None,
+    at: datetime,
+    refusal: str,
 ) -> Finding | None:
     path = [certificates[0]]
     while path[-1] not in roots.certificates:
@@ -95,16 +121,25 @@ def _first_finding(
         if isinstance(issuer, Finding):
             return issuer
         path.append(issuer)
-    checks = chain(
-        (_dates(certificate, at) for certificate in path),
-        (_authority(issuer, path[: place + 1]) for place, issuer in enumerate(path[1:])),
+    return next(_findings(path, name, at, refusal), None)
+
+
+def _findings(
+    path: Sequence[x509.Certificate], name: PeerName | None, at: datetime, refusal: str
+) -> Iterator[Finding]:
+    """All that is wrong with a path from the leaf to a trusted certificate, worst first."""
+    steps = (
+        *(_form(certificate) for certificate in path),
+        *(_dates(certificate, at) for certificate in path),
+        *(_authority(issuer, path[: place + 1]) for place, issuer in enumerate(path[1:])),
+        *(_usable_by_role(issuer, server=name is not None) for issuer in path[1:]),
+        *(_extensions(certificate) for certificate in path),
+        _leaf(path[0], server=name is not None),
+        None if name is None else _name(path[0], name),
+        *(_constraints(issuer, path[0], refusal) for issuer in path),
+        *(_signature_form(certificate) for certificate in path if "algorithm" in refusal),
     )
-    for found in checks:
-        if found is not None:
-            return found
-    return _leaf(path[0], server=name is not None) or (
-        None if name is None else _name(path[0], name)
-    )
+    yield from (found for found in steps if found is not None)
 
 
 def _issuer_of(
@@ -114,21 +149,35 @@ def _issuer_of(
     roots: Roots,
 ) -> x509.Certificate | Finding:
     """The certificate that signed ``child``, or what is wrong where there is none."""
-    digest = child.signature_hash_algorithm
-    if digest is not None and digest.name in _BROKEN_HASHES:
-        return Finding(
-            child,
-            f"is signed with {digest.name.upper()}, which is broken",
-            Alert.UNSUPPORTED_CERTIFICATE,
-        )
-    named = [one for one in candidates if one.subject == child.issuer and one not in path]
+    flaw = _signature(child)
+    if flaw is not None:
+        return flaw
+    named = [one for one in candidates if one.subject == child.issuer]
     for one in named:
+        if one in path:
+            continue
         try:
             child.verify_directly_issued_by(one)
         except (InvalidSignature, UnsupportedAlgorithm, TypeError, ValueError):
             continue
         return one
     issuer = issuer_of(child)
+    if child.subject != child.issuer and named and all(one in path for one in named):
+        return Finding(
+            child,
+            f"was issued by {issuer}, which it issued itself: the chain is a loop and ends at no "
+            "trusted certificate",
+            Alert.UNKNOWN_CA,
+        )
+    named = [one for one in named if one not in path]
+    for one in named:
+        if one.subject.public_bytes() != child.issuer.public_bytes():
+            return Finding(
+                child,
+                f"writes the name of its issuer {issuer} in other string types than the issuer's "
+                "own certificate does, which is not supported",
+                _NOT_SUPPORTED,
+            )
     if named and not any(_names_key_of(child, one) for one in named):
         return Finding(
             child,
@@ -153,6 +202,75 @@ def _issuer_of(
     return Finding(child, f"ends the chain and is not {roots}", Alert.UNKNOWN_CA)
 
 
+def _signature(child: x509.Certificate) -> Finding | None:
+    """What keeps its signature from being verified, whoever made it."""
+    digest = child.signature_hash_algorithm
+    if digest is not None and digest.name in _BROKEN_HASHES:
+        return Finding(
+            child, f"is signed with {digest.name.upper()}, which is broken", _NOT_SUPPORTED
+        )
+    return None
+
+
+def _signature_form(certificate: x509.Certificate) -> Finding | None:
+    """Words for a signature algorithm that the verifier does not take."""
+    parameters = certificate.signature_algorithm_parameters
+    if isinstance(parameters, padding.PSS):
+        return Finding(
+            certificate,
+            "is signed with RSASSA-PSS in a form that is not supported: the salt must be as long "
+            "as the digest",
+            _NOT_SUPPORTED,
+        )
+    if isinstance(parameters, padding.PKCS1v15) and _PKCS1_WITHOUT_NULL.search(
+        certificate.tbs_certificate_bytes
+    ):
+        return Finding(
+            certificate,
+            "names its RSA signature algorithm without the NULL that RFC 4055 section 5 wants",
+            _NOT_SUPPORTED,
+        )
+    return None
+
+
+_PKCS1_WITHOUT_NULL: Final = re.compile(
+    rb"\x30\x0b\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01[\x0b-\x0d]"
+)
+"""An AlgorithmIdentifier of one OID alone."""
+
+
+def _form(certificate: x509.Certificate) -> Finding | None:
+    """What the verifier refuses of the fields of any certificate (RFC 5280 section 4.1)."""
+    if certificate.version is not x509.Version.v3:
+        return Finding(
+            certificate,
+            "is of X.509 version 1, which has no extensions; it needs version 3",
+            _NOT_SUPPORTED,
+        )
+    if certificate.serial_number < 0:
+        return Finding(certificate, "has a negative serial number (RFC 5280 section 4.1.2.2)")
+    if certificate.serial_number.bit_length() > 160:
+        return Finding(
+            certificate, "has a serial number of more than 20 octets (RFC 5280 section 4.1.2.2)"
+        )
+    if not certificate.issuer.rdns:
+        return Finding(certificate, "has no issuer name (RFC 5280 section 4.1.2.4)")
+    for moment in (certificate.not_valid_before_utc, certificate.not_valid_after_utc):
+        if moment.year < 2050 and f"{moment:%Y%m%d%H%M%SZ}".encode() in _head(certificate):
+            return Finding(
+                certificate,
+                "has a date before 2050 as GeneralizedTime, where RFC 5280 section 4.1.2.5 wants "
+                "UTCTime",
+            )
+    return None
+
+
+def _head(certificate: x509.Certificate) -> bytes:
+    """The part of the encoding that has the dates."""
+    data = certificate.tbs_certificate_bytes
+    return data[: data.index(certificate.subject.public_bytes())]
+
+
 def _names_key_of(child: x509.Certificate, issuer: x509.Certificate) -> bool:
     """Whether the child's authority key identifier is the issuer's, as far as they say."""
     wanted = _extension(child, x509.AuthorityKeyIdentifier)
@@ -162,15 +280,8 @@ def _names_key_of(child: x509.Certificate, issuer: x509.Certificate) -> bool:
 
 def _dates(certificate: x509.Certificate, at: datetime) -> Finding | None:
     # RFC 8446 section 6.2: certificate_expired is "has expired or is not currently valid".
-    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if start <= at <= end:
-        return None
-    when = f"expired on {_minute(end)}" if at > end else f"is not valid before {_minute(start)}"
-    return Finding(certificate, f"{when} (the clock says {_minute(at)})", Alert.CERTIFICATE_EXPIRED)
-
-
-def _minute(time: datetime) -> str:
-    return f"{time:%Y-%m-%d %H:%M} UTC"
+    flaw = not_valid_today(certificate, at)
+    return None if flaw is None else Finding(certificate, flaw, Alert.CERTIFICATE_EXPIRED)
 
 
 def _authority(issuer: x509.Certificate, below: Sequence[x509.Certificate]) -> Finding | None:
@@ -183,13 +294,15 @@ def _authority(issuer: x509.Certificate, below: Sequence[x509.Certificate]) -> F
         return Finding(issuer, f"is not an authority's (basicConstraints CA:FALSE), {signed}")
     usage = _extension(issuer, x509.KeyUsage)
     if usage is not None and not usage.key_cert_sign:
-        return Finding(issuer, f"may not sign certificates (keyUsage), {signed}")
-    # Self-issued certificates do not count (section 4.2.1.9), nor does the leaf.
-    between = sum(one.subject != one.issuer for one in below[1:])
+        return Finding(issuer, f"may not sign certificates (keyUsage lacks keyCertSign), {signed}")
+    # The verifier counts self-issued certificates, which section 6.1.4 (l) would not; the leaf does
+    # not count.
+    between = len(below) - 1
     if constraints.path_length is not None and between > constraints.path_length:
         return Finding(
             issuer,
-            f"allows {constraints.path_length} authorities below itself, and there are {between}",
+            f"allows {constraints.path_length} authorities below itself (pathLenConstraint), and "
+            f"there are {between}",
         )
     key = issuer.public_key()
     weakness = f"has {weak}" if (weak := key_weakness(key)) is not None else None
@@ -200,36 +313,130 @@ def _authority(issuer: x509.Certificate, below: Sequence[x509.Certificate]) -> F
         )
     if weakness is None:
         return None
-    return Finding(issuer, weakness, Alert.UNSUPPORTED_CERTIFICATE)
+    return Finding(issuer, weakness, _NOT_SUPPORTED)
+
+
+def _usable_by_role(issuer: x509.Certificate, *, server: bool) -> Finding | None:
+    """The extendedKeyUsage of an authority narrows what may be below it."""
+    side, wanted = _role(server)
+    usages = _extension(issuer, x509.ExtendedKeyUsage)
+    if usages is None or wanted in usages or ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in usages:
+        return None
+    return Finding(
+        issuer,
+        f"may not issue certificates for {side}s (extendedKeyUsage lacks {side}Auth)",
+        _NOT_SUPPORTED,
+    )
+
+
+def _role(server: bool) -> tuple[str, x509.ObjectIdentifier]:
+    if server:
+        return "server", ExtendedKeyUsageOID.SERVER_AUTH
+    return "client", ExtendedKeyUsageOID.CLIENT_AUTH
+
+
+_PROCESSED: Final = frozenset(
+    (
+        ExtensionOID.AUTHORITY_KEY_IDENTIFIER,
+        ExtensionOID.BASIC_CONSTRAINTS,
+        ExtensionOID.CERTIFICATE_POLICIES,
+        ExtensionOID.CRL_DISTRIBUTION_POINTS,
+        ExtensionOID.EXTENDED_KEY_USAGE,
+        ExtensionOID.INHIBIT_ANY_POLICY,
+        ExtensionOID.KEY_USAGE,
+        ExtensionOID.NAME_CONSTRAINTS,
+        ExtensionOID.POLICY_CONSTRAINTS,
+        ExtensionOID.POLICY_MAPPINGS,
+        ExtensionOID.SUBJECT_ALTERNATIVE_NAME,
+        ExtensionOID.SUBJECT_KEY_IDENTIFIER,
+    )
+)
+"""Extensions that may be critical."""
+
+
+def _extensions(certificate: x509.Certificate) -> Finding | None:
+    policies = _extension(certificate, x509.PolicyConstraints)
+    if policies is not None and policies.require_explicit_policy is not None:
+        return Finding(
+            certificate,
+            "demands that certificate policies are processed (policyConstraints, "
+            "requireExplicitPolicy), which is not supported",
+            _NOT_SUPPORTED,
+        )
+    if _extension(certificate, x509.PrecertPoison) is not None:
+        return Finding(
+            certificate,
+            "is a precertificate, made for a Certificate Transparency log (RFC 6962); it has a "
+            "critical extension that keeps it from being used",
+            _NOT_SUPPORTED,
+        )
+    for extension in certificate.extensions:
+        if extension.critical and extension.oid not in _PROCESSED:
+            what = extension_name(extension.oid.dotted_string)
+            return Finding(
+                certificate,
+                f"has a critical extension that is not supported: {what}",
+                _NOT_SUPPORTED,
+            )
+    return None
 
 
 def _leaf(leaf: x509.Certificate, *, server: bool) -> Finding | None:
     """What keeps a certificate from being an end entity's of this role."""
-    unsupported = Alert.UNSUPPORTED_CERTIFICATE
-    if leaf.version is not x509.Version.v3:
-        return Finding(
-            leaf, "is of X.509 version 1, which has no extensions; it needs version 3", unsupported
-        )
-    side = "server" if server else "client"
-    wanted = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
+    side, wanted = _role(server)
     usages = _extension(leaf, x509.ExtendedKeyUsage)
     if usages is not None and wanted not in usages:
         return Finding(
-            leaf, f"is not for a {side} (extendedKeyUsage lacks {side}Auth)", unsupported
+            leaf, f"is not for a {side} (extendedKeyUsage lacks {side}Auth)", _NOT_SUPPORTED
         )
-    constraints = _extension(leaf, x509.BasicConstraints)
-    if constraints is not None and constraints.ca:
-        return Finding(leaf, f"is an authority's, and a {side} needs one of its own")
-    usage = _extension(leaf, x509.KeyUsage)
-    if usage is not None and usage.key_cert_sign:
-        return Finding(leaf, f"is for signing certificates (keyUsage), not for a {side}")
-    for extension in leaf.extensions:
-        if extension.critical and isinstance(extension.value, x509.UnrecognizedExtension):
-            oid = extension.oid.dotted_string
-            return Finding(
-                leaf, f"has a critical extension that is not known here ({oid})", unsupported
-            )
     return None
+
+
+def _constraints(
+    certificate: x509.Certificate, leaf: x509.Certificate, refusal: str
+) -> Finding | None:
+    """Words for what the verifier found in nameConstraints."""
+    constraints = _extension(certificate, x509.NameConstraints)
+    if constraints is None or "constraint" not in refusal:
+        return None
+    trees = [*(constraints.permitted_subtrees or ()), *(constraints.excluded_subtrees or ())]
+    for tree in trees:
+        if isinstance(tree, x509.DNSName) and (tree.value.startswith(".") or not tree.value):
+            form = "a leading dot" if tree.value else "an empty DNS name"
+            return Finding(
+                certificate,
+                f"has nameConstraints with {form}, which RFC 5280 section 4.2.1.10 does not have "
+                "for DNS names and which is not supported",
+                _NOT_SUPPORTED,
+            )
+    if "unsupported" in refusal:
+        kinds = sorted(
+            {
+                _CONSTRAINED[type(tree)]
+                for tree in trees
+                if not isinstance(tree, x509.DNSName | x509.IPAddress | x509.RFC822Name)
+            }
+        )
+        return Finding(
+            certificate,
+            f"has nameConstraints on {' and '.join(kinds) or 'names'} that apply to "
+            f"{subject_of(leaf)}, which is not supported",
+            _NOT_SUPPORTED,
+        )
+    names = ", ".join(names_of(leaf))
+    return Finding(
+        leaf,
+        f"is for {names}, which nameConstraints in the certificate {subject_of(certificate)} "
+        "do not allow",
+    )
+
+
+_CONSTRAINED: Final[dict[type[x509.GeneralName], str]] = {
+    x509.DirectoryName: "directory names",
+    x509.UniformResourceIdentifier: "URIs",
+    x509.OtherName: "other names",
+    x509.RegisteredID: "registered IDs",
+}
 
 
 def _name(leaf: x509.Certificate, name: PeerName) -> Finding | None:
@@ -246,7 +453,15 @@ def _name(leaf: x509.Certificate, name: PeerName) -> Finding | None:
             f"has no subjectAltName, so it is not for {name}; a common name does not count "
             "(RFC 9525 section 2)",
         )
-    if not any(covers(one, name) for one in names):
+    if isinstance(name, DnsName):
+        covered = any(covers(one, name) for one in names)
+    else:
+        alternatives = _extension(leaf, x509.SubjectAlternativeName)
+        assert alternatives is not None
+        covered = name.address in alternatives.get_values_for_type(x509.IPAddress)
+        if not covered and str(name) in names:
+            return Finding(leaf, f"has {name} as a DNS name, and not as an IP address")
+    if not covered:
         return Finding(leaf, f"is for {', '.join(names)}, not for {name}")
     return None
 

@@ -12,8 +12,17 @@ from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
 )
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from hybridkex.auth.certificates import key_of, key_weakness, names_of, subject_of
+from hybridkex.auth.certificates import (
+    flaw_of_own,
+    key_of,
+    key_weakness,
+    names_of,
+    not_valid_today,
+    parse_failure,
+    subject_of,
+)
 from hybridkex.auth.names import PeerName, any_covers
 from hybridkex.constants import CertificateType
 from hybridkex.crypto.private_keys import load_private_key
@@ -34,8 +43,8 @@ class Identity:
     """A certificate chain (DER, leaf first) and its private key.
 
     Raises:
-        ConfigError: a certificate that does not parse, a key that is not the leaf's, or one that
-            no peer should accept.
+        ConfigError: a certificate that does not parse or that no peer can accept, a key that is not
+            the leaf's, or a weak key.
     """
 
     certificate_type: ClassVar[CertificateType] = CertificateType.X509
@@ -52,7 +61,9 @@ class Identity:
             object.__setattr__(self, "names", names_of(certificates[0]))
             keys = [_spki(certificate.public_key()) for certificate in certificates]
         except UNREADABLE as error:
-            raise ConfigError(f"our own certificate does not parse: {error}") from None
+            raise ConfigError(
+                f"our own certificate does not parse: {parse_failure(error)}"
+            ) from None
         subject = subject_of(certificates[0])
         own = _spki(self.private_key.public_key())
         if own != keys[0]:
@@ -62,6 +73,9 @@ class Identity:
         weakness = key_weakness(key_of(certificates[0]))
         if weakness is not None:
             raise ConfigError(f"our own certificate {subject} has {weakness}")
+        flaw = flaw_of_own(certificates[0])
+        if flaw is not None:
+            raise ConfigError(f"our own certificate {subject} {flaw}")
 
     @cached_property
     def signing_key(self) -> Any:
@@ -78,6 +92,24 @@ class Identity:
         """Our own certificate."""
         return certificate_from_der(self.chain[0])
 
+    def require_role(self, *, server: bool) -> None:
+        """Refuse a certificate that extendedKeyUsage keeps from this role.
+
+        Raises:
+            ConfigError: no peer can accept it (RFC 5280 section 4.2.1.12).
+        """
+        side = "server" if server else "client"
+        wanted = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
+        try:
+            usages = self.leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        except x509.ExtensionNotFound:
+            return
+        if wanted not in usages:
+            raise ConfigError(
+                f"our own certificate {subject_of(self.leaf)} is not for a {side} "
+                f"(extendedKeyUsage lacks {side}Auth)"
+            )
+
     def matches(self, name: str | PeerName) -> bool:
         """Whether the certificate is for this server name; a wildcard stands for one label."""
         return any_covers(self.names, name)
@@ -89,7 +121,8 @@ class Identity:
         """From PEM: the chain with the leaf first, and the key.
 
         Raises:
-            ConfigError: one of them is not what it should be, or they do not go together.
+            ConfigError: one of them is not what it should be, they do not go together, or the
+                certificate is not valid today.
         """
         return cls._load("the certificate", certificates, "the private key", key, password)
 
@@ -120,7 +153,12 @@ class Identity:
         try:
             chain = certificates_from_pem(chain_pem)
         except UNREADABLE as error:
-            raise ConfigError(f"{chain_name} is no certificate in PEM form: {error}") from None
+            raise ConfigError(
+                f"{chain_name} is no certificate in PEM form: {parse_failure(error)}"
+            ) from None
+        dates = not_valid_today(chain[0])
+        if dates is not None:
+            raise ConfigError(f"our own certificate {subject_of(chain[0])} {dates}")
         private_key = load_private_key(key_pem, password, key_name)
         # What is no key of a certificate (X25519, say) does not fit the leaf, and is told so there.
         return cls(tuple(one.public_bytes(Encoding.DER) for one in chain), private_key)

@@ -2,7 +2,7 @@
 
 `cryptography`'s verifier is the only one that says yes to a chain (RFC 5280 section 6). What is
 here gives it the chain and the trusted authorities, checks what it leaves out (the strength of the
-leaf's key), and has :mod:`~hybridkex.auth.reasons` say why it said no. There is no revocation.
+leaf's key), and has :mod:`~hybridkex.auth.diagnosis` say why it said no. There is no revocation.
 """
 
 import base64
@@ -24,10 +24,15 @@ from cryptography.x509.verification import (
     VerificationError,
 )
 
-from hybridkex.auth.certificates import PeerCertificate, key_weakness, read_chain
+from hybridkex.auth.certificates import (
+    MAX_CHAIN,
+    PeerCertificate,
+    key_weakness,
+    read_chain,
+)
+from hybridkex.auth.diagnosis import Roots, explain
 from hybridkex.auth.names import DnsName, PeerName
 from hybridkex.auth.raw_keys import read_raw_key
-from hybridkex.auth.reasons import Roots, explain
 from hybridkex.auth.system import system_roots
 from hybridkex.auth.verified import PROOF, Presented, VerifiedPeer
 from hybridkex.constants import Alert
@@ -38,47 +43,90 @@ from hybridkex.files import read_file
 __all__ = ["InsecureNoVerification", "Pins", "TrustStore"]
 
 
-def _may_sign(policy: Policy, issuer: x509.Certificate, usage: x509.KeyUsage | None) -> None:
+class _PolicyMappings(x509.ExtensionType):
+    """RFC 5280 section 4.2.1.5, which the library has no class for."""
+
+    oid = x509.ObjectIdentifier("2.5.29.33")
+
+
+def _may_certify(_: Policy, issuer: x509.Certificate, usage: x509.KeyUsage | None) -> None:
     # RFC 5280 section 6.1.4 (n): only where the extension is present.
     if usage is not None and not usage.key_cert_sign:
-        raise ValueError("keyUsage does not allow to sign certificates")
+        raise ValueError("keyUsage lacks keyCertSign")
 
 
-def _may_serve(
-    policy: Policy, leaf: x509.Certificate, usages: x509.ExtendedKeyUsage | None
-) -> None:
+def _serves(_policy: Policy, _leaf: x509.Certificate, usages: x509.ExtendedKeyUsage | None) -> None:
     # RFC 5280 section 4.2.1.12: where it is present, it must name the use.
-    if usages is not None and policy.extended_key_usage not in usages:
+    if usages is not None and _policy.extended_key_usage not in usages:
         raise ValueError("extendedKeyUsage does not allow this use")
 
 
-def _extension_policies() -> tuple[ExtensionPolicy, ExtensionPolicy, ExtensionPolicy]:
-    """For authorities, servers and clients.
+def _needs_no_policy(
+    _: Policy, _certificate: x509.Certificate, policies: x509.PolicyConstraints | None
+) -> None:
+    # RFC 5280 section 6.1: without a required policy, any set of policies is a valid one.
+    if policies is not None and policies.require_explicit_policy is not None:
+        raise ValueError("policyConstraints requires explicit policies")
 
-    The library's defaults are the Web's rules. Some of them refuse what private authorities and
-    test tools make every day and RFC 5280 section 6 lets pass: an authority without keyUsage
-    (``openssl req -x509``), a leaf without authorityKeyIdentifier, and extendedKeyUsage or
-    subjectAltName marked critical (``trustme``). Their content counts all the same. A client may
-    be known by its common name alone, without a subjectAltName; a server may not, and the library
-    matches its name in any case.
+
+def _is_authority(_: Policy, _issuer: x509.Certificate, constraints: x509.BasicConstraints) -> None:
+    # RFC 5280 section 6.1.4 (k).
+    if not constraints.ca:
+        raise ValueError("basicConstraints says CA:FALSE")
+
+
+def _authority_policy() -> ExtensionPolicy:
+    """What an issuer must and may have.
+
+    The library's defaults are the Web's rules. Some of them refuse what private authorities make
+    every day and RFC 5280 section 6 lets pass: basicConstraints that is not critical, an authority
+    without keyUsage (``openssl req -x509``), critical extensions about policies. Their content
+    counts all the same.
     """
-    either, normal = Criticality.AGNOSTIC, Criticality.NON_CRITICAL
-    authority = ExtensionPolicy.webpki_defaults_ca().may_be_present(
-        x509.KeyUsage, either, _may_sign
+    either = Criticality.AGNOSTIC
+    return _with_policies(
+        ExtensionPolicy.webpki_defaults_ca()
+        .require_present(x509.BasicConstraints, either, _is_authority)
+        .may_be_present(x509.KeyUsage, either, _may_certify)
+        .may_be_present(x509.AuthorityKeyIdentifier, either, None)
     )
+
+
+def _with_policies(policy: ExtensionPolicy) -> ExtensionPolicy:
+    either = Criticality.AGNOSTIC
+    for kind in (x509.CertificatePolicies, x509.InhibitAnyPolicy, _PolicyMappings):
+        policy = policy.may_be_present(kind, either, None)
+    # There is no revocation here: where to look for it changes nothing.
+    policy = policy.may_be_present(x509.CRLDistributionPoints, either, None)
+    return policy.may_be_present(x509.PolicyConstraints, either, _needs_no_policy)
+
+
+def _leaf_policies() -> tuple[ExtensionPolicy, ExtensionPolicy]:
+    """What the certificates of servers and clients must and may have.
+
+    Wider than the Web's rules: no authorityKeyIdentifier, extendedKeyUsage or subjectAltName marked
+    critical (``trustme``), the certificate of an authority as a server's own (``openssl req
+    -x509``). A client may have no subjectAltName; a server must, and the library matches its name.
+    Whether the key may sign a handshake was checked when the chain was read.
+    """
+    either = Criticality.AGNOSTIC
     leaf = (
         ExtensionPolicy.webpki_defaults_ee()
-        .may_be_present(x509.AuthorityKeyIdentifier, normal, None)
-        .may_be_present(x509.ExtendedKeyUsage, either, _may_serve)
+        .may_be_present(x509.BasicConstraints, either, None)
+        .may_be_present(x509.KeyUsage, either, None)
+        .may_be_present(x509.NameConstraints, either, None)
+        .may_be_present(x509.AuthorityKeyIdentifier, either, None)
+        .may_be_present(x509.ExtendedKeyUsage, either, _serves)
     )
+    leaf = _with_policies(leaf)
     return (
-        authority,
         leaf.require_present(x509.SubjectAlternativeName, either, None),
         leaf.may_be_present(x509.SubjectAlternativeName, either, None),
     )
 
 
-_AUTHORITY, _SERVER, _CLIENT = _extension_policies()
+_AUTHORITY = _authority_policy()
+_SERVER, _CLIENT = _leaf_policies()
 
 
 @dataclass(frozen=True)
@@ -166,13 +214,15 @@ class TrustStore:
 
     @cached_property
     def _for_servers(self) -> PolicyBuilder:
-        builder = PolicyBuilder().store(self._store)
-        return builder.extension_policies(ca_policy=_AUTHORITY, ee_policy=_SERVER)
+        return self._builder(_SERVER)
 
     @cached_property
     def _for_clients(self) -> PolicyBuilder:
-        builder = PolicyBuilder().store(self._store)
-        return builder.extension_policies(ca_policy=_AUTHORITY, ee_policy=_CLIENT)
+        return self._builder(_CLIENT)
+
+    def _builder(self, leaf: ExtensionPolicy) -> PolicyBuilder:
+        builder = PolicyBuilder().store(self._store).max_chain_depth(MAX_CHAIN)
+        return builder.extension_policies(ca_policy=_AUTHORITY, ee_policy=leaf)
 
     @property
     def _roots(self) -> Roots:

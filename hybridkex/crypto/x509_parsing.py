@@ -1,8 +1,8 @@
 """Certificates from bytes: the one place that parses them, and knows what that may raise.
 
-`cryptography` warns of odd certificates (a serial number of 0, a NULL in an algorithm identifier)
-with the line of our source that parsed them. Whoever sends a certificate would choose when; these
-warnings are switched off for this module.
+`cryptography` warns of odd certificates (a serial number of 0, a long common name) with the line of
+our source that reads them. Whoever sends a certificate would choose when; these warnings are
+switched off for the modules of this package.
 """
 
 import re
@@ -11,10 +11,12 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.utils import CryptographyDeprecationWarning
 
 __all__ = ["UNREADABLE", "certificate_from_der", "certificates_from_pem", "pem_blocks"]
 
-warnings.filterwarnings("ignore", module=re.escape(__name__))
+warnings.filterwarnings("ignore", category=CryptographyDeprecationWarning, module=r"hybridkex\.")
+warnings.filterwarnings("ignore", "Attribute's length must be", module=r"hybridkex\.")
 
 UNREADABLE: Final = (
     ValueError,
@@ -28,14 +30,24 @@ UNREADABLE: Final = (
 _BLOCK: Final = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 
 
-def certificate_from_der(data: bytes) -> x509.Certificate:
-    """One certificate, with the parts parsed that the library leaves for later.
+def certificate_from_der(data: bytes, *, whole: bool = True) -> x509.Certificate:
+    """One certificate.
+
+    Args:
+        data: DER.
+        whole: whether to parse what the library leaves for later, its extensions above all.
 
     Raises:
         UNREADABLE: the bytes are no certificate, or one of its extensions does not parse.
     """
     certificate = x509.load_der_x509_certificate(data)
-    _ = (certificate.subject, certificate.issuer, certificate.extensions, certificate.serial_number)
+    if whole:
+        _ = (
+            certificate.subject,
+            certificate.issuer,
+            certificate.extensions,
+            certificate.serial_number,
+        )
     return certificate
 
 
@@ -45,7 +57,10 @@ def certificates_from_pem(data: bytes) -> list[x509.Certificate]:
     Raises:
         UNREADABLE: there is none, or one does not parse.
     """
-    return x509.load_pem_x509_certificates(data)
+    # A program that turns warnings into errors must be able to read its trust store.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return x509.load_pem_x509_certificates(data)
 
 
 def pem_blocks(data: bytes) -> list[bytes]:

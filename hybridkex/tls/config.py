@@ -396,6 +396,8 @@ class ClientConfig(_Config):
         ]:
             raise ConfigError("key_shares is some of the groups, in the same order")
         self._check_room()
+        if isinstance(self.identity, Identity):
+            self.identity.require_role(server=False)
         if self.verifier is None and not self.has_psk:
             object.__setattr__(self, "verifier", TrustStore.system())
         authentication = self.authentication
@@ -473,6 +475,9 @@ class ServerConfig(_Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for identity in self.identities:
+            if isinstance(identity, Identity):
+                identity.require_role(server=True)
         if not self.identities and not self.has_psk:
             raise ConfigError("a server needs an identity (certificate and key) or a PSK")
         authentication = self.authentication

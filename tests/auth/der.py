@@ -85,13 +85,17 @@ def pss(digest: str, salt: int | None) -> tuple[bytes, Any]:
     """AlgorithmIdentifier and padding; ``None`` leaves the salt's length at its default of 20."""
     oids = {"sha256": "2.16.840.1.101.3.4.2.1", "sha1": "1.3.14.3.2.26"}
     hasher = seq(oid(oids[digest]), NULL)
-    parts = [] if digest == "sha1" else [
-        tlv(0xA0, hasher),
-        tlv(0xA1, seq(oid("1.2.840.113549.1.1.8"), hasher)),
-    ]
+    parts = (
+        []
+        if digest == "sha1"
+        else [
+            tlv(0xA0, hasher),
+            tlv(0xA1, seq(oid("1.2.840.113549.1.1.8"), hasher)),
+        ]
+    )
     if salt is not None:
         parts.append(tlv(0xA2, integer(salt)))
-    algorithm = hashes.SHA1() if digest == "sha1" else hashes.SHA256()  # noqa: S303
+    algorithm = hashes.SHA1() if digest == "sha1" else hashes.SHA256()
     used = padding.PSS(padding.MGF1(algorithm), 20 if salt is None else salt)
     return seq(oid("1.2.840.113549.1.1.10"), seq(*parts)), used
 

@@ -14,11 +14,17 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
 )
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from hybridkex.auth import DevCa, DnsName, Identity, parse_peer_name
+from hybridkex import ClientConfig, ServerConfig
+from hybridkex.auth import DevCa, DnsName, Identity, TrustStore, parse_peer_name
 from hybridkex.errors import ConfigError
+from tests.auth.corpus import key_of, leaf, usage
+from tests.auth.der import DAY, NOW, ext
+from tests.auth.der import time as der_time
 
 CA = DevCa.create()
+TRUST = TrustStore((CA.certificate,))
 SITE = CA.issue("a.example", "*.b.example", "127.0.0.1", "::1", uris=["urn:sae:a"])
 
 
@@ -197,5 +203,54 @@ def test_a_certificate_with_an_extension_twice() -> None:
     whole = DevCa.create().issue("localhost")
     twice = whole.chain[0].replace(b"\x06\x03\x55\x1d\x23", b"\x06\x03\x55\x1d\x0e", 1)
     assert twice != whole.chain[0]
-    with pytest.raises(ConfigError, match="our own certificate does not parse: Duplicate"):
+    with pytest.raises(
+        ConfigError,
+        match=r"our own certificate does not parse: it has subjectKeyIdentifier .* twice",
+    ):
         Identity((twice,), whole.private_key)
+
+
+# --- certificates that no peer can accept ---------------------------------------------------------
+
+
+def pem_of(certificate: bytes) -> bytes:
+    return x509.load_der_x509_certificate(certificate).public_bytes(Encoding.PEM)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"version": None, "extensions": None}, "X.509 version 1"),
+        ({"ku": ext(usage("key_encipherment"), True)}, "keyUsage lacks digitalSignature"),
+        ({"ku": ext(usage("key_cert_sign"), True)}, "keyUsage lacks digitalSignature"),
+        ({"not_after": der_time(NOW - 3650 * DAY)}, "expired on 2020"),
+        ({"not_before": der_time(NOW + 3650 * DAY)}, "is not valid before 2040"),
+    ],
+)
+def test_own_certificates_that_cannot_work(changes: dict[str, Any], words: str) -> None:
+    dates = {"not_before": der_time(NOW - 7300 * DAY), "not_after": der_time(NOW + 7300 * DAY)}
+    key = key_of("p256/leaf").private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    assert Identity.from_pem(pem_of(leaf(**dates)), key)
+    with pytest.raises(ConfigError, match=words):
+        Identity.from_pem(pem_of(leaf(**{**dates, **changes})), key)
+
+
+def test_own_certificates_and_their_role() -> None:
+    """extendedKeyUsage that excludes the role of the configuration: no peer accepts it."""
+    server, client = ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH
+    for uses, serves, calls in (
+        ([server], True, False),
+        ([client], False, True),
+        ([server, client], True, True),
+        ([ExtendedKeyUsageOID.EMAIL_PROTECTION], False, False),
+    ):
+        identity = CA.issue("a.example", usages=uses)
+        for accepted, make in (
+            (serves, lambda one=identity: ServerConfig(identities=(one,))),
+            (calls, lambda one=identity: ClientConfig(verifier=TRUST, identity=one)),
+        ):
+            if accepted:
+                make()
+            else:
+                with pytest.raises(ConfigError, match="extendedKeyUsage lacks"):
+                    make()

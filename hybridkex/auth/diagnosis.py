@@ -21,6 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 from hybridkex.auth.certificates import (
     extension_name,
     issuer_of,
+    key_of,
     key_weakness,
     names_of,
     not_valid_today,
@@ -304,7 +305,7 @@ def _authority(issuer: x509.Certificate, below: Sequence[x509.Certificate]) -> F
             f"allows {constraints.path_length} authorities below itself (pathLenConstraint), and "
             f"there are {between}",
         )
-    key = issuer.public_key()
+    key = key_of(issuer)
     weakness = f"has {weak}" if (weak := key_weakness(key)) is not None else None
     if isinstance(key, ed25519.Ed25519PublicKey | ed448.Ed448PublicKey):
         weakness = (

@@ -25,7 +25,7 @@ import trio
 from hybridkex import (
     ClientConfig,
     DevCa,
-    QkdKeys,
+    QkdPskSource,
     SecureStream,
     ServerConfig,
     TrustStore,
@@ -78,7 +78,7 @@ class Way:
         self.certificates = certificates
 
     async def open(self, ca: DevCa, nursery: trio.Nursery) -> "Way":
-        alice, bob = (None if one is None else QkdKeys(one) for one in self.sources)
+        alice, bob = (None if one is None else QkdPskSource(one) for one in self.sources)
         trust = TrustStore((ca.certificate,)) if self.certificates else None
         identities = (ca.issue("localhost"),) if self.certificates else ()
         self.client = ClientConfig(verifier=trust, psk_source=alice)

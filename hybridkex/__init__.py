@@ -40,7 +40,7 @@ from hybridkex.crypto.suites import (
 )
 from hybridkex.errors import HybridkexError
 from hybridkex.secret import Secret
-from hybridkex.shell.qkd_keys import QkdKeys, QkdLimits, QkdPeer
+from hybridkex.shell.qkd_keys import QkdLimits, QkdPeer, QkdPskSource
 from hybridkex.streams import (
     SecureListener,
     SecureStream,
@@ -59,7 +59,7 @@ from hybridkex.tls.config import (
     ServerConfig,
 )
 from hybridkex.tls.connection import ClientConnection, ServerConnection
-from hybridkex.tls.session import AuthenticatedBy, MemorySessionStore, Session
+from hybridkex.tls.session import AuthenticatedBy, MemoryTicketStore, Session
 from hybridkex.tls.tickets import CookieProtector, TicketIssuer
 
 __all__ = [
@@ -94,15 +94,15 @@ __all__ = [
     "KnownPeers",
     "Leg",
     "Limits",
-    "MemorySessionStore",
+    "MemoryTicketStore",
     "PadToMultiple",
     "Pins",
     "Policy",
     "Property",
     "PskSource",
-    "QkdKeys",
     "QkdLimits",
     "QkdPeer",
+    "QkdPskSource",
     "RawIdentity",
     "Requirement",
     "Secret",

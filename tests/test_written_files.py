@@ -13,7 +13,7 @@ import pytest
 from examples.chat.store import Change, Seat, Store
 from hybridkex.auth import KnownPeers, RawIdentity
 from hybridkex.cli import main
-from hybridkex.cli.sessions import FileSessionStore
+from hybridkex.cli.sessions import FileTicketStore
 from hybridkex.files import (
     PUBLIC,
     create_file,
@@ -127,7 +127,7 @@ def test_whatever_is_written_is_private(umask: int, tmp_path: Path) -> None:
     assert set(found.values()) == {0o600}, found
 
 
-def test_a_key_log_and_a_session_store(umask: int, tmp_path: Path) -> None:
+def test_a_key_log_and_a_ticket_store(umask: int, tmp_path: Path) -> None:
     if umask == 0o777:
         pytest.skip("no folder that could be used")
     log, sessions = tmp_path / "keys", tmp_path / "sessions"
@@ -136,7 +136,7 @@ def test_a_key_log_and_a_session_store(umask: int, tmp_path: Path) -> None:
     command += ["--keylog", str(log), "--resume", str(sessions)]
     subprocess.run(command, capture_output=True, timeout=60, check=False, stdin=subprocess.DEVNULL)
     assert mode(log) == 0o600
-    FileSessionStore(sessions)._save()
+    FileTicketStore(sessions)._save()
     assert mode(sessions) == 0o600
 
 

@@ -28,7 +28,7 @@ from hybridkex.crypto.suites import SHA256
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.qkd.in_process import in_process_pair
 from hybridkex.secret import Secret
-from hybridkex.shell.qkd_keys import QkdKeys
+from hybridkex.shell.qkd_keys import QkdPskSource
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig, ServerConfig
 
@@ -190,12 +190,12 @@ async def _handshake() -> str:
     sources = in_process_pair("doctor-a", "doctor-b")
     client = SecureStream(
         ends[0],
-        ClientConfig(verifier=TrustStore.from_pem(ca.pem), psk_source=QkdKeys(sources[0])),
+        ClientConfig(verifier=TrustStore.from_pem(ca.pem), psk_source=QkdPskSource(sources[0])),
         server_hostname="localhost",
     )
     server = SecureStream(
         ends[1],
-        ServerConfig(identities=(ca.issue("localhost"),), psk_source=QkdKeys(sources[1])),
+        ServerConfig(identities=(ca.issue("localhost"),), psk_source=QkdPskSource(sources[1])),
     )
     with trio.fail_after(HANDSHAKE_LIMIT):
         async with client, server, trio.open_nursery() as nursery:

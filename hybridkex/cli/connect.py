@@ -9,7 +9,7 @@ from hybridkex.cli.manual import describe
 from hybridkex.cli.options import add_channel_options, client_config
 from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
 from hybridkex.cli.running import run_trio
-from hybridkex.cli.sessions import FileSessionStore
+from hybridkex.cli.sessions import FileTicketStore
 from hybridkex.cli.tcp import NO_TCP, cannot_connect, checked_port
 from hybridkex.cli.values import file_path
 from hybridkex.net.address import TcpAddress
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _run(args: argparse.Namespace) -> None:
-    tickets = FileSessionStore(args.resume) if args.resume is not None else None
-    async with client_config(args, session_store=tickets) as config:
+    tickets = FileTicketStore(args.resume) if args.resume is not None else None
+    async with client_config(args, ticket_store=tickets) as config:
         await _connect(args, config)
 
 

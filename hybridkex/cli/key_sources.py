@@ -17,7 +17,7 @@ from hybridkex.qkd.several import FailoverSource
 from hybridkex.qkd.source import KeySource
 from hybridkex.qkd.store import read_key_file
 from hybridkex.secret import Secret
-from hybridkex.shell.qkd_keys import QkdKeys
+from hybridkex.shell.qkd_keys import QkdPskSource
 from hybridkex.tls.policy import Requirement
 
 if TYPE_CHECKING:
@@ -148,14 +148,14 @@ def qkd_requirement(args: argparse.Namespace) -> Requirement:
 
 
 @asynccontextmanager
-async def qkd_keys(args: argparse.Namespace) -> AsyncIterator[QkdKeys | None]:
+async def qkd_keys(args: argparse.Namespace) -> AsyncIterator[QkdPskSource | None]:
     """The keys that the options ask for, as long as the context lasts.
 
     Raises:
         ConfigError: the options contradict each other, or a file cannot be used.
     """
     async with key_sources(args) as sources:
-        yield QkdKeys(*sources) if sources else None
+        yield QkdPskSource(*sources) if sources else None
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""A session store in a file, for ``connect --resume``."""
+"""A ticket store in a file, for ``connect --resume``."""
 
 import base64
 import json
@@ -12,12 +12,12 @@ from hybridkex.files import write_file
 from hybridkex.secret import Secret
 from hybridkex.tls.session import AuthenticatedBy, SessionTicket
 
-__all__ = ["FileSessionStore"]
+__all__ = ["FileTicketStore"]
 
 _KEPT = 4
 
 
-class FileSessionStore:
+class FileTicketStore:
     """Tickets per server, as JSON in a file that only its owner reads.
 
     Each change replaces the file, and a ticket leaves it before it is used: it is not used twice,
@@ -65,7 +65,7 @@ class FileSessionStore:
         if not isinstance(tickets, dict) or not all(
             isinstance(kept, list) for kept in tickets.values()
         ):
-            raise ConfigError(f"{self._path} is no session store")
+            raise ConfigError(f"{self._path} is no ticket store")
         return tickets
 
     def _save(self) -> None:

@@ -71,7 +71,7 @@ class LinkConfig:
     party: str | None = None
     """Where the other end is in another process: ``alice``, who listens, or ``bob``."""
     address: Address | None = None
-    peer_certificate: Path | None = None
+    peer_credential: Path | None = None
     """Of the other KME; with our own it authenticates the first block."""
 
     def __post_init__(self) -> None:
@@ -79,11 +79,11 @@ class LinkConfig:
             raise ConfigError("clock must be fast or real")
         if self.party not in (None, "alice", "bob"):
             raise ConfigError("party must be alice or bob")
-        if {self.party is None, self.address is None, self.peer_certificate is None} == {
+        if {self.party is None, self.address is None, self.peer_credential is None} == {
             True,
             False,
         }:
-            raise ConfigError("party, address and peer_certificate go together")
+            raise ConfigError("party, address and peer_credential go together")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -398,25 +398,25 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
             SimulatedLink(settings, bootstrap=link.bootstrap, real_time=real_time, observer=note)
         )
     assert link.address is not None
-    assert link.peer_certificate is not None  # config.py has checked both
+    assert link.peer_credential is not None  # config.py has checked both
     return PartyFeed(
         settings,
         party=link.party,
         address=link.address,
-        signatures=_signatures(config.key, link.peer_certificate),
+        signatures=_signatures(config.key, link.peer_credential),
         real_time=real_time,
         note=note,
     )
 
 
-def _signatures(key: Path, peer_certificate: Path) -> Signatures:
+def _signatures(key: Path, peer_credential: Path) -> Signatures:
     try:
         own = load_private_key(key.read_bytes(), None, str(key))
-        peer = x509.load_pem_x509_certificate(peer_certificate.read_bytes())
+        peer = x509.load_pem_x509_certificate(peer_credential.read_bytes())
         return Signatures(own, peer.public_key())
     except OSError as error:
         raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from None
     except ConfigError:
         raise
     except (ValueError, TypeError):
-        raise ConfigError(f"{key} or {peer_certificate} cannot be used for the link") from None
+        raise ConfigError(f"{key} or {peer_credential} cannot be used for the link") from None

@@ -6,7 +6,7 @@ from dataclasses import fields
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from hybridkex.shell.qkd_keys import QkdCounters, QkdKeys
+from hybridkex.shell.qkd_keys import QkdCounters, QkdPskSource
 
 __all__ = ["register_qkd_metrics"]
 
@@ -22,7 +22,7 @@ _HELP = {
 
 
 class _QkdCollector(Collector):
-    def __init__(self, name: str, keys: QkdKeys) -> None:
+    def __init__(self, name: str, keys: QkdPskSource) -> None:
         self._name = name
         self._keys = keys
 
@@ -39,6 +39,6 @@ class _QkdCollector(Collector):
         return iter(())
 
 
-def register_qkd_metrics(registry: CollectorRegistry, name: str, keys: QkdKeys) -> None:
+def register_qkd_metrics(registry: CollectorRegistry, name: str, keys: QkdPskSource) -> None:
     """Add the counters of ``keys`` to a registry, under the label ``channel="name"``."""
     registry.register(_QkdCollector(name, keys))

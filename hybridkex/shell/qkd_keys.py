@@ -1,4 +1,4 @@
-"""QkdKeys: key sources as the PSK source of a configuration.
+"""QkdPskSource: key sources as the PSK source of a configuration.
 
 The one place where QKD meets TLS. The client draws a key and offers it as an imported PSK; the
 server finds the key's name and the two SAEs in what was offered, and looks it up.
@@ -34,7 +34,7 @@ from hybridkex.tls.policy import Requirement
 from hybridkex.tls.session import Session
 from hybridkex.wire.messages import ImportedIdentity
 
-__all__ = ["QkdCounters", "QkdKeys", "QkdLimits", "QkdPeer"]
+__all__ = ["QkdCounters", "QkdLimits", "QkdPeer", "QkdPskSource"]
 
 _log = get_logger("hybridkex.qkd.keys")
 
@@ -91,7 +91,7 @@ class QkdPeer:
         check_fields(
             self,
             {
-                "source": (a("a KeySource", KeySource), "QkdKeys(key_source)"),
+                "source": (a("a KeySource", KeySource), "QkdPskSource(key_source)"),
                 "names": (tuple_of(a("a str", str), "strings"), 'names=("bob.example",)'),
             },
         )
@@ -116,7 +116,7 @@ class QkdCounters:
     """Handshakes without one."""
 
 
-class QkdKeys:
+class QkdPskSource:
     """What goes into the ``psk_source`` of a configuration.
 
     A client has one peer, a server any number. One object serves many connections, since it is
@@ -264,7 +264,7 @@ class QkdKeys:
         return None
 
     def _check_names(self, session: Session, used: "_Origin | None") -> None:
-        if session.peer_certificate is None:
+        if session.peer_credential is None:
             return
         for peer in self._peers:
             if not peer.names:

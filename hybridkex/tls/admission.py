@@ -72,7 +72,7 @@ def check_session(config: ClientConfig | ServerConfig, session: Session) -> None
     if (
         isinstance(config, ServerConfig)
         and config.require_client_certificate
-        and session.peer_certificate is None
+        and session.peer_credential is None
     ):
         raise PolicyRefused("our policy requires a certificate of the client")
 

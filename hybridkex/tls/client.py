@@ -163,7 +163,7 @@ class _Offer:
         if config.alpn:
             extensions.append(AlpnOffer(tuple(name.encode("utf-8") for name in config.alpn)))
         extensions.append(SupportedVersionsOffer((TLS13,)))
-        if self.psks or config.session_store is not None:
+        if self.psks or config.ticket_store is not None:
             extensions.append(PskKeyExchangeModes((PskKeyExchangeMode.PSK_DHE_KE,)))
         entries = tuple(KeyShareEntry(code, one.share) for code, one in self.started.items())
         extensions.append(KeyShareOffer(entries))
@@ -299,10 +299,10 @@ def _send_hello(
 
 def _take_ticket(config: ClientConfig, name: PeerName | None) -> SessionTicket | None:
     """A ticket whose session would satisfy today's configuration."""
-    if config.session_store is None:
+    if config.ticket_store is None:
         return None
     key = store_key(str(name) if name is not None else None)
-    ticket = config.session_store.take(key, config.binding(config.identity))
+    ticket = config.ticket_store.take(key, config.binding(config.identity))
     if ticket is None or all(suite.hash != ticket.suite.hash for suite in config.suites):
         return None
     if len(ticket.ticket) > config.ticket_room or not resumable(config, ticket, config.identity):
@@ -320,10 +320,10 @@ def _take_ticket(config: ClientConfig, name: PeerName | None) -> SessionTicket |
 def forget_tickets(offer: _Offer) -> None:
     """The server declined our ticket: those that came with it would cost further handshakes."""
     config = offer.config
-    if offer.ticket is None or config.session_store is None:
+    if offer.ticket is None or config.ticket_store is None:
         return
     binding = config.binding(config.identity)
-    while config.session_store.take(offer.store_key, binding) is not None:
+    while config.ticket_store.take(offer.store_key, binding) is not None:
         pass
 
 

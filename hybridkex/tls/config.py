@@ -42,7 +42,7 @@ from hybridkex.fields import (
 from hybridkex.tls.certificate_types import AnyClientVerifier, AnyServerVerifier
 from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.protection import Padding
-from hybridkex.tls.session import Session, SessionStore
+from hybridkex.tls.session import Session, TicketStore
 from hybridkex.tls.tickets import CookieProtector, TicketIssuer
 from hybridkex.wire.codec import vector24
 
@@ -174,7 +174,7 @@ _SHARED: Final[_Rules] = {
         tuple_of(a("an ExternalPsk", ExternalPsk), "ExternalPsk objects"),
         'psks=(ExternalPsk(identity=b"site", key=Secret(key)),)',
     ),
-    "psk_source": (or_none(a("a PskSource", PskSource)), "psk_source=QkdKeys(key_source)"),
+    "psk_source": (or_none(a("a PskSource", PskSource)), "psk_source=QkdPskSource(key_source)"),
     "policy": (a("a Policy", Policy), "policy=Policy(psk=Requirement.PREFER)"),
     "record_size_limit": (or_none(INTEGER), "record_size_limit=4096"),
     "padding": (or_none(CALLABLE), "padding=PadToMultiple(size=256)"),
@@ -198,9 +198,9 @@ _CLIENT: Final[_Rules] = {
         ),
         "key_shares=2",
     ),
-    "session_store": (
-        or_none(a("a session store", SessionStore)),
-        "session_store=MemorySessionStore()",
+    "ticket_store": (
+        or_none(a("a ticket store", TicketStore)),
+        "ticket_store=MemoryTicketStore()",
     ),
     "compatibility_mode": (FLAG, "compatibility_mode=False"),
 }
@@ -276,7 +276,7 @@ class _Config:
         if self.policy.psk is Requirement.REQUIRE and not self.has_psk:
             raise ConfigError(
                 "the policy requires a PSK, and there is none: give psks=(ExternalPsk(...),) or "
-                "psk_source=QkdKeys(source)"
+                "psk_source=QkdPskSource(source)"
             )
         for psk in self.psks:
             if not psk.imported and all(suite.hash != psk.hash for suite in self.suites):
@@ -374,7 +374,7 @@ class ClientConfig(_Config):
         identity: our certificate or raw public key, and its private key, for a server that asks.
         key_shares: how many of the groups are offered with a share in the first flight, from the
             first on, or which.
-        session_store: where tickets are kept; ``None`` offers no resumption.
+        ticket_store: where tickets are kept; ``None`` offers no resumption.
         compatibility_mode: look like TLS 1.2 to middleboxes (RFC 8446 appendix D.4).
     """
 
@@ -383,7 +383,7 @@ class ClientConfig(_Config):
     verifier: AnyServerVerifier | None = None
     identity: Identity | RawIdentity | None = None
     key_shares: int | tuple[Group, ...] = 1
-    session_store: SessionStore | None = None
+    ticket_store: TicketStore | None = None
     compatibility_mode: bool = True
 
     def __post_init__(self) -> None:

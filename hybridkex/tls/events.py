@@ -63,7 +63,7 @@ class ApplicationData:
 
 @dataclass(frozen=True)
 class TicketReceived:
-    """The server gave a ticket; it is in the session store already."""
+    """The server gave a ticket; it is in the ticket store already."""
 
     ticket: SessionTicket
 

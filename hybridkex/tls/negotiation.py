@@ -174,7 +174,7 @@ def describe(
         resumed=psk is not None and psk.resumption,
         alpn=printable(alpn.decode("utf-8", "backslashreplace")) if alpn is not None else None,
         server_name=printable(server_name) if server_name is not None else None,
-        peer_certificate=peer.certificate if peer is not None else None,
+        peer_credential=peer.certificate if peer is not None else None,
         verified_by=peer.verified_by if peer is not None else None,
         vouched_names=peer.vouched_names if peer is not None else (),
         policy=policy,

@@ -18,10 +18,10 @@ from hybridkex.tls.policy import Policy
 __all__ = [
     "MAX_TICKET_LIFETIME",
     "AuthenticatedBy",
-    "MemorySessionStore",
+    "MemoryTicketStore",
     "Session",
-    "SessionStore",
     "SessionTicket",
+    "TicketStore",
 ]
 
 MAX_TICKET_LIFETIME: Final = 7 * 24 * 3600
@@ -59,7 +59,7 @@ class Session:
     the handshake that it resumes, and of all before it the first."""
     alpn: str | None
     server_name: str | None
-    peer_certificate: Presented | None
+    peer_credential: Presented | None
     """The peer's certificate or raw public key; of the original handshake where this one resumes
     it."""
     policy: Policy
@@ -75,18 +75,18 @@ class Session:
     qkd_fallback: str | None = None
     """Why there is no QKD key, where our policy preferred one."""
     verified_by: str | None = None
-    """Why :attr:`peer_certificate` was accepted: ``ca``, ``pin``, ``known``, ``first use``,
+    """Why :attr:`peer_credential` was accepted: ``ca``, ``pin``, ``known``, ``first use``,
     ``openpgp`` or ``insecure``."""
     vouched_names: tuple[str, ...] = ()
     """The names of the peer that a trusted party vouches for, in canonical form; none where its
     key is pinned or nothing was verified. Decide by these, or by :meth:`peer_is_one_of`, and never
-    by the names that :attr:`peer_certificate` has: the peer may have written those itself."""
+    by the names that :attr:`peer_credential` has: the peer may have written those itself."""
     version: str = "TLS 1.3"
 
     @property
     def peer_subject(self) -> str | None:
         """The subject of the peer's certificate (RFC 4514)."""
-        return self.peer_certificate.subject if self.peer_certificate is not None else None
+        return self.peer_credential.subject if self.peer_credential is not None else None
 
     def peer_is_one_of(self, names: Collection[str]) -> bool:
         """Whether the peer is meant by a list of names.
@@ -95,7 +95,7 @@ class Session:
             names: canonical (:func:`~hybridkex.auth.names.canonical_peer_name`): DNS names, IP
                 addresses and URIs that somebody vouches for, or ``sha256:`` and the pin of a key.
         """
-        shown = self.peer_certificate
+        shown = self.peer_credential
         return shown is not None and (
             PIN + shown.pin in names or any(name in names for name in self.vouched_names)
         )
@@ -182,7 +182,7 @@ class SessionTicket:
 
 
 @runtime_checkable
-class SessionStore(Protocol):
+class TicketStore(Protocol):
     """Where a client keeps its tickets. Each ticket is used once (RFC 8446 appendix C.4)."""
 
     def put(self, server: str, ticket: SessionTicket) -> None:
@@ -199,7 +199,7 @@ class SessionStore(Protocol):
 
 
 @dataclass
-class MemorySessionStore:
+class MemoryTicketStore:
     """Tickets in memory: the newest few per server, the most recent servers."""
 
     max_servers: int = 1000

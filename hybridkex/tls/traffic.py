@@ -29,7 +29,7 @@ _KEEP_FREE: Final = 16
 
 
 def store_key(name: str | None) -> str:
-    """Under which a client's session store keeps the tickets of a server."""
+    """Under which a client's ticket store keeps the tickets of a server."""
     return name or ""
 
 
@@ -131,7 +131,7 @@ class ClientTraffic(_Traffic):
         """One message after the handshake."""
         if not isinstance(message, NewSessionTicket):
             return super().handle(message, raw, records)
-        store, session = self._config.session_store, self.connected.session
+        store, session = self._config.ticket_store, self.connected.session
         if store is None:
             # Section 4.7.1: a client that does "not support resumption MUST silently ignore this
             # message".

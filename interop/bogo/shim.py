@@ -54,7 +54,7 @@ from hybridkex.tls.events import (
     SessionProposed,
     TicketReceived,
 )
-from hybridkex.tls.session import MemorySessionStore, Session
+from hybridkex.tls.session import MemoryTicketStore, Session
 from hybridkex.tls.tickets import TicketIssuer
 from interop.bogo.flags import Credential, Flags, Unimplemented, parse
 
@@ -133,7 +133,7 @@ class Shim:
         self.now = float(int(time.time()))
         # BoringSSL's shim has such a clock too: the runner compares the age of a ticket to the
         # millisecond.
-        self.store = MemorySessionStore(clock=self.clock)
+        self.store = MemoryTicketStore(clock=self.clock)
         self.tickets = TicketIssuer(clock=self.clock)
 
     def clock(self) -> float:
@@ -236,7 +236,7 @@ class ShimConnection:
             identity=identities[0] if identities else None,
             alpn=tuple(_alpn_list(flags.text("advertise-alpn"))),
             verifier=self._verifier(asked=False),
-            session_store=self.shim.store,
+            ticket_store=self.shim.store,
             key_shares=self._key_shares(),
         )
         connection = ClientConnection(config, flags.text("host-name") or None)
@@ -480,7 +480,7 @@ class ShimConnection:
             _same("credential", self._selected(session), flags.number("expect-selected-credential"))
 
     def _check_peer(self, session: Session) -> None:
-        flags, peer = self.flags, session.peer_certificate
+        flags, peer = self.flags, session.peer_credential
         signed = not self.is_server and not session.resumed
         if signed and flags.on("expect-peer-signature-algorithm"):
             codes = {scheme.name: scheme.code for scheme in ALL_SCHEMES}

@@ -32,7 +32,7 @@ from hybridkex.auth import (
 )
 from hybridkex.auth.certificates import read_chain
 from hybridkex.cli.commands import command_parser
-from hybridkex.cli.sessions import FileSessionStore
+from hybridkex.cli.sessions import FileTicketStore
 from hybridkex.combiner import ExchangeConfig, PskAuthentication, exchange
 from hybridkex.constants import ContentType
 from hybridkex.crypto.kex import SECP256R1, X25519
@@ -179,13 +179,13 @@ def etsi014(data: bytes) -> None:
             of_json(body)
 
 
-def session_store(data: bytes) -> None:
+def ticket_store(data: bytes) -> None:
     """The file of ``connect --resume``."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
         with contextlib.suppress(ConfigError):
-            FileSessionStore(Path(file.name)).take("localhost")
+            FileTicketStore(Path(file.name)).take("localhost")
 
 
 def operator_files(data: bytes) -> None:
@@ -626,7 +626,7 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
         certificates,
         names,
         etsi014,
-        session_store,
+        ticket_store,
         raw_server,
         raw_client,
         handshake,

@@ -19,7 +19,7 @@ from hybridkex import (
     ExternalPsk,
     Group,
     Identity,
-    MemorySessionStore,
+    MemoryTicketStore,
     Policy,
     Requirement,
     Secret,
@@ -92,7 +92,7 @@ def _client_config(task: Task, log: _Log) -> ClientConfig:
         alpn=task.alpn,
         psks=_psks(task),
         policy=_ANY,
-        session_store=MemorySessionStore() if task.connections > 1 else None,
+        ticket_store=MemoryTicketStore() if task.connections > 1 else None,
         key_log=log.lines.append,
     )
 
@@ -189,7 +189,7 @@ async def _run(stream: Ours, task: Task, log: _Log, converse: Conversation) -> R
 
 def _report(stream: Ours, task: Task, log: _Log, received: bytes) -> Report:
     session = stream.session
-    shown = session.peer_certificate
+    shown = session.peer_credential
     leaf = None if shown is None else x509.load_der_x509_certificate(shown.chain[0])
     # The stream swallows the event; the count is the state's own.
     updates = stream._connection._state._read_generation  # type: ignore[union-attr]

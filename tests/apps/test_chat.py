@@ -48,7 +48,7 @@ from hybridkex import (
     DevCa,
     Identity,
     KnownPeers,
-    QkdKeys,
+    QkdPskSource,
     RawIdentity,
     SecureStream,
     ServerConfig,
@@ -581,8 +581,8 @@ async def test_new_keys_under_traffic(nursery: trio.Nursery, store: Store) -> No
         key_ids.extend(stream.session.qkd_key_ids)
         await hub.serve(stream, "")
 
-    server = ServerConfig(psk_source=QkdKeys(theirs), alpn=alpn)
-    keys = QkdKeys(ours)
+    server = ServerConfig(psk_source=QkdPskSource(theirs), alpn=alpn)
+    keys = QkdPskSource(ours)
     async with trio.open_nursery() as all_of_it:
         all_of_it.start_soon(hub.run)
         listeners = await all_of_it.start(

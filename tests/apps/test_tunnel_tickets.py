@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from hybridkex import ClientConfig, MemorySessionStore, Pins, RawIdentity, ServerConfig
+from hybridkex import ClientConfig, MemoryTicketStore, Pins, RawIdentity, ServerConfig
 from hybridkex.apps.tunnel.config import TunnelConfig
 from hybridkex.net.address import TcpAddress
 
@@ -14,7 +14,7 @@ HERE = TcpAddress("127.0.0.1", 0)
 async def test_neither_end_has_tickets() -> None:
     pins = Pins(frozenset((IDENTITY.pin,)))
     for channel in (
-        ClientConfig(verifier=pins, session_store=MemorySessionStore()),
+        ClientConfig(verifier=pins, ticket_store=MemoryTicketStore()),
         ServerConfig(identities=(IDENTITY,)),
     ):
 
@@ -27,6 +27,6 @@ async def test_neither_end_has_tickets() -> None:
         tunnel = TunnelConfig(name="t", local=HERE, forward=HERE, channel=factory)
         async with tunnel.opened() as used:
             if isinstance(used, ClientConfig):
-                assert used.session_store is None
+                assert used.ticket_store is None
             else:
                 assert used.tickets is None

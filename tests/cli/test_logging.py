@@ -16,7 +16,7 @@ import trio
 from hybridkex import (
     ClientConfig,
     Policy,
-    QkdKeys,
+    QkdPskSource,
     Requirement,
     SecureStream,
     ServerConfig,
@@ -226,12 +226,12 @@ async def everything(folder: Path) -> None:
                 ours = partial(ClientConfig, verifier=trust)
                 theirs = partial(ServerConfig, identities=identities)
                 stream, _ = await meet(
-                    ours(psk_source=QkdKeys(alice)), theirs(psk_source=QkdKeys(bob))
+                    ours(psk_source=QkdPskSource(alice)), theirs(psk_source=QkdPskSource(bob))
                 )
                 assert stream.session.qkd_key_ids
                 # A peer for whom the KME has no key.
-                nobody = QkdKeys(Etsi014Source(a, sae="alice", peer_sae="nobody"))
-                await failing(ours(psk_source=nobody), theirs(psk_source=QkdKeys(bob)))
+                nobody = QkdPskSource(Etsi014Source(a, sae="alice", peer_sae="nobody"))
+                await failing(ours(psk_source=nobody), theirs(psk_source=QkdPskSource(bob)))
                 stream, _ = await meet(ours(psk_source=nobody, policy=PREFER), theirs())
                 assert stream.session.qkd_fallback
                 await failing(ours(), theirs(), "other.example")

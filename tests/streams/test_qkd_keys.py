@@ -21,11 +21,11 @@ from hybridkex import (
     ClientConnection,
     DevCa,
     ExternalPsk,
-    MemorySessionStore,
+    MemoryTicketStore,
     Policy,
-    QkdKeys,
     QkdLimits,
     QkdPeer,
+    QkdPskSource,
     Requirement,
     Secret,
     SecureStream,
@@ -114,13 +114,13 @@ class Sites:
         return len(self.bob_keys._asked)
 
     @property
-    def alice_keys(self) -> QkdKeys:
-        assert isinstance(self.client.psk_source, QkdKeys)
+    def alice_keys(self) -> QkdPskSource:
+        assert isinstance(self.client.psk_source, QkdPskSource)
         return self.client.psk_source
 
     @property
-    def bob_keys(self) -> QkdKeys:
-        assert isinstance(self.server.psk_source, QkdKeys)
+    def bob_keys(self) -> QkdPskSource:
+        assert isinstance(self.server.psk_source, QkdPskSource)
         return self.server.psk_source
 
 
@@ -147,14 +147,14 @@ def make_sites(ca: DevCa) -> Callable[..., Sites]:
             ClientConfig(
                 **{
                     "verifier": TrustStore((ca.certificate,)) if certificates else None,
-                    "psk_source": QkdKeys(alice, limits=limits),
+                    "psk_source": QkdPskSource(alice, limits=limits),
                     **(client or {}),
                 }
             ),
             ServerConfig(
                 **{
                     "identities": (ca.issue("localhost"),) if certificates else (),
-                    "psk_source": QkdKeys(QkdPeer(source=bob, names=names), limits=limits),
+                    "psk_source": QkdPskSource(QkdPeer(source=bob, names=names), limits=limits),
                     **(server or {}),
                 }
             ),
@@ -222,7 +222,7 @@ async def test_client_certificates_too(make_sites: Callable[..., Sites], ca: Dev
     )
     client, server = await succeed(sites)
     assert client.qkd_key_ids == server.qkd_key_ids
-    assert "alice.example" in server.peer_certificate.names
+    assert "alice.example" in server.peer_credential.names
 
 
 async def test_every_connection_has_a_key_of_its_own(make_sites: Callable[..., Sites]) -> None:
@@ -244,7 +244,7 @@ async def test_after_a_retry_the_same_key_is_offered(make_sites: Callable[..., S
 
 
 async def test_a_resumption_rests_on_the_first_key(make_sites: Callable[..., Sites]) -> None:
-    sites = make_sites(client={"session_store": MemorySessionStore()})
+    sites = make_sites(client={"ticket_store": MemoryTicketStore()})
     first, _ = await succeed(sites)
     again, at_server = await succeed(sites)
     assert again.resumed
@@ -255,7 +255,9 @@ async def test_a_resumption_rests_on_the_first_key(make_sites: Callable[..., Sit
 async def test_keys_of_two_links_combined(make_sites: Callable[..., Sites]) -> None:
     links = [in_process_pair("alice", "bob", kmes=kmes) for kmes in (("a1", "b1"), ("a2", "b2"))]
     ours, theirs = (CombinedSource(ends) for ends in zip(*links, strict=True))
-    sites = make_sites(client={"psk_source": QkdKeys(ours)}, server={"psk_source": QkdKeys(theirs)})
+    sites = make_sites(
+        client={"psk_source": QkdPskSource(ours)}, server={"psk_source": QkdPskSource(theirs)}
+    )
     client, server = await succeed(sites)
     assert client.qkd_sources == server.qkd_sources == ("a1 > b1", "a2 > b2")
     assert len(client.qkd_key_ids) == 2
@@ -265,8 +267,8 @@ async def test_fail_over_to_another_link(make_sites: Callable[..., Sites]) -> No
     links = [in_process_pair("alice", "bob", kmes=kmes) for kmes in (("a1", "b1"), ("a2", "b2"))]
     dead = Watched(links[0][0], draw_error=KeySourceUnavailable("no answer"))
     sites = make_sites(
-        client={"psk_source": QkdKeys(FailoverSource([dead, links[1][0]]))},
-        server={"psk_source": QkdKeys(FailoverSource([links[0][1], links[1][1]]))},
+        client={"psk_source": QkdPskSource(FailoverSource([dead, links[1][0]]))},
+        server={"psk_source": QkdPskSource(FailoverSource([links[0][1], links[1][1]]))},
     )
     client, _ = await succeed(sites)
     assert client.qkd_sources == ("a2 > b2",)
@@ -491,7 +493,7 @@ async def test_a_hello_reflected_to_its_sender(make_sites: Callable[..., Sites])
     """Selfie (RFC 9257 section 4.1): Alice serves, too, and gets her own ClientHello back."""
     sites = make_sites(certificates=False)
     hello = recorded_hello(sites, await sites.alice.inner.draw())
-    at_alice = replace(sites, server=replace(sites.server, psk_source=QkdKeys(sites.alice)))
+    at_alice = replace(sites, server=replace(sites.server, psk_source=QkdPskSource(sites.alice)))
     assert type(await send_alone(at_alice, hello)) is KeyUnknown
     assert sites.alice.gets == 0
 
@@ -584,11 +586,11 @@ async def test_cancelled_while_the_source_is_asked(make_sites: Callable[..., Sit
 async def test_configurations_that_cannot_be() -> None:
     alice, bob = in_process_pair("alice", "bob")
     with pytest.raises(ConfigError, match="at least one"):
-        QkdKeys()
+        QkdPskSource()
     with pytest.raises(ConfigError, match="FailoverSource"):
-        QkdKeys(alice, alice)
+        QkdPskSource(alice, alice)
     with pytest.raises(ConfigError, match="one peer"):
-        await QkdKeys(alice, bob).offer()
+        await QkdPskSource(alice, bob).offer()
     for wrong in ({"timeout": 0}, {"retries": -1}, {"burst": 0}, {"look_ups_per_second": 0}):
         with pytest.raises(ConfigError):
             QkdLimits(**wrong)

@@ -12,7 +12,7 @@ import trio.testing
 from hybridkex import (
     ClientConfig,
     DevCa,
-    MemorySessionStore,
+    MemoryTicketStore,
     SecureListener,
     SecureStream,
     ServerConfig,
@@ -295,8 +295,8 @@ async def test_both_ways_at_once_through_a_needle_s_eye(make_pair: MakePair) -> 
 
 
 async def test_resumption(client_config: ClientConfig, server_config: ServerConfig) -> None:
-    store = MemorySessionStore()
-    config = replace(client_config, session_store=store)
+    store = MemoryTicketStore()
+    config = replace(client_config, ticket_store=store)
     resumed = []
     for _ in range(3):
         one, other = trio.testing.memory_stream_pair()

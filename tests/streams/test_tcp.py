@@ -21,7 +21,7 @@ from hybridkex import (
     ClientConfig,
     ClientConnection,
     DevCa,
-    MemorySessionStore,
+    MemoryTicketStore,
     Policy,
     Requirement,
     SecureStream,
@@ -201,7 +201,7 @@ async def test_values_that_no_message_can_carry_end_one_connection_only(
         policy=Policy(post_quantum=Requirement.PREFER),
     )
     options: dict[str, Any] = {"groups": config.groups, "policy": config.policy}
-    usual = replace(client_config, session_store=MemorySessionStore(), **options)
+    usual = replace(client_config, ticket_store=MemoryTicketStore(), **options)
     leaf = stream_ca.issue("bob")
     junk = stream_ca.issue(*(f"{'x' * 60}.{number}.example" for number in range(330))).chain[:1]
     bloated = replace(usual, identity=replace(leaf, chain=(*leaf.chain, *junk * 3)))

@@ -22,7 +22,7 @@ from hybridkex.tls.config import (
     Requirement,
     ServerConfig,
 )
-from hybridkex.tls.session import MemorySessionStore, SessionTicket
+from hybridkex.tls.session import MemoryTicketStore, SessionTicket
 from hybridkex.tls.tickets import CookieProtector, TicketIssuer
 
 PSK = ExternalPsk(identity=b"qkd-1", key=Secret(bytes(32)))
@@ -132,16 +132,16 @@ def test_a_session_says_what_it_rests_on(trust: TrustStore, identity: Identity) 
 
 
 def test_the_memory_store(trust: TrustStore, identity: Identity) -> None:
-    source = MemorySessionStore()
+    source = MemoryTicketStore()
     pair = Pair.make(
-        ClientConfig(verifier=trust, session_store=source), ServerConfig(identities=(identity,))
+        ClientConfig(verifier=trust, ticket_store=source), ServerConfig(identities=(identity,))
     ).connect()
     pair.server.send_data(b"tickets")
     pair.pump()
     ticket = source.take("localhost")
     assert isinstance(ticket, SessionTicket)
     now = [ticket.received_at]
-    store = MemorySessionStore(max_servers=2, tickets_per_server=2, clock=lambda: now[0])
+    store = MemoryTicketStore(max_servers=2, tickets_per_server=2, clock=lambda: now[0])
     for number in range(3):
         store.put("a", replace(ticket, ticket=bytes((number,))))
     taken = [store.take("a") for _ in range(3)]

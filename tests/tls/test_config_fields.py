@@ -17,13 +17,13 @@ from hybridkex import (
     ExternalPsk,
     Identity,
     Limits,
-    MemorySessionStore,
+    MemoryTicketStore,
     PadToMultiple,
     Pins,
     Policy,
-    QkdKeys,
     QkdLimits,
     QkdPeer,
+    QkdPskSource,
     RawIdentity,
     Requirement,
     Secret,
@@ -69,7 +69,7 @@ WRONG: tuple[Any, ...] = (
     None,
     ClientConfig,
     TrustStore,
-    MemorySessionStore,
+    MemoryTicketStore,
 )
 RIGHT = {  # What of these is right, or free, by field.
     "groups": (None,),
@@ -81,7 +81,7 @@ RIGHT = {  # What of these is right, or free, by field.
     "verifier": (None,),
     "client_verifier": (None,),
     "identity": (None,),
-    "session_store": (None,),
+    "ticket_store": (None,),
     "tickets": (None,),
     "psk": (None,),
     "authentication": (None,),
@@ -128,7 +128,7 @@ def test_every_field_refuses_every_other_type(kind: type) -> None:
         (lambda: ClientConfig(verifier=PINS, alpn=["h2"]), 'alpn=("h2", "http/1.1")'),
         (lambda: ServerConfig(identities=RAW), "identities=(Identity.from_files("),
         (lambda: ServerConfig(identities=[RAW]), "identities=(Identity.from_files("),
-        (lambda: ClientConfig(psk_source=SOURCE), "psk_source=QkdKeys(key_source)"),
+        (lambda: ClientConfig(psk_source=SOURCE), "psk_source=QkdPskSource(key_source)"),
         (
             lambda: ClientConfig(verifier=ssl.create_default_context()),
             "not an ssl.SSLContext, which configures another TLS library",
@@ -140,8 +140,8 @@ def test_every_field_refuses_every_other_type(kind: type) -> None:
         (lambda: ExternalPsk(identity=b"site", key=bytes(32)), "key=Secret(key)"),
         (lambda: Policy(psk="require"), "psk=Requirement.REQUIRE"),
         (lambda: Policy(psk=True), "psk=Requirement.REQUIRE"),
-        (lambda: QkdKeys(QkdKeys(SOURCE)), "QkdKeys(key_source)"),
-        (lambda: QkdKeys("alice"), "QkdKeys(key_source)"),
+        (lambda: QkdPskSource(QkdPskSource(SOURCE)), "QkdPskSource(key_source)"),
+        (lambda: QkdPskSource("alice"), "QkdPskSource(key_source)"),
         (lambda: ClientConnection(ServerConfig(identities=(RAW,))), "ClientConfig"),
         (lambda: ServerConnection(ClientConfig(verifier=PINS)), "ServerConfig"),
         (lambda: ClientConnection(ssl.create_default_context()), "ClientConfig"),
@@ -178,7 +178,7 @@ OURS: Identity = CA.issue("localhost", algorithm="ed25519")
         # RFC 8446 section 4.3.2: a server that authenticates with a PSK alone does not ask.
         ({"psks": (PSK,), "client_verifier": PINS, "require_client_certificate": True}, "identit"),
         ({"psks": (PSK,), "client_verifier": PINS}, "identit"),
-        ({"psk_source": QkdKeys(SOURCE), "client_verifier": PINS}, "identit"),
+        ({"psk_source": QkdPskSource(SOURCE), "client_verifier": PINS}, "identit"),
         (
             {
                 "psks": (PSK,),

@@ -22,7 +22,7 @@ from hybridkex import (
     DevCa,
     ExternalPsk,
     Identity,
-    MemorySessionStore,
+    MemoryTicketStore,
     Policy,
     Requirement,
     Secret,
@@ -206,9 +206,7 @@ def check(client: Side, server: Side) -> None:
     assert ours is not None
     assert theirs is not None
     now = [NOW]
-    ours = replace(
-        ours, session_store=MemorySessionStore(clock=lambda: now[0]), clock=lambda: now[0]
-    )
+    ours = replace(ours, ticket_store=MemoryTicketStore(clock=lambda: now[0]), clock=lambda: now[0])
     theirs = replace(theirs, tickets=TicketIssuer(clock=lambda: now[0]), clock=lambda: now[0])
     pair, by = run(ours, theirs, client.psk, server.psk)
     assert by is oracle(client, server), (client, server)
@@ -288,7 +286,7 @@ def test_the_whole_table(part: int) -> None:
 WEEK: Final = 7 * 24 * 3600
 
 
-class Credulous(MemorySessionStore):
+class Credulous(MemoryTicketStore):
     """A client that thinks every ticket fresh."""
 
     def take(self, server: str, binding: bytes | None = None) -> SessionTicket | None:
@@ -307,10 +305,10 @@ def test_ninety_connections_in_thirty_days(lax: str) -> None:
     small: dict[str, Any] = {"groups": (X25519,), "psks": (PSK,), "clock": clock}
     policy = Policy(post_quantum=Requirement.PREFER)
     long = replace(policy, session_lifetime=60 * 24 * 3600)
-    store = Credulous if lax == "client" else MemorySessionStore
+    store = Credulous if lax == "client" else MemoryTicketStore
     client = ClientConfig(
         verifier=trust,
-        session_store=store(clock=clock),
+        ticket_store=store(clock=clock),
         policy=long if lax == "client" else policy,
         **small,
     )
@@ -342,7 +340,7 @@ def test_a_lifetime_of_zero_is_no_resumption() -> None:
     off = Policy(post_quantum=Requirement.PREFER, session_lifetime=0)
     for ours, theirs in ((off, replace(off, session_lifetime=60)), (off, off)):
         client = ClientConfig(
-            verifier=trust, groups=(X25519,), policy=ours, session_store=MemorySessionStore()
+            verifier=trust, groups=(X25519,), policy=ours, ticket_store=MemoryTicketStore()
         )
         server = ServerConfig(identities=(identity,), groups=(X25519,), policy=theirs)
         for _ in range(2):
@@ -375,7 +373,7 @@ def test_two_servers_share_an_issuer() -> None:
         verifier=trust,
         groups=(X25519,),
         policy=Policy(post_quantum=Requirement.PREFER),
-        session_store=MemorySessionStore(),
+        ticket_store=MemoryTicketStore(),
     )
     pair, by = run(client, lax, "none", "none")
     assert by is CERTIFICATE
@@ -392,7 +390,7 @@ def test_a_psk_that_is_withdrawn_is_not_resumed() -> None:
         "policy": Policy(post_quantum=Requirement.PREFER),
     }
     issuer = TicketIssuer()
-    client = ClientConfig(psks=(PSK,), session_store=MemorySessionStore(), **config)
+    client = ClientConfig(psks=(PSK,), ticket_store=MemoryTicketStore(), **config)
     server = ServerConfig(psks=(PSK,), tickets=issuer, **config)
     pair, _ = run(client, server, "static", "static")
     pair.server.send_data(b"tickets")

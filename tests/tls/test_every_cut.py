@@ -27,7 +27,7 @@ from hybridkex.tls import client as client_module
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import Connection
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed
-from hybridkex.tls.session import MemorySessionStore
+from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.wire.extensions import EarlyDataIndication, Extensions
 from hybridkex.wire.messages import ClientHello, Message, encode
 
@@ -397,7 +397,7 @@ VARIANTS = {
         plain, "CloseReceived", client=replace(CLIENT, compatibility_mode=False)
     ),
     "tickets": Variant(
-        plain, "CloseReceived", client=replace(CLIENT, session_store=MemorySessionStore())
+        plain, "CloseReceived", client=replace(CLIENT, ticket_store=MemoryTicketStore())
     ),
     "retry": Variant(retried, "CloseReceived", client=RETRY),
     "certificates": Variant(plain, "CloseReceived", client=None),

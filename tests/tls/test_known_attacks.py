@@ -30,7 +30,7 @@ from hybridkex.errors import (
 from hybridkex.secret import Secret
 from hybridkex.tls.config import Authentication, ClientConfig, Policy, Requirement, ServerConfig
 from hybridkex.tls.connection import Connection
-from hybridkex.tls.session import MemorySessionStore
+from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.extensions import Extensions
 from hybridkex.wire.messages import ImportedIdentity, Message, decode, encode
@@ -292,17 +292,17 @@ def test_an_imported_psk_is_no_plain_one() -> None:
 
 def test_a_stolen_ticket_without_its_secret(trust: TrustStore, identity: Identity) -> None:
     """A ticket is on the wire for all to see; the secret that goes with it is not."""
-    store = MemorySessionStore()
+    store = MemoryTicketStore()
     server = server_config(identities=(identity,))
-    pair = Pair.make(client_config(verifier=trust, session_store=store), server).connect()
+    pair = Pair.make(client_config(verifier=trust, ticket_store=store), server).connect()
     pair.exchange(b"a", b"b")
     ticket = store.take("localhost")
     assert ticket is not None
-    thief = MemorySessionStore()
+    thief = MemoryTicketStore()
     thief.put("localhost", replace(ticket, psk=Secret(bytes(len(ticket.psk)))))
-    pair = fought(client_config(verifier=trust, session_store=thief), server)
+    pair = fought(client_config(verifier=trust, ticket_store=thief), server)
     assert type(pair.errors["server"]) is DecryptError
-    honest = MemorySessionStore()
+    honest = MemoryTicketStore()
     honest.put("localhost", ticket)
-    client = client_config(verifier=trust, session_store=honest)
+    client = client_config(verifier=trust, ticket_store=honest)
     assert Pair.make(client, server).connect().client.session.resumed

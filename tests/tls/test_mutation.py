@@ -30,7 +30,7 @@ from hybridkex.tls import client as client_module
 from hybridkex.tls import server as server_module
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import Connection
-from hybridkex.tls.session import MemorySessionStore
+from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.tls.traffic import ClientTraffic, ServerTraffic
 
 Change = Callable[[bytes], list[bytes]]
@@ -52,8 +52,8 @@ def scenarios() -> dict[str, tuple[ClientConfig, ServerConfig]]:
         replace(client, identity=bob, alpn=("h2",)),
         replace(server, client_verifier=trust, require_client_certificate=True, alpn=("h2",)),
     )
-    store = MemorySessionStore(tickets_per_server=1 << 20)
-    resumed = replace(client, session_store=store), server
+    store = MemoryTicketStore(tickets_per_server=1 << 20)
+    resumed = replace(client, ticket_store=store), server
     first = Pair.make(*resumed).connect()
     first.server.send_data(b"a ticket")
     first.pump()
@@ -81,7 +81,7 @@ def scenarios() -> dict[str, tuple[ClientConfig, ServerConfig]]:
             ServerConfig(psks=(psk,), groups=(X25519,), policy=ANY_GROUP),
         ),
         "psk and certificate": (replace(client, psks=(psk,)), replace(server, psks=(psk,))),
-        "resumption": (replace(client, session_store=Endless()), server),
+        "resumption": (replace(client, ticket_store=Endless()), server),
         "hybrid": (
             ClientConfig(verifier=trust, groups=(X25519MLKEM768,)),
             ServerConfig(identities=(leaf,)),

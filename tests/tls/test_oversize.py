@@ -14,7 +14,7 @@ from hybridkex.errors import ConfigError, IllegalParameter, UnrecognizedName
 from hybridkex.secret import Secret
 from hybridkex.tls.config import Authentication, ClientConfig, Requirement, ServerConfig
 from hybridkex.tls.events import TicketReceived
-from hybridkex.tls.session import MemorySessionStore
+from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.tls.tickets import MAX_TICKET
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.extensions import Extensions
@@ -47,7 +47,7 @@ def test_a_ticket_for_a_client_with_a_long_chain(
     padding = ca.issue(*names).chain[:1] * 3
     bloated = replace(client_identity, chain=(*client_identity.chain, *padding))
     pair = Pair.make(
-        client_config(verifier=trust, identity=bloated, session_store=MemorySessionStore()),
+        client_config(verifier=trust, identity=bloated, ticket_store=MemoryTicketStore()),
         server_config(
             identities=(identity,), client_verifier=trust, require_client_certificate=True
         ),
@@ -65,10 +65,10 @@ def test_a_server_name_of_any_length(
 ) -> None:
     """RFC 1035 section 2.3.4: names have at most 255 bytes."""
     name = "a" * length
-    store = MemorySessionStore()
+    store = MemoryTicketStore()
     pair = Pair.make(
         client_config(
-            verifier=trust, session_store=store, groups=(SECP256R1, X25519) if retry else (X25519,)
+            verifier=trust, ticket_store=store, groups=(SECP256R1, X25519) if retry else (X25519,)
         ),
         server_config(identities=(identity,)),
     )
@@ -98,8 +98,8 @@ def in_records(message: bytes) -> bytes:
 def test_a_client_keeps_no_ticket_that_it_could_not_offer(
     length: int, trust: TrustStore, identity: Identity
 ) -> None:
-    store = MemorySessionStore()
-    config = client_config(verifier=trust, session_store=store)
+    store = MemoryTicketStore()
+    config = client_config(verifier=trust, ticket_store=store)
     server = server_config(identities=(identity,), tickets=None)
     pair = Pair.make(config, server).connect()
     ticket = NewSessionTicket(100, 0, b"\0", b"t" * length, Extensions())
@@ -114,15 +114,15 @@ def test_a_client_keeps_no_ticket_that_it_could_not_offer(
 def test_a_stored_ticket_that_does_not_fit_is_left_out(
     trust: TrustStore, identity: Identity
 ) -> None:
-    store = MemorySessionStore()
+    store = MemoryTicketStore()
     server = server_config(identities=(identity,))
-    Pair.make(client_config(verifier=trust, session_store=store), server).connect().exchange(
+    Pair.make(client_config(verifier=trust, ticket_store=store), server).connect().exchange(
         b"q", b"a"
     )
     ticket = store.take("localhost")
     assert ticket is not None
     store.put("localhost", replace(ticket, ticket=b"t" * 65_000))
-    pair = Pair.make(client_config(verifier=trust, session_store=store), server).connect()
+    pair = Pair.make(client_config(verifier=trust, ticket_store=store), server).connect()
     assert not pair.client.session.resumed
 
 
@@ -130,7 +130,7 @@ def test_a_stored_ticket_that_does_not_fit_is_left_out(
 def test_a_cookie_of_any_length(length: int, trust: TrustStore) -> None:
     """The client has to send it back as it came (RFC 9846 section 4.3.2)."""
     pair = Pair.make(
-        client_config(verifier=trust, session_store=MemorySessionStore()),
+        client_config(verifier=trust, ticket_store=MemoryTicketStore()),
         server_config(psks=(ExternalPsk(identity=b"x", key=KEY),)),
     )
     pair.client.start()
@@ -174,7 +174,7 @@ def test_a_psk_identity_of_the_greatest_length_at_a_server() -> None:
     for length, resumable in ((1000, True), (40_000, False)):
         psk = ExternalPsk(identity=b"i" * length, key=KEY)
         pair = Pair.make(
-            client_config(psks=(psk,), policy=policy, session_store=MemorySessionStore()),
+            client_config(psks=(psk,), policy=policy, ticket_store=MemoryTicketStore()),
             server_config(psks=(psk,), policy=policy),
         ).connect()
         pair.exchange(b"question", b"answer")

@@ -66,7 +66,7 @@ from hybridkex.tls.events import (
     SessionProposed,
     TicketReceived,
 )
-from hybridkex.tls.session import AuthenticatedBy, MemorySessionStore
+from hybridkex.tls.session import AuthenticatedBy, MemoryTicketStore
 from hybridkex.tls.tickets import CookieProtector, TicketIssuer
 from hybridkex.wire.extensions import EarlyDataIndication, Extensions
 from hybridkex.wire.messages import ClientHello, ImportedIdentity, Message, encode
@@ -370,14 +370,14 @@ def test_client_certificate_optional(
     trust: TrustStore, identity: Identity, client_identity: Identity
 ) -> None:
     server = ServerConfig(identities=(identity,), client_verifier=trust)
-    assert connect(ClientConfig(verifier=trust), server).server.session.peer_certificate is None
+    assert connect(ClientConfig(verifier=trust), server).server.session.peer_credential is None
     pair = connect(ClientConfig(verifier=trust, identity=client_identity), server)
     assert pair.server.session.peer_subject == "CN=bob"
     # A key that the server cannot verify is as good as none.
     unfit = replace(server, signature_schemes=server.signature_schemes[3:4])
     _, mldsa = trust, DevCa.create(algorithm="mldsa44").issue("bob", algorithm="mldsa44")
     pair = connect(ClientConfig(verifier=trust, identity=mldsa), unfit)
-    assert pair.server.session.peer_certificate is None
+    assert pair.server.session.peer_credential is None
 
 
 def test_client_certificate_not_asked_for(
@@ -386,7 +386,7 @@ def test_client_certificate_not_asked_for(
     pair = connect(
         ClientConfig(verifier=trust, identity=client_identity), ServerConfig(identities=(identity,))
     )
-    assert pair.server.session.peer_certificate is None
+    assert pair.server.session.peer_credential is None
 
 
 # --- SNI and ALPN ---------------------------------------------------------------------------------
@@ -447,7 +447,7 @@ def test_psk_alone(psk: ExternalPsk) -> None:
     for session in (pair.client.session, pair.server.session):
         assert session.psk_identity == psk.identity
         assert session.authenticated_by is AuthenticatedBy.PSK
-        assert session.peer_certificate is None
+        assert session.peer_credential is None
         assert session.signature_scheme is None
         assert session.post_quantum
         assert not session.resumed
@@ -667,7 +667,7 @@ def test_a_plain_sha384_psk_is_not_asked_for() -> None:
 
 @pytest.mark.parametrize("suite", ALL_SUITES, ids=str)
 def test_resumption(suite: CipherSuite, trust: TrustStore, identity: Identity) -> None:
-    client = ClientConfig(verifier=trust, session_store=MemorySessionStore(), suites=(suite,))
+    client = ClientConfig(verifier=trust, ticket_store=MemoryTicketStore(), suites=(suite,))
     server = ServerConfig(identities=(identity,))
     first = connect(client, server)
     assert sum(isinstance(event, TicketReceived) for event in first.client_events) == 2
@@ -681,8 +681,8 @@ def test_resumption(suite: CipherSuite, trust: TrustStore, identity: Identity) -
 
 
 def test_a_ticket_is_used_once(trust: TrustStore, identity: Identity) -> None:
-    store = MemorySessionStore()
-    client = ClientConfig(verifier=trust, session_store=store)
+    store = MemoryTicketStore()
+    client = ClientConfig(verifier=trust, ticket_store=store)
     server = ServerConfig(identities=(identity,), tickets_per_connection=1)
     connect(client, server)
     assert Pair.make(client, server).connect().client.session.resumed
@@ -690,9 +690,9 @@ def test_a_ticket_is_used_once(trust: TrustStore, identity: Identity) -> None:
 
 
 def test_no_ticket_before_the_servers_first_write(trust: TrustStore, identity: Identity) -> None:
-    store = MemorySessionStore()
+    store = MemoryTicketStore()
     pair = Pair.make(
-        ClientConfig(verifier=trust, session_store=store), ServerConfig(identities=(identity,))
+        ClientConfig(verifier=trust, ticket_store=store), ServerConfig(identities=(identity,))
     ).connect()
     assert not pair.server.has_data_to_send
     pair.client.send_data(b"a client that only writes")
@@ -719,14 +719,14 @@ def test_tickets_only_for_clients_that_can_use_them(trust: TrustStore, identity:
 
 
 def test_no_tickets_at_all(trust: TrustStore, identity: Identity) -> None:
-    client = ClientConfig(verifier=trust, session_store=MemorySessionStore())
+    client = ClientConfig(verifier=trust, ticket_store=MemoryTicketStore())
     server = ServerConfig(identities=(identity,), tickets=None)
     for _ in range(2):
         assert not connect(client, server).client.session.resumed
 
 
 def test_a_declined_ticket_falls_back(trust: TrustStore, identity: Identity) -> None:
-    client = ClientConfig(verifier=trust, session_store=MemorySessionStore())
+    client = ClientConfig(verifier=trust, ticket_store=MemoryTicketStore())
     connect(client, ServerConfig(identities=(identity,)))
     session = connect(client, ServerConfig(identities=(identity,))).client.session
     assert not session.resumed
@@ -736,7 +736,7 @@ def test_a_declined_ticket_falls_back(trust: TrustStore, identity: Identity) -> 
 def test_resumption_and_retry(trust: TrustStore, identity: Identity) -> None:
     client = ClientConfig(
         verifier=trust,
-        session_store=MemorySessionStore(),
+        ticket_store=MemoryTicketStore(),
         groups=(X25519MLKEM768, SECP256R1MLKEM768),
     )
     server = ServerConfig(identities=(identity,))
@@ -749,7 +749,7 @@ def test_resumption_and_retry(trust: TrustStore, identity: Identity) -> None:
 def test_a_retry_with_another_hash_drops_the_ticket(trust: TrustStore, identity: Identity) -> None:
     client = ClientConfig(
         verifier=trust,
-        session_store=MemorySessionStore(),
+        ticket_store=MemoryTicketStore(),
         groups=(X25519MLKEM768, SECP256R1MLKEM768),
     )
     server = ServerConfig(identities=(identity,))
@@ -761,12 +761,12 @@ def test_a_retry_with_another_hash_drops_the_ticket(trust: TrustStore, identity:
 def test_ticket_keys_rotate(trust: TrustStore, identity: Identity) -> None:
     now = [1_000_000.0]
     issuer = TicketIssuer(lifetime=100, rotation=10, clock=lambda: now[0])
-    store = MemorySessionStore()
-    client = ClientConfig(verifier=trust, session_store=store)
+    store = MemoryTicketStore()
+    client = ClientConfig(verifier=trust, ticket_store=store)
     server = ServerConfig(identities=(identity,), tickets=issuer)
 
     def ticket() -> bytes:
-        connect(replace(client, session_store=(mine := MemorySessionStore())), server)
+        connect(replace(client, ticket_store=(mine := MemoryTicketStore())), server)
         found = mine.take("localhost")
         assert found is not None
         return found.ticket
@@ -791,7 +791,7 @@ def test_resumption_keeps_the_clients_certificate(
     trust: TrustStore, identity: Identity, client_identity: Identity
 ) -> None:
     client = ClientConfig(
-        verifier=trust, identity=client_identity, session_store=MemorySessionStore()
+        verifier=trust, identity=client_identity, ticket_store=MemoryTicketStore()
     )
     server = ServerConfig(
         identities=(identity,), client_verifier=trust, require_client_certificate=True
@@ -809,7 +809,7 @@ def test_a_session_without_the_clients_certificate_is_not_enough(
     trust: TrustStore, identity: Identity, client_identity: Identity
 ) -> None:
     client = ClientConfig(
-        verifier=trust, identity=client_identity, session_store=MemorySessionStore()
+        verifier=trust, identity=client_identity, ticket_store=MemoryTicketStore()
     )
     server = ServerConfig(identities=(identity,))
     connect(client, server)
@@ -821,8 +821,8 @@ def test_a_session_without_the_clients_certificate_is_not_enough(
 
 def test_a_ticket_is_for_its_name(ca: DevCa, trust: TrustStore) -> None:
     both = ca.issue("localhost", "other.example")
-    store = MemorySessionStore()
-    client = ClientConfig(verifier=trust, session_store=store)
+    store = MemoryTicketStore()
+    client = ClientConfig(verifier=trust, ticket_store=store)
     server = ServerConfig(identities=(both,))
     connect(client, server)
     ticket = store.take("localhost")
@@ -834,7 +834,7 @@ def test_a_ticket_is_for_its_name(ca: DevCa, trust: TrustStore) -> None:
 def test_a_server_that_is_not_trusted_any_more_is_not_resumed(
     trust: TrustStore, identity: Identity
 ) -> None:
-    client = ClientConfig(verifier=trust, session_store=MemorySessionStore())
+    client = ClientConfig(verifier=trust, ticket_store=MemoryTicketStore())
     server = ServerConfig(identities=(identity,))
     connect(client, server)
     doubting = replace(client, verifier=TrustStore((DevCa.create().certificate,)))
@@ -847,7 +847,7 @@ def test_resumption_of_psk_sessions(trust: TrustStore, identity: Identity) -> No
         ({}, {}, AuthenticatedBy.PSK),
         ({"verifier": trust}, {"identities": (identity,)}, AuthenticatedBy.BOTH),
     ):
-        client = ClientConfig(psks=(PLAIN,), session_store=MemorySessionStore(), **extra_client)
+        client = ClientConfig(psks=(PLAIN,), ticket_store=MemoryTicketStore(), **extra_client)
         server = ServerConfig(psks=(PLAIN,), **extra_server)
         connect(client, server)
         session = connect(client, server).client.session
@@ -922,7 +922,7 @@ def test_a_storm_of_key_updates(trust: TrustStore, identity: Identity) -> None:
 
 def test_too_many_tickets(trust: TrustStore, identity: Identity) -> None:
     pair = Pair.make(
-        ClientConfig(verifier=trust, session_store=MemorySessionStore()),
+        ClientConfig(verifier=trust, ticket_store=MemoryTicketStore()),
         ServerConfig(identities=(identity,), tickets_per_connection=16),
     ).connect()
     pair.server.send_data(b"16 tickets")
@@ -955,7 +955,7 @@ def test_the_limit_of_tickets_can_be_set(trust: TrustStore, identity: Identity) 
     for most, refused in ((15, True), (16, False)):
         pair = Pair.make(
             ClientConfig(
-                verifier=trust, session_store=MemorySessionStore(), limits=Limits(tickets=most)
+                verifier=trust, ticket_store=MemoryTicketStore(), limits=Limits(tickets=most)
             ),
             ServerConfig(identities=(identity,), tickets_per_connection=16),
         ).connect()

@@ -17,7 +17,7 @@ from hybridkex import (
     ExternalPsk,
     Identity,
     KnownPeers,
-    MemorySessionStore,
+    MemoryTicketStore,
     RawIdentity,
     Secret,
     ServerConfig,
@@ -40,7 +40,7 @@ ROLES = ("client", "server")
 def configs(trust: TrustStore, identity: Identity) -> tuple[ClientConfig, ServerConfig]:
     small: dict[str, Any] = {"groups": (X25519,), "policy": ANY_GROUP}
     return (
-        ClientConfig(verifier=trust, session_store=MemorySessionStore(), **small),
+        ClientConfig(verifier=trust, ticket_store=MemoryTicketStore(), **small),
         ServerConfig(identities=(identity,), **small),
     )
 
@@ -132,7 +132,7 @@ def test_the_accepted_session_is_the_session(
 
 def test_the_origin_of_a_psk_comes_back() -> None:
     config: dict[str, Any] = {"psks": (PSK,), "groups": (X25519,), "policy": ANY_GROUP}
-    client = ClientConfig(session_store=MemorySessionStore(), **config)
+    client = ClientConfig(ticket_store=MemoryTicketStore(), **config)
     server = ServerConfig(**config)
     pair = Pair.make(client, server, None).connect()
     assert pair.client.session.psk_origin == pair.server.session.psk_origin == ("from", 7)

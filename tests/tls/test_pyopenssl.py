@@ -19,7 +19,7 @@ from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
 from hybridkex.tls.events import CloseReceived, Event, KeyUpdated, TicketReceived
-from hybridkex.tls.session import MemorySessionStore
+from hybridkex.tls.session import MemoryTicketStore
 
 FIVE_LABELS = {
     "CLIENT_HANDSHAKE_TRAFFIC_SECRET",
@@ -258,18 +258,18 @@ def test_certificates_of_openssl(algorithm: str, issue: Any, client_identity: Id
 def test_certificates_of_ours(algorithm: str, issue: Any) -> None:
     trust, leaf = issue(algorithm)
     pair = they_connect(ServerConfig(identities=(leaf,)), context(trust=trust)).finish()
-    peer = pair.theirs.get_peer_certificate(as_cryptography=True)
+    peer = pair.theirs.get_peer_credential(as_cryptography=True)
     assert peer == leaf.leaf
     pair = we_connect(
         ClientConfig(verifier=trust, identity=leaf), context(leaf=leaf, trust=trust)
     ).finish()
-    assert pair.theirs.get_peer_certificate(as_cryptography=True) == leaf.leaf
+    assert pair.theirs.get_peer_credential(as_cryptography=True) == leaf.leaf
 
 
 def test_openssl_has_no_certificate_for_us(trust: TrustStore, identity: Identity) -> None:
     server = ServerConfig(identities=(identity,), client_verifier=trust)
     pair = they_connect(server, context(trust=trust)).finish()
-    assert pair.ours.session.peer_certificate is None
+    assert pair.ours.session.peer_credential is None
     strict = ServerConfig(
         identities=(identity,), client_verifier=trust, require_client_certificate=True
     )
@@ -315,7 +315,7 @@ def test_we_resume_a_session_of_openssl(
     ours: list[str] = []
     theirs: list[str] = []
     config = ClientConfig(
-        verifier=trust, suites=(suite,), session_store=MemorySessionStore(), key_log=ours.append
+        verifier=trust, suites=(suite,), ticket_store=MemoryTicketStore(), key_log=ours.append
     )
     server = context(leaf=identity, key_log=theirs)
     first = we_connect(config, server).finish()
@@ -334,7 +334,7 @@ def test_resumption_with_hello_retry_request(trust: TrustStore, identity: Identi
         verifier=trust,
         groups=(ALL_GROUPS[0], X25519),
         policy=ANY_GROUP,
-        session_store=MemorySessionStore(),
+        ticket_store=MemoryTicketStore(),
     )
     server = context(leaf=identity, groups="x25519")
     we_connect(config, server).finish()

@@ -30,7 +30,7 @@ from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import AlertReceived, CertificateRejected, ConfigError, PeerError
 from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, ServerConfig
-from hybridkex.tls.session import AuthenticatedBy, MemorySessionStore
+from hybridkex.tls.session import AuthenticatedBy, MemoryTicketStore
 
 SERVER = RawIdentity.generate(names=("localhost",))
 CLIENT = RawIdentity.generate()
@@ -80,8 +80,8 @@ def test_a_pinned_server(identity: RawIdentity) -> None:
     pair.exchange(b"ping", b"pong")
     session = pair.client.session
     assert session.authenticated_by is AuthenticatedBy.CERTIFICATE
-    assert isinstance(session.peer_certificate, PeerRawKey)
-    assert session.peer_certificate.pin == identity.pin
+    assert isinstance(session.peer_credential, PeerRawKey)
+    assert session.peer_credential.pin == identity.pin
     assert session.peer_subject == f"raw public key {identity.pin}"
 
 
@@ -90,8 +90,8 @@ def test_both_sides() -> None:
         client(pins(SERVER), identity=CLIENT),
         server(SERVER, client_verifier=pins(CLIENT), require_client_certificate=True),
     ).connect()
-    assert pair.server.session.peer_certificate is not None
-    assert pair.server.session.peer_certificate.pin == CLIENT.pin
+    assert pair.server.session.peer_credential is not None
+    assert pair.server.session.peer_credential.pin == CLIENT.pin
 
 
 def test_beside_certificates(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_beside_certificates(tmp_path: Path) -> None:
     both = server(ca.issue("localhost"), SERVER)
     for verifier, raw in ((KnownPeers(tmp_path / "known"), True), (trust, False)):
         session = Pair.make(client(verifier), both).connect().client.session
-        assert isinstance(session.peer_certificate, PeerRawKey) == raw
+        assert isinstance(session.peer_credential, PeerRawKey) == raw
     mixed = server(SERVER, client_verifier=trust, require_client_certificate=True)
     pair = Pair.make(client(pins(SERVER), identity=ca.issue("alice")), mixed).connect()
     assert pair.server.session.peer_subject == "CN=alice"
@@ -115,15 +115,15 @@ def test_with_an_external_psk() -> None:
 
 
 def test_resumption() -> None:
-    store = MemorySessionStore()
-    one = client(pins(SERVER), session_store=store, identity=CLIENT)
+    store = MemoryTicketStore()
+    one = client(pins(SERVER), ticket_store=store, identity=CLIENT)
     other = server(SERVER, client_verifier=pins(CLIENT), require_client_certificate=True)
     first = Pair.make(one, other).connect()
     first.exchange(b"ping", b"a ticket")
     again = Pair.make(one, other).connect()
     assert again.client.session.resumed
     for session in (again.client.session, again.server.session):
-        assert isinstance(session.peer_certificate, PeerRawKey)
+        assert isinstance(session.peer_credential, PeerRawKey)
     # A key that is not trusted any more is not resumed.
     again.exchange(b"ping", b"a ticket")
     other_pins = replace(one, verifier=pins(CLIENT))
@@ -210,7 +210,7 @@ def test_files(tmp_path: Path) -> None:
 def test_first_use_is_remembered(tmp_path: Path) -> None:
     known = KnownPeers(tmp_path / "known")
     session = Pair.make(client(known), server(SERVER)).connect().client.session
-    assert isinstance(session.peer_certificate, PeerRawKey)
+    assert isinstance(session.peer_credential, PeerRawKey)
     assert (tmp_path / "known").read_text().split()[0] == "localhost"
     assert (tmp_path / "known").stat().st_mode & 0o077 == 0
     Pair.make(client(KnownPeers(tmp_path / "known")), server(SERVER)).connect()
@@ -249,7 +249,7 @@ def test_known_clients(tmp_path: Path) -> None:
     one = client(pins(SERVER), identity=CLIENT)
     refused(one, other, "server", Alert.CERTIFICATE_UNKNOWN)
     known.add("alice", CLIENT.chain[0])
-    peer = Pair.make(one, other).connect().server.session.peer_certificate
+    peer = Pair.make(one, other).connect().server.session.peer_credential
     assert peer is not None
     assert peer.names[0] == "alice"
 
@@ -306,8 +306,8 @@ def test_an_endorsed_server(people: list[Person], tmp_path: Path) -> None:
     web = WebOfTrust.from_files([trusted], tmp_path, needed=2)
     assert len(web.endorsements) == 2  # cat is nobody whom we trust
     session = Pair.make(client(web), server(SERVER)).connect().client.session
-    assert session.peer_certificate is not None
-    assert "localhost" in session.peer_certificate.names
+    assert session.peer_credential is not None
+    assert "localhost" in session.peer_credential.names
 
 
 def test_not_endorsed_enough(people: list[Person]) -> None:
@@ -331,8 +331,8 @@ def test_an_endorsed_client(people: list[Person]) -> None:
     web = WebOfTrust((ann.public,), (ann.endorses("alice.example", CLIENT.pin),))
     other = server(SERVER, client_verifier=web, require_client_certificate=True)
     pair = Pair.make(client(pins(SERVER), identity=CLIENT), other).connect()
-    assert pair.server.session.peer_certificate is not None
-    assert "alice.example" in pair.server.session.peer_certificate.names
+    assert pair.server.session.peer_credential is not None
+    assert "alice.example" in pair.server.session.peer_credential.names
     nobody = replace(other, client_verifier=WebOfTrust((ann.public,), ()))
     one = client(pins(SERVER), identity=CLIENT)
     refused(one, nobody, "server", Alert.CERTIFICATE_UNKNOWN)

@@ -16,7 +16,7 @@ from hybridkex.errors import HybridkexError, PeerError
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import Connection
 from hybridkex.tls.events import ApplicationData, SessionProposed
-from hybridkex.tls.session import MemorySessionStore
+from hybridkex.tls.session import MemoryTicketStore
 
 Cut = Callable[[bytes], Iterable[bytes]]
 
@@ -100,7 +100,7 @@ def configs(trust: TrustStore, identity: Identity) -> tuple[ClientConfig, Server
             identity=identity,
             groups=(SECP256R1, X25519),
             policy=ANY_GROUP,
-            session_store=MemorySessionStore(),
+            ticket_store=MemoryTicketStore(),
         ),
         ServerConfig(
             identities=(identity,),

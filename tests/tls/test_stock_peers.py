@@ -20,7 +20,7 @@ from hybridkex.errors import CertificateRejected, ConfigError, IllegalParameter,
 from hybridkex.secret import Secret
 from hybridkex.tls.config import Authentication, ClientConfig, Policy, Requirement, ServerConfig
 from hybridkex.tls.connection import ServerConnection
-from hybridkex.tls.session import AuthenticatedBy, MemorySessionStore
+from hybridkex.tls.session import AuthenticatedBy, MemoryTicketStore
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.messages import Message, decode
 
@@ -165,8 +165,8 @@ def test_the_name_is_acknowledged_only_with_a_certificate(
     """RFC 6066 section 3: not where a session is resumed."""
     seen: list[bool] = []
 
-    store = MemorySessionStore()
-    client = ClientConfig(verifier=trust, policy=ANY_GROUP, groups=(X25519,), session_store=store)
+    store = MemoryTicketStore()
+    client = ClientConfig(verifier=trust, policy=ANY_GROUP, groups=(X25519,), ticket_store=store)
     server = ServerConfig(identities=(identity,), policy=ANY_GROUP)
     for resumed in (False, True):
         pair = Pair.make(client, server)
@@ -215,7 +215,7 @@ def either(
         psks=ours,
         policy=EITHER,
         groups=(X25519,),
-        session_store=MemorySessionStore(),
+        ticket_store=MemoryTicketStore(),
     )
     server = ServerConfig(identities=(identity,), psks=theirs, policy=EITHER)
     return Pair.make(client, server)
@@ -266,7 +266,7 @@ def test_sessions_of_either_kind_are_resumed(
         pair.client._config,
         psks=(),
         policy=ANY_GROUP,
-        session_store=pair.client._config.session_store,
+        ticket_store=pair.client._config.ticket_store,
     )
     strict = Pair.make(wants, pair.server._state._config)  # type: ignore[union-attr]
     strict.connect()

@@ -107,7 +107,7 @@ class TunnelConfig:
         async with self.channel() as channel:
             if isinstance(channel, ClientConfig):
                 ClientConnection(channel, self.expected_name)  # now, not with the first connection
-                yield replace(channel, session_store=None)
+                yield replace(channel, ticket_store=None)
             else:
                 yield replace(channel, tickets=None)
 

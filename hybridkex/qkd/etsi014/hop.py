@@ -158,7 +158,7 @@ def _own(ca: Path, certificate: Path, key: Path, *, server_side: bool) -> Hop:
     async def hop(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
         secure = SecureStream(stream, config, server_hostname=host or None, https_compatible=True)
         await secure.do_handshake()
-        peer = secure.session.peer_certificate
+        peer = secure.session.peer_credential
         if peer is None:
             raise KeyUnauthorized("the other end has shown no certificate")
         return secure, peer.chain[0]

@@ -155,7 +155,7 @@ class Sites:
         async def hop(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
             secure = SecureStream(stream, config, server_hostname=host, https_compatible=True)
             await secure.do_handshake()
-            peer = secure.session.peer_certificate
+            peer = secure.session.peer_credential
             assert peer is not None
             return secure, peer.chain[0]
 

@@ -29,10 +29,10 @@ from hybridkex.demos.rndl.now.tap import wire_tap
 from hybridkex.files import open_private
 from hybridkex.qkd.in_process import in_process_pair
 from hybridkex.qkd.source import KeySource
-from hybridkex.shell.qkd_keys import QkdKeys
+from hybridkex.shell.qkd_keys import QkdPskSource
 from hybridkex.streams import SecureStream, open_secure_tcp_stream, serve_secure_tcp
 from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
-from hybridkex.tls.session import MemorySessionStore
+from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.tls.tickets import TicketIssuer, _SealingKey
 
 __all__ = ["Stage", "Talk"]
@@ -118,7 +118,7 @@ class Stage:
         server = ServerConfig(
             **shared,
             identities=(self._identity,) if configuration.certificates else (),
-            psk_source=QkdKeys(bob) if bob is not None else None,
+            psk_source=QkdPskSource(bob) if bob is not None else None,
             tickets=self._tickets(),
         )
         trust = TrustStore((self._ca.certificate,))
@@ -130,8 +130,8 @@ class Stage:
             client = ClientConfig(
                 **shared,
                 verifier=trust if configuration.certificates else None,
-                psk_source=QkdKeys(alice) if alice is not None else None,
-                session_store=MemorySessionStore(),
+                psk_source=QkdPskSource(alice) if alice is not None else None,
+                ticket_store=MemoryTicketStore(),
                 key_log=log_key,
                 **client_options,
             )

@@ -32,22 +32,22 @@ __all__ = [
 TLS13: Final = 0x0304
 LEGACY_VERSION: Final = 0x0303
 FIRST_VERSION: Final = 0x0301
-"""In the record of the first ClientHello, for old middleboxes (RFC 8446 section 5.1)."""
+"""In the record of the first ClientHello, for old middleboxes (RFC 9846 section 5.1)."""
 
 MAX_PLAINTEXT: Final = 1 << 14
-"""Bytes of content in one record (RFC 8446 section 5.1)."""
+"""Bytes of content in one record (RFC 9846 section 5.1)."""
 
 MAX_CIPHERTEXT_EXPANSION: Final = 256
-"""Bytes by which a protected record may exceed its content (RFC 8446 section 5.2)."""
+"""Bytes by which a protected record may exceed its content (RFC 9846 section 5.2)."""
 
 HELLO_RETRY_RANDOM: Final = bytes.fromhex(
     "cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c"
 )
-"""ServerHello.random of a HelloRetryRequest (RFC 8446 section 4.1.3)."""
+"""ServerHello.random of a HelloRetryRequest (RFC 9846 section 4.2.3)."""
 
 
 class ContentType(IntEnum):
-    """RFC 8446 section 5.1."""
+    """RFC 9846 section 5.1."""
 
     CHANGE_CIPHER_SPEC = 20
     ALERT = 21
@@ -56,7 +56,7 @@ class ContentType(IntEnum):
 
 
 class HandshakeType(IntEnum):
-    """RFC 8446 section 4."""
+    """RFC 9846 section 4."""
 
     CLIENT_HELLO = 1
     SERVER_HELLO = 2
@@ -71,11 +71,11 @@ class HandshakeType(IntEnum):
 
 
 MESSAGE_HASH: Final = 254
-"""The synthetic handshake type that stands for ClientHello1 after a retry (section 4.4.1)."""
+"""The synthetic handshake type that stands for ClientHello1 after a retry (section 4.1)."""
 
 
 class ExtensionType(IntEnum):
-    """RFC 8446 section 4.2 and the RFCs named."""
+    """RFC 9846 section 4.3 and the RFCs named."""
 
     SERVER_NAME = 0
     SUPPORTED_GROUPS = 10
@@ -99,7 +99,7 @@ class ExtensionType(IntEnum):
 
 
 class CipherSuiteCode(IntEnum):
-    """RFC 8446 appendix B.4."""
+    """RFC 9846 appendix B.4."""
 
     TLS_AES_128_GCM_SHA256 = 0x1301
     TLS_AES_256_GCM_SHA384 = 0x1302
@@ -107,7 +107,7 @@ class CipherSuiteCode(IntEnum):
 
 
 class GroupCode(IntEnum):
-    """The TLS Supported Groups registry; hybrids from draft-ietf-tls-ecdhe-mlkem."""
+    """The TLS Supported Groups registry; hybrids from RFC 10024."""
 
     SECP256R1 = 0x0017
     SECP384R1 = 0x0018
@@ -121,7 +121,7 @@ class GroupCode(IntEnum):
 
 
 class SignatureSchemeCode(IntEnum):
-    """RFC 8446 section 4.2.3; ML-DSA from draft-ietf-tls-mldsa."""
+    """RFC 9846 section 4.3.3; ML-DSA from draft-ietf-tls-mldsa."""
 
     RSA_PKCS1_SHA256 = 0x0401
     RSA_PKCS1_SHA384 = 0x0501
@@ -142,14 +142,14 @@ class SignatureSchemeCode(IntEnum):
 
 
 class PskKeyExchangeMode(IntEnum):
-    """RFC 8446 section 4.2.9."""
+    """RFC 9846 section 4.3.9."""
 
     PSK_KE = 0
     PSK_DHE_KE = 1
 
 
 class KeyUpdateRequest(IntEnum):
-    """RFC 8446 section 4.6.3."""
+    """RFC 9846 section 4.7.3."""
 
     UPDATE_NOT_REQUESTED = 0
     UPDATE_REQUESTED = 1
@@ -170,7 +170,7 @@ class KdfCode(IntEnum):
 
 
 class Alert(IntEnum):
-    """RFC 8446 section 6 and appendix B.2."""
+    """RFC 9846 section 6 and appendix B.2."""
 
     CLOSE_NOTIFY = 0
     UNEXPECTED_MESSAGE = 10
@@ -203,7 +203,7 @@ class Alert(IntEnum):
 
 
 class Label:
-    """The labels of HKDF-Expand-Label (RFC 8446 section 7, RFC 9258 section 4)."""
+    """The labels of HKDF-Expand-Label (RFC 9846 section 7, RFC 9258 section 4)."""
 
     PREFIX: Final = b"tls13 "
     EXTERNAL_BINDER: Final = b"ext binder"

@@ -93,7 +93,7 @@ class BadRecordMac(PeerError):
 
 
 class RecordOverflow(PeerError):
-    """A record longer than RFC 8446 section 5 or our own ``record_size_limit`` allows."""
+    """A record longer than RFC 9846 section 5 or our own ``record_size_limit`` allows."""
 
     alert = Alert.RECORD_OVERFLOW
 
@@ -143,7 +143,7 @@ class EncodeError(InternalError):
 
 
 class MissingExtension(PeerError):
-    """An extension that is mandatory where it is missing (RFC 8446 section 9.2)."""
+    """An extension that is mandatory where it is missing (RFC 9846 section 9.2)."""
 
     alert = Alert.MISSING_EXTENSION
 
@@ -169,9 +169,9 @@ class UnrecognizedName(PeerError):
 class UnknownPskIdentity(PeerError):
     """The client must use a PSK and offered none that is known.
 
-    The alert of this name is optional (RFC 8446 section 6.2): a stream sends it where a key source
+    The alert of this name is optional (RFC 9846 section 6.2): a stream sends it where a key source
     was asked and does not know the key, so that two sites that are out of step learn of it. Where
-    nothing was in common to begin with, :attr:`alert` is handshake_failure (section 4.1.1).
+    nothing was in common to begin with, :attr:`alert` is handshake_failure (section 4.2.1).
     """
 
     def __init__(self, message: str, *, alert: Alert = Alert.UNKNOWN_PSK_IDENTITY) -> None:
@@ -217,7 +217,7 @@ class HandshakeTimeout(PeerError):
 
 class AlertReceived(HybridkexError):
     """The peer ended the connection with an error alert; :attr:`alert` is its code point and
-    :attr:`name` what RFC 8446 section 6 calls it."""
+    :attr:`name` what RFC 9846 section 6 calls it."""
 
     def __init__(self, alert: int) -> None:
         try:

@@ -300,7 +300,7 @@ def parse_failure(error: Exception) -> str:
 
 
 def _may_sign_handshakes(certificate: x509.Certificate) -> bool:
-    """RFC 8446 section 4.4.2.2: digitalSignature is set wherever there is a keyUsage."""
+    """RFC 9846 section 4.5.1.2: digitalSignature is set wherever there is a keyUsage."""
     try:
         return certificate.extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature
     except x509.ExtensionNotFound:

@@ -56,7 +56,7 @@ ALGORITHMS: Final[dict[str, _Algorithm]] = {
     "ecdsa": _ecdsa(ec.SECP256R1(), hashes.SHA256()),
     "ecdsa-p384": _ecdsa(ec.SECP384R1(), hashes.SHA384()),
     "ecdsa-p521": _ecdsa(ec.SECP521R1(), hashes.SHA512()),
-    # The same RSA key signs the handshake with PSS in either case (RFC 8446 section 4.2.3); the two
+    # The same RSA key signs the handshake with PSS in either case (RFC 9846 section 4.3.3); the two
     # differ in how an authority signs certificates with it.
     "rsa": _rsa(),
     "rsa-pss": _rsa(padding.PSS(padding.MGF1(hashes.SHA256()), hashes.SHA256.digest_size)),

@@ -144,7 +144,7 @@ async def server_config(args: argparse.Namespace, **more: Any) -> AsyncIterator[
         if ours is None and decides is not None and (shared.get("psks") or shared["psk_source"]):
             raise ConfigError(
                 "--ca, --pin, --known-peers and --insecure are about the client's certificate, and "
-                "a server that has only a PSK cannot ask for it (RFC 8446 section 4.3.2): add our "
+                "a server that has only a PSK cannot ask for it (RFC 9846 section 4.4.2): add our "
                 "own with --cert and --key, so that both are used (RFC 9973)"
             )
         yield ServerConfig(

@@ -197,7 +197,7 @@ class SignatureAuthentication:
 
     @staticmethod
     def _content(role: Role, digest: bytes, spki: bytes) -> bytes:
-        """The signed content, in the form of RFC 8446 section 4.4.3, with our context string."""
+        """The signed content, in the form of RFC 9846 section 4.5.2, with our context string."""
         label = _HEADER + role.encode("ascii")
         return b" " * 64 + label + b"\0" + digest + SHA256.digest(spki)
 

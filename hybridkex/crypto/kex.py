@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 MAX_SHARE: Final = 0xFFFF
-"""Bytes that a KeyShareEntry can hold (RFC 8446 section 4.2.8)."""
+"""Bytes that a KeyShareEntry can hold (RFC 9846 section 4.3.8)."""
 
 
 class Property(Flag):
@@ -165,7 +165,7 @@ class _Single:
 
 
 class _X25519(_Single):
-    """X25519 (RFC 7748), as RFC 8446 section 4.2.8.2 and 7.4.2 use it."""
+    """X25519 (RFC 7748), as RFC 9846 section 4.3.8.2 and 7.4.2 use it."""
 
     name = "X25519"
     properties = Property.CLASSICAL
@@ -192,12 +192,12 @@ class _X25519Started:
         try:
             return Secret(self._private.exchange(public))
         except ValueError:
-            # RFC 8446 section 7.4.2: the all-zero result must be refused.
+            # RFC 9846 section 7.4.2: the all-zero result must be refused.
             raise IllegalParameter("X25519: the share is a point of low order") from None
 
 
 class _Ecdh(_Single):
-    """ECDH over a NIST curve; shares are uncompressed points (RFC 8446 section 4.2.8.2)."""
+    """ECDH over a NIST curve; shares are uncompressed points (RFC 9846 section 4.3.8.2)."""
 
     properties = Property.CLASSICAL
 
@@ -369,7 +369,7 @@ SECP384R1: Final = Group(code=GroupCode.SECP384R1, name="secp384r1", exchange=_P
 MLKEM768: Final = Group(code=GroupCode.MLKEM768, name="MLKEM768", exchange=_MLKEM768_EXCHANGE)
 MLKEM1024: Final = Group(code=GroupCode.MLKEM1024, name="MLKEM1024", exchange=_MLKEM1024_EXCHANGE)
 
-# draft-ietf-tls-ecdhe-mlkem section 4: ML-KEM first beside X25519, ECDH first on the NIST curves.
+# RFC 10024: ML-KEM first beside X25519, ECDH first on the NIST curves.
 X25519MLKEM768: Final = Group(
     code=GroupCode.X25519MLKEM768,
     name="X25519MLKEM768",

@@ -6,7 +6,7 @@ Nothing of liboqs is needed to import this module; :class:`OqsKem` raises
 Code points, by one rule:
 
 1. ML-KEM has its own in the TLS registry (0x0200 to 0x0202).
-2. Everything else is private use (0xFE00 to 0xFEFF, RFC 8446 section 4.2.7). What oqs-provider
+2. Everything else is private use (0xFE00 to 0xFEFF, RFC 9846 section 4.3.7). What oqs-provider
    gives a default code point has the same one here, so that OpenSSL with it can be the peer.
 3. NTRU and NTRU Prime, which it does not have, are at 0xFEA0 and above.
 4. 0xFEC0 to 0xFEFF is yours: for hybrids and for what liboqs adds later.

@@ -1,4 +1,4 @@
-"""External pre-shared keys, plain (RFC 8446 section 4.2.11) and imported (RFC 9258).
+"""External pre-shared keys, plain (RFC 9846 section 4.3.11) and imported (RFC 9258).
 
 A QKD key is an external PSK. Importing it binds it to its identity, to a context and to one
 protocol and hash, so the same key never serves two purposes (RFC 9257 section 6).

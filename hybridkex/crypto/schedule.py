@@ -1,4 +1,4 @@
-"""The key schedule of RFC 8446 section 7.1, one class per stage.
+"""The key schedule of RFC 9846 section 7.1, one class per stage.
 
 ``EarlySecret -> HandshakeSecret -> MainSecret``: a stage is made from the one before it and gives
 out the secrets of its own level, so a secret cannot be derived too early or from the wrong stage.
@@ -38,7 +38,7 @@ def hkdf_extract(hash_function: HashFunction, salt: bytes, key: Secret) -> Secre
 def hkdf_expand_label(
     hash_function: HashFunction, secret: Secret, label: bytes, context: bytes, length: int
 ) -> bytes:
-    """HKDF-Expand-Label (RFC 8446 section 7.1): ``length`` bytes."""
+    """HKDF-Expand-Label (RFC 9846 section 7.1): ``length`` bytes."""
     info = _hkdf_label_head(label, len(context), length) + context
     return HKDFExpand(hash_function.algorithm, length, info).derive(secret.reveal())
 
@@ -51,7 +51,7 @@ def _hkdf_label_head(label: bytes, context_length: int, length: int) -> bytes:
 
 
 def finished_mac(hash_function: HashFunction, base: Secret, digest: bytes) -> bytes:
-    """``verify_data`` of Finished and of a PSK binder (sections 4.4.4 and 4.2.11.2)."""
+    """``verify_data`` of Finished and of a PSK binder (sections 4.5.3 and 4.3.11.2)."""
     return _Base(hash_function, base).finished(digest)
 
 
@@ -83,7 +83,7 @@ class _Base:
         return Secret(self.expand(label, digest, self.hash.size))
 
     def finished(self, digest: bytes) -> bytes:
-        """Finished.verify_data over a transcript's hash (section 4.4.4)."""
+        """Finished.verify_data over a transcript's hash (section 4.5.3)."""
         mac = HMAC(self.expand(Label.FINISHED, b"", self.hash.size), self.hash.algorithm)
         mac.update(digest)
         return mac.finalize()
@@ -131,7 +131,7 @@ class EarlySecret(_Base):
         return cls(hash_function, hkdf_extract(hash_function, bytes(hash_function.size), psk))
 
     def binder(self, label: bytes, digest: bytes) -> bytes:
-        """The PSK binder over the hash of the truncated ClientHello (section 4.2.11.2)."""
+        """The PSK binder over the hash of the truncated ClientHello (section 4.3.11.2)."""
         return finished_mac(self.hash, self.derive(label, self.hash.empty_digest), digest)
 
     def handshake_secret(self, shared: Secret) -> "HandshakeSecret":
@@ -215,7 +215,7 @@ class ExporterSecret:
 
 @dataclass(frozen=True)
 class ResumptionSecret:
-    """What session tickets are made from (section 4.6.1)."""
+    """What session tickets are made from (section 4.7.1)."""
 
     hash: HashFunction
     secret: Secret

@@ -3,7 +3,7 @@
 Nothing of liboqs is needed to import this module or to read a public key; it is needed to make a
 key, to sign and to verify. Code points are those of draft-reddy-tls-slhdsa for SLH-DSA and, like
 the object identifiers of everything that has none yet, oqs-provider's defaults (private use, RFC
-8446 section 4.2.3), so that OpenSSL with it can be the peer. The context string, where an algorithm
+9846 section 4.3.3), so that OpenSSL with it can be the peer. The context string, where an algorithm
 takes one, is empty.
 """
 
@@ -262,7 +262,7 @@ def _algorithm(name: str) -> Any:
 
 
 _MAX_SIGNATURE: Final = 0xFFFF
-"""Bytes that CertificateVerify can hold (RFC 8446 section 4.4.3)."""
+"""Bytes that CertificateVerify can hold (RFC 9846 section 4.5.2)."""
 
 
 def oqs_scheme(name: str) -> SignatureScheme:

@@ -1,4 +1,4 @@
-"""Signature schemes of CertificateVerify (RFC 8446 section 4.2.3; ML-DSA from its TLS draft).
+"""Signature schemes of CertificateVerify (RFC 9846 section 4.3.3; ML-DSA from its TLS draft).
 
 Only schemes that TLS 1.3 allows in CertificateVerify are here: no PKCS#1 v1.5, no SHA-1.
 """
@@ -36,7 +36,7 @@ class SignatureScheme:
         """Return if the signature is good.
 
         Raises:
-            IllegalParameter: the key is of another kind (section 4.4.3).
+            IllegalParameter: the key is of another kind (section 4.5.2).
             DecryptError: the signature is bad.
         """
         if not self.suits(public_key):

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 IV_LENGTH: Final = 12
-"""Bytes of the per-record nonce of every suite (RFC 8446 section 5.3)."""
+"""Bytes of the per-record nonce of every suite (RFC 9846 section 5.3)."""
 
 TAG_LENGTH: Final = 16
 """Bytes that every suite's AEAD adds."""
@@ -72,7 +72,7 @@ SHA384: Final = HashFunction(
 
 @dataclass(frozen=True, kw_only=True)
 class CipherSuite:
-    """One suite of RFC 8446 appendix B.4."""
+    """One suite of RFC 9846 appendix B.4."""
 
     code: int
     name: str
@@ -80,7 +80,7 @@ class CipherSuite:
     aead: Callable[[bytes], Aead]
     key_length: int
     record_limit: int
-    """Records after which the sender must have updated its key (RFC 8446 section 5.5)."""
+    """Records after which the sender must have updated its key (RFC 9846 section 5.5)."""
 
     def __repr__(self) -> str:
         return self.name
@@ -88,7 +88,7 @@ class CipherSuite:
     __str__ = __repr__
 
 
-# RFC 8446 section 5.5: 2^24.5 full-size records for AES-GCM. ChaCha20-Poly1305 would reach the end
+# RFC 9846 section 5.5: 2^24.5 full-size records for AES-GCM. ChaCha20-Poly1305 would reach the end
 # of its sequence numbers first; one limit for all keeps the rotation exercised.
 _RECORD_LIMIT: Final = 1 << 24
 

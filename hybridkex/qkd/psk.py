@@ -1,4 +1,4 @@
-"""A QKD key as the external PSK of a handshake (RFC 8446 section 4.2.11, imported by RFC 9258).
+"""A QKD key as the external PSK of a handshake (RFC 9846 section 4.3.11, imported by RFC 9258).
 
 The *identity* says which key it is, so that the slave can look it up, and the *context* binds what
 a key ID leaves open: who drew it, for whom, through which KMEs, and which of the two is the TLS
@@ -6,7 +6,7 @@ client. Both are inputs of the derivation of the PSK: a key under another identi
 another key, so that a message reflected to its sender, or a key ID moved to another pair of SAEs
 or KMEs, ends in a binder that does not verify.
 
-In the presentation language of RFC 8446 section 3::
+In the presentation language of RFC 9846 section 3::
 
     struct {
         opaque master_kme<1..255>;

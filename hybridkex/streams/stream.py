@@ -118,7 +118,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         return self._session
 
     def export(self, label: bytes, context: bytes, length: int) -> Secret:
-        """Keying material for a protocol above (RFC 8446 section 7.5).
+        """Keying material for a protocol above (RFC 9846 section 7.5).
 
         Raises:
             trio.NeedHandshakeError: the handshake is not complete.
@@ -326,7 +326,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             await self.transport_stream.wait_send_all_might_not_block()
 
     async def update_keys(self, *, request_peer: bool = False) -> None:
-        """Change the key of our direction now (RFC 8446 section 4.6.3); long before the limits of
+        """Change the key of our direction now (RFC 9846 section 4.7.3); long before the limits of
         the cipher suite it happens by itself.
 
         Args:

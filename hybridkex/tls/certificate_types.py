@@ -1,6 +1,6 @@
 """What each side shows of itself: certificates or a raw public key (RFC 7250).
 
-RFC 8446 section 4.4.2 puts the server's choice into EncryptedExtensions; without an extension it is
+RFC 9846 section 4.5.1 puts the server's choice into EncryptedExtensions; without an extension it is
 X.509. A verifier takes the kinds that it has methods for, an identity is of one kind.
 """
 
@@ -64,7 +64,7 @@ def check_choice(chosen: int | None, offered: tuple[int, ...]) -> int:
 
 
 def check_entries(kind: int, message: Certificate) -> None:
-    """RFC 8446 section 4.4.2: a raw public key stands alone."""
+    """RFC 9846 section 4.5.1: a raw public key stands alone."""
     if kind == RAW and len(message.entries) > 1:
         raise IllegalParameter(f"{len(message.entries)} raw public keys, where one may be")
 

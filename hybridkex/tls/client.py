@@ -1,4 +1,4 @@
-"""The client's handshake (RFC 8446 appendix A.1), one class per state, in their order.
+"""The client's handshake (RFC 9846 appendix A.1), one class per state, in their order.
 
 A state is frozen and owns what is valid in it; ``handle`` checks one message and returns the next
 state. :func:`start` sends the ClientHello and returns the first.
@@ -215,7 +215,7 @@ class _Offer:
         return PreSharedKeyOffer(identities, tuple(bytes(psk.hash.size) for psk in self.psks))
 
     def _with_binders(self, raw: bytes, prefix: Transcript | None) -> bytes:
-        """Fill in the binders: they cover everything before their own list (section 4.2.11.2)."""
+        """Fill in the binders: they cover everything before their own list (section 4.3.11.2)."""
         length = 2 + sum(1 + psk.hash.size for psk in self.psks)
         truncated = raw[:-length]
         binders = b""
@@ -344,7 +344,7 @@ class WaitServerHello(ClientState):
         return _accept(self.offer, self.offer.psks, suite, message, raw, transcript, records)
 
     def _retry(self, message: HelloRetryRequest, raw: bytes, records: RecordLayer) -> ClientState:
-        """Section 4.1.4: another ClientHello, changed only where the server asked."""
+        """Section 4.2.4: another ClientHello, changed only where the server asked."""
         offer = self.offer
         suite = _check_hello(offer, message)
         cookie = message.extensions.get(Cookie)
@@ -407,7 +407,7 @@ def _find_group(config: ClientConfig, code: int) -> Group:
 
 
 def _check_hello(offer: _Offer, message: ServerHello | HelloRetryRequest) -> CipherSuite:
-    """What holds for ServerHello and HelloRetryRequest (section 4.1.3); returns the suite."""
+    """What holds for ServerHello and HelloRetryRequest (section 4.2.3); returns the suite."""
     version = message.extensions.get(SupportedVersionsChoice)
     if version is None:
         raise ProtocolVersionError("the server does not speak TLS 1.3")
@@ -641,7 +641,7 @@ class WaitCertificate(ClientState):
         if message.context:
             raise IllegalParameter("the server's Certificate has a context")
         if not message.entries:
-            raise DecodeError("the server sent no certificate")  # section 4.4.2.4
+            raise DecodeError("the server sent no certificate")  # section 4.5.1.3
         for _, extensions in message.entries:
             _check_offered(extensions, set())
         kind, name = self.settled.server_type, self.settled.offer.name

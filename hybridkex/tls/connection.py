@@ -193,7 +193,7 @@ class Connection:
         self._state = state.accept(state.session if session is None else session, self._records)
 
     def update_keys(self, *, request_peer: bool = False) -> None:
-        """Change our key now, and ask the peer for the same (section 4.6.3)."""
+        """Change our key now, and ask the peer for the same (section 4.7.3)."""
         self._check_alive()
         if not isinstance(self._state, _TRAFFIC) or self._close_sent:
             raise LocalStateError("keys are updated between handshake and close")

@@ -89,7 +89,7 @@ _PREFIX: Final = b" " * 64
 
 
 def _signed_content(label: bytes, transcript: Transcript) -> bytes:
-    """What CertificateVerify signs (RFC 8446 section 4.4.3)."""
+    """What CertificateVerify signs (RFC 9846 section 4.5.2)."""
     return _PREFIX + label + b"\0" + transcript.digest()
 
 
@@ -131,7 +131,7 @@ def certificate_message(
 
 
 def check_finished(message: Finished, traffic: TrafficSecret, transcript: Transcript) -> None:
-    """Compare the peer's Finished with ours, in constant time (section 4.4.4)."""
+    """Compare the peer's Finished with ours, in constant time (section 4.5.3)."""
     if not hmac.compare_digest(message.verify_data, traffic.finished(transcript.digest())):
         raise DecryptError("Finished does not verify: the handshake was changed on the way")
 

@@ -1,4 +1,4 @@
-"""Record protection (RFC 8446 section 5.2 to 5.5): plaintext to records and back.
+"""Record protection (RFC 9846 section 5.2 to 5.5): plaintext to records and back.
 
 Both directions write into buffers made once per call and hold many records in one call, since a
 call into the AEAD costs microseconds and so would every copy of 16 KiB.

@@ -38,7 +38,7 @@ _HANDSHAKE: Final = int(ContentType.HANDSHAKE)
 _APPLICATION: Final = int(ContentType.APPLICATION_DATA)
 _ALERT: Final = int(ContentType.ALERT)
 
-# Early data that we skip: a client may send as much as its ticket allowed it (section 4.2.10), and
+# Early data that we skip: a client may send as much as its ticket allowed it (section 4.3.10), and
 # ours allow none, so this is another server's ticket; BoringSSL's figure.
 _MAX_SKIPPED_EARLY_DATA: Final = 16384
 
@@ -122,7 +122,7 @@ class WritingHalf:
             self._emit(ContentType.HANDSHAKE, flight, version)
 
     def send_change_cipher_spec(self) -> None:
-        """The record that makes TLS 1.3 look like TLS 1.2 (appendix D.4): once in a connection."""
+        """The record that makes TLS 1.3 look like TLS 1.2 (appendix E.4): once in a connection."""
         if self._change_cipher_spec_sent:
             return
         self._change_cipher_spec_sent = True
@@ -223,7 +223,7 @@ class ReadingHalf:
             raise UnexpectedMessage("handshake bytes after the last message before a key change")
 
     def skip_early_data(self, *, after_retry: bool) -> None:
-        """Ignore the early data of a client whose offer we do not take (section 4.2.10).
+        """Ignore the early data of a client whose offer we do not take (section 4.3.10).
 
         After HelloRetryRequest it comes as records of another type than the second ClientHello;
         otherwise as records that do not decrypt.

@@ -1,4 +1,4 @@
-"""The server's handshake (RFC 8446 appendix A.2), one class per state, in their order.
+"""The server's handshake (RFC 9846 appendix A.2), one class per state, in their order.
 
 The ClientHello is checked in the order of cost: what can be read off it first, then our tickets,
 then the key exchange, and only then does an outside key source hear of it (:class:`WaitPsk`), since
@@ -148,7 +148,7 @@ class _OfferedPsk:
     def hash(self) -> HashFunction | None:
         """The hash that it goes with, where it says so and it is for this protocol.
 
-        A plain external PSK does not say; SHA-256 goes without saying (section 4.2.11).
+        A plain external PSK does not say; SHA-256 goes without saying (section 4.3.11).
         """
         if self.imported is None:
             return SHA256
@@ -187,7 +187,7 @@ class _Hello:
 
     @classmethod
     def check(cls, message: ClientHello, raw: bytes, config: ServerConfig) -> "_Hello":
-        """Sections 4.1.2, 4.2 and 9.2."""
+        """Sections 4.2.2, 4.3 and 9.2."""
         extensions = message.extensions
         versions = extensions.get(SupportedVersionsOffer)
         if versions is None or TLS13 not in versions.versions:
@@ -267,12 +267,12 @@ class _Hello:
 
     @property
     def truncated(self) -> bytes:
-        """What the binders cover (section 4.2.11.2)."""
+        """What the binders cover (section 4.3.11.2)."""
         assert self.psks is not None
         return self.raw[: -self.psks.binders_length]
 
     def invariants(self) -> bytes:
-        """A digest of what a second ClientHello must repeat (section 4.1.2)."""
+        """A digest of what a second ClientHello must repeat (section 4.2.2)."""
         may_change = {
             ExtensionType.KEY_SHARE,
             ExtensionType.EARLY_DATA,
@@ -320,7 +320,7 @@ class WaitClientHello(ServerState):
     def _retry(
         self, hello: _Hello, suite: CipherSuite, group: Group, records: RecordLayer
     ) -> ServerState:
-        """Ask for another share, and forget this hello: the cookie remembers it (section 4.2.2)."""
+        """Ask for another share, and forget this hello: the cookie remembers it (section 4.3.2)."""
         state = CookieState(
             suite=suite.code,
             group=group.code,
@@ -397,7 +397,7 @@ def _first_usable(config: ServerConfig, hello: _Hello, suite: CipherSuite) -> by
 
 
 def _check_psk_is_kept(state: CookieState, hello: _Hello) -> None:
-    """A client may remove PSKs that do not go with the suite, and no others (section 4.1.2)."""
+    """A client may remove PSKs that do not go with the suite, and no others (section 4.2.2)."""
     if not state.psk:
         return
     if hello.psks is None:
@@ -740,7 +740,7 @@ def _check_authentication(choice: _Choice, selected: _Selected | None) -> bool:
 
 
 def _check_binder(choice: _Choice, selected: _Selected) -> None:
-    """The client has the PSK, and nobody changed the offer (section 4.2.11.2)."""
+    """The client has the PSK, and nobody changed the offer (section 4.3.11.2)."""
     hello, psk = choice.hello, selected.psk
     assert hello.psks is not None
     digest = choice.transcript.digest_with(hello.truncated)

@@ -1,10 +1,10 @@
 """What a server hands to its clients so that it need not remember them: tickets and cookies.
 
 Both are sealed with AES-256-GCM under keys that only the server has. A ticket holds the whole state
-of a session (RFC 8446 section 4.6.1); its keys rotate, since whoever steals one can take on the
+of a session (RFC 9846 section 4.7.1); its keys rotate, since whoever steals one can take on the
 server's part in the resumptions made under it (but not read them: every resumption has a fresh key
 exchange). A cookie holds what HelloRetryRequest must remember of the first ClientHello (section
-4.2.2).
+4.3.2).
 """
 
 import os
@@ -209,7 +209,7 @@ class CookieState:
     hello_digest: bytes
     """The suite's hash of ClientHello1, which the transcript goes on from."""
     invariants: bytes
-    """SHA-256 over what must be the same in both ClientHellos (section 4.1.2)."""
+    """SHA-256 over what must be the same in both ClientHellos (section 4.2.2)."""
     psk: bytes
     """SHA-256 of the first PSK identity that goes with the suite; empty where there was none."""
     session_id: bytes

@@ -1,4 +1,4 @@
-"""After the handshake: application data, KeyUpdate, tickets (RFC 8446 section 4.6)."""
+"""After the handshake: application data, KeyUpdate, tickets (RFC 9846 section 4.7)."""
 
 from dataclasses import dataclass
 from typing import Final, Self
@@ -67,7 +67,7 @@ class _Traffic:
         records.reader.update_key()
         self._read_generation += 1
         self._update_requested = False
-        # The answer waits for our next data (section 4.6.3 asks for no more): a peer that only
+        # The answer waits for our next data (section 4.7.3 asks for no more): a peer that only
         # writes cannot make us send without end.
         self._answer_update |= message.update_requested
         records.emit(KeyUpdated(self._read_generation))
@@ -189,7 +189,7 @@ class ServerTraffic(_Traffic):
         self._tickets_due = config.tickets_per_connection if config.tickets is not None else 0
 
     def tickets_wanted(self, wanted: bool) -> None:
-        """Whether the client can use tickets: it offered psk_dhe_ke (section 4.2.9)."""
+        """Whether the client can use tickets: it offered psk_dhe_ke (section 4.3.9)."""
         if not wanted:
             self._tickets_due = 0
 

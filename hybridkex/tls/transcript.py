@@ -1,4 +1,4 @@
-"""The transcript hash (RFC 8446 section 4.4.1)."""
+"""The transcript hash (RFC 9846 section 4.1)."""
 
 from hybridkex.constants import MESSAGE_HASH
 from hybridkex.crypto.suites import HashFunction

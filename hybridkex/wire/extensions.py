@@ -1,4 +1,4 @@
-"""Extensions (RFC 8446 section 4.2): one class each, and one table of where each may stand.
+"""Extensions (RFC 9846 section 4.3): one class each, and one table of where each may stand.
 
 A class says its type, the messages it may appear in, and how its body reads. :func:`parse` applies
 the rules that hold for all of them: no duplicates, nothing that we know in a message where it does
@@ -178,7 +178,7 @@ class _CodeList(Extension):
 
 @dataclass(frozen=True)
 class SupportedGroups(_CodeList):
-    """Section 4.2.7."""
+    """Section 4.3.7."""
 
     type = ExtensionType.SUPPORTED_GROUPS
     messages = (CH, EE)
@@ -187,7 +187,7 @@ class SupportedGroups(_CodeList):
 
 @dataclass(frozen=True)
 class SignatureAlgorithms(_CodeList):
-    """Section 4.2.3: for CertificateVerify."""
+    """Section 4.3.3: for CertificateVerify."""
 
     type = ExtensionType.SIGNATURE_ALGORITHMS
     messages = (CH, CR)
@@ -196,7 +196,7 @@ class SignatureAlgorithms(_CodeList):
 
 @dataclass(frozen=True)
 class SignatureAlgorithmsCert(_CodeList):
-    """Section 4.2.3: for the certificates of the chain."""
+    """Section 4.3.3: for the certificates of the chain."""
 
     type = ExtensionType.SIGNATURE_ALGORITHMS_CERT
     messages = (CH, CR)
@@ -351,7 +351,7 @@ class TlsCertWithExternPsk(_Empty):
 
 @dataclass(frozen=True)
 class OfferedPskIdentity:
-    """PskIdentity of section 4.2.11."""
+    """PskIdentity of section 4.3.11."""
 
     identity: bytes
     obfuscated_ticket_age: int
@@ -359,7 +359,7 @@ class OfferedPskIdentity:
 
 @dataclass(frozen=True)
 class PreSharedKeyOffer(Extension):
-    """Section 4.2.11."""
+    """Section 4.3.11."""
 
     type = ExtensionType.PRE_SHARED_KEY
     messages = (CH,)
@@ -394,7 +394,7 @@ class PreSharedKeyOffer(Extension):
 
 @dataclass(frozen=True)
 class PreSharedKeyChoice(Extension):
-    """Section 4.2.11: the index of the identity that was selected."""
+    """Section 4.3.11: the index of the identity that was selected."""
 
     type = ExtensionType.PRE_SHARED_KEY
     messages = (SH,)
@@ -410,7 +410,7 @@ class PreSharedKeyChoice(Extension):
 
 @dataclass(frozen=True)
 class EarlyDataIndication(_Empty):
-    """Section 4.2.10."""
+    """Section 4.3.10."""
 
     type = ExtensionType.EARLY_DATA
     messages = (CH, EE)
@@ -418,7 +418,7 @@ class EarlyDataIndication(_Empty):
 
 @dataclass(frozen=True)
 class EarlyDataLimit(Extension):
-    """Section 4.6.1: how much early data a ticket allows."""
+    """Section 4.7.1: how much early data a ticket allows."""
 
     type = ExtensionType.EARLY_DATA
     messages = (NST,)
@@ -434,7 +434,7 @@ class EarlyDataLimit(Extension):
 
 @dataclass(frozen=True)
 class SupportedVersionsOffer(Extension):
-    """Section 4.2.1."""
+    """Section 4.3.1."""
 
     type = ExtensionType.SUPPORTED_VERSIONS
     messages = (CH,)
@@ -450,7 +450,7 @@ class SupportedVersionsOffer(Extension):
 
 @dataclass(frozen=True)
 class SupportedVersionsChoice(Extension):
-    """Section 4.2.1."""
+    """Section 4.3.1."""
 
     type = ExtensionType.SUPPORTED_VERSIONS
     messages = (SH, HRR)
@@ -466,7 +466,7 @@ class SupportedVersionsChoice(Extension):
 
 @dataclass(frozen=True)
 class Cookie(Extension):
-    """Section 4.2.2."""
+    """Section 4.3.2."""
 
     type = ExtensionType.COOKIE
     messages = (CH, HRR)
@@ -482,7 +482,7 @@ class Cookie(Extension):
 
 @dataclass(frozen=True)
 class PskKeyExchangeModes(Extension):
-    """Section 4.2.9."""
+    """Section 4.3.9."""
 
     type = ExtensionType.PSK_KEY_EXCHANGE_MODES
     messages = (CH,)
@@ -498,7 +498,7 @@ class PskKeyExchangeModes(Extension):
 
 @dataclass(frozen=True)
 class CertificateAuthorities(Extension):
-    """Section 4.2.4: DER-encoded distinguished names."""
+    """Section 4.3.4: DER-encoded distinguished names."""
 
     type = ExtensionType.CERTIFICATE_AUTHORITIES
     messages = (CH, CR)
@@ -518,7 +518,7 @@ class CertificateAuthorities(Extension):
 
 @dataclass(frozen=True)
 class OidFilters(Extension):
-    """Section 4.2.5; a hint that may be ignored."""
+    """Section 4.3.5; a hint that may be ignored."""
 
     type = ExtensionType.OID_FILTERS
     messages = (CR,)
@@ -538,7 +538,7 @@ class OidFilters(Extension):
 
 @dataclass(frozen=True)
 class PostHandshakeAuth(_Empty):
-    """Section 4.2.6; we never offer it."""
+    """Section 4.3.6; we never offer it."""
 
     type = ExtensionType.POST_HANDSHAKE_AUTH
     messages = (CH,)
@@ -546,7 +546,7 @@ class PostHandshakeAuth(_Empty):
 
 @dataclass(frozen=True)
 class KeyShareEntry:
-    """Section 4.2.8."""
+    """Section 4.3.8."""
 
     group: int
     share: bytes
@@ -563,7 +563,7 @@ class KeyShareEntry:
 
 @dataclass(frozen=True)
 class KeyShareOffer(Extension):
-    """Section 4.2.8; an empty list asks for a HelloRetryRequest."""
+    """Section 4.3.8; an empty list asks for a HelloRetryRequest."""
 
     type = ExtensionType.KEY_SHARE
     messages = (CH,)
@@ -583,7 +583,7 @@ class KeyShareOffer(Extension):
 
 @dataclass(frozen=True)
 class KeyShareChoice(Extension):
-    """Section 4.2.8: the server's share."""
+    """Section 4.3.8: the server's share."""
 
     type = ExtensionType.KEY_SHARE
     messages = (SH,)
@@ -599,7 +599,7 @@ class KeyShareChoice(Extension):
 
 @dataclass(frozen=True)
 class KeyShareRetry(Extension):
-    """Section 4.2.8: the group that the server wants a share of."""
+    """Section 4.3.8: the group that the server wants a share of."""
 
     type = ExtensionType.KEY_SHARE
     messages = (HRR,)
@@ -699,7 +699,7 @@ def parse(kind: MessageKind, reader: Reader) -> Extensions:
     Raises:
         DecodeError: it does not parse.
         IllegalParameter: a duplicate, one that we know and that does not belong here (section
-            4.2), or something after ``pre_shared_key`` (section 4.2.11).
+            4.3), or something after ``pre_shared_key`` (section 4.3.11).
     """
     entries = reader.vector(2)
     found: dict[int, AnyExtension] = {}

@@ -1,4 +1,4 @@
-"""Handshake messages (RFC 8446 section 4) as frozen values.
+"""Handshake messages (RFC 9846 section 4) as frozen values.
 
 :func:`encode` writes a message with its header, :func:`decode` reads one. The transcript hashes the
 bytes that were received, never a message written again.
@@ -62,7 +62,7 @@ class Message:
 
 @dataclass(frozen=True)
 class ClientHello(Message):
-    """Section 4.1.2."""
+    """Section 4.2.2."""
 
     type = HandshakeType.CLIENT_HELLO
     random: bytes
@@ -98,7 +98,7 @@ class ClientHello(Message):
 
 @dataclass(frozen=True)
 class _ServerHelloForm(Message):
-    """The form that ServerHello and HelloRetryRequest share (section 4.1.3 and 4.1.4)."""
+    """The form that ServerHello and HelloRetryRequest share (section 4.2.3 and 4.2.4)."""
 
     type = HandshakeType.SERVER_HELLO
     random: bytes
@@ -121,7 +121,7 @@ class _ServerHelloForm(Message):
 
 @dataclass(frozen=True)
 class ServerHello(_ServerHelloForm):
-    """Section 4.1.3."""
+    """Section 4.2.3."""
 
     @classmethod
     def read(cls, reader: Reader) -> Message:
@@ -144,12 +144,12 @@ class ServerHello(_ServerHelloForm):
 
 @dataclass(frozen=True)
 class HelloRetryRequest(_ServerHelloForm):
-    """Section 4.1.4: a ServerHello with ``HELLO_RETRY_RANDOM``."""
+    """Section 4.2.4: a ServerHello with ``HELLO_RETRY_RANDOM``."""
 
 
 @dataclass(frozen=True)
 class EncryptedExtensions(Message):
-    """Section 4.3.1."""
+    """Section 4.4.1."""
 
     type = HandshakeType.ENCRYPTED_EXTENSIONS
     extensions: Extensions
@@ -164,7 +164,7 @@ class EncryptedExtensions(Message):
 
 @dataclass(frozen=True)
 class CertificateRequest(Message):
-    """Section 4.3.2."""
+    """Section 4.4.2."""
 
     type = HandshakeType.CERTIFICATE_REQUEST
     context: bytes
@@ -180,7 +180,7 @@ class CertificateRequest(Message):
 
 @dataclass(frozen=True)
 class Certificate(Message):
-    """Section 4.4.2: DER, the end entity's first, each with its extensions."""
+    """Section 4.5.1: DER, the end entity's first, each with its extensions."""
 
     type = HandshakeType.CERTIFICATE
     context: bytes
@@ -209,7 +209,7 @@ class Certificate(Message):
 
 @dataclass(frozen=True)
 class CertificateVerify(Message):
-    """Section 4.4.3."""
+    """Section 4.5.2."""
 
     type = HandshakeType.CERTIFICATE_VERIFY
     scheme: int
@@ -225,7 +225,7 @@ class CertificateVerify(Message):
 
 @dataclass(frozen=True)
 class Finished(Message):
-    """Section 4.4.4; its length is checked together with its value."""
+    """Section 4.5.3; its length is checked together with its value."""
 
     type = HandshakeType.FINISHED
     verify_data: bytes
@@ -240,7 +240,7 @@ class Finished(Message):
 
 @dataclass(frozen=True)
 class NewSessionTicket(Message):
-    """Section 4.6.1."""
+    """Section 4.7.1."""
 
     type = HandshakeType.NEW_SESSION_TICKET
     lifetime: int
@@ -271,7 +271,7 @@ class NewSessionTicket(Message):
 
 @dataclass(frozen=True)
 class KeyUpdate(Message):
-    """Section 4.6.3."""
+    """Section 4.7.3."""
 
     type = HandshakeType.KEY_UPDATE
     update_requested: bool
@@ -289,7 +289,7 @@ class KeyUpdate(Message):
 
 @dataclass(frozen=True)
 class EndOfEarlyData(Message):
-    """Section 4.5; we accept no early data, so it is never in place."""
+    """Section 4.6; we accept no early data, so it is never in place."""
 
     type = HandshakeType.END_OF_EARLY_DATA
 

@@ -1,4 +1,4 @@
-"""Records on the wire (RFC 8446 section 5.1): cutting a byte stream into them.
+"""Records on the wire (RFC 9846 section 5.1): cutting a byte stream into them.
 
 A record is known by its five-byte header. :class:`RecordBuffer` hands out views of the bytes that
 it was fed; only a record that straddles two reads is copied, and no more than one record is ever

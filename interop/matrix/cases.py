@@ -32,7 +32,7 @@ class Case:
         ours: the roles of hybridkex in which it makes sense.
         group: what they must agree on; ``None`` leaves it to them.
         retry_from: the group that the client sends a share of and the server does not take.
-        no_share: our client sends no share at all (RFC 8446 section 4.2.8).
+        no_share: our client sends no share at all (RFC 9846 section 4.3.8).
         suite: what they must agree on.
         certificate: the kind of the server's certificate.
         mutual: the client shows a certificate too.

@@ -35,8 +35,8 @@ from hybridkex.crypto.kex import (
 from hybridkex.errors import ConfigError, IllegalParameter
 from hybridkex.secret import Secret
 
-# code point, client share, server share, secret: draft-ietf-tls-ecdhe-mlkem section 4 and
-# RFC 8446 section 4.2.8.2, added up by hand.
+# code point, client share, server share, secret: RFC 10024 and
+# RFC 9846 section 4.3.8.2, added up by hand.
 TABLE = {
     X25519MLKEM768: (0x11EC, 1184 + 32, 1088 + 32, 64),
     SECP256R1MLKEM768: (0x11EB, 65 + 1184, 65 + 1088, 64),
@@ -211,7 +211,7 @@ def test_our_server_against_a_nist_hybrid_by_hand(
 
 
 def test_an_ecdh_secret_keeps_its_leading_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
-    """RFC 8446 section 7.4.2: the x-coordinate is padded to the size of the field."""
+    """RFC 9846 section 7.4.2: the x-coordinate is padded to the size of the field."""
     private, peer = ec.derive_private_key(1, ec.SECP256R1()), None
     while peer is None or peer.public_key().public_numbers().x >> 248:
         peer = ec.generate_private_key(ec.SECP256R1())
@@ -406,7 +406,7 @@ def test_malformed_server_shares(group: Group) -> None:
 
 @pytest.mark.parametrize("group", [SECP256R1, SECP384R1], ids=str)
 def test_the_form_of_a_point(group: Group) -> None:
-    """Whatever the library below accepts, only 0x04 passes (RFC 8446 section 4.2.8.2)."""
+    """Whatever the library below accepts, only 0x04 passes (RFC 9846 section 4.3.8.2)."""
     good = group.exchange.start().share
     for form in set(range(256)) - {4}:
         share = bytes((form,)) + good[1:]

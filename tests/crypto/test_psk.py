@@ -21,7 +21,7 @@ KEY = Secret(bytes(range(32)))
 
 
 def derive(psk: bytes, own: str, imported_identity: bytes, length: int) -> bytes:
-    """RFC 9258 section 5.1, on RFC 5869 and RFC 8446 section 7.1."""
+    """RFC 9258 section 5.1, on RFC 5869 and RFC 9846 section 7.1."""
     epskx = hmac.digest(bytes(hashlib.new(own).digest_size), psk, own)
     digest = hashlib.new(own, imported_identity).digest()
     label = b"tls13 derived psk"

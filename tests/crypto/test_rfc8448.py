@@ -165,12 +165,12 @@ class Replay:
         if kind == "CertificateVerify":
             self.verify_signature(step.by, message)
         if kind == "ServerHello" and HELLO_RETRY_RANDOM in message:
-            # RFC 8446 section 4.4.1.
+            # RFC 9846 section 4.1.
             self.messages = [bytes((254, 0, 0, 32)) + self.digest()]
         self.messages.append(message)
 
     def verify_signature(self, by: str, message: bytes) -> None:
-        """Section 4.4.3, with the transcript before this message."""
+        """Section 4.5.2, with the transcript before this message."""
         decoded = messages.decode(message)
         assert isinstance(decoded, messages.CertificateVerify)
         (scheme,) = (scheme for scheme in ALL_SCHEMES if scheme.code == decoded.scheme)

@@ -1,4 +1,4 @@
-"""The key schedule once more, from RFC 5869 and RFC 8446 on hmac and hashlib alone."""
+"""The key schedule once more, from RFC 5869 and RFC 9846 on hmac and hashlib alone."""
 
 import hashlib
 import hmac
@@ -43,7 +43,7 @@ def expand(name: str, key: bytes, info: bytes, length: int) -> bytes:
 
 
 def expand_label(name: str, key: bytes, label: str, context: bytes, length: int) -> bytes:
-    """RFC 8446 section 7.1."""
+    """RFC 9846 section 7.1."""
     full = f"tls13 {label}".encode()
     info = length.to_bytes(2, "big")
     info += len(full).to_bytes(1, "big") + full
@@ -52,7 +52,7 @@ def expand_label(name: str, key: bytes, label: str, context: bytes, length: int)
 
 
 def derive_secret(name: str, key: bytes, label: str, messages: bytes) -> bytes:
-    """RFC 8446 section 7.1."""
+    """RFC 9846 section 7.1."""
     digest = hashlib.new(name, messages).digest()
     return expand_label(name, key, label, digest, len(digest))
 
@@ -245,7 +245,7 @@ def test_hash_functions() -> None:
 
 
 def test_suites() -> None:
-    """RFC 8446 appendix B.4, and that each AEAD takes keys of the length that it says."""
+    """RFC 9846 appendix B.4, and that each AEAD takes keys of the length that it says."""
     assert [(suite.code, suite.hash.size, suite.key_length) for suite in ALL_SUITES] == [
         (0x1302, 48, 32),
         (0x1301, 32, 16),
@@ -254,7 +254,7 @@ def test_suites() -> None:
     for suite in ALL_SUITES:
         assert str(suite) == suite.name
         assert suite.hash.name.upper() == suite.name.rpartition("_")[2]
-        # RFC 8446 section 5.5: 2^24.5 records for AES-GCM.
+        # RFC 9846 section 5.5: 2^24.5 records for AES-GCM.
         assert suite.record_limit <= 2**24.5
         out = bytearray(5 + 16)
         aead = suite.aead(bytes(suite.key_length))
@@ -265,7 +265,7 @@ def test_suites() -> None:
 
 
 def test_labels() -> None:
-    """The labels of RFC 8446 section 7 and RFC 9258, typed again."""
+    """The labels of RFC 9846 section 7 and RFC 9258, typed again."""
     assert (Label.EXTERNAL_BINDER, Label.RESUMPTION_BINDER, Label.IMPORTED_BINDER) == (
         b"ext binder",
         b"res binder",

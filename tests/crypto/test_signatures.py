@@ -109,7 +109,7 @@ def test_the_table_is_whole() -> None:
     assert {scheme.name: scheme.code for scheme in ALL_SCHEMES} == {
         name: code for name, (code, _, _) in TABLE.items()
     }
-    # RFC 8446 section 4.2.3: none of PKCS#1 v1.5 in CertificateVerify, no SHA-1 anywhere.
+    # RFC 9846 section 4.3.3: none of PKCS#1 v1.5 in CertificateVerify, no SHA-1 anywhere.
     assert not {scheme.code for scheme in ALL_SCHEMES} & set(CERTIFICATE_ONLY_SCHEMES)
     assert [hex(code) for code in CERTIFICATE_ONLY_SCHEMES] == ["0x401", "0x501", "0x601"]
 
@@ -200,7 +200,7 @@ def test_random_signatures(scheme: SignatureScheme, signature: bytes) -> None:
 
 
 def test_the_salt_is_as_long_as_the_hash() -> None:
-    """RFC 8446 section 4.2.3: other lengths are refused, and ours is that one."""
+    """RFC 9846 section 4.3.3: other lengths are refused, and ours is that one."""
     (scheme,) = (scheme for scheme in ALL_SCHEMES if scheme.name == "rsa_pss_rsae_sha256")
     private = key("rsa2048")
     for salt in (0, 20, 31, 33, 48):

@@ -175,7 +175,7 @@ OURS: Identity = CA.issue("localhost", algorithm="ed25519")
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        # RFC 8446 section 4.3.2: a server that authenticates with a PSK alone does not ask.
+        # RFC 9846 section 4.4.2: a server that authenticates with a PSK alone does not ask.
         ({"psks": (PSK,), "client_verifier": PINS, "require_client_certificate": True}, "identit"),
         ({"psks": (PSK,), "client_verifier": PINS}, "identit"),
         ({"psk_source": QkdPskSource(SOURCE), "client_verifier": PINS}, "identit"),

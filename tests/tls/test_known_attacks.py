@@ -157,7 +157,7 @@ def test_triple_handshake(
 def test_a_server_hello_of_an_older_version(
     sentinel: bytes, trust: TrustStore, identity: Identity
 ) -> None:
-    """With the sentinel of RFC 8446 section 4.1.3 or without it: there is no older version."""
+    """With the sentinel of RFC 9846 section 4.2.3 or without it: there is no older version."""
     pair = Pair.make(client_config(verifier=trust), server_config(identities=(identity,)))
 
     def older(message: Any) -> Message:
@@ -209,7 +209,7 @@ def test_the_cookie_of_another_client(trust: TrustStore, identity: Identity) -> 
 def test_a_psk_that_is_dropped_after_a_retry(
     psk: ExternalPsk, trust: TrustStore, identity: Identity
 ) -> None:
-    """Only PSKs that do not go with the suite may be removed (RFC 8446 section 4.1.2)."""
+    """Only PSKs that do not go with the suite may be removed (RFC 9846 section 4.2.2)."""
     prefer = Policy(post_quantum=Requirement.PREFER, psk=Requirement.PREFER)
     client = client_config(verifier=trust, psks=(psk,), groups=(SECP256R1, X25519), policy=prefer)
     server = server_config(identities=(identity,), psks=(psk,), policy=prefer)

@@ -358,7 +358,7 @@ def test_client_certificate_required(
     pair = connect(ClientConfig(verifier=trust, identity=client_identity), server)
     assert pair.server.session.peer_subject == "CN=bob"
 
-    # The client is done before the server has looked for its certificate (section 4.4.2).
+    # The client is done before the server has looked for its certificate (section 4.5.1).
     error = refused(ClientConfig(verifier=trust), server, "server", CertificateRejected)
     assert error.alert == Alert.CERTIFICATE_REQUIRED
 
@@ -651,7 +651,7 @@ def test_the_provided_key_is_another() -> None:
 
 
 def test_a_plain_sha384_psk_is_not_asked_for() -> None:
-    """Only SHA-256 goes without saying (section 4.2.11)."""
+    """Only SHA-256 goes without saying (section 4.3.11)."""
     pair = Pair.make(
         ClientConfig(psks=(PLAIN,)),
         ServerConfig(psk_source=ELSEWHERE, suites=(TLS_AES_256_GCM_SHA384,)),

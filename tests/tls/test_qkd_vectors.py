@@ -47,7 +47,7 @@ PINNED = {
 }
 
 
-# --- RFC 5869 and RFC 8446 section 7.1 ------------------------------------------------------------
+# --- RFC 5869 and RFC 9846 section 7.1 ------------------------------------------------------------
 
 
 def extract(name: str, salt: bytes, secret: bytes) -> bytes:
@@ -195,7 +195,7 @@ def test_a_whole_handshake(
     hellos, answers = messages_in(wire.to["server"]), messages_in(wire.to["client"])
     assert [len(hellos), len(answers)] == ([2, 2] if retry else [1, 1])
     before = b""
-    if retry:  # section 4.4.1: message_hash
+    if retry:  # section 4.1: message_hash
         first = hashlib.new(name, hellos[0]).digest()
         before = b"\xfe\x00\x00" + bytes((len(first),)) + first + answers[0]
     hello, answer = hellos[-1], answers[-1]

@@ -208,7 +208,7 @@ def records(*bodies: tuple[int, bytes]) -> bytes:
 
 
 def test_messages_may_be_cut_into_records(trust: TrustStore, identity: Identity) -> None:
-    """RFC 8446 section 5.1: a ClientHello in records of one byte is a ClientHello."""
+    """RFC 9846 section 5.1: a ClientHello in records of one byte is a ClientHello."""
     pair = Pair.make(ClientConfig(verifier=trust), ServerConfig(identities=(identity,)))
     pair.client.start()
     hello = bytes(pair.client.data_to_send())[5:]

@@ -1,4 +1,4 @@
-"""What other implementations do or expect where RFC 8446 leaves a choice; found with BoGo."""
+"""What other implementations do or expect where RFC 9846 leaves a choice; found with BoGo."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -55,7 +55,7 @@ def message(data: bytes) -> Any:
 
 
 def test_only_the_first_hello_looks_older(trust: TrustStore, identity: Identity) -> None:
-    """RFC 8446 section 5.1; the second ClientHello has 0x0303."""
+    """RFC 9846 section 5.1; the second ClientHello has 0x0303."""
     client = ClientConfig(verifier=trust, policy=ANY_GROUP, groups=(SECP256R1, X25519))
     server = ServerConfig(identities=(identity,), policy=ANY_GROUP, groups=(X25519,))
     pair = Pair.make(client, server)
@@ -335,7 +335,7 @@ def leaf(*, digital_signature: bool | None) -> bytes:
 
 @pytest.mark.parametrize(("usage", "good"), [(None, True), (True, True), (False, False)])
 def test_a_certificate_must_be_for_signatures(usage: bool | None, good: bool) -> None:
-    """RFC 8446 section 4.4.2.2; whoever verifies."""
+    """RFC 9846 section 4.5.1.2; whoever verifies."""
     chain = (leaf(digital_signature=usage),)
     if good:
         InsecureNoVerification().verify_server(chain, None)

@@ -209,13 +209,13 @@ TABLE = {
     "CERTIFICATE": "",
     "NEW_SESSION_TICKET": "42",
 }
-"""The table of RFC 8446 section 4.2, with those of RFC 7250, RFC 7685, RFC 8449 and RFC 9973."""
+"""The table of RFC 9846 section 4.3, with those of RFC 7250, RFC 7685, RFC 8449 and RFC 9973."""
 
 
 @pytest.mark.parametrize("kind", MessageKind)
 @pytest.mark.parametrize("type_", sorted(KNOWN))
 def test_where_extensions_may_stand(kind: MessageKind, type_: int) -> None:
-    """What we know and what does not belong there is illegal_parameter (section 4.2)."""
+    """What we know and what does not belong there is illegal_parameter (section 4.3)."""
     empty = ext.UnknownExtension(type_, b"")
     if str(type_) in TABLE[kind.name].split():
         fitting = [cls for cls in VALUES if cls.type == type_ and kind in cls.messages]

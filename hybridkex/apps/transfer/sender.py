@@ -120,8 +120,8 @@ async def send_items(
         except trio.BrokenResourceError as error:
             lost = _worth_a_try(error)
             if not work.heard:
-                # A server refuses a client after the client's handshake is done (RFC 8446, section
-                # 4.4.2.4), and its alert may be lost with the reset: as good as no connection.
+                # A server refuses a client after the client's handshake is done (RFC 9846, section
+                # 4.5.1.3), and its alert may be lost with the reset: as good as no connection.
                 raise ConnectionLost(
                     f"{lost}, before the receiver said a word: it may have refused us, see its log"
                 ) from None

@@ -120,7 +120,7 @@ class _Forwarding:
             watchers.start_soon(self._watch, source, sink)
 
     async def _watch(self, gone: Leg, other: Leg) -> None:
-        """Behind close_notify comes nothing (RFC 8446 section 6.1) but, if it leaves early, the end
+        """Behind close_notify comes nothing (RFC 9846 section 6.1) but, if it leaves early, the end
         of the transport. Without this, a connection whose target is silent would stay for ever."""
         try:
             while await gone.socket.receive_some():

@@ -104,7 +104,7 @@ def _arrow(x1: float, y1: float, x2: float, y2: float) -> str:
 
 
 def key_schedule(verdict: dict[str, Any]) -> str:
-    """How a connection's keys follow from its legs (RFC 8446 section 7.1), and what is known.
+    """How a connection's keys follow from its legs (RFC 9846 section 7.1), and what is known.
 
     Args:
         verdict: on one connection, as the adversary's process gives it.

@@ -92,7 +92,7 @@ def decode(share: bytes) -> Point:
 
 
 def shared_secret(private: int, peer: Point) -> bytes:
-    """The x coordinate, as with the NIST curves (RFC 8446 section 7.4.2)."""
+    """The x coordinate, as with the NIST curves (RFC 9846 section 7.4.2)."""
     point = multiply(private, peer)
     assert point is not None  # the order is prime and the private key is not 0
     return point[0].to_bytes(_WIDTH, "big")
@@ -129,7 +129,7 @@ class _ToyExchange:
 
 
 TOY_GROUP: Final = Group(code=0xFE24, name="toy36", exchange=_ToyExchange())
-"""Under a code point for private use (RFC 8446 section 4.2.7: 0xFE00 to 0xFEFF)."""
+"""Under a code point for private use (RFC 9846 section 4.3.7: 0xFE00 to 0xFEFF)."""
 
 
 def discrete_log(target: Point, progress: Callable[[str, int, int], None] | None = None) -> int:

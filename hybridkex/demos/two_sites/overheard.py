@@ -20,7 +20,7 @@ _SAMPLES: Final = 64
 _PIECE: Final = 32
 """Bytes of such a piece."""
 _OVERHEAD: Final = 17
-"""Bytes of a record that are not data: the content type and the tag (RFC 8446 section 5.2)."""
+"""Bytes of a record that are not data: the content type and the tag (RFC 9846 section 5.2)."""
 
 
 @dataclass(frozen=True)

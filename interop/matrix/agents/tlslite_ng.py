@@ -139,7 +139,7 @@ class _Engine:
 
     def _export(self) -> str:
         # 0.9.0b2 takes the client's certificate into the transcript of the exporter's secret, where
-        # RFC 8446 section 7.1 ends with the server's Finished: no exporter with mutual TLS.
+        # RFC 9846 section 7.1 ends with the server's Finished: no exporter with mutual TLS.
         label = bytearray(self._task.exporter.encode())
         exported: bytearray = self.connection.keyingMaterialExporter(label, 32)
         return exported.hex()

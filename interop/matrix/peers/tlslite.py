@@ -13,7 +13,7 @@ PEER: Final = Peer(
     name="tlslite-ng",
     open=partial(python_agent, "tlslite_ng", needs="tlslite", package="tlslite-ng>=0.9.0b1"),
     note="verifies no chain, the certificate is compared; no exporter under mutual TLS, where "
-    "0.9.0b2 takes the client's messages into its secret, against RFC 8446 section 7.1",
+    "0.9.0b2 takes the client's messages into its secret, against RFC 9846 section 7.1",
     lacks={
         "* group MLKEM*": "no ML-KEM without ECDH",
         "* half-close": "its close ends both directions",

@@ -20,7 +20,7 @@ __all__ = ["SUITES", "Secrets", "Suite", "TrafficKey", "binder", "imported_psk",
 
 @dataclass(frozen=True)
 class Suite:
-    """A cipher suite (RFC 8446 appendix B.4)."""
+    """A cipher suite (RFC 9846 appendix B.4)."""
 
     name: str
     hash: str
@@ -56,7 +56,7 @@ def _extract(hash_: str, salt: bytes, key: bytes) -> bytes:
 
 
 def _expand_label(hash_: str, secret: bytes, label: bytes, context: bytes, length: int) -> bytes:
-    """HKDF-Expand-Label (RFC 8446 section 7.1)."""
+    """HKDF-Expand-Label (RFC 9846 section 7.1)."""
     info = _hkdf_label(label, context, length)
     block = out = hmac.digest(secret, info + b"\x01", hash_)
     for counter in range(2, 256):
@@ -93,12 +93,12 @@ def imported_psk(key: bytes, identity: bytes, hash_length: int) -> bytes:
 
 
 def ticket_psk(suite: Suite, resumption_secret: bytes, nonce: bytes) -> bytes:
-    """The PSK of a session ticket (RFC 8446 section 4.6.1)."""
+    """The PSK of a session ticket (RFC 9846 section 4.7.1)."""
     return _expand_label(suite.hash, resumption_secret, b"resumption", nonce, suite.hash_length)
 
 
 def binder(suite: Suite, psk: bytes, label: bytes, digest: bytes) -> bytes:
-    """The PSK binder that a ClientHello must have (RFC 8446 section 4.2.11.2).
+    """The PSK binder that a ClientHello must have (RFC 9846 section 4.3.11.2).
 
     It travels in the clear: whoever has a candidate for a PSK can test it without any break.
     """
@@ -117,7 +117,7 @@ class TrafficKey:
         self._sequence = 0
 
     def open(self, header: bytes, fragment: bytes) -> tuple[int, bytes] | None:
-        """Content type and content (RFC 8446 section 5.2); ``None`` where the key is wrong."""
+        """Content type and content (RFC 9846 section 5.2); ``None`` where the key is wrong."""
         nonce = (self._iv ^ self._sequence).to_bytes(12, "big")
         try:
             inner = self._aead.decrypt(nonce, fragment, header).rstrip(b"\0")
@@ -125,11 +125,11 @@ class TrafficKey:
             return None
         self._sequence += 1
         if not inner:
-            return None  # RFC 8446 section 5.4: zeros alone are no record
+            return None  # RFC 9846 section 5.4: zeros alone are no record
         return inner[-1], inner[:-1]
 
     def updated(self) -> "TrafficKey":
-        """The next generation (RFC 8446 section 7.2)."""
+        """The next generation (RFC 9846 section 7.2)."""
         hash_ = self.suite.hash
         return TrafficKey(
             self.suite,
@@ -139,7 +139,7 @@ class TrafficKey:
 
 @dataclass(frozen=True)
 class Secrets:
-    """What follows from a PSK and a key exchange (RFC 8446 section 7.1)."""
+    """What follows from a PSK and a key exchange (RFC 9846 section 7.1)."""
 
     suite: Suite
     handshake: bytes

@@ -97,7 +97,7 @@ class Connection:
     def psk_is_ticket(self) -> bool:
         """Whether that is a session ticket: other identities have an age of 0.
 
-        RFC 8446 section 4.2.11.1.
+        RFC 9846 section 4.3.11.1.
         """
         chosen = self._chosen_psk
         return chosen is not None and chosen[0].obfuscated_ticket_age != 0
@@ -110,7 +110,7 @@ class Connection:
 
     @property
     def bound(self) -> bytes:
-        """The hash of what binders cover (RFC 8446 section 4.2.11.2)."""
+        """The hash of what binders cover (RFC 9846 section 4.3.11.2)."""
         offer = self.client_hello.extensions.get(PreSharedKeyOffer)
         length = offer.binders_length if offer is not None else 0
         return self.suite.digest(self.before + self.raw_client_hello[:-length])
@@ -221,7 +221,7 @@ def split_messages(buffer: bytearray) -> list[bytes]:
 
 
 def message_name(raw: bytes) -> str:
-    """What RFC 8446 calls a handshake message."""
+    """What RFC 9846 calls a handshake message."""
     try:
         name = HandshakeType(raw[0]).name
     except ValueError:

@@ -327,7 +327,7 @@ def flaw_of_own(leaf: x509.Certificate) -> str | None:
         return "is of X.509 version 1, which has no extensions; it needs version 3"
     if not _may_sign_handshakes(leaf):
         return (
-            "may not sign a handshake (keyUsage lacks digitalSignature; RFC 8446 section 4.4.2.2)"
+            "may not sign a handshake (keyUsage lacks digitalSignature; RFC 9846 section 4.5.1.2)"
         )
     return None
 

@@ -280,7 +280,7 @@ def _names_key_of(child: x509.Certificate, issuer: x509.Certificate) -> bool:
 
 
 def _dates(certificate: x509.Certificate, at: datetime) -> Finding | None:
-    # RFC 8446 section 6.2: certificate_expired is "has expired or is not currently valid".
+    # RFC 9846 section 6.2: certificate_expired is "has expired or is not currently valid".
     flaw = not_valid_today(certificate, at)
     return None if flaw is None else Finding(certificate, flaw, Alert.CERTIFICATE_EXPIRED)
 

@@ -41,7 +41,7 @@ SUITE_OF = {"sha256": "TLS_AES_128_GCM_SHA256", "sha384": "TLS_AES_256_GCM_SHA38
 
 @pytest.mark.parametrize("psk_hash", ["sha256", "sha384"])
 def test_psk_hash_chooses_the_suite(hybridkex: Forkserver, tmp_path: Path, psk_hash: str) -> None:
-    """A PSK goes with the suites of its own hash (RFC 8446, 4.2.11)."""
+    """A PSK goes with the suites of its own hash (RFC 9846 section 4.3.11)."""
     words = (*PSK, "--psk-hash", psk_hash)
     other = next(name for name in SUITE_OF if name != psk_hash)
     with hybridkex.listening(tmp_path, *words, "--echo", "--json") as (port, server):

@@ -140,7 +140,7 @@ and a binder of SHA-384."""
 
 @dataclass(frozen=True, kw_only=True)
 class PadToMultiple:
-    """Pads every record's content to a multiple of ``size`` bytes (RFC 8446 section 5.4)."""
+    """Pads every record's content to a multiple of ``size`` bytes (RFC 9846 section 5.4)."""
 
     size: int
 
@@ -375,7 +375,7 @@ class ClientConfig(_Config):
         key_shares: how many of the groups are offered with a share in the first flight, from the
             first on, or which.
         ticket_store: where tickets are kept; ``None`` offers no resumption.
-        compatibility_mode: look like TLS 1.2 to middleboxes (RFC 8446 appendix D.4).
+        compatibility_mode: look like TLS 1.2 to middleboxes (RFC 9846 appendix E.4).
     """
 
     _rules: ClassVar[_Rules] = {**_SHARED, **_CLIENT}
@@ -488,7 +488,7 @@ class ServerConfig(_Config):
         if self.require_client_certificate and self.client_verifier is None:
             raise ConfigError("require_client_certificate needs a client_verifier")
         if authentication is Authentication.PSK and self.client_verifier is not None:
-            # RFC 8446 section 4.3.2: no CertificateRequest; RFC 9973 needs our certificate.
+            # RFC 9846 section 4.4.2: no CertificateRequest; RFC 9973 needs our certificate.
             raise ConfigError(
                 "a server that shows no certificate cannot ask clients for theirs: beside the PSK, "
                 "give identities (certificate and key), or leave out client_verifier"

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 MAX_TICKET_LIFETIME: Final = 7 * 24 * 3600
-"""Seconds (RFC 8446 section 4.6.1)."""
+"""Seconds (RFC 9846 section 4.7.1)."""
 
 
 class AuthenticatedBy(Enum):
@@ -149,7 +149,7 @@ def _shown(identity: bytes) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class SessionTicket:
-    """What a client keeps to resume a session (RFC 8446 section 4.6.1)."""
+    """What a client keeps to resume a session (RFC 9846 section 4.7.1)."""
 
     ticket: bytes
     psk: Secret
@@ -183,7 +183,7 @@ class SessionTicket:
 
 @runtime_checkable
 class TicketStore(Protocol):
-    """Where a client keeps its tickets. Each ticket is used once (RFC 8446 appendix C.4)."""
+    """Where a client keeps its tickets. Each ticket is used once (RFC 9846 appendix C.4)."""
 
     def put(self, server: str, ticket: SessionTicket) -> None:
         """Keep a ticket for this server."""

@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shell": ENGINE | {"net", "qkd"},
     # Shells: one for each event loop.
     "streams": ENGINE | {"net", "shell"},
+    "aio": ENGINE | {"net", "shell", "text"},
     "kme": ENGINE | {"files", "net", "qkd", "link", "shell", "streams"},
     "combiner": BASE | {"wire", "crypto", "auth", "qkd"},
     # Applications need no more than what everybody has.
@@ -136,7 +137,7 @@ def complaints(imports: list[Import]) -> list[str]:
                 found.append(f"{item}: no cryptography on the wire")
             if room(item.importer) == "shell" and outside in IO_MODULES:
                 found.append(f"{item}: an event loop is for a shell of its own")
-            if outside in {"asyncio", "anyio"}:
+            if outside in {"asyncio", "anyio"} and room(item.importer) != "aio":
                 found.append(f"{item}: the shell is trio's")
             continue
         own, other = room(item.importer), room(item.target)

@@ -41,6 +41,11 @@ class Answers:
         )
         self._refreshable = verifier if isinstance(verifier, Refreshable) else None
 
+    @property
+    def refreshes(self) -> bool:
+        """Whether :meth:`refresh` has anything to do."""
+        return self._refreshable is not None
+
     async def refresh(self) -> None:
         """Bring the verifier up to date, before the handshake; it may read files."""
         if self._refreshable is not None:

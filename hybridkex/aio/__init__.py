@@ -1,0 +1,22 @@
+"""The asyncio shell: the engine as an asyncio transport.
+
+:func:`open_connection` and :func:`start_server` give streams, :func:`create_connection` and
+:func:`create_server` serve protocols, and :func:`start_tls` and :func:`upgrade` secure a connection
+that is already open. All of them take a :class:`~hybridkex.ClientConfig` or a
+:class:`~hybridkex.ServerConfig` where asyncio takes an ``SSLContext``.
+"""
+
+from hybridkex.aio.connect import create_connection, create_server, start_tls
+from hybridkex.aio.streams import open_connection, start_server, upgrade
+from hybridkex.aio.transport import SecureConnectionError, SecureTransport
+
+__all__ = [
+    "SecureConnectionError",
+    "SecureTransport",
+    "create_connection",
+    "create_server",
+    "open_connection",
+    "start_server",
+    "start_tls",
+    "upgrade",
+]

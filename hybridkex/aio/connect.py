@@ -1,0 +1,162 @@
+"""Connections and servers for protocols, beside ``loop.create_connection`` and its fellows."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from hybridkex.aio.transport import (
+    DEFAULT_HANDSHAKE_TIMEOUT,
+    DEFAULT_SHUTDOWN_TIMEOUT,
+    SecureTransport,
+)
+from hybridkex.tls.config import ClientConfig, ServerConfig
+
+__all__ = ["create_connection", "create_server", "start_tls"]
+
+P = TypeVar("P", bound=asyncio.BaseProtocol)
+
+
+async def create_connection(
+    protocol_factory: Callable[[], P],
+    host: str | None,
+    port: int | None,
+    config: ClientConfig,
+    *,
+    server_hostname: str | None = None,
+    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+    shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT,
+    **tcp: Any,
+) -> tuple[SecureTransport, P]:
+    """Connect, and return when the handshake is complete.
+
+    Args:
+        protocol_factory: makes the protocol; its ``connection_made`` gets the secure transport.
+        host: host name or address; ``None`` with ``sock=...``.
+        port: TCP port; ``None`` with ``sock=...``.
+        config: what the client wants.
+        server_hostname: the name or address that the server's certificate must have; ``host``
+            unless given.
+        handshake_timeout: seconds for the handshake.
+        shutdown_timeout: seconds from ``close`` until the peer's close_notify.
+        tcp: other arguments of ``loop.create_connection``, such as ``sock`` or ``local_addr``.
+
+    Raises:
+        OSError: no connection.
+        SecureConnectionError: the handshake failed; ``__cause__`` says why.
+    """
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    protocol = protocol_factory()
+    transport = SecureTransport(
+        protocol,
+        config,
+        server_hostname=host if server_hostname is None else server_hostname,
+        handshake_timeout=handshake_timeout,
+        shutdown_timeout=shutdown_timeout,
+        ready=ready,
+    )
+    connect: Any = loop.create_connection  # its type wants a host even beside a socket
+    with _aborted_on_failure(transport, ready):
+        await connect(lambda: transport.receiver, host, port, **tcp)
+        await ready
+    return transport, protocol
+
+
+@contextmanager
+def _aborted_on_failure(
+    transport: SecureTransport, ready: "asyncio.Future[None]"
+) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        ready.cancel()  # nobody waits for it any more
+        transport.abort()
+        raise
+
+
+async def create_server(
+    protocol_factory: Callable[[], asyncio.BaseProtocol],
+    host: Any = None,
+    port: int | None = None,
+    config: ServerConfig | None = None,
+    *,
+    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+    shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT,
+    **tcp: Any,
+) -> asyncio.Server:
+    """Listen; each connection gets a protocol, whose ``connection_made`` follows the handshake.
+
+    A handshake that fails ends its own connection and becomes a line of the log ``hybridkex.aio``.
+
+    Args:
+        protocol_factory: makes the protocol of a connection.
+        host: addresses to listen on, as for ``loop.create_server``.
+        port: TCP port; 0 picks one.
+        config: what the server offers and demands.
+        handshake_timeout: seconds for a handshake.
+        shutdown_timeout: seconds from ``close`` until the peer's close_notify.
+        tcp: other arguments of ``loop.create_server``, such as ``sock`` or ``reuse_port``.
+
+    Raises:
+        OSError: cannot listen there.
+    """
+    if not isinstance(config, ServerConfig):
+        raise TypeError("config must be a ServerConfig")
+
+    def accept() -> asyncio.BaseProtocol:
+        return SecureTransport(
+            protocol_factory(),
+            config,
+            handshake_timeout=handshake_timeout,
+            shutdown_timeout=shutdown_timeout,
+        ).receiver
+
+    return await asyncio.get_running_loop().create_server(accept, host, port, **tcp)
+
+
+async def start_tls(
+    transport: asyncio.Transport,
+    protocol: asyncio.BaseProtocol,
+    config: ClientConfig | ServerConfig,
+    *,
+    server_hostname: str | None = None,
+    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+    shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT,
+) -> SecureTransport:
+    """Secure a connection that is open already, as ``loop.start_tls`` does.
+
+    The caller must have processed everything that came before; bytes that its protocol still
+    holds were not protected and must not be taken for the peer's. ``connection_made`` is not
+    called again.
+
+    Args:
+        transport: the plain transport; do not use it any more.
+        protocol: what is to get the decrypted data.
+        config: a client's or a server's.
+        server_hostname: the name or address that the server's certificate must have (client).
+        handshake_timeout: seconds for the handshake.
+        shutdown_timeout: seconds from ``close`` until the peer's close_notify.
+
+    Raises:
+        SecureConnectionError: the handshake failed; ``__cause__`` says why.
+    """
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    secure = SecureTransport(
+        protocol,
+        config,
+        server_hostname=server_hostname,
+        handshake_timeout=handshake_timeout,
+        shutdown_timeout=shutdown_timeout,
+        call_connection_made=False,
+        ready=ready,
+    )
+    # No byte may reach the old protocol, nor the new one before it has its transport.
+    transport.pause_reading()
+    transport.set_protocol(secure.receiver)
+    transport.resume_reading()
+    with _aborted_on_failure(secure, ready):
+        secure.attach(transport)
+        await ready
+    return secure

@@ -1,0 +1,150 @@
+"""Streams, beside ``asyncio.open_connection`` and ``asyncio.start_server``."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, cast
+
+from hybridkex.aio.connect import create_connection, create_server, start_tls
+from hybridkex.aio.transport import DEFAULT_HANDSHAKE_TIMEOUT, DEFAULT_SHUTDOWN_TIMEOUT
+from hybridkex.errors import LocalStateError
+from hybridkex.tls.config import ClientConfig, ServerConfig
+
+__all__ = ["open_connection", "start_server", "upgrade"]
+
+DEFAULT_LIMIT: Final = 1 << 16
+"""Bytes that a StreamReader buffers before it pauses, in halves; asyncio's own figure."""
+
+
+class _StreamProtocol(asyncio.StreamReaderProtocol):
+    """asyncio's closes a secure connection at the peer's end of data; TLS 1.3 has half-close."""
+
+    def eof_received(self) -> bool:
+        super().eof_received()
+        return True
+
+
+Connected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
+
+
+async def open_connection(
+    host: str | None,
+    port: int | None,
+    config: ClientConfig,
+    *,
+    server_hostname: str | None = None,
+    limit: int = DEFAULT_LIMIT,
+    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+    shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT,
+    **tcp: Any,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect, and return reader and writer when the handshake is complete.
+
+    Args and errors: see :func:`~hybridkex.aio.create_connection`; ``limit`` as in asyncio.
+    """
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=limit, loop=loop)
+    transport, protocol = await create_connection(
+        lambda: _StreamProtocol(reader, loop=loop),
+        host,
+        port,
+        config,
+        server_hostname=server_hostname,
+        handshake_timeout=handshake_timeout,
+        shutdown_timeout=shutdown_timeout,
+        **tcp,
+    )
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+async def start_server(
+    client_connected_cb: Connected,
+    host: Any = None,
+    port: int | None = None,
+    config: ServerConfig | None = None,
+    *,
+    limit: int = DEFAULT_LIMIT,
+    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+    shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT,
+    **tcp: Any,
+) -> asyncio.Server:
+    """Listen; ``client_connected_cb(reader, writer)`` is called after each handshake.
+
+    Args and errors: see :func:`~hybridkex.aio.create_server`; ``limit`` as in asyncio.
+    """
+    loop = asyncio.get_running_loop()
+
+    def factory() -> _StreamProtocol:
+        reader = asyncio.StreamReader(limit=limit, loop=loop)
+        return _StreamProtocol(reader, client_connected_cb, loop=loop)
+
+    return await create_server(
+        factory,
+        host,
+        port,
+        config,
+        handshake_timeout=handshake_timeout,
+        shutdown_timeout=shutdown_timeout,
+        **tcp,
+    )
+
+
+async def upgrade(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    config: ClientConfig | ServerConfig,
+    *,
+    server_hostname: str | None = None,
+    limit: int = DEFAULT_LIMIT,
+    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+    shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Secure streams that are open already (STARTTLS and its like).
+
+    Args:
+        reader: the plain reader; do not use it any more.
+        writer: the plain writer, likewise.
+        config: a client's or a server's.
+        server_hostname: the name or address that the server's certificate must have (client).
+        limit: see ``asyncio.open_connection``.
+        handshake_timeout: seconds for the handshake.
+        shutdown_timeout: seconds from ``close`` until the peer's close_notify.
+
+    Returns:
+        New reader and writer.
+
+    Raises:
+        LocalStateError: plain bytes came ahead of the handshake and lie in ``reader``. They may be
+            an attacker's (CVE-2011-0411, CVE-2021-23222), so the connection is aborted.
+        SecureConnectionError: the handshake failed; ``__cause__`` says why.
+    """
+    loop = asyncio.get_running_loop()
+    await writer.drain()
+    plain = cast(asyncio.Transport, writer.transport)
+    plain.pause_reading()
+    if await _holds_data(reader):
+        plain.abort()
+        raise LocalStateError("plain data came from the peer ahead of the TLS handshake")
+    secure_reader = asyncio.StreamReader(limit=limit, loop=loop)
+    protocol = _StreamProtocol(secure_reader, loop=loop)
+    transport = await start_tls(
+        plain,
+        protocol,
+        config,
+        server_hostname=server_hostname,
+        handshake_timeout=handshake_timeout,
+        shutdown_timeout=shutdown_timeout,
+    )
+    transport.keep(writer)
+    protocol.connection_made(transport)
+    return secure_reader, asyncio.StreamWriter(transport, protocol, secure_reader, loop)
+
+
+async def _holds_data(reader: asyncio.StreamReader) -> bool:
+    """Whether bytes lie in a reader. A read that would have to wait is cancelled."""
+    reading = asyncio.ensure_future(reader.read(1))
+    await asyncio.sleep(0)
+    if reading.done():
+        return bool(reading.result())
+    reading.cancel()
+    await asyncio.wait((reading,))
+    return False

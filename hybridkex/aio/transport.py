@@ -1,0 +1,632 @@
+"""The transport: the engine between an asyncio transport and the application's protocol.
+
+Two objects share a connection. :class:`SecureTransport` is what the application sees: it writes,
+pauses and closes. ``_Receiver`` is the protocol of the transport below: it hands over what comes.
+
+- The application's ``connection_made`` is called when the handshake is complete, as asyncio's own
+  TLS does it.
+- All that was received is decrypted at once. While the application has paused reading, what is
+  decrypted waits, and the transport below is paused: no more than one read is ever held.
+- Small writes are joined until the loop's next turn, or until the end of the read that they answer.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Coroutine
+from enum import Enum, auto
+from typing import Any, Final, cast
+
+from hybridkex.aio.facade import SslObject, cipher_of, peercert_of
+from hybridkex.errors import (
+    HandshakeTimeout,
+    HybridkexError,
+    InternalError,
+    LocalStateError,
+    TruncationError,
+)
+from hybridkex.net.log import BoundedLog
+from hybridkex.secret import Secret
+from hybridkex.shell.answers import Answers
+from hybridkex.text import get_logger
+from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.connection import ClientConnection, ServerConnection
+from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed
+from hybridkex.tls.session import Session
+
+__all__ = [
+    "DEFAULT_HANDSHAKE_TIMEOUT",
+    "DEFAULT_SHUTDOWN_TIMEOUT",
+    "SecureConnectionError",
+    "SecureTransport",
+]
+
+_log: Final = get_logger("hybridkex.aio")
+_LINES: Final = BoundedLog(_log)
+"""Strangers can cause these lines."""
+
+DEFAULT_HANDSHAKE_TIMEOUT: Final = 10.0
+"""Seconds for a whole handshake."""
+DEFAULT_SHUTDOWN_TIMEOUT: Final = 30.0
+"""Seconds from ``close`` until the peer's close_notify; asyncio's own figure."""
+
+_READ_SIZE: Final = 256 * 1024
+_JOIN: Final = 16 * 1024
+"""Bytes of small writes that are joined; a larger write is encrypted at once."""
+_SEND_SIZE: Final = 256 * 1024
+_ALERT_TIMEOUT: Final = 1.0
+_IGNORED_WRITES: Final = 5
+"""Writes after the connection was lost before the first line of log, as asyncio counts them."""
+
+
+class SecureConnectionError(ConnectionError):
+    """The connection failed; ``__cause__`` is the reason, one of :mod:`hybridkex.errors`."""
+
+
+class _State(Enum):
+    HANDSHAKE = auto()
+    OPEN = auto()
+    CLOSING = auto()
+    """We have sent close_notify and wait for the peer's, or for an alert to leave."""
+    CLOSED = auto()
+
+
+class _Scratch(threading.local):
+    """The buffer of every read of a thread's loop: it is full between two calls only."""
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(_READ_SIZE))
+
+
+_SCRATCH: Final = _Scratch()
+
+
+class SecureTransport(asyncio.Transport):
+    """An encrypted transport over another transport.
+
+    Make one with :func:`~hybridkex.aio.create_connection` or its fellows.
+
+    ``get_extra_info`` knows ``hybridkex_session`` (the :class:`~hybridkex.Session`), ``peercert``,
+    ``cipher``, ``ssl_object``, ``sslcontext`` (the configuration), and all that the transport below
+    knows (``peername``, ``sockname``, ``socket``).
+    """
+
+    def __init__(
+        self,
+        protocol: asyncio.BaseProtocol,
+        config: ClientConfig | ServerConfig,
+        *,
+        server_hostname: str | None = None,
+        handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+        shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT,
+        call_connection_made: bool = True,
+        ready: "asyncio.Future[None] | None" = None,
+    ) -> None:
+        super().__init__()
+        self._loop = asyncio.get_running_loop()
+        self._config = config
+        self._connection: ClientConnection | ServerConnection
+        if isinstance(config, ClientConfig):
+            self._connection = ClientConnection(config, server_hostname)
+        else:
+            self._connection = ServerConnection(config)
+        self._answers = Answers(config, self._connection)
+        self._handshake_timeout = handshake_timeout
+        self._shutdown_timeout = shutdown_timeout
+        self._announce = call_connection_made
+        self._announced = not call_connection_made
+        self._ready = ready
+        self._session: Session | None = None
+        self._state = _State.HANDSHAKE
+        self._failure: SecureConnectionError | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        # What was decrypted and not delivered: while reading is paused.
+        self._held: deque[bytearray] = deque()
+        self._reading_paused = False
+        self._raw_paused = False
+        self._end_delivered = False
+        # What was written and not encrypted.
+        self._outgoing: list[bytes] = []
+        self._outgoing_size = 0
+        self._flush_due = False
+        self._in_read = False
+        self._aborted = False
+        self._ignored_writes = 0
+        self._raw: asyncio.Transport | None = None
+        self.receiver: Final = _Receiver(self)
+        self.set_protocol(protocol)
+
+    # --- what it is ---------------------------------------------------------------------------
+
+    @property
+    def session(self) -> Session:
+        """What the keys rest on.
+
+        Raises:
+            LocalStateError: the handshake is not complete.
+        """
+        if self._session is None:
+            raise LocalStateError("the handshake is not complete")
+        return self._session
+
+    def export(self, label: bytes, context: bytes, length: int) -> Secret:
+        """Keying material for a protocol above: ``length`` bytes (RFC 9846 section 7.5).
+
+        Raises:
+            LocalStateError: the handshake is not complete.
+        """
+        return self._connection.export(label, context, length)
+
+    def update_keys(self, *, request_peer: bool = False) -> None:
+        """Change our sending key, and ask the peer for the same (RFC 9846 section 4.7.3).
+
+        Raises:
+            LocalStateError: the handshake is not complete, or the sending direction is closed.
+        """
+        self._flush()
+        self._connection.update_keys(request_peer=request_peer)
+        self._send_output()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """What is known about the connection; see the class."""
+        if name == "sslcontext":
+            return self._config
+        if self._session is not None:
+            if name == "hybridkex_session":
+                return self._session
+            if name == "ssl_object":
+                return SslObject(self._session, server_side=isinstance(self._config, ServerConfig))
+            if name == "cipher":
+                return cipher_of(self._session)
+            if name == "peercert":
+                return peercert_of(self._session)
+        return default if self._raw is None else self._raw.get_extra_info(name, default)
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Use another protocol from now on."""
+        self._protocol = protocol
+        self._buffered = isinstance(protocol, asyncio.BufferedProtocol)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        """The application's protocol."""
+        return self._protocol
+
+    def keep(self, plain: object) -> None:
+        """Keep an object for as long as this transport lives: a StreamWriter that nobody refers to
+        closes its transport, which is the one below."""
+        self._kept = plain
+
+    def is_closing(self) -> bool:
+        """Whether the transport is closed or being closed."""
+        return self._state in (_State.CLOSING, _State.CLOSED)
+
+    # --- the handshake ------------------------------------------------------------------------
+
+    def attach(self, raw: asyncio.Transport) -> None:
+        """Begin the handshake over a connected transport, which belongs to this one from now on."""
+        self._raw = raw
+        self._timer = self._loop.call_later(self._handshake_timeout, self._handshake_late)
+        if self._answers.refreshes:
+            self._wait_for(self._refresh_and_begin())
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        if isinstance(self._connection, ClientConnection):
+            self._connection.start()
+        self._advance_handshake()
+
+    async def _refresh_and_begin(self) -> None:
+        await self._answers.refresh()
+        if isinstance(self._connection, ClientConnection):
+            self._connection.start()
+
+    def _advance_handshake(self) -> None:
+        """What the handshake makes of the bytes that have come."""
+        connection = self._connection
+        try:
+            while not connection.handshake_complete:
+                event = connection.next_event()
+                if event is None:
+                    break
+                if isinstance(event, SessionProposed) and not self._answers.waits(event):
+                    self._answers.give_at_once(event)
+                elif isinstance(event, PskWanted | SessionProposed):
+                    self._send_output()
+                    self._wait_for(self._answers.give(event))
+                    return
+        except HybridkexError as error:
+            self._fail(error)
+            return
+        self._send_output()
+        if connection.handshake_complete:
+            self._open()
+
+    def _wait_for(self, answer: Coroutine[Any, Any, None]) -> None:
+        """Wait for a key source or a file; nothing is read meanwhile."""
+        self._pause_raw()
+        self._task = self._loop.create_task(answer)
+        self._task.add_done_callback(self._answered)
+
+    def _answered(self, task: "asyncio.Task[None]") -> None:
+        self._task = None
+        if task.cancelled() or self._state is not _State.HANDSHAKE:
+            return
+        error = task.exception()
+        if isinstance(error, HybridkexError):
+            self._fail(error)
+        elif error is not None:
+            self._loop.call_exception_handler(
+                {"message": "a PSK source or verifier failed", "exception": error}
+            )
+            self._fail(InternalError("a PSK source or verifier failed"))
+        else:
+            self._resume_raw()
+            self._advance_handshake()
+
+    def _handshake_late(self) -> None:
+        error = HandshakeTimeout(f"no handshake within {self._handshake_timeout:g} seconds")
+        self._connection.abort(error)
+        self._fail(error)
+
+    def _open(self) -> None:
+        self._session = self._connection.session
+        self._state = _State.OPEN
+        self._stop_timer()
+        if self._announce:
+            self._announced = True
+            self._protocol.connection_made(self)
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_result(None)
+        self._in_read = True
+        try:
+            self._take_events()
+        finally:
+            self._in_read = False
+            self._flush()
+
+    # --- reading ------------------------------------------------------------------------------
+
+    def received(self, data: memoryview) -> None:
+        """Bytes from the transport below; they are gone when this returns."""
+        if self._state is _State.HANDSHAKE:
+            try:
+                self._connection.receive_data(bytes(data))
+            except HybridkexError as error:
+                self._fail(error)
+            else:
+                self._advance_handshake()
+            return
+        if self._state is _State.CLOSED or self._failure is not None:
+            return
+        self._in_read = True
+        try:
+            self._connection.receive_data(data)
+            self._take_events()
+        except HybridkexError as error:
+            self._fail(error)
+        finally:
+            self._in_read = False
+            self._flush()
+
+    def _take_events(self) -> None:
+        """All that the engine has, to the application, or aside while it has paused reading."""
+        next_event = self._connection.next_event
+        try:
+            while (event := next_event()) is not None:
+                if type(event) is ApplicationData and self._state is _State.OPEN:
+                    if self._reading_paused:
+                        self._held.append(event.data)
+                    else:
+                        self._deliver(event.data)
+        except HybridkexError as error:
+            self._fail(error)
+            return
+        if self._connection.close_received:
+            self._deliver_end()
+        if self._connection.has_data_to_send:
+            self._send_output()  # a KeyUpdate or an alert that answers the peer
+
+    def _deliver(self, data: bytearray) -> None:
+        protocol: Any = self._protocol
+        if not self._buffered:
+            protocol.data_received(bytes(data))
+            return
+        view = memoryview(data)
+        while view:
+            buffer = memoryview(protocol.get_buffer(len(view))).cast("B")
+            size = min(len(buffer), len(view))
+            if not size:
+                raise RuntimeError("get_buffer() returned an empty buffer")
+            buffer[:size] = view[:size]
+            view = view[size:]
+            protocol.buffer_updated(size)
+
+    def _deliver_end(self) -> None:
+        """Tell the application of the peer's close_notify, once and after all data."""
+        if self._state is _State.CLOSING:
+            self._close_raw()
+        elif self._state is _State.OPEN and not self._held and not self._end_delivered:
+            self._end_delivered = True
+            protocol: Any = self._protocol
+            if not protocol.eof_received():
+                self.close()
+
+    def ended(self) -> bool:
+        """The transport below has ended; whether it shall stay open for writing."""
+        if self._state is _State.OPEN and self._connection.close_received:
+            return True
+        if self._state in (_State.HANDSHAKE, _State.OPEN) and self._failure is None:
+            try:
+                self._connection.receive_data(b"")
+            except HybridkexError as error:
+                self._fail(error)
+        return False
+
+    def is_reading(self) -> bool:
+        """Whether data is delivered as it comes."""
+        return self._state is _State.OPEN and not self._reading_paused
+
+    def pause_reading(self) -> None:
+        """Deliver no data until :meth:`resume_reading`."""
+        if self._reading_paused or self._state is not _State.OPEN:
+            return
+        self._reading_paused = True
+        self._pause_raw()
+
+    def resume_reading(self) -> None:
+        """Deliver data again, that which waits first."""
+        if not self._reading_paused or self._state is not _State.OPEN:
+            return
+        self._reading_paused = False
+        self._loop.call_soon(self._resume)
+
+    def _resume(self) -> None:
+        try:
+            self._deliver_held()
+        except Exception as error:
+            # As asyncio does it where data_received fails.
+            self._loop.call_exception_handler(
+                {"message": "protocol.data_received() failed", "exception": error}
+            )
+            self._fail(InternalError("the application's protocol failed"))
+
+    def _deliver_held(self) -> None:
+        while self._held and not self._reading_paused and self._state is _State.OPEN:
+            self._deliver(self._held.popleft())
+        if self._reading_paused or self._state is not _State.OPEN:
+            return
+        if self._connection.close_received:
+            self._deliver_end()
+        if self._state is _State.OPEN:
+            self._resume_raw()
+
+    def _pause_raw(self) -> None:
+        assert self._raw is not None
+        if not self._raw_paused:
+            self._raw_paused = True
+            self._raw.pause_reading()
+
+    def _resume_raw(self) -> None:
+        assert self._raw is not None
+        if self._raw_paused:
+            self._raw_paused = False
+            self._raw.resume_reading()
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send data; it never blocks.
+
+        Raises:
+            RuntimeError: ``write_eof`` was called.
+        """
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise TypeError(f"data must be bytes-like, not {type(data).__name__}")
+        if self._connection.close_sent and self._state is _State.OPEN:
+            raise RuntimeError("Cannot call write() after write_eof()")
+        if self._state is not _State.OPEN:
+            self._ignored_writes += 1
+            if self._ignored_writes == _IGNORED_WRITES:
+                _log.warning("data is written to a transport that is closed")
+            return
+        if len(data) < _JOIN if type(data) is bytes else memoryview(data).nbytes < _JOIN:
+            self._outgoing.append(bytes(data))
+            self._outgoing_size += len(self._outgoing[-1])
+            if self._outgoing_size >= _JOIN:
+                self._flush()
+            elif not self._in_read and not self._flush_due:
+                self._flush_due = True
+                self._loop.call_soon(self._flush_later)
+            return
+        self._flush()
+        self._encrypt(memoryview(data).cast("B"))
+
+    def _flush_later(self) -> None:
+        self._flush_due = False
+        self._flush()
+
+    def _flush(self) -> None:
+        """Send the small writes that wait."""
+        if not self._outgoing:
+            return
+        outgoing, self._outgoing, self._outgoing_size = self._outgoing, [], 0
+        if self._state is _State.OPEN:
+            self._encrypt(memoryview(outgoing[0] if len(outgoing) == 1 else b"".join(outgoing)))
+
+    def _encrypt(self, view: memoryview) -> None:
+        try:
+            for start in range(0, len(view), _SEND_SIZE):
+                self._connection.send_data(view[start : start + _SEND_SIZE])
+                self._send_output()
+        except HybridkexError as error:
+            self._fail(error)
+
+    def _send_output(self) -> None:
+        if self._connection.has_data_to_send and self._raw is not None:
+            self._raw.write(self._connection.data_to_send())
+
+    def can_write_eof(self) -> bool:
+        """TLS 1.3 has half-close: always true."""
+        return True
+
+    def write_eof(self) -> None:
+        """Send close_notify: no more data will come from us. Receiving goes on."""
+        if self._state is not _State.OPEN or self._connection.close_sent:
+            return
+        self._flush()
+        self._connection.send_close()
+        self._send_output()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """The marks, in bytes of ciphertext, at which ``pause_writing`` and its pair are called."""
+        assert self._raw is not None
+        self._raw.set_write_buffer_limits(high, low)
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        """Low and high mark, in bytes."""
+        assert self._raw is not None
+        return self._raw.get_write_buffer_limits()
+
+    def get_write_buffer_size(self) -> int:
+        """Bytes that wait to be sent."""
+        return self._outgoing_size + (0 if self._raw is None else self._raw.get_write_buffer_size())
+
+    def writing_paused(self, paused: bool) -> None:
+        """The transport below is full, or has room again."""
+        if not self._announced:
+            return
+        if paused:
+            self._protocol.pause_writing()
+        else:
+            self._protocol.resume_writing()
+
+    # --- the end ------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Send what was written and close_notify, and close when the peer has answered it.
+
+        Data that comes meanwhile is dropped. A peer that has not answered within the shutdown
+        timeout is cut off.
+        """
+        if self._state is _State.HANDSHAKE:
+            self.abort()
+            return
+        if self._state is not _State.OPEN:
+            return
+        self._flush()
+        if not self._connection.close_sent and self._failure is None:
+            self._connection.send_close()
+            self._send_output()
+        self._state = _State.CLOSING
+        self._held.clear()
+        if self._connection.close_received or self._failure is not None:
+            self._close_raw()
+            return
+        self._timer = self._loop.call_later(self._shutdown_timeout, self._abort_raw)
+        self._resume_raw()
+
+    def abort(self) -> None:
+        """Close at once; what waits is lost, and the peer is not told."""
+        if self._state is _State.CLOSED:
+            return
+        if self._failure is None:
+            self._failure = _connection_error(LocalStateError("the connection was aborted"))
+            self._aborted = True
+        self._abort_raw()
+
+    def _abort_raw(self) -> None:
+        self._stop()
+        if self._raw is not None:
+            self._raw.abort()
+
+    def _close_raw(self) -> None:
+        """Close the transport below once it has sent what it holds; it has a time limit."""
+        self._stop()
+        assert self._raw is not None
+        self._timer = self._loop.call_later(self._shutdown_timeout, self._abort_raw)
+        self._raw.close()
+
+    def _stop(self) -> None:
+        self._stop_timer()
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _fail(self, error: HybridkexError) -> None:
+        """Send the alert, if there is one, and close."""
+        if self._failure is not None or self._state is _State.CLOSED:
+            return
+        self._failure = _connection_error(error)
+        self._state = _State.CLOSING
+        self._stop()
+        self._held.clear()
+        self._outgoing.clear()
+        self._outgoing_size = 0
+        assert self._raw is not None
+        self._send_output()
+        self._timer = self._loop.call_later(_ALERT_TIMEOUT, self._abort_raw)
+        self._raw.close()
+
+    def lost(self, error: Exception | None) -> None:
+        """The transport below is gone."""
+        was = self._state
+        self._state = _State.CLOSED
+        self._stop()
+        self._held.clear()
+        failure: Exception | None = self._failure or error
+        if failure is None and was is _State.HANDSHAKE:
+            failure = _connection_error(TruncationError("the connection was closed"))
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(failure or ConnectionAbortedError("the transport was closed"))
+        elif self._announced:
+            self._protocol.connection_lost(None if self._aborted else failure)
+        elif self._ready is None:
+            _LINES.log(logging.WARNING, "%s: %s", self._peer, failure)
+
+    @property
+    def _peer(self) -> str:
+        """The other end, for a log."""
+        address = None if self._raw is None else self._raw.get_extra_info("peername")
+        return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "a local peer"
+
+
+def _connection_error(cause: HybridkexError) -> SecureConnectionError:
+    error = SecureConnectionError(str(cause))
+    error.__cause__ = cause
+    return error
+
+
+class _Receiver(asyncio.BufferedProtocol):
+    """The protocol of the transport below."""
+
+    def __init__(self, transport: SecureTransport) -> None:
+        self._transport = transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport.attach(cast(asyncio.Transport, transport))  # uvloop's are not asyncio's
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return _SCRATCH.view
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._transport.received(_SCRATCH.view[:nbytes])
+
+    def eof_received(self) -> bool:
+        return self._transport.ended()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport.lost(exc)
+
+    def pause_writing(self) -> None:
+        self._transport.writing_paused(True)
+
+    def resume_writing(self) -> None:
+        self._transport.writing_paused(False)

@@ -1,0 +1,68 @@
+"""Runs a coroutine on asyncio or uvloop, with asyncio's debug mode on."""
+
+import asyncio
+import gc
+import warnings
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from hybridkex import ClientConfig, DevCa, ServerConfig, TrustStore
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@pytest.fixture(scope="session")
+def ca() -> DevCa:
+    return DevCa.create()
+
+
+@pytest.fixture(scope="session")
+def client_config(ca: DevCa) -> ClientConfig:
+    return ClientConfig(verifier=TrustStore((ca.certificate,)))
+
+
+@pytest.fixture(scope="session")
+def server_config(ca: DevCa) -> ServerConfig:
+    return ServerConfig(identities=(ca.issue("localhost"),))
+
+
+def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
+    if name == "asyncio":
+        return asyncio.new_event_loop
+    uvloop = pytest.importorskip("uvloop", reason="uvloop is not installed: pip install uvloop")
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """``run(coroutine)``: its result, from a loop that has no task, error or socket left."""
+    factory = loop_factory(request.param)
+
+    def run_it(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        problems: list[dict[str, Any]] = []
+
+        async def watched() -> Any:
+            asyncio.get_running_loop().set_exception_handler(
+                lambda _loop, context: problems.append(context)
+            )
+            async with asyncio.timeout(60):
+                result = await coroutine
+            for _ in range(100):  # what was closed goes within a few turns
+                left = asyncio.all_tasks() - {asyncio.current_task()}
+                if not left:
+                    break
+                await asyncio.sleep(0.01)
+            assert not left
+            return result
+
+        with warnings.catch_warnings(), asyncio.Runner(loop_factory=factory, debug=True) as runner:
+            warnings.simplefilter("error")
+            result = runner.run(watched())
+        gc.collect()
+        assert problems == []
+        return result
+
+    return run_it

@@ -1,0 +1,542 @@
+"""The asyncio shell: streams, protocols, upgrades, on asyncio's loop and on uvloop."""
+
+import asyncio
+import contextlib
+import os
+import random
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run  # type: ignore[import-not-found]  # tests/aio
+
+from hybridkex import X25519, ClientConfig, DevCa, Policy, Requirement, ServerConfig, TrustStore
+from hybridkex.aio import (
+    SecureConnectionError,
+    SecureTransport,
+    create_connection,
+    create_server,
+    open_connection,
+    start_server,
+    upgrade,
+)
+from hybridkex.auth.dev_ca import write_identity
+from hybridkex.errors import (
+    CertificateRejected,
+    HandshakeTimeout,
+    LocalStateError,
+    TruncationError,
+)
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+
+
+@asynccontextmanager
+async def serving(
+    config: ServerConfig, handler: Handler = echo, **options: Any
+) -> AsyncIterator[int]:
+    server = await start_server(handler, "127.0.0.1", 0, config, **options)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+async def connect(port: int, config: ClientConfig, **options: Any) -> Streams:
+    return await open_connection("127.0.0.1", port, config, server_hostname="localhost", **options)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110  # what is waited for has no event
+        await asyncio.sleep(0.005)
+
+
+async def closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    await writer.wait_closed()
+
+
+def test_echo(run: Run, client_config: ClientConfig, server_config: ServerConfig) -> None:
+    async def main() -> None:
+        async with serving(server_config) as port:
+            reader, writer = await connect(port, client_config)
+            for size in (1, 100, 1 << 14, (1 << 14) + 1, 1 << 20):
+                data = os.urandom(size)
+                writer.write(data)
+                assert await reader.readexactly(size) == data
+            session = writer.get_extra_info("hybridkex_session")
+            assert session.group == "X25519MLKEM768"
+            await closed(writer)
+
+    run(main())
+
+
+def test_what_is_known_of_a_connection(
+    run: Run, ca: DevCa, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    server_config = replace(server_config, alpn=("h2", "http/1.1"))
+    client_config = replace(client_config, alpn=("http/1.1",))
+
+    async def main() -> None:
+        async with serving(server_config) as port:
+            _, writer = await connect(port, client_config)
+            known = writer.get_extra_info
+            assert known("peername") == ("127.0.0.1", port)
+            assert known("sockname")[0] == "127.0.0.1"
+            assert known("socket").fileno() >= 0
+            assert known("sslcontext") is client_config
+            assert known("cipher") == known("ssl_object").cipher()
+            assert known("cipher")[1] == "TLSv1.3"
+            assert known("ssl_object").version() == "TLSv1.3"
+            assert known("ssl_object").selected_alpn_protocol() == "http/1.1"
+            assert known("peercert")["subjectAltName"] == (("DNS", "localhost"),)
+            assert known("no such thing", 5) == 5
+            await closed(writer)
+
+    run(main())
+
+
+def test_peercert_is_what_the_ssl_module_gives(
+    run: Run, tmp_path: Path, ca: DevCa, client_config: ClientConfig
+) -> None:
+    identity = ca.issue("localhost", "127.0.0.1")
+    write_identity(tmp_path, ca, identity)
+    theirs = ssl._ssl._test_decode_cert(str(tmp_path / "cert.pem"))  # type: ignore[attr-defined]
+
+    async def main() -> Any:
+        async with serving(ServerConfig(identities=(identity,))) as port:
+            _, writer = await connect(port, client_config)
+            found = writer.get_extra_info("peercert")
+            await closed(writer)
+            return found
+
+    found = run(main())
+    assert {"subject", "issuer", "subjectAltName", "notAfter"} <= found.keys()
+    assert found == {name: theirs[name] for name in found}
+
+
+def test_half_close_in_both_directions(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    async def upper(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write((await reader.read()).upper())
+        await closed(writer)
+
+    async def main() -> None:
+        async with serving(server_config, upper) as port:
+            reader, writer = await connect(port, client_config)
+            writer.write(b"half")
+            assert writer.can_write_eof()
+            writer.write_eof()
+            with pytest.raises(RuntimeError):
+                writer.write(b"more")
+            assert await reader.read() == b"HALF"
+            await closed(writer)
+
+    run(main())
+
+
+def test_a_reader_that_never_reads_holds_little(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    """The peer's writes stop; what this side holds is bounded by one read and the limit."""
+    total = 16 << 20
+
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < total:
+                writer.write(bytes(1 << 16))
+                sent += 1 << 16
+                await writer.drain()
+                assert writer.transport.get_write_buffer_size() < 1 << 20
+        writer.close()
+
+    async def main() -> None:
+        async with serving(server_config, flood) as port:
+            reader, writer = await connect(port, client_config)
+            await asyncio.sleep(0.3)
+            held = sum(map(len, writer.transport._held)) + len(reader._buffer)  # type: ignore[attr-defined]
+            assert held <= (1 << 18) + 2 * (1 << 16)
+            assert len(await reader.readexactly(total)) == total
+            assert await reader.read() == b""
+            await closed(writer)
+
+    run(main())
+
+
+def test_writes_are_joined(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    async def main() -> None:
+        async with serving(server_config) as port:
+            reader, writer = await connect(port, client_config)
+            sent: list[int] = []
+            raw = writer.transport._raw  # type: ignore[attr-defined]
+            write = raw.write
+            raw_write = lambda data: (sent.append(len(data)), write(data))[1]  # noqa: E731
+            try:
+                raw.write = raw_write
+            except AttributeError:
+                raw_write = None  # uvloop's transports are closed to that
+            for piece in (b"a", b"b", b"c"):
+                writer.write(piece)
+            assert await reader.readexactly(3) == b"abc"
+            if raw_write is not None:
+                assert len(sent) == 1
+            await closed(writer)
+
+    run(main())
+
+
+@pytest.mark.parametrize("cut", [0, 1, 5, 400])
+def test_a_peer_that_goes_away(run: Run, client_config: ClientConfig, cut: int) -> None:
+    async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(cut or 1)
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(leave, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(SecureConnectionError) as caught:
+            await connect(port, client_config)
+        assert isinstance(caught.value.__cause__, TruncationError)
+        server.close()
+        await server.wait_closed()
+
+    run(main())
+
+
+def test_a_peer_that_is_silent(run: Run, client_config: ClientConfig) -> None:
+    async def main() -> None:
+        gone = asyncio.Event()
+
+        async def wait(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+            gone.set()
+
+        server = await asyncio.start_server(wait, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(SecureConnectionError) as caught:
+            await connect(port, client_config, handshake_timeout=0.2)
+        assert isinstance(caught.value.__cause__, HandshakeTimeout)
+        await gone.wait()
+        server.close()
+        await server.wait_closed()
+
+    run(main())
+
+
+def test_a_server_that_is_not_trusted(run: Run, server_config: ServerConfig) -> None:
+    other = ClientConfig(verifier=TrustStore((DevCa.create().certificate,)))
+
+    async def main() -> None:
+        async with serving(server_config) as port:
+            with pytest.raises(SecureConnectionError) as caught:
+                await connect(port, other)
+            assert isinstance(caught.value.__cause__, CertificateRejected)
+
+    run(main())
+
+
+def test_truncation_is_an_error(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"half of it")
+        await writer.drain()
+        writer.transport._raw.close()  # type: ignore[attr-defined]
+
+    async def main() -> None:
+        async with serving(server_config, cut) as port:
+            reader, writer = await connect(port, client_config)
+            with pytest.raises(SecureConnectionError) as caught:
+                await reader.read()
+            assert isinstance(caught.value.__cause__, TruncationError)
+            writer.close()
+
+    run(main())
+
+
+def test_rubbish_after_the_handshake(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    async def rubbish(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport._raw.write(b"\x17\x03\x03\x00\x20" + bytes(32))  # type: ignore[attr-defined]
+        with pytest.raises(SecureConnectionError, match="bad_record_mac"):
+            await reader.read()
+        writer.close()
+
+    async def main() -> None:
+        async with serving(server_config, rubbish) as port:
+            reader, writer = await connect(port, client_config)
+            with pytest.raises(SecureConnectionError):
+                await reader.read()
+            writer.close()
+
+    run(main())
+
+
+def test_abort_in_each_state(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    class Watch(asyncio.Protocol):
+        lost: "list[Exception | None]"
+
+        def __init__(self) -> None:
+            self.lost = []
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.lost.append(exc)
+
+    async def main() -> None:
+        async with serving(server_config) as port:
+            for prepare in (
+                lambda _: None,
+                lambda one: one.write(bytes(1 << 22)),
+                lambda one: one.pause_reading(),
+                lambda one: one.write_eof(),
+                lambda one: one.close(),
+                lambda one: one.abort(),
+            ):
+                transport, protocol = await create_connection(
+                    Watch, "127.0.0.1", port, client_config, server_hostname="localhost"
+                )
+                prepare(transport)
+                transport.abort()
+                transport.abort()
+                await until(lambda: bool(protocol.lost))  # noqa: B023
+                await asyncio.sleep(0.02)
+                assert protocol.lost == [None]
+                assert transport.is_closing()
+                transport.write(b"into the void")
+
+    run(main())
+
+
+def test_connecting_is_cancelled_at_each_step(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    async def main() -> None:
+        async with serving(server_config) as port:
+            for turns in range(30):
+                task = asyncio.ensure_future(connect(port, client_config))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    _, writer = await task
+                    await closed(writer)
+            _, writer = await connect(port, client_config)
+            await closed(writer)
+
+    run(main())
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_an_upgrade_in_the_middle(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig, early: bool
+) -> None:
+    """As STARTTLS; plain bytes that an attacker puts ahead of the handshake are refused."""
+
+    async def server_side(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert await reader.readline() == b"STARTTLS\n"
+        writer.write(b"go\ninjected" if early else b"go\n")
+        await writer.drain()
+        with contextlib.suppress(ConnectionError):
+            await echo(*await upgrade(reader, writer, server_config))
+
+    async def main() -> None:
+        server = await asyncio.start_server(server_side, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"STARTTLS\n")
+        assert await reader.readline() == b"go\n"
+        if early:
+            with pytest.raises(LocalStateError):
+                await upgrade(reader, writer, client_config, server_hostname="localhost")
+        else:
+            reader, writer = await upgrade(
+                reader, writer, client_config, server_hostname="localhost"
+            )
+            writer.write(b"secret")
+            assert await reader.readexactly(6) == b"secret"
+            await closed(writer)
+        server.close()
+        await server.wait_closed()
+
+    run(main())
+
+
+def test_a_buffered_protocol(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    class Small(asyncio.BufferedProtocol):
+        def __init__(self) -> None:
+            self.buffer, self.got = bytearray(7), bytearray()
+
+        def get_buffer(self, sizehint: int) -> bytearray:
+            return self.buffer
+
+        def buffer_updated(self, nbytes: int) -> None:
+            self.got += self.buffer[:nbytes]
+
+    async def main() -> None:
+        async with serving(server_config) as port:
+            transport, protocol = await create_connection(
+                Small, "127.0.0.1", port, client_config, server_hostname="localhost"
+            )
+            data = os.urandom(100_000)
+            transport.write(data)
+            await until(lambda: len(protocol.got) == len(data))
+            assert protocol.got == data
+            transport.close()
+            await until(lambda: transport._state.name == "CLOSED")
+
+    run(main())
+
+
+def test_random_pauses_and_sizes(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    """Every byte arrives once and in order, however the application pauses."""
+    chance = random.Random(20261126)
+
+    class Picky(asyncio.Protocol):
+        transport: SecureTransport
+
+        def __init__(self) -> None:
+            self.got = bytearray()
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, SecureTransport)
+            self.transport = transport
+
+        def data_received(self, data: bytes) -> None:
+            self.got += data
+            if chance.random() < 0.5:
+                self.transport.pause_reading()
+                asyncio.get_running_loop().call_later(
+                    chance.random() / 500, self.transport.resume_reading
+                )
+
+    async def main() -> None:
+        async with serving(server_config) as port:
+            transport, protocol = await create_connection(
+                Picky, "127.0.0.1", port, client_config, server_hostname="localhost"
+            )
+            sent = bytearray()
+            while len(sent) < 1 << 20:
+                piece = os.urandom(chance.choice((1, 10, 1000, 20_000, 100_000)))
+                sent += piece
+                transport.write(piece)
+                await asyncio.sleep(0)
+            transport.write_eof()
+            await until(lambda: transport._state.name == "CLOSED")
+            assert protocol.got == sent
+
+    run(main())
+
+
+def test_a_stock_client(run: Run, tmp_path: Path, ca: DevCa, server_config: ServerConfig) -> None:
+    """The ssl module as the client, which has no ML-KEM before OpenSSL 3.5."""
+    write_identity(tmp_path, ca, ca.issue("localhost"))
+    config = replace(
+        server_config, groups=(X25519,), policy=Policy(post_quantum=Requirement.PREFER)
+    )
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+
+    async def main() -> None:
+        async with serving(config) as port:
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", port, ssl=context, server_hostname="localhost"
+            )
+            writer.write(b"hello" * 1000)
+            assert await reader.readexactly(5000) == b"hello" * 1000
+            await closed(writer)
+
+    run(main())
+
+
+def test_a_stock_server(run: Run, tmp_path: Path, ca: DevCa, client_config: ClientConfig) -> None:
+    write_identity(tmp_path, ca, ca.issue("localhost"))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    config = replace(
+        client_config, groups=(X25519,), policy=Policy(post_quantum=Requirement.PREFER)
+    )
+
+    async def main() -> None:
+        server = await asyncio.start_server(echo, "127.0.0.1", 0, ssl=context)
+        port = server.sockets[0].getsockname()[1]
+        reader, writer = await connect(port, config)
+        writer.write(b"hello" * 1000)
+        assert await reader.readexactly(5000) == b"hello" * 1000
+        await closed(writer)
+        server.close()
+        await server.wait_closed()
+
+    run(main())
+
+
+def test_strangers_do_not_end_a_server(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    async def main() -> None:
+        async with serving(server_config, handshake_timeout=0.3) as port:
+            for rubbish in (b"", b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\x00\x05\x01", bytes(99)):
+                for _ in range(25):
+                    _, writer = await asyncio.open_connection("127.0.0.1", port)
+                    writer.write(rubbish)
+                    if random.random() < 0.5:
+                        writer.transport.abort()
+                    else:
+                        await closed(writer)
+            reader, writer = await connect(port, client_config)
+            writer.write(b"still here")
+            assert await reader.readexactly(10) == b"still here"
+            await closed(writer)
+
+    run(main())
+
+
+def test_servers_take_a_server_config(run: Run, client_config: ClientConfig) -> None:
+    async def main() -> None:
+        with pytest.raises(TypeError, match="ServerConfig"):
+            await create_server(asyncio.Protocol, "127.0.0.1", 0, client_config)  # type: ignore[arg-type]
+
+    run(main())
+
+
+def test_closing_right_after_a_pause(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    """The peer's close_notify is read even if reading was about to be resumed."""
+
+    async def main() -> None:
+        async with serving(server_config) as port:
+            reader, writer = await connect(port, client_config, shutdown_timeout=20)
+            for _ in range(10):
+                writer.write(bytes(1 << 20))
+                await reader.readexactly(1 << 20)
+            async with asyncio.timeout(10):
+                await closed(writer)
+
+    run(main())

@@ -123,7 +123,7 @@ class SecureTransport(asyncio.Transport):
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         # What was decrypted and not delivered: while reading is paused.
-        self._held: deque[bytearray] = deque()
+        self._held: deque[bytes] = deque()
         self._reading_paused = False
         self._raw_paused = False
         self._end_delivered = False
@@ -329,10 +329,10 @@ class SecureTransport(asyncio.Transport):
         if self._connection.has_data_to_send:
             self._send_output()  # a KeyUpdate or an alert that answers the peer
 
-    def _deliver(self, data: bytearray) -> None:
+    def _deliver(self, data: bytes) -> None:
         protocol: Any = self._protocol
         if not self._buffered:
-            protocol.data_received(bytes(data))
+            protocol.data_received(data)
             return
         view = memoryview(data)
         while view:

@@ -3,14 +3,13 @@
 import asyncio
 import gc
 import warnings
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+from aio_glue import Run, loop_factory
 
 from hybridkex import ClientConfig, DevCa, ServerConfig, TrustStore
-
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 
 @pytest.fixture(scope="session")
@@ -26,14 +25,6 @@ def client_config(ca: DevCa) -> ClientConfig:
 @pytest.fixture(scope="session")
 def server_config(ca: DevCa) -> ServerConfig:
     return ServerConfig(identities=(ca.issue("localhost"),))
-
-
-def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
-    if name == "asyncio":
-        return asyncio.new_event_loop
-    uvloop = pytest.importorskip("uvloop", reason="uvloop is not installed: pip install uvloop")
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run  # type: ignore[import-not-found]  # tests/aio
+from aio_glue import Run
 
 from hybridkex import X25519, ClientConfig, DevCa, Policy, Requirement, ServerConfig, TrustStore
 from hybridkex.aio import (

@@ -61,7 +61,7 @@ class SslObject:
         """The peer's certificate; see :meth:`ssl.SSLSocket.getpeercert`."""
         if not binary_form:
             return peercert_of(self.session)
-        shown = self.session.peer_certificate
+        shown = self.session.peer_credential
         return shown.chain[0] if isinstance(shown, PeerCertificate) else None
 
     def selected_alpn_protocol(self) -> str | None:
@@ -79,7 +79,7 @@ def peercert_of(session: Session) -> dict[str, Any] | None:
 
     ``None`` without a certificate; an empty dictionary where it was not verified.
     """
-    shown = session.peer_certificate
+    shown = session.peer_credential
     if not isinstance(shown, PeerCertificate):
         return None
     if session.verified_by == "insecure":

@@ -19,7 +19,7 @@ from hybridkex.cli.logs import add_log_options, set_up_logging
 from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.values import file_path, folder_path
-from hybridkex.errors import ConfigError
+from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.files import PUBLIC, write_file
 from hybridkex.kme.config import PRODUCERS, Address, load_config
 from hybridkex.kme.serve import KmeServer, Serving
@@ -33,9 +33,11 @@ from hybridkex.qkd.etsi014.pool_filling import (
 from hybridkex.qkd.pool import FilePool
 from hybridkex.qkd.source import canonical_key_id
 from hybridkex.qkd.store import write_key_file
-from hybridkex.text import json_line
+from hybridkex.text import get_logger, json_line
 
 __all__ = ["configure", "run"]
+
+LOG: Final = get_logger(__name__)
 
 SITES: Final = (("kme-a", "alice"), ("kme-b", "bob"))
 """KME ID and SAE ID of the two sites of ``dev-up``."""
@@ -55,7 +57,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     serve = commands.add_parser("serve", help="run the KMEs of a configuration file")
     describe(
         serve,
-        "Run the KMEs of a configuration file until a signal ends them.",
+        "Run the KMEs of a configuration file until a signal ends them. SIGHUP reads the file and "
+        "the certificates again; a file that cannot be used changes nothing.",
         examples=["kme serve kme.toml", "kme serve kme.toml --log-level info"],
         status="0 after SIGTERM or SIGINT, 1 when it cannot start",
         notes="See docs/kme.md.",
@@ -208,8 +211,8 @@ def _run_server(path: Path, log_level: str, announce: Callable[[Serving], None])
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                nursery.start_soon(_close_at_signal, signals, server)
+            with trio.open_signal_receiver(*_SIGNALS) as signals:
+                nursery.start_soon(_obey, signals, server, path)
                 try:
                     # Not in the nursery: an error shall come out as it is, not in a group.
                     await server.serve(task_status=_Announced(announce))
@@ -218,6 +221,9 @@ def _run_server(path: Path, log_level: str, announce: Callable[[Serving], None])
 
     run_trio(main)
     return 0
+
+
+_SIGNALS: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 
 class _Announced:
@@ -230,9 +236,25 @@ class _Announced:
         self._announce(value)
 
 
-async def _close_at_signal(signals: Any, server: KmeServer) -> None:
-    async for _ in signals:
-        server.close()
+async def _obey(signals: Any, server: KmeServer, path: Path) -> None:
+    async for number in signals:
+        if number == signal.SIGHUP:
+            _reload(server, path)
+        else:
+            server.close()
+
+
+def _reload(server: KmeServer, path: Path) -> None:
+    try:
+        server.reload(load_config(path))
+    except HybridkexError as error:
+        LOG.error("not reloaded, the old configuration stays: %s", error)  # noqa: TRY400
+    except Exception as error:
+        # Of a file that is odd in a way that nobody foresaw: it must not end the KME.
+        LOG.error("not reloaded, the old configuration stays: %s", type(error).__name__)  # noqa: TRY400
+        LOG.debug("the internal error", exc_info=error)
+    else:
+        LOG.warning("reloaded")
 
 
 # -- status

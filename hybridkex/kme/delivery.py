@@ -169,17 +169,11 @@ class Kme:
         ``self_pairs`` allows a slave that is attached here too, even the master itself;
         ``not_found_status`` is 400 by the standard and 404 in much of the field.
         """
-        everyone = [*saes, *(sae for attached in peers.values() for sae in attached)]
-        if not kme_id or kme_id in peers:
-            raise ConfigError("a KME needs an ID of its own")
-        if len(set(everyone)) != len(everyone) or {kme_id, *peers} & set(everyone):
-            raise ConfigError("SAE IDs and KME IDs must differ, and an SAE has one KME")
-        if not_found_status not in (400, 404):
-            raise ConfigError("not_found_status is 400 or 404")
+        self.check(kme_id, saes=saes, peers=peers, not_found_status=not_found_status)
         self.kme_id: Final = kme_id
-        self.saes: Final = saes
-        self.limits: Final = limits
-        self.not_found_status: Final = not_found_status
+        self.saes = saes
+        self.limits = limits
+        self.not_found_status = not_found_status
         self._store = store
         self._metrics = metrics
         self._links = {
@@ -191,6 +185,37 @@ class Kme:
         self.log: Final = BoundedLog(LOG)
         """For the lines that a stranger or an SAE can cause again and again."""
         self._buckets = {sae: TokenBucket(limits.rate, limits.burst) for sae in saes}
+
+    @staticmethod
+    def check(
+        kme_id: str,
+        *,
+        saes: frozenset[str],
+        peers: Mapping[str, frozenset[str]],
+        not_found_status: int,
+    ) -> None:
+        """Raise ``ConfigError`` for what a KME cannot be."""
+        everyone = [*saes, *(sae for attached in peers.values() for sae in attached)]
+        if not kme_id or kme_id in peers:
+            raise ConfigError("a KME needs an ID of its own")
+        if len(set(everyone)) != len(everyone) or {kme_id, *peers} & set(everyone):
+            raise ConfigError("SAE IDs and KME IDs must differ, and an SAE has one KME")
+        if not_found_status not in (400, 404):
+            raise ConfigError("not_found_status is 400 or 404")
+
+    def change(
+        self,
+        *,
+        saes: frozenset[str],
+        peers: Mapping[str, frozenset[str]],
+        limits: KmeLimits,
+        not_found_status: int,
+    ) -> None:
+        """Take new settings for the same peers, which :meth:`check` has passed."""
+        self.saes, self.limits, self.not_found_status = saes, limits, not_found_status
+        self._buckets = {sae: TokenBucket(limits.rate, limits.burst) for sae in saes}
+        for target, link in self._links.items():
+            link.saes = saes if target == self.kme_id else peers[target]
 
     @property
     def links(self) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
 """KMEs as running servers: sockets, TLS, producers, metrics, an orderly end."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Self
 
 import trio
 
@@ -15,7 +15,7 @@ from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import MAX_MESSAGE_BYTES, HttpPeer, LocalPeer
 from hybridkex.net.http import http_supervisor, serve_connection
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
-from hybridkex.qkd.etsi014.hop import client_hop, server_hop
+from hybridkex.qkd.etsi014.hop import Hop, client_hop, server_hop
 from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate, problems_of_certificate
 from hybridkex.qkd.etsi014.transport import KmeTransport
 from hybridkex.qkd.producer import KeyProducer, RandomProducer, random_link
@@ -49,17 +49,18 @@ class KmeServer:
         self._closing = trio.Event()
         self._stores: dict[str, KeyStore] = {}
         self._kmes: dict[str, Kme] = {}
+        self._settings: dict[str, _Settings] = {}
+        self._background: trio.Nursery | None = None
         try:
             for one in config.kme:
                 self._kmes[one.id] = self._make(one)
+                self._settings[one.id] = _Settings.of(one)
         except ConfigError:
             for store in self._stores.values():
                 store.close()
             raise
 
     def _make(self, config: KmeConfig) -> Kme:
-        for problem in problems_of_certificate(config.certificate, config.id, config.id_rule):
-            LOG.warning("%s: %s", config.id, problem)
         store = KeyStore(
             config.store,
             read_key_file(config.key_file),
@@ -69,7 +70,7 @@ class KmeServer:
         return Kme(
             config.id,
             saes=frozenset(config.saes),
-            peers={peer.id: frozenset(peer.saes) for peer in config.peer},
+            peers=_peers(config),
             store=store,
             limits=config.limits,
             metrics=self.metrics,
@@ -81,6 +82,62 @@ class KmeServer:
         """Begin an orderly end: no new connections, requests under way are answered."""
         self._closing.set()
 
+    def reload(self, config: ServeConfig) -> None:
+        """Put a new configuration into force, as a whole or not at all.
+
+        Certificates and authorities are read again, and SAEs, limits, timeouts and the URLs of
+        peers may change, for requests and connections from now on. Connections that are there stay.
+
+        Raises:
+            ConfigError: the configuration cannot be used, or changes what needs a restart; nothing
+                has changed.
+        """
+        new = {one.id: one for one in config.kme}
+        if new.keys() != self._kmes.keys() or config.metrics != self._config.metrics:
+            raise ConfigError("other KMEs or another address of the metrics need a restart")
+        settings: dict[str, _Settings] = {}
+        for kme_id, one in new.items():
+            old = self._settings[kme_id].config
+            for name, before, after in _fixed(old, one):
+                if before != after:
+                    raise ConfigError(f"{kme_id}: another {name} needs a restart")
+            Kme.check(
+                kme_id,
+                saes=frozenset(one.saes),
+                peers=_peers(one),
+                not_found_status=one.not_found_status,
+            )
+            settings[kme_id] = _Settings.of(one)
+        # From here on nothing can fail.
+        for kme_id, fresh in settings.items():
+            live, kme = self._settings[kme_id], self._kmes[kme_id]
+            for link in live.links.values():
+                self._retire(link, live.config.peer_timeout)
+            live.config, live.hop, live.links = fresh.config, fresh.hop, fresh.links
+            live.resize()
+            kme.change(
+                saes=frozenset(fresh.config.saes),
+                peers=_peers(fresh.config),
+                limits=fresh.config.limits,
+                not_found_status=fresh.config.not_found_status,
+            )
+            for peer_id, link in fresh.links.items():
+                kme.connect(peer_id, link)
+        self._config = config
+
+    def _retire(self, link: HttpPeer, seconds: float) -> None:
+        """Close a link to a peer once its last request has been answered, or given up."""
+
+        async def close() -> None:
+            try:
+                await trio.sleep(seconds + CLOSE_SECONDS)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await link.aclose()
+
+        if self._background is not None:
+            self._background.start_soon(close)
+
     async def serve(
         self, *, task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED
     ) -> None:
@@ -88,8 +145,9 @@ class KmeServer:
         async with AsyncExitStack() as stack:
             for store in self._stores.values():
                 stack.push_async_callback(store.aclose)
+            stack.push_async_callback(self._close_links)
             for one in self._config.kme:
-                await self._connect_peers(one, stack)
+                self._connect_peers(one)
             for one in self._config.kme:
                 for peer in one.peer:
                     if peer.url is None:
@@ -97,7 +155,7 @@ class KmeServer:
                         with suppress(KeySourceUnavailable):  # the store says so itself
                             await self._kmes[one.id].reconcile(peer.id, grace=0)
             producers, links = self._producers()
-            ports = [await self._kme_port(one, stack) for one in self._config.kme]
+            ports = [await self._kme_port(one, stack) for one in self._settings.values()]
             addresses = {
                 one.id: _address(port.listeners[0])
                 for one, port in zip(self._config.kme, ports, strict=True)
@@ -109,6 +167,7 @@ class KmeServer:
             # Three nurseries, ended from the inside out: no new connections, then no old ones,
             # then no more keys.
             async with trio.open_nursery() as background:
+                self._background = background
                 for one in self._config.kme:
                     background.start_soon(self._kmes[one.id].maintain)
                 for link in links:
@@ -127,22 +186,18 @@ class KmeServer:
 
     # -- links
 
-    async def _connect_peers(self, config: KmeConfig, stack: AsyncExitStack) -> None:
+    def _connect_peers(self, config: KmeConfig) -> None:
         kme = self._kmes[config.id]
         for peer in config.peer:
             if peer.url is None:
                 kme.connect(peer.id, LocalPeer(own_id=config.id, other=self._kmes[peer.id]))
-                continue
-            hop = client_hop(
-                config.tls, ca=config.ca, certificate=config.certificate, key=config.key
-            )
-            # A refusal names every block of the message, with its state.
-            transport = KmeTransport(
-                hop, _confirms(peer.id, config.id_rule), max_answer=2 * MAX_MESSAGE_BYTES
-            )
-            link = HttpPeer(peer.url, transport, config.peer_timeout)
-            stack.push_async_callback(link.aclose)
-            kme.connect(peer.id, link)
+        for peer_id, link in self._settings[config.id].links.items():
+            kme.connect(peer_id, link)
+
+    async def _close_links(self) -> None:
+        for settings in self._settings.values():
+            for link in settings.links.values():
+                await link.aclose()
 
     def _producers(
         self,
@@ -188,25 +243,24 @@ class KmeServer:
 
     # -- sockets
 
-    async def _kme_port(self, config: KmeConfig, stack: AsyncExitStack) -> "_Port":
-        hop = server_hop(config.tls, ca=config.ca, certificate=config.certificate, key=config.key)
-        peers = frozenset(peer.id for peer in config.peer)
-        of_peers = Budget(config.max_peer_connections, what="peer connections")
-        of_saes = Budget(config.max_connections, each=config.max_sae_connections)
+    async def _kme_port(self, settings: "_Settings", stack: AsyncExitStack) -> "_Port":
+        kme_id = settings.config.id
+        kme = self._kmes[kme_id]
         rejected = self.metrics.rejected
 
         async def handle(stream: trio.SocketStream, connection: Connection) -> None:
-            secure, certificate = await hop(stream, "")
+            config = settings.config
+            secure, certificate = await settings.hop(stream, "")
             caller = id_of_certificate(certificate, config.id_rule)
             if caller is None:
                 # Clause 5.1: without an SAE ID from the certificate, no connection.
-                rejected.labels(config.id, "no ID").inc()
+                rejected.labels(kme_id, "no ID").inc()
                 await trio.aclose_forcefully(secure)
                 return
-            connection.admit(of_peers if caller in peers else of_saes, caller)
-            kme = self._kmes[config.id]
+            of_a_peer = caller in _peers(config)
+            connection.admit(settings.of_peers if of_a_peer else settings.of_saes, caller)
             # What a KME announces must also get through: to its SAEs, and between KMEs.
-            needed = MAX_MESSAGE_BYTES if caller in peers else kme.limits.request_bytes
+            needed = MAX_MESSAGE_BYTES if of_a_peer else kme.limits.request_bytes
             limits = replace(config.http, max_body=max(config.http.max_body, needed))
             try:
                 await serve_connection(
@@ -222,17 +276,86 @@ class KmeServer:
 
         supervisor = Supervisor(
             handle,
-            name=config.id,
+            name=kme_id,
             logger=LOG,
-            handshakes=config.max_handshakes,
-            handshake_seconds=config.handshake_timeout,
-            on_failure=lambda kind: rejected.labels(config.id, kind).inc(),
+            handshakes=settings.config.max_handshakes,
+            handshake_seconds=settings.config.handshake_timeout,
+            on_failure=lambda kind: rejected.labels(kme_id, kind).inc(),
         )
-        return await _opened(config.listen, supervisor, stack)
+        return await _opened(settings.config.listen, supervisor, stack)
 
     async def _metrics_port(self, address: Address, stack: AsyncExitStack) -> "_Port":
         supervisor = http_supervisor(self.metrics.handle, "metrics", LOG, closing=self._closing)
         return await _opened(address, supervisor, stack)
+
+
+@dataclass(kw_only=True)
+class _Settings:
+    """What of a KME a new configuration may change, as it is in force."""
+
+    config: KmeConfig
+    hop: Hop
+    links: dict[str, HttpPeer]
+    """To peers in other processes."""
+    of_saes: Budget
+    of_peers: Budget
+
+    @classmethod
+    def of(cls, config: KmeConfig) -> Self:
+        """Reads the certificates. Raises ``ConfigError``."""
+        files = {"ca": config.ca, "certificate": config.certificate, "key": config.key}
+        hop = server_hop(config.tls, **files)
+        links = {}
+        for peer in config.peer:
+            if peer.url is not None:
+                # A refusal names every block of the message, with its state.
+                transport = KmeTransport(
+                    client_hop(config.tls, **files),
+                    _confirms(peer.id, config.id_rule),
+                    max_answer=2 * MAX_MESSAGE_BYTES,
+                )
+                links[peer.id] = HttpPeer(peer.url, transport, config.peer_timeout)
+        for problem in problems_of_certificate(config.certificate, config.id, config.id_rule):
+            LOG.warning("%s: %s", config.id, problem)
+        made = cls(
+            config=config,
+            hop=hop,
+            links=links,
+            of_saes=Budget(0),
+            of_peers=Budget(0, what="peer connections"),
+        )
+        made.resize()
+        return made
+
+    def resize(self) -> None:
+        """Let the budgets be those of the configuration."""
+        self.of_saes.total = self.config.max_connections
+        self.of_saes.each = self.config.max_sae_connections
+        self.of_peers.total = self.config.max_peer_connections
+
+
+def _peers(config: KmeConfig) -> dict[str, frozenset[str]]:
+    return {peer.id: frozenset(peer.saes) for peer in config.peer}
+
+
+def _fixed(old: KmeConfig, new: KmeConfig) -> Iterator[tuple[str, object, object]]:
+    """What a running KME cannot change: name, present and new value."""
+    for name in (
+        "listen",
+        "store",
+        "key_file",
+        "self_pairs",
+        "max_handshakes",
+        "handshake_timeout",
+    ):
+        yield name, getattr(old, name), getattr(new, name)
+    yield "key_size", old.limits.key_size, new.limits.key_size
+    for what, of in (
+        ("set of peers", lambda peer: peer.url is None),
+        ("producer", lambda peer: peer.producer),
+        ("link", lambda peer: peer.link),
+    ):
+        yield what, {one.id: of(one) for one in old.peer}, {one.id: of(one) for one in new.peer}
 
 
 @dataclass(frozen=True, kw_only=True)

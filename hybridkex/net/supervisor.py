@@ -132,7 +132,7 @@ class Budget:
         patience: float = PATIENCE,
     ) -> None:
         self.total = total
-        self._each = each
+        self.each = each
         self._what = what
         self._patience = patience
         self._count = 0
@@ -144,7 +144,7 @@ class Budget:
 
     def _take(self, connection: Connection, holder: Hashable) -> None:
         own = len(self._held.get(holder, ()))
-        if self._each is not None and own >= self._each:
+        if self.each is not None and own >= self.each:
             victim, age = self._victim(holder, only=True)
             if victim is None or age < self._patience:
                 raise TooManyConnections(f"{holder} has {own} {self._what} open")

@@ -1,0 +1,94 @@
+"""SIGHUP: a running KME takes a new configuration as a whole, or stays as it is."""
+
+import os
+import random
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from forked import Forkserver, until
+
+from hybridkex.cli import main
+from hybridkex.errors import ConfigError
+from hybridkex.kme.config import load_config
+from hybridkex.kme.serve import KmeServer
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    assert main(["kme", "dev-up", str(tmp_path / "s"), "--ports", "0,0", "--no-serve"]) == 0
+    return tmp_path / "s"
+
+
+def client(site: Path, port: str) -> httpx.Client:
+    import ssl
+
+    context = ssl.create_default_context(cafile=site / "alice" / "ca.pem")
+    context.load_cert_chain(site / "alice" / "cert.pem", site / "alice" / "key.pem")
+    return httpx.Client(base_url=f"https://localhost:{port}/api/v1/keys", verify=context)
+
+
+def test_a_reload(hybridkex: Forkserver, site: Path, tmp_path: Path) -> None:
+    """Limits change, a connection that is there goes on, and broken files change nothing."""
+    path = site / "kme.toml"
+    good = path.read_text()
+    out, err = tmp_path / "out", tmp_path / "err"
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        server = hybridkex.start(
+            "kme", "serve", path, "--log-level", "info", stdout=stdout, stderr=stderr
+        )
+    until(lambda: out.read_text().count("listens on") == 2)
+    port = re.findall(r"kme-a listens on https://127\.0\.0\.1:(\d+)", out.read_text())[0]
+
+    def hang_up(text: str, said: str) -> None:
+        before = err.read_text().count(said)
+        path.write_text(text)
+        os.kill(server.pid, signal.SIGHUP)
+        until(lambda: err.read_text().count(said) > before)
+
+    with client(site, port) as http:
+        assert http.get("/bob/status").json()["max_key_per_request"] == 128
+        changed = good.replace("[[kme.peer]]", "limits.max_key_per_request = 7\n[[kme.peer]]")
+        hang_up(changed, " reloaded")
+        assert http.get("/bob/status").json()["max_key_per_request"] == 7
+        rng = random.Random(33)
+        for broken in (
+            "",
+            good.replace("kme-a/ca.pem", "missing"),
+            good.replace("kme-a/cert.pem", "kme-b/cert.pem"),
+            good.replace("127.0.0.1:0", "127.0.0.1:1"),
+            good.replace('"kme-a"', '"kme-c"'),
+            good.replace('saes = ["alice"]', 'saes = ["bob"]'),
+            good.replace("kme-a/ca.pem", "kme-a\\u0000ca.pem"),
+            *(good[: rng.randrange(len(good) - 40)] for _ in range(5)),
+        ):
+            hang_up(broken, "not reloaded")
+            assert http.get("/bob/status").json()["max_key_per_request"] == 7
+        hang_up(good, " reloaded")
+        assert http.get("/bob/status").json()["max_key_per_request"] == 128
+        assert http.get("/bob/enc_keys").status_code == 200
+    assert server.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("kme-a/keys.db", "kme-a/other.db", "store"),
+        ("kme-a/store.key", "kme-b/store.key", "key_file"),
+        ('listen = "127.0.0.1:0"', 'listen = "127.0.0.1:1"', "listen"),
+        ('tls = "stdlib"', 'tls = "stdlib"\nself_pairs = true', "self_pairs"),
+    ],
+)
+async def test_what_needs_a_restart_is_said(site: Path, old: str, new: str, said: str) -> None:
+    path = site / "kme.toml"
+    server: Any = KmeServer(load_config(path))
+    try:
+        path.write_text(path.read_text().replace(old, new))
+        with pytest.raises(ConfigError, match=f"another {said} needs a restart"):
+            server.reload(load_config(path))
+    finally:
+        for store in server._stores.values():
+            store.close()

@@ -177,7 +177,7 @@ class SessionTicket:
         return 0 <= now - self.received_at < min(self.lifetime, MAX_TICKET_LIFETIME)
 
     def obfuscated_age(self, now: float) -> int:
-        """The age in milliseconds, masked (section 4.2.11.1)."""
+        """The age in milliseconds, masked (section 4.3.11.1)."""
         return (int((now - self.received_at) * 1000) + self.age_add) % (1 << 32)
 
 

@@ -67,6 +67,19 @@ def seeds() -> dict[str, dict[str, bytes]]:
             "hello": b"\0" + flights["0-server-0"],
             "retry": b"\1" + flights["1-server-0"],
         },
+        "cuts": {
+            "hello": b"\0\2\4\0\x20" + flights["0-client-0"],
+            "skipped": b"\3\1\4\0" + flights["3-client-0"] + b"\x14\3\3\0\1\1\x17\3\3\0\1x",
+            "alert": b"\0\1\0\1\x15\3\3\0\2\2\x28",
+        },
+        "private-keys": {
+            "mldsa-seed": bytes.fromhex("3034020100300b06096086480165030403110422 8020")
+            + bytes(32),
+            "mldsa-both": bytes.fromhex("3045020100300b0609608648016503040311 0433 3031 0420")
+            + bytes(32)
+            + b"\4\x0d"
+            + bytes(13),
+        },
         "psk-identities": {
             "name": identity,
             "imported": ImportedIdentity(identity, context, TLS13, 1).encode(),
@@ -79,7 +92,7 @@ def seeds() -> dict[str, dict[str, bytes]]:
             "request": b'{"number": 2, "size": 256, "additional_slave_SAE_IDs": ["c"]}',
             "query": b"number=3&size=1024",
         },
-        "session-store": {"empty": b"{}", "bad": b'{"localhost": [{"ticket": "AAAA"}]}'},
+        "ticket-store": {"empty": b"{}", "bad": b'{"localhost": [{"ticket": "AAAA"}]}'},
         "handshake": {
             str(number): bytes((number % 4, number, 1, *range(60))) for number in range(12)
         },

@@ -7,6 +7,7 @@ else comes out is a bug.
 import contextlib
 import json
 import tempfile
+from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -36,6 +37,7 @@ from hybridkex.cli.sessions import FileTicketStore
 from hybridkex.combiner import ExchangeConfig, PskAuthentication, exchange
 from hybridkex.constants import ContentType
 from hybridkex.crypto.kex import SECP256R1, X25519
+from hybridkex.crypto.private_keys import load_private_key
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.suites import TLS_AES_128_GCM_SHA256
 from hybridkex.errors import (
@@ -349,6 +351,51 @@ def raw_server(data: bytes) -> None:
     assert not server.handshake_complete
 
 
+def cuts(data: bytes) -> None:
+    """Any bytes at a server: in one read and in pieces they mean the same.
+
+    A byte for the configuration, a byte for the number of pieces, their lengths, and the stream. A
+    ClientHello that is taken makes fresh keys, so only what goes before its answer is compared.
+    """
+    reader = _Reader(data)
+    config = _scenarios()[reader.byte() % 4][1]
+    lengths = [reader.byte() + 1 for _ in range(reader.byte() % 16 + 1)]
+    stream, at, turn = reader.data, 0, 0
+    if not stream:
+        return
+    pieces = []
+    while at < len(stream):
+        pieces.append(stream[at : at + lengths[turn % len(lengths)]])
+        at, turn = at + len(pieces[-1]), turn + 1
+    assert _told(config, [stream]) == _told(config, pieces)
+
+
+def _told(config: ServerConfig, reads: list[bytes]) -> list[str]:
+    """What a server says of these reads: its events, and its error with the alert."""
+    server, told = ServerConnection(config), []
+    for read in reads:
+        try:
+            server.receive_data(read)
+            while (event := server.next_event()) is not None:
+                told.append(type(event).__name__)
+        except HybridkexError as error:
+            return [*told, f"{type(error).__name__}: {error}", str(server.has_data_to_send)]
+    return told
+
+
+def private_keys(data: bytes) -> None:
+    """A private key in PEM or, as it is, inside one."""
+    for pem in (data, b"-----BEGIN PRIVATE KEY-----\n" + b64encode(data) + _PEM_END):
+        try:
+            key = load_private_key(pem, None, "the file")
+        except ConfigError:
+            continue
+        assert key.public_key() is not None
+
+
+_PEM_END: Final = b"\n-----END PRIVATE KEY-----\n"
+
+
 def raw_client(data: bytes) -> None:
     """Any bytes at a client that has said hello."""
     client = ClientConnection(
@@ -629,6 +676,8 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
         ticket_store,
         raw_server,
         raw_client,
+        cuts,
+        private_keys,
         handshake,
         traffic,
         link_messages,

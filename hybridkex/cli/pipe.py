@@ -1,7 +1,11 @@
 """Standard input and output as the two ends of a secure stream."""
 
+import fcntl
 import os
+import stat
 import sys
+import termios
+from array import array
 from typing import Any, Final
 
 import trio
@@ -36,42 +40,84 @@ def report(session: Session, *, as_json: bool) -> None:
 async def pipe(stream: SecureStream[Any]) -> None:
     """Carry standard input to the peer and the peer's data to standard output.
 
-    Ends when both sides have ended, or when the peer ended and closed the connection.
+    Ends when both sides have ended, or when the peer has ended and closed the connection.
 
     Raises:
-        ChannelFailed: the connection broke, or was cut.
+        ChannelFailed: the connection broke or was cut, the input could not be read or not be sent
+            to its end, or the output could not be written.
     """
+    sender = _Input()
     try:
         async with trio.open_nursery() as nursery:
-            sent = trio.Event()
-            nursery.start_soon(_send_input, stream, sent)
+            nursery.start_soon(sender.send, stream)
             await _write_output(stream)
             # The peer's end is the end of one direction only: ours goes on, unless the peer has
             # left for good.
             nursery.start_soon(_cancel_when_gone, stream, nursery.cancel_scope)
-            await sent.wait()
+            await sender.sent.wait()
             nursery.cancel_scope.cancel()
     except* trio.BrokenResourceError as group:
         # Both directions see the same end; one of them is enough to tell it.
         raise ChannelFailed(reason(first_of(group))) from None
+    if sender.is_left_over():
+        raise ChannelFailed(
+            f"the peer closed the connection when {sender.count:,} bytes of standard input had "
+            "been sent; the rest was not"
+        )
 
 
-async def _send_input(stream: SecureStream[Any], sent: trio.Event) -> None:
-    while data := await _read_input():
-        await stream.send_all(data)
-    await stream.send_eof()
-    sent.set()
+class _Input:
+    """Standard input on its way to the peer."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sent = trio.Event()
+        self._sending = False
+
+    async def send(self, stream: SecureStream[Any]) -> None:
+        """Send it to its end, and close our direction."""
+        while data := await self._read():
+            self._sending = True
+            await stream.send_all(data)
+            self._sending = False
+            self.count += len(data)
+        await stream.send_eof()
+        self.sent.set()
+
+    def is_left_over(self) -> bool:
+        """Whether there was more than what was sent: read, or ready to be read.
+
+        A terminal or a pipe that nobody has written to is not: the peer may end first.
+        """
+        return not self.sent.is_set() and (self._sending or _unread(0) > 0)
+
+    async def _read(self) -> bytes:
+        # A thread, since standard input may be a file, which cannot be waited for otherwise; it is
+        # abandoned in its read when the peer ends first.
+        try:
+            return await trio.to_thread.run_sync(os.read, 0, _CHUNK, abandon_on_cancel=True)
+        except OSError as error:
+            raise ChannelFailed(f"cannot read standard input: {error.strerror}") from None
+
+
+def _unread(file: int) -> int:
+    """Bytes that can be read from a file, a pipe or a socket at once."""
+    try:
+        status = os.fstat(file)
+        if stat.S_ISREG(status.st_mode):
+            return status.st_size - os.lseek(file, 0, os.SEEK_CUR)
+        if stat.S_ISCHR(status.st_mode):  # /dev/zero has no end
+            return 0
+        count = array("i", [0])
+        fcntl.ioctl(file, termios.FIONREAD, count)
+    except OSError:
+        return 0
+    return count[0]
 
 
 async def _cancel_when_gone(stream: SecureStream[Any], scope: trio.CancelScope) -> None:
     await stream.wait_peer_gone()
     scope.cancel()
-
-
-async def _read_input() -> bytes:
-    # A thread, since standard input may be a file, which cannot be waited for otherwise; it is
-    # abandoned in its read when the peer ends first.
-    return await trio.to_thread.run_sync(os.read, 0, _CHUNK, abandon_on_cancel=True)
 
 
 async def _write_output(stream: SecureStream[Any]) -> None:

@@ -27,6 +27,7 @@ from hybridkex.errors import (
     ConfigError,
     HandshakeTimeout,
     HybridkexError,
+    InternalError,
     KeySourceError,
     LocalStateError,
     PeerError,
@@ -439,6 +440,48 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             pass  # The peer is gone already, and so is the need to tell it.
         finally:
             await self.transport_stream.aclose()
+
+    async def abort(self) -> None:
+        """Close in a way that the peer cannot take for the end of our data.
+
+        It gets the fatal alert internal_error (RFC 8446 section 6.2) if it can be sent now, and in
+        any case no close_notify. ``async with`` calls this when an exception leaves its block.
+        """
+        if self._closed:
+            await trio.lowlevel.checkpoint()
+            return
+        self._closed = True
+        try:
+            tell = (
+                self._session is not None
+                and self._failure is None
+                and self._send_failure is None
+                and not self._connection.close_sent
+                and not self._send_guard.busy
+                and trio.current_effective_deadline() > -math.inf
+            )
+            if tell:
+                self._connection.abort(InternalError("the application has given up"))
+                with (
+                    trio.move_on_after(_ALERT_TIMEOUT),
+                    contextlib.suppress(
+                        trio.BrokenResourceError, trio.BusyResourceError, trio.ClosedResourceError
+                    ),
+                ):
+                    await self.transport_stream.send_all(self._connection.data_to_send())
+        finally:
+            await trio.aclose_forcefully(self.transport_stream)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            await self.aclose()
+        else:
+            await self.abort()
 
     # --- states -------------------------------------------------------------------------------
 

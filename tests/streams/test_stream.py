@@ -375,3 +375,23 @@ async def test_a_listener_waits_for_nobody_s_handshake(
             await together(client.aclose, server.aclose)
             with pytest.raises(trio.NeedHandshakeError):
                 _ = stalled.session
+
+
+async def leave_with(stream: Any, error: Exception) -> None:
+    async with stream:
+        raise error
+
+
+async def test_an_exception_is_not_a_clean_end(make_pair: MakePair) -> None:
+    """Whoever reads must see that something is missing, however the other end's block is left."""
+    for error in (ValueError("a bug"), OSError(28, "No space left on device"), KeyError(1)):
+        client, server = await shaken(make_pair)
+        await client.send_all(b"the first half")
+        with pytest.raises(type(error)):
+            await leave_with(client, error)
+        assert await server.receive_some() == b"the first half"
+        with pytest.raises(trio.BrokenResourceError) as raised:
+            await server.receive_some()
+        assert isinstance(raised.value.__cause__, AlertReceived)
+        assert raised.value.__cause__.name == "internal_error"
+        await trio.aclose_forcefully(server)

@@ -54,13 +54,11 @@ class Receiver:
         Returns whether the sender has finished; False where the connection broke.
         """
         try:
-            return await self._serve(stream)
+            async with stream:
+                return await self._serve(stream)
         except (trio.BrokenResourceError, HybridkexError) as error:
             _log.warning("a transfer was cut short: %s", error.__cause__ or error)
             return False
-        finally:
-            with trio.move_on_after(2, shield=True):
-                await stream.aclose()
 
     async def _serve(self, stream: SecureStream[Any]) -> bool:
         if stream.session.alpn != PROTOCOL:
@@ -86,6 +84,8 @@ class Receiver:
                 reception.close()
                 del self._live[hello.transfer]
                 ended.set()
+        if scope.cancelled_caught:
+            await stream.abort()
         return not scope.cancelled_caught
 
     async def _converse(self, reception: "_Reception") -> None:

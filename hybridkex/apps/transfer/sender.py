@@ -193,14 +193,12 @@ class _Transfer:
         """Offer and send what is left over one connection."""
         self.outcome.connections += 1
         try:
-            if stream.session.alpn != PROTOCOL:
-                raise ProtocolError("the other end is not 'hybridkex receive'")
-            await _Connection(self, dict(self._items), stream, self._progress).run(self._name)
+            async with stream:
+                if stream.session.alpn != PROTOCOL:
+                    raise ProtocolError("the other end is not 'hybridkex receive'")
+                await _Connection(self, dict(self._items), stream, self._progress).run(self._name)
         except BaseExceptionGroup as group:
             raise first_failure(group) from None
-        finally:
-            with trio.move_on_after(2, shield=True):
-                await stream.aclose()
 
 
 class _Connection:

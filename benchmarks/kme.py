@@ -42,10 +42,10 @@ async def of_sources(alice: KeySource, bob: KeySource) -> dict[str, float]:
     drawn = []
 
     async def draw() -> None:
-        drawn.append(await alice.draw())
+        drawn.append(await alice.get_key())
 
     async def get() -> None:
-        await bob.get(drawn.pop().name)
+        await bob.get_key_with_id(drawn.pop().name)
 
     return {"draw": await median_ms(draw), "get": await median_ms(get)}
 
@@ -90,7 +90,7 @@ async def of_kme(folder: Path, where: dict[str, str], tls: str) -> dict[str, flo
                 while not stock.upcoming():  # noqa: ASYNC110
                     await trio.sleep(0.01)
                 began = time.perf_counter()
-                await stock.draw()
+                await stock.get_key()
                 return time.perf_counter() - began
 
             found["draw, prefetched"] = (
@@ -150,7 +150,7 @@ async def of_pool() -> dict[str, float]:
         back = PoolNames(sae="bob", kme="b", peer_sae="alice", peer_kme="a")
         # The keys come from an in-process pair with the pools' names.
         master, _ = in_process_pair("alice", "bob", kmes=("a", "b"))
-        keys = [await master.draw() for _ in range(ROUNDS)]
+        keys = [await master.get_key() for _ in range(ROUNDS)]
         async with (
             FilePool.open(folder / "a", key_file=folder / "key", names=names) as alice,
             FilePool.open(folder / "b", key_file=folder / "key", names=back) as bob,

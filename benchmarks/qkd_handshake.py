@@ -35,7 +35,7 @@ from hybridkex import (
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeAccess, KmeClient
 from hybridkex.qkd.in_process import in_process_pair
 from hybridkex.qkd.prefetch import PrefetchConfig, PrefetchSource
-from hybridkex.qkd.source import KeyName, KeySource, QkdKey, SourceStatus
+from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
 
 PER_ROUND = 10
 
@@ -48,15 +48,15 @@ class Counted:
         self.local_sae, self.peer_sae = inner.local_sae, inner.peer_sae
         self.requests = 0
 
-    async def draw(self) -> QkdKey:
+    async def get_key(self) -> QkdKey:
         self.requests += 1
-        return await self.inner.draw()
+        return await self.inner.get_key()
 
-    async def get(self, name: KeyName) -> QkdKey:
+    async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         self.requests += 1
-        return await self.inner.get(name)
+        return await self.inner.get_key_with_id(name)
 
-    def knows(self, name: KeyName) -> bool:
+    def knows(self, name: KeyReference) -> bool:
         return self.inner.knows(name)
 
     async def status(self) -> SourceStatus:
@@ -152,7 +152,7 @@ async def main(rounds: int) -> dict[str, dict[str, float]]:
 
             async def look_up_ahead() -> None:
                 if len(ahead.upcoming()) == config.low:
-                    await ahead.draw()
+                    await ahead.get_key()
                 # As two sites do over a session that is already there.
                 while len(ahead.upcoming()) < config.high:  # noqa: ASYNC110  # no event for it
                     await trio.sleep(0.001)

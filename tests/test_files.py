@@ -12,7 +12,7 @@ from hybridkex.auth import Identity, KnownPeers, RawIdentity, TrustStore
 from hybridkex.errors import ConfigError
 from hybridkex.files import LIMIT, read_file, read_toml
 from hybridkex.kme.config import load_config
-from hybridkex.qkd.etsi014.hop import client_hop
+from hybridkex.qkd.etsi014.mutual_tls import client_tls
 from hybridkex.qkd.store import read_key_file
 
 NOT_FILES = ("missing", "folder", "silent pipe", "/dev/zero", "a\0b", "a/b" * 3000, "loop", "huge")
@@ -37,8 +37,8 @@ READERS = (
     KnownPeers,
     read_key_file,
     load_config,
-    lambda path: client_hop("stdlib", ca=path, certificate=path, key=path),
-    lambda path: client_hop("hybridkex", ca=path, certificate=path, key=path),
+    lambda path: client_tls("stdlib", ca=path, certificate=path, key=path),
+    lambda path: client_tls("hybridkex", ca=path, certificate=path, key=path),
 )
 
 

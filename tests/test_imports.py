@@ -225,9 +225,13 @@ def test_the_table_itself_goes_one_way() -> None:
         ("hybridkex.streams.stream", "from hybridkex.cli import main", True),
         ("hybridkex.streams.stream", "import asyncio", True),
         ("hybridkex.qkd.source", "def f():\n    from hybridkex.streams import x", True),
-        ("hybridkex.qkd.etsi014.hop", "from hybridkex.streams import x", True),
-        ("hybridkex.qkd.etsi014.hop", "def f():\n    from hybridkex.streams import x", False),
-        ("hybridkex.qkd.etsi014.hop", "def f():\n    from hybridkex.cli import x", True),
+        ("hybridkex.qkd.etsi014.mutual_tls", "from hybridkex.streams import x", True),
+        (
+            "hybridkex.qkd.etsi014.mutual_tls",
+            "def f():\n    from hybridkex.streams import x",
+            False,
+        ),
+        ("hybridkex.qkd.etsi014.mutual_tls", "def f():\n    from hybridkex.cli import x", True),
         ("hybridkex.newroom.x", "from hybridkex.secret import Secret", True),
     ],
 )

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from hybridkex.cli.values import file_path
 from hybridkex.errors import ConfigError
-from hybridkex.qkd.etsi014.hop import TLS_KINDS
+from hybridkex.qkd.composite import FailoverSource
+from hybridkex.qkd.etsi014.mutual_tls import TLS_KINDS
 from hybridkex.qkd.etsi014.naming import IdRule
 from hybridkex.qkd.pool import FilePool
-from hybridkex.qkd.several import FailoverSource
 from hybridkex.qkd.source import KeySource
 from hybridkex.qkd.store import read_key_file
 from hybridkex.secret import Secret

@@ -24,7 +24,7 @@ from hybridkex.files import PUBLIC, write_file
 from hybridkex.kme.config import PRODUCERS, Address, load_config
 from hybridkex.kme.serve import KmeServer, Serving
 from hybridkex.qkd.etsi014.client import KmeClient
-from hybridkex.qkd.etsi014.hop import TLS_KINDS
+from hybridkex.qkd.etsi014.mutual_tls import TLS_KINDS
 from hybridkex.qkd.etsi014.pool_filling import (
     collect_into_pool,
     draw_into_pool,

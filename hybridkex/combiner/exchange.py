@@ -376,7 +376,7 @@ class _Run:
             await self._send(keys.initiator)
             return self._result(keys, verified)
 
-        qkd = await config.key_source.draw()
+        qkd = await config.key_source.get_key()
         name = identity_of(qkd.name)
         with_qkd = self._keys(
             SHA256.digest(digest + name), [*legs, Leg(name="QKD", secret=qkd.key, offer=name)]
@@ -416,7 +416,7 @@ class _Run:
         name = name_of(identity)
         if name is None or not config.key_source.knows(name):
             raise IllegalParameter("the peer named a QKD key of other KMEs than ours")
-        qkd = await config.key_source.get(name)
+        qkd = await config.key_source.get_key_with_id(name)
         with_qkd = self._keys(
             SHA256.digest(digest + identity),
             [*legs, Leg(name="QKD", secret=qkd.key, offer=identity)],

@@ -6,7 +6,7 @@ from typing import Final
 from urllib.parse import parse_qs
 
 from hybridkex.errors import KeySourceError
-from hybridkex.kme.delivery import Kme
+from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import CHECK, EXT_KEYS, VOID, ExtKeys, ids_from_json
 from hybridkex.net.http import (
@@ -21,11 +21,11 @@ from hybridkex.net.http import (
 )
 from hybridkex.qkd.etsi014.models import (
     API,
+    ErrorResponse,
     Json,
     KeyIds,
     KeyRequest,
     ModelError,
-    Refusal,
 )
 from hybridkex.qkd.store import BlocksRefused
 
@@ -44,7 +44,7 @@ _ROUTES: Final = (
 )
 
 
-def kme_handler(kme: Kme, caller: str, metrics: KmeMetrics) -> Handler:
+def kme_handler(kme: KeyManagementEntity, caller: str, metrics: KmeMetrics) -> Handler:
     """The handler for one connection, whose certificate says that it is ``caller``'s."""
 
     async def handle(request: Request) -> Response:
@@ -59,7 +59,7 @@ def kme_handler(kme: Kme, caller: str, metrics: KmeMetrics) -> Handler:
                 response = route
         except HttpError as error:
             response = error.response()
-        except Refusal as refusal:
+        except ErrorResponse as refusal:
             if refusal.status != 401:  # which is logged where it is decided
                 kme.log.log(logging.INFO, "%s: %s of %s: %s", kme.kme_id, call, caller, refusal)
             # The standard gives 401 no body; two known clients read one all the same.
@@ -78,7 +78,7 @@ def kme_handler(kme: Kme, caller: str, metrics: KmeMetrics) -> Handler:
     return handle
 
 
-async def _answer(kme: Kme, caller: str, call: str, request: Request) -> Response:
+async def _answer(kme: KeyManagementEntity, caller: str, call: str, request: Request) -> Response:
     match call:
         case "ext_keys":
             await kme.peer_allots(caller, ExtKeys.from_json(_body(request)))

@@ -8,9 +8,9 @@ from typing import Any, Final, TypeVar, get_type_hints
 
 from hybridkex.errors import ConfigError
 from hybridkex.files import read_toml
-from hybridkex.kme.delivery import KmeLimits
+from hybridkex.kme.entity import KmeLimits
 from hybridkex.net.http import HttpLimits
-from hybridkex.qkd.etsi014.hop import TLS_KINDS
+from hybridkex.qkd.etsi014.mutual_tls import TLS_KINDS
 from hybridkex.qkd.etsi014.naming import IdRule
 
 __all__ = [

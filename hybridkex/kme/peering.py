@@ -24,7 +24,7 @@ import httpx
 import trio
 
 from hybridkex.errors import KeySourceUnavailable
-from hybridkex.qkd.etsi014.models import Json, ModelError, Refusal, parse_uuid
+from hybridkex.qkd.etsi014.models import ErrorResponse, Json, ModelError, parse_uuid
 from hybridkex.qkd.etsi014.transport import HTTP_FAILURES, what_failed
 from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState
 from hybridkex.secret import Secret
@@ -170,7 +170,7 @@ class LocalPeer:
     async def ext_keys(self, message: ExtKeys) -> None:
         try:
             await self.other.peer_allots(self.own_id, message)
-        except Refusal as refusal:
+        except ErrorResponse as refusal:
             raise KeySourceUnavailable(f"it answered {refusal}") from None
 
     async def void(self, key_ids: Sequence[str]) -> None:

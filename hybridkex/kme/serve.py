@@ -10,12 +10,12 @@ import trio
 from hybridkex.errors import ConfigError, HybridkexError, KeySourceUnavailable
 from hybridkex.kme.api import kme_handler
 from hybridkex.kme.config import Address, KmeConfig, ServeConfig
-from hybridkex.kme.delivery import Kme
+from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import MAX_MESSAGE_BYTES, HttpPeer, LocalPeer
 from hybridkex.net.http import http_supervisor, serve_connection
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
-from hybridkex.qkd.etsi014.hop import Hop, client_hop, server_hop
+from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, client_tls, server_tls
 from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate, problems_of_certificate
 from hybridkex.qkd.etsi014.transport import KmeTransport
 from hybridkex.qkd.producer import KeyProducer, RandomProducer, random_link
@@ -48,7 +48,7 @@ class KmeServer:
         self.metrics: Final = KmeMetrics()
         self._closing = trio.Event()
         self._stores: dict[str, KeyStore] = {}
-        self._kmes: dict[str, Kme] = {}
+        self._kmes: dict[str, KeyManagementEntity] = {}
         self._settings: dict[str, _Settings] = {}
         self._background: trio.Nursery | None = None
         try:
@@ -60,14 +60,14 @@ class KmeServer:
                 store.close()
             raise
 
-    def _make(self, config: KmeConfig) -> Kme:
+    def _make(self, config: KmeConfig) -> KeyManagementEntity:
         store = KeyStore(
             config.store,
             read_key_file(config.key_file),
             on_failure=self.metrics.store_failures.labels(config.id).inc,
         )
         self._stores[config.id] = store
-        return Kme(
+        return KeyManagementEntity(
             config.id,
             saes=frozenset(config.saes),
             peers=_peers(config),
@@ -101,7 +101,7 @@ class KmeServer:
             for name, before, after in _fixed(old, one):
                 if before != after:
                     raise ConfigError(f"{kme_id}: another {name} needs a restart")
-            Kme.check(
+            KeyManagementEntity.check(
                 kme_id,
                 saes=frozenset(one.saes),
                 peers=_peers(one),
@@ -233,7 +233,9 @@ class KmeServer:
         return found, links
 
     @staticmethod
-    async def _feed(kme: Kme, target: str, producer: KeyProducer, shared: bool) -> None:
+    async def _feed(
+        kme: KeyManagementEntity, target: str, producer: KeyProducer, shared: bool
+    ) -> None:
         try:
             await kme.feed(target, producer, shared=shared)
         except HybridkexError as error:
@@ -294,7 +296,7 @@ class _Settings:
     """What of a KME a new configuration may change, as it is in force."""
 
     config: KmeConfig
-    hop: Hop
+    hop: TlsHandshake
     links: dict[str, HttpPeer]
     """To peers in other processes."""
     of_saes: Budget
@@ -304,13 +306,13 @@ class _Settings:
     def of(cls, config: KmeConfig) -> Self:
         """Reads the certificates. Raises ``ConfigError``."""
         files = {"ca": config.ca, "certificate": config.certificate, "key": config.key}
-        hop = server_hop(config.tls, **files)
+        hop = server_tls(config.tls, **files)
         links = {}
         for peer in config.peer:
             if peer.url is not None:
                 # A refusal names every block of the message, with its state.
                 transport = KmeTransport(
-                    client_hop(config.tls, **files),
+                    client_tls(config.tls, **files),
                     _confirms(peer.id, config.id_rule),
                     max_answer=2 * MAX_MESSAGE_BYTES,
                 )

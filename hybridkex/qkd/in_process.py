@@ -8,7 +8,7 @@ from uuid import uuid4
 import trio
 
 from hybridkex.errors import ConfigError, KeyConsumed, KeySourceExhausted, KeyUnknown
-from hybridkex.qkd.source import KeyName, KeyRef, QkdKey, SourceStatus, single
+from hybridkex.qkd.source import KeyPart, KeyReference, QkdKey, SourceStatus, single
 from hybridkex.secret import Secret
 
 __all__ = ["InProcessSource", "in_process_pair"]
@@ -30,7 +30,7 @@ class InProcessSource:
         self._delivered: OrderedDict[str, None] = OrderedDict()
         self._other = self
 
-    async def draw(self) -> QkdKey:
+    async def get_key(self) -> QkdKey:
         """A new key. ``KeySourceExhausted`` when the peer has not fetched ``capacity`` of them."""
         await trio.lowlevel.checkpoint_if_cancelled()
         if len(self._other._for_me) >= self._capacity:
@@ -38,13 +38,13 @@ class InProcessSource:
         key_id, key = str(uuid4()), Secret(os.urandom(32))
         self._other._for_me[key_id] = key
         return QkdKey(
-            name=(KeyRef(self._kme, self._peer_kme, key_id),),
+            name=(KeyPart(self._kme, self._peer_kme, key_id),),
             master_sae=self.local_sae,
             slave_sae=self.peer_sae,
             key=key,
         )
 
-    async def get(self, name: KeyName) -> QkdKey:
+    async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         """The key that the other end drew under this name, once."""
         await trio.lowlevel.checkpoint_if_cancelled()
         key_id = single(name, master_kme=self._peer_kme, slave_kme=self._kme)
@@ -58,7 +58,7 @@ class InProcessSource:
             self._delivered.popitem(last=False)
         return QkdKey(name=name, master_sae=self.peer_sae, slave_sae=self.local_sae, key=key)
 
-    def knows(self, name: KeyName) -> bool:
+    def knows(self, name: KeyReference) -> bool:
         return [(part.master_kme, part.slave_kme) for part in name] == [(self._peer_kme, self._kme)]
 
     async def status(self) -> SourceStatus:

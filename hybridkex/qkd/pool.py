@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from hybridkex.errors import ConfigError, KeySourceExhausted
-from hybridkex.qkd.source import KeyName, KeyRef, QkdKey, SourceStatus, single
+from hybridkex.qkd.source import KeyPart, KeyReference, QkdKey, SourceStatus, single
 from hybridkex.qkd.store import Allotment, KeyStore, read_key_file
 
 __all__ = ["FilePool", "PoolNames"]
@@ -131,7 +131,7 @@ class FilePool:
             slaves=[self.local_sae],
         )
 
-    async def draw(self) -> QkdKey:
+    async def get_key(self) -> QkdKey:
         link = self._names.peer_kme
         found = await self._store.reserve(link, 1)
         if not found:
@@ -141,13 +141,13 @@ class FilePool:
         await self._store.allot(link, [block], master=self.local_sae)
         await self._store.scrub()
         return QkdKey(
-            name=(KeyRef(self._names.kme, self._names.peer_kme, material.key_id),),
+            name=(KeyPart(self._names.kme, self._names.peer_kme, material.key_id),),
             master_sae=self.local_sae,
             slave_sae=self.peer_sae,
             key=material.key,
         )
 
-    async def get(self, name: KeyName) -> QkdKey:
+    async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         key_id = single(name, master_kme=self._names.peer_kme, slave_kme=self._names.kme)
         [(_, key)] = await self._store.collect(
             self._names.peer_kme, [key_id], slave=self.local_sae, master=self.peer_sae
@@ -155,7 +155,7 @@ class FilePool:
         await self._store.scrub()
         return QkdKey(name=name, master_sae=self.peer_sae, slave_sae=self.local_sae, key=key)
 
-    def knows(self, name: KeyName) -> bool:
+    def knows(self, name: KeyReference) -> bool:
         ours = [(self._names.peer_kme, self._names.kme)]
         return [(part.master_kme, part.slave_kme) for part in name] == ours
 

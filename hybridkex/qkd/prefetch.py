@@ -7,7 +7,7 @@ from typing import Final
 import trio
 
 from hybridkex.errors import ConfigError, KeySourceError, KeySourceExhausted
-from hybridkex.qkd.source import KeyName, KeySource, QkdKey, SourceStatus
+from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
 from hybridkex.text import get_logger
 
 __all__ = ["PrefetchConfig", "PrefetchSource"]
@@ -52,11 +52,11 @@ class PrefetchSource:
         self._source = source
         self._config = config or PrefetchConfig()
         self._ready: deque[tuple[float, QkdKey]] = deque()
-        self._expected: OrderedDict[KeyName, tuple[float, QkdKey]] = OrderedDict()
+        self._expected: OrderedDict[KeyReference, tuple[float, QkdKey]] = OrderedDict()
         self._low = trio.Event()
         self._low.set()
 
-    async def draw(self) -> QkdKey:
+    async def get_key(self) -> QkdKey:
         """A key of the stock, or of the source itself when the stock is empty."""
         self._drop_old()
         if self._ready:
@@ -65,17 +65,17 @@ class PrefetchSource:
             await trio.lowlevel.checkpoint_if_cancelled()
             return key
         self._wake()
-        return await self._source.draw()
+        return await self._source.get_key()
 
-    async def get(self, name: KeyName) -> QkdKey:
+    async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         self._drop_old()
         held = self._expected.pop(name, None)
         if held is not None:
             await trio.lowlevel.checkpoint_if_cancelled()
             return held[1]
-        return await self._source.get(name)
+        return await self._source.get_key_with_id(name)
 
-    def knows(self, name: KeyName) -> bool:
+    def knows(self, name: KeyReference) -> bool:
         return self._source.knows(name)
 
     async def status(self) -> SourceStatus:
@@ -88,13 +88,13 @@ class PrefetchSource:
             key_bits=inner.key_bits,
         )
 
-    def upcoming(self) -> tuple[KeyName, ...]:
-        """The names of the keys that :meth:`draw` will give next, in order."""
+    def upcoming(self) -> tuple[KeyReference, ...]:
+        """The names of the keys that :meth:`get_key` will give next, in order."""
         self._drop_old()
         return tuple(key.name for _, key in self._ready)
 
-    async def expect(self, name: KeyName) -> None:
-        """Look a key up ahead of the :meth:`get` that will ask for it.
+    async def expect(self, name: KeyReference) -> None:
+        """Look a key up ahead of the :meth:`get_key_with_id` that will ask for it.
 
         Raises what ``get`` raises, and ``KeySourceExhausted`` when ``high`` keys are held already.
         """
@@ -103,7 +103,7 @@ class PrefetchSource:
             return
         if len(self._expected) >= self._config.high:
             raise KeySourceExhausted(f"{self._config.high} keys are held ahead already")
-        key = await self._source.get(name)
+        key = await self._source.get_key_with_id(name)
         self._expected[name] = (trio.current_time() + self._config.ttl, key)
 
     async def fill(self) -> None:
@@ -115,7 +115,7 @@ class PrefetchSource:
             self._drop_old()
             try:
                 while len(self._ready) < self._config.high:
-                    key = await self._source.draw()
+                    key = await self._source.get_key()
                     self._ready.append((trio.current_time() + self._config.ttl, key))
                     wait = self._config.retry_after
             except KeySourceError as error:

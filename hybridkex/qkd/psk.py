@@ -12,12 +12,12 @@ In the presentation language of RFC 9846 section 3::
         opaque master_kme<1..255>;
         opaque slave_kme<1..255>;
         opaque key_id<1..255>;            /* UTF-8; a UUID in lower case with its hyphens */
-    } KeyRef;
+    } KeyPart;
 
     struct {
         opaque label[7] = "hkx-qkd";
         uint8 version = 1;
-        KeyRef parts<1..2^16-1>;          /* one, or those of a combined key in order */
+        KeyPart parts<1..2^16-1>;          /* one, or those of a combined key in order */
     } QkdIdentity;                        /* external_identity */
 
     struct {
@@ -33,7 +33,7 @@ from typing import Final
 
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import ConfigError, DecodeError, KeySourceUnavailable
-from hybridkex.qkd.source import KeyName, KeyRef, QkdKey, canonical_key_id
+from hybridkex.qkd.source import KeyPart, KeyReference, QkdKey, canonical_key_id
 from hybridkex.wire.codec import Reader, vector8, vector16
 
 __all__ = ["MAX_PARTS", "as_psk", "context_of", "identity_of", "name_of"]
@@ -61,7 +61,7 @@ def as_psk(key: QkdKey) -> ExternalPsk:
         raise KeySourceUnavailable(f"the key source gave no usable key: {error}") from None
 
 
-def identity_of(name: KeyName) -> bytes:
+def identity_of(name: KeyReference) -> bytes:
     """The external identity: ``QkdIdentity``, encoded."""
     if not 1 <= len(name) <= MAX_PARTS:
         raise ConfigError(f"a QKD key has 1 to {MAX_PARTS} parts, not {len(name)}")
@@ -71,17 +71,17 @@ def identity_of(name: KeyName) -> bytes:
     return _IDENTITY + vector16(parts)
 
 
-def context_of(name: KeyName, *, master_sae: str, slave_sae: str) -> bytes:
+def context_of(name: KeyReference, *, master_sae: str, slave_sae: str) -> bytes:
     """The context: ``QkdContext``, encoded."""
     kmes = b"".join(_text(part.master_kme) + _text(part.slave_kme) for part in name)
     return _CONTEXT + _text(master_sae) + _text(slave_sae) + vector16(kmes)
 
 
-def name_of(identity: bytes) -> KeyName | None:
+def name_of(identity: bytes) -> KeyReference | None:
     """The name of the key behind an external identity; ``None`` if it is another kind of one."""
     if not identity.startswith(_IDENTITY):
         return None
-    parts: list[KeyRef] = []
+    parts: list[KeyPart] = []
     try:
         reader = Reader(identity, len(_IDENTITY))
         body = reader.vector(2, least=1)
@@ -90,7 +90,7 @@ def name_of(identity: bytes) -> KeyName | None:
             master, slave, key_id = (body.opaque(1, least=1).decode("utf-8") for _ in range(3))
             if canonical_key_id(key_id) != key_id:
                 return None  # one key has one spelling
-            parts.append(KeyRef(master, slave, key_id))
+            parts.append(KeyPart(master, slave, key_id))
         body.finish()
     except (DecodeError, ValueError):
         return None

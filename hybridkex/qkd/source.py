@@ -18,7 +18,7 @@ from hybridkex.errors import KeyUnknown
 from hybridkex.secret import Secret
 from hybridkex.text import printable
 
-__all__ = ["KeyName", "KeyRef", "KeySource", "QkdKey", "SourceStatus", "canonical_key_id"]
+__all__ = ["KeyPart", "KeyReference", "KeySource", "QkdKey", "SourceStatus", "canonical_key_id"]
 
 
 MAX_KEY_ID_BYTES: Final = 255
@@ -42,7 +42,7 @@ def canonical_key_id(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class KeyRef:
+class KeyPart:
     """The name of one key of one link: its ID and the two KMEs that hold it."""
 
     master_kme: str
@@ -51,7 +51,7 @@ class KeyRef:
     """As :func:`canonical_key_id` gives it."""
 
 
-KeyName: TypeAlias = tuple[KeyRef, ...]
+KeyReference: TypeAlias = tuple[KeyPart, ...]
 """The name of a key as both sides know it: one part, or several for a key that is combined out of
 keys of several links, in the order in which they were combined."""
 
@@ -60,7 +60,7 @@ keys of several links, in the order in which they were combined."""
 class QkdKey:
     """A key that two SAEs share and that nobody will be given again."""
 
-    name: KeyName
+    name: KeyReference
     master_sae: str
     slave_sae: str
     key: Secret
@@ -81,7 +81,7 @@ class SourceStatus:
     """What a source can say about its stock without giving a key away."""
 
     stored: int
-    """Keys that :meth:`KeySource.draw` could give now."""
+    """Keys that :meth:`KeySource.get_key` could give now."""
     capacity: int
     """The most that :attr:`stored` can be."""
     key_bits: int
@@ -106,14 +106,14 @@ class KeySource(Protocol):
         """The SAE ID of the peer."""
         ...
 
-    async def draw(self) -> QkdKey:
+    async def get_key(self) -> QkdKey:
         """A key that was never given out, with us as its master.
 
         Raises :class:`~hybridkex.errors.KeySourceExhausted` when none is left now.
         """
         ...
 
-    async def get(self, name: KeyName) -> QkdKey:
+    async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         """The key of this name, which the peer drew: we are its slave.
 
         Raises :class:`~hybridkex.errors.KeyUnknown`, :class:`~hybridkex.errors.KeyConsumed`,
@@ -123,8 +123,8 @@ class KeySource(Protocol):
         """
         ...
 
-    def knows(self, name: KeyName) -> bool:
-        """Whether :meth:`get` of this name makes sense here: the KMEs named are ours. No I/O."""
+    def knows(self, name: KeyReference) -> bool:
+        """Whether the KMEs named are those of this source, so that it may have the key. No I/O."""
         ...
 
     async def status(self) -> SourceStatus:
@@ -132,7 +132,7 @@ class KeySource(Protocol):
         ...
 
 
-def single(name: KeyName, *, master_kme: str | None, slave_kme: str | None) -> str:
+def single(name: KeyReference, *, master_kme: str | None, slave_kme: str | None) -> str:
     """The ID in a name that must have one part, of the KMEs given (``None``: any).
 
     Raises :class:`~hybridkex.errors.KeyUnknown`.

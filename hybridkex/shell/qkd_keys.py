@@ -28,7 +28,7 @@ from hybridkex.errors import (
 from hybridkex.fields import INTEGER, NUMBER, a, check_fields, tuple_of
 from hybridkex.net.event_loop import current_time, sleep, time_limit
 from hybridkex.qkd.psk import as_psk, context_of, name_of
-from hybridkex.qkd.source import KeyName, KeySource, QkdKey
+from hybridkex.qkd.source import KeyReference, KeySource, QkdKey
 from hybridkex.text import get_logger
 from hybridkex.tls.policy import Requirement
 from hybridkex.tls.session import Session
@@ -138,7 +138,7 @@ class QkdPskSource:
             raise ConfigError("two sources for one pair of SAEs: join them in a FailoverSource")
         self._limits: Final = limits or QkdLimits()
         self._budgets: Final = {id(peer): _Budget(self._limits) for peer in self._peers}
-        self._asked: Final = OrderedDict[KeyName, QkdPeer]()
+        self._asked: Final = OrderedDict[KeyReference, QkdPeer]()
         self.counters: Final = QkdCounters()
 
     async def offer(self) -> ExternalPsk:
@@ -151,7 +151,7 @@ class QkdPskSource:
         if len(self._peers) != 1:
             raise ConfigError("a client shares QKD keys with one peer: the server")
         (peer,) = self._peers
-        key = await self._ask(peer.source.draw)
+        key = await self._ask(peer.source.get_key)
         self.counters.drawn += 1
         self._remember(key.name, peer)
         return replace(as_psk(key), origin=_Origin(peer, key.name))
@@ -170,7 +170,7 @@ class QkdPskSource:
                 return replace(as_psk(key), origin=_Origin(*found))
         raise KeyUnknown("no identity that the client offers names a QKD key of ours")
 
-    def _recognise(self, identity: bytes) -> tuple[QkdPeer, KeyName] | None:
+    def _recognise(self, identity: bytes) -> tuple[QkdPeer, KeyReference] | None:
         """Whose key an identity names. Costs nothing but the comparison."""
         imported = ImportedIdentity.decode(identity)
         name = name_of(imported.external_identity) if imported is not None else None
@@ -183,7 +183,7 @@ class QkdPskSource:
                 return peer, name
         return None
 
-    async def _look_up_once(self, peer: QkdPeer, name: KeyName) -> QkdKey:
+    async def _look_up_once(self, peer: QkdPeer, name: KeyReference) -> QkdKey:
         if name in self._asked:
             self.counters.repeated += 1
             raise KeyConsumed("this key was asked for before")
@@ -193,21 +193,21 @@ class QkdPskSource:
         self._remember(name, peer)
         return await self._ask(lambda: self._look_up_patiently(peer.source, name))
 
-    def _remember(self, name: KeyName, peer: QkdPeer) -> None:
+    def _remember(self, name: KeyReference, peer: QkdPeer) -> None:
         self._asked[name] = peer
         if len(self._asked) > self._limits.remembered:
             self._asked.popitem(last=False)
 
-    async def _look_up_patiently(self, source: KeySource, name: KeyName) -> QkdKey:
+    async def _look_up_patiently(self, source: KeySource, name: KeyReference) -> QkdKey:
         """The two KMEs may be out of step by a moment; the client's key has just been made."""
         wait = self._limits.retry_after
         for _ in range(self._limits.retries):
             try:
-                return await source.get(name)
+                return await source.get_key_with_id(name)
             except KeyNotYetAvailable:
                 await sleep(wait)
                 wait *= 2
-        return await source.get(name)
+        return await source.get_key_with_id(name)
 
     async def _ask(self, call: Callable[[], Awaitable[QkdKey]]) -> QkdKey:
         """One call, with its time limit."""
@@ -283,7 +283,7 @@ class _Origin:
     """Whose key a PSK is, and which."""
 
     peer: QkdPeer
-    name: KeyName
+    name: KeyReference
 
 
 class _Budget:

@@ -19,14 +19,14 @@ from hybridkex.constants import TLS13
 from hybridkex.link import wire
 from hybridkex.link.ledger import Direction, Position
 from hybridkex.qkd.psk import context_of, identity_of
-from hybridkex.qkd.source import KeyRef
+from hybridkex.qkd.source import KeyPart
 from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
 from hybridkex.wire.messages import ImportedIdentity
 from interop.fuzz import targets
 
 CORPUS: Final = Path(__file__).parent / "corpus"
 
-NAME: Final = (KeyRef("kme-a", "kme-b", "994f95df-037c-40e9-8b79-79f79bb8eaa0"),)
+NAME: Final = (KeyPart("kme-a", "kme-b", "994f95df-037c-40e9-8b79-79f79bb8eaa0"),)
 
 
 def seeds() -> dict[str, dict[str, bytes]]:

@@ -164,13 +164,13 @@ class CountingSource:
         self.local_sae, self.peer_sae = inner.local_sae, inner.peer_sae
         self.knows, self.status = inner.knows, inner.status
 
-    async def draw(self) -> Any:
+    async def get_key(self) -> Any:
         self.drawn += 1
-        return await self.inner.draw()
+        return await self.inner.get_key()
 
-    async def get(self, name: Any) -> Any:
+    async def get_key_with_id(self, name: Any) -> Any:
         self.asked += 1
-        return await self.inner.get(name)
+        return await self.inner.get_key_with_id(name)
 
 
 @pytest.mark.parametrize("how", ["psk", "signatures"])
@@ -245,8 +245,8 @@ async def test_kmes_that_give_different_keys() -> None:
     """Both sides notice, and neither has a key."""
 
     class Wrong(CountingSource):
-        async def get(self, name: Any) -> Any:
-            return replace(await self.inner.get(name), key=Secret(bytes(32)))
+        async def get_key_with_id(self, name: Any) -> Any:
+            return replace(await self.inner.get_key_with_id(name), key=Secret(bytes(32)))
 
     ours, theirs = in_process_pair("alice", "bob")
     a, b, *_ = await both({"key_source": ours}, {"key_source": Wrong(theirs)})

@@ -34,7 +34,7 @@ from hybridkex.errors import (
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeAccess, KmeClient, classify
 from hybridkex.qkd.etsi014.models import KeyRequest
 from hybridkex.qkd.etsi014.naming import IdRule
-from hybridkex.qkd.source import KeyRef
+from hybridkex.qkd.source import KeyPart
 
 Answer = tuple[int, Any]
 
@@ -427,22 +427,22 @@ async def test_unauthenticated(certificates: Path, fake: StrictFake, client_for:
 async def test_source(fake: StrictFake, client_for: Any) -> None:
     async with client_for() as a, client_for("bob") as b:
         alice = Etsi014Source(a, sae="sae a/ü", peer_sae="bob")
-        key = await alice.draw()
+        key = await alice.get_key()
         assert (key.master_sae, key.slave_sae) == ("sae a/ü", "bob")
         assert key.kmes == (("KME/A", "KME/B"),)
         assert (await alice.status()).stored == 25
         # The other side: its KME calls itself KME/A here too, so only the names are turned.
         fake.target = "KME/B"
         bob = Etsi014Source(b, sae="bob", peer_sae="sae a/ü")
-        name = (KeyRef("KME/B", "KME/A", key.key_ids[0]),)
-        assert (await bob.get(name)).key == key.key
+        name = (KeyPart("KME/B", "KME/A", key.key_ids[0]),)
+        assert (await bob.get_key_with_id(name)).key == key.key
         assert bob.knows(name)
         assert not bob.knows(key.name)
         with pytest.raises(KeyUnknown):
-            await bob.get(key.name)
+            await bob.get_key_with_id(key.name)
         impostor = Etsi014Source(a, sae="someone", peer_sae="bob")
         with pytest.raises(KeyUnauthorized, match="takes us for"):
-            await impostor.draw()
+            await impostor.get_key()
 
 
 def test_classify_cleans_and_cuts_the_message() -> None:
@@ -536,7 +536,7 @@ async def test_odd_but_good_answers(fake: Any, client_for: Any, name: str) -> No
     fake.enc_keys, fake.dec_keys = enc_keys, dec_keys
     async with client_for() as alice, client_for("bob") as bob:
         source = Etsi014Source(alice, sae="sae a/ü", peer_sae="bob", peer_kme="KME/B")
-        key = await source.draw()
+        key = await source.get_key()
         assert len(key.key) == 32
         [got] = (await bob.dec_keys("sae a/ü", list(key.key_ids))).keys
         assert got.key == key.key
@@ -556,7 +556,7 @@ async def test_a_kme_that_hides_its_names(fake: Any, client_for: Any) -> None:
     async with client_for(kme_id="KME/A") as alice:
         source = Etsi014Source(alice, sae="sae a/ü", peer_sae="bob", peer_kme="KME/B")
         assert (await source.status()).stored == 25
-        assert (await source.draw()).kmes == (("KME/A", "KME/B"),)
+        assert (await source.get_key()).kmes == (("KME/A", "KME/B"),)
 
 
 async def test_a_kme_with_post_only(fake: Any, client_for: Any) -> None:

@@ -111,8 +111,8 @@ async def test_dev_up_status_and_export_pool(
     ):
         for master, slave in ((a, b), (b, a)):
             for _ in range(20):
-                key = await master.draw()
-                assert await slave.get(key.name) == key
+                key = await master.get_key()
+                assert await slave.get_key_with_id(key.name) == key
         # Each has 130 of its own and 130 of the other's, but for those.
         assert [(await pool.status()).stored for pool in (a, b)] == [110, 110]
 

@@ -22,10 +22,10 @@ import trio
 import trio.testing
 
 from hybridkex.errors import KeySourceUnavailable
-from hybridkex.kme.delivery import Kme, KmeLimits
+from hybridkex.kme.entity import KeyManagementEntity, KmeLimits
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import ExtKeys
-from hybridkex.qkd.etsi014.models import KeyContainer, KeyRequest, Refusal
+from hybridkex.qkd.etsi014.models import ErrorResponse, KeyContainer, KeyRequest
 from hybridkex.qkd.producer import ProducedKey
 from hybridkex.qkd.store import Allotment, BlocksRefused, KeyStore, half_of
 from hybridkex.secret import Secret
@@ -96,7 +96,7 @@ class Site:
         self.disk = FailingDisk(self.store._db, world.choice)
         self.store._db = self.disk  # type: ignore[assignment]
         other = OTHER[self.id]
-        self.kme = Kme(
+        self.kme = KeyManagementEntity(
             self.id,
             saes=frozenset(SAES[self.id]),
             peers={other: frozenset(SAES[other]), HOSTILE: frozenset({"eve"})},
@@ -125,7 +125,9 @@ class Site:
             scope.cancel()
         await self.store.aclose()
 
-    async def ask(self, call: Callable[[Kme], Awaitable[KeyContainer]]) -> KeyContainer | None:
+    async def ask(
+        self, call: Callable[[KeyManagementEntity], Awaitable[KeyContainer]]
+    ) -> KeyContainer | None:
         """A request by an SAE. ``None``: cut off, or answered with an error."""
         if not self.up:
             return None
@@ -134,7 +136,7 @@ class Site:
             try:
                 with trio.move_on_after(4):
                     return await call(kme)
-            except (Refusal, KeySourceUnavailable):
+            except (ErrorResponse, KeySourceUnavailable):
                 pass
         return None
 
@@ -147,7 +149,7 @@ class Wire:
     own: str
     other: str
 
-    async def _carry(self, call: Callable[[Kme], Awaitable[Any]]) -> Any:
+    async def _carry(self, call: Callable[[KeyManagementEntity], Awaitable[Any]]) -> Any:
         """Deliver a message, late or never; its answer, late or never."""
         world, outcome = self.world, list[Any]()
         answered = trio.Event()
@@ -160,7 +162,7 @@ class Wire:
             with site.life():
                 try:
                     outcome.append((await call(site.kme), None))
-                except (BlocksRefused, Refusal, KeySourceUnavailable) as error:
+                except (BlocksRefused, ErrorResponse, KeySourceUnavailable) as error:
                     outcome.append((None, error))
             await trio.sleep(world.delay())
             if outcome and not world.happens(world.loss):
@@ -280,7 +282,7 @@ class World:
             lambda: kme.peer_checks(HOSTILE, ids),
             lambda: kme.get_key_with_ids(own, choice.choice(SAES[site.id]), ids),
         ):
-            with site.life(), suppress(BlocksRefused, Refusal, KeySourceUnavailable):
+            with site.life(), suppress(BlocksRefused, ErrorResponse, KeySourceUnavailable):
                 await call()
 
     async def settle(self) -> None:

@@ -17,7 +17,7 @@ import trio.testing
 
 from hybridkex.errors import ConfigError, KeySourceExhausted, KeySourceUnavailable
 from hybridkex.kme.config import Address, PeerConfig, ServeConfig
-from hybridkex.kme.delivery import KmeLimits
+from hybridkex.kme.entity import KmeLimits
 from hybridkex.kme.serve import KmeServer
 from hybridkex.net.http import HttpLimits, Request, Response, serve_connection
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeClient

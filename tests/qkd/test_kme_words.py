@@ -17,7 +17,7 @@ from test_kme_server import as_sae, filled
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.errors import KeySourceError
 from hybridkex.kme.config import Address, PeerConfig, ServeConfig
-from hybridkex.kme.delivery import KmeLimits
+from hybridkex.kme.entity import KmeLimits
 from hybridkex.kme.serve import KmeServer
 from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.models import KeyRequest

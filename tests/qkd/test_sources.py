@@ -22,11 +22,11 @@ from hybridkex.errors import (
     KeyUnauthorized,
     KeyUnknown,
 )
+from hybridkex.qkd.composite import CombinedSource, FailoverSource, combine_keys
 from hybridkex.qkd.in_process import in_process_pair
 from hybridkex.qkd.pool import FilePool, PoolNames
 from hybridkex.qkd.prefetch import PrefetchConfig, PrefetchSource
-from hybridkex.qkd.several import CombinedSource, FailoverSource, combine_keys
-from hybridkex.qkd.source import KeyName, KeyRef, KeySource, QkdKey, SourceStatus
+from hybridkex.qkd.source import KeyPart, KeyReference, KeySource, QkdKey, SourceStatus
 from hybridkex.qkd.store import write_key_file
 from hybridkex.secret import Secret
 
@@ -41,21 +41,21 @@ class Flaky:
         self.slow = 0.0
         self.draws = self.gets = 0
 
-    async def draw(self) -> QkdKey:
+    async def get_key(self) -> QkdKey:
         self.draws += 1
         await trio.sleep(self.slow)
         if self.error is not None:
             raise self.error
-        return await self.inner.draw()
+        return await self.inner.get_key()
 
-    async def get(self, name: KeyName) -> QkdKey:
+    async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         self.gets += 1
         await trio.sleep(self.slow)
         if self.error is not None:
             raise self.error
-        return await self.inner.get(name)
+        return await self.inner.get_key_with_id(name)
 
-    def knows(self, name: KeyName) -> bool:
+    def knows(self, name: KeyReference) -> bool:
         return self.inner.knows(name)
 
     async def status(self) -> SourceStatus:
@@ -78,39 +78,39 @@ def pairs(number: int) -> tuple[list[Flaky], list[Flaky]]:
 async def test_in_process_pair() -> None:
     alice, bob = in_process_pair("alice", "bob")
     for master, slave in ((alice, bob), (bob, alice)):
-        key = await master.draw()
+        key = await master.get_key()
         assert (key.master_sae, key.slave_sae) == (master.local_sae, slave.local_sae)
         assert len(key.key) == 32
         assert slave.knows(key.name)
         assert not master.knows(key.name)
         with pytest.raises(KeyUnknown):
-            await master.get(key.name)
-        assert await slave.get(key.name) == key
+            await master.get_key_with_id(key.name)
+        assert await slave.get_key_with_id(key.name) == key
         with pytest.raises(KeyConsumed):
-            await slave.get(key.name)
-        strange = (KeyRef(*key.kmes[0], str(uuid.uuid4())),)
+            await slave.get_key_with_id(key.name)
+        strange = (KeyPart(*key.kmes[0], str(uuid.uuid4())),)
         with pytest.raises(KeyUnknown):
-            await slave.get(strange)
+            await slave.get_key_with_id(strange)
         with pytest.raises(KeyUnknown):
-            await slave.get(key.name * 2)
+            await slave.get_key_with_id(key.name * 2)
 
 
 async def test_in_process_capacity() -> None:
     alice, bob = in_process_pair("alice", "bob", capacity=2)
-    first = await alice.draw()
-    await alice.draw()
+    first = await alice.get_key()
+    await alice.get_key()
     assert (await alice.status()).stored == 0
     with pytest.raises(KeySourceExhausted):
-        await alice.draw()
-    await bob.get(first.name)
-    await alice.draw()
+        await alice.get_key()
+    await bob.get_key_with_id(first.name)
+    await alice.get_key()
     with pytest.raises(ConfigError):
         in_process_pair("alice", "alice")
 
 
 async def test_a_key_does_not_show_itself() -> None:
     alice, _ = in_process_pair("alice", "bob")
-    key = await alice.draw()
+    key = await alice.get_key()
     raw = key.key.reveal()
     assert raw.hex() not in repr(key)
     assert repr(raw)[2:-1] not in repr(key)
@@ -133,7 +133,7 @@ BOB = PoolNames(sae="bob", kme="kme-b", peer_sae="alice", peer_kme="kme-a")
 def keys_of(master: PoolNames, number: int) -> list[QkdKey]:
     return [
         QkdKey(
-            name=(KeyRef(master.kme, master.peer_kme, str(uuid.uuid4())),),
+            name=(KeyPart(master.kme, master.peer_kme, str(uuid.uuid4())),),
             master_sae=master.sae,
             slave_sae=master.peer_sae,
             key=Secret(uuid.uuid4().bytes * 2),
@@ -153,25 +153,25 @@ async def test_file_pools(tmp_path: Path, key_file: Path) -> None:
     ):
         assert (alice.local_sae, alice.peer_sae) == ("alice", "bob")
         assert (await alice.status()).stored == 3
-        drawn = [await alice.draw() for _ in range(3)]
+        drawn = [await alice.get_key() for _ in range(3)]
         assert all(key in keys[:3] for key in drawn)
         with pytest.raises(KeySourceExhausted):
-            await alice.draw()
+            await alice.get_key()
         for key in reversed(drawn):
-            assert await bob.get(key.name) == key
+            assert await bob.get_key_with_id(key.name) == key
         with pytest.raises(KeyConsumed):
-            await bob.get(drawn[0].name)
+            await bob.get_key_with_id(drawn[0].name)
         with pytest.raises(KeyUnknown):
-            await alice.get(drawn[0].name)
-        key = await bob.draw()
+            await alice.get_key_with_id(drawn[0].name)
+        key = await bob.get_key()
         assert alice.knows(key.name)
         assert not bob.knows(key.name)
-        assert await alice.get(key.name) == key
+        assert await alice.get_key_with_id(key.name) == key
     # What is gone is gone for the next process as well, and is not taken in again.
     async with FilePool.open(tmp_path / "a.pool", key_file=key_file) as alice:
         await alice.add(keys[:3])
         with pytest.raises(KeySourceExhausted):
-            await alice.draw()
+            await alice.get_key()
 
 
 async def test_pool_files_that_cannot_be_used(tmp_path: Path, key_file: Path) -> None:
@@ -201,7 +201,7 @@ async def main():
     folder = Path(sys.argv[1])
     pool = FilePool.open(folder / "a.pool", key_file=folder / "pool.key")
     while True:
-        key = await pool.draw()
+        key = await pool.get_key()
         os.write(1, (str(key.key_ids[0]) + "\\n").encode())
 
 trio.run(main)
@@ -241,31 +241,31 @@ async def test_failover() -> None:
     (a0, a1), (b0, b1) = pairs(2)
     alice = FailoverSource([a0, a1], retry_after=0.2, timeout=0.1)
     bob = FailoverSource([b0, b1])
-    assert (await alice.draw()).kmes == (("a0", "b0"),)
+    assert (await alice.get_key()).kmes == (("a0", "b0"),)
     a0.error = KeySourceUnavailable("down")
-    key = await alice.draw()
+    key = await alice.get_key()
     assert key.kmes == (("a1", "b1"),)
-    assert await bob.get(key.name) == key
+    assert await bob.get_key_with_id(key.name) == key
     assert (b0.gets, b1.gets) == (0, 1), "only the source of these KMEs is asked"
     # While it is out of favour it is not asked again...
     a0.error = None
     draws = a0.draws
-    assert (await alice.draw()).kmes == (("a1", "b1"),)
+    assert (await alice.get_key()).kmes == (("a1", "b1"),)
     assert a0.draws == draws
     # ...unless the other fails too...
     a1.error = KeySourceExhausted("empty")
-    assert (await alice.draw()).kmes == (("a0", "b0"),)
+    assert (await alice.get_key()).kmes == (("a0", "b0"),)
     # ...and one that hangs costs its time limit.
     a0.slow, a1.error = 10, None
-    assert (await alice.draw()).kmes == (("a1", "b1"),)
+    assert (await alice.get_key()).kmes == (("a1", "b1"),)
     a0.slow = 0
     await trio.sleep(0.25)
-    assert (await alice.draw()).kmes == (("a0", "b0"),), "and it is healthy again"
+    assert (await alice.get_key()).kmes == (("a0", "b0"),), "and it is healthy again"
     a0.error, a1.error = KeySourceUnavailable("down"), KeySourceExhausted("empty")
     with pytest.raises(KeySourceExhausted):
-        await alice.draw()
+        await alice.get_key()
     with pytest.raises(KeyUnknown):
-        await bob.get((KeyRef("x", "y", str(uuid.uuid4())),))
+        await bob.get_key_with_id((KeyPart("x", "y", str(uuid.uuid4())),))
 
 
 ERRORS = (
@@ -288,9 +288,9 @@ async def test_failover_goes_on_after_every_error(kind: type[KeySourceError]) ->
     for one in (a0, b0):
         one.knows = lambda name: True  # type: ignore[method-assign]
         one.error = kind("of the first source")
-    key = await FailoverSource([a0, a1]).draw()
+    key = await FailoverSource([a0, a1]).get_key()
     assert key.kmes == (("a1", "b1"),)
-    assert await FailoverSource([b0, b1]).get(key.name) == key
+    assert await FailoverSource([b0, b1]).get_key_with_id(key.name) == key
     assert (b0.gets, b1.gets) == (1, 1)
 
 
@@ -304,15 +304,15 @@ async def test_failover_reports_the_error_that_leaves_most_hope(
         one.error = kind("x")
         one.knows = lambda name: True  # type: ignore[method-assign]
     with pytest.raises(min(first, second, key=ERRORS.index)):
-        await FailoverSource([b0, b1]).get((KeyRef("a", "b", "1"),))
+        await FailoverSource([b0, b1]).get_key_with_id((KeyPart("a", "b", "1"),))
 
 
 async def test_failover_passes_over_a_look_up_that_hangs() -> None:
     (_, a1), (b0, b1) = pairs(2)
     b0.slow, b0.knows = 10, lambda name: True  # type: ignore[method-assign]
-    key = await a1.draw()
+    key = await a1.get_key()
     with trio.fail_after(2):
-        assert await FailoverSource([b0, b1], timeout=0.05).get(key.name) == key
+        assert await FailoverSource([b0, b1], timeout=0.05).get_key_with_id(key.name) == key
 
 
 async def test_a_pool_is_for_one_process(tmp_path: Path, key_file: Path) -> None:
@@ -340,28 +340,28 @@ async def test_failover_status() -> None:
 async def test_combined() -> None:
     (a0, a1), (b0, b1) = pairs(2)
     alice, bob = CombinedSource([a0, a1]), CombinedSource([b0, b1])
-    key = await alice.draw()
+    key = await alice.get_key()
     assert key.kmes == (("a0", "b0"), ("a1", "b1"))
     assert len(key.key_ids) == 2
     assert bob.knows(key.name)
     assert not bob.knows(key.name[::-1])
     assert not bob.knows(key.name[:1])
-    assert await bob.get(key.name) == key
+    assert await bob.get_key_with_id(key.name) == key
     with pytest.raises(KeyConsumed):
-        await bob.get(key.name)
+        await bob.get_key_with_id(key.name)
     with pytest.raises(KeyUnknown):
-        await bob.get(key.name[:1])
-    await a0.draw()
+        await bob.get_key_with_id(key.name[:1])
+    await a0.get_key()
     assert (await alice.status()).stored == 99, "the scarcest decides"
     a1.error = KeySourceUnavailable("down")
     with pytest.raises(KeySourceUnavailable):
-        await alice.draw()
+        await alice.get_key()
 
 
 async def test_combined_wants_different_links() -> None:
     (a0,), _ = pairs(1)
     with pytest.raises(KeySourceUnavailable, match="one link"):
-        await CombinedSource([a0, a0]).draw()
+        await CombinedSource([a0, a0]).get_key()
     other, _ = in_process_pair("alice", "carol")
     for kind in (CombinedSource, FailoverSource):
         with pytest.raises(ConfigError, match="different pairs"):
@@ -372,7 +372,7 @@ async def test_combined_wants_different_links() -> None:
 
 def part(kmes: tuple[str, str], key_id: int, key: bytes, **saes: str) -> QkdKey:
     return QkdKey(
-        name=(KeyRef(*kmes, str(uuid.UUID(int=key_id))),),
+        name=(KeyPart(*kmes, str(uuid.UUID(int=key_id))),),
         master_sae=saes.get("master", "alice"),
         slave_sae=saes.get("slave", "bob"),
         key=Secret(key),
@@ -435,12 +435,12 @@ async def test_prefetched_keys_need_no_source(autojump_clock: Any) -> None:
             await bob.expect(name)
         began = trio.current_time()
         for name in names:
-            key = await alice.draw()
+            key = await alice.get_key()
             assert key.name == name
-            assert await bob.get(name) == key
+            assert await bob.get_key_with_id(name) == key
         assert trio.current_time() == began, "neither side waited"
         with pytest.raises(KeyConsumed):
-            await bob.get(names[0])
+            await bob.get_key_with_id(names[0])
         nursery.cancel_scope.cancel()
 
 
@@ -451,11 +451,11 @@ async def test_watermarks(autojump_clock: Any) -> None:
         await filling(alice, nursery, 4)
         await trio.sleep(10)
         assert a.draws == 4, "no more than the high watermark"
-        await alice.draw()
-        await alice.draw()
+        await alice.get_key()
+        await alice.get_key()
         await trio.sleep(1)
         assert a.draws == 4, "not before the low watermark"
-        await alice.draw()
+        await alice.get_key()
         await trio.sleep(1)
         assert a.draws == 7
         assert (await alice.status()).stored == 100 - 7 + 4
@@ -471,17 +471,17 @@ async def test_time_to_live(autojump_clock: Any) -> None:
         old = alice.upcoming()
         await bob.expect(old[0])
         await trio.sleep(6)
-        fresh = await alice.draw()
+        fresh = await alice.get_key()
         assert fresh.name not in old
         with pytest.raises(KeyConsumed):
-            await bob.get(old[0])  # held ahead and thrown away
+            await bob.get_key_with_id(old[0])  # held ahead and thrown away
         nursery.cancel_scope.cancel()
 
 
 async def test_expect_is_capped(autojump_clock: Any) -> None:
     (a,), (b,) = pairs(1)
     bob = PrefetchSource(b, PrefetchConfig(low=1, high=2))
-    names = [(await a.draw()).name for _ in range(3)]
+    names = [(await a.get_key()).name for _ in range(3)]
     await bob.expect(names[0])
     await bob.expect(names[0])
     assert b.gets == 1, "a name is looked up once"
@@ -499,9 +499,9 @@ async def test_a_failing_source_is_asked_less_and_less(autojump_clock: Any) -> N
         await trio.sleep(30)
         assert 4 <= a.draws <= 6
         with pytest.raises(KeySourceUnavailable):
-            await alice.draw()
+            await alice.get_key()
         a.error = None
-        assert await alice.draw(), "an empty stock does not stop a handshake"
+        assert await alice.get_key(), "an empty stock does not stop a handshake"
         await trio.sleep(60)
         assert len(alice.upcoming()) == 8
         nursery.cancel_scope.cancel()

@@ -46,10 +46,10 @@ from hybridkex.errors import (
     PolicyRefused,
     UnknownPskIdentity,
 )
+from hybridkex.qkd.composite import CombinedSource, FailoverSource
 from hybridkex.qkd.in_process import InProcessSource, in_process_pair
 from hybridkex.qkd.psk import as_psk, identity_of
-from hybridkex.qkd.several import CombinedSource, FailoverSource
-from hybridkex.qkd.source import KeyName, KeySource, QkdKey, SourceStatus
+from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
 from hybridkex.shell.metrics import register_qkd_metrics
 
 PREFER = Policy(psk=Requirement.PREFER)
@@ -76,24 +76,24 @@ class Watched:
     def peer_sae(self) -> str:
         return self.inner.peer_sae
 
-    async def draw(self) -> QkdKey:
+    async def get_key(self) -> QkdKey:
         self.draws += 1
         await trio.sleep(self.delay)
         if self.draw_error is not None:
             raise self.draw_error
-        return self._perhaps_wrong(await self.inner.draw())
+        return self._perhaps_wrong(await self.inner.get_key())
 
-    async def get(self, name: KeyName) -> QkdKey:
+    async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         self.gets += 1
         await trio.sleep(self.delay)
         if self.get_errors:
             raise self.get_errors.pop(0)
-        return self._perhaps_wrong(await self.inner.get(name))
+        return self._perhaps_wrong(await self.inner.get_key_with_id(name))
 
     def _perhaps_wrong(self, key: QkdKey) -> QkdKey:
         return replace(key, key=Secret(bytes(32))) if self.wrong_key else key
 
-    def knows(self, name: KeyName) -> bool:
+    def knows(self, name: KeyReference) -> bool:
         return self.inner.knows(name)
 
     async def status(self) -> SourceStatus:
@@ -427,7 +427,7 @@ async def send_alone(sites: Sites, hello: bytes) -> BaseException | None:
 
 async def test_a_thousand_replays_are_one_look_up(make_sites: Callable[..., Sites]) -> None:
     sites = make_sites()
-    hello = recorded_hello(sites, await sites.alice.draw())
+    hello = recorded_hello(sites, await sites.alice.get_key())
     async with trio.open_nursery() as nursery:
         for _ in range(1000):
             nursery.start_soon(send_alone, sites, hello)
@@ -438,11 +438,11 @@ async def test_a_thousand_replays_are_one_look_up(make_sites: Callable[..., Site
 
 async def test_a_key_of_a_handshake_that_failed_is_gone(make_sites: Callable[..., Sites]) -> None:
     sites = make_sites()
-    key = await sites.alice.draw()
+    key = await sites.alice.get_key()
     assert await send_alone(sites, recorded_hello(sites, key)) is not None
     assert type(await send_alone(sites, recorded_hello(sites, key))) is KeyConsumed
     with pytest.raises(KeyConsumed):
-        await sites.bob.inner.get(key.name)
+        await sites.bob.inner.get_key_with_id(key.name)
 
 
 async def test_look_ups_are_rate_limited(
@@ -451,24 +451,24 @@ async def test_look_ups_are_rate_limited(
     limits = QkdLimits(look_ups_per_second=2, burst=3)
     sites = make_sites(limits=limits)
     for _ in range(10):
-        await send_alone(sites, recorded_hello(sites, await sites.alice.draw()))
+        await send_alone(sites, recorded_hello(sites, await sites.alice.get_key()))
     assert (sites.bob.gets, sites.bob_keys.counters.limited) == (3, 7)
     await trio.sleep(1)
     for _ in range(5):
-        await send_alone(sites, recorded_hello(sites, await sites.alice.draw()))
+        await send_alone(sites, recorded_hello(sites, await sites.alice.get_key()))
     assert sites.bob.gets == 5
 
 
 async def test_what_is_remembered_is_bounded(make_sites: Callable[..., Sites]) -> None:
     sites = make_sites(limits=QkdLimits(remembered=4))
     for _ in range(10):
-        await send_alone(sites, recorded_hello(sites, await sites.alice.draw()))
+        await send_alone(sites, recorded_hello(sites, await sites.alice.get_key()))
     assert sites.names == 4
 
 
 async def test_only_names_of_ours_are_looked_up(make_sites: Callable[..., Sites]) -> None:
     sites = make_sites()
-    key = await sites.alice.inner.draw()
+    key = await sites.alice.inner.get_key()
     (part,) = key.name
     others = [
         replace(key, master_sae="carol"),
@@ -492,7 +492,7 @@ async def test_only_names_of_ours_are_looked_up(make_sites: Callable[..., Sites]
 async def test_a_hello_reflected_to_its_sender(make_sites: Callable[..., Sites]) -> None:
     """Selfie (RFC 9257 section 4.1): Alice serves, too, and gets her own ClientHello back."""
     sites = make_sites(certificates=False)
-    hello = recorded_hello(sites, await sites.alice.inner.draw())
+    hello = recorded_hello(sites, await sites.alice.inner.get_key())
     at_alice = replace(sites, server=replace(sites.server, psk_source=QkdPskSource(sites.alice)))
     assert type(await send_alone(at_alice, hello)) is KeyUnknown
     assert sites.alice.gets == 0
@@ -500,7 +500,7 @@ async def test_a_hello_reflected_to_its_sender(make_sites: Callable[..., Sites])
 
 async def test_an_unknown_id_fails_closed(make_sites: Callable[..., Sites]) -> None:
     sites = make_sites()
-    key = await sites.alice.draw()
+    key = await sites.alice.get_key()
     stranger = replace(key, name=(replace(key.name[0], key_id=str(uuid4())),))
     assert type(await send_alone(sites, recorded_hello(sites, stranger))) is KeyUnknown
     assert sites.bob.gets == 1
@@ -558,9 +558,9 @@ async def test_a_short_key(make_sites: Callable[..., Sites]) -> None:
     sites = make_sites()
 
     async def draw() -> QkdKey:
-        return replace(await InProcessSource.draw(sites.alice.inner), key=Secret(b"too little"))  # type: ignore[arg-type]
+        return replace(await InProcessSource.get_key(sites.alice.inner), key=Secret(b"too little"))  # type: ignore[arg-type]
 
-    sites.alice.draw = draw  # type: ignore[method-assign]
+    sites.alice.get_key = draw  # type: ignore[method-assign]
     _, _, client, _ = await shake(sites)
     assert type(client) is KeySourceUnavailable
     assert "too little" not in str(client)

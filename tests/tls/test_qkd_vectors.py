@@ -22,7 +22,7 @@ from hybridkex.crypto.kex import SECP256R1MLKEM768, X25519MLKEM768, KeyExchange
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.suites import TLS_AES_128_GCM_SHA256, TLS_AES_256_GCM_SHA384, CipherSuite
 from hybridkex.qkd.psk import as_psk
-from hybridkex.qkd.source import KeyRef, QkdKey
+from hybridkex.qkd.source import KeyPart, QkdKey
 from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import Connection
@@ -30,7 +30,7 @@ from hybridkex.tls.negotiation import external_psks
 
 KEY_ID = "994f95df-037c-40e9-8b79-79f79bb8eaa0"
 QKD_KEY = QkdKey(
-    name=(KeyRef("kme-a", "kme-b", KEY_ID),),
+    name=(KeyPart("kme-a", "kme-b", KEY_ID),),
     master_sae="alice",
     slave_sae="bob",
     key=Secret(bytes(range(32))),

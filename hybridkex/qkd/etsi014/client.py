@@ -25,7 +25,6 @@ from hybridkex.errors import (
     KeyUnauthorized,
     KeyUnknown,
 )
-from hybridkex.qkd.etsi014.hop import Hop, client_hop
 from hybridkex.qkd.etsi014.models import (
     API,
     DeliveredKey,
@@ -36,9 +35,10 @@ from hybridkex.qkd.etsi014.models import (
     ModelError,
     Status,
 )
+from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, client_tls
 from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate
 from hybridkex.qkd.etsi014.transport import HTTP_FAILURES, KmeTransport, refusal_of, what_failed
-from hybridkex.qkd.source import KeyName, KeyRef, QkdKey, SourceStatus, single
+from hybridkex.qkd.source import KeyPart, KeyReference, QkdKey, SourceStatus, single
 from hybridkex.text import get_logger, printable
 
 __all__ = ["Etsi014Source", "KmeAccess", "KmeClient", "classify"]
@@ -137,7 +137,7 @@ class KmeClient:
     has no way to ask again), and only the caller knows whether new ones are worth it.
     """
 
-    def __init__(self, access: KmeAccess, *, hop: Hop | None = None) -> None:
+    def __init__(self, access: KmeAccess, *, hop: TlsHandshake | None = None) -> None:
         """Read the certificates; nothing is sent. ``hop`` takes the place of ``access.tls``.
 
         Raises ``ConfigError``.
@@ -146,7 +146,7 @@ class KmeClient:
         self._kme_id = access.kme_id
         self._post = access.always_post
         self._slash = ""  # what this KME wants at the end of a path
-        hop = hop or client_hop(
+        hop = hop or client_tls(
             access.tls, ca=access.ca, certificate=access.certificate, key=access.key
         )
         self._http = httpx.AsyncClient(
@@ -207,7 +207,7 @@ class KmeClient:
     async def enc_keys(self, slave_sae: str, request: KeyRequest | None = None) -> KeyContainer:
         """Get key (clause 5.2): new keys, ``request.size`` bits each, with us as master.
 
-        Raises what a source's ``draw`` raises. Number and length of the keys are checked.
+        Raises what :meth:`KeySource.get_key` raises. Number and length of the keys are checked.
         """
         request = request or KeyRequest()
         longest = 4096 + request.number * (512 + (request.size or 0) // 6)
@@ -400,18 +400,18 @@ class Etsi014Source:
         self._peer_kme = peer_kme
         self._key_bits = key_bits
 
-    async def draw(self) -> QkdKey:
+    async def get_key(self) -> QkdKey:
         kme, peer_kme = await self._kmes()
         request = KeyRequest(number=1, size=self._key_bits)
         [item] = (await self._client.enc_keys(self.peer_sae, request)).keys
         return QkdKey(
-            name=(KeyRef(kme, peer_kme, item.key_id),),
+            name=(KeyPart(kme, peer_kme, item.key_id),),
             master_sae=self.local_sae,
             slave_sae=self.peer_sae,
             key=item.key,
         )
 
-    async def get(self, name: KeyName) -> QkdKey:
+    async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         kme, peer_kme = await self._kmes()
         key_id = single(name, master_kme=peer_kme, slave_kme=kme)
         [item] = (await self._client.dec_keys(self.peer_sae, [key_id])).keys
@@ -419,7 +419,7 @@ class Etsi014Source:
             raise KeySourceUnavailable("the KME gave a key of another length than was agreed")
         return QkdKey(name=name, master_sae=self.peer_sae, slave_sae=self.local_sae, key=item.key)
 
-    def knows(self, name: KeyName) -> bool:
+    def knows(self, name: KeyReference) -> bool:
         try:
             single(name, master_kme=self._peer_kme, slave_kme=self._client.kme_id)
         except KeyUnknown:

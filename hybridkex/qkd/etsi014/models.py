@@ -20,13 +20,13 @@ __all__ = [
     "API",
     "DeliveredKey",
     "ErrorBody",
+    "ErrorResponse",
     "Json",
     "KeyContainer",
     "KeyIds",
     "KeyRequest",
     "Message",
     "ModelError",
-    "Refusal",
     "Status",
 ]
 
@@ -297,7 +297,7 @@ class ErrorBody:
         return body
 
 
-class Refusal(Exception):
+class ErrorResponse(Exception):
     """A KME's answer other than 200, with the standard's status and body."""
 
     def __init__(self, status: int, message: str, *details: dict[str, str]) -> None:

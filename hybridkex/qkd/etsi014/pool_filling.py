@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.models import DeliveredKey, KeyRequest
 from hybridkex.qkd.pool import FilePool, PoolNames
-from hybridkex.qkd.source import KeyRef, QkdKey
+from hybridkex.qkd.source import KeyPart, QkdKey
 
 __all__ = ["collect_into_pool", "draw_into_pool", "pool_names"]
 
@@ -77,7 +77,7 @@ def _key(names: PoolNames, item: DeliveredKey, *, master: bool) -> QkdKey:
     ours, theirs = (names.kme, names.sae), (names.peer_kme, names.peer_sae)
     (master_kme, master_sae), (slave_kme, slave_sae) = (ours, theirs) if master else (theirs, ours)
     return QkdKey(
-        name=(KeyRef(master_kme, slave_kme, item.key_id),),
+        name=(KeyPart(master_kme, slave_kme, item.key_id),),
         master_sae=master_sae,
         slave_sae=slave_sae,
         key=item.key,

@@ -18,7 +18,7 @@ import httpx
 import trio
 
 from hybridkex.errors import AlertReceived
-from hybridkex.qkd.etsi014.hop import Hop, tls_failure
+from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, tls_failure
 
 __all__ = ["HTTP_FAILURES", "KmeTransport", "refusal_of", "what_failed"]
 
@@ -109,7 +109,7 @@ def _deadline(timeout: float | None) -> Any:
 
 
 class _Backend(httpcore.AsyncNetworkBackend):
-    def __init__(self, hop: Hop, check: Callable[[bytes], None], max_answer: int) -> None:
+    def __init__(self, hop: TlsHandshake, check: Callable[[bytes], None], max_answer: int) -> None:
         self.hop = hop
         self.max_answer = max_answer
         self.check = check
@@ -162,7 +162,7 @@ class KmeTransport(httpx.AsyncBaseTransport):
 
     def __init__(
         self,
-        hop: Hop,
+        hop: TlsHandshake,
         check: Callable[[bytes], None],
         *,
         connections: int = 8,

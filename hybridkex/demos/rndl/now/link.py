@@ -19,7 +19,7 @@ from hybridkex.link.presets import preset
 from hybridkex.link.quantum import OpticalLink
 from hybridkex.link.settings import LinkSettings
 from hybridkex.qkd.pool import FilePool, PoolNames
-from hybridkex.qkd.source import KeyRef, KeySource, QkdKey
+from hybridkex.qkd.source import KeyPart, KeySource, QkdKey
 from hybridkex.qkd.store import write_key_file
 
 __all__ = ["link_sources"]
@@ -66,7 +66,7 @@ def _keys(block: Block) -> list[QkdKey]:
     """The block's keys; Alice draws them, Bob looks them up."""
     return [
         QkdKey(
-            name=(KeyRef(_ALICE.kme, _BOB.kme, item.key_id),),
+            name=(KeyPart(_ALICE.kme, _BOB.kme, item.key_id),),
             master_sae=_ALICE.sae,
             slave_sae=_BOB.sae,
             key=item.key,

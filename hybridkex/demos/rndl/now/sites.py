@@ -15,10 +15,10 @@ from hybridkex.demos.rndl.matrix import Delivery
 from hybridkex.demos.rndl.now.escrow import Escrow
 from hybridkex.demos.rndl.now.tap import wire_tap
 from hybridkex.kme.config import Address, KmeConfig, PeerConfig, ServeConfig
-from hybridkex.kme.delivery import SCRUB_EVERY, KmeLimits
+from hybridkex.kme.entity import SCRUB_EVERY, KmeLimits
 from hybridkex.kme.serve import KmeServer, Serving
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeAccess, KmeClient
-from hybridkex.qkd.etsi014.hop import Hop
+from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake
 from hybridkex.qkd.source import KeySource
 from hybridkex.qkd.store import write_key_file
 from hybridkex.streams import SecureStream
@@ -142,7 +142,7 @@ class Sites:
         (peer,) = (other for other, _ in _SITES if other != sae)
         return Etsi014Source(client, sae=sae, peer_sae=peer)
 
-    def _hop(self, folder: Path) -> Hop:
+    def _hop(self, folder: Path) -> TlsHandshake:
         """The SAE's side of the hop, instrumented: one side's private key breaks an exchange."""
         group = X25519 if self._classical else X25519MLKEM768
         config = ClientConfig(

@@ -39,10 +39,10 @@ from hybridkex.net.log import BoundedLog
 from hybridkex.net.token_bucket import TokenBucket
 from hybridkex.qkd.etsi014.models import (
     DeliveredKey,
+    ErrorResponse,
     KeyContainer,
     KeyRequest,
     Message,
-    Refusal,
     Status,
 )
 from hybridkex.qkd.producer import KeyProducer, ProducedKey
@@ -50,7 +50,7 @@ from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState, KeyStore, 
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
 
-__all__ = ["Kme", "KmeLimits"]
+__all__ = ["KeyManagementEntity", "KmeLimits"]
 
 LOG: Final = get_logger(__name__)
 
@@ -149,8 +149,8 @@ class _Link:
         self.left = trio.Event()
 
 
-class Kme:
-    """One KME. Methods that an SAE's request leads to raise :class:`Refusal`."""
+class KeyManagementEntity:
+    """One KME. Methods that an SAE's request leads to raise :class:`ErrorResponse`."""
 
     def __init__(
         self,
@@ -238,10 +238,10 @@ class Kme:
                 self.kme_id,
                 sae,
             )
-            raise Refusal(401, "Unauthorized")
+            raise ErrorResponse(401, "Unauthorized")
         if not self._buckets[sae].take():
             self.log.log(logging.WARNING, "%s: %s asks too often: it got 503", self.kme_id, sae)
-            raise Refusal(503, "too many requests")
+            raise ErrorResponse(503, "too many requests")
 
     def _link_to(self, slaves: Sequence[str]) -> _Link:
         for link in self._links.values():
@@ -249,8 +249,8 @@ class Kme:
                 return link
         known = {sae for link in self._links.values() for sae in link.saes}
         if known.issuperset(slaves):
-            raise Refusal(400, "the slave SAEs are attached to different KMEs")
-        raise Refusal(400, "a slave SAE is unknown or cannot be reached from here")
+            raise ErrorResponse(400, "the slave SAEs are attached to different KMEs")
+        raise ErrorResponse(400, "a slave SAE is unknown or cannot be reached from here")
 
     async def status(self, master: str, slave: str) -> Status:
         """Get status (clause 5.1)."""
@@ -274,9 +274,9 @@ class Kme:
         slaves = [slave, *request.additional_slave_sae_ids]
         size = self._checked_size(request)
         if len(request.additional_slave_sae_ids) > self.limits.max_sae_id_count:
-            raise Refusal(400, "too many additional_slave_SAE_IDs")
+            raise ErrorResponse(400, "too many additional_slave_SAE_IDs")
         if len(set(slaves)) != len(slaves):
-            raise Refusal(400, "a slave SAE is named twice")
+            raise ErrorResponse(400, "a slave SAE is named twice")
         link = self._link_to(slaves)
         per_key = self.limits.blocks(size)
         needed = per_key * request.number
@@ -290,7 +290,7 @@ class Kme:
                 wait = next(waits, None)
                 if not late or wait is None:
                     self._note_shortage(link, needed, len(found))
-                    raise Refusal(503, "not enough keys are stored")
+                    raise ErrorResponse(503, "not enough keys are stored")
                 # The other end does not have them yet, or lets go of them in a moment.
                 await trio.sleep(wait)
                 tried -= late
@@ -299,15 +299,17 @@ class Kme:
             try:
                 keys = _assembled(found, per_key, size // 8)
                 try:
-                    await self._settle(link, keys, master, slaves)
+                    await self._allot_at_both_ends(link, keys, master, slaves)
                 except BlocksRefused as refused:
                     states = {one.key_id: refused.states.get(one.key_id) for one in found}
                     refused_ids = {key_id for key_id, state in states.items() if state}
                     if not refused_ids:  # of what was asked for; a loop would not end
-                        raise Refusal(503, "the KME at the other end refused other keys") from None
+                        raise ErrorResponse(
+                            503, "the KME at the other end refused other keys"
+                        ) from None
                     tried |= refused_ids
                     late |= {one for one in refused_ids if states[one] is not BlockState.SPENT}
-                    await self._drop(link, found, refused.states)
+                    await self._erase_refused(link, found, refused.states)
                     continue
             finally:
                 with trio.CancelScope(shield=True):
@@ -339,7 +341,7 @@ class Kme:
 
     def _checked_size(self, request: KeyRequest) -> int:
         if request.extension_mandatory:
-            raise Refusal(
+            raise ErrorResponse(
                 400,
                 Message.MANDATORY_UNSUPPORTED,
                 *(
@@ -350,14 +352,14 @@ class Kme:
             )
         size = self.limits.key_size if request.size is None else request.size
         if size % 8:
-            raise Refusal(400, Message.SIZE_MULTIPLE)
+            raise ErrorResponse(400, Message.SIZE_MULTIPLE)
         if not self.limits.min_key_size <= size <= self.limits.max_key_size:
-            raise Refusal(400, "size is out of the range of min_key_size and max_key_size")
+            raise ErrorResponse(400, "size is out of the range of min_key_size and max_key_size")
         if not 1 <= request.number <= self.limits.max_key_per_request:
-            raise Refusal(400, "number is out of the range of 1 and max_key_per_request")
+            raise ErrorResponse(400, "number is out of the range of 1 and max_key_per_request")
         return size
 
-    async def _settle(
+    async def _allot_at_both_ends(
         self,
         link: _Link,
         keys: list[tuple[Allotment, Secret]],
@@ -369,14 +371,14 @@ class Kme:
         local = [slave for slave in slaves if link.target == self.kme_id]
         if link.target != self.kme_id:
             if link.peer is None:
-                raise Refusal(503, "the KME at the other end is not connected")
+                raise ErrorResponse(503, "the KME at the other end is not connected")
             try:
                 await link.peer.ext_keys(
                     ExtKeys(allotments=allotments, master=master, slaves=tuple(slaves))
                 )
             except KeySourceUnavailable as error:
                 self._note_peer(link, error)
-                raise Refusal(
+                raise ErrorResponse(
                     503, "the KME at the other end does not answer as it should"
                 ) from None
             except BlocksRefused:
@@ -392,7 +394,7 @@ class Kme:
             await self._store.release(link.target, blocks)
             await self._erase(link, blocks, "overtaken")
             await self._tell_void(link, [one.key_id for one in allotments])
-            raise Refusal(503, "a key expired while it was allotted") from None
+            raise ErrorResponse(503, "a key expired while it was allotted") from None
         link.note_room()
 
     def _note_peer(self, link: _Link, error: KeySourceUnavailable | None) -> None:
@@ -411,7 +413,7 @@ class Kme:
             again = "" if before is None else " again"
             link.log.log(level, "%s: the KME %s answers%s", self.kme_id, link.target, again)
 
-    async def _drop(
+    async def _erase_refused(
         self, link: _Link, found: list[Material], states: Mapping[str, BlockState]
     ) -> None:
         """Erase, on both sides, material that the other end will never allot."""
@@ -464,16 +466,16 @@ class Kme:
     ) -> KeyContainer:
         """Get key with key IDs (clause 5.3)."""
         if not 1 <= len(key_ids) <= self.limits.max_key_per_request:
-            raise Refusal(400, "the number of key_IDs is out of range")
+            raise ErrorResponse(400, "the number of key_IDs is out of range")
         link = next((one for one in self._links.values() if master in one.saes), None)
         if link is None:
-            raise Refusal(self.not_found_status, Message.NOT_FOUND)
+            raise ErrorResponse(self.not_found_status, Message.NOT_FOUND)
         try:
             found = await self._store.collect(link.target, key_ids, slave=slave, master=master)
         except KeyUnauthorized:
-            raise Refusal(401, "Unauthorized") from None
+            raise ErrorResponse(401, "Unauthorized") from None
         except (KeyUnknown, KeyConsumed, KeyExpired):
-            raise Refusal(self.not_found_status, Message.NOT_FOUND) from None
+            raise ErrorResponse(self.not_found_status, Message.NOT_FOUND) from None
         self._metrics.delivered.labels(self.kme_id, "slave").inc(len(found))
         LOG.info(
             "%s: %s collected %d keys of %s: %s",
@@ -490,15 +492,15 @@ class Kme:
     # -- the KME at the other end
 
     async def peer_allots(self, peer: str, message: ExtKeys) -> None:
-        """Promise keys to SAEs of ours. Raises ``BlocksRefused``, or ``Refusal`` for bad input."""
+        """Promise keys to SAEs of ours. Raises ``BlocksRefused`` or ``ErrorResponse``."""
         link = self._links.get(peer)
         if link is None or message.master not in link.saes:
-            raise Refusal(401, "Unauthorized")
+            raise ErrorResponse(401, "Unauthorized")
         if not message.slaves or not self.saes.issuperset(message.slaves):
-            raise Refusal(400, "a target SAE is not attached here")
+            raise ErrorResponse(400, "a target SAE is not attached here")
         # Our own limits for SAEs are not the peer's: what it announces to its SAEs, we carry out.
         if any(len(one.blocks) * self.limits.key_size < one.size * 8 for one in message.allotments):
-            raise Refusal(400, "a key is longer than its blocks")
+            raise ErrorResponse(400, "a key is longer than its blocks")
         await self._store.accept(
             peer,
             message.allotments,
@@ -512,7 +514,7 @@ class Kme:
         """Erase what the other end will not use."""
         link = self._links.get(peer)
         if link is None:
-            raise Refusal(401, "Unauthorized")
+            raise ErrorResponse(401, "Unauthorized")
         erased = await self._store.void(peer, key_ids)
         if erased:
             self._note_lost(link, erased, "voided")
@@ -521,7 +523,7 @@ class Kme:
     async def peer_checks(self, peer: str, key_ids: Sequence[str]) -> list[str]:
         """Which of these blocks we do not have."""
         if peer not in self._links:
-            raise Refusal(401, "Unauthorized")
+            raise ErrorResponse(401, "Unauthorized")
         return await self._store.unknown(peer, key_ids)
 
     async def reconcile(self, target: str, *, grace: float) -> None:
@@ -594,7 +596,7 @@ class Kme:
         """Erase old keys, keep in step with the other ends and count keys, for ever."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._scrub_often)
-            await self._keep_house(every)
+            await self._expire_and_reconcile(every)
 
     async def _scrub_often(self) -> None:
         """A second after a key was delivered, none of our files has it."""
@@ -603,7 +605,7 @@ class Kme:
             with suppress(KeySourceUnavailable):  # the store says so itself
                 await self._store.scrub()
 
-    async def _keep_house(self, every: float) -> None:
+    async def _expire_and_reconcile(self, every: float) -> None:
         next_check = 0.0
         while True:
             now = time.time()

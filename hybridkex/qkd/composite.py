@@ -19,7 +19,7 @@ from hybridkex.errors import (
     KeyUnauthorized,
     KeyUnknown,
 )
-from hybridkex.qkd.source import KeyName, KeySource, QkdKey, SourceStatus
+from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
 from hybridkex.wire.codec import vector16
@@ -61,11 +61,11 @@ class FailoverSource:
         self._timeout = timeout
         self._down_until = [0.0] * len(sources)
 
-    async def draw(self) -> QkdKey:
+    async def get_key(self) -> QkdKey:
         """The first key that a source gives. Raises the last source's error if none does."""
-        return await self._first(range(len(self._sources)), lambda source: source.draw())
+        return await self._first(range(len(self._sources)), lambda source: source.get_key())
 
-    async def get(self, name: KeyName) -> QkdKey:
+    async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         """The key of this name, from the first source that has it.
 
         Raises the error that leaves most hope, if none does: a key that one source does not know
@@ -74,7 +74,7 @@ class FailoverSource:
         places = [i for i, source in enumerate(self._sources) if source.knows(name)]
         if not places:
             raise KeyUnknown("no key source has these KMEs")
-        return await self._first(places, lambda source: source.get(name))
+        return await self._first(places, lambda source: source.get_key_with_id(name))
 
     async def _first(
         self, places: Iterable[int], call: Callable[[KeySource], Awaitable[QkdKey]]
@@ -98,7 +98,7 @@ class FailoverSource:
             errors.append(error)
         raise min(errors, key=_hope)
 
-    def knows(self, name: KeyName) -> bool:
+    def knows(self, name: KeyReference) -> bool:
         return any(source.knows(name) for source in self._sources)
 
     async def status(self) -> SourceStatus:
@@ -143,17 +143,17 @@ class CombinedSource:
         self.local_sae, self.peer_sae = _same_saes(sources)
         self._sources = tuple(sources)
 
-    async def draw(self) -> QkdKey:
+    async def get_key(self) -> QkdKey:
         """A key of each source, combined. If one fails, the keys drawn of the others are burnt."""
-        return self._combined([await source.draw() for source in self._sources])
+        return self._combined([await source.get_key() for source in self._sources])
 
-    async def get(self, name: KeyName) -> QkdKey:
+    async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         if not self.knows(name):
             raise KeyUnknown("the name is not of one key of each source, in their order")
         pairs = zip(self._sources, name, strict=True)
-        return self._combined([await source.get((part,)) for source, part in pairs])
+        return self._combined([await source.get_key_with_id((part,)) for source, part in pairs])
 
-    def knows(self, name: KeyName) -> bool:
+    def knows(self, name: KeyReference) -> bool:
         return len(name) == len(self._sources) and all(
             source.knows((part,)) for source, part in zip(self._sources, name, strict=True)
         )

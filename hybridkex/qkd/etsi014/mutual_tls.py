@@ -1,8 +1,8 @@
-"""Mutual TLS on the hop between an SAE and its KME, and between KMEs.
+"""Mutual TLS between an SAE and its KME, and between KMEs.
 
-A :data:`Hop` takes a connected stream, makes it secure and says whose certificate the other end
-has shown. The rest of this package needs no more of TLS than that, so the standard library's TLS
-and this library's own (post-quantum) TLS are one argument apart.
+A :data:`TlsHandshake` takes a connected stream, makes it secure, and returns the certificate of the
+other end. The rest of this package needs nothing else of TLS, so one argument selects the standard
+library's TLS or this library's own, which is post-quantum.
 """
 
 import ssl
@@ -21,16 +21,16 @@ from hybridkex.errors import (
 )
 from hybridkex.files import read_file
 
-__all__ = ["Hop", "client_hop", "server_hop", "tls_failure"]
+__all__ = ["TlsHandshake", "client_tls", "server_tls", "tls_failure"]
 
-Hop: TypeAlias = Callable[[trio.abc.Stream, str], Awaitable[tuple[trio.abc.Stream, bytes]]]
+TlsHandshake: TypeAlias = Callable[[trio.abc.Stream, str], Awaitable[tuple[trio.abc.Stream, bytes]]]
 """``await hop(stream, host)`` gives the secure stream and the peer's certificate, DER-encoded.
 ``host`` is the name that the peer's certificate must have; a server passes an empty one."""
 
 TLS_KINDS: Final = ("stdlib", "hybridkex")
 
 
-def client_hop(kind: str, *, ca: Path, certificate: Path, key: Path) -> Hop:
+def client_tls(kind: str, *, ca: Path, certificate: Path, key: Path) -> TlsHandshake:
     """The hop of a client: files are PEM; the server's certificate must lead to ``ca``.
 
     Raises ``ConfigError`` for files that cannot be used.
@@ -42,7 +42,7 @@ def client_hop(kind: str, *, ca: Path, certificate: Path, key: Path) -> Hop:
     raise _unknown(kind)
 
 
-def server_hop(kind: str, *, ca: Path, certificate: Path, key: Path) -> Hop:
+def server_tls(kind: str, *, ca: Path, certificate: Path, key: Path) -> TlsHandshake:
     """The hop of a server, which demands a client certificate that leads to ``ca``."""
     if kind == "stdlib":
         context = _context(ssl.Purpose.CLIENT_AUTH, ca, certificate, key)
@@ -53,7 +53,7 @@ def server_hop(kind: str, *, ca: Path, certificate: Path, key: Path) -> Hop:
     raise _unknown(kind)
 
 
-def _in_words(hop: Hop) -> Hop:
+def _in_words(hop: TlsHandshake) -> TlsHandshake:
     """A server's hop: nobody there catches its error, and a log shows it."""
 
     async def in_words(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
@@ -124,7 +124,7 @@ def _no_password() -> str:
     return ""
 
 
-def _stdlib(context: ssl.SSLContext, *, server_side: bool) -> Hop:
+def _stdlib(context: ssl.SSLContext, *, server_side: bool) -> TlsHandshake:
     async def hop(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
         secure = trio.SSLStream(
             stream,
@@ -139,7 +139,7 @@ def _stdlib(context: ssl.SSLContext, *, server_side: bool) -> Hop:
     return hop
 
 
-def _own(ca: Path, certificate: Path, key: Path, *, server_side: bool) -> Hop:
+def _own(ca: Path, certificate: Path, key: Path, *, server_side: bool) -> TlsHandshake:
     # Imported when it is asked for: a key source as such knows nothing of the engine, which in
     # turn may rest on keys of a key source.
     from hybridkex.auth import Identity, TrustStore  # noqa: PLC0415

@@ -157,8 +157,8 @@ def _print_matrix(console: Console, trial: Trial) -> None:
     console.print()
 
 
-def _mark(cell: Cell) -> Text:
-    if cell.wrong is not None:
+def _mark(cell: Cell | None) -> Text:
+    if cell is None or cell.wrong is not None:
         return _WRONG
     return _READ if cell.decrypted else _SAFE
 
@@ -170,7 +170,12 @@ def _print_findings(console: Console, trial: Trial) -> None:
     for row in rows():
         if not row.resumed:
             cell = trial.cell(row, against)
-            found = f"read {cell.plaintext!r}" if cell.decrypted else f"lacks {cell.missing[0]}"
+            if cell is None:
+                found = "not tried"
+            elif cell.decrypted:
+                found = f"read {cell.plaintext!r}"
+            else:
+                found = f"lacks {', '.join(cell.missing)}"
             console.print(f"  {row.title}: {found}", markup=False, soft_wrap=True)
     if trial.toy is not None:
         first = trial.toy.verdict["to_server"].splitlines()[0]

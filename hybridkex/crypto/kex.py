@@ -180,17 +180,17 @@ class _X25519(_Single):
 
 
 class _X25519Started:
-    __slots__ = ("_private", "share")
+    __slots__ = ("private_key", "share")
 
     def __init__(self) -> None:
-        self._private = x25519.X25519PrivateKey.generate()
-        self.share = self._private.public_key().public_bytes_raw()
+        self.private_key = x25519.X25519PrivateKey.generate()
+        self.share = self.private_key.public_key().public_bytes_raw()
 
     def finish(self, peer_share: bytes) -> Secret:
         check_length("X25519", peer_share, 32)
         public = x25519.X25519PublicKey.from_public_bytes(peer_share)
         try:
-            return Secret(self._private.exchange(public))
+            return Secret(self.private_key.exchange(public))
         except ValueError:
             # RFC 9846 section 7.4.2: the all-zero result must be refused.
             raise IllegalParameter("X25519: the share is a point of low order") from None
@@ -215,12 +215,12 @@ class _Ecdh(_Single):
 
 
 class _EcdhStarted:
-    __slots__ = ("_kind", "_private", "share")
+    __slots__ = ("_kind", "private_key", "share")
 
     def __init__(self, kind: _Ecdh) -> None:
         self._kind = kind
-        self._private = ec.generate_private_key(kind.curve)
-        self.share = self._private.public_key().public_bytes(
+        self.private_key = ec.generate_private_key(kind.curve)
+        self.share = self.private_key.public_key().public_bytes(
             Encoding.X962, PublicFormat.UncompressedPoint
         )
 
@@ -233,7 +233,7 @@ class _EcdhStarted:
             public = ec.EllipticCurvePublicKey.from_encoded_point(self._kind.curve, peer_share)
         except ValueError:
             raise IllegalParameter(f"{self._kind.name}: the point is not on the curve") from None
-        return Secret(self._private.exchange(ec.ECDH(), public))
+        return Secret(self.private_key.exchange(ec.ECDH(), public))
 
 
 class _MlKemPublic(Protocol):
@@ -289,16 +289,16 @@ class _MlKem(_Single):
 
 
 class _MlKemStarted:
-    __slots__ = ("_kind", "_private", "share")
+    __slots__ = ("_kind", "private_key", "share")
 
     def __init__(self, kind: _MlKem) -> None:
         self._kind = kind
-        self._private = kind.module.generate()
-        self.share = self._private.public_key().public_bytes_raw()
+        self.private_key = kind.module.generate()
+        self.share = self.private_key.public_key().public_bytes_raw()
 
     def finish(self, peer_share: bytes) -> Secret:
         check_length(self._kind.name, peer_share, self._kind.answer_length)
-        return Secret(self._private.decapsulate(peer_share))
+        return Secret(self.private_key.decapsulate(peer_share))
 
 
 class Concat:

@@ -144,11 +144,17 @@ class TicketIssuer:
         lifetime: seconds for which a ticket is good, at most seven days.
         rotation: seconds after which a new key seals; the one before still opens for a lifetime.
         clock: seconds since the epoch.
+        first_key: a key of 32 bytes and its public name of 8 bytes to begin with, for servers that
+            shall open each other's tickets; a random one by default.
+
+    Raises:
+        ConfigError: an argument has the wrong type or is out of range.
     """
 
     lifetime: int = 12 * 3600
     rotation: int = 4 * 3600
     clock: Callable[[], float] = field(default=time.time, repr=False)
+    first_key: tuple[Secret, bytes] | None = field(default=None, repr=False)
     _keys: list[_SealingKey] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -164,6 +170,11 @@ class TicketIssuer:
             raise ConfigError(f"a ticket's lifetime is 1 to {MAX_TICKET_LIFETIME} seconds")
         if self.rotation < 1:
             raise ConfigError("ticket keys rotate after one second at the earliest")
+        if self.first_key is not None:
+            key, name = self.first_key
+            if len(key) != 32 or len(name) != _NAME_LENGTH:
+                raise ConfigError(f"a ticket key has 32 bytes, and its name {_NAME_LENGTH}")
+            self._keys.append(_SealingKey(key.reveal(), name, self.clock()))
 
     def seal(self, state: TicketState) -> bytes | None:
         """The ticket for this state; ``None`` where it would be longer than :data:`MAX_TICKET`.

@@ -104,7 +104,7 @@ FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("tunnel", "run", "binary"), "binary: "),
     (("tunnel", "run", "empty"), "no tunnel is configured"),
     ((*WG, "--connect", "127.0.0.1", "--psk-file", "nothing"), "cannot read the key file nothing"),
-    ((*WG, "--connect", "127.0.0.1", "--psk-file", "text"), "mode 600"),
+    ((*WG, "--connect", "127.0.0.1", "--psk-file", "text"), "chmod 600 text"),
     ((*WG, "--connect", "127.0.0.1", "--key", "binary", "--pin", "00"), "no private key"),
     ((*WG, "--connect", "127.0.0.1", "--psk-file", "psk", "--wg", "'"), "--wg is not a command"),
     (("demo", "nothing"), "nothing: not a file that is there"),

@@ -158,7 +158,9 @@ def _matrix(trial: Trial) -> str:
     return "".join(out)
 
 
-def _cell(cell: Cell) -> str:
+def _cell(cell: Cell | None) -> str:
+    if cell is None:
+        return '<td class="wrong">not tried</td>'
     why = "" if cell.decrypted else f"lacks {', '.join(_short(name) for name in cell.missing)}"
     verdict = "read" if cell.decrypted else "safe"
     wrong = " wrong" if cell.wrong else ""

@@ -83,22 +83,25 @@ class Trial:
 
     @property
     def wrong(self) -> list[str]:
-        """Everything that contradicts the claim."""
-        found = [
-            f"{cell.row.title}, against {cell.adversary.title}: {cell.wrong}"
-            for cell in self.cells
-            if cell.wrong is not None
-        ]
-        if self.toy is not None and self.toy.wrong is not None:
-            found.append(f"toy curve: {self.toy.wrong}")
+        """Everything that contradicts the claim; what was not tried contradicts it too."""
+        found = []
+        for row in rows():
+            for adversary in BREAKS:
+                cell = self.cell(row, adversary)
+                wrong = cell.wrong if cell is not None else "not tried"
+                if wrong is not None:
+                    found.append(f"{row.title}, against {adversary.title}: {wrong}")
+        toy_wrong = self.toy.wrong if self.toy is not None else "not tried"
+        if toy_wrong is not None:
+            found.append(f"toy curve: {toy_wrong}")
         return found
 
-    def cell(self, row: Row, adversary: Break) -> Cell:
-        """The cell of a row and a column."""
+    def cell(self, row: Row, adversary: Break) -> Cell | None:
+        """The cell of a row and a column, if it was tried."""
         for cell in self.cells:
             if cell.row == row and cell.adversary == adversary:
                 return cell
-        raise KeyError(f"{row.id} against {adversary.id}")
+        return None
 
     def as_json(self) -> dict[str, object]:
         """Plain values under stable names."""
@@ -249,6 +252,11 @@ def _cells(
 ) -> list[Cell]:
     sessions = [verdict for verdict in verdicts if verdict["capture"] == "session.pcapng"]
     cells = []
+    if len(sessions) != len(talks):
+        raise RecordingError(
+            f"an adversary found {len(sessions)} connections of {configuration.title} in the "
+            f"recording of {len(talks)}"
+        )
     for verdict, talk in zip(sessions, talks, strict=True):
         row = Row(configuration, talk.resumed)
         missing = list(verdict["missing"])
@@ -271,6 +279,8 @@ def _cells(
 
 def contradiction(verdict: dict[str, Any], talk: Talk, *, predicted: bool) -> str | None:
     """What is wrong with a verdict of an adversary's process, if anything is."""
+    if not talk.to_server or not talk.to_client:
+        return "nothing was said in one direction, so that nothing could be read"
     if verdict["resumed"] != talk.resumed:
         return "the adversary mistakes which connection was resumed"
     if verdict["decrypted"] and verdict["missing"]:

@@ -96,8 +96,8 @@ class _Watched:
     def start(self) -> Started:
         started = self._inner.start()
         primitive = ECDH if self.properties is Property.CLASSICAL else ML_KEM
-        # Outside of this instrument nobody looks into a started key exchange.
-        self._keep(primitive, started._private)  # type: ignore[attr-defined]
+        # Those of the library's own exchanges have it; plug-ins need not.
+        self._keep(primitive, started.private_key)  # type: ignore[attr-defined]
         return started
 
     def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:

@@ -8,7 +8,6 @@ Wireshark. None of that reaches the adversary but what a trial gives it.
 import os
 import secrets
 import shutil
-import time
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -29,11 +28,12 @@ from hybridkex.demos.rndl.now.tap import wire_tap
 from hybridkex.files import open_private
 from hybridkex.qkd.in_process import in_process_pair
 from hybridkex.qkd.source import KeySource
+from hybridkex.secret import Secret
 from hybridkex.shell.qkd_keys import QkdPskSource
 from hybridkex.streams import SecureStream, open_secure_tcp_stream, serve_secure_tcp
 from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
 from hybridkex.tls.session import MemoryTicketStore
-from hybridkex.tls.tickets import TicketIssuer, _SealingKey
+from hybridkex.tls.tickets import TicketIssuer
 
 __all__ = ["Stage", "Talk"]
 
@@ -167,12 +167,11 @@ class Stage:
 
     def _tickets(self) -> TicketIssuer:
         """A ticket issuer, with a copy of its key for the thief."""
-        issuer, key, name = TicketIssuer(), os.urandom(32), os.urandom(8)
-        issuer._keys.append(_SealingKey(key, name, time.time()))
+        key, name = os.urandom(32), os.urandom(8)
         append_line(
             self.folder / "stolen/ticket-keys.jsonl", {"name": name.hex(), "key": key.hex()}
         )
-        return issuer
+        return TicketIssuer(first_key=(Secret(key), name))
 
 
 # --- what is said -----------------------------------------------------------------------------

@@ -4,7 +4,9 @@ A state is frozen and owns what is valid in it; ``handle`` checks one message an
 state. :func:`start` sends the ClientHello and returns the first.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from hybridkex.auth import DnsName, IpAddress, VerifiedPeer
@@ -13,6 +15,7 @@ from hybridkex.constants import (
     LEGACY_VERSION,
     TLS13,
     CipherSuiteCode,
+    ExtensionType,
     HandshakeType,
     Label,
     PskKeyExchangeMode,
@@ -147,19 +150,28 @@ class _Offer:
 
     def hello(self, cookie: bytes | None, prefix: Transcript | None) -> bytes:
         """The ClientHello, encoded; ``prefix`` is the transcript before it, after a retry."""
+        message = ClientHello(
+            random=self.random,
+            session_id=self.session_id,
+            cipher_suites=tuple(suite.code for suite in self.config.suites),
+            extensions=Extensions(self._extensions(cookie)),
+        )
+        raw = encode(message)
+        return self._with_binders(raw, prefix) if self.psks else raw
+
+    @cached_property
+    def sent(self) -> frozenset[int]:
+        """The types of the extensions that the ClientHello has."""
+        return frozenset(int(one.type) for one in self._extensions(None))
+
+    def _extensions(self, cookie: bytes | None) -> list[Extension]:
+        """Those of RFC 9846 section 4.3, in the order in which they are sent."""
         config = self.config
         extensions: list[Extension] = []
         if isinstance(self.name, DnsName):
             extensions.append(ServerName(self.name.a_label))
         extensions.append(SupportedGroups(tuple(group.code for group in config.group_list)))
-        if config.authentication is not Authentication.PSK:
-            schemes = tuple(scheme.code for scheme in config.signature_schemes)
-            extensions.append(SignatureAlgorithms(schemes))
-            extensions.append(SignatureAlgorithmsCert(schemes + CERTIFICATE_ONLY_SCHEMES))
-        if self.server_types != ONLY_X509:
-            extensions.append(ServerCertificateTypeOffer(self.server_types))
-        if self.client_types != ONLY_X509:
-            extensions.append(ClientCertificateTypeOffer(self.client_types))
+        extensions += self._about_certificates()
         if config.alpn:
             extensions.append(AlpnOffer(tuple(name.encode("utf-8") for name in config.alpn)))
         extensions.append(SupportedVersionsOffer((TLS13,)))
@@ -174,15 +186,21 @@ class _Offer:
         if self.wants_certificate_with_psk:
             extensions.append(TlsCertWithExternPsk())
         if self.psks:
-            extensions.append(self._psk_offer())
-        message = ClientHello(
-            random=self.random,
-            session_id=self.session_id,
-            cipher_suites=tuple(suite.code for suite in config.suites),
-            extensions=Extensions(extensions),
-        )
-        raw = encode(message)
-        return self._with_binders(raw, prefix) if self.psks else raw
+            extensions.append(self._psk_offer())  # the last one (section 4.3.11)
+        return extensions
+
+    def _about_certificates(self) -> list[Extension]:
+        """Sections 4.3.3 and 4.5.1: signatures and kinds of certificate that can be checked."""
+        extensions: list[Extension] = []
+        if self.config.authentication is not Authentication.PSK:
+            schemes = tuple(scheme.code for scheme in self.config.signature_schemes)
+            extensions.append(SignatureAlgorithms(schemes))
+            extensions.append(SignatureAlgorithmsCert(schemes + CERTIFICATE_ONLY_SCHEMES))
+        if self.server_types != ONLY_X509:
+            extensions.append(ServerCertificateTypeOffer(self.server_types))
+        if self.client_types != ONLY_X509:
+            extensions.append(ClientCertificateTypeOffer(self.client_types))
+        return extensions
 
     @property
     def server_types(self) -> tuple[int, ...]:
@@ -421,14 +439,7 @@ def _check_hello(offer: _Offer, message: ServerHello | HelloRetryRequest) -> Cip
         raise IllegalParameter("the server did not echo the session ID")
     if message.compression_method != 0:
         raise IllegalParameter("the server chose a compression method")
-    allowed: set[type[Extension]] = {SupportedVersionsChoice, KeyShareChoice}
-    if isinstance(message, HelloRetryRequest):
-        allowed = {SupportedVersionsChoice, KeyShareRetry, Cookie}
-    elif offer.psks:
-        allowed.add(PreSharedKeyChoice)
-        if offer.wants_certificate_with_psk:
-            allowed.add(TlsCertWithExternPsk)
-    _check_offered(message.extensions, allowed)
+    _check_answers(offer, type(message), message.extensions)
     for suite in offer.config.suites:
         if suite.code == message.cipher_suite:
             return suite
@@ -442,10 +453,39 @@ def _suite_name(code: int) -> str:
         return f"{code:#06x}"
 
 
-def _check_offered(extensions: Extensions, allowed: set[type[Extension]]) -> None:
-    types = {int(cls.type) for cls in allowed}
+_ANSWERED_IN: Final[Mapping[type[Message], frozenset[ExtensionType]]] = {
+    HelloRetryRequest: frozenset(
+        (ExtensionType.SUPPORTED_VERSIONS, ExtensionType.KEY_SHARE, ExtensionType.COOKIE)
+    ),
+    ServerHello: frozenset(
+        (
+            ExtensionType.SUPPORTED_VERSIONS,
+            ExtensionType.KEY_SHARE,
+            ExtensionType.PRE_SHARED_KEY,
+            ExtensionType.TLS_CERT_WITH_EXTERN_PSK,
+        )
+    ),
+    EncryptedExtensions: frozenset(
+        (
+            ExtensionType.SERVER_NAME,
+            ExtensionType.SUPPORTED_GROUPS,
+            ExtensionType.ALPN,
+            ExtensionType.RECORD_SIZE_LIMIT,
+            ExtensionType.CLIENT_CERTIFICATE_TYPE,
+            ExtensionType.SERVER_CERTIFICATE_TYPE,
+        )
+    ),
+    Certificate: frozenset(),
+}
+"""Where an extension of ours is answered (the table of section 4.3)."""
+
+
+def _check_answers(offer: _Offer, kind: type[Message], extensions: Extensions) -> None:
+    """A server answers what was sent, in the message that is for it, and says no more."""
+    unasked = {ExtensionType.COOKIE}  # section 4.3: the one that needs no offer
+    allowed = _ANSWERED_IN[kind] & (offer.sent | unasked)
     for type_ in extensions.types:
-        if type_ not in types:
+        if type_ not in allowed:
             raise UnsupportedExtension(f"extension {type_} answers nothing that was offered")
 
 
@@ -539,37 +579,18 @@ class WaitEncryptedExtensions(ClientState):
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, EncryptedExtensions)
-        config = self.offer.config
-        allowed: set[type[Extension]] = {SupportedGroups}
-        if isinstance(self.offer.name, DnsName):
-            allowed.add(ServerName)
-        if config.alpn:
-            allowed.add(AlpnChoice)
-        if config.record_size_limit is not None:
-            allowed.add(RecordSizeLimit)
-        if self.offer.server_types != ONLY_X509:
-            allowed.add(ServerCertificateTypeChoice)
-        if self.offer.client_types != ONLY_X509:
-            allowed.add(ClientCertificateTypeChoice)
-        _check_offered(message.extensions, allowed)
-        choice = message.extensions.get(AlpnChoice)
-        if choice is not None and choice.protocol not in (name.encode() for name in config.alpn):
-            raise IllegalParameter("the server chose an ALPN protocol that was not offered")
-        limit = message.extensions.get(RecordSizeLimit)
-        if limit is not None:
-            if limit.limit > records.writer.record_limit + 1:
-                raise IllegalParameter(f"a record_size_limit of {limit.limit}")  # RFC 8449
-            records.writer.record_limit = limit.limit - 1
-            records.reader.limit_records(config.inner_limit)
-        server_type = message.extensions.get(ServerCertificateTypeChoice)
-        client_type = message.extensions.get(ClientCertificateTypeChoice)
+        answers = message.extensions
+        _check_answers(self.offer, EncryptedExtensions, answers)
+        self._limit_records(answers.get(RecordSizeLimit), records)
+        server_type = answers.get(ServerCertificateTypeChoice)
+        client_type = answers.get(ClientCertificateTypeChoice)
         self.keys.transcript.add(raw)
         settled = _Settled(
             offer=self.offer,
             group=self.group,
             psk=self.psk,
             keys=self.keys,
-            alpn=choice.protocol if choice else None,
+            alpn=self._protocol(answers.get(AlpnChoice)),
             server_type=check_choice(
                 server_type.chosen if server_type else None, self.offer.server_types
             ),
@@ -578,16 +599,36 @@ class WaitEncryptedExtensions(ClientState):
             ),
         )
         if self.psk is not None and not self.with_certificate:
-            peer = None
-            ticket = self.offer.ticket
-            if self.psk.resumption and ticket is not None and ticket.chain:
-                assert config.verifier is not None
-                kind, name = ticket.certificate_type, self.offer.name
-                peer = accept_server(config.verifier, kind, ticket.chain, name, config.clock())
-            return WaitFinished(settled, PeerProof(peer, None, self.psk), None)
-        verifier = config.verifier
+            return WaitFinished(settled, PeerProof(self._known_peer(), None, self.psk), None)
+        verifier = self.offer.config.verifier
         assert verifier is not None
         return WaitCertificateOrRequest(settled, verifier)
+
+    def _protocol(self, choice: AlpnChoice | None) -> bytes | None:
+        """RFC 7301 section 3.2."""
+        if choice is None:
+            return None
+        if choice.protocol not in (name.encode() for name in self.offer.config.alpn):
+            raise IllegalParameter("the server chose an ALPN protocol that was not offered")
+        return choice.protocol
+
+    def _limit_records(self, limit: RecordSizeLimit | None, records: RecordLayer) -> None:
+        """RFC 8449 section 4."""
+        if limit is None:
+            return
+        if limit.limit > records.writer.record_limit + 1:
+            raise IllegalParameter(f"a record_size_limit of {limit.limit}")
+        records.writer.record_limit = limit.limit - 1
+        records.reader.limit_records(self.offer.config.inner_limit)
+
+    def _known_peer(self) -> VerifiedPeer | None:
+        """The server of the session that is resumed: it is judged anew."""
+        config, ticket = self.offer.config, self.offer.ticket
+        if self.psk is None or not self.psk.resumption or ticket is None or not ticket.chain:
+            return None
+        assert config.verifier is not None
+        kind, name = ticket.certificate_type, self.offer.name
+        return accept_server(config.verifier, kind, ticket.chain, name, config.clock())
 
 
 @dataclass(frozen=True)
@@ -643,7 +684,7 @@ class WaitCertificate(ClientState):
         if not message.entries:
             raise DecodeError("the server sent no certificate")  # section 4.5.1.3
         for _, extensions in message.entries:
-            _check_offered(extensions, set())
+            _check_answers(self.settled.offer, Certificate, extensions)
         kind, name = self.settled.server_type, self.settled.offer.name
         check_entries(kind, message)
         now = self.settled.offer.config.clock()

@@ -40,6 +40,7 @@ from hybridkex.errors import (
     LocalStateError,
     MissingExtension,
     NoApplicationProtocol,
+    PeerError,
     ProtocolVersionError,
     UnknownPskIdentity,
     UnrecognizedName,
@@ -169,6 +170,50 @@ class _OfferedPsk:
         )
 
 
+def _check_version(message: ClientHello) -> None:
+    """Sections 4.2.2 and 4.3.1."""
+    versions = message.extensions.get(SupportedVersionsOffer)
+    if versions is None or TLS13 not in versions.versions:
+        raise ProtocolVersionError("the client does not speak TLS 1.3")
+    if message.legacy_version != LEGACY_VERSION:
+        # Section 4.2.2: "A server which receives a legacy_version value not equal to 0x0303
+        # MUST abort the handshake with a 'protocol_version' alert."
+        raise ProtocolVersionError(f"ClientHello.legacy_version is {message.legacy_version:#06x}")
+    if message.compression_methods != b"\0":
+        raise IllegalParameter("the client offers compression")
+
+
+def _key_shares(extensions: Extensions) -> tuple[tuple[int, ...], dict[int, bytes]]:
+    """Sections 4.3.7 and 4.3.8: the groups, and the shares by group."""
+    groups, shares = extensions.get(SupportedGroups), extensions.get(KeyShareOffer)
+    if groups is None or shares is None:
+        missing = "supported_groups" if groups is None else "key_share"
+        raise MissingExtension(f"ClientHello without {missing}")
+    by_group = {entry.group: entry.share for entry in shares.entries}
+    if len(by_group) != len(shares.entries):
+        raise IllegalParameter("two key shares for one group")
+    if not by_group.keys() <= set(groups.codes):
+        raise IllegalParameter("a key share for a group that is not in supported_groups")
+    return groups.codes, by_group
+
+
+def _psk_offer(extensions: Extensions) -> tuple[PreSharedKeyOffer | None, bool]:
+    """Sections 4.3.9, 4.3.11 and 9.2, RFC 9973 section 4: the PSKs that may be used, and whether
+    the client can do psk_dhe_ke."""
+    psks, modes = extensions.get(PreSharedKeyOffer), extensions.get(PskKeyExchangeModes)
+    if psks is not None and modes is None:
+        raise MissingExtension("pre_shared_key without psk_key_exchange_modes")
+    if psks is None and SignatureAlgorithms not in extensions:
+        raise MissingExtension("ClientHello without pre_shared_key and signature_algorithms")
+    psk_dhe = modes is not None and PskKeyExchangeMode.PSK_DHE_KE in modes.modes
+    if TlsCertWithExternPsk in extensions:
+        if psks is None or not psk_dhe:
+            raise MissingExtension("tls_cert_with_extern_psk without a PSK for psk_dhe_ke")
+        if EarlyDataIndication in extensions:
+            raise IllegalParameter("tls_cert_with_extern_psk with early data")
+    return psks if psk_dhe else None, psk_dhe
+
+
 @dataclass(frozen=True)
 class _Hello:
     """A ClientHello that passed the checks that need nothing but itself."""
@@ -187,55 +232,26 @@ class _Hello:
 
     @classmethod
     def check(cls, message: ClientHello, raw: bytes, config: ServerConfig) -> "_Hello":
-        """Sections 4.2.2, 4.3 and 9.2."""
+        """Sections 4.2.2, 4.3 and 9.2, and section 4 of RFC 9973."""
         extensions = message.extensions
-        versions = extensions.get(SupportedVersionsOffer)
-        if versions is None or TLS13 not in versions.versions:
-            raise ProtocolVersionError("the client does not speak TLS 1.3")
-        if message.legacy_version != LEGACY_VERSION:
-            # Section 4.2.2: "A server which receives a legacy_version value not equal to 0x0303
-            # MUST abort the handshake with a 'protocol_version' alert."
-            raise ProtocolVersionError(
-                f"ClientHello.legacy_version is {message.legacy_version:#06x}"
-            )
-        if message.compression_methods != b"\0":
-            raise IllegalParameter("the client offers compression")
-        groups, shares = extensions.get(SupportedGroups), extensions.get(KeyShareOffer)
-        if groups is None or shares is None:
-            missing = "supported_groups" if groups is None else "key_share"
-            raise MissingExtension(f"ClientHello without {missing}")
-        by_group = {entry.group: entry.share for entry in shares.entries}
-        if len(by_group) != len(shares.entries):
-            raise IllegalParameter("two key shares for one group")
-        if not by_group.keys() <= set(groups.codes):
-            raise IllegalParameter("a key share for a group that is not in supported_groups")
-        psks, modes = extensions.get(PreSharedKeyOffer), extensions.get(PskKeyExchangeModes)
-        if psks is not None and modes is None:
-            raise MissingExtension("pre_shared_key without psk_key_exchange_modes")
-        if psks is None and SignatureAlgorithms not in extensions:
-            raise MissingExtension("ClientHello without pre_shared_key and signature_algorithms")
-        psk_dhe = modes is not None and PskKeyExchangeMode.PSK_DHE_KE in modes.modes
-        certificate_with_psk = TlsCertWithExternPsk in extensions
-        if certificate_with_psk and (psks is None or not psk_dhe):
-            # RFC 9973 section 4.
-            raise MissingExtension("tls_cert_with_extern_psk without a PSK for psk_dhe_ke")
-        if certificate_with_psk and EarlyDataIndication in extensions:
-            raise IllegalParameter("tls_cert_with_extern_psk with early data")
+        _check_version(message)
+        groups, shares = _key_shares(extensions)
+        psks, psk_dhe = _psk_offer(extensions)
         schemes = extensions.get(SignatureAlgorithms)
-        identities = psks.identities if psks is not None and psk_dhe else ()
+        identities = psks.identities if psks is not None else ()
         return cls(
             message=message,
             raw=raw,
-            groups=groups.codes,
-            shares=by_group,
+            groups=groups,
+            shares=shares,
             schemes=schemes.codes if schemes is not None else (),
-            psks=psks if psk_dhe else None,
+            psks=psks,
             offered_psks=tuple(
                 _OfferedPsk(index, one.identity, ImportedIdentity.decode(one.identity))
                 for index, one in enumerate(identities[: config.limits.psk_identities])
             ),
             psk_dhe=psk_dhe,
-            certificate_with_psk=certificate_with_psk,
+            certificate_with_psk=TlsCertWithExternPsk in extensions,
         )
 
     @property
@@ -709,34 +725,55 @@ def _respond(
 
 def _check_authentication(choice: _Choice, selected: _Selected | None) -> bool:
     """Whether we send a certificate; refuse where the client offers too little."""
-    config = choice.config
-    if selected is not None and (selected.psk.resumption or not choice.hello.certificate_with_psk):
+    if selected is not None and not _certificate_beside(choice, selected):
         return False
-    if selected is not None and (
-        config.authentication is Authentication.PSK or choice.identity is None
-    ):
-        return False
-    psk_required = config.authentication is Authentication.PSK or (
-        config.policy_in_force.psk is Requirement.REQUIRE
+    if selected is None:
+        _check_psk_not_required(choice.config)
+    if choice.identity is None:
+        raise _why_no_identity(choice)
+    _check_client_can_answer(choice)
+    return True
+
+
+def _certificate_beside(choice: _Choice, selected: _Selected) -> bool:
+    """Whether a certificate goes with this PSK: never with a ticket, with an external PSK where
+    both sides want it (RFC 9973 section 4)."""
+    return (
+        not selected.psk.resumption
+        and choice.hello.certificate_with_psk
+        and choice.config.authentication is not Authentication.PSK
+        and choice.identity is not None
     )
-    if selected is None and psk_required:
+
+
+def _check_psk_not_required(config: ServerConfig) -> None:
+    by_psk_alone = config.authentication is Authentication.PSK
+    if by_psk_alone or config.policy_in_force.psk is Requirement.REQUIRE:
         raise UnknownPskIdentity(
             "the client offers no PSK that we know, and must use one",
             alert=Alert.HANDSHAKE_FAILURE,
         )
-    if choice.identity is None:
-        if SignatureAlgorithms not in choice.hello.message.extensions:
-            raise MissingExtension("ClientHello without signature_algorithms")
-        if all(one.certificate_type not in choice.hello.server_types for one in config.identities):
-            raise UnsupportedCertificateType("the client can check nothing that we can show")
-        raise HandshakeFailure("the client can verify none of our certificates")
-    if config.client_verifier is not None and choice.client_type is None:
-        offered = ClientCertificateTypeOffer in choice.hello.message.extensions
-        if not offered and not config.require_client_certificate:
-            return True
-        # RFC 7250 section 4.2, also where a client may stay unknown.
+
+
+def _why_no_identity(choice: _Choice) -> PeerError:
+    """Sections 9.2 and 4.5.1, and RFC 7250 section 4.2."""
+    if SignatureAlgorithms not in choice.hello.message.extensions:
+        return MissingExtension("ClientHello without signature_algorithms")
+    types = choice.hello.server_types
+    if all(one.certificate_type not in types for one in choice.config.identities):
+        return UnsupportedCertificateType("the client can check nothing that we can show")
+    return HandshakeFailure("the client can verify none of our certificates")
+
+
+def _check_client_can_answer(choice: _Choice) -> None:
+    """RFC 7250 section 4.2: a kind of certificate that we can check, where we ask for one."""
+    config = choice.config
+    if config.client_verifier is None or choice.client_type is not None:
+        return
+    # The RFC has the offer refused also where a client may stay unknown.
+    offered = ClientCertificateTypeOffer in choice.hello.message.extensions
+    if offered or config.require_client_certificate:
         raise UnsupportedCertificateType("the client can show nothing of itself that we can check")
-    return True
 
 
 def _check_binder(choice: _Choice, selected: _Selected) -> None:

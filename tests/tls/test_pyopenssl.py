@@ -258,12 +258,12 @@ def test_certificates_of_openssl(algorithm: str, issue: Any, client_identity: Id
 def test_certificates_of_ours(algorithm: str, issue: Any) -> None:
     trust, leaf = issue(algorithm)
     pair = they_connect(ServerConfig(identities=(leaf,)), context(trust=trust)).finish()
-    peer = pair.theirs.get_peer_credential(as_cryptography=True)
+    peer = pair.theirs.get_peer_certificate(as_cryptography=True)
     assert peer == leaf.leaf
     pair = we_connect(
         ClientConfig(verifier=trust, identity=leaf), context(leaf=leaf, trust=trust)
     ).finish()
-    assert pair.theirs.get_peer_credential(as_cryptography=True) == leaf.leaf
+    assert pair.theirs.get_peer_certificate(as_cryptography=True) == leaf.leaf
 
 
 def test_openssl_has_no_certificate_for_us(trust: TrustStore, identity: Identity) -> None:

@@ -70,7 +70,7 @@ class _Engine:
 
     def report(self) -> dict[str, Any]:
         connection = self.connection
-        shown = connection.get_peer_credential(as_cryptography=True)
+        shown = connection.get_peer_certificate(as_cryptography=True)
         name = connection.get_servername()
         return {
             "group": connection.get_group_name(),

@@ -723,4 +723,7 @@ def parse(kind: MessageKind, reader: Reader) -> Extensions:
 
 
 def _name(type_: int) -> str:
-    return ExtensionType(type_).name.lower() if type_ in _KNOWN_TYPES else str(type_)
+    try:
+        return ExtensionType(type_).name.lower()
+    except ValueError:
+        return str(type_)

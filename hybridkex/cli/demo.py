@@ -2,12 +2,12 @@
 
 import argparse
 import math
-import tempfile
 from functools import partial
 from pathlib import Path
 
 from cryptography.hazmat.bindings import _rust
 
+from hybridkex.cli.guarded import guarded_folder
 from hybridkex.cli.manual import describe
 from hybridkex.cli.running import end_as_interrupted, run_trio
 from hybridkex.cli.values import folder_path
@@ -53,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"cannot read {source}: not a file that is there")
     if not 0 <= args.distance < math.inf:
         raise ConfigError("--distance is in km, and not negative")
-    with end_as_interrupted(), tempfile.TemporaryDirectory(prefix="hybridkex-demo-") as name:
-        folder = Path(name)
+    with end_as_interrupted(), guarded_folder("hybridkex-demo-") as folder:
         keep: Path = args.keep or folder
         try:
             keep.mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,7 @@ what is modelled, what is real and what it does not prove.
 
 import argparse
 import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hybridkex import __version__
+from hybridkex.cli.guarded import guarded_folder, guarded_processes
 from hybridkex.cli.manual import describe
 from hybridkex.cli.running import end_as_interrupted, run_trio
 from hybridkex.cli.values import file_path, folder_path
@@ -96,13 +95,11 @@ def _folder(keep: Path | None) -> Iterator[Path]:
             make_private_folder(keep)
         except OSError as error:
             raise ConfigError(f"cannot make the folder {keep}: {error.strerror}") from error
-        yield keep.absolute()
+        with guarded_processes():
+            yield keep.absolute()
         return
-    folder = Path(tempfile.mkdtemp(prefix="hybridkex-rndl-"))
-    try:
+    with guarded_folder("hybridkex-rndl-") as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder)
 
 
 def _watched(console: Console, folder: Path) -> Trial:

@@ -1,0 +1,101 @@
+"""A temporary folder for private keys, and the processes that use it: both end with the command.
+
+A command can be killed at any moment, and then runs no code of its own. So a small process, the
+guard, holds the other end of a pipe: when the command is gone, by whatever signal, the pipe ends,
+and the guard ends the processes that the command has started (they carry a token in their
+environment, as /proc shows it) and removes the folder.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+__all__ = ["guarded_folder", "guarded_processes"]
+
+_TOKEN: Final = "HYBRIDKEX_GUARD"
+
+_GUARD: Final = r"""
+import os, shutil, signal, sys, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(number, signal.SIG_IGN)
+token, folder = sys.argv[1].encode(), sys.argv[2]
+sys.stdout.write("ready\n")
+sys.stdout.flush()
+os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+sys.stdin.read()
+def end_processes():
+    found = False
+    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        try:
+            with open(f"/proc/{name}/environ", "rb") as file:
+                if token not in file.read():
+                    continue
+            os.kill(int(name), signal.SIGKILL)
+            found = True
+        except OSError:
+            pass
+    return found
+for _ in range(100):
+    found = end_processes()
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not found and not (folder and os.path.exists(folder)):
+        break
+    time.sleep(0.05)
+"""
+
+
+@contextlib.contextmanager
+def guarded_processes(folder: Path | None = None) -> Iterator[None]:
+    """End every process that is started meanwhile, should this one be gone; with the folder."""
+    token = secrets.token_hex(16)
+    before = {name: os.environ.get(name) for name in (_TOKEN, "TMPDIR")}
+    command = [sys.executable, "-I", "-S", "-c", _GUARD, token, str(folder or "")]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+    ) as guard:
+        assert guard.stdin is not None
+        assert guard.stdout is not None
+        guard.stdout.readline()  # from now on signals do not end it
+        os.environ[_TOKEN] = token
+        if folder is not None:
+            os.environ["TMPDIR"] = str(folder)  # the processes' own temporary files end with it
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            guard.stdin.close()
+
+
+@contextlib.contextmanager
+def guarded_folder(prefix: str) -> Iterator[Path]:
+    """A folder that only we can read, and the processes that are started meanwhile.
+
+    Nothing is left of either, however this process ends.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    try:
+        with guarded_processes(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

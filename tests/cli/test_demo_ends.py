@@ -1,0 +1,75 @@
+"""``demo`` and ``rndl`` leave no process and no private key, whatever ends them, and whenever."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+MOMENTS = random.Random(38)
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of all processes that have this folder in their environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.fsencode(folder) in (entry / "environ").read_bytes():
+                found.append((entry / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 20
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "signals"),
+    [
+        ("demo", [signal.SIGTERM]),
+        ("demo", [signal.SIGHUP]),
+        ("demo", [signal.SIGQUIT]),
+        ("demo", [signal.SIGKILL]),
+        ("demo", [signal.SIGTERM, signal.SIGTERM, signal.SIGKILL]),
+        ("rndl", [signal.SIGINT, signal.SIGINT]),
+        ("rndl", [signal.SIGKILL]),
+    ],
+)
+def test_nothing_is_left(tmp_path: Path, command: str, signals: list[signal.Signals]) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    (tmp_path / "text").write_text("hello")
+    words = [command, *(["text"] if command == "demo" else [])]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hybridkex", *words],
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    assert until(lambda: any(temporary.iterdir()) or process.poll() is not None)
+    time.sleep(MOMENTS.uniform(0, 4))
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.02)
+    status = process.wait(30)
+    said = process.stderr.read().decode()
+    process.stderr.close()
+    assert "Traceback" not in said, said
+    assert status != 0
+    assert until(lambda: not any(temporary.iterdir())), list(temporary.rglob("*"))
+    assert until(lambda: not processes_of(temporary)), processes_of(temporary)

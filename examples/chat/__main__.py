@@ -18,7 +18,7 @@ from hybridkex.cli.options import add_channel_options, client_config, server_con
 
 from .client import Client
 from .hub import Hub
-from .keys import rests_on
+from .keys import owner_of, rests_on
 from .protocol import PROTOCOL, ChatError, check_name
 from .store import Store
 from .terminal import Terminal
@@ -170,7 +170,7 @@ async def _listen(
         _log.info("%s: %s", session.peer_subject or "a client", rests_on(session))
         sessions.append(session)
         try:
-            await hub.serve(stream, session.peer_subject or "")
+            await hub.serve(stream, owner_of(session))
         finally:
             sessions.remove(session)
 

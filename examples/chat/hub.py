@@ -150,7 +150,7 @@ class Hub:
         """One connection, from Hello to its end.
 
         Args:
-            peer: who the other end is by its certificate, empty where that is not known.
+            peer: who the other end is, by vouched names or by its key; empty if that is not known.
         """
         frames = Frames(stream)
         link = _Link(frames, self._queue)

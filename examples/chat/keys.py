@@ -2,7 +2,18 @@
 
 from hybridkex import Session
 
-__all__ = ["rests_on"]
+__all__ = ["owner_of", "rests_on"]
+
+
+def owner_of(session: Session) -> str:
+    """Who the other end is: the names that somebody vouches for, else its key, else nobody.
+
+    The subject of a certificate would not do: the owner of a pinned key writes it.
+    """
+    if session.vouched_names:
+        return ", ".join(session.vouched_names)
+    shown = session.peer_credential
+    return f"sha256:{shown.pin}" if shown is not None else ""
 
 
 def rests_on(session: Session) -> str:

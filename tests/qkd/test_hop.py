@@ -1,0 +1,77 @@
+"""TLS between an SAE and its KME: both kinds accept the same authorities, on all Pythons."""
+
+import ssl
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from hybridkex.errors import KeySourceError
+from hybridkex.qkd.etsi014.hop import client_hop, server_hop
+from tests.auth.corpus import authority, basic, key_of, leaf, san
+from tests.auth.der import DAY, NOW, time
+from tests.auth.test_corpus import pem
+
+DATES = {"not_before": time(NOW - 7300 * DAY), "not_after": time(NOW + 7300 * DAY)}
+AUTHORITIES = {
+    "usual": {},
+    "without keyUsage (openssl req -x509 of old)": {"ku": None},
+    "without key identifiers": {"ids": False},
+    "basicConstraints not critical": {"bc": basic(True, critical=False)},
+}
+
+
+def files(folder: Path, root: bytes, certificate: bytes) -> dict[str, Path]:
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    key = key_of("p256/leaf").private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    folder.mkdir(exist_ok=True)
+    content = {"ca": pem(root), "certificate": pem(certificate), "key": key}
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+        (folder / name).chmod(0o600)
+    return {name: folder / name for name in content}
+
+
+async def meet(kind: str, folder: dict[str, Path]) -> None:
+    client, server = client_hop(kind, **folder), server_hop(kind, **folder)
+    near, far = trio.testing.memory_stream_pair()
+
+    async def serve() -> None:
+        stream, certificate = await server(far, "")
+        assert certificate
+        await stream.send_all(b"x")
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            stream, _ = await client(near, "a.example")
+            assert await stream.receive_some(1) == b"x"
+
+
+@pytest.mark.parametrize("kind", ["stdlib", "hybridkex"])
+@pytest.mark.parametrize("shape", AUTHORITIES)
+async def test_one_rule(kind: str, shape: str, tmp_path: Path) -> None:
+    root = authority(**{**DATES, **AUTHORITIES[shape]})
+    certificate = leaf(names=san("a.example"), ids=shape != "without key identifiers", **DATES)
+    await meet(kind, files(tmp_path / "files", root, certificate))
+
+
+@pytest.mark.parametrize("kind", ["stdlib", "hybridkex"])
+async def test_a_common_name_is_no_host_name(kind: str, tmp_path: Path) -> None:
+    certificate = leaf(subject="a.example", names=None, **DATES)
+    folder = files(tmp_path / "files", authority(**DATES), certificate)
+    with pytest.raises((KeySourceError, trio.BrokenResourceError, ExceptionGroup)):
+        await meet(kind, folder)
+
+
+def test_no_rule_of_one_python(tmp_path: Path) -> None:
+    """Python 3.13 made VERIFY_X509_STRICT its default: set it, and the same files are refused."""
+    from hybridkex.qkd.etsi014 import hop
+
+    folder = files(tmp_path / "files", authority(**DATES), leaf(**DATES))
+    for purpose in (ssl.Purpose.SERVER_AUTH, ssl.Purpose.CLIENT_AUTH):
+        context = hop._context(purpose, **folder)
+        assert not context.verify_flags & ssl.VERIFY_X509_STRICT
+        assert context.verify_flags & ssl.VERIFY_X509_PARTIAL_CHAIN

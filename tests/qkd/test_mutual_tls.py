@@ -8,7 +8,7 @@ import trio
 import trio.testing
 
 from hybridkex.errors import KeySourceError
-from hybridkex.qkd.etsi014.hop import client_hop, server_hop
+from hybridkex.qkd.etsi014.mutual_tls import client_tls, server_tls
 from tests.auth.corpus import authority, basic, key_of, leaf, san
 from tests.auth.der import DAY, NOW, time
 from tests.auth.test_corpus import pem
@@ -35,7 +35,7 @@ def files(folder: Path, root: bytes, certificate: bytes) -> dict[str, Path]:
 
 
 async def meet(kind: str, folder: dict[str, Path]) -> None:
-    client, server = client_hop(kind, **folder), server_hop(kind, **folder)
+    client, server = client_tls(kind, **folder), server_tls(kind, **folder)
     near, far = trio.testing.memory_stream_pair()
 
     async def serve() -> None:
@@ -68,10 +68,10 @@ async def test_a_common_name_is_no_host_name(kind: str, tmp_path: Path) -> None:
 
 def test_no_rule_of_one_python(tmp_path: Path) -> None:
     """Python 3.13 made VERIFY_X509_STRICT its default: set it, and the same files are refused."""
-    from hybridkex.qkd.etsi014 import hop
+    from hybridkex.qkd.etsi014 import mutual_tls
 
     folder = files(tmp_path / "files", authority(**DATES), leaf(**DATES))
     for purpose in (ssl.Purpose.SERVER_AUTH, ssl.Purpose.CLIENT_AUTH):
-        context = hop._context(purpose, **folder)
+        context = mutual_tls._context(purpose, **folder)
         assert not context.verify_flags & ssl.VERIFY_X509_STRICT
         assert context.verify_flags & ssl.VERIFY_X509_PARTIAL_CHAIN

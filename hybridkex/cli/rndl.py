@@ -41,11 +41,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     describe(
         parser,
-        "Record handshakes and data of five configurations now, and let adversaries of the future "
-        "try them: who breaks ECDH, ML-KEM or signatures, who steals keys, stores or tickets. What "
-        "each could read is shown as a table, and checked against what the theory says.",
+        "Record handshakes and data of five configurations, then let future adversaries try to "
+        "decrypt them: they break ECDH, ML-KEM or signatures, or steal keys, key stores or ticket "
+        "keys. A table shows what each could read, and is compared with the prediction.",
         examples=["rndl", "rndl --html report.html", "rndl --keep recordings"],
-        status="0 when each adversary read what was expected and nothing else, 1 otherwise",
+        status="0 if each adversary read what was predicted and nothing else, 1 otherwise",
         notes="See docs/record-now-decrypt-later.md.",
     )
     parser.add_argument(
@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--keep",
         type=folder_path,
         metavar="DIR",
-        help="leave recordings (pcapng), key logs for Wireshark, and what each adversary had in a "
+        help="keep recordings (pcapng), key logs for Wireshark, and what each adversary had in a "
         "new folder",
     )
 

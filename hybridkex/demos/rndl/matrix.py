@@ -87,7 +87,7 @@ class Row:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """The title in reports."""
         return self.configuration.title + (", resumed" if self.resumed else "")
 
 

@@ -21,8 +21,9 @@ from hybridkex.cli.running import run_trio
 from hybridkex.cli.values import file_path, folder_path
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.files import PUBLIC, write_file
-from hybridkex.kme.config import PRODUCERS, Address, load_config
+from hybridkex.kme.config import PRODUCERS, load_config
 from hybridkex.kme.serve import KmeServer, Serving
+from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.mutual_tls import TLS_KINDS
 from hybridkex.qkd.etsi014.pool_filling import (
@@ -177,9 +178,9 @@ def run(args: argparse.Namespace) -> int:
     return action(args)
 
 
-def _address(text: str) -> Address:
+def _address(text: str) -> TcpAddress:
     try:
-        return Address.parse(text)
+        return parse_tcp_address(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -339,7 +340,7 @@ producer = "{producer}"
 
 
 def _dev_up(args: argparse.Namespace) -> int:
-    ports = [Address.parse(f"127.0.0.1:{port}").port for port in args.ports.split(",")]
+    ports = [parse_tcp_address(f"127.0.0.1:{port}").port for port in args.ports.split(",")]
     if len(ports) != len(SITES):
         raise ConfigError("--ports takes two ports")
     config: Path = args.folder / "kme.toml"
@@ -387,7 +388,7 @@ def _dev_up(args: argparse.Namespace) -> int:
     return _run_server(config, args.log_level, announce)
 
 
-def _channel_options(folder: Path, address: Address, sae: str, tls: str) -> str:
+def _channel_options(folder: Path, address: TcpAddress, sae: str, tls: str) -> str:
     files = folder / sae
     hop = "" if tls == "stdlib" else f" --kme-tls {tls}"
     return (

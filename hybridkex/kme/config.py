@@ -1,6 +1,7 @@
 """The TOML file of ``hybridkex kme serve``; ``docs/kme.md`` shows one."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -9,13 +10,13 @@ from typing import Any, Final, TypeVar, get_type_hints
 from hybridkex.errors import ConfigError
 from hybridkex.files import read_toml
 from hybridkex.kme.entity import KmeLimits
+from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.net.http import HttpLimits
 from hybridkex.qkd.etsi014.mutual_tls import TLS_KINDS
 from hybridkex.qkd.etsi014.naming import IdRule
 
 __all__ = [
     "PRODUCERS",
-    "Address",
     "KmeConfig",
     "LinkConfig",
     "PeerConfig",
@@ -37,25 +38,6 @@ _POSITIVE: Final = (
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Address:
-    """Where to listen."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Address":
-        """``host:port``, an IPv6 address in brackets. Raises ``ConfigError``."""
-        host, colon, port = text.rpartition(":")
-        if not colon or not host or not port.isdigit() or int(port) > 65535:
-            raise ConfigError(f"an address is host:port, not {text!r}")
-        return cls(host.removeprefix("[").removesuffix("]"), int(port))
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class LinkConfig:
     """A simulated QKD link; ``docs/qkd-link.md`` says what the settings mean."""
@@ -70,7 +52,7 @@ class LinkConfig:
     """Of the authentication, where both ends are in this process."""
     party: str | None = None
     """Where the other end is in another process: ``alice``, who listens, or ``bob``."""
-    address: Address | None = None
+    address: TcpAddress | None = None
     peer_credential: Path | None = None
     """Of the other KME; with our own it authenticates the first block."""
 
@@ -114,7 +96,7 @@ class KmeConfig:
     """One KME."""
 
     id: str
-    listen: Address
+    listen: TcpAddress
     saes: tuple[str, ...]
     ca: Path
     certificate: Path
@@ -154,7 +136,7 @@ class ServeConfig:
     """All KMEs of a process."""
 
     kme: tuple[KmeConfig, ...]
-    metrics: Address | None = None
+    metrics: TcpAddress | None = None
     grace: float = 5.0
     """Seconds that requests under way may take after the signal to stop."""
 
@@ -221,19 +203,34 @@ def _value(kind: Any, value: Any, base: Path, where: str) -> Any:
             _value(kind.__args__[0], item, base, f"{where}[{index}]")
             for index, item in enumerate(value)
         )
-    if dataclasses.is_dataclass(kind) and kind is not Address:
-        return _build(kind, value, base, f"{where}.")  # type: ignore[arg-type]
-    expected: Any = {Path: str, Address: str, IdRule: str, float: (int, float)}.get(kind, kind)
+    scalar = _SCALARS.get(kind)
+    if scalar is None:
+        return _build(kind, value, base, f"{where}.")
+    expected, convert = scalar
+    # bool is an int to Python and not to TOML.
     if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{where} is not of the right type")
-    if kind is Path:
-        return base / value
-    if kind is Address:
-        return Address.parse(value)
-    if kind is IdRule:
-        try:
-            return IdRule(value)
-        except ValueError:
-            known = ", ".join(rule.value for rule in IdRule)
-            raise ConfigError(f"{where} must be one of {known}") from None
-    return float(value) if kind is float else value
+    try:
+        return convert(value, base)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _id_rule(text: str) -> IdRule:
+    try:
+        return IdRule(text)
+    except ValueError:
+        known = ", ".join(rule.value for rule in IdRule)
+        raise ConfigError(f"it must be one of {known}") from None
+
+
+_SCALARS: Final[dict[Any, tuple[Any, Callable[[Any, Path], Any]]]] = {
+    bool: (bool, lambda value, _: value),
+    int: (int, lambda value, _: value),
+    str: (str, lambda value, _: value),
+    float: ((int, float), lambda value, _: float(value)),
+    Path: (str, lambda value, base: base / value),
+    TcpAddress: (str, lambda value, _: parse_tcp_address(value)),
+    IdRule: (str, lambda value, _: _id_rule(value)),
+}
+"""For each type of a field: the types of TOML that it is written in, and what makes it of them."""

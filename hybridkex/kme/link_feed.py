@@ -33,7 +33,7 @@ from hybridkex.errors import (
     LinkAuthenticationError,
     LinkError,
 )
-from hybridkex.kme.config import Address, KmeConfig, PeerConfig
+from hybridkex.kme.config import KmeConfig, PeerConfig
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.link.authentication import Signatures
 from hybridkex.link.ledger import Direction, Ledger
@@ -44,6 +44,7 @@ from hybridkex.link.quantum import OpticalLink
 from hybridkex.link.remote import RemoteDetector, serve_detector
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.simulated import SimulatedLink
+from hybridkex.net.address import TcpAddress
 from hybridkex.net.reading import EndOfStream, read_exactly
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.qkd.producer import ProducedKey
@@ -140,7 +141,7 @@ class PartyFeed:
         settings: LinkSettings,
         *,
         party: str,
-        address: Address,
+        address: TcpAddress,
         signatures: Signatures,
         real_time: bool,
         note: Note,

@@ -9,10 +9,11 @@ import trio
 
 from hybridkex.errors import ConfigError, HybridkexError, KeySourceUnavailable
 from hybridkex.kme.api import kme_handler
-from hybridkex.kme.config import Address, KmeConfig, ServeConfig
+from hybridkex.kme.config import KmeConfig, ServeConfig
 from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import MAX_MESSAGE_BYTES, HttpPeer, LocalPeer
+from hybridkex.net.address import TcpAddress
 from hybridkex.net.http import http_supervisor, serve_connection
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, client_tls, server_tls
@@ -33,8 +34,8 @@ CLOSE_SECONDS: Final = 1.0
 class Serving:
     """Where a server listens, ports filled in."""
 
-    kmes: Mapping[str, Address]
-    metrics: Address | None
+    kmes: Mapping[str, TcpAddress]
+    metrics: TcpAddress | None
 
 
 class KmeServer:
@@ -286,7 +287,7 @@ class KmeServer:
         )
         return await _opened(settings.config.listen, supervisor, stack)
 
-    async def _metrics_port(self, address: Address, stack: AsyncExitStack) -> "_Port":
+    async def _metrics_port(self, address: TcpAddress, stack: AsyncExitStack) -> "_Port":
         supervisor = http_supervisor(self.metrics.handle, "metrics", LOG, closing=self._closing)
         return await _opened(address, supervisor, stack)
 
@@ -372,7 +373,7 @@ class _Port:
 
 
 async def _opened(
-    address: Address, supervisor: Supervisor[trio.SocketStream], stack: AsyncExitStack
+    address: TcpAddress, supervisor: Supervisor[trio.SocketStream], stack: AsyncExitStack
 ) -> _Port:
     try:
         listeners = await trio.open_tcp_listeners(address.port, host=address.host)
@@ -391,9 +392,9 @@ async def _keep_running(link: Callable[[], Awaitable[None]]) -> None:
         LOG.exception("a QKD link has ended with an internal error")
 
 
-def _address(listener: trio.SocketListener) -> Address:
+def _address(listener: trio.SocketListener) -> TcpAddress:
     host, port, *_ = listener.socket.getsockname()
-    return Address(host, port)
+    return TcpAddress(host, port)
 
 
 def _confirms(kme_id: str, rule: IdRule) -> Callable[[bytes], None]:

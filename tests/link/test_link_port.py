@@ -10,12 +10,12 @@ import trio
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.errors import LinkAuthenticationError, LinkError
-from hybridkex.kme.config import Address
 from hybridkex.kme.link_feed import PartyFeed, _signatures, greet, greeted
 from hybridkex.link.authentication import Signatures
 from hybridkex.link.optimise import tuned
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.settings import LinkSettings
+from hybridkex.net.address import TcpAddress
 from hybridkex.net.reading import EndOfStream
 
 
@@ -37,7 +37,7 @@ def feed(party: str, port: int, signatures: dict[str, Signatures]) -> PartyFeed:
     return PartyFeed(
         settings,
         party=party,
-        address=Address("127.0.0.1", port),
+        address=TcpAddress("127.0.0.1", port),
         signatures=signatures[party],
         real_time=False,
         note=lambda block: None,

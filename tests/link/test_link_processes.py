@@ -18,7 +18,7 @@ PARTY = """
 import json, sys, trio
 from cryptography import x509
 from pathlib import Path
-from hybridkex.kme.config import Address
+from hybridkex.net.address import TcpAddress
 from hybridkex.link.optimise import tuned
 from hybridkex.link.presets import PRESETS
 from hybridkex.kme.link_feed import PartyFeed, _signatures
@@ -29,7 +29,7 @@ settings = LinkSettings(preset=tuned(PRESETS["rusca2018"].at(0), 30_000), block_
 
 async def main():
     feed = PartyFeed(
-        settings, party=party, address=Address("127.0.0.1", int(port)),
+        settings, party=party, address=TcpAddress("127.0.0.1", int(port)),
         signatures=_signatures(Path(folder) / party / "key.pem", Path(folder) / peer / "cert.pem"),
         real_time=False, note=lambda block: None,
     )

@@ -10,8 +10,9 @@ import pytest
 import trio
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
-from hybridkex.kme.config import Address, KmeConfig, PeerConfig, ServeConfig
+from hybridkex.kme.config import KmeConfig, PeerConfig, ServeConfig
 from hybridkex.kme.serve import KmeServer, Serving
+from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.client import KmeAccess
 from hybridkex.qkd.store import write_key_file
 
@@ -37,7 +38,7 @@ class Site:
             write_key_file(key_file)
         return KmeConfig(
             id=kme_id,
-            listen=changes.pop("listen", Address("127.0.0.1", 0)),
+            listen=changes.pop("listen", TcpAddress("127.0.0.1", 0)),
             saes=saes,
             ca=folder / "ca.pem",
             certificate=folder / "cert.pem",
@@ -57,7 +58,7 @@ class Site:
             )
         )
 
-    def access(self, sae: str, address: Address, **changes: Any) -> KmeAccess:
+    def access(self, sae: str, address: TcpAddress, **changes: Any) -> KmeAccess:
         folder = self.holder(sae)
         access = KmeAccess(
             url=f"https://{address}",

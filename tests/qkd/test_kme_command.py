@@ -13,7 +13,8 @@ import pytest
 from forked import Forkserver, until
 
 from hybridkex.errors import ConfigError
-from hybridkex.kme.config import Address, load_config
+from hybridkex.kme.config import load_config
+from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.pool import FilePool
 
 Kme = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -170,7 +171,7 @@ peer = [{ id = "b", saes = ["y"], url = "https://b:1" }]
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"[::1]:8443"', '"8443"', "an address is host:port"),
+        ('"[::1]:8443"', '"8443"', "is not HOST:PORT"),
         ('["x"]', '"x"', "saes must be an array"),
         ('["x"]', "[5]", r"saes\[0\] is not of the right type"),
         ('id = "a"', "id = true", "id is not of the right type"),
@@ -185,7 +186,7 @@ def test_settings(tmp_path: Path, old: str, new: str, message: str) -> None:
     path = tmp_path / "kme.toml"
     path.write_text(GOOD)
     config = load_config(path)
-    assert config.kme[0].listen == Address("::1", 8443)
+    assert config.kme[0].listen == TcpAddress("::1", 8443)
     assert config.kme[0].key == tmp_path / "k"
     assert old in GOOD
     path.write_text(GOOD.replace(old, new))

@@ -17,7 +17,7 @@ import trio
 from forked import Forkserver, Running
 
 from hybridkex.errors import KeySourceError, KeySourceUnavailable, KeyUnknown
-from hybridkex.kme.config import Address
+from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.client import KmeAccess, KmeClient
 from hybridkex.qkd.etsi014.models import KeyRequest
 from hybridkex.qkd.store import KeyStore, read_key_file, write_key_file
@@ -158,7 +158,9 @@ async def run_and_kill(
 ) -> Record:
     record = Record()
     accesses = {
-        sae: site.access(sae, Address("127.0.0.1", ports[kme])) for kme in SAES for sae in SAES[kme]
+        sae: site.access(sae, TcpAddress("127.0.0.1", ports[kme]))
+        for kme in SAES
+        for sae in SAES[kme]
     }
     choice = random.Random(14)
     done = trio.Event()

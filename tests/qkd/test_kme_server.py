@@ -16,9 +16,10 @@ import trio
 import trio.testing
 
 from hybridkex.errors import ConfigError, KeySourceExhausted, KeySourceUnavailable
-from hybridkex.kme.config import Address, PeerConfig, ServeConfig
+from hybridkex.kme.config import PeerConfig, ServeConfig
 from hybridkex.kme.entity import KmeLimits
 from hybridkex.kme.serve import KmeServer
+from hybridkex.net.address import TcpAddress
 from hybridkex.net.http import HttpLimits, Request, Response, serve_connection
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeClient
 from hybridkex.qkd.etsi014.models import KeyRequest
@@ -38,7 +39,7 @@ def context_of(site: Site, holder: str) -> ssl.SSLContext:
 
 
 @asynccontextmanager
-async def as_sae(site: Site, holder: str, address: Address) -> AsyncIterator[httpx.AsyncClient]:
+async def as_sae(site: Site, holder: str, address: TcpAddress) -> AsyncIterator[httpx.AsyncClient]:
     """A plain HTTP client with the certificate of an SAE; none of this project's code."""
     async with httpx.AsyncClient(
         base_url=f"https://{address}/api/v1/keys", verify=context_of(site, holder), timeout=5
@@ -301,7 +302,7 @@ async def test_multicast(two: Any, site: Site, serve: Any) -> None:
     answer = await alice.post("/bob/enc_keys", json={"additional_slave_SAE_IDs": ["dave"]})
     [key] = answer.json()["keys"]
     address = str(bob.base_url).split("/")[2].rsplit(":", 1)
-    async with as_sae(site, "dave", Address(address[0], int(address[1]))) as dave:
+    async with as_sae(site, "dave", TcpAddress(address[0], int(address[1]))) as dave:
         for slave in (bob, dave):
             query = {"key_ID": key["key_ID"]}
             assert (await slave.get("/alice/dec_keys", params=query)).json()["keys"] == [key]
@@ -432,7 +433,7 @@ async def test_two_servers_that_sync_over_tls(site: Site, serve: Any, tls: str) 
     """Each KME is a server of its own; relayed keys go by value, over either TLS."""
     with trio.socket.socket() as probe:
         await probe.bind(("127.0.0.1", 0))
-        address = Address("127.0.0.1", probe.getsockname()[1])
+        address = TcpAddress("127.0.0.1", probe.getsockname()[1])
     here = site.kme(
         "kme-a",
         saes=("alice",),
@@ -482,7 +483,7 @@ async def test_the_largest_batch_that_status_announces(site: Site, serve: Any) -
     """
     with trio.socket.socket() as probe:
         await probe.bind(("127.0.0.1", 0))
-        address = Address("127.0.0.1", probe.getsockname()[1])
+        address = TcpAddress("127.0.0.1", probe.getsockname()[1])
     peer = PeerConfig(id="kme-b", saes=("bob",), url=f"https://{address}")
     here = site.kme("kme-a", saes=("alice",), peer=(peer,))
     there = site.kme(
@@ -597,7 +598,7 @@ async def test_no_key_is_logged(site: Site, serve: Any, caplog: pytest.LogCaptur
 
 
 async def test_metrics_on_their_own_port(site: Site, serve: Any) -> None:
-    config = replace(site.pair(), metrics=Address("127.0.0.1", 0))
+    config = replace(site.pair(), metrics=TcpAddress("127.0.0.1", 0))
     async with serve(config) as where:
         await filled(where, site)
         async with as_sae(site, "alice", where.kmes["kme-a"]) as alice:

@@ -16,9 +16,10 @@ from test_kme_server import as_sae, filled
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.errors import KeySourceError
-from hybridkex.kme.config import Address, PeerConfig, ServeConfig
+from hybridkex.kme.config import PeerConfig, ServeConfig
 from hybridkex.kme.entity import KmeLimits
 from hybridkex.kme.serve import KmeServer
+from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.models import KeyRequest
 
@@ -28,14 +29,14 @@ RAW = ("[SSL", "_ssl.c", "Error:", "Errno", "Traceback", "ConnectError", "ReadEr
 """Words of a library that no message has."""
 
 
-def closed_port() -> Address:
+def closed_port() -> TcpAddress:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return Address("127.0.0.1", probe.getsockname()[1])
+        return TcpAddress("127.0.0.1", probe.getsockname()[1])
 
 
 @asynccontextmanager
-async def answering(answer: bytes) -> AsyncIterator[Address]:
+async def answering(answer: bytes) -> AsyncIterator[TcpAddress]:
     """A server that says one thing and hangs up."""
 
     async def handle(stream: trio.SocketStream) -> None:
@@ -44,11 +45,11 @@ async def answering(answer: bytes) -> AsyncIterator[Address]:
 
     async with trio.open_nursery() as nursery:
         [listener] = await nursery.start(partial(trio.serve_tcp, handle, 0, host="127.0.0.1"))
-        yield Address("127.0.0.1", listener.socket.getsockname()[1])
+        yield TcpAddress("127.0.0.1", listener.socket.getsockname()[1])
         nursery.cancel_scope.cancel()
 
 
-async def complaint(site: Site, address: Address, holder: str = "alice", **changes: Any) -> str:
+async def complaint(site: Site, address: TcpAddress, holder: str = "alice", **changes: Any) -> str:
     """What the client says about a KME."""
     async with KmeClient(site.access(holder, address, **changes)) as client:
         with pytest.raises(KeySourceError) as caught:

@@ -14,9 +14,10 @@ from hybridkex.crypto.kex import X25519, X25519MLKEM768
 from hybridkex.demos.rndl.matrix import Delivery
 from hybridkex.demos.rndl.now.escrow import Escrow
 from hybridkex.demos.rndl.now.tap import wire_tap
-from hybridkex.kme.config import Address, KmeConfig, PeerConfig, ServeConfig
+from hybridkex.kme.config import KmeConfig, PeerConfig, ServeConfig
 from hybridkex.kme.entity import SCRUB_EVERY, KmeLimits
 from hybridkex.kme.serve import KmeServer, Serving
+from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeAccess, KmeClient
 from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake
 from hybridkex.qkd.source import KeySource
@@ -82,7 +83,7 @@ class Sites:
             configs.append(
                 KmeConfig(
                     id=kme,
-                    listen=Address(_LOOPBACK, 0),
+                    listen=TcpAddress(_LOOPBACK, 0),
                     saes=(sae,),
                     ca=folder / "ca.pem",
                     certificate=folder / "cert.pem",
@@ -104,7 +105,7 @@ class Sites:
                 shutil.copy(path, loot)
             shutil.copy(self._folder / kme / "store.key", loot)
 
-    def _address(self, kme: str) -> Address:
+    def _address(self, kme: str) -> TcpAddress:
         assert self._serving is not None, "within running() only"
         return self._serving.kmes[kme]
 

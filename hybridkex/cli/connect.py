@@ -7,7 +7,7 @@ import trio
 
 from hybridkex.cli.manual import describe
 from hybridkex.cli.options import add_channel_options, client_config
-from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
+from hybridkex.cli.pipe import handshake_failed, pipe, report
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.sessions import FileTicketStore
 from hybridkex.cli.tcp import NO_TCP, cannot_connect, checked_port
@@ -74,6 +74,6 @@ async def _connect(args: argparse.Namespace, config: ClientConfig) -> None:
         try:
             await stream.do_handshake()
         except trio.BrokenResourceError as error:
-            raise ChannelFailed(f"handshake failed: {reason(error)}") from None
+            raise handshake_failed(error, config) from None
         report(stream.session, as_json=args.json)
         await pipe(stream)

@@ -11,12 +11,15 @@ from typing import Any, Final
 import trio
 
 from hybridkex.cli.running import first_of
-from hybridkex.errors import HybridkexError
+from hybridkex.constants import Alert
+from hybridkex.crypto.kex import Property
+from hybridkex.errors import AlertReceived, HybridkexError, TruncationError
 from hybridkex.streams import SecureStream
 from hybridkex.text import json_line
+from hybridkex.tls.config import ClientConfig
 from hybridkex.tls.session import Session
 
-__all__ = ["ChannelFailed", "pipe", "reason", "report"]
+__all__ = ["ChannelFailed", "handshake_failed", "pipe", "reason", "report"]
 
 _CHUNK: Final = 256 * 1024
 
@@ -29,6 +32,23 @@ def reason(error: BaseException) -> str:
     """Why a stream broke, in one line."""
     cause = error.__cause__ or error
     return str(cause) or type(cause).__name__
+
+
+def handshake_failed(error: BaseException, config: ClientConfig) -> ChannelFailed:
+    """The error to raise for a client's handshake that failed; with the next step, if one is
+    likely: OpenSSL before 3.5 answers a client without classical groups with handshake_failure, and
+    other servers just close the connection."""
+    text = f"handshake failed: {reason(error)}"
+    cause = error.__cause__
+    unwanted = isinstance(cause, TruncationError) or (
+        isinstance(cause, AlertReceived) and cause.alert == Alert.HANDSHAKE_FAILURE
+    )
+    if unwanted and all(Property.POST_QUANTUM in group.properties for group in config.groups or ()):
+        text += (
+            "; the server may lack a post-quantum group: '--groups X25519MLKEM768,x25519' also "
+            "offers a classical one"
+        )
+    return ChannelFailed(text)
 
 
 def report(session: Session, *, as_json: bool) -> None:

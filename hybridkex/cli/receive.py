@@ -69,7 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=64,
-        help="senders at once; more are refused (default: %(default)s)",
+        help="senders at once; more are refused and try again (default: %(default)s)",
     )
     add_log_options(parser, default="warning")
     add_channel_options(parser, alpn=PROTOCOL)

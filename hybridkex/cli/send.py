@@ -12,7 +12,7 @@ from hybridkex.apps.tcp import CountingStream, keep_alive
 from hybridkex.apps.transfer import PROTOCOL, Outcome, collect, send_items
 from hybridkex.cli.manual import describe
 from hybridkex.cli.options import add_channel_options, client_config
-from hybridkex.cli.pipe import ChannelFailed, reason, report
+from hybridkex.cli.pipe import handshake_failed, report
 from hybridkex.cli.progress import rate, showing
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_connect
@@ -133,7 +133,7 @@ class _Wire:
             await trio.aclose_forcefully(stream)
             if self._streams:
                 raise
-            raise ChannelFailed(f"handshake failed: {reason(error)}") from None
+            raise handshake_failed(error, config) from None
         self._streams.append(counting)
         report(stream.session, as_json=self._args.json)
         return stream

@@ -28,6 +28,7 @@ from hybridkex.auth import (
 from hybridkex.auth.certificates import vouched_names_of
 from hybridkex.errors import CertificateRejected, ConfigError
 from hybridkex.net.address import TcpAddress
+from hybridkex.qkd.in_process import in_process_pair
 from hybridkex.shell.qkd_keys import QkdPeer
 
 CA = DevCa.create()
@@ -258,7 +259,7 @@ def test_comments_and_line_ends(tmp_path: Path) -> None:
 
 
 def test_lists_of_names_are_canonical_too() -> None:
-    source: Any = object()
+    source = in_process_pair("a", "b")[0]
     assert QkdPeer(source=source, names=("Alice.Example.",)).names == ("alice.example",)
     where = TcpAddress("127.0.0.1", 1)
     parts: dict[str, Any] = {"name": "t", "local": where, "forward": where, "channel": object}

@@ -92,6 +92,15 @@ def seeds() -> dict[str, dict[str, bytes]]:
             "request": b'{"number": 2, "size": 256, "additional_slave_SAE_IDs": ["c"]}',
             "query": b"number=3&size=1024",
         },
+        "http": {
+            "get": b"GET /x/%74?y HTTP/1.1\r\nHost: a\r\n\r\n" * 2,
+            "post": b'POST /x/y HTTP/1.1\r\nHost: a\r\nContent-Length: 7\r\n\r\n{"a":1}',
+            "chunks": b"POST /x/y HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"1;a=b\r\n1\r\n0\r\nX: y\r\n\r\n",
+            "head": b"HEAD http://a/x/y HTTP/1.0\r\n\r\n",
+            "both": b"POST /x/y HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n"
+            b"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n0\r\n\r\n",
+        },
         "ticket-store": {"empty": b"{}", "bad": b'{"localhost": [{"ticket": "AAAA"}]}'},
         "handshake": {
             str(number): bytes((number % 4, number, 1, *range(60))) for number in range(12)

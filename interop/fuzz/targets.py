@@ -63,6 +63,16 @@ from hybridkex.link.quantum import Detections, PulseRecord, Sent, sample
 from hybridkex.link.randomness import Randomness
 from hybridkex.link.reconciliation import ReconciliationError
 from hybridkex.link.settings import LinkSettings
+from hybridkex.net.http import (
+    ANY,
+    HttpLimits,
+    Request,
+    Response,
+    Route,
+    find_route,
+    parse_json,
+    serve_connection,
+)
 from hybridkex.qkd.etsi014.models import KeyContainer, KeyIds, KeyRequest, ModelError, Status
 from hybridkex.qkd.psk import identity_of, name_of
 from hybridkex.qkd.store import read_key_file
@@ -663,6 +673,30 @@ def _link_change(reader: _Reader) -> Callable[[wire.Type, bytes], tuple[wire.Typ
     return change
 
 
+async def _http_handler(request: Request) -> Response:
+    found = find_route([Route(name="x", path=("x", ANY), methods=("GET", "HEAD", "POST"))], request)
+    if isinstance(found, Response):
+        return found
+    with contextlib.suppress(ValueError):
+        return Response.json(200, {"got": parse_json(request.body), "path": request.path})
+    return Response.json(400, {"query": request.query})
+
+
+def http(data: bytes) -> None:
+    """A connection to the HTTP server: whatever comes, it ends, and every answer is HTTP."""
+    ours, theirs = memory_stream_pair()
+
+    async def talk() -> bytes:
+        await ours.send_all(data)
+        await ours.send_eof()
+        await serve_connection(theirs, _http_handler, HttpLimits(max_body=2000, max_headers=2000))
+        await theirs.aclose()
+        return bytes(await ours.receive_some()) if data else b""
+
+    answer = trio.run(talk)
+    assert not answer or answer.startswith(b"HTTP/1.1 ")
+
+
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     one.__name__.replace("_", "-"): one
     for one in (
@@ -673,6 +707,7 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
         certificates,
         names,
         etsi014,
+        http,
         ticket_store,
         raw_server,
         raw_client,

@@ -22,6 +22,7 @@ from hybridkex.auth import DevCa, TrustStore
 from hybridkex.cli.running import first_of
 from hybridkex.crypto.kex import ALL_GROUPS
 from hybridkex.crypto.oqs import oqs_status
+from hybridkex.crypto.rsa_pss import RsaPssKey
 from hybridkex.crypto.schedule import hkdf_expand_label, hkdf_extract
 from hybridkex.crypto.signatures import ALL_SCHEMES
 from hybridkex.crypto.suites import SHA256
@@ -168,18 +169,20 @@ def _agree(what: str, equal: bool) -> None:
 
 
 def _signatures() -> str:
+    rsa_key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     keys: tuple[Any, ...] = (
         *(kind.generate() for kind in (mldsa.MLDSA44PrivateKey, mldsa.MLDSA65PrivateKey)),
         mldsa.MLDSA87PrivateKey.generate(),
         *(ec.generate_private_key(curve()) for curve in (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)),
         ed25519.Ed25519PrivateKey.generate(),
-        rsa.generate_private_key(public_exponent=65537, key_size=2048),
+        rsa_key,
+        RsaPssKey(rsa_key, parameters=None),
     )
     content = b"hybridkex doctor"
     for scheme in ALL_SCHEMES:
         key = next((one for one in keys if scheme.suits(one)), None)
         if key is None:
-            raise _Wrong(f"{scheme.name}: no key for it")
+            raise _Wrong(f"{scheme.name}: this command has no key to try it with")
         scheme.verify(key.public_key(), scheme.sign(key, content), content)
     return ", ".join(scheme.name for scheme in ALL_SCHEMES)
 

@@ -127,13 +127,16 @@ class PskAuthentication:
 
     @property
     def psk(self) -> Secret:
+        """The PSK that enters the key."""
         return self.key
 
     def prove(self, role: Role, digest: bytes) -> bytes:
+        """An HMAC over ``digest``, under a key that the PSK and ``role`` give."""
         mac_key = hkdf_expand_label(SHA256, self._extracted, role.encode("ascii"), b"", 32)
         return hmac.digest(mac_key, digest, "sha256")
 
     def check(self, role: Role, digest: bytes, proof: bytes, peer: str) -> None:
+        """Verify the HMAC that the peer sent in ``role``. Raises ``DecryptError``."""
         if not hmac.compare_digest(self.prove(role, digest), proof):
             raise DecryptError(
                 "the peer's message does not verify: it has another pre-shared key, or is "
@@ -166,9 +169,11 @@ class SignatureAuthentication:
 
     @property
     def psk(self) -> Secret:
+        """Empty: signatures add nothing to the key."""
         return NO_SECRET
 
     def prove(self, role: Role, digest: bytes) -> bytes:
+        """Our signature over ``role`` and ``digest``, with the key that verifies it."""
         key = self.identity.signing_key
         scheme = choose_scheme(key, self.schemes, (one.code for one in self.schemes))
         if scheme is None:
@@ -178,6 +183,7 @@ class SignatureAuthentication:
         return u16(scheme.code) + vector24(spki) + vector16(signature)
 
     def check(self, role: Role, digest: bytes, proof: bytes, peer: str) -> VerifiedPeer:
+        """Verify the peer's raw public key and its signature. Raises ``PeerError``."""
         reader = Reader(proof)
         code, spki, signature = reader.u16(), reader.opaque(3, least=1), reader.opaque(2)
         reader.finish()

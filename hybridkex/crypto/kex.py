@@ -322,9 +322,11 @@ class Concat:
             self.properties |= part.properties
 
     def start(self) -> Started:
+        """Make a fresh key pair for each part (client)."""
         return _ConcatStarted(self)
 
     def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:
+        """Answer the share of each part (server); the secret is the concatenation of theirs."""
         shares = _split(self.name, peer_share, [part.offer_length for part in self.parts])
         answers = [part.respond(share) for part, share in zip(self.parts, shares, strict=True)]
         return b"".join(share for share, _ in answers), _join(secret for _, secret in answers)

@@ -99,6 +99,7 @@ class FailoverSource:
         raise min(errors, key=_hope)
 
     def knows(self, name: KeyReference) -> bool:
+        """Whether the KMEs named are those of this source. No I/O."""
         return any(source.knows(name) for source in self._sources)
 
     async def status(self) -> SourceStatus:
@@ -148,12 +149,14 @@ class CombinedSource:
         return self._combined([await source.get_key() for source in self._sources])
 
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:
+        """Get the key that the peer drew; see :class:`~hybridkex.qkd.source.KeySource`."""
         if not self.knows(name):
             raise KeyUnknown("the name is not of one key of each source, in their order")
         pairs = zip(self._sources, name, strict=True)
         return self._combined([await source.get_key_with_id((part,)) for source, part in pairs])
 
     def knows(self, name: KeyReference) -> bool:
+        """Whether the KMEs named are those of this source. No I/O."""
         return len(name) == len(self._sources) and all(
             source.knows((part,)) for source, part in zip(self._sources, name, strict=True)
         )

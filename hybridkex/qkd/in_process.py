@@ -59,9 +59,11 @@ class InProcessSource:
         return QkdKey(name=name, master_sae=self.peer_sae, slave_sae=self.local_sae, key=key)
 
     def knows(self, name: KeyReference) -> bool:
+        """Whether the KMEs named are those of this source. No I/O."""
         return [(part.master_kme, part.slave_kme) for part in name] == [(self._peer_kme, self._kme)]
 
     async def status(self) -> SourceStatus:
+        """The stock, without giving a key away."""
         await trio.lowlevel.checkpoint()
         free = self._capacity - len(self._other._for_me)
         return SourceStatus(stored=free, capacity=self._capacity, key_bits=256)

@@ -93,10 +93,12 @@ class FilePool:
 
     @property
     def local_sae(self) -> str:
+        """Our own SAE ID."""
         return self._names.sae
 
     @property
     def peer_sae(self) -> str:
+        """The SAE ID of the peer."""
         return self._names.peer_sae
 
     async def __aenter__(self) -> Self:
@@ -132,6 +134,7 @@ class FilePool:
         )
 
     async def get_key(self) -> QkdKey:
+        """Get a fresh key; see :class:`~hybridkex.qkd.source.KeySource`."""
         link = self._names.peer_kme
         found = await self._store.reserve(link, 1)
         if not found:
@@ -148,6 +151,7 @@ class FilePool:
         )
 
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:
+        """Get the key that the peer drew; see :class:`~hybridkex.qkd.source.KeySource`."""
         key_id = single(name, master_kme=self._names.peer_kme, slave_kme=self._names.kme)
         [(_, key)] = await self._store.collect(
             self._names.peer_kme, [key_id], slave=self.local_sae, master=self.peer_sae
@@ -156,9 +160,11 @@ class FilePool:
         return QkdKey(name=name, master_sae=self.peer_sae, slave_sae=self.local_sae, key=key)
 
     def knows(self, name: KeyReference) -> bool:
+        """Whether the KMEs named are those of this source. No I/O."""
         ours = [(self._names.peer_kme, self._names.kme)]
         return [(part.master_kme, part.slave_kme) for part in name] == ours
 
     async def status(self) -> SourceStatus:
+        """The stock, without giving a key away."""
         stored = await self._store.count(self._names.peer_kme)
         return SourceStatus(stored=stored, capacity=stored, key_bits=256)

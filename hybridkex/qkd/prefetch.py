@@ -68,6 +68,7 @@ class PrefetchSource:
         return await self._source.get_key()
 
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:
+        """Get the key that the peer drew; see :class:`~hybridkex.qkd.source.KeySource`."""
         self._drop_old()
         held = self._expected.pop(name, None)
         if held is not None:
@@ -76,6 +77,7 @@ class PrefetchSource:
         return await self._source.get_key_with_id(name)
 
     def knows(self, name: KeyReference) -> bool:
+        """Whether the KMEs named are those of this source. No I/O."""
         return self._source.knows(name)
 
     async def status(self) -> SourceStatus:

@@ -401,6 +401,7 @@ class Etsi014Source:
         self._key_bits = key_bits
 
     async def get_key(self) -> QkdKey:
+        """Get a fresh key; see :class:`~hybridkex.qkd.source.KeySource`."""
         kme, peer_kme = await self._kmes()
         request = KeyRequest(number=1, size=self._key_bits)
         [item] = (await self._client.enc_keys(self.peer_sae, request)).keys
@@ -412,6 +413,7 @@ class Etsi014Source:
         )
 
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:
+        """Get the key that the peer drew; see :class:`~hybridkex.qkd.source.KeySource`."""
         kme, peer_kme = await self._kmes()
         key_id = single(name, master_kme=peer_kme, slave_kme=kme)
         [item] = (await self._client.dec_keys(self.peer_sae, [key_id])).keys
@@ -420,6 +422,7 @@ class Etsi014Source:
         return QkdKey(name=name, master_sae=self.peer_sae, slave_sae=self.local_sae, key=item.key)
 
     def knows(self, name: KeyReference) -> bool:
+        """Whether the KMEs named are those of this source. No I/O."""
         try:
             single(name, master_kme=self._peer_kme, slave_kme=self._client.kme_id)
         except KeyUnknown:
@@ -427,6 +430,7 @@ class Etsi014Source:
         return True
 
     async def status(self) -> SourceStatus:
+        """The stock, without giving a key away."""
         status = await self._status()
         return SourceStatus(
             stored=status.stored_key_count,

@@ -1,0 +1,98 @@
+"""The public names: each has a docstring, and none changes unnoticed.
+
+``python tests/test_public_api.py`` writes the snapshot anew.
+"""
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+
+import pytest
+
+SNAPSHOT = Path(__file__).with_name("public_api.txt")
+
+MODULES = (
+    "hybridkex",
+    "hybridkex.aio",
+    "hybridkex.auth",
+    "hybridkex.combiner",
+    "hybridkex.errors",
+    "hybridkex.qkd.composite",
+    "hybridkex.qkd.etsi014.client",
+    "hybridkex.qkd.in_process",
+    "hybridkex.qkd.pool",
+    "hybridkex.qkd.prefetch",
+    "hybridkex.qkd.producer",
+    "hybridkex.qkd.source",
+    "hybridkex.tls.events",
+)
+"""Where users import from; the reference pages of the documentation list the same modules."""
+
+
+def names(module: str) -> Iterator[tuple[str, object]]:
+    loaded = importlib.import_module(module)
+    for name in loaded.__all__:
+        yield f"{module}.{name}", getattr(loaded, name)
+
+
+def members(name: str, thing: object) -> Iterator[tuple[str, object]]:
+    """A class's own public methods and properties."""
+    if not inspect.isclass(thing) or issubclass(thing, Enum):
+        return
+    for member, value in vars(thing).items():
+        if member.startswith("_") or member in getattr(thing, "__dataclass_fields__", {}):
+            continue
+        if isinstance(value, staticmethod | classmethod):
+            yield f"{name}.{member}", value.__func__
+        elif inspect.isfunction(value) or isinstance(value, property):
+            yield f"{name}.{member}", value
+
+
+def signature(thing: object) -> str:
+    if isinstance(thing, property) or not callable(thing):
+        return f": {type(thing).__name__}"
+    try:
+        return str(inspect.signature(thing))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return f": {type(thing).__name__}"
+
+
+def snapshot() -> str:
+    lines = []
+    for module in MODULES:
+        for name, thing in names(module):
+            lines.append(
+                name + (signature(thing) if callable(thing) else f": {type(thing).__name__}")
+            )
+            lines += [member + signature(value) for member, value in members(name, thing)]
+    return "\n".join(sorted(set(lines))) + "\n"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_has_a_docstring(module: str) -> None:
+    missing = []
+    for name, thing in names(module):
+        if not (inspect.isclass(thing) or inspect.isfunction(thing)):
+            continue
+        document = thing.__doc__ or ""
+        own_words = not document.startswith(f"{thing.__name__}(")  # or a dataclass's signature
+        if not document or not own_words:
+            missing.append(name)
+        missing += [
+            member
+            for member, value in members(name, thing)
+            if not value.__doc__ and not documented_by_a_base(thing, member)
+        ]
+    assert missing == []
+
+
+def documented_by_a_base(thing: type, member: str) -> bool:
+    """Whether a documented base class has the method."""
+    method = member.rpartition(".")[2]
+    return any(getattr(vars(base).get(method), "__doc__", None) for base in thing.__mro__[1:])
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text(snapshot(), encoding="utf-8")

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
+import hybridkex
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybridkex"
 
@@ -261,12 +263,48 @@ def optional_modules() -> set[str]:
     return {named_otherwise.get(name, name) for name in names}
 
 
-@pytest.mark.parametrize("module", ["hybridkex", "hybridkex.cli", "hybridkex.qkd"])
+@pytest.mark.parametrize("module", ["hybridkex", "hybridkex.cli", "hybridkex.shell.qkd_keys"])
 def test_no_extra_is_needed(module: str) -> None:
-    """Importing the library loads none of the extras, so that it works without them."""
+    """Every public name can be had without the extras."""
     optional = optional_modules()
     assert optional >= {"httpx", "h11", "numpy", "matplotlib", "oqs", "prometheus_client"}
-    program = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    loaded = {name.partition(".")[0] for name in modules_after(f"from {module} import *")}
+    assert "hybridkex" in loaded
+    assert loaded & optional == set()
+
+
+def test_importing_the_package_costs_next_to_nothing() -> None:
+    """Its names come from their modules when they are first used (PEP 562)."""
+    loaded = modules_after("import hybridkex")
+    ours = {name for name in loaded if name.startswith("hybridkex.")}
+    assert ours == set()
+    assert loaded & {"trio", "cryptography", "ssl", "socket"} == set()
+
+
+def test_the_public_names_are_those_that_type_checkers_see() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        alias.name: item.module
+        for item in block.body
+        if isinstance(item, ast.ImportFrom)
+        for alias in item.names
+    }
+    homes = {name: module for module, names in hybridkex._HOMES.items() for name in names}
+    assert homes == seen
+    assert sorted(homes) == sorted(hybridkex.__all__)
+    assert set(hybridkex.__all__) <= set(dir(hybridkex))
+    for name in hybridkex.__all__:
+        assert getattr(hybridkex, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Channel'"):
+        hybridkex.Channel  # noqa: B018
+
+
+def modules_after(statement: str) -> set[str]:
+    """The modules that are loaded in a new interpreter once it has run a statement."""
+    program = (
+        f"import sys; before = {{*sys.modules}}; {statement}; print(*{{*sys.modules}} - before)"
+    )
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         capture_output=True,
@@ -276,6 +314,4 @@ def test_no_extra_is_needed(module: str) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    loaded = set(result.stdout.split())
-    assert {"hybridkex", "cryptography"} <= loaded
-    assert loaded & optional == set()
+    return set(result.stdout.split())

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridkex.errors import ConfigError
-from hybridkex.link.physics import Channel, Light, Transmitter, gain_from_yields
+from hybridkex.link.physics import PHOTONS, Channel, Light, Source, Transmitter, photon_chances
 from hybridkex.link.randomness import Randomness
 
 __all__ = [
@@ -109,27 +109,49 @@ class BeamSplitting(NoEve):
 
 @dataclass(frozen=True)
 class PhotonNumberSplitting(NoEve):
-    """Eve keeps one photon of every pulse with several and blocks pulses with one.
+    """Eve keeps a photon of pulses with several, and the gain of the brightest intensity.
 
     G. Brassard, N. Lütkenhaus, T. Mor, B. Sanders, PRL 85, 1330 (2000). Her own line has no loss,
-    and she blocks just so many that the gain of the brightest intensity is what Bob expects; that
-    of the decoys then is not.
+    and Bob's gain limits her:
+
+    * Over a long fibre she blocks single photons, of which she learns nothing, and replaces their
+      detections by those of split pulses. The gains of the decoys give her away.
+    * Where blocking single photons would leave too few detections she blocks none. If the fibre
+      loses half of the light or more, she splits nearly every pulse with several photons and no
+      gain changes by much: the decoys do not see her. They need not, since the bound counts no bit
+      of such a pulse as secret.
+    * Over a shorter fibre one photon less is missed, so she splits only a share of those pulses:
+      none at all over a fibre without loss.
     """
 
     brightest: float
-    """The mean photon number at which she goes unnoticed."""
+    """The mean photon number whose gain she keeps."""
 
-    def _passed(self) -> tuple[float, float]:
-        """Shares of single-photon pulses and of others that she lets pass."""
-        wanted = gain_from_yields(self.channel, self.brightest)
-        several = gain_from_yields(_Split(self.channel, 0.0, 1.0), self.brightest)
-        single = gain_from_yields(_Split(self.channel, 1.0, 0.0), self.brightest)
-        if several >= wanted:
-            return 0.0, wanted / several
-        return min(1.0, (wanted - several) / single), 1.0
+    def _shares(self) -> tuple[float, float, float]:
+        """Shares of single photons and of other pulses that pass, and of the latter's split."""
+        eta = self.channel.receiver_efficiency
+        several = np.arange(len(PHOTONS)) > 1
+        chances = photon_chances(self.brightest)
+        alone = float(chances[1])
+        line = self.channel.yields(PHOTONS)
+        usual = float(chances[several] @ line[several])
+        wanted = usual + alone * float(line[1])
+        whole, less = (
+            float(chances[several] @ (1.0 - (1.0 - eta) ** (PHOTONS[several] - taken)))
+            for taken in (0, 1)
+        )
+        if less >= wanted:
+            return 0.0, wanted / less if less else 0.0, 1.0
+        if less >= usual:
+            return min(1.0, (wanted - less) / (alone * eta)), 1.0, 1.0
+        return float(line[1]) / eta, 1.0, (whole - usual) / (whole - less)
 
     def yields(self, photons: Photons) -> NDArray[np.float64]:
-        return _Split(self.channel, *self._passed()).yields(photons)
+        single, several, split = self._shares()
+        dark = 1.0 - self.efficiency
+        others = split * (1.0 - dark ** np.maximum(photons - 1, 0))
+        others = several * (others + (1.0 - split) * (1.0 - dark**photons))
+        return np.where(photons == 1, single * self.efficiency, np.where(photons > 1, others, 0.0))
 
     @property
     def efficiency(self) -> float:
@@ -138,28 +160,11 @@ class PhotonNumberSplitting(NoEve):
     def touch(
         self, photons: Photons, basis: Bits, bit: Bits, randomness: Randomness
     ) -> tuple[Photons, Bits, Bits]:
-        single, several = self._passed()
-        kept = randomness.happens(np.where(photons == 1, single, several), len(photons))
-        left = np.where(photons > 1, photons - 1, photons)
-        return np.where(kept, left, 0), basis, bit
-
-
-@dataclass(frozen=True)
-class _Split:
-    """Yields when a share of single photons and a share of the others passes Eve."""
-
-    channel: Channel
-    single: float
-    several: float
-
-    def yields(self, photons: Photons) -> NDArray[np.float64]:
-        eta = self.channel.receiver_efficiency
-        others = self.several * (1.0 - (1.0 - eta) ** np.maximum(photons - 1, 0))
-        return np.where(photons == 1, self.single * eta, others)
-
-    @property
-    def signal_error(self) -> float:
-        return self.channel.misalignment
+        single, several, split = self._shares()
+        count = len(photons)
+        kept = randomness.happens(np.where(photons == 1, single, several), count)
+        taken = (photons > 1) & randomness.happens(split, count)
+        return np.where(kept, photons - taken, 0), basis, bit
 
 
 EAVESDROPPERS: Final[Mapping[str, Callable[[Channel, Transmitter, float], Eavesdropper]]] = {
@@ -171,14 +176,16 @@ EAVESDROPPERS: Final[Mapping[str, Callable[[Channel, Transmitter, float], Eavesd
 }
 
 
-def eavesdropper(text: str, channel: Channel, transmitter: Transmitter) -> Eavesdropper:
+def eavesdropper(text: str, channel: Channel, transmitter: Source) -> Eavesdropper:
     """From ``intercept:0.2``, ``split:0.5`` or ``pns``. Raises ``ConfigError``."""
+    if not isinstance(transmitter, Transmitter):
+        raise ConfigError("the simulated eavesdroppers attack laser pulses, not pairs")
     name, _, number = text.partition(":")
     try:
         make, share = EAVESDROPPERS[name], float(number or 1.0)
     except (KeyError, ValueError):
         raise ConfigError(
-            f"no eavesdropper {text!r}: intercept:SHARE, split:SHARE or pns"
+            f"no eavesdropper {text!r}: use intercept:SHARE, split:SHARE or pns"
         ) from None
     if not 0.0 < share <= 1.0:
         raise ConfigError("an eavesdropper takes a share of the light, from 0 to 1")

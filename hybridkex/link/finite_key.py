@@ -22,12 +22,13 @@ from typing import ClassVar, Final, Protocol
 
 from hybridkex.errors import ConfigError
 from hybridkex.link.entropy import binary_entropy
-from hybridkex.link.physics import Channel, Transmitter
+from hybridkex.link.physics import Channel, Light, PairSource, Source, Transmitter
 from hybridkex.link.statistics import mean_lower, mean_upper, trials_upper, unseen_errors
 
 __all__ = [
     "FINITE_KEY",
     "Counts",
+    "EntangledPairs",
     "FiniteKeyProof",
     "OneDecoy",
     "Published",
@@ -261,17 +262,12 @@ class FiniteKeyProof(Protocol):
     """A proof: how long a key observed counts allow."""
 
     @property
-    def statistics(self) -> Statistics:
-        """Its inequalities."""
-        ...
-
-    @property
     def uses_key_errors(self) -> bool:
         """Whether ``Counts.key_errors`` must be known to both parties."""
         ...
 
     def secret_length(
-        self, transmitter: Transmitter, counts: Counts, *, security: Security, leak: float
+        self, source: Source, counts: Counts, *, security: Security, leak: float
     ) -> SecretLength:
         """The bound for these counts, with ``leak`` bits disclosed by error correction."""
         ...
@@ -328,11 +324,12 @@ class TwoDecoys:
     uses_key_errors: ClassVar[bool] = False
 
     def secret_length(
-        self, transmitter: Transmitter, counts: Counts, *, security: Security, leak: float
+        self, source: Source, counts: Counts, *, security: Security, leak: float
     ) -> SecretLength:
         """Equations 1 to 5. Raises ``ConfigError`` unless there are three intensities."""
-        if len(transmitter.intensities) != 3:
+        if not isinstance(source, Transmitter) or len(source.intensities) != 3:
             raise ConfigError("the two-decoy proof needs three intensities")
+        transmitter = source
         tau_1 = _photon_number_probability(transmitter, 1)
         mu_2, mu_3 = transmitter.intensities[1:]
         vacuum, single = self._photons(transmitter, counts.key, security)
@@ -374,11 +371,12 @@ class OneDecoy:
     uses_key_errors: ClassVar[bool] = True
 
     def secret_length(
-        self, transmitter: Transmitter, counts: Counts, *, security: Security, leak: float
+        self, source: Source, counts: Counts, *, security: Security, leak: float
     ) -> SecretLength:
         """Equations 1 to 6. Raises ``ConfigError`` unless there are two intensities."""
-        if len(transmitter.intensities) != 2:
+        if not isinstance(source, Transmitter) or len(source.intensities) != 2:
             raise ConfigError("the one-decoy proof needs two intensities")
+        transmitter = source
         mu_1, mu_2 = transmitter.intensities
         tau_1 = _photon_number_probability(transmitter, 1)
         vacuum, single = self._photons(transmitter, counts.key, counts.key_errors, security)
@@ -417,21 +415,67 @@ class OneDecoy:
         return vacuum, single
 
 
-def proof_for(transmitter: Transmitter, finite_key: str = "tight") -> FiniteKeyProof:
-    """The proof for this number of intensities. Raises ``ConfigError`` for an unknown kind."""
+@dataclass(frozen=True)
+class EntangledPairs:
+    """BBM92: no decoys, for the source is not trusted, and every coincidence counts.
+
+    Without a name for the statistics the length is that of M. Tomamichel, C. C. W. Lim, N. Gisin,
+    R. Renner, Nat. Commun. 3, 634 (2012), with its own gap (Serfling's inequality) and price.
+    """
+
+    statistics: Statistics | None = Tight()
+
+    uses_key_errors: ClassVar[bool] = False
+
+    def secret_length(
+        self, source: Source, counts: Counts, *, security: Security, leak: float
+    ) -> SecretLength:
+        """The bound; Alice's and Bob's bits of the test basis are compared as a whole."""
+        key, test, wrong = sum(counts.key), sum(counts.test), sum(counts.test_errors)
+        phase_error = 0.5
+        if key > 0.0 and test > 0.0:
+            if self.statistics is not None:
+                phase_error = self.statistics.phase_error(wrong, test, key, security)
+            else:
+                log = math.log(4.0 / security.secrecy)
+                gap = math.sqrt((key + test) / (key * test) * (test + 1.0) / test * log)
+                phase_error = min(0.5, wrong / test + gap)
+        secret = key * (1.0 - binary_entropy(phase_error))
+        if self.statistics is not None:
+            real = self.statistics.length(0.0, secret, security) - leak
+        else:
+            real = secret - leak - math.log2(2.0 / (security.secrecy**2 * security.correctness))
+        return SecretLength(
+            vacuum=0.0,
+            single=key,
+            single_test=test,
+            single_test_errors=wrong,
+            phase_error=phase_error,
+            leak=leak,
+            real=real,
+        )
+
+
+def proof_for(source: Source, finite_key: str = "tight") -> FiniteKeyProof:
+    """The proof for this kind of source. Raises ``ConfigError`` for an unknown kind of proof."""
     if finite_key not in FINITE_KEY:
         raise ConfigError(f"finite_key must be one of {', '.join(FINITE_KEY)}")
-    if len(transmitter.intensities) == 3:
-        return TwoDecoys(Published(21)) if finite_key == "published" else TwoDecoys()
-    return OneDecoy(Published(19)) if finite_key == "published" else OneDecoy()
+    published = finite_key == "published"
+    if isinstance(source, PairSource):
+        return EntangledPairs(None) if published else EntangledPairs()
+    if len(source.probabilities) == 3:
+        return TwoDecoys(Published(21)) if published else TwoDecoys()
+    return OneDecoy(Published(19)) if published else OneDecoy()
 
 
-def expected_counts(channel: Channel, transmitter: Transmitter, pulses: float) -> Counts:
-    """What a block of so many pulses shows on average."""
+def expected_counts(
+    channel: Channel, transmitter: Source, pulses: float, light: Light | None = None
+) -> Counts:
+    """What a block of so many pulses shows on average; ``light``: with this eavesdropper."""
     q = transmitter.key_basis_probability
-    pairs = list(zip(transmitter.intensities, transmitter.probabilities, strict=True))
-    seen = [pulses * p * channel.gain(k) for k, p in pairs]
-    wrong = [pulses * p * channel.error(k) for k, p in pairs]
+    pairs = list(zip(transmitter.response(channel, light), transmitter.probabilities, strict=True))
+    seen = [pulses * p * gain for (gain, _), p in pairs]
+    wrong = [pulses * p * error for (_, error), p in pairs]
     key, test = q**2, (1.0 - q) ** 2
     return Counts(
         key=tuple(key * n for n in seen),

@@ -22,7 +22,7 @@ from hybridkex.link.finite_key import (
     expected_counts,
     proof_for,
 )
-from hybridkex.link.physics import Channel, Transmitter
+from hybridkex.link.physics import Channel, PairSource, Source, Transmitter
 from hybridkex.link.presets import Preset
 
 __all__ = ["Optimum", "expected_length", "optimise", "tuned"]
@@ -33,17 +33,28 @@ NEAR_VACUUM: Final = 2e-4
 RELATIVE_SECRECY: Final = 1e-15
 """kappa: Lim et al. let eps_sec be so much for each bit of the key."""
 
+DETECTIONS_PER_BIT: Final = 25.0
+"""Detections that one bit of the key basis may take: rarer key bases are not tried."""
+
 STARTS: Final = {
     3: ((0.5, 0.2, 0.5, 0.6, 0.8), (0.5, 0.12, 0.3, 0.6, 0.95), (0.7, 0.3, 0.1, 0.5, 0.5)),
     2: ((0.5, 0.2, 0.6, 0.9), (0.5, 0.15, 0.3, 0.97), (0.5, 0.2, 0.4, 0.7)),
+    0: ((0.05, 0.9), (0.02, 0.6)),
 }
+"""By the number of intensities: theirs, their probabilities but the last, that of the key basis.
+0 stands for a source of pairs and has its brightness."""
+DEAD_STARTS: Final = {
+    3: ((0.1, 0.04, 0.5, 0.6, 0.9), (0.2, 0.05, 0.3, 0.6, 0.95)),
+    2: ((0.1, 0.04, 0.6, 0.9), (0.2, 0.05, 0.3, 0.95), (0.3, 0.1, 0.4, 0.9)),
+}
+"""Tried too where detectors are dead for longer than they wait: fewer photons may be better."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimum:
     """The best settings found, and what they give."""
 
-    transmitter: Transmitter
+    transmitter: Source
     length: SecretLength
     pulses: float
     rate: float
@@ -52,7 +63,7 @@ class Optimum:
 
 def expected_length(
     channel: Channel,
-    transmitter: Transmitter,
+    transmitter: Source,
     *,
     key_detections: float,
     f: float,
@@ -82,9 +93,11 @@ def expected_length(
     return length, pulses
 
 
-def _transmitter(settings: NDArray[np.float64]) -> Transmitter:
+def _source(settings: NDArray[np.float64], like: PairSource | None) -> Transmitter | PairSource:
     """From numbers of any size to settings that make sense."""
     free = 1.0 / (1.0 + np.exp(-np.clip(settings, -7.0, 7.0)))
+    if isinstance(like, PairSource):
+        return replace(like, brightness=float(free[0]), key_basis_probability=float(free[1]))
     if len(free) == 5:
         mu_1, share, p_1, rest, q = (float(value) for value in free)
         mu_2 = NEAR_VACUUM + share * (mu_1 - 2.0 * NEAR_VACUUM)
@@ -98,8 +111,11 @@ def _transmitter(settings: NDArray[np.float64]) -> Transmitter:
     )
 
 
-def _start(near: Transmitter) -> tuple[float, ...]:
-    """The reverse of :func:`_transmitter`, in the form of :data:`STARTS`."""
+def _start(near: Source) -> tuple[float, ...]:
+    """The reverse of :func:`_source`, in the form of :data:`STARTS`."""
+    if isinstance(near, PairSource):
+        return near.brightness, near.key_basis_probability
+    assert isinstance(near, Transmitter)
     p = near.probabilities
     middle = (p[1] / (1.0 - p[0]),) if len(p) == 3 else ()
     return (*near.intensities[:2], p[0], *middle, near.key_basis_probability)
@@ -112,18 +128,20 @@ def optimise(
     f: float,
     intensities: int = 3,
     security: Security | None = None,
-    near: Transmitter | None = None,
+    near: Source | None = None,
     finite_key: str = FINITE_KEY[0],
+    pairs: PairSource | None = None,
 ) -> Optimum | None:
     """The settings with the highest rate, or ``None`` where no key can be made.
 
-    ``intensities``: 3 for two decoys, 2 for one. ``near``: settings to start from, such as the best
-    of a link that is a little shorter; without them the search has several starts.
+    ``intensities``: 3 for two decoys, 2 for one. ``pairs``: a source of pairs in place of a laser.
+    ``near``: settings to start from, such as the best of a link that is a little
+    shorter; without them the search has several starts.
     ``finite_key``: one of :data:`~hybridkex.link.finite_key.FINITE_KEY`. See
     :func:`expected_length` for the others.
     """
 
-    def expected(transmitter: Transmitter) -> tuple[SecretLength, float]:
+    def expected(transmitter: Source) -> tuple[SecretLength, float]:
         return expected_length(
             channel,
             transmitter,
@@ -135,17 +153,23 @@ def optimise(
 
     def loss(settings: NDArray[np.float64]) -> float:
         try:
-            transmitter = _transmitter(settings)
+            transmitter = _source(settings, pairs)
         except ConfigError:
+            return math.inf
+        if transmitter.key_basis_probability**-2 > DETECTIONS_PER_BIT:
             return math.inf
         length, pulses = expected(transmitter)
         # Where there is no key, less of a debt is better, so that the search finds its way out.
         return -math.log(length.real / pulses) if length.real > 0 else 100.0 - length.real / pulses
 
     found = []
-    for start in STARTS[intensities] if near is None else (_start(near),):
-        share = start[1] / start[0]
-        free = np.array([start[0], share, *start[2:]])
+    starts = STARTS[0 if pairs else intensities] if near is None else (_start(near),)
+    if pairs is None and channel.gain(0.5) * channel.dead_pulses > 0.5:
+        starts += DEAD_STARTS[intensities]
+    for start in starts:
+        free = np.array(start)
+        if pairs is None:
+            free[1] /= free[0]  # the second intensity is a share of the first
         found.append(
             minimize(
                 loss,
@@ -155,7 +179,7 @@ def optimise(
             )
         )
     best = min(found, key=lambda result: float(result.fun))
-    transmitter = _transmitter(best.x)
+    transmitter = _source(best.x, pairs)
     length, pulses = expected(transmitter)
     if length.real <= 0.0:
         return None
@@ -167,27 +191,33 @@ def tuned(preset: Preset, block_bits: int, *, finite_key: str = FINITE_KEY[0]) -
 
     Raises ``ConfigError`` where no key can be made at all.
     """
+    source = preset.transmitter
     best = optimise(
         preset.channel,
         key_detections=block_bits,
         f=preset.efficiency,
-        intensities=len(preset.transmitter.intensities),
+        intensities=len(source.probabilities),
         security=preset.security,
         finite_key=finite_key,
+        pairs=source if isinstance(source, PairSource) else None,
     )
     if best is None:
         raise ConfigError(
             f"{preset.name} makes no key over {preset.channel.distance_km:g} km in blocks of "
             f"{block_bits} bits; shorten the fibre or make the blocks larger"
         )
-    # Rounded, so that two ends that computed it apart have the same.
-    mu = tuple(round(mean, 4) for mean in best.transmitter.intensities)
-    p = [round(share, 4) for share in best.transmitter.probabilities[:-1]]
-    return replace(
-        preset,
-        transmitter=Transmitter(
-            intensities=mu,
-            probabilities=(*p, round(1.0 - sum(p), 4)),
-            key_basis_probability=round(best.transmitter.key_basis_probability, 4),
-        ),
+    return replace(preset, transmitter=_rounded(best.transmitter))
+
+
+def _rounded(source: Source) -> Transmitter | PairSource:
+    """To four places, so that two ends that computed it apart have the same."""
+    q = round(source.key_basis_probability, 4)
+    if isinstance(source, PairSource):
+        return replace(source, brightness=round(source.brightness, 4), key_basis_probability=q)
+    assert isinstance(source, Transmitter)
+    p = [round(share, 4) for share in source.probabilities[:-1]]
+    return Transmitter(
+        intensities=tuple(round(mean, 4) for mean in source.intensities),
+        probabilities=(*p, round(1.0 - sum(p), 4)),
+        key_basis_probability=q,
     )

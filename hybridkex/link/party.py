@@ -311,7 +311,7 @@ class _Party:
         self, own: Bits, basis: Bits, intensity: Bits, tests: tuple[Bits, Bits], pulses: int
     ) -> _Sifted:
         """From kept detections to a key and counts; ``tests``: both parties' bits of the test."""
-        kinds = len(self._settings.preset.transmitter.intensities)
+        kinds = len(self._settings.preset.transmitter.probabilities)
 
         def count(which: Bits) -> tuple[float, ...]:
             return tuple(map(float, np.bincount(which, minlength=kinds)))
@@ -594,7 +594,7 @@ class Bob(_Party):
             Sift.decode(
                 await self._channel.receive(Type.SIFT),
                 basis=part.basis,
-                intensities=len(self._settings.preset.transmitter.intensities),
+                intensities=len(self._settings.preset.transmitter.probabilities),
             )
             for part in parts
         ]

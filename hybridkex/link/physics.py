@@ -13,14 +13,23 @@ of the fibre alone as the paper prints. A photon that the detector misses makes 
 
 import math
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybridkex.errors import ConfigError
 
-__all__ = ["Channel", "Light", "Transmitter", "gain_from_yields"]
+__all__ = [
+    "PHOTONS",
+    "Channel",
+    "Light",
+    "PairSource",
+    "Source",
+    "Transmitter",
+    "gain_from_yields",
+    "photon_chances",
+]
 
 PROBABILITY_SUM_TOLERANCE: Final = 1e-9
 PHOTONS: Final = np.arange(41)
@@ -76,6 +85,12 @@ class Channel:
         """The same equipment with another length of fibre."""
         return replace(self, distance_km=distance_km)
 
+    def with_loss(self, decibels: float) -> "Channel":
+        """The same equipment with more loss in front of the receiver."""
+        return replace(
+            self, receiver_efficiency=self.receiver_efficiency * 10.0 ** (-decibels / 10.0)
+        )
+
     @property
     def transmittance(self) -> float:
         """Of the fibre alone."""
@@ -127,18 +142,52 @@ class Channel:
         return round(self.dead_time_s * self.repetition_rate_hz)
 
 
+def photon_chances(mean_photons: float) -> NDArray[np.float64]:
+    """Poisson probabilities of the numbers in :data:`PHOTONS`."""
+    if mean_photons == 0.0:
+        return np.asarray(PHOTONS == 0, dtype=np.float64)
+    log_factorial = np.cumsum(np.log(np.maximum(PHOTONS, 1)))
+    chances = np.exp(-mean_photons + PHOTONS * math.log(mean_photons) - log_factorial)
+    return np.asarray(chances, dtype=np.float64)
+
+
 def gain_from_yields(light: Light, mean_photons: float) -> float:
     """The probability of a signal click: the Poisson mixture of the yields."""
-    log_factorial = np.cumsum(np.log(np.maximum(PHOTONS, 1)))
-    if mean_photons == 0.0:
-        return float(light.yields(PHOTONS[:1])[0])
-    weights = np.exp(-mean_photons + PHOTONS * math.log(mean_photons) - log_factorial)
-    return float(weights @ light.yields(PHOTONS))
+    return float(photon_chances(mean_photons) @ light.yields(PHOTONS))
+
+
+class Source(Protocol):
+    """What makes the light, as the rest of the link sees it: how detections come about.
+
+    Alice's settings of a pulse are of some *kinds*, which she chooses with these probabilities:
+    intensities, if the source is a laser with decoys.
+    """
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """Of the kinds."""
+        ...
+
+    @property
+    def key_basis_probability(self) -> float:
+        """Of either party's choice of basis."""
+        ...
+
+    def response(self, channel: Channel, light: Light | None = None) -> list[tuple[float, float]]:
+        """For each kind, the probabilities of a detection and of one with a wrong bit.
+
+        ``light``: an eavesdropper in the fibre's place.
+        """
+        ...
+
+    def mean_gain(self, channel: Channel) -> float:
+        """The probability that any one pulse is detected."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transmitter:
-    """How Alice chooses: mean photon numbers from bright to dim, and the biased basis choice.
+    """A laser: mean photon numbers from bright to dim, how often each, and the biased bases.
 
     Bob's receiver uses the same basis bias.
     """
@@ -166,7 +215,65 @@ class Transmitter:
         if not 0.0 < self.key_basis_probability < 1.0:
             raise ConfigError("key_basis_probability must lie between 0 and 1")
 
+    def response(self, channel: Channel, light: Light | None = None) -> list[tuple[float, float]]:
+        """See :class:`Source`."""
+        if light is None:
+            return [(channel.gain(k), channel.error(k)) for k in self.intensities]
+        found = []
+        for mean_photons in self.intensities:
+            signal = gain_from_yields(light, mean_photons)
+            click = channel.click(signal)
+            wrong = (
+                channel.dark_count_probability
+                + light.signal_error * signal
+                + channel.afterpulse_probability * click / 2.0
+            )
+            found.append((min(1.0, click * (1.0 + channel.afterpulse_probability)), wrong))
+        return found
+
     def mean_gain(self, channel: Channel) -> float:
-        """The probability that any one pulse is detected."""
-        pairs = zip(self.intensities, self.probabilities, strict=True)
-        return sum(p * channel.gain(k) for k, p in pairs)
+        """See :class:`Source`."""
+        pairs = zip(self.response(channel), self.probabilities, strict=True)
+        return sum(p * gain for (gain, _), p in pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSource:
+    """Parametric down-conversion in Alice's laboratory: BBM92 with both parties measuring.
+
+    C. H. Bennett, G. Brassard, N. D. Mermin, PRL 68, 557 (1992). Gain and error rate are equations
+    9 and 10 of X. Ma, C.-H. F. Fung, H.-K. Lo, PRA 76, 012307 (2007): ``2 brightness`` pairs a
+    pulse on average, with the statistics of a thermal source in two modes. Alice's detectors see
+    their half of the pairs without the fibre; their dark counts are Bob's. What only one of the two
+    detects is not counted.
+    """
+
+    brightness: float
+    """Half of the mean number of pairs, lambda in the paper."""
+    alice_efficiency: float
+    """Of Alice's optics and detectors."""
+    key_basis_probability: float
+
+    probabilities: ClassVar[tuple[float, ...]] = (1.0,)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.brightness <= 1.0 or not 0.0 < self.alice_efficiency <= 1.0:
+            raise ConfigError("brightness and alice_efficiency lie between 0 and 1")
+        if not 0.0 < self.key_basis_probability < 1.0:
+            raise ConfigError("key_basis_probability must lie between 0 and 1")
+
+    def response(self, channel: Channel, light: Light | None = None) -> list[tuple[float, float]]:
+        """See :class:`Source`; eavesdroppers are for lasers. Raises ``ConfigError``."""
+        if light is not None and light is not channel:
+            raise ConfigError("the simulated eavesdroppers attack laser pulses, not pairs")
+        a, b, k = self.alice_efficiency, channel.eta, self.brightness
+        dark = 1.0 - channel.background
+        both = 1.0 + (a + b - a * b) * k
+        gain = 1.0 - dark / (1.0 + a * k) ** 2 - dark / (1.0 + b * k) ** 2 + (dark / both) ** 2
+        right = 2.0 * (0.5 - channel.misalignment) * a * b * k * (1.0 + k)
+        wrong = 0.5 * gain - right / ((1.0 + a * k) * (1.0 + b * k) * both)
+        return [(gain, wrong)]
+
+    def mean_gain(self, channel: Channel) -> float:
+        """See :class:`Source`."""
+        return self.response(channel)[0][0]

@@ -106,7 +106,7 @@ def _finite_curve(
             chosen.channel.at(distance),
             key_detections=block,
             f=chosen.efficiency,
-            intensities=len(chosen.transmitter.intensities),
+            intensities=len(chosen.transmitter.probabilities),
             near=near,
         )
         if best is None:

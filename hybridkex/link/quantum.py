@@ -9,6 +9,7 @@ each other.
 settings of her own pulses (:class:`PulseRecord`), and Bob his :class:`Detections`, nothing else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -16,14 +17,31 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from hybridkex.link.physics import Channel, Light, Transmitter, gain_from_yields
+from hybridkex.link.physics import Channel, Light, Source
 from hybridkex.link.randomness import Randomness
 
-__all__ = ["KEY", "TEST", "Detections", "Detector", "OpticalLink", "PulseRecord", "Sent", "sample"]
+__all__ = [
+    "KEY",
+    "TEST",
+    "Detections",
+    "Detector",
+    "Fading",
+    "OpticalLink",
+    "PulseRecord",
+    "Sent",
+    "sample",
+]
 
 KEY: Final = 0
 TEST: Final = 1
 """The two bases."""
+
+PIECE: Final = 1 << 21
+"""Detections that are sampled at a time, which bounds the memory."""
+FADING_PIECE: Final = 1 << 14
+"""The same if the loss changes: it is constant within a piece."""
+
+Fading = Callable[[float], float]
 
 Bits = NDArray[np.uint8]
 Pulses = NDArray[np.int64]
@@ -58,7 +76,7 @@ class Detector(Protocol):
 
 def sample(
     channel: Channel,
-    transmitter: Transmitter,
+    transmitter: Source,
     light: Light,
     count: int,
     *,
@@ -66,19 +84,9 @@ def sample(
     randomness: Randomness,
 ) -> tuple[Sent, Detections]:
     """The next ``count`` detections from pulse ``first``, and the settings of their pulses."""
-    gains, errors = [], []
-    for mean_photons in transmitter.intensities:
-        signal = gain_from_yields(light, mean_photons)
-        click = channel.click(signal)
-        gain = min(1.0, click * (1.0 + channel.afterpulse_probability))
-        wrong = (
-            channel.dark_count_probability
-            + light.signal_error * signal
-            + channel.afterpulse_probability * click / 2.0
-        )
-        gains.append(gain)
-        errors.append(wrong / gain if gain else 0.0)
-    weights = np.array(transmitter.probabilities) * np.array(gains)
+    response = transmitter.response(channel, light)
+    errors = [wrong / gain if gain else 0.0 for gain, wrong in response]
+    weights = np.array(transmitter.probabilities) * np.array([gain for gain, _ in response])
     # A dead time only moves what comes after it.
     steps = randomness.gaps(float(weights.sum()), count) + channel.dead_pulses
     steps[0] -= channel.dead_pulses if first == 0 else 0
@@ -99,7 +107,7 @@ def sample(
 class PulseRecord:
     """Alice's memory of her pulses."""
 
-    def __init__(self, transmitter: Transmitter, randomness: Randomness) -> None:
+    def __init__(self, transmitter: Source, randomness: Randomness) -> None:
         self._transmitter = transmitter
         self._randomness = randomness
         self._pulse: Pulses = np.empty(0, dtype=np.int64)
@@ -151,12 +159,20 @@ class OpticalLink:
     def __init__(
         self,
         channel: Channel,
-        transmitter: Transmitter,
+        transmitter: Source,
         *,
         light: Light | None = None,
+        fading: Fading | None = None,
         seed: int | None = None,
         real_time: bool = False,
     ) -> None:
+        """``light``: an eavesdropper in the fibre's place.
+
+        ``fading``: the loss in dB, beside the channel's own, at a time in seconds from the
+        beginning; it does not go together with ``light``. ``seed`` makes what is drawn repeatable.
+        ``real_time``: detections come no faster than the laser's clock lets them.
+        """
+        self._fading = fading
         self._real_time = real_time
         self._channel = channel
         self._transmitter = transmitter
@@ -182,10 +198,29 @@ class OpticalLink:
         return detections
 
     def _sample(self, count: int) -> tuple[Sent, Detections]:
+        piece = PIECE if self._fading is None else FADING_PIECE
+        parts = [self._piece(min(piece, count - at)) for at in range(0, count, piece)]
+        return (
+            Sent(
+                intensity=np.concatenate([sent.intensity for sent, _ in parts]),
+                basis=np.concatenate([sent.basis for sent, _ in parts]),
+                bit=np.concatenate([sent.bit for sent, _ in parts]),
+            ),
+            Detections(
+                pulse=np.concatenate([seen.pulse for _, seen in parts]),
+                basis=np.concatenate([seen.basis for _, seen in parts]),
+                bit=np.concatenate([seen.bit for _, seen in parts]),
+            ),
+        )
+
+    def _piece(self, count: int) -> tuple[Sent, Detections]:
+        channel, light = self._channel, self._light
+        if self._fading is not None:
+            channel = light = channel.with_loss(self._fading(self.seconds))
         sent, detections = sample(
-            self._channel,
+            channel,
             self._transmitter,
-            self._light,
+            light,
             count,
             first=self._next,
             randomness=self._randomness,

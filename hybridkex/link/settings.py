@@ -149,10 +149,10 @@ class LinkSettings:
             return
         # The key basis may have been thinned out, so each basis is compared by itself.
         for basis, seen in (("key", counts.key), ("test", counts.test)):
-            for number, (mean, chosen) in enumerate(
-                zip(transmitter.intensities, transmitter.probabilities, strict=True)
+            for number, ((of_kind, _), chosen) in enumerate(
+                zip(transmitter.response(channel), transmitter.probabilities, strict=True)
             ):
-                expected = sum(seen) * chosen * channel.gain(mean) / gain
+                expected = sum(seen) * chosen * of_kind / gain
                 self._compare(
                     f"intensity {number + 1} in the {basis} basis", seen[number], expected
                 )

@@ -15,7 +15,7 @@ from hybridkex.link.eavesdroppers import eavesdropper
 from hybridkex.link.interference import TamperedStream
 from hybridkex.link.ledger import LANE_RESERVE, Ledger
 from hybridkex.link.party import Alice, Block, Bob
-from hybridkex.link.quantum import OpticalLink
+from hybridkex.link.quantum import Fading, OpticalLink
 from hybridkex.link.randomness import Randomness
 from hybridkex.link.settings import LinkSettings
 from hybridkex.secret import Secret
@@ -53,13 +53,15 @@ class SimulatedLink:
         bootstrap: str = "psk",
         seed: int | None = None,
         real_time: bool = False,
+        fading: Fading | None = None,
         observer: Observer | None = None,
     ) -> None:
         """``eve``: ``intercept:SHARE``, ``split:SHARE``, ``pns``, ``mitm`` or ``tamper:BYTE``.
 
         ``real_time``: detections come as fast as the laser's clock lets them, else as fast as they
-        can be simulated. ``seed`` makes a run repeatable, and its keys worthless. Raises
-        ``ConfigError``.
+        can be simulated. ``fading``: more loss in dB at a time in seconds, such as a
+        :class:`~hybridkex.link.satellite.SatellitePass`; without an Eve. ``seed`` makes a run
+        repeatable, and its keys worthless. Raises ``ConfigError``.
         """
         self.settings: Final = settings
         self._observer = observer
@@ -74,7 +76,11 @@ class SimulatedLink:
         light = None
         if self._eve and self._eve != "mitm" and not self._tampers:
             light = eavesdropper(self._eve, channel, transmitter)
-        self._link = OpticalLink(channel, transmitter, light=light, seed=seed, real_time=real_time)
+        if fading is not None and self._eve:
+            raise ConfigError("an eavesdropper and a fluctuating channel do not go together")
+        self._link = OpticalLink(
+            channel, transmitter, light=light, fading=fading, seed=seed, real_time=real_time
+        )
         self._shared = Randomness.seeded(seed, "shared secret").bytes(2 * LANE_RESERVE)
         self._ends = _bootstraps(bootstrap, self._shared)
         self._parties: tuple[Alice | Bob, ...] = ()

@@ -307,6 +307,6 @@ def test_tight_gives_more_key_where_counts_are_small_against_pulses() -> None:
 
 
 def test_kinds_of_proofs() -> None:
-    assert isinstance(proof_for(PRESETS["lim2014"].transmitter).statistics, Tight)
+    assert proof_for(PRESETS["lim2014"].transmitter) == TwoDecoys(Tight())
     assert proof_for(PRESETS["rusca2018"].transmitter, "published") == OneDecoy(Published(19))
     assert proof_for(PRESETS["lim2014"].transmitter, "published") == TwoDecoys(Published(21))

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "qkd": BASE | {"files", "wire", "crypto", "net"},
     "tls": BASE | {"wire", "crypto", "auth"},
     # The simulator knows of QKD keys what a producer of them must know.
-    "link": BASE | {"crypto", "qkd"},
+    "link": BASE | {"crypto", "files", "qkd"},
     # The one place where key sources meet the engine.
     "shell": ENGINE | {"net", "qkd"},
     # Shells: one for each event loop.

@@ -1,4 +1,4 @@
-"""``hybridkex qkd``: run a simulated QKD link, draw what it gives over distance.
+"""``hybridkex qkd``: run a simulated QKD link, distil measured detections, scan settings, plot.
 
 ``docs/qkd-link.md`` explains the numbers.
 """
@@ -10,35 +10,44 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from hybridkex.cli import qkd_data, qkd_scan
 from hybridkex.cli.manual import describe
 from hybridkex.cli.running import run_trio
 from hybridkex.errors import BlockAborted, ConfigError, LinkError
+from hybridkex.link.finite_key import FINITE_KEY
 from hybridkex.link.optimise import tuned
 from hybridkex.link.party import Block
 from hybridkex.link.presets import PRESETS, preset
-from hybridkex.link.settings import LinkSettings
+from hybridkex.link.satellite import SatellitePass
+from hybridkex.link.settings import LEAKS, LinkSettings
 from hybridkex.link.simulated import BOOTSTRAPS, SimulatedLink
 from hybridkex.text import json_line, terminal
 
 __all__ = ["configure", "run"]
 
-KINDS: Final = ("rate-vs-distance", "qber", "finite-key")
+WIDTH: Final = 80
+"""Columns, where the output is no terminal."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands."""
     describe(
         parser,
-        "A simulated QKD link: decoy-state BB84 with finite keys, error correction, privacy "
-        "amplification and authentication, with an eavesdropper if you like.",
-        examples=["qkd run --distance 50", "qkd plot --kind rate-vs-distance -o rate.svg"],
+        "A simulated QKD link: decoy-state BB84 or BBM92 with finite keys, error correction, "
+        "privacy amplification and authentication, with an optional eavesdropper.",
+        examples=[
+            "qkd run --distance 50",
+            "qkd distil alice.npz bob.npz",
+            "qkd scan --vary distance_km=0:150:5 -o rates.csv",
+            "qkd plot --scan rates.csv -o rates.svg",
+        ],
         notes="See docs/qkd-link.md.",
     )
     commands = parser.add_subparsers(metavar="command", required=True)
@@ -49,14 +58,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     describe(
         run_,
-        "Run Alice and Bob over a simulated fibre, and tell of each block what was detected, "
+        "Run Alice and Bob over a simulated fibre. Each block reports what was detected, "
         "corrected, leaked and kept.",
         examples=[
             "qkd run --distance 80 --blocks 5",
             "qkd run --eve intercept:1.0",
             "qkd run --preset rusca2018 --json",
         ],
-        status="0 when every block made keys, 1 when one was given up or the link stopped",
+        status="0 if every block made keys, 1 if one was aborted or the link stopped",
         notes="See docs/qkd-link.md.",
     )
     run_.add_argument(
@@ -102,30 +111,35 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=BOOTSTRAPS,
         help="of the authentication (default: %(default)s)",
     )
-    run_.add_argument("--real-time", action="store_true", help="as slow as the laser's clock")
+    run_.add_argument(
+        "--finite-key",
+        default=FINITE_KEY[0],
+        choices=FINITE_KEY,
+        help="kind of bound (default: %(default)s)",
+    )
+    run_.add_argument(
+        "--leak",
+        default=LEAKS[0],
+        choices=LEAKS,
+        help="whose parities count as leaked (default: %(default)s)",
+    )
+    run_.add_argument(
+        "--satellite",
+        type=float,
+        metavar="DEG",
+        help="a pass of a satellite up to this elevation, in place of a fibre",
+    )
+    run_.add_argument(
+        "--real-time", action="store_true", help="run at the speed of the laser's clock"
+    )
     run_.add_argument(
         "--seed", type=int, metavar="N", help="repeat a run exactly; its keys are worth nothing"
     )
     run_.add_argument("--json", action="store_true", help="one JSON line for each block")
     run_.set_defaults(action=_run)
 
-    plot = commands.add_parser("plot", help="draw a picture (needs matplotlib)")
-    describe(
-        plot,
-        "Draw the rates or error rates of the presets, from formulas and from simulated blocks.",
-        examples=["qkd plot --kind rate-vs-distance -o rate.svg", "qkd plot --kind qber -o q.png"],
-        notes="See docs/qkd-link.md, which has the pictures.",
-    )
-    plot.add_argument("--kind", required=True, choices=KINDS, help="what to draw")
-    plot.add_argument(
-        "-o",
-        "--output",
-        required=True,
-        type=Path,
-        metavar="FILE.png|.svg",
-        help="where to; the name's end says the format",
-    )
-    plot.set_defaults(action=_plot)
+    qkd_data.configure(commands)
+    qkd_scan.configure(commands)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,38 +148,34 @@ def run(args: argparse.Namespace) -> int:
     return action(args)
 
 
-def _plot(args: argparse.Namespace) -> int:
-    if args.output.suffix not in (".png", ".svg"):
-        raise ConfigError("the picture is a .png or an .svg")
-    try:
-        from hybridkex.link.plots import draw  # noqa: PLC0415  # matplotlib is an extra
-    except ModuleNotFoundError as missing:
-        if missing.name != "matplotlib":
-            raise
-        raise ConfigError("this needs matplotlib: pip install 'hybridkex[plot]'") from None
-    try:
-        draw(args.kind, args.output)
-    except OSError as error:
-        raise ConfigError(f"cannot write {args.output}: {error.strerror}") from None
-    print(args.output)
-    return 0
-
-
 def _run(args: argparse.Namespace) -> int:
     if args.blocks < 1:
         raise ConfigError("--blocks must be positive")
     if args.block_bits < 1:
         raise ConfigError("--block-bits must be positive")
-    chosen = preset(args.preset).at(args.distance)
+    fading = None if args.satellite is None else SatellitePass(top_elevation_deg=args.satellite)
+    chosen = preset(args.preset).at(args.distance if fading is None else 0.0)
     if not args.as_published:
-        chosen = tuned(chosen, args.block_bits)
-    settings = LinkSettings(preset=chosen, block_bits=args.block_bits, key_bits=args.key_bits)
+        typical = chosen
+        if fading is not None:
+            typical = replace(chosen, channel=chosen.channel.with_loss(fading(0.0)))
+        best = tuned(typical, args.block_bits, finite_key=args.finite_key)
+        chosen = replace(chosen, transmitter=best.transmitter)
+    settings = LinkSettings(
+        preset=chosen,
+        block_bits=args.block_bits,
+        key_bits=args.key_bits,
+        finite_key=args.finite_key,
+        leak=args.leak,
+        decoy_check="full" if fading is None else "off",
+    )
     link = SimulatedLink(
         settings,
         eve=args.eve,
         bootstrap=args.bootstrap,
         seed=args.seed,
         real_time=args.real_time,
+        fading=fading,
     )
     show = _json_lines() if args.json else _table(settings)
     with show as report:
@@ -217,16 +227,18 @@ def _without_keys(block: Block) -> Block:
 
 @contextmanager
 def _table(settings: LinkSettings) -> Iterator[Report]:
-    """A table that grows; live on a terminal."""
+    """A table that grows; live on a terminal. Reasons of aborts are told below it."""
     channel = settings.preset.channel
     table = Table(
         title=f"{settings.preset.name}, {channel.distance_km:g} km, "
         f"blocks of {settings.block_bits:,} bits",
-        caption="rates are by the laser's clock",
+        caption="Rates are by the laser's clock.",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
     )
-    for name in ("block", "sifted", "QBER", "leak", "f", "secret bits", "rate", "keys", "ledger"):
+    for name in ("block", "sifted", "QBER", "f", "leak", "secret bits", "bit/s", "keys", "s"):
         table.add_column(name, justify="right")
-    table.add_column("outcome")
+    told: list[str] = []
 
     def report(number: int, outcome: Block | LinkError, seconds: float) -> None:
         if isinstance(outcome, Block):
@@ -234,22 +246,36 @@ def _table(settings: LinkSettings) -> Iterator[Report]:
                 str(number),
                 f"{outcome.sifted:,}",
                 "-" if outcome.qber is None else f"{outcome.qber:.2%}",
-                f"{outcome.leak:,}",
                 "-" if outcome.efficiency is None else f"{outcome.efficiency:.3f}",
+                f"{outcome.leak:,}",
                 f"{outcome.secret_bits:,}",
-                f"{outcome.rate:,.0f} bit/s",
+                f"{outcome.rate:,.0f}",
                 str(len(outcome.keys)),
-                f"{outcome.ledger_bits} bit",
-                f"{outcome.authentication}, computed in {seconds:.2f} s",
+                f"{seconds:.2f}",
             )
+            if not told:
+                told.append(_epsilon(outcome))
         else:
-            table.add_row(str(number), *["-"] * 7, "-", f"NO KEY: {outcome}")
+            table.add_row(str(number), *["-"] * 7, f"{seconds:.2f}")
+            told.append(f"block {number}: NO KEY: {terminal(outcome)}")
 
-    console = Console(file=terminal(sys.stdout))
+    console = Console(file=sys.stdout)
     if not console.is_terminal:
-        console = Console(file=terminal(sys.stdout), width=160)
+        console = Console(file=sys.stdout, width=WIDTH)
         yield report
         console.print(table)
-        return
-    with Live(table, console=console, refresh_per_second=4):
-        yield report
+    else:
+        with Live(table, console=console, refresh_per_second=4):
+            yield report
+    for line in told:
+        print(line)
+
+
+def _epsilon(block: Block) -> str:
+    part = block.epsilon
+    base = " if no signature was forged" if part.conditional else ""
+    return (
+        f"epsilon of block {block.number}: {part.total:.2g}{base} "
+        f"({part.secrecy:.2g} secrecy, {part.correctness:.2g} correctness,\n"
+        f"{part.authentication:.2g} authentication, {part.inherited:.2g} of earlier blocks)"
+    )

@@ -1,6 +1,6 @@
-"""Pictures of what links give, with published points beside the curves."""
+"""Pictures of what links give: of any scan, and the ones of ``docs/qkd-link.md``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -8,21 +8,21 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from hybridkex.errors import ConfigError
 from hybridkex.link import asymptotic
-from hybridkex.link.finite_key import expected_counts
+from hybridkex.link.entropy import binary_entropy
+from hybridkex.link.finite_key import FINITE_KEY, expected_counts, proof_for
 from hybridkex.link.optimise import optimise
-from hybridkex.link.presets import PRESETS, Preset
+from hybridkex.link.physics import Channel, PairSource
+from hybridkex.link.presets import Preset, preset
 from hybridkex.link.quantum import sample
 from hybridkex.link.randomness import Randomness
 
-__all__ = ["draw"]
+__all__ = ["KINDS", "draw", "plot_scan", "save"]
 
 GYS_F: Final = 1.22
-PUBLISHED_MAXIMA: Final = (
-    (140.6, "vacuum + weak", "right"),
-    (142.0, "infinitely many decoys", "left"),
-)
-"""Distances at which Ma et al. 2005 end (km), marked on the axis, and the side of their labels."""
+PUBLISHED_MAXIMA: Final = (140.6, 142.0)
+"""km at which Ma et al. 2005 end, with vacuum and weak decoy, and with infinitely many."""
 PUBLISHED_RATES: Final = (
     (10.0, 115.8e6, "Li 2023"),
     (10.0, 64e6, "Grünenfelder 2023"),
@@ -30,114 +30,251 @@ PUBLISHED_RATES: Final = (
     (405.0, 6.5, "Boaron 2018"),
 )
 """km, bit/s: what experiments reached, with equipment of their own."""
+UNITS: Final = {
+    "distance_km": "fibre (km)",
+    "loss_db": "loss (dB)",
+    "block_bits": "block (bit)",
+    "rate": "secret bits per pulse",
+    "bit_per_s": "secret key rate (bit/s)",
+    "secret_bits": "secret bits of a block",
+    "qber": "QBER",
+    "phase_error": "bound on the phase error rate",
+    "leak_bits": "leak (bit)",
+    "seconds": "time of a block (s)",
+}
+LOGARITHMIC: Final = ("rate", "bit_per_s", "secret_bits", "block_bits", "seconds", "leak_bits")
+STYLES: Final = ("-", "--", ":", "-.")
+STEP_KM: Final = 5.0
 
 
-def draw(kind: str, path: Path) -> None:
-    """Draw one of ``rate-vs-distance``, ``qber``, ``finite-key``. Raises ``OSError``."""
+def _figure() -> tuple[Figure, Any]:
+    # Large letters on a small figure: still readable when it is shown 400 pixels wide.
+    figure = Figure(figsize=(6.0, 4.2), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _finish(figure: Figure, axes: Any) -> tuple[Figure, Any]:
+    axes.grid(visible=True, alpha=0.3)
+    axes.tick_params(labelsize=11)
+    axes.xaxis.label.set_size(12)
+    axes.yaxis.label.set_size(12)
+    _, labels = axes.get_legend_handles_labels()
+    if labels:
+        # Below the axes, where it hides nothing and nothing cuts it off.
+        figure.legend(loc="outside lower center", ncols=2, fontsize=10, frameon=False)
+    return figure, axes
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a ``.png`` or an ``.svg``. Raises ``ConfigError`` and ``OSError``."""
+    if path.suffix not in (".png", ".svg"):
+        raise ConfigError("the picture is a .png or an .svg")
+    # Without the date, so that the same picture is the same file.
+    metadata = {"Date": None} if path.suffix == ".svg" else {}
     with mpl.rc_context({"svg.hashsalt": "hybridkex", "svg.fonttype": "path"}):
-        figure = Figure(figsize=(7.0, 4.5), layout="constrained")
-        axes = figure.subplots()
-        _KINDS[kind](axes)
-        axes.set_xlabel("fibre, km")
-        axes.grid(visible=True, alpha=0.3)
-        axes.legend(fontsize=8)
-        # Without the date, so that the same picture is the same file.
-        metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(path, dpi=100, metadata=metadata)
 
 
-def _rates(axes: Any) -> None:
-    """Asymptotic rates at GYS, and finite ones of the other presets in bit/s."""
-    for name, style in (("lim2014", "-"), ("rusca2018", "--"), ("boaron2018", ":")):
-        chosen = PRESETS[name]
-        axes.plot(*_finite_curve(chosen, 1e7, per_second=True), style, label=f"{name}, 1e7 bits")
-    gys = PRESETS["gys2005"].channel
-    distances = np.arange(0.0, 143.0, 1.0)
-    for label, rate in (
-        ("gys2005, infinitely many decoys", _gys_infinite),
-        ("gys2005, vacuum + weak", _gys_weak),
-    ):
-        values = np.array([rate(gys.at(float(one))) for one in distances])
-        seen = values > 0
-        axes.plot(distances[seen], values[seen] * gys.repetition_rate_hz, label=label, alpha=0.7)
-    _published(axes)
-    axes.set_yscale("log")
-    axes.set_ylim(5e-3, 1e9)
-    axes.set_ylabel("secret bit/s (▲ experiments)")
+def plot_scan(
+    rows: Sequence[dict[str, Any]],
+    *,
+    x: str = "distance_km",
+    y: str = "rate",
+    by: Sequence[str] = (),
+) -> tuple[Figure, Any]:
+    """Draw one column of a scan over another, one curve for each value of the columns ``by``.
 
-
-def _published(axes: Any) -> None:
-    """What others computed and measured."""
-    for maximum, label, side in PUBLISHED_MAXIMA:
-        axes.plot([maximum], [1e-2], "k|", markersize=12)
-        away = 6 if side == "left" else -6
-        axes.annotate(
-            f"{maximum:g} km\n{label}",
-            (maximum, 1e-2),
-            xytext=(away, 0),
-            textcoords="offset points",
-            fontsize=6,
-            ha=side,
+    Returns the figure and its axes, to change or to save. Rates of zero are left out, so a curve
+    ends where its rate does. Raises ``ConfigError`` for columns that the scan has not.
+    """
+    for name in (x, y, *by):
+        if not rows or name not in rows[0]:
+            raise ConfigError(f"the scan has no column {name!r}")
+    figure, axes = _figure()
+    curves: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    for row in rows:
+        curve = curves.setdefault(tuple(row[name] for name in by), [])
+        if row[x] is not None and row[y] is not None and (y not in LOGARITHMIC or row[y] > 0):
+            curve.append((float(row[x]), float(row[y])))
+    for number, (values, points) in enumerate(curves.items()):
+        points.sort()
+        label = ", ".join(
+            str(value) if isinstance(value, str) else f"{name} {value}"
+            for name, value in zip(by, values, strict=True)
         )
-    for distance, rate_, label in PUBLISHED_RATES:
-        axes.plot([distance], [rate_], "k^", markersize=5)
-        axes.annotate(
-            label, (distance, rate_), fontsize=7, xytext=(4, 4), textcoords="offset points"
+        axes.plot(
+            [one for one, _ in points],
+            [one for _, one in points],
+            STYLES[number // 10 % len(STYLES)],
+            marker="." if len(points) < 3 else None,
+            label=label or None,
         )
+    for name, axis in ((x, "x"), (y, "y")):
+        getattr(axes, f"set_{axis}label")(UNITS.get(name, name))
+        if name in LOGARITHMIC:
+            getattr(axes, f"set_{axis}scale")("log")
+    return _finish(figure, axes)
 
 
-def _gys_infinite(channel: Any) -> float:
-    return asymptotic.infinite_decoy_rate(channel, 0.48, f=GYS_F)
+def draw(
+    kind: str,
+    *,
+    presets: Sequence[str] | None = None,
+    distance_km: float = 200.0,
+    block_bits: Sequence[float] | None = None,
+) -> tuple[Figure, Any]:
+    """Draw one of :data:`KINDS`; returns the figure and its axes.
+
+    Args:
+        kind: ``rate-vs-distance``, ``qber`` or ``finite-key``.
+        presets: names; ``None``: those of the documentation's picture.
+        distance_km: how far ``qber`` goes; the others end where the rates do.
+        block_bits: sizes of blocks; ``qber`` and ``rate-vs-distance`` use the first.
+
+    Raises:
+        ConfigError: an unknown kind or preset.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"unknown picture {kind!r}: use {', '.join(KINDS)}")
+    figure, axes = _figure()
+    KINDS[kind](axes, presets, distance_km, block_bits)
+    axes.set_xlabel(UNITS["distance_km"])
+    return _finish(figure, axes)
 
 
-def _gys_weak(channel: Any) -> float:
-    return asymptotic.vacuum_weak_rate(channel, 0.48, 0.05, f=GYS_F)
-
-
-def _finite_curve(
-    chosen: Preset, block: float, *, per_second: bool
+def _curve(
+    chosen: Preset, block: float, *, finite_key: str = FINITE_KEY[0], per_second: bool = False
 ) -> tuple[list[float], list[float]]:
-    """Distances and rates where there is a key, best settings at each distance."""
+    """Distances and rates where there is a key, best settings at each, to the very end."""
+    scale = chosen.channel.repetition_rate_hz if per_second else 1.0
     distances: list[float] = []
     rates: list[float] = []
-    distance, near = 0.0, None
-    while True:
-        best = optimise(
+    near = None
+    source = chosen.transmitter
+    pairs = source if isinstance(source, PairSource) else None
+
+    def best(distance: float) -> Any:
+        return optimise(
             chosen.channel.at(distance),
             key_detections=block,
             f=chosen.efficiency,
-            intensities=len(chosen.transmitter.probabilities),
+            intensities=len(source.probabilities),
+            security=chosen.security,
             near=near,
+            finite_key=finite_key,
+            pairs=pairs,
         )
-        if best is None:
-            return distances, rates
-        near = best.transmitter
+
+    distance, step = 0.0, STEP_KM
+    while step >= STEP_KM / 8:
+        found = best(distance)
+        if found is None:
+            # Back to the last distance with a key, and on in smaller steps.
+            step /= 2.0
+            distance = distances[-1] + step if distances else distance
+            if not distances:
+                break
+            continue
+        near = found.transmitter
         distances.append(distance)
-        rates.append(best.rate * (chosen.channel.repetition_rate_hz if per_second else 1.0))
-        distance += 20.0
+        rates.append(found.rate * scale)
+        distance += step
+    return distances, rates
 
 
-def _qber(axes: Any) -> None:
-    """QBER of the key basis: closed forms, and blocks that were sampled."""
-    for number, name in enumerate(("gys2005", "lim2014", "rusca2018")):
-        chosen = PRESETS[name]
-        distances = np.arange(0.0, 201.0, 2.0)
+def _rates(
+    axes: Any, presets: Sequence[str] | None, _: float, blocks: Sequence[float] | None
+) -> None:
+    """Asymptotic rates at GYS, and finite ones of the other presets in bit/s."""
+    block = blocks[0] if blocks else 1e7
+    names = presets or ("lim2014", "rusca2018", "boaron2018")
+    for name, style in zip(names, STYLES * len(names), strict=False):
+        axes.plot(*_curve(preset(name), block, per_second=True), style, label=name)
+    if presets is None:
+        gys = preset("gys2005").channel
+        distances = np.arange(0.0, 143.0, 0.5)
+        for label, rate in (
+            ("gys2005, asymptotic", _gys_infinite),
+            ("gys2005, vacuum + weak", _gys_weak),
+        ):
+            values = np.array([rate(gys.at(float(one))) for one in distances])
+            seen = values > 0
+            axes.plot(distances[seen], values[seen] * gys.repetition_rate_hz, label=label)
+        axes.plot(PUBLISHED_MAXIMA, [0.1, 0.1], "k|", markersize=12, label="end in Ma 2005")
+        axes.plot(
+            [one for one, _, _ in PUBLISHED_RATES],
+            [one for _, one, _ in PUBLISHED_RATES],
+            "k^",
+            markersize=5,
+            label="experiments",
+        )
+        for distance, rate_, label in PUBLISHED_RATES:
+            axes.annotate(
+                label, (distance, rate_), fontsize=9, xytext=(5, 4), textcoords="offset points"
+            )
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=5e-2)
+    axes.set_ylabel(UNITS["bit_per_s"])
+
+
+def _gys_infinite(channel: Channel) -> float:
+    return asymptotic.infinite_decoy_rate(channel, 0.48, f=GYS_F)
+
+
+def _gys_weak(channel: Channel) -> float:
+    return asymptotic.vacuum_weak_rate(channel, 0.48, 0.05, f=GYS_F)
+
+
+def _qber(
+    axes: Any, presets: Sequence[str] | None, farthest: float, blocks: Sequence[float] | None
+) -> None:
+    """QBER of the key basis: closed forms, sampled blocks, and where the key ends."""
+    block = blocks[0] if blocks else 1e6
+    for number, name in enumerate(presets or ("gys2005", "lim2014", "rusca2018")):
+        chosen = preset(name)
+        distances = np.arange(0.0, farthest + 1.0, 2.0)
         curve = [
             expected_counts(chosen.channel.at(float(one)), chosen.transmitter, 1.0).key_error_rate
             for one in distances
         ]
         axes.plot(distances, np.array(curve) * 100, f"C{number}", label=name)
-        points = np.arange(0.0, 201.0, 20.0)
+        points = np.arange(0.0, farthest + 1.0, farthest / 10.0)
         sampled = [_sampled_qber(chosen.at(float(one)), number) * 100 for one in points]
         axes.plot(points, sampled, f"C{number}o", markersize=4)
-    axes.axhline(11.0, color="k", linestyle="--", label="11 %: Shor and Preskill 2000")
-    axes.axhline(25.0, color="r", linestyle=":", label="25 %: every pulse intercepted")
+        limit = _last_key(chosen, block, farthest)
+        if limit is not None:
+            qber = expected_counts(chosen.channel.at(limit), chosen.transmitter, 1.0).key_error_rate
+            axes.plot([limit], [qber * 100], f"C{number}x", markersize=10, markeredgewidth=2)
+    axes.plot([], [], "ko", markersize=4, label="sampled")
+    axes.plot([], [], "kx", markersize=8, label=f"last key, {block:.0e} bit")
     axes.set_ylim(0, 30)
-    axes.set_ylabel("QBER, % (● 200,000 sampled detections)")
+    axes.set_ylabel("QBER (%)")
+
+
+def _last_key(chosen: Preset, block: float, farthest: float) -> float | None:
+    """The greatest distance at which the preset's own settings give a key."""
+
+    def gives(distance: float) -> bool:
+        channel, source = chosen.channel.at(distance), chosen.transmitter
+        detections = block / source.key_basis_probability**2
+        counts = expected_counts(channel, source, detections / source.mean_gain(channel))
+        leak = chosen.efficiency * block * binary_entropy(counts.key_error_rate)
+        found = proof_for(source).secret_length(source, counts, security=chosen.security, leak=leak)
+        return found.bits > 0
+
+    if not gives(0.0):
+        return None
+    low, high = 0.0, farthest
+    if gives(high):
+        return None
+    while high - low > 0.5:
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if gives(middle) else (low, middle)
+    return low
 
 
 def _sampled_qber(chosen: Preset, seed: int) -> float:
-    sent, clicks = sample(
+    sent, seen = sample(
         chosen.channel,
         chosen.transmitter,
         chosen.channel,
@@ -145,24 +282,28 @@ def _sampled_qber(chosen: Preset, seed: int) -> float:
         first=0,
         randomness=Randomness.seeded(seed, "plot"),
     )
-    key = (sent.basis == 0) & (clicks.basis == 0)
-    return float((sent.bit != clicks.bit)[key].mean())
+    key = (sent.basis == 0) & (seen.basis == 0)
+    return float((sent.bit != seen.bit)[key].mean())
 
 
-def _finite(axes: Any) -> None:
-    """Rates of Lim 2014 for several block sizes; of Rusca 2018 dashed."""
-    for number, exponent in enumerate((4, 5, 6, 7, 9)):
-        for name, style in (("lim2014", "-"), ("rusca2018", "--")):
-            distances, rates = _finite_curve(PRESETS[name], 10.0**exponent, per_second=False)
-            label = f"1e{exponent} bits" if style == "-" else None
-            axes.plot(distances, rates, f"C{number}{style}", label=label)
+def _finite(
+    axes: Any, presets: Sequence[str] | None, _: float, blocks: Sequence[float] | None
+) -> None:
+    """Rates for several block sizes; a style of line for each preset."""
+    names = presets or ("lim2014", "rusca2018")
+    for number, block in enumerate(blocks or (1e4, 1e5, 1e6, 1e7, 1e9)):
+        for name, style in zip(names, STYLES * len(names), strict=False):
+            axes.plot(
+                *_curve(preset(name), block), f"C{number}{style}", label=f"{name}, {block:.0e} bit"
+            )
     axes.set_yscale("log")
     axes.set_ylim(1e-8, 1e-1)
-    axes.set_ylabel("secret bits per pulse (— lim2014, - - rusca2018)")
+    axes.set_ylabel(UNITS["rate"])
 
 
-_KINDS: Final[dict[str, Callable[[Any], None]]] = {
+KINDS: Final[dict[str, Callable[..., None]]] = {
     "rate-vs-distance": _rates,
     "qber": _qber,
     "finite-key": _finite,
 }
+"""The pictures of the documentation."""

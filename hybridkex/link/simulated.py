@@ -20,7 +20,7 @@ from hybridkex.link.randomness import Randomness
 from hybridkex.link.settings import LinkSettings
 from hybridkex.secret import Secret
 
-__all__ = ["BOOTSTRAPS", "Observer", "SimulatedLink"]
+__all__ = ["BOOTSTRAPS", "Observer", "SimulatedLink", "stream_pair"]
 
 Observer: TypeAlias = Callable[[Block | BlockAborted], None]
 """Told of each block, made (as Bob has it, who knows all of its numbers) or aborted."""
@@ -99,7 +99,7 @@ class SimulatedLink:
     @asynccontextmanager
     async def open(self) -> AsyncIterator["SimulatedLink"]:
         """Connect the parties, and disconnect them at the end."""
-        streams = [*_stream_pair()]
+        streams = [*stream_pair()]
         near: trio.abc.Stream = streams[0]
         if self._tampers:
             near = TamperedStream(near, byte=int(self._eve.partition(":")[2]))
@@ -117,7 +117,7 @@ class SimulatedLink:
                 seed=self._seed,
                 real_time=self._real_time,
             )
-            streams += _stream_pair()
+            streams += stream_pair()
             between = [
                 Bob(far, self.settings, detector, bootstrap=hers[1]),
                 Alice(streams[2], self.settings, other.record, bootstrap=hers[0]),
@@ -169,7 +169,7 @@ class SimulatedLink:
         return made[0], made[1]
 
 
-def _stream_pair() -> tuple[trio.SocketStream, trio.SocketStream]:
+def stream_pair() -> tuple[trio.SocketStream, trio.SocketStream]:
     left, right = socket.socketpair()
     return (
         trio.SocketStream(trio.socket.from_stdlib_socket(left)),

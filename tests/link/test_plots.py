@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from hybridkex.cli import main
+from hybridkex.errors import ConfigError
 from hybridkex.link import plots
 from hybridkex.link.physics import Channel
 
@@ -13,7 +14,7 @@ from hybridkex.link.physics import Channel
 def test_qber_with_sampled_points(tmp_path: Path) -> None:
     one, other = tmp_path / "one.svg", tmp_path / "other.svg"
     assert main(["qkd", "plot", "--kind", "qber", "-o", str(one)]) == 0
-    plots.draw("qber", other)
+    plots.save(plots.draw("qber")[0], other)
     assert one.read_bytes() == other.read_bytes()
     assert b"<svg" in one.read_bytes()
 
@@ -31,21 +32,60 @@ def test_rates(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     path = tmp_path / "picture.png"
     assert main(["qkd", "plot", "--kind", kind, "-o", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert {distance for distance, _ in asked} == {0, 20, 40, 60}
+    distances = sorted({distance for distance, _ in asked})
+    assert distances[:4] == [0, 5, 10, 15]
+    assert max(one for one in distances if one < 50) > 49
     assert len({bits for _, bits in asked}) == (5 if kind == "finite-key" else 1)
 
 
-def test_published_points_are_beside_the_curves() -> None:
-    figure = plots.Figure()
-    axes = figure.subplots()
-    for maximum, label, _ in plots.PUBLISHED_MAXIMA:
-        assert 0 < maximum < 150, label
-    plots._published(axes)
+def test_published_points_are_beside_the_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "optimise", lambda *_, **__: None)
+    _, axes = plots.draw("rate-vs-distance")
     shown = {text.get_text() for text in axes.texts}
     assert {"Boaron 2018", "Grünenfelder 2023", "Li 2023"} <= shown
     points = [point for line in axes.lines for point in zip(*line.get_data(), strict=True)]
     drawn = {(float(x), float(y)) for x, y in points}
     assert {(km, rate) for km, rate, _ in plots.PUBLISHED_RATES} <= drawn
+
+
+def test_a_scan_is_drawn_and_a_curve_ends_where_its_rate_does() -> None:
+    rows = [
+        {"preset": name, "distance_km": km, "rate": max(0.0, top - km / 100), "block_bits": 1000}
+        for name, top in (("a", 1.0), ("b", 0.55))
+        for km in range(0, 150, 10)
+    ]
+    figure, axes = plots.plot_scan(rows, by=("preset", "block_bits"))
+    assert [line.get_label() for line in axes.lines] == ["a, block_bits 1000", "b, block_bits 1000"]
+    assert [max(line.get_xdata()) for line in axes.lines] == [90, 50]
+    assert axes.get_xlabel() == "fibre (km)"
+    assert axes.get_yscale() == "log"
+    assert figure.legends
+    with pytest.raises(ConfigError, match="no column"):
+        plots.plot_scan(rows, y="beauty")
+
+
+def test_legends_are_whole_and_letters_readable_at_400_pixels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plots, "optimise", lambda *_, **__: None)
+    for kind in plots.KINDS:
+        figure, axes = plots.draw(kind, distance_km=20)
+        figure.canvas.draw()
+        whole = figure.bbox
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+            assert whole.y0 <= box.y0 < box.y1 <= whole.y1
+        shrunk = 400 / (figure.get_size_inches()[0] * 72)
+        assert axes.xaxis.label.get_size() * shrunk >= 8
+
+
+def test_a_picture_for_other_presets_and_blocks() -> None:
+    _, axes = plots.draw("qber", presets=["boaron2018"], distance_km=50, block_bits=[1e5])
+    assert "boaron2018" in [line.get_label() for line in axes.lines]
+    for wrong in ({"presets": ["none"]}, {"kind": "beauty"}):
+        with pytest.raises(ConfigError):
+            plots.draw(**{"kind": "qber", **wrong})
 
 
 @pytest.mark.parametrize("name", ["picture.pdf", "missing/picture.svg"])

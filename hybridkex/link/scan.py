@@ -1,0 +1,306 @@
+"""What a link gives over a grid of settings: rows of numbers, the same however they are computed.
+
+A *point* names settings: ``preset``, ``distance_km``, ``block_bits``, ``eve``, ``finite_key``,
+``leak``, ``tuned``, or any field of the channel, the source or the security. Each point is computed
+by itself, from the point and its own seed, so it does not matter where and in which order: in this
+process, or with any executor of :mod:`concurrent.futures`, such as a pool of processes or that of a
+Dask cluster.
+"""
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, as_completed
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from hybridkex.errors import BlockAborted, ConfigError
+from hybridkex.files import PUBLIC, write_file
+from hybridkex.link.eavesdroppers import eavesdropper
+from hybridkex.link.entropy import binary_entropy
+from hybridkex.link.finite_key import FINITE_KEY, expected_counts
+from hybridkex.link.optimise import tuned
+from hybridkex.link.presets import Preset, preset
+from hybridkex.link.settings import LEAKS, LinkSettings
+from hybridkex.link.simulated import SimulatedLink
+
+__all__ = ["COLUMNS", "evaluate", "grid", "read_scan", "scan", "write_scan"]
+
+Point = Mapping[str, Any]
+Row = dict[str, Any]
+
+OWN: Final = {
+    "preset": "lim2014",
+    "distance_km": 50.0,
+    "block_bits": 1_000_000,
+    "eve": None,
+    "finite_key": FINITE_KEY[0],
+    "leak": LEAKS[0],
+    "tuned": True,
+}
+COLUMNS: Final = (
+    "loss_db",
+    "rate",
+    "bit_per_s",
+    "secret_bits",
+    "qber",
+    "phase_error",
+    "leak_bits",
+    "seconds",
+    "blocks_made",
+    "blocks_aborted",
+)
+"""What a row has beside its point: loss of the fibre (dB); secret bits per pulse and per second;
+secret bits, QBER, phase error bound, leak and seconds of a block; blocks made and aborted, 0 unless
+blocks were simulated."""
+MOST_POINTS: Final = 1_000_000
+SUFFIXES: Final = (".csv", ".parquet", ".json")
+
+
+def grid(axes: Mapping[str, Sequence[Any]]) -> list[Row]:
+    """Every combination of these values; the last axis changes fastest. Raises ``ConfigError``."""
+    if math.prod(len(values) for values in axes.values()) > MOST_POINTS:
+        raise ConfigError(f"a scan has at most {MOST_POINTS:,} points")
+    for name in axes:
+        if name not in OWN and name not in _parameters(preset("lim2014")) | _parameters(
+            preset("bbm92")
+        ):
+            raise ConfigError(
+                f"unknown setting {name!r}: use {', '.join(OWN)} or a field of the channel, the "
+                "source or the security"
+            )
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def _parameters(chosen: Preset) -> set[str]:
+    parts = (chosen.channel, chosen.transmitter, chosen.security)
+    return {one.name for part in parts for one in fields(part)} | {"efficiency"}
+
+
+def _chosen(point: Point) -> Preset:
+    """The preset that a point asks for, before it is tuned."""
+    chosen = preset(str(point["preset"])).at(float(point["distance_km"]))
+    for name, value in point.items():
+        if name in OWN:
+            continue
+        if name == "efficiency":
+            chosen = replace(chosen, efficiency=value)
+            continue
+        for part in ("channel", "transmitter", "security"):
+            inner = getattr(chosen, part)
+            if name in {one.name for one in fields(inner)}:
+                given = tuple(value) if isinstance(value, list) else value
+                chosen = replace(chosen, **{part: replace(inner, **{name: given})})
+                break
+        else:
+            raise ConfigError(f"{chosen.name} has no setting {name!r}")
+    return chosen
+
+
+def evaluate(point: Point, *, blocks: int = 0, seed: int = 0) -> Row:
+    """The row of one point.
+
+    ``blocks``: 0 for the expected block, by closed forms; else so many blocks are made by the whole
+    protocol, and the row has their means. A point without a key has a rate of 0. Raises
+    ``ConfigError`` for settings that make no sense.
+    """
+    whole = {**OWN, **point}
+    row: Row = {**whole, **dict.fromkeys(COLUMNS, 0)}
+    chosen = _chosen(whole)
+    row["loss_db"] = chosen.channel.attenuation_db_per_km * chosen.channel.distance_km
+    bits, finite_key = int(whole["block_bits"]), str(whole["finite_key"])
+    if whole["tuned"]:
+        try:
+            chosen = tuned(chosen, bits, finite_key=finite_key)
+        except ConfigError:
+            return row
+    settings = LinkSettings(
+        preset=chosen, block_bits=bits, finite_key=finite_key, leak=str(whole["leak"])
+    )
+    eve = None if whole["eve"] in (None, "", "none") else str(whole["eve"])
+    row |= _simulated(settings, eve, blocks, seed) if blocks else _expected(settings, eve)
+    return row
+
+
+def _expected(settings: LinkSettings, eve: str | None) -> Row:
+    chosen = settings.preset
+    channel, source = chosen.channel, chosen.transmitter
+    light = None if eve is None else eavesdropper(eve, channel, source)
+    gain = sum(
+        p * seen
+        for (seen, _), p in zip(source.response(channel, light), source.probabilities, strict=True)
+    )
+    if not gain:
+        return {}
+    detections = settings.block_bits / source.key_basis_probability**2
+    alive = detections / gain
+    counts = expected_counts(channel, source, alive, light)
+    parities = chosen.efficiency * settings.block_bits * binary_entropy(counts.key_error_rate)
+    leak = settings.leaked(counts, disclosed=math.ceil(parities), announced=math.ceil(parities))
+    length = settings.proof.secret_length(
+        source, counts, security=chosen.security, leak=float(leak)
+    )
+    pulses = alive + detections * channel.dead_pulses
+    real = max(0.0, length.real)
+    if counts.test_error_rate > settings.max_qber:
+        real = 0.0
+    return {
+        "rate": real / pulses,
+        "bit_per_s": real / pulses * channel.repetition_rate_hz,
+        "secret_bits": real,
+        "qber": counts.key_error_rate,
+        "phase_error": length.phase_error,
+        "leak_bits": leak,
+        "seconds": pulses / channel.repetition_rate_hz,
+    }
+
+
+def _simulated(settings: LinkSettings, eve: str | None, blocks: int, seed: int) -> Row:
+    link = SimulatedLink(settings, eve=eve, seed=seed)
+
+    async def run() -> Row:
+        made, aborted, pulses = [], 0, 0.0
+        async with link.open():
+            for _ in range(blocks):
+                try:
+                    made.append((await link.block())[1])
+                except BlockAborted:
+                    aborted += 1
+            seconds = link.seconds
+        pulses = seconds * settings.preset.channel.repetition_rate_hz
+        secret = sum(one.secret_bits for one in made)
+        row: Row = {
+            "rate": secret / pulses,
+            "bit_per_s": secret / seconds,
+            "secret_bits": secret / blocks,
+            "seconds": seconds / blocks,
+            "blocks_made": len(made),
+            "blocks_aborted": aborted,
+        }
+        if made:
+            row["qber"] = sum(one.qber or 0.0 for one in made) / len(made)
+            row["phase_error"] = sum(one.phase_error for one in made) / len(made)
+            row["leak_bits"] = sum(one.leak for one in made) / len(made)
+        return row
+
+    return trio.run(run)
+
+
+def _seed(seed: int, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"scan {seed} {number}".encode()).digest()[:6])
+
+
+def scan(
+    points: Sequence[Point],
+    *,
+    blocks: int = 0,
+    seed: int = 0,
+    executor: Executor | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Row]:
+    """The rows of these points, in their order.
+
+    ``executor``: where they are computed; ``None``: here, one after the other. ``progress`` is
+    told how many are done. See :func:`evaluate` for the others, and for what it raises.
+    """
+    if blocks < 0:
+        raise ConfigError("the number of blocks cannot be negative")
+    tell = progress or (lambda _: None)
+    jobs = [partial(evaluate, dict(one), blocks=blocks, seed=_seed(seed, n))
+            for n, one in enumerate(points)]  # fmt: skip
+    if executor is None:
+        rows = []
+        for number, job in enumerate(jobs):
+            rows.append(job())
+            tell(number + 1)
+        return rows
+    futures = [executor.submit(job) for job in jobs]
+    try:
+        for number, future in enumerate(as_completed(futures)):
+            future.result()
+            tell(number + 1)
+    finally:
+        for future in futures:
+            future.cancel()
+    return [future.result() for future in futures]
+
+
+# -- files
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | tuple) else value
+
+
+def write_scan(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows to ``.csv``, ``.parquet`` or ``.json``. Raises ``ConfigError``, ``OSError``."""
+    rows = [{name: _plain(value) for name, value in row.items()} for row in rows]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if path.suffix == ".json":
+        content = (json.dumps(rows, indent=1) + "\n").encode()
+    elif path.suffix == ".csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        content = text.getvalue().encode()
+    else:
+        parquet, arrow = _pyarrow(path)
+        made = io.BytesIO()
+        parquet.write_table(arrow.table({n: [row.get(n) for row in rows] for n in names}), made)
+        content = made.getvalue()
+    write_file(path, content, mode=PUBLIC)
+
+
+def read_scan(path: Path) -> list[Row]:
+    """The rows of a file that :func:`write_scan` made. Raises ``ConfigError``."""
+    try:
+        if path.suffix == ".json":
+            rows = json.loads(path.read_text())
+        elif path.suffix == ".csv":
+            with path.open(newline="") as file:
+                rows = [
+                    {name: _number(value) for name, value in row.items()}
+                    for row in csv.DictReader(file)
+                ]
+        else:
+            parquet, _ = _pyarrow(path)
+            rows = parquet.read_table(path).to_pylist()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, csv.Error) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: not a scan: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(one, dict) for one in rows):
+        raise ConfigError(f"{path}: not a scan")
+    return rows
+
+
+def _number(text: str | None) -> Any:
+    if text in (None, "", "True", "False"):
+        return {"True": True, "False": False}.get(text or "")
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return int(value) if value.is_integer() and "e" not in text and "." not in text else value
+
+
+def _pyarrow(path: Path) -> tuple[Any, Any]:
+    if path.suffix != ".parquet":
+        raise ConfigError(f"{path}: a scan is in a file that ends in {', '.join(SUFFIXES)}")
+    try:
+        import pyarrow  # noqa: PLC0415  # an extra
+        import pyarrow.parquet  # noqa: PLC0415
+    except ModuleNotFoundError:
+        raise ConfigError("Parquet files need pyarrow: pip install 'hybridkex[parquet]'") from None
+    return pyarrow.parquet, pyarrow

@@ -1,0 +1,177 @@
+"""Scans: the same rows wherever they are computed, files, pictures."""
+
+import math
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from hybridkex.cli import main
+from hybridkex.cli.qkd_scan import dask_executor
+from hybridkex.errors import ConfigError
+from hybridkex.link.optimise import optimise
+from hybridkex.link.presets import PRESETS
+from hybridkex.link.scan import COLUMNS, evaluate, grid, read_scan, scan, write_scan
+
+POINTS = grid({"preset": ["lim2014", "rusca2018"], "distance_km": [10, 60, 400]})
+SMALL = grid({"preset": ["rusca2018"], "distance_km": [5, 20], "block_bits": [20_000]})
+
+
+def test_rows_are_those_of_the_optimiser() -> None:
+    row = evaluate({"preset": "rusca2018", "distance_km": 50})
+    chosen = PRESETS["rusca2018"]
+    best = optimise(
+        chosen.channel.at(50),
+        key_detections=1e6,
+        f=chosen.efficiency,
+        intensities=2,
+        security=chosen.security,
+    )
+    assert best is not None
+    # The scan also counts what a link announces beside parities, and rounds intensities.
+    assert row["rate"] == pytest.approx(best.rate, rel=1e-3)
+    assert row["loss_db"] == pytest.approx(10)
+    assert row["bit_per_s"] == pytest.approx(row["rate"] * 1e9)
+
+
+def test_points_without_key_have_a_rate_of_zero() -> None:
+    rows = scan(POINTS)
+    assert [row["rate"] > 0 for row in rows] == [True, True, False] * 2
+    assert all(set(COLUMNS) <= set(row) for row in rows)
+
+
+def test_any_setting_may_vary() -> None:
+    points = grid(
+        {
+            "misalignment": [0.005, 0.03],
+            "intensities": [[0.5, 0.2, 2e-4]],
+            "secrecy": [1e-9],
+            "tuned": [False],
+        }
+    )
+    rows = scan(points)
+    assert rows[0]["qber"] < rows[1]["qber"]
+    for wrong in ({"colour": [1]}, {"distance_km": range(10**6), "block_bits": [1, 2]}):
+        with pytest.raises(ConfigError, match=r"unknown setting|at most"):
+            grid(wrong)
+    with pytest.raises(ConfigError, match="has no setting"):
+        evaluate({"brightness": 0.1})
+    with pytest.raises(ConfigError, match="laser"):
+        evaluate({"preset": "bbm92", "eve": "pns"})
+
+
+def test_eve_shows_in_a_scan() -> None:
+    rows = scan(grid({"eve": [None, "intercept:0.05", "pns", "intercept"], "tuned": [False]}))
+    assert rows[0]["rate"] > rows[1]["rate"] > 0
+    assert rows[2]["rate"] == rows[3]["rate"] == 0
+    assert rows[3]["qber"] > 0.2
+
+
+def test_simulated_blocks_agree_with_closed_forms() -> None:
+    points = grid({"preset": ["rusca2018"], "distance_km": [10], "block_bits": [100_000]})
+    expected, simulated = scan(points)[0], scan(points, blocks=2, seed=1)[0]
+    assert simulated["blocks_made"] == 2
+    assert simulated["rate"] == pytest.approx(expected["rate"], rel=0.15)
+    assert simulated["qber"] == pytest.approx(expected["qber"], rel=0.15)
+    assert scan(points, blocks=2, seed=1) == [simulated]
+    assert scan(points, blocks=2, seed=2) != [simulated]
+
+
+def test_many_processes_give_the_same_rows() -> None:
+    here = scan(SMALL, blocks=1, seed=3)
+    told: list[int] = []
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        assert scan(SMALL, blocks=1, seed=3, executor=pool, progress=told.append) == here
+    assert told == list(range(1, len(SMALL) + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_dask_cluster_gives_the_same_rows_though_a_worker_dies() -> None:
+    distributed = pytest.importorskip("distributed")
+    points = grid({"preset": ["rusca2018"], "distance_km": [5.0 * n for n in range(16)]})
+    here = scan(points, seed=3)
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as cluster:
+        workers = [one.pid for one in cluster.workers.values()]
+        killed: list[int] = []
+
+        def kill(done: int) -> None:
+            if done == 3:
+                os.kill(workers[0], signal.SIGKILL)
+                killed.append(workers[0])
+
+        with dask_executor(cluster.scheduler_address) as executor:
+            assert scan(points, seed=3, executor=executor, progress=kill) == here
+    assert killed
+
+
+def test_no_dask_cluster_is_one_line() -> None:
+    pytest.importorskip("distributed")
+    with (
+        pytest.raises(ConfigError, match="cannot reach the Dask cluster"),
+        dask_executor("no-such-scheme://x"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("ending", [".csv", ".json", ".parquet"])
+def test_files_there_and_back(tmp_path: Path, ending: str) -> None:
+    if ending == ".parquet":
+        pytest.importorskip("pyarrow")
+    rows = scan(POINTS[:2])
+    path = tmp_path / f"scan{ending}"
+    write_scan(path, rows)
+    again = read_scan(path)
+    assert len(again) == 2
+    for row, back in zip(rows, again, strict=True):
+        assert set(row) == set(back)
+        for name, value in row.items():
+            assert back[name] == value or (
+                isinstance(value, float) and math.isclose(back[name], value)
+            ), name
+
+
+@pytest.mark.parametrize("ending", [".csv", ".json", ".parquet", ".txt"])
+def test_files_that_are_no_scans(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"x{ending}"
+    with pytest.raises(ConfigError, match="x"):
+        read_scan(path)
+    path.write_bytes(b"{\xff}")
+    with pytest.raises(ConfigError, match="x"):
+        read_scan(path)
+
+
+def test_scan_and_plot_as_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    out, picture = tmp_path / "a.csv", tmp_path / "a.svg"
+    vary = ["--vary", "distance_km=0:60:20", "--vary", "preset=rusca2018"]
+    assert main(["qkd", "scan", *vary, "-o", str(out)]) == 0
+    assert len(read_scan(out)) == 4
+    command = ["qkd", "plot", "--scan", str(out), "--by", "preset", "-o", str(picture)]
+    assert main(command) == 0
+    assert picture.read_text().startswith("<?xml")
+    capsys.readouterr()
+    for wrong, told in (
+        (["qkd", "scan", "--vary", "distance_km", "-o", str(out)], "NAME=VALUES"),
+        (["qkd", "scan", "--vary", "distance_km=5:1:1", "-o", str(out)], "upwards"),
+        (["qkd", "scan", "--vary", "distance_km=0:9:x", "-o", str(out)], "with numbers"),
+        (["qkd", "scan", "-o", str(tmp_path / "a.txt")], ".parquet"),
+        (["qkd", "plot", "--scan", str(out), "--y", "beauty", "-o", str(picture)], "no column"),
+    ):
+        assert main(wrong) != 0
+        assert told in capsys.readouterr().err
+
+
+def test_the_pictures_of_the_documentation_come_from_scans() -> None:
+    """docs/data has what `qkd scan` writes; a few rows are computed again."""
+    path = Path(__file__).parents[2] / "docs/data/qkd-rates.csv"
+    rows = read_scan(path)
+    for row in rows[:: max(1, len(rows) // 4)]:
+        point = {name: row[name] for name in ("preset", "distance_km", "block_bits")}
+        again = evaluate(point)
+        assert again["rate"] == pytest.approx(row["rate"], rel=0.01)

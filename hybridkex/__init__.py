@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from hybridkex.tls.connection import ClientConnection, ServerConnection
     from hybridkex.tls.session import AuthenticatedBy, MemoryTicketStore, Session
     from hybridkex.tls.tickets import CookieProtector, TicketIssuer
+    from hybridkex.wire.extensions import ApplicationExtension
 
 __all__ = [
     "ALL_GROUPS",
@@ -82,6 +83,7 @@ __all__ = [
     "TLS_CHACHA20_POLY1305_SHA256",
     "X25519",
     "X25519MLKEM768",
+    "ApplicationExtension",
     "AuthenticatedBy",
     "Authentication",
     "ClientConfig",
@@ -203,6 +205,7 @@ _HOMES: Final = {
         "CookieProtector",
         "TicketIssuer",
     ),
+    "hybridkex.wire.extensions": ("ApplicationExtension",),
 }
 """The modules that the names come from. Each is imported when a name of it is first used, so that
 ``import hybridkex`` costs next to nothing."""

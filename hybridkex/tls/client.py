@@ -15,7 +15,6 @@ from hybridkex.constants import (
     LEGACY_VERSION,
     TLS13,
     CipherSuiteCode,
-    ExtensionType,
     HandshakeType,
     Label,
     PskKeyExchangeMode,
@@ -62,34 +61,8 @@ from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import AuthenticatedBy, Session, SessionTicket
 from hybridkex.tls.traffic import ClientTraffic, Connected, store_key
 from hybridkex.tls.transcript import Transcript
+from hybridkex.wire import extensions as ext
 from hybridkex.wire.codec import vector8, vector16
-from hybridkex.wire.extensions import (
-    AlpnChoice,
-    AlpnOffer,
-    ClientCertificateTypeChoice,
-    ClientCertificateTypeOffer,
-    Cookie,
-    Extension,
-    Extensions,
-    KeyShareChoice,
-    KeyShareEntry,
-    KeyShareOffer,
-    KeyShareRetry,
-    OfferedPskIdentity,
-    PreSharedKeyChoice,
-    PreSharedKeyOffer,
-    PskKeyExchangeModes,
-    RecordSizeLimit,
-    ServerCertificateTypeChoice,
-    ServerCertificateTypeOffer,
-    ServerName,
-    SignatureAlgorithms,
-    SignatureAlgorithmsCert,
-    SupportedGroups,
-    SupportedVersionsChoice,
-    SupportedVersionsOffer,
-    TlsCertWithExternPsk,
-)
 from hybridkex.wire.messages import (
     Certificate,
     CertificateRequest,
@@ -114,6 +87,14 @@ __all__ = [
 ]
 
 PeerName = DnsName | IpAddress
+
+_ANSWERS: Final = (
+    ext.MessageKind.HELLO_RETRY_REQUEST,
+    ext.MessageKind.SERVER_HELLO,
+    ext.MessageKind.ENCRYPTED_EXTENSIONS,
+    ext.MessageKind.CERTIFICATE,
+)
+"""The server's messages whose extensions answer ours (section 4.3)."""
 
 _ALONE: Final = (Authentication.PSK, Authentication.EITHER)
 """Where a PSK is enough."""
@@ -154,52 +135,54 @@ class _Offer:
             random=self.random,
             session_id=self.session_id,
             cipher_suites=tuple(suite.code for suite in self.config.suites),
-            extensions=Extensions(self._extensions(cookie)),
+            extensions=ext.Extensions(self._extensions(cookie)),
         )
         raw = encode(message)
         return self._with_binders(raw, prefix) if self.psks else raw
 
     @cached_property
-    def sent(self) -> frozenset[int]:
-        """The types of the extensions that the ClientHello has."""
-        return frozenset(int(one.type) for one in self._extensions(None))
+    def answerable(self) -> Mapping[ext.MessageKind, frozenset[int]]:
+        """The types of extension that the server may send, by message."""
+        sent = self._extensions(None)
+        return {kind: ext.answerable(kind, sent) for kind in _ANSWERS}
 
-    def _extensions(self, cookie: bytes | None) -> list[Extension]:
+    def _extensions(self, cookie: bytes | None) -> list[ext.Extension]:
         """Those of RFC 9846 section 4.3, in the order in which they are sent."""
         config = self.config
-        extensions: list[Extension] = []
+        extensions: list[ext.Extension] = []
         if isinstance(self.name, DnsName):
-            extensions.append(ServerName(self.name.a_label))
-        extensions.append(SupportedGroups(tuple(group.code for group in config.group_list)))
+            extensions.append(ext.ServerName(self.name.a_label))
+        extensions.append(ext.SupportedGroups(tuple(group.code for group in config.group_list)))
         extensions += self._about_certificates()
         if config.alpn:
-            extensions.append(AlpnOffer(tuple(name.encode("utf-8") for name in config.alpn)))
-        extensions.append(SupportedVersionsOffer((TLS13,)))
+            extensions.append(ext.AlpnOffer(tuple(name.encode("utf-8") for name in config.alpn)))
+        extensions.append(ext.SupportedVersionsOffer((TLS13,)))
         if self.psks or config.ticket_store is not None:
-            extensions.append(PskKeyExchangeModes((PskKeyExchangeMode.PSK_DHE_KE,)))
-        entries = tuple(KeyShareEntry(code, one.share) for code, one in self.started.items())
-        extensions.append(KeyShareOffer(entries))
+            extensions.append(ext.PskKeyExchangeModes((PskKeyExchangeMode.PSK_DHE_KE,)))
+        entries = tuple(ext.KeyShareEntry(code, one.share) for code, one in self.started.items())
+        extensions.append(ext.KeyShareOffer(entries))
         if cookie is not None:
-            extensions.append(Cookie(cookie))
+            extensions.append(ext.Cookie(cookie))
         if config.record_size_limit is not None:
-            extensions.append(RecordSizeLimit(config.inner_limit))
+            extensions.append(ext.RecordSizeLimit(config.inner_limit))
         if self.wants_certificate_with_psk:
-            extensions.append(TlsCertWithExternPsk())
+            extensions.append(ext.TlsCertWithExternPsk())
+        extensions += config.extensions
         if self.psks:
             extensions.append(self._psk_offer())  # the last one (section 4.3.11)
         return extensions
 
-    def _about_certificates(self) -> list[Extension]:
+    def _about_certificates(self) -> list[ext.Extension]:
         """Sections 4.3.3 and 4.5.1: signatures and kinds of certificate that can be checked."""
-        extensions: list[Extension] = []
+        extensions: list[ext.Extension] = []
         if self.config.authentication is not Authentication.PSK:
             schemes = tuple(scheme.code for scheme in self.config.signature_schemes)
-            extensions.append(SignatureAlgorithms(schemes))
-            extensions.append(SignatureAlgorithmsCert(schemes + CERTIFICATE_ONLY_SCHEMES))
+            extensions.append(ext.SignatureAlgorithms(schemes))
+            extensions.append(ext.SignatureAlgorithmsCert(schemes + CERTIFICATE_ONLY_SCHEMES))
         if self.server_types != ONLY_X509:
-            extensions.append(ServerCertificateTypeOffer(self.server_types))
+            extensions.append(ext.ServerCertificateTypeOffer(self.server_types))
         if self.client_types != ONLY_X509:
-            extensions.append(ClientCertificateTypeOffer(self.client_types))
+            extensions.append(ext.ClientCertificateTypeOffer(self.client_types))
         return extensions
 
     @property
@@ -221,16 +204,16 @@ class _Offer:
         """RFC 9973 section 4: every PSK offered must be an external one."""
         return bool(self.psks) and self.ticket is None and self.config.authentication not in _ALONE
 
-    def _psk_offer(self) -> PreSharedKeyOffer:
+    def _psk_offer(self) -> ext.PreSharedKeyOffer:
         now = self.config.clock()
         identities = tuple(
-            OfferedPskIdentity(
+            ext.OfferedPskIdentity(
                 psk.identity,
                 self.ticket.obfuscated_age(now) if psk.resumption and self.ticket else 0,
             )
             for psk in self.psks
         )
-        return PreSharedKeyOffer(identities, tuple(bytes(psk.hash.size) for psk in self.psks))
+        return ext.PreSharedKeyOffer(identities, tuple(bytes(psk.hash.size) for psk in self.psks))
 
     def _with_binders(self, raw: bytes, prefix: Transcript | None) -> bytes:
         """Fill in the binders: they cover everything before their own list (section 4.3.11.2)."""
@@ -365,8 +348,8 @@ class WaitServerHello(ClientState):
         """Section 4.2.4: another ClientHello, changed only where the server asked."""
         offer = self.offer
         suite = _check_hello(offer, message)
-        cookie = message.extensions.get(Cookie)
-        wanted = message.extensions.get(KeyShareRetry)
+        cookie = message.extensions.get(ext.Cookie)
+        wanted = message.extensions.get(ext.KeyShareRetry)
         if cookie is None and wanted is None:
             raise IllegalParameter("HelloRetryRequest asks for no change")
         started = offer.started
@@ -426,7 +409,7 @@ def _find_group(config: ClientConfig, code: int) -> Group:
 
 def _check_hello(offer: _Offer, message: ServerHello | HelloRetryRequest) -> CipherSuite:
     """What holds for ServerHello and HelloRetryRequest (section 4.2.3); returns the suite."""
-    version = message.extensions.get(SupportedVersionsChoice)
+    version = message.extensions.get(ext.SupportedVersionsChoice)
     if version is None:
         raise ProtocolVersionError("the server does not speak TLS 1.3")
     if version.version != TLS13:
@@ -439,7 +422,9 @@ def _check_hello(offer: _Offer, message: ServerHello | HelloRetryRequest) -> Cip
         raise IllegalParameter("the server did not echo the session ID")
     if message.compression_method != 0:
         raise IllegalParameter("the server chose a compression method")
-    _check_answers(offer, type(message), message.extensions)
+    retry = isinstance(message, HelloRetryRequest)
+    kind = ext.MessageKind.HELLO_RETRY_REQUEST if retry else ext.MessageKind.SERVER_HELLO
+    _check_answers(offer, kind, message.extensions)
     for suite in offer.config.suites:
         if suite.code == message.cipher_suite:
             return suite
@@ -453,37 +438,9 @@ def _suite_name(code: int) -> str:
         return f"{code:#06x}"
 
 
-_ANSWERED_IN: Final[Mapping[type[Message], frozenset[ExtensionType]]] = {
-    HelloRetryRequest: frozenset(
-        (ExtensionType.SUPPORTED_VERSIONS, ExtensionType.KEY_SHARE, ExtensionType.COOKIE)
-    ),
-    ServerHello: frozenset(
-        (
-            ExtensionType.SUPPORTED_VERSIONS,
-            ExtensionType.KEY_SHARE,
-            ExtensionType.PRE_SHARED_KEY,
-            ExtensionType.TLS_CERT_WITH_EXTERN_PSK,
-        )
-    ),
-    EncryptedExtensions: frozenset(
-        (
-            ExtensionType.SERVER_NAME,
-            ExtensionType.SUPPORTED_GROUPS,
-            ExtensionType.ALPN,
-            ExtensionType.RECORD_SIZE_LIMIT,
-            ExtensionType.CLIENT_CERTIFICATE_TYPE,
-            ExtensionType.SERVER_CERTIFICATE_TYPE,
-        )
-    ),
-    Certificate: frozenset(),
-}
-"""Where an extension of ours is answered (the table of section 4.3)."""
-
-
-def _check_answers(offer: _Offer, kind: type[Message], extensions: Extensions) -> None:
+def _check_answers(offer: _Offer, kind: ext.MessageKind, extensions: ext.Extensions) -> None:
     """A server answers what was sent, in the message that is for it, and says no more."""
-    unasked = {ExtensionType.COOKIE}  # section 4.3: the one that needs no offer
-    allowed = _ANSWERED_IN[kind] & (offer.sent | unasked)
+    allowed = offer.answerable[kind]
     for type_ in extensions.types:
         if type_ not in allowed:
             raise UnsupportedExtension(f"extension {type_} answers nothing that was offered")
@@ -499,7 +456,7 @@ def _accept(
     records: RecordLayer,
 ) -> ClientState:
     """ServerHello: the key exchange is complete, what follows is encrypted."""
-    share = message.extensions.get(KeyShareChoice)
+    share = message.extensions.get(ext.KeyShareChoice)
     if share is None:
         # Without a key exchange there is no forward secrecy; psk_ke was not offered.
         raise MissingExtension("ServerHello without a key share")
@@ -509,7 +466,7 @@ def _accept(
     psk = _chosen_psk(psks, suite, message)
     if psk is None or not psk.resumption:
         forget_tickets(offer)
-    with_certificate = TlsCertWithExternPsk in message.extensions
+    with_certificate = ext.TlsCertWithExternPsk in message.extensions
     if psk is None:
         _check_psk_policy(offer.config, "the server did not take one")
     elif not psk.resumption and offer.wants_certificate_with_psk and not with_certificate:
@@ -534,9 +491,9 @@ def _accept(
 
 
 def _chosen_psk(psks: tuple[Psk, ...], suite: CipherSuite, message: ServerHello) -> Psk | None:
-    choice = message.extensions.get(PreSharedKeyChoice)
+    choice = message.extensions.get(ext.PreSharedKeyChoice)
     if choice is None:
-        if TlsCertWithExternPsk in message.extensions:
+        if ext.TlsCertWithExternPsk in message.extensions:
             raise IllegalParameter("tls_cert_with_extern_psk without a PSK")  # RFC 9973 section 4
         return None
     if choice.selected >= len(psks):
@@ -580,17 +537,18 @@ class WaitEncryptedExtensions(ClientState):
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, EncryptedExtensions)
         answers = message.extensions
-        _check_answers(self.offer, EncryptedExtensions, answers)
-        self._limit_records(answers.get(RecordSizeLimit), records)
-        server_type = answers.get(ServerCertificateTypeChoice)
-        client_type = answers.get(ClientCertificateTypeChoice)
+        _check_answers(self.offer, ext.MessageKind.ENCRYPTED_EXTENSIONS, answers)
+        self._limit_records(answers.get(ext.RecordSizeLimit), records)
+        server_type = answers.get(ext.ServerCertificateTypeChoice)
+        client_type = answers.get(ext.ClientCertificateTypeChoice)
         self.keys.transcript.add(raw)
         settled = _Settled(
             offer=self.offer,
             group=self.group,
             psk=self.psk,
             keys=self.keys,
-            alpn=self._protocol(answers.get(AlpnChoice)),
+            alpn=self._protocol(answers.get(ext.AlpnChoice)),
+            extensions=self._application_answers(answers),
             server_type=check_choice(
                 server_type.chosen if server_type else None, self.offer.server_types
             ),
@@ -604,7 +562,7 @@ class WaitEncryptedExtensions(ClientState):
         assert verifier is not None
         return WaitCertificateOrRequest(settled, verifier)
 
-    def _protocol(self, choice: AlpnChoice | None) -> bytes | None:
+    def _protocol(self, choice: ext.AlpnChoice | None) -> bytes | None:
         """RFC 7301 section 3.2."""
         if choice is None:
             return None
@@ -612,7 +570,12 @@ class WaitEncryptedExtensions(ClientState):
             raise IllegalParameter("the server chose an ALPN protocol that was not offered")
         return choice.protocol
 
-    def _limit_records(self, limit: RecordSizeLimit | None, records: RecordLayer) -> None:
+    def _application_answers(self, answers: ext.Extensions) -> tuple[ext.Extension, ...]:
+        """The server's answers to what the configuration adds."""
+        found = (answers.decoded(one.type, one.read_answer) for one in self.offer.config.extensions)
+        return tuple(one for one in found if one is not None)
+
+    def _limit_records(self, limit: ext.RecordSizeLimit | None, records: RecordLayer) -> None:
         """RFC 8449 section 4."""
         if limit is None:
             return
@@ -640,6 +603,8 @@ class _Settled:
     psk: Psk | None
     keys: _Keys
     alpn: bytes | None
+    extensions: tuple[ext.Extension, ...]
+    """The server's answers to the extensions of the configuration."""
     server_type: int
     """What the server shows: a code of ``CertificateType``."""
     client_type: int
@@ -660,7 +625,7 @@ class WaitCertificateOrRequest(ClientState):
         assert isinstance(message, CertificateRequest)
         if message.context:
             raise IllegalParameter("CertificateRequest with a context during the handshake")
-        schemes = message.extensions.get(SignatureAlgorithms)
+        schemes = message.extensions.get(ext.SignatureAlgorithms)
         if schemes is None:
             raise MissingExtension("CertificateRequest without signature_algorithms")
         self.settled.keys.transcript.add(raw)
@@ -684,7 +649,7 @@ class WaitCertificate(ClientState):
         if not message.entries:
             raise DecodeError("the server sent no certificate")  # section 4.5.1.3
         for _, extensions in message.entries:
-            _check_answers(self.settled.offer, Certificate, extensions)
+            _check_answers(self.settled.offer, ext.MessageKind.CERTIFICATE, extensions)
         kind, name = self.settled.server_type, self.settled.offer.name
         check_entries(kind, message)
         now = self.settled.offer.config.clock()
@@ -754,6 +719,7 @@ class WaitFinished(ClientState):
             authenticated=by,
             scheme=proof.scheme,
             alpn=settled.alpn,
+            extensions=settled.extensions,
             server_name=str(settled.offer.name) if settled.offer.name is not None else None,
             peer=proof.certificate,
             policy=config.policy_in_force,

@@ -45,6 +45,7 @@ from hybridkex.tls.protection import Padding
 from hybridkex.tls.session import Session, TicketStore
 from hybridkex.tls.tickets import CookieProtector, TicketIssuer
 from hybridkex.wire.codec import vector24
+from hybridkex.wire.extensions import KNOWN_TYPES, ApplicationExtension
 
 __all__ = [
     "Authentication",
@@ -129,8 +130,9 @@ class Limits:
 
 
 MAX_OFFER: Final = 60 << 10
-"""Bytes of key shares, PSK identities and ALPN names in one ClientHello: all its extensions have
-65,535 bytes together (RFC 9846 section 4.2.2), and the others need some."""
+"""Bytes of key shares, PSK identities, ALPN names and the application's extensions in one
+ClientHello: all its extensions have 65,535 bytes together (RFC 9846 section 4.2.2), and the others
+need some."""
 
 
 _PSK_OVERHEAD: Final = 8 + 2 + 4 + 1 + 48
@@ -168,6 +170,10 @@ _SHARED: Final[_Rules] = {
     "signature_schemes": (
         tuple_of(a("a SignatureScheme", SignatureScheme), "signature schemes"),
         "signature_schemes=ALL_SCHEMES",
+    ),
+    "extensions": (
+        tuple_of(a("an ApplicationExtension", ApplicationExtension), "extensions"),
+        "extensions=(MyExtension(),)",
     ),
     "alpn": (tuple_of(a("a str", str), "strings"), 'alpn=("h2", "http/1.1")'),
     "psks": (
@@ -231,6 +237,7 @@ class _Config:
         suites: cipher suites in order of preference.
         signature_schemes: for CertificateVerify, in order of preference.
         alpn: application protocols in order of preference (RFC 7301).
+        extensions: TLS extensions that the application understands and the engine only carries.
         psks: external pre-shared keys; a server takes the first that the client offers too.
         psk_source: where further ones come from, one for each handshake.
         policy: what a connection must rest on.
@@ -250,6 +257,7 @@ class _Config:
     suites: tuple[CipherSuite, ...] = ALL_SUITES
     signature_schemes: tuple[SignatureScheme, ...] = ALL_SCHEMES
     alpn: tuple[str, ...] = ()
+    extensions: tuple[ApplicationExtension, ...] = ()
     psks: tuple[ExternalPsk, ...] = ()
     psk_source: PskSource | None = None
     policy: Policy = field(default_factory=Policy)
@@ -270,6 +278,11 @@ class _Config:
                 raise ConfigError(f"the ALPN protocol {name!r} does not have 1 to 255 bytes")
         if len(set(self.alpn)) != len(self.alpn):
             raise ConfigError("an ALPN protocol is listed twice")
+        types = [one.type for one in self.extensions]
+        if len(set(types)) != len(types):
+            raise ConfigError("two extensions have the same type")
+        if taken := KNOWN_TYPES.intersection(types):
+            raise ConfigError(f"extension {min(taken)} is the engine's own; choose another type")
         identities = [(psk.identity, psk.context) for psk in self.psks]
         if len(set(identities)) != len(identities):
             raise ConfigError("two PSKs have the same identity")
@@ -414,9 +427,9 @@ class ClientConfig(_Config):
     def _check_room(self) -> None:
         if self.ticket_room < 0:
             raise ConfigError(
-                f"key shares, PSK identities and ALPN names take {MAX_OFFER - self.ticket_room} "
-                f"bytes, and a ClientHello has room for {MAX_OFFER}; lower key_shares, choose "
-                "smaller groups, or list fewer PSKs"
+                "key shares, PSK identities, ALPN names and extensions take "
+                f"{MAX_OFFER - self.ticket_room} bytes; a ClientHello has room for {MAX_OFFER}; "
+                "lower key_shares, choose smaller groups, or list fewer PSKs"
             )
 
     @cached_property
@@ -432,6 +445,7 @@ class ClientConfig(_Config):
             for psk in self.psks
         )
         names = sum(1 + len(name.encode("utf-8")) for name in self.alpn)
+        names += sum(4 + len(one.body()) for one in self.extensions)
         return MAX_OFFER - max(shares, largest) - psks - names
 
     @property

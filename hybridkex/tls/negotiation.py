@@ -18,7 +18,7 @@ from hybridkex.text import printable
 from hybridkex.tls.policy import Policy
 from hybridkex.tls.session import AuthenticatedBy, Session
 from hybridkex.tls.transcript import Transcript
-from hybridkex.wire.extensions import Extensions
+from hybridkex.wire import extensions as ext
 from hybridkex.wire.messages import Certificate, CertificateVerify, Finished, ImportedIdentity
 
 __all__ = [
@@ -127,7 +127,7 @@ def certificate_message(
 ) -> Certificate:
     """Our certificates, our raw public key, or nothing."""
     chain = identity.chain if identity is not None else ()
-    return Certificate(context, tuple((data, Extensions()) for data in chain))
+    return Certificate(context, tuple((data, ext.Extensions()) for data in chain))
 
 
 def check_finished(message: Finished, traffic: TrafficSecret, transcript: Transcript) -> None:
@@ -155,6 +155,7 @@ def describe(
     authenticated: AuthenticatedBy,
     scheme: SignatureScheme | None,
     alpn: bytes | None,
+    extensions: tuple[ext.Extension, ...],
     server_name: str | None,
     peer: VerifiedPeer | None,
     policy: Policy,
@@ -173,6 +174,7 @@ def describe(
         psk_origin=psk.origin if psk is not None else None,
         resumed=psk is not None and psk.resumption,
         alpn=printable(alpn.decode("utf-8", "backslashreplace")) if alpn is not None else None,
+        extensions=extensions,
         server_name=printable(server_name) if server_name is not None else None,
         peer_credential=peer.certificate if peer is not None else None,
         verified_by=peer.verified_by if peer is not None else None,

@@ -15,7 +15,6 @@ from hybridkex.constants import (
     LEGACY_VERSION,
     TLS13,
     Alert,
-    ExtensionType,
     HandshakeType,
     Label,
     PskKeyExchangeMode,
@@ -73,35 +72,8 @@ from hybridkex.tls.session import AuthenticatedBy, Session
 from hybridkex.tls.tickets import CookieState, TicketState
 from hybridkex.tls.traffic import Connected, ServerTraffic
 from hybridkex.tls.transcript import Transcript
+from hybridkex.wire import extensions as ext
 from hybridkex.wire.codec import u16, vector8, vector16
-from hybridkex.wire.extensions import (
-    AlpnChoice,
-    AlpnOffer,
-    ClientCertificateTypeChoice,
-    ClientCertificateTypeOffer,
-    Cookie,
-    EarlyDataIndication,
-    Extension,
-    Extensions,
-    KeyShareChoice,
-    KeyShareEntry,
-    KeyShareOffer,
-    KeyShareRetry,
-    PreSharedKeyChoice,
-    PreSharedKeyOffer,
-    PskKeyExchangeModes,
-    RecordSizeLimit,
-    ServerCertificateTypeChoice,
-    ServerCertificateTypeOffer,
-    ServerName,
-    ServerNameAck,
-    SignatureAlgorithms,
-    SignatureAlgorithmsCert,
-    SupportedGroups,
-    SupportedVersionsChoice,
-    SupportedVersionsOffer,
-    TlsCertWithExternPsk,
-)
 from hybridkex.wire.messages import (
     Certificate,
     CertificateRequest,
@@ -172,7 +144,7 @@ class _OfferedPsk:
 
 def _check_version(message: ClientHello) -> None:
     """Sections 4.2.2 and 4.3.1."""
-    versions = message.extensions.get(SupportedVersionsOffer)
+    versions = message.extensions.get(ext.SupportedVersionsOffer)
     if versions is None or TLS13 not in versions.versions:
         raise ProtocolVersionError("the client does not speak TLS 1.3")
     if message.legacy_version != LEGACY_VERSION:
@@ -183,9 +155,9 @@ def _check_version(message: ClientHello) -> None:
         raise IllegalParameter("the client offers compression")
 
 
-def _key_shares(extensions: Extensions) -> tuple[tuple[int, ...], dict[int, bytes]]:
+def _key_shares(extensions: ext.Extensions) -> tuple[tuple[int, ...], dict[int, bytes]]:
     """Sections 4.3.7 and 4.3.8: the groups, and the shares by group."""
-    groups, shares = extensions.get(SupportedGroups), extensions.get(KeyShareOffer)
+    groups, shares = extensions.get(ext.SupportedGroups), extensions.get(ext.KeyShareOffer)
     if groups is None or shares is None:
         missing = "supported_groups" if groups is None else "key_share"
         raise MissingExtension(f"ClientHello without {missing}")
@@ -197,19 +169,19 @@ def _key_shares(extensions: Extensions) -> tuple[tuple[int, ...], dict[int, byte
     return groups.codes, by_group
 
 
-def _psk_offer(extensions: Extensions) -> tuple[PreSharedKeyOffer | None, bool]:
+def _psk_offer(extensions: ext.Extensions) -> tuple[ext.PreSharedKeyOffer | None, bool]:
     """Sections 4.3.9, 4.3.11 and 9.2, RFC 9973 section 4: the PSKs that may be used, and whether
     the client can do psk_dhe_ke."""
-    psks, modes = extensions.get(PreSharedKeyOffer), extensions.get(PskKeyExchangeModes)
+    psks, modes = extensions.get(ext.PreSharedKeyOffer), extensions.get(ext.PskKeyExchangeModes)
     if psks is not None and modes is None:
         raise MissingExtension("pre_shared_key without psk_key_exchange_modes")
-    if psks is None and SignatureAlgorithms not in extensions:
+    if psks is None and ext.SignatureAlgorithms not in extensions:
         raise MissingExtension("ClientHello without pre_shared_key and signature_algorithms")
     psk_dhe = modes is not None and PskKeyExchangeMode.PSK_DHE_KE in modes.modes
-    if TlsCertWithExternPsk in extensions:
+    if ext.TlsCertWithExternPsk in extensions:
         if psks is None or not psk_dhe:
             raise MissingExtension("tls_cert_with_extern_psk without a PSK for psk_dhe_ke")
-        if EarlyDataIndication in extensions:
+        if ext.EarlyDataIndication in extensions:
             raise IllegalParameter("tls_cert_with_extern_psk with early data")
     return psks if psk_dhe else None, psk_dhe
 
@@ -223,7 +195,7 @@ class _Hello:
     groups: tuple[int, ...]
     shares: dict[int, bytes]
     schemes: tuple[int, ...]
-    psks: PreSharedKeyOffer | None
+    psks: ext.PreSharedKeyOffer | None
     offered_psks: tuple[_OfferedPsk, ...]
     """The identities that we look at: to list one costs nothing, to try one does."""
     psk_dhe: bool
@@ -237,7 +209,7 @@ class _Hello:
         _check_version(message)
         groups, shares = _key_shares(extensions)
         psks, psk_dhe = _psk_offer(extensions)
-        schemes = extensions.get(SignatureAlgorithms)
+        schemes = extensions.get(ext.SignatureAlgorithms)
         identities = psks.identities if psks is not None else ()
         return cls(
             message=message,
@@ -251,13 +223,13 @@ class _Hello:
                 for index, one in enumerate(identities[: config.limits.psk_identities])
             ),
             psk_dhe=psk_dhe,
-            certificate_with_psk=TlsCertWithExternPsk in extensions,
+            certificate_with_psk=ext.TlsCertWithExternPsk in extensions,
         )
 
     @property
     def server_name(self) -> str | None:
         """As asked for, in lower case."""
-        name = self.message.extensions.get(ServerName)
+        name = self.message.extensions.get(ext.ServerName)
         return name.host_name.lower() if name is not None else None
 
     @property
@@ -272,13 +244,13 @@ class _Hello:
     @property
     def server_types(self) -> tuple[int, ...]:
         """The kinds of certificate that the client can check (RFC 7250)."""
-        offer = self.message.extensions.get(ServerCertificateTypeOffer)
+        offer = self.message.extensions.get(ext.ServerCertificateTypeOffer)
         return offer.types if offer is not None else ONLY_X509
 
     @property
     def client_types(self) -> tuple[int, ...]:
         """The kinds of certificate that the client can show."""
-        offer = self.message.extensions.get(ClientCertificateTypeOffer)
+        offer = self.message.extensions.get(ext.ClientCertificateTypeOffer)
         return offer.types if offer is not None else ONLY_X509
 
     @property
@@ -289,13 +261,6 @@ class _Hello:
 
     def invariants(self) -> bytes:
         """A digest of what a second ClientHello must repeat (section 4.2.2)."""
-        may_change = {
-            ExtensionType.KEY_SHARE,
-            ExtensionType.EARLY_DATA,
-            ExtensionType.COOKIE,
-            ExtensionType.PRE_SHARED_KEY,
-            ExtensionType.PADDING,
-        }
         message = self.message
         # Sorted: some clients shuffle their extensions anew in each hello.
         kept = sorted((one.type, one.body()) for one in message.extensions)
@@ -304,7 +269,7 @@ class _Hello:
             + vector8(message.session_id)
             + vector16(b"".join(map(u16, message.cipher_suites)))
             + b"".join(
-                u16(type_) + vector16(body) for type_, body in kept if type_ not in may_change
+                u16(type_) + vector16(body) for type_, body in kept if type_ not in ext.MAY_CHANGE
             )
         ).digest()
 
@@ -329,7 +294,7 @@ class WaitClientHello(ServerState):
         suite = _choose_suite(config, hello)
         if group.code not in hello.shares:
             return self._retry(hello, suite, group, records)
-        if EarlyDataIndication in message.extensions:
+        if ext.EarlyDataIndication in message.extensions:
             records.reader.skip_early_data(after_retry=False)
         return _negotiate(config, hello, suite, group, None, records)
 
@@ -349,7 +314,7 @@ class WaitClientHello(ServerState):
         records.writer.send_raw(_retry_request(state, cookie))
         records.writer.flush()
         records.writer.send_change_cipher_spec()
-        if EarlyDataIndication in hello.message.extensions:
+        if ext.EarlyDataIndication in hello.message.extensions:
             records.reader.skip_early_data(after_retry=True)
         return WaitSecondClientHello(self.config)
 
@@ -361,8 +326,12 @@ def _retry_request(state: CookieState, cookie: bytes) -> bytes:
             random=HELLO_RETRY_RANDOM,
             session_id=state.session_id,
             cipher_suite=state.suite,
-            extensions=Extensions(
-                (SupportedVersionsChoice(TLS13), KeyShareRetry(state.group), Cookie(cookie))
+            extensions=ext.Extensions(
+                (
+                    ext.SupportedVersionsChoice(TLS13),
+                    ext.KeyShareRetry(state.group),
+                    ext.Cookie(cookie),
+                )
             ),
         )
     )
@@ -382,7 +351,7 @@ class WaitSecondClientHello(ServerState):
         records.reader.check_message_boundary()
         records.reader.stop_skipping_early_data()
         hello = _Hello.check(message, raw, self.config)
-        cookie = message.extensions.get(Cookie)
+        cookie = message.extensions.get(ext.Cookie)
         if cookie is None:
             raise MissingExtension("the second ClientHello has no cookie")
         state = self.config.cookies.open(cookie.cookie)
@@ -391,7 +360,7 @@ class WaitSecondClientHello(ServerState):
         if not hmac.compare_digest(state.invariants, hello.invariants()):
             raise IllegalParameter("the second ClientHello differs from the first")
         _check_psk_is_kept(state, hello)
-        if EarlyDataIndication in message.extensions:
+        if ext.EarlyDataIndication in message.extensions:
             raise IllegalParameter("early data after HelloRetryRequest")
         if list(hello.shares) != [state.group]:
             raise IllegalParameter("the second ClientHello has not the share that was asked for")
@@ -494,6 +463,8 @@ class _Choice:
     named: bool
     """Whether the identity is the one that the client asked for by name."""
     alpn: bytes | None
+    application: tuple[tuple[ext.Extension, ext.Extension], ...]
+    """The client's offers that only the application understands, each with our answer."""
     client_type: int | None
     """What the client shall show of itself; ``None`` where it is not asked."""
 
@@ -521,6 +492,7 @@ def _negotiate(
         scheme=scheme,
         named=named,
         alpn=_choose_alpn(config, hello),
+        application=_answer_application(config, hello),
         client_type=_choose_client_type(config, hello),
     )
     share, shared = group.exchange.respond(hello.shares[group.code])
@@ -564,13 +536,26 @@ def _choose_client_type(config: ServerConfig, hello: _Hello) -> int | None:
 
 
 def _choose_alpn(config: ServerConfig, hello: _Hello) -> bytes | None:
-    offer = hello.message.extensions.get(AlpnOffer)
+    offer = hello.message.extensions.get(ext.AlpnOffer)
     if offer is None or not config.alpn:
         return None
     for name in config.alpn:
         if name.encode() in offer.protocols:
             return name.encode()
     raise NoApplicationProtocol("no application protocol in common")
+
+
+def _answer_application(
+    config: ServerConfig, hello: _Hello
+) -> tuple[tuple[ext.Extension, ext.Extension], ...]:
+    """Answer the offers for which the configuration has an extension."""
+    answered = []
+    for ours in config.extensions:
+        offered = hello.message.extensions.decoded(ours.type, ours.read)
+        answer = ours.answer(offered) if offered is not None else None
+        if offered is not None and answer is not None:
+            answered.append((offered, answer))
+    return tuple(answered)
 
 
 def _external_allowed(choice: _Choice) -> bool:
@@ -682,19 +667,19 @@ def _respond(
     transcript = choice.transcript
     transcript.add(hello.raw)
 
-    extensions: list[Extension] = [
-        SupportedVersionsChoice(TLS13),
-        KeyShareChoice(KeyShareEntry(choice.group.code, share)),
+    extensions: list[ext.Extension] = [
+        ext.SupportedVersionsChoice(TLS13),
+        ext.KeyShareChoice(ext.KeyShareEntry(choice.group.code, share)),
     ]
     if selected is not None:
-        extensions.append(PreSharedKeyChoice(selected.index))
+        extensions.append(ext.PreSharedKeyChoice(selected.index))
         if with_certificate:
-            extensions.append(TlsCertWithExternPsk())
+            extensions.append(ext.TlsCertWithExternPsk())
     message = ServerHello(
         random=config.entropy(32),
         session_id=hello.message.session_id,
         cipher_suite=suite.code,
-        extensions=Extensions(extensions),
+        extensions=ext.Extensions(extensions),
     )
     transcript.add(records.writer.send(message))
     records.writer.send_change_cipher_spec()
@@ -757,7 +742,7 @@ def _check_psk_not_required(config: ServerConfig) -> None:
 
 def _why_no_identity(choice: _Choice) -> PeerError:
     """Sections 9.2 and 4.5.1, and RFC 7250 section 4.2."""
-    if SignatureAlgorithms not in choice.hello.message.extensions:
+    if ext.SignatureAlgorithms not in choice.hello.message.extensions:
         return MissingExtension("ClientHello without signature_algorithms")
     types = choice.hello.server_types
     if all(one.certificate_type not in types for one in choice.config.identities):
@@ -771,7 +756,7 @@ def _check_client_can_answer(choice: _Choice) -> None:
     if config.client_verifier is None or choice.client_type is not None:
         return
     # The RFC has the offer refused also where a client may stay unknown.
-    offered = ClientCertificateTypeOffer in choice.hello.message.extensions
+    offered = ext.ClientCertificateTypeOffer in choice.hello.message.extensions
     if offered or config.require_client_certificate:
         raise UnsupportedCertificateType("the client can show nothing of itself that we can check")
 
@@ -788,24 +773,25 @@ def _check_binder(choice: _Choice, selected: _Selected) -> None:
 
 def _encrypted_extensions(
     choice: _Choice, records: RecordLayer, *, with_certificate: bool
-) -> Extensions:
+) -> ext.Extensions:
     config, offered = choice.config, choice.hello.message.extensions
-    extensions: list[Extension] = []
+    extensions: list[ext.Extension] = []
     if choice.named and with_certificate:  # or the name was of no use (RFC 6066 section 3)
-        extensions.append(ServerNameAck())
+        extensions.append(ext.ServerNameAck())
     if choice.alpn is not None:
-        extensions.append(AlpnChoice(choice.alpn))
-    limit = offered.get(RecordSizeLimit)
+        extensions.append(ext.AlpnChoice(choice.alpn))
+    limit = offered.get(ext.RecordSizeLimit)
     if limit is not None:
         records.writer.record_limit = min(records.writer.record_limit, limit.limit - 1)
         records.reader.limit_records(config.inner_limit)
-        extensions.append(RecordSizeLimit(config.inner_limit))
-    if choice.identity is not None and ServerCertificateTypeOffer in offered:
-        extensions.append(ServerCertificateTypeChoice(choice.identity.certificate_type))
+        extensions.append(ext.RecordSizeLimit(config.inner_limit))
+    extensions += [answer for _, answer in choice.application]
+    if choice.identity is not None and ext.ServerCertificateTypeOffer in offered:
+        extensions.append(ext.ServerCertificateTypeChoice(choice.identity.certificate_type))
     client_type = choice.client_type if with_certificate else None  # what it is asked for
-    if client_type is not None and ClientCertificateTypeOffer in offered:
-        extensions.append(ClientCertificateTypeChoice(client_type))
-    return Extensions(extensions)
+    if client_type is not None and ext.ClientCertificateTypeOffer in offered:
+        extensions.append(ext.ClientCertificateTypeChoice(client_type))
+    return ext.Extensions(extensions)
 
 
 def _authenticate(
@@ -817,10 +803,10 @@ def _authenticate(
     assert choice.scheme is not None
     if verifier is not None:
         schemes = tuple(scheme.code for scheme in choice.config.signature_schemes)
-        request = Extensions(
+        request = ext.Extensions(
             (
-                SignatureAlgorithms(schemes),
-                SignatureAlgorithmsCert(schemes + CERTIFICATE_ONLY_SCHEMES),
+                ext.SignatureAlgorithms(schemes),
+                ext.SignatureAlgorithmsCert(schemes + CERTIFICATE_ONLY_SCHEMES),
             )
         )
         transcript.add(records.writer.send(CertificateRequest(b"", request)))
@@ -942,6 +928,7 @@ class WaitClientFinished(ServerState):
             authenticated=self._authenticated_by(ticket),
             scheme=choice.scheme if answered.with_certificate else None,
             alpn=choice.alpn,
+            extensions=tuple(offered for offered, _ in choice.application),
             server_name=choice.hello.server_name,
             peer=peer,
             policy=choice.config.policy_in_force,

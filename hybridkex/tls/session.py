@@ -14,6 +14,7 @@ from hybridkex.crypto.suites import CipherSuite
 from hybridkex.secret import Secret
 from hybridkex.text import printable
 from hybridkex.tls.policy import Policy
+from hybridkex.wire.extensions import Extension
 
 __all__ = [
     "MAX_TICKET_LIFETIME",
@@ -81,6 +82,9 @@ class Session:
     """The names of the peer that a trusted party vouches for, in canonical form; none where its
     key is pinned or nothing was verified. Decide by these, or by :meth:`peer_is_one_of`, and never
     by the names that :attr:`peer_credential` has: the peer may have written those itself."""
+    extensions: tuple[Extension, ...] = field(default=(), repr=False)
+    """What the peer said in the extensions that the configuration adds: at a client the server's
+    answers, at a server the client's offers that it answered."""
     version: str = "TLS 1.3"
 
     @property

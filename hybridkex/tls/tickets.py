@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from hybridkex.constants import TLS13, CertificateType
 from hybridkex.errors import ConfigError, DecodeError
-from hybridkex.fields import CALLABLE, INTEGER, check_fields
+from hybridkex.fields import CALLABLE, INTEGER, Kind, check_fields, or_none
 from hybridkex.secret import Secret
 from hybridkex.tls.session import MAX_TICKET_LIFETIME, AuthenticatedBy
 from hybridkex.wire.codec import Reader, ascii_text, u8, u16, u64, vector8, vector16, vector24
@@ -136,6 +136,18 @@ class _SealingKey:
             return None
 
 
+def _is_named_key(value: object) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and isinstance(value[0], Secret)
+        and isinstance(value[1], bytes)
+    )
+
+
+_NAMED_KEY: Final = Kind(_is_named_key, "a tuple of a Secret and bytes")
+
+
 @dataclass(kw_only=True)
 class TicketIssuer:
     """Seals and opens session tickets under keys that it rotates by itself.
@@ -164,6 +176,7 @@ class TicketIssuer:
                 "lifetime": (INTEGER, "lifetime=3600"),
                 "rotation": (INTEGER, "rotation=3600"),
                 "clock": (CALLABLE, "clock=time.time"),
+                "first_key": (or_none(_NAMED_KEY), "first_key=(Secret(key), name)"),
             },
         )
         if not 1 <= self.lifetime <= MAX_TICKET_LIFETIME:

@@ -14,7 +14,7 @@ from hybridkex.tls.events import KeyUpdated, TicketReceived
 from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import MAX_TICKET_LIFETIME, Session, SessionTicket
 from hybridkex.tls.tickets import TicketState
-from hybridkex.wire.extensions import Extensions
+from hybridkex.wire import extensions as ext
 from hybridkex.wire.messages import KeyUpdate, Message, NewSessionTicket
 
 __all__ = ["ClientTraffic", "Connected", "ServerTraffic", "store_key"]
@@ -230,6 +230,6 @@ class ServerTraffic(_Traffic):
                 age_add=int.from_bytes(self._config.entropy(4), "big"),
                 nonce=nonce,
                 ticket=ticket,
-                extensions=Extensions(),
+                extensions=ext.Extensions(),
             )
         )

@@ -1,12 +1,17 @@
-"""Extensions (RFC 9846 section 4.3): one class each, and one table of where each may stand.
+"""Extensions (RFC 9846 section 4.3): one class each, and one list of them.
 
-A class says its type, the messages it may appear in, and how its body reads. :func:`parse` applies
-the rules that hold for all of them: no duplicates, nothing that we know in a message where it does
-not belong, ``pre_shared_key`` last. Whether a response was asked for is the engine's question,
-since only it knows what it offered.
+A class declares its type, the messages that may carry it, whether it may come without an offer,
+whether it may change after a HelloRetryRequest, and how its body is read and written. All rules are
+applied from these declarations: :func:`parse` refuses duplicates, a known extension in the wrong
+message, and anything behind ``pre_shared_key``; :func:`answerable` says what a server may answer;
+:data:`MAY_CHANGE` says what a second ClientHello may change.
+
+To add an extension that the engine acts on, write its class and add it to ``_CLASSES``. An
+extension that only the application acts on is a :class:`ApplicationExtension`, which goes into the
+configuration and changes nothing here.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import ClassVar, Final, Self, TypeVar
@@ -26,8 +31,11 @@ from hybridkex.wire.codec import (
 )
 
 __all__ = [
+    "KNOWN_TYPES",
+    "MAY_CHANGE",
     "AlpnChoice",
     "AlpnOffer",
+    "ApplicationExtension",
     "CertificateAuthorities",
     "ClientCertificateTypeChoice",
     "ClientCertificateTypeOffer",
@@ -60,6 +68,7 @@ __all__ = [
     "SupportedVersionsOffer",
     "TlsCertWithExternPsk",
     "UnknownExtension",
+    "answerable",
     "parse",
 ]
 
@@ -90,6 +99,11 @@ class Extension:
 
     type: ClassVar[int]
     messages: ClassVar[tuple[MessageKind, ...]]
+    """Where it may appear: the table of section 4.3."""
+    needs_offer: ClassVar[bool] = True
+    """Whether a server may send it only where the ClientHello has the same type."""
+    may_change: ClassVar[bool] = False
+    """Whether it may differ in the second ClientHello, or be missing (section 4.2.2)."""
 
     @classmethod
     def read(cls, reader: Reader) -> Self:
@@ -98,6 +112,30 @@ class Extension:
 
     def body(self) -> bytes:
         """The body, without type and length."""
+        raise NotImplementedError
+
+
+class ApplicationExtension(Extension):
+    """An extension that the application adds through ``extensions`` of its configuration.
+
+    The client's object is sent in the ClientHello. A server that has an object of the same type
+    calls its :meth:`answer` and sends the result in EncryptedExtensions. Both sides find what the
+    peer sent in :attr:`~hybridkex.Session.extensions`.
+    """
+
+    messages = (CH, EE)
+
+    @classmethod
+    def read_answer(cls, reader: Reader) -> Extension:
+        """Parse the body of the server's answer; the same form as the offer's by default."""
+        return cls.read(reader)
+
+    def answer(self, offered: Self) -> Extension | None:
+        """At a server: the answer to a client's offer, or ``None`` to leave it unanswered.
+
+        Raises:
+            PeerError: the offer is not acceptable; the handshake ends with the error's alert.
+        """
         raise NotImplementedError
 
 
@@ -309,6 +347,7 @@ class Padding(Extension):
     """RFC 7685: zeros, which nobody reads."""
 
     type = ExtensionType.PADDING
+    may_change = True
     messages = (CH,)
     length: int
 
@@ -363,6 +402,7 @@ class PreSharedKeyOffer(Extension):
 
     type = ExtensionType.PRE_SHARED_KEY
     messages = (CH,)
+    may_change = True
     identities: tuple[OfferedPskIdentity, ...]
     binders: tuple[bytes, ...]
 
@@ -414,6 +454,7 @@ class EarlyDataIndication(_Empty):
 
     type = ExtensionType.EARLY_DATA
     messages = (CH, EE)
+    may_change = True
 
 
 @dataclass(frozen=True)
@@ -470,6 +511,8 @@ class Cookie(Extension):
 
     type = ExtensionType.COOKIE
     messages = (CH, HRR)
+    needs_offer = False
+    may_change = True
     cookie: bytes
 
     @classmethod
@@ -567,6 +610,7 @@ class KeyShareOffer(Extension):
 
     type = ExtensionType.KEY_SHARE
     messages = (CH,)
+    may_change = True
     entries: tuple[KeyShareEntry, ...]
 
     @classmethod
@@ -646,7 +690,14 @@ _CLASSES: Final[tuple[type[Extension], ...]] = (
 _PARSERS: Final = {
     kind: {int(cls.type): cls for cls in _CLASSES if kind in cls.messages} for kind in MessageKind
 }
-_KNOWN_TYPES: Final = frozenset(int(cls.type) for cls in _CLASSES)
+_UNASKED: Final = {
+    kind: frozenset(type_ for type_, cls in table.items() if not cls.needs_offer)
+    for kind, table in _PARSERS.items()
+}
+KNOWN_TYPES: Final = frozenset(int(cls.type) for cls in _CLASSES)
+"""The types that the engine knows."""
+MAY_CHANGE: Final = frozenset(int(cls.type) for cls in _CLASSES if cls.may_change)
+"""The types that a second ClientHello may change, add or remove (section 4.2.2)."""
 _LAST: Final = int(ExtensionType.PRE_SHARED_KEY)
 
 AnyExtension = Extension | UnknownExtension
@@ -665,6 +716,20 @@ class Extensions:
         """The extension of this class, if the message has it."""
         found = self._by_type.get(cls.type)
         return found if isinstance(found, cls) else None
+
+    def decoded(self, type_: int, read: Callable[[Reader], E]) -> E | None:
+        """An extension that only the application knows, if the message has it.
+
+        Raises:
+            DecodeError: ``read`` leaves bytes over, or fails.
+        """
+        found = self._by_type.get(type_)
+        if not isinstance(found, UnknownExtension):
+            return None
+        reader = Reader(found.data)
+        value = read(reader)
+        reader.finish()
+        return value
 
     def __contains__(self, cls: type[Extension]) -> bool:
         return cls.type in self._by_type
@@ -715,11 +780,24 @@ def parse(kind: MessageKind, reader: Reader) -> Extensions:
         if parser is not None:
             found[type_] = parser.read(body)
             body.finish()
-        elif type_ in _KNOWN_TYPES and kind is not MessageKind.CERTIFICATE:
+        elif type_ in KNOWN_TYPES and kind is not MessageKind.CERTIFICATE:
             raise IllegalParameter(f"extension {_name(type_)} in {kind.name.lower()}")
         else:
             found[type_] = UnknownExtension(type_, body.rest())
     return Extensions(found.values())
+
+
+def answerable(kind: MessageKind, sent: Iterable[Extension]) -> frozenset[int]:
+    """The types that a server may put into a message of this kind.
+
+    Args:
+        kind: the message.
+        sent: the extensions of the ClientHello.
+    """
+    table = _PARSERS[kind]
+    return _UNASKED[kind] | {
+        int(one.type) for one in sent if one.type in table or kind in one.messages
+    }
 
 
 def _name(type_: int) -> str:

@@ -74,6 +74,7 @@ WRONG: tuple[Any, ...] = (
 RIGHT = {  # What of these is right, or free, by field.
     "groups": (None,),
     "alpn": (),
+    "extensions": (),
     "psk_source": (None,),
     "record_size_limit": (None,),
     "padding": (None,),
@@ -83,6 +84,7 @@ RIGHT = {  # What of these is right, or free, by field.
     "identity": (None,),
     "ticket_store": (None,),
     "tickets": (None,),
+    "first_key": (None,),
     "psk": (None,),
     "authentication": (None,),
     "compatibility_mode": (True,),

@@ -65,7 +65,7 @@ def build(cls: type) -> st.SearchStrategy[Any]:
 
 def any_extensions() -> st.SearchStrategy[Extensions]:
     unknown = st.builds(
-        ext.UnknownExtension, integers.filter(lambda type_: type_ not in ext._KNOWN_TYPES), blobs
+        ext.UnknownExtension, integers.filter(lambda type_: type_ not in ext.KNOWN_TYPES), blobs
     )
     return st.lists(unknown, max_size=2).map(Extensions)
 

@@ -10,7 +10,7 @@ from hybridkex.crypto.kex import ALL_GROUPS
 from hybridkex.demos.rndl.later.reading import Connection, read_capture
 from hybridkex.errors import RecordingError
 from hybridkex.qkd.psk import name_of
-from hybridkex.wire.extensions import PreSharedKeyOffer, ServerName
+from hybridkex.wire import extensions as ext
 from hybridkex.wire.messages import ImportedIdentity
 
 __all__ = ["Overheard", "overhear"]
@@ -44,7 +44,7 @@ class Overheard:
     @property
     def server_name(self) -> str:
         """The server name in the clear."""
-        name = self.connection.client_hello.extensions.get(ServerName)
+        name = self.connection.client_hello.extensions.get(ext.ServerName)
         return name.host_name if name is not None else "none"
 
     @property
@@ -56,7 +56,7 @@ class Overheard:
     @property
     def key_ids(self) -> list[str]:
         """The IDs of the QKD keys that the client offered."""
-        offer = self.connection.client_hello.extensions.get(PreSharedKeyOffer)
+        offer = self.connection.client_hello.extensions.get(ext.PreSharedKeyOffer)
         found: dict[str, None] = {}
         for one in offer.identities if offer is not None else ():
             imported = ImportedIdentity.decode(one.identity)

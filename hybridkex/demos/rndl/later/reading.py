@@ -12,13 +12,7 @@ from hybridkex.demos.rndl.capture.pcapng import read_pcapng
 from hybridkex.demos.rndl.capture.tcpip import Flow, reassemble
 from hybridkex.demos.rndl.later.derivation import SUITES, Suite
 from hybridkex.errors import HybridkexError, RecordingError
-from hybridkex.wire.extensions import (
-    KeyShareChoice,
-    KeyShareOffer,
-    OfferedPskIdentity,
-    PreSharedKeyChoice,
-    PreSharedKeyOffer,
-)
+from hybridkex.wire import extensions as ext
 from hybridkex.wire.messages import ClientHello, HelloRetryRequest, ServerHello, decode
 from hybridkex.wire.records import RecordBuffer
 
@@ -80,7 +74,7 @@ class Connection:
     @property
     def shares(self) -> tuple[bytes, bytes]:
         """The client's and the server's key share."""
-        offer = self.client_hello.extensions.get(KeyShareOffer)
+        offer = self.client_hello.extensions.get(ext.KeyShareOffer)
         entries = offer.entries if offer is not None else ()
         for entry in entries:
             if entry.group == self.group:
@@ -111,21 +105,21 @@ class Connection:
     @property
     def bound(self) -> bytes:
         """The hash of what binders cover (RFC 9846 section 4.3.11.2)."""
-        offer = self.client_hello.extensions.get(PreSharedKeyOffer)
+        offer = self.client_hello.extensions.get(ext.PreSharedKeyOffer)
         length = offer.binders_length if offer is not None else 0
         return self.suite.digest(self.before + self.raw_client_hello[:-length])
 
     @cached_property
-    def _chosen_psk(self) -> tuple[OfferedPskIdentity, bytes] | None:
-        choice = self.server_hello.extensions.get(PreSharedKeyChoice)
-        offer = self.client_hello.extensions.get(PreSharedKeyOffer)
+    def _chosen_psk(self) -> tuple[ext.OfferedPskIdentity, bytes] | None:
+        choice = self.server_hello.extensions.get(ext.PreSharedKeyChoice)
+        offer = self.client_hello.extensions.get(ext.PreSharedKeyOffer)
         if choice is None or offer is None or choice.selected >= len(offer.identities):
             return None
         return offer.identities[choice.selected], offer.binders[choice.selected]
 
     @property
-    def _choice(self) -> KeyShareChoice:
-        choice = self.server_hello.extensions.get(KeyShareChoice)
+    def _choice(self) -> ext.KeyShareChoice:
+        choice = self.server_hello.extensions.get(ext.KeyShareChoice)
         if choice is None:
             raise RecordingError("a ServerHello without a key share")
         return choice

@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shell": ENGINE | {"net", "qkd"},
     # Shells: one for each event loop.
     "streams": ENGINE | {"net", "shell"},
-    "aio": ENGINE | {"net", "shell", "text"},
+    "aio": ENGINE | {"net", "shell"},
     "kme": ENGINE | {"files", "net", "qkd", "link", "shell", "streams"},
     "combiner": BASE | {"wire", "crypto", "auth", "qkd"},
     # Applications need no more than what everybody has.

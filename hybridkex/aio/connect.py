@@ -9,8 +9,10 @@ from hybridkex.aio.transport import (
     DEFAULT_HANDSHAKE_TIMEOUT,
     DEFAULT_SHUTDOWN_TIMEOUT,
     SecureTransport,
+    connection_error,
 )
-from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.errors import LocalStateError
+from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 
 __all__ = ["create_connection", "create_server", "start_tls"]
 
@@ -44,7 +46,11 @@ async def create_connection(
     Raises:
         OSError: no connection.
         SecureConnectionError: the handshake failed; ``__cause__`` says why.
+        ConfigError: ``config`` is not a ``ClientConfig``.
+        TypeError: ``ssl`` among the arguments.
     """
+    check_config(config, ClientConfig)
+    _check_plain(tcp)
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
     protocol = protocol_factory()
@@ -75,6 +81,11 @@ def _aborted_on_failure(
         raise
 
 
+def _check_plain(tcp: dict[str, Any]) -> None:
+    if tcp.get("ssl") is not None:
+        raise TypeError("config takes the place of ssl; both would be TLS within TLS")
+
+
 async def create_server(
     protocol_factory: Callable[[], asyncio.BaseProtocol],
     host: Any = None,
@@ -100,9 +111,12 @@ async def create_server(
 
     Raises:
         OSError: cannot listen there.
+        ConfigError: ``config`` is not a ``ServerConfig``.
+        TypeError: ``ssl`` among the arguments.
     """
-    if not isinstance(config, ServerConfig):
-        raise TypeError("config must be a ServerConfig")
+    check_config(config, ServerConfig)
+    assert isinstance(config, ServerConfig)
+    _check_plain(tcp)
 
     def accept() -> asyncio.BaseProtocol:
         return SecureTransport(
@@ -139,8 +153,11 @@ async def start_tls(
         shutdown_timeout: seconds from ``close`` until the peer's close_notify.
 
     Raises:
-        SecureConnectionError: the handshake failed; ``__cause__`` says why.
+        SecureConnectionError: the transport is closed, or the handshake failed; ``__cause__`` says
+            why.
     """
+    if transport.is_closing():
+        raise connection_error(LocalStateError("the transport is closed, or is being closed"))
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
     secure = SecureTransport(

@@ -126,14 +126,20 @@ async def upgrade(
         raise LocalStateError("plain data came from the peer ahead of the TLS handshake")
     secure_reader = asyncio.StreamReader(limit=limit, loop=loop)
     protocol = _StreamProtocol(secure_reader, loop=loop)
-    transport = await start_tls(
-        plain,
-        protocol,
-        config,
-        server_hostname=server_hostname,
-        handshake_timeout=handshake_timeout,
-        shutdown_timeout=shutdown_timeout,
-    )
+    plain_protocol = plain.get_protocol()
+    try:
+        transport = await start_tls(
+            plain,
+            protocol,
+            config,
+            server_hostname=server_hostname,
+            handshake_timeout=handshake_timeout,
+            shutdown_timeout=shutdown_timeout,
+        )
+    except BaseException as error:
+        # Or whoever waits for the plain writer's end would wait for ever.
+        plain_protocol.connection_lost(error if isinstance(error, Exception) else None)
+        raise
     transport.keep(writer)
     protocol.connection_made(transport)
     return secure_reader, asyncio.StreamWriter(transport, protocol, secure_reader, loop)

@@ -8,6 +8,8 @@ pauses and closes. ``_Receiver`` is the protocol of the transport below: it hand
 - All that was received is decrypted at once. While the application has paused reading, what is
   decrypted waits, and the transport below is paused: no more than one read is ever held.
 - Small writes are joined until the loop's next turn, or until the end of the read that they answer.
+- An exception of the application's protocol ends its connection: the loop's exception handler gets
+  it, the peer the alert internal_error, and ``connection_lost`` the exception itself.
 """
 
 import asyncio
@@ -20,6 +22,7 @@ from typing import Any, Final, cast
 
 from hybridkex.aio.facade import SslObject, cipher_of, peercert_of
 from hybridkex.errors import (
+    ConfigError,
     HandshakeTimeout,
     HybridkexError,
     InternalError,
@@ -30,7 +33,7 @@ from hybridkex.net.log import BoundedLog
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
 from hybridkex.text import get_logger
-from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 from hybridkex.tls.connection import ClientConnection, ServerConnection
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed
 from hybridkex.tls.session import Session
@@ -40,6 +43,7 @@ __all__ = [
     "DEFAULT_SHUTDOWN_TIMEOUT",
     "SecureConnectionError",
     "SecureTransport",
+    "connection_error",
 ]
 
 _log: Final = get_logger("hybridkex.aio")
@@ -68,7 +72,8 @@ class _State(Enum):
     HANDSHAKE = auto()
     OPEN = auto()
     CLOSING = auto()
-    """We have sent close_notify and wait for the peer's, or for an alert to leave."""
+    """We have sent close_notify and wait for the peer's, or for an alert to leave, or have cut the
+    connection."""
     CLOSED = auto()
 
 
@@ -90,7 +95,13 @@ class SecureTransport(asyncio.Transport):
     ``get_extra_info`` knows ``hybridkex_session`` (the :class:`~hybridkex.Session`), ``peercert``,
     ``cipher``, ``ssl_object``, ``sslcontext`` (the configuration), and all that the transport below
     knows (``peername``, ``sockname``, ``socket``).
+
+    Raises:
+        ConfigError: the configuration is no ``ClientConfig`` and no ``ServerConfig``, or a server
+            is given a ``server_hostname``.
     """
+
+    _start_tls_compatible = True  # loop.start_tls, for a TLS connection inside this one
 
     def __init__(
         self,
@@ -104,22 +115,25 @@ class SecureTransport(asyncio.Transport):
         ready: "asyncio.Future[None] | None" = None,
     ) -> None:
         super().__init__()
+        check_config(config, ClientConfig, ServerConfig)
         self._loop = asyncio.get_running_loop()
         self._config = config
         self._connection: ClientConnection | ServerConnection
         if isinstance(config, ClientConfig):
             self._connection = ClientConnection(config, server_hostname)
         else:
+            if server_hostname is not None:
+                raise ConfigError("server_hostname goes with a ClientConfig")
             self._connection = ServerConnection(config)
         self._answers = Answers(config, self._connection)
         self._handshake_timeout = handshake_timeout
         self._shutdown_timeout = shutdown_timeout
         self._announce = call_connection_made
-        self._announced = not call_connection_made
+        self._announced = False
         self._ready = ready
         self._session: Session | None = None
         self._state = _State.HANDSHAKE
-        self._failure: SecureConnectionError | None = None
+        self._failure: Exception | None = None
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         # What was decrypted and not delivered: while reading is paused.
@@ -132,11 +146,16 @@ class SecureTransport(asyncio.Transport):
         self._outgoing_size = 0
         self._flush_due = False
         self._in_read = False
+        self._writing_paused = False
         self._aborted = False
         self._ignored_writes = 0
         self._raw: asyncio.Transport | None = None
         self.receiver: Final = _Receiver(self)
         self.set_protocol(protocol)
+
+    def __repr__(self) -> str:
+        role = "server" if isinstance(self._config, ServerConfig) else "client"
+        return f"<SecureTransport {role} {self._state.name.lower()} {self._raw!r}>"
 
     # --- what it is ---------------------------------------------------------------------------
 
@@ -187,7 +206,11 @@ class SecureTransport(asyncio.Transport):
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Use another protocol from now on."""
         self._protocol = protocol
-        self._buffered = isinstance(protocol, asyncio.BufferedProtocol)
+        # A transport within this one has its bytes handed over, not copied into the read buffer,
+        # which may hold more of ours.
+        self._buffered = isinstance(protocol, asyncio.BufferedProtocol) and not isinstance(
+            protocol, _Receiver
+        )
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         """The application's protocol."""
@@ -207,6 +230,11 @@ class SecureTransport(asyncio.Transport):
     def attach(self, raw: asyncio.Transport) -> None:
         """Begin the handshake over a connected transport, which belongs to this one from now on."""
         self._raw = raw
+        if self._failure is not None:  # it was aborted while the connection was being made
+            self._abort_raw()
+            return
+        # A transport that is upgraded may be full already, and tells only of changes.
+        self._writing_paused = raw.get_write_buffer_size() > raw.get_write_buffer_limits()[1]
         self._timer = self._loop.call_later(self._handshake_timeout, self._handshake_late)
         if self._answers.refreshes:
             self._wait_for(self._refresh_and_begin())
@@ -252,16 +280,16 @@ class SecureTransport(asyncio.Transport):
 
     def _answered(self, task: "asyncio.Task[None]") -> None:
         self._task = None
-        if task.cancelled() or self._state is not _State.HANDSHAKE:
+        error = None if task.cancelled() else task.exception()
+        if self._state is not _State.HANDSHAKE:
             return
-        error = task.exception()
-        if isinstance(error, HybridkexError):
+        if task.cancelled():
+            self._give_up("the wait for a PSK source or verifier was cancelled")
+        elif isinstance(error, HybridkexError):
             self._fail(error)
         elif error is not None:
-            self._loop.call_exception_handler(
-                {"message": "a PSK source or verifier failed", "exception": error}
-            )
-            self._fail(InternalError("a PSK source or verifier failed"))
+            self._report("a PSK source or verifier failed", error)
+            self._give_up("a PSK source or verifier failed")
         else:
             self._resume_raw()
             self._advance_handshake()
@@ -275,17 +303,18 @@ class SecureTransport(asyncio.Transport):
         self._session = self._connection.session
         self._state = _State.OPEN
         self._stop_timer()
-        if self._announce:
-            self._announced = True
-            self._protocol.connection_made(self)
+        self._announced = True
+        try:
+            if self._announce:
+                self._protocol.connection_made(self)
+            if self._writing_paused:
+                self._protocol.pause_writing()
+        except Exception as error:
+            self._application_failed(error)
+            return
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
-        self._in_read = True
-        try:
-            self._take_events()
-        finally:
-            self._in_read = False
-            self._flush()
+        self._process()
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -301,33 +330,45 @@ class SecureTransport(asyncio.Transport):
             return
         if self._state is _State.CLOSED or self._failure is not None:
             return
-        self._in_read = True
         try:
             self._connection.receive_data(data)
-            self._take_events()
         except HybridkexError as error:
             self._fail(error)
+        else:
+            self._process()
+
+    def _process(self) -> None:
+        """All that the engine has, to the application, or aside while it has paused reading."""
+        self._in_read = True
+        try:
+            self._take_events()
+        except Exception as error:
+            self._application_failed(error)
         finally:
             self._in_read = False
-            self._flush()
+            if self._outgoing:
+                self._flush()
 
     def _take_events(self) -> None:
-        """All that the engine has, to the application, or aside while it has paused reading."""
-        next_event = self._connection.next_event
-        try:
-            while (event := next_event()) is not None:
-                if type(event) is ApplicationData and self._state is _State.OPEN:
-                    if self._reading_paused:
-                        self._held.append(event.data)
-                    else:
-                        self._deliver(event.data)
-        except HybridkexError as error:
-            self._fail(error)
-            return
-        if self._connection.close_received:
+        connection = self._connection
+        next_event = connection.next_event
+        while True:
+            try:
+                event = next_event()
+            except HybridkexError as error:
+                self._fail(error)
+                return
+            if event is None:
+                break
+            if type(event) is ApplicationData and self._state is _State.OPEN:
+                if self._reading_paused:
+                    self._held.append(event.data)
+                else:
+                    self._deliver(event.data)
+        if connection.close_received:
             self._deliver_end()
-        if self._connection.has_data_to_send:
-            self._send_output()  # a KeyUpdate or an alert that answers the peer
+        if connection.has_data_to_send:
+            self._send_output()  # a KeyUpdate that answers the peer
 
     def _deliver(self, data: bytes) -> None:
         protocol: Any = self._protocol
@@ -348,14 +389,14 @@ class SecureTransport(asyncio.Transport):
         """Tell the application of the peer's close_notify, once and after all data."""
         if self._state is _State.CLOSING:
             self._close_raw()
-        elif self._state is _State.OPEN and not self._held and not self._end_delivered:
+        elif self._state is _State.OPEN and not self._reading_paused and not self._end_delivered:
             self._end_delivered = True
             protocol: Any = self._protocol
             if not protocol.eof_received():
                 self.close()
 
     def ended(self) -> bool:
-        """The transport below has ended; whether it shall stay open for writing."""
+        """Take the end of the transport below; returns whether it shall stay open for writing."""
         if self._state is _State.OPEN and self._connection.close_received:
             return True
         if self._state in (_State.HANDSHAKE, _State.OPEN) and self._failure is None:
@@ -387,11 +428,7 @@ class SecureTransport(asyncio.Transport):
         try:
             self._deliver_held()
         except Exception as error:
-            # As asyncio does it where data_received fails.
-            self._loop.call_exception_handler(
-                {"message": "protocol.data_received() failed", "exception": error}
-            )
-            self._fail(InternalError("the application's protocol failed"))
+            self._application_failed(error)
 
     def _deliver_held(self) -> None:
         while self._held and not self._reading_paused and self._state is _State.OPEN:
@@ -466,7 +503,9 @@ class SecureTransport(asyncio.Transport):
 
     def _send_output(self) -> None:
         if self._connection.has_data_to_send and self._raw is not None:
-            self._raw.write(self._connection.data_to_send())
+            data = self._connection.data_to_send()
+            if not self._raw.is_closing():  # or it is lost, and will say so
+                self._raw.write(data)
 
     def can_write_eof(self) -> bool:
         """TLS 1.3 has half-close: always true."""
@@ -496,6 +535,9 @@ class SecureTransport(asyncio.Transport):
 
     def writing_paused(self, paused: bool) -> None:
         """The transport below is full, or has room again."""
+        if paused is self._writing_paused:
+            return
+        self._writing_paused = paused
         if not self._announced:
             return
         if paused:
@@ -509,7 +551,8 @@ class SecureTransport(asyncio.Transport):
         """Send what was written and close_notify, and close when the peer has answered it.
 
         Data that comes meanwhile is dropped. A peer that has not answered within the shutdown
-        timeout is cut off.
+        timeout is cut off; if it has not taken all of our data either, ``connection_lost`` is given
+        a :exc:`SecureConnectionError`.
         """
         if self._state is _State.HANDSHAKE:
             self.abort()
@@ -525,7 +568,7 @@ class SecureTransport(asyncio.Transport):
         if self._connection.close_received or self._failure is not None:
             self._close_raw()
             return
-        self._timer = self._loop.call_later(self._shutdown_timeout, self._abort_raw)
+        self._timer = self._loop.call_later(self._shutdown_timeout, self._shutdown_late)
         self._resume_raw()
 
     def abort(self) -> None:
@@ -533,8 +576,18 @@ class SecureTransport(asyncio.Transport):
         if self._state is _State.CLOSED:
             return
         if self._failure is None:
-            self._failure = _connection_error(LocalStateError("the connection was aborted"))
+            self._failure = connection_error(LocalStateError("the connection was aborted"))
             self._aborted = True
+        self._state = _State.CLOSING
+        self._drop()
+        self._abort_raw()
+
+    def _shutdown_late(self) -> None:
+        assert self._raw is not None
+        if self._failure is None and self._raw.get_write_buffer_size():
+            seconds = f"{self._shutdown_timeout:g} seconds"
+            error = TruncationError(f"the peer did not take all of our data within {seconds}")
+            self._failure = connection_error(error)
         self._abort_raw()
 
     def _abort_raw(self) -> None:
@@ -546,7 +599,7 @@ class SecureTransport(asyncio.Transport):
         """Close the transport below once it has sent what it holds; it has a time limit."""
         self._stop()
         assert self._raw is not None
-        self._timer = self._loop.call_later(self._shutdown_timeout, self._abort_raw)
+        self._timer = self._loop.call_later(self._shutdown_timeout, self._shutdown_late)
         self._raw.close()
 
     def _stop(self) -> None:
@@ -560,16 +613,43 @@ class SecureTransport(asyncio.Transport):
             self._timer.cancel()
             self._timer = None
 
-    def _fail(self, error: HybridkexError) -> None:
-        """Send the alert, if there is one, and close."""
-        if self._failure is not None or self._state is _State.CLOSED:
-            return
-        self._failure = _connection_error(error)
-        self._state = _State.CLOSING
-        self._stop()
+    def _drop(self) -> None:
+        """Let go of what nobody will read or send."""
         self._held.clear()
         self._outgoing.clear()
         self._outgoing_size = 0
+
+    def _report(self, message: str, error: BaseException) -> None:
+        self._loop.call_exception_handler(
+            {
+                "message": message,
+                "exception": error,
+                "transport": self,
+                "protocol": self._protocol,
+            }
+        )
+
+    def _application_failed(self, error: Exception) -> None:
+        """A call of the application's protocol has raised ``error``."""
+        self._report("Fatal error: the application's protocol failed.", error)
+        self._give_up("the application's protocol failed", error)
+
+    def _give_up(self, why: str, cause: Exception | None = None) -> None:
+        """Close with the alert internal_error: the reason is on our side."""
+        error = InternalError(why)
+        if not self._connection.close_sent:  # nothing follows a close_notify (section 6.1)
+            self._connection.abort(error)
+        self._fail(error, cause)
+
+    def _fail(self, error: HybridkexError, cause: Exception | None = None) -> None:
+        """Send the alert, if there is one, and close; the application gets ``cause``, or a
+        :exc:`SecureConnectionError`."""
+        if self._failure is not None or self._state is _State.CLOSED:
+            return
+        self._failure = cause or connection_error(error)
+        self._state = _State.CLOSING
+        self._stop()
+        self._drop()
         assert self._raw is not None
         self._send_output()
         self._timer = self._loop.call_later(_ALERT_TIMEOUT, self._abort_raw)
@@ -577,17 +657,21 @@ class SecureTransport(asyncio.Transport):
 
     def lost(self, error: Exception | None) -> None:
         """The transport below is gone."""
-        was = self._state
-        self._state = _State.CLOSED
+        was, self._state = self._state, _State.CLOSED
         self._stop()
-        self._held.clear()
-        failure: Exception | None = self._failure or error
-        if failure is None and was is _State.HANDSHAKE:
-            failure = _connection_error(TruncationError("the connection was closed"))
+        self._drop()
+        complete = self._connection.close_received
+        failure: Exception | None = self._failure
+        if failure is None and not (complete and was is _State.CLOSING):
+            # A peer that has our close_notify and has sent its own may leave as it likes.
+            failure = error
+        if failure is None and not complete and was is not _State.CLOSING:
+            failure = connection_error(TruncationError("the connection was closed"))
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(failure or ConnectionAbortedError("the transport was closed"))
-        elif self._announced:
-            self._protocol.connection_lost(None if self._aborted else failure)
+        if self._announced:
+            protocol, self._protocol = self._protocol, asyncio.BaseProtocol()  # no ring remains
+            protocol.connection_lost(None if self._aborted else failure)
         elif self._ready is None:
             _LINES.log(logging.WARNING, "%s: %s", self._peer, failure)
 
@@ -598,7 +682,8 @@ class SecureTransport(asyncio.Transport):
         return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "a local peer"
 
 
-def _connection_error(cause: HybridkexError) -> SecureConnectionError:
+def connection_error(cause: HybridkexError) -> SecureConnectionError:
+    """What asyncio's users get for an error of ours."""
     error = SecureConnectionError(str(cause))
     error.__cause__ = cause
     return error
@@ -619,11 +704,17 @@ class _Receiver(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         self._transport.received(_SCRATCH.view[:nbytes])
 
+    def data_received(self, data: bytes) -> None:
+        """What a secure transport around this one has decrypted."""
+        self._transport.received(memoryview(data))
+
     def eof_received(self) -> bool:
         return self._transport.ended()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport.lost(exc)
+        transport = self._transport
+        del self._transport  # nothing comes after this, and no ring remains
+        transport.lost(exc)
 
     def pause_writing(self) -> None:
         self._transport.writing_paused(True)

@@ -5,12 +5,24 @@ Whichever loop runs the caller is used; neither is imported here. Cancellation i
 
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from types import ModuleType
-from typing import TypeVar
+from types import ModuleType, TracebackType
+from typing import Any, Final, TypeVar
 
-__all__ = ["checkpoint", "current_time", "in_thread", "sleep", "time_limit"]
+__all__ = [
+    "Event",
+    "Lock",
+    "checkpoint",
+    "checkpoint_if_cancelled",
+    "current_time",
+    "in_thread",
+    "on_trio",
+    "shielded",
+    "sleep",
+    "time_limit",
+]
 
 T = TypeVar("T")
 
@@ -24,6 +36,11 @@ def _trio() -> ModuleType | None:
 def _asyncio() -> ModuleType:
     """asyncio, which is loaded already where it runs."""
     return sys.modules["asyncio"]
+
+
+def on_trio() -> bool:
+    """Whether the caller runs in trio."""
+    return _trio() is not None
 
 
 def current_time() -> float:
@@ -47,6 +64,15 @@ async def checkpoint() -> None:
     await sleep(0)
 
 
+async def checkpoint_if_cancelled() -> None:
+    """Be cancelled here if the caller has been, without a turn for others.
+
+    asyncio delivers a cancellation where a task waits, so nothing is to be done there.
+    """
+    if (trio := _trio()) is not None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+
 @asynccontextmanager
 async def time_limit(seconds: float) -> AsyncIterator[None]:
     """Cancel the body after so many seconds (``math.inf``: never).
@@ -64,14 +90,108 @@ async def time_limit(seconds: float) -> AsyncIterator[None]:
             yield
 
 
-async def in_thread(function: Callable[[], T]) -> T:
+async def in_thread(function: Callable[[], T], *, abandon: bool = True) -> T:
     """Run a blocking function in a worker thread.
 
-    A caller who is cancelled does not wait for the thread, which ends by itself.
+    Args:
+        function: what to run.
+        abandon: a caller who is cancelled does not wait for the thread, which ends by itself;
+            otherwise the cancellation comes when the function has returned.
     """
     result: T
     if (trio := _trio()) is not None:
-        result = await trio.to_thread.run_sync(function, abandon_on_cancel=True)
-    else:
+        result = await trio.to_thread.run_sync(function, abandon_on_cancel=abandon)
+    elif abandon:
         result = await _asyncio().to_thread(function)
+    else:
+        result = await shielded(lambda: _asyncio().to_thread(function))
     return result
+
+
+async def shielded(function: Callable[[], Awaitable[T]]) -> T:
+    """Run an asynchronous function to its end, whether the caller is cancelled or not."""
+    if (trio := _trio()) is not None:
+        with trio.CancelScope(shield=True):
+            return await function()
+    asyncio = _asyncio()
+
+    async def run() -> T:
+        return await function()
+
+    task: Any = asyncio.ensure_future(run())
+    cancelled: BaseException | None = None
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not task.cancelled():
+            task.exception()  # the cancellation is what the caller learns
+        raise cancelled
+    result: T = task.result()
+    return result
+
+
+class Event:
+    """Something that has happened or has not. It may be made outside any loop."""
+
+    def __init__(self) -> None:
+        self._set = False
+        self._inner: Any = None
+
+    def is_set(self) -> bool:
+        """Whether :meth:`set` was called."""
+        return self._set
+
+    def set(self) -> None:
+        """Wake all who wait."""
+        self._set = True
+        if self._inner is not None:
+            self._inner.set()
+
+    async def wait(self) -> None:
+        """Wait until it has happened."""
+        if self._set:
+            await checkpoint()
+            return
+        if self._inner is None:
+            self._inner = (_trio() or _asyncio()).Event()
+        await self._inner.wait()
+
+
+class Lock:
+    """One task at a time, in the order of arrival. It may be made outside any loop."""
+
+    def __init__(self) -> None:
+        self._held = False
+        self._waiting: Final = deque[Event]()
+
+    async def __aenter__(self) -> None:
+        if not self._held:
+            self._held = True
+            return
+        turn = Event()
+        self._waiting.append(turn)
+        try:
+            await turn.wait()
+        except BaseException:
+            if turn.is_set():
+                self._release()  # it was our turn, and is the next one's now
+            else:
+                self._waiting.remove(turn)
+            raise
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._waiting:
+            self._waiting.popleft().set()
+        else:
+            self._held = False

@@ -3,7 +3,6 @@
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
-import trio
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
@@ -19,6 +18,7 @@ from hybridkex.errors import (
     KeyUnauthorized,
     KeyUnknown,
 )
+from hybridkex.net.event_loop import current_time, time_limit
 from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
@@ -79,21 +79,23 @@ class FailoverSource:
     async def _first(
         self, places: Iterable[int], call: Callable[[KeySource], Awaitable[QkdKey]]
     ) -> QkdKey:
-        now = trio.current_time()
+        now = current_time()
         errors: list[KeySourceError] = []
         for index in sorted(places, key=lambda i: (self._down_until[i] > now, i)):
-            error: KeySourceError = KeySourceUnavailable("the key source was too slow")
+            error: KeySourceError
             try:
-                with trio.move_on_after(self._timeout):
+                async with time_limit(self._timeout):
                     key = await call(self._sources[index])
                     self._down_until[index] = 0.0
                     return key
+            except TimeoutError:
+                error = KeySourceUnavailable("the key source was too slow")
             except KeySourceError as failure:
                 error = failure
             if isinstance(error, KeySourceUnavailable | KeyUnauthorized):
                 # The source is broken. The other errors are about a key, or about its stock.
                 pause = max(self._retry_after, error.retry_after or 0.0)
-                self._down_until[index] = trio.current_time() + pause
+                self._down_until[index] = current_time() + pause
             LOG.warning("key source %d of %d: %s", index + 1, len(self._sources), error)
             errors.append(error)
         raise min(errors, key=_hope)

@@ -5,9 +5,8 @@ from collections import OrderedDict
 from typing import Final
 from uuid import uuid4
 
-import trio
-
 from hybridkex.errors import ConfigError, KeyConsumed, KeySourceExhausted, KeyUnknown
+from hybridkex.net.event_loop import checkpoint, checkpoint_if_cancelled
 from hybridkex.qkd.source import KeyPart, KeyReference, QkdKey, SourceStatus, single
 from hybridkex.secret import Secret
 
@@ -32,7 +31,7 @@ class InProcessSource:
 
     async def get_key(self) -> QkdKey:
         """A new key. ``KeySourceExhausted`` when the peer has not fetched ``capacity`` of them."""
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await checkpoint_if_cancelled()
         if len(self._other._for_me) >= self._capacity:
             raise KeySourceExhausted(f"{self._capacity} keys wait for {self.peer_sae}")
         key_id, key = str(uuid4()), Secret(os.urandom(32))
@@ -46,7 +45,7 @@ class InProcessSource:
 
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         """The key that the other end drew under this name, once."""
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await checkpoint_if_cancelled()
         key_id = single(name, master_kme=self._peer_kme, slave_kme=self._kme)
         key = self._for_me.pop(key_id, None)
         if key is None:
@@ -64,7 +63,7 @@ class InProcessSource:
 
     async def status(self) -> SourceStatus:
         """The stock, without giving a key away."""
-        await trio.lowlevel.checkpoint()
+        await checkpoint()
         free = self._capacity - len(self._other._for_me)
         return SourceStatus(stored=free, capacity=self._capacity, key_bits=256)
 

@@ -4,9 +4,8 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Final
 
-import trio
-
 from hybridkex.errors import ConfigError, KeySourceError, KeySourceExhausted
+from hybridkex.net.event_loop import Event, checkpoint_if_cancelled, current_time, sleep
 from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
 from hybridkex.text import get_logger
 
@@ -38,7 +37,8 @@ class PrefetchConfig:
 class PrefetchSource:
     """A key source with a stock in memory.
 
-    Start :meth:`fill` in a nursery: ``nursery.start_soon(source.fill)``. Keys that are in stock
+    Start :meth:`fill` as a task: ``nursery.start_soon(source.fill)`` in trio,
+    ``group.create_task(source.fill())`` in asyncio. Keys that are in stock
     when the program ends are burnt.
 
     The master's side draws ahead. The slave's side can look keys up ahead once it has been told
@@ -53,7 +53,7 @@ class PrefetchSource:
         self._config = config or PrefetchConfig()
         self._ready: deque[tuple[float, QkdKey]] = deque()
         self._expected: OrderedDict[KeyReference, tuple[float, QkdKey]] = OrderedDict()
-        self._low = trio.Event()
+        self._low = Event()
         self._low.set()
 
     async def get_key(self) -> QkdKey:
@@ -62,7 +62,7 @@ class PrefetchSource:
         if self._ready:
             _, key = self._ready.popleft()
             self._wake()
-            await trio.lowlevel.checkpoint_if_cancelled()
+            await checkpoint_if_cancelled()
             return key
         self._wake()
         return await self._source.get_key()
@@ -72,7 +72,7 @@ class PrefetchSource:
         self._drop_old()
         held = self._expected.pop(name, None)
         if held is not None:
-            await trio.lowlevel.checkpoint_if_cancelled()
+            await checkpoint_if_cancelled()
             return held[1]
         return await self._source.get_key_with_id(name)
 
@@ -106,24 +106,24 @@ class PrefetchSource:
         if len(self._expected) >= self._config.high:
             raise KeySourceExhausted(f"{self._config.high} keys are held ahead already")
         key = await self._source.get_key_with_id(name)
-        self._expected[name] = (trio.current_time() + self._config.ttl, key)
+        self._expected[name] = (current_time() + self._config.ttl, key)
 
     async def fill(self) -> None:
         """Keep the stock between the watermarks, until it is cancelled."""
         wait = self._config.retry_after
         while True:
             await self._low.wait()
-            self._low = trio.Event()
+            self._low = Event()
             self._drop_old()
             try:
                 while len(self._ready) < self._config.high:
                     key = await self._source.get_key()
-                    self._ready.append((trio.current_time() + self._config.ttl, key))
+                    self._ready.append((current_time() + self._config.ttl, key))
                     wait = self._config.retry_after
             except KeySourceError as error:
                 pause = max(wait, error.retry_after or 0.0)
                 LOG.warning("prefetching: %s; next try in %.1f s", error, pause)
-                await trio.sleep(pause)
+                await sleep(pause)
                 wait = min(wait * 2, self._config.retry_after * 32)
                 self._low.set()
 
@@ -132,7 +132,7 @@ class PrefetchSource:
             self._low.set()
 
     def _drop_old(self) -> None:
-        now = trio.current_time()
+        now = current_time()
         while self._ready and self._ready[0][0] <= now:
             self._ready.popleft()
         while self._expected and next(iter(self._expected.values()))[0] <= now:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 from uuid import uuid4
 
-import trio
-
+from hybridkex.net.event_loop import Event, checkpoint
 from hybridkex.secret import Secret
 
 __all__ = ["KeyProducer", "ProducedKey", "RandomEnd", "RandomProducer", "random_link"]
@@ -64,7 +63,7 @@ class RandomProducer:
         return self
 
     async def __anext__(self) -> list[ProducedKey]:
-        await trio.lowlevel.checkpoint()
+        await checkpoint()
         return _random_batch(self.key_bits)
 
 
@@ -74,7 +73,7 @@ class RandomEnd:
     def __init__(self, key_bits: int) -> None:
         self._key_bits = key_bits
         self._waiting: deque[list[ProducedKey]] = deque()
-        self._taken = trio.Event()
+        self._taken = Event()
         self._other = self
 
     def _join(self, other: "RandomEnd") -> None:
@@ -84,12 +83,12 @@ class RandomEnd:
         return self
 
     async def __anext__(self) -> list[ProducedKey]:
-        await trio.lowlevel.checkpoint()
+        await checkpoint()
         if self._waiting:
             self._taken.set()
             return self._waiting.popleft()
         while len(self._other._waiting) >= MAX_LEAD:
-            self._other._taken = trio.Event()
+            self._other._taken = Event()
             await self._other._taken.wait()
         batch = _random_batch(self._key_bits)
         self._other._waiting.append(batch)

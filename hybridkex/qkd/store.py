@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 from uuid import UUID
 
-import trio
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -43,6 +42,7 @@ from hybridkex.errors import (
     KeyUnknown,
 )
 from hybridkex.files import create_file, read_file
+from hybridkex.net.event_loop import Lock, checkpoint, in_thread, shielded
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
 
@@ -225,7 +225,7 @@ class KeyStore:
         self._seal = AESGCM(seal_key.reveal())
         self._on_failure = on_failure
         self._failing = False
-        self._lock = trio.Lock()
+        self._lock = Lock()
         self._reserved: set[tuple[str, str]] = set()
         self._unscrubbed = True
         self._db = _open_locked(path)
@@ -340,7 +340,7 @@ class KeyStore:
                 raise KeySourceUnavailable(f"the key store failed: {text}") from error
 
         async with self._lock:
-            return await trio.to_thread.run_sync(call)
+            return await in_thread(call, abandon=False)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -465,7 +465,7 @@ class KeyStore:
         """End reservations: what was not allotted is free again."""
         # No I/O and no lock: the set belongs to this process and a difference is one step.
         self._reserved.difference_update([(link, key_id) for key_id in key_ids])
-        await trio.lowlevel.checkpoint()
+        await checkpoint()
 
     async def count(self, link: str) -> int:
         """How many keys of material a link has."""
@@ -731,8 +731,7 @@ class KeyStore:
 
     async def aclose(self) -> None:
         """Close the database after the call under way."""
-        with trio.CancelScope(shield=True):
-            await self._run(self._db.close)
+        await shielded(lambda: self._run(self._db.close))
 
 
 def _open_locked(path: Path) -> sqlite3.Connection:

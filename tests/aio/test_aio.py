@@ -27,6 +27,7 @@ from hybridkex.aio import (
 from hybridkex.auth.dev_ca import write_identity
 from hybridkex.errors import (
     CertificateRejected,
+    ConfigError,
     HandshakeTimeout,
     LocalStateError,
     TruncationError,
@@ -519,7 +520,7 @@ def test_strangers_do_not_end_a_server(
 
 def test_servers_take_a_server_config(run: Run, client_config: ClientConfig) -> None:
     async def main() -> None:
-        with pytest.raises(TypeError, match="ServerConfig"):
+        with pytest.raises(ConfigError, match="ServerConfig"):
             await create_server(asyncio.Protocol, "127.0.0.1", 0, client_config)  # type: ignore[arg-type]
 
     run(main())

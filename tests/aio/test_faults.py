@@ -1,0 +1,708 @@
+"""The asyncio shell where something goes wrong: callbacks that raise, tasks that are cancelled,
+peers that send rubbish, connections within connections."""
+
+import asyncio
+import contextlib
+import gc
+import os
+import random
+import socket
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from aio_glue import Run
+from test_aio import closed, connect, echo, serving, until
+
+from hybridkex import ClientConfig, QkdPskSource, ServerConfig
+from hybridkex.aio import (
+    SecureConnectionError,
+    SecureTransport,
+    create_connection,
+    create_server,
+    start_tls,
+    upgrade,
+)
+from hybridkex.errors import ConfigError, InternalError, LocalStateError, TruncationError
+from hybridkex.qkd.in_process import in_process_pair
+
+CALLBACKS = ("connection_made", "data_received", "eof_received", "get_buffer", "buffer_updated")
+
+
+class Boom(Exception):
+    """What the application's callbacks raise here."""
+
+
+def failing(callback: str, lost: list[Exception | None]) -> type[asyncio.BaseProtocol]:
+    """A protocol whose ``callback`` raises."""
+    base: Any = asyncio.BufferedProtocol if "buffer" in callback else asyncio.Protocol
+
+    class Failing(base):  # type: ignore[misc]
+        def get_buffer(self, sizehint: int) -> bytearray:
+            return bytearray(10)
+
+        def buffer_updated(self, nbytes: int) -> None: ...
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            lost.append(exc)
+
+    def fail(*_: object) -> None:
+        raise Boom(callback)
+
+    setattr(Failing, callback, fail)
+    return Failing
+
+
+async def say_and_end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"hello")
+    writer.write_eof()
+    with contextlib.suppress(ConnectionError):
+        await reader.read()
+    await asyncio.sleep(0)
+    writer.close()
+
+
+@contextlib.contextmanager
+def reported() -> Any:
+    """What the loop's exception handler is told meanwhile."""
+    loop, told = asyncio.get_running_loop(), list[dict[str, Any]]()
+    before = loop.get_exception_handler()
+    loop.set_exception_handler(lambda _, context: told.append(context))
+    try:
+        yield told
+    finally:
+        loop.set_exception_handler(before)
+
+
+@pytest.mark.parametrize("qkd", [False, True], ids=["at once", "after a wait"])
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_a_callback_raises(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig, callback: str, qkd: bool
+) -> None:
+    """The connection ends, the peer is told, the exception is reported and nobody hangs."""
+    if qkd:
+        alice, bob = in_process_pair("alice", "bob")
+        client_config = replace(client_config, psk_source=QkdPskSource(alice))
+        server_config = replace(server_config, psk_source=QkdPskSource(bob))
+    ends: list[Exception | None] = []
+
+    async def watch(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"hello")
+        writer.write_eof()
+        try:
+            await reader.read()
+        except ConnectionError as error:
+            ends.append(error)
+        else:
+            ends.append(None)
+        writer.close()
+
+    async def main() -> None:
+        lost: list[Exception | None] = []
+        async with asyncio.timeout(5), serving(server_config, watch) as port:
+            with reported() as told:
+                made = create_connection(
+                    failing(callback, lost),
+                    "127.0.0.1",
+                    port,
+                    client_config,
+                    server_hostname="localhost",
+                )
+                with contextlib.suppress(Boom):
+                    await made
+                await until(lambda: bool(lost) and bool(ends))
+            assert [type(context["exception"]) for context in told] == [Boom]
+            assert [type(error) for error in lost] == [Boom]
+            assert isinstance(ends[0], SecureConnectionError)
+            assert "internal_error" in str(ends[0])
+
+    run(main())
+
+
+def test_a_callback_raises_when_reading_is_resumed(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    lost: list[Exception | None] = []
+
+    class Late(failing("data_received", lost)):  # type: ignore[misc]
+        def connection_made(self, transport: SecureTransport) -> None:
+            transport.pause_reading()
+            asyncio.get_running_loop().call_later(0.1, transport.resume_reading)
+
+    async def main() -> None:
+        async with serving(server_config, say_and_end) as port:
+            with reported() as told:
+                await create_connection(
+                    Late, "127.0.0.1", port, client_config, server_hostname="localhost"
+                )
+                await until(lambda: bool(lost))
+            assert len(told) == 1
+            assert isinstance(lost[0], Boom)
+
+    run(main())
+
+
+@pytest.mark.parametrize("end", ["abort", "close"])
+def test_nothing_is_delivered_after_the_end(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig, end: str
+) -> None:
+    """Data, a KeyUpdate and more data in one read: the first piece makes the application end."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(5):
+            writer.write(b"x" * 20_000)
+            writer.transport.update_keys()  # type: ignore[attr-defined]
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    class Ending(asyncio.Protocol):
+        transport: SecureTransport
+        after = 0
+        ended = lost = False
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, SecureTransport)
+            self.transport = transport
+
+        def data_received(self, data: bytes) -> None:
+            self.after += self.ended
+            self.ended = True
+            getattr(self.transport, end)()
+            assert self.transport.is_closing()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.lost = True
+            assert exc is None
+
+    async def main() -> None:
+        async with serving(server_config, talk) as port:
+            _, protocol = await create_connection(
+                Ending, "127.0.0.1", port, client_config, server_hostname="localhost"
+            )
+            await until(lambda: protocol.lost)
+            assert protocol.after == 0
+
+    run(main())
+
+
+def test_the_end_is_not_delivered_while_reading_is_paused(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    class Paused(asyncio.Protocol):
+        ends = 0
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, SecureTransport)
+            self.transport = transport
+            transport.pause_reading()
+
+        def eof_received(self) -> None:
+            self.ends += 1
+
+    async def end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await closed(writer)
+
+    async def main() -> None:
+        async with serving(server_config, end) as port:
+            transport, protocol = await create_connection(
+                Paused, "127.0.0.1", port, client_config, server_hostname="localhost"
+            )
+            await asyncio.sleep(0.1)
+            assert protocol.ends == 0
+            transport.resume_reading()
+            await until(lambda: protocol.ends == 1)
+
+    run(main())
+
+
+@pytest.mark.parametrize("kind", ["secure in secure", "ours in theirs", "theirs in ours"])
+def test_a_connection_within_a_connection(
+    run: Run, ca: Any, tmp_path: Any, client_config: Any, server_config: Any, kind: str
+) -> None:
+    """As through an HTTPS proxy: TLS to the proxy, and TLS through it."""
+    import ssl
+
+    from hybridkex.auth.dev_ca import write_identity
+
+    write_identity(tmp_path, ca, ca.issue("localhost"))
+    stock = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    stock.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    trusting = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+
+    async def inside(reader: Any, writer: Any) -> None:
+        with contextlib.suppress(ConnectionError):
+            if kind == "theirs in ours":
+                await writer.start_tls(stock)
+            else:
+                reader, writer = await upgrade(reader, writer, server_config)
+            await echo(reader, writer)
+
+    async def main() -> None:
+        if kind == "theirs in ours" and "uvloop" in type(asyncio.get_running_loop()).__module__:
+            pytest.skip("uvloop's start_tls takes no transport but its own")
+        if kind == "ours in theirs":
+            server = await asyncio.start_server(inside, "127.0.0.1", 0, ssl=stock)
+            port = server.sockets[0].getsockname()[1]
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", port, ssl=trusting, server_hostname="localhost"
+            )
+        else:
+            from hybridkex.aio import start_server
+
+            server = await start_server(inside, "127.0.0.1", 0, server_config)
+            port = server.sockets[0].getsockname()[1]
+            reader, writer = await connect(port, client_config)
+        if kind == "theirs in ours":
+            await writer.start_tls(trusting, server_hostname="localhost")
+        else:
+            reader, writer = await upgrade(
+                reader, writer, client_config, server_hostname="localhost"
+            )
+        data = os.urandom(700_000)
+        for _ in range(3):
+            writer.write(data)
+            assert await reader.readexactly(len(data)) == data
+            if kind == "secure in secure":
+                # A record that is no data lies behind data in the outer's read buffer.
+                outer = writer.transport._raw
+                outer.update_keys()
+                writer.transport.update_keys()
+        writer.close()
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+
+    run(main())
+
+
+def test_a_writer_whose_upgrade_fails_is_closed(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"500 no TLS here\n" * 10)
+        await reader.read(1)
+        await closed(writer)
+
+    async def main() -> None:
+        server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.sleep(0)  # nothing has come yet
+        with pytest.raises((SecureConnectionError, LocalStateError)):
+            await upgrade(reader, writer, client_config, server_hostname="localhost")
+        async with asyncio.timeout(5):
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+
+    run(main())
+
+
+def test_an_upgrade_is_cancelled_at_each_step(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    async def inside(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, LocalStateError):
+            await echo(*await upgrade(reader, writer, server_config))
+
+    async def main() -> None:
+        server = await asyncio.start_server(inside, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        for turns in range(12):
+            reader, plain = await asyncio.open_connection("127.0.0.1", port)
+            task = asyncio.ensure_future(
+                upgrade(reader, plain, client_config, server_hostname="localhost")
+            )
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            writer = plain
+            with contextlib.suppress(asyncio.CancelledError):
+                _, writer = await task
+            async with asyncio.timeout(5):
+                await closed(writer)
+        server.close()
+        await server.wait_closed()
+
+    run(main())
+
+
+def test_an_upgrade_of_a_closed_connection(run: Run, client_config: ClientConfig) -> None:
+    async def main() -> None:
+        server = await asyncio.start_server(echo, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        await closed(writer)
+        with pytest.raises(SecureConnectionError, match="closed"):
+            await start_tls(
+                writer.transport, asyncio.Protocol(), client_config, server_hostname="localhost"
+            )
+        server.close()
+        await server.wait_closed()
+
+    run(main())
+
+
+def test_an_upgrade_of_a_connection_that_is_full(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    """pause_writing and resume_writing come in pairs."""
+    calls: list[str] = []
+
+    class Watch(asyncio.Protocol):
+        def pause_writing(self) -> None:
+            calls.append("pause")
+
+        def resume_writing(self) -> None:
+            calls.append("resume")
+
+    size = 8 << 20
+
+    async def slow(listening: socket.socket) -> None:
+        """Reads what comes in the clear, late, and not a byte of what follows."""
+        loop = asyncio.get_running_loop()
+        accepted, _ = await loop.sock_accept(listening)
+        accepted.setblocking(False)
+        await asyncio.sleep(0.1)
+        left = size
+        while left:
+            left -= len(await loop.sock_recv(accepted, min(left, 1 << 16)))
+        inner = SecureTransport(asyncio.Protocol(), server_config)
+        await loop.connect_accepted_socket(lambda: inner.receiver, accepted)
+        await until(lambda: inner._state.name == "CLOSED")
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            listening.setblocking(False)
+            serving = asyncio.ensure_future(slow(listening))
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            writer.write(bytes(size))
+            secure = await start_tls(
+                writer.transport, Watch(), client_config, server_hostname="localhost"
+            )
+            secure.write(bytes(size))
+            await until(lambda: secure.get_write_buffer_size() == 0)
+            secure.abort()
+            await serving
+        assert calls[::2] == ["pause"] * len(calls[::2])
+        assert calls[1::2] == ["resume"] * len(calls[1::2])
+        assert calls
+        await asyncio.sleep(0.05)
+
+    run(main())
+
+
+def test_a_peer_that_does_not_read_until_the_end(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    """Data that was written and never taken is no clean end."""
+    done = asyncio.Event()
+
+    class Watch(asyncio.Protocol):
+        lost: "list[Exception | None]"
+
+        def __init__(self) -> None:
+            self.lost = []
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.lost.append(exc)
+
+    async def idle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await done.wait()
+        writer.transport.abort()
+
+    async def main() -> None:
+        async with serving(server_config, idle) as port:
+            transport, protocol = await create_connection(
+                Watch,
+                "127.0.0.1",
+                port,
+                client_config,
+                server_hostname="localhost",
+                shutdown_timeout=0.2,
+            )
+            transport.write(bytes(32 << 20))
+            transport.close()
+            await until(lambda: bool(protocol.lost))
+            done.set()
+            assert isinstance(protocol.lost[0], SecureConnectionError)
+            assert isinstance(protocol.lost[0].__cause__, TruncationError)
+            await asyncio.sleep(0.05)
+
+    run(main())
+
+
+def test_a_connection_that_is_closed_below_is_no_clean_end(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    async def main() -> None:
+        async with serving(server_config) as port:
+            reader, writer = await connect(port, client_config)
+            writer.transport._raw.close()  # type: ignore[attr-defined]
+            with pytest.raises(SecureConnectionError):
+                await reader.read()
+            writer.close()
+
+    run(main())
+
+
+def test_a_wait_for_a_key_that_is_cancelled(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    """Somebody cancels every task of the loop: the connection fails, and does not hang."""
+
+    class Never:
+        def authorize(self, session: Any, missing: str | None) -> Any:
+            return session
+
+        async def offer(self) -> Any:
+            await asyncio.sleep(3600)
+
+        async def look_up(self, identities: tuple[bytes, ...]) -> Any:
+            raise AssertionError
+
+    config = replace(client_config, psk_source=Never())
+
+    async def main() -> None:
+        async with serving(server_config) as port:
+            before = asyncio.all_tasks()
+            made = asyncio.ensure_future(connect(port, config))
+            await until(lambda: len(asyncio.all_tasks() - before) == 2)
+            for task in asyncio.all_tasks() - before - {made}:
+                task.cancel()
+            with pytest.raises(SecureConnectionError) as caught:
+                await made
+            assert isinstance(caught.value.__cause__, InternalError)
+
+    run(main())
+
+
+@pytest.mark.parametrize("wrong", ["ssl", "role", "context"])
+def test_what_is_not_a_configuration(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig, wrong: str
+) -> None:
+    async def main() -> None:
+        if wrong == "ssl":
+            with pytest.raises(TypeError, match="TLS within TLS"):
+                await connect(1, client_config, ssl=True)
+            with pytest.raises(TypeError, match="TLS within TLS"):
+                await create_server(asyncio.Protocol, None, 0, server_config, ssl=object())
+            return
+        config: Any = server_config if wrong == "role" else object()
+        with pytest.raises(ConfigError, match="ClientConfig"):
+            await connect(1, config)
+
+    run(main())
+
+
+def test_no_ring_of_references_remains(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    """A closed transport goes without the garbage collector, and its keys with it."""
+
+    async def main() -> None:
+        async with serving(server_config) as port:
+            await closed((await connect(port, client_config))[1])
+            await asyncio.sleep(0.05)
+            gc.collect()
+            gc.disable()
+            try:
+                _, writer = await connect(port, client_config)
+                await closed(writer)
+                await asyncio.sleep(0.05)
+                del writer, _
+                left = [one for one in gc.get_objects() if isinstance(one, SecureTransport)]
+                assert len(left) == 0
+            finally:
+                gc.enable()
+
+    run(main())
+
+
+def mangled(chance: random.Random, flight: bytes) -> bytes:
+    """Rubbish of several kinds."""
+    kind = chance.randrange(6)
+    if kind == 0:
+        return b""
+    if kind == 1:
+        return chance.randbytes(chance.randrange(1, 600))
+    if kind == 2:
+        return flight[: chance.randrange(len(flight))]
+    if kind == 3:
+        where = chance.randrange(len(flight))
+        return (
+            flight[:where]
+            + bytes((flight[where] ^ 1 << chance.randrange(8),))
+            + flight[where + 1 :]
+        )
+    if kind == 4:
+        return b"\x16\x03\x01\xff\xff" + chance.randbytes(20)
+    return flight + chance.randbytes(30)
+
+
+def flight_of(config: ClientConfig) -> bytes:
+    from hybridkex import ClientConnection
+
+    client = ClientConnection(config, "localhost")
+    client.start()
+    return bytes(client.data_to_send())
+
+
+async def strangers(port: int, config: ClientConfig, number: int) -> None:
+    """That many connections of rubbish, some at a time."""
+    chance, flight = random.Random(17), flight_of(config)
+
+    async def one() -> None:
+        data, end = mangled(chance, flight), chance.randrange(3)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(data)
+        with contextlib.suppress(ConnectionError):
+            if end == 0:
+                writer.transport.abort()
+            elif end == 1:
+                writer.write_eof()
+                await reader.read()
+            await closed(writer)
+
+    for _ in range(0, number, 50):
+        await asyncio.gather(*(one() for _ in range(50)))
+
+
+async def survive(client_config: ClientConfig, server_config: ServerConfig, number: int) -> None:
+    async with serving(server_config, handshake_timeout=0.5) as port:
+        await strangers(port, client_config, 100)
+        gc.collect()
+        tracemalloc.start()
+        before, _ = tracemalloc.get_traced_memory()
+        await strangers(port, client_config, number)
+        await asyncio.sleep(0.6)
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert after - before < 1 << 20
+        reader, writer = await connect(port, client_config)
+        writer.write(b"still here")
+        assert await reader.readexactly(10) == b"still here"
+        await closed(writer)
+
+
+def test_strangers(run: Run, client_config: ClientConfig, server_config: ServerConfig) -> None:
+    run(survive(client_config, server_config, 300))
+
+
+@pytest.mark.slow
+def test_ten_thousand_strangers(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    run(survive(client_config, server_config, 10_000))
+
+
+Step = Callable[[], None]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_conversations(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig, seed: int
+) -> None:
+    """Two applications write, pause, resume, change keys and half-close as a seed says: each gets
+    all that the other wrote, in order, and one clean end."""
+    chance = random.Random(seed)
+
+    class Talker(asyncio.Protocol):
+        transport: SecureTransport
+
+        def __init__(self, total: int) -> None:
+            self.left, self.sent, self.got = total, bytearray(), bytearray()
+            self.ended, self.full, self.paused = False, False, False
+            self.lost: list[Exception | None] = []
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, SecureTransport)
+            self.transport = transport
+
+        def data_received(self, data: bytes) -> None:
+            assert not self.paused
+            self.got += data
+            if chance.random() < 0.3:
+                self.pause()
+            if chance.random() < 0.3:
+                self.speak()
+
+        def eof_received(self) -> bool:
+            assert not self.ended
+            assert not self.paused
+            self.ended = True
+            return True
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.lost.append(exc)
+
+        def pause_writing(self) -> None:
+            assert not self.full
+            self.full = True
+
+        def resume_writing(self) -> None:
+            assert self.full
+            self.full = False
+
+        def pause(self) -> None:
+            self.paused = True
+            self.transport.pause_reading()
+
+        def resume(self) -> None:
+            self.paused = False
+            self.transport.resume_reading()
+
+        def speak(self) -> None:
+            if not self.left:
+                return
+            if chance.random() < 0.1:
+                self.transport.update_keys(request_peer=chance.random() < 0.5)
+            piece = chance.randbytes(min(self.left, chance.choice((1, 9, 500, 16_384, 70_000))))
+            self.left -= len(piece)
+            self.sent += piece
+            self.transport.write(piece)
+            if not self.left:
+                self.transport.write_eof()
+
+    server_side: list[Talker] = []
+
+    def factory() -> Talker:
+        server_side.append(Talker(chance.randrange(1, 400_000)))
+        return server_side[-1]
+
+    async def main() -> None:
+        server = await create_server(factory, "127.0.0.1", 0, server_config)
+        port = server.sockets[0].getsockname()[1]
+        _, here = await create_connection(
+            lambda: Talker(chance.randrange(1, 400_000)),
+            "127.0.0.1",
+            port,
+            client_config,
+            server_hostname="localhost",
+        )
+        await until(lambda: bool(server_side) and hasattr(server_side[0], "transport"))
+        both = [here, server_side[0]]
+        while not all(one.ended and not one.left for one in both):
+            one = chance.choice(both)
+            if one.paused:
+                one.resume()
+            elif not one.full:
+                one.speak()
+            await asyncio.sleep(0 if chance.random() < 0.8 else 0.001)
+        assert here.got == both[1].sent
+        assert here.sent == both[1].got
+        for one in both:
+            one.transport.close()
+        await until(lambda: all(one.lost for one in both))
+        assert [one.lost for one in both] == [[None], [None]]
+        server.close()
+        await server.wait_closed()
+
+    run(main())

@@ -6,9 +6,8 @@ Four causes, four branches: the caller (:class:`ConfigError`, :class:`LocalState
 Anything else that escapes is a bug.
 """
 
-from typing import ClassVar
-
 from hybridkex.constants import Alert
+from hybridkex.reasons import Reason
 from hybridkex.text import printable
 
 __all__ = [
@@ -75,63 +74,78 @@ class LocalStateError(HybridkexError, RuntimeError):
 
 
 class PeerError(HybridkexError):
-    """The peer broke the protocol or was refused; :attr:`alert` is what it was told."""
+    """The peer broke the protocol or was refused.
 
-    alert: ClassVar[Alert] = Alert.HANDSHAKE_FAILURE
+    :attr:`reason` says why, as a value; :attr:`alert` is what the peer was told. A class has both
+    for the case that nothing more precise was said.
+    """
+
+    reason: Reason = Reason.HANDSHAKE_FAILURE
+    alert: Alert = reason.alert
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.alert = cls.reason.alert
+
+    def __init__(self, message: str, reason: Reason | None = None) -> None:
+        super().__init__(message)
+        if reason is not None:
+            self.reason = reason
+            self.alert = reason.alert
 
 
 class UnexpectedMessage(PeerError):
     """A message that has no place in the present state."""
 
-    alert = Alert.UNEXPECTED_MESSAGE
+    reason = Reason.UNEXPECTED_MESSAGE
 
 
 class BadRecordMac(PeerError):
     """A record that does not decrypt under the present key."""
 
-    alert = Alert.BAD_RECORD_MAC
+    reason = Reason.RECORD_NOT_AUTHENTIC
 
 
 class RecordOverflow(PeerError):
     """A record longer than RFC 9846 section 5 or our own ``record_size_limit`` allows."""
 
-    alert = Alert.RECORD_OVERFLOW
+    reason = Reason.RECORD_TOO_LONG
 
 
 class HandshakeFailure(PeerError):
     """The two sides have no acceptable parameters in common."""
 
-    alert = Alert.HANDSHAKE_FAILURE
+    reason = Reason.HANDSHAKE_FAILURE
 
 
 class IllegalParameter(PeerError):
     """A field that parses and contradicts the protocol or another field."""
 
-    alert = Alert.ILLEGAL_PARAMETER
+    reason = Reason.ILLEGAL_PARAMETER
 
 
 class DecodeError(PeerError):
     """Bytes that do not parse."""
 
-    alert = Alert.DECODE_ERROR
+    reason = Reason.MALFORMED
 
 
 class DecryptError(PeerError):
     """A signature, a Finished or a PSK binder that does not verify."""
 
-    alert = Alert.DECRYPT_ERROR
+    reason = Reason.NOT_VERIFIED
 
 
 class ProtocolVersionError(PeerError):
     """The peer does not speak TLS 1.3."""
 
-    alert = Alert.PROTOCOL_VERSION
+    reason = Reason.VERSION
 
 
 class InternalError(PeerError):
     """The handshake cannot go on for a reason on our side; the peer is told no more than that."""
 
-    alert = Alert.INTERNAL_ERROR
+    reason = Reason.INTERNAL_ERROR
 
 
 class EncodeError(InternalError):
@@ -145,25 +159,25 @@ class EncodeError(InternalError):
 class MissingExtension(PeerError):
     """An extension that is mandatory where it is missing (RFC 9846 section 9.2)."""
 
-    alert = Alert.MISSING_EXTENSION
+    reason = Reason.MISSING_EXTENSION
 
 
 class UnsupportedCertificateType(PeerError):
     """One side can only show certificates, the other only check raw keys, or the reverse."""
 
-    alert = Alert.UNSUPPORTED_CERTIFICATE
+    reason = Reason.CERTIFICATE_TYPES
 
 
 class UnsupportedExtension(PeerError):
     """A response to an extension that was not offered."""
 
-    alert = Alert.UNSUPPORTED_EXTENSION
+    reason = Reason.UNSOLICITED_EXTENSION
 
 
 class UnrecognizedName(PeerError):
     """The server has no identity for the name that the client asked for."""
 
-    alert = Alert.UNRECOGNIZED_NAME
+    reason = Reason.SERVER_NAME_UNKNOWN
 
 
 class UnknownPskIdentity(PeerError):
@@ -171,24 +185,23 @@ class UnknownPskIdentity(PeerError):
 
     The alert of this name is optional (RFC 9846 section 6.2): a stream sends it where a key source
     was asked and does not know the key, so that two sites that are out of step learn of it. Where
-    nothing was in common to begin with, :attr:`alert` is handshake_failure (section 4.2.1).
+    nothing was in common to begin with, the reason is ``PSK_NONE_IN_COMMON`` and the alert
+    handshake_failure (section 4.2.1).
     """
 
-    def __init__(self, message: str, *, alert: Alert = Alert.UNKNOWN_PSK_IDENTITY) -> None:
-        super().__init__(message)
-        self.alert = alert  # type: ignore[misc]  # as it is said above
+    reason = Reason.PSK_UNKNOWN
 
 
 class NoApplicationProtocol(PeerError):
     """ALPN found no protocol in common (RFC 7301 section 3.2)."""
 
-    alert = Alert.NO_APPLICATION_PROTOCOL
+    reason = Reason.NO_COMMON_PROTOCOL
 
 
 class PolicyRefused(PeerError):
     """What the peer chose or offers is valid TLS and less than our policy demands."""
 
-    alert = Alert.INSUFFICIENT_SECURITY
+    reason = Reason.POLICY
 
 
 class CertificateRejected(PeerError):
@@ -197,22 +210,26 @@ class CertificateRejected(PeerError):
     :attr:`alert` names the kind of reason, :attr:`subject` the certificate that it is about.
     """
 
+    reason = Reason.CERTIFICATE
+
     def __init__(
         self,
         message: str,
+        reason: Reason | None = None,
         *,
-        alert: Alert = Alert.BAD_CERTIFICATE,
+        alert: Alert | None = None,
         subject: str | None = None,
     ) -> None:
-        super().__init__(message)
-        self.alert = alert  # type: ignore[misc]  # the reason decides, case by case
+        super().__init__(message, reason)
+        if alert is not None:
+            self.alert = alert
         self.subject = subject
 
 
 class HandshakeTimeout(PeerError):
     """The handshake did not end within its deadline."""
 
-    alert = Alert.USER_CANCELED
+    reason = Reason.TIMEOUT
 
 
 class AlertReceived(HybridkexError):

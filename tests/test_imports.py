@@ -19,14 +19,15 @@ import hybridkex
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybridkex"
 
-BASE = {"constants", "errors", "fields", "secret", "text"}
+BASE = {"constants", "errors", "fields", "reasons", "secret", "text"}
 ENGINE = BASE | {"wire", "crypto", "auth", "tls"}
 
 # What each room may know, besides itself. A file beside the rooms is a room of its own; the public
 # names of hybridkex/__init__.py are the room "".
 MAY_IMPORT: dict[str, set[str]] = {
     "constants": set(),
-    "errors": {"constants", "text"},
+    "reasons": {"constants"},
+    "errors": {"constants", "reasons", "text"},
     "secret": set(),
     "fields": {"errors"},
     "files": {"errors"},
@@ -75,7 +76,18 @@ EXEMPT = (
 )
 
 # The engine does no input and no output, and has no opinion on how its caller does.
-SANS_IO = {"constants", "errors", "fields", "secret", "text", "wire", "crypto", "auth", "tls"}
+SANS_IO = {
+    "constants",
+    "errors",
+    "fields",
+    "reasons",
+    "secret",
+    "text",
+    "wire",
+    "crypto",
+    "auth",
+    "tls",
+}
 # Finds the system's trust store while a configuration is made; no handshake comes here.
 IO_EXEMPT = {("hybridkex.auth.system", "ssl")}
 IO_MODULES = {"asyncio", "anyio", "trio", "socket", "ssl", "select", "selectors", "threading"}

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from hybridkex.constants import GroupCode
 from hybridkex.errors import ConfigError, IllegalParameter
+from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
 
 __all__ = [
@@ -153,7 +154,10 @@ def check_fits(name: str, exchange: KeyExchange) -> None:
 def check_length(name: str, share: bytes, expected: int) -> None:
     """Refuse a share of the wrong length."""
     if len(share) != expected:
-        raise IllegalParameter(f"{name}: a share of {len(share)} bytes instead of {expected}")
+        raise IllegalParameter(
+            f"{name}: a share of {len(share)} bytes instead of {expected}",
+            Reason.KEY_SHARE_MALFORMED,
+        )
 
 
 class _Single:
@@ -193,7 +197,9 @@ class _X25519Started:
             return Secret(self.private_key.exchange(public))
         except ValueError:
             # RFC 9846 section 7.4.2: the all-zero result must be refused.
-            raise IllegalParameter("X25519: the share is a point of low order") from None
+            raise IllegalParameter(
+                "X25519: the share is a point of low order", Reason.KEY_SHARE_MALFORMED
+            ) from None
 
 
 class _Ecdh(_Single):
@@ -228,11 +234,16 @@ class _EcdhStarted:
         check_length(self._kind.name, peer_share, self._kind.answer_length)
         # The length alone does not rule out the hybrid form (first byte 6 or 7).
         if peer_share[0] != 4:
-            raise IllegalParameter(f"{self._kind.name}: the point is not in uncompressed form")
+            raise IllegalParameter(
+                f"{self._kind.name}: the point is not in uncompressed form",
+                Reason.KEY_SHARE_MALFORMED,
+            )
         try:
             public = ec.EllipticCurvePublicKey.from_encoded_point(self._kind.curve, peer_share)
         except ValueError:
-            raise IllegalParameter(f"{self._kind.name}: the point is not on the curve") from None
+            raise IllegalParameter(
+                f"{self._kind.name}: the point is not on the curve", Reason.KEY_SHARE_MALFORMED
+            ) from None
         return Secret(self.private_key.exchange(ec.ECDH(), public))
 
 
@@ -283,7 +294,9 @@ class _MlKem(_Single):
             public = self.module.from_public_bytes(peer_share)
         except ValueError:
             # The modulus check of FIPS 203 section 7.2.
-            raise IllegalParameter(f"{self.name}: the encapsulation key is malformed") from None
+            raise IllegalParameter(
+                f"{self.name}: the encapsulation key is malformed", Reason.KEY_SHARE_MALFORMED
+            ) from None
         secret, ciphertext = public.encapsulate()
         return ciphertext, Secret(secret)
 

@@ -27,6 +27,7 @@ from hybridkex.crypto.kex import (
     check_length,
 )
 from hybridkex.errors import ConfigError, IllegalParameter
+from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
 
 __all__ = ["CODES", "OqsKem", "oqs_group", "oqs_groups", "via_oqs"]
@@ -109,7 +110,9 @@ class OqsKem:
                 ciphertext, secret = kem.encap_secret(peer_share)
             except RuntimeError:
                 # liboqs gives no reason; ML-KEM's is the modulus check of FIPS 203 section 7.2.
-                raise IllegalParameter(f"{self.name}: the public key is malformed") from None
+                raise IllegalParameter(
+                    f"{self.name}: the public key is malformed", Reason.KEY_SHARE_MALFORMED
+                ) from None
         return ciphertext, Secret(secret)
 
     def open(self, private_key: Secret, peer_share: bytes) -> Secret:
@@ -122,7 +125,9 @@ class OqsKem:
             try:
                 return Secret(kem.decap_secret(peer_share))
             except RuntimeError:
-                raise IllegalParameter(f"{self.name}: the ciphertext is malformed") from None
+                raise IllegalParameter(
+                    f"{self.name}: the ciphertext is malformed", Reason.KEY_SHARE_MALFORMED
+                ) from None
 
     def key_pair(self) -> tuple[bytes, Secret]:
         """A public key and its private key."""

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, paddin
 from hybridkex.constants import SignatureSchemeCode as Code
 from hybridkex.crypto.rsa_pss import PssParameters, RsaPssKey
 from hybridkex.errors import DecryptError, IllegalParameter
+from hybridkex.reasons import Reason
 
 __all__ = ["ALL_SCHEMES", "CERTIFICATE_ONLY_SCHEMES", "SignatureScheme", "choose_scheme"]
 
@@ -40,11 +41,15 @@ class SignatureScheme:
             DecryptError: the signature is bad.
         """
         if not self.suits(public_key):
-            raise IllegalParameter(f"{self.name} does not go with the certificate's key")
+            raise IllegalParameter(
+                f"{self.name} does not go with the certificate's key", Reason.SIGNATURE_SCHEME
+            )
         try:
             self._verify(public_key, signature, content)
         except InvalidSignature:
-            raise DecryptError(f"the {self.name} signature does not verify") from None
+            raise DecryptError(
+                f"the {self.name} signature does not verify", Reason.SIGNATURE
+            ) from None
 
     def __repr__(self) -> str:
         return self.name

@@ -29,6 +29,7 @@ from hybridkex.fields import INTEGER, NUMBER, a, check_fields, tuple_of
 from hybridkex.net.event_loop import current_time, sleep, time_limit
 from hybridkex.qkd.psk import as_psk, context_of, name_of
 from hybridkex.qkd.source import KeyReference, KeySource, QkdKey
+from hybridkex.reasons import Reason
 from hybridkex.text import get_logger
 from hybridkex.tls.policy import Requirement
 from hybridkex.tls.session import Session
@@ -239,7 +240,10 @@ class QkdPskSource:
                 qkd_sources=tuple(f"{part.master_kme} > {part.slave_kme}" for part in used.name),
             )
         if session.policy.psk is Requirement.REQUIRE:
-            raise PolicyRefused("our policy requires a QKD key, and the session has another PSK")
+            raise PolicyRefused(
+                "our policy requires a QKD key, and the session has another PSK",
+                Reason.QKD_KEY_REQUIRED,
+            )
         if session.policy.psk is Requirement.OFF:
             return session
         self.counters.fallbacks += 1
@@ -271,10 +275,13 @@ class QkdPskSource:
                 continue
             belongs = session.peer_is_one_of(peer.names)
             if belongs and (used is None or used.peer is not peer):
-                raise PolicyRefused(f"{peer.source.peer_sae} must use a QKD key of its own")
+                raise PolicyRefused(
+                    f"{peer.source.peer_sae} must use a QKD key of its own", Reason.QKD_KEY_REQUIRED
+                )
             if not belongs and used is not None and used.peer is peer:
                 raise PolicyRefused(
-                    f"a QKD key of {peer.source.peer_sae} with the certificate of another"
+                    f"a QKD key of {peer.source.peer_sae} with the certificate of another",
+                    Reason.QKD_KEY_REQUIRED,
                 )
 
 

@@ -11,6 +11,7 @@ from typing import Final, Protocol
 
 from hybridkex.auth import Identity, RawIdentity
 from hybridkex.errors import PolicyRefused
+from hybridkex.reasons import Reason
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.session import AuthenticatedBy, Session
@@ -61,20 +62,24 @@ def check_session(config: ClientConfig | ServerConfig, session: Session) -> None
     """
     policy = config.policy_in_force
     if policy.post_quantum is Requirement.REQUIRE and not session.post_quantum:
-        raise PolicyRefused("our policy requires a post-quantum key exchange")
+        raise PolicyRefused("our policy requires a post-quantum key exchange", Reason.POST_QUANTUM)
     if policy.post_quantum is Requirement.OFF and session.post_quantum:
-        raise PolicyRefused("our policy excludes post-quantum key exchanges")
+        raise PolicyRefused("our policy excludes post-quantum key exchanges", Reason.POST_QUANTUM)
     reason = _lacks(policy, session.authenticated_by, session.psk_identity)
     if reason is not None:
-        raise PolicyRefused(reason)
+        raise PolicyRefused(reason, Reason.AUTHENTICATION)
     if session.resumed and remaining_lifetime(config, session.began_at) <= 0:
-        raise PolicyRefused("the session that was resumed is older than our policy allows")
+        raise PolicyRefused(
+            "the session that was resumed is older than our policy allows", Reason.SESSION_TOO_OLD
+        )
     if (
         isinstance(config, ServerConfig)
         and config.require_client_certificate
         and session.peer_credential is None
     ):
-        raise PolicyRefused("our policy requires a certificate of the client")
+        raise PolicyRefused(
+            "our policy requires a certificate of the client", Reason.AUTHENTICATION
+        )
 
 
 def resumable(

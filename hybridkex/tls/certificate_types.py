@@ -19,6 +19,7 @@ from hybridkex.auth import (
 )
 from hybridkex.constants import Alert, CertificateType
 from hybridkex.errors import CertificateRejected, IllegalParameter
+from hybridkex.reasons import Reason
 from hybridkex.wire.messages import Certificate
 
 __all__ = [
@@ -59,14 +60,18 @@ def check_choice(chosen: int | None, offered: tuple[int, ...]) -> int:
     if chosen is None:
         return X509
     if chosen not in offered:
-        raise IllegalParameter(f"certificate type {chosen} was not offered")
+        raise IllegalParameter(
+            f"certificate type {chosen} was not offered", Reason.CERTIFICATE_TYPE_NOT_OFFERED
+        )
     return chosen
 
 
 def check_entries(kind: int, message: Certificate) -> None:
     """RFC 9846 section 4.5.1: a raw public key stands alone."""
     if kind == RAW and len(message.entries) > 1:
-        raise IllegalParameter(f"{len(message.entries)} raw public keys, where one may be")
+        raise IllegalParameter(
+            f"{len(message.entries)} raw public keys, where one may be", Reason.CERTIFICATE_ENTRIES
+        )
 
 
 def accept_server(

@@ -35,6 +35,7 @@ from hybridkex.errors import (
     UnexpectedMessage,
     UnsupportedExtension,
 )
+from hybridkex.reasons import Reason
 from hybridkex.tls.admission import check_session, resumable
 from hybridkex.tls.certificate_types import (
     ONLY_X509,
@@ -351,11 +352,15 @@ class WaitServerHello(ClientState):
         cookie = message.extensions.get(ext.Cookie)
         wanted = message.extensions.get(ext.KeyShareRetry)
         if cookie is None and wanted is None:
-            raise IllegalParameter("HelloRetryRequest asks for no change")
+            raise IllegalParameter(
+                "HelloRetryRequest asks for no change", Reason.RETRY_WITHOUT_CHANGE
+            )
         started = offer.started
         if wanted is not None:
             if wanted.group in started:
-                raise IllegalParameter("HelloRetryRequest asks for a share that it has")
+                raise IllegalParameter(
+                    "HelloRetryRequest asks for a share that it has", Reason.RETRY_WITHOUT_CHANGE
+                )
             group = _find_group(offer.config, wanted.group)
             started = {group.code: group.exchange.start()}
         records.reader.check_message_boundary()
@@ -375,7 +380,9 @@ class WaitServerHello(ClientState):
             hello = again.hello(cookie.cookie if cookie is not None else None, transcript)
         except EncodeError:
             # Section 4.3.2 of RFC 9846 wants the cookie back as it came, and there is no room.
-            raise IllegalParameter("the server's cookie does not fit into a ClientHello") from None
+            raise IllegalParameter(
+                "the server's cookie does not fit into a ClientHello", Reason.COOKIE_TOO_LONG
+            ) from None
         records.writer.send_raw(hello)
         transcript.add(hello)
         return WaitSecondServerHello(again, suite, transcript)
@@ -392,10 +399,12 @@ class WaitSecondServerHello(ClientState):
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         if isinstance(message, HelloRetryRequest):
-            raise UnexpectedMessage("a second HelloRetryRequest")
+            raise UnexpectedMessage("a second HelloRetryRequest", Reason.RETRY_TWICE)
         assert isinstance(message, ServerHello)
         if _check_hello(self.offer, message) is not self.suite:
-            raise IllegalParameter("the cipher suite changed after HelloRetryRequest")
+            raise IllegalParameter(
+                "the cipher suite changed after HelloRetryRequest", Reason.RETRY_SUITE_CHANGED
+            )
         offer = self.offer
         return _accept(offer, offer.psks, self.suite, message, raw, self.transcript, records)
 
@@ -404,31 +413,38 @@ def _find_group(config: ClientConfig, code: int) -> Group:
     for group in config.group_list:
         if group.code == code:
             return group
-    raise IllegalParameter(f"group {code:#06x} was not offered")
+    raise IllegalParameter(f"group {code:#06x} was not offered", Reason.GROUP_NOT_OFFERED)
 
 
 def _check_hello(offer: _Offer, message: ServerHello | HelloRetryRequest) -> CipherSuite:
     """What holds for ServerHello and HelloRetryRequest (section 4.2.3); returns the suite."""
     version = message.extensions.get(ext.SupportedVersionsChoice)
     if version is None:
-        raise ProtocolVersionError("the server does not speak TLS 1.3")
+        raise ProtocolVersionError("the server does not speak TLS 1.3", Reason.VERSION)
     if version.version != TLS13:
-        raise IllegalParameter(f"the server chose version {version.version:#06x}")
+        raise IllegalParameter(
+            f"the server chose version {version.version:#06x}", Reason.VERSION_CHOICE
+        )
     if message.legacy_version != LEGACY_VERSION:
         # Section 4.2.3: "A client which receives a TLS 1.3 Server Hello with a legacy_version value
         # not equal to 0x0303 MUST abort the handshake with a 'protocol_version' alert."
-        raise ProtocolVersionError(f"ServerHello.legacy_version is {message.legacy_version:#06x}")
+        raise ProtocolVersionError(
+            f"ServerHello.legacy_version is {message.legacy_version:#06x}", Reason.LEGACY_VERSION
+        )
     if message.session_id != offer.session_id:
-        raise IllegalParameter("the server did not echo the session ID")
+        raise IllegalParameter("the server did not echo the session ID", Reason.SESSION_ID_ECHO)
     if message.compression_method != 0:
-        raise IllegalParameter("the server chose a compression method")
+        raise IllegalParameter("the server chose a compression method", Reason.COMPRESSION)
     retry = isinstance(message, HelloRetryRequest)
     kind = ext.MessageKind.HELLO_RETRY_REQUEST if retry else ext.MessageKind.SERVER_HELLO
     _check_answers(offer, kind, message.extensions)
     for suite in offer.config.suites:
         if suite.code == message.cipher_suite:
             return suite
-    raise IllegalParameter(f"cipher suite {_suite_name(message.cipher_suite)} was not offered")
+    raise IllegalParameter(
+        f"cipher suite {_suite_name(message.cipher_suite)} was not offered",
+        Reason.SUITE_NOT_OFFERED,
+    )
 
 
 def _suite_name(code: int) -> str:
@@ -462,7 +478,10 @@ def _accept(
         raise MissingExtension("ServerHello without a key share")
     started = offer.started.get(share.entry.group)
     if started is None:
-        raise IllegalParameter(f"a share of group {share.entry.group:#06x}, which has no partner")
+        raise IllegalParameter(
+            f"the server chose group {share.entry.group:#06x}, for which we sent no share",
+            Reason.GROUP_NOT_OFFERED,
+        )
     psk = _chosen_psk(psks, suite, message)
     if psk is None or not psk.resumption:
         forget_tickets(offer)
@@ -470,7 +489,9 @@ def _accept(
     if psk is None:
         _check_psk_policy(offer.config, "the server did not take one")
     elif not psk.resumption and offer.wants_certificate_with_psk and not with_certificate:
-        raise PolicyRefused("the server took the PSK and leaves out the certificate")
+        raise PolicyRefused(
+            "the server took the PSK and leaves out the certificate", Reason.PSK_WITHOUT_CERTIFICATE
+        )
 
     records.reader.check_message_boundary()
     shared = started.finish(share.entry.share)
@@ -494,22 +515,28 @@ def _chosen_psk(psks: tuple[Psk, ...], suite: CipherSuite, message: ServerHello)
     choice = message.extensions.get(ext.PreSharedKeyChoice)
     if choice is None:
         if ext.TlsCertWithExternPsk in message.extensions:
-            raise IllegalParameter("tls_cert_with_extern_psk without a PSK")  # RFC 9973 section 4
+            raise IllegalParameter(
+                "tls_cert_with_extern_psk without a PSK", Reason.PSK_CERTIFICATE_WITHOUT_PSK
+            )  # RFC 9973 section 4
         return None
     if choice.selected >= len(psks):
-        raise IllegalParameter(f"PSK {choice.selected} of {len(psks)} was selected")
+        raise IllegalParameter(
+            f"PSK {choice.selected} of {len(psks)} was selected", Reason.PSK_CHOICE
+        )
     psk = psks[choice.selected]
     if psk.hash != suite.hash:
-        raise IllegalParameter("the PSK's hash is not the cipher suite's")
+        raise IllegalParameter("the PSK's hash is not the cipher suite's", Reason.PSK_CHOICE)
     return psk
 
 
 def _check_psk_policy(config: ClientConfig, why: str) -> None:
     """Whether we may go on without a PSK; the transcript will say if the peer agrees."""
     if config.policy_in_force.psk is Requirement.REQUIRE:
-        raise PolicyRefused(f"our policy requires a PSK, and {why}")
+        raise PolicyRefused(f"our policy requires a PSK, and {why}", Reason.PSK_REQUIRED)
     if config.authentication is Authentication.PSK:
-        raise PolicyRefused(f"nothing but a PSK can authenticate the server, and {why}")
+        raise PolicyRefused(
+            f"nothing but a PSK can authenticate the server, and {why}", Reason.PSK_REQUIRED
+        )
 
 
 @dataclass(frozen=True)
@@ -567,7 +594,10 @@ class WaitEncryptedExtensions(ClientState):
         if choice is None:
             return None
         if choice.protocol not in (name.encode() for name in self.offer.config.alpn):
-            raise IllegalParameter("the server chose an ALPN protocol that was not offered")
+            raise IllegalParameter(
+                "the server chose an ALPN protocol that was not offered",
+                Reason.PROTOCOL_NOT_OFFERED,
+            )
         return choice.protocol
 
     def _application_answers(self, answers: ext.Extensions) -> tuple[ext.Extension, ...]:
@@ -580,7 +610,9 @@ class WaitEncryptedExtensions(ClientState):
         if limit is None:
             return
         if limit.limit > records.writer.record_limit + 1:
-            raise IllegalParameter(f"a record_size_limit of {limit.limit}")
+            raise IllegalParameter(
+                f"a record_size_limit of {limit.limit}", Reason.RECORD_SIZE_LIMIT
+            )
         records.writer.record_limit = limit.limit - 1
         records.reader.limit_records(self.offer.config.inner_limit)
 
@@ -624,7 +656,9 @@ class WaitCertificateOrRequest(ClientState):
             return WaitCertificate(self.settled, self.verifier, None).handle(message, raw, records)
         assert isinstance(message, CertificateRequest)
         if message.context:
-            raise IllegalParameter("CertificateRequest with a context during the handshake")
+            raise IllegalParameter(
+                "CertificateRequest with a context during the handshake", Reason.CERTIFICATE_CONTEXT
+            )
         schemes = message.extensions.get(ext.SignatureAlgorithms)
         if schemes is None:
             raise MissingExtension("CertificateRequest without signature_algorithms")
@@ -645,9 +679,13 @@ class WaitCertificate(ClientState):
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, Certificate)
         if message.context:
-            raise IllegalParameter("the server's Certificate has a context")
+            raise IllegalParameter(
+                "the server's Certificate has a context", Reason.CERTIFICATE_CONTEXT
+            )
         if not message.entries:
-            raise DecodeError("the server sent no certificate")  # section 4.5.1.3
+            raise DecodeError(
+                "the server sent no certificate", Reason.CERTIFICATE_MISSING
+            )  # section 4.5.1.3
         for _, extensions in message.entries:
             _check_answers(self.settled.offer, ext.MessageKind.CERTIFICATE, extensions)
         kind, name = self.settled.server_type, self.settled.offer.name

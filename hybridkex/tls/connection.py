@@ -18,6 +18,7 @@ from hybridkex.errors import (
     TruncationError,
     UnexpectedMessage,
 )
+from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
 from hybridkex.tls import client, server
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
@@ -114,7 +115,8 @@ class Connection:
             raise LocalStateError("the handshake has not been started")
         if raw[0] not in state.accepts:
             raise UnexpectedMessage(
-                f"handshake message of type {raw[0]} while in {type(state).__name__}"
+                f"handshake message of type {raw[0]} while in {type(state).__name__}",
+                Reason.UNEXPECTED_MESSAGE,
             )
         self._state = state.handle(decode(raw), raw, self._records)
 
@@ -130,7 +132,7 @@ class Connection:
             # SHOULD continue to read data from the peer until a 'close_notify' is received".
             self._warnings += 1
             if self._warnings > _MAX_WARNINGS:
-                raise UnexpectedMessage("too many user_canceled alerts")
+                raise UnexpectedMessage("too many user_canceled alerts", Reason.WARNINGS_TOO_MANY)
         else:
             self._error = AlertReceived(alert.description)
             self._ended()

@@ -13,6 +13,7 @@ from hybridkex.crypto.schedule import TrafficSecret
 from hybridkex.crypto.signatures import SignatureScheme
 from hybridkex.crypto.suites import CipherSuite, HashFunction
 from hybridkex.errors import DecryptError, IllegalParameter
+from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
 from hybridkex.text import printable
 from hybridkex.tls.policy import Policy
@@ -119,7 +120,10 @@ def verify_signature(
             content = _signed_content(label, transcript)
             scheme.verify(peer.certificate.public_key, message.signature, content)
             return scheme
-    raise IllegalParameter(f"a signature of scheme {message.scheme:#06x}, which was not offered")
+    raise IllegalParameter(
+        f"a signature of scheme {message.scheme:#06x}, which was not offered",
+        Reason.SIGNATURE_SCHEME,
+    )
 
 
 def certificate_message(
@@ -133,7 +137,9 @@ def certificate_message(
 def check_finished(message: Finished, traffic: TrafficSecret, transcript: Transcript) -> None:
     """Compare the peer's Finished with ours, in constant time (section 4.5.3)."""
     if not hmac.compare_digest(message.verify_data, traffic.finished(transcript.digest())):
-        raise DecryptError("Finished does not verify: the handshake was changed on the way")
+        raise DecryptError(
+            "Finished does not verify: the handshake was changed on the way", Reason.FINISHED
+        )
 
 
 def authenticated_by(

@@ -19,6 +19,7 @@ from hybridkex.errors import (
     PeerError,
     UnexpectedMessage,
 )
+from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, Limits, ServerConfig
 from hybridkex.tls.events import Event
@@ -220,7 +221,10 @@ class ReadingHalf:
     def check_message_boundary(self) -> None:
         """Messages must not straddle a change of keys (section 5.1)."""
         if self._message:
-            raise UnexpectedMessage("handshake bytes after the last message before a key change")
+            raise UnexpectedMessage(
+                "handshake bytes after the last message before a key change",
+                Reason.KEY_CHANGE_WITHIN_RECORD,
+            )
 
     def skip_early_data(self, *, after_retry: bool) -> None:
         """Ignore the early data of a client whose offer we do not take (section 4.3.10).
@@ -272,24 +276,29 @@ class ReadingHalf:
         """What a record without application data carries."""
         if type_ == _HANDSHAKE:
             if not content:
-                raise UnexpectedMessage("an empty handshake record")  # section 5.1
+                raise UnexpectedMessage(
+                    "an empty handshake record", Reason.RECORD_EMPTY
+                )  # section 5.1
             self._message += content
             return None
         if self._message:
-            raise UnexpectedMessage("another record between the pieces of a handshake message")
+            raise UnexpectedMessage(
+                "another record between the pieces of a handshake message",
+                Reason.RECORD_INTERLEAVED,
+            )
         if type_ == _ALERT:
             if not content:
                 # Section 5.4: "Implementations MUST NOT send Handshake and Alert records that have
                 # a zero-length TLSInnerPlaintext.content; if such a message is received, the
                 # receiving implementation MUST terminate the connection with an
                 # 'unexpected_message' alert."
-                raise UnexpectedMessage("an empty alert record")
+                raise UnexpectedMessage("an empty alert record", Reason.RECORD_EMPTY)
             if len(content) != 2:
                 raise DecodeError(f"an alert of {len(content)} bytes")
             if content[0] not in (1, 2):
-                raise IllegalParameter(f"an alert of level {content[0]}")
+                raise IllegalParameter(f"an alert of level {content[0]}", Reason.ALERT_LEVEL)
             return AlertItem(content[0], content[1])
-        raise UnexpectedMessage(f"a record of type {type_} out of place")
+        raise UnexpectedMessage(f"a record of type {type_} out of place", Reason.RECORD_TYPE)
 
     def _open(self, read: ReadProtection, first: Record) -> DataItem | None:
         """Decrypt a record and all the application data that follows it, into one buffer.
@@ -321,7 +330,9 @@ class ReadingHalf:
                 self._early_data_budget = 0
                 length = content_length(view[filled:end])
                 if length < 0:
-                    raise UnexpectedMessage("a record of nothing but zeros")  # section 5.4
+                    raise UnexpectedMessage(
+                        "a record of nothing but zeros", Reason.RECORD_EMPTY
+                    )  # section 5.4
                 end = filled + length
                 type_ = view[end]
                 if type_ != _APPLICATION:
@@ -347,12 +358,17 @@ class ReadingHalf:
 
     def _check_data(self, length: int) -> None:
         if not self.data_allowed:
-            raise UnexpectedMessage("application data before the handshake is complete")
+            raise UnexpectedMessage(
+                "application data before the handshake is complete", Reason.DATA_TOO_EARLY
+            )
         if self._message:
-            raise UnexpectedMessage("application data between the pieces of a handshake message")
+            raise UnexpectedMessage(
+                "application data between the pieces of a handshake message",
+                Reason.RECORD_INTERLEAVED,
+            )
         self._empty_records = 0 if length else self._empty_records + 1
         if self._empty_records > self.limits.empty_records:
-            raise UnexpectedMessage("too many empty records")
+            raise UnexpectedMessage("too many empty records", Reason.RECORDS_EMPTY_TOO_MANY)
 
     def _unprotected(self, read: ReadProtection, record: Record) -> tuple[int, bytes]:
         """A record in the clear where a protected one is due.
@@ -363,7 +379,9 @@ class ReadingHalf:
         """
         if record.type == _ALERT and not read.opened and not self.data_allowed:
             return record.type, bytes(record.fragment)
-        raise UnexpectedMessage("an unprotected record where a protected one is due")
+        raise UnexpectedMessage(
+            "an unprotected record where a protected one is due", Reason.RECORD_UNPROTECTED
+        )
 
     def _check_change_cipher_spec(self, record: Record) -> None:
         """Section 5: a change_cipher_spec of the single byte 1 may come "at any time after the
@@ -371,16 +389,22 @@ class ReadingHalf:
         has been received", and is dropped without further processing. Between the records of early
         data that is skipped too."""
         if not self.change_cipher_spec_allowed or bytes(record.fragment) != b"\x01":
-            raise UnexpectedMessage("change_cipher_spec out of place")
+            raise UnexpectedMessage("change_cipher_spec out of place", Reason.RECORD_TYPE)
         if self._message:
-            raise UnexpectedMessage("change_cipher_spec between the pieces of a message")
+            raise UnexpectedMessage(
+                "change_cipher_spec between the pieces of a message", Reason.CHANGE_CIPHER_SPEC
+            )
         self._empty_records += 1
         if self._empty_records > self.limits.empty_records:
-            raise UnexpectedMessage("too many change_cipher_spec records")
+            raise UnexpectedMessage(
+                "too many change_cipher_spec records", Reason.CHANGE_CIPHER_SPEC
+            )
 
     def _spend_early_data(self, length: int) -> None:
         if length > self._early_data_budget:
-            raise UnexpectedMessage("more early data than anybody allowed")
+            raise UnexpectedMessage(
+                "more early data than anybody allowed", Reason.EARLY_DATA_TOO_MUCH
+            )
         self._early_data_budget -= length
 
     def _take_message(self) -> bytes | None:
@@ -392,7 +416,8 @@ class ReadingHalf:
         limit = self._longest.get(message[0], _LONGEST_OTHER)  # type: ignore[call-overload]
         if length > limit:
             raise IllegalParameter(
-                f"a handshake message of type {message[0]} with {length} bytes; {limit} may be"
+                f"a handshake message of type {message[0]} with {length} bytes; {limit} may be",
+                Reason.MESSAGE_TOO_LONG,
             )
         end = HEADER_LENGTH + length
         if len(message) < end:

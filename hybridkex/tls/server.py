@@ -14,7 +14,6 @@ from hybridkex.constants import (
     HELLO_RETRY_RANDOM,
     LEGACY_VERSION,
     TLS13,
-    Alert,
     HandshakeType,
     Label,
     PskKeyExchangeMode,
@@ -46,6 +45,7 @@ from hybridkex.errors import (
     UnsupportedCertificateType,
     UnsupportedExtension,
 )
+from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
 from hybridkex.tls.admission import check_session, resumable
 from hybridkex.tls.certificate_types import (
@@ -146,13 +146,15 @@ def _check_version(message: ClientHello) -> None:
     """Sections 4.2.2 and 4.3.1."""
     versions = message.extensions.get(ext.SupportedVersionsOffer)
     if versions is None or TLS13 not in versions.versions:
-        raise ProtocolVersionError("the client does not speak TLS 1.3")
+        raise ProtocolVersionError("the client does not speak TLS 1.3", Reason.VERSION)
     if message.legacy_version != LEGACY_VERSION:
         # Section 4.2.2: "A server which receives a legacy_version value not equal to 0x0303
         # MUST abort the handshake with a 'protocol_version' alert."
-        raise ProtocolVersionError(f"ClientHello.legacy_version is {message.legacy_version:#06x}")
+        raise ProtocolVersionError(
+            f"ClientHello.legacy_version is {message.legacy_version:#06x}", Reason.LEGACY_VERSION
+        )
     if message.compression_methods != b"\0":
-        raise IllegalParameter("the client offers compression")
+        raise IllegalParameter("the client offers compression", Reason.COMPRESSION)
 
 
 def _key_shares(extensions: ext.Extensions) -> tuple[tuple[int, ...], dict[int, bytes]]:
@@ -163,9 +165,12 @@ def _key_shares(extensions: ext.Extensions) -> tuple[tuple[int, ...], dict[int, 
         raise MissingExtension(f"ClientHello without {missing}")
     by_group = {entry.group: entry.share for entry in shares.entries}
     if len(by_group) != len(shares.entries):
-        raise IllegalParameter("two key shares for one group")
+        raise IllegalParameter("two key shares for one group", Reason.KEY_SHARES_INCONSISTENT)
     if not by_group.keys() <= set(groups.codes):
-        raise IllegalParameter("a key share for a group that is not in supported_groups")
+        raise IllegalParameter(
+            "a key share for a group that is not in supported_groups",
+            Reason.KEY_SHARES_INCONSISTENT,
+        )
     return groups.codes, by_group
 
 
@@ -182,7 +187,9 @@ def _psk_offer(extensions: ext.Extensions) -> tuple[ext.PreSharedKeyOffer | None
         if psks is None or not psk_dhe:
             raise MissingExtension("tls_cert_with_extern_psk without a PSK for psk_dhe_ke")
         if ext.EarlyDataIndication in extensions:
-            raise IllegalParameter("tls_cert_with_extern_psk with early data")
+            raise IllegalParameter(
+                "tls_cert_with_extern_psk with early data", Reason.PSK_WITH_EARLY_DATA
+            )
     return psks if psk_dhe else None, psk_dhe
 
 
@@ -356,18 +363,24 @@ class WaitSecondClientHello(ServerState):
             raise MissingExtension("the second ClientHello has no cookie")
         state = self.config.cookies.open(cookie.cookie)
         if state is None:
-            raise IllegalParameter("the cookie is not ours, or too old")
+            raise IllegalParameter("the cookie is not ours, or too old", Reason.COOKIE_NOT_OURS)
         if not hmac.compare_digest(state.invariants, hello.invariants()):
-            raise IllegalParameter("the second ClientHello differs from the first")
+            raise IllegalParameter(
+                "the second ClientHello differs from the first", Reason.RETRY_HELLO_CHANGED
+            )
         _check_psk_is_kept(state, hello)
         if ext.EarlyDataIndication in message.extensions:
-            raise IllegalParameter("early data after HelloRetryRequest")
+            raise IllegalParameter("early data after HelloRetryRequest", Reason.RETRY_EARLY_DATA)
         if list(hello.shares) != [state.group]:
-            raise IllegalParameter("the second ClientHello has not the share that was asked for")
+            raise IllegalParameter(
+                "the second ClientHello lacks the requested key share", Reason.RETRY_HELLO_CHANGED
+            )
         suite = next((one for one in self.config.suites if one.code == state.suite), None)
         group = next((one for one in self.config.group_list if one.code == state.group), None)
         if suite is None or group is None:
-            raise IllegalParameter("the cookie was made under another configuration")
+            raise IllegalParameter(
+                "the cookie was made under another configuration", Reason.COOKIE_NOT_OURS
+            )
         retry = _retry_request(state, cookie.cookie)
         transcript = Transcript.after_retry(suite.hash, state.hello_digest, retry)
         return _negotiate(self.config, hello, suite, group, transcript, records)
@@ -386,16 +399,21 @@ def _check_psk_is_kept(state: CookieState, hello: _Hello) -> None:
     if not state.psk:
         return
     if hello.psks is None:
-        raise MissingExtension("the second ClientHello has no pre_shared_key any more")
+        raise MissingExtension(
+            "the second ClientHello has no pre_shared_key any more", Reason.MISSING_EXTENSION
+        )
     if all(hashlib.sha256(one.identity).digest() != state.psk for one in hello.offered_psks):
-        raise IllegalParameter("the second ClientHello lacks a PSK that goes with the suite")
+        raise IllegalParameter(
+            "the second ClientHello lacks a PSK that goes with the suite",
+            Reason.RETRY_HELLO_CHANGED,
+        )
 
 
 def _choose_group(config: ServerConfig, hello: _Hello) -> Group:
     """Our first group that the client has; one with a share goes before an equal without."""
     common = [group for group in config.group_list if group.code in hello.groups]
     if not common:
-        raise HandshakeFailure("no group in common")
+        raise HandshakeFailure("no group in common", Reason.NO_COMMON_GROUP)
     best = common[0]
     for group in common:
         if group.code in hello.shares and group.properties == best.properties:
@@ -408,7 +426,7 @@ def _choose_suite(config: ServerConfig, hello: _Hello) -> CipherSuite:
     offered = set(hello.message.cipher_suites)
     common = [suite for suite in config.suites if suite.code in offered]
     if not common:
-        raise HandshakeFailure("no cipher suite in common")
+        raise HandshakeFailure("no cipher suite in common", Reason.NO_COMMON_SUITE)
     hashes = {_usable_with(config, hello, offered) for offered in hello.offered_psks}
     return next((suite for suite in common if suite.hash in hashes), common[0])
 
@@ -479,7 +497,10 @@ def _negotiate(
 ) -> ServerState | ServerTraffic:
     """Settle everything; ask for a PSK where only an outside source can know it."""
     if suite.code not in hello.message.cipher_suites:
-        raise IllegalParameter("the cipher suite of HelloRetryRequest is not offered any more")
+        raise IllegalParameter(
+            "the cipher suite of HelloRetryRequest is not offered any more",
+            Reason.RETRY_HELLO_CHANGED,
+        )
     identity, scheme, named = _choose_identity(config, hello)
     choice = _Choice(
         config=config,
@@ -517,7 +538,9 @@ def _choose_identity(
     name = hello.peer_name
     named = [] if name is None else [one for one in config.identities if one.matches(name)]
     if config.require_known_name and not named:
-        raise UnrecognizedName(f"no identity for the name {hello.server_name}")
+        raise UnrecognizedName(
+            f"no identity for the name {hello.server_name}", Reason.SERVER_NAME_UNKNOWN
+        )
     for identity in (*named, *config.identities):
         if identity.certificate_type not in hello.server_types:
             continue
@@ -735,8 +758,7 @@ def _check_psk_not_required(config: ServerConfig) -> None:
     by_psk_alone = config.authentication is Authentication.PSK
     if by_psk_alone or config.policy_in_force.psk is Requirement.REQUIRE:
         raise UnknownPskIdentity(
-            "the client offers no PSK that we know, and must use one",
-            alert=Alert.HANDSHAKE_FAILURE,
+            "the client offers no PSK that we know, and must use one", Reason.PSK_NONE_IN_COMMON
         )
 
 
@@ -747,7 +769,9 @@ def _why_no_identity(choice: _Choice) -> PeerError:
     types = choice.hello.server_types
     if all(one.certificate_type not in types for one in choice.config.identities):
         return UnsupportedCertificateType("the client can check nothing that we can show")
-    return HandshakeFailure("the client can verify none of our certificates")
+    return HandshakeFailure(
+        "the client can verify none of our certificates", Reason.NO_COMMON_SCHEME
+    )
 
 
 def _check_client_can_answer(choice: _Choice) -> None:
@@ -768,7 +792,10 @@ def _check_binder(choice: _Choice, selected: _Selected) -> None:
     digest = choice.transcript.digest_with(hello.truncated)
     expected = EarlySecret.start(psk.hash, psk.key).binder(psk.binder_label, digest)
     if not hmac.compare_digest(expected, hello.psks.binders[selected.index]):
-        raise DecryptError("the PSK binder does not verify: another key under the same identity?")
+        raise DecryptError(
+            "the PSK binder does not verify: another key under the same identity?",
+            Reason.PSK_BINDER,
+        )
 
 
 def _encrypted_extensions(
@@ -861,14 +888,17 @@ class WaitClientCertificate(ServerState):
         assert isinstance(message, Certificate)
         choice = self.answered.choice
         if message.context:
-            raise IllegalParameter("the client's Certificate has a context that was not asked for")
+            raise IllegalParameter(
+                "the client's Certificate has a context that was not asked for",
+                Reason.CERTIFICATE_CONTEXT,
+            )
         if any(extensions.types for _, extensions in message.entries):
             raise UnsupportedExtension("a certificate extension answers nothing that was asked for")
         choice.transcript.add(raw)
         if not message.entries:
             if choice.config.require_client_certificate:
                 raise CertificateRejected(
-                    "the client sent no certificate", alert=Alert.CERTIFICATE_REQUIRED
+                    "the client sent no certificate", Reason.CERTIFICATE_REQUIRED
                 )
             return WaitClientFinished(self.answered, None)
         assert choice.client_type is not None

@@ -8,6 +8,7 @@ from hybridkex.constants import CertificateType, HandshakeType
 from hybridkex.crypto.schedule import ExporterSecret, ResumptionSecret
 from hybridkex.crypto.suites import CipherSuite
 from hybridkex.errors import IllegalParameter, LocalStateError, UnexpectedMessage
+from hybridkex.reasons import Reason
 from hybridkex.tls.admission import remaining_lifetime
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.events import KeyUpdated, TicketReceived
@@ -61,7 +62,9 @@ class _Traffic:
         assert isinstance(message, KeyUpdate)
         self._updates_in_a_row += 1
         if self._updates_in_a_row > records.reader.limits.key_updates:
-            raise UnexpectedMessage("too many KeyUpdates without data between them")
+            raise UnexpectedMessage(
+                "too many KeyUpdates without data between them", Reason.KEY_UPDATES_TOO_MANY
+            )
         # MAX_KEY_UPDATES is the sender's: "receiving implementations MUST NOT enforce this rule"
         # (section 4.7.3).
         records.reader.update_key()
@@ -138,9 +141,14 @@ class ClientTraffic(_Traffic):
             return self
         self._tickets += 1
         if self._tickets > records.reader.limits.tickets:
-            raise UnexpectedMessage(f"more than {records.reader.limits.tickets} session tickets")
+            raise UnexpectedMessage(
+                f"more than {records.reader.limits.tickets} session tickets",
+                Reason.TICKETS_TOO_MANY,
+            )
         if message.lifetime > MAX_TICKET_LIFETIME:
-            raise IllegalParameter(f"a ticket with a lifetime of {message.lifetime} s")
+            raise IllegalParameter(
+                f"a ticket with a lifetime of {message.lifetime} s", Reason.TICKET_LIFETIME
+            )
         presented = self._presented
         lifetime = min(message.lifetime, remaining_lifetime(self._config, session.began_at))
         if lifetime <= 0:

@@ -18,6 +18,7 @@ from typing import ClassVar, Final, Self, TypeVar
 
 from hybridkex.constants import CertificateType, ExtensionType
 from hybridkex.errors import DecodeError, EncodeError, IllegalParameter, UnrecognizedName
+from hybridkex.reasons import Reason
 from hybridkex.wire.codec import (
     Reader,
     ascii_text,
@@ -178,14 +179,17 @@ class ServerName(Extension):
         name = names.opaque(2, least=1)
         if len(name) > MAX_HOST_NAME:
             raise UnrecognizedName(
-                f"server_name of {len(name)} bytes; no host name has more than 255"
+                f"server_name of {len(name)} bytes; no host name has more than 255",
+                Reason.SERVER_NAME_UNKNOWN,
             )
         try:
             host_name = name.decode("ascii")
         except UnicodeDecodeError:
-            raise IllegalParameter("server_name is not ASCII") from None
+            raise IllegalParameter(
+                "server_name is not ASCII", Reason.SERVER_NAME_MALFORMED
+            ) from None
         if "\0" in host_name:
-            raise IllegalParameter("server_name contains a zero byte")
+            raise IllegalParameter("server_name contains a zero byte", Reason.SERVER_NAME_MALFORMED)
         names.finish()  # One name: RFC 6066 allows one per type, and there is one type.
         return cls(host_name)
 
@@ -288,7 +292,9 @@ class _CertificateTypeOffer(Extension):
         types = tuple(reader.opaque(1, least=1))
         if types == (CertificateType.X509,):
             # RFC 7250 section 4.1: what is the default goes without saying.
-            raise IllegalParameter("certificate types that are the default alone")
+            raise IllegalParameter(
+                "certificate types that are the default alone", Reason.CERTIFICATE_TYPE_DEFAULT
+            )
         return cls(types)  # type: ignore[call-arg]
 
     def body(self) -> bytes:
@@ -373,7 +379,9 @@ class RecordSizeLimit(Extension):
     def read(cls, reader: Reader) -> Self:
         limit = reader.u16()
         if limit < 64:
-            raise IllegalParameter(f"a record_size_limit of {limit}, below 64")
+            raise IllegalParameter(
+                f"a record_size_limit of {limit}, below 64", Reason.RECORD_SIZE_LIMIT
+            )
         return cls(limit)
 
     def body(self) -> bytes:
@@ -417,7 +425,10 @@ class PreSharedKeyOffer(Extension):
         while entries.remaining:
             binders.append(entries.opaque(1, least=32))
         if len(identities) != len(binders):
-            raise IllegalParameter(f"{len(identities)} PSK identities and {len(binders)} binders")
+            raise IllegalParameter(
+                f"{len(identities)} PSK identities and {len(binders)} binders",
+                Reason.PSK_BINDERS_COUNT,
+            )
         return cls(tuple(identities), tuple(binders))
 
     def body(self) -> bytes:
@@ -773,15 +784,19 @@ def parse(kind: MessageKind, reader: Reader) -> Extensions:
         type_ = entries.u16()
         body = entries.vector(2)
         if type_ in found:
-            raise IllegalParameter(f"extension {_name(type_)} appears twice")
+            raise IllegalParameter(
+                f"extension {_name(type_)} appears twice", Reason.EXTENSION_TWICE
+            )
         if kind is CH and _LAST in found:
-            raise IllegalParameter("pre_shared_key is not the last extension")
+            raise IllegalParameter("pre_shared_key is not the last extension", Reason.PSK_NOT_LAST)
         parser = parsers.get(type_)
         if parser is not None:
             found[type_] = parser.read(body)
             body.finish()
         elif type_ in KNOWN_TYPES and kind is not MessageKind.CERTIFICATE:
-            raise IllegalParameter(f"extension {_name(type_)} in {kind.name.lower()}")
+            raise IllegalParameter(
+                f"extension {_name(type_)} in {kind.name.lower()}", Reason.EXTENSION_MISPLACED
+            )
         else:
             found[type_] = UnknownExtension(type_, body.rest())
     return Extensions(found.values())

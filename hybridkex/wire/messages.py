@@ -9,6 +9,7 @@ from typing import ClassVar, Final, Self
 
 from hybridkex.constants import HELLO_RETRY_RANDOM, LEGACY_VERSION, HandshakeType, KdfCode
 from hybridkex.errors import DecodeError, IllegalParameter, UnexpectedMessage
+from hybridkex.reasons import Reason
 from hybridkex.wire.codec import (
     Reader,
     fixed,
@@ -280,7 +281,9 @@ class KeyUpdate(Message):
     def read(cls, reader: Reader) -> Self:
         request = reader.u8()
         if request > 1:
-            raise IllegalParameter(f"KeyUpdate with request_update {request}")
+            raise IllegalParameter(
+                f"KeyUpdate with request_update {request}", Reason.KEY_UPDATE_MALFORMED
+            )
         return cls(bool(request))
 
     def body(self) -> bytes:
@@ -333,7 +336,7 @@ def decode(raw: bytes) -> Message:
     """
     cls = _CLASSES.get(raw[0])
     if cls is None:
-        raise UnexpectedMessage(f"handshake message of unknown type {raw[0]}")
+        raise UnexpectedMessage(f"handshake message of unknown type {raw[0]}", Reason.MESSAGE_TYPE)
     reader = Reader(raw, HEADER_LENGTH)
     try:
         message = cls.read(reader)

@@ -15,6 +15,7 @@ from hybridkex.constants import (
     ContentType,
 )
 from hybridkex.errors import DecodeError, RecordOverflow, UnexpectedMessage
+from hybridkex.reasons import Reason
 
 __all__ = ["HEADER", "HEADER_LENGTH", "MAX_RECORD", "Record", "RecordBuffer", "header"]
 
@@ -137,7 +138,7 @@ def _check_header(data: memoryview | bytearray, start: int) -> tuple[int, int]:
     if major != LEGACY_VERSION >> 8:
         raise DecodeError("these bytes are not TLS")
     if type_ not in _LIMITS:
-        raise UnexpectedMessage(f"a record of unknown type {type_}")
+        raise UnexpectedMessage(f"a record of unknown type {type_}", Reason.RECORD_TYPE)
     limit = _LIMITS[type_]
     if length > limit:
         raise RecordOverflow(f"a record of {length} bytes, where {limit} are allowed")

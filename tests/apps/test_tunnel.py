@@ -302,8 +302,9 @@ async def test_silence_before_and_after_the_handshake(tunnel: Tunnel) -> None:
         await tunnel.start()
         async with await trio.open_unix_socket(str(tunnel.middle)) as mute:
             await receive_all(mute)  # the alert, if there is one, and the end
-        failed = 'hybridkex_tunnel_handshake_failures_total{alert="user_canceled",by="us",tunnel'
-        assert tunnel.metrics()[failed + '="in"}'] == 1
+        failed = "hybridkex_tunnel_handshake_failures_total"
+        labels = 'alert="user_canceled",by="us",reason="timeout",tunnel="in"'
+        assert tunnel.metrics()[f"{failed}{{{labels}}}"] == 1
         stream = await tunnel.connect()
         await stream.send_all(b"x")
         assert await stream.receive_some() == b"x"

@@ -52,8 +52,8 @@ class TunnelMetrics:
         )
         self.handshake_failures = Counter(
             "hybridkex_tunnel_handshake_failures",
-            "Handshakes that failed, with the alert and who sent it.",
-            ("tunnel", "alert", "by"),
+            "Handshakes that failed, with the alert, who sent it, and our reason if we did.",
+            ("tunnel", "alert", "by", "reason"),
             registry=registry,
         )
         self.qkd_keys = Counter(
@@ -102,9 +102,9 @@ class TunnelCounters:
 
     def handshake_failed(self, cause: BaseException | None) -> None:
         """A handshake failed."""
-        alert, by = "none", "nobody"
+        alert, by, reason = "none", "nobody", ""
         if isinstance(cause, PeerError):
-            alert, by = cause.alert.name.lower(), "us"
+            alert, by, reason = cause.alert.name.lower(), "us", str(cause.reason)
         elif isinstance(cause, AlertReceived):
             alert, by = cause.name, "peer"
-        self._metrics.handshake_failures.labels(self._tunnel, alert, by).inc()
+        self._metrics.handshake_failures.labels(self._tunnel, alert, by, reason).inc()

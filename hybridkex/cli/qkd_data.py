@@ -81,8 +81,8 @@ def configure(commands: Any) -> None:
         "file says which) and reaches the other over TCP, authenticated by signatures.",
         examples=[
             "qkd distil alice.npz bob.npz",
-            "qkd distil alice.npz --listen :7000 --key a.key --peer b.pem --keys keys.txt",
-            "qkd distil bob.npz --connect alice.example:7000 --key b.key --peer a.pem",
+            "qkd distil alice.npz --listen 0.0.0.0:7000 --key a.key --peer b.pem",
+            "qkd distil bob.npz --connect alice:7000 --key b.key --peer a.pem",
         ],
         status="0 if keys were made, 1 if not",
         notes="See docs/qkd-link.md for the file format.",

@@ -34,9 +34,9 @@ def configure(commands: Any) -> None:
         "each. The numbers are the same for the same seed on one core, on many, and on a Dask "
         "cluster.",
         examples=[
-            "qkd scan --vary distance_km=0:150:5 --vary preset=lim2014,rusca2018 -o a.csv",
-            "qkd scan --vary eve=none,pns --vary distance_km=5,50 --blocks 3 -o b.parquet",
-            "qkd scan --vary block_bits=1e4,1e5,1e6 --dask tcp://10.0.0.1:8786 -o c.json",
+            "qkd scan --vary distance_km=0:150:5 --vary preset=lim2014,bbm92 -o a.csv",
+            "qkd scan --vary eve=none,pns --blocks 3 --jobs 0 -o b.parquet",
+            "qkd scan --vary block_bits=1e5,1e6 --dask tcp://host:8786 -o c.json",
         ],
         notes="Settings: preset, distance_km, block_bits, eve, finite_key, leak, tuned, and every "
         "field of the channel, the source and the security. See docs/qkd-link.md.",

@@ -56,7 +56,12 @@ class LinkConfig:
     peer_credential: Path | None = None
     """Of the other KME; with our own it authenticates the first block."""
 
+    reauthentication: str = "refuse"
+    """``signatures``: they may begin the link again when one end lost its authentication key."""
+
     def __post_init__(self) -> None:
+        if self.reauthentication not in ("refuse", "signatures"):
+            raise ConfigError("reauthentication must be refuse or signatures")
         if self.clock not in ("fast", "real"):
             raise ConfigError("clock must be fast or real")
         if self.party not in (None, "alice", "bob"):

@@ -371,7 +371,10 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
     if link.tuned:
         chosen = tuned(chosen, link.block_bits)
     settings = LinkSettings(
-        preset=chosen, block_bits=link.block_bits, key_bits=config.limits.key_size
+        preset=chosen,
+        block_bits=link.block_bits,
+        key_bits=config.limits.key_size,
+        reauthentication=link.reauthentication,
     )
 
     up = False

@@ -22,7 +22,7 @@ from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
 from hybridkex.cli.values import file_path, folder_path
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import TcpAddress
-from hybridkex.net.supervisor import Budget, Connection, Supervisor
+from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
 from hybridkex.streams import SecureStream
 from hybridkex.text import get_logger
 from hybridkex.tls.config import Requirement, ServerConfig
@@ -69,7 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=64,
-        help="senders at once; more are refused and try again (default: %(default)s)",
+        help="senders at once; others are told to try again later (default: %(default)s)",
     )
     add_log_options(parser, default="warning")
     add_channel_options(parser, alpn=PROTOCOL)
@@ -153,7 +153,12 @@ class _Server:
                 await stream.do_handshake()
             except trio.BrokenResourceError as error:
                 raise ChannelFailed(f"handshake failed: {reason(error)}") from None
-            connection.admit(self._budget)
+            try:
+                connection.admit(self._budget)
+            except TooManyConnections:
+                # For the rest of the time that it had for its handshake.
+                await receiver.turn_away(stream)
+                raise
             report(stream.session, as_json=self._args.json)
             if await receiver.serve(stream) and self._args.once:
                 self._done.set()

@@ -75,11 +75,14 @@ class Connection:
         """The peer is known: move to ``budget``, as one of ``holder``'s; the deadline is lifted.
 
         Raises:
-            TooManyConnections: the budget is used up.
+            TooManyConnections: the budget is used up. Deadline and place stay as they were, so that
+                the handler has the rest of its time to tell the peer.
         """
-        self._release()
-        self._waiting_since = None
+        before, place = self._budget, self._holder
         budget._take(self, holder)
+        if before is not None:
+            before._give_back(self, place)
+        self._waiting_since = None
         self._scope.deadline = math.inf
 
     @contextlib.contextmanager
@@ -105,7 +108,7 @@ class Connection:
 
     def _release(self) -> None:
         if self._budget is not None:
-            self._budget._give_back(self)
+            self._budget._give_back(self, self._holder)
             self._budget = None
 
 
@@ -197,11 +200,11 @@ class Budget:
         self._held.setdefault(holder, {})[connection] = None
         self._count += 1
 
-    def _give_back(self, connection: Connection) -> None:
-        connections = self._held[connection._holder]
+    def _give_back(self, connection: Connection, holder: Hashable) -> None:
+        connections = self._held[holder]
         del connections[connection]
         if not connections:
-            del self._held[connection._holder]
+            del self._held[holder]
         self._count -= 1
         self._changed.set()
 

@@ -25,6 +25,7 @@ __all__ = [
     "VERSION",
     "WINDOW",
     "Alive",
+    "Busy",
     "Bye",
     "Digest",
     "Drop",
@@ -170,7 +171,14 @@ class Alive:
     """Receiver, every :data:`BEAT` seconds: still there, however slow the disk is."""
 
 
-Message = Hello | Offer | Have | Digest | Send | Start | End | Drop | Stored | Failed | Bye | Alive
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Busy:
+    """Receiver, in answer to Hello: it serves as many senders as it may; try again later."""
+
+
+Message = (
+    Hello | Offer | Have | Digest | Send | Start | End | Drop | Stored | Failed | Bye | Alive | Busy
+)
 
 _TYPES: Final[dict[int, type[Message]]] = {
     1: Hello,
@@ -185,6 +193,7 @@ _TYPES: Final[dict[int, type[Message]]] = {
     10: Failed,
     11: Bye,
     12: Alive,
+    13: Busy,
 }
 _CODES: Final = {kind: code for code, kind in _TYPES.items()}
 _HINTS: Final = {kind: get_type_hints(kind) for kind in _TYPES.values()}

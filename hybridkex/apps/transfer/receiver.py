@@ -1,5 +1,6 @@
 """The receiving side: one task per connection, which reads, stores and answers in order."""
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from hybridkex.apps.transfer.messages import (
     VERSION,
     WINDOW,
     Alive,
+    Busy,
     Bye,
     Digest,
     Drop,
@@ -60,7 +62,14 @@ class Receiver:
             _log.warning("a transfer was cut short: %s", error.__cause__ or error)
             return False
 
-    async def _serve(self, stream: SecureStream[Any]) -> bool:
+    async def turn_away(self, stream: SecureStream[Any]) -> None:
+        """Tell a sender, after its handshake, to try again later, and close its stream."""
+        with contextlib.suppress(trio.BrokenResourceError, HybridkexError):
+            async with stream:
+                frames, _ = await self._greeted(stream)
+                await frames.send(Busy())
+
+    async def _greeted(self, stream: SecureStream[Any]) -> tuple[Frames, Hello]:
         if stream.session.alpn != PROTOCOL:
             raise ProtocolError("the other end is not 'hybridkex send'")
         frames = Frames(stream)
@@ -69,6 +78,10 @@ class Receiver:
             hello = await frames.receive()
         if not isinstance(hello, Hello) or hello.version != VERSION:
             raise ProtocolError(f"the sender does not speak version {VERSION} of the protocol")
+        return frames, hello
+
+    async def _serve(self, stream: SecureStream[Any]) -> bool:
+        frames, hello = await self._greeted(stream)
         # A sender that comes back may be faster than our notice of the break: the newest
         # connection of a transfer is the one that counts. Its name is known to its sender alone.
         while (older := self._live.get(hello.transfer)) is not None:

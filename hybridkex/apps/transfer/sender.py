@@ -32,6 +32,7 @@ from hybridkex.apps.transfer.messages import (
     VERSION,
     WINDOW,
     Alive,
+    Busy,
     Bye,
     Digest,
     Drop,
@@ -263,6 +264,8 @@ class _Connection:
             match answer:
                 case Alive():
                     continue
+                case Busy():
+                    raise trio.BrokenResourceError("the receiver serves no more senders at once")
                 case Have(n=n, size=size) as have if n in self._open - self._compared:
                     if size > self._items[n].size:
                         raise ProtocolError("the receiver has more of a file than there is")

@@ -1,0 +1,97 @@
+"""The code blocks of the documentation are what the program takes."""
+
+import argparse
+import ast
+import importlib
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hybridkex.cli.commands import COMMANDS, command_parser
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "examples" / "README.md"])
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)
+
+
+def blocks(kind: str) -> list[tuple[str, str]]:
+    """Page and text of each block of this language."""
+    return [
+        (f"{page.relative_to(ROOT)}-{number}", text)
+        for page in PAGES
+        for number, (language, text) in enumerate(FENCED.findall(page.read_text(encoding="utf-8")))
+        if language == kind
+    ]
+
+
+def command_lines() -> Iterator[tuple[str, str]]:
+    """Page and words of each command line that a page shows: in a block, or in backquotes."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        shown = [block for language, block in FENCED.findall(text) if language in ("sh", "")]
+        shown += INDENTED.findall(FENCED.sub("", text))
+        lines = "".join(shown).replace("\\\n", " ").splitlines()
+        lines += re.findall(r"`(hybridkex [^`\n]+)`", FENCED.sub("", text))
+        for line in lines:
+            for part in re.split(r"\|(?!\|)|&&", re.sub(r" #.*", "", line)):
+                found = re.search(r"(?:^|[\s/])hybridkex ([a-z][a-z-]* ?.*)", part)
+                if found and found[1].split()[0] in COMMANDS:
+                    yield str(page.relative_to(ROOT)), found[1].rstrip("& ")
+
+
+LINES = list(command_lines())
+
+
+def named_options(parser: argparse.ArgumentParser) -> set[str]:
+    """The options of a command and of its own commands."""
+    names = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                names |= named_options(child)
+    return names
+
+
+@pytest.mark.parametrize(("page", "line"), LINES)
+def test_a_command_line(page: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It parses; one that is cut short by ``...`` names options that exist."""
+    name, _, rest = line.partition(" ")
+    words = shlex.split(re.sub(r"[<>] \S+", "", rest))
+    parser = command_parser(name)
+    for word in words:
+        if word.startswith("--"):
+            assert word.partition("=")[0] in named_options(parser), f"{page}: {line}"
+    if "`" + "hybridkex " + line + "`" in (ROOT / page).read_text(encoding="utf-8"):
+        return  # a mention in a sentence need not be whole
+    if "..." in words:
+        return
+    try:
+        parser.parse_args(words)
+    except SystemExit:
+        pytest.fail(f"{page}: {line}: {capsys.readouterr().err}")
+
+
+def test_command_lines_are_found() -> None:
+    assert len(LINES) > 30
+    assert {line.split()[0] for _, line in LINES} >= COMMANDS.keys() - {"completion", "doctor"}
+
+
+@pytest.mark.parametrize(("where", "text"), blocks("python"))
+def test_a_python_block(where: str, text: str) -> None:
+    """It compiles, and every name that it imports from here is there."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hybridkex"):
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                assert hasattr(module, alias.name), f"{where}: {node.module}.{alias.name}"
+
+
+@pytest.mark.parametrize(("where", "text"), blocks("toml"))
+def test_a_toml_block(where: str, text: str) -> None:
+    tomllib.loads(text)

@@ -69,7 +69,7 @@ class Exemption(NamedTuple):
 EXEMPT = (
     Exemption(
         "hybridkex.qkd.etsi014",
-        frozenset({"auth", "tls", "streams"}),
+        frozenset({"aio", "auth", "tls", "streams"}),
         "the hop between an SAE and its KME can run over this library's own TLS; imported when "
         "that is asked for, so that a key source as such knows nothing of the engine",
     ),

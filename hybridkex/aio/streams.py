@@ -18,6 +18,19 @@ DEFAULT_LIMIT: Final = 1 << 16
 class _StreamProtocol(asyncio.StreamReaderProtocol):
     """asyncio's closes a secure connection at the peer's end of data; TLS 1.3 has half-close."""
 
+    _plain: "tuple[asyncio.StreamWriter, asyncio.BaseProtocol] | None" = None
+
+    def takes_over(self, writer: asyncio.StreamWriter, protocol: asyncio.BaseProtocol) -> None:
+        """Keep the writer of an upgraded connection, which would close the transport below if
+        nobody referred to it, and tell its protocol of the end, for whom somebody may wait."""
+        self._plain = writer, protocol
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._plain is not None:
+            self._plain[1].connection_lost(exc)
+            self._plain = None
+
     def eof_received(self) -> bool:
         super().eof_received()
         return True
@@ -140,7 +153,7 @@ async def upgrade(
         # Or whoever waits for the plain writer's end would wait for ever.
         plain_protocol.connection_lost(error if isinstance(error, Exception) else None)
         raise
-    transport.keep(writer)
+    protocol.takes_over(writer, plain_protocol)
     protocol.connection_made(transport)
     return secure_reader, asyncio.StreamWriter(transport, protocol, secure_reader, loop)
 

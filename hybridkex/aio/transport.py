@@ -216,11 +216,6 @@ class SecureTransport(asyncio.Transport):
         """The application's protocol."""
         return self._protocol
 
-    def keep(self, plain: object) -> None:
-        """Keep an object for as long as this transport lives: a StreamWriter that nobody refers to
-        closes its transport, which is the one below."""
-        self._kept = plain
-
     def is_closing(self) -> bool:
         """Whether the transport is closed or being closed."""
         return self._state in (_State.CLOSING, _State.CLOSED)

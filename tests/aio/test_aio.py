@@ -374,12 +374,14 @@ def test_an_upgrade_in_the_middle(
             with pytest.raises(LocalStateError):
                 await upgrade(reader, writer, client_config, server_hostname="localhost")
         else:
+            plain = writer
             reader, writer = await upgrade(
-                reader, writer, client_config, server_hostname="localhost"
+                reader, plain, client_config, server_hostname="localhost"
             )
             writer.write(b"secret")
             assert await reader.readexactly(6) == b"secret"
             await closed(writer)
+            await plain.wait_closed()
         server.close()
         await server.wait_closed()
 

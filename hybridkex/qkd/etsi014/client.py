@@ -12,7 +12,6 @@ from typing import Any, Final, Self
 from urllib.parse import quote, unquote, urlsplit
 
 import httpx
-import trio
 
 from hybridkex.errors import (
     ConfigError,
@@ -25,6 +24,7 @@ from hybridkex.errors import (
     KeyUnauthorized,
     KeyUnknown,
 )
+from hybridkex.net.event_loop import time_limit
 from hybridkex.qkd.etsi014.models import (
     API,
     DeliveredKey,
@@ -287,7 +287,7 @@ class KmeClient:
         """
         path = f"{API}/{quote(sae, safe='')}/{call}"
         try:
-            with trio.fail_after(self._access.timeout):
+            async with time_limit(self._access.timeout):
                 response, body = await self._exchange(method, path, query, content)
                 if not self._slash and _adds_a_slash(response, self._access.url, path):
                     self._slash = "/"
@@ -295,7 +295,7 @@ class KmeClient:
                 if response.status_code == 405 and method == "GET" and content is not None:
                     self._post = True
                     response, body = await self._exchange("POST", path, query, content)
-        except trio.TooSlowError:
+        except TimeoutError:
             raise KeySourceUnavailable(
                 f"{call}: the KME at {self._access.url} gave no answer within "
                 f"{self._access.timeout:g} s"

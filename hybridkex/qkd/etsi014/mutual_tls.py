@@ -2,13 +2,15 @@
 
 A :data:`TlsHandshake` takes a connected stream, makes it secure, and returns the certificate of the
 other end. The rest of this package needs nothing else of TLS, so one argument selects the standard
-library's TLS or this library's own, which is post-quantum.
+library's TLS or this library's own, which is post-quantum. A client's is a :class:`ClientTls`,
+which secures asyncio's streams too; servers run on trio.
 """
 
 import ssl
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import trio
 
@@ -21,24 +23,39 @@ from hybridkex.errors import (
 )
 from hybridkex.files import read_file
 
-__all__ = ["TlsHandshake", "client_tls", "server_tls", "tls_failure"]
+__all__ = ["ClientTls", "TlsHandshake", "client_tls", "server_tls", "tls_failure"]
 
 TlsHandshake: TypeAlias = Callable[[trio.abc.Stream, str], Awaitable[tuple[trio.abc.Stream, bytes]]]
 """``await hop(stream, host)`` gives the secure stream and the peer's certificate, DER-encoded.
 ``host`` is the name that the peer's certificate must have; a server passes an empty one."""
 
+AsyncioHandshake: TypeAlias = Callable[[Any, Any, str], Awaitable[tuple[Any, Any, bytes]]]
+"""``await secure(reader, writer, host)`` gives a secure reader and writer and the certificate."""
+
 TLS_KINDS: Final = ("stdlib", "hybridkex")
 
 
-def client_tls(kind: str, *, ca: Path, certificate: Path, key: Path) -> TlsHandshake:
+@dataclass(frozen=True)
+class ClientTls:
+    """A client's handshake, on either event loop."""
+
+    on_trio: TlsHandshake
+    on_asyncio: AsyncioHandshake
+
+    async def __call__(self, stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
+        return await self.on_trio(stream, host)
+
+
+def client_tls(kind: str, *, ca: Path, certificate: Path, key: Path) -> ClientTls:
     """The hop of a client: files are PEM; the server's certificate must lead to ``ca``.
 
     Raises ``ConfigError`` for files that cannot be used.
     """
     if kind == "stdlib":
-        return _stdlib(_context(ssl.Purpose.SERVER_AUTH, ca, certificate, key), server_side=False)
+        context = _context(ssl.Purpose.SERVER_AUTH, ca, certificate, key)
+        return ClientTls(_stdlib(context, server_side=False), _stdlib_on_asyncio(context))
     if kind == "hybridkex":
-        return _own(ca, certificate, key, server_side=False)
+        return _own_client(ca, certificate, key)
     raise _unknown(kind)
 
 
@@ -49,7 +66,7 @@ def server_tls(kind: str, *, ca: Path, certificate: Path, key: Path) -> TlsHands
         context.verify_mode = ssl.CERT_REQUIRED
         return _in_words(_stdlib(context, server_side=True))
     if kind == "hybridkex":
-        return _in_words(_own(ca, certificate, key, server_side=True))
+        return _in_words(_own_server(ca, certificate, key))
     raise _unknown(kind)
 
 
@@ -139,28 +156,61 @@ def _stdlib(context: ssl.SSLContext, *, server_side: bool) -> TlsHandshake:
     return hop
 
 
-def _own(ca: Path, certificate: Path, key: Path, *, server_side: bool) -> TlsHandshake:
-    # Imported when it is asked for: a key source as such knows nothing of the engine, which in
-    # turn may rest on keys of a key source.
-    from hybridkex.auth import Identity, TrustStore  # noqa: PLC0415
-    from hybridkex.streams import SecureStream  # noqa: PLC0415
-    from hybridkex.tls.config import ClientConfig, ServerConfig  # noqa: PLC0415
+def _stdlib_on_asyncio(context: ssl.SSLContext) -> AsyncioHandshake:
+    async def secure(reader: Any, writer: Any, host: str) -> tuple[Any, Any, bytes]:
+        await writer.start_tls(context, server_hostname=host)
+        return reader, writer, writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
 
-    identity, trust = Identity.from_files(certificate, key), TrustStore.from_file(ca)
-    config: ClientConfig | ServerConfig
-    if server_side:
-        config = ServerConfig(
-            identities=(identity,), client_verifier=trust, require_client_certificate=True
+    return secure
+
+
+# This library's own TLS is imported when it is asked for: a key source as such knows nothing of the
+# engine, which in turn may rest on keys of a key source.
+
+
+def _own_server(ca: Path, certificate: Path, key: Path) -> TlsHandshake:
+    from hybridkex.auth import Identity, TrustStore  # noqa: PLC0415
+    from hybridkex.tls.config import ServerConfig  # noqa: PLC0415
+
+    return _own_on_trio(
+        ServerConfig(
+            identities=(Identity.from_files(certificate, key),),
+            client_verifier=TrustStore.from_file(ca),
+            require_client_certificate=True,
         )
-    else:
-        config = ClientConfig(verifier=trust, identity=identity)
+    )
+
+
+def _own_client(ca: Path, certificate: Path, key: Path) -> ClientTls:
+    from hybridkex.auth import Identity, TrustStore  # noqa: PLC0415
+    from hybridkex.tls.config import ClientConfig  # noqa: PLC0415
+
+    config = ClientConfig(
+        verifier=TrustStore.from_file(ca), identity=Identity.from_files(certificate, key)
+    )
+
+    async def secure(reader: Any, writer: Any, host: str) -> tuple[Any, Any, bytes]:
+        from hybridkex.aio import upgrade  # noqa: PLC0415
+
+        reader, writer = await upgrade(reader, writer, config, server_hostname=host)
+        return reader, writer, _leaf(writer.get_extra_info("hybridkex_session").peer_credential)
+
+    return ClientTls(_own_on_trio(config), secure)
+
+
+def _own_on_trio(config: Any) -> TlsHandshake:
+    from hybridkex.streams import SecureStream  # noqa: PLC0415
 
     async def hop(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
         secure = SecureStream(stream, config, server_hostname=host or None, https_compatible=True)
         await secure.do_handshake()
-        peer = secure.session.peer_credential
-        if peer is None:
-            raise KeyUnauthorized("the other end has shown no certificate")
-        return secure, peer.chain[0]
+        return secure, _leaf(secure.session.peer_credential)
 
     return hop
+
+
+def _leaf(peer: Any) -> bytes:
+    if peer is None:
+        raise KeyUnauthorized("the other end has shown no certificate")
+    leaf: bytes = peer.chain[0]
+    return leaf

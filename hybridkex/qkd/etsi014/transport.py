@@ -9,18 +9,25 @@ begins, so it is the place for another TLS and for the check of the certificate.
 import os
 import socket
 import ssl
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any, Final
 
 import httpcore
 import httpx
 import trio
 
-from hybridkex.errors import AlertReceived
-from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, tls_failure
+from hybridkex.errors import AlertReceived, ConfigError
+from hybridkex.net.event_loop import checkpoint, on_trio, sleep, time_limit
+from hybridkex.qkd.etsi014.mutual_tls import ClientTls, TlsHandshake, tls_failure
 
 __all__ = ["HTTP_FAILURES", "KmeTransport", "refusal_of", "what_failed"]
+
+_CLOSE_TIMEOUT: Final = 1.0
+_HAPPY_EYEBALLS_DELAY: Final = 0.25
+"""Seconds before the next address is tried at the same time (RFC 8305 section 5); trio's figure."""
 
 HTTP_FAILURES: Final = (
     httpx.HTTPError,
@@ -40,7 +47,7 @@ def _as_httpcore(
 ) -> Iterator[None]:
     try:
         yield
-    except trio.TooSlowError as error:
+    except TimeoutError as error:  # of the time limit, or the kernel's: an OSError, so it is first
         raise slow("too slow") from error
     except (OSError, ssl.SSLError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
         raise broken(_reason(error)) from error
@@ -56,13 +63,11 @@ def _reason(error: BaseException) -> str:
     return type(error).__name__
 
 
-class _Stream(httpcore.AsyncNetworkStream):
-    """A trio stream as httpcore wants it."""
+class _Stream(httpcore.AsyncNetworkStream, ABC):
+    """A connection as httpcore wants it."""
 
-    def __init__(self, stream: trio.abc.Stream, raw: trio.SocketStream, secure: "_Backend") -> None:
-        self._stream = stream
-        self._raw = raw
-        self._backend = secure
+    def __init__(self, backend: "_Backend") -> None:
+        self._backend = backend
         self._received = 0
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
@@ -70,18 +75,17 @@ class _Stream(httpcore.AsyncNetworkStream):
             # Here, and not where the body is read: whoever stops reading a body half-way leaves
             # generators of httpx and httpcore hanging.
             raise httpcore.ReadError(f"an answer longer than {self._backend.max_answer} bytes")
-        with _as_httpcore(httpcore.ReadTimeout, httpcore.ReadError), _deadline(timeout):
-            data = bytes(await self._stream.receive_some(max_bytes))
+        with _as_httpcore(httpcore.ReadTimeout, httpcore.ReadError):
+            async with _deadline(timeout):
+                data = await self._receive(max_bytes)
         self._received += len(data)
         return data
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         self._received = 0
-        with _as_httpcore(httpcore.WriteTimeout, httpcore.WriteError), _deadline(timeout):
-            await self._stream.send_all(buffer)
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
+        with _as_httpcore(httpcore.WriteTimeout, httpcore.WriteError):
+            async with _deadline(timeout):
+                await self._send(buffer)
 
     async def start_tls(
         self,
@@ -91,21 +95,107 @@ class _Stream(httpcore.AsyncNetworkStream):
     ) -> httpcore.AsyncNetworkStream:
         """The hop instead of ``ssl_context``, which httpcore always makes."""
         try:
-            with _as_httpcore(httpcore.ConnectTimeout, httpcore.ConnectError), _deadline(timeout):
-                secure, certificate = await self._backend.hop(self._stream, server_hostname or "")
-                self._backend.check(certificate)
+            with _as_httpcore(httpcore.ConnectTimeout, httpcore.ConnectError):
+                async with _deadline(timeout):
+                    secure, certificate = await self._secure(server_hostname or "")
+                    self._backend.check(certificate)
         except BaseException:
-            await trio.aclose_forcefully(self._stream)
+            await self._abort()
             raise
-        return _Stream(secure, self._raw, self._backend)
+        return secure
 
     def get_extra_info(self, info: str) -> Any:
         # A kept connection on which something waits has been closed by the other end.
-        return self._raw.socket.is_readable() if info == "is_readable" else None
+        return self._something_waits() if info == "is_readable" else None
+
+    # What differs between the event loops.
+
+    @abstractmethod
+    async def _receive(self, max_bytes: int) -> bytes: ...
+
+    @abstractmethod
+    async def _send(self, buffer: bytes) -> None: ...
+
+    @abstractmethod
+    async def _secure(self, host: str) -> "tuple[_Stream, bytes]":
+        """This connection over TLS, and the certificate of the other end."""
+
+    @abstractmethod
+    async def _abort(self) -> None: ...
+
+    @abstractmethod
+    def _something_waits(self) -> bool: ...
 
 
-def _deadline(timeout: float | None) -> Any:
-    return trio.fail_after(float("inf") if timeout is None else timeout)
+def _deadline(timeout: float | None) -> AbstractAsyncContextManager[None]:
+    return time_limit(float("inf") if timeout is None else timeout)
+
+
+class _TrioStream(_Stream):
+    def __init__(
+        self, stream: trio.abc.Stream, raw: trio.SocketStream, backend: "_Backend"
+    ) -> None:
+        super().__init__(backend)
+        self._stream = stream
+        self._raw = raw
+
+    async def _receive(self, max_bytes: int) -> bytes:
+        return bytes(await self._stream.receive_some(max_bytes))
+
+    async def _send(self, buffer: bytes) -> None:
+        await self._stream.send_all(buffer)
+
+    async def _secure(self, host: str) -> tuple[_Stream, bytes]:
+        secure, certificate = await self._backend.hop(self._stream, host)
+        return _TrioStream(secure, self._raw, self._backend), certificate
+
+    async def _abort(self) -> None:
+        await trio.aclose_forcefully(self._stream)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def _something_waits(self) -> bool:
+        return self._raw.socket.is_readable()
+
+
+class _AsyncioStream(_Stream):
+    """asyncio's reader and writer; their types would be an import of asyncio."""
+
+    def __init__(self, reader: Any, writer: Any, backend: "_Backend") -> None:
+        super().__init__(backend)
+        self._reader = reader
+        self._writer = writer
+
+    async def _receive(self, max_bytes: int) -> bytes:
+        data: bytes = await self._reader.read(max_bytes)
+        return data
+
+    async def _send(self, buffer: bytes) -> None:
+        self._writer.write(buffer)
+        await self._writer.drain()
+
+    async def _secure(self, host: str) -> tuple[_Stream, bytes]:
+        hop = self._backend.hop
+        if not isinstance(hop, ClientTls):
+            raise ConfigError("this TLS handshake is for trio; pass the result of client_tls()")
+        reader, writer, certificate = await hop.on_asyncio(self._reader, self._writer, host)
+        return _AsyncioStream(reader, writer, self._backend), certificate
+
+    async def _abort(self) -> None:
+        self._writer.transport.abort()
+        await checkpoint()
+
+    async def aclose(self) -> None:
+        self._writer.close()
+        try:
+            async with time_limit(_CLOSE_TIMEOUT):  # a server need not answer close_notify
+                await self._writer.wait_closed()
+        except OSError:  # of the connection, or the time limit
+            await self._abort()
+
+    def _something_waits(self) -> bool:
+        return bool(self._reader.at_eof() or self._writer.is_closing())
 
 
 class _Backend(httpcore.AsyncNetworkBackend):
@@ -122,12 +212,19 @@ class _Backend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        with _as_httpcore(httpcore.ConnectTimeout, httpcore.ConnectError), _deadline(timeout):
-            raw = await trio.open_tcp_stream(host, port)
-        return _Stream(raw, raw, self)
+        with _as_httpcore(httpcore.ConnectTimeout, httpcore.ConnectError):
+            async with _deadline(timeout):
+                if on_trio():
+                    raw = await trio.open_tcp_stream(host, port)
+                    return _TrioStream(raw, raw, self)
+                asyncio: Any = sys.modules["asyncio"]  # it is running, so it is loaded
+                reader, writer = await asyncio.open_connection(
+                    host, port, happy_eyeballs_delay=_HAPPY_EYEBALLS_DELAY
+                )
+                return _AsyncioStream(reader, writer, self)
 
     async def sleep(self, seconds: float) -> None:
-        await trio.sleep(seconds)
+        await sleep(seconds)
 
 
 class _Content:

@@ -1,7 +1,8 @@
 """The client's handshake (RFC 9846 appendix A.1), one class per state, in their order.
 
 A state is frozen and owns what is valid in it; ``handle`` checks one message and returns the next
-state. :func:`start` sends the ClientHello and returns the first.
+state. :func:`start` sends the ClientHello and returns the first. :data:`STEPS`, at the end, lists
+all states with the messages between them.
 """
 
 from collections.abc import Mapping
@@ -60,6 +61,7 @@ from hybridkex.tls.negotiation import (
 )
 from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import AuthenticatedBy, Session, SessionTicket
+from hybridkex.tls.steps import Step
 from hybridkex.tls.traffic import ClientTraffic, Connected, store_key
 from hybridkex.tls.transcript import Transcript
 from hybridkex.wire import extensions as ext
@@ -78,6 +80,8 @@ from hybridkex.wire.messages import (
 )
 
 __all__ = [
+    "START",
+    "STEPS",
     "ClientState",
     "Proposed",
     "WaitPsk",
@@ -104,12 +108,10 @@ _ALONE: Final = (Authentication.PSK, Authentication.EITHER)
 class ClientState:
     """What the engine asks of a state."""
 
-    accepts: frozenset[int]
-
     def handle(
         self, message: Message, raw: bytes, records: RecordLayer
     ) -> "ClientState | ClientTraffic":
-        """Check one message; the type is one of ``accepts``."""
+        """Check one message, of a type that :data:`STEPS` has for this state."""
         raise NotImplementedError
 
 
@@ -246,7 +248,6 @@ class WaitPsk(ClientState):
 
     config: ClientConfig
     name: PeerName | None
-    accepts = frozenset[int]()
 
     def provide(self, external: ExternalPsk | None, records: RecordLayer) -> ClientState:
         """Go on with the PSK, or without one where the policy allows that."""
@@ -335,7 +336,6 @@ class WaitServerHello(ClientState):
 
     offer: _Offer
     hello: bytes
-    accepts = frozenset((HandshakeType.SERVER_HELLO,))
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         if isinstance(message, HelloRetryRequest):
@@ -395,7 +395,6 @@ class WaitSecondServerHello(ClientState):
     offer: _Offer
     suite: CipherSuite
     transcript: Transcript
-    accepts = frozenset((HandshakeType.SERVER_HELLO,))
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         if isinstance(message, HelloRetryRequest):
@@ -559,7 +558,6 @@ class WaitEncryptedExtensions(ClientState):
     psk: Psk | None
     with_certificate: bool
     keys: _Keys
-    accepts = frozenset((HandshakeType.ENCRYPTED_EXTENSIONS,))
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, EncryptedExtensions)
@@ -649,7 +647,6 @@ class WaitCertificateOrRequest(ClientState):
 
     settled: _Settled
     verifier: AnyServerVerifier
-    accepts = frozenset((HandshakeType.CERTIFICATE, HandshakeType.CERTIFICATE_REQUEST))
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         if isinstance(message, Certificate):
@@ -674,7 +671,6 @@ class WaitCertificate(ClientState):
     verifier: AnyServerVerifier
     requested: tuple[int, ...] | None
     """The schemes of the server's CertificateRequest, if it sent one."""
-    accepts = frozenset((HandshakeType.CERTIFICATE,))
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, Certificate)
@@ -703,7 +699,6 @@ class WaitCertificateVerify(ClientState):
     settled: _Settled
     peer: VerifiedPeer
     requested: tuple[int, ...] | None
-    accepts = frozenset((HandshakeType.CERTIFICATE_VERIFY,))
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, CertificateVerify)
@@ -727,7 +722,6 @@ class WaitFinished(ClientState):
     settled: _Settled
     proof: PeerProof
     requested: tuple[int, ...] | None
-    accepts = frozenset((HandshakeType.FINISHED,))
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, Finished)
@@ -773,7 +767,6 @@ class Proposed(ClientState):
     proof: PeerProof
     requested: tuple[int, ...] | None
     session: Session
-    accepts = frozenset[int]()
 
     def accept(self, session: Session, records: RecordLayer) -> ClientTraffic:
         """[Certificate, CertificateVerify,] Finished."""
@@ -815,3 +808,27 @@ class Proposed(ClientState):
         transcript.add(records.writer.send(certificate_message(identity)))
         verify = sign_transcript(identity, scheme, Label.CLIENT_CERTIFICATE_VERIFY, transcript)
         transcript.add(records.writer.send(verify))
+
+
+_M = HandshakeType
+START: Final = (WaitPsk, WaitServerHello)
+"""The states that :func:`start` may return; it sends the ClientHello unless it waits for a PSK."""
+STEPS: Final[Mapping[type, Step]] = {
+    WaitPsk: Step((), (_M.CLIENT_HELLO,), (WaitServerHello,)),
+    WaitServerHello: Step(
+        (_M.SERVER_HELLO,), (_M.CLIENT_HELLO,), (WaitSecondServerHello, WaitEncryptedExtensions)
+    ),
+    WaitSecondServerHello: Step((_M.SERVER_HELLO,), (), (WaitEncryptedExtensions,)),
+    WaitEncryptedExtensions: Step(
+        (_M.ENCRYPTED_EXTENSIONS,), (), (WaitCertificateOrRequest, WaitFinished)
+    ),
+    WaitCertificateOrRequest: Step(
+        (_M.CERTIFICATE_REQUEST, _M.CERTIFICATE), (), (WaitCertificate, WaitCertificateVerify)
+    ),
+    WaitCertificate: Step((_M.CERTIFICATE,), (), (WaitCertificateVerify,)),
+    WaitCertificateVerify: Step((_M.CERTIFICATE_VERIFY,), (), (WaitFinished,)),
+    WaitFinished: Step((_M.FINISHED,), (), (Proposed,)),
+    Proposed: Step((), (_M.CERTIFICATE, _M.CERTIFICATE_VERIFY, _M.FINISHED), (ClientTraffic,)),
+    ClientTraffic: Step((_M.KEY_UPDATE, _M.NEW_SESSION_TICKET), (), (ClientTraffic,)),
+}
+"""The handshake on one screen. The engine refuses any other message and any other transition."""

@@ -13,6 +13,7 @@ from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import (
     AlertReceived,
     HybridkexError,
+    InternalError,
     LocalStateError,
     PeerError,
     TruncationError,
@@ -39,15 +40,19 @@ State = client.ClientState | server.ServerState | ClientTraffic | ServerTraffic
 _WAIT_PSK: Final = (client.WaitPsk, server.WaitPsk)
 _PROPOSED: Final = (client.Proposed, server.Proposed)
 _WAITING: Final = (*_WAIT_PSK, *_PROPOSED)
+_STEPS: Final = {**client.STEPS, **server.STEPS}
 _TRAFFIC: Final = (ClientTraffic, ServerTraffic)
 
 
 class Connection:
     """What client and server have in common; make a :class:`ClientConnection` or the other."""
 
-    def __init__(self, records: RecordLayer, state: State | None) -> None:
+    _first: tuple[type, ...]
+    """The states in which a handshake may begin."""
+
+    def __init__(self, records: RecordLayer) -> None:
         self._records = records
-        self._state = state
+        self._state: State | None = None
         self._error: HybridkexError | None = None
         self._close_received = False
         self._close_sent = False
@@ -113,12 +118,20 @@ class Connection:
         state = self._state
         if state is None:
             raise LocalStateError("the handshake has not been started")
-        if raw[0] not in state.accepts:
+        if raw[0] not in _STEPS[type(state)].receives:
             raise UnexpectedMessage(
                 f"handshake message of type {raw[0]} while in {type(state).__name__}",
                 Reason.UNEXPECTED_MESSAGE,
             )
-        self._state = state.handle(decode(raw), raw, self._records)
+        self._enter(state.handle(decode(raw), raw, self._records))
+
+    def _enter(self, state: State) -> None:
+        """Go on to the next state, which must be one that the table has."""
+        before = self._state
+        allowed = self._first if before is None else _STEPS[type(before)].then
+        if type(state) not in allowed:
+            raise InternalError(f"{type(state).__name__} after {type(before).__name__}")
+        self._state = state
 
     def _alert(self, alert: AlertItem) -> None:
         if alert.description == Alert.CLOSE_NOTIFY:
@@ -176,7 +189,7 @@ class Connection:
         if not isinstance(state, _WAIT_PSK):
             raise LocalStateError("no PSK is wanted")
         try:
-            self._state = state.provide(psk, self._records)
+            self._enter(state.provide(psk, self._records))
         except PeerError as error:
             self._fail(error)
             raise
@@ -192,7 +205,7 @@ class Connection:
         state = self._state
         if not isinstance(state, _PROPOSED):
             raise LocalStateError("no session is proposed")
-        self._state = state.accept(state.session if session is None else session, self._records)
+        self._enter(state.accept(state.session if session is None else session, self._records))
 
     def update_keys(self, *, request_peer: bool = False) -> None:
         """Change our key now, and ask the peer for the same (section 4.7.3)."""
@@ -279,9 +292,11 @@ class ClientConnection(Connection):
         server_hostname: a DNS name or an IP address, which the certificate must have.
     """
 
+    _first = client.START
+
     def __init__(self, config: ClientConfig, server_hostname: str | None = None) -> None:
         check_config(config, ClientConfig)
-        super().__init__(RecordLayer(config), None)
+        super().__init__(RecordLayer(config))
         self._config = config
         self._name: DnsName | IpAddress | None = (
             parse_peer_name(server_hostname) if server_hostname is not None else None
@@ -292,7 +307,7 @@ class ClientConnection(Connection):
         self._check_alive()
         if self._state is not None:
             raise LocalStateError("the handshake has been started already")
-        self._state = client.start(self._config, self._name, self._records)
+        self._enter(client.start(self._config, self._name, self._records))
 
     def _ended(self) -> None:
         if isinstance(self._state, client.WaitServerHello | client.WaitSecondServerHello):
@@ -302,7 +317,9 @@ class ClientConnection(Connection):
 class ServerConnection(Connection):
     """The server's side; it waits for the ClientHello."""
 
+    _first = server.START
+
     def __init__(self, config: ServerConfig) -> None:
         check_config(config, ServerConfig)
-        records = RecordLayer(config)
-        super().__init__(records, server.start(config, records))
+        super().__init__(RecordLayer(config))
+        self._enter(server.start(config, self._records))

@@ -2,12 +2,15 @@
 
 The ClientHello is checked in the order of cost: what can be read off it first, then our tickets,
 then the key exchange, and only then does an outside key source hear of it (:class:`WaitPsk`), since
-anybody can send a ClientHello.
+anybody can send a ClientHello. :data:`STEPS`, at the end, lists all states with the messages
+between them.
 """
 
 import hashlib
 import hmac
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from hybridkex.auth import Identity, PeerName, RawIdentity, VerifiedPeer, parse_peer_name
 from hybridkex.constants import (
@@ -69,6 +72,7 @@ from hybridkex.tls.negotiation import (
 )
 from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import AuthenticatedBy, Session
+from hybridkex.tls.steps import Step
 from hybridkex.tls.tickets import CookieState, TicketState
 from hybridkex.tls.traffic import Connected, ServerTraffic
 from hybridkex.tls.transcript import Transcript
@@ -88,18 +92,16 @@ from hybridkex.wire.messages import (
     encode,
 )
 
-__all__ = ["Proposed", "ServerState", "WaitPsk", "start"]
+__all__ = ["START", "STEPS", "Proposed", "ServerState", "WaitPsk", "start"]
 
 
 class ServerState:
     """What the engine asks of a state."""
 
-    accepts: frozenset[int]
-
     def handle(
         self, message: Message, raw: bytes, records: RecordLayer
     ) -> "ServerState | ServerTraffic":
-        """Check one message; the type is one of ``accepts``."""
+        """Check one message, of a type that :data:`STEPS` has for this state."""
         raise NotImplementedError
 
 
@@ -286,7 +288,6 @@ class WaitClientHello(ServerState):
     """Nothing has come yet."""
 
     config: ServerConfig
-    accepts = frozenset((HandshakeType.CLIENT_HELLO,))
 
     def handle(
         self, message: Message, raw: bytes, records: RecordLayer
@@ -349,7 +350,6 @@ class WaitSecondClientHello(ServerState):
     """After HelloRetryRequest; all that is known of the first hello is in the cookie."""
 
     config: ServerConfig
-    accepts = frozenset((HandshakeType.CLIENT_HELLO,))
 
     def handle(
         self, message: Message, raw: bytes, records: RecordLayer
@@ -657,7 +657,6 @@ class WaitPsk(ServerState):
     share: bytes
     shared: Secret
     wanted: tuple[_OfferedPsk, ...]
-    accepts = frozenset[int]()
 
     def provide(
         self, external: ExternalPsk | None, records: RecordLayer
@@ -882,7 +881,6 @@ class WaitClientCertificate(ServerState):
 
     answered: _Answered
     verifier: AnyClientVerifier
-    accepts = frozenset((HandshakeType.CERTIFICATE,))
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
         assert isinstance(message, Certificate)
@@ -914,7 +912,6 @@ class WaitClientCertificateVerify(ServerState):
 
     answered: _Answered
     peer: VerifiedPeer
-    accepts = frozenset((HandshakeType.CERTIFICATE_VERIFY,))
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
         assert isinstance(message, CertificateVerify)
@@ -936,7 +933,6 @@ class WaitClientFinished(ServerState):
 
     answered: _Answered
     peer: VerifiedPeer | None
-    accepts = frozenset((HandshakeType.FINISHED,))
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
         assert isinstance(message, Finished)
@@ -983,7 +979,6 @@ class Proposed(ServerState):
     answered: _Answered
     peer: VerifiedPeer | None
     session: Session
-    accepts = frozenset[int]()
 
     def accept(self, session: Session, records: RecordLayer) -> ServerTraffic:
         """The handshake is complete."""
@@ -998,3 +993,33 @@ class Proposed(ServerState):
         traffic = ServerTraffic(connected, choice.config, presented, binding)
         traffic.tickets_wanted(choice.hello.psk_dhe)
         return traffic
+
+
+_M = HandshakeType
+_FLIGHT: Final = (
+    _M.SERVER_HELLO,
+    _M.ENCRYPTED_EXTENSIONS,
+    _M.CERTIFICATE_REQUEST,
+    _M.CERTIFICATE,
+    _M.CERTIFICATE_VERIFY,
+    _M.FINISHED,
+)
+_AFTER_FLIGHT: Final = (WaitClientCertificate, WaitClientFinished)
+START: Final = (WaitClientHello,)
+"""The state that :func:`start` returns."""
+STEPS: Final[Mapping[type, Step]] = {
+    # ServerHello is also the type of HelloRetryRequest (section 4.2.4).
+    WaitClientHello: Step(
+        (_M.CLIENT_HELLO,), _FLIGHT, (WaitSecondClientHello, WaitPsk, *_AFTER_FLIGHT)
+    ),
+    WaitSecondClientHello: Step((_M.CLIENT_HELLO,), _FLIGHT, (WaitPsk, *_AFTER_FLIGHT)),
+    WaitPsk: Step((), _FLIGHT, _AFTER_FLIGHT),
+    WaitClientCertificate: Step(
+        (_M.CERTIFICATE,), (), (WaitClientCertificateVerify, WaitClientFinished)
+    ),
+    WaitClientCertificateVerify: Step((_M.CERTIFICATE_VERIFY,), (), (WaitClientFinished,)),
+    WaitClientFinished: Step((_M.FINISHED,), (), (Proposed,)),
+    Proposed: Step((), (), (ServerTraffic,)),
+    ServerTraffic: Step((_M.KEY_UPDATE,), (), (ServerTraffic,)),
+}
+"""The handshake on one screen. The engine refuses any other message and any other transition."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from hybridkex.auth import Presented
-from hybridkex.constants import CertificateType, HandshakeType
+from hybridkex.constants import CertificateType
 from hybridkex.crypto.schedule import ExporterSecret, ResumptionSecret
 from hybridkex.crypto.suites import CipherSuite
 from hybridkex.errors import IllegalParameter, LocalStateError, UnexpectedMessage
@@ -46,8 +46,6 @@ class Connected:
 
 class _Traffic:
     """The last state: lasts until the connection ends."""
-
-    accepts: frozenset[int] = frozenset((HandshakeType.KEY_UPDATE,))
 
     def __init__(self, connected: Connected) -> None:
         self.connected = connected
@@ -119,8 +117,6 @@ class _Traffic:
 
 class ClientTraffic(_Traffic):
     """The client's: takes tickets too."""
-
-    accepts = frozenset((HandshakeType.KEY_UPDATE, HandshakeType.NEW_SESSION_TICKET))
 
     def __init__(
         self, connected: Connected, config: ClientConfig, presented: Presented | None

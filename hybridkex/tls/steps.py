@@ -1,0 +1,19 @@
+"""The form of the tables that list the steps of a handshake: ``STEPS`` of client and server."""
+
+from dataclasses import dataclass
+
+from hybridkex.constants import HandshakeType
+
+__all__ = ["Step"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One state of a handshake."""
+
+    receives: tuple[HandshakeType, ...]
+    """The messages that end it. None: it waits for our caller and reads nothing."""
+    sends: tuple[HandshakeType, ...]
+    """The messages that may be sent when it ends, in their order."""
+    then: tuple[type, ...]
+    """The states that may follow."""

@@ -58,7 +58,11 @@ def configure(commands: Any) -> None:
     command.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     where = command.add_mutually_exclusive_group()
     where.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="processes; 0: one for each core"
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes, 0 for one on each core (default: %(default)s)",
     )
     where.add_argument("--dask", metavar="ADDRESS", help="compute on this Dask cluster")
     command.add_argument(
@@ -74,7 +78,8 @@ def configure(commands: Any) -> None:
     plot = commands.add_parser("plot", help="draw a picture (needs matplotlib)")
     describe(
         plot,
-        "Draw a scan, or one of the pictures of the documentation.",
+        "Draw a scan: one column over another, a curve for each value of a third. Or draw one of "
+        "the pictures of the documentation.",
         examples=[
             "qkd plot --scan a.csv --by preset -o a.svg",
             "qkd plot --scan b.parquet --x block_bits --y bit_per_s -o b.png",
@@ -94,7 +99,11 @@ def configure(commands: Any) -> None:
         "--preset", action="append", metavar="NAME", help="of a --kind; may be repeated"
     )
     plot.add_argument(
-        "--distance", type=float, default=200.0, metavar="KM", help="that --kind qber goes to"
+        "--distance",
+        type=float,
+        default=200.0,
+        metavar="KM",
+        help="that --kind qber goes to (default: %(default)g)",
     )
     plot.add_argument("--block-bits", action="append", type=float, metavar="N", help="of a --kind")
     plot.add_argument(

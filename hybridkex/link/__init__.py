@@ -5,15 +5,17 @@ is done here in full, by two parties that share nothing but a quantum and a clas
 
 ::
 
-    entropy   physics   presets        the channel, its parameters, closed forms
-    asymptotic   finite_key            what a block is worth: Ma 2005, Lim 2014, Rusca 2018
-    optimise   plots                   the best intensities for a distance; pictures
-    randomness   quantum   pulses   eavesdroppers    the light, sampled or pulse by pulse; Eve
-    wire   line   authentication   ledger            the classical channel and what guards it
-    interference                       Eve on the classical channel
-    cascade   toeplitz                 error correction and privacy amplification
-    settings   party                   the protocol itself
-    simulated   remote                 both parties in one process or two
+    entropy   physics   presets   satellite      the channel, its parameters, closed forms
+    statistics   asymptotic   finite_key         confidence bounds; what a block is worth
+    optimise   scan   plots                      the best settings for a distance; scans; pictures
+    randomness   quantum   pulses                the light, sampled or pulse by pulse
+    eavesdroppers   interference                 Eve on the light, and on the classical channel
+    wire   classical   authentication   ledger   the classical channel and what guards it
+    reconciliation   cascade                     error correction: the interface, and Cascade
+    cascade_arrays   cascade_loops               its inner loops in numpy, and for numba
+    toeplitz                                     privacy amplification
+    settings   party                             the protocol itself
+    simulated   remote   measured                both parties here or in two processes; files
 
 The simulation is not a QKD module and claims no certification; see ``docs/qkd-link.md``.
 """

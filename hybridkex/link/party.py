@@ -18,7 +18,7 @@ A block in the order of its messages::
 Each party uses its own end of the quantum channel and what it received, nothing else.
 
 A session begins with HELLO, which says where each party's ledger stands. The first tag of the other
-party, which covers both HELLOs, confirms it; until then nothing in the ledger is given up.
+party, which covers both HELLOs, confirms it; until then nothing is dropped from the ledger.
 """
 
 import hashlib
@@ -608,7 +608,7 @@ class Bob(_Party):
         return self._estimate(bit, basis, intensity, tests, pulses)
 
     async def _correct(self, sifted: _Sifted) -> _Corrected:
-        """Error correction: ask Alice until the key is hers."""
+        """Error correction: send requests until the key agrees with Alice's."""
         before = self._erase_later(sifted.key.copy())
         search = self._settings.reconciler.correct(sifted.key, sifted.counts.test_error_rate)
         rounds = 0

@@ -99,7 +99,7 @@ def plot_scan(
     for number, (values, points) in enumerate(curves.items()):
         points.sort()
         label = ", ".join(
-            str(value) if isinstance(value, str) else f"{name} {value}"
+            f"{name} {value:g}" if isinstance(value, int | float) else str(value)
             for name, value in zip(by, values, strict=True)
         )
         axes.plot(

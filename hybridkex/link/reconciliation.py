@@ -17,7 +17,7 @@ Bits = NDArray[np.uint8]
 
 
 class ReconciliationError(Exception):
-    """The other party's messages contradict each other or ask for what there is not."""
+    """The other party's messages contradict each other, or request parities that do not exist."""
 
 
 @dataclass(frozen=True, kw_only=True)

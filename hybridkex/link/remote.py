@@ -45,7 +45,7 @@ class RemoteDetector:
 
 
 async def serve_detector(link: OpticalLink, stream: trio.abc.Stream, *, most: int) -> None:
-    """Give Bob what his detectors see, up to ``most`` detections at a time, until he hangs up."""
+    """Send Bob his detections, up to ``most`` at a time, until he closes the connection."""
     try:
         while True:
             (count,) = COUNT.unpack(await _exactly(stream, COUNT.size))

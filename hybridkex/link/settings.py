@@ -41,7 +41,7 @@ class LinkSettings:
     """Bits of each key that comes out, a multiple of 8."""
     max_qber: float = 0.11
     """Above this share of wrong bits in the test basis (and in the key basis, where it is
-    announced) a block is given up."""
+    announced) a block is aborted."""
     tolerance: float = 0.1
     """How far the rate of detections and their shares of the intensities may drift."""
     finite_key: str = FINITE_KEY[0]

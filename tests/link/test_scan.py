@@ -167,9 +167,10 @@ def test_scan_and_plot_as_commands(tmp_path: Path, capsys: pytest.CaptureFixture
         assert told in capsys.readouterr().err
 
 
-def test_the_pictures_of_the_documentation_come_from_scans() -> None:
+@pytest.mark.parametrize("name", ["qkd-rates.csv", "qkd-blocks.csv"])
+def test_the_pictures_of_the_documentation_come_from_scans(name: str) -> None:
     """docs/data has what `qkd scan` writes; a few rows are computed again."""
-    path = Path(__file__).parents[2] / "docs/data/qkd-rates.csv"
+    path = Path(__file__).parents[2] / "docs/data" / name
     rows = read_scan(path)
     for row in rows[:: max(1, len(rows) // 4)]:
         point = {name: row[name] for name in ("preset", "distance_km", "block_bits")}

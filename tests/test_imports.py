@@ -19,7 +19,7 @@ import hybridkex
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybridkex"
 
-BASE = {"constants", "errors", "fields", "reasons", "secret", "text"}
+BASE = {"constants", "errors", "fields", "json_text", "reasons", "secret", "text"}
 ENGINE = BASE | {"wire", "crypto", "auth", "tls"}
 
 # What each room may know, besides itself. A file beside the rooms is a room of its own; the public
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "constants": set(),
     "reasons": {"constants"},
     "errors": {"constants", "reasons", "text"},
+    "json_text": set(),
     "secret": set(),
     "fields": {"errors"},
     "files": {"errors"},
@@ -49,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kme": ENGINE | {"files", "net", "qkd", "link", "shell", "streams"},
     "combiner": BASE | {"wire", "crypto", "auth", "qkd"},
     # Applications need no more than what everybody has.
-    "apps": {"errors", "files", "net", "text", "combiner", ""},
+    "apps": {"errors", "files", "json_text", "net", "text", "combiner", ""},
     "demos": ENGINE | {"files", "net", "qkd", "link", "kme", "shell", "streams", ""},
     "cli": ENGINE
     | {"files", "combiner", "net", "qkd", "link", "kme", "demos", "apps", "shell", "streams", ""},

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import math
 import signal
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from hybridkex.cli.running import run_trio
 from hybridkex.cli.values import file_path, folder_path
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.files import PUBLIC, write_file
+from hybridkex.json_text import load_json
 from hybridkex.kme.config import PRODUCERS, load_config
 from hybridkex.kme.serve import KmeServer, Serving
 from hybridkex.net.address import TcpAddress, parse_tcp_address
@@ -306,7 +306,7 @@ def _export_pool(args: argparse.Namespace) -> int:
 
 def _read_ids(path: Path) -> list[str]:
     try:
-        found = json.loads(path.read_text(encoding="ascii"))
+        found = load_json(path.read_text(encoding="ascii"))
         return [canonical_key_id(item) for item in found]
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error

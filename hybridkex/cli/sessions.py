@@ -9,6 +9,7 @@ from typing import Any
 from hybridkex.crypto.suites import ALL_SUITES
 from hybridkex.errors import ConfigError
 from hybridkex.files import write_file
+from hybridkex.json_text import load_json
 from hybridkex.secret import Secret
 from hybridkex.tls.session import AuthenticatedBy, SessionTicket
 
@@ -55,7 +56,7 @@ class FileTicketStore:
 
     def _load(self) -> dict[str, list[Any]]:
         try:
-            tickets = json.loads(self._path.read_text())
+            tickets = load_json(self._path.read_text())
         except FileNotFoundError:
             return {}
         except OSError as error:

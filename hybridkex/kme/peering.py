@@ -14,18 +14,17 @@ back is needed. A refusal is 409 in the form of RFC 9457, with the reason for ea
 
 import base64
 import binascii
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self
 
-import httpx
 import trio
 
 from hybridkex.errors import KeySourceUnavailable
+from hybridkex.json_text import load_json
 from hybridkex.qkd.etsi014.models import ErrorResponse, Json, ModelError, parse_uuid
-from hybridkex.qkd.etsi014.transport import HTTP_FAILURES, what_failed
+from hybridkex.qkd.etsi014.transport import HTTP_FAILURES, Answer, KmeTransport, what_failed
 from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState
 from hybridkex.secret import Secret
 from hybridkex.text import printable
@@ -183,61 +182,59 @@ class LocalPeer:
 class HttpPeer:
     """The other KME of a link over mutual TLS."""
 
-    def __init__(self, url: str, transport: httpx.AsyncBaseTransport, seconds: float) -> None:
-        self._http = httpx.AsyncClient(
-            base_url=url.rstrip("/"), transport=transport, timeout=None, trust_env=False
-        )
+    def __init__(self, transport: KmeTransport, seconds: float) -> None:
+        self._http = transport
         self._seconds = seconds
 
     async def aclose(self) -> None:
         await self._http.aclose()
 
     async def ext_keys(self, message: ExtKeys) -> None:
-        response = await self._post(EXT_KEYS, message.to_json())
-        if response.status_code == 202:
+        answer = await self._post(EXT_KEYS, message.to_json())
+        if answer.status == 202:
             return
-        if response.status_code == 409:
-            raise BlocksRefused(_refusals(response))
-        raise KeySourceUnavailable(_answer(response))
+        if answer.status == 409:
+            raise BlocksRefused(_refusals(answer))
+        raise KeySourceUnavailable(_said(answer))
 
     async def void(self, key_ids: Sequence[str]) -> None:
-        response = await self._post(VOID, {"key_ids": [str(key_id) for key_id in key_ids]})
-        if response.status_code != 202:
-            raise KeySourceUnavailable(_answer(response))
+        answer = await self._post(VOID, {"key_ids": [str(key_id) for key_id in key_ids]})
+        if answer.status != 202:
+            raise KeySourceUnavailable(_said(answer))
 
     async def check(self, key_ids: Sequence[str]) -> list[str]:
-        response = await self._post(CHECK, {"key_ids": [str(key_id) for key_id in key_ids]})
+        answer = await self._post(CHECK, {"key_ids": [str(key_id) for key_id in key_ids]})
         try:
-            if response.status_code == 200:
-                return ids_from_json(json.loads(response.content))
+            if answer.status == 200:
+                return ids_from_json(load_json(answer.body))
         except ValueError:
             pass
-        raise KeySourceUnavailable(_answer(response))
+        raise KeySourceUnavailable(_said(answer))
 
-    async def _post(self, path: str, body: Json) -> httpx.Response:
+    async def _post(self, path: str, body: Json) -> Answer:
         try:
             with trio.fail_after(self._seconds):
-                return await self._http.post(path, json=body)
+                return await self._http.exchange("POST", path, content=body)
         except trio.TooSlowError:
             raise KeySourceUnavailable(f"it gave no answer within {self._seconds:g} s") from None
         except HTTP_FAILURES as error:
             raise KeySourceUnavailable(f"it {what_failed(error)}") from None
 
 
-def _answer(response: httpx.Response) -> str:
+def _said(answer: Answer) -> str:
     """What a KME answered, in words for a log line; its text is bounded and printable."""
     try:
-        message = json.loads(response.content).get("message")
-    except (ValueError, AttributeError, RecursionError):
+        message = load_json(answer.body).get("message")
+    except (ValueError, AttributeError):
         message = None
     if not isinstance(message, str) or not message:
-        return f"it answered {response.status_code}"
-    return f"it answered {response.status_code}: {printable(message, most=200)}"
+        return f"it answered {answer.status}"
+    return f"it answered {answer.status}: {printable(message, most=200)}"
 
 
-def _refusals(response: httpx.Response) -> dict[str, BlockState]:
+def _refusals(answer: Answer) -> dict[str, BlockState]:
     try:
-        found = json.loads(response.content).get("refused")
+        found = load_json(answer.body).get("refused")
         return {parse_uuid(name): BlockState(reason) for name, reason in found.items()}
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         raise KeySourceUnavailable("it refused keys and did not say which") from None

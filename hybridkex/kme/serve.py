@@ -313,11 +313,12 @@ class _Settings:
             if peer.url is not None:
                 # A refusal names every block of the message, with its state.
                 transport = KmeTransport(
+                    peer.url,
                     client_tls(config.tls, **files),
                     _confirms(peer.id, config.id_rule),
                     max_answer=2 * MAX_MESSAGE_BYTES,
                 )
-                links[peer.id] = HttpPeer(peer.url, transport, config.peer_timeout)
+                links[peer.id] = HttpPeer(transport, config.peer_timeout)
         for problem in problems_of_certificate(config.certificate, config.id, config.id_rule):
             LOG.warning("%s: %s", config.id, problem)
         made = cls(

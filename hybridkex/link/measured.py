@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from hybridkex.errors import ConfigError, LinkError
 from hybridkex.files import write_file
+from hybridkex.json_text import load_json
 from hybridkex.link.authentication import Signatures
 from hybridkex.link.finite_key import Security
 from hybridkex.link.ledger import LANE_RESERVE, Ledger
@@ -242,7 +243,7 @@ def _described(preset: Preset) -> str:
 
 def _preset(text: str, name: str) -> Preset:
     try:
-        found = json.loads(text)
+        found = load_json(text)
         source, channel = found["source"], found["channel"]
         kind = PairSource if "brightness" in source else Transmitter
         for made, given in ((kind, source), (Channel, channel)):

@@ -24,6 +24,7 @@ import trio
 
 from hybridkex.errors import BlockAborted, ConfigError
 from hybridkex.files import PUBLIC, write_file
+from hybridkex.json_text import load_json
 from hybridkex.link.eavesdroppers import eavesdropper
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import FINITE_KEY, expected_counts
@@ -264,7 +265,7 @@ def read_scan(path: Path) -> list[Row]:
     """The rows of a file that :func:`write_scan` made. Raises ``ConfigError``."""
     try:
         if path.suffix == ".json":
-            rows = json.loads(path.read_text())
+            rows = load_json(path.read_text())
         elif path.suffix == ".csv":
             with path.open(newline="") as file:
                 rows = [

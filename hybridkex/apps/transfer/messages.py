@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, NewType, TypeGuard, get_type_hints
 
 from hybridkex.errors import HybridkexError
+from hybridkex.json_text import load_json
 
 __all__ = [
     "BEAT",
@@ -225,8 +226,8 @@ def decode(kind: int, body: bytes) -> Message:
     """The message in a frame's body. Raises ``ProtocolError``."""
     wanted = _TYPES[kind]
     try:
-        values = json.loads(body)
-    except (ValueError, RecursionError):
+        values = load_json(body)
+    except ValueError:
         raise ProtocolError(f"{wanted.__name__}: not JSON") from None
     hints = _HINTS[wanted]
     if not isinstance(values, dict) or values.keys() != {field.name for field in fields(wanted)}:

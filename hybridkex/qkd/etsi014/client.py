@@ -1,6 +1,5 @@
 """An ETSI GS QKD 014 client and the key source on top of it."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import quote, unquote, urlsplit
-
-import httpx
 
 from hybridkex.errors import (
     ConfigError,
@@ -24,6 +21,7 @@ from hybridkex.errors import (
     KeyUnauthorized,
     KeyUnknown,
 )
+from hybridkex.json_text import load_json
 from hybridkex.net.event_loop import time_limit
 from hybridkex.qkd.etsi014.models import (
     API,
@@ -37,7 +35,13 @@ from hybridkex.qkd.etsi014.models import (
 )
 from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, client_tls
 from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate
-from hybridkex.qkd.etsi014.transport import HTTP_FAILURES, KmeTransport, refusal_of, what_failed
+from hybridkex.qkd.etsi014.transport import (
+    HTTP_FAILURES,
+    Answer,
+    KmeTransport,
+    refusal_of,
+    what_failed,
+)
 from hybridkex.qkd.source import KeyPart, KeyReference, QkdKey, SourceStatus, single
 from hybridkex.text import get_logger, printable
 
@@ -149,13 +153,7 @@ class KmeClient:
         hop = hop or client_tls(
             access.tls, ca=access.ca, certificate=access.certificate, key=access.key
         )
-        self._http = httpx.AsyncClient(
-            base_url=access.url.rstrip("/"),
-            transport=KmeTransport(hop, self._confirm, max_answer=access.max_answer),
-            timeout=None,  # one deadline for the whole request instead, see _call
-            headers={"Accept": "application/json", "Accept-Encoding": "identity"},
-            trust_env=False,
-        )
+        self._http = KmeTransport(access.url, hop, self._confirm, max_answer=access.max_answer)
 
     async def __aenter__(self) -> Self:
         return self
@@ -288,13 +286,13 @@ class KmeClient:
         path = f"{API}/{quote(sae, safe='')}/{call}"
         try:
             async with time_limit(self._access.timeout):
-                response, body = await self._exchange(method, path, query, content)
-                if not self._slash and _adds_a_slash(response, self._access.url, path):
+                answer = await self._exchange(method, path, query, content)
+                if not self._slash and _adds_a_slash(answer, self._access.url, path):
                     self._slash = "/"
-                    response, body = await self._exchange(method, path, query, content)
-                if response.status_code == 405 and method == "GET" and content is not None:
+                    answer = await self._exchange(method, path, query, content)
+                if answer.status == 405 and method == "GET" and content is not None:
                     self._post = True
-                    response, body = await self._exchange("POST", path, query, content)
+                    answer = await self._exchange("POST", path, query, content)
         except TimeoutError:
             raise KeySourceUnavailable(
                 f"{call}: the KME at {self._access.url} gave no answer within "
@@ -310,47 +308,42 @@ class KmeClient:
             raise KeySourceUnavailable(
                 f"{call}: the KME at {self._access.url} {what_failed(error)}"
             ) from None
-        status = response.status_code
         try:
-            answer = json.loads(body)
-        except (ValueError, RecursionError):
+            value = load_json(answer.body)
+        except ValueError:
             # The decoder's error would hold the body, and so a key.
-            if status == 200:
+            if answer.status == 200:
                 raise KeySourceUnavailable(f"{call}: the KME's answer is not JSON") from None
-            answer = None  # such as a proxy's HTML
-        if status == 200:
-            return answer
-        message = answer.get("message") if isinstance(answer, dict) else None
+            value = None  # such as a proxy's HTML
+        if answer.status == 200:
+            return value
+        message = value.get("message") if isinstance(value, dict) else None
         refused = classify(
-            status, message if isinstance(message, str) else "", looking_up=looking_up
+            answer.status, message if isinstance(message, str) else "", looking_up=looking_up
         )
-        refused.retry_after = _retry_after(response)
+        refused.retry_after = _retry_after(answer)
         LOG.info("%s: %s", call, refused)
         raise refused
 
     async def _exchange(
         self, method: str, path: str, query: dict[str, Any] | None, content: Json | None
-    ) -> tuple[httpx.Response, bytes]:
-        async with self._http.stream(
+    ) -> Answer:
+        return await self._http.exchange(
             method,
             path + self._slash,
-            params=query if method == "GET" else None,
-            json=content if method == "POST" else None,
-        ) as response:
-            return response, await self._body(response)
-
-    @staticmethod
-    async def _body(response: httpx.Response) -> bytes:
-        if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise KeySourceUnavailable("the KME's answer is compressed, which was not asked for")
-        return b"".join([chunk async for chunk in response.aiter_raw()])
+            query=query if method == "GET" else None,
+            content=content if method == "POST" else None,
+        )
 
 
-def _adds_a_slash(response: httpx.Response, url: str, path: str) -> bool:
+def _adds_a_slash(answer: Answer, url: str, path: str) -> bool:
     """Whether this is a redirect to the same URL with a slash at its end, and to nowhere else."""
-    if response.status_code not in (301, 302, 307, 308):
+    if answer.status not in (301, 302, 307, 308):
         return False
-    location = urlsplit(response.headers.get("Location", ""))
+    try:
+        location = urlsplit(answer.headers.get("Location", ""))
+    except ValueError:
+        return False
     if unquote(location.path) != f"{unquote(path)}/":
         return False
     return not location.netloc or (location.scheme, location.netloc) == urlsplit(url)[:2]
@@ -360,16 +353,16 @@ MOST_RETRY_AFTER: Final = 3600.0
 """Seconds for which an answer can ask us to wait."""
 
 
-def _retry_after(response: httpx.Response) -> float | None:
+def _retry_after(answer: Answer) -> float | None:
     """The seconds of a Retry-After (RFC 9110 section 10.2.3), bounded; ``None`` without one."""
-    text = response.headers.get("Retry-After", "").strip()
+    text = answer.headers.get("Retry-After", "").strip()
     if text.isascii() and text.isdigit():
         seconds = float(text[:9])
     else:
         try:
             seconds = (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
-        except (ValueError, TypeError):
-            return None
+        except (ArithmeticError, LookupError, TypeError, ValueError):
+            return None  # what email.utils and datetime raise for dates that there are not
     return min(max(seconds, 0.0), MOST_RETRY_AFTER)
 
 

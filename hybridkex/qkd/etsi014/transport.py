@@ -1,7 +1,9 @@
-"""How httpx reaches a KME: over a hop that has confirmed the KME's ID before any request is sent.
+"""HTTP to a KME, over a hop that has confirmed the KME's ID before any request is sent.
 
-httpx takes a transport, and httpcore under it takes a network backend. The backend is where TLS
-begins, so it is the place for another TLS and for the check of the certificate.
+httpcore takes a network backend. The backend is where TLS begins, so it is the place for another
+TLS and for the check of the certificate. httpx writes the request, and its client is left out: what
+a client does with an answer by itself (unpack it, keep its cookies, read where it redirects to)
+lets the other end choose how much memory that takes and which errors it raises.
 """
 
 # ruff: noqa: ASYNC109  # the timeouts are httpcore's interface
@@ -11,19 +13,20 @@ import socket
 import ssl
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import httpcore
 import httpx
 import trio
 
-from hybridkex.errors import AlertReceived, ConfigError
+from hybridkex.errors import AlertReceived, ConfigError, KeySourceUnavailable
 from hybridkex.net.event_loop import checkpoint, on_trio, sleep, time_limit
 from hybridkex.qkd.etsi014.mutual_tls import ClientTls, TlsHandshake, tls_failure
 
-__all__ = ["HTTP_FAILURES", "KmeTransport", "refusal_of", "what_failed"]
+__all__ = ["HTTP_FAILURES", "Answer", "KmeTransport", "refusal_of", "what_failed"]
 
 _CLOSE_TIMEOUT: Final = 1.0
 _HAPPY_EYEBALLS_DELAY: Final = 0.25
@@ -242,33 +245,36 @@ class _Content:
         return self._parts.pop()
 
 
-class _Body(httpx.AsyncByteStream):
-    def __init__(self, response: httpcore.Response) -> None:
-        self._response = response
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came back: status, header fields and the bytes of the body as they were sent."""
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for chunk in self._response.aiter_stream():
-            yield chunk
-
-    async def aclose(self) -> None:
-        await self._response.aclose()
+    status: int
+    headers: httpx.Headers
+    body: bytes
 
 
-class KmeTransport(httpx.AsyncBaseTransport):
-    """Connections to one KME, kept and reused. Nothing is ever sent twice: no retries."""
+class KmeTransport:
+    """Connections to one KME, kept and reused. Nothing is ever sent twice: no retries.
+
+    Args:
+        url: ``https://host:port``.
+        hop: makes a connection secure.
+        check: gets the KME's certificate and raises to refuse it.
+        connections: connections at once.
+        max_answer: bytes of the longest answer, headers and all.
+    """
 
     def __init__(
         self,
+        url: str,
         hop: TlsHandshake,
         check: Callable[[bytes], None],
         *,
         connections: int = 8,
         max_answer: int = 1 << 20,
     ) -> None:
-        """``check`` gets the KME's certificate and raises to refuse it.
-
-        ``max_answer`` bounds the bytes of an answer, headers and all.
-        """
+        self._url = url.rstrip("/")
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),  # unused, see _Stream.start_tls
             max_connections=connections,
@@ -276,8 +282,24 @@ class KmeTransport(httpx.AsyncBaseTransport):
             network_backend=_Backend(hop, check, max_answer),
         )
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        body = await request.aread()
+    async def exchange(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, Any] | None = None,
+        content: object = None,
+    ) -> Answer:
+        """Send one request, with ``content`` as JSON, and read its answer. It has no time limit.
+
+        Raises:
+            KeySourceUnavailable: the answer has a content coding (RFC 9110 section 8.4).
+            Exception: one of :data:`HTTP_FAILURES`.
+        """
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+        request = httpx.Request(
+            method, self._url + path, params=query, json=content, headers=headers
+        )
         response = await self._pool.handle_async_request(
             httpcore.Request(
                 method=request.method,
@@ -288,15 +310,22 @@ class KmeTransport(httpx.AsyncBaseTransport):
                     target=request.url.raw_path,
                 ),
                 headers=request.headers.raw,
-                content=_Content(body),
-                extensions=request.extensions,
+                content=_Content(await request.aread()),
             )
         )
-        return httpx.Response(
-            response.status, headers=response.headers, stream=_Body(response), request=request
-        )
+        try:
+            fields = httpx.Headers(response.headers)
+            if fields.get("Content-Encoding", "identity") != "identity":
+                raise KeySourceUnavailable(
+                    "the KME's answer is compressed, which was not asked for"
+                )
+            body = await response.aread()
+        finally:
+            await response.aclose()
+        return Answer(status=response.status, headers=fields, body=body)
 
     async def aclose(self) -> None:
+        """Close the connections."""
         await self._pool.aclose()
 
 

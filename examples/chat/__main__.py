@@ -14,7 +14,8 @@ import trio
 
 from hybridkex import HybridkexError, SecureStream, ServerConfig, Session, serve_secure_tcp
 from hybridkex.apps import os_reason, parse_tcp_address, watch_peer
-from hybridkex.cli.options import add_channel_options, client_config, server_config
+from hybridkex.cli.channel import client_config, server_config
+from hybridkex.cli.options import add_channel_options, channel_options
 
 from .client import Client
 from .hub import Hub
@@ -128,7 +129,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.mode == "client":
         check_name("room", args.room)
     by_certificate = args.key and (args.ca or args.pin or args.known_peers)
-    by_psk = (args.psk or args.kme or args.key_pool) and args.qkd not in ("prefer", "off")
+    by_psk = (args.psk or args.kme or args.key_pool) and args.requirement not in ("prefer", "off")
     if not (by_certificate or by_psk):
         raise ChatError(
             "both ends prove who they are: --ca, --cert and --key, or QKD keys, or a PSK"
@@ -147,7 +148,7 @@ async def _serve(args: argparse.Namespace) -> None:
     try:
         hub = Hub(store, queue=args.queue, most=args.most, away=args.away)
         async with (
-            server_config(args, **_server_options(args)) as config,
+            server_config(channel_options(args), **_server_options(args)) as config,
             trio.open_nursery() as nursery,
         ):
             nursery.start_soon(hub.run)
@@ -190,7 +191,7 @@ async def _listen(
 async def _take_part(args: argparse.Namespace) -> None:
     address = parse_tcp_address(args.address, default_port=_PORT)
     sessions: list[Session] = []
-    async with client_config(args) as config:
+    async with client_config(channel_options(args)) as config:
 
         async def connect() -> trio.abc.Stream:
             tcp = await trio.open_tcp_stream(address.host, address.port, local_address=args.bind)
@@ -236,7 +237,7 @@ async def _pair(args: argparse.Namespace) -> None:
     sessions: list[Session] = []
     try:
         async with (
-            server_config(args, **_server_options(args)) as config,
+            server_config(channel_options(args), **_server_options(args)) as config,
             trio.open_nursery() as nursery,
         ):
             nursery.start_soon(hub.run)

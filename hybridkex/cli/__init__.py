@@ -1,19 +1,20 @@
 """The ``hybridkex`` command.
 
-A command is a module of this folder with ``configure(parser)``, which adds its options, and
-``run(args) -> int``, which gives the exit status. It is imported only when it is called, so that a
-command whose extra is not installed does not stop the others.
+A command is two modules: one here with ``configure(parser)``, which adds its options and names the
+dataclass that they are parsed into, and one in :mod:`hybridkex.cli.actions` with the function that
+takes this dataclass and returns the exit status (:mod:`hybridkex.cli.arguments`). The first imports
+neither the engine nor trio nor any extra, the second is imported when the command runs.
 """
 
 import argparse
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from hybridkex import __version__
-from hybridkex.cli.commands import COMMANDS, Parser, command_module, command_parser
+from hybridkex.cli.commands import COMMANDS, Parser, command_parser
 from hybridkex.cli.standard_streams import unfailing_standard_error
 from hybridkex.errors import HybridkexError
 from hybridkex.text import PrintableOutput
@@ -73,6 +74,6 @@ def _run(arguments: list[str]) -> int:
     top.add_argument("--version", action="version", version=f"hybridkex {__version__}")
     top.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below")
     name = top.parse_args(arguments[:1]).command
-    parser = command_parser(name)
-    status: int = command_module(name).run(parser.parse_args(arguments[1:]))
-    return status
+    options = command_parser(name).parse_args(arguments[1:])
+    action: Callable[[argparse.Namespace], int] = options.action
+    return action(options)

@@ -1,22 +1,26 @@
 """``hybridkex connect``: a secure channel to a server, in the manner of ``s_client -quiet``."""
 
 import argparse
-from functools import partial
+from dataclasses import dataclass
+from pathlib import Path
 
-import trio
-
+from hybridkex.cli.arguments import Action
 from hybridkex.cli.manual import describe
-from hybridkex.cli.options import add_channel_options, client_config
-from hybridkex.cli.pipe import handshake_failed, pipe, report
-from hybridkex.cli.running import run_trio
-from hybridkex.cli.sessions import FileTicketStore
-from hybridkex.cli.tcp import NO_TCP, cannot_connect, checked_port
+from hybridkex.cli.options import ChannelOptions, add_channel_options
 from hybridkex.cli.values import file_path
-from hybridkex.net.address import TcpAddress
-from hybridkex.streams import SecureStream
-from hybridkex.tls.config import ClientConfig
 
-__all__ = ["configure", "run"]
+__all__ = ["ConnectOptions", "configure"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectOptions:
+    """The options, parsed."""
+
+    host: str
+    port: int
+    server_name: str | None
+    resume: Path | None
+    channel: ChannelOptions
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -49,31 +53,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="keep session tickets in FILE and resume with them",
     )
     add_channel_options(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Connect; 0 after a clean close."""
-    run_trio(partial(_run, args))
-    return 0
-
-
-async def _run(args: argparse.Namespace) -> None:
-    tickets = FileTicketStore(args.resume) if args.resume is not None else None
-    async with client_config(args, ticket_store=tickets) as config:
-        await _connect(args, config)
-
-
-async def _connect(args: argparse.Namespace, config: ClientConfig) -> None:
-    port = checked_port(args.port)
-    try:
-        tcp = await trio.open_tcp_stream(args.host, port, local_address=args.bind)
-    except NO_TCP as error:
-        raise cannot_connect(TcpAddress(args.host, port), error) from None
-    stream = SecureStream(tcp, config, server_hostname=args.server_name or args.host)
-    async with stream:
-        try:
-            await stream.do_handshake()
-        except trio.BrokenResourceError as error:
-            raise handshake_failed(error, config) from None
-        report(stream.session, as_json=args.json)
-        await pipe(stream)
+    parser.set_defaults(action=Action("connect", ConnectOptions))

@@ -1,20 +1,23 @@
 """``hybridkex demo``: two sites, a QKD link, a file across, and what Eve has of it."""
 
 import argparse
-import math
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.hazmat.bindings import _rust
-
-from hybridkex.cli.guarded import guarded_folder
+from hybridkex.cli.arguments import Action
 from hybridkex.cli.manual import describe
-from hybridkex.cli.running import end_as_interrupted, run_trio
 from hybridkex.cli.values import folder_path
-from hybridkex.demos.two_sites import Demonstration
-from hybridkex.errors import ConfigError
 
-__all__ = ["configure", "run"]
+__all__ = ["DemoOptions", "configure"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """The options, parsed."""
+
+    file: str | None
+    keep: Path | None
+    distance: float
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -44,27 +47,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="KM",
         help="length of the QKD link's fibre (default: %(default)g)",
     )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run it; 0 when the file arrived whole and Eve has nothing of it."""
-    source = Path(args.file or _rust.__file__).resolve()
-    if not source.is_file():
-        raise ConfigError(f"cannot read {source}: not a file that is there")
-    if not 0 <= args.distance < math.inf:
-        raise ConfigError("--distance is in km, and not negative")
-    with end_as_interrupted(), guarded_folder("hybridkex-demo-") as folder:
-        keep: Path = args.keep or folder
-        try:
-            keep.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot write {keep}: {error.strerror}") from None
-        demonstration = Demonstration(
-            folder=folder,
-            source=source,
-            capture=keep / "eve.pcapng",
-            distance=args.distance,
-            say=partial(print, flush=True),
-        )
-        run_trio(demonstration.run)
-    return 0
+    parser.set_defaults(action=Action("demo", DemoOptions, extra="kme,link"))

@@ -1,6 +1,5 @@
-"""The options that say where QKD keys come from, and the key sources that they make."""
+"""The key sources that the options of a command describe."""
 
-import argparse
 import hmac
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -8,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridkex.cli.values import file_path
+from hybridkex.cli.qkd_options import KmeOptions, QkdOptions
 from hybridkex.errors import ConfigError
 from hybridkex.qkd.composite import FailoverSource
-from hybridkex.qkd.etsi014.mutual_tls import TLS_KINDS
 from hybridkex.qkd.etsi014.naming import IdRule
 from hybridkex.qkd.pool import FilePool
 from hybridkex.qkd.source import KeySource
@@ -24,9 +22,6 @@ if TYPE_CHECKING:
     from hybridkex.qkd.etsi014.client import KmeAccess
 
 __all__ = [
-    "add_exchange_qkd_options",
-    "add_kme_options",
-    "add_qkd_options",
     "key_sources",
     "kme_access",
     "qkd_keys",
@@ -34,42 +29,15 @@ __all__ = [
 ]
 
 
-def add_kme_options(parser: argparse._ActionsContainer, *, required: bool) -> None:
-    """Which KME, and how to reach it."""
-    parser.add_argument(
-        "--kme", required=required, metavar="URL", help="the KME of our site, as https://host:port"
-    )
-    for name, text in (
-        ("ca", "the authority of the KME's certificate"),
-        ("cert", "the certificate that names our SAE to it"),
-        ("key", "its private key"),
-    ):
-        parser.add_argument(
-            f"--kme-{name}", type=file_path, required=required, metavar="FILE", help=f"{text} (PEM)"
-        )
-    parser.add_argument("--kme-id", metavar="ID", help="the ID its certificate must have")
-    parser.add_argument(
-        "--kme-id-rule",
-        choices=[rule.value for rule in IdRule],
-        default=IdRule.COMMON_NAME.value,
-        help="where in its certificate the ID is (default cn)",
-    )
-    parser.add_argument(
-        "--kme-tls",
-        default="stdlib",
-        choices=TLS_KINDS,
-        help="TLS to the KME: the standard library's, or our own, which is post-quantum "
-        "(default: %(default)s)",
-    )
-
-
-def kme_access(args: argparse.Namespace) -> "KmeAccess":
+def kme_access(options: KmeOptions) -> "KmeAccess":
     """How to reach the KME of the options.
 
     Raises:
         ConfigError: an option is missing or makes no sense, or the packages are.
     """
-    if args.kme_ca is None or args.kme_cert is None or args.kme_key is None:
+    if options.kme is None:
+        raise ConfigError("--kme is missing")
+    if options.kme_ca is None or options.kme_cert is None or options.kme_key is None:
         raise ConfigError("--kme goes with --kme-ca, --kme-cert and --kme-key")
     try:
         from hybridkex.qkd.etsi014.client import KmeAccess  # noqa: PLC0415  # needs the extra
@@ -78,121 +46,81 @@ def kme_access(args: argparse.Namespace) -> "KmeAccess":
             f"--kme needs the package {missing.name}: pip install 'hybridkex[kme]'"
         ) from None
     return KmeAccess(
-        url=args.kme,
-        ca=args.kme_ca,
-        certificate=args.kme_cert,
-        key=args.kme_key,
-        kme_id=args.kme_id,
-        kme_id_rule=IdRule(args.kme_id_rule),
-        tls=args.kme_tls,
+        url=options.kme,
+        ca=options.kme_ca,
+        certificate=options.kme_cert,
+        key=options.kme_key,
+        kme_id=options.kme_id,
+        kme_id_rule=IdRule(options.kme_id_rule),
+        tls=options.kme_tls,
     )
 
 
-def add_qkd_options(parser: argparse.ArgumentParser) -> None:
-    """Everything about the QKD leg of a channel."""
-    group = parser.add_argument_group(
-        "QKD keys",
-        "With certificates they are used by RFC 9973, without they authenticate both sides.",
-    )
-    _add_source_options(group, peers="the peer's SAE ID; a listener may have several")
-    group.add_argument(
-        "--qkd",
-        choices=[one.value for one in Requirement],
-        help="no connection without a QKD key (require, the default once there is a source), "
-        "one without that says so (prefer), or none (off)",
-    )
-
-
-def add_exchange_qkd_options(parser: argparse.ArgumentParser) -> None:
-    """QKD keys of an exchange outside TLS, where nothing is negotiated: all rotations or none."""
-    group = parser.add_argument_group(
-        "QKD keys", "With --kme or --key-pool, given at both ends, a QKD key goes into each key."
-    )
-    _add_source_options(group, peers="the peer's SAE ID")
-    parser.set_defaults(qkd=None)
-
-
-def _add_source_options(group: argparse._ArgumentGroup, *, peers: str) -> None:
-    add_kme_options(group, required=False)
-    group.add_argument("--sae", metavar="ID", help="our own SAE ID")
-    group.add_argument("--peer-sae", metavar="ID", action="append", default=[], help=peers)
-    group.add_argument(
-        "--peer-kme-id",
-        metavar="ID",
-        help="the ID of the peer's KME, where the status of ours hides it",
-    )
-    group.add_argument(
-        "--key-pool",
-        type=file_path,
-        metavar="FILE",
-        help="keys that 'kme export-pool' placed here; beside --kme, where the KME fails",
-    )
-    group.add_argument(
-        "--pool-key", type=file_path, metavar="FILE", help="its key file (default: FILE.key)"
-    )
-
-
-def qkd_requirement(args: argparse.Namespace) -> Requirement:
+def qkd_requirement(options: QkdOptions) -> Requirement:
     """What ``--qkd`` asks for.
 
     Raises:
         ConfigError: it asks for keys, and there is no source.
     """
-    has_source = args.kme is not None or args.key_pool is not None
-    if args.qkd is None:
+    has_source = options.kme.kme is not None or options.key_pool is not None
+    if options.requirement is None:
         return Requirement.REQUIRE if has_source else Requirement.OFF
-    requirement = Requirement(args.qkd)
+    requirement = Requirement(options.requirement)
     if requirement is not Requirement.OFF and not has_source:
-        raise ConfigError(f"--qkd {args.qkd} needs --kme or --key-pool")
+        raise ConfigError(f"--qkd {options.requirement} needs --kme or --key-pool")
     return requirement
 
 
 @asynccontextmanager
-async def qkd_keys(args: argparse.Namespace) -> AsyncIterator[QkdPskSource | None]:
+async def qkd_keys(options: QkdOptions) -> AsyncIterator[QkdPskSource | None]:
     """The keys that the options ask for, as long as the context lasts.
 
     Raises:
         ConfigError: the options contradict each other, or a file cannot be used.
     """
-    async with key_sources(args) as sources:
+    async with key_sources(options) as sources:
         yield QkdPskSource(*sources) if sources else None
 
 
 @asynccontextmanager
-async def key_sources(args: argparse.Namespace) -> AsyncIterator[list[KeySource]]:
+async def key_sources(options: QkdOptions) -> AsyncIterator[list[KeySource]]:
     """One source for each peer that the options name; none where QKD keys are off.
 
     Raises:
         ConfigError: the options contradict each other, or a file cannot be used.
     """
-    if qkd_requirement(args) is Requirement.OFF:
+    if qkd_requirement(options) is Requirement.OFF:
         yield []
         return
     async with AsyncExitStack() as stack:
         sources: dict[str, list[KeySource]] = {}
-        if args.kme is not None:
-            if args.sae is None or not args.peer_sae:
+        if options.kme.kme is not None:
+            if options.sae is None or not options.peer_sae:
                 raise ConfigError("--kme goes with --sae and --peer-sae")
-            if args.peer_kme_id is not None and len(args.peer_sae) > 1:
+            if options.peer_kme_id is not None and len(options.peer_sae) > 1:
                 raise ConfigError("--peer-kme-id goes with one --peer-sae")
-            access = kme_access(args)
+            access = kme_access(options.kme)
             from hybridkex.qkd.etsi014.client import (  # noqa: PLC0415  # as above
                 Etsi014Source,
                 KmeClient,
             )
 
             client = await stack.enter_async_context(KmeClient(access))
-            for peer in args.peer_sae:
+            for peer in options.peer_sae:
                 sources[peer] = [
-                    Etsi014Source(client, sae=args.sae, peer_sae=peer, peer_kme=args.peer_kme_id)
+                    Etsi014Source(
+                        client, sae=options.sae, peer_sae=peer, peer_kme=options.peer_kme_id
+                    )
                 ]
-        if args.key_pool is not None:
-            key_file = args.pool_key or args.key_pool.with_name(args.key_pool.name + ".key")
-            pool = await stack.enter_async_context(_shared_pool(args.key_pool, key_file))
-            if args.sae not in (None, pool.local_sae):
-                raise ConfigError(f"{args.key_pool} is the key pool of {pool.local_sae}")
-            if args.peer_sae and pool.peer_sae not in args.peer_sae:
-                raise ConfigError(f"{args.key_pool} holds keys that {pool.peer_sae} shares")
+        if options.key_pool is not None:
+            key_file = options.pool_key or options.key_pool.with_name(
+                options.key_pool.name + ".key"
+            )
+            pool = await stack.enter_async_context(_shared_pool(options.key_pool, key_file))
+            if options.sae not in (None, pool.local_sae):
+                raise ConfigError(f"{options.key_pool} is the key pool of {pool.local_sae}")
+            if options.peer_sae and pool.peer_sae not in options.peer_sae:
+                raise ConfigError(f"{options.key_pool} holds keys that {pool.peer_sae} shares")
             sources.setdefault(pool.peer_sae, []).append(pool)
         yield [one[0] if len(one) == 1 else FailoverSource(one) for one in sources.values()]
 

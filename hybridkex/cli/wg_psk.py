@@ -1,47 +1,47 @@
 """``hybridkex wg-psk``: rotates the pre-shared key of a WireGuard tunnel."""
 
 import argparse
-import shlex
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-import trio
-
-from hybridkex.apps.port_file import write_port
-from hybridkex.apps.tcp import watch_peer
-from hybridkex.apps.wireguard import LABEL, REKEY_AFTER, RotationPolicy, Rotator, Tunnel
-from hybridkex.auth import Pins, RawIdentity
-from hybridkex.cli.key_sources import add_exchange_qkd_options, key_sources
-from hybridkex.cli.logs import add_log_options, set_up_logging
+from hybridkex.cli.arguments import Action
+from hybridkex.cli.choices import REKEY_AFTER
+from hybridkex.cli.logs import add_log_options
 from hybridkex.cli.manual import describe
-from hybridkex.cli.running import run_trio
-from hybridkex.cli.tcp import NO_TCP, cannot_connect, cannot_listen
+from hybridkex.cli.qkd_options import QkdOptions, add_exchange_qkd_options
 from hybridkex.cli.values import file_path
-from hybridkex.combiner import (
-    ExchangeConfig,
-    Exchanged,
-    PskAuthentication,
-    SignatureAuthentication,
-)
-from hybridkex.errors import ConfigError, HybridkexError, LocalStateError
-from hybridkex.net.address import TcpAddress, parse_tcp_address
-from hybridkex.net.supervisor import Budget, Connection, Supervisor
-from hybridkex.qkd.source import KeySource
-from hybridkex.qkd.store import read_key_file
-from hybridkex.text import get_logger, json_line
 from hybridkex.tls.policy import Requirement
 
-__all__ = ["configure", "run"]
+__all__ = ["DEFAULT_PORT", "WgPskOptions", "configure"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WgPskOptions:
+    """The options, parsed."""
+
+    connect: str | None
+    listen: str | None
+    interface: str
+    peer_key: str
+    wg: str
+    local: str
+    peer: str
+    key: Path | None
+    pin: list[str]
+    psk_file: Path | None
+    interval: float
+    max_age: float | None
+    fresh_psk: str
+    initial_psk: Literal["random", "keep"] | None
+    once: bool
+    port_file: Path | None
+    json: bool
+    log_level: str
+    qkd: QkdOptions
+
 
 DEFAULT_PORT: Final = 4436
-_CONNECT_WITHIN: Final = 10.0
-_ROTATIONS: Final = 4
-"""Authenticated connections at once: the peer needs one."""
-
-Authentication = PskAuthentication | SignatureAuthentication
-
-log = get_logger(__name__)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -146,146 +146,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_exchange_qkd_options(parser)
     add_log_options(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Rotate until told to stop; with ``--once``, once."""
-    try:
-        command = tuple(shlex.split(args.wg))
-    except ValueError as error:
-        raise ConfigError(f"--wg is not a command: {error}") from None
-    tunnel = Tunnel(interface=args.interface, peer_key=args.peer_key, command=command)
-    initial: Literal["random", "keep"] | None = args.initial_psk or ("keep" if args.once else None)
-    policy = RotationPolicy(
-        interval=args.interval,
-        max_age=args.max_age,
-        fresh_psk=Requirement(args.fresh_psk),
-        initial=initial,
-    )
-    authentication = _authentication(args)
-    set_up_logging(args.log_level)
-    run_trio(partial(_rotate, args, tunnel, policy, authentication))
-    return 0
-
-
-def _authentication(args: argparse.Namespace) -> Authentication:
-    if args.psk_file is not None:
-        if args.key is not None or args.pin:
-            raise ConfigError("--psk-file cannot be combined with --key and --pin")
-        return PskAuthentication(read_key_file(args.psk_file))
-    if args.key is None or not args.pin:
-        raise ConfigError("to authenticate the peer, give --key and --pin, or --psk-file")
-    return SignatureAuthentication(RawIdentity.from_file(args.key), Pins(frozenset(args.pin)))
-
-
-async def _rotate(
-    args: argparse.Namespace,
-    tunnel: Tunnel,
-    policy: RotationPolicy,
-    authentication: Authentication,
-) -> None:
-    async with key_sources(args) as sources:
-        if len(sources) > 1:
-            raise ConfigError("give one --peer-sae: a tunnel has one other end")
-        source: KeySource | None = sources[0] if sources else None
-        config = ExchangeConfig(
-            role="initiator" if args.connect is not None else "responder",
-            local=args.local,
-            peer=args.peer,
-            authentication=authentication,
-            label=LABEL,
-            key_source=source,
-        )
-        rotator = Rotator(
-            tunnel,
-            config,
-            policy,
-            on_rotated=partial(_report_rotation, args),
-            on_overdue=partial(_report_overdue, args),
-        )
-        if args.connect is not None:
-            await _connect(args, rotator)
-        else:
-            await _listen(args, rotator)
-
-
-async def _connect(args: argparse.Namespace, rotator: Rotator) -> None:
-    """The initiator."""
-    address = parse_tcp_address(args.connect, default_port=DEFAULT_PORT)
-
-    async def connect() -> trio.SocketStream:
-        return await _open_stream(address)
-
-    await rotator.start()
-    if args.once:
-        await rotator.initiate(connect)
-        return
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(rotator.watch)
-        nursery.start_soon(rotator.run_initiator, connect)
-
-
-async def _open_stream(address: TcpAddress) -> trio.SocketStream:
-    try:
-        with trio.fail_after(_CONNECT_WITHIN):
-            stream = await trio.open_tcp_stream(address.host, address.port)
-    except trio.TooSlowError:
-        raise LocalStateError(
-            f"cannot connect to {address}: no answer within {_CONNECT_WITHIN:g} s"
-        ) from None
-    except NO_TCP as error:
-        raise cannot_connect(address, error) from None
-    watch_peer(stream)
-    return stream
-
-
-async def _listen(args: argparse.Namespace, rotator: Rotator) -> None:
-    """The responder: anybody may connect; the exchange authenticates the peer."""
-    address = parse_tcp_address(args.listen if ":" in args.listen else f"0.0.0.0:{args.listen}")
-    try:
-        listeners = await trio.open_tcp_listeners(address.port, host=address.host)
-    except NO_TCP as error:
-        raise cannot_listen(address, error) from None
-    budget = Budget(_ROTATIONS, what="rotations")
-    interface = rotator.tunnel.interface
-
-    async with trio.open_nursery() as nursery:
-
-        async def serve(stream: trio.SocketStream, connection: Connection) -> None:
-            watch_peer(stream)
-            authenticated = False
-
-            def admit() -> None:
-                nonlocal authenticated
-                connection.admit(budget)
-                authenticated = True
-
-            try:
-                await rotator.respond(stream, on_authenticated=admit)
-            except HybridkexError as error:
-                if not authenticated:
-                    raise  # A stranger, for the supervisor to log at a bounded rate.
-                log.warning("%s: rotation failed: %s; %s", interface, error, rotator.standing)
-                return
-            if args.once:
-                nursery.cancel_scope.cancel()
-
-        await rotator.start()
-        write_port(args.port_file, listeners[0].socket.getsockname()[1])
-        nursery.start_soon(rotator.watch)
-        await Supervisor(serve, name=f"wg-psk {interface}", logger=log).serve(listeners)
-
-
-def _report_rotation(args: argparse.Namespace, result: Exchanged) -> None:
-    legs = [*result.parts, *(["QKD"] if result.qkd_key_ids else [])]
-    _report(args, "rotated", rests_on=legs, qkd_key_ids=list(result.qkd_key_ids))
-
-
-def _report_overdue(args: argparse.Namespace, policy: Requirement) -> None:
-    _report(args, "stopped" if policy is Requirement.REQUIRE else "overdue")
-
-
-def _report(args: argparse.Namespace, event: str, **details: object) -> None:
-    if args.json:
-        line = {"event": event, "interface": args.interface, "peer": args.peer, **details}
-        print(json_line(line), flush=True)
+    parser.set_defaults(action=Action("wg_psk", WgPskOptions))

@@ -32,7 +32,7 @@ from hybridkex.auth import (
     parse_peer_name,
 )
 from hybridkex.auth.certificates import read_chain
-from hybridkex.cli.commands import command_parser
+from hybridkex.cli.actions.tunnel import load_file
 from hybridkex.cli.sessions import FileTicketStore
 from hybridkex.combiner import ExchangeConfig, PskAuthentication, exchange
 from hybridkex.constants import ContentType
@@ -216,16 +216,10 @@ def operator_files(data: bytes) -> None:
             RawIdentity.from_file,
             read_key_file,
             load_config,
-            _tunnels,
+            load_file,
         )
         with contextlib.suppress(ConfigError):
             readers[data[0] % len(readers)](path)
-
-
-def _tunnels(path: Path) -> object:
-    """As ``hybridkex tunnel run --check`` reads them."""
-    arguments = command_parser("tunnel").parse_args(["run", str(path)])
-    return arguments.load(arguments)
 
 
 @cache

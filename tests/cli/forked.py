@@ -90,7 +90,7 @@ def become(request: dict[str, Any]) -> NoReturn:
 def import_all() -> None:
     """What the commands would import."""
     package = importlib.import_module("hybridkex.cli")
-    for module in pkgutil.iter_modules(package.__path__, "hybridkex.cli."):
+    for module in pkgutil.walk_packages(package.__path__, "hybridkex.cli."):
         importlib.import_module(module.name)
     importlib.import_module("examples.chat.__main__")
 

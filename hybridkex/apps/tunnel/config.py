@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
+from pathlib import Path
 from typing import TypeAlias
 
 from hybridkex import ClientConfig, ClientConnection, ServerConfig, canonical_peer_name
@@ -61,7 +62,7 @@ class TunnelConfig:
     idle_timeout: float | None = None
     socket_mode: int = 0o600
     json: bool = False
-    port_file: str | None = None
+    port_file: Path | None = None
 
     def __post_init__(self) -> None:
         allowed = frozenset(map(canonical_peer_name, self.allowed))

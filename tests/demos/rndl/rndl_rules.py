@@ -3,7 +3,6 @@
 Each check raises ``AssertionError`` where the promise is broken. None of them runs a whole trial.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -15,7 +14,8 @@ from typing import Any
 import pytest
 from rndl_glue import EXPECTED
 
-from hybridkex.cli import rndl
+from hybridkex.cli.actions import rndl
+from hybridkex.cli.rndl import RndlOptions
 from hybridkex.demos.rndl import page, trial
 from hybridkex.demos.rndl.matrix import BREAKS, CONFIGURATIONS, Break, Row, rows
 from hybridkex.demos.rndl.now.escrow import ORACLES
@@ -83,8 +83,7 @@ def status_of(outcome: trial.Trial) -> int:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(rndl, "_watched", lambda console, folder: outcome)
         patched.setattr(rndl, "_print_findings", lambda console, trial: None)
-        arguments = argparse.Namespace(html=None, json=None, keep=None)
-        return rndl.run(arguments)
+        return rndl.run(RndlOptions(html=None, json=None, keep=None))
 
 
 def check_exit_status() -> None:

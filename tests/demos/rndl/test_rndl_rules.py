@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import rndl_rules as rules
 
-from hybridkex.cli import rndl
+from hybridkex.cli.actions import rndl
 from hybridkex.demos.rndl import matrix, trial
 from hybridkex.demos.rndl.matrix import Break
 

@@ -1,0 +1,1 @@
+"""What the commands do: a module for each, which is loaded when the command runs."""

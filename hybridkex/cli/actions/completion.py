@@ -1,0 +1,53 @@
+"""``hybridkex completion``: a script that completes commands, options and file names in a shell."""
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+import shtab
+
+from hybridkex.cli.commands import COMMANDS, command_parser
+from hybridkex.cli.completion import CompletionOptions
+from hybridkex.cli.values import file_path, folder_path
+from hybridkex.errors import ConfigError
+
+__all__ = ["run"]
+
+_COMPLETED: Final = {Path: shtab.FILE, file_path: shtab.FILE, folder_path: shtab.DIRECTORY}
+"""What the shell offers for a value, by the option's type."""
+
+
+def run(options: CompletionOptions) -> int:
+    """Print the script."""
+    if options.shell not in shtab.SUPPORTED_SHELLS:
+        raise ConfigError(
+            f"the installed shtab cannot write for {options.shell}: pip install --upgrade shtab"
+        )
+    print(shtab.complete(_whole_parser(), shell=options.shell))
+    return 0
+
+
+def _whole_parser() -> argparse.ArgumentParser:
+    """All commands in one parser, which otherwise are loaded one at a time."""
+    whole = argparse.ArgumentParser(prog="hybridkex", description="secure channels")
+    whole.add_argument("--version", action="version", version="", help="print the version")
+    commands = whole.add_subparsers(dest="command", metavar="command")
+    for name, summary in COMMANDS.items():
+        try:
+            parser = command_parser(name)
+        except ConfigError:  # A package is missing; the command's name is completed all the same.
+            parser = argparse.ArgumentParser(description=summary)
+        added = commands.add_parser(name, help=summary, parents=[parser], add_help=False)
+        added.description = summary
+    _complete_files(whole)
+    return whole
+
+
+def _complete_files(parser: argparse.ArgumentParser) -> None:
+    # Neither argparse nor shtab has a public way to walk a parser.
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                _complete_files(inner)
+        elif action.type in _COMPLETED:
+            action.complete = _COMPLETED[action.type]  # type: ignore[attr-defined]

@@ -1,0 +1,39 @@
+"""``hybridkex demo``: two sites, a QKD link, a file across, and what Eve has of it."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+from cryptography.hazmat.bindings import _rust
+
+from hybridkex.cli.demo import DemoOptions
+from hybridkex.cli.guarded import guarded_folder
+from hybridkex.cli.running import end_as_interrupted, run_trio
+from hybridkex.demos.two_sites import Demonstration
+from hybridkex.errors import ConfigError
+
+__all__ = ["run"]
+
+
+def run(options: DemoOptions) -> int:
+    """Run it; 0 when the file arrived whole and Eve has nothing of it."""
+    source = Path(options.file or _rust.__file__).resolve()
+    if not source.is_file():
+        raise ConfigError(f"cannot read {source}: not a file that is there")
+    if not 0 <= options.distance < math.inf:
+        raise ConfigError("--distance is in km, and not negative")
+    with end_as_interrupted(), guarded_folder("hybridkex-demo-") as folder:
+        keep: Path = options.keep or folder
+        try:
+            keep.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot write {keep}: {error.strerror}") from None
+        demonstration = Demonstration(
+            folder=folder,
+            source=source,
+            capture=keep / "eve.pcapng",
+            distance=options.distance,
+            say=partial(print, flush=True),
+        )
+        run_trio(demonstration.run)
+    return 0

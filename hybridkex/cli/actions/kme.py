@@ -1,0 +1,250 @@
+"""``hybridkex kme``: run a KME, ask one, fill key pools, set up two sites to try.
+
+``docs/kme.md`` shows the configuration file and the whole way.
+"""
+
+import math
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from hybridkex.auth.dev_ca import DevCa, write_identity
+from hybridkex.cli.key_sources import kme_access
+from hybridkex.cli.kme import DevUpOptions, ExportPoolOptions, ServeOptions, StatusOptions
+from hybridkex.cli.logs import set_up_logging
+from hybridkex.cli.running import run_trio
+from hybridkex.errors import ConfigError, HybridkexError
+from hybridkex.files import PUBLIC, write_file
+from hybridkex.json_text import load_json
+from hybridkex.kme.config import load_config
+from hybridkex.kme.serve import KmeServer, Serving
+from hybridkex.net.address import TcpAddress, parse_tcp_address
+from hybridkex.qkd.etsi014.client import KmeClient
+from hybridkex.qkd.etsi014.pool_filling import (
+    collect_into_pool,
+    draw_into_pool,
+    pool_names,
+)
+from hybridkex.qkd.pool import FilePool
+from hybridkex.qkd.source import canonical_key_id
+from hybridkex.qkd.store import write_key_file
+from hybridkex.text import get_logger, json_line
+
+__all__ = ["dev_up", "export_pool", "serve", "status"]
+
+LOG: Final = get_logger("hybridkex.cli.kme")
+
+SITES: Final = (("kme-a", "alice"), ("kme-b", "bob"))
+"""KME ID and SAE ID of the two sites of ``dev-up``."""
+
+
+# -- serve
+
+
+def serve(options: ServeOptions) -> int:
+    return _run_server(options.config, options.log_level, _print_where)
+
+
+def _print_where(where: Serving) -> None:
+    for kme_id, address in where.kmes.items():
+        print(f"{kme_id} listens on https://{address}", flush=True)
+    if where.metrics is not None:
+        print(f"metrics on http://{where.metrics}/metrics", flush=True)
+
+
+def _run_server(path: Path, log_level: str, announce: Callable[[Serving], None]) -> int:
+    set_up_logging(log_level)
+    server = KmeServer(load_config(path))
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            with trio.open_signal_receiver(*_SIGNALS) as signals:
+                nursery.start_soon(_obey, signals, server, path)
+                try:
+                    # Not in the nursery: an error shall come out as it is, not in a group.
+                    await server.serve(task_status=_Announced(announce))
+                finally:
+                    nursery.cancel_scope.cancel()
+
+    run_trio(main)
+    return 0
+
+
+_SIGNALS: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+
+
+class _Announced:
+    """A task status that hands the started value to a function."""
+
+    def __init__(self, announce: Callable[[Serving], None]) -> None:
+        self._announce = announce
+
+    def started(self, value: Any = None) -> None:
+        self._announce(value)
+
+
+async def _obey(signals: Any, server: KmeServer, path: Path) -> None:
+    async for number in signals:
+        if number == signal.SIGHUP:
+            _reload(server, path)
+        else:
+            server.close()
+
+
+def _reload(server: KmeServer, path: Path) -> None:
+    try:
+        server.reload(load_config(path))
+    except HybridkexError as error:
+        LOG.error("not reloaded, the old configuration stays: %s", error)  # noqa: TRY400
+    except Exception as error:
+        # Of a file that is odd in a way that nobody foresaw: it must not end the KME.
+        LOG.error("not reloaded, the old configuration stays: %s", type(error).__name__)  # noqa: TRY400
+        LOG.debug("the internal error", exc_info=error)
+    else:
+        LOG.warning("reloaded")
+
+
+# -- status
+
+
+def status(options: StatusOptions) -> int:
+    async def main() -> None:
+        async with KmeClient(kme_access(options.access)) as client:
+            found = await client.status(options.peer_sae)
+        print(json_line(found.to_json(), indent=2))
+
+    run_trio(main)
+    return 0
+
+
+# -- export-pool
+
+
+def export_pool(options: ExportPoolOptions) -> int:
+    if not options.pool_key.exists():
+        write_key_file(options.pool_key)
+    master = options.role == "master"
+    ids = [] if master else _read_ids(options.ids)
+    if options.number < 1:
+        raise ConfigError("--number must be positive")
+    if master and options.ids.exists():
+        raise ConfigError(
+            f"{options.ids} exists already; name another file, or collect its keys with "
+            "--role slave"
+        )
+
+    def announce(drawn: Sequence[str]) -> None:
+        write_file(options.ids, (json_line(list(drawn)) + "\n").encode("ascii"))
+
+    async def main() -> None:
+        async with KmeClient(kme_access(options.access)) as client:
+            names = await pool_names(client, sae=options.sae, peer_sae=options.peer_sae)
+            async with FilePool.open(
+                options.key_pool, key_file=options.pool_key, names=names
+            ) as pool:
+                if master:
+                    await draw_into_pool(pool, client, options.number, announce=announce)
+                else:
+                    await collect_into_pool(pool, client, ids)
+        moved = options.number if master else len(ids)
+        print(json_line({"pool": str(options.key_pool), "keys": moved}))
+
+    run_trio(main)
+    return 0
+
+
+def _read_ids(path: Path) -> list[str]:
+    try:
+        found = load_json(path.read_text(encoding="ascii"))
+        return [canonical_key_id(item) for item in found]
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigError(f"{path} is not a list of key IDs") from None
+
+
+# -- dev-up
+
+_DEV_CONFIG: Final = """\
+# Two KMEs of one link in one process, for a first try. See docs/kme.md for every setting.
+"""
+
+_DEV_KME: Final = """
+[[kme]]
+id = "{kme}"
+listen = "127.0.0.1:{port}"
+saes = ["{sae}"]
+ca = "{kme}/ca.pem"
+certificate = "{kme}/cert.pem"
+key = "{kme}/key.pem"
+store = "{kme}/keys.db"
+key_file = "{kme}/store.key"
+tls = "{tls}"
+
+[[kme.peer]]
+id = "{peer_kme}"
+saes = ["{peer_sae}"]
+producer = "{producer}"
+"""
+
+
+def dev_up(options: DevUpOptions) -> int:
+    ports = [parse_tcp_address(f"127.0.0.1:{port}").port for port in options.ports.split(",")]
+    if len(ports) != len(SITES):
+        raise ConfigError("--ports takes two ports")
+    config: Path = options.folder / "kme.toml"
+    if config.exists():
+        raise ConfigError(f"{config} is there already; run: hybridkex kme serve {config}")
+    if options.distance is not None and options.producer != "link":
+        raise ConfigError("--distance goes with --producer link")
+    if options.distance is not None and not 0 <= options.distance < math.inf:
+        raise ConfigError("--distance is in km, and not negative")
+    ca = DevCa.create("hybridkex development KME CA")
+    text = _DEV_CONFIG
+    if options.metrics is not None:
+        text += f'metrics = "{options.metrics}"\n'
+    for index, (kme, sae) in enumerate(SITES):
+        for holder in (kme, sae):
+            identity = ca.issue("127.0.0.1", "localhost", common_name=holder)
+            write_identity(options.folder / holder, ca, identity)
+        write_key_file(options.folder / kme / "store.key")
+        peer_kme, peer_sae = SITES[1 - index]
+        text += _DEV_KME.format(
+            kme=kme,
+            sae=sae,
+            port=ports[index],
+            tls=options.tls,
+            peer_kme=peer_kme,
+            peer_sae=peer_sae,
+            producer=options.producer,
+        )
+        if options.distance is not None:
+            text += f"link = {{ distance_km = {options.distance} }}\n"
+    write_file(config, text.encode("utf-8"), mode=PUBLIC)
+    if options.no_serve:
+        print(config)
+        return 0
+
+    def announce(where: Serving) -> None:
+        _print_where(where)
+        print("\nTry, in two other terminals:\n")
+        alice, bob = (
+            _channel_options(options.folder, where.kmes[kme], sae, options.tls)
+            for kme, sae in SITES
+        )
+        print(f"  hybridkex listen 4433 --bind 127.0.0.1 {bob} --peer-sae alice\n")
+        print(f"  hybridkex connect 127.0.0.1 4433 {alice} --peer-sae bob\n", flush=True)
+
+    return _run_server(config, options.log_level, announce)
+
+
+def _channel_options(folder: Path, address: TcpAddress, sae: str, tls: str) -> str:
+    files = folder / sae
+    hop = "" if tls == "stdlib" else f" --kme-tls {tls}"
+    return (
+        f"--kme https://{address} --kme-ca {files / 'ca.pem'} --kme-cert {files / 'cert.pem'}"
+        f" --kme-key {files / 'key.pem'} --sae {sae}{hop}"
+    )

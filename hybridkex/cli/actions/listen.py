@@ -1,0 +1,112 @@
+"""``hybridkex listen``: accept secure channels, in the manner of ``s_server``."""
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Final
+
+import trio
+
+from hybridkex.apps.port_file import write_port
+from hybridkex.cli.channel import server_config
+from hybridkex.cli.listen import ListenOptions
+from hybridkex.cli.logs import set_up_logging
+from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
+from hybridkex.cli.running import run_trio
+from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
+from hybridkex.net.address import TcpAddress
+from hybridkex.net.supervisor import Budget, Connection, Supervisor
+from hybridkex.streams import SecureListener, SecureStream, open_secure_tcp_listeners
+from hybridkex.text import get_logger
+from hybridkex.tls.config import ServerConfig
+
+__all__ = ["run"]
+
+LOG: Final = get_logger("hybridkex.listen")
+
+MAX_CONNECTIONS: Final = 256
+"""At once, after their handshakes."""
+
+Stream = SecureStream[trio.SocketStream]
+
+
+def run(options: ListenOptions) -> int:
+    """Serve; with ``--once`` 0 after a clean close."""
+    set_up_logging(options.log_level)
+    run_trio(partial(_run, options))
+    return 0
+
+
+async def _run(options: ListenOptions) -> None:
+    wanted = options.require_client_cert
+    async with server_config(options.channel, require_client_certificate=wanted) as config:
+        await _listen(options, config)
+
+
+async def _listen(options: ListenOptions, config: ServerConfig) -> None:
+    port = checked_port(options.port)
+    try:
+        listeners = await open_secure_tcp_listeners(port, config, host=options.channel.bind)
+    except NO_TCP as error:
+        raise cannot_listen(TcpAddress(options.channel.bind or "*", port), error) from None
+    inner = listeners[0].transport_listener
+    assert isinstance(inner, trio.SocketListener)
+    write_port(options.port_file, inner.socket.getsockname()[1])
+    if options.once:
+        await _serve_once(options, listeners)
+        return
+    # Standard input and output can serve one peer at a time; the others wait.
+    turn = nullcontext() if options.echo else trio.Lock()
+    budget = Budget(MAX_CONNECTIONS)
+
+    async def handle(stream: Stream, connection: Connection) -> None:
+        async with stream:
+            await _shake_hands(stream)
+            connection.admit(budget)
+            async with turn:
+                await _serve(options, stream)
+
+    await Supervisor(handle, name="listen", logger=LOG).serve(listeners)
+
+
+async def _serve_once(
+    options: ListenOptions, listeners: list[SecureListener[trio.SocketStream]]
+) -> None:
+    accepted: list[Stream] = []
+    async with trio.open_nursery() as nursery:
+
+        async def accept(listener: SecureListener[trio.SocketStream]) -> None:
+            stream = await listener.accept()
+            # Two addresses may accept in the same instant: the first one is served.
+            if accepted:
+                await trio.aclose_forcefully(stream)
+                return
+            accepted.append(stream)
+            nursery.cancel_scope.cancel()
+
+        for listener in listeners:
+            nursery.start_soon(accept, listener)
+    for listener in listeners:
+        await listener.aclose()
+    async with accepted[0] as stream:
+        await _shake_hands(stream)
+        await _serve(options, stream)
+
+
+async def _shake_hands(stream: Stream) -> None:
+    try:
+        await stream.do_handshake()
+    except trio.BrokenResourceError as error:
+        raise ChannelFailed(f"handshake failed: {reason(error)}") from None
+
+
+async def _serve(options: ListenOptions, stream: Stream) -> None:
+    report(stream.session, as_json=options.channel.json)
+    if not options.echo:
+        await pipe(stream)
+        return
+    try:
+        while data := await stream.receive_some():
+            await stream.send_all(data)
+        await stream.send_eof()
+    except trio.BrokenResourceError as error:
+        raise ChannelFailed(reason(error)) from None

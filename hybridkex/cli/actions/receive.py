@@ -1,0 +1,128 @@
+"""``hybridkex receive``: files and folders from ``hybridkex send``."""
+
+import signal
+import sys
+from functools import partial
+from typing import Any, Final
+
+import trio
+
+from hybridkex.apps.port_file import write_port
+from hybridkex.apps.tcp import CountingStream, watch_peer
+from hybridkex.apps.transfer import Folder, Receiver
+from hybridkex.cli.channel import server_config
+from hybridkex.cli.logs import set_up_logging
+from hybridkex.cli.pipe import ChannelFailed, reason, report
+from hybridkex.cli.progress import showing
+from hybridkex.cli.receive import ReceiveOptions
+from hybridkex.cli.running import run_trio
+from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
+from hybridkex.errors import ConfigError
+from hybridkex.net.address import TcpAddress
+from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
+from hybridkex.streams import SecureStream
+from hybridkex.text import get_logger
+from hybridkex.tls.config import Requirement, ServerConfig
+
+__all__ = ["run"]
+
+LOG: Final = get_logger("hybridkex.receive")
+
+
+def run(options: ReceiveOptions) -> int:
+    """Receive until stopped."""
+    if options.max_connections < 1:
+        raise ConfigError("--max-connections is at least 1")
+    set_up_logging(options.log_level)
+    run_trio(partial(_run, options))
+    return 0
+
+
+async def _run(options: ReceiveOptions) -> None:
+    asks = bool(
+        options.channel.ca
+        or options.channel.pin
+        or options.channel.known_peers
+        or options.channel.insecure
+    )
+    wanted = asks and not options.anyone
+    async with server_config(options.channel, require_client_certificate=wanted) as config:
+        by_psk = config.policy_in_force.psk is Requirement.REQUIRE
+        if not (options.anyone or asks or by_psk):
+            raise ConfigError(
+                "whoever connects could write here: name the senders' authority with --ca, use a "
+                "PSK or QKD keys, or say --anyone"
+            )
+        folder = Folder(options.folder, overwrite=options.overwrite)
+        try:
+            await _Server(options, config, folder).run()
+        finally:
+            folder.close()
+
+
+class _Server:
+    """The listening socket and its connections."""
+
+    def __init__(self, options: ReceiveOptions, config: ServerConfig, folder: Folder) -> None:
+        self._options = options
+        self._config = config
+        self._folder = folder
+        self._wire = 0
+        self._live: set[CountingStream] = set()
+        self._budget = Budget(options.max_connections)
+        self._done = trio.Event()
+
+    async def run(self) -> None:
+        wanted = checked_port(self._options.port)
+        try:
+            listeners = await trio.open_tcp_listeners(wanted, host=self._options.channel.bind)
+        except NO_TCP as error:
+            raise cannot_listen(
+                TcpAddress(self._options.channel.bind or "*", wanted), error
+            ) from None
+        write_port(self._options.port_file, listeners[0].socket.getsockname()[1])
+        port = listeners[0].socket.getsockname()[1]
+        print(f"receiving into {self._options.folder} on port {port}", file=sys.stderr, flush=True)
+        with showing("received", self._received) as progress:
+            receiver = Receiver(self._folder, progress)
+
+            supervisor = Supervisor(partial(self._converse, receiver), name="receive", logger=LOG)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(supervisor.serve, listeners)
+                nursery.start_soon(self._wait_for_signal)
+                await self._done.wait()
+                nursery.cancel_scope.cancel()
+
+    def _received(self) -> int:
+        return self._wire + sum(stream.received for stream in self._live)
+
+    async def _wait_for_signal(self) -> None:
+        """SIGTERM ends it in an orderly way: what was written of a file stays for its next try."""
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            async for _ in signals:
+                self._done.set()
+
+    async def _converse(
+        self, receiver: Receiver, tcp: trio.SocketStream, connection: Connection
+    ) -> None:
+        watch_peer(tcp)
+        counting = CountingStream(tcp)
+        stream: SecureStream[Any] = SecureStream(counting, self._config)
+        self._live.add(counting)
+        try:
+            try:
+                await stream.do_handshake()
+            except trio.BrokenResourceError as error:
+                raise ChannelFailed(f"handshake failed: {reason(error)}") from None
+            try:
+                connection.admit(self._budget)
+            except TooManyConnections:
+                # For the rest of the time that it had for its handshake.
+                await receiver.turn_away(stream)
+                raise
+            report(stream.session, as_json=self._options.channel.json)
+            if await receiver.serve(stream) and self._options.once:
+                self._done.set()
+        finally:
+            self._live.remove(counting)
+            self._wire += counting.received

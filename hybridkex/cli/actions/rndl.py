@@ -1,0 +1,167 @@
+"""``hybridkex rndl``: record now, decrypt later, live.
+
+Records channels of every configuration on loopback, lets adversaries of the future try to read
+them, each in a process of its own, and prints who could. ``docs/record-now-decrypt-later.md`` says
+what is modelled, what is real and what it does not prove.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from hybridkex import __version__
+from hybridkex.cli.guarded import guarded_folder, guarded_processes
+from hybridkex.cli.rndl import RndlOptions
+from hybridkex.cli.running import end_as_interrupted, run_trio
+from hybridkex.demos.rndl import page
+from hybridkex.demos.rndl.matrix import BREAKS, rows
+from hybridkex.demos.rndl.trial import Cell, Trial, run_trial
+from hybridkex.errors import ConfigError
+from hybridkex.files import PUBLIC, make_private_folder, write_file
+from hybridkex.text import terminal
+
+__all__ = ["run"]
+
+_READ: Final = Text("R", style="bold red")
+_SAFE: Final = Text("·", style="green")
+_WRONG: Final = Text("!", style="bold black on yellow")
+
+
+def run(options: RndlOptions) -> int:
+    """Run it; 0 when every adversary could read what it should, and nothing else."""
+    console = Console(file=terminal(sys.stdout), highlight=False)
+    for path in (options.html, options.json):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"there is no folder {path.absolute().parent}")
+        if path is not None and path.is_dir():
+            raise ConfigError(f"{path} is a folder, and the report is a file")
+    with end_as_interrupted(), _folder(options.keep) as folder:
+        trial = _watched(console, folder)
+    _print_matrix(console, trial)
+    _print_findings(console, trial)
+    try:
+        if options.html is not None:
+            write_file(options.html, page.render(trial, __version__).encode("utf-8"), mode=PUBLIC)
+        if options.json is not None:
+            report = {"hybridkex": __version__, **trial.as_json()}
+            write_file(
+                options.json, json.dumps(report, indent=1).encode("ascii") + b"\n", mode=PUBLIC
+            )
+    except OSError as error:
+        raise ConfigError(f"cannot write the report: {error}") from error
+    for kept in (options.html, options.json, options.keep):
+        if kept is not None:
+            console.print(f"written: {kept}", markup=False)
+    return 1 if trial.wrong else 0
+
+
+@contextmanager
+def _folder(keep: Path | None) -> Iterator[Path]:
+    """A folder that is ours alone, since private keys lie in it."""
+    if keep is not None:
+        try:
+            make_private_folder(keep)
+        except OSError as error:
+            raise ConfigError(f"cannot make the folder {keep}: {error.strerror}") from error
+        with guarded_processes():
+            yield keep.absolute()
+        return
+    with guarded_folder("hybridkex-rndl-") as folder:
+        yield folder
+
+
+def _watched(console: Console, folder: Path) -> Trial:
+    """Run the trial and show how far it is."""
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<58}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        console=console,
+        transient=True,
+    ) as progress:
+        cells = progress.add_task("recording", total=len(rows()) * len(BREAKS))
+        toy = progress.add_task("toy curve: discrete logarithm", total=1)
+
+        def tell_toy(text: str) -> None:
+            progress.update(toy, description=f"toy curve: {text}")
+
+        def decided(cell: Cell) -> None:
+            progress.advance(cells)
+
+        return run_trio(
+            lambda: run_trial(
+                folder,
+                tell=lambda text: progress.update(cells, description=text),
+                toy_progress=tell_toy,
+                decided=decided,
+            )
+        )
+
+
+def _print_matrix(console: Console, trial: Trial) -> None:
+    table = Table(
+        title="Who could read the recordings?",
+        title_justify="left",
+        box=None,
+        header_style="bold",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("recorded", no_wrap=True)
+    for number in range(1, len(BREAKS) + 1):
+        table.add_column(str(number), justify="right", min_width=2)
+    for row in rows():
+        title = "  resumed" if row.resumed else row.title
+        marks = (_mark(trial.cell(row, adversary)) for adversary in BREAKS)
+        table.add_row(title, *marks)
+    console.print(table)
+    console.print("R: read, both directions in full; ·: safe\n")
+    for number, adversary in enumerate(BREAKS, 1):
+        console.print(f"{number:>3}  {adversary.title}", markup=False)
+    console.print()
+
+
+def _mark(cell: Cell | None) -> Text:
+    if cell is None or cell.wrong is not None:
+        return _WRONG
+    return _READ if cell.decrypted else _SAFE
+
+
+def _print_findings(console: Console, trial: Trial) -> None:
+    """One connection that fell, one that did not, the toy curve, and what went wrong."""
+    against = next(adversary for adversary in BREAKS if adversary.id == "both")
+    console.print(f"Against {against.title}:", style="bold")
+    for row in rows():
+        if not row.resumed:
+            cell = trial.cell(row, against)
+            if cell is None:
+                found = "not tried"
+            elif cell.decrypted:
+                found = f"read {cell.plaintext!r}"
+            else:
+                found = f"lacks {', '.join(cell.missing)}"
+            console.print(f"  {row.title}: {found}", markup=False, soft_wrap=True)
+    if trial.toy is not None:
+        first = trial.toy.verdict["to_server"].splitlines()[0]
+        console.print(
+            f"Without any oracle: the toy curve's discrete logarithm took {trial.toy.seconds:.1f} "
+            f"s, and then: {first!r}",
+            markup=False,
+            soft_wrap=True,
+        )
+    console.print(
+        f"{len(trial.cells)} cells in {trial.seconds:.1f} s, "
+        + ("all as predicted" if not trial.wrong else f"{len(trial.wrong)} NOT as predicted:"),
+        style="bold",
+    )
+    for text in trial.wrong:
+        console.print(f"  {text}", markup=False, soft_wrap=True)

@@ -1,0 +1,103 @@
+"""``hybridkex send``: files and folders to a ``hybridkex receive``."""
+
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import trio
+
+from hybridkex.apps.tcp import CountingStream, keep_alive
+from hybridkex.apps.transfer import Outcome, collect, send_items
+from hybridkex.cli.channel import client_config
+from hybridkex.cli.pipe import handshake_failed, report
+from hybridkex.cli.progress import rate, showing
+from hybridkex.cli.running import run_trio
+from hybridkex.cli.send import DEFAULT_PORT, SendOptions
+from hybridkex.cli.tcp import NO_TCP, cannot_connect
+from hybridkex.errors import ConfigError
+from hybridkex.net.address import TcpAddress, parse_tcp_address
+from hybridkex.streams import SecureStream
+from hybridkex.tls.config import ClientConfig
+
+__all__ = ["run"]
+
+
+def run(options: SendOptions) -> int:
+    """Send; 0 when everything is there."""
+    if options.retries < 0:
+        raise ConfigError("--retries is not negative")
+    left_out: list[str] = []
+    items = collect(options.files, left_out.append)
+    for text in left_out:
+        print(f"hybridkex: not sent: {text}", file=sys.stderr)
+    if not items:
+        return 1
+    wire = _Wire(options, parse_tcp_address(options.host, default_port=DEFAULT_PORT))
+    started = time.monotonic()
+    with showing("sent", wire.sent, sum(item.size for item in items)) as progress:
+
+        async def work() -> Outcome:
+            async with client_config(options.channel) as config:
+                connect = partial(wire.connect, config)
+                return await send_items(items, connect, progress, retries=options.retries)
+
+        outcome = run_trio(work)
+    _summarise(outcome, wire.sent(), time.monotonic() - started)
+    return 1 if outcome.failed or outcome.incomplete or left_out else 0
+
+
+def _summarise(outcome: Outcome, on_wire: int, seconds: float) -> None:
+    parts = [f"{outcome.stored:,} stored"]
+    if outcome.already:
+        parts.append(f"{outcome.already:,} were there")
+    if outcome.failed:
+        parts.append(f"{len(outcome.failed):,} FAILED")
+    if outcome.incomplete:
+        parts.append(f"{len(outcome.incomplete):,} INCOMPLETE")
+    if outcome.connections > 1:
+        parts.append(f"{outcome.connections} connections")
+    print(
+        f"{', '.join(parts)}; {outcome.payload:,} bytes of files in {seconds:.2f} s: "
+        f"{rate(outcome.payload, seconds)}, on the wire {rate(on_wire, seconds)}",
+        file=sys.stderr,
+    )
+
+
+class _Wire:
+    """Opens the connections and counts what goes over all of them."""
+
+    def __init__(self, options: SendOptions, address: TcpAddress) -> None:
+        self._options = options
+        self._address = address
+        self._streams: list[CountingStream] = []
+        self._reported = False
+
+    def sent(self) -> int:
+        """Bytes so far."""
+        return sum(stream.sent for stream in self._streams)
+
+    async def connect(self, config: ClientConfig) -> SecureStream[Any]:
+        """One connection, handshake and all."""
+        host = self._address.host
+        try:
+            tcp = await trio.open_tcp_stream(
+                host, self._address.port, local_address=self._options.channel.bind
+            )
+        except NO_TCP as error:
+            if self._streams:
+                raise
+            raise cannot_connect(self._address, error) from None
+        keep_alive(tcp)
+        counting = CountingStream(tcp)
+        stream = SecureStream(counting, config, server_hostname=self._options.server_name or host)
+        try:
+            await stream.do_handshake()
+        except trio.BrokenResourceError as error:
+            await trio.aclose_forcefully(stream)
+            if self._streams:
+                raise
+            raise handshake_failed(error, config) from None
+        self._streams.append(counting)
+        report(stream.session, as_json=self._options.channel.json)
+        return stream

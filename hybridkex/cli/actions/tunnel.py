@@ -1,0 +1,206 @@
+"""``hybridkex tunnel``: connections of other programs through secure channels.
+
+``docs/tunnel.md`` shows the configuration file and the whole way.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import trio
+
+from hybridkex.apps.tunnel import TunnelConfig, TunnelMetrics, TunnelService, TunnelSettings
+from hybridkex.apps.tunnel.config import ConfigFactory
+from hybridkex.cli.arguments import from_namespace
+from hybridkex.cli.channel import client_config, server_config
+from hybridkex.cli.logs import set_up_logging
+from hybridkex.cli.option_tables import OptionTable, read_options
+from hybridkex.cli.running import run_trio
+from hybridkex.cli.tcp import NO_TCP, cannot_listen
+from hybridkex.cli.tunnel import (
+    ConnectOptions,
+    FileOptions,
+    ListenOptions,
+    OneConnector,
+    OneListener,
+    ProcessOptions,
+    TunnelOptions,
+    add_connect_options,
+    add_listen_options,
+    add_process_options,
+)
+from hybridkex.errors import ConfigError
+from hybridkex.files import read_toml
+from hybridkex.kme.metrics import metrics_page
+from hybridkex.net.address import TcpAddress, parse_address, parse_tcp_address
+from hybridkex.net.http import Request, Response, http_supervisor
+from hybridkex.text import get_logger
+
+__all__ = ["connect", "listen", "load_file", "run_file"]
+
+LOG: Final = get_logger("hybridkex.tunnel")
+
+
+T = TypeVar("T")
+
+AddOptions = Callable[[argparse.ArgumentParser], None]
+MakeTunnel = Callable[[argparse.Namespace], TunnelConfig]
+
+# -- settings
+
+
+def _listen_tunnel(options: ListenOptions) -> TunnelConfig:
+    wanted = options.require_client_cert or bool(options.allow)
+    trust = options.channel
+    if wanted and not (trust.ca or trust.pin or trust.known_peers or trust.insecure):
+        raise ConfigError(
+            "to ask clients for certificates, name whom to trust with ca, pin or known_peers"
+        )
+    channel = partial(server_config, options.channel, require_client_certificate=wanted)
+    return _tunnel(options, options.target, channel, allowed=frozenset(options.allow))
+
+
+def _connect_tunnel(options: ConnectOptions) -> TunnelConfig:
+    channel = partial(client_config, options.channel)
+    return _tunnel(options, options.remote, channel, server_name=options.server_name)
+
+
+def _tunnel(
+    options: TunnelOptions, forward: str, channel: ConfigFactory, **more: Any
+) -> TunnelConfig:
+    try:
+        mode = int(options.socket_mode, 8)
+    except ValueError:
+        raise ConfigError("socket_mode is three octal digits") from None
+    return TunnelConfig(
+        name=options.name or options.local,
+        local=parse_address(options.local),
+        forward=parse_address(forward),
+        channel=channel,
+        bind=options.channel.bind,
+        max_connections=options.max_connections,
+        handshake_timeout=options.handshake_timeout,
+        connect_timeout=options.connect_timeout,
+        idle_timeout=options.idle_timeout,
+        socket_mode=mode,
+        json=options.channel.json,
+        port_file=options.port_file,
+        **more,
+    )
+
+
+def _settings(process: ProcessOptions, tunnels: Iterable[TunnelConfig]) -> TunnelSettings:
+    metrics = process.metrics
+    return TunnelSettings(
+        tunnels=tuple(tunnels),
+        metrics=parse_tcp_address(metrics) if metrics is not None else None,
+        grace=process.grace,
+        log_level=process.log_level,
+    )
+
+
+def load_file(path: Path) -> TunnelSettings:
+    """The tunnels of a configuration file.
+
+    Raises:
+        ConfigError: it cannot be read or used; the message names the file.
+    """
+    try:
+        return _from_tables(read_toml(path), path.absolute().parent)
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if str(path) in text else f"{path}: {text}") from None
+
+
+def _from_tables(tables: dict[str, Any], base: Path) -> TunnelSettings:
+    found: list[TunnelConfig] = []
+    kinds: tuple[tuple[str, AddOptions, MakeTunnel], ...] = (
+        ("listen", add_listen_options, partial(_made, ListenOptions, _listen_tunnel)),
+        ("connect", add_connect_options, partial(_made, ConnectOptions, _connect_tunnel)),
+    )
+    for kind, add_options, make in kinds:
+        items = tables.pop(kind, [])
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise ConfigError(f"tunnels stand under [[{kind}]]")
+        for index, item in enumerate(items, 1):
+            where = f"[[{kind}]] {item.get('name', index)}"
+            options = OptionTable(prog=where, allow_abbrev=False)
+            add_options(options)
+            try:
+                found.append(make(read_options(item, options, base)))
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from None
+    options = OptionTable(prog="the file", allow_abbrev=False)
+    add_process_options(options)
+    process = from_namespace(ProcessOptions, read_options(tables, options, base))
+    return _settings(process, found)
+
+
+def _made(
+    kind: type[T], make: Callable[[T], TunnelConfig], namespace: argparse.Namespace
+) -> TunnelConfig:
+    return make(from_namespace(kind, namespace))
+
+
+# -- running
+
+
+def listen(options: OneListener) -> int:
+    """Run one end until SIGTERM or SIGINT."""
+    return _run(lambda: _settings(options.process, [_listen_tunnel(options.tunnel)]))
+
+
+def connect(options: OneConnector) -> int:
+    """Run the other end."""
+    return _run(lambda: _settings(options.process, [_connect_tunnel(options.tunnel)]))
+
+
+def run_file(options: FileOptions) -> int:
+    """Run the tunnels of a file, or check it."""
+    load = partial(load_file, options.file)
+    if not options.check:
+        return _run(load)
+    settings = load()
+    run_trio(partial(_check, settings))
+    print(f"{options.file}: {len(settings.tunnels)} tunnels")
+    return 0
+
+
+def _run(load: Callable[[], TunnelSettings]) -> int:
+    settings = load()
+    set_up_logging(settings.log_level)
+    run_trio(partial(_serve, load, settings))
+    return 0
+
+
+async def _check(settings: TunnelSettings) -> None:
+    for tunnel in settings.tunnels:
+        async with tunnel.opened():
+            pass
+
+
+async def _serve(load: Callable[[], TunnelSettings], settings: TunnelSettings) -> None:
+    metrics = TunnelMetrics()
+    async with trio.open_nursery() as nursery:
+        if settings.metrics is not None:
+            await nursery.start(_serve_metrics, metrics, settings.metrics)
+        await TunnelService(load, settings, metrics).run()
+        nursery.cancel_scope.cancel()
+
+
+async def _serve_metrics(
+    metrics: TunnelMetrics, address: TcpAddress, *, task_status: trio.TaskStatus[None]
+) -> None:
+    async def page(request: Request) -> Response:
+        return metrics_page(metrics.registry, request)
+
+    try:
+        listeners = await trio.open_tcp_listeners(address.port, host=address.host)
+    except NO_TCP as error:
+        raise cannot_listen(address, error) from None
+    port = listeners[0].socket.getsockname()[1]
+    LOG.info("metrics on http://%s/metrics", TcpAddress(address.host, port))
+    task_status.started()
+    await http_supervisor(page, "metrics", LOG).serve(listeners)

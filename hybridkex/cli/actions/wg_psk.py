@@ -1,0 +1,183 @@
+"""``hybridkex wg-psk``: rotates the pre-shared key of a WireGuard tunnel."""
+
+import shlex
+from functools import partial
+from typing import Final
+
+import trio
+
+from hybridkex.apps.port_file import write_port
+from hybridkex.apps.tcp import watch_peer
+from hybridkex.apps.wireguard import LABEL, RotationPolicy, Rotator, Tunnel
+from hybridkex.auth import Pins, RawIdentity
+from hybridkex.cli.key_sources import key_sources
+from hybridkex.cli.logs import set_up_logging
+from hybridkex.cli.running import run_trio
+from hybridkex.cli.tcp import NO_TCP, cannot_connect, cannot_listen
+from hybridkex.cli.wg_psk import DEFAULT_PORT, WgPskOptions
+from hybridkex.combiner import (
+    ExchangeConfig,
+    Exchanged,
+    PskAuthentication,
+    SignatureAuthentication,
+)
+from hybridkex.errors import ConfigError, HybridkexError, LocalStateError
+from hybridkex.net.address import TcpAddress, parse_tcp_address
+from hybridkex.net.supervisor import Budget, Connection, Supervisor
+from hybridkex.qkd.source import KeySource
+from hybridkex.qkd.store import read_key_file
+from hybridkex.text import get_logger, json_line
+from hybridkex.tls.policy import Requirement
+
+__all__ = ["run"]
+_CONNECT_WITHIN: Final = 10.0
+_ROTATIONS: Final = 4
+"""Authenticated connections at once: the peer needs one."""
+
+Authentication = PskAuthentication | SignatureAuthentication
+
+log = get_logger("hybridkex.cli.wg_psk")
+
+
+def run(options: WgPskOptions) -> int:
+    """Rotate until told to stop; with ``--once``, once."""
+    try:
+        command = tuple(shlex.split(options.wg))
+    except ValueError as error:
+        raise ConfigError(f"--wg is not a command: {error}") from None
+    tunnel = Tunnel(interface=options.interface, peer_key=options.peer_key, command=command)
+    initial = options.initial_psk or ("keep" if options.once else None)
+    policy = RotationPolicy(
+        interval=options.interval,
+        max_age=options.max_age,
+        fresh_psk=Requirement(options.fresh_psk),
+        initial=initial,
+    )
+    authentication = _authentication(options)
+    set_up_logging(options.log_level)
+    run_trio(partial(_rotate, options, tunnel, policy, authentication))
+    return 0
+
+
+def _authentication(options: WgPskOptions) -> Authentication:
+    if options.psk_file is not None:
+        if options.key is not None or options.pin:
+            raise ConfigError("--psk-file cannot be combined with --key and --pin")
+        return PskAuthentication(read_key_file(options.psk_file))
+    if options.key is None or not options.pin:
+        raise ConfigError("to authenticate the peer, give --key and --pin, or --psk-file")
+    return SignatureAuthentication(RawIdentity.from_file(options.key), Pins(frozenset(options.pin)))
+
+
+async def _rotate(
+    options: WgPskOptions,
+    tunnel: Tunnel,
+    policy: RotationPolicy,
+    authentication: Authentication,
+) -> None:
+    async with key_sources(options.qkd) as sources:
+        if len(sources) > 1:
+            raise ConfigError("give one --peer-sae: a tunnel has one other end")
+        source: KeySource | None = sources[0] if sources else None
+        config = ExchangeConfig(
+            role="initiator" if options.connect is not None else "responder",
+            local=options.local,
+            peer=options.peer,
+            authentication=authentication,
+            label=LABEL,
+            key_source=source,
+        )
+        rotator = Rotator(
+            tunnel,
+            config,
+            policy,
+            on_rotated=partial(_report_rotation, options),
+            on_overdue=partial(_report_overdue, options),
+        )
+        if options.connect is not None:
+            address = parse_tcp_address(options.connect, default_port=DEFAULT_PORT)
+            await _connect(address, rotator, once=options.once)
+        else:
+            await _listen(options, rotator)
+
+
+async def _connect(address: TcpAddress, rotator: Rotator, *, once: bool) -> None:
+    """The initiator."""
+
+    async def connect() -> trio.SocketStream:
+        return await _open_stream(address)
+
+    await rotator.start()
+    if once:
+        await rotator.initiate(connect)
+        return
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rotator.watch)
+        nursery.start_soon(rotator.run_initiator, connect)
+
+
+async def _open_stream(address: TcpAddress) -> trio.SocketStream:
+    try:
+        with trio.fail_after(_CONNECT_WITHIN):
+            stream = await trio.open_tcp_stream(address.host, address.port)
+    except trio.TooSlowError:
+        raise LocalStateError(
+            f"cannot connect to {address}: no answer within {_CONNECT_WITHIN:g} s"
+        ) from None
+    except NO_TCP as error:
+        raise cannot_connect(address, error) from None
+    watch_peer(stream)
+    return stream
+
+
+async def _listen(options: WgPskOptions, rotator: Rotator) -> None:
+    """The responder: anybody may connect; the exchange authenticates the peer."""
+    where = options.listen or ""  # --connect and --listen exclude each other
+    address = parse_tcp_address(where if ":" in where else f"0.0.0.0:{where}")
+    try:
+        listeners = await trio.open_tcp_listeners(address.port, host=address.host)
+    except NO_TCP as error:
+        raise cannot_listen(address, error) from None
+    budget = Budget(_ROTATIONS, what="rotations")
+    interface = rotator.tunnel.interface
+
+    async with trio.open_nursery() as nursery:
+
+        async def serve(stream: trio.SocketStream, connection: Connection) -> None:
+            watch_peer(stream)
+            authenticated = False
+
+            def admit() -> None:
+                nonlocal authenticated
+                connection.admit(budget)
+                authenticated = True
+
+            try:
+                await rotator.respond(stream, on_authenticated=admit)
+            except HybridkexError as error:
+                if not authenticated:
+                    raise  # A stranger, for the supervisor to log at a bounded rate.
+                log.warning("%s: rotation failed: %s; %s", interface, error, rotator.standing)
+                return
+            if options.once:
+                nursery.cancel_scope.cancel()
+
+        await rotator.start()
+        write_port(options.port_file, listeners[0].socket.getsockname()[1])
+        nursery.start_soon(rotator.watch)
+        await Supervisor(serve, name=f"wg-psk {interface}", logger=log).serve(listeners)
+
+
+def _report_rotation(options: WgPskOptions, result: Exchanged) -> None:
+    legs = [*result.parts, *(["QKD"] if result.qkd_key_ids else [])]
+    _report(options, "rotated", rests_on=legs, qkd_key_ids=list(result.qkd_key_ids))
+
+
+def _report_overdue(options: WgPskOptions, policy: Requirement) -> None:
+    _report(options, "stopped" if policy is Requirement.REQUIRE else "overdue")
+
+
+def _report(options: WgPskOptions, event: str, **details: object) -> None:
+    if options.json:
+        line = {"event": event, "interface": options.interface, "peer": options.peer, **details}
+        print(json_line(line), flush=True)

@@ -1,0 +1,196 @@
+"""The configuration of a channel that the options of a command describe."""
+
+import binascii
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hybridkex.auth import (
+    Identity,
+    InsecureNoVerification,
+    KnownPeers,
+    Pins,
+    RawIdentity,
+    TrustStore,
+)
+from hybridkex.cli.key_sources import qkd_keys, qkd_requirement
+from hybridkex.cli.options import ChannelOptions
+from hybridkex.crypto.kex import ALL_GROUPS, Group, Property
+from hybridkex.crypto.psk import ExternalPsk
+from hybridkex.crypto.suites import ALL_SUITES, SHA256, SHA384
+from hybridkex.errors import ConfigError
+from hybridkex.files import open_private
+from hybridkex.secret import Secret
+from hybridkex.tls.config import ClientConfig, KeyLog, Policy, Requirement, ServerConfig
+
+__all__ = ["client_config", "server_config"]
+
+N = TypeVar("N")
+
+
+@asynccontextmanager
+async def client_config(options: ChannelOptions, **more: Any) -> AsyncIterator[ClientConfig]:
+    """The client that the options describe; its key sources and files are open meanwhile."""
+    async with _shared_arguments(options) as shared:
+        decides = _verifier(options)
+        if decides is None and options.cert is not None:
+            # Whoever has a certificate wants to use it, which needs the server's, too.
+            decides = TrustStore.system()
+        yield ClientConfig(verifier=decides, identity=_identity(options), **shared, **more)
+
+
+@asynccontextmanager
+async def server_config(options: ChannelOptions, **more: Any) -> AsyncIterator[ServerConfig]:
+    """The server that the options describe; its key sources and files are open meanwhile."""
+    async with _shared_arguments(options) as shared:
+        ours, decides = _identity(options), _verifier(options)
+        if ours is None and decides is not None and (shared.get("psks") or shared["psk_source"]):
+            raise ConfigError(
+                "--ca, --pin, --known-peers and --insecure are about the client's certificate, and "
+                "a server that has only a PSK cannot ask for it (RFC 9846 section 4.4.2): add our "
+                "own with --cert and --key, so that both are used (RFC 9973)"
+            )
+        yield ServerConfig(
+            identities=(ours,) if ours is not None else (),
+            client_verifier=decides,
+            **shared,
+            **more,
+        )
+
+
+@asynccontextmanager
+async def _shared_arguments(options: ChannelOptions) -> AsyncIterator[dict[str, Any]]:
+    """The keywords that ClientConfig and ServerConfig share."""
+    arguments = _channel_arguments(options)
+    with _key_log(options.keylog) as log:
+        async with qkd_keys(options.qkd) as keys:
+            yield {**arguments, "key_log": log, "psk_source": keys}
+
+
+def _channel_arguments(options: ChannelOptions) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    post_quantum = Requirement.REQUIRE
+    if options.groups is not None:
+        groups: tuple[Group, ...] = tuple(_pick("group", options.groups, ALL_GROUPS))
+        arguments["groups"] = groups
+        if any(Property.POST_QUANTUM not in group.properties for group in groups):
+            # Whoever lists a classical group by name wants it.
+            post_quantum = Requirement.PREFER
+    if options.suites is not None:
+        arguments["suites"] = tuple(_pick("cipher suite", options.suites, ALL_SUITES))
+    if options.alpn is not None:
+        arguments["alpn"] = tuple(options.alpn)
+    if options.psk is not None:
+        arguments["psks"] = (_psk(options.psk, options),)
+    elif options.psk_import is not None:
+        raise ConfigError("--psk-import goes with --psk")
+    qkd = qkd_requirement(options.qkd)
+    if qkd is not Requirement.OFF and options.psk is not None:
+        raise ConfigError("--psk and QKD keys exclude each other: one PSK goes into a handshake")
+    psk = Requirement.REQUIRE if options.psk is not None else qkd
+    arguments["policy"] = Policy(post_quantum=post_quantum, psk=psk)
+    return arguments
+
+
+def _pick(what: str, names: list[str], known: tuple[N, ...]) -> Iterator[N]:
+    by_name = {item.name.lower(): item for item in known}  # type: ignore[attr-defined]
+    for name in names:
+        try:
+            yield by_name[name.lower()]
+        except KeyError:
+            raise ConfigError(f"unknown {what} {name!r}; known are {_names(known)}") from None
+
+
+def _psk(text: str, options: ChannelOptions) -> ExternalPsk:
+    identity, separator, key = text.rpartition(":")
+    if not separator:
+        raise ConfigError("--psk takes IDENTITY:HEX")
+    return ExternalPsk(
+        identity=identity.encode(),
+        key=Secret(_hex("the key of --psk", key)),
+        hash=SHA384 if options.psk_hash == "sha384" else SHA256,
+        context=None
+        if options.psk_import is None
+        else _hex("the context of --psk-import", options.psk_import),
+    )
+
+
+def _hex(what: str, text: str) -> bytes:
+    try:
+        return binascii.unhexlify(text)
+    except ValueError:
+        # The text is not shown: it may be most of a key.
+        raise ConfigError(f"{what} is not hexadecimal") from None
+
+
+def _verifier(
+    options: ChannelOptions,
+) -> TrustStore | Pins | KnownPeers | InsecureNoVerification | None:
+    """What decides about the peer's certificate or raw public key, if anything was asked for."""
+    if options.known_peers is not None:
+        if options.insecure or options.ca or options.pin:
+            raise ConfigError("--known-peers contradicts --ca, --pin and --insecure")
+        return KnownPeers(options.known_peers)
+    if options.insecure:
+        if options.ca or options.pin:
+            raise ConfigError("--insecure contradicts --ca and --pin")
+        print(
+            "hybridkex: WARNING: --insecure: the peer's certificate is NOT checked; "
+            "anybody in between can read and change everything",
+            file=sys.stderr,
+        )
+        return InsecureNoVerification()
+    if options.ca is not None:
+        return TrustStore.from_file(options.ca, pins=options.pin)
+    return Pins(frozenset(options.pin)) if options.pin else None
+
+
+def _identity(options: ChannelOptions) -> Identity | RawIdentity | None:
+    """Our certificate and key, or a key alone: a raw public key (RFC 7250)."""
+    if options.cert is not None and options.key is None:
+        raise ConfigError("--cert and --key go together")
+    if options.key is None:
+        return None
+    if options.cert is None:
+        return RawIdentity.from_file(options.key)
+    return Identity.from_files(options.cert, options.key)
+
+
+@contextmanager
+def _key_log(path: Path | None) -> Iterator[KeyLog | None]:
+    """The sink for ``--keylog``; its file is readable by its owner alone."""
+    if path is None:
+        yield None
+        return
+    try:
+        file = open_private(path, append=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+    failed = False
+
+    def write(line: str) -> None:
+        nonlocal failed
+        try:
+            file.write(f"{line}\n".encode())
+        except OSError as error:
+            # The log is for a debugger; connections go on without it.
+            if not failed:
+                print(
+                    f"hybridkex: cannot write {path}: {error.strerror}; connections go on",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            failed = True
+        else:
+            failed = False
+
+    try:
+        yield write
+    finally:
+        file.close()
+
+
+def _names(items: Any) -> str:
+    return ", ".join(item.name for item in items)

@@ -1,0 +1,54 @@
+"""The values that options take, as their help texts list them.
+
+They are written down here because a parser must not load the engine, the key sources or the
+simulator to print its help; a test compares each with the library.
+"""
+
+from typing import Final
+
+__all__ = [
+    "DEV_CA_ALGORITHMS",
+    "GROUPS",
+    "KME_ID_RULES",
+    "KME_TLS_KINDS",
+    "PRODUCERS",
+    "REKEY_AFTER",
+    "SHELLS",
+    "SUITES",
+    "TRANSFER_PROTOCOL",
+]
+
+GROUPS: Final = (
+    "X25519MLKEM768",
+    "SecP256r1MLKEM768",
+    "SecP384r1MLKEM1024",
+    "MLKEM768",
+    "MLKEM1024",
+    "x25519",
+    "secp256r1",
+    "secp384r1",
+)
+SHELLS: Final = ("bash", "zsh", "tcsh", "fish", "powershell")
+SUITES: Final = (
+    "TLS_AES_256_GCM_SHA384",
+    "TLS_AES_128_GCM_SHA256",
+    "TLS_CHACHA20_POLY1305_SHA256",
+)
+DEV_CA_ALGORITHMS: Final = (
+    "ecdsa",
+    "ecdsa-p384",
+    "ecdsa-p521",
+    "rsa",
+    "rsa-pss",
+    "ed25519",
+    "mldsa44",
+    "mldsa65",
+    "mldsa87",
+)
+KME_ID_RULES: Final = ("cn", "san-uri", "dn", "serial")
+"""Where in a KME's certificate its ID is; the first is the default."""
+KME_TLS_KINDS: Final = ("stdlib", "hybridkex")
+PRODUCERS: Final = ("random", "link")
+REKEY_AFTER: Final = 120.0
+"""Seconds; WireGuard's own."""
+TRANSFER_PROTOCOL: Final = "hybridkex-transfer/1"

@@ -1,0 +1,177 @@
+"""Options are parsed once into a dataclass, and help costs no imports."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Iterator
+from typing import Any, get_type_hints
+
+import pytest
+
+from hybridkex import ALL_GROUPS, ALL_SUITES
+from hybridkex.apps.transfer import PROTOCOL
+from hybridkex.apps.wireguard import REKEY_AFTER
+from hybridkex.auth.dev_ca import ALGORITHMS
+from hybridkex.cli import choices, main
+from hybridkex.cli.arguments import Action
+from hybridkex.cli.commands import COMMANDS, command_parser
+from hybridkex.kme.config import PRODUCERS
+from hybridkex.qkd.etsi014.mutual_tls import TLS_KINDS
+from hybridkex.qkd.etsi014.naming import IdRule
+
+NOT_YET = {"qkd"}
+"""Commands whose options are taken from the namespace, and whose help loads the simulator."""
+COMMANDS_WITH_ACTIONS = [name for name in COMMANDS if name not in NOT_YET]
+
+
+def parsers(name: str) -> Iterator[argparse.ArgumentParser]:
+    """A command's parser, or those of its own commands."""
+    waiting = [command_parser(name)]
+    for parser in waiting:
+        inner = [one for one in parser._actions if isinstance(one, argparse._SubParsersAction)]
+        if not inner:
+            yield parser
+        for action in inner:
+            waiting += action.choices.values()
+
+
+def fields(options: type) -> set[str]:
+    """The names of a dataclass and of the groups in it."""
+    found: set[str] = set()
+    for name, kind in get_type_hints(options).items():
+        nested = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        found |= fields(kind) if nested else {name}
+    return found
+
+
+@pytest.mark.parametrize("name", COMMANDS_WITH_ACTIONS)
+def test_every_option_has_a_field_and_every_field_an_option(name: str) -> None:
+    for parser in parsers(name):
+        action = parser.get_default("action")
+        assert isinstance(action, Action), parser.prog
+        options = {one.dest for one in parser._actions if one.dest != "help"}
+        # What a parser sets without an option, such as the protocol of `send`.
+        options |= parser._defaults.keys() - {"action"}
+        assert fields(action.options) == options, parser.prog
+
+
+@pytest.mark.parametrize("name", COMMANDS_WITH_ACTIONS)
+def test_every_command_has_a_function_for_its_options(name: str) -> None:
+    for parser in parsers(name):
+        action: Action = parser.get_default("action")
+        run: Any = action._load()
+        (taken,) = (kind for key, kind in get_type_hints(run).items() if key != "return")
+        assert taken is action.options, parser.prog
+
+
+def test_the_choices_are_those_of_the_library() -> None:
+    import shtab  # an extra
+
+    assert tuple(group.name for group in ALL_GROUPS) == choices.GROUPS
+    assert tuple(suite.name for suite in ALL_SUITES) == choices.SUITES
+    assert tuple(ALGORITHMS) == choices.DEV_CA_ALGORITHMS
+    assert tuple(rule.value for rule in IdRule) == choices.KME_ID_RULES
+    assert IdRule.COMMON_NAME.value == choices.KME_ID_RULES[0]
+    assert TLS_KINDS == choices.KME_TLS_KINDS
+    assert PRODUCERS == choices.PRODUCERS
+    assert REKEY_AFTER == choices.REKEY_AFTER
+    assert PROTOCOL == choices.TRANSFER_PROTOCOL
+    assert set(shtab.SUPPORTED_SHELLS) == set(choices.SHELLS)
+
+
+# --- without the packages -------------------------------------------------------------------------
+
+EXTRAS = [
+    "h11",
+    "httpcore",
+    "httpx",
+    "matplotlib",
+    "numpy",
+    "oqs",
+    "prometheus_client",
+    "pysequoia",
+    "rich",
+    "scipy",
+    "shtab",
+]
+ENGINE = ["cryptography", "trio", "hybridkex.tls.config", "hybridkex.crypto", "hybridkex.auth"]
+
+
+@contextlib.contextmanager
+def blocked(names: list[str]) -> Iterator[None]:
+    """No module of these can be imported, as in an installation without their packages."""
+    with pytest.MonkeyPatch.context() as patch:
+        for loaded in [*sys.modules]:
+            package = loaded.partition(".")[0]
+            if package == "hybridkex" or package in names or loaded in names:
+                patch.delitem(sys.modules, loaded)
+        for name in names:
+            patch.setitem(sys.modules, name, None)
+        yield
+        for loaded in [one for one in sys.modules if one.partition(".")[0] == "hybridkex"]:
+            del sys.modules[loaded]
+
+
+def run(*words: str) -> tuple[int, str]:
+    """The exit status and all that is printed, by a command that is loaded anew."""
+    from hybridkex.cli import main  # the blocked one
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            status = main(list(words))
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return status, output.getvalue()
+
+
+def paths(name: str) -> Iterator[list[str]]:
+    yield [name]
+    for action in command_parser(name)._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from ([name, inner] for inner in action.choices)
+
+
+HELPS = [[], *(path for name in COMMANDS_WITH_ACTIONS for path in paths(name))]
+
+
+@pytest.mark.parametrize("words", HELPS, ids=" ".join)
+def test_help_imports_neither_trio_nor_the_engine_nor_an_extra(words: list[str]) -> None:
+    with blocked([*EXTRAS, *ENGINE]):
+        status, text = run(*words, "--help")
+    assert status == 0, text
+    assert "usage: hybridkex" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [
+        (["demo"], "kme,link"),
+        (["rndl"], "apps,kme"),
+        (["completion", "bash"], "completion"),
+        (["kme", "serve", "none.toml"], "kme"),
+        (["kme", "dev-up", "none"], "kme"),
+        (["tunnel", "run", "none.toml"], "apps"),
+    ],
+)
+def test_a_missing_extra_is_named_when_the_work_begins(words: list[str], extra: str) -> None:
+    with blocked(EXTRAS):
+        status, text = run(*words)
+    assert status == 1
+    assert text.rstrip().endswith(f"pip install 'hybridkex[{extra}]'"), text
+    assert len(text.splitlines()) == 1
+
+
+def test_a_mistake_in_the_options_is_told_before_anything_is_imported() -> None:
+    with blocked([*EXTRAS, *ENGINE]):
+        status, text = run("demo", "--distance", "far")
+    assert status == 2
+    assert "--distance" in text
+
+
+def test_the_command_is_whole_again(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("hybridkex ")

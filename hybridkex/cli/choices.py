@@ -7,12 +7,18 @@ simulator to print its help; a test compares each with the library.
 from typing import Final
 
 __all__ = [
+    "DECOY_CHECKS",
     "DEV_CA_ALGORITHMS",
+    "FINITE_KEY",
     "GROUPS",
     "KME_ID_RULES",
     "KME_TLS_KINDS",
+    "LEAKS",
+    "LINK_BOOTSTRAPS",
+    "LINK_PRESETS",
     "PRODUCERS",
     "REKEY_AFTER",
+    "SCAN_SUFFIXES",
     "SHELLS",
     "SUITES",
     "TRANSFER_PROTOCOL",
@@ -52,3 +58,9 @@ PRODUCERS: Final = ("random", "link")
 REKEY_AFTER: Final = 120.0
 """Seconds; WireGuard's own."""
 TRANSFER_PROTOCOL: Final = "hybridkex-transfer/1"
+DECOY_CHECKS: Final = ("full", "shares", "off")
+FINITE_KEY: Final = ("tight", "published")
+LEAKS: Final = ("alice", "both")
+LINK_BOOTSTRAPS: Final = ("psk", "ecdsa", "ml-dsa")
+LINK_PRESETS: Final = ("gys2005", "lim2014", "rusca2018", "boaron2018", "bbm92")
+SCAN_SUFFIXES: Final = (".csv", ".parquet", ".json")

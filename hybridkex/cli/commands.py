@@ -2,12 +2,9 @@
 
 import argparse
 import importlib
-from types import ModuleType
 from typing import Final, NoReturn
 
-from hybridkex.errors import ConfigError
-
-__all__ = ["COMMANDS", "Parser", "command_module", "command_parser"]
+__all__ = ["COMMANDS", "Parser", "command_parser"]
 
 COMMANDS: Final = {
     "connect": "open a secure channel to a server; standard input and output are the data",
@@ -35,20 +32,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"hybridkex: {message}; try: {self.prog} --help\n")
 
 
-def command_module(name: str) -> ModuleType:
-    """The module of a command. Raises ``ConfigError`` where a package that it needs is missing."""
-    try:
-        return importlib.import_module(f"hybridkex.cli.{name.replace('-', '_')}")
-    except ModuleNotFoundError as missing:
-        if missing.name is None or missing.name.startswith("hybridkex"):
-            raise
-        raise ConfigError(
-            f"'{name}' needs the package {missing.name}: pip install 'hybridkex[all]'"
-        ) from None
-
-
 def command_parser(name: str) -> argparse.ArgumentParser:
-    """The parser of a command's own arguments. Raises ``ConfigError`` as above."""
+    """The parser of a command's own arguments."""
     parser = Parser(prog=f"hybridkex {name}", description=COMMANDS[name])
-    command_module(name).configure(parser)
+    importlib.import_module(f"hybridkex.cli.{name.replace('-', '_')}").configure(parser)
     return parser

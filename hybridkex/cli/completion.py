@@ -22,8 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         "Print a script for a shell, which then completes the names of commands and options, the "
-        "values that an option can have, and file names. It knows the commands whose packages are "
-        "installed; make it anew after an upgrade.",
+        "values that an option can have, and file names. Generate it again after an upgrade.",
         examples=[
             "completion bash > ~/.local/share/bash-completion/completions/hybridkex",
             "completion zsh > ~/.zfunc/_hybridkex   # a folder of $fpath",

@@ -18,12 +18,13 @@ from hybridkex.cli import choices, main
 from hybridkex.cli.arguments import Action
 from hybridkex.cli.commands import COMMANDS, command_parser
 from hybridkex.kme.config import PRODUCERS
+from hybridkex.link.finite_key import FINITE_KEY
+from hybridkex.link.presets import PRESETS
+from hybridkex.link.scan import SUFFIXES
+from hybridkex.link.settings import DECOY_CHECKS, LEAKS
+from hybridkex.link.simulated import BOOTSTRAPS
 from hybridkex.qkd.etsi014.mutual_tls import TLS_KINDS
 from hybridkex.qkd.etsi014.naming import IdRule
-
-NOT_YET = {"qkd"}
-"""Commands whose options are taken from the namespace, and whose help loads the simulator."""
-COMMANDS_WITH_ACTIONS = [name for name in COMMANDS if name not in NOT_YET]
 
 
 def parsers(name: str) -> Iterator[argparse.ArgumentParser]:
@@ -46,7 +47,7 @@ def fields(options: type) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("name", COMMANDS_WITH_ACTIONS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_has_a_field_and_every_field_an_option(name: str) -> None:
     for parser in parsers(name):
         action = parser.get_default("action")
@@ -57,7 +58,7 @@ def test_every_option_has_a_field_and_every_field_an_option(name: str) -> None:
         assert fields(action.options) == options, parser.prog
 
 
-@pytest.mark.parametrize("name", COMMANDS_WITH_ACTIONS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_function_for_its_options(name: str) -> None:
     for parser in parsers(name):
         action: Action = parser.get_default("action")
@@ -78,6 +79,12 @@ def test_the_choices_are_those_of_the_library() -> None:
     assert PRODUCERS == choices.PRODUCERS
     assert REKEY_AFTER == choices.REKEY_AFTER
     assert PROTOCOL == choices.TRANSFER_PROTOCOL
+    assert choices.DECOY_CHECKS == DECOY_CHECKS
+    assert choices.FINITE_KEY == FINITE_KEY
+    assert choices.LEAKS == LEAKS
+    assert choices.LINK_BOOTSTRAPS == BOOTSTRAPS
+    assert tuple(PRESETS) == choices.LINK_PRESETS
+    assert choices.SCAN_SUFFIXES == SUFFIXES
     assert set(shtab.SUPPORTED_SHELLS) == set(choices.SHELLS)
 
 
@@ -92,6 +99,7 @@ EXTRAS = [
     "oqs",
     "prometheus_client",
     "pysequoia",
+    "pyarrow",
     "rich",
     "scipy",
     "shtab",
@@ -134,7 +142,7 @@ def paths(name: str) -> Iterator[list[str]]:
             yield from ([name, inner] for inner in action.choices)
 
 
-HELPS = [[], *(path for name in COMMANDS_WITH_ACTIONS for path in paths(name))]
+HELPS = [[], *(path for name in COMMANDS for path in paths(name))]
 
 
 @pytest.mark.parametrize("words", HELPS, ids=" ".join)
@@ -153,6 +161,8 @@ def test_help_imports_neither_trio_nor_the_engine_nor_an_extra(words: list[str])
         (["completion", "bash"], "completion"),
         (["kme", "serve", "none.toml"], "kme"),
         (["kme", "dev-up", "none"], "kme"),
+        (["qkd", "run"], "link"),
+        (["qkd", "distil", "none.npz"], "link"),
         (["tunnel", "run", "none.toml"], "apps"),
     ],
 )

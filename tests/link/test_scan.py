@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hybridkex.cli import main
-from hybridkex.cli.qkd_scan import dask_executor
+from hybridkex.cli.actions.qkd_scan import dask_executor
 from hybridkex.errors import ConfigError
 from hybridkex.link.optimise import optimise
 from hybridkex.link.presets import PRESETS

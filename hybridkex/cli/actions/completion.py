@@ -33,11 +33,9 @@ def _whole_parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version="", help="print the version")
     commands = whole.add_subparsers(dest="command", metavar="command")
     for name, summary in COMMANDS.items():
-        try:
-            parser = command_parser(name)
-        except ConfigError:  # A package is missing; the command's name is completed all the same.
-            parser = argparse.ArgumentParser(description=summary)
-        added = commands.add_parser(name, help=summary, parents=[parser], add_help=False)
+        added = commands.add_parser(
+            name, help=summary, parents=[command_parser(name)], add_help=False
+        )
         added.description = summary
     _complete_files(whole)
     return whole

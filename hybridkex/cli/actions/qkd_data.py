@@ -1,0 +1,151 @@
+"""``hybridkex qkd record`` and ``distil``: detections in files."""
+
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import trio
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from hybridkex.cli.qkd_data import DistilOptions, RecordOptions
+from hybridkex.cli.running import run_trio
+from hybridkex.cli.tcp import NO_TCP, cannot_connect, cannot_listen
+from hybridkex.errors import ConfigError, LinkError
+from hybridkex.files import read_file, write_file
+from hybridkex.link.authentication import Signatures
+from hybridkex.link.measured import (
+    Measured,
+    alice_of,
+    bob_of,
+    distil,
+    read_measured,
+    write_measured,
+)
+from hybridkex.link.optimise import tuned
+from hybridkex.link.party import Block
+from hybridkex.link.presets import preset
+from hybridkex.link.quantum import OpticalLink
+from hybridkex.link.settings import LinkSettings
+from hybridkex.net.address import parse_tcp_address
+from hybridkex.text import json_line
+
+__all__ = ["record", "run_distil"]
+
+WAIT: Final = 60.0
+"""Seconds that one end waits for the other."""
+
+
+def record(options: RecordOptions) -> int:
+    if not 1 <= options.detections <= 100_000_000:
+        raise ConfigError("--detections lies between 1 and 100000000")
+    chosen = preset(options.preset).at(options.distance)
+    if not options.as_published:
+        chosen = tuned(chosen, max(1000, options.detections // 2))
+    light = OpticalLink(chosen.channel, chosen.transmitter, seed=options.seed)
+    seen = run_trio(partial(light.detect, options.detections))
+    sent = light.record.recall(seen.pulse)
+    ending = ".parquet" if options.parquet else ".npz"
+    try:
+        options.output.mkdir(exist_ok=True)
+        for name, measured in (
+            (
+                "alice",
+                Measured(
+                    pulse=seen.pulse, basis=sent.basis, bit=sent.bit, intensity=sent.intensity
+                ),
+            ),
+            ("bob", Measured(pulse=seen.pulse, basis=seen.basis, bit=seen.bit)),
+        ):
+            path = options.output / f"{name}{ending}"
+            write_measured(path, measured, chosen)
+            print(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {options.output}: {error.strerror}") from None
+    return 0
+
+
+def run_distil(options: DistilOptions) -> int:
+    if len(options.files) > 2:
+        raise ConfigError("give the file of one party, or those of both")
+    read = [read_measured(path) for path in options.files]
+    settings = LinkSettings(
+        preset=read[0][1],
+        key_bits=options.key_bits,
+        decoy_check=options.decoy_check,
+        finite_key=options.finite_key,
+        leak=options.leak,
+    )
+    measured = [one for one, _ in read]
+    try:
+        block = (
+            _both(measured, settings)
+            if len(measured) == 2
+            else run_trio(partial(_one, measured[0], settings, options))
+        )
+    except LinkError as error:
+        print(json_line({"keys": 0, "aborted": str(error)}))
+        return 1
+    if options.keys is not None:
+        lines = "".join(f"{one.key_id} {one.key.reveal().hex()}\n" for one in block.keys)
+        try:
+            write_file(options.keys, lines.encode())
+        except OSError as error:
+            raise ConfigError(f"cannot write {options.keys}: {error.strerror}") from None
+    line = {**asdict(replace(block, keys=())), "keys": len(block.keys)}
+    line["epsilon"]["total"] = block.epsilon.total
+    print(json_line(line))
+    return 0
+
+
+def _both(measured: list[Measured], settings: LinkSettings) -> Block:
+    measured.sort(key=lambda one: one.intensity is None)
+    if measured[0].intensity is None or measured[1].intensity is not None:
+        raise ConfigError("one of the two files must be Alice's and one Bob's")
+    return distil(measured[0], measured[1], settings)[1]
+
+
+async def _one(measured: Measured, settings: LinkSettings, options: DistilOptions) -> Block:
+    if options.key is None or options.peer is None or not (options.listen or options.connect):
+        raise ConfigError("with one file, give --listen or --connect, --key and --peer")
+    signatures = _signatures(options.key, options.peer)
+    stream = await _stream(options)
+    async with stream:
+        make = bob_of if measured.intensity is None else alice_of
+        return await make(measured, settings, stream, signatures).block()
+
+
+async def _stream(options: DistilOptions) -> trio.SocketStream:
+    if options.connect:
+        there = parse_tcp_address(options.connect)
+        patience = trio.current_time() + WAIT
+        while True:
+            try:
+                return await trio.open_tcp_stream(there.host, there.port)
+            except NO_TCP as error:
+                if trio.current_time() > patience or isinstance(error, UnicodeError):
+                    raise cannot_connect(there, error) from None
+            await trio.sleep(1.0)
+    here = parse_tcp_address(options.listen or "")
+    try:
+        listeners = await trio.open_tcp_listeners(here.port, host=here.host)
+    except NO_TCP as error:
+        raise cannot_listen(here, error) from None
+    try:
+        with trio.fail_after(WAIT):
+            return await listeners[0].accept()
+    except trio.TooSlowError:
+        raise LinkError(f"the other end did not connect within {WAIT:.0f} seconds") from None
+    finally:
+        for listener in listeners:
+            await listener.aclose()
+
+
+def _signatures(key: Path, peer: Path) -> Signatures:
+    try:
+        own = load_pem_private_key(read_file(key, what="private key"), None)
+        other = x509.load_pem_x509_certificate(read_file(peer, what="certificate"))
+        return Signatures(own, other.public_key())
+    except (ValueError, TypeError):
+        raise ConfigError(f"{key} or {peer} cannot authenticate a link") from None

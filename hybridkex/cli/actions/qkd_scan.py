@@ -1,0 +1,133 @@
+"""``hybridkex qkd scan`` and ``plot``: what links give over their settings."""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any, Final
+
+from rich.console import Console
+from rich.progress import Progress
+
+from hybridkex.cli.qkd_scan import PlotOptions, ScanOptions
+from hybridkex.errors import ConfigError
+from hybridkex.link.scan import SUFFIXES, grid, read_scan, scan, write_scan
+
+__all__ = ["dask_executor", "plot", "run_scan"]
+CONNECT_SECONDS: Final = 10
+MOST_VALUES: Final = 100_000
+
+
+def _value(text: str) -> Any:
+    known = {"none": None, "true": True, "false": False}
+    if text.lower() in known:
+        return known[text.lower()]
+    if "/" in text:  # several numbers in one value, such as intensities
+        return [_value(part) for part in text.split("/")]
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() and math.isfinite(number) else number
+
+
+def _values(text: str) -> tuple[str, list[Any]]:
+    name, equal, given = text.partition("=")
+    if not (name and equal and given):
+        raise ConfigError(f"--vary {text}: write NAME=VALUES")
+    parts = given.split(":")
+    if len(parts) != 3:
+        return name, [_value(one) for one in given.split(",")]
+    try:
+        first, last, step = map(float, parts)
+    except ValueError:
+        raise ConfigError(f"--vary {text}: write FIRST:LAST:STEP with numbers") from None
+    if not (step > 0.0 and last >= first and (last - first) / step < MOST_VALUES):
+        raise ConfigError(f"--vary {text}: FIRST:LAST:STEP goes upwards, in less than 1e5 steps")
+    count = int((last - first) / step + 1e-9) + 1
+    return name, [_value(repr(first + step * n)) for n in range(count)]
+
+
+def run_scan(options: ScanOptions) -> int:
+    if options.output.suffix not in SUFFIXES:
+        raise ConfigError(f"the output is a file that ends in {', '.join(SUFFIXES)}")
+    if options.blocks < 0 or options.jobs < 0:
+        raise ConfigError("--blocks and --jobs cannot be negative")
+    points = grid(dict(map(_values, options.vary)))
+    with _executor(options) as executor, _progress(len(points)) as progress:
+        rows = scan(
+            points, blocks=options.blocks, seed=options.seed, executor=executor, progress=progress
+        )
+    try:
+        write_scan(options.output, rows)
+    except OSError as error:
+        raise ConfigError(f"cannot write {options.output}: {error.strerror}") from None
+    print(f"{options.output}: {len(rows)} rows")
+    return 0
+
+
+@contextmanager
+def _executor(options: ScanOptions) -> Iterator[Executor | None]:
+    if options.dask is not None:
+        with dask_executor(options.dask) as executor:
+            yield executor
+    elif options.jobs == 1:
+        yield None
+    else:
+        count = options.jobs or os.cpu_count() or 1
+        with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+            yield pool
+
+
+@contextmanager
+def dask_executor(address: str) -> Iterator[Executor]:
+    """An executor on a Dask cluster; what a worker that dies had in hand is done again."""
+    try:
+        from distributed import Client  # noqa: PLC0415  # an extra
+    except ModuleNotFoundError:
+        raise ConfigError("this needs Dask: pip install 'hybridkex[dask]'") from None
+    try:
+        client: Any = Client(address, timeout=CONNECT_SECONDS)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, TimeoutError) as error:
+        raise ConfigError(f"cannot reach the Dask cluster at {address}: {error}") from None
+    with client:
+        yield client.get_executor(retries=3)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None] | None]:
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with Progress(console=Console(file=sys.stderr)) as bars:
+        task = bars.add_task("points", total=total)
+        yield lambda done: bars.update(task, completed=done)
+
+
+def plot(options: PlotOptions) -> int:
+    if options.output.suffix not in (".png", ".svg"):
+        raise ConfigError("the picture is a .png or an .svg")
+    try:
+        from hybridkex.link.plots import draw, plot_scan, save  # noqa: PLC0415  # an extra
+    except ModuleNotFoundError as missing:
+        if missing.name != "matplotlib":
+            raise
+        raise ConfigError("this needs matplotlib: pip install 'hybridkex[plot]'") from None
+    if options.scan is not None:
+        figure, _ = plot_scan(read_scan(options.scan), x=options.x, y=options.y, by=options.by)
+    else:
+        figure, _ = draw(
+            options.kind or "",  # --scan or --kind is required
+            presets=options.preset,
+            distance_km=options.distance,
+            block_bits=options.block_bits,
+        )
+    try:
+        save(figure, options.output)
+    except OSError as error:
+        raise ConfigError(f"cannot write {options.output}: {error.strerror}") from None
+    print(options.output)
+    return 0

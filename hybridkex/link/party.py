@@ -505,7 +505,9 @@ class Alice(_Party):
 
     async def _respond(self, sifted: _Sifted) -> _Corrected:
         """Error correction: answer Bob's requests."""
-        responder = self._settings.reconciler.respond(sifted.key, sifted.counts.test_error_rate)
+        responder = await trio.to_thread.run_sync(
+            self._settings.reconciler.respond, sifted.key, sifted.counts.test_error_rate
+        )
         rounds = 0
         while True:
             kind, body = await self._channel.receive_one_of(Type.ASK, Type.CORRECTED)

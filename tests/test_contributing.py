@@ -1,0 +1,98 @@
+"""The diffs of docs/contributing apply to the present tree, and what they add works."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "contributing"
+MOST_FILES = {
+    "hybrid-group": 3,
+    "key-source": 2,
+    "tls-extension": 2,
+    "event-loop-shell": 3,
+    "option": 1,
+    "error-correction": 2,
+}
+GIT = shutil.which("git")
+
+
+def touched(errand: str) -> list[str]:
+    """The files that a diff touches."""
+    text = (FOLDER / f"{errand}.diff").read_text(encoding="utf-8")
+    return re.findall(r"^\+\+\+ b/(.+)$", text, re.MULTILINE)
+
+
+def run(*command: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(cwd), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def apply(errand: str, tree: Path) -> None:
+    """Copy what the diff needs of the tree, and apply it."""
+    if GIT is None:
+        pytest.skip("git is not installed: apt install git")
+    no_cache = shutil.ignore_patterns("__pycache__", "vectors", ".*")
+    for name in ("hybridkex", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=no_cache)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    assert run(GIT, "init", "-q", cwd=tree).returncode == 0
+    result = run(GIT, "apply", str(FOLDER / f"{errand}.diff"), cwd=tree)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("errand", MOST_FILES)
+def test_an_errand_touches_few_files(errand: str) -> None:
+    files = touched(errand)
+    assert 1 <= len(files) <= MOST_FILES[errand]
+    assert f"({errand}.diff) | {len(files)} |" in (FOLDER / "README.md").read_text("utf-8")
+
+
+def test_every_diff_is_an_errand() -> None:
+    assert {path.stem for path in FOLDER.glob("*.diff")} == set(MOST_FILES)
+
+
+@pytest.mark.parametrize("errand", MOST_FILES)
+def test_an_errand_applies(errand: str) -> None:
+    if GIT is None:
+        pytest.skip("git is not installed: apt install git")
+    result = run(GIT, "apply", "--check", str(FOLDER / f"{errand}.diff"), cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("errand", sorted(set(MOST_FILES) - {"option"}))
+def test_an_errand(errand: str, tmp_path: Path) -> None:
+    apply(errand, tmp_path)
+    tests = [path for path in touched(errand) if path.startswith("tests/")]
+    assert tests
+    result = run(
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k",
+        "not no_extra_is_needed", *tests, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"\d+ passed", result.stdout)
+
+
+def test_the_option(tmp_path: Path) -> None:
+    apply("option", tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # accepts, and never says anything
+        result = run(
+            sys.executable, "-m", "hybridkex", "connect", "127.0.0.1",
+            str(mute.getsockname()[1]), "--insecure", "--handshake-timeout", "0.25", cwd=tmp_path,
+        )  # fmt: skip
+    assert result.returncode == 1
+    assert "0.25 seconds" in result.stderr

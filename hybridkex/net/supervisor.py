@@ -71,15 +71,19 @@ class Connection:
         self._waiting_since: float | None = None
         self.evicted = False
 
-    def admit(self, budget: "Budget", holder: Hashable = "") -> None:
+    def admit(self, budget: "Budget", holder: Hashable = None) -> None:
         """The peer is known: move to ``budget``, as one of ``holder``'s; the deadline is lifted.
+
+        Args:
+            budget: of the connections of its kind.
+            holder: who the peer is; :attr:`address` if that is ``None``.
 
         Raises:
             TooManyConnections: the budget is used up. Deadline and place stay as they were, so that
                 the handler has the rest of its time to tell the peer.
         """
         before, place = self._budget, self._holder
-        budget._take(self, holder)
+        budget._take(self, self.address if holder is None else holder)
         if before is not None:
             before._give_back(self, place)
         self._waiting_since = None
@@ -119,11 +123,17 @@ class Budget:
     its peer (see :meth:`Connection.waiting`) among those of the holder who has the most, and never
     of one who has fewer than the newcomer. If there is no such connection, it is refused.
 
+    With ``even_shares``, for holders who need not keep their peers waiting to occupy places: before
+    it is refused, the newcomer takes a place from the holder who has the most, if that leaves that
+    holder no fewer than the newcomer then has. The newest connection pays: it was opened when there
+    was little room left.
+
     Args:
         total: connections at once.
         each: connections at once of one holder; ``None`` for no limit but ``total``.
         what: the name of the budget in messages: *connections*, *peer connections*.
         patience: seconds that a connection must have waited before a newcomer may take its place.
+        even_shares: whether connections that do not wait make room, too.
     """
 
     def __init__(
@@ -133,11 +143,13 @@ class Budget:
         each: int | None = None,
         what: str = "connections",
         patience: float = PATIENCE,
+        even_shares: bool = False,
     ) -> None:
         self.total = total
         self.each = each
         self._what = what
         self._patience = patience
+        self._even_shares = even_shares
         self._count = 0
         self._held: dict[Hashable, dict[Connection, None]] = {}
         self._changed = trio.Event()
@@ -155,9 +167,19 @@ class Budget:
         elif self._count >= self.total:
             victim, age = self._victim(holder)
             if victim is None or age < self._patience:
+                victim = self._surplus(own)
+            if victim is None:
                 raise TooManyConnections(f"{self._count} {self._what} are open")
             victim._evict()
         self._add(connection, holder)
+
+    def _surplus(self, own: int) -> Connection | None:
+        """The newest connection of the holder who has the most, where a newcomer who has ``own``
+        may take it."""
+        if not self._even_shares:
+            return None
+        most = max(self._held.values(), key=len, default={})
+        return next(reversed(most)) if len(most) >= own + 2 else None
 
     async def _wait_and_take(self, connection: Connection, holder: Hashable) -> None:
         """As :meth:`_take`, but wait until there is a place: newcomers stay in the kernel's queue,
@@ -318,7 +340,7 @@ class Supervisor(Generic[T]):
     def _cut(self, connection: Connection) -> None:
         if connection.evicted:
             self._on_failure("evicted")
-            self._say(connection, "closed: it waited, and its place was needed for another")
+            self._say(connection, "closed: its place was needed for another")
         else:
             self._on_failure("timeout")
             self._say(connection, f"not authenticated within {self._handshake_seconds:g} s")

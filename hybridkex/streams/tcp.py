@@ -95,14 +95,16 @@ async def serve_secure_tcp(
         https_compatible: see :class:`SecureStream`.
         backlog: length of the kernel's queue.
         handshake_timeout: seconds for a handshake.
-        max_connections: connections at once, after their handshakes; more are closed.
+        max_connections: connections at once, after their handshakes. One more takes the place of
+            the newest connection of the address that has the most, if its own address has at least
+            two fewer; else it is closed.
         handler_nursery: where handlers run, if they shall outlive this call.
         task_status: given the listeners.
 
     Raises:
         OSError: cannot listen there.
     """
-    budget = Budget(max_connections)
+    budget = Budget(max_connections, even_shares=True)
 
     async def handle(stream: SecureStream[trio.SocketStream], connection: Connection) -> None:
         await stream.do_handshake()

@@ -264,6 +264,24 @@ async def test_a_budget_is_shared_fairly(mock_clock: MockClock) -> None:
     assert len(budget) == 8
 
 
+async def test_even_shares() -> None:
+    """Busy or not: who has two places more than another lets go of the newest."""
+    budget = Budget(8, even_shares=True)
+    many = [connection_of(budget, "many") for _ in range(8)]
+    with pytest.raises(TooManyConnections):
+        connection_of(budget, "many")
+    few = [connection_of(budget, "few") for _ in range(4)]
+    with pytest.raises(TooManyConnections):
+        connection_of(budget, "few")  # four each
+    third = [connection_of(budget, "third") for _ in range(2)]
+    assert [one.evicted for one in many] == 3 * [False] + 5 * [True]
+    assert [one.evicted for one in few] == 3 * [False] + [True]
+    with pytest.raises(TooManyConnections):
+        connection_of(budget, "third")
+    assert not any(one.evicted for one in third)
+    assert len(budget) == 8
+
+
 async def test_a_stranger_does_not_evict_those_who_have_less(mock_clock: MockClock) -> None:
     budget = Budget(4)
     with connection_of(budget, "a").waiting(), connection_of(budget, "b").waiting():

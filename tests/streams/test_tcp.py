@@ -51,12 +51,20 @@ async def echo(stream: SecureStream[trio.SocketStream]) -> None:
 
 
 @asynccontextmanager
-async def serving(config: ServerConfig, deadline: float = 10) -> AsyncIterator[int]:
+async def serving(
+    config: ServerConfig, deadline: float = 10, max_connections: int = 10_000
+) -> AsyncIterator[int]:
     """An echo server; gives its port."""
 
     async def serve(task_status: Any) -> None:
         await serve_secure_tcp(
-            echo, 0, config, host="127.0.0.1", handshake_timeout=deadline, task_status=task_status
+            echo,
+            0,
+            config,
+            host="127.0.0.1",
+            handshake_timeout=deadline,
+            max_connections=max_connections,
+            task_status=task_status,
         )
 
     async with trio.open_nursery() as nursery:
@@ -89,6 +97,35 @@ async def test_the_host_is_the_name_that_is_checked(
         ):
             with pytest.raises(trio.BrokenResourceError, match=r"127\.0\.0\.1"):
                 await stream.do_handshake()
+
+
+async def test_idle_connections_of_one_address_keep_no_other_out(
+    client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    """Their handshakes are complete: nothing but their number tells them from good clients."""
+
+    async def connect(port: int, address: str) -> SecureStream[trio.SocketStream]:
+        tcp = await trio.open_tcp_stream("127.0.0.1", port, local_address=address)
+        stream = SecureStream(tcp, client_config, server_hostname="localhost")
+        try:
+            await stream.send_all(b"x")
+            assert await stream.receive_some() == b"x"
+        except BaseException:
+            await trio.aclose_forcefully(tcp)
+            raise
+        return stream
+
+    with trio.fail_after(20):
+        async with serving(server_config, max_connections=6) as port:
+            idle = [await connect(port, "127.0.0.1") for _ in range(6)]
+            others = [await connect(port, f"127.0.0.{n}") for n in range(2, 6)]
+            with pytest.raises(trio.BrokenResourceError):
+                await connect(port, "127.0.0.1")  # the address that has two of six
+            for stream in (*idle[:2], *others):  # the oldest stay
+                await stream.send_all(b"y")
+                assert await stream.receive_some() == b"y"
+            for stream in (*idle, *others):
+                await stream.abort()
 
 
 async def test_listeners_of_all_interfaces(server_config: ServerConfig) -> None:

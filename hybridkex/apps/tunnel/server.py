@@ -180,7 +180,9 @@ class TunnelServer:
                     continue
                 listening = await listen(config.local, mode=config.socket_mode)
                 undo.push_async_callback(_shielded, listening.aclose)
-                opened[key] = _Door(listening, live, Budget(config.max_connections))
+                opened[key] = _Door(
+                    listening, live, Budget(config.max_connections, even_shares=True)
+                )
             port_files = []
             for key, live in fresh.items():
                 port = (opened.get(key) or self._doors[key]).listening.port

@@ -56,7 +56,7 @@ async def _listen(options: ListenOptions, config: ServerConfig) -> None:
         return
     # Standard input and output can serve one peer at a time; the others wait.
     turn = nullcontext() if options.echo else trio.Lock()
-    budget = Budget(MAX_CONNECTIONS)
+    budget = Budget(MAX_CONNECTIONS, even_shares=True)
 
     async def handle(stream: Stream, connection: Connection) -> None:
         async with stream:

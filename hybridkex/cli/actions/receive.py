@@ -69,7 +69,7 @@ class _Server:
         self._folder = folder
         self._wire = 0
         self._live: set[CountingStream] = set()
-        self._budget = Budget(options.max_connections)
+        self._budget = Budget(options.max_connections, even_shares=True)
         self._done = trio.Event()
 
     async def run(self) -> None:

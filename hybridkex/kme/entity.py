@@ -34,7 +34,7 @@ from hybridkex.errors import (
     KeyUnknown,
 )
 from hybridkex.kme.metrics import KmeMetrics
-from hybridkex.kme.peering import MAX_MESSAGE_BYTES, ExtKeys, PeerLink, message_bytes
+from hybridkex.kme.peering import IDS_AT_ONCE, MAX_MESSAGE_BYTES, ExtKeys, PeerLink, message_bytes
 from hybridkex.net.log import BoundedLog
 from hybridkex.net.token_bucket import TokenBucket
 from hybridkex.qkd.etsi014.models import (
@@ -53,9 +53,6 @@ from hybridkex.text import get_logger
 __all__ = ["KeyManagementEntity", "KmeLimits"]
 
 LOG: Final = get_logger(__name__)
-
-CHECK_AT_ONCE: Final = 1000
-"""IDs in one check message."""
 
 CHECK_EVERY: Final = 600.0
 """Seconds between two comparisons of our blocks with the other end's."""
@@ -456,7 +453,8 @@ class KeyManagementEntity:
     async def _tell_void(self, link: _Link, key_ids: list[str]) -> None:
         if link.peer is not None and key_ids:
             try:
-                await link.peer.void(key_ids)
+                for start in range(0, len(key_ids), IDS_AT_ONCE):
+                    await link.peer.void(key_ids[start : start + IDS_AT_ONCE])
             except KeySourceUnavailable as error:
                 # Unused promises also expire; this message only frees their space sooner.
                 LOG.info("%s: %s", self.kme_id, error)
@@ -537,9 +535,9 @@ class KeyManagementEntity:
             return
         before = time.time() - grace
         ids = await self._store.shared_ids(target, created_before=before)
-        for start in range(0, len(ids), CHECK_AT_ONCE):
-            lacking = await link.peer.check(ids[start : start + CHECK_AT_ONCE])
-            asked = set(ids[start : start + CHECK_AT_ONCE])
+        for start in range(0, len(ids), IDS_AT_ONCE):
+            lacking = await link.peer.check(ids[start : start + IDS_AT_ONCE])
+            asked = set(ids[start : start + IDS_AT_ONCE])
             await self._erase(link, [one for one in lacking if one in asked], "unknown")
 
     # -- keys in, keys out of date

@@ -32,6 +32,7 @@ from hybridkex.text import printable
 __all__ = [
     "CHECK",
     "EXT_KEYS",
+    "IDS_AT_ONCE",
     "MAX_MESSAGE_BYTES",
     "VOID",
     "ExtKeys",
@@ -48,6 +49,9 @@ CHECK: Final = "/kmapi/v1/ext_keys/check"
 
 MAX_MESSAGE_BYTES: Final = 1 << 22
 """The longest message that every KME takes from another one, whatever either announces to SAEs."""
+
+IDS_AT_ONCE: Final = 1000
+"""IDs in one void or check message: another KME must not keep the store busy for long."""
 
 SAE_IDS_BYTES: Final = 1 << 16
 """What the SAE IDs of a message may take of it."""
@@ -85,6 +89,8 @@ class ExtKeys:
             raise ModelError("keys or initiator_sae_id is missing")
         if not (isinstance(slaves, list) and all(isinstance(slave, str) for slave in slaves)):
             raise ModelError("target_sae_ids is not a list of SAE IDs")
+        if len(set(slaves)) != len(slaves):
+            raise ModelError("target_sae_ids has an SAE ID twice")
         allotments = tuple(_allotment(item) for item in keys)
         return cls(allotments=allotments, master=master, slaves=tuple(slaves))
 
@@ -129,6 +135,8 @@ def ids_from_json(data: object) -> list[str]:
     """The IDs of a void or check message. Raises ``ModelError``."""
     if not isinstance(data, dict) or not isinstance(data.get("key_ids"), list):
         raise ModelError("key_ids is missing")
+    if len(data["key_ids"]) > IDS_AT_ONCE:
+        raise ModelError(f"key_ids has more than {IDS_AT_ONCE} items")
     return [parse_uuid(item) for item in data["key_ids"]]
 
 

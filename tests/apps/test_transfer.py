@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import os
 import pty
 import random
@@ -16,6 +17,7 @@ import select
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -68,6 +70,7 @@ from hybridkex.apps.transfer.messages import (
     split_header,
 )
 from hybridkex.apps.transfer.names import PARTIAL, UnsafeName, check_path
+from hybridkex.apps.transfer.receiver import _Current
 from hybridkex.cli import main
 
 MakeWire = Callable[[int], AbstractAsyncContextManager[Wire]]
@@ -748,6 +751,32 @@ async def test_a_wrong_digest_stores_nothing(
     failures = [answer.reason for answer in answers if isinstance(answer, Failed)]
     assert failures == ["x: what arrived is not what was sent"]
     assert there(tmp_path / "in") == set()
+
+
+async def test_small_pieces_take_as_much_memory_as_they_have_bytes(
+    tmp_path: Path, configs: tuple[ClientConfig, ServerConfig]
+) -> None:
+    """A sender may cut its data into frames of a byte."""
+    current = _Current(0, None)
+    data = random.Random(1).randbytes(1 << 16)
+    tracemalloc.start()
+    try:
+        for start in range(len(data)):
+            current.gather(memoryview(data)[start : start + 1])
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(data)
+    finally:
+        tracemalloc.stop()
+    assert b"".join(current.pieces) == data
+
+    cuts = [0, 1, 2, 3, 20_000, 36_384, 36_385, 53_000, 53_001, len(data)]
+    frames = [
+        header(DATA, there - here) + data[here:there] for here, there in itertools.pairwise(cuts)
+    ]
+    end = End(n=0, sha256=hashlib.sha256(data).hexdigest())
+    folder = Folder(tmp_path / "in")
+    await talk(folder, configs, offer("x", size=len(data)), Start(n=0), *frames, end)
+    folder.close()
+    assert (tmp_path / "in" / "x").read_bytes() == data
 
 
 @pytest.mark.parametrize(

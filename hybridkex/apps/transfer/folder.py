@@ -22,7 +22,7 @@ import hashlib
 import hmac
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -290,10 +290,11 @@ class PartFile:
         self._file = file
         self._digest = digest
 
-    def write(self, pieces: list[memoryview]) -> None:
+    def write(self, pieces: Sequence[memoryview | bytearray]) -> None:
         """Append. Raises ``NotStored``: the disk is full, and the like."""
         try:
-            for piece in pieces:
+            for given in pieces:
+                piece = memoryview(given)
                 # At its place, wherever the digest of what was there has left the file's position.
                 done = 0
                 while done < len(piece):

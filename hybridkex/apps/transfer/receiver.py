@@ -40,6 +40,8 @@ __all__ = ["Receiver"]
 _log = get_logger("hybridkex.apps.transfer")
 
 _HELLO_WITHIN: Final = 30.0
+_COPIED: Final = 1 << 14
+"""Bytes; a piece of fewer is copied."""
 
 
 class Receiver:
@@ -130,8 +132,20 @@ class _Current:
     n: int
     part: PartFile | None
     """``None``: given up, and the rest of its data is discarded."""
-    pieces: list[memoryview] = field(default_factory=list)
+    pieces: list[memoryview | bytearray] = field(default_factory=list)
     gathered: int = 0
+
+    def gather(self, piece: memoryview) -> None:
+        """Keep a piece until it is written. A small one is copied: a view costs more than a few
+        bytes, and holds all that came in the same read."""
+        if len(piece) >= _COPIED:
+            self.pieces.append(piece)
+            return
+        last = self.pieces[-1] if self.pieces else None
+        if not isinstance(last, bytearray):
+            last = bytearray()
+            self.pieces.append(last)
+        last += piece
 
 
 class _Reception:
@@ -245,7 +259,7 @@ class _Reception:
             raise ProtocolError("data of no file")
         if current.part is None:
             return
-        current.pieces.append(piece)
+        current.gather(piece)
         current.gathered += len(piece)
         if current.part.size + current.gathered > current.part.offer.size:
             raise ProtocolError("more data than the file has")

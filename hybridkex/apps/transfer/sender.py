@@ -286,6 +286,8 @@ class _Connection:
                     return
                 case None:
                     raise trio.BrokenResourceError("the receiver ended the connection")
+                case memoryview():
+                    raise ProtocolError("the receiver sends data of a file")
                 case other:
                     raise ProtocolError(f"the receiver says {type(other).__name__} out of turn")
             async with self._news:

@@ -9,7 +9,7 @@ from typing import Final
 
 from cryptography import x509
 
-from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem, pem_blocks
+from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem, pem_certificates
 from hybridkex.errors import ConfigError
 
 __all__ = ["system_roots"]
@@ -62,7 +62,7 @@ def _load(places: Iterable[Path]) -> list[x509.Certificate]:
     for place in places:
         for file in sorted(place.iterdir()) if place.is_dir() else [place]:
             try:
-                blocks.update(dict.fromkeys(pem_blocks(file.read_bytes())))
+                blocks.update(dict.fromkeys(pem_certificates(file.read_bytes())))
             except OSError:
                 continue
     found = []

@@ -28,6 +28,7 @@ from hybridkex.auth.certificates import (
     MAX_CHAIN,
     PeerCertificate,
     key_weakness,
+    parse_failure,
     read_chain,
 )
 from hybridkex.auth.diagnosis import Roots, explain
@@ -157,8 +158,10 @@ class TrustStore:
         try:
             authorities = certificates_from_pem(data)
         except UNREADABLE as error:
-            where = f"{source} has" if source else "there are"
-            raise ConfigError(f"{where} no certificates in PEM form: {error}") from None
+            where = source or "the trust store"
+            raise ConfigError(
+                f"cannot use the certificates of {where}: {parse_failure(error)}"
+            ) from None
         return cls(tuple(authorities), frozenset(pins), source)
 
     @classmethod

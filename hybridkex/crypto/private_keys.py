@@ -15,11 +15,20 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat import asn1
 from cryptography.hazmat.primitives.asymmetric import mldsa
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.serialization import load_der_private_key, load_pem_private_key
 
+from hybridkex.crypto.pem import PemBlock, PemError, contents_of, pem_blocks
 from hybridkex.errors import ConfigError
 
 __all__ = ["load_private_key"]
+
+_LABELS: Final = (
+    "PRIVATE KEY",
+    "ENCRYPTED PRIVATE KEY",
+    "RSA PRIVATE KEY",
+    "EC PRIVATE KEY",
+    "DSA PRIVATE KEY",
+)
 
 _BLOCK: Final = re.compile(rb"-----BEGIN PRIVATE KEY-----(.*?)-----END PRIVATE KEY-----", re.DOTALL)
 
@@ -68,21 +77,56 @@ def load_private_key(pem: bytes, password: bytes | None, name: str) -> Any:
             cannot be used. Nothing of the key is in the text, and neither are the library's words.
     """
     try:
+        encrypted = _is_encrypted(pem)
+    except PemError as error:
+        raise ConfigError(f"{name} is no private key in PEM form: {error}") from None
+    if encrypted and password is None:
+        raise ConfigError(
+            f"{name} is encrypted, and no password was given; 'openssl pkey -in FILE -out NEW' "
+            "writes it without one"
+        )
+    if encrypted is False and password is not None:
+        raise ConfigError(f"{name} is not encrypted, and a password was given")
+    try:
         return load_pem_private_key(pem, password)
-    except TypeError:
-        reason = "is not encrypted, and a password was given"
-        if password is None:
-            reason = "is encrypted, and no password was given"
-        raise ConfigError(f"{name} {reason}") from None
-    except (ValueError, UnsupportedAlgorithm):
+    except (TypeError, ValueError, UnsupportedAlgorithm):
         pass  # Outside of this handler, so that no error carries the library's as its context.
-    key = _mldsa_key(pem, name)
+    key = _mldsa_key(pem, name) or _mislabelled_key(pem)
     if key is not None:
         return key
-    reason = "is no private key in PEM form"
-    if password is not None:
-        reason += ", or the password is wrong"
-    raise ConfigError(f"{name} {reason}")
+    if encrypted is None:
+        raise ConfigError(f"{name} is no private key in PEM form: it is {contents_of(pem)}")
+    if encrypted:
+        raise ConfigError(
+            f"{name} is no private key in PEM form, or the password is wrong, or its cipher is not "
+            "supported (AES and 3DES are)"
+        )
+    raise ConfigError(
+        f"{name} is no private key in PEM form: its content is malformed or of an unknown kind"
+    )
+
+
+def _key_block(pem: bytes) -> PemBlock | None:
+    """The first private key of a file."""
+    keys = (block for block in pem_blocks(pem) if block.label in _LABELS)
+    return next(keys, None)
+
+
+def _is_encrypted(pem: bytes) -> bool | None:
+    """Whether the first private key of a file is; ``None`` if there is none."""
+    block = _key_block(pem)
+    return None if block is None else block.encrypted
+
+
+def _mislabelled_key(pem: bytes) -> Any:
+    """A key of PKCS #8, PKCS #1 or SEC 1 under the label of another of them. OpenSSL reads it."""
+    block = _key_block(pem)
+    if block is None or block.encrypted:
+        return None
+    try:
+        return load_der_private_key(block.der(), None)
+    except (TypeError, ValueError, UnsupportedAlgorithm):
+        return None
 
 
 def _mldsa_key(pem: bytes, name: str) -> Any:

@@ -13,7 +13,9 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.utils import CryptographyDeprecationWarning
 
-__all__ = ["UNREADABLE", "certificate_from_der", "certificates_from_pem", "pem_blocks"]
+from hybridkex.crypto.pem import CERTIFICATES, PemError, contents_of, pem_blocks
+
+__all__ = ["UNREADABLE", "certificate_from_der", "certificates_from_pem", "pem_certificates"]
 
 warnings.filterwarnings("ignore", category=CryptographyDeprecationWarning, module=r"hybridkex\.")
 warnings.filterwarnings("ignore", "Attribute's length must be", module=r"hybridkex\.")
@@ -52,17 +54,35 @@ def certificate_from_der(data: bytes, *, whole: bool = True) -> x509.Certificate
 
 
 def certificates_from_pem(data: bytes) -> list[x509.Certificate]:
-    """All certificates of a PEM file, in its order.
+    """All certificates of a PEM file, in its order; blocks of other kinds are skipped.
 
     Raises:
-        UNREADABLE: there is none, or one does not parse.
+        UNREADABLE: there is none, one does not parse, one carries trust settings of OpenSSL, or the
+            file was cut off. A certificate is never left out.
     """
+    blocks = pem_blocks(data)
+    certificates = [block for block in blocks if block.label in CERTIFICATES]
+    if not certificates or any("TRUSTED" in block.label for block in blocks):
+        raise PemError(f"it is {contents_of(data)}")
     # A program that turns warnings into errors must be able to read its trust store.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return x509.load_pem_x509_certificates(data)
+        return [
+            _certificate(block.der(), f"certificate {place} of {len(certificates)}")
+            for place, block in enumerate(certificates, 1)
+        ]
 
 
-def pem_blocks(data: bytes) -> list[bytes]:
+def _certificate(der: bytes, name: str) -> x509.Certificate:
+    try:
+        return x509.load_der_x509_certificate(der)
+    except x509.InvalidVersion:
+        raise
+    except UNREADABLE:
+        # The library's words name its own data structures.
+        raise PemError(f"the DER encoding of {name} in it is malformed") from None
+
+
+def pem_certificates(data: bytes) -> list[bytes]:
     """The certificates of a PEM file, each for itself and not parsed yet."""
     return _BLOCK.findall(data)

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Final
 
 import trio
-from cryptography import x509
 
 from hybridkex.crypto.private_keys import load_private_key
+from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem
 from hybridkex.errors import (
     BlockAborted,
     ConfigError,
@@ -33,6 +33,7 @@ from hybridkex.errors import (
     LinkAuthenticationError,
     LinkError,
 )
+from hybridkex.files import read_file
 from hybridkex.kme.config import KmeConfig, PeerConfig
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.link.authentication import Signatures
@@ -414,13 +415,13 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
 
 
 def _signatures(key: Path, peer_credential: Path) -> Signatures:
+    own = load_private_key(read_file(key), None, str(key))
     try:
-        own = load_private_key(key.read_bytes(), None, str(key))
-        peer = x509.load_pem_x509_certificate(peer_credential.read_bytes())
-        return Signatures(own, peer.public_key())
-    except OSError as error:
-        raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from None
-    except ConfigError:
-        raise
+        [peer, *_] = certificates_from_pem(read_file(peer_credential))
+        public = peer.public_key()
+    except UNREADABLE as error:
+        raise ConfigError(f"{peer_credential} is no certificate in PEM form: {error}") from None
+    try:
+        return Signatures(own, public)
     except (ValueError, TypeError):
         raise ConfigError(f"{key} or {peer_credential} cannot be used for the link") from None

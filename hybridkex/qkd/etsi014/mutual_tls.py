@@ -14,6 +14,8 @@ from typing import Any, Final, TypeAlias
 
 import trio
 
+from hybridkex.crypto.private_keys import load_private_key
+from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem
 from hybridkex.errors import (
     AlertReceived,
     ConfigError,
@@ -119,9 +121,13 @@ def _unknown(kind: str) -> ConfigError:
 
 
 def _context(purpose: ssl.Purpose, ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
-    for path in (ca, certificate, key):
-        # OpenSSL would not say which of them it is, and would wait for a pipe.
-        read_file(path, pipe=False)
+    # OpenSSL would not say which of them it is, nor why, and would wait for a pipe.
+    for path in (ca, certificate):
+        try:
+            certificates_from_pem(read_file(path, pipe=False))
+        except UNREADABLE as error:
+            raise ConfigError(f"cannot use the certificates of {path}: {error}") from None
+    load_private_key(read_file(key, pipe=False), None, str(key))
     try:
         context = ssl.create_default_context(purpose, cafile=str(ca))
         context.minimum_version = ssl.TLSVersion.TLSv1_2  # clause 5.1

@@ -1,0 +1,136 @@
+"""PEM files as people have them: their blocks (RFC 7468), and what a file is that has none.
+
+Every certificate and key file is read here, so that one reader decides what is taken and one text
+says what else was given: DER, PKCS #12, PKCS #7, a certificate request, a key in a certificate's
+place, a file that was cut off.
+"""
+
+import base64
+import binascii
+import re
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["CERTIFICATES", "PemBlock", "PemError", "contents_of", "pem_blocks"]
+
+CERTIFICATES: Final = ("CERTIFICATE", "X509 CERTIFICATE")
+"""Labels of a certificate; the second is the older one (RFC 7468 section 5.1)."""
+
+
+class PemError(ValueError):
+    """A file is not what it should be; the text says what it is, and never quotes its content."""
+
+
+@dataclass(frozen=True)
+class PemBlock:
+    """One block of a PEM file."""
+
+    label: str
+    text: bytes
+    """What is between its first and its last line."""
+
+    @property
+    def encrypted(self) -> bool:
+        """By its label (PKCS #8) or by its header (RFC 1421)."""
+        return "ENCRYPTED" in self.label or b"ENCRYPTED" in self.text
+
+    def der(self) -> bytes:
+        """The decoded content.
+
+        Raises:
+            PemError: it is not base64.
+        """
+        try:
+            return base64.b64decode(b"".join(self.text.split()), validate=True)
+        except binascii.Error:
+            raise PemError(f"its {self.label} block is not base64") from None
+
+
+_EDGE: Final = re.compile(rb"-----(BEGIN|END) ([A-Z0-9 #]*)-----")
+
+
+def pem_blocks(data: bytes) -> list[PemBlock]:
+    """The blocks of a file, in its order; text around them is skipped.
+
+    Raises:
+        PemError: a block has no end.
+    """
+    blocks = []
+    begin: re.Match[bytes] | None = None
+    for edge in _EDGE.finditer(data):
+        if edge[1] == b"BEGIN":
+            if begin is not None:
+                break
+            begin = edge
+        elif begin is not None and edge[2] == begin[2]:
+            blocks.append(PemBlock(begin[2].decode(), data[begin.end() : edge.start()]))
+            begin = None
+    if begin is not None:
+        raise PemError(
+            f"a block that begins with BEGIN {begin[2].decode()} has no end: the file was cut off"
+        )
+    return blocks
+
+
+_BY_LABEL: Final[tuple[tuple[str, str], ...]] = (
+    ("OPENSSH", "an OpenSSH key; 'ssh-keygen -p -m PKCS8 -f FILE' converts a copy of it"),
+    ("TRUSTED CERTIFICATE", "a certificate with trust settings of OpenSSL, which do not count "
+     "here; 'openssl x509 -in FILE -out NEW' removes them"),
+    ("CERTIFICATE REQUEST", "a certificate request, which an authority has yet to sign"),
+    ("PKCS7", "PKCS #7; 'openssl pkcs7 -in FILE -print_certs -out NEW' converts it"),
+    ("CRL", "a revocation list"),
+    ("PUBLIC KEY", "a public key"),
+    ("PRIVATE KEY", "a private key"),
+    ("CERTIFICATE", "a certificate"),
+)  # fmt: skip
+
+_PKCS12: Final = b"\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07"
+"""The content type of a PKCS #12 file after its version (RFC 7292 section 4)."""
+
+
+def contents_of(data: bytes) -> str:
+    """What a file is, as the end of a sentence that begins with *it is*."""
+    if not data.strip():
+        return "empty"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "text in UTF-16; save it as UTF-8"
+    try:
+        labels = [block.label for block in pem_blocks(data)]
+    except PemError:
+        return "a PEM file that was cut off"
+    for ending, words in _BY_LABEL:
+        if any(ending in label for label in labels):
+            return words
+    if labels:
+        return f"PEM with a block {labels[0]}"
+    if data.startswith(b"PuTTY-User-Key-File"):
+        return "a key of PuTTY; PuTTYgen exports it for OpenSSH"
+    if data[:1] == b"\x30":
+        return _der(data)
+    if data.lstrip()[:1] == b"<":
+        return "a page in HTML or XML"
+    if b"BEGIN" in data:
+        return "text whose lines BEGIN and END are damaged; they have five hyphens on each side"
+    return "something without a block of PEM"
+
+
+def _der(data: bytes) -> str:
+    head = data[:64]
+    if b"\x02\x01\x03\x30" in head[:10] and _PKCS12 in head:
+        return (
+            "PKCS #12 (.pfx, .p12); 'openssl pkcs12 -in FILE -nodes -out NEW' makes PEM of its "
+            "certificates and its key"
+        )
+    if b"\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02" in head[:20]:
+        return (
+            "PKCS #7 in DER; 'openssl pkcs7 -inform DER -in FILE -print_certs -out NEW' converts it"
+        )
+    # A certificate begins with another SEQUENCE; a private key with its version, an INTEGER, or,
+    # encrypted, with an algorithm of PKCS #5.
+    inner = 2 + (data[1] & 0x7F if len(data) > 1 and data[1] & 0x80 else 0)
+    if data[inner : inner + 1] == b"\x02" or b"\x2a\x86\x48\x86\xf7\x0d\x01\x05" in head:
+        return "a key in DER; 'openssl pkey -inform DER -in FILE -out NEW' makes PEM of it"
+    return (
+        "DER, not PEM; if it is a certificate, 'openssl x509 -inform DER -in FILE -out NEW' makes "
+        "PEM of it"
+    )

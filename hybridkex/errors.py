@@ -6,6 +6,8 @@ Four causes, four branches: the caller (:class:`ConfigError`, :class:`LocalState
 Anything else that escapes is a bug.
 """
 
+from typing import Final
+
 from hybridkex.constants import Alert
 from hybridkex.reasons import Reason
 from hybridkex.text import printable
@@ -232,6 +234,33 @@ class HandshakeTimeout(PeerError):
     reason = Reason.TIMEOUT
 
 
+_REFUSED: Final = "it refuses our certificate"
+ALERT_MEANINGS: Final[dict[int, str]] = {
+    Alert.HANDSHAKE_FAILURE: "it has no group, cipher suite or signature algorithm in common "
+    "with us",
+    Alert.PROTOCOL_VERSION: "it does not speak TLS 1.3",
+    Alert.INSUFFICIENT_SECURITY: "what we offer is too weak for it",
+    Alert.NO_APPLICATION_PROTOCOL: "it speaks none of the application protocols (ALPN) that we "
+    "offer",
+    Alert.UNRECOGNIZED_NAME: "it does not serve the name that we asked for",
+    Alert.CERTIFICATE_REQUIRED: "it demands a certificate, and got none from us that it can use; "
+    "give a certificate and its key",
+    Alert.UNKNOWN_CA: "it does not trust the authority of our certificate",
+    Alert.CERTIFICATE_EXPIRED: f"{_REFUSED} for its dates; look at them and at both clocks",
+    Alert.CERTIFICATE_REVOKED: f"{_REFUSED} as revoked",
+    Alert.BAD_CERTIFICATE: f"{_REFUSED}; its log says why",
+    Alert.UNSUPPORTED_CERTIFICATE: f"{_REFUSED} for its kind or its usage",
+    Alert.CERTIFICATE_UNKNOWN: f"{_REFUSED}; its log says why",
+    Alert.ACCESS_DENIED: "it knows who we are, and does not admit us",
+    Alert.UNKNOWN_PSK_IDENTITY: "it does not know or cannot get our pre-shared key or QKD key",
+    Alert.DECRYPT_ERROR: "a signature or a pre-shared key does not verify there; the two ends may "
+    "have different keys",
+    Alert.INTERNAL_ERROR: "a failure on its side; its log says why",
+}
+"""What an alert of a peer that refuses us means for whoever reads the error (RFC 9846 section 6.2).
+Those that are not here say that a message is malformed."""
+
+
 class AlertReceived(HybridkexError):
     """The peer ended the connection with an error alert; :attr:`alert` is its code point and
     :attr:`name` what RFC 9846 section 6 calls it."""
@@ -241,7 +270,8 @@ class AlertReceived(HybridkexError):
             name = Alert(alert).name.lower()
         except ValueError:
             name = f"alert {alert}"
-        super().__init__(f"the peer sent {name}")
+        meaning = ALERT_MEANINGS.get(alert)
+        super().__init__(f"the peer sent {name}" + (f": {meaning}" if meaning else ""))
         self.alert = alert
         self.name = name
 

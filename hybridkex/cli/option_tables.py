@@ -82,7 +82,7 @@ def _values(name: str, value: Any, action: argparse.Action, base: Path) -> list[
 def _located(text: str, action: argparse.Action, base: Path) -> str:
     """A path, or a Unix socket's, from the folder of the configuration."""
     if action.type in (file_path, folder_path):
-        return str(base / text)
+        return str(base / text) if text else text  # an empty one is refused
     if action.type is address and text.startswith("unix:"):
         return f"unix:{base / text.removeprefix('unix:')}"
     return text

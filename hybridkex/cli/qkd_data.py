@@ -7,6 +7,7 @@ from typing import Any
 from hybridkex.cli.arguments import Action
 from hybridkex.cli.choices import DECOY_CHECKS, FINITE_KEY, LEAKS, LINK_PRESETS
 from hybridkex.cli.manual import describe
+from hybridkex.cli.values import file_path, folder_path
 
 __all__ = ["DistilOptions", "RecordOptions", "configure"]
 
@@ -70,7 +71,12 @@ def configure(commands: Any) -> None:
     record.add_argument("--seed", type=int, metavar="N", help="repeat a run exactly")
     record.add_argument("--parquet", action="store_true", help="write Parquet (needs pyarrow)")
     record.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="FOLDER", help="for alice and bob"
+        "-o",
+        "--output",
+        required=True,
+        type=folder_path,
+        metavar="FOLDER",
+        help="for alice and bob",
     )
     record.set_defaults(action=_action(RecordOptions, "record"))
 
@@ -88,14 +94,18 @@ def configure(commands: Any) -> None:
         status="0 if keys were made, 1 if not",
         notes="See docs/qkd-link.md for the file format.",
     )
-    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".npz or .parquet")
+    command.add_argument(
+        "files", nargs="+", type=file_path, metavar="FILE", help=".npz or .parquet"
+    )
     where = command.add_mutually_exclusive_group()
     where.add_argument("--listen", metavar="HOST:PORT", help="wait for the other end here")
     where.add_argument("--connect", metavar="HOST:PORT", help="reach the other end there")
-    command.add_argument("--key", type=Path, metavar="FILE", help="our private key, PEM")
-    command.add_argument("--peer", type=Path, metavar="FILE", help="the other end's certificate")
+    command.add_argument("--key", type=file_path, metavar="FILE", help="our private key, PEM")
     command.add_argument(
-        "--keys", type=Path, metavar="FILE", help="write keys: ID and hex, a line each"
+        "--peer", type=file_path, metavar="FILE", help="the other end's certificate"
+    )
+    command.add_argument(
+        "--keys", type=file_path, metavar="FILE", help="write keys: ID and hex, a line each"
     )
     command.add_argument(
         "--key-bits", type=int, default=256, metavar="N", help="of a key (default: %(default)s)"

@@ -7,6 +7,7 @@ from typing import Any, Final
 from hybridkex.cli.arguments import Action
 from hybridkex.cli.choices import SCAN_SUFFIXES
 from hybridkex.cli.manual import describe
+from hybridkex.cli.values import file_path
 
 __all__ = ["PlotOptions", "ScanOptions", "configure"]
 
@@ -85,7 +86,7 @@ def configure(commands: Any) -> None:
         "-o",
         "--output",
         required=True,
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="its name ends in " + ", ".join(SCAN_SUFFIXES),
     )
@@ -104,7 +105,7 @@ def configure(commands: Any) -> None:
         notes="See docs/qkd-link.md, which has the pictures.",
     )
     what = plot.add_mutually_exclusive_group(required=True)
-    what.add_argument("--scan", type=Path, metavar="FILE", help="a file of 'qkd scan'")
+    what.add_argument("--scan", type=file_path, metavar="FILE", help="a file of 'qkd scan'")
     what.add_argument("--kind", choices=KINDS, help="a picture of the documentation")
     plot.add_argument("--x", default="distance_km", metavar="NAME", help="default: %(default)s")
     plot.add_argument("--y", default="rate", metavar="NAME", help="default: %(default)s")
@@ -126,7 +127,7 @@ def configure(commands: Any) -> None:
         "-o",
         "--output",
         required=True,
-        type=Path,
+        type=file_path,
         metavar="FILE.png|.svg",
         help="where to; the name's end says the format",
     )

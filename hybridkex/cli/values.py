@@ -4,6 +4,7 @@ A configuration file (:mod:`~hybridkex.cli.option_tables`) and the completion of
 and never by the words of a help text.
 """
 
+import argparse
 from pathlib import Path
 
 __all__ = ["address", "comma_list", "file_path", "folder_path"]
@@ -11,11 +12,18 @@ __all__ = ["address", "comma_list", "file_path", "folder_path"]
 
 def file_path(text: str) -> Path:
     """The path of a file; in a configuration file, relative to that file's folder."""
-    return Path(text)
+    return _path(text)
 
 
 def folder_path(text: str) -> Path:
     """The path of a folder; relative as that of a file."""
+    return _path(text)
+
+
+def _path(text: str) -> Path:
+    # To pathlib an empty text is the current folder.
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path; is a variable of the shell not set?")
     return Path(text)
 
 

@@ -100,7 +100,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     names.add_argument(
         "--psk-file",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="instead of --key and --pin: a file with 32 bytes in hex that both ends share "
         "(mode 600)",

@@ -18,22 +18,17 @@ makes one only if he has lost the other.
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 import trio
 
-from hybridkex.crypto.private_keys import load_private_key
-from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem
 from hybridkex.errors import (
     BlockAborted,
-    ConfigError,
     LedgerDry,
     LedgerLost,
     LinkAuthenticationError,
     LinkError,
 )
-from hybridkex.files import read_file
 from hybridkex.kme.config import KmeConfig, PeerConfig
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.link.authentication import Signatures
@@ -408,20 +403,7 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
         settings,
         party=link.party,
         address=link.address,
-        signatures=_signatures(config.key, link.peer_credential),
+        signatures=Signatures.from_files(config.key, link.peer_credential),
         real_time=real_time,
         note=note,
     )
-
-
-def _signatures(key: Path, peer_credential: Path) -> Signatures:
-    own = load_private_key(read_file(key), None, str(key))
-    try:
-        [peer, *_] = certificates_from_pem(read_file(peer_credential))
-        public = peer.public_key()
-    except UNREADABLE as error:
-        raise ConfigError(f"{peer_credential} is no certificate in PEM form: {error}") from None
-    try:
-        return Signatures(own, public)
-    except (ValueError, TypeError):
-        raise ConfigError(f"{key} or {peer_credential} cannot be used for the link") from None

@@ -23,7 +23,7 @@ import trio
 
 from hybridkex.errors import KeySourceUnavailable
 from hybridkex.json_text import load_json
-from hybridkex.qkd.etsi014.models import ErrorResponse, Json, ModelError, parse_uuid
+from hybridkex.qkd.etsi014.models import ErrorResponse, Json, ModelError, message_of, parse_uuid
 from hybridkex.qkd.etsi014.transport import HTTP_FAILURES, Answer, KmeTransport, what_failed
 from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState
 from hybridkex.secret import Secret
@@ -232,10 +232,10 @@ class HttpPeer:
 def _said(answer: Answer) -> str:
     """What a KME answered, in words for a log line; its text is bounded and printable."""
     try:
-        message = load_json(answer.body).get("message")
-    except (ValueError, AttributeError):
-        message = None
-    if not isinstance(message, str) or not message:
+        message = message_of(load_json(answer.body))
+    except ValueError:
+        message = ""
+    if not message:
         return f"it answered {answer.status}"
     return f"it answered {answer.status}: {printable(message, most=200)}"
 

@@ -16,14 +16,18 @@ of the block and of the tag. So nothing can be sent back, sent again or moved.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.poly1305 import Poly1305
 
+from hybridkex.crypto.private_keys import load_private_key
 from hybridkex.crypto.signatures import ALL_SCHEMES, SignatureScheme
+from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem
 from hybridkex.errors import ConfigError, LinkAuthenticationError, PeerError
+from hybridkex.files import read_file
 from hybridkex.link.ledger import Direction, Ledger
 
 __all__ = [
@@ -125,6 +129,24 @@ class Signatures:
     def __post_init__(self) -> None:
         self._scheme(self.own_private_key)
         self._scheme(self.peer_public_key)
+
+    @classmethod
+    def from_files(cls, key: Path, certificate: Path) -> "Signatures":
+        """Our own private key and the peer's certificate, from PEM files.
+
+        Raises:
+            ConfigError: one of them cannot be used; it is named.
+        """
+        own = load_private_key(read_file(key), None, str(key))
+        try:
+            [peer, *_] = certificates_from_pem(read_file(certificate))
+            public = peer.public_key()
+        except UNREADABLE as error:
+            raise ConfigError(f"{certificate} is no certificate in PEM form: {error}") from None
+        try:
+            return cls(own, public)
+        except ConfigError as error:
+            raise ConfigError(f"{key} or {certificate}: {error}") from None
 
     @staticmethod
     def _scheme(key: Any) -> SignatureScheme:

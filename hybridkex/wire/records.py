@@ -129,6 +129,29 @@ class RecordBuffer:
         return len(self._partial) >= length
 
 
+_OTHERS: Final = (
+    (b"HTTP", "an answer in plain HTTP; is this the port without TLS?"),
+    *(
+        (start, "a header of the PROXY protocol; switch it off at the balancer (send-proxy)")
+        for start in (b"PROXY", b"\r\n\r\n\0")
+    ),
+    (b"SSH-", "the greeting of SSH"),
+    (b"220", "the greeting of a mail or FTP server; it expects STARTTLS, or has another port"),
+    (b"+OK", "the greeting of a POP3 server; it expects STLS, or has another port"),
+    (b"* OK", "the greeting of an IMAP server; it expects STARTTLS, or has another port"),
+    *((method + b" ", "a request in plain HTTP") for method in (b"GET", b"PUT", b"HEAD", b"POST")),
+    *((method[:5], "a request in plain HTTP") for method in (b"OPTIONS", b"CONNECT", b"DELETE")),
+)
+
+
+def _resemblance(start: bytes) -> str:
+    """What the first bytes of a peer without TLS are, to end a sentence."""
+    for beginning, words in _OTHERS:
+        if start.startswith(beginning):
+            return f" but {words}"
+    return ""
+
+
 def _check_header(data: memoryview | bytearray, start: int) -> tuple[int, int]:
     """The type and the length that a record's header gives."""
     major: int
@@ -136,7 +159,7 @@ def _check_header(data: memoryview | bytearray, start: int) -> tuple[int, int]:
     # legacy_record_version is ignored (section 5.1) but for its first byte, which tells a peer that
     # does not speak TLS at all before we wait for the rest of its "record".
     if major != LEGACY_VERSION >> 8:
-        raise DecodeError("these bytes are not TLS")
+        raise DecodeError(f"these bytes are not TLS{_resemblance(bytes(data[start : start + 5]))}")
     if type_ not in _LIMITS:
         raise UnexpectedMessage(f"a record of unknown type {type_}", Reason.RECORD_TYPE)
     limit = _LIMITS[type_]

@@ -3,11 +3,13 @@
 import argparse
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from hybridkex.cli import main
 from hybridkex.cli.commands import COMMANDS, command_parser
+from hybridkex.cli.values import file_path, folder_path
 
 
 def parsers(name: str) -> Iterator[argparse.ArgumentParser]:
@@ -64,3 +66,14 @@ def test_help_is_readable(
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 100
     assert all(command in text for command in COMMANDS) or name != "--help"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_option_takes_an_empty_path(name: str) -> None:
+    """``Path("")`` is the current folder, and ``send "$UNSET" HOST`` would send all of it."""
+    for _, action in options(name):
+        assert action.type is not Path, action.option_strings or action.dest
+    for kind in (file_path, folder_path):
+        with pytest.raises(argparse.ArgumentTypeError, match="an empty path"):
+            kind("")
+        assert kind(".") == Path()

@@ -10,7 +10,7 @@ import trio
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.errors import LinkAuthenticationError, LinkError
-from hybridkex.kme.link_feed import PartyFeed, _signatures, greet, greeted
+from hybridkex.kme.link_feed import PartyFeed, greet, greeted
 from hybridkex.link.authentication import Signatures
 from hybridkex.link.optimise import tuned
 from hybridkex.link.presets import PRESETS
@@ -27,7 +27,7 @@ def signatures(tmp_path: Path) -> dict[str, Signatures]:
         write_identity(tmp_path / party, ca, ca.issue(party))
 
     def of(own: str, peer: str) -> Signatures:
-        return _signatures(tmp_path / own / "key.pem", tmp_path / peer / "cert.pem")
+        return Signatures.from_files(tmp_path / own / "key.pem", tmp_path / peer / "cert.pem")
 
     return {"alice": of("alice", "bob"), "bob": of("bob", "alice"), "eve": of("eve", "alice")}
 

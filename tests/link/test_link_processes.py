@@ -21,7 +21,8 @@ from pathlib import Path
 from hybridkex.net.address import TcpAddress
 from hybridkex.link.optimise import tuned
 from hybridkex.link.presets import PRESETS
-from hybridkex.kme.link_feed import PartyFeed, _signatures
+from hybridkex.link.authentication import Signatures
+from hybridkex.kme.link_feed import PartyFeed
 from hybridkex.link.settings import LinkSettings
 
 party, port, folder, peer = sys.argv[1:]
@@ -30,7 +31,9 @@ settings = LinkSettings(preset=tuned(PRESETS["rusca2018"].at(0), 30_000), block_
 async def main():
     feed = PartyFeed(
         settings, party=party, address=TcpAddress("127.0.0.1", int(port)),
-        signatures=_signatures(Path(folder) / party / "key.pem", Path(folder) / peer / "cert.pem"),
+        signatures=Signatures.from_files(
+            Path(folder) / party / "key.pem", Path(folder) / peer / "cert.pem"
+        ),
         real_time=False, note=lambda block: None,
     )
     found = {}

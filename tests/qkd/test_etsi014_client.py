@@ -32,7 +32,7 @@ from hybridkex.errors import (
     KeyUnknown,
 )
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeAccess, KmeClient, classify
-from hybridkex.qkd.etsi014.models import KeyRequest
+from hybridkex.qkd.etsi014.models import KeyRequest, message_of
 from hybridkex.qkd.etsi014.naming import IdRule
 from hybridkex.qkd.source import KeyPart
 
@@ -633,6 +633,46 @@ async def test_errors_of_a_proxy(
             assert str(status) in str(caught.value)
             assert "html" not in str(caught.value)
     assert len(fake.requests) == 2, "nothing is sent twice"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"message": "no more keys"},
+        {"detail": "no more keys"},  # FastAPI
+        {"detail": [{"loc": ["body", "size"], "msg": "no more keys"}]},  # pydantic
+        {"type": "about:blank", "title": "Sorry", "detail": "no more keys"},  # RFC 9457
+        {"title": "no more keys"},
+        {"error": "no more keys"},
+        {"error": {"code": 7, "message": "no more keys"}},
+        {"message": None, "error": "no more keys"},
+        {"message": {"detail": "no more keys"}},
+        "no more keys",
+        ["no more keys"],
+    ],
+)
+async def test_messages_of_frameworks(fake: Any, client_for: Any, body: Any) -> None:
+    """The reason reaches the reader, and its kind is recognised, whatever the member is called."""
+    fake.before = lambda method, url: (422, json.dumps(body).encode(), [])
+    async with client_for() as alice:
+        with pytest.raises(KeySourceExhausted, match="the KME answered 422: no more keys"):
+            await alice.enc_keys("bob")
+
+
+@pytest.mark.parametrize("body", [{}, [], None, 7, {"message": 7}, {"detail": [{}, [], 3]}])
+def test_bodies_without_a_message(body: object) -> None:
+    assert message_of(body) == ""
+
+
+async def test_a_whole_number_may_have_a_fraction_of_zero(fake: Any, client_for: Any) -> None:
+    def as_floats(call: str, answer: Any) -> Any:
+        members = answer[1] if isinstance(answer, tuple) else answer
+        return 200, {k: float(v) if type(v) is int else v for k, v in members.items()}
+
+    fake.twist = as_floats
+    async with client_for() as alice:
+        status = await alice.status("bob")
+    assert type(status.key_size) is int
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ async def test_the_source_fails_and_keys_are_required(make_sites: Callable[..., 
     _, _, client, server = await shake(sites)
     assert type(client) is KeySourceExhausted
     assert isinstance(server, AlertReceived)
-    assert str(server) == "the peer sent internal_error"
+    assert server.name == "internal_error"
     assert sites.bob.gets == 0
 
 
@@ -305,7 +305,7 @@ async def test_the_look_up_fails_and_keys_are_required(
     _, _, client, server = await shake(sites)
     assert server is error
     assert isinstance(client, AlertReceived)
-    assert str(client) == f"the peer sent {alert}"
+    assert client.name == alert
     assert sites.bob_keys.counters.failed == 1
 
 
@@ -550,7 +550,7 @@ async def test_a_wrong_key(
     sites.bob.wrong_key = True
     _, _, client, server = await shake(sites)
     assert server is not None
-    assert str(client) == "the peer sent decrypt_error"
+    assert str(client).startswith("the peer sent decrypt_error")
     assert bytes(32).hex() not in caplog.text
 
 

@@ -16,6 +16,7 @@ _WORDS: Final = {
     errno.EROFS: "the file system is read-only",
     errno.ELOOP: "a symbolic link is in the way",
     errno.ENOTDIR: "something that is not a folder is in the way",
+    errno.EEXIST: "something else has this name",
     errno.EISDIR: "a folder is in the way",
     errno.ENAMETOOLONG: "the file system does not take a name or a path this long",
     errno.EILSEQ: "the file system does not take the bytes of this name",

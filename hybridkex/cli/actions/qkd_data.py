@@ -2,18 +2,15 @@
 
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import trio
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from hybridkex.cli.qkd_data import DistilOptions, RecordOptions
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_connect, cannot_listen
 from hybridkex.errors import ConfigError, LinkError
-from hybridkex.files import read_file, write_file
+from hybridkex.files import write_file
 from hybridkex.link.authentication import Signatures
 from hybridkex.link.measured import (
     Measured,
@@ -109,7 +106,7 @@ def _both(measured: list[Measured], settings: LinkSettings) -> Block:
 async def _one(measured: Measured, settings: LinkSettings, options: DistilOptions) -> Block:
     if options.key is None or options.peer is None or not (options.listen or options.connect):
         raise ConfigError("with one file, give --listen or --connect, --key and --peer")
-    signatures = _signatures(options.key, options.peer)
+    signatures = Signatures.from_files(options.key, options.peer)
     stream = await _stream(options)
     async with stream:
         make = bob_of if measured.intensity is None else alice_of
@@ -140,12 +137,3 @@ async def _stream(options: DistilOptions) -> trio.SocketStream:
     finally:
         for listener in listeners:
             await listener.aclose()
-
-
-def _signatures(key: Path, peer: Path) -> Signatures:
-    try:
-        own = load_pem_private_key(read_file(key, what="private key"), None)
-        other = x509.load_pem_x509_certificate(read_file(peer, what="certificate"))
-        return Signatures(own, other.public_key())
-    except (ValueError, TypeError):
-        raise ConfigError(f"{key} or {peer} cannot authenticate a link") from None

@@ -32,6 +32,7 @@ from hybridkex.qkd.etsi014.models import (
     KeyRequest,
     ModelError,
     Status,
+    message_of,
 )
 from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, client_tls
 from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate
@@ -317,10 +318,7 @@ class KmeClient:
             value = None  # such as a proxy's HTML
         if answer.status == 200:
             return value
-        message = value.get("message") if isinstance(value, dict) else None
-        refused = classify(
-            answer.status, message if isinstance(message, str) else "", looking_up=looking_up
-        )
+        refused = classify(answer.status, message_of(value), looking_up=looking_up)
         refused.retry_after = _retry_after(answer)
         LOG.info("%s: %s", call, refused)
         raise refused

@@ -28,6 +28,7 @@ __all__ = [
     "Message",
     "ModelError",
     "Status",
+    "message_of",
 ]
 
 API: Final = "/api/v1/keys"
@@ -59,6 +60,8 @@ def _member(data: Json, name: str, kind: type, default: object = None) -> Any:
         if default is None:
             raise ModelError(f"{name} is missing")
         return default
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)  # JSON has one kind of number
     if kind is str and type(value) is int:
         return str(value)  # KMEs that number their SAEs and KMEs are met
     # bool is an int to Python and not to JSON.
@@ -295,6 +298,22 @@ class ErrorBody:
         if self.details:
             body["details"] = list(self.details)
         return body
+
+
+def message_of(answer: object) -> str:
+    """The message of a KME's error body, or ``""``; not escaped.
+
+    The standard's member is ``message``. Frameworks and proxies write others: ``detail`` (FastAPI:
+    a text, or a list of objects with ``msg``), ``detail`` and ``title`` (RFC 9457), ``error`` and
+    ``error_description``, or an object in place of the text.
+    """
+    if isinstance(answer, dict):
+        for name in ("message", "detail", "error_description", "error", "title", "msg"):
+            if found := message_of(answer.get(name)):
+                return found
+    elif isinstance(answer, list):
+        return "; ".join(filter(None, map(message_of, answer[:4])))
+    return answer if isinstance(answer, str) else ""
 
 
 class ErrorResponse(Exception):

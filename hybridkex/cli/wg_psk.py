@@ -59,7 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             "wg-psk --connect b.example.org --interface wg0 --peer-key KEY --local a --peer b \\\n"
             "      --key a.pem --pin PIN_OF_B --key-pool a.pool",
         ],
-        status="0 after --once, 1 if that failed or the options cannot work",
+        status="0 after --once or SIGTERM, 1 if the one rotation failed or the options cannot work",
         notes="See docs/combiner.md.",
     )
     role = parser.add_mutually_exclusive_group(required=True)

@@ -83,32 +83,23 @@ class KmeServer:
         """Begin an orderly end: no new connections, requests under way are answered."""
         self._closing.set()
 
-    def reload(self, config: ServeConfig) -> None:
+    async def reload(self, load: Callable[[], ServeConfig]) -> None:
         """Put a new configuration into force, as a whole or not at all.
 
         Certificates and authorities are read again, and SAEs, limits, timeouts and the URLs of
         peers may change, for requests and connections from now on. Connections that are there stay.
+        Files are read in a thread: a file system that does not answer holds up nobody.
+
+        Args:
+            load: reads the configuration; called in a thread.
 
         Raises:
             ConfigError: the configuration cannot be used, or changes what needs a restart; nothing
                 has changed.
         """
-        new = {one.id: one for one in config.kme}
-        if new.keys() != self._kmes.keys() or config.metrics != self._config.metrics:
-            raise ConfigError("other KMEs or another address of the metrics need a restart")
-        settings: dict[str, _Settings] = {}
-        for kme_id, one in new.items():
-            old = self._settings[kme_id].config
-            for name, before, after in _fixed(old, one):
-                if before != after:
-                    raise ConfigError(f"{kme_id}: another {name} needs a restart")
-            KeyManagementEntity.check(
-                kme_id,
-                saes=frozenset(one.saes),
-                peers=_peers(one),
-                not_found_status=one.not_found_status,
-            )
-            settings[kme_id] = _Settings.of(one)
+        config, settings = await trio.to_thread.run_sync(
+            self._prepared, load, abandon_on_cancel=True
+        )
         # From here on nothing can fail.
         for kme_id, fresh in settings.items():
             live, kme = self._settings[kme_id], self._kmes[kme_id]
@@ -125,6 +116,29 @@ class KmeServer:
             for peer_id, link in fresh.links.items():
                 kme.connect(peer_id, link)
         self._config = config
+
+    def _prepared(
+        self, load: Callable[[], ServeConfig]
+    ) -> "tuple[ServeConfig, dict[str, _Settings]]":
+        """A new configuration that can be put into force. Blocks. Raises ``ConfigError``."""
+        config = load()
+        new = {one.id: one for one in config.kme}
+        if new.keys() != self._kmes.keys() or config.metrics != self._config.metrics:
+            raise ConfigError("other KMEs or another address of the metrics need a restart")
+        settings: dict[str, _Settings] = {}
+        for kme_id, one in new.items():
+            old = self._settings[kme_id].config
+            for name, before, after in _fixed(old, one):
+                if before != after:
+                    raise ConfigError(f"{kme_id}: another {name} needs a restart")
+            KeyManagementEntity.check(
+                kme_id,
+                saes=frozenset(one.saes),
+                peers=_peers(one),
+                not_found_status=one.not_found_status,
+            )
+            settings[kme_id] = _Settings.of(one)
+        return config, settings
 
     def _retire(self, link: HttpPeer, seconds: float) -> None:
         """Close a link to a peer once its last request has been answered, or given up."""

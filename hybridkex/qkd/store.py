@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Final, ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeAlias, TypeVar
 from uuid import UUID
 
 from cryptography.exceptions import InvalidTag
@@ -61,6 +61,9 @@ LOG: Final = get_logger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_Inode: TypeAlias = tuple[int, int] | None
+"""Device and number of a file; ``None`` where there is none."""
 
 NONCE_BYTES: Final = 12
 SEAL_KEY_BYTES: Final = 32
@@ -200,6 +203,12 @@ class KeyStore:
     closed or its process ends. The lock is one of the file system's, so it also holds on a network
     file system that has locks.
 
+    The lock holds for the file, not for its name, and what is in a removed write-ahead log is lost
+    with the process. So every call looks, before and after, whether the names still lead to the
+    open files. While the database has been moved or replaced, calls fail as on a broken disk, and
+    work again once it is back. A write-ahead log that was removed is written into the database, and
+    a new one is begun.
+
     The write-ahead log is flushed once in each transaction (``synchronous=FULL``). Deleted rows are
     overwritten in the tables (``secure_delete``), and remain in the log until :meth:`scrub` empties
     it; that costs another flush, so the caller chooses when.
@@ -228,15 +237,49 @@ class KeyStore:
         self._lock = Lock()
         self._reserved: set[tuple[str, str]] = set()
         self._unscrubbed = True
+        self._real = path.resolve()
         self._db = _open_locked(path)
         try:
             self._prepare()
+            self._files = self._found_files()
         except (sqlite3.Error, InvalidTag) as error:
             self._db.close()
             raise ConfigError(f"cannot use the key store {path}: {_reason(error)}") from error
         except BaseException:
             self._db.close()
             raise
+
+    def _found_files(self) -> tuple[_Inode, _Inode]:
+        """Which files the names of the database and of its write-ahead log lead to."""
+        return _inode(self._real), _inode(Path(f"{self._real}-wal"))
+
+    def _check_files(self) -> None:
+        """Keep the promises of the lock and of durability where others touch the files.
+
+        Raises ``sqlite3.OperationalError``: the database is no longer under its name.
+        """
+        found = self._found_files()
+        if found == self._files:
+            return
+        if found[0] != self._files[0] or found[0] is None:
+            raise sqlite3.OperationalError(
+                "the file was moved, removed or replaced while it was in use; put it back, or end "
+                "this process and start it on what is there now"
+            )
+        if self._files[1] is None:  # the first write has made it
+            self._files = found
+            return
+        # Closing writes the removed log, which is still open, into the database.
+        self._db.close()
+        self._db = _open_locked(self._path)
+        self._unscrubbed = True
+        self._prepare()
+        self._files = self._found_files()
+        LOG.error(
+            "the write-ahead log of the key store %s was removed while it was in use; its content "
+            "is in the database, and a new one is begun",
+            self._path,
+        )
 
     def _prepare(self) -> None:
         """Check that the file is ours and make or migrate its tables, all in one transaction."""
@@ -330,14 +373,17 @@ class KeyStore:
     ) -> T:
         def call() -> T:
             try:
-                return operation(*arguments, **options)
-            except (sqlite3.Error, InvalidTag) as error:
+                self._check_files()
+                result = operation(*arguments, **options)
+                self._check_files()
+            except (sqlite3.Error, InvalidTag, ConfigError) as error:
                 self._on_failure()
                 text = _reason(error)
                 if not self._failing:  # once, not for every call until it works again
                     LOG.error("the key store %s failed: %s", self._path, text)  # noqa: TRY400
                 self._failing = True
                 raise KeySourceUnavailable(f"the key store failed: {text}") from error
+            return result
 
         async with self._lock:
             return await in_thread(call, abandon=False)
@@ -731,7 +777,19 @@ class KeyStore:
 
     async def aclose(self) -> None:
         """Close the database after the call under way."""
-        await shielded(lambda: self._run(self._db.close))
+        await shielded(self._close)
+
+    async def _close(self) -> None:
+        async with self._lock:
+            await in_thread(self._db.close)
+
+
+def _inode(path: Path) -> _Inode:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _open_locked(path: Path) -> sqlite3.Connection:

@@ -14,6 +14,7 @@ import random
 import re
 import resource
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -818,3 +819,26 @@ def test_messages_there_and_back() -> None:
     for body in (b"[]", b"{}", b'{"n":true,"offset":0}', b'{"n":0,"offset":-1}', b"[" * 9999):
         with pytest.raises(ProtocolError):
             decode(5, body)
+
+
+@pytest.mark.parametrize("move", [True, False])
+def test_a_folder_that_is_taken_away_and_comes_back(
+    tmp_path: Path, run: Run, mutual: list[str], *, move: bool
+) -> None:
+    """As when a disk is mounted anew: what is stored is stored in the folder of that name."""
+    place = tmp_path / "in"
+    _, port = receive(run, place, mutual)
+    files = [tmp_path / f"file-{number}" for number in range(2)]
+    for file in files:
+        file.write_text(file.name)
+    assert send(mutual, port, files[0])[0] == 0
+    if move:
+        place.rename(tmp_path / "elsewhere")
+    else:
+        shutil.rmtree(place)
+    status, said = send(mutual, port, files[1])
+    assert status == 1
+    assert "the receiver's folder was removed or moved" in said
+    place.mkdir()
+    assert send(mutual, port, files[1])[0] == 0
+    assert there(place) == {"file-1"}

@@ -154,6 +154,34 @@ async def test_a_socket_that_was_taken_away_comes_back(
         assert not tunnel.middle.exists()
 
 
+@pytest.mark.parametrize("change", [removed, replaced_by_a_socket, renamed])
+async def test_a_socket_that_was_taken_away_comes_back_by_itself(
+    tunnel: Tunnel, change: Callable[[Path], None]
+) -> None:
+    """Nobody reloads."""
+    async with serving(echo) as target:
+        tunnel.write(target)
+        await tunnel.start()
+        living = await tunnel.connect()
+        await works(tunnel, living)
+        descriptors = tunnel.descriptors()
+        change(tunnel.middle)
+        await until(lambda: tunnel.says("was removed or replaced; it is made anew"))
+        await works(tunnel, living)
+        await until(lambda: tunnel.descriptors() <= descriptors)
+        tunnel.middle.unlink()
+        tunnel.middle.write_text("not a socket")
+        await until(lambda: tunnel.says("it is tried again"))
+        tunnel.middle.unlink()
+        await until(tunnel.middle.is_socket)
+        await works(tunnel, living)
+        await living.aclose()
+        tunnel.process.terminate()
+        assert await tunnel.ended() == 0
+        assert not tunnel.middle.exists()
+        assert tunnel.log.read_text().count("it is tried again") == 1
+
+
 async def test_something_else_in_the_place_of_a_socket(tunnel: Tunnel) -> None:
     """It is not ours to take away: the reload is refused, and the end leaves it there."""
     async with serving(echo) as target:

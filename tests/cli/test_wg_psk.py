@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import signal
 import socket
 import stat
 import subprocess
@@ -149,6 +150,27 @@ def test_idle_strangers_do_not_stop_rotations(number: int, tmp_path: Path, side:
         where = f"{address[0]}:{address[1]}"
         side("a", "b", "--connect", where, "--interval", "0.2", *known["a"])
         until(lambda: len(keys(tmp_path / "a")) >= 4, seconds=9)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_wg_that_hangs_does_not_outlive_us(
+    number: signal.Signals, tmp_path: Path, side: Start
+) -> None:
+    """It has a key in its input."""
+    hanging = tmp_path / "hanging"
+    hanging.write_text(
+        f"#!/bin/sh\nif [ $1 = show ]; then printf '{KEY}\\t(none)\\n'; exit; fi\n"
+        f"echo $$ > {tmp_path}/pid.new; mv {tmp_path}/pid.new {tmp_path}/pid\n"
+        "exec sleep 1000 2>&- >&-\n"
+    )
+    hanging.chmod(0o755)
+    ours = side("a", "b", "--connect", "127.0.0.1:1", *trust(tmp_path)["a"], "--wg", str(hanging))
+    until((tmp_path / "pid").exists)
+    ours.send_signal(number)
+    _, said = ours.communicate(timeout=30)
+    assert ours.returncode == (130 if number == signal.SIGINT else 0), said
+    assert "Traceback" not in said
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
 
 def test_help_offers_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,16 +4,19 @@ import os
 import random
 import re
 import signal
+import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import trio
 from forked import Forkserver, until
 
 from hybridkex.cli import main
 from hybridkex.errors import ConfigError
-from hybridkex.kme.config import load_config
+from hybridkex.kme.config import ServeConfig, load_config
 from hybridkex.kme.serve import KmeServer
 
 
@@ -88,7 +91,28 @@ async def test_what_needs_a_restart_is_said(site: Path, old: str, new: str, said
     try:
         path.write_text(path.read_text().replace(old, new))
         with pytest.raises(ConfigError, match=f"another {said} needs a restart"):
-            server.reload(load_config(path))
+            await server.reload(partial(load_config, path))
     finally:
+        for store in server._stores.values():
+            store.close()
+
+
+async def test_a_reload_that_waits_for_a_file_holds_up_nobody(site: Path) -> None:
+    """As on a network file system that does not answer."""
+    server = KmeServer(load_config(site / "kme.toml"))
+    asked, answers = threading.Event(), threading.Event()
+
+    def load() -> ServeConfig:
+        asked.set()
+        assert answers.wait(30)
+        return load_config(site / "kme.toml")
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.reload, load)
+            assert await trio.to_thread.run_sync(asked.wait, 10)
+            answers.set()
+    finally:
+        answers.set()
         for store in server._stores.values():
             store.close()

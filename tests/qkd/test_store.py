@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 import hybridkex.qkd.store as store_module
@@ -535,3 +536,74 @@ async def test_a_database_of_version_1_is_taken_over(tmp_path: Path) -> None:
     [(_, key)] = await store.collect("a", [key_id(2)], slave="s", master="m")
     assert key.reveal() == b"2" * 32
     await store.aclose()
+
+
+# --- files that others touch -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", ["remove", "replace", "empty file"])
+async def test_a_write_ahead_log_that_is_removed(tmp_path: Path, act: str) -> None:
+    """Nothing is delivered a second time, even where the process is killed right after a call."""
+    write_key_file(tmp_path / "key")
+    script = f"""
+import logging, os, trio
+from pathlib import Path
+from hybridkex.qkd.store import KeyStore, Allotment, read_key_file
+from hybridkex.secret import Secret
+
+KEY_ID = {key_id(1)!r}
+logging.basicConfig()
+
+async def main():
+    store = KeyStore(Path("db"), read_key_file(Path("key")))
+    block = Allotment(blocks=(KEY_ID,), size=32, value=Secret(bytes(32)))
+    await store.accept("link", [block], master="m", slaves=["s"])
+    await store.scrub()
+    log = Path("db-wal")
+    saved = log.read_bytes()
+    log.unlink()
+    if {act!r} != "remove":
+        log.write_bytes(saved if {act!r} == "replace" else b"")
+    await store.collect("link", [KEY_ID], slave="s", master="m")
+    os.kill(os.getpid(), 9)
+
+trio.run(main)
+"""
+    done = await trio.run_process(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_stderr=True, check=False
+    )
+    assert done.returncode == -9, done.stderr
+    assert b"was removed while it was in use" in done.stderr
+    store = KeyStore(tmp_path / "db", read_key_file(tmp_path / "key"))
+    with pytest.raises(KeyConsumed):
+        await store.collect("link", [key_id(1)], slave="s", master="m")
+    await store.aclose()
+
+
+async def test_a_database_that_is_moved(
+    store: KeyStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It gives nothing while another file, or none, is in its place; then it works again."""
+    failures = 0
+
+    def count() -> None:
+        nonlocal failures
+        failures += 1
+
+    store._on_failure = count
+    await store.add("link", keys(1, 2))
+    place, aside = tmp_path / "db", tmp_path / "aside"
+    for put in (lambda: None, lambda: place.write_bytes(aside.read_bytes()), place.mkdir):
+        place.rename(aside)
+        put()
+        for _ in range(2):
+            with pytest.raises(KeySourceUnavailable, match="was moved, removed or replaced"):
+                await store.count("link")
+        if place.is_dir():
+            place.rmdir()
+        aside.replace(place)
+        assert await store.count("link") == 2
+        await store.add("link", keys(1))
+    assert failures == 6
+    assert caplog.text.count("was moved") == 3
+    assert caplog.text.count("works again") == 3

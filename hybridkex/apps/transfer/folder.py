@@ -93,13 +93,13 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         self.overwrite: Final = overwrite
+        self._path = os.path.abspath(path)
         try:
             os.makedirs(path, exist_ok=True)
-            self._root = os.open(path, _DIRECTORY & ~os.O_NOFOLLOW)
+            os.close(self._open())
         except OSError as error:
             raise ConfigError(why(error, f"use the folder {os.fspath(path)}")) from None
-        if not os.access(".", os.W_OK | os.X_OK, dir_fd=self._root):
-            os.close(self._root)
+        if not os.access(path, os.W_OK | os.X_OK):
             raise ConfigError(f"no permission to write to the folder {os.fspath(path)}")
         self.umask: Final = os.umask(0o077)
         os.umask(self.umask)
@@ -107,8 +107,11 @@ class Folder:
     def close(self) -> None:
         """Done; an empty folder for incomplete files goes."""
         with contextlib.suppress(OSError):
-            os.rmdir(PARTIAL, dir_fd=self._root)
-        os.close(self._root)
+            os.rmdir(os.path.join(self._path, PARTIAL))
+
+    def _open(self) -> int:
+        """The folder as it is now: others may move it away, or mount another disk there."""
+        return os.open(self._path, _DIRECTORY & ~os.O_NOFOLLOW)
 
     def look(self, offer: Offer) -> Present:
         """Say what is there of a file.
@@ -129,12 +132,16 @@ class Folder:
             usable = part is not None and stat.S_ISREG(part.st_mode) and part.st_size <= offer.size
             if part is not None and usable and part.st_size and (self.overwrite or not same_size):
                 # Also where it is to replace a file of the same size.
-                _check_room(self._root, offer, part.st_size)
+                self._check_room(offer, part.st_size)
                 return Present(size=part.st_size, complete=False, stamp=_stamp(part))
             if there is not None and same_size:
                 return Present(size=there.st_size, complete=True, stamp=_stamp(there))
-            _check_room(self._root, offer, 0)
+            self._check_room(offer, 0)
             return NOTHING
+
+    def _check_room(self, offer: Offer, there: int) -> None:
+        with self._parent(offer.path[:1]) as root:
+            _check_room(root, offer, there)
 
     def compare(self, offer: Offer, present: Present, sha256: str) -> Prefix | None:
         """Compare what is there with the digest of as many bytes of the sender's file.
@@ -257,7 +264,13 @@ class Folder:
 
         ``make``: folders that nobody has offered are made for our user alone.
         """
-        here = os.dup(self._root)
+        try:
+            here = self._open()
+        except FileNotFoundError:
+            raise NotStored(
+                f"{shown(path)}: the receiver's folder was removed or moved; it is used again once "
+                "it is back"
+            ) from None
         try:
             for part in path[:-1]:
                 if make:

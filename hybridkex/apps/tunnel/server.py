@@ -33,6 +33,9 @@ __all__ = ["TunnelServer"]
 
 LOG: Final = get_logger("hybridkex.tunnel")
 
+_LOOK_EVERY: Final = 1.0
+"""Seconds between two looks at the names of Unix sockets."""
+
 _Key: TypeAlias = tuple[Address, str]
 """Of a door, see :attr:`TunnelConfig.door`."""
 
@@ -94,6 +97,8 @@ class TunnelServer:
         self._metrics = metrics
         self._doors: dict[_Key, _Door] = {}
         self._open: Counter[str] = Counter()
+        self._changing = trio.Lock()
+        """Held while doors are opened and closed."""
         self._closing = trio.Event()
         self._grace = 0.0
         self._background: trio.Nursery
@@ -117,6 +122,7 @@ class TunnelServer:
         ):
             async with trio.open_nursery() as self._accepting:
                 await self.apply(tunnels)
+                self._accepting.start_soon(self._keep_names)
                 task_status.started()
                 await self._closing.wait()
                 self._accepting.cancel_scope.cancel()
@@ -163,6 +169,10 @@ class TunnelServer:
             ConfigError: the new one cannot be used, and everything is as it was.
         """
         check_together(tunnels)
+        async with self._changing:
+            await self._apply(tunnels)
+
+    async def _apply(self, tunnels: Collection[TunnelConfig]) -> None:
         # Everything that can fail or wait comes first, and is undone if the rest fails.
         async with contextlib.AsyncExitStack() as undo:
             fresh: dict[_Key, _Live] = {}
@@ -204,6 +214,37 @@ class TunnelServer:
         for key, door in opened.items():
             self._doors[key] = door
             self._accepting.start_soon(self._accept, door)
+
+    async def _keep_names(self) -> None:
+        """Listen again where the name of a Unix socket was removed or replaced; for ever."""
+        failures: dict[_Key, str] = {}
+        while True:
+            await trio.sleep(_LOOK_EVERY)
+            async with self._changing:
+                for key, door in list(self._doors.items()):
+                    if door.listening.reachable:
+                        failures.pop(key, None)
+                        continue
+                    config = door.live.config
+                    try:
+                        listening = await listen(config.local, mode=config.socket_mode)
+                    except HybridkexError as error:
+                        if failures.get(key) != str(error):  # once, not every time
+                            LOG.error(  # noqa: TRY400
+                                "%s: its socket was removed or replaced, and new connections "
+                                "cannot come in: %s; it is tried again",
+                                *(config.name, error),
+                            )
+                        failures[key] = str(error)
+                        continue
+                    failures.pop(key, None)
+                    LOG.warning(
+                        "%s: the socket %s was removed or replaced; it is made anew",
+                        *(config.name, config.local),
+                    )
+                    self._doors[key] = _Door(listening, door.live, door.budget)
+                    door.scope.cancel()
+                    self._accepting.start_soon(self._accept, self._doors[key])
 
     async def _hold(self, config: TunnelConfig, *, task_status: trio.TaskStatus[_Live]) -> None:
         started = False

@@ -6,6 +6,7 @@
 import math
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,16 +88,29 @@ class _Announced:
 
 
 async def _obey(signals: Any, server: KmeServer, path: Path) -> None:
-    async for number in signals:
-        if number == signal.SIGHUP:
-            _reload(server, path)
-        else:
-            server.close()
+    wanted = trio.Event()
+
+    async def reload_when_asked() -> None:
+        nonlocal wanted
+        while True:
+            await wanted.wait()
+            wanted = trio.Event()
+            await _reload(server, path)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reload_when_asked)
+        async for number in signals:
+            if number == signal.SIGHUP:
+                wanted.set()
+            else:
+                # A reload that waits for a file does not hold up the end.
+                nursery.cancel_scope.cancel()
+                server.close()
 
 
-def _reload(server: KmeServer, path: Path) -> None:
+async def _reload(server: KmeServer, path: Path) -> None:
     try:
-        server.reload(load_config(path))
+        await server.reload(partial(load_config, path))
     except HybridkexError as error:
         LOG.error("not reloaded, the old configuration stays: %s", error)  # noqa: TRY400
     except Exception as error:

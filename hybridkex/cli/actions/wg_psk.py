@@ -1,6 +1,8 @@
 """``hybridkex wg-psk``: rotates the pre-shared key of a WireGuard tunnel."""
 
 import shlex
+import signal
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final
 
@@ -55,8 +57,29 @@ def run(options: WgPskOptions) -> int:
     )
     authentication = _authentication(options)
     set_up_logging(options.log_level)
-    run_trio(partial(_rotate, options, tunnel, policy, authentication))
+    work = partial(_rotate, options, tunnel, policy, authentication)
+    ended = run_trio(partial(_until_signal, work))
+    if ended is not None and options.once:
+        raise LocalStateError(f"ended by {ended.name} before the rotation")
     return 0
+
+
+async def _until_signal(work: Callable[[], Awaitable[None]]) -> signal.Signals | None:
+    """Work until SIGTERM or SIGHUP, which is returned; a ``wg`` that is running then ends with
+    us, and does not outlive us with a key in its input."""
+    ended = None
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as received:
+        async with trio.open_nursery() as nursery:
+
+            async def wait() -> None:
+                nonlocal ended
+                ended = signal.Signals(await anext(received))
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(wait)
+            await work()
+            nursery.cancel_scope.cancel()
+    return ended
 
 
 def _authentication(options: WgPskOptions) -> Authentication:

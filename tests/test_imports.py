@@ -47,6 +47,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Shells: one for each event loop.
     "streams": ENGINE | {"net", "shell"},
     "aio": ENGINE | {"net", "shell"},
+    "anyio": ENGINE | {"net", "shell"},
+    # Adapters to other people's HTTP, each to its own event loop.
+    "adapters": ENGINE | {"net", "shell", "streams", "aio", "anyio"},
     "kme": ENGINE | {"files", "net", "qkd", "link", "shell", "streams"},
     "combiner": BASE | {"wire", "crypto", "auth", "qkd"},
     # Applications need no more than what everybody has.
@@ -91,6 +94,7 @@ SANS_IO = {
 }
 # Finds the system's trust store while a configuration is made; no handshake comes here.
 IO_EXEMPT = {("hybridkex.auth.system", "ssl")}
+LOOPS = {"asyncio": {"aio", "adapters"}, "anyio": {"anyio", "adapters"}}
 IO_MODULES = {"asyncio", "anyio", "trio", "socket", "ssl", "select", "selectors", "threading"}
 
 
@@ -152,7 +156,9 @@ def complaints(imports: list[Import]) -> list[str]:
                 found.append(f"{item}: no cryptography on the wire")
             if room(item.importer) == "shell" and outside in IO_MODULES:
                 found.append(f"{item}: an event loop is for a shell of its own")
-            if outside in {"asyncio", "anyio"} and room(item.importer) != "aio":
+            if outside in {"asyncio", "anyio"} and room(item.importer) not in LOOPS.get(
+                outside, ()
+            ):
                 found.append(f"{item}: the shell is trio's")
             continue
         own, other = room(item.importer), room(item.target)

@@ -20,7 +20,6 @@ from collections.abc import Coroutine
 from enum import Enum, auto
 from typing import Any, Final, cast
 
-from hybridkex.aio.facade import SslObject, cipher_of, peercert_of
 from hybridkex.errors import (
     ConfigError,
     HandshakeTimeout,
@@ -32,6 +31,7 @@ from hybridkex.errors import (
 from hybridkex.net.log import BoundedLog
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
+from hybridkex.shell.ssl_facade import SslObject, cipher_of, peercert_of
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 from hybridkex.tls.connection import ClientConnection, ServerConnection

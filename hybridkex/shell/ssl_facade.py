@@ -1,4 +1,4 @@
-"""What programs ask of asyncio's own TLS transports, answered from a session.
+"""What programs ask of the ssl module's connections, answered from a session.
 
 The shapes are those of :meth:`ssl.SSLSocket.getpeercert` and its fellows.
 """

@@ -1,0 +1,466 @@
+"""anyio: a byte stream, a listener and a connectable, on both of anyio's back ends.
+
+The engine runs over any byte stream of anyio, as ``anyio.streams.tls.TLSStream`` does. Needs
+``anyio`` (extra ``anyio``).
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import partial
+from types import TracebackType
+from typing import Any, Final, NoReturn, Self
+
+import anyio
+from anyio.abc import AnyByteStream, ByteStream, ByteStreamConnectable, Listener, TaskGroup
+from anyio.streams.tls import TLSAttribute
+
+from hybridkex.auth import PeerCertificate
+from hybridkex.errors import (
+    ConfigError,
+    HandshakeTimeout,
+    HybridkexError,
+    InternalError,
+    KeySourceError,
+    PeerError,
+    TruncationError,
+)
+from hybridkex.net.log import BoundedLog
+from hybridkex.secret import Secret
+from hybridkex.shell.answers import Answers
+from hybridkex.shell.ssl_facade import SslObject, cipher_of, peercert_of
+from hybridkex.text import get_logger
+from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
+from hybridkex.tls.connection import ClientConnection, ServerConnection
+from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed
+from hybridkex.tls.session import Session
+
+__all__ = [
+    "HybridkexAttribute",
+    "SecureByteStream",
+    "SecureConnectable",
+    "SecureListener",
+]
+
+DEFAULT_HANDSHAKE_TIMEOUT: Final = 10.0
+"""Seconds for a whole handshake."""
+
+_READ_SIZE: Final = 256 * 1024
+_SEND_SIZE: Final = 256 * 1024
+_ALERT_TIMEOUT: Final = 1.0
+_CLOSE_TIMEOUT: Final = 10.0
+
+_LINES: Final = BoundedLog(get_logger("hybridkex.anyio"))
+"""Strangers can cause these lines."""
+
+
+class HybridkexAttribute(anyio.TypedAttributeSet):
+    """What :class:`SecureByteStream` knows beside anyio's ``TLSAttribute``."""
+
+    session: Session = anyio.typed_attribute()
+    """The :class:`~hybridkex.Session`: what the keys rest on."""
+
+
+class SecureByteStream(ByteStream):
+    """An encrypted byte stream over another byte stream; make one with :meth:`wrap`.
+
+    Errors come as anyio's own TLS stream raises them: ``anyio.BrokenResourceError`` with the
+    reason, one of :mod:`hybridkex.errors`, as its ``__cause__``; ``anyio.EndOfStream`` at the
+    peer's close_notify. A :meth:`send` that is cancelled breaks sending for good, since part of a
+    record may be on its way; a :meth:`receive` that is cancelled loses nothing.
+
+    It has the attributes of ``TLSAttribute`` that have a meaning in TLS 1.3, those of
+    :class:`HybridkexAttribute`, and all that the transport stream has.
+    """
+
+    def __init__(
+        self,
+        transport_stream: AnyByteStream,
+        config: ClientConfig | ServerConfig,
+        *,
+        server_hostname: str | None,
+        standard_compatible: bool,
+    ) -> None:
+        check_config(config, ClientConfig, ServerConfig)
+        self.transport_stream = transport_stream
+        # Its type may be that of an object stream, which takes no size.
+        self._receive_raw: Any = transport_stream.receive
+        self._server_side = isinstance(config, ServerConfig)
+        self._connection: ClientConnection | ServerConnection
+        if isinstance(config, ClientConfig):
+            self._connection = ClientConnection(config, server_hostname)
+        else:
+            if server_hostname is not None:
+                raise ConfigError("server_hostname goes with a ClientConfig")
+            self._connection = ServerConnection(config)
+        self._answers = Answers(config, self._connection)
+        self._standard_compatible = standard_compatible
+        self._pending = b""
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._send_broken = False
+        self._sending = anyio.ResourceGuard("sending to")
+        self._receiving = anyio.ResourceGuard("receiving from")
+
+    @classmethod
+    async def wrap(
+        cls,
+        transport_stream: AnyByteStream,
+        config: ClientConfig | ServerConfig,
+        *,
+        server_hostname: str | None = None,
+        standard_compatible: bool = True,
+        handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+    ) -> Self:
+        """Secure a stream: returns when the handshake is complete.
+
+        Args:
+            transport_stream: what carries the bytes; the new stream owns it. If the handshake
+                fails, it is closed.
+            config: a client's or a server's.
+            server_hostname: the name or address that the server's certificate must have (client).
+            standard_compatible: send and demand close_notify at the end. Without it, as HTTPS does,
+                only the protocol above can tell a cut connection from an ended one.
+            handshake_timeout: seconds; ``math.inf`` for no limit.
+
+        Raises:
+            anyio.BrokenResourceError: the handshake failed; ``__cause__`` says why.
+        """
+        stream = cls(
+            transport_stream,
+            config,
+            server_hostname=server_hostname,
+            standard_compatible=standard_compatible,
+        )
+        try:
+            with anyio.move_on_after(handshake_timeout) as scope:
+                await stream._handshake()
+            if scope.cancelled_caught:
+                error = HandshakeTimeout(f"no handshake within {handshake_timeout:g} seconds")
+                stream._connection.abort(error)
+                await stream._fail(error)
+        except BaseException:
+            await anyio.aclose_forcefully(transport_stream)
+            raise
+        return stream
+
+    @property
+    def session(self) -> Session:
+        """What the keys rest on."""
+        return self._connection.session
+
+    def export(self, label: bytes, context: bytes, length: int) -> Secret:
+        """Keying material for a protocol above: ``length`` bytes (RFC 9846 section 7.5)."""
+        return self._connection.export(label, context, length)
+
+    async def _handshake(self) -> None:
+        connection = self._connection
+        await self._answers.refresh()
+        try:
+            if isinstance(connection, ClientConnection):
+                connection.start()
+            while True:
+                while not connection.handshake_complete:
+                    event = connection.next_event()
+                    if event is None:
+                        break
+                    if isinstance(event, PskWanted | SessionProposed):
+                        await self._answers.give(event)
+                if connection.has_data_to_send:
+                    await self.transport_stream.send(bytes(connection.data_to_send()))
+                if connection.handshake_complete:
+                    return
+                connection.receive_data(await self._read())
+        except HybridkexError as error:
+            await self._fail(error)
+
+    async def _read(self) -> bytes:
+        try:
+            data: bytes = await self._receive_raw(_READ_SIZE)
+        except anyio.EndOfStream:
+            return b""
+        return data
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        """Data from the peer.
+
+        Raises:
+            anyio.EndOfStream: the peer has ended its direction.
+            anyio.BrokenResourceError: the connection failed or was cut; ``__cause__`` says why.
+            anyio.ClosedResourceError: this stream was closed.
+        """
+        if max_bytes < 1:
+            raise ValueError("max_bytes must be positive")
+        with self._receiving:
+            self._check_usable()
+            if not self._pending:
+                self._pending = await self._receive_more()
+            else:
+                await anyio.lowlevel.cancel_shielded_checkpoint()
+            data, self._pending = self._pending[:max_bytes], self._pending[max_bytes:]
+            return data
+
+    async def _receive_more(self) -> bytes:
+        connection = self._connection
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            try:
+                event = connection.next_event()
+                if isinstance(event, ApplicationData):
+                    return event.data
+                if connection.close_received:
+                    raise anyio.EndOfStream
+                if event is None:
+                    connection.receive_data(await self._read())
+            except TruncationError as error:
+                if not self._standard_compatible:
+                    raise anyio.EndOfStream from None
+                await self._fail(error)
+            except HybridkexError as error:
+                await self._fail(error)
+
+    async def send(self, item: bytes) -> None:
+        """Send all of ``item``. If this is cancelled, nothing more can be sent.
+
+        Raises:
+            anyio.BrokenResourceError: the connection failed, or an earlier send was cancelled.
+            anyio.ClosedResourceError: this stream was closed, or its sending direction was.
+        """
+        with self._sending:
+            self._check_sendable()
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            view = memoryview(item).cast("B") if item else memoryview(b"")
+            for start in range(0, len(view), _SEND_SIZE):
+                piece = view[start : start + _SEND_SIZE]
+                await self._put(partial(self._connection.send_data, piece))
+
+    async def update_keys(self, *, request_peer: bool = False) -> None:
+        """Change our sending key, and ask the peer for the same (RFC 9846 section 4.7.3)."""
+        with self._sending:
+            self._check_sendable()
+            await self._put(partial(self._connection.update_keys, request_peer=request_peer))
+
+    async def send_eof(self) -> None:
+        """Send close_notify: no more data will come from us. Receiving goes on."""
+        with self._sending:
+            self._check_usable()
+            if not self._connection.close_sent:
+                self._check_sendable()
+                await self._put(self._connection.send_close)
+
+    async def _put(self, queue: Callable[[], None]) -> None:
+        """Put what ``queue`` makes the engine say on the transport, whole or never again."""
+        try:
+            queue()
+        except HybridkexError as error:
+            self._check_usable()  # if the receiving side has failed, its reason says more
+            raise anyio.BrokenResourceError(str(error)) from error
+        self._send_broken = True
+        await self.transport_stream.send(bytes(self._connection.data_to_send()))
+        self._send_broken = False
+
+    async def aclose(self) -> None:
+        """Send close_notify, unless nobody would get it, and close the transport."""
+        if self._closed:
+            await anyio.lowlevel.checkpoint()
+            return
+        polite = self._tellable() and self._standard_compatible
+        self._closed = True
+        try:
+            if polite:
+                self._connection.send_close()
+                with anyio.move_on_after(_CLOSE_TIMEOUT), _peer_may_be_gone():
+                    await self.transport_stream.send(bytes(self._connection.data_to_send()))
+        finally:
+            await self.transport_stream.aclose()
+
+    async def abort(self) -> None:
+        """Close in a way that the peer cannot take for the end of our data: it gets the alert
+        internal_error, if that can be sent now. ``async with`` calls this for an exception."""
+        if self._closed:
+            await anyio.lowlevel.checkpoint()
+            return
+        tell = self._tellable()
+        self._closed = True
+        try:
+            if tell:
+                self._connection.abort(InternalError("the application has given up"))
+                with anyio.move_on_after(_ALERT_TIMEOUT), _peer_may_be_gone():
+                    await self.transport_stream.send(bytes(self._connection.data_to_send()))
+        finally:
+            await anyio.aclose_forcefully(self.transport_stream)
+
+    def _tellable(self) -> bool:
+        """Whether there is a peer to be told of the end, and a way to it."""
+        return (
+            self._failure is None
+            and not self._send_broken
+            and not self._connection.close_sent
+            and anyio.current_effective_deadline() > -math.inf
+        )
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await (self.aclose() if error is None else self.abort())
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise anyio.ClosedResourceError
+        if self._failure is not None:
+            raise anyio.BrokenResourceError(str(self._failure)) from self._failure
+
+    def _check_sendable(self) -> None:
+        self._check_usable()
+        if self._connection.close_sent:
+            raise anyio.ClosedResourceError
+        if self._send_broken:
+            raise anyio.BrokenResourceError("an earlier send did not complete")
+
+    async def _fail(self, error: HybridkexError) -> NoReturn:
+        """Send the alert, if there is one, and raise."""
+        self._failure = error
+        if isinstance(error, PeerError | KeySourceError) and not self._send_broken:
+            alert = bytes(self._connection.data_to_send())
+            with anyio.move_on_after(_ALERT_TIMEOUT, shield=True), _peer_may_be_gone():
+                if alert:
+                    await self.transport_stream.send(alert)
+        raise anyio.BrokenResourceError(str(error)) from error
+
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        """See the class."""
+        session = self._connection.session
+        shown = session.peer_credential
+        return {
+            **self.transport_stream.extra_attributes,
+            TLSAttribute.alpn_protocol: lambda: session.alpn,
+            TLSAttribute.cipher: lambda: cipher_of(session),
+            TLSAttribute.peer_certificate: lambda: peercert_of(session),
+            TLSAttribute.peer_certificate_binary: lambda: (
+                shown.chain[0] if isinstance(shown, PeerCertificate) else None
+            ),
+            TLSAttribute.server_side: lambda: self._server_side,
+            TLSAttribute.ssl_object: lambda: SslObject(session, self._server_side),
+            TLSAttribute.standard_compatible: lambda: self._standard_compatible,
+            TLSAttribute.tls_version: lambda: "TLSv1.3",
+            HybridkexAttribute.session: lambda: session,
+        }
+
+
+@contextlib.contextmanager
+def _peer_may_be_gone() -> Iterator[None]:
+    """Then there is nobody to tell."""
+    with contextlib.suppress(
+        anyio.BrokenResourceError, anyio.BusyResourceError, anyio.ClosedResourceError
+    ):
+        yield
+
+
+class SecureListener(Listener[SecureByteStream]):
+    """A listener whose connections are secure; each handshake runs in its own task.
+
+    A handshake that fails ends its own connection and becomes a line of the log
+    ``hybridkex.anyio``.
+
+    Args:
+        listener: what accepts the connections.
+        config: what the server offers and demands.
+        standard_compatible: see :meth:`SecureByteStream.wrap`.
+        handshake_timeout: seconds for a handshake.
+    """
+
+    def __init__(
+        self,
+        listener: Listener[Any],
+        config: ServerConfig,
+        *,
+        standard_compatible: bool = True,
+        handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+    ) -> None:
+        check_config(config, ServerConfig)
+        self.listener = listener
+        self._config = config
+        self._standard_compatible = standard_compatible
+        self._handshake_timeout = handshake_timeout
+
+    async def serve(
+        self,
+        handler: Callable[[SecureByteStream], Awaitable[Any]],
+        task_group: TaskGroup | None = None,
+    ) -> None:
+        """Serve every connection with ``handler``, after its handshake."""
+
+        async def handle(stream: AnyByteStream) -> None:
+            try:
+                secure = await SecureByteStream.wrap(
+                    stream,
+                    self._config,
+                    standard_compatible=self._standard_compatible,
+                    handshake_timeout=self._handshake_timeout,
+                )
+            except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+                _LINES.log(logging.WARNING, "a handshake failed: %s", error.__cause__ or error)
+            else:
+                await handler(secure)
+
+        await self.listener.serve(handle, task_group)
+
+    async def aclose(self) -> None:
+        """Stop accepting."""
+        await self.listener.aclose()
+
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        """The listener's."""
+        return {
+            **self.listener.extra_attributes,
+            TLSAttribute.standard_compatible: lambda: self._standard_compatible,
+        }
+
+
+class SecureConnectable(ByteStreamConnectable):
+    """Connects another connectable and secures the connection.
+
+    Args:
+        connectable: such as ``anyio.TCPConnectable(host, port)``.
+        config: what the client wants.
+        server_hostname: the name or address that the server's certificate must have.
+        standard_compatible: see :meth:`SecureByteStream.wrap`.
+        handshake_timeout: seconds for the handshake.
+    """
+
+    def __init__(
+        self,
+        connectable: ByteStreamConnectable,
+        config: ClientConfig,
+        *,
+        server_hostname: str,
+        standard_compatible: bool = True,
+        handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+    ) -> None:
+        check_config(config, ClientConfig)
+        self.connectable = connectable
+        self._config = config
+        self._server_hostname = server_hostname
+        self._standard_compatible = standard_compatible
+        self._handshake_timeout = handshake_timeout
+
+    async def connect(self) -> SecureByteStream:
+        """A secure connection.
+
+        Raises:
+            OSError: no connection.
+            anyio.BrokenResourceError: the handshake failed; ``__cause__`` says why.
+        """
+        return await SecureByteStream.wrap(
+            await self.connectable.connect(),
+            self._config,
+            server_hostname=self._server_hostname,
+            standard_compatible=self._standard_compatible,
+            handshake_timeout=self._handshake_timeout,
+        )

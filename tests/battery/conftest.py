@@ -1,0 +1,256 @@
+"""One interface to the secure streams of every shell, and a run of each."""
+
+import asyncio
+import contextlib
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import anyio
+import anyio.abc
+import pytest
+import trio
+
+from hybridkex import ClientConfig, SecureStream, ServerConfig, Session
+from hybridkex.aio import open_connection, start_server
+from hybridkex.anyio import HybridkexAttribute, SecureByteStream, SecureConnectable, SecureListener
+
+
+class Broken(Exception):
+    """The connection failed; ``__cause__`` is the shell's own error."""
+
+
+class End(ABC):
+    """One end of a connection."""
+
+    ERRORS: tuple[type[Exception], ...]
+    session: Session
+
+    async def send(self, data: bytes) -> None:
+        with self._errors():
+            await self._send(data)
+
+    async def receive(self) -> bytes:
+        """``b""`` at the end."""
+        with self._errors():
+            return await self._receive()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Any:
+        try:
+            yield
+        except self.ERRORS as error:
+            raise Broken(str(error)) from error
+
+    async def receive_all(self) -> bytes:
+        found = bytearray()
+        while data := await self.receive():
+            found += data
+        return bytes(found)
+
+    async def receive_exactly(self, size: int) -> bytes:
+        found = bytearray()
+        while len(found) < size:
+            data = await self.receive()
+            assert data
+            found += data
+        assert len(found) == size
+        return bytes(found)
+
+    @abstractmethod
+    async def _send(self, data: bytes) -> None: ...
+    @abstractmethod
+    async def _receive(self) -> bytes: ...
+    @abstractmethod
+    async def send_eof(self) -> None: ...
+    @abstractmethod
+    async def update_keys(self) -> None: ...
+    @abstractmethod
+    async def close(self) -> None: ...
+    @abstractmethod
+    async def cut(self) -> None:
+        """Close the transport without close_notify."""
+
+
+class TrioEnd(End):
+    ERRORS = (trio.BrokenResourceError,)
+
+    def __init__(self, stream: SecureStream[Any]) -> None:
+        self.stream, self.session = stream, stream.session
+
+    async def _send(self, data: bytes) -> None:
+        await self.stream.send_all(data)
+
+    async def _receive(self) -> bytes:
+        return await self.stream.receive_some()
+
+    async def send_eof(self) -> None:
+        await self.stream.send_eof()
+
+    async def update_keys(self) -> None:
+        await self.stream.update_keys(request_peer=True)
+
+    async def close(self) -> None:
+        await self.stream.aclose()
+
+    async def cut(self) -> None:
+        await self.stream.transport_stream.aclose()
+
+
+class AsyncioEnd(End):
+    ERRORS = (ConnectionError,)
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.session = writer.get_extra_info("hybridkex_session")
+
+    async def _send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def _receive(self) -> bytes:
+        return await self.reader.read(1 << 16)
+
+    async def send_eof(self) -> None:
+        self.writer.write_eof()
+
+    async def update_keys(self) -> None:
+        self.writer.transport.update_keys(request_peer=True)  # type: ignore[attr-defined]
+
+    async def close(self) -> None:
+        self.writer.close()
+
+    async def cut(self) -> None:
+        self.writer.transport._raw.close()  # type: ignore[attr-defined]
+
+
+class AnyioEnd(End):
+    ERRORS = (anyio.BrokenResourceError,)
+
+    def __init__(self, stream: SecureByteStream) -> None:
+        self.stream = stream
+        self.session = stream.extra(HybridkexAttribute.session)
+
+    async def _send(self, data: bytes) -> None:
+        await self.stream.send(data)
+
+    async def _receive(self) -> bytes:
+        try:
+            return await self.stream.receive()
+        except anyio.EndOfStream:
+            return b""
+
+    async def send_eof(self) -> None:
+        await self.stream.send_eof()
+
+    async def update_keys(self) -> None:
+        await self.stream.update_keys(request_peer=True)
+
+    async def close(self) -> None:
+        await self.stream.aclose()
+
+    async def cut(self) -> None:
+        await self.stream.transport_stream.aclose()
+
+
+Pair = tuple[End, End]
+
+
+@asynccontextmanager
+async def trio_pair(client: ClientConfig, server: ServerConfig) -> AsyncIterator[Pair]:
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        tcp = await trio.open_tcp_stream(*listener.socket.getsockname())
+        there = SecureStream(await listener.accept(), server)
+        here = SecureStream(tcp, client, server_hostname="localhost")
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(here.do_handshake)
+                nursery.start_soon(there.do_handshake)
+            yield TrioEnd(here), TrioEnd(there)
+        finally:
+            for stream in (here, there):
+                await trio.aclose_forcefully(stream)
+
+
+@asynccontextmanager
+async def asyncio_pair(client: ClientConfig, server: ServerConfig) -> AsyncIterator[Pair]:
+    accepted: asyncio.Queue[AsyncioEnd] = asyncio.Queue()
+    listening = await start_server(
+        lambda *streams: accepted.put_nowait(AsyncioEnd(*streams)), "127.0.0.1", 0, server
+    )
+    port = listening.sockets[0].getsockname()[1]
+    ends: list[AsyncioEnd] = []
+    try:
+        streams = await open_connection("127.0.0.1", port, client, server_hostname="localhost")
+        ends.append(AsyncioEnd(*streams))
+        ends.append(await accepted.get())
+        yield ends[0], ends[1]
+    finally:
+        for end in ends:
+            end.writer.transport.abort()
+        listening.close()
+        await listening.wait_closed()
+        await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def anyio_pair(client: ClientConfig, server: ServerConfig) -> AsyncIterator[Pair]:
+    accepted: list[SecureByteStream] = []
+    arrived, over = anyio.Event(), anyio.Event()
+
+    async def keep(stream: SecureByteStream) -> None:
+        accepted.append(stream)
+        arrived.set()
+        await over.wait()
+
+    plain = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    port = plain.extra(anyio.abc.SocketAttribute.local_port)
+    async with SecureListener(plain, server) as listener, anyio.create_task_group() as group:
+        group.start_soon(listener.serve, keep)
+        connectable = anyio.TCPConnectable("127.0.0.1", port)
+        here = await SecureConnectable(connectable, client, server_hostname="localhost").connect()
+        await arrived.wait()
+        there = accepted[0]
+        yield AnyioEnd(here), AnyioEnd(there)
+        over.set()
+        for stream in (here, there):
+            await anyio.aclose_forcefully(stream)
+        group.cancel_scope.cancel()
+
+
+@dataclass(frozen=True)
+class Shell:
+    """A way to run a test, and to make its pair of streams."""
+
+    name: str
+    run: Callable[[Callable[[], Awaitable[None]]], None]
+    pair: Callable[[ClientConfig, ServerConfig], AbstractAsyncContextManager[Pair]]
+
+
+def on_asyncio(function: Callable[[], Awaitable[None]], *, uvloop: bool = False) -> None:
+    factory = None
+    if uvloop:
+        factory = pytest.importorskip("uvloop", reason="pip install uvloop").new_event_loop
+    with warnings.catch_warnings(), asyncio.Runner(loop_factory=factory, debug=True) as runner:
+        warnings.simplefilter("error")
+        runner.run(function())  # type: ignore[arg-type]
+
+
+SHELLS = (
+    Shell("trio", trio.run, trio_pair),
+    Shell("asyncio", on_asyncio, asyncio_pair),
+    Shell("uvloop", partial(on_asyncio, uvloop=True), asyncio_pair),
+    Shell("anyio-trio", trio.run, anyio_pair),
+    Shell("anyio-asyncio", on_asyncio, anyio_pair),
+)
+
+
+@pytest.fixture(params=SHELLS, ids=lambda shell: shell.name)
+def shell(request: pytest.FixtureRequest) -> Shell:
+    found: Shell = request.param
+    return found

@@ -9,6 +9,7 @@
 
 import hmac
 import logging
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -231,6 +232,9 @@ class Hub:
 
     async def _admit(self, hello: Hello, peer: str) -> tuple[_Member, Welcome]:
         token = digest(hello.token)
+        while hello.nickname not in self._members and len(self._members) >= self._most:
+            if not await self._free_a_seat(peer):
+                raise ChatError("there is no seat left")
         member = self._members.get(hello.nickname)
         if member is not None:
             seat = member.seat
@@ -239,14 +243,34 @@ class Hub:
             async with member.turn:
                 pass  # An action of an earlier connection is on its way to the disk.
             return member, Welcome(seat.accepted, min(hello.seen, self._head), seat.room, True)
-        if len(self._members) >= self._most:
-            raise ChatError("there is no seat left")
         seat = Seat(hello.nickname, token, peer, 0, hello.room)
         member = self._members[hello.nickname] = _Member(seat)
         member.away_since = trio.current_time()
         before = self._head
         await self._apply(member, Change("enter", seat))
         return member, Welcome(0, before, seat.room, False)
+
+    async def _free_a_seat(self, newcomer: str) -> bool:
+        """Take a seat from the peer who has the most, if that is at least two more than the
+        newcomer has: the one that its owner has left for the longest time."""
+        seats = Counter(member.seat.peer for member in self._members.values())
+        least = seats[newcomer] + 2
+        away = [
+            member
+            for member in self._members.values()
+            if member.link is None and seats[member.seat.peer] >= least
+        ]
+        if not away:
+            return False
+        member = max(away, key=lambda one: (seats[one.seat.peer], -one.away_since))
+        await self._free(member)
+        return True
+
+    async def _free(self, member: _Member) -> None:
+        async with member.turn:
+            if member.link is None and self._members.get(member.seat.nickname) is member:
+                change = Change("leave", member.seat, member.seat.accepted + 1)
+                await self._apply(member, change)
 
     async def _act(self, member: _Member, action: Action) -> None:
         async with member.turn:
@@ -346,6 +370,4 @@ class Hub:
             limit = trio.current_time() - self._away
             for member in list(self._members.values()):
                 if member.link is None and member.away_since < limit:
-                    async with member.turn:
-                        change = Change("leave", member.seat, member.seat.accepted + 1)
-                        await self._apply(member, change)
+                    await self._free(member)

@@ -38,6 +38,7 @@ from examples.chat.protocol import (
     Hello,
     Message,
     ProtocolError,
+    Welcome,
     decode,
     encode,
     printable,
@@ -618,6 +619,34 @@ async def test_new_keys_under_traffic(nursery: trio.Nursery, store: Store) -> No
         await until(lambda: not hub._connections)
         all_of_it.cancel_scope.cancel()
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+async def test_one_peer_does_not_take_all_seats(store: Store) -> None:
+    """Seats that it takes and leaves go to others; those of the others stay theirs."""
+    hub = Hub(store, most=6)
+
+    async def sit(nickname: str, peer: str, nursery: trio.Nursery) -> str:
+        ours, theirs = trio.testing.memory_stream_pair()
+        nursery.start_soon(hub.serve, theirs, peer)
+        frames = Frames(ours)
+        await frames.send(Hello(nickname, "lobby", "ab" * 32, 0))
+        answer = await frames.receive()
+        await ours.aclose()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        return "" if isinstance(answer, Welcome) else getattr(answer, "reason", "")
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hub.run)
+            for number in range(6):
+                assert await sit(f"m{number}", "many", nursery) == ""
+            assert await sit("m6", "many", nursery) == "there is no seat left"
+            for nickname in ("a", "b", "c"):
+                assert await sit(nickname, nickname, nursery) == ""
+            assert await sit("a2", "a", nursery) == ""  # one more; "many" had three
+            assert await sit("a3", "a", nursery) == "there is no seat left"
+            assert sorted(hub._members) == ["a", "a2", "b", "c", "m4", "m5"]
+            nursery.cancel_scope.cancel()
 
 
 async def test_no_task_is_left(store: Store) -> None:

@@ -236,10 +236,11 @@ class HandshakeTimeout(PeerError):
 
 _REFUSED: Final = "it refuses our certificate"
 ALERT_MEANINGS: Final[dict[int, str]] = {
-    Alert.HANDSHAKE_FAILURE: "it has no group, cipher suite or signature algorithm in common "
-    "with us",
+    Alert.HANDSHAKE_FAILURE: "it has no group, cipher suite, signature algorithm or PSK in "
+    "common with us",
     Alert.PROTOCOL_VERSION: "it does not speak TLS 1.3",
-    Alert.INSUFFICIENT_SECURITY: "what we offer is too weak for it",
+    Alert.INSUFFICIENT_SECURITY: "what we agreed on is too weak for it: no PSK, or no "
+    "post-quantum group",
     Alert.NO_APPLICATION_PROTOCOL: "it speaks none of the application protocols (ALPN) that we "
     "offer",
     Alert.UNRECOGNIZED_NAME: "it does not serve the name that we asked for",

@@ -3,13 +3,17 @@
 import argparse
 import ast
 import importlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked import Forkserver
 
 from hybridkex.cli.commands import COMMANDS, command_parser
 
@@ -95,3 +99,31 @@ def test_a_python_block(where: str, text: str) -> None:
 @pytest.mark.parametrize(("where", "text"), blocks("toml"))
 def test_a_toml_block(where: str, text: str) -> None:
     tomllib.loads(text)
+
+
+def test_getting_started_to_the_letter(hybridkex: Forkserver, tmp_path: Path) -> None:
+    """The commands and the program of the page, in its order, on another port than 4433."""
+    page = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    channel = page.partition("## A channel from the command line")[2]
+    shown = [text for language, text in FENCED.findall(channel) if language == "sh"]
+    make, listen = shown[0].splitlines()
+    assert hybridkex.run(*make.split()[1:], folder=tmp_path).returncode == 0
+    program, name, port, *options = listen.split()
+    assert (program, name, port) == ("hybridkex", "listen", "4433")
+    with hybridkex.listening(tmp_path, *options) as (free, _):
+        found = re.fullmatch(r"echo (\w+) \| hybridkex (.*)\n", shown[1])
+        assert found is not None
+        words = found[2].replace(port, free).split()
+        done = hybridkex.run(*words, data=f"{found[1]}\n".encode(), folder=tmp_path)
+        assert (done.returncode, done.stdout) == (0, b"hello\n")
+        assert b"X25519MLKEM768" in done.stderr
+        text = next(text for language, text in FENCED.findall(channel) if language == "python")
+        ran = subprocess.run(
+            [sys.executable, "-c", text.replace(port, free)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+        assert ran.stdout.startswith(b"b'hello'\nTLS 1.3")

@@ -69,7 +69,7 @@ def _run(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
         + "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
-        + "\n\n'hybridkex COMMAND --help' tells more, with examples. First steps: hybridkex demo",
+        + "\n\n'hybridkex COMMAND --help' has options and examples. To begin: hybridkex demo",
     )
     top.add_argument("--version", action="version", version=f"hybridkex {__version__}")
     top.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below")

@@ -7,19 +7,19 @@ from typing import Final, NoReturn
 __all__ = ["COMMANDS", "Parser", "command_parser"]
 
 COMMANDS: Final = {
-    "connect": "open a secure channel to a server; standard input and output are the data",
-    "listen": "accept secure channels; standard input and output are the data",
-    "send": "send files and folders; broken transfers go on where they were",
-    "receive": "take in files and folders, verified before they appear",
+    "connect": "open a secure channel to a server, for standard input and output",
+    "listen": "accept secure channels, for standard input and output",
+    "send": "send files and folders; resume interrupted transfers",
+    "receive": "receive files and folders, and verify them before they appear",
     "tunnel": "carry the connections of other programs through secure channels",
-    "wg-psk": "keep the pre-shared key of a WireGuard tunnel fresh, with QKD keys in it",
-    "demo": "two sites in one terminal: a real file across, and what its keys rest on",
-    "rndl": "record now, decrypt later: adversaries of the future try our recordings",
-    "dev-ca": "make a small certificate authority and a certificate for tests and first steps",
-    "kme": "run, ask or set up a key management entity (ETSI GS QKD 014)",
-    "qkd": "run a simulated QKD link, with or without Eve; draw its rates",
-    "doctor": "say what is there and works on this machine, and what is missing",
-    "completion": "print a script that completes this command line in your shell",
+    "wg-psk": "renew the pre-shared key of a WireGuard tunnel, with QKD keys",
+    "demo": "show two sites, a file that is sent, and an eavesdropper",
+    "rndl": "show what future adversaries can decrypt of recorded traffic",
+    "dev-ca": "make a certificate authority and a certificate for tests",
+    "kme": "run, query or set up a key management entity (ETSI GS QKD 014)",
+    "qkd": "run a simulated QKD link, with or without Eve; plot its rates",
+    "doctor": "check this installation, and name what is missing",
+    "completion": "print a completion script for a shell",
 }
 """Name and one-line summary of each command, in the order that ``--help`` shows."""
 

@@ -106,7 +106,12 @@ def configure(commands: Any) -> None:
     )
     what = plot.add_mutually_exclusive_group(required=True)
     what.add_argument("--scan", type=file_path, metavar="FILE", help="a file of 'qkd scan'")
-    what.add_argument("--kind", choices=KINDS, help="a picture of the documentation")
+    what.add_argument(
+        "--kind",
+        choices=KINDS,
+        metavar="NAME",
+        help=f"a picture of the documentation: {', '.join(KINDS)}",
+    )
     plot.add_argument("--x", default="distance_km", metavar="NAME", help="default: %(default)s")
     plot.add_argument("--y", default="rate", metavar="NAME", help="default: %(default)s")
     plot.add_argument(

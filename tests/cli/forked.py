@@ -249,12 +249,12 @@ class Forkserver:
 
     @contextlib.contextmanager
     def listening(self, folder: Path, *words: Any, **options: Any) -> Iterator[tuple[str, Running]]:
-        """``listen`` on a free port of 127.0.0.1; gives the port, once it is open."""
+        """``listen`` in a folder, on a free port of 127.0.0.1; gives the port, once it is open."""
         port_file = folder / f"port-{time.monotonic_ns()}"
         where = ("0", "--port-file", port_file)
         if "--bind" not in words:
             where += ("--bind", "127.0.0.1")
-        process = self.start("listen", *where, *words, **options)
+        process = self.start("listen", *where, *words, folder=folder, **options)
         try:
             until(port_file.exists, process)
             yield port_file.read_text().strip(), process

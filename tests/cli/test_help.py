@@ -55,6 +55,18 @@ def test_every_command_has_examples_that_it_takes(name: str) -> None:
             command_parser(name).parse_args(words[2:])  # SystemExit where it is not taken
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_a_terminal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a command and of its own commands, and every example can still be copied."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for parser in parsers(name):
+        text = parser.format_help()
+        assert max(map(len, text.splitlines())) <= 80, parser.prog
+        shown = text.partition("examples:\n")[2].partition("\n\n")[0]
+        given = (parser.epilog or "").partition("examples:\n")[2].partition("\n\n")[0]
+        assert shown.replace("\\\n", " ").split() == given.split(), parser.prog
+
+
 @pytest.mark.parametrize("name", ["--help", *COMMANDS])
 def test_help_is_readable(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -64,7 +76,7 @@ def test_help_is_readable(
         main([name, "--help"] if name != "--help" else [name])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= 80
     assert all(command in text for command in COMMANDS) or name != "--help"
 
 

@@ -120,7 +120,9 @@ def classify(status: int, message: str, *, looking_up: bool) -> KeySourceError:
     text = f"the KME answered {status}: {shown}" if shown else f"the KME answered {status}"
     if status == 401:
         # The standard's own word for a wrong SAE; whatever else the text says.
-        return KeyUnauthorized(text)
+        return KeyUnauthorized(f"{text}; our certificate is not one of an SAE of this KME")
+    if "sae" in message.lower() and not looking_up:
+        text += "; check the peer's SAE ID"
     for kind, pattern in _SIGNS:
         if (kind in _OF_A_KEY) == looking_up and pattern.search(message.lower()):
             return kind(text)

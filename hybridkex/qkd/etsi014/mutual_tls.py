@@ -87,12 +87,25 @@ def _in_words(hop: TlsHandshake) -> TlsHandshake:
     return in_words
 
 
+def _verify_reason(error: ssl.SSLCertVerificationError) -> str:
+    """OpenSSL's words, with the next step where another authority is the likely cause."""
+    text = str(error.verify_message)
+    if error.verify_code in _UNKNOWN_ISSUER:
+        text += "; is its authority the one in our file of authorities?"
+    return text
+
+
+_UNKNOWN_ISSUER: Final = {18, 19, 20, 21}
+"""X509_V_ERR_...: DEPTH_ZERO_SELF_SIGNED_CERT, SELF_SIGNED_CERT_IN_CHAIN,
+UNABLE_TO_GET_ISSUER_CERT_LOCALLY, UNABLE_TO_VERIFY_LEAF_SIGNATURE (x509_vfy.h)."""
+
+
 def tls_failure(error: BaseException) -> str | None:
     """Why TLS failed, in words, from an error or one of its causes; ``None`` if TLS is not why."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return f"its certificate is not accepted: {cause.verify_message}"
+            return f"its certificate is not accepted: {_verify_reason(cause)}"
         if isinstance(cause, ssl.SSLError):
             name = (cause.reason or "").replace("_", " ").lower()
             if "alert" in name:

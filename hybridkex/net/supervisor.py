@@ -27,6 +27,7 @@ import trio
 from trio.abc import AsyncResource, Listener
 
 from hybridkex.errors import HybridkexError
+from hybridkex.net.descriptors import bounded
 from hybridkex.net.log import BoundedLog
 
 __all__ = ["Budget", "Connection", "Supervisor", "TooManyConnections", "peer_name"]
@@ -134,6 +135,8 @@ class Budget:
         what: the name of the budget in messages: *connections*, *peer connections*.
         patience: seconds that a connection must have waited before a newcomer may take its place.
         even_shares: whether connections that do not wait make room, too.
+        descriptors: file descriptors of one connection; there are fewer connections where the
+            process may not open enough (:mod:`hybridkex.net.descriptors`).
     """
 
     def __init__(
@@ -142,17 +145,28 @@ class Budget:
         *,
         each: int | None = None,
         what: str = "connections",
+        descriptors: int = 1,
         patience: float = PATIENCE,
         even_shares: bool = False,
     ) -> None:
+        self._what = what
+        self._descriptors = descriptors
         self.total = total
         self.each = each
-        self._what = what
         self._patience = patience
         self._even_shares = even_shares
         self._count = 0
         self._held: dict[Hashable, dict[Connection, None]] = {}
         self._changed = trio.Event()
+
+    @property
+    def total(self) -> int:
+        """Connections at once, as far as the process has descriptors for them."""
+        return self._total
+
+    @total.setter
+    def total(self, connections: int) -> None:
+        self._total = bounded(connections, self._what, each=self._descriptors)
 
     def __len__(self) -> int:
         return self._count

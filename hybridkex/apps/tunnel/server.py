@@ -191,7 +191,7 @@ class TunnelServer:
                 listening = await listen(config.local, mode=config.socket_mode)
                 undo.push_async_callback(_shielded, listening.aclose)
                 opened[key] = _Door(
-                    listening, live, Budget(config.max_connections, even_shares=True)
+                    listening, live, Budget(config.max_connections, descriptors=2, even_shares=True)
                 )
             port_files = []
             for key, live in fresh.items():

@@ -23,6 +23,7 @@ from hybridkex.json_text import load_json
 from hybridkex.kme.config import load_config
 from hybridkex.kme.serve import KmeServer, Serving
 from hybridkex.net.address import TcpAddress, parse_tcp_address
+from hybridkex.net.descriptors import raise_soft_limit
 from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.pool_filling import (
     collect_into_pool,
@@ -58,6 +59,7 @@ def _print_where(where: Serving) -> None:
 
 def _run_server(path: Path, log_level: str, announce: Callable[[Serving], None]) -> int:
     set_up_logging(log_level)
+    raise_soft_limit()
     server = KmeServer(load_config(path))
 
     async def main() -> None:

@@ -14,6 +14,7 @@ from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
 from hybridkex.net.address import TcpAddress
+from hybridkex.net.descriptors import raise_soft_limit
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.streams import SecureListener, SecureStream, open_secure_tcp_listeners
 from hybridkex.text import get_logger
@@ -32,6 +33,7 @@ Stream = SecureStream[trio.SocketStream]
 def run(options: ListenOptions) -> int:
     """Serve; with ``--once`` 0 after a clean close."""
     set_up_logging(options.log_level)
+    raise_soft_limit()
     run_trio(partial(_run, options))
     return 0
 

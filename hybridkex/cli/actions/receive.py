@@ -19,6 +19,7 @@ from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import TcpAddress
+from hybridkex.net.descriptors import raise_soft_limit
 from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
 from hybridkex.streams import SecureStream
 from hybridkex.text import get_logger
@@ -34,6 +35,7 @@ def run(options: ReceiveOptions) -> int:
     if options.max_connections < 1:
         raise ConfigError("--max-connections is at least 1")
     set_up_logging(options.log_level)
+    raise_soft_limit()
     run_trio(partial(_run, options))
     return 0
 

@@ -35,6 +35,7 @@ from hybridkex.errors import ConfigError
 from hybridkex.files import read_toml
 from hybridkex.kme.metrics import metrics_page
 from hybridkex.net.address import TcpAddress, parse_address, parse_tcp_address
+from hybridkex.net.descriptors import raise_soft_limit
 from hybridkex.net.http import Request, Response, http_supervisor
 from hybridkex.text import get_logger
 
@@ -171,6 +172,7 @@ def run_file(options: FileOptions) -> int:
 def _run(load: Callable[[], TunnelSettings]) -> int:
     settings = load()
     set_up_logging(settings.log_level)
+    raise_soft_limit()
     run_trio(partial(_serve, load, settings))
     return 0
 

@@ -25,6 +25,7 @@ from hybridkex.combiner import (
 )
 from hybridkex.errors import ConfigError, HybridkexError, LocalStateError
 from hybridkex.net.address import TcpAddress, parse_tcp_address
+from hybridkex.net.descriptors import raise_soft_limit
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.qkd.source import KeySource
 from hybridkex.qkd.store import read_key_file
@@ -57,6 +58,7 @@ def run(options: WgPskOptions) -> int:
     )
     authentication = _authentication(options)
     set_up_logging(options.log_level)
+    raise_soft_limit()
     work = partial(_rotate, options, tunnel, policy, authentication)
     ended = run_trio(partial(_until_signal, work))
     if ended is not None and options.once:

@@ -1,0 +1,191 @@
+"""Budgets of connections fit the descriptors of the process; whole servers with too few of them."""
+
+import contextlib
+import logging
+import re
+import resource
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hybridkex.auth.dev_ca import DevCa, write_identity
+from hybridkex.net import descriptors
+from hybridkex.net.supervisor import Budget
+
+FILES = 256
+IDLE = 300
+LIMIT = 40.0
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted", "each", "given"),
+    [
+        (256, 128, 1, 38),
+        (256, 256, 2, 19),
+        (256, 20, 1, 20),
+        (64, 128, 1, 1),
+        (1024, 128, 1, 128),
+        (20_000, 10_000, 1, 10_000),
+        (20_000, 10_000, 2, 9_456),
+        (resource.RLIM_INFINITY, 10**9, 2, 10**9),
+    ],
+)
+def test_a_budget_fits(
+    files: int,
+    wanted: int,
+    each: int,
+    given: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    with caplog.at_level(logging.WARNING, "hybridkex.net.descriptors"):
+        budget = Budget(wanted, what="guests", descriptors=each)
+    assert budget.total == given
+    assert len(caplog.records) == (given < wanted)
+    if given < wanted:
+        assert f"at most {given} guests at once, not {wanted}" in caplog.text
+        assert "ulimit -n" in caplog.text
+    budget.total = 1
+    assert budget.total == 1
+
+
+def test_the_soft_limit_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    descriptors.raise_soft_limit()
+    assert asked == [(4096, 4096)]
+
+    def refuse(_: int, limits: tuple[int, int]) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    descriptors.raise_soft_limit()
+
+
+# --- whole processes ------------------------------------------------------------------------------
+
+
+def few_files() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
+
+
+@contextlib.contextmanager
+def server(*words: object, log: Path) -> Iterator["subprocess.Popen[str]"]:
+    with log.open("w") as told:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hybridkex", *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=told,
+            text=True,
+            preexec_fn=few_files,  # noqa: PLW1509  # no threads run here
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=LIMIT)
+
+
+@contextlib.contextmanager
+def idle(*ports: int) -> Iterator[None]:
+    """Connections that say nothing."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(IDLE):
+            for port in ports:
+                one = socket.socket()
+                stack.enter_context(one)
+                one.setblocking(False)
+                one.connect_ex(("127.0.0.1", port))
+        time.sleep(0.5)
+        yield
+
+
+def found(log: Path, pattern: str) -> str:
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        if match := re.search(pattern, log.read_text()):
+            return match[1]
+        time.sleep(0.05)
+    raise AssertionError(f"no {pattern} in {log.read_text()}")
+
+
+def get_metrics(port: int) -> bytes:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=LIMIT) as answer:
+        body: bytes = answer.read()
+        return body
+
+
+@pytest.mark.slow
+def test_a_kme_with_300_idle_connections_at_each_door(tmp_path: Path) -> None:
+    words = ("kme", "dev-up", tmp_path / "sites", "--ports", "0,0", "--metrics", "127.0.0.1:0")
+    log = tmp_path / "log"
+    with server(*words, log=log) as process:
+        ports = []
+        assert process.stdout is not None
+        for line in process.stdout:
+            ports += [int(port) for port in re.findall(r"http.*:(\d+)(?:/metrics)?$", line)]
+            if found_options := re.search(r"hybridkex connect .*?(--kme .*)", line):
+                options = found_options[1].split()
+                break
+        assert len(ports) == 3
+        with idle(*ports):
+            assert b"hybridkex" in get_metrics(ports[2])
+            asked = subprocess.run(
+                [sys.executable, "-m", "hybridkex", "kme", "status", *options],
+                capture_output=True,
+                text=True,
+                timeout=LIMIT,
+                check=False,
+            )
+            assert asked.returncode == 0, asked.stderr
+            assert '"stored_key_count"' in asked.stdout
+        assert process.poll() is None
+        told = log.read_text()
+        assert f"this process may open {FILES} files" in told
+        assert "cannot accept connections" not in told
+
+
+@pytest.mark.slow
+def test_a_tunnel_with_300_idle_connections_at_each_door(tmp_path: Path) -> None:
+    ca = DevCa.create()
+    write_identity(tmp_path / "keys", ca, ca.issue("localhost", "127.0.0.1"))
+    log = tmp_path / "log"
+    keys = ("--cert", tmp_path / "keys/cert.pem", "--key", tmp_path / "keys/key.pem")
+    with socket.create_server(("127.0.0.1", 0)) as target:
+        words = (
+            *("tunnel", "listen", "--local", "127.0.0.1:0", "--metrics", "127.0.0.1:0"),
+            *("--target", f"127.0.0.1:{target.getsockname()[1]}", *keys),
+            *("--port-file", tmp_path / "port"),
+        )
+        with server(*words, log=log) as process:
+            metrics = int(found(log, r"metrics on http://127\.0\.0\.1:(\d+)"))
+            deadline = time.monotonic() + LIMIT
+            while not (tmp_path / "port").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            port = int((tmp_path / "port").read_text())
+            with idle(port, metrics):
+                assert b"hybridkex" in get_metrics(metrics)
+                connect = subprocess.Popen(
+                    [
+                        *(sys.executable, "-m", "hybridkex", "connect", "127.0.0.1", str(port)),
+                        *("--ca", str(tmp_path / "keys/ca.pem")),
+                    ],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
+                target.settimeout(LIMIT)
+                inner, _ = target.accept()
+                with inner:
+                    inner.sendall(b"through")
+                output, _ = connect.communicate(timeout=LIMIT)
+                assert output == b"through"
+            assert process.poll() is None
+            assert "cannot accept connections" not in log.read_text()

@@ -17,7 +17,7 @@ MOST_FILES = {
     "key-source": 2,
     "tls-extension": 2,
     "event-loop-shell": 3,
-    "option": 1,
+    "option": 2,
     "error-correction": 2,
 }
 GIT = shutil.which("git")

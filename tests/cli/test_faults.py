@@ -99,9 +99,6 @@ FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
         (*RECEIVE[:1], "text", *RECEIVE[2:], "0"),
         "cannot use the folder text: something else has this name",
     ),
-    (("send", "", "127.0.0.1", "--insecure"), "an empty path; is a variable of the shell not set"),
-    (("receive", "", *SERVER), "an empty path"),
-    ((*CONNECT, "--ca", ""), "an empty path"),
     (("receive", "in", *SERVER), "name the senders' authority with --ca"),
     ((*TUNNEL_0, "--ca", "nothing"), "cannot read nothing"),
     ((*TUNNEL_0, "--socket-mode", "9"), "octal"),
@@ -232,6 +229,25 @@ def test_one_line_with_the_next_step(
     assert line.startswith("hybridkex: ")
     assert not line.startswith("hybridkex: hybridkex")
     assert reason in line
+    is_clean(done, place)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("send", "", "127.0.0.1", "--insecure"),
+        ("receive", "", *SERVER),
+        (*CONNECT, "--ca", ""),
+        (*LISTEN, "--cert", "", "--key", "key.pem"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_empty_path_is_a_wrong_use(
+    hybridkex: Forkserver, place: Path, ports: dict[str, int], words: tuple[str, ...]
+) -> None:
+    done = hybridkex.run(*filled(words, ports), folder=place, environment=QUICK)
+    assert done.returncode == 2, done.stderr
+    assert b"an empty path; is a variable of the shell not set?" in done.stderr
     is_clean(done, place)
 
 

@@ -1,0 +1,20 @@
+"""Faults in short form: some of them against four commands, by one seed; the rest is a command."""
+
+import pytest
+
+from interop.faults import injections as inject
+from interop.faults.run import run
+from interop.faults.services import Kme, Listen, Service, Tunnel, WgPsk
+
+SHORT: dict[type[Service], tuple[inject.Fault, ...]] = {
+    Listen: (inject.disk_full, inject.no_descriptors, inject.no_threads, inject.peers_stop),
+    Tunnel: (inject.bad_reloads, inject.files_removed, inject.stopped, inject.no_descriptors),
+    Kme: (inject.disk_full, inject.signals, inject.killed),
+    WgPsk: (inject.stopped,),
+}
+
+
+@pytest.mark.parametrize("kind", SHORT, ids=lambda kind: kind.name)
+def test_whole_after_faults(kind: type[Service]) -> None:
+    faults = SHORT[kind]
+    run(kind, faults, seed=14, rounds=len(faults), seconds=0.2)

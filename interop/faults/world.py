@@ -1,0 +1,175 @@
+"""Processes in a folder of their own, and what is checked of them."""
+
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+__all__ = ["Broken", "Process", "World", "free_port", "until"]
+
+ROOT: Final = Path(__file__).parents[2]
+PATIENCE: Final = 60.0
+"""Seconds before a condition is given up; the machine may have other work."""
+TOKEN: Final = "HYBRIDKEX_FAULTS"
+LINES_PER_SECOND: Final = 40
+"""Of its log, in the mean, that a process may write: a fault is no reason for a flood."""
+SPARE_DESCRIPTORS: Final = 8
+
+
+class Broken(Exception):
+    """A check failed: the service did not come through a fault."""
+
+
+def until(condition: Callable[[], object], what: str, within: float = PATIENCE) -> None:
+    """Wait for a condition; raises :class:`Broken`."""
+    deadline = time.monotonic() + within
+    while not condition():
+        if time.monotonic() > deadline:
+            raise Broken(f"{what}: not within {within:g} s")
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
+
+
+@dataclass
+class Process:
+    """One process under fault."""
+
+    name: str
+    running: "subprocess.Popen[bytes]"
+    log: Path
+    started: float = field(default_factory=time.monotonic)
+    descriptors_before: int = 0
+
+    @property
+    def pid(self) -> int:
+        return self.running.pid
+
+    def alive(self) -> bool:
+        return self.running.poll() is None
+
+    def descriptors(self) -> int:
+        with contextlib.suppress(OSError):
+            return len(os.listdir(f"/proc/{self.pid}/fd"))
+        return 0
+
+    def limit(self, kind: int, soft: int | None) -> None:
+        """Set a soft limit while it runs; ``None``: as far as it goes."""
+        _, hard = resource.prlimit(self.pid, kind)
+        resource.prlimit(self.pid, kind, (hard if soft is None else soft, hard))
+
+    def signal(self, number: int) -> None:
+        if self.alive():
+            self.running.send_signal(number)
+
+    def check_log(self) -> None:
+        """Raises :class:`Broken` for a traceback or a flood."""
+        with contextlib.suppress(FileNotFoundError):
+            text = self.log.read_text(errors="replace")
+            for sign in ("Traceback", "internal error", "never awaited", "ResourceWarning"):
+                if sign in text:
+                    raise Broken(f"{self.name}: its log has {sign!r}:\n{text[-3000:]}")
+            lines, seconds = text.count("\n"), time.monotonic() - self.started
+            if lines > 100 + LINES_PER_SECOND * seconds:
+                raise Broken(f"{self.name}: {lines} log lines in {seconds:.0f} s")
+
+
+class World:
+    """A folder, its processes, and their end.
+
+    Args:
+        folder: empty; everything that the processes write is inside.
+        preload: more of their environment.
+    """
+
+    def __init__(self, folder: Path, preload: Mapping[str, str] | None = None) -> None:
+        self.folder: Final = folder
+        self.temporary: Final = folder / "temporary"
+        self.temporary.mkdir(parents=True)
+        self.at_end: Final = contextlib.ExitStack()
+        """What else ends with it."""
+        self.logs: Final = folder / "logs"
+        self.logs.mkdir()
+        self.no_threads: Final = folder / "no-threads"
+        """While it exists no process can start a thread."""
+        self.processes: Final[list[Process]] = []
+        self._environment = {
+            **os.environ,
+            **(preload or {}),
+            "TMPDIR": str(self.temporary),
+            "PYTHONPATH": str(ROOT),
+            TOKEN: str(folder),
+        }
+
+    def start(self, name: str, *words: object, module: str = "hybridkex") -> Process:
+        """Start a command; its standard error goes to a log."""
+        log = self.logs / f"{name}.log"
+        launch = ("-m", "interop.faults.launch", str(self.no_threads), module)
+        command = [sys.executable, *launch, *map(str, words)]
+        with log.open("ab") as errors:
+            running = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
+        process = Process(name, running, log)
+        self.processes.append(process)
+        return process
+
+    def end(self, process: Process, number: int = signal.SIGTERM) -> int:
+        """End one by a signal; raises :class:`Broken` if it does not end."""
+        process.signal(signal.SIGCONT)
+        process.signal(number)
+        try:
+            status = process.running.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise Broken(f"{process.name} does not end on signal {number}") from None
+        finally:
+            self.processes.remove(process)
+        process.check_log()
+        return status
+
+    def left_over(self) -> list[str]:
+        """Processes that carry our token and are not ours to know."""
+        known = {process.pid for process in self.processes}
+        token, found = f"{TOKEN}={self.folder}".encode(), []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if int(entry.name) not in known and token in (entry / "environ").read_bytes():
+                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+        return found
+
+    def check_nothing_left(self) -> None:
+        """Raises :class:`Broken` for a process or a temporary file."""
+        until(lambda: not self.left_over(), f"processes outlive their parent: {self.left_over()}")
+        until(
+            lambda: not any(self.temporary.iterdir()),
+            f"temporary files are left: {list(self.temporary.rglob('*'))}",
+        )
+
+    def close(self) -> None:
+        """End what is still there, at once."""
+        for process in self.processes:
+            process.signal(signal.SIGKILL)
+            process.signal(signal.SIGCONT)
+            process.running.wait()
+        self.processes.clear()
+        self.at_end.close()
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from hybridkex.cli.arguments import Action
 from hybridkex.cli.choices import SHELLS
-from hybridkex.cli.manual import describe
+from hybridkex.cli.help_text import describe
 
 __all__ = ["CompletionOptions", "configure"]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hybridkex.cli.arguments import Action
-from hybridkex.cli.manual import describe
+from hybridkex.cli.help_text import describe
 from hybridkex.cli.values import folder_path
 
 __all__ = ["DemoOptions", "configure"]

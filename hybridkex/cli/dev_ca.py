@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hybridkex.cli.arguments import Action
 from hybridkex.cli.choices import DEV_CA_ALGORITHMS
-from hybridkex.cli.manual import describe
+from hybridkex.cli.help_text import describe
 from hybridkex.cli.values import folder_path
 
 __all__ = ["DevCaOptions", "configure"]

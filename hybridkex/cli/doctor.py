@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 
 from hybridkex.cli.arguments import Action
-from hybridkex.cli.manual import describe
+from hybridkex.cli.help_text import describe
 from hybridkex.cli.qkd_options import KmeOptions, add_kme_options
 
 __all__ = ["DoctorOptions", "configure"]

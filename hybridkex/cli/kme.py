@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hybridkex.cli.arguments import Action
 from hybridkex.cli.choices import KME_TLS_KINDS, PRODUCERS
+from hybridkex.cli.help_text import describe
 from hybridkex.cli.logs import add_log_options
-from hybridkex.cli.manual import describe
 from hybridkex.cli.qkd_options import KmeOptions, add_kme_options
 from hybridkex.cli.values import file_path, folder_path
 from hybridkex.errors import ConfigError

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hybridkex.cli.arguments import Action
+from hybridkex.cli.help_text import describe
 from hybridkex.cli.logs import add_log_options
-from hybridkex.cli.manual import describe
 from hybridkex.cli.options import ChannelOptions, add_channel_options
 from hybridkex.cli.values import file_path
 

@@ -90,26 +90,32 @@ def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = N
         help="the hash that the PSK is for, and with it the suites (default: %(default)s)",
     )
     psk.add_argument(
-        "--psk-import", metavar="CONTEXT_HEX", help="import the PSK by RFC 9258, with this context"
+        "--psk-import",
+        metavar="HEX",
+        help="import the PSK (RFC 9258) with this context, in hexadecimal; the same at both ends",
     )
     tls = parser.add_argument_group("what to offer or accept")
     tls.add_argument(
         "--groups",
         type=comma_list,
         metavar="LIST",
-        help=f"favourite first, of {', '.join(GROUPS)} (default: the post-quantum ones)",
+        help=f"key exchange groups in order of preference, of {', '.join(GROUPS)} "
+        "(default: the post-quantum ones)",
     )
     tls.add_argument(
         "--suites",
         type=comma_list,
         metavar="LIST",
-        help=f"favourite first, of {', '.join(SUITES)} (default: all)",
+        help=f"cipher suites in order of preference, of {', '.join(SUITES)} (default: all)",
     )
     if alpn is not None:
         parser.set_defaults(alpn=[alpn])
     else:
         tls.add_argument(
-            "--alpn", type=comma_list, metavar="LIST", help="application protocols, favourite first"
+            "--alpn",
+            type=comma_list,
+            metavar="LIST",
+            help="application protocols in order of preference",
         )
     output = parser.add_argument_group("output")
     output.add_argument(

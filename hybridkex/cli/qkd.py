@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hybridkex.cli import qkd_data, qkd_scan
 from hybridkex.cli.arguments import Action
 from hybridkex.cli.choices import FINITE_KEY, LEAKS, LINK_BOOTSTRAPS, LINK_PRESETS
-from hybridkex.cli.manual import describe
+from hybridkex.cli.help_text import describe
 
 __all__ = ["RunOptions", "configure"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from hybridkex.cli.arguments import Action
 from hybridkex.cli.choices import DECOY_CHECKS, FINITE_KEY, LEAKS, LINK_PRESETS
-from hybridkex.cli.manual import describe
+from hybridkex.cli.help_text import describe
 from hybridkex.cli.values import file_path, folder_path
 
 __all__ = ["DistilOptions", "RecordOptions", "configure"]

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from hybridkex.cli.arguments import Action
 from hybridkex.cli.choices import SCAN_SUFFIXES
-from hybridkex.cli.manual import describe
+from hybridkex.cli.help_text import describe
 from hybridkex.cli.values import file_path
 
 __all__ = ["PlotOptions", "ScanOptions", "configure"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hybridkex.cli.arguments import Action
-from hybridkex.cli.manual import describe
+from hybridkex.cli.help_text import describe
 from hybridkex.cli.values import file_path, folder_path
 
 __all__ = ["RndlOptions", "configure"]

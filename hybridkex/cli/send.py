@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hybridkex.cli.arguments import Action
 from hybridkex.cli.choices import TRANSFER_PROTOCOL
-from hybridkex.cli.manual import describe
+from hybridkex.cli.help_text import describe
 from hybridkex.cli.options import ChannelOptions, add_channel_options
 from hybridkex.cli.values import file_path
 

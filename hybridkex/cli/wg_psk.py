@@ -7,8 +7,8 @@ from typing import Final, Literal
 
 from hybridkex.cli.arguments import Action
 from hybridkex.cli.choices import REKEY_AFTER
+from hybridkex.cli.help_text import describe
 from hybridkex.cli.logs import add_log_options
-from hybridkex.cli.manual import describe
 from hybridkex.cli.qkd_options import QkdOptions, add_exchange_qkd_options
 from hybridkex.cli.values import file_path
 from hybridkex.tls.policy import Requirement

@@ -1,7 +1,9 @@
 """``hybridkex wg-psk``: rotates the pre-shared key of a WireGuard tunnel."""
 
+import os
 import shlex
 import signal
+import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final
@@ -203,6 +205,14 @@ def _report_overdue(options: WgPskOptions, policy: Requirement) -> None:
 
 
 def _report(options: WgPskOptions, event: str, **details: object) -> None:
-    if options.json:
-        line = {"event": event, "interface": options.interface, "peer": options.peer, **details}
+    if not options.json:
+        return
+    line = {"event": event, "interface": options.interface, "peer": options.peer, **details}
+    try:
         print(json_line(line), flush=True)
+    except BrokenPipeError:
+        # Rotations matter more than those who read about them.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        log.warning("the reader of standard output is gone: no more JSON lines; rotations go on")
+    except OSError as error:
+        log.warning("cannot write a JSON line: %s; rotations go on", error.strerror)

@@ -1,0 +1,74 @@
+"""``wg-psk --json``: rotations go on when nobody reads the lines any more."""
+
+import io
+import logging
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+
+from hybridkex.cli.actions.wg_psk import _report
+from hybridkex.cli.arguments import from_namespace
+from hybridkex.cli.commands import command_parser
+from hybridkex.cli.wg_psk import WgPskOptions
+
+WORDS = [
+    "--listen",
+    "0",
+    "--interface",
+    "wg0",
+    "--peer-key",
+    "KEY",
+    "--local",
+    "b",
+    "--peer",
+    "a",
+    "--psk-file",
+    "psk",
+    "--json",
+]
+
+
+def options() -> WgPskOptions:
+    return from_namespace(WgPskOptions, command_parser("wg-psk").parse_args(WORDS))
+
+
+def test_the_reader_has_gone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(reader), os.fdopen(writer, "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        _report(options(), "rotated")
+        assert b'"rotated"' in os.read(reader, 1000)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        with caplog.at_level(logging.WARNING, "hybridkex"):
+            for _ in range(3):
+                _report(options(), "rotated")
+    assert [record.getMessage() for record in caplog.records] == [
+        "the reader of standard output is gone: no more JSON lines; rotations go on"
+    ]
+
+
+def test_the_disk_is_full_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with io.TextIOWrapper((tmp_path / "lines").open("wb")) as output:
+        monkeypatch.setattr("sys.stdout", output)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+            with caplog.at_level(logging.WARNING, "hybridkex"):
+                _report(options(), "rotated")
+            assert "cannot write a JSON line" in caplog.text
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, old)
+        _report(options(), "stopped")
+    assert "stopped" in (tmp_path / "lines").read_text()

@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Adapters to other people's HTTP, each to its own event loop.
     "adapters": ENGINE | {"net", "shell", "streams", "aio", "anyio"},
     "kme": ENGINE | {"files", "net", "qkd", "link", "shell", "streams"},
-    "combiner": BASE | {"wire", "crypto", "auth", "qkd"},
+    "combiner": BASE | {"net", "wire", "crypto", "auth", "qkd"},
     # Applications need no more than what everybody has.
     "apps": {"errors", "files", "json_text", "net", "text", "combiner", ""},
     "demos": ENGINE | {"files", "net", "qkd", "link", "kme", "shell", "streams", ""},

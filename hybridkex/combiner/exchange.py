@@ -58,6 +58,7 @@ from hybridkex.errors import (
     IllegalParameter,
     TruncationError,
 )
+from hybridkex.net.reading import EndOfStream, read_exactly
 from hybridkex.qkd.psk import identity_of, name_of
 from hybridkex.qkd.source import KeySource, QkdKey
 from hybridkex.secret import Secret
@@ -522,16 +523,12 @@ class _Run:
 
     async def _exactly(self, count: int) -> bytes:
         """Read ``count`` bytes and no more: what follows belongs to the caller."""
-        data = bytearray()
-        while len(data) < count:
-            try:
-                piece = await self.stream.receive_some(count - len(data))
-            except trio.BrokenResourceError as error:
-                raise TruncationError(f"the connection broke: {error}") from None
-            if not piece:
-                raise TruncationError("the peer closed the stream during the exchange")
-            data += piece
-        return bytes(data)
+        try:
+            return await read_exactly(self.stream, count)
+        except EndOfStream:
+            raise TruncationError("the peer closed the stream during the exchange") from None
+        except trio.BrokenResourceError as error:
+            raise TruncationError(f"the connection broke: {error}") from None
 
 
 def _bound(confirmation: bytes, key_name: bytes) -> bytes:

@@ -1,8 +1,12 @@
-"""SecureStream beside trio.SSLStream, in one process, over loopback TCP, in turns.
+"""Each shell beside its event loop's own TLS, in one process, over loopback TCP, in turns.
 
-Run: ``python benchmarks/channel.py [--rounds N] [--clock cpu]``. Every figure is a ratio of the two
-in the same round; the median and the spread over the rounds are printed. The peer is the standard
-library's ``ssl`` with X25519, and for the engine alone pyOpenSSL with X25519MLKEM768.
+On trio that is SecureStream beside ``trio.SSLStream``; on asyncio and uvloop, transports beside the
+loop's own (``benchmarks/channel_asyncio.py``).
+
+Run: ``python benchmarks/channel.py [--rounds N] [--clock cpu] [--loops trio,asyncio,uvloop]``.
+Every figure is a ratio of the two in the same round; the median and the spread over the rounds are
+printed. The peer is the standard library's ``ssl`` with X25519, and for the engine alone pyOpenSSL
+with X25519MLKEM768.
 
 For bulk there is a third: bare sockets with the AEAD and nothing else, no protocol, no checks; what
 is left of the time is the cipher's, the kernel's and trio's.
@@ -13,6 +17,7 @@ machine that others use too.
 """
 
 import argparse
+import asyncio
 import os
 import ssl
 import statistics
@@ -23,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
+from channel_asyncio import idle_connection, measures
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from OpenSSL import SSL, crypto
 
@@ -272,11 +278,35 @@ async def main(rounds: int) -> None:
     show("engine alone, in memory", "1/s", 1, [(engine(), pyopenssl()) for _ in range(rounds)])
 
 
+def on_asyncio(loop: str, rounds: int) -> None:
+    factory = None
+    if loop == "uvloop":
+        import uvloop  # noqa: PLC0415
+
+        factory = uvloop.new_event_loop
+    configs, contexts = (CLIENT, SERVER), (SSL_CLIENT, SSL_SERVER)
+    print(f"{loop} beside {ssl.OPENSSL_VERSION} below its own TLS")
+    with asyncio.Runner(loop_factory=factory) as runner:
+        for name, unit, scale, measure in measures:
+            pairs = [
+                (runner.run(measure(configs, now)), runner.run(measure(contexts, now)))
+                for _ in range(rounds)
+            ]
+            show(f"{loop}, {name}", unit, scale, pairs)
+        both = [runner.run(idle_connection(kind)) for kind in (configs, contexts)]
+        print(f"{f'{loop}, idle connection':<36} {both[0]:8.0f} {both[1]:8.0f} bytes of Python")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--loops", default="trio,asyncio,uvloop")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     arguments = parser.parse_args()
     if arguments.clock == "cpu":
         now = time.process_time
-    trio.run(main, arguments.rounds)
+    for loop in arguments.loops.split(","):
+        if loop == "trio":
+            trio.run(main, arguments.rounds)
+        else:
+            on_asyncio(loop, arguments.rounds)

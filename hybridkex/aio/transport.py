@@ -325,8 +325,21 @@ class SecureTransport(asyncio.Transport):
             return
         if self._state is _State.CLOSED or self._failure is not None:
             return
+        connection = self._connection
+        if self._state is _State.OPEN and not self._reading_paused and not self._held:
+            content = connection.receive_record(data)
+            if content is not None:
+                self._in_read = True
+                try:
+                    self._deliver(content)
+                except Exception as error:
+                    self._application_failed(error)
+                self._in_read = False
+                if self._outgoing:
+                    self._flush()
+                return
         try:
-            self._connection.receive_data(data)
+            connection.receive_data(data)
         except HybridkexError as error:
             self._fail(error)
         else:
@@ -485,8 +498,14 @@ class SecureTransport(asyncio.Transport):
         if not self._outgoing:
             return
         outgoing, self._outgoing, self._outgoing_size = self._outgoing, [], 0
-        if self._state is _State.OPEN:
-            self._encrypt(memoryview(outgoing[0] if len(outgoing) == 1 else b"".join(outgoing)))
+        if self._state is not _State.OPEN:
+            return
+        try:
+            self._connection.send_data(outgoing[0] if len(outgoing) == 1 else b"".join(outgoing))
+        except HybridkexError as error:
+            self._fail(error)
+        else:
+            self._send_output()
 
     def _encrypt(self, view: memoryview) -> None:
         try:

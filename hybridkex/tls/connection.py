@@ -28,11 +28,16 @@ from hybridkex.tls.record_layer import AlertItem, DataItem, RecordLayer
 from hybridkex.tls.session import Session
 from hybridkex.tls.traffic import ClientTraffic, Connected, ServerTraffic
 from hybridkex.wire.messages import decode
+from hybridkex.wire.records import HEADER_LENGTH
 
 __all__ = ["ClientConnection", "Connection", "ServerConnection"]
 
 _MAX_WARNINGS = 4
 """``user_canceled`` alerts that are ignored; any more are an attack or a bug."""
+
+_SMALL_RECORD: Final = 4096
+"""Bytes of a record that :meth:`Connection.receive_record` takes; larger ones are decrypted without
+a copy."""
 
 State = client.ClientState | server.ServerState | ClientTraffic | ServerTraffic
 
@@ -76,6 +81,27 @@ class Connection:
             raise LocalStateError("take all events before telling of the transport's end")
         self._error = TruncationError("the connection was cut: no close_notify came")
         raise self._error
+
+    def receive_record(self, data: memoryview) -> bytes | None:
+        """The application data of ``data``, where that is one small record and no more, as in an
+        exchange of short messages: :meth:`receive_data` and one event in one call.
+
+        ``None`` if it is anything else, good or bad. Nothing has been taken then; give it to
+        :meth:`receive_data`.
+        """
+        state = self._state
+        if (
+            not HEADER_LENGTH < len(data) <= _SMALL_RECORD
+            or not isinstance(state, _TRAFFIC)
+            or self._error is not None
+            or self._close_received
+            or self._records.events
+        ):
+            return None
+        content = self._records.reader.take_whole(data)
+        if content is not None:
+            state.data_received()
+        return content
 
     @property
     def next_event_waits(self) -> bool:

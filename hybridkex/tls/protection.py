@@ -4,6 +4,7 @@ Both directions write into buffers made once per call and hold many records in o
 call into the AEAD costs microseconds and so would every copy of 16 KiB.
 """
 
+from struct import Struct
 from typing import Final, Protocol
 
 from cryptography.exceptions import InvalidTag
@@ -17,6 +18,10 @@ from hybridkex.wire.records import HEADER, HEADER_LENGTH, Record, RecordBuffer, 
 __all__ = ["Padding", "ReadProtection", "WriteProtection", "content_length", "plaintext_records"]
 
 _OVERHEAD: Final = 1 + TAG_LENGTH
+_HEADER: Final = Struct(">BHH")
+_TYPES: Final = {int(type_): bytes((type_,)) for type_ in ContentType}
+_SMALL: Final = 2048
+"""Bytes of content up to which a record is made in one piece."""
 _OUTER_TYPE: Final = int(ContentType.APPLICATION_DATA)
 
 
@@ -52,7 +57,7 @@ class WriteProtection:
         """The protection under the next traffic secret."""
         return WriteProtection(self.traffic.updated(), self.padding)
 
-    def seal(self, type_: int, content: memoryview, limit: int) -> bytearray:
+    def seal(self, type_: int, content: memoryview, limit: int) -> bytes | bytearray:
         """Protect ``content`` in as many records as it needs; an empty content makes one.
 
         Args:
@@ -60,6 +65,8 @@ class WriteProtection:
             content: any length; the caller sees to :attr:`remaining`.
             limit: bytes of content in one record.
         """
+        if len(content) <= _SMALL and len(content) <= limit and self.padding is None:
+            return self._seal_small(type_, content)
         pieces = max(1, -(-len(content) // limit))
         if self.padding is not None:
             return bytearray().join(
@@ -86,6 +93,14 @@ class WriteProtection:
             encrypt(nonce.to_bytes(IV_LENGTH, "big"), inner, head, view[body:position])
             self._sequence += 1
         return out
+
+    def _seal_small(self, type_: int, content: memoryview) -> bytes:
+        """One record; copies of so few bytes cost less than the buffers of :meth:`seal`."""
+        inner = b"".join((content, _TYPES[type_]))
+        head = _HEADER.pack(_OUTER_TYPE, LEGACY_VERSION, len(inner) + TAG_LENGTH)
+        nonce = (self._iv ^ self._sequence).to_bytes(IV_LENGTH, "big")
+        self._sequence += 1
+        return head + self._aead.encrypt(nonce, inner, head)
 
     def _seal_padded(
         self, type_: int, content: memoryview, limit: int, padding: Padding
@@ -146,6 +161,23 @@ class ReadProtection:
             raise RecordOverflow(f"a record with {size} bytes inside, where {self.limit} may be")
         self._sequence += 1
         return size
+
+    def open_one(self, data: memoryview) -> bytes | None:
+        """The content of ``data``, if that is one whole record of application data without padding;
+        otherwise ``None``, as if it had not been seen: that is for :meth:`open` and its caller."""
+        type_, major, length = HEADER.unpack_from(data)
+        size = length - TAG_LENGTH
+        if type_ != _OUTER_TYPE or major != LEGACY_VERSION >> 8 or not 1 < size <= self.limit:
+            return None
+        nonce = (self._iv ^ self._sequence).to_bytes(IV_LENGTH, "big")
+        try:
+            inner = self._aead.decrypt(nonce, data[HEADER_LENGTH:], data[:HEADER_LENGTH])
+        except InvalidTag:
+            return None
+        if inner[-1] != _OUTER_TYPE:
+            return None
+        self._sequence += 1
+        return inner[:-1]
 
     def open_data(self, incoming: RecordBuffer, out: memoryview) -> int:
         """Decrypt the records of application data that come next; returns the bytes of data.

@@ -240,6 +240,24 @@ class ReadingHalf:
         self._early_data_budget = 0
         self._skip_unprotected = False
 
+    def take_whole(self, data: memoryview) -> bytes | None:
+        """The application data of ``data``, if that is one small record of it and nothing else is
+        under way; otherwise ``None``, and nothing has been taken."""
+        if (
+            len(data) != int.from_bytes(data[3:5], "big") + 5
+            or self.protection is None
+            or not self.data_allowed
+            or self._message
+            or self._stashed is not None
+            or self._deferred is not None
+            or self.incoming.pending
+        ):
+            return None
+        content = self.protection.open_one(data)
+        if content is not None:
+            self._empty_records = self._early_data_budget = 0
+        return content
+
     def next_item(self) -> Item | None:
         """The next thing that has arrived whole, or ``None``."""
         while True:

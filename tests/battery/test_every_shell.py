@@ -195,7 +195,7 @@ def test_a_handshake_that_fails(shell: Any) -> None:
         async with time_limit(20), shell.pair(other, SERVER):
             raise AssertionError("a server that is not trusted")
 
-    with pytest.raises(Exception, match="") as caught:
+    with pytest.raises(Exception) as caught:  # a group, on some of them
         shell.run(main)
     kinds = set(map(type, behind(caught.value)))
     assert kinds & {AlertReceived, CertificateRejected}

@@ -1,0 +1,152 @@
+"""``httpx`` over hybridkex, HTTP/1.1 or HTTP/2 by ALPN, on asyncio and on trio::
+
+    async with httpx.AsyncClient(transport=SecureTransport(config)) as client:
+        await client.get("https://server.example/")
+
+A program without an event loop runs one in a thread, with anyio's blocking portal::
+
+    with anyio.from_thread.start_blocking_portal() as portal:
+        with portal.wrap_async_context_manager(client):
+            portal.call(client.get, "https://server.example/")
+
+There is no ``httpx.BaseTransport`` for ``httpx.Client``: every shell of this library waits in an
+event loop, for the QKD keys too.
+"""
+
+# ruff: noqa: ASYNC109  # the timeouts are httpcore's interface
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import anyio
+import anyio.abc
+import httpcore
+import httpx
+from anyio.streams.tls import TLSAttribute
+
+from hybridkex.anyio import SecureByteStream
+from hybridkex.tls.config import ClientConfig, check_config
+
+__all__ = ["SecureBackend", "SecureTransport"]
+
+
+class SecureTransport(httpx.AsyncHTTPTransport):
+    """What goes into ``httpx.AsyncClient(transport=...)``.
+
+    The extension ``network_stream`` of a response answers ``get_extra_info("session")`` with the
+    :class:`~hybridkex.Session`.
+
+    Args:
+        config: what every connection wants; ``alpn=("h2", "http/1.1")`` for HTTP/2.
+        limits: connections at once, as httpx's own transport has them.
+    """
+
+    def __init__(self, config: ClientConfig, *, limits: httpx.Limits | None = None) -> None:
+        check_config(config, ClientConfig)
+        limits = limits or httpx.Limits(
+            max_connections=100, max_keepalive_connections=20, keepalive_expiry=5.0
+        )
+        # httpx has no argument for the backend of httpcore's pool, which is where it belongs.
+        self._pool = httpcore.AsyncConnectionPool(
+            network_backend=SecureBackend(config),
+            http2="h2" in config.alpn,
+            max_connections=limits.max_connections,
+            max_keepalive_connections=limits.max_keepalive_connections,
+            keepalive_expiry=limits.keepalive_expiry,
+        )
+
+
+class SecureBackend(httpcore.AsyncNetworkBackend):
+    """For an ``httpcore.AsyncConnectionPool``: connections whose TLS is hybridkex's.
+
+    Args:
+        config: what every connection wants, ``alpn`` included.
+    """
+
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """TCP; httpcore asks the stream for TLS next."""
+        with _errors(httpcore.ConnectTimeout, httpcore.ConnectError):
+            with anyio.fail_after(timeout):
+                tcp = await anyio.connect_tcp(host, port, local_host=local_address)
+            for option in socket_options or ():
+                tcp.extra(anyio.abc.SocketAttribute.raw_socket).setsockopt(*option)
+        return _Stream(tcp, self._config)
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait before the next try."""
+        await anyio.sleep(seconds)
+
+
+class _Stream(httpcore.AsyncNetworkStream):
+    def __init__(
+        self, stream: anyio.abc.SocketStream | SecureByteStream, config: ClientConfig
+    ) -> None:
+        self._stream = stream
+        self._config = config
+
+    async def start_tls(
+        self,
+        ssl_context: object,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Our TLS: ``ssl_context`` is the standard library's, and has no say here."""
+        with _errors(httpcore.ConnectTimeout, httpcore.ConnectError), anyio.fail_after(timeout):
+            secure = await SecureByteStream.wrap(
+                self._stream,
+                self._config,
+                server_hostname=server_hostname,
+                standard_compatible=False,  # HTTP has an end of its own, and servers hang up
+            )
+        return _Stream(secure, self._config)
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        with _errors(httpcore.ReadTimeout, httpcore.ReadError), anyio.fail_after(timeout):
+            try:
+                return await self._stream.receive(max_bytes)
+            except anyio.EndOfStream:
+                return b""
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        if not buffer:
+            return
+        with _errors(httpcore.WriteTimeout, httpcore.WriteError), anyio.fail_after(timeout):
+            await self._stream.send(buffer)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def get_extra_info(self, info: str) -> Any:
+        """``ssl_object`` is how httpcore learns what ALPN chose; ``session`` is ours."""
+        secure = self._stream
+        if isinstance(secure, SecureByteStream):
+            if info == "session":
+                return secure.session
+            if info == "ssl_object":
+                return secure.extra(TLSAttribute.ssl_object)
+        if info == "is_readable":
+            raw = secure.extra(anyio.abc.SocketAttribute.raw_socket, None)
+            return raw is None or raw.fileno() < 0
+        return None
+
+
+@contextmanager
+def _errors(late: type[Exception], broken: type[Exception]) -> Iterator[None]:
+    """Errors in the names that httpx knows."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise late("no answer in time") from error
+    except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+        raise broken(str(error.__cause__ or error)) from error

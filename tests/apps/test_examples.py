@@ -68,6 +68,25 @@ async def test_httpx_and_asgi(nursery: trio.Nursery, alpn: tuple[str, ...], vers
     nursery.cancel_scope.cancel()
 
 
+async def test_a_websocket_is_refused_without_a_line_of_log(
+    nursery: trio.Nursery, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Any client may ask for one."""
+    port = await nursery.start(serve_asgi, hello, 0, server())
+    capfd.readouterr()
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+        "Sec-WebSocket-Version": "13",
+    }
+    async with httpx.AsyncClient(transport=secure_transport(client(("http/1.1",)))) as http:
+        answer = await http.get(f"https://localhost:{port}/", headers=upgrade)
+    assert answer.status_code == 403
+    nursery.cancel_scope.cancel()
+    assert capfd.readouterr() == ("", "")
+
+
 async def test_many_requests_at_once(nursery: trio.Nursery) -> None:
     port = await nursery.start(serve_asgi, hello, 0, server())
     done = []

@@ -247,7 +247,11 @@ class Hub:
         member = self._members[hello.nickname] = _Member(seat)
         member.away_since = trio.current_time()
         before = self._head
-        await self._apply(member, Change("enter", seat))
+        try:
+            await self._apply(member, Change("enter", seat))
+        except trio.BrokenResourceError:
+            del self._members[hello.nickname]
+            raise
         return member, Welcome(0, before, seat.room, False)
 
     async def _free_a_seat(self, newcomer: str) -> bool:
@@ -289,7 +293,7 @@ class Hub:
             # must not find it half-way.
             await job.done.wait()
         if not job.written:
-            raise trio.BrokenResourceError("the log has ended")
+            raise trio.BrokenResourceError("the store did not take it")
 
     def _answer(self, member: _Member, what: str) -> str:
         others = self._members.values()
@@ -310,11 +314,24 @@ class Hub:
 
     async def _write(self) -> None:
         jobs: list[_Job] = []
+        failing = False
         try:
             async for job in self._work:
                 jobs = [job, *self._waiting(255)]
                 changes = [one.change for one in jobs]
-                made = await trio.to_thread.run_sync(self._store.apply, changes)
+                try:
+                    made = await trio.to_thread.run_sync(self._store.apply, changes)
+                except ChatError as error:
+                    # Nothing of it is acknowledged: clients come back, and send it again.
+                    if not failing:  # once, not for every action until it works again
+                        _log.error("%s", error)
+                    failing = True
+                    for one in jobs:
+                        one.done.set()
+                    continue
+                if failing:
+                    _log.warning("the store can be written again")
+                failing = False
                 for one, entries in zip(jobs, made, strict=True):
                     self._publish(one.member, one.change, entries)
                     one.written = True

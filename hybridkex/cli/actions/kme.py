@@ -148,7 +148,7 @@ def export_pool(options: ExportPoolOptions) -> int:
         raise ConfigError("--number must be positive")
     if master and options.ids.exists():
         raise ConfigError(
-            f"{options.ids} exists already; name another file, or collect its keys with "
+            f"{options.ids} is there already; name another file, or collect its keys with "
             "--role slave"
         )
 

@@ -12,10 +12,10 @@ __all__ = ["run"]
 
 def run(options: DoctorOptions) -> int:
     """Examine and report."""
-    access = kme_access(options.access) if options.access.kme is not None else None
     peer = options.peer_sae
-    if access is not None and peer is None:
+    if options.access.kme is not None and peer is None:
         raise ConfigError("--kme goes with --peer-sae")
+    access = kme_access(options.access) if options.access.kme is not None else None
 
     async def main() -> list[Finding]:
         findings = await examine()

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import dataclasses
 import importlib
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 from forked import Forkserver
 
 from hybridkex.cli.commands import COMMANDS, command_parser
+from hybridkex.kme.config import KmeConfig, load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "examples" / "README.md"])
@@ -127,3 +129,47 @@ def test_getting_started_to_the_letter(hybridkex: Forkserver, tmp_path: Path) ->
             timeout=60,
         )
         assert ran.stdout.startswith(b"b'hello'\nTLS 1.3")
+
+
+def block_of(page: str, kind: str) -> str:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return str(next(block for language, block in FENCED.findall(text) if language == kind))
+
+
+def test_the_configuration_of_a_kme_shows_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "kme.toml").write_text(block_of("kme.md", "toml"), encoding="utf-8")
+    (shown,) = load_config(tmp_path / "kme.toml").kme
+    for field in dataclasses.fields(KmeConfig):
+        if field.default is not dataclasses.MISSING and field.name != "peer":
+            assert getattr(shown, field.name) == field.default, field.name
+        elif field.name in ("limits", "http"):
+            assert callable(field.default_factory)
+            assert getattr(shown, field.name) == field.default_factory(), field.name
+
+
+def test_the_settings_of_a_tunnel_have_the_defaults_that_the_page_tells() -> None:
+    page = (ROOT / "docs" / "tunnel.md").read_text(encoding="utf-8")
+    table = page.partition("| setting | default | |\n")[2].partition("\n\n")[0]
+    told = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", table, re.MULTILINE))
+    assert len(told) > 5
+    parser = argparse.ArgumentParser()
+    for action in command_parser("tunnel")._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            parser = action.choices["listen"]
+    for name in ("max_connections", "handshake_timeout", "connect_timeout", "socket_mode"):
+        assert float(told[name]) == float(parser.get_default(name)), name
+    assert told["idle_timeout"] == "none"
+    assert parser.get_default("idle_timeout") is None
+
+
+def test_the_extras_of_the_page_are_those_of_the_package() -> None:
+    page = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^\| `(\w+)` \| ", page, re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    assert shown <= extras.keys()
+    (whole,) = extras["all"]
+    parts = set(re.findall(r"\w+", whole.partition("[")[2]))
+    row = re.search(r"^\| `all` \| (.*?):", page, re.MULTILINE)
+    assert row is not None
+    assert parts == set(re.findall(r"`(\w+)`", row[1]))

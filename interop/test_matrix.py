@@ -64,6 +64,23 @@ def test_peer(peer: Peer, role: Role, results: list[Result]) -> None:
     assert sum(one.outcome is Outcome.PASSED for one in mine) > 10
 
 
+SOME = [peer for peer in PEERS if peer.name in {"pyOpenSSL", "rustls", "openssl", "Go"}]
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("peer", SOME, ids=lambda peer: peer.name)
+def test_the_asyncio_shell(
+    peer: Peer, role: Role, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The same cases, our end on asyncio."""
+    wanted = [replace(cell, shell="asyncio") for cell in todo((peer,)) if cell.ours == role]
+    found = trio.run(run_all, wanted, Materials(tmp_path_factory.mktemp("matrix")))[1]
+    if any(one.outcome is Outcome.MISSING for one in found):
+        pytest.skip(f"{peer.name}: {found[0].reason}")
+    assert [f"{one.cell}: {one.reason}" for one in found if one.outcome is Outcome.FAILED] == []
+    assert sum(one.outcome is Outcome.PASSED for one in found) > 10
+
+
 @pytest.fixture(scope="module")
 def wasm() -> Iterator[liboqs.Liboqs]:
     try:

@@ -29,6 +29,7 @@ from hybridkex import (
 )
 from hybridkex.constants import HELLO_RETRY_RANDOM
 from hybridkex.crypto.kex import CLASSICAL_GROUPS, HYBRID_GROUPS
+from interop.matrix.on_asyncio import AsyncioStream
 from interop.matrix.task import Material, Report, Task, digest, text
 
 __all__ = ["Conversation", "connect", "http_client", "http_server", "serve", "stream"]
@@ -73,7 +74,8 @@ class _Tap(trio.abc.HalfCloseableStream):
         await self._transport.aclose()
 
 
-Ours = SecureStream[_Tap]
+Ours = SecureStream[_Tap] | AsyncioStream
+_SHELLS: Final = {"trio": SecureStream, "asyncio": AsyncioStream}
 
 
 @dataclass
@@ -138,14 +140,16 @@ def _psks(task: Task) -> tuple[ExternalPsk, ...]:
     )
 
 
-async def connect(task: Task, port: int, converse: Conversation) -> list[Report]:
+async def connect(
+    task: Task, port: int, converse: Conversation, *, shell: str = "trio"
+) -> list[Report]:
     """Be the client of ``task.connections`` connections in turn."""
     log = _Log()
     config = _client_config(task, log)
     reports = []
     for _ in range(task.connections):
         tcp = _Tap(await trio.open_tcp_stream("127.0.0.1", port))
-        stream = SecureStream(
+        stream = _SHELLS[shell](
             tcp,
             config,
             server_hostname=task.server_name,
@@ -159,6 +163,7 @@ async def serve(
     task: Task,
     converse: Conversation,
     *,
+    shell: str = "trio",
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> list[Report]:
     """Be the server of ``task.connections`` connections in turn; says its port when it starts."""
@@ -169,7 +174,7 @@ async def serve(
         task_status.started(listener.socket.getsockname()[1])
         reports = []
         for _ in range(task.connections):
-            stream = SecureStream(
+            stream = _SHELLS[shell](
                 _Tap(await listener.accept()), config, handshake_timeout=_HANDSHAKE_TIMEOUT
             )
             reports.append(await _run(stream, task, log, converse))
@@ -179,9 +184,17 @@ async def serve(
 async def _run(stream: Ours, task: Task, log: _Log, converse: Conversation) -> Report:
     log.lines.clear()
     try:
-        await stream.do_handshake()
-        received = await converse(stream, task)
-        return _report(stream, task, log, received)
+        async with trio.open_nursery() as nursery:
+            if isinstance(stream, AsyncioStream):
+                nursery.start_soon(stream.carry)
+            await stream.do_handshake()
+            received = await converse(stream, task)
+            report = _report(stream, task, log, received)
+            if isinstance(stream, AsyncioStream):
+                # What was written last is on its way through the socket pair.
+                await trio.sleep(0.05)
+            nursery.cancel_scope.cancel()
+        return report
     finally:
         with trio.move_on_after(5):
             await trio.aclose_forcefully(stream)

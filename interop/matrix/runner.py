@@ -49,9 +49,11 @@ class Cell:
     peer: Peer
     case: Case
     ours: Role
+    shell: str = "trio"
 
     def __str__(self) -> str:
-        return f"{self.peer.name}, hybridkex as {self.ours}: {self.case.area}, {self.case.name}"
+        us = "hybridkex" if self.shell == "trio" else f"hybridkex on {self.shell}"
+        return f"{self.peer.name}, {us} as {self.ours}: {self.case.area}, {self.case.name}"
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ async def _try(cell: Cell, running: Running, materials: Materials) -> list[str]:
 
     async def server(*, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:
         if cell.ours == "server":
-            here.extend(await ours.serve(our_task, converse, task_status=task_status))
+            serving = ours.serve(our_task, converse, shell=cell.shell, task_status=task_status)
+            here.extend(await serving)
         else:
             there.extend(await running.serve(peer_task, task_status=task_status))
 
@@ -131,7 +134,7 @@ async def _try(cell: Cell, running: Running, materials: Materials) -> list[str]:
         port: int = await nursery.start(_collecting, errors, server)
         try:
             if cell.ours == "client":
-                here.extend(await ours.connect(our_task, port, converse))
+                here.extend(await ours.connect(our_task, port, converse, shell=cell.shell))
             else:
                 there.extend(await running.connect(replace(peer_task, port=port)))
         except Exception as error:

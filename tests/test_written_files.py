@@ -13,7 +13,6 @@ import pytest
 from examples.chat.store import Change, Seat, Store
 from hybridkex.auth import KnownPeers, RawIdentity
 from hybridkex.cli import main
-from hybridkex.cli.sessions import FileTicketStore
 from hybridkex.files import (
     PUBLIC,
     create_file,
@@ -23,6 +22,7 @@ from hybridkex.files import (
     write_file,
 )
 from hybridkex.qkd.store import write_key_file
+from hybridkex.shell.ticket_file import FileTicketStore
 
 ROOT = Path(__file__).parents[1]
 
@@ -136,7 +136,9 @@ def test_a_key_log_and_a_ticket_store(umask: int, tmp_path: Path) -> None:
     command += ["--keylog", str(log), "--resume", str(sessions)]
     subprocess.run(command, capture_output=True, timeout=60, check=False, stdin=subprocess.DEVNULL)
     assert mode(log) == 0o600
-    FileTicketStore(sessions)._save()
+    store = FileTicketStore(sessions)
+    store.take("nobody")
+    store.flush()
     assert mode(sessions) == 0o600
 
 

@@ -35,7 +35,7 @@ from hybridkex.shell.ssl_facade import SslObject, cipher_of, peercert_of
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 from hybridkex.tls.connection import ClientConnection, ServerConnection
-from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed
+from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.session import Session
 
 __all__ = [
@@ -126,6 +126,7 @@ class SecureTransport(asyncio.Transport):
                 raise ConfigError("server_hostname goes with a ClientConfig")
             self._connection = ServerConnection(config)
         self._answers = Answers(config, self._connection)
+        self._keeping: set[asyncio.Task[None]] = set()
         self._handshake_timeout = handshake_timeout
         self._shutdown_timeout = shutdown_timeout
         self._announce = call_connection_made
@@ -231,20 +232,14 @@ class SecureTransport(asyncio.Transport):
         # A transport that is upgraded may be full already, and tells only of changes.
         self._writing_paused = raw.get_write_buffer_size() > raw.get_write_buffer_limits()[1]
         self._timer = self._loop.call_later(self._handshake_timeout, self._handshake_late)
-        if self._answers.refreshes:
-            self._wait_for(self._refresh_and_begin())
+        if self._answers.waits_to_begin:
+            self._wait_for(self._answers.begin())
         else:
             self._begin()
 
     def _begin(self) -> None:
-        if isinstance(self._connection, ClientConnection):
-            self._connection.start()
+        self._answers.begin_at_once()
         self._advance_handshake()
-
-    async def _refresh_and_begin(self) -> None:
-        await self._answers.refresh()
-        if isinstance(self._connection, ClientConnection):
-            self._connection.start()
 
     def _advance_handshake(self) -> None:
         """What the handshake makes of the bytes that have come."""
@@ -298,6 +293,8 @@ class SecureTransport(asyncio.Transport):
         self._session = self._connection.session
         self._state = _State.OPEN
         self._stop_timer()
+        if self._answers.keeps_tickets:
+            self._keep_tickets()
         self._announced = True
         try:
             if self._announce:
@@ -373,10 +370,24 @@ class SecureTransport(asyncio.Transport):
                     self._held.append(event.data)
                 else:
                     self._deliver(event.data)
+            elif type(event) is TicketReceived and self._answers.keeps_tickets:
+                self._keep_tickets()
         if connection.close_received:
             self._deliver_end()
         if connection.has_data_to_send:
             self._send_output()  # a KeyUpdate that answers the peer
+
+    def _keep_tickets(self) -> None:
+        """Bring the ticket store to disk, beside the traffic."""
+        task = self._loop.create_task(self._answers.keep_tickets())
+        self._keeping.add(task)
+        task.add_done_callback(self._kept)
+
+    def _kept(self, task: "asyncio.Task[None]") -> None:
+        self._keeping.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._report("the session tickets could not be stored", error)
 
     def _deliver(self, data: bytes) -> None:
         protocol: Any = self._protocol

@@ -16,7 +16,7 @@ from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
 from hybridkex.tls.events import PskWanted, SessionProposed
 from hybridkex.tls.policy import Requirement
-from hybridkex.tls.session import Session
+from hybridkex.tls.session import FlushableTicketStore, Session
 
 __all__ = ["Answers"]
 
@@ -40,16 +40,42 @@ class Answers:
             config.verifier if isinstance(config, ClientConfig) else config.client_verifier
         )
         self._refreshable = verifier if isinstance(verifier, Refreshable) else None
+        store = config.ticket_store if isinstance(config, ClientConfig) else None
+        self._store = store if isinstance(store, FlushableTicketStore) else None
 
     @property
-    def refreshes(self) -> bool:
-        """Whether :meth:`refresh` has anything to do."""
-        return self._refreshable is not None
+    def keeps_tickets(self) -> bool:
+        """Whether :meth:`keep_tickets` has anything to do."""
+        return self._store is not None
 
-    async def refresh(self) -> None:
-        """Bring the verifier up to date, before the handshake; it may read files."""
+    async def keep_tickets(self) -> None:
+        """Bring the ticket store to disk, after the handshake and after ``TicketReceived``.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        if self._store is not None:
+            await in_thread(self._store.flush)
+
+    @property
+    def waits_to_begin(self) -> bool:
+        """Whether the beginning reads or writes files, so that :meth:`begin` may wait."""
+        return self._refreshable is not None or self._store is not None
+
+    async def begin(self) -> None:
+        """Bring the verifier up to date and start the handshake.
+
+        A ticket that the ClientHello offers has left the disk when this returns.
+        """
         if self._refreshable is not None:
             await in_thread(self._refreshable.refresh)
+        self.begin_at_once()
+        await self.keep_tickets()
+
+    def begin_at_once(self) -> None:
+        """Start the handshake where :attr:`waits_to_begin` is false."""
+        if isinstance(self._connection, ClientConnection):
+            self._connection.start()
 
     def waits(self, event: PskWanted | SessionProposed) -> bool:
         """Whether the answer needs a key source or a file, so that :meth:`give` may wait."""

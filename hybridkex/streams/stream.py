@@ -37,7 +37,7 @@ from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 from hybridkex.tls.connection import ClientConnection, ServerConnection
-from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed
+from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.session import Session
 
 __all__ = ["DEFAULT_HANDSHAKE_TIMEOUT", "SecureStream"]
@@ -169,14 +169,13 @@ class SecureStream(HalfCloseableStream, Generic[T]):
 
     async def _run_handshake(self) -> None:
         connection = self._connection
-        await self._answers.refresh()
         try:
-            if isinstance(connection, ClientConnection):
-                connection.start()
+            await self._answers.begin()
             while True:
                 await self._advance()
                 await self._flush()
                 if connection.handshake_complete:
+                    await self._answers.keep_tickets()
                     self._session = connection.session
                     return
                 connection.receive_data(await self._read_transport())
@@ -241,6 +240,8 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         while True:
             try:
                 event = connection.next_event()
+                if isinstance(event, TicketReceived):
+                    await self._answers.keep_tickets()
             except HybridkexError as error:
                 await self._fail(error)
             if isinstance(event, ApplicationData) or connection.close_received:

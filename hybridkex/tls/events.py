@@ -63,7 +63,8 @@ class ApplicationData:
 
 @dataclass(frozen=True)
 class TicketReceived:
-    """The server gave a ticket; it is in the ticket store already."""
+    """The server gave a ticket; it is in the ticket store already, which the shell may have to
+    bring to disk."""
 
     ticket: SessionTicket
 

@@ -19,6 +19,7 @@ from hybridkex.wire.extensions import Extension
 __all__ = [
     "MAX_TICKET_LIFETIME",
     "AuthenticatedBy",
+    "FlushableTicketStore",
     "MemoryTicketStore",
     "Session",
     "SessionTicket",
@@ -187,7 +188,11 @@ class SessionTicket:
 
 @runtime_checkable
 class TicketStore(Protocol):
-    """Where a client keeps its tickets. Each ticket is used once (RFC 9846 appendix C.4)."""
+    """Where a client keeps its tickets. Each ticket is used once (RFC 9846 appendix C.4).
+
+    The engine calls :meth:`put` and :meth:`take`, so they work in memory. A store that keeps a file
+    is a :class:`FlushableTicketStore` too.
+    """
 
     def put(self, server: str, ticket: SessionTicket) -> None:
         """Keep a ticket for this server."""
@@ -198,6 +203,20 @@ class TicketStore(Protocol):
 
         Args:
             binding: only tickets with this binding; others stay. ``None`` takes any.
+        """
+        ...
+
+
+@runtime_checkable
+class FlushableTicketStore(Protocol):
+    """A ticket store that the shell brings to disk: the engine does no I/O."""
+
+    def flush(self) -> None:
+        """Write what has changed. Called in a worker thread: before a ClientHello is sent, after
+        the handshake, and after a ticket has come.
+
+        Raises:
+            ConfigError: it cannot be written.
         """
         ...
 

@@ -29,6 +29,8 @@ MAX_TICKET: Final = 1 << 15
 """Bytes of the longest ticket that a server issues: half of what the extensions of a ClientHello
 hold together, so that the client's key shares and names have room beside it."""
 
+Entropy = Callable[[int], bytes]
+
 _NONCE_LENGTH: Final = 12
 _NAME_LENGTH: Final = 8
 _SEAL_OVERHEAD: Final = _NAME_LENGTH + _NONCE_LENGTH + 16
@@ -110,19 +112,20 @@ class TicketState:
 class _SealingKey:
     """One AES-256-GCM key with a public name, by which the server finds it again."""
 
-    __slots__ = ("_aead", "made_at", "name")
+    __slots__ = ("_aead", "_entropy", "made_at", "name")
 
-    def __init__(self, key: bytes, name: bytes, made_at: float) -> None:
+    def __init__(self, key: bytes, name: bytes, made_at: float, entropy: Entropy) -> None:
         self._aead = AESGCM(key)
+        self._entropy = entropy
         self.name = name
         self.made_at = made_at
 
     @classmethod
-    def generate(cls, made_at: float) -> "_SealingKey":
-        return cls(AESGCM.generate_key(256), os.urandom(_NAME_LENGTH), made_at)
+    def generate(cls, made_at: float, entropy: Entropy) -> "_SealingKey":
+        return cls(entropy(32), entropy(_NAME_LENGTH), made_at, entropy)
 
     def seal(self, plaintext: bytes) -> bytes:
-        nonce = os.urandom(_NONCE_LENGTH)
+        nonce = self._entropy(_NONCE_LENGTH)
         return self.name + nonce + self._aead.encrypt(nonce, plaintext, self.name)
 
     def open(self, sealed: bytes) -> bytes | None:
@@ -156,6 +159,7 @@ class TicketIssuer:
         lifetime: seconds for which a ticket is good, at most seven days.
         rotation: seconds after which a new key seals; the one before still opens for a lifetime.
         clock: seconds since the epoch.
+        entropy: gives that many random bytes, for keys and nonces.
         first_key: a key of 32 bytes and its public name of 8 bytes to begin with, for servers that
             shall open each other's tickets; a random one by default.
 
@@ -166,6 +170,7 @@ class TicketIssuer:
     lifetime: int = 12 * 3600
     rotation: int = 4 * 3600
     clock: Callable[[], float] = field(default=time.time, repr=False)
+    entropy: Entropy = field(default=os.urandom, repr=False)
     first_key: tuple[Secret, bytes] | None = field(default=None, repr=False)
     _keys: list[_SealingKey] = field(default_factory=list, init=False, repr=False)
 
@@ -176,6 +181,7 @@ class TicketIssuer:
                 "lifetime": (INTEGER, "lifetime=3600"),
                 "rotation": (INTEGER, "rotation=3600"),
                 "clock": (CALLABLE, "clock=time.time"),
+                "entropy": (CALLABLE, "entropy=os.urandom"),
                 "first_key": (or_none(_NAMED_KEY), "first_key=(Secret(key), name)"),
             },
         )
@@ -187,7 +193,7 @@ class TicketIssuer:
             key, name = self.first_key
             if len(key) != 32 or len(name) != _NAME_LENGTH:
                 raise ConfigError(f"a ticket key has 32 bytes, and its name {_NAME_LENGTH}")
-            self._keys.append(_SealingKey(key.reveal(), name, self.clock()))
+            self._keys.append(_SealingKey(key.reveal(), name, self.clock(), self.entropy))
 
     def seal(self, state: TicketState) -> bytes | None:
         """The ticket for this state; ``None`` where it would be longer than :data:`MAX_TICKET`.
@@ -216,7 +222,7 @@ class TicketIssuer:
         now = self.clock()
         self._forget()
         if not self._keys or now - self._keys[0].made_at >= self.rotation:
-            self._keys.insert(0, _SealingKey.generate(now))
+            self._keys.insert(0, _SealingKey.generate(now, self.entropy))
         return self._keys[0]
 
     def _forget(self) -> None:
@@ -269,6 +275,8 @@ class CookieProtector:
     Args:
         key: 32 bytes that servers behind one address may share; by default this one's own.
         lifetime: seconds for which a cookie is good.
+        clock: seconds since the epoch.
+        entropy: gives that many random bytes, for the key and nonces.
     """
 
     def __init__(
@@ -277,11 +285,12 @@ class CookieProtector:
         *,
         lifetime: float = 30,
         clock: Callable[[], float] = time.time,
+        entropy: Entropy = os.urandom,
     ) -> None:
         if key is not None and len(key) != 32:
             raise ConfigError(f"a cookie key has 32 bytes, not {len(key)}")
-        raw = key.reveal() if key is not None else AESGCM.generate_key(256)
-        self._key = _SealingKey(raw, b"cookie 1", 0)
+        raw = key.reveal() if key is not None else entropy(32)
+        self._key = _SealingKey(raw, b"cookie 1", 0, entropy)
         self._lifetime = lifetime
         self._clock = clock
 

@@ -33,7 +33,6 @@ from hybridkex.auth import (
 )
 from hybridkex.auth.certificates import read_chain
 from hybridkex.cli.actions.tunnel import load_file
-from hybridkex.cli.sessions import FileTicketStore
 from hybridkex.combiner import ExchangeConfig, PskAuthentication, exchange
 from hybridkex.constants import ContentType
 from hybridkex.crypto.kex import SECP256R1, X25519
@@ -77,6 +76,7 @@ from hybridkex.qkd.etsi014.models import KeyContainer, KeyIds, KeyRequest, Model
 from hybridkex.qkd.psk import identity_of, name_of
 from hybridkex.qkd.store import read_key_file
 from hybridkex.secret import Secret
+from hybridkex.shell.ticket_file import FileTicketStore
 from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
 from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
 from hybridkex.tls.events import SessionProposed

@@ -8,9 +8,9 @@ from hybridkex.cli.channel import client_config
 from hybridkex.cli.connect import ConnectOptions
 from hybridkex.cli.pipe import handshake_failed, pipe, report
 from hybridkex.cli.running import run_trio
-from hybridkex.cli.sessions import FileTicketStore
 from hybridkex.cli.tcp import NO_TCP, cannot_connect, checked_port
 from hybridkex.net.address import TcpAddress
+from hybridkex.shell.ticket_file import FileTicketStore
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig
 

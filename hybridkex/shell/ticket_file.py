@@ -1,9 +1,11 @@
-"""A ticket store in a file, for ``connect --resume``."""
+"""A ticket store that outlives the process, in a file."""
 
 import base64
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from hybridkex.crypto.suites import ALL_SUITES
@@ -21,37 +23,45 @@ _KEPT = 4
 class FileTicketStore:
     """Tickets per server, as JSON in a file that only its owner reads.
 
-    Each change replaces the file, and a ticket leaves it before it is used: it is not used twice,
-    whenever the process ends.
+    The engine works on the copy in memory; :meth:`flush`, which the shells call in a worker thread,
+    writes the file. A ticket has left the file before the ClientHello with it is sent: it is not
+    used twice, whenever the process ends.
+
+    Args:
+        path: the file, which is read now; it need not exist.
+        clock: seconds since the epoch.
+
+    Raises:
+        ConfigError: the file cannot be read or is no ticket store.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, clock: Callable[[], float] = time.time) -> None:
         self._path = Path(path)
+        self._clock = clock
+        self._flushing = Lock()
+        self._changed = False
         self._tickets = self._load()
 
     def put(self, server: str, ticket: SessionTicket) -> None:
         """Keep a ticket; the oldest make room."""
-        kept = self._tickets.setdefault(server, [])
-        kept.append(_to_json(ticket))
-        del kept[:-_KEPT]
-        self._save()
+        kept = [*self._tickets.get(server, []), _to_json(ticket)][-_KEPT:]
+        self._change(server, kept)
 
     def take(self, server: str, binding: bytes | None = None) -> SessionTicket | None:
-        """The newest usable ticket with this binding, which leaves the file."""
+        """The newest usable ticket with this binding, which leaves the store."""
         kept, fitting = [], []
         for fields in self._tickets.get(server, []):
             try:
                 ticket = _from_json(fields)
             except (KeyError, ValueError, TypeError):
                 continue  # Written by another version, or by hand.
-            if ticket.usable(time.time()):
+            if ticket.usable(self._clock()):
                 kept.append(fields)
                 if binding in (None, ticket.binding):
                     fitting.append((fields, ticket))
         if fitting:
             kept.remove(fitting[-1][0])
-        self._tickets[server] = kept
-        self._save()
+        self._change(server, kept)
         return fitting[-1][1] if fitting else None
 
     def _load(self) -> dict[str, list[Any]]:
@@ -69,10 +79,28 @@ class FileTicketStore:
             raise ConfigError(f"{self._path} is no ticket store")
         return tickets
 
-    def _save(self) -> None:
+    def flush(self) -> None:
+        """Write the file, if anything has changed.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        with self._flushing:  # two threads must not write in the wrong order
+            self._write()
+
+    def _change(self, server: str, kept: list[Any]) -> None:
+        """A new table, since a thread may be writing the present one."""
+        self._tickets = {**self._tickets, server: kept}
+        self._changed = True
+
+    def _write(self) -> None:
+        if not self._changed:
+            return
+        self._changed = False
         try:
             write_file(self._path, json.dumps(self._tickets).encode("ascii"))
         except OSError as error:
+            self._changed = True
             raise ConfigError(f"cannot write {self._path}: {error.strerror}") from None
 
 

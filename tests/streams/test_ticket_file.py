@@ -1,0 +1,88 @@
+"""The engine does no I/O: the shell brings a ticket store to disk, in time."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from hybridkex import ClientConfig, DevCa, SecureStream, ServerConfig, TrustStore
+from hybridkex.shell.ticket_file import FileTicketStore
+from hybridkex.tls.connection import ClientConnection
+
+
+def configs(path: Path) -> tuple[ClientConfig, ServerConfig]:
+    ca = DevCa.create()
+    trust = TrustStore((ca.certificate,))
+    return (
+        ClientConfig(verifier=trust, ticket_store=FileTicketStore(path)),
+        ServerConfig(identities=(ca.issue("localhost"),)),
+    )
+
+
+def tickets_in(path: Path) -> int:
+    if not path.exists():
+        return 0
+    return sum(map(len, json.loads(path.read_text()).values()))
+
+
+async def connect(client: ClientConfig, server: ServerConfig, sent: list[int], path: Path) -> bool:
+    """One connection; ``sent`` gets the tickets in the file whenever the client sends."""
+    near, far = trio.testing.memory_stream_pair()
+    send = near.send_stream.send_all
+
+    async def sending(data: Any) -> None:
+        sent.append(tickets_in(path))
+        await send(data)
+
+    near.send_stream.send_all = sending  # type: ignore[method-assign]
+    ours = SecureStream(near, client, server_hostname="localhost")
+    theirs = SecureStream(far, server)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(theirs.send_all, b"with tickets")
+        assert await ours.receive_some() == b"with tickets"
+    return ours.session.resumed
+
+
+async def test_a_ticket_leaves_the_file_before_it_is_sent(tmp_path: Path) -> None:
+    path = tmp_path / "tickets"
+    client, server = configs(path)
+    assert not await connect(client, server, [], path)
+    assert tickets_in(path) == 2
+    # Another process, as it were.
+    again = replace(client, ticket_store=FileTicketStore(path))
+    sent: list[int] = []
+    assert await connect(again, server, sent, path)
+    assert sent[0] == 1
+    assert tickets_in(path) == 3
+
+
+def test_the_engine_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, _ = configs(tmp_path / "tickets")
+
+    def forbidden(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the engine does no I/O")
+
+    for name in ("open", "replace", "write", "fsync"):
+        monkeypatch.setattr(os, name, forbidden)
+    monkeypatch.setattr("builtins.open", forbidden)
+    engine = ClientConnection(client, "localhost")
+    engine.start()
+    assert engine.has_data_to_send
+
+
+async def test_a_full_disk_is_reported_before_anything_is_sent(tmp_path: Path) -> None:
+    path = tmp_path / "missing" / "tickets"
+    client, _ = configs(path)
+    assert client.ticket_store is not None
+    client.ticket_store.take("localhost")
+    near, far = trio.testing.memory_stream_pair()
+    ours = SecureStream(near, client, server_hostname="localhost")
+    with pytest.raises(trio.BrokenResourceError, match="cannot write"):
+        await ours.do_handshake()
+    await near.send_stream.aclose()
+    assert await far.receive_some() == b""

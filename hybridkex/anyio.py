@@ -33,7 +33,7 @@ from hybridkex.shell.ssl_facade import SslObject, cipher_of, peercert_of
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 from hybridkex.tls.connection import ClientConnection, ServerConnection
-from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed
+from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.session import Session
 
 __all__ = [
@@ -156,10 +156,8 @@ class SecureByteStream(ByteStream):
 
     async def _handshake(self) -> None:
         connection = self._connection
-        await self._answers.refresh()
         try:
-            if isinstance(connection, ClientConnection):
-                connection.start()
+            await self._answers.begin()
             while True:
                 while not connection.handshake_complete:
                     event = connection.next_event()
@@ -170,6 +168,7 @@ class SecureByteStream(ByteStream):
                 if connection.has_data_to_send:
                     await self.transport_stream.send(bytes(connection.data_to_send()))
                 if connection.handshake_complete:
+                    await self._answers.keep_tickets()
                     return
                 connection.receive_data(await self._read())
         except HybridkexError as error:
@@ -209,6 +208,8 @@ class SecureByteStream(ByteStream):
                 event = connection.next_event()
                 if isinstance(event, ApplicationData):
                     return event.data
+                if isinstance(event, TicketReceived):
+                    await self._answers.keep_tickets()
                 if connection.close_received:
                     raise anyio.EndOfStream
                 if event is None:

@@ -330,7 +330,7 @@ def test_a_missing_package_is_named_with_how_to_get_it(
     assert done.returncode == 1
     line = one_line(done.stderr)
     assert missing in line
-    assert re.search(r"pip install 'hybridkex\[\w+\]'$", line)
+    assert re.search(r"pip install 'hybridkex\[[\w,]+\]'$", line)
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------

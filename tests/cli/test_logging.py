@@ -49,7 +49,9 @@ def logged_by(module: Path) -> Iterator[tuple[str, str]]:
     own = ".".join(module.relative_to(ROOT).with_suffix("").parts)
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            made = re.fullmatch(r"get_logger\((?:__name__|'(.*)')\)", ast.unparse(node.value))
+            made = re.fullmatch(
+                r"(?:BoundedLog\()?get_logger\((?:__name__|'(.*)')\)+", ast.unparse(node.value)
+            )
             if made is not None:
                 target = node.targets[0] if isinstance(node, ast.Assign) else node.target
                 loggers[ast.unparse(target)] = made[1] or own

@@ -5,6 +5,7 @@
 
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -92,6 +93,12 @@ def documented_by_a_base(thing: type, member: str) -> bool:
     """Whether a documented base class has the method."""
     method = member.rpartition(".")[2]
     return any(getattr(vars(base).get(method), "__doc__", None) for base in thing.__mro__[1:])
+
+
+def test_the_reference_lists_every_name() -> None:
+    page = (Path(__file__).parents[1] / "docs/reference/api.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^::: hybridkex\.(\w+)$", page, re.MULTILINE)
+    assert sorted(listed) == sorted(importlib.import_module("hybridkex").__all__)
 
 
 if __name__ == "__main__":

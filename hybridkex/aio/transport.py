@@ -218,8 +218,10 @@ class SecureTransport(asyncio.Transport):
         return self._protocol
 
     def is_closing(self) -> bool:
-        """Whether the transport is closed or being closed."""
-        return self._state in (_State.CLOSING, _State.CLOSED)
+        """Whether the transport, or the one below, is closed or being closed."""
+        return self._state in (_State.CLOSING, _State.CLOSED) or (
+            self._raw is not None and self._raw.is_closing()
+        )
 
     # --- the handshake ------------------------------------------------------------------------
 

@@ -363,11 +363,16 @@ class ReadingHalf:
                 filled = end + more
                 record = self.incoming.take()
         except PeerError as error:
+            # The error's traceback holds pieces of the buffer. A BytesIO that the garbage collector
+            # meets while a piece of it is held crashes Python 3.12 and disturbs 3.13.
+            error.__context__ = None
+            error.__traceback__ = None
+            data = bytes(view[:filled])
+            view.release()
             if not filled:
                 raise
             self._deferred = error
-            # The error's traceback holds on to pieces of the buffer, which cannot shrink then.
-            return DataItem(bytes(view[:filled]))
+            return DataItem(data)
         if not filled:
             return None
         view.release()

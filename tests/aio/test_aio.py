@@ -264,6 +264,7 @@ def test_truncation_is_an_error(
         writer.write(b"half of it")
         await writer.drain()
         writer.transport._raw.close()  # type: ignore[attr-defined]
+        assert writer.is_closing()
 
     async def main() -> None:
         async with serving(server_config, cut) as port:

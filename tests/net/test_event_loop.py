@@ -143,7 +143,7 @@ def test_a_lock_is_fair_and_survives_cancellation(run: Any) -> None:
 
     def holder(number: int, pause: float) -> Callable[[], Awaitable[None]]:
         async def hold() -> None:
-            await sleep(number / 100)
+            await sleep(number / 20)
             async with lock:
                 order.append(number)
                 await sleep(pause)
@@ -151,11 +151,11 @@ def test_a_lock_is_fair_and_survives_cancellation(run: Any) -> None:
         return hold
 
     async def give_up() -> None:
-        await sleep(0.025)
+        await sleep(0.12)
         assert await cancelled_after(0.01, holder(0, 0))
 
     async def main() -> None:
-        await together(holder(1, 0.1), holder(2, 0), holder(3, 0), give_up)
+        await together(holder(1, 0.4), holder(2, 0), holder(3, 0), give_up)
         assert order == [1, 2, 3]
         async with lock:
             pass

@@ -1,5 +1,6 @@
 """The short way of one small record: the same outcome as the long way, for good and bad records."""
 
+import gc
 import random
 
 import pytest
@@ -12,7 +13,7 @@ from hybridkex import (
     ServerConnection,
     TrustStore,
 )
-from hybridkex.errors import PeerError
+from hybridkex.errors import BadRecordMac, PeerError
 from hybridkex.tls.events import ApplicationData, SessionProposed
 
 CA = DevCa.create()
@@ -98,3 +99,34 @@ def test_it_takes_what_it_is_for() -> None:
     client, server = connected()
     assert server.receive_record(memoryview(say(client, "40"))) == b"hello" * 40
     assert server.receive_record(memoryview(say(client, "5000"))) is None
+
+
+@pytest.mark.parametrize("before", [b"", b"data before it"])
+@pytest.mark.parametrize("short", [True, False])
+def test_an_error_holds_no_piece_of_a_buffer(before: bytes, short: bool) -> None:
+    """Python 3.12 crashes where the garbage collector meets a BytesIO with such a piece."""
+    client, server = connected()
+    first = b""
+    if before:
+        client.send_data(before)
+        first = bytes(client.data_to_send())
+    record = bytearray(say(client, "40"))
+    record[-1] ^= 1
+    with pytest.raises(BadRecordMac) as caught:  # noqa: PT012
+        if not (short and server.receive_record(memoryview(record)) is not None):
+            server.receive_data(first + bytes(record))
+        while server.next_event() is not None:
+            pass
+    error: BaseException | None = caught.value
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None:
+            for value in trace.tb_frame.f_locals.values():
+                if isinstance(value, memoryview) and "released" not in repr(value):
+                    assert not type(value.obj).__name__.startswith("_BytesIO")
+            trace = trace.tb_next
+        error = error.__context__
+    ring: list[object] = [caught.value]
+    ring.append(ring)
+    del ring, error, caught
+    gc.collect()

@@ -1,12 +1,13 @@
 """The event loops of the tests of the asyncio shell."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
+Run = Callable[..., Any]
+"""``run(coroutine, seconds=60)``; see ``conftest.py``."""
 
 
 def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:

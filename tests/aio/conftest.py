@@ -32,14 +32,14 @@ def run(request: pytest.FixtureRequest) -> Run:
     """``run(coroutine)``: its result, from a loop that has no task, error or socket left."""
     factory = loop_factory(request.param)
 
-    def run_it(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    def run_it(coroutine: Coroutine[Any, Any, Any], seconds: float = 60) -> Any:
         problems: list[dict[str, Any]] = []
 
         async def watched() -> Any:
             asyncio.get_running_loop().set_exception_handler(
                 lambda _loop, context: problems.append(context)
             )
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(seconds):
                 result = await coroutine
             for _ in range(100):  # what was closed goes within a few turns
                 left = asyncio.all_tasks() - {asyncio.current_task()}

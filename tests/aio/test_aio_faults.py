@@ -600,7 +600,7 @@ def test_strangers(run: Run, client_config: ClientConfig, server_config: ServerC
 def test_ten_thousand_strangers(
     run: Run, client_config: ClientConfig, server_config: ServerConfig
 ) -> None:
-    run(survive(client_config, server_config, 10_000))
+    run(survive(client_config, server_config, 10_000), seconds=600)
 
 
 Step = Callable[[], None]

@@ -301,7 +301,8 @@ def listens(port: int) -> bool:
 def test_every_example_is_on_the_page() -> None:
     page = (EXAMPLES / "README.md").read_text()
     there = {path.name for path in EXAMPLES.iterdir() if not path.name.startswith(("README", "_"))}
-    assert there == {"asgi_server.py", "chat", "combine.py", "httpx_client.py", "tunnel"}
+    files = {"asgi_server.py", "combine.py", "httpx_client.py"}
+    assert there == files | {"chat", "qkd-data", "tunnel"}
     for name in there:
         assert re.search(rf"^- \[{re.escape(name)}\]\({re.escape(name)}/?\): .", page, re.MULTILINE)
 
@@ -330,7 +331,7 @@ def not_public(path: Path, public: set[str]) -> list[str]:
 def test_examples_use_what_is_public() -> None:
     page = (EXAMPLES / "README.md").read_text().partition("## What they may import")[2]
     public = set(re.findall(r"^\| `(hybridkex[\w.]*)` \|", page, re.MULTILINE))
-    assert len(public) == 6
+    assert len(public) == 9
     files = list(EXAMPLES.rglob("*.py"))
     assert len(files) > 8
     assert [found for path in files for found in not_public(path, public)] == []
@@ -339,13 +340,14 @@ def test_examples_use_what_is_public() -> None:
 
 
 def test_applications_use_what_is_public() -> None:
-    """The public names, their own rooms, and what every networked part shares."""
+    """The public names, their own rooms, and what every part of the package shares."""
     folder = Path(hybridkex.__file__).parent / "apps"
     own = {module for path in folder.rglob("*.py") for module, _ in imported(path)}
-    own = {module for module in own if module.startswith(("hybridkex.apps", "hybridkex.net"))}
+    shared = ("hybridkex.apps", "hybridkex.net", "hybridkex.files", "hybridkex.text")
+    own = {module for module in own if module.startswith((*shared, "hybridkex.json_text"))}
     files = list(folder.rglob("*.py"))
     assert len(files) > 15
-    public = {"hybridkex", "hybridkex.errors"} | own
+    public = {"hybridkex", "hybridkex.errors", "hybridkex.combiner"} | own
     assert [found for path in files for found in not_public(path, public)] == []
 
 

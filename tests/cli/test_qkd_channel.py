@@ -93,7 +93,8 @@ def connect(hybridkex: Forkserver) -> Connect:
 
 
 def session(stderr: bytes) -> dict[str, object]:
-    found = json.loads(stderr.splitlines()[0])
+    # Lines of the log, such as the warning of a session without a QKD key, may stand before it.
+    found = json.loads(next(line for line in stderr.splitlines() if line.startswith(b"{")))
     assert isinstance(found, dict)
     return found
 

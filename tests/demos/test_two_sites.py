@@ -55,6 +55,16 @@ class NoCipher:
     def __init__(self, key: bytes) -> None:
         pass
 
+    def encrypt(self, nonce: Any, data: Any, associated_data: Any) -> bytes:
+        out = bytearray(len(memoryview(data)) + 16)
+        self.encrypt_into(nonce, data, associated_data, memoryview(out))
+        return bytes(out)
+
+    def decrypt(self, nonce: Any, data: Any, associated_data: Any) -> bytes:
+        out = bytearray(len(memoryview(data)) - 16)
+        self.decrypt_into(nonce, data, associated_data, memoryview(out))
+        return bytes(out)
+
     def encrypt_into(self, nonce: Any, data: Any, associated_data: Any, buf: Any) -> int:
         size = len(memoryview(data))
         buf[:size] = bytes(data)
@@ -183,6 +193,12 @@ WITHOUT_CIPHER = """
 class _NoCipher:
     def __init__(self, key):
         pass
+
+    def encrypt(self, nonce, data, associated_data):
+        return bytes(data) + bytes(16)
+
+    def decrypt(self, nonce, data, associated_data):
+        return bytes(data)[:-16]
 
     def encrypt_into(self, nonce, data, associated_data, buf):
         size = len(memoryview(data))

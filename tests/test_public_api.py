@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
+from types import GenericAlias
 
 import pytest
 
@@ -52,12 +53,24 @@ def members(name: str, thing: object) -> Iterator[tuple[str, object]]:
 
 
 def signature(thing: object) -> str:
+    """The parameters by name; ``=`` marks those with a default. An enumeration's members."""
+    if inspect.isclass(thing) and issubclass(thing, Enum):
+        return ": " + " | ".join(thing.__members__)
+    if isinstance(thing, GenericAlias):
+        return ": alias"
     if isinstance(thing, property) or not callable(thing):
         return f": {type(thing).__name__}"
     try:
-        return str(inspect.signature(thing))  # type: ignore[arg-type]
+        parameters = inspect.signature(thing).parameters.values()
     except (TypeError, ValueError):
         return f": {type(thing).__name__}"
+    described = (
+        {one.VAR_POSITIONAL: "*", one.VAR_KEYWORD: "**", one.KEYWORD_ONLY: "key "}.get(one.kind, "")
+        + one.name
+        + ("" if one.default is one.empty else "=")
+        for one in parameters
+    )
+    return f"({', '.join(described)})"
 
 
 def snapshot() -> str:
@@ -93,6 +106,10 @@ def documented_by_a_base(thing: type, member: str) -> bool:
     """Whether a documented base class has the method."""
     method = member.rpartition(".")[2]
     return any(getattr(vars(base).get(method), "__doc__", None) for base in thing.__mro__[1:])
+
+
+def test_the_public_names_are_those_of_the_snapshot() -> None:
+    assert snapshot().splitlines() == SNAPSHOT.read_text(encoding="utf-8").splitlines()
 
 
 def test_the_reference_lists_every_name() -> None:

@@ -19,7 +19,7 @@ __all__ = ["Padding", "ReadProtection", "WriteProtection", "content_length", "pl
 
 _OVERHEAD: Final = 1 + TAG_LENGTH
 _HEADER: Final = Struct(">BHH")
-_TYPES: Final = {int(type_): bytes((type_,)) for type_ in ContentType}
+_TYPES: Final = tuple(bytes((value,)) for value in range(256))
 _SMALL: Final = 2048
 """Bytes of content up to which a record is made in one piece."""
 _OUTER_TYPE: Final = int(ContentType.APPLICATION_DATA)

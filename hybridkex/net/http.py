@@ -283,6 +283,8 @@ class _Server:
         self._limits = limits
         self._closing = closing
         self._waiting = waiting
+        self._head = False
+        """Whether the request asks for the header fields alone; known before it is checked."""
         self._http = self._connection()
 
     async def run(self) -> None:
@@ -306,7 +308,7 @@ class _Server:
                 return
             response = await self._respond(request)
             last = self._closing.is_set() or left == 0
-            if not await self._send(response, last=last, head=request.method == "HEAD"):
+            if not await self._send(response, last=last):
                 return
             self._next_cycle()
 
@@ -353,6 +355,7 @@ class _Server:
     async def _read(self) -> Request | None:
         """The next request; ``None`` if the client has gone. Raises ``HttpError`` and h11's."""
         head: h11.Request | None = None
+        self._head = False
         body = bytearray()
         pieces = 0
         while True:
@@ -366,6 +369,7 @@ class _Server:
                 self._http.receive_data(await self._receive())
             elif isinstance(event, h11.Request):
                 head = event
+                self._head = head.method == b"HEAD"
                 _check_head(head, self._limits)
             elif isinstance(event, h11.Data):
                 body += event.data
@@ -396,7 +400,7 @@ class _Server:
             LOG.debug("the internal error", exc_info=error)
             return Response.json(500, {"message": "internal error"})
 
-    async def _send(self, response: Response, *, last: bool, head: bool = False) -> bool:
+    async def _send(self, response: Response, *, last: bool) -> bool:
         """Send a response with one call. False: it was the last one."""
         if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return False
@@ -410,7 +414,7 @@ class _Server:
         if last:
             headers.append(("Connection", "close"))
         data = self._http.send(h11.Response(status_code=response.status, headers=headers))
-        if not head and response.body:  # HEAD: the headers of GET (RFC 9110 section 9.3.2)
+        if not self._head and response.body:  # the fields of GET alone (RFC 9110 section 9.3.2)
             data += self._http.send(h11.Data(data=response.body)) or b""
         data += self._http.send(h11.EndOfMessage()) or b""
         with trio.move_on_after(self._limits.request):

@@ -150,6 +150,25 @@ async def test_head_has_the_headers_of_get(autojump_clock: MockClock) -> None:
     assert get == head
 
 
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+async def test_any_odd_request_as_a_head(case: Case, autojump_clock: MockClock) -> None:
+    """Whatever is refused is refused without a body, and without an error of ours."""
+    sent = re.sub(rb"^(\r?\n)*[A-Z]+ ", rb"HEAD ", case.sent, count=1)
+    if sent.startswith(b"HEAD "):
+        try:
+            await exchange(sent)
+        except AssertionError as error:
+            # h11 names no method of what it cannot parse; the connection ends with the answer.
+            assert "malformed HTTP request" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("where", [b"htt#p://a_x/y", b"http://[/", b"?", b"/%zz", b"/" * 5000])
+async def test_a_head_that_is_refused(where: bytes, autojump_clock: MockClock) -> None:
+    [(status, _, body)] = (await exchange(b"HEAD " + where + b" HTTP/1.1\r\nHost: a\r\n\r\n")).found
+    assert status >= 400
+    assert body == b""
+
+
 async def test_a_bug_is_one_line(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,7 +11,18 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = False
 nox.options.sessions = ["lint", "types", "tests", "docs", "wheel", "smoke"]
 
-SMOKE = ["tests", "interop/test_node_psk.py"]
+SMOKE = [
+    "tests/aio/test_aio.py",
+    "tests/apps/test_chat.py",
+    "tests/auth",
+    "tests/qkd/test_store.py",
+    "tests/streams",
+    "tests/test_imports.py",
+    "tests/test_public_api.py",
+    "tests/tls/test_pair.py",
+    "tests/tls/test_pyopenssl.py",
+    "tests/wire",
+]
 """What runs on the Python versions that the whole suite does not run on."""
 
 

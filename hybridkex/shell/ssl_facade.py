@@ -89,7 +89,7 @@ def peercert_of(session: Session) -> dict[str, Any] | None:
         "subject": _name(certificate.subject),
         "issuer": _name(certificate.issuer),
         "version": certificate.version.value + 1,
-        "serialNumber": f"{certificate.serial_number:02X}",
+        "serialNumber": serial_number(certificate.serial_number),
         "notBefore": _time(certificate.not_valid_before_utc),
         "notAfter": _time(certificate.not_valid_after_utc),
     }
@@ -99,6 +99,12 @@ def peercert_of(session: Session) -> dict[str, Any] | None:
         return found
     found["subjectAltName"] = tuple(filter(None, map(_alternative, names)))
     return found
+
+
+def serial_number(number: int) -> str:
+    """In hexadecimal, whole bytes, as the ssl module writes it."""
+    digits = f"{number:X}"
+    return digits.zfill(len(digits) + len(digits) % 2)
 
 
 def _name(name: x509.Name) -> Name:

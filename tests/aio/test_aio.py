@@ -32,6 +32,7 @@ from hybridkex.errors import (
     LocalStateError,
     TruncationError,
 )
+from hybridkex.shell.ssl_facade import serial_number
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -130,6 +131,11 @@ def test_peercert_is_what_the_ssl_module_gives(
     found = run(main())
     assert {"subject", "issuer", "subjectAltName", "notAfter"} <= found.keys()
     assert found == {name: theirs[name] for name in found}
+
+
+def test_serial_numbers_are_whole_bytes() -> None:
+    numbers = {0x5: "05", 0x56A: "056A", 0x1000: "1000", 0xFF: "FF", 1 << 158: "40" + "00" * 19}
+    assert {number: serial_number(number) for number in numbers} == numbers
 
 
 def test_half_close_in_both_directions(

@@ -283,7 +283,12 @@ async def test_the_limit(tunnel: Tunnel) -> None:
         for stream in (first, second):
             await stream.send_all(b"x")
             assert await stream.receive_some() == b"x"
-        assert await is_cut(await tunnel.connect())
+        try:
+            third = await tunnel.connect()
+        except OSError:
+            pass  # cut before connect() had returned
+        else:
+            assert await is_cut(third)
         await first.aclose()
         open_now = 'hybridkex_tunnel_connections_open{tunnel="out"}'
         await until(lambda: tunnel.metrics()[open_now] == 1)

@@ -1,23 +1,34 @@
 """A token bucket: so much at once, and so much a second in the long run."""
 
 import time
+from collections.abc import Callable
 
 __all__ = ["TokenBucket"]
 
 
 class TokenBucket:
-    """At most ``burst`` at once and ``rate`` a second in the long run."""
+    """At most ``burst`` at once and ``rate`` a second in the long run.
 
-    def __init__(self, rate: float, burst: int) -> None:
+    Args:
+        rate: tokens a second; ``math.inf`` for no limit.
+        burst: tokens that a full bucket holds; it is full at first.
+        clock: seconds; read by :meth:`take` alone, so that a bucket may be made outside a loop.
+    """
+
+    def __init__(
+        self, rate: float, burst: int, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._rate = rate
-        self._burst = burst
-        self._tokens = float(burst)
-        self._last = time.monotonic()
+        self._burst = float(burst)
+        self._clock = clock
+        self._tokens = self._burst
+        self._last: float | None = None
 
     def take(self) -> bool:
         """Whether one more may pass."""
-        now = time.monotonic()
-        self._tokens = min(self._burst, self._tokens + (now - self._last) * self._rate)
+        now = self._clock()
+        if self._last is not None:
+            self._tokens = min(self._burst, self._tokens + (now - self._last) * self._rate)
         self._last = now
         if self._tokens < 1:
             return False

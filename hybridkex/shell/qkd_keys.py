@@ -27,6 +27,7 @@ from hybridkex.errors import (
 )
 from hybridkex.fields import INTEGER, NUMBER, a, check_fields, tuple_of
 from hybridkex.net.event_loop import current_time, sleep, time_limit
+from hybridkex.net.token_bucket import TokenBucket
 from hybridkex.qkd.psk import as_psk, context_of, name_of
 from hybridkex.qkd.source import KeyReference, KeySource, QkdKey
 from hybridkex.reasons import Reason
@@ -138,7 +139,12 @@ class QkdPskSource:
         if len(set(pairs)) != len(pairs):
             raise ConfigError("two sources for one pair of SAEs: join them in a FailoverSource")
         self._limits: Final = limits or QkdLimits()
-        self._budgets: Final = {id(peer): _Budget(self._limits) for peer in self._peers}
+        self._budgets: Final = {
+            id(peer): TokenBucket(
+                self._limits.look_ups_per_second, self._limits.burst, clock=current_time
+            )
+            for peer in self._peers
+        }
         self._asked: Final = OrderedDict[KeyReference, QkdPeer]()
         self.counters: Final = QkdCounters()
 
@@ -188,7 +194,7 @@ class QkdPskSource:
         if name in self._asked:
             self.counters.repeated += 1
             raise KeyConsumed("this key was asked for before")
-        if not self._budgets[id(peer)].spend():
+        if not self._budgets[id(peer)].take():
             self.counters.limited += 1
             raise KeySourceUnavailable(f"too many look-ups for {peer.source.peer_sae}")
         self._remember(name, peer)
@@ -291,24 +297,3 @@ class _Origin:
 
     peer: QkdPeer
     name: KeyReference
-
-
-class _Budget:
-    """A token bucket."""
-
-    def __init__(self, limits: QkdLimits) -> None:
-        self._rate = limits.look_ups_per_second
-        self._most = float(limits.burst)
-        self._left = self._most
-        self._at: float | None = None
-
-    def spend(self) -> bool:
-        """Take one, if there is one."""
-        now = current_time()
-        if self._at is not None:
-            self._left = min(self._most, self._left + (now - self._at) * self._rate)
-        self._at = now
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True

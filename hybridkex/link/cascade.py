@@ -5,31 +5,30 @@ improvements that J. Martinez-Mateo, C. Pacher, M. Peev, A. Ciurana, V. Martin, 
 information reconciliation protocol Cascade", arXiv:1407.3257, found to matter: blocks of powers of
 two, a large second pass, and the use of every parity that was ever disclosed.
 
-A key is cut into *frames* of one length, small enough for the processor's cache. Each pass puts the
-bits of every frame in another order, fixed and public, and cuts them into blocks. Above the bits of
-a block stands a binary tree of parities, in ``2^(h+1)`` bytes::
+A key is cut into *frames* of one length. Each pass puts the bits of every frame in another order,
+fixed and public, and cuts them into blocks of ``2^h`` bits. Above the bits of a frame stands a
+binary tree of parities, of which the lowest ``h`` levels and the roots of the blocks are used. It
+is an array of ``2^(room + 1)`` nodes: the bit at place ``i`` is node ``2^room + i``, and nodes
+``2 n`` and ``2 n + 1`` are the children of node ``n``.
 
-    bits     b0 b1 b2 b3 b4 b5 b6 b7          node i of a level of size 2s and node i + s
-    level 1  b0^b4 b1^b5 b2^b6 b3^b7          are the children of node i of the next level,
-    ...                                       whose size is s
-    root     of all, and one byte that says whether the tree below the root is filled in
+Frames share their orders, so eight of them, a *bundle*, are worked on at once: a byte has the bit,
+or the parity, of the same place in each. The trees of all passes and bundles are one array of
+bytes, the *forest*. A *node* of one frame is eight times the index of its byte plus its *lane*, the
+number of the bit in the byte.
 
-A tree is filled in when something below its root is asked for, which never happens to most blocks
-of the later passes. The trees of all passes and frames are one array, and a *node* is an index into
-it.
-
-Alice does nothing but look up parities. Bob keeps two flags for each node: ``DIFFERS``, his own
-parity until Alice's is known and from then on whether the two differ, and ``KNOWN``. A node with
-both certainly holds a wrong bit. In each round he asks for one parity below every such node, in all
-frames at once, corrects the bits that he has reached, and finds the lowest node that now certainly
-holds another wrong bit above each of them, in every pass so far. When few are left, the next pass
-begins within the same round, so that rounds stay full.
+Alice does nothing but look up parities. Bob keeps two bits for each node: ``differs``, his own
+parity until Alice's is known and from then on whether the two differ, and ``known``. A node with
+both certainly holds a wrong bit. Those below which he asks next are ``active``: in each round he
+asks for the left child of every such node, in all frames at once. Then he corrects the bits that he
+has reached, and finds above each of them, in every pass so far, the lowest node that now certainly
+holds another wrong bit, and below that the lowest one with known children. When few nodes are
+active, the next pass begins within the same round, so that rounds stay full.
 
 What is disclosed is counted: one bit for each parity that Alice tells. A parity that follows from
 two others is never asked for. Bob's requests follow from Alice's parities and his own of the same
 nodes, so they disclose no more than as many bits of his (:class:`Correction`).
 
-The inner loops are in numpy (:mod:`~hybridkex.link.cascade_arrays`) or, where numba is installed,
+Bob's steps are in numpy (:mod:`~hybridkex.link.cascade_arrays`) or, where numba is installed,
 compiled (:mod:`~hybridkex.link.cascade_loops`). Both send the same bytes.
 """
 
@@ -53,11 +52,7 @@ __all__ = ["Cascade", "Plan"]
 
 Bits = NDArray[np.uint8]
 Nodes = NDArray[np.int64]
-Orders = NDArray[np.integer]
-
-DIFFERS: Final = np.uint8(1)
-KNOWN: Final = np.uint8(2)
-WRONG: Final = DIFFERS | KNOWN
+Orders = NDArray[np.int32]
 
 LARGE_HEIGHT: Final = 12
 """Blocks of the later passes have up to 4096 bits."""
@@ -70,21 +65,16 @@ FIRST_BLOCK: Final = 0.73
 SECOND_BLOCK: Final = 5.0
 """The same for the second pass. Larger blocks disclose no less and take many more rounds: each
 correction then brings about another one, in a chain that hardly ends."""
-FEW: Final = 0.001
+FEW: Final = 0.0011
 """The next pass begins when the searches are fewer than this share of the wrong bits: more makes
 fewer rounds and a higher leak."""
 
-FRAME: Final = 1 << 18
-"""Frames have at most so many bits, so that the trees stay in the cache."""
+FRAME: Final = 1 << 17
+"""Frames have at most so many bits, so that the trees of a bundle stay in the processor's cache."""
+LANES: Final = 8
+"""Frames of a bundle, at most."""
 GROUP: Final = 1 << 24
 """So many bits are corrected at once, which bounds the memory."""
-
-
-def _loops() -> ModuleType:
-    try:
-        return importlib.import_module("hybridkex.link.cascade_loops")
-    except ImportError:  # numba is an extra
-        return importlib.import_module("hybridkex.link.cascade_arrays")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +84,21 @@ class Plan:
     length: int
     frame: int
     """Bits of a frame; the last may have fewer."""
-    frames: int
+    lanes: int
+    """Frames of a bundle."""
+    bundles: int
     heights: tuple[int, ...]
     """Of the trees of each pass; blocks have ``2^height`` bits."""
     few: int
-    """With so many searches or fewer the next pass begins."""
+    """With so many active nodes or fewer the next pass begins."""
 
     @classmethod
     def for_error_rate(cls, length: int, error_rate: float) -> "Plan":
         """Block sizes for an expected error rate and what MISSED_PAIRS asks for."""
         rate = min(max(error_rate, 1e-4), 0.25)
-        frames = -(-length // FRAME)
+        bundles = -(-length // (LANES * FRAME))
+        lanes = -(-length // (bundles * FRAME))
+        frames = bundles * lanes
         frame = -(-length // frames)
         # With fewer than eight blocks a pass would hardly tear pairs apart.
         top = max(1, (frame - 1).bit_length() - 3)
@@ -120,86 +114,114 @@ class Plan:
         return cls(
             length=length,
             frame=frame,
-            frames=frames,
+            lanes=lanes,
+            bundles=bundles,
             heights=tuple(heights),
             few=int(FEW * rate * length),
         )
 
     @property
     def room(self) -> int:
-        """The logarithm of the room for a frame, whose places beyond its length are zero."""
+        """The logarithm of the places of a frame, which are zero beyond its length."""
         return max((self.frame - 1).bit_length(), *self.heights)
-
-    @property
-    def span(self) -> int:
-        """The logarithm of the room for the nodes of one pass."""
-        return self.room + 1 + (self.frames - 1).bit_length()
 
     def blocks(self, number: int) -> int:
         """Blocks of a frame in one pass, without those of places that are zero."""
         return -(-self.frame >> self.heights[number])
 
-    def roots(self, number: int) -> Nodes:
-        """The roots of one pass."""
-        width = 2 << self.heights[number]
-        frames = np.arange(self.frames, dtype=np.int64)[:, None] << (self.room + 1)
-        blocks = np.arange(self.blocks(number), dtype=np.int64) * width + width - 2
-        return (frames + blocks + (number << self.span)).reshape(-1)
+    def roots(self, number: int) -> slice:
+        """Where the roots of a pass are in a tree."""
+        first = 1 << (self.room - self.heights[number])
+        return slice(first, first + self.blocks(number))
 
-    def pad(self, key: Bits) -> Bits:
-        """A key as frames."""
-        whole = np.zeros(self.frames * self.frame, dtype=np.uint8)
-        whole[: self.length] = key
-        padded = np.zeros((self.frames, 1 << self.room), dtype=np.uint8)
-        padded[:, : self.frame] = whole.reshape(self.frames, -1)
-        return padded.reshape(-1)
+    def slice(self, key: Bits) -> Bits:
+        """A key as a byte for each place of each bundle."""
+        whole = np.zeros((self.bundles, self.lanes, self.frame), dtype=np.uint8)
+        whole.reshape(-1)[: self.length] = key
+        whole <<= np.arange(self.lanes, dtype=np.uint8)[:, None]
+        sliced = np.zeros((self.bundles, 1 << self.room), dtype=np.uint8)
+        np.bitwise_or.reduce(whole, axis=1, out=sliced[:, : self.frame])
+        return sliced
 
-    def unpad(self, padded: Bits) -> Bits:
+    def unslice(self, sliced: Bits) -> Bits:
+        """The reverse. Raises :class:`ReconciliationError` if a place beyond the key is not 0."""
+        whole = np.repeat(sliced[:, None, : self.frame], self.lanes, axis=1)
+        whole >>= np.arange(self.lanes, dtype=np.uint8)[:, None]
+        whole &= 1
+        flat: Bits = whole.reshape(-1)
+        if flat[self.length :].any() or sliced[:, self.frame :].any():
+            raise ReconciliationError("a wrong bit was found in the padding")
+        return flat[: self.length]
+
+    def pack(self, bits: Bits) -> Bits:
+        """A bit for each root of a pass, lane by lane, as a byte for each root of each bundle."""
+        packed: Bits = np.packbits(bits.reshape(-1, self.lanes), axis=1, bitorder="little")
+        return packed.reshape(self.bundles, -1)
+
+    def unpack(self, packed: Bits) -> Bits:
         """The reverse."""
-        return padded.reshape(self.frames, -1)[:, : self.frame].reshape(-1)[: self.length]
+        lanes = np.unpackbits(packed[..., None], axis=-1, count=self.lanes, bitorder="little")
+        flat: Bits = lanes.reshape(-1)
+        return flat
 
 
-@functools.lru_cache(maxsize=8)
-def _orders(frame: int, room: int, passes: int) -> tuple[Orders, Orders]:
-    """Which bit of a frame stands at each place, for each pass, and the reverse.
+@functools.lru_cache(maxsize=64)
+def _order(frame: int, room: int, number: int) -> Nodes:
+    """Which bit of a frame stands at each place in one pass.
 
     Fixed for a length: that Eve knows where parities will be taken tells her nothing that she
     does not hear anyway, and the errors do not know it. Made from a stream cipher, so that both
     sides have the same ones whatever version of numpy they run.
     """
-    kind = np.uint16 if room <= 16 else np.uint32
-    orders: Orders = np.tile(np.arange(1 << room, dtype=kind), (passes, 1))
-    places = orders.copy()
-    for number in range(1, passes):
+    order = np.arange(1 << room, dtype=np.int64)
+    if number:
         stream = Cipher(ChaCha20(b"hybridkex: the order of Cascade.", number.to_bytes(16)), None)
         keys = np.frombuffer(stream.encryptor().update(bytes(8 * frame)), dtype="<u8")
-        orders[number, :frame] = np.argsort(keys, kind="stable")
-        places[number][orders[number]] = np.arange(1 << room, dtype=kind)
+        order[:frame] = np.argsort(keys, kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+@functools.lru_cache(maxsize=8)
+def _tables(frame: int, room: int, passes: int) -> tuple[Orders, Orders]:
+    """The orders of all passes, and the reverse: the place of each bit."""
+    orders: Orders = np.empty((passes, 1 << room), dtype=np.int32)
+    places = np.empty_like(orders)
+    for number in range(passes):
+        orders[number] = _order(frame, room, number)
+        places[number][orders[number]] = np.arange(1 << room, dtype=np.int32)
     orders.flags.writeable = places.flags.writeable = False
     return orders, places
 
 
 class _Side:
-    """What Alice and Bob have in common: the trees of one group of frames."""
+    """What Alice and Bob have in common: the forest of one group of frames."""
 
-    def __init__(self, plan: Plan, key: Bits, loops: ModuleType) -> None:
+    def __init__(self, plan: Plan, key: Bits) -> None:
         self.plan = plan
-        self.key = plan.pad(key)
-        self.loops = loops
+        self.key = plan.slice(key)
         self.passes = 0
-        self.heights: Final = np.array(plan.heights, dtype=np.int64)
-        self.orders, self.places = _orders(plan.frame, plan.room, len(plan.heights))
         # Fresh memory from the system, of which only what is used becomes real.
-        self.trees: Final = np.zeros(len(plan.heights) << plan.span, dtype=np.uint8)
+        self.forest: Final = np.zeros(
+            (len(plan.heights), plan.bundles, 2 << plan.room), dtype=np.uint8
+        )
 
     def next_roots(self) -> Bits:
-        """Begin a pass: our parities of its blocks."""
+        """Begin a pass: fill in its trees. Returns the part of the forest with its roots."""
         number, plan = self.passes, self.plan
-        found: Bits = self.loops.roots(
-            self.key, self.orders[number], plan.room, plan.heights[number], plan.blocks(number)
-        )
+        size = 1 << plan.room
+        order = _order(plan.frame, plan.room, number)
+        for tree, key in zip(self.forest[number], self.key, strict=True):
+            np.take(key, order, out=tree[size:], mode="clip")
+            level = size
+            for _ in range(plan.heights[number]):
+                # Two children at a time, as the halves of a number.
+                pairs = tree[level : 2 * level].view(np.uint16)
+                np.bitwise_xor(pairs, pairs >> 8, out=tree[level // 2 : level], casting="unsafe")
+                level //= 2
         self.passes += 1
-        return found
+        roots: Bits = self.forest[number][:, plan.roots(number)]
+        return roots
 
 
 class _Alice(_Side):
@@ -210,63 +232,73 @@ class _Alice(_Side):
             raise ReconciliationError("a pass beyond the last was requested")
         if not begins and len(nodes) == 0:
             raise ReconciliationError("an empty request")
-        found: Bits = self.loops.answer(
-            self.trees,
-            nodes,
-            self.passes << plan.span,
-            self.key,
-            self.orders,
-            self.heights,
-            plan.span,
-            plan.room,
-        )
-        if len(found) != len(nodes):
+        at: Nodes = (nodes >> 3).astype(np.int64)
+        number = at // (plan.bundles << (plan.room + 1))
+        if len(nodes) and int(number.max()) >= self.passes:
+            raise ReconciliationError("a parity of a pass that has not begun was requested")
+        inside = at & ((2 << plan.room) - 1)
+        if (inside >> 1 < (1 << plan.room) >> np.array(plan.heights)[number]).any():
             raise ReconciliationError("a parity was requested that is known or does not exist")
-        return np.concatenate([self.next_roots(), found]) if begins else found
+        found: Bits = self.forest.reshape(-1)[at]
+        found >>= (nodes & 7).astype(np.uint8)
+        found &= 1
+        return np.concatenate([plan.unpack(self.next_roots()), found]) if begins else found
 
 
 class _Bob(_Side):
+    def __init__(self, plan: Plan, key: Bits, steps: ModuleType) -> None:
+        super().__init__(plan, key)
+        self.steps = steps
+        self.known: Final = np.zeros_like(self.forest)
+        self.active: Final = np.zeros_like(self.forest)
+
     def search(self) -> Generator[tuple[bool, Nodes], Bits, None]:
         """Correct ``self.key``: yields (whether a pass begins, nodes), wants Alice's parities."""
-        plan, loops, flags = self.plan, self.loops, self.trees
+        plan, steps = self.plan, self.steps
+        forest = tuple(one.reshape(-1) for one in (self.forest, self.known, self.active))
+        heights = np.array(plan.heights)
+        tables = _tables(plan.frame, plan.room, len(plan.heights))
         budget = 2 * plan.length + 64  # corrections; honest answers never need so many
-        active = np.empty(0, dtype=np.int64)
-        shape = (self.heights, plan.span)
+        nodes = np.empty(0, dtype=np.int64)
         while True:
-            active, size, leaves = loops.descend(
-                flags, active, self.key, self.orders, *shape, plan.room
-            )
-            begins = self.passes < len(plan.heights) and len(active) <= plan.few
-            roots = self.next_roots() if begins else np.empty(0, dtype=np.uint8)
-            if begins or len(active):
-                told = yield begins, active - 2 * size
-                active, more = loops.learn(flags, active, size, told[len(roots) :], *shape)
-                leaves = np.concatenate([leaves, more])
-            elif len(leaves) == 0:
+            begins = self.passes < len(plan.heights) and len(nodes) <= plan.few
+            if not begins and len(nodes) == 0:
                 return
-            if begins:
-                nodes = plan.roots(self.passes - 1)
-                known = (roots ^ told[: len(roots)]) | KNOWN
-                flags[nodes] = known
-                active = np.concatenate([active, nodes[known == WRONG]])
-            if len(leaves):
-                bits, found = loops.correct(
-                    flags,
-                    leaves,
-                    self.passes,
-                    self.key,
-                    self.orders,
-                    self.places,
-                    *shape,
-                    plan.room,
-                )
-                budget -= len(bits)
-                if budget < 0:
-                    raise ReconciliationError("the corrections do not come to an end")
-                frame, place = bits >> plan.room, bits & ((1 << plan.room) - 1)
-                if (place >= plan.frame).any() or (frame * plan.frame + place >= plan.length).any():
-                    raise ReconciliationError("a wrong bit was found in the padding")
-                active = np.concatenate([active, found])
+            roots = self.next_roots() if begins else None
+            inside = (nodes >> 3) & ((2 << plan.room) - 1)
+            told = yield begins, nodes + (inside << 3)
+            below = told[len(told) - len(nodes) :]
+            nodes, leaves = steps.learn(*forest, nodes, below, plan.room)
+            if roots is not None:
+                roots ^= plan.pack(told[: len(told) - len(below)])
+                nodes = np.concatenate([nodes, self._wrong_roots()])
+            nodes, budget = steps.settle(
+                *forest,
+                nodes,
+                leaves,
+                self.key.reshape(-1),
+                *tables,
+                heights,
+                self.passes,
+                plan.room,
+                budget,
+            )
+            if budget < 0:
+                raise ReconciliationError("the corrections do not come to an end")
+
+    def _wrong_roots(self) -> Nodes:
+        """The roots of the pass that has begun are known; those that differ become active."""
+        plan, number = self.plan, self.passes - 1
+        part = plan.roots(number)
+        roots = self.forest[number][:, part]
+        self.known[number][:, part] = (1 << plan.lanes) - 1
+        self.active[number][:, part] = roots
+        bundle, block = np.nonzero(roots)
+        lanes = np.unpackbits(roots[bundle, block][:, None], axis=1, bitorder="little")
+        which, lane = np.nonzero(lanes)
+        at = (number * plan.bundles + bundle) * (2 << plan.room) + part.start + block
+        found: Nodes = at[which] << 3 | lane
+        return found
 
 
 def _groups(length: int) -> list[slice]:
@@ -286,10 +318,9 @@ group."""
 class _Responder:
     """Alice's side of a whole key."""
 
-    def __init__(self, key: Bits, error_rate: float, loops: ModuleType) -> None:
+    def __init__(self, key: Bits, error_rate: float) -> None:
         self._key = key
         self._rate = error_rate
-        self._loops = loops
         self._groups = iter(_groups(len(key)))
         self._alice: _Alice | None = None
         self.disclosed = 0
@@ -307,7 +338,7 @@ class _Responder:
             if part is None:
                 raise ReconciliationError("a group beyond the last was requested")
             key = self._key[part]
-            self._alice = _Alice(Plan.for_error_rate(len(key), self._rate), key, self._loops)
+            self._alice = _Alice(Plan.for_error_rate(len(key), self._rate), key)
         if self._alice is None:
             raise ReconciliationError("a parity request before the first group")
         nodes = np.frombuffer(rest, dtype="<u4")
@@ -326,22 +357,25 @@ class Cascade:
 
     name: ClassVar[str] = "cascade"
 
-    def _loops(self) -> ModuleType:
-        if self.compiled is None:
-            return _loops()
-        kind = "loops" if self.compiled else "arrays"
-        return importlib.import_module(f"hybridkex.link.cascade_{kind}")
+    def _steps(self) -> ModuleType:
+        if self.compiled is not False:
+            try:
+                return importlib.import_module("hybridkex.link.cascade_loops")
+            except ImportError:  # numba is an extra
+                if self.compiled:
+                    raise
+        return importlib.import_module("hybridkex.link.cascade_arrays")
 
     def respond(self, key: Bits, error_rate: float) -> _Responder:
         """Alice's side."""
-        return _Responder(key, error_rate, self._loops())
+        return _Responder(key, error_rate)
 
     def correct(self, key: Bits, error_rate: float) -> Generator[bytes, bytes, Correction]:
         """Bob's side."""
-        loops, disclosed = self._loops(), 0
+        steps, disclosed = self._steps(), 0
         for part in _groups(len(key)):
             plan = Plan.for_error_rate(part.stop - part.start, error_rate)
-            bob = _Bob(plan, key[part], loops)
+            bob = _Bob(plan, key[part], steps)
             search, first = bob.search(), True
             try:
                 begins, nodes = next(search)
@@ -351,13 +385,13 @@ class Cascade:
                     answer = yield kind + nodes.astype("<u4").tobytes()
                     count = len(nodes)
                     if begins:
-                        count += plan.frames * plan.blocks(bob.passes - 1)
+                        count += plan.bundles * plan.lanes * plan.blocks(bob.passes - 1)
                     if len(answer) != -(-count // 8):
                         raise ReconciliationError("an answer has the wrong length")
                     disclosed += count
                     told = np.unpackbits(np.frombuffer(answer, dtype=np.uint8), count=count)
                     begins, nodes = search.send(told)
             except StopIteration:
-                key[part] = plan.unpad(bob.key)
+                key[part] = plan.unslice(bob.key)
                 bob.key.fill(0)
         return Correction(disclosed=disclosed, announced=disclosed)

@@ -65,18 +65,17 @@ def test_cascade_at_a_million_bits(rate: float) -> None:
     disclosed, _, sent = reconcile(alice, bob, rate)
     assert (alice == bob).all()
     assert 1.0 < disclosed / shannon <= 1.065
-    assert len(sent) <= 200
+    assert len(sent) <= 220
 
 
-@pytest.mark.slow
 def test_ten_million_bits_take_no_more_rounds_than_one_million() -> None:
-    alice, bob = noisy(10_000_000, 0.03, 1)
-    _, _, sent = reconcile(alice, bob, 0.03)
+    alice, bob = noisy(10_000_000, 0.05, 1)
+    _, _, sent = reconcile(alice, bob, 0.05)
     assert (alice == bob).all()
     assert len(sent) <= 200
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 100, 5000, 70_001, 300_000])
+@pytest.mark.parametrize("length", [1, 2, 7, 100, 5000, 70_001, 300_000, 1_100_000])
 @pytest.mark.parametrize("rate", [0.0, 0.02, 0.09])
 def test_compiled_and_not_compiled_send_the_same(length: int, rate: float) -> None:
     pytest.importorskip("numba")
@@ -139,13 +138,11 @@ def test_few_blocks_are_left_with_wrong_bits() -> None:
     assert left <= 2
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_alice_refuses_malformed_requests(compiled: bool) -> None:
-    if compiled:
-        pytest.importorskip("numba")
+def test_alice_refuses_malformed_requests() -> None:
     key = np.zeros(1000, dtype=np.uint8)
     plan = Plan.for_error_rate(1000, 0.05)
-    root = (2 << plan.heights[0]) - 2
+    tree = 2 << plan.room
+    root = plan.roots(0).start
 
     def ask(*nodes: int) -> bytes:
         return b"".join(node.to_bytes(4, "little") for node in nodes)
@@ -158,14 +155,14 @@ def test_alice_refuses_malformed_requests(compiled: bool) -> None:
         [b"\x02\x00"],
         [b"\x02", b"\x02"],
         [b"\x02", b"\x00"],
-        [b"\x02", b"\x00" + ask(root)],
-        [b"\x02", b"\x00" + ask(root + 1)],
-        [b"\x02", b"\x00" + ask(1 << plan.span)],
+        [b"\x02", b"\x00" + ask(8 * root)],
+        [b"\x02", b"\x00" + ask(8 * 2 * root - 1)],
+        [b"\x02", b"\x00" + ask(8 * tree)],
         [b"\x02", b"\x00" + ask(2**32 - 1)],
         [b"\x02", *([b"\x01"] * len(plan.heights))],
         [b"\x02", *([b"\x00" + ask(*range(8))] * 2000)],
     ):
-        alice = Cascade(compiled).respond(key, 0.05)
+        alice = Cascade().respond(key, 0.05)
         for request in requests[:-1]:
             with contextlib.suppress(ReconciliationError):
                 alice.answer(request)

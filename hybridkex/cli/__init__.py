@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _safe_output() -> Iterator[None]:
-    """Escape what a terminal would obey, and keep libraries' warnings for their developers."""
+    """Escape control characters in the output, and hide warnings meant for developers."""
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
@@ -47,14 +47,14 @@ def _main(arguments: list[str]) -> int:
         try:
             return _run(arguments)
         finally:
-            sys.stdout.flush()  # here, where an error can still be told
+            sys.stdout.flush()  # here, where an error can still be reported
     except HybridkexError as error:
         print(f"hybridkex: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        # The end of the interpreter would try to write the same again.
+        # Otherwise the interpreter would try to flush the same data at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # whose reader wants to hear no more
+        if not isinstance(error, BrokenPipeError):  # the reader has closed the pipe
             where = f": {error.filename}" if error.filename is not None else ""
             print(f"hybridkex: {error.strerror or error}{where}", file=sys.stderr)
         return 1
@@ -69,7 +69,7 @@ def _run(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
         + "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
-        + "\n\n'hybridkex COMMAND --help' has options and examples. To begin: hybridkex demo",
+        + "\n\n'hybridkex COMMAND --help' lists options and examples. To begin: hybridkex demo",
     )
     top.add_argument("--version", action="version", version=f"hybridkex {__version__}")
     top.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below")

@@ -1,8 +1,8 @@
-"""How the words of a command line become the argument of a function.
+"""How parsed options become the argument of a command's function.
 
-The parser of a command names a dataclass and, by name, the function that takes one. Both are put
-together here and nowhere else: the function's module, with all that it imports, is loaded when the
-command runs, so that help and mistakes in options cost no imports and need no extra.
+The parser of a command names a dataclass and the function that takes it. Only this module connects
+the two: the function's module is imported when the command runs, so that ``--help`` and wrong
+options need neither heavy imports nor an extra.
 """
 
 import argparse
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def from_namespace(options: type[T], namespace: argparse.Namespace) -> T:
-    """A dataclass whose fields are named as the parsed options.
+    """Build a dataclass whose fields have the names of the parsed options.
 
     A field that is a dataclass itself is a group of options and is filled from the same namespace.
     """

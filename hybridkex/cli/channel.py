@@ -32,25 +32,25 @@ N = TypeVar("N")
 
 @asynccontextmanager
 async def client_config(options: ChannelOptions, **more: Any) -> AsyncIterator[ClientConfig]:
-    """The client that the options describe; its key sources and files are open meanwhile."""
+    """The client configuration that the options describe; key sources stay open in the context."""
     async with _shared_arguments(options) as shared:
         decides = _verifier(options)
         if decides is None and options.cert is not None:
-            # Whoever has a certificate wants to use it, which needs the server's, too.
+            # A client certificate is used only if the server also authenticates with one.
             decides = TrustStore.system()
         yield ClientConfig(verifier=decides, identity=_identity(options), **shared, **more)
 
 
 @asynccontextmanager
 async def server_config(options: ChannelOptions, **more: Any) -> AsyncIterator[ServerConfig]:
-    """The server that the options describe; its key sources and files are open meanwhile."""
+    """The server configuration that the options describe; key sources stay open in the context."""
     async with _shared_arguments(options) as shared:
         ours, decides = _identity(options), _verifier(options)
         if ours is None and decides is not None and (shared.get("psks") or shared["psk_source"]):
             raise ConfigError(
                 "--ca, --pin, --known-peers and --insecure are about the client's certificate, and "
-                "a server that has only a PSK cannot ask for it (RFC 9846 section 4.4.2): add our "
-                "own with --cert and --key, so that both are used (RFC 9973)"
+                "a server that has only a PSK cannot ask for it (RFC 9846 section 4.4.2): add a "
+                "server certificate with --cert and --key, so that both are used (RFC 9973)"
             )
         yield ServerConfig(
             identities=(ours,) if ours is not None else (),
@@ -76,7 +76,7 @@ def _channel_arguments(options: ChannelOptions) -> dict[str, Any]:
         groups: tuple[Group, ...] = tuple(_pick("group", options.groups, ALL_GROUPS))
         arguments["groups"] = groups
         if any(Property.POST_QUANTUM not in group.properties for group in groups):
-            # Whoever lists a classical group by name wants it.
+            # Naming a classical group allows it.
             post_quantum = Requirement.PREFER
     if options.suites is not None:
         arguments["suites"] = tuple(_pick("cipher suite", options.suites, ALL_SUITES))
@@ -85,7 +85,7 @@ def _channel_arguments(options: ChannelOptions) -> dict[str, Any]:
     if options.psk is not None:
         arguments["psks"] = (_psk(options.psk, options),)
     elif options.psk_import is not None:
-        raise ConfigError("--psk-import goes with --psk")
+        raise ConfigError("--psk-import requires --psk")
     qkd = qkd_requirement(options.qkd)
     if qkd is not Requirement.OFF and options.psk is not None:
         raise ConfigError("--psk and QKD keys exclude each other: one PSK goes into a handshake")
@@ -121,24 +121,24 @@ def _hex(what: str, text: str) -> bytes:
     try:
         return binascii.unhexlify(text)
     except ValueError:
-        # The text is not shown: it may be most of a key.
+        # The text is not shown: it may be part of a key.
         raise ConfigError(f"{what} is not hexadecimal") from None
 
 
 def _verifier(
     options: ChannelOptions,
 ) -> TrustStore | Pins | KnownPeers | InsecureNoVerification | None:
-    """What decides about the peer's certificate or raw public key, if anything was asked for."""
+    """The verifier of the peer's certificate or raw public key, if the options name one."""
     if options.known_peers is not None:
         if options.insecure or options.ca or options.pin:
-            raise ConfigError("--known-peers contradicts --ca, --pin and --insecure")
+            raise ConfigError("--known-peers cannot be combined with --ca, --pin or --insecure")
         return KnownPeers(options.known_peers)
     if options.insecure:
         if options.ca or options.pin:
-            raise ConfigError("--insecure contradicts --ca and --pin")
+            raise ConfigError("--insecure cannot be combined with --ca or --pin")
         print(
-            "hybridkex: WARNING: --insecure: the peer's certificate is NOT checked; "
-            "anybody in between can read and change everything",
+            "hybridkex: WARNING: --insecure: the peer's certificate is NOT checked; anyone on the "
+            "path can read and change everything",
             file=sys.stderr,
         )
         return InsecureNoVerification()
@@ -150,7 +150,7 @@ def _verifier(
 def _identity(options: ChannelOptions) -> Identity | RawIdentity | None:
     """Our certificate and key, or a key alone: a raw public key (RFC 7250)."""
     if options.cert is not None and options.key is None:
-        raise ConfigError("--cert and --key go together")
+        raise ConfigError("--cert requires --key")
     if options.key is None:
         return None
     if options.cert is None:
@@ -175,10 +175,11 @@ def _key_log(path: Path | None) -> Iterator[KeyLog | None]:
         try:
             file.write(f"{line}\n".encode())
         except OSError as error:
-            # The log is for a debugger; connections go on without it.
+            # The log is for debugging; connections continue without it.
             if not failed:
                 print(
-                    f"hybridkex: cannot write {path}: {error.strerror}; connections go on",
+                    f"hybridkex: cannot write {path}: {error.strerror}; connections continue "
+                    "without the key log",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -1,8 +1,7 @@
-"""The checks of ``hybridkex doctor``: what is on this machine, and whether it computes correctly.
+"""The checks of ``hybridkex doctor``: what is installed, and whether it computes correctly.
 
-Each check runs the thing itself: published vectors, key exchanges, signatures, a whole handshake
-with all three legs over a pair of sockets. Nothing leaves the machine, except to a KME that was
-named.
+Each check runs the real code: published vectors, key exchanges, signatures, a complete handshake
+with all three legs over a socket pair. Nothing leaves the machine, except to a KME that was named.
 """
 
 import hashlib
@@ -73,23 +72,23 @@ HANDSHAKE_LIMIT: Final = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What one check came to."""
+    """The result of one check."""
 
     name: str
     works: bool
     required: bool
-    """Whether the library is of no use without it."""
+    """Whether the library is useless without it."""
     detail: str
     advice: str | None = None
-    """What to do, where it does not work."""
+    """What to do if it does not work."""
 
     def as_json(self) -> dict[str, object]:
-        """Plain values."""
+        """As plain values for JSON."""
         return asdict(self)
 
 
 class _Wrong(Exception):
-    """A check had another outcome than it should."""
+    """A check gave a wrong result."""
 
 
 async def examine() -> list[Finding]:
@@ -120,7 +119,7 @@ async def _required(name: str, check: Callable[[], Awaitable[str]], advice: str)
     try:
         detail = await check()
     except Exception as error:
-        # Whatever a broken installation raises, the answer is a line, not a traceback.
+        # Whatever a broken installation raises becomes a line, not a traceback.
         first = first_of(error)
         detail = str(first.__cause__ or first) or type(first).__name__
         return Finding(name=name, works=False, required=True, detail=detail, advice=advice)
@@ -182,7 +181,7 @@ def _signatures() -> str:
     for scheme in ALL_SCHEMES:
         key = next((one for one in keys if scheme.suits(one)), None)
         if key is None:
-            raise _Wrong(f"{scheme.name}: this command has no key to try it with")
+            raise _Wrong(f"{scheme.name}: this command has no key to test it with")
         scheme.verify(key.public_key(), scheme.sign(key, content), content)
     return ", ".join(scheme.name for scheme in ALL_SCHEMES)
 
@@ -250,7 +249,7 @@ def _extras() -> Iterator[Finding]:
 
 
 async def examine_kme(access: "KmeAccess", peer_sae: str) -> Finding:
-    """Whether a KME answers over mutual TLS, and what it has for a peer; no key is drawn."""
+    """Whether a KME answers over mutual TLS, and how many keys it has for a peer; draws none."""
     from hybridkex.qkd.etsi014.client import KmeClient  # noqa: PLC0415  # needs the extra
 
     works = False

@@ -1,7 +1,7 @@
 """The values that options take, as their help texts list them.
 
-They are written down here because a parser must not load the engine, the key sources or the
-simulator to print its help; a test compares each with the library.
+They are repeated here because a parser must print its help without importing the engine, the key
+sources or the simulator; a test compares each list with the library.
 """
 
 from typing import Final
@@ -52,11 +52,11 @@ DEV_CA_ALGORITHMS: Final = (
     "mldsa87",
 )
 KME_ID_RULES: Final = ("cn", "san-uri", "dn", "serial")
-"""Where in a KME's certificate its ID is; the first is the default."""
+"""The field of a KME's certificate that holds its ID; the first is the default."""
 KME_TLS_KINDS: Final = ("stdlib", "hybridkex")
 PRODUCERS: Final = ("random", "link")
 REKEY_AFTER: Final = 120.0
-"""Seconds; WireGuard's own."""
+"""Seconds; WireGuard's own interval."""
 TRANSFER_PROTOCOL: Final = "hybridkex-transfer/1"
 DECOY_CHECKS: Final = ("full", "shares", "off")
 FINITE_KEY: Final = ("tight", "published")

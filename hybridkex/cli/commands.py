@@ -1,4 +1,4 @@
-"""The commands by name, and the parser of each, which loads its module."""
+"""The commands by name, and their parsers; a parser loads its command's module."""
 
 import argparse
 import importlib
@@ -12,28 +12,28 @@ COMMANDS: Final = {
     "send": "send files and folders; resume interrupted transfers",
     "receive": "receive files and folders, and verify them before they appear",
     "tunnel": "carry the connections of other programs through secure channels",
-    "wg-psk": "renew the pre-shared key of a WireGuard tunnel, with QKD keys",
-    "demo": "show two sites, a file that is sent, and an eavesdropper",
+    "wg-psk": "rotate the pre-shared key of a WireGuard tunnel, with QKD keys",
+    "demo": "demonstrate two sites, a file transfer and an eavesdropper",
     "rndl": "show what future adversaries can decrypt of recorded traffic",
     "dev-ca": "make a certificate authority and a certificate for tests",
     "kme": "run, query or set up a key management entity (ETSI GS QKD 014)",
     "qkd": "run a simulated QKD link, with or without Eve; plot its rates",
-    "doctor": "check this installation, and name what is missing",
+    "doctor": "check this installation and report what is missing",
     "completion": "print a completion script for a shell",
 }
 """Name and one-line summary of each command, in the order that ``--help`` shows."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that complains in one line, which says where to read on."""
+    """A parser whose errors are one line that points to ``--help``."""
 
     def error(self, message: str) -> NoReturn:
-        """End with the status 2, as is the custom."""
+        """Exit with status 2, as usual for wrong usage."""
         self.exit(2, f"hybridkex: {message}; try: {self.prog} --help\n")
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:
-    """The parser of a command's own arguments."""
+    """The parser for one command's arguments."""
     parser = Parser(prog=f"hybridkex {name}", description=COMMANDS[name])
     importlib.import_module(f"hybridkex.cli.{name.replace('-', '_')}").configure(parser)
     return parser

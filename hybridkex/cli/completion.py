@@ -21,8 +21,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     describe(
         parser,
-        "Print a script for a shell, which then completes the names of commands and options, the "
-        "values that an option can have, and file names. Generate it again after an upgrade.",
+        "Print a completion script for a shell. It completes commands, options, the values of "
+        "options, and file names. Generate it again after an upgrade.",
         examples=[
             "completion bash > ~/.local/share/bash-completion/completions/hybridkex",
             "completion zsh > ~/.zfunc/_hybridkex   # a folder of $fpath",

@@ -27,30 +27,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     describe(
         parser,
-        "Open a TLS 1.3 channel to a server. Standard input goes to it, what it sends goes to "
-        "standard output; the end of the input closes our direction, and the command ends when the "
-        "server has closed its own.\n\nThe peer's certificate is checked against the system's "
-        "authorities if nothing else is said. A peer without a post-quantum group is refused "
-        "unless --groups names a classical one.",
+        "Open a TLS 1.3 channel to a server. Standard input is sent to the server; what the server "
+        "sends is written to standard output. End of input closes our direction; the command ends "
+        "when the server closes its own.\n\nBy default the server's certificate is verified "
+        "against the system's authorities. A server without a post-quantum group is refused unless "
+        "--groups names a classical one.",
         examples=[
             "connect localhost 4433 --ca keys/ca.pem --json < file",
             "connect example.org 443 --alpn http/1.1 --groups X25519MLKEM768,x25519",
             'connect localhost 4433 --psk "site-a:$(cat psk.hex)" --psk-import 00',
         ],
         status="0 after a clean close by the peer, 1 otherwise, with one line on standard error",
-        notes="'hybridkex listen' is the other end; so is 'openssl s_server' (3.5 or newer, or an "
-        "older one with --groups x25519).",
+        notes="The other end can be 'hybridkex listen' or 'openssl s_server' (3.5 or newer, or "
+        "older with --groups x25519).",
     )
     parser.add_argument("host", metavar="HOST", help="the server's name or IP address")
     parser.add_argument("port", metavar="PORT", type=int, help="the server's TCP port")
     parser.add_argument(
-        "--server-name", metavar="NAME", help="the name in the certificate, if it is not HOST"
+        "--server-name", metavar="NAME", help="the name in the server's certificate, if not HOST"
     )
     parser.add_argument(
         "--resume",
         type=file_path,
         metavar="FILE",
-        help="keep session tickets in FILE and resume with them",
+        help="store session tickets in FILE and resume sessions with them",
     )
     add_channel_options(parser)
     parser.set_defaults(action=Action("connect", ConnectOptions))

@@ -1,4 +1,4 @@
-"""``hybridkex demo``: two sites, a QKD link, a file across, and what Eve has of it."""
+"""``hybridkex demo``: two sites, a QKD link, a file transfer, and what Eve learns."""
 
 import argparse
 from dataclasses import dataclass
@@ -24,21 +24,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     describe(
         parser,
-        "Two sites in one terminal: a simulated QKD link, a KME at each site, a handshake with "
-        "X25519, ML-KEM and a QKD key, certificates on both sides, and a file across. Then every "
-        "record that Eve recorded on the cable is searched for what was sent, and a report says "
-        "what the keys rest on. Everything runs on this machine and takes about half a minute.",
+        "Run two sites in one terminal: a simulated QKD link, a KME at each site, a handshake with "
+        "X25519, ML-KEM and a QKD key, certificates on both sides, and a file transfer. Then "
+        "search every record that Eve captured for the file's content, and report what the keys "
+        "rest on. Everything runs on this machine and takes about half a minute.",
         examples=["demo", "demo holiday.jpg --distance 80", "demo --keep recording"],
-        status="0 when the file arrived whole and nothing of it is in Eve's recording, 1 otherwise",
+        status="0 if the file arrived intact and nothing of it is in Eve's recording, 1 otherwise",
     )
     parser.add_argument(
         "file",
         nargs="?",
         metavar="FILE",
-        help="the file to send; by default the largest library that hybridkex uses",
+        help="the file to send (default: the largest library that hybridkex uses)",
     )
     parser.add_argument(
-        "--keep", type=folder_path, metavar="DIR", help="keep Eve's recording there, for Wireshark"
+        "--keep",
+        type=folder_path,
+        metavar="DIR",
+        help="keep Eve's recording in this folder, for Wireshark",
     )
     parser.add_argument(
         "--distance",

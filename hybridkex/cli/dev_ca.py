@@ -1,4 +1,4 @@
-"""``hybridkex dev-ca``: a small authority and a certificate, for tests and first steps."""
+"""``hybridkex dev-ca``: a certificate authority and a certificate, for tests and first steps."""
 
 import argparse
 from dataclasses import dataclass
@@ -26,8 +26,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     describe(
         parser,
-        "Make ca.pem, cert.pem and key.pem: a small certificate authority and a certificate that "
-        "it issued, for tests and first steps. The authority's own key is thrown away.",
+        "Write ca.pem, cert.pem and key.pem: a certificate authority, a certificate that it "
+        "issued, and the certificate's private key, for tests and first steps. The authority's "
+        "private key is not kept.",
         examples=[
             "dev-ca keys",
             "dev-ca keys --name db.example.org --name 192.0.2.1 --alg mldsa65",
@@ -35,14 +36,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         notes="See docs/certificates.md.",
     )
     parser.add_argument(
-        "directory", type=folder_path, metavar="DIR", help="made if it is not there"
+        "directory",
+        type=folder_path,
+        metavar="DIR",
+        help="the folder to write to; created if missing",
     )
     parser.add_argument(
         "--name",
         action="append",
         metavar="NAME",
-        help="a host name or an IP address for the certificate; may be repeated "
-        "(default: localhost, which brings 127.0.0.1 and ::1)",
+        help="a host name or an IP address for the certificate; may be repeated (default: "
+        "localhost, with 127.0.0.1 and ::1)",
     )
     parser.add_argument(
         "--alg",
@@ -54,4 +58,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "and rsa-pss the authority signs by PKCS #1 v1.5 and by PSS",
     )
     parser.set_defaults(action=Action("dev_ca", DevCaOptions))
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    parser.add_argument("--force", action="store_true", help="replace existing files")

@@ -1,4 +1,4 @@
-"""``hybridkex doctor``: what is there and works, what is missing, and how to get it."""
+"""``hybridkex doctor``: what works, what is missing, and how to get it."""
 
 import argparse
 from dataclasses import dataclass
@@ -23,18 +23,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     describe(
         parser,
-        "Try what this library rests on, on this machine: published vectors, every group and "
-        "signature scheme, a handshake with all three legs, the trust store, liboqs, the optional "
-        "packages; and a KME, if one is named. No key is drawn from it.",
+        "Check this installation: published test vectors, every group and signature scheme, a "
+        "handshake with all three legs, the trust store, liboqs, the optional packages; and a KME, "
+        "if --kme names one. No key is drawn from the KME.",
         examples=[
             "doctor",
             "doctor --json",
             "doctor --kme https://localhost:8443 --kme-ca ca.pem --kme-cert a.pem --kme-key a.key",
         ],
-        status="0 when everything required works, 1 otherwise",
+        status="0 if everything required works, 1 otherwise",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    group = parser.add_argument_group("a KME to ask for its status")
+    group = parser.add_argument_group("a KME to query for its status")
     add_kme_options(group, required=False)
-    group.add_argument("--peer-sae", metavar="ID", help="for keys with this SAE")
+    group.add_argument("--peer-sae", metavar="ID", help="the peer's SAE ID to query the status for")
     parser.set_defaults(action=Action("doctor", DoctorOptions))

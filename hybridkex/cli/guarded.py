@@ -1,9 +1,9 @@
-"""A temporary folder for private keys, and the processes that use it: both end with the command.
+"""A temporary folder for private keys and the processes that use it; both end with the command.
 
-A command can be killed at any moment, and then runs no code of its own. So a small process, the
-guard, holds the other end of a pipe: when the command is gone, by whatever signal, the pipe ends,
-and the guard ends the processes that the command has started (they carry a token in their
-environment, as /proc shows it) and removes the folder.
+A command that is killed cannot clean up after itself. So a small process, the guard, holds the
+other end of a pipe: when the command ends, by whatever signal, the pipe closes, and the guard kills
+the processes that the command has started (a token in their environment, read from /proc,
+identifies them) and removes the folder.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ for _ in range(100):
 
 @contextlib.contextmanager
 def guarded_processes(folder: Path | None = None) -> Iterator[None]:
-    """End every process that is started meanwhile, should this one be gone; with the folder."""
+    """In this context, processes that are started and the folder end with this process."""
     token = secrets.token_hex(16)
     before = {name: os.environ.get(name) for name in (_TOKEN, "TMPDIR")}
     command = [sys.executable, "-I", "-S", "-c", _GUARD, token, str(folder or "")]
@@ -89,7 +89,7 @@ def guarded_processes(folder: Path | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def guarded_folder(prefix: str) -> Iterator[Path]:
-    """A folder that only we can read, and the processes that are started meanwhile.
+    """A folder that only we can read; it and the processes started in the context end with us.
 
     Nothing is left of either, however this process ends.
     """

@@ -1,4 +1,4 @@
-"""What ``--help`` says beside the options, in one form for every command."""
+"""The parts of ``--help`` other than the options, in one form for every command."""
 
 import argparse
 import re
@@ -54,17 +54,17 @@ def describe(
     text: str,
     *,
     examples: Sequence[str],
-    status: str = "0 when all went well, 1 after an error, which one line on standard error names",
+    status: str = "0 on success, 1 after an error, with one line on standard error",
     notes: str = "",
 ) -> None:
-    """Set a parser's description and what stands below its options.
+    """Set a parser's description and the text below its options.
 
     Args:
         parser: of a command, or of a command's command.
         text: what the command does; paragraphs are held apart by an empty line.
         examples: command lines, without the name of the program.
         status: the meaning of the exit status.
-        notes: where to read more, or what else there is to know.
+        notes: where to read more, or further remarks.
     """
     parser.formatter_class = HelpFormatter
     parser.description = _paragraphs(text)

@@ -30,15 +30,15 @@ __all__ = [
 
 
 def kme_access(options: KmeOptions) -> "KmeAccess":
-    """How to reach the KME of the options.
+    """The KME access that the options describe.
 
     Raises:
-        ConfigError: an option is missing or makes no sense, or the packages are.
+        ConfigError: an option is missing or invalid, or a package is missing.
     """
     if options.kme is None:
         raise ConfigError("--kme is missing")
     if options.kme_ca is None or options.kme_cert is None or options.kme_key is None:
-        raise ConfigError("--kme goes with --kme-ca, --kme-cert and --kme-key")
+        raise ConfigError("--kme requires --kme-ca, --kme-cert and --kme-key")
     try:
         from hybridkex.qkd.etsi014.client import KmeAccess  # noqa: PLC0415  # needs the extra
     except ModuleNotFoundError as missing:
@@ -73,7 +73,7 @@ def qkd_requirement(options: QkdOptions) -> Requirement:
 
 @asynccontextmanager
 async def qkd_keys(options: QkdOptions) -> AsyncIterator[QkdPskSource | None]:
-    """The keys that the options ask for, as long as the context lasts.
+    """The PSK source that the options describe, for the duration of the context.
 
     Raises:
         ConfigError: the options contradict each other, or a file cannot be used.
@@ -96,9 +96,9 @@ async def key_sources(options: QkdOptions) -> AsyncIterator[list[KeySource]]:
         sources: dict[str, list[KeySource]] = {}
         if options.kme.kme is not None:
             if options.sae is None or not options.peer_sae:
-                raise ConfigError("--kme goes with --sae and --peer-sae")
+                raise ConfigError("--kme requires --sae and --peer-sae")
             if options.peer_kme_id is not None and len(options.peer_sae) > 1:
-                raise ConfigError("--peer-kme-id goes with one --peer-sae")
+                raise ConfigError("--peer-kme-id requires exactly one --peer-sae")
             access = kme_access(options.kme)
             from hybridkex.qkd.etsi014.client import (  # noqa: PLC0415  # as above
                 Etsi014Source,
@@ -120,7 +120,7 @@ async def key_sources(options: QkdOptions) -> AsyncIterator[list[KeySource]]:
             if options.sae not in (None, pool.local_sae):
                 raise ConfigError(f"{options.key_pool} is the key pool of {pool.local_sae}")
             if options.peer_sae and pool.peer_sae not in options.peer_sae:
-                raise ConfigError(f"{options.key_pool} holds keys that {pool.peer_sae} shares")
+                raise ConfigError(f"{options.key_pool} holds keys shared with {pool.peer_sae}")
             sources.setdefault(pool.peer_sae, []).append(pool)
         yield [one[0] if len(one) == 1 else FailoverSource(one) for one in sources.values()]
 
@@ -135,7 +135,7 @@ class _OpenPool:
 
 
 _OPEN_POOLS: dict[tuple[int, int], _OpenPool] = {}
-"""By device and inode. One connection at a time may have the file, and a process that reloads its
+"""By device and inode. One connection at a time may open the file, and a process that reloads its
 configuration needs it twice for a moment."""
 
 
@@ -163,5 +163,5 @@ def _inode(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
     except (OSError, ValueError):
-        return 0, 0  # there is none; to open it says so
+        return 0, 0  # it does not exist; opening it reports that
     return status.st_dev, status.st_ino

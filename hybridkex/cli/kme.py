@@ -1,6 +1,6 @@
-"""``hybridkex kme``: run a KME, ask one, fill key pools, set up two sites to try.
+"""``hybridkex kme``: run a KME, query one, fill key pools, set up two test sites.
 
-``docs/kme.md`` shows the configuration file and the whole way.
+``docs/kme.md`` describes the configuration file and each step.
 """
 
 import argparse
@@ -65,8 +65,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands."""
     describe(
         parser,
-        "A key management entity hands the keys of a QKD link to the applications (SAEs) of its "
-        "site over mutual TLS, as ETSI GS QKD 014 has it.",
+        "A key management entity (KME) delivers the keys of a QKD link to the applications (SAEs) "
+        "of its site over mutual TLS, as specified by ETSI GS QKD 014.",
         examples=["kme dev-up sites", "kme serve kme.toml"],
         notes="See docs/kme.md.",
     )
@@ -75,8 +75,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     serve = commands.add_parser("serve", help="run the KMEs of a configuration file")
     describe(
         serve,
-        "Run the KMEs of a configuration file until a signal ends them. SIGHUP reads the file and "
-        "the certificates again; a file that cannot be used changes nothing.",
+        "Run the KMEs of a configuration file until SIGTERM or SIGINT. SIGHUP reloads the file and "
+        "the certificates; an invalid file changes nothing.",
         examples=["kme serve kme.toml", "kme serve kme.toml --log-level info"],
         status="0 after SIGTERM or SIGINT, 1 when it cannot start",
         notes="See docs/kme.md.",
@@ -90,8 +90,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     status = commands.add_parser("status", help="print a KME's status for a peer, as JSON")
     describe(
         status,
-        "Ask a KME how many keys it has for us and a peer, and what it allows (ETSI GS QKD 014, "
-        "section 5.1). No key is drawn.",
+        "Ask a KME how many keys it has for us and a peer, and for its limits (ETSI GS QKD 014, "
+        "clause 5.1). No key is drawn.",
         examples=[
             "kme status --kme https://localhost:8443 --kme-ca ca.pem --kme-cert a.pem \\\n"
             "      --kme-key a.key --sae sae-a --peer-sae sae-b",
@@ -108,8 +108,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         pool,
         "As the master (the default), draw --number keys for the peer into a pool file and write "
         "their IDs to --ids. As the slave, collect the keys whose IDs the peer wrote. Run it in "
-        "both roles at both sites. --key-pool of the other commands uses the pool where the KME "
-        "cannot be reached.",
+        "both roles at both sites. Other commands use the pool with --key-pool, for example where "
+        "no KME can be reached.",
         examples=[
             "kme export-pool --key-pool a.pool --pool-key a.pool.key --ids ids \\\n"
             "      --kme https://localhost:8443 --kme-ca ca.pem --kme-cert a.pem \\\n"
@@ -125,7 +125,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=file_path,
         required=True,
         metavar="FILE",
-        help="its key file; made if missing",
+        help="the key file that encrypts it; created if missing",
     )
     pool.add_argument(
         "--ids",
@@ -161,22 +161,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--ports",
         default="8443,8444",
         metavar="A,B",
-        help="of the KMEs; 0 picks (default: %(default)s)",
+        help="the two KMEs' ports; 0 picks free ones (default: %(default)s)",
     )
     dev_up.add_argument(
         "--tls",
         default="stdlib",
         choices=KME_TLS_KINDS,
-        help="on the hop to the KME (default: %(default)s)",
+        help="TLS between SAE and KME (default: %(default)s)",
     )
     dev_up.add_argument(
         "--producer",
         default="random",
         choices=PRODUCERS,
-        help="of keys: random, or a QKD link (default: %(default)s)",
+        help="what makes the keys: random numbers or a simulated QKD link (default: %(default)s)",
     )
     dev_up.add_argument(
-        "--distance", type=float, metavar="KM", help="of the QKD link's fibre (default 50)"
+        "--distance", type=float, metavar="KM", help="length of the QKD link's fibre (default 50)"
     )
     dev_up.add_argument(
         "--metrics",
@@ -184,7 +184,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="ADDR",
         help="serve Prometheus metrics at this HOST:PORT",
     )
-    dev_up.add_argument("--no-serve", action="store_true", help="only write the files")
+    dev_up.add_argument("--no-serve", action="store_true", help="write the files and exit")
     add_log_options(dev_up, default="warning")
     dev_up.set_defaults(action=_action(DevUpOptions, "dev_up"))
 
@@ -201,7 +201,7 @@ def _address(text: str) -> TcpAddress:
 
 
 def _add_access(parser: argparse.ArgumentParser) -> None:
-    """The options that say which KME, and who we are to it; the same as those of ``connect``."""
+    """The options for the KME and our identity at it; the same as those of ``connect``."""
     add_kme_options(parser, required=True)
     parser.add_argument("--sae", required=True, metavar="ID", help="our own SAE ID")
     parser.add_argument("--peer-sae", required=True, metavar="ID", help="the peer's SAE ID")

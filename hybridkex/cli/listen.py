@@ -30,8 +30,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     describe(
         parser,
-        "Accept TLS 1.3 channels, one after the other. What a client sends goes to standard "
-        "output, standard input goes to the client; with --echo each client gets its own data "
+        "Accept TLS 1.3 channels, one after the other. What a client sends is written to standard "
+        "output; standard input is sent to the client. With --echo each client gets its own data "
         "back, and many are served at once.",
         examples=[
             "listen 4433 --cert keys/cert.pem --key keys/key.pem > received",
@@ -39,16 +39,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
             'listen 0 --echo --port-file port --psk "site-a:$(cat psk.hex)"',
         ],
         status="0 after a clean close (with --once: of the one connection), 1 otherwise",
-        notes="A client that fails its handshake never ends the command, except with --once.",
+        notes="A failed handshake ends the command only with --once.",
     )
-    parser.add_argument("port", metavar="PORT", type=int, help="0 picks a free one")
+    parser.add_argument("port", metavar="PORT", type=int, help="the TCP port; 0 picks a free one")
     parser.add_argument(
         "--require-client-cert", action="store_true", help="refuse clients without a certificate"
     )
-    parser.add_argument("--echo", action="store_true", help="send back what comes, to many at once")
+    parser.add_argument(
+        "--echo", action="store_true", help="send each client's data back; serve many at once"
+    )
     parser.add_argument("--once", action="store_true", help="end after the first connection")
     parser.add_argument(
-        "--port-file", type=file_path, metavar="FILE", help="write the port here once it is open"
+        "--port-file",
+        type=file_path,
+        metavar="FILE",
+        help="write the port number to FILE once it is open",
     )
     add_log_options(parser, default="warning")
     add_channel_options(parser)

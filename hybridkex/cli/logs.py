@@ -1,4 +1,4 @@
-"""Where the library's log goes when a command runs: to standard error, in the form of its reader.
+"""The library's log when a command runs: to standard error, in the reader's format.
 
 systemd's journal stamps each line with time and program itself and reads a priority from its start
 (sd-daemon(3)); a person or a file wants the time in the line.
@@ -29,7 +29,7 @@ def add_log_options(parser: argparse.ArgumentParser, *, default: str = "info") -
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default=default,
-        help=f"what is told on standard error (default: {default})",
+        help=f"the least severe messages to log on standard error (default: {default})",
     )
 
 
@@ -63,7 +63,7 @@ class _JournalFormatter(logging.Formatter):
 
 
 class _StandardError(logging.StreamHandler[TextIO]):
-    """Standard error as it is when something is said: progress bars stand in for it meanwhile."""
+    """The current ``sys.stderr``, looked up for each line: progress bars replace it at times."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr

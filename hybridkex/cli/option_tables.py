@@ -1,7 +1,7 @@
 """A table of a TOML file as the options of a command: ``max_connections = 9`` is
 ``--max-connections 9``.
 
-The command's parser is the one place that defines what an option means and which values it takes.
+The command's parser alone defines what an option means and which values it takes.
 """
 
 import argparse
@@ -23,7 +23,7 @@ class OptionTable(argparse.ArgumentParser):
     """A parser that raises ``ConfigError``."""
 
     def error(self, message: str) -> NoReturn:
-        # In the words of a file.
+        # In the terms of a configuration file.
         text = _OPTION.sub(lambda found: found[1].replace("-", "_"), message)
         raise ConfigError(text.removeprefix("argument "))
 
@@ -40,7 +40,7 @@ def read_options(
         base: the folder of the file.
 
     Raises:
-        ConfigError: no such option, or a value that it does not take.
+        ConfigError: an unknown option, or an invalid value.
     """
     # argparse has no public way to look an option up.
     known = {text: action for action in options._actions for text in action.option_strings}
@@ -51,16 +51,16 @@ def read_options(
         if action is None or action.dest == "help":
             raise ConfigError(f"{name} is not a setting")
         if "-" in name:
-            raise ConfigError(f"{name} is spelled {name.replace('-', '_')} in a file")
+            raise ConfigError(f"write {name} as {name.replace('-', '_')} in a file")
         words += [f"--{option}{rest}" for rest in _values(name, value, action, base)]
     return options.parse_args(words)
 
 
 def _values(name: str, value: Any, action: argparse.Action, base: Path) -> list[str]:
-    """What stands behind the option, each time that it is given."""
+    """The arguments of the option, for each time that it is given."""
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise ConfigError(f"{name} is true or false")
+            raise ConfigError(f"{name} must be true or false")
         return [""] if value else []
     items = value if isinstance(value, list) else [value]
     if not all(
@@ -80,7 +80,7 @@ def _values(name: str, value: Any, action: argparse.Action, base: Path) -> list[
 
 
 def _located(text: str, action: argparse.Action, base: Path) -> str:
-    """A path, or a Unix socket's, from the folder of the configuration."""
+    """A file path or a Unix socket's path, relative to the folder of the configuration."""
     if action.type in (file_path, folder_path):
         return str(base / text) if text else text  # an empty one is refused
     if action.type is address and text.startswith("unix:"):

@@ -1,6 +1,6 @@
 """The options that the commands with a channel share.
 
-For programs outside of this package, too: ``examples/chat`` has them.
+Programs outside this package can use them, too: ``examples/chat`` does.
 """
 
 import argparse
@@ -48,20 +48,20 @@ def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = N
         "--ca",
         type=file_path,
         metavar="FILE",
-        help="authorities that may vouch for the peer (PEM; a client's default: the system's)",
+        help="certificate authorities for the peer (PEM; a client's default: the system's)",
     )
     trust.add_argument(
         "--pin",
         metavar="HEX",
         action="append",
         default=[],
-        help="SHA-256 of the peer's public key (SPKI); with --ca both must hold",
+        help="SHA-256 of the peer's public key (SPKI); with --ca, both must match",
     )
     trust.add_argument(
         "--known-peers",
         type=file_path,
         metavar="FILE",
-        help="raw public keys by name, as known_hosts; a new server is trusted and remembered",
+        help="raw public keys by name, like known_hosts; a new server is trusted and remembered",
     )
     trust.add_argument(
         "--insecure", action="store_true", help="do not check the peer's certificate at all"
@@ -74,20 +74,20 @@ def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = N
         "--key",
         type=file_path,
         metavar="FILE",
-        help="its private key (PEM); without --cert, a raw public key",
+        help="our private key (PEM); without --cert, used as a raw public key",
     )
     psk = parser.add_argument_group("pre-shared key")
     psk.add_argument(
         "--psk",
         metavar="IDENTITY:HEX",
-        help="an external PSK; together with certificates it is used by RFC 9973. "
-        "Other users of this machine can see it in the process list",
+        help="an external PSK; combined with certificates by RFC 9973 if there are any. Other "
+        "users of this machine can see it in the process list",
     )
     psk.add_argument(
         "--psk-hash",
         choices=("sha256", "sha384"),
         default="sha256",
-        help="the hash that the PSK is for, and with it the suites (default: %(default)s)",
+        help="the PSK's hash, which limits the cipher suites (default: %(default)s)",
     )
     psk.add_argument(
         "--psk-import",
@@ -99,14 +99,14 @@ def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = N
         "--groups",
         type=comma_list,
         metavar="LIST",
-        help=f"key exchange groups in order of preference, of {', '.join(GROUPS)} "
+        help=f"key exchange groups in order of preference, from {', '.join(GROUPS)} "
         "(default: the post-quantum ones)",
     )
     tls.add_argument(
         "--suites",
         type=comma_list,
         metavar="LIST",
-        help=f"cipher suites in order of preference, of {', '.join(SUITES)} (default: all)",
+        help=f"cipher suites in order of preference, from {', '.join(SUITES)} (default: all)",
     )
     if alpn is not None:
         parser.set_defaults(alpn=[alpn])
@@ -125,7 +125,8 @@ def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = N
         "--keylog",
         type=file_path,
         metavar="FILE",
-        help="append the session's secrets to FILE, for Wireshark: whoever has them reads all",
+        help="append the session's secrets to FILE, for Wireshark; anyone who has FILE can decrypt "
+        "the traffic",
     )
     add_qkd_options(parser)
     parser.add_argument("--bind", metavar="ADDR", help="the local IP address (default: any)")

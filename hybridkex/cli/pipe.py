@@ -35,9 +35,9 @@ def reason(error: BaseException) -> str:
 
 
 def handshake_failed(error: BaseException, config: ClientConfig) -> ChannelFailed:
-    """The error to raise for a client's handshake that failed; with the next step, if one is
-    likely: OpenSSL before 3.5 answers a client without classical groups with handshake_failure, and
-    other servers just close the connection."""
+    """The error to raise for a client's failed handshake, with the next step if a likely one is
+    known: OpenSSL before 3.5 answers a client without classical groups with handshake_failure, and
+        other servers just close the connection."""
     text = f"handshake failed: {reason(error)}"
     cause = error.__cause__
     unwanted = isinstance(cause, TruncationError) or (
@@ -52,7 +52,7 @@ def handshake_failed(error: BaseException, config: ClientConfig) -> ChannelFaile
 
 
 def report(session: Session, *, as_json: bool) -> None:
-    """Say on standard error what the keys rest on."""
+    """Print on standard error what the keys rest on."""
     text = json_line(session.as_json()) if as_json else str(session)
     print(text, file=sys.stderr, flush=True)
 
@@ -60,29 +60,29 @@ def report(session: Session, *, as_json: bool) -> None:
 async def pipe(stream: SecureStream[Any]) -> None:
     """Carry standard input to the peer and the peer's data to standard output.
 
-    Ends when both sides have ended, or when the peer has ended and closed the connection.
+    Ends when both directions have ended, or when the peer has closed the connection.
 
     Raises:
-        ChannelFailed: the connection broke or was cut, the input could not be read or not be sent
-            to its end, or the output could not be written.
+        ChannelFailed: the connection broke or was cut, the input could not be read or could not be
+            sent completely, or the output could not be written.
     """
     sender = _Input()
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(sender.send, stream)
             await _write_output(stream)
-            # The peer's end is the end of one direction only: ours goes on, unless the peer has
-            # left for good.
+            # The peer's close_notify ends one direction only: ours continues, unless the peer has
+            # closed the connection.
             nursery.start_soon(_cancel_when_gone, stream, nursery.cancel_scope)
             await sender.sent.wait()
             nursery.cancel_scope.cancel()
     except* trio.BrokenResourceError as group:
-        # Both directions see the same end; one of them is enough to tell it.
+        # Both directions see the same failure; it is reported once.
         raise ChannelFailed(reason(first_of(group))) from None
     if sender.is_left_over():
         raise ChannelFailed(
-            f"the peer closed the connection when {sender.count:,} bytes of standard input had "
-            "been sent; the rest was not"
+            f"the peer closed the connection after {sender.count:,} bytes of standard input; the "
+            "rest was not sent"
         )
 
 
@@ -95,7 +95,7 @@ class _Input:
         self._sending = False
 
     async def send(self, stream: SecureStream[Any]) -> None:
-        """Send it to its end, and close our direction."""
+        """Send all of it, and close our direction."""
         while data := await self._read():
             self._sending = True
             await stream.send_all(data)
@@ -105,15 +105,15 @@ class _Input:
         self.sent.set()
 
     def is_left_over(self) -> bool:
-        """Whether there was more than what was sent: read, or ready to be read.
+        """Whether input remains unsent: already read, or ready to be read.
 
-        A terminal or a pipe that nobody has written to is not: the peer may end first.
+        A terminal or a pipe without data does not count: the peer may end first.
         """
         return not self.sent.is_set() and (self._sending or _unread(0) > 0)
 
     async def _read(self) -> bytes:
-        # A thread, since standard input may be a file, which cannot be waited for otherwise; it is
-        # abandoned in its read when the peer ends first.
+        # In a thread, since standard input may be a regular file, which cannot be polled; the
+        # thread is abandoned if the peer ends first.
         try:
             return await trio.to_thread.run_sync(os.read, 0, _CHUNK, abandon_on_cancel=True)
         except OSError as error:
@@ -121,7 +121,7 @@ class _Input:
 
 
 def _unread(file: int) -> int:
-    """Bytes that can be read from a file, a pipe or a socket at once."""
+    """Bytes that can be read from a file, a pipe or a socket without waiting."""
     try:
         status = os.fstat(file)
         if stat.S_ISREG(status.st_mode):

@@ -1,4 +1,4 @@
-"""How a transfer shows itself: bars on a terminal, a line for each file elsewhere."""
+"""Progress of a transfer: bars on a terminal, one line per file elsewhere."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ __all__ = ["rate", "showing"]
 
 
 def rate(count: float, seconds: float) -> str:
-    """Bytes per second, for a person."""
+    """A human-readable rate in bytes per second."""
     value = count / max(seconds, 1e-9)
     for unit in ("B/s", "kB/s", "MB/s"):
         if value < 1000:
@@ -24,7 +24,7 @@ def rate(count: float, seconds: float) -> str:
 
 @contextmanager
 def showing(verb: str, on_wire: Callable[[], int], total: int | None = None) -> Iterator[Progress]:
-    """Progress on standard error. ``on_wire`` counts the bytes of the connection, TLS and all."""
+    """Progress on standard error. ``on_wire`` counts the bytes of the connection, TLS included."""
     rich = _rich() if sys.stderr.isatty() else None
     if rich is None:
         yield _Lines(verb)
@@ -62,7 +62,7 @@ class _Lines:
         elif begun is not None:
             start, size, done = begun
             speed = rate(size - done, time.monotonic() - start)
-            again = f", of which {done:,} were there" if done else ""
+            again = f", of which {done:,} were already there" if done else ""
             _say(f"{self._verb} {name}: {size:,} bytes{again}, {speed}")
 
     def note(self, text: str) -> None:
@@ -74,7 +74,7 @@ def _say(line: str) -> None:
 
 
 class _Bars:
-    """A bar for each file under way, and one for all."""
+    """A bar for each file in transfer, and one for the total."""
 
     def __init__(
         self, rich: ModuleType, verb: str, on_wire: Callable[[], int], total: int | None
@@ -93,7 +93,7 @@ class _Bars:
         self._on_wire = on_wire
         self._started = time.monotonic()
         self._tasks: dict[str, int] = {}
-        # Without a known total (a receiver's) the bars of the files must do.
+        # A receiver knows no total: only the bars of the files are shown.
         self._all = self.live.add_task("all", total=total, wire="") if total is not None else None
 
     def begin(self, name: str, size: int, done: int) -> None:
@@ -113,7 +113,7 @@ class _Bars:
         task = self._tasks.pop(name, None)
         if task is not None:
             self.live.remove_task(task)
-        self._lines.end(name, outcome)  # above the bars: rich stands in for standard error
+        self._lines.end(name, outcome)  # rich prints this above the bars
 
     def note(self, text: str) -> None:
         self._lines.note(text)

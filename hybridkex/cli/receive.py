@@ -34,40 +34,46 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     describe(
         parser,
-        "Take in files and folders from 'hybridkex send'. Nothing appears under its name before "
-        "it is complete, verified by SHA-256 and on the disk; nothing leaves the folder; nothing "
-        "is overwritten unless --overwrite is given.",
+        "Receive files and folders from 'hybridkex send'. A file appears under its name only when "
+        "it is complete, verified by SHA-256 and on disk. Nothing is written outside the folder. "
+        "Nothing is overwritten without --overwrite.",
         examples=[
             "receive incoming --ca ca.pem --cert cert.pem --key key.pem",
             "receive incoming --once --port 0 --port-file port --pin HEX --key key.pem",
         ],
-        status="0 after --once or a signal to end, 1 after an error",
+        status="0 after --once, SIGTERM or SIGINT, 1 after an error",
         notes="See docs/file-transfer.md.",
     )
     parser.add_argument(
-        "folder", type=folder_path, metavar="DIR", help="where to; made if it is not there"
+        "folder",
+        type=folder_path,
+        metavar="DIR",
+        help="the folder to store files in; created if missing",
     )
     parser.add_argument(
         "--port",
         metavar="PORT",
         type=int,
         default=DEFAULT_PORT,
-        help="where to listen; 0 picks a free one (default: %(default)s)",
+        help="the TCP port; 0 picks a free one (default: %(default)s)",
     )
     parser.add_argument(
-        "--port-file", type=file_path, metavar="FILE", help="write the port here once it is open"
+        "--port-file",
+        type=file_path,
+        metavar="FILE",
+        help="write the port number to FILE once it is open",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     parser.add_argument(
-        "--anyone", action="store_true", help="take files from senders that prove no identity"
+        "--anyone", action="store_true", help="accept files from unauthenticated senders"
     )
-    parser.add_argument("--once", action="store_true", help="end when a sender has come to its end")
+    parser.add_argument("--once", action="store_true", help="exit after one sender has finished")
     parser.add_argument(
         "--max-connections",
         metavar="N",
         type=int,
         default=64,
-        help="senders at once; others are told to try again later (default: %(default)s)",
+        help="most senders at once; others are told to try again later (default: %(default)s)",
     )
     add_log_options(parser, default="warning")
     add_channel_options(parser, alpn=TRANSFER_PROTOCOL)

@@ -1,8 +1,8 @@
 """``hybridkex rndl``: record now, decrypt later, live.
 
-Records channels of every configuration on loopback, lets adversaries of the future try to read
-them, each in a process of its own, and prints who could. ``docs/record-now-decrypt-later.md`` says
-what is modelled, what is real and what it does not prove.
+Records channels of every configuration on loopback, lets future adversaries try to decrypt them,
+each in its own process, and prints which of them succeeded. ``docs/record-now-decrypt-later.md``
+says what is modelled, what is real and what it does not prove.
 """
 
 import argparse
@@ -31,20 +31,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         parser,
         "Record handshakes and data of five configurations, then let future adversaries try to "
         "decrypt them: they break ECDH, ML-KEM or signatures, or steal keys, key stores or ticket "
-        "keys. A table shows what each could read, and is compared with the prediction.",
+        "keys. A table shows what each adversary could read and compares it with the prediction.",
         examples=["rndl", "rndl --html report.html", "rndl --keep recordings"],
         status="0 if each adversary read what was predicted and nothing else, 1 otherwise",
         notes="See docs/record-now-decrypt-later.md.",
     )
     parser.add_argument(
-        "--html", type=file_path, metavar="FILE", help="write the report as one page"
+        "--html", type=file_path, metavar="FILE", help="write the report as one HTML page"
     )
     parser.add_argument("--json", type=file_path, metavar="FILE", help="write the report as JSON")
     parser.add_argument(
         "--keep",
         type=folder_path,
         metavar="DIR",
-        help="keep recordings (pcapng), key logs for Wireshark, and what each adversary had in a "
-        "new folder",
+        help="keep the recordings (pcapng), key logs for Wireshark, and each adversary's files in "
+        "a new folder",
     )
     parser.set_defaults(action=Action("rndl", RndlOptions, extra="apps,kme"))

@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 def run_trio(main: Callable[[], Awaitable[T]]) -> T:
-    """Run to the end; an error comes out of the exception groups of the nurseries around it.
+    """Run to completion; an error is unwrapped from the exception groups of its nurseries.
 
-    Where there are several the first is raised: a command has one thing to say when it fails.
-    Ctrl-C comes at a checkpoint: between two lines it would leave coroutines that nobody awaits.
+    Of several errors the first is raised: a command reports one failure.
+    Ctrl-C is delivered at a checkpoint: elsewhere it could leave coroutines unawaited.
     """
     try:
         return trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)
@@ -27,11 +27,11 @@ def run_trio(main: Callable[[], Awaitable[T]]) -> T:
 
 @contextmanager
 def end_as_interrupted() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP end a command as Ctrl-C does: what it started and what it
-    has in temporary places goes with it."""
+    """In the context, SIGTERM and SIGHUP end a command as Ctrl-C does, so that it ends its
+    processes and removes its temporary files."""
 
     def interrupt(_: int, frame: FrameType | None) -> None:
-        # Whoever handles Ctrl-C now: trio while it runs, Python before and after.
+        # The current handler of Ctrl-C: trio's while it runs, Python's before and after.
         handler = signal.getsignal(signal.SIGINT)
         if callable(handler):
             handler(signal.SIGINT, frame)
@@ -45,7 +45,7 @@ def end_as_interrupted() -> Iterator[None]:
 
 
 def first_of(error: BaseException) -> BaseException:
-    """The first error inside of nested groups; the error itself, if it is none."""
+    """The first error inside nested exception groups, or the error itself if it is not a group."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

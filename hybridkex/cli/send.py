@@ -31,13 +31,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     describe(
         parser,
-        "Send files and folders to 'hybridkex receive'. What is there already is not sent again; "
-        "after a break the transfer goes on where it was.",
+        "Send files and folders to 'hybridkex receive'. Files that the receiver already has are "
+        "not sent again; an interrupted transfer resumes where it stopped.",
         examples=[
             "send report.pdf data/ backup.example.org --ca ca.pem --cert me.pem --key me.key",
             "send disk.img [2001:db8::1]:4434 --pin HEX --key me.pem",
         ],
-        status="0 when everything is there and verified, 1 otherwise",
+        status="0 if the receiver has verified everything, 1 otherwise",
         notes="See docs/file-transfer.md.",
     )
     parser.add_argument(
@@ -47,14 +47,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "host", metavar="HOST[:PORT]", help=f"the receiver (port {DEFAULT_PORT} if none is given)"
     )
     parser.add_argument(
-        "--server-name", metavar="NAME", help="the name in the certificate, if it is not HOST"
+        "--server-name", metavar="NAME", help="the name in the receiver's certificate, if not HOST"
     )
     parser.add_argument(
         "--retries",
         metavar="N",
         type=int,
         default=8,
-        help="connections in a row that may bring nothing before it is given up (default: 8)",
+        help="give up after this many connections in a row without progress (default: 8)",
     )
     add_channel_options(parser, alpn=TRANSFER_PROTOCOL)
     parser.set_defaults(action=Action("send", SendOptions))

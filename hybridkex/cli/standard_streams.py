@@ -1,8 +1,8 @@
 """Standard error that cannot fail, and descriptors 0 to 2 that are always open.
 
-What a command tells on standard error is a log: when its reader has gone (EPIPE) or its file system
-is full (ENOSPC), lines are lost and nothing else. Every message, log line and progress bar goes
-through ``sys.stderr``, so this is the one place that sees to it.
+A command's standard error is a log: when its reader is gone (EPIPE) or its file system is full
+(ENOSPC), lines are lost and the command continues. Every message, log line and progress bar goes
+through ``sys.stderr``, so this module is the one place that ensures it.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ __all__ = ["unfailing_standard_error"]
 
 
 class _Lossy(io.FileIO):
-    """A file that loses what cannot be written. Nothing is kept for later, so that writing goes on
-    as soon as there is room again."""
+    """A file that drops what cannot be written. Nothing is buffered, so writing succeeds again as
+    soon as there is room."""
 
     def write(self, data: Any) -> int:
         """Always the length of ``data``."""
@@ -25,7 +25,7 @@ class _Lossy(io.FileIO):
         total = len(view)
         with contextlib.suppress(OSError):
             while view:
-                # Not a blocking file: None if nothing could be written.
+                # A non-blocking file returns None if nothing could be written.
                 view = view[super().write(view) or len(view) :]
         return total
 
@@ -36,7 +36,7 @@ def unfailing_standard_error() -> Iterator[None]:
     _open_missing()
     before = sys.stderr
     if before is not sys.__stderr__ and before is not None:
-        yield  # somebody has put a stream of his own there, such as a test
+        yield  # replaced by another stream, for example in a test
         return
     raw: Any = _Lossy(2, "w", closefd=False)
     sys.stderr = io.TextIOWrapper(
@@ -49,10 +49,10 @@ def unfailing_standard_error() -> Iterator[None]:
 
 
 def _open_missing() -> None:
-    """Open what a caller has closed (``2>&-``), or the next file that is opened gets its number,
-    and messages would be written into that."""
+    """Open standard descriptors that the caller closed (``2>&-``): otherwise the next file that is
+    opened would get the number, and messages would be written to that file."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     if sys.stdout is None:
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # for as long as we live
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # until the process ends

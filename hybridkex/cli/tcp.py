@@ -1,4 +1,4 @@
-"""TCP for the commands: what goes wrong is told together with what can be done about it."""
+"""TCP for the commands: errors come with the next step."""
 
 import errno
 import socket
@@ -11,10 +11,10 @@ from hybridkex.errors import ConfigError
 __all__ = ["NO_TCP", "cannot_connect", "cannot_listen", "checked_port"]
 
 NO_TCP: Final = (OSError, UnicodeError)
-"""What trio raises; a ``UnicodeError`` where a host has a name that no host can have."""
+"""What trio raises; ``UnicodeError`` for an impossible host name."""
 
 _ADVICE: Final = {
-    errno.ECONNREFUSED: "nobody listens there: start the server, or check the port",
+    errno.ECONNREFUSED: "no program listens there: start the server, or check the port",
     errno.EHOSTUNREACH: "check the address, the route and the firewalls",
     errno.ENETUNREACH: "check the address, the route and the firewalls",
     errno.ETIMEDOUT: "check the address, the route and the firewalls",
@@ -25,9 +25,9 @@ _ADVICE: Final = {
 
 
 def checked_port(port: int) -> int:
-    """A port that there can be: the C library takes 65536 for 0. Raises ``ConfigError``."""
+    """A valid port number (the C library takes 65536 for 0). Raises ``ConfigError``."""
     if not 0 <= port < 1 << 16:
-        raise ConfigError(f"a port is a number from 0 to 65535, not {port}")
+        raise ConfigError(f"a port must be a number from 0 to 65535, not {port}")
     return port
 
 
@@ -43,7 +43,7 @@ def cannot_listen(where: object, error: Exception) -> ChannelFailed:
 
 def _told(error: Exception) -> str:
     if not isinstance(error, OSError):
-        return "no host can have this name"
+        return "this is not a valid host name"
     last = last_attempt(error)
     if isinstance(last, socket.gaierror):
         return f"{os_reason(error)}; check the host's name"

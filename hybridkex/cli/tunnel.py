@@ -1,6 +1,6 @@
 """``hybridkex tunnel``: connections of other programs through secure channels.
 
-``docs/tunnel.md`` shows the configuration file and the whole way.
+``docs/tunnel.md`` describes the configuration file and each step.
 """
 
 import argparse
@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessOptions:
-    """What a file has once, above its tunnels."""
+    """Process-wide settings: in a file, once, above the tunnels."""
 
     metrics: str | None
     grace: float
@@ -37,7 +37,7 @@ class ProcessOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TunnelOptions:
-    """What both ends of a tunnel have."""
+    """The options of both ends of a tunnel."""
 
     name: str | None
     local: str
@@ -52,7 +52,7 @@ class TunnelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ListenOptions(TunnelOptions):
-    """The end beside the server program."""
+    """The end next to the server program."""
 
     target: str
     require_client_cert: bool
@@ -61,7 +61,7 @@ class ListenOptions(TunnelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectOptions(TunnelOptions):
-    """The end beside the client program."""
+    """The end next to the client program."""
 
     remote: str
     server_name: str | None
@@ -95,9 +95,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands."""
     describe(
         parser,
-        "Carry TCP connections and Unix sockets of other programs through secure channels, so that "
-        "they gain hybrid keys without a change. One end runs 'tunnel connect' beside the client "
-        "program, the other 'tunnel listen' beside the server program.",
+        "Forward TCP connections and Unix sockets of other programs through secure channels, which "
+        "gives unmodified programs hybrid keys. One end runs 'tunnel connect' next to the client "
+        "program, the other 'tunnel listen' next to the server program.",
         examples=[
             "tunnel listen --local 0.0.0.0:6432 --target 127.0.0.1:5432 --cert c.pem --key k.pem",
             "tunnel connect --local 127.0.0.1:5432 --remote db.example.org:6432 --ca ca.pem",
@@ -109,11 +109,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     listen = commands.add_parser(
         "listen",
-        help="accept secure channels and carry them to a program",
+        help="accept secure channels and forward them to a program",
     )
     describe(
         listen,
-        "Accept secure channels and carry each to a program's own socket.",
+        "Accept secure channels and forward each to the socket of a program.",
         examples=[
             "tunnel listen --local 0.0.0.0:6432 --target 127.0.0.1:5432 \\\n"
             "      --cert cert.pem --key key.pem --ca ca.pem --require-client-cert",
@@ -127,11 +127,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     connect = commands.add_parser(
         "connect",
-        help="accept a program's connections and carry them through secure channels",
+        help="accept a program's connections and forward them through secure channels",
     )
     describe(
         connect,
-        "Accept a program's connections and carry each through a secure channel.",
+        "Accept a program's connections and forward each through a secure channel.",
         examples=[
             "tunnel connect --local 127.0.0.1:5432 --remote db.example.org:6432 \\\n"
             "      --ca ca.pem --cert cert.pem --key key.pem",
@@ -148,14 +148,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     describe(
         run,
-        "Run the tunnels of a configuration file. SIGHUP reads it again: what is the same goes on, "
-        "and a file that cannot be used changes nothing.",
+        "Run the tunnels of a configuration file. SIGHUP reloads it: unchanged tunnels continue, "
+        "and an invalid file changes nothing.",
         examples=["tunnel run tunnels.toml", "tunnel run tunnels.toml --check"],
-        status="0 after SIGTERM or SIGINT (with --check: the file can be used), 1 otherwise",
-        notes="For systemd there is a unit in examples/tunnel. See docs/tunnel.md.",
+        status="0 after SIGTERM or SIGINT (with --check: the file is valid), 1 otherwise",
+        notes="examples/tunnel has a systemd unit. See docs/tunnel.md.",
     )
     run.add_argument("file", type=file_path, metavar="FILE", help="a TOML file, see docs/tunnel.md")
-    run.add_argument("--check", action="store_true", help="say whether it can be used, and end")
+    run.add_argument("--check", action="store_true", help="check the file and exit")
     run.set_defaults(action=_action(FileOptions, "run_file"))
 
 
@@ -164,31 +164,35 @@ def _action(options: type, function: str) -> Action:
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
-    """What a file has once, above its tunnels."""
-    parser.add_argument("--metrics", metavar="HOST:PORT", help="Prometheus metrics, plain HTTP")
+    """Process-wide settings: in a file, once, above the tunnels."""
+    parser.add_argument(
+        "--metrics", metavar="HOST:PORT", help="serve Prometheus metrics here, over plain HTTP"
+    )
     parser.add_argument(
         "--grace",
         type=float,
         default=30.0,
         metavar="SECONDS",
-        help="that connections may go on after SIGTERM (default: %(default)g)",
+        help="time for open connections after SIGTERM (default: %(default)g)",
     )
     add_log_options(parser)
 
 
 def _add_common_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--name", help="in logs and metrics (default: where it listens)")
+    parser.add_argument(
+        "--name", help="the tunnel's name in logs and metrics (default: its address)"
+    )
     parser.add_argument(
         "--max-connections",
         metavar="N",
         type=int,
         default=256,
-        help="more are refused (default: %(default)s)",
+        help="most connections at once (default: %(default)s)",
     )
     for name, seconds, text in (
-        ("handshake-timeout", 10.0, "for a handshake"),
-        ("connect-timeout", 10.0, "for a connection to where it goes"),
-        ("idle-timeout", None, "without a byte after which a connection is cut"),
+        ("handshake-timeout", 10.0, "time for a handshake"),
+        ("connect-timeout", 10.0, "time for the onward connection"),
+        ("idle-timeout", None, "cut a connection after this time without data"),
     ):
         parser.add_argument(
             f"--{name}",
@@ -201,10 +205,13 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
         "--socket-mode",
         metavar="OCTAL",
         default="600",
-        help="permissions of a Unix socket that it listens on (default: %(default)s)",
+        help="permissions of the Unix socket it listens on (default: %(default)s)",
     )
     parser.add_argument(
-        "--port-file", type=file_path, metavar="FILE", help="write the port here once it is open"
+        "--port-file",
+        type=file_path,
+        metavar="FILE",
+        help="write the port number to FILE once it is open",
     )
     add_channel_options(parser)
 
@@ -215,7 +222,7 @@ def add_listen_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=address,
         metavar="ADDRESS",
-        help="where secure channels come in: HOST:PORT or unix:/path",
+        help="where to accept secure channels: HOST:PORT or unix:/path",
     )
     parser.add_argument(
         "--target",
@@ -244,7 +251,7 @@ def add_connect_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=address,
         metavar="ADDRESS",
-        help="where the program connects to: HOST:PORT or unix:/path",
+        help="where to accept the program's connections: HOST:PORT or unix:/path",
     )
     parser.add_argument(
         "--remote",
@@ -254,6 +261,6 @@ def add_connect_options(parser: argparse.ArgumentParser) -> None:
         help="the other end of the tunnel: HOST:PORT or unix:/path",
     )
     parser.add_argument(
-        "--server-name", metavar="NAME", help="the name in its certificate, if it is not HOST"
+        "--server-name", metavar="NAME", help="the name in its certificate, if not HOST"
     )
     _add_common_options(parser)

@@ -1,7 +1,7 @@
-"""The kinds of values that options have: an option's ``type`` says how its value is to be read.
+"""The types of option values: an option's ``type`` says how its value is parsed.
 
-A configuration file (:mod:`~hybridkex.cli.option_tables`) and the completion of a shell go by it,
-and never by the words of a help text.
+Configuration files (:mod:`~hybridkex.cli.option_tables`) and shell completion use the type, never
+the help text.
 """
 
 import argparse
@@ -16,22 +16,22 @@ def file_path(text: str) -> Path:
 
 
 def folder_path(text: str) -> Path:
-    """The path of a folder; relative as that of a file."""
+    """The path of a folder, relative like that of a file."""
     return _path(text)
 
 
 def _path(text: str) -> Path:
-    # To pathlib an empty text is the current folder.
+    # pathlib takes an empty string for the current folder.
     if not text:
-        raise argparse.ArgumentTypeError("an empty path; is a variable of the shell not set?")
+        raise argparse.ArgumentTypeError("the path is empty; is a shell variable unset?")
     return Path(text)
 
 
 def address(text: str) -> str:
-    """``HOST:PORT`` or ``unix:PATH``, whose path is relative as that of a file."""
+    """``HOST:PORT`` or ``unix:PATH``, with the path relative like that of a file."""
     return text
 
 
 def comma_list(text: str) -> list[str]:
-    """Several values, with commas or colons between them; in a configuration file, an array."""
+    """Several values, separated by commas or colons; in a configuration file, an array."""
     return [item for item in text.replace(":", ",").split(",") if item]

@@ -49,24 +49,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         "Agree on a fresh pre-shared key with the other end of a WireGuard tunnel, and install it "
-        "on both sides with 'wg set'. One side listens, the other connects every --interval "
+        "on both sides with 'wg set'. One side listens; the other connects every --interval "
         "seconds. The tunnel carries traffic only under a fresh key: a random key blocks it until "
-        "the first rotation, and again once the agreed key is older than --max-age. A rotation "
-        "that fails is logged with its reason and the key that stays in force, and is repeated.",
+        "the first rotation, and again once the agreed key is older than --max-age. A failed "
+        "rotation is logged with its reason and the key in force, and is retried.",
         examples=[
             "wg-psk --listen 4436 --interface wg0 --peer-key KEY --local b --peer a \\\n"
             "      --key b.pem --pin PIN_OF_A",
             "wg-psk --connect b.example.org --interface wg0 --peer-key KEY --local a --peer b \\\n"
             "      --key a.pem --pin PIN_OF_B --key-pool a.pool",
         ],
-        status="0 after --once or SIGTERM, 1 if the one rotation failed or the options cannot work",
+        status="0 after SIGTERM or a successful --once, 1 if the rotation of --once failed or the "
+        "options are invalid",
         notes="See docs/combiner.md.",
     )
     role = parser.add_mutually_exclusive_group(required=True)
     role.add_argument(
         "--connect",
         metavar="HOST[:PORT]",
-        help=f"where the other end listens (default port: {DEFAULT_PORT})",
+        help=f"the address where the peer listens (default port: {DEFAULT_PORT})",
     )
     role.add_argument(
         "--listen", metavar="[ADDR:]PORT", help="wait for the other end; port 0 picks a free one"
@@ -85,7 +86,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--wg",
         default="wg",
         metavar="COMMAND",
-        help="how to call wg, for example 'sudo wg' (default: %(default)s)",
+        help="the wg command, for example 'sudo wg' (default: %(default)s)",
     )
     names = parser.add_argument_group("the two ends")
     names.add_argument("--local", required=True, metavar="NAME", help="our name")
@@ -111,8 +112,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=REKEY_AFTER,
         metavar="SECONDS",
-        help=f"between rotations (default {REKEY_AFTER:g}, as often as WireGuard re-keys); "
-        "the side that connects decides",
+        help=f"time between rotations (default {REKEY_AFTER:g}, as often as WireGuard rekeys); the "
+        "connecting side decides",
     )
     when.add_argument(
         "--max-age",
@@ -139,7 +140,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--port-file",
         type=file_path,
         metavar="FILE",
-        help="write the port that is listened on here",
+        help="write the listening port to FILE",
     )
     when.add_argument(
         "--json", action="store_true", help="one JSON line on standard output for each rotation"

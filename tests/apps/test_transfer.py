@@ -127,7 +127,7 @@ def test_files_and_folders_and_once_more(tmp_path: Path, run: Run, mutual: list[
     assert (arrived.st_mode & 0o777, arrived.st_mtime) == (0o755, 1_000_000_000)
     assert not (target / "source" / "link").is_symlink()
     status, errors = send(mutual, port, source, single)
-    assert f"0 stored, {below + 2} were there; 0 bytes of files" in errors
+    assert f"0 stored, {below + 2} already there; 0 bytes of files" in errors
     server.terminate()
     server.communicate(timeout=10)
     assert server.returncode == 0
@@ -175,7 +175,7 @@ async def test_a_cut_connection_goes_on_where_it_was(
         assert sender.returncode == 0, errors
         assert "trying again in" in errors
         assert proxy.connections == 4
-        assert re.search(r"sent file: 25,165,824 bytes, of which [\d,]+ were there", errors)
+        assert re.search(r"sent file: 25,165,824 bytes, of which [\d,]+ were already there", errors)
     assert (target / "file").read_bytes() == content
     for path in (tmp_path / "many").iterdir():
         assert (target / "many" / path.name).read_bytes() == path.read_bytes()
@@ -203,7 +203,7 @@ def test_a_killed_receiver_is_found_again(tmp_path: Path, run: Run, mutual: list
     run.server("receive", target, "--port", port, "--bind", "127.0.0.1", *mutual)
     errors = sender.communicate(timeout=30)[1]
     assert sender.returncode == 0, errors
-    assert re.search(r"of which [\d,]+ were there", errors)
+    assert re.search(r"of which [\d,]+ were already there", errors)
     assert (target / "file").read_bytes() == content
 
 
@@ -221,7 +221,7 @@ def test_a_killed_sender_leaves_nothing_under_a_final_name(
     assert there(target) == set()
     status, errors = send(mutual, port, source)
     assert status == 0, errors
-    assert "were there" in errors
+    assert "already there" in errors
     assert (target / "file").read_bytes() == source.read_bytes()
     assert server.poll() is None
 

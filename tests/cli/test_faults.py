@@ -74,7 +74,7 @@ def ports() -> Iterator[dict[str, int]]:
             yield {name: one.getsockname()[1] for name, one in found.items()}
 
 
-REFUSED = "Connection refused; nobody listens there"
+REFUSED = "Connection refused; no program listens there"
 TAKEN = "Address already in use"
 FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
     # files
@@ -82,7 +82,7 @@ FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((*CONNECT, "--ca", "folder"), "cannot read folder: Is a directory"),
     ((*CONNECT, "--ca", "binary"), "cannot use the certificates of binary: "),
     ((*CONNECT, "--ca", "junk.pem"), "cannot use the certificates of junk.pem: "),
-    ((*CONNECT, "--cert", "cert.pem"), "--cert and --key go together"),
+    ((*CONNECT, "--cert", "cert.pem"), "--cert requires --key"),
     ((*CONNECT, "--cert", "cert.pem", "--key", "locked.pem"), "locked.pem: Permission denied"),
     ((*CONNECT, "--insecure", "--keylog", "folder"), "cannot write folder"),
     ((*CONNECT, "--insecure", "--resume", "text"), "text is no ticket store"),
@@ -110,7 +110,7 @@ FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((*WG, "--connect", "127.0.0.1", "--psk-file", "text"), "chmod 600 text"),
     ((*WG, "--connect", "127.0.0.1", "--key", "binary", "--pin", "00"), "no private key"),
     ((*WG, "--connect", "127.0.0.1", "--psk-file", "psk", "--wg", "'"), "--wg is not a command"),
-    (("demo", "nothing"), "nothing: not a file that is there"),
+    (("demo", "nothing"), "nothing: there is no such file"),
     (("demo", "text", "--keep", "text"), "cannot write text"),
     (("rndl", "--html", "nothing/page.html"), "there is no folder"),
     (("rndl", "--json", "folder"), "folder is a folder"),
@@ -126,19 +126,19 @@ FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
         (*STATUS, *KME, "--kme-key", "cert.pem"),
         "cert.pem is no private key in PEM form: it is a certificate",
     ),
-    ((*EXPORT, *POOL, "--ids", "text"), "text is there already"),
+    ((*EXPORT, *POOL, "--ids", "text"), "text exists already"),
     ((*EXPORT, *POOL, "--ids", "text", "--role", "slave"), "text is not a list of key IDs"),
     ((*EXPORT, *POOL, "--pool-key", "nothing/key"), "cannot make the key file nothing/key"),
-    (("qkd", "plot", "--kind", "qber", "-o", "nothing.txt"), "a .png or an .svg"),
+    (("qkd", "plot", "--kind", "qber", "-o", "nothing.txt"), ".png or .svg"),
     # places
     (CONNECT, REFUSED),
     (("connect", "no-such-host.invalid", "1"), "check the host's name"),
-    (("connect", LONG, "1"), "no host can have this name"),
+    (("connect", LONG, "1"), "this is not a valid host name"),
     (("connect", "127.0.0.1", "70000"), "from 0 to 65535, not 70000"),
     ((*CONNECT, "--bind", "203.0.113.1"), "203.0.113.1"),
     (("listen", "{busy}", "--bind", "127.0.0.1", *SERVER), f"{TAKEN}; another program listens"),
     (("listen", "0", "--bind", "203.0.113.1", *SERVER), "this machine has no such address"),
-    (("listen", "0", "--bind", LONG, *SERVER), "no host can have this name"),
+    (("listen", "0", "--bind", LONG, *SERVER), "this is not a valid host name"),
     (("listen", "65536", *SERVER), "from 0 to 65535, not 65536"),
     (("send", "text", "127.0.0.1:{closed}", "--insecure"), REFUSED),
     (("send", "text", "no-such-host.invalid"), "check the host's name"),
@@ -154,39 +154,39 @@ FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((*WG, "--connect", LONG, "--psk-file", "psk", "--once"), "1 to 63 bytes"),
     ((*WG, "--listen", "127.0.0.1:{busy}", "--psk-file", "psk"), TAKEN),
     (("kme", "dev-up", "busy", "--ports", "{busy},0"), TAKEN),
-    (("kme", "dev-up", "other", "--ports", "1"), "--ports takes two ports"),
+    (("kme", "dev-up", "other", "--ports", "1"), "--ports takes two port numbers"),
     ((*STATUS, *KME), "cannot be reached: Connection refused"),
     ((*STATUS, *KME, "--kme", "https://no-such-host.invalid:1"), "Name or service"),
     ((*STATUS, *KME, "--kme", "nonsense"), "https://host:port"),
     ((*EXPORT, *POOL), "cannot be reached: Connection refused"),
-    (("doctor", "--kme", "https://127.0.0.1:1"), "--kme goes with --peer-sae"),
+    (("doctor", "--kme", "https://127.0.0.1:1"), "--kme requires --peer-sae"),
     # values
     ((*CONNECT, "--psk", "no-colon"), "IDENTITY:HEX"),
     ((*CONNECT, "--psk", f"site:{KEY}z"), "the key of --psk is not hexadecimal"),
     ((*CONNECT, "--psk", f"site:{KEY[:8]}"), "at least 16 bytes"),
     ((*CONNECT, "--psk", f"site:{KEY}", "--psk-import", "z"), "--psk-import is not hexadecimal"),
-    ((*CONNECT, "--psk-import", "00"), "--psk-import goes with --psk"),
+    ((*CONNECT, "--psk-import", "00"), "--psk-import requires --psk"),
     ((*CONNECT, "--pin", "zz"), "64 digits in hex"),
     ((*CONNECT, "--groups", "kyber"), "unknown group 'kyber'; known are X25519MLKEM768"),
     ((*CONNECT, "--suites", "RC4"), "unknown cipher suite 'RC4'; known are TLS_"),
     ((*CONNECT, "--groups", ","), "at least one group"),
     ((*CONNECT, "--alpn", "x" * 256), "the ALPN protocol"),
-    ((*CONNECT, "--insecure", "--pin", "00" * 32), "--insecure contradicts"),
-    ((*CONNECT, *KME), "--kme goes with --sae and --peer-sae"),
+    ((*CONNECT, "--insecure", "--pin", "00" * 32), "--insecure cannot be combined"),
+    ((*CONNECT, *KME), "--kme requires --sae and --peer-sae"),
     ((*CONNECT, "--qkd", "require"), "--qkd require needs --kme or --key-pool"),
     ((*LISTEN, *SERVER, "--groups", "kyber"), "unknown group 'kyber'"),
     ((*LISTEN, *SERVER, "--require-client-cert"), "client_verifier"),
-    (("send", "text", "127.0.0.1", "--retries", "-1"), "--retries is not negative"),
-    ((*RECEIVE, "0", "--max-connections", "0"), "--max-connections is at least 1"),
+    (("send", "text", "127.0.0.1", "--retries", "-1"), "--retries must not be negative"),
+    ((*RECEIVE, "0", "--max-connections", "0"), "--max-connections must be at least 1"),
     ((*TUNNEL_0, "--grace", "-1"), "grace is a number of seconds"),
     ((*TUNNEL_0, "--idle-timeout", "-1"), "time limits are positive"),
     (
         (*WG, "--listen", "0", "--psk-file", "psk", "--interval", "0"),
         "interval between rotations must be positive",
     ),
-    (("demo", "text", "--distance", "-1"), "--distance is in km"),
+    (("demo", "text", "--distance", "-1"), "--distance must be a number of km"),
     (("dev-ca", "new", "--name", "a b"), "'a b' is not a host name"),
-    (("kme", "dev-up", "new", "--producer", "link", "--distance", "nan"), "--distance is in km"),
+    (("kme", "dev-up", "new", "--producer", "link", "--distance", "nan"), "--distance must be a number of km"),
     (("qkd", "run", "--preset", "none"), "there are gys2005"),
     (("qkd", "run", "--block-bits", "0"), "--block-bits must be positive"),
     (("qkd", "run", "--distance", "5000"), "shorten the fibre or make the blocks larger"),
@@ -247,7 +247,7 @@ def test_an_empty_path_is_a_wrong_use(
 ) -> None:
     done = hybridkex.run(*filled(words, ports), folder=place, environment=QUICK)
     assert done.returncode == 2, done.stderr
-    assert b"an empty path; is a variable of the shell not set?" in done.stderr
+    assert b"the path is empty; is a shell variable unset?" in done.stderr
     is_clean(done, place)
 
 

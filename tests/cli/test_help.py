@@ -86,6 +86,6 @@ def test_no_option_takes_an_empty_path(name: str) -> None:
     for _, action in options(name):
         assert action.type is not Path, action.option_strings or action.dest
     for kind in (file_path, folder_path):
-        with pytest.raises(argparse.ArgumentTypeError, match="an empty path"):
+        with pytest.raises(argparse.ArgumentTypeError, match="the path is empty"):
             kind("")
         assert kind(".") == Path()

@@ -51,7 +51,7 @@ def test_the_reader_has_gone(
             for _ in range(3):
                 _report(options(), "rotated")
     assert [record.getMessage() for record in caplog.records] == [
-        "the reader of standard output is gone: no more JSON lines; rotations go on"
+        "the reader of standard output has closed it: no more JSON lines; rotations continue"
     ]
 
 

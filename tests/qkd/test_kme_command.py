@@ -119,7 +119,7 @@ async def test_dev_up_status_and_export_pool(
 
     refused = kme("dev-up", folder)
     assert refused.returncode == 1
-    assert "is there already" in refused.stderr
+    assert "exists already" in refused.stderr
     again = hybridkex.start("kme", "serve", folder / "kme.toml")
     until(lambda: again.said().startswith(b"kme-a listens on https://"), again)
     again.send_signal(signal.SIGTERM)

@@ -1,1 +1,1 @@
-"""What the commands do: a module for each, which is loaded when the command runs."""
+"""What the commands do: one module each, loaded when the command runs."""

@@ -21,14 +21,14 @@ def run(options: CompletionOptions) -> int:
     """Print the script."""
     if options.shell not in shtab.SUPPORTED_SHELLS:
         raise ConfigError(
-            f"the installed shtab cannot write for {options.shell}: pip install --upgrade shtab"
+            f"the installed shtab does not support {options.shell}: pip install --upgrade shtab"
         )
     print(shtab.complete(_whole_parser(), shell=options.shell))
     return 0
 
 
 def _whole_parser() -> argparse.ArgumentParser:
-    """All commands in one parser, which otherwise are loaded one at a time."""
+    """All commands in one parser; otherwise they are loaded one at a time."""
     whole = argparse.ArgumentParser(prog="hybridkex", description="secure channels")
     whole.add_argument("--version", action="version", version="", help="print the version")
     commands = whole.add_subparsers(dest="command", metavar="command")

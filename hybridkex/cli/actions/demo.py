@@ -1,4 +1,4 @@
-"""``hybridkex demo``: two sites, a QKD link, a file across, and what Eve has of it."""
+"""``hybridkex demo``: two sites, a QKD link, a file transfer, and what Eve learns."""
 
 import math
 from functools import partial
@@ -16,12 +16,12 @@ __all__ = ["run"]
 
 
 def run(options: DemoOptions) -> int:
-    """Run it; 0 when the file arrived whole and Eve has nothing of it."""
+    """Run it; 0 if the file arrived intact and Eve's recording reveals nothing of it."""
     source = Path(options.file or _rust.__file__).resolve()
     if not source.is_file():
-        raise ConfigError(f"cannot read {source}: not a file that is there")
+        raise ConfigError(f"cannot read {source}: there is no such file")
     if not 0 <= options.distance < math.inf:
-        raise ConfigError("--distance is in km, and not negative")
+        raise ConfigError("--distance must be a number of km, 0 or more")
     with end_as_interrupted(), guarded_folder("hybridkex-demo-") as folder:
         keep: Path = options.keep or folder
         try:

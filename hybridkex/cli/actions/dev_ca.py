@@ -1,4 +1,4 @@
-"""``hybridkex dev-ca``: a small authority and a certificate, for tests and first steps."""
+"""``hybridkex dev-ca``: a certificate authority and a certificate, for tests and first steps."""
 
 import shlex
 from pathlib import Path
@@ -19,12 +19,12 @@ def run(options: DevCaOptions) -> int:
     identity = authority.issue(*names, algorithm=options.alg)
     ca, cert, key = write_identity(options.directory, authority, identity, overwrite=options.force)
     pin = spki_sha256(identity.leaf)
-    print(f"{ca}: a new authority ({authority.algorithm}); its key is forgotten after this")
+    print(f"{ca}: a new authority ({authority.algorithm}); its private key is not kept")
     print(f"{cert}: for {', '.join(identity.names)}, until {identity.leaf.not_valid_after_utc:%F}")
-    print(f"{key}: its key ({options.alg}), readable by you alone")
+    print(f"{key}: its private key ({options.alg}), readable only by you")
     print(f"pin of this key: {pin}")
     host = next((name for name in names if not name.startswith("*")), "localhost")
-    print("\nnow try, in two terminals:")
+    print("\nTry, in two terminals:")
     print(f"  hybridkex listen 4433 --cert {_shell(cert)} --key {_shell(key)}")
     print(f"  hybridkex connect {_shell(host)} 4433 --ca {_shell(ca)}")
     return 0

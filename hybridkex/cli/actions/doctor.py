@@ -1,4 +1,4 @@
-"""``hybridkex doctor``: what is there and works, what is missing, and how to get it."""
+"""``hybridkex doctor``: what works, what is missing, and how to get it."""
 
 from hybridkex.cli.checks import Finding, examine, examine_kme
 from hybridkex.cli.doctor import DoctorOptions
@@ -14,7 +14,7 @@ def run(options: DoctorOptions) -> int:
     """Examine and report."""
     peer = options.peer_sae
     if options.access.kme is not None and peer is None:
-        raise ConfigError("--kme goes with --peer-sae")
+        raise ConfigError("--kme requires --peer-sae")
     access = kme_access(options.access) if options.access.kme is not None else None
 
     async def main() -> list[Finding]:

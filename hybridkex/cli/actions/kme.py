@@ -1,6 +1,6 @@
-"""``hybridkex kme``: run a KME, ask one, fill key pools, set up two sites to try.
+"""``hybridkex kme``: run a KME, query one, fill key pools, set up two test sites.
 
-``docs/kme.md`` shows the configuration file and the whole way.
+``docs/kme.md`` describes the configuration file and each step.
 """
 
 import math
@@ -67,7 +67,7 @@ def _run_server(path: Path, log_level: str, announce: Callable[[Serving], None])
             with trio.open_signal_receiver(*_SIGNALS) as signals:
                 nursery.start_soon(_obey, signals, server, path)
                 try:
-                    # Not in the nursery: an error shall come out as it is, not in a group.
+                    # Not in the nursery: an error must not be wrapped in an exception group.
                     await server.serve(task_status=_Announced(announce))
                 finally:
                     nursery.cancel_scope.cancel()
@@ -80,7 +80,7 @@ _SIGNALS: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 
 class _Announced:
-    """A task status that hands the started value to a function."""
+    """A task status that passes the started value to a function."""
 
     def __init__(self, announce: Callable[[Serving], None]) -> None:
         self._announce = announce
@@ -105,7 +105,7 @@ async def _obey(signals: Any, server: KmeServer, path: Path) -> None:
             if number == signal.SIGHUP:
                 wanted.set()
             else:
-                # A reload that waits for a file does not hold up the end.
+                # A reload that waits for a file must not delay the shutdown.
                 nursery.cancel_scope.cancel()
                 server.close()
 
@@ -116,7 +116,7 @@ async def _reload(server: KmeServer, path: Path) -> None:
     except HybridkexError as error:
         LOG.error("not reloaded, the old configuration stays: %s", error)  # noqa: TRY400
     except Exception as error:
-        # Of a file that is odd in a way that nobody foresaw: it must not end the KME.
+        # An unforeseen fault of a file must not end the KME.
         LOG.error("not reloaded, the old configuration stays: %s", type(error).__name__)  # noqa: TRY400
         LOG.debug("the internal error", exc_info=error)
     else:
@@ -148,8 +148,8 @@ def export_pool(options: ExportPoolOptions) -> int:
         raise ConfigError("--number must be positive")
     if master and options.ids.exists():
         raise ConfigError(
-            f"{options.ids} is there already; name another file, or collect its keys with "
-            "--role slave"
+            f"{options.ids} exists already; name another file, or collect its keys with --role "
+            "slave"
         )
 
     def announce(drawn: Sequence[str]) -> None:
@@ -210,14 +210,14 @@ producer = "{producer}"
 def dev_up(options: DevUpOptions) -> int:
     ports = [parse_tcp_address(f"127.0.0.1:{port}").port for port in options.ports.split(",")]
     if len(ports) != len(SITES):
-        raise ConfigError("--ports takes two ports")
+        raise ConfigError("--ports takes two port numbers")
     config: Path = options.folder / "kme.toml"
     if config.exists():
-        raise ConfigError(f"{config} is there already; run: hybridkex kme serve {config}")
+        raise ConfigError(f"{config} exists already; run: hybridkex kme serve {config}")
     if options.distance is not None and options.producer != "link":
-        raise ConfigError("--distance goes with --producer link")
+        raise ConfigError("--distance requires --producer link")
     if options.distance is not None and not 0 <= options.distance < math.inf:
-        raise ConfigError("--distance is in km, and not negative")
+        raise ConfigError("--distance must be a number of km, 0 or more")
     ca = DevCa.create("hybridkex development KME CA")
     text = _DEV_CONFIG
     if options.metrics is not None:

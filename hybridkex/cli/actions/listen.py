@@ -31,7 +31,7 @@ Stream = SecureStream[trio.SocketStream]
 
 
 def run(options: ListenOptions) -> int:
-    """Serve; with ``--once`` 0 after a clean close."""
+    """Serve; with ``--once``, 0 after a clean close."""
     set_up_logging(options.log_level)
     raise_soft_limit()
     run_trio(partial(_run, options))
@@ -78,7 +78,7 @@ async def _serve_once(
 
         async def accept(listener: SecureListener[trio.SocketStream]) -> None:
             stream = await listener.accept()
-            # Two addresses may accept in the same instant: the first one is served.
+            # Two listeners may accept at the same instant: the first connection is served.
             if accepted:
                 await trio.aclose_forcefully(stream)
                 return

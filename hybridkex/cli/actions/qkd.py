@@ -30,7 +30,7 @@ from hybridkex.text import json_line, terminal
 __all__ = ["run"]
 
 WIDTH: Final = 80
-"""Columns, where the output is no terminal."""
+"""Columns, if the output is not a terminal."""
 
 
 def run(options: RunOptions) -> int:
@@ -85,7 +85,7 @@ async def _make_blocks(link: SimulatedLink, count: int, report: Report) -> int:
                 if not isinstance(error, BlockAborted):
                     break
             else:
-                if alice.keys != bob.keys:  # they were verified; this is the proof of it
+                if alice.keys != bob.keys:  # error verification passed, so this cannot fail
                     raise LinkError("Alice and Bob have different keys")
                 report(number, bob, time.monotonic() - began)
     return status
@@ -114,12 +114,13 @@ def _without_keys(block: Block) -> Block:
 
 @contextmanager
 def _table(settings: LinkSettings) -> Iterator[Report]:
-    """A table that grows; live on a terminal. Reasons of aborts are told below it."""
+    """A table of blocks, updated live on a terminal; the reasons for aborts are printed below
+    it."""
     channel = settings.preset.channel
     table = Table(
         title=f"{settings.preset.name}, {channel.distance_km:g} km, "
         f"blocks of {settings.block_bits:,} bits",
-        caption="Rates are by the laser's clock.",
+        caption="Rates are per second of the laser's clock.",
         box=SIMPLE,
         padding=(0, 1, 0, 0),
     )

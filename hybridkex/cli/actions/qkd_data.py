@@ -31,12 +31,12 @@ from hybridkex.text import json_line
 __all__ = ["record", "run_distil"]
 
 WAIT: Final = 60.0
-"""Seconds that one end waits for the other."""
+"""How long one end waits for the other, in seconds."""
 
 
 def record(options: RecordOptions) -> int:
     if not 1 <= options.detections <= 100_000_000:
-        raise ConfigError("--detections lies between 1 and 100000000")
+        raise ConfigError("--detections must be between 1 and 100000000")
     chosen = preset(options.preset).at(options.distance)
     if not options.as_published:
         chosen = tuned(chosen, max(1000, options.detections // 2))
@@ -65,7 +65,7 @@ def record(options: RecordOptions) -> int:
 
 def run_distil(options: DistilOptions) -> int:
     if len(options.files) > 2:
-        raise ConfigError("give the file of one party, or those of both")
+        raise ConfigError("give the file of one party, or the files of both")
     read = [read_measured(path) for path in options.files]
     settings = LinkSettings(
         preset=read[0][1],

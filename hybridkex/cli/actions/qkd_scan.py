@@ -1,4 +1,4 @@
-"""``hybridkex qkd scan`` and ``plot``: what links give over their settings."""
+"""``hybridkex qkd scan`` and ``plot``: key rates of links over their settings."""
 
 import math
 import os
@@ -46,16 +46,16 @@ def _values(text: str) -> tuple[str, list[Any]]:
     except ValueError:
         raise ConfigError(f"--vary {text}: write FIRST:LAST:STEP with numbers") from None
     if not (step > 0.0 and last >= first and (last - first) / step < MOST_VALUES):
-        raise ConfigError(f"--vary {text}: FIRST:LAST:STEP goes upwards, in less than 1e5 steps")
+        raise ConfigError(f"--vary {text}: FIRST:LAST:STEP must ascend, in fewer than 1e5 steps")
     count = int((last - first) / step + 1e-9) + 1
     return name, [_value(repr(first + step * n)) for n in range(count)]
 
 
 def run_scan(options: ScanOptions) -> int:
     if options.output.suffix not in SUFFIXES:
-        raise ConfigError(f"the output is a file that ends in {', '.join(SUFFIXES)}")
+        raise ConfigError(f"the name of the output file must end in {', '.join(SUFFIXES)}")
     if options.blocks < 0 or options.jobs < 0:
-        raise ConfigError("--blocks and --jobs cannot be negative")
+        raise ConfigError("--blocks and --jobs must not be negative")
     points = grid(dict(map(_values, options.vary)))
     with _executor(options) as executor, _progress(len(points)) as progress:
         rows = scan(
@@ -84,7 +84,7 @@ def _executor(options: ScanOptions) -> Iterator[Executor | None]:
 
 @contextmanager
 def dask_executor(address: str) -> Iterator[Executor]:
-    """An executor on a Dask cluster; what a worker that dies had in hand is done again."""
+    """An executor on a Dask cluster; the tasks of a worker that dies are repeated."""
     try:
         from distributed import Client  # noqa: PLC0415  # an extra
     except ModuleNotFoundError:
@@ -109,7 +109,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None] | None]:
 
 def plot(options: PlotOptions) -> int:
     if options.output.suffix not in (".png", ".svg"):
-        raise ConfigError("the picture is a .png or an .svg")
+        raise ConfigError("the name of the picture must end in .png or .svg")
     try:
         from hybridkex.link.plots import draw, plot_scan, save  # noqa: PLC0415  # an extra
     except ModuleNotFoundError as missing:

@@ -33,7 +33,7 @@ LOG: Final = get_logger("hybridkex.receive")
 def run(options: ReceiveOptions) -> int:
     """Receive until stopped."""
     if options.max_connections < 1:
-        raise ConfigError("--max-connections is at least 1")
+        raise ConfigError("--max-connections must be at least 1")
     set_up_logging(options.log_level)
     raise_soft_limit()
     run_trio(partial(_run, options))
@@ -52,8 +52,8 @@ async def _run(options: ReceiveOptions) -> None:
         by_psk = config.policy_in_force.psk is Requirement.REQUIRE
         if not (options.anyone or asks or by_psk):
             raise ConfigError(
-                "whoever connects could write here: name the senders' authority with --ca, use a "
-                "PSK or QKD keys, or say --anyone"
+                "anyone who connects could write files here: name the senders' authority with "
+                "--ca, use a PSK or QKD keys, or give --anyone"
             )
         folder = Folder(options.folder, overwrite=options.overwrite)
         try:
@@ -99,7 +99,7 @@ class _Server:
         return self._wire + sum(stream.received for stream in self._live)
 
     async def _wait_for_signal(self) -> None:
-        """SIGTERM ends it in an orderly way: what was written of a file stays for its next try."""
+        """SIGTERM shuts down cleanly: an incomplete file is kept, so that its sender can resume."""
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
             async for _ in signals:
                 self._done.set()
@@ -119,7 +119,7 @@ class _Server:
             try:
                 connection.admit(self._budget)
             except TooManyConnections:
-                # For the rest of the time that it had for its handshake.
+                # Within what is left of its handshake deadline.
                 await receiver.turn_away(stream)
                 raise
             report(stream.session, as_json=self._options.channel.json)

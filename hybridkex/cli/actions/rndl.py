@@ -1,8 +1,8 @@
 """``hybridkex rndl``: record now, decrypt later, live.
 
-Records channels of every configuration on loopback, lets adversaries of the future try to read
-them, each in a process of its own, and prints who could. ``docs/record-now-decrypt-later.md`` says
-what is modelled, what is real and what it does not prove.
+Records channels of every configuration on loopback, lets future adversaries try to decrypt them,
+each in its own process, and prints which of them succeeded. ``docs/record-now-decrypt-later.md``
+says what is modelled, what is real and what it does not prove.
 """
 
 import json
@@ -36,13 +36,13 @@ _WRONG: Final = Text("!", style="bold black on yellow")
 
 
 def run(options: RndlOptions) -> int:
-    """Run it; 0 when every adversary could read what it should, and nothing else."""
+    """Run it; 0 if each adversary read what was predicted and nothing else."""
     console = Console(file=terminal(sys.stdout), highlight=False)
     for path in (options.html, options.json):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"there is no folder {path.absolute().parent}")
         if path is not None and path.is_dir():
-            raise ConfigError(f"{path} is a folder, and the report is a file")
+            raise ConfigError(f"{path} is a folder; the report needs the name of a file")
     with end_as_interrupted(), _folder(options.keep) as folder:
         trial = _watched(console, folder)
     _print_matrix(console, trial)
@@ -65,7 +65,7 @@ def run(options: RndlOptions) -> int:
 
 @contextmanager
 def _folder(keep: Path | None) -> Iterator[Path]:
-    """A folder that is ours alone, since private keys lie in it."""
+    """A folder that only we can read, since it holds private keys."""
     if keep is not None:
         try:
             make_private_folder(keep)
@@ -79,7 +79,7 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 
 
 def _watched(console: Console, folder: Path) -> Trial:
-    """Run the trial and show how far it is."""
+    """Run the trial and show its progress."""
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description:<58}", markup=False),
@@ -137,7 +137,8 @@ def _mark(cell: Cell | None) -> Text:
 
 
 def _print_findings(console: Console, trial: Trial) -> None:
-    """One connection that fell, one that did not, the toy curve, and what went wrong."""
+    """One connection that was decrypted, one that was not, the toy curve, and any
+    contradictions."""
     against = next(adversary for adversary in BREAKS if adversary.id == "both")
     console.print(f"Against {against.title}:", style="bold")
     for row in rows():

@@ -24,9 +24,9 @@ __all__ = ["run"]
 
 
 def run(options: SendOptions) -> int:
-    """Send; 0 when everything is there."""
+    """Send; 0 if the receiver has everything."""
     if options.retries < 0:
-        raise ConfigError("--retries is not negative")
+        raise ConfigError("--retries must not be negative")
     left_out: list[str] = []
     items = collect(options.files, left_out.append)
     for text in left_out:
@@ -50,7 +50,7 @@ def run(options: SendOptions) -> int:
 def _summarise(outcome: Outcome, on_wire: int, seconds: float) -> None:
     parts = [f"{outcome.stored:,} stored"]
     if outcome.already:
-        parts.append(f"{outcome.already:,} were there")
+        parts.append(f"{outcome.already:,} already there")
     if outcome.failed:
         parts.append(f"{len(outcome.failed):,} FAILED")
     if outcome.incomplete:
@@ -65,7 +65,7 @@ def _summarise(outcome: Outcome, on_wire: int, seconds: float) -> None:
 
 
 class _Wire:
-    """Opens the connections and counts what goes over all of them."""
+    """Opens the connections and counts the bytes on all of them."""
 
     def __init__(self, options: SendOptions, address: TcpAddress) -> None:
         self._options = options
@@ -74,11 +74,11 @@ class _Wire:
         self._reported = False
 
     def sent(self) -> int:
-        """Bytes so far."""
+        """Bytes sent so far."""
         return sum(stream.sent for stream in self._streams)
 
     async def connect(self, config: ClientConfig) -> SecureStream[Any]:
-        """One connection, handshake and all."""
+        """Open one connection, including its handshake."""
         host = self._address.host
         try:
             tcp = await trio.open_tcp_stream(

@@ -1,6 +1,6 @@
 """``hybridkex tunnel``: connections of other programs through secure channels.
 
-``docs/tunnel.md`` shows the configuration file and the whole way.
+``docs/tunnel.md`` describes the configuration file and each step.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def _listen_tunnel(options: ListenOptions) -> TunnelConfig:
     trust = options.channel
     if wanted and not (trust.ca or trust.pin or trust.known_peers or trust.insecure):
         raise ConfigError(
-            "to ask clients for certificates, name whom to trust with ca, pin or known_peers"
+            "to request certificates from clients, configure whom to trust: ca, pin or known_peers"
         )
     channel = partial(server_config, options.channel, require_client_certificate=wanted)
     return _tunnel(options, options.target, channel, allowed=frozenset(options.allow))
@@ -74,7 +74,7 @@ def _tunnel(
     try:
         mode = int(options.socket_mode, 8)
     except ValueError:
-        raise ConfigError("socket_mode is three octal digits") from None
+        raise ConfigError("socket_mode must be three octal digits") from None
     return TunnelConfig(
         name=options.name or options.local,
         local=parse_address(options.local),
@@ -124,7 +124,7 @@ def _from_tables(tables: dict[str, Any], base: Path) -> TunnelSettings:
     for kind, add_options, make in kinds:
         items = tables.pop(kind, [])
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise ConfigError(f"tunnels stand under [[{kind}]]")
+            raise ConfigError(f"write each tunnel as a table [[{kind}]]")
         for index, item in enumerate(items, 1):
             where = f"[[{kind}]] {item.get('name', index)}"
             options = OptionTable(prog=where, allow_abbrev=False)

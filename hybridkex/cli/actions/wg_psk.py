@@ -37,7 +37,7 @@ from hybridkex.tls.policy import Requirement
 __all__ = ["run"]
 _CONNECT_WITHIN: Final = 10.0
 _ROTATIONS: Final = 4
-"""Authenticated connections at once: the peer needs one."""
+"""Simultaneous authenticated connections: the peer needs one."""
 
 Authentication = PskAuthentication | SignatureAuthentication
 
@@ -45,7 +45,7 @@ log = get_logger("hybridkex.cli.wg_psk")
 
 
 def run(options: WgPskOptions) -> int:
-    """Rotate until told to stop; with ``--once``, once."""
+    """Rotate until a signal arrives; with ``--once``, once."""
     try:
         command = tuple(shlex.split(options.wg))
     except ValueError as error:
@@ -104,7 +104,7 @@ async def _rotate(
 ) -> None:
     async with key_sources(options.qkd) as sources:
         if len(sources) > 1:
-            raise ConfigError("give one --peer-sae: a tunnel has one other end")
+            raise ConfigError("give --peer-sae once: a tunnel has one peer")
         source: KeySource | None = sources[0] if sources else None
         config = ExchangeConfig(
             role="initiator" if options.connect is not None else "responder",
@@ -158,7 +158,7 @@ async def _open_stream(address: TcpAddress) -> trio.SocketStream:
 
 
 async def _listen(options: WgPskOptions, rotator: Rotator) -> None:
-    """The responder: anybody may connect; the exchange authenticates the peer."""
+    """The responder: anyone may connect; the exchange authenticates the peer."""
     where = options.listen or ""  # --connect and --listen exclude each other
     address = parse_tcp_address(where if ":" in where else f"0.0.0.0:{where}")
     try:
@@ -211,8 +211,10 @@ def _report(options: WgPskOptions, event: str, **details: object) -> None:
     try:
         print(json_line(line), flush=True)
     except BrokenPipeError:
-        # Rotations matter more than those who read about them.
+        # Rotations go on without a reader of the output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        log.warning("the reader of standard output is gone: no more JSON lines; rotations go on")
+        log.warning(
+            "the reader of standard output has closed it: no more JSON lines; rotations continue"
+        )
     except OSError as error:
-        log.warning("cannot write a JSON line: %s; rotations go on", error.strerror)
+        log.warning("cannot write a JSON line: %s; rotations continue", error.strerror)

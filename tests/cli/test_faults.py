@@ -186,7 +186,10 @@ FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (("demo", "text", "--distance", "-1"), "--distance must be a number of km"),
     (("dev-ca", "new", "--name", "a b"), "'a b' is not a host name"),
-    (("kme", "dev-up", "new", "--producer", "link", "--distance", "nan"), "--distance must be a number of km"),
+    (
+        ("kme", "dev-up", "new", "--producer", "link", "--distance", "nan"),
+        "--distance must be a number",
+    ),
     (("qkd", "run", "--preset", "none"), "there are gys2005"),
     (("qkd", "run", "--block-bits", "0"), "--block-bits must be positive"),
     (("qkd", "run", "--distance", "5000"), "shorten the fibre or make the blocks larger"),

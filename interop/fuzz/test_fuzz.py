@@ -43,8 +43,11 @@ def test_a_short_run(tmp_path: Path) -> None:
     for number, target in enumerate(TARGETS):
         for name, data in seeds()[target].items():
             (corpus / f"{target}-{name}").write_bytes(bytes((number,)) + data)
+    # libFuzzer limits the peak memory of its process, and a process starts with the peak of the one
+    # that it was made from: a shell stands between the fuzzer and the tests.
     done = subprocess.run(
-        [*FUZZ, "everything", "--seconds", "25", "--corpus", str(corpus)],
+        ["sh", "-c", '"$@"; exit $?', "sh", *FUZZ, "everything", "--seconds", "12"]
+        + ["--corpus", str(corpus)],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -55,4 +58,4 @@ def test_a_short_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     executions = re.search(r"number_of_executed_units: (\d+)", done.stderr)
     assert executions is not None, done.stderr[-3000:]
-    assert int(executions[1]) > 300  # on a busy machine
+    assert int(executions[1]) > 100  # on a busy machine

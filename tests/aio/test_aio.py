@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from aio_glue import Run
+from waiting import asyncio_until
 
 from hybridkex import X25519, ClientConfig, DevCa, Policy, Requirement, ServerConfig, TrustStore
 from hybridkex.aio import (
@@ -62,11 +63,6 @@ async def serving(
 
 async def connect(port: int, config: ClientConfig, **options: Any) -> Streams:
     return await open_connection("127.0.0.1", port, config, server_hostname="localhost", **options)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110  # what is waited for has no event
-        await asyncio.sleep(0.005)
 
 
 async def closed(writer: asyncio.StreamWriter) -> None:
@@ -330,7 +326,7 @@ def test_abort_in_each_state(
                 prepare(transport)
                 transport.abort()
                 transport.abort()
-                await until(lambda: bool(protocol.lost))  # noqa: B023
+                await asyncio_until(lambda: bool(protocol.lost))  # noqa: B023
                 await asyncio.sleep(0.02)
                 assert protocol.lost == [None]
                 assert transport.is_closing()
@@ -415,10 +411,10 @@ def test_a_buffered_protocol(
             )
             data = os.urandom(100_000)
             transport.write(data)
-            await until(lambda: len(protocol.got) == len(data))
+            await asyncio_until(lambda: len(protocol.got) == len(data))
             assert protocol.got == data
             transport.close()
-            await until(lambda: transport._state.name == "CLOSED")
+            await asyncio_until(lambda: transport._state.name == "CLOSED")
 
     run(main())
 
@@ -459,7 +455,7 @@ def test_random_pauses_and_sizes(
                 transport.write(piece)
                 await asyncio.sleep(0)
             transport.write_eof()
-            await until(lambda: transport._state.name == "CLOSED")
+            await asyncio_until(lambda: transport._state.name == "CLOSED")
             assert protocol.got == sent
 
     run(main())

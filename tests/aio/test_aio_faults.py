@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from aio_glue import Run
-from test_aio import closed, connect, echo, serving, until
+from test_aio import closed, connect, echo, serving
+from waiting import asyncio_until
 
 from hybridkex import ClientConfig, QkdPskSource, ServerConfig
 from hybridkex.aio import (
@@ -112,7 +113,7 @@ def test_a_callback_raises(
                 )
                 with contextlib.suppress(Boom):
                     await made
-                await until(lambda: bool(lost) and bool(ends))
+                await asyncio_until(lambda: bool(lost) and bool(ends))
             assert [type(context["exception"]) for context in told] == [Boom]
             assert [type(error) for error in lost] == [Boom]
             assert isinstance(ends[0], SecureConnectionError)
@@ -137,7 +138,7 @@ def test_a_callback_raises_when_reading_is_resumed(
                 await create_connection(
                     Late, "127.0.0.1", port, client_config, server_hostname="localhost"
                 )
-                await until(lambda: bool(lost))
+                await asyncio_until(lambda: bool(lost))
             assert len(told) == 1
             assert isinstance(lost[0], Boom)
 
@@ -182,7 +183,7 @@ def test_nothing_is_delivered_after_the_end(
             _, protocol = await create_connection(
                 Ending, "127.0.0.1", port, client_config, server_hostname="localhost"
             )
-            await until(lambda: protocol.lost)
+            await asyncio_until(lambda: protocol.lost)
             assert protocol.after == 0
 
     run(main())
@@ -213,7 +214,7 @@ def test_the_end_is_not_delivered_while_reading_is_paused(
             await asyncio.sleep(0.1)
             assert protocol.ends == 0
             transport.resume_reading()
-            await until(lambda: protocol.ends == 1)
+            await asyncio_until(lambda: protocol.ends == 1)
 
     run(main())
 
@@ -375,7 +376,7 @@ def test_an_upgrade_of_a_connection_that_is_full(
             left -= len(await loop.sock_recv(accepted, min(left, 1 << 16)))
         inner = SecureTransport(asyncio.Protocol(), server_config)
         await loop.connect_accepted_socket(lambda: inner.receiver, accepted)
-        await until(lambda: inner._state.name == "CLOSED")
+        await asyncio_until(lambda: inner._state.name == "CLOSED")
 
     async def main() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -387,7 +388,7 @@ def test_an_upgrade_of_a_connection_that_is_full(
                 writer.transport, Watch(), client_config, server_hostname="localhost"
             )
             secure.write(bytes(size))
-            await until(lambda: secure.get_write_buffer_size() == 0)
+            await asyncio_until(lambda: secure.get_write_buffer_size() == 0)
             secure.abort()
             await serving
         assert calls[::2] == ["pause"] * len(calls[::2])
@@ -429,7 +430,7 @@ def test_a_peer_that_does_not_read_until_the_end(
             )
             transport.write(bytes(32 << 20))
             transport.close()
-            await until(lambda: bool(protocol.lost))
+            await asyncio_until(lambda: bool(protocol.lost))
             done.set()
             assert isinstance(protocol.lost[0], SecureConnectionError)
             assert isinstance(protocol.lost[0].__cause__, TruncationError)
@@ -476,7 +477,7 @@ def test_a_wait_for_a_key_that_is_cancelled(
         async with serving(server_config) as port:
             before = asyncio.all_tasks()
             made = asyncio.ensure_future(connect(port, config))
-            await until(lambda: bool(asked))
+            await asyncio_until(lambda: bool(asked))
             for task in asyncio.all_tasks() - before - {made}:
                 task.cancel()
             with pytest.raises(SecureConnectionError) as caught:
@@ -690,7 +691,7 @@ def test_random_conversations(
             client_config,
             server_hostname="localhost",
         )
-        await until(lambda: bool(server_side) and hasattr(server_side[0], "transport"))
+        await asyncio_until(lambda: bool(server_side) and hasattr(server_side[0], "transport"))
         both = [here, server_side[0]]
         while not all(one.ended and not one.left for one in both):
             one = chance.choice(both)
@@ -703,7 +704,7 @@ def test_random_conversations(
         assert here.sent == both[1].got
         for one in both:
             one.transport.close()
-        await until(lambda: all(one.lost for one in both))
+        await asyncio_until(lambda: all(one.lost for one in both))
         assert [one.lost for one in both] == [[None], [None]]
         server.close()
         await server.wait_closed()

@@ -15,6 +15,7 @@ from typing import IO, Any, TypeAlias
 import pytest
 import trio
 from forked import Forkserver, Running
+from waiting import until
 
 from hybridkex import ClientConfig, DevCa, ServerConfig, TrustStore
 from hybridkex.apps.transfer import PROTOCOL
@@ -90,7 +91,7 @@ class Run:
         """A command with ``--port-file``, once it listens."""
         port_file = self._folder / f"port-{time.monotonic_ns()}"
         process = (start or self.start)(*words, "--port-file", port_file, **options)
-        wait_until(port_file.exists, process)
+        until(port_file.exists, process)
         return process, int(port_file.read_text())
 
     def end(self) -> None:
@@ -98,15 +99,6 @@ class Run:
             if process.poll() is None:
                 process.kill()
             process.communicate()
-
-
-def wait_until(condition: Callable[[], bool], process: AnyProcess | None = None) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        if process is not None and process.poll() is not None:
-            raise AssertionError(process.communicate()[1])
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture

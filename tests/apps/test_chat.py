@@ -26,6 +26,7 @@ import trio
 import trio.testing
 from apps_glue import Kmes, Process, descriptors, small_disk
 from forked import Forkserver
+from waiting import trio_until
 
 from examples.chat.client import Client
 from examples.chat.hub import Hub
@@ -458,12 +459,6 @@ async def collect(client: Client, heard: list[str], pause: float = 0) -> None:
             heard.append(news.text)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(WITHIN):
-        while not condition():  # noqa: ASYNC110  # of another process, often
-            await trio.sleep(0.02)
-
-
 async def test_two_hundred_clients_and_two_that_do_not_keep_up(
     processes: Processes, ids: Path
 ) -> None:
@@ -482,10 +477,10 @@ async def test_two_hundred_clients_and_two_that_do_not_keep_up(
             nursery.start_soon(client.run)
             nursery.start_soon(collect, client, said)
             if number % 20 == 0:  # Each hears of all who come.
-                await until(lambda: all(client.online for client in clients[:number]))  # noqa: B023
+                await trio_until(lambda: all(client.online for client in clients[:number]))  # noqa: B023
         nursery.start_soon(slow.run)
         nursery.start_soon(collect, slow, slowly, 0.1)
-        await until(lambda: all(client.online for client in (*clients, slow)))
+        await trio_until(lambda: all(client.online for client in (*clients, slow)))
         sleeper = await trio.open_tcp_stream("127.0.0.1", port)
         # With a small buffer, so that it is full soon.
         sleeper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -500,7 +495,7 @@ async def test_two_hundred_clients_and_two_that_do_not_keep_up(
                 size = 3900 if len(texts) < 12 else 10
                 texts.append(f"{len(texts)} " + "\U0001f511" * size)  # four bytes each
                 await clients[len(texts) % 198].say(texts[-1])
-                await until(lambda: all(len(said) == len(texts) for said in heard))
+                await trio_until(lambda: all(len(said) == len(texts) for said in heard))
                 with contextlib.suppress(BlockingIOError):
                     told += os.read(server.stdout, 65536).decode()
         assert told.count("was dropped") == 1
@@ -512,15 +507,15 @@ async def test_two_hundred_clients_and_two_that_do_not_keep_up(
         assert "you were dropped: you did not read" in reason.text
         again: list[str] = []
         nursery.start_soon(collect, back, again)
-        await until(lambda: len(again) == len(slowly) == len(texts))
+        await trio_until(lambda: len(again) == len(slowly) == len(texts))
         assert sorted(again) == sorted(slowly) == sorted(texts)
         assert all(sorted(said) == sorted(texts) for said in heard)
         await trio.aclose_forcefully(stream)
         for client in clients[:100]:
             nursery.start_soon(client.leave)
-        await until(lambda: not any(client.unacknowledged for client in clients))
+        await trio_until(lambda: not any(client.unacknowledged for client in clients))
         nursery.cancel_scope.cancel()  # and the others are cut off
-    await until(lambda: descriptors(server) <= before)
+    await trio_until(lambda: descriptors(server) <= before)
 
 
 async def test_a_server_that_is_killed(processes: Processes, ids: Path, tmp_path: Path) -> None:
@@ -538,7 +533,7 @@ async def test_a_server_that_is_killed(processes: Processes, ids: Path, tmp_path
         for client, texts in zip(clients, heard, strict=True):
             nursery.start_soon(client.run)
             nursery.start_soon(collect, client, texts)
-        await until(lambda: all(client.online for client in clients))
+        await trio_until(lambda: all(client.online for client in clients))
 
         async def talk(number: int) -> None:
             for count in range(60):
@@ -549,12 +544,12 @@ async def test_a_server_that_is_killed(processes: Processes, ids: Path, tmp_path
         async with trio.open_nursery() as talks:
             for number in range(5):
                 talks.start_soon(talk, number)
-            await until(lambda: len(heard[0]) > 50)
+            await trio_until(lambda: len(heard[0]) > 50)
             server.kill()
-            await until(lambda: not any(client.online for client in clients))
+            await trio_until(lambda: not any(client.online for client in clients))
             await trio.to_thread.run_sync(partial(processes.listening, "server", *store, port=port))
-        await until(lambda: all(len(texts) >= len(said) for texts in heard))
-        await until(lambda: not any(client.unacknowledged for client in clients))
+        await trio_until(lambda: all(len(texts) >= len(said) for texts in heard))
+        await trio_until(lambda: not any(client.unacknowledged for client in clients))
         for texts in heard:
             assert sorted(texts) == sorted(said)
             mine = [text for text in texts if text.startswith("3:")]
@@ -602,21 +597,21 @@ async def test_new_keys_under_traffic(nursery: trio.Nursery, store: Store) -> No
         for client, texts in zip(clients, heard, strict=True):
             all_of_it.start_soon(client.run)
             all_of_it.start_soon(collect, client, texts)
-        await until(lambda: all(client.online for client in clients))
+        await trio_until(lambda: all(client.online for client in clients))
         count = 0
         while min(client.connections for client in clients) < 8:
             await clients[count % 2].say(str(count))
             assert clients[0].online
             count += 1
             await trio.sleep(0.001)
-        await until(lambda: all(len(texts) >= count for texts in heard))
+        await trio_until(lambda: all(len(texts) >= count for texts in heard))
         for texts in heard:
             assert sorted(texts, key=int) == [str(number) for number in range(count)]
         assert count > 50
         assert len(key_ids) == len(set(key_ids)) >= 16
         for client in clients:
             await client.leave()
-        await until(lambda: not hub._connections)
+        await trio_until(lambda: not hub._connections)
         all_of_it.cancel_scope.cancel()
     assert len(os.listdir("/proc/self/fd")) <= before + 1
 
@@ -681,7 +676,7 @@ async def test_no_task_is_left(store: Store) -> None:
                 own.start_soon(client.run)
                 own.start_soon(collect, client, [])
                 await client.say("hello")
-                await until(lambda: client.online and not client.unacknowledged)
+                await trio_until(lambda: client.online and not client.unacknowledged)
                 if number % 3 == 1:
                     await client.leave()
                 own.cancel_scope.cancel()
@@ -689,7 +684,7 @@ async def test_no_task_is_left(store: Store) -> None:
         async with trio.open_nursery() as clients:
             for number in range(100):
                 clients.start_soon(take_part, number)
-        await until(lambda: tasks() == before and not hub._connections)
+        await trio_until(lambda: tasks() == before and not hub._connections)
         assert len(os.listdir("/proc/self/fd")) == open_before
         nursery.cancel_scope.cancel()
 
@@ -747,7 +742,7 @@ async def test_a_disk_that_is_full(processes: Processes, ids: Path, tmp_path: Pa
             nursery.start_soon(client.run)
             nursery.start_soon(collect, client, heard)
             await client.say("first")
-            await until(lambda: client.connections > 0 and client.unacknowledged == 0)
+            await trio_until(lambda: client.connections > 0 and client.unacknowledged == 0)
             filler = disk / "filler"
             for megabyte in (1 << 20, 1 << 16, 1 << 12):
                 with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
@@ -758,7 +753,7 @@ async def test_a_disk_that_is_full(processes: Processes, ids: Path, tmp_path: Pa
             await trio.sleep(2)
             assert client.unacknowledged
             filler.unlink()
-            await until(lambda: client.unacknowledged == 0)
+            await trio_until(lambda: client.unacknowledged == 0)
             nursery.cancel_scope.cancel()
         server.terminate()
         out = server.rest()

@@ -18,8 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 import trio
-from apps_glue import wait_until
-from tunnel_glue import free_port
+from waiting import free_port, until
 
 import hybridkex
 from hybridkex import (
@@ -267,7 +266,7 @@ def test_the_commands_of_the_page(tmp_path: Path) -> None:
                     subprocess.Popen(words, stderr=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
                 )
                 (port,) = [port for port in ports.values() if port in line]
-                wait_until(lambda port=port: listens(int(port)))  # type: ignore[misc]
+                until(lambda port=port: listens(int(port)))  # type: ignore[misc]
                 continue
             done = subprocess.run(  # type: ignore[call-overload]
                 words,

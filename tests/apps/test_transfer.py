@@ -28,7 +28,8 @@ from typing import Any, BinaryIO
 import pytest
 import trio
 import trio.testing
-from apps_glue import Run, Wire, descriptors, small_disk, wait_until
+from apps_glue import Run, Wire, descriptors, small_disk
+from waiting import trio_until, until
 
 from hybridkex import (
     ClientConfig,
@@ -170,7 +171,7 @@ async def test_a_cut_connection_goes_on_where_it_was(
         )
         for mark in (random.randrange(1, 9), random.randrange(13, 22), 26):
             proxy.cut_after = mark * MIB
-            await until(lambda: proxy.cut_after is None or sender.poll() is not None)
+            await trio_until(lambda: proxy.cut_after is None or sender.poll() is not None)
         _, errors = await trio.to_thread.run_sync(sender.communicate)
         assert sender.returncode == 0, errors
         assert "trying again in" in errors
@@ -180,13 +181,7 @@ async def test_a_cut_connection_goes_on_where_it_was(
     for path in (tmp_path / "many").iterdir():
         assert (target / "many" / path.name).read_bytes() == path.read_bytes()
     assert len(there(target)) == 42
-    await until(lambda: descriptors(server) == before)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(30):
-        while not condition():  # noqa: ASYNC110  # of another process
-            await trio.sleep(0.02)
+    await trio_until(lambda: descriptors(server) == before)
 
 
 def test_a_killed_receiver_is_found_again(tmp_path: Path, run: Run, mutual: list[str]) -> None:
@@ -196,7 +191,7 @@ def test_a_killed_receiver_is_found_again(tmp_path: Path, run: Run, mutual: list
     server, port = receive(run, target, mutual)
     sender = run.start("send", source, f"localhost:{port}", *mutual)
     parts = target / PARTIAL
-    wait_until(lambda: any(part.stat().st_size > 4 * MIB for part in parts.glob("*")), sender)
+    until(lambda: any(part.stat().st_size > 4 * MIB for part in parts.glob("*")), sender)
     server.kill()
     server.communicate()
     assert there(target) == set(), "nothing half-written under a final name"
@@ -215,7 +210,7 @@ def test_a_killed_sender_leaves_nothing_under_a_final_name(
     server, port = receive(run, target, mutual)
     sender = run.start("send", source, f"localhost:{port}", *mutual)
     parts = target / PARTIAL
-    wait_until(lambda: any(part.stat().st_size > 4 * MIB for part in parts.glob("*")), sender)
+    until(lambda: any(part.stat().st_size > 4 * MIB for part in parts.glob("*")), sender)
     sender.kill()
     sender.communicate()
     assert there(target) == set()
@@ -598,7 +593,7 @@ async def test_a_flood_keeps_nobody_out(tmp_path: Path, run: Run, mutual: list[s
     assert descriptors(server) - before < 150
     for stream in silent:
         await stream.aclose()
-    await until(lambda: descriptors(server) <= before)  # the port file may have been open then
+    await trio_until(lambda: descriptors(server) <= before)  # the port file may have been open then
 
 
 async def test_a_sender_waits_for_a_receiver_that_serves_others(
@@ -620,7 +615,7 @@ async def test_a_sender_waits_for_a_receiver_that_serves_others(
     assert isinstance(await frames.receive(), Send)  # it has the place
     log = (tmp_path / "log").open("w+b")
     sender = run.start("send", tmp_path / "file", f"localhost:{port}", *mutual, stderr=log)
-    await until(lambda: b"serves no more senders at once; trying again" in read_all(log))
+    await trio_until(lambda: b"serves no more senders at once; trying again" in read_all(log))
     await first.aclose()
     await trio.to_thread.run_sync(sender.wait)
     assert sender.returncode == 0, read_all(log)

@@ -16,15 +16,14 @@ import trio
 from apps_glue import Kmes, Run, Wire, descriptors
 from trio.testing import wait_all_tasks_blocked
 from tunnel_glue import (
-    PATIENCE,
     Tunnel,
     echo,
     exchange,
     read_metrics,
     receive_all,
     serving,
-    until,
 )
+from waiting import PATIENCE, trio_until
 
 from hybridkex import ClientConfig, DevCa, ServerConfig, TrustStore, open_secure_tcp_stream
 from hybridkex.apps.tunnel import TunnelConfig, TunnelMetrics, TunnelServer
@@ -78,7 +77,7 @@ async def test_an_end_is_of_one_direction(tunnel: Tunnel) -> None:
             assert await receive_all(stream) == b"goodbye"
             await stream.send_all(later)
             await stream.send_eof()
-            await until(lambda: heard == [later])
+            await trio_until(lambda: heard == [later])
 
 
 async def test_many_connections_and_nothing_is_left_of_them(tunnel: Tunnel) -> None:
@@ -99,7 +98,7 @@ async def test_many_connections_and_nothing_is_left_of_them(tunnel: Tunnel) -> N
             for _ in range(number):
                 nursery.start_soon(one)
         assert good == [True] * number
-        await until(lambda: tunnel.descriptors() == before)
+        await trio_until(lambda: tunnel.descriptors() == before)
         found = tunnel.metrics()
         for name in ("in", "out"):
             assert found[f'hybridkex_tunnel_connections_open{{tunnel="{name}"}}'] == 0
@@ -173,14 +172,14 @@ async def test_cut_at_random(
                 for number in range(8):
                     nursery.start_soon(program, number)
                 for _ in range(5):
-                    await until(
+                    await trio_until(
                         partial(enough, between.carried + random.randrange(2 << 20, 8 << 20))
                     )
                     between.cut()
             assert cut > 0
             assert done == 8
             assert len(whole) == 8
-        await until(lambda: [descriptors(one) for one in (listening, connecting)] == before)
+        await trio_until(lambda: [descriptors(one) for one in (listening, connecting)] == before)
 
 
 async def test_who_reads_slowly_is_waited_for(tunnel: Tunnel) -> None:
@@ -214,7 +213,7 @@ async def test_who_reads_slowly_is_waited_for(tunnel: Tunnel) -> None:
             assert tunnel.memory() - memory < 24 << 20
             begin.set()
             await stream.send_eof()
-            await until(lambda: found == [sent.digest()])
+            await trio_until(lambda: found == [sent.digest()])
 
 
 async def test_unix_sockets_on_every_side(tunnel: Tunnel) -> None:
@@ -236,7 +235,7 @@ async def test_unix_sockets_on_every_side(tunnel: Tunnel) -> None:
         )
         (tunnel.folder / "port").write_text("0")  # there is no port to wait for
         await tunnel.start()
-        await until(lambda: tunnel.says("out: unix"))
+        await trio_until(lambda: tunnel.says("out: unix"))
         assert stat.S_IMODE(outer.stat().st_mode) == 0o600
         assert stat.S_IMODE(tunnel.middle.stat().st_mode) == 0o660
         async with await trio.open_unix_socket(str(outer)) as stream:
@@ -291,7 +290,7 @@ async def test_the_limit(tunnel: Tunnel) -> None:
             assert await is_cut(third)
         await first.aclose()
         open_now = 'hybridkex_tunnel_connections_open{tunnel="out"}'
-        await until(lambda: tunnel.metrics()[open_now] == 1)
+        await trio_until(lambda: tunnel.metrics()[open_now] == 1)
         async with await tunnel.connect() as again:
             assert await exchange(again, b"room") == b"room"
         refused = 'hybridkex_tunnel_connections_refused_total{reason="limit",tunnel="out"}'
@@ -314,7 +313,7 @@ async def test_silence_before_and_after_the_handshake(tunnel: Tunnel) -> None:
         await stream.send_all(b"x")
         assert await stream.receive_some() == b"x"
         assert await is_cut(stream)
-        await until(lambda: tunnel.says("nothing moved for 0.5 s"))
+        await trio_until(lambda: tunnel.says("nothing moved for 0.5 s"))
 
 
 async def test_who_leaves_early_does_not_stay_in_the_books(tunnel: Tunnel, keys: Path) -> None:
@@ -350,8 +349,8 @@ async def test_who_leaves_early_does_not_stay_in_the_books(tunnel: Tunnel, keys:
         await stream.send_all(b"hello")
         await stream.send_eof()
         await stream.transport_stream.aclose()
-        await until(gone.is_set)
-        await until(lambda: tunnel.says("the channel left before the target had ended"))
+        await trio_until(gone.is_set)
+        await trio_until(lambda: tunnel.says("the channel left before the target had ended"))
 
 
 async def test_who_may_come_in(run: Run, tmp_path: Path) -> None:
@@ -383,8 +382,8 @@ async def test_who_may_come_in(run: Run, tmp_path: Path) -> None:
             assert await exchange(stream, b"hello") == b"hello"
         for name in ("mallory", "nobody"):
             assert await is_cut(await trio.open_tcp_stream("127.0.0.1", ports[name]))
-        await until(lambda: "refused: CN=mallory is not on the list" in metrics.read_text())
-        await until(lambda: "handshake failed" in metrics.read_text())
+        await trio_until(lambda: "refused: CN=mallory is not on the list" in metrics.read_text())
+        await trio_until(lambda: "handshake failed" in metrics.read_text())
 
 
 # -- a new configuration
@@ -444,7 +443,7 @@ async def test_reload(tunnel: Tunnel) -> None:
         write_identity(other, ca, ca.issue("elsewhere"))
         await tunnel.reload("reloaded")
         assert await is_cut(await tunnel.connect())
-        await until(lambda: tunnel.says("handshake failed: .*(elsewhere|localhost)"))
+        await trio_until(lambda: tunnel.says("handshake failed: .*(elsewhere|localhost)"))
         assert await asked(living) == b"old"
         await living.aclose()
 
@@ -466,12 +465,12 @@ async def test_tunnels_come_and_go(tunnel: Tunnel) -> None:
         assert await living.receive_some() == b"x"
         tunnel.file.write_text(both)
         await tunnel.reload("reloaded")
-        await until(lambda: not path.exists())
+        await trio_until(lambda: not path.exists())
         assert await exchange(living, b"goes on") == b"goes on"
         await living.aclose()
         async with await tunnel.connect() as stream:
             assert await exchange(stream, b"x") == b"x"
-        await until(lambda: tunnel.descriptors() == before)
+        await trio_until(lambda: tunnel.descriptors() == before)
 
 
 # -- as a service
@@ -485,7 +484,7 @@ async def test_sigterm_lets_connections_end(tunnel: Tunnel) -> None:
         await living.send_all(b"x")
         assert await living.receive_some() == b"x"
         tunnel.process.terminate()
-        await until(lambda: tunnel.says("may go on for 10 s"))
+        await trio_until(lambda: tunnel.says("may go on for 10 s"))
         with pytest.raises(OSError):
             await tunnel.connect()
         data = random.randbytes(2_000_000)
@@ -633,7 +632,7 @@ async def test_an_address_in_use(tunnel: Tunnel, run: Run, tmp_path: Path) -> No
             *("tunnel", "connect", "--local", f"127.0.0.1:{tunnel.port}", "--remote", "h:1"),
             *("--insecure",),
         )
-        await until(lambda: second.poll() is not None)
+        await trio_until(lambda: second.poll() is not None)
         lines = second.communicate()[1].splitlines()
         assert second.returncode == 1
         assert lines[-1].endswith("Address already in use")
@@ -696,7 +695,7 @@ async def test_no_task_is_left(tmp_path: Path) -> None:
                 programs.start_soon(says_nothing)
             for _ in range(5):
                 await server.apply(tunnels)
-        await until(lambda: server.open_connections == 0 and tasks() == before)
+        await trio_until(lambda: server.open_connections == 0 and tasks() == before)
         with pytest.raises(ConfigError, match="no tunnel"):
             await server.apply(())
         server.close(0)

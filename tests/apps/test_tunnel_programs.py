@@ -15,8 +15,8 @@ from typing import TypeAlias
 
 import pytest
 import trio
-from apps_glue import AnyProcess, Run, Wire, descriptors, wait_until
-from tunnel_glue import PATIENCE, free_port, until
+from apps_glue import AnyProcess, Run, Wire, descriptors
+from waiting import PATIENCE, free_port, trio_until, until
 
 MakeWire: TypeAlias = Callable[[int], AbstractAsyncContextManager[Wire]]
 
@@ -80,7 +80,7 @@ async def tunnel_to(
         before = ends.descriptors()
         yield ends
         # Whatever was cut, refused or left: nothing stays open. (A port file may have been open.)
-        await until(
+        await trio_until(
             lambda: all(now <= was for now, was in zip(ends.descriptors(), before, strict=True))
         )
 
@@ -135,9 +135,7 @@ def postgres() -> Iterator[Postgres]:
         try:
             found = Postgres(f"{folder}/.s.PGSQL.{port}", port, psql, pgbench)
             ready = [psql, "-h", folder, "-p", str(port), "-U", "tester", "postgres", "-c", ""]
-            wait_until(
-                lambda: subprocess.run(ready, check=False, capture_output=True).returncode == 0
-            )
+            until(lambda: subprocess.run(ready, check=False, capture_output=True).returncode == 0)
             yield found
         finally:
             process.terminate()
@@ -198,7 +196,7 @@ async def test_pgbench_with_connections_cut(
                 async def cut() -> None:
                     nonlocal cuts
                     mark = ends.wire.carried + random.randrange(20_000, 200_000)
-                    await until(lambda: ends.wire.carried > mark)
+                    await trio_until(lambda: ends.wire.carried > mark)
                     cuts += 1
                     ends.wire.cut()
 
@@ -233,7 +231,7 @@ def redis(tmp_path: Path) -> Iterator[tuple[int, str, str]]:
     port = free_port()
     with started(*(server, "--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", tmp_path)):
         ping = [cli, "-p", str(port), "ping"]
-        wait_until(lambda: b"PONG" in subprocess.run(ping, check=False, capture_output=True).stdout)
+        until(lambda: b"PONG" in subprocess.run(ping, check=False, capture_output=True).stdout)
         yield port, cli, benchmark
 
 
@@ -304,7 +302,7 @@ def nginx(tmp_path: Path) -> Iterator[tuple[int, Path]]:
     with started(program, "-c", configuration, "-e", tmp_path / "errors"):
         (pages / "ready").write_text("yes")
         probe = ["curl", "-s", f"http://127.0.0.1:{port}/ready"]
-        wait_until(lambda: subprocess.run(probe, check=False, capture_output=True).stdout == b"yes")
+        until(lambda: subprocess.run(probe, check=False, capture_output=True).stdout == b"yes")
         yield port, pages
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import trio
 from apps_glue import Run
-from tunnel_glue import Tunnel, echo, exchange, serving, until
+from tunnel_glue import Tunnel, echo, exchange, serving
+from waiting import trio_until
 
 NUMBERS = random.Random(33)
 
@@ -88,7 +89,7 @@ async def test_files_that_cannot_be_used_change_nothing(tunnel: Tunnel) -> None:
             connect={"max-connections": 50, "idle-timeout": 600},
         )
         await tunnel.start()
-        await until(lambda: tunnel.says("out: 127.0.0.1"))
+        await trio_until(lambda: tunnel.says("out: 127.0.0.1"))
         living = await tunnel.connect()
         await works(tunnel, living)
         descriptors = tunnel.descriptors()
@@ -109,7 +110,7 @@ async def test_files_that_cannot_be_used_change_nothing(tunnel: Tunnel) -> None:
                 await works(tunnel, living)
         assert not (tunnel.folder / "port").exists()
         assert stat.S_IMODE(tunnel.middle.stat().st_mode) == 0o600
-        await until(lambda: tunnel.descriptors() <= descriptors)
+        await trio_until(lambda: tunnel.descriptors() <= descriptors)
         tunnel.file.write_text(good)
         await tunnel.reload("reloaded")
         await works(tunnel, living)
@@ -145,7 +146,7 @@ async def test_a_socket_that_was_taken_away_comes_back(
         change(tunnel.middle)
         await tunnel.reload("reloaded")
         await works(tunnel, living)
-        await until(lambda: tunnel.descriptors() <= descriptors)
+        await trio_until(lambda: tunnel.descriptors() <= descriptors)
         await tunnel.reload("reloaded")
         await works(tunnel, living)
         await living.aclose()
@@ -166,14 +167,14 @@ async def test_a_socket_that_was_taken_away_comes_back_by_itself(
         await works(tunnel, living)
         descriptors = tunnel.descriptors()
         change(tunnel.middle)
-        await until(lambda: tunnel.says("was removed or replaced; it is made anew"))
+        await trio_until(lambda: tunnel.says("was removed or replaced; it is made anew"))
         await works(tunnel, living)
-        await until(lambda: tunnel.descriptors() <= descriptors)
+        await trio_until(lambda: tunnel.descriptors() <= descriptors)
         tunnel.middle.unlink()
         tunnel.middle.write_text("not a socket")
-        await until(lambda: tunnel.says("it is tried again"))
+        await trio_until(lambda: tunnel.says("it is tried again"))
         tunnel.middle.unlink()
-        await until(tunnel.middle.is_socket)
+        await trio_until(tunnel.middle.is_socket)
         await works(tunnel, living)
         await living.aclose()
         tunnel.process.terminate()
@@ -225,6 +226,6 @@ async def test_an_end_does_not_wait_for_a_reload(tunnel: Tunnel, keys: Path) -> 
         await trio.sleep(0.2)
         tunnel.process.terminate()
         with trio.fail_after(4):
-            await until(lambda: tunnel.process.poll() is not None)
+            await trio_until(lambda: tunnel.process.poll() is not None)
         os.close(writer)
         assert await tunnel.ended() == 0

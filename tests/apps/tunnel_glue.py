@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -14,8 +12,8 @@ from typing import Any
 
 import trio
 from apps_glue import AnyProcess, Run, descriptors
+from waiting import PATIENCE, free_port, trio_until
 
-PATIENCE = 30.0
 """Seconds before a test gives a condition up; the machine may have other work."""
 
 Table = Mapping[str, object]
@@ -85,7 +83,7 @@ class Tunnel:
     async def start(self, **environment: str) -> None:
         with self.log.open("wb") as log:
             self.process = self._run.start("tunnel", "run", self.file, stderr=log, **environment)
-        await until(lambda: (self.folder / "port").exists() or self.process.poll() is not None)
+        await trio_until(lambda: (self.folder / "port").exists() or self.process.poll() is not None)
         assert self.process.poll() is None, self.log.read_text()
         self.port = int((self.folder / "port").read_text())
 
@@ -96,7 +94,7 @@ class Tunnel:
         """SIGHUP, until the log says what became of it."""
         known = len(self.log.read_text())
         self.process.send_signal(signal.SIGHUP)
-        await until(lambda: outcome in self.log.read_text()[known:])
+        await trio_until(lambda: outcome in self.log.read_text()[known:])
 
     async def connect(self) -> trio.SocketStream:
         return await trio.open_tcp_stream("127.0.0.1", self.port)
@@ -113,7 +111,7 @@ class Tunnel:
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
     async def ended(self) -> int:
-        await until(lambda: self.process.poll() is not None)
+        await trio_until(lambda: self.process.poll() is not None)
         assert "Traceback" not in self.log.read_text(), self.log.read_text()
         return int(self.process.returncode or 0)
 
@@ -125,20 +123,6 @@ def read_metrics(port: int) -> dict[str, float]:
     connection.close()
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        await trio.sleep(0.02)
 
 
 @asynccontextmanager

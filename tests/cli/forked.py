@@ -18,12 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-__all__ = ["Forkserver", "Running", "one_line", "until"]
+from waiting import until
 
 NOBODY = 65534
 LIMIT = 60.0
@@ -173,7 +173,11 @@ class Forkserver:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 # Whoever runs the tests may want no buffer; users have one.
-                env={**os.environ, "PYTHONUNBUFFERED": ""},
+                env={
+                    **os.environ,
+                    "PYTHONUNBUFFERED": "",
+                    "PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[n]) for n in (2, 1)),
+                },
             )
         self._control = ours
         self._started: list[Running] = []
@@ -274,15 +278,6 @@ class Forkserver:
         return subprocess.CompletedProcess(words, process.wait(), stdout, stderr)
 
 
-def until(condition: Callable[[], bool], process: Running | None = None) -> None:
-    """Wait for a condition, as long as a process lives."""
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert process is None or process.poll() is None, process.told()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def one_line(stderr: bytes, *, beside: Sequence[str] = ()) -> str:
     """The one line that a command may say when it fails."""
     lines = [line for line in stderr.decode().splitlines() if not line.startswith(tuple(beside))]
@@ -291,7 +286,7 @@ def one_line(stderr: bytes, *, beside: Sequence[str] = ()) -> str:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parents[2])
+    del sys.path[0]
     import_all()
     gc.collect()
     gc.freeze()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from forked import Forkserver, one_line
+from waiting import free_port
 
 JSON_KEYS = {
     "version",
@@ -244,13 +245,6 @@ def openssl() -> str:
     if path is None:
         pytest.skip("needs the openssl command: install your distribution's package 'openssl'")
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def wait_until_open(port: int) -> None:

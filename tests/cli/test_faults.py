@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Forkserver, Running, one_line, until
+from forked import Forkserver, Running, one_line
+from waiting import until
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.cli.commands import COMMANDS

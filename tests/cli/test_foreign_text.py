@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
-from forked import Forkserver, until
+from forked import Forkserver
+from waiting import until
 
 from hybridkex import ClientConfig, DevCa, Identity, InsecureNoVerification, SecureStream
 from hybridkex.auth.dev_ca import write_identity

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Forkserver, one_line, until
+from forked import Forkserver, one_line
+from waiting import until
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from forked import Forkserver, until
+from forked import Forkserver
+from waiting import until
 
 
 @contextlib.contextmanager

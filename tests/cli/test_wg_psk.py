@@ -8,11 +8,11 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from hybridkex.auth import RawIdentity
 from hybridkex.cli import main
@@ -60,13 +60,6 @@ def side(tmp_path: Path) -> Iterator[Start]:
     for process in running:
         process.kill()
         process.communicate(timeout=20)
-
-
-def until(condition: Callable[[], bool], *, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def keys(folder: Path) -> list[str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Forkserver, until
+from forked import Forkserver
+from waiting import until
 
 from hybridkex.errors import ConfigError
 from hybridkex.kme.config import load_config

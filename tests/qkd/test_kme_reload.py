@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 import trio
-from forked import Forkserver, until
+from forked import Forkserver
+from waiting import until
 
 from hybridkex.cli import main
 from hybridkex.errors import ConfigError

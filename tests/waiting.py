@@ -1,0 +1,43 @@
+"""Wait for what has no event: a condition of another process or of another task."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+PATIENCE = 30.0
+"""Seconds: far more than any condition takes on a busy machine."""
+
+Condition = Callable[[], object]
+
+
+def until(condition: Condition, process: Any = None, *, seconds: float = PATIENCE) -> None:
+    """Block until the condition holds; fails at once when ``process`` ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process is not None and process.poll() is not None:
+            raise AssertionError(process.communicate()[1])
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+        time.sleep(0.01)
+
+
+async def trio_until(condition: Condition, *, seconds: float = PATIENCE) -> None:
+    with trio.fail_after(seconds):
+        while not condition():  # noqa: ASYNC110  # see the module
+            await trio.sleep(0.02)
+
+
+async def asyncio_until(condition: Condition, *, seconds: float = PATIENCE) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110  # see the module
+            await asyncio.sleep(0.005)
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port

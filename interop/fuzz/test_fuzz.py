@@ -13,6 +13,9 @@ from interop.fuzz.targets import TARGETS
 
 ROOT = Path(__file__).parents[2]
 FUZZ = [sys.executable, "-m", "interop.fuzz"]
+BETWEEN = ["sh", "-c", '"$@"; exit $?', "sh"]
+"""libFuzzer limits its peak memory, and Linux gives a new process the peak of the one that started
+it: a shell stands between the tests and the fuzzer."""
 
 
 def test_every_target_has_a_corpus() -> None:
@@ -43,11 +46,8 @@ def test_a_short_run(tmp_path: Path) -> None:
     for number, target in enumerate(TARGETS):
         for name, data in seeds()[target].items():
             (corpus / f"{target}-{name}").write_bytes(bytes((number,)) + data)
-    # libFuzzer limits the peak memory of its process, and a process starts with the peak of the one
-    # that it was made from: a shell stands between the fuzzer and the tests.
     done = subprocess.run(
-        ["sh", "-c", '"$@"; exit $?', "sh", *FUZZ, "everything", "--seconds", "12"]
-        + ["--corpus", str(corpus)],
+        [*BETWEEN, *FUZZ, "everything", "--seconds", "12", "--corpus", str(corpus)],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,

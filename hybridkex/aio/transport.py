@@ -8,6 +8,8 @@ pauses and closes. ``_Receiver`` is the protocol of the transport below: it hand
 - All that was received is decrypted at once. While the application has paused reading, what is
   decrypted waits, and the transport below is paused: no more than one read is ever held.
 - Small writes are joined until the loop's next turn, or until the end of the read that they answer.
+- A long write is encrypted and sent in batches, one in each turn of the loop: other connections get
+  their turns, and what waits is the application's data, not a second, encrypted copy of it.
 - An exception of the application's protocol ends its connection: the loop's exception handler gets
   it, the peer the alert internal_error, and ``connection_lost`` the exception itself.
 """
@@ -16,7 +18,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from enum import Enum, auto
 from typing import Any, Final, cast
 
@@ -37,6 +39,7 @@ from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 from hybridkex.tls.connection import ClientConnection, ServerConnection
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.session import Session
+from hybridkex.wire.records import HEADER_LENGTH
 
 __all__ = [
     "DEFAULT_HANDSHAKE_TIMEOUT",
@@ -57,8 +60,11 @@ DEFAULT_SHUTDOWN_TIMEOUT: Final = 30.0
 
 _READ_SIZE: Final = 256 * 1024
 _JOIN: Final = 16 * 1024
-"""Bytes of small writes that are joined; a larger write is encrypted at once."""
-_SEND_SIZE: Final = 256 * 1024
+"""Bytes that wait to be joined with later writes; more is encrypted at once."""
+_BATCH: Final = 128 * 1024
+"""Bytes that are encrypted and sent in one turn of the loop."""
+_HIGH_WATER: Final = 64 * 1024
+"""Bytes that may wait before ``pause_writing`` is called; asyncio's own figure."""
 _ALERT_TIMEOUT: Final = 1.0
 _IGNORED_WRITES: Final = 5
 """Writes after the connection was lost before the first line of log, as asyncio counts them."""
@@ -77,11 +83,19 @@ class _State(Enum):
     CLOSED = auto()
 
 
+# An attribute of an Enum takes longer than all else that a short message needs of its state.
+_HANDSHAKE: Final = _State.HANDSHAKE
+_OPEN: Final = _State.OPEN
+_CLOSING: Final = _State.CLOSING
+_CLOSED: Final = _State.CLOSED
+
+
 class _Scratch(threading.local):
     """The buffer of every read of a thread's loop: it is full between two calls only."""
 
     def __init__(self) -> None:
         self.view = memoryview(bytearray(_READ_SIZE))
+        self.head = self.view[:HEADER_LENGTH]
 
 
 _SCRATCH: Final = _Scratch()
@@ -133,7 +147,7 @@ class SecureTransport(asyncio.Transport):
         self._announced = False
         self._ready = ready
         self._session: Session | None = None
-        self._state = _State.HANDSHAKE
+        self._state = _HANDSHAKE
         self._failure: Exception | None = None
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -143,11 +157,15 @@ class SecureTransport(asyncio.Transport):
         self._raw_paused = False
         self._end_delivered = False
         # What was written and not encrypted.
-        self._outgoing: list[bytes] = []
+        self._outgoing: deque[bytes | memoryview] = deque()
         self._outgoing_size = 0
-        self._flush_due = False
+        self._end_due = False  # close_notify goes behind it
+        self._pump_due = False
         self._in_read = False
+        self._high_water, self._low_water = _HIGH_WATER, _HIGH_WATER // 4
         self._writing_paused = False
+        self._raw_full = False
+        self._raw_ended = False
         self._aborted = False
         self._ignored_writes = 0
         self._raw: asyncio.Transport | None = None
@@ -185,7 +203,6 @@ class SecureTransport(asyncio.Transport):
         Raises:
             LocalStateError: the handshake is not complete, or the sending direction is closed.
         """
-        self._flush()
         self._connection.update_keys(request_peer=request_peer)
         self._send_output()
 
@@ -219,7 +236,7 @@ class SecureTransport(asyncio.Transport):
 
     def is_closing(self) -> bool:
         """Whether the transport, or the one below, is closed or being closed."""
-        return self._state in (_State.CLOSING, _State.CLOSED) or (
+        return self._state in (_CLOSING, _CLOSED) or (
             self._raw is not None and self._raw.is_closing()
         )
 
@@ -232,7 +249,7 @@ class SecureTransport(asyncio.Transport):
             self._abort_raw()
             return
         # A transport that is upgraded may be full already, and tells only of changes.
-        self._writing_paused = raw.get_write_buffer_size() > raw.get_write_buffer_limits()[1]
+        self._raw_full = raw.get_write_buffer_size() > raw.get_write_buffer_limits()[1]
         self._timer = self._loop.call_later(self._handshake_timeout, self._handshake_late)
         if self._answers.waits_to_begin:
             self._wait_for(self._answers.begin())
@@ -273,7 +290,7 @@ class SecureTransport(asyncio.Transport):
     def _answered(self, task: "asyncio.Task[None]") -> None:
         self._task = None
         error = None if task.cancelled() else task.exception()
-        if self._state is not _State.HANDSHAKE:
+        if self._state is not _HANDSHAKE:
             return
         if task.cancelled():
             self._give_up("the wait for a PSK source or verifier was cancelled")
@@ -293,7 +310,7 @@ class SecureTransport(asyncio.Transport):
 
     def _open(self) -> None:
         self._session = self._connection.session
-        self._state = _State.OPEN
+        self._state = _OPEN
         self._stop_timer()
         if self._answers.keeps_tickets:
             self._keep_tickets()
@@ -301,8 +318,7 @@ class SecureTransport(asyncio.Transport):
         try:
             if self._announce:
                 self._protocol.connection_made(self)
-            if self._writing_paused:
-                self._protocol.pause_writing()
+            self._check_marks()
         except Exception as error:
             self._application_failed(error)
             return
@@ -314,7 +330,7 @@ class SecureTransport(asyncio.Transport):
 
     def received(self, data: memoryview) -> None:
         """Bytes from the transport below; they are gone when this returns."""
-        if self._state is _State.HANDSHAKE:
+        if self._state is _HANDSHAKE:
             try:
                 self._connection.receive_data(bytes(data))
             except HybridkexError as error:
@@ -322,23 +338,10 @@ class SecureTransport(asyncio.Transport):
             else:
                 self._advance_handshake()
             return
-        if self._state is _State.CLOSED or self._failure is not None:
+        if self._state is _CLOSED or self._failure is not None:
             return
-        connection = self._connection
-        if self._state is _State.OPEN and not self._reading_paused and not self._held:
-            content = connection.receive_record(data)
-            if content is not None:
-                self._in_read = True
-                try:
-                    self._deliver(content)
-                except Exception as error:
-                    self._application_failed(error)
-                self._in_read = False
-                if self._outgoing:
-                    self._flush()
-                return
         try:
-            connection.receive_data(data)
+            self._connection.receive_data(data)
         except HybridkexError as error:
             self._fail(error)
         else:
@@ -354,7 +357,28 @@ class SecureTransport(asyncio.Transport):
         finally:
             self._in_read = False
             if self._outgoing:
-                self._flush()
+                self._pump()
+
+    def received_record(self, head: memoryview, fragment: memoryview) -> bool:
+        """Deliver a read that is one short record: the short way of :meth:`received`, which is to
+        take the bytes if this returns false."""
+        if self._state is not _OPEN or self._reading_paused or self._held:
+            return False
+        content = self._connection.receive_record(head, fragment)
+        if content is None:
+            return False
+        self._in_read = True
+        try:
+            if self._buffered:
+                self._deliver(content)
+            else:
+                self._protocol.data_received(content)  # type: ignore[attr-defined]
+        except Exception as error:
+            self._application_failed(error)
+        self._in_read = False
+        if self._outgoing:
+            self._pump()
+        return True
 
     def _take_events(self) -> None:
         connection = self._connection
@@ -367,7 +391,7 @@ class SecureTransport(asyncio.Transport):
                 return
             if event is None:
                 break
-            if type(event) is ApplicationData and self._state is _State.OPEN:
+            if type(event) is ApplicationData and self._state is _OPEN:
                 if self._reading_paused:
                     self._held.append(event.data)
                 else:
@@ -408,9 +432,10 @@ class SecureTransport(asyncio.Transport):
 
     def _deliver_end(self) -> None:
         """Tell the application of the peer's close_notify, once and after all data."""
-        if self._state is _State.CLOSING:
-            self._close_raw()
-        elif self._state is _State.OPEN and not self._reading_paused and not self._end_delivered:
+        if self._state is _CLOSING:
+            if not self._end_due:
+                self._close_raw()
+        elif self._state is _OPEN and not self._reading_paused and not self._end_delivered:
             self._end_delivered = True
             protocol: Any = self._protocol
             if not protocol.eof_received():
@@ -418,9 +443,12 @@ class SecureTransport(asyncio.Transport):
 
     def ended(self) -> bool:
         """Take the end of the transport below; returns whether it shall stay open for writing."""
-        if self._state is _State.OPEN and self._connection.close_received:
+        if self._state is _OPEN and self._connection.close_received:
             return True
-        if self._state in (_State.HANDSHAKE, _State.OPEN) and self._failure is None:
+        if self._state is _CLOSING and self._end_due:
+            self._raw_ended = True
+            return True
+        if self._state in (_HANDSHAKE, _OPEN) and self._failure is None:
             try:
                 self._connection.receive_data(b"")
             except HybridkexError as error:
@@ -429,18 +457,18 @@ class SecureTransport(asyncio.Transport):
 
     def is_reading(self) -> bool:
         """Whether data is delivered as it comes."""
-        return self._state is _State.OPEN and not self._reading_paused
+        return self._state is _OPEN and not self._reading_paused
 
     def pause_reading(self) -> None:
         """Deliver no data until :meth:`resume_reading`."""
-        if self._reading_paused or self._state is not _State.OPEN:
+        if self._reading_paused or self._state is not _OPEN:
             return
         self._reading_paused = True
         self._pause_raw()
 
     def resume_reading(self) -> None:
         """Deliver data again, that which waits first."""
-        if not self._reading_paused or self._state is not _State.OPEN:
+        if not self._reading_paused or self._state is not _OPEN:
             return
         self._reading_paused = False
         self._loop.call_soon(self._resume)
@@ -452,13 +480,13 @@ class SecureTransport(asyncio.Transport):
             self._application_failed(error)
 
     def _deliver_held(self) -> None:
-        while self._held and not self._reading_paused and self._state is _State.OPEN:
+        while self._held and not self._reading_paused and self._state is _OPEN:
             self._deliver(self._held.popleft())
-        if self._reading_paused or self._state is not _State.OPEN:
+        if self._reading_paused or self._state is not _OPEN:
             return
         if self._connection.close_received:
             self._deliver_end()
-        if self._state is _State.OPEN:
+        if self._state is _OPEN:
             self._resume_raw()
 
     def _pause_raw(self) -> None:
@@ -481,58 +509,106 @@ class SecureTransport(asyncio.Transport):
         Raises:
             RuntimeError: ``write_eof`` was called.
         """
-        if not isinstance(data, bytes | bytearray | memoryview):
-            raise TypeError(f"data must be bytes-like, not {type(data).__name__}")
-        if self._connection.close_sent and self._state is _State.OPEN:
-            raise RuntimeError("Cannot call write() after write_eof()")
-        if self._state is not _State.OPEN:
-            self._ignored_writes += 1
-            if self._ignored_writes == _IGNORED_WRITES:
-                _log.warning("data is written to a transport that is closed")
+        if type(data) is not bytes:
+            if not isinstance(data, bytes | bytearray | memoryview):
+                raise TypeError(f"data must be bytes-like, not {type(data).__name__}")
+            data = bytes(data)
+        if self._state is not _OPEN or self._end_due or self._connection.close_sent:
+            self._refuse_write()
             return
-        if len(data) < _JOIN if type(data) is bytes else memoryview(data).nbytes < _JOIN:
-            self._outgoing.append(bytes(data))
-            self._outgoing_size += len(self._outgoing[-1])
-            if self._outgoing_size >= _JOIN:
-                self._flush()
-            elif not self._in_read and not self._flush_due:
-                self._flush_due = True
-                self._loop.call_soon(self._flush_later)
+        if not data:
             return
-        self._flush()
-        self._encrypt(memoryview(data).cast("B"))
-
-    def _flush_later(self) -> None:
-        self._flush_due = False
-        self._flush()
-
-    def _flush(self) -> None:
-        """Send the small writes that wait."""
-        if not self._outgoing:
-            return
-        outgoing, self._outgoing, self._outgoing_size = self._outgoing, [], 0
-        if self._state is not _State.OPEN:
-            return
-        try:
-            self._connection.send_data(outgoing[0] if len(outgoing) == 1 else b"".join(outgoing))
-        except HybridkexError as error:
-            self._fail(error)
+        self._outgoing.append(data)
+        self._outgoing_size += len(data)
+        if self._in_read:
+            pass  # the end of the read sends it
+        elif self._outgoing_size >= _JOIN:
+            self._pump()
         else:
-            self._send_output()
+            self._pump_soon()
+        if self._outgoing_size > self._high_water:
+            self._check_marks()
 
-    def _encrypt(self, view: memoryview) -> None:
-        try:
-            for start in range(0, len(view), _SEND_SIZE):
-                self._connection.send_data(view[start : start + _SEND_SIZE])
-                self._send_output()
-        except HybridkexError as error:
-            self._fail(error)
+    def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
+        """Send several pieces of data, which are not joined first."""
+        for data in list_of_data:
+            self.write(data)
+
+    def _refuse_write(self) -> None:
+        """Data is written that cannot be sent."""
+        if self._state is _OPEN:
+            raise RuntimeError("Cannot call write() after write_eof()")
+        self._ignored_writes += 1
+        if self._ignored_writes == _IGNORED_WRITES:
+            _log.warning("data is written to a transport that is closed")
+
+    def _pump_soon(self) -> None:
+        if not self._pump_due:
+            self._pump_due = True
+            self._loop.call_soon(self._pump_later)
+
+    def _pump_later(self) -> None:
+        self._pump_due = False
+        self._pump()
+
+    def _pump(self) -> None:
+        """Encrypt and send one batch of what was written, if the transport below has room."""
+        if self._raw_full or self._failure is not None:
+            return
+        if self._outgoing:
+            batch = self._next_batch()
+            record = self._connection.seal_record(batch) if type(batch) is bytes else None
+            if record is not None:
+                self._send(record)
+            else:
+                try:
+                    self._connection.send_data(batch)
+                except HybridkexError as error:
+                    self._fail(error)
+                    return
+                self._send(self._connection.data_to_send())
+        if self._outgoing:
+            self._pump_soon()
+        elif self._end_due:
+            self._send_end()
+        if self._writing_paused:
+            self._check_marks()
+
+    def _next_batch(self) -> bytes | memoryview:
+        """Take the data of one batch: short pieces are joined, long ones are cut."""
+        outgoing = self._outgoing
+        if len(outgoing) > 1 and len(outgoing[0]) < _BATCH:
+            size, pieces = 0, []
+            while outgoing and size + len(outgoing[0]) <= _BATCH:
+                pieces.append(outgoing.popleft())
+                size += len(pieces[-1])
+            self._outgoing_size -= size
+            return b"".join(pieces)
+        first = outgoing.popleft()
+        if len(first) > _BATCH:
+            view = memoryview(first)
+            outgoing.appendleft(view[_BATCH:])
+            first = view[:_BATCH]
+        self._outgoing_size -= len(first)
+        return first
+
+    def _send_end(self) -> None:
+        """Send close_notify, behind all that was written."""
+        self._end_due = False
+        self._connection.send_close()
+        self._send_output()
+        if self._state is _CLOSING and (self._connection.close_received or self._raw_ended):
+            self._close_raw()
 
     def _send_output(self) -> None:
-        if self._connection.has_data_to_send and self._raw is not None:
-            data = self._connection.data_to_send()
-            if not self._raw.is_closing():  # or it is lost, and will say so
-                self._raw.write(data)
+        if self._connection.has_data_to_send:
+            self._send(self._connection.data_to_send())
+
+    def _send(self, data: bytes | bytearray) -> None:
+        """Hand records, or an alert, to the transport below."""
+        raw = self._raw
+        if raw is not None and not raw.is_closing():  # or it is lost, and will say so
+            raw.write(data)
 
     def can_write_eof(self) -> bool:
         """TLS 1.3 has half-close: always true."""
@@ -540,21 +616,26 @@ class SecureTransport(asyncio.Transport):
 
     def write_eof(self) -> None:
         """Send close_notify: no more data will come from us. Receiving goes on."""
-        if self._state is not _State.OPEN or self._connection.close_sent:
-            return
-        self._flush()
-        self._connection.send_close()
-        self._send_output()
+        if self._state is _OPEN and not self._connection.close_sent:
+            self._end_due = True
+            self._pump()
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """The marks, in bytes of ciphertext, at which ``pause_writing`` and its pair are called."""
+        """The marks, in bytes, at which ``pause_writing`` and ``resume_writing`` are called.
+
+        They hold for the data that waits to be encrypted, and for what the transport below holds.
+
+        Raises:
+            ValueError: not ``high >= low >= 0``.
+        """
         assert self._raw is not None
         self._raw.set_write_buffer_limits(high, low)
+        self._low_water, self._high_water = self._raw.get_write_buffer_limits()
+        self._check_marks()
 
     def get_write_buffer_limits(self) -> tuple[int, int]:
         """Low and high mark, in bytes."""
-        assert self._raw is not None
-        return self._raw.get_write_buffer_limits()
+        return self._low_water, self._high_water
 
     def get_write_buffer_size(self) -> int:
         """Bytes that wait to be sent."""
@@ -562,14 +643,21 @@ class SecureTransport(asyncio.Transport):
 
     def writing_paused(self, paused: bool) -> None:
         """The transport below is full, or has room again."""
-        if paused is self._writing_paused:
-            return
-        self._writing_paused = paused
+        self._raw_full = paused
+        if not paused and (self._outgoing or self._end_due):
+            self._pump()
+        self._check_marks()
+
+    def _check_marks(self) -> None:
+        """Tell the application that too much waits to be sent, or that there is room again."""
         if not self._announced:
             return
-        if paused:
-            self._protocol.pause_writing()
-        else:
+        if not self._writing_paused:
+            if self._raw_full or self._outgoing_size > self._high_water:
+                self._writing_paused = True
+                self._protocol.pause_writing()
+        elif not self._raw_full and self._outgoing_size <= self._low_water:
+            self._writing_paused = False
             self._protocol.resume_writing()
 
     # --- the end ------------------------------------------------------------------------------
@@ -581,37 +669,37 @@ class SecureTransport(asyncio.Transport):
         timeout is cut off; if it has not taken all of our data either, ``connection_lost`` is given
         a :exc:`SecureConnectionError`.
         """
-        if self._state is _State.HANDSHAKE:
+        if self._state is _HANDSHAKE:
             self.abort()
             return
-        if self._state is not _State.OPEN:
+        if self._state is not _OPEN:
             return
-        self._flush()
-        if not self._connection.close_sent and self._failure is None:
-            self._connection.send_close()
-            self._send_output()
-        self._state = _State.CLOSING
+        self._state = _CLOSING
         self._held.clear()
-        if self._connection.close_received or self._failure is not None:
-            self._close_raw()
-            return
         self._timer = self._loop.call_later(self._shutdown_timeout, self._shutdown_late)
+        if self._connection.close_sent:
+            if self._connection.close_received:
+                self._close_raw()
+                return
+        else:
+            self._end_due = True
+            self._pump()
         self._resume_raw()
 
     def abort(self) -> None:
         """Close at once; what waits is lost, and the peer is not told."""
-        if self._state is _State.CLOSED:
+        if self._state is _CLOSED:
             return
         if self._failure is None:
             self._failure = connection_error(LocalStateError("the connection was aborted"))
             self._aborted = True
-        self._state = _State.CLOSING
+        self._state = _CLOSING
         self._drop()
         self._abort_raw()
 
     def _shutdown_late(self) -> None:
         assert self._raw is not None
-        if self._failure is None and self._raw.get_write_buffer_size():
+        if self._failure is None and self.get_write_buffer_size():
             seconds = f"{self._shutdown_timeout:g} seconds"
             error = TruncationError(f"the peer did not take all of our data within {seconds}")
             self._failure = connection_error(error)
@@ -645,6 +733,7 @@ class SecureTransport(asyncio.Transport):
         self._held.clear()
         self._outgoing.clear()
         self._outgoing_size = 0
+        self._end_due = False
 
     def _report(self, message: str, error: BaseException) -> None:
         self._loop.call_exception_handler(
@@ -671,10 +760,10 @@ class SecureTransport(asyncio.Transport):
     def _fail(self, error: HybridkexError, cause: Exception | None = None) -> None:
         """Send the alert, if there is one, and close; the application gets ``cause``, or a
         :exc:`SecureConnectionError`."""
-        if self._failure is not None or self._state is _State.CLOSED:
+        if self._failure is not None or self._state is _CLOSED:
             return
         self._failure = cause or connection_error(error)
-        self._state = _State.CLOSING
+        self._state = _CLOSING
         self._stop()
         self._drop()
         assert self._raw is not None
@@ -684,15 +773,15 @@ class SecureTransport(asyncio.Transport):
 
     def lost(self, error: Exception | None) -> None:
         """The transport below is gone."""
-        was, self._state = self._state, _State.CLOSED
+        was, self._state = self._state, _CLOSED
         self._stop()
         self._drop()
         complete = self._connection.close_received
         failure: Exception | None = self._failure
-        if failure is None and not (complete and was is _State.CLOSING):
+        if failure is None and not (complete and was is _CLOSING):
             # A peer that has our close_notify and has sent its own may leave as it likes.
             failure = error
-        if failure is None and not complete and was is not _State.CLOSING:
+        if failure is None and not complete and was is not _CLOSING:
             failure = connection_error(TruncationError("the connection was closed"))
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(failure or ConnectionAbortedError("the transport was closed"))
@@ -721,15 +810,18 @@ class _Receiver(asyncio.BufferedProtocol):
 
     def __init__(self, transport: SecureTransport) -> None:
         self._transport = transport
+        self._buffer, self._head = _SCRATCH.view, _SCRATCH.head
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport.attach(cast(asyncio.Transport, transport))  # uvloop's are not asyncio's
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return _SCRATCH.view
+        return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._transport.received(_SCRATCH.view[:nbytes])
+        fragment = self._buffer[HEADER_LENGTH:nbytes]
+        if not self._transport.received_record(self._head, fragment):
+            self._transport.received(self._buffer[:nbytes])
 
     def data_received(self, data: bytes) -> None:
         """What a secure transport around this one has decrypted."""

@@ -5,6 +5,7 @@ is what the transport must carry. Nothing here waits, and nothing here does I/O.
 engine is dead: every later call raises, and ``data_to_send`` still holds the alert for the peer.
 """
 
+from collections.abc import Callable
 from typing import Final
 
 from hybridkex.auth import DnsName, IpAddress, parse_peer_name
@@ -28,16 +29,11 @@ from hybridkex.tls.record_layer import AlertItem, DataItem, RecordLayer
 from hybridkex.tls.session import Session
 from hybridkex.tls.traffic import ClientTraffic, Connected, ServerTraffic
 from hybridkex.wire.messages import decode
-from hybridkex.wire.records import HEADER_LENGTH
 
 __all__ = ["ClientConnection", "Connection", "ServerConnection"]
 
 _MAX_WARNINGS = 4
 """``user_canceled`` alerts that are ignored; any more are an attack or a bug."""
-
-_SMALL_RECORD: Final = 4096
-"""Bytes of a record that :meth:`Connection.receive_record` takes; larger ones are decrypted without
-a copy."""
 
 State = client.ClientState | server.ServerState | ClientTraffic | ServerTraffic
 
@@ -62,6 +58,11 @@ class Connection:
         self._close_received = False
         self._close_sent = False
         self._warnings = 0
+        # The short cuts of receive_record and seal_record: set while a record of application data
+        # would change no state but the number of records. Whatever may change a state clears them,
+        # and the next complete round of the long way sets them again.
+        self._open_one: Callable[[memoryview, memoryview], bytes | None] | None = None
+        self._seal_one: Callable[[bytes], bytes | None] | None = None
 
     # --- in -----------------------------------------------------------------------------------
 
@@ -71,6 +72,7 @@ class Connection:
         Raises:
             TruncationError: the transport ended without close_notify.
         """
+        self._open_one = None
         self._check_alive()
         if self._close_received:
             return  # Whatever comes behind close_notify is to be ignored (section 6.1).
@@ -79,29 +81,22 @@ class Connection:
             return
         if self.next_event_waits:
             raise LocalStateError("take all events before telling of the transport's end")
-        self._error = TruncationError("the connection was cut: no close_notify came")
-        raise self._error
+        raise self._ended_by(TruncationError("the connection was cut: no close_notify came"))
 
-    def receive_record(self, data: memoryview) -> bytes | None:
-        """The application data of ``data``, where that is one small record and no more, as in an
-        exchange of short messages: :meth:`receive_data` and one event in one call.
+    def receive_record(self, head: memoryview, fragment: memoryview) -> bytes | None:
+        """Take one short record of application data: :meth:`receive_data` and :meth:`next_event` in
+        one call, for an exchange of short messages.
 
-        ``None`` if it is anything else, good or bad. Nothing has been taken then; give it to
-        :meth:`receive_data`.
+        Args:
+            head: the first five bytes from the transport, which are a record's header.
+            fragment: the bytes behind them.
+
+        Returns:
+            The application data, or ``None`` if the bytes are anything else, good or bad. Then
+            nothing has been taken: give them to :meth:`receive_data`.
         """
-        state = self._state
-        if (
-            not HEADER_LENGTH < len(data) <= _SMALL_RECORD
-            or not isinstance(state, _TRAFFIC)
-            or self._error is not None
-            or self._close_received
-            or self._records.events
-        ):
-            return None
-        content = self._records.reader.take_whole(data)
-        if content is not None:
-            state.data_received()
-        return content
+        open_one = self._open_one
+        return None if open_one is None else open_one(head, fragment)
 
     @property
     def next_event_waits(self) -> bool:
@@ -124,6 +119,9 @@ class Connection:
             try:
                 item = records.reader.next_item()
                 if item is None:
+                    state = self._state
+                    if isinstance(state, _TRAFFIC) and state.receives_only:
+                        self._open_one = records.reader.open_one
                     return None
                 if type(item) is DataItem:
                     assert isinstance(self._state, _TRAFFIC)
@@ -144,6 +142,7 @@ class Connection:
         state = self._state
         if state is None:
             raise LocalStateError("the handshake has not been started")
+        self._seal_one = None
         if raw[0] not in _STEPS[type(state)].receives:
             raise UnexpectedMessage(
                 f"handshake message of type {raw[0]} while in {type(state).__name__}",
@@ -162,8 +161,7 @@ class Connection:
     def _alert(self, alert: AlertItem) -> None:
         if alert.description == Alert.CLOSE_NOTIFY:
             if not self.handshake_complete:
-                self._error = AlertReceived(alert.description)
-                raise self._error
+                raise self._ended_by(AlertReceived(alert.description))
             self._close_received = True
             self._records.emit(CloseReceived())
         elif alert.description == Alert.USER_CANCELED:
@@ -173,12 +171,17 @@ class Connection:
             if self._warnings > _MAX_WARNINGS:
                 raise UnexpectedMessage("too many user_canceled alerts", Reason.WARNINGS_TOO_MANY)
         else:
-            self._error = AlertReceived(alert.description)
             self._ended()
-            raise self._error
+            raise self._ended_by(AlertReceived(alert.description))
 
     def _ended(self) -> None:
         """The peer has ended the handshake."""
+
+    def _ended_by(self, error: HybridkexError) -> HybridkexError:
+        """Nothing is received or sent any more."""
+        self._error = error
+        self._open_one = self._seal_one = None
+        return error
 
     # --- out ----------------------------------------------------------------------------------
 
@@ -191,15 +194,26 @@ class Connection:
             raise LocalStateError("the handshake is not complete")
         if self._close_sent:
             raise LocalStateError("close_notify has been sent")
+        self._seal_one = None
         view = data if type(data) is memoryview else memoryview(data)
         if view:
             state.send_data(view, self._records)
+
+    def seal_record(self, data: bytes) -> bytes | None:
+        """The record of a short message: :meth:`send_data` and :meth:`data_to_send` in one call.
+
+        Returns:
+            What the transport must carry, or ``None`` if ``data`` is not short or the engine has
+            more to send than this. Then nothing has been done: give it to :meth:`send_data`.
+        """
+        seal_one = self._seal_one
+        return None if seal_one is None else seal_one(data)
 
     def send_close(self) -> None:
         """Queue close_notify: we send no more. Receiving goes on (section 6.1)."""
         self._check_alive()
         if not self._close_sent:
-            self._close_sent = True
+            self._close_sent, self._seal_one = True, None
             self._records.writer.send_alert(Alert.CLOSE_NOTIFY)
 
     def provide_psk(self, psk: ExternalPsk | None) -> None:
@@ -238,6 +252,7 @@ class Connection:
         self._check_alive()
         if not isinstance(self._state, _TRAFFIC) or self._close_sent:
             raise LocalStateError("keys are updated between handshake and close")
+        self._seal_one = None
         self._state.update_keys(self._records, request=request_peer)
 
     def abort(self, error: PeerError) -> None:
@@ -255,7 +270,16 @@ class Connection:
 
     def data_to_send(self) -> bytes | bytearray:
         """All bytes that wait for the transport; they are handed out once."""
-        return self._records.writer.take_output()
+        writer, state = self._records.writer, self._state
+        output = writer.take_output()
+        if (
+            isinstance(state, _TRAFFIC)
+            and state.sends_only
+            and self._error is None
+            and not self._close_sent
+        ):
+            self._seal_one = writer.seal_one
+        return output
 
     def trailing_data(self) -> bytes:
         """What came behind the peer's close_notify: not TLS, and not ours."""
@@ -304,7 +328,7 @@ class Connection:
             raise LocalStateError(f"the connection has failed: {self._error}")
 
     def _fail(self, error: PeerError) -> None:
-        self._error = error
+        self._ended_by(error)
         self._records.writer.send_alert(error.alert)
         if error.alert is Alert.USER_CANCELED:
             self._records.writer.send_alert(Alert.CLOSE_NOTIFY)  # or the peer goes on (section 6.1)

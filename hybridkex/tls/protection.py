@@ -15,14 +15,27 @@ from hybridkex.crypto.suites import IV_LENGTH, TAG_LENGTH
 from hybridkex.errors import BadRecordMac, RecordOverflow
 from hybridkex.wire.records import HEADER, HEADER_LENGTH, Record, RecordBuffer, header
 
-__all__ = ["Padding", "ReadProtection", "WriteProtection", "content_length", "plaintext_records"]
+__all__ = [
+    "SMALL",
+    "Padding",
+    "ReadProtection",
+    "WriteProtection",
+    "content_length",
+    "plaintext_records",
+]
 
 _OVERHEAD: Final = 1 + TAG_LENGTH
 _HEADER: Final = Struct(">BHH")
 _TYPES: Final = tuple(bytes((value,)) for value in range(256))
-_SMALL: Final = 2048
-"""Bytes of content up to which a record is made in one piece."""
+SMALL: Final = 2048
+"""Bytes of content up to which a record is made, or opened, in one piece."""
 _OUTER_TYPE: Final = int(ContentType.APPLICATION_DATA)
+_APPLICATION_DATA: Final = bytes((_OUTER_TYPE,))
+_MAJOR_VERSION: Final = LEGACY_VERSION >> 8
+_READ_HEADER: Final = HEADER.unpack
+_SMALL_INNER: Final = SMALL + 1
+_KEEP_FREE: Final = 16
+"""Records of a key that are kept for alerts and for KeyUpdate itself."""
 
 
 class Padding(Protocol):
@@ -36,7 +49,7 @@ class Padding(Protocol):
 class WriteProtection:
     """The key of our direction, and how many records it has protected."""
 
-    __slots__ = ("_aead", "_iv", "_scratch", "_sequence", "padding", "traffic")
+    __slots__ = ("_aead", "_iv", "_scratch", "_sequence", "_update_at", "padding", "traffic")
 
     def __init__(self, traffic: TrafficSecret, padding: Padding | None = None) -> None:
         key, iv = traffic.key_and_iv()
@@ -45,13 +58,14 @@ class WriteProtection:
         self._aead = traffic.suite.aead(key)
         self._iv = int.from_bytes(iv, "big")
         self._sequence = 0
+        self._update_at = traffic.suite.record_limit - _KEEP_FREE
         # The AEAD takes content and content type as one piece of memory: the one copy of this path.
         self._scratch = memoryview(b"")
 
     @property
     def remaining(self) -> int:
-        """Records that this key may still protect (section 5.5)."""
-        return self.traffic.suite.record_limit - self._sequence
+        """Records of application data that this key may still protect (section 5.5)."""
+        return self._update_at - self._sequence
 
     def updated(self) -> "WriteProtection":
         """The protection under the next traffic secret."""
@@ -65,8 +79,8 @@ class WriteProtection:
             content: any length; the caller sees to :attr:`remaining`.
             limit: bytes of content in one record.
         """
-        if len(content) <= _SMALL and len(content) <= limit and self.padding is None:
-            return self._seal_small(type_, content)
+        if len(content) <= SMALL and len(content) <= limit and self.padding is None:
+            return self._seal_inner(b"".join((content, _TYPES[type_])))
         pieces = max(1, -(-len(content) // limit))
         if self.padding is not None:
             return bytearray().join(
@@ -94,9 +108,22 @@ class WriteProtection:
             self._sequence += 1
         return out
 
-    def _seal_small(self, type_: int, content: memoryview) -> bytes:
-        """One record; copies of so few bytes cost less than the buffers of :meth:`seal`."""
-        inner = b"".join((content, _TYPES[type_]))
+    def seal_one(self, data: bytes) -> bytes | None:
+        """Protect application data in one record: :meth:`seal` for a short message.
+
+        The caller ensures that there is no :attr:`padding` and that the peer takes records of
+        :data:`SMALL` bytes.
+
+        Returns:
+            The record; ``None`` if ``data`` is empty or longer than :data:`SMALL`, or if the key
+            has to be updated first.
+        """
+        if not 0 < len(data) <= SMALL or self._sequence >= self._update_at:
+            return None
+        return self._seal_inner(data + _APPLICATION_DATA)
+
+    def _seal_inner(self, inner: bytes) -> bytes:
+        """One record. Copies of so few bytes cost less than the buffers of :meth:`seal`."""
         head = _HEADER.pack(_OUTER_TYPE, LEGACY_VERSION, len(inner) + TAG_LENGTH)
         nonce = (self._iv ^ self._sequence).to_bytes(IV_LENGTH, "big")
         self._sequence += 1
@@ -162,16 +189,31 @@ class ReadProtection:
         self._sequence += 1
         return size
 
-    def open_one(self, data: memoryview) -> bytes | None:
-        """The content of ``data``, if that is one whole record of application data without padding;
-        otherwise ``None``, as if it had not been seen: that is for :meth:`open` and its caller."""
-        type_, major, length = HEADER.unpack_from(data)
+    def open_one(self, head: memoryview, fragment: memoryview) -> bytes | None:
+        """The content of one record of application data: :meth:`open` for a short message.
+
+        Args:
+            head: the five bytes of the header.
+            fragment: all that came behind it.
+
+        Returns:
+            The content, or ``None`` if ``fragment`` is not one whole, short, good record of
+            application data without padding. Then nothing has changed, and :meth:`open` and its
+            caller judge the bytes.
+        """
+        type_, major, length = _READ_HEADER(head)
         size = length - TAG_LENGTH
-        if type_ != _OUTER_TYPE or major != LEGACY_VERSION >> 8 or not 1 < size <= self.limit:
+        if (
+            length != len(fragment)
+            or type_ != _OUTER_TYPE
+            or major != _MAJOR_VERSION
+            or not 1 < size <= _SMALL_INNER
+            or size > self.limit
+        ):
             return None
         nonce = (self._iv ^ self._sequence).to_bytes(IV_LENGTH, "big")
         try:
-            inner = self._aead.decrypt(nonce, data[HEADER_LENGTH:], data[:HEADER_LENGTH])
+            inner = self._aead.decrypt(nonce, fragment, head)
         except InvalidTag:
             return None
         if inner[-1] != _OUTER_TYPE:
@@ -199,7 +241,7 @@ class ReadProtection:
             body = start + HEADER_LENGTH
             end, size = body + length, length - TAG_LENGTH
             whole = end <= len(chunk) and 1 < size <= self.limit
-            if type_ != _OUTER_TYPE or major != LEGACY_VERSION >> 8 or not whole:
+            if type_ != _OUTER_TYPE or major != _MAJOR_VERSION or not whole:
                 break
             nonce = (iv ^ sequence).to_bytes(IV_LENGTH, "big")
             inner = out[filled : filled + size]

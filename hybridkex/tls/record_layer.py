@@ -7,6 +7,7 @@ message, and how much of anything is held.
 """
 
 from collections import deque
+from collections.abc import Callable
 from io import BytesIO
 from typing import Final, TypeAlias
 
@@ -24,6 +25,7 @@ from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, Limits, ServerConfig
 from hybridkex.tls.events import Event
 from hybridkex.tls.protection import (
+    SMALL,
     Padding,
     ReadProtection,
     WriteProtection,
@@ -154,6 +156,22 @@ class WritingHalf:
         self.protection = self.protection.updated()
 
     @property
+    def seal_one(self) -> Callable[[bytes], bytes | None] | None:
+        """:meth:`WriteProtection.seal_one`, as long as a record may be sent at once; otherwise
+        ``None``."""
+        protection = self.protection
+        if (
+            protection is None
+            or protection.padding is not None
+            or self.record_limit < SMALL
+            or self.change_cipher_spec_due
+            or self._outgoing
+            or self._flight
+        ):
+            return None
+        return protection.seal_one
+
+    @property
     def has_output(self) -> bool:
         """Whether anything waits to be sent."""
         return bool(self._outgoing or self._flight)
@@ -240,23 +258,22 @@ class ReadingHalf:
         self._early_data_budget = 0
         self._skip_unprotected = False
 
-    def take_whole(self, data: memoryview) -> bytes | None:
-        """The application data of ``data``, if that is one small record of it and nothing else is
-        under way; otherwise ``None``, and nothing has been taken."""
+    @property
+    def open_one(self) -> Callable[[memoryview, memoryview], bytes | None] | None:
+        """:meth:`ReadProtection.open_one`, as long as a record of application data may come next
+        and would change nothing but the number of records; otherwise ``None``."""
         if (
-            len(data) != int.from_bytes(data[3:5], "big") + 5
-            or self.protection is None
+            self.protection is None
             or not self.data_allowed
             or self._message
             or self._stashed is not None
             or self._deferred is not None
+            or self._empty_records
+            or self._early_data_budget
             or self.incoming.pending
         ):
             return None
-        content = self.protection.open_one(data)
-        if content is not None:
-            self._empty_records = self._early_data_budget = 0
-        return content
+        return self.protection.open_one
 
     def next_item(self) -> Item | None:
         """The next thing that has arrived whole, or ``None``."""

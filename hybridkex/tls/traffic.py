@@ -25,9 +25,6 @@ X509: Final = CertificateType.X509
 MAX_KEY_UPDATES: Final = (1 << 48) - 1
 """How often a sender may change its key (section 4.7.3)."""
 
-_KEEP_FREE: Final = 16
-"""Records of a key that are kept for alerts and for KeyUpdate itself."""
-
 
 def store_key(name: str | None) -> str:
     """Under which a client's ticket store keeps the tickets of a server."""
@@ -75,8 +72,18 @@ class _Traffic:
         return self
 
     def data_received(self) -> None:
-        """Data came: it is no storm."""
+        """Application data came, so the KeyUpdates before it are no storm of them."""
         self._updates_in_a_row = 0
+
+    @property
+    def receives_only(self) -> bool:
+        """Whether :meth:`data_received` would change nothing."""
+        return not self._updates_in_a_row
+
+    @property
+    def sends_only(self) -> bool:
+        """Whether :meth:`send_data` would send nothing but the data."""
+        return not self._answer_update
 
     def send_data(self, data: memoryview, records: RecordLayer) -> None:
         """Queue application data; our key changes before its limit (section 5.5)."""
@@ -88,7 +95,7 @@ class _Traffic:
                 self.update_keys(records, request=False)
         while True:
             assert records.writer.protection is not None
-            room = records.writer.protection.remaining - _KEEP_FREE
+            room = records.writer.protection.remaining
             if room <= 0:
                 self.update_keys(records, request=False)
                 continue
@@ -196,6 +203,11 @@ class ServerTraffic(_Traffic):
         """Whether the client can use tickets: it offered psk_dhe_ke (section 4.3.9)."""
         if not wanted:
             self._tickets_due = 0
+
+    @property
+    def sends_only(self) -> bool:
+        """Whether :meth:`send_data` would send nothing but the data."""
+        return not self._tickets_due and super().sends_only
 
     def send_data(self, data: memoryview, records: RecordLayer) -> None:
         """Queue application data, behind the tickets that are due."""

@@ -34,10 +34,18 @@ def connected() -> tuple[ClientConnection, ServerConnection]:
     return client, server
 
 
+def receive_record(server: ServerConnection, data: bytes | bytearray) -> bytes | None:
+    """As a shell calls it: a read shorter than a header has what an earlier read left behind it."""
+    buffer = bytearray(b"\x17\3\3\0\x30")
+    buffer[: len(data)] = data
+    view = memoryview(buffer)
+    return server.receive_record(view[:5], view[5 : len(data)])
+
+
 def outcome(server: ServerConnection, data: bytes, *, short: bool) -> list[object]:
     """The data, and the error, of some bytes."""
     found: list[object] = []
-    if short and (content := server.receive_record(memoryview(data))) is not None:
+    if short and (content := receive_record(server, data)) is not None:
         return [content]
     try:
         server.receive_data(data)
@@ -97,8 +105,72 @@ def test_the_short_way_and_the_long_way(what: str, change: str) -> None:
 
 def test_it_takes_what_it_is_for() -> None:
     client, server = connected()
-    assert server.receive_record(memoryview(say(client, "40"))) == b"hello" * 40
-    assert server.receive_record(memoryview(say(client, "5000"))) is None
+    assert receive_record(server, say(client, "40")) == b"hello" * 40
+    assert receive_record(server, say(client, "5000")) is None
+
+
+def test_records_are_sealed_the_short_way_while_nothing_else_is_to_be_sent() -> None:
+    client, server = connected()
+
+    def long_way(end: ClientConnection | ServerConnection) -> None:
+        assert end.seal_record(b"data") is None
+        end.send_data(b"data")
+        assert end.seal_record(b"data") is None  # it would overtake what is queued
+        end.data_to_send()
+        assert end.seal_record(b"data") is not None
+        assert end.seal_record(b"") is None
+        assert end.seal_record(bytes(5000)) is None
+
+    assert client.seal_record(b"data") is not None
+    client.update_keys(request_peer=True)
+    long_way(client)
+    client.send_close()
+    client.data_to_send()
+    assert client.seal_record(b"data") is None
+
+    client, server = connected()
+    assert server.seal_record(b"data") is not None
+    client.update_keys(request_peer=True)
+    outcome(server, bytes(client.data_to_send()), short=False)
+    long_way(server)  # our own KeyUpdate goes first
+    server.abort(BadRecordMac("for the test"))
+    server.data_to_send()
+    assert server.seal_record(b"data") is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_conversation_in_the_short_way_and_in_the_long_way(seed: int) -> None:
+    """Every record reaches the other end, in order, whichever way it is sealed and opened."""
+    chance = random.Random(seed)
+    ends = list(connected())
+    said: list[list[bytes]] = [[], []]
+    heard: list[list[object]] = [[], []]
+    for _ in range(100):
+        which = chance.randrange(2)
+        end, other = ends[which], ends[1 - which]
+        step = chance.random()
+        data = b""
+        if step < 0.15:
+            end.update_keys(request_peer=chance.random() < 0.5)
+        if step < 0.3:
+            message = chance.randbytes(chance.choice((1, 100, 3000)))
+            end.send_data(message)
+            said[which].append(message)
+            data = bytes(end.data_to_send())
+        elif step < 0.9:
+            message = chance.randbytes(chance.choice((1, 100, 2048, 2049)))
+            record = end.seal_record(message)
+            if record is None:
+                end.send_data(message)
+                record = bytes(end.data_to_send())
+            said[which].append(message)
+            data = record
+        cut = chance.choice((0, 0, 0, 1, len(data) // 2))
+        for piece in filter(None, (data[:cut], data[cut:])):
+            heard[1 - which] += outcome(other, piece, short=chance.random() < 0.8)
+    for one, other_one in ((0, 1), (1, 0)):
+        data_heard = b"".join(item for item in heard[other_one] if isinstance(item, bytes))
+        assert data_heard == b"".join(said[one])
 
 
 @pytest.mark.parametrize("before", [b"", b"data before it"])
@@ -113,7 +185,7 @@ def test_an_error_holds_no_piece_of_a_buffer(before: bytes, short: bool) -> None
     record = bytearray(say(client, "40"))
     record[-1] ^= 1
     with pytest.raises(BadRecordMac) as caught:  # noqa: PT012
-        if not (short and server.receive_record(memoryview(record)) is not None):
+        if not (short and receive_record(server, record) is not None):
             server.receive_data(first + bytes(record))
         while server.next_event() is not None:
             pass

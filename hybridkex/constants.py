@@ -27,6 +27,8 @@ __all__ = [
     "Label",
     "PskKeyExchangeMode",
     "SignatureSchemeCode",
+    "TlsFlag",
+    "UpdateType",
 ]
 
 TLS13: Final = 0x0304
@@ -68,6 +70,26 @@ class HandshakeType(IntEnum):
     CERTIFICATE_VERIFY = 15
     FINISHED = 20
     KEY_UPDATE = 24
+    EXTENDED_KEY_UPDATE = 240  # draft-ietf-tls-extended-key-update-13; ours, for private use
+
+
+class UpdateType(IntEnum):
+    """The subtypes of ``extended_key_update``: draft-ietf-tls-extended-key-update-13 section 4, and
+    ours (``docs/fresh-keys.md``)."""
+
+    REQUEST = 0
+    RESPONSE = 1
+    FINISH = 2
+    FRESH_REQUEST = 224
+    FRESH_RESPONSE = 225
+    FRESH_DECLINE = 226
+    FRESH_CONFIRM = 227
+
+
+class TlsFlag(IntEnum):
+    """Bits of the extension ``tls_flags``."""
+
+    EXTENDED_KEY_UPDATE = 64  # not yet assigned
 
 
 MESSAGE_HASH: Final = 254
@@ -96,6 +118,8 @@ class ExtensionType(IntEnum):
     POST_HANDSHAKE_AUTH = 49
     SIGNATURE_ALGORITHMS_CERT = 50
     KEY_SHARE = 51
+    TLS_FLAGS = 0xFF3E  # draft-ietf-tls-tlsflags; a number for private use
+    FRESH_QKD_KEYS = 0xFF3F  # ours: docs/fresh-keys.md
 
 
 class CipherSuiteCode(IntEnum):
@@ -216,6 +240,7 @@ class Label:
     CLIENT_APPLICATION_TRAFFIC: Final = b"c ap traffic"
     SERVER_APPLICATION_TRAFFIC: Final = b"s ap traffic"
     EXPORTER_MAIN: Final = b"exp master"
+    EXPORTER_UPDATED: Final = b"exporter eku"  # draft-ietf-tls-extended-key-update-13
     RESUMPTION_MAIN: Final = b"res master"
     EXPORTER: Final = b"exporter"
     RESUMPTION: Final = b"resumption"

@@ -11,6 +11,9 @@ from hybridkex.constants import Alert
 __all__ = ["Reason"]
 
 _TLS = "RFC 9846 section "
+_UPDATE = "draft-ietf-tls-extended-key-update-13 section "
+_FLAGS = "draft-ietf-tls-tlsflags section "
+_FRESH = "docs/fresh-keys.md"
 
 
 class Reason(Enum):
@@ -128,3 +131,20 @@ class Reason(Enum):
     KEY_UPDATES_TOO_MANY = (Alert.UNEXPECTED_MESSAGE, _TLS + "4.7.3")
     TICKETS_TOO_MANY = (Alert.UNEXPECTED_MESSAGE, _TLS + "4.7.1")
     TICKET_LIFETIME = (Alert.ILLEGAL_PARAMETER, _TLS + "4.7.1")
+
+    # --- extended key update, with and without a QKD key --------------------------------------
+    FLAGS_MALFORMED = (Alert.ILLEGAL_PARAMETER, _FLAGS + "2")
+    FLAG_NOT_OFFERED = (Alert.ILLEGAL_PARAMETER, _FLAGS + "3")
+    FRESH_KEYS_ANSWER = (Alert.ILLEGAL_PARAMETER, _FRESH)
+    FRESH_KEYS_REQUIRED = (Alert.INSUFFICIENT_SECURITY, "policy")
+    FRESH_KEYS_LATE = (Alert.INSUFFICIENT_SECURITY, "policy")
+    STANDARD_KEY_UPDATE = (Alert.UNEXPECTED_MESSAGE, _UPDATE + "4")
+    UPDATE_SUBTYPE = (Alert.UNEXPECTED_MESSAGE, _UPDATE + "4")
+    UPDATE_OUT_OF_ORDER = (Alert.UNEXPECTED_MESSAGE, _UPDATE + "4")
+    UPDATE_GROUP = (Alert.ILLEGAL_PARAMETER, _UPDATE + "4")
+    UPDATES_IDENTICAL = (Alert.UNEXPECTED_MESSAGE, _UPDATE + "5")
+    UPDATES_TOO_MANY = (Alert.UNEXPECTED_MESSAGE, _UPDATE + "12.3")
+    UPDATE_MALFORMED = (Alert.ILLEGAL_PARAMETER, _FRESH)
+    UPDATE_ANSWER = (Alert.ILLEGAL_PARAMETER, _FRESH)
+    UPDATE_NOT_CONFIRMED = (Alert.UNEXPECTED_MESSAGE, _FRESH)
+    UPDATE_CONFIRMATION = (Alert.DECRYPT_ERROR, _FRESH)

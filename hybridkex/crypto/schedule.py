@@ -185,6 +185,20 @@ class MainSecret(_Base):
         """``digest`` covers ClientHello...client Finished."""
         return ResumptionSecret(self.hash, self.derive(Label.RESUMPTION_MAIN, digest))
 
+    def updatable_exporter_secret(self, digest: bytes) -> "ExporterSecret":
+        """The exporter that key updates change (draft-ietf-tls-extended-key-update-13 section
+        10.1); ``digest`` covers ClientHello...server Finished."""
+        return ExporterSecret(self.hash, self.derive(Label.EXPORTER_UPDATED, digest))
+
+    def update_salt(self) -> Secret:
+        """What is kept for the main secret after this one (section 7 of that draft)."""
+        return self.derive(Label.DERIVED, self.hash.empty_digest)
+
+    @classmethod
+    def extract(cls, hash_function: HashFunction, salt: Secret, key: Secret) -> "MainSecret":
+        """A later main secret, from the salt of the one before it and what comes in."""
+        return cls(hash_function, hkdf_extract(hash_function, salt.reveal(), key))
+
 
 @dataclass(frozen=True)
 class ExporterSecret:

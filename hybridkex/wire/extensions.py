@@ -45,6 +45,8 @@ __all__ = [
     "EarlyDataLimit",
     "Extension",
     "Extensions",
+    "FreshQkdKeysAnswer",
+    "FreshQkdKeysOffer",
     "KeyShareChoice",
     "KeyShareEntry",
     "KeyShareOffer",
@@ -68,6 +70,7 @@ __all__ = [
     "SupportedVersionsChoice",
     "SupportedVersionsOffer",
     "TlsCertWithExternPsk",
+    "TlsFlags",
     "UnknownExtension",
     "answerable",
     "parse",
@@ -668,6 +671,66 @@ class KeyShareRetry(Extension):
         return u16(self.group)
 
 
+@dataclass(frozen=True)
+class TlsFlags(Extension):
+    """draft-ietf-tls-tlsflags section 2: what else would be an empty extension each.
+
+    CertificateRequest and NewSessionTicket may carry it unasked; we take no notice there.
+    """
+
+    type = ExtensionType.TLS_FLAGS
+    messages = (CH, EE, CR, NST)
+    flags: frozenset[int]
+    """Numbers of bits, 0 to 2039."""
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        data = reader.opaque(1)
+        if not data or not data[-1]:
+            raise IllegalParameter(
+                "tls_flags that are empty or not in their shortest form", Reason.FLAGS_MALFORMED
+            )
+        return cls(frozenset(n for n in range(8 * len(data)) if data[n // 8] >> n % 8 & 1))
+
+    def body(self) -> bytes:
+        data = bytearray(max(self.flags) // 8 + 1)
+        for number in self.flags:
+            data[number // 8] |= 1 << number % 8
+        return vector8(bytes(data))
+
+
+@dataclass(frozen=True)
+class FreshQkdKeysOffer(Extension):
+    """Ours (``docs/fresh-keys.md``): the versions of the QKD slot that the client knows."""
+
+    type = ExtensionType.FRESH_QKD_KEYS
+    messages = (CH,)
+    versions: tuple[int, ...]
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(tuple(reader.opaque(1, least=1)))
+
+    def body(self) -> bytes:
+        return vector8(u8_list(self.versions))
+
+
+@dataclass(frozen=True)
+class FreshQkdKeysAnswer(Extension):
+    """Ours (``docs/fresh-keys.md``): the version in use."""
+
+    type = ExtensionType.FRESH_QKD_KEYS
+    messages = (EE,)
+    version: int
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(reader.u8())
+
+    def body(self) -> bytes:
+        return u8(self.version)
+
+
 _CLASSES: Final[tuple[type[Extension], ...]] = (
     ServerName,
     ServerNameAck,
@@ -697,6 +760,9 @@ _CLASSES: Final[tuple[type[Extension], ...]] = (
     KeyShareOffer,
     KeyShareChoice,
     KeyShareRetry,
+    TlsFlags,
+    FreshQkdKeysOffer,
+    FreshQkdKeysAnswer,
 )
 _PARSERS: Final = {
     kind: {int(cls.type): cls for cls in _CLASSES if kind in cls.messages} for kind in MessageKind

@@ -5,7 +5,7 @@ bytes that were received, never a message written again.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Final, Self
+from typing import Final, Self
 
 from hybridkex.constants import HELLO_RETRY_RANDOM, LEGACY_VERSION, HandshakeType, KdfCode
 from hybridkex.errors import DecodeError, IllegalParameter, UnexpectedMessage
@@ -22,6 +22,8 @@ from hybridkex.wire.codec import (
     vector24,
 )
 from hybridkex.wire.extensions import Extensions, MessageKind, parse
+from hybridkex.wire.message import Message
+from hybridkex.wire.update_messages import ExtendedKeyUpdate
 
 __all__ = [
     "HEADER_LENGTH",
@@ -44,21 +46,6 @@ __all__ = [
 
 HEADER_LENGTH: Final = 4
 """Bytes of a handshake message before its body: type and 24-bit length."""
-
-
-class Message:
-    """What every handshake message has."""
-
-    type: ClassVar[HandshakeType]
-
-    @classmethod
-    def read(cls, reader: Reader) -> "Message":
-        """Parse the body; the caller checks that nothing is left over."""
-        raise NotImplementedError
-
-    def body(self) -> bytes:
-        """The body, without the header."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -316,6 +303,7 @@ _CLASSES: Final[dict[int, type[Message]]] = {
         Finished,
         NewSessionTicket,
         KeyUpdate,
+        ExtendedKeyUpdate,
         EndOfEarlyData,
     )
 }

@@ -85,7 +85,9 @@ def test_every_reason_is_in_use() -> None:
 @pytest.mark.parametrize("reason", Reason, ids=str)
 def test_a_reason(reason: Reason) -> None:
     assert str(reason) == reason.name.lower()
-    assert re.fullmatch(r"RFC \d+ section [\d.]+|policy", reason.source)
+    assert re.fullmatch(
+        r"(RFC \d+|draft-[a-z0-9-]+) section [\d.]+|policy|docs/[a-z-]+\.md", reason.source
+    )
     assert PeerError("text", reason).alert is reason.alert
     assert PeerError("text", reason).reason is reason
 

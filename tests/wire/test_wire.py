@@ -16,6 +16,7 @@ from hybridkex.errors import (
 )
 from hybridkex.wire import codec, messages
 from hybridkex.wire import extensions as ext
+from hybridkex.wire import update_messages as updates
 from hybridkex.wire.codec import Reader
 from hybridkex.wire.extensions import Extensions, MessageKind
 from hybridkex.wire.records import MAX_RECORD, RecordBuffer, header
@@ -71,6 +72,9 @@ VALUES: dict[type[ext.Extension], st.SearchStrategy[ext.Extension]] = {
     ext.KeyShareOffer: st.builds(ext.KeyShareOffer, st.lists(entries, max_size=3).map(tuple)),
     ext.KeyShareChoice: st.builds(ext.KeyShareChoice, entries),
     ext.KeyShareRetry: st.builds(ext.KeyShareRetry, u16s),
+    ext.TlsFlags: st.builds(ext.TlsFlags, st.frozensets(st.integers(0, 2039), min_size=1)),
+    ext.FreshQkdKeysOffer: st.builds(ext.FreshQkdKeysOffer, types8),
+    ext.FreshQkdKeysAnswer: st.builds(ext.FreshQkdKeysAnswer, u8s),
 }
 KNOWN = {int(type_) for type_ in ExtensionType}
 unknown = st.builds(ext.UnknownExtension, u16s.filter(lambda t: t not in KNOWN), st.binary())
@@ -139,6 +143,13 @@ MESSAGES = st.one_of(
         extensions(MessageKind.NEW_SESSION_TICKET),
     ),
     st.builds(messages.KeyUpdate, st.booleans()),
+    st.builds(updates.UpdateRequest, entries),
+    st.builds(updates.UpdateResponse, entries),
+    st.just(updates.UpdateFinish()),
+    st.builds(updates.FreshRequest, entries, st.sampled_from(updates.Demand), st.binary()),
+    st.builds(updates.FreshResponse, entries, st.sampled_from(updates.SlotAnswer)),
+    st.builds(updates.FreshDecline, st.sampled_from(updates.DeclineReason)),
+    st.builds(updates.FreshConfirm, st.binary()),
     st.just(messages.EndOfEarlyData()),
 )
 
@@ -180,7 +191,7 @@ def test_a_damaged_message_raises_only_peer_errors(
 @given(type_=st.sampled_from(HandshakeType), body=st.binary(max_size=300))
 @settings(max_examples=300, deadline=None)
 def test_garbage_raises_only_peer_errors(type_: HandshakeType, body: bytes) -> None:
-    with contextlib.suppress(DecodeError, IllegalParameter):
+    with contextlib.suppress(DecodeError, IllegalParameter, UnexpectedMessage):
         messages.decode(bytes((type_,)) + len(body).to_bytes(3, "big") + body)
 
 
@@ -201,15 +212,16 @@ def parse(kind: MessageKind, *each: ext.Extension | ext.UnknownExtension) -> Ext
 
 
 TABLE = {
-    "CLIENT_HELLO": "0 10 13 16 19 20 21 28 33 41 42 43 44 45 47 49 50 51",
+    "CLIENT_HELLO": "0 10 13 16 19 20 21 28 33 41 42 43 44 45 47 49 50 51 65342 65343",
     "SERVER_HELLO": "33 41 43 51",
     "HELLO_RETRY_REQUEST": "43 44 51",
-    "ENCRYPTED_EXTENSIONS": "0 10 16 19 20 28 42",
-    "CERTIFICATE_REQUEST": "13 47 48 50",
+    "ENCRYPTED_EXTENSIONS": "0 10 16 19 20 28 42 65342 65343",
+    "CERTIFICATE_REQUEST": "13 47 48 50 65342",
     "CERTIFICATE": "",
-    "NEW_SESSION_TICKET": "42",
+    "NEW_SESSION_TICKET": "42 65342",
 }
-"""The table of RFC 9846 section 4.3, with those of RFC 7250, RFC 7685, RFC 8449 and RFC 9973."""
+"""The table of RFC 9846 section 4.3, with those of RFC 7250, RFC 7685, RFC 8449, RFC 9973 and of
+``docs/fresh-keys.md``."""
 
 
 @pytest.mark.parametrize("kind", MessageKind)

@@ -1,0 +1,78 @@
+"""The epochs of a session: what each key update made, and what went into it."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from hybridkex.crypto.psk import ExternalPsk
+from hybridkex.errors import ConfigError
+
+__all__ = ["KEPT_EPOCHS", "Epoch", "KeyUpdates", "UpdateKey"]
+
+KEPT_EPOCHS: Final = 64
+"""How many epochs a session remembers; a session of weeks has many more."""
+
+
+class KeyUpdates(Enum):
+    """How the keys of a session change while it lasts."""
+
+    STANDARD = "standard"
+    """KeyUpdate of RFC 9846 section 4.7.3: each key follows from the one before it."""
+    EXTENDED = "extended"
+    """Extended Key Update: a new key exchange each time."""
+    FRESH = "fresh"
+    """The same, with a slot for a QKD key and a confirmation by both ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateKey:
+    """A QKD key for one key update.
+
+    Args:
+        psk: the key, with the context that binds it to the update.
+        key_ids: what the session shall say about it: the key IDs.
+        sources: the two KMEs of each of them.
+    """
+
+    psk: ExternalPsk
+    key_ids: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.psk.context is None:
+            raise ConfigError("the QKD key of a key update is imported: its PSK needs a context")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One epoch of a session, from the second on: what a key update made."""
+
+    number: int
+    """1 for the first update."""
+    began_at: float
+    """Seconds since the epoch of the clock."""
+    why: str
+    """What started it: ``asked``, ``every``, ``after_bytes``, ``key limit``, or ``peer``."""
+    group: str
+    """The key exchange."""
+    confirmed: bool
+    """Whether the peer has confirmed that it is in the same state."""
+    qkd_key_ids: tuple[str, ...] = ()
+    """The QKD keys that went in (UUIDs)."""
+    qkd_sources: tuple[str, ...] = ()
+    """The two KMEs of each of them, the drawing side's first."""
+    qkd_missing: str | None = field(default=None)
+    """Why there is no QKD key in it, where our policy wants one."""
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values under stable names."""
+        return {
+            "number": self.number,
+            "began_at": self.began_at,
+            "why": self.why,
+            "group": self.group,
+            "confirmed": self.confirmed,
+            "qkd_key_ids": list(self.qkd_key_ids),
+            "qkd_sources": list(self.qkd_sources),
+            "qkd_missing": self.qkd_missing,
+        }

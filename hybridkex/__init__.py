@@ -62,6 +62,8 @@ if TYPE_CHECKING:
         ServerConfig,
     )
     from hybridkex.tls.connection import ClientConnection, ServerConnection
+    from hybridkex.tls.epochs import Epoch, KeyUpdates, UpdateKey
+    from hybridkex.tls.fresh_keys import FreshKeys, UpdateKeySource
     from hybridkex.tls.session import AuthenticatedBy, MemoryTicketStore, Session
     from hybridkex.tls.tickets import CookieProtector, TicketIssuer
     from hybridkex.wire.extensions import ApplicationExtension
@@ -91,11 +93,14 @@ __all__ = [
     "Concat",
     "CookieProtector",
     "DevCa",
+    "Epoch",
     "ExternalPsk",
+    "FreshKeys",
     "Group",
     "HybridkexError",
     "Identity",
     "InsecureNoVerification",
+    "KeyUpdates",
     "KnownPeers",
     "Leg",
     "Limits",
@@ -118,6 +123,8 @@ __all__ = [
     "Session",
     "TicketIssuer",
     "TrustStore",
+    "UpdateKey",
+    "UpdateKeySource",
     "WebOfTrust",
     "canonical_peer_name",
     "combine",
@@ -195,6 +202,15 @@ _HOMES: Final = {
     "hybridkex.tls.connection": (
         "ClientConnection",
         "ServerConnection",
+    ),
+    "hybridkex.tls.epochs": (
+        "Epoch",
+        "KeyUpdates",
+        "UpdateKey",
+    ),
+    "hybridkex.tls.fresh_keys": (
+        "FreshKeys",
+        "UpdateKeySource",
     ),
     "hybridkex.tls.session": (
         "AuthenticatedBy",

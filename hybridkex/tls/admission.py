@@ -13,6 +13,7 @@ from hybridkex.auth import Identity, RawIdentity
 from hybridkex.errors import PolicyRefused
 from hybridkex.reasons import Reason
 from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.fresh_negotiation import check_key_updates
 from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.session import AuthenticatedBy, Session
 
@@ -65,6 +66,7 @@ def check_session(config: ClientConfig | ServerConfig, session: Session) -> None
         raise PolicyRefused("our policy requires a post-quantum key exchange", Reason.POST_QUANTUM)
     if policy.post_quantum is Requirement.OFF and session.post_quantum:
         raise PolicyRefused("our policy excludes post-quantum key exchanges", Reason.POST_QUANTUM)
+    check_key_updates(policy, session.key_updates)
     reason = _lacks(policy, session.authenticated_by, session.psk_identity)
     if reason is not None:
         raise PolicyRefused(reason, Reason.AUTHENTICATION)

@@ -25,6 +25,7 @@ from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.schedule import EarlySecret, HandshakeSecret, TrafficSecret
 from hybridkex.crypto.signatures import CERTIFICATE_ONLY_SCHEMES, choose_scheme
 from hybridkex.crypto.suites import CipherSuite
+from hybridkex.crypto.update_schedule import Generation
 from hybridkex.errors import (
     CertificateRejected,
     DecodeError,
@@ -37,6 +38,7 @@ from hybridkex.errors import (
     UnsupportedExtension,
 )
 from hybridkex.reasons import Reason
+from hybridkex.tls import fresh_negotiation
 from hybridkex.tls.admission import check_session, resumable
 from hybridkex.tls.certificate_types import (
     ONLY_X509,
@@ -47,7 +49,9 @@ from hybridkex.tls.certificate_types import (
     check_entries,
 )
 from hybridkex.tls.config import Authentication, ClientConfig, Requirement
+from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.events import HandshakeCompleted, PskWanted, SessionProposed
+from hybridkex.tls.extended_key_update import Updates
 from hybridkex.tls.negotiation import (
     PeerProof,
     Psk,
@@ -170,6 +174,7 @@ class _Offer:
             extensions.append(ext.RecordSizeLimit(config.inner_limit))
         if self.wants_certificate_with_psk:
             extensions.append(ext.TlsCertWithExternPsk())
+        extensions += fresh_negotiation.offer(config)
         extensions += config.extensions
         if self.psks:
             extensions.append(self._psk_offer())  # the last one (section 4.3.11)
@@ -577,6 +582,7 @@ class WaitEncryptedExtensions(ClientState):
             keys=self.keys,
             alpn=self._protocol(answers.get(ext.AlpnChoice)),
             extensions=self._application_answers(answers),
+            key_updates=fresh_negotiation.read_answer(self.offer.config, answers),
             server_type=check_choice(
                 server_type.chosen if server_type else None, self.offer.server_types
             ),
@@ -638,6 +644,7 @@ class _Settled:
     alpn: bytes | None
     extensions: tuple[ext.Extension, ...]
     """The server's answers to the extensions of the configuration."""
+    key_updates: KeyUpdates
     server_type: int
     """What the server shows: a code of ``CertificateType``."""
     client_type: int
@@ -759,6 +766,7 @@ class WaitFinished(ClientState):
             peer=proof.certificate,
             policy=config.policy_in_force,
             began_at=began_at,
+            key_updates=settled.key_updates,
         )
 
 
@@ -792,8 +800,14 @@ class Proposed(ClientState):
         records.writer.change_key(client)
         records.reader.data_allowed = True
 
-        resumption = main.resumption_secret(transcript.digest())
-        connected = Connected(session, suite, exporter, resumption)
+        complete = transcript.digest()
+        resumption = main.resumption_secret(complete)
+        updates = None
+        if settled.key_updates is not KeyUpdates.STANDARD:
+            first = Generation.first(suite, main, digest, complete)
+            kind, config = settled.key_updates, settled.offer.config
+            updates = Updates(records, config, kind, settled.group, first)
+        connected = Connected(session, suite, exporter, resumption, updates)
         records.emit(HandshakeCompleted(session))
         peer = self.proof.certificate
         presented = peer.certificate if peer is not None else None
@@ -832,6 +846,8 @@ STEPS: Final[Mapping[type, Step]] = {
     WaitCertificateVerify: Step((_M.CERTIFICATE_VERIFY,), (), (WaitFinished,)),
     WaitFinished: Step((_M.FINISHED,), (), (Proposed,)),
     Proposed: Step((), (_M.CERTIFICATE, _M.CERTIFICATE_VERIFY, _M.FINISHED), (ClientTraffic,)),
-    ClientTraffic: Step((_M.KEY_UPDATE, _M.NEW_SESSION_TICKET), (), (ClientTraffic,)),
+    ClientTraffic: Step(
+        (_M.KEY_UPDATE, _M.EXTENDED_KEY_UPDATE, _M.NEW_SESSION_TICKET), (), (ClientTraffic,)
+    ),
 }
 """The handshake on one screen. The engine refuses any other message and any other transition."""

@@ -40,6 +40,7 @@ from hybridkex.fields import (
     tuple_of,
 )
 from hybridkex.tls.certificate_types import AnyClientVerifier, AnyServerVerifier
+from hybridkex.tls.fresh_keys import FreshKeys, UpdateKeySource
 from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.protection import Padding
 from hybridkex.tls.session import Session, TicketStore
@@ -50,6 +51,7 @@ from hybridkex.wire.extensions import KNOWN_TYPES, ApplicationExtension
 __all__ = [
     "Authentication",
     "ClientConfig",
+    "FreshKeys",
     "KeyLog",
     "Limits",
     "PadToMultiple",
@@ -57,6 +59,7 @@ __all__ = [
     "PskSource",
     "Requirement",
     "ServerConfig",
+    "UpdateKeySource",
     "check_config",
 ]
 
@@ -182,6 +185,7 @@ _SHARED: Final[_Rules] = {
     ),
     "psk_source": (or_none(a("a PskSource", PskSource)), "psk_source=QkdPskSource(key_source)"),
     "policy": (a("a Policy", Policy), "policy=Policy(psk=Requirement.PREFER)"),
+    "fresh_keys": (or_none(a("a FreshKeys", FreshKeys)), "fresh_keys=FreshKeys(every=60.0)"),
     "record_size_limit": (or_none(INTEGER), "record_size_limit=4096"),
     "padding": (or_none(CALLABLE), "padding=PadToMultiple(size=256)"),
     "key_log": (or_none(CALLABLE), "key_log=print"),
@@ -241,6 +245,8 @@ class _Config:
         psks: external pre-shared keys; a server takes the first that the client offers too.
         psk_source: where further ones come from, one for each handshake.
         policy: what a connection must rest on.
+        fresh_keys: when a session renews its keys (experimental); ``None`` leaves it to the peer's
+            schedule, and to the limits of the cipher suite.
         record_size_limit: bytes of content that we want in a record (RFC 8449, 64 to 16,384);
             ``None`` leaves it at 16,384 without saying so.
         padding: hides the length of what is sent.
@@ -261,6 +267,7 @@ class _Config:
     psks: tuple[ExternalPsk, ...] = ()
     psk_source: PskSource | None = None
     policy: Policy = field(default_factory=Policy)
+    fresh_keys: FreshKeys | None = None
     record_size_limit: int | None = None
     padding: Padding | None = None
     key_log: KeyLog | None = field(default=None, repr=False)
@@ -294,6 +301,7 @@ class _Config:
         for psk in self.psks:
             if not psk.imported and all(suite.hash != psk.hash for suite in self.suites):
                 raise ConfigError(f"no cipher suite goes with a PSK for {psk.hash.name}")
+        self._check_fresh_keys()
         limit = self.record_size_limit
         if limit is not None and not 64 <= limit <= MAX_PLAINTEXT:
             raise ConfigError(f"record_size_limit is 64 to {MAX_PLAINTEXT}, not {limit}")
@@ -333,8 +341,43 @@ class _Config:
     @cached_property
     def policy_in_force(self) -> Policy:
         """The policy, with what it leaves to the rest of the configuration filled in."""
-        psk = (self.policy.psk or Requirement.REQUIRE) if self.has_psk else Requirement.OFF
-        return replace(self.policy, psk=psk, authentication=self.authentication)
+        policy = self.policy
+        psk = (policy.psk or Requirement.REQUIRE) if self.has_psk else Requirement.OFF
+        fresh_keys, fresh_qkd = policy.fresh_keys, policy.fresh_qkd
+        if fresh_keys is None:
+            fresh_keys = Requirement.REQUIRE if self.fresh_keys is not None else Requirement.OFF
+        if fresh_qkd is None or fresh_keys is Requirement.OFF:
+            follows = isinstance(self.psk_source, UpdateKeySource) and self.has_psk
+            used = follows and fresh_keys is not Requirement.OFF
+            fresh_qkd = psk if used else Requirement.OFF
+        return replace(
+            policy,
+            psk=psk,
+            authentication=self.authentication,
+            fresh_keys=fresh_keys,
+            fresh_qkd=fresh_qkd,
+        )
+
+    @property
+    def wants_fresh_keys(self) -> bool:
+        """Whether Extended Key Update is offered or accepted; it excludes session tickets."""
+        wanted = self.policy.fresh_keys
+        if wanted is None:
+            return self.fresh_keys is not None
+        return wanted is not Requirement.OFF
+
+    def _check_fresh_keys(self) -> None:
+        if self.fresh_keys is not None and not self.wants_fresh_keys:
+            raise ConfigError("there is a schedule of fresh keys, and the policy wants none")
+        qkd = self.policy.fresh_qkd
+        if qkd in (None, Requirement.OFF):
+            return
+        if not self.wants_fresh_keys:
+            raise ConfigError("fresh_qkd is about key updates: give fresh_keys=FreshKeys(...) too")
+        if not isinstance(self.psk_source, UpdateKeySource):
+            raise ConfigError(
+                "QKD keys in key updates need a source of them: psk_source=QkdPskSource(source)"
+            )
 
     def binding(self, identity: Identity | RawIdentity | None) -> bytes:
         """What tickets are bound to: SHA-256 over the policy in force, the PSKs, and who we are.
@@ -413,6 +456,11 @@ class ClientConfig(_Config):
             self.identity.require_role(server=False)
         if self.verifier is None and not self.has_psk:
             object.__setattr__(self, "verifier", TrustStore.system())
+        if self.ticket_store is not None and self.wants_fresh_keys:
+            raise ConfigError(
+                "a session that renews its keys is not resumed, since a stolen ticket would undo "
+                "what the new keys give: leave out ticket_store or fresh_keys"
+            )
         authentication = self.authentication
         if authentication is not Authentication.CERTIFICATE and not self.has_psk:
             raise ConfigError(f"authentication by {authentication.value} needs a PSK")
@@ -460,6 +508,13 @@ class ClientConfig(_Config):
         return self.policy.authentication or _derive(bool(self.verifier), self.has_psk)
 
 
+class _Unsaid(TicketIssuer):
+    """Stands for tickets that the caller has said nothing about; it never issues any."""
+
+    def __init__(self) -> None:
+        """It needs no key."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig(_Config):
     """What a server wants.
@@ -470,7 +525,8 @@ class ServerConfig(_Config):
             where no name fits, the first that it can verify is taken.
         client_verifier: asks clients for a certificate or a raw public key and decides about it.
         require_client_certificate: refuse a client that has none.
-        tickets: makes session tickets; ``None`` allows no resumption.
+        tickets: makes session tickets; ``None`` allows no resumption. Left out, there are tickets
+            unless the policy or a schedule wants fresh keys, which exclude them.
         tickets_per_connection: how many a client gets, with our first application data.
         cookies: protects the cookie of HelloRetryRequest; servers that share the key can answer
             for each other.
@@ -482,7 +538,7 @@ class ServerConfig(_Config):
     identities: tuple[Identity | RawIdentity, ...] = ()
     client_verifier: AnyClientVerifier | None = None
     require_client_certificate: bool = False
-    tickets: TicketIssuer | None = field(default_factory=TicketIssuer)
+    tickets: TicketIssuer | None = field(default_factory=_Unsaid)
     tickets_per_connection: int = 2
     cookies: CookieProtector = field(default_factory=CookieProtector)
     require_known_name: bool = False
@@ -492,6 +548,14 @@ class ServerConfig(_Config):
         for identity in self.identities:
             if isinstance(identity, Identity):
                 identity.require_role(server=True)
+        if isinstance(self.tickets, _Unsaid):
+            tickets = None if self.wants_fresh_keys else TicketIssuer()
+            object.__setattr__(self, "tickets", tickets)
+        elif self.tickets is not None and self.wants_fresh_keys:
+            raise ConfigError(
+                "a session that renews its keys is not resumed, since a stolen ticket would undo "
+                "what the new keys give: leave out tickets or fresh_keys"
+            )
         if not self.identities and not self.has_psk:
             raise ConfigError("a server needs an identity (certificate and key) or a PSK")
         authentication = self.authentication

@@ -24,7 +24,9 @@ from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
 from hybridkex.tls import client, server
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
+from hybridkex.tls.epochs import UpdateKey
 from hybridkex.tls.events import ApplicationData, CloseReceived, Event
+from hybridkex.tls.extended_key_update import Updates
 from hybridkex.tls.record_layer import AlertItem, DataItem, RecordLayer
 from hybridkex.tls.session import Session
 from hybridkex.tls.traffic import ClientTraffic, Connected, ServerTraffic
@@ -255,6 +257,62 @@ class Connection:
         self._seal_one = None
         self._state.update_keys(self._records, request=request_peer)
 
+    def start_update(
+        self, key: UpdateKey | None = None, *, missing: str | None = None, why: str = "asked"
+    ) -> None:
+        """Start an Extended Key Update; the event ``EpochBegan`` tells when it is complete.
+
+        Args:
+            key: the QKD key for it.
+            missing: why there is none, where the policy wants one.
+            why: what the session shall say about it.
+
+        Raises:
+            LocalStateError: it was not negotiated, another one is under way, a direction of the
+                connection is closed, or a QKD key is missing or out of place.
+        """
+        updates = self._updates("a key update is started between handshake and close")
+        if self._close_sent or self._close_received:
+            raise LocalStateError("a key update is started between handshake and close")
+        self._seal_one = None
+        updates.start(self._records, key, missing, why)
+
+    def provide_update_key(self, key: UpdateKey | None, missing: str | None = None) -> None:
+        """Answer the event ``UpdateKeyWanted``: with the key, or with none and the reason.
+
+        Raises:
+            LocalStateError: none is wanted, or this is another one.
+            PeerError: the peer's key share is not one.
+        """
+        updates = self._updates("no key is wanted for a key update")
+        self._seal_one = None
+        try:
+            updates.provide(self._records, key, missing)
+        except PeerError as error:
+            self._fail(error)
+            raise
+
+    def _updates(self, otherwise: str) -> Updates:
+        self._check_alive()
+        if not isinstance(self._state, _TRAFFIC):
+            raise LocalStateError(otherwise)
+        updates = self._state.connected.updates
+        if updates is None:
+            raise LocalStateError("Extended Key Update was not negotiated with this peer")
+        return updates
+
+    @property
+    def update_under_way(self) -> bool:
+        """Whether an Extended Key Update is under way, of either side."""
+        updates = self._connected().updates
+        return updates is not None and updates.under_way
+
+    @property
+    def updates_take_keys(self) -> bool:
+        """Whether an Extended Key Update has a slot for a QKD key that our policy wants filled."""
+        updates = self._connected().updates
+        return updates is not None and updates.takes_keys
+
     def abort(self, error: PeerError) -> None:
         """Give up for a reason that the caller found; its alert is queued.
 
@@ -317,6 +375,21 @@ class Connection:
         if not 0 < length <= 255 * connected.suite.hash.size:
             raise LocalStateError(f"an exporter gives 1 to {255 * connected.suite.hash.size} bytes")
         return connected.exporter.export(label, context, length)
+
+    def export_fresh(self, label: bytes, context: bytes, length: int) -> Secret:
+        """As :meth:`export`, from the exporter secret of the epoch in use
+        (draft-ietf-tls-extended-key-update-13 section 10).
+
+        Raises:
+            LocalStateError: the handshake is not complete, or Extended Key Update was not
+                negotiated.
+        """
+        connected = self._connected()
+        if connected.updates is None:
+            raise LocalStateError("Extended Key Update was not negotiated with this peer")
+        if not 0 < length <= 255 * connected.suite.hash.size:
+            raise LocalStateError(f"an exporter gives 1 to {255 * connected.suite.hash.size} bytes")
+        return connected.updates.exporter.export(label, context, length)
 
     def _connected(self) -> Connected:
         if not isinstance(self._state, _TRAFFIC):

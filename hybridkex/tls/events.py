@@ -4,17 +4,22 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from hybridkex.auth import VerifiedPeer
+from hybridkex.tls.epochs import Epoch
 from hybridkex.tls.session import Session, SessionTicket
 
 __all__ = [
     "ApplicationData",
     "CloseReceived",
+    "EpochBegan",
     "Event",
     "HandshakeCompleted",
     "KeyUpdated",
     "PskWanted",
     "SessionProposed",
     "TicketReceived",
+    "UpdateDeclined",
+    "UpdateKeyWanted",
+    "UpdateWanted",
 ]
 
 
@@ -77,6 +82,36 @@ class KeyUpdated:
 
 
 @dataclass(frozen=True)
+class UpdateKeyWanted:
+    """The peer's key update names a QKD key: call ``provide_update_key``. Data flows meanwhile."""
+
+    identity: bytes
+    """An encoded ``ImportedIdentity``."""
+    epoch: int
+    """The epoch that the update makes."""
+
+
+@dataclass(frozen=True)
+class UpdateDeclined:
+    """The peer has declined our key update; another one may be started."""
+
+    reason: str
+    """``key_not_found`` or ``key_required``."""
+
+
+@dataclass(frozen=True)
+class UpdateWanted:
+    """Our key has protected half of the records that it may: start a key update."""
+
+
+@dataclass(frozen=True)
+class EpochBegan:
+    """A key update is complete; :attr:`~hybridkex.Session.epochs` has it too."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True)
 class CloseReceived:
     """The peer has sent close_notify: no more data comes, and none is missing."""
 
@@ -88,5 +123,9 @@ Event: TypeAlias = (
     | ApplicationData
     | TicketReceived
     | KeyUpdated
+    | UpdateKeyWanted
+    | UpdateDeclined
+    | UpdateWanted
+    | EpochBegan
     | CloseReceived
 )

@@ -16,6 +16,7 @@ from hybridkex.errors import DecryptError, IllegalParameter
 from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
 from hybridkex.text import printable
+from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.policy import Policy
 from hybridkex.tls.session import AuthenticatedBy, Session
 from hybridkex.tls.transcript import Transcript
@@ -166,6 +167,7 @@ def describe(
     peer: VerifiedPeer | None,
     policy: Policy,
     began_at: float,
+    key_updates: KeyUpdates,
 ) -> Session:
     """The session, from what the handshake settled."""
     return Session(
@@ -187,4 +189,5 @@ def describe(
         vouched_names=peer.vouched_names if peer is not None else (),
         policy=policy,
         began_at=began_at,
+        key_updates=key_updates,
     )

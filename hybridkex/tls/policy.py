@@ -44,6 +44,11 @@ class Policy:
         authentication: ``None`` derives it from what is configured: a certificate where only
             certificates are, a PSK where only PSKs are, both where both are. With ``psk`` preferred
             and not there, both means the certificate.
+        fresh_keys: whether a live session renews its keys by a new key exchange (Extended Key
+            Update, experimental); it then gives and takes no session tickets. ``None`` requires it
+            where a schedule is configured, and leaves it off elsewhere.
+        fresh_qkd: whether each such update must have a QKD key of its own. ``None`` follows ``psk``
+            where there is a source of QKD keys.
         session_lifetime: seconds for which a session may be resumed, counted from its first, full
             handshake; whatever is resumed, and however often, ends then. 0: no resumption.
 
@@ -54,12 +59,16 @@ class Policy:
     post_quantum: Requirement = Requirement.REQUIRE
     psk: Requirement | None = None
     authentication: Authentication | None = None
+    fresh_keys: Requirement | None = None
+    fresh_qkd: Requirement | None = None
     session_lifetime: int = 12 * 3600
 
     def __post_init__(self) -> None:
         check_fields(self, _FIELDS)
         if self.session_lifetime < 0:
             raise ConfigError("session_lifetime is 0 or more seconds")
+        if self.fresh_keys is Requirement.OFF and self.fresh_qkd not in (None, Requirement.OFF):
+            raise ConfigError("fresh_qkd is about key updates, and fresh_keys is off")
         if self.psk is Requirement.OFF and self.authentication in (
             Authentication.PSK,
             Authentication.BOTH,
@@ -79,6 +88,8 @@ class Policy:
             "post_quantum": self.post_quantum.value,
             "psk": self.psk.value if self.psk else None,
             "authentication": self.authentication.value if self.authentication else None,
+            "fresh_keys": self.fresh_keys.value if self.fresh_keys else None,
+            "fresh_qkd": self.fresh_qkd.value if self.fresh_qkd else None,
         }
 
 
@@ -89,5 +100,7 @@ _FIELDS: Final = {
         or_none(a("an Authentication", Authentication)),
         "authentication=Authentication.BOTH",
     ),
+    "fresh_keys": (or_none(a("a Requirement", Requirement)), "fresh_keys=Requirement.REQUIRE"),
+    "fresh_qkd": (or_none(a("a Requirement", Requirement)), "fresh_qkd=Requirement.PREFER"),
     "session_lifetime": (INTEGER, "session_lifetime=8 * 3600"),
 }

@@ -49,7 +49,16 @@ class Padding(Protocol):
 class WriteProtection:
     """The key of our direction, and how many records it has protected."""
 
-    __slots__ = ("_aead", "_iv", "_scratch", "_sequence", "_update_at", "padding", "traffic")
+    __slots__ = (
+        "_aead",
+        "_iv",
+        "_last",
+        "_scratch",
+        "_sequence",
+        "_update_at",
+        "padding",
+        "traffic",
+    )
 
     def __init__(self, traffic: TrafficSecret, padding: Padding | None = None) -> None:
         key, iv = traffic.key_and_iv()
@@ -58,14 +67,23 @@ class WriteProtection:
         self._aead = traffic.suite.aead(key)
         self._iv = int.from_bytes(iv, "big")
         self._sequence = 0
-        self._update_at = traffic.suite.record_limit - _KEEP_FREE
+        self._update_at = self._last = traffic.suite.record_limit - _KEEP_FREE
         # The AEAD takes content and content type as one piece of memory: the one copy of this path.
         self._scratch = memoryview(b"")
 
     @property
     def remaining(self) -> int:
         """Records of application data that this key may still protect (section 5.5)."""
-        return self._update_at - self._sequence
+        return self._last - self._sequence
+
+    @property
+    def update_due(self) -> bool:
+        """Whether the key is to be updated before the next record of application data."""
+        return self._sequence >= self._update_at
+
+    def update_early(self) -> None:
+        """Let the update be due at half of the records: it takes a round trip."""
+        self._update_at = self._last // 2
 
     def updated(self) -> "WriteProtection":
         """The protection under the next traffic secret."""

@@ -52,6 +52,7 @@ _LONGEST: Final = {
     HandshakeType.CERTIFICATE_VERIFY: (1 << 16) + 16,
     HandshakeType.FINISHED: 64,
     HandshakeType.KEY_UPDATE: 1,
+    HandshakeType.EXTENDED_KEY_UPDATE: 1 << 17,  # a share and the identity of a QKD key
 }
 _LONGEST_OTHER: Final = 1 << 16
 
@@ -102,6 +103,9 @@ class WritingHalf:
         self.change_cipher_spec_due = False
         """Whether our next record, a fatal alert too, comes behind the compatibility record. Not
         sent at once: to send while the peer does could block both."""
+        self.closed = False
+        """Whether close_notify or a fatal alert has been sent: nothing may follow."""
+        self._updates_early = False
         self._padding = padding
         self._outgoing: list[bytes | bytearray] = []
         self._flight = bytearray()
@@ -136,6 +140,7 @@ class WritingHalf:
         """Queue an alert; every one but these two is fatal (section 6)."""
         self._flight.clear() if self.protection is None else self.flush()
         warning = alert in (Alert.CLOSE_NOTIFY, Alert.USER_CANCELED)
+        self.closed |= alert != Alert.USER_CANCELED
         self._emit(ContentType.ALERT, bytes((1 if warning else 2, alert)))
 
     def send_data(self, data: memoryview) -> None:
@@ -148,6 +153,14 @@ class WritingHalf:
         """Change the key of our direction."""
         self.flush()
         self.protection = WriteProtection(traffic, self._padding)
+        if self._updates_early:
+            self.protection.update_early()
+
+    def update_early(self) -> None:
+        """From now on, an update takes a round trip: it is due long before a key's limit."""
+        assert self.protection is not None
+        self._updates_early = True
+        self.protection.update_early()
 
     def update_key(self) -> None:
         """Our next key (section 7.2)."""
@@ -207,6 +220,8 @@ class ReadingHalf:
         self.limits = limits
         self.data_allowed = False
         """Whether application data may arrive: once the handshake is complete."""
+        self.confirmation_due = False
+        """Whether a new key is to be confirmed before data may arrive under it."""
         self.change_cipher_spec_allowed = False
         """Whether the compatibility record may arrive (appendix E.4)."""
         self._inner_limit = MAX_PLAINTEXT + 1
@@ -265,6 +280,7 @@ class ReadingHalf:
         if (
             self.protection is None
             or not self.data_allowed
+            or self.confirmation_due
             or self._message
             or self._stashed is not None
             or self._deferred is not None
@@ -400,6 +416,11 @@ class ReadingHalf:
         if not self.data_allowed:
             raise UnexpectedMessage(
                 "application data before the handshake is complete", Reason.DATA_TOO_EARLY
+            )
+        if self.confirmation_due:
+            raise UnexpectedMessage(
+                "application data under a new key before its confirmation",
+                Reason.UPDATE_NOT_CONFIRMED,
             )
         if self._message:
             raise UnexpectedMessage(

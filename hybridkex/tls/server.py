@@ -32,6 +32,7 @@ from hybridkex.crypto.schedule import (
 )
 from hybridkex.crypto.signatures import CERTIFICATE_ONLY_SCHEMES, SignatureScheme, choose_scheme
 from hybridkex.crypto.suites import SHA256, SHA384, CipherSuite, HashFunction
+from hybridkex.crypto.update_schedule import Generation
 from hybridkex.errors import (
     CertificateRejected,
     ConfigError,
@@ -50,6 +51,7 @@ from hybridkex.errors import (
 )
 from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
+from hybridkex.tls import fresh_negotiation
 from hybridkex.tls.admission import check_session, resumable
 from hybridkex.tls.certificate_types import (
     ONLY_X509,
@@ -59,7 +61,9 @@ from hybridkex.tls.certificate_types import (
     check_entries,
 )
 from hybridkex.tls.config import Authentication, Requirement, ServerConfig
+from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.events import HandshakeCompleted, PskWanted, SessionProposed
+from hybridkex.tls.extended_key_update import Updates
 from hybridkex.tls.negotiation import (
     Psk,
     authenticated_by,
@@ -485,6 +489,7 @@ class _Choice:
     """The client's offers that only the application understands, each with our answer."""
     client_type: int | None
     """What the client shall show of itself; ``None`` where it is not asked."""
+    key_updates: KeyUpdates
 
 
 def _negotiate(
@@ -515,6 +520,7 @@ def _negotiate(
         alpn=_choose_alpn(config, hello),
         application=_answer_application(config, hello),
         client_type=_choose_client_type(config, hello),
+        key_updates=fresh_negotiation.agree(config, hello.message.extensions),
     )
     share, shared = group.exchange.respond(hello.shares[group.code])
     wanted = []
@@ -812,6 +818,7 @@ def _encrypted_extensions(
         records.reader.limit_records(config.inner_limit)
         extensions.append(ext.RecordSizeLimit(config.inner_limit))
     extensions += [answer for _, answer in choice.application]
+    extensions += fresh_negotiation.answer(choice.key_updates)
     if choice.identity is not None and ext.ServerCertificateTypeOffer in offered:
         extensions.append(ext.ServerCertificateTypeChoice(choice.identity.certificate_type))
     client_type = choice.client_type if with_certificate else None  # what it is asked for
@@ -849,6 +856,8 @@ class _MainKeys:
     secret: MainSecret
     client: TrafficSecret
     exporter: ExporterSecret
+    digest: bytes
+    """The hash of ClientHello...server Finished."""
 
 
 def _start_writing(secret: HandshakeSecret, choice: _Choice, records: RecordLayer) -> _MainKeys:
@@ -861,7 +870,7 @@ def _start_writing(secret: HandshakeSecret, choice: _Choice, records: RecordLaye
     records.log_secret("CLIENT_TRAFFIC_SECRET_0", client.secret)
     records.log_secret("EXPORTER_SECRET", exporter.secret)
     records.writer.change_key(server)
-    return _MainKeys(main, client, exporter)
+    return _MainKeys(main, client, exporter, digest)
 
 
 @dataclass(frozen=True)
@@ -959,6 +968,7 @@ class WaitClientFinished(ServerState):
             peer=peer,
             policy=choice.config.policy_in_force,
             began_at=ticket.began_at if ticket is not None else choice.config.clock(),
+            key_updates=choice.key_updates,
         )
         check_session(choice.config, session)
         records.emit(SessionProposed(session, peer))
@@ -985,8 +995,14 @@ class Proposed(ServerState):
         answered, choice = self.answered, self.answered.choice
         records.reader.change_key(answered.main.client)
         records.reader.data_allowed = True
-        resumption = answered.main.secret.resumption_secret(choice.transcript.digest())
-        connected = Connected(session, choice.suite, answered.main.exporter, resumption)
+        main, complete = answered.main, choice.transcript.digest()
+        resumption = main.secret.resumption_secret(complete)
+        updates = None
+        if choice.key_updates is not KeyUpdates.STANDARD:
+            first = Generation.first(choice.suite, main.secret, main.digest, complete)
+            kind, config = choice.key_updates, choice.config
+            updates = Updates(records, config, kind, choice.group, first)
+        connected = Connected(session, choice.suite, main.exporter, resumption, updates)
         records.emit(HandshakeCompleted(session))
         presented = self.peer.certificate if self.peer is not None else None
         binding = choice.config.binding(choice.identity)
@@ -1020,6 +1036,6 @@ STEPS: Final[Mapping[type, Step]] = {
     WaitClientCertificateVerify: Step((_M.CERTIFICATE_VERIFY,), (), (WaitClientFinished,)),
     WaitClientFinished: Step((_M.FINISHED,), (), (Proposed,)),
     Proposed: Step((), (), (ServerTraffic,)),
-    ServerTraffic: Step((_M.KEY_UPDATE,), (), (ServerTraffic,)),
+    ServerTraffic: Step((_M.KEY_UPDATE, _M.EXTENDED_KEY_UPDATE), (), (ServerTraffic,)),
 }
 """The handshake on one screen. The engine refuses any other message and any other transition."""

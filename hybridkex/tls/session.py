@@ -13,7 +13,8 @@ from hybridkex.constants import CertificateType
 from hybridkex.crypto.suites import CipherSuite
 from hybridkex.secret import Secret
 from hybridkex.text import printable
-from hybridkex.tls.policy import Policy
+from hybridkex.tls.epochs import Epoch, KeyUpdates
+from hybridkex.tls.policy import Policy, Requirement
 from hybridkex.wire.extensions import Extension
 
 __all__ = [
@@ -87,6 +88,15 @@ class Session:
     """What the peer said in the extensions that the configuration adds: at a client the server's
     answers, at a server the client's offers that it answered."""
     version: str = "TLS 1.3"
+    key_updates: KeyUpdates = KeyUpdates.STANDARD
+    """How the keys change while the session lasts, as both sides have agreed."""
+    epochs: tuple[Epoch, ...] = ()
+    """What the key updates have made so far, the last 64 of them; none by KeyUpdate."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the keys in use; the handshake makes epoch 0."""
+        return self.epochs[-1].number if self.epochs else 0
 
     @property
     def peer_subject(self) -> str | None:
@@ -124,6 +134,9 @@ class Session:
             "qkd_key_ids": list(self.qkd_key_ids),
             "qkd_sources": list(self.qkd_sources),
             "qkd_fallback": self.qkd_fallback,
+            "key_updates": self.key_updates.value,
+            "epoch": self.epoch,
+            "epochs": [one.as_json() for one in self.epochs],
             "policy": self.policy.as_json(),
         }
 
@@ -141,11 +154,27 @@ class Session:
         ]
         if self.qkd_fallback is not None:
             lines.append(f"  NO QKD KEY:    {self.qkd_fallback}")
+        lines += self._about_updates()
         if self.peer_subject is not None:
             lines.append(f"  peer:          {self.peer_subject} ({self.verified_by})")
         if self.alpn is not None:
             lines.append(f"  ALPN:          {self.alpn}")
         return "\n".join(lines)
+
+    def _about_updates(self) -> list[str]:
+        if self.key_updates is KeyUpdates.STANDARD:
+            if self.policy.fresh_keys in (None, Requirement.OFF):
+                return []
+            return ["  NO FRESH KEYS: the peer knows KeyUpdate alone"]
+        line = f"  fresh keys:    epoch {self.epoch}"
+        if self.epochs:
+            last = self.epochs[-1]
+            line += f", {last.group}"
+            if last.qkd_key_ids:
+                line += f" + QKD {', '.join(last.qkd_key_ids)}"
+            elif last.qkd_missing is not None:
+                line += f", NO QKD KEY: {last.qkd_missing}"
+        return [line]
 
 
 def _shown(identity: bytes) -> str:

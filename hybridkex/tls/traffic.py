@@ -1,6 +1,6 @@
 """After the handshake: application data, KeyUpdate, tickets (RFC 9846 section 4.7)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from hybridkex.auth import Presented
@@ -11,12 +11,15 @@ from hybridkex.errors import IllegalParameter, LocalStateError, UnexpectedMessag
 from hybridkex.reasons import Reason
 from hybridkex.tls.admission import remaining_lifetime
 from hybridkex.tls.config import ClientConfig, ServerConfig
-from hybridkex.tls.events import KeyUpdated, TicketReceived
+from hybridkex.tls.epochs import KEPT_EPOCHS, Epoch
+from hybridkex.tls.events import EpochBegan, KeyUpdated, TicketReceived, UpdateWanted
+from hybridkex.tls.extended_key_update import Updates
 from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import MAX_TICKET_LIFETIME, Session, SessionTicket
 from hybridkex.tls.tickets import TicketState
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.messages import KeyUpdate, Message, NewSessionTicket
+from hybridkex.wire.update_messages import FreshRequest, UpdateRequest
 
 __all__ = ["ClientTraffic", "Connected", "ServerTraffic", "store_key"]
 
@@ -39,6 +42,8 @@ class Connected:
     suite: CipherSuite
     exporter: ExporterSecret
     resumption: ResumptionSecret
+    updates: Updates | None
+    """The key updates, where Extended Key Update is negotiated."""
 
 
 class _Traffic:
@@ -51,10 +56,19 @@ class _Traffic:
         self._write_generation = 0
         self._answer_update = False
         self._update_requested = False
+        self._update_wanted = False
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> Self:
         """One message after the handshake."""
-        assert isinstance(message, KeyUpdate)
+        updates = self.connected.updates
+        if updates is not None:
+            self._extended(updates, message, raw, records)
+            return self
+        if not isinstance(message, KeyUpdate):
+            raise UnexpectedMessage(
+                "a message of Extended Key Update, which was not negotiated",
+                Reason.UPDATE_OUT_OF_ORDER,
+            )
         self._updates_in_a_row += 1
         if self._updates_in_a_row > records.reader.limits.key_updates:
             raise UnexpectedMessage(
@@ -70,6 +84,31 @@ class _Traffic:
         self._answer_update |= message.update_requested
         records.emit(KeyUpdated(self._read_generation))
         return self
+
+    def _extended(
+        self, updates: Updates, message: Message, raw: bytes, records: RecordLayer
+    ) -> None:
+        """A message where Extended Key Update is negotiated."""
+        if isinstance(message, KeyUpdate):
+            raise UnexpectedMessage(
+                "KeyUpdate where Extended Key Update is negotiated", Reason.STANDARD_KEY_UPDATE
+            )
+        if isinstance(message, UpdateRequest | FreshRequest):
+            self._updates_in_a_row += 1
+            if self._updates_in_a_row > records.reader.limits.key_updates:
+                raise UnexpectedMessage(
+                    "too many key updates without data between them", Reason.UPDATES_TOO_MANY
+                )
+        epoch = updates.handle(message, raw, records)
+        if epoch is not None:
+            self._began(epoch, records)
+
+    def _began(self, epoch: Epoch, records: RecordLayer) -> None:
+        session = self.connected.session
+        epochs = (*session.epochs[1 - KEPT_EPOCHS :], epoch)
+        self.connected = replace(self.connected, session=replace(session, epochs=epochs))
+        self._update_wanted = False
+        records.emit(EpochBegan(epoch))
 
     def data_received(self) -> None:
         """Application data came, so the KeyUpdates before it are no storm of them."""
@@ -96,7 +135,9 @@ class _Traffic:
         while True:
             assert records.writer.protection is not None
             room = records.writer.protection.remaining
-            if room <= 0:
+            if self.connected.updates is not None:
+                self._check_room(self.connected.updates, records)
+            elif room <= 0:
                 self.update_keys(records, request=False)
                 continue
             piece = data[: room * records.writer.record_limit]
@@ -105,12 +146,34 @@ class _Traffic:
             if not data:
                 return
 
+    def _check_room(self, updates: Updates, records: RecordLayer) -> None:
+        """Ask for a key update long before our key may protect no more records (section 5.5)."""
+        protection = records.writer.protection
+        assert protection is not None
+        if protection.remaining <= 0:
+            raise LocalStateError(
+                "our key may protect no more records, and no key update has come about"
+            )
+        if self._update_wanted or not protection.update_due:
+            return
+        self._update_wanted = True
+        if updates.takes_keys:
+            records.emit(UpdateWanted())  # our caller has to draw a key
+        elif not updates.under_way:
+            updates.start(records, None, None, "key limit")
+
     def update_keys(self, records: RecordLayer, *, request: bool) -> None:
         """Change our key, and ask the peer to change its own if ``request``.
 
+        Where Extended Key Update is negotiated, this starts an update without a QKD key.
+
         Raises:
-            LocalStateError: our key has changed 2^48-1 times (section 4.7.3).
+            LocalStateError: our key has changed 2^48-1 times (section 4.7.3), or
+                :meth:`Updates.start` says why not.
         """
+        if self.connected.updates is not None:
+            self.connected.updates.start(records, None, None, "asked")
+            return
         if self._write_generation >= MAX_KEY_UPDATES:
             raise LocalStateError("our key cannot change any more; open a new connection")
         self._answer_update = False
@@ -137,6 +200,11 @@ class ClientTraffic(_Traffic):
         """One message after the handshake."""
         if not isinstance(message, NewSessionTicket):
             return super().handle(message, raw, records)
+        if self.connected.updates is not None:
+            # Section 7 of draft-ietf-tls-extended-key-update-13: no resumption. The ticket is
+            # ignored, unless something else is due.
+            self.connected.updates.handle(message, raw, records)
+            return self
         store, session = self._config.ticket_store, self.connected.session
         if store is None:
             # Section 4.7.1: a client that does "not support resumption MUST silently ignore this

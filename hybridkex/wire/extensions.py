@@ -693,6 +693,8 @@ class TlsFlags(Extension):
         return cls(frozenset(n for n in range(8 * len(data)) if data[n // 8] >> n % 8 & 1))
 
     def body(self) -> bytes:
+        if not self.flags or not 0 <= min(self.flags) <= max(self.flags) < 8 * 255:
+            raise EncodeError("tls_flags has one or more flags, of 0 to 2039")
         data = bytearray(max(self.flags) // 8 + 1)
         for number in self.flags:
             data[number // 8] |= 1 << number % 8

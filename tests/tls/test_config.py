@@ -124,7 +124,12 @@ def test_a_session_says_what_it_rests_on(trust: TrustStore, identity: Identity) 
             "post_quantum": "require",
             "psk": "require",
             "authentication": "certificate+psk",
+            "fresh_keys": "off",
+            "fresh_qkd": "off",
         },
+        "key_updates": "standard",
+        "epoch": 0,
+        "epochs": [],
     }
     text = str(pair.client.session)
     for part in ("ML-KEM-768 + X25519 + PSK 'qkd-1'", "certificate+psk", "CN=localhost", "h2"):

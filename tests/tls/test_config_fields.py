@@ -15,6 +15,7 @@ from hybridkex import (
     ClientConnection,
     DevCa,
     ExternalPsk,
+    FreshKeys,
     Identity,
     Limits,
     MemoryTicketStore,
@@ -46,6 +47,7 @@ GOOD: dict[type, dict[str, Any]] = {
     ClientConfig: {"verifier": PINS},
     ServerConfig: {"identities": (RAW,)},
     Policy: {},
+    FreshKeys: {},
     Limits: {},
     ExternalPsk: {"identity": b"site", "key": Secret(bytes(32))},
     TicketIssuer: {},
@@ -93,6 +95,12 @@ RIGHT = {  # What of these is right, or free, by field.
     "timeout": (1.5,),
     "retry_after": (1.5,),
     "look_ups_per_second": (1.5,),
+    "fresh_keys": (None,),
+    "fresh_qkd": (None,),
+    "every": (1.5,),
+    "deadline": (1.5,),
+    "stretch": (1.5,),
+    "after_bytes": (None,),
 }
 
 

@@ -32,6 +32,8 @@ from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import Connection
 from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.tls.traffic import ClientTraffic, ServerTraffic
+from hybridkex.wire.messages import encode
+from hybridkex.wire.update_messages import UpdateFinish
 
 Change = Callable[[bytes], list[bytes]]
 """From the message that is due to those that go out in its place."""
@@ -354,7 +356,12 @@ def test_no_state_is_forgotten() -> None:
 @cache
 def samples() -> dict[int, bytes]:
     """A well-formed message of every type, and one of a type that does not exist."""
-    found = {254: b"\xfe\0\0\0", 0: b"\0\0\0\0", HandshakeType.END_OF_EARLY_DATA: b"\5\0\0\0"}
+    found = {
+        254: b"\xfe\0\0\0",
+        0: b"\0\0\0\0",
+        HandshakeType.END_OF_EARLY_DATA: b"\5\0\0\0",
+        HandshakeType.EXTENDED_KEY_UPDATE: encode(UpdateFinish()),
+    }
     for name in ("mutual", "retry"):
         for raw in (one for sent in messages(name).values() for one in sent):
             found[raw[0]] = raw

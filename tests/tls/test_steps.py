@@ -18,6 +18,7 @@ from hybridkex.tls.connection import Connection
 from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.tls.steps import Step
 
+FRESH = Policy(post_quantum=Requirement.PREFER, fresh_keys=Requirement.REQUIRE)
 PSK = ExternalPsk(identity=b"site", key=Secret(bytes(range(32))), context=b"")
 
 
@@ -51,6 +52,7 @@ def handshakes() -> list[tuple[ClientConfig, ServerConfig]]:
         (ours(verifier=trust, **retry), plain),
         (ours(verifier=trust, identity=ca.issue("bob"), **retry), asking),
         (ours(verifier=trust), asking),
+        (ours(verifier=trust, policy=FRESH), theirs(identities=(identity,), policy=FRESH)),
         (ours(psks=(PSK,)), theirs(psks=(PSK,))),
         (ours(psks=(PSK,), **retry), theirs(psks=(PSK,))),
         (ours(verifier=trust, psk_source=ELSEWHERE, policy=prefer), plain),

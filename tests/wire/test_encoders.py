@@ -14,7 +14,7 @@ from hybridkex.errors import EncodeError, PeerError
 from hybridkex.secret import Secret
 from hybridkex.tls.session import AuthenticatedBy
 from hybridkex.tls.tickets import MAX_TICKET, CookieState, TicketIssuer, TicketState
-from hybridkex.wire import codec, messages
+from hybridkex.wire import codec, messages, update_messages
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.extensions import Extensions, MessageKind
 
@@ -53,6 +53,10 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         Secret: blobs.map(Secret),
         AuthenticatedBy: st.sampled_from(AuthenticatedBy),
         Extensions: any_extensions(),
+        frozenset[int]: st.frozensets(integers, max_size=3),
+        update_messages.Demand: st.sampled_from(update_messages.Demand),
+        update_messages.SlotAnswer: st.sampled_from(update_messages.SlotAnswer),
+        update_messages.DeclineReason: st.sampled_from(update_messages.DeclineReason),
     }[hint]
 
 
@@ -105,7 +109,13 @@ def test_extensions(cls: type[ext.Extension], data: st.DataObject) -> None:
     check(Extensions((value,)).encode, decode, value)
 
 
-@pytest.mark.parametrize("cls", messages._CLASSES.values())
+MESSAGES = [
+    *(one for one in messages._CLASSES.values() if dataclasses.is_dataclass(one)),
+    *update_messages._SUBTYPES.values(),
+]
+
+
+@pytest.mark.parametrize("cls", MESSAGES)
 @given(data=st.data())
 @RELAXED
 def test_messages(cls: type[messages.Message], data: st.DataObject) -> None:

@@ -1,0 +1,439 @@
+"""Key updates of a live session: draft-ietf-tls-extended-key-update-13, with a slot for a QKD key.
+
+:class:`Updates` is the state machine of one connection, for either end. ``docs/fresh-keys.md`` has
+the order of operations; each class here is a state, named after what it waits for::
+
+    Idle ──request──▶ WaitResponse ──response──▶ [WaitConfirm] ──▶ Idle      (initiator)
+    Idle ──▶ [WaitKey] ──response──▶ WaitFinish ──finish──▶ [WaitConfirm] ──▶ Idle  (responder)
+
+Those in brackets exist only where the slot is negotiated. A key is changed in the same call that
+sends or checks the message at which it changes.
+"""
+
+import hmac
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from hybridkex.constants import TLS13
+from hybridkex.crypto.kex import Group, Started
+from hybridkex.crypto.psk import import_key
+from hybridkex.crypto.schedule import ExporterSecret, TrafficSecret
+from hybridkex.crypto.update_schedule import EpochSecrets, Generation
+from hybridkex.errors import (
+    DecryptError,
+    IllegalParameter,
+    LocalStateError,
+    UnexpectedMessage,
+)
+from hybridkex.reasons import Reason
+from hybridkex.secret import Secret
+from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.epochs import Epoch, KeyUpdates, UpdateKey
+from hybridkex.tls.events import UpdateDeclined, UpdateKeyWanted
+from hybridkex.tls.policy import Requirement
+from hybridkex.tls.record_layer import RecordLayer
+from hybridkex.wire.extensions import KeyShareEntry
+from hybridkex.wire.messages import ImportedIdentity, Message
+from hybridkex.wire.update_messages import (
+    DeclineReason,
+    Demand,
+    ExtendedKeyUpdate,
+    FreshConfirm,
+    FreshDecline,
+    FreshRequest,
+    FreshResponse,
+    SlotAnswer,
+    UpdateFinish,
+    UpdateRequest,
+    UpdateResponse,
+)
+
+__all__ = ["Updates"]
+
+_Request: TypeAlias = UpdateRequest | FreshRequest
+_Response: TypeAlias = UpdateResponse | FreshResponse
+
+
+@dataclass(frozen=True)
+class Idle:
+    """No update is under way."""
+
+
+@dataclass(frozen=True)
+class WaitResponse:
+    """We have sent a request."""
+
+    started: Started
+    request: bytes
+    key: UpdateKey | None
+    missing: str | None
+    why: str
+    crossed: bool = False
+    """Whether a request of the peer has been ignored: there can be one."""
+
+
+@dataclass(frozen=True)
+class WaitKey:
+    """The peer has sent a request with a QKD key, which our caller looks up."""
+
+    message: FreshRequest
+    request: bytes
+
+
+@dataclass(frozen=True)
+class _New:
+    """An epoch that has been derived."""
+
+    generation: Generation
+    epoch: Epoch
+    receiving: TrafficSecret
+
+
+@dataclass(frozen=True)
+class WaitFinish:
+    """We have answered, and send under the new key."""
+
+    new: _New
+
+
+@dataclass(frozen=True)
+class WaitConfirm:
+    """Both directions have changed; the peer has not confirmed yet."""
+
+    new: _New
+
+
+State: TypeAlias = Idle | WaitResponse | WaitKey | WaitFinish | WaitConfirm
+
+
+class Updates:
+    """The key updates of one connection.
+
+    Args:
+        records: the record layer, with the keys of epoch 0 in place.
+        config: the configuration; its policy in force says what an update must have.
+        kind: what was negotiated: ``EXTENDED`` or ``FRESH``.
+        group: the group of the handshake.
+        generation: epoch 0.
+    """
+
+    def __init__(
+        self,
+        records: RecordLayer,
+        config: ClientConfig | ServerConfig,
+        kind: KeyUpdates,
+        group: Group,
+        generation: Generation,
+    ) -> None:
+        records.writer.update_early()
+        self._client = isinstance(config, ClientConfig)
+        self._clock = config.clock
+        wanted = config.policy_in_force.fresh_qkd
+        assert wanted is not None  # filled in by the configuration
+        self._qkd = wanted
+        self._slot = kind is KeyUpdates.FRESH
+        self._group = group
+        self._generation = generation
+        """The newest one that has been derived."""
+        self.number = generation.number
+        """The epoch in which both ends are."""
+        self.exporter: ExporterSecret = generation.exporter
+        """That of the epoch in which both ends are."""
+        self._state: State = Idle()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether an update is under way."""
+        return not isinstance(self._state, Idle)
+
+    @property
+    def takes_keys(self) -> bool:
+        """Whether there is a slot for a QKD key, and our policy wants one in it."""
+        return self._slot and self._qkd is not Requirement.OFF
+
+    # --- what our side does -------------------------------------------------------------------
+
+    def start(
+        self, records: RecordLayer, key: UpdateKey | None, missing: str | None, why: str
+    ) -> None:
+        """Send a request.
+
+        Args:
+            records: the record layer.
+            key: the QKD key to use.
+            missing: why there is none, where there should be.
+            why: for the session.
+
+        Raises:
+            LocalStateError: an update is under way, or it must have a QKD key and has none, or it
+                must have none and has one.
+        """
+        if self.under_way:
+            raise LocalStateError("a key update is under way")
+        if key is not None and not self.takes_keys:
+            raise LocalStateError("key updates with this peer take no QKD key")
+        if key is None and self._qkd is Requirement.REQUIRE:
+            raise LocalStateError("our policy requires a QKD key in each key update")
+        started = self._group.exchange.start()
+        share = KeyShareEntry(self._group.code, started.share)
+        if self._slot:
+            required = self._qkd is Requirement.REQUIRE
+            demand = Demand.REQUIRED if required else Demand.OPTIONAL
+            identity = self._identity(key) if key is not None else b""
+            message: _Request = FreshRequest(share, demand, identity)
+        else:
+            message = UpdateRequest(share)
+        raw = records.writer.send(message)
+        if key is None and missing is None and self.takes_keys:
+            missing = "the update was started without one"
+        self._state = WaitResponse(started, raw, key, missing, why)
+
+    def provide(self, records: RecordLayer, key: UpdateKey | None, missing: str | None) -> None:
+        """Answer :class:`~hybridkex.tls.events.UpdateKeyWanted`: with the key, or with none.
+
+        Raises:
+            LocalStateError: no key is wanted, or this is another one.
+        """
+        state = self._state
+        if not isinstance(state, WaitKey):
+            raise LocalStateError("no key is wanted for a key update")
+        if key is not None and self._identity(key) != state.message.identity:
+            raise LocalStateError("this is not the key that the peer has named")
+        self._answer(records, state.message, state.request, key, missing)
+
+    # --- what the peer does -------------------------------------------------------------------
+
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> Epoch | None:
+        """One message after the handshake; returns the epoch that it completes."""
+        state = self._state
+        match message:
+            case FreshConfirm(verify_data) if isinstance(state, WaitConfirm):
+                return self._confirmed(state.new, verify_data, records)
+            case _ if isinstance(state, WaitConfirm):
+                raise UnexpectedMessage(
+                    "the first message under a new key is not its confirmation",
+                    Reason.UPDATE_NOT_CONFIRMED,
+                )
+            case UpdateRequest() | FreshRequest() if self._ours(message):
+                self._requested(message, raw, records)
+            case UpdateResponse() | FreshResponse() if self._ours(message) and isinstance(
+                state, WaitResponse
+            ):
+                return self._answered(state, message, raw, records)
+            case FreshDecline(reason) if isinstance(state, WaitResponse) and self._slot:
+                self._state = Idle()
+                records.emit(UpdateDeclined(reason.name.lower()))
+            case UpdateFinish() if isinstance(state, WaitFinish):
+                return self._finished(state.new, records)
+            case ExtendedKeyUpdate():
+                raise UnexpectedMessage(
+                    f"{message.subtype.name.lower()} of a key update in {type(state).__name__}",
+                    Reason.UPDATE_OUT_OF_ORDER,
+                )
+            case _:
+                pass  # Nothing of ours.
+        return None
+
+    def _ours(self, message: _Request | _Response) -> bool:
+        """Whether it is of the form that was negotiated; the other is out of place."""
+        return self._slot is isinstance(message, FreshRequest | FreshResponse)
+
+    def _requested(self, message: _Request, raw: bytes, records: RecordLayer) -> None:
+        self._check_group(message.key_share)
+        state = self._state
+        if isinstance(state, WaitResponse) and not state.crossed:
+            ours, theirs = state.started.share, message.key_share.share
+            if theirs == ours:
+                raise UnexpectedMessage(
+                    "the peer's key update has our key share", Reason.UPDATES_IDENTICAL
+                )
+            if theirs < ours:
+                self._state = WaitResponse(
+                    state.started, state.request, state.key, state.missing, state.why, crossed=True
+                )
+                return
+        elif not isinstance(state, Idle):
+            raise UnexpectedMessage(
+                f"a second key update in {type(state).__name__}", Reason.UPDATE_OUT_OF_ORDER
+            )
+        if isinstance(message, FreshRequest):
+            if message.demand is Demand.REQUIRED and not message.identity:
+                raise IllegalParameter(
+                    "a key update that requires a QKD key and names none", Reason.UPDATE_MALFORMED
+                )
+            if message.identity and self.takes_keys:
+                self._state = WaitKey(message, raw)
+                records.emit(UpdateKeyWanted(message.identity, self.number + 1))
+                return
+        self._answer(records, message, raw, None, None)
+
+    def _answer(
+        self,
+        records: RecordLayer,
+        message: _Request,
+        request: bytes,
+        key: UpdateKey | None,
+        missing: str | None,
+    ) -> None:
+        """Send the response and change our sending key, or decline."""
+        self._state = Idle()
+        if records.writer.closed:
+            return
+        if isinstance(message, FreshRequest):
+            decline = self._why_not(message, key)
+            if decline is not None:
+                records.writer.send(FreshDecline(decline))
+                return
+        share, shared = self._group.exchange.respond(message.key_share.share)
+        entry = KeyShareEntry(self._group.code, share)
+        if isinstance(message, FreshRequest):
+            answer = SlotAnswer.NOT_FOUND if message.identity else SlotAnswer.EMPTY
+            if key is not None:
+                answer = SlotAnswer.USED
+            elif missing is None and self.takes_keys:
+                missing = "the peer named none"
+            response = records.writer.send(FreshResponse(entry, answer))
+        else:
+            response = records.writer.send(UpdateResponse(entry))
+        new, sending = self._derive(request, response, shared, key, missing, "peer")
+        self._change_sending(sending, new, records)
+        self._state = WaitFinish(new)
+
+    def _why_not(self, message: FreshRequest, key: UpdateKey | None) -> DeclineReason | None:
+        """Why there can be no update with this key, or without one."""
+        if key is not None:
+            return None
+        if message.demand is Demand.REQUIRED:
+            return DeclineReason.KEY_NOT_FOUND
+        if self._qkd is Requirement.REQUIRE:
+            return DeclineReason.KEY_NOT_FOUND if message.identity else DeclineReason.KEY_REQUIRED
+        return None
+
+    def _answered(
+        self, state: WaitResponse, message: _Response, raw: bytes, records: RecordLayer
+    ) -> Epoch | None:
+        """The response: change both keys, the finish between them."""
+        self._check_group(message.key_share)
+        key, missing = state.key, state.missing
+        if isinstance(message, FreshResponse):
+            key, missing = self._slot_answer(state, message.answer)
+        records.reader.check_message_boundary()
+        shared = state.started.finish(message.key_share.share)
+        new, sending = self._derive(state.request, raw, shared, key, missing, state.why)
+        epoch = self._change_receiving(new, records)
+        if not records.writer.closed:  # else we have nothing more to send, under any key
+            records.writer.send(UpdateFinish())
+            self._change_sending(sending, new, records)
+        return epoch
+
+    def _slot_answer(
+        self, state: WaitResponse, answer: SlotAnswer
+    ) -> tuple[UpdateKey | None, str | None]:
+        """The key that both ends use, or why there is none."""
+        if (answer is SlotAnswer.EMPTY) is not (state.key is None):
+            raise IllegalParameter(
+                f"the answer {answer.name.lower()} does not fit the QKD slot of our request",
+                Reason.UPDATE_ANSWER,
+            )
+        if answer is not SlotAnswer.NOT_FOUND:
+            return state.key, state.missing
+        if self._qkd is Requirement.REQUIRE:
+            raise IllegalParameter(
+                "the peer goes on without the QKD key that our request requires",
+                Reason.UPDATE_ANSWER,
+            )
+        return None, "the peer did not find it"
+
+    def _finished(self, new: _New, records: RecordLayer) -> Epoch | None:
+        records.reader.check_message_boundary()
+        return self._change_receiving(new, records)
+
+    def _confirmed(self, new: _New, verify_data: bytes, records: RecordLayer) -> Epoch:
+        expected = new.receiving.finished(new.generation.transcript)
+        if not hmac.compare_digest(verify_data, expected):
+            raise DecryptError(
+                "the peer's confirmation of the new keys does not verify",
+                Reason.UPDATE_CONFIRMATION,
+            )
+        records.reader.confirmation_due = False
+        return self._complete(new)
+
+    # --- keys ---------------------------------------------------------------------------------
+
+    def _derive(
+        self,
+        request: bytes,
+        response: bytes,
+        shared: Secret,
+        key: UpdateKey | None,
+        missing: str | None,
+        why: str,
+    ) -> tuple[_New, TrafficSecret]:
+        """The new epoch, and our sending key in it."""
+        secrets = self._generation.next(request, response, shared, self._slot_secret(key))
+        epoch = Epoch(
+            number=secrets.generation.number,
+            began_at=self._clock(),
+            why=why,
+            group=self._group.name,
+            confirmed=self._slot,
+            qkd_key_ids=key.key_ids if key is not None else (),
+            qkd_sources=key.sources if key is not None else (),
+            qkd_missing=missing if key is None else None,
+        )
+        self._generation = secrets.generation
+        sending, receiving = self._directions(secrets)
+        return _New(secrets.generation, epoch, receiving), sending
+
+    def _directions(self, secrets: EpochSecrets) -> tuple[TrafficSecret, TrafficSecret]:
+        pair = secrets.client, secrets.server
+        return pair if self._client else (pair[1], pair[0])
+
+    def _slot_secret(self, key: UpdateKey | None) -> Secret | None:
+        if not self._slot:
+            return None
+        function = self._generation.suite.hash
+        if key is None:
+            return Secret(bytes(function.size))
+        return import_key(key.psk, self._identity(key), function)
+
+    def _identity(self, key: UpdateKey) -> bytes:
+        """The ``ImportedIdentity`` that names a key on the wire."""
+        assert key.psk.context is not None
+        kdf = self._generation.suite.hash.kdf
+        return ImportedIdentity(key.psk.identity, key.psk.context, TLS13, kdf).encode()
+
+    def _change_sending(self, secret: TrafficSecret, new: _New, records: RecordLayer) -> None:
+        self._log(records, secret, ours=True, number=new.generation.number)
+        records.writer.change_key(secret)
+        if self._slot:
+            records.writer.send(FreshConfirm(secret.finished(new.generation.transcript)))
+            records.writer.flush()
+
+    def _change_receiving(self, new: _New, records: RecordLayer) -> Epoch | None:
+        self._log(records, new.receiving, ours=False, number=new.generation.number)
+        label = f"EXPORTER_SECRET_{new.generation.number}"
+        records.log_secret(label, new.generation.exporter.secret)
+        records.reader.change_key(new.receiving)
+        if not self._slot:
+            return self._complete(new)
+        records.reader.confirmation_due = True
+        self._state = WaitConfirm(new)
+        return None
+
+    def _complete(self, new: _New) -> Epoch:
+        self.number, self.exporter = new.generation.number, new.generation.exporter
+        self._state = Idle()
+        return new.epoch
+
+    def _log(self, records: RecordLayer, secret: TrafficSecret, *, ours: bool, number: int) -> None:
+        side = "CLIENT" if self._client is ours else "SERVER"
+        records.log_secret(f"{side}_TRAFFIC_SECRET_{number}", secret.secret)
+
+    def _check_group(self, share: KeyShareEntry) -> None:
+        if share.group != self._group.code:
+            raise IllegalParameter(
+                f"a key update in the group {share.group:#06x}, where the session has "
+                f"{self._group.name}",
+                Reason.UPDATE_GROUP,
+            )

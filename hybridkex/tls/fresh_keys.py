@@ -1,0 +1,91 @@
+"""What the caller wants of key updates: when, and where their QKD keys come from."""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from hybridkex.errors import ConfigError
+from hybridkex.fields import INTEGER, NUMBER, check_fields, or_none
+from hybridkex.tls.epochs import UpdateKey
+from hybridkex.tls.session import Session
+
+__all__ = ["FreshKeys", "UpdateKeySource"]
+
+
+@runtime_checkable
+class UpdateKeySource(Protocol):
+    """What a :class:`~hybridkex.tls.config.PskSource` has beside, where its QKD keys are for key
+    updates too (``docs/fresh-keys.md``). The shell asks, the engine never does."""
+
+    async def draw_for_update(self, session: Session, *, client: bool, epoch: int) -> UpdateKey:
+        """A new key for an update that we start.
+
+        Args:
+            session: the session that is updated.
+            client: whether we are the client in it.
+            epoch: the epoch that the update makes.
+
+        Raises :class:`~hybridkex.errors.KeySourceError`.
+        """
+        ...
+
+    async def look_up_for_update(
+        self, identity: bytes, session: Session, *, client: bool, epoch: int
+    ) -> UpdateKey:
+        """The key that the peer has named in its request, an encoded ``ImportedIdentity``.
+
+        Raises :class:`~hybridkex.errors.KeySourceError`.
+        """
+        ...
+
+    async def stock_for_updates(self, session: Session) -> int | None:
+        """How many keys there are to draw for this peer; ``None`` where nobody can say.
+
+        Raises :class:`~hybridkex.errors.KeySourceError`.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreshKeys:
+    """When a session renews its keys. Either side may have a schedule, or both.
+
+    Args:
+        every: seconds from one update to the next.
+        after_bytes: bytes of application data, both ways together, after which the keys are renewed
+            whatever the time; ``None``: time alone decides.
+        deadline: seconds for which an update may be late. Then a session whose policy requires
+            fresh keys ends; any other goes on and logs it.
+        jitter: the part of ``every`` by which an update may come earlier, at random, so that many
+            sessions do not ask a KME at once.
+        low_stock: with fewer QKD keys than this in stock, ``every`` is stretched in proportion.
+        stretch: how many times ``every`` it may become.
+    """
+
+    every: float = 60.0
+    after_bytes: int | None = None
+    deadline: float = 30.0
+    jitter: float = 0.1
+    low_stock: int = 16
+    stretch: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            {
+                "every": (NUMBER, "FreshKeys(every=60.0)"),
+                "after_bytes": (or_none(INTEGER), "FreshKeys(after_bytes=1 << 30)"),
+                "deadline": (NUMBER, "FreshKeys(deadline=30.0)"),
+                "jitter": (NUMBER, "FreshKeys(jitter=0.1)"),
+                "low_stock": (INTEGER, "FreshKeys(low_stock=16)"),
+                "stretch": (NUMBER, "FreshKeys(stretch=4.0)"),
+            },
+        )
+        if not self.every > 0 or not self.deadline > 0:
+            raise ConfigError("every and deadline of FreshKeys are more than 0 seconds")
+        if self.after_bytes is not None and self.after_bytes < 1 << 16:
+            raise ConfigError("after_bytes of FreshKeys is 65,536 or more")
+        if not 0 <= self.jitter < 1:
+            raise ConfigError("jitter of FreshKeys is at least 0 and less than 1")
+        if self.low_stock < 0 or not 1 <= self.stretch < math.inf:
+            raise ConfigError("low_stock of FreshKeys is 0 or more, and stretch 1 or more")

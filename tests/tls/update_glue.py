@@ -84,7 +84,7 @@ def never(identity: bytes) -> UpdateKey | None:
 
 def update(pair: Pair, who: str, key: UpdateKey | None = None, answer: Answer = never) -> None:
     """One update of one side, to its end; the responder gets ``answer``."""
-    starter, other = both(pair, who)
+    starter, _ = both(pair, who)
     starter.start_update(key, missing=None if key else "none was drawn")
     settle(pair, answer)
 

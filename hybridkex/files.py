@@ -7,7 +7,7 @@ must be an error that names it, and neither a hang nor the end of the service.
 Writing: whole, and by default readable by the owner alone. Every file that the library or a command
 creates is created here (``tests/test_written_files.py`` reads the sources for others), except those
 that a peer sends, whose mode the transfer decides. The mode does not depend on the umask. The
-functions that write raise ``OSError``.
+functions that write raise ``OSError`` with the path that they were given as its ``filename``.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import stat
 import tempfile
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -137,10 +138,15 @@ def write_file(path: str | Path, content: bytes, *, mode: int = PRIVATE) -> None
     written to as it is.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        with open(path, "wb", buffering=0) as device:
-            device.write(content)
-        return
+    with _named(path):
+        if path.exists() and not path.is_file():
+            with open(path, "wb", buffering=0) as device:
+                device.write(content)
+        else:
+            _replace(path, content, mode)
+
+
+def _replace(path: Path, content: bytes, mode: int) -> None:
     # mkstemp creates the file exclusively, with mode 600, under a name that nobody can guess.
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -158,13 +164,18 @@ def write_file(path: str | Path, content: bytes, *, mode: int = PRIVATE) -> None
 
 
 def create_file(path: str | Path, content: bytes, *, mode: int = PRIVATE) -> None:
-    """Create a file. Raises ``FileExistsError`` if there is one, or a link."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE)
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(descriptor, mode)
-        file.write(content)
-        file.flush()
-        os.fsync(descriptor)
+    """Create a file, whole or not at all. Raises ``FileExistsError`` if there is one, or a link."""
+    with _named(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                os.fchmod(descriptor, mode)
+                file.write(content)
+                file.flush()
+                os.fsync(descriptor)
+        except BaseException:
+            os.unlink(path)  # half of a key is none
+            raise
 
 
 def open_private(path: str | Path, *, append: bool = False) -> BinaryIO:
@@ -199,6 +210,17 @@ def make_private_folder(path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     os.mkdir(path, 0o700)
     os.chmod(path, 0o700)
+
+
+@contextlib.contextmanager
+def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of writing name the file that was asked for: write(2) names none, and the name of a
+    temporary file tells nobody anything."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = os.fspath(path), None
+        raise
 
 
 def _tighten(descriptor: int) -> None:

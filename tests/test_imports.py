@@ -19,7 +19,7 @@ import hybridkex
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybridkex"
 
-BASE = {"constants", "errors", "fields", "json_text", "reasons", "secret", "text"}
+BASE = {"constants", "errors", "fields", "json_text", "machine", "reasons", "secret", "text"}
 ENGINE = BASE | {"wire", "crypto", "auth", "tls"}
 
 # What each room may know, besides itself. A file beside the rooms is a room of its own; the public
@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "secret": set(),
     "fields": {"errors"},
     "files": {"errors"},
+    "machine": {"errors"},
     "text": set(),
     # Addresses, HTTP and the like: it knows nothing of what is carried.
     "net": BASE,
@@ -53,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kme": ENGINE | {"files", "net", "qkd", "link", "shell", "streams"},
     "combiner": BASE | {"net", "wire", "crypto", "auth", "qkd"},
     # Applications need no more than what everybody has.
-    "apps": {"errors", "files", "json_text", "net", "text", "combiner", ""},
+    "apps": {"errors", "files", "json_text", "machine", "net", "text", "combiner", ""},
     "demos": ENGINE | {"files", "net", "qkd", "link", "kme", "shell", "streams", ""},
     "cli": ENGINE
     | {"files", "combiner", "net", "qkd", "link", "kme", "demos", "apps", "shell", "streams", ""},
@@ -84,6 +85,7 @@ SANS_IO = {
     "constants",
     "errors",
     "fields",
+    "machine",
     "reasons",
     "secret",
     "text",

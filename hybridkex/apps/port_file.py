@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hybridkex.errors import ConfigError
 from hybridkex.files import PUBLIC, write_file
+from hybridkex.machine import write_error
 
 __all__ = ["check_port_file", "write_port"]
 
@@ -19,7 +20,7 @@ def check_port_file(path: str | Path) -> None:
             raise ConfigError(f"cannot write {path}: Is a directory")
         where.parent.stat()
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+        raise write_error(path, error) from None
     if not os.path.isdir(where.parent) or not os.access(where.parent, os.W_OK | os.X_OK):
         reason = "Permission denied" if os.path.isdir(where.parent) else "Not a directory"
         raise ConfigError(f"cannot write {path}: {reason}")
@@ -41,4 +42,4 @@ def write_port(path: str | Path | None, port: int) -> None:
     try:
         write_file(path, f"{port}\n".encode("ascii"), mode=PUBLIC)
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+        raise write_error(path, error) from None

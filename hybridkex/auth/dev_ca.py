@@ -22,6 +22,7 @@ from hybridkex.auth.names import DnsName, parse_peer_name
 from hybridkex.crypto.x509_parsing import certificate_from_der
 from hybridkex.errors import ConfigError
 from hybridkex.files import PRIVATE, PUBLIC, write_file
+from hybridkex.machine import write_error
 
 __all__ = ["ALGORITHMS", "DevCa", "write_identity"]
 
@@ -295,5 +296,5 @@ def write_identity(
         for name, (content, mode) in files.items():
             write_file(directory / name, content, mode=mode)
     except OSError as error:
-        raise ConfigError(f"cannot write to {directory}: {error.strerror}") from None
+        raise write_error(directory, error) from None
     return [directory / name for name in files]

@@ -26,6 +26,7 @@ from hybridkex.auth.verified import PROOF, VerifiedPeer
 from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected, ConfigError
 from hybridkex.files import open_private, read_file, write_file
+from hybridkex.machine import write_error
 from hybridkex.text import get_logger
 
 __all__ = ["KnownPeers"]
@@ -214,7 +215,7 @@ class _locked:
             self._file = open_private(self._path, append=True)
             fcntl.flock(self._file, fcntl.LOCK_EX)
         except OSError as error:
-            raise ConfigError(f"cannot lock {self._path}: {error.strerror}") from None
+            raise write_error(self._path, error) from None
 
     def __exit__(self, *exc: object) -> None:
         self._file.close()
@@ -224,4 +225,4 @@ def _replace(path: Path, text: str) -> None:
     try:
         write_file(path, text.encode("utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+        raise write_error(path, error) from None

@@ -15,8 +15,10 @@ from contextlib import contextmanager
 
 from hybridkex import __version__
 from hybridkex.cli.commands import COMMANDS, Parser, command_parser
-from hybridkex.cli.standard_streams import unfailing_standard_error
+from hybridkex.cli.standard_streams import StandardOutput, unfailing_standard_error
+from hybridkex.cli.threads import bounded_thread_starts
 from hybridkex.errors import HybridkexError
+from hybridkex.machine import refusal
 from hybridkex.text import PrintableOutput
 
 __all__ = ["main"]
@@ -24,7 +26,7 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; ``argv`` is without the program's name. Returns the exit status."""
-    with unfailing_standard_error(), _safe_output():
+    with unfailing_standard_error(), _safe_output(), bounded_thread_starts():
         return _main(list(sys.argv[1:] if argv is None else argv))
 
 
@@ -35,7 +37,7 @@ def _safe_output() -> Iterator[None]:
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
         own = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = map(PrintableOutput, own)
+        sys.stdout, sys.stderr = StandardOutput(sys.stdout), PrintableOutput(sys.stderr)
         try:
             yield
         finally:
@@ -55,8 +57,13 @@ def _main(arguments: list[str]) -> int:
         # Otherwise the interpreter would try to flush the same data at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # the reader has closed the pipe
-            where = f": {error.filename}" if error.filename is not None else ""
-            print(f"hybridkex: {error.strerror or error}{where}", file=sys.stderr)
+            print(f"hybridkex: {refusal(error)}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        told = refusal(error)
+        if told is None:
+            raise
+        print(f"hybridkex: {told}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -22,6 +22,7 @@ from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.suites import ALL_SUITES, SHA256, SHA384
 from hybridkex.errors import ConfigError
 from hybridkex.files import open_private
+from hybridkex.machine import write_error
 from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, KeyLog, Policy, Requirement, ServerConfig
 
@@ -167,7 +168,7 @@ def _key_log(path: Path | None) -> Iterator[KeyLog | None]:
     try:
         file = open_private(path, append=True)
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+        raise write_error(path, error) from None
     failed = False
 
     def write(line: str) -> None:

@@ -17,8 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-__all__ = ["guarded_folder", "guarded_processes"]
+from hybridkex.errors import ConfigError, LocalStateError
+from hybridkex.machine import refusal, write_error
 
+__all__ = ["explained", "guarded_folder", "guarded_processes"]
+
+_ROOM: Final = 1 << 20
+"""Bytes: a folder with less is full, since who failed in it has taken his own away."""
+_OTHER_PLACE: Final = "choose another place for temporary files with TMPDIR=FOLDER"
 _TOKEN: Final = "HYBRIDKEX_GUARD"
 
 _GUARD: Final = r"""
@@ -88,14 +94,56 @@ def guarded_processes(folder: Path | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def explained(folder: Path, elsewhere: str) -> Iterator[None]:
+    """Where work in a folder fails because the folder cannot be written to, say that.
+
+    What fails is a program, a database, a connection, each with its own words for it; so the folder
+    is tried once more.
+
+    Args:
+        folder: what is written to.
+        elsewhere: how to name another one.
+
+    Raises:
+        LocalStateError: instead of the error, if there is no room in the folder.
+    """
+    try:
+        yield
+    except Exception:
+        _try(folder, elsewhere)
+        raise
+
+
+def _try(folder: Path, elsewhere: str) -> None:
+    """Raise ``LocalStateError`` where a folder has no room."""
+    if not folder.is_dir():
+        raise LocalStateError(
+            f"another program removed the folder {folder} while it was in use; run the command "
+            f"again, or {elsewhere}"
+        ) from None
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            left = _ROOM
+            while left:
+                left -= file.write(bytes(left))
+    except OSError as error:
+        raise LocalStateError(str(write_error(folder, error, elsewhere=elsewhere))) from None
+
+
+@contextlib.contextmanager
 def guarded_folder(prefix: str) -> Iterator[Path]:
     """A folder that only we can read; it and the processes started in the context end with us.
 
     Nothing is left of either, however this process ends.
     """
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
     try:
-        with guarded_processes(folder):
+        folder = Path(tempfile.mkdtemp(prefix=prefix))
+    except OSError as error:
+        raise ConfigError(
+            f"there is no temporary folder that can be written to: {refusal(error)}; {_OTHER_PLACE}"
+        ) from None
+    try:
+        with guarded_processes(folder), explained(folder, _OTHER_PLACE):
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["unfailing_standard_error"]
+from hybridkex.text import PrintableOutput
+
+__all__ = ["StandardOutput", "unfailing_standard_error"]
 
 
 class _Lossy(io.FileIO):
@@ -28,6 +30,29 @@ class _Lossy(io.FileIO):
                 # A non-blocking file returns None if nothing could be written.
                 view = view[super().write(view) or len(view) :]
         return total
+
+
+class StandardOutput(PrintableOutput):
+    """Standard output, escaped; an error of writing to it says where it comes from."""
+
+    def write(self, text: str) -> int:
+        """As of the stream."""
+        with _named():
+            return super().write(text)
+
+    def flush(self) -> None:
+        """As of the stream."""
+        with _named():
+            self.stream.flush()
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = "standard output"
+        raise
 
 
 @contextlib.contextmanager

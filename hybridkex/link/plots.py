@@ -1,5 +1,6 @@
 """Pictures of what links give: of any scan, and the ones of ``docs/qkd-link.md``."""
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -9,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hybridkex.errors import ConfigError
+from hybridkex.files import PUBLIC, write_file
 from hybridkex.link import asymptotic
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import FINITE_KEY, expected_counts, proof_for
@@ -72,7 +74,9 @@ def save(figure: Figure, path: Path) -> None:
     # Without the date, so that the same picture is the same file.
     metadata = {"Date": None} if path.suffix == ".svg" else {}
     with mpl.rc_context({"svg.hashsalt": "hybridkex", "svg.fonttype": "path"}):
-        figure.savefig(path, dpi=100, metadata=metadata)
+        picture = io.BytesIO()
+        figure.savefig(picture, format=path.suffix[1:], dpi=100, metadata=metadata)
+    write_file(path, picture.getvalue(), mode=PUBLIC)
 
 
 def plot_scan(

@@ -27,6 +27,7 @@ import trio
 from trio.abc import AsyncResource, Listener
 
 from hybridkex.errors import HybridkexError
+from hybridkex.machine import refusal
 from hybridkex.net.descriptors import bounded
 from hybridkex.net.log import BoundedLog
 
@@ -367,6 +368,9 @@ class Supervisor(Generic[T]):
         elif isinstance(cause, _EXPECTED):
             self._on_failure("failed")
             self._say(connection, _reason(cause))
+        elif (refused := refusal(cause)) is not None:  # no memory, no thread
+            self._on_failure("failed")
+            self._say(connection, refused)
         else:
             # A bug of ours. Its text may quote anything, so the log has its type and its place.
             self._on_failure("internal")

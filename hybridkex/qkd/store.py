@@ -42,6 +42,7 @@ from hybridkex.errors import (
     KeyUnknown,
 )
 from hybridkex.files import create_file, read_file
+from hybridkex.machine import write_error
 from hybridkex.net.event_loop import Lock, checkpoint, in_thread, shielded
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
@@ -166,7 +167,7 @@ def write_key_file(path: Path) -> None:
     try:
         create_file(path, os.urandom(SEAL_KEY_BYTES).hex().encode("ascii") + b"\n")
     except OSError as error:
-        raise ConfigError(f"cannot make the key file {path}: {error.strerror}") from error
+        raise write_error(f"the key file {path}", error) from error
 
 
 def read_key_file(path: Path) -> Secret:

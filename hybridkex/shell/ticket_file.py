@@ -12,6 +12,7 @@ from hybridkex.crypto.suites import ALL_SUITES
 from hybridkex.errors import ConfigError
 from hybridkex.files import write_file
 from hybridkex.json_text import load_json
+from hybridkex.machine import write_error
 from hybridkex.secret import Secret
 from hybridkex.tls.session import AuthenticatedBy, SessionTicket
 
@@ -101,7 +102,7 @@ class FileTicketStore:
             write_file(self._path, json.dumps(self._tickets).encode("ascii"))
         except OSError as error:
             self._changed = True
-            raise ConfigError(f"cannot write {self._path}: {error.strerror}") from None
+            raise write_error(self._path, error) from None
 
 
 def _to_json(ticket: SessionTicket) -> dict[str, Any]:

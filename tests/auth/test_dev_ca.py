@@ -262,7 +262,7 @@ def test_a_failed_write_leaves_nothing_half_done(
 def test_a_place_that_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     ca = DevCa.create()
-    with pytest.raises(ConfigError, match="cannot write to"):
+    with pytest.raises(ConfigError, match="cannot write"):
         write_identity(tmp_path / "file" / "below", ca, ca.issue("a"))
 
 

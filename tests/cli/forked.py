@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import pkgutil
+import resource
 import select
 import signal
 import socket
@@ -71,6 +72,9 @@ def become(request: dict[str, Any]) -> NoReturn:
             del sys.modules[name]
         for name in request["without"]:
             sys.modules[name] = None  # type: ignore[assignment]  # "not there" (import system, 5.3.1)
+    for name, value in request["limits"].items():
+        hard = resource.getrlimit(getattr(resource, name))[1]
+        resource.setrlimit(getattr(resource, name), (value + _in_use(name), hard))
     if request["unprivileged"] and os.getuid() == 0:
         os.setgroups([])
         os.setgid(NOBODY)
@@ -87,12 +91,20 @@ def become(request: dict[str, Any]) -> NoReturn:
     os._exit(status or 0)
 
 
+def _in_use(limit: str) -> int:
+    """Bytes of address space that a process has already; of the other limits nothing counts."""
+    if limit != "RLIMIT_AS":
+        return 0
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
 def import_all() -> None:
     """What the commands would import."""
     package = importlib.import_module("hybridkex.cli")
     for module in pkgutil.walk_packages(package.__path__, "hybridkex.cli."):
         importlib.import_module(module.name)
     importlib.import_module("examples.chat.__main__")
+    importlib.import_module("encodings.idna")  # which nobody may not be able to read
 
 
 # --- in the tests ---------------------------------------------------------------------------------
@@ -204,6 +216,7 @@ class Forkserver:
         stdout: IO[bytes] | None = None,
         stderr: IO[bytes] | None = None,
         unprivileged: bool = False,
+        limits: Mapping[str, int] | None = None,
         without: Sequence[str] = (),
         to_the_end: bool = False,
         program: str = "hybridkex.cli",
@@ -218,6 +231,8 @@ class Forkserver:
             stdout: a file; otherwise one that the tests can read.
             stderr: likewise.
             unprivileged: run as nobody, if the tests run as root, who may read every file.
+            limits: of the process (getrlimit(2)); of RLIMIT_AS what it may have beside what it has
+                at its beginning.
             without: packages that are not there.
             to_the_end: take the interpreter apart as always, which writes once more what it could
                 not write before; 0.1 s.
@@ -228,6 +243,7 @@ class Forkserver:
             "folder": str(folder),
             "environment": dict(environment or {}),
             "unprivileged": unprivileged,
+            "limits": dict(limits or {}),
             "without": list(without),
             "to_the_end": to_the_end,
             "program": program,

@@ -210,7 +210,7 @@ def test_key_files(tmp_path: Path) -> None:
         read_key_file(path)
     write_key_file(path)
     assert len(read_key_file(path)) == 32
-    with pytest.raises(ConfigError, match="cannot make"):
+    with pytest.raises(ConfigError, match="cannot write"):
         write_key_file(path)
     path.chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):

@@ -7,10 +7,11 @@ from pathlib import Path
 from cryptography.hazmat.bindings import _rust
 
 from hybridkex.cli.demo import DemoOptions
-from hybridkex.cli.guarded import guarded_folder
+from hybridkex.cli.guarded import explained, guarded_folder
 from hybridkex.cli.running import end_as_interrupted, run_trio
 from hybridkex.demos.two_sites import Demonstration
 from hybridkex.errors import ConfigError
+from hybridkex.machine import write_error
 
 __all__ = ["run"]
 
@@ -27,7 +28,7 @@ def run(options: DemoOptions) -> int:
         try:
             keep.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"cannot write {keep}: {error.strerror}") from None
+            raise write_error(keep, error) from None
         demonstration = Demonstration(
             folder=folder,
             source=source,
@@ -35,5 +36,6 @@ def run(options: DemoOptions) -> int:
             distance=options.distance,
             say=partial(print, flush=True),
         )
-        run_trio(demonstration.run)
+        with explained(keep, "choose another one with --keep"):
+            run_trio(demonstration.run)
     return 0

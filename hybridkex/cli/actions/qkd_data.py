@@ -25,6 +25,7 @@ from hybridkex.link.party import Block
 from hybridkex.link.presets import preset
 from hybridkex.link.quantum import OpticalLink
 from hybridkex.link.settings import LinkSettings
+from hybridkex.machine import write_error
 from hybridkex.net.address import parse_tcp_address
 from hybridkex.text import json_line
 
@@ -59,7 +60,7 @@ def record(options: RecordOptions) -> int:
             write_measured(path, measured, chosen)
             print(path)
     except OSError as error:
-        raise ConfigError(f"cannot write to {options.output}: {error.strerror}") from None
+        raise write_error(options.output, error) from None
     return 0
 
 
@@ -89,7 +90,7 @@ def run_distil(options: DistilOptions) -> int:
         try:
             write_file(options.keys, lines.encode())
         except OSError as error:
-            raise ConfigError(f"cannot write {options.keys}: {error.strerror}") from None
+            raise write_error(options.keys, error) from None
     line = {**asdict(replace(block, keys=())), "keys": len(block.keys)}
     line["epsilon"]["total"] = block.epsilon.total
     print(json_line(line))

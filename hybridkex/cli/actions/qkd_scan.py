@@ -15,6 +15,7 @@ from rich.progress import Progress
 from hybridkex.cli.qkd_scan import PlotOptions, ScanOptions
 from hybridkex.errors import ConfigError
 from hybridkex.link.scan import SUFFIXES, grid, read_scan, scan, write_scan
+from hybridkex.machine import write_error
 
 __all__ = ["dask_executor", "plot", "run_scan"]
 CONNECT_SECONDS: Final = 10
@@ -64,7 +65,7 @@ def run_scan(options: ScanOptions) -> int:
     try:
         write_scan(options.output, rows)
     except OSError as error:
-        raise ConfigError(f"cannot write {options.output}: {error.strerror}") from None
+        raise write_error(options.output, error) from None
     print(f"{options.output}: {len(rows)} rows")
     return 0
 
@@ -128,6 +129,6 @@ def plot(options: PlotOptions) -> int:
     try:
         save(figure, options.output)
     except OSError as error:
-        raise ConfigError(f"cannot write {options.output}: {error.strerror}") from None
+        raise write_error(options.output, error) from None
     print(options.output)
     return 0

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hybridkex import __version__
-from hybridkex.cli.guarded import guarded_folder, guarded_processes
+from hybridkex.cli.guarded import explained, guarded_folder, guarded_processes
 from hybridkex.cli.rndl import RndlOptions
 from hybridkex.cli.running import end_as_interrupted, run_trio
 from hybridkex.demos.rndl import page
@@ -26,12 +26,14 @@ from hybridkex.demos.rndl.matrix import BREAKS, rows
 from hybridkex.demos.rndl.trial import Cell, Trial, run_trial
 from hybridkex.errors import ConfigError
 from hybridkex.files import PUBLIC, make_private_folder, write_file
+from hybridkex.machine import write_error
 from hybridkex.text import terminal
 
 __all__ = ["run"]
 
 _READ: Final = Text("R", style="bold red")
 _SAFE: Final = Text("·", style="green")
+_OTHER_KEEP: Final = "choose another one with --keep"
 _WRONG: Final = Text("!", style="bold black on yellow")
 
 
@@ -47,16 +49,17 @@ def run(options: RndlOptions) -> int:
         trial = _watched(console, folder)
     _print_matrix(console, trial)
     _print_findings(console, trial)
-    try:
-        if options.html is not None:
-            write_file(options.html, page.render(trial, __version__).encode("utf-8"), mode=PUBLIC)
-        if options.json is not None:
-            report = {"hybridkex": __version__, **trial.as_json()}
-            write_file(
-                options.json, json.dumps(report, indent=1).encode("ascii") + b"\n", mode=PUBLIC
-            )
-    except OSError as error:
-        raise ConfigError(f"cannot write the report: {error}") from error
+    reports = []
+    if options.html is not None:
+        reports.append((options.html, page.render(trial, __version__).encode("utf-8")))
+    if options.json is not None:
+        report = {"hybridkex": __version__, **trial.as_json()}
+        reports.append((options.json, json.dumps(report, indent=1).encode("ascii") + b"\n"))
+    for path, content in reports:
+        try:
+            write_file(path, content, mode=PUBLIC)
+        except OSError as error:
+            raise write_error(f"the report {path}", error) from None
     for kept in (options.html, options.json, options.keep):
         if kept is not None:
             console.print(f"written: {kept}", markup=False)
@@ -70,8 +73,8 @@ def _folder(keep: Path | None) -> Iterator[Path]:
         try:
             make_private_folder(keep)
         except OSError as error:
-            raise ConfigError(f"cannot make the folder {keep}: {error.strerror}") from error
-        with guarded_processes():
+            raise write_error(keep, error) from error
+        with guarded_processes(), explained(keep, _OTHER_KEEP):
             yield keep.absolute()
         return
     with guarded_folder("hybridkex-rndl-") as folder:

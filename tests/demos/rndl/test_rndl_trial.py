@@ -173,7 +173,7 @@ def test_bad_options_end_at_once_with_a_sentence(
 ) -> None:
     for option, path, complaint in (
         ("--html", tmp_path / "no/such/report.html", "there is no folder"),
-        ("--keep", tmp_path, "cannot make the folder"),
+        ("--keep", tmp_path, "cannot write"),
     ):
         assert main(["rndl", option, str(path)]) == 1
         printed = capsys.readouterr()

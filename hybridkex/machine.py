@@ -1,0 +1,78 @@
+"""What this machine refuses, in words: room in a file system, permissions, memory, threads.
+
+One line says what happened, where, and the next step. Every command and every writer of a file
+takes its words from here.
+"""
+
+import errno
+import os
+from typing import Final
+
+from hybridkex.errors import ConfigError
+
+__all__ = ["refusal", "write_error"]
+
+_ELSEWHERE: Final = "choose another place"
+_ADVICE: Final = {
+    errno.ENOSPC: f"free some space there, or {_ELSEWHERE}",
+    errno.EDQUOT: f"your quota is used up: free some space there, or {_ELSEWHERE}",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or choose another file system",
+    errno.EROFS: _ELSEWHERE,
+    errno.EACCES: f"check the permissions of the file and of its folder, or {_ELSEWHERE}",
+    errno.EPERM: f"check the permissions of the file and of its folder, or {_ELSEWHERE}",
+    errno.ENOENT: "check that the folder exists",
+    errno.ENOTDIR: "a file stands where a folder is needed: check the path",
+    errno.EEXIST: "choose another name, or remove it first",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EIO: "the disk reports an error: see the kernel's log (dmesg)",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the whole machine has too many open files: end other programs",
+    errno.ENOMEM: "end other programs, or raise the limit of memory (ulimit -v)",
+    errno.EAGAIN: "raise the limit of processes and threads (ulimit -u), or end other programs",
+}
+_NO_MEMORY: Final = (
+    "this machine gives the program no more memory; end other programs, or raise the limit "
+    "(ulimit -v)"
+)
+_NO_THREAD: Final = (
+    "this machine starts no more threads for the program; raise the limit of processes and threads "
+    "(ulimit -u) or of memory (ulimit -v), or end other programs"
+)
+
+
+def write_error(what: object, error: OSError, *, elsewhere: str = _ELSEWHERE) -> ConfigError:
+    """The error to raise where a file or a folder cannot be written.
+
+    Args:
+        what: its path, or words for it.
+        error: what the system said.
+        elsewhere: how to choose another place.
+    """
+    return ConfigError(f"cannot write {what}: {_said(error).replace(_ELSEWHERE, elsewhere)}")
+
+
+def refusal(error: BaseException) -> str | None:
+    """An error of the operating system, or exhausted memory or threads, in one line; ``None`` for
+    every other error, which is a defect of the program."""
+    if isinstance(error, OSError):
+        where = (
+            f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        )
+        return where + _said(error)
+    if isinstance(error, MemoryError):
+        return _NO_MEMORY
+    # threading has no exception of its own for it.
+    if isinstance(error, RuntimeError) and "new thread" in str(error):
+        return _NO_THREAD
+    return None
+
+
+def _named(where: object) -> str:
+    return os.fsdecode(where) if isinstance(where, str | bytes) else str(where)
+
+
+def _said(error: OSError) -> str:
+    reason = error.strerror or str(error) or type(error).__name__
+    advice = _ADVICE.get(error.errno or 0)
+    return f"{reason}; {advice}" if advice else reason

@@ -10,6 +10,28 @@ from forked import Forkserver
 from hybridkex.auth.dev_ca import DevCa, write_identity
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="try every member where a test else tries a sample (takes hours)",
+    )
+
+
+@pytest.fixture(scope="session")
+def thorough(request: pytest.FixtureRequest) -> bool:
+    """Whether a test tries every member of its kind, not a sample."""
+    return bool(request.config.getoption("--thorough"))
+
+
+@pytest.fixture
+def no_log() -> Iterator[None]:
+    """No log lines: pytest keeps each of them, which a test that measures memory would see."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
 @pytest.fixture(autouse=True)
 def _log_as_it_was() -> Iterator[None]:
     """A command that a test runs in this process sets up the library's log for the process."""

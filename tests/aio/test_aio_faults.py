@@ -602,7 +602,7 @@ def test_strangers(run: Run, client_config: ClientConfig, server_config: ServerC
 
 @pytest.mark.slow
 def test_ten_thousand_strangers(
-    run: Run, client_config: ClientConfig, server_config: ServerConfig
+    run: Run, client_config: ClientConfig, server_config: ServerConfig, no_log: None
 ) -> None:
     run(survive(client_config, server_config, 10_000), seconds=600)
 

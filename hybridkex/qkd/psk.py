@@ -27,19 +27,42 @@ In the presentation language of RFC 9846 section 3::
         opaque slave_sae<1..255>;         /* the TLS server: it looks the key up */
         KmePair kmes<1..2^16-1>;          /* master_kme, slave_kme of each part, in order */
     } QkdContext;                         /* context */
+
+A key for a key update (``docs/fresh-keys.md``) has the same identity and a context of its own:
+there the drawing side is whichever starts the update::
+
+    struct {
+        opaque label[11] = "hkx-qkd upd";
+        uint8 version = 1;
+        uint8 initiator;                  /* of the update: 0 the TLS client, 1 the TLS server */
+        uint64 epoch;                     /* that the update makes */
+        opaque master_sae<1..255>;        /* the initiator */
+        opaque slave_sae<1..255>;         /* the responder */
+        KmePair kmes<1..2^16-1>;
+    } QkdUpdateContext;
 """
 
+from collections.abc import Callable
 from typing import Final
 
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import ConfigError, DecodeError, KeySourceUnavailable
 from hybridkex.qkd.source import KeyPart, KeyReference, QkdKey, canonical_key_id
-from hybridkex.wire.codec import Reader, vector8, vector16
+from hybridkex.wire.codec import Reader, u8, u64, vector8, vector16
 
-__all__ = ["MAX_PARTS", "as_psk", "context_of", "identity_of", "name_of"]
+__all__ = [
+    "MAX_PARTS",
+    "as_psk",
+    "as_update_psk",
+    "context_of",
+    "identity_of",
+    "name_of",
+    "update_context_of",
+]
 
 _IDENTITY: Final = b"hkx-qkd\x01"
 _CONTEXT: Final = b"hkx-qkd ctx\x01"
+_UPDATE_CONTEXT: Final = b"hkx-qkd upd\x01"
 
 MAX_PARTS: Final = 8
 """Parts of one key's name that are read: each costs a look-up."""
@@ -51,12 +74,37 @@ def as_psk(key: QkdKey) -> ExternalPsk:
     Raises:
         KeySourceUnavailable: the source gave a key that is too short or a name that is too long.
     """
+    return _psk(
+        key, lambda: context_of(key.name, master_sae=key.master_sae, slave_sae=key.slave_sae)
+    )
+
+
+def as_update_psk(key: QkdKey, *, by_client: bool, epoch: int) -> ExternalPsk:
+    """The PSK that both sides make of a key for a key update.
+
+    Args:
+        key: the key; its master is the side that starts the update.
+        by_client: whether that side is the TLS client.
+        epoch: the epoch that the update makes.
+
+    Raises:
+        KeySourceUnavailable: as :func:`as_psk`.
+    """
+    return _psk(
+        key,
+        lambda: update_context_of(
+            key.name,
+            master_sae=key.master_sae,
+            slave_sae=key.slave_sae,
+            by_client=by_client,
+            epoch=epoch,
+        ),
+    )
+
+
+def _psk(key: QkdKey, context: Callable[[], bytes]) -> ExternalPsk:
     try:
-        return ExternalPsk(
-            identity=identity_of(key.name),
-            key=key.key,
-            context=context_of(key.name, master_sae=key.master_sae, slave_sae=key.slave_sae),
-        )
+        return ExternalPsk(identity=identity_of(key.name), key=key.key, context=context())
     except ConfigError as error:
         raise KeySourceUnavailable(f"the key source gave no usable key: {error}") from None
 
@@ -73,8 +121,20 @@ def identity_of(name: KeyReference) -> bytes:
 
 def context_of(name: KeyReference, *, master_sae: str, slave_sae: str) -> bytes:
     """The context: ``QkdContext``, encoded."""
+    return _CONTEXT + _ends_of(name, master_sae, slave_sae)
+
+
+def update_context_of(
+    name: KeyReference, *, master_sae: str, slave_sae: str, by_client: bool, epoch: int
+) -> bytes:
+    """The context of a key for a key update: ``QkdUpdateContext``, encoded."""
+    head = _UPDATE_CONTEXT + u8(0 if by_client else 1) + u64(epoch)
+    return head + _ends_of(name, master_sae, slave_sae)
+
+
+def _ends_of(name: KeyReference, master_sae: str, slave_sae: str) -> bytes:
     kmes = b"".join(_text(part.master_kme) + _text(part.slave_kme) for part in name)
-    return _CONTEXT + _text(master_sae) + _text(slave_sae) + vector16(kmes)
+    return _text(master_sae) + _text(slave_sae) + vector16(kmes)
 
 
 def name_of(identity: bytes) -> KeyReference | None:

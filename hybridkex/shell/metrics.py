@@ -18,6 +18,7 @@ _HELP = {
     "limited": "Look-ups that were not made because the peer asked too often.",
     "sessions": "Handshakes with a QKD key in them.",
     "fallbacks": "Handshakes without a QKD key, where the policy only prefers one.",
+    "update_keys": "QKD keys drawn and looked up for key updates.",
 }
 
 

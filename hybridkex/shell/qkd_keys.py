@@ -28,10 +28,11 @@ from hybridkex.errors import (
 from hybridkex.fields import INTEGER, NUMBER, a, check_fields, tuple_of
 from hybridkex.net.event_loop import current_time, sleep, time_limit
 from hybridkex.net.token_bucket import TokenBucket
-from hybridkex.qkd.psk import as_psk, context_of, name_of
+from hybridkex.qkd.psk import as_psk, as_update_psk, context_of, name_of, update_context_of
 from hybridkex.qkd.source import KeyReference, KeySource, QkdKey
 from hybridkex.reasons import Reason
 from hybridkex.text import get_logger
+from hybridkex.tls.epochs import UpdateKey
 from hybridkex.tls.policy import Requirement
 from hybridkex.tls.session import Session
 from hybridkex.wire.messages import ImportedIdentity
@@ -116,6 +117,8 @@ class QkdCounters:
     """Handshakes with a QKD key in them, resumptions included."""
     fallbacks: int = 0
     """Handshakes without one."""
+    update_keys: int = 0
+    """QKD keys drawn and looked up for key updates."""
 
 
 class QkdPskSource:
@@ -176,6 +179,78 @@ class QkdPskSource:
                 self.counters.looked_up += 1
                 return replace(as_psk(key), origin=_Origin(*found))
         raise KeyUnknown("no identity that the client offers names a QKD key of ours")
+
+    async def draw_for_update(self, session: Session, *, client: bool, epoch: int) -> UpdateKey:
+        """A new key for a key update that we start; see
+        :class:`~hybridkex.tls.fresh_keys.UpdateKeySource`.
+
+        Raises:
+            KeySourceError: there is none.
+        """
+        peer = self._peer_of(session)
+        key = await self._ask(peer.source.get_key)
+        self.counters.drawn += 1
+        self.counters.update_keys += 1
+        self._remember(key.name, peer)
+        return _update_key(key, by_client=client, epoch=epoch)
+
+    async def look_up_for_update(
+        self, identity: bytes, session: Session, *, client: bool, epoch: int
+    ) -> UpdateKey:
+        """The key that the peer has named in its request.
+
+        Raises:
+            KeySourceError: it is not one of ours for this session and this epoch, or cannot be had.
+        """
+        peer = self._peer_of(session)
+        imported, source = ImportedIdentity.decode(identity), peer.source
+        name = name_of(imported.external_identity) if imported is not None else None
+        if imported is None or name is None:
+            raise KeyUnknown("the key update of the peer names no QKD key")
+        expected = update_context_of(
+            name,
+            master_sae=source.peer_sae,
+            slave_sae=source.local_sae,
+            by_client=not client,
+            epoch=epoch,
+        )
+        if imported.context != expected or not source.knows(name):
+            raise KeyUnknown("the key update of the peer names a QKD key of others")
+        key = await self._look_up_once(peer, name)
+        self.counters.looked_up += 1
+        self.counters.update_keys += 1
+        return _update_key(key, by_client=not client, epoch=epoch)
+
+    async def stock_for_updates(self, session: Session) -> int | None:
+        """How many keys there are to draw for this peer.
+
+        Raises:
+            KeySourceError: the key source cannot say.
+        """
+        source = self._peer_of(session).source
+        try:
+            async with time_limit(self._limits.timeout):
+                return (await source.status()).stored
+        except TimeoutError:
+            raise KeySourceUnavailable(
+                f"the key source did not answer within {self._limits.timeout:g} s"
+            ) from None
+
+    def _peer_of(self, session: Session) -> QkdPeer:
+        """Whose keys go into the updates of a session: the peer whose key is in its handshake, the
+        one whose names its certificate has, or the only one.
+
+        Raises:
+            KeyUnknown: nothing says which of several it is.
+        """
+        used = self._used(session)
+        if used is not None:
+            return used.peer
+        named = [one for one in self._peers if one.names and session.peer_is_one_of(one.names)]
+        fitting = named or (self._peers if len(self._peers) == 1 else ())
+        if len(fitting) != 1 or (fitting[0].names and not named):
+            raise KeyUnknown("no QKD keys are shared with this peer")
+        return fitting[0]
 
     def _recognise(self, identity: bytes) -> tuple[QkdPeer, KeyReference] | None:
         """Whose key an identity names. Costs nothing but the comparison."""
@@ -289,6 +364,14 @@ class QkdPskSource:
                     f"a QKD key of {peer.source.peer_sae} with the certificate of another",
                     Reason.QKD_KEY_REQUIRED,
                 )
+
+
+def _update_key(key: QkdKey, *, by_client: bool, epoch: int) -> UpdateKey:
+    return UpdateKey(
+        psk=as_update_psk(key, by_client=by_client, epoch=epoch),
+        key_ids=key.key_ids,
+        sources=tuple(f"{master} > {slave}" for master, slave in key.kmes),
+    )
 
 
 @dataclass(frozen=True)

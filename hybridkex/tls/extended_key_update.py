@@ -184,8 +184,10 @@ class Updates:
         else:
             message = UpdateRequest(share)
         raw = records.writer.send(message)
-        if key is None and missing is None and self.takes_keys:
-            missing = "the update was started without one"
+        if key is None and self.takes_keys:
+            missing = missing or "the update was started without one"
+        else:
+            missing = None
         self._state = WaitResponse(started, raw, key, missing, why)
 
     def provide(self, records: RecordLayer, key: UpdateKey | None, missing: str | None) -> None:

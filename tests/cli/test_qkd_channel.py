@@ -112,6 +112,8 @@ def test_the_qkd_key_alone(listening: Listening, connect: Connect, kmes: Kmes) -
         "post_quantum": "require",
         "psk": "require",
         "authentication": "psk",
+        "fresh_keys": "off",
+        "fresh_qkd": "off",
     }
 
 

@@ -206,6 +206,8 @@ async def test_the_three_legs(make_sites: Callable[..., Sites], certificates: bo
             "post_quantum": "require",
             "psk": "require",
             "authentication": wanted.value,
+            "fresh_keys": "off",
+            "fresh_qkd": "off",
         }
         assert session.qkd_key_ids[0] in str(session)
     assert (sites.alice.draws, sites.bob.gets) == (1, 1)

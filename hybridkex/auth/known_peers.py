@@ -16,6 +16,7 @@ import binascii
 import fcntl
 import re
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -71,7 +72,9 @@ class KnownPeers:
         except ConfigError as error:
             self._snapshot.entries = error
 
-    def verify_server_key(self, spki: bytes, name: PeerName | None) -> VerifiedPeer:
+    def verify_server_key(
+        self, spki: bytes, name: PeerName | None, *, at: datetime | None = None
+    ) -> VerifiedPeer:
         """A key that the name had before; any key, where the name is new."""
         if name is None:
             raise CertificateRejected(
@@ -91,7 +94,7 @@ class KnownPeers:
             )
         return VerifiedPeer(PROOF, peer, "first use", partial(self._remember, str(name), peer))
 
-    def verify_client_key(self, spki: bytes) -> VerifiedPeer:
+    def verify_client_key(self, spki: bytes, *, at: datetime | None = None) -> VerifiedPeer:
         """A key that is in the file: a client says no name, so none of them is new."""
         names = tuple(name for name, key in self._entries() if key == spki)
         peer = read_raw_key(spki, names)

@@ -80,7 +80,10 @@ class ServerVerifier(Protocol):
     def verify_server(
         self, chain: Sequence[bytes], name: PeerName | None, *, at: datetime | None = None
     ) -> VerifiedPeer:
-        """Accept ``chain`` (DER, leaf first) for ``name``, or raise ``CertificateRejected``."""
+        """Accept ``chain`` (DER, leaf first) for ``name``, or raise ``CertificateRejected``.
+
+        ``at`` is the time of the check, aware; ``None`` is now.
+        """
         ...
 
 
@@ -89,7 +92,10 @@ class ClientVerifier(Protocol):
     """Decides about a client's certificates."""
 
     def verify_client(self, chain: Sequence[bytes], *, at: datetime | None = None) -> VerifiedPeer:
-        """Accept ``chain`` (DER, leaf first), or raise ``CertificateRejected``."""
+        """Accept ``chain`` (DER, leaf first), or raise ``CertificateRejected``.
+
+        ``at`` is the time of the check, aware; ``None`` is now.
+        """
         ...
 
 
@@ -97,8 +103,13 @@ class ClientVerifier(Protocol):
 class ServerKeyVerifier(Protocol):
     """Decides about a server's raw public key."""
 
-    def verify_server_key(self, spki: bytes, name: PeerName | None) -> VerifiedPeer:
-        """Accept a SubjectPublicKeyInfo for ``name``, or raise ``CertificateRejected``."""
+    def verify_server_key(
+        self, spki: bytes, name: PeerName | None, *, at: datetime | None = None
+    ) -> VerifiedPeer:
+        """Accept a SubjectPublicKeyInfo for ``name``, or raise ``CertificateRejected``.
+
+        ``at`` is the time of the check, aware; ``None`` is now.
+        """
         ...
 
 
@@ -106,8 +117,11 @@ class ServerKeyVerifier(Protocol):
 class ClientKeyVerifier(Protocol):
     """Decides about a client's raw public key."""
 
-    def verify_client_key(self, spki: bytes) -> VerifiedPeer:
-        """Accept a SubjectPublicKeyInfo, or raise ``CertificateRejected``."""
+    def verify_client_key(self, spki: bytes, *, at: datetime | None = None) -> VerifiedPeer:
+        """Accept a SubjectPublicKeyInfo, or raise ``CertificateRejected``.
+
+        ``at`` is the time of the check, aware; ``None`` is now.
+        """
         ...
 
 

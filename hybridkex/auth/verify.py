@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Final
 
 from cryptography import x509
 from cryptography.x509.verification import (
@@ -130,6 +131,20 @@ _AUTHORITY = _authority_policy()
 _SERVER, _CLIENT = _leaf_policies()
 
 
+_MAX_KEPT: Final = 64
+"""Results of verifications that a trust store keeps."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The result of a verification, and the time in which every certificate of its path is
+    valid."""
+
+    peer: VerifiedPeer
+    not_before: datetime
+    not_after: datetime
+
+
 @dataclass(frozen=True)
 class TrustStore:
     """Certificates of authorities that we trust, for servers by name and for clients.
@@ -146,6 +161,9 @@ class TrustStore:
     authorities: tuple[x509.Certificate, ...] = field(repr=False)
     pins: frozenset[str] = frozenset()
     source: str = ""
+    _kept: dict[tuple[tuple[bytes, ...], PeerName | None], _Kept] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not self.authorities:
@@ -183,33 +201,61 @@ class TrustStore:
             raise CertificateRejected(
                 "the server's certificate cannot be checked without a name; pass server_hostname"
             )
-        peer, certificates, now = self._read(chain, at)
-        subject: x509.DNSName | x509.IPAddress = (
-            x509.DNSName(name.a_label)
-            if isinstance(name, DnsName)
-            else x509.IPAddress(name.address)
-        )
+        return self._verify(tuple(chain), name, at)
+
+    def verify_client(self, chain: Sequence[bytes], *, at: datetime | None = None) -> VerifiedPeer:
+        """Chain, validity, usages, and strength of the leaf's key."""
+        return self._verify(tuple(chain), None, at)
+
+    def _verify(
+        self, chain: tuple[bytes, ...], name: PeerName | None, at: datetime | None
+    ) -> VerifiedPeer:
+        """Verify a server's chain for ``name``, or a client's where it is ``None``.
+
+        The result is kept. A kept result is used again only by this object, whose authorities and
+        pins never change, for the same bytes and the same name, and only while every certificate of
+        the path is valid: path validation depends on nothing else.
+        """
+        now = datetime.now(UTC) if at is None else at.astimezone(UTC)
+        kept = self._kept.get((chain, name))
+        if kept is not None and kept.not_before <= now <= kept.not_after:
+            return kept.peer
+        peer, certificates = read_chain(chain)
+        _refuse_weak_key(peer)
         try:
-            verifier = self._for_servers.time(now).build_server_verifier(subject)
-            verifier.verify(certificates[0], certificates[1:])
+            path = self._path(certificates, name, now)
         # ValueError: a name that no certificate can have.
         except (VerificationError, ValueError) as error:
             raise explain(
                 certificates, roots=self._roots, name=name, at=now, refusal=error
             ) from None
-        return self._accept(peer)
+        if self.pins:
+            _require_pin(peer, self.pins)
+        verified = VerifiedPeer(PROOF, peer, "ca")
+        if len(self._kept) >= _MAX_KEPT:
+            self._kept.clear()
+        self._kept[chain, name] = _Kept(
+            verified,
+            max(one.not_valid_before_utc for one in path),
+            min(one.not_valid_after_utc for one in path),
+        )
+        return verified
 
-    def verify_client(self, chain: Sequence[bytes], *, at: datetime | None = None) -> VerifiedPeer:
-        """Chain, validity, usages, and strength of the leaf's key."""
-        peer, certificates, now = self._read(chain, at)
-        try:
-            verifier = self._for_clients.time(now).build_client_verifier()
-            verifier.verify(certificates[0], certificates[1:])
-        except VerificationError as error:
-            raise explain(
-                certificates, roots=self._roots, name=None, at=now, refusal=error
-            ) from None
-        return self._accept(peer)
+    def _path(
+        self, certificates: list[x509.Certificate], name: PeerName | None, now: datetime
+    ) -> list[x509.Certificate]:
+        """The path that the verifier of `cryptography` finds, from the leaf to an authority."""
+        leaf, intermediates = certificates[0], certificates[1:]
+        if name is None:
+            clients = self._for_clients.time(now).build_client_verifier()
+            return clients.verify(leaf, intermediates).chain
+        subject: x509.DNSName | x509.IPAddress = (
+            x509.DNSName(name.a_label)
+            if isinstance(name, DnsName)
+            else x509.IPAddress(name.address)
+        )
+        servers = self._for_servers.time(now).build_server_verifier(subject)
+        return servers.verify(leaf, intermediates)
 
     @cached_property
     def _store(self) -> Store:
@@ -230,19 +276,6 @@ class TrustStore:
     @property
     def _roots(self) -> Roots:
         return Roots(self.authorities, self.source)
-
-    @staticmethod
-    def _read(
-        chain: Sequence[bytes], at: datetime | None
-    ) -> tuple[PeerCertificate, list[x509.Certificate], datetime]:
-        peer, certificates = read_chain(chain)
-        _refuse_weak_key(peer)
-        return peer, certificates, datetime.now(UTC) if at is None else at.astimezone(UTC)
-
-    def _accept(self, peer: PeerCertificate) -> VerifiedPeer:
-        if self.pins:
-            _require_pin(peer, self.pins)
-        return VerifiedPeer(PROOF, peer, "ca")
 
 
 @dataclass(frozen=True)
@@ -282,11 +315,13 @@ class Pins:
         _require_pin(peer, self.pins)
         return VerifiedPeer(PROOF, peer, "pin")
 
-    def verify_server_key(self, spki: bytes, name: PeerName | None) -> VerifiedPeer:
+    def verify_server_key(
+        self, spki: bytes, name: PeerName | None, *, at: datetime | None = None
+    ) -> VerifiedPeer:
         """The raw public key is pinned, and strong enough."""
         return self.verify_client_key(spki)
 
-    def verify_client_key(self, spki: bytes) -> VerifiedPeer:
+    def verify_client_key(self, spki: bytes, *, at: datetime | None = None) -> VerifiedPeer:
         """The raw public key is pinned, and strong enough."""
         peer = read_raw_key(spki)
         _require_pin(peer, self.pins)

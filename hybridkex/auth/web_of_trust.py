@@ -13,8 +13,10 @@ the user trusts endorse keys, and cannot introduce other people. The user choose
 must agree. Nothing is fetched from a network: endorsements are files that people send each other.
 
 A text is accepted exactly as :func:`endorsement` writes it (lines may end with CRLF, and the last
-one without). Time counts when a key is verified, not when the files are read: the last day of the
-endorsement, the expiry of its signature and the expiry of the person's certificate.
+one without). Time counts when a key is verified, not when the files
+are read: the last day of the endorsement, the expiry of the person's certificate and the expiry of
+the signature. The caller gives the time for the first two; Sequoia checks the third by the clock of
+the system.
 """
 
 import re
@@ -137,28 +139,31 @@ class WebOfTrust:
                 raise ConfigError(f"cannot read {statements}: {error.strerror}") from None
         return cls(tuple(map(_bytes_of, people)), tuple(map(_bytes_of, statements)), needed)
 
-    def verify_server_key(self, spki: bytes, name: PeerName | None) -> VerifiedPeer:
-        """Accept a key that enough people endorse for this name now."""
+    def verify_server_key(
+        self, spki: bytes, name: PeerName | None, *, at: datetime | None = None
+    ) -> VerifiedPeer:
+        """Accept a key that enough people endorse for this name at the time ``at``."""
         if name is None:
             raise CertificateRejected(
                 "a server's key is endorsed for the server's name; pass server_hostname"
             )
         peer = read_raw_key(spki, (str(name),))
-        if str(name) not in self._names(peer):
+        if str(name) not in self._names(peer, at):
             raise self._refusal(peer, f"as {name}")
         return VerifiedPeer(PROOF, peer, "openpgp")
 
-    def verify_client_key(self, spki: bytes) -> VerifiedPeer:
-        """Accept a key that enough people endorse for some name now; the peer has these names."""
+    def verify_client_key(self, spki: bytes, *, at: datetime | None = None) -> VerifiedPeer:
+        """Accept a key that enough people endorse for some name at the time ``at``; the peer has
+        these names."""
         peer = read_raw_key(spki)
-        names = self._names(peer)
+        names = self._names(peer, at)
         if not names:
             raise self._refusal(peer, "by any name")
         return VerifiedPeer(PROOF, PeerRawKey(spki, names), "openpgp")
 
-    def _names(self, peer: PeerRawKey) -> tuple[str, ...]:
-        """The names for which enough people endorse the key now."""
-        now = datetime.now(UTC)
+    def _names(self, peer: PeerRawKey, at: datetime | None) -> tuple[str, ...]:
+        """The names for which enough people endorse the key at a time."""
+        now = datetime.now(UTC) if at is None else at.astimezone(UTC)
         by: dict[str, set[str]] = {}
         for one in self.endorsements:
             if one.pin == peer.pin and self._counts(one, now):

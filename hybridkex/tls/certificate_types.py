@@ -85,7 +85,7 @@ def accept_server(
     if kind not in accepted_types(verifier):
         raise _unwanted(kind)
     if kind == RAW:
-        return cast(ServerKeyVerifier, verifier).verify_server_key(chain[0], name)
+        return cast(ServerKeyVerifier, verifier).verify_server_key(chain[0], name, at=_moment(now))
     return cast(ServerVerifier, verifier).verify_server(chain, name, at=_moment(now))
 
 
@@ -96,7 +96,7 @@ def accept_client(
     if kind not in accepted_types(verifier):
         raise _unwanted(kind)
     if kind == RAW:
-        return cast(ClientKeyVerifier, verifier).verify_client_key(chain[0])
+        return cast(ClientKeyVerifier, verifier).verify_client_key(chain[0], at=_moment(now))
     return cast(ClientVerifier, verifier).verify_client(chain, at=_moment(now))
 
 

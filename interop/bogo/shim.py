@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,13 @@ class OneKey:
     def __init__(self, pins: Pins) -> None:
         self.pins = pins
 
-    def verify_server_key(self, spki: bytes, name: PeerName | None) -> VerifiedPeer:
+    def verify_server_key(
+        self, spki: bytes, name: PeerName | None, *, at: datetime | None = None
+    ) -> VerifiedPeer:
         """The key that the runner named."""
         return self.pins.verify_server_key(spki, name)
 
-    def verify_client_key(self, spki: bytes) -> VerifiedPeer:
+    def verify_client_key(self, spki: bytes, *, at: datetime | None = None) -> VerifiedPeer:
         """The key that the runner named."""
         return self.pins.verify_client_key(spki)
 

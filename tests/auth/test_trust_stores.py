@@ -3,6 +3,8 @@
 import base64
 import os
 import ssl
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,9 @@ from hybridkex.auth import (
     parse_peer_name,
     spki_sha256,
     system,
+    verify,
 )
+from hybridkex.auth.certificates import read_chain
 from hybridkex.errors import CertificateRejected, ConfigError
 
 ONE, TWO, THREE = DevCa.create("One"), DevCa.create("Two"), DevCa.create("Three")
@@ -202,3 +206,71 @@ def test_two_first_uses_of_one_name_at_once(tmp_path: Path) -> None:
     with pytest.raises(CertificateRejected, match="another key"):
         second.remember()
     assert path.read_text().count("\n") == 1
+
+
+# --- results that are kept ------------------------------------------------------------------------
+
+
+def verifications(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, ...]]:
+    """The chains that are read from now on: one that is answered from a kept result is not."""
+    read: list[tuple[bytes, ...]] = []
+
+    def counted(chain: tuple[bytes, ...]) -> object:
+        read.append(chain)
+        return read_chain(chain)
+
+    monkeypatch.setattr(verify, "read_chain", counted)
+    return read
+
+
+def test_a_chain_is_verified_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = verifications(monkeypatch)
+    store, name = TrustStore((ONE.certificate,)), parse_peer_name("a.example")
+    assert store.verify_server(SITE.chain, name) == store.verify_server(list(SITE.chain), name)
+    assert len(read) == 1
+    store.verify_client(SITE.chain)  # another question
+    assert len(read) == 2
+    with pytest.raises(CertificateRejected, match=r"not for b\.example"):
+        store.verify_server(SITE.chain, parse_peer_name("b.example"))
+    assert len(read) == 3
+
+
+def test_trust_that_is_withdrawn_is_withdrawn_at_once() -> None:
+    """A store's authorities never change: another set of them is another store."""
+    name = parse_peer_name("a.example")
+    both = TrustStore((ONE.certificate, TWO.certificate))
+    both.verify_server(SITE.chain, name)
+    without = TrustStore((TWO.certificate,))
+    pinned = replace(both, pins=frozenset({spki_sha256(THREE.certificate)}))
+    for store in (without, replace(both, authorities=(TWO.certificate,)), pinned):
+        with pytest.raises(CertificateRejected):
+            store.verify_server(SITE.chain, name)
+    both.verify_server(SITE.chain, name)
+
+
+@pytest.mark.parametrize("which", ["leaf", "intermediate", "root"])
+def test_a_kept_result_ends_with_the_first_certificate_of_the_path(which: str) -> None:
+    """To the second, before and after, whichever certificate of the path it is."""
+    now = datetime.now(UTC).replace(microsecond=0)
+    start, end = now - timedelta(hours=1), now + timedelta(hours=1)
+    short = {"not_before": start, "not_after": end}
+    root = DevCa.create("Root", **short if which == "root" else {})  # type: ignore[arg-type]
+    middle = root.intermediate("Middle", **short if which == "intermediate" else {})  # type: ignore[arg-type]
+    leaf = middle.issue("a.example", **short if which == "leaf" else {})  # type: ignore[arg-type]
+    store, name = TrustStore((root.certificate,)), parse_peer_name("a.example")
+    for at in (now, start, end, now):
+        store.verify_server(leaf.chain, name, at=at)
+        store.verify_client(leaf.chain, at=at)
+    second = timedelta(seconds=1)
+    for at in (start - second, end + second):
+        with pytest.raises(CertificateRejected, match=r"expired on|not valid before"):
+            store.verify_server(leaf.chain, name, at=at)
+        with pytest.raises(CertificateRejected, match=r"expired on|not valid before"):
+            store.verify_client(leaf.chain, at=at)
+
+
+def test_few_results_are_kept() -> None:
+    store = TrustStore((ONE.certificate,))
+    for number in range(verify._MAX_KEPT + 2):
+        store.verify_client(ONE.issue(f"{number}.example", private_key=SITE.private_key).chain)
+    assert len(store._kept) <= verify._MAX_KEPT

@@ -160,7 +160,7 @@ def test_nothing_in_common() -> None:
 class _OnlyKeys:
     """Decides about raw keys and about nothing else."""
 
-    def verify_client_key(self, spki: bytes) -> None:
+    def verify_client_key(self, spki: bytes, *, at: datetime | None = None) -> None:
         raise CertificateRejected("nobody is known")
 
 
@@ -415,22 +415,38 @@ def test_texts_as_tools_sign_them(people: list[Person]) -> None:
             endorsement("localhost", SERVER.pin, day)  # type: ignore[arg-type]
 
 
-def test_the_last_day_counts_when_a_key_is_verified(
-    people: list[Person], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_day_counts_when_a_key_is_verified(people: list[Person]) -> None:
     ann = people[0]
     web = WebOfTrust((ann.public,), (ann.endorses("localhost", SERVER.pin, TOMORROW),))
     web.verify_client_key(SERVER.chain[0])
-
-    class Later(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> "Later":
-            moment = datetime.combine(TOMORROW + timedelta(days=1), time(), tz)
-            return cls.fromtimestamp(moment.timestamp(), tz)
-
-    monkeypatch.setattr("hybridkex.auth.web_of_trust.datetime", Later)
+    last = datetime.combine(TOMORROW, time(23, 59), UTC)
+    web.verify_client_key(SERVER.chain[0], at=last)
     with pytest.raises(CertificateRejected):
-        web.verify_client_key(SERVER.chain[0])
+        web.verify_client_key(SERVER.chain[0], at=last + timedelta(minutes=1))
+
+
+@pytest.mark.parametrize("days", [0, 2])
+def test_the_clock_of_the_configuration_reaches_the_verifiers_of_keys(
+    people: list[Person], days: int
+) -> None:
+    """At the client and at the server, as it reaches those of certificates."""
+    ann = people[0]
+    texts = [ann.endorses("localhost", one.pin, TOMORROW) for one in (SERVER, CLIENT)]
+    web = WebOfTrust((ann.public,), tuple(texts))
+    moved = clock.time() + days * 24 * 3600
+    pairs = (
+        (replace(client(web), clock=lambda: moved), server(SERVER)),
+        (
+            client(pins(SERVER), identity=CLIENT),
+            replace(server(SERVER, client_verifier=web), clock=lambda: moved),
+        ),
+    )
+    for near, far in pairs:
+        if days:
+            with pytest.raises(CertificateRejected, match="not endorsed"):
+                Pair.make(near, far).connect()
+        else:
+            Pair.make(near, far).connect()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Final
 
 from hybridkex.errors import ConfigError
 
-__all__ = ["refusal", "write_error"]
+__all__ = ["NO_THREAD", "refusal", "write_error"]
 
 _ELSEWHERE: Final = "choose another place"
 _ADVICE: Final = {
@@ -35,10 +35,11 @@ _NO_MEMORY: Final = (
     "this machine gives the program no more memory; end other programs, or raise the limit "
     "(ulimit -v)"
 )
-_NO_THREAD: Final = (
+NO_THREAD: Final = (
     "this machine starts no more threads for the program; raise the limit of processes and threads "
     "(ulimit -u) or of memory (ulimit -v), or end other programs"
 )
+"""What to say where a thread is needed and none can be started."""
 
 
 def write_error(what: object, error: OSError, *, elsewhere: str = _ELSEWHERE) -> ConfigError:
@@ -54,17 +55,28 @@ def write_error(what: object, error: OSError, *, elsewhere: str = _ELSEWHERE) ->
 
 def refusal(error: BaseException) -> str | None:
     """An error of the operating system, or exhausted memory or threads, in one line; ``None`` for
-    every other error, which is a defect of the program."""
+    every other error, which is a defect of the program.
+
+    Exhausted memory or threads may be the cause of the error: in the tasks of trio itself they
+    become its internal error.
+    """
     if isinstance(error, OSError):
         where = (
             f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
         )
         return where + _said(error)
-    if isinstance(error, MemoryError):
-        return _NO_MEMORY
-    # threading has no exception of its own for it.
-    if isinstance(error, RuntimeError) and "new thread" in str(error):
-        return _NO_THREAD
+    causes: list[BaseException] = [error]
+    for cause in causes:  # it grows
+        if isinstance(cause, MemoryError):
+            return _NO_MEMORY
+        # threading has no exception of its own for it.
+        if isinstance(cause, RuntimeError) and "new thread" in str(cause):
+            return NO_THREAD
+        if isinstance(cause, BaseExceptionGroup):
+            causes += cause.exceptions
+        for before in (cause.__cause__, cause.__context__):
+            if before is not None and before not in causes:
+                causes.append(before)
     return None
 
 

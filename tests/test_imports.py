@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "qkd": BASE | {"files", "wire", "crypto", "net"},
     "tls": BASE | {"wire", "crypto", "auth"},
     # The simulator knows of QKD keys what a producer of them must know.
-    "link": BASE | {"crypto", "files", "qkd"},
+    "link": BASE | {"crypto", "files", "net", "qkd"},
     # The one place where key sources meet the engine.
     "shell": ENGINE | {"files", "net", "qkd"},
     # Shells: one for each event loop.

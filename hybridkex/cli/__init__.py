@@ -59,14 +59,14 @@ def _main(arguments: list[str]) -> int:
         if not isinstance(error, BrokenPipeError):  # the reader has closed the pipe
             print(f"hybridkex: {refusal(error)}", file=sys.stderr)
         return 1
-    except (MemoryError, RuntimeError) as error:
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
         told = refusal(error)
         if told is None:
             raise
         print(f"hybridkex: {told}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
 
 
 def _run(arguments: list[str]) -> int:

@@ -14,6 +14,7 @@ from hybridkex.cli.running import first_of
 from hybridkex.constants import Alert
 from hybridkex.crypto.kex import Property
 from hybridkex.errors import AlertReceived, HybridkexError, TruncationError
+from hybridkex.net.event_loop import in_thread
 from hybridkex.streams import SecureStream
 from hybridkex.text import json_line
 from hybridkex.tls.config import ClientConfig
@@ -115,7 +116,7 @@ class _Input:
         # In a thread, since standard input may be a regular file, which cannot be polled; the
         # thread is abandoned if the peer ends first.
         try:
-            return await trio.to_thread.run_sync(os.read, 0, _CHUNK, abandon_on_cancel=True)
+            return await in_thread(os.read, 0, _CHUNK, abandon=True)
         except OSError as error:
             raise ChannelFailed(f"cannot read standard input: {error.strerror}") from None
 
@@ -142,7 +143,7 @@ async def _cancel_when_gone(stream: SecureStream[Any], scope: trio.CancelScope) 
 
 async def _write_output(stream: SecureStream[Any]) -> None:
     while data := await stream.receive_some():
-        await trio.to_thread.run_sync(_write, data)
+        await in_thread(_write, data)
 
 
 def _write(data: bytes | bytearray) -> None:

@@ -58,6 +58,7 @@ from hybridkex.errors import (
     IllegalParameter,
     TruncationError,
 )
+from hybridkex.net.event_loop import in_thread
 from hybridkex.net.reading import EndOfStream, read_exactly
 from hybridkex.qkd.psk import identity_of, name_of
 from hybridkex.qkd.source import KeySource, QkdKey
@@ -338,11 +339,11 @@ async def exchange(
     with trio.move_on_after(config.time_limit):
         verifier = getattr(config.authentication, "verifier", None)
         if isinstance(verifier, Refreshable):
-            await trio.to_thread.run_sync(verifier.refresh, abandon_on_cancel=True)
+            await in_thread(verifier.refresh, abandon=True)
         run = _Run(stream, config, on_authenticated or _nothing)
         result = await (run.initiate() if config.role == "initiator" else run.respond())
         if result.peer is not None and result.peer.remember is not None:
-            await trio.to_thread.run_sync(result.peer.remember, abandon_on_cancel=True)
+            await in_thread(result.peer.remember, abandon=True)
         return result
     raise HandshakeTimeout(f"the exchange did not end within {config.time_limit:g} s")
 

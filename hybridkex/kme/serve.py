@@ -14,6 +14,7 @@ from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import MAX_MESSAGE_BYTES, HttpPeer, LocalPeer
 from hybridkex.net.address import TcpAddress
+from hybridkex.net.event_loop import in_thread
 from hybridkex.net.http import http_supervisor, serve_connection
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, client_tls, server_tls
@@ -97,9 +98,7 @@ class KmeServer:
             ConfigError: the configuration cannot be used, or changes what needs a restart; nothing
                 has changed.
         """
-        config, settings = await trio.to_thread.run_sync(
-            self._prepared, load, abandon_on_cancel=True
-        )
+        config, settings = await in_thread(self._prepared, load, abandon=True)
         # From here on nothing can fail.
         for kme_id, fresh in settings.items():
             live, kme = self._settings[kme_id], self._kmes[kme_id]

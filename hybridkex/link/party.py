@@ -56,6 +56,7 @@ from hybridkex.link.wire import (
     Verdict,
     pack_bits,
 )
+from hybridkex.net.event_loop import in_thread
 from hybridkex.qkd.producer import ProducedKey
 from hybridkex.secret import Secret
 
@@ -347,9 +348,7 @@ class _Party:
         self, sifted: _Sifted, corrected: _Corrected, outcome: _Outcome, finish: Finish
     ) -> Block:
         """Privacy amplification, the ledger, keys."""
-        secret = self._erase_later(
-            await trio.to_thread.run_sync(compress, sifted.key, finish.seed, outcome.bits)
-        )
+        secret = self._erase_later(await in_thread(compress, sifted.key, finish.seed, outcome.bits))
         whole = secret[: len(secret) // 8 * 8]
         output = pack_bits(whole)
         epsilon = self._epsilon()
@@ -505,7 +504,7 @@ class Alice(_Party):
 
     async def _respond(self, sifted: _Sifted) -> _Corrected:
         """Error correction: answer Bob's requests."""
-        responder = await trio.to_thread.run_sync(
+        responder = await in_thread(
             self._settings.reconciler.respond, sifted.key, sifted.counts.test_error_rate
         )
         rounds = 0
@@ -513,7 +512,7 @@ class Alice(_Party):
             kind, body = await self._channel.receive_one_of(Type.ASK, Type.CORRECTED)
             if kind is Type.CORRECTED:
                 break
-            answer = await trio.to_thread.run_sync(responder.answer, body)
+            answer = await in_thread(responder.answer, body)
             rounds += 1
             await self._channel.send(Answer(answer))
         tells = self._settings.proof.uses_key_errors
@@ -625,11 +624,11 @@ class Bob(_Party):
                 correction = end.value
                 return None
 
-        request = await trio.to_thread.run_sync(step, None)
+        request = await in_thread(step, None)
         while request is not None:
             rounds += 1
             await self._channel.send(Request(request))
-            request = await trio.to_thread.run_sync(step, await self._channel.receive(Type.TELL))
+            request = await in_thread(step, await self._channel.receive(Type.TELL))
         assert correction is not None
         wrong = sifted.intensity[before != sifted.key]
         errors = tuple(map(int, np.bincount(wrong, minlength=len(sifted.counts.key))))

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from hybridkex.link.physics import Channel, Light, Source
 from hybridkex.link.randomness import Randomness
+from hybridkex.net.event_loop import in_thread
 
 __all__ = [
     "KEY",
@@ -191,7 +192,7 @@ class OpticalLink:
         """Bob's end; see :class:`Detector`."""
         before = self.seconds
         started = trio.current_time()
-        sent, detections = await trio.to_thread.run_sync(self._sample, count)
+        sent, detections = await in_thread(self._sample, count)
         if self._real_time:
             await trio.sleep_until(started + self.seconds - before)
         self.record.keep(detections.pulse, sent)

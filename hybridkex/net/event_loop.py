@@ -3,13 +3,17 @@
 Whichever loop runs the caller is used; neither is imported here. Cancellation is that loop's own.
 """
 
+import math
 import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from types import ModuleType, TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
+
+from hybridkex.net.threads import Call, NoThread, run
 
 __all__ = [
     "Event",
@@ -25,6 +29,12 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_Soon: TypeAlias = Callable[[Callable[[], object]], object]
+
+THREAD_SECONDS: Final = 10.0
+"""For which a blocking call waits for a worker where no new one can be started."""
+LOOK_SECONDS: Final = 0.5
+"""Between two looks at a call whose caller has been cancelled."""
 
 
 def _trio() -> ModuleType | None:
@@ -90,22 +100,58 @@ async def time_limit(seconds: float) -> AsyncIterator[None]:
             yield
 
 
-async def in_thread(function: Callable[[], T], *, abandon: bool = True) -> T:
-    """Run a blocking function in a worker thread.
+async def in_thread(function: Callable[..., T], *arguments: Any, abandon: bool = False) -> T:
+    """Run a blocking function in a worker thread (:mod:`hybridkex.net.threads`).
 
     Args:
         function: what to run.
+        arguments: what to call it with.
         abandon: a caller who is cancelled does not wait for the thread, which ends by itself;
             otherwise the cancellation comes when the function has returned.
+
+    Raises:
+        NoThread: no thread was free for :data:`THREAD_SECONDS`, and none could be started.
     """
-    result: T
-    if (trio := _trio()) is not None:
-        result = await trio.to_thread.run_sync(function, abandon_on_cancel=abandon)
-    elif abandon:
-        result = await _asyncio().to_thread(function)
-    else:
-        result = await shielded(lambda: _asyncio().to_thread(function))
+    await checkpoint_if_cancelled()
+    finished = Event()
+    soon = _from_threads()
+    call = Call(partial(function, *arguments), lambda: soon(finished.set))
+    sure = run(call)
+    try:
+        try:
+            async with time_limit(math.inf if sure else THREAD_SECONDS):
+                await finished.wait()
+        except TimeoutError:
+            if call.withdraw():
+                raise NoThread from None
+            await finished.wait()
+    except BaseException:
+        if not call.withdraw() and not abandon:
+            await shielded(lambda: _ended(call, finished))
+        raise
+    result: T = call.result()
     return result
+
+
+async def _ended(call: Call, finished: "Event") -> None:
+    """Wait for the end of a call, also in a loop that is about to end.
+
+    A loop that had no memory for its own work cancels its tasks and runs nothing more for other
+    threads; so one has to look.
+    """
+    while not call.has_ended:
+        with suppress(TimeoutError):
+            async with time_limit(LOOK_SECONDS):
+                await finished.wait()
+
+
+def _from_threads() -> _Soon:
+    """What calls a function soon in the running loop; for other threads."""
+    if (trio := _trio()) is not None:
+        soon: _Soon = trio.lowlevel.current_trio_token().run_sync_soon
+    else:
+        soon = _asyncio().get_running_loop().call_soon_threadsafe
+    return soon
 
 
 async def shielded(function: Callable[[], Awaitable[T]]) -> T:

@@ -310,25 +310,30 @@ class Supervisor(Generic[T]):
         async with listener:
             while True:
                 try:
-                    stream = await listener.accept()
+                    await self._accept_one(listener, connections)
                 except (OSError, MemoryError) as error:
                     full.log(
                         logging.ERROR,
                         "%s: cannot accept connections now: %s; they wait until there is room",
                         self._name,
-                        error.strerror if isinstance(error, OSError) else "out of memory",
+                        _reason(error),
                     )
                     self._handshakes._evict_one()
                     await trio.sleep(RETRY_SECONDS)
-                    continue
-                connection = Connection(_transport(stream), self.log)
-                try:
-                    await self._handshakes._wait_and_take(connection, connection.address)
-                except BaseException:
-                    await trio.aclose_forcefully(stream)
-                    raise
-                connection._waiting_since = trio.current_time()
-                connections.start_soon(self._run, stream, connection)
+
+    async def _accept_one(self, listener: Listener[T], connections: trio.Nursery) -> None:
+        stream = await listener.accept()
+        connection: Connection | None = None
+        try:
+            connection = Connection(_transport(stream), self.log)
+            await self._handshakes._wait_and_take(connection, connection.address)
+            connection._waiting_since = trio.current_time()
+            connections.start_soon(self._run, stream, connection)
+        except BaseException:
+            if connection is not None:
+                connection._release()
+            await trio.aclose_forcefully(stream)
+            raise
 
     async def _run(self, stream: T, connection: Connection) -> None:
         scope = connection._scope
@@ -415,6 +420,8 @@ def _reason(error: BaseException) -> str:
     cause = error.__cause__ or error
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror
+    if isinstance(cause, MemoryError):
+        return "out of memory"
     return str(cause) or type(cause).__name__
 
 

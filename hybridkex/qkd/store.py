@@ -44,6 +44,7 @@ from hybridkex.errors import (
 from hybridkex.files import create_file, read_file
 from hybridkex.machine import write_error
 from hybridkex.net.event_loop import Lock, checkpoint, in_thread, shielded
+from hybridkex.net.threads import NoThread
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
 
@@ -377,7 +378,7 @@ class KeyStore:
                 self._check_files()
                 result = operation(*arguments, **options)
                 self._check_files()
-            except (sqlite3.Error, InvalidTag, ConfigError) as error:
+            except (sqlite3.Error, InvalidTag, ConfigError, MemoryError) as error:
                 self._on_failure()
                 text = _reason(error)
                 if not self._failing:  # once, not for every call until it works again
@@ -387,7 +388,11 @@ class KeyStore:
             return result
 
         async with self._lock:
-            return await in_thread(call, abandon=False)
+            try:
+                return await in_thread(call)
+            except NoThread as error:
+                self._on_failure()
+                raise KeySourceUnavailable(f"the key store failed: {error}") from error
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -782,7 +787,7 @@ class KeyStore:
 
     async def _close(self) -> None:
         async with self._lock:
-            await in_thread(self._db.close)
+            self._db.close()
 
 
 def _inode(path: Path) -> _Inode:
@@ -849,4 +854,4 @@ def _reason(error: Exception) -> str:
         return "a key in it is damaged or was altered"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error)
+    return "out of memory" if isinstance(error, MemoryError) else str(error)

@@ -55,7 +55,7 @@ class Answers:
             ConfigError: it cannot be written.
         """
         if self._store is not None:
-            await in_thread(self._store.flush)
+            await in_thread(self._store.flush, abandon=True)
 
     @property
     def waits_to_begin(self) -> bool:
@@ -68,7 +68,7 @@ class Answers:
         A ticket that the ClientHello offers has left the disk when this returns.
         """
         if self._refreshable is not None:
-            await in_thread(self._refreshable.refresh)
+            await in_thread(self._refreshable.refresh, abandon=True)
         self.begin_at_once()
         await self.keep_tickets()
 
@@ -96,7 +96,7 @@ class Answers:
             try:
                 session = self._authorized(event)
                 if event.peer is not None and event.peer.remember is not None:
-                    await in_thread(event.peer.remember)  # it writes a file
+                    await in_thread(event.peer.remember, abandon=True)  # it writes a file
             except PeerError as error:
                 self._connection.abort(error)
                 raise

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
 from interop.faults.services import Service
+from interop.faults.world import Broken
 
 __all__ = ["FAULTS", "Fault"]
 
@@ -67,14 +68,37 @@ def no_descriptors(service: Service, choice: random.Random, seconds: float) -> I
 @contextmanager
 def no_threads(service: Service, choice: random.Random, seconds: float) -> Iterator[None]:
     """The limit of tasks is reached: no new thread can be started (EAGAIN)."""
-    # Threads that wait for work end after 10 s (trio.to_thread), and it is new ones that fail.
-    time.sleep(choice.choice([0, 0, 11]) if seconds >= 1 else 0)
     service.world.no_threads.touch()
     try:
         _use(service, seconds)
         yield
     finally:
         service.world.no_threads.unlink()
+
+
+@contextmanager
+def no_memory(service: Service, choice: random.Random, seconds: float) -> Iterator[None]:
+    """ENOMEM: no memory beyond what is in use, or little. The service may end for it, in order.
+
+    (It may be ended by CPython's ``_ssl``, too, which follows a null pointer then.)
+    """
+    spare = choice.choice([0, 100_000, 200_000, 300_000, 2_000_000, 9_000_000])
+    for process in service.processes:
+        process.limit(resource.RLIMIT_AS, process.memory() + spare)
+    try:
+        _use(service, seconds)
+        yield
+    finally:
+        for process in service.processes:
+            if process.alive():
+                process.limit(resource.RLIMIT_AS, None)
+    ended = [process for process in service.processes if not process.alive()]
+    for process in ended:
+        process.check_log()
+        if process.running.returncode not in (1, -signal.SIGSEGV):
+            raise Broken(f"{process.name} ended with {process.running.returncode}")
+    if ended:
+        service.restart()
 
 
 @contextmanager
@@ -218,6 +242,7 @@ FAULTS: Final[tuple[Fault, ...]] = (
     disk_full,
     no_descriptors,
     no_threads,
+    no_memory,
     stopped,
     peers_stop,
     signals,

@@ -4,6 +4,7 @@
 refused as the system refuses it at its limit of tasks (pthread_create(3): EAGAIN).
 """
 
+import _thread
 import os
 import runpy
 import sys
@@ -23,6 +24,7 @@ def main() -> None:
         return found
 
     threading._start_new_thread = limited  # type: ignore[attr-defined]
+    _thread.start_new_thread = limited  # type: ignore[assignment]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -67,6 +67,11 @@ class Process:
             return len(os.listdir(f"/proc/{self.pid}/fd"))
         return 0
 
+    def memory(self) -> int:
+        """Bytes of its address space in use (proc(5), statm)."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[0])
+        return pages * resource.getpagesize()
+
     def limit(self, kind: int, soft: int | None) -> None:
         """Set a soft limit while it runs; ``None``: as far as it goes."""
         _, hard = resource.prlimit(self.pid, kind)

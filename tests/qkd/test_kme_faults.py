@@ -300,14 +300,14 @@ class World:
 def inline_threads(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[None]:
     """Worker threads run inline and tasks in an order that the seed decides."""
 
-    async def run_sync(function: Callable[[], Any], **_: Any) -> Any:
+    async def in_thread(function: Callable[[], Any], **_: Any) -> Any:
         await trio.lowlevel.checkpoint_if_cancelled()
         result = function()
         await trio.lowlevel.cancel_shielded_checkpoint()
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(trio.to_thread, "run_sync", run_sync)
+        patch.setattr("hybridkex.qkd.store.in_thread", in_thread)
         patch.setattr(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
         trio._core._run._r.seed(seed)
         yield

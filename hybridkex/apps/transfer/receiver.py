@@ -33,6 +33,7 @@ from hybridkex.apps.transfer.messages import (
 )
 from hybridkex.apps.transfer.names import UnsafeName, shown
 from hybridkex.apps.transfer.progress import NullProgress, Progress
+from hybridkex.net.event_loop import in_thread
 from hybridkex.text import get_logger
 
 __all__ = ["Receiver"]
@@ -203,10 +204,10 @@ class _Reception:
             raise ProtocolError("too many offers, or one number for two")
         try:
             if offer.folder:
-                made = await trio.to_thread.run_sync(self._folder.make, offer)
+                made = await in_thread(self._folder.make, offer)
                 await self._frames.send(Stored(n=offer.n, already=not made, lost=""))
                 return
-            present = await trio.to_thread.run_sync(self._folder.look, offer)
+            present = await in_thread(self._folder.look, offer)
         except (NotStored, UnsafeName) as error:
             await self._fail(offer.n, error)
             return
@@ -223,7 +224,7 @@ class _Reception:
         if offered is None or offered.compared:
             raise ProtocolError("a digest that was not asked for")
         try:
-            offered.prefix = await trio.to_thread.run_sync(
+            offered.prefix = await in_thread(
                 self._folder.compare, offered.offer, offered.present, digest.sha256
             )
         except NotStored as error:
@@ -246,7 +247,7 @@ class _Reception:
             raise ProtocolError(f"file {n} begins and was not asked for")
         self._current = _Current(n, None)
         try:
-            part = await trio.to_thread.run_sync(self._folder.begin, offered.offer, offered.prefix)
+            part = await in_thread(self._folder.begin, offered.offer, offered.prefix)
         except NotStored as error:
             await self._fail(n, error)
         else:
@@ -270,7 +271,7 @@ class _Reception:
         pieces, count = current.pieces, current.gathered
         current.pieces, current.gathered = [], 0
         try:
-            await trio.to_thread.run_sync(part.write, pieces)
+            await in_thread(part.write, pieces)
             self._progress.advance(shown(part.offer.path), count)
         except NotStored as error:
             await self._give_up(current, part, error)
@@ -292,7 +293,7 @@ class _Reception:
         if part is None:
             return
         try:
-            lost = await trio.to_thread.run_sync(part.complete, end.sha256)
+            lost = await in_thread(part.complete, end.sha256)
         except NotStored as error:
             await self._give_up(current, part, error)
             return

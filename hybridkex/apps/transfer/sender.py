@@ -51,6 +51,7 @@ from hybridkex.apps.transfer.names import shown
 from hybridkex.apps.transfer.progress import Progress
 from hybridkex.apps.transfer.source import Item
 from hybridkex.errors import AlertReceived, HandshakeTimeout, PeerError
+from hybridkex.net.event_loop import in_thread
 from hybridkex.text import printable
 
 if TYPE_CHECKING:
@@ -333,7 +334,7 @@ class _Connection:
             await self._drop(n, str(error))
 
     async def _send_digest(self, n: int, item: Item, file: int, size: int) -> None:
-        digest = await trio.to_thread.run_sync(hash_prefix, file, size)
+        digest = await in_thread(hash_prefix, file, size)
         _check(file, item)
         self._prefixes[n] = size, digest
         if size == item.size:
@@ -378,7 +379,7 @@ class _Connection:
                     frame = await take.receive()
                     del frame[HEADER + item.size - position :]  # the last one may be shorter
                     try:
-                        await trio.to_thread.run_sync(_read_frame, file, position, frame, digest)
+                        await in_thread(_read_frame, file, position, frame, digest)
                     except (OSError, _Changed) as error:
                         failure.append(error)
                         return

@@ -15,6 +15,7 @@ from hybridkex.apps.tunnel.metrics import TunnelMetrics
 from hybridkex.apps.tunnel.server import TunnelServer
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import TcpAddress
+from hybridkex.net.event_loop import in_thread
 from hybridkex.text import get_logger
 
 __all__ = ["TunnelService", "TunnelSettings"]
@@ -111,7 +112,7 @@ class TunnelService:
     async def _reload(self) -> None:
         notify_reloading()
         try:
-            settings = await trio.to_thread.run_sync(self._load, abandon_on_cancel=True)
+            settings = await in_thread(self._load, abandon=True)
             await self._server.apply(settings.tunnels)
         except Exception as error:
             # Whatever it is, a running service does not end because of a file.

@@ -29,6 +29,7 @@ from hybridkex.demos.two_sites.processes import (
     said_last,
 )
 from hybridkex.files import open_private
+from hybridkex.net.event_loop import in_thread
 
 __all__ = ["Demonstration"]
 
@@ -67,7 +68,7 @@ class Demonstration:
             self.say("\n2. Alice sends Bob a file")
             session = await self._transfer(urls)
         self.say("\n3. What Eve recorded on the way")
-        await trio.to_thread.run_sync(self._report_recording)
+        await in_thread(self._report_recording)
         self.say("\n4. What the keys rest on")
         self._report_session(session)
 
@@ -121,12 +122,12 @@ class Demonstration:
         write_identity(self.folder / "bob", authority, authority.issue("localhost", "127.0.0.1"))
         write_identity(self.folder / "alice", authority, authority.issue("alice"))
         self._tell("each has a certificate of a development authority")
-        await trio.to_thread.run_sync(mark, self.source, self._sent, self.marker)
+        await in_thread(mark, self.source, self._sent, self.marker)
         marked, received = self.folder / "marked", self.folder / "received"
         began = time.monotonic()
         session = await self._run_programs(urls, marked)
         seconds = time.monotonic() - began
-        await trio.to_thread.run_sync(unmark, marked, received, self.marker)
+        await in_thread(unmark, marked, received, self.marker)
         digest = _digest(self.source)
         if digest != _digest(received):
             raise DemonstrationFailed("the file that arrived is not the file that was sent")

@@ -1,0 +1,167 @@
+"""Worker threads for blocking calls, for a process that may run out of threads and memory.
+
+A worker that has started stays and takes the next call. So a server that has once made a call can
+make the next one while the system allows no new thread (pthread_create(3): EAGAIN) and no new
+memory: the call waits until a worker is free.
+
+Starting a worker never blocks for good. ``threading.Thread.start`` does: it waits for a sign of
+the new thread, which is never given where the thread finds no memory for its first frame. Here the
+call waits in a queue that all workers share, and :meth:`Call.withdraw` takes it back.
+"""
+
+import _thread
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from contextvars import copy_context
+from queue import SimpleQueue
+from typing import Any, Final
+
+from hybridkex.errors import HybridkexError
+from hybridkex.machine import NO_THREAD
+
+__all__ = ["MOST", "Call", "NoThread", "run"]
+
+MOST: Final = 40
+"""Workers at once, as many as trio allows by default."""
+START_SECONDS: Final = 1.0
+"""For which the start of a worker waits for its first sign."""
+RETRY_SECONDS: Final = 0.05
+"""Between two tries to report a result while there is no memory for it."""
+
+
+class NoThread(HybridkexError):
+    """No thread was there for a blocking call, and none could be started."""
+
+    def __init__(self) -> None:
+        super().__init__(NO_THREAD)
+
+
+class Call:
+    """A blocking call on its way through a worker.
+
+    Args:
+        function: what to run; it sees the context variables of the caller.
+        report: called in the worker when the function has ended.
+    """
+
+    def __init__(self, function: Callable[[], Any], report: Callable[[], object]) -> None:
+        self._function: Callable[[], Any] | None = function
+        self._report = report
+        self._context = copy_context()
+        self._taken = _thread.allocate_lock()
+        self._withdrawn = False
+        self.has_ended = False
+        """Whether the function has ended; :meth:`result` says how."""
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def withdraw(self) -> bool:
+        """Take the call back; false if a worker has begun with it."""
+        if not self._withdrawn:
+            self._withdrawn = self._taken.acquire(blocking=False)
+        return self._withdrawn
+
+    def result(self) -> Any:
+        """What the function returned; raises what it raised."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            try:
+                raise error
+            finally:
+                del error
+        return self._value
+
+    def _run(self) -> None:
+        if not self._taken.acquire(blocking=False):
+            return
+        function, self._function = self._function, None
+        assert function is not None
+        try:
+            self._value = self._context.run(function)
+        except BaseException as error:  # the caller's to handle
+            self._error = error
+        self.has_ended = True
+        del function
+        while True:
+            try:
+                self._report()
+            except MemoryError:
+                time.sleep(RETRY_SECONDS)
+            except Exception:  # the loop that asked has ended
+                return
+            else:
+                return
+
+
+class _Workers:
+    """The workers of this process."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Call] = SimpleQueue()
+        self._lock = _thread.allocate_lock()
+        self._alive = 0
+        self._free = 0
+        """Workers without a call, less the calls that wait in the queue."""
+
+    def run(self, call: Call) -> bool:
+        with self._lock:
+            start = self._free < 1 and self._alive < MOST
+            self._free -= 1
+        sure = not start or self._start()
+        if not sure:
+            with self._lock:
+                alone = self._alive == 0
+                self._free += alone
+            if alone:
+                raise NoThread
+        self._calls.put(call)
+        return sure
+
+    def _start(self) -> bool:
+        """Start a worker; false if it gave no sign."""
+        begun = _thread.allocate_lock()
+        begun.acquire()
+        try:
+            _thread.start_new_thread(self._work, (begun,))
+        except (RuntimeError, MemoryError):
+            return False
+        return begun.acquire(timeout=START_SECONDS)
+
+    def _work(self, begun: Any) -> None:
+        with self._lock:
+            self._alive += 1
+            self._free += 1
+        begun.release()
+        while True:
+            # Nothing that a call does ends its worker, and nothing of a call outlives it here.
+            with contextlib.suppress(BaseException):
+                self._calls.get()._run()
+            with self._lock:
+                self._free += 1
+
+
+_workers = _Workers()
+
+
+def run(call: Call) -> bool:
+    """Hand a call to a worker; it waits where none is free and no new one can be started.
+
+    Returns:
+        Whether the call will certainly be run once earlier calls have ended; otherwise a worker
+        that was started for it may be dead.
+
+    Raises:
+        NoThread: there is no worker at all.
+    """
+    return _workers.run(call)
+
+
+def _forget() -> None:
+    """The child of a fork has none of its parent's threads."""
+    global _workers  # noqa: PLW0603
+    _workers = _Workers()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from email.utils import formatdate
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Final, NoReturn, TypeAlias
 from urllib.parse import unquote
 
@@ -41,10 +41,10 @@ __all__ = [
 
 LOG: Final = get_logger(__name__)
 
-PLAIN_CONNECTIONS: Final = 16
-"""Connections at once to a port without authentication: a few scrapers and their owner."""
-PLAIN_PATIENCE: Final = 0.2
-"""Seconds that a connection to such a port may be silent while others wait for its place."""
+PLAIN_CONNECTIONS: Final = 64
+"""Connections at once to a port without authentication. Once there are as many, each newcomer takes
+the place of the one that has been silent longest, at once: a scraper sends its request when it
+connects and reads what it asked for, so it is through before 64 others have come."""
 LINGER_SECONDS: Final = 2.0
 LINGER_SILENCE: Final = 0.5
 LINGER_BYTES: Final = 1 << 22
@@ -129,6 +129,9 @@ class HttpLimits:
     """From the first byte of a request to its last, and again for sending the response."""
     handler: float = 30.0
     """For the work on a request."""
+    pipelining: bool = True
+    """Whether a connection goes on whose client sends a request before it has read the answer to
+    the one before (RFC 9112 section 9.3.2); otherwise that answer is the last."""
 
 
 # --- routes ------------------------------------------------------------------------------------
@@ -226,7 +229,15 @@ def http_supervisor(
     """A supervisor for HTTP without TLS and authentication, such as metrics."""
 
     async def handle(stream: trio.SocketStream, connection: Connection) -> None:
-        await serve_connection(stream, handler, limits or HttpLimits(), closing, connection.waiting)
+        await serve_connection(
+            stream,
+            handler,
+            limits or HttpLimits(pipelining=False),
+            closing,
+            connection.waiting,
+            # A page of metrics is lost to nobody: who does not read it makes room, too.
+            partial(connection.waiting, unread=True),
+        )
 
     # Nobody is admitted, since there is nothing to know: whoever is silent makes room at once.
     return Supervisor(
@@ -235,7 +246,7 @@ def http_supervisor(
         logger=logger,
         handshakes=connections,
         handshake_seconds=math.inf,
-        patience=PLAIN_PATIENCE,
+        patience=0.0,
     )
 
 
@@ -245,6 +256,7 @@ async def serve_connection(
     limits: HttpLimits,
     closing: trio.Event | None = None,
     waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
+    sending: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Answer the requests of one connection until it ends, or until ``closing`` is set.
 
@@ -258,10 +270,11 @@ async def serve_connection(
         limits: bounds of size and time.
         closing: set when no new request shall be read.
         waiting: entered while the client owes us bytes and nothing is lost if the connection ends.
+        sending: entered while a response is sent.
     """
     try:
         await _Server(
-            stream, handler, limits, trio.Event() if closing is None else closing, waiting
+            stream, handler, limits, trio.Event() if closing is None else closing, waiting, sending
         ).run()
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         return
@@ -277,38 +290,43 @@ class _Server:
         limits: HttpLimits,
         closing: trio.Event,
         waiting: Callable[[], AbstractContextManager[object]],
+        sending: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._stream = stream
         self._handler = handler
         self._limits = limits
         self._closing = closing
         self._waiting = waiting
+        self._sending = sending
         self._head = False
         """Whether the request asks for the header fields alone; known before it is checked."""
         self._http = self._connection()
 
     async def run(self) -> None:
         for left in reversed(range(self._limits.max_requests)):
-            with self._waiting():
-                if not await self._begins():
-                    return
-                try:
+            try:
+                with self._waiting():
+                    if not await self._begins():
+                        return
                     with trio.fail_after(self._limits.request):
                         request = await self._read()
-                except HttpError as error:
-                    await self._refuse(error)
-                    return
-                except h11.RemoteProtocolError as error:
-                    await self._refuse(HttpError(error.error_status_hint, "malformed HTTP request"))
-                    return
-                except trio.TooSlowError:
-                    await self._refuse(HttpError(408, "the request did not come in time"))
-                    return
+            except HttpError as error:
+                await self._refuse(error)
+                return
+            except h11.RemoteProtocolError as error:
+                await self._refuse(HttpError(error.error_status_hint, "malformed HTTP request"))
+                return
+            except trio.TooSlowError:
+                await self._refuse(HttpError(408, "the request did not come in time"))
+                return
             if request is None:
                 return
             response = await self._respond(request)
-            last = self._closing.is_set() or left == 0
+            pipelined = bool(self._http.trailing_data[0]) and not self._limits.pipelining
+            last = self._closing.is_set() or left == 0 or pipelined
             if not await self._send(response, last=last):
+                if pipelined:
+                    await self._linger()
                 return
             self._next_cycle()
 
@@ -417,7 +435,7 @@ class _Server:
         if not self._head and response.body:  # the fields of GET alone (RFC 9110 section 9.3.2)
             data += self._http.send(h11.Data(data=response.body)) or b""
         data += self._http.send(h11.EndOfMessage()) or b""
-        with trio.move_on_after(self._limits.request):
+        with trio.move_on_after(self._limits.request), self._sending():
             await self._stream.send_all(data)
             return not last and self._http.states == {h11.CLIENT: h11.DONE, h11.SERVER: h11.DONE}
         return False
@@ -425,7 +443,11 @@ class _Server:
     async def _refuse(self, error: HttpError) -> None:
         """Answer a request that was not read to its end, and end the connection."""
         await self._send(error.response(), last=True)
-        with trio.move_on_after(LINGER_SECONDS):
+        await self._linger()
+
+    async def _linger(self) -> None:
+        """Let the client read the last response before a reset tells it of bytes left unread."""
+        with trio.move_on_after(LINGER_SECONDS), self._sending():
             if isinstance(self._stream, trio.SocketStream):
                 await self._stream.send_eof()
             read = 0

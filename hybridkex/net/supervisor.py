@@ -71,6 +71,7 @@ class Connection:
         self._budget: Budget | None = None
         self._holder: Hashable = None
         self._waiting_since: float | None = None
+        self._unread = False
         self.evicted = False
 
     def admit(self, budget: "Budget", holder: Hashable = None) -> None:
@@ -92,10 +93,14 @@ class Connection:
         self._scope.deadline = math.inf
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self, *, unread: bool = False) -> Iterator[None]:
         """While the context lasts the peer owes us something, and a newcomer may take the place of
-        this connection: nothing is lost when it is closed now."""
-        self._waiting_since = trio.current_time()
+        this connection: nothing is lost when it is closed now.
+
+        Args:
+            unread: also while bytes of the peer wait to be read; what it owes us is that it reads.
+        """
+        self._waiting_since, self._unread = trio.current_time(), unread
         try:
             yield
         finally:
@@ -103,7 +108,9 @@ class Connection:
 
     def _age(self, now: float) -> float:
         """Seconds that the peer has kept us waiting; negative if it is we who are slow."""
-        if self._waiting_since is None or self.evicted or _has_unread(self._transport):
+        if self._waiting_since is None or self.evicted:
+            return -1.0
+        if not self._unread and _has_unread(self._transport):
             return -1.0
         return now - self._waiting_since
 

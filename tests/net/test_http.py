@@ -1,5 +1,6 @@
 """The HTTP server: odd requests, limits of size and time, and clients that leave."""
 
+import contextlib
 import json
 import logging
 import random
@@ -15,6 +16,7 @@ import trio
 from http_requests import CASES, GET, POST, Case, post, target
 from trio.testing import MockClock, memory_stream_pair
 
+from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.net.http import (
     HttpLimits,
     Request,
@@ -323,3 +325,65 @@ async def test_the_last_request_of_a_connection(autojump_clock: MockClock) -> No
             raw += data
     assert raw.count(b"HTTP/1.1 200") == 3
     assert raw.count(b"Connection: close") == 1
+
+
+def _hostile(port: int, seed: int, held: list[socket.socket]) -> None:
+    """320 clients of a port without authentication that are silent, half, or greedy."""
+    choice = random.Random(seed)
+    get = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+    said = (b"", b"GET /metr", get * 1500, b"POST /metrics HTTP/1.1\r\nHost: x\r\n\r\n", get[:-1])
+    for _ in range(320):
+        held.append(socket.create_connection(("127.0.0.1", port), 10))
+        held[-1].setblocking(False)
+        with contextlib.suppress(OSError):
+            held[-1].send(choice.choice(said))
+
+
+async def test_a_scrape_beside_320_hostile_connections() -> None:
+    """They give up their places at once, and none of them makes more than one page."""
+    metrics = KmeMetrics()
+    supervisor = http_supervisor(metrics.handle, "metrics", logging.getLogger("hybridkex.test"))
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listeners[0].socket.getsockname()[1]
+    held: list[socket.socket] = []
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(supervisor.serve, listeners)
+            for seed in range(3):
+                await trio.to_thread.run_sync(_hostile, port, seed, held)
+                began = trio.current_time()
+                answer = b""
+                async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                    await stream.send_all(
+                        b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+                    )
+                    with trio.fail_after(20):
+                        async for data in stream:
+                            answer += data
+                assert answer.startswith(b"HTTP/1.1 200")
+                assert trio.current_time() - began < 1
+            nursery.cancel_scope.cancel()
+    finally:
+        for one in held:
+            one.close()
+
+
+async def test_a_pipelining_client_reads_the_last_answer() -> None:
+    """Where requests in advance are not served, the first one is, and its answer is not lost."""
+    supervisor = http_supervisor(
+        KmeMetrics().handle, "metrics", logging.getLogger("hybridkex.test")
+    )
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(supervisor.serve, listeners)
+        stream = await trio.open_tcp_stream("127.0.0.1", listeners[0].socket.getsockname()[1])
+        async with stream:
+            await stream.send_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 20)
+            await trio.sleep(0.1)
+            answer = b""
+            with trio.fail_after(10):
+                async for data in stream:
+                    answer += data
+        assert answer.count(b"HTTP/1.1 200") == 1
+        assert b"connection: close" in answer.lower()
+        nursery.cancel_scope.cancel()

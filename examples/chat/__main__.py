@@ -19,7 +19,7 @@ from hybridkex.cli.options import add_channel_options, channel_options
 
 from .client import Client
 from .hub import Hub
-from .keys import owner_of, rests_on
+from .keys import network_of, owner_of, rests_on
 from .protocol import PROTOCOL, ChatError, check_name
 from .store import Store
 from .terminal import Terminal
@@ -171,7 +171,8 @@ async def _listen(
         _log.info("%s: %s", session.peer_subject or "a client", rests_on(session))
         sessions.append(session)
         try:
-            await hub.serve(stream, owner_of(session))
+            where = network_of(stream.transport_stream)
+            await hub.serve(stream, owner_of(session), where)
         finally:
             sessions.remove(session)
 

@@ -40,6 +40,7 @@ Connect = Callable[[], Awaitable[trio.abc.Stream]]
 """Makes one connection, handshake and all; ``OSError`` or ``trio.BrokenResourceError`` if not."""
 
 _WELCOME_WITHIN: Final = 30.0
+_ACKNOWLEDGED_WITHIN: Final = 30.0
 _LEAVE_WITHIN: Final = 5.0
 _UNACKNOWLEDGED: Final = 200
 _NO_CONNECTION: Final = (
@@ -169,6 +170,7 @@ class Client:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._send, frames, nursery.cancel_scope)
                 nursery.start_soon(self._receive, frames, nursery.cancel_scope, ended)
+                nursery.start_soon(self._expect_acknowledgements, nursery.cancel_scope)
                 if self._rekey is not None:
                     nursery.start_soon(
                         self._open_in_time, self._rekey, nursery.cancel_scope, following
@@ -266,6 +268,22 @@ class Client:
                 sent = max([sent, *(action.number for action in due)])
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             scope.cancel()
+
+    async def _expect_acknowledgements(self, scope: trio.CancelScope) -> None:
+        """Leave a connection whose server takes what we say and never has it in its log."""
+        while True:
+            async with self._changed:
+                while not self._outbox:
+                    await self._changed.wait()
+                first = self._outbox[0]
+            with trio.move_on_after(_ACKNOWLEDGED_WITHIN):
+                async with self._changed:
+                    while self._outbox and self._outbox[0] is first:
+                        await self._changed.wait()
+                continue
+            self.trouble = f"the server acknowledged nothing for {_ACKNOWLEDGED_WITHIN:g} s"
+            scope.cancel()
+            return
 
     async def _receive(self, frames: Frames, scope: trio.CancelScope, ended: list[Bye]) -> None:
         try:

@@ -94,6 +94,8 @@ class _Member:
     seat: Seat
     link: _Link | None = None
     away_since: float = 0.0
+    holder: str = ""
+    """Whom the seat counts for, when there are too few."""
     dropped: str | None = None
     """Why he was dropped, to tell him when he is back."""
     turn: trio.Lock = field(default_factory=trio.Lock)
@@ -126,7 +128,7 @@ class Hub:
         self._queue = queue
         self._most = most
         self._away = away
-        self._members = {seat.nickname: _Member(seat) for seat in store.seats()}
+        self._members = {seat.nickname: _Member(seat, holder=seat.peer) for seat in store.seats()}
         self._head = store.head()
         self._jobs, self._work = trio.open_memory_channel[_Job](256)
         self._connections: set[_Link] = set()
@@ -147,11 +149,13 @@ class Hub:
             while self._connections:
                 await next(iter(self._connections)).gone.wait()
 
-    async def serve(self, stream: trio.abc.Stream, peer: str) -> None:
+    async def serve(self, stream: trio.abc.Stream, peer: str, where: str = "") -> None:
         """One connection, from Hello to its end.
 
         Args:
             peer: who the other end is, by vouched names or by its key; empty if that is not known.
+            where: the network that it comes from; whom its seat counts for, if it is not known who
+                it is: many may have the same PSK.
         """
         frames = Frames(stream)
         link = _Link(frames, self._queue)
@@ -159,7 +163,7 @@ class Hub:
             with link.scope:
                 async with trio.open_nursery() as nursery:
                     try:
-                        await self._converse(nursery, frames, link, peer)
+                        await self._converse(nursery, frames, link, peer, peer or where)
                     except ChatError as error:
                         _log.info("%s", error)
                         link.end(Bye(str(error), again=False))
@@ -177,7 +181,7 @@ class Hub:
     # --- one connection -----------------------------------------------------------------------
 
     async def _converse(
-        self, nursery: trio.Nursery, frames: Frames, link: _Link, peer: str
+        self, nursery: trio.Nursery, frames: Frames, link: _Link, peer: str, holder: str
     ) -> None:
         hello = None
         with trio.move_on_after(_HELLO_WITHIN):
@@ -186,7 +190,8 @@ class Hub:
             return
         if not isinstance(hello, Hello):
             raise ProtocolError("the first message is hello")
-        member, welcome = await self._admit(hello, peer)
+        member, welcome = await self._admit(hello, peer, holder)
+        member.holder = holder
         await frames.send(welcome)
         if member.link is not None:
             member.link.end(None)  # The client has moved to this connection.
@@ -230,10 +235,10 @@ class Hub:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             link.scope.cancel()
 
-    async def _admit(self, hello: Hello, peer: str) -> tuple[_Member, Welcome]:
+    async def _admit(self, hello: Hello, peer: str, holder: str) -> tuple[_Member, Welcome]:
         token = digest(hello.token)
         while hello.nickname not in self._members and len(self._members) >= self._most:
-            if not await self._free_a_seat(peer):
+            if not await self._free_a_seat(holder):
                 raise ChatError("there is no seat left")
         member = self._members.get(hello.nickname)
         if member is not None:
@@ -244,7 +249,7 @@ class Hub:
                 pass  # An action of an earlier connection is on its way to the disk.
             return member, Welcome(seat.accepted, min(hello.seen, self._head), seat.room, True)
         seat = Seat(hello.nickname, token, peer, 0, hello.room)
-        member = self._members[hello.nickname] = _Member(seat)
+        member = self._members[hello.nickname] = _Member(seat, holder=holder)
         member.away_since = trio.current_time()
         before = self._head
         try:
@@ -255,18 +260,21 @@ class Hub:
         return member, Welcome(0, before, seat.room, False)
 
     async def _free_a_seat(self, newcomer: str) -> bool:
-        """Take a seat from the peer who has the most, if that is at least two more than the
-        newcomer has: the one that its owner has left for the longest time."""
-        seats = Counter(member.seat.peer for member in self._members.values())
-        least = seats[newcomer] + 2
-        away = [
-            member
-            for member in self._members.values()
-            if member.link is None and seats[member.seat.peer] >= least
-        ]
-        if not away:
+        """Take a seat from the holder who has the most, if that is at least two more than the
+        newcomer has: the one that was left for the longest time, or else the newest."""
+        seats = Counter(member.holder for member in self._members.values())
+        most = max(seats.values(), default=0)
+        if most < seats[newcomer] + 2:
             return False
-        member = max(away, key=lambda one: (seats[one.seat.peer], -one.away_since))
+        theirs = [one for one in self._members.values() if seats[one.holder] == most]
+        away = [one for one in theirs if one.link is None]
+        if away:
+            member = min(away, key=lambda one: one.away_since)
+        else:
+            member = theirs[-1]  # in the order in which they came
+            assert member.link is not None
+            member.link.end(Bye("your seat was needed for somebody who has fewer", again=False))
+            member.link, member.away_since = None, trio.current_time()
         await self._free(member)
         return True
 

@@ -1,8 +1,12 @@
 """What the keys of a session rest on, in a few words for a status line."""
 
+import ipaddress
+
+import trio
+
 from hybridkex import Session
 
-__all__ = ["owner_of", "rests_on"]
+__all__ = ["network_of", "owner_of", "rests_on"]
 
 
 def owner_of(session: Session) -> str:
@@ -14,6 +18,17 @@ def owner_of(session: Session) -> str:
         return ", ".join(session.vouched_names)
     shown = session.peer_credential
     return f"sha256:{shown.pin}" if shown is not None else ""
+
+
+def network_of(stream: trio.SocketStream) -> str:
+    """Where a client comes from: its IPv4 address, or the /64 network of its IPv6 address, in which
+    one host can have any number of addresses."""
+    host = ipaddress.ip_address(stream.socket.getpeername()[0].partition("%")[0])
+    if isinstance(host, ipaddress.IPv6Address):
+        if host.ipv4_mapped is None:
+            return str(ipaddress.ip_network((host, 64), strict=False))
+        host = host.ipv4_mapped
+    return str(host)
 
 
 def rests_on(session: Session) -> str:

@@ -21,6 +21,7 @@ class SendOptions:
     host: str
     server_name: str | None
     retries: int
+    patience: float
     channel: ChannelOptions
 
 
@@ -55,6 +56,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=8,
         help="give up after this many connections in a row without progress (default: 8)",
+    )
+    parser.add_argument(
+        "--patience",
+        metavar="SECONDS",
+        type=float,
+        default=600.0,
+        help="how long the receiver may be alive without progress, plus 1 s for each 4 MB of the "
+        "largest file under way (default: 600)",
     )
     add_channel_options(parser, alpn=TRANSFER_PROTOCOL)
     parser.set_defaults(action=Action("send", SendOptions))

@@ -32,7 +32,9 @@ from examples.chat.client import Client
 from examples.chat.hub import Hub
 from examples.chat.protocol import (
     MAX_FRAME,
+    Accepted,
     Action,
+    Bye,
     ChatError,
     Entry,
     Frames,
@@ -641,6 +643,66 @@ async def test_one_peer_does_not_take_all_seats(store: Store) -> None:
             assert await sit("a2", "a", nursery) == ""  # one more; "many" had three
             assert await sit("a3", "a", nursery) == "there is no seat left"
             assert sorted(hub._members) == ["a", "a2", "b", "c", "m4", "m5"]
+            nursery.cancel_scope.cancel()
+
+
+async def test_seats_that_share_a_psk_count_by_network(store: Store) -> None:
+    """One client takes all the seats, and keeps them: the newest go to those from elsewhere."""
+    hub = Hub(store, most=6)
+    open_: list[trio.abc.Stream] = []
+
+    async def sit(nickname: str, where: str, nursery: trio.Nursery) -> tuple[str, Frames]:
+        ours, theirs = trio.testing.memory_stream_pair()
+        open_.append(ours)
+        nursery.start_soon(hub.serve, theirs, "", where)
+        frames = Frames(ours)
+        await frames.send(Hello(nickname, "lobby", "ab" * 32, 0))
+        answer = await frames.receive()
+        return getattr(answer, "reason", ""), frames
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hub.run)
+            greedy = [(await sit(f"m{number}", "10.0.0.1", nursery))[1] for number in range(6)]
+            assert (await sit("m6", "10.0.0.1", nursery))[0] == "there is no seat left"
+            for number, nickname in enumerate(("a", "b", "c")):
+                assert (await sit(nickname, f"10.0.1.{number}", nursery))[0] == ""
+            while not isinstance(farewell := await greedy[5].receive(), Bye):
+                assert farewell is not None
+            assert (farewell.reason, farewell.again) == (
+                "your seat was needed for somebody who has fewer",
+                False,
+            )
+            assert (await sit("m7", "10.0.0.1", nursery))[0] == "there is no seat left"
+            assert sorted(hub._members) == ["a", "b", "c", "m0", "m1", "m2"]
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_server_that_acknowledges_nothing(autojump_clock: trio.testing.MockClock) -> None:
+    """It takes what is said; the client comes back with it to one that has a log."""
+    connections = 0
+
+    async def connect() -> trio.abc.Stream:
+        nonlocal connections
+        connections += 1
+        ours, theirs = trio.testing.memory_stream_pair()
+        nursery.start_soon(serve, Frames(theirs), connections)
+        return ours
+
+    async def serve(frames: Frames, number: int) -> None:
+        assert isinstance(await frames.receive(), Hello)
+        await frames.send(Welcome(0, 0, "lobby", number > 1))
+        while isinstance(action := await frames.receive(), Action):
+            if number > 1:
+                await frames.send(Accepted(action.number))
+
+    with trio.fail_after(600):
+        async with trio.open_nursery() as nursery:
+            client = Client(connect, "a", "lobby")
+            nursery.start_soon(client.run)
+            await client.say("hello")
+            await trio_until(lambda: not client.unacknowledged, seconds=300)
+            assert connections == 2
             nursery.cancel_scope.cancel()
 
 

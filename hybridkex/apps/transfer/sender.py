@@ -63,6 +63,12 @@ Connect = Callable[[], Awaitable[SecureStream[Any]]]
 """Opens a connection to the receiver, handshake and all; ``OSError`` and
 ``trio.BrokenResourceError`` as usual."""
 
+PATIENCE: Final = 600.0
+"""Seconds that a receiver may be alive without progress, by default."""
+_HASHED: Final = 4e6
+"""Bytes in a second that the slowest disk reads, hashes and puts into safety."""
+_LOOKS: Final = 16
+"""At the progress, in the time that a receiver has for it."""
 _BUFFERS: Final = 4
 _SILENCE: Final = 3 * BEAT
 """Seconds after which a receiver that says nothing is taken for gone. TCP_USER_TIMEOUT will not do:
@@ -100,23 +106,28 @@ async def send_items(
     progress: Progress,
     *,
     retries: int = 8,
+    patience: float = PATIENCE,
     backoff: Backoff | None = None,
 ) -> Outcome:
     """Send everything; what was stored before a break is not sent again.
 
     Args:
-        retries: how many connections in a row may end without a file stored or a megabyte sent.
+        retries: how many connections in a row may end without a file settled or a megabyte sent
+            that was not sent before.
+        patience: seconds in which a receiver that says that it is alive must settle a file, ask for
+            something or take data, and one second more for each 4 MB of the largest file that is
+            under way, which it may be reading and hashing.
 
     Raises:
         ConnectionLost: so many did, or the first did before the receiver said a word.
         OSError, trio.BrokenResourceError: the first connection could not be made.
         ProtocolError: the other end is no receiver.
     """
-    work = _Transfer(list(items), progress)
+    work = _Transfer(list(items), progress, patience)
     waits = backoff or Backoff()
     stream = await connect()
     while True:
-        before = work.outcome.payload // CHUNK, work.settled
+        before = work.furthest // CHUNK, work.settled
         try:
             await work.over(stream)
         except trio.BrokenResourceError as error:
@@ -129,7 +140,7 @@ async def send_items(
                 ) from None
         else:
             return work.outcome
-        if (work.outcome.payload // CHUNK, work.settled) != before:
+        if (work.furthest // CHUNK, work.settled) != before:
             waits.reset()
         stream = await _again(connect, lost, waits, retries, progress)
 
@@ -162,8 +173,10 @@ def _worth_a_try(error: trio.BrokenResourceError) -> str:
 class _Transfer:
     """The state that outlives a connection: what was settled."""
 
-    def __init__(self, items: list[Item], progress: Progress) -> None:
+    def __init__(self, items: list[Item], progress: Progress, patience: float) -> None:
         self._items: Final = dict(enumerate(items))
+        self._patience = patience
+        self._reached: dict[int, int] = {}
         self._progress = progress
         self._name: Final = secrets.token_hex(16)
         self.outcome = Outcome()
@@ -174,6 +187,16 @@ class _Transfer:
     def settled(self) -> int:
         """How many have an outcome."""
         return self.outcome.stored + self.outcome.already + len(self.outcome.failed)
+
+    @property
+    def furthest(self) -> int:
+        """How many bytes of files were sent, repetitions not counted."""
+        return sum(self._reached.values())
+
+    def sent(self, n: int, position: int, count: int) -> None:
+        """So many bytes of a file were sent, up to this position."""
+        self.outcome.payload += count
+        self._reached[n] = max(self._reached.get(n, 0), position)
 
     def settle(
         self, n: int, *, already: bool = False, failed: str | None = None, lost: str = ""
@@ -198,7 +221,10 @@ class _Transfer:
             async with stream:
                 if stream.session.alpn != PROTOCOL:
                     raise ProtocolError("the other end is not 'hybridkex receive'")
-                await _Connection(self, dict(self._items), stream, self._progress).run(self._name)
+                connection = _Connection(
+                    self, dict(self._items), stream, self._progress, self._patience
+                )
+                await connection.run(self._name)
         except BaseExceptionGroup as group:
             raise first_failure(group) from None
 
@@ -212,7 +238,11 @@ class _Connection:
         items: dict[int, Item],
         stream: SecureStream[Any],
         progress: Progress,
+        patience: float,
     ) -> None:
+        self._patience = patience
+        self._moved = trio.current_time()
+        """When there was progress."""
         self._transfer = transfer
         self._items = items
         self._frames = Frames(stream)
@@ -238,6 +268,24 @@ class _Connection:
 
     async def run(self, name: str) -> None:
         await self._frames.send(Hello(version=VERSION, transfer=name))
+        async with trio.open_nursery() as watcher:
+            watcher.start_soon(self._watch_progress)
+            await self._converse()
+            watcher.cancel_scope.cancel()
+
+    async def _watch_progress(self) -> None:
+        """End the connection of a receiver that is alive and does nothing."""
+        while True:
+            largest = max((self._items[n].size for n in self._open), default=0)
+            limit = self._patience + largest / _HASHED
+            if trio.current_time() >= self._moved + limit:
+                raise trio.BrokenResourceError(
+                    f"the receiver is alive and has done nothing for {limit:,.0f} s; see its log "
+                    "and its disk ('send --patience' waits longer)"
+                )
+            await trio.sleep(limit / _LOOKS)
+
+    async def _converse(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._read_answers)
             while self._waiting or self._open:
@@ -291,6 +339,7 @@ class _Connection:
                     raise ProtocolError("the receiver sends data of a file")
                 case other:
                     raise ProtocolError(f"the receiver says {type(other).__name__} out of turn")
+            self._moved = trio.current_time()
             async with self._news:
                 self._news.notify_all()
 
@@ -386,13 +435,16 @@ class _Connection:
                     position += len(frame) - HEADER
                     await put.send(frame)
 
+        sent = offset
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read)
             with full:
                 async for frame in full:
                     await self._frames.send_frame(frame)
                     count = len(frame) - HEADER
-                    self._transfer.outcome.payload += count
+                    sent += count
+                    self._moved = trio.current_time()
+                    self._transfer.sent(n, sent, count)
                     self._progress.advance(shown(item.path), count)
                     give_back.send_nowait(frame)
         if failure:

@@ -1,5 +1,6 @@
 """``hybridkex send``: files and folders to a ``hybridkex receive``."""
 
+import math
 import sys
 import time
 from functools import partial
@@ -27,6 +28,8 @@ def run(options: SendOptions) -> int:
     """Send; 0 if the receiver has everything."""
     if options.retries < 0:
         raise ConfigError("--retries must not be negative")
+    if not 0 < options.patience < math.inf:
+        raise ConfigError("--patience must be a positive number of seconds")
     left_out: list[str] = []
     items = collect(options.files, left_out.append)
     for text in left_out:
@@ -40,7 +43,9 @@ def run(options: SendOptions) -> int:
         async def work() -> Outcome:
             async with client_config(options.channel) as config:
                 connect = partial(wire.connect, config)
-                return await send_items(items, connect, progress, retries=options.retries)
+                return await send_items(
+                    items, connect, progress, retries=options.retries, patience=options.patience
+                )
 
         outcome = run_trio(work)
     _summarise(outcome, wire.sent(), time.monotonic() - started)

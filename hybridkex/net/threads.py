@@ -28,7 +28,8 @@ MOST: Final = 40
 START_SECONDS: Final = 1.0
 """For which the start of a worker waits for its first sign."""
 RETRY_SECONDS: Final = 0.05
-"""Between two tries to report a result while there is no memory for it."""
+RETRIES: Final = 100
+"""To report a result while there is no memory for it; then the process is interrupted."""
 
 
 class NoThread(HybridkexError):
@@ -80,11 +81,13 @@ class Call:
         assert function is not None
         try:
             self._value = self._context.run(function)
+        except MemoryError:
+            self._error = MemoryError()  # without the frames that hold what memory there was
         except BaseException as error:  # the caller's to handle
             self._error = error
         self.has_ended = True
         del function
-        while True:
+        for _ in range(RETRIES):
             try:
                 self._report()
             except MemoryError:
@@ -93,6 +96,8 @@ class Call:
                 return
             else:
                 return
+        # The loop sleeps and nothing but a signal can wake it: the end, as by Ctrl-C.
+        _thread.interrupt_main()
 
 
 class _Workers:

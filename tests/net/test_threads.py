@@ -172,6 +172,23 @@ def _internal() -> BaseException:
     return error
 
 
+def test_a_result_that_cannot_be_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop sleeps for good; what is left is to interrupt the process."""
+    monkeypatch.setattr(threads, "RETRY_SECONDS", 0.001)
+
+    async def call() -> None:
+        token = trio.lowlevel.current_trio_token()
+
+        def fail(_: object) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(type(token), "run_sync_soon", lambda _, call: fail(call))
+        await in_thread(time.sleep, 0.01)
+
+    with pytest.raises(KeyboardInterrupt):
+        trio.run(call)
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [

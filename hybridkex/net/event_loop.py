@@ -16,6 +16,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 from hybridkex.net.threads import Call, NoThread, run
 
 __all__ = [
+    "Background",
     "Event",
     "Lock",
     "checkpoint",
@@ -177,6 +178,33 @@ async def shielded(function: Callable[[], Awaitable[T]]) -> T:
         raise cancelled
     result: T = task.result()
     return result
+
+
+class Background:
+    """A task beside its maker, which must cancel it; it ends with the loop at the latest.
+
+    Args:
+        function: what to run. It handles its own errors: nobody waits for it.
+    """
+
+    def __init__(self, function: Callable[[], Awaitable[None]]) -> None:
+        self._function = function
+        if (trio := _trio()) is not None:
+            self._scope: Any = trio.CancelScope()
+            trio.lowlevel.spawn_system_task(self._run)
+        else:
+            self._scope = _asyncio().ensure_future(self._run_on_asyncio())
+
+    def cancel(self) -> None:
+        """End it where it waits next; it may be over."""
+        self._scope.cancel()
+
+    async def _run(self) -> None:
+        with self._scope:
+            await self._function()
+
+    async def _run_on_asyncio(self) -> None:
+        await self._function()
 
 
 class Event:

@@ -12,6 +12,8 @@ How it hangs together:
 - Answers to the peer (KeyUpdate, tickets) ride on our next send, so receiving never waits for the
   transport to take bytes. Only an alert is sent from the receiving side: once, shielded, and with a
   time limit, before the error is raised.
+- Where the session renews its keys, a :class:`~hybridkex.shell.key_keeper.KeyKeeper` runs beside
+  the caller's tasks and sends too; a lock keeps the two apart.
 """
 
 import contextlib
@@ -33,10 +35,14 @@ from hybridkex.errors import (
     PeerError,
     TruncationError,
 )
+from hybridkex.net.event_loop import Background
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
+from hybridkex.shell.key_keeper import KeyKeeper
+from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 from hybridkex.tls.connection import ClientConnection, ServerConnection
+from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.session import Session
 
@@ -44,6 +50,8 @@ __all__ = ["DEFAULT_HANDSHAKE_TIMEOUT", "SecureStream"]
 
 DEFAULT_HANDSHAKE_TIMEOUT: Final = 10.0
 """Seconds for a whole handshake."""
+
+_log: Final = get_logger("hybridkex.streams")
 
 _READ_SIZE: Final = 256 * 1024
 _SEND_SIZE: Final = 256 * 1024
@@ -94,6 +102,10 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                 raise ConfigError("server_hostname goes with a ClientConfig")
             self._connection = ServerConnection(config)
         self._answers = Answers(config, self._connection)
+        self._config = config
+        self._keeper: KeyKeeper | None = None
+        self._keeping: Background | None = None
+        self._send_lock = trio.Lock()
         self._https_compatible = https_compatible
         self._handshake_timeout = handshake_timeout
         self._handshake_lock = trio.Lock()
@@ -116,7 +128,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         """
         if self._session is None:
             raise trio.NeedHandshakeError("call do_handshake() first")
-        return self._session
+        return self._connection.session
 
     def export(self, label: bytes, context: bytes, length: int) -> Secret:
         """Keying material for a protocol above (RFC 9846 section 7.5).
@@ -127,6 +139,18 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         if self._session is None:
             raise trio.NeedHandshakeError("call do_handshake() first")
         return self._connection.export(label, context, length)
+
+    def export_fresh(self, label: bytes, context: bytes, length: int) -> Secret:
+        """As :meth:`export`, from the exporter secret of the epoch in use: another one after each
+        key update (draft-ietf-tls-extended-key-update-13 section 10).
+
+        Raises:
+            trio.NeedHandshakeError: the handshake is not complete.
+            LocalStateError: Extended Key Update was not negotiated.
+        """
+        if self._session is None:
+            raise trio.NeedHandshakeError("call do_handshake() first")
+        return self._connection.export_fresh(label, context, length)
 
     # --- the handshake ------------------------------------------------------------------------
 
@@ -177,10 +201,48 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                 if connection.handshake_complete:
                     await self._answers.keep_tickets()
                     self._session = connection.session
+                    self._keep_keys()
                     return
                 connection.receive_data(await self._read_transport())
         except HybridkexError as error:
             await self._fail(error)
+
+    def _keep_keys(self) -> None:
+        """Renew the keys beside the caller's tasks, where that was agreed or is planned."""
+        if KeyKeeper.needed(self._config, self._connection):
+            self._keeper = KeyKeeper(
+                self._config, self._connection, self._send_for_keeper, self._fail_for_keeper
+            )
+            self._keeping = Background(self._run_keeper)
+
+    async def _run_keeper(self) -> None:
+        assert self._keeper is not None
+        try:
+            await self._keeper.run()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # Whoever sends or receives next learns of it.
+        except LocalStateError as error:
+            if self._failure is None:
+                _log.warning("the keys are not renewed any more: %s", error)
+        except Exception:
+            _log.exception("the keys are not renewed any more")
+            await self._fail_for_keeper(InternalError("the renewal of the keys has failed"))
+
+    async def _send_for_keeper(self) -> None:
+        async with self._send_lock:
+            if self._send_failure is None:
+                await self._flush()
+
+    async def _fail_for_keeper(self, error: PeerError) -> None:
+        """End the connection: the caller's tasks find the reason."""
+        self._connection.abort(error)
+        with contextlib.suppress(trio.BrokenResourceError):
+            await self._fail(error)
+        await trio.aclose_forcefully(self.transport_stream)
+
+    def _stop_keeper(self) -> None:
+        if self._keeping is not None:
+            self._keeping.cancel()
 
     async def _advance(self) -> None:
         """What the handshake makes of the bytes that have come."""
@@ -244,6 +306,10 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                     await self._answers.keep_tickets()
             except HybridkexError as error:
                 await self._fail(error)
+            if self._keeper is not None and event is not None:
+                self._keeper.saw(event)
+                if connection.has_data_to_send:
+                    self._keeper.wake()
             if isinstance(event, ApplicationData) or connection.close_received:
                 if not waited:
                     await trio.lowlevel.cancel_shielded_checkpoint()
@@ -270,6 +336,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         except trio.ClosedResourceError:
             if self._closed:
                 raise
+            self._check_usable()
             raise trio.BrokenResourceError("the transport was closed") from None
 
     # --- sending ------------------------------------------------------------------------------
@@ -294,8 +361,16 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                 await trio.lowlevel.checkpoint()
                 return
             for start in range(0, len(view), _SEND_SIZE):
-                self._queue(view[start : start + _SEND_SIZE])
-                await self._flush()
+                piece = view[start : start + _SEND_SIZE]
+                if self._keeper is None:
+                    self._queue(piece)
+                    await self._flush()
+                    continue
+                async with self._send_lock:
+                    self._check_sendable()
+                    self._queue(piece)
+                    await self._flush()
+                self._keeper.count(len(piece))
 
     def _queue(self, piece: memoryview) -> None:
         try:
@@ -316,6 +391,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         except trio.ClosedResourceError:
             if self._closed:
                 raise
+            self._check_usable()
             raise trio.BrokenResourceError("the transport was closed") from None
         finally:
             if not complete and self._send_failure is None:
@@ -331,8 +407,12 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         """Change the key of our direction now (RFC 9846 section 4.7.3); long before the limits of
         the cipher suite it happens by itself.
 
+        Where Extended Key Update was agreed on, this starts one, with a QKD key where the policy
+        has it so, and does not wait for its end: :attr:`session` then shows another epoch.
+
         Args:
-            request_peer: ask the peer to change its own too, which it does with its next data.
+            request_peer: ask the peer to change its own too, which it does with its next data. An
+                Extended Key Update changes both in any case.
         """
         with self._send_guard:
             self._check_sendable()
@@ -340,8 +420,14 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             if self._session is None:
                 await self.do_handshake()
                 self._check_sendable()
-            self._connection.update_keys(request_peer=request_peer)
-            await self._flush()
+            if self._connection.session.key_updates is not KeyUpdates.STANDARD:
+                assert self._keeper is not None
+                self._keeper.update()
+                await trio.lowlevel.checkpoint()
+                return
+            async with self._send_lock:
+                self._connection.update_keys(request_peer=request_peer)
+                await self._flush()
 
     async def send_eof(self) -> None:
         """Send close_notify: no more data will come from us. Receiving goes on.
@@ -358,14 +444,15 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             if self._session is None:
                 await self.do_handshake()
                 self._check_sendable()
-            self._connection.send_close()
-            try:
-                await self._flush()
-            except trio.BrokenResourceError:
-                # A peer that has ended its direction may leave at once. All that it sent is here,
-                # and our own close_notify would tell nobody anything (section 6.1).
-                if not self._connection.close_received:
-                    raise
+            async with self._send_lock:
+                self._connection.send_close()
+                try:
+                    await self._flush()
+                except trio.BrokenResourceError:
+                    # A peer that has ended its direction may leave at once. All that it sent is
+                    # here, and our own close_notify would tell nobody anything (section 6.1).
+                    if not self._connection.close_received:
+                        raise
 
     async def wait_peer_gone(self) -> None:
         """Wait until the transport ends, once :meth:`receive_some` has returned ``b""``.
@@ -398,9 +485,11 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             await trio.lowlevel.checkpoint_if_cancelled()
             if self._session is None:
                 await self.do_handshake()
-            if not self._connection.close_sent:
-                self._connection.send_close()
-            await self._flush()
+            async with self._send_lock:
+                self._stop_keeper()
+                if not self._connection.close_sent:
+                    self._connection.send_close()
+                await self._flush()
             if self._pending or await self._receive_more() is not None:
                 await self._fail(LocalStateError("unwrap, and there is data left to receive"))
             if not self._connection.close_received:
@@ -429,9 +518,8 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                 and trio.current_effective_deadline() > -math.inf  # or nothing would be sent
             )
             if polite:
-                self._connection.send_close()
                 with trio.move_on_after(_CLOSE_TIMEOUT):
-                    await self.transport_stream.send_all(self._connection.data_to_send())
+                    await self._say_goodbye()
         except (
             HybridkexError,
             trio.BrokenResourceError,
@@ -440,7 +528,20 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         ):
             pass  # The peer is gone already, and so is the need to tell it.
         finally:
+            self._stop_keeper()
             await self.transport_stream.aclose()
+
+    async def _say_goodbye(self) -> None:
+        """Send close_notify, behind what the keeper of the keys may be sending."""
+        if self._keeper is None:
+            self._connection.send_close()
+            await self.transport_stream.send_all(self._connection.data_to_send())
+            return
+        async with self._send_lock:
+            self._stop_keeper()
+            if self._send_failure is None:
+                self._connection.send_close()
+                await self.transport_stream.send_all(self._connection.data_to_send())
 
     async def abort(self) -> None:
         """Close in a way that the peer cannot take for the end of our data.
@@ -452,6 +553,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             await trio.lowlevel.checkpoint()
             return
         self._closed = True
+        self._stop_keeper()
         try:
             tell = (
                 self._session is not None

@@ -1,0 +1,307 @@
+"""KeyKeeper: renews the keys of one live connection, for every shell.
+
+A task of its own, beside those that send and receive: it waits for the schedule and for the key
+source, so that data never waits for either. It asks the engine, and the shell carries the bytes.
+"""
+
+import math
+import random
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from hybridkex.errors import (
+    HybridkexError,
+    KeySourceError,
+    LocalStateError,
+    PeerError,
+    PolicyRefused,
+)
+from hybridkex.net.event_loop import Event, current_time, time_limit
+from hybridkex.reasons import Reason
+from hybridkex.text import get_logger
+from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.connection import ClientConnection, ServerConnection
+from hybridkex.tls.epochs import Epoch, KeyUpdates, UpdateKey
+from hybridkex.tls.events import (
+    ApplicationData,
+    EpochBegan,
+    UpdateDeclined,
+    UpdateKeyWanted,
+    UpdateWanted,
+)
+from hybridkex.tls.events import Event as EngineEvent
+from hybridkex.tls.fresh_keys import UpdateKeySource
+from hybridkex.tls.policy import Requirement
+
+__all__ = ["KeyKeeper"]
+
+_log: Final = get_logger("hybridkex.fresh_keys")
+
+_FIRST_RETRY: Final = 0.5
+_LAST_RETRY: Final = 30.0
+"""Seconds between attempts, while the key source or the peer has no key."""
+
+
+class KeyKeeper:
+    """Keeps the keys of one connection fresh, from the handshake to the end.
+
+    Args:
+        config: the configuration of the connection.
+        connection: its engine, with the handshake complete.
+        send: puts what the engine has queued on the transport.
+        fail: ends the connection with an error, whose alert goes to the peer.
+    """
+
+    def __init__(
+        self,
+        config: ClientConfig | ServerConfig,
+        connection: ClientConnection | ServerConnection,
+        send: Callable[[], Awaitable[None]],
+        fail: Callable[[PeerError], Awaitable[None]],
+    ) -> None:
+        self._connection = connection
+        self._send = send
+        self._fail = fail
+        self._client = isinstance(config, ClientConfig)
+        self._schedule = config.fresh_keys
+        policy = config.policy_in_force
+        self._required = policy.fresh_keys is Requirement.REQUIRE
+        self._qkd_required = policy.fresh_qkd is Requirement.REQUIRE
+        source = config.psk_source
+        self._source = source if isinstance(source, UpdateKeySource) else None
+        self._extended = connection.session.key_updates is not KeyUpdates.STANDARD
+        self._wake = Event()
+        self._wanted: UpdateKeyWanted | None = None
+        self._bytes = 0
+        self._why: str | None = None
+        """Why an update is due now."""
+        self._due = math.inf
+        self._unplanned = True
+        self._late = math.inf
+        """When an update that is due has not come in time."""
+        self._retry = _FIRST_RETRY
+        self._not_before = -math.inf
+
+    @classmethod
+    def needed(
+        cls,
+        config: ClientConfig | ServerConfig,
+        connection: ClientConnection | ServerConnection,
+    ) -> bool:
+        """Whether a connection has anything to keep."""
+        extended = connection.session.key_updates is not KeyUpdates.STANDARD
+        return extended or config.fresh_keys is not None
+
+    # --- what the shell tells -----------------------------------------------------------------
+
+    def saw(self, event: EngineEvent) -> None:
+        """Take notice of an event of the engine."""
+        match event:
+            case ApplicationData(data):
+                self.count(len(data))
+            case UpdateKeyWanted():
+                self._wanted = event
+            case UpdateWanted():
+                self._want("key limit")
+            case UpdateDeclined(reason):
+                _log.info("the peer has declined a key update: %s", reason)
+                self._try_later()
+            case EpochBegan(epoch):
+                self._began(epoch)
+            case _:
+                return
+        if not isinstance(event, ApplicationData):
+            self.wake()
+
+    def count(self, size: int) -> None:
+        """Bytes of application data have gone either way."""
+        self._bytes += size
+        schedule = self._schedule
+        if schedule is None or schedule.after_bytes is None or self._bytes < schedule.after_bytes:
+            return
+        if self._why is None:
+            self._want("after_bytes")
+            self.wake()
+
+    def update(self) -> None:
+        """Renew the keys now."""
+        self._want("asked")
+        self._not_before = -math.inf
+        self.wake()
+
+    def wake(self) -> None:
+        """Something is to be done: an event has come, or the engine has something to send."""
+        self._wake.set()
+
+    # --- the task -----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until it is cancelled, or the connection has ended.
+
+        Raises whatever ``send`` raises.
+        """
+        while True:
+            self._wake = Event()
+            if self._connection.close_sent or self._connection.close_received:
+                self._due = self._late = math.inf
+                self._why = None
+            if self._wanted is not None:
+                await self._look_up(self._wanted)
+            if self._connection.has_data_to_send:
+                await self._send_in_time()
+            if self._unplanned:
+                await self._plan()
+            now = current_time()
+            if now >= self._late:
+                await self._missed()
+                continue
+            if self._why is None and now >= self._due:
+                self._want("every")
+            if self._why is not None and now >= self._not_before and not self._under_way:
+                await self._start(self._why)
+                continue
+            await self._wait(now)
+
+    @property
+    def _under_way(self) -> bool:
+        return self._extended and self._connection.update_under_way
+
+    async def _wait(self, now: float) -> None:
+        until = min(self._due if self._why is None else math.inf, self._late)
+        if self._why is not None and not self._under_way:
+            until = min(until, self._not_before)
+        try:
+            async with time_limit(max(0.0, until - now)):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    def _want(self, why: str) -> None:
+        """An update is due now; it is late after the deadline."""
+        self._why = self._why or why
+        if self._schedule is not None and self._late == math.inf:
+            self._late = current_time() + self._schedule.deadline
+
+    def _try_later(self) -> None:
+        self._not_before = current_time() + self._retry
+        self._retry = min(2 * self._retry, _LAST_RETRY)
+
+    async def _start(self, why: str) -> None:
+        """Draw a key, where one goes in, and send the request."""
+        connection = self._connection
+        if not self._extended:
+            connection.update_keys(request_peer=True)
+            await self._send()
+            self._done()
+            self._unplanned = True
+            return
+        key, missing = None, None
+        if connection.updates_take_keys:
+            key, missing = await self._draw()
+            if key is None and self._qkd_required:
+                _log.warning("no key update now: %s", missing)
+                self._try_later()
+                return
+        if connection.close_sent or connection.close_received or connection.update_under_way:
+            return  # The peer was faster; the key is not used for anything else.
+        connection.start_update(key, missing=missing, why=why)
+        await self._send_in_time()
+
+    async def _draw(self) -> tuple[UpdateKey | None, str | None]:
+        assert self._source is not None  # or there would be no key to take
+        session = self._connection.session
+        try:
+            key = await self._source.draw_for_update(
+                session, client=self._client, epoch=session.epoch + 1
+            )
+        except KeySourceError as error:
+            return None, str(error)
+        return key, None
+
+    async def _look_up(self, wanted: UpdateKeyWanted) -> None:
+        """Answer the peer's request."""
+        self._wanted = None
+        assert self._source is not None  # or the engine would not ask
+        key, missing = None, None
+        try:
+            key = await self._source.look_up_for_update(
+                wanted.identity, self._connection.session, client=self._client, epoch=wanted.epoch
+            )
+        except KeySourceError as error:
+            missing = str(error)
+            _log.warning("the peer's key update has a QKD key that is not to be had: %s", error)
+        try:
+            self._connection.provide_update_key(key, missing)
+        except LocalStateError as error:
+            _log.warning("the peer's key update cannot be answered: %s", error)
+        except PeerError as error:
+            await self._fail(error)
+
+    async def _send_in_time(self) -> None:
+        """Send; where an update is required, no longer than until it is late."""
+        if not self._required:
+            await self._send()
+            return
+        try:
+            async with time_limit(max(0.0, self._late - current_time())):
+                await self._send()
+        except TimeoutError:
+            await self._missed()
+
+    async def _missed(self) -> None:
+        """An update has not come about before its deadline."""
+        self._late = math.inf
+        if not self._required:
+            _log.warning("a key update is late; the session goes on under its old keys")
+            return
+        _log.warning("a key update is late, and the policy requires it: the session ends")
+        await self._fail(
+            PolicyRefused(
+                "no key update has come about before its deadline, and our policy requires it",
+                Reason.FRESH_KEYS_LATE,
+            )
+        )
+
+    # --- the schedule -------------------------------------------------------------------------
+
+    def _began(self, epoch: Epoch) -> None:
+        _log.info(
+            "epoch %d, by %s, of %s%s",
+            epoch.number,
+            epoch.why,
+            epoch.group,
+            f" and the QKD keys {', '.join(epoch.qkd_key_ids)}" if epoch.qkd_key_ids else "",
+        )
+        if epoch.qkd_missing is not None:
+            _log.warning("epoch %d has no QKD key: %s", epoch.number, epoch.qkd_missing)
+        self._done()
+        self._unplanned = True
+
+    def _done(self) -> None:
+        self._why = None
+        self._late = math.inf
+        self._retry, self._not_before = _FIRST_RETRY, -math.inf
+        self._bytes = 0
+
+    async def _plan(self) -> None:
+        """When the next update is due: a little early at random, later where keys are short."""
+        self._unplanned = False
+        schedule = self._schedule
+        if schedule is None:
+            self._due = math.inf
+            return
+        interval = schedule.every * (1 - schedule.jitter * random.random())  # no secret
+        self._due = current_time() + interval * await self._stretch()
+
+    async def _stretch(self) -> float:
+        schedule, connection = self._schedule, self._connection
+        assert schedule is not None
+        if self._source is None or not self._extended or not connection.updates_take_keys:
+            return 1.0
+        try:
+            stock = await self._source.stock_for_updates(connection.session)
+        except HybridkexError:
+            return 1.0  # It may have keys all the same.
+        if stock is None or stock >= schedule.low_stock:
+            return 1.0
+        return min(schedule.stretch, schedule.low_stock / max(stock, 1))

@@ -23,16 +23,20 @@ from hybridkex.errors import (
     HybridkexError,
     InternalError,
     KeySourceError,
+    LocalStateError,
     PeerError,
     TruncationError,
 )
+from hybridkex.net.event_loop import Background
 from hybridkex.net.log import BoundedLog
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
+from hybridkex.shell.key_keeper import KeyKeeper
 from hybridkex.shell.ssl_facade import SslObject, cipher_of, peercert_of
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 from hybridkex.tls.connection import ClientConnection, ServerConnection
+from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.session import Session
 
@@ -51,7 +55,8 @@ _SEND_SIZE: Final = 256 * 1024
 _ALERT_TIMEOUT: Final = 1.0
 _CLOSE_TIMEOUT: Final = 10.0
 
-_LINES: Final = BoundedLog(get_logger("hybridkex.anyio"))
+_log: Final = get_logger("hybridkex.anyio")
+_LINES: Final = BoundedLog(_log)
 """Strangers can cause these lines."""
 
 
@@ -95,6 +100,10 @@ class SecureByteStream(ByteStream):
                 raise ConfigError("server_hostname goes with a ClientConfig")
             self._connection = ServerConnection(config)
         self._answers = Answers(config, self._connection)
+        self._config = config
+        self._keeper: KeyKeeper | None = None
+        self._keeping: Background | None = None
+        self._send_lock = anyio.Lock()
         self._standard_compatible = standard_compatible
         self._pending = b""
         self._closed = False
@@ -154,6 +163,52 @@ class SecureByteStream(ByteStream):
         """Keying material for a protocol above: ``length`` bytes (RFC 9846 section 7.5)."""
         return self._connection.export(label, context, length)
 
+    def export_fresh(self, label: bytes, context: bytes, length: int) -> Secret:
+        """As :meth:`export`, from the exporter secret of the epoch in use: another one after each
+        key update (draft-ietf-tls-extended-key-update-13 section 10).
+
+        Raises:
+            LocalStateError: Extended Key Update was not negotiated.
+        """
+        return self._connection.export_fresh(label, context, length)
+
+    def _keep_keys(self) -> None:
+        """Renew the keys beside the caller's tasks, where that was agreed or is planned."""
+        if KeyKeeper.needed(self._config, self._connection):
+            self._keeper = KeyKeeper(
+                self._config, self._connection, self._send_for_keeper, self._fail_for_keeper
+            )
+            self._keeping = Background(self._run_keeper)
+
+    async def _run_keeper(self) -> None:
+        assert self._keeper is not None
+        try:
+            await self._keeper.run()
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+            pass  # Whoever sends or receives next learns of it.
+        except LocalStateError as error:
+            if self._failure is None:
+                _log.warning("the keys are not renewed any more: %s", error)
+        except Exception:
+            _log.exception("the keys are not renewed any more")
+            await self._fail_for_keeper(InternalError("the renewal of the keys has failed"))
+
+    async def _send_for_keeper(self) -> None:
+        async with self._send_lock:
+            if not self._send_broken and self._connection.has_data_to_send:
+                await self._flush()
+
+    async def _fail_for_keeper(self, error: PeerError) -> None:
+        """End the connection: the caller's tasks find the reason."""
+        self._connection.abort(error)
+        with contextlib.suppress(anyio.BrokenResourceError):
+            await self._fail(error)
+        await anyio.aclose_forcefully(self.transport_stream)
+
+    def _stop_keeper(self) -> None:
+        if self._keeping is not None:
+            self._keeping.cancel()
+
     async def _handshake(self) -> None:
         connection = self._connection
         try:
@@ -169,6 +224,7 @@ class SecureByteStream(ByteStream):
                     await self.transport_stream.send(bytes(connection.data_to_send()))
                 if connection.handshake_complete:
                     await self._answers.keep_tickets()
+                    self._keep_keys()
                     return
                 connection.receive_data(await self._read())
         except HybridkexError as error:
@@ -206,6 +262,10 @@ class SecureByteStream(ByteStream):
         while True:
             try:
                 event = connection.next_event()
+                if self._keeper is not None and event is not None:
+                    self._keeper.saw(event)
+                    if connection.has_data_to_send:
+                        self._keeper.wake()
                 if isinstance(event, ApplicationData):
                     return event.data
                 if isinstance(event, TicketReceived):
@@ -214,6 +274,9 @@ class SecureByteStream(ByteStream):
                     raise anyio.EndOfStream
                 if event is None:
                     connection.receive_data(await self._read())
+            except anyio.ClosedResourceError:
+                self._check_usable()  # the keeper of the keys may have ended the connection
+                raise
             except TruncationError as error:
                 if not self._standard_compatible:
                     raise anyio.EndOfStream from None
@@ -235,11 +298,21 @@ class SecureByteStream(ByteStream):
             for start in range(0, len(view), _SEND_SIZE):
                 piece = view[start : start + _SEND_SIZE]
                 await self._put(partial(self._connection.send_data, piece))
+                if self._keeper is not None:
+                    self._keeper.count(len(piece))
 
     async def update_keys(self, *, request_peer: bool = False) -> None:
-        """Change our sending key, and ask the peer for the same (RFC 9846 section 4.7.3)."""
+        """Change our sending key, and ask the peer for the same (RFC 9846 section 4.7.3).
+
+        Where Extended Key Update was agreed on, this starts one, with a QKD key where the policy
+        has it so: :attr:`session` shows another epoch when it is complete.
+        """
         with self._sending:
             self._check_sendable()
+            if self._keeper is not None and self.session.key_updates is not KeyUpdates.STANDARD:
+                self._keeper.update()
+                await anyio.lowlevel.checkpoint()
+                return
             await self._put(partial(self._connection.update_keys, request_peer=request_peer))
 
     async def send_eof(self) -> None:
@@ -252,11 +325,23 @@ class SecureByteStream(ByteStream):
 
     async def _put(self, queue: Callable[[], None]) -> None:
         """Put what ``queue`` makes the engine say on the transport, whole or never again."""
+        if self._keeper is None:
+            await self._queue_and_flush(queue)
+            return
+        async with self._send_lock:
+            self._check_usable()
+            self._check_whole()
+            await self._queue_and_flush(queue)
+
+    async def _queue_and_flush(self, queue: Callable[[], None]) -> None:
         try:
             queue()
         except HybridkexError as error:
             self._check_usable()  # if the receiving side has failed, its reason says more
             raise anyio.BrokenResourceError(str(error)) from error
+        await self._flush()
+
+    async def _flush(self) -> None:
         self._send_broken = True
         await self.transport_stream.send(bytes(self._connection.data_to_send()))
         self._send_broken = False
@@ -266,15 +351,27 @@ class SecureByteStream(ByteStream):
         if self._closed:
             await anyio.lowlevel.checkpoint()
             return
-        polite = self._tellable() and self._standard_compatible
+        polite = self._standard_compatible and self._tellable(wait=True)
         self._closed = True
         try:
             if polite:
-                self._connection.send_close()
                 with anyio.move_on_after(_CLOSE_TIMEOUT), _peer_may_be_gone():
-                    await self.transport_stream.send(bytes(self._connection.data_to_send()))
+                    await self._say_goodbye()
         finally:
+            self._stop_keeper()
             await self.transport_stream.aclose()
+
+    async def _say_goodbye(self) -> None:
+        """Send close_notify, behind what the keeper of the keys may be sending."""
+        if self._keeper is None:
+            self._connection.send_close()
+            await self.transport_stream.send(bytes(self._connection.data_to_send()))
+            return
+        async with self._send_lock:
+            self._stop_keeper()
+            if not self._send_broken:
+                self._connection.send_close()
+                await self.transport_stream.send(bytes(self._connection.data_to_send()))
 
     async def abort(self) -> None:
         """Close in a way that the peer cannot take for the end of our data: it gets the alert
@@ -282,8 +379,9 @@ class SecureByteStream(ByteStream):
         if self._closed:
             await anyio.lowlevel.checkpoint()
             return
-        tell = self._tellable()
+        tell = self._tellable(wait=False)
         self._closed = True
+        self._stop_keeper()
         try:
             if tell:
                 self._connection.abort(InternalError("the application has given up"))
@@ -292,11 +390,13 @@ class SecureByteStream(ByteStream):
         finally:
             await anyio.aclose_forcefully(self.transport_stream)
 
-    def _tellable(self) -> bool:
-        """Whether there is a peer to be told of the end, and a way to it."""
+    def _tellable(self, *, wait: bool) -> bool:
+        """Whether there is a peer to be told of the end, and a way to it; ``wait``: once the keeper
+        of the keys has sent what it is sending."""
+        free = not self._send_broken or (wait and self._send_lock.locked())
         return (
             self._failure is None
-            and not self._send_broken
+            and free
             and not self._connection.close_sent
             and anyio.current_effective_deadline() > -math.inf
         )
@@ -319,6 +419,10 @@ class SecureByteStream(ByteStream):
         self._check_usable()
         if self._connection.close_sent:
             raise anyio.ClosedResourceError
+        if not self._send_lock.locked():  # else the keeper of the keys is sending now
+            self._check_whole()
+
+    def _check_whole(self) -> None:
         if self._send_broken:
             raise anyio.BrokenResourceError("an earlier send did not complete")
 

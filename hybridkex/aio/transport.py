@@ -28,15 +28,19 @@ from hybridkex.errors import (
     HybridkexError,
     InternalError,
     LocalStateError,
+    PeerError,
     TruncationError,
 )
+from hybridkex.net.event_loop import Background
 from hybridkex.net.log import BoundedLog
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
+from hybridkex.shell.key_keeper import KeyKeeper
 from hybridkex.shell.ssl_facade import SslObject, cipher_of, peercert_of
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 from hybridkex.tls.connection import ClientConnection, ServerConnection
+from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.session import Session
 from hybridkex.wire.records import HEADER_LENGTH
@@ -147,6 +151,8 @@ class SecureTransport(asyncio.Transport):
         self._announced = False
         self._ready = ready
         self._session: Session | None = None
+        self._keeper: KeyKeeper | None = None
+        self._keeping_keys: Background | None = None
         self._state = _HANDSHAKE
         self._failure: Exception | None = None
         self._task: asyncio.Task[None] | None = None
@@ -185,9 +191,7 @@ class SecureTransport(asyncio.Transport):
         Raises:
             LocalStateError: the handshake is not complete.
         """
-        if self._session is None:
-            raise LocalStateError("the handshake is not complete")
-        return self._session
+        return self._connection.session
 
     def export(self, label: bytes, context: bytes, length: int) -> Secret:
         """Keying material for a protocol above: ``length`` bytes (RFC 9846 section 7.5).
@@ -197,12 +201,30 @@ class SecureTransport(asyncio.Transport):
         """
         return self._connection.export(label, context, length)
 
+    def export_fresh(self, label: bytes, context: bytes, length: int) -> Secret:
+        """As :meth:`export`, from the exporter secret of the epoch in use: another one after each
+        key update (draft-ietf-tls-extended-key-update-13 section 10).
+
+        Raises:
+            LocalStateError: the handshake is not complete, or Extended Key Update was not
+                negotiated.
+        """
+        return self._connection.export_fresh(label, context, length)
+
     def update_keys(self, *, request_peer: bool = False) -> None:
         """Change our sending key, and ask the peer for the same (RFC 9846 section 4.7.3).
+
+        Where Extended Key Update was agreed on, this starts one, with a QKD key where the policy
+        has it so: :attr:`session` shows another epoch when it is complete.
 
         Raises:
             LocalStateError: the handshake is not complete, or the sending direction is closed.
         """
+        if self._keeper is not None and self.session.key_updates is not KeyUpdates.STANDARD:
+            if self._connection.close_sent:
+                raise LocalStateError("a key update is started between handshake and close")
+            self._keeper.update()
+            return
         self._connection.update_keys(request_peer=request_peer)
         self._send_output()
 
@@ -212,7 +234,7 @@ class SecureTransport(asyncio.Transport):
             return self._config
         if self._session is not None:
             if name == "hybridkex_session":
-                return self._session
+                return self._connection.session
             if name == "ssl_object":
                 return SslObject(self._session, server_side=isinstance(self._config, ServerConfig))
             if name == "cipher":
@@ -315,6 +337,8 @@ class SecureTransport(asyncio.Transport):
         if self._answers.keeps_tickets:
             self._keep_tickets()
         self._announced = True
+        if KeyKeeper.needed(self._config, self._connection):
+            self._keep_keys()
         try:
             if self._announce:
                 self._protocol.connection_made(self)
@@ -325,6 +349,29 @@ class SecureTransport(asyncio.Transport):
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
         self._process()
+
+    def _keep_keys(self) -> None:
+        """Renew the keys beside the traffic."""
+
+        async def send() -> None:
+            self._send_output()
+
+        async def fail(error: PeerError) -> None:
+            self._connection.abort(error)
+            self._fail(error)
+
+        async def run(keeper: KeyKeeper) -> None:
+            try:
+                await keeper.run()
+            except LocalStateError as error:
+                if self._failure is None and self._state is _OPEN:
+                    _log.warning("the keys are not renewed any more: %s", error)
+            except Exception as error:
+                self._report("the renewal of the keys has failed", error)
+                self._give_up("the renewal of the keys has failed")
+
+        keeper = self._keeper = KeyKeeper(self._config, self._connection, send, fail)
+        self._keeping_keys = Background(lambda: run(keeper))
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -367,6 +414,8 @@ class SecureTransport(asyncio.Transport):
         content = self._connection.receive_record(head, fragment)
         if content is None:
             return False
+        if self._keeper is not None:
+            self._keeper.count(len(content))
         self._in_read = True
         try:
             if self._buffered:
@@ -391,6 +440,8 @@ class SecureTransport(asyncio.Transport):
                 return
             if event is None:
                 break
+            if self._keeper is not None:
+                self._keeper.saw(event)
             if type(event) is ApplicationData and self._state is _OPEN:
                 if self._reading_paused:
                     self._held.append(event.data)
@@ -557,6 +608,8 @@ class SecureTransport(asyncio.Transport):
             return
         if self._outgoing:
             batch = self._next_batch()
+            if self._keeper is not None:
+                self._keeper.count(len(batch))
             record = self._connection.seal_record(batch) if type(batch) is bytes else None
             if record is not None:
                 self._send(record)
@@ -722,6 +775,8 @@ class SecureTransport(asyncio.Transport):
         if self._task is not None:
             self._task.cancel()
             self._task = None
+        if self._keeping_keys is not None:
+            self._keeping_keys.cancel()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -265,13 +265,8 @@ class KeyKeeper:
     # --- the schedule -------------------------------------------------------------------------
 
     def _began(self, epoch: Epoch) -> None:
-        _log.info(
-            "epoch %d, by %s, of %s%s",
-            epoch.number,
-            epoch.why,
-            epoch.group,
-            f" and the QKD keys {', '.join(epoch.qkd_key_ids)}" if epoch.qkd_key_ids else "",
-        )
+        legs = " + ".join((epoch.group, *(f"QKD {one}" for one in epoch.qkd_key_ids)))
+        _log.info("the session is in epoch %d (%s): %s", epoch.number, epoch.why, legs)
         if epoch.qkd_missing is not None:
             _log.warning("epoch %d has no QKD key: %s", epoch.number, epoch.qkd_missing)
         self._done()

@@ -28,7 +28,10 @@ class End(ABC):
     """One end of a connection."""
 
     ERRORS: tuple[type[Exception], ...]
-    session: Session
+
+    @property
+    @abstractmethod
+    def session(self) -> Session: ...
 
     async def send(self, data: bytes) -> None:
         with self._errors():
@@ -80,7 +83,11 @@ class TrioEnd(End):
     ERRORS = (trio.BrokenResourceError,)
 
     def __init__(self, stream: SecureStream[Any]) -> None:
-        self.stream, self.session = stream, stream.session
+        self.stream = stream
+
+    @property
+    def session(self) -> Session:
+        return self.stream.session
 
     async def _send(self, data: bytes) -> None:
         await self.stream.send_all(data)
@@ -106,7 +113,11 @@ class AsyncioEnd(End):
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
-        self.session = writer.get_extra_info("hybridkex_session")
+
+    @property
+    def session(self) -> Session:
+        session: Session = self.writer.get_extra_info("hybridkex_session")
+        return session
 
     async def _send(self, data: bytes) -> None:
         self.writer.write(data)
@@ -133,7 +144,10 @@ class AnyioEnd(End):
 
     def __init__(self, stream: SecureByteStream) -> None:
         self.stream = stream
-        self.session = stream.extra(HybridkexAttribute.session)
+
+    @property
+    def session(self) -> Session:
+        return self.stream.extra(HybridkexAttribute.session)
 
     async def _send(self, data: bytes) -> None:
         await self.stream.send(data)

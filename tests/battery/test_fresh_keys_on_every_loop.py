@@ -1,0 +1,407 @@
+"""Sessions that renew their keys while data flows: the same on every event loop."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from test_every_shell import together
+
+from hybridkex import (
+    X25519,
+    ClientConfig,
+    DevCa,
+    FreshKeys,
+    KeyUpdates,
+    Policy,
+    QkdPskSource,
+    Requirement,
+    ServerConfig,
+    TrustStore,
+)
+from hybridkex.errors import AlertReceived, KeySourceUnavailable, PolicyRefused
+from hybridkex.net.event_loop import current_time, sleep, time_limit
+from hybridkex.qkd.in_process import InProcessSource, in_process_pair
+from hybridkex.qkd.source import KeyReference, QkdKey
+
+CA = DevCa.create(algorithm="ed25519")
+TRUST, IDENTITY = TrustStore((CA.certificate,)), CA.issue("localhost", algorithm="ed25519")
+REQUIRE, PREFER, OFF = Requirement.REQUIRE, Requirement.PREFER, Requirement.OFF
+
+
+class Kme:
+    """A key source that a test can make slow, or break."""
+
+    def __init__(self, source: InProcessSource) -> None:
+        self._source = source
+        self.local_sae, self.peer_sae = source.local_sae, source.peer_sae
+        self.knows, self.status = source.knows, source.status
+        self.delay = 0.0
+        self.down = False
+
+    async def get_key(self) -> QkdKey:
+        await self._wait()
+        return await self._source.get_key()
+
+    async def get_key_with_id(self, name: KeyReference) -> QkdKey:
+        await self._wait()
+        return await self._source.get_key_with_id(name)
+
+    async def _wait(self) -> None:
+        await sleep(self.delay)
+        if self.down:
+            raise KeySourceUnavailable("the KME does not answer")
+
+
+class Sites:
+    """Two configurations with QKD keys, for the handshake and for the updates."""
+
+    def __init__(
+        self,
+        *,
+        client: FreshKeys | None = None,
+        server: FreshKeys | None = None,
+        policy: dict[str, Any] | None = None,
+        server_policy: dict[str, Any] | None = None,
+    ) -> None:
+        self.alice, self.bob = map(Kme, in_process_pair("alice", "bob"))
+        stock: dict[str, Any] = {"post_quantum": PREFER, "fresh_keys": REQUIRE, **(policy or {})}
+        theirs = {**stock, **(server_policy or {})}
+        self.client = ClientConfig(
+            verifier=TRUST,
+            groups=(X25519,),
+            psk_source=QkdPskSource(self.alice),
+            fresh_keys=client,
+            policy=Policy(**stock),
+        )
+        self.server = ServerConfig(
+            identities=(IDENTITY,),
+            groups=(X25519,),
+            psk_source=QkdPskSource(self.bob),
+            fresh_keys=server,
+            policy=Policy(**theirs),
+        )
+
+
+Run = Callable[[Sites, Callable[[Any, Any], Awaitable[None]]], None]
+
+
+@pytest.fixture
+def run(shell: Any) -> Run:
+    def run(sites: Sites, conversation: Callable[[Any, Any], Awaitable[None]]) -> None:
+        async def main() -> None:
+            async with time_limit(20), shell.pair(sites.client, sites.server) as (client, server):
+                await conversation(client, server)
+
+        shell.run(main)
+
+    return run
+
+
+async def echo(end: Any) -> None:
+    while data := await end.receive():
+        await end.send(data)
+    await end.send_eof()
+
+
+async def epoch_of(end: Any, number: int) -> None:
+    while end.session.epoch < number:
+        await sleep(0.005)
+
+
+def test_a_schedule_under_load_in_both_directions(run: Run) -> None:
+    """With both ends on a schedule, so that requests cross now and then."""
+    often = FreshKeys(every=0.01, jitter=0.9)
+    sites = Sites(client=often, server=often)
+    size = 1 << 20
+
+    async def conversation(client: Any, server: Any) -> None:
+        assert client.session.key_updates is server.session.key_updates is KeyUpdates.FRESH
+        said = {client: bytearray(), server: bytearray()}
+
+        async def speak(end: Any) -> None:
+            number = 0
+            while end.session.epoch < 12 or len(said[end]) < size:
+                piece = number.to_bytes(4, "big") * 5000
+                said[end] += piece
+                await end.send(piece)
+                number += 1
+                await sleep(0.001)
+            await end.send_eof()
+
+        heard = {}
+
+        async def hear(end: Any) -> None:
+            heard[end] = await end.receive_all()
+
+        await together(speak(client), speak(server), hear(client), hear(server))
+        assert heard[client] == said[server]
+        assert heard[server] == said[client]
+        ours, theirs = client.session.epochs, server.session.epochs
+        assert min(len(ours), len(theirs)) >= 11
+        for one, other in zip(ours, theirs, strict=False):
+            assert one.qkd_key_ids == other.qkd_key_ids != ()
+            assert one.confirmed
+            assert {one.why, other.why} == {"every", "peer"}
+        await client.close()
+
+    run(sites, conversation)
+
+
+def test_a_peer_that_only_listens(run: Run) -> None:
+    """The responder sends nothing of its own: its answers go out all the same."""
+    sites = Sites(client=FreshKeys(every=0.01))
+
+    async def conversation(client: Any, server: Any) -> None:
+        async def watch() -> None:
+            await epoch_of(client, 3)
+            await client.send(b"done")
+            await client.send_eof()
+
+        async def listen(end: Any) -> None:
+            assert await end.receive_all() in (b"done", b"")
+
+        async def close_server() -> None:
+            await listen(server)
+            await server.send_eof()
+
+        await together(watch(), close_server(), listen(client))
+
+    run(sites, conversation)
+
+
+def test_an_update_that_is_asked_for(run: Run) -> None:
+    sites = Sites()
+
+    async def conversation(client: Any, server: Any) -> None:
+        async def speak() -> None:
+            for number in range(1, 6):
+                await (client if number % 2 else server).update_keys()
+                while client.session.epoch < number:
+                    await client.send(b"x")
+                    assert await client.receive() != b""
+                    await sleep(0.002)
+            await client.send_eof()
+            assert await client.receive_all() is not None
+
+        await together(echo(server), speak())
+        assert client.session.epoch == server.session.epoch == 5
+        assert [one.why for one in client.session.epochs][:2] == ["asked", "peer"]
+
+    run(sites, conversation)
+
+
+def test_after_so_many_bytes(run: Run) -> None:
+    sites = Sites(client=FreshKeys(every=3600, after_bytes=1 << 16))
+
+    async def conversation(client: Any, server: Any) -> None:
+        async def speak() -> None:
+            while client.session.epoch < 3:
+                await client.send(bytes(5000))
+                await client.receive_exactly(5000)
+                await sleep(0)
+            await client.send_eof()
+            assert await client.receive() == b""
+
+        await together(echo(server), speak())
+        assert {one.why for one in client.session.epochs} == {"after_bytes"}
+
+    run(sites, conversation)
+
+
+def test_a_slow_kme_never_stalls_the_data(run: Run) -> None:
+    sites = Sites(client=FreshKeys(every=0.05, deadline=10))
+
+    async def conversation(client: Any, server: Any) -> None:
+        sites.alice.delay = sites.bob.delay = 0.4
+        longest = 0.0
+
+        async def speak() -> None:
+            nonlocal longest
+            end = current_time() + 1.5
+            while current_time() < end:
+                began = current_time()
+                await client.send(b"ping")
+                assert await client.receive_exactly(4) == b"ping"
+                longest = max(longest, current_time() - began)
+                await sleep(0.002)
+            await client.send_eof()
+            assert await client.receive() == b""
+
+        await together(echo(server), speak())
+        assert client.session.epoch >= 1
+        assert longest < 0.3, longest
+
+    run(sites, conversation)
+
+
+def test_an_outage_under_prefer_and_the_recovery(run: Run, caplog: Any) -> None:
+    sites = Sites(client=FreshKeys(every=0.02), policy={"psk": PREFER})
+
+    async def conversation(client: Any, server: Any) -> None:
+        async def speak() -> None:
+            await epoch_of(client, 2)
+            sites.alice.down = True
+            await epoch_of(client, client.session.epoch + 3)
+            sites.alice.down, sites.bob.down = False, True
+            await epoch_of(client, client.session.epoch + 3)
+            sites.bob.down = False
+            await epoch_of(client, client.session.epoch + 3)
+            await client.send_eof()
+            assert await client.receive() == b""
+
+        await together(echo(server), speak(), drain(client))
+        missing = [one.qkd_missing for one in client.session.epochs]
+        assert missing[0] is None
+        assert "the KME does not answer" in missing
+        assert "the peer did not find it" in missing
+        assert missing[-1] is None
+        for one in client.session.epochs:
+            assert (one.qkd_missing is None) is bool(one.qkd_key_ids)
+
+    async def drain(end: Any) -> None:
+        """Somebody has to read; nothing comes."""
+
+    with caplog.at_level(logging.WARNING, "hybridkex"):
+        run_reading(run, sites, conversation)
+    assert "has no QKD key" in caplog.text
+
+
+def run_reading(run: Run, sites: Sites, conversation: Any) -> None:
+    """A conversation in which the client says a byte now and then, so that it reads."""
+
+    async def with_pings(client: Any, server: Any) -> None:
+        inner_receive = client.receive
+        over = False
+
+        async def ping() -> None:
+            while not over:
+                await client.send(b".")
+                assert await inner_receive() != b""
+                await sleep(0.002)
+
+        async def talk() -> None:
+            nonlocal over
+
+            class Quiet:
+                """The client for the conversation: its end is the end of the pings."""
+
+                session = property(lambda self: client.session)
+
+                async def send_eof(self) -> None:
+                    nonlocal over
+                    over = True
+
+                async def receive(self) -> bytes:
+                    return b""
+
+            await conversation(Quiet(), server)
+
+        async def end_server() -> None:
+            while not over:
+                await sleep(0.01)
+            await sleep(0.02)
+            await client.send_eof()
+
+        await together(ping(), talk(), end_server())
+
+    run(sites, with_pings)
+
+
+@pytest.mark.parametrize("down", ["alice", "bob"])
+def test_an_outage_under_require_ends_the_session(run: Run, down: str) -> None:
+    sites = Sites(client=FreshKeys(every=0.02, deadline=0.3))
+
+    async def conversation(client: Any, server: Any) -> None:
+        reasons: list[BaseException | None] = []
+
+        async def speak() -> None:
+            while client.session.epoch < 2:
+                await client.send(b"x")
+                await client.receive()
+                await sleep(0.002)
+            getattr(sites, down).down = True
+            began = current_time()
+            try:
+                assert await client.receive() == b"nobody sends anything"
+            except Exception as error:
+                reasons.append(error)
+            assert 0.25 < current_time() - began < 3
+
+        async def answer() -> None:
+            try:
+                while data := await server.receive():
+                    await server.send(data)
+            except Exception as error:
+                reasons.append(error)
+
+        await together(speak(), answer())
+        causes = [one for reason in reasons for one in chain(reason)]
+        assert any(isinstance(one, PolicyRefused) for one in causes)
+        assert any(isinstance(one, AlertReceived) for one in causes)
+        assert "before its deadline" in str(causes)
+
+    run(sites, conversation)
+
+
+def chain(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None:
+        found.append(error)
+        error = error.__cause__
+    return found
+
+
+def test_an_outage_shorter_than_the_deadline(run: Run) -> None:
+    sites = Sites(client=FreshKeys(every=0.02, deadline=10))
+
+    async def conversation(client: Any, server: Any) -> None:
+        async def speak() -> None:
+            await reach(2)
+            sites.alice.down = True
+            await keep_talking(0.2)
+            before = client.session.epoch
+            sites.alice.down = False
+            await reach(before + 2)
+            await client.send_eof()
+            assert await client.receive() == b""
+
+        async def reach(number: int) -> None:
+            while client.session.epoch < number:
+                await keep_talking(0.005)
+
+        async def keep_talking(seconds: float) -> None:
+            until = current_time() + seconds
+            while current_time() < until:
+                await client.send(b"x")
+                assert await client.receive() == b"x"
+                await sleep(0.002)
+
+        await together(echo(server), speak())
+        assert all(one.qkd_key_ids for one in client.session.epochs)
+
+    run(sites, conversation)
+
+
+def test_a_schedule_with_a_peer_that_knows_key_update_alone(run: Run) -> None:
+    sites = Sites(
+        client=FreshKeys(every=0.01),
+        policy={"fresh_keys": PREFER},
+        server_policy={"fresh_keys": OFF},
+    )
+
+    async def conversation(client: Any, server: Any) -> None:
+        assert client.session.key_updates is KeyUpdates.STANDARD
+
+        async def speak() -> None:
+            for _ in range(40):
+                await client.send(b"x")
+                assert await client.receive() == b"x"
+                await sleep(0.003)
+            await client.send_eof()
+            assert await client.receive() == b""
+
+        await together(echo(server), speak())
+        assert client.session.epoch == 0
+
+    run(sites, conversation)

@@ -120,6 +120,15 @@ class ClientState:
 
 
 @dataclass(frozen=True)
+class _Resumption:
+    """The session that a ClientHello offers to resume."""
+
+    ticket: SessionTicket
+    peer: VerifiedPeer | None
+    """The server, verified again for this handshake; ``None`` where a PSK authenticated it."""
+
+
+@dataclass(frozen=True)
 class _Offer:
     """What the ClientHello says, the same in both where there are two."""
 
@@ -128,7 +137,7 @@ class _Offer:
     random: bytes
     session_id: bytes
     psks: tuple[Psk, ...]
-    ticket: SessionTicket | None
+    resumption: _Resumption | None
     started: dict[int, Started]
     """The key exchanges that were offered with a share, by the group's code."""
 
@@ -142,7 +151,9 @@ class _Offer:
             random=self.random,
             session_id=self.session_id,
             cipher_suites=tuple(suite.code for suite in self.config.suites),
-            extensions=ext.Extensions(self._extensions(cookie)),
+            extensions=ext.Extensions(
+                self._extensions if cookie is None else (ext.Cookie(cookie), *self._extensions)
+            ),
         )
         raw = encode(message)
         return self._with_binders(raw, prefix) if self.psks else raw
@@ -150,11 +161,12 @@ class _Offer:
     @cached_property
     def answerable(self) -> Mapping[ext.MessageKind, frozenset[int]]:
         """The types of extension that the server may send, by message."""
-        sent = self._extensions(None)
-        return {kind: ext.answerable(kind, sent) for kind in _ANSWERS}
+        return {kind: ext.answerable(kind, self._extensions) for kind in _ANSWERS}
 
-    def _extensions(self, cookie: bytes | None) -> list[ext.Extension]:
-        """Those of RFC 9846 section 4.3, in the order in which they are sent."""
+    @cached_property
+    def _extensions(self) -> tuple[ext.Extension, ...]:
+        """Those of RFC 9846 section 4.3, in the order in which they are sent; a cookie comes
+        first."""
         config = self.config
         extensions: list[ext.Extension] = []
         if isinstance(self.name, DnsName):
@@ -168,8 +180,6 @@ class _Offer:
             extensions.append(ext.PskKeyExchangeModes((PskKeyExchangeMode.PSK_DHE_KE,)))
         entries = tuple(ext.KeyShareEntry(code, one.share) for code, one in self.started.items())
         extensions.append(ext.KeyShareOffer(entries))
-        if cookie is not None:
-            extensions.append(ext.Cookie(cookie))
         if config.record_size_limit is not None:
             extensions.append(ext.RecordSizeLimit(config.inner_limit))
         if self.wants_certificate_with_psk:
@@ -178,7 +188,7 @@ class _Offer:
         extensions += config.extensions
         if self.psks:
             extensions.append(self._psk_offer())  # the last one (section 4.3.11)
-        return extensions
+        return tuple(extensions)
 
     def _about_certificates(self) -> list[ext.Extension]:
         """Sections 4.3.3 and 4.5.1: signatures and kinds of certificate that can be checked."""
@@ -210,16 +220,15 @@ class _Offer:
     @property
     def wants_certificate_with_psk(self) -> bool:
         """RFC 9973 section 4: every PSK offered must be an external one."""
-        return bool(self.psks) and self.ticket is None and self.config.authentication not in _ALONE
+        alone = self.config.authentication in _ALONE
+        return bool(self.psks) and self.resumption is None and not alone
 
     def _psk_offer(self) -> ext.PreSharedKeyOffer:
-        now = self.config.clock()
+        age = 0
+        if self.resumption is not None:
+            age = self.resumption.ticket.obfuscated_age(self.config.clock())
         identities = tuple(
-            ext.OfferedPskIdentity(
-                psk.identity,
-                self.ticket.obfuscated_age(now) if psk.resumption and self.ticket else 0,
-            )
-            for psk in self.psks
+            ext.OfferedPskIdentity(psk.identity, age if psk.resumption else 0) for psk in self.psks
         )
         return ext.PreSharedKeyOffer(identities, tuple(bytes(psk.hash.size) for psk in self.psks))
 
@@ -230,21 +239,21 @@ class _Offer:
         binders = b""
         for psk in self.psks:
             if prefix is not None and prefix.function == psk.hash:
-                digest = prefix.digest_with(truncated)
+                digest = prefix.add(truncated).digest()
             else:
                 digest = psk.hash.digest(truncated)
-            binder = EarlySecret.start(psk.hash, psk.key).binder(psk.binder_label, digest)
+            binder = psk.early_secret.binder(psk.binder_label, digest)
             binders += vector8(binder)
         return truncated + vector16(binders)
 
 
 def start(config: ClientConfig, name: PeerName | None, records: RecordLayer) -> ClientState:
-    """Send the first ClientHello, or ask for the PSK that it shall offer."""
-    ticket = _take_ticket(config, name)
-    if ticket is None and config.psk_source and config.has_psk:
+    """Send the first ClientHello, or ask for the PSK that it offers."""
+    resumption = _take_ticket(config, name)
+    if resumption is None and config.psk_source and config.has_psk:
         records.emit(PskWanted(()))
         return WaitPsk(config, name)
-    return _send_hello(config, name, ticket, config.psks, records)
+    return _send_hello(config, name, resumption, config.psks, records)
 
 
 @dataclass(frozen=True)
@@ -260,19 +269,20 @@ class WaitPsk(ClientState):
         if external is not None:
             return _send_hello(config, self.name, None, (external, *config.psks), records)
         if not config.psks:
-            _check_psk_policy(config, "there is none to offer")
+            _verifier_without_psk(config, "there is none to offer")
         return _send_hello(config, self.name, None, config.psks, records)
 
 
 def _send_hello(
     config: ClientConfig,
     name: PeerName | None,
-    ticket: SessionTicket | None,
+    resumption: _Resumption | None,
     externals: tuple[ExternalPsk, ...],
     records: RecordLayer,
 ) -> ClientState:
     psks: list[Psk] = []
-    if ticket is not None:
+    if resumption is not None:
+        ticket = resumption.ticket
         psks.append(
             Psk(
                 identity=ticket.ticket,
@@ -285,7 +295,7 @@ def _send_hello(
             )
         )
     # RFC 9973 section 4 forbids a ticket beside an external PSK with certificates.
-    if config.has_psk and (ticket is None or config.authentication in _ALONE):
+    if config.has_psk and (resumption is None or config.authentication in _ALONE):
         for external in externals:
             psks.extend(external_psks(external, config.suites))
     offer = _Offer(
@@ -294,7 +304,7 @@ def _send_hello(
         random=config.entropy(32),
         session_id=config.entropy(32) if config.compatibility_mode else b"",
         psks=tuple(psks),
-        ticket=ticket,
+        resumption=resumption,
         started={group.code: group.exchange.start() for group in config.shared_groups},
     )
     records.client_random = offer.random
@@ -305,8 +315,8 @@ def _send_hello(
     return WaitServerHello(offer, hello)
 
 
-def _take_ticket(config: ClientConfig, name: PeerName | None) -> SessionTicket | None:
-    """A ticket whose session would satisfy today's configuration."""
+def _take_ticket(config: ClientConfig, name: PeerName | None) -> _Resumption | None:
+    """A ticket whose session satisfies today's configuration and whose server is still trusted."""
     if config.ticket_store is None:
         return None
     key = store_key(str(name) if name is not None else None)
@@ -315,20 +325,21 @@ def _take_ticket(config: ClientConfig, name: PeerName | None) -> SessionTicket |
         return None
     if len(ticket.ticket) > config.ticket_room or not resumable(config, ticket, config.identity):
         return None
-    if ticket.authenticated_by is not AuthenticatedBy.PSK:
-        assert config.verifier is not None
-        try:
-            kind, now = ticket.certificate_type, config.clock()
-            accept_server(config.verifier, kind, ticket.chain, name, now)
-        except CertificateRejected:
-            return None
-    return ticket
+    if ticket.authenticated_by is AuthenticatedBy.PSK:
+        return _Resumption(ticket, None)
+    if config.verifier is None:
+        return None
+    try:
+        kind, now = ticket.certificate_type, config.clock()
+        return _Resumption(ticket, accept_server(config.verifier, kind, ticket.chain, name, now))
+    except CertificateRejected:
+        return None
 
 
 def forget_tickets(offer: _Offer) -> None:
     """The server declined our ticket: those that came with it would cost further handshakes."""
     config = offer.config
-    if offer.ticket is None or config.ticket_store is None:
+    if offer.resumption is None or config.ticket_store is None:
         return
     binding = config.binding(config.identity)
     # One connection gives no more than ``Limits.tickets``. A store of somebody else's that breaks
@@ -351,7 +362,7 @@ class WaitServerHello(ClientState):
         assert isinstance(message, ServerHello)
         suite = _check_hello(self.offer, message)
         transcript = Transcript(suite.hash, self.hello)
-        return _accept(self.offer, self.offer.psks, suite, message, raw, transcript, records)
+        return _accept(self.offer, suite, message, raw, transcript, records)
 
     def _retry(self, message: HelloRetryRequest, raw: bytes, records: RecordLayer) -> ClientState:
         """Section 4.2.4: another ClientHello, changed only where the server asked."""
@@ -379,7 +390,7 @@ class WaitServerHello(ClientState):
             random=offer.random,
             session_id=offer.session_id,
             psks=psks,
-            ticket=offer.ticket if any(psk.resumption for psk in psks) else None,
+            resumption=offer.resumption if any(psk.resumption for psk in psks) else None,
             started=started,
         )
         transcript = Transcript.after_retry(suite.hash, suite.hash.digest(self.hello), raw)
@@ -392,8 +403,7 @@ class WaitServerHello(ClientState):
                 "the server's cookie does not fit into a ClientHello", Reason.COOKIE_TOO_LONG
             ) from None
         records.writer.send_raw(hello)
-        transcript.add(hello)
-        return WaitSecondServerHello(again, suite, transcript)
+        return WaitSecondServerHello(again, suite, transcript.add(hello))
 
 
 @dataclass(frozen=True)
@@ -412,8 +422,7 @@ class WaitSecondServerHello(ClientState):
             raise IllegalParameter(
                 "the cipher suite changed after HelloRetryRequest", Reason.RETRY_SUITE_CHANGED
             )
-        offer = self.offer
-        return _accept(offer, offer.psks, self.suite, message, raw, self.transcript, records)
+        return _accept(self.offer, self.suite, message, raw, self.transcript, records)
 
 
 def _find_group(config: ClientConfig, code: int) -> Group:
@@ -471,7 +480,6 @@ def _check_answers(offer: _Offer, kind: ext.MessageKind, extensions: ext.Extensi
 
 def _accept(
     offer: _Offer,
-    psks: tuple[Psk, ...],
     suite: CipherSuite,
     message: ServerHello,
     raw: bytes,
@@ -489,22 +497,25 @@ def _accept(
             f"the server chose group {share.entry.group:#06x}, for which we sent no share",
             Reason.GROUP_NOT_OFFERED,
         )
-    psk = _chosen_psk(psks, suite, message)
+    psk = _chosen_psk(offer.psks, suite, message)
     if psk is None or not psk.resumption:
         forget_tickets(offer)
     with_certificate = ext.TlsCertWithExternPsk in message.extensions
+    verifier: AnyServerVerifier | None = None
     if psk is None:
-        _check_psk_policy(offer.config, "the server did not take one")
-    elif not psk.resumption and offer.wants_certificate_with_psk and not with_certificate:
+        verifier = _verifier_without_psk(offer.config, "the server did not take one")
+    elif with_certificate:
+        verifier = offer.config.verifier  # we offered this, so there is one
+    elif not psk.resumption and offer.wants_certificate_with_psk:
         raise PolicyRefused(
-            "the server took the PSK and leaves out the certificate", Reason.PSK_WITHOUT_CERTIFICATE
+            "the server selected the PSK and sends no certificate", Reason.PSK_WITHOUT_CERTIFICATE
         )
 
     records.reader.check_message_boundary()
     shared = started.finish(share.entry.share)
-    transcript.add(raw)
+    transcript = transcript.add(raw)
     digest = transcript.digest()
-    early = EarlySecret.start(suite.hash, psk.key if psk is not None else None)
+    early = psk.early_secret if psk is not None else EarlySecret.start(suite.hash)
     secret = early.handshake_secret(shared)
     server = secret.server_handshake_traffic(suite, digest)
     client = secret.client_handshake_traffic(suite, digest)
@@ -513,9 +524,9 @@ def _accept(
     records.reader.change_key(server)
     records.writer.change_key(client)
     records.writer.change_cipher_spec_due = offer.config.compatibility_mode
-    keys = _Keys(suite, secret, client, server, transcript)
+    keys = _Keys(suite, secret, client, server)
     group = _find_group(offer.config, share.entry.group)
-    return WaitEncryptedExtensions(offer, group, psk, with_certificate, keys)
+    return WaitEncryptedExtensions(offer, group, psk, verifier, keys, transcript)
 
 
 def _chosen_psk(psks: tuple[Psk, ...], suite: CipherSuite, message: ServerHello) -> Psk | None:
@@ -536,25 +547,30 @@ def _chosen_psk(psks: tuple[Psk, ...], suite: CipherSuite, message: ServerHello)
     return psk
 
 
-def _check_psk_policy(config: ClientConfig, why: str) -> None:
-    """Whether we may go on without a PSK; the transcript will say if the peer agrees."""
+def _verifier_without_psk(config: ClientConfig, why: str) -> AnyServerVerifier:
+    """The verifier that authenticates the server in a handshake without a PSK.
+
+    Raises:
+        PolicyRefused: our policy requires a PSK, or nothing else is configured.
+    """
     if config.policy_in_force.psk is Requirement.REQUIRE:
         raise PolicyRefused(f"our policy requires a PSK, and {why}", Reason.PSK_REQUIRED)
-    if config.authentication is Authentication.PSK:
+
+    if config.verifier is None:
         raise PolicyRefused(
             f"nothing but a PSK can authenticate the server, and {why}", Reason.PSK_REQUIRED
         )
+    return config.verifier
 
 
 @dataclass(frozen=True)
 class _Keys:
-    """The keys of the handshake's second half, and the transcript that they hang on."""
+    """The keys of the encrypted part of the handshake."""
 
     suite: CipherSuite
     secret: HandshakeSecret
     client: TrafficSecret
     server: TrafficSecret
-    transcript: Transcript
 
 
 @dataclass(frozen=True)
@@ -564,8 +580,10 @@ class WaitEncryptedExtensions(ClientState):
     offer: _Offer
     group: Group
     psk: Psk | None
-    with_certificate: bool
+    verifier: AnyServerVerifier | None
+    """Decides about the server's certificate; ``None`` where the PSK alone authenticates it."""
     keys: _Keys
+    transcript: Transcript
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, EncryptedExtensions)
@@ -574,8 +592,8 @@ class WaitEncryptedExtensions(ClientState):
         self._limit_records(answers.get(ext.RecordSizeLimit), records)
         server_type = answers.get(ext.ServerCertificateTypeChoice)
         client_type = answers.get(ext.ClientCertificateTypeChoice)
-        self.keys.transcript.add(raw)
-        settled = _Settled(
+        transcript = self.transcript.add(raw)
+        negotiated = _Negotiated(
             offer=self.offer,
             group=self.group,
             psk=self.psk,
@@ -590,11 +608,10 @@ class WaitEncryptedExtensions(ClientState):
                 client_type.chosen if client_type else None, self.offer.client_types
             ),
         )
-        if self.psk is not None and not self.with_certificate:
-            return WaitFinished(settled, PeerProof(self._known_peer(), None, self.psk), None)
-        verifier = self.offer.config.verifier
-        assert verifier is not None
-        return WaitCertificateOrRequest(settled, verifier)
+        if self.verifier is None:
+            proof = PeerProof(self._resumed_peer(), None, self.psk)
+            return WaitFinished(negotiated, proof, None, transcript)
+        return WaitCertificateOrRequest(negotiated, self.verifier, transcript)
 
     def _protocol(self, choice: ext.AlpnChoice | None) -> bytes | None:
         """RFC 7301 section 3.2."""
@@ -623,19 +640,16 @@ class WaitEncryptedExtensions(ClientState):
         records.writer.record_limit = limit.limit - 1
         records.reader.limit_records(self.offer.config.inner_limit)
 
-    def _known_peer(self) -> VerifiedPeer | None:
-        """The server of the session that is resumed: it is judged anew."""
-        config, ticket = self.offer.config, self.offer.ticket
-        if self.psk is None or not self.psk.resumption or ticket is None or not ticket.chain:
+    def _resumed_peer(self) -> VerifiedPeer | None:
+        """The server of the session that is resumed, if it showed who it is."""
+        if self.psk is None or not self.psk.resumption or self.offer.resumption is None:
             return None
-        assert config.verifier is not None
-        kind, name = ticket.certificate_type, self.offer.name
-        return accept_server(config.verifier, kind, ticket.chain, name, config.clock())
+        return self.offer.resumption.peer
 
 
 @dataclass(frozen=True)
-class _Settled:
-    """What the server's first messages settled."""
+class _Negotiated:
+    """What ServerHello and EncryptedExtensions agreed on."""
 
     offer: _Offer
     group: Group
@@ -655,12 +669,14 @@ class _Settled:
 class WaitCertificateOrRequest(ClientState):
     """After EncryptedExtensions, where the server authenticates with a certificate."""
 
-    settled: _Settled
+    negotiated: _Negotiated
     verifier: AnyServerVerifier
+    transcript: Transcript
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         if isinstance(message, Certificate):
-            return WaitCertificate(self.settled, self.verifier, None).handle(message, raw, records)
+            state = WaitCertificate(self.negotiated, self.verifier, None, self.transcript)
+            return state.handle(message, raw, records)
         assert isinstance(message, CertificateRequest)
         if message.context:
             raise IllegalParameter(
@@ -669,18 +685,19 @@ class WaitCertificateOrRequest(ClientState):
         schemes = message.extensions.get(ext.SignatureAlgorithms)
         if schemes is None:
             raise MissingExtension("CertificateRequest without signature_algorithms")
-        self.settled.keys.transcript.add(raw)
-        return WaitCertificate(self.settled, self.verifier, schemes.codes)
+        transcript = self.transcript.add(raw)
+        return WaitCertificate(self.negotiated, self.verifier, schemes.codes, transcript)
 
 
 @dataclass(frozen=True)
 class WaitCertificate(ClientState):
     """Before the server's Certificate."""
 
-    settled: _Settled
+    negotiated: _Negotiated
     verifier: AnyServerVerifier
     requested: tuple[int, ...] | None
     """The schemes of the server's CertificateRequest, if it sent one."""
+    transcript: Transcript
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, Certificate)
@@ -693,80 +710,80 @@ class WaitCertificate(ClientState):
                 "the server sent no certificate", Reason.CERTIFICATE_MISSING
             )  # section 4.5.1.3
         for _, extensions in message.entries:
-            _check_answers(self.settled.offer, ext.MessageKind.CERTIFICATE, extensions)
-        kind, name = self.settled.server_type, self.settled.offer.name
+            _check_answers(self.negotiated.offer, ext.MessageKind.CERTIFICATE, extensions)
+        kind, name = self.negotiated.server_type, self.negotiated.offer.name
         check_entries(kind, message)
-        now = self.settled.offer.config.clock()
+        now = self.negotiated.offer.config.clock()
         peer = accept_server(self.verifier, kind, message.chain, name, now)
-        self.settled.keys.transcript.add(raw)
-        return WaitCertificateVerify(self.settled, peer, self.requested)
+        transcript = self.transcript.add(raw)
+        return WaitCertificateVerify(self.negotiated, peer, self.requested, transcript)
 
 
 @dataclass(frozen=True)
 class WaitCertificateVerify(ClientState):
-    """The certificate is good; whether the server has its key is to be shown."""
+    """The certificate is accepted; the server must prove that it has the private key."""
 
-    settled: _Settled
+    negotiated: _Negotiated
     peer: VerifiedPeer
     requested: tuple[int, ...] | None
+    transcript: Transcript
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, CertificateVerify)
-        transcript = self.settled.keys.transcript
         scheme = verify_signature(
             message,
             self.peer,
-            self.settled.offer.config.signature_schemes,
+            self.negotiated.offer.config.signature_schemes,
             Label.SERVER_CERTIFICATE_VERIFY,
-            transcript,
+            self.transcript,
         )
-        transcript.add(raw)
-        proof = PeerProof(self.peer, scheme, self.settled.psk)
-        return WaitFinished(self.settled, proof, self.requested)
+        proof = PeerProof(self.peer, scheme, self.negotiated.psk)
+        return WaitFinished(self.negotiated, proof, self.requested, self.transcript.add(raw))
 
 
 @dataclass(frozen=True)
 class WaitFinished(ClientState):
     """The server is authenticated; its Finished confirms the whole handshake."""
 
-    settled: _Settled
+    negotiated: _Negotiated
     proof: PeerProof
     requested: tuple[int, ...] | None
+    transcript: Transcript
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, Finished)
-        keys = self.settled.keys
-        check_finished(message, keys.server, keys.transcript)
+        check_finished(message, self.negotiated.keys.server, self.transcript)
         records.reader.check_message_boundary()
         records.reader.change_cipher_spec_allowed = False
-        keys.transcript.add(raw)
+        transcript = self.transcript.add(raw)
         session = self._session()
-        check_session(self.settled.offer.config, session)
+        check_session(self.negotiated.offer.config, session)
         records.emit(SessionProposed(session, self.proof.certificate))
-        return Proposed(self.settled, self.proof, self.requested, session)
+        return Proposed(self.negotiated, self.proof, self.requested, session, transcript)
 
     def _session(self) -> Session:
-        settled, proof = self.settled, self.proof
-        config, ticket = settled.offer.config, settled.offer.ticket
-        if proof.psk is not None and proof.psk.resumption and ticket is not None:
+        negotiated, proof = self.negotiated, self.proof
+        config, resumption = negotiated.offer.config, negotiated.offer.resumption
+        if proof.psk is not None and proof.psk.resumption and resumption is not None:
+            ticket = resumption.ticket
             by, began_at = ticket.authenticated_by, ticket.began_at
         else:
             signed = proof.scheme is not None
             by = authenticated_by(proof.certificate, proof.psk, has_certificate=signed)
             began_at = config.clock()
         return describe(
-            suite=settled.keys.suite,
-            group=settled.group,
+            suite=negotiated.keys.suite,
+            group=negotiated.group,
             psk=proof.psk,
             authenticated=by,
             scheme=proof.scheme,
-            alpn=settled.alpn,
-            extensions=settled.extensions,
-            server_name=str(settled.offer.name) if settled.offer.name is not None else None,
+            alpn=negotiated.alpn,
+            extensions=negotiated.extensions,
+            server_name=str(negotiated.offer.name) if negotiated.offer.name is not None else None,
             peer=proof.certificate,
             policy=config.policy_in_force,
             began_at=began_at,
-            key_updates=settled.key_updates,
+            key_updates=negotiated.key_updates,
         )
 
 
@@ -774,15 +791,16 @@ class WaitFinished(ClientState):
 class Proposed(ClientState):
     """The server's Finished is verified; our caller decides before we send ours."""
 
-    settled: _Settled
+    negotiated: _Negotiated
     proof: PeerProof
     requested: tuple[int, ...] | None
     session: Session
+    transcript: Transcript
 
     def accept(self, session: Session, records: RecordLayer) -> ClientTraffic:
         """[Certificate, CertificateVerify,] Finished."""
-        settled, keys = self.settled, self.settled.keys
-        suite, transcript = keys.suite, keys.transcript
+        negotiated, keys = self.negotiated, self.negotiated.keys
+        suite, transcript = keys.suite, self.transcript
         digest = transcript.digest()
         main = keys.secret.main_secret()
         server = main.server_application_traffic(suite, digest)
@@ -793,9 +811,9 @@ class Proposed(ClientState):
         records.log_secret("EXPORTER_SECRET", exporter.secret)
 
         if self.requested is not None:
-            self._authenticate(records, self.requested)
+            transcript = self._authenticate(records, self.requested)
         finished = Finished(keys.client.finished(transcript.digest()))
-        transcript.add(records.writer.send(finished))
+        transcript = transcript.add(records.writer.send(finished))
         records.reader.change_key(server)
         records.writer.change_key(client)
         records.reader.data_allowed = True
@@ -803,28 +821,28 @@ class Proposed(ClientState):
         complete = transcript.digest()
         resumption = main.resumption_secret(complete)
         updates = None
-        if settled.key_updates is not KeyUpdates.STANDARD:
+        if negotiated.key_updates is not KeyUpdates.STANDARD:
             first = Generation.first(suite, main, digest, complete)
-            kind, config = settled.key_updates, settled.offer.config
-            updates = Updates(records, config, kind, settled.group, first)
+            kind, config = negotiated.key_updates, negotiated.offer.config
+            updates = Updates(records, config, kind, negotiated.group, first)
         connected = Connected(session, suite, exporter, resumption, updates)
         records.emit(HandshakeCompleted(session))
         peer = self.proof.certificate
         presented = peer.certificate if peer is not None else None
-        return ClientTraffic(connected, settled.offer.config, presented)
+        return ClientTraffic(connected, negotiated.offer.config, presented)
 
-    def _authenticate(self, records: RecordLayer, requested: tuple[int, ...]) -> None:
-        """Certificate and CertificateVerify; an empty Certificate where we have none that fits."""
-        config, transcript = self.settled.offer.config, self.settled.keys.transcript
+    def _authenticate(self, records: RecordLayer, requested: tuple[int, ...]) -> Transcript:
+        """Send Certificate and CertificateVerify, or an empty Certificate where we have none that
+        fits. Returns the transcript with what was sent."""
+        config, transcript = self.negotiated.offer.config, self.transcript
         identity, scheme = config.identity, None
-        if identity is not None and identity.certificate_type == self.settled.client_type:
+        if identity is not None and identity.certificate_type == self.negotiated.client_type:
             scheme = choose_scheme(identity.signing_key, config.signature_schemes, requested)
         if identity is None or scheme is None:
-            transcript.add(records.writer.send(certificate_message(None)))
-            return
-        transcript.add(records.writer.send(certificate_message(identity)))
+            return transcript.add(records.writer.send(certificate_message(None)))
+        transcript = transcript.add(records.writer.send(certificate_message(identity)))
         verify = sign_transcript(identity, scheme, Label.CLIENT_CERTIFICATE_VERIFY, transcript)
-        transcript.add(records.writer.send(verify))
+        return transcript.add(records.writer.send(verify))
 
 
 _M = HandshakeType

@@ -3,13 +3,14 @@
 import hmac
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from hybridkex.auth import Identity, RawIdentity, VerifiedPeer
 from hybridkex.constants import TLS13, Label
 from hybridkex.crypto.kex import Group, Property
 from hybridkex.crypto.psk import ExternalPsk, import_key
-from hybridkex.crypto.schedule import TrafficSecret
+from hybridkex.crypto.schedule import EarlySecret, TrafficSecret
 from hybridkex.crypto.signatures import SignatureScheme
 from hybridkex.crypto.suites import CipherSuite, HashFunction
 from hybridkex.errors import DecryptError, IllegalParameter
@@ -51,6 +52,11 @@ class Psk:
     """The context of its import (RFC 9258); ``None`` for a plain PSK."""
     origin: object = None
     """The origin of the :class:`ExternalPsk`; a resumption has none."""
+
+    @cached_property
+    def early_secret(self) -> EarlySecret:
+        """The first stage of the key schedule, for the binder and for the handshake."""
+        return EarlySecret.start(self.hash, self.key)
 
 
 def external_psks(psk: ExternalPsk, suites: Iterable[CipherSuite]) -> list[Psk]:

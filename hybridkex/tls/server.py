@@ -10,6 +10,7 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from hybridkex.auth import Identity, PeerName, RawIdentity, VerifiedPeer, parse_peer_name
@@ -75,7 +76,7 @@ from hybridkex.tls.negotiation import (
     verify_signature,
 )
 from hybridkex.tls.record_layer import RecordLayer
-from hybridkex.tls.session import AuthenticatedBy, Session
+from hybridkex.tls.session import Session
 from hybridkex.tls.steps import Step
 from hybridkex.tls.tickets import CookieState, TicketState
 from hybridkex.tls.traffic import Connected, ServerTraffic
@@ -120,8 +121,11 @@ class _OfferedPsk:
 
     index: int
     identity: bytes
+    binder: bytes
     imported: ImportedIdentity | None
     """What it says, if it is an imported one (RFC 9258)."""
+    ticket: TicketState | None
+    """The session in it, if it is a ticket of ours."""
 
     @property
     def hash(self) -> HashFunction | None:
@@ -208,7 +212,8 @@ class _Hello:
     groups: tuple[int, ...]
     shares: dict[int, bytes]
     schemes: tuple[int, ...]
-    psks: ext.PreSharedKeyOffer | None
+    truncated: bytes
+    """What the binders cover (section 4.3.11.2)."""
     offered_psks: tuple[_OfferedPsk, ...]
     """The identities that we look at: to list one costs nothing, to try one does."""
     psk_dhe: bool
@@ -223,20 +228,29 @@ class _Hello:
         groups, shares = _key_shares(extensions)
         psks, psk_dhe = _psk_offer(extensions)
         schemes = extensions.get(ext.SignatureAlgorithms)
-        identities = psks.identities if psks is not None else ()
+        certificate_with_psk = ext.TlsCertWithExternPsk in extensions
+        offered = zip(psks.identities, psks.binders, strict=True) if psks is not None else ()
+        # RFC 9973 section 4: a ticket does not go together with a certificate.
+        tickets = None if certificate_with_psk else config.tickets
         return cls(
             message=message,
             raw=raw,
             groups=groups,
             shares=shares,
             schemes=schemes.codes if schemes is not None else (),
-            psks=psks,
+            truncated=raw if psks is None else raw[: -psks.binders_length],
             offered_psks=tuple(
-                _OfferedPsk(index, one.identity, ImportedIdentity.decode(one.identity))
-                for index, one in enumerate(identities[: config.limits.psk_identities])
+                _OfferedPsk(
+                    index=index,
+                    identity=one.identity,
+                    binder=binder,
+                    imported=ImportedIdentity.decode(one.identity),
+                    ticket=tickets.open(one.identity) if tickets is not None else None,
+                )
+                for index, (one, binder) in enumerate(islice(offered, config.limits.psk_identities))
             ),
             psk_dhe=psk_dhe,
-            certificate_with_psk=ext.TlsCertWithExternPsk in extensions,
+            certificate_with_psk=certificate_with_psk,
         )
 
     @property
@@ -265,12 +279,6 @@ class _Hello:
         """The kinds of certificate that the client can show."""
         offer = self.message.extensions.get(ext.ClientCertificateTypeOffer)
         return offer.types if offer is not None else ONLY_X509
-
-    @property
-    def truncated(self) -> bytes:
-        """What the binders cover (section 4.3.11.2)."""
-        assert self.psks is not None
-        return self.raw[: -self.psks.binders_length]
 
     def invariants(self) -> bytes:
         """A digest of what a second ClientHello must repeat (section 4.2.2)."""
@@ -402,9 +410,10 @@ def _check_psk_is_kept(state: CookieState, hello: _Hello) -> None:
     """A client may remove PSKs that do not go with the suite, and no others (section 4.2.2)."""
     if not state.psk:
         return
-    if hello.psks is None:
+    if not hello.offered_psks:
         raise MissingExtension(
-            "the second ClientHello has no pre_shared_key any more", Reason.MISSING_EXTENSION
+            "the second ClientHello lacks pre_shared_key, which the first one has",
+            Reason.MISSING_EXTENSION,
         )
     if all(hashlib.sha256(one.identity).digest() != state.psk for one in hello.offered_psks):
         raise IllegalParameter(
@@ -440,10 +449,8 @@ def _usable_with(config: ServerConfig, hello: _Hello, offered: _OfferedPsk) -> H
     external = _find_external(config, offered)
     if external is not None:
         return offered.hash if external.imported else external.hash
-    if config.tickets is not None and not hello.certificate_with_psk:
-        state = config.tickets.open(offered.identity)
-        if state is not None:
-            return _hash_of(config, state.suite)
+    if offered.ticket is not None:
+        return _hash_of(config, offered.ticket.suite)
     return offered.hash if _worth_asking(config) else None
 
 
@@ -470,8 +477,26 @@ def _hash_of(config: ServerConfig, code: int) -> HashFunction | None:
 
 
 @dataclass(frozen=True)
+class _Credential:
+    """What we show of ourselves, and how we sign with its key."""
+
+    identity: Identity | RawIdentity
+    scheme: SignatureScheme
+    named: bool
+    """Whether it is for the name that the client asked for."""
+
+
+@dataclass(frozen=True)
+class _ClientCredential:
+    """What a client is asked to show of itself, and who decides about it."""
+
+    type: int
+    verifier: AnyClientVerifier
+
+
+@dataclass(frozen=True)
 class _Choice:
-    """Everything that the ClientHello settled but the PSK."""
+    """All that is chosen from the ClientHello, except the PSK."""
 
     config: ServerConfig
     hello: _Hello
@@ -479,16 +504,13 @@ class _Choice:
     group: Group
     transcript: Transcript
     """Before this ClientHello: empty, or after a retry."""
-    retried: bool
-    identity: Identity | RawIdentity | None
-    scheme: SignatureScheme | None
-    named: bool
-    """Whether the identity is the one that the client asked for by name."""
+    credential: _Credential | None
+    """What we can show to this client, if anything."""
     alpn: bytes | None
     application: tuple[tuple[ext.Extension, ext.Extension], ...]
     """The client's offers that only the application understands, each with our answer."""
-    client_type: int | None
-    """What the client shall show of itself; ``None`` where it is not asked."""
+    client_credential: _ClientCredential | None
+    """What the client is asked to show; ``None`` where it is not asked."""
     key_updates: KeyUpdates
 
 
@@ -506,20 +528,16 @@ def _negotiate(
             "the cipher suite of HelloRetryRequest is not offered any more",
             Reason.RETRY_HELLO_CHANGED,
         )
-    identity, scheme, named = _choose_identity(config, hello)
     choice = _Choice(
         config=config,
         hello=hello,
         suite=suite,
         group=group,
         transcript=transcript if transcript is not None else Transcript(suite.hash),
-        retried=transcript is not None,
-        identity=identity,
-        scheme=scheme,
-        named=named,
+        credential=_choose_credential(config, hello),
         alpn=_choose_alpn(config, hello),
         application=_answer_application(config, hello),
-        client_type=_choose_client_type(config, hello),
+        client_credential=_choose_client_credential(config, hello),
         key_updates=fresh_negotiation.agree(config, hello.message.extensions),
     )
     share, shared = group.exchange.respond(hello.shares[group.code])
@@ -536,11 +554,8 @@ def _negotiate(
     return _respond(choice, share, shared, None, records)
 
 
-def _choose_identity(
-    config: ServerConfig, hello: _Hello
-) -> tuple[Identity | RawIdentity | None, SignatureScheme | None, bool]:
-    """Our certificate or raw key: by name first, then by what the client can verify; and whether
-    it is by name."""
+def _choose_credential(config: ServerConfig, hello: _Hello) -> _Credential | None:
+    """Our certificate or raw key: by name first, then by what the client can verify."""
     name = hello.peer_name
     named = [] if name is None else [one for one in config.identities if one.matches(name)]
     if config.require_known_name and not named:
@@ -552,16 +567,18 @@ def _choose_identity(
             continue
         scheme = choose_scheme(identity.signing_key, config.signature_schemes, hello.schemes)
         if scheme is not None:
-            return identity, scheme, identity in named
-    return None, None, False
+            return _Credential(identity, scheme, identity in named)
+    return None
 
 
-def _choose_client_type(config: ServerConfig, hello: _Hello) -> int | None:
+def _choose_client_credential(config: ServerConfig, hello: _Hello) -> _ClientCredential | None:
     """The first kind that the client can show and that we can check (RFC 7250 section 4.2)."""
-    if config.client_verifier is None:
+    verifier = config.client_verifier
+    if verifier is None:
         return None
-    ours = accepted_types(config.client_verifier)
-    return next((kind for kind in hello.client_types if kind in ours), None)
+    ours = accepted_types(verifier)
+    kind = next((kind for kind in hello.client_types if kind in ours), None)
+    return None if kind is None else _ClientCredential(kind, verifier)
 
 
 def _choose_alpn(config: ServerConfig, hello: _Hello) -> bytes | None:
@@ -591,16 +608,25 @@ def _external_allowed(choice: _Choice) -> bool:
     """Whether an external PSK can be used with what authenticates us (RFC 9973 or plain)."""
     if choice.config.authentication in (Authentication.PSK, Authentication.EITHER):
         return True
-    return choice.hello.certificate_with_psk and choice.identity is not None
+    return choice.hello.certificate_with_psk and choice.credential is not None
+
+
+@dataclass(frozen=True)
+class _Resumption:
+    """The session that is resumed."""
+
+    ticket: TicketState
+    peer: VerifiedPeer | None
+    """The client, verified again for this handshake, if it showed who it is."""
 
 
 @dataclass(frozen=True)
 class _Selected:
-    """The PSK that we take, and where it stands in the client's list."""
+    """The PSK that we select from the client's offer."""
 
-    index: int
+    offered: _OfferedPsk
     psk: Psk
-    ticket: TicketState | None
+    resumption: _Resumption | None
 
 
 def _resolve(choice: _Choice, offered: _OfferedPsk) -> _Selected | None:
@@ -609,10 +635,9 @@ def _resolve(choice: _Choice, offered: _OfferedPsk) -> _Selected | None:
     external = _find_external(config, offered)
     if external is not None:
         return _selected(choice, offered, external) if _external_allowed(choice) else None
-    if config.tickets is None or choice.hello.certificate_with_psk:
-        return None
-    state = config.tickets.open(offered.identity)
-    if state is None or not _resumable(choice, state):
+    state = offered.ticket
+    resumption = _resume(choice, state) if state is not None else None
+    if state is None or resumption is None:
         return None
     psk = Psk(
         identity=offered.identity,
@@ -623,36 +648,38 @@ def _resolve(choice: _Choice, offered: _OfferedPsk) -> _Selected | None:
         external_identity=state.psk_identity,
         external_context=state.psk_context,
     )
-    return _Selected(offered.index, psk, state)
+    return _Selected(offered, psk, resumption)
 
 
 def _selected(choice: _Choice, offered: _OfferedPsk, external: ExternalPsk) -> _Selected | None:
     """An external PSK that was named, if it goes with our suite: its key is derived here."""
     for psk in external_psks(external, (choice.suite,)):
         if psk.identity == offered.identity and psk.hash == choice.suite.hash:
-            return _Selected(offered.index, psk, None)
+            return _Selected(offered, psk, None)
     return None
 
 
-def _resumable(choice: _Choice, state: TicketState) -> bool:
-    """Whether the session behind a ticket would satisfy today's configuration."""
-    config = choice.config
-    if _hash_of(config, state.suite) != choice.suite.hash:
-        return False
-    if state.server_name != choice.hello.server_name:
-        return False
-    if not resumable(config, state, choice.identity):
-        return False
+def _resume(choice: _Choice, state: TicketState) -> _Resumption | None:
+    """The session in a ticket, if it satisfies today's configuration and its client is still
+    trusted."""
+    config, credential = choice.config, choice.credential
+    if (
+        _hash_of(config, state.suite) != choice.suite.hash
+        or state.server_name != choice.hello.server_name
+        or not resumable(config, state, credential.identity if credential is not None else None)
+    ):
+        return None
     if config.client_verifier is None:
-        return True
+        return _Resumption(state, None)
     if not state.client_chain:
-        return not config.require_client_certificate
+        return None if config.require_client_certificate else _Resumption(state, None)
     try:
-        kind = state.client_certificate_type
-        accept_client(config.client_verifier, kind, state.client_chain, config.clock())
+        kind, now = state.client_certificate_type, config.clock()
+        return _Resumption(
+            state, accept_client(config.client_verifier, kind, state.client_chain, now)
+        )
     except CertificateRejected:
-        return False
-    return True
+        return None
 
 
 @dataclass(frozen=True)
@@ -688,20 +715,19 @@ def _respond(
 ) -> ServerState:
     """ServerHello to Finished."""
     config, hello, suite = choice.config, choice.hello, choice.suite
-    with_certificate = _check_authentication(choice, selected)
+    credential = _credential_to_send(choice, selected)
     psk = selected.psk if selected is not None else None
     if selected is not None:
         _check_binder(choice, selected)
-    transcript = choice.transcript
-    transcript.add(hello.raw)
+    transcript = choice.transcript.add(hello.raw)
 
     extensions: list[ext.Extension] = [
         ext.SupportedVersionsChoice(TLS13),
         ext.KeyShareChoice(ext.KeyShareEntry(choice.group.code, share)),
     ]
     if selected is not None:
-        extensions.append(ext.PreSharedKeyChoice(selected.index))
-        if with_certificate:
+        extensions.append(ext.PreSharedKeyChoice(selected.offered.index))
+        if credential is not None:
             extensions.append(ext.TlsCertWithExternPsk())
     message = ServerHello(
         random=config.entropy(32),
@@ -709,11 +735,10 @@ def _respond(
         cipher_suite=suite.code,
         extensions=ext.Extensions(extensions),
     )
-    transcript.add(records.writer.send(message))
+    transcript = transcript.add(records.writer.send(message))
     records.writer.send_change_cipher_spec()
-    secret = EarlySecret.start(suite.hash, psk.key if psk is not None else None).handshake_secret(
-        shared
-    )
+    early = psk.early_secret if psk is not None else EarlySecret.start(suite.hash)
+    secret = early.handshake_secret(shared)
     digest = transcript.digest()
     client = secret.client_handshake_traffic(suite, digest)
     server = secret.server_handshake_traffic(suite, digest)
@@ -722,30 +747,35 @@ def _respond(
     records.writer.change_key(server)
     records.reader.change_key(client)
 
-    encrypted = _encrypted_extensions(choice, records, with_certificate=with_certificate)
-    transcript.add(records.writer.send(EncryptedExtensions(encrypted)))
-    asked = with_certificate and choice.client_type is not None
-    verifier = config.client_verifier if asked else None
-    if with_certificate:
-        _authenticate(choice, verifier, records)
-    transcript.add(records.writer.send(Finished(server.finished(transcript.digest()))))
-    main = _start_writing(secret, choice, records)
-    answered = _Answered(choice, selected, with_certificate, client, main)
-    if verifier is not None:
-        return WaitClientCertificate(answered, verifier)
-    return WaitClientFinished(answered, None)
+    # A client is asked only by a server that shows a certificate itself (section 4.4.2).
+    asked = choice.client_credential if credential is not None else None
+    encrypted = _encrypted_extensions(choice, credential, asked, records)
+    transcript = transcript.add(records.writer.send(EncryptedExtensions(encrypted)))
+    if credential is not None:
+        transcript = _authenticate(choice, credential, asked, transcript, records)
+    finished = Finished(server.finished(transcript.digest()))
+    transcript = transcript.add(records.writer.send(finished))
+    main = _start_writing(secret, suite, transcript, records)
+    flight = _ServerFlight(choice, selected, credential, client, main)
+    if asked is not None:
+        return WaitClientCertificate(flight, asked, transcript)
+    return WaitClientFinished(flight, None, transcript)
 
 
-def _check_authentication(choice: _Choice, selected: _Selected | None) -> bool:
-    """Whether we send a certificate; refuse where the client offers too little."""
+def _credential_to_send(choice: _Choice, selected: _Selected | None) -> _Credential | None:
+    """What we show in this handshake; ``None`` where the PSK alone authenticates us.
+
+    Raises:
+        PeerError: the client offers too little.
+    """
     if selected is not None and not _certificate_beside(choice, selected):
-        return False
+        return None
     if selected is None:
         _check_psk_not_required(choice.config)
-    if choice.identity is None:
-        raise _why_no_identity(choice)
+    if choice.credential is None:
+        raise _why_no_credential(choice)
     _check_client_can_answer(choice)
-    return True
+    return choice.credential
 
 
 def _certificate_beside(choice: _Choice, selected: _Selected) -> bool:
@@ -755,7 +785,7 @@ def _certificate_beside(choice: _Choice, selected: _Selected) -> bool:
         not selected.psk.resumption
         and choice.hello.certificate_with_psk
         and choice.config.authentication is not Authentication.PSK
-        and choice.identity is not None
+        and choice.credential is not None
     )
 
 
@@ -763,11 +793,12 @@ def _check_psk_not_required(config: ServerConfig) -> None:
     by_psk_alone = config.authentication is Authentication.PSK
     if by_psk_alone or config.policy_in_force.psk is Requirement.REQUIRE:
         raise UnknownPskIdentity(
-            "the client offers no PSK that we know, and must use one", Reason.PSK_NONE_IN_COMMON
+            "our policy requires a PSK, and the client offers none that we know",
+            Reason.PSK_NONE_IN_COMMON,
         )
 
 
-def _why_no_identity(choice: _Choice) -> PeerError:
+def _why_no_credential(choice: _Choice) -> PeerError:
     """Sections 9.2 and 4.5.1, and RFC 7250 section 4.2."""
     if ext.SignatureAlgorithms not in choice.hello.message.extensions:
         return MissingExtension("ClientHello without signature_algorithms")
@@ -782,7 +813,7 @@ def _why_no_identity(choice: _Choice) -> PeerError:
 def _check_client_can_answer(choice: _Choice) -> None:
     """RFC 7250 section 4.2: a kind of certificate that we can check, where we ask for one."""
     config = choice.config
-    if config.client_verifier is None or choice.client_type is not None:
+    if config.client_verifier is None or choice.client_credential is not None:
         return
     # The RFC has the offer refused also where a client may stay unknown.
     offered = ext.ClientCertificateTypeOffer in choice.hello.message.extensions
@@ -792,23 +823,24 @@ def _check_client_can_answer(choice: _Choice) -> None:
 
 def _check_binder(choice: _Choice, selected: _Selected) -> None:
     """The client has the PSK, and nobody changed the offer (section 4.3.11.2)."""
-    hello, psk = choice.hello, selected.psk
-    assert hello.psks is not None
-    digest = choice.transcript.digest_with(hello.truncated)
-    expected = EarlySecret.start(psk.hash, psk.key).binder(psk.binder_label, digest)
-    if not hmac.compare_digest(expected, hello.psks.binders[selected.index]):
+    psk, digest = selected.psk, choice.transcript.add(choice.hello.truncated).digest()
+    expected = psk.early_secret.binder(psk.binder_label, digest)
+    if not hmac.compare_digest(expected, selected.offered.binder):
         raise DecryptError(
-            "the PSK binder does not verify: another key under the same identity?",
+            "the PSK binder does not verify: the client may have another key under this identity",
             Reason.PSK_BINDER,
         )
 
 
 def _encrypted_extensions(
-    choice: _Choice, records: RecordLayer, *, with_certificate: bool
+    choice: _Choice,
+    credential: _Credential | None,
+    asked: _ClientCredential | None,
+    records: RecordLayer,
 ) -> ext.Extensions:
     config, offered = choice.config, choice.hello.message.extensions
     extensions: list[ext.Extension] = []
-    if choice.named and with_certificate:  # or the name was of no use (RFC 6066 section 3)
+    if credential is not None and credential.named:  # RFC 6066 section 3: only if it was used
         extensions.append(ext.ServerNameAck())
     if choice.alpn is not None:
         extensions.append(ext.AlpnChoice(choice.alpn))
@@ -819,22 +851,24 @@ def _encrypted_extensions(
         extensions.append(ext.RecordSizeLimit(config.inner_limit))
     extensions += [answer for _, answer in choice.application]
     extensions += fresh_negotiation.answer(choice.key_updates)
-    if choice.identity is not None and ext.ServerCertificateTypeOffer in offered:
-        extensions.append(ext.ServerCertificateTypeChoice(choice.identity.certificate_type))
-    client_type = choice.client_type if with_certificate else None  # what it is asked for
-    if client_type is not None and ext.ClientCertificateTypeOffer in offered:
-        extensions.append(ext.ClientCertificateTypeChoice(client_type))
+    if choice.credential is not None and ext.ServerCertificateTypeOffer in offered:
+        kind = choice.credential.identity.certificate_type
+        extensions.append(ext.ServerCertificateTypeChoice(kind))
+    if asked is not None and ext.ClientCertificateTypeOffer in offered:
+        extensions.append(ext.ClientCertificateTypeChoice(asked.type))
     return ext.Extensions(extensions)
 
 
 def _authenticate(
-    choice: _Choice, verifier: AnyClientVerifier | None, records: RecordLayer
-) -> None:
-    """[CertificateRequest,] Certificate, CertificateVerify."""
-    transcript = choice.transcript
-    assert choice.identity is not None
-    assert choice.scheme is not None
-    if verifier is not None:
+    choice: _Choice,
+    credential: _Credential,
+    asked: _ClientCredential | None,
+    transcript: Transcript,
+    records: RecordLayer,
+) -> Transcript:
+    """Send [CertificateRequest,] Certificate, CertificateVerify. Returns the transcript with what
+    was sent."""
+    if asked is not None:
         schemes = tuple(scheme.code for scheme in choice.config.signature_schemes)
         request = ext.Extensions(
             (
@@ -842,11 +876,11 @@ def _authenticate(
                 ext.SignatureAlgorithmsCert(schemes + CERTIFICATE_ONLY_SCHEMES),
             )
         )
-        transcript.add(records.writer.send(CertificateRequest(b"", request)))
-    transcript.add(records.writer.send(certificate_message(choice.identity)))
-    label = Label.SERVER_CERTIFICATE_VERIFY
-    verify = sign_transcript(choice.identity, choice.scheme, label, transcript)
-    transcript.add(records.writer.send(verify))
+        transcript = transcript.add(records.writer.send(CertificateRequest(b"", request)))
+    identity, label = credential.identity, Label.SERVER_CERTIFICATE_VERIFY
+    transcript = transcript.add(records.writer.send(certificate_message(identity)))
+    verify = sign_transcript(identity, credential.scheme, label, transcript)
+    return transcript.add(records.writer.send(verify))
 
 
 @dataclass(frozen=True)
@@ -860,8 +894,11 @@ class _MainKeys:
     """The hash of ClientHello...server Finished."""
 
 
-def _start_writing(secret: HandshakeSecret, choice: _Choice, records: RecordLayer) -> _MainKeys:
-    suite, digest = choice.suite, choice.transcript.digest()
+def _start_writing(
+    secret: HandshakeSecret, suite: CipherSuite, transcript: Transcript, records: RecordLayer
+) -> _MainKeys:
+    """Derive the keys of application data and write under ours."""
+    digest = transcript.digest()
     main = secret.main_secret()
     server = main.server_application_traffic(suite, digest)
     client = main.client_application_traffic(suite, digest)
@@ -874,12 +911,13 @@ def _start_writing(secret: HandshakeSecret, choice: _Choice, records: RecordLaye
 
 
 @dataclass(frozen=True)
-class _Answered:
-    """What has been sent, and what it settled."""
+class _ServerFlight:
+    """The server's flight, ServerHello to Finished, once it is queued."""
 
     choice: _Choice
     selected: _Selected | None
-    with_certificate: bool
+    credential: _Credential | None
+    """What we showed; ``None`` where the PSK alone authenticates us."""
     client_handshake: TrafficSecret
     main: _MainKeys
 
@@ -888,12 +926,13 @@ class _Answered:
 class WaitClientCertificate(ServerState):
     """The client was asked for a certificate."""
 
-    answered: _Answered
-    verifier: AnyClientVerifier
+    flight: _ServerFlight
+    asked: _ClientCredential
+    transcript: Transcript
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
         assert isinstance(message, Certificate)
-        choice = self.answered.choice
+        choice, asked = self.flight.choice, self.asked
         if message.context:
             raise IllegalParameter(
                 "the client's Certificate has a context that was not asked for",
@@ -901,101 +940,95 @@ class WaitClientCertificate(ServerState):
             )
         if any(extensions.types for _, extensions in message.entries):
             raise UnsupportedExtension("a certificate extension answers nothing that was asked for")
-        choice.transcript.add(raw)
+        transcript = self.transcript.add(raw)
         if not message.entries:
             if choice.config.require_client_certificate:
                 raise CertificateRejected(
                     "the client sent no certificate", Reason.CERTIFICATE_REQUIRED
                 )
-            return WaitClientFinished(self.answered, None)
-        assert choice.client_type is not None
-        check_entries(choice.client_type, message)
-        now = choice.config.clock()
-        peer = accept_client(self.verifier, choice.client_type, message.chain, now)
-        return WaitClientCertificateVerify(self.answered, peer)
+            return WaitClientFinished(self.flight, None, transcript)
+        check_entries(asked.type, message)
+        peer = accept_client(asked.verifier, asked.type, message.chain, choice.config.clock())
+        return WaitClientCertificateVerify(self.flight, peer, transcript)
 
 
 @dataclass(frozen=True)
 class WaitClientCertificateVerify(ServerState):
-    """The client's certificate is good; whether it has the key is to be shown."""
+    """The certificate is accepted; the client must prove that it has the private key."""
 
-    answered: _Answered
+    flight: _ServerFlight
     peer: VerifiedPeer
+    transcript: Transcript
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
         assert isinstance(message, CertificateVerify)
-        choice = self.answered.choice
         verify_signature(
             message,
             self.peer,
-            choice.config.signature_schemes,
+            self.flight.choice.config.signature_schemes,
             Label.CLIENT_CERTIFICATE_VERIFY,
-            choice.transcript,
+            self.transcript,
         )
-        choice.transcript.add(raw)
-        return WaitClientFinished(self.answered, self.peer)
+        return WaitClientFinished(self.flight, self.peer, self.transcript.add(raw))
 
 
 @dataclass(frozen=True)
 class WaitClientFinished(ServerState):
     """The last message of the handshake."""
 
-    answered: _Answered
+    flight: _ServerFlight
     peer: VerifiedPeer | None
+    transcript: Transcript
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
         assert isinstance(message, Finished)
-        answered, choice = self.answered, self.answered.choice
-        check_finished(message, answered.client_handshake, choice.transcript)
+        flight, choice, selected = self.flight, self.flight.choice, self.flight.selected
+        check_finished(message, flight.client_handshake, self.transcript)
         records.reader.check_message_boundary()
         records.reader.change_cipher_spec_allowed = False
-        choice.transcript.add(raw)
-        ticket = answered.selected.ticket if answered.selected is not None else None
-        peer = self.peer
-        if ticket is not None and ticket.client_chain and choice.config.client_verifier is not None:
-            kind = ticket.client_certificate_type
-            now = choice.config.clock()
-            peer = accept_client(choice.config.client_verifier, kind, ticket.client_chain, now)
+        transcript = self.transcript.add(raw)
+        resumption = selected.resumption if selected is not None else None
+        psk = selected.psk if selected is not None else None
+        if resumption is not None:
+            peer, began_at = resumption.peer, float(resumption.ticket.began_at)
+            by = resumption.ticket.authenticated_by
+        else:
+            peer, began_at = self.peer, choice.config.clock()
+            by = authenticated_by(None, psk, has_certificate=flight.credential is not None)
         session = describe(
             suite=choice.suite,
             group=choice.group,
-            psk=answered.selected.psk if answered.selected is not None else None,
-            authenticated=self._authenticated_by(ticket),
-            scheme=choice.scheme if answered.with_certificate else None,
+            psk=psk,
+            authenticated=by,
+            scheme=flight.credential.scheme if flight.credential is not None else None,
             alpn=choice.alpn,
             extensions=tuple(offered for offered, _ in choice.application),
             server_name=choice.hello.server_name,
             peer=peer,
             policy=choice.config.policy_in_force,
-            began_at=ticket.began_at if ticket is not None else choice.config.clock(),
+            began_at=began_at,
             key_updates=choice.key_updates,
         )
         check_session(choice.config, session)
         records.emit(SessionProposed(session, peer))
-        return Proposed(answered, peer, session)
-
-    def _authenticated_by(self, ticket: TicketState | None) -> AuthenticatedBy:
-        if ticket is not None:
-            return ticket.authenticated_by
-        selected = self.answered.selected
-        psk = selected.psk if selected is not None else None
-        return authenticated_by(None, psk, has_certificate=self.answered.with_certificate)
+        return Proposed(flight, peer, session, transcript)
 
 
 @dataclass(frozen=True)
 class Proposed(ServerState):
     """The client's Finished is verified; our caller decides before anything else is read."""
 
-    answered: _Answered
+    flight: _ServerFlight
     peer: VerifiedPeer | None
     session: Session
+    transcript: Transcript
 
     def accept(self, session: Session, records: RecordLayer) -> ServerTraffic:
         """The handshake is complete."""
-        answered, choice = self.answered, self.answered.choice
-        records.reader.change_key(answered.main.client)
+        choice, main = self.flight.choice, self.flight.main
+        records.reader.change_key(main.client)
         records.reader.data_allowed = True
-        main, complete = answered.main, choice.transcript.digest()
+        complete = self.transcript.digest()
         resumption = main.secret.resumption_secret(complete)
         updates = None
         if choice.key_updates is not KeyUpdates.STANDARD:
@@ -1005,7 +1038,8 @@ class Proposed(ServerState):
         connected = Connected(session, choice.suite, main.exporter, resumption, updates)
         records.emit(HandshakeCompleted(session))
         presented = self.peer.certificate if self.peer is not None else None
-        binding = choice.config.binding(choice.identity)
+        own = choice.credential
+        binding = choice.config.binding(own.identity if own is not None else None)
         traffic = ServerTraffic(connected, choice.config, presented, binding)
         traffic.tickets_wanted(choice.hello.psk_dhe)
         return traffic

@@ -1,5 +1,7 @@
 """The transcript hash (RFC 9846 section 4.1)."""
 
+from typing import Self
+
 from hybridkex.constants import MESSAGE_HASH
 from hybridkex.crypto.suites import HashFunction
 
@@ -7,16 +9,18 @@ __all__ = ["Transcript"]
 
 
 class Transcript:
-    """A running hash over handshake messages, as bytes on the wire."""
+    """The hash of the handshake messages so far, as bytes on the wire.
+
+    It is a value: :meth:`add` returns another one, so that a state of the handshake can hold it
+    while the states after it go on.
+    """
 
     __slots__ = ("_digest", "_hash", "function")
 
     def __init__(self, function: HashFunction, *messages: bytes) -> None:
         self.function = function
-        self._hash = function.new()
         self._digest: bytes | None = None
-        for message in messages:
-            self._hash.update(message)
+        self._hash = function.new(b"".join(messages))
 
     @classmethod
     def after_retry(cls, function: HashFunction, hello_digest: bytes, retry: bytes) -> "Transcript":
@@ -24,19 +28,17 @@ class Transcript:
         synthetic = bytes((MESSAGE_HASH, 0, 0, len(hello_digest))) + hello_digest
         return cls(function, synthetic, retry)
 
-    def add(self, message: bytes) -> None:
-        """Append one message."""
-        self._digest = None
-        self._hash.update(message)
+    def add(self, message: bytes) -> Self:
+        """The transcript with one more message."""
+        longer = object.__new__(type(self))
+        longer.function = self.function
+        longer._digest = None
+        longer._hash = self._hash.copy()
+        longer._hash.update(message)
+        return longer
 
     def digest(self) -> bytes:
         """The hash of everything so far."""
         if self._digest is None:
             self._digest = self._hash.digest()
         return self._digest
-
-    def digest_with(self, more: bytes) -> bytes:
-        """The hash as if ``more`` had been appended."""
-        copy = self._hash.copy()
-        copy.update(more)
-        return copy.digest()

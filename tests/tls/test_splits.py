@@ -368,7 +368,7 @@ def replace_traffic(pair: Pair) -> Any:
     state: Any = pair.server._state
     protection = pair.server._records.reader.protection
     assert protection is not None
-    return type(protection)(state.answered.main.client)
+    return type(protection)(state.flight.main.client)
 
 
 @pytest.mark.parametrize("where", ["hello", "key update"])

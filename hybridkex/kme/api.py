@@ -79,6 +79,8 @@ def kme_handler(kme: KeyManagementEntity, caller: str, metrics: KmeMetrics) -> H
 
 
 async def _answer(kme: KeyManagementEntity, caller: str, call: str, request: Request) -> Response:
+    if call in ("ext_keys", "void", "check"):
+        kme.admit_peer(caller)
     match call:
         case "ext_keys":
             await kme.peer_allots(caller, ExtKeys.from_json(_body(request)))

@@ -72,6 +72,18 @@ LOST: Final = {
 }
 """Why keys are lost, as the counter and the log say it."""
 
+VOIDS_RATE: Final = 1.0
+VOIDS_BURST: Final = 10_000
+"""Of the IDs in void messages of one peer KME that were never here, how many are noted, a second
+and at once. Noting one that is still on its way saves a comparison of the stores, and no more."""
+
+EXCESS: Final = {
+    "rate": "requests above limits.peer_rate; they get 503",
+    "promised": "keys by value beyond limits.max_promised, which no SAE collects; they get 503",
+    "voids": "void messages with IDs that were never here; they are not noted",
+}
+"""What a peer KME may not do without end, as the counter and the log say it."""
+
 SCRUB_EVERY: Final = 1.0
 """Seconds for which a delivered key may be left, sealed, in the database's log."""
 
@@ -93,14 +105,27 @@ class KmeLimits:
     """How long a block that the other end does not know may still be on its way there."""
     rate: float = 200.0
     burst: int = 400
+    peer_rate: float = 1000.0
+    """Requests per second of each peer KME."""
+    peer_burst: int = 2000
+    max_promised: int = 100_000
+    """Keys that one peer KME sent by value and that no SAE has collected yet."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_key_size <= self.key_size <= self.max_key_size:
             raise ConfigError("key sizes must satisfy 0 < min_key_size <= key_size <= max_key_size")
         if self.key_size % 8 or self.min_key_size % 8 or self.max_key_size % 8:
             raise ConfigError("key sizes are multiples of 8")
-        if min(self.max_key_count, self.max_key_per_request, self.burst) < 1:
-            raise ConfigError("max_key_count, max_key_per_request and burst must be positive")
+        for name in (
+            "max_key_count",
+            "max_key_per_request",
+            "burst",
+            "peer_rate",
+            "peer_burst",
+            "max_promised",
+        ):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive")
         if self.max_sae_id_count < 0:
             raise ConfigError("max_SAE_ID_count cannot be negative")
         if min(self.key_ttl, self.tombstone_ttl, self.rate) <= 0 or self.sync_grace < 0:
@@ -138,6 +163,7 @@ class _Link:
     answers: bool | None = None
     """Whether the other KME answered the last message; ``None`` before the first one."""
     left: trio.Event = field(default_factory=trio.Event)
+    voids: TokenBucket = field(default_factory=lambda: TokenBucket(VOIDS_RATE, VOIDS_BURST))
     log: BoundedLog = field(default_factory=lambda: BoundedLog(LOG, rate=1 / 60, burst=5))
     """For the lines that an SAE or the other KME can cause again and again."""
 
@@ -181,7 +207,14 @@ class KeyManagementEntity:
             self._links[kme_id] = _Link(target=kme_id, saes=saes, half=0, peer=None)
         self.log: Final = BoundedLog(LOG)
         """For the lines that a stranger or an SAE can cause again and again."""
-        self._buckets = {sae: TokenBucket(limits.rate, limits.burst) for sae in saes}
+        self._buckets = self._new_buckets()
+
+    def _new_buckets(self) -> dict[str, TokenBucket]:
+        """One for each SAE of ours and for each peer."""
+        limits = self.limits
+        return {sae: TokenBucket(limits.rate, limits.burst) for sae in self.saes} | {
+            peer: TokenBucket(limits.peer_rate, limits.peer_burst) for peer in self._links
+        }
 
     @staticmethod
     def check(
@@ -210,7 +243,7 @@ class KeyManagementEntity:
     ) -> None:
         """Take new settings for the same peers, which :meth:`check` has passed."""
         self.saes, self.limits, self.not_found_status = saes, limits, not_found_status
-        self._buckets = {sae: TokenBucket(limits.rate, limits.burst) for sae in saes}
+        self._buckets = self._new_buckets()
         for target, link in self._links.items():
             link.saes = saes if target == self.kme_id else peers[target]
 
@@ -489,6 +522,25 @@ class KeyManagementEntity:
 
     # -- the KME at the other end
 
+    def admit_peer(self, peer: str) -> None:
+        """Is this a peer of ours, and within its rate?"""
+        link = self._links.get(peer)
+        if link is None or peer == self.kme_id:
+            raise ErrorResponse(401, "Unauthorized")
+        if not self._buckets[peer].take():
+            self._note_excess(link, "rate", 1)
+            raise ErrorResponse(503, "too many requests")
+
+    def _note_excess(self, link: _Link, reason: str, number: int) -> None:
+        self._metrics.excess.labels(self.kme_id, link.target, reason).inc(number)
+        link.log.log(
+            logging.WARNING,
+            "%s: the KME %s sends more than it may: %s",
+            self.kme_id,
+            link.target,
+            EXCESS[reason],
+        )
+
     async def peer_allots(self, peer: str, message: ExtKeys) -> None:
         """Promise keys to SAEs of ours. Raises ``BlocksRefused`` or ``ErrorResponse``."""
         link = self._links.get(peer)
@@ -499,6 +551,12 @@ class KeyManagementEntity:
         # Our own limits for SAEs are not the peer's: what it announces to its SAEs, we carry out.
         if any(len(one.blocks) * self.limits.key_size < one.size * 8 for one in message.allotments):
             raise ErrorResponse(400, "a key is longer than its blocks")
+        if any(one.value is not None for one in message.allotments):
+            new = len(message.allotments) * len(message.slaves)
+            room = self.limits.max_promised - new
+            if room < 0 or await self._store.promised(peer, most=room + 1) > room:
+                self._note_excess(link, "promised", new)
+                raise ErrorResponse(503, "too many keys wait to be collected")
         await self._store.accept(
             peer,
             message.allotments,
@@ -513,7 +571,11 @@ class KeyManagementEntity:
         link = self._links.get(peer)
         if link is None:
             raise ErrorResponse(401, "Unauthorized")
-        erased = await self._store.void(peer, key_ids)
+        new = set(await self._store.never_here(peer, key_ids))
+        ignored = {one for one in new if not link.voids.take()}
+        if ignored:
+            self._note_excess(link, "voids", len(ignored))
+        erased = await self._store.void(peer, [one for one in key_ids if one not in ignored])
         if erased:
             self._note_lost(link, erased, "voided")
             link.note_room()

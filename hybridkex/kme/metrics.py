@@ -62,6 +62,12 @@ class KmeMetrics:
             ("kme", "link", "reason"),
             registry=registry,
         )
+        self.excess = Counter(
+            "hybridkex_kme_peer_excess",
+            "Requests, keys and IDs of a peer KME above its limits.",
+            ("kme", "link", "reason"),
+            registry=registry,
+        )
         self.shortages = Counter(
             "hybridkex_kme_shortages",
             "Requests for more keys than were free.",

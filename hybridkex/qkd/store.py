@@ -545,6 +545,23 @@ class KeyStore:
     def _unknown(self, link: str, key_ids: Sequence[str]) -> list[str]:
         return [key_id for key_id in key_ids if not self._has_material(link, key_id)]
 
+    async def never_here(self, link: str, key_ids: Sequence[str]) -> list[str]:
+        """Which of these blocks are neither material nor spent."""
+        return await self._run(self._never_here, link, list(key_ids))
+
+    def _never_here(self, link: str, key_ids: Sequence[str]) -> list[str]:
+        return [one for one in self._unknown(link, key_ids) if not self._is_spent(link, one)]
+
+    async def promised(self, link: str, *, most: int) -> int:
+        """How many promised keys no SAE has collected; the count ends at ``most``."""
+        return await self._run(self._promised, link, most)
+
+    def _promised(self, link: str, most: int) -> int:
+        found = self._db.execute(
+            "SELECT 1 FROM grants WHERE link = ? AND ended IS NULL LIMIT ?", (link, most)
+        )
+        return sum(1 for _ in found)
+
     # -- from material to grants
 
     async def allot(

@@ -1,6 +1,7 @@
 """A KME at the other end of a link that sends what it likes, under its own certificate."""
 
 import logging
+import sqlite3
 import ssl
 import uuid
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import trio
 
 from hybridkex.kme.config import PeerConfig, ServeConfig
+from hybridkex.kme.entity import KmeLimits
 from hybridkex.kme.peering import CHECK, EXT_KEYS, IDS_AT_ONCE, VOID
 
 IDS = [str(uuid.UUID(int=number)) for number in range(IDS_AT_ONCE + 1)]
@@ -67,3 +69,55 @@ async def test_an_odd_message_is_refused_and_is_no_fault_of_the_store(
                 url = f"https://{where.kmes['kme-a']}/api/v1/keys"
                 assert (await alice.get(f"{url}/bob/enc_keys")).status_code == 200
     assert not caplog.records
+
+
+async def test_a_peer_cannot_fill_the_store(
+    site: Any, serve: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many small voids, many keys by value that nobody collects, many requests."""
+    monkeypatch.setattr("hybridkex.kme.entity.VOIDS_RATE", 1e-9)
+    monkeypatch.setattr("hybridkex.kme.entity.VOIDS_BURST", 25)
+    pair = site.pair()
+    limits = KmeLimits(max_promised=30, peer_rate=1e-9, peer_burst=64)
+    a = site.kme(
+        "kme-a",
+        saes=("alice", "carol"),
+        limits=limits,
+        peer=(
+            PeerConfig(id="kme-b", saes=("bob", "dave")),
+            PeerConfig(id="kme-c", saes=("eve",), url="https://127.0.0.1:1"),
+        ),
+    )
+    statuses: dict[str, list[int]] = {VOID: [], EXT_KEYS: []}
+    with trio.fail_after(60):
+        async with serve(ServeConfig(kme=(a, pair.kme[1]))) as where:
+            async with client(site, "kme-c") as hostile:
+
+                async def post(path: str, message: object) -> None:
+                    answer = await hostile.post(
+                        f"https://{where.kmes['kme-a']}{path}", json=message
+                    )
+                    statuses[path].append(answer.status_code)
+
+                for number in range(20):
+                    await post(VOID, {"key_ids": IDS[2 * number : 2 * number + 2]})
+                for number in range(50):
+                    own = IDS[100 + number]
+                    extension = {"blocks": [own], "size": 8}
+                    key = KEY | {"key_id": own, "extension": extension}
+                    await post(EXT_KEYS, GOOD | {"keys": [key]})
+            async with client(site, "alice") as alice:
+                url = f"https://{where.kmes['kme-a']}/api/v1/keys"
+                assert (await alice.get(f"{url}/bob/enc_keys")).status_code == 200
+    assert statuses[VOID] == 20 * [202]
+    assert statuses[EXT_KEYS] == 30 * [202] + 20 * [503]
+    with sqlite3.connect(a.store) as db:
+        (spent,) = db.execute("SELECT count(*) FROM spent WHERE link = 'kme-c'").fetchone()
+        (grants,) = db.execute("SELECT count(*) FROM grants WHERE link = 'kme-c'").fetchone()
+    db.close()
+    assert (spent, grants) == (25 + 30, 30)
+    told = [
+        record.getMessage() for record in caplog.records if "more than it may" in record.message
+    ]
+    assert 1 <= len(told) <= 5
+    assert all("kme-c" in line for line in told)

@@ -43,7 +43,7 @@ from hybridkex.tls.connection import ClientConnection, ServerConnection
 from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.session import Session
-from hybridkex.wire.records import HEADER_LENGTH
+from hybridkex.wire.records import HEADER_LENGTH, MAX_RECORD
 
 __all__ = [
     "DEFAULT_HANDSHAKE_TIMEOUT",
@@ -62,10 +62,10 @@ DEFAULT_HANDSHAKE_TIMEOUT: Final = 10.0
 DEFAULT_SHUTDOWN_TIMEOUT: Final = 30.0
 """Seconds from ``close`` until the peer's close_notify; asyncio's own figure."""
 
-_READ_SIZE: Final = 256 * 1024
+_READ_SIZE: Final = 16 * MAX_RECORD
 _JOIN: Final = 16 * 1024
 """Bytes that wait to be joined with later writes; more is encrypted at once."""
-_BATCH: Final = 128 * 1024
+_BATCH: Final = 256 * 1024
 """Bytes that are encrypted and sent in one turn of the loop."""
 _HIGH_WATER: Final = 64 * 1024
 """Bytes that may wait before ``pause_writing`` is called; asyncio's own figure."""

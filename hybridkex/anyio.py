@@ -18,7 +18,6 @@ from anyio.streams.tls import TLSAttribute
 
 from hybridkex.auth import PeerCertificate
 from hybridkex.errors import (
-    ConfigError,
     HandshakeTimeout,
     HybridkexError,
     InternalError,
@@ -35,7 +34,7 @@ from hybridkex.shell.key_keeper import KeyKeeper
 from hybridkex.shell.ssl_facade import SslObject, cipher_of, peercert_of
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
-from hybridkex.tls.connection import ClientConnection, ServerConnection
+from hybridkex.tls.connection import connection_for
 from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.session import Session
@@ -87,18 +86,11 @@ class SecureByteStream(ByteStream):
         server_hostname: str | None,
         standard_compatible: bool,
     ) -> None:
-        check_config(config, ClientConfig, ServerConfig)
         self.transport_stream = transport_stream
         # Its type may be that of an object stream, which takes no size.
         self._receive_raw: Any = transport_stream.receive
         self._server_side = isinstance(config, ServerConfig)
-        self._connection: ClientConnection | ServerConnection
-        if isinstance(config, ClientConfig):
-            self._connection = ClientConnection(config, server_hostname)
-        else:
-            if server_hostname is not None:
-                raise ConfigError("server_hostname goes with a ClientConfig")
-            self._connection = ServerConnection(config)
+        self._connection = connection_for(config, server_hostname)
         self._answers = Answers(config, self._connection)
         self._config = config
         self._keeper: KeyKeeper | None = None
@@ -489,9 +481,13 @@ class SecureListener(Listener[SecureByteStream]):
     ) -> None:
         check_config(config, ServerConfig)
         self.listener = listener
-        self._config = config
         self._standard_compatible = standard_compatible
-        self._handshake_timeout = handshake_timeout
+        self._wrap = partial(
+            SecureByteStream.wrap,
+            config=config,
+            standard_compatible=standard_compatible,
+            handshake_timeout=handshake_timeout,
+        )
 
     async def serve(
         self,
@@ -502,12 +498,7 @@ class SecureListener(Listener[SecureByteStream]):
 
         async def handle(stream: AnyByteStream) -> None:
             try:
-                secure = await SecureByteStream.wrap(
-                    stream,
-                    self._config,
-                    standard_compatible=self._standard_compatible,
-                    handshake_timeout=self._handshake_timeout,
-                )
+                secure = await self._wrap(stream)
             except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
                 _LINES.log(logging.WARNING, "a handshake failed: %s", error.__cause__ or error)
             else:
@@ -550,10 +541,13 @@ class SecureConnectable(ByteStreamConnectable):
     ) -> None:
         check_config(config, ClientConfig)
         self.connectable = connectable
-        self._config = config
-        self._server_hostname = server_hostname
-        self._standard_compatible = standard_compatible
-        self._handshake_timeout = handshake_timeout
+        self._wrap = partial(
+            SecureByteStream.wrap,
+            config=config,
+            server_hostname=server_hostname,
+            standard_compatible=standard_compatible,
+            handshake_timeout=handshake_timeout,
+        )
 
     async def connect(self) -> SecureByteStream:
         """A secure connection.
@@ -562,10 +556,4 @@ class SecureConnectable(ByteStreamConnectable):
             OSError: no connection.
             anyio.BrokenResourceError: the handshake failed; ``__cause__`` says why.
         """
-        return await SecureByteStream.wrap(
-            await self.connectable.connect(),
-            self._config,
-            server_hostname=self._server_hostname,
-            standard_compatible=self._standard_compatible,
-            handshake_timeout=self._handshake_timeout,
-        )
+        return await self._wrap(await self.connectable.connect())

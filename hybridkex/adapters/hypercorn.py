@@ -69,7 +69,7 @@ async def serve(
             host,
             port,
             config,
-            handshake_timeout=settings.ssl_handshake_timeout or 10.0,
+            ssl_handshake_timeout=settings.ssl_handshake_timeout,
         )
         try:
             started(server.sockets[0].getsockname()[1])

@@ -12,7 +12,7 @@ from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from hybridkex.aio.transport import DEFAULT_HANDSHAKE_TIMEOUT, SecureTransport
+from hybridkex.aio.transport import SecureTransport, time_limits
 from hybridkex.tls.config import ServerConfig, check_config
 
 __all__ = ["secure_http"]
@@ -22,7 +22,7 @@ def secure_http(
     config: ServerConfig,
     *,
     protocol: Callable[..., asyncio.Protocol] = AutoHTTPProtocol,
-    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+    ssl_handshake_timeout: float | None = None,
 ) -> Any:
     """What goes into ``uvicorn.run(http=...)`` or ``uvicorn.Config(http=...)``.
 
@@ -30,16 +30,18 @@ def secure_http(
         config: what the server offers and demands. uvicorn speaks HTTP/1.1: leave ``alpn`` empty,
             or give ``("http/1.1",)``.
         protocol: uvicorn's protocol for what has been decrypted.
-        handshake_timeout: seconds for a handshake.
+        ssl_handshake_timeout: seconds for a handshake; ``None`` for 10.
 
     Raises:
         ConfigError: ``config`` is not a ``ServerConfig``.
+        ValueError: the time limit is not positive.
     """
     check_config(config, ServerConfig)
+    time_limits(ssl_handshake_timeout, None)
 
     def connection(**arguments: Any) -> asyncio.BaseProtocol:
         return SecureTransport(
-            protocol(**arguments), config, handshake_timeout=handshake_timeout
+            protocol(**arguments), config, ssl_handshake_timeout=ssl_handshake_timeout
         ).receiver
 
     return connection

@@ -5,12 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from hybridkex.aio.transport import (
-    DEFAULT_HANDSHAKE_TIMEOUT,
-    DEFAULT_SHUTDOWN_TIMEOUT,
-    SecureTransport,
-    connection_error,
-)
+from hybridkex.aio.transport import SecureTransport, connection_error, time_limits
 from hybridkex.errors import LocalStateError
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 
@@ -26,8 +21,8 @@ async def create_connection(
     config: ClientConfig,
     *,
     server_hostname: str | None = None,
-    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
-    shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT,
+    ssl_handshake_timeout: float | None = None,
+    ssl_shutdown_timeout: float | None = None,
     **tcp: Any,
 ) -> tuple[SecureTransport, P]:
     """Connect, and return when the handshake is complete.
@@ -39,14 +34,15 @@ async def create_connection(
         config: what the client wants.
         server_hostname: the name or address that the server's certificate must have; ``host``
             unless given.
-        handshake_timeout: seconds for the handshake.
-        shutdown_timeout: seconds from ``close`` until the peer's close_notify.
+        ssl_handshake_timeout: seconds for the handshake; 10 by default.
+        ssl_shutdown_timeout: seconds from ``close`` until the peer's close_notify; 30 by default.
         tcp: other arguments of ``loop.create_connection``, such as ``sock`` or ``local_addr``.
 
     Raises:
         OSError: no connection.
         SecureConnectionError: the handshake failed; ``__cause__`` says why.
         ConfigError: ``config`` is not a ``ClientConfig``.
+        ValueError: a time limit is not positive.
         TypeError: ``ssl`` among the arguments.
     """
     check_config(config, ClientConfig)
@@ -58,8 +54,8 @@ async def create_connection(
         protocol,
         config,
         server_hostname=host if server_hostname is None else server_hostname,
-        handshake_timeout=handshake_timeout,
-        shutdown_timeout=shutdown_timeout,
+        ssl_handshake_timeout=ssl_handshake_timeout,
+        ssl_shutdown_timeout=ssl_shutdown_timeout,
         ready=ready,
     )
     connect: Any = loop.create_connection  # its type wants a host even beside a socket
@@ -92,8 +88,8 @@ async def create_server(
     port: int | None = None,
     config: ServerConfig | None = None,
     *,
-    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
-    shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT,
+    ssl_handshake_timeout: float | None = None,
+    ssl_shutdown_timeout: float | None = None,
     **tcp: Any,
 ) -> asyncio.Server:
     """Listen; each connection gets a protocol, whose ``connection_made`` follows the handshake.
@@ -105,25 +101,27 @@ async def create_server(
         host: addresses to listen on, as for ``loop.create_server``.
         port: TCP port; 0 picks one.
         config: what the server offers and demands.
-        handshake_timeout: seconds for a handshake.
-        shutdown_timeout: seconds from ``close`` until the peer's close_notify.
+        ssl_handshake_timeout: seconds for a handshake; 10 by default.
+        ssl_shutdown_timeout: seconds from ``close`` until the peer's close_notify; 30 by default.
         tcp: other arguments of ``loop.create_server``, such as ``sock`` or ``reuse_port``.
 
     Raises:
         OSError: cannot listen there.
         ConfigError: ``config`` is not a ``ServerConfig``.
+        ValueError: a time limit is not positive.
         TypeError: ``ssl`` among the arguments.
     """
     check_config(config, ServerConfig)
     assert isinstance(config, ServerConfig)
     _check_plain(tcp)
+    time_limits(ssl_handshake_timeout, ssl_shutdown_timeout)
 
     def accept() -> asyncio.BaseProtocol:
         return SecureTransport(
             protocol_factory(),
             config,
-            handshake_timeout=handshake_timeout,
-            shutdown_timeout=shutdown_timeout,
+            ssl_handshake_timeout=ssl_handshake_timeout,
+            ssl_shutdown_timeout=ssl_shutdown_timeout,
         ).receiver
 
     return await asyncio.get_running_loop().create_server(accept, host, port, **tcp)
@@ -135,8 +133,8 @@ async def start_tls(
     config: ClientConfig | ServerConfig,
     *,
     server_hostname: str | None = None,
-    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
-    shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT,
+    ssl_handshake_timeout: float | None = None,
+    ssl_shutdown_timeout: float | None = None,
 ) -> SecureTransport:
     """Secure a connection that is open already, as ``loop.start_tls`` does.
 
@@ -149,8 +147,8 @@ async def start_tls(
         protocol: what is to get the decrypted data.
         config: a client's or a server's.
         server_hostname: the name or address that the server's certificate must have (client).
-        handshake_timeout: seconds for the handshake.
-        shutdown_timeout: seconds from ``close`` until the peer's close_notify.
+        ssl_handshake_timeout: seconds for the handshake; 10 by default.
+        ssl_shutdown_timeout: seconds from ``close`` until the peer's close_notify; 30 by default.
 
     Raises:
         SecureConnectionError: the transport is closed, or the handshake failed; ``__cause__`` says
@@ -164,8 +162,8 @@ async def start_tls(
         protocol,
         config,
         server_hostname=server_hostname,
-        handshake_timeout=handshake_timeout,
-        shutdown_timeout=shutdown_timeout,
+        ssl_handshake_timeout=ssl_handshake_timeout,
+        ssl_shutdown_timeout=ssl_shutdown_timeout,
         call_connection_made=False,
         ready=ready,
     )

@@ -5,7 +5,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final, cast
 
 from hybridkex.aio.connect import create_connection, create_server, start_tls
-from hybridkex.aio.transport import DEFAULT_HANDSHAKE_TIMEOUT, DEFAULT_SHUTDOWN_TIMEOUT
 from hybridkex.errors import LocalStateError
 from hybridkex.tls.config import ClientConfig, ServerConfig
 
@@ -44,15 +43,23 @@ async def open_connection(
     port: int | None,
     config: ClientConfig,
     *,
-    server_hostname: str | None = None,
     limit: int = DEFAULT_LIMIT,
-    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
-    shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT,
-    **tcp: Any,
+    **options: Any,
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect, and return reader and writer when the handshake is complete.
 
-    Args and errors: see :func:`~hybridkex.aio.create_connection`; ``limit`` as in asyncio.
+    Args:
+        host: host name or address; ``None`` with ``sock=...``.
+        port: TCP port; ``None`` with ``sock=...``.
+        config: what the client wants.
+        limit: see ``asyncio.open_connection``.
+        options: the options of :func:`~hybridkex.aio.create_connection`, such as
+            ``server_hostname``.
+
+    Raises:
+        OSError: there is no connection.
+        SecureConnectionError: the handshake failed; ``__cause__`` says why.
+        ConfigError: ``config`` is not a ``ClientConfig``.
     """
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=limit, loop=loop)
@@ -61,10 +68,7 @@ async def open_connection(
         host,
         port,
         config,
-        server_hostname=server_hostname,
-        handshake_timeout=handshake_timeout,
-        shutdown_timeout=shutdown_timeout,
-        **tcp,
+        **options,
     )
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
@@ -76,13 +80,22 @@ async def start_server(
     config: ServerConfig | None = None,
     *,
     limit: int = DEFAULT_LIMIT,
-    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
-    shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT,
-    **tcp: Any,
+    **options: Any,
 ) -> asyncio.Server:
     """Listen; ``client_connected_cb(reader, writer)`` is called after each handshake.
 
-    Args and errors: see :func:`~hybridkex.aio.create_server`; ``limit`` as in asyncio.
+    Args:
+        client_connected_cb: a function or a coroutine function, as for ``asyncio.start_server``.
+        host: addresses to listen on, as for ``loop.create_server``.
+        port: TCP port; 0 picks one.
+        config: what the server offers and demands.
+        limit: see ``asyncio.start_server``.
+        options: the options of :func:`~hybridkex.aio.create_server`, such as
+            ``ssl_handshake_timeout``.
+
+    Raises:
+        OSError: the server cannot listen there.
+        ConfigError: ``config`` is not a ``ServerConfig``.
     """
     loop = asyncio.get_running_loop()
 
@@ -90,15 +103,7 @@ async def start_server(
         reader = asyncio.StreamReader(limit=limit, loop=loop)
         return _StreamProtocol(reader, client_connected_cb, loop=loop)
 
-    return await create_server(
-        factory,
-        host,
-        port,
-        config,
-        handshake_timeout=handshake_timeout,
-        shutdown_timeout=shutdown_timeout,
-        **tcp,
-    )
+    return await create_server(factory, host, port, config, **options)
 
 
 async def upgrade(
@@ -106,10 +111,8 @@ async def upgrade(
     writer: asyncio.StreamWriter,
     config: ClientConfig | ServerConfig,
     *,
-    server_hostname: str | None = None,
     limit: int = DEFAULT_LIMIT,
-    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
-    shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT,
+    **options: Any,
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Secure streams that are open already (STARTTLS and its like).
 
@@ -117,10 +120,8 @@ async def upgrade(
         reader: the plain reader; do not use it any more.
         writer: the plain writer, likewise.
         config: a client's or a server's.
-        server_hostname: the name or address that the server's certificate must have (client).
         limit: see ``asyncio.open_connection``.
-        handshake_timeout: seconds for the handshake.
-        shutdown_timeout: seconds from ``close`` until the peer's close_notify.
+        options: the options of :func:`~hybridkex.aio.start_tls`, such as ``server_hostname``.
 
     Returns:
         New reader and writer.
@@ -141,14 +142,7 @@ async def upgrade(
     protocol = _StreamProtocol(secure_reader, loop=loop)
     plain_protocol = plain.get_protocol()
     try:
-        transport = await start_tls(
-            plain,
-            protocol,
-            config,
-            server_hostname=server_hostname,
-            handshake_timeout=handshake_timeout,
-            shutdown_timeout=shutdown_timeout,
-        )
+        transport = await start_tls(plain, protocol, config, **options)
     except BaseException as error:
         # Or whoever waits for the plain writer's end would wait for ever.
         plain_protocol.connection_lost(error if isinstance(error, Exception) else None)

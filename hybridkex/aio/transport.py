@@ -23,7 +23,6 @@ from enum import Enum, auto
 from typing import Any, Final, cast
 
 from hybridkex.errors import (
-    ConfigError,
     HandshakeTimeout,
     HybridkexError,
     InternalError,
@@ -38,28 +37,27 @@ from hybridkex.shell.answers import Answers
 from hybridkex.shell.key_keeper import KeyKeeper
 from hybridkex.shell.ssl_facade import SslObject, cipher_of, peercert_of
 from hybridkex.text import get_logger
-from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
-from hybridkex.tls.connection import ClientConnection, ServerConnection
+from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.connection import connection_for
 from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.session import Session
 from hybridkex.wire.records import HEADER_LENGTH, MAX_RECORD
 
 __all__ = [
-    "DEFAULT_HANDSHAKE_TIMEOUT",
-    "DEFAULT_SHUTDOWN_TIMEOUT",
     "SecureConnectionError",
     "SecureTransport",
     "connection_error",
+    "time_limits",
 ]
 
 _log: Final = get_logger("hybridkex.aio")
 _LINES: Final = BoundedLog(_log)
 """Strangers can cause these lines."""
 
-DEFAULT_HANDSHAKE_TIMEOUT: Final = 10.0
+_HANDSHAKE_TIMEOUT: Final = 10.0
 """Seconds for a whole handshake."""
-DEFAULT_SHUTDOWN_TIMEOUT: Final = 30.0
+_SHUTDOWN_TIMEOUT: Final = 30.0
 """Seconds from ``close`` until the peer's close_notify; asyncio's own figure."""
 
 _READ_SIZE: Final = 16 * MAX_RECORD
@@ -114,9 +112,19 @@ class SecureTransport(asyncio.Transport):
     ``cipher``, ``ssl_object``, ``sslcontext`` (the configuration), and all that the transport below
     knows (``peername``, ``sockname``, ``socket``).
 
+    Args:
+        protocol: what gets the decrypted data.
+        config: a client's or a server's.
+        server_hostname: the name or address that the server's certificate must have (client).
+        ssl_handshake_timeout: seconds for the handshake; 10 by default.
+        ssl_shutdown_timeout: seconds from ``close`` until the peer's close_notify; 30 by default.
+        call_connection_made: whether the protocol's ``connection_made`` is called.
+        ready: gets its result when the handshake is complete, or the error.
+
     Raises:
-        ConfigError: the configuration is no ``ClientConfig`` and no ``ServerConfig``, or a server
-            is given a ``server_hostname``.
+        ConfigError: the configuration is neither a ``ClientConfig`` nor a ``ServerConfig``, or a
+            server is given a ``server_hostname``.
+        ValueError: a time limit is not positive.
     """
 
     _start_tls_compatible = True  # loop.start_tls, for a TLS connection inside this one
@@ -127,26 +135,20 @@ class SecureTransport(asyncio.Transport):
         config: ClientConfig | ServerConfig,
         *,
         server_hostname: str | None = None,
-        handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
-        shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
         call_connection_made: bool = True,
         ready: "asyncio.Future[None] | None" = None,
     ) -> None:
         super().__init__()
-        check_config(config, ClientConfig, ServerConfig)
         self._loop = asyncio.get_running_loop()
         self._config = config
-        self._connection: ClientConnection | ServerConnection
-        if isinstance(config, ClientConfig):
-            self._connection = ClientConnection(config, server_hostname)
-        else:
-            if server_hostname is not None:
-                raise ConfigError("server_hostname goes with a ClientConfig")
-            self._connection = ServerConnection(config)
+        self._connection = connection_for(config, server_hostname)
         self._answers = Answers(config, self._connection)
         self._keeping: set[asyncio.Task[None]] = set()
-        self._handshake_timeout = handshake_timeout
-        self._shutdown_timeout = shutdown_timeout
+        self._handshake_timeout, self._shutdown_timeout = time_limits(
+            ssl_handshake_timeout, ssl_shutdown_timeout
+        )
         self._announce = call_connection_made
         self._announced = False
         self._ready = ready
@@ -851,6 +853,21 @@ class SecureTransport(asyncio.Transport):
         """The other end, for a log."""
         address = None if self._raw is None else self._raw.get_extra_info("peername")
         return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "a local peer"
+
+
+def time_limits(handshake: float | None, shutdown: float | None) -> tuple[float, float]:
+    """The time limits of a connection in seconds, checked as asyncio checks those of its own TLS.
+
+    Raises:
+        ValueError: one of them is not positive.
+    """
+    for name, value in (("handshake", handshake), ("shutdown", shutdown)):
+        if value is not None and value <= 0:
+            raise ValueError(f"ssl_{name}_timeout should be a positive number, got {value}")
+    return (
+        _HANDSHAKE_TIMEOUT if handshake is None else handshake,
+        _SHUTDOWN_TIMEOUT if shutdown is None else shutdown,
+    )
 
 
 def connection_error(cause: HybridkexError) -> SecureConnectionError:

@@ -26,7 +26,6 @@ import trio
 from trio.abc import HalfCloseableStream, Stream
 
 from hybridkex.errors import (
-    ConfigError,
     HandshakeTimeout,
     HybridkexError,
     InternalError,
@@ -40,8 +39,8 @@ from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
 from hybridkex.shell.key_keeper import KeyKeeper
 from hybridkex.text import get_logger
-from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
-from hybridkex.tls.connection import ClientConnection, ServerConnection
+from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.connection import connection_for
 from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.session import Session
@@ -91,16 +90,9 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         https_compatible: bool = False,
         handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     ) -> None:
-        check_config(config, ClientConfig, ServerConfig)
         self.transport_stream: T = transport_stream
         self._session: Session | None = None
-        self._connection: ClientConnection | ServerConnection
-        if isinstance(config, ClientConfig):
-            self._connection = ClientConnection(config, server_hostname)
-        else:
-            if server_hostname is not None:
-                raise ConfigError("server_hostname goes with a ClientConfig")
-            self._connection = ServerConnection(config)
+        self._connection = connection_for(config, server_hostname)
         self._answers = Answers(config, self._connection)
         self._config = config
         self._keeper: KeyKeeper | None = None

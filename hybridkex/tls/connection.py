@@ -13,6 +13,7 @@ from hybridkex.constants import Alert
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import (
     AlertReceived,
+    ConfigError,
     HybridkexError,
     InternalError,
     LocalStateError,
@@ -32,7 +33,7 @@ from hybridkex.tls.session import Session
 from hybridkex.tls.traffic import ClientTraffic, Connected, ServerTraffic
 from hybridkex.wire.messages import decode
 
-__all__ = ["ClientConnection", "Connection", "ServerConnection"]
+__all__ = ["ClientConnection", "Connection", "ServerConnection", "connection_for"]
 
 _MAX_WARNINGS = 4
 """``user_canceled`` alerts that are ignored; any more are an attack or a bug."""
@@ -446,3 +447,19 @@ class ServerConnection(Connection):
         check_config(config, ServerConfig)
         super().__init__(RecordLayer(config))
         self._enter(server.start(config, self._records))
+
+
+def connection_for(
+    config: ClientConfig | ServerConfig, server_hostname: str | None
+) -> ClientConnection | ServerConnection:
+    """The engine of the role that a configuration is for.
+
+    Raises:
+        ConfigError: ``config`` is not a configuration, or a server is given a name to expect.
+    """
+    check_config(config, ClientConfig, ServerConfig)
+    if isinstance(config, ClientConfig):
+        return ClientConnection(config, server_hostname)
+    if server_hostname is not None:
+        raise ConfigError("server_hostname goes with a ClientConfig")
+    return ServerConnection(config)

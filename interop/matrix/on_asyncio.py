@@ -78,7 +78,7 @@ class AsyncioStream:
                 writer,
                 self._config,
                 server_hostname=self._name,
-                handshake_timeout=self._timeout,
+                ssl_handshake_timeout=self._timeout,
             )
 
         self._reader, self._writer = await _there(handshake())

@@ -5,14 +5,12 @@ import contextlib
 import os
 import random
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aio_glue import Run
+from aio_glue import Losing, Run, closed, connect, echo, plain_server, serving
 from waiting import asyncio_until
 
 from hybridkex import X25519, ClientConfig, DevCa, Policy, Requirement, ServerConfig, TrustStore
@@ -21,8 +19,6 @@ from hybridkex.aio import (
     SecureTransport,
     create_connection,
     create_server,
-    open_connection,
-    start_server,
     upgrade,
 )
 from hybridkex.auth.dev_ca import write_identity
@@ -34,40 +30,6 @@ from hybridkex.errors import (
     TruncationError,
 )
 from hybridkex.shell.ssl_facade import serial_number
-
-Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-            await writer.drain()
-    writer.close()
-    with contextlib.suppress(ConnectionError):
-        await writer.wait_closed()
-
-
-@asynccontextmanager
-async def serving(
-    config: ServerConfig, handler: Handler = echo, **options: Any
-) -> AsyncIterator[int]:
-    server = await start_server(handler, "127.0.0.1", 0, config, **options)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        await server.wait_closed()
-
-
-async def connect(port: int, config: ClientConfig, **options: Any) -> Streams:
-    return await open_connection("127.0.0.1", port, config, server_hostname="localhost", **options)
-
-
-async def closed(writer: asyncio.StreamWriter) -> None:
-    writer.close()
-    await writer.wait_closed()
 
 
 def test_echo(run: Run, client_config: ClientConfig, server_config: ServerConfig) -> None:
@@ -215,13 +177,10 @@ def test_a_peer_that_goes_away(run: Run, client_config: ClientConfig, cut: int) 
         writer.close()
 
     async def main() -> None:
-        server = await asyncio.start_server(leave, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        with pytest.raises(SecureConnectionError) as caught:
-            await connect(port, client_config)
-        assert isinstance(caught.value.__cause__, TruncationError)
-        server.close()
-        await server.wait_closed()
+        async with plain_server(leave) as port:
+            with pytest.raises(SecureConnectionError) as caught:
+                await connect(port, client_config)
+            assert isinstance(caught.value.__cause__, TruncationError)
 
     run(main())
 
@@ -235,14 +194,11 @@ def test_a_peer_that_is_silent(run: Run, client_config: ClientConfig) -> None:
             writer.close()
             gone.set()
 
-        server = await asyncio.start_server(wait, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        with pytest.raises(SecureConnectionError) as caught:
-            await connect(port, client_config, handshake_timeout=0.2)
-        assert isinstance(caught.value.__cause__, HandshakeTimeout)
-        await gone.wait()
-        server.close()
-        await server.wait_closed()
+        async with plain_server(wait) as port:
+            with pytest.raises(SecureConnectionError) as caught:
+                await connect(port, client_config, ssl_handshake_timeout=0.2)
+            assert isinstance(caught.value.__cause__, HandshakeTimeout)
+            await gone.wait()
 
     run(main())
 
@@ -301,15 +257,6 @@ def test_rubbish_after_the_handshake(
 def test_abort_in_each_state(
     run: Run, client_config: ClientConfig, server_config: ServerConfig
 ) -> None:
-    class Watch(asyncio.Protocol):
-        lost: "list[Exception | None]"
-
-        def __init__(self) -> None:
-            self.lost = []
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self.lost.append(exc)
-
     async def main() -> None:
         async with serving(server_config) as port:
             for prepare in (
@@ -321,7 +268,7 @@ def test_abort_in_each_state(
                 lambda one: one.abort(),
             ):
                 transport, protocol = await create_connection(
-                    Watch, "127.0.0.1", port, client_config, server_hostname="localhost"
+                    Losing, "127.0.0.1", port, client_config, server_hostname="localhost"
                 )
                 prepare(transport)
                 transport.abort()
@@ -368,25 +315,22 @@ def test_an_upgrade_in_the_middle(
             await echo(*await upgrade(reader, writer, server_config))
 
     async def main() -> None:
-        server = await asyncio.start_server(server_side, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"STARTTLS\n")
-        assert await reader.readline() == b"go\n"
-        if early:
-            with pytest.raises(LocalStateError):
-                await upgrade(reader, writer, client_config, server_hostname="localhost")
-        else:
-            plain = writer
-            reader, writer = await upgrade(
-                reader, plain, client_config, server_hostname="localhost"
-            )
-            writer.write(b"secret")
-            assert await reader.readexactly(6) == b"secret"
-            await closed(writer)
-            await plain.wait_closed()
-        server.close()
-        await server.wait_closed()
+        async with plain_server(server_side) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"STARTTLS\n")
+            assert await reader.readline() == b"go\n"
+            if early:
+                with pytest.raises(LocalStateError):
+                    await upgrade(reader, writer, client_config, server_hostname="localhost")
+            else:
+                plain = writer
+                reader, writer = await upgrade(
+                    reader, plain, client_config, server_hostname="localhost"
+                )
+                writer.write(b"secret")
+                assert await reader.readexactly(6) == b"secret"
+                await closed(writer)
+                await plain.wait_closed()
 
     run(main())
 
@@ -490,14 +434,11 @@ def test_a_stock_server(run: Run, tmp_path: Path, ca: DevCa, client_config: Clie
     )
 
     async def main() -> None:
-        server = await asyncio.start_server(echo, "127.0.0.1", 0, ssl=context)
-        port = server.sockets[0].getsockname()[1]
-        reader, writer = await connect(port, config)
-        writer.write(b"hello" * 1000)
-        assert await reader.readexactly(5000) == b"hello" * 1000
-        await closed(writer)
-        server.close()
-        await server.wait_closed()
+        async with plain_server(echo, ssl=context) as port:
+            reader, writer = await connect(port, config)
+            writer.write(b"hello" * 1000)
+            assert await reader.readexactly(5000) == b"hello" * 1000
+            await closed(writer)
 
     run(main())
 
@@ -506,7 +447,7 @@ def test_strangers_do_not_end_a_server(
     run: Run, client_config: ClientConfig, server_config: ServerConfig
 ) -> None:
     async def main() -> None:
-        async with serving(server_config, handshake_timeout=0.3) as port:
+        async with serving(server_config, ssl_handshake_timeout=0.3) as port:
             for rubbish in (b"", b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\x00\x05\x01", bytes(99)):
                 for _ in range(25):
                     _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -538,7 +479,7 @@ def test_closing_right_after_a_pause(
 
     async def main() -> None:
         async with serving(server_config) as port:
-            reader, writer = await connect(port, client_config, shutdown_timeout=20)
+            reader, writer = await connect(port, client_config, ssl_shutdown_timeout=20)
             for _ in range(10):
                 writer.write(bytes(1 << 20))
                 await reader.readexactly(1 << 20)

@@ -4,6 +4,7 @@ peers that send rubbish, connections within connections."""
 import asyncio
 import contextlib
 import gc
+import inspect
 import os
 import random
 import socket
@@ -13,8 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from aio_glue import Run
-from test_aio import closed, connect, echo, serving
+from aio_glue import Losing, Run, closed, connect, echo, plain_server, serving
 from waiting import asyncio_until
 
 from hybridkex import ClientConfig, QkdPskSource, ServerConfig
@@ -289,18 +289,15 @@ def test_a_writer_whose_upgrade_fails_is_closed(
         await closed(writer)
 
     async def main() -> None:
-        server = await asyncio.start_server(refuse, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.sleep(0)  # nothing has come yet
-        with pytest.raises((SecureConnectionError, LocalStateError)):
-            await upgrade(reader, writer, client_config, server_hostname="localhost")
-        async with asyncio.timeout(5):
-            writer.close()
-            with contextlib.suppress(ConnectionError):
-                await writer.wait_closed()
-        server.close()
-        await server.wait_closed()
+        async with plain_server(refuse) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            await asyncio.sleep(0)  # nothing has come yet
+            with pytest.raises((SecureConnectionError, LocalStateError)):
+                await upgrade(reader, writer, client_config, server_hostname="localhost")
+            async with asyncio.timeout(5):
+                writer.close()
+                with contextlib.suppress(ConnectionError):
+                    await writer.wait_closed()
 
     run(main())
 
@@ -313,39 +310,33 @@ def test_an_upgrade_is_cancelled_at_each_step(
             await echo(*await upgrade(reader, writer, server_config))
 
     async def main() -> None:
-        server = await asyncio.start_server(inside, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        for turns in range(12):
-            reader, plain = await asyncio.open_connection("127.0.0.1", port)
-            task = asyncio.ensure_future(
-                upgrade(reader, plain, client_config, server_hostname="localhost")
-            )
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            task.cancel()
-            writer = plain
-            with contextlib.suppress(asyncio.CancelledError):
-                _, writer = await task
-            async with asyncio.timeout(5):
-                await closed(writer)
-        server.close()
-        await server.wait_closed()
+        async with plain_server(inside) as port:
+            for turns in range(12):
+                reader, plain = await asyncio.open_connection("127.0.0.1", port)
+                task = asyncio.ensure_future(
+                    upgrade(reader, plain, client_config, server_hostname="localhost")
+                )
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                task.cancel()
+                writer = plain
+                with contextlib.suppress(asyncio.CancelledError):
+                    _, writer = await task
+                async with asyncio.timeout(5):
+                    await closed(writer)
 
     run(main())
 
 
 def test_an_upgrade_of_a_closed_connection(run: Run, client_config: ClientConfig) -> None:
     async def main() -> None:
-        server = await asyncio.start_server(echo, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-        await closed(writer)
-        with pytest.raises(SecureConnectionError, match="closed"):
-            await start_tls(
-                writer.transport, asyncio.Protocol(), client_config, server_hostname="localhost"
-            )
-        server.close()
-        await server.wait_closed()
+        async with plain_server(echo) as port:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            await closed(writer)
+            with pytest.raises(SecureConnectionError, match="closed"):
+                await start_tls(
+                    writer.transport, asyncio.Protocol(), client_config, server_hostname="localhost"
+                )
 
     run(main())
 
@@ -405,15 +396,6 @@ def test_a_peer_that_does_not_read_until_the_end(
     """Data that was written and never taken is no clean end."""
     done = asyncio.Event()
 
-    class Watch(asyncio.Protocol):
-        lost: "list[Exception | None]"
-
-        def __init__(self) -> None:
-            self.lost = []
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self.lost.append(exc)
-
     async def idle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await done.wait()
         writer.transport.abort()
@@ -421,12 +403,12 @@ def test_a_peer_that_does_not_read_until_the_end(
     async def main() -> None:
         async with serving(server_config, idle) as port:
             transport, protocol = await create_connection(
-                Watch,
+                Losing,
                 "127.0.0.1",
                 port,
                 client_config,
                 server_hostname="localhost",
-                shutdown_timeout=0.2,
+                ssl_shutdown_timeout=0.2,
             )
             transport.write(bytes(32 << 20))
             transport.close()
@@ -505,6 +487,176 @@ def test_what_is_not_a_configuration(
     run(main())
 
 
+@pytest.mark.parametrize("name", ["ssl_handshake_timeout", "ssl_shutdown_timeout"])
+@pytest.mark.parametrize("seconds", [0, -1])
+def test_time_limits_have_the_names_and_the_checks_of_asyncio(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig, name: str, seconds: float
+) -> None:
+    def parameters(function: Callable[..., Any]) -> dict[str, Any]:
+        return {one.name: one.default for one in inspect.signature(function).parameters.values()}
+
+    loop = asyncio.AbstractEventLoop
+    for ours, theirs in (
+        (create_connection, loop.create_connection),
+        (create_server, loop.create_server),
+        (start_tls, loop.start_tls),
+    ):
+        assert parameters(ours)[name] is parameters(theirs)[name] is None
+
+    async def main() -> None:
+        async with serving(server_config, **{name: None}) as port:
+            with pytest.raises(ValueError, match=f"{name} should be a positive number"):
+                await connect(port, client_config, **{name: seconds})
+        with pytest.raises(ValueError, match=f"{name} should be a positive number"):
+            await create_server(asyncio.Protocol, None, 0, server_config, **{name: seconds})
+
+    run(main())
+
+
+def closing_pairs() -> list[tuple[str, Callable[[SecureTransport], None]]]:
+    return [
+        ("close", SecureTransport.close),
+        ("write_eof", SecureTransport.write_eof),
+        ("write_eof and close", lambda one: (one.write_eof(), one.close())[0]),
+    ]
+
+
+@pytest.mark.parametrize(("how", "end"), closing_pairs())
+@pytest.mark.parametrize("size", [100, 1 << 16, 8 << 20])
+@pytest.mark.parametrize("pieces", [1, 7])
+def test_what_was_written_before_the_end_arrives(
+    run: Run,
+    client_config: ClientConfig,
+    server_config: ServerConfig,
+    how: str,
+    end: Callable[[SecureTransport], None],
+    size: int,
+    pieces: int,
+) -> None:
+    """The end goes behind all the data that waits to be encrypted."""
+    data = random.Random(17).randbytes(size)
+    found: list[bytes] = []
+
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.05)
+        found.append(await reader.read())
+        await closed(writer)
+
+    async def main() -> None:
+        async with serving(server_config, slow) as port:
+            reader, writer = await connect(port, client_config)
+            transport = writer.transport
+            assert isinstance(transport, SecureTransport)
+            step = -(-size // pieces)
+            transport.writelines([data[at : at + step] for at in range(0, size, step)])
+            end(transport)
+            if how == "write_eof":
+                assert await reader.read() == b""
+                writer.close()
+            await writer.wait_closed()
+        assert found == [data]
+
+    run(main())
+
+
+def test_data_that_waits_is_sent_to_a_peer_that_has_ended_its_direction(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    """The peer ends TLS and TCP in its direction while most of our data waits to be encrypted."""
+    size = 16 << 20
+    found: list[int] = []
+
+    async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write_eof()
+        await writer.drain()
+        writer.transport._raw.write_eof()  # type: ignore[attr-defined]
+        await asyncio.sleep(0.1)
+        found.append(len(await reader.read()))
+        writer.close()
+
+    async def main() -> None:
+        async with serving(server_config, deaf) as port:
+            _, writer = await connect(port, client_config)
+            writer.write(bytes(size))
+            await closed(writer)
+            await asyncio_until(lambda: bool(found))
+        assert found == [size]
+
+    run(main())
+
+
+def test_the_marks_of_the_write_buffer(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    """``pause_writing`` above the high mark, ``resume_writing`` at the low one, in turns."""
+    calls: list[tuple[str, int]] = []
+
+    class Watch(asyncio.Protocol):
+        transport: SecureTransport
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, SecureTransport)
+            self.transport = transport
+
+        def pause_writing(self) -> None:
+            calls.append(("pause", self.transport.get_write_buffer_size()))
+
+        def resume_writing(self) -> None:
+            calls.append(("resume", self.transport.get_write_buffer_size()))
+
+    async def sink(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(1 << 16):
+            pass
+        writer.close()
+
+    async def main() -> None:
+        async with serving(server_config, sink) as port:
+            transport, _ = await create_connection(
+                Watch, "127.0.0.1", port, client_config, server_hostname="localhost"
+            )
+            assert transport.get_write_buffer_limits() == (1 << 14, 1 << 16)
+            for marks in ((None, None), (1 << 20, 1 << 18), (100_000, None)):
+                transport.set_write_buffer_limits(*marks)
+                low, high = transport.get_write_buffer_limits()
+                calls.clear()
+                transport.write(bytes(4 << 20))
+                assert calls
+                assert calls[0][0] == "pause"
+                assert calls[0][1] > high
+                await asyncio_until(lambda: transport.get_write_buffer_size() == 0)
+                await asyncio.sleep(0)
+                assert [one for one, _ in calls] == ["pause", "resume"] * (len(calls) // 2)
+                # What waits to be encrypted and what the transport below holds, each at its mark.
+                assert all(size <= 2 * low for one, size in calls if one == "resume")
+            with pytest.raises(ValueError, match="high"):
+                transport.set_write_buffer_limits(1, 2)
+            transport.close()
+            await asyncio_until(lambda: transport._state.name == "CLOSED")
+
+    run(main())
+
+
+def test_a_long_write_leaves_turns_to_others(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    """A call of ``write`` encrypts one batch; the rest waits as it was written, without a copy."""
+
+    async def main() -> None:
+        async with serving(server_config, echo) as port:
+            _, writer = await connect(port, client_config)
+            tracemalloc.start()
+            data = bytes(64 << 20)
+            before = tracemalloc.get_traced_memory()[0]
+            writer.write(data)
+            held = tracemalloc.get_traced_memory()[0] - before
+            tracemalloc.stop()
+            assert held < 2 << 20
+            writer.transport.abort()
+            await asyncio.sleep(0.05)
+
+    run(main())
+
+
 def test_no_ring_of_references_remains(
     run: Run, client_config: ClientConfig, server_config: ServerConfig
 ) -> None:
@@ -579,7 +731,7 @@ async def strangers(port: int, config: ClientConfig, number: int) -> None:
 
 
 async def survive(client_config: ClientConfig, server_config: ServerConfig, number: int) -> None:
-    async with serving(server_config, handshake_timeout=0.5) as port:
+    async with serving(server_config, ssl_handshake_timeout=0.5) as port:
         await strangers(port, client_config, 100)
         gc.collect()
         tracemalloc.start()

@@ -1,21 +1,21 @@
 """A key exchange over any trio stream, for protocols that have their own record layer.
 
-The messages, each behind its length in 32 bits::
+The messages, each preceded by its length in 32 bits::
 
     initiator -> responder   offer:   header, nonce, shares; proof
     responder -> initiator   answer:  header, nonce, shares; proof; confirmation
     initiator -> responder   finish:  confirmation
 
-and, where both sides use a QKD key, the finish carries more and one message follows::
+If both sides use a QKD key, the finish carries more and one message follows::
 
     initiator -> responder   finish:  name of the QKD key; confirmation; confirmation with QKD key
     responder -> initiator   end:     confirmation with QKD key
 
 A *proof* authenticates a message: an HMAC under the PSK, or a signature with its public key. It
-covers everything said so far, the other side's proof included, and the names, roles and settings
-that both sides configured: a message that is reflected to its sender, or replayed from an exchange
-with another party, fails. A replayed offer verifies, because nothing in it is fresh to the
-responder, but whoever replays it cannot send the confirmation.
+covers all messages so far, including the other side's proof, and the names, roles and settings that
+both sides configured: a message that is reflected to its sender, or replayed from an exchange with
+another party, fails. A replayed offer verifies, because nothing in it is fresh to the responder,
+but an attacker who replays it cannot send the confirmation.
 
 A *confirmation* shows that its sender has the combined key. The initiator's answers the responder's
 fresh shares and nonce, so it is the first message that shows the responder a live peer. Only then
@@ -24,8 +24,8 @@ no key. The initiator, too, asks for a QKD key only once it has authenticated th
 
 The key is :func:`~hybridkex.combiner.kdf.combine` over every key exchange, the QKD key if there is
 one, and the PSK if there is one; its context is the hash of all messages and proofs up to there, so
-that two sides with the same key have seen the same peers. The design is that of SIGMA (sign and
-MAC) without identity protection: the names are configured, raw public keys travel in the clear.
+that two sides with the same key agree on who the peers are. The design is SIGMA (sign and MAC)
+without identity protection: the names are configured, and raw public keys travel in the clear.
 """
 
 import hmac
@@ -80,7 +80,7 @@ _HEADER: Final = b"hybridkex combiner v2 "
 _NONCE: Final = 32
 _CONFIRMATION: Final = 32
 _MAX_PROOF: Final = (1 << 16) + (1 << 18)
-"""Bytes of a message besides its shares: a signature and a public key."""
+"""Most bytes of a message besides its shares: a signature and a public key."""
 _MAX_KEY_NAME: Final = 1 << 13
 """Bytes of the name of a QKD key: at most eight parts of 768 bytes."""
 
@@ -114,7 +114,7 @@ class PskAuthentication:
     """Both sides hold a pre-shared key; it authenticates the messages, and enters the key.
 
     Args:
-        key: 16 bytes or more of full entropy, used by this pair of names and for nothing else.
+        key: at least 16 bytes of full entropy, used only by this pair of names and only here.
 
     Raises:
         ConfigError: the key is not a :class:`~hybridkex.Secret`, or is shorter than 16 bytes.
@@ -240,21 +240,21 @@ class ExchangeConfig:
     authentication: Authentication
     """:class:`PskAuthentication` or :class:`SignatureAuthentication`."""
     label: bytes
-    """What the key is for; not empty."""
+    """The purpose of the key; not empty."""
     exchanges: tuple[KeyExchange, ...] = (X25519.exchange, MLKEM768.exchange)
     """An attacker must break every one of them to learn the key."""
     key_source: KeySource | None = None
-    """Where a QKD key comes from; both sides have one, or neither has."""
+    """The source of a QKD key; both sides have one, or neither has."""
     context: bytes = b""
-    """Whatever else both sides must agree on."""
+    """Anything else that both sides must agree on."""
     length: int = 32
     """Length of the key in bytes, 1 to 8064."""
     method: Method = Method.CONCATENATE
     """How the secrets are combined."""
     time_limit: float = 10.0
-    """Seconds for the whole exchange."""
+    """Time for the whole exchange, in seconds."""
     agreed: bytes = field(init=False, repr=False)
-    """The hash of everything that both sides must have configured alike."""
+    """The hash of the settings that must be the same on both sides."""
 
     def __post_init__(self) -> None:
         if self.role not in get_args(Role):
@@ -265,7 +265,7 @@ class ExchangeConfig:
         require(self.method, Method, "method")
         object.__setattr__(self, "exchanges", tuple(self.exchanges))
         if not self.exchanges:
-            raise ConfigError("an exchange needs at least one key exchange")
+            raise ConfigError("at least one key exchange is required")
         if not self.local or not self.peer or self.local == self.peer:
             raise ConfigError("local and peer must be two different names")
         if not self.label:
@@ -310,7 +310,7 @@ class Exchanged:
     parts: tuple[str, ...]
     """The key exchanges that the key rests on, by name."""
     qkd_key_ids: tuple[str, ...]
-    """The QKD keys that the key rests on (UUIDs)."""
+    """The IDs of the QKD keys that the key rests on."""
 
 
 async def exchange(
@@ -326,15 +326,15 @@ async def exchange(
     Args:
         stream: any trio stream.
         config: our side.
-        on_authenticated: called as soon as the peer has shown that it is the configured one and
-            live. A server counts connections before that against a budget for strangers.
+        on_authenticated: called as soon as the peer is authenticated and known to be live. Until
+            then a server counts the connection against its budget for unauthenticated peers.
 
     Raises:
         PeerError: the peer is not the configured one, is configured differently, or broke the
             protocol.
         HandshakeTimeout: the exchange took longer than ``config.time_limit``.
         TruncationError: the stream ended.
-        KeySourceError: no QKD key could be had.
+        KeySourceError: the key source gave no QKD key.
     """
     with trio.move_on_after(config.time_limit):
         verifier = getattr(config.authentication, "verifier", None)
@@ -419,11 +419,11 @@ class _Run:
         identity, bound, confirmation = await self._receive_finish()
         if not hmac.compare_digest(_bound(keys.initiator, identity), bound):
             raise DecryptError("the initiator has a different key")
-        # The initiator is live: now one key may be used up.
+        # The initiator is live: now a key may be consumed.
         self.on_authenticated()
         name = name_of(identity)
         if name is None or not config.key_source.knows(name):
-            raise IllegalParameter("the peer named a QKD key of other KMEs than ours")
+            raise IllegalParameter("the peer named a QKD key of KMEs that are not ours")
         qkd = await config.key_source.get_key_with_id(name)
         with_qkd = self._keys(
             SHA256.digest(digest + identity),
@@ -484,7 +484,7 @@ class _Run:
     def _require_form(self, message: bytes, which: _Message) -> None:
         header = _HEADER + which.encode("ascii")
         if not message.startswith(header):
-            raise DecodeError(f"the peer sent something else than an {which} of this protocol")
+            raise DecodeError(f"the peer's message is not an {which} of this protocol")
         if len(message) != len(header) + _NONCE + sum(self._lengths(which)):
             raise IllegalParameter(
                 f"the shares in the peer's {which} do not have the lengths of our key exchanges"
@@ -523,7 +523,7 @@ class _Run:
         return await self._exactly(length)
 
     async def _exactly(self, count: int) -> bytes:
-        """Read ``count`` bytes and no more: what follows belongs to the caller."""
+        """Read exactly ``count`` bytes: what follows belongs to the caller."""
         try:
             return await read_exactly(self.stream, count)
         except EndOfStream:

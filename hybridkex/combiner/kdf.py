@@ -1,12 +1,12 @@
 """Combining secrets (ETSI TS 103 744, NIST SP 800-56C Rev. 2, NIST SP 800-227 section 4.6).
 
-:func:`combine` is what a protocol should call: every argument that differs gives another key.
+Protocols should call :func:`combine`: calls that differ in any argument give independent keys.
 
 :func:`cat_kdf` and :func:`cas_kdf` are the bare key derivations of ETSI TS 103 744 V1.2.1, sections
 8.2 and 8.3, with HKDF (section 7.4.2) and, for the cascade, HMAC as the PRF (section 7.3.2). The
-published vectors are theirs. The text of the standard was not available; the formulas are those of
-ETSI's reference implementation (etsi-forge/cyber.103744_QHKEX), whose section numbers these are,
-and the tests compare with its output.
+published vectors are for these two. The formulas and section numbers are those of ETSI's reference
+implementation (etsi-forge/cyber.103744_QHKEX), since the text of the standard was not available;
+the tests compare with its output.
 
 The bare functions use the label as HKDF's salt, as the standard does. A salt is the key of an HMAC
 (RFC 5869 section 2.2), which pads it with zeros to the hash's block and hashes it when it is longer
@@ -37,7 +37,7 @@ _SALT: Final = b"hybridkex combine v1"
 
 
 def require(value: object, kind: type[Any], what: str) -> None:
-    """Refuse an argument of another type; ``bool`` does not count as ``int``.
+    """Refuse an argument of the wrong type; ``bool`` does not count as ``int``.
 
     Raises:
         ConfigError: the value is not of this type. The message does not show the value.
@@ -63,7 +63,7 @@ def _sequence(values: object, kind: type[Any], what: str) -> tuple[Any, ...]:
 
 
 def _hashed(function: HashFunction, *values: bytes) -> bytes:
-    """The concatenate-and-hash formatting function ``f`` (section 7.2.3); each value stands behind
+    """The concatenate-and-hash formatting function ``f`` (section 7.2.3); each value is preceded by
     its length in 32 bits (section 7.2.2)."""
     return function.digest(b"".join(map(vector32, values)))
 
@@ -92,8 +92,9 @@ def cat_kdf(
         f_context    = Hash(len(info) || info || len(MA) || MA || len(MB) || MB)
         key material = HKDF(salt=label, IKM=secret, info=f_context, length)
 
-    The caller keeps inputs apart: each secret and the PSK must have a fixed length, labels must not
-    differ in trailing zero bytes alone, and ``length`` must be fixed by the label or by ``info``.
+    The caller must keep inputs unambiguous: each secret and the PSK must have a fixed length,
+    labels must not differ in trailing zero bytes alone, and ``length`` must be fixed by the label
+    or by ``info``.
     :func:`combine` ensures all of this.
 
     Args:
@@ -135,7 +136,7 @@ def cas_kdf(
                                                              || len(MB_i) || MB_i))
         chain_i || key material_i  = HKDF(salt=label_i, IKM=round secret, info=info_i)
 
-    The caller keeps labels and lengths apart, as for :func:`cat_kdf`.
+    The caller must keep labels and lengths unambiguous, as for :func:`cat_kdf`.
 
     Args:
         previous: the chain secret of the previous round; in the first round the PSK, or empty.
@@ -222,10 +223,10 @@ def combine(
     psk: Secret = NO_SECRET,
     method: Method = Method.CONCATENATE,
 ) -> Secret:
-    """Derive one key from several secrets; an attacker must know all of them to learn it.
+    """Derive one key from several secrets; learning it requires knowing all of them.
 
-    Every argument enters the derivation in an encoding that cannot be read in two ways: two calls
-    that differ in any argument, or in any field of a leg, give independent keys. ::
+    Every argument enters the derivation in an injective encoding: two calls that differ in any
+    argument, or in any field of a leg, give independent keys. ::
 
         info = len(method) || method || len(hash) || hash || len(label) || label
                || length || len(psk) || number of legs
@@ -239,8 +240,8 @@ def combine(
 
     Args:
         legs: in the order that both sides agreed on; at least one.
-        label: what the key is for; one label per use, not empty.
-        context: the identities and roles of both sides, and whatever else both must agree on.
+        label: the purpose of the key; one label per use, not empty.
+        context: the identities and roles of both sides, and anything else that both must agree on.
         length: length of the key in bytes: 1 to 255 times the hash's size for CatKDF, 254 times
             for CasKDF.
         hash: the hash of the derivation.

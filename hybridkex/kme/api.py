@@ -45,7 +45,7 @@ _ROUTES: Final = (
 
 
 def kme_handler(kme: KeyManagementEntity, caller: str, metrics: KmeMetrics) -> Handler:
-    """The handler for one connection, whose certificate says that it is ``caller``'s."""
+    """The handler for one connection, which the certificate shows to be ``caller``'s."""
 
     async def handle(request: Request) -> Response:
         began = time.perf_counter()
@@ -60,9 +60,9 @@ def kme_handler(kme: KeyManagementEntity, caller: str, metrics: KmeMetrics) -> H
         except HttpError as error:
             response = error.response()
         except ErrorResponse as refusal:
-            if refusal.status != 401:  # which is logged where it is decided
+            if refusal.status != 401:  # logged where it is decided
                 kme.log.log(logging.INFO, "%s: %s of %s: %s", kme.kme_id, call, caller, refusal)
-            # The standard gives 401 no body; two known clients read one all the same.
+            # The standard defines no body for 401, but two known clients read one.
             response = Response.json(refusal.status, refusal.body.to_json())
         except ModelError as error:
             kme.log.log(logging.INFO, "%s: %s of %s: %s", kme.kme_id, call, caller, error)

@@ -1,4 +1,4 @@
-"""The TOML file of ``hybridkex kme serve``; ``docs/kme.md`` shows one."""
+"""The TOML file of ``hybridkex kme serve``; see ``docs/kme.md``."""
 
 import dataclasses
 from collections.abc import Callable
@@ -40,13 +40,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class LinkConfig:
-    """A simulated QKD link; ``docs/qkd-link.md`` says what the settings mean."""
+    """A simulated QKD link; ``docs/qkd-link.md`` explains the settings."""
 
     preset: str = "lim2014"
     distance_km: float = 50.0
     block_bits: int = 1_000_000
     tuned: bool = True
-    """Use the best intensities for the distance, not those of the preset."""
+    """Optimise the intensities for the distance, instead of using the preset's."""
     clock: str = "fast"
     bootstrap: str = "ml-dsa"
     """Of the authentication, where both ends are in this process."""
@@ -70,17 +70,17 @@ class LinkConfig:
             True,
             False,
         }:
-            raise ConfigError("party, address and peer_credential go together")
+            raise ConfigError("party, address and peer_credential must be given together")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeerConfig:
-    """A KME at the other end of a link."""
+    """The KME at the other end of a link."""
 
     id: str
     saes: tuple[str, ...]
     url: str | None = None
-    """Absent: the KME of this ID in the same file."""
+    """``None``: the KME of this ID in the same file."""
     producer: str = "random"
     link: LinkConfig = field(default_factory=LinkConfig)
 
@@ -113,13 +113,13 @@ class KmeConfig:
     self_pairs: bool = False
     not_found_status: int = 400
     max_connections: int = 256
-    """Of all SAEs, at once."""
+    """Simultaneous connections of all SAEs."""
     max_sae_connections: int = 64
-    """Of one SAE, at once."""
+    """Simultaneous connections of one SAE."""
     max_peer_connections: int = 64
-    """Of all peer KMEs, at once; they take no places of the SAEs, nor SAEs theirs."""
+    """Simultaneous connections of all peer KMEs, counted separately from those of SAEs."""
     max_handshakes: int = 128
-    """Connections that have not yet authenticated, at once."""
+    """Simultaneous connections that have not yet authenticated."""
     handshake_timeout: float = 10.0
     peer_timeout: float = 3.0
     peer: tuple[PeerConfig, ...] = ()
@@ -133,7 +133,7 @@ class KmeConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive")
         if len({peer.id for peer in self.peer}) != len(self.peer):
-            raise ConfigError(f"{self.id} names a peer twice")
+            raise ConfigError(f"{self.id} lists a peer twice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class ServeConfig:
     kme: tuple[KmeConfig, ...]
     metrics: TcpAddress | None = None
     grace: float = 5.0
-    """Seconds that requests under way may take after the signal to stop."""
+    """Seconds that requests in progress may take after the signal to stop."""
 
     def __post_init__(self) -> None:
         if not self.kme:
@@ -171,7 +171,7 @@ def _check_pair(kme: KmeConfig, peer: PeerConfig, other: KmeConfig | None) -> No
 
 
 def load_config(path: Path) -> ServeConfig:
-    """Read a configuration. Paths in it are relative to its folder. Raises ``ConfigError``."""
+    """Read a configuration file. Paths in it are relative to its folder. Raises ``ConfigError``."""
     data = read_toml(path)
     try:
         return _build(ServeConfig, data, path.parent, "")
@@ -180,7 +180,7 @@ def load_config(path: Path) -> ServeConfig:
 
 
 def _build(kind: type[T], data: object, base: Path, where: str) -> T:
-    """A configuration class out of a table, checked against the types of its fields."""
+    """Build a configuration class from a table, checked against the types of its fields."""
     if not isinstance(data, dict):
         raise ConfigError(f"{where or 'the file'} must be a table")
     hints = get_type_hints(kind)
@@ -199,7 +199,7 @@ def _build(kind: type[T], data: object, base: Path, where: str) -> T:
 
 
 def _value(kind: Any, value: Any, base: Path, where: str) -> Any:
-    if isinstance(kind, UnionType):  # optional: TOML has no null, so it is the other type
+    if isinstance(kind, UnionType):  # optional: TOML has no null, so the value has the other type
         kind = next(one for one in kind.__args__ if one is not type(None))
     if getattr(kind, "__origin__", None) is tuple:
         if not isinstance(value, list):
@@ -214,7 +214,7 @@ def _value(kind: Any, value: Any, base: Path, where: str) -> Any:
     expected, convert = scalar
     # bool is an int to Python and not to TOML.
     if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{where} is not of the right type")
+        raise ConfigError(f"{where} has the wrong type")
     try:
         return convert(value, base)
     except ConfigError as error:
@@ -238,4 +238,4 @@ _SCALARS: Final[dict[Any, tuple[Any, Callable[[Any, Path], Any]]]] = {
     TcpAddress: (str, lambda value, _: parse_tcp_address(value)),
     IdRule: (str, lambda value, _: _id_rule(value)),
 }
-"""For each type of a field: the types of TOML that it is written in, and what makes it of them."""
+"""For each type of a field: the TOML types that it accepts, and the conversion from them."""

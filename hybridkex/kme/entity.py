@@ -2,16 +2,17 @@
 
 Both KMEs of a link hold its keys. When a master asks for keys, its KME reserves blocks, asks the
 KME at the other end to promise them to the slaves, marks them as delivered in its own store, and
-only then answers. Two KMEs may reach for one block at the same time. Its *half*, the last bit of
-its ID, decides: each KME takes of its own half first, and if both have reserved a block, the KME
-whose half it is in gets it.
+only then answers. Two KMEs may reserve the same block at the same time. Its *half*, the last bit of
+its ID, decides: each KME prefers its own half, and if both have reserved a block, the KME that owns
+its half gets it.
 
-Wherever this order is cut off, no key is delivered twice: the other KME promises a block at most
-once, durably. A block whose promise was not used is refused from then on, and both KMEs erase it.
+Wherever this sequence is interrupted, no key is delivered twice: the other KME promises a block at
+most once, durably. A block whose promise was not used is refused from then on, and both KMEs erase
+it.
 
-What is erased is material, never a promise. "Spent" does not mean that a block is lost: the other
-KME may have delivered it to its own SAE, and this KME may have promised it to the slave, all while
-our own request for it was on its way.
+Only material is erased, never a promise. "Spent" does not mean that a block is lost: while our own
+request for it was in transit, the other KME may have delivered it to its own SAE, and this KME may
+have promised it to the slave.
 """
 
 import logging
@@ -59,18 +60,18 @@ CHECK_EVERY: Final = 600.0
 
 RETRY_AFTER: Final = 0.25
 RETRY_AFTER_MOST: Final = 10.0
-"""Seconds between two tries to store keys while the store fails; doubled each time."""
+"""Seconds between two attempts to store keys while the store fails; doubled each time."""
 
 LATE_WAITS: Final = (0.05, 0.1, 0.2, 0.4, 0.8)
-"""Seconds before each new try of a request, where the other end has too few of the blocks yet."""
+"""Seconds before each retry of a request while the other end lacks some of the blocks."""
 
 LOST: Final = {
-    "refused": "the other end does not allot them (it spent them, or never had them)",
+    "refused": "the other end does not allot them (it has spent them, or never had them)",
     "unknown": "the other end does not have them",
-    "voided": "the other end has given them up",
-    "overtaken": "one of their request expired or went to the other end meanwhile",
+    "voided": "the other end has discarded them",
+    "overtaken": "one block of their request expired or went to the other end in the meantime",
 }
-"""Why keys are lost, as the counter and the log say it."""
+"""Why keys are lost, as stated by the counter and the log."""
 
 VOIDS_RATE: Final = 1.0
 VOIDS_BURST: Final = 10_000
@@ -85,7 +86,7 @@ EXCESS: Final = {
 """What a peer KME may not do without end, as the counter and the log say it."""
 
 SCRUB_EVERY: Final = 1.0
-"""Seconds for which a delivered key may be left, sealed, in the database's log."""
+"""Seconds for which a delivered key may remain, encrypted, in the write-ahead log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ class KmeLimits:
     """Sizes in bits, times in seconds, rates in requests per second for each SAE."""
 
     key_size: int = 256
-    """The default size, and the size of the blocks that producers give."""
+    """The default key size, and the size of the producers' blocks."""
     min_key_size: int = 64
     max_key_size: int = 4096
     max_key_count: int = 4096
@@ -102,7 +103,7 @@ class KmeLimits:
     key_ttl: float = 86_400.0
     tombstone_ttl: float = 30 * 86_400.0
     sync_grace: float = 60.0
-    """How long a block that the other end does not know may still be on its way there."""
+    """How long a block that the other end does not know may still be in transit to it."""
     rate: float = 200.0
     burst: int = 400
     peer_rate: float = 1000.0
@@ -131,7 +132,8 @@ class KmeLimits:
         if min(self.key_ttl, self.tombstone_ttl, self.rate) <= 0 or self.sync_grace < 0:
             raise ConfigError("key_ttl, tombstone_ttl and rate must be positive")
         if self.tombstone_ttl < self.key_ttl:
-            # Otherwise a key could be forgotten as delivered while the other end still has it.
+            # Otherwise the record of a delivered key could be dropped while the other end still has
+            # the key.
             raise ConfigError("tombstone_ttl cannot be shorter than key_ttl")
         most = message_bytes(
             self.max_key_per_request, self.blocks(self.max_key_size), self.max_key_size
@@ -143,18 +145,18 @@ class KmeLimits:
             )
 
     def blocks(self, size: int) -> int:
-        """Blocks of the link of which a key of ``size`` bits is made."""
+        """The number of link blocks that make up a key of ``size`` bits."""
         return math.ceil(size / self.key_size)
 
     @property
     def request_bytes(self) -> int:
-        """The length, at most, of the body of a request by an SAE that keeps these limits."""
+        """The maximum body length of a request by an SAE within these limits."""
         return 4096 + 128 * self.max_key_per_request + 2048 * self.max_sae_id_count
 
 
 @dataclass(kw_only=True)
 class _Link:
-    """What joins this KME to another one, or to itself for pairs of SAEs of its own."""
+    """The link to another KME, or to this KME itself for pairs of its own SAEs."""
 
     target: str
     saes: frozenset[str]
@@ -165,7 +167,7 @@ class _Link:
     left: trio.Event = field(default_factory=trio.Event)
     voids: TokenBucket = field(default_factory=lambda: TokenBucket(VOIDS_RATE, VOIDS_BURST))
     log: BoundedLog = field(default_factory=lambda: BoundedLog(LOG, rate=1 / 60, burst=5))
-    """For the lines that an SAE or the other KME can cause again and again."""
+    """Rate-limits the lines that an SAE or the other KME can cause repeatedly."""
 
     def note_room(self) -> None:
         self.left.set()
@@ -173,7 +175,7 @@ class _Link:
 
 
 class KeyManagementEntity:
-    """One KME. Methods that an SAE's request leads to raise :class:`ErrorResponse`."""
+    """One KME. The methods that serve an SAE's request raise :class:`ErrorResponse`."""
 
     def __init__(
         self,
@@ -190,7 +192,7 @@ class KeyManagementEntity:
         """``saes`` are attached here, ``peers`` maps other KMEs to the SAEs attached there.
 
         ``self_pairs`` allows a slave that is attached here too, even the master itself;
-        ``not_found_status`` is 400 by the standard and 404 in much of the field.
+        ``not_found_status`` is 400 by the standard; many deployed KMEs use 404.
         """
         self.check(kme_id, saes=saes, peers=peers, not_found_status=not_found_status)
         self.kme_id: Final = kme_id
@@ -224,12 +226,14 @@ class KeyManagementEntity:
         peers: Mapping[str, frozenset[str]],
         not_found_status: int,
     ) -> None:
-        """Raise ``ConfigError`` for what a KME cannot be."""
+        """Check the arguments of a KME. Raises ``ConfigError``."""
         everyone = [*saes, *(sae for attached in peers.values() for sae in attached)]
         if not kme_id or kme_id in peers:
             raise ConfigError("a KME needs an ID of its own")
         if len(set(everyone)) != len(everyone) or {kme_id, *peers} & set(everyone):
-            raise ConfigError("SAE IDs and KME IDs must differ, and an SAE has one KME")
+            raise ConfigError(
+                "SAE IDs and KME IDs must be distinct, and each SAE must belong to one KME"
+            )
         if not_found_status not in (400, 404):
             raise ConfigError("not_found_status is 400 or 404")
 
@@ -241,7 +245,7 @@ class KeyManagementEntity:
         limits: KmeLimits,
         not_found_status: int,
     ) -> None:
-        """Take new settings for the same peers, which :meth:`check` has passed."""
+        """Apply new settings for the same peers; :meth:`check` must have accepted them."""
         self.saes, self.limits, self.not_found_status = saes, limits, not_found_status
         self._buckets = self._new_buckets()
         for target, link in self._links.items():
@@ -249,17 +253,17 @@ class KeyManagementEntity:
 
     @property
     def links(self) -> tuple[str, ...]:
-        """The KMEs to which there is a link; itself among them where ``self_pairs`` is on."""
+        """The KMEs with a link to this one, including itself if ``self_pairs`` is on."""
         return tuple(self._links)
 
     def connect(self, target: str, peer: PeerLink) -> None:
-        """Say how the KME ``target`` is reached."""
+        """Set how the KME ``target`` is reached."""
         self._links[target].peer = peer
 
     # -- SAEs
 
     def admit(self, sae: str) -> None:
-        """Clause 5.1: is this SAE ours, and within its rate?"""
+        """Clause 5.1: check that this SAE is ours and within its rate."""
         if sae not in self.saes:
             self.log.log(
                 logging.WARNING,
@@ -270,7 +274,7 @@ class KeyManagementEntity:
             )
             raise ErrorResponse(401, "Unauthorized")
         if not self._buckets[sae].take():
-            self.log.log(logging.WARNING, "%s: %s asks too often: it got 503", self.kme_id, sae)
+            self.log.log(logging.WARNING, "%s: %s exceeds its rate: it got 503", self.kme_id, sae)
             raise ErrorResponse(503, "too many requests")
 
     def _link_to(self, slaves: Sequence[str]) -> _Link:
@@ -321,7 +325,7 @@ class KeyManagementEntity:
                 if not late or wait is None:
                     self._note_shortage(link, needed, len(found))
                     raise ErrorResponse(503, "not enough keys are stored")
-                # The other end does not have them yet, or lets go of them in a moment.
+                # The other end does not have them yet, or is about to release them.
                 await trio.sleep(wait)
                 tried -= late
                 late.clear()
@@ -418,17 +422,17 @@ class KeyManagementEntity:
         try:
             await self._store.allot(link.target, allotments, master=master, slaves=local)
         except KeyConsumed:
-            # One block expired, or went to the peer. The other KME's promises are of no use now,
-            # and neither is the rest of our blocks, which it will not allot again.
+            # One block expired, or went to the peer. The other KME's promises are useless now, and
+            # so are the rest of our blocks, which it will not allot again.
             blocks = [block for one in allotments for block in one.blocks]
             await self._store.release(link.target, blocks)
             await self._erase(link, blocks, "overtaken")
             await self._tell_void(link, [one.key_id for one in allotments])
-            raise ErrorResponse(503, "a key expired while it was allotted") from None
+            raise ErrorResponse(503, "a key expired while it was being allotted") from None
         link.note_room()
 
     def _note_peer(self, link: _Link, error: KeySourceUnavailable | None) -> None:
-        """Say when the other KME is gone and when it is back, once each."""
+        """Log, once each, that the other KME is unreachable and that it is back."""
         before, link.answers = link.answers, error is None
         if error is not None and before is not False:
             link.log.log(
@@ -446,7 +450,7 @@ class KeyManagementEntity:
     async def _erase_refused(
         self, link: _Link, found: list[Material], states: Mapping[str, BlockState]
     ) -> None:
-        """Erase, on both sides, material that the other end will never allot."""
+        """Erase material that the other end will never allot, on both sides."""
         arrived = time.time() - self.limits.sync_grace
         dead: list[str] = []
         for material in found:
@@ -458,13 +462,13 @@ class KeyManagementEntity:
                 state is BlockState.UNKNOWN and material.created < arrived
             ):
                 dead.append(material.key_id)
-        # Ours to erase as long as they are material: a promise made meanwhile has taken them out.
+        # We may erase them while they are material: a promise made meanwhile has taken them out.
         await self._store.release(link.target, dead)
         gone = await self._erase(link, dead, "refused")
         await self._tell_void(link, gone)
 
     async def _erase(self, link: _Link, key_ids: Sequence[str], reason: str) -> list[str]:
-        """Erase material that cannot be delivered, and say so. Returns what was erased."""
+        """Erase material that cannot be delivered, and log it. Returns the erased IDs."""
         if not key_ids:
             return []
         gone = await self._store.discard(link.target, key_ids)
@@ -489,7 +493,7 @@ class KeyManagementEntity:
                 for start in range(0, len(key_ids), IDS_AT_ONCE):
                     await link.peer.void(key_ids[start : start + IDS_AT_ONCE])
             except KeySourceUnavailable as error:
-                # Unused promises also expire; this message only frees their space sooner.
+                # Unused promises also expire; this message frees their space sooner.
                 LOG.info("%s: %s", self.kme_id, error)
 
     async def get_key_with_ids(
@@ -548,7 +552,7 @@ class KeyManagementEntity:
             raise ErrorResponse(401, "Unauthorized")
         if not message.slaves or not self.saes.issuperset(message.slaves):
             raise ErrorResponse(400, "a target SAE is not attached here")
-        # Our own limits for SAEs are not the peer's: what it announces to its SAEs, we carry out.
+        # Our limits are for our SAEs; what the peer announces to its SAEs, we honour.
         if any(len(one.blocks) * self.limits.key_size < one.size * 8 for one in message.allotments):
             raise ErrorResponse(400, "a key is longer than its blocks")
         if any(one.value is not None for one in message.allotments):
@@ -567,7 +571,7 @@ class KeyManagementEntity:
         link.note_room()
 
     async def peer_voids(self, peer: str, key_ids: Sequence[str]) -> None:
-        """Erase what the other end will not use."""
+        """Erase what the other end will not use (void message)."""
         link = self._links.get(peer)
         if link is None:
             raise ErrorResponse(401, "Unauthorized")
@@ -581,7 +585,7 @@ class KeyManagementEntity:
             link.note_room()
 
     async def peer_checks(self, peer: str, key_ids: Sequence[str]) -> list[str]:
-        """Which of these blocks we do not have."""
+        """Which of these blocks we lack (check message)."""
         if peer not in self._links:
             raise ErrorResponse(401, "Unauthorized")
         return await self._store.unknown(peer, key_ids)
@@ -589,7 +593,7 @@ class KeyManagementEntity:
     async def reconcile(self, target: str, *, grace: float) -> None:
         """Erase blocks that are older than ``grace`` seconds and that the other end lacks.
 
-        They are what a crash leaves at the end of a link that was ahead, and would take the place
+        A crash leaves such blocks at the end of the link that was ahead; they would take the place
         of keys that both ends have.
         """
         link = self._links[target]
@@ -602,19 +606,19 @@ class KeyManagementEntity:
             asked = set(ids[start : start + IDS_AT_ONCE])
             await self._erase(link, [one for one in lacking if one in asked], "unknown")
 
-    # -- keys in, keys out of date
+    # -- new keys, expired keys
 
     async def feed(self, target: str, producer: KeyProducer, *, shared: bool) -> None:
-        """Take keys for a link from a producer whenever there is room, until it ends.
+        """Take keys for a link from a producer, whenever there is room, until the producer ends.
 
-        ``shared``: the KME at the other end gets the same keys from its own end of the link.
+        ``shared``: the other KME gets the same keys from its own end of the link.
         """
         link = self._links[target]
         batches = aiter(producer)
         try:
             await self._take(link, batches, shared)
         finally:
-            # An asynchronous generator holds what it was doing; others have nothing to close.
+            # An asynchronous generator must be closed; other iterators need not be.
             close = getattr(batches, "aclose", None)
             if close is not None:
                 with trio.CancelScope(shield=True):
@@ -632,7 +636,7 @@ class KeyManagementEntity:
     async def _take_batch_until_stored(
         self, link: _Link, batch: list[ProducedKey], *, shared: bool
     ) -> None:
-        """Keys of a link are at both of its ends: they wait here until the store works again."""
+        """Store a batch. Both ends of the link have these keys, so retry until the store works."""
         wait = RETRY_AFTER
         while True:
             try:
@@ -645,7 +649,7 @@ class KeyManagementEntity:
 
     async def _take_batch(self, link: _Link, batch: list[ProducedKey], shared: bool) -> None:
         while True:
-            left = link.left  # before the count, so that no change after it is missed
+            left = link.left  # before counting, so that no later change is missed
             if await self._store.count(link.target) + len(batch) <= self.limits.max_key_count:
                 break
             await left.wait()
@@ -653,13 +657,13 @@ class KeyManagementEntity:
         await self._store.add(link.target, keys, shared=shared)
 
     async def maintain(self, every: float = 10.0) -> None:
-        """Erase old keys, keep in step with the other ends and count keys, for ever."""
+        """Erase old keys, reconcile with the other ends and count keys, forever."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._scrub_often)
             await self._expire_and_reconcile(every)
 
     async def _scrub_often(self) -> None:
-        """A second after a key was delivered, none of our files has it."""
+        """Scrub the files, so that a delivered key is gone from them within a second."""
         while True:
             await trio.sleep(SCRUB_EVERY)
             with suppress(KeySourceUnavailable):  # the store says so itself

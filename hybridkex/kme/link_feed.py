@@ -1,9 +1,9 @@
-"""The link as what feeds KMEs: see :mod:`hybridkex.qkd.producer`.
+"""A QKD link as the key producer of KMEs: see :mod:`hybridkex.qkd.producer`.
 
 Either both parties run here and feed two KMEs of one process, or one party runs here and reaches
 the other over TCP, with a connection for the classical and one for the quantum channel. The first
 block of such a link is authenticated with the keys of the KMEs' certificates. (A shared secret
-would be used again after a restart, and a one-time pad must not be.)
+would be reused after a restart, and a one-time pad must not be.)
 
 Alice listens, and each connection begins with a greeting, so that only Bob reaches her party::
 
@@ -11,8 +11,8 @@ Alice listens, and each connection begins with a greeting, so that only Bob reac
     Alice  challenge (32 random bytes)
     Bob    length (2 bytes, big-endian), signature of his certificate's key over all of the above
 
-A session begins when both connections of one number are there. A new one ends the one before: Bob
-makes one only if he has lost the other.
+A session begins when both connections with its number are open. A new session ends the previous
+one: Bob opens one only after losing the other.
 """
 
 import secrets
@@ -51,15 +51,16 @@ __all__ = ["LinkEnd", "PairFeed", "PartyFeed", "link_feed"]
 LOG: Final = get_logger(__name__)
 
 BATCH: Final = 64
-"""Keys handed over at a time, so that a large block does not need room for all of its keys."""
+"""Keys handed over at a time, so that a large block does not need room for all of its keys at
+once."""
 PAUSE: Final = 1.0
-"""Seconds before the next try, after a block that was given up or a connection that broke."""
+"""Seconds before the next attempt, after an aborted block or a broken connection."""
 GREETING_SECONDS: Final = 10.0
-"""For a greeting, and then for the other connection of the session."""
+"""Seconds for a greeting, and then for the other connection of the session."""
 STRANGERS: Final = 32
-"""Connections at Alice's port that have not proved to be Bob's, at once."""
+"""Simultaneous connections at Alice's port that are not yet authenticated as Bob's."""
 BOBS: Final = 8
-"""Connections that have, at once: two of a session, and what is left of those before."""
+"""Simultaneous authenticated connections: two of a session, and remains of earlier ones."""
 KINDS: Final = (b"C", b"Q")
 NUMBER: Final = 16
 CHALLENGE: Final = 32
@@ -108,7 +109,7 @@ class PairFeed:
         self._link = link
 
     async def run(self) -> None:
-        """Make keys until cancelled, or until the link is over."""
+        """Make keys until cancelled, or until the link ends."""
         failure: LinkError | None = None
         try:
             async with self._link.open():
@@ -149,12 +150,12 @@ class PartyFeed:
         self._signatures = signatures
         self._real_time = real_time
         self._note = note
-        self._ledger = Ledger()  # it outlives a session: only its first one has signatures
+        self._ledger = Ledger()  # outlives a session: only the first session uses signatures
 
     async def run(self) -> None:
-        """Make keys until cancelled, or until the link must not go on.
+        """Make keys until cancelled, or until the link must stop.
 
-        A connection that breaks is made again: a new session, authenticated with the key in stock.
+        A broken connection is replaced by a new session, authenticated with the stored key.
         """
         failure: LinkError | None = None
         try:
@@ -172,7 +173,7 @@ class PartyFeed:
             await self._session(classical, quantum)
 
     async def _reach(self, kind: bytes, number: bytes) -> trio.SocketStream:
-        """A connection that Alice has greeted."""
+        """Open a connection that Alice has greeted."""
         while True:
             try:
                 with trio.fail_after(GREETING_SECONDS):
@@ -217,7 +218,7 @@ class PartyFeed:
             raise failure
 
     async def _session(self, classical: trio.SocketStream, quantum: trio.SocketStream) -> None:
-        """Blocks, until the connection breaks. Raises ``LinkError`` when that is the end."""
+        """Make blocks until the connection breaks. Raises ``LinkError`` if the link must stop."""
         made = 0
         error: BaseException | None = None
         try:
@@ -291,7 +292,7 @@ class _Pair:
 
 
 class _Reception:
-    """Brings the two connections of each session together, once Bob has proved who he is."""
+    """Pairs the two connections of each session, once Bob has authenticated himself."""
 
     def __init__(self, signatures: Signatures, pairs: "trio.MemorySendChannel[_Pair]") -> None:
         self._signatures = signatures
@@ -301,12 +302,12 @@ class _Reception:
         self._newest: _Pair | None = None
 
     async def receive(self, stream: trio.SocketStream, connection: Connection) -> None:
-        """Serve one connection: it is part of a session until that is over."""
+        """Serve one connection for as long as its session lasts."""
         kind, number = await greeted(stream, self._signatures)
         connection.admit(self._budget)
         pair = self._by_number.setdefault(number, _Pair())
         if kind in pair.streams:
-            raise LinkError("a session has one channel of each kind")
+            raise LinkError("this session already has a channel of this kind")
         pair.streams[kind] = stream
         try:
             if len(pair.streams) == len(KINDS):
@@ -334,16 +335,16 @@ async def greet(
 
 
 async def greeted(stream: trio.abc.Stream, signatures: Signatures) -> tuple[bytes, bytes]:
-    """Kind of the channel and number of the session, of a connection that is Bob's.
+    """Authenticate a connection as Bob's; returns the kind of channel and the session's number.
 
     Raises:
-        LinkError: it is not.
+        LinkError: it is not Bob's.
         EndOfStream: it ended early.
         trio.BrokenResourceError: it broke.
     """
     kind = await read_exactly(stream, 1)
     if kind not in KINDS:
-        raise LinkError("a connection that is not for a QKD link")
+        raise LinkError("the connection is not for a QKD link")
     number = await read_exactly(stream, NUMBER)
     challenge = secrets.token_bytes(CHALLENGE)
     await stream.send_all(challenge)

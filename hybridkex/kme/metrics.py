@@ -1,4 +1,4 @@
-"""What a KME counts, in Prometheus form. No registry is shared: each process makes its own."""
+"""The Prometheus metrics of KMEs. No registry is shared: each process makes its own."""
 
 from typing import TYPE_CHECKING, Final
 
@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from hybridkex.errors import BlockAborted
 from hybridkex.net.http import Request, Response, Route, find_route
 
-if TYPE_CHECKING:  # numpy comes with it, and is an extra
+if TYPE_CHECKING:  # imports numpy, which is an extra
     from hybridkex.link.party import Block
 
 __all__ = ["KmeMetrics", "metrics_page"]
@@ -40,7 +40,7 @@ class KmeMetrics:
         )
         self.stored = Gauge(
             "hybridkex_kme_keys_stored",
-            "Keys of a link that nobody was promised.",
+            "Keys of a link that are not promised to any SAE.",
             ("kme", "link"),
             registry=registry,
         )
@@ -88,7 +88,7 @@ class KmeMetrics:
         )
         self.link_blocks = Counter(
             "hybridkex_qkd_link_blocks",
-            "Blocks of a QKD link, made or given up.",
+            "Blocks of a QKD link, completed or aborted.",
             ("kme", "link", "outcome"),
             registry=registry,
         )

@@ -3,13 +3,13 @@
 The messages have the shape of ETSI GS QKD 020 (``POST /kmapi/v1/ext_keys``): the KME of the master
 tells the KME of the slaves which keys it is about to deliver, and to whom. Where both have the
 keys from a QKD link, the message carries **no key**, only the IDs of the blocks of which it is
-made. A relayed key travels as ``value``.
+made. A relayed key is sent as ``value``.
 
-Two smaller messages keep the two stores in step: ``void`` says that keys will not be used, and
-``check``, an addition of ours, asks which of some blocks the other KME lacks.
+Two smaller messages keep the two stores consistent: ``void`` says that keys will not be used, and
+``check``, our own addition, asks which of the given blocks the other KME lacks.
 
-The answer 202 is given after the durable write, so it is also the acknowledgement, and no call
-back is needed. A refusal is 409 in the form of RFC 9457, with the reason for each block.
+The response 202 is sent after the durable write, so it is also the acknowledgement, and no callback
+is needed. A refusal is 409 in the form of RFC 9457, with the reason for each block.
 """
 
 import base64
@@ -48,24 +48,24 @@ VOID: Final = "/kmapi/v1/ext_keys/void"
 CHECK: Final = "/kmapi/v1/ext_keys/check"
 
 MAX_MESSAGE_BYTES: Final = 1 << 22
-"""The longest message that every KME takes from another one, whatever either announces to SAEs."""
+"""The longest message that every KME accepts from another one, whatever limits it announces."""
 
 IDS_AT_ONCE: Final = 1000
-"""IDs in one void or check message: another KME must not keep the store busy for long."""
+"""Most IDs in one void or check message: another KME must not occupy the store for long."""
 
 SAE_IDS_BYTES: Final = 1 << 16
-"""What the SAE IDs of a message may take of it."""
+"""Bytes of a message that its SAE IDs may take."""
 
 
 def message_bytes(keys: int, blocks: int, size: int) -> int:
-    """The length, at most, of an ``ext_keys`` message: keys of ``blocks`` blocks and ``size`` bits,
-    by value."""
+    """The maximum length of an ``ext_keys`` message: keys of ``blocks`` blocks and ``size`` bits,
+    sent by value."""
     return SAE_IDS_BYTES + keys * (160 + 40 * blocks + math.ceil(size / 6))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtKeys:
-    """The keys that a master is about to get, for the KME of its slaves."""
+    """The keys that a master is about to receive, announced to the KME of its slaves."""
 
     allotments: tuple[Allotment, ...]
     master: str
@@ -141,21 +141,21 @@ def ids_from_json(data: object) -> list[str]:
 
 
 class PeerLink(Protocol):
-    """The KME at the other end, as this one uses it."""
+    """The interface of the KME at the other end."""
 
     async def ext_keys(self, message: ExtKeys) -> None:
         """Ask for keys to be promised to the slaves.
 
-        Raises ``BlocksRefused``, and ``KeySourceUnavailable`` when the outcome is not known.
+        Raises ``BlocksRefused``, or ``KeySourceUnavailable`` if the outcome is unknown.
         """
         ...
 
     async def void(self, key_ids: Sequence[str]) -> None:
-        """Say that these keys will not be used. ``KeySourceUnavailable`` when it is not heard."""
+        """Announce that these keys will not be used. Raises ``KeySourceUnavailable``."""
         ...
 
     async def check(self, key_ids: Sequence[str]) -> list[str]:
-        """Which of these blocks the other KME does not have. ``KeySourceUnavailable``."""
+        """Which of these blocks the other KME lacks. Raises ``KeySourceUnavailable``."""
         ...
 
 
@@ -169,7 +169,7 @@ class _Accepts(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalPeer:
-    """The other KME of a link when it lives in this process."""
+    """The other KME of a link, in this process."""
 
     own_id: str
     other: _Accepts
@@ -188,7 +188,7 @@ class LocalPeer:
 
 
 class HttpPeer:
-    """The other KME of a link over mutual TLS."""
+    """The other KME of a link, over mutual TLS."""
 
     def __init__(self, transport: KmeTransport, seconds: float) -> None:
         self._http = transport
@@ -230,7 +230,7 @@ class HttpPeer:
 
 
 def _said(answer: Answer) -> str:
-    """What a KME answered, in words for a log line; its text is bounded and printable."""
+    """A KME's response as text for a log line, bounded and printable."""
     try:
         message = message_of(load_json(answer.body))
     except ValueError:

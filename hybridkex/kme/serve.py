@@ -1,4 +1,4 @@
-"""KMEs as running servers: sockets, TLS, producers, metrics, an orderly end."""
+"""KMEs as running servers: sockets, TLS, producers, metrics, orderly shutdown."""
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, suppress
@@ -33,7 +33,7 @@ CLOSE_SECONDS: Final = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """Where a server listens, ports filled in."""
+    """The addresses on which a server listens, with the actual ports."""
 
     kmes: Mapping[str, TcpAddress]
     metrics: TcpAddress | None
@@ -42,7 +42,7 @@ class Serving:
 class KmeServer:
     """The KMEs of one configuration.
 
-    Opens the stores and reads the certificates when it is made; raises ``ConfigError``.
+    The constructor opens the stores and reads the certificates; it raises ``ConfigError``.
     """
 
     def __init__(self, config: ServeConfig) -> None:
@@ -81,15 +81,15 @@ class KmeServer:
         )
 
     def close(self) -> None:
-        """Begin an orderly end: no new connections, requests under way are answered."""
+        """Begin an orderly shutdown: no new connections; requests in progress are answered."""
         self._closing.set()
 
     async def reload(self, load: Callable[[], ServeConfig]) -> None:
-        """Put a new configuration into force, as a whole or not at all.
+        """Apply a new configuration, completely or not at all.
 
-        Certificates and authorities are read again, and SAEs, limits, timeouts and the URLs of
-        peers may change, for requests and connections from now on. Connections that are there stay.
-        Files are read in a thread: a file system that does not answer holds up nobody.
+        Certificates and authorities are read again; SAEs, limits, timeouts and the URLs of peers
+        may change, for new requests and connections. Open connections stay. Files are read in a
+        thread, so that an unresponsive file system delays nothing else.
 
         Args:
             load: reads the configuration; called in a thread.
@@ -119,7 +119,8 @@ class KmeServer:
     def _prepared(
         self, load: Callable[[], ServeConfig]
     ) -> "tuple[ServeConfig, dict[str, _Settings]]":
-        """A new configuration that can be put into force. Blocks. Raises ``ConfigError``."""
+        """Prepare a new configuration so that applying it cannot fail. Blocks. Raises
+        ``ConfigError``."""
         config = load()
         new = {one.id: one for one in config.kme}
         if new.keys() != self._kmes.keys() or config.metrics != self._config.metrics:
@@ -140,7 +141,7 @@ class KmeServer:
         return config, settings
 
     def _retire(self, link: HttpPeer, seconds: float) -> None:
-        """Close a link to a peer once its last request has been answered, or given up."""
+        """Close a link to a peer once its last request has been answered or abandoned."""
 
         async def close() -> None:
             try:
@@ -155,7 +156,8 @@ class KmeServer:
     async def serve(
         self, *, task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Serve until :meth:`close`; the started value says where. Raises ``ConfigError``."""
+        """Serve until :meth:`close`; the started value is a :class:`Serving`. Raises
+        ``ConfigError``."""
         async with AsyncExitStack() as stack:
             for store in self._stores.values():
                 stack.push_async_callback(store.aclose)
@@ -165,7 +167,8 @@ class KmeServer:
             for one in self._config.kme:
                 for peer in one.peer:
                     if peer.url is None:
-                        # Both stores are ours and at rest: what one of them lacks, it never gets.
+                        # Both stores are in this process and idle: a block that one lacks will
+                        # never arrive.
                         with suppress(KeySourceUnavailable):  # the store says so itself
                             await self._kmes[one.id].reconcile(peer.id, grace=0)
             producers, links = self._producers()
@@ -178,7 +181,7 @@ class KmeServer:
             if self._config.metrics is not None:
                 ports.append(await self._metrics_port(self._config.metrics, stack))
                 metrics = _address(ports[-1].listeners[0])
-            # Three nurseries, ended from the inside out: no new connections, then no old ones,
+            # Three nurseries, ended from the inside out: no new connections, then no open ones,
             # then no more keys.
             async with trio.open_nursery() as background:
                 self._background = background
@@ -216,9 +219,9 @@ class KmeServer:
     def _producers(
         self,
     ) -> tuple[list[tuple[str, str, KeyProducer, bool]], list[Callable[[], Awaitable[None]]]]:
-        """What feeds which KME for which link, and whether the other end is fed the same.
+        """The producer of each link of each KME, and whether the other end gets the same keys.
 
-        Also the links that must run for it.
+        Also returns the links that must run for them.
         """
         found: list[tuple[str, str, KeyProducer, bool]] = []
         links: list[Callable[[], Awaitable[None]]] = []
@@ -229,7 +232,7 @@ class KmeServer:
             for peer in config.peer:
                 if peer.producer == "link":
                     if peer.url is None and config.id > peer.id:
-                        continue  # the two ends are made at once
+                        continue  # both ends are made at once
                     from hybridkex.kme.link_feed import link_feed  # noqa: PLC0415  # an extra
 
                     feed = link_feed(config, peer, self.metrics)
@@ -238,7 +241,7 @@ class KmeServer:
                     if peer.url is None:
                         found.append((peer.id, config.id, feed.ends[1], True))
                 elif peer.url is not None:
-                    # The other end makes keys of its own; ours reach it by value.
+                    # The other end makes its own keys; ours reach it by value.
                     found.append((config.id, peer.id, RandomProducer(key_bits=size), False))
                 elif config.id < peer.id:
                     here, there = random_link(size)
@@ -275,7 +278,7 @@ class KmeServer:
                 return
             of_a_peer = caller in _peers(config)
             connection.admit(settings.of_peers if of_a_peer else settings.of_saes, caller)
-            # What a KME announces must also get through: to its SAEs, and between KMEs.
+            # The HTTP limits must fit what a KME announces, to SAEs and between KMEs.
             needed = MAX_MESSAGE_BYTES if of_a_peer else kme.limits.request_bytes
             limits = replace(config.http, max_body=max(config.http.max_body, needed))
             try:
@@ -307,18 +310,18 @@ class KmeServer:
 
 @dataclass(kw_only=True)
 class _Settings:
-    """What of a KME a new configuration may change, as it is in force."""
+    """The settings of a KME in force that a new configuration may change."""
 
     config: KmeConfig
     hop: TlsHandshake
     links: dict[str, HttpPeer]
-    """To peers in other processes."""
+    """Links to peers in other processes."""
     of_saes: Budget
     of_peers: Budget
 
     @classmethod
     def of(cls, config: KmeConfig) -> Self:
-        """Reads the certificates. Raises ``ConfigError``."""
+        """Read the certificates and build the settings. Raises ``ConfigError``."""
         files = {"ca": config.ca, "certificate": config.certificate, "key": config.key}
         hop = server_tls(config.tls, **files)
         links = {}
@@ -345,7 +348,7 @@ class _Settings:
         return made
 
     def resize(self) -> None:
-        """Let the budgets be those of the configuration."""
+        """Resize the budgets to those of the configuration."""
         self.of_saes.total = self.config.max_connections
         self.of_saes.each = self.config.max_sae_connections
         self.of_peers.total = self.config.max_peer_connections
@@ -356,7 +359,7 @@ def _peers(config: KmeConfig) -> dict[str, frozenset[str]]:
 
 
 def _fixed(old: KmeConfig, new: KmeConfig) -> Iterator[tuple[str, object, object]]:
-    """What a running KME cannot change: name, present and new value."""
+    """The settings that a running KME cannot change: name, current and new value."""
     for name in (
         "listen",
         "store",
@@ -399,7 +402,7 @@ async def _opened(
 
 
 async def _keep_running(link: Callable[[], Awaitable[None]]) -> None:
-    """Run a QKD link; a fault of its own ends it and nothing else."""
+    """Run a QKD link; its failure ends only this link."""
     try:
         await link()
     except Exception:
@@ -416,7 +419,7 @@ def _confirms(kme_id: str, rule: IdRule) -> Callable[[bytes], None]:
         found = id_of_certificate(certificate, rule)
         if found != kme_id:
             raise KeySourceUnavailable(
-                f"its certificate is that of {found}; check the url, and which KME is there"
+                f"its certificate names {found}; check the url and the KME at that address"
             )
 
     return check

@@ -1,1 +1,1 @@
-"""What every networked part shares: addresses, HTTP, the supervision of accepted connections."""
+"""Shared by everything networked: addresses, HTTP, supervision of accepted connections."""

@@ -1,4 +1,4 @@
-"""Where something listens: ``HOST:PORT``, ``[2001:db8::1]:PORT`` or ``unix:/path``."""
+"""Addresses to listen on or connect to: ``HOST:PORT``, ``[2001:db8::1]:PORT``, ``unix:/path``."""
 
 from dataclasses import dataclass
 
@@ -32,18 +32,18 @@ Address = TcpAddress | UnixAddress
 
 
 def parse_address(text: str) -> Address:
-    """Either kind. Raises ``ConfigError``."""
+    """Parse an address of either kind. Raises ``ConfigError``."""
     if not text.startswith("unix:"):
         return parse_tcp_address(text)
     path = text.removeprefix("unix:")
     # 108 bytes with the terminating zero is what sockaddr_un holds on Linux.
     if not path or "\0" in path or len(path.encode("utf-8", "surrogateescape")) > 107:
-        raise ConfigError(f"{text!r}: the path of a Unix socket has 1 to 107 bytes")
+        raise ConfigError(f"{text!r}: the path of a Unix socket must have 1 to 107 bytes")
     return UnixAddress(path)
 
 
 def parse_tcp_address(text: str, *, default_port: int | None = None) -> TcpAddress:
-    """``HOST:PORT``, with the port left out where there is a default. Raises ``ConfigError``."""
+    """Parse ``HOST:PORT``; the port is optional if there is a default. Raises ``ConfigError``."""
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
         separator, port = rest[:1], rest[1:]
@@ -52,13 +52,13 @@ def parse_tcp_address(text: str, *, default_port: int | None = None) -> TcpAddre
         host, separator, port = text.partition(":")
         whole = ":" not in port
     if not whole:
-        raise ConfigError(f"{text!r} is not HOST:PORT; an IPv6 address stands in brackets")
+        raise ConfigError(f"{text!r} is not HOST:PORT; write an IPv6 address in brackets")
     if not host:
-        raise ConfigError(f"{text!r} names no host")
+        raise ConfigError(f"{text!r} has no host")
     try:
         host.encode("idna" if host.isascii() else "utf-8")
     except UnicodeError:
-        raise ConfigError(f"{host!r} is no host: a label of a name has 1 to 63 bytes") from None
+        raise ConfigError(f"{host!r} is not a host: a label has 1 to 63 bytes") from None
     if not separator and default_port is not None:
         return TcpAddress(host, default_port)
     if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):

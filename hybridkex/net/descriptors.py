@@ -1,8 +1,8 @@
-"""Connections and the file descriptors of the process.
+"""Budgets of connections and the process's limit of file descriptors.
 
-Each connection takes one, a connection that is forwarded two. When a process has none left, it can
-neither accept a connection nor open a file, such as a key store or a certificate; so the budgets of
-connections together stay below its limit (RLIMIT_NOFILE, getrlimit(2)).
+A connection takes one descriptor, a forwarded connection two. A process without free descriptors
+can neither accept a connection nor open a file, such as a key store or a certificate; so the
+budgets of connections together stay below the limit (RLIMIT_NOFILE, getrlimit(2)).
 """
 
 import resource
@@ -15,12 +15,12 @@ __all__ = ["bounded", "raise_soft_limit"]
 LOG: Final = get_logger(__name__)
 
 RESERVE: Final = 64
-"""Descriptors for everything that is no accepted connection: listeners, stores, the event loop."""
+"""Descriptors for everything but accepted connections: listeners, stores, the event loop."""
 BUDGETS: Final = 5
-"""Each budget may take this share of the rest: a KME has one for SAEs and one for peers, and those
-of the handshakes at its own port, the metrics and the link."""
+"""The share of the rest for each budget: a KME has budgets for SAEs, for peers, for handshakes, for
+the metrics and for the link."""
 OTHERS: Final = 1024
-"""Or all but these, where there are many descriptors."""
+"""Or all but these, if there are many descriptors."""
 
 
 def raise_soft_limit() -> None:
@@ -34,12 +34,12 @@ def raise_soft_limit() -> None:
 
 
 def bounded(connections: int, what: str, *, each: int = 1) -> int:
-    """How many connections a budget may have with the descriptors of this process.
+    """The number of connections that a budget may have, given the process's descriptors.
 
     Args:
         connections: the number that was asked for.
-        what: the name of the budget, for the log line that says so if there may be fewer.
-        each: descriptors of one connection.
+        what: the name of the budget, for the log line about a reduced number.
+        each: descriptors per connection.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:

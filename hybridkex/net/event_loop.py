@@ -1,6 +1,7 @@
-"""The few things that key sources need of an event loop, on trio and on asyncio.
+"""The event-loop functions that key sources need, on trio and on asyncio.
 
-Whichever loop runs the caller is used; neither is imported here. Cancellation is that loop's own.
+The loop that runs the caller is used; neither library is imported here. Cancellation follows the
+rules of that loop.
 """
 
 import math
@@ -63,7 +64,7 @@ def current_time() -> float:
 
 
 async def sleep(seconds: float) -> None:
-    """Wait."""
+    """Sleep for this many seconds."""
     if (trio := _trio()) is not None:
         await trio.sleep(seconds)
     else:
@@ -71,14 +72,14 @@ async def sleep(seconds: float) -> None:
 
 
 async def checkpoint() -> None:
-    """Let other tasks run, and be cancelled here if the caller has been cancelled."""
+    """Let other tasks run; a pending cancellation is delivered here."""
     await sleep(0)
 
 
 async def checkpoint_if_cancelled() -> None:
-    """Be cancelled here if the caller has been, without a turn for others.
+    """Deliver a pending cancellation, without running other tasks.
 
-    asyncio delivers a cancellation where a task waits, so nothing is to be done there.
+    asyncio delivers a cancellation when a task waits, so there is nothing to do there.
     """
     if (trio := _trio()) is not None:
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -86,7 +87,7 @@ async def checkpoint_if_cancelled() -> None:
 
 @asynccontextmanager
 async def time_limit(seconds: float) -> AsyncIterator[None]:
-    """Cancel the body after so many seconds (``math.inf``: never).
+    """Cancel the body after this many seconds (``math.inf``: never).
 
     Raises:
         TimeoutError: the body was cancelled by this limit.
@@ -156,7 +157,7 @@ def _from_threads() -> _Soon:
 
 
 async def shielded(function: Callable[[], Awaitable[T]]) -> T:
-    """Run an asynchronous function to its end, whether the caller is cancelled or not."""
+    """Run an asynchronous function to completion even if the caller is cancelled."""
     if (trio := _trio()) is not None:
         with trio.CancelScope(shield=True):
             return await function()
@@ -174,7 +175,7 @@ async def shielded(function: Callable[[], Awaitable[T]]) -> T:
             cancelled = error
     if cancelled is not None:
         if not task.cancelled():
-            task.exception()  # the cancellation is what the caller learns
+            task.exception()  # the caller gets the cancellation, not this error
         raise cancelled
     result: T = task.result()
     return result
@@ -208,7 +209,7 @@ class Background:
 
 
 class Event:
-    """Something that has happened or has not. It may be made outside any loop."""
+    """An event flag. It may be created outside any loop."""
 
     def __init__(self) -> None:
         self._set = False
@@ -219,13 +220,13 @@ class Event:
         return self._set
 
     def set(self) -> None:
-        """Wake all who wait."""
+        """Set the flag and wake all waiting tasks."""
         self._set = True
         if self._inner is not None:
             self._inner.set()
 
     async def wait(self) -> None:
-        """Wait until it has happened."""
+        """Wait until the flag is set."""
         if self._set:
             await checkpoint()
             return
@@ -235,7 +236,7 @@ class Event:
 
 
 class Lock:
-    """One task at a time, in the order of arrival. It may be made outside any loop."""
+    """A fair mutex: tasks acquire it in order of arrival. It may be created outside any loop."""
 
     def __init__(self) -> None:
         self._held = False
@@ -251,7 +252,7 @@ class Lock:
             await turn.wait()
         except BaseException:
             if turn.is_set():
-                self._release()  # it was our turn, and is the next one's now
+                self._release()  # pass our turn on to the next task
             else:
                 self._waiting.remove(turn)
             raise

@@ -1,7 +1,7 @@
 """The HTTP/1.1 server of every port that speaks HTTP, over any trio stream.
 
-h11 reads and writes the protocol; this file does the input and output, the limits, and what RFC
-9110 and RFC 9112 leave to a server. ``docs/adr/0008-http.md`` says why it is not a framework.
+h11 parses and serialises the protocol; this file does input and output, the limits, and what RFC
+9110 and RFC 9112 leave to a server. ``docs/adr/0008-http.md`` explains why it is not a framework.
 
 A response is one send, headers and body together: in two sends, Nagle's algorithm and delayed
 acknowledgements would cost 40 ms.
@@ -48,12 +48,12 @@ connects and reads what it asked for, so it is through before 64 others have com
 LINGER_SECONDS: Final = 2.0
 LINGER_SILENCE: Final = 0.5
 LINGER_BYTES: Final = 1 << 22
-"""What is read and thrown away behind a request that was refused, so that the client sees the
-response and not a reset (RFC 9112 section 9.6)."""
+"""Bytes read and discarded after a refused request, so that the client sees the response and not a
+reset (RFC 9112 section 9.6)."""
 MAX_PIECES: Final = 4096
-"""Of a chunked body: each costs us more than the client."""
+"""Most chunks of a body: each costs us more than the client."""
 _EMPTY_LINES: Final = b"\r\n"
-"""Some clients send one before a request; they are ignored (RFC 9112 section 2.2)."""
+"""Empty lines before a request, which some clients send, are ignored (RFC 9112 section 2.2)."""
 ANY: Final = "*"
 """Stands for any segment in the path of a :class:`Route`."""
 
@@ -66,7 +66,7 @@ class Request:
         method: as the client wrote it; methods are case-sensitive.
         path: the segments, split at ``/`` before percent-decoding, since a segment may hold a
             slash; empty segments are left out.
-        query: what stands behind ``?``, not decoded.
+        query: the part after ``?``, not decoded.
         body: of at most :attr:`HttpLimits.max_body` bytes.
     """
 
@@ -102,7 +102,7 @@ Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 
 class HttpError(Exception):
-    """A request that is refused: status, message and headers of the response."""
+    """A refused request: status, message and headers of the response."""
 
     def __init__(self, status: int, message: str, *headers: tuple[str, str]) -> None:
         super().__init__(f"{status}: {message}")
@@ -111,20 +111,20 @@ class HttpError(Exception):
         self.headers = headers
 
     def response(self) -> Response:
-        """With the message in a JSON object, as ETSI GS QKD 014 clause 6.5 has it."""
+        """The response, with the message in a JSON object as in ETSI GS QKD 014 clause 6.5."""
         return Response.json(self.status, {"message": self.message}, headers=self.headers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HttpLimits:
-    """What one client may cost. Sizes are bytes, times are seconds."""
+    """Limits for one client. Sizes are in bytes, times in seconds."""
 
     max_body: int = 1 << 17
     max_headers: int = 1 << 14
     max_requests: int = 100_000
-    """Of one connection, which is then closed."""
+    """Most requests on one connection, which is then closed."""
     idle: float = 60.0
-    """For which a connection may wait for its next request."""
+    """Time that a connection may wait for its next request."""
     request: float = 10.0
     """From the first byte of a request to its last, and again for sending the response."""
     handler: float = 30.0
@@ -139,7 +139,7 @@ class HttpLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """A path and the methods that it has. ``HEAD`` is among them only where GET changes nothing."""
+    """A path and its methods. ``HEAD`` is among them only if GET changes nothing."""
 
     name: str
     path: tuple[str, ...]
@@ -153,11 +153,11 @@ class Route:
 
 
 def find_route(routes: Iterable[Route], request: Request) -> Route | Response:
-    """The route of a request; a response where that is an answer by itself (OPTIONS).
+    """The route of a request, or the response to OPTIONS.
 
     Raises:
-        HttpError: 404 for a path that there is not, 405 with ``Allow`` for a method that it does
-            not have (RFC 9110 sections 15.5.5 and 15.5.6).
+        HttpError: 404 for an unknown path, 405 with ``Allow`` for a method that the path does not
+            support (RFC 9110 sections 15.5.5 and 15.5.6).
     """
     route = next((one for one in routes if one.matches(request.path)), None)
     if request.method == "OPTIONS" and (route is not None or not request.path):
@@ -170,18 +170,18 @@ def find_route(routes: Iterable[Route], request: Request) -> Route | Response:
     if request.method not in route.methods:
         raise HttpError(
             405,
-            "this URL does not have this method",
+            "this URL does not support this method",
             ("Allow", ", ".join([*sorted(route.methods), "OPTIONS"])),
         )
     return route
 
 
 def parse_json(body: bytes) -> object:
-    """A JSON text (RFC 8259) that has one meaning: UTF-8, with or without a byte order mark, no
-    member twice, no number that JSON does not have, no half of a surrogate pair.
+    """Parse an unambiguous JSON text (RFC 8259): UTF-8, with or without a byte order mark, no
+    duplicate member, no number outside JSON's grammar, no lone surrogate.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not such a text.
     """
     try:
         text = body.decode("utf-8-sig")
@@ -198,7 +198,7 @@ def parse_json(body: bytes) -> object:
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a member stands twice in an object")
+        raise ValueError("an object has a duplicate member")
     return found
 
 
@@ -239,7 +239,7 @@ def http_supervisor(
             partial(connection.waiting, unread=True),
         )
 
-    # Nobody is admitted, since there is nothing to know: whoever is silent makes room at once.
+    # Clients are never admitted, since they are not authenticated: a silent one can be evicted.
     return Supervisor(
         handle,
         name=name,
@@ -260,13 +260,13 @@ async def serve_connection(
 ) -> None:
     """Answer the requests of one connection until it ends, or until ``closing`` is set.
 
-    A request that has begun when ``closing`` is set is still answered. The stream is left open.
-    A stream that breaks is the end of the connection, and no error.
+    A request that has begun when ``closing`` is set is still answered. The stream is left open. A
+    broken stream ends the connection without an error.
 
     Args:
         stream: the connection.
-        handler: answers requests. What it raises becomes a response: an :class:`HttpError` its own,
-            anything else 500 and one log line.
+        handler: answers requests. An :class:`HttpError` that it raises becomes its response; any
+            other exception becomes 500 and one log line.
         limits: bounds of size and time.
         closing: set when no new request shall be read.
         waiting: entered while the client owes us bytes and nothing is lost if the connection ends.
@@ -299,7 +299,7 @@ class _Server:
         self._waiting = waiting
         self._sending = sending
         self._head = False
-        """Whether the request asks for the header fields alone; known before it is checked."""
+        """Whether the request is a HEAD; known before the request is checked."""
         self._http = self._connection()
 
     async def run(self) -> None:
@@ -333,7 +333,7 @@ class _Server:
     # -- reading
 
     async def _begins(self) -> bool:
-        """Wait for the first bytes of a request. False: there will be none."""
+        """Wait for the first bytes of a request. False: there is no further request."""
         if self._http.trailing_data[0]:
             return True
         begin = b""
@@ -371,7 +371,8 @@ class _Server:
         return h11.Connection(h11.SERVER, max_incomplete_event_size=self._limits.max_headers)
 
     async def _read(self) -> Request | None:
-        """The next request; ``None`` if the client has gone. Raises ``HttpError`` and h11's."""
+        """The next request; ``None`` if the client has closed. Raises ``HttpError`` and h11's
+        errors."""
         head: h11.Request | None = None
         self._head = False
         body = bytearray()
@@ -413,13 +414,13 @@ class _Server:
         except trio.TooSlowError:
             return Response.json(503, {"message": "the server is too slow now"})
         except Exception as error:
-            # A bug of ours; the client learns no more than that.
+            # A bug on our side; the client learns no details.
             LOG.error("a handler of requests failed: %s", type(error).__name__)  # noqa: TRY400
             LOG.debug("the internal error", exc_info=error)
             return Response.json(500, {"message": "internal error"})
 
     async def _send(self, response: Response, *, last: bool) -> bool:
-        """Send a response with one call. False: it was the last one."""
+        """Send a response in one call. False: it was the last one on this connection."""
         if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return False
         headers = [("Date", _date(int(time.time()))), ("Cache-Control", "no-store")]
@@ -441,7 +442,7 @@ class _Server:
         return False
 
     async def _refuse(self, error: HttpError) -> None:
-        """Answer a request that was not read to its end, and end the connection."""
+        """Answer a request that was not read completely, and end the connection."""
         await self._send(error.response(), last=True)
         await self._linger()
 
@@ -468,8 +469,8 @@ def _check_head(head: h11.Request, limits: HttpLimits) -> None:
         raise HttpError(431, "the header fields are too large")
     fields = dict(head.headers)  # names in lower case
     if b"transfer-encoding" in fields:
-        # Two lengths, or a client that does not know chunks: a request that another server between
-        # us and the client could read in another way (RFC 9112 sections 6.1 and 6.3).
+        # Two lengths, or a client that does not know chunks: an intermediary could parse such a
+        # request differently (RFC 9112 sections 6.1 and 6.3).
         if b"content-length" in fields or head.http_version < b"1.1":
             raise HttpError(400, "Transfer-Encoding with Content-Length, or in HTTP/1.0")
     elif int(fields.get(b"content-length", b"0")) > limits.max_body:
@@ -477,7 +478,7 @@ def _check_head(head: h11.Request, limits: HttpLimits) -> None:
     if fields.get(b"content-encoding", b"identity").lower() != b"identity":
         raise HttpError(415, "the body has a content coding", ("Accept-Encoding", "identity"))
     if fields.get(b"expect", b"100-continue").lower() != b"100-continue":
-        raise HttpError(417, "Expect is 100-continue or nothing")
+        raise HttpError(417, "only Expect: 100-continue is supported")
     _target(head)
 
 

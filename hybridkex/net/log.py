@@ -1,4 +1,4 @@
-"""Log lines that strangers can cause: bounded in rate, with the number of those left out."""
+"""Rate-limited logging for lines that strangers can cause."""
 
 import logging
 from typing import Final
@@ -14,12 +14,12 @@ BURST: Final = 20
 class BoundedLog:
     """A logger that writes at most ``burst`` lines at once and ``rate`` lines a second.
 
-    What is left out is counted: the next line that is written, or :meth:`flush`, tells how many
-    lines were suppressed.
+    Suppressed lines are counted: the next line that is written, or :meth:`flush`, reports the
+    number.
 
     Args:
         logger: where the lines go.
-        rate: lines a second in the long run.
+        rate: lines per second in the long run.
         burst: lines at once.
     """
 
@@ -39,7 +39,7 @@ class BoundedLog:
         self._logger.log(level, message, *args)
 
     def flush(self) -> None:
-        """Tell how many lines were suppressed, if there are any."""
+        """Log how many lines were suppressed, if any."""
         if self._suppressed:
             count, self._suppressed = self._suppressed, 0
             self._logger.warning("%d similar log lines were suppressed", count)

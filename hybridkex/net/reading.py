@@ -10,13 +10,13 @@ _CHUNK = 1 << 20
 
 
 class EndOfStream(HybridkexError):
-    """The peer ended the stream before all the bytes of a message had come."""
+    """The peer ended the stream before a message was complete."""
 
 
 async def read_exactly(stream: ReceiveStream, count: int) -> bytes:
     """The next ``count`` bytes, and not one more.
 
-    Memory grows with what comes, not with ``count``.
+    Memory grows with the data received, not with ``count``.
 
     Raises:
         EndOfStream: the stream ended early.

@@ -5,12 +5,12 @@ It accepts, runs a handler for each connection in a task of its own, and keeps t
 - **No connection ends another.** Whatever exception leaves a handler, alone or in a group, ends
   its own connection and becomes one log line. Only cancellation and ``KeyboardInterrupt`` pass.
 - **Number and time are bounded.** A connection begins in the budget of those that have not yet
-  authenticated, with a deadline; the handler calls :meth:`Connection.admit` when it knows who is
-  there, and the connection moves to the budget of its kind. A budget is shared fairly among its
-  holders (see :class:`Budget`), so that idle strangers keep nobody out.
-- **A fault that passes leaves nothing behind.** While the system has no descriptors or no memory
+  authenticated, with a deadline; the handler calls :meth:`Connection.admit` when it knows the peer,
+  and the connection moves to the budget of its kind. A budget is shared fairly among its holders
+  (see :class:`Budget`), so that idle strangers cannot lock others out.
+- **A temporary fault has no lasting effect.** While the system has no descriptors or no memory
   for another connection (accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM) the accept loop waits and
-  tries again, and says so at a bounded rate.
+  retries, and logs it at a bounded rate.
 """
 
 import contextlib
@@ -38,11 +38,11 @@ HANDSHAKES: Final = 128
 HANDSHAKE_SECONDS: Final = 10.0
 """Default time until a connection has authenticated."""
 PATIENCE: Final = 1.0
-"""How long a connection must have waited for its peer before a newcomer may take its place."""
+"""Seconds that a connection must have waited for its peer before a newcomer may replace it."""
 RETRY_SECONDS: Final = 0.1
-"""Between two tries to accept while the system has no room."""
+"""Seconds between two attempts to accept while the system lacks resources."""
 FLUSH_SECONDS: Final = 30.0
-"""Between two looks at the number of suppressed log lines."""
+"""Seconds between two reports of suppressed log lines."""
 
 T = TypeVar("T", bound=AsyncResource)
 
@@ -59,7 +59,7 @@ class Connection:
         address: the peer's network address, which holds a place until the peer has authenticated:
             an IPv4 address, the /64 prefix of an IPv6 address, or empty.
         log: for log lines that the peer can cause.
-        evicted: whether it was closed because its place was needed for another.
+        evicted: whether it was closed to make room for another connection.
     """
 
     def __init__(self, transport: trio.SocketStream | None, log: BoundedLog) -> None:
@@ -75,7 +75,8 @@ class Connection:
         self.evicted = False
 
     def admit(self, budget: "Budget", holder: Hashable = None) -> None:
-        """The peer is known: move to ``budget``, as one of ``holder``'s; the deadline is lifted.
+        """Mark the peer as authenticated: move to ``budget``, counted for ``holder``; ends the
+        deadline.
 
         Args:
             budget: of the connections of its kind.
@@ -128,14 +129,15 @@ class Connection:
 class Budget:
     """A number of connections that may be open at once, shared fairly among those who hold them.
 
-    When all of it is used, a newcomer takes the place of the connection that has waited longest for
-    its peer (see :meth:`Connection.waiting`) among those of the holder who has the most, and never
-    of one who has fewer than the newcomer. If there is no such connection, it is refused.
+    When it is used up, a newcomer replaces the connection that has waited longest for its peer (see
+    :meth:`Connection.waiting`) among those of the holder with the most connections, but never one
+    of a holder who has fewer than the newcomer. If there is no such connection, the newcomer is
+    refused.
 
     With ``even_shares``, for holders who need not keep their peers waiting to occupy places: before
     it is refused, the newcomer takes a place from the holder who has the most, if that leaves that
-    holder no fewer than the newcomer then has. The newest connection pays: it was opened when there
-    was little room left.
+    holder no fewer than the newcomer then has. The holder's newest connection is closed: it was
+    opened when there was little room left.
 
     Args:
         total: connections at once.
@@ -204,8 +206,8 @@ class Budget:
         return next(reversed(most)) if len(most) >= own + 2 else None
 
     async def _wait_and_take(self, connection: Connection, holder: Hashable) -> None:
-        """As :meth:`_take`, but wait until there is a place: newcomers stay in the kernel's queue,
-        so that a burst of good connections loses none of them."""
+        """Like :meth:`_take`, but wait for a free slot: newcomers stay in the kernel's queue, so
+        that a burst of good connections loses none."""
         while self._count >= self.total:
             victim, age = self._victim(holder)
             if victim is not None and age >= self._patience:
@@ -261,10 +263,10 @@ class Supervisor(Generic[T]):
             when it returns. It calls ``connection.admit`` once it knows the peer.
         name: the beginning of each log line.
         logger: where failures are logged, at a bounded rate.
-        handshakes: connections that have not been admitted, at once.
+        handshakes: simultaneous connections that have not been admitted.
         handshake_seconds: time until a connection must have been admitted.
         patience: seconds that one of them must have been silent before a newcomer takes its place.
-        on_failure: told the kind of each failure, for a counter: ``limit``, ``timeout``,
+        on_failure: called with the kind of each failure, for a counter: ``limit``, ``timeout``,
             ``evicted``, ``failed`` or ``internal``.
     """
 
@@ -298,7 +300,7 @@ class Supervisor(Generic[T]):
 
         Args:
             listeners: where connections come in.
-            connections: the nursery of the handlers, if they shall outlive this call.
+            connections: the nursery of the handlers, if they are to outlive this call.
             task_status: given ``listeners`` when the first connection may come.
         """
         async with trio.open_nursery() as nursery:
@@ -321,7 +323,7 @@ class Supervisor(Generic[T]):
                 except (OSError, MemoryError) as error:
                     full.log(
                         logging.ERROR,
-                        "%s: cannot accept connections now: %s; they wait until there is room",
+                        "%s: cannot accept connections now: %s; new ones wait in the queue",
                         self._name,
                         _reason(error),
                     )
@@ -367,7 +369,7 @@ class Supervisor(Generic[T]):
     def _cut(self, connection: Connection) -> None:
         if connection.evicted:
             self._on_failure("evicted")
-            self._say(connection, "closed: its place was needed for another")
+            self._say(connection, "closed to make room for another connection")
         else:
             self._on_failure("timeout")
             self._say(connection, f"not authenticated within {self._handshake_seconds:g} s")
@@ -384,7 +386,8 @@ class Supervisor(Generic[T]):
             self._on_failure("failed")
             self._say(connection, refused)
         else:
-            # A bug of ours. Its text may quote anything, so the log has its type and its place.
+            # A bug on our side. Its text may quote anything, so only its type and location are
+            # logged.
             self._on_failure("internal")
             self.log.log(
                 logging.ERROR,
@@ -407,7 +410,7 @@ _EXPECTED: Final = (
     trio.ClosedResourceError,
     trio.TooSlowError,
 )
-"""What a peer, a network or a full disk can cause."""
+"""Errors that a peer, a network or a full disk can cause."""
 
 
 def _innermost(error: BaseException) -> BaseException:
@@ -433,7 +436,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """File and line, the innermost of ours."""
+    """File and line of the innermost frame of this library."""
     frames = [
         (PurePath(frame.f_code.co_filename), line)
         for frame, line in traceback.walk_tb(error.__traceback__)
@@ -446,7 +449,7 @@ def _place(error: BaseException) -> str:
 
 
 def _transport(stream: object) -> trio.SocketStream | None:
-    """The socket below a stream, if there is one."""
+    """The socket underneath a stream, if there is one."""
     while not isinstance(stream, trio.SocketStream):
         below = getattr(stream, "transport_stream", None)
         if below is None:
@@ -456,7 +459,7 @@ def _transport(stream: object) -> trio.SocketStream | None:
 
 
 def _has_unread(transport: trio.SocketStream | None) -> bool:
-    """Whether bytes of the peer wait for us: then it is not the peer who is slow."""
+    """Whether unread bytes of the peer are waiting: then the delay is ours."""
     if transport is None or transport.socket.fileno() < 0:
         return False
     poll = select.poll()

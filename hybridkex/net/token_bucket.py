@@ -1,4 +1,4 @@
-"""A token bucket: so much at once, and so much a second in the long run."""
+"""A token bucket: a burst at once, and a rate in the long run."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ __all__ = ["TokenBucket"]
 
 
 class TokenBucket:
-    """At most ``burst`` at once and ``rate`` a second in the long run.
+    """Allows at most ``burst`` at once and ``rate`` per second in the long run.
 
     Args:
         rate: tokens a second; ``math.inf`` for no limit.
@@ -25,7 +25,7 @@ class TokenBucket:
         self._last: float | None = None
 
     def take(self) -> bool:
-        """Whether one more may pass."""
+        """Take a token; false if there is none."""
         now = self._clock()
         if self._last is not None:
             self._tokens = min(self._burst, self._tokens + (now - self._last) * self._rate)

@@ -1,5 +1,5 @@
-"""What every shell around the engine shares: answers to its questions, and QKD keys as PSKs.
+"""Shared by every shell around the engine: answers to its questions, and QKD keys as PSKs.
 
-A shell moves bytes between the engine and an event loop: :mod:`hybridkex.streams` for trio. This
-room knows no event loop.
+A shell moves bytes between the engine and an event loop; :mod:`hybridkex.streams` is the one for
+trio. This package depends on no event loop.
 """

@@ -1,11 +1,11 @@
 """QkdPskSource: key sources as the PSK source of a configuration.
 
-The one place where QKD meets TLS. The client draws a key and offers it as an imported PSK; the
-server finds the key's name and the two SAEs in what was offered, and looks it up.
+The only place where QKD meets TLS. The client draws a key and offers it as an imported PSK; the
+server reads the key's name and the two SAEs from the offered identity, and looks the key up.
 
-What a stranger can make a server do is bounded: a look-up is made only for a name that is ours in
-every part, only once per name, only so often per peer, and only for so long. A name counts as used
-when its look-up begins, whatever comes of it: a key that was taken for a handshake that fails is
+The work that a stranger can cause is bounded: a look-up is made only for a name whose every part is
+ours, only once per name, at a limited rate per peer, and within a time limit. A name counts as used
+when its look-up begins, whatever the outcome: a key that was taken for a handshake that fails is
 gone.
 """
 
@@ -44,15 +44,15 @@ _log = get_logger("hybridkex.qkd.keys")
 
 @dataclass(frozen=True, kw_only=True)
 class QkdLimits:
-    """What asking for keys may cost.
+    """Limits on draws and look-ups of keys.
 
     Args:
-        timeout: seconds for one draw or one look-up, retries and all.
+        timeout: seconds for one draw or one look-up, including retries.
         retries: how often a look-up that came too early (``KeyNotYetAvailable``) is repeated.
         retry_after: seconds before the first repetition; doubled each time.
-        look_ups_per_second: of one peer, in the long run; ``math.inf`` for no limit.
-        burst: look-ups of one peer that may come at once.
-        remembered: names whose look-up was made, and will not be made again.
+        look_ups_per_second: look-ups for one peer in the long run; ``math.inf`` for no limit.
+        burst: look-ups for one peer that may come at once.
+        remembered: most names to remember; a remembered name is not looked up again.
     """
 
     timeout: float = 5.0
@@ -67,9 +67,11 @@ class QkdLimits:
         seconds = ("timeout", "retry_after", "look_ups_per_second")
         check_fields(self, {**whole, **{name: (NUMBER, f"{name}=1.5") for name in seconds}})
         if self.timeout <= 0 or self.retries < 0 or self.retry_after <= 0:
-            raise ConfigError("timeout and retry_after are positive, retries not negative")
+            raise ConfigError(
+                "timeout and retry_after must be positive, and retries must not be negative"
+            )
         if self.look_ups_per_second <= 0 or self.burst < 1 or self.remembered < 1:
-            raise ConfigError("look_ups_per_second, burst and remembered are positive")
+            raise ConfigError("look_ups_per_second, burst and remembered must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ class QkdPeer:
             where the policy only prefers one, and this source's keys are for nobody else.
 
     Raises:
-        ConfigError: a name that cannot be.
+        ConfigError: an invalid name.
     """
 
     source: KeySource
@@ -103,14 +105,14 @@ class QkdPeer:
 
 @dataclass
 class QkdCounters:
-    """What has happened since the start."""
+    """Counters since the start."""
 
     drawn: int = 0
     looked_up: int = 0
     failed: int = 0
-    """Draws and look-ups that gave no key."""
+    """Draws and look-ups that yielded no key."""
     repeated: int = 0
-    """Names that were offered again: replays, or broken clients."""
+    """Names that were offered again: replays or broken clients."""
     limited: int = 0
     """Look-ups that were not made because the peer asked too often."""
     sessions: int = 0
@@ -122,14 +124,14 @@ class QkdCounters:
 
 
 class QkdPskSource:
-    """What goes into the ``psk_source`` of a configuration.
+    """QKD keys as the ``psk_source`` of a configuration.
 
-    A client has one peer, a server any number. One object serves many connections, since it is
-    what remembers which names were asked for.
+    A client has one peer, a server any number. Use one object for all connections, since it
+    remembers which names were looked up.
 
     Args:
         peers: a :class:`~hybridkex.qkd.source.KeySource` each, or a :class:`QkdPeer`.
-        limits: what asking may cost.
+        limits: see :class:`QkdLimits`.
     """
 
     def __init__(self, *peers: KeySource | QkdPeer, limits: QkdLimits | None = None) -> None:
@@ -140,7 +142,7 @@ class QkdPskSource:
         if not pairs:
             raise ConfigError("QKD keys need at least one key source")
         if len(set(pairs)) != len(pairs):
-            raise ConfigError("two sources for one pair of SAEs: join them in a FailoverSource")
+            raise ConfigError("two sources for one pair of SAEs: combine them in a FailoverSource")
         self._limits: Final = limits or QkdLimits()
         self._budgets: Final = {
             id(peer): TokenBucket(
@@ -152,14 +154,14 @@ class QkdPskSource:
         self.counters: Final = QkdCounters()
 
     async def offer(self) -> ExternalPsk:
-        """A new key, for a client to offer.
+        """Draw a new key for a client to offer.
 
         Raises:
-            KeySourceError: there is none.
+            KeySourceError: the source gave no key.
             ConfigError: there is more than one peer to choose from.
         """
         if len(self._peers) != 1:
-            raise ConfigError("a client shares QKD keys with one peer: the server")
+            raise ConfigError("a client must have exactly one QKD peer, the server")
         (peer,) = self._peers
         key = await self._ask(peer.source.get_key)
         self.counters.drawn += 1
@@ -167,10 +169,10 @@ class QkdPskSource:
         return replace(as_psk(key), origin=_Origin(peer, key.name))
 
     async def look_up(self, identities: tuple[bytes, ...]) -> ExternalPsk:
-        """The key behind one of the identities.
+        """Look up the key that one of the identities names.
 
         Raises:
-            KeySourceError: none of them is ours, or its key cannot be had.
+            KeySourceError: none of them is ours, or the source gave no key.
         """
         for identity in identities:
             found = self._recognise(identity)
@@ -253,7 +255,7 @@ class QkdPskSource:
         return fitting[0]
 
     def _recognise(self, identity: bytes) -> tuple[QkdPeer, KeyReference] | None:
-        """Whose key an identity names. Costs nothing but the comparison."""
+        """The peer whose key an identity names, by comparison alone."""
         imported = ImportedIdentity.decode(identity)
         name = name_of(imported.external_identity) if imported is not None else None
         if imported is None or name is None:
@@ -268,7 +270,7 @@ class QkdPskSource:
     async def _look_up_once(self, peer: QkdPeer, name: KeyReference) -> QkdKey:
         if name in self._asked:
             self.counters.repeated += 1
-            raise KeyConsumed("this key was asked for before")
+            raise KeyConsumed("this key was looked up before")
         if not self._budgets[id(peer)].take():
             self.counters.limited += 1
             raise KeySourceUnavailable(f"too many look-ups for {peer.source.peer_sae}")
@@ -281,7 +283,7 @@ class QkdPskSource:
             self._asked.popitem(last=False)
 
     async def _look_up_patiently(self, source: KeySource, name: KeyReference) -> QkdKey:
-        """The two KMEs may be out of step by a moment; the client's key has just been made."""
+        """Retry a look-up: the KMEs may be slightly out of step, as the key has just been drawn."""
         wait = self._limits.retry_after
         for _ in range(self._limits.retries):
             try:
@@ -306,7 +308,7 @@ class QkdPskSource:
             raise
 
     def authorize(self, session: Session, missing: str | None) -> Session:
-        """The session with its QKD keys, or with the reason why it has none.
+        """The session with its QKD keys, or with the reason for having none.
 
         Raises:
             PolicyRefused: a QKD key is required, or must be one that fits the peer's names.
@@ -322,7 +324,7 @@ class QkdPskSource:
             )
         if session.policy.psk is Requirement.REQUIRE:
             raise PolicyRefused(
-                "our policy requires a QKD key, and the session has another PSK",
+                "our policy requires a QKD key, but the session has another PSK",
                 Reason.QKD_KEY_REQUIRED,
             )
         if session.policy.psk is Requirement.OFF:
@@ -333,7 +335,7 @@ class QkdPskSource:
         return replace(session, qkd_fallback=reason)
 
     def _used(self, session: Session) -> "_Origin | None":
-        """The QKD key in the session: given for this handshake, or named in the ticket."""
+        """The QKD key of the session: provided for this handshake, or named in the ticket."""
         if isinstance(session.psk_origin, _Origin):
             return session.psk_origin
         if not session.resumed or session.psk_identity is None:
@@ -361,7 +363,7 @@ class QkdPskSource:
                 )
             if not belongs and used is not None and used.peer is peer:
                 raise PolicyRefused(
-                    f"a QKD key of {peer.source.peer_sae} with the certificate of another",
+                    f"a QKD key of {peer.source.peer_sae} with the certificate of another peer",
                     Reason.QKD_KEY_REQUIRED,
                 )
 
@@ -376,7 +378,7 @@ def _update_key(key: QkdKey, *, by_client: bool, epoch: int) -> UpdateKey:
 
 @dataclass(frozen=True)
 class _Origin:
-    """Whose key a PSK is, and which."""
+    """The peer and the key that a PSK comes from."""
 
     peer: QkdPeer
     name: KeyReference

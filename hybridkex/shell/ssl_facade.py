@@ -1,4 +1,4 @@
-"""What programs ask of the ssl module's connections, answered from a session.
+"""The queries of the ssl module's connections, answered from a session.
 
 The shapes are those of :meth:`ssl.SSLSocket.getpeercert` and its fellows.
 """
@@ -36,14 +36,14 @@ Name = tuple[tuple[tuple[str, str], ...], ...]
 
 @dataclass(frozen=True)
 class SslObject:
-    """A read-only stand-in for ``ssl.SSLObject``, for programs that only look."""
+    """A read-only stand-in for ``ssl.SSLObject``."""
 
     session: Session
     server_side: bool
 
     @property
     def server_hostname(self) -> str | None:
-        """The name that was asked for."""
+        """The server name that the client requested."""
         return self.session.server_name
 
     def version(self) -> str:

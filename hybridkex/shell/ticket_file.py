@@ -1,4 +1,4 @@
-"""A ticket store that outlives the process, in a file."""
+"""A ticket store in a file, which outlives the process."""
 
 import base64
 import json
@@ -22,7 +22,7 @@ _KEPT = 4
 
 
 class FileTicketStore:
-    """Tickets per server, as JSON in a file that only its owner reads.
+    """Tickets per server, as JSON in a file that only its owner can read.
 
     The engine works on the copy in memory; :meth:`flush`, which the shells call in a worker thread,
     writes the file. A ticket has left the file before the ClientHello with it is sent: it is not
@@ -33,7 +33,7 @@ class FileTicketStore:
         clock: seconds since the epoch.
 
     Raises:
-        ConfigError: the file cannot be read or is no ticket store.
+        ConfigError: the file cannot be read or is not a ticket store.
     """
 
     def __init__(self, path: str | Path, *, clock: Callable[[], float] = time.time) -> None:
@@ -44,7 +44,7 @@ class FileTicketStore:
         self._tickets = self._load()
 
     def put(self, server: str, ticket: SessionTicket) -> None:
-        """Keep a ticket; the oldest make room."""
+        """Store a ticket; the oldest are dropped to make room."""
         kept = [*self._tickets.get(server, []), _to_json(ticket)][-_KEPT:]
         self._change(server, kept)
 
@@ -77,7 +77,7 @@ class FileTicketStore:
         if not isinstance(tickets, dict) or not all(
             isinstance(kept, list) for kept in tickets.values()
         ):
-            raise ConfigError(f"{self._path} is no ticket store")
+            raise ConfigError(f"{self._path} is not a ticket store")
         return tickets
 
     def flush(self) -> None:
@@ -86,7 +86,7 @@ class FileTicketStore:
         Raises:
             ConfigError: it cannot be written.
         """
-        with self._flushing:  # two threads must not write in the wrong order
+        with self._flushing:  # two threads must not write out of order
             self._write()
 
     def _change(self, server: str, kept: list[Any]) -> None:

@@ -34,7 +34,7 @@ __all__ = [
 TLS13: Final = 0x0304
 LEGACY_VERSION: Final = 0x0303
 FIRST_VERSION: Final = 0x0301
-"""In the record of the first ClientHello, for old middleboxes (RFC 9846 section 5.1)."""
+"""The record version of the first ClientHello, for old middleboxes (RFC 9846 section 5.1)."""
 
 MAX_PLAINTEXT: Final = 1 << 14
 """Bytes of content in one record (RFC 9846 section 5.1)."""

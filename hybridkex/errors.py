@@ -57,29 +57,29 @@ __all__ = [
 
 
 class HybridkexError(Exception):
-    """The root of the tree. The text of an error is safe to show, whatever it quotes."""
+    """The base class. The text of an error is safe to display, whatever it quotes."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 class ConfigError(HybridkexError, ValueError):
-    """A configuration that cannot work, found when it is made."""
+    """An invalid configuration, detected when it is made."""
 
 
 class ProviderMissing(ConfigError):
-    """A library that the configuration asks for is not there; the text says how to get it."""
+    """A library that the configuration needs is missing; the text says how to get it."""
 
 
 class LocalStateError(HybridkexError, RuntimeError):
-    """The caller asked for something that the connection cannot do in its present state."""
+    """The caller requested something that is impossible in the present state."""
 
 
 class PeerError(HybridkexError):
     """The peer broke the protocol or was refused.
 
-    :attr:`reason` says why, as a value; :attr:`alert` is what the peer was told. A class has both
-    for the case that nothing more precise was said.
+    :attr:`reason` says why, as a value; :attr:`alert` is the alert sent to the peer. Each class has
+    defaults for both.
     """
 
     reason: Reason = Reason.HANDSHAKE_FAILURE
@@ -145,7 +145,7 @@ class ProtocolVersionError(PeerError):
 
 
 class InternalError(PeerError):
-    """The handshake cannot go on for a reason on our side; the peer is told no more than that."""
+    """The handshake cannot continue for a reason on our side; the peer learns no details."""
 
     reason = Reason.INTERNAL_ERROR
 
@@ -159,7 +159,7 @@ class EncodeError(InternalError):
 
 
 class MissingExtension(PeerError):
-    """An extension that is mandatory where it is missing (RFC 9846 section 9.2)."""
+    """A mandatory extension is missing (RFC 9846 section 9.2)."""
 
     reason = Reason.MISSING_EXTENSION
 
@@ -201,7 +201,7 @@ class NoApplicationProtocol(PeerError):
 
 
 class PolicyRefused(PeerError):
-    """What the peer chose or offers is valid TLS and less than our policy demands."""
+    """What the peer chose or offered is valid TLS but does not satisfy our policy."""
 
     reason = Reason.POLICY
 
@@ -209,7 +209,7 @@ class PolicyRefused(PeerError):
 class CertificateRejected(PeerError):
     """The peer's certificate was not accepted.
 
-    :attr:`alert` names the kind of reason, :attr:`subject` the certificate that it is about.
+    :attr:`alert` names the kind of reason, :attr:`subject` the certificate concerned.
     """
 
     reason = Reason.CERTIFICATE
@@ -258,8 +258,8 @@ ALERT_MEANINGS: Final[dict[int, str]] = {
     "have different keys",
     Alert.INTERNAL_ERROR: "a failure on its side; its log says why",
 }
-"""What an alert of a peer that refuses us means for whoever reads the error (RFC 9846 section 6.2).
-Those that are not here say that a message is malformed."""
+"""What a peer's alert means for the reader of the error (RFC 9846 section 6.2). Alerts that are not
+listed say that a message was malformed."""
 
 
 class AlertReceived(HybridkexError):
@@ -278,20 +278,20 @@ class AlertReceived(HybridkexError):
 
 
 class TruncationError(HybridkexError):
-    """The transport ended without close_notify: what came so far may not be all there was."""
+    """The transport ended without close_notify: the data received may be incomplete."""
 
 
 class KeySourceError(HybridkexError):
-    """A QKD key could not be had; the subclass says why.
+    """No QKD key could be obtained; the subclass says why.
 
-    :attr:`retry_after` is how many seconds the source asked us to wait, if it did.
+    :attr:`retry_after` is the number of seconds that the source asked us to wait, or ``None``.
     """
 
     retry_after: float | None = None
 
 
 class KeySourceExhausted(KeySourceError):
-    """No key is left for this peer now; the link may make more."""
+    """No key for this peer is available now; the link may make more."""
 
 
 class KeyUnknown(KeySourceError):
@@ -299,7 +299,7 @@ class KeyUnknown(KeySourceError):
 
 
 class KeyNotYetAvailable(KeySourceError):
-    """The key is not there yet: the two KMEs are not in step. Worth a brief retry."""
+    """The key is not available yet: the two KMEs are out of step. Retry after a moment."""
 
 
 class KeyConsumed(KeySourceError):
@@ -311,33 +311,33 @@ class KeyExpired(KeySourceError):
 
 
 class KeyUnauthorized(KeySourceError):
-    """The key source does not give this key, or any key, to us."""
+    """The key source refuses to give us this key, or any key."""
 
 
 class KeySourceUnavailable(KeySourceError):
-    """The key source did not answer, or not as it should."""
+    """The key source did not answer, or answered incorrectly."""
 
 
 class LinkError(KeySourceError):
-    """A QKD link cannot go on; what it had in hand is erased."""
+    """A QKD link cannot continue; its unfinished material is erased."""
 
 
 class BlockAborted(LinkError):
-    """One block of a QKD link made no key and is erased; the link may try the next."""
+    """A block of a QKD link was aborted and erased; the link may try the next one."""
 
 
 class LinkAuthenticationError(LinkError):
-    """What came over a QKD link's classical channel is not from the other party."""
+    """A message on a QKD link's classical channel is not authentic."""
 
 
 class LedgerDry(LinkError):
-    """A QKD link has no authentication key left, and does not go on without."""
+    """A QKD link has used up its authentication key and stops."""
 
 
 class LedgerLost(LinkError):
-    """The parties of a QKD link cannot agree on authentication key from before: one lost its state.
+    """The parties of a QKD link share no stored authentication key: one has lost its state.
 
-    Signatures may start the link again if its settings allow that.
+    Signatures may restart the link if its settings allow that.
     """
 
 

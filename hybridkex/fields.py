@@ -1,8 +1,7 @@
 """The types of configuration fields, checked when an object is made.
 
-Annotations bind only who runs a type checker. Everybody else gets, at the moment of the mistake,
-the field, the type that was given, and the line that would be right; never the value, which may be
-a key.
+Annotations help only users of a type checker. Everyone else gets an error that names the field and
+the type that was given and shows a correct line; never the value, which may be a key.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ __all__ = [
 
 
 class Kind(NamedTuple):
-    """What a field takes."""
+    """The values that a field accepts."""
 
     fits: Callable[[Any], bool]
     what: str
@@ -36,7 +35,7 @@ def a(what: str, *classes: type[Any] | UnionType) -> Kind:
     """An instance of one of these classes or runtime protocols."""
 
     def fits(value: Any) -> bool:
-        # A class has the methods of its instances, so that a protocol would take it for one.
+        # A class has the methods of its instances, so a protocol check would accept it.
         return not isinstance(value, type) and any(isinstance(value, one) for one in classes)
 
     return Kind(fits, what)
@@ -53,12 +52,12 @@ CALLABLE: Final = Kind(lambda value: callable(value) and not isinstance(value, t
 
 
 def or_none(kind: Kind) -> Kind:
-    """The same, or ``None``."""
+    """The same kind, or ``None``."""
     return Kind(lambda value: value is None or kind.fits(value), f"{kind.what} or None")
 
 
 def tuple_of(kind: Kind, plural: str) -> Kind:
-    """A tuple, empty or not, and nothing else in it."""
+    """A tuple of this kind, possibly empty."""
 
     def fits(value: Any) -> bool:
         return isinstance(value, tuple) and all(map(kind.fits, value))
@@ -71,7 +70,7 @@ def check_fields(made: object, rules: Mapping[str, tuple[Kind, str]]) -> None:
 
     Args:
         made: the object.
-        rules: by attribute: what it takes, and a line that is right.
+        rules: for each attribute: the kind it accepts, and an example of a correct line.
 
     Raises:
         ConfigError: an attribute has another type.
@@ -86,7 +85,7 @@ def check_fields(made: object, rules: Mapping[str, tuple[Kind, str]]) -> None:
 
 
 def described(value: Any) -> str:
-    """What a value is, without what is in it."""
+    """A description of a value's type, without its content."""
     if value is None:
         return "None"
     if isinstance(value, type):

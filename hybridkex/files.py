@@ -1,8 +1,8 @@
-"""The files that a configuration names, read with care; and all files that the library writes.
+"""Reading of configured files, and writing of all the library's files.
 
-Reading: a service reads its files again while it runs, on a signal. Whatever has become of a file
-since (a folder, a device without an end, a pipe that nobody writes to, a path that cannot be one)
-must be an error that names it, and neither a hang nor the end of the service.
+Reading: a service rereads its files while it runs, on a signal. Whatever a file has become (a
+    folder, an endless device, a pipe without a writer, an impossible path) must give an error that
+    names it, and must neither hang nor end the service.
 
 Writing: whole, and by default readable by the owner alone. Every file that the library or a command
 creates is created here (``tests/test_written_files.py`` reads the sources for others), except those
@@ -36,13 +36,13 @@ __all__ = [
 ]
 
 LIMIT: Final = 16 << 20
-"""Bytes: far more than any certificate, key, key list or configuration has."""
+"""Most bytes of a file: far more than any certificate, key, key list or configuration needs."""
 PATIENCE: Final = 5.0
-"""Seconds that a pipe (``<(command)`` of a shell) may take."""
+"""Seconds to wait for a pipe (``<(command)`` of a shell)."""
 PRIVATE: Final = 0o600
-"""Keys, secrets, and everything that says who talked to whom."""
+"""Mode for keys, secrets, and records of who talked to whom."""
 PUBLIC: Final = 0o644
-"""Certificates, ports and configurations without secrets."""
+"""Mode for certificates, ports and configurations without secrets."""
 
 _OTHERS: Final = 0o077
 
@@ -60,23 +60,23 @@ def read_file(
     Args:
         path: of the file.
         what: its kind, for the message: ``the key file``.
-        limit: the most bytes that it may have.
-        missing: what to return if there is no such file; ``None`` if that is an error.
+        limit: the maximum length in bytes.
+        missing: the result if there is no such file; ``None`` makes that an error.
         pipe: whether it may be a pipe or a device, which can be read only once.
 
     Raises:
-        ConfigError: the file cannot be read, or is too long; the message names it.
+        ConfigError: the file cannot be read or is too long; the message names it.
     """
     name = f"{what} {_shown(path)}".strip()
     try:
-        # Not blocking: to open a pipe would wait for its writer.
+        # Non-blocking: otherwise opening a pipe would wait for its writer.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if missing is not None and isinstance(error, FileNotFoundError):
             return missing
         raise ConfigError(f"cannot read {name}: {error.strerror}") from None
     except ValueError:
-        raise ConfigError(f"cannot read {name}: no path has such characters") from None
+        raise ConfigError(f"cannot read {name}: the path has invalid characters") from None
     try:
         if not pipe and not stat.S_ISREG(os.fstat(file).st_mode):
             raise ConfigError(f"cannot read {name}: it is not a regular file")
@@ -91,7 +91,7 @@ def read_file(
 
 
 def _read(file: int, limit: int) -> bytes | None:
-    """All of it; ``None`` where there is too much."""
+    """Read everything; ``None`` if it is too long."""
     deadline = time.monotonic() + PATIENCE
     poll = select.poll()
     poll.register(file, select.POLLIN)
@@ -102,7 +102,7 @@ def _read(file: int, limit: int) -> bytes | None:
         except BlockingIOError:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError(0, f"nothing came out of it for {PATIENCE:g} s") from None
+                raise TimeoutError(0, f"it gave no data for {PATIENCE:g} s") from None
             poll.poll(left * 1000)
             continue
         if not data:
@@ -121,7 +121,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(data.decode())
     except RecursionError:
-        raise ConfigError(f"{_shown(path)}: too many arrays or tables in each other") from None
+        raise ConfigError(f"{_shown(path)}: arrays or tables are nested too deeply") from None
     except ValueError as error:  # not TOML, not UTF-8, or a number of thousands of digits
         raise ConfigError(f"{_shown(path)}: {error}") from None
 
@@ -132,10 +132,10 @@ def _shown(path: str | os.PathLike[str]) -> str:
 
 
 def write_file(path: str | Path, content: bytes, *, mode: int = PRIVATE) -> None:
-    """Create or replace a file; whoever opens it finds the old content or the new one.
+    """Create or replace a file atomically: a reader sees the old content or the new.
 
-    The content is on the disk on return. A link is replaced, not followed; a device or a pipe is
-    written to as it is.
+    The content is on disk on return. A symbolic link is replaced, not followed; a device or a pipe
+    is written to directly.
     """
     path = Path(path)
     with _named(path):
@@ -179,10 +179,10 @@ def create_file(path: str | Path, content: bytes, *, mode: int = PRIVATE) -> Non
 
 
 def open_private(path: str | Path, *, append: bool = False) -> BinaryIO:
-    """Open a file for writing, unbuffered; a new one is private, and an existing one becomes so.
+    """Open a file for writing, unbuffered, and make it private.
 
-    A device or a pipe is used as it is. Raises ``PermissionError`` for a file that others can read
-    and that belongs to another user.
+    A device or a pipe is used unchanged. Raises ``PermissionError`` for another user's file that
+    others can read.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
     descriptor = os.open(path, flags, PRIVATE)
@@ -195,8 +195,8 @@ def open_private(path: str | Path, *, append: bool = False) -> BinaryIO:
 
 
 def make_private(path: str | Path) -> None:
-    """Make sure that there is a file which its owner alone can read, for a library that opens it by
-    its name."""
+    """Make sure that a file exists and only its owner can read it, for a library that opens it by
+    name."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE)
     try:
         _tighten(descriptor)
@@ -205,7 +205,7 @@ def make_private(path: str | Path) -> None:
 
 
 def make_private_folder(path: str | Path) -> None:
-    """Create a folder, and those above it. Raises ``FileExistsError`` if there is one."""
+    """Create a folder and its parents. Raises ``FileExistsError`` if it exists."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     os.mkdir(path, 0o700)
@@ -231,7 +231,7 @@ def _tighten(descriptor: int) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make a rename durable, where the file system can."""
+    """Make a rename durable, if the file system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

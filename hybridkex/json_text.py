@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote: a peer, a server, a file."""
+"""JSON from outside: from a peer, a server or a file."""
 
 import json
 from typing import Any
@@ -10,8 +10,8 @@ def load_json(text: bytes | str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is not JSON, or is nested too deeply to be read. Nothing else is raised,
-            whatever the text: ``json.loads`` alone also raises ``RecursionError``.
+        ValueError: it is not JSON, or is nested too deeply. Nothing else is raised, whatever the
+            text: ``json.loads`` alone also raises ``RecursionError``.
     """
     try:
         return json.loads(text)

@@ -1,7 +1,7 @@
-"""Why a peer is refused, as values: tests and metrics count them.
+"""Why a peer is refused, as values that tests and metrics can count.
 
-Each reason has the alert that the peer gets and the section that asks for it. The text of an error
-is for people and may change; its :attr:`~hybridkex.errors.PeerError.reason` is for programs.
+Each reason has the alert sent to the peer and the section that requires it. The text of an error is
+for people and may change; its :attr:`~hybridkex.errors.PeerError.reason` is for programs.
 """
 
 from enum import Enum
@@ -20,9 +20,9 @@ class Reason(Enum):
     """One reason; its value is its name in lower case."""
 
     alert: Alert
-    """What the peer is told."""
+    """The alert sent to the peer."""
     source: str
-    """The RFC and the section, or ``policy`` for a demand of our own configuration."""
+    """The RFC section, or ``policy`` for a requirement of our own configuration."""
 
     def __new__(cls, alert: Alert, source: str) -> "Reason":
         member = object.__new__(cls)

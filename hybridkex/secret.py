@@ -1,8 +1,8 @@
-"""Secrets that do not leak by accident.
+"""Secrets that cannot leak by accident.
 
-Python cannot promise that memory is erased: ``bytes`` are immutable and copied freely (see
-``docs/security.md``). What it can do is to keep a secret out of the places where secrets are
-usually found later: a ``repr`` in a log line, a dataclass printed in a traceback, a pickle.
+Python cannot guarantee that memory is erased: ``bytes`` are immutable and copied freely (see
+``docs/security.md``). It can keep a secret out of the usual places of a leak: a ``repr`` in a log
+line, a dataclass printed in a traceback, a pickle.
 """
 
 import hmac
@@ -13,7 +13,7 @@ __all__ = ["Secret"]
 
 @final
 class Secret:
-    """Bytes that never show themselves: not in ``repr``, ``str``, ``format``, pickle or copy.
+    """Bytes that appear in no ``repr``, ``str``, ``format``, pickle or copy.
 
     Comparison takes constant time. The bytes come out only through :meth:`reveal`, which is easy
     to search for.
@@ -39,7 +39,7 @@ class Secret:
             return NotImplemented
         return hmac.compare_digest(self._value, other._value)
 
-    # A hash of a secret is a fingerprint of it; nothing here needs one.
+    # A hash would be a fingerprint of the secret; nothing needs one.
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> NoReturn:

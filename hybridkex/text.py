@@ -1,14 +1,14 @@
-r"""Text from outside, made safe to show.
+r"""Text from outside, made safe to display.
 
-A certificate, a file name or an answer of a KME can hold characters that clear a terminal, forge a
-line of a log, or turn a line around. They are escaped where they become text, in four places that
-nothing passes by:
+A certificate, a file name or a KME's answer can contain characters that clear a terminal, forge a
+log line, or reverse a line. They are escaped in four places that all text passes through:
 
 - :class:`~hybridkex.errors.HybridkexError` escapes its message;
 - a logger from :func:`get_logger` escapes the arguments of each record;
 - the command line writes through :class:`PrintableOutput`;
-- what describes a peer (:attr:`PeerCertificate.subject <hybridkex.auth.PeerCertificate.subject>`,
-  the names in a :class:`~hybridkex.Session`) is escaped when it is read.
+- the description of a peer (:attr:`PeerCertificate.subject
+  <hybridkex.auth.PeerCertificate.subject>`, the names in a :class:`~hybridkex.Session`) is escaped
+  when it is read.
 
 The escapes are Python's: ``\n``, ``\x1b``, ``\u202e``. Escaping twice changes nothing.
 """
@@ -30,19 +30,20 @@ __all__ = [
 ]
 
 MOST: Final = 4096
-"""Characters of one text that are shown."""
+"""Most characters of one text to show."""
 
 _INVISIBLE: Final = frozenset(
     "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
     + "".join(map(chr, (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
 )
-"""What Python calls printable and nobody sees (Default_Ignorable_Code_Point, and a blank)."""
+"""Characters that Python calls printable but that are invisible (Default_Ignorable_Code_Point, and
+a blank)."""
 
 _JOINERS: Final = "\u200c\u200d\ufe0e\ufe0f"
 
 
 def printable(text: str, *, most: int = MOST, keep: str = "") -> str:
-    r"""Text with nothing in it that a terminal would obey or a reader could not see.
+    r"""Text without control characters or invisible characters.
 
     Escaped are control characters (C0, DEL, C1), the characters that reverse a line or have no
     width, line and paragraph separators, lone surrogates, private and unassigned code points, and
@@ -64,7 +65,7 @@ def printable(text: str, *, most: int = MOST, keep: str = "") -> str:
 
 
 def printable_prose(text: str, *, most: int = MOST) -> str:
-    """What a person wrote, as :func:`printable`, with the joiners that emoji and scripts need."""
+    """Like :func:`printable`, for prose: keeps the joiners that emoji and some scripts need."""
     return printable(text, most=most, keep=_JOINERS)
 
 
@@ -73,7 +74,7 @@ def _escaped(char: str) -> str:
 
 
 def json_line(value: object, *, indent: int | None = None) -> str:
-    """JSON in ASCII that any parser takes and any terminal can show.
+    """One line of ASCII JSON that any parser accepts and any terminal can show.
 
     Lone surrogates, which many parsers refuse, are escaped inside the string (``\\\\udc80``).
     """
@@ -107,7 +108,7 @@ class _PrintableRecords(logging.Filter):
 
 
 PRINTABLE: Final = _PrintableRecords()
-"""For a handler that may get records of other loggers."""
+"""For handlers that may get records of other loggers."""
 
 
 def _argument(value: object) -> object:
@@ -115,9 +116,9 @@ def _argument(value: object) -> object:
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of this name, whose records hold nothing that a log could take for its own."""
+    """The logger of this name; its records cannot forge lines of the log."""
     logger = logging.getLogger(name)
-    logger.addFilter(PRINTABLE)  # once, however often it is asked for
+    logger.addFilter(PRINTABLE)  # once per logger
     return logger
 
 
@@ -131,7 +132,7 @@ class PrintableOutput:
         self.stream: Final = stream
 
     def write(self, text: str) -> int:
-        """Write it, escaped. Returns the number of characters that were given."""
+        """Write text, escaped. Returns the length of the text given."""
         shown = printable(text, most=len(text), keep="\n\t")
         encoding = self.stream.encoding or "utf-8"
         self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
@@ -147,7 +148,7 @@ class PrintableOutput:
 
 
 def terminal(stream: Any) -> TextIO:
-    """The stream below a :class:`PrintableOutput`, for what draws on a terminal by itself."""
+    """The stream underneath a :class:`PrintableOutput`, for code that draws on a terminal."""
     while isinstance(stream, PrintableOutput):
         stream = stream.stream
     found: TextIO = stream

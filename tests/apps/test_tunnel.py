@@ -574,7 +574,7 @@ async def test_qkd_keys_from_the_file(tunnel: Tunnel, kmes: Kmes) -> None:
         ("", "no tunnel is configured"),
         ("grace = -1\n", "no tunnel is configured"),
         ("color = 1\n", "color is not a setting"),
-        ("grace = true\n", "grace is not of the right type"),
+        ("grace = true\n", "grace has the wrong type"),
         ("listen = 1\n", "tunnels stand under [[listen]]"),
         ("[[connect]]\n", "the following arguments are required: local, remote"),
         ('[[connect]]\nlocal="x"\nremote="h:1"\n', "'x' is not HOST:PORT"),

@@ -86,7 +86,7 @@ FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((*CONNECT, "--cert", "cert.pem"), "--cert requires --key"),
     ((*CONNECT, "--cert", "cert.pem", "--key", "locked.pem"), "locked.pem: Permission denied"),
     ((*CONNECT, "--insecure", "--keylog", "folder"), "cannot write folder"),
-    ((*CONNECT, "--insecure", "--resume", "text"), "text is no ticket store"),
+    ((*CONNECT, "--insecure", "--resume", "text"), "text is not a ticket store"),
     ((*CONNECT, "--known-peers", "text"), "text, line 1"),
     ((*CONNECT, "--key-pool", "nothing"), "no key pool nothing"),
     ((*LISTEN, "--cert", "nothing", "--key", "key.pem"), "cannot read nothing: No such file"),

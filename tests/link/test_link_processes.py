@@ -162,7 +162,7 @@ async def test_a_link_feeds_two_kmes(tmp_path: Path) -> None:
     ("link", "reason"),
     [
         ("link = {clock = 'slow'}", "clock"),
-        ("link = {party = 'alice'}", "go together"),
+        ("link = {party = 'alice'}", "must be given together"),
         ("link = {party = 'eve'}", "alice or bob"),
         (
             "link = {party = 'bob', address = '127.0.0.1:1', peer_credential = 'x'}",

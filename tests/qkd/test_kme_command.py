@@ -174,8 +174,8 @@ peer = [{ id = "b", saes = ["y"], url = "https://b:1" }]
     [
         ('"[::1]:8443"', '"8443"', "is not HOST:PORT"),
         ('["x"]', '"x"', "saes must be an array"),
-        ('["x"]', "[5]", r"saes\[0\] is not of the right type"),
-        ('id = "a"', "id = true", "id is not of the right type"),
+        ('["x"]', "[5]", r"saes\[0\] has the wrong type"),
+        ('id = "a"', "id = true", "id has the wrong type"),
         ('key_file = "f"', 'key_file = "f"\nid_rule = "x"', "must be one of cn"),
         ('key_file = "f"', 'key_file = "f"\nlimits = { key_size = 7 }', "key sizes"),
         ('key_file = "f"', 'key_file = "f"\nlimits = { rate = "x" }', "limits.rate is not"),

@@ -591,7 +591,7 @@ async def test_configurations_that_cannot_be() -> None:
         QkdPskSource()
     with pytest.raises(ConfigError, match="FailoverSource"):
         QkdPskSource(alice, alice)
-    with pytest.raises(ConfigError, match="one peer"):
+    with pytest.raises(ConfigError, match="one QKD peer"):
         await QkdPskSource(alice, bob).offer()
     for wrong in ({"timeout": 0}, {"retries": -1}, {"burst": 0}, {"look_ups_per_second": 0}):
         with pytest.raises(ConfigError):

@@ -66,7 +66,7 @@ def _member(data: Json, name: str, kind: type, default: object = None) -> Any:
         return str(value)  # KMEs that number their SAEs and KMEs are met
     # bool is an int to Python and not to JSON.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ModelError(f"{name} is not of the right type")
+        raise ModelError(f"{name} has the wrong type")
     # What is escaped is no ID that anybody configured, and safe to show.
     return printable(value, most=len(value)) if isinstance(value, str) else value
 

@@ -178,7 +178,7 @@ peer = [{ id = "b", saes = ["y"], url = "https://b:1" }]
         ('id = "a"', "id = true", "id has the wrong type"),
         ('key_file = "f"', 'key_file = "f"\nid_rule = "x"', "must be one of cn"),
         ('key_file = "f"', 'key_file = "f"\nlimits = { key_size = 7 }', "key sizes"),
-        ('key_file = "f"', 'key_file = "f"\nlimits = { rate = "x" }', "limits.rate is not"),
+        ('key_file = "f"', 'key_file = "f"\nlimits = { rate = "x" }', "limits.rate has the wrong"),
         (', url = "https://b:1"', "", "has no url and is not in this file"),
         ('"https://b:1"', '"https://b:1", producer = "x"', "producer must be one of"),
     ],

@@ -1,8 +1,8 @@
 """Applications over the channel: file transfer and tunnel.
 
-They are the proof that the public names of :mod:`hybridkex` are enough: nothing here reaches
-further in. The commands in :mod:`hybridkex.cli` add options and output. What they share beside the
-channel is here for other applications, too.
+They use only the public names of :mod:`hybridkex`, which shows that these suffice. The commands in
+:mod:`hybridkex.cli` add options and output. The helpers that they share are here for other
+applications, too.
 """
 
 from hybridkex.apps.backoff import Backoff

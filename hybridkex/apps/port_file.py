@@ -1,4 +1,4 @@
-"""Port files: a server that was told to listen on any free port writes down which one it has."""
+"""Port files: a server that listens on any free port writes the number to a file."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ def check_port_file(path: str | Path) -> None:
     """Raise ``ConfigError`` where :func:`write_port` would fail."""
     where = Path(path)
     if "\0" in str(path):
-        raise ConfigError(f"cannot write {str(path)!r}: no path has such characters")
+        raise ConfigError(f"cannot write {str(path)!r}: the path has invalid characters")
     try:
         if where.is_dir():
             raise ConfigError(f"cannot write {path}: Is a directory")
@@ -31,7 +31,7 @@ def check_port_file(path: str | Path) -> None:
 def write_port(path: str | Path | None, port: int) -> None:
     """Write the port to a file, if one was asked for.
 
-    The file appears complete: a program that waits for it can read it at once.
+    The file appears atomically: a program that waits for it can read it at once.
 
     Raises:
         ConfigError: it cannot be written.

@@ -1,4 +1,4 @@
-"""What the applications need of their sockets beside reading and writing."""
+"""Socket options and helpers of the applications."""
 
 import contextlib
 import os
@@ -12,13 +12,13 @@ from trio.abc import HalfCloseableStream
 __all__ = ["CountingStream", "keep_alive", "last_attempt", "os_reason", "reset", "watch_peer"]
 
 SILENCE: Final = 45
-"""Seconds after which a peer that does not even acknowledge is taken for gone."""
+"""Seconds without acknowledgements after which a peer is considered gone."""
 
 
 def keep_alive(stream: trio.SocketStream) -> None:
-    """Let the kernel end a connection that is at rest and whose peer has vanished.
+    """Let the kernel end an idle connection whose peer has vanished.
 
-    Better than a time limit on data: a peer that is busy, or that waits for a person to type, still
+    Better than a time limit on data: a peer that is busy, or waits for someone to type, still
     acknowledges (tcp(7)).
     """
     with contextlib.suppress(OSError):  # not TCP
@@ -29,10 +29,10 @@ def keep_alive(stream: trio.SocketStream) -> None:
 
 
 def watch_peer(stream: trio.SocketStream) -> None:
-    """As :func:`keep_alive`, and also while data is on its way (RFC 5482).
+    """Like :func:`keep_alive`, but also while data is in flight (RFC 5482).
 
-    Linux counts a peer that acknowledges and reads nothing as silent, too: this is for ends whose
-    peers always read.
+    Linux also counts a peer that acknowledges but does not read as silent: use this only if the
+    peer always reads.
     """
     keep_alive(stream)
     with contextlib.suppress(OSError):
@@ -40,14 +40,14 @@ def watch_peer(stream: trio.SocketStream) -> None:
 
 
 def reset(stream: trio.SocketStream) -> None:
-    """Close with a reset, so that the other end cannot take a cut for an end."""
+    """Close with a reset, so that the other end cannot mistake a cut for an orderly end."""
     with contextlib.suppress(OSError):
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     stream.socket.close()
 
 
 def last_attempt(error: OSError) -> BaseException:
-    """Of the last address, where several were tried; the error itself otherwise."""
+    """The error of the last address that was tried, or the error itself."""
     cause = error.__cause__
     while isinstance(cause, BaseExceptionGroup) and cause.exceptions:
         cause = cause.exceptions[-1]
@@ -55,7 +55,7 @@ def last_attempt(error: OSError) -> BaseException:
 
 
 def os_reason(error: OSError) -> str:
-    """Why there is no connection: of the last attempt."""
+    """The reason of the last attempt to connect."""
     reason = last_attempt(error)
     if not isinstance(reason, OSError) or reason.strerror is None:
         return str(reason)
@@ -65,7 +65,7 @@ def os_reason(error: OSError) -> str:
 
 
 class CountingStream(HalfCloseableStream):
-    """Counts what goes over a stream: put under a secure stream, the bytes on the wire."""
+    """Counts the bytes of a stream; underneath a secure stream, those on the wire."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream: Final = stream

@@ -146,7 +146,7 @@ def test_nothing_is_overwritten_unless_told(tmp_path: Path, run: Run, mutual: li
     _, port = receive(run, target, mutual)
     status, errors = send(mutual, port, file, longer)
     assert status == 1
-    assert errors.count("is there already, with other content") == 2
+    assert errors.count("exists already, with other content") == 2
     assert (target / "same").read_text() == "old content"
     _, port = receive(run, target, mutual, "--overwrite")
     status, errors = send(mutual, port, file, longer)
@@ -406,9 +406,9 @@ def test_a_disk_that_ignores_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         parts.append(folder.begin(offer(name)))
         parts[-1].write([memoryview(b"abc")])
     parts[0].complete(hashlib.sha256(b"abc").hexdigest())
-    with pytest.raises(NotStored, match="readme: is there already"):
+    with pytest.raises(NotStored, match="readme: exists already"):
         parts[1].complete(hashlib.sha256(b"abc").hexdigest())
-    with pytest.raises(NotStored, match="ReadMe: is there already"):
+    with pytest.raises(NotStored, match="ReadMe: exists already"):
         folder.look(offer("ReadMe", size=4))
     folder.close()
     assert there(tmp_path / "in") == {"readme"}
@@ -834,7 +834,7 @@ async def test_a_wrong_digest_stores_nothing(
     answers = await talk(folder, configs, offer("x"), Start(n=0), data, End(n=0, sha256="0" * 64))
     folder.close()
     failures = [answer.reason for answer in answers if isinstance(answer, Failed)]
-    assert failures == ["x: what arrived is not what was sent"]
+    assert failures == ["x: the received data differ from what was sent"]
     assert there(tmp_path / "in") == set()
 
 

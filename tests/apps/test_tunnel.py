@@ -418,7 +418,10 @@ async def test_reload(tunnel: Tunnel) -> None:
             (good.replace("target", "tarjet"), "[[listen]] in: tarjet is not a setting"),
             (good.replace("cert.pem", "none.pem"), "none.pem: No such file"),
             (good + '[[connect]]\nname = "third"\nlocal = "192.0.2.1:9"\nremote = "a:1"\n', "192"),
-            (good + "[[connect]]\n" + good.split("[[connect]]\n")[1], "two tunnels are called out"),
+            (
+                good + "[[connect]]\n" + good.split("[[connect]]\n")[1],
+                "two tunnels have the name out",
+            ),
         ):
             tunnel.file.write_text(broken)
             await tunnel.reload("not reloaded, the old configuration stays")
@@ -575,22 +578,31 @@ async def test_qkd_keys_from_the_file(tunnel: Tunnel, kmes: Kmes) -> None:
         ("grace = -1\n", "no tunnel is configured"),
         ("color = 1\n", "color is not a setting"),
         ("grace = true\n", "grace has the wrong type"),
-        ("listen = 1\n", "tunnels stand under [[listen]]"),
+        ("listen = 1\n", "write each tunnel as a table [[listen]]"),
         ("[[connect]]\n", "the following arguments are required: local, remote"),
         ('[[connect]]\nlocal="x"\nremote="h:1"\n', "'x' is not HOST:PORT"),
         ('[[connect]]\nlocal="h:1"\nremote="h:1"\nqkd="require"\n', "needs --kme or --key-pool"),
         ('[[connect]]\nlocal="h:1"\nremote="unix:s"\nca="CA"\n', "needs a server_name"),
-        ('[[connect]]\nlocal="h:1"\nremote="h:1"\nmax_connections=0\n', "is at least 1"),
+        ('[[connect]]\nlocal="h:1"\nremote="h:1"\nmax_connections=0\n', "must be at least 1"),
         (
             '[[connect]]\nlocal="h:1"\nremote="h:1"\nmax_connections="a"\n',
             "max_connections: invalid",
         ),
-        ('[[connect]]\nlocal="h:1"\nremote="h:1"\nidle_timeout=0\n', "time limits are positive"),
+        (
+            '[[connect]]\nlocal="h:1"\nremote="h:1"\nidle_timeout=0\n',
+            "time limits must be positive",
+        ),
         ('[[connect]]\nlocal="h:1"\nremote="h:1"\nlocal-x=0\n', "local-x is not a setting"),
-        ("[[connect]]\nidle-timeout=9\n", "idle-timeout is spelled idle_timeout in a file"),
-        ('[[connect]]\nlocal="h:1"\nremote="h:1"\ninsecure="yes"\n', "insecure is true or false"),
+        ("[[connect]]\nidle-timeout=9\n", "write idle-timeout as idle_timeout in a file"),
+        (
+            '[[connect]]\nlocal="h:1"\nremote="h:1"\ninsecure="yes"\n',
+            "insecure must be true or false",
+        ),
         ('[[connect]]\nlocal="h:1"\nremote="h:1"\nname=["a"]\n', "name takes one value"),
-        ('[[listen]]\nlocal="h:1"\ntarget="h:1"\nallow=["a"]\n', "with ca, pin or known_peers"),
+        (
+            '[[listen]]\nlocal="h:1"\ntarget="h:1"\nallow=["a"]\n',
+            "configure whom to trust: ca, pin or known_peers",
+        ),
         ('[[listen]]\nlocal="h:1"\ntarget="h:1"\n', "needs an identity"),
         ('[[listen]]\nlocal="h:1"\ntarget="h:1"\nsocket_mode="9"\n', "three octal digits"),
     ],

@@ -1,4 +1,4 @@
-"""Errors of the operating system in words, for both sides of a transfer."""
+"""Errors of the operating system as messages, for both sides of a transfer."""
 
 import errno
 from typing import Final
@@ -18,9 +18,9 @@ _WORDS: Final = {
     errno.ENOTDIR: "something that is not a folder is in the way",
     errno.EEXIST: "something else has this name",
     errno.EISDIR: "a folder is in the way",
-    errno.ENAMETOOLONG: "the file system does not take a name or a path this long",
-    errno.EILSEQ: "the file system does not take the bytes of this name",
-    errno.EINVAL: "the file system does not take this name or value",
+    errno.ENAMETOOLONG: "the file system does not accept a name or path of this length",
+    errno.EILSEQ: "the file system does not accept the bytes of this name",
+    errno.EINVAL: "the file system does not accept this name or value",
     errno.EMFILE: "this process has too many open files (see 'ulimit -n')",
     errno.ENFILE: "this machine has too many open files",
     errno.EIO: "the disk reports an error",
@@ -29,10 +29,10 @@ _WORDS: Final = {
 
 
 class NotStored(HybridkexError):
-    """A file that the receiver cannot or may not store; the text is for a person."""
+    """The receiver cannot or must not store a file; the text is for people."""
 
 
 def why(error: OSError, doing: str) -> str:
-    """An error of the system as a sentence: what could not be done, and why."""
+    """A system error as a message: what could not be done, and why."""
     reason = _WORDS.get(error.errno or 0, error.strerror or "unknown error")
     return f"cannot {doing}: {reason}"

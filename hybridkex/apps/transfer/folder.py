@@ -1,18 +1,18 @@
 """The receiving folder: a file appears under its name once it is complete and verified.
 
-Incomplete files lie in one hidden folder on the same file system, under a name made from their
-path; a transfer that comes again continues there. A complete file is flushed to the disk first and
-gets its name second, in one step.
+Incomplete files are in one hidden folder on the same file system, under a name derived from their
+path; a repeated transfer resumes there. A complete file is first flushed to disk and then renamed
+atomically.
 
-Paths are walked part by part and symbolic links are never followed: a link inside the folder leads
-nobody out of it.
+Paths are opened component by component, and symbolic links are never followed: a link inside the
+folder cannot lead out of it.
 
-Permissions: a file gets the lower nine bits of the mode that was offered, less our umask. It is
-never readable for more users than its source is, also while it is incomplete; set-user-ID,
-set-group-ID and sticky bits are dropped. A new folder gets its bits likewise, and its owner may
-always enter and change it.
+Permissions: a file gets the lower nine bits of the offered mode, minus our umask. It is never
+    readable by more users than its source, not even while incomplete; set-user-ID, set-group-ID and
+    sticky bits are dropped. A new folder gets its bits in the same way, and its owner may always
+    enter and change it.
 
-All calls wait for the disk and belong in a thread.
+All calls block on the disk; call them in a thread.
 """
 
 import contextlib
@@ -43,20 +43,20 @@ T = TypeVar("T")
 _READ: Final = 1 << 20
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-"""Not blocking, should somebody put a named pipe there."""
+"""Non-blocking, in case a named pipe is there."""
 _OTHERS: Final = 0o077
 _GRANULARITY: Final = 2 * 10**9
-"""Nanoseconds: the coarsest dates of a file system in use (FAT)."""
+"""Nanoseconds: the coarsest timestamps of a file system in use (FAT)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Present:
-    """What is there of an offered file: so many bytes, under its name or incomplete."""
+    """The part of an offered file that is present: its bytes, under its name or incomplete."""
 
     size: int
     complete: bool
     stamp: tuple[int, ...] = ()
-    """By which it is seen whether the file is still the same."""
+    """Identifies the file, to detect changes."""
 
 
 NOTHING: Final = Present(size=0, complete=False)
@@ -64,7 +64,7 @@ NOTHING: Final = Present(size=0, complete=False)
 
 @dataclass(frozen=True, kw_only=True)
 class Prefix:
-    """The first bytes of an incomplete file, which the sender has proved to be its own."""
+    """The first bytes of an incomplete file, which the sender's digest has confirmed."""
 
     size: int
     digest: "_Hash"
@@ -72,7 +72,7 @@ class Prefix:
 
 
 def hash_prefix(file: int, length: int) -> "_Hash":
-    """SHA-256 of the first ``length`` bytes; of fewer where the file is shorter."""
+    """SHA-256 of the first ``length`` bytes, or of all bytes if the file is shorter."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(min(_READ, max(length, 1))))
     position = 0
@@ -86,9 +86,9 @@ def hash_prefix(file: int, length: int) -> "_Hash":
 
 
 class Folder:
-    """A folder that takes files in.
+    """A folder that receives files.
 
-    Raises ``ConfigError`` when it is made and cannot be written to.
+    The constructor raises ``ConfigError`` if the folder cannot be written to.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -105,20 +105,20 @@ class Folder:
         os.umask(self.umask)
 
     def close(self) -> None:
-        """Done; an empty folder for incomplete files goes."""
+        """Remove the folder for incomplete files if it is empty."""
         with contextlib.suppress(OSError):
             os.rmdir(os.path.join(self._path, PARTIAL))
 
     def _open(self) -> int:
-        """The folder as it is now: others may move it away, or mount another disk there."""
+        """Open the folder anew: others may have moved it, or mounted another disk there."""
         return os.open(self._path, _DIRECTORY & ~os.O_NOFOLLOW)
 
     def look(self, offer: Offer) -> Present:
-        """Say what is there of a file.
+        """Report which part of a file is present.
 
         Raises:
-            UnsafeName: the path.
-            NotStored: the name is taken, and not by this file or not to be replaced.
+            UnsafeName: the path is not allowed.
+            NotStored: the name is taken by something else, or may not be replaced.
         """
         check_path(offer.path)
         with self._errors(offer.path):
@@ -131,7 +131,7 @@ class Folder:
             part = self._stat(_partial(offer.path))
             usable = part is not None and stat.S_ISREG(part.st_mode) and part.st_size <= offer.size
             if part is not None and usable and part.st_size and (self.overwrite or not same_size):
-                # Also where it is to replace a file of the same size.
+                # Even if it is to replace a file of the same size.
                 self._check_room(offer, part.st_size)
                 return Present(size=part.st_size, complete=False, stamp=_stamp(part))
             if there is not None and same_size:
@@ -144,9 +144,9 @@ class Folder:
             _check_room(root, offer, there)
 
     def compare(self, offer: Offer, present: Present, sha256: str) -> Prefix | None:
-        """Compare what is there with the digest of as many bytes of the sender's file.
+        """Compare what is present with the digest of the same number of bytes at the sender.
 
-        Returns ``None`` where it differs, or is no longer what :meth:`look` found.
+        Returns ``None`` if it differs, or is no longer what :meth:`look` found.
 
         Raises ``NotStored``: a complete file that differs and is not to be replaced, or that
         cannot be read.
@@ -163,7 +163,7 @@ class Folder:
         return None
 
     def make(self, offer: Offer) -> bool:
-        """Make a folder. False: it was there, and is left as it is.
+        """Create a folder. False: it existed, and is unchanged.
 
         Raises as :meth:`look`.
         """
@@ -178,7 +178,7 @@ class Folder:
         return True
 
     def begin(self, offer: Offer, prefix: Prefix | None = None) -> "PartFile":
-        """Open the incomplete file, to be written behind the prefix.
+        """Open the incomplete file, to append to its verified prefix.
 
         Raises:
             NotStored: no space, no permission, or another transfer has it.
@@ -198,7 +198,7 @@ class Folder:
             return PartFile(self, offer, file, prefix.digest.copy(), prefix.size)
 
     def _lock(self, file: int, parent: int, offer: Offer) -> None:
-        """Have the incomplete file for ourselves."""
+        """Lock the incomplete file."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours = os.stat(_partial(offer.path)[-1], dir_fd=parent).st_ino
@@ -206,15 +206,15 @@ class Folder:
             raise NotStored(f"{shown(offer.path)}: another transfer is writing it") from None
         except FileNotFoundError:
             ours = 0
-        # Who had it before may have given it its final name between our opening and locking it.
+        # The previous holder may have renamed it between our opening and locking it.
         if os.fstat(file).st_ino != ours:
             raise NotStored(f"{shown(offer.path)}: another transfer has just stored it")
 
     def _prepare(self, file: int, offer: Offer, prefix: Prefix | None) -> None:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
-            raise NotStored(f"{shown(offer.path)}: something that is not a file is in its way")
-        # Another transfer of the same name may have written to it since it was compared.
+            raise NotStored(f"{shown(offer.path)}: something that is not a file is in the way")
+        # Another transfer of the same name may have written to it since the comparison.
         if prefix is not None and _stamp(status) != prefix.stamp:
             raise NotStored(f"{shown(offer.path)}: another transfer has changed it; send it again")
         _limit_mode(file, 0o600, offer)
@@ -260,9 +260,9 @@ class Folder:
 
     @contextmanager
     def _parent(self, path: tuple[str, ...], *, make: bool = False) -> Iterator[int]:
-        """The folder that holds the last part, walked to without following a link.
+        """Open the folder that holds the last component, without following a link.
 
-        ``make``: folders that nobody has offered are made for our user alone.
+        ``make``: create folders that were not offered, private to our user.
         """
         try:
             here = self._open()
@@ -308,7 +308,7 @@ class PartFile:
         try:
             for given in pieces:
                 piece = memoryview(given)
-                # At its place, wherever the digest of what was there has left the file's position.
+                # At its offset: computing the digest has moved the file's position.
                 done = 0
                 while done < len(piece):
                     done += os.pwrite(self._file, piece[done:], self.size + done)
@@ -318,18 +318,20 @@ class PartFile:
             raise NotStored(why(error, f"write {shown(self.offer.path)}")) from None
 
     def complete(self, sha256: str) -> str:
-        """Verify the file, put it on the disk, give it its name. It is closed in any case.
+        """Verify the file, flush it to disk, rename it. It is closed in any case.
 
-        Returns what could not be kept beside the content, as a text; empty if all was.
+        Returns the metadata that could not be kept, as text; empty if there is none.
 
         Raises:
             NotStored: the digest differs, or the name was taken meanwhile.
         """
         try:
             if self.size != self.offer.size or self._digest.hexdigest() != sha256:
-                # Nothing of it can be used: the next try begins at the beginning.
+                # Nothing of it is usable: the next attempt starts from zero.
                 self._on_file(lambda file: os.ftruncate(file, 0))
-                raise NotStored(f"{shown(self.offer.path)}: what arrived is not what was sent")
+                raise NotStored(
+                    f"{shown(self.offer.path)}: the received data differ from what was sent"
+                )
             lost = self._on_file(self._finish)
             self._folder.settle(self)
         finally:
@@ -349,7 +351,7 @@ class PartFile:
             raise NotStored(why(error, f"write {shown(self.offer.path)}")) from None
 
     def close(self) -> None:
-        """Close it as it is; it stays for the next try."""
+        """Close it incomplete; it is kept for the next attempt."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -360,7 +362,7 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
 
 
 def _check_room(file: int, offer: Offer, there: int) -> None:
-    """Raise ``NotStored`` where the disk does not have the space that is still needed."""
+    """Raise ``NotStored`` if the disk lacks the space that is still needed."""
     disk = os.fstatvfs(file)
     free = disk.f_bavail * disk.f_frsize
     if offer.size - there > free:
@@ -371,8 +373,8 @@ def _check_room(file: int, offer: Offer, there: int) -> None:
 
 
 def _limit_mode(file: int, mode: int, offer: Offer) -> None:
-    """Set the permissions. Raises ``NotStored`` where others could read a file that they cannot
-    read at the sender's: some file systems have one mode for all files."""
+    """Set the permissions. Raises ``NotStored`` if others could read a file that is private at the
+    sender: some file systems have one mode for all files."""
     with contextlib.suppress(PermissionError):
         os.fchmod(file, mode)
     wider = os.fstat(file).st_mode & _OTHERS & ~(offer.mode | mode)
@@ -384,7 +386,7 @@ def _limit_mode(file: int, mode: int, offer: Offer) -> None:
 
 
 def _date(file: int, mtime_ns: int) -> bool:
-    """Set the date of a file; whether it was kept."""
+    """Set the modification time of a file; returns whether it was kept."""
     try:
         os.utime(file, ns=(mtime_ns, mtime_ns))
     except (OverflowError, OSError):
@@ -393,10 +395,10 @@ def _date(file: int, mtime_ns: int) -> bool:
 
 
 def _refuse_alias(path: tuple[str, ...], folder: int) -> None:
-    """Raise ``NotStored`` where the file system takes this name for that of another file.
+    """Raise ``NotStored`` if the file system treats this name as that of another file.
 
-    Systems that ignore case or the form of accents do so: a file that is replaced there may be
-    one that has just been stored under its own name.
+    File systems that ignore case or Unicode normalisation do so: the file to be replaced could be
+    another one of this transfer.
     """
     name = path[-1]
     there = _inode(name, folder)
@@ -404,11 +406,11 @@ def _refuse_alias(path: tuple[str, ...], folder: int) -> None:
         return
     variants = {name.swapcase(), name.lower(), name.upper(), name.rstrip(". ")}
     variants |= {normalize(form, name) for form in ("NFC", "NFD")}
-    # The list may be long, and is read only where the file system is one of these.
+    # The list may be long, so it is read only on such a file system.
     folds = any(_inode(one, folder) == there for one in variants - {name, ""})
     if folds and name not in os.listdir(folder):
         raise NotStored(
-            f"{shown(path)}: the receiver's file system takes this name for that of another file"
+            f"{shown(path)}: the receiver's file system treats this name as that of another file"
         )
 
 
@@ -421,17 +423,17 @@ def _inode(name: str, folder: int) -> tuple[int, int] | None:
 
 
 def _partial(path: tuple[str, ...]) -> tuple[str, ...]:
-    # A digest, since a name with something added may be too long.
+    # A digest, since a name with a suffix may be too long.
     text = "/".join(path).encode("utf-8", "surrogateescape")
     return PARTIAL, hashlib.sha256(text).hexdigest()[:32]
 
 
 def _taken(path: tuple[str, ...]) -> str:
-    return f"{shown(path)}: is there already, with other content; 'receive --overwrite' replaces it"
+    return f"{shown(path)}: exists already, with other content; 'receive --overwrite' replaces it"
 
 
 def _rename_new(name: str, source: int, path: tuple[str, ...], target: int) -> None:
-    """Rename, but never over a file: link(2) is the one step that refuses a taken name."""
+    """Rename without replacing a file: link(2) refuses an existing name atomically."""
     try:
         os.link(name, path[-1], src_dir_fd=source, dst_dir_fd=target)
     except FileExistsError:
@@ -439,8 +441,8 @@ def _rename_new(name: str, source: int, path: tuple[str, ...], target: int) -> N
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
             raise
-        # A file system without hard links (FAT, some network shares): look, then rename. Whoever
-        # makes the same name between the two loses its file.
+        # A file system without hard links (FAT, some network shares): check, then rename. A file
+        # created under the name in between is replaced.
         try:
             os.stat(path[-1], dir_fd=target, follow_symlinks=False)
         except FileNotFoundError:

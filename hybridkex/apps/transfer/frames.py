@@ -19,10 +19,10 @@ __all__ = ["Frames", "first_failure"]
 
 
 def first_failure(group: BaseExceptionGroup[Any]) -> BaseException:
-    """What went wrong with a connection that several tasks share.
+    """The error to report for a connection that several tasks share.
 
-    They all see the same end. Where one of them knows more than that it has broken, its word
-    counts. A cancellation, or a bug, is more than any of that.
+    All tasks see the same broken connection. An error that says more than that takes precedence; a
+    cancellation or a bug takes precedence over both.
     """
     failures, other = group.split((trio.BrokenResourceError, HybridkexError))
     if failures is None or other is not None:
@@ -35,7 +35,7 @@ def first_failure(group: BaseExceptionGroup[Any]) -> BaseException:
 
 
 class Frames:
-    """Messages and the data between them. One task may receive, any number may send."""
+    """Messages and data on a stream. One task may receive, any number may send."""
 
     def __init__(self, stream: SecureStream[Any]) -> None:
         self.stream: Final = stream
@@ -49,18 +49,18 @@ class Frames:
             await self.stream.send_all(encode(message))
 
     async def send_frame(self, frame: bytearray) -> None:
-        """Send a frame of data, header and all."""
+        """Send a complete data frame, header included."""
         async with self._sending:
             await self.stream.send_all(frame)
 
     async def receive(self) -> Message | memoryview | None:
-        """The next message, or the next piece of data; ``None`` when the other end has ended.
+        """The next message, or the next piece of data; ``None`` at the end of the stream.
 
-        A piece is as long as the stream had it at hand, not a whole frame: nothing is put together
-        here that is taken apart again by who writes it.
+        A piece is whatever the stream returned, not a whole frame: reassembling frames would only
+        add copies.
 
         Raises:
-            ProtocolError: what came is not a frame.
+            ProtocolError: the data are not a frame.
             trio.BrokenResourceError: the connection broke.
         """
         while True:
@@ -89,7 +89,7 @@ class Frames:
         return piece
 
     async def _exactly(self, length: int) -> bytes | None:
-        """``None`` at the end, where nothing of it has come."""
+        """Read exactly ``count`` bytes; ``None`` if the stream ends before the first one."""
         parts: list[memoryview] = []
         missing = length
         while missing:

@@ -1,12 +1,12 @@
 """The messages of the file transfer; ``docs/file-transfer.md`` is the specification.
 
-A frame is one byte of type, four bytes of length (big-endian) and a body: raw bytes of a file for
-type 0, otherwise a JSON object. Every field is checked, although the peer is authenticated.
+A frame is one byte of type, four bytes of length (big-endian) and a body: raw file data for type 0,
+otherwise a JSON object. Every field is checked, although the peer is authenticated.
 
-Resuming discloses nothing: the receiver says how many bytes it has, the sender proves that its own
-first bytes are the same by their SHA-256, and the receiver compares. A receiver never sends a
-digest, and the sender cannot choose how many bytes are compared, so that neither the digest nor the
-content of a file that somebody else stored can be learned from it.
+Resuming discloses nothing: the receiver states how many bytes it has, the sender sends the SHA-256
+of as many of its own first bytes, and the receiver compares. A receiver never sends a digest, and
+the sender cannot choose how many bytes are compared, so the sender learns neither the digest nor
+the content of a file that another sender stored.
 """
 
 import json
@@ -54,26 +54,26 @@ VERSION: Final = 1
 DATA: Final = 0
 HEADER: Final = 5
 CHUNK: Final = 1 << 20
-"""Bytes of a file in a frame, at most."""
+"""Most bytes of file data in a frame."""
 MAX_MESSAGE: Final = 1 << 16
 WINDOW: Final = 64
-"""Offers that may wait for their outcome at once."""
+"""Most offers that may await their outcome at once."""
 BEAT: Final = 15
 """The longest pause between two messages of a receiver, in seconds."""
 
 Nanoseconds = NewType("Nanoseconds", int)
-"""A time since 1970, in nanoseconds; negative before."""
+"""Nanoseconds since 1970; negative before."""
 _LATEST: Final = (1 << 63) * 10**9
-"""No file system has dates beyond 64 bits of seconds."""
+"""No file system stores times beyond 64 bits of seconds."""
 
 
 class ProtocolError(HybridkexError):
-    """The other end does not keep to the protocol."""
+    """The other end violates the protocol."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hello:
-    """First message of the sender: the transfer goes on under its name after a break."""
+    """First message of the sender; ``transfer`` identifies the transfer across connections."""
 
     version: int
     transfer: str
@@ -81,7 +81,7 @@ class Hello:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Offer:
-    """A file or a folder; ``n`` is its number from now on.
+    """A file or a folder; ``n`` is its number in later messages.
 
     ``mode`` has the permission bits of chmod(2); the receiver takes the lower nine.
     """
@@ -96,7 +96,7 @@ class Offer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Have:
-    """Receiver: ``size`` bytes under this name are there; send the digest of yours."""
+    """Receiver: I have ``size`` bytes of this file; send the digest of as many of yours."""
 
     n: int
     size: int
@@ -104,7 +104,7 @@ class Have:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Digest:
-    """Sender: the SHA-256 of as many bytes of the offered file as the receiver has, in hex."""
+    """Sender: SHA-256, in hex, of as many bytes of the file as the receiver has."""
 
     n: int
     sha256: str
@@ -112,7 +112,8 @@ class Digest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Send:
-    """Receiver: send the file from ``offset`` on, which is 0 or what the digest was of."""
+    """Receiver: send the file from ``offset`` on, which is 0 or the length of the digest's
+    input."""
 
     n: int
     offset: int
@@ -120,14 +121,14 @@ class Send:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """Sender: the data follow, from the offset that the receiver named."""
+    """Sender: the data follow, from the requested offset."""
 
     n: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class End:
-    """Sender: the data are complete; the digest is of the whole file."""
+    """Sender: the data are complete; the digest covers the whole file."""
 
     n: int
     sha256: str
@@ -135,7 +136,7 @@ class End:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drop:
-    """Sender: this one will not come."""
+    """Sender: this file will not be sent."""
 
     n: int
     reason: str
@@ -143,10 +144,10 @@ class Drop:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """Receiver: verified, on the disk and under its final name.
+    """Receiver: verified, on disk and under its final name.
 
-    ``already``: it was there before. ``lost``: what could not be kept beside the content, such as
-    a date that the file system does not have; empty if all was.
+    ``already``: the receiver had it before. ``lost``: metadata that could not be kept, such as a
+        date that the file system cannot store; empty if there is none.
     """
 
     n: int
@@ -156,7 +157,7 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failed:
-    """Receiver: this one is not stored."""
+    """Receiver: this file is not stored."""
 
     n: int
     reason: str
@@ -164,17 +165,17 @@ class Failed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bye:
-    """Sender: nothing more will be offered. Receiver: all was answered."""
+    """Sender: no more offers. Receiver: every offer has been answered."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alive:
-    """Receiver, every :data:`BEAT` seconds: still there, however slow the disk is."""
+    """Receiver, every :data:`BEAT` seconds: still alive, however slow the disk is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Busy:
-    """Receiver, in answer to Hello: it serves as many senders as it may; try again later."""
+    """Receiver, in answer to Hello: too many senders; try again later."""
 
 
 Message = (
@@ -201,12 +202,12 @@ _HINTS: Final = {kind: get_type_hints(kind) for kind in _TYPES.values()}
 
 
 def header(kind: int, length: int) -> bytes:
-    """The head of a frame."""
+    """The header of a frame."""
     return bytes([kind]) + length.to_bytes(4)
 
 
 def split_header(data: bytes) -> tuple[int, int]:
-    """Type and length. Raises ``ProtocolError`` for an unknown type or a frame too long."""
+    """Type and length. Raises ``ProtocolError`` for an unknown type or an oversized frame."""
     kind, length = data[0], int.from_bytes(data[1:])
     if kind != DATA and kind not in _TYPES:
         raise ProtocolError(f"a frame of the unknown type {kind}")
@@ -217,7 +218,7 @@ def split_header(data: bytes) -> tuple[int, int]:
 
 def encode(message: Message) -> bytes:
     """The whole frame. Paths and reasons are bounded, so that it never exceeds the limit."""
-    # JSON's escapes carry the lone surrogates that stand for bytes outside UTF-8 (PEP 383).
+    # JSON escapes can carry lone surrogates, which represent non-UTF-8 bytes (PEP 383).
     body = json.dumps(asdict(message), separators=(",", ":")).encode("ascii")
     return header(_CODES[type(message)], len(body)) + body
 

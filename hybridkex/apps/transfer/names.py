@@ -1,4 +1,4 @@
-"""Paths that go over the channel: which are allowed, and how they are shown."""
+"""Paths in a transfer: which are allowed, and how they are displayed."""
 
 from typing import Final
 from unicodedata import category
@@ -9,7 +9,7 @@ from hybridkex.text import printable
 __all__ = ["PARTIAL", "UnsafeName", "check_path", "shown"]
 
 PARTIAL: Final = ".hybridkex-partial"
-"""The folder for what is not yet complete, inside the receiving folder: on the same disk."""
+"""The folder for incomplete files, inside the receiving folder: on the same file system."""
 
 _LONGEST: Final = 255
 _DEEPEST: Final = 128
@@ -19,18 +19,18 @@ _LONGEST_PATH: Final = 4096
 
 
 class UnsafeName(HybridkexError):
-    """A path that could leave the receiving folder, or that many systems cannot have."""
+    """A path that could leave the receiving folder, or that many file systems do not support."""
 
 
 def check_path(path: tuple[str, ...]) -> None:
     """Refuse everything but a plain relative path. Raises ``UnsafeName``.
 
-    Names are never rewritten, since two names could become one. Symbolic links are looked for when
-    the path is walked, see :mod:`hybridkex.apps.transfer.folder`.
+    Names are never rewritten, since two names could become one. Symbolic links are detected when
+    the path is opened, see :mod:`hybridkex.apps.transfer.folder`.
     """
     if not 1 <= len(path) <= _DEEPEST:
         raise UnsafeName(f"{shown(path)}: the path has more than {_DEEPEST} parts, or none")
-    # As seen by a file system that ignores case, and dots and spaces at the end (FAT).
+    # As a file system that ignores case and trailing dots and spaces sees it (FAT).
     if path[0].casefold().rstrip(". ") == PARTIAL:
         raise UnsafeName(f"{shown(path)}: {PARTIAL} is reserved for incomplete files")
     total = 0
@@ -51,8 +51,8 @@ def check_path(path: tuple[str, ...]) -> None:
 
 
 def shown(path: tuple[str, ...]) -> str:
-    """The path for a terminal or a log: what could control a terminal is escaped; a path that is
-    too long for a line is cut in its middle."""
+    """The path for a terminal or a log: control characters are escaped, and a long path is
+    shortened in the middle."""
     text = "/".join(path[:_DEEPEST])
     if len(text) > _SHOWN:
         text = f"{text[: _SHOWN // 2]}…{text[-_SHOWN // 2 :]}"

@@ -1,4 +1,4 @@
-"""How a transfer reports what it does."""
+"""Progress reports of a transfer."""
 
 from typing import Protocol
 
@@ -6,14 +6,14 @@ __all__ = ["NullProgress", "Progress"]
 
 
 class Progress(Protocol):
-    """Is called from the transfer's tasks and must not block."""
+    """The callbacks of a transfer, called from its tasks; they must not block."""
 
     def begin(self, name: str, size: int, done: int) -> None:
         """A file begins; ``done`` of its ``size`` bytes were stored earlier."""
         ...
 
     def advance(self, name: str, count: int) -> None:
-        """``count`` bytes more."""
+        """``count`` more bytes have been transferred."""
         ...
 
     def end(self, name: str, outcome: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The receiving side: one task per connection, which reads, stores and answers in order."""
+"""The receiving side: one task per connection reads, stores and answers in order."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -56,7 +56,7 @@ class Receiver:
     async def serve(self, stream: SecureStream[Any]) -> bool:
         """Serve one connection, after its handshake, and close its stream.
 
-        Returns whether the sender has finished; False where the connection broke.
+        Returns whether the sender has finished; False if the connection broke.
         """
         try:
             async with stream:
@@ -85,8 +85,8 @@ class Receiver:
 
     async def _serve(self, stream: SecureStream[Any]) -> bool:
         frames, hello = await self._greeted(stream)
-        # A sender that comes back may be faster than our notice of the break: the newest
-        # connection of a transfer is the one that counts. Its name is known to its sender alone.
+        # A sender may reconnect before we notice the broken connection, so the newest connection of
+        # a transfer counts. Only the sender knows the transfer's identifier.
         while (older := self._live.get(hello.transfer)) is not None:
             older[0].cancel()
             await older[1].wait()
@@ -116,14 +116,14 @@ class Receiver:
 
 @dataclass
 class _Offered:
-    """A file that has been offered and has not begun."""
+    """A file that has been offered and not begun."""
 
     offer: Offer
     present: Present
     compared: bool = False
     """Whether the sender may begin."""
     prefix: Prefix | None = None
-    """What need not be sent."""
+    """The prefix that need not be sent."""
 
 
 @dataclass
@@ -132,13 +132,13 @@ class _Current:
 
     n: int
     part: PartFile | None
-    """``None``: given up, and the rest of its data is discarded."""
+    """``None``: abandoned; the rest of its data is discarded."""
     pieces: list[memoryview | bytearray] = field(default_factory=list)
     gathered: int = 0
 
     def gather(self, piece: memoryview) -> None:
         """Keep a piece until it is written. A small one is copied: a view costs more than a few
-        bytes, and holds all that came in the same read."""
+        bytes, and keeps the whole read buffer alive."""
         if len(piece) >= _COPIED:
             self.pieces.append(piece)
             return
@@ -160,7 +160,7 @@ class _Reception:
         self._current: _Current | None = None
 
     def close(self) -> None:
-        """Close what is open; what was written of it stays."""
+        """Close open files; what has been written is kept."""
         if self._current is not None and self._current.part is not None:
             self._progress.end(shown(self._current.part.offer.path), "the connection broke")
             self._current.part.close()
@@ -190,7 +190,7 @@ class _Reception:
                     raise ProtocolError(f"the sender says {type(message).__name__}")
 
     async def say_that_we_are_there(self) -> None:
-        """Send a message now and then: a slow disk must not look like a receiver that vanished."""
+        """Send a periodic message, so that a slow disk does not look like a vanished receiver."""
         while True:
             await trio.sleep(BEAT)
             await self._frames.send(Alive())
@@ -218,8 +218,8 @@ class _Reception:
         )
 
     async def _compare(self, digest: Digest) -> None:
-        """One digest for each offer, of as many bytes as are here: a sender that could choose how
-        many would learn a file of somebody else's byte by byte."""
+        """Compare the one digest of each offer, over as many bytes as we have: a sender that could
+        choose the length could learn another sender's file byte by byte."""
         offered = self._offers.get(digest.n)
         if offered is None or offered.compared:
             raise ProtocolError("a digest that was not asked for")
@@ -257,7 +257,7 @@ class _Reception:
     async def _data(self, piece: memoryview) -> None:
         current = self._current
         if current is None:
-            raise ProtocolError("data of no file")
+            raise ProtocolError("data outside a file")
         if current.part is None:
             return
         current.gather(piece)
@@ -306,8 +306,8 @@ class _Reception:
         if current is None or current.n != n:
             return
         if current.part is not None and current.pieces:
-            await self._write(current, current.part)  # it serves the next try
+            await self._write(current, current.part)  # kept for the next attempt
         self._current = None
         if current.part is not None:
-            self._progress.end(shown(current.part.offer.path), "the sender gave it up")
+            self._progress.end(shown(current.part.offer.path), "the sender abandoned it")
             current.part.close()

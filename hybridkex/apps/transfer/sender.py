@@ -1,8 +1,9 @@
-"""The sending side: offers everything, sends what the receiver lacks, resumes after a break.
+"""The sending side: offers everything, sends what the receiver lacks, resumes after an
+interruption.
 
-Two tasks share a connection. One offers, and answers what the receiver asks for; the other reads,
-so that neither side ever waits for the other to read. Up to :data:`WINDOW` offers await their
-outcome at once: many small files cost no round trip each.
+Two tasks share a connection. One sends offers and what the receiver requests; the other reads, so
+that the two sides never wait for each other to read. Up to :data:`WINDOW` offers await their
+outcome at once, so small files do not cost a round trip each.
 """
 
 import os
@@ -60,8 +61,8 @@ if TYPE_CHECKING:
 __all__ = ["Connect", "ConnectionLost", "Outcome", "send_items"]
 
 Connect = Callable[[], Awaitable[SecureStream[Any]]]
-"""Opens a connection to the receiver, handshake and all; ``OSError`` and
-``trio.BrokenResourceError`` as usual."""
+"""Opens a connection to the receiver, including the handshake; raises ``OSError`` or
+``trio.BrokenResourceError``."""
 
 PATIENCE: Final = 600.0
 """Seconds that a receiver may be alive without progress, by default."""
@@ -71,30 +72,30 @@ _LOOKS: Final = 16
 """At the progress, in the time that a receiver has for it."""
 _BUFFERS: Final = 4
 _SILENCE: Final = 3 * BEAT
-"""Seconds after which a receiver that says nothing is taken for gone. TCP_USER_TIMEOUT will not do:
-Linux counts one that is alive and does not read for a while, too (tcp(7))."""
+"""Seconds after which a silent receiver is considered gone. TCP_USER_TIMEOUT is unsuitable: on
+Linux it also ends connections to a live receiver that does not read for a while (tcp(7))."""
 
 
 class ConnectionLost(HybridkexError):
-    """The connection broke and did not come back."""
+    """The connection broke and could not be restored."""
 
 
 class _Changed(HybridkexError):
-    """A file that is not, or no longer, what was offered."""
+    """A file that differs from its offer."""
 
 
 @dataclass
 class Outcome:
-    """The result of a transfer; failures by name, each with its reason.
+    """The result of a transfer; failures by name, with the reason for each.
 
-    ``stored`` counts what was transferred, ``already`` what the receiver had, ``incomplete`` what
-    was stored without something beside its content (its date), which the value names.
+    ``stored`` counts files transferred, ``already`` files that the receiver had; ``incomplete``
+    names files stored without some metadata, such as the date, with that metadata as the value.
     """
 
     stored: int = 0
     already: int = 0
     payload: int = 0
-    """Bytes of files that went over the channel, repetitions included."""
+    """Bytes of file data sent, including repetitions."""
     connections: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     incomplete: dict[str, str] = field(default_factory=dict)
@@ -109,7 +110,7 @@ async def send_items(
     patience: float = PATIENCE,
     backoff: Backoff | None = None,
 ) -> Outcome:
-    """Send everything; what was stored before a break is not sent again.
+    """Send everything; data stored before an interruption is not sent again.
 
     Args:
         retries: how many connections in a row may end without a file settled or a megabyte sent
@@ -119,9 +120,9 @@ async def send_items(
             under way, which it may be reading and hashing.
 
     Raises:
-        ConnectionLost: so many did, or the first did before the receiver said a word.
+        ConnectionLost: that many did, or the first did before the receiver sent a message.
         OSError, trio.BrokenResourceError: the first connection could not be made.
-        ProtocolError: the other end is no receiver.
+        ProtocolError: the other end is not a receiver.
     """
     work = _Transfer(list(items), progress, patience)
     waits = backoff or Backoff()
@@ -134,9 +135,10 @@ async def send_items(
             lost = _worth_a_try(error)
             if not work.heard:
                 # A server refuses a client after the client's handshake is done (RFC 9846, section
-                # 4.5.1.3), and its alert may be lost with the reset: as good as no connection.
+                # 4.5.1.3), and its alert may be lost with the reset: treat it as no connection.
                 raise ConnectionLost(
-                    f"{lost}, before the receiver said a word: it may have refused us, see its log"
+                    f"{lost}, before the receiver sent anything: it may have refused us, see its "
+                    "log"
                 ) from None
         else:
             return work.outcome
@@ -158,11 +160,11 @@ async def _again(
             lost = f"cannot connect: {os_reason(error)}"
         except trio.BrokenResourceError as error:
             lost = _worth_a_try(error)
-    raise ConnectionLost(f"{lost}; given up after {retries} tries")
+    raise ConnectionLost(f"{lost}; gave up after {retries} retries")
 
 
 def _worth_a_try(error: trio.BrokenResourceError) -> str:
-    """Why it broke. Raises ``ConnectionLost`` where the peer meant it, or we did."""
+    """Why the connection broke. Raises ``ConnectionLost`` if either side refused the other."""
     reason = str(error.__cause__ or error) or "the connection broke"
     refused = isinstance(error.__cause__, PeerError | AlertReceived)
     if refused and not isinstance(error.__cause__, HandshakeTimeout):
@@ -171,7 +173,7 @@ def _worth_a_try(error: trio.BrokenResourceError) -> str:
 
 
 class _Transfer:
-    """The state that outlives a connection: what was settled."""
+    """The state that outlives a connection: the outcomes so far."""
 
     def __init__(self, items: list[Item], progress: Progress, patience: float) -> None:
         self._items: Final = dict(enumerate(items))
@@ -181,11 +183,11 @@ class _Transfer:
         self._name: Final = secrets.token_hex(16)
         self.outcome = Outcome()
         self.heard = False
-        """Whether the receiver has ever answered."""
+        """Whether the receiver has answered at all."""
 
     @property
     def settled(self) -> int:
-        """How many have an outcome."""
+        """The number of items with an outcome."""
         return self.outcome.stored + self.outcome.already + len(self.outcome.failed)
 
     @property
@@ -201,7 +203,7 @@ class _Transfer:
     def settle(
         self, n: int, *, already: bool = False, failed: str | None = None, lost: str = ""
     ) -> None:
-        """An item has its outcome and is not offered again."""
+        """Record the outcome of an item, which is not offered again."""
         item = self._items.pop(n)
         if lost:
             self.outcome.incomplete[shown(item.path)] = lost
@@ -215,7 +217,7 @@ class _Transfer:
         self._progress.end(shown(item.path), failed)
 
     async def over(self, stream: SecureStream[Any]) -> None:
-        """Offer and send what is left over one connection."""
+        """Offer and send the remaining items over one connection."""
         self.outcome.connections += 1
         try:
             async with stream:
@@ -230,7 +232,7 @@ class _Transfer:
 
 
 class _Connection:
-    """One connection's part of a transfer."""
+    """A transfer's state on one connection."""
 
     def __init__(
         self,
@@ -252,17 +254,17 @@ class _Connection:
         self._open: set[int] = set()
         """Offered, and without an outcome."""
         self._dropped: set[int] = set()
-        """Given up by us."""
+        """Abandoned by us."""
         self._requests: deque[Have | Send] = deque()
-        """What the receiver has asked for."""
+        """Requests of the receiver."""
         self._compared: set[int] = set()
-        """Files of which the receiver has asked for the digest."""
+        """Files whose digest the receiver has requested."""
         self._begun: set[int] = set()
-        """Files of which the receiver has asked for the data."""
+        """Files whose data the receiver has requested."""
         self._proved: set[int] = set()
-        """Files of which the receiver has all that it needs to call them stored."""
+        """Files that the receiver can store without further data."""
         self._prefixes: dict[int, tuple[int, _Hash]] = {}
-        """Sizes and digests that were sent to it."""
+        """Sizes and digests sent to the receiver."""
         self._leaving = False
         self._news = trio.Condition()
 
@@ -330,7 +332,7 @@ class _Connection:
                     self._open.remove(n)
                     self._transfer.settle(n, failed=_one_line(reason))
                 case Failed(n=n) if n in self._dropped:
-                    continue  # both sides gave it up at once
+                    continue  # both sides abandoned it at once
                 case Bye() if self._leaving:
                     return
                 case None:
@@ -410,11 +412,11 @@ class _Connection:
         if n in self._open:
             self._proved.add(n)
             await self._frames.send(End(n=n, sha256=whole.hexdigest()))
-        else:  # the receiver has given it up
+        else:  # the receiver has abandoned it
             await self._frames.send(Drop(n=n, reason=""))
 
     async def _send_data(self, n: int, item: Item, file: int, digest: "_Hash", offset: int) -> None:
-        """Read and hash in a thread while the chunk before is being sent."""
+        """Read and hash each chunk in a thread while the previous one is being sent."""
         put, full = trio.open_memory_channel[bytearray](_BUFFERS)
         give_back, take = trio.open_memory_channel[bytearray](_BUFFERS)
         for _ in range(_BUFFERS):
@@ -453,7 +455,7 @@ class _Connection:
 
 @contextmanager
 def _opened(item: Item) -> Iterator[int]:
-    # Not blocking, should it have become a named pipe.
+    # Non-blocking, in case it has become a named pipe.
     file = os.open(item.source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         _check(file, item)
@@ -463,25 +465,25 @@ def _opened(item: Item) -> Iterator[int]:
 
 
 def _check(file: int, item: Item) -> None:
-    """Raise ``_Changed`` where it is not what was offered.
+    """Raise ``_Changed`` if the file differs from its offer.
 
-    One byte behind the end is read, too: files of /proc say that they have 0 bytes.
+    Reads one byte past the end, too: files in /proc report a size of 0.
     """
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode):
         raise _Changed("it is no longer a file")
     if os.pread(file, 1, item.size):
         raise _Changed(
-            f"it has more than the {item.size:,} bytes that its size says: it is still written to, "
-            "or the system makes it up while it is read; copy it first"
+            f"it has more than the {item.size:,} bytes of its reported size: it is being written, "
+            "or the system generates it when it is read; copy it first"
         )
     found = (status.st_dev, status.st_ino), status.st_size, status.st_mtime_ns
     if found != (item.inode, item.size, item.mtime_ns):
-        raise _Changed("it changed while it was sent")
+        raise _Changed("it changed while it was being sent")
 
 
 def _read_frame(file: int, position: int, frame: bytearray, digest: "_Hash") -> None:
-    """Fill a frame: as many bytes of the file as it has room for."""
+    """Fill a frame with as many bytes of the file as fit."""
     with memoryview(frame) as view:
         body = view[HEADER:]
         view[:HEADER] = header(DATA, len(body))
@@ -489,12 +491,14 @@ def _read_frame(file: int, position: int, frame: bytearray, digest: "_Hash") -> 
         while done < len(body):
             count = os.preadv(file, [body[done:]], position + done)
             if not count:
-                raise _Changed(f"it has only {position + done:,} bytes, fewer than its size said")
+                raise _Changed(
+                    f"it has only {position + done:,} bytes, fewer than its reported size"
+                )
             done += count
         digest.update(body)
         body.release()
 
 
 def _one_line(text: str) -> str:
-    """What the other end says, for one line of a terminal."""
+    """The other end's text, as one line for a terminal."""
     return printable(text, most=500)

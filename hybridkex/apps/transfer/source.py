@@ -1,4 +1,4 @@
-"""The files and folders of this machine that are to be sent."""
+"""The local files and folders to send."""
 
 import os
 import stat
@@ -16,16 +16,16 @@ __all__ = ["Item", "collect"]
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A file or a folder to send, as it was when it was found.
+    """A file or a folder to send, with its attributes when it was found.
 
     Args:
         source: where it is.
-        path: its name on the other side, part by part.
+        path: its name at the receiver, as components.
         folder: whether it is a folder.
-        size: bytes; 0 of a folder.
+        size: in bytes; 0 for a folder.
         mtime_ns: nanoseconds since 1970; negative before.
         mode: permission bits, as of chmod(2).
-        inode: device and inode number, by which a replaced file is noticed.
+        inode: device and inode number, which reveal a replaced file.
     """
 
     source: Path
@@ -47,11 +47,11 @@ _KINDS = {
 
 
 def collect(paths: list[Path], leave_out: Callable[[str], None]) -> list[Item]:
-    """List everything below the paths, folders before their content, in order of name.
+    """List everything below the paths: folders before their content, sorted by name.
 
-    Links that are named themselves are followed. What cannot be sent is left out, and
-    ``leave_out`` is called with a line that names it: links inside a folder, devices, pipes, names
-    that :func:`~hybridkex.apps.transfer.names.check_path` refuses, what cannot be read.
+    Links given as paths are followed. What cannot be sent is left out, and ``leave_out`` is called
+    with a line that names it: links inside a folder, devices, pipes, names that
+    :func:`~hybridkex.apps.transfer.names.check_path` refuses, what cannot be read.
 
     Raises:
         ConfigError: two of the paths have the same name.
@@ -60,7 +60,7 @@ def collect(paths: list[Path], leave_out: Callable[[str], None]) -> list[Item]:
     named: dict[str, Path] = {}
     for path in paths:
         try:
-            # The name of "." or "folder/.." is what it is called where it is.
+            # "." and "folder/.." are sent under the folder's real name.
             name = path.name if path.name not in ("", "..") else path.resolve().name
             status = path.stat()
         except (OSError, ValueError, RuntimeError) as error:  # a NUL in it; a loop of links
@@ -68,11 +68,11 @@ def collect(paths: list[Path], leave_out: Callable[[str], None]) -> list[Item]:
             leave_out(f"{_text(path)}: {reason}")
             continue
         if not name:
-            leave_out(f"{_text(path)}: it has no name to send it under")
+            leave_out(f"{_text(path)}: it has no name under which to send it")
             continue
         if name in named:
             raise ConfigError(
-                f"{_text(named[name])} and {_text(path)} have the same name; send them one by one"
+                f"{_text(named[name])} and {_text(path)} have the same name; send them separately"
             )
         named[name] = path
         found += _tree(path, (name,), status, leave_out)
@@ -88,7 +88,7 @@ def _tree(
 ) -> list[Item]:
     """A file, or a folder and everything below it.
 
-    Not recursive: a tree may be deeper than Python's stack.
+    Iterative, since a tree may be deeper than Python's stack.
     """
     found: list[Item] = []
     waiting = [(source, path, status)]

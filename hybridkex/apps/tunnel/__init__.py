@@ -1,7 +1,7 @@
 """The tunnel: sockets of unmodified programs, forwarded through secure channels.
 
 :mod:`~hybridkex.apps.tunnel.config` describes one tunnel, :mod:`~hybridkex.apps.tunnel.server` runs
-any number of them and applies new configurations while they run,
+any number of them and applies configuration changes,
 :mod:`~hybridkex.apps.tunnel.service` connects them to signals and systemd, and
 :mod:`~hybridkex.apps.tunnel.forward` carries the bytes of one connection.
 """

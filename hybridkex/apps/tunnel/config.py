@@ -1,4 +1,4 @@
-"""What one tunnel is."""
+"""The configuration of one tunnel."""
 
 import math
 from collections.abc import AsyncIterator, Callable, Collection
@@ -15,7 +15,7 @@ from hybridkex.net.address import Address, TcpAddress, UnixAddress
 __all__ = ["ConfigFactory", "TunnelConfig", "check_together"]
 
 ConfigFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[ClientConfig | ServerConfig]]
-"""Reads the certificates and opens the key sources of a channel, for as long as the context lasts.
+"""Reads the certificates and opens the key sources of a channel, for the duration of the context.
 
 With a ``ServerConfig`` the connections that are accepted are the secure ones and those to the
 target are plain; with a ``ClientConfig`` it is the other way round.
@@ -24,29 +24,30 @@ target are plain; with a ``ClientConfig`` it is the other way round.
 
 @dataclass(frozen=True, kw_only=True)
 class TunnelConfig:
-    """One tunnel: where it listens, where its connections go, and what secures one half of the way.
+    """One tunnel: where it listens, where it forwards connections, and the channel of its secure
+    side.
 
     Args:
-        name: tells it from the others in logs and metrics.
-        local: where it listens.
-        forward: where each connection is carried to.
+        name: identifies it in logs and metrics.
+        local: the address to listen on.
+        forward: the address to forward connections to.
         channel: see :data:`ConfigFactory`.
-        server_name: the name in the server's certificate, if it is not the host of ``forward``.
+        server_name: the name in the server's certificate, if not the host of ``forward``.
         bind: the local address of connections to ``forward``, ``None`` for any.
-        allowed: names of which one must be vouched for (DNS names, IP addresses and URIs in the
-            subjectAltName, never the common name), or ``sha256:`` and the pin of a key; empty:
-            whomever the channel's configuration accepts.
-        max_connections: more at the same time are refused.
+        allowed: the peer must have one of these verified names (DNS names, IP addresses and URIs in
+            the subjectAltName, never the common name) or keys (``sha256:`` and a pin); empty:
+            anyone whom the channel's configuration accepts.
+        max_connections: most connections at once; more are refused.
         handshake_timeout: seconds for a handshake.
-        connect_timeout: seconds for the connection to ``forward``.
-        idle_timeout: seconds without a byte in either direction after which a connection is cut;
+        connect_timeout: seconds for connecting to ``forward``.
+        idle_timeout: seconds without data in either direction after which a connection is cut;
             ``None`` for no limit.
-        socket_mode: the permissions of ``local``, where it is a Unix socket.
-        port_file: a file that gets the TCP port of ``local``; ``None`` for none.
+        socket_mode: the permissions of ``local`` if it is a Unix socket.
+        port_file: a file to write the TCP port of ``local`` to; ``None`` for none.
         json: log sessions as JSON.
 
     Raises:
-        ConfigError: a value that makes no sense.
+        ConfigError: a value is invalid.
     """
 
     name: str
@@ -70,24 +71,24 @@ class TunnelConfig:
         if not self.name:
             raise ConfigError("a tunnel needs a name")
         if self.max_connections < 1:
-            raise ConfigError(f"{self.name}: max_connections is at least 1")
+            raise ConfigError(f"{self.name}: max_connections must be at least 1")
         limits = (self.handshake_timeout, self.connect_timeout, self.idle_timeout)
         if not all(limit is None or 0 < limit < math.inf for limit in limits):
-            raise ConfigError(f"{self.name}: time limits are positive numbers of seconds")
+            raise ConfigError(f"{self.name}: time limits must be positive numbers of seconds")
         if self.bind is not None:
             try:
                 ip_address(self.bind)
             except ValueError:
                 raise ConfigError(f"{self.name}: bind is not an IP address") from None
         if not 0 <= self.socket_mode <= 0o777:
-            raise ConfigError(f"{self.name}: the mode of a socket is 000 to 777")
+            raise ConfigError(f"{self.name}: the mode of a socket must be 000 to 777")
 
     @property
     def expected_name(self) -> str | None:
         """The name that the server at ``forward`` must have, for a client.
 
         Raises:
-            ConfigError: a Unix socket has none.
+            ConfigError: a Unix socket has no name.
         """
         if self.server_name is not None:
             return self.server_name
@@ -99,15 +100,15 @@ class TunnelConfig:
     async def opened(self) -> AsyncIterator[ClientConfig | ServerConfig]:
         """The channel, for as long as the context lasts.
 
-        It gives and takes no session tickets: every connection of a tunnel has a full handshake
-        and, where QKD is used, a key of its own.
+        It uses no session tickets: every connection of a tunnel has a full handshake and, with QKD,
+        a key of its own.
 
         Raises:
-            ConfigError: a file of it cannot be used.
+            ConfigError: one of its files cannot be used.
         """
         async with self.channel() as channel:
             if isinstance(channel, ClientConfig):
-                ClientConnection(channel, self.expected_name)  # now, not with the first connection
+                ClientConnection(channel, self.expected_name)  # now, not at the first connection
                 yield replace(channel, ticket_store=None)
             else:
                 yield replace(channel, tickets=None)
@@ -120,14 +121,14 @@ class TunnelConfig:
 
 
 def check_together(tunnels: Collection[TunnelConfig]) -> None:
-    """Raise ``ConfigError`` where two of them are in each other's way, or there are none."""
+    """Raise ``ConfigError`` if there are no tunnels, or two of them conflict."""
     if not tunnels:
         raise ConfigError("no tunnel is configured")
     names: set[str] = set()
     doors: dict[tuple[Address, str], str] = {}
     for tunnel in tunnels:
         if tunnel.name in names:
-            raise ConfigError(f"two tunnels are called {tunnel.name}")
+            raise ConfigError(f"two tunnels have the name {tunnel.name}")
         if tunnel.door in doors:
             raise ConfigError(
                 f"{doors[tunnel.door]} and {tunnel.name} both listen on {tunnel.local}"

@@ -1,10 +1,10 @@
-"""The bytes of one connection, both ways.
+"""Forwarding the bytes of one connection, in both directions.
 
-Each direction is a loop that reads and then writes what it read: while the reader at the far end is
-slow nothing more is read, so a connection costs one buffer each way, and the sender feels it.
+Each direction is a loop that reads and then writes: a slow reader at the far end stops the reading,
+so a connection needs one buffer per direction, and back pressure reaches the sender.
 
-An end is an end of one direction, and is passed on: FIN becomes close_notify and the reverse. A cut
-is passed on as a cut: both sockets are reset, so that nobody takes what came for all there was.
+The end of one direction is passed on: FIN becomes close_notify and vice versa. A cut is passed on
+as a cut: both sockets are reset, so that neither program mistakes partial data for all of it.
 """
 
 from collections.abc import Callable
@@ -25,12 +25,13 @@ Count: TypeAlias = Callable[[int], object]
 
 
 class ConnectionCut(HybridkexError):
-    """A connection did not come to its end in both directions; the text says why."""
+    """A connection was not closed in both directions; the text says why."""
 
 
 @dataclass(frozen=True, eq=False)
 class Leg:
-    """One half of the way: the stream, and the socket below it (the same, if it is plain)."""
+    """One side of a tunnelled connection: the stream and its socket (the same object if it is
+    plain)."""
 
     what: str
     stream: HalfCloseableStream
@@ -38,28 +39,28 @@ class Leg:
 
     @property
     def secure(self) -> bool:
-        """Whether there is something between the stream and the socket."""
+        """Whether the stream is not the plain socket."""
         return self.stream is not self.socket
 
     def cut(self) -> None:
-        """Close without saying goodbye."""
+        """Close abruptly, with a reset."""
         reset(self.socket)
 
 
 async def forward(
     near: Leg, far: Leg, *, out: Count, back: Count, idle_timeout: float | None
 ) -> None:
-    """Carry both directions to their ends. The legs are left open.
+    """Forward both directions until they end. The legs are left open.
 
     Args:
         near: the leg that was accepted.
         far: the leg that was opened for it.
-        out: told the bytes that went from near to far.
-        back: told the bytes that went from far to near.
-        idle_timeout: seconds without a byte.
+        out: called with the number of bytes forwarded from near to far.
+        back: called with the number of bytes forwarded from far to near.
+        idle_timeout: seconds without data.
 
     Raises:
-        ConnectionCut: one of the legs broke, or nothing moved for too long.
+        ConnectionCut: one of the legs broke, or the connection was idle for too long.
     """
     await _Forwarding().run(near, far, out, back, idle_timeout)
 
@@ -86,10 +87,10 @@ class _Forwarding:
             raise ConnectionCut(self._reason)
 
     async def _limit_idleness(self, seconds: float) -> None:
-        # Not a deadline that each chunk moves: that would cost each of them more than looking.
+        # Polling is cheaper than a deadline that each chunk would move.
         while (quiet_until := self._moved + seconds) > trio.current_time():  # noqa: ASYNC110
             await trio.sleep_until(quiet_until)
-        self._give_up(f"nothing moved for {seconds:g} s")
+        self._give_up(f"no data for {seconds:g} s")
 
     async def _carry(self, source: Leg, sink: Leg, count: Count, watchers: trio.Nursery) -> None:
         while True:
@@ -104,8 +105,8 @@ class _Forwarding:
             try:
                 await sink.stream.send_all(data)
             except trio.BrokenResourceError as error:
-                # The sink is gone; what it said before it went is still carried the other way,
-                # whose loop then meets the end or the break.
+                # The sink is gone; data that it sent before is still forwarded by the other
+                # direction, whose loop then sees the end or the failure.
                 self._note(f"{sink.what}: {error.__cause__ or error}")
                 return
             self._moved = trio.current_time()
@@ -120,21 +121,22 @@ class _Forwarding:
             watchers.start_soon(self._watch, source, sink)
 
     async def _watch(self, gone: Leg, other: Leg) -> None:
-        """Behind close_notify comes nothing (RFC 9846 section 6.1) but, if it leaves early, the end
-        of the transport. Without this, a connection whose target is silent would stay for ever."""
+        """After close_notify nothing follows (RFC 9846 section 6.1) except the end of the
+        transport, if the peer leaves early. Without this check, a connection with a silent target
+        would stay forever."""
         try:
             while await gone.socket.receive_some():
                 pass
         except trio.BrokenResourceError:
             pass
         if other not in self._ended:
-            self._give_up(f"{gone.what} left before {other.what} had ended")
+            self._give_up(f"{gone.what} disconnected before {other.what} had finished")
 
     def _give_up(self, reason: str) -> None:
         self._note(reason)
         self._scope.cancel()
 
     def _note(self, reason: str) -> None:
-        """The first thing that went wrong is what is told; the rest follows from it."""
+        """Record the first failure; later ones are its consequences."""
         if self._reason is None:
             self._reason = reason

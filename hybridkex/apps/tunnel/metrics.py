@@ -1,4 +1,4 @@
-"""What the tunnels of a process count, in Prometheus form (needs ``prometheus_client``)."""
+"""Prometheus metrics of the tunnels of a process (needs ``prometheus_client``)."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
@@ -16,7 +16,7 @@ class TunnelMetrics:
         self.registry = registry
         self.open = Gauge(
             "hybridkex_tunnel_connections_open",
-            "Connections now.",
+            "Open connections.",
             ("tunnel",),
             registry=registry,
         )
@@ -28,54 +28,54 @@ class TunnelMetrics:
         )
         self.failed = Counter(
             "hybridkex_tunnel_connections_refused",
-            "Connections that carried nothing: limit, handshake, name or upstream.",
+            "Connections refused before they carried data: limit, handshake, name or upstream.",
             ("tunnel", "reason"),
             registry=registry,
         )
         self.cut = Counter(
             "hybridkex_tunnel_connections_cut",
-            "Connections that did not come to an orderly end.",
+            "Connections that did not end in an orderly way.",
             ("tunnel",),
             registry=registry,
         )
         self.bytes = Counter(
             "hybridkex_tunnel_bytes",
-            "Bytes carried, out from where the tunnel listens or back.",
+            "Bytes forwarded, outwards from the listening side or back.",
             ("tunnel", "direction"),
             registry=registry,
         )
         self.handshakes = Counter(
             "hybridkex_tunnel_handshakes",
-            "Handshakes that went well.",
+            "Successful handshakes.",
             ("tunnel", "group", "auth"),
             registry=registry,
         )
         self.handshake_failures = Counter(
             "hybridkex_tunnel_handshake_failures",
-            "Handshakes that failed, with the alert, who sent it, and our reason if we did.",
+            "Failed handshakes, with the alert, its sender, and our reason if we sent it.",
             ("tunnel", "alert", "by", "reason"),
             registry=registry,
         )
         self.qkd_keys = Counter(
             "hybridkex_tunnel_qkd_keys",
-            "QKD keys that went into handshakes.",
+            "QKD keys used in handshakes.",
             ("tunnel",),
             registry=registry,
         )
         self.qkd_fallbacks = Counter(
             "hybridkex_tunnel_qkd_fallbacks",
-            "Handshakes without a QKD key, where one is preferred.",
+            "Handshakes without a QKD key under a policy that prefers one.",
             ("tunnel",),
             registry=registry,
         )
 
     def of(self, tunnel: str) -> "TunnelCounters":
-        """Those of one tunnel, which are there from now on."""
+        """The counters of one tunnel, exported from now on."""
         return TunnelCounters(self, tunnel)
 
 
 class TunnelCounters:
-    """The metrics of one tunnel; found once, not at each chunk."""
+    """The metrics of one tunnel, looked up once and not for each chunk."""
 
     def __init__(self, metrics: TunnelMetrics, tunnel: str) -> None:
         self._metrics = metrics
@@ -89,11 +89,11 @@ class TunnelCounters:
         self._qkd_fallbacks = metrics.qkd_fallbacks.labels(tunnel)
 
     def refused(self, reason: str) -> None:
-        """A connection came to nothing."""
+        """A connection was refused."""
         self._metrics.failed.labels(self._tunnel, reason).inc()
 
     def handshake(self, session: Session) -> None:
-        """A handshake went well."""
+        """A handshake succeeded."""
         auth = session.authenticated_by.value
         self._metrics.handshakes.labels(self._tunnel, session.group, auth).inc()
         self._qkd_keys.inc(len(session.qkd_key_ids))

@@ -1,9 +1,9 @@
-"""Any number of tunnels in one process, and how their configuration changes while they run.
+"""Any number of tunnels in one process, and configuration changes while they run.
 
-Three nurseries, ended from the inside out: no new connections, then no old ones, then the key
-sources are closed. A configuration in force is a :class:`_Live`; a connection takes the one that it
-finds when it is accepted and holds it until its handshake is done, so that a new configuration is
-for new connections and an old one stays open as long as somebody needs its key source.
+Three nurseries, ended from the inside out: no new connections, then no open ones, then the key
+sources are closed. A configuration in force is a :class:`_Live`; a connection uses the one that is
+in force when it is accepted and holds it until its handshake is done, so that a new configuration
+applies to new connections and an old one stays open as long as its key source is needed.
 """
 
 import contextlib
@@ -34,14 +34,14 @@ __all__ = ["TunnelServer"]
 LOG: Final = get_logger("hybridkex.tunnel")
 
 _LOOK_EVERY: Final = 1.0
-"""Seconds between two looks at the names of Unix sockets."""
+"""Seconds between two checks of the names of Unix sockets."""
 
 _Key: TypeAlias = tuple[Address, str]
 """Of a door, see :attr:`TunnelConfig.door`."""
 
 
 class _Refused(HybridkexError):
-    """A connection that carries nothing."""
+    """A connection is refused."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -49,7 +49,7 @@ class _Refused(HybridkexError):
 
 
 class _Live:
-    """A configuration in force: its files are read, its key sources are open."""
+    """A configuration in force: its files have been read, its key sources are open."""
 
     def __init__(self, config: TunnelConfig, channel: ClientConfig | ServerConfig) -> None:
         self.config = config
@@ -59,14 +59,14 @@ class _Live:
         self._retired = False
 
     def retire(self) -> None:
-        """No new connection will use it."""
+        """Stop using it for new connections."""
         self._retired = True
         if not self._users:
             self.over.set()
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """A handshake is under way with it."""
+        """Hold it during a handshake."""
         self._users += 1
         try:
             yield
@@ -78,7 +78,7 @@ class _Live:
 
 @dataclass(eq=False)
 class _Door:
-    """Where connections come in, and the configuration that they find."""
+    """A listening address and the configuration for its connections."""
 
     listening: Listening
     live: _Live
@@ -87,10 +87,10 @@ class _Door:
 
 
 class TunnelServer:
-    """Runs tunnels.
+    """Runs tunnels until closed.
 
     Args:
-        metrics: where they count.
+        metrics: the metrics to update.
     """
 
     def __init__(self, metrics: TunnelMetrics) -> None:
@@ -98,7 +98,7 @@ class TunnelServer:
         self._doors: dict[_Key, _Door] = {}
         self._open: Counter[str] = Counter()
         self._changing = trio.Lock()
-        """Held while doors are opened and closed."""
+        """Held while listening sockets are opened and closed."""
         self._closing = trio.Event()
         self._grace = 0.0
         self._background: trio.Nursery
@@ -111,7 +111,7 @@ class TunnelServer:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serve until :meth:`close`; started once all of them listen.
+        """Serve until :meth:`close`; reports as started once all tunnels listen.
 
         Raises:
             ConfigError: the configuration cannot be used.
@@ -128,7 +128,7 @@ class TunnelServer:
                 self._accepting.cancel_scope.cancel()
             if self._connections.child_tasks:
                 LOG.info(
-                    "%d connections may go on for %g s",
+                    "%d open connections have %g s to finish",
                     len(self._connections.child_tasks),
                     self._grace,
                 )
@@ -137,8 +137,8 @@ class TunnelServer:
                 door.live.retire()
 
     def close(self, grace: float) -> None:
-        """Begin an orderly end: no new connections, the old ones have ``grace`` seconds. Called
-        again, it ends them sooner."""
+        """Begin an orderly shutdown: no new connections, and ``grace`` seconds for open ones.
+        Another call can shorten this."""
         self._grace = grace
         if self._closing.is_set():
             self._connections.cancel_scope.deadline = trio.current_time() + grace
@@ -146,11 +146,11 @@ class TunnelServer:
 
     @property
     def open_connections(self) -> int:
-        """How many there are now."""
+        """The number of open connections."""
         return self._open.total()
 
     def where(self, name: str) -> Address:
-        """Where a tunnel listens, with the port that it has."""
+        """The address of a tunnel, with its actual port."""
         listening = next(
             door.listening for door in self._doors.values() if door.live.config.name == name
         )
@@ -159,21 +159,21 @@ class TunnelServer:
         return listening.address
 
     async def apply(self, tunnels: Collection[TunnelConfig]) -> None:
-        """Put a new configuration into force, as a whole or not at all.
+        """Apply a new configuration, completely or not at all.
 
-        Connections that are there go on as they are. A listening socket that is in both
-        configurations stays open, so that nobody is refused in between; one whose name in the file
-        system was taken away is opened anew.
+        Open connections continue unchanged. A listening socket that is in both configurations stays
+        open, so that no connection is refused in between; a Unix socket whose name was removed is
+        opened again.
 
         Raises:
-            ConfigError: the new one cannot be used, and everything is as it was.
+            ConfigError: the new configuration cannot be used; nothing has changed.
         """
         check_together(tunnels)
         async with self._changing:
             await self._apply(tunnels)
 
     async def _apply(self, tunnels: Collection[TunnelConfig]) -> None:
-        # Everything that can fail or wait comes first, and is undone if the rest fails.
+        # Everything that can fail or block comes first, and is undone if the rest fails.
         async with contextlib.AsyncExitStack() as undo:
             fresh: dict[_Key, _Live] = {}
             for config in tunnels:
@@ -202,7 +202,7 @@ class TunnelServer:
             for path, port in port_files:
                 write_port(path, port)
             undo.pop_all()
-        # And nothing of what follows does either.
+        # Nothing below can fail.
         for key in [key for key in self._doors if key not in fresh or key in opened]:
             gone = self._doors.pop(key)
             gone.scope.cancel()
@@ -216,7 +216,7 @@ class TunnelServer:
             self._accepting.start_soon(self._accept, door)
 
     async def _keep_names(self) -> None:
-        """Listen again where the name of a Unix socket was removed or replaced; for ever."""
+        """Listen again whenever the name of a Unix socket is removed or replaced."""
         failures: dict[_Key, str] = {}
         while True:
             await trio.sleep(_LOOK_EVERY)
@@ -231,15 +231,15 @@ class TunnelServer:
                     except HybridkexError as error:
                         if failures.get(key) != str(error):  # once, not every time
                             LOG.error(  # noqa: TRY400
-                                "%s: its socket was removed or replaced, and new connections "
-                                "cannot come in: %s; it is tried again",
+                                "%s: its socket was removed or replaced and cannot be opened "
+                                "again: %s; it accepts no connections; retrying",
                                 *(config.name, error),
                             )
                         failures[key] = str(error)
                         continue
                     failures.pop(key, None)
                     LOG.warning(
-                        "%s: the socket %s was removed or replaced; it is made anew",
+                        "%s: the socket %s was removed or replaced; it has been created again",
                         *(config.name, config.local),
                     )
                     self._doors[key] = _Door(listening, door.live, door.budget)
@@ -253,7 +253,7 @@ class TunnelServer:
                 if isinstance(channel, ServerConfig) and not (
                     channel.require_client_certificate or channel.has_psk
                 ):
-                    LOG.info("%s: clients need not prove who they are", config.name)
+                    LOG.info("%s: clients are not authenticated", config.name)
                 self._metrics.of(config.name)  # shown at zero, so that a rate has a beginning
                 live = _Live(config, channel)
                 started = True
@@ -262,8 +262,8 @@ class TunnelServer:
         except Exception:
             if not started:
                 raise
-            # A key source that does not close well is no reason to end the others.
-            LOG.exception("%s: its key sources were not closed in order", config.name)
+            # A key source that fails to close must not end the others.
+            LOG.exception("%s: closing its key sources failed", config.name)
 
     async def _accept(self, door: _Door) -> None:
         async def handle(socket: trio.SocketStream, connection: Connection) -> None:
@@ -273,8 +273,8 @@ class TunnelServer:
             handle,
             name=door.live.config.name,
             logger=LOG,
-            # The stream's own time limit, which tells the peer and follows the configuration, is
-            # the one that counts.
+            # The stream's own time limit applies: it notifies the peer and follows the
+            # configuration.
             handshake_seconds=math.inf,
         )
         with door.scope:
@@ -301,7 +301,7 @@ class TunnelServer:
 
 
 class _Connection:
-    """One connection, from its acceptance to its end."""
+    """One connection, from accept to close."""
 
     def __init__(
         self,
@@ -319,7 +319,7 @@ class _Connection:
         self._what = f"{live.config.name}: {connection.peer}"
         self._accepted = socket
         self._sockets = [socket]
-        """Whatever has been opened: all of it is closed in the end."""
+        """Everything that has been opened, closed at the end."""
 
     async def run(self) -> None:
         began = trio.current_time()
@@ -345,7 +345,7 @@ class _Connection:
             raise
         finally:
             if self._connection.evicted:
-                end = "cut: its place was needed for another"
+                end = "cut to make room for another connection"
             if end.startswith("cut"):
                 self._counters.cut.inc()
             for socket in self._sockets:
@@ -366,7 +366,7 @@ class _Connection:
             raise _Refused("limit", str(error)) from None
 
     async def _establish(self) -> tuple[Leg, Leg]:
-        """Both halves of the way, near and far."""
+        """Open both legs, near and far."""
         channel = self._live.channel
         keep_alive(self._accepted)
         if isinstance(channel, ServerConfig):
@@ -411,13 +411,13 @@ class _Connection:
         session = stream.session
         self._counters.handshake(session)
         if self._config.allowed and not session.peer_is_one_of(self._config.allowed):
-            raise _Refused("name", f"{session.peer_subject} is not on the list")
+            raise _Refused("name", f"{session.peer_subject} is not allowed")
         LOG.info("%s open; %s", self._what, _described(session, as_json=self._config.json))
         return Leg("the channel", stream, socket)
 
 
 class _Sum:
-    """Adds up for the log what is counted for the metrics."""
+    """Adds up for the log what the metrics count."""
 
     def __init__(self, count: Any) -> None:
         self._count = count

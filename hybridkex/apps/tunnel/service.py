@@ -1,4 +1,4 @@
-"""Tunnels as a service: signals reload their configuration and drain them, systemd is told."""
+"""Tunnels as a service: signals reload or drain them, and systemd is notified."""
 
 import math
 import signal
@@ -25,16 +25,16 @@ LOG: Final = get_logger("hybridkex.tunnel")
 
 @dataclass(frozen=True, kw_only=True)
 class TunnelSettings:
-    """The settings of a whole process.
+    """The settings of a process.
 
     Args:
         tunnels: at least one.
-        metrics: where Prometheus may ask, ``None`` for nowhere.
-        grace: seconds that connections may go on after SIGTERM.
+        metrics: the address to serve Prometheus metrics on; ``None`` for none.
+        grace: seconds for open connections after SIGTERM.
         log_level: ``debug``, ``info``, ``warning`` or ``error``.
 
     Raises:
-        ConfigError: a value makes no sense, or two tunnels are in each other's way.
+        ConfigError: a value is invalid, or two tunnels conflict.
     """
 
     tunnels: tuple[TunnelConfig, ...]
@@ -45,20 +45,19 @@ class TunnelSettings:
     def __post_init__(self) -> None:
         check_together(self.tunnels)
         if not 0 <= self.grace < math.inf:
-            raise ConfigError("grace is a number of seconds, and not negative")
+            raise ConfigError("grace must be a number of seconds, 0 or more")
 
 
 class TunnelService:
-    """Runs tunnels until a signal ends it.
+    """Runs tunnels until a signal.
 
-    SIGHUP loads the settings again and puts them into force as a whole or not at all. SIGTERM and
-    SIGINT stop accepting and give open connections :attr:`TunnelSettings.grace` seconds; a second
-    one ends them at once.
+    SIGHUP reloads the settings, completely or not at all. SIGTERM and SIGINT stop accepting and
+    give open connections :attr:`TunnelSettings.grace` seconds; a second signal ends them at once.
 
     Args:
         load: reads the settings; called again for each SIGHUP, in a thread.
-        settings: those to begin with.
-        metrics: where the tunnels count.
+        settings: the initial settings.
+        metrics: the tunnels' metrics.
     """
 
     def __init__(
@@ -68,11 +67,11 @@ class TunnelService:
         self._settings = settings
         self._server = TunnelServer(metrics)
         self._wanted = trio.Event()
-        """That the settings be loaded again."""
+        """Requests a reload."""
         self._reloading = trio.CancelScope()
 
     async def run(self) -> None:
-        """Serve until a signal ends it.
+        """Serve until a signal.
 
         Raises:
             ConfigError: the first settings cannot be used.
@@ -95,10 +94,10 @@ class TunnelService:
             if number == signal.SIGHUP:
                 self._wanted.set()
                 continue
-            # A reload that waits for a name server does not hold up the end.
+            # A reload that waits for a name server must not delay the shutdown.
             self._reloading.cancel()
             notify("STOPPING=1", "STATUS=no new connections")
-            # Two signals mean a hurry.
+            # A second signal asks for an immediate end.
             self._server.close(0.0 if ending else self._settings.grace)
             ending = True
 
@@ -115,13 +114,13 @@ class TunnelService:
             settings = await in_thread(self._load, abandon=True)
             await self._server.apply(settings.tunnels)
         except Exception as error:
-            # Whatever it is, a running service does not end because of a file.
+            # No fault of a file may end a running service.
             reason = _first(error)
             said = str(reason) if isinstance(reason, HybridkexError) else repr(reason)
             LOG.error("not reloaded, the old configuration stays: %s", said)  # noqa: TRY400
         else:
             if settings.metrics != self._settings.metrics:
-                LOG.warning("metrics stay where they are until a restart")
+                LOG.warning("a new metrics address needs a restart")
             LOG.setLevel(settings.log_level.upper())
             self._settings = settings
             LOG.info("reloaded")

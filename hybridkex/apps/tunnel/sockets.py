@@ -1,4 +1,4 @@
-"""Listening and connecting, whatever kind the address is of."""
+"""Listening and connecting, for TCP and Unix addresses."""
 
 import contextlib
 import errno
@@ -16,11 +16,11 @@ from hybridkex.net.address import Address, UnixAddress
 __all__ = ["Listening", "connect", "listen"]
 
 _BACKLOG: Final = 4096
-"""Of a Unix socket; the kernel lowers it to its own limit (listen(2))."""
+"""The backlog of a Unix socket; the kernel caps it at its own limit (listen(2))."""
 
 
 async def connect(address: Address, *, bind: str | None = None) -> trio.SocketStream:
-    """Raises ``OSError``."""
+    """Connect to an address. Raises ``OSError``."""
     if isinstance(address, UnixAddress):
         return await trio.open_unix_socket(address.path)
     return await trio.open_tcp_stream(address.host, address.port, local_address=bind)
@@ -29,8 +29,8 @@ async def connect(address: Address, *, bind: str | None = None) -> trio.SocketSt
 class Listening:
     """The listening sockets of one address.
 
-    A Unix socket has a name in the file system, which others can take away or replace: what is done
-    to the name is done only as long as it is that of our socket.
+    A Unix socket has a name in the file system, which others can remove or replace: we change or
+    remove the name only while it refers to our socket.
     """
 
     def __init__(self, address: Address, listeners: list[trio.SocketListener]) -> None:
@@ -40,7 +40,7 @@ class Listening:
 
     @property
     def port(self) -> int | None:
-        """The TCP port; ``None`` of a Unix socket."""
+        """The TCP port; ``None`` for a Unix socket."""
         if isinstance(self.address, UnixAddress):
             return None
         port: int = self.listeners[0].socket.getsockname()[1]
@@ -48,16 +48,16 @@ class Listening:
 
     @property
     def reachable(self) -> bool:
-        """Whether the name, if it has one, still leads to it."""
+        """Whether the name of a Unix socket still refers to it; true for TCP."""
         return self._inode is None or (
             isinstance(self.address, UnixAddress) and _inode(self.address.path) == self._inode
         )
 
     def set_mode(self, mode: int) -> int | None:
-        """Give a Unix socket other permissions; returns those that it had.
+        """Change the permissions of a Unix socket; returns the previous ones.
 
         Raises:
-            ConfigError: the file system does not let us.
+            ConfigError: the file system refuses.
         """
         if not isinstance(self.address, UnixAddress):
             return None
@@ -72,13 +72,13 @@ class Listening:
         return before
 
     def unlink(self) -> None:
-        """Take the name of a Unix socket away."""
+        """Remove the name of a Unix socket."""
         if isinstance(self.address, UnixAddress) and self.reachable:
             with contextlib.suppress(OSError):
                 os.unlink(self.address.path)
 
     async def aclose(self) -> None:
-        """Close the sockets, and take the name away."""
+        """Close the sockets and remove the name."""
         for listener in self.listeners:
             await listener.aclose()
         self.unlink()
@@ -93,10 +93,10 @@ def _inode(path: str) -> tuple[int, int] | None:
 
 
 async def listen(address: Address, *, mode: int) -> Listening:
-    """Listen; a Unix socket that a dead process left behind is replaced.
+    """Listen on an address; replaces a Unix socket that a dead process left behind.
 
     Raises:
-        ConfigError: it cannot be.
+        ConfigError: we cannot listen there.
     """
     try:
         if isinstance(address, UnixAddress):
@@ -106,7 +106,7 @@ async def listen(address: Address, *, mode: int) -> Listening:
         )
     except OSError as error:
         raise ConfigError(f"cannot listen on {address}: {os_reason(error)}") from None
-    except ValueError as error:  # a NUL in a path, a name that no host can have
+    except ValueError as error:  # a NUL in a path, an impossible host name
         raise ConfigError(f"cannot listen on {str(address)!r}: {error}") from None
 
 
@@ -114,7 +114,7 @@ def _listen_unix(path: str, mode: int) -> trio.SocketListener:
     _remove_stale(path)
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # The mode is there from the first moment: bind takes it from the umask (unix(7)).
+        # The mode applies from the start: bind takes it from the umask (unix(7)).
         before = os.umask(0o777 & ~mode)
         try:
             server.bind(path)
@@ -140,5 +140,5 @@ def _remove_stale(path: str) -> None:
         probe.setblocking(False)
         found = probe.connect_ex(path)
     if found != errno.ECONNREFUSED:
-        raise ConfigError(f"cannot listen on unix:{path}: another process does that")
+        raise ConfigError(f"cannot listen on unix:{path}: another process listens there")
     os.unlink(path)

@@ -1,10 +1,11 @@
-"""The rotator: who agrees on a pre-shared key, when, and what holds while that fails.
+"""The rotator: when the two ends agree on a pre-shared key, and what applies while that fails.
 
-The responder installs a new key first and says so, then the initiator does. A WireGuard handshake
-in between fails and is repeated within seconds, while the session before it lives on for up to
+The responder installs a new key first and confirms it, then the initiator installs it. A WireGuard
+handshake in between fails and is repeated within seconds, while the previous session lives for up
+to
 :data:`~hybridkex.apps.wireguard.tunnel.REJECT_AFTER` seconds: no packet is lost.
 
-Fail closed: at the start a rotator installs a random key, so that no WireGuard handshake succeeds
+Fail closed: a rotator starts by installing a random key, so that no WireGuard handshake succeeds
 before the first rotation, and does so again when the agreed key is older than
 :attr:`RotationPolicy.max_age`. Session keys that exist at that moment end by WireGuard's own limit,
 180 s at most. :attr:`RotationPolicy.fresh_psk` chooses between that and a warning.
@@ -36,13 +37,13 @@ from hybridkex.text import get_logger
 __all__ = ["LABEL", "RotationPolicy", "Rotator"]
 
 LABEL: Final = b"hybridkex wireguard psk v2"
-"""The label of the exchange, where both ends are this library's."""
+"""The label of the exchange between two ends of this library."""
 
 _INSTALLED: Final = b"\x01"
 _INTERVALS: Final = 3
-"""Default age limit, in intervals: two rotations may fail."""
+"""Default age limit, in intervals: tolerates two failed rotations."""
 _CHECK_EVERY: Final = 10.0
-"""Seconds between two looks at the age of the key and at the interface."""
+"""Seconds between two checks of the key's age and of the interface."""
 
 log = get_logger("hybridkex.apps.wireguard")
 
@@ -51,13 +52,13 @@ Connect = Callable[[], Awaitable[trio.abc.Stream]]
 
 
 def boot_time() -> float:
-    """Seconds that count on while the machine sleeps, as WireGuard's own timers do."""
+    """A clock in seconds that includes time in suspend, like WireGuard's own timers."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RotationPolicy:
-    """When to rotate, and what holds while rotations fail.
+    """When to rotate, and what applies while rotations fail.
 
     Raises:
         ConfigError: a value cannot work.
@@ -69,39 +70,39 @@ class RotationPolicy:
     """Seconds for which an agreed key is fresh; three intervals by default."""
     fresh_psk: Requirement = Requirement.REQUIRE
     """``REQUIRE``: without a fresh key no WireGuard handshake succeeds. ``PREFER``: a warning is
-    logged and the tunnel goes on with what it has."""
+    logged and the tunnel continues with the installed key."""
     initial: Literal["random", "keep"] | None = None
     """What to do before the first rotation: install a random key, or keep what is installed. By
     default ``random`` where a fresh key is required, ``keep`` where it is preferred."""
 
     def __post_init__(self) -> None:
         if not 0 < self.interval < float("inf"):
-            raise ConfigError("the interval between rotations must be positive")
+            raise ConfigError("the rotation interval must be positive")
         if self.max_age is None:
             object.__setattr__(self, "max_age", _INTERVALS * self.interval)
         if not self.interval <= self.age_limit < float("inf"):
             raise ConfigError("the age limit of a key must not be shorter than the interval")
         if self.fresh_psk is Requirement.OFF:
-            raise ConfigError("a fresh pre-shared key is required or preferred, not off")
+            raise ConfigError("fresh_psk must be require or prefer, not off")
         if self.initial not in (None, "random", "keep"):
             raise ConfigError(f"initial must be random or keep, not {self.initial!r}")
 
     @property
     def age_limit(self) -> float:
-        """:attr:`max_age` with its default."""
+        """:attr:`max_age`, or its default."""
         assert self.max_age is not None
         return self.max_age
 
     @property
     def random_at_start(self) -> bool:
-        """Whether a random key is installed at the start."""
+        """Whether to install a random key at the start."""
         if self.initial is None:
             return self.fresh_psk is Requirement.REQUIRE
         return self.initial == "random"
 
 
 class _State(Enum):
-    """What is known about the key that is installed."""
+    """What is known about the installed key."""
 
     UNKNOWN = "it is not known which pre-shared key is in force"
     ABSENT = "the tunnel has NO pre-shared key"
@@ -124,15 +125,15 @@ class Rotator:
     that calls :meth:`respond` for each connection.
 
     Args:
-        tunnel: whose key.
+        tunnel: the tunnel whose key it rotates.
         config: this end of the exchange; ``label`` is usually :data:`LABEL`, ``length`` is 32.
-        policy: when to rotate, and what holds while that fails.
+        policy: when to rotate, and what applies while that fails.
         on_rotated: called after each rotation.
-        on_overdue: called when a key has become too old, with the policy's requirement.
-        clock: seconds; counts while the machine sleeps.
+        on_overdue: called with the policy's requirement when a key has become too old.
+        clock: in seconds, including time in suspend.
 
     Raises:
-        ConfigError: the exchange does not make a key of 32 bytes.
+        ConfigError: the exchange's key does not have 32 bytes.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class Rotator:
         clock: Clock = boot_time,
     ) -> None:
         if config.length != 32:
-            raise ConfigError("a WireGuard pre-shared key has 32 bytes")
+            raise ConfigError("a WireGuard pre-shared key must have 32 bytes")
         self.tunnel: Final = tunnel
         self.policy: Final = policy or RotationPolicy()
         self._config = config
@@ -186,7 +187,7 @@ class Rotator:
     # --- rotations --------------------------------------------------------------------------
 
     async def run_initiator(self, connect: Connect) -> None:
-        """Rotate every interval, for ever; after a failure sooner, with back-off.
+        """Rotate every interval, forever; after a failure sooner, with back-off.
 
         Args:
             connect: opens a stream to the responder, or raises a :class:`HybridkexError`.
@@ -229,7 +230,7 @@ class Rotator:
             if not word:
                 raise TruncationError("the responder did not confirm that it installed the key")
             if word != _INSTALLED:
-                raise IllegalParameter("the responder sent something else than a confirmation")
+                raise IllegalParameter("the responder's message is not a confirmation")
             async with self._lock:
                 await self._install(result.key, _State.AGREED)
         return self._rotated(result)
@@ -240,8 +241,8 @@ class Rotator:
         """One rotation, at the responder. The stream is left open.
 
         Args:
-            stream: an accepted connection, whoever it is from.
-            on_authenticated: called once it is known to be from the peer.
+            stream: an accepted connection, not yet authenticated.
+            on_authenticated: called once the peer is authenticated.
 
         Raises:
             HybridkexError: as of :meth:`initiate`. The new key may be in force: see
@@ -253,14 +254,14 @@ class Rotator:
         result = await exchange(stream, config, on_authenticated=on_authenticated)
         async with self._lock:
             if number < self._newest:
-                raise LocalStateError("the peer has rotated again since this exchange began")
+                raise LocalStateError("a newer exchange with the peer has begun")
             await self._install(result.key, _State.AGREED)
             self._newest = number
         try:
             await stream.send_all(_INSTALLED)
         except trio.BrokenResourceError as error:
             raise TruncationError(
-                f"the peer is gone and may not have installed the key: {error}"
+                f"the peer disconnected and may not have installed the key: {error}"
             ) from None
         return self._rotated(result)
 
@@ -285,7 +286,7 @@ class Rotator:
     # --- age --------------------------------------------------------------------------------
 
     async def watch(self) -> None:
-        """Apply the age limit, and restore the key if something else replaced it; for ever."""
+        """Apply the age limit, and restore the key if another program replaced it; runs forever."""
         while True:
             await trio.sleep(min(_CHECK_EVERY, self.policy.age_limit / 10))
             try:
@@ -318,7 +319,7 @@ class Rotator:
         self._on_overdue(Requirement.REQUIRE)
 
     def _complain(self, what: str) -> bool:
-        """Log a lasting condition once, until a key is installed."""
+        """Log a persistent condition once, until a key is installed."""
         if what == self._complained:
             return False
         self._complained = what

@@ -1,4 +1,4 @@
-"""One peer of one WireGuard interface, by way of the command ``wg``."""
+"""One peer of one WireGuard interface, through the command ``wg``."""
 
 import base64
 import binascii
@@ -20,7 +20,7 @@ REJECT_AFTER: Final = 180.0
 
 
 class Uncertain(LocalStateError):
-    """``wg set`` did not end in time: the key may be installed or not."""
+    """``wg set`` did not finish in time: the key may or may not be installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +53,20 @@ class Tunnel:
     async def set_psk(self, psk: Secret) -> None:
         """Install a pre-shared key of 32 bytes.
 
-        It goes through a pipe, never into a file or onto a command line.
+        The key goes through a pipe, never into a file or onto a command line.
 
         Raises:
-            LocalStateError: ``wg`` is missing, refused, or did not end in time.
+            LocalStateError: ``wg`` is missing, failed, or did not finish in time.
         """
         key = base64.b64encode(psk.reveal())
         arguments = ("set", self.interface, "peer", self.peer_key, "preshared-key", "/dev/stdin")
         done = await self._run(arguments, key + b"\n")
         if done.returncode != 0:
-            # wg repeats a key that it does not accept.
+            # wg repeats an invalid key in its message.
             raise LocalStateError(f"wg set failed: {_last_line(done).replace(key.decode(), '…')}")
 
     async def read_psk(self) -> Secret | None:
-        """The pre-shared key that is installed; ``None`` if there is none.
+        """The installed pre-shared key; ``None`` if there is none.
 
         Raises:
             LocalStateError: the interface has no such peer, or as for :meth:`set_psk`.
@@ -100,7 +100,7 @@ class Tunnel:
         except OSError as error:
             raise LocalStateError(f"cannot run {self.command[0]}: {error.strerror}") from None
         except trio.TooSlowError:
-            raise Uncertain(f"{what} did not end within {self.time_limit:g} s") from None
+            raise Uncertain(f"{what} did not finish within {self.time_limit:g} s") from None
 
 
 def _decode_key(text: str) -> bytes | None:

@@ -1,1 +1,2 @@
-"""Demonstrations: record now, decrypt later. Only the commands know this room."""
+"""Demonstrations: record now, decrypt later, and two sites. Only the commands import this
+package."""

@@ -1,9 +1,9 @@
-"""Record now, decrypt later: an adversary to try our channels against.
+"""Record now, decrypt later: an adversary to test our channels against.
 
-Three rooms, after the three things that never meet in one process at one time::
+Three packages for three things that never meet in one process at one time::
 
     capture/   file formats that both know: pcapng, Ethernet, IP, TCP
-    now/       the parties, the wire tap between them, the instruments that keep private keys aside
+    now/       the parties, the wire tap between them, the instruments that record private keys
     later/     the adversary of the future, alone with files, in a process of its own
 
 ``matrix.py`` says which configurations meet which adversaries, ``trial.py`` runs them against each

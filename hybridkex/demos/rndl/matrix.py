@@ -1,7 +1,7 @@
-"""Which configurations meet which adversaries, and what must come of it.
+"""Which configurations are attacked by which adversaries, and the predicted outcomes.
 
-The prediction is the whole claim of this library in one line: a connection falls if and only if
-*every* leg that its keys rest on is known. :meth:`Break.defeats` says that; the trial measures it.
+The prediction is this library's claim in one line: a connection can be decrypted if and only if
+*every* leg that its keys rest on is known. :meth:`Break.defeats` states it; the trial measures it.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ class Delivery(Enum):
     """How the QKD keys of a session reach the two parties."""
 
     IN_PROCESS = "in-process"
-    """No network: each party and its end of the key source are one process."""
+    """No network: each party and its end of the key source are in one process."""
     CLASSICAL_HOP = "classical-hop"
     """From a KME (ETSI GS QKD 014) over TLS 1.3 with X25519, and the hop is tapped too."""
     HYBRID_HOP = "hybrid-hop"
     """From a KME over this library's TLS with X25519MLKEM768, and the hop is tapped too."""
     LINK = "link"
-    """Made by a simulated QKD link between the two, whose classical channel is tapped too."""
+    """From a simulated QKD link between the two, whose classical channel is tapped too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,11 @@ class Configuration:
     qkd: bool = False
     certificates: bool = True
     escrowed: bool = True
-    """Whether an oracle stands for the break of its key exchange."""
+    """Whether an oracle models the break of its key exchange."""
 
     @property
     def primitives(self) -> frozenset[str]:
-        """What has to be broken to know the key exchange's secret."""
+        """The primitives to break for the key exchange's secret."""
         return frozenset(
             ECDH if part.properties is Property.CLASSICAL else ML_KEM
             for part in self.group.exchange.parts
@@ -70,7 +70,7 @@ CONFIGURATIONS: Final = (
 
 
 TOY: Final = Configuration(id="toy36", title="toy curve", group=TOY_GROUP, escrowed=False)
-"""Beside the matrix: broken by computing a discrete logarithm, with no oracle at all."""
+"""Outside the matrix: broken by computing a discrete logarithm, without an oracle."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ class Row:
 
     @property
     def id(self) -> str:
-        """Of this row in reports."""
+        """The row's identifier in reports."""
         return self.configuration.id + ("-resumed" if self.resumed else "")
 
     @property
     def title(self) -> str:
-        """The title in reports."""
+        """The row's title in reports."""
         return self.configuration.title + (", resumed" if self.resumed else "")
 
 
@@ -102,8 +102,9 @@ def rows() -> tuple[Row, ...]:
 class Break:
     """A kind of adversary: what it breaks, what it has recorded, what it has stolen.
 
-    The session itself is always recorded. ``delivery`` says by which way the QKD keys came in the
-    sessions that this adversary meets, and ``taps_delivery`` whether it recorded that way too.
+    The session itself is always recorded. ``delivery`` says how the QKD keys were delivered in the
+    sessions that this adversary attacks, and ``taps_delivery`` whether it recorded the delivery
+    too.
     """
 
     id: str
@@ -119,7 +120,7 @@ class Break:
 
     @property
     def theme(self) -> str:
-        """What it is about."""
+        """Its group in reports."""
         if self.steals_certificate_key or self.steals_ticket_key or self.steals_key_store:
             return "stolen, alone or besides"
         if self.taps_delivery:
@@ -128,18 +129,18 @@ class Break:
 
     @property
     def knows_qkd_key(self) -> bool:
-        """Whether the QKD keys of the sessions fall to it."""
+        """Whether it learns the QKD keys of the sessions."""
         if self.steals_key_store == "before":
             return True
         guards = _GUARDS.get(self.delivery)
         return self.taps_delivery and guards is not None and self.oracles >= guards
 
     def defeats(self, row: Row) -> bool:
-        """Whether the row's plaintext must come out: every leg is known."""
+        """Whether it must be able to decrypt the row: every leg is known."""
         configuration = row.configuration
         exchange = self.oracles >= configuration.primitives
         psk = self.knows_qkd_key or not configuration.qkd
-        # The PSK of a ticket is known to whoever opened the first connection or the ticket.
+        # Decrypting the first connection or opening the ticket yields the ticket's PSK.
         if row.resumed and self.steals_ticket_key:
             psk = True
         return exchange and psk
@@ -147,7 +148,7 @@ class Break:
 
 _BOTH: Final = frozenset((ECDH, ML_KEM))
 _GUARDS: Final = {Delivery.CLASSICAL_HOP: frozenset((ECDH,)), Delivery.HYBRID_HOP: _BOTH}
-"""What keeps a QKD key secret on its way; on other ways it crosses no wire."""
+"""The primitives that protect a QKD key in transit; other deliveries cross no wire."""
 _ALL: Final = frozenset((ECDH, ML_KEM, SIGNATURE))
 
 BREAKS: Final = (

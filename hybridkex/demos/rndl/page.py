@@ -1,4 +1,4 @@
-"""The trial as one page: no script, nothing from elsewhere, light and dark.
+"""The trial as one HTML page: no scripts, no external resources, light and dark themes.
 
 Every cell of the matrix is a link to what that adversary saw; CSS (``:target``) shows the one that
 was chosen.
@@ -83,7 +83,7 @@ pre { white-space: pre-wrap; margin: .4rem 0; }
 """
 
 _FEATURED: Final = "both"
-"""The adversary of the two sessions that stand side by side: everything that TLS has is broken."""
+"""The adversary of the side-by-side comparison: every key exchange of TLS is broken."""
 
 
 def render(trial: Trial, version: str) -> str:
@@ -119,7 +119,7 @@ def _head(trial: Trial, version: str) -> str:
     outcome = (
         f"{cells} of {cells} cells as predicted"
         if not wrong
-        else f"{len(wrong)} contradictions to the prediction"
+        else f"{len(wrong)} cells contradict the prediction"
     )
     read = sum(cell.decrypted for cell in trial.cells)
     complaint = "".join(f"<li>{escape(text)}</li>" for text in wrong)

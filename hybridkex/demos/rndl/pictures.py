@@ -1,6 +1,6 @@
-"""Pictures as SVG: the key schedule with what is missing, and what crossed the wire when.
+"""SVG pictures: the key schedule with the missing secrets, and a timeline of the wire.
 
-Colours come from CSS variables, so that a page can turn them for a dark screen; nothing is said by
+Colours are CSS variables, so that a page can adapt them to a dark theme; nothing is conveyed by
 colour alone.
 """
 
@@ -37,7 +37,7 @@ svg .arrow.decrypted { stroke: var(--read); }
 svg .arrow.protected { stroke: var(--safe); stroke-dasharray: 4 3; }
 svg .said { fill: var(--read); font-weight: 600; font-size: 11.5px; }
 """
-"""For the page that holds the pictures; :func:`standalone` puts it into a picture by itself."""
+"""Styles for the embedding page; :func:`standalone` includes them in a picture."""
 
 _MARK_WIDTHS: Final = {"missing": 56, "sealed": 70}
 _MARKS: Final = {"known": "known", "missing": "MISSING", "sealed": "out of reach", "public": ""}
@@ -62,7 +62,7 @@ def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") 
 
 
 def _lock(x: float, y: float) -> str:
-    """A padlock of 10 by 13, its upper left corner at x, y."""
+    """A padlock of 10 by 13 units with its upper left corner at x, y."""
     return (
         f'<g class="lock"><path d="M{x + 2:g} {y + 6:g}v-2a3 3 0 0 1 6 0v2"/>'
         f'<rect x="{x:g}" y="{y + 6:g}" width="10" height="7" rx="1.5"/></g>'
@@ -91,7 +91,7 @@ def _box(x: float, y: float, width: float, state: str, title: str, detail: str =
 
 
 def _arrow(x1: float, y1: float, x2: float, y2: float) -> str:
-    """Straight, along one of the axes."""
+    """A straight arrow along one of the axes."""
     step = 6
     if y1 == y2:
         tip = f"M{x2:g} {y2:g}l-{step} -3.5v7z"
@@ -104,7 +104,8 @@ def _arrow(x1: float, y1: float, x2: float, y2: float) -> str:
 
 
 def key_schedule(verdict: dict[str, Any]) -> str:
-    """How a connection's keys follow from its legs (RFC 9846 section 7.1), and what is known.
+    """The derivation of a connection's keys from its legs (RFC 9846 section 7.1), and what is
+    known.
 
     Args:
         verdict: on one connection, as the adversary's process gives it.
@@ -164,7 +165,7 @@ def key_schedule(verdict: dict[str, Any]) -> str:
 
 
 def _chain(y: float, state: str, title: str) -> str:
-    """A stage of the schedule, with its mark on the second line."""
+    """A stage of the schedule, with its state on the second line."""
     out = (
         f'<rect class="{state}" x="{_CHAIN_X}" y="{y:g}" width="{_CHAIN_WIDTH}" '
         f'height="{_BOX}" rx="7"/>'
@@ -192,7 +193,7 @@ _LONGEST: Final = 58
 
 
 def timeline(verdict: dict[str, Any]) -> str:
-    """What crossed the wire, record by record, as the adversary sees it."""
+    """The records on the wire as the adversary sees them."""
     events: Sequence[dict[str, Any]] = verdict["events"]
     height = 44 + _STEP * len(events) + 10
     out = _open_svg(540, height, "Records on the wire, as the adversary sees them")
@@ -229,7 +230,7 @@ def _shortened(text: str) -> str:
 
 
 def legend() -> Iterable[tuple[str, str]]:
-    """The states and what they mean, for a caption."""
+    """The states and their meanings, for a caption."""
     return (
         ("known", "the adversary has it"),
         ("missing", "the adversary lacks it"),

@@ -1,9 +1,9 @@
-"""A TOY elliptic curve, small enough that its discrete logarithm is computed on the spot.
+"""A TOY elliptic curve, small enough to compute discrete logarithms in seconds.
 
-NOT A GROUP TO USE: 36 bits are worth a quarter of a million additions, and this arithmetic takes no
-care of side channels. It exists so that the way from a recording to its plaintext is walked once
-with no oracle at all: :func:`discrete_log` breaks it in seconds, and a quantum computer's work on
-X25519 differs from that in the algorithm, not in what comes out.
+NEVER USE IT AS A GROUP: 36 bits resist about a quarter of a million additions, and this arithmetic
+ignores side channels. It exists to go from a recording to its plaintext once without an oracle:
+:func:`discrete_log` breaks it in seconds, and a quantum computer's attack on X25519 differs in the
+algorithm, not in the result.
 
 y^2 = x^3 - 3x + 33 over the field of 2^36 - 5 elements. The number of its points is a prime, so
 that every point but the neutral one generates all others.
@@ -81,7 +81,7 @@ def decode(share: bytes) -> Point:
     """The point in a key share.
 
     Raises:
-        IllegalParameter: it is none.
+        IllegalParameter: it is not a point of the curve.
     """
     if len(share) != _LENGTH or share[0] != 4:
         raise IllegalParameter("toy curve: not an uncompressed point")
@@ -135,12 +135,12 @@ TOY_GROUP: Final = Group(code=0xFE24, name="toy36", exchange=_ToyExchange())
 def discrete_log(target: Point, progress: Callable[[str, int, int], None] | None = None) -> int:
     """The factor by which ``target`` is a multiple of the generator.
 
-    Shanks's baby steps and giant steps. A point and its negative share their x coordinate, so
-    a table of i*G for i up to m finds every multiple within m of where a giant stands, and giants
-    stride 2m + 1: sqrt(n/2) entries and as many strides do for the group's n elements.
+    Shanks's baby-step giant-step algorithm. A point and its negative share their x coordinate, so a
+    table of i*G for i up to m finds every multiple within m of a giant step's position, and giant
+    steps are 2m + 1 long: sqrt(n/2) entries and as many steps suffice for the group's n elements.
 
     Args:
-        progress: is told, now and then, what is done and how much of how much.
+        progress: called periodically with the phase, the steps done and the total.
     """
     reach = isqrt(ORDER // 2)
     strides = ORDER // (2 * reach + 1) + 1

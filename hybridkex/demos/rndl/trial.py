@@ -1,8 +1,8 @@
-"""The whole trial: record, hand the recordings over, let every adversary try, compare.
+"""The whole trial: record, hand over the recordings, run every adversary, compare.
 
-Each adversary is a process of its own that has a folder: copies of the recordings that it made, of
-the answers of the oracles that it has, of what it stole, and nothing else. What it claims to have
-read is then compared with what was said.
+Each adversary is a separate process with a folder: copies of its recordings, of its oracles'
+answers, of what it stole, and nothing else. Its claimed plaintext is then compared with the actual
+plaintext.
 """
 
 import json
@@ -35,14 +35,14 @@ __all__ = ["Cell", "Toy", "Trial", "contradiction", "equip", "run_trial"]
 
 _AT_ONCE: Final = 2
 _ADVERSARY_SECONDS: Final = 300.0
-"""For a machine that has much else to do."""
+"""A generous limit, for a busy machine."""
 
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What one adversary made of one connection."""
+    """The outcome of one adversary's attack on one connection."""
 
     row: Row
     adversary: Break
@@ -52,17 +52,17 @@ class Cell:
     plaintext: str | None
     """The first line that it read."""
     wrong: str | None
-    """How this contradicts the prediction or what was said; ``None`` where it does not."""
+    """How this contradicts the prediction or the actual plaintext; ``None`` if it does not."""
 
     @property
     def verdict(self) -> str:
-        """In one word."""
+        """The outcome in one word."""
         return "decrypted" if self.decrypted else "safe"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Toy:
-    """The break without an oracle."""
+    """The outcome of the break without an oracle."""
 
     seconds: float
     steps: tuple[str, ...]
@@ -72,18 +72,18 @@ class Toy:
 
 @dataclass(kw_only=True)
 class Trial:
-    """Everything that came out."""
+    """All results."""
 
     cells: list[Cell] = field(default_factory=list)
     verdicts: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
-    """By configuration and adversary: what its process said of each connection that it had."""
+    """By configuration and adversary: the process's verdict on each of its connections."""
     toy: Toy | None = None
     seconds: float = 0.0
     at: float = field(default_factory=time.time)
 
     @property
     def wrong(self) -> list[str]:
-        """Everything that contradicts the claim; what was not tried contradicts it too."""
+        """Everything that contradicts the claim, including cells that were not tried."""
         found = []
         for row in rows():
             for adversary in BREAKS:
@@ -97,7 +97,7 @@ class Trial:
         return found
 
     def cell(self, row: Row, adversary: Break) -> Cell | None:
-        """The cell of a row and a column, if it was tried."""
+        """The cell of a row and an adversary, if it was tried."""
         for cell in self.cells:
             if cell.row == row and cell.adversary == adversary:
                 return cell
@@ -144,13 +144,13 @@ async def run_trial(
     toy_progress: Tell,
     decided: Callable[[Cell], None],
 ) -> Trial:
-    """Run it all in a new folder, where everything is left for whoever wants to look.
+    """Run the whole trial in a new folder, and leave all files there.
 
     Args:
         folder: does not exist yet, or is empty.
-        tell: is told what is being done.
-        toy_progress: is told how far the discrete logarithm is.
-        decided: gets each cell as it becomes known.
+        tell: called with the current step.
+        toy_progress: called with the progress of the discrete logarithm.
+        decided: called with each cell as it becomes known.
 
     Raises:
         RecordingError: an adversary's process failed.
@@ -172,7 +172,7 @@ _Said = dict[Path, list[Talk]]
 
 
 async def _record(stage: Stage, tell: Tell) -> _Said:
-    """Every configuration, over every way of delivery that some adversary is about."""
+    """Record every configuration with every delivery that some adversary attacks."""
     said: _Said = {}
     for configuration in (*CONFIGURATIONS, TOY):
         tell(f"recording: {configuration.title}")
@@ -206,7 +206,7 @@ async def _attack(
     tell: Tell,
     decided: Callable[[Cell], None],
 ) -> None:
-    """Let some adversaries try, one after the other."""
+    """Run some adversaries, one after the other."""
     adversary_of = {one.id: one for one in adversaries}
     configuration_of = {one.id: one for one in CONFIGURATIONS}
 
@@ -223,7 +223,7 @@ async def _attack(
 
 
 def equip(stage: Stage, adversary: Break) -> Path:
-    """Make the folder that holds what this adversary has, and nothing else."""
+    """Create the folder that holds exactly what this adversary has."""
     folder = stage.folder / "adversaries" / adversary.id
     (folder / "oracle").mkdir(parents=True)
     for primitive in adversary.oracles:
@@ -261,7 +261,7 @@ def _cells(
         row = Row(configuration, talk.resumed)
         missing = list(verdict["missing"])
         if any(leg["kind"] == "ticket" and leg["how"] is None for leg in verdict["legs"]):
-            # The ticket's PSK comes out of the first connection, and rests on what that rests on.
+            # The ticket's PSK is derived in the first connection and rests on its secrets.
             missing[-1] += f", which takes: {', '.join(sessions[0]['missing'])}"
         lines = verdict["to_server"].splitlines()
         cells.append(
@@ -278,22 +278,24 @@ def _cells(
 
 
 def contradiction(verdict: dict[str, Any], talk: Talk, *, predicted: bool) -> str | None:
-    """What is wrong with a verdict of an adversary's process, if anything is."""
+    """How a verdict of an adversary's process contradicts the facts, if it does."""
     if not talk.to_server or not talk.to_client:
         return "nothing was said in one direction, so that nothing could be read"
     if verdict["resumed"] != talk.resumed:
-        return "the adversary mistakes which connection was resumed"
+        return "the adversary misidentified the resumed connection"
     if verdict["decrypted"] and verdict["missing"]:
         return f"decrypted WITHOUT {', '.join(verdict['missing'])}: the keys do not rest on it"
     if verdict["decrypted"] != predicted:
-        return "not decrypted, and should be" if predicted else "decrypted, and should be safe"
+        return (
+            "not decrypted, but should have been" if predicted else "decrypted, but should be safe"
+        )
     if verdict["decrypted"] and (
         verdict["to_server"].encode() != talk.to_server
         or verdict["to_client"].encode() != talk.to_client
     ):
-        return "decrypted to something else than what was said"
+        return "the decrypted text differs from what was sent"
     if not verdict["decrypted"] and not verdict["missing"]:
-        return "no secret was missing, and still it was not decrypted"
+        return "no secret was missing, but it was not decrypted"
     return None
 
 
@@ -320,7 +322,7 @@ async def _break_toy(stage: Stage, said: _Said, trial: Trial, progress: Tell) ->
 
 
 async def _run_adversaries(folders: Sequence[Path], take: Callable[[dict[str, Any]], None]) -> None:
-    """Start adversaries' processes on folders; ``take`` gets what they say, as they say it."""
+    """Start the adversaries' processes; ``take`` receives their output as it arrives."""
     command = [sys.executable, "-m", "hybridkex.demos.rndl.later", *map(str, folders)]
     complaint = bytearray()
 
@@ -342,6 +344,6 @@ async def _run_adversaries(folders: Sequence[Path], take: Callable[[dict[str, An
                 for line in lines:
                     take(json.loads(line))
     if scope.cancelled_caught:
-        raise RecordingError(f"adversaries were not done after {_ADVERSARY_SECONDS:g} s")
+        raise RecordingError(f"adversaries did not finish within {_ADVERSARY_SECONDS:g} s")
     if process.returncode != 0:
         raise RecordingError(f"an adversary failed: {complaint.decode(errors='replace')}")

@@ -1,7 +1,7 @@
-"""Two sites in one terminal: a QKD link, a KME at each end, and a file across.
+"""Two sites in one terminal: a QKD link, a KME at each end, and a file transfer.
 
-Everything is what a user would run: the KMEs are ``kme serve``, the two parties ``listen`` and
-``connect``, each a process of its own. Eve is a tap on the cable between them.
+It runs the commands that a user would run: ``kme serve`` for the KMEs, ``listen`` and ``connect``
+for the parties, each in its own process. Eve is a tap on the connection.
 """
 
 from hybridkex.demos.two_sites.show import Demonstration

@@ -1,7 +1,7 @@
-"""A random marker all through what is sent, so that every record of it can be searched.
+"""A random marker throughout the data, so that every record can be searched for it.
 
-The stream is a marker, then up to 1,008 bytes of the file, and so on, and a marker at the end: even
-an empty file has something to look for, and a record that is as long as a block has a whole marker.
+The stream alternates a marker and up to 1,008 bytes of the file, and ends with a marker: even an
+empty file has something to search for, and a record as long as a block contains a whole marker.
 """
 
 import secrets
@@ -14,7 +14,7 @@ from hybridkex.files import open_private
 __all__ = ["MARKER_BYTES", "mark", "new_marker", "unmark"]
 
 MARKER_BYTES: Final = 16
-"""Bytes of a marker: by chance none is anywhere else."""
+"""Length of a marker in bytes: long enough not to occur by chance."""
 _BLOCK: Final = 1024
 _CHUNK: Final = _BLOCK - MARKER_BYTES
 
@@ -25,7 +25,7 @@ def new_marker() -> bytes:
 
 
 def mark(source: Path, target: Path, marker: bytes) -> int:
-    """Write a file with markers into another one; returns the bytes written."""
+    """Copy a file, inserting markers; returns the number of bytes written."""
     written = 0
     with source.open("rb") as file, open_private(target) as sink:
         while chunk := file.read(_CHUNK * 64):
@@ -38,18 +38,18 @@ def mark(source: Path, target: Path, marker: bytes) -> int:
 
 
 def unmark(source: Path, target: Path, marker: bytes) -> None:
-    """Take the markers out again.
+    """Copy a file, removing the markers.
 
     Raises:
-        RecordingError: the file does not have them where they belong.
+        RecordingError: a marker is missing.
     """
     with source.open("rb") as file, open_private(target) as sink:
         left = source.stat().st_size - MARKER_BYTES
         while left > 0:
             block = file.read(min(_BLOCK, left))
             if not block.startswith(marker):
-                raise RecordingError("what arrived is not what was sent")
+                raise RecordingError("the received data differ from what was sent")
             sink.write(block[MARKER_BYTES:])
             left -= len(block)
         if left < 0 or file.read() != marker:
-            raise RecordingError("what arrived is not all that was sent")
+            raise RecordingError("the received data are incomplete")

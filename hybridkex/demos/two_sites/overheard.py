@@ -1,4 +1,4 @@
-"""What Eve has: a recording, of which every record is searched for what was sent."""
+"""Eve's recording: every record is searched for the data sent."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from hybridkex.wire.messages import ImportedIdentity
 __all__ = ["Overheard", "overhear"]
 
 _SAMPLES: Final = 64
-"""Pieces of the file that are searched for besides the marker."""
+"""Number of pieces of the file to search for besides the marker."""
 _PIECE: Final = 32
 """Bytes of such a piece."""
 _OVERHEAD: Final = 17
@@ -25,15 +25,15 @@ _OVERHEAD: Final = 17
 
 @dataclass(frozen=True)
 class Overheard:
-    """One recorded handshake and what followed, searched in full and without a find."""
+    """One recorded connection, searched completely without a match."""
 
     connection: Connection
     needles: int
-    """Byte strings that each record was searched for."""
+    """The number of byte strings that each record was searched for."""
 
     @property
     def records(self) -> int:
-        """Records, in both directions; each was searched."""
+        """The number of records in both directions; each was searched."""
         return len(self.connection.records)
 
     @property
@@ -66,7 +66,7 @@ class Overheard:
 
 
 def overhear(capture: Path, sent: Path, marker: bytes) -> Overheard:
-    """Search every record of a recording for what was sent.
+    """Search every record of a recording for the data sent.
 
     Args:
         capture: the recording of one connection.
@@ -75,7 +75,7 @@ def overhear(capture: Path, sent: Path, marker: bytes) -> Overheard:
 
     Raises:
         RecordingError: the recording is not of one connection, holds less than was sent, or shows
-            part of it; or the search is of no use, because it does not find the marker in what was
+            part of it; or the search is useless, because it does not find the marker in the data
             sent.
     """
     needles = [marker, *_pieces(sent)]
@@ -98,7 +98,7 @@ def overhear(capture: Path, sent: Path, marker: bytes) -> Overheard:
             "all been searched"
         )
     for from_client in (True, False):
-        # Across the borders of records, too.
+        # Across record boundaries, too.
         if _search(needles, connection.flow.stream(from_client=from_client)):
             raise RecordingError("Eve's recording shows what was sent")
     return Overheard(connection, len(needles))
@@ -114,7 +114,7 @@ def _beginning(path: Path) -> bytes:
 
 
 def _pieces(path: Path) -> list[bytes]:
-    """Pieces from all over the file, without those that could be there by chance."""
+    """Pieces from the whole file, without those that could match by chance."""
     size = path.stat().st_size
     found = []
     with path.open("rb") as file:

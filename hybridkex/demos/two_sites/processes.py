@@ -1,4 +1,4 @@
-"""Programs that the demonstration starts, and that end with it."""
+"""The programs that the demonstration starts and ends."""
 
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -24,12 +24,12 @@ _TIMEOUT: Final = 60.0
 
 
 class DemonstrationFailed(HybridkexError):
-    """A step of the demonstration did not work."""
+    """A step of the demonstration failed."""
 
 
 @asynccontextmanager
 async def running(command: list[str], **options: Any) -> AsyncIterator[trio.Process]:
-    """A program that is ended with the block."""
+    """Run a program until the end of the block."""
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **options}
     async with trio.open_nursery() as nursery:
         run = partial(trio.run_process, command, stderr=subprocess.PIPE, check=False, **options)
@@ -49,7 +49,7 @@ def deadline(complaint: str) -> Iterator[None]:
 
 
 async def lines(process: trio.Process) -> AsyncIterator[str]:
-    """What a program writes to standard output. Raises ``DemonstrationFailed`` when it ends."""
+    """The lines of a program's standard output. Raises ``DemonstrationFailed`` when it ends."""
     assert process.stdout is not None
     buffer = b""
     async for data in process.stdout:
@@ -60,19 +60,19 @@ async def lines(process: trio.Process) -> AsyncIterator[str]:
 
 
 async def all_errors(process: trio.Process) -> bytes:
-    """What a program writes to standard error, up to its end."""
+    """A program's standard error, up to its end."""
     assert process.stderr is not None
     return b"".join([bytes(data) async for data in process.stderr])
 
 
 def said_last(errors: bytes) -> str:
-    """The last line that a program wrote to standard error, as a message of ours."""
+    """The last line of a program's standard error, as an error message."""
     whole = errors.decode(errors="replace").splitlines() or ["a program ended without a message"]
     return whole[-1].removeprefix("hybridkex: ")
 
 
 async def contents(file: trio.Path, process: trio.Process) -> str:
-    """The content of a file that the program writes, as soon as it is there."""
+    """Wait for a file that the program writes, and return its content."""
     while not await file.exists():
         if process.returncode is not None:
             raise DemonstrationFailed(said_last(await all_errors(process)))

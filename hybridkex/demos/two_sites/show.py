@@ -1,4 +1,4 @@
-"""The demonstration itself: it starts the programs, and says what they did."""
+"""The demonstration itself: starts the programs and reports what they did."""
 
 import hashlib
 import json
@@ -42,10 +42,10 @@ class Demonstration:
     """One run.
 
     Args:
-        folder: a private one, for everything that the two sites have.
+        folder: a private folder, for all files of the two sites.
         source: the file to send.
         capture: where Eve records.
-        distance: of the QKD link, in km.
+        distance: length of the QKD link, in km.
         say: prints a line.
     """
 
@@ -61,7 +61,7 @@ class Demonstration:
 
         Raises:
             DemonstrationFailed: a program failed, or the file did not arrive whole.
-            RecordingError: Eve has something of the file, or her recording was not searched.
+            RecordingError: Eve's recording shows part of the file, or could not be searched.
         """
         self.say("\n1. Two sites and the QKD link between them")
         async with self._kmes() as urls:
@@ -79,7 +79,7 @@ class Demonstration:
 
     @asynccontextmanager
     async def _kmes(self) -> AsyncIterator[dict[str, str]]:
-        """Run both KMEs, fed by a QKD link, until they have keys; gives the URL of each SAE's."""
+        """Run both KMEs, fed by a QKD link, and wait for keys; yields the URL of each SAE's KME."""
         command = [*_COMMAND, "kme", "dev-up", str(self.folder / "sites"), "--ports", "0,0"]
         command += ["--tls", "hybridkex", "--producer", "link", "--distance", str(self.distance)]
         command += ["--metrics", "127.0.0.1:0"]
@@ -98,12 +98,12 @@ class Demonstration:
                 f"{link['sifted_bits_total']:,.0f} sifted bits, QBER {link['qber_ratio']:.2%}, "
                 f"{link['secret_bits_total']:,.0f} secret bits"
             )
-            self._tell("at each end a KME; every program gets its keys from the one at its site")
+            self._tell("a KME at each end; every program gets its keys from the KME of its site")
             self._tell("(ETSI GS QKD 014, over post-quantum TLS)")
             yield dict(zip(_SITES, urls, strict=True))
 
     def _options(self, who: str, peer: str, url: str) -> list[str]:
-        """What a party adds to ``listen`` or ``connect``."""
+        """A party's options for ``listen`` or ``connect``."""
         words = ["--kme", url, "--kme-tls", "hybridkex", "--sae", who, "--peer-sae", peer]
         for option in ("ca", "cert", "key"):
             words += [f"--{option}", str(self.folder / who / f"{option}.pem")]
@@ -117,7 +117,7 @@ class Demonstration:
         return self.folder / "sent"
 
     async def _transfer(self, urls: dict[str, str]) -> dict[str, Any]:
-        """Send the file through the tap, and compare; returns what Alice says of the session."""
+        """Send the file through the tap and compare; returns Alice's report of the session."""
         authority = DevCa.create()
         write_identity(self.folder / "bob", authority, authority.issue("localhost", "127.0.0.1"))
         write_identity(self.folder / "alice", authority, authority.issue("alice"))
@@ -193,7 +193,7 @@ class Demonstration:
 
 
 async def _first_keys(metrics: str) -> dict[str, float]:
-    """What the link says of itself, once both KMEs have keys of it."""
+    """The link's metrics, once both KMEs have its keys."""
     async with httpx.AsyncClient(trust_env=False) as client:
         while True:
             found: dict[str, float] = {}

@@ -101,7 +101,7 @@ def _packets(data: bytes) -> Iterator[Packet]:
         if kind == _SECTION_HEADER:
             order, interfaces = _byte_order(data, position + 8), []
         elif position == 0:
-            raise RecordingError("it does not begin like a pcapng file")
+            raise RecordingError("it does not start with a pcapng section header")
         head = Struct(order + "II")
         kind, length = head.unpack_from(data, position)
         if length < 12 or length % 4 or length > _MAX_BLOCK or position + length > len(data):

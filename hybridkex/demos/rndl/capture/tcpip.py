@@ -5,7 +5,7 @@ as the frames that could have carried it: a three-way handshake, segments of at 
 with sequence numbers and checksums, and a FIN from each side. Only the framing is synthetic, the
 payload and the times are what the tap saw.
 
-Reading takes the captures of other tools too: segments out of order, repeated or overlapping, and
+The reader also accepts captures of other tools: segments out of order, repeated or overlapping, and
 connections whose beginning is missing.
 """
 
@@ -29,7 +29,7 @@ _TCP: Final = 6
 _FIN, _SYN, _RST, _PSH, _ACK = 1, 2, 4, 8, 16
 _WINDOW: Final = 0xFFFF
 
-# Locally administered addresses: nobody's hardware.
+# Locally administered addresses, of no real hardware.
 _CLIENT_MAC: Final = bytes.fromhex("020000000001")
 _SERVER_MAC: Final = bytes.fromhex("020000000002")
 
@@ -49,14 +49,14 @@ class ConnectionWriter:
         self._frame(0, time_ns, _ACK)
 
     def data(self, time_ns: int, data: bytes, *, from_client: bool) -> None:
-        """Bytes of one direction, in as many segments as they need."""
+        """Write bytes of one direction, in as many segments as necessary."""
         for start in range(0, len(data), _SEGMENT):
             piece = data[start : start + _SEGMENT]
             last = start + _SEGMENT >= len(data)
             self._frame(not from_client, time_ns, _ACK | (_PSH if last else 0), piece)
 
     def end(self, time_ns: int, *, from_client: bool) -> None:
-        """One direction is closed."""
+        """Close one direction."""
         self._frame(not from_client, time_ns, _FIN | _ACK)
 
     def _frame(
@@ -109,7 +109,7 @@ def _checksum(data: bytes) -> int:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Bytes of one direction that arrived together."""
+    """Bytes of one direction that arrived in one segment."""
 
     time: float
     from_client: bool
@@ -118,7 +118,7 @@ class Chunk:
 
 @dataclass
 class Flow:
-    """One TCP connection, put together again."""
+    """One reassembled TCP connection."""
 
     client: Address
     server: Address
@@ -128,7 +128,7 @@ class Flow:
         return " > ".join(f"{host}:{port}" for host, port in (self.client, self.server))
 
     def stream(self, *, from_client: bool) -> bytes:
-        """Everything that went in one direction."""
+        """All bytes of one direction."""
         return b"".join(chunk.data for chunk in self.chunks if chunk.from_client == from_client)
 
 
@@ -153,7 +153,7 @@ class _Direction:
         self._expected = sequence
 
     def take(self, sequence: int, data: bytes) -> bytes:
-        """What this segment adds to the stream, with what had come too early."""
+        """The bytes that this segment adds to the stream, with buffered later segments."""
         if self._expected is None:
             self._expected = sequence
         self._waiting[sequence] = max(data, self._waiting.get(sequence, b""), key=len)
@@ -171,13 +171,13 @@ class _Direction:
                 return ready
 
     def _ahead(self, sequence: int) -> int:
-        """How far a sequence number lies ahead of the next expected one, modulo 2^32."""
+        """The distance of a sequence number from the next expected one, modulo 2^32."""
         assert self._expected is not None
         return (sequence - self._expected + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 class _Open:
-    """A connection while it is read."""
+    """A connection being reassembled."""
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
@@ -195,7 +195,7 @@ def reassemble(packets: Iterable[Packet]) -> list[Flow]:
         ends = frozenset((segment.source, segment.target))
         opens = bool(segment.flags & _SYN) and not segment.flags & _ACK
         if opens or ends not in open_:
-            # Without its beginning, whoever is seen first is taken for the client.
+            # If the beginning is missing, the first sender seen is taken for the client.
             flow = Flow(segment.source, segment.target)
             flows.append(flow)
             open_[ends] = _Open(flow)
@@ -212,7 +212,7 @@ def reassemble(packets: Iterable[Packet]) -> list[Flow]:
 
 
 def _segment(packet: Packet) -> _Segment | None:
-    """The TCP segment in a frame, if there is one; fragments of IP are not put together."""
+    """The TCP segment in a frame, if there is one; IP fragments are not reassembled."""
     data = packet.data
     if packet.link_type != LINKTYPE_ETHERNET or len(data) < 34:
         return None

@@ -1,1 +1,1 @@
-"""The adversary of the future: a process of its own that has files and nothing else."""
+"""The future adversary: a separate process that has files and nothing else."""

@@ -1,7 +1,7 @@
 """``python -m hybridkex.demos.rndl.later FOLDER ...``: attack the recordings in folders.
 
-Each folder is one adversary's, and each adversary is a process of its own: this one when there is
-one folder, else a copy of this one that knows code and nothing more.
+Each folder belongs to one adversary, and each adversary is a separate process: this one if there is
+one folder, otherwise a fork of this one that has code but no data.
 
 Writes one JSON object a line to standard output: ``progress`` while a computation is long, then
 ``case`` and ``verdicts`` for each sub-folder with recordings, all with the ``folder``'s name.
@@ -20,14 +20,14 @@ from hybridkex.text import json_line
 
 
 def _attack_folder(folder: Path) -> int:
-    """One adversary's work; returns the exit status."""
+    """Do one adversary's work; returns the exit status."""
 
     def say(line: dict[str, object]) -> None:
         print(json_line({"folder": folder.name, **line}), flush=True)
 
     try:
         for case in sorted({capture.parent for capture in folder.glob("*/*.pcapng")}):
-            # A case is attacked by an adversary who has seen no other.
+            # Each case is attacked without knowledge of any other case.
             knowledge = Knowledge.from_folder(folder)
             connections: list[Connection] = []
             for capture in sorted(case.glob("*.pcapng")):
@@ -45,7 +45,7 @@ def _attack_folder(folder: Path) -> int:
 
 
 def _in_a_copy(folder: Path) -> int:
-    """The same in a process of its own, which ends with it."""
+    """Do the same in a separate process, which ends with the work."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -1,13 +1,13 @@
 """From recordings to plaintext: the attack itself.
 
 For each recorded connection the adversary lists what its keys rest on (the parts of the key
-exchange, and the PSK if one was taken), finds each of these secrets or fails to, rebuilds the key
-schedule and opens the records. Where a secret is missing it still tries: with the secret left out,
-and with zeros in its place. Between sound parties that opens nothing; it is how a key schedule that
-forgets one of its legs is found out.
+exchange, and the PSK if one was used), tries to find each of these secrets, rebuilds the key
+schedule and decrypts the records. If a secret is missing it still tries: with the secret left out,
+and with zeros in its place. Between correct parties that decrypts nothing; it exposes a key
+schedule that omits one of its legs.
 
-A connection that falls may hold what another rests on (a ticket, a QKD key on its way from a KME),
-so the recordings are gone through until nothing new falls.
+A decrypted connection may contain secrets of another one (a ticket, a QKD key in transit from a
+KME), so the attack repeats until no further connection is decrypted.
 """
 
 from collections import deque
@@ -37,9 +37,9 @@ __all__ = ["Adversary", "Event", "Leg", "Verdict"]
 
 _GROUPS: Final = {group.code: group for group in (*ALL_GROUPS, toy_curve.TOY_GROUP)}
 _PSK_LENGTH: Final = 32
-"""Bytes of a QKD key, for which overheard bytes are tried."""
+"""Length in bytes of a QKD key, to try overheard bytes as a key."""
 _MOST_CANDIDATES: Final = 1 << 12
-"""Places at either end of an overheard stream where a key is looked for."""
+"""Offsets at either end of an overheard stream to try as a key."""
 
 Progress = Callable[[str], None]
 
@@ -52,13 +52,13 @@ class Leg:
     """``exchange``, ``qkd``, ``psk`` or ``ticket``."""
     name: str
     how: str | None
-    """How it was found; ``None`` where it was not."""
+    """How it was found; ``None`` if it was not."""
     secret: bytes | None = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What crossed the wire at one time, as far as the adversary can tell."""
+    """One record on the wire, as far as the adversary can tell."""
 
     number: int
     time: float
@@ -72,7 +72,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What became of one connection."""
+    """The outcome for one connection."""
 
     connection: Connection
     legs: tuple[Leg, ...]
@@ -89,11 +89,11 @@ class Verdict:
 
     @property
     def resumed(self) -> bool:
-        """Whether the connection resumes another by a ticket."""
+        """Whether the connection resumes another one with a ticket."""
         return any(leg.kind == "ticket" for leg in self.legs)
 
     def as_json(self) -> dict[str, object]:
-        """Plain values. No secret is among them but the plaintext, which is the point."""
+        """As plain values; the only secret among them is the plaintext."""
         connection, start = self.connection, self.connection.records[0].time
         group = _GROUPS.get(connection.group)
         return {
@@ -126,8 +126,8 @@ class Adversary:
     """Attacks recordings with what it knows.
 
     Args:
-        knowledge: answers of oracles and stolen goods; it grows.
-        progress: is told of long computations.
+        knowledge: answers of oracles and stolen secrets; it grows.
+        progress: called during long computations.
     """
 
     def __init__(self, knowledge: Knowledge, progress: Progress | None = None) -> None:
@@ -136,7 +136,7 @@ class Adversary:
         self._logs: dict[bytes, int] = {}
 
     def attack(self, connections: Iterable[Connection]) -> list[Verdict]:
-        """A verdict on each connection, in their order."""
+        """A verdict on each connection, in order."""
         todo = list(enumerate(connections))
         verdicts: dict[int, Verdict] = {}
         while True:
@@ -187,7 +187,7 @@ class Adversary:
             yield _leg("exchange", name, found)
 
     def _break_toy(self, offer: bytes, answer: bytes) -> Known:
-        """No oracle: the client's private key is computed from its public share."""
+        """Compute the client's private key from its public share, without an oracle."""
         if offer not in self._logs:
             self._logs[offer] = toy_curve.discrete_log(toy_curve.decode(offer), self._tell_steps)
         secret = toy_curve.shared_secret(self._logs[offer], toy_curve.decode(answer))
@@ -213,9 +213,9 @@ class Adversary:
             yield _leg("qkd", f"QKD key {', '.join(str(part.key_id) for part in name)}", found)
 
     def _external_psk(self, connection: Connection, *, imported: bool) -> Known | None:
-        """The PSK among all keys that were come by, and among all bytes that were overheard.
+        """Search for the PSK among all keys obtained and all bytes overheard.
 
-        The binder tells whether a candidate is the one.
+        The binder shows whether a candidate is right.
         """
         suite, identity = connection.suite, connection.psk_identity
         label = Label.IMPORTED_BINDER if imported else Label.EXTERNAL_BINDER
@@ -235,7 +235,7 @@ class Adversary:
                 yield Known(stream[start : start + _PSK_LENGTH], "it was overheard in the clear")
 
     def _learn(self, connection: Connection, opened: "_Opened") -> None:
-        """Tickets, and keys that a KME delivered, are of use elsewhere."""
+        """Collect tickets and keys that a KME delivered, for other connections."""
         for ticket, psk in opened.tickets:
             self.knowledge.tickets[ticket] = Known(psk, "read in the connection that it resumes")
         self.knowledge.harvest(bytes(opened.data[False]), connection.capture)
@@ -263,7 +263,7 @@ def _split(group: Group, offer: bytes, answer: bytes) -> Iterator[tuple[str, byt
 
 
 def _attempts(connection: Connection, legs: tuple[Leg, ...]) -> Iterator[Secrets]:
-    """Key schedules to try: one where all is known, else what forgetful parties would have."""
+    """Key schedules to try: one if all secrets are known, else those of faulty parties."""
     parts = [_guesses(leg) for leg in legs if leg.kind == "exchange"]
     psks = [_psk_guesses(connection, leg) for leg in legs if leg.kind != "exchange"] or [[None]]
     for *shared, psk in product(*parts, *psks):
@@ -272,7 +272,7 @@ def _attempts(connection: Connection, legs: tuple[Leg, ...]) -> Iterator[Secrets
 
 
 def _guesses(leg: Leg) -> list[bytes | None]:
-    """A secret, or, where it is missing: nothing, and zeros."""
+    """A secret, or if it is missing: nothing, and zeros."""
     return [leg.secret] if leg.secret is not None else [None, bytes(32)]
 
 
@@ -288,7 +288,7 @@ def _psk_guesses(connection: Connection, leg: Leg) -> list[bytes | None]:
 
 
 class _Opened:
-    """A connection while it is decrypted, record by record."""
+    """A connection being decrypted, record by record."""
 
     def __init__(self, connection: Connection, secrets: Secrets) -> None:
         self._suite = connection.suite
@@ -304,7 +304,7 @@ class _Opened:
         self.events: list[Event] = []
 
     def take(self, record: WireRecord) -> bool:
-        """Open the next record of its direction; false where that fails."""
+        """Decrypt the next record of its direction; false on failure."""
         found = self.keys[record.from_client].open(record.header, record.fragment)
         if found is None:
             return False
@@ -349,10 +349,10 @@ class _Opened:
 
 
 def _open(connection: Connection, secrets: Secrets) -> _Opened | None:
-    """Decrypt a whole connection; ``None`` where the server's first record does not open."""
+    """Decrypt a whole connection; ``None`` if the server's first record cannot be decrypted."""
     opened = _Opened(connection, secrets)
     todo = {side: deque(connection.protected(from_client=side)) for side in (False, True)}
-    # A capture may end anywhere, and what it has up to there is read.
+    # A capture may end anywhere; everything before that is read.
     with suppress(HybridkexError):
         for side in (False, True):  # the client's keys follow from the server's flight
             key = opened.keys[side]
@@ -373,7 +373,7 @@ def _open(connection: Connection, secrets: Secrets) -> _Opened | None:
 
 
 def _event(record: WireRecord, what: str | None = None, text: str | None = None) -> Event:
-    """A record in the timeline; ``what`` is in it where it was decrypted."""
+    """A record in the timeline; ``what`` describes its content if it was decrypted."""
     clear = record.type != ContentType.APPLICATION_DATA
     state = "clear" if clear else "protected" if what is None else "decrypted"
     if what is None:

@@ -1,8 +1,8 @@
 """The key schedule of TLS 1.3 and its record protection, written a second time.
 
-On purpose, with the standard library's HMAC alone: an adversary who derived keys with the parties'
-own code would share its mistakes. If the parties left a leg out of their key schedule, that code
-would leave it out here as well, and the recording would seem safe.
+Deliberately, and with the standard library's HMAC alone: an adversary who derived keys with the
+parties' own code would share its mistakes. If the parties omitted a leg from their key schedule,
+that code would omit it here as well, and the recording would seem safe.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ SUITES: Final = {
     0x1303: Suite("TLS_CHACHA20_POLY1305_SHA256", "sha256", ChaCha20Poly1305, 32),
 }
 
-_IMPORT_HASH: Final = "sha256"  # of an external PSK for which none was agreed (RFC 9258 section 5)
+_IMPORT_HASH: Final = "sha256"  # for an external PSK without an agreed hash (RFC 9258 section 5)
 
 
 def _extract(hash_: str, salt: bytes, key: bytes) -> bytes:
@@ -69,7 +69,7 @@ def _expand_label(hash_: str, secret: bytes, label: bytes, context: bytes, lengt
 
 @lru_cache(maxsize=64)
 def _hkdf_label(label: bytes, context: bytes, length: int) -> bytes:
-    """Kept, since a search for a PSK asks for the same ones a million times."""
+    """Cached, since a search for a PSK needs the same labels a million times."""
     full = b"tls13 " + label
     sizes = length.to_bytes(2, "big"), bytes((len(full),)), bytes((len(context),))
     return sizes[0] + sizes[1] + full + sizes[2] + context
@@ -100,14 +100,14 @@ def ticket_psk(suite: Suite, resumption_secret: bytes, nonce: bytes) -> bytes:
 def binder(suite: Suite, psk: bytes, label: bytes, digest: bytes) -> bytes:
     """The PSK binder that a ClientHello must have (RFC 9846 section 4.3.11.2).
 
-    It travels in the clear: whoever has a candidate for a PSK can test it without any break.
+    It is sent in the clear: anyone with a candidate PSK can test it without breaking anything.
     """
     early = _extract(suite.hash, bytes(suite.hash_length), psk)
     return _finished(suite.hash, _derive(suite.hash, early, label, suite.empty_digest), digest)
 
 
 class TrafficKey:
-    """Opens the records of one direction, one after the other."""
+    """Decrypts the records of one direction, one after the other."""
 
     def __init__(self, suite: Suite, secret: bytes) -> None:
         self.suite = suite
@@ -125,11 +125,11 @@ class TrafficKey:
             return None
         self._sequence += 1
         if not inner:
-            return None  # RFC 9846 section 5.4: zeros alone are no record
+            return None  # RFC 9846 section 5.4: a plaintext of zeros alone is invalid
         return inner[-1], inner[:-1]
 
     def updated(self) -> "TrafficKey":
-        """The next generation (RFC 9846 section 7.2)."""
+        """The key after a KeyUpdate (RFC 9846 section 7.2)."""
         hash_ = self.suite.hash
         return TrafficKey(
             self.suite,
@@ -139,25 +139,25 @@ class TrafficKey:
 
 @dataclass(frozen=True)
 class Secrets:
-    """What follows from a PSK and a key exchange (RFC 9846 section 7.1)."""
+    """The secrets derived from a PSK and a key exchange (RFC 9846 section 7.1)."""
 
     suite: Suite
     handshake: bytes
 
     @classmethod
     def derive(cls, suite: Suite, psk: bytes | None, shared: bytes) -> "Secrets":
-        """From the PSK (``None``: zeros, as where there is none) and the exchange's secret."""
+        """Derive from the PSK (``None``: zeros, as without a PSK) and the exchange's secret."""
         hash_, zeros, empty = suite.hash, bytes(suite.hash_length), suite.empty_digest
         early = _extract(hash_, zeros, zeros if psk is None else psk)
         return cls(suite, _extract(hash_, _derive(hash_, early, b"derived", empty), shared))
 
     def handshake_keys(self, digest: bytes) -> Iterator[TrafficKey]:
-        """The client's and the server's; ``digest`` covers ClientHello...ServerHello."""
+        """The client's and the server's keys; ``digest`` covers ClientHello...ServerHello."""
         for label in (b"c hs traffic", b"s hs traffic"):
             yield TrafficKey(self.suite, _derive(self.suite.hash, self.handshake, label, digest))
 
     def application_keys(self, digest: bytes) -> Iterator[TrafficKey]:
-        """The client's and the server's; ``digest`` covers ClientHello...server Finished."""
+        """The client's and the server's keys; ``digest`` covers ClientHello...server Finished."""
         for label in (b"c ap traffic", b"s ap traffic"):
             yield TrafficKey(self.suite, _derive(self.suite.hash, self._main, label, digest))
 

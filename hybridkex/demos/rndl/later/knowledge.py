@@ -1,6 +1,6 @@
-"""What an adversary has besides the recordings: answers of oracles, and stolen goods.
+"""What an adversary has besides the recordings: answers of oracles, and stolen secrets.
 
-A folder is all there is::
+Everything is in one folder::
 
     oracle/ecdh.jsonl, ml-kem.jsonl, signature.jsonl    broken primitives, see Knowledge.solve
     stolen/certificate/*.pem                            a party's long-term private key
@@ -41,7 +41,7 @@ _TICKET_KEY_NAME: Final = 8
 
 @dataclass(frozen=True)
 class Known:
-    """A secret, and how the adversary came by it."""
+    """A secret, and how the adversary obtained it."""
 
     secret: bytes
     how: str
@@ -49,10 +49,10 @@ class Known:
 
 @dataclass
 class Knowledge:
-    """Everything known so far; it grows while recordings fall."""
+    """Everything known so far; it grows as recordings are decrypted."""
 
     private_keys: dict[bytes, tuple[Any, str]] = field(default_factory=dict)
-    """By public share."""
+    """Private keys by public share."""
     qkd_keys: list[Known] = field(default_factory=list)
     tickets: dict[bytes, Known] = field(default_factory=dict)
     """The PSKs of session tickets, by ticket."""
@@ -62,10 +62,10 @@ class Knowledge:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Knowledge":
-        """What lies in ``oracle`` and ``stolen``; either may be missing.
+        """Read ``oracle`` and ``stolen``; either may be missing.
 
         Raises:
-            RecordingError: a file is not what its name says.
+            RecordingError: a file does not have the content that its name says.
         """
         known = cls()
         try:
@@ -92,7 +92,7 @@ class Knowledge:
     def solve(self, offer: bytes, answer: bytes) -> Known | None:
         """The shared secret of a key exchange, if one of its private keys is known.
 
-        The oracle is asked for the public share on the wire and for nothing else.
+        The oracle is queried only with the public share on the wire.
         """
         for share, other in ((offer, answer), (answer, offer)):
             if share in self.private_keys:
@@ -120,7 +120,7 @@ class Knowledge:
             return None
 
     def harvest(self, plaintext: bytes, where: str) -> None:
-        """Take the QKD keys out of decrypted answers of a KME (ETSI GS QKD 014 clause 6.3)."""
+        """Extract the QKD keys from decrypted answers of a KME (ETSI GS QKD 014 clause 6.3)."""
         text = plaintext.decode("latin-1")
         decoder, position = json.JSONDecoder(), text.find("{")
         while position >= 0:
@@ -137,14 +137,14 @@ def _lines(path: Path) -> Iterator[Any]:
 
 
 def _share(public: Any) -> bytes:
-    """A public key as it would stand in a key share, in case that it does."""
+    """A public key in the encoding of a key share."""
     if isinstance(public, ec.EllipticCurvePublicKey):
         return public.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
     return public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)  # type: ignore[no-any-return]
 
 
 def _agree(key: Any, other: bytes) -> bytes:
-    """The secret that a private key has in common with the other side's share."""
+    """The shared secret of a private key and the other side's share."""
     if isinstance(key, x25519.X25519PrivateKey):
         return key.exchange(x25519.X25519PublicKey.from_public_bytes(other))
     if isinstance(key, ec.EllipticCurvePrivateKey):
@@ -155,10 +155,10 @@ def _agree(key: Any, other: bytes) -> bytes:
 
 
 def _key_store(path: Path, key_file: Path) -> Iterator[Known]:
-    """Every key in a KME's database that opens under its sealing key.
+    """Every key in a KME's database that decrypts under its sealing key.
 
-    The rows first; then the raw bytes of all its files, for rows that were erased from the tables
-    and may still lie in free pages or in the write-ahead log.
+    Searches the rows, then the raw bytes of all files for rows that were erased from the tables but
+    may remain in free pages or in the write-ahead log.
     """
     seal = AESGCM(bytes.fromhex(key_file.read_text(encoding="ascii").strip()))
     how = f"found in the stolen key store of {path.parent.name}"
@@ -189,14 +189,14 @@ def _place(table: str, *columns: str) -> bytes:
 
 
 def _opened_copy(source: Path, folder: Path) -> sqlite3.Connection:
-    """The database, opened elsewhere: SQLite clears the write-ahead log of what it closes."""
+    """A copy of the database, opened: closing the original would clear its write-ahead log."""
     for file in source.glob("keys.db*"):
         shutil.copy(file, folder)
     return sqlite3.connect(folder / "keys.db")
 
 
 def _near(raw: bytes, key_id: bytes) -> Iterator[bytes]:
-    """Sealed 256-bit keys that may stand beside a key ID, wherever it occurs."""
+    """Sealed 256-bit keys that may be next to a key ID, wherever it occurs."""
     size, reach = _NONCE + 32 + 16, 512
     position = raw.find(key_id)
     while position >= 0:

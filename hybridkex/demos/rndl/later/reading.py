@@ -1,4 +1,4 @@
-"""TLS connections in a capture: what is in the clear, and the records that are not."""
+"""TLS connections in a capture: the messages in the clear, and the protected records."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ _MESSAGE_HASH: Final = 254
 
 @dataclass(frozen=True)
 class WireRecord:
-    """A record as it crossed the wire."""
+    """A record on the wire."""
 
     number: int
-    """In the connection, both directions counted together."""
+    """Its number in the connection, counting both directions."""
     time: float
     from_client: bool
     type: int
@@ -41,19 +41,19 @@ class WireRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Connection:
-    """One recorded TLS 1.3 connection, up to and with its ServerHello understood."""
+    """One recorded TLS 1.3 connection, parsed up to and including its ServerHello."""
 
     capture: str
     flow: Flow
     records: tuple[WireRecord, ...]
-    """Both directions, in the order of time."""
+    """Both directions, in order of time."""
     suite: Suite
     client_hello: ClientHello
-    """The one that was answered by ServerHello: the second one after a retry."""
+    """The ClientHello that ServerHello answers: the second one after a retry."""
     server_hello: ServerHello
     raw_client_hello: bytes
     before: bytes
-    """What the transcript has before that ClientHello: nothing, or the retry (section 4.4.1)."""
+    """The transcript before that ClientHello: empty, or the retry (section 4.4.1)."""
     raw_server_hello: bytes
 
     @property
@@ -83,7 +83,7 @@ class Connection:
 
     @property
     def psk_identity(self) -> bytes:
-        """The identity of the PSK that the server took; empty where it took none."""
+        """The identity of the PSK that the server accepted; empty if none."""
         chosen = self._chosen_psk
         return chosen[0].identity if chosen is not None else b""
 
@@ -98,13 +98,13 @@ class Connection:
 
     @property
     def binder(self) -> bytes:
-        """What proves that the client has that PSK."""
+        """The binder, which proves that the client has that PSK."""
         chosen = self._chosen_psk
         return chosen[1] if chosen is not None else b""
 
     @property
     def bound(self) -> bytes:
-        """The hash of what binders cover (RFC 9846 section 4.3.11.2)."""
+        """The hash of the transcript that binders cover (RFC 9846 section 4.3.11.2)."""
         offer = self.client_hello.extensions.get(ext.PreSharedKeyOffer)
         length = offer.binders_length if offer is not None else 0
         return self.suite.digest(self.before + self.raw_client_hello[:-length])
@@ -176,7 +176,7 @@ def _connection(capture: str, flow: Flow) -> Connection:
         before=before,
         raw_server_hello=servers[-1],
     )
-    if not all(connection.shares):  # raises for hellos that do not belong together
+    if not all(connection.shares):  # raises if the hellos do not match
         raise RecordingError("a key share without content")
     return connection
 
@@ -206,7 +206,7 @@ def _plain_messages(records: tuple[WireRecord, ...], *, from_client: bool) -> li
 
 
 def split_messages(buffer: bytearray) -> list[bytes]:
-    """Take the whole handshake messages from the front of a buffer."""
+    """Take complete handshake messages from the front of a buffer."""
     messages = []
     while len(buffer) >= 4 and len(buffer) >= (end := 4 + int.from_bytes(buffer[1:4], "big")):
         messages.append(bytes(buffer[:end]))
@@ -215,7 +215,7 @@ def split_messages(buffer: bytearray) -> list[bytes]:
 
 
 def message_name(raw: bytes) -> str:
-    """What RFC 9846 calls a handshake message."""
+    """The name of a handshake message in RFC 9846."""
     try:
         name = HandshakeType(raw[0]).name
     except ValueError:

@@ -1,1 +1,1 @@
-"""What runs while the parties talk: the parties, the tap on their wires, the instruments."""
+"""What runs during the sessions: the parties, the wire taps, the instruments."""

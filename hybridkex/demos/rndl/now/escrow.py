@@ -1,9 +1,9 @@
-"""Instruments that keep private keys aside, for the oracles that stand for broken primitives.
+"""Instruments that record private keys, for the oracles that model broken primitives.
 
-A quantum computer would compute the private key from the public share in a recording. Nobody has
-one, so the private key is set aside when it is made, under its public share; the adversary's oracle
-answers to that share and to nothing else. The instrument changes nothing in what the key exchange
-does or sends: it wraps the library's own.
+A quantum computer would compute the private key from the public share in a recording. None exists,
+so the private key is recorded under its public share when it is made; the adversary's oracle
+answers to that share and to nothing else. The instrument wraps the library's key exchange and
+changes nothing that it does or sends.
 """
 
 import json
@@ -31,7 +31,7 @@ ECDH: Final = "ecdh"
 ML_KEM: Final = "ml-kem"
 SIGNATURE: Final = "signature"
 ORACLES: Final = (ECDH, ML_KEM, SIGNATURE)
-"""The primitives that can be broken, each by a file of its own."""
+"""The primitives that can be broken, each with its own file."""
 
 
 class Escrow:
@@ -43,21 +43,21 @@ class Escrow:
             make_private(self.file(primitive))
 
     def file(self, primitive: str) -> Path:
-        """Where a primitive's pairs are: one JSON object a line."""
+        """The file of a primitive's pairs: one JSON object per line."""
         return self._folder / f"{primitive}.jsonl"
 
     def instrumented(self, group: Group) -> Group:
-        """The same group, whose key pairs are kept aside."""
+        """The same group, with its key pairs recorded."""
         parts = [_Watched(part, self.keep) for part in group.exchange.parts]
         return replace(group, exchange=parts[0] if len(parts) == 1 else Concat(*parts))
 
     def keep_identity(self, identity: Identity) -> Identity:
-        """Keep a certificate's key aside, as one who breaks signatures would compute it."""
+        """Record a certificate's key, as an attacker who breaks signatures would compute it."""
         self.keep(SIGNATURE, identity.private_key)
         return identity
 
     def keep(self, primitive: str, private_key: Any) -> None:
-        """Put one private key aside."""
+        """Record one private key."""
         line = {
             "public": public_share(private_key.public_key()).hex(),
             "private": private_key.private_bytes(
@@ -74,7 +74,7 @@ def append_line(path: Path, value: object) -> None:
 
 
 def public_share(public_key: Any) -> bytes:
-    """A public key in the form that it has in a key share."""
+    """A public key in the encoding of a key share."""
     if isinstance(public_key, ec.EllipticCurvePublicKey):
         return public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
     raw: bytes = public_key.public_bytes_raw()
@@ -82,7 +82,7 @@ def public_share(public_key: Any) -> bytes:
 
 
 class _Watched:
-    """A key exchange of one part, with every private key that it makes put aside."""
+    """A key exchange of one part that records every private key."""
 
     def __init__(self, inner: KeyExchange, keep: Callable[[str, Any], None]) -> None:
         self._inner = inner
@@ -96,14 +96,14 @@ class _Watched:
     def start(self) -> Started:
         started = self._inner.start()
         primitive = ECDH if self.properties is Property.CLASSICAL else ML_KEM
-        # Those of the library's own exchanges have it; plug-ins need not.
+        # The library's own exchanges have this attribute; plug-ins need not.
         self._keep(primitive, started.private_key)  # type: ignore[attr-defined]
         return started
 
     def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:
         if self.properties is Property.POST_QUANTUM:
-            # The answer of a KEM has no key pair of its own: the client's opens it.
+            # A KEM's response has no key pair: the client's key decapsulates it.
             return self._inner.respond(peer_share)
-        # What the answer of a Diffie-Hellman exchange is made of.
+        # The key pair of a Diffie-Hellman response.
         started = self.start()
         return started.share, started.finish(peer_share)

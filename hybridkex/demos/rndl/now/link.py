@@ -27,9 +27,9 @@ __all__ = ["link_sources"]
 _DISTANCE_KM: Final = 10.0
 _BLOCK_BITS: Final = 100_000
 _KEY_BASIS: Final = 0.5
-"""So large a test basis is worth its bits in so small a block."""
+"""A test basis this large pays off in a block this small."""
 _ATTEMPTS: Final = 4
-"""Blocks; one that is given up, as statistics will have it, makes room for the next."""
+"""Blocks to try; an aborted block, which statistics allow, is followed by the next."""
 
 _ALICE: Final = PoolNames(sae="alice", kme="link-a", peer_sae="bob", peer_kme="link-b")
 _BOB: Final = PoolNames(sae="bob", kme="link-b", peer_sae="alice", peer_kme="link-a")
@@ -44,7 +44,7 @@ async def link_sources(
     Args:
         folder: an empty one, for the pools.
         capture: where the tap on the classical channel records.
-        escrow: keeps the keys aside with which the parties sign the first block.
+        escrow: records the keys with which the parties sign the first block.
 
     Raises:
         LinkError: the link made no keys.
@@ -63,7 +63,7 @@ async def link_sources(
 
 
 def _keys(block: Block) -> list[QkdKey]:
-    """The block's keys; Alice draws them, Bob looks them up."""
+    """Put the block's keys into pools; Alice draws them, Bob looks them up."""
     return [
         QkdKey(
             name=(KeyPart(_ALICE.kme, _BOB.kme, item.key_id),),
@@ -76,7 +76,7 @@ def _keys(block: Block) -> list[QkdKey]:
 
 
 async def _one_block(capture: Path, escrow: Escrow) -> tuple[Block, Block]:
-    """What Alice and what Bob have after a block, over TCP through a tap."""
+    """Alice's and Bob's results of a block, over TCP through a tap."""
     there = preset("rusca2018").at(_DISTANCE_KM)
     transmitter = replace(there.transmitter, key_basis_probability=_KEY_BASIS)
     settings = LinkSettings(preset=replace(there, transmitter=transmitter), block_bits=_BLOCK_BITS)
@@ -108,7 +108,7 @@ async def _one_block(capture: Path, escrow: Escrow) -> tuple[Block, Block]:
         async with tap as address, await trio.open_tcp_stream(*address) as stream:
             ours = Signatures(keys[0], keys[1].public_key())
             await run("alice", Alice(stream, settings, light.record, bootstrap=ours))
-            await stream.receive_some()  # Bob closes when he has his keys.
+            await stream.receive_some()  # Bob closes the connection once he has his keys.
         nursery.cancel_scope.cancel()
     if len(blocks) != 2:
         raise LinkError("the simulated link made no keys")

@@ -1,4 +1,4 @@
-"""Two KMEs of one link, for the sites of Alice and Bob, and the taps on the hops to them."""
+"""Two KMEs of one link, for the sites of Alice and Bob, and taps on the connections to them."""
 
 import shutil
 from collections.abc import AsyncIterator
@@ -30,20 +30,20 @@ __all__ = ["Sites"]
 _SITES: Final = (("alice", "kme-a"), ("bob", "kme-b"))
 _LOOPBACK: Final = "127.0.0.1"
 _KEYS: Final = 64
-"""Keys that a KME holds ready; every session takes one."""
+"""Keys that a KME has in stock; every session takes one."""
 _THIEF_COMES: Final = 2 * SCRUB_EVERY
-"""Seconds after the last delivery."""
+"""Seconds between the last delivery and the theft."""
 
 
 class Sites:
-    """The KMEs of both sites, which serve SAEs over the hop that the delivery is about.
+    """The KMEs of both sites, which serve SAEs by the given kind of delivery.
 
     Args:
         folder: a new one, for keys, certificates and databases.
-        loot: where the stolen databases go: ``before`` and ``after``, each with a folder a KME.
-        ca: whom everybody trusts.
-        escrow: keeps the hop's private keys aside.
-        delivery: the kind of hop.
+        loot: the folder for stolen databases: ``before`` and ``after``, each with a folder per KME.
+        ca: the authority that all parties trust.
+        escrow: records the private keys of the connections to the KMEs.
+        delivery: the kind of connection to the KMEs.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Sites:
     async def running(self) -> AsyncIterator["Sites"]:
         """Serve during the block.
 
-        The databases are stolen before it, and a while after all of its deliveries.
+        The databases are stolen before the block, and a while after its last delivery.
         """
         server = KmeServer(self._config())
         async with trio.open_nursery() as nursery:
@@ -114,13 +114,13 @@ class Sites:
             for sae, kme in _SITES:
                 source = await self._source(stack, sae, str(self._address(kme)))
                 with trio.fail_after(10):
-                    # A KME cannot tell when it is ready.
+                    # A KME does not report when it has keys.
                     while (await source.status()).stored < _KEYS:  # noqa: ASYNC110
                         await trio.sleep(0.02)
 
     @asynccontextmanager
     async def tapped_sources(self, recording: Path) -> AsyncIterator[tuple[KeySource, KeySource]]:
-        """Key sources of both parties at their KMEs, with a tap on either hop."""
+        """Key sources of both parties at their KMEs, with a tap on each connection."""
         async with AsyncExitStack() as stack:
             sources = []
             for sae, kme in _SITES:
@@ -144,7 +144,7 @@ class Sites:
         return Etsi014Source(client, sae=sae, peer_sae=peer)
 
     def _hop(self, folder: Path) -> TlsHandshake:
-        """The SAE's side of the hop, instrumented: one side's private key breaks an exchange."""
+        """The SAE's TLS to its KME, instrumented: one side's private key breaks an exchange."""
         group = X25519 if self._classical else X25519MLKEM768
         config = ClientConfig(
             groups=(self._escrow.instrumented(group),),

@@ -1,8 +1,8 @@
 """The parties: a client and a server, and the tap between them.
 
-Everything is the library's own code over real TCP. What is added: instrumented key exchanges (see
-``escrow.py``), a copy of the ticket key, and a key log for those who want to compare with
-Wireshark. None of that reaches the adversary but what a trial gives it.
+Everything is the library's own code over real TCP, plus instrumented key exchanges (see
+``escrow.py``), a copy of the ticket key, and a key log for comparison with Wireshark. The adversary
+gets none of these unless the trial provides them.
 """
 
 import os
@@ -43,7 +43,7 @@ _CLASSICAL_TOO: Final = Policy(post_quantum=Requirement.PREFER)
 
 @dataclass(frozen=True, kw_only=True)
 class Talk:
-    """What was really said in one connection; the adversary never sees this."""
+    """The actual plaintext of one connection; the adversary never sees this."""
 
     to_server: bytes
     to_client: bytes
@@ -52,7 +52,7 @@ class Talk:
 
 
 class Stage:
-    """A folder with everything that the parties, the taps and the thieves leave behind.
+    """A folder with all files of the parties, the taps and the thieves.
 
     ``oracle/``: private keys in escrow. ``recordings/NAME/*.pcapng``. ``stolen/certificate/``,
     ``stolen/ticket-keys.jsonl``, ``stolen/DELIVERY/WHEN/KME/`` with a key store and its sealing
@@ -70,7 +70,7 @@ class Stage:
         shutil.copy(folder / "server/key.pem", folder / "stolen/certificate/server.pem")
 
     def sites(self, delivery: Delivery) -> Sites:
-        """The KMEs that deliver QKD keys in this way."""
+        """The KMEs for this kind of delivery."""
         return Sites(
             self.folder / f"sites-{delivery.value}",
             self.folder / "stolen" / delivery.value,
@@ -80,18 +80,18 @@ class Stage:
         )
 
     def link(self) -> AbstractAsyncContextManager[tuple[KeySource, KeySource]]:
-        """Key sources whose keys a tapped QKD link has made."""
+        """Key sources filled by a tapped QKD link."""
         pools = self.folder / "pools"
         pools.mkdir()
         return link_sources(pools, self.link_recording, self.escrow)
 
     @property
     def link_recording(self) -> Path:
-        """Of the link's classical channel, which all sessions with its keys have in common."""
+        """The recording of the link's classical channel, shared by all sessions with its keys."""
         return self.folder / "recordings" / "link.pcapng"
 
     def recording(self, configuration: Configuration, delivery: Delivery) -> Path:
-        """Where the captures of a run are; the folder is made."""
+        """The folder for the captures of a run; created if missing."""
         name = f"{configuration.id}-{delivery.value}" if configuration.qkd else configuration.id
         folder = self.folder / "recordings" / name
         folder.mkdir(exist_ok=True)
@@ -178,7 +178,7 @@ class Stage:
 
 
 async def _converse(stream: SecureStream[trio.SocketStream], secret: str) -> Talk:
-    """The client's part: two questions, with new keys for both directions between them."""
+    """The client's part: two messages, with a KeyUpdate of both directions between them."""
     said, heard = bytearray(), bytearray()
     async with stream:
         for line in (f"Alice to Bob: {secret}", "Alice to Bob: still there with new keys?"):
@@ -190,7 +190,7 @@ async def _converse(stream: SecureStream[trio.SocketStream], secret: str) -> Tal
             heard += await _line(stream)
         await stream.send_eof()
         if await stream.receive_some():
-            raise trio.BrokenResourceError("the server said more than it should")
+            raise trio.BrokenResourceError("the server sent more than expected")
         session = stream.session
     return Talk(
         to_server=bytes(said),
@@ -201,7 +201,7 @@ async def _converse(stream: SecureStream[trio.SocketStream], secret: str) -> Tal
 
 
 async def _answer(stream: SecureStream[trio.SocketStream]) -> None:
-    """The server's part: an answer to each question."""
+    """The server's part: an answer to each message."""
     async with stream:
         while question := await _line(stream):
             answer = f"Bob to Alice: {len(question)} bytes received, {secrets.token_hex(8)}\n"
@@ -209,7 +209,7 @@ async def _answer(stream: SecureStream[trio.SocketStream]) -> None:
 
 
 async def _line(stream: SecureStream[trio.SocketStream]) -> bytes:
-    """Up to the end of the line, or of the stream."""
+    """Read up to the end of the line or of the stream."""
     line = bytearray()
     while not line.endswith(b"\n") and (data := await stream.receive_some()):
         line += data

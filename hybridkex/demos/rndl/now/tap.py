@@ -1,7 +1,6 @@
-"""The wire tap: a TCP proxy that writes all that crosses it into a capture file.
+"""The wire tap: a TCP proxy that writes all traffic into a capture file.
 
-It has what a tap on a cable has, and no more: bytes and times. What it has seen it has written
-before it passes it on.
+It sees what a tap on a cable sees: bytes and times. It writes data before it forwards them.
 """
 
 import time
@@ -23,10 +22,10 @@ _READ_SIZE = 64 * 1024
 
 @asynccontextmanager
 async def wire_tap(capture: Path, target: Address) -> AsyncIterator[Address]:
-    """Listen on loopback and pass every connection on to ``target``, recorded in ``capture``.
+    """Listen on loopback, forward every connection to ``target``, and record it in ``capture``.
 
-    Gives the address to connect to. At the end of the block connections that are still open are
-    cut, and the file is complete.
+    Yields the address to connect to. At the end of the block open connections are cut and the file
+    is complete.
     """
     with open_private(capture) as file:
         writer = PcapngWriter(file)
@@ -47,7 +46,7 @@ async def wire_tap(capture: Path, target: Address) -> AsyncIterator[Address]:
 
 
 async def _pass_on(client: trio.SocketStream, target: Address, writer: PcapngWriter) -> None:
-    """One connection, until both directions are closed."""
+    """Forward one connection until both directions are closed."""
     connection = ConnectionWriter(
         writer, client.socket.getpeername(), client.socket.getsockname(), time.time_ns()
     )
@@ -62,12 +61,12 @@ async def _pass_on(client: trio.SocketStream, target: Address, writer: PcapngWri
             connection.end(time.time_ns(), from_client=from_client)
             await sink.send_eof()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # One end has hung up; what it had sent is recorded.
+            pass  # One end has disconnected; what it sent is recorded.
 
     try:
         server = await trio.open_tcp_stream(*target)
     except OSError:
-        return  # Our end closes too, which is what a client without the tap would see.
+        return  # Close our end too, as the client would see without the tap.
     async with server, trio.open_nursery() as nursery:
         nursery.start_soon(partial(relay, client, server, from_client=True))
         nursery.start_soon(partial(relay, server, client, from_client=False))

@@ -33,7 +33,7 @@ COMBINED_BYTES: Final = 32
 
 def _same_saes(sources: Sequence[KeySource]) -> tuple[str, str]:
     if len(sources) < 2:
-        raise ConfigError("several key sources means two or more")
+        raise ConfigError("at least two key sources are required")
     saes = {(source.local_sae, source.peer_sae) for source in sources}
     if len(saes) != 1:
         raise ConfigError("the key sources are for different pairs of SAEs")
@@ -43,16 +43,16 @@ def _same_saes(sources: Sequence[KeySource]) -> tuple[str, str]:
 class FailoverSource:
     """Several sources in order of preference: the first one that gives a key.
 
-    No error of one source ends a call as long as another source may have the key. A source that was
-    unavailable, or too slow, is asked last for ``retry_after`` seconds. A key by its name can only
-    be at a source whose KMEs the name gives; there may be several, such as a KME and a pool of keys
-    that were drawn from it.
+    An error of one source ends no call as long as another source may have the key. A source that
+    was unavailable or too slow is asked last for ``retry_after`` seconds. A named key can only be
+    at a source whose KMEs are in the name; there may be several, such as a KME and a pool filled
+    from it.
     """
 
     def __init__(
         self, sources: Sequence[KeySource], *, retry_after: float = 10.0, timeout: float = 5.0
     ) -> None:
-        """``timeout`` bounds one source's call, in seconds, before it is the next one's turn."""
+        """``timeout`` bounds the call of one source, in seconds; then the next one is asked."""
         self.local_sae, self.peer_sae = _same_saes(sources)
         if retry_after < 0 or timeout <= 0:
             raise ConfigError("retry_after and timeout must be positive")
@@ -68,8 +68,8 @@ class FailoverSource:
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         """The key of this name, from the first source that has it.
 
-        Raises the error that leaves most hope, if none does: a key that one source does not know
-        yet, or that one source could not be asked for, may still be there.
+        If none has it, raises the error that gives the most reason to retry: a key that one source
+        does not know yet, or that an unreachable source may have, may still become available.
         """
         places = [i for i, source in enumerate(self._sources) if source.knows(name)]
         if not places:
@@ -93,7 +93,7 @@ class FailoverSource:
             except KeySourceError as failure:
                 error = failure
             if isinstance(error, KeySourceUnavailable | KeyUnauthorized):
-                # The source is broken. The other errors are about a key, or about its stock.
+                # The source failed. The other errors concern a key or its stock.
                 pause = max(self._retry_after, error.retry_after or 0.0)
                 self._down_until[index] = current_time() + pause
             LOG.warning("key source %d of %d: %s", index + 1, len(self._sources), error)
@@ -123,12 +123,12 @@ class FailoverSource:
 
 
 def _hope(error: KeySourceError) -> int:
-    """The rank of an error among those of several sources: the smallest is raised."""
+    """The rank of an error among those of several sources; the lowest is raised."""
     kinds = (
-        KeyNotYetAvailable,  # the same key, in a moment
-        KeySourceExhausted,  # another key, later
-        KeySourceUnavailable,  # perhaps, once the source is back
-        KeyUnauthorized,  # not before somebody changes something
+        KeyNotYetAvailable,  # the same key may arrive in a moment
+        KeySourceExhausted,  # another key may arrive later
+        KeySourceUnavailable,  # possible once the source is back
+        KeyUnauthorized,  # not without a change of configuration
         KeyExpired,
         KeyConsumed,
         KeyUnknown,
@@ -137,9 +137,9 @@ def _hope(error: KeySourceError) -> int:
 
 
 class CombinedSource:
-    """One key out of a key of every source: secret as long as one of the links is.
+    """Combines one key of every source; secret while at least one of the links is.
 
-    Each source must give keys with names of one part, and no two may share a link.
+    Each source must give keys with single-part names, and no two may share a link.
     """
 
     def __init__(self, sources: Sequence[KeySource]) -> None:
@@ -147,13 +147,13 @@ class CombinedSource:
         self._sources = tuple(sources)
 
     async def get_key(self) -> QkdKey:
-        """A key of each source, combined. If one fails, the keys drawn of the others are burnt."""
+        """Draw a key from each source and combine them. If one fails, the others' keys are lost."""
         return self._combined([await source.get_key() for source in self._sources])
 
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         """Get the key that the peer drew; see :class:`~hybridkex.qkd.source.KeySource`."""
         if not self.knows(name):
-            raise KeyUnknown("the name is not of one key of each source, in their order")
+            raise KeyUnknown("the name does not have one key of each source, in order")
         pairs = zip(self._sources, name, strict=True)
         return self._combined([await source.get_key_with_id((part,)) for source, part in pairs])
 
@@ -164,7 +164,7 @@ class CombinedSource:
         )
 
     async def status(self) -> SourceStatus:
-        """The scarcest source decides."""
+        """The minimum over the sources."""
         found = [await source.status() for source in self._sources]
         return SourceStatus(
             stored=min(status.stored for status in found),
@@ -175,7 +175,7 @@ class CombinedSource:
     @staticmethod
     def _combined(parts: list[QkdKey]) -> QkdKey:
         if any(len(part.name) != 1 for part in parts):
-            raise KeySourceUnavailable("only keys of one part are combined")
+            raise KeySourceUnavailable("only keys with single-part names can be combined")
         kmes = [set(part.kmes[0]) for part in parts]
         if len({frozenset(pair) for pair in kmes}) != len(kmes):
             raise KeySourceUnavailable("two of the combined keys are of one link")
@@ -194,7 +194,7 @@ def combine_keys(parts: Sequence[QkdKey]) -> QkdKey:
         key       = HKDF-Expand(HKDF-Extract(salt = zeros, Z), FixedInfo, 32)
 
     Lengths are two bytes, big-endian; IDs are UTF-8. So both SAEs, the roles,
-    all KMEs, all key IDs and their order are bound, and no two inputs give one string.
+    all KMEs, all key IDs and their order are bound, and the encoding is injective.
     """
     master, slave = parts[0].master_sae, parts[0].slave_sae
     fixed_info = Label.COMBINED_QKD_KEYS + vector16(master.encode()) + vector16(slave.encode())

@@ -1,4 +1,4 @@
-"""Both ends of a key source in one process: the smallest secure site, no key crosses a network."""
+"""Both ends of a key source in one process: no key crosses a network."""
 
 import os
 from collections import OrderedDict
@@ -13,7 +13,7 @@ from hybridkex.secret import Secret
 __all__ = ["InProcessSource", "in_process_pair"]
 
 REMEMBERED: Final = 4096
-"""IDs of delivered keys that are remembered, to tell consumed keys from unknown ones."""
+"""Number of delivered IDs to remember, to distinguish consumed keys from unknown ones."""
 
 
 class InProcessSource:
@@ -30,7 +30,8 @@ class InProcessSource:
         self._other = self
 
     async def get_key(self) -> QkdKey:
-        """A new key. ``KeySourceExhausted`` when the peer has not fetched ``capacity`` of them."""
+        """Draw a new key. Raises ``KeySourceExhausted`` while ``capacity`` keys wait for the
+        peer."""
         await checkpoint_if_cancelled()
         if len(self._other._for_me) >= self._capacity:
             raise KeySourceExhausted(f"{self._capacity} keys wait for {self.peer_sae}")
@@ -44,7 +45,7 @@ class InProcessSource:
         )
 
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:
-        """The key that the other end drew under this name, once."""
+        """Get the key that the peer drew under this name, once."""
         await checkpoint_if_cancelled()
         key_id = single(name, master_kme=self._peer_kme, slave_kme=self._kme)
         key = self._for_me.pop(key_id, None)

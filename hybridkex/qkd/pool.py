@@ -1,4 +1,4 @@
-"""A pool of keys that were placed in a file beforehand, consumed crash-safely.
+"""A pool of keys placed in a file beforehand, consumed crash-safely.
 
 The file is a key database (:mod:`hybridkex.qkd.store`) with a name for each end of it: its material
 is what we may draw, its grants are what the peer may draw and we look up. A pool file and its
@@ -36,7 +36,7 @@ class PoolNames:
 
 
 def _settle_names(store: KeyStore, path: Path, names: PoolNames | None) -> PoolNames:
-    """The names in the file; those of a new file are written into it."""
+    """Read the names from the file, or write them to a new file."""
     found = [store.meta(name) for name in ("sae", "kme", "peer-sae", "peer-kme")]
     if None in found:
         if names is None:
@@ -60,8 +60,8 @@ def _settle_names(store: KeyStore, path: Path, names: PoolNames | None) -> PoolN
 class FilePool:
     """A :class:`~hybridkex.qkd.source.KeySource` on a file.
 
-    A key is marked as gone, on the disk, before it is returned: after a crash it is not given out
-    again. One process at a time may use a file.
+    A key is durably marked as used before it is returned: after a crash it is not returned again.
+    One process at a time may use a file.
     """
 
     def __init__(self, store: KeyStore, names: PoolNames) -> None:
@@ -70,7 +70,7 @@ class FilePool:
 
     @classmethod
     def open(cls, path: Path, *, key_file: Path, names: PoolNames | None = None) -> "FilePool":
-        """Open a pool, or make one for ``names`` if there is no file. Blocks for a moment.
+        """Open a pool, or create one for ``names`` if there is no file. Blocks briefly.
 
         Raises ``ConfigError`` for a missing, foreign or damaged file and for a wrong key file.
         """
@@ -123,7 +123,7 @@ class FilePool:
             k for k in keys if k.master_sae == self.peer_sae and k.slave_sae == self.local_sae
         ]
         if len(mine) + len(theirs) != len(keys) or any(len(k.name) != 1 for k in keys):
-            raise ConfigError("a pool takes single keys of its own two SAEs")
+            raise ConfigError("a pool accepts only single-part keys of its own two SAEs")
         link = self._names.peer_kme
         await self._store.add(link, [(k.key_ids[0], k.key) for k in mine])
         await self._store.accept(
@@ -165,6 +165,6 @@ class FilePool:
         return [(part.master_kme, part.slave_kme) for part in name] == ours
 
     async def status(self) -> SourceStatus:
-        """The stock, without giving a key away."""
+        """The stock; draws no key."""
         stored = await self._store.count(self._names.peer_kme)
         return SourceStatus(stored=stored, capacity=stored, key_bits=256)

@@ -1,4 +1,4 @@
-"""Keys drawn ahead of need, so that a handshake does not wait for the KME."""
+"""Prefetched keys, so that a handshake does not wait for the KME."""
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ LOG: Final = get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PrefetchConfig:
-    """How many keys are held ready, and how long."""
+    """How many keys to keep in stock, and for how long."""
 
     low: int = 2
-    """Watermark below which the stock is filled up."""
+    """Low watermark: the stock is refilled below this."""
     high: int = 8
-    """Watermark up to which it is filled: the cap, and the most keys that a crash burns."""
+    """High watermark: the cap of the stock, and the most keys that a crash loses."""
     ttl: float = 300.0
-    """Seconds after which an unused key is thrown away."""
+    """Seconds after which an unused key is discarded."""
     retry_after: float = 1.0
     """Seconds to wait after the source failed; doubled each time, up to 32 times as long."""
 
@@ -38,8 +38,7 @@ class PrefetchSource:
     """A key source with a stock in memory.
 
     Start :meth:`fill` as a task: ``nursery.start_soon(source.fill)`` in trio,
-    ``group.create_task(source.fill())`` in asyncio. Keys that are in stock
-    when the program ends are burnt.
+    ``group.create_task(source.fill())`` in asyncio. Keys in stock when the program ends are lost.
 
     The master's side draws ahead. The slave's side can look keys up ahead once it has been told
     their names (:meth:`upcoming` at the master, :meth:`expect` at the slave); telling is up to the
@@ -57,7 +56,7 @@ class PrefetchSource:
         self._low.set()
 
     async def get_key(self) -> QkdKey:
-        """A key of the stock, or of the source itself when the stock is empty."""
+        """A key from the stock, or from the source itself if the stock is empty."""
         self._drop_old()
         if self._ready:
             _, key = self._ready.popleft()
@@ -81,7 +80,7 @@ class PrefetchSource:
         return self._source.knows(name)
 
     async def status(self) -> SourceStatus:
-        """The source's stock and ours."""
+        """The source's stock plus ours."""
         self._drop_old()
         inner = await self._source.status()
         return SourceStatus(
@@ -104,7 +103,7 @@ class PrefetchSource:
         if name in self._expected:
             return
         if len(self._expected) >= self._config.high:
-            raise KeySourceExhausted(f"{self._config.high} keys are held ahead already")
+            raise KeySourceExhausted(f"{self._config.high} keys are prefetched already")
         key = await self._source.get_key_with_id(name)
         self._expected[name] = (current_time() + self._config.ttl, key)
 

@@ -1,4 +1,4 @@
-"""What feeds a KME: the inner end of a QKD link, or random numbers in its place.
+"""Key producers of a KME: an end of a QKD link, or random numbers in its place.
 
 A link has two ends. Each end is a :class:`KeyProducer` and feeds the KME of its site; both give
 the same keys under the same IDs, not necessarily at the same time.
@@ -17,15 +17,15 @@ from hybridkex.secret import Secret
 __all__ = ["KeyProducer", "ProducedKey", "RandomEnd", "RandomProducer", "random_link"]
 
 BATCH: Final = 64
-"""Keys that a random producer makes at a time: one durable write of the key store for all."""
+"""Keys per batch of a random producer: one durable write of the key store."""
 
 MAX_LEAD: Final = 1
-"""Batches by which one end of a random link may be ahead of the other."""
+"""Most batches by which one end of a random link may be ahead of the other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProducedKey:
-    """One key of a link, as one of its ends has it."""
+    """One key of a link, at one of its ends."""
 
     key_id: str
     """A UUID in the form of RFC 9562 section 4, in lower case."""
@@ -35,8 +35,8 @@ class ProducedKey:
 class KeyProducer(Protocol):
     """``async for batch in producer`` gives lists of keys, all of one length.
 
-    The KME takes the next batch when it has room, so a producer that cannot wait drops keys at its
-    own discretion, on both ends alike. A producer that stops iterating has ended for good.
+    The KME takes the next batch when it has room; a producer that cannot wait must drop the same
+    keys at both ends. A producer that stops iterating has ended for good.
     """
 
     def __aiter__(self) -> AsyncIterator[list[ProducedKey]]: ...
@@ -51,7 +51,7 @@ def _random_batch(key_bits: int) -> list[ProducedKey]:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomProducer:
-    """Keys from the operating system, for a KME whose peer does not make the same ones.
+    """Keys from the operating system, for a KME whose peer does not produce the same keys.
 
     Such keys reach the peer KME by value when they are allotted (see ``docs/kme.md``): a trusted
     relay, not QKD.

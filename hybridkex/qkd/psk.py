@@ -2,9 +2,9 @@
 
 The *identity* says which key it is, so that the slave can look it up, and the *context* binds what
 a key ID leaves open: who drew it, for whom, through which KMEs, and which of the two is the TLS
-client. Both are inputs of the derivation of the PSK: a key under another identity or context is
-another key, so that a message reflected to its sender, or a key ID moved to another pair of SAEs
-or KMEs, ends in a binder that does not verify.
+client. Both are inputs to the derivation of the PSK: another identity or context gives another key,
+so that a message reflected to its sender, or a key ID moved to another pair of SAEs or KMEs, leads
+to a binder that does not verify.
 
 In the presentation language of RFC 9846 section 3::
 
@@ -65,11 +65,11 @@ _CONTEXT: Final = b"hkx-qkd ctx\x01"
 _UPDATE_CONTEXT: Final = b"hkx-qkd upd\x01"
 
 MAX_PARTS: Final = 8
-"""Parts of one key's name that are read: each costs a look-up."""
+"""Most parts of a key's name: each costs a look-up."""
 
 
 def as_psk(key: QkdKey) -> ExternalPsk:
-    """The PSK that both sides make of a key; the identity names its every part.
+    """The PSK derived from a key; its identity names every part of the key.
 
     Raises:
         KeySourceUnavailable: the source gave a key that is too short or a name that is too long.
@@ -106,13 +106,13 @@ def _psk(key: QkdKey, context: Callable[[], bytes]) -> ExternalPsk:
     try:
         return ExternalPsk(identity=identity_of(key.name), key=key.key, context=context())
     except ConfigError as error:
-        raise KeySourceUnavailable(f"the key source gave no usable key: {error}") from None
+        raise KeySourceUnavailable(f"the key source gave an unusable key: {error}") from None
 
 
 def identity_of(name: KeyReference) -> bytes:
     """The external identity: ``QkdIdentity``, encoded."""
     if not 1 <= len(name) <= MAX_PARTS:
-        raise ConfigError(f"a QKD key has 1 to {MAX_PARTS} parts, not {len(name)}")
+        raise ConfigError(f"a QKD key must have 1 to {MAX_PARTS} parts, not {len(name)}")
     parts = b"".join(
         _text(part.master_kme) + _text(part.slave_kme) + _text(part.key_id) for part in name
     )
@@ -138,7 +138,7 @@ def _ends_of(name: KeyReference, master_sae: str, slave_sae: str) -> bytes:
 
 
 def name_of(identity: bytes) -> KeyReference | None:
-    """The name of the key behind an external identity; ``None`` if it is another kind of one."""
+    """The name of the key in an external identity; ``None`` if the identity is of another kind."""
     if not identity.startswith(_IDENTITY):
         return None
     parts: list[KeyPart] = []
@@ -149,7 +149,7 @@ def name_of(identity: bytes) -> KeyReference | None:
         while body.remaining and len(parts) < MAX_PARTS:
             master, slave, key_id = (body.opaque(1, least=1).decode("utf-8") for _ in range(3))
             if canonical_key_id(key_id) != key_id:
-                return None  # one key has one spelling
+                return None  # each key has exactly one spelling
             parts.append(KeyPart(master, slave, key_id))
         body.finish()
     except (DecodeError, ValueError):
@@ -160,5 +160,5 @@ def name_of(identity: bytes) -> KeyReference | None:
 def _text(text: str) -> bytes:
     data = text.encode("utf-8")
     if not 1 <= len(data) <= 255:
-        raise ConfigError("an SAE ID, KME ID or key ID has 1 to 255 bytes")
+        raise ConfigError("an SAE ID, KME ID or key ID must have 1 to 255 bytes")
     return vector8(data)

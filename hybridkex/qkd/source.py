@@ -1,12 +1,12 @@
-"""What a QKD key is to the rest of the library, and where it comes from.
+"""The interface of key sources, and the QKD keys that they give.
 
-The words are those of ETSI GS QKD 014: an *SAE* is the application that uses keys, a *KME* delivers
-them. Of the two SAEs, the *master* draws a new key from its KME and tells the *slave* the key's
-ID, with which the slave gets the same key from its own KME. How the ID travels is not the
-standard's business; in this library it is the TLS handshake's.
+The terms are those of ETSI GS QKD 014: an *SAE* is the application that uses keys, a *KME* delivers
+them. Of the two SAEs, the *master* draws a new key from its KME and tells the *slave* the key's ID,
+with which the slave gets the same key from its own KME. The standard leaves open how the ID is
+sent; in this library the TLS handshake carries it.
 
-A :class:`KeySource` belongs to one pair of SAEs: ourselves and one peer. So it can say everything
-that a handshake must bind (both SAEs, both KMEs, the roles) and no call has to name the peer.
+A :class:`KeySource` belongs to one pair of SAEs: ourselves and one peer. So it knows everything
+that a handshake must bind (both SAEs, both KMEs, the roles), and no call has to name the peer.
 """
 
 from contextlib import suppress
@@ -25,16 +25,15 @@ MAX_KEY_ID_BYTES: Final = 255
 
 
 def canonical_key_id(text: str) -> str:
-    """A key ID in its one spelling: of a UUID the lower-case form of RFC 9562 section 4.
+    """The canonical form of a key ID: for a UUID, the lower-case form of RFC 9562 section 4.
 
-    ETSI GS QKD 014 wants UUIDs. KMEs that give other texts are met too, and those are left as they
-    are.
+    ETSI GS QKD 014 requires UUIDs. Some KMEs use other texts, which are left unchanged.
 
     Raises:
         ValueError: the text is empty, not printable, or longer than 255 bytes.
     """
     if printable(text) != text or not 1 <= len(text.encode()) <= MAX_KEY_ID_BYTES:
-        raise ValueError("a key ID has 1 to 255 bytes of printable text")
+        raise ValueError("a key ID must have 1 to 255 bytes of printable text")
     if len(text) == 36:  # UUID() also takes braces, URNs and hexadecimal without hyphens
         with suppress(ValueError):
             return str(UUID(text))
@@ -48,17 +47,17 @@ class KeyPart:
     master_kme: str
     slave_kme: str
     key_id: str
-    """As :func:`canonical_key_id` gives it."""
+    """In the form of :func:`canonical_key_id`."""
 
 
 KeyReference: TypeAlias = tuple[KeyPart, ...]
-"""The name of a key as both sides know it: one part, or several for a key that is combined out of
-keys of several links, in the order in which they were combined."""
+"""The name of a key, the same on both sides: one part, or several for a key combined from several
+links, in the order of combination."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QkdKey:
-    """A key that two SAEs share and that nobody will be given again."""
+    """A key that two SAEs share and that is not given out again."""
 
     name: KeyReference
     master_sae: str
@@ -78,22 +77,22 @@ class QkdKey:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceStatus:
-    """What a source can say about its stock without giving a key away."""
+    """The stock of a source."""
 
     stored: int
-    """Keys that :meth:`KeySource.get_key` could give now."""
+    """Number of keys that :meth:`KeySource.get_key` could give now."""
     capacity: int
-    """The most that :attr:`stored` can be."""
+    """Maximum of :attr:`stored`."""
     key_bits: int
     """Length of a key, in bits."""
 
 
 @runtime_checkable
 class KeySource(Protocol):
-    """Keys that we share with one peer.
+    """The QKD keys that we share with one peer.
 
     Every method but :meth:`knows` may raise :class:`~hybridkex.errors.KeySourceUnavailable` and
-    :class:`~hybridkex.errors.KeyUnauthorized`, and ends within a time that the source bounds.
+    :class:`~hybridkex.errors.KeyUnauthorized`, and ends within a time limit of the source.
     """
 
     @property
@@ -107,14 +106,14 @@ class KeySource(Protocol):
         ...
 
     async def get_key(self) -> QkdKey:
-        """A key that was never given out, with us as its master.
+        """Draw a new key, with us as its master.
 
         Raises :class:`~hybridkex.errors.KeySourceExhausted` when none is left now.
         """
         ...
 
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:
-        """The key of this name, which the peer drew: we are its slave.
+        """Get the key of this name, which the peer drew; we are its slave.
 
         Raises :class:`~hybridkex.errors.KeyUnknown`, :class:`~hybridkex.errors.KeyConsumed`,
         :class:`~hybridkex.errors.KeyExpired`, or
@@ -124,27 +123,27 @@ class KeySource(Protocol):
         ...
 
     def knows(self, name: KeyReference) -> bool:
-        """Whether the KMEs named are those of this source, so that it may have the key. No I/O."""
+        """Whether the KMEs in the name are those of this source. No I/O."""
         ...
 
     async def status(self) -> SourceStatus:
-        """The stock at this moment."""
+        """The current stock."""
         ...
 
 
 def single(name: KeyReference, *, master_kme: str | None, slave_kme: str | None) -> str:
-    """The ID in a name that must have one part, of the KMEs given (``None``: any).
+    """The key ID of a single-part name with the given KMEs (``None``: any).
 
     Raises :class:`~hybridkex.errors.KeyUnknown`.
     """
     if len(name) != 1:
-        raise KeyUnknown(f"the name has {len(name)} parts, this source has keys of one")
+        raise KeyUnknown(f"the name has {len(name)} parts, but this source has single-part keys")
     part = name[0]
     if part.master_kme != (master_kme or part.master_kme) or part.slave_kme != (
         slave_kme or part.slave_kme
     ):
         raise KeyUnknown(
-            f"the key is of the KMEs {part.master_kme} and {part.slave_kme}, not of "
-            f"{master_kme} and {slave_kme}"
+            f"the key is from the KMEs {part.master_kme} and {part.slave_kme}, not {master_kme} "
+            f"and {slave_kme}"
         )
     return part.key_id

@@ -1,4 +1,4 @@
-"""The key database: the keys of each link, who may collect which of them, and which are used up.
+"""The key database: the keys of each link, the SAEs that may collect them, and the used IDs.
 
 A key is in one of three tables::
 
@@ -7,15 +7,15 @@ A key is in one of three tables::
     spent      IDs that left ``material`` and must not return
 
 Every row belongs to one link, the link is part of every primary key, and every statement names it:
-what one peer KME sends cannot read, spend or erase a row of another link, even where the two links
-use the same key ID.
+one peer KME cannot read, spend or erase a row of another link, even if the two links use the same
+key ID.
 
 Delivery is safe because of one rule: *a key leaves the database, durably, before it leaves the
 process.* A crash can lose a key that was on its way out. It cannot deliver a key twice.
 
-Keys at rest are encrypted with AES-256-GCM under the key of a key file. The associated data is the
-place of the row, so that a row cannot be passed off as another. With random 96-bit nonces, one key
-file is good for 2^32 writes (NIST SP 800-38D section 8.3).
+Keys at rest are encrypted with AES-256-GCM under the key of a key file. The associated data
+identify the row, so that one row cannot be substituted for another. With random 96-bit nonces, one
+key file is good for 2^32 writes (NIST SP 800-38D section 8.3).
 """
 
 import os
@@ -65,16 +65,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _Inode: TypeAlias = tuple[int, int] | None
-"""Device and number of a file; ``None`` where there is none."""
+"""Device and inode of a file; ``None`` if there is no file."""
 
 NONCE_BYTES: Final = 12
 SEAL_KEY_BYTES: Final = 32
 
 SCHEMA_VERSION: Final = 2
-"""``PRAGMA user_version`` of the tables below; 0 with tables is version 1, which did not say."""
+"""``PRAGMA user_version`` of the tables below; 0 with tables is version 1, which did not set it."""
 
 ANY_LINK: Final = ""
-"""The link of a spent ID out of version 1, which did not note it: spent on every link."""
+"""The link of a spent ID from version 1, which did not record it: spent on every link."""
 
 TABLES: Final = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -111,7 +111,7 @@ CREATE INDEX spent_age ON spent (at);
 
 
 def half_of(key_id: str) -> int:
-    """The half of a link, 0 or 1, that a key ID is in: each of the two KMEs has one."""
+    """The half of a link, 0 or 1, that a key ID belongs to: each of the two KMEs owns one."""
     return key_id.encode()[-1] & 1
 
 
@@ -124,15 +124,15 @@ class Material:
     created: float
     """Seconds since the epoch."""
     shared: bool
-    """The KME at the other end has the key too, from the link."""
+    """Whether the KME at the other end has the key from the link, too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Allotment:
     """A key for SAEs, made of blocks of material: their concatenation, cut to ``size`` bytes.
 
-    Its ID is that of the first block. ``value`` is the key itself, where the other KME does not
-    have the blocks.
+    Its ID is that of the first block. ``value`` is the key itself, if the other KME lacks the
+    blocks.
     """
 
     blocks: tuple[str, ...]
@@ -145,7 +145,7 @@ class Allotment:
 
 
 class BlockState(Enum):
-    """Why a KME does not allot a block."""
+    """Why a KME refuses to allot a block."""
 
     UNKNOWN = "unknown"
     """It does not have the block, or does not have it yet."""
@@ -164,7 +164,7 @@ class BlocksRefused(Exception):  # an answer between two KMEs, not a failure
 
 
 def write_key_file(path: Path) -> None:
-    """Make a key file that only its owner can read. Raises ``ConfigError`` if the file exists."""
+    """Create a key file that only its owner can read. Raises ``ConfigError`` if the file exists."""
     try:
         create_file(path, os.urandom(SEAL_KEY_BYTES).hex().encode("ascii") + b"\n")
     except OSError as error:
@@ -181,7 +181,7 @@ def read_key_file(path: Path) -> Secret:
     except OSError as error:
         raise ConfigError(f"cannot read the key file {path}: {error.strerror}") from None
     except ValueError:
-        mode = 0  # no path can be this; reading it says so
+        mode = 0  # an impossible path, which reading reports
     text = read_file(path, what="the key file")
     if mode & 0o077:
         raise ConfigError(
@@ -200,37 +200,35 @@ def read_key_file(path: Path) -> Secret:
 class KeyStore:
     """A key database in one SQLite file. Each method is one transaction, durable on return.
 
-    One process may have a store open, because what is reserved is noted in memory: the file is
-    locked (``locking_mode=EXCLUSIVE``), under whatever name it is opened, until the store is
-    closed or its process ends. The lock is one of the file system's, so it also holds on a network
-    file system that has locks.
+    Only one process may have a store open, because reservations are in memory: the file is locked
+    (``locking_mode=EXCLUSIVE``), whatever name it is opened by, until the store is closed or its
+    process ends. It is a file-system lock, so it also works on a network file system with locks.
 
-    The lock holds for the file, not for its name, and what is in a removed write-ahead log is lost
-    with the process. So every call looks, before and after, whether the names still lead to the
-    open files. While the database has been moved or replaced, calls fail as on a broken disk, and
-    work again once it is back. A write-ahead log that was removed is written into the database, and
-    a new one is begun.
+    The lock applies to the file, not to its name, and a removed write-ahead log would be lost with
+    the process. So every call checks, before and after, that the names still refer to the open
+    files. While the database is moved or replaced, calls fail as on a broken disk, and work again
+    once it is back. A removed write-ahead log is written into the database, and a new one is begun.
 
     The write-ahead log is flushed once in each transaction (``synchronous=FULL``). Deleted rows are
     overwritten in the tables (``secure_delete``), and remain in the log until :meth:`scrub` empties
     it; that costs another flush, so the caller chooses when.
 
     Calls run one after the other in a worker thread. A call that has begun is not cancelled, so its
-    outcome is known as long as the process lives. A call that fails (the disk is full, or cannot be
-    read) raises :class:`~hybridkex.errors.KeySourceUnavailable`, changes nothing, and leaves the
-    store usable: once the disk works again, so does the store.
+    outcome is known while the process lives. A call that fails (the disk is full or unreadable)
+    raises :class:`~hybridkex.errors.KeySourceUnavailable`, changes nothing, and leaves the store
+    usable: once the disk works again, so does the store.
     """
 
     def __init__(
         self, path: Path, seal_key: Secret, *, on_failure: Callable[[], object] = lambda: None
     ) -> None:
-        """Open a database, or make it where there is no file. Blocks for a moment.
+        """Open a database, or create it if there is no file. Blocks briefly.
 
         ``on_failure`` is called, in a worker thread, for each call that fails.
 
         Raises:
-            ConfigError: the store is in use, the key file is another store's, the file is not a
-                key store or is of a later version, or it cannot be read and written.
+            ConfigError: the store is in use, the key file belongs to another store, the file is not
+                a key store or is of a later version, or it cannot be read and written.
         """
         self._path = path
         self._seal = AESGCM(seal_key.reveal())
@@ -252,11 +250,11 @@ class KeyStore:
             raise
 
     def _found_files(self) -> tuple[_Inode, _Inode]:
-        """Which files the names of the database and of its write-ahead log lead to."""
+        """The files that the names of the database and its write-ahead log refer to."""
         return _inode(self._real), _inode(Path(f"{self._real}-wal"))
 
     def _check_files(self) -> None:
-        """Keep the promises of the lock and of durability where others touch the files.
+        """Preserve locking and durability even if other programs move or remove the files.
 
         Raises ``sqlite3.OperationalError``: the database is no longer under its name.
         """
@@ -265,10 +263,10 @@ class KeyStore:
             return
         if found[0] != self._files[0] or found[0] is None:
             raise sqlite3.OperationalError(
-                "the file was moved, removed or replaced while it was in use; put it back, or end "
-                "this process and start it on what is there now"
+                "the file was moved, removed or replaced while it was in use; put it back, or "
+                "restart this process with the current file"
             )
-        if self._files[1] is None:  # the first write has made it
+        if self._files[1] is None:  # created by the first write
             self._files = found
             return
         # Closing writes the removed log, which is still open, into the database.
@@ -284,7 +282,7 @@ class KeyStore:
         )
 
     def _prepare(self) -> None:
-        """Check that the file is ours and make or migrate its tables, all in one transaction."""
+        """Check that the file is ours and create or migrate its tables, all in one transaction."""
         [version] = self._db.execute("PRAGMA user_version").fetchone()
         tables = {row[0] for row in self._db.execute("SELECT name FROM sqlite_master")}
         if version > SCHEMA_VERSION:
@@ -320,7 +318,8 @@ class KeyStore:
             ) from None
 
     def _migrate_from_1(self, db: sqlite3.Connection) -> None:
-        """Version 1 had no link in its keys, and key IDs as the 16 bytes of a UUID."""
+        """Version 1 had no link in its primary keys, and stored key IDs as the 16 bytes of a
+        UUID."""
         for table in ("meta", "material", "grants", "spent"):
             db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
         for index in ("material_order", "grants_age"):
@@ -368,7 +367,7 @@ class KeyStore:
     def _opened(self, sealed: bytes, place: bytes) -> Secret:
         return Secret(self._seal.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], place))
 
-    # -- how a call runs
+    # -- running a call
 
     async def _run(
         self, operation: Callable[P, T], /, *arguments: P.args, **options: P.kwargs
@@ -381,7 +380,7 @@ class KeyStore:
             except (sqlite3.Error, InvalidTag, ConfigError, MemoryError) as error:
                 self._on_failure()
                 text = _reason(error)
-                if not self._failing:  # once, not for every call until it works again
+                if not self._failing:  # once, not for every call until the store works again
                     LOG.error("the key store %s failed: %s", self._path, text)  # noqa: TRY400
                 self._failing = True
                 raise KeySourceUnavailable(f"the key store failed: {text}") from error
@@ -396,9 +395,9 @@ class KeyStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """One durable change, or none: also where the commit itself fails, as on a full disk."""
+        """One durable change or none, even if the commit itself fails, as on a full disk."""
         self._unscrubbed = True
-        self._undo()  # what a failed roll-back may have left
+        self._undo()  # a failed roll-back may have left a transaction
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield self._db
@@ -411,7 +410,7 @@ class KeyStore:
         self._failing = False
 
     def _undo(self) -> None:
-        if self._db.in_transaction:  # SQLite ends a transaction of its own on some errors
+        if self._db.in_transaction:  # SQLite ends a transaction by itself on some errors
             with suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
 
@@ -430,7 +429,7 @@ class KeyStore:
     # -- meta
 
     def set_meta(self, values: dict[str, str]) -> None:
-        """Note facts about the database, each under a name. Blocks; for the opening of a store."""
+        """Store facts about the database by name. Blocks; call it when opening a store."""
         with self._transaction() as db:
             db.executemany(
                 "INSERT OR REPLACE INTO meta VALUES (?, ?)",
@@ -438,7 +437,7 @@ class KeyStore:
             )
 
     def meta(self, name: str) -> str | None:
-        """A fact noted with :meth:`set_meta`."""
+        """A fact stored with :meth:`set_meta`."""
         row = self._db.execute("SELECT value FROM meta WHERE name = ?", (f"x-{name}",)).fetchone()
         return None if row is None else str(row[0])
 
@@ -447,7 +446,7 @@ class KeyStore:
     async def add(
         self, link: str, keys: Iterable[tuple[str, Secret]], *, shared: bool = True
     ) -> None:
-        """Take in material. IDs that the link has, or had, are ignored: a call can be repeated."""
+        """Add material. IDs that the link has or had are ignored, so a call can be repeated."""
         await self._run(self._add, link, list(keys), shared)
 
     def _add(self, link: str, keys: list[tuple[str, Secret]], shared: bool) -> None:
@@ -506,7 +505,7 @@ class KeyStore:
                 found.append(Material(key_id=key_id, key=key, created=created, shared=bool(shared)))
             rows.close()
         if damaged:
-            # One damaged row must not stand in the way of the others for ever.
+            # One damaged row must not block the others.
             LOG.error("%s: %d damaged keys of %s are erased", self._path, len(damaged), link)
             with self._transaction():
                 self._take_out(link, damaged)
@@ -514,13 +513,13 @@ class KeyStore:
         return found
 
     async def release(self, link: str, key_ids: Iterable[str]) -> None:
-        """End reservations: what was not allotted is free again."""
-        # No I/O and no lock: the set belongs to this process and a difference is one step.
+        """End reservations; blocks that were not allotted are free again."""
+        # No I/O and no lock: the set belongs to this process, and a difference is atomic.
         self._reserved.difference_update([(link, key_id) for key_id in key_ids])
         await checkpoint()
 
     async def count(self, link: str) -> int:
-        """How many keys of material a link has."""
+        """The number of keys that a link has as material."""
         return await self._run(self._count, link)
 
     def _count(self, link: str) -> int:
@@ -595,9 +594,9 @@ class KeyStore:
         slaves: Sequence[str],
         peer_half: int = 0,
     ) -> None:
-        """Promise to ``slaves`` what the KME at the other end allots. All or nothing.
+        """Promise to ``slaves`` the keys that the KME at the other end allots. All or nothing.
 
-        A block that we have reserved goes to the peer only if it is of the peer's half.
+        A block that we have reserved goes to the peer only if it belongs to the peer's half.
 
         Raises :class:`BlocksRefused`.
         """
@@ -623,14 +622,14 @@ class KeyStore:
             for allotment in allotments:
                 key = self._assemble(link, allotment)
                 if key is None:
-                    # A block stands twice in one request: its first use took it.
+                    # The request lists the block twice; its first use took it.
                     raise BlocksRefused(dict.fromkeys(allotment.blocks, BlockState.SPENT))
                 self._grant(link, allotment.key_id, key, master, slaves)
 
     def _objection(
         self, link: str, block: str, value: Secret | None, peer_half: int
     ) -> BlockState | None:
-        """Why a block cannot go to the peer; ``None`` if it can."""
+        """The reason to refuse a block to the peer; ``None`` if there is none."""
         if self._is_spent(link, block):
             return BlockState.SPENT
         if not self._has_material(link, block):
@@ -640,7 +639,7 @@ class KeyStore:
         return None
 
     def _assemble(self, link: str, allotment: Allotment) -> Secret | None:
-        """Take the blocks out of the material; ``None`` if one is gone, or not there and needed."""
+        """Remove the blocks from the material; ``None`` if one is gone, or missing and needed."""
         parts: list[bytes] = []
         for block in allotment.blocks:
             row = self._db.execute(
@@ -657,7 +656,7 @@ class KeyStore:
         return Secret(b"".join(parts)[: allotment.size])
 
     def _spend(self, link: str, key_ids: Sequence[str]) -> bool:
-        """Note IDs as spent. False: one of them was before."""
+        """Record IDs as spent. False: one of them already was."""
         now = time.time()
         new = 0
         for key_id in key_ids:
@@ -683,7 +682,7 @@ class KeyStore:
     async def collect(
         self, link: str, key_ids: Sequence[str], *, slave: str, master: str
     ) -> list[tuple[str, Secret]]:
-        """Give a slave its copy of keys that ``master`` drew, once. All or nothing.
+        """Deliver to a slave, once, its copy of keys that ``master`` drew. All or nothing.
 
         Raises :class:`~hybridkex.errors.KeyUnknown`, ``KeyConsumed``, ``KeyExpired`` or
         ``KeyUnauthorized``.
@@ -725,10 +724,10 @@ class KeyStore:
     # -- the end of keys
 
     async def discard(self, link: str, key_ids: Iterable[str]) -> list[str]:
-        """Erase material that the other end does not have. Returns what was erased.
+        """Erase material that the other end lacks. Returns the erased IDs.
 
-        Only material, and only what is not reserved: a key that has been promised to an SAE in the
-        meantime is not touched.
+        Only unreserved material is erased: a key that has been promised to an SAE meanwhile is not
+        touched.
         """
         return await self._run(self._discard, link, list(key_ids))
 
@@ -750,10 +749,10 @@ class KeyStore:
         return gone
 
     async def void(self, link: str, key_ids: Iterable[str]) -> int:
-        """Erase keys that the KME at the other end has given up. Returns how many were erased.
+        """Erase keys that the KME at the other end has discarded. Returns the number erased.
 
-        Material, and promises made at the peer's request that no SAE has collected. An ID that was
-        never here is noted as spent: its key may still be on its way.
+        Erases material, and promises made at the peer's request that no SAE has collected. An
+        unknown ID is recorded as spent, since its key may still be in transit.
         """
         return await self._run(self._void, link, list(key_ids))
 
@@ -772,7 +771,7 @@ class KeyStore:
     async def expire(self, *, keys_before: float, tombstones_before: float) -> int:
         """Erase keys older than the first time; forget IDs of keys gone before the second.
 
-        Times are in seconds since the epoch. Returns how many keys were erased.
+        Times are in seconds since the epoch. Returns the number of keys erased.
         """
         return await self._run(self._expire, keys_before, tombstones_before)
 
@@ -799,7 +798,7 @@ class KeyStore:
         self._db.close()
 
     async def aclose(self) -> None:
-        """Close the database after the call under way."""
+        """Close the database after the call in progress."""
         await shielded(self._close)
 
     async def _close(self) -> None:
@@ -816,9 +815,9 @@ def _inode(path: Path) -> _Inode:
 
 
 def _open_locked(path: Path) -> sqlite3.Connection:
-    """The only connection to a database. Nothing of a file that is in use is touched."""
+    """Open the only connection to a database. A file in use is not touched."""
     try:
-        # SQLite names its log after the file: through a link to it, it would look for another one.
+        # SQLite names its log after the path: through a symbolic link it would use another log.
         real = path.resolve()
         try:
             create_file(real, b"")
@@ -828,14 +827,14 @@ def _open_locked(path: Path) -> sqlite3.Connection:
                 raise ConfigError(f"the key store {path} is not a regular file") from None
             if found.st_nlink > 1:
                 raise ConfigError(
-                    f"the key store {path} has several names (hard links), and its log would be "
-                    "missed under another one; leave it one name"
+                    f"the key store {path} has several names (hard links), and its log would not "
+                    "be found under another one; remove the other names"
                 ) from None
         db = sqlite3.connect(real, isolation_level=None, check_same_thread=False, timeout=0)
     except (OSError, sqlite3.Error) as error:
         raise ConfigError(f"cannot open the key store {path}: {_reason(error)}") from error
     try:
-        # The lock is taken here and kept; with it, SQLite needs no memory shared with others.
+        # The lock is taken here and kept; with it, SQLite needs no shared memory.
         db.execute("PRAGMA locking_mode=EXCLUSIVE")
         db.execute("BEGIN EXCLUSIVE")
         db.execute("COMMIT")
@@ -858,7 +857,7 @@ def _execute_all(db: sqlite3.Connection, script: str) -> None:
 
 
 def _place(table: str, *columns: str) -> bytes:
-    """The associated data of a sealed key: the table and the columns that say whose it is."""
+    """The associated data of a sealed key: the table and the columns that identify the row."""
     place = table.encode()
     for column in columns:
         data = column.encode()
@@ -868,7 +867,7 @@ def _place(table: str, *columns: str) -> bytes:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, InvalidTag):
-        return "a key in it is damaged or was altered"
+        return "a key in it is damaged or altered"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return "out of memory" if isinstance(error, MemoryError) else str(error)

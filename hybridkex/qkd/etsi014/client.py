@@ -68,7 +68,7 @@ class KmeAccess:
     timeout: float = 5.0
     """Seconds for one request from beginning to end."""
     max_answer: int = 1 << 20
-    """Bytes of the longest answer that is read, headers and all."""
+    """Most bytes of an answer, including headers."""
     always_post: bool = False
     """POST where GET would do, for a KME that lacks the GET forms and does not say so with 405."""
 
@@ -79,9 +79,9 @@ class KmeAccess:
         except ValueError as error:
             raise ConfigError(f"{self.url!r} is not the URL of a KME: {error}") from error
         if parts.scheme != "https" or not parts.hostname or parts.path.strip("/") or parts.query:
-            raise ConfigError(f"the URL of a KME is https://host:port, not {self.url!r}")
+            raise ConfigError(f"the URL of a KME must be https://host:port, not {self.url!r}")
         if port == 0:
-            raise ConfigError("the port of a KME is not 0")
+            raise ConfigError("the port of a KME must not be 0")
         if self.timeout <= 0 or self.max_answer < 1024:
             raise ConfigError("timeout must be positive and max_answer at least 1024")
 
@@ -95,7 +95,7 @@ _SIGNS: Final[tuple[tuple[type[KeySourceError], re.Pattern[str]], ...]] = (
         re.compile(r"exhaust|insufficient|not enough|too few|no (more )?keys?\b|empty|depleted"),
     ),
 )
-"""What KMEs write about keys where the status alone does not tell."""
+"""Phrases of KMEs about keys, for cases that the status does not distinguish."""
 
 _OF_A_KEY: Final = (KeyExpired, KeyConsumed, KeyNotYetAvailable)
 _BY_STATUS_ALONE: Final[dict[int, type[KeySourceError]]] = {
@@ -111,7 +111,8 @@ _BY_STATUS_OF_A_KEY: Final[dict[int, type[KeySourceError]]] = {
 
 
 def classify(status: int, message: str, *, looking_up: bool) -> KeySourceError:
-    """The typed error for an answer that is not 200, as KMEs in the field give them.
+    """The typed error for an answer other than 200, including those of KMEs that deviate from the
+    standard.
 
     ``looking_up``: the request named keys (dec_keys). The standard has 400, 401 and 503 only and
     one message for every key that is not there; other statuses and messages are met all the same.
@@ -119,7 +120,7 @@ def classify(status: int, message: str, *, looking_up: bool) -> KeySourceError:
     shown = printable(message, most=200)
     text = f"the KME answered {status}: {shown}" if shown else f"the KME answered {status}"
     if status == 401:
-        # The standard's own word for a wrong SAE; whatever else the text says.
+        # The standard's status for a wrong SAE, whatever the text says.
         return KeyUnauthorized(f"{text}; our certificate is not one of an SAE of this KME")
     if "sae" in message.lower() and not looking_up:
         text += "; check the peer's SAE ID"
@@ -145,14 +146,14 @@ class KmeClient:
     """
 
     def __init__(self, access: KmeAccess, *, hop: TlsHandshake | None = None) -> None:
-        """Read the certificates; nothing is sent. ``hop`` takes the place of ``access.tls``.
+        """Read the certificates; sends nothing. ``hop`` replaces ``access.tls``.
 
         Raises ``ConfigError``.
         """
         self._access = access
         self._kme_id = access.kme_id
         self._post = access.always_post
-        self._slash = ""  # what this KME wants at the end of a path
+        self._slash = ""  # a trailing slash, if this KME wants one
         hop = hop or client_tls(
             access.tls, ca=access.ca, certificate=access.certificate, key=access.key
         )
@@ -179,7 +180,7 @@ class KmeClient:
         return self._kme_id
 
     def _confirm(self, certificate: bytes) -> None:
-        """Clause 5.1: the SAE confirms the KME ID from the certificate, else it does not go on."""
+        """Clause 5.1: the SAE must confirm the KME ID from the certificate before it continues."""
         found = id_of_certificate(certificate, self._access.kme_id_rule)
         if found is None:
             rule = self._access.kme_id_rule.value
@@ -197,7 +198,7 @@ class KmeClient:
         except ModelError as error:
             raise KeySourceUnavailable(f"the KME's status is malformed: {error}") from None
         if self._access.kme_id is None and status.source_kme_id != self._kme_id:
-            # An ID that was configured, and confirmed by the certificate, stands above this one.
+            # A configured ID that the certificate confirmed takes precedence over this one.
             raise KeySourceUnavailable(
                 f"the KME calls itself {status.source_kme_id}, and its certificate says "
                 f"{self._kme_id}; if that is the right KME, configure its ID (--kme-id "
@@ -213,7 +214,7 @@ class KmeClient:
         request = request or KeyRequest()
         longest = 4096 + request.number * (512 + (request.size or 0) // 6)
         if longest > self._access.max_answer:
-            # Asked for and not read, the keys would be lost.
+            # If requested but too long to read, the keys would be lost.
             raise ConfigError(
                 f"an answer with {request.number} keys may have {longest} bytes, and max_answer is "
                 f"{self._access.max_answer}"
@@ -233,7 +234,7 @@ class KmeClient:
         if request.size is not None and any(
             len(item.key) * 8 != request.size for item in container.keys
         ):
-            raise KeySourceUnavailable("the KME gave keys of another length than was asked for")
+            raise KeySourceUnavailable("the KME gave keys of a different length than requested")
         return container
 
     async def dec_keys(self, master_sae: str, key_ids: Sequence[str]) -> KeyContainer:
@@ -249,7 +250,7 @@ class KmeClient:
         container = self._container(body, len(key_ids))
         found: dict[str, DeliveredKey] = {item.key_id: item for item in container.keys}
         if found.keys() != set(key_ids):
-            raise KeySourceUnavailable("the KME gave other keys than were asked for")
+            raise KeySourceUnavailable("the KME gave different keys than requested")
         return KeyContainer(
             keys=tuple(found[key_id] for key_id in key_ids),
             key_container_extension=container.key_container_extension,
@@ -263,10 +264,10 @@ class KmeClient:
             raise KeySourceUnavailable(f"the KME's keys are malformed: {error}") from None
         if len(container.keys) != number:
             raise KeySourceUnavailable(
-                f"the KME gave {len(container.keys)} keys, {number} were asked for"
+                f"the KME gave {len(container.keys)} keys, {number} were requested"
             )
         if len({item.key_id for item in container.keys}) != number:
-            raise KeySourceUnavailable("the KME gave one key ID twice")
+            raise KeySourceUnavailable("the KME gave the same key ID twice")
         if any(len(item.key) == 0 for item in container.keys):
             raise KeySourceUnavailable("the KME gave an empty key")
         return container
@@ -281,7 +282,7 @@ class KmeClient:
         *,
         looking_up: bool,
     ) -> object:
-        """One request, one answer. Errors name the call and the KME, never a key.
+        """Make one request. Errors name the call and the KME, never a key.
 
         A request is sent again only where the answer says that nothing was done: a redirect that
         adds the slash at the end, and 405 for a GET that has a POST form.
@@ -314,7 +315,7 @@ class KmeClient:
         try:
             value = load_json(answer.body)
         except ValueError:
-            # The decoder's error would hold the body, and so a key.
+            # The decoder's error would contain the body, and so a key.
             if answer.status == 200:
                 raise KeySourceUnavailable(f"{call}: the KME's answer is not JSON") from None
             value = None  # such as a proxy's HTML
@@ -350,7 +351,7 @@ def _adds_a_slash(answer: Answer, url: str, path: str) -> bool:
 
 
 MOST_RETRY_AFTER: Final = 3600.0
-"""Seconds for which an answer can ask us to wait."""
+"""The longest wait in seconds that an answer can impose."""
 
 
 def _retry_after(answer: Answer) -> float | None:
@@ -362,7 +363,7 @@ def _retry_after(answer: Answer) -> float | None:
         try:
             seconds = (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
         except (ArithmeticError, LookupError, TypeError, ValueError):
-            return None  # what email.utils and datetime raise for dates that there are not
+            return None  # raised by email.utils and datetime for impossible dates
     return min(max(seconds, 0.0), MOST_RETRY_AFTER)
 
 
@@ -385,7 +386,7 @@ class Etsi014Source:
         if not sae or not peer_sae or sae == peer_sae:
             raise ConfigError("a key source needs two different SAE IDs")
         if key_bits < 128 or key_bits % 8:
-            raise ConfigError("key_bits must be a multiple of 8, and 128 at least")
+            raise ConfigError("key_bits must be a multiple of 8 and at least 128")
         self.local_sae: Final = sae
         self.peer_sae: Final = peer_sae
         self._client = client
@@ -411,7 +412,7 @@ class Etsi014Source:
         key_id = single(name, master_kme=peer_kme, slave_kme=kme)
         [item] = (await self._client.dec_keys(self.peer_sae, [key_id])).keys
         if len(item.key) * 8 != self._key_bits:
-            raise KeySourceUnavailable("the KME gave a key of another length than was agreed")
+            raise KeySourceUnavailable("the KME gave a key of a different length than configured")
         return QkdKey(name=name, master_sae=self.peer_sae, slave_sae=self.local_sae, key=item.key)
 
     def knows(self, name: KeyReference) -> bool:
@@ -423,7 +424,7 @@ class Etsi014Source:
         return True
 
     async def status(self) -> SourceStatus:
-        """The stock, without giving a key away."""
+        """The stock; draws no key."""
         status = await self._status()
         return SourceStatus(
             stored=status.stored_key_count,
@@ -442,7 +443,7 @@ class Etsi014Source:
         status = await self._client.status(self.peer_sae)
         if status.master_sae_id != self.local_sae:
             raise KeyUnauthorized(
-                f"the KME takes us for {status.master_sae_id}, not for {self.local_sae}"
+                f"the KME identifies us as {status.master_sae_id}, not as {self.local_sae}"
             )
         if self._peer_kme_given is not None:
             return status  # some KMEs hide the real ID

@@ -1,8 +1,8 @@
 """The data models of ETSI GS QKD 014 V1.1.1 clause 6, and nothing else.
 
-``from_json`` takes what :func:`json.loads` gave and raises :class:`ModelError` for what the tables
-of the standard do not allow; unknown members are ignored. ``to_json`` gives the members of the
-tables, optional ones only where they are set. Sizes are in **bits**.
+``from_json`` takes the result of :func:`json.loads` and raises :class:`ModelError` for what the
+tables of the standard do not allow; unknown members are ignored. ``to_json`` gives the members of
+the tables, optional ones only if they are set. Sizes are in **bits**.
 """
 
 import base64
@@ -47,13 +47,14 @@ class Message:
 
 
 class ModelError(ValueError):
-    """A JSON value that is not of the model. The message never quotes a value."""
+    """A JSON value that does not fit the model. The message never quotes a value."""
 
 
 def _member(data: Json, name: str, kind: type, default: object = None) -> Any:
-    """A member of an object, or ``default`` where it is absent; ``None`` as default: required.
+    """A member of an object, or ``default`` if it is absent; without a default it is required.
 
-    ``null`` is absent: clients and servers in Go, Rust and Python write it for what is not set.
+    ``null`` counts as absent: clients and servers in Go, Rust and Python write it for unset
+    members.
     """
     value = data.get(name)
     if value is None:
@@ -63,11 +64,11 @@ def _member(data: Json, name: str, kind: type, default: object = None) -> Any:
     if kind is int and type(value) is float and value.is_integer():
         return int(value)  # JSON has one kind of number
     if kind is str and type(value) is int:
-        return str(value)  # KMEs that number their SAEs and KMEs are met
+        return str(value)  # some KMEs use numbers as IDs of SAEs and KMEs
     # bool is an int to Python and not to JSON.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ModelError(f"{name} has the wrong type")
-    # What is escaped is no ID that anybody configured, and safe to show.
+    # An ID that needs escaping cannot be a configured one, and is safe to show.
     return printable(value, most=len(value)) if isinstance(value, str) else value
 
 
@@ -82,7 +83,7 @@ def _objects(data: Json, name: str) -> tuple[Json, ...]:
 
 
 def parse_key_id(text: object) -> str:
-    """A key ID as a KME gives it: a UUID by the standard, another text or a number in the field.
+    """Parse a KME's key ID: a UUID by the standard; some KMEs use other text or numbers.
 
     Raises :class:`ModelError`.
     """
@@ -91,11 +92,11 @@ def parse_key_id(text: object) -> str:
     try:
         return canonical_key_id(text) if isinstance(text, str) else parse_uuid(text)
     except ValueError:
-        raise ModelError("key_ID is not a key ID") from None
+        raise ModelError("key_ID is not a valid key ID") from None
 
 
 def parse_uuid(text: object, what: str = "key_ID") -> str:
-    """A key ID in the form of RFC 9562 section 4, made lower-case. Raises :class:`ModelError`."""
+    """Parse a UUID (RFC 9562 section 4) into lower case. Raises :class:`ModelError`."""
     if isinstance(text, str) and len(text) == 36:  # UUID() alone also takes braces and URNs
         try:
             return str(UUID(text))
@@ -161,7 +162,7 @@ class KeyRequest:
 
     @property
     def simple(self) -> bool:
-        """Nothing but number and size, so that GET is allowed (clause 5.2)."""
+        """Whether it has only number and size, so that GET is allowed (clause 5.2)."""
         return not (
             self.additional_slave_sae_ids or self.extension_mandatory or self.extension_optional
         )
@@ -252,7 +253,7 @@ class KeyContainer:
 
 
 def _decode_key(text: object) -> Secret:
-    """RFC 4648 section 4, with its padding and nothing outside the alphabet."""
+    """Strict base64 (RFC 4648 section 4): with padding, nothing outside the alphabet."""
     if not isinstance(text, str):
         raise ModelError("key is not a string")
     try:

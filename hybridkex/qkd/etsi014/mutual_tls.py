@@ -1,9 +1,9 @@
 """Mutual TLS between an SAE and its KME, and between KMEs.
 
-A :data:`TlsHandshake` takes a connected stream, makes it secure, and returns the certificate of the
-other end. The rest of this package needs nothing else of TLS, so one argument selects the standard
-library's TLS or this library's own, which is post-quantum. A client's is a :class:`ClientTls`,
-which secures asyncio's streams too; servers run on trio.
+A :data:`TlsHandshake` takes a connected stream, secures it, and returns the peer's certificate. The
+rest of this package needs nothing else from TLS, so one argument selects the standard library's TLS
+or this library's own, which is post-quantum. Clients use a :class:`ClientTls`, which also secures
+asyncio streams; servers run on trio.
 """
 
 import ssl
@@ -28,8 +28,8 @@ from hybridkex.files import read_file
 __all__ = ["ClientTls", "TlsHandshake", "client_tls", "server_tls", "tls_failure"]
 
 TlsHandshake: TypeAlias = Callable[[trio.abc.Stream, str], Awaitable[tuple[trio.abc.Stream, bytes]]]
-"""``await hop(stream, host)`` gives the secure stream and the peer's certificate, DER-encoded.
-``host`` is the name that the peer's certificate must have; a server passes an empty one."""
+"""``await hop(stream, host)`` returns the secure stream and the peer's certificate in DER. ``host``
+is the name that the peer's certificate must have; a server passes an empty string."""
 
 AsyncioHandshake: TypeAlias = Callable[[Any, Any, str], Awaitable[tuple[Any, Any, bytes]]]
 """``await secure(reader, writer, host)`` gives a secure reader and writer and the certificate."""
@@ -49,7 +49,7 @@ class ClientTls:
 
 
 def client_tls(kind: str, *, ca: Path, certificate: Path, key: Path) -> ClientTls:
-    """The hop of a client: files are PEM; the server's certificate must lead to ``ca``.
+    """TLS for a client: files are PEM; the server's certificate must chain to ``ca``.
 
     Raises ``ConfigError`` for files that cannot be used.
     """
@@ -62,7 +62,7 @@ def client_tls(kind: str, *, ca: Path, certificate: Path, key: Path) -> ClientTl
 
 
 def server_tls(kind: str, *, ca: Path, certificate: Path, key: Path) -> TlsHandshake:
-    """The hop of a server, which demands a client certificate that leads to ``ca``."""
+    """TLS for a server; requires a client certificate that chains to ``ca``."""
     if kind == "stdlib":
         context = _context(ssl.Purpose.CLIENT_AUTH, ca, certificate, key)
         context.verify_mode = ssl.CERT_REQUIRED
@@ -73,7 +73,7 @@ def server_tls(kind: str, *, ca: Path, certificate: Path, key: Path) -> TlsHands
 
 
 def _in_words(hop: TlsHandshake) -> TlsHandshake:
-    """A server's hop: nobody there catches its error, and a log shows it."""
+    """A server's handshake with readable errors, since they go to a log."""
 
     async def in_words(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
         try:
@@ -88,7 +88,7 @@ def _in_words(hop: TlsHandshake) -> TlsHandshake:
 
 
 def _verify_reason(error: ssl.SSLCertVerificationError) -> str:
-    """OpenSSL's words, with the next step where another authority is the likely cause."""
+    """OpenSSL's reason, with the next step if a wrong authority is the likely cause."""
     text = str(error.verify_message)
     if error.verify_code in _UNKNOWN_ISSUER:
         text += "; is its authority the one in our file of authorities?"
@@ -101,7 +101,7 @@ UNABLE_TO_GET_ISSUER_CERT_LOCALLY, UNABLE_TO_VERIFY_LEAF_SIGNATURE (x509_vfy.h).
 
 
 def tls_failure(error: BaseException) -> str | None:
-    """Why TLS failed, in words, from an error or one of its causes; ``None`` if TLS is not why."""
+    """Why TLS failed, from an error or its causes; ``None`` if TLS is not the cause."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -134,7 +134,7 @@ def _unknown(kind: str) -> ConfigError:
 
 
 def _context(purpose: ssl.Purpose, ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
-    # OpenSSL would not say which of them it is, nor why, and would wait for a pipe.
+    # OpenSSL would say neither which file is wrong nor why, and would block on a pipe.
     for path in (ca, certificate):
         try:
             certificates_from_pem(read_file(path, pipe=False))
@@ -156,7 +156,7 @@ def _context(purpose: ssl.Purpose, ca: Path, certificate: Path, key: Path) -> ss
 
 
 def _no_password() -> str:
-    # Without this OpenSSL would ask the terminal and wait.
+    # Otherwise OpenSSL would prompt on the terminal and block.
     return ""
 
 
@@ -183,8 +183,8 @@ def _stdlib_on_asyncio(context: ssl.SSLContext) -> AsyncioHandshake:
     return secure
 
 
-# This library's own TLS is imported when it is asked for: a key source as such knows nothing of the
-# engine, which in turn may rest on keys of a key source.
+# This library's own TLS is imported on demand: key sources do not depend on the engine, whose keys
+# may come from a key source.
 
 
 def _own_server(ca: Path, certificate: Path, key: Path) -> TlsHandshake:

@@ -1,7 +1,7 @@
-"""Which KME or SAE a certificate stands for.
+"""Which KME or SAE a certificate identifies.
 
-ETSI GS QKD 014 demands that IDs are confirmed from certificates and leaves open how; all four ways
-below are met in the field.
+ETSI GS QKD 014 requires that IDs are confirmed from certificates but not how; all four rules below
+are in use.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -32,9 +32,9 @@ SOON: Final = timedelta(days=14)
 
 
 def problems_of_certificate(path: Path, kme_id: str, rule: IdRule) -> list[str]:
-    """What will make others refuse a KME's own certificate, in words. Empty if nothing will.
+    """The reasons for which others will refuse a KME's own certificate; empty if there are none.
 
-    A file that cannot be read or parsed has none: TLS refuses it.
+    A file that cannot be read or parsed gives none: TLS refuses it.
     """
     try:
         [certificate, *_] = certificates_from_pem(path.read_bytes())
@@ -45,9 +45,9 @@ def problems_of_certificate(path: Path, kme_id: str, rule: IdRule) -> list[str]:
     found = id_of_certificate(certificate.public_bytes(Encoding.DER), rule)
     if found != kme_id:
         problems.append(
-            f"our own certificate {path} is that of {found or 'nobody'} by the rule {rule.value}, "
-            "not ours: SAEs and KMEs that confirm our ID (ETSI GS QKD 014, clause 5.1) refuse us. "
-            "Use a certificate for this id, or change id or id_rule"
+            f"our own certificate {path} names {found or 'nobody'} by the rule {rule.value}, not "
+            "us: SAEs and KMEs that confirm our ID (ETSI GS QKD 014, clause 5.1) refuse us. Use a "
+            "certificate for this id, or change id or id_rule"
         )
     now = datetime.now(UTC)
     if ends < now:
@@ -58,8 +58,8 @@ def problems_of_certificate(path: Path, kme_id: str, rule: IdRule) -> list[str]:
 
 
 def id_of_certificate(der: bytes, rule: IdRule) -> str | None:
-    """The ID in a certificate, or ``None`` where it has none, more than one, or one with characters
-    that cannot be shown.
+    """The ID in a certificate, or ``None`` if it has none, several, or one with unprintable
+    characters.
 
     ``dn`` is the subject in the form of RFC 4514; ``serial`` is the certificate's serial number in
     lower-case hexadecimal. A serial number is unique within one CA only.

@@ -1,4 +1,4 @@
-"""Key pools filled from KMEs: one site draws keys as the master, the other collects them.
+"""Filling key pools from KMEs: one site draws keys as the master, the other collects them.
 
 Each site runs this once in either role, so that both can open connections without a KME.
 """
@@ -42,12 +42,12 @@ async def draw_into_pool(
         pool: the pool of our site.
         client: the KME of our site.
         number: keys to draw.
-        announce: called with the IDs of all keys so far, after each request and before its keys
-            are in the pool. If it fails, no key is in the pool that the peer will not hear of.
+        announce: called with the IDs of all keys so far, after each request and before its keys are
+            in the pool. If it fails, the pool has no key that the peer does not learn of.
         key_bits: length of a key, in bits.
 
     Raises:
-        KeySourceError: the KME gives no more keys. Those before are in the pool.
+        KeySourceError: the KME gives no more keys. Earlier keys are in the pool.
     """
     names = pool.names
     at_once = max(1, (await client.status(names.peer_sae)).max_key_per_request)
@@ -64,7 +64,7 @@ async def collect_into_pool(pool: FilePool, client: KmeClient, key_ids: Sequence
     """Collect keys that the peer drew (Get key with key IDs, clause 5.3), as the slave.
 
     Raises:
-        KeySourceError: the KME does not give a key. Those of earlier requests are in the pool.
+        KeySourceError: the KME refuses a key. Keys of earlier requests are in the pool.
     """
     names = pool.names
     at_once = max(1, (await client.status(names.peer_sae)).max_key_per_request)

@@ -1,9 +1,9 @@
-"""HTTP to a KME, over a hop that has confirmed the KME's ID before any request is sent.
+"""HTTP to a KME, over TLS that confirms the KME's ID before any request is sent.
 
-httpcore takes a network backend. The backend is where TLS begins, so it is the place for another
-TLS and for the check of the certificate. httpx writes the request, and its client is left out: what
-a client does with an answer by itself (unpack it, keep its cookies, read where it redirects to)
-lets the other end choose how much memory that takes and which errors it raises.
+httpcore takes a network backend, which starts TLS, so that is where another TLS and the check of
+the certificate plug in. httpx serialises the request, but its client is not used: what the client
+does with an answer (decompress it, store cookies, parse redirects) lets the other end decide how
+much memory is used and which errors are raised.
 """
 
 # ruff: noqa: ASYNC109  # the timeouts are httpcore's interface
@@ -30,7 +30,7 @@ __all__ = ["HTTP_FAILURES", "Answer", "KmeTransport", "refusal_of", "what_failed
 
 _CLOSE_TIMEOUT: Final = 1.0
 _HAPPY_EYEBALLS_DELAY: Final = 0.25
-"""Seconds before the next address is tried at the same time (RFC 8305 section 5); trio's figure."""
+"""Seconds before the next address is tried in parallel (RFC 8305 section 5); trio's value."""
 
 HTTP_FAILURES: Final = (
     httpx.HTTPError,
@@ -41,7 +41,7 @@ HTTP_FAILURES: Final = (
     httpcore.TimeoutException,
     httpcore.UnsupportedProtocol,
 )
-"""What a request over :class:`KmeTransport` raises when it fails."""
+"""The exceptions of a failed request over :class:`KmeTransport`."""
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def _as_httpcore(
 
 
 def _reason(error: BaseException) -> str:
-    """The first thing said along the chain of causes; trio's own errors often say nothing."""
+    """The first message along the chain of causes; trio's own errors are often empty."""
     cause: BaseException | None = error
     while cause is not None:
         if str(cause):
@@ -67,7 +67,7 @@ def _reason(error: BaseException) -> str:
 
 
 class _Stream(httpcore.AsyncNetworkStream, ABC):
-    """A connection as httpcore wants it."""
+    """A connection with httpcore's interface."""
 
     def __init__(self, backend: "_Backend") -> None:
         self._backend = backend
@@ -75,8 +75,8 @@ class _Stream(httpcore.AsyncNetworkStream, ABC):
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         if self._received > self._backend.max_answer:
-            # Here, and not where the body is read: whoever stops reading a body half-way leaves
-            # generators of httpx and httpcore hanging.
+            # Checked here, since a reader that stops in the middle of a body leaves generators of
+            # httpx and httpcore unfinished.
             raise httpcore.ReadError(f"an answer longer than {self._backend.max_answer} bytes")
         with _as_httpcore(httpcore.ReadTimeout, httpcore.ReadError):
             async with _deadline(timeout):
@@ -108,7 +108,7 @@ class _Stream(httpcore.AsyncNetworkStream, ABC):
         return secure
 
     def get_extra_info(self, info: str) -> Any:
-        # A kept connection on which something waits has been closed by the other end.
+        # An idle connection with readable data has been closed by the other end.
         return self._something_waits() if info == "is_readable" else None
 
     # What differs between the event loops.
@@ -192,7 +192,7 @@ class _AsyncioStream(_Stream):
     async def aclose(self) -> None:
         self._writer.close()
         try:
-            async with time_limit(_CLOSE_TIMEOUT):  # a server need not answer close_notify
+            async with time_limit(_CLOSE_TIMEOUT):  # a server need not reply to close_notify
                 await self._writer.wait_closed()
         except OSError:  # of the connection, or the time limit
             await self._abort()
@@ -220,7 +220,7 @@ class _Backend(httpcore.AsyncNetworkBackend):
                 if on_trio():
                     raw = await trio.open_tcp_stream(host, port)
                     return _TrioStream(raw, raw, self)
-                asyncio: Any = sys.modules["asyncio"]  # it is running, so it is loaded
+                asyncio: Any = sys.modules["asyncio"]  # asyncio is running, so it is loaded
                 reader, writer = await asyncio.open_connection(
                     host, port, happy_eyeballs_delay=_HAPPY_EYEBALLS_DELAY
                 )
@@ -231,7 +231,7 @@ class _Backend(httpcore.AsyncNetworkBackend):
 
 
 class _Content:
-    """A request body for httpcore, which leaves a generator hanging when a write fails."""
+    """A request body for httpcore, which leaves a generator unfinished when a write fails."""
 
     def __init__(self, body: bytes) -> None:
         self._parts = [body] if body else []
@@ -247,7 +247,7 @@ class _Content:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came back: status, header fields and the bytes of the body as they were sent."""
+    """A response: status, header fields and the raw body."""
 
     status: int
     headers: httpx.Headers
@@ -255,14 +255,14 @@ class Answer:
 
 
 class KmeTransport:
-    """Connections to one KME, kept and reused. Nothing is ever sent twice: no retries.
+    """A pool of connections to one KME. It never retries a request.
 
     Args:
         url: ``https://host:port``.
         hop: makes a connection secure.
         check: gets the KME's certificate and raises to refuse it.
-        connections: connections at once.
-        max_answer: bytes of the longest answer, headers and all.
+        connections: most connections at once.
+        max_answer: most bytes of an answer, including headers.
     """
 
     def __init__(
@@ -290,7 +290,7 @@ class KmeTransport:
         query: Mapping[str, Any] | None = None,
         content: object = None,
     ) -> Answer:
-        """Send one request, with ``content`` as JSON, and read its answer. It has no time limit.
+        """Send one request, with ``content`` as JSON, and read its answer, without a time limit.
 
         Raises:
             KeySourceUnavailable: the answer has a content coding (RFC 9110 section 8.4).
@@ -317,7 +317,7 @@ class KmeTransport:
             fields = httpx.Headers(response.headers)
             if fields.get("Content-Encoding", "identity") != "identity":
                 raise KeySourceUnavailable(
-                    "the KME's answer is compressed, which was not asked for"
+                    "the KME's answer is compressed, which was not requested"
                 )
             body = await response.aread()
         finally:
@@ -330,7 +330,7 @@ class KmeTransport:
 
 
 def what_failed(error: BaseException) -> str:
-    """Why a request has no answer, as a predicate of the KME: *cannot be reached: ...*."""
+    """Why a request got no answer, as a predicate of the KME: *cannot be reached: ...*."""
     kind = _outermost(error)
     why = tls_failure(error) or _system_reason(error)
     if isinstance(kind, httpcore.ConnectError | httpcore.ConnectTimeout):
@@ -346,7 +346,7 @@ def what_failed(error: BaseException) -> str:
 
 
 def _outermost(error: BaseException) -> BaseException:
-    """httpcore's error: httpx has wrapped it, or has not."""
+    """The error of httpcore or the httpx error that wraps it."""
     cause: BaseException | None = error
     while cause is not None:
         if type(cause).__module__.startswith("httpcore"):
@@ -356,7 +356,7 @@ def _outermost(error: BaseException) -> BaseException:
 
 
 def _system_reason(error: BaseException) -> str | None:
-    """The operating system's words, from the first error of its own among the causes."""
+    """The operating system's reason, from the first ``OSError`` among the causes."""
     found: list[BaseException | None] = [error]
     while found:
         cause = found.pop(0)

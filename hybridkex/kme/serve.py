@@ -99,7 +99,7 @@ class KmeServer:
                 has changed.
         """
         config, settings = await in_thread(self._prepared, load, abandon=True)
-        # From here on nothing can fail.
+        # Nothing below can fail.
         for kme_id, fresh in settings.items():
             live, kme = self._settings[kme_id], self._kmes[kme_id]
             for link in live.links.values():

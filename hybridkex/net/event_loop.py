@@ -108,8 +108,8 @@ async def in_thread(function: Callable[..., T], *arguments: Any, abandon: bool =
     Args:
         function: what to run.
         arguments: what to call it with.
-        abandon: a caller who is cancelled does not wait for the thread, which ends by itself;
-            otherwise the cancellation comes when the function has returned.
+        abandon: a cancelled caller does not wait for the thread, which finishes on its own;
+            otherwise the cancellation is delivered when the function has returned.
 
     Raises:
         NoThread: no thread was free for :data:`THREAD_SECONDS`, and none could be started.

@@ -128,7 +128,7 @@ class HttpLimits:
     request: float = 10.0
     """From the first byte of a request to its last, and again for sending the response."""
     handler: float = 30.0
-    """For the work on a request."""
+    """Time for the handler of a request."""
     pipelining: bool = True
     """Whether a connection goes on whose client sends a request before it has read the answer to
     the one before (RFC 9112 section 9.3.2); otherwise that answer is the last."""
@@ -268,8 +268,8 @@ async def serve_connection(
         handler: answers requests. An :class:`HttpError` that it raises becomes its response; any
             other exception becomes 500 and one log line.
         limits: bounds of size and time.
-        closing: set when no new request shall be read.
-        waiting: entered while the client owes us bytes and nothing is lost if the connection ends.
+        closing: set when no new request is to be read.
+        waiting: entered while we wait for the client and can close the connection without loss.
         sending: entered while a response is sent.
     """
     try:
@@ -317,7 +317,7 @@ class _Server:
                 await self._refuse(HttpError(error.error_status_hint, "malformed HTTP request"))
                 return
             except trio.TooSlowError:
-                await self._refuse(HttpError(408, "the request did not come in time"))
+                await self._refuse(HttpError(408, "the request did not arrive in time"))
                 return
             if request is None:
                 return

@@ -95,8 +95,8 @@ class Connection:
 
     @contextlib.contextmanager
     def waiting(self, *, unread: bool = False) -> Iterator[None]:
-        """While the context lasts the peer owes us something, and a newcomer may take the place of
-        this connection: nothing is lost when it is closed now.
+        """In this context we wait for the peer, and a newcomer may replace this connection: closing
+        it now loses nothing.
 
         Args:
             unread: also while bytes of the peer wait to be read; what it owes us is that it reads.
@@ -108,7 +108,7 @@ class Connection:
             self._waiting_since = None
 
     def _age(self, now: float) -> float:
-        """Seconds that the peer has kept us waiting; negative if it is we who are slow."""
+        """Seconds that the peer has kept us waiting; negative if the delay is ours."""
         if self._waiting_since is None or self.evicted:
             return -1.0
         if not self._unread and _has_unread(self._transport):

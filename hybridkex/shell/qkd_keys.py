@@ -187,7 +187,7 @@ class QkdPskSource:
         :class:`~hybridkex.tls.fresh_keys.UpdateKeySource`.
 
         Raises:
-            KeySourceError: there is none.
+            KeySourceError: the source gave no key.
         """
         peer = self._peer_of(session)
         key = await self._ask(peer.source.get_key)
@@ -363,7 +363,8 @@ class QkdPskSource:
                 )
             if not belongs and used is not None and used.peer is peer:
                 raise PolicyRefused(
-                    f"a QKD key of {peer.source.peer_sae} with the certificate of another peer",
+                    f"a QKD key of {peer.source.peer_sae} with the certificate of another peer "
+                    "peer",
                     Reason.QKD_KEY_REQUIRED,
                 )
 

@@ -178,9 +178,9 @@ async def test_what_a_kme_says_about_an_expired_certificate_of_an_sae(
 @pytest.mark.parametrize(
     ("name", "days", "words"),
     [
-        ("localhost", 365, ["that of localhost by the rule cn, not ours"]),
+        ("localhost", 365, ["names localhost by the rule cn, not us"]),
         ("kme-a", 3, ["expires on"]),
-        ("localhost", 3, ["not ours", "expires on"]),
+        ("localhost", 3, ["not us", "expires on"]),
         ("kme-a", 365, []),
     ],
 )

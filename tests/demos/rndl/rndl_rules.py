@@ -65,7 +65,7 @@ def bad_trials() -> dict[str, trial.Trial]:
     found = {}
     for place in (0, 74, 149):
         one = good_trial()
-        one.cells[place] = replace(one.cells[place], wrong="decrypted, and should be safe")
+        one.cells[place] = replace(one.cells[place], wrong="decrypted, but should be safe")
         found[f"cell {place}"] = one
         one = good_trial()
         del one.cells[place]
@@ -74,7 +74,9 @@ def bad_trials() -> dict[str, trial.Trial]:
     found["no toy"] = replace(good_trial(), toy=None)
     toy = good_trial().toy
     assert toy is not None
-    found["toy"] = replace(good_trial(), toy=replace(toy, wrong="not decrypted, and should be"))
+    found["toy"] = replace(
+        good_trial(), toy=replace(toy, wrong="not decrypted, but should have been")
+    )
     return found
 
 

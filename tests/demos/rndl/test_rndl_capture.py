@@ -133,7 +133,7 @@ def test_a_damaged_file_is_refused_or_read_to_the_damage(tmp_path: Path) -> None
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RecordingError, match="cannot read missing"):
         list(read_pcapng(tmp_path / "missing"))
-    with pytest.raises(RecordingError, match=r"a\.pcapng: it does not begin like"):
+    with pytest.raises(RecordingError, match=r"a\.pcapng: it does not start with"):
         read(b"\0" * 64, tmp_path)
 
 

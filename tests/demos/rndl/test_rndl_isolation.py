@@ -131,7 +131,7 @@ def test_its_process_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "case/a.pcapng").write_bytes(b"not a capture")
     for argument, status, complaint in (
         (tmp_path / "missing", 2, "usage:"),
-        (tmp_path, 1, "a.pcapng: it does not begin like a pcapng file"),
+        (tmp_path, 1, "a.pcapng: it does not start with a pcapng section header"),
     ):
         process = subprocess.run(
             [sys.executable, "-m", "hybridkex.demos.rndl.later", str(argument)],

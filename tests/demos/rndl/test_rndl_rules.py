@@ -93,8 +93,8 @@ MUTANTS: dict[str, tuple[object, str, Any]] = {
     "a read of a safe recording is overlooked": (trial, "contradiction", without("be safe")),
     "a read without a secret is overlooked": (trial, "contradiction", without("WITHOUT")),
     "a recording that should fall and does not is overlooked": (
-        trial, "contradiction", without("and should be")),
-    "another text is overlooked": (trial, "contradiction", without("something else")),
+        trial, "contradiction", without("should have been")),
+    "another text is overlooked": (trial, "contradiction", without("the decrypted text differs")),
     "an adversary that lacks nothing and fails is overlooked": (
         trial, "contradiction", without("no secret was missing")),
     "a mistaken resumption is overlooked": (trial, "contradiction", without("resumed")),

@@ -198,10 +198,10 @@ def test_a_contradiction_is_said() -> None:
     for verdict, predicted, complaint in (
         ({**read, "missing": ["QKD key"]}, False, "decrypted WITHOUT QKD key"),
         ({**read, "missing": ["QKD key"]}, True, "decrypted WITHOUT QKD key"),
-        (read, False, "decrypted, and should be safe"),
-        (safe, True, "not decrypted, and should be"),
-        ({**read, "to_client": "another"}, True, "something else than what was said"),
+        (read, False, "decrypted, but should be safe"),
+        (safe, True, "not decrypted, but should have been"),
+        ({**read, "to_client": "another"}, True, "the decrypted text differs"),
         ({**safe, "missing": []}, False, "no secret was missing"),
-        ({**read, "resumed": True}, True, "which connection was resumed"),
+        ({**read, "resumed": True}, True, "misidentified the resumed connection"),
     ):
         assert complaint in (contradiction(verdict, talk, predicted=predicted) or "")

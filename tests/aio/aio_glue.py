@@ -12,7 +12,7 @@ from hybridkex import ClientConfig, ServerConfig
 from hybridkex.aio import open_connection, start_server
 
 Run = Callable[..., Any]
-"""``run(coroutine, seconds=60)``; see ``conftest.py``."""
+"""``run(coroutine, seconds=60, debug=True)``; see ``conftest.py``."""
 
 
 def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:

@@ -1,4 +1,4 @@
-"""Runs a coroutine on asyncio or uvloop, with asyncio's debug mode on."""
+"""Runs a coroutine on asyncio or uvloop, in asyncio's debug mode unless a test asks otherwise."""
 
 import asyncio
 import gc
@@ -32,7 +32,9 @@ def run(request: pytest.FixtureRequest) -> Run:
     """``run(coroutine)``: its result, from a loop that has no task, error or socket left."""
     factory = loop_factory(request.param)
 
-    def run_it(coroutine: Coroutine[Any, Any, Any], seconds: float = 60) -> Any:
+    def run_it(
+        coroutine: Coroutine[Any, Any, Any], seconds: float = 60, *, debug: bool = True
+    ) -> Any:
         problems: list[dict[str, Any]] = []
 
         async def watched() -> Any:
@@ -49,7 +51,7 @@ def run(request: pytest.FixtureRequest) -> Run:
             assert not left
             return result
 
-        with warnings.catch_warnings(), asyncio.Runner(loop_factory=factory, debug=True) as runner:
+        with warnings.catch_warnings(), asyncio.Runner(loop_factory=factory, debug=debug) as runner:
             warnings.simplefilter("error")
             result = runner.run(watched())
         gc.collect()

@@ -124,7 +124,16 @@ async def create_server(
             ssl_shutdown_timeout=ssl_shutdown_timeout,
         ).receiver
 
-    return await asyncio.get_running_loop().create_server(accept, host, port, **tcp)
+    start_serving = tcp.pop("start_serving", True)
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(accept, host, port, start_serving=False, **tcp)
+    if start_serving:
+        try:
+            await server.start_serving()
+        except BaseException:
+            server.close()  # asyncio's own create_server, if cancelled here, leaves it listening
+            raise
+    return server
 
 
 async def start_tls(

@@ -282,25 +282,6 @@ def test_abort_in_each_state(
     run(main())
 
 
-def test_connecting_is_cancelled_at_each_step(
-    run: Run, client_config: ClientConfig, server_config: ServerConfig
-) -> None:
-    async def main() -> None:
-        async with serving(server_config) as port:
-            for turns in range(30):
-                task = asyncio.ensure_future(connect(port, client_config))
-                for _ in range(turns):
-                    await asyncio.sleep(0)
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    _, writer = await task
-                    await closed(writer)
-            _, writer = await connect(port, client_config)
-            await closed(writer)
-
-    run(main())
-
-
 @pytest.mark.parametrize("early", [False, True])
 def test_an_upgrade_in_the_middle(
     run: Run, client_config: ClientConfig, server_config: ServerConfig, early: bool

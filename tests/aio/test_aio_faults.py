@@ -304,32 +304,6 @@ def test_a_writer_whose_upgrade_fails_is_closed(
     run(main())
 
 
-def test_an_upgrade_is_cancelled_at_each_step(
-    run: Run, client_config: ClientConfig, server_config: ServerConfig
-) -> None:
-    async def inside(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, LocalStateError):
-            await echo(*await upgrade(reader, writer, server_config))
-
-    async def main() -> None:
-        async with plain_server(inside) as port:
-            for turns in range(12):
-                reader, plain = await asyncio.open_connection("127.0.0.1", port)
-                task = asyncio.ensure_future(
-                    upgrade(reader, plain, client_config, server_hostname="localhost")
-                )
-                for _ in range(turns):
-                    await asyncio.sleep(0)
-                task.cancel()
-                writer = plain
-                with contextlib.suppress(asyncio.CancelledError):
-                    _, writer = await task
-                async with asyncio.timeout(5):
-                    await closed(writer)
-
-    run(main())
-
-
 def test_an_upgrade_of_a_closed_connection(run: Run, client_config: ClientConfig) -> None:
     async def main() -> None:
         async with plain_server(echo) as port:

@@ -5,6 +5,7 @@ import logging
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from hybridkex.cli.options import add_channel_options, channel_options
 
 from .client import Client
 from .hub import Hub
-from .keys import network_of, owner_of, rests_on
+from .keys import made_at, network_of, owner_of, rests_on
 from .protocol import PROTOCOL, ChatError, check_name
 from .store import Store
 from .terminal import Terminal
@@ -70,12 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     for one in (client, pair):
         one.add_argument("--nick", required=True, metavar="NAME", help="our nickname")
         one.add_argument("--server-name", metavar="NAME", help="the name in the certificate")
-        one.add_argument(
-            "--rekey",
-            type=float,
-            metavar="SECONDS",
-            help="a new connection with new keys that often (default: never); one QKD key each",
-        )
     for one in (server, pair):
         one.add_argument(
             "--port", type=int, default=_PORT, help=f"0 picks a free one (default: {_PORT})"
@@ -122,8 +117,6 @@ def _check(args: argparse.Namespace) -> None:
     """Both ends prove who they are, or there is no conversation."""
     if args.mode != "server":
         check_name("nickname", args.nick)
-        if args.rekey is not None and args.rekey <= 0:
-            raise ChatError("--rekey takes a positive number of seconds")
     elif args.queue < 1 or args.most < 1 or args.away <= 0:
         raise ChatError("--queue, --most and --away are positive")
     if args.mode == "client":
@@ -140,7 +133,13 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _server_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {"require_client_certificate": bool(args.ca or args.pin or args.known_peers)}
+    def renewed(session: Session) -> None:
+        _log.info("%s: %s", session.peer_subject or "a client", rests_on(session))
+
+    return {
+        "require_client_certificate": bool(args.ca or args.pin or args.known_peers),
+        "on_epoch": renewed,
+    }
 
 
 async def _serve(args: argparse.Namespace) -> None:
@@ -163,18 +162,18 @@ async def _serve(args: argparse.Namespace) -> None:
 
 
 async def _listen(
-    args: argparse.Namespace, config: ServerConfig, hub: Hub, sessions: list[Session]
+    args: argparse.Namespace, config: ServerConfig, hub: Hub, streams: list[SecureStream[Any]]
 ) -> None:
     async def handle(stream: SecureStream[trio.SocketStream]) -> None:
         watch_peer(stream.transport_stream)
         session = stream.session
         _log.info("%s: %s", session.peer_subject or "a client", rests_on(session))
-        sessions.append(session)
+        streams.append(stream)
         try:
             where = network_of(stream.transport_stream)
             await hub.serve(stream, owner_of(session), where)
         finally:
-            sessions.remove(session)
+            streams.remove(stream)
 
     serve = partial(
         serve_secure_tcp, handle, args.port, config, host=args.bind, max_connections=_CONNECTIONS
@@ -191,7 +190,7 @@ async def _listen(
 
 async def _take_part(args: argparse.Namespace) -> None:
     address = parse_tcp_address(args.address, default_port=_PORT)
-    sessions: list[Session] = []
+    streams: list[SecureStream[Any]] = []
     async with client_config(channel_options(args)) as config:
 
         async def connect() -> trio.abc.Stream:
@@ -203,25 +202,28 @@ async def _take_part(args: argparse.Namespace) -> None:
             except BaseException:
                 await trio.aclose_forcefully(stream)
                 raise
-            sessions[:] = [stream.session]
+            streams[:] = [stream]
             return stream
 
         room = args.room if args.mode == "client" else "pair"
-        client = Client(connect, args.nick, room, rekey=args.rekey)
-        await _converse(client, sessions)
+        client = Client(connect, args.nick, room)
+        await _converse(client, streams)
 
 
-async def _converse(client: Client, sessions: list[Session]) -> None:
+async def _converse(client: Client, streams: list[SecureStream[Any]]) -> None:
     def basis() -> str:
-        return rests_on(sessions[-1]) if sessions else "nobody is there yet"
+        return rests_on(streams[-1].session) if streams else "nobody is there yet"
 
     def details() -> str:
-        return str(sessions[-1]) if sessions else "nobody is there yet"
+        return str(streams[-1].session) if streams else "nobody is there yet"
+
+    def since() -> float:
+        return made_at(streams[-1].session) if streams else time.time()
 
     async with trio.open_nursery() as nursery:
 
         async def talk() -> None:
-            await Terminal(client, basis, details).run()
+            await Terminal(client, basis, details, since).run()
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(talk)
@@ -235,7 +237,7 @@ async def _pair(args: argparse.Namespace) -> None:
     # Whoever listens holds the room, and sits in it by a socket pair that leaves no process.
     store = Store(args.store, args.store_key)
     hub = Hub(store, most=2)
-    sessions: list[Session] = []
+    streams: list[SecureStream[Any]] = []
     try:
         async with (
             server_config(channel_options(args), **_server_options(args)) as config,
@@ -249,8 +251,8 @@ async def _pair(args: argparse.Namespace) -> None:
                 nursery.start_soon(hub.serve, inner, "")
                 return trio.SocketStream(trio.socket.from_stdlib_socket(ours))
 
-            nursery.start_soon(_listen, args, config, hub, sessions)
-            await _converse(Client(connect, args.nick, "pair"), sessions)
+            nursery.start_soon(_listen, args, config, hub, streams)
+            await _converse(Client(connect, args.nick, "pair"), streams)
             await hub.close("the other party has left")
             nursery.cancel_scope.cancel()
     finally:

@@ -9,7 +9,6 @@ there, the first one is closed. What was on its way is sent again and recognised
 import contextlib
 import logging
 import secrets
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -57,7 +56,6 @@ class Client:
 
     Args:
         connect: makes a connection.
-        rekey: seconds after which a new connection with new keys takes over; ``None`` for never.
         backoff: how long to wait between tries.
     """
 
@@ -67,11 +65,9 @@ class Client:
         nickname: str,
         room: str,
         *,
-        rekey: float | None = None,
         backoff: Backoff | None = None,
     ) -> None:
         self._connect = connect
-        self._rekey = rekey
         self._backoff = backoff or Backoff(first=0.5, most=30.0)
         self._token = secrets.token_hex(32)
         self._seen = 0
@@ -86,11 +82,9 @@ class Client:
         self.nickname: Final = nickname
         self.room = room
         self.connections = 0
-        """How many there were: each has had keys of its own."""
-        self.since = 0.0
-        """When the present one was made, by ``time.monotonic``."""
+        """How many there were."""
         self.trouble: str | None = None
-        """Why there is no connection, or no new one."""
+        """Why there is no connection."""
 
     @property
     def online(self) -> bool:
@@ -150,58 +144,30 @@ class Client:
         """
         frames = await self._open()
         while True:
-            following = None
             try:
-                following = await self._use(frames)
+                await self._use(frames)
             finally:
-                self._frames = following
+                self._frames = None
                 with trio.move_on_after(1):
                     await frames.stream.aclose()  # In any case, also when cancelled.
             if self._leaving and not self._outbox:
                 return
-            frames = following or await self._reconnect()
+            frames = await self._reconnect()
 
-    async def _use(self, frames: Frames) -> Frames | None:
-        """Converse over a connection until it ends; what follows it, if that is there already."""
+    async def _use(self, frames: Frames) -> None:
+        """Converse over a connection until it ends."""
         self._frames, self.trouble = frames, None
-        following: list[Frames] = []
         ended: list[Bye] = []
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._send, frames, nursery.cancel_scope)
-                nursery.start_soon(self._receive, frames, nursery.cancel_scope, ended)
-                nursery.start_soon(self._expect_acknowledgements, nursery.cancel_scope)
-                if self._rekey is not None:
-                    nursery.start_soon(
-                        self._open_in_time, self._rekey, nursery.cancel_scope, following
-                    )
-        except BaseException:
-            for other in following:
-                await trio.aclose_forcefully(other.stream)
-            raise
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send, frames, nursery.cancel_scope)
+            nursery.start_soon(self._receive, frames, nursery.cancel_scope, ended)
+            nursery.start_soon(self._expect_acknowledgements, nursery.cancel_scope)
         if ended and not ended[0].again:
             if not self._leaving:
                 raise ChatError(ended[0].reason)
             self._outbox.clear()
         if ended:
             self.trouble = ended[0].reason
-        return following[0] if following else None
-
-    async def _open_in_time(
-        self, seconds: float, scope: trio.CancelScope, following: list[Frames]
-    ) -> None:
-        """A second connection beside the first, which then ends."""
-        while True:
-            await trio.sleep(seconds)
-            try:
-                following.append(await self._open())
-            except _NO_CONNECTION as error:
-                # The old keys go on meanwhile, and the status line says how old they are.
-                self.trouble = f"no new keys: {_reason(error)}"
-                _log.warning("%s", self.trouble)
-                continue
-            scope.cancel()
-            return
 
     async def _reconnect(self) -> Frames:
         while True:
@@ -231,7 +197,6 @@ class Client:
                 raise
         self._settle(welcome)
         self.connections += 1
-        self.since = time.monotonic()
         return frames
 
     def _settle(self, welcome: Welcome) -> None:

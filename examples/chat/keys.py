@@ -6,7 +6,7 @@ import trio
 
 from hybridkex import Session
 
-__all__ = ["network_of", "owner_of", "rests_on"]
+__all__ = ["made_at", "network_of", "owner_of", "rests_on"]
 
 
 def owner_of(session: Session) -> str:
@@ -32,11 +32,21 @@ def network_of(stream: trio.SocketStream) -> str:
 
 
 def rests_on(session: Session) -> str:
-    """The legs, and what authenticated the other end."""
+    """The legs, what authenticated the other end, and how often the keys have been renewed."""
     legs = list(session.parts)
-    if session.qkd_key_ids:
-        legs.append(f"QKD {', '.join(key_id[:8] for key_id in session.qkd_key_ids)}")
-    elif session.psk_identity is not None:
+    last = session.epochs[-1] if session.epochs else None
+    key_ids = session.qkd_key_ids if last is None else last.qkd_key_ids
+    if key_ids:
+        legs.append(f"QKD {', '.join(key_id[:8] for key_id in key_ids)}")
+    elif session.psk_identity is not None and not session.qkd_key_ids:
         legs.append("PSK")
     text = f"{' + '.join(legs)}, by {session.authenticated_by.value}"
-    return f"{text}, NO QKD KEY" if session.qkd_fallback is not None else text
+    if last is not None:
+        text += f", renewed {last.number} times"
+    missing = session.qkd_fallback if last is None else last.qkd_missing
+    return f"{text}, NO QKD KEY" if missing is not None else text
+
+
+def made_at(session: Session) -> float:
+    """When the keys in use were made, in seconds since the epoch."""
+    return session.epochs[-1].began_at if session.epochs else session.began_at

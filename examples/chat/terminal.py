@@ -30,14 +30,20 @@ class Terminal:
     Args:
         basis: what the keys rest on, in a few words.
         details: the same at length.
+        made_at: when they were made, in seconds since the epoch.
     """
 
     def __init__(
-        self, client: Client, basis: Callable[[], str], details: Callable[[], str]
+        self,
+        client: Client,
+        basis: Callable[[], str],
+        details: Callable[[], str],
+        made_at: Callable[[], float],
     ) -> None:
         self._client = client
         self._basis = basis
         self._details = details
+        self._made_at = made_at
         self._lines_in, self._lines = trio.open_memory_channel[str](0)
 
     async def run(self) -> None:
@@ -57,7 +63,7 @@ class Terminal:
         """The status line."""
         client = self._client
         if client.online:
-            age = time.monotonic() - client.since
+            age = max(0.0, time.time() - self._made_at())
             parts = [self._basis(), f"keys {age:.0f} s old (#{client.connections})"]
         else:
             parts = ["NOT CONNECTED"]

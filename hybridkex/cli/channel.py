@@ -24,7 +24,14 @@ from hybridkex.errors import ConfigError
 from hybridkex.files import open_private
 from hybridkex.machine import write_error
 from hybridkex.secret import Secret
-from hybridkex.tls.config import ClientConfig, KeyLog, Policy, Requirement, ServerConfig
+from hybridkex.tls.config import (
+    ClientConfig,
+    FreshKeys,
+    KeyLog,
+    Policy,
+    Requirement,
+    ServerConfig,
+)
 
 __all__ = ["client_config", "server_config"]
 
@@ -91,7 +98,12 @@ def _channel_arguments(options: ChannelOptions) -> dict[str, Any]:
     if qkd is not Requirement.OFF and options.psk is not None:
         raise ConfigError("--psk and QKD keys exclude each other: one PSK goes into a handshake")
     psk = Requirement.REQUIRE if options.psk is not None else qkd
-    arguments["policy"] = Policy(post_quantum=post_quantum, psk=psk)
+    fresh_keys = Requirement.OFF
+    if options.fresh_keys is not None:
+        fresh_keys = Requirement(options.fresh_keys_policy)
+        if options.fresh_keys:
+            arguments["fresh_keys"] = FreshKeys(every=options.fresh_keys)
+    arguments["policy"] = Policy(post_quantum=post_quantum, psk=psk, fresh_keys=fresh_keys)
     return arguments
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from hybridkex.cli.arguments import from_namespace
 from hybridkex.cli.choices import GROUPS, SUITES
 from hybridkex.cli.qkd_options import QkdOptions, add_qkd_options
-from hybridkex.cli.values import comma_list, file_path
+from hybridkex.cli.values import comma_list, file_path, renewal
 
 __all__ = ["ChannelOptions", "add_channel_options", "channel_options"]
 
@@ -34,6 +34,8 @@ class ChannelOptions:
     json: bool
     keylog: Path | None
     bind: str | None
+    fresh_keys: float | None
+    fresh_keys_policy: str
     qkd: QkdOptions
 
 
@@ -117,6 +119,24 @@ def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = N
             metavar="LIST",
             help="application protocols in order of preference",
         )
+    fresh = parser.add_argument_group(
+        "fresh keys (experimental)",
+        "A live session runs the key exchange again, with a new QKD key where there is a source. "
+        "Both ends need the option; it excludes session tickets. See docs/fresh-keys.md.",
+    )
+    fresh.add_argument(
+        "--fresh-keys",
+        type=renewal,
+        metavar="TIME",
+        help="renew the keys that often (60s, 5m, 2h), or when the peer does (peer)",
+    )
+    fresh.add_argument(
+        "--fresh-keys-policy",
+        choices=("require", "prefer"),
+        default="require",
+        help="refuse a peer that cannot do this (require, the default), or use what TLS 1.3 has "
+        "instead (prefer)",
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json", action="store_true", help="print the session as one JSON line on standard error"

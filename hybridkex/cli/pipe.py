@@ -20,7 +20,7 @@ from hybridkex.text import json_line
 from hybridkex.tls.config import ClientConfig
 from hybridkex.tls.session import Session
 
-__all__ = ["ChannelFailed", "handshake_failed", "pipe", "reason", "report"]
+__all__ = ["ChannelFailed", "handshake_failed", "pipe", "reason", "report", "report_epochs"]
 
 _CHUNK: Final = 256 * 1024
 
@@ -56,6 +56,12 @@ def report(session: Session, *, as_json: bool) -> None:
     """Print on standard error what the keys rest on."""
     text = json_line(session.as_json()) if as_json else str(session)
     print(text, file=sys.stderr, flush=True)
+
+
+def report_epochs(session: Session, *, as_json: bool) -> None:
+    """At the end of a session that has renewed its keys, print what they rested on last."""
+    if session.epochs:
+        report(session, as_json=as_json)
 
 
 async def pipe(stream: SecureStream[Any]) -> None:

@@ -5,9 +5,13 @@ the help text.
 """
 
 import argparse
+import math
 from pathlib import Path
+from typing import Final
 
-__all__ = ["address", "comma_list", "file_path", "folder_path"]
+__all__ = ["address", "comma_list", "file_path", "folder_path", "renewal"]
+
+_UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def file_path(text: str) -> Path:
@@ -35,3 +39,18 @@ def address(text: str) -> str:
 def comma_list(text: str) -> list[str]:
     """Several values, separated by commas or colons; in a configuration file, an array."""
     return [item for item in text.replace(":", ",").split(",") if item]
+
+
+def renewal(text: str) -> float:
+    """How often keys are renewed, in seconds: ``90``, ``90s``, ``5m``, ``2h`` or ``1d``; 0 for
+    ``peer``: whenever the peer does."""
+    if text == "peer":
+        return 0.0
+    number, unit = (text[:-1], _UNITS[text[-1:]]) if text[-1:] in _UNITS else (text, 1.0)
+    try:
+        seconds = float(number) * unit
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 60s, 5m or 2h, and not peer")
+    return seconds

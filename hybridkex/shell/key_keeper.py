@@ -64,6 +64,7 @@ class KeyKeeper:
         self._fail = fail
         self._client = isinstance(config, ClientConfig)
         self._schedule = config.fresh_keys
+        self._on_epoch = config.on_epoch
         policy = config.policy_in_force
         self._required = policy.fresh_keys is Requirement.REQUIRE
         self._qkd_required = policy.fresh_qkd is Requirement.REQUIRE
@@ -271,6 +272,8 @@ class KeyKeeper:
             _log.warning("epoch %d has no QKD key: %s", epoch.number, epoch.qkd_missing)
         self._done()
         self._unplanned = True
+        if self._on_epoch is not None:
+            self._on_epoch(self._connection.session)
 
     def _done(self) -> None:
         self._why = None

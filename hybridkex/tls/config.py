@@ -186,6 +186,7 @@ _SHARED: Final[_Rules] = {
     "psk_source": (or_none(a("a PskSource", PskSource)), "psk_source=QkdPskSource(key_source)"),
     "policy": (a("a Policy", Policy), "policy=Policy(psk=Requirement.PREFER)"),
     "fresh_keys": (or_none(a("a FreshKeys", FreshKeys)), "fresh_keys=FreshKeys(every=60.0)"),
+    "on_epoch": (or_none(CALLABLE), "on_epoch=print"),
     "record_size_limit": (or_none(INTEGER), "record_size_limit=4096"),
     "padding": (or_none(CALLABLE), "padding=PadToMultiple(size=256)"),
     "key_log": (or_none(CALLABLE), "key_log=print"),
@@ -247,6 +248,8 @@ class _Config:
         policy: what a connection must rest on.
         fresh_keys: when a session renews its keys (experimental); ``None`` leaves it to the peer's
             schedule, and to the limits of the cipher suite.
+        on_epoch: called with the session after each key update, to count or show it; it must not
+            wait.
         record_size_limit: bytes of content that we want in a record (RFC 8449, 64 to 16,384);
             ``None`` leaves it at 16,384 without saying so.
         padding: hides the length of what is sent.
@@ -268,6 +271,7 @@ class _Config:
     psk_source: PskSource | None = None
     policy: Policy = field(default_factory=Policy)
     fresh_keys: FreshKeys | None = None
+    on_epoch: Callable[[Session], None] | None = field(default=None, repr=False)
     record_size_limit: int | None = None
     padding: Padding | None = None
     key_log: KeyLog | None = field(default=None, repr=False)

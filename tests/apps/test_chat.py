@@ -50,12 +50,16 @@ from examples.chat.store import Change, Seat, Store
 from hybridkex import (
     ClientConfig,
     DevCa,
+    FreshKeys,
     Identity,
     KnownPeers,
+    Policy,
     QkdPskSource,
     RawIdentity,
+    Requirement,
     SecureStream,
     ServerConfig,
+    Session,
     TrustStore,
     serve_secure_tcp,
 )
@@ -238,11 +242,15 @@ def test_a_wrong_certificate_is_refused_in_one_line(processes: Processes, ids: P
 
 
 def test_two_parties_without_a_server(processes: Processes) -> None:
-    alice, port = processes.listening("pair", "--nick", "alice")
-    bob = processes.start("bob", "pair", f"localhost:{port}", "--nick", "bob", "--rekey", "0.3")
+    alice, port = processes.listening("pair", "--nick", "alice", "--fresh-keys", "peer")
+    bob = processes.start(
+        "bob", "pair", f"localhost:{port}", "--nick", "bob", "--fresh-keys", "0.3s"
+    )
     read_until(alice, "bob joined pair")
     converse(alice, bob)
-    third = processes.start("bob", "pair", f"localhost:{port}", "--nick", "carol")
+    third = processes.start(
+        "bob", "pair", f"localhost:{port}", "--nick", "carol", "--fresh-keys", "peer"
+    )
     assert third.rest() == "chat: there is no seat left\n"
     type_in(alice, "/keys")
     read_until(alice, "keys rest on:")
@@ -265,11 +273,11 @@ def ended(process: Talking) -> str:
 
 
 def test_two_kmes_and_no_certificate(processes: Processes, kmes: Kmes) -> None:
-    """QKD keys authenticate both, and each new connection has a new one."""
-    told = ("--log-level", "info")
+    """QKD keys authenticate both, and each renewal of the keys has a new one."""
+    told = ("--log-level", "info", "--fresh-keys", "peer")
     alice, port = processes.listening("pair", "--nick", "alice", *told, who=kmes.bob)
     bob = processes.start(
-        kmes.alice, "pair", f"localhost:{port}", "--nick", "bob", "--rekey", "0.2"
+        kmes.alice, "pair", f"localhost:{port}", "--nick", "bob", "--fresh-keys", "0.2s"
     )
     said = read_until(alice, "bob joined pair")
     said += converse(alice, bob)
@@ -286,7 +294,7 @@ def test_two_kmes_and_no_certificate(processes: Processes, kmes: Kmes) -> None:
 
 
 def test_a_key_pool_that_runs_dry(processes: Processes, kmes: Kmes, tmp_path: Path) -> None:
-    """Three keys are three connections; then the old keys go on, and that is said."""
+    """Three keys are a handshake and two renewals; then the session goes on, and that is said."""
 
     def export(who: list[str], *words: str) -> list[str]:
         pool = tmp_path / who[who.index("--sae") + 1]
@@ -304,13 +312,15 @@ def test_a_key_pool_that_runs_dry(processes: Processes, kmes: Kmes, tmp_path: Pa
 
     ours = export(kmes.alice, "--number", "3")
     server, port = processes.listening(
-        "server", "--log-level", "info", who=export(kmes.bob, "--role", "slave")
+        "server",
+        *("--log-level", "info", "--fresh-keys", "peer"),
+        who=export(kmes.bob, "--role", "slave"),
     )
     alice = processes.start(
-        ours, "client", f"localhost:{port}", "--nick", "alice", "--rekey", "0.1"
+        ours, "client", f"localhost:{port}", "--nick", "alice", "--fresh-keys", "0.1s"
     )
     said = read_until(alice, "pool is empty")
-    assert "no new keys: " in said
+    assert "no key update now: " in said
     type_in(alice, "still here")
     read_until(alice, "<alice> still here")
     type_in(alice, "/quit")
@@ -579,7 +589,15 @@ async def test_new_keys_under_traffic(nursery: trio.Nursery, store: Store) -> No
         key_ids.extend(stream.session.qkd_key_ids)
         await hub.serve(stream, "")
 
-    server = ServerConfig(psk_source=QkdPskSource(theirs), alpn=alpn)
+    def renewed(session: Session) -> None:
+        key_ids.extend(session.epochs[-1].qkd_key_ids)
+
+    server = ServerConfig(
+        psk_source=QkdPskSource(theirs),
+        alpn=alpn,
+        policy=Policy(fresh_keys=Requirement.REQUIRE),
+        on_epoch=renewed,
+    )
     keys = QkdPskSource(ours)
     async with trio.open_nursery() as all_of_it:
         all_of_it.start_soon(hub.run)
@@ -590,18 +608,19 @@ async def test_new_keys_under_traffic(nursery: trio.Nursery, store: Store) -> No
 
         async def connect() -> SecureStream[trio.SocketStream]:
             tcp = await trio.open_tcp_stream("127.0.0.1", port)
-            stream = SecureStream(tcp, ClientConfig(psk_source=keys, alpn=alpn))
+            often = FreshKeys(every=0.1)
+            stream = SecureStream(tcp, ClientConfig(psk_source=keys, alpn=alpn, fresh_keys=often))
             await stream.do_handshake()
             return stream
 
-        clients = [Client(connect, name, "lobby", rekey=0.1) for name in ("a", "b")]
+        clients = [Client(connect, name, "lobby") for name in ("a", "b")]
         heard: list[list[str]] = [[], []]
         for client, texts in zip(clients, heard, strict=True):
             all_of_it.start_soon(client.run)
             all_of_it.start_soon(collect, client, texts)
         await trio_until(lambda: all(client.online for client in clients))
         count = 0
-        while min(client.connections for client in clients) < 8:
+        while len(key_ids) < 16:
             await clients[count % 2].say(str(count))
             assert clients[0].online
             count += 1

@@ -568,6 +568,38 @@ async def test_qkd_keys_from_the_file(tunnel: Tunnel, kmes: Kmes) -> None:
             assert await exchange(stream, b"x") == b"x"
 
 
+async def test_a_connection_that_lasts_renews_its_keys(tunnel: Tunnel, kmes: Kmes) -> None:
+    """With a new QKD key each time, and it is counted."""
+
+    def site(words: list[str], fresh_keys: str) -> dict[str, object]:
+        found: dict[str, object] = {
+            name.removeprefix("--"): value
+            for name, value in zip(words[::2], words[1::2], strict=True)
+        }
+        return {**found, "peer-sae": [found["peer-sae"]], "fresh-keys": fresh_keys}
+
+    async with serving(echo) as target:
+        tunnel.write(target, listen=site(kmes.bob, "peer"), connect=site(kmes.alice, "0.05s"))
+        await tunnel.start()
+        async with await tunnel.connect() as stream:
+
+            def renewed() -> int:
+                found, key = tunnel.metrics(), "hybridkex_tunnel_key_updates_total"
+                return min(
+                    int(found.get(f'{key}{{qkd="yes",tunnel="{name}"}}', 0))
+                    for name in ("in", "out")
+                )
+
+            for number in range(1000):
+                text = b"%d" % number
+                await stream.send_all(text)
+                assert await stream.receive_some() == text
+                if number % 20 == 19 and renewed() >= 3:
+                    break
+                await trio.sleep(0.01)
+            assert renewed() >= 3
+
+
 # -- what is wrong before anything runs
 
 

@@ -33,6 +33,9 @@ JSON_KEYS = {
     "qkd_fallback",
     "qkd_key_ids",
     "qkd_sources",
+    "key_updates",
+    "epoch",
+    "epochs",
 }
 PSK = "qkd-1:" + "5a" * 32
 

@@ -69,6 +69,13 @@ class TunnelMetrics:
             registry=registry,
         )
 
+        self.key_updates = Counter(
+            "hybridkex_tunnel_key_updates",
+            "Key updates with a new key exchange, in connections that were open.",
+            ("tunnel", "qkd"),
+            registry=registry,
+        )
+
     def of(self, tunnel: str) -> "TunnelCounters":
         """The counters of one tunnel, exported from now on."""
         return TunnelCounters(self, tunnel)
@@ -99,6 +106,11 @@ class TunnelCounters:
         self._qkd_keys.inc(len(session.qkd_key_ids))
         if session.qkd_fallback is not None:
             self._qkd_fallbacks.inc()
+
+    def epoch(self, session: Session) -> None:
+        """A connection has renewed its keys."""
+        qkd = "yes" if session.epochs[-1].qkd_key_ids else "no"
+        self._metrics.key_updates.labels(self._tunnel, qkd).inc()
 
     def handshake_failed(self, cause: BaseException | None) -> None:
         """A handshake failed."""

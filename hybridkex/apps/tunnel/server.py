@@ -11,7 +11,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -254,8 +254,9 @@ class TunnelServer:
                     channel.require_client_certificate or channel.has_psk
                 ):
                     LOG.info("%s: clients are not authenticated", config.name)
-                self._metrics.of(config.name)  # shown at zero, so that a rate has a beginning
-                live = _Live(config, channel)
+                # Shown at zero, so that a rate has a beginning.
+                counters = self._metrics.of(config.name)
+                live = _Live(config, replace(channel, on_epoch=counters.epoch))
                 started = True
                 task_status.started(live)
                 await live.over.wait()

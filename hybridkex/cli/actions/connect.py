@@ -6,9 +6,10 @@ import trio
 
 from hybridkex.cli.channel import client_config
 from hybridkex.cli.connect import ConnectOptions
-from hybridkex.cli.pipe import handshake_failed, pipe, report
+from hybridkex.cli.pipe import handshake_failed, pipe, report, report_epochs
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_connect, checked_port
+from hybridkex.errors import ConfigError
 from hybridkex.net.address import TcpAddress
 from hybridkex.shell.ticket_file import FileTicketStore
 from hybridkex.streams import SecureStream
@@ -24,6 +25,11 @@ def run(options: ConnectOptions) -> int:
 
 
 async def _run(options: ConnectOptions) -> None:
+    if options.resume is not None and options.channel.fresh_keys is not None:
+        raise ConfigError(
+            "--resume and --fresh-keys exclude each other: a stolen ticket would undo what new "
+            "keys give"
+        )
     tickets = FileTicketStore(options.resume) if options.resume is not None else None
     async with client_config(options.channel, ticket_store=tickets) as config:
         await _connect(options, config)
@@ -42,4 +48,7 @@ async def _connect(options: ConnectOptions, config: ClientConfig) -> None:
         except trio.BrokenResourceError as error:
             raise handshake_failed(error, config) from None
         report(stream.session, as_json=options.channel.json)
-        await pipe(stream)
+        try:
+            await pipe(stream)
+        finally:
+            report_epochs(stream.session, as_json=options.channel.json)

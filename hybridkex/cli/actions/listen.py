@@ -10,7 +10,7 @@ from hybridkex.apps.port_file import write_port
 from hybridkex.cli.channel import server_config
 from hybridkex.cli.listen import ListenOptions
 from hybridkex.cli.logs import set_up_logging
-from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report
+from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report, report_epochs
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
 from hybridkex.net.address import TcpAddress
@@ -103,9 +103,13 @@ async def _shake_hands(stream: Stream) -> None:
 
 async def _serve(options: ListenOptions, stream: Stream) -> None:
     report(stream.session, as_json=options.channel.json)
-    if not options.echo:
-        await pipe(stream)
-        return
+    try:
+        await (_echo(stream) if options.echo else pipe(stream))
+    finally:
+        report_epochs(stream.session, as_json=options.channel.json)
+
+
+async def _echo(stream: Stream) -> None:
     try:
         while data := await stream.receive_some():
             await stream.send_all(data)

@@ -75,7 +75,7 @@ EXEMPT = (
     Exemption(
         "hybridkex.qkd.etsi014",
         frozenset({"aio", "auth", "tls", "streams"}),
-        "the hop between an SAE and its KME can run over this library's own TLS; imported when "
+        "the connection between an SAE and its KME can use this library's own TLS; imported when "
         "that is asked for, so that a key source as such knows nothing of the engine",
     ),
 )

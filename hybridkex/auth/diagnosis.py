@@ -447,8 +447,8 @@ def _name(leaf: x509.Certificate, name: PeerName) -> Finding | None:
             f"cannot be checked for {name}: a name with an underscore is no host name (RFC 5280 "
             "section 4.2.1.6). Check it for another name, or pin its key",
         )
-    names = names_of(leaf)
-    if not names:
+    names, alternatives = names_of(leaf), _extension(leaf, x509.SubjectAlternativeName)
+    if not names or alternatives is None:
         return Finding(
             leaf,
             f"has no subjectAltName, so it is not for {name}; a common name does not count "
@@ -457,8 +457,6 @@ def _name(leaf: x509.Certificate, name: PeerName) -> Finding | None:
     if isinstance(name, DnsName):
         covered = any(covers(one, name) for one in names)
     else:
-        alternatives = _extension(leaf, x509.SubjectAlternativeName)
-        assert alternatives is not None
         covered = name.address in alternatives.get_values_for_type(x509.IPAddress)
         if not covered and str(name) in names:
             return Finding(leaf, f"has {name} as a DNS name, and not as an IP address")

@@ -82,8 +82,7 @@ class Identity:
         """The private key as signature schemes take it: where the certificate's public key
         algorithm is id-RSASSA-PSS, it signs by ``rsa_pss_pss_*`` alone (RFC 9846 section 4.3.3)."""
         public = key_of(self.leaf)
-        if isinstance(public, RsaPssKey):
-            assert isinstance(self.private_key, rsa.RSAPrivateKey)
+        if isinstance(public, RsaPssKey) and isinstance(self.private_key, rsa.RSAPrivateKey):
             return RsaPssKey(self.private_key, public.parameters)
         return self.private_key
 

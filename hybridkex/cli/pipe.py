@@ -44,7 +44,7 @@ def handshake_failed(error: BaseException, config: ClientConfig) -> ChannelFaile
     unwanted = isinstance(cause, TruncationError) or (
         isinstance(cause, AlertReceived) and cause.alert == Alert.HANDSHAKE_FAILURE
     )
-    if unwanted and all(Property.POST_QUANTUM in group.properties for group in config.groups or ()):
+    if unwanted and all(Property.POST_QUANTUM in group.properties for group in config.group_list):
         text += (
             "; the server may lack a post-quantum group: '--groups X25519MLKEM768,x25519' also "
             "offers a classical one"

@@ -38,6 +38,16 @@ _POSITIVE: Final = (
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class RemoteEnd:
+    """The other end of a link, in another process."""
+
+    party: str
+    """Who we are: ``alice``, who listens, or ``bob``."""
+    address: TcpAddress
+    peer_credential: Path
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinkConfig:
     """A simulated QKD link; ``docs/qkd-link.md`` explains the settings."""
@@ -47,7 +57,8 @@ class LinkConfig:
     block_bits: int = 1_000_000
     tuned: bool = True
     """Optimise the intensities for the distance, instead of using the preset's."""
-    clock: str = "fast"
+    real_time: bool = False
+    """Whether detections come at the rate of the laser; otherwise as fast as they are computed."""
     bootstrap: str = "ml-dsa"
     """Of the authentication, where both ends are in this process."""
     party: str | None = None
@@ -59,11 +70,16 @@ class LinkConfig:
     reauthentication: str = "refuse"
     """``signatures``: they may begin the link again when one end lost its authentication key."""
 
+    @property
+    def remote(self) -> "RemoteEnd | None":
+        """The other end, where it is in another process."""
+        if self.party is None or self.address is None or self.peer_credential is None:
+            return None
+        return RemoteEnd(self.party, self.address, self.peer_credential)
+
     def __post_init__(self) -> None:
         if self.reauthentication not in ("refuse", "signatures"):
             raise ConfigError("reauthentication must be refuse or signatures")
-        if self.clock not in ("fast", "real"):
-            raise ConfigError("clock must be fast or real")
         if self.party not in (None, "alice", "bob"):
             raise ConfigError("party must be alice or bob")
         if {self.party is None, self.address is None, self.peer_credential is None} == {

@@ -393,18 +393,18 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
             100 * (block.test_qber if block.qber is None else block.qber),
         )
 
-    real_time = link.clock == "real"
-    if link.party is None:
+    remote = link.remote
+    if remote is None:
         return PairFeed(
-            SimulatedLink(settings, bootstrap=link.bootstrap, real_time=real_time, observer=note)
+            SimulatedLink(
+                settings, bootstrap=link.bootstrap, real_time=link.real_time, observer=note
+            )
         )
-    assert link.address is not None
-    assert link.peer_credential is not None  # config.py has checked both
     return PartyFeed(
         settings,
-        party=link.party,
-        address=link.address,
-        signatures=Signatures.from_files(config.key, link.peer_credential),
-        real_time=real_time,
+        party=remote.party,
+        address=remote.address,
+        signatures=Signatures.from_files(config.key, remote.peer_credential),
+        real_time=link.real_time,
         note=note,
     )

@@ -104,7 +104,7 @@ class KmeServer:
             live, kme = self._settings[kme_id], self._kmes[kme_id]
             for link in live.links.values():
                 self._retire(link, live.config.peer_timeout)
-            live.config, live.hop, live.links = fresh.config, fresh.hop, fresh.links
+            live.config, live.handshake, live.links = fresh.config, fresh.handshake, fresh.links
             live.resize()
             kme.change(
                 saes=frozenset(fresh.config.saes),
@@ -269,7 +269,7 @@ class KmeServer:
 
         async def handle(stream: trio.SocketStream, connection: Connection) -> None:
             config = settings.config
-            secure, certificate = await settings.hop(stream, "")
+            secure, certificate = await settings.handshake(stream, "")
             caller = id_of_certificate(certificate, config.id_rule)
             if caller is None:
                 # Clause 5.1: without an SAE ID from the certificate, no connection.
@@ -313,7 +313,7 @@ class _Settings:
     """The settings of a KME in force that a new configuration may change."""
 
     config: KmeConfig
-    hop: TlsHandshake
+    handshake: TlsHandshake
     links: dict[str, HttpPeer]
     """Links to peers in other processes."""
     of_saes: Budget
@@ -323,7 +323,7 @@ class _Settings:
     def of(cls, config: KmeConfig) -> Self:
         """Read the certificates and build the settings. Raises ``ConfigError``."""
         files = {"ca": config.ca, "certificate": config.certificate, "key": config.key}
-        hop = server_tls(config.tls, **files)
+        handshake = server_tls(config.tls, **files)
         links = {}
         for peer in config.peer:
             if peer.url is not None:
@@ -339,7 +339,7 @@ class _Settings:
             LOG.warning("%s: %s", config.id, problem)
         made = cls(
             config=config,
-            hop=hop,
+            handshake=handshake,
             links=links,
             of_saes=Budget(0),
             of_peers=Budget(0, what="peer connections"),

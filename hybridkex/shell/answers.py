@@ -13,7 +13,7 @@ from hybridkex.errors import (
     UnknownPskIdentity,
 )
 from hybridkex.net.event_loop import in_thread
-from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.config import ClientConfig, PskSource, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
 from hybridkex.tls.events import PskWanted, SessionProposed
 from hybridkex.tls.policy import Requirement
@@ -94,7 +94,9 @@ class Answers:
             KeySourceError: the policy requires a PSK and there is none; likewise.
         """
         if isinstance(event, PskWanted):
-            self._connection.provide_psk(await self._psk(event))
+            source = self._psk_source
+            psk = await self._psk(source, event) if source is not None else None
+            self._connection.provide_psk(psk)
         else:
             try:
                 session = self._authorized(event)
@@ -114,10 +116,8 @@ class Answers:
             raise
         self._connection.accept(session)
 
-    async def _psk(self, event: PskWanted) -> ExternalPsk | None:
-        """A PSK from outside; without one the policy decides."""
-        source = self._psk_source
-        assert source is not None  # or the engine would not want one
+    async def _psk(self, source: PskSource, event: PskWanted) -> ExternalPsk | None:
+        """A PSK of the source; without one the policy decides."""
         try:
             if isinstance(self._connection, ClientConnection):
                 return await source.offer()

@@ -55,6 +55,16 @@ async def open_secure_tcp_listeners(
     handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
 ) -> list[SecureListener[trio.SocketStream]]:
     """Listen on ``port`` (0 picks one) of ``host``, or of all interfaces."""
+    listeners = await trio.open_tcp_listeners(port, host=host, backlog=backlog)
+    return _secured(listeners, config, https_compatible, handshake_timeout)
+
+
+def _secured(
+    listeners: Sequence[trio.SocketListener],
+    config: ServerConfig,
+    https_compatible: bool,
+    handshake_timeout: float,
+) -> list[SecureListener[trio.SocketStream]]:
     return [
         SecureListener(
             listener,
@@ -62,7 +72,7 @@ async def open_secure_tcp_listeners(
             https_compatible=https_compatible,
             handshake_timeout=handshake_timeout,
         )
-        for listener in await trio.open_tcp_listeners(port, host=host, backlog=backlog)
+        for listener in listeners
     ]
 
 
@@ -111,26 +121,13 @@ async def serve_secure_tcp(
         connection.admit(budget)
         await handler(stream)
 
-    listeners = await open_secure_tcp_listeners(
-        port,
-        config,
-        host=host,
-        https_compatible=https_compatible,
-        backlog=backlog,
-        handshake_timeout=handshake_timeout,
-    )
+    sockets = await trio.open_tcp_listeners(port, host=host, backlog=backlog)
+    listeners = _secured(sockets, config, https_compatible, handshake_timeout)
     supervisor = Supervisor(
         handle,
-        name=f"port {_port_of(listeners[0])}",
+        name=f"port {sockets[0].socket.getsockname()[1]}",
         logger=_log,
         # The stream's own time limit, which tells the peer, comes first.
         handshake_seconds=handshake_timeout + 1,
     )
     await supervisor.serve(listeners, connections=handler_nursery, task_status=task_status)
-
-
-def _port_of(listener: SecureListener[trio.SocketStream]) -> int:
-    inner = listener.transport_listener
-    assert isinstance(inner, trio.SocketListener)
-    port: int = inner.socket.getsockname()[1]
-    return port

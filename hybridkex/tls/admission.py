@@ -14,7 +14,7 @@ from hybridkex.errors import PolicyRefused
 from hybridkex.reasons import Reason
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.fresh_negotiation import check_key_updates
-from hybridkex.tls.policy import Authentication, Policy, Requirement
+from hybridkex.tls.policy import Authentication, Requirement
 from hybridkex.tls.session import AuthenticatedBy, Session
 
 __all__ = ["Remembered", "check_session", "remaining_lifetime", "resumable"]
@@ -67,7 +67,7 @@ def check_session(config: ClientConfig | ServerConfig, session: Session) -> None
     if policy.post_quantum is Requirement.OFF and session.post_quantum:
         raise PolicyRefused("our policy excludes post-quantum key exchanges", Reason.POST_QUANTUM)
     check_key_updates(policy, session.key_updates)
-    reason = _lacks(policy, session.authenticated_by, session.psk_identity)
+    reason = _lacks(config, session.authenticated_by, session.psk_identity)
     if reason is not None:
         raise PolicyRefused(reason, Reason.AUTHENTICATION)
     if session.resumed and remaining_lifetime(config, session.began_at) <= 0:
@@ -97,8 +97,7 @@ def resumable(
     return (
         remembered.binding == config.binding(identity)
         and remaining_lifetime(config, remembered.began_at) > 0
-        and _lacks(config.policy_in_force, remembered.authenticated_by, remembered.psk_identity)
-        is None
+        and _lacks(config, remembered.authenticated_by, remembered.psk_identity) is None
     )
 
 
@@ -111,14 +110,15 @@ def remaining_lifetime(config: ClientConfig | ServerConfig, began_at: float) -> 
     return int(config.policy.session_lifetime - age) if age >= 0 else 0
 
 
-def _lacks(policy: Policy, by: AuthenticatedBy, psk_identity: bytes | None) -> str | None:
+def _lacks(
+    config: ClientConfig | ServerConfig, by: AuthenticatedBy, psk_identity: bytes | None
+) -> str | None:
     """What a session lacks that the policy in force demands."""
+    policy, wanted = config.policy_in_force, config.authentication
     if policy.psk is Requirement.REQUIRE and psk_identity is None:
         return "our policy requires a PSK, and the session has none"
     if policy.psk is Requirement.OFF and psk_identity is not None:
         return "our policy excludes PSKs, and the session has one"
-    wanted = policy.authentication
-    assert wanted is not None  # filled in by the configuration
     enough = _ENOUGH[wanted]
     if wanted is Authentication.BOTH and policy.psk is Requirement.PREFER:
         enough = _CERTIFICATE

@@ -159,6 +159,11 @@ class PadToMultiple:
         return min(-length % self.size, limit - length)
 
 
+_ALLOWED_GROUPS: Final[Mapping[Requirement, tuple[Group, ...]]] = {
+    Requirement.REQUIRE: HYBRID_GROUPS,
+    Requirement.PREFER: HYBRID_GROUPS + CLASSICAL_GROUPS,
+    Requirement.OFF: CLASSICAL_GROUPS,
+}
 _GROUPS: Final = tuple_of(a("a Group", Group), "groups")
 _IDENTITY: Final = a("an Identity or a RawIdentity", Identity, RawIdentity)
 
@@ -312,16 +317,8 @@ class _Config:
 
     def _check_groups(self) -> None:
         wanted = self.policy.post_quantum
-        if self.groups is None:
-            groups: tuple[Group, ...] = {
-                Requirement.REQUIRE: HYBRID_GROUPS,
-                Requirement.PREFER: HYBRID_GROUPS + CLASSICAL_GROUPS,
-                Requirement.OFF: CLASSICAL_GROUPS,
-            }[wanted]
-            object.__setattr__(self, "groups", groups)
-            return
-        _check_list("group", self.groups)
-        for group in self.groups:
+        _check_list("group", self.group_list)
+        for group in self.groups or ():
             quantum_safe = Property.POST_QUANTUM in group.properties
             if wanted is Requirement.REQUIRE and not quantum_safe:
                 raise ConfigError(
@@ -331,11 +328,10 @@ class _Config:
             if wanted is Requirement.OFF and quantum_safe:
                 raise ConfigError(f"{group} has a post-quantum part and the policy wants none")
 
-    @property
+    @cached_property
     def group_list(self) -> tuple[Group, ...]:
-        """The groups, after the policy."""
-        assert self.groups is not None
-        return self.groups
+        """The groups in order of preference: those configured, or all that the policy allows."""
+        return _ALLOWED_GROUPS[self.policy.post_quantum] if self.groups is None else self.groups
 
     @property
     def authentication(self) -> Authentication:

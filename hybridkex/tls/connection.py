@@ -127,7 +127,7 @@ class Connection:
                         self._open_one = records.reader.open_one
                     return None
                 if type(item) is DataItem:
-                    assert isinstance(self._state, _TRAFFIC)
+                    assert isinstance(self._state, _TRAFFIC)  # the reader lets no data by before
                     self._state.data_received()
                     return ApplicationData(item.data)
                 if isinstance(item, AlertItem):

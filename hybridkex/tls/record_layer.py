@@ -17,6 +17,7 @@ from hybridkex.errors import (
     BadRecordMac,
     DecodeError,
     IllegalParameter,
+    InternalError,
     PeerError,
     UnexpectedMessage,
 )
@@ -111,6 +112,17 @@ class WritingHalf:
         self._flight = bytearray()
         self._change_cipher_spec_sent = False
 
+    @property
+    def keyed(self) -> WriteProtection:
+        """The protection under our key. Without one, application data is never sent.
+
+        Raises:
+            InternalError: there is no key yet.
+        """
+        if self.protection is None:
+            raise InternalError("application data or a key update before there is a key")
+        return self.protection
+
     def send(self, message: Message) -> bytes:
         """Queue a handshake message; returns it as it goes into the transcript."""
         raw = encode(message)
@@ -145,9 +157,9 @@ class WritingHalf:
 
     def send_data(self, data: memoryview) -> None:
         """Queue application data."""
-        assert self.protection is not None
+        keyed = self.keyed
         self.flush()
-        self._outgoing.append(self.protection.seal(_APPLICATION, data, self.record_limit))
+        self._outgoing.append(keyed.seal(_APPLICATION, data, self.record_limit))
 
     def change_key(self, traffic: TrafficSecret) -> None:
         """Change the key of our direction."""
@@ -158,15 +170,13 @@ class WritingHalf:
 
     def update_early(self) -> None:
         """From now on, an update takes a round trip: it is due long before a key's limit."""
-        assert self.protection is not None
         self._updates_early = True
-        self.protection.update_early()
+        self.keyed.update_early()
 
     def update_key(self) -> None:
         """Our next key (section 7.2)."""
-        assert self.protection is not None
         self.flush()
-        self.protection = self.protection.updated()
+        self.protection = self.keyed.updated()
 
     @property
     def seal_one(self) -> Callable[[bytes], bytes | None] | None:
@@ -246,9 +256,10 @@ class ReadingHalf:
             self.protection.limit = inner_limit
 
     def update_key(self) -> None:
-        """The peer's next key."""
-        assert self.protection is not None
+        """The peer's next key (section 7.2)."""
         self.check_message_boundary()
+        if self.protection is None:
+            raise InternalError("the peer's key is updated before there is one")
         self.protection = self.protection.updated()
 
     def check_message_boundary(self) -> None:

@@ -16,7 +16,7 @@ from hybridkex.tls.events import EpochBegan, KeyUpdated, TicketReceived, UpdateW
 from hybridkex.tls.extended_key_update import Updates
 from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import MAX_TICKET_LIFETIME, Session, SessionTicket
-from hybridkex.tls.tickets import TicketState
+from hybridkex.tls.tickets import TicketIssuer, TicketState
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.messages import KeyUpdate, Message, NewSessionTicket
 from hybridkex.wire.update_messages import FreshRequest, UpdateRequest
@@ -133,8 +133,7 @@ class _Traffic:
             if self._write_generation < MAX_KEY_UPDATES:
                 self.update_keys(records, request=False)
         while True:
-            assert records.writer.protection is not None
-            room = records.writer.protection.remaining
+            room = records.writer.keyed.remaining
             if self.connected.updates is not None:
                 self._check_room(self.connected.updates, records)
             elif room <= 0:
@@ -148,8 +147,7 @@ class _Traffic:
 
     def _check_room(self, updates: Updates, records: RecordLayer) -> None:
         """Ask for a key update long before our key may protect no more records (section 5.5)."""
-        protection = records.writer.protection
-        assert protection is not None
+        protection = records.writer.keyed
         if protection.remaining <= 0:
             raise LocalStateError(
                 "our key may protect no more records, and no key update has come about"
@@ -279,15 +277,14 @@ class ServerTraffic(_Traffic):
 
     def send_data(self, data: memoryview, records: RecordLayer) -> None:
         """Queue application data, behind the tickets that are due."""
-        while self._tickets_due:
+        issuer = self._config.tickets
+        while issuer is not None and self._tickets_due:
             self._tickets_due -= 1
-            self._send_ticket(records)
+            self._send_ticket(issuer, records)
         super().send_data(data, records)
 
-    def _send_ticket(self, records: RecordLayer) -> None:
-        issuer, session = self._config.tickets, self.connected.session
-        presented = self._presented
-        assert issuer is not None
+    def _send_ticket(self, issuer: TicketIssuer, records: RecordLayer) -> None:
+        session, presented = self.connected.session, self._presented
         lifetime = min(issuer.lifetime, remaining_lifetime(self._config, session.began_at))
         if lifetime <= 0:
             return  # The next handshake is a full one.

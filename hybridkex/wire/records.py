@@ -66,7 +66,7 @@ class RecordBuffer:
     def in_place(self) -> tuple[memoryview, int]:
         """The received bytes, and where in them the next record begins, once :meth:`take` has given
         a record: for a reader that cuts the next ones by itself and calls :meth:`skip` then."""
-        assert not self._partial
+        assert not self._partial  # a record that began in it has just been taken whole
         return self._chunk, self._position
 
     def skip(self, end: int) -> None:
@@ -94,18 +94,18 @@ class RecordBuffer:
         chunk, start = self._chunk, self._position
         size, body = len(chunk), start + HEADER_LENGTH
         if body > size:
-            self._keep()
+            self._set_aside()
             return None
         type_, length = _check_header(chunk, start)
         end = body + length
         if end > size:
-            self._keep()
+            self._set_aside()
             return None
         self._position = end
         return Record(type_, chunk[start:body], chunk[body:end])
 
-    def _keep(self) -> None:
-        """Set the beginning of a record aside, and let go of the chunk that it came in."""
+    def _set_aside(self) -> None:
+        """Keep the beginning of a record, and release the chunk that it came in."""
         self._partial += self._chunk[self._position :]
         self._chunk = memoryview(b"")
         self._position = 0

@@ -161,7 +161,7 @@ async def test_a_link_feeds_two_kmes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("link", "reason"),
     [
-        ("link = {clock = 'slow'}", "clock"),
+        ("link = {real_time = 'slow'}", "real_time"),
         ("link = {party = 'alice'}", "must be given together"),
         ("link = {party = 'eve'}", "alice or bob"),
         (

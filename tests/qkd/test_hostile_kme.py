@@ -99,7 +99,7 @@ def calls(port: int) -> list[Callable[[], Awaitable[Any]]]:
     access = KmeAccess(url=url, ca=NONE, certificate=NONE, key=NONE)
 
     async def ask(call: Callable[[KmeClient], Awaitable[Any]]) -> Any:
-        async with KmeClient(access, hop=plain) as client:
+        async with KmeClient(access, handshake=plain) as client:
             return await call(client)
 
     async def tell(call: Callable[[HttpPeer], Awaitable[Any]]) -> Any:
@@ -167,7 +167,7 @@ async def test_a_kme_keeps_no_cookie_with_us(kme: Kme) -> None:
     async def body(port: int) -> None:
         async with KmeClient(
             KmeAccess(url=f"https://127.0.0.1:{port}", ca=NONE, certificate=NONE, key=NONE),
-            hop=plain,
+            handshake=plain,
         ) as client:
             for _ in range(2):
                 with pytest.raises(KeySourceError):

@@ -78,8 +78,6 @@ class RotationPolicy:
     def __post_init__(self) -> None:
         if not 0 < self.interval < float("inf"):
             raise ConfigError("the rotation interval must be positive")
-        if self.max_age is None:
-            object.__setattr__(self, "max_age", _INTERVALS * self.interval)
         if not self.interval <= self.age_limit < float("inf"):
             raise ConfigError("the age limit of a key must not be shorter than the interval")
         if self.fresh_psk is Requirement.OFF:
@@ -90,8 +88,7 @@ class RotationPolicy:
     @property
     def age_limit(self) -> float:
         """:attr:`max_age`, or its default."""
-        assert self.max_age is not None
-        return self.max_age
+        return _INTERVALS * self.interval if self.max_age is None else self.max_age
 
     @property
     def random_at_start(self) -> bool:

@@ -64,7 +64,7 @@ class KmeAccess:
     """The ID that the KME's certificate must have; ``None``: any, if there is one."""
     kme_id_rule: IdRule = IdRule.COMMON_NAME
     tls: str = "stdlib"
-    """``stdlib``, or ``hybridkex`` for a hop that is post-quantum too."""
+    """``stdlib``, or ``hybridkex`` for a handshake that is post-quantum too."""
     timeout: float = 5.0
     """Seconds for one request from beginning to end."""
     max_answer: int = 1 << 20
@@ -145,8 +145,8 @@ class KmeClient:
     has no way to ask again), and only the caller knows whether new ones are worth it.
     """
 
-    def __init__(self, access: KmeAccess, *, hop: TlsHandshake | None = None) -> None:
-        """Read the certificates; sends nothing. ``hop`` replaces ``access.tls``.
+    def __init__(self, access: KmeAccess, *, handshake: TlsHandshake | None = None) -> None:
+        """Read the certificates; sends nothing. ``handshake`` replaces ``access.tls``.
 
         Raises ``ConfigError``.
         """
@@ -154,10 +154,12 @@ class KmeClient:
         self._kme_id = access.kme_id
         self._post = access.always_post
         self._slash = ""  # a trailing slash, if this KME wants one
-        hop = hop or client_tls(
+        handshake = handshake or client_tls(
             access.tls, ca=access.ca, certificate=access.certificate, key=access.key
         )
-        self._http = KmeTransport(access.url, hop, self._confirm, max_answer=access.max_answer)
+        self._http = KmeTransport(
+            access.url, handshake, self._confirm, max_answer=access.max_answer
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -433,11 +435,12 @@ class Etsi014Source:
         )
 
     async def _kmes(self) -> tuple[str, str]:
-        if self._client.kme_id is None or self._peer_kme is None:
-            await self._status()
-        assert self._client.kme_id is not None
-        assert self._peer_kme is not None
-        return self._client.kme_id, self._peer_kme
+        ours, theirs = self._client.kme_id, self._peer_kme
+        if ours is None or theirs is None:
+            status = await self._status()
+            ours = self._client.kme_id or status.source_kme_id
+            theirs = self._peer_kme or status.target_kme_id
+        return ours, theirs
 
     async def _status(self) -> Status:
         status = await self._client.status(self.peer_sae)

@@ -28,7 +28,7 @@ from hybridkex.files import read_file
 __all__ = ["ClientTls", "TlsHandshake", "client_tls", "server_tls", "tls_failure"]
 
 TlsHandshake: TypeAlias = Callable[[trio.abc.Stream, str], Awaitable[tuple[trio.abc.Stream, bytes]]]
-"""``await hop(stream, host)`` returns the secure stream and the peer's certificate in DER. ``host``
+"""``await handshake(stream, host)`` returns the secure stream and the peer's certificate in DER. ``host``
 is the name that the peer's certificate must have; a server passes an empty string."""
 
 AsyncioHandshake: TypeAlias = Callable[[Any, Any, str], Awaitable[tuple[Any, Any, bytes]]]
@@ -72,12 +72,12 @@ def server_tls(kind: str, *, ca: Path, certificate: Path, key: Path) -> TlsHands
     raise _unknown(kind)
 
 
-def _in_words(hop: TlsHandshake) -> TlsHandshake:
+def _in_words(handshake: TlsHandshake) -> TlsHandshake:
     """A server's handshake with readable errors, since they go to a log."""
 
     async def in_words(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
         try:
-            return await hop(stream, host)
+            return await handshake(stream, host)
         except (trio.BrokenResourceError, ssl.SSLError, HybridkexError) as error:
             why = tls_failure(error)
             if why is None:
@@ -161,7 +161,7 @@ def _no_password() -> str:
 
 
 def _stdlib(context: ssl.SSLContext, *, server_side: bool) -> TlsHandshake:
-    async def hop(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
+    async def handshake(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
         secure = trio.SSLStream(
             stream,
             context,
@@ -172,7 +172,7 @@ def _stdlib(context: ssl.SSLContext, *, server_side: bool) -> TlsHandshake:
         await secure.do_handshake()
         return secure, secure.getpeercert(binary_form=True)
 
-    return hop
+    return handshake
 
 
 def _stdlib_on_asyncio(context: ssl.SSLContext) -> AsyncioHandshake:
@@ -220,12 +220,12 @@ def _own_client(ca: Path, certificate: Path, key: Path) -> ClientTls:
 def _own_on_trio(config: Any) -> TlsHandshake:
     from hybridkex.streams import SecureStream  # noqa: PLC0415
 
-    async def hop(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
+    async def handshake(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
         secure = SecureStream(stream, config, server_hostname=host or None, https_compatible=True)
         await secure.do_handshake()
         return secure, _leaf(secure.session.peer_credential)
 
-    return hop
+    return handshake
 
 
 def _leaf(peer: Any) -> bytes:

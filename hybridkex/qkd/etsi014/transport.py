@@ -96,7 +96,7 @@ class _Stream(httpcore.AsyncNetworkStream, ABC):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """The hop instead of ``ssl_context``, which httpcore always makes."""
+        """The handshake instead of ``ssl_context``, which httpcore always makes."""
         try:
             with _as_httpcore(httpcore.ConnectTimeout, httpcore.ConnectError):
                 async with _deadline(timeout):
@@ -149,7 +149,7 @@ class _TrioStream(_Stream):
         await self._stream.send_all(buffer)
 
     async def _secure(self, host: str) -> tuple[_Stream, bytes]:
-        secure, certificate = await self._backend.hop(self._stream, host)
+        secure, certificate = await self._backend.handshake(self._stream, host)
         return _TrioStream(secure, self._raw, self._backend), certificate
 
     async def _abort(self) -> None:
@@ -179,10 +179,10 @@ class _AsyncioStream(_Stream):
         await self._writer.drain()
 
     async def _secure(self, host: str) -> tuple[_Stream, bytes]:
-        hop = self._backend.hop
-        if not isinstance(hop, ClientTls):
+        handshake = self._backend.handshake
+        if not isinstance(handshake, ClientTls):
             raise ConfigError("this TLS handshake is for trio; pass the result of client_tls()")
-        reader, writer, certificate = await hop.on_asyncio(self._reader, self._writer, host)
+        reader, writer, certificate = await handshake.on_asyncio(self._reader, self._writer, host)
         return _AsyncioStream(reader, writer, self._backend), certificate
 
     async def _abort(self) -> None:
@@ -202,8 +202,10 @@ class _AsyncioStream(_Stream):
 
 
 class _Backend(httpcore.AsyncNetworkBackend):
-    def __init__(self, hop: TlsHandshake, check: Callable[[bytes], None], max_answer: int) -> None:
-        self.hop = hop
+    def __init__(
+        self, handshake: TlsHandshake, check: Callable[[bytes], None], max_answer: int
+    ) -> None:
+        self.handshake = handshake
         self.max_answer = max_answer
         self.check = check
 
@@ -259,7 +261,7 @@ class KmeTransport:
 
     Args:
         url: ``https://host:port``.
-        hop: makes a connection secure.
+        handshake: makes a connection secure.
         check: gets the KME's certificate and raises to refuse it.
         connections: most connections at once.
         max_answer: most bytes of an answer, including headers.
@@ -268,7 +270,7 @@ class KmeTransport:
     def __init__(
         self,
         url: str,
-        hop: TlsHandshake,
+        handshake: TlsHandshake,
         check: Callable[[bytes], None],
         *,
         connections: int = 8,
@@ -279,7 +281,7 @@ class KmeTransport:
             ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),  # unused, see _Stream.start_tls
             max_connections=connections,
             keepalive_expiry=60.0,
-            network_backend=_Backend(hop, check, max_answer),
+            network_backend=_Backend(handshake, check, max_answer),
         )
 
     async def exchange(

@@ -138,7 +138,7 @@ class Sites:
             certificate=folder / "cert.pem",
             key=folder / "key.pem",
         )
-        client = KmeClient(access, hop=self._hop(folder))
+        client = KmeClient(access, handshake=self._hop(folder))
         await stack.enter_async_context(client)
         (peer,) = (other for other, _ in _SITES if other != sae)
         return Etsi014Source(client, sae=sae, peer_sae=peer)

@@ -28,8 +28,8 @@ from hybridkex.files import read_file
 __all__ = ["ClientTls", "TlsHandshake", "client_tls", "server_tls", "tls_failure"]
 
 TlsHandshake: TypeAlias = Callable[[trio.abc.Stream, str], Awaitable[tuple[trio.abc.Stream, bytes]]]
-"""``await handshake(stream, host)`` returns the secure stream and the peer's certificate in DER. ``host``
-is the name that the peer's certificate must have; a server passes an empty string."""
+"""``await handshake(stream, host)`` returns the secure stream and the peer's certificate in DER.
+``host`` is the name that the peer's certificate must have; a server passes an empty string."""
 
 AsyncioHandshake: TypeAlias = Callable[[Any, Any, str], Awaitable[tuple[Any, Any, bytes]]]
 """``await secure(reader, writer, host)`` gives a secure reader and writer and the certificate."""

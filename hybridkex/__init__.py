@@ -1,4 +1,24 @@
-"""Secure channels whose keys rest on ECDH, ML-KEM and QKD at once: TLS 1.3 on the wire."""
+"""Secure channels whose keys rest on ECDH, ML-KEM and QKD at once: TLS 1.3 on the wire.
+
+To connect with trio::
+
+    config = ClientConfig(verifier=TrustStore.from_file("ca.pem"))
+    stream = await open_secure_tcp_stream("server.example", 4433, config)
+
+To serve::
+
+    identity = Identity.from_files("cert.pem", "key.pem")
+    await serve_secure_tcp(handler, 4433, ServerConfig(identities=(identity,)))
+
+- :class:`SecureStream` and :class:`SecureListener` wrap any trio stream or listener;
+  :mod:`hybridkex.aio` and :mod:`hybridkex.anyio` are for other event loops, and
+  :class:`ClientConnection` and :class:`ServerConnection` are the engine without input or output.
+- :class:`ClientConfig` and :class:`ServerConfig` explain every option; :class:`Policy` says what a
+  connection must rest on; ``stream.session`` says what it rests on.
+- :class:`QkdPskSource` puts QKD keys into the key schedule, from a key source of
+  :mod:`hybridkex.qkd`.
+- Errors are in :mod:`hybridkex.errors`.
+"""
 
 import importlib
 import logging

@@ -5,13 +5,17 @@
 
 import importlib
 import inspect
+import pydoc
 import re
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from types import GenericAlias
 
 import pytest
+
+import hybridkex
 
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 
@@ -116,6 +120,27 @@ def test_the_reference_lists_every_name() -> None:
     page = (Path(__file__).parents[1] / "docs/reference/api.md").read_text(encoding="utf-8")
     listed = re.findall(r"^::: hybridkex\.(\w+)$", page, re.MULTILINE)
     assert sorted(listed) == sorted(importlib.import_module("hybridkex").__all__)
+
+
+def test_help_starts_with_what_a_user_wants() -> None:
+    start = pydoc.render_doc(hybridkex, renderer=pydoc.plaintext).partition("PACKAGE CONTENTS")[0]
+    for name in ("open_secure_tcp_stream", "serve_secure_tcp", "SecureStream", "ClientConfig"):
+        assert name in start
+    for name in re.findall(r":class:`(\w+)`", hybridkex.__doc__ or ""):
+        assert name in hybridkex.__all__
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [hybridkex.ClientConfig, hybridkex.ServerConfig, hybridkex.Policy, hybridkex.Limits],
+    ids=lambda kind: kind.__name__,
+)
+def test_every_field_of_a_configuration_is_explained(kind: type) -> None:
+    """In the list of arguments of the class or of a base."""
+    text = "\n".join(base.__doc__ or "" for base in kind.__mro__ if is_dataclass(base))
+    explained = set(re.findall(r"^        (\w+): ", text, re.MULTILINE))
+    public = {one.name for one in fields(kind) if one.init}
+    assert public <= explained, public - explained
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who the peer is, and who we are: certificates, names, pins. No TLS state lives here."""
+"""Authentication: certificates, names, pins and raw public keys. It holds no TLS state."""
 
 from hybridkex.auth.certificates import PeerCertificate, spki_sha256
 from hybridkex.auth.dev_ca import DevCa

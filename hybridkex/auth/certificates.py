@@ -1,4 +1,4 @@
-"""Certificates as they are read, before anybody trusts them."""
+"""Reading certificates. Nothing here decides whether to trust them."""
 
 import hashlib
 import re
@@ -42,7 +42,7 @@ __all__ = [
 
 MIN_RSA_BITS: Final = 2048
 MAX_RSA_BITS: Final = 8192
-"""A larger key costs more to verify than the peer deserves before it is known."""
+"""Verifying with a larger key costs too much for a peer that is not authenticated."""
 
 MAX_CHAIN: Final = 16
 """Certificates in one chain; the Web has three or four."""
@@ -122,8 +122,8 @@ class PeerCertificate:
 def _parse(data: bytes) -> tuple[x509.Certificate, CertificatePublicKeyTypes | RsaPssKey]:
     """A certificate and its key, from DER; the same bytes are parsed once, as in Go's crypto/tls.
 
-    What they mean is kept, and never whether they are to be trusted. The library parses as late as
-    it can: what is read later must fail here, once and for all.
+    The parsed values are kept, never a decision about trust. The library parses lazily: whatever
+    does not parse must fail here.
     """
     certificate = certificate_from_der(data)
     return certificate, key_of(certificate)
@@ -218,7 +218,7 @@ def read_chain(chain: Sequence[bytes]) -> tuple[PeerCertificate, list[x509.Certi
     """Parse what a peer sent.
 
     Raises:
-        CertificateRejected: nothing there, too much of it, or bytes that are no certificate.
+        CertificateRejected: there is no certificate, there are too many, or one does not parse.
     """
     if not chain:
         raise CertificateRejected("the peer sent no certificate")
@@ -231,7 +231,7 @@ def read_chain(chain: Sequence[bytes]) -> tuple[PeerCertificate, list[x509.Certi
     try:
         certificates = [peer.leaf]
         for place in range(1, len(chain)):
-            # One that leads nowhere may be odd; one that the path needs is read there.
+            # The verifier parses those on the path; one that is not on it may be malformed.
             certificates.append(certificate_from_der(chain[place], whole=False))
     except UnsupportedAlgorithm:
         raise CertificateRejected(
@@ -240,7 +240,7 @@ def read_chain(chain: Sequence[bytes]) -> tuple[PeerCertificate, list[x509.Certi
             alert=Alert.UNSUPPORTED_CERTIFICATE,
         ) from None
     except Exception as error:
-        # Whatever a parser has to say about bytes that a peer chose, the answer is the same one.
+        # The peer chose these bytes: whatever the parser raises, the answer is the same.
         raise CertificateRejected(
             f"certificate {place + 1} of {len(chain)} that the peer sent does not parse: "
             f"{parse_failure(error)}"
@@ -322,7 +322,7 @@ def _minute(time: datetime) -> str:
 
 
 def flaw_of_own(leaf: x509.Certificate) -> str | None:
-    """What keeps every peer from accepting our own certificate, whomever the peer trusts."""
+    """A flaw that makes every peer reject our own certificate, whatever the peer trusts."""
     if leaf.version is not x509.Version.v3:
         return "is of X.509 version 1, which has no extensions; it needs version 3"
     if not _may_sign_handshakes(leaf):

@@ -1,4 +1,4 @@
-"""A small certificate authority for tests and first steps; not one to run a company on."""
+"""A small certificate authority for tests and first steps, not for production."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -86,7 +86,7 @@ class DevCa:
     algorithm: str = "ecdsa"
     """The kind of the authority's own key."""
     intermediates: tuple[bytes, ...] = field(default=(), repr=False)
-    """What the certificates that it issues must bring along (DER); nothing for a root."""
+    """The intermediate certificates (DER) that follow each certificate it issues."""
 
     @classmethod
     def create(
@@ -109,7 +109,7 @@ class DevCa:
             path_length: how many intermediates may stand in a row below it.
 
         Raises:
-            ConfigError: an algorithm that is unknown, or dates or a name that cannot be.
+            ConfigError: the algorithm is unknown, or the dates or the name are invalid.
         """
         algorithm = "ecdsa" if algorithm == "ed25519" else algorithm
         chosen = _algorithm(algorithm)
@@ -162,7 +162,7 @@ class DevCa:
             private_key: the key to certify instead of a new one.
 
         Raises:
-            ConfigError: a name, a URI, an algorithm or dates that cannot be.
+            ConfigError: a name, a URI, the algorithm or the dates are invalid.
         """
         key = private_key if private_key is not None else _algorithm(algorithm).generate()
         alternatives: list[x509.GeneralName] = [_general_name(name) for name in names]

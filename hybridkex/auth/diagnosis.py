@@ -1,10 +1,9 @@
-"""Why a chain was refused, as a person would say it.
+"""Why a chain was rejected, in plain words.
 
-The verifier of `cryptography` has said no already, in words about candidates and policies. What is
-here walks the chain again and looks for the first thing that is wrong, in the order in which one
-would mend it: the chain itself, the dates, the authorities, the end entity's own certificate. It
-never turns a no into a yes; where it finds nothing, the verifier's own words are passed on, without
-what only its authors understand.
+The verifier of `cryptography` has rejected the chain. This module walks the chain again and looks
+for the first flaw, in the order in which one would mend them: the chain itself, the dates, the
+authorities, the end entity's certificate. It never accepts a chain. Where it finds no flaw, it
+passes on the verifier's message, without its internal details.
 """
 
 import re
@@ -43,7 +42,7 @@ _NOT_SUPPORTED: Final = Alert.UNSUPPORTED_CERTIFICATE
 
 @dataclass(frozen=True)
 class Roots:
-    """The authorities that were asked, and where they came from."""
+    """The trusted authorities, and where they came from."""
 
     certificates: tuple[x509.Certificate, ...]
     source: str
@@ -100,7 +99,7 @@ def explain(
 
 
 def _words(refusal: Exception) -> str:
-    """What the verifier said, for people."""
+    """The verifier's message, without its internal details."""
     text = str(refusal).partition(" (encountered")[0].partition("{")[0]
     text = re.sub(r"validation failed: |candidates exhausted: |fatal error: ", "", text)
     text = re.sub(
@@ -214,7 +213,7 @@ def _signature(child: x509.Certificate) -> Finding | None:
 
 
 def _signature_form(certificate: x509.Certificate) -> Finding | None:
-    """Words for a signature algorithm that the verifier does not take."""
+    """A signature algorithm that the verifier does not support."""
     parameters = certificate.signature_algorithm_parameters
     if isinstance(parameters, padding.PSS):
         return Finding(
@@ -396,7 +395,7 @@ def _leaf(leaf: x509.Certificate, *, server: bool) -> Finding | None:
 def _constraints(
     certificate: x509.Certificate, leaf: x509.Certificate, refusal: str
 ) -> Finding | None:
-    """Words for what the verifier found in nameConstraints."""
+    """What the verifier found in nameConstraints."""
     constraints = _extension(certificate, x509.NameConstraints)
     if constraints is None or "constraint" not in refusal:
         return None

@@ -1,4 +1,4 @@
-"""Who we are: a certificate chain and the key of its first certificate."""
+"""Our identity: a certificate chain and the private key of its first certificate."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -92,7 +92,7 @@ class Identity:
         return certificate_from_der(self.chain[0])
 
     def require_role(self, *, server: bool) -> None:
-        """Refuse a certificate that extendedKeyUsage keeps from this role.
+        """Refuse a certificate whose extendedKeyUsage excludes this role.
 
         Raises:
             ConfigError: no peer can accept it (RFC 5280 section 4.2.1.12).
@@ -120,7 +120,7 @@ class Identity:
         """From PEM: the chain with the leaf first, and the key.
 
         Raises:
-            ConfigError: one of them is not what it should be, they do not go together, or the
+            ConfigError: the certificates or the key cannot be read, they do not match, or the
                 certificate is not valid today.
         """
         return cls._load("the certificate", certificates, "the private key", key, password)

@@ -3,7 +3,7 @@
 A line is a name, a space, and the key (SubjectPublicKeyInfo in DER, in base64); ``#`` at the start
 of a line or after a space begins a comment. A name may have several keys. The first connection to a
 name is trusted blindly; every later one must show a key that is in the file. An attacker must
-therefore be there from the first connection on and must never leave.
+therefore intercept the first connection and every later one.
 
 Names are compared in one canonical form (:func:`canonical_peer_name`), whoever wrote the line:
 ``Server.Example``, ``server.example.`` and ``server.example`` are one name, and so are all
@@ -51,7 +51,7 @@ class KnownPeers:
         accept_new: whether a name that is not in the file is trusted and remembered.
 
     Raises:
-        ConfigError: the file cannot be read, or a line of it makes no sense.
+        ConfigError: the file cannot be read, or a line of it is invalid.
     """
 
     path: Path
@@ -75,7 +75,7 @@ class KnownPeers:
     def verify_server_key(
         self, spki: bytes, name: PeerName | None, *, at: datetime | None = None
     ) -> VerifiedPeer:
-        """A key that the name had before; any key, where the name is new."""
+        """Accept a key that the file has for this name, or any key where the name is new."""
         if name is None:
             raise CertificateRejected(
                 "a server's key is known by the server's name; pass server_hostname"
@@ -95,7 +95,7 @@ class KnownPeers:
         return VerifiedPeer(PROOF, peer, "first use", partial(self._remember, str(name), peer))
 
     def verify_client_key(self, spki: bytes, *, at: datetime | None = None) -> VerifiedPeer:
-        """A key that is in the file: a client says no name, so none of them is new."""
+        """Accept a key that is in the file. A client gives no name, so no client is new."""
         names = tuple(name for name, key in self._entries() if key == spki)
         peer = read_raw_key(spki, names)
         if not names:
@@ -160,7 +160,7 @@ class KnownPeers:
     def _entries(self) -> "_Entries":
         entries = self._snapshot.entries
         if isinstance(entries, ConfigError):
-            # Half a store could have lost the very key that matters.
+            # A store that was read in part may lack the key that matters.
             raise CertificateRejected(str(entries), alert=Alert.INTERNAL_ERROR)
         return entries
 

@@ -22,10 +22,10 @@ __all__ = [
 ]
 
 PIN: Final = "sha256:"
-"""What stands before the SHA-256 of a key, where a list of names may also hold keys."""
+"""The prefix of the SHA-256 of a key in a list of names."""
 
-# Letters, digits, hyphens (RFC 1123 section 2.1). Underscores are no host names, and container
-# networks use them all the same; no certificate can be checked for them, a pin can.
+# Letters, digits, hyphens (RFC 1123 section 2.1). Names with underscores are not host names,
+# but container networks use them; certificates cannot be verified for them, pins can.
 _LABEL: Final = r"(?!-)[a-z0-9_-]{1,63}(?<!-)"
 _LABELS: Final = re.compile(rf"{_LABEL}(\.{_LABEL})*")
 _MAX_NAME: Final = 253
@@ -55,7 +55,8 @@ PeerName = DnsName | IpAddress
 
 
 def parse_peer_name(text: str) -> PeerName:
-    """A name as a person writes it: ``example.org``, ``bücher.example``, ``127.0.0.1``, ``[::1]``.
+    """Parse a name as people write it: ``example.org``, ``bücher.example``, ``127.0.0.1`` or
+    ``[::1]``.
 
     Names beyond ASCII become A-labels by IDNA 2008 with the mapping of UTS #46 (RFC 5891, RFC 9525
     section 6.3). A trailing dot goes, and so does the scope of an IPv6 address: it says through

@@ -1,4 +1,4 @@
-"""Raw public keys (RFC 7250): a peer that is its key, without a certificate around it."""
+"""Raw public keys (RFC 7250): keys that stand alone, without a certificate."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ def _weakness(key: Any) -> str | None:
 class PeerRawKey:
     """A peer's raw public key, with the names under which it was trusted.
 
-    It has what a :class:`~hybridkex.auth.PeerCertificate` has, as far as a key can.
+    It has the attributes of a :class:`~hybridkex.auth.PeerCertificate` that a key can have.
     """
 
     certificate_type: ClassVar[CertificateType] = CertificateType.RAW_PUBLIC_KEY
@@ -47,7 +47,7 @@ class PeerRawKey:
     spki: bytes
     """SubjectPublicKeyInfo in DER."""
     vouched: tuple[str, ...] = ()
-    """Names that the trust store knows it by; the key itself says none."""
+    """The names under which the trust store has it."""
 
     @property
     def chain(self) -> tuple[bytes, ...]:
@@ -91,7 +91,7 @@ def read_raw_key(spki: bytes, vouched: tuple[str, ...] = ()) -> PeerRawKey:
     """Parse what a peer sent.
 
     Raises:
-        CertificateRejected: bytes that are no key, or a key that is of no use.
+        CertificateRejected: the bytes are not a key, or the key is not acceptable.
     """
     if len(spki) > MAX_SPKI:
         raise CertificateRejected(f"the peer sent a raw public key of {len(spki)} bytes")
@@ -104,7 +104,7 @@ def read_raw_key(spki: bytes, vouched: tuple[str, ...] = ()) -> PeerRawKey:
             alert=Alert.UNSUPPORTED_CERTIFICATE,
         ) from None
     except Exception as error:
-        # Whatever a parser has to say about bytes that a peer chose, the answer is the same one.
+        # The peer chose these bytes: whatever the parser raises, the answer is the same.
         raise CertificateRejected(f"the peer's raw public key does not parse: {error}") from None
     weakness = _weakness(key)
     if weakness is not None:
@@ -116,14 +116,14 @@ def read_raw_key(spki: bytes, vouched: tuple[str, ...] = ()) -> PeerRawKey:
 
 @dataclass(frozen=True)
 class RawIdentity:
-    """Who we are: a key pair, and nobody who vouches for it.
+    """Our identity: a key pair without a certificate.
 
     Args:
         private_key: of a class of `cryptography`, or an :class:`OqsPrivateKey`.
         names: server names that this key is for; a server with several identities chooses by them.
 
     Raises:
-        ConfigError: a key that no peer should accept.
+        ConfigError: the key is too weak, or of a kind that cannot sign.
     """
 
     certificate_type: ClassVar[CertificateType] = CertificateType.RAW_PUBLIC_KEY
@@ -183,7 +183,7 @@ class RawIdentity:
         """From a private key in PEM.
 
         Raises:
-            ConfigError: it is none, or a key that no peer should accept.
+            ConfigError: it is not a private key, or the key is not acceptable.
         """
         key: Any = OqsPrivateKey.from_pem(pem)
         if key is None:

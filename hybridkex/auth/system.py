@@ -22,14 +22,14 @@ _FILES: Final = (
     "/etc/ssl/cert.pem",  # macOS, the BSDs
 )
 _DIRECTORIES: Final = ("/etc/ssl/certs", "/etc/pki/tls/certs")
-"""Where distributions keep them; a Python of another make does not know its host's places."""
+"""Where distributions keep them. A Python that was built elsewhere may not know them."""
 
 
 def system_roots() -> tuple[list[x509.Certificate], str]:
     """The trusted authorities and where they are from.
 
     ``SSL_CERT_FILE`` (a PEM file) and ``SSL_CERT_DIR`` (directories of them, separated as in
-    ``PATH``) replace the system's, if one of them is set: who names them means these and no others.
+    ``PATH``) replace the system's, if one of them is set.
 
     Raises:
         ConfigError: there are none, or a place that the environment names is not there.
@@ -57,7 +57,7 @@ def system_roots() -> tuple[list[x509.Certificate], str]:
 
 
 def _load(places: Iterable[Path]) -> list[x509.Certificate]:
-    """Each certificate once; what does not parse or cannot be read vouches for nobody."""
+    """Each certificate once. Files that cannot be read and blocks that do not parse are skipped."""
     blocks: dict[bytes, None] = {}
     for place in places:
         for file in sorted(place.iterdir()) if place.is_dir() else [place]:

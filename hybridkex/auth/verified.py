@@ -1,4 +1,4 @@
-"""The proof that a peer's certificate or key was accepted, and who may say so."""
+"""The proof that a certificate or key was accepted, and the protocols of verifiers."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import InitVar, dataclass, field
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 PROOF: Final = object()
-"""Known to the verifiers of this room alone."""
+"""Known only to the verifiers in :mod:`hybridkex.auth`."""
 
 Presented: TypeAlias = PeerCertificate | PeerRawKey
 """What a peer can show: a chain of certificates, or a raw public key (RFC 7250)."""
@@ -30,7 +30,7 @@ Presented: TypeAlias = PeerCertificate | PeerRawKey
 @final
 @dataclass(frozen=True)
 class VerifiedPeer:
-    """Proof that a chain or a key was accepted; only a verifier of this room makes one."""
+    """Proof that a chain or a key was accepted; only the verifiers of this package make one."""
 
     proof: InitVar[object]
     certificate: Presented
@@ -52,7 +52,7 @@ class VerifiedPeer:
 
     @property
     def vouched_names(self) -> tuple[str, ...]:
-        """The canonical names that a trusted party vouches for; only these may decide anything.
+        """The canonical names that a trusted party vouches for. Base decisions on these alone.
 
         Of a certificate that an authority signed, the DNS names, IP addresses and URIs in the
         subjectAltName; of a raw key, the names under which the trust store has it. None where the
@@ -61,7 +61,7 @@ class VerifiedPeer:
         return () if self.verified_by in ("pin", "insecure") else self.certificate.vouched
 
     def is_one_of(self, names: Collection[str]) -> bool:
-        """Whether the peer is meant by a list of names.
+        """Whether a list of names contains the peer.
 
         Args:
             names: canonical (:func:`~hybridkex.auth.names.canonical_peer_name`); ``sha256:`` and
@@ -133,6 +133,6 @@ class Refreshable(Protocol):
         """Read the files again.
 
         A shell calls this, in a worker thread, before each handshake; the engine never does.
-        Raises nothing: what cannot be read is trusted by nobody.
+        Raises nothing. If a file cannot be read, the verifier accepts nobody.
         """
         ...

@@ -1,8 +1,8 @@
-"""Who may be the peer: authorities, pins, or nobody asked.
+"""Verifiers of certificates: by authorities, by pins, or without verification.
 
-`cryptography`'s verifier is the only one that says yes to a chain (RFC 5280 section 6). What is
-here gives it the chain and the trusted authorities, checks what it leaves out (the strength of the
-leaf's key), and has :mod:`~hybridkex.auth.diagnosis` say why it said no. There is no revocation.
+The verifier of `cryptography` alone accepts a chain (RFC 5280 section 6). This module gives it the
+chain and the trusted authorities, checks what it leaves out (the strength of the leaf's key), and
+has :mod:`~hybridkex.auth.diagnosis` explain a rejection. Revocation is not checked.
 """
 
 import base64
@@ -98,7 +98,7 @@ def _with_policies(policy: ExtensionPolicy) -> ExtensionPolicy:
     either = Criticality.AGNOSTIC
     for kind in (x509.CertificatePolicies, x509.InhibitAnyPolicy, _PolicyMappings):
         policy = policy.may_be_present(kind, either, None)
-    # There is no revocation here: where to look for it changes nothing.
+    # Revocation is not checked, so the place to look for it does not matter.
     policy = policy.may_be_present(x509.CRLDistributionPoints, either, None)
     return policy.may_be_present(x509.PolicyConstraints, either, _needs_no_policy)
 
@@ -155,7 +155,7 @@ class TrustStore:
         source: where the authorities are from, for errors.
 
     Raises:
-        ConfigError: no authority, or a pin that is none.
+        ConfigError: there is no authority, or a pin is malformed.
     """
 
     authorities: tuple[x509.Certificate, ...] = field(repr=False)
@@ -280,7 +280,7 @@ class TrustStore:
 
 @dataclass(frozen=True)
 class Pins:
-    """Keys that we know, whoever vouches for them: no authority, no name and no dates are asked.
+    """Pinned keys. Authorities, names and dates are not checked.
 
     A key may come in a certificate or raw (RFC 7250): the pin is the same.
 
@@ -292,7 +292,7 @@ class Pins:
             in RFC 7469 and curl's ``sha256//``.
 
     Raises:
-        ConfigError: no pin, or one that is none.
+        ConfigError: there is no pin, or one is malformed.
     """
 
     pins: frozenset[str]
@@ -330,16 +330,16 @@ class Pins:
 
 @dataclass(frozen=True)
 class InsecureNoVerification:
-    """Takes every certificate that parses: anybody in the middle can read and change everything."""
+    """Accepts every certificate that parses: an attacker in the middle can read and change all."""
 
     def verify_server(
         self, chain: Sequence[bytes], name: PeerName | None, *, at: datetime | None = None
     ) -> VerifiedPeer:
-        """Anybody."""
+        """Accept every chain that parses."""
         return self.verify_client(chain)
 
     def verify_client(self, chain: Sequence[bytes], *, at: datetime | None = None) -> VerifiedPeer:
-        """Anybody."""
+        """Accept every chain that parses."""
         peer, _ = read_chain(chain)
         return VerifiedPeer(PROOF, peer, "insecure")
 

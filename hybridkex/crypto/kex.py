@@ -48,7 +48,7 @@ MAX_SHARE: Final = 0xFFFF
 
 
 class Property(Flag):
-    """What a key exchange withstands; a policy can demand it."""
+    """A property of a key exchange that a policy can require."""
 
     CLASSICAL = auto()
     """Rests on a problem that a quantum computer solves."""
@@ -57,7 +57,7 @@ class Property(Flag):
 
 
 class Started(Protocol):
-    """A key exchange of which we sent the first share."""
+    """A key exchange whose first share we have sent."""
 
     @property
     def share(self) -> bytes:
@@ -68,7 +68,7 @@ class Started(Protocol):
         """The shared secret, from the peer's ``answer_length`` bytes.
 
         Raises:
-            IllegalParameter: the share is not one.
+            IllegalParameter: the share is invalid.
         """
         ...
 
@@ -78,17 +78,17 @@ class KeyExchange(Protocol):
 
     @property
     def name(self) -> str:
-        """As people call it, for example ``ML-KEM-768``."""
+        """The usual name, for example ``ML-KEM-768``."""
         ...
 
     @property
     def properties(self) -> Property:
-        """What it rests on."""
+        """The hard problems that it rests on."""
         ...
 
     @property
     def parts(self) -> "Sequence[KeyExchange]":
-        """What it is made of: itself alone, or the parts of a hybrid."""
+        """The parts of a hybrid, or this key exchange alone."""
         ...
 
     @property
@@ -109,7 +109,7 @@ class KeyExchange(Protocol):
         """Our share and the secret, from the client's share (server).
 
         Raises:
-            IllegalParameter: the share is not one.
+            IllegalParameter: the share is invalid.
         """
         ...
 
@@ -161,7 +161,7 @@ def check_length(name: str, share: bytes, expected: int) -> None:
 
 
 class _Single:
-    """What a key exchange without parts says of its parts."""
+    """A key exchange that is not a hybrid."""
 
     @property
     def parts(self) -> Sequence[KeyExchange]:

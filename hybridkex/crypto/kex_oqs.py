@@ -6,8 +6,8 @@ Nothing of liboqs is needed to import this module; :class:`OqsKem` raises
 Code points, by one rule:
 
 1. ML-KEM has its own in the TLS registry (0x0200 to 0x0202).
-2. Everything else is private use (0xFE00 to 0xFEFF, RFC 9846 section 4.3.7). What oqs-provider
-   gives a default code point has the same one here, so that OpenSSL with it can be the peer.
+2. Everything else is private use (0xFE00 to 0xFEFF, RFC 9846 section 4.3.7). Where oqs-provider
+   has a default code point, it is the same here, so that OpenSSL with it can be the peer.
 3. NTRU and NTRU Prime, which it does not have, are at 0xFEA0 and above.
 4. 0xFEC0 to 0xFEFF is yours: for hybrids and for what liboqs adds later.
 """
@@ -76,8 +76,8 @@ class OqsKem:
         name: liboqs's name, for example ``FrodoKEM-976-SHAKE``.
 
     Raises:
-        ProviderMissing: there is no liboqs here.
-        ConfigError: this liboqs does not have it.
+        ProviderMissing: liboqs is not installed.
+        ConfigError: this liboqs does not support it.
     """
 
     properties = Property.POST_QUANTUM
@@ -95,7 +95,7 @@ class OqsKem:
 
     @property
     def parts(self) -> Sequence[KeyExchange]:
-        """Itself."""
+        """This key exchange alone."""
         return (self,)
 
     def start(self) -> Started:
@@ -158,13 +158,13 @@ def oqs_group(name: str, *, code: int | None = None) -> Group:
         code: a code point in place of the one in :data:`CODES`.
 
     Raises:
-        ProviderMissing: there is no liboqs here.
+        ProviderMissing: liboqs is not installed.
         ConfigError: unknown to liboqs, without a code point, or too large for a key share.
     """
     exchange = OqsKem(name)
     chosen = CODES.get(name) if code is None else code
     if chosen is None:
-        check_fits(name, exchange)  # The better reason, where it is one.
+        check_fits(name, exchange)  # It gives the more precise reason.
         raise ConfigError(f"{name} has no code point of its own; pass one, 0xFEC0 to 0xFEFF")
     return Group(code=chosen, name=name, exchange=exchange)
 
@@ -173,7 +173,7 @@ def oqs_groups() -> tuple[Group, ...]:
     """Every enabled KEM of liboqs that has a code point.
 
     Raises:
-        ProviderMissing: there is no liboqs here.
+        ProviderMissing: liboqs is not installed.
     """
     enabled = oqs.load().get_enabled_kem_mechanisms()
     return tuple(oqs_group(name) for name in enabled if name in CODES)
@@ -186,7 +186,7 @@ def via_oqs(group: Group) -> Group:
     ``ClientConfig(groups=(via_oqs(X25519MLKEM768), X25519))``.
 
     Raises:
-        ProviderMissing: there is no liboqs here.
+        ProviderMissing: liboqs is not installed.
         ConfigError: the group has no part that liboqs computes.
     """
     parts = [OqsKem(one.name) if one.name in CODES else one for one in group.exchange.parts]

@@ -1,9 +1,9 @@
 """liboqs, found before it is imported.
 
 ``liboqs-python`` is a wrapper around a native library. When its import finds none, it prints a
-countdown, clones and builds liboqs, and ends the process if that fails. So this module, the only
-one that imports it, looks for the library itself first, in the same places, and says how to get it
-where there is none. Nothing is imported before somebody asks for an algorithm.
+countdown, clones and builds liboqs, and ends the process if that fails. This module, the only
+one that imports it, first looks for the library in the same places. Where there is none, it says
+how to install it. Nothing is imported before an algorithm is used.
 """
 
 import ctypes
@@ -98,7 +98,7 @@ def load() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class OqsStatus:
-    """What there is of liboqs on this machine."""
+    """The installation of liboqs on this machine."""
 
     location: str | None
     """The native library that was found: a path, or a name that the linker knows."""
@@ -119,7 +119,7 @@ class OqsStatus:
 
 
 def oqs_status() -> OqsStatus:
-    """Look, without raising, printing, cloning or building."""
+    """The installation of liboqs. This raises and prints nothing, and builds nothing."""
     try:
         package = importlib.metadata.version("liboqs-python")
     except importlib.metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""PEM files as people have them: their blocks (RFC 7468), and what a file is that has none.
+"""PEM files: their blocks (RFC 7468), and a description of files that have none.
 
-Every certificate and key file is read here, so that one reader decides what is taken and one text
-says what else was given: DER, PKCS #12, PKCS #7, a certificate request, a key in a certificate's
+Every certificate and key file is read here: one reader decides what is accepted, and one text says
+what a file is instead: DER, PKCS #12, PKCS #7, a certificate request, a key in a certificate's
 place, a file that was cut off.
 """
 

@@ -69,7 +69,7 @@ def load_private_key(pem: bytes, password: bytes | None, name: str) -> Any:
 
     Args:
         pem: PKCS #8, PKCS #1 or SEC 1.
-        password: what it is encrypted with, if it is.
+        password: the password, if the key is encrypted.
         name: how an error names the file.
 
     Raises:

@@ -25,11 +25,11 @@ class ExternalPsk:
     """A key that both sides have from elsewhere.
 
     Args:
-        identity: what names it on the wire, 1 to 65,535 bytes, in the clear.
+        identity: its name on the wire, 1 to 65,535 bytes, sent in the clear.
         key: 16 bytes or more, from a source of full entropy; never a password.
-        hash: the hash that it goes with; plain PSKs work only with suites of that hash.
+        hash: the hash that it is for; a plain PSK works only with cipher suites of that hash.
         context: ``None`` for a plain PSK; bytes (which may be empty) to import it by RFC 9258.
-        origin: anything that the supplier wants back: the session has it as ``psk_origin``.
+        origin: any object; the session has it as ``psk_origin``.
     """
 
     identity: bytes

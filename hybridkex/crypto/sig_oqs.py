@@ -183,7 +183,7 @@ class OqsPrivateKey:
         """A fresh key pair.
 
         Raises:
-            ProviderMissing: there is no liboqs here.
+            ProviderMissing: liboqs is not installed.
             ConfigError: the algorithm is unknown to us or to this liboqs.
         """
         with _algorithm(algorithm)(algorithm) as one:
@@ -195,7 +195,7 @@ class OqsPrivateKey:
         """What :meth:`to_pem` wrote; ``None`` where it is another kind of thing.
 
         Raises:
-            ProviderMissing: there is no liboqs here.
+            ProviderMissing: liboqs is not installed.
             ConfigError: the algorithm is unknown to this liboqs, or a key of it has another length.
         """
         _, begin, rest = pem.partition(_PEM_BEGIN)
@@ -269,7 +269,7 @@ def oqs_scheme(name: str) -> SignatureScheme:
     """A signature algorithm of liboqs for ``signature_schemes`` of a configuration.
 
     Raises:
-        ProviderMissing: there is no liboqs here.
+        ProviderMissing: liboqs is not installed.
         ConfigError: an unknown algorithm, or one whose signatures CertificateVerify cannot hold.
     """
     with _algorithm(name)(name) as one:
@@ -296,7 +296,7 @@ def oqs_schemes() -> tuple[SignatureScheme, ...]:
     """Every enabled signature algorithm of liboqs that has a code point.
 
     Raises:
-        ProviderMissing: there is no liboqs here.
+        ProviderMissing: liboqs is not installed.
     """
     enabled = oqs.load().get_enabled_sig_mechanisms()
     return tuple(oqs_scheme(name) for name in enabled if name in ALGORITHMS)

@@ -43,7 +43,7 @@ class Aead(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class HashFunction:
-    """A hash, under each of the names by which it is called."""
+    """A hash function, as hashlib, `cryptography` and the KDF registry name it."""
 
     name: str
     size: int

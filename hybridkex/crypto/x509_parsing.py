@@ -1,8 +1,8 @@
-"""Certificates from bytes: the one place that parses them, and knows what that may raise.
+"""Parsing of certificates, and the exceptions that it may raise.
 
 `cryptography` warns of odd certificates (a serial number of 0, a long common name) with the line of
-our source that reads them. Whoever sends a certificate would choose when; these warnings are
-switched off for the modules of this package.
+our source that reads them. A peer could trigger such a warning at will; they are switched
+off for the modules of this package.
 """
 
 import re
@@ -64,7 +64,7 @@ def certificates_from_pem(data: bytes) -> list[x509.Certificate]:
     certificates = [block for block in blocks if block.label in CERTIFICATES]
     if not certificates or any("TRUSTED" in block.label for block in blocks):
         raise PemError(f"it is {contents_of(data)}")
-    # A program that turns warnings into errors must be able to read its trust store.
+    # A program that turns warnings into errors must still be able to read its trust store.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return [

@@ -1,6 +1,6 @@
 """SecureStream: the engine on a trio stream, in the shape of ``trio.SSLStream``.
 
-How it hangs together:
+How it works:
 
 - The engine does no I/O. Every method here moves bytes between it and the transport, and each
   direction has one owner at a time: a task that receives and a task that sends never touch the same
@@ -109,11 +109,11 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         self._closed = False
         self._pending = memoryview(b"")
 
-    # --- what it is ---------------------------------------------------------------------------
+    # --- properties ---------------------------------------------------------------------------
 
     @property
     def session(self) -> Session:
-        """What the keys rest on.
+        """What the keys of this connection rest on.
 
         Raises:
             trio.NeedHandshakeError: the handshake is not complete.
@@ -159,7 +159,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         if self._handshake_lock.locked():
             async with self._handshake_lock:
                 self._check_usable()
-                return  # Whoever held it has run the handshake, or has failed.
+                return  # The task that held the lock has run the handshake, or has failed.
         # A caller who is cancelled already leaves the stream as it is.
         await trio.lowlevel.checkpoint_if_cancelled()
         self._handshake_lock.acquire_nowait()
@@ -237,7 +237,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             self._keeping.cancel()
 
     async def _advance(self) -> None:
-        """What the handshake makes of the bytes that have come."""
+        """Process the bytes that have come."""
         connection = self._connection
         while not connection.handshake_complete:
             event = connection.next_event()
@@ -266,7 +266,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                     await self.do_handshake()
                 except trio.BrokenResourceError as error:
                     if self._https_compatible and isinstance(error.__cause__, TruncationError):
-                        return b""  # As trio: a peer that came and went said nothing.
+                        return b""  # As in trio: the peer connected and left without a word.
                     raise
             if not self._pending:
                 data = await self._receive_more()
@@ -372,7 +372,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             raise trio.BrokenResourceError(str(error)) from error
 
     async def _flush(self) -> None:
-        """Put what the engine has queued on the transport, whole or never again."""
+        """Send what the engine has queued. After an incomplete send, nothing more can be sent."""
         connection = self._connection
         if not connection.has_data_to_send:
             return

@@ -1,4 +1,4 @@
-"""What each side shows of itself: certificates or a raw public key (RFC 7250).
+"""Certificate types: X.509 certificates or a raw public key (RFC 7250).
 
 RFC 9846 section 4.5.1 puts the server's choice into EncryptedExtensions; without an extension it is
 X.509. A verifier takes the kinds that it has methods for, an identity is of one kind.
@@ -39,7 +39,7 @@ AnyClientVerifier = ClientVerifier | ClientKeyVerifier
 X509: Final = CertificateType.X509
 RAW: Final = CertificateType.RAW_PUBLIC_KEY
 ONLY_X509: Final[tuple[int, ...]] = (X509,)
-"""What holds where nobody says anything."""
+"""The types in force without an extension."""
 
 
 def accepted_types(verifier: AnyServerVerifier | AnyClientVerifier) -> tuple[int, ...]:

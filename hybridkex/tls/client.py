@@ -106,11 +106,11 @@ _ANSWERS: Final = (
 """The server's messages whose extensions answer ours (section 4.3)."""
 
 _ALONE: Final = (Authentication.PSK, Authentication.EITHER)
-"""Where a PSK is enough."""
+"""The kinds of authentication for which a PSK is enough."""
 
 
 class ClientState:
-    """What the engine asks of a state."""
+    """The interface of a state."""
 
     def handle(
         self, message: Message, raw: bytes, records: RecordLayer
@@ -130,7 +130,7 @@ class _Resumption:
 
 @dataclass(frozen=True)
 class _Offer:
-    """What the ClientHello says, the same in both where there are two."""
+    """What the ClientHello offers; after a retry, both offer the same."""
 
     config: ClientConfig
     name: PeerName | None
@@ -258,7 +258,7 @@ def start(config: ClientConfig, name: PeerName | None, records: RecordLayer) -> 
 
 @dataclass(frozen=True)
 class WaitPsk(ClientState):
-    """Our caller fetches a PSK; nothing has been sent, so nothing can come."""
+    """Our caller fetches a PSK. Nothing has been sent, so nothing is received."""
 
     config: ClientConfig
     name: PeerName | None
@@ -337,7 +337,8 @@ def _take_ticket(config: ClientConfig, name: PeerName | None) -> _Resumption | N
 
 
 def forget_tickets(offer: _Offer) -> None:
-    """The server declined our ticket: those that came with it would cost further handshakes."""
+    """The server declined our ticket: forget those of the same connection, which it would decline
+    too."""
     config = offer.config
     if offer.resumption is None or config.ticket_store is None:
         return
@@ -471,7 +472,7 @@ def _suite_name(code: int) -> str:
 
 
 def _check_answers(offer: _Offer, kind: ext.MessageKind, extensions: ext.Extensions) -> None:
-    """A server answers what was sent, in the message that is for it, and says no more."""
+    """Refuse an extension that answers nothing in our ClientHello."""
     allowed = offer.answerable[kind]
     for type_ in extensions.types:
         if type_ not in allowed:

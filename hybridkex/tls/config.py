@@ -1,4 +1,4 @@
-"""What the caller wants: frozen, by keyword, checked when it is made.
+"""The configurations of clients and servers: frozen, and checked when they are made.
 
 There is no global registry and no process-wide default: groups, suites and schemes are objects in
 order of preference. A configuration is made once and used for many connections.
@@ -64,14 +64,14 @@ __all__ = [
 ]
 
 KeyLog = Callable[[str], None]
-"""Takes one line of the NSS key log format, without its newline."""
+"""Called with one line of the NSS key log format, without the newline."""
 
 
 @runtime_checkable
 class PskSource(Protocol):
-    """External PSKs that are known only when they are needed: one for each handshake.
+    """A source of external PSKs, which is asked when a handshake needs one.
 
-    The engine never calls this: it says ``PskWanted``, and the shell that drives it asks.
+    The engine never calls it: it emits ``PskWanted``, and the shell asks the source.
     """
 
     async def offer(self) -> ExternalPsk:
@@ -104,7 +104,7 @@ class PskSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a peer may cost us; ``docs/security.md`` tells where the figures come from.
+    """Limits on what a peer can make us hold or compute; ``docs/security.md`` gives the reasons.
 
     Args:
         certificate_message: bytes of a Certificate message that we hold; eight ML-DSA-87
@@ -112,10 +112,10 @@ class Limits:
         key_updates: KeyUpdates in a row without data between them; each takes a key schedule step.
         empty_records: records in a row with nothing in them.
         tickets: session tickets that a client takes from one connection.
-        psk_identities: how many of a ClientHello's a server looks at; those behind are passed over.
+        psk_identities: PSK identities of a ClientHello that a server examines; it ignores the rest.
 
     Raises:
-        ConfigError: a limit that no ordinary peer keeps.
+        ConfigError: a limit is below what ordinary peers need.
     """
 
     certificate_message: int = 1 << 17
@@ -249,20 +249,21 @@ class _Config:
         alpn: application protocols in order of preference (RFC 7301).
         extensions: TLS extensions that the application understands and the engine only carries.
         psks: external pre-shared keys; a server takes the first that the client offers too.
-        psk_source: where further ones come from, one for each handshake.
+        psk_source: a source of further PSKs, asked once in each handshake.
         policy: what a connection must rest on.
         fresh_keys: when a session renews its keys (experimental); ``None`` leaves it to the peer's
             schedule, and to the limits of the cipher suite.
         on_epoch: called with the session after each key update, to count or show it; it must not
             wait.
-        record_size_limit: bytes of content that we want in a record (RFC 8449, 64 to 16,384);
-            ``None`` leaves it at 16,384 without saying so.
+        record_size_limit: the most bytes of content that the peer may put into a record (RFC 8449,
+            64 to 16,384); ``None`` sends no limit, which means 16,384.
         padding: hides the length of what is sent.
-        key_log: gets the session's secrets, for a debugger: whoever has them reads everything.
-        limits: what a peer may cost us.
+        key_log: called with the secrets of each session, for a debugger. Anyone who has them can
+            decrypt the session.
+        limits: limits on what a peer can make us hold or compute.
         clock: seconds since the epoch, for certificates and the age of sessions.
-        entropy: gives that many random bytes, for all but key pairs, which the library of the
-            primitives makes with its own generator.
+        entropy: returns the given number of random bytes. Key pairs are the exception: the
+            cryptographic library generates them with its own generator.
     """
 
     _rules: ClassVar[_Rules] = _SHARED
@@ -421,13 +422,13 @@ def _check_list(what: str, items: Iterable[Group | CipherSuite | SignatureScheme
 
 @dataclass(frozen=True, kw_only=True)
 class ClientConfig(_Config):
-    """What a client wants.
+    """The configuration of a client.
 
     Args:
         verifier: decides about the server's certificate or raw public key; the kinds that it can
             decide about are offered (RFC 7250). ``None``: the system's trust store, or, where PSKs
             are configured, no certificate at all.
-        identity: our certificate or raw public key, and its private key, for a server that asks.
+        identity: our certificate or raw public key, with its private key, for servers that ask.
         key_shares: how many of the groups are offered with a share in the first flight, from the
             first on, or which.
         ticket_store: where tickets are kept; ``None`` offers no resumption.
@@ -517,13 +518,14 @@ class _Unsaid(TicketIssuer):
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig(_Config):
-    """What a server wants.
+    """The configuration of a server.
 
     Args:
         identities: our certificates or raw public keys, with their private keys. The client's
             server name picks one, then what it can check does (RFC 7250, its signature schemes);
             where no name fits, the first that it can verify is taken.
-        client_verifier: asks clients for a certificate or a raw public key and decides about it.
+        client_verifier: if given, clients are asked for a certificate or a raw public key, and this
+            verifier decides about what they show.
         require_client_certificate: refuse a client that has none.
         tickets: makes session tickets; ``None`` allows no resumption. Left out, there are tickets
             unless the policy or a schedule wants fresh keys, which exclude them.

@@ -363,7 +363,7 @@ class Connection:
 
     @property
     def session(self) -> Session:
-        """What the keys rest on.
+        """What the keys of this connection rest on.
 
         Raises:
             LocalStateError: the handshake is not complete.

@@ -1,4 +1,4 @@
-"""What the engine tells its caller."""
+"""The events that the engine emits."""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -33,7 +33,7 @@ class SessionProposed:
     """
 
     session: Session
-    """What the connection would be. It satisfies the policy of the configuration."""
+    """The session that the connection would have. It satisfies the policy of the configuration."""
     peer: VerifiedPeer | None
     """Who the peer is, if it showed a certificate or a raw public key. If ``peer.remember`` is
     set, call it before accepting; it may write a file."""

@@ -86,7 +86,7 @@ def external_psks(psk: ExternalPsk, suites: Iterable[CipherSuite]) -> list[Psk]:
 
 @dataclass(frozen=True)
 class PeerProof:
-    """Why we believe in the peer; only checked signatures and PSKs make one."""
+    """The evidence of who the peer is; only verified signatures and PSKs produce it."""
 
     certificate: VerifiedPeer | None
     scheme: SignatureScheme | None
@@ -136,7 +136,7 @@ def verify_signature(
 def certificate_message(
     identity: Identity | RawIdentity | None, context: bytes = b""
 ) -> Certificate:
-    """Our certificates, our raw public key, or nothing."""
+    """A Certificate with our chain or raw public key; an empty one without an identity."""
     chain = identity.chain if identity is not None else ()
     return Certificate(context, tuple((data, ext.Extensions()) for data in chain))
 
@@ -152,7 +152,7 @@ def check_finished(message: Finished, traffic: TrafficSecret, transcript: Transc
 def authenticated_by(
     certificate: VerifiedPeer | None, psk: Psk | None, *, has_certificate: bool
 ) -> AuthenticatedBy:
-    """In one word, for a handshake that is not a resumption."""
+    """How the server was authenticated, in a handshake that is not a resumption."""
     if psk is not None:
         return AuthenticatedBy.BOTH if has_certificate else AuthenticatedBy.PSK
     if certificate is not None and certificate.verified_by == "insecure":

@@ -35,15 +35,15 @@ class Authentication(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What a connection must rest on, else it fails.
+    """The requirements that every connection must meet.
 
     Args:
         post_quantum: whether the key exchange must have a post-quantum part.
         psk: whether an external PSK (a QKD key) must be in the key schedule. ``None`` requires one
             where PSKs or a source of them are configured.
         authentication: ``None`` derives it from what is configured: a certificate where only
-            certificates are, a PSK where only PSKs are, both where both are. With ``psk`` preferred
-            and not there, both means the certificate.
+            certificates are, a PSK where only PSKs are, both where both are. Where
+            ``psk`` is preferred and there is none, ``BOTH`` accepts the certificate alone.
         fresh_keys: whether a live session renews its keys by a new key exchange (Extended Key
             Update, experimental); it then gives and takes no session tickets. ``None`` requires it
             where a schedule is configured, and leaves it off elsewhere.

@@ -1,4 +1,4 @@
-"""Between the bytes and the handshake: records, keys, and the messages inside.
+"""The record layer (RFC 9846 section 5): records to messages and data, and back.
 
 The states of the handshake read and write messages through the two halves of a
 :class:`RecordLayer` and change their keys; they never see a record. The rules of RFC 9846 section 5
@@ -95,7 +95,7 @@ Item: TypeAlias = bytes | DataItem | AlertItem
 
 
 class WritingHalf:
-    """What we send: messages and data into records, under our key."""
+    """The sending half: turns messages and data into records under our key."""
 
     def __init__(self, padding: Padding | None) -> None:
         self.protection: WriteProtection | None = None
@@ -222,7 +222,7 @@ class WritingHalf:
 
 
 class ReadingHalf:
-    """What the peer sends: records into messages, data and alerts, under its key."""
+    """The receiving half: turns records under the peer's key into messages, data and alerts."""
 
     def __init__(self, limits: Limits) -> None:
         self.incoming = RecordBuffer()
@@ -446,8 +446,8 @@ class ReadingHalf:
         """A record in the clear where a protected one is due.
 
         A peer that could not follow our ServerHello has no keys to tell us so with: its alert is
-        believed as long as nothing has been decrypted. Whoever forges one could as well have cut
-        the connection.
+        believed as long as nothing has been decrypted. An attacker who can forge one
+        can cut the connection anyway.
         """
         if record.type == _ALERT and not read.opened and not self.data_allowed:
             return record.type, bytes(record.fragment)
@@ -500,21 +500,21 @@ class ReadingHalf:
 
 
 class RecordLayer:
-    """One connection's records, both ways, and what its states tell the caller."""
+    """The records of one connection in both directions, and its queue of events."""
 
     def __init__(self, config: ClientConfig | ServerConfig) -> None:
         self.reader = ReadingHalf(config.limits)
         self.writer = WritingHalf(config.padding)
         self.events: deque[Event] = deque()
         self.client_random = b""
-        """Names the connection in the key log."""
+        """Identifies the connection in the key log."""
         self._key_log = config.key_log
 
     def emit(self, event: Event) -> None:
-        """Tell the caller."""
+        """Queue an event for the caller."""
         self.events.append(event)
 
     def log_secret(self, label: str, secret: Secret) -> None:
-        """A line for the key log, where the caller gave one."""
+        """Write a line to the key log, if one is configured."""
         if self._key_log is not None:
             self._key_log(f"{label} {self.client_random.hex()} {secret.reveal().hex()}")

@@ -1,9 +1,8 @@
 """The server's handshake (RFC 9846 appendix A.2), one class per state, in their order.
 
-The ClientHello is checked in the order of cost: what can be read off it first, then our tickets,
-then the key exchange, and only then does an outside key source hear of it (:class:`WaitPsk`), since
-anybody can send a ClientHello. :data:`STEPS`, at the end, lists all states with the messages
-between them.
+Anybody can send a ClientHello, so it is checked in the order of cost: first its content, then our
+tickets, then the key exchange, and last an outside key source (:class:`WaitPsk`). :data:`STEPS`, at
+the end, lists all states with the messages between them.
 """
 
 import hashlib
@@ -101,7 +100,7 @@ __all__ = ["START", "STEPS", "Proposed", "ServerState", "WaitPsk", "start"]
 
 
 class ServerState:
-    """What the engine asks of a state."""
+    """The interface of a state."""
 
     def handle(
         self, message: Message, raw: bytes, records: RecordLayer
@@ -297,7 +296,7 @@ class _Hello:
 
 @dataclass(frozen=True)
 class WaitClientHello(ServerState):
-    """Nothing has come yet."""
+    """Before the first ClientHello."""
 
     config: ServerConfig
 
@@ -462,13 +461,13 @@ def _find_external(config: ServerConfig, offered: _OfferedPsk) -> ExternalPsk | 
 
 
 def _preference(config: ServerConfig, offered: _OfferedPsk) -> int:
-    """Our order among the configured PSKs; before them what is none, such as a ticket."""
+    """The position among the configured PSKs; other identities, such as tickets, come first."""
     external = _find_external(config, offered)
     return config.psks.index(external) if external is not None else -1
 
 
 def _worth_asking(config: ServerConfig) -> bool:
-    """Whether an outside source may know what we do not."""
+    """Whether there is an outside source that may know the PSK."""
     return config.psk_source is not None and config.has_psk
 
 
@@ -684,7 +683,7 @@ def _resume(choice: _Choice, state: TicketState) -> _Resumption | None:
 
 @dataclass(frozen=True)
 class WaitPsk(ServerState):
-    """The client's PSK is looked up by our caller; nothing from the client has a place now."""
+    """Our caller looks up the client's PSK; nothing is read from the client meanwhile."""
 
     choice: _Choice
     share: bytes

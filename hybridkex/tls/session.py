@@ -1,4 +1,4 @@
-"""What a finished handshake says about itself, and what is kept to resume it."""
+"""The result of a handshake, and what a client keeps to resume it."""
 
 import time
 from collections import OrderedDict
@@ -104,7 +104,7 @@ class Session:
         return self.peer_credential.subject if self.peer_credential is not None else None
 
     def peer_is_one_of(self, names: Collection[str]) -> bool:
-        """Whether the peer is meant by a list of names.
+        """Whether a list of names contains the peer.
 
         Args:
             names: canonical (:func:`~hybridkex.auth.names.canonical_peer_name`): DNS names, IP
@@ -217,7 +217,7 @@ class SessionTicket:
 
 @runtime_checkable
 class TicketStore(Protocol):
-    """Where a client keeps its tickets. Each ticket is used once (RFC 9846 appendix C.4).
+    """A store of a client's tickets. Each ticket is used once (RFC 9846 appendix C.4).
 
     The engine calls :meth:`put` and :meth:`take`, so they work in memory. A store that keeps a file
     is a :class:`FlushableTicketStore` too.
@@ -238,7 +238,7 @@ class TicketStore(Protocol):
 
 @runtime_checkable
 class FlushableTicketStore(Protocol):
-    """A ticket store that the shell brings to disk: the engine does no I/O."""
+    """A ticket store that keeps a file. The shell writes it, since the engine does no I/O."""
 
     def flush(self) -> None:
         """Write what has changed. Called in a worker thread: before a ClientHello is sent, after

@@ -1,8 +1,8 @@
-"""What a server hands to its clients so that it need not remember them: tickets and cookies.
+"""Session tickets and HelloRetryRequest cookies: state that a server leaves with its clients.
 
 Both are sealed with AES-256-GCM under keys that only the server has. A ticket holds the whole state
-of a session (RFC 9846 section 4.7.1); its keys rotate, since whoever steals one can take on the
-server's part in the resumptions made under it (but not read them: every resumption has a fresh key
+of a session (RFC 9846 section 4.7.1); its keys rotate, since whoever steals one can impersonate
+the server in resumptions under it (but cannot decrypt them: every resumption has a fresh key
 exchange). A cookie holds what HelloRetryRequest must remember of the first ClientHello (section
 4.3.2).
 """
@@ -159,9 +159,9 @@ class TicketIssuer:
         lifetime: seconds for which a ticket is good, at most seven days.
         rotation: seconds after which a new key seals; the one before still opens for a lifetime.
         clock: seconds since the epoch.
-        entropy: gives that many random bytes, for keys and nonces.
+        entropy: returns the given number of random bytes, for keys and nonces.
         first_key: a key of 32 bytes and its public name of 8 bytes to begin with, for servers that
-            shall open each other's tickets; a random one by default.
+            must open each other's tickets; a random one by default.
 
     Raises:
         ConfigError: an argument has the wrong type or is out of range.
@@ -206,7 +206,7 @@ class TicketIssuer:
         return self._current().seal(plaintext)
 
     def open(self, ticket: bytes) -> TicketState | None:
-        """The state, or ``None`` for a ticket that is forged, expired, or somebody else's."""
+        """The state, or ``None`` for a ticket that is forged, expired, or of another server."""
         name = ticket[:_NAME_LENGTH]
         self._forget()
         for key in self._keys:
@@ -273,10 +273,10 @@ class CookieProtector:
     """Seals and opens HelloRetryRequest cookies.
 
     Args:
-        key: 32 bytes that servers behind one address may share; by default this one's own.
+        key: 32 bytes that servers behind one address may share; a random one by default.
         lifetime: seconds for which a cookie is good.
         clock: seconds since the epoch.
-        entropy: gives that many random bytes, for the key and nonces.
+        entropy: returns the given number of random bytes, for the key and nonces.
     """
 
     def __init__(
@@ -299,7 +299,7 @@ class CookieProtector:
         return self._key.seal(u64(int(self._clock())) + state.encode())
 
     def open(self, cookie: bytes) -> CookieState | None:
-        """The state, or ``None`` for a cookie that is forged, stale, or somebody else's."""
+        """The state, or ``None`` for a cookie that is forged, stale, or of another server."""
         plaintext = self._key.open(cookie)
         if plaintext is None:
             return None

@@ -30,13 +30,13 @@ MAX_KEY_UPDATES: Final = (1 << 48) - 1
 
 
 def store_key(name: str | None) -> str:
-    """Under which a client's ticket store keeps the tickets of a server."""
+    """The key under which a client's ticket store keeps the tickets of a server."""
     return name or ""
 
 
 @dataclass(frozen=True)
 class Connected:
-    """What a finished handshake leaves: made only by the code that checked Finished."""
+    """The result of a handshake; only the code that verified Finished makes one."""
 
     session: Session
     suite: CipherSuite
@@ -184,7 +184,7 @@ class _Traffic:
 
 
 class ClientTraffic(_Traffic):
-    """The client's: takes tickets too."""
+    """The client's state: it also receives tickets."""
 
     def __init__(
         self, connected: Connected, config: ClientConfig, presented: Presented | None
@@ -246,7 +246,7 @@ class ClientTraffic(_Traffic):
 
 
 class ServerTraffic(_Traffic):
-    """The server's: gives tickets with its first data.
+    """The server's state: it sends tickets with its first data.
 
     Not before: a client that only writes would never read them, and both sides could block on full
     sockets.

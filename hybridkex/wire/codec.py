@@ -116,7 +116,7 @@ class Reader:
         return unpack(f">{len(content) // 2}H", content)
 
     def finish(self) -> None:
-        """Refuse bytes that nobody asked for."""
+        """Refuse bytes that are left over."""
         if self._position != self._end:
             raise DecodeError(f"{self.remaining} bytes too many")
 

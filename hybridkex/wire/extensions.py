@@ -144,7 +144,7 @@ class ApplicationExtension(Extension):
 
 
 class _Empty(Extension):
-    """An extension whose presence is all it says."""
+    """An extension with an empty body."""
 
     @classmethod
     def read(cls, reader: Reader) -> Self:
@@ -156,7 +156,7 @@ class _Empty(Extension):
 
 @dataclass(frozen=True)
 class UnknownExtension:
-    """One that we do not know; GREASE (RFC 8701) among them."""
+    """An extension that we do not know, such as GREASE (RFC 8701)."""
 
     type: int
     data: bytes
@@ -168,7 +168,7 @@ class UnknownExtension:
 
 @dataclass(frozen=True)
 class ServerName(Extension):
-    """The host name that the client wants (RFC 6066 section 3)."""
+    """The host name that the client asks for (RFC 6066 section 3)."""
 
     type = ExtensionType.SERVER_NAME
     messages = (CH,)
@@ -353,7 +353,7 @@ class ServerCertificateTypeChoice(_CertificateTypeChoice):
 
 @dataclass(frozen=True)
 class Padding(Extension):
-    """RFC 7685: zeros, which nobody reads."""
+    """RFC 7685: zeros, which are ignored."""
 
     type = ExtensionType.PADDING
     may_change = True
@@ -393,7 +393,7 @@ class RecordSizeLimit(Extension):
 
 @dataclass(frozen=True)
 class TlsCertWithExternPsk(_Empty):
-    """RFC 9973 section 4: certificates although an external PSK is in use."""
+    """RFC 9973 section 4: certificates together with an external PSK."""
 
     type = ExtensionType.TLS_CERT_WITH_EXTERN_PSK
     messages = (CH, SH)

@@ -101,6 +101,7 @@ RIGHT = {  # What of these is right, or free, by field.
     "deadline": (1.5,),
     "stretch": (1.5,),
     "after_bytes": (None,),
+    "on_epoch": (None,),
 }
 
 

@@ -2,8 +2,8 @@
 
     python examples/asgi_server.py 8443 keys/cert.pem keys/key.pem
 
-hypercorn's own listeners make TLS by the standard library. Below them its trio worker takes any
-stream that says which protocol ALPN has chosen, and that is all that is needed here.
+hypercorn's own listeners use the standard library's TLS. Its trio worker, however, accepts any
+stream that reports the protocol chosen by ALPN, and this example passes it such streams.
 """
 
 import sys
@@ -34,7 +34,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class _HttpStream:
-    """A secure stream with what hypercorn asks of one, beside what every stream has."""
+    """A secure stream with the additional methods that hypercorn needs."""
 
     def __init__(self, stream: SecureStream[trio.SocketStream]) -> None:
         self._stream = stream
@@ -89,7 +89,7 @@ async def hello(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "websocket.close"})  # before it is accepted: 403
         return
     if scope["type"] != "http":
-        raise NotImplementedError(scope["type"])  # hypercorn takes this for «no lifespan»
+        raise NotImplementedError(scope["type"])  # hypercorn understands this as "no lifespan"
     length, more = 0, True
     while more:
         message = await receive()

@@ -1,8 +1,8 @@
 """A key for a record layer of your own, from ECDH, ML-KEM and QKD at once: ``python combine.py``.
 
-Two parties in one process, over a memory stream as over any other. ``exchange`` gives both the same
-key in one round trip; what they do with it is theirs: here two AES-GCM keys, one for each
-direction, and one message each way.
+Two parties in one process, over a memory stream. ``exchange`` gives both the same key in one round
+trip; here they derive two AES-GCM keys from it, one for each direction, and send one message each
+way.
 """
 
 import trio
@@ -37,7 +37,7 @@ class Records:
         await self._stream.send_all(len(sealed).to_bytes(4, "big") + sealed)
 
     async def receive(self) -> bytes:
-        """The next one; ``cryptography`` raises ``InvalidTag`` if it was touched."""
+        """The next one; ``cryptography`` raises ``InvalidTag`` if it was modified."""
         length = int.from_bytes(await self._exactly(4), "big")
         if length > 1 << 16:
             raise ValueError("a message is too long")
@@ -56,7 +56,7 @@ class Records:
 
 
 async def main() -> None:
-    """Alice asks, Bob answers."""
+    """Alice sends a message, Bob replies."""
     alice, bob = RawIdentity.generate(), RawIdentity.generate()
     ends = trio.testing.memory_stream_pair()
     keys = in_process_pair("alice", "bob")

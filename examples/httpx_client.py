@@ -2,8 +2,8 @@
 
     python examples/httpx_client.py https://localhost:8443/ keys/ca.pem
 
-httpcore, which carries httpx, asks a network backend for its connections and each connection for
-its TLS. The one here answers with a ``SecureStream``.
+httpcore, the transport of httpx, gets connections from a network backend and TLS from each
+connection. The backend here provides a ``SecureStream``.
 """
 
 import sys
@@ -61,7 +61,7 @@ class _Connection(httpcore.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> httpcore.AsyncNetworkStream:
-        """Our TLS: ``ssl_context`` is the standard library's, and has no say here."""
+        """Our TLS; ``ssl_context``, the standard library's, is ignored."""
         secure = SecureStream(
             self._stream, self._config, server_hostname=server_hostname, https_compatible=True
         )
@@ -102,7 +102,7 @@ class _Connection(httpcore.AsyncNetworkStream):
 
 
 class _errors:
-    """Errors in the names that httpx knows."""
+    """Translate errors into those of httpcore."""
 
     def __init__(self, late: type[Exception], broken: type[Exception]) -> None:
         self._late, self._broken = late, broken

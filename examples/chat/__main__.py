@@ -66,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     client.add_argument("address", metavar="HOST[:PORT]", help=f"port {_PORT} if none is given")
     client.add_argument("--room", default="lobby", help="where to begin (default: lobby)")
     pair.add_argument(
-        "address", metavar="HOST[:PORT]", nargs="?", help="the one who listens; without it, we do"
+        "address",
+        metavar="HOST[:PORT]",
+        nargs="?",
+        help="the peer to connect to; without it, we listen",
     )
     for one in (client, pair):
         one.add_argument("--nick", required=True, metavar="NAME", help="our nickname")
@@ -79,13 +82,13 @@ def _parser() -> argparse.ArgumentParser:
             "--store",
             type=Path,
             metavar="FILE",
-            help="keep what is said in this SQLite file, encrypted (default: in memory)",
+            help="store messages in this SQLite file, encrypted (default: in memory)",
         )
         one.add_argument(
             "--store-key",
             type=Path,
             metavar="FILE",
-            help="the key of the store, made with it (default: STORE.key)",
+            help="the key of the store, created with it (default: STORE.key)",
         )
     server.add_argument(
         "--queue",
@@ -100,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=3600.0,
         metavar="SECONDS",
-        help="until the seat of a client that was lost is free (default: 3600)",
+        help="until the seat of a lost client is free (default: 3600)",
     )
     for one in (server, client, pair):
         one.add_argument(
@@ -114,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Both ends prove who they are, or there is no conversation."""
+    """Require that both ends are authenticated."""
     if args.mode != "server":
         check_name("nickname", args.nick)
     elif args.queue < 1 or args.most < 1 or args.away <= 0:
@@ -234,7 +237,7 @@ async def _pair(args: argparse.Namespace) -> None:
     if args.address is not None:
         await _take_part(args)
         return
-    # Whoever listens holds the room, and sits in it by a socket pair that leaves no process.
+    # The listening side hosts the room and joins it over a socket pair inside the process.
     store = Store(args.store, args.store_key)
     hub = Hub(store, most=2)
     streams: list[SecureStream[Any]] = []

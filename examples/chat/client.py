@@ -1,9 +1,9 @@
-"""A client that stays in the conversation: over broken connections, and with fresh keys.
+"""A client that stays in the conversation across broken connections and with fresh keys.
 
-The conversation is its token, the number of its last action and the last entry it has seen; a
-connection only carries it for a while. So new keys need no protocol of their own: a second
-connection is made, with a handshake and QKD keys of its own, and when the server has welcomed us
-there, the first one is closed. What was on its way is sent again and recognised by its number.
+The state of the conversation is its token, the number of its last action and the last entry it has
+seen; it outlives each connection. So new keys need no protocol of their own: the client opens a
+second connection, with its own handshake and QKD keys, and closes the first one when the server has
+welcomed it there. Unacknowledged actions are sent again and recognised by their numbers.
 """
 
 import contextlib
@@ -36,7 +36,8 @@ __all__ = ["Client", "Connect"]
 _log = logging.getLogger("examples.chat")
 
 Connect = Callable[[], Awaitable[trio.abc.Stream]]
-"""Makes one connection, handshake and all; ``OSError`` or ``trio.BrokenResourceError`` if not."""
+"""Opens a connection, including the handshake; raises ``OSError`` or
+``trio.BrokenResourceError``."""
 
 _WELCOME_WITHIN: Final = 30.0
 _ACKNOWLEDGED_WITHIN: Final = 30.0
@@ -78,7 +79,7 @@ class Client:
         self._questions: deque[Ask] = deque(maxlen=8)
         self._leaving = False
         self._put, self.news = trio.open_memory_channel[Entry | Notice](100)
-        """What happens in the room, and what is to be told to the user."""
+        """Events in the room, and notices for the user."""
         self.nickname: Final = nickname
         self.room = room
         self.connections = 0
@@ -138,7 +139,7 @@ class Client:
         """Stay connected until we have left.
 
         Raises:
-            ChatError: the server wants us no more.
+            ChatError: the server has ended the conversation.
             OSError, trio.BrokenResourceError, ProtocolError: there is no connection at the first
                 try; later on it is tried again.
         """
@@ -202,7 +203,7 @@ class Client:
     def _settle(self, welcome: Welcome) -> None:
         self._forget(welcome.accepted)
         if not welcome.resumed:
-            # A server that does not know us, now or any more: everything begins anew.
+            # The server does not know us (any more): start from the beginning.
             self._seen = welcome.seen
             self._outbox = deque(
                 Action(number, action.verb, action.text)
@@ -276,7 +277,7 @@ class Client:
         scope.cancel()
 
     async def _tell(self, news: Entry | Notice) -> None:
-        # Nobody listens any more while we are leaving.
+        # While we are leaving, nobody reads the news.
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await self._put.send(news)
 

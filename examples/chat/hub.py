@@ -1,10 +1,10 @@
-"""The server without its socket: seats, rooms, and who is told what.
+"""The server without its socket: seats, rooms, and the delivery of messages.
 
-- One task writes the log; what came meanwhile goes into its next transaction. An action is
-  acknowledged when it is on the disk, and a client's next one is read after that: a client that
-  floods is held up by the disk, and the others are not.
-- Each connection has a queue of its own with a bound. Whoever does not read until it is full is
-  dropped; nobody waits for him. He can come back, to where he was.
+- One task writes the log; actions that arrive meanwhile go into its next transaction. An action is
+acknowledged when it is on disk, and the client's next one is read after that: a client that floods
+waits for the disk, and others are not affected.
+- Each connection has its own bounded queue. A client that does not read until it is full is
+dropped; nobody waits for it. It can return and resume where it was.
 """
 
 import hmac
@@ -43,7 +43,7 @@ _RECORD: Final = 16 * 1024
 
 
 class _Link:
-    """The sending side of one connection."""
+    """The sending half of one connection."""
 
     def __init__(self, frames: Frames, queue: int) -> None:
         self._frames = frames
@@ -64,14 +64,14 @@ class _Link:
         return True
 
     def end(self, farewell: Bye | None, *, skip: bool = True) -> None:
-        """Say farewell instead of what is queued, or after it, if the peer takes it in time."""
+        """Send a farewell instead of the queue, or after it, if the peer reads it in time."""
         self._farewell = farewell
         self._skip = skip
         self._put.close()
         self.scope.deadline = trio.current_time() + _FAREWELL_WITHIN
 
     async def send(self) -> None:
-        """What is queued, many frames at once where there are many."""
+        """Send the queued frames, many at once if there are many."""
         async for frame in self._get:
             if self._skip:
                 break
@@ -89,7 +89,7 @@ class _Link:
 
 @dataclass(eq=False)
 class _Member:
-    """Somebody with a seat, connected or not."""
+    """A participant with a seat, connected or not."""
 
     seat: Seat
     link: _Link | None = None
@@ -97,7 +97,7 @@ class _Member:
     holder: str = ""
     """Whom the seat counts for, when there are too few."""
     dropped: str | None = None
-    """Why he was dropped, to tell him when he is back."""
+    """Why the client was dropped, to report when it returns."""
     turn: trio.Lock = field(default_factory=trio.Lock)
     """One action at a time, over however many connections."""
 
@@ -113,12 +113,12 @@ class _Job:
 
 
 class Hub:
-    """Everybody and everything that the server knows.
+    """All members, rooms and connections of the server.
 
     Args:
         queue: messages that may wait for one client before it is dropped.
         most: seats.
-        away: seconds after which the seat of somebody who went without a word is free.
+        away: seconds after which the seat of a vanished client is free.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Hub:
             nursery.start_soon(self._clean)
 
     async def close(self, reason: str) -> None:
-        """Tell all who are connected that it is over for now; returns when they have gone."""
+        """Notify all connected clients of the shutdown; returns when they have disconnected."""
         for link in list(self._connections):
             link.end(Bye(reason, again=True))
         with trio.move_on_after(_FAREWELL_WITHIN):
@@ -153,7 +153,7 @@ class Hub:
         """One connection, from Hello to its end.
 
         Args:
-            peer: who the other end is, by vouched names or by its key; empty if that is not known.
+            peer: the peer's verified names or its key; empty if unknown.
             where: the network that it comes from; whom its seat counts for, if it is not known who
                 it is: many may have the same PSK.
         """
@@ -171,7 +171,7 @@ class Hub:
                     else:
                         link.scope.cancel()
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # Gone; it will come back or it will not.
+            pass  # Disconnected; it may return.
         finally:
             self._connections.discard(link)
             link.gone.set()
@@ -361,7 +361,7 @@ class Hub:
         return jobs
 
     def _publish(self, member: _Member, change: Change, entries: list[Entry]) -> None:
-        """Make known what is on the disk."""
+        """Deliver the entries that are on disk."""
         seat = member.seat
         if change.verb != "enter":
             seat.accepted = change.number

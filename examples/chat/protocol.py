@@ -1,8 +1,8 @@
-"""What is said on the wire: a length of four bytes, big-endian, and that much JSON in UTF-8.
+"""The wire format: a length of four bytes, big-endian, and that many bytes of JSON in UTF-8.
 
 A client's messages are numbered and kept until the server has acknowledged them. What happens in a
-room is an entry of the server's log with an identifier that only grows; a client that comes back
-says the last one it has seen. Together: nothing is lost, and nothing is doubled.
+room is an entry of the server's log with an increasing identifier; a returning client names the
+last one it has seen. So nothing is lost and nothing is duplicated.
 """
 
 import json
@@ -56,7 +56,7 @@ class ChatError(HybridkexError):
 
 
 class ProtocolError(ChatError):
-    """The other end sent what is no message, or a message that has no place here."""
+    """The other end sent a malformed or unexpected message."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Hello:
     nickname: str
     room: str
     token: str
-    """Random, made by the client: who knows it is the same client come back."""
+    """Random, chosen by the client: whoever presents it is the returning client."""
     seen: int
     """The last entry it has seen."""
 
@@ -103,7 +103,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Welcome:
-    """The server's answer to Hello."""
+    """The server's response to Hello."""
 
     accepted: int
     """The last of the client's actions that is in the log."""
@@ -137,7 +137,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something for this client alone, which is not kept."""
+    """A notice for this client alone, which is not stored."""
 
     text: str
 
@@ -148,7 +148,7 @@ class Bye:
 
     reason: str
     again: bool
-    """Whether it makes sense to come back."""
+    """Whether the client may reconnect."""
 
 
 Message: TypeAlias = Hello | Action | Ask | Welcome | Accepted | Entry | Notice | Bye

@@ -1,8 +1,8 @@
 """Run BoGo against hybridkex: ``python -m interop.bogo RUNNER [PATTERN]``.
 
-RUNNER is BoringSSL's test runner (``ssl/test/runner``), built with Go's ``go test -c``; it is no
-part of this repository. The command ends with the counts and with every test that did not do what
-it must. ``--json`` writes them to a file,
+RUNNER is BoringSSL's test runner (``ssl/test/runner``), built with Go's ``go test -c``; it is not
+part of this repository. The command prints the counts and every test that failed. ``--json`` writes
+them to a file,
 ``--page`` the page in ``docs/``.
 """
 

@@ -1,4 +1,4 @@
-"""What the runner asks of the shim: flags, for the first connection and for those that resume."""
+"""The runner's flags for the shim: for the first connection and for resumptions."""
 
 import base64
 from collections.abc import Sequence
@@ -116,7 +116,7 @@ NEW_CREDENTIAL = {
 
 
 class Unimplemented(Exception):
-    """The runner asks for what this library does not have."""
+    """The runner requests a feature that this library does not have."""
 
 
 class _Options:

@@ -12,10 +12,10 @@ HEAD = """## BoGo
 BoringSSL's protocol tests, with a shim around hybridkex's engine (`interop/bogo/shim.py`). This
 part of the page is generated: `python -m interop.bogo RUNNER --page docs/interop.md`.
 
-A test counts as **refused with another alert** where the connection is refused as it must be, with
-an alert that the RFC gives and the runner does not expect. **Not supported** are tests that ask for
-a feature which hybridkex does not have (the shim's exit code 89). Tests that do not apply are left
-out before the run; the reasons are below. A test may be in several groups.
+A test counts as **refused with another alert** if the connection is refused, as it must be, with an
+alert that the RFC specifies but the runner does not expect. **Not supported** are tests of features
+that hybridkex does not have (the shim's exit code 89). Tests that do not apply are left out before
+the run; the reasons are below. A test may be in several groups.
 """
 
 

@@ -1,4 +1,4 @@
-"""What BoGo's runner talks to: one process per test, one connection or several, flags say what.
+"""The program that BoGo's runner tests: one process per test; flags describe its connections.
 
 It speaks through the public engine alone (:mod:`hybridkex.tls`), over a blocking socket. Failures
 go to standard error as ``:NAME:``, the class of the error; ``config.json`` maps BoringSSL's names
@@ -69,7 +69,7 @@ DEFAULT_VERIFY = (0x0403, 0x0804, 0x0503, 0x0805, 0x0806)
 
 
 class Mismatch(Exception):
-    """The connection works, and is not what the runner expects."""
+    """The connection works but differs from what the runner expects."""
 
 
 class Refusing:

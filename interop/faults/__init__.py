@@ -1,4 +1,4 @@
-"""Faults with a seed: disks, files, signals, descriptors, clocks and peers that fail, and pass.
+"""Seeded fault injection: temporary failures of disks, files, signals, descriptors and peers.
 
 ``python -m interop.faults`` starts every long-running command over loopback in a folder of its
 own, injects faults that it draws from a seed, takes each away again, and checks that the service

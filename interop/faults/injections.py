@@ -1,4 +1,4 @@
-"""The faults: each is there for a while, and passes."""
+"""The faults; each lasts for a while."""
 
 import contextlib
 import random

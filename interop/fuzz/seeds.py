@@ -1,4 +1,4 @@
-"""What the fuzzer starts from, made out of real handshakes: ``python -m interop.fuzz.seeds``.
+"""The fuzzer's seed inputs, made from real handshakes: ``python -m interop.fuzz.seeds``.
 
 Writes ``corpus/TARGET/NAME`` beside this file. What a fuzzer has found worth keeping may lie there,
 too; the tests replay it all.

@@ -1,7 +1,7 @@
-"""What is fuzzed: functions of bytes that must not raise.
+"""The fuzz targets: functions of bytes that must not raise.
 
-What they swallow are the typed errors that the code under test promises for such input. Whatever
-else comes out is a bug.
+They catch the typed errors that the code under test promises for such input; any other exception is
+a bug.
 """
 
 import contextlib
@@ -136,7 +136,7 @@ def _cookies() -> CookieProtector:
 
 
 def psk_identities(data: bytes) -> None:
-    """The names of QKD keys, in and out of imported identities."""
+    """Encode and decode the names of QKD keys in imported identities."""
     name = name_of(data)
     if name is not None:
         assert identity_of(name) == data, "two encodings of one name"

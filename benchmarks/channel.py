@@ -1,4 +1,4 @@
-"""Each shell beside its event loop's own TLS, in one process, over loopback TCP, in turns.
+"""Compares each shell with its event loop's own TLS, in one process, over loopback TCP, in turns.
 
 On trio that is SecureStream beside ``trio.SSLStream``; on asyncio and uvloop, transports beside the
 loop's own (``benchmarks/channel_asyncio.py``).
@@ -74,7 +74,7 @@ def theirs(client: trio.abc.Stream, server: trio.abc.Stream) -> Pair:
 
 
 class Bare:
-    """AES-256-GCM on a stream, 16 KiB at a time: what no channel in Python can be faster than."""
+    """AES-256-GCM on a stream, 16 KiB at a time: an upper bound for any channel in Python."""
 
     PIECE, BATCH, HEADER, TAG = 16384, 16, b"\x17\3\3\x40\x11", 17
 

@@ -1,7 +1,7 @@
-"""What a key costs: ``python benchmarks/kme.py [--json]``.
+"""The time to get a key: ``python benchmarks/kme.py [--json]``.
 
-Two KMEs in one process of their own, asked over loopback with mutual TLS, once over the standard
-library's TLS and once over this library's (X25519MLKEM768). Times are medians in milliseconds.
+Two KMEs in a separate process, queried over loopback with mutual TLS, once with the standard
+library's TLS and once with this library's (X25519MLKEM768). Times are medians in milliseconds.
 """
 
 import argparse

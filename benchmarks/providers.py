@@ -1,8 +1,8 @@
-"""What liboqs gives in place of `cryptography`: ``python benchmarks/providers.py [--rounds N]``.
+"""liboqs compared with `cryptography`: ``python benchmarks/providers.py [--rounds N]``.
 
 Two tables: the three operations of ML-KEM through each provider, and whole handshakes between two
-engines in memory (X25519MLKEM768, Ed25519 raw public keys), no sockets. Providers take turns, the
-median of the rounds is printed, in CPU time of this one process.
+engines in memory (X25519MLKEM768, Ed25519 raw public keys), no sockets. Providers take turns; the
+median of the rounds is printed, in CPU time of this process.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""What the QKD leg costs a handshake: ``python benchmarks/qkd_handshake.py [--rounds N] [--json]``.
+"""The cost of the QKD leg in a handshake: ``python benchmarks/qkd_handshake.py [--rounds N]
+[--json]``.
 
 Handshakes over loopback TCP, X25519MLKEM768 with an ECDSA certificate, in turns in one run: without
 a QKD key, with one of an in-process pair, with one that was drawn and looked up ahead
@@ -64,7 +65,7 @@ class Counted:
 
 
 class Way:
-    """One way to have a key, or none, and what comes before each handshake."""
+    """One way to get a key, or none, and the preparation of each handshake."""
 
     def __init__(
         self,

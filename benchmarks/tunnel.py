@@ -1,9 +1,9 @@
-"""What a tunnel costs: ``python benchmarks/tunnel.py [--json] [--seconds S]``.
+"""The cost of a tunnel: ``python benchmarks/tunnel.py [--json] [--seconds S]``.
 
 The same work directly, through ``hybridkex tunnel`` and, where Debian's package is installed,
-through ``stunnel4``; both tunnels have two processes and certificates on both sides. The rounds go
-in turns, so that what else the machine does meets all of them; the medians are printed, with their
-ratios to the direct way.
+through ``stunnel4``; both tunnels have two processes and certificates on both sides. The rounds
+take turns, so that other load affects all of them alike; the medians are printed, with their ratios
+to the direct connection.
 
 - bulk: one connection through a socket that is read as fast as it can be, MB/s.
 - connections: connect, send and receive one byte, close; per second, one after the other.

@@ -23,7 +23,7 @@ from hybridkex.machine import refusal, write_error
 __all__ = ["explained", "guarded_folder", "guarded_processes"]
 
 _ROOM: Final = 1 << 20
-"""Bytes: a folder with less is full, since who failed in it has taken his own away."""
+"""Bytes: a folder with less is full, since the failed writer has removed its own."""
 _OTHER_PLACE: Final = "choose another place for temporary files with TMPDIR=FOLDER"
 _TOKEN: Final = "HYBRIDKEX_GUARD"
 

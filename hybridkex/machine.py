@@ -10,7 +10,7 @@ from typing import Final
 
 from hybridkex.errors import ConfigError
 
-__all__ = ["NO_THREAD", "refusal", "write_error"]
+__all__ = ["NO_THREAD", "broken", "refusal", "write_error"]
 
 _ELSEWHERE: Final = "choose another place"
 _ADVICE: Final = {
@@ -40,6 +40,24 @@ NO_THREAD: Final = (
     "(ulimit -u) or of memory (ulimit -v), or end other programs"
 )
 """What to say where a thread is needed and none can be started."""
+
+
+_GONE: Final = frozenset(
+    {errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ENOTCONN, errno.ESHUTDOWN}
+)
+
+
+def broken(error: BaseException) -> str:
+    """Why a connection broke, in words: of the innermost cause."""
+    cause = error.__cause__ or error
+    if not isinstance(cause, OSError):
+        return str(cause) or type(cause).__name__
+    if cause.errno in _GONE:
+        reason = cause.strerror or type(cause).__name__
+        return f"the other end cut the connection ({reason}): its log may say why"
+    if cause.errno == errno.ETIMEDOUT:
+        return "the other end no longer answers: check whether it runs, and the network between"
+    return cause.strerror or str(cause) or type(cause).__name__
 
 
 def write_error(what: object, error: OSError, *, elsewhere: str = _ELSEWHERE) -> ConfigError:

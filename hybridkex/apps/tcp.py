@@ -1,6 +1,7 @@
 """Socket options and helpers of the applications."""
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -9,7 +10,15 @@ from typing import Final
 import trio
 from trio.abc import HalfCloseableStream
 
-__all__ = ["CountingStream", "keep_alive", "last_attempt", "os_reason", "reset", "watch_peer"]
+__all__ = [
+    "CountingStream",
+    "keep_alive",
+    "last_attempt",
+    "no_connection",
+    "os_reason",
+    "reset",
+    "watch_peer",
+]
 
 SILENCE: Final = 45
 """Seconds without acknowledgements after which a peer is considered gone."""
@@ -62,6 +71,30 @@ def os_reason(error: OSError) -> str:
     if reason.strerror.startswith("Error connecting to") and reason.errno:  # trio's; names it again
         return os.strerror(reason.errno)
     return reason.strerror
+
+
+_ADVICE: Final = {
+    errno.ECONNREFUSED: "no program listens there: start the server, or check the port",
+    errno.EHOSTUNREACH: "check the address, the route and the firewalls",
+    errno.ENETUNREACH: "check the address, the route and the firewalls",
+    errno.ETIMEDOUT: "check the address, the route and the firewalls",
+    errno.EADDRINUSE: "another program listens there: choose another port, 0 picks one",
+    errno.EADDRNOTAVAIL: "this machine has no such address, see 'ip address'",
+    errno.ENOENT: "the socket's folder, or the program that makes the socket, is not there",
+    errno.EACCES: "ports below 1024 need root or CAP_NET_BIND_SERVICE, Unix sockets permission to "
+    "write to their folder",
+}
+
+
+def no_connection(error: Exception) -> str:
+    """Why a TCP connection or port cannot be opened, and what can be done about it."""
+    if not isinstance(error, OSError):
+        return "this is not a valid host name"
+    last = last_attempt(error)
+    if isinstance(last, socket.gaierror):
+        return f"{os_reason(error)}; check the host's name"
+    advice = _ADVICE.get(last.errno) if isinstance(last, OSError) and last.errno else None
+    return f"{os_reason(error)}; {advice}" if advice else os_reason(error)
 
 
 class CountingStream(HalfCloseableStream):

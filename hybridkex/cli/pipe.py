@@ -11,45 +11,20 @@ from typing import Any, Final
 import trio
 
 from hybridkex.cli.running import first_of
-from hybridkex.constants import Alert
-from hybridkex.crypto.kex import Property
-from hybridkex.errors import AlertReceived, HybridkexError, TruncationError
+from hybridkex.errors import HybridkexError
+from hybridkex.machine import broken
 from hybridkex.net.event_loop import in_thread
 from hybridkex.streams import SecureStream
 from hybridkex.text import json_line
-from hybridkex.tls.config import ClientConfig
 from hybridkex.tls.session import Session
 
-__all__ = ["ChannelFailed", "handshake_failed", "pipe", "reason", "report", "report_epochs"]
+__all__ = ["ChannelFailed", "pipe", "report", "report_epochs"]
 
 _CHUNK: Final = 256 * 1024
 
 
 class ChannelFailed(HybridkexError):
     """The channel did not end cleanly."""
-
-
-def reason(error: BaseException) -> str:
-    """Why a stream broke, in one line."""
-    cause = error.__cause__ or error
-    return str(cause) or type(cause).__name__
-
-
-def handshake_failed(error: BaseException, config: ClientConfig) -> ChannelFailed:
-    """The error to raise for a client's failed handshake, with the next step if a likely one is
-    known: OpenSSL before 3.5 answers a client without classical groups with handshake_failure, and
-        other servers just close the connection."""
-    text = f"handshake failed: {reason(error)}"
-    cause = error.__cause__
-    unwanted = isinstance(cause, TruncationError) or (
-        isinstance(cause, AlertReceived) and cause.alert == Alert.HANDSHAKE_FAILURE
-    )
-    if unwanted and all(Property.POST_QUANTUM in group.properties for group in config.group_list):
-        text += (
-            "; the server may lack a post-quantum group: '--groups X25519MLKEM768,x25519' also "
-            "offers a classical one"
-        )
-    return ChannelFailed(text)
 
 
 def report(session: Session, *, as_json: bool) -> None:
@@ -85,7 +60,7 @@ async def pipe(stream: SecureStream[Any]) -> None:
             nursery.cancel_scope.cancel()
     except* trio.BrokenResourceError as group:
         # Both directions see the same failure; it is reported once.
-        raise ChannelFailed(reason(first_of(group))) from None
+        raise ChannelFailed(broken(first_of(group))) from None
     if sender.is_left_over():
         raise ChannelFailed(
             f"the peer closed the connection after {sender.count:,} bytes of standard input; the "

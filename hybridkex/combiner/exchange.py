@@ -58,6 +58,7 @@ from hybridkex.errors import (
     IllegalParameter,
     TruncationError,
 )
+from hybridkex.machine import broken
 from hybridkex.net.event_loop import in_thread
 from hybridkex.net.reading import EndOfStream, read_exactly
 from hybridkex.qkd.psk import identity_of, name_of
@@ -491,35 +492,36 @@ class _Run:
             )
 
     async def _receive_offer(self) -> tuple[bytes, bytes]:
-        reader = Reader(await self._receive(sum(self._lengths("offer")) + _MAX_PROOF))
-        offer, proof = reader.opaque(4), reader.opaque(4)
-        reader.finish()
+        offer, proof = _parts(await self._receive(sum(self._lengths("offer")) + _MAX_PROOF), 2)
         self._require_form(offer, "offer")
         return offer, proof
 
     async def _receive_answer(self) -> tuple[bytes, bytes, bytes]:
-        reader = Reader(await self._receive(sum(self._lengths("answer")) + _MAX_PROOF))
-        answer, proof, confirmation = reader.opaque(4), reader.opaque(4), reader.opaque(4)
-        reader.finish()
+        message = await self._receive(sum(self._lengths("answer")) + _MAX_PROOF)
+        answer, proof, confirmation = _parts(message, 3)
         self._require_form(answer, "answer")
         return answer, proof, confirmation
 
     async def _receive_finish(self) -> tuple[bytes, bytes, bytes]:
-        reader = Reader(await self._receive(_MAX_KEY_NAME + 2 * _CONFIRMATION + 12))
-        name, bound, confirmation = reader.opaque(4), reader.opaque(4), reader.opaque(4)
-        reader.finish()
+        message = await self._receive(_MAX_KEY_NAME + 2 * _CONFIRMATION + 12)
+        name, bound, confirmation = _parts(message, 3)
         return name, bound, confirmation
 
     async def _send(self, message: bytes) -> None:
         try:
             await self.stream.send_all(vector32(message))
         except trio.BrokenResourceError as error:
-            raise TruncationError(f"the connection broke: {error}") from None
+            raise TruncationError(broken(error)) from None
 
     async def _receive(self, most: int) -> bytes:
         length = int.from_bytes(await self._exactly(4), "big")
         if length > most:
-            raise IllegalParameter(f"the peer sent a message of {length} bytes; {most} are allowed")
+            head = length.to_bytes(4, "big")
+            text = f", or the text {head.decode()!r}" if head.isascii() else ""
+            raise IllegalParameter(
+                f"the peer sent no message of this exchange: a length of {length} bytes{text}, "
+                f"where {most} are allowed; check the address and the port"
+            )
         return await self._exactly(length)
 
     async def _exactly(self, count: int) -> bytes:
@@ -527,9 +529,25 @@ class _Run:
         try:
             return await read_exactly(self.stream, count)
         except EndOfStream:
-            raise TruncationError("the peer closed the stream during the exchange") from None
+            raise TruncationError(
+                "the peer closed the stream during the exchange: it may have another key, or be "
+                "configured differently; see its log"
+            ) from None
         except trio.BrokenResourceError as error:
-            raise TruncationError(f"the connection broke: {error}") from None
+            raise TruncationError(broken(error)) from None
+
+
+def _parts(message: bytes, count: int) -> list[bytes]:
+    """A message of so many parts."""
+    reader = Reader(message)
+    try:
+        parts = [reader.opaque(4) for _ in range(count)]
+        reader.finish()
+    except DecodeError as error:
+        raise DecodeError(
+            f"the peer sent no message of this exchange ({error}); check the address and the port"
+        ) from None
+    return parts
 
 
 def _bound(confirmation: bytes, key_name: bytes) -> bytes:

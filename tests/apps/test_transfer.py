@@ -639,7 +639,7 @@ async def test_data_that_are_sent_again_and_again_are_no_progress(
 
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            with pytest.raises(ConnectionLost, match="given up after 3 tries"):
+            with pytest.raises(ConnectionLost, match="gave up after 3 retries"):
                 await send_items(
                     collect([tmp_path / "big"], print),
                     connect,

@@ -33,6 +33,7 @@ from hybridkex.apps.transfer.messages import (
 )
 from hybridkex.apps.transfer.names import UnsafeName, shown
 from hybridkex.apps.transfer.progress import NullProgress, Progress
+from hybridkex.machine import broken
 from hybridkex.net.event_loop import in_thread
 from hybridkex.text import get_logger
 
@@ -62,7 +63,7 @@ class Receiver:
             async with stream:
                 return await self._serve(stream)
         except (trio.BrokenResourceError, HybridkexError) as error:
-            _log.warning("a transfer was cut short: %s", error.__cause__ or error)
+            _log.warning("a transfer was cut short: %s", broken(error))
             return False
 
     async def turn_away(self, stream: SecureStream[Any]) -> None:

@@ -20,7 +20,7 @@ import trio
 
 from hybridkex import HybridkexError, SecureStream
 from hybridkex.apps.backoff import Backoff
-from hybridkex.apps.tcp import os_reason
+from hybridkex.apps.tcp import no_connection
 from hybridkex.apps.transfer.errors import why
 from hybridkex.apps.transfer.folder import hash_prefix
 from hybridkex.apps.transfer.frames import Frames, first_failure
@@ -52,6 +52,7 @@ from hybridkex.apps.transfer.names import shown
 from hybridkex.apps.transfer.progress import Progress
 from hybridkex.apps.transfer.source import Item
 from hybridkex.errors import AlertReceived, HandshakeTimeout, PeerError
+from hybridkex.machine import broken
 from hybridkex.net.event_loop import in_thread
 from hybridkex.text import printable
 
@@ -157,7 +158,7 @@ async def _again(
         try:
             return await connect()
         except OSError as error:
-            lost = f"cannot connect: {os_reason(error)}"
+            lost = f"cannot connect: {no_connection(error)}"
         except trio.BrokenResourceError as error:
             lost = _worth_a_try(error)
     raise ConnectionLost(f"{lost}; gave up after {retries} retries")
@@ -165,7 +166,7 @@ async def _again(
 
 def _worth_a_try(error: trio.BrokenResourceError) -> str:
     """Why the connection broke. Raises ``ConnectionLost`` if either side refused the other."""
-    reason = str(error.__cause__ or error) or "the connection broke"
+    reason = broken(error)
     refused = isinstance(error.__cause__, PeerError | AlertReceived)
     if refused and not isinstance(error.__cause__, HandshakeTimeout):
         raise ConnectionLost(reason)

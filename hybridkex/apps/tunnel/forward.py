@@ -16,6 +16,7 @@ from trio.abc import HalfCloseableStream
 
 from hybridkex.apps.tcp import reset
 from hybridkex.errors import HybridkexError
+from hybridkex.machine import broken
 
 __all__ = ["ConnectionCut", "Leg", "forward"]
 
@@ -97,7 +98,7 @@ class _Forwarding:
             try:
                 data = await source.stream.receive_some(_CHUNK)
             except trio.BrokenResourceError as error:
-                self._give_up(f"{source.what}: {error.__cause__ or error}")
+                self._give_up(f"{source.what}: {broken(error)}")
                 return
             if not data:
                 break
@@ -107,7 +108,7 @@ class _Forwarding:
             except trio.BrokenResourceError as error:
                 # The sink is gone; data that it sent before is still forwarded by the other
                 # direction, whose loop then sees the end or the failure.
-                self._note(f"{sink.what}: {error.__cause__ or error}")
+                self._note(f"{sink.what}: {broken(error)}")
                 return
             self._moved = trio.current_time()
             count(len(data))
@@ -115,7 +116,7 @@ class _Forwarding:
         try:
             await sink.stream.send_eof()
         except trio.BrokenResourceError as error:
-            self._note(f"{sink.what}: {error.__cause__ or error}")
+            self._note(f"{sink.what}: {broken(error)}")
             return
         if source.secure and sink not in self._ended:
             watchers.start_soon(self._watch, source, sink)

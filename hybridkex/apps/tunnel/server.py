@@ -18,8 +18,9 @@ from typing import Any, Final, TypeAlias
 import trio
 
 from hybridkex import ClientConfig, SecureStream, ServerConfig, Session
+from hybridkex.apps.handshakes import handshake_failed
 from hybridkex.apps.port_file import check_port_file, write_port
-from hybridkex.apps.tcp import keep_alive, os_reason, reset
+from hybridkex.apps.tcp import keep_alive, no_connection, reset
 from hybridkex.apps.tunnel.config import TunnelConfig, check_together
 from hybridkex.apps.tunnel.forward import ConnectionCut, Leg, forward
 from hybridkex.apps.tunnel.metrics import TunnelCounters, TunnelMetrics
@@ -388,9 +389,14 @@ class _Connection:
             with trio.fail_after(limit):
                 socket = await connect(address, bind=self._config.bind)
         except trio.TooSlowError:
-            raise _Refused("upstream", f"no answer from {address} within {limit:g} s") from None
+            raise _Refused(
+                "upstream",
+                f"no answer from {address} within {limit:g} s: check the address and the firewalls",
+            ) from None
         except OSError as error:
-            raise _Refused("upstream", f"cannot connect to {address}: {os_reason(error)}") from None
+            raise _Refused(
+                "upstream", f"cannot connect to {address}: {no_connection(error)}"
+            ) from None
         self._sockets.append(socket)
         keep_alive(socket)
         return socket
@@ -408,7 +414,7 @@ class _Connection:
             await stream.do_handshake()
         except trio.BrokenResourceError as error:
             self._counters.handshake_failed(error.__cause__)
-            raise _Refused("handshake", f"handshake failed: {error.__cause__ or error}") from None
+            raise _Refused("handshake", handshake_failed(error, channel)) from None
         session = stream.session
         self._counters.handshake(session)
         if self._config.allowed and not session.peer_is_one_of(self._config.allowed):

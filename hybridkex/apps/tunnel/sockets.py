@@ -9,7 +9,7 @@ from typing import Final
 
 import trio
 
-from hybridkex.apps.tcp import os_reason
+from hybridkex.apps.tcp import no_connection
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import Address, UnixAddress
 
@@ -105,7 +105,7 @@ async def listen(address: Address, *, mode: int) -> Listening:
             address, list(await trio.open_tcp_listeners(address.port, host=address.host))
         )
     except OSError as error:
-        raise ConfigError(f"cannot listen on {address}: {os_reason(error)}") from None
+        raise ConfigError(f"cannot listen on {address}: {no_connection(error)}") from None
     except ValueError as error:  # a NUL in a path, an impossible host name
         raise ConfigError(f"cannot listen on {str(address)!r}: {error}") from None
 
@@ -132,7 +132,8 @@ def _remove_stale(path: str) -> None:
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise ConfigError(
-                f"cannot listen on unix:{path}: something that is not a socket is there"
+                f"cannot listen on unix:{path}: something that is not a socket is there; "
+                "choose another path"
             )
     except FileNotFoundError:
         return

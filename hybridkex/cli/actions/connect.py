@@ -4,9 +4,10 @@ from functools import partial
 
 import trio
 
+from hybridkex.apps.handshakes import handshake_failed
 from hybridkex.cli.channel import client_config
 from hybridkex.cli.connect import ConnectOptions
-from hybridkex.cli.pipe import handshake_failed, pipe, report, report_epochs
+from hybridkex.cli.pipe import ChannelFailed, pipe, report, report_epochs
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_connect, checked_port
 from hybridkex.errors import ConfigError
@@ -46,7 +47,7 @@ async def _connect(options: ConnectOptions, config: ClientConfig) -> None:
         try:
             await stream.do_handshake()
         except trio.BrokenResourceError as error:
-            raise handshake_failed(error, config) from None
+            raise ChannelFailed(handshake_failed(error, config)) from None
         report(stream.session, as_json=options.channel.json)
         try:
             await pipe(stream)

@@ -10,9 +10,10 @@ from hybridkex.apps.port_file import write_port
 from hybridkex.cli.channel import server_config
 from hybridkex.cli.listen import ListenOptions
 from hybridkex.cli.logs import set_up_logging
-from hybridkex.cli.pipe import ChannelFailed, pipe, reason, report, report_epochs
+from hybridkex.cli.pipe import ChannelFailed, pipe, report, report_epochs
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
+from hybridkex.machine import broken
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.descriptors import raise_soft_limit
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
@@ -98,7 +99,7 @@ async def _shake_hands(stream: Stream) -> None:
     try:
         await stream.do_handshake()
     except trio.BrokenResourceError as error:
-        raise ChannelFailed(f"handshake failed: {reason(error)}") from None
+        raise ChannelFailed(f"handshake failed: {broken(error)}") from None
 
 
 async def _serve(options: ListenOptions, stream: Stream) -> None:
@@ -115,4 +116,4 @@ async def _echo(stream: Stream) -> None:
             await stream.send_all(data)
         await stream.send_eof()
     except trio.BrokenResourceError as error:
-        raise ChannelFailed(reason(error)) from None
+        raise ChannelFailed(broken(error)) from None

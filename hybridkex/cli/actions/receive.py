@@ -12,12 +12,13 @@ from hybridkex.apps.tcp import CountingStream, watch_peer
 from hybridkex.apps.transfer import Folder, Receiver
 from hybridkex.cli.channel import server_config
 from hybridkex.cli.logs import set_up_logging
-from hybridkex.cli.pipe import ChannelFailed, reason, report
+from hybridkex.cli.pipe import ChannelFailed, report
 from hybridkex.cli.progress import showing
 from hybridkex.cli.receive import ReceiveOptions
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
 from hybridkex.errors import ConfigError
+from hybridkex.machine import broken
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.descriptors import raise_soft_limit
 from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
@@ -115,7 +116,7 @@ class _Server:
             try:
                 await stream.do_handshake()
             except trio.BrokenResourceError as error:
-                raise ChannelFailed(f"handshake failed: {reason(error)}") from None
+                raise ChannelFailed(f"handshake failed: {broken(error)}") from None
             try:
                 connection.admit(self._budget)
             except TooManyConnections:

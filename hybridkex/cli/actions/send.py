@@ -8,10 +8,11 @@ from typing import Any
 
 import trio
 
+from hybridkex.apps.handshakes import handshake_failed
 from hybridkex.apps.tcp import CountingStream, keep_alive
 from hybridkex.apps.transfer import Outcome, collect, send_items
 from hybridkex.cli.channel import client_config
-from hybridkex.cli.pipe import handshake_failed, report
+from hybridkex.cli.pipe import ChannelFailed, report
 from hybridkex.cli.progress import rate, showing
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.send import DEFAULT_PORT, SendOptions
@@ -102,7 +103,7 @@ class _Wire:
             await trio.aclose_forcefully(stream)
             if self._streams:
                 raise
-            raise handshake_failed(error, config) from None
+            raise ChannelFailed(handshake_failed(error, config)) from None
         self._streams.append(counting)
         report(stream.session, as_json=self._options.channel.json)
         return stream

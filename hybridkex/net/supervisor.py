@@ -72,15 +72,26 @@ class Connection:
         self._holder: Hashable = None
         self._waiting_since: float | None = None
         self._unread = False
+        self._admitted = 0.0
+        self._is_used: Callable[[], bool] = lambda: True
         self.evicted = False
 
-    def admit(self, budget: "Budget", holder: Hashable = None) -> None:
+    def admit(
+        self,
+        budget: "Budget",
+        holder: Hashable = None,
+        *,
+        is_used: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Mark the peer as authenticated: move to ``budget``, counted for ``holder``; ends the
         deadline.
 
         Args:
             budget: of the connections of its kind.
             holder: who the peer is; :attr:`address` if that is ``None``.
+            is_used: whether the connection has carried any data of the application. As long as it
+                has not, a newcomer may take its place, as in :meth:`waiting`: strangers who share
+                the address of good clients keep none of them out.
 
         Raises:
             TooManyConnections: the budget is used up. Deadline and place stay as they were, so that
@@ -91,6 +102,7 @@ class Connection:
         if before is not None:
             before._give_back(self, place)
         self._waiting_since = None
+        self._admitted, self._is_used = trio.current_time(), is_used
         self._scope.deadline = math.inf
 
     @contextlib.contextmanager
@@ -109,11 +121,14 @@ class Connection:
 
     def _age(self, now: float) -> float:
         """Seconds that the peer has kept us waiting; negative if the delay is ours."""
-        if self._waiting_since is None or self.evicted:
+        since = self._waiting_since
+        if since is None and not self._is_used():
+            since = self._admitted
+        if since is None or self.evicted:
             return -1.0
         if not self._unread and _has_unread(self._transport):
             return -1.0
-        return now - self._waiting_since
+        return now - since
 
     def _evict(self) -> None:
         self.evicted = True

@@ -93,6 +93,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         self.transport_stream: T = transport_stream
         self._session: Session | None = None
         self._connection = connection_for(config, server_hostname)
+        self._has_carried_data = False
         self._answers = Answers(config, self._connection)
         self._config = config
         self._keeper: KeyKeeper | None = None
@@ -110,6 +111,11 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         self._pending = memoryview(b"")
 
     # --- properties ---------------------------------------------------------------------------
+
+    @property
+    def has_carried_data(self) -> bool:
+        """Whether application data, or its end, has passed in either direction."""
+        return self._has_carried_data
 
     @property
     def session(self) -> Session:
@@ -303,6 +309,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                 if connection.has_data_to_send:
                     self._keeper.wake()
             if isinstance(event, ApplicationData) or connection.close_received:
+                self._has_carried_data = True
                 if not waited:
                     await trio.lowlevel.cancel_shielded_checkpoint()
                 return event.data if isinstance(event, ApplicationData) else None
@@ -365,6 +372,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                 self._keeper.count(len(piece))
 
     def _queue(self, piece: memoryview) -> None:
+        self._has_carried_data = True
         try:
             self._connection.send_data(piece)
         except HybridkexError as error:

@@ -106,8 +106,9 @@ async def serve_secure_tcp(
         backlog: length of the kernel's queue.
         handshake_timeout: seconds for a handshake.
         max_connections: connections at once, after their handshakes. One more takes the place of
-            the newest connection of the address that has the most, if its own address has at least
-            two fewer; else it is closed.
+            the oldest connection that has carried no data for a second, of the address that has the
+            most; or of the newest connection of that address, if its own has at least two fewer;
+            else it is closed.
         handler_nursery: where handlers run, if they shall outlive this call.
         task_status: given the listeners.
 
@@ -118,7 +119,7 @@ async def serve_secure_tcp(
 
     async def handle(stream: SecureStream[trio.SocketStream], connection: Connection) -> None:
         await stream.do_handshake()
-        connection.admit(budget)
+        connection.admit(budget, is_used=lambda: stream.has_carried_data)
         await handler(stream)
 
     sockets = await trio.open_tcp_listeners(port, host=host, backlog=backlog)

@@ -264,6 +264,80 @@ async def test_a_budget_is_shared_fairly(mock_clock: MockClock) -> None:
     assert len(budget) == 8
 
 
+async def test_unused_connections_make_room(mock_clock: MockClock) -> None:
+    """Whoever shares an address with strangers who only hold places gets in; those at work stay."""
+    budget = Budget(6, even_shares=True)
+    used = dict.fromkeys(range(20), False)
+    made = []
+
+    def connect(number: int) -> None:
+        connection = Connection(None, BoundedLog(LOGGER))
+        connection.admit(budget, "all behind one address", is_used=lambda: used[number])
+        made.append(connection)
+        mock_clock.jump(0.01)
+
+    for number in range(6):
+        connect(number)
+    with pytest.raises(TooManyConnections):
+        connect(6)  # nobody has been idle for long
+    used[0] = used[2] = True
+    mock_clock.jump(1)
+    for number in (7, 8, 9, 10):
+        connect(number)  # the idle one that came first makes room, each time
+    assert [one.evicted for one in made[:6]] == [False, True, False, True, True, True]
+    with pytest.raises(TooManyConnections):
+        connect(11)  # the good ones have not had a second to begin
+    used |= dict.fromkeys(range(7, 11), True)
+    mock_clock.jump(3600)
+    with pytest.raises(TooManyConnections):
+        connect(12)  # all of them have worked
+    assert not any(one.evicted for one in made[6:])
+
+
+async def test_a_refused_connection_keeps_its_place_and_its_deadline(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has the rest of the time for its handshake to be told, and no more."""
+    budget = Budget(1)
+    kinds: list[str] = []
+    places: list[int] = []
+
+    async def handler(stream: Any, connection: Connection) -> None:
+        try:
+            connection.admit(budget, "a")
+        except TooManyConnections:
+            places.append(len(supervisor._handshakes))
+            if await stream.receive_some() == b"wait":
+                await trio.sleep_forever()
+            raise
+        await trio.sleep_forever()
+
+    supervisor: Supervisor[Any] = Supervisor(
+        handler, name="test", logger=LOGGER, handshake_seconds=5, on_failure=kinds.append
+    )
+    listener = Fake()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(supervisor.serve, [listener])
+        first = listener.connect()
+        await wait_all_tasks_blocked()
+        assert (len(budget), len(supervisor._handshakes)) == (1, 0)
+        began = trio.current_time()
+        late, told = listener.connect(), listener.connect()
+        await late.send_all(b"wait")
+        await told.send_all(b"bye")
+        assert await told.receive_some() == b""
+        assert places[-1] == 2
+        assert kinds == ["limit"]
+        assert "refused: 1 connections are open" in caplog.text
+        assert len(supervisor._handshakes) == 1
+        assert await late.receive_some() == b""
+        assert trio.current_time() - began == pytest.approx(5)
+        assert kinds == ["limit", "timeout"]
+        assert (len(budget), len(supervisor._handshakes)) == (1, 0)
+        await first.send_all(b"still there")
+        nursery.cancel_scope.cancel()
+
+
 async def test_even_shares() -> None:
     """Busy or not: who has two places more than another lets go of the newest."""
     budget = Budget(8, even_shares=True)

@@ -127,6 +127,35 @@ async def test_idle_connections_of_one_address_keep_no_other_out(
                 await stream.abort()
 
 
+async def test_idle_connections_of_the_same_address_keep_nobody_out(
+    client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    """Behind one NAT: they have completed their handshakes, and then say nothing."""
+
+    async def connect(port: int) -> SecureStream[trio.SocketStream]:
+        tcp = await trio.open_tcp_stream("127.0.0.1", port)
+        stream = SecureStream(tcp, client_config, server_hostname="localhost")
+        await stream.do_handshake()
+        return stream
+
+    with trio.fail_after(20):
+        async with serving(server_config, max_connections=4) as port:
+            good = await connect(port)
+            await good.send_all(b"x")
+            assert await good.receive_some() == b"x"
+            idle = [await connect(port) for _ in range(3)]
+            await trio.sleep(1.2)
+            for _ in range(3):
+                other = await connect(port)
+                await other.send_all(b"y")
+                assert await other.receive_some() == b"y"
+                idle.append(other)
+            await good.send_all(b"z")  # it has worked, and stays, however long it was silent
+            assert await good.receive_some() == b"z"
+            for stream in (good, *idle):
+                await stream.abort()
+
+
 async def test_listeners_of_all_interfaces(server_config: ServerConfig) -> None:
     listeners = await open_secure_tcp_listeners(0, server_config)
     assert listeners

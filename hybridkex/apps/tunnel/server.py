@@ -361,9 +361,9 @@ class _Connection:
                 trio.current_time() - began,
             )
 
-    def _admit(self) -> None:
+    def _admit(self, is_used: Callable[[], bool] = lambda: True) -> None:
         try:
-            self._connection.admit(self._budget)
+            self._connection.admit(self._budget, is_used=is_used)
         except TooManyConnections as error:
             raise _Refused("limit", str(error)) from None
 
@@ -373,7 +373,9 @@ class _Connection:
         keep_alive(self._accepted)
         if isinstance(channel, ServerConfig):
             near = await self._secure(self._accepted, channel, None)
-            self._admit()
+            stream = near.stream
+            assert isinstance(stream, SecureStream)
+            self._admit(lambda: stream.has_carried_data)
             far = await self._connect()
             return near, Leg("the target", far, far)
         self._admit()

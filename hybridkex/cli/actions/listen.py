@@ -64,7 +64,7 @@ async def _listen(options: ListenOptions, config: ServerConfig) -> None:
     async def handle(stream: Stream, connection: Connection) -> None:
         async with stream:
             await _shake_hands(stream)
-            connection.admit(budget)
+            connection.admit(budget, is_used=lambda: stream.has_carried_data)
             async with turn:
                 await _serve(options, stream)
 

@@ -118,7 +118,7 @@ class _Server:
             except trio.BrokenResourceError as error:
                 raise ChannelFailed(f"handshake failed: {broken(error)}") from None
             try:
-                connection.admit(self._budget)
+                connection.admit(self._budget, is_used=lambda: stream.has_carried_data)
             except TooManyConnections:
                 # Within what is left of its handshake deadline.
                 await receiver.turn_away(stream)

@@ -6,7 +6,7 @@ from functools import partial
 
 import trio
 
-from interop.soak import load
+from interop.soak import hostile, load
 
 
 def main() -> None:
@@ -21,7 +21,15 @@ def main() -> None:
     slow.add_argument("--deadline", type=float, default=10)
     updates = commands.add_parser("updates", help="key updates without end")
     updates.add_argument("--count", type=int, default=1000)
+    strangers = commands.add_parser("hostile", help="hostile peers at every door of every command")
+    strangers.add_argument("--service", action="append", help="this one; may be repeated")
+    strangers.add_argument("--seed", type=int, default=1)
+    strangers.add_argument("--rounds", type=int, default=50, help="visits of each kind (50)")
     options = vars(parser.parse_args())
+    if options["load"] == "hostile":
+        for kind in hostile.services(options["service"]):
+            hostile.attack(kind, seed=options["seed"], rounds=options["rounds"])
+        return
     run = getattr(load, options.pop("load"))
     load.raise_file_limit()
     print(json.dumps(trio.run(partial(run, **options)), indent=2))

@@ -43,6 +43,7 @@ from hybridkex.link.simulated import SimulatedLink
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.reading import EndOfStream, read_exactly
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
+from hybridkex.net.threads import NoThread
 from hybridkex.qkd.producer import ProducedKey
 from hybridkex.text import get_logger
 
@@ -65,6 +66,9 @@ KINDS: Final = (b"C", b"Q")
 NUMBER: Final = 16
 CHALLENGE: Final = 32
 GREETING: Final = b"hybridkex QKD link greeting v1"
+
+_PASSING: Final = (MemoryError, NoThread)
+"""What ends a session without anybody's fault; the next one may find room."""
 
 Note = Callable[[Block | BlockAborted], None]
 
@@ -229,7 +233,7 @@ class PartyFeed:
                         made += await self._block(party)
                 finally:
                     nursery.cancel_scope.cancel()
-        except* (LinkError, trio.BrokenResourceError, OSError) as group:
+        except* (*_PASSING, LinkError, trio.BrokenResourceError, OSError) as group:
             error = _first(group)
         if error is None:
             return

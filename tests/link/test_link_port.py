@@ -4,6 +4,7 @@ import secrets
 import socket
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -11,20 +12,22 @@ import trio
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.errors import LinkAuthenticationError, LinkError
 from hybridkex.kme.link_feed import PartyFeed, greet, greeted
+from hybridkex.link import party
 from hybridkex.link.authentication import Signatures
 from hybridkex.link.optimise import tuned
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.settings import LinkSettings
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.reading import EndOfStream
+from hybridkex.net.threads import NoThread
 
 
 @pytest.fixture
 def signatures(tmp_path: Path) -> dict[str, Signatures]:
     """Of Alice, of Bob, and of a stranger whose key is known to nobody."""
     ca = DevCa.create()
-    for party in ("alice", "bob", "eve"):
-        write_identity(tmp_path / party, ca, ca.issue(party))
+    for name in ("alice", "bob", "eve"):
+        write_identity(tmp_path / name, ca, ca.issue(name))
 
     def of(own: str, peer: str) -> Signatures:
         return Signatures.from_files(tmp_path / own / "key.pem", tmp_path / peer / "cert.pem")
@@ -110,3 +113,32 @@ async def test_a_greeting_is_not_good_twice(signatures: dict[str, Signatures]) -
     await one.send_eof()
     with pytest.raises(EndOfStream):
         await greeted(other, signatures["alice"])
+
+
+@pytest.mark.parametrize(
+    "error", [NoThread(), MemoryError()], ids=lambda error: type(error).__name__
+)
+async def test_a_session_without_room_is_followed_by_another(
+    error: Exception, signatures: dict[str, Signatures], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (spare,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = spare.socket.getsockname()[1]
+    await spare.aclose()
+    alice, bob = feed("alice", port, signatures), feed("bob", port, signatures)
+    failures = [error]
+
+    async def in_thread(function: Any, *arguments: Any, **options: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return await real(function, *arguments, **options)
+
+    real = party.in_thread
+    monkeypatch.setattr(party, "in_thread", in_thread)
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(alice.run)
+            nursery.start_soon(bob.run)
+            theirs, ours = await anext(bob.ends[0]), await anext(alice.ends[0])
+            assert ours[0].key_id == theirs[0].key_id
+            nursery.cancel_scope.cancel()
+    assert not failures

@@ -35,7 +35,11 @@ def processes_of(folder: Path) -> list[str]:
         ("demo", [signal.SIGQUIT]),
         ("demo", [signal.SIGKILL]),
         ("demo", [signal.SIGTERM, signal.SIGTERM, signal.SIGKILL]),
+        ("demo", [signal.SIGINT]),
         ("rndl", [signal.SIGINT, signal.SIGINT]),
+        ("rndl", [signal.SIGTERM]),
+        ("rndl", [signal.SIGHUP, signal.SIGTERM]),
+        ("rndl", [signal.SIGQUIT]),
         ("rndl", [signal.SIGKILL]),
     ],
 )

@@ -225,7 +225,9 @@ class Rotator:
                     f"the responder did not confirm that it installed the key: {error}"
                 ) from None
             if not word:
-                raise TruncationError("the responder did not confirm that it installed the key")
+                raise TruncationError(
+                    "the responder did not confirm that it installed the key; see its log"
+                )
             if word != _INSTALLED:
                 raise IllegalParameter("the responder's message is not a confirmation")
             async with self._lock:

@@ -300,7 +300,7 @@ def parse_failure(error: Exception) -> str:
 
 
 def _may_sign_handshakes(certificate: x509.Certificate) -> bool:
-    """RFC 9846 section 4.5.1.2: digitalSignature is set wherever there is a keyUsage."""
+    """RFC 9846 section 4.5.1.2: a keyUsage, where present, must have digitalSignature."""
     try:
         return certificate.extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature
     except x509.ExtensionNotFound:
@@ -308,7 +308,7 @@ def _may_sign_handshakes(certificate: x509.Certificate) -> bool:
 
 
 def not_valid_today(certificate: x509.Certificate, at: datetime | None = None) -> str | None:
-    """What is wrong with the dates of a certificate at a moment (aware; now, if there is none)."""
+    """What is wrong with the dates of a certificate at a time (aware; now by default)."""
     at = datetime.now(UTC) if at is None else at
     start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if start <= at <= end:

@@ -148,7 +148,7 @@ def _issuer_of(
     path: Sequence[x509.Certificate],
     roots: Roots,
 ) -> x509.Certificate | Finding:
-    """The certificate that signed ``child``, or what is wrong where there is none."""
+    """The certificate that signed ``child``, or the reason why none did."""
     flaw = _signature(child)
     if flaw is not None:
         return flaw
@@ -203,7 +203,7 @@ def _issuer_of(
 
 
 def _signature(child: x509.Certificate) -> Finding | None:
-    """What keeps its signature from being verified, whoever made it."""
+    """A flaw that prevents verification of its signature, whatever the issuer."""
     digest = child.signature_hash_algorithm
     if digest is not None and digest.name in _BROKEN_HASHES:
         return Finding(

@@ -5,7 +5,7 @@ of a line or after a space begins a comment. A name may have several keys. The f
 name is trusted blindly; every later one must show a key that is in the file. An attacker must
 therefore intercept the first connection and every later one.
 
-Names are compared in one canonical form (:func:`canonical_peer_name`), whoever wrote the line:
+Names are compared in one canonical form (:func:`canonical_peer_name`):
 ``Server.Example``, ``server.example.`` and ``server.example`` are one name, and so are all
 spellings of an IPv6 address. A file with a line that has no canonical name, or no key, trusts
 nobody.
@@ -151,8 +151,8 @@ class KnownPeers:
 
     def _another_key(self, name: str, peer: PeerRawKey) -> CertificateRejected:
         return CertificateRejected(
-            f"{name} has another key than the one in {self.path}: somebody is in between, or "
-            f"the server has a new key; it showed {peer.pin}",
+            f"{name} has another key than the one in {self.path}: an attacker may be in between, "
+            f"or the server has a new key; it showed {peer.pin}",
             alert=Alert.CERTIFICATE_UNKNOWN,
             subject=peer.subject,
         )

@@ -106,7 +106,7 @@ def canonical_peer_name(text: str) -> str:
     contain no colon, URIs and keys contain one and are never IP addresses.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: it is not a name of any of these kinds.
     """
     if text.lower().startswith(PIN):
         digest = text[len(PIN) :].lower()

@@ -65,7 +65,7 @@ class VerifiedPeer:
 
         Args:
             names: canonical (:func:`~hybridkex.auth.names.canonical_peer_name`); ``sha256:`` and
-                a pin means the peer's key, whoever vouches for it, since the peer has proved that
+                a pin means the peer's key, whatever vouches for it, since the peer has proved that
                 it holds this key.
         """
         return PIN + self.certificate.pin in names or any(

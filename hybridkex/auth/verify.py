@@ -83,7 +83,7 @@ def _authority_policy() -> ExtensionPolicy:
     The library's defaults are the Web's rules. Some of them refuse what private authorities make
     every day and RFC 5280 section 6 lets pass: basicConstraints that is not critical, an authority
     without keyUsage (``openssl req -x509``), critical extensions about policies. Their content
-    counts all the same.
+    still counts.
     """
     either = Criticality.AGNOSTIC
     return _with_policies(

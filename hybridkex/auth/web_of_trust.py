@@ -47,7 +47,7 @@ def endorsement(name: str, pin: str, until: date) -> bytes:
     """The text that a person signs to endorse a key.
 
     Args:
-        name: the server's host name or IP address, or the name by which a client shall be known.
+        name: the server's host name or IP address, or the name for a client.
         pin: SHA-256 of the key, in lower-case hex (``RawIdentity.pin``).
         until: the last day on which the endorsement counts (UTC).
 
@@ -221,7 +221,7 @@ def _verify(statement: bytes, certificates: dict[str, Any]) -> tuple[str, set[st
         signed = _load().verify(bytes=statement, store=store)
     except Exception as error:
         if asked:
-            return "", set()  # Signed by others, or by nobody whose signature is valid now.
+            return "", set()  # Signed by others, or no signature is valid now.
         raise ConfigError(f"a file is not a signed endorsement: {_line(error)}") from None
     text = (signed.bytes or b"").decode("ascii", "replace")
     signers = {signature.certificate for signature in signed.valid_sigs}

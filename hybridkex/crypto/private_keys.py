@@ -113,7 +113,7 @@ def _key_block(pem: bytes) -> PemBlock | None:
 
 
 def _is_encrypted(pem: bytes) -> bool | None:
-    """Whether the first private key of a file is; ``None`` if there is none."""
+    """Whether the first private key of a file is encrypted; ``None`` without a key."""
     block = _key_block(pem)
     return None if block is None else block.encrypted
 

@@ -57,8 +57,8 @@ def certificates_from_pem(data: bytes) -> list[x509.Certificate]:
     """All certificates of a PEM file, in its order; blocks of other kinds are skipped.
 
     Raises:
-        UNREADABLE: there is none, one does not parse, one carries trust settings of OpenSSL, or the
-            file was cut off. A certificate is never left out.
+        UNREADABLE: the file has no certificate, one does not parse, one carries trust settings of
+            OpenSSL, or the file was cut off. A certificate is never left out.
     """
     blocks = pem_blocks(data)
     certificates = [block for block in blocks if block.label in CERTIFICATES]

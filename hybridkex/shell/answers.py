@@ -91,7 +91,7 @@ class Answers:
 
         Raises:
             PeerError: the session is refused; the alert is in the engine's ``data_to_send``.
-            KeySourceError: the policy requires a PSK and there is none; likewise.
+            KeySourceError: the policy requires a PSK and the source has none; likewise.
         """
         if isinstance(event, PskWanted):
             source = self._psk_source

@@ -16,7 +16,7 @@ class SecureListener(Listener[SecureStream[T]], Generic[T]):
     """Accepts streams and wraps them.
 
     The handshake does not run here: it runs in the task that handles the connection, at its first
-    send or receive, so that a peer that stalls holds up nobody else.
+    send or receive, so that a peer that stalls does not block other peers.
     """
 
     def __init__(

@@ -450,7 +450,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                     await self._flush()
                 except trio.BrokenResourceError:
                     # A peer that has ended its direction may leave at once. All that it sent is
-                    # here, and our own close_notify would tell nobody anything (section 6.1).
+                    # here, and nothing reads our own close_notify (section 6.1).
                     if not self._connection.close_received:
                         raise
 
@@ -498,7 +498,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             return transport, self._connection.trailing_data()
 
     async def aclose(self) -> None:
-        """Send close_notify, if there was a handshake and nobody is sending; close the transport.
+        """Send close_notify, after a handshake and unless a send is under way; close the transport.
 
         This waits for the transport to take close_notify, for ten seconds and as long as the caller
         lets it, but not for the peer's answer. The transport is closed in any case.

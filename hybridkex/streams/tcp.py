@@ -109,7 +109,7 @@ async def serve_secure_tcp(
             the oldest connection that has carried no data for a second, of the address that has the
             most; or of the newest connection of that address, if its own has at least two fewer;
             else it is closed.
-        handler_nursery: where handlers run, if they shall outlive this call.
+        handler_nursery: where handlers run, if they must outlive this call.
         task_status: given the listeners.
 
     Raises:

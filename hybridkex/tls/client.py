@@ -343,7 +343,7 @@ def forget_tickets(offer: _Offer) -> None:
     if offer.resumption is None or config.ticket_store is None:
         return
     binding = config.binding(config.identity)
-    # One connection gives no more than ``Limits.tickets``. A store of somebody else's that breaks
+    # One connection gives no more than ``Limits.tickets``. A store of the application that breaks
     # its promise and gives a ticket for ever must not hold us up for ever.
     for _ in range(config.limits.tickets):
         if config.ticket_store.take(offer.store_key, binding) is None:

@@ -80,8 +80,8 @@ class AlertItem:
 def _buffer_of(size: int) -> BytesIO:
     """A buffer that is decrypted into and becomes ``bytes`` without a copy.
 
-    ``BytesIO`` keeps its content in a ``bytes`` object, which ``getvalue`` hands out as it is once
-    nobody has a view of it.
+    ``BytesIO`` keeps its content in a ``bytes`` object, which ``getvalue`` returns without a copy
+    once no view of it is left.
     """
     buffer = BytesIO()
     if size:

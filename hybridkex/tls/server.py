@@ -130,7 +130,7 @@ class _OfferedPsk:
     def hash(self) -> HashFunction | None:
         """The hash that it goes with, where it says so and it is for this protocol.
 
-        A plain external PSK does not say; SHA-256 goes without saying (section 4.3.11).
+        A plain external PSK does not say; its default is SHA-256 (section 4.3.11).
         """
         if self.imported is None:
             return SHA256
@@ -702,7 +702,7 @@ class WaitPsk(ServerState):
             )
             if selected is not None:
                 return _respond(self.choice, self.share, self.shared, selected, records)
-        raise LocalStateError("the PSK that was provided is none of those that were wanted")
+        raise LocalStateError("the PSK that was provided is not one of those that were wanted")
 
 
 def _respond(
@@ -821,7 +821,7 @@ def _check_client_can_answer(choice: _Choice) -> None:
 
 
 def _check_binder(choice: _Choice, selected: _Selected) -> None:
-    """The client has the PSK, and nobody changed the offer (section 4.3.11.2)."""
+    """Verify that the client has the PSK and that the offer is unchanged (section 4.3.11.2)."""
     psk, digest = selected.psk, choice.transcript.add(choice.hello.truncated).digest()
     expected = psk.early_secret.binder(psk.binder_label, digest)
     if not hmac.compare_digest(expected, selected.offered.binder):

@@ -108,7 +108,8 @@ class Session:
 
         Args:
             names: canonical (:func:`~hybridkex.auth.names.canonical_peer_name`): DNS names, IP
-                addresses and URIs that somebody vouches for, or ``sha256:`` and the pin of a key.
+                addresses and URIs that a trusted party vouches for, or ``sha256:`` and the pin of
+                a key.
         """
         shown = self.peer_credential
         return shown is not None and (

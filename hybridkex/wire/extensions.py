@@ -294,7 +294,7 @@ class _CertificateTypeOffer(Extension):
     def read(cls, reader: Reader) -> Self:
         types = tuple(reader.opaque(1, least=1))
         if types == (CertificateType.X509,):
-            # RFC 7250 section 4.1: what is the default goes without saying.
+            # RFC 7250 section 4.1: the default alone must not be sent.
             raise IllegalParameter(
                 "certificate types that are the default alone", Reason.CERTIFICATE_TYPE_DEFAULT
             )

@@ -318,7 +318,7 @@ def decode(raw: bytes) -> Message:
     """Read one whole message, header included.
 
     Raises:
-        UnexpectedMessage: its type is none of TLS 1.3's.
+        UnexpectedMessage: TLS 1.3 has no message of this type.
         DecodeError: it does not parse, or something is left over.
         IllegalParameter: a field has a value that it must not have.
     """

@@ -19,7 +19,7 @@ from interop.matrix.material import Materials
 from interop.matrix.peer import Missing, Peer
 from interop.matrix.peers import PEERS
 from interop.matrix.report import as_markdown, from_json
-from interop.matrix.runner import Cell, Outcome, Result, cells, missing_from, run_all
+from interop.matrix.runner import SHELLS, Cell, Outcome, Result, cells, missing_from, run_all
 from interop.matrix.task import Report, Role, digest, text
 from interop.page import DOCS, part_of
 
@@ -55,30 +55,18 @@ def results(
     return trio.run(run_all, wanted, materials)[1]
 
 
+@pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize(("peer", "role"), SEATS)
-def test_peer(peer: Peer, role: Role, results: list[Result]) -> None:
-    mine = [one for one in results if one.cell.peer is peer and one.cell.ours == role]
+def test_peer(peer: Peer, role: Role, shell: str, results: list[Result]) -> None:
+    mine = [
+        one
+        for one in results
+        if one.cell.peer is peer and one.cell.ours == role and one.cell.shell == shell
+    ]
     if any(one.outcome is Outcome.MISSING for one in mine):
         pytest.skip(f"{peer.name}: {mine[0].reason}")
     assert [f"{one.cell}: {one.reason}" for one in mine if one.outcome is Outcome.FAILED] == []
     assert sum(one.outcome is Outcome.PASSED for one in mine) > 10
-
-
-SOME = [peer for peer in PEERS if peer.name in {"pyOpenSSL", "rustls", "openssl", "Go"}]
-
-
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("peer", SOME, ids=lambda peer: peer.name)
-def test_the_asyncio_shell(
-    peer: Peer, role: Role, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """The same cases, our end on asyncio."""
-    wanted = [replace(cell, shell="asyncio") for cell in todo((peer,)) if cell.ours == role]
-    found = trio.run(run_all, wanted, Materials(tmp_path_factory.mktemp("matrix")))[1]
-    if any(one.outcome is Outcome.MISSING for one in found):
-        pytest.skip(f"{peer.name}: {found[0].reason}")
-    assert [f"{one.cell}: {one.reason}" for one in found if one.outcome is Outcome.FAILED] == []
-    assert sum(one.outcome is Outcome.PASSED for one in found) > 10
 
 
 @pytest.fixture(scope="module")

@@ -140,9 +140,7 @@ def _psks(task: Task) -> tuple[ExternalPsk, ...]:
     )
 
 
-async def connect(
-    task: Task, port: int, converse: Conversation, *, shell: str = "trio"
-) -> list[Report]:
+async def connect(task: Task, port: int, converse: Conversation, *, shell: str) -> list[Report]:
     """Be the client of ``task.connections`` connections in turn."""
     log = _Log()
     config = _client_config(task, log)
@@ -163,7 +161,7 @@ async def serve(
     task: Task,
     converse: Conversation,
     *,
-    shell: str = "trio",
+    shell: str,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> list[Report]:
     """Be the server of ``task.connections`` connections in turn; says its port when it starts."""
@@ -307,9 +305,10 @@ async def http_server(page: bytes, stream: Ours, task: Task) -> bytes:
         raise ValueError("a POST without Content-Length")
     await until(lambda: len(buffer) >= int(length[1]))
     await stream.send_all(_response("200 OK", text(task.role, task.size), "Connection: close\r\n"))
-    await stream.send_eof()
-    with contextlib.suppress(trio.BrokenResourceError):
-        await _rest(stream)  # A browser may end without close_notify.
+    # A browser may end without close_notify, as soon as it has the response.
+    with contextlib.suppress(trio.BrokenResourceError, ConnectionError):
+        await stream.send_eof()
+        await _rest(stream)
     return bytes(buffer)
 
 

@@ -32,6 +32,10 @@ _TRAFFIC: Final = frozenset(
 _SECRETS: Final = _TRAFFIC | {"EXPORTER_SECRET"}
 
 
+SHELLS: Final = ("trio", "asyncio")
+"""The shells of hybridkex that every case is run on."""
+
+
 class Outcome(Enum):
     """What came of a cell."""
 
@@ -49,11 +53,11 @@ class Cell:
     peer: Peer
     case: Case
     ours: Role
-    shell: str = "trio"
+    shell: str
 
     def __str__(self) -> str:
-        us = "hybridkex" if self.shell == "trio" else f"hybridkex on {self.shell}"
-        return f"{self.peer.name}, {us} as {self.ours}: {self.case.area}, {self.case.name}"
+        us = f"hybridkex on {self.shell} as {self.ours}"
+        return f"{self.peer.name}, {us}: {self.case.area}, {self.case.name}"
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,18 @@ class Result:
     reason: str = ""
 
 
-def cells(peers: Iterable[Peer], cases: Iterable[Case]) -> list[Cell]:
+def cells(
+    peers: Iterable[Peer], cases: Iterable[Case], shells: Iterable[str] = SHELLS
+) -> list[Cell]:
     """All of them, peer by peer."""
-    cases = tuple(cases)
-    return [Cell(peer, case, role) for peer in peers for case in cases for role in case.ours]
+    cases, shells = tuple(cases), tuple(shells)
+    return [
+        Cell(peer, case, role, shell)
+        for peer in peers
+        for case in cases
+        for role in case.ours
+        for shell in shells
+    ]
 
 
 def missing_from(cell: Cell) -> str | None:

@@ -1,16 +1,16 @@
-"""``httpx`` over hybridkex, HTTP/1.1 or HTTP/2 by ALPN, on asyncio and on trio::
+"""A transport for ``httpx`` on asyncio and on trio. ALPN selects HTTP/1.1 or HTTP/2::
 
     async with httpx.AsyncClient(transport=SecureTransport(config)) as client:
         await client.get("https://server.example/")
 
-A program without an event loop runs one in a thread, with anyio's blocking portal::
+A program without an event loop uses anyio's blocking portal, which runs one in a thread::
 
     with anyio.from_thread.start_blocking_portal() as portal:
         with portal.wrap_async_context_manager(client):
             portal.call(client.get, "https://server.example/")
 
-There is no ``httpx.BaseTransport`` for ``httpx.Client``: every shell of this library waits in an
-event loop, for the QKD keys too.
+There is no transport for the synchronous ``httpx.Client``: a handshake may wait for QKD keys, and
+the key sources need an event loop.
 """
 
 # ruff: noqa: ASYNC109  # the timeouts are httpcore's interface
@@ -32,14 +32,17 @@ __all__ = ["SecureBackend", "SecureTransport"]
 
 
 class SecureTransport(httpx.AsyncHTTPTransport):
-    """What goes into ``httpx.AsyncClient(transport=...)``.
+    """A transport for ``httpx.AsyncClient(transport=...)``.
 
     The extension ``network_stream`` of a response answers ``get_extra_info("session")`` with the
     :class:`~hybridkex.Session`.
 
     Args:
-        config: what every connection wants; ``alpn=("h2", "http/1.1")`` for HTTP/2.
-        limits: connections at once, as httpx's own transport has them.
+        config: the configuration of every connection; ``alpn=("h2", "http/1.1")`` for HTTP/2.
+        limits: limits on the number of connections; the default is that of httpx.
+
+    Raises:
+        ConfigError: ``config`` is not a ``ClientConfig``.
     """
 
     def __init__(self, config: ClientConfig, *, limits: httpx.Limits | None = None) -> None:
@@ -47,7 +50,7 @@ class SecureTransport(httpx.AsyncHTTPTransport):
         limits = limits or httpx.Limits(
             max_connections=100, max_keepalive_connections=20, keepalive_expiry=5.0
         )
-        # httpx has no argument for the backend of httpcore's pool, which is where it belongs.
+        # httpx offers no argument for the network backend of httpcore's pool.
         self._pool = httpcore.AsyncConnectionPool(
             network_backend=SecureBackend(config),
             http2="h2" in config.alpn,
@@ -58,10 +61,10 @@ class SecureTransport(httpx.AsyncHTTPTransport):
 
 
 class SecureBackend(httpcore.AsyncNetworkBackend):
-    """For an ``httpcore.AsyncConnectionPool``: connections whose TLS is hybridkex's.
+    """A network backend for ``httpcore.AsyncConnectionPool`` whose TLS is hybridkex.
 
     Args:
-        config: what every connection wants, ``alpn`` included.
+        config: the configuration of every connection, ``alpn`` included.
     """
 
     def __init__(self, config: ClientConfig) -> None:
@@ -75,16 +78,20 @@ class SecureBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """TCP; httpcore asks the stream for TLS next."""
+        """Connect over TCP; httpcore then calls ``start_tls`` on the stream."""
         with _errors(httpcore.ConnectTimeout, httpcore.ConnectError):
             with anyio.fail_after(timeout):
                 tcp = await anyio.connect_tcp(host, port, local_host=local_address)
-            for option in socket_options or ():
-                tcp.extra(anyio.abc.SocketAttribute.raw_socket).setsockopt(*option)
+            try:
+                for option in socket_options or ():
+                    tcp.extra(anyio.abc.SocketAttribute.raw_socket).setsockopt(*option)
+            except BaseException:
+                await anyio.aclose_forcefully(tcp)
+                raise
         return _Stream(tcp, self._config)
 
     async def sleep(self, seconds: float) -> None:
-        """Wait before the next try."""
+        """Wait before the next attempt to connect."""
         await anyio.sleep(seconds)
 
 
@@ -101,13 +108,13 @@ class _Stream(httpcore.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Our TLS: ``ssl_context`` is the standard library's, and has no say here."""
+        """Secure the stream. ``ssl_context``, of the standard library, is not used."""
         with _errors(httpcore.ConnectTimeout, httpcore.ConnectError), anyio.fail_after(timeout):
             secure = await SecureByteStream.wrap(
                 self._stream,
                 self._config,
                 server_hostname=server_hostname,
-                standard_compatible=False,  # HTTP has an end of its own, and servers hang up
+                standard_compatible=False,  # HTTP marks its end; servers send no close_notify
             )
         return _Stream(secure, self._config)
 
@@ -128,7 +135,7 @@ class _Stream(httpcore.AsyncNetworkStream):
         await self._stream.aclose()
 
     def get_extra_info(self, info: str) -> Any:
-        """``ssl_object`` is how httpcore learns what ALPN chose; ``session`` is ours."""
+        """``ssl_object`` tells httpcore the protocol that ALPN selected; ``session`` is ours."""
         secure = self._stream
         if isinstance(secure, SecureByteStream):
             if info == "session":
@@ -143,7 +150,7 @@ class _Stream(httpcore.AsyncNetworkStream):
 
 @contextmanager
 def _errors(late: type[Exception], broken: type[Exception]) -> Iterator[None]:
-    """Errors in the names that httpx knows."""
+    """Raise the errors of httpcore, which httpx maps to its own."""
     try:
         yield
     except TimeoutError as error:

@@ -1,9 +1,9 @@
-"""``hypercorn`` over hybridkex on asyncio: HTTP/1.1, HTTP/2 and WebSocket, chosen by ALPN::
+"""``hypercorn`` over hybridkex on asyncio. ALPN selects HTTP/1.1 or HTTP/2; WebSocket works::
 
     asyncio.run(serve(app, 8443, config))
 
-hypercorn has no argument for another TLS, so this serves the connections in place of its worker.
-(On trio: ``examples/asgi_server.py``.)
+hypercorn offers no argument for another TLS implementation, so this function takes the place of its
+worker. ``examples/asgi_server.py`` does the same on trio.
 """
 
 import asyncio
@@ -37,14 +37,16 @@ async def serve(
 
     Args:
         app: the application.
-        port: TCP port; 0 picks one.
-        config: what the server offers and demands; ``alpn=("h2", "http/1.1")`` for HTTP/2.
+        port: TCP port; with 0 the system picks one.
+        config: the configuration of the server; ``alpn=("h2", "http/1.1")`` for HTTP/2.
         host: address to listen on; ``None`` for all interfaces.
-        settings: hypercorn's own; those of sockets and TLS have no effect.
-        started: called with the port.
+        settings: hypercorn's configuration. Its settings of sockets and TLS have no effect, except
+            ``ssl_handshake_timeout``.
+        started: called with the port when the server listens.
 
     Raises:
-        OSError: cannot listen there.
+        OSError: the server cannot listen there.
+        ConfigError: ``config`` is not a ``ServerConfig``.
     """
     settings, state = settings or Config(), dict[str, Any]()
     loop, wrapped = asyncio.get_running_loop(), wrap_app(app, settings.wsgi_max_body_size, None)
@@ -60,7 +62,7 @@ async def serve(
         assert task is not None
         connections.add(task)
         task.add_done_callback(connections.discard)
-        # The transport is let go with its connection, whatever hypercorn's task does.
+        # asyncio releases the transport with its connection, whatever hypercorn's task does.
         await TCPServer(wrapped, loop, settings, context, state, reader, writer)
 
     try:

@@ -1,9 +1,9 @@
-"""``uvicorn`` over hybridkex: its own server, workers, reload and all::
+"""``uvicorn`` over hybridkex; uvicorn's server, workers and reload work as usual::
 
     uvicorn.run(app, port=8443, http=secure_http(config))
 
-uvicorn makes one object of its ``http`` class for each connection. Here that object is a secure
-transport, which holds uvicorn's own protocol.
+uvicorn makes one object of its ``http`` class for each connection. With :func:`secure_http` that
+object is the receiver of a secure transport, which passes the decrypted data to uvicorn's protocol.
 """
 
 import asyncio
@@ -24,12 +24,12 @@ def secure_http(
     protocol: Callable[..., asyncio.Protocol] = AutoHTTPProtocol,
     ssl_handshake_timeout: float | None = None,
 ) -> Any:
-    """What goes into ``uvicorn.run(http=...)`` or ``uvicorn.Config(http=...)``.
+    """Make the value for ``uvicorn.run(http=...)`` or ``uvicorn.Config(http=...)``.
 
     Args:
-        config: what the server offers and demands. uvicorn speaks HTTP/1.1: leave ``alpn`` empty,
-            or give ``("http/1.1",)``.
-        protocol: uvicorn's protocol for what has been decrypted.
+        config: the configuration of the server. uvicorn speaks HTTP/1.1: leave ``alpn`` empty or
+            set it to ``("http/1.1",)``.
+        protocol: uvicorn's protocol class for the decrypted data.
         ssl_handshake_timeout: seconds for a handshake; ``None`` for 10.
 
     Raises:

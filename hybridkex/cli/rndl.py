@@ -29,9 +29,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     describe(
         parser,
-        "Record handshakes and data of five configurations, then let future adversaries try to "
-        "decrypt them: they break ECDH, ML-KEM or signatures, or steal keys, key stores or ticket "
-        "keys. A table shows what each adversary could read and compares it with the prediction.",
+        "Record handshakes and data of seven configurations, then let future adversaries try to "
+        "decrypt them: they break ECDH, ML-KEM or signatures, or steal keys, key stores, ticket "
+        "keys or the secrets of a session. A table shows what each adversary could read and "
+        "compares it with the prediction.",
         examples=["rndl", "rndl --html report.html", "rndl --keep recordings"],
         status="0 if each adversary read what was predicted and nothing else, 1 otherwise",
         notes="See docs/record-now-decrypt-later.md.",

@@ -37,6 +37,9 @@ class Configuration:
     group: Group
     qkd: bool = False
     certificates: bool = True
+    fresh: bool = False
+    """Whether its keys change by Extended Key Update, and not by KeyUpdate: a new key exchange, and
+    with ``qkd`` a new QKD key. There are no tickets then, and no second connection."""
     escrowed: bool = True
     """Whether an oracle models the break of its key exchange."""
 
@@ -55,16 +58,29 @@ CONFIGURATIONS: Final = (
     Configuration(id="x25519-qkd", title="X25519 + QKD", group=X25519, qkd=True),
     Configuration(
         id="x25519mlkem768-qkd",
-        title="X25519MLKEM768 + QKD, certificates",
+        title="X25519MLKEM768 + QKD",
         group=X25519MLKEM768,
         qkd=True,
     ),
     Configuration(
         id="x25519mlkem768-qkd-psk",
-        title="X25519MLKEM768 + QKD, PSK alone",
+        title="X25519MLKEM768 + QKD, PSK",
         group=X25519MLKEM768,
         qkd=True,
         certificates=False,
+    ),
+    Configuration(
+        id="x25519mlkem768-fresh",
+        title="X25519MLKEM768, fresh",
+        group=X25519MLKEM768,
+        fresh=True,
+    ),
+    Configuration(
+        id="x25519mlkem768-qkd-fresh",
+        title="X25519MLKEM768 + QKD, fresh",
+        group=X25519MLKEM768,
+        qkd=True,
+        fresh=True,
     ),
 )
 
@@ -94,7 +110,10 @@ class Row:
 def rows() -> tuple[Row, ...]:
     """Every connection that is recorded."""
     return tuple(
-        Row(configuration, resumed) for configuration in CONFIGURATIONS for resumed in (False, True)
+        Row(configuration, resumed)
+        for configuration in CONFIGURATIONS
+        for resumed in (False, True)
+        if not (resumed and configuration.fresh)
     )
 
 
@@ -117,11 +136,14 @@ class Break:
     steals_key_store: str | None = None
     """``before`` or ``after`` the delivery of the keys."""
     steals_ticket_key: bool = False
+    steals_session: bool = False
+    """All secrets of each connection, at one moment before its keys change."""
 
     @property
     def theme(self) -> str:
         """Its group in reports."""
-        if self.steals_certificate_key or self.steals_ticket_key or self.steals_key_store:
+        stolen = self.steals_certificate_key or self.steals_ticket_key or self.steals_session
+        if stolen or self.steals_key_store:
             return "stolen, alone or besides"
         if self.taps_delivery:
             return "broken, and the way of the QKD key recorded too"
@@ -136,8 +158,14 @@ class Break:
         return self.taps_delivery and guards is not None and self.oracles >= guards
 
     def defeats(self, row: Row) -> bool:
-        """Whether it must be able to decrypt the row: every leg is known."""
+        """Whether it must be able to decrypt the row: every leg is known.
+
+        A leg of a handshake is one of its key update too, if that runs the same exchange and takes
+        a QKD key in the same way; so what a thief of the session needs is what all others need.
+        """
         configuration = row.configuration
+        if self.steals_session and not configuration.fresh:
+            return True  # KeyUpdate adds nothing that was not stolen
         exchange = self.oracles >= configuration.primitives
         psk = self.knows_qkd_key or not configuration.qkd
         # Decrypting the first connection or opening the ticket yields the ticket's PSK.
@@ -243,5 +271,21 @@ BREAKS: Final = (
         "resumed session, past the QKD key that it was derived from.",
         oracles=_BOTH,
         steals_ticket_key=True,
+    ),
+    Break(
+        id="session",
+        title="session secrets",
+        note="All secrets of a session are stolen at one moment: traffic secrets, exporter, "
+        "resumption, and what key updates start from. What follows is read, unless the keys have "
+        "been renewed by a new key exchange.",
+        steals_session=True,
+    ),
+    Break(
+        id="session-both",
+        title="ECDH + ML-KEM; session secrets",
+        note="Both are broken, and all secrets of a session are stolen at one moment: only a new "
+        "QKD key stands between the thief and what follows.",
+        oracles=_BOTH,
+        steals_session=True,
     ),
 )

@@ -110,7 +110,7 @@ def key_schedule(verdict: dict[str, Any]) -> str:
     Args:
         verdict: on one connection, as the adversary's process gives it.
     """
-    psks = [leg for leg in verdict["legs"] if leg["kind"] != "exchange"]
+    psks = [leg for leg in verdict["legs"] if leg["kind"] in ("qkd", "psk", "ticket")]
     exchange = [leg for leg in verdict["legs"] if leg["kind"] == "exchange"]
     early = all(leg["how"] for leg in psks)
     rest = "known" if verdict["decrypted"] else "sealed"

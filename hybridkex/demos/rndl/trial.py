@@ -177,7 +177,7 @@ async def _record(stage: Stage, tell: Tell) -> _Said:
     for configuration in (*CONFIGURATIONS, TOY):
         tell(f"recording: {configuration.title}")
         path = stage.recording(configuration, Delivery.IN_PROCESS)
-        said[path] = await stage.talk(configuration, connections=1 if configuration is TOY else 2)
+        said[path] = await stage.talk(configuration)
     with_qkd = [configuration for configuration in CONFIGURATIONS if configuration.qkd]
     tell("QKD link: making keys")
     async with stage.link() as sources:
@@ -241,6 +241,9 @@ def equip(stage: Stage, adversary: Break) -> Path:
     if adversary.steals_ticket_key:
         (folder / "stolen").mkdir(exist_ok=True)
         shutil.copy(stolen / "ticket-keys.jsonl", folder / "stolen")
+    if adversary.steals_session:
+        (folder / "stolen").mkdir(exist_ok=True)
+        shutil.copy(stolen / "sessions.jsonl", folder / "stolen")
     if adversary.steals_key_store is not None:
         loot = stolen / adversary.delivery.value / adversary.steals_key_store
         shutil.copytree(loot, folder / "stolen/kme")

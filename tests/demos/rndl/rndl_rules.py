@@ -63,7 +63,7 @@ def good_trial() -> trial.Trial:
 def bad_trials() -> dict[str, trial.Trial]:
     """Trials of which each has one thing wrong, or lacks one."""
     found = {}
-    for place in (0, 74, 149):
+    for place in (0, 101, 203):
         one = good_trial()
         one.cells[place] = replace(one.cells[place], wrong="decrypted, but should be safe")
         found[f"cell {place}"] = one
@@ -187,7 +187,7 @@ def fake_stage(folder: Path) -> Any:
     for primitive in ORACLES:
         write(f"oracle/{primitive}.jsonl")
     link = write("recordings/link.pcapng")
-    for name in ("certificate/server.pem", "ticket-keys.jsonl"):
+    for name in ("certificate/server.pem", "ticket-keys.jsonl", "sessions.jsonl"):
         write(f"stolen/{name}")
     for delivery in {one.delivery for one in BREAKS}:
         for when in ("before", "after"):
@@ -213,6 +213,8 @@ def belongings(adversary: Break) -> dict[str, str]:
         had["stolen/certificate/server.pem"] = "stolen/certificate/server.pem"
     if adversary.id.startswith("ticket-key"):
         had["stolen/ticket-keys.jsonl"] = "stolen/ticket-keys.jsonl"
+    if adversary.id.startswith("session"):
+        had["stolen/sessions.jsonl"] = "stolen/sessions.jsonl"
     if adversary.id.startswith("key-store-"):
         when = adversary.id.removeprefix("key-store-")
         had["stolen/kme/kme-a/keys.db"] = f"stolen/{adversary.delivery.value}/{when}/kme-a/keys.db"

@@ -17,7 +17,7 @@ from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.suites import ALL_SUITES, CipherSuite
 from hybridkex.demos.rndl.capture.pcapng import PcapngWriter, read_pcapng
 from hybridkex.demos.rndl.capture.tcpip import ConnectionWriter
-from hybridkex.demos.rndl.later.decrypt import Adversary, Verdict
+from hybridkex.demos.rndl.later.decrypt import Adversary, Verdict, _open
 from hybridkex.demos.rndl.later.knowledge import Knowledge
 from hybridkex.demos.rndl.later.reading import read_capture
 from hybridkex.demos.rndl.matrix import CONFIGURATIONS, TOY, Configuration, Delivery
@@ -28,7 +28,7 @@ from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
 from hybridkex.tls.events import SessionProposed
 
-X25519_ONLY, HYBRID, X25519_QKD, ALL_LEGS, PSK_ALONE = CONFIGURATIONS
+X25519_ONLY, HYBRID, X25519_QKD, ALL_LEGS, PSK_ALONE, FRESH, FRESH_QKD = CONFIGURATIONS
 
 
 def recorded(
@@ -62,6 +62,42 @@ def test_every_group(group: Group, tmp_path: Path) -> None:
     for primitive in configuration.primitives:
         others = configuration.primitives - {primitive}
         assert not any(verdict.decrypted for verdict in attack(capture, stage, *others))
+
+
+@pytest.mark.parametrize("suite", ALL_SUITES, ids=str)
+def test_every_secret_of_a_key_update_is_that_of_the_parties(
+    suite: CipherSuite, tmp_path: Path
+) -> None:
+    """Two programs derive the same: the adversary from the wire, the parties' into a key log."""
+    stage, capture, talks = recorded(tmp_path, FRESH, suites=(suite,))
+    verdicts = attack(capture, stage, "ecdh", "ml-kem")
+    read_as_said(verdicts, talks)
+    [connection] = connections(capture)
+    adversary = Adversary(Knowledge.from_folder(stage.folder))
+    [start] = list(adversary._starts(connection, verdicts[0].legs[:2], None))
+    opened = _open(connection, start)
+    assert opened is not None
+    assert opened._chain is not None
+    log = (stage.folder / "keylog" / f"{capture.name}.txt").read_text().splitlines()
+    logged = {line.split()[0]: bytes.fromhex(line.split()[2]) for line in log}
+    (client,), (server,) = opened.keys[True], opened.keys[False]
+    assert client.secret == logged["CLIENT_TRAFFIC_SECRET_1"]
+    assert server.secret == logged["SERVER_TRAFFIC_SECRET_1"]
+    assert opened._chain.exporter == logged["EXPORTER_SECRET_1"]
+
+
+def test_a_qkd_key_of_a_key_update_cannot_be_left_out(tmp_path: Path) -> None:
+    """Everything else is known: the exchange of both, and the QKD key of the handshake."""
+    stage, capture, _ = recorded(tmp_path, FRESH_QKD)
+    folder = tmp_path / "adversary"
+    shutil.copytree(stage.folder / "oracle", folder / "oracle")
+    shutil.copytree(stage.folder / "stolen", folder / "stolen")
+    [verdict] = Adversary(Knowledge.from_folder(folder)).attack(connections(capture))
+    assert not verdict.decrypted
+    (missing,) = verdict.missing
+    assert missing.startswith("QKD key ")
+    assert missing.endswith("of the key update")
+    assert b"with new keys?" not in verdict.to_server
 
 
 @pytest.mark.parametrize("configuration", [X25519_ONLY, HYBRID], ids=lambda one: one.id)

@@ -63,6 +63,7 @@ def test_its_code_knows_no_party() -> None:
         "hybridkex.wire.extensions",
         "hybridkex.wire.messages",
         "hybridkex.wire.records",
+        "hybridkex.wire.update_messages",
     }
 
 
@@ -106,7 +107,7 @@ def test_its_process_opens_its_folder_and_nothing_else(report: Report, tmp_path:
     verdicts = {
         line["case"]: line["verdicts"] for line in map(json.loads, process.stdout.splitlines())
     }
-    assert len(verdicts) == 5
+    assert len(verdicts) == 7
     for configuration, found in verdicts.items():
         assert found == report.verdicts(configuration, "hop-classical-both")
 

@@ -14,7 +14,7 @@ from rndl_glue import attack
 from hybridkex.demos.rndl.matrix import CONFIGURATIONS, Configuration, Delivery
 from hybridkex.demos.rndl.now.stage import Stage
 
-X25519_ONLY, HYBRID, X25519_QKD, ALL_LEGS, PSK_ALONE = CONFIGURATIONS
+X25519_ONLY, HYBRID, X25519_QKD, ALL_LEGS, PSK_ALONE, _, _ = CONFIGURATIONS
 
 
 def decrypted(folder: Path, configuration: Configuration, *oracles: str) -> list[bool]:

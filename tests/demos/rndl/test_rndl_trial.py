@@ -57,7 +57,8 @@ def test_what_was_read_differs_from_cell_to_cell(report: Report) -> None:
     lines = [cell["plaintext"] for cell in report.json["cells"] if cell["verdict"] == "decrypted"]
     assert all(re.fullmatch(r"Alice to Bob: .*: [0-9a-f]{16}", line) for line in lines)
     # Adversaries of one delivery share a recording: rows by themselves, and QKD rows by delivery.
-    assert len(set(lines)) == 2 * (2 + 3 * 2) + 3
+    # Then: resumed ones by their tickets, first ones by theft, and those that renew their keys.
+    assert len(set(lines)) == 2 * (2 + 3 * 2) + 3 + 3 + (1 + 2)
 
 
 def test_key_updates_and_tickets_were_passed_through(report: Report) -> None:
@@ -92,13 +93,56 @@ def test_the_links_channel_was_recorded_and_is_no_help(report: Report) -> None:
     recording = report.kept / "recordings/link.pcapng"
     assert recording.stat().st_size > 1_000_000
     ids = set()
-    for configuration in ("x25519-qkd", "x25519mlkem768-qkd", "x25519mlkem768-qkd-psk"):
+    for configuration in WITH_QKD:
         had = report.kept / "adversaries/qkd-channel" / configuration / "link.pcapng"
         assert had.read_bytes() == recording.read_bytes()
-        first, _ = report.verdicts(configuration, "qkd-channel")
+        first = report.verdicts(configuration, "qkd-channel")[0]
         assert [leg["kind"] for leg in first["legs"] if leg["how"] is None] == ["qkd"]
         ids |= set(first["missing"])
-    assert len(ids) == 3
+    assert len(ids) == 4
+
+
+@pytest.mark.parametrize(
+    ("configuration", "adversary", "missing"),
+    [
+        ("x25519mlkem768-fresh", "session", ["ML-KEM-768", "X25519"]),
+        ("x25519mlkem768-qkd-fresh", "session", ["ML-KEM-768", "X25519", "QKD key"]),
+        ("x25519mlkem768-qkd-fresh", "session-both", ["QKD key"]),
+    ],
+)
+def test_a_thief_reads_up_to_the_new_keys(
+    report: Report, configuration: str, adversary: str, missing: list[str]
+) -> None:
+    """The control within a safe cell: what was said before the theft is read, what follows not."""
+    [verdict] = report.verdicts(configuration, adversary)
+    assert not verdict["decrypted"]
+    assert len(verdict["missing"]) == len(missing)
+    for name, start in zip(verdict["missing"], missing, strict=True):
+        assert name.startswith(start)
+        assert name.endswith("of the key update")
+    assert verdict["to_server"].startswith("Alice to Bob: X25519MLKEM768")
+    assert "still there with new keys?" not in verdict["to_server"]
+    states = {event["state"] for event in verdict["events"]}
+    assert states == {"clear", "decrypted", "protected"}
+
+
+def test_a_key_update_is_followed_with_every_leg(report: Report) -> None:
+    for configuration, adversary in (
+        ("x25519mlkem768-fresh", "both"),
+        ("x25519mlkem768-fresh", "session-both"),
+        ("x25519mlkem768-qkd-fresh", "hop-hybrid-both"),
+    ):
+        [verdict] = [
+            one
+            for one in report.verdicts(configuration, adversary)
+            if one["capture"] == "session.pcapng"
+        ]
+        assert "still there with new keys?" in verdict["to_server"]
+        whats = " ".join(event["what"] for event in verdict["events"])
+        assert whats.count("ExtendedKeyUpdate") == 5
+        kinds = {leg["kind"] for leg in verdict["legs"] if leg["how"]}
+        assert "update-exchange" in kinds
+        assert ("update-qkd" in kinds) is ("qkd" in configuration)
 
 
 def test_the_toy_curve_fell_without_an_oracle(report: Report) -> None:
@@ -120,19 +164,25 @@ SESSIONS = frozenset(
         "x25519-qkd",
         "x25519mlkem768-qkd",
         "x25519mlkem768-qkd-psk",
+        "x25519mlkem768-fresh",
+        "x25519mlkem768-qkd-fresh",
     )
 )
+WITH_QKD = (
+    "x25519-qkd",
+    "x25519mlkem768-qkd",
+    "x25519mlkem768-qkd-psk",
+    "x25519mlkem768-qkd-fresh",
+)
 HOPS = frozenset(
-    f"{configuration}/hop-{who}.pcapng"
-    for configuration in ("x25519-qkd", "x25519mlkem768-qkd", "x25519mlkem768-qkd-psk")
-    for who in ("alice", "bob")
+    f"{configuration}/hop-{who}.pcapng" for configuration in WITH_QKD for who in ("alice", "bob")
 )
 LINKS = frozenset(hop.replace("hop-alice", "link").replace("hop-bob", "link") for hop in HOPS)
 ECDH, ML_KEM, SIGNATURE = "oracle/ecdh.jsonl", "oracle/ml-kem.jsonl", "oracle/signature.jsonl"
 STORES = frozenset(
     f"stolen/kme/{kme}/{file}" for kme in ("kme-a", "kme-b") for file in ("keys.db", "store.key")
 )
-TICKET_KEYS = "stolen/ticket-keys.jsonl"
+TICKET_KEYS, SECRETS = "stolen/ticket-keys.jsonl", "stolen/sessions.jsonl"
 BELONGINGS = {
     "none": SESSIONS,
     "ecdh": SESSIONS | {ECDH},
@@ -149,6 +199,8 @@ BELONGINGS = {
     "key-store-before": SESSIONS | STORES | {ECDH, ML_KEM},
     "ticket-key": SESSIONS | {TICKET_KEYS},
     "ticket-key-both": SESSIONS | {TICKET_KEYS, ECDH, ML_KEM},
+    "session": SESSIONS | {SECRETS},
+    "session-both": SESSIONS | {SECRETS, ECDH, ML_KEM},
 }
 
 

@@ -26,7 +26,7 @@ def captures(report: Report) -> list[Path]:
 
 def test_every_capture_opens_without_complaint(report: Report, tmp_path: Path) -> None:
     found = captures(report)
-    assert len(found) == 6 + 3 * 2 * 3 + 3 + 1
+    assert len(found) == 8 + 4 * 2 * 3 + 4 + 1
     # The link's channel is no protocol of Wireshark's, which then guesses: it must open, no more.
     link = found.pop([path.name for path in found].index("link.pcapng"))
     assert len(tshark("-r", link, "-c", "100").splitlines()) == 100
@@ -44,8 +44,9 @@ def test_every_capture_opens_without_complaint(report: Report, tmp_path: Path) -
     hellos: dict[str, set[str]] = {}
     for types, stream, *_ in rows:
         hellos.setdefault(stream, set()).update(types.split(","))
-    # Two connections a session but one for the toy, and two hops where there are hops.
-    assert len(hellos) == 2 * (5 + 3 + 3 + 3) + 1 + 3 * 2 * 2
+    # Two connections a session, but one for the toy and where the keys are renewed, and two hops
+    # where there are hops.
+    assert len(hellos) == 2 * (5 + 3 + 3 + 3) + 1 + (1 + 4) + 4 * 2 * 2
     assert all({"1", "2"} <= seen for seen in hellos.values())
     assert "TLSv1.3" in {row[4] for row in rows}
     severities = {int(number) for row in rows for number in row[2].split(",") if number}

@@ -13,15 +13,15 @@ KME), so the attack repeats until no further connection is decrypted.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Final
 
-from hybridkex.constants import ContentType, HandshakeType, Label
+from hybridkex.constants import ContentType, HandshakeType, Label, UpdateType
 from hybridkex.crypto.kex import ALL_GROUPS, Group
 from hybridkex.demos.rndl import toy_curve
 from hybridkex.demos.rndl.later import derivation
-from hybridkex.demos.rndl.later.derivation import Secrets, TrafficKey
+from hybridkex.demos.rndl.later.derivation import Chain, Secrets, TrafficKey
 from hybridkex.demos.rndl.later.knowledge import Knowledge, Known
 from hybridkex.demos.rndl.later.reading import (
     Connection,
@@ -32,6 +32,13 @@ from hybridkex.demos.rndl.later.reading import (
 from hybridkex.errors import HybridkexError, IllegalParameter, RecordingError
 from hybridkex.qkd.psk import name_of
 from hybridkex.wire.messages import ImportedIdentity, NewSessionTicket, decode
+from hybridkex.wire.update_messages import (
+    FreshRequest,
+    FreshResponse,
+    SlotAnswer,
+    UpdateRequest,
+    UpdateResponse,
+)
 
 __all__ = ["Adversary", "Event", "Leg", "Verdict"]
 
@@ -49,11 +56,14 @@ class Leg:
     """One of the secrets that a connection's keys rest on."""
 
     kind: str
-    """``exchange``, ``qkd``, ``psk`` or ``ticket``."""
+    """``exchange``, ``qkd``, ``psk`` or ``ticket``; those of a key update ``update-exchange`` and
+    ``update-qkd``; ``session`` for the stolen secrets of a session."""
     name: str
     how: str | None
     """How it was found; ``None`` if it was not."""
     secret: bytes | None = field(repr=False)
+    needed: bool = True
+    """Whether it matters: what the handshake rests on does not, where the session was stolen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +95,7 @@ class Verdict:
     @property
     def missing(self) -> tuple[str, ...]:
         """The secrets that were not found."""
-        return tuple(leg.name for leg in self.legs if leg.secret is None)
+        return tuple(leg.name for leg in self.legs if leg.secret is None and leg.needed)
 
     @property
     def resumed(self) -> bool:
@@ -149,15 +159,21 @@ class Adversary:
 
     def _attack_one(self, connection: Connection) -> Verdict:
         legs = (*self._exchange_legs(connection), *self._psk_legs(connection))
-        for attempt in _attempts(connection, legs):
-            opened = _open(connection, attempt)
+        stolen = self.knowledge.sessions.get(connection.client_hello.random)
+        if stolen is not None:
+            legs = (
+                *(replace(leg, needed=False) for leg in legs),
+                Leg(kind="session", name="session secrets", how="they were stolen", secret=b""),
+            )
+        for start in self._starts(connection, legs, stolen):
+            opened = _open(connection, start)
             if opened is not None:
                 self._learn(connection, opened)
                 return Verdict(
                     connection=connection,
-                    legs=legs,
+                    legs=(*legs, *opened.update_legs),
                     events=tuple(opened.events),
-                    decrypted=True,
+                    decrypted=not opened.stuck,
                     to_server=bytes(opened.data[True]),
                     to_client=bytes(opened.data[False]),
                 )
@@ -169,6 +185,16 @@ class Adversary:
             to_server=b"",
             to_client=b"",
         )
+
+    def _starts(
+        self, connection: Connection, legs: tuple[Leg, ...], stolen: dict[str, bytes] | None
+    ) -> "Iterator[_Opened]":
+        """Where to begin with the decryption: from what was stolen, or from each key schedule."""
+        if stolen is not None:
+            yield _Opened(connection, self._update_options).from_stolen(stolen)
+            return
+        for attempt in _attempts(connection, legs):
+            yield _Opened(connection, self._update_options).from_handshake(attempt)
 
     # --- the secrets ---------------------------------------------------------------------------
 
@@ -234,6 +260,42 @@ class Adversary:
             for start in {*places[:_MOST_CANDIDATES], *places[-_MOST_CANDIDATES:]}:
                 yield Known(stream[start : start + _PSK_LENGTH], "it was overheard in the clear")
 
+    # --- key updates ---------------------------------------------------------------------------
+
+    def _update_options(
+        self, connection: Connection, request: bytes, response: bytes
+    ) -> "tuple[list[Leg], list[_Option]]":
+        """What a key update rests on, and every pair of secrets that may be in it: those of honest
+        parties where all is known, and of faulty ones."""
+        asked, answered = decode(request), decode(response)
+        assert isinstance(asked, UpdateRequest | FreshRequest)
+        assert isinstance(answered, UpdateResponse | FreshResponse)
+        group = _GROUPS[connection.group]
+        legs, parts = [], list[list[bytes | None]]()
+        for name, offer, answer in _split(group, asked.key_share.share, answered.key_share.share):
+            found = self.knowledge.solve(offer, answer)
+            legs.append(_leg("update-exchange", f"{name} of the key update", found))
+            parts.append(_guesses(legs[-1]))
+        slots: list[tuple[bytes | None, Known | None]] = [(None, None)]
+        if isinstance(asked, FreshRequest):
+            assert isinstance(answered, FreshResponse)
+            size = connection.suite.hash_length
+            slots = [(bytes(size), None)]
+            if answered.answer is SlotAnswer.USED:
+                imported = ImportedIdentity.decode(asked.identity)
+                parts_of_key = name_of(imported.external_identity) if imported is not None else None
+                ids = ", ".join(part.key_id for part in parts_of_key or ())
+                legs.append(_leg("update-qkd", f"QKD key {ids} of the key update", None))
+                for one in (*self._candidates(), Known(b"", ""), Known(bytes(32), "")):
+                    psk = derivation.imported_psk(one.secret, asked.identity, size)
+                    slots.append((psk, one if one.how else None))
+                slots.append((None, None))  # a schedule without the slot
+        options = []
+        for shared in product(*parts):
+            secret = b"".join(piece for piece in shared if piece is not None)
+            options += [_Option(secret, slot, known) for slot, known in slots]
+        return legs, options
+
     def _learn(self, connection: Connection, opened: "_Opened") -> None:
         """Collect tickets and keys that a KME delivered, for other connections."""
         for ticket, psk in opened.tickets:
@@ -287,25 +349,71 @@ def _psk_guesses(connection: Connection, leg: Leg) -> list[bytes | None]:
     return [None, *imported]
 
 
+@dataclass(frozen=True)
+class _Option:
+    """Secrets that may be in a key update."""
+
+    shared: bytes
+    slot: bytes | None
+    qkd_key: Known | None
+    """The QKD key that the slot was made of."""
+
+
+_Epoch = tuple[dict[bool, TrafficKey], Chain, _Option]
+_Options = Callable[[Connection, bytes, bytes], tuple[list[Leg], list[_Option]]]
+
+
 class _Opened:
     """A connection being decrypted, record by record."""
 
-    def __init__(self, connection: Connection, secrets: Secrets) -> None:
+    def __init__(self, connection: Connection, options: _Options) -> None:
+        self._connection = connection
+        self._options = options
         self._suite = connection.suite
-        self._secrets = secrets
+        self._secrets: Secrets | None = None
         self._transcript = bytearray(connection.hellos)
         self._buffers = {True: bytearray(), False: bytearray()}
-        client, server = secrets.handshake_keys(self._suite.digest(connection.hellos))
-        self.keys: dict[bool, TrafficKey] = {True: client, False: server}
+        self.keys: dict[bool, list[TrafficKey]] = {True: [], False: []}
+        """Of each direction: the key, or those that it may be."""
+        self.begun = False
+        """Whether records are to be opened from the first on; else until one opens."""
         self._client_application: TrafficKey | None = None
+        self._server_finished = b""
         self._resumption = b""
+        self._chain: Chain | None = None
+        self._request = (b"", False)
+        self._epochs: list[_Epoch] = []
+        """What the epoch that a key update makes may be, until a record shows which it is."""
+        self.update_legs: list[Leg] = []
+        self.stuck = False
+        """Whether no key of the new epoch could be found."""
         self.data = {True: bytearray(), False: bytearray()}
         self.tickets: list[tuple[bytes, bytes]] = []
         self.events: list[Event] = []
 
+    def from_handshake(self, secrets: Secrets) -> "_Opened":
+        """Begin with the handshake's keys."""
+        self._secrets, self.begun = secrets, True
+        client, server = secrets.handshake_keys(self._suite.digest(self._connection.hellos))
+        self.keys = {True: [client], False: [server]}
+        return self
+
+    def from_stolen(self, stolen: dict[str, bytes]) -> "_Opened":
+        """Begin with the traffic secrets of an epoch, wherever that begins."""
+        self.keys = {
+            side: [TrafficKey(self._suite, stolen[name])]
+            for side, name in ((True, "client"), (False, "server"))
+        }
+        self._resumption = stolen["resumption"]
+        if "salt" in stolen:
+            self._chain = Chain(
+                self._suite, stolen["salt"], stolen["transcript"], stolen["exporter"]
+            )
+        return self
+
     def take(self, record: WireRecord) -> bool:
         """Decrypt the next record of its direction; false on failure."""
-        found = self.keys[record.from_client].open(record.header, record.fragment)
+        found = self._decrypt(record)
         if found is None:
             return False
         type_, content = found
@@ -324,10 +432,35 @@ class _Opened:
         self.events.append(_event(record, what, text))
         return True
 
+    def _decrypt(self, record: WireRecord) -> tuple[int, bytes] | None:
+        side = record.from_client
+        for key in self.keys[side]:
+            found = key.open(record.header, record.fragment)
+            if found is not None:
+                for epoch in self._epochs if self.stuck else ():
+                    if epoch[0][side] is key:
+                        self._choose(epoch, other=not side)
+                self.keys[side] = [key]
+                return found
+        return None
+
+    def _choose(self, epoch: "_Epoch", *, other: bool) -> None:
+        """A record shows which epoch it is."""
+        keys, self._chain, option = epoch
+        if len(self.keys[other]) > 1:
+            self.keys[other] = [keys[other]]
+        self._epochs, self.stuck = [epoch], False
+        last = self.update_legs[-1]
+        if last.kind == "update-qkd" and option.qkd_key is not None:
+            self.update_legs[-1] = _leg(last.kind, last.name, option.qkd_key)
+
     def _message(self, raw: bytes, *, from_client: bool) -> None:
         type_ = raw[0]
         if type_ == HandshakeType.KEY_UPDATE:
-            self.keys[from_client] = self.keys[from_client].updated()
+            self.keys[from_client] = [self.keys[from_client][0].updated()]
+            return
+        if type_ == HandshakeType.EXTENDED_KEY_UPDATE:
+            self._update(raw, from_client=from_client)
             return
         if type_ == HandshakeType.NEW_SESSION_TICKET:
             ticket = decode(raw)
@@ -337,36 +470,64 @@ class _Opened:
             return
         self._transcript += raw
         if type_ == HandshakeType.FINISHED:
+            assert self._secrets is not None  # or the handshake's records would not open
             digest = self._suite.digest(bytes(self._transcript))
             if from_client:
                 if self._client_application is None:
                     raise RecordingError("the server's Finished is missing")
-                self.keys[True] = self._client_application
+                self.keys[True] = [self._client_application]
                 self._resumption = self._secrets.resumption_secret(digest)
+                self._chain = self._secrets.chain(self._server_finished, digest)
             else:
                 client, server = self._secrets.application_keys(digest)
-                self._client_application, self.keys[False] = client, server
+                self._server_finished = digest
+                self._client_application, self.keys[False] = client, [server]
+
+    def _update(self, raw: bytes, *, from_client: bool) -> None:
+        """A message of an Extended Key Update; none of them cross in what was recorded."""
+        subtype = raw[4]
+        if subtype in (UpdateType.REQUEST, UpdateType.FRESH_REQUEST):
+            self._request = raw, from_client
+        elif subtype in (UpdateType.RESPONSE, UpdateType.FRESH_RESPONSE):
+            if self._chain is None:
+                raise RecordingError("a key update before the handshake is complete")
+            legs, options = self._options(self._connection, self._request[0], raw)
+            self.update_legs += legs
+            self._epochs = [
+                (*self._chain.next(self._request[0], raw, one.shared, one.slot), one)
+                for one in options
+            ]
+            self.stuck = True  # until a record opens
+            self.keys[from_client] = [keys[from_client] for keys, _, _ in self._epochs]
+        elif subtype == UpdateType.FINISH:
+            self.keys[from_client] = [keys[from_client] for keys, _, _ in self._epochs]
 
 
-def _open(connection: Connection, secrets: Secrets) -> _Opened | None:
-    """Decrypt a whole connection; ``None`` if the server's first record cannot be decrypted."""
-    opened = _Opened(connection, secrets)
+def _open(connection: Connection, opened: _Opened) -> _Opened | None:
+    """Decrypt a whole connection; ``None`` if the first record cannot be decrypted."""
     todo = {side: deque(connection.protected(from_client=side)) for side in (False, True)}
     # A capture may end anywhere; everything before that is read.
     with suppress(HybridkexError):
-        for side in (False, True):  # the client's keys follow from the server's flight
-            key = opened.keys[side]
-            while todo[side] and opened.keys[side] is key and opened.take(todo[side].popleft()):
-                pass
-        for side in (False, True):
-            while todo[side] and opened.take(todo[side].popleft()):
-                pass
+        if opened.begun:
+            for side in (False, True):  # the client's keys follow from the server's flight
+                key = opened.keys[side]
+                while todo[side] and opened.keys[side] == key and opened.take(todo[side].popleft()):
+                    pass
+        else:
+            for side in (False, True):
+                while todo[side] and not opened.take(todo[side].popleft()):
+                    pass  # a record before the epoch of the stolen secrets
+        # A key update takes messages of both directions: in the order on the wire.
+        rest = sorted((*todo[True], *todo[False]), key=lambda record: record.number)
+        broken: set[bool] = set()
+        for record in rest:
+            if record.from_client not in broken and not opened.take(record):
+                broken.add(record.from_client)
     if not opened.events:
         return None
+    seen = {event.number for event in opened.events}
     opened.events.extend(
-        _event(record)
-        for record in connection.records
-        if record.type != ContentType.APPLICATION_DATA
+        _event(record) for record in connection.records if record.number not in seen
     )
     opened.events.sort(key=lambda event: event.number)
     return opened

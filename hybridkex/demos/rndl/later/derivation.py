@@ -15,7 +15,16 @@ from typing import Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
-__all__ = ["SUITES", "Secrets", "Suite", "TrafficKey", "binder", "imported_psk", "ticket_psk"]
+__all__ = [
+    "SUITES",
+    "Chain",
+    "Secrets",
+    "Suite",
+    "TrafficKey",
+    "binder",
+    "imported_psk",
+    "ticket_psk",
+]
 
 
 @dataclass(frozen=True)
@@ -170,3 +179,56 @@ class Secrets:
         empty = self.suite.empty_digest
         salt = _derive(self.suite.hash, self.handshake, b"derived", empty)
         return _extract(self.suite.hash, salt, bytes(self.suite.hash_length))
+
+    def chain(self, server_finished: bytes, client_finished: bytes) -> "Chain":
+        """What key updates start from; the digests cover the handshake up to each Finished."""
+        hash_ = self.suite.hash
+        return Chain(
+            self.suite,
+            _derive(hash_, self._main, b"derived", self.suite.empty_digest),
+            client_finished,
+            _derive(hash_, self._main, b"exporter eku", server_finished),
+        )
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What key updates start from (draft-ietf-tls-extended-key-update-13 section 7, and
+    ``docs/fresh-keys.md`` for the QKD key)."""
+
+    suite: Suite
+    salt: bytes
+    transcript: bytes
+    exporter: bytes
+
+    def next(
+        self, request: bytes, response: bytes, shared: bytes, slot: bytes | None
+    ) -> tuple[dict[bool, TrafficKey], "Chain"]:
+        """The keys of the client (``True``) and of the server, and what follows.
+
+        Args:
+            request: the message, with its header.
+            response: likewise.
+            shared: the secret of the key exchange.
+            slot: the imported QKD key, or zeros; ``None`` where there is no slot.
+        """
+        hash_, empty = self.suite.hash, self.suite.empty_digest
+        digest = self.suite.digest(self.transcript + request + response)
+        salt = self.salt
+        if slot is not None:
+            salt = _derive(hash_, _extract(hash_, salt, slot), b"derived", empty)
+        main = _extract(hash_, salt, shared)
+        keys = {
+            client: TrafficKey(self.suite, _derive(hash_, main, label, digest))
+            for client, label in ((True, b"c ap traffic"), (False, b"s ap traffic"))
+        }
+        return keys, Chain(
+            self.suite,
+            _derive(hash_, main, b"derived", empty),
+            digest,
+            _derive(hash_, main, b"exp master", digest),
+        )
+
+    def confirmation(self, key: TrafficKey) -> bytes:
+        """What the side with this key says to confirm its epoch, whose chain this is."""
+        return _finished(self.suite.hash, key.secret, self.transcript)

@@ -6,6 +6,7 @@ Everything is in one folder::
     stolen/certificate/*.pem                            a party's long-term private key
     stolen/kme/NAME/keys.db, store.key                  a KME's key store, with its sealing key
     stolen/ticket-keys.jsonl                            the keys that seal session tickets
+    stolen/sessions.jsonl                               all secrets of sessions, at one moment
     CASE/*.pcapng                                       recordings that belong together
 """
 
@@ -57,6 +58,8 @@ class Knowledge:
     tickets: dict[bytes, Known] = field(default_factory=dict)
     """The PSKs of session tickets, by ticket."""
     ticket_keys: dict[bytes, AESGCM] = field(default_factory=dict)
+    sessions: dict[bytes, dict[str, bytes]] = field(default_factory=dict)
+    """The secrets of sessions at one moment, by name, under ``ClientHello.random``."""
     overheard: list[bytes] = field(default_factory=list)
     """Byte streams in the clear, such as the classical channel of a QKD link."""
 
@@ -85,6 +88,10 @@ class Knowledge:
                     known.ticket_keys[bytes.fromhex(item["name"])] = AESGCM(
                         bytes.fromhex(item["key"])
                     )
+            for path in folder.glob("stolen/sessions.jsonl"):
+                for item in _lines(path):
+                    loot = {name: bytes.fromhex(value) for name, value in item.items()}
+                    known.sessions[loot.pop("random")] = loot
         except (OSError, ValueError, KeyError, sqlite3.Error) as error:
             raise RecordingError(f"cannot use what was stolen: {error}") from error
         return known

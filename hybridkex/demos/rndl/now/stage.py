@@ -8,6 +8,7 @@ gets none of these unless the trial provides them.
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ from hybridkex.secret import Secret
 from hybridkex.shell.qkd_keys import QkdPskSource
 from hybridkex.streams import SecureStream, open_secure_tcp_stream, serve_secure_tcp
 from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
+from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.tls.tickets import TicketIssuer
 
@@ -39,6 +41,7 @@ __all__ = ["Stage", "Talk"]
 
 _LOOPBACK: Final = "127.0.0.1"
 _CLASSICAL_TOO: Final = Policy(post_quantum=Requirement.PREFER)
+_FRESH: Final = Policy(post_quantum=Requirement.PREFER, fresh_keys=Requirement.REQUIRE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +58,8 @@ class Stage:
     """A folder with all files of the parties, the taps and the thieves.
 
     ``oracle/``: private keys in escrow. ``recordings/NAME/*.pcapng``. ``stolen/certificate/``,
-    ``stolen/ticket-keys.jsonl``, ``stolen/DELIVERY/WHEN/KME/`` with a key store and its sealing
-    key. ``keylog/NAME.txt``, for Wireshark.
+    ``stolen/ticket-keys.jsonl``, ``stolen/sessions.jsonl``, ``stolen/DELIVERY/WHEN/KME/`` with a
+    key store and its sealing key. ``keylog/NAME.txt``, for Wireshark.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -103,23 +106,28 @@ class Stage:
         delivery: Delivery = Delivery.IN_PROCESS,
         sources: tuple[KeySource, KeySource] | None = None,
         *,
-        connections: int = 2,
+        connections: int | None = None,
         **client_options: Any,
     ) -> list[Talk]:
-        """Record connections, of which each resumes the one before it."""
+        """Record connections, of which each resumes the one before it.
+
+        ``connections``: how many; ``None``: two, or one where nothing can be resumed.
+        """
+        if connections is None:
+            connections = 1 if configuration.fresh or not configuration.escrowed else 2
         folder = self.recording(configuration, delivery)
         if configuration.qkd and sources is None:
             sources = in_process_pair("alice", "bob")
         alice, bob = sources or (None, None)
         shared: dict[str, Any] = {
             "groups": (self._group(configuration),),
-            "policy": _CLASSICAL_TOO,
+            "policy": _FRESH if configuration.fresh else _CLASSICAL_TOO,
         }
         server = ServerConfig(
             **shared,
             identities=(self._identity,) if configuration.certificates else (),
             psk_source=QkdPskSource(bob) if bob is not None else None,
-            tickets=self._tickets(),
+            tickets=None if configuration.fresh else self._tickets(),
         )
         trust = TrustStore((self._ca.certificate,))
         with open_private(self.folder / "keylog" / f"{folder.name}.txt") as key_log:
@@ -131,7 +139,7 @@ class Stage:
                 **shared,
                 verifier=trust if configuration.certificates else None,
                 psk_source=QkdPskSource(alice) if alice is not None else None,
-                ticket_store=MemoryTicketStore(),
+                ticket_store=None if configuration.fresh else MemoryTicketStore(),
                 key_log=log_key,
                 **client_options,
             )
@@ -161,9 +169,29 @@ class Stage:
                     stream = await open_secure_tcp_stream(
                         host, port, client, server_hostname="localhost"
                     )
-                    talks.append(await _converse(stream, secret))
+                    talks.append(await _converse(stream, secret, self._steal))
             nursery.cancel_scope.cancel()
         return talks
+
+    def _steal(self, stream: SecureStream[trio.SocketStream]) -> None:
+        """Copy all secrets of a session, as they are at this moment, for the thief."""
+        connection = stream._connection
+        records, connected = connection._records, connection._connected()
+        assert records.writer.protection is not None
+        assert records.reader.protection is not None
+        loot = {
+            "random": records.client_random,
+            "client": records.writer.protection.traffic.secret.reveal(),
+            "server": records.reader.protection.traffic.secret.reveal(),
+            "resumption": connected.resumption.secret.reveal(),
+        }
+        if connected.updates is not None:
+            generation = connected.updates._generation
+            loot["salt"] = generation.salt.reveal()
+            loot["transcript"] = generation.transcript
+            loot["exporter"] = generation.exporter.secret.reveal()
+        line = {name: value.hex() for name, value in loot.items()}
+        append_line(self.folder / "stolen/sessions.jsonl", line)
 
     def _tickets(self) -> TicketIssuer:
         """A ticket issuer, with a copy of its key for the thief."""
@@ -177,17 +205,28 @@ class Stage:
 # --- what is said -----------------------------------------------------------------------------
 
 
-async def _converse(stream: SecureStream[trio.SocketStream], secret: str) -> Talk:
-    """The client's part: two messages, with a KeyUpdate of both directions between them."""
+async def _converse(
+    stream: SecureStream[trio.SocketStream],
+    secret: str,
+    steal: Callable[[SecureStream[trio.SocketStream]], None],
+) -> Talk:
+    """The client's part: two messages, and between them the thief, and then new keys."""
     said, heard = bytearray(), bytearray()
+
+    async def say(line: str) -> None:
+        nonlocal heard
+        data = line.encode() + b"\n"
+        await stream.send_all(data)
+        said.extend(data)
+        heard += await _line(stream)
+
     async with stream:
-        for line in (f"Alice to Bob: {secret}", "Alice to Bob: still there with new keys?"):
-            if said:
-                await stream.update_keys(request_peer=True)
-            data = line.encode() + b"\n"
-            await stream.send_all(data)
-            said += data
-            heard += await _line(stream)
+        await say(f"Alice to Bob: {secret}")
+        steal(stream)
+        await stream.update_keys(request_peer=True)
+        while stream.session.key_updates is not KeyUpdates.STANDARD and not stream.session.epochs:
+            await say("Alice to Bob: are there new keys?")
+        await say("Alice to Bob: still there with new keys?")
         await stream.send_eof()
         if await stream.receive_some():
             raise trio.BrokenResourceError("the server sent more than expected")

@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 DEFAULT_HANDSHAKE_TIMEOUT: Final = 10.0
-"""Seconds for a whole handshake."""
+"""Seconds that a handshake may take."""
 
 _READ_SIZE: Final = 256 * 1024
 _SEND_SIZE: Final = 256 * 1024
@@ -56,26 +56,26 @@ _CLOSE_TIMEOUT: Final = 10.0
 
 _log: Final = get_logger("hybridkex.anyio")
 _LINES: Final = BoundedLog(_log)
-"""Strangers can cause these lines."""
+"""Rate-limited, because any peer can cause these lines."""
 
 
 class HybridkexAttribute(anyio.TypedAttributeSet):
-    """What :class:`SecureByteStream` knows beside anyio's ``TLSAttribute``."""
+    """Typed attributes of :class:`SecureByteStream` in addition to anyio's ``TLSAttribute``."""
 
     session: Session = anyio.typed_attribute()
-    """The :class:`~hybridkex.Session`: what the keys rest on."""
+    """The :class:`~hybridkex.Session`: groups, keys and the identity of the peer."""
 
 
 class SecureByteStream(ByteStream):
-    """An encrypted byte stream over another byte stream; make one with :meth:`wrap`.
+    """A byte stream that encrypts over another byte stream; :meth:`wrap` makes it.
 
-    Errors come as anyio's own TLS stream raises them: ``anyio.BrokenResourceError`` with the
-    reason, one of :mod:`hybridkex.errors`, as its ``__cause__``; ``anyio.EndOfStream`` at the
-    peer's close_notify. A :meth:`send` that is cancelled breaks sending for good, since part of a
-    record may be on its way; a :meth:`receive` that is cancelled loses nothing.
+    The errors are those of anyio's own TLS stream: ``anyio.BrokenResourceError``, whose
+    ``__cause__`` is an error of :mod:`hybridkex.errors`, and ``anyio.EndOfStream`` at the peer's
+    close_notify. After a :meth:`send` was cancelled, nothing more can be sent, because part of a
+    record may have been sent. A :meth:`receive` that is cancelled loses no data.
 
-    It has the attributes of ``TLSAttribute`` that have a meaning in TLS 1.3, those of
-    :class:`HybridkexAttribute`, and all that the transport stream has.
+    Its typed attributes are those of ``TLSAttribute`` that have a meaning in TLS 1.3, those of
+    :class:`HybridkexAttribute`, and those of the transport stream.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class SecureByteStream(ByteStream):
         standard_compatible: bool,
     ) -> None:
         self.transport_stream = transport_stream
-        # Its type may be that of an object stream, which takes no size.
+        # The type may be an object stream's, whose receive() takes no size.
         self._receive_raw: Any = transport_stream.receive
         self._server_side = isinstance(config, ServerConfig)
         self._connection = connection_for(config, server_hostname)
@@ -97,7 +97,7 @@ class SecureByteStream(ByteStream):
         self._keeping: Background | None = None
         self._send_lock = anyio.Lock()
         self._standard_compatible = standard_compatible
-        self._pending = b""
+        self._pending: bytes | memoryview = b""
         self._closed = False
         self._failure: BaseException | None = None
         self._send_broken = False
@@ -114,19 +114,21 @@ class SecureByteStream(ByteStream):
         standard_compatible: bool = True,
         handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     ) -> Self:
-        """Secure a stream: returns when the handshake is complete.
+        """Secure a stream. This returns when the handshake is complete.
 
         Args:
-            transport_stream: what carries the bytes; the new stream owns it. If the handshake
-                fails, it is closed.
-            config: a client's or a server's.
+            transport_stream: the stream that carries the records. The new stream owns it; it is
+                closed if the handshake fails.
+            config: the configuration of a client or of a server.
             server_hostname: the name or address that the server's certificate must have (client).
-            standard_compatible: send and demand close_notify at the end. Without it, as HTTPS does,
-                only the protocol above can tell a cut connection from an ended one.
+            standard_compatible: send close_notify at the end and demand the peer's. With ``False``,
+                as is common in HTTPS, only the application protocol can detect a truncation.
             handshake_timeout: seconds; ``math.inf`` for no limit.
 
         Raises:
-            anyio.BrokenResourceError: the handshake failed; ``__cause__`` says why.
+            anyio.BrokenResourceError: the handshake failed; ``__cause__`` is the reason.
+            ConfigError: ``config`` is not a configuration, or a server is given a
+                ``server_hostname``.
         """
         stream = cls(
             transport_stream,
@@ -148,7 +150,7 @@ class SecureByteStream(ByteStream):
 
     @property
     def session(self) -> Session:
-        """What the keys rest on."""
+        """The parameters of the session: groups, keys and the identity of the peer."""
         return self._connection.session
 
     def export(self, label: bytes, context: bytes, length: int) -> Secret:
@@ -230,11 +232,12 @@ class SecureByteStream(ByteStream):
         return data
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
-        """Data from the peer.
+        """Receive 1 to ``max_bytes`` bytes.
 
         Raises:
             anyio.EndOfStream: the peer has ended its direction.
-            anyio.BrokenResourceError: the connection failed or was cut; ``__cause__`` says why.
+            anyio.BrokenResourceError: the connection failed or was truncated; ``__cause__`` is the
+                reason.
             anyio.ClosedResourceError: this stream was closed.
         """
         if max_bytes < 1:
@@ -245,8 +248,12 @@ class SecureByteStream(ByteStream):
                 self._pending = await self._receive_more()
             else:
                 await anyio.lowlevel.cancel_shielded_checkpoint()
-            data, self._pending = self._pending[:max_bytes], self._pending[max_bytes:]
-            return data
+            pending = self._pending
+            if len(pending) <= max_bytes:
+                self._pending = b""
+                return bytes(pending)
+            self._pending = memoryview(pending)[max_bytes:]
+            return bytes(memoryview(pending)[:max_bytes])
 
     async def _receive_more(self) -> bytes:
         connection = self._connection
@@ -277,11 +284,11 @@ class SecureByteStream(ByteStream):
                 await self._fail(error)
 
     async def send(self, item: bytes) -> None:
-        """Send all of ``item``. If this is cancelled, nothing more can be sent.
+        """Send all of ``item``. After a cancellation, nothing more can be sent.
 
         Raises:
             anyio.BrokenResourceError: the connection failed, or an earlier send was cancelled.
-            anyio.ClosedResourceError: this stream was closed, or its sending direction was.
+            anyio.ClosedResourceError: this stream or its sending direction was closed.
         """
         with self._sending:
             self._check_sendable()
@@ -308,7 +315,7 @@ class SecureByteStream(ByteStream):
             await self._put(partial(self._connection.update_keys, request_peer=request_peer))
 
     async def send_eof(self) -> None:
-        """Send close_notify: no more data will come from us. Receiving goes on."""
+        """Send close_notify. Receiving continues."""
         with self._sending:
             self._check_usable()
             if not self._connection.close_sent:
@@ -316,7 +323,7 @@ class SecureByteStream(ByteStream):
                 await self._put(self._connection.send_close)
 
     async def _put(self, queue: Callable[[], None]) -> None:
-        """Put what ``queue`` makes the engine say on the transport, whole or never again."""
+        """Call ``queue`` and send what the engine has queued; a partial send breaks sending."""
         if self._keeper is None:
             await self._queue_and_flush(queue)
             return
@@ -339,7 +346,7 @@ class SecureByteStream(ByteStream):
         self._send_broken = False
 
     async def aclose(self) -> None:
-        """Send close_notify, unless nobody would get it, and close the transport."""
+        """Send close_notify, if the peer can receive it, and close the transport."""
         if self._closed:
             await anyio.lowlevel.checkpoint()
             return
@@ -366,8 +373,11 @@ class SecureByteStream(ByteStream):
                 await self.transport_stream.send(bytes(self._connection.data_to_send()))
 
     async def abort(self) -> None:
-        """Close in a way that the peer cannot take for the end of our data: it gets the alert
-        internal_error, if that can be sent now. ``async with`` calls this for an exception."""
+        """Close without close_notify, so that the peer sees a failure, not the end of the data.
+
+        The alert internal_error is sent if that is possible at once. ``async with`` calls this when
+        an exception leaves its block.
+        """
         if self._closed:
             await anyio.lowlevel.checkpoint()
             return
@@ -419,7 +429,7 @@ class SecureByteStream(ByteStream):
             raise anyio.BrokenResourceError("an earlier send did not complete")
 
     async def _fail(self, error: HybridkexError) -> NoReturn:
-        """Send the alert, if there is one, and raise."""
+        """Send the alert, if there is one, and raise ``anyio.BrokenResourceError``."""
         self._failure = error
         if isinstance(error, PeerError | KeySourceError) and not self._send_broken:
             alert = bytes(self._connection.data_to_send())
@@ -430,7 +440,7 @@ class SecureByteStream(ByteStream):
 
     @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
-        """See the class."""
+        """The typed attributes; see the class."""
         session = self._connection.session
         shown = session.peer_credential
         return {
@@ -451,7 +461,7 @@ class SecureByteStream(ByteStream):
 
 @contextlib.contextmanager
 def _peer_may_be_gone() -> Iterator[None]:
-    """Then there is nobody to tell."""
+    """Ignore that the transport has failed or was closed."""
     with contextlib.suppress(
         anyio.BrokenResourceError, anyio.BusyResourceError, anyio.ClosedResourceError
     ):
@@ -459,16 +469,18 @@ def _peer_may_be_gone() -> Iterator[None]:
 
 
 class SecureListener(Listener[SecureByteStream]):
-    """A listener whose connections are secure; each handshake runs in its own task.
+    """A listener that secures its connections. Each handshake runs in the task of its connection.
 
-    A handshake that fails ends its own connection and becomes a line of the log
-    ``hybridkex.anyio``.
+    A handshake that fails ends only its own connection and is logged to ``hybridkex.anyio``.
 
     Args:
-        listener: what accepts the connections.
-        config: what the server offers and demands.
+        listener: the listener that accepts the connections.
+        config: the configuration of the server.
         standard_compatible: see :meth:`SecureByteStream.wrap`.
-        handshake_timeout: seconds for a handshake.
+        handshake_timeout: seconds that a handshake may take.
+
+    Raises:
+        ConfigError: ``config`` is not a ``ServerConfig``.
     """
 
     def __init__(
@@ -494,7 +506,7 @@ class SecureListener(Listener[SecureByteStream]):
         handler: Callable[[SecureByteStream], Awaitable[Any]],
         task_group: TaskGroup | None = None,
     ) -> None:
-        """Serve every connection with ``handler``, after its handshake."""
+        """Call ``handler`` with each connection after its handshake."""
 
         async def handle(stream: AnyByteStream) -> None:
             try:
@@ -507,12 +519,12 @@ class SecureListener(Listener[SecureByteStream]):
         await self.listener.serve(handle, task_group)
 
     async def aclose(self) -> None:
-        """Stop accepting."""
+        """Close the listener."""
         await self.listener.aclose()
 
     @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
-        """The listener's."""
+        """The attributes of the listener, and ``TLSAttribute.standard_compatible``."""
         return {
             **self.listener.extra_attributes,
             TLSAttribute.standard_compatible: lambda: self._standard_compatible,
@@ -520,14 +532,17 @@ class SecureListener(Listener[SecureByteStream]):
 
 
 class SecureConnectable(ByteStreamConnectable):
-    """Connects another connectable and secures the connection.
+    """A connectable that secures the connection of another connectable.
 
     Args:
-        connectable: such as ``anyio.TCPConnectable(host, port)``.
-        config: what the client wants.
+        connectable: the other connectable, such as ``anyio.TCPConnectable(host, port)``.
+        config: the configuration of the client.
         server_hostname: the name or address that the server's certificate must have.
         standard_compatible: see :meth:`SecureByteStream.wrap`.
-        handshake_timeout: seconds for the handshake.
+        handshake_timeout: seconds that the handshake may take.
+
+    Raises:
+        ConfigError: ``config`` is not a ``ClientConfig``.
     """
 
     def __init__(
@@ -550,10 +565,10 @@ class SecureConnectable(ByteStreamConnectable):
         )
 
     async def connect(self) -> SecureByteStream:
-        """A secure connection.
+        """Connect and complete the handshake.
 
         Raises:
-            OSError: no connection.
-            anyio.BrokenResourceError: the handshake failed; ``__cause__`` says why.
+            OSError: the connection failed.
+            anyio.BrokenResourceError: the handshake failed; ``__cause__`` is the reason.
         """
         return await self._wrap(await self.connectable.connect())

@@ -1,8 +1,8 @@
 """The asyncio shell: the engine as an asyncio transport.
 
-:func:`open_connection` and :func:`start_server` give streams, :func:`create_connection` and
-:func:`create_server` serve protocols, and :func:`start_tls` and :func:`upgrade` secure a connection
-that is already open. All of them take a :class:`~hybridkex.ClientConfig` or a
+:func:`open_connection` and :func:`start_server` work with streams, :func:`create_connection` and
+:func:`create_server` with protocols, and :func:`start_tls` and :func:`upgrade` secure an open
+connection. All of them take a :class:`~hybridkex.ClientConfig` or a
 :class:`~hybridkex.ServerConfig` where asyncio takes an ``SSLContext``.
 """
 

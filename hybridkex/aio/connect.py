@@ -1,4 +1,4 @@
-"""Connections and servers for protocols, beside ``loop.create_connection`` and its fellows."""
+"""Connections and servers for protocols, in the manner of asyncio's event loop."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -25,13 +25,13 @@ async def create_connection(
     ssl_shutdown_timeout: float | None = None,
     **tcp: Any,
 ) -> tuple[SecureTransport, P]:
-    """Connect, and return when the handshake is complete.
+    """Connect, complete the handshake, and return transport and protocol.
 
     Args:
-        protocol_factory: makes the protocol; its ``connection_made`` gets the secure transport.
+        protocol_factory: returns the protocol, whose ``connection_made`` gets the secure transport.
         host: host name or address; ``None`` with ``sock=...``.
         port: TCP port; ``None`` with ``sock=...``.
-        config: what the client wants.
+        config: the configuration of the client.
         server_hostname: the name or address that the server's certificate must have; ``host``
             unless given.
         ssl_handshake_timeout: seconds for the handshake; 10 by default.
@@ -39,11 +39,11 @@ async def create_connection(
         tcp: other arguments of ``loop.create_connection``, such as ``sock`` or ``local_addr``.
 
     Raises:
-        OSError: no connection.
-        SecureConnectionError: the handshake failed; ``__cause__`` says why.
+        OSError: the connection failed.
+        SecureConnectionError: the handshake failed; ``__cause__`` is the reason.
         ConfigError: ``config`` is not a ``ClientConfig``.
         ValueError: a time limit is not positive.
-        TypeError: ``ssl`` among the arguments.
+        TypeError: ``ssl`` is among the arguments.
     """
     check_config(config, ClientConfig)
     _check_plain(tcp)
@@ -72,14 +72,14 @@ def _aborted_on_failure(
     try:
         yield
     except BaseException:
-        ready.cancel()  # nobody waits for it any more
+        ready.cancel()  # nobody awaits it any more
         transport.abort()
         raise
 
 
 def _check_plain(tcp: dict[str, Any]) -> None:
     if tcp.get("ssl") is not None:
-        raise TypeError("config takes the place of ssl; both would be TLS within TLS")
+        raise TypeError("pass config or ssl, not both: together they would be TLS within TLS")
 
 
 async def create_server(
@@ -92,24 +92,24 @@ async def create_server(
     ssl_shutdown_timeout: float | None = None,
     **tcp: Any,
 ) -> asyncio.Server:
-    """Listen; each connection gets a protocol, whose ``connection_made`` follows the handshake.
+    """Listen. ``connection_made`` of a connection's protocol is called after its handshake.
 
-    A handshake that fails ends its own connection and becomes a line of the log ``hybridkex.aio``.
+    A handshake that fails ends only its own connection and is logged to ``hybridkex.aio``.
 
     Args:
-        protocol_factory: makes the protocol of a connection.
+        protocol_factory: returns the protocol of a connection.
         host: addresses to listen on, as for ``loop.create_server``.
-        port: TCP port; 0 picks one.
-        config: what the server offers and demands.
+        port: TCP port; with 0 the system picks one.
+        config: the configuration of the server.
         ssl_handshake_timeout: seconds for a handshake; 10 by default.
         ssl_shutdown_timeout: seconds from ``close`` until the peer's close_notify; 30 by default.
         tcp: other arguments of ``loop.create_server``, such as ``sock`` or ``reuse_port``.
 
     Raises:
-        OSError: cannot listen there.
+        OSError: the server cannot listen there.
         ConfigError: ``config`` is not a ``ServerConfig``.
         ValueError: a time limit is not positive.
-        TypeError: ``ssl`` among the arguments.
+        TypeError: ``ssl`` is among the arguments.
     """
     check_config(config, ServerConfig)
     assert isinstance(config, ServerConfig)
@@ -131,7 +131,7 @@ async def create_server(
         try:
             await server.start_serving()
         except BaseException:
-            server.close()  # asyncio's own create_server, if cancelled here, leaves it listening
+            server.close()  # asyncio's create_server, cancelled here, leaves the sockets open
             raise
     return server
 
@@ -145,26 +145,27 @@ async def start_tls(
     ssl_handshake_timeout: float | None = None,
     ssl_shutdown_timeout: float | None = None,
 ) -> SecureTransport:
-    """Secure a connection that is open already, as ``loop.start_tls`` does.
+    """Secure an open connection, as ``loop.start_tls`` does.
 
-    The caller must have processed everything that came before; bytes that its protocol still
-    holds were not protected and must not be taken for the peer's. ``connection_made`` is not
-    called again.
+    The old protocol must not hold unprocessed bytes: they came without protection, and anybody on
+    the path may have sent them. ``connection_made`` is not called again.
 
     Args:
-        transport: the plain transport; do not use it any more.
-        protocol: what is to get the decrypted data.
-        config: a client's or a server's.
+        transport: the plain transport; do not use it afterwards.
+        protocol: the protocol for the decrypted data.
+        config: the configuration of a client or of a server.
         server_hostname: the name or address that the server's certificate must have (client).
         ssl_handshake_timeout: seconds for the handshake; 10 by default.
         ssl_shutdown_timeout: seconds from ``close`` until the peer's close_notify; 30 by default.
 
     Raises:
-        SecureConnectionError: the transport is closed, or the handshake failed; ``__cause__`` says
-            why.
+        SecureConnectionError: the transport is closed, or the handshake failed; ``__cause__`` is
+            the reason.
+        ConfigError: ``config`` is not a configuration, or a server is given a ``server_hostname``.
+        ValueError: a time limit is not positive.
     """
     if transport.is_closing():
-        raise connection_error(LocalStateError("the transport is closed, or is being closed"))
+        raise connection_error(LocalStateError("the transport is closed or is being closed"))
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
     secure = SecureTransport(
@@ -176,7 +177,7 @@ async def start_tls(
         call_connection_made=False,
         ready=ready,
     )
-    # No byte may reach the old protocol, nor the new one before it has its transport.
+    # No byte may reach the old protocol, or the new one before it has its transport.
     transport.pause_reading()
     transport.set_protocol(secure.receiver)
     transport.resume_reading()

@@ -1,4 +1,4 @@
-"""Streams, beside ``asyncio.open_connection`` and ``asyncio.start_server``."""
+"""Streams, in the manner of ``asyncio.open_connection`` and ``asyncio.start_server``."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -11,17 +11,18 @@ from hybridkex.tls.config import ClientConfig, ServerConfig
 __all__ = ["open_connection", "start_server", "upgrade"]
 
 DEFAULT_LIMIT: Final = 1 << 16
-"""Bytes that a StreamReader buffers before it pauses, in halves; asyncio's own figure."""
+"""Half of the bytes that a StreamReader holds before it pauses reading; asyncio's default."""
 
 
 class _StreamProtocol(asyncio.StreamReaderProtocol):
-    """asyncio's closes a secure connection at the peer's end of data; TLS 1.3 has half-close."""
+    """Keeps the connection open after the peer's close_notify, unlike asyncio's own: TLS 1.3 has
+    half-close."""
 
     _plain: "tuple[asyncio.StreamWriter, asyncio.BaseProtocol] | None" = None
 
     def takes_over(self, writer: asyncio.StreamWriter, protocol: asyncio.BaseProtocol) -> None:
-        """Keep the writer of an upgraded connection, which would close the transport below if
-        nobody referred to it, and tell its protocol of the end, for whom somebody may wait."""
+        """Keep the writer of an upgraded connection, because its ``__del__`` would close the
+        transport below, and pass the end of the connection on to its protocol."""
         self._plain = writer, protocol
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -46,19 +47,19 @@ async def open_connection(
     limit: int = DEFAULT_LIMIT,
     **options: Any,
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect, and return reader and writer when the handshake is complete.
+    """Connect, complete the handshake, and return reader and writer.
 
     Args:
         host: host name or address; ``None`` with ``sock=...``.
         port: TCP port; ``None`` with ``sock=...``.
-        config: what the client wants.
+        config: the configuration of the client.
         limit: see ``asyncio.open_connection``.
         options: the options of :func:`~hybridkex.aio.create_connection`, such as
             ``server_hostname``.
 
     Raises:
-        OSError: there is no connection.
-        SecureConnectionError: the handshake failed; ``__cause__`` says why.
+        OSError: the connection failed.
+        SecureConnectionError: the handshake failed; ``__cause__`` is the reason.
         ConfigError: ``config`` is not a ``ClientConfig``.
     """
     loop = asyncio.get_running_loop()
@@ -82,13 +83,13 @@ async def start_server(
     limit: int = DEFAULT_LIMIT,
     **options: Any,
 ) -> asyncio.Server:
-    """Listen; ``client_connected_cb(reader, writer)`` is called after each handshake.
+    """Listen, and call ``client_connected_cb(reader, writer)`` after each handshake.
 
     Args:
         client_connected_cb: a function or a coroutine function, as for ``asyncio.start_server``.
         host: addresses to listen on, as for ``loop.create_server``.
-        port: TCP port; 0 picks one.
-        config: what the server offers and demands.
+        port: TCP port; with 0 the system picks one.
+        config: the configuration of the server.
         limit: see ``asyncio.start_server``.
         options: the options of :func:`~hybridkex.aio.create_server`, such as
             ``ssl_handshake_timeout``.
@@ -114,22 +115,22 @@ async def upgrade(
     limit: int = DEFAULT_LIMIT,
     **options: Any,
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Secure streams that are open already (STARTTLS and its like).
+    """Secure open streams, as after STARTTLS.
 
     Args:
-        reader: the plain reader; do not use it any more.
-        writer: the plain writer, likewise.
-        config: a client's or a server's.
+        reader: the plain reader; do not use it afterwards.
+        writer: the plain writer; do not use it afterwards.
+        config: the configuration of a client or of a server.
         limit: see ``asyncio.open_connection``.
         options: the options of :func:`~hybridkex.aio.start_tls`, such as ``server_hostname``.
 
     Returns:
-        New reader and writer.
+        The new reader and writer.
 
     Raises:
-        LocalStateError: plain bytes came ahead of the handshake and lie in ``reader``. They may be
-            an attacker's (CVE-2011-0411, CVE-2021-23222), so the connection is aborted.
-        SecureConnectionError: the handshake failed; ``__cause__`` says why.
+        LocalStateError: ``reader`` holds bytes that came before the handshake. An attacker may have
+            sent them (CVE-2011-0411, CVE-2021-23222), so the connection is aborted.
+        SecureConnectionError: the handshake failed; ``__cause__`` is the reason.
     """
     loop = asyncio.get_running_loop()
     await writer.drain()
@@ -137,14 +138,16 @@ async def upgrade(
     plain.pause_reading()
     if await _holds_data(reader):
         plain.abort()
-        raise LocalStateError("plain data came from the peer ahead of the TLS handshake")
+        raise LocalStateError(
+            "data came ahead of the TLS handshake, perhaps from an attacker: connection aborted"
+        )
     secure_reader = asyncio.StreamReader(limit=limit, loop=loop)
     protocol = _StreamProtocol(secure_reader, loop=loop)
     plain_protocol = plain.get_protocol()
     try:
         transport = await start_tls(plain, protocol, config, **options)
     except BaseException as error:
-        # Or whoever waits for the plain writer's end would wait for ever.
+        # Else wait_closed() of the plain writer would never return.
         plain_protocol.connection_lost(error if isinstance(error, Exception) else None)
         raise
     protocol.takes_over(writer, plain_protocol)
@@ -153,7 +156,7 @@ async def upgrade(
 
 
 async def _holds_data(reader: asyncio.StreamReader) -> bool:
-    """Whether bytes lie in a reader. A read that would have to wait is cancelled."""
+    """Whether a reader holds bytes. A read that would have to wait is cancelled."""
     reading = asyncio.ensure_future(reader.read(1))
     await asyncio.sleep(0)
     if reading.done():

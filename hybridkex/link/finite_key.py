@@ -215,6 +215,9 @@ class Tight:
     errors has the square of its share (a purified distance). ``docs/qkd-link.md`` adds this up.
     """
 
+    smooth: bool = False
+    """For a search: an estimate of the phase error without its steps in place of the bound."""
+
     terms: ClassVar[int] = 15
     name: ClassVar[str] = "tight"
 
@@ -249,6 +252,11 @@ class Tight:
         key, test = math.floor(single), math.floor(single_test)
         if key < 1 or test < 1:
             return 0.5
+        if self.smooth:
+            rate = max(0.0, wrong) / single_test
+            most = mean_upper(max(0.0, wrong), single_test, self._share(security) ** 2)
+            gap = (most / single_test - rate) * math.sqrt((single + single_test) / single)
+            return min(0.5, rate + gap)
         most = unseen_errors(key, test, math.floor(wrong), self._share(security) ** 2)
         return min(0.5, most / key)
 
@@ -316,26 +324,28 @@ def _assemble(
 
 
 @dataclass(frozen=True)
-class TwoDecoys:
-    """Lim et al. 2014: three intensities, the dimmest as close to vacuum as the laser can."""
+class _DecoyProof:
+    """What the two decoy proofs share: which counts are bounded, and what follows from them."""
 
     statistics: Statistics = Tight()
 
-    uses_key_errors: ClassVar[bool] = False
+    intensities: ClassVar[int]
+    signal: ClassVar[int]
+    """Number of the brighter of the two intensities that bound the errors of single photons; the
+    next one is the dimmer."""
 
     def secret_length(
         self, source: Source, counts: Counts, *, security: Security, leak: float
     ) -> SecretLength:
-        """Equations 1 to 5. Raises ``ConfigError`` unless there are three intensities."""
-        if not isinstance(source, Transmitter) or len(source.intensities) != 3:
-            raise ConfigError("the two-decoy proof needs three intensities")
-        transmitter = source
-        tau_1 = _photon_number_probability(transmitter, 1)
-        mu_2, mu_3 = transmitter.intensities[1:]
-        vacuum, single = self._photons(transmitter, counts.key, security)
-        _, single_test = self._photons(transmitter, counts.test, security)
-        wrong = self.statistics.expectations(transmitter, counts.test_errors, security)
-        single_test_errors = tau_1 * (wrong.upper[1] - wrong.lower[2]) / (mu_2 - mu_3)
+        """The bound. Raises ``ConfigError`` for a source with another number of intensities."""
+        if not isinstance(source, Transmitter) or len(source.intensities) != self.intensities:
+            raise ConfigError(f"this proof needs a laser with {self.intensities} intensities")
+        vacuum, single = self._photons(source, counts.key, counts.key_errors, security)
+        _, single_test = self._photons(source, counts.test, counts.test_errors, security)
+        wrong = self.statistics.expectations(source, counts.test_errors, security)
+        brighter, dimmer = self.signal, self.signal + 1
+        difference = source.intensities[brighter] - source.intensities[dimmer]
+        tau_1 = _photon_number_probability(source, 1)
         return _assemble(
             self.statistics,
             security=security,
@@ -344,13 +354,36 @@ class TwoDecoys:
             vacuum=vacuum,
             single=single,
             single_test=single_test,
-            single_test_errors=single_test_errors,
+            single_test_errors=tau_1 * (wrong.upper[brighter] - wrong.lower[dimmer]) / difference,
         )
 
     def _photons(
-        self, transmitter: Transmitter, counts: Sequence[float], security: Security
+        self,
+        transmitter: Transmitter,
+        counts: Sequence[float],
+        errors: Sequence[float],
+        security: Security,
     ) -> tuple[float, float]:
-        """s_0 (eq. 2) and s_1 (eq. 3) of one basis."""
+        """Lower bounds on the vacuum and single-photon detections of one basis."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TwoDecoys(_DecoyProof):
+    """Lim et al. 2014, equations 1 to 5: three intensities, the dimmest close to vacuum."""
+
+    uses_key_errors: ClassVar[bool] = False
+    intensities: ClassVar[int] = 3
+    signal: ClassVar[int] = 1
+
+    def _photons(
+        self,
+        transmitter: Transmitter,
+        counts: Sequence[float],
+        errors: Sequence[float],
+        security: Security,
+    ) -> tuple[float, float]:
+        """s_0 (eq. 2) and s_1 (eq. 3)."""
         mu_1, mu_2, mu_3 = transmitter.intensities
         tau_0 = _photon_number_probability(transmitter, 0)
         tau_1 = _photon_number_probability(transmitter, 1)
@@ -363,36 +396,12 @@ class TwoDecoys:
 
 
 @dataclass(frozen=True)
-class OneDecoy:
-    """Rusca et al. 2018: two intensities; the vacuum is bounded through the errors."""
-
-    statistics: Statistics = Tight()
+class OneDecoy(_DecoyProof):
+    """Rusca et al. 2018, equations 1 to 6: two intensities; the errors bound the vacuum."""
 
     uses_key_errors: ClassVar[bool] = True
-
-    def secret_length(
-        self, source: Source, counts: Counts, *, security: Security, leak: float
-    ) -> SecretLength:
-        """Equations 1 to 6. Raises ``ConfigError`` unless there are two intensities."""
-        if not isinstance(source, Transmitter) or len(source.intensities) != 2:
-            raise ConfigError("the one-decoy proof needs two intensities")
-        transmitter = source
-        mu_1, mu_2 = transmitter.intensities
-        tau_1 = _photon_number_probability(transmitter, 1)
-        vacuum, single = self._photons(transmitter, counts.key, counts.key_errors, security)
-        _, single_test = self._photons(transmitter, counts.test, counts.test_errors, security)
-        wrong = self.statistics.expectations(transmitter, counts.test_errors, security)
-        single_test_errors = tau_1 * (wrong.upper[0] - wrong.lower[1]) / (mu_1 - mu_2)
-        return _assemble(
-            self.statistics,
-            security=security,
-            detections=sum(counts.key),
-            leak=leak,
-            vacuum=vacuum,
-            single=single,
-            single_test=single_test,
-            single_test_errors=single_test_errors,
-        )
+    intensities: ClassVar[int] = 2
+    signal: ClassVar[int] = 0
 
     def _photons(
         self,
@@ -401,7 +410,7 @@ class OneDecoy:
         errors: Sequence[float],
         security: Security,
     ) -> tuple[float, float]:
-        """s_0 (eq. 2) and s_1 (eq. 3) of one basis, the upper bound on s_0 by eq. 5."""
+        """s_0 (eq. 2) and s_1 (eq. 3), the upper bound on s_0 by eq. 5."""
         mu_1, mu_2 = transmitter.intensities
         tau_0 = _photon_number_probability(transmitter, 0)
         tau_1 = _photon_number_probability(transmitter, 1)
@@ -456,16 +465,19 @@ class EntangledPairs:
         )
 
 
-def proof_for(source: Source, finite_key: str = "tight") -> FiniteKeyProof:
-    """The proof for this kind of source. Raises ``ConfigError`` for an unknown kind of proof."""
+def proof_for(source: Source, finite_key: str = "tight", *, smooth: bool = False) -> FiniteKeyProof:
+    """The proof for this kind of source; ``smooth``: see :class:`Tight`.
+
+    Raises ``ConfigError`` for an unknown kind of proof.
+    """
     if finite_key not in FINITE_KEY:
         raise ConfigError(f"finite_key must be one of {', '.join(FINITE_KEY)}")
-    published = finite_key == "published"
+    published, tight = finite_key == "published", Tight(smooth)
     if isinstance(source, PairSource):
-        return EntangledPairs(None) if published else EntangledPairs()
+        return EntangledPairs(None if published else tight)
     if len(source.probabilities) == 3:
-        return TwoDecoys(Published(21)) if published else TwoDecoys()
-    return OneDecoy(Published(19)) if published else OneDecoy()
+        return TwoDecoys(Published(21) if published else tight)
+    return OneDecoy(Published(19) if published else tight)
 
 
 def expected_counts(

@@ -25,7 +25,7 @@ from hybridkex.link.finite_key import (
 from hybridkex.link.physics import Channel, PairSource, Source, Transmitter
 from hybridkex.link.presets import Preset
 
-__all__ = ["Optimum", "expected_length", "optimise", "tuned"]
+__all__ = ["Optimum", "expected_length", "optimise", "rates", "tuned"]
 
 NEAR_VACUUM: Final = 2e-4
 """The dimmest intensity that a modulator reaches (Lim et al. 2014, section IV)."""
@@ -35,6 +35,11 @@ RELATIVE_SECRECY: Final = 1e-15
 
 DETECTIONS_PER_BIT: Final = 25.0
 """Detections that one bit of the key basis may take: rarer key bases are not tried."""
+
+RESTARTS: Final = 5
+"""Times that the search is begun again where it ended, while that brings a better rate."""
+ANCHOR_KM: Final = 40.0
+CURVE_KM: Final = 2.0
 
 STARTS: Final = {
     3: ((0.5, 0.2, 0.5, 0.6, 0.8), (0.5, 0.12, 0.3, 0.6, 0.95), (0.7, 0.3, 0.1, 0.5, 0.5)),
@@ -121,6 +126,15 @@ def _start(near: Source) -> tuple[float, ...]:
     return (*near.intensities[:2], p[0], *middle, near.key_basis_probability)
 
 
+def _free(settings: tuple[float, ...], pairs: bool) -> NDArray[np.float64]:
+    """Settings in the form of :data:`STARTS` as numbers of any size."""
+    free = np.array(settings)
+    if not pairs:
+        free[1] /= free[0]  # the second intensity is a share of the first
+    numbers: NDArray[np.float64] = np.log(free / (1.0 - free))
+    return numbers
+
+
 def optimise(
     channel: Channel,
     *,
@@ -131,24 +145,25 @@ def optimise(
     near: Source | None = None,
     finite_key: str = FINITE_KEY[0],
     pairs: PairSource | None = None,
+    tolerance: float = 1e-7,
 ) -> Optimum | None:
     """The settings with the highest rate, or ``None`` where no key can be made.
 
     ``intensities``: 3 for two decoys, 2 for one. ``pairs``: a source of pairs in place of a laser.
     ``near``: settings to start from, such as the best of a link that is a little
     shorter; without them the search has several starts.
-    ``finite_key``: one of :data:`~hybridkex.link.finite_key.FINITE_KEY`. See
-    :func:`expected_length` for the others.
+    ``finite_key``: one of :data:`~hybridkex.link.finite_key.FINITE_KEY`. ``tolerance``: of the
+    rate, relative. See :func:`expected_length` for the others.
     """
 
-    def expected(transmitter: Source) -> tuple[SecretLength, float]:
+    def expected(transmitter: Source, *, smooth: bool) -> tuple[SecretLength, float]:
         return expected_length(
             channel,
             transmitter,
             key_detections=key_detections,
             f=f,
             security=security,
-            proof=proof_for(transmitter, finite_key),
+            proof=proof_for(transmitter, finite_key, smooth=smooth),
         )
 
     def loss(settings: NDArray[np.float64]) -> float:
@@ -158,29 +173,28 @@ def optimise(
             return math.inf
         if transmitter.key_basis_probability**-2 > DETECTIONS_PER_BIT:
             return math.inf
-        length, pulses = expected(transmitter)
+        length, pulses = expected(transmitter, smooth=True)
         # Where there is no key, less of a debt is better, so that the search finds its way out.
         return -math.log(length.real / pulses) if length.real > 0 else 100.0 - length.real / pulses
 
-    found = []
+    def search(start: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        options = {"maxiter": 1500, "xatol": 0.3 * math.sqrt(tolerance), "fatol": tolerance}
+        found = minimize(loss, start, method="Nelder-Mead", options=options)
+        return float(found.fun), found.x
+
     starts = STARTS[0 if pairs else intensities] if near is None else (_start(near),)
     if pairs is None and channel.gain(0.5) * channel.dead_pulses > 0.5:
         starts += DEAD_STARTS[intensities]
-    for start in starts:
-        free = np.array(start)
-        if pairs is None:
-            free[1] /= free[0]  # the second intensity is a share of the first
-        found.append(
-            minimize(
-                loss,
-                np.log(free / (1.0 - free)),
-                method="Nelder-Mead",
-                options={"maxiter": 1500, "xatol": 1e-4, "fatol": 1e-7},
-            )
-        )
-    best = min(found, key=lambda result: float(result.fun))
-    transmitter = _source(best.x, pairs)
-    length, pulses = expected(transmitter)
+    least, best = min(
+        (search(_free(start, pairs is not None)) for start in starts), key=lambda one: one[0]
+    )
+    for _ in range(RESTARTS):  # a simplex may shrink before it has arrived
+        again, there = search(best)
+        better, least, best = least - again, min(least, again), there
+        if better < 100.0 * tolerance:
+            break
+    transmitter = _source(best, pairs)
+    length, pulses = expected(transmitter, smooth=False)
     if length.real <= 0.0:
         return None
     return Optimum(transmitter=transmitter, length=length, pulses=pulses, rate=length.real / pulses)
@@ -207,6 +221,64 @@ def tuned(preset: Preset, block_bits: int, *, finite_key: str = FINITE_KEY[0]) -
             f"{block_bits} bits; shorten the fibre or make the blocks larger"
         )
     return replace(preset, transmitter=_rounded(best.transmitter))
+
+
+def rates(
+    preset: Preset, block_bits: float, *, finite_key: str = FINITE_KEY[0]
+) -> list[tuple[float, float]]:
+    """Distances in km and secret bits per pulse with good settings at each, until the key ends.
+
+    The best settings are searched for every :data:`ANCHOR_KM` and near the end, and interpolated
+    between them. The rate is the bound for these settings at each distance.
+    """
+    source = preset.transmitter
+    pairs = source if isinstance(source, PairSource) else None
+
+    def rate(distance: float, settings: NDArray[np.float64]) -> float:
+        chosen = _source(settings, pairs)
+        length, pulses = expected_length(
+            preset.channel.at(distance),
+            chosen,
+            key_detections=block_bits,
+            f=preset.efficiency,
+            security=preset.security,
+            proof=proof_for(chosen, finite_key),
+        )
+        return length.real / pulses
+
+    anchors: list[tuple[float, NDArray[np.float64]]] = []
+    near: Source | None = None
+    distance, step = 0.0, ANCHOR_KM
+    while step >= ANCHOR_KM / 8.0:
+        best = optimise(
+            preset.channel.at(distance),
+            key_detections=block_bits,
+            f=preset.efficiency,
+            intensities=len(source.probabilities),
+            security=preset.security,
+            near=near,
+            finite_key=finite_key,
+            pairs=pairs,
+            tolerance=1e-4,
+        )
+        if best is not None:
+            near = best.transmitter
+            anchors.append((distance, _free(_start(near), pairs is not None)))
+        elif not anchors:
+            return []
+        else:  # back to the last distance with a key, and on in smaller steps
+            step /= 2.0
+        distance = anchors[-1][0] + step
+    places = np.array([place for place, _ in anchors])
+    columns = np.array([settings for _, settings in anchors]).T
+    found: list[tuple[float, float]] = []
+    distance = 0.0
+    while (
+        one := rate(distance, np.array([np.interp(distance, places, c) for c in columns]))
+    ) > 0.0:
+        found.append((distance, one))
+        distance += CURVE_KM
+    return found
 
 
 def _rounded(source: Source) -> Transmitter | PairSource:

@@ -245,6 +245,24 @@ class _Party:
         raise NotImplementedError
 
     async def _block(self) -> Block:
+        sifted = await self._sift()
+        corrected = await self._correct(sifted)
+        outcome = self._bound(sifted, corrected)
+        finish, agree = await self._verify(sifted.key)
+        if not agree:
+            raise BlockAborted("verification: the keys differ")
+        return await self._amplify(sifted, corrected, outcome, finish)
+
+    async def _sift(self) -> _Sifted:
+        """Steps 2 to 4: exchange bases, keep what agrees, check the counts."""
+        raise NotImplementedError
+
+    async def _correct(self, sifted: _Sifted) -> _Corrected:
+        """Steps 5 and 6: error correction."""
+        raise NotImplementedError
+
+    async def _verify(self, key: Bits) -> tuple[Finish, bool]:
+        """Steps 8 and 9: Alice's last message, and whether the hashes of the keys agree."""
         raise NotImplementedError
 
     def _hello(self) -> Hello:
@@ -425,45 +443,26 @@ class Alice(_Party):
         await self._channel.send(ours)
         self._begin_session(ours, Hello.decode(await self._channel.receive(Type.HELLO)))
 
-    async def _block(self) -> Block:
-        try:
-            sifted = await self._sift()
-        finally:
-            self._record.forget()
-        corrected = await self._respond(sifted)
-        outcome = self._bound(sifted, corrected)
+    async def _verify(self, key: Bits) -> tuple[Finish, bool]:
         draw = self._randomness
         hash_seed = draw.bytes(Finish.HASH_SEED)
         finish = Finish(
             hash_seed=hash_seed,
-            hash=verification_hash(sifted.key, hash_seed, self._settings.verification_bits),
+            hash=verification_hash(key, hash_seed, self._settings.verification_bits),
             name=draw.bytes(Finish.NAME),
-            seed=draw.bits(seed_length(len(sifted.key))),
+            seed=draw.bits(seed_length(len(key))),
         )
         await self._channel.send(finish)
         await self._channel.send_tag()
         verdict = Verdict.decode(await self._channel.receive(Type.VERDICT))
         await self._verify_tag()
-        if not verdict.agree:
-            raise BlockAborted("verification: the keys differ")
-        return await self._amplify(sifted, corrected, outcome, finish)
+        return finish, verdict.agree
 
     async def _sift(self) -> _Sifted:
-        reports: list[Report] = []
-        missing = self._settings.detections
-        last = self._last_pulse
-        while missing:
-            report = Report.decode(await self._channel.receive(Type.REPORT))
-            missing -= len(report.pulse)
-            if missing < 0 or int(report.pulse[0]) <= last:
-                raise LinkError("the reports of a block do not fit together")
-            last = int(report.pulse[-1])
-            reports.append(report)
-        await self._verify_tag()
-        pulses, self._last_pulse = last - self._last_pulse, last
-        sent = [self._record.recall(report.pulse) for report in reports]
-        for one in sent:
-            self._erase_later(one.bit)
+        try:
+            reports, sent, pulses = await self._recall()
+        finally:
+            self._record.forget()
         keeps = self._choose(sent, reports)
         mine: list[Sent] = []
         theirs: list[Bits] = []
@@ -486,6 +485,25 @@ class Alice(_Party):
         tests = bit[basis.astype(bool)], np.concatenate(theirs)
         return self._estimate(bit, basis, intensity, tests, pulses)
 
+    async def _recall(self) -> tuple[list[Report], list[Sent], int]:
+        """Bob's reports, what was sent in those pulses, and how many pulses the block took."""
+        reports: list[Report] = []
+        missing = self._settings.detections
+        last = self._last_pulse
+        while missing:
+            report = Report.decode(await self._channel.receive(Type.REPORT))
+            missing -= len(report.pulse)
+            if missing < 0 or int(report.pulse[0]) <= last:
+                raise LinkError("the reports of a block do not fit together")
+            last = int(report.pulse[-1])
+            reports.append(report)
+        await self._verify_tag()
+        pulses, self._last_pulse = last - self._last_pulse, last
+        sent = [self._record.recall(report.pulse) for report in reports]
+        for one in sent:
+            self._erase_later(one.bit)
+        return reports, sent, pulses
+
     def _choose(self, sent: list[Sent], reports: list[Report]) -> list[NDArray[np.bool_]]:
         """Which detections are kept: equal bases; of the key basis a random sample."""
         keeps = [one.basis == report.basis for one, report in zip(sent, reports, strict=True)]
@@ -502,8 +520,8 @@ class Alice(_Party):
                 start += len(kept)
         return keeps
 
-    async def _respond(self, sifted: _Sifted) -> _Corrected:
-        """Error correction: answer Bob's requests."""
+    async def _correct(self, sifted: _Sifted) -> _Corrected:
+        """Answer Bob's requests."""
         responder = await in_thread(
             self._settings.reconciler.respond, sifted.key, sifted.counts.test_error_rate
         )
@@ -554,23 +572,18 @@ class Bob(_Party):
         await self._channel.send(ours)
         self._begin_session(ours, theirs)
 
-    async def _block(self) -> Block:
-        sifted = await self._sift()
-        corrected = await self._correct(sifted)
-        outcome = self._bound(sifted, corrected)
+    async def _verify(self, key: Bits) -> tuple[Finish, bool]:
         finish = Finish.decode(
             await self._channel.receive(Type.FINISH),
             hash_bits=self._settings.verification_bits,
-            seed_bits=seed_length(len(sifted.key)),
+            seed_bits=seed_length(len(key)),
         )
         await self._verify_tag()
-        ours = verification_hash(sifted.key, finish.hash_seed, self._settings.verification_bits)
+        ours = verification_hash(key, finish.hash_seed, self._settings.verification_bits)
         agree = bool((ours == finish.hash).all())
         await self._channel.send(Verdict(agree=agree))
         await self._channel.send_tag()
-        if not agree:
-            raise BlockAborted("verification: the keys differ")
-        return await self._amplify(sifted, corrected, outcome, finish)
+        return finish, agree
 
     async def _sift(self) -> _Sifted:
         seen = await self._detector.detect(self._settings.detections)
@@ -609,11 +622,10 @@ class Bob(_Party):
         return self._estimate(bit, basis, intensity, tests, pulses)
 
     async def _correct(self, sifted: _Sifted) -> _Corrected:
-        """Error correction: send requests until the key agrees with Alice's."""
+        """Send requests until the key agrees with Alice's."""
         before = self._erase_later(sifted.key.copy())
         search = self._settings.reconciler.correct(sifted.key, sifted.counts.test_error_rate)
         rounds = 0
-
         correction: Correction | None = None
 
         def step(answer: bytes | None) -> bytes | None:

@@ -13,9 +13,9 @@ from hybridkex.errors import ConfigError
 from hybridkex.files import PUBLIC, write_file
 from hybridkex.link import asymptotic
 from hybridkex.link.entropy import binary_entropy
-from hybridkex.link.finite_key import FINITE_KEY, expected_counts, proof_for
-from hybridkex.link.optimise import optimise
-from hybridkex.link.physics import Channel, PairSource
+from hybridkex.link.finite_key import expected_counts, proof_for
+from hybridkex.link.optimise import rates
+from hybridkex.link.physics import Channel
 from hybridkex.link.presets import Preset, preset
 from hybridkex.link.quantum import sample
 from hybridkex.link.randomness import Randomness
@@ -46,7 +46,6 @@ UNITS: Final = {
 }
 LOGARITHMIC: Final = ("rate", "bit_per_s", "secret_bits", "block_bits", "seconds", "leak_bits")
 STYLES: Final = ("-", "--", ":", "-.")
-STEP_KM: Final = 5.0
 
 
 def _figure() -> tuple[Figure, Any]:
@@ -107,8 +106,7 @@ def plot_scan(
             for name, value in zip(by, values, strict=True)
         )
         axes.plot(
-            [one for one, _ in points],
-            [one for _, one in points],
+            *_columns(points),
             STYLES[number // 10 % len(STYLES)],
             marker="." if len(points) < 3 else None,
             label=label or None,
@@ -146,44 +144,8 @@ def draw(
     return _finish(figure, axes)
 
 
-def _curve(
-    chosen: Preset, block: float, *, finite_key: str = FINITE_KEY[0], per_second: bool = False
-) -> tuple[list[float], list[float]]:
-    """Distances and rates where there is a key, best settings at each, to the very end."""
-    scale = chosen.channel.repetition_rate_hz if per_second else 1.0
-    distances: list[float] = []
-    rates: list[float] = []
-    near = None
-    source = chosen.transmitter
-    pairs = source if isinstance(source, PairSource) else None
-
-    def best(distance: float) -> Any:
-        return optimise(
-            chosen.channel.at(distance),
-            key_detections=block,
-            f=chosen.efficiency,
-            intensities=len(source.probabilities),
-            security=chosen.security,
-            near=near,
-            finite_key=finite_key,
-            pairs=pairs,
-        )
-
-    distance, step = 0.0, STEP_KM
-    while step >= STEP_KM / 8:
-        found = best(distance)
-        if found is None:
-            # Back to the last distance with a key, and on in smaller steps.
-            step /= 2.0
-            distance = distances[-1] + step if distances else distance
-            if not distances:
-                break
-            continue
-        near = found.transmitter
-        distances.append(distance)
-        rates.append(found.rate * scale)
-        distance += step
-    return distances, rates
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [one for one, _ in points], [one for _, one in points]
 
 
 def _rates(
@@ -193,7 +155,10 @@ def _rates(
     block = blocks[0] if blocks else 1e7
     names = presets or ("lim2014", "rusca2018", "boaron2018")
     for name, style in zip(names, STYLES * len(names), strict=False):
-        axes.plot(*_curve(preset(name), block, per_second=True), style, label=name)
+        chosen = preset(name)
+        clock = chosen.channel.repetition_rate_hz
+        points = [(distance, rate * clock) for distance, rate in rates(chosen, block)]
+        axes.plot(*_columns(points), style, label=name)
     if presets is None:
         gys = preset("gys2005").channel
         distances = np.arange(0.0, 143.0, 0.5)
@@ -295,10 +260,12 @@ def _finite(
 ) -> None:
     """Rates for several block sizes; a style of line for each preset."""
     names = presets or ("lim2014", "rusca2018")
-    for number, block in enumerate(blocks or (1e4, 1e5, 1e6, 1e7, 1e9)):
+    for number, block in enumerate(blocks or (1e4, 1e6, 1e9)):
         for name, style in zip(names, STYLES * len(names), strict=False):
             axes.plot(
-                *_curve(preset(name), block), f"C{number}{style}", label=f"{name}, {block:.0e} bit"
+                *_columns(rates(preset(name), block)),
+                f"C{number}{style}",
+                label=f"{name}, {block:.0e} bit",
             )
     axes.set_yscale("log")
     axes.set_ylim(1e-8, 1e-1)

@@ -38,7 +38,8 @@ def mean_upper(seen: float, total: float, failure: float) -> float:
     x, goal = min(seen / total, 1.0), math.log(1.0 / failure) / total
     if x <= 0.0:
         return -total * math.expm1(-goal) * (1.0 + SAFETY)
-    p = x + math.sqrt(goal / 2.0)  # not below the root, as D >= 2 (p - x)^2
+    # Not below the root, as D >= 2 (p - x)^2, and D >= (p - x)^2 / 2p.
+    p = x + min(math.sqrt(goal / 2.0), goal + math.sqrt(goal * (goal + 2.0 * x)))
     if x > 0.5 or p >= 1.0:  # D(x || p) = D(1 - x || 1 - p)
         return total - mean_lower(total - min(seen, total), total, failure)
     for _ in range(STEPS):  # D is convex: Newton's method comes down to the root, never below it
@@ -56,9 +57,9 @@ def mean_lower(seen: float, total: float, failure: float) -> float:
     x, goal = min(seen / total, 1.0), math.log(1.0 / failure) / total
     if x >= 1.0:
         return total * math.exp(-goal) * (1.0 - SAFETY)
-    p = x - math.sqrt(goal / 2.0)
+    p = x - min(math.sqrt(goal / 2.0), math.sqrt(2.0 * x * goal))  # D >= (p - x)^2 / 2x
     t = math.log(p) if p > 0.0 else -math.inf
-    t = max(t, math.log(x) - 1.0 - goal / x)  # both are at or below the root
+    t = max(t, math.log(x) - 1.0 - goal / x)  # all are at or below the root
     if t < -700.0:
         return 0.0
     for _ in range(STEPS):  # D is convex in t = ln p, and falls: Newton's method comes up to it
@@ -73,18 +74,13 @@ def mean_lower(seen: float, total: float, failure: float) -> float:
 def trials_upper(heads: float, failure: float) -> float:
     """The greatest number of fair coins of which at most ``heads`` would show heads."""
     goal = math.log(1.0 / failure)
-    low = 2.0 * heads
-    high = low + 2.0 * goal + 2.0 * math.sqrt(goal * (goal + 2.0 * heads)) + 1.0
-
-    def excess(trials: float) -> float:
-        return trials * _divergence(heads / trials, 0.5) - goal
-
-    while high - low > SAFETY * high:  # a bisection: the divergence grows with the trials
-        middle = (low + high) / 2.0
-        if middle in (low, high):
+    n = 2.0 * heads + 2.0 * goal + 2.0 * math.sqrt(goal * (goal + 2.0 * heads)) + 1.0
+    for _ in range(STEPS):  # n D grows with n and is convex: Newton's method comes down to the root
+        step = (n * _divergence(heads / n, 0.5) - goal) / math.log(2.0 * (1.0 - heads / n))
+        n -= step
+        if step <= SAFETY * n:
             break
-        low, high = (low, middle) if excess(middle) > 0.0 else (middle, high)
-    return high
+    return n * (1.0 + SAFETY)
 
 
 # -- sampling without replacement

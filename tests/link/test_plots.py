@@ -1,14 +1,14 @@
 """Pictures. The curves are those of the closed forms, which have tests of their own."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from hybridkex.cli import main
 from hybridkex.errors import ConfigError
 from hybridkex.link import plots
-from hybridkex.link.physics import Channel
+from hybridkex.link.optimise import optimise
+from hybridkex.link.presets import preset
 
 
 def test_qber_with_sampled_points(tmp_path: Path) -> None:
@@ -20,26 +20,37 @@ def test_qber_with_sampled_points(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["rate-vs-distance", "finite-key"])
-def test_rates(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the search for the best intensities, which takes seconds and has its own tests."""
-    asked = []
-
-    def found(channel: Channel, *, key_detections: float, **_: object) -> SimpleNamespace | None:
-        asked.append((channel.distance_km, key_detections))
-        return SimpleNamespace(transmitter=None, rate=1e-3) if channel.distance_km < 50 else None
-
-    monkeypatch.setattr(plots, "optimise", found)
+def test_rates_are_the_best_ones_until_the_key_ends(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
-    assert main(["qkd", "plot", "--kind", kind, "-o", str(path)]) == 0
+    chosen = ["--preset", "rusca2018", "--block-bits", "1e6"]
+    assert main(["qkd", "plot", "--kind", kind, *chosen, "-o", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
-    distances = sorted({distance for distance, _ in asked})
-    assert distances[:4] == [0, 5, 10, 15]
-    assert max(one for one in distances if one < 50) > 49
-    assert len({bits for _, bits in asked}) == (5 if kind == "finite-key" else 1)
+    _, axes = plots.draw(kind, presets=["rusca2018"], block_bits=[1e6])
+    curve = dict(zip(*axes.lines[0].get_data(), strict=True))
+    link = preset("rusca2018")
+    scale = link.channel.repetition_rate_hz if kind == "rate-vs-distance" else 1.0
+    for distance in (0.0, 50.0, 140.0):
+        best = optimise(
+            link.channel.at(distance),
+            key_detections=1e6,
+            f=link.efficiency,
+            intensities=2,
+            security=link.security,
+        )
+        assert best is not None
+        assert curve[distance] == pytest.approx(best.rate * scale, rel=0.02)
+    beyond = optimise(
+        link.channel.at(max(curve) + 10.0),
+        key_detections=1e6,
+        f=link.efficiency,
+        intensities=2,
+        security=link.security,
+    )
+    assert beyond is None
 
 
 def test_published_points_are_beside_the_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "optimise", lambda *_, **__: None)
+    monkeypatch.setattr(plots, "rates", lambda *_: [])
     _, axes = plots.draw("rate-vs-distance")
     shown = {text.get_text() for text in axes.texts}
     assert {"Boaron 2018", "Grünenfelder 2023", "Li 2023"} <= shown
@@ -67,7 +78,7 @@ def test_a_scan_is_drawn_and_a_curve_ends_where_its_rate_does() -> None:
 def test_legends_are_whole_and_letters_readable_at_400_pixels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plots, "optimise", lambda *_, **__: None)
+    monkeypatch.setattr(plots, "rates", lambda *_: [])
     for kind in plots.KINDS:
         figure, axes = plots.draw(kind, distance_km=20)
         figure.canvas.draw()

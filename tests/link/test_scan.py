@@ -158,7 +158,7 @@ def test_scan_and_plot_as_commands(tmp_path: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     for wrong, told in (
         (["qkd", "scan", "--vary", "distance_km", "-o", str(out)], "NAME=VALUES"),
-        (["qkd", "scan", "--vary", "distance_km=5:1:1", "-o", str(out)], "upwards"),
+        (["qkd", "scan", "--vary", "distance_km=5:1:1", "-o", str(out)], "ascend"),
         (["qkd", "scan", "--vary", "distance_km=0:9:x", "-o", str(out)], "with numbers"),
         (["qkd", "scan", "-o", str(tmp_path / "a.txt")], ".parquet"),
         (["qkd", "plot", "--scan", str(out), "--y", "beauty", "-o", str(picture)], "no column"),

@@ -114,7 +114,7 @@ class TunnelConfig:
                 yield replace(channel, tickets=None)
 
     @property
-    def door(self) -> tuple[Address, str]:
+    def endpoint(self) -> tuple[Address, str]:
         """What makes a listening socket the same one after a change of the configuration."""
         any_port = isinstance(self.local, TcpAddress) and self.local.port == 0
         return self.local, self.name if any_port else ""
@@ -125,13 +125,13 @@ def check_together(tunnels: Collection[TunnelConfig]) -> None:
     if not tunnels:
         raise ConfigError("no tunnel is configured")
     names: set[str] = set()
-    doors: dict[tuple[Address, str], str] = {}
+    endpoints: dict[tuple[Address, str], str] = {}
     for tunnel in tunnels:
         if tunnel.name in names:
             raise ConfigError(f"two tunnels have the name {tunnel.name}")
-        if tunnel.door in doors:
+        if tunnel.endpoint in endpoints:
             raise ConfigError(
-                f"{doors[tunnel.door]} and {tunnel.name} both listen on {tunnel.local}"
+                f"{endpoints[tunnel.endpoint]} and {tunnel.name} both listen on {tunnel.local}"
             )
         names.add(tunnel.name)
-        doors[tunnel.door] = tunnel.name
+        endpoints[tunnel.endpoint] = tunnel.name

@@ -1,9 +1,10 @@
 """Any number of tunnels in one process, and configuration changes while they run.
 
 Three nurseries, ended from the inside out: no new connections, then no open ones, then the key
-sources are closed. A configuration in force is a :class:`_Live`; a connection uses the one that is
-in force when it is accepted and holds it until its handshake is done, so that a new configuration
-applies to new connections and an old one stays open as long as its key source is needed.
+sources are closed. A configuration in force is a :class:`_ActiveConfig`; a connection uses the one
+that is in force when it is accepted and holds it until its handshake is done, so that a new
+configuration applies to new connections and an old one stays open as long as its key source is
+needed.
 """
 
 import contextlib
@@ -38,10 +39,10 @@ _LOOK_EVERY: Final = 1.0
 """Seconds between two checks of the names of Unix sockets."""
 
 _Key: TypeAlias = tuple[Address, str]
-"""Of a door, see :attr:`TunnelConfig.door`."""
+"""Of an endpoint, see :attr:`TunnelConfig.endpoint`."""
 
 
-class _Refused(HybridkexError):
+class _Rejected(HybridkexError):
     """A connection is refused."""
 
     def __init__(self, kind: str, text: str) -> None:
@@ -49,7 +50,7 @@ class _Refused(HybridkexError):
         self.kind = kind
 
 
-class _Live:
+class _ActiveConfig:
     """A configuration in force: its files have been read, its key sources are open."""
 
     def __init__(self, config: TunnelConfig, channel: ClientConfig | ServerConfig) -> None:
@@ -78,11 +79,11 @@ class _Live:
 
 
 @dataclass(eq=False)
-class _Door:
+class _Endpoint:
     """A listening address and the configuration for its connections."""
 
     listening: Listening
-    live: _Live
+    active: _ActiveConfig
     budget: Budget
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
@@ -96,7 +97,7 @@ class TunnelServer:
 
     def __init__(self, metrics: TunnelMetrics) -> None:
         self._metrics = metrics
-        self._doors: dict[_Key, _Door] = {}
+        self._endpoints: dict[_Key, _Endpoint] = {}
         self._open: Counter[str] = Counter()
         self._changing = trio.Lock()
         """Held while listening sockets are opened and closed."""
@@ -134,8 +135,8 @@ class TunnelServer:
                     self._grace,
                 )
             self._connections.cancel_scope.deadline = trio.current_time() + self._grace
-            for door in self._doors.values():
-                door.live.retire()
+            for endpoint in self._endpoints.values():
+                endpoint.active.retire()
 
     def close(self, grace: float) -> None:
         """Begin an orderly shutdown: no new connections, and ``grace`` seconds for open ones.
@@ -153,7 +154,9 @@ class TunnelServer:
     def where(self, name: str) -> Address:
         """The address of a tunnel, with its actual port."""
         listening = next(
-            door.listening for door in self._doors.values() if door.live.config.name == name
+            endpoint.listening
+            for endpoint in self._endpoints.values()
+            if endpoint.active.config.name == name
         )
         if isinstance(listening.address, TcpAddress) and listening.port is not None:
             return TcpAddress(listening.address.host, listening.port)
@@ -176,45 +179,47 @@ class TunnelServer:
     async def _apply(self, tunnels: Collection[TunnelConfig]) -> None:
         # Everything that can fail or block comes first, and is undone if the rest fails.
         async with contextlib.AsyncExitStack() as undo:
-            fresh: dict[_Key, _Live] = {}
+            fresh: dict[_Key, _ActiveConfig] = {}
             for config in tunnels:
-                live = await self._background.start(self._hold, config)
-                undo.callback(live.retire)
-                fresh[config.door] = live
-            opened: dict[_Key, _Door] = {}
-            for key, live in fresh.items():
-                config, door = live.config, self._doors.get(key)
-                if door is not None and door.listening.reachable:
-                    before = door.listening.set_mode(config.socket_mode)
+                active = await self._background.start(self._hold, config)
+                undo.callback(active.retire)
+                fresh[config.endpoint] = active
+            opened: dict[_Key, _Endpoint] = {}
+            for key, active in fresh.items():
+                config, endpoint = active.config, self._endpoints.get(key)
+                if endpoint is not None and endpoint.listening.reachable:
+                    before = endpoint.listening.set_mode(config.socket_mode)
                     if before is not None:
-                        undo.callback(_try, door.listening.set_mode, before)
+                        undo.callback(_try, endpoint.listening.set_mode, before)
                     continue
                 listening = await listen(config.local, mode=config.socket_mode)
                 undo.push_async_callback(_shielded, listening.aclose)
-                opened[key] = _Door(
-                    listening, live, Budget(config.max_connections, descriptors=2, even_shares=True)
+                opened[key] = _Endpoint(
+                    listening,
+                    active,
+                    Budget(config.max_connections, descriptors=2, even_shares=True),
                 )
             port_files = []
-            for key, live in fresh.items():
-                port = (opened.get(key) or self._doors[key]).listening.port
-                if live.config.port_file is not None and port is not None:
-                    check_port_file(live.config.port_file)
-                    port_files.append((live.config.port_file, port))
+            for key, active in fresh.items():
+                port = (opened.get(key) or self._endpoints[key]).listening.port
+                if active.config.port_file is not None and port is not None:
+                    check_port_file(active.config.port_file)
+                    port_files.append((active.config.port_file, port))
             for path, port in port_files:
                 write_port(path, port)
             undo.pop_all()
         # Nothing below can fail.
-        for key in [key for key in self._doors if key not in fresh or key in opened]:
-            gone = self._doors.pop(key)
+        for key in [key for key in self._endpoints if key not in fresh or key in opened]:
+            gone = self._endpoints.pop(key)
             gone.scope.cancel()
-            gone.live.retire()
-        for key, door in self._doors.items():
-            door.live.retire()
-            door.live = fresh[key]
-            door.budget.total = door.live.config.max_connections
-        for key, door in opened.items():
-            self._doors[key] = door
-            self._accepting.start_soon(self._accept, door)
+            gone.active.retire()
+        for key, endpoint in self._endpoints.items():
+            endpoint.active.retire()
+            endpoint.active = fresh[key]
+            endpoint.budget.total = endpoint.active.config.max_connections
+        for key, endpoint in opened.items():
+            self._endpoints[key] = endpoint
+            self._accepting.start_soon(self._accept, endpoint)
 
     async def _keep_names(self) -> None:
         """Listen again whenever the name of a Unix socket is removed or replaced."""
@@ -222,11 +227,11 @@ class TunnelServer:
         while True:
             await trio.sleep(_LOOK_EVERY)
             async with self._changing:
-                for key, door in list(self._doors.items()):
-                    if door.listening.reachable:
+                for key, endpoint in list(self._endpoints.items()):
+                    if endpoint.listening.reachable:
                         failures.pop(key, None)
                         continue
-                    config = door.live.config
+                    config = endpoint.active.config
                     try:
                         listening = await listen(config.local, mode=config.socket_mode)
                     except HybridkexError as error:
@@ -243,11 +248,13 @@ class TunnelServer:
                         "%s: the socket %s was removed or replaced; it has been created again",
                         *(config.name, config.local),
                     )
-                    self._doors[key] = _Door(listening, door.live, door.budget)
-                    door.scope.cancel()
-                    self._accepting.start_soon(self._accept, self._doors[key])
+                    self._endpoints[key] = _Endpoint(listening, endpoint.active, endpoint.budget)
+                    endpoint.scope.cancel()
+                    self._accepting.start_soon(self._accept, self._endpoints[key])
 
-    async def _hold(self, config: TunnelConfig, *, task_status: trio.TaskStatus[_Live]) -> None:
+    async def _hold(
+        self, config: TunnelConfig, *, task_status: trio.TaskStatus[_ActiveConfig]
+    ) -> None:
         started = False
         try:
             async with config.opened() as channel:
@@ -257,47 +264,47 @@ class TunnelServer:
                     LOG.info("%s: clients are not authenticated", config.name)
                 # Shown at zero, so that a rate has a beginning.
                 counters = self._metrics.of(config.name)
-                live = _Live(config, replace(channel, on_epoch=counters.epoch))
+                active = _ActiveConfig(config, replace(channel, on_epoch=counters.epoch))
                 started = True
-                task_status.started(live)
-                await live.over.wait()
+                task_status.started(active)
+                await active.over.wait()
         except Exception:
             if not started:
                 raise
             # A key source that fails to close must not end the others.
             LOG.exception("%s: closing its key sources failed", config.name)
 
-    async def _accept(self, door: _Door) -> None:
+    async def _accept(self, endpoint: _Endpoint) -> None:
         async def handle(socket: trio.SocketStream, connection: Connection) -> None:
-            await self._accepted(door, socket, connection)
+            await self._accepted(endpoint, socket, connection)
 
         supervisor = Supervisor(
             handle,
-            name=door.live.config.name,
+            name=endpoint.active.config.name,
             logger=LOG,
             # The stream's own time limit applies: it notifies the peer and follows the
             # configuration.
             handshake_seconds=math.inf,
         )
-        with door.scope:
+        with endpoint.scope:
             try:
-                await supervisor.serve(door.listening.listeners, connections=self._connections)
+                await supervisor.serve(endpoint.listening.listeners, connections=self._connections)
             finally:
-                door.listening.unlink()
+                endpoint.listening.unlink()
 
     # -- one connection
 
     async def _accepted(
-        self, door: _Door, socket: trio.SocketStream, connection: Connection
+        self, endpoint: _Endpoint, socket: trio.SocketStream, connection: Connection
     ) -> None:
-        live = door.live
-        name = live.config.name
+        active = endpoint.active
+        name = active.config.name
         counters = self._metrics.of(name)
         counters.total.inc()
         self._open[name] += 1
         try:
             with counters.open.track_inprogress():
-                await _Connection(live, socket, counters, connection, door.budget).run()
+                await _Connection(active, socket, counters, connection, endpoint.budget).run()
         finally:
             self._open[name] -= 1
 
@@ -307,18 +314,18 @@ class _Connection:
 
     def __init__(
         self,
-        live: _Live,
+        active: _ActiveConfig,
         socket: trio.SocketStream,
         counters: TunnelCounters,
         connection: Connection,
         budget: Budget,
     ) -> None:
-        self._live = live
-        self._config = live.config
+        self._live = active
+        self._config = active.config
         self._counters = counters
         self._connection = connection
         self._budget = budget
-        self._what = f"{live.config.name}: {connection.peer}"
+        self._what = f"{active.config.name}: {connection.peer}"
         self._accepted = socket
         self._sockets = [socket]
         """Everything that has been opened, closed at the end."""
@@ -336,7 +343,7 @@ class _Connection:
                 await leg.stream.aclose()
             self._sockets.clear()
             end = "closed"
-        except _Refused as refused:
+        except _Rejected as refused:
             self._counters.refused(refused.kind)
             end = f"refused: {refused}"
             log = partial(self._connection.log.log, logging.WARNING)
@@ -365,7 +372,7 @@ class _Connection:
         try:
             self._connection.admit(self._budget, is_used=is_used)
         except TooManyConnections as error:
-            raise _Refused("limit", str(error)) from None
+            raise _Rejected("limit", str(error)) from None
 
     async def _establish(self) -> tuple[Leg, Leg]:
         """Open both legs, near and far."""
@@ -391,12 +398,12 @@ class _Connection:
             with trio.fail_after(limit):
                 socket = await connect(address, bind=self._config.bind)
         except trio.TooSlowError:
-            raise _Refused(
+            raise _Rejected(
                 "upstream",
                 f"no answer from {address} within {limit:g} s: check the address and the firewalls",
             ) from None
         except OSError as error:
-            raise _Refused(
+            raise _Rejected(
                 "upstream", f"cannot connect to {address}: {no_connection(error)}"
             ) from None
         self._sockets.append(socket)
@@ -416,11 +423,11 @@ class _Connection:
             await stream.do_handshake()
         except trio.BrokenResourceError as error:
             self._counters.handshake_failed(error.__cause__)
-            raise _Refused("handshake", handshake_failed(error, channel)) from None
+            raise _Rejected("handshake", handshake_failed(error, channel)) from None
         session = stream.session
         self._counters.handshake(session)
         if self._config.allowed and not session.peer_is_one_of(self._config.allowed):
-            raise _Refused("name", f"{session.peer_subject} is not allowed")
+            raise _Rejected("name", f"{session.peer_subject} is not allowed")
         LOG.info("%s open; %s", self._what, _described(session, as_json=self._config.json))
         return Leg("the channel", stream, socket)
 

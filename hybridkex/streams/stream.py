@@ -546,7 +546,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
     async def abort(self) -> None:
         """Close in a way that the peer cannot take for the end of our data.
 
-        It gets the fatal alert internal_error (RFC 8446 section 6.2) if it can be sent now, and in
+        It gets the fatal alert internal_error (RFC 9846 section 6.2) if it can be sent now, and in
         any case no close_notify. ``async with`` calls this when an exception leaves its block.
         """
         if self._closed:

@@ -196,7 +196,7 @@ CASES: Final = (
     Case(name="half-close by hybridkex", area="Traffic", half_close="us"),
     Case(name="half-close by the peer", area="Traffic", half_close="peer"),
     Case(name="4 MiB each way, both at once", area="Traffic", size=LARGE),
-    Case(name="plain (RFC 8446)", area="External PSK", psk="plain"),
+    Case(name="plain (RFC 9846)", area="External PSK", psk="plain"),
     Case(name="imported (RFC 9258)", area="External PSK", psk="imported"),
     Case(name="key log", area="Secrets", must_tell=("key_log",)),
     Case(name="exporter", area="Secrets", must_tell=("exporter",)),

@@ -313,7 +313,7 @@ async def test_silence_before_and_after_the_handshake(tunnel: Tunnel) -> None:
         await stream.send_all(b"x")
         assert await stream.receive_some() == b"x"
         assert await is_cut(stream)
-        await trio_until(lambda: tunnel.says("nothing moved for 0.5 s"))
+        await trio_until(lambda: tunnel.says("no data for 0.5 s"))
 
 
 async def test_who_leaves_early_does_not_stay_in_the_books(tunnel: Tunnel, keys: Path) -> None:

@@ -429,7 +429,7 @@ one(
     refused="keyUsage",
     alert=UNSUPPORTED,
     openssl=True,
-    why="TLS 1.3 needs digitalSignature (RFC 8446 section 4.4.2.2).",
+    why="TLS 1.3 needs digitalSignature (RFC 9846 section 4.5.1.2).",
 )
 one(
     "leaf: keyUsage keyEncipherment only",
@@ -437,7 +437,7 @@ one(
     refused="keyUsage",
     alert=UNSUPPORTED,
     openssl=True,
-    why="TLS 1.3 needs digitalSignature (RFC 8446 section 4.4.2.2).",
+    why="TLS 1.3 needs digitalSignature (RFC 9846 section 4.5.1.2).",
 )
 one(
     "leaf: keyUsage with many bits",

@@ -22,7 +22,7 @@ from hybridkex.cli.guarded import explained, guarded_folder, guarded_processes
 from hybridkex.cli.rndl import RndlOptions
 from hybridkex.cli.running import end_as_interrupted, run_trio
 from hybridkex.demos.rndl import page
-from hybridkex.demos.rndl.matrix import BREAKS, rows
+from hybridkex.demos.rndl.matrix import ADVERSARIES, rows
 from hybridkex.demos.rndl.trial import Cell, Trial, run_trial
 from hybridkex.errors import ConfigError
 from hybridkex.files import PUBLIC, make_private_folder, write_file
@@ -91,7 +91,7 @@ def _watched(console: Console, folder: Path) -> Trial:
         console=console,
         transient=True,
     ) as progress:
-        cells = progress.add_task("recording", total=len(rows()) * len(BREAKS))
+        cells = progress.add_task("recording", total=len(rows()) * len(ADVERSARIES))
         toy = progress.add_task("toy curve: discrete logarithm", total=1)
 
         def tell_toy(text: str) -> None:
@@ -120,15 +120,15 @@ def _print_matrix(console: Console, trial: Trial) -> None:
         padding=(0, 1, 0, 0),
     )
     table.add_column("recorded", no_wrap=True)
-    for number in range(1, len(BREAKS) + 1):
+    for number in range(1, len(ADVERSARIES) + 1):
         table.add_column(str(number), justify="right", min_width=2)
     for row in rows():
         title = "  resumed" if row.resumed else row.title
-        marks = (_mark(trial.cell(row, adversary)) for adversary in BREAKS)
+        marks = (_mark(trial.cell(row, adversary)) for adversary in ADVERSARIES)
         table.add_row(title, *marks)
     console.print(table)
     console.print("R: read, both directions in full; ·: safe\n")
-    for number, adversary in enumerate(BREAKS, 1):
+    for number, adversary in enumerate(ADVERSARIES, 1):
         console.print(f"{number:>3}  {adversary.title}", markup=False)
     console.print()
 
@@ -142,7 +142,7 @@ def _mark(cell: Cell | None) -> Text:
 def _print_findings(console: Console, trial: Trial) -> None:
     """One connection that was decrypted, one that was not, the toy curve, and any
     contradictions."""
-    against = next(adversary for adversary in BREAKS if adversary.id == "both")
+    against = next(adversary for adversary in ADVERSARIES if adversary.id == "both")
     console.print(f"Against {against.title}:", style="bold")
     for row in rows():
         if not row.resumed:

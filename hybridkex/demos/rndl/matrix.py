@@ -1,7 +1,8 @@
 """Which configurations are attacked by which adversaries, and the predicted outcomes.
 
 The prediction is this library's claim in one line: a connection can be decrypted if and only if
-*every* leg that its keys rest on is known. :meth:`Break.defeats` states it; the trial measures it.
+*every* leg that its keys rest on is known. :meth:`Adversary.defeats` states it; the trial measures
+it.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,16 @@ from hybridkex.crypto.kex import X25519, X25519MLKEM768, Group, Property
 from hybridkex.demos.rndl.now.escrow import ECDH, ML_KEM, SIGNATURE
 from hybridkex.demos.rndl.toy_curve import TOY_GROUP
 
-__all__ = ["BREAKS", "CONFIGURATIONS", "TOY", "Break", "Configuration", "Delivery", "Row", "rows"]
+__all__ = [
+    "ADVERSARIES",
+    "CONFIGURATIONS",
+    "TOY",
+    "Adversary",
+    "Configuration",
+    "Delivery",
+    "Row",
+    "rows",
+]
 
 
 class Delivery(Enum):
@@ -118,7 +128,7 @@ def rows() -> tuple[Row, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Break:
+class Adversary:
     """A kind of adversary: what it breaks, what it has recorded, what it has stolen.
 
     The session itself is always recorded. ``delivery`` says how the QKD keys were delivered in the
@@ -179,18 +189,23 @@ _GUARDS: Final = {Delivery.CLASSICAL_HOP: frozenset((ECDH,)), Delivery.HYBRID_HO
 """The primitives that protect a QKD key in transit; other deliveries cross no wire."""
 _ALL: Final = frozenset((ECDH, ML_KEM, SIGNATURE))
 
-BREAKS: Final = (
-    Break(id="none", title="nothing", note="The recording alone."),
-    Break(id="ecdh", title="ECDH", note="X25519 is broken.", oracles=frozenset((ECDH,))),
-    Break(id="ml-kem", title="ML-KEM", note="ML-KEM-768 is broken.", oracles=frozenset((ML_KEM,))),
-    Break(id="both", title="ECDH + ML-KEM", note="Both are broken.", oracles=_BOTH),
-    Break(
+ADVERSARIES: Final = (
+    Adversary(id="none", title="nothing", note="The recording alone."),
+    Adversary(id="ecdh", title="ECDH", note="X25519 is broken.", oracles=frozenset((ECDH,))),
+    Adversary(
+        id="ml-kem",
+        title="ML-KEM",
+        note="ML-KEM-768 is broken.",
+        oracles=frozenset((ML_KEM,)),
+    ),
+    Adversary(id="both", title="ECDH + ML-KEM", note="Both are broken.", oracles=_BOTH),
+    Adversary(
         id="signatures",
         title="signatures",
         note="The private key of every certificate can be computed.",
         oracles=frozenset((SIGNATURE,)),
     ),
-    Break(
+    Adversary(
         id="hop-classical",
         title="ECDH; KME hop by classical TLS",
         note="X25519 is broken, and the hop on which the KME delivered the QKD key was recorded "
@@ -199,7 +214,7 @@ BREAKS: Final = (
         delivery=Delivery.CLASSICAL_HOP,
         taps_delivery=True,
     ),
-    Break(
+    Adversary(
         id="hop-classical-both",
         title="ECDH + ML-KEM; KME hop by classical TLS",
         note="Both are broken, and the classical hop to the KME was recorded.",
@@ -207,7 +222,7 @@ BREAKS: Final = (
         delivery=Delivery.CLASSICAL_HOP,
         taps_delivery=True,
     ),
-    Break(
+    Adversary(
         id="hop-hybrid",
         title="ECDH; KME hop by hybrid TLS",
         note="X25519 is broken, and the hop to the KME was recorded: this library's TLS with "
@@ -216,7 +231,7 @@ BREAKS: Final = (
         delivery=Delivery.HYBRID_HOP,
         taps_delivery=True,
     ),
-    Break(
+    Adversary(
         id="hop-hybrid-both",
         title="ECDH + ML-KEM; KME hop by hybrid TLS",
         note="Both are broken, and the hybrid hop to the KME was recorded: a hop is no stronger "
@@ -225,7 +240,7 @@ BREAKS: Final = (
         delivery=Delivery.HYBRID_HOP,
         taps_delivery=True,
     ),
-    Break(
+    Adversary(
         id="qkd-channel",
         title="all broken; QKD link's classical channel",
         note="ECDH, ML-KEM and signatures are broken, and all that the two ends of the QKD link "
@@ -234,13 +249,13 @@ BREAKS: Final = (
         delivery=Delivery.LINK,
         taps_delivery=True,
     ),
-    Break(
+    Adversary(
         id="certificate-key",
         title="certificate key",
         note="The server's long-term private key is stolen after the session.",
         steals_certificate_key=True,
     ),
-    Break(
+    Adversary(
         id="key-store-after",
         title="all broken; KME stores, after delivery",
         note="ECDH, ML-KEM and signatures are broken; both KMEs' databases are stolen with the "
@@ -249,7 +264,7 @@ BREAKS: Final = (
         delivery=Delivery.HYBRID_HOP,
         steals_key_store="after",
     ),
-    Break(
+    Adversary(
         id="key-store-before",
         title="ECDH + ML-KEM; KME stores, before delivery",
         note="Both are broken, and the databases were stolen while the keys still lay in them: "
@@ -258,13 +273,13 @@ BREAKS: Final = (
         delivery=Delivery.HYBRID_HOP,
         steals_key_store="before",
     ),
-    Break(
+    Adversary(
         id="ticket-key",
         title="ticket key",
         note="The key that seals the server's session tickets is stolen.",
         steals_ticket_key=True,
     ),
-    Break(
+    Adversary(
         id="ticket-key-both",
         title="ECDH + ML-KEM; ticket key",
         note="Both are broken, and the ticket key is stolen: the ticket gives the PSK of the "
@@ -272,7 +287,7 @@ BREAKS: Final = (
         oracles=_BOTH,
         steals_ticket_key=True,
     ),
-    Break(
+    Adversary(
         id="session",
         title="session secrets",
         note="All secrets of a session are stolen at one moment: traffic secrets, exporter, "
@@ -280,7 +295,7 @@ BREAKS: Final = (
         "been renewed by a new key exchange.",
         steals_session=True,
     ),
-    Break(
+    Adversary(
         id="session-both",
         title="ECDH + ML-KEM; session secrets",
         note="Both are broken, and all secrets of a session are stolen at one moment: only a new "

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any, Final
 
-from hybridkex.demos.rndl.matrix import BREAKS, CONFIGURATIONS, TOY, Break, Configuration, rows
+from hybridkex.demos.rndl.matrix import (
+    ADVERSARIES,
+    CONFIGURATIONS,
+    TOY,
+    Adversary,
+    Configuration,
+    rows,
+)
 from hybridkex.demos.rndl.pictures import STYLE, key_schedule, legend, timeline
 from hybridkex.demos.rndl.toy_curve import ORDER
 from hybridkex.demos.rndl.trial import Cell, Trial
@@ -128,7 +135,7 @@ def _head(trial: Trial, version: str) -> str:
         f'<p class="soft">hybridkex {escape(version)}, {at}, {trial.seconds:.1f} s</p>'
         f'<p><span class="outcome{" bad" if wrong else ""}">{outcome}</span></p>'
         f"{f'<ul>{complaint}</ul>' if wrong else ''}"
-        f"<p>Connections between two parties were recorded on the wire. Then {len(BREAKS)} "
+        f"<p>Connections between two parties were recorded on the wire. Then {len(ADVERSARIES)} "
         "adversaries of the future tried to read them, each in a process of its own, with copies "
         f"of the recordings and nothing else but what is named. {read} of {cells} connections were "
         "read. The claim under test: <b>a connection falls if and only if every leg that its keys "
@@ -141,8 +148,8 @@ def _head(trial: Trial, version: str) -> str:
 
 def _matrix(trial: Trial) -> str:
     out = ['<div class="scroll"><table id="matrix"><thead><tr><th rowspan="2">recorded</th>']
-    themes = dict.fromkeys(one.theme for one in BREAKS)
-    order = [one for theme in themes for one in BREAKS if one.theme == theme]
+    themes = dict.fromkeys(one.theme for one in ADVERSARIES)
+    order = [one for theme in themes for one in ADVERSARIES if one.theme == theme]
     for theme, columns in Counter(one.theme for one in order).items():
         out.append(f'<th colspan="{columns}">{escape(theme)}</th>')
     out.append("</tr><tr>")
@@ -183,13 +190,13 @@ def _short(missing: str) -> str:
 # --- what one adversary saw -------------------------------------------------------------------
 
 
-def _anchor(configuration: Configuration, adversary: Break) -> str:
+def _anchor(configuration: Configuration, adversary: Adversary) -> str:
     return f"{configuration.id}--{adversary.id}"
 
 
 def _cases(trial: Trial) -> Iterator[str]:
     for configuration in CONFIGURATIONS:
-        for adversary in BREAKS:
+        for adversary in ADVERSARIES:
             verdicts = trial.verdicts[configuration.id, adversary.id]
             anchor = _anchor(configuration, adversary)
             yield (

@@ -19,10 +19,10 @@ from typing import Any, Final
 import trio
 
 from hybridkex.demos.rndl.matrix import (
-    BREAKS,
+    ADVERSARIES,
     CONFIGURATIONS,
     TOY,
-    Break,
+    Adversary,
     Configuration,
     Delivery,
     Row,
@@ -45,7 +45,7 @@ class Cell:
     """The outcome of one adversary's attack on one connection."""
 
     row: Row
-    adversary: Break
+    adversary: Adversary
     decrypted: bool
     missing: tuple[str, ...]
     """The secrets that the adversary lacked."""
@@ -86,7 +86,7 @@ class Trial:
         """Everything that contradicts the claim, including cells that were not tried."""
         found = []
         for row in rows():
-            for adversary in BREAKS:
+            for adversary in ADVERSARIES:
                 cell = self.cell(row, adversary)
                 wrong = cell.wrong if cell is not None else "not tried"
                 if wrong is not None:
@@ -96,7 +96,7 @@ class Trial:
             found.append(f"toy curve: {toy_wrong}")
         return found
 
-    def cell(self, row: Row, adversary: Break) -> Cell | None:
+    def cell(self, row: Row, adversary: Adversary) -> Cell | None:
         """The cell of a row and an adversary, if it was tried."""
         for cell in self.cells:
             if cell.row == row and cell.adversary == adversary:
@@ -110,7 +110,9 @@ class Trial:
             "seconds": round(self.seconds, 2),
             "as_predicted": not self.wrong,
             "rows": [{"id": row.id, "title": row.title} for row in rows()],
-            "adversaries": [{"id": one.id, "title": one.title, "note": one.note} for one in BREAKS],
+            "adversaries": [
+                {"id": one.id, "title": one.title, "note": one.note} for one in ADVERSARIES
+            ],
             "cells": [
                 {
                     "row": cell.row.id,
@@ -161,7 +163,7 @@ async def run_trial(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_break_toy, stage, said, trial, toy_progress)
         for first in range(_AT_ONCE):
-            some = BREAKS[first::_AT_ONCE]
+            some = ADVERSARIES[first::_AT_ONCE]
             nursery.start_soon(_attack, stage, some, said, trial, tell, decided)
     trial.seconds = time.monotonic() - began
     return trial
@@ -200,7 +202,7 @@ async def _record(stage: Stage, tell: Tell) -> _Said:
 
 async def _attack(
     stage: Stage,
-    adversaries: Sequence[Break],
+    adversaries: Sequence[Adversary],
     said: _Said,
     trial: Trial,
     tell: Tell,
@@ -222,7 +224,7 @@ async def _attack(
     await _run_adversaries([equip(stage, one) for one in adversaries], take)
 
 
-def equip(stage: Stage, adversary: Break) -> Path:
+def equip(stage: Stage, adversary: Adversary) -> Path:
     """Create the folder that holds exactly what this adversary has."""
     folder = stage.folder / "adversaries" / adversary.id
     (folder / "oracle").mkdir(parents=True)
@@ -251,7 +253,7 @@ def equip(stage: Stage, adversary: Break) -> Path:
 
 
 def _cells(
-    configuration: Configuration, adversary: Break, verdicts: list[Any], talks: list[Talk]
+    configuration: Configuration, adversary: Adversary, verdicts: list[Any], talks: list[Talk]
 ) -> list[Cell]:
     sessions = [verdict for verdict in verdicts if verdict["capture"] == "session.pcapng"]
     cells = []

@@ -17,7 +17,7 @@ from rndl_glue import EXPECTED
 from hybridkex.cli.actions import rndl
 from hybridkex.cli.rndl import RndlOptions
 from hybridkex.demos.rndl import page, trial
-from hybridkex.demos.rndl.matrix import BREAKS, CONFIGURATIONS, Break, Row, rows
+from hybridkex.demos.rndl.matrix import ADVERSARIES, CONFIGURATIONS, Adversary, Row, rows
 from hybridkex.demos.rndl.now.escrow import ORACLES
 from hybridkex.demos.rndl.now.stage import Talk
 from hybridkex.errors import RecordingError
@@ -54,7 +54,7 @@ def good_trial() -> trial.Trial:
             wrong=None,
         )
         for row in rows()
-        for adversary in BREAKS
+        for adversary in ADVERSARIES
     ]
     toy = trial.Toy(seconds=1.0, steps=(), verdict=READ, wrong=None)
     return trial.Trial(cells=cells, toy=toy)
@@ -111,7 +111,7 @@ def check_reports() -> None:
 
 def check_predictions() -> None:
     for row in rows():
-        for adversary in BREAKS:
+        for adversary in ADVERSARIES:
             assert adversary.defeats(row) == EXPECTED[row.id, adversary.id], (row.id, adversary.id)
 
 
@@ -143,7 +143,7 @@ def check_contradictions() -> None:
 def check_cells() -> None:
     """A cell is judged by the prediction, not by what was measured, and no connection is lost."""
     for configuration in CONFIGURATIONS:
-        for adversary in BREAKS:
+        for adversary in ADVERSARIES:
             row = Row(configuration, resumed=False)
             for verdict in (READ, SAFE):
                 [cell] = trial._cells(configuration, adversary, [verdict], [TALK])
@@ -152,13 +152,13 @@ def check_cells() -> None:
                 assert (cell.wrong is None) == right, (row.id, adversary.id)
     for verdicts, talks in (([], [TALK]), ([READ], []), ([READ, READ], [TALK])):
         with pytest.raises(RecordingError):
-            trial._cells(CONFIGURATIONS[0], BREAKS[0], verdicts, talks)
+            trial._cells(CONFIGURATIONS[0], ADVERSARIES[0], verdicts, talks)
 
 
 def check_belongings(folder: Path) -> None:
     """An adversary's folder holds what its kind has, and nothing else."""
     stage = fake_stage(folder)
-    for adversary in BREAKS:
+    for adversary in ADVERSARIES:
         given = trial.equip(stage, adversary)
         had = {
             path.relative_to(given).as_posix(): path.read_text()
@@ -181,7 +181,7 @@ def fake_stage(folder: Path) -> Any:
         return folder / "recordings" / f"{configuration.id}-{delivery.value}"
 
     for configuration in CONFIGURATIONS:
-        for delivery in {one.delivery for one in BREAKS}:
+        for delivery in {one.delivery for one in ADVERSARIES}:
             for capture in ("session", "hop-alice", "hop-bob"):
                 write(f"recordings/{configuration.id}-{delivery.value}/{capture}.pcapng")
     for primitive in ORACLES:
@@ -189,7 +189,7 @@ def fake_stage(folder: Path) -> Any:
     link = write("recordings/link.pcapng")
     for name in ("certificate/server.pem", "ticket-keys.jsonl", "sessions.jsonl"):
         write(f"stolen/{name}")
-    for delivery in {one.delivery for one in BREAKS}:
+    for delivery in {one.delivery for one in ADVERSARIES}:
         for when in ("before", "after"):
             write(f"stolen/{delivery.value}/{when}/kme-a/keys.db")
     return SimpleNamespace(
@@ -200,7 +200,7 @@ def fake_stage(folder: Path) -> Any:
     )
 
 
-def belongings(adversary: Break) -> dict[str, str]:
+def belongings(adversary: Adversary) -> dict[str, str]:
     """What an adversary of this kind has, written down a second time."""
     had = {f"oracle/{one}.jsonl": f"oracle/{one}.jsonl" for one in adversary.oracles}
     for configuration in CONFIGURATIONS:

@@ -9,7 +9,7 @@ import rndl_rules as rules
 
 from hybridkex.cli.actions import rndl
 from hybridkex.demos.rndl import matrix, trial
-from hybridkex.demos.rndl.matrix import Break
+from hybridkex.demos.rndl.matrix import Adversary
 
 CHECKS = (
     rules.check_exit_status,
@@ -37,7 +37,7 @@ def test_no_adversary_opens_the_folder_of_another(tmp_path: Path) -> None:
 
 JUDGE = trial.contradiction
 WRONG: Any = trial.Trial.wrong
-DEFEATS = Break.defeats
+DEFEATS = Adversary.defeats
 EQUIP = trial.equip
 
 
@@ -100,13 +100,13 @@ MUTANTS: dict[str, tuple[object, str, Any]] = {
     "a mistaken resumption is overlooked": (trial, "contradiction", without("resumed")),
     "silence is overlooked": (trial, "contradiction", without("nothing was said")),
     "connections without a verdict are dropped": (trial, "_cells", zipped),
-    "every recording is predicted to be safe": (Break, "defeats", always(False)),
-    "every recording is predicted to fall": (Break, "defeats", always(True)),
+    "every recording is predicted to be safe": (Adversary, "defeats", always(False)),
+    "every recording is predicted to fall": (Adversary, "defeats", always(True)),
     "QKD keys are left out of the prediction": (
-        Break, "knows_qkd_key", property(lambda self: True)),
+        Adversary, "knows_qkd_key", property(lambda self: True)),
     "QKD keys never fall in the prediction": (
-        Break, "knows_qkd_key", property(lambda self: False)),
-    "ticket keys are left out of the prediction": (Break, "defeats",
+        Adversary, "knows_qkd_key", property(lambda self: False)),
+    "ticket keys are left out of the prediction": (Adversary, "defeats",
         lambda self, row: DEFEATS(self, matrix.Row(row.configuration, False))),
     "one broken primitive is predicted to be enough": (matrix.Configuration, "primitives",
         property(lambda self: frozenset(("ecdh",)))),
@@ -130,10 +130,10 @@ def test_mutants_are_noticed(mutant: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert noticed, f"no check notices that {mutant}"
 
 
-def give(extra: str) -> Callable[[Any, Break], Path]:
+def give(extra: str) -> Callable[[Any, Adversary], Path]:
     """An adversary that is given something of another."""
 
-    def equip(stage: Any, adversary: Break) -> Path:
+    def equip(stage: Any, adversary: Adversary) -> Path:
         folder = EQUIP(stage, adversary)
         target = folder / "oracle" / Path(extra).name
         target.write_text((stage.folder / extra).read_text())

@@ -49,7 +49,7 @@ def test_key_exchange() -> None:
     share, secret = TOY_GROUP.exchange.respond(started.share)
     assert started.finish(share) == secret
     assert len(share) == len(started.share) == TOY_GROUP.exchange.offer_length
-    assert 0xFE00 <= TOY_GROUP.code <= 0xFEFF, "private use (RFC 8446 section 4.2.7)"
+    assert 0xFE00 <= TOY_GROUP.code <= 0xFEFF, "private use (RFC 9846 section 4.3.7)"
 
 
 def test_what_is_no_share() -> None:

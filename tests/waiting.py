@@ -1,7 +1,6 @@
 """Wait for what has no event: a condition of another process or of another task."""
 
 import asyncio
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,10 +33,3 @@ async def asyncio_until(condition: Condition, *, seconds: float = PATIENCE) -> N
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110  # see the module
             await asyncio.sleep(0.005)
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port

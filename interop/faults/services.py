@@ -22,7 +22,8 @@ from hybridkex import ClientConfig, DevCa, Identity, TrustStore, open_secure_tcp
 from hybridkex.auth.dev_ca import write_identity
 from hybridkex.qkd.etsi014.client import KmeAccess, KmeClient
 from hybridkex.qkd.store import write_key_file
-from interop.faults.world import PATIENCE, Broken, Process, World, free_port, until
+from interop.faults.world import PATIENCE, Broken, Process, World, until
+from interop.ports import free_port
 
 __all__ = ["SERVICES", "Service"]
 

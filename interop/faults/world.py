@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Broken", "Process", "World", "free_port", "until"]
+__all__ = ["Broken", "Process", "World", "until"]
 
 ROOT: Final = Path(__file__).parents[2]
 PATIENCE: Final = 60.0
@@ -36,13 +35,6 @@ def until(condition: Callable[[], object], what: str, within: float = PATIENCE) 
         if time.monotonic() > deadline:
             raise Broken(f"{what}: not within {within:g} s")
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
 
 
 @dataclass

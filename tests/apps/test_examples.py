@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 import trio
-from waiting import free_port, until
+from waiting import until
 
 import hybridkex
 from hybridkex import (
@@ -31,6 +31,7 @@ from hybridkex import (
     TrustStore,
 )
 from hybridkex.auth.dev_ca import write_identity
+from interop.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

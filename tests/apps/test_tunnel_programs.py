@@ -16,7 +16,9 @@ from typing import TypeAlias
 import pytest
 import trio
 from apps_glue import AnyProcess, Run, Wire, descriptors
-from waiting import PATIENCE, free_port, trio_until, until
+from waiting import PATIENCE, trio_until, until
+
+from interop.ports import free_port
 
 MakeWire: TypeAlias = Callable[[int], AbstractAsyncContextManager[Wire]]
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import trio
 from apps_glue import AnyProcess, Run, descriptors
-from waiting import PATIENCE, free_port, trio_until
+from waiting import PATIENCE, trio_until
+
+from interop.ports import free_port
 
 """Seconds before a test gives a condition up; the machine may have other work."""
 

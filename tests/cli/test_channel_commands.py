@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 from forked import Forkserver, one_line
-from waiting import free_port
+
+from interop.ports import free_port
 
 JSON_KEYS = {
     "version",

@@ -20,6 +20,7 @@ from hybridkex.link.settings import LinkSettings
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.reading import EndOfStream
 from hybridkex.net.threads import NoThread
+from interop.ports import free_port
 
 
 @pytest.fixture
@@ -54,9 +55,7 @@ def resets(port: int) -> None:
 
 
 async def test_strangers_do_not_keep_bob_out(signatures: dict[str, Signatures]) -> None:
-    (spare,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    port = spare.socket.getsockname()[1]
-    await spare.aclose()
+    port = free_port()
     alice, bob = feed("alice", port, signatures), feed("bob", port, signatures)
     said = (b"", b"C", b"Q", b"X", b"C" + bytes(16), b"Q" + bytes(16), bytes(70_000))
     with trio.fail_after(60):
@@ -121,9 +120,7 @@ async def test_a_greeting_is_not_good_twice(signatures: dict[str, Signatures]) -
 async def test_a_session_without_room_is_followed_by_another(
     error: Exception, signatures: dict[str, Signatures], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (spare,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    port = spare.socket.getsockname()[1]
-    await spare.aclose()
+    port = free_port()
     alice, bob = feed("alice", port, signatures), feed("bob", port, signatures)
     failures = [error]
 

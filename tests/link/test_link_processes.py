@@ -13,6 +13,7 @@ from hybridkex.cli import main
 from hybridkex.errors import ConfigError
 from hybridkex.kme.config import load_config
 from hybridkex.kme.serve import KmeServer
+from interop.ports import free_port
 
 PARTY = """
 import json, sys, trio
@@ -83,9 +84,7 @@ async def test_two_processes_make_the_same_keys_and_none_of_them_crosses(tmp_pat
     ca = DevCa.create()
     for party in ("alice", "bob"):
         write_identity(tmp_path / party, ca, ca.issue(party))
-    spare = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    port = spare[0].socket.getsockname()[1]
-    await spare[0].aclose()
+    port = free_port()
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     crossed = bytearray()
     found: dict[str, dict[str, str]] = {}

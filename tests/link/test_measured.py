@@ -2,7 +2,6 @@
 
 import functools
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from hybridkex.link.presets import PRESETS, Preset
 from hybridkex.link.quantum import sample
 from hybridkex.link.randomness import Randomness
 from hybridkex.link.settings import LinkSettings
+from interop.ports import free_port
 
 ROWS = 120_000
 
@@ -202,8 +202,7 @@ def test_record_and_distil_as_commands(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_two_ends_distil_over_tcp(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        unused_port = taken.getsockname()[1]
+    unused_port = free_port()
     alice, bob, chosen = recorded()
     ca = DevCa.create()
     for name, one in (("alice", alice), ("bob", bob)):

@@ -21,20 +21,13 @@ from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.client import KmeAccess, KmeClient
 from hybridkex.qkd.etsi014.models import KeyRequest
 from hybridkex.qkd.store import KeyStore, read_key_file, write_key_file
+from interop.ports import free_port
 
 Site = Any  # of conftest.py
 
 PAIRS = 8
 SAES = {"kme-a": [f"alice-{i}" for i in range(PAIRS)], "kme-b": [f"bob-{i}" for i in range(PAIRS)]}
 OTHER = {"kme-a": "kme-b", "kme-b": "kme-a"}
-
-
-def free_ports(number: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def accepts(port: int) -> bool:
@@ -221,7 +214,7 @@ def check(record: Record, keys: int) -> None:
 
 @pytest.mark.slow
 async def test_both_kmes_in_one_process(site: Site, hybridkex: Forkserver) -> None:
-    ports = dict(zip(SAES, free_ports(2), strict=True))
+    ports = {kme: free_port() for kme in SAES}
     config = site.folder / "kme.toml"
     config.write_text("".join(table(site, kme, ports, two_processes=False) for kme in SAES))
     server, batch = Server(hybridkex, config), 40
@@ -243,7 +236,7 @@ async def test_both_kmes_in_one_process(site: Site, hybridkex: Forkserver) -> No
 @pytest.mark.slow
 async def test_two_processes(site: Site, hybridkex: Forkserver) -> None:
     """Each KME is killed on its own, so that the message between them is cut off as well."""
-    ports = dict(zip(SAES, free_ports(2), strict=True))
+    ports = {kme: free_port() for kme in SAES}
     servers = []
     for kme in SAES:
         config = site.folder / f"{kme}.toml"

@@ -26,6 +26,7 @@ from hybridkex.qkd.etsi014.models import KeyRequest
 from hybridkex.qkd.etsi014.naming import IdRule
 from hybridkex.qkd.store import KeyStore, read_key_file
 from hybridkex.secret import Secret
+from interop.ports import free_port
 
 Site = Any  # of conftest.py
 NOT_FOUND = {"message": "one or more keys specified are not found on KME"}
@@ -431,9 +432,7 @@ async def test_restart_keeps_keys_and_what_was_delivered(site: Site, serve: Any)
 @pytest.mark.parametrize("tls", ["stdlib", "hybridkex"])
 async def test_two_servers_that_sync_over_tls(site: Site, serve: Any, tls: str) -> None:
     """Each KME is a server of its own; relayed keys go by value, over either TLS."""
-    with trio.socket.socket() as probe:
-        await probe.bind(("127.0.0.1", 0))
-        address = TcpAddress("127.0.0.1", probe.getsockname()[1])
+    address = TcpAddress("127.0.0.1", free_port())
     here = site.kme(
         "kme-a",
         saes=("alice",),
@@ -481,9 +480,7 @@ async def test_the_largest_batch_that_status_announces(site: Site, serve: Any) -
 
     The KME at the other end announces less to its own SAEs, which is not the peer's business.
     """
-    with trio.socket.socket() as probe:
-        await probe.bind(("127.0.0.1", 0))
-        address = TcpAddress("127.0.0.1", probe.getsockname()[1])
+    address = TcpAddress("127.0.0.1", free_port())
     peer = PeerConfig(id="kme-b", saes=("bob",), url=f"https://{address}")
     here = site.kme("kme-a", saes=("alice",), peer=(peer,))
     there = site.kme(

@@ -1,7 +1,6 @@
 """What a failure says: the cause in words, whose side it is, once; and what a KME's owner sees."""
 
 import logging
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from hybridkex.kme.serve import KmeServer
 from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.models import KeyRequest
+from interop.ports import free_port
 
 Site = Any  # of conftest.py
 
@@ -30,9 +30,7 @@ RAW = ("[SSL", "_ssl.c", "Error:", "Errno", "Traceback", "ConnectError", "ReadEr
 
 
 def closed_port() -> TcpAddress:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return TcpAddress("127.0.0.1", probe.getsockname()[1])
+    return TcpAddress("127.0.0.1", free_port())
 
 
 @asynccontextmanager

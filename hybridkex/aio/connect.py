@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from hybridkex.aio.accept_faults import report_accept_faults
 from hybridkex.aio.transport import SecureTransport, connection_error, time_limits
 from hybridkex.errors import LocalStateError
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
@@ -95,6 +96,8 @@ async def create_server(
     """Listen. ``connection_made`` of a connection's protocol is called after its handshake.
 
     A handshake that fails ends only its own connection and is logged to ``hybridkex.aio``.
+    A lack of file descriptors or memory for new connections is logged there, too, at most once a
+    minute; everything else is reported to the loop's exception handler.
 
     Args:
         protocol_factory: returns the protocol of a connection.
@@ -127,6 +130,7 @@ async def create_server(
     start_serving = tcp.pop("start_serving", True)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(accept, host, port, start_serving=False, **tcp)
+    report_accept_faults(server)
     if start_serving:
         try:
             await server.start_serving()

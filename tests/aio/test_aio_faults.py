@@ -7,6 +7,7 @@ import gc
 import inspect
 import os
 import random
+import resource
 import socket
 import struct
 import sys
@@ -849,3 +850,46 @@ def test_random_conversations(
         await server.wait_closed()
 
     run(main())
+
+
+@contextlib.contextmanager
+def few_descriptors(spare: int) -> Any:
+    """This process may open only so many files more."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + spare, before[1])
+    )
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_server_without_descriptors_recovers(
+    run: Run,
+    server_config: ServerConfig,
+    client_config: ClientConfig,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """accept(2) fails with EMFILE: a line, no traceback; others' faults reach their handler."""
+
+    async def main() -> None:
+        with reported() as told:
+            async with serving(server_config) as port, serving(server_config):
+                with contextlib.ExitStack() as held:
+                    clients = [held.enter_context(socket.socket()) for _ in range(40)]
+                    with few_descriptors(3):
+                        for client in clients:
+                            client.connect(("127.0.0.1", port))
+                        await asyncio.sleep(1.1)
+                reader, writer = await connect(port, client_config)
+                writer.write(b"again")
+                assert await reader.readexactly(5) == b"again"
+                await closed(writer)
+            asyncio.get_running_loop().call_exception_handler({"message": "another"})
+            assert told == [{"message": "another"}]
+
+    run(main())
+    lines = [one.getMessage() for one in caplog.records if "cannot accept" in one.getMessage()]
+    assert len(lines) <= 1
+    assert not [one for one in caplog.records if one.exc_info]

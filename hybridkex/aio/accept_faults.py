@@ -1,0 +1,63 @@
+"""What a lack of descriptors or memory does to the servers of an asyncio loop: one line of log.
+
+asyncio's accept loop goes on through its whole backlog after EMFILE (accept(2)), and gives the
+loop's exception handler one traceback for each connection that it could not accept, again at every
+retry. It waits a second between two retries and recovers by itself. uvloop closes the connections
+that it has no descriptor for, without a word.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, Final
+
+from hybridkex.net.log import BoundedLog
+from hybridkex.text import get_logger
+
+__all__ = ["report_accept_faults"]
+
+_log: Final = get_logger("hybridkex.aio")
+_MESSAGE: Final = "socket.accept() out of system resource"
+
+Handler = Callable[[asyncio.AbstractEventLoop, dict[str, Any]], object]
+
+
+class _Handler:
+    """An exception handler in front of the application's, for the sockets of our servers."""
+
+    def __init__(self, before: Handler | None) -> None:
+        self._before = before
+        self._descriptors: set[int] = set()
+        self._lines = BoundedLog(_log, rate=1 / 60, burst=1)  # the state lasts: a line describes it
+
+    def watch(self, server: asyncio.Server) -> None:
+        self._descriptors.update(one.fileno() for one in server.sockets)
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        listening = context.get("socket")
+        ours = listening is not None and listening.fileno() in self._descriptors
+        if ours and context.get("message") == _MESSAGE:
+            reason = getattr(context.get("exception"), "strerror", None) or "out of memory"
+            self._lines.log(
+                logging.ERROR,
+                "cannot accept connections now: %s; new ones wait in the queue",
+                reason,
+            )
+        elif self._before is not None:
+            self._before(loop, context)
+        else:
+            loop.default_exception_handler(context)
+
+
+def report_accept_faults(server: asyncio.Server) -> None:
+    """Report at a bounded rate that a server cannot accept connections.
+
+    The loop's exception handler is replaced by one that passes everything else on to it. An
+    application that sets its own afterwards gets these faults as asyncio reports them.
+    """
+    loop = server.get_loop()
+    handler = loop.get_exception_handler()
+    if not isinstance(handler, _Handler):
+        handler = _Handler(handler)
+        loop.set_exception_handler(handler)
+    handler.watch(server)

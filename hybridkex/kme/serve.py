@@ -1,5 +1,6 @@
 """KMEs as running servers: sockets, TLS, producers, metrics, orderly shutdown."""
 
+import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
@@ -341,8 +342,9 @@ class _Settings:
             config=config,
             handshake=handshake,
             links=links,
-            of_saes=Budget(0),
-            of_peers=Budget(0, what="peer connections"),
+            # Between its requests a connection waits; while one is answered it is not idle.
+            of_saes=Budget(0, idle=math.inf),
+            of_peers=Budget(0, what="peer connections", idle=math.inf),
         )
         made.resize()
         return made

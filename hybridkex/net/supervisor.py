@@ -18,6 +18,8 @@ import logging
 import math
 import select
 import socket
+import struct
+import sys
 import traceback
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from pathlib import PurePath
@@ -39,6 +41,9 @@ HANDSHAKE_SECONDS: Final = 10.0
 """Default time until a connection has authenticated."""
 PATIENCE: Final = 1.0
 """Seconds that a connection must have waited for its peer before a newcomer may replace it."""
+IDLE_SECONDS: Final = 60.0
+"""Seconds without data in either direction before a newcomer may replace a connection that has
+carried data."""
 RETRY_SECONDS: Final = 0.1
 """Seconds between two attempts to accept while the system lacks resources."""
 FLUSH_SECONDS: Final = 30.0
@@ -90,8 +95,9 @@ class Connection:
             budget: of the connections of its kind.
             holder: who the peer is; :attr:`address` if that is ``None``.
             is_used: whether the connection has carried any data of the application. As long as it
-                has not, a newcomer may take its place, as in :meth:`waiting`: strangers who share
-                the address of good clients keep none of them out.
+                has not, a newcomer may take its place, as in :meth:`waiting`; afterwards it keeps
+                its place while data flows (see :class:`Budget`). So strangers who share the address
+                of good clients keep none of them out.
 
         Raises:
             TooManyConnections: the budget is used up. Deadline and place stay as they were, so that
@@ -130,6 +136,13 @@ class Connection:
             return -1.0
         return now - since
 
+    def _idle(self, now: float) -> float:
+        """Seconds since data last crossed the connection; negative where that is not known, or if
+        the delay is ours."""
+        if self.evicted or _has_unread(self._transport):
+            return -1.0
+        return _silence(self._transport)
+
     def _evict(self) -> None:
         self.evicted = True
         self._release()
@@ -144,21 +157,28 @@ class Connection:
 class Budget:
     """A number of connections that may be open at once, shared fairly among those who hold them.
 
-    When it is used up, a newcomer replaces the connection that has waited longest for its peer (see
-    :meth:`Connection.waiting`) among those of the holder with the most connections, but never one
-    of a holder who has fewer than the newcomer. If there is no such connection, the newcomer is
-    refused.
+    When it is used up, a newcomer replaces one connection, of the first kind that there is:
 
-    With ``even_shares``, for holders who need not keep their peers waiting to occupy places: before
-    it is refused, the newcomer takes a place from the holder who has the most, if that leaves that
-    holder no fewer than the newcomer then has. The holder's newest connection is closed: it was
-    opened when there was little room left.
+    1. one that has waited ``patience`` seconds for its peer (:meth:`Connection.waiting`), or has
+       been admitted for as long and never carried data;
+    2. one that has carried data, but none for ``idle`` seconds: who sends one byte does not keep
+       a place for ever;
+    3. with ``even_shares``, for holders who need not keep their peers waiting to occupy places: the
+       newest connection of the holder who has the most, if that leaves that holder no fewer than
+       the newcomer then has. It was opened when there was little room left.
+
+    Of the first two kinds it is the one that has been silent longest among those of the holder with
+    the most connections, but never one of a holder who has fewer than the newcomer. If there is
+    no such connection, the newcomer is refused. Where the newcomer's holder has used up its own
+    share (``each``), one of its own connections of the first two kinds makes room.
 
     Args:
         total: connections at once.
         each: connections at once of one holder; ``None`` for no limit but ``total``.
         what: the name of the budget in messages: *connections*, *peer connections*.
         patience: seconds that a connection must have waited before a newcomer may take its place.
+        idle: seconds without data in either direction, likewise, of one that has carried data
+            (Linux; elsewhere such a connection keeps its place).
         even_shares: whether connections that do not wait make room, too.
         descriptors: file descriptors of one connection; there are fewer connections where the
             process may not open enough (:mod:`hybridkex.net.descriptors`).
@@ -172,6 +192,7 @@ class Budget:
         what: str = "connections",
         descriptors: int = 1,
         patience: float = PATIENCE,
+        idle: float = IDLE_SECONDS,
         even_shares: bool = False,
     ) -> None:
         self._what = what
@@ -179,6 +200,7 @@ class Budget:
         self.total = total
         self.each = each
         self._patience = patience
+        self._idle = idle
         self._even_shares = even_shares
         self._count = 0
         self._held: dict[Hashable, dict[Connection, None]] = {}
@@ -199,18 +221,25 @@ class Budget:
     def _take(self, connection: Connection, holder: Hashable) -> None:
         own = len(self._held.get(holder, ()))
         if self.each is not None and own >= self.each:
-            victim, age = self._victim(holder, only=True)
-            if victim is None or age < self._patience:
+            victim = self._silent(holder, only=True)
+            if victim is None:
                 raise TooManyConnections(f"{holder} has {own} {self._what} open")
             victim._evict()
         elif self._count >= self.total:
-            victim, age = self._victim(holder)
-            if victim is None or age < self._patience:
-                victim = self._surplus(own)
+            victim = self._silent(holder) or self._surplus(own)
             if victim is None:
                 raise TooManyConnections(f"{self._count} {self._what} are open")
             victim._evict()
         self._add(connection, holder)
+
+    def _silent(self, newcomer: Hashable, *, only: bool = False) -> Connection | None:
+        """A connection that has kept us waiting, or has been idle, for so long that a newcomer may
+        replace it; ``only`` one of the newcomer's own holder."""
+        victim, age = self._victim(newcomer, only=only)
+        if victim is not None and age >= self._patience:
+            return victim
+        victim, age = self._victim(newcomer, only=only, of=Connection._idle)
+        return victim if victim is not None and age >= self._idle else None
 
     def _surplus(self, own: int) -> Connection | None:
         """The newest connection of the holder who has the most, where a newcomer who has ``own``
@@ -234,7 +263,14 @@ class Budget:
                 await self._changed.wait()
         self._add(connection, holder)
 
-    def _victim(self, newcomer: Hashable, *, only: bool = False) -> tuple[Connection | None, float]:
+    def _victim(
+        self,
+        newcomer: Hashable,
+        *,
+        only: bool = False,
+        of: Callable[[Connection, float], float] = Connection._age,
+    ) -> tuple[Connection | None, float]:
+        """The connection that is first to make room, and its age."""
         now = trio.current_time()
         own = len(self._held.get(newcomer, ()))
         best: Connection | None = None
@@ -243,7 +279,7 @@ class Budget:
             if holder != newcomer and (only or len(connections) <= own):
                 continue
             for connection in connections:
-                age = connection._age(now)
+                age = of(connection, now)
                 if age >= 0 and (len(connections), age) > rank:
                     best, rank = connection, (len(connections), age)
         return best, rank[1]
@@ -480,6 +516,23 @@ def _has_unread(transport: trio.SocketStream | None) -> bool:
     poll = select.poll()
     poll.register(transport.socket.fileno(), select.POLLIN)
     return bool(poll.poll(0))
+
+
+def _silence(transport: trio.SocketStream | None) -> float:
+    """Seconds since data last went over a TCP connection in either direction, as Linux knows it
+    (tcp(7), TCP_INFO); negative where the system does not say."""
+    if transport is None or not sys.platform.startswith("linux"):
+        return -1.0
+    try:
+        info = transport.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA.size)
+        sent, received = _LAST_DATA.unpack(info)
+    except (OSError, struct.error):  # a Unix socket, or closed
+        return -1.0
+    return float(min(sent, received)) / 1000
+
+
+_LAST_DATA: Final = struct.Struct("=44xI4xI")
+"""tcpi_last_data_sent and tcpi_last_data_recv of struct tcp_info, in milliseconds."""
 
 
 def peer_name(transport: trio.SocketStream | None) -> str:

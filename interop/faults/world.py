@@ -46,6 +46,8 @@ class Process:
     log: Path
     started: float = field(default_factory=time.monotonic)
     descriptors_before: int = 0
+    log_before: int = 0
+    """Bytes that the log had when it started: of a process before it."""
 
     @property
     def pid(self) -> int:
@@ -76,7 +78,7 @@ class Process:
     def check_log(self) -> None:
         """Raises :class:`Broken` for a traceback or a flood."""
         with contextlib.suppress(FileNotFoundError):
-            text = self.log.read_text(errors="replace")
+            text = self.log.read_bytes()[self.log_before :].decode(errors="replace")
             for sign in ("Traceback", "internal error", "never awaited", "ResourceWarning"):
                 if sign in text:
                     raise Broken(f"{self.name}: its log has {sign!r}:\n{text[-3000:]}")
@@ -118,6 +120,7 @@ class World:
         launch = ("-m", "interop.faults.launch", str(self.no_threads), module)
         command = [sys.executable, *launch, *map(str, words)]
         with log.open("ab") as errors:
+            before = errors.tell()
             running = subprocess.Popen(
                 command,
                 cwd=self.folder,
@@ -126,7 +129,7 @@ class World:
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
             )
-        process = Process(name, running, log)
+        process = Process(name, running, log, log_before=before)
         self.processes.append(process)
         return process
 

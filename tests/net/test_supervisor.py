@@ -6,6 +6,7 @@ import errno
 import logging
 import socket
 import struct
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -292,6 +293,43 @@ async def test_unused_connections_make_room(mock_clock: MockClock) -> None:
     with pytest.raises(TooManyConnections):
         connect(12)  # all of them have worked
     assert not any(one.evicted for one in made[6:])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="TCP_INFO is Linux's")
+async def test_one_byte_keeps_no_place_for_ever() -> None:
+    """Connections that carried data and fell silent make room; those with data in either direction,
+    or with data that we have not read, do not; nor do those of a smaller holder."""
+    async with contextlib.AsyncExitStack() as stack:
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        await stack.enter_async_context(listener)
+        budget = Budget(5, idle=0.3)
+
+        async def connect(holder: str) -> tuple[Connection, Any, Any]:
+            client = await trio.open_tcp_stream(*listener.socket.getsockname())
+            server = await listener.accept()
+            await stack.enter_async_context(client)
+            await stack.enter_async_context(server)
+            connection = Connection(server, BoundedLog(LOGGER))
+            connection.admit(budget, holder, is_used=lambda: True)
+            await client.send_all(b"x")
+            assert await server.receive_some() == b"x"
+            return connection, client, server
+
+        made = [await connect("many") for _ in range(4)]
+        (lone, _, _) = await connect("few")
+        with pytest.raises(TooManyConnections):
+            await connect("many")  # nobody has been idle for long
+        await made[0][1].send_all(b"unread")
+        await trio.sleep(0.35)
+        await made[1][2].send_all(b"our side alone speaks")
+        await made[2][1].send_all(b"y")
+        await made[2][2].receive_some()
+        await connect("many")
+        assert [one.evicted for one, _, _ in made] == [False, False, False, True]
+        assert not lone.evicted
+        with pytest.raises(TooManyConnections):
+            await connect("many")
+        assert len(budget) == 5
 
 
 async def test_a_refused_connection_keeps_its_place_and_its_deadline(

@@ -16,7 +16,6 @@ from hybridkex.text import get_logger
 
 __all__ = ["report_accept_faults"]
 
-_log: Final = get_logger("hybridkex.aio")
 _MESSAGE: Final = "socket.accept() out of system resource"
 
 Handler = Callable[[asyncio.AbstractEventLoop, dict[str, Any]], object]
@@ -28,7 +27,8 @@ class _Handler:
     def __init__(self, before: Handler | None) -> None:
         self._before = before
         self._descriptors: set[int] = set()
-        self._lines = BoundedLog(_log, rate=1 / 60, burst=1)  # the state lasts: a line describes it
+        # The state lasts, and one line describes it.
+        self._lines = BoundedLog(get_logger("hybridkex.aio"), rate=1 / 60, burst=1)
 
     def watch(self, server: asyncio.Server) -> None:
         self._descriptors.update(one.fileno() for one in server.sockets)

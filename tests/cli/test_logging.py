@@ -50,7 +50,8 @@ def logged_by(module: Path) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             made = re.fullmatch(
-                r"(?:BoundedLog\()?get_logger\((?:__name__|'(.*)')\)+", ast.unparse(node.value)
+                r"(?:BoundedLog\()?get_logger\((?:__name__|'([^']*)')\)+(?:, .*)?",
+                ast.unparse(node.value),
             )
             if made is not None:
                 target = node.targets[0] if isinstance(node, ast.Assign) else node.target

@@ -98,7 +98,7 @@ async def test_many_connections_and_nothing_is_left_of_them(tunnel: Tunnel) -> N
             for _ in range(number):
                 nursery.start_soon(one)
         assert good == [True] * number
-        await trio_until(lambda: tunnel.descriptors() == before)
+        await trio_until(lambda: tunnel.descriptors() <= before)
         found = tunnel.metrics()
         for name in ("in", "out"):
             assert found[f'hybridkex_tunnel_connections_open{{tunnel="{name}"}}'] == 0
@@ -179,7 +179,12 @@ async def test_cut_at_random(
             assert cut > 0
             assert done == 8
             assert len(whole) == 8
-        await trio_until(lambda: [descriptors(one) for one in (listening, connecting)] == before)
+        await trio_until(
+            lambda: all(
+                descriptors(one) <= most
+                for one, most in zip((listening, connecting), before, strict=True)
+            )
+        )
 
 
 async def test_who_reads_slowly_is_waited_for(tunnel: Tunnel) -> None:
@@ -350,7 +355,9 @@ async def test_who_leaves_early_does_not_stay_in_the_books(tunnel: Tunnel, keys:
         await stream.send_eof()
         await stream.transport_stream.aclose()
         await trio_until(gone.is_set)
-        await trio_until(lambda: tunnel.says("the channel left before the target had ended"))
+        await trio_until(
+            lambda: tunnel.says("the channel disconnected before the target had finished")
+        )
 
 
 async def test_who_may_come_in(run: Run, tmp_path: Path) -> None:
@@ -382,7 +389,7 @@ async def test_who_may_come_in(run: Run, tmp_path: Path) -> None:
             assert await exchange(stream, b"hello") == b"hello"
         for name in ("mallory", "nobody"):
             assert await is_cut(await trio.open_tcp_stream("127.0.0.1", ports[name]))
-        await trio_until(lambda: "refused: CN=mallory is not on the list" in metrics.read_text())
+        await trio_until(lambda: "refused: CN=mallory is not allowed" in metrics.read_text())
         await trio_until(lambda: "handshake failed" in metrics.read_text())
 
 
@@ -473,7 +480,7 @@ async def test_tunnels_come_and_go(tunnel: Tunnel) -> None:
         await living.aclose()
         async with await tunnel.connect() as stream:
             assert await exchange(stream, b"x") == b"x"
-        await trio_until(lambda: tunnel.descriptors() == before)
+        await trio_until(lambda: tunnel.descriptors() <= before)
 
 
 # -- as a service
@@ -487,7 +494,7 @@ async def test_sigterm_lets_connections_end(tunnel: Tunnel) -> None:
         await living.send_all(b"x")
         assert await living.receive_some() == b"x"
         tunnel.process.terminate()
-        await trio_until(lambda: tunnel.says("may go on for 10 s"))
+        await trio_until(lambda: tunnel.says("have 10 s to finish"))
         with pytest.raises(OSError):
             await tunnel.connect()
         data = random.randbytes(2_000_000)

@@ -194,7 +194,7 @@ async def test_tunnel(hybridkex: Forkserver, tmp_path: Path, evil: Evil, form: l
         "connect", "localhost", port_file.read_text().strip(), *evil.own, "--insecure"
     )
     own_lines(done.stderr)
-    until(lambda: b"nobody" in log.read_bytes() or b"list" in log.read_bytes(), tunnel)
+    until(lambda: b"nobody" in log.read_bytes() or b"is not allowed" in log.read_bytes(), tunnel)
     tunnel.send_signal(15)
     tunnel.wait()
     own_lines(log.read_bytes(), least=2)

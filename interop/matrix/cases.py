@@ -41,6 +41,7 @@ class Case:
         resume: a second connection resumes the session of the first.
         update: who sends KeyUpdate and asks for one.
         half_close: who ends its direction before the other speaks.
+        fresh_keys: hybridkex offers Extended Key Update, which no peer knows.
         size: bytes each way.
         psk: an external PSK, plain or imported by RFC 9258.
         must_tell: what the peer's report must have, to be compared with ours.
@@ -60,6 +61,7 @@ class Case:
     resume: bool = False
     update: End | None = None
     half_close: End | None = None
+    fresh_keys: bool = False
     size: int = SIZE
     psk: Literal["plain", "imported"] | None = None
     must_tell: tuple[Literal["exporter", "key_log"], ...] = ()
@@ -130,6 +132,7 @@ class Case:
             half_close=self.half_close is not None,
             update=self.update == end,
             exporter=EXPORTER,
+            fresh_keys=self.fresh_keys and end == "us",
         )
 
 
@@ -195,6 +198,15 @@ CASES: Final = (
     Case(name="KeyUpdate asked for by the peer", area="Traffic", update="peer"),
     Case(name="half-close by hybridkex", area="Traffic", half_close="us"),
     Case(name="half-close by the peer", area="Traffic", half_close="peer"),
+    Case(name="fresh keys offered, KeyUpdate used", area="Traffic", fresh_keys=True, update="us"),
+    Case(
+        name="fresh keys offered, after HelloRetryRequest",
+        area="Traffic",
+        ours=("client",),
+        group="secp384r1",
+        retry_from="x25519",
+        fresh_keys=True,
+    ),
     Case(name="4 MiB each way, both at once", area="Traffic", size=LARGE),
     Case(name="plain (RFC 9846)", area="External PSK", psk="plain"),
     Case(name="imported (RFC 9258)", area="External PSK", psk="imported"),

@@ -39,6 +39,7 @@ _SUITES: Final = {suite.name: suite for suite in ALL_SUITES}
 _HANDSHAKE_TIMEOUT: Final = 40.0
 """Seconds: some peers do ML-DSA in Python, many cases at once."""
 _ANY: Final = Policy(post_quantum=Requirement.PREFER)
+_FRESH: Final = Policy(post_quantum=Requirement.PREFER, fresh_keys=Requirement.PREFER)
 
 Conversation = Callable[["Ours", Task], Awaitable[bytes]]
 """What is said over a connection; returns what the other end said."""
@@ -93,7 +94,7 @@ def _client_config(task: Task, log: _Log) -> ClientConfig:
         suites=tuple(_SUITES[name] for name in task.suites) or ALL_SUITES,
         alpn=task.alpn,
         psks=_psks(task),
-        policy=_ANY,
+        policy=_FRESH if task.fresh_keys else _ANY,
         ticket_store=MemoryTicketStore() if task.connections > 1 else None,
         key_log=log.lines.append,
     )
@@ -109,7 +110,7 @@ def _server_config(task: Task, log: _Log) -> ServerConfig:
         suites=tuple(_SUITES[name] for name in task.suites) or ALL_SUITES,
         alpn=task.alpn,
         psks=_psks(task),
-        policy=_ANY,
+        policy=_FRESH if task.fresh_keys else _ANY,
         key_log=log.lines.append,
     )
 

@@ -61,6 +61,7 @@ class Task:
         half_close: who speaks first closes its direction at once, and the other speaks after that.
         update: send KeyUpdate in the middle, asking for the other's.
         exporter: the label of an exporter of 32 bytes, with an empty context.
+        fresh_keys: hybridkex offers Extended Key Update, or would take it.
     """
 
     id: int
@@ -83,6 +84,7 @@ class Task:
     half_close: bool = False
     update: bool = False
     exporter: str = ""
+    fresh_keys: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ def test_links(page: Path) -> None:
 
 
 def test_the_threat_page_names_tests() -> None:
-    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "known-attacks.md").read_text(encoding="utf-8")
     assert len(re.findall(r"`tests/[\w/.]+::\w+`", text)) > 40
 
 

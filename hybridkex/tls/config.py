@@ -104,7 +104,7 @@ class PskSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits on what a peer can make us hold or compute; ``docs/security.md`` gives the reasons.
+    """Limits on what a peer can make us hold or compute; ``docs/limits.md`` gives the reasons.
 
     Args:
         certificate_message: bytes of a Certificate message that we hold; eight ML-DSA-87

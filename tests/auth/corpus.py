@@ -2,7 +2,7 @@
 """Chains as authorities make them, and as nobody should: each with OpenSSL's verdict beside ours.
 
 A case says what is special, who is the server, and what the two verifiers say; where they differ,
-why. ``tests/auth/test_corpus.py`` asks both, and ``docs/certificates.md`` shows the differences.
+why. ``tests/auth/test_corpus.py`` asks both, and ``docs/certificates-compared.md`` shows the differences.
 """
 
 from collections.abc import Callable, Sequence
@@ -317,14 +317,14 @@ one(
     refused="X.509 version 1",
     alert=UNSUPPORTED,
     openssl=True,
-    why="The library takes version 3 only, roots included; a version 1 root says nothing of what it may do.",
+    why="`cryptography` accepts version 3 only, also for roots: version 1 cannot say that a certificate is an authority.",
 )
 one(
     "root: no basicConstraints",
     root=lambda: authority(bc=None),
     refused="no basicConstraints",
     openssl=True,
-    why="RFC 5280 section 4.2.1.9 demands it of an authority; OpenSSL takes a root whose keyUsage has keyCertSign.",
+    why="RFC 5280 section 4.2.1.9 requires the extension in an authority; OpenSSL accepts a root whose keyUsage has keyCertSign.",
 )
 one("root: CA:FALSE", root=lambda: authority(bc=basic(False)), refused="CA:FALSE")
 one("root: keyUsage without keyCertSign", root=lambda: authority(ku=SIGN), refused="keyUsage")
@@ -376,7 +376,7 @@ case(
     "root: a trusted intermediate",
     lambda: ([leaf(**BELOW)], [middle()]),
     openssl=False,
-    why="A certificate in the trust store ends the chain, self-signed or not (OpenSSL: -partial_chain).",
+    why="A certificate in the trust store ends the chain, self-signed or not. OpenSSL does so with -partial_chain.",
 )
 
 # --- a leaf that is trusted itself ----------------------------------------------------------------
@@ -415,7 +415,7 @@ case(
     "trusted leaf: issued by an authority that is unknown",
     lambda: ([untouched()], [untouched()]),
     openssl=False,
-    why="A certificate in the trust store ends the chain, self-signed or not (OpenSSL: -partial_chain).",
+    why="A certificate in the trust store ends the chain, self-signed or not. OpenSSL does so with -partial_chain.",
 )
 
 # --- the leaf -------------------------------------------------------------------------------------
@@ -429,7 +429,7 @@ one(
     refused="keyUsage",
     alert=UNSUPPORTED,
     openssl=True,
-    why="TLS 1.3 needs digitalSignature (RFC 9846 section 4.5.1.2).",
+    why="TLS 1.3 requires digitalSignature (RFC 9846 section 4.5.1.2).",
 )
 one(
     "leaf: keyUsage keyEncipherment only",
@@ -437,7 +437,7 @@ one(
     refused="keyUsage",
     alert=UNSUPPORTED,
     openssl=True,
-    why="TLS 1.3 needs digitalSignature (RFC 9846 section 4.5.1.2).",
+    why="TLS 1.3 requires digitalSignature (RFC 9846 section 4.5.1.2).",
 )
 one(
     "leaf: keyUsage with many bits",
@@ -501,7 +501,7 @@ one(
     extension("2.5.29.32", seq(seq(oid("1.2.3"), seq(seq(oid("1.2.3.4"), tlv(UTF8, b"x")))))),
     refused="malformed (in qualifier)",
     openssl=True,
-    why="The library reads the two policy qualifiers of RFC 5280 only.",
+    why="`cryptography` parses only the two policy qualifiers of RFC 5280.",
 )
 one("leaf: an unknown extension", extension("1.2.3.4", NULL))
 one(
@@ -516,7 +516,7 @@ one(
     constraints(["b.example"]),
     refused="nameConstraints",
     openssl=True,
-    why="The library applies nameConstraints to the certificate that has them, too.",
+    why="`cryptography` applies nameConstraints also to the certificate that has them.",
 )
 one("leaf: an extension twice", san("b.example"), refused="twice", openssl=False)
 one("leaf: issuer and subject unique IDs", unique_ids=tlv(0x81, b"\0\1") + tlv(0x82, b"\0\2"))
@@ -555,21 +555,21 @@ one(
     ski(spki(key_of("p256/leaf"))),
     ids=False,
     openssl=False,
-    why="RFC 5280 section 6 does not look at it; the signature counts.",
+    why="Path validation (RFC 5280 section 6) does not use this extension; the signature decides.",
 )
 one(
     "identifiers: authorityKeyIdentifier critical",
     ext(x509.AuthorityKeyIdentifier(key_id(spki(key_of("p256/root"))), None, None), True),
     ids=False,
     openssl=False,
-    why="RFC 5280 has this extension not critical; what it says is known, and counts for nothing.",
+    why="RFC 5280 says that this extension is not critical. Its content is not used.",
 )
 one(
     "identifiers: subjectKeyIdentifier critical",
     ext(x509.SubjectKeyIdentifier(b"12"), True),
     ids=False,
     openssl=False,
-    why="RFC 5280 has this extension not critical; what it says is known, and counts for nothing.",
+    why="RFC 5280 says that this extension is not critical. Its content is not used.",
 )
 one(
     "identifiers: authorityKeyIdentifier by issuer and serial number",
@@ -593,7 +593,7 @@ for shown, serial, refusal in (
         serial=serial,
         refused=refusal,
         openssl=True,
-        why="RFC 5280 section 4.1.2.2 has positive numbers of 20 octets at most."
+        why="RFC 5280 section 4.1.2.2 allows positive numbers of at most 20 octets."
         if refusal
         else "",
     )
@@ -624,7 +624,7 @@ for shown, start, end, refusal in (
         refused=refusal,
         alert=EXPIRED if refusal == "expired" else BAD,
         openssl=refusal in (None, "as GeneralizedTime"),
-        why="RFC 5280 section 4.1.2.5 wants UTCTime until 2049."
+        why="RFC 5280 section 4.1.2.5 requires UTCTime through 2049."
         if refusal == "as GeneralizedTime"
         else "",
     )
@@ -632,7 +632,7 @@ one(
     "dates: at the last second",
     not_after=time(NOW),
     openssl=False,
-    why="RFC 5280 section 4.1.2.5: the period includes its last second.",
+    why="RFC 5280 section 4.1.2.5: the validity period includes its last second.",
 )
 one("dates: at the first second", not_before=time(NOW))
 
@@ -656,7 +656,7 @@ for tag, word in (
         "other string types",
         UNSUPPORTED,
         openssl=True,
-        why="The library compares names byte by byte.",
+        why="`cryptography` compares names byte by byte.",
     )
 case(
     "names: issuer differs in case and spaces",
@@ -667,14 +667,14 @@ case(
     refused="not the trusted one",
     alert=UNKNOWN_CA,
     openssl=True,
-    why="The library compares names byte by byte.",
+    why="`cryptography` compares names byte by byte.",
 )
 case(
     "names: root without a subject",
     lambda: ([leaf(issuer=name())], [authority(name())]),
     refused="no issuer name",
     openssl=True,
-    why="RFC 5280 section 4.1.2.4: an issuer has a name.",
+    why="RFC 5280 section 4.1.2.4: the name of an issuer must not be empty.",
 )
 one(
     "names: empty subject, critical subjectAltName",
@@ -702,7 +702,7 @@ one(
     "server name: wildcard",
     names=san("*.example"),
     openssl=False,
-    why="OpenSSL wants two labels after a wildcard; RFC 9525 does not.",
+    why="OpenSSL requires two labels after a wildcard; RFC 9525 does not.",
 )
 one("server name: wildcard below", names=san("*.b.example"), host="a.b.example")
 one(
@@ -723,7 +723,7 @@ one(
     host="ab.b.example",
     refused="is for",
     openssl=True,
-    why="RFC 9525 section 6.3: the wildcard is the whole label.",
+    why="RFC 9525 section 6.3: a wildcard must be a whole label.",
 )
 one("server name: wildcard alone", names=san("*"), host="a", refused="is for")
 one("server name: upper case", names=san("A.EXAMPLE"))
@@ -757,7 +757,7 @@ one(
     host="a_b.example",
     refused="underscore",
     openssl=True,
-    why="A host name has no underscore (RFC 5280 section 4.2.1.6, RFC 1123); a pin helps.",
+    why="A host name must not contain an underscore (RFC 5280 section 4.2.1.6, RFC 1123). Use a pin.",
 )
 one("server name: A-label", names=san("xn--bcher-kva.example"), host="xn--bcher-kva.example")
 one("server name: URI only", names=san("uri:https://a.example"), refused="is for", openssl=False)
@@ -779,7 +779,7 @@ one(
     names=extension("2.5.29.17", seq(tlv(0xA3, b""), tlv(0x82, b"a.example"))),
     refused="parse",
     openssl=True,
-    why="The library does not read this form of a name.",
+    why="`cryptography` does not parse this form of name.",
 )
 one(
     "server name: DNS name with a zero byte",
@@ -801,7 +801,7 @@ two(
     refused="leading dot",
     alert=UNSUPPORTED,
     openssl=True,
-    why="RFC 5280 section 4.2.1.10 has no leading dot for DNS names, and the library takes the whole constraint for malformed.",
+    why="RFC 5280 section 4.2.1.10 has no leading dot in DNS constraints; `cryptography` treats the constraint as malformed.",
 )
 two(
     "constraints: excluded with a leading dot",
@@ -817,7 +817,7 @@ two(
     refused="empty",
     alert=UNSUPPORTED,
     openssl=True,
-    why="The library takes an empty DNS constraint for malformed.",
+    why="`cryptography` treats an empty DNS constraint as malformed.",
 )
 two(
     "constraints: all DNS names excluded (empty)",
@@ -850,7 +850,7 @@ two(
     refused="nameConstraints",
     alert=UNSUPPORTED,
     openssl=True,
-    why="The library does not compare URIs with constraints.",
+    why="`cryptography` does not compare URIs with constraints.",
 )
 two(
     "constraints: directory name permitted",
@@ -858,7 +858,7 @@ two(
     refused="nameConstraints",
     alert=UNSUPPORTED,
     openssl=True,
-    why="The library does not compare directory names with constraints.",
+    why="`cryptography` does not compare directory names with constraints.",
 )
 two(
     "constraints: directory name permitted, not critical",
@@ -871,14 +871,14 @@ two(
     refused="nameConstraints",
     alert=UNSUPPORTED,
     openssl=True,
-    why="The library does not compare directory names with constraints.",
+    why="`cryptography` does not compare directory names with constraints.",
 )
 two(
     "constraints: none at all",
     extension("2.5.29.30", seq(), True),
     refused="must not be None",
     openssl=True,
-    why="RFC 5280 section 4.2.1.10: one of the two lists is there.",
+    why="RFC 5280 section 4.2.1.10: at least one of the two lists must be present.",
 )
 two(
     "constraints: wildcard in the leaf, permitted",
@@ -893,7 +893,7 @@ two(
     leaf_changes={"names": san("*.b.example")},
     refused="nameConstraints",
     openssl=True,
-    why="The wildcard stands for the excluded name as well.",
+    why="The wildcard also matches the excluded name.",
 )
 two(
     "constraints: common name outside, subjectAltName inside",
@@ -906,7 +906,7 @@ two(
     client=True,
     leaf_changes={"subject": "evil.test", "names": None},
     openssl=False,
-    why="OpenSSL takes the common name for a DNS name where there is no subjectAltName. Here it is no name at all, and decides nothing.",
+    why="Without a subjectAltName, OpenSSL applies DNS constraints to the common name. Here a common name is never a DNS name.",
 )
 case(
     "constraints: on the root",
@@ -932,7 +932,7 @@ two(
     refused="requireExplicitPolicy",
     alert=UNSUPPORTED,
     openssl=True,
-    why="Policies are not processed here, and RFC 5280 section 6.1 wants that where they are required. OpenSSL does not process them either unless -policy_check is given.",
+    why="The certificate requires policy processing (RFC 5280 section 6.1), which is not implemented. OpenSSL ignores the requirement unless -policy_check is given.",
 )
 two("policies: policyConstraints, mapping inhibited", ext(x509.PolicyConstraints(None, 0), True))
 two("policies: inhibitAnyPolicy", ext(x509.InhibitAnyPolicy(0), True))
@@ -963,7 +963,7 @@ case(
     lambda: ladder(16),
     "chain of 17 certificates",
     openssl=True,
-    why="At most 16 certificates are read.",
+    why="A chain may have at most 16 certificates.",
 )
 case("path: pathLenConstraint 1 with one intermediate", lambda: ladder(1, top_length=1))
 case(
@@ -984,7 +984,7 @@ case(
     ),
     refused="pathLenConstraint",
     openssl=True,
-    why="RFC 5280 section 6.1.4 (l) does not count self-issued certificates; the library does.",
+    why="RFC 5280 section 6.1.4 (l) does not count self-issued certificates; `cryptography` does.",
 )
 two("path: intermediate without basicConstraints", bc=None, refused="no basicConstraints")
 two("path: intermediate basicConstraints not critical", bc=basic(True, critical=False))
@@ -1065,7 +1065,7 @@ case(
         [authority()],
     ),
     openssl=False,
-    why="OpenSSL tries the first issuer that fits and no other.",
+    why="OpenSSL tries only the first issuer that matches.",
 )
 case(
     "sent: cross-signed root, the new root trusted",
@@ -1115,7 +1115,7 @@ one(
     refused="Ed448",
     alert=UNSUPPORTED,
     openssl=True,
-    why="Ed448 is not among the signature schemes of this library.",
+    why="This library does not support Ed448 signatures.",
 )
 one(
     "leaf's key: secp256k1",
@@ -1131,7 +1131,7 @@ one(
     refused="1024 bits",
     alert=UNSUPPORTED,
     openssl=True,
-    why="RSA keys below 2048 bits are weak; OpenSSL refuses them from security level 2.",
+    why="RSA keys below 2048 bits are weak; OpenSSL refuses them from security level 2 on.",
 )
 
 
@@ -1150,7 +1150,7 @@ one(
     refused="16384 bits",
     alert=UNSUPPORTED,
     openssl=True,
-    why="A larger key costs more to verify than an unknown peer deserves.",
+    why="RSA keys above 8192 bits are refused: an unknown peer must not cause that much work.",
 )
 one(
     "leaf's key: on an explicit curve",
@@ -1175,15 +1175,21 @@ for kind, refusal, alert, taken, why in (
         "EdDSA",
         UNSUPPORTED,
         True,
-        "The library takes no Ed25519 signature of an authority.",
+        "`cryptography` does not accept Ed25519 signatures of authorities.",
     ),
-    ("ed448", "EdDSA", UNSUPPORTED, True, "The library takes no Ed448 signature of an authority."),
+    (
+        "ed448",
+        "EdDSA",
+        UNSUPPORTED,
+        True,
+        "`cryptography` does not accept Ed448 signatures of authorities.",
+    ),
     (
         "rsa1024",
         "1024 bits",
         UNSUPPORTED,
         True,
-        "RSA keys below 2048 bits are weak; OpenSSL refuses them from security level 2.",
+        "RSA keys below 2048 bits are weak; OpenSSL refuses them from security level 2 on.",
     ),
     ("k256", "secp256k1", UNSUPPORTED, True, "TLS 1.3 has no signature scheme for this curve."),
 ):
@@ -1217,7 +1223,7 @@ case(
     refused="salt",
     alert=UNSUPPORTED,
     openssl=True,
-    why="The library takes salts as long as the digest only, as the Web's rules do.",
+    why="`cryptography` accepts only salts of the digest's length, as the Web PKI does.",
 )
 case(
     "signature: RSA PSS, no salt",
@@ -1225,7 +1231,7 @@ case(
     refused="salt",
     alert=UNSUPPORTED,
     openssl=True,
-    why="The library takes salts as long as the digest only, as the Web's rules do.",
+    why="`cryptography` accepts only salts of the digest's length, as the Web PKI does.",
 )
 case(
     "signature: RSA PSS with SHA-1",
@@ -1233,7 +1239,7 @@ case(
     "SHA1",
     UNSUPPORTED,
     openssl=True,
-    why="SHA-1 is broken (RFC 9155). `openssl verify` does not look at the digest; OpenSSL's TLS does.",
+    why="SHA-1 is broken (RFC 9155). `openssl verify` does not check the digest; OpenSSL's TLS does.",
 )
 case(
     "signature: RSA without the NULL",
@@ -1241,7 +1247,7 @@ case(
     refused="without the NULL",
     alert=UNSUPPORTED,
     openssl=True,
-    why="RFC 4055 section 5 wants the NULL, and wants that readers do without; the library does not.",
+    why="RFC 4055 section 5 requires the NULL of the signer and requires verifiers to accept its absence; `cryptography` does not accept it.",
 )
 case(
     "signature: RSA with SHA-1",
@@ -1249,7 +1255,7 @@ case(
     "SHA1",
     UNSUPPORTED,
     openssl=True,
-    why="SHA-1 is broken (RFC 9155). `openssl verify` does not look at the digest; OpenSSL's TLS does.",
+    why="SHA-1 is broken (RFC 9155). `openssl verify` does not check the digest; OpenSSL's TLS does.",
 )
 case("signature: RSA with SHA-512", signed(digest=hashes.SHA512()))
 one(
@@ -1258,7 +1264,7 @@ one(
     refused="SHA1",
     alert=UNSUPPORTED,
     openssl=True,
-    why="SHA-1 is broken (RFC 9155). `openssl verify` does not look at the digest; OpenSSL's TLS does.",
+    why="SHA-1 is broken (RFC 9155). `openssl verify` does not check the digest; OpenSSL's TLS does.",
 )
 one("signature: ECDSA P-256 with SHA-512", digest=hashes.SHA512())
 one(
@@ -1266,6 +1272,6 @@ one(
     algorithm=seq(oid("1.2.840.10045.4.3.2"), NULL),
     refused="malformed (in signature_alg)",
     openssl=True,
-    why="RFC 5758 section 3.2: there is no NULL.",
+    why="RFC 5758 section 3.2: the parameters must be absent.",
 )
 case("signature: a root signed with SHA-1", lambda: ([leaf()], [authority(digest=hashes.SHA1())]))

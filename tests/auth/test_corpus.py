@@ -12,7 +12,7 @@ from hybridkex.auth.certificates import read_chain
 from hybridkex.errors import CertificateRejected
 from tests.auth.corpus import CASES, Case
 
-PAGE = Path(__file__).parents[2] / "docs" / "certificates.md"
+PAGE = Path(__file__).parents[2] / "docs" / "certificates-compared.md"
 NOT_WORDS = re.compile(
     r"candidates exhausted|ParseError|AlgorithmIdentifier|[{}]|fatal error|validation failed|<|>"
 )

@@ -1,6 +1,6 @@
 """Attacks on TLS 1.3 and on external PSKs that have a name, carried out against two engines.
 
-docs/security.md says what stops each of them; those that other files try are named there.
+docs/known-attacks.md says what stops each of them; those that other files try are named there.
 """
 
 from collections.abc import Callable

@@ -261,8 +261,9 @@ class SecureByteStream(ByteStream):
         while True:
             try:
                 event = connection.next_event()
-                if self._keeper is not None and event is not None:
-                    self._keeper.saw(event)
+                if self._keeper is not None:
+                    if event is not None:
+                        self._keeper.saw(event)
                     if connection.has_data_to_send:
                         self._keeper.wake()
                 if isinstance(event, ApplicationData):

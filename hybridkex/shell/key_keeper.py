@@ -184,7 +184,10 @@ class KeyKeeper:
             self._late = current_time() + self._schedule.deadline
 
     def _try_later(self) -> None:
-        self._not_before = current_time() + self._retry
+        """Wait longer each time, and not at all too long while an update is about to be late."""
+        now = current_time()
+        soon = max(now + _FIRST_RETRY, self._late - 1.0)
+        self._not_before = min(now + self._retry, soon)
         self._retry = min(2 * self._retry, _LAST_RETRY)
 
     async def _start(self, why: str) -> None:

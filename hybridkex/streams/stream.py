@@ -304,8 +304,9 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                     await self._answers.keep_tickets()
             except HybridkexError as error:
                 await self._fail(error)
-            if self._keeper is not None and event is not None:
-                self._keeper.saw(event)
+            if self._keeper is not None:
+                if event is not None:
+                    self._keeper.saw(event)
                 if connection.has_data_to_send:
                     self._keeper.wake()
             if isinstance(event, ApplicationData) or connection.close_received:

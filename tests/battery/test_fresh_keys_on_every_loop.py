@@ -148,9 +148,10 @@ def test_a_schedule_under_load_in_both_directions(run: Run) -> None:
     run(sites, conversation)
 
 
-def test_a_peer_that_only_listens(run: Run) -> None:
-    """The responder sends nothing of its own: its answers go out all the same."""
-    sites = Sites(client=FreshKeys(every=0.01))
+@pytest.mark.parametrize("qkd", [REQUIRE, OFF], ids=["qkd", "no qkd"])
+def test_peers_that_say_nothing(run: Run, qkd: Requirement) -> None:
+    """Neither has data to send: the messages of the updates go out all the same."""
+    sites = Sites(client=FreshKeys(every=0.01), policy={"fresh_qkd": qkd})
 
     async def conversation(client: Any, server: Any) -> None:
         async def watch() -> None:

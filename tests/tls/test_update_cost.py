@@ -1,0 +1,22 @@
+"""What a key update costs: less than half of a full handshake, with and without a QKD key."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybridkex import X25519MLKEM768
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from fresh_keys import measure
+
+
+@pytest.mark.parametrize("qkd", [False, True])
+def test_an_update_costs_less_than_half_a_handshake(qkd: bool) -> None:
+    ratios = []
+    for _ in range(5):  # a busy machine may disturb a run
+        handshake, update = measure(X25519MLKEM768, qkd=qkd, rounds=30)
+        ratios.append(update / handshake)
+        if ratios[-1] < 0.5:
+            return
+    pytest.fail(f"ratios of {ratios}")

@@ -47,15 +47,18 @@ class Terminal:
         self._lines_in, self._lines = trio.open_memory_channel[str](0)
 
     async def run(self) -> None:
-        """Until the user leaves."""
+        """Run until the user leaves."""
         fancy = sys.stdin.isatty() and sys.stdout.isatty()
         async with trio.open_nursery() as outer:
-            outer.start_soon(self._show)  # to the end of the news, which leaving brings about
+            outer.start_soon(self._show)  # leaving ends the news
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._prompts if fancy else self._read_lines)
-                async with self._lines_in:
+                try:
                     await self._obey()
-                nursery.cancel_scope.cancel()
+                finally:
+                    # In this order: a reader that waits with a further line is cancelled.
+                    nursery.cancel_scope.cancel()
+                    self._lines_in.close()
 
     # --- out ----------------------------------------------------------------------------------
 

@@ -228,6 +228,18 @@ def test_rooms_names_and_leaving(processes: Processes) -> None:
     assert server.wait(WITHIN) == 0
 
 
+def test_what_follows_quit_in_a_pipe_is_ignored(processes: Processes) -> None:
+    """Further lines, and the end of the input, are waiting when the user has left."""
+    _, port = processes.listening("server")
+    alice = processes.start("alice", "client", f"localhost:{port}", "--nick", "alice")
+    read_until(alice, "alice joined lobby")
+    type_in(alice, "/quit\nafter\n/who")
+    out = alice.rest()
+    assert alice.returncode == 0, out
+    assert "Traceback" not in out
+    assert "after" not in out
+
+
 def test_a_wrong_certificate_is_refused_in_one_line(processes: Processes, ids: Path) -> None:
     _, port = processes.listening("server")
     eve = processes.start("stranger", "client", f"localhost:{port}", "--nick", "eve")

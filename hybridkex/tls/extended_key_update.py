@@ -127,7 +127,7 @@ class Updates:
     ) -> None:
         records.writer.update_early()
         self._client = isinstance(config, ClientConfig)
-        self._clock = config.clock
+        self.clock = config.clock
         wanted = config.policy_in_force.fresh_qkd
         assert wanted is not None  # filled in by the configuration
         self._qkd = wanted
@@ -375,7 +375,7 @@ class Updates:
         secrets = self._generation.next(request, response, shared, self._slot_secret(key))
         epoch = Epoch(
             number=secrets.generation.number,
-            began_at=self._clock(),
+            began_at=self.clock(),
             why=why,
             group=self._group.name,
             confirmed=self._slot,

@@ -57,6 +57,7 @@ class _Traffic:
         self._answer_update = False
         self._update_requested = False
         self._update_wanted = False
+        self._last_request = 0.0
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> Self:
         """One message after the handshake."""
@@ -94,7 +95,12 @@ class _Traffic:
                 "KeyUpdate where Extended Key Update is negotiated", Reason.STANDARD_KEY_UPDATE
             )
         if isinstance(message, UpdateRequest | FreshRequest):
-            self._updates_in_a_row += 1
+            # A session that renews its keys for weeks may be silent for days: what counts is how
+            # many come at once, and each second takes one of them off.
+            now = updates.clock()
+            passed = max(0, int(now - self._last_request))
+            self._updates_in_a_row = max(0, self._updates_in_a_row - passed) + 1
+            self._last_request = now
             if self._updates_in_a_row > records.reader.limits.key_updates:
                 raise UnexpectedMessage(
                     "too many key updates without data between them", Reason.UPDATES_TOO_MANY

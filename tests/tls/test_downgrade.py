@@ -17,8 +17,9 @@ from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
 from hybridkex.tls.connection import Connection
+from hybridkex.tls.epochs import KeyUpdates
 
-PREFER = Policy(psk=Requirement.PREFER)
+PREFER = Policy(psk=Requirement.PREFER, fresh_keys=Requirement.PREFER)
 QKD = ExternalPsk(identity=b"qkd-1", key=Secret(bytes(range(32))), context=b"alice bob")
 
 Extension = tuple[int, bytes]
@@ -128,6 +129,7 @@ KINDS = (HandshakeType.CLIENT_HELLO, HandshakeType.SERVER_HELLO)
 def test_left_alone_the_key_is_in(configs: tuple[ClientConfig, ServerConfig]) -> None:
     pair = Pair.make(*configs).connect()
     assert pair.client.session.psk_identity == pair.server.session.psk_identity == QKD.identity
+    assert pair.client.session.key_updates is pair.server.session.key_updates is KeyUpdates.FRESH
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,7 +6,9 @@ import hashlib
 import hmac
 import itertools
 import random
+import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -80,6 +82,8 @@ from hybridkex.wire.update_messages import (
 )
 
 SIDES = ["client", "server"]
+STANDING = partial(float, time.time())
+"""A clock that stands still."""
 
 
 @pytest.fixture
@@ -750,9 +754,30 @@ def test_another_key_at_the_other_end(wrong: str) -> None:
 
 def test_requests_without_end() -> None:
     loose = policy(fresh_qkd=REQUIRE)
-    pair = connected(policy(fresh_qkd=PREFER), loose, limits=Limits(key_updates=5))
+    limits = Limits(key_updates=5)
+    pair = connected(
+        policy(fresh_qkd=PREFER), loose, limits=limits, clock=partial(float, time.time())
+    )
     for _ in range(5):
         update(pair, "client")  # declined each time
+    pair.client.start_update()
+    pair.fight()
+    error = pair.errors["server"]
+    assert isinstance(error, UnexpectedMessage)
+    assert error.reason is Reason.UPDATES_TOO_MANY
+
+
+def test_a_session_that_is_silent_for_days() -> None:
+    """An update a minute and no data: no storm."""
+    now = [time.time()]
+    pair = connected(clock=lambda: now[0])
+    for number in range(100):
+        update(pair, SIDES[number % 2])
+        now[0] += 60
+    assert pair.client.session.epoch == 100
+    now[0] -= 3600  # a clock that is set back gives nothing
+    for _ in range(31):
+        update(pair, "client")
     pair.client.start_update()
     pair.fight()
     error = pair.errors["server"]
@@ -938,6 +963,44 @@ def test_a_whole_message_lost_or_doubled(number: int, way: str) -> None:
         assert not pair.errors
         return
     check_that_it_ends(pair, f"{way} {number}")
+
+
+def on_the_wire(way: str, place: int) -> tuple[Pair, int]:
+    """An update in which one byte of its records is damaged; and how many bytes it has."""
+    pair = connected()
+    seen = 0
+
+    def damage(target: Any, data: bytes) -> bytes:
+        nonlocal seen
+        at, seen = place - seen, seen + len(data)
+        if not 0 <= at < len(data):
+            return data
+        return {
+            "flip": data[:at] + bytes((data[at] ^ 1,)) + data[at + 1 :],
+            "drop": data[:at] + data[at + 1 :],
+            "double": data[: at + 1] + data[at:],
+        }[way]
+
+    pair.on_wire = damage
+    pair.client.start_update()
+    pair.fight()
+    return pair, seen
+
+
+@pytest.mark.parametrize("way", ["flip", "drop", "double"])
+def test_each_byte_on_the_wire_damaged(way: str) -> None:
+    _, size = on_the_wire(way, 1 << 30)
+    for place in range(size):
+        pair, _ = on_the_wire(way, place)
+        for end in (pair.client, pair.server):
+            with contextlib.suppress(LocalStateError):  # it is dead already
+                end.send_data(b"more")
+        pair.fight()
+        pair.cut()  # a length that was made longer leaves an end waiting
+        heard = [one for one in pair.client_events + pair.server_events
+                 if isinstance(one, ApplicationData)]  # fmt: skip
+        assert {one.data for one in heard} <= {b"more"}, place
+        assert pair.errors, place
 
 
 # --- many -----------------------------------------------------------------------------------------

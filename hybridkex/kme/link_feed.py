@@ -18,6 +18,7 @@ one: Bob opens one only after losing the other.
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import trio
@@ -26,7 +27,6 @@ from hybridkex.errors import (
     BlockAborted,
     LedgerDry,
     LedgerLost,
-    LinkAuthenticationError,
     LinkError,
 )
 from hybridkex.kme.config import KmeConfig, PeerConfig
@@ -40,6 +40,7 @@ from hybridkex.link.quantum import OpticalLink
 from hybridkex.link.remote import RemoteDetector, serve_detector
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.simulated import SimulatedLink
+from hybridkex.machine import broken, refusal
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.reading import EndOfStream, read_exactly
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
@@ -56,6 +57,8 @@ BATCH: Final = 64
 once."""
 PAUSE: Final = 1.0
 """Seconds before the next attempt, after an aborted block or a broken connection."""
+LONG_PAUSE: Final = 10.0
+"""The same, where the authentication key is used up or lost and somebody must restart the KMEs."""
 GREETING_SECONDS: Final = 10.0
 """Seconds for a greeting, and then for the other connection of the session."""
 STRANGERS: Final = 32
@@ -67,8 +70,8 @@ NUMBER: Final = 16
 CHALLENGE: Final = 32
 GREETING: Final = b"hybridkex QKD link greeting v1"
 
-_PASSING: Final = (MemoryError, NoThread)
-"""What ends a session without anybody's fault; the next one may find room."""
+_EXPECTED: Final = (LinkError, OSError, trio.BrokenResourceError, MemoryError, NoThread)
+"""What ends a session without a defect of the program."""
 
 Note = Callable[[Block | BlockAborted], None]
 
@@ -106,32 +109,43 @@ def _batches(keys: tuple[ProducedKey, ...]) -> Iterable[slice]:
 
 
 class PairFeed:
-    """Both ends of a link within one process."""
+    """Both ends of a link within one process.
 
-    def __init__(self, link: SimulatedLink) -> None:
+    Args:
+        make: makes the link, anew for each session: both ends begin again together.
+    """
+
+    def __init__(self, make: Callable[[], SimulatedLink]) -> None:
         self.ends: Final[tuple[LinkEnd, ...]] = (LinkEnd(), LinkEnd())
-        self._link = link
+        self._make = make
 
     async def run(self) -> None:
-        """Make keys until cancelled, or until the link ends."""
-        failure: LinkError | None = None
+        """Make keys until cancelled."""
         try:
-            async with self._link.open():
-                while True:
-                    try:
-                        blocks = await self._link.block()
-                    except BlockAborted as error:
-                        LOG.warning("QKD link: a block was given up: %s", error)
-                        await trio.sleep(PAUSE)
-                        continue
-                    for part in _batches(blocks[0].keys):
-                        for end, block in zip(self.ends, blocks, strict=True):
-                            await end.put(list(block.keys[part]))
-        except LinkError as error:
-            failure = error
+            while True:
+                await self._session()
         finally:
             for end in self.ends:
-                end.end(failure)
+                end.end(None)
+
+    async def _session(self) -> None:
+        try:
+            async with self._make().open() as link:
+                while True:
+                    await self._block(link)
+        except* Exception as group:
+            await _ended(_first(group))
+
+    async def _block(self, link: SimulatedLink) -> None:
+        try:
+            blocks = await link.block()
+        except BlockAborted as error:
+            LOG.warning("QKD link: a block was given up: %s", error)
+            await trio.sleep(PAUSE)
+            return
+        for part in _batches(blocks[0].keys):
+            for end, block in zip(self.ends, blocks, strict=True):
+                await end.put(list(block.keys[part]))
 
 
 class PartyFeed:
@@ -157,7 +171,7 @@ class PartyFeed:
         self._ledger = Ledger()  # outlives a session: only the first session uses signatures
 
     async def run(self) -> None:
-        """Make keys until cancelled, or until the link must stop.
+        """Make keys until cancelled. Ends if we cannot listen.
 
         A broken connection is replaced by a new session, authenticated with the stored key.
         """
@@ -197,7 +211,6 @@ class PartyFeed:
             listeners = await trio.open_tcp_listeners(self._address.port, host=self._address.host)
         except OSError as error:
             raise LinkError(f"the link cannot listen on {self._address}: {error}") from None
-        failure: LinkError | None = None
         pairs, arrived = trio.open_memory_channel[_Pair](0)
         desk = _Reception(self._signatures, pairs)
         supervisor = Supervisor(
@@ -213,36 +226,25 @@ class PartyFeed:
                 try:
                     with pair.scope:
                         await self._session(pair.streams[b"C"], pair.streams[b"Q"])
-                except LinkError as error:
-                    failure = error
-                    nursery.cancel_scope.cancel()
                 finally:
                     pair.over.set()
-        if failure is not None:
-            raise failure
 
     async def _session(self, classical: trio.SocketStream, quantum: trio.SocketStream) -> None:
-        """Make blocks until the connection breaks. Raises ``LinkError`` if the link must stop."""
-        made = 0
-        error: BaseException | None = None
+        """Make blocks until the connection breaks.
+
+        Nothing that the other end says ends more than the session: its HELLO is not authenticated
+        when it contradicts our ledger, and a tag that does not verify may be a stranger's.
+        """
         try:
             async with classical, quantum, trio.open_nursery() as nursery:
                 party = self._make(classical, quantum, nursery)
                 try:
                     while True:
-                        made += await self._block(party)
+                        await self._block(party)
                 finally:
                     nursery.cancel_scope.cancel()
-        except* (*_PASSING, LinkError, trio.BrokenResourceError, OSError) as group:
-            error = _first(group)
-        if error is None:
-            return
-        if isinstance(error, LedgerDry | LedgerLost) or (
-            isinstance(error, LinkAuthenticationError) and made > 0
-        ):
-            raise error from None
-        LOG.warning("QKD link: %s; a new session begins", error)
-        await trio.sleep(PAUSE)
+        except* Exception as group:
+            await _ended(_first(group))
 
     def _make(
         self, classical: trio.SocketStream, quantum: trio.SocketStream, nursery: trio.Nursery
@@ -271,18 +273,17 @@ class PartyFeed:
             ledger=self._ledger,
         )
 
-    async def _block(self, party: Alice | Bob) -> int:
+    async def _block(self, party: Alice | Bob) -> None:
         try:
             block = await party.block()
         except BlockAborted as error:
             self._note(error)
             LOG.warning("QKD link: a block was given up: %s", error)
             await trio.sleep(PAUSE)
-            return 0
+            return
         self._note(block)
         for part in _batches(block.keys):
             await self.ends[0].put(list(block.keys[part]))
-        return 1
 
 
 @dataclass(eq=False)
@@ -365,6 +366,25 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
+async def _ended(error: BaseException) -> None:
+    """Say why a session ended, and wait until it is time for the next one.
+
+    No error ends the feed: its cause may be over when the next session begins.
+    """
+    pause = PAUSE
+    if isinstance(error, LedgerDry | LedgerLost):
+        LOG.error("QKD link: %s", error)  # it says all
+        pause = LONG_PAUSE
+    elif isinstance(error, _EXPECTED):
+        why = str(error) if isinstance(error, LinkError) else refusal(error) or broken(error)
+        LOG.warning("QKD link: %s; a new session begins", why)
+    else:
+        LOG.error("QKD link: internal error: %s; please report it", type(error).__name__)
+        LOG.debug("QKD link: the internal error", exc_info=error)
+        pause = LONG_PAUSE
+    await trio.sleep(pause)
+
+
 def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairFeed | PartyFeed:
     """The feed that a configuration file describes. Raises ``ConfigError``."""
     link = peer.link
@@ -399,11 +419,15 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
 
     remote = link.remote
     if remote is None:
-        return PairFeed(
-            SimulatedLink(
-                settings, bootstrap=link.bootstrap, real_time=link.real_time, observer=note
-            )
+        make = partial(
+            SimulatedLink,
+            settings,
+            bootstrap=link.bootstrap,
+            real_time=link.real_time,
+            observer=note,
         )
+        make()  # a setting that is wrong is so now
+        return PairFeed(make)
     return PartyFeed(
         settings,
         party=remote.party,

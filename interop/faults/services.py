@@ -39,6 +39,10 @@ class Service(ABC):
     """The configuration file that SIGHUP reads again."""
     watched: tuple[Path, ...] = ()
     """Files that it made and that others need: a socket, a store."""
+    insiders: tuple[Path, ...] = ()
+    """Folders with ``ca.pem``, ``cert.pem`` and ``key.pem`` of peers that it trusts."""
+    link: tuple[Path, Path] | None = None
+    """Bob's private key and Alice's certificate, where it has a QKD link."""
 
     def __init__(self, world: World) -> None:
         self.world: Final = world
@@ -54,6 +58,7 @@ class Service(ABC):
             verifier=TrustStore.from_pem((self.keys / "ca.pem").read_bytes()),
             identity=Identity.from_files(self.keys / "cert.pem", self.keys / "key.pem"),
         )
+        self.insiders = (self.keys,)
         self.processes: list[Process] = []
         self.prepare()
 
@@ -280,6 +285,7 @@ class Kme(Service):
         if dev_up.running.wait(PATIENCE):
             raise Broken(f"kme dev-up failed: {dev_up.log.read_text()}")
         self.world.end(dev_up)
+        self.insiders = tuple(self.sites / one for one in ("alice", "bob", "kme-a", "kme-b"))
         self.reloads = self.sites / "kme.toml"
         text = self.reloads.read_text()
         for kme in ("kme-a", "kme-b"):
@@ -317,6 +323,42 @@ class Kme(Service):
                 [collected] = (await bob.dec_keys("alice", [drawn.key_id])).keys
                 if collected.key.reveal() != key:
                     raise Broken(f"the two halves of {drawn.key_id} differ")
+
+
+class KmeLink(Kme):
+    """Two processes of ``kme serve``, whose keys come over a QKD link between them."""
+
+    name = "kme link"
+
+    def prepare(self) -> None:
+        super().prepare()
+        text = self.reloads.read_text()
+        self.reloads = None
+        self.watched = ()
+        metrics, kme_a, kme_b = text.split("[[kme]]")
+        metrics = metrics.partition("metrics = ")[2].split("\n")[0]
+        port = free_port()
+        self.files = []
+        for kme, other, party, table in (
+            ("kme-a", "kme-b", "alice", kme_a),
+            ("kme-b", "kme-a", "bob", kme_b),
+        ):
+            there = self.access["alice" if other == "kme-a" else "bob"].url
+            link = (
+                f'url = "{there}"\nproducer = "link"\n'
+                'link = { preset = "rusca2018", distance_km = 0.0, block_bits = 30000, '
+                f'party = "{party}", address = "127.0.0.1:{port}", '
+                f'peer_credential = "{other}/cert.pem" }}\n'
+            )
+            path = self.sites / f"{kme}.toml"
+            head = f"metrics = {metrics}\n" if party == "alice" else ""
+            rest = table.replace('producer = "random"\n', "")
+            path.write_text(f"{head}\n[[kme]]{rest}{link}")
+            self.files.append(path)
+        self.link = (self.sites / "kme-b" / "key.pem", self.sites / "kme-a" / "cert.pem")
+
+    def launch(self) -> list[Process]:
+        return [self.world.start(path.stem, "kme", "serve", path) for path in self.files]
 
 
 _WG = """#!{python} -I
@@ -426,6 +468,7 @@ SERVICES: Final[tuple[type[Service], ...]] = (
     Tunnel,
     TunnelListen,
     Kme,
+    KmeLink,
     WgPsk,
     Chat,
 )

@@ -1,9 +1,9 @@
 """Hostile peers at every door that the commands open, drawn from a seed.
 
 Each service of :mod:`interop.faults.services` is started; strangers of the kinds in :data:`MEMBERS`
-come to each of its ports. Then the service must answer as before, hold no more descriptors and
-little more memory, and have written no traceback and no flood of log lines. A KME's keys are
-checked by its service: none is delivered twice.
+(and :data:`LINK_MEMBERS`) come to each of its ports. Then the service must answer as before, hold
+no more descriptors and little more memory, and have written no traceback and no flood of log lines.
+A KME's keys are checked by its service: none is delivered twice.
 """
 
 import contextlib
@@ -17,12 +17,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from hybridkex import ClientConfig, ClientConnection, DevCa, TrustStore
+from hybridkex import (
+    ClientConfig,
+    ClientConnection,
+    DevCa,
+    Identity,
+    InsecureNoVerification,
+    Policy,
+    Requirement,
+    TrustStore,
+)
 from hybridkex.auth.dev_ca import write_identity
+from hybridkex.errors import HybridkexError
+from hybridkex.kme.link_feed import CHALLENGE, GREETING, KINDS, NUMBER
+from hybridkex.link.authentication import Signatures
+from hybridkex.link.ledger import Direction
+from hybridkex.link.wire import HEADER, LIMITS, Type
+from hybridkex.tls.events import SessionProposed
 from interop.faults.services import SERVICES, Service
 from interop.faults.world import Broken, World
 
-__all__ = ["MEMBERS", "attack", "doors"]
+__all__ = ["LINK_MEMBERS", "MEMBERS", "attack", "doors"]
 
 AT_ONCE: Final = 24
 """Strangers that stay connected at a door."""
@@ -33,9 +48,14 @@ Member = Callable[[socket.socket, random.Random, "Material"], None]
 
 
 class Material:
-    """What strangers bring with them."""
+    """What strangers bring with them.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: for files.
+        service: that they come to; some of them have the credentials of peers that it trusts.
+    """
+
+    def __init__(self, folder: Path, service: Service) -> None:
         authority = DevCa.create()
         junk = authority.issue("x" * 60, *(f"{number}.{'y' * 50}.example" for number in range(60)))
         write_identity(folder / "junk", authority, junk)
@@ -48,6 +68,11 @@ class Material:
         )
         channel.start()
         self.hello: Final = bytes(channel.data_to_send())
+        self.insiders: Final = [
+            Identity.from_files(one / "cert.pem", one / "key.pem") for one in service.insiders
+        ]
+        self.bob: Final = Signatures.from_files(*service.link) if service.link else None
+        self.nobody: Final = Signatures(junk.signing_key, junk.leaf.public_key())
 
 
 def _silence(one: socket.socket, choice: random.Random, material: Material) -> None:
@@ -86,18 +111,31 @@ def _junk(one: socket.socket, choice: random.Random, material: Material) -> None
 
 
 def _half_hello(one: socket.socket, choice: random.Random, material: Material) -> None:
-    """A ClientHello that stops, or is altered; sometimes a reset in the middle of the handshake."""
+    """A ClientHello that stops, or is altered, or comes a byte at a time."""
     hello = bytearray(material.hello)
-    kind = choice.randrange(4)
+    kind = choice.randrange(3)
     if kind == 0:
         del hello[choice.randrange(len(hello)) :]
     elif kind == 1:
         hello[choice.randrange(len(hello))] ^= 1 << choice.randrange(8)
+    else:
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in hello[:300]:
+            one.sendall(bytes([byte]))
+        return
     one.sendall(hello)
-    if kind == 2:
-        with contextlib.suppress(OSError):
-            one.recv(64)
-        _reset(one, choice, material)
+
+
+def _reset_in_handshake(one: socket.socket, choice: random.Random, material: Material) -> None:
+    """A reset in the middle of a handshake: in a flight of the client's, or in the server's."""
+    hello = material.hello
+    if choice.random() < 0.5:
+        one.sendall(hello[: choice.randrange(1, len(hello))])
+    else:
+        one.sendall(hello)
+        one.settimeout(1)
+        one.recv(choice.randrange(1, 2000))
+    _reset(one, choice, material)
 
 
 def _long_name(one: socket.socket, choice: random.Random, material: Material) -> None:
@@ -122,6 +160,117 @@ def _junk_certificate(one: socket.socket, choice: random.Random, material: Mater
     stream.close()
 
 
+def _insider(one: socket.socket, choice: random.Random, material: Material) -> None:
+    """A peer with a certificate that the service trusts: of an SAE, of a KME, of a client. After
+    its handshake it is silent, breaks HTTP off, floods, sends rubbish or resets."""
+    identity = choice.choice(material.insiders)
+    config = ClientConfig(
+        verifier=InsecureNoVerification(),
+        identity=identity,
+        policy=Policy(post_quantum=Requirement.PREFER),
+    )
+    channel = ClientConnection(config, "localhost")
+    channel.start()
+    one.settimeout(2)
+    while not channel.handshake_complete:
+        one.sendall(channel.data_to_send())
+        event = channel.next_event()
+        if isinstance(event, SessionProposed):
+            channel.accept()
+        elif event is None:
+            data = one.recv(1 << 16)
+            if not data:
+                return
+            channel.receive_data(data)
+    one.sendall(channel.data_to_send())
+    path = choice.choice(
+        [
+            "/api/v1/keys/bob/enc_keys",
+            "/api/v1/keys/alice/dec_keys",
+            "/kmapi/v1/ext_keys",
+            "/kmapi/v1/void",
+        ]
+    )
+    body = choice.choice([b"", b"{", b"[" * 5000, b'{"number":1e400}', b'{"key_IDs":[{}]}'])
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: "
+    said = (
+        b"",
+        head.encode()[: choice.randrange(1, len(head))],
+        f"{head}{len(body) + choice.choice([0, 1, 99_999])}\r\n\r\n".encode() + body,
+        f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 50,
+        choice.randbytes(choice.randrange(1, 20_000)),
+    )
+    channel.send_data(choice.choice(said))
+    one.sendall(channel.data_to_send())
+    end = choice.randrange(3)
+    if end == 0:
+        _reset(one, choice, material)
+    elif end == 1:
+        channel.send_close()
+        one.sendall(channel.data_to_send())
+
+
+def _greeting(one: socket.socket, choice: random.Random, material: Material) -> None:
+    """A greeting for the port of a QKD link, with the signature of another key, or without end."""
+    first = choice.choice(KINDS) + choice.randbytes(NUMBER)
+    one.settimeout(0.5)
+    if choice.random() < 0.3:
+        one.sendall(first * 2)
+    else:
+        for byte in first:
+            one.sendall(bytes([byte]))
+    challenge = one.recv(CHALLENGE, socket.MSG_WAITALL)
+    parts = [GREETING, first[:1], first[1:], challenge]
+    signature = material.nobody.tag(Direction.BOB_TO_ALICE, parts)
+    said = (
+        len(signature).to_bytes(2) + signature,
+        b"\xff\xff" + choice.randbytes(choice.randrange(65_536)),
+        b"\0\0",
+        len(signature).to_bytes(2) + signature[: choice.randrange(len(signature))],
+    )
+    one.sendall(choice.choice(said))
+
+
+def _bob(one: socket.socket, choice: random.Random, material: Material) -> None:
+    """A party of a QKD link with Bob's key: both channels under one name or the same one twice, and
+    then frames that are odd, cut, of another version or of the greatest length, or none."""
+    assert material.bob is not None
+    number = choice.randbytes(NUMBER)
+    pairs = [KINDS, KINDS[::-1], (b"C", b"C"), (b"Q", b"Q")]
+    streams = [one, socket.create_connection(one.getpeername(), 0.5)]
+    try:
+        for stream, kind in zip(streams, choice.choice(pairs), strict=True):
+            stream.settimeout(0.5)
+            stream.sendall(kind + number)
+            challenge = stream.recv(CHALLENGE, socket.MSG_WAITALL)
+            parts = [GREETING, kind, number, challenge]
+            signature = material.bob.tag(Direction.BOB_TO_ALICE, parts)
+            stream.sendall(len(signature).to_bytes(2) + signature)
+            _frames(stream, choice)
+        if choice.random() < 0.5:
+            _reset(one, choice, material)
+        else:
+            time.sleep(choice.uniform(0, 0.3))
+    finally:
+        streams[1].close()
+
+
+def _frames(one: socket.socket, choice: random.Random) -> None:
+    """What is no message of a link, or none that fits."""
+    spot = struct.pack(">QQ", choice.randrange(1 << 64), (1 << 64) - 1)
+    hello = bytes([choice.choice([0, 1, 2, 3, 255]), choice.randrange(3)]) + choice.randbytes(64)
+    bodies = (hello, hello + spot, hello + bytes(16) + spot, hello * 2, b"", choice.randbytes(128))
+    for _ in range(choice.randrange(4)):
+        kind = choice.choice([*Type, 0, 10, 255])
+        body = choice.choice(bodies)
+        longest = LIMITS.get(kind, 1 << 20) + choice.choice([-1, 0, 1])
+        length = choice.choice([len(body), len(body), len(body) + 1, longest, (1 << 32) - 1])
+        one.sendall(HEADER.pack(kind, length) + body)
+    if choice.random() < 0.3:  # of a length that is allowed, to its end
+        kind = choice.choice([Type.TAG, Type.REPORT])
+        one.sendall(HEADER.pack(kind, LIMITS[kind]) + bytes(LIMITS[kind]))
+
+
 MEMBERS: Final[tuple[Member, ...]] = (
     _silence,
     _reset,
@@ -129,9 +278,14 @@ MEMBERS: Final[tuple[Member, ...]] = (
     _half_request,
     _junk,
     _half_hello,
+    _reset_in_handshake,
     _long_name,
     _junk_certificate,
+    _insider,
 )
+"""They come to every port."""
+LINK_MEMBERS: Final[tuple[Member, ...]] = (_reset, _junk, _greeting, _bob)
+"""They come to every port of a service with a QKD link."""
 
 
 def doors(service: Service) -> list[int]:
@@ -165,7 +319,7 @@ def attack(
     seed: int,
     rounds: int,
     tell: Callable[[str], object] = print,
-    members: Sequence[Member] = MEMBERS,
+    members: Sequence[Member] | None = None,
 ) -> dict[str, Any]:
     """Strangers at every door of a service.
 
@@ -174,7 +328,7 @@ def attack(
         seed: what the strangers do depends on it alone.
         rounds: how often each member comes to each door.
         tell: is told what was done.
-        members: what they do.
+        members: what they do; all that there is if ``None``.
 
     Raises:
         Broken: the service did not come through.
@@ -182,18 +336,22 @@ def attack(
     choice = random.Random(f"{seed} {kind.name}")
     with tempfile.TemporaryDirectory(prefix="hostile-") as place:
         world = World(Path(place) / "world")
-        material = Material(Path(place))
         held: list[socket.socket] = []
         try:
             service = kind(world)
+            material = Material(Path(place), service)
             service.start()
             ports = doors(service)
             before = {one.pid: _resident(one.pid) for one in service.processes}
             began = time.monotonic()
+            if members is None:
+                members = MEMBERS + (LINK_MEMBERS if service.link else ())
             order = [(port, member) for port in ports for member in members] * rounds
             choice.shuffle(order)
             for port, member in order:
-                with contextlib.suppress(OSError):  # what the service does to them is its affair
+                with contextlib.suppress(
+                    OSError, HybridkexError
+                ):  # what the service does to them is its affair
                     one = socket.create_connection(("127.0.0.1", port), 5)
                     held.append(one)
                     member(one, choice, material)

@@ -39,6 +39,8 @@ class Service(ABC):
     """The configuration file that SIGHUP reads again."""
     watched: tuple[Path, ...] = ()
     """Files that it made and that others need: a socket, a store."""
+    lines_each: int = 0
+    """Log lines of a connection, where those who come are local programs and no strangers."""
     insiders: tuple[Path, ...] = ()
     """Folders with ``ca.pem``, ``cert.pem`` and ``key.pem`` of peers that it trusts."""
     link: tuple[Path, Path] | None = None
@@ -219,6 +221,7 @@ class Tunnel(Service):
     """``tunnel run`` with both ends, a Unix socket between them."""
 
     name = "tunnel run"
+    lines_each = 4  # opened and closed, at both ends
 
     def prepare(self) -> None:
         self.port, self.metrics = free_port(), free_port()

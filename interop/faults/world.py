@@ -21,7 +21,7 @@ PATIENCE: Final = 60.0
 TOKEN: Final = "HYBRIDKEX_FAULTS"
 LINES_PER_SECOND: Final = 40
 """Of its log, in the mean, that a process may write: a fault is no reason for a flood."""
-SPARE_DESCRIPTORS: Final = 8
+LINES_OF_RELOAD: Final = 4
 
 
 class Broken(Exception):
@@ -46,6 +46,8 @@ class Process:
     log: Path
     started: float = field(default_factory=time.monotonic)
     descriptors_before: int = 0
+    lines_allowed: int = 100
+    """Of its log, beside those that may come with time."""
     log_before: int = 0
     """Bytes that the log had when it started: of a process before it."""
 
@@ -74,6 +76,8 @@ class Process:
     def signal(self, number: int) -> None:
         if self.alive():
             self.running.send_signal(number)
+            if number == signal.SIGHUP:  # its owner asks for these lines
+                self.lines_allowed += LINES_OF_RELOAD
 
     def check_log(self) -> None:
         """Raises :class:`Broken` for a traceback or a flood."""
@@ -83,7 +87,7 @@ class Process:
                 if sign in text:
                     raise Broken(f"{self.name}: its log has {sign!r}:\n{text[-3000:]}")
             lines, seconds = text.count("\n"), time.monotonic() - self.started
-            if lines > 100 + LINES_PER_SECOND * seconds:
+            if lines > self.lines_allowed + LINES_PER_SECOND * seconds:
                 raise Broken(f"{self.name}: {lines} log lines in {seconds:.0f} s")
 
 

@@ -348,6 +348,8 @@ def attack(
                 members = MEMBERS + (LINK_MEMBERS if service.link else ())
             order = [(port, member) for port in ports for member in members] * rounds
             choice.shuffle(order)
+            for process in service.processes:
+                process.lines_allowed += service.lines_each * len(order)
             for port, member in order:
                 with contextlib.suppress(
                     OSError, HybridkexError

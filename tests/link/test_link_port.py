@@ -1,22 +1,29 @@
 """The port of a link: strangers neither end Alice nor keep her from Bob."""
 
+import contextlib
 import secrets
 import socket
 import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
-from hybridkex.errors import LinkAuthenticationError, LinkError
+from hybridkex.errors import BlockAborted, LedgerDry, LinkAuthenticationError, LinkError
+from hybridkex.kme import link_feed
 from hybridkex.kme.link_feed import PartyFeed, greet, greeted
 from hybridkex.link import party
 from hybridkex.link.authentication import Signatures
+from hybridkex.link.ledger import Direction, Position
 from hybridkex.link.optimise import tuned
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.settings import LinkSettings
+from hybridkex.link.wire import HEADER, LIMITS, Hello, Type
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.reading import EndOfStream
 from hybridkex.net.threads import NoThread
@@ -139,3 +146,121 @@ async def test_a_session_without_room_is_followed_by_another(
             assert ours[0].key_id == theirs[0].key_id
             nursery.cancel_scope.cancel()
     assert not failures
+
+
+def hello(positions: dict[Direction, Position] | None, *, role: int = 1, **changes: bytes) -> bytes:
+    """A HELLO whose settings nobody else has, unless they are given."""
+    made = Hello(
+        role=role,
+        nonce=bytes(32),
+        settings=changes.get("settings", bytes(32)),
+        positions=positions,
+    ).encode()
+    return HEADER.pack(Type.HELLO, len(made)) + changes.get("version", made[:1]) + made[1:]
+
+
+def frames(digest: bytes) -> dict[str, bytes]:
+    """What a party that has Bob's key, but is not Bob, may say."""
+    ahead = dict.fromkeys(Direction, Position(1 << 60, 1 << 61))
+    good = hello(dict.fromkeys(Direction, Position(0, 1 << 40)), settings=digest)
+    report = bytes(LIMITS[Type.REPORT])
+    return {
+        "nothing": b"",
+        "a byte": b"\x01",
+        "no key in stock": hello(None, settings=digest),
+        "an old copy of the key": hello(ahead, settings=digest),
+        "other settings": hello(None),
+        "another version": hello(None, version=b"\x07"),
+        "our own party": hello(None, role=0, settings=digest),
+        "HELLO twice": good * 2,
+        "a tag that does not verify": good + HEADER.pack(Type.TAG, 16) + bytes(16),
+        "an unknown type": good + HEADER.pack(99, 4) + bytes(4),
+        "a message too long": good + HEADER.pack(Type.REPORT, len(report) + 1),
+        "the longest message": good + HEADER.pack(Type.REPORT, len(report)) + report,
+        "half a message": good + HEADER.pack(Type.REPORT, len(report)) + report[:1000],
+        "requests for light without end": good,
+    }
+
+
+async def test_nothing_that_the_other_end_says_ends_the_link(
+    signatures: dict[str, Signatures], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A party that has Bob's key ends its own session; Bob goes on with the next one."""
+    for name in ("PAUSE", "LONG_PAUSE"):
+        monkeypatch.setattr(link_feed, name, 0.01)
+    port = free_port()
+    alice, bob = feed("alice", port, signatures), feed("bob", port, signatures)
+
+    async def common() -> None:
+        ours, theirs = await anext(alice.ends[0]), await anext(bob.ends[0])
+        assert ours[0].key_id == theirs[0].key_id
+
+    async def impostor(said: bytes) -> None:
+        number = secrets.token_bytes(16)
+        classical, quantum = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(2)]
+        async with classical, quantum:
+            await greet(classical, signatures["bob"], b"C", number)
+            await greet(quantum, signatures["bob"], b"Q", number)
+            await classical.receive_some()  # Alice's HELLO
+            await classical.send_all(said)
+            await quantum.send_all(b"\xff" * 4 * (len(said) % 3))
+            if len(said) > 1:
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await classical.send_eof()
+                    while await classical.receive_some():
+                        pass
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(alice.run)
+            async with trio.open_nursery() as first:
+                first.start_soon(bob._run_bob)
+                await common()
+                first.cancel_scope.cancel()
+            for said in frames(alice._settings.digest).values():
+                await impostor(said)
+            nursery.start_soon(bob._run_bob)
+            while bob.ends[0]._take.statistics().current_buffer_used:
+                await anext(bob.ends[0])
+            while alice.ends[0]._take.statistics().current_buffer_used:
+                await anext(alice.ends[0])
+            await anext(alice.ends[0])
+            await anext(bob.ends[0])
+            nursery.cancel_scope.cancel()
+
+
+class FailingLink:
+    """A link in one process whose first sessions fail."""
+
+    def __init__(self, errors: list[BaseException]) -> None:
+        self._errors = errors
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator["FailingLink"]:
+        yield self
+
+    async def block(self) -> Any:
+        if self._errors:
+            raise self._errors.pop()
+        block = SimpleNamespace(keys=("a key",))
+        return block, block
+
+
+async def test_a_link_in_one_process_begins_again(autojump_clock: Any) -> None:
+    """Whatever ended its session, a passing lack of memory or threads, or a process that slept."""
+    errors: list[BaseException] = [
+        NoThread(),
+        MemoryError(),
+        ExceptionGroup("", [MemoryError()]),
+        LinkError("the other party does not answer"),
+        BlockAborted("too many errors"),
+        LedgerDry("no authentication key is left"),
+        ZeroDivisionError(),
+    ]
+    pair = link_feed.PairFeed(lambda: FailingLink(errors))  # type: ignore[arg-type, return-value]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pair.run)
+        for end in pair.ends:
+            assert await anext(end) == ["a key"]
+        nursery.cancel_scope.cancel()
+    assert not errors

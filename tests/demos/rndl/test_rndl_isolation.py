@@ -6,12 +6,16 @@ folder, and no connection to anybody.
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from rndl_glue import Report
+
+from hybridkex.demos.rndl.capture.pcapng import PcapngWriter
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "hybridkex"
@@ -144,3 +148,26 @@ def test_its_process_says_what_is_wrong(tmp_path: Path) -> None:
         assert process.returncode == status
         assert complaint in process.stderr
         assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("folders", [1, 2])
+def test_its_reader_has_left(folders: int, tmp_path: Path) -> None:
+    """As with ``| head``: no traceback."""
+    named = [tmp_path / str(number) for number in range(folders)]
+    for folder in named:
+        (folder / "case").mkdir(parents=True)
+        with (folder / "case/a.pcapng").open("wb") as file:
+            PcapngWriter(file)
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "wb") as closed:
+        process = subprocess.run(
+            [sys.executable, "-m", "hybridkex.demos.rndl.later", *named],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert process.returncode == 1
+    assert process.stderr == ""

@@ -64,9 +64,14 @@ def main() -> int:
     if not folders or not all(folder.is_dir() for folder in folders):
         print("usage: python -m hybridkex.demos.rndl.later FOLDER ...", file=sys.stderr)
         return 2
-    if len(folders) == 1:
-        return _attack_folder(folders[0])
-    return max(abs(_in_a_copy(folder)) for folder in folders)
+    try:
+        if len(folders) == 1:
+            return _attack_folder(folders[0])
+        return max(abs(_in_a_copy(folder)) for folder in folders)
+    except BrokenPipeError:
+        # The reader has left (``| head``). The interpreter flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

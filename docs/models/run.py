@@ -629,7 +629,7 @@ def main() -> int:
             note(s.name, began, search(Path(directory), s))
     names = {run.name for run in RUNS} | {s.name for s in SEARCHES}
     results = measured() | seconds
-    kept = {n: s for n in sorted(names) if (s := results.get(n)) is not None}
+    kept = {name: took for name in sorted(names) if (took := results.get(name)) is not None}
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
     write_table(table(kept))
     return min(wrong, 1)

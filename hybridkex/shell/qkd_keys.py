@@ -246,7 +246,7 @@ class QkdPskSource:
             KeyUnknown: nothing says which of several it is.
         """
         used = self._used(session)
-        if used is not None:
+        if used is not None and any(used.peer is one for one in self._peers):
             return used.peer
         named = [one for one in self._peers if one.names and session.peer_is_one_of(one.names)]
         fitting = named or (self._peers if len(self._peers) == 1 else ())

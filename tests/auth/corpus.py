@@ -240,6 +240,11 @@ def middle(*extra: bytes, subject: str | bytes = "Middle", **more: Any) -> bytes
     )
 
 
+def only_openssl(refused: str, why: str, *, alert: Alert = UNSUPPORTED) -> dict[str, Any]:
+    """What is expected of a chain that OpenSSL accepts and this library refuses."""
+    return {"refused": refused, "alert": alert, "openssl": True, "why": why}
+
+
 BELOW: dict[str, Any] = {"issuer": "Middle", "issuer_kind": "p256/middle"}
 
 
@@ -314,17 +319,19 @@ one("root: no key identifiers", root=lambda: authority(ids=False))
 one(
     "root: X.509 version 1",
     root=lambda: authority(version=None, extensions=None),
-    refused="X.509 version 1",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="`cryptography` accepts version 3 only, also for roots: version 1 cannot say that a certificate is an authority.",
+    **only_openssl(
+        "X.509 version 1",
+        "`cryptography` accepts version 3 only, also for roots: version 1 cannot say that a certificate is an authority.",
+    ),
 )
 one(
     "root: no basicConstraints",
     root=lambda: authority(bc=None),
-    refused="no basicConstraints",
-    openssl=True,
-    why="RFC 5280 section 4.2.1.9 requires the extension in an authority; OpenSSL accepts a root whose keyUsage has keyCertSign.",
+    **only_openssl(
+        "no basicConstraints",
+        "RFC 5280 section 4.2.1.9 requires the extension in an authority; OpenSSL accepts a root whose keyUsage has keyCertSign.",
+        alert=BAD,
+    ),
 )
 one("root: CA:FALSE", root=lambda: authority(bc=basic(False)), refused="CA:FALSE")
 one("root: keyUsage without keyCertSign", root=lambda: authority(ku=SIGN), refused="keyUsage")
@@ -426,18 +433,12 @@ one("leaf: no keyUsage", ku=None)
 one(
     "leaf: keyUsage keyAgreement only",
     ku=ext(usage("key_agreement"), True),
-    refused="keyUsage",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="TLS 1.3 requires digitalSignature (RFC 9846 section 4.5.1.2).",
+    **only_openssl("keyUsage", "TLS 1.3 requires digitalSignature (RFC 9846 section 4.5.1.2)."),
 )
 one(
     "leaf: keyUsage keyEncipherment only",
     ku=ext(usage("key_encipherment"), True),
-    refused="keyUsage",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="TLS 1.3 requires digitalSignature (RFC 9846 section 4.5.1.2).",
+    **only_openssl("keyUsage", "TLS 1.3 requires digitalSignature (RFC 9846 section 4.5.1.2)."),
 )
 one(
     "leaf: keyUsage with many bits",
@@ -499,9 +500,11 @@ one(
 one(
     "leaf: certificatePolicies with an unknown qualifier",
     extension("2.5.29.32", seq(seq(oid("1.2.3"), seq(seq(oid("1.2.3.4"), tlv(UTF8, b"x")))))),
-    refused="malformed (in qualifier)",
-    openssl=True,
-    why="`cryptography` parses only the two policy qualifiers of RFC 5280.",
+    **only_openssl(
+        "malformed (in qualifier)",
+        "`cryptography` parses only the two policy qualifiers of RFC 5280.",
+        alert=BAD,
+    ),
 )
 one("leaf: an unknown extension", extension("1.2.3.4", NULL))
 one(
@@ -514,9 +517,11 @@ one("leaf: TLS feature (must-staple)", ext(x509.TLSFeature([x509.TLSFeatureType.
 one(
     "leaf: nameConstraints on a leaf",
     constraints(["b.example"]),
-    refused="nameConstraints",
-    openssl=True,
-    why="`cryptography` applies nameConstraints also to the certificate that has them.",
+    **only_openssl(
+        "nameConstraints",
+        "`cryptography` applies nameConstraints also to the certificate that has them.",
+        alert=BAD,
+    ),
 )
 one("leaf: an extension twice", san("b.example"), refused="twice", openssl=False)
 one("leaf: issuer and subject unique IDs", unique_ids=tlv(0x81, b"\0\1") + tlv(0x82, b"\0\2"))
@@ -664,17 +669,18 @@ case(
         [leaf(issuer=name((COMMON_NAME, PRINTABLE, "ROOT  ca")))],
         [authority(name((COMMON_NAME, PRINTABLE, "Root CA")))],
     ),
-    refused="not the trusted one",
-    alert=UNKNOWN_CA,
-    openssl=True,
-    why="`cryptography` compares names byte by byte.",
+    **only_openssl(
+        "not the trusted one", "`cryptography` compares names byte by byte.", alert=UNKNOWN_CA
+    ),
 )
 case(
     "names: root without a subject",
     lambda: ([leaf(issuer=name())], [authority(name())]),
-    refused="no issuer name",
-    openssl=True,
-    why="RFC 5280 section 4.1.2.4: the name of an issuer must not be empty.",
+    **only_openssl(
+        "no issuer name",
+        "RFC 5280 section 4.1.2.4: the name of an issuer must not be empty.",
+        alert=BAD,
+    ),
 )
 one(
     "names: empty subject, critical subjectAltName",
@@ -721,9 +727,7 @@ one(
     "server name: part of a label",
     names=san("a*.b.example"),
     host="ab.b.example",
-    refused="is for",
-    openssl=True,
-    why="RFC 9525 section 6.3: a wildcard must be a whole label.",
+    **only_openssl("is for", "RFC 9525 section 6.3: a wildcard must be a whole label.", alert=BAD),
 )
 one("server name: wildcard alone", names=san("*"), host="a", refused="is for")
 one("server name: upper case", names=san("A.EXAMPLE"))
@@ -732,9 +736,9 @@ one(
     "server name: common name only",
     subject="a.example",
     names=None,
-    refused="no subjectAltName",
-    openssl=True,
-    why="RFC 9525 section 2: a common name is not a server name.",
+    **only_openssl(
+        "no subjectAltName", "RFC 9525 section 2: a common name is not a server name.", alert=BAD
+    ),
 )
 one(
     "server name: common name beside another subjectAltName",
@@ -755,9 +759,11 @@ one(
     "server name: underscore",
     names=san("a_b.example"),
     host="a_b.example",
-    refused="underscore",
-    openssl=True,
-    why="A host name must not contain an underscore (RFC 5280 section 4.2.1.6, RFC 1123). Use a pin.",
+    **only_openssl(
+        "underscore",
+        "A host name must not contain an underscore (RFC 5280 section 4.2.1.6, RFC 1123). Use a pin.",
+        alert=BAD,
+    ),
 )
 one("server name: A-label", names=san("xn--bcher-kva.example"), host="xn--bcher-kva.example")
 one("server name: URI only", names=san("uri:https://a.example"), refused="is for", openssl=False)
@@ -777,9 +783,7 @@ one(
 one(
     "server name: x400Address beside",
     names=extension("2.5.29.17", seq(tlv(0xA3, b""), tlv(0x82, b"a.example"))),
-    refused="parse",
-    openssl=True,
-    why="`cryptography` does not parse this form of name.",
+    **only_openssl("parse", "`cryptography` does not parse this form of name.", alert=BAD),
 )
 one(
     "server name: DNS name with a zero byte",
@@ -798,26 +802,20 @@ two("constraints: the whole name", constraints(["a.example"]))
 two(
     "constraints: a leading dot",
     constraints([".example"]),
-    refused="leading dot",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="RFC 5280 section 4.2.1.10 has no leading dot in DNS constraints; `cryptography` treats the constraint as malformed.",
+    **only_openssl(
+        "leading dot",
+        "RFC 5280 section 4.2.1.10 has no leading dot in DNS constraints; `cryptography` treats the constraint as malformed.",
+    ),
 )
 two(
     "constraints: excluded with a leading dot",
     constraints([], [".other"]),
-    refused="leading dot",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="As above.",
+    **only_openssl("leading dot", "As above."),
 )
 two(
     "constraints: all DNS names permitted (empty)",
     constraints(["dns:"]),
-    refused="empty",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="`cryptography` treats an empty DNS constraint as malformed.",
+    **only_openssl("empty", "`cryptography` treats an empty DNS constraint as malformed."),
 )
 two(
     "constraints: all DNS names excluded (empty)",
@@ -847,18 +845,14 @@ two(
     "constraints: URI permitted, one in the leaf",
     constraints(["uri:.example"]),
     leaf_changes={"names": san("a.example", "uri:https://a.example/")},
-    refused="nameConstraints",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="`cryptography` does not compare URIs with constraints.",
+    **only_openssl("nameConstraints", "`cryptography` does not compare URIs with constraints."),
 )
 two(
     "constraints: directory name permitted",
     constraints(["dir:leaf"]),
-    refused="nameConstraints",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="`cryptography` does not compare directory names with constraints.",
+    **only_openssl(
+        "nameConstraints", "`cryptography` does not compare directory names with constraints."
+    ),
 )
 two(
     "constraints: directory name permitted, not critical",
@@ -868,17 +862,18 @@ two(
 two(
     "constraints: directory name excluded",
     constraints([], ["dir:other"]),
-    refused="nameConstraints",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="`cryptography` does not compare directory names with constraints.",
+    **only_openssl(
+        "nameConstraints", "`cryptography` does not compare directory names with constraints."
+    ),
 )
 two(
     "constraints: none at all",
     extension("2.5.29.30", seq(), True),
-    refused="must not be None",
-    openssl=True,
-    why="RFC 5280 section 4.2.1.10: at least one of the two lists must be present.",
+    **only_openssl(
+        "must not be None",
+        "RFC 5280 section 4.2.1.10: at least one of the two lists must be present.",
+        alert=BAD,
+    ),
 )
 two(
     "constraints: wildcard in the leaf, permitted",
@@ -891,9 +886,7 @@ two(
     constraints([], ["x.b.example"]),
     host="a.b.example",
     leaf_changes={"names": san("*.b.example")},
-    refused="nameConstraints",
-    openssl=True,
-    why="The wildcard also matches the excluded name.",
+    **only_openssl("nameConstraints", "The wildcard also matches the excluded name.", alert=BAD),
 )
 two(
     "constraints: common name outside, subjectAltName inside",
@@ -929,10 +922,10 @@ two(
 two(
     "policies: policyConstraints, explicit policy required",
     ext(x509.PolicyConstraints(0, None), True),
-    refused="requireExplicitPolicy",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="The certificate requires policy processing (RFC 5280 section 6.1), which is not implemented. OpenSSL ignores the requirement unless -policy_check is given.",
+    **only_openssl(
+        "requireExplicitPolicy",
+        "The certificate requires policy processing (RFC 5280 section 6.1), which is not implemented. OpenSSL ignores the requirement unless -policy_check is given.",
+    ),
 )
 two("policies: policyConstraints, mapping inhibited", ext(x509.PolicyConstraints(None, 0), True))
 two("policies: inhibitAnyPolicy", ext(x509.InhibitAnyPolicy(0), True))
@@ -982,9 +975,11 @@ case(
         [leaf(issuer_kind="p256/root2"), authority("Root", "p256/root2", "Root", "p256/root")],
         [authority(bc=basic(True, 0))],
     ),
-    refused="pathLenConstraint",
-    openssl=True,
-    why="RFC 5280 section 6.1.4 (l) does not count self-issued certificates; `cryptography` does.",
+    **only_openssl(
+        "pathLenConstraint",
+        "RFC 5280 section 6.1.4 (l) does not count self-issued certificates; `cryptography` does.",
+        alert=BAD,
+    ),
 )
 two("path: intermediate without basicConstraints", bc=None, refused="no basicConstraints")
 two("path: intermediate basicConstraints not critical", bc=basic(True, critical=False))
@@ -1112,26 +1107,20 @@ for kind, refusal in (
 one(
     "leaf's key: ed448",
     kind="ed448/leaf",
-    refused="Ed448",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="This library does not support Ed448 signatures.",
+    **only_openssl("Ed448", "This library does not support Ed448 signatures."),
 )
 one(
     "leaf's key: secp256k1",
     kind="k256/leaf",
-    refused="secp256k1",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="TLS 1.3 has no signature scheme for this curve.",
+    **only_openssl("secp256k1", "TLS 1.3 has no signature scheme for this curve."),
 )
 one(
     "leaf's key: rsa1024",
     kind="rsa1024/leaf",
-    refused="1024 bits",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="RSA keys below 2048 bits are weak; OpenSSL refuses them from security level 2 on.",
+    **only_openssl(
+        "1024 bits",
+        "RSA keys below 2048 bits are weak; OpenSSL refuses them from security level 2 on.",
+    ),
 )
 
 
@@ -1147,10 +1136,10 @@ one("leaf's key: rsa8192", public=modulus(8192))
 one(
     "leaf's key: rsa16384",
     public=modulus(16384),
-    refused="16384 bits",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="RSA keys above 8192 bits are refused: an unknown peer must not cause that much work.",
+    **only_openssl(
+        "16384 bits",
+        "RSA keys above 8192 bits are refused: an unknown peer must not cause that much work.",
+    ),
 )
 one(
     "leaf's key: on an explicit curve",
@@ -1220,18 +1209,16 @@ case("signature: RSA PSS, salt of the digest's length", signed(**pss_changes("sh
 case(
     "signature: RSA PSS, salt of 20 bytes",
     signed(**pss_changes("sha256", None)),
-    refused="salt",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="`cryptography` accepts only salts of the digest's length, as the Web PKI does.",
+    **only_openssl(
+        "salt", "`cryptography` accepts only salts of the digest's length, as the Web PKI does."
+    ),
 )
 case(
     "signature: RSA PSS, no salt",
     signed(**pss_changes("sha256", 0)),
-    refused="salt",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="`cryptography` accepts only salts of the digest's length, as the Web PKI does.",
+    **only_openssl(
+        "salt", "`cryptography` accepts only salts of the digest's length, as the Web PKI does."
+    ),
 )
 case(
     "signature: RSA PSS with SHA-1",
@@ -1244,10 +1231,10 @@ case(
 case(
     "signature: RSA without the NULL",
     signed(algorithm=seq(oid("1.2.840.113549.1.1.11"))),
-    refused="without the NULL",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="RFC 4055 section 5 requires the NULL of the signer and requires verifiers to accept its absence; `cryptography` does not accept it.",
+    **only_openssl(
+        "without the NULL",
+        "RFC 4055 section 5 requires the NULL of the signer and requires verifiers to accept its absence; `cryptography` does not accept it.",
+    ),
 )
 case(
     "signature: RSA with SHA-1",
@@ -1261,17 +1248,19 @@ case("signature: RSA with SHA-512", signed(digest=hashes.SHA512()))
 one(
     "signature: ECDSA with SHA-1",
     digest=hashes.SHA1(),
-    refused="SHA1",
-    alert=UNSUPPORTED,
-    openssl=True,
-    why="SHA-1 is broken (RFC 9155). `openssl verify` does not check the digest; OpenSSL's TLS does.",
+    **only_openssl(
+        "SHA1",
+        "SHA-1 is broken (RFC 9155). `openssl verify` does not check the digest; OpenSSL's TLS does.",
+    ),
 )
 one("signature: ECDSA P-256 with SHA-512", digest=hashes.SHA512())
 one(
     "signature: ECDSA with a NULL",
     algorithm=seq(oid("1.2.840.10045.4.3.2"), NULL),
-    refused="malformed (in signature_alg)",
-    openssl=True,
-    why="RFC 5758 section 3.2: the parameters must be absent.",
+    **only_openssl(
+        "malformed (in signature_alg)",
+        "RFC 5758 section 3.2: the parameters must be absent.",
+        alert=BAD,
+    ),
 )
 case("signature: a root signed with SHA-1", lambda: ([leaf()], [authority(digest=hashes.SHA1())]))

@@ -38,6 +38,7 @@ from hybridkex.link.wire import HEADER, Type
 from hybridkex.secret import Secret
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig, ServerConfig
+from tests.link.recording import RecordingStream
 
 
 @functools.cache
@@ -177,11 +178,12 @@ async def test_a_man_in_the_middle_does_not_pass_the_first_tag(bootstrap: str) -
             await link.block()
 
 
-class Recorder(trio.abc.Stream):
-    """Passes everything on, keeps it, and may flip one bit of what is sent."""
+class Recorder(RecordingStream):
+    """May also flip one bit of what is sent."""
 
     def __init__(self, stream: trio.abc.Stream, *, flip: int | None = None) -> None:
-        self.stream, self.sent, self.flip = stream, bytearray(), flip
+        super().__init__(stream)
+        self.flip = flip
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         changed = bytearray(data)
@@ -190,15 +192,6 @@ class Recorder(trio.abc.Stream):
         if self.flip is not None and start <= self.flip // 8 < len(self.sent):
             changed[self.flip // 8 - start] ^= 1 << self.flip % 8
         await self.stream.send_all(changed)
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self.stream.wait_send_all_might_not_block()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        return bytes(await self.stream.receive_some(max_bytes))
-
-    async def aclose(self) -> None:
-        await self.stream.aclose()
 
 
 SMALL = LinkSettings(

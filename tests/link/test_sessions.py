@@ -25,6 +25,7 @@ from hybridkex.link.quantum import OpticalLink
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.wire import HEADER, Hello, Type
 from hybridkex.secret import Secret
+from tests.link.recording import RecordingStream
 
 SETTINGS = LinkSettings(
     preset=dataclasses.replace(
@@ -42,11 +43,12 @@ SETTINGS = LinkSettings(
 ANY = dataclasses.replace(SETTINGS, reauthentication="signatures")
 
 
-class Cut(trio.abc.Stream):
-    """A stream that breaks after so many bytes were sent on it."""
+class Cut(RecordingStream):
+    """Breaks after so many bytes were sent on it."""
 
     def __init__(self, stream: trio.abc.Stream, after: int | None) -> None:
-        self.stream, self.left, self.sent = stream, after, bytearray()
+        super().__init__(stream)
+        self.left = after
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         if self.left is not None:
@@ -54,17 +56,7 @@ class Cut(trio.abc.Stream):
             if self.left < 0:
                 await self.stream.aclose()
                 raise trio.BrokenResourceError
-        self.sent += data
-        await self.stream.send_all(data)
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self.stream.wait_send_all_might_not_block()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        return bytes(await self.stream.receive_some(max_bytes))
-
-    async def aclose(self) -> None:
-        await self.stream.aclose()
+        await super().send_all(data)
 
 
 @cache

@@ -231,6 +231,11 @@ class World:
                     return
             await trio.sleep(0.1)
 
+    async def start_request(self, nursery: trio.Nursery, *, pause: float = 0.05) -> None:
+        """Begin a request at either site; return after up to ``pause`` seconds."""
+        nursery.start_soon(self.request, self.choice.choice(sorted(SAES)))
+        await trio.sleep(self.choice.uniform(0, pause))
+
     async def request(self, kme_id: str, *, most: int = 4) -> None:
         """A master draws keys and its slaves collect them, each as it likes."""
         choice, site = self.choice, self.sites[kme_id]
@@ -323,8 +328,7 @@ async def one_half_only(world: World) -> None:
         await trio.sleep(0.5)
         async with trio.open_nursery() as nursery:
             for _ in range(40):
-                nursery.start_soon(world.request, world.choice.choice(sorted(SAES)))
-                await trio.sleep(world.choice.uniform(0, 0.05))
+                await world.start_request(nursery)
 
 
 async def lossy(world: World) -> None:
@@ -333,8 +337,7 @@ async def lossy(world: World) -> None:
         await world.produce(30)
         async with trio.open_nursery() as nursery:
             for _ in range(25):
-                nursery.start_soon(world.request, world.choice.choice(sorted(SAES)))
-                await trio.sleep(world.choice.uniform(0, 0.1))
+                await world.start_request(nursery, pause=0.1)
 
 
 async def restarts(world: World) -> None:
@@ -343,8 +346,7 @@ async def restarts(world: World) -> None:
         await world.produce(30)
         async with trio.open_nursery() as nursery:
             for _ in range(20):
-                nursery.start_soon(world.request, world.choice.choice(sorted(SAES)))
-                await trio.sleep(world.choice.uniform(0, 0.05))
+                await world.start_request(nursery)
             site = world.sites[world.choice.choice(sorted(SAES))]
             await site.stop()
             await trio.sleep(world.delay())
@@ -364,8 +366,7 @@ async def failing_disks(world: World) -> None:
         site.disk.odds = world.choice.choice((0.02, 0.2))
         async with trio.open_nursery() as nursery:
             for number in range(20):
-                nursery.start_soon(world.request, world.choice.choice(sorted(SAES)))
-                await trio.sleep(world.choice.uniform(0, 0.05))
+                await world.start_request(nursery)
                 site.disk.broken = 8 < number < 14
                 if number % 7 == 0:
                     nursery.start_soon(reconcile, world.sites["kme-a"])
@@ -377,8 +378,7 @@ async def hostile(world: World) -> None:
     async with trio.open_nursery() as nursery:
         for _ in range(40):
             nursery.start_soon(world.attack)
-            nursery.start_soon(world.request, world.choice.choice(sorted(SAES)))
-            await trio.sleep(world.choice.uniform(0, 0.05))
+            await world.start_request(nursery)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -23,6 +23,7 @@ from hybridkex.errors import (
     HandshakeTimeout,
     TruncationError,
 )
+from tests.streams.cancelling import CancelAt
 
 MakePair = Callable[..., Any]
 
@@ -129,21 +130,6 @@ async def test_unwrap_gives_the_transport_back(make_pair: MakePair) -> None:
     assert trailing == b""
     with pytest.raises(trio.ClosedResourceError):
         await client.receive_some()
-
-
-class CancelAt(trio.abc.Instrument):
-    """Cancels a scope when a task has been stepped n times inside it."""
-
-    def __init__(self, scope: trio.CancelScope, steps: int) -> None:
-        self.task = trio.lowlevel.current_task()
-        self.scope = scope
-        self.left = steps
-
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        if task is self.task:
-            self.left -= 1
-            if self.left == 0:
-                self.scope.cancel()
 
 
 @pytest.mark.parametrize("victim", ["client", "server"])

@@ -257,7 +257,7 @@ def test_a_write_error_in_the_middle(tmp_path: Path, run: Run, mutual: list[str]
     status, errors = send(mutual, port, large, small)
     assert status == 1
     assert (
-        "cannot write large: the file is larger than this file system or process may write"
+        "large: cannot write it: the file is larger than this file system or process may write"
         in errors
     )
     assert there(target) == {"small"}
@@ -371,7 +371,7 @@ def test_no_permission(tmp_path: Path, run: Run, mutual: list[str]) -> None:
     _, port = receive(run, target, mutual, start=run.fresh, preexec_fn=drop)
     status, errors = send(mutual, port, source)
     assert status == 1
-    assert "source/closed/file: cannot write source/closed/file: permission denied" in errors
+    assert "source/closed/file: cannot write it: permission denied" in errors
     assert there(target / "source") == {"closed", "open", "open/file"}
     refused, told = receive_once(run, closed, mutual, preexec_fn=drop)
     assert (refused, told) == (1, f"hybridkex: no permission to write to the folder {closed}\n")

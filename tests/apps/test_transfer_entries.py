@@ -623,3 +623,77 @@ async def test_two_names_that_the_disk_takes_for_one(
     assert arrived.read_text() == f"the content of {arrived.name}"
     assert len(outcome.failed) == 1
     assert not named(arrived.name, outcome, [])
+
+
+LACKS = ("fchmod", "utime", "fsync", "link")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
+@pytest.mark.parametrize("calls", [*((call,) for call in LACKS), LACKS], ids="+".join)
+async def test_a_file_system_that_lacks_calls(
+    tmp_path: Path,
+    configs: Configs,
+    monkeypatch: pytest.MonkeyPatch,
+    calls: tuple[str, ...],
+    number: int,
+) -> None:
+    """FUSE file systems and network shares have no call for modes, dates, links or flushing, and
+    each has its own number for that."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    for size in (0, 1, 3 << 20):
+        (source / f"{size}").write_bytes(bytes(size))
+
+    def lacking(*args: object, **more: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for call in calls:
+        monkeypatch.setattr(os, call, lacking)
+    outcome, _ = await deliver(configs, target, source)
+    assert not outcome.failed
+    assert {int(path.name): path.stat().st_size for path in (target / "source").iterdir()} == {
+        size: size for size in (0, 1, 3 << 20)
+    }
+    assert not [path for path in (target / PARTIAL).glob("*") if path.is_file()]
+
+
+async def test_a_disk_that_counts_no_blocks(
+    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "file", tmp_path / "target"
+    source.write_bytes(b"content")
+    monkeypatch.setattr(os, "fstatvfs", lambda file: os.statvfs_result((512, 512, *[0] * 8)))
+    outcome, _ = await deliver(configs, target, source)
+    assert not outcome.failed
+
+
+@pytest.mark.parametrize("call", ["fsync", "pwrite", "rename"])
+async def test_a_failing_disk_is_no_lack(
+    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    source, target = tmp_path / "file", tmp_path / "target"
+    source.write_bytes(b"content")
+
+    def failing(*args: object, **more: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, call, failing)
+    outcome, _ = await deliver(configs, target, source, overwrite=True)
+    # The path stands before the reason, and once.
+    assert outcome.failed == {"file": "cannot write it: the disk reports an error"}
+    assert not (target / "file").exists() or call == "fsync"
+
+
+async def test_a_folder_on_another_file_system(
+    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "file", tmp_path / "target"
+    source.write_bytes(b"content")
+
+    def elsewhere(*args: object, **more: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "rename", elsewhere)
+    monkeypatch.setattr(os, "link", elsewhere)
+    outcome, _ = await deliver(configs, target, source)
+    assert "on another file system than the receiver's folder" in outcome.failed["file"]

@@ -24,6 +24,10 @@ _WORDS: Final = {
     errno.EMFILE: "this process has too many open files (see 'ulimit -n')",
     errno.ENFILE: "this machine has too many open files",
     errno.EIO: "the disk reports an error",
+    errno.ENOSYS: "the file system does not have this operation",
+    errno.ENOLCK: "the file system has no locks, which keep two transfers of one file apart",
+    errno.EXDEV: "its folder is on another file system than the receiver's folder; receive into "
+    "that folder itself",
     errno.ESTALE: "the network share has been replaced",
 }
 

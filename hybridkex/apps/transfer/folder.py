@@ -45,6 +45,8 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 """Non-blocking, in case a named pipe is there."""
 _OTHERS: Final = 0o077
+_LACKING: Final = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF})
+"""What file systems answer to fsync(2) that do not have it, above all for folders: FUSE, shares."""
 _GRANULARITY: Final = 2 * 10**9
 """Nanoseconds: the coarsest timestamps of a file system in use (FAT)."""
 
@@ -219,7 +221,8 @@ class Folder:
             raise NotStored(f"{shown(offer.path)}: another transfer has changed it; send it again")
         _limit_mode(file, 0o600, offer)
         offset = prefix.size if prefix is not None else 0
-        os.ftruncate(file, offset)
+        if status.st_size != offset:
+            os.ftruncate(file, offset)
         _check_room(file, offer, offset)
 
     def settle(self, part: "PartFile") -> None:
@@ -236,7 +239,7 @@ class Folder:
                 os.rename(name, path[-1], src_dir_fd=source, dst_dir_fd=target)
             else:
                 _rename_new(name, source, path, target)
-            os.fsync(target)
+            _flush(target)
 
     def _stat(self, path: tuple[str, ...]) -> os.stat_result | None:
         try:
@@ -288,7 +291,7 @@ class Folder:
         try:
             yield
         except OSError as error:
-            raise NotStored(why(error, f"write {shown(path)}")) from None
+            raise NotStored(f"{shown(path)}: {why(error, 'write it')}") from None
 
 
 class PartFile:
@@ -315,7 +318,7 @@ class PartFile:
                 self._digest.update(piece)
                 self.size += len(piece)
         except OSError as error:
-            raise NotStored(why(error, f"write {shown(self.offer.path)}")) from None
+            raise NotStored(f"{shown(self.offer.path)}: {why(error, 'write it')}") from None
 
     def complete(self, sha256: str) -> str:
         """Verify the file, flush it to disk, rename it. It is closed in any case.
@@ -341,14 +344,14 @@ class PartFile:
     def _finish(self, file: int) -> str:
         _limit_mode(file, self.offer.mode & 0o777 & ~self._folder.umask, self.offer)
         lost = "" if _date(file, self.offer.mtime_ns) else "its date, which the disk cannot keep"
-        os.fsync(file)
+        _flush(file)
         return lost
 
     def _on_file(self, act: Callable[[int], T]) -> T:
         try:
             return act(self._file)
         except OSError as error:
-            raise NotStored(why(error, f"write {shown(self.offer.path)}")) from None
+            raise NotStored(f"{shown(self.offer.path)}: {why(error, 'write it')}") from None
 
     def close(self) -> None:
         """Close it incomplete; it is kept for the next attempt."""
@@ -364,6 +367,8 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
 def _check_room(file: int, offer: Offer, there: int) -> None:
     """Raise ``NotStored`` if the disk lacks the space that is still needed."""
     disk = os.fstatvfs(file)
+    if not disk.f_blocks:
+        return  # A FUSE file system that does not count its blocks.
     free = disk.f_bavail * disk.f_frsize
     if offer.size - there > free:
         raise NotStored(
@@ -375,7 +380,7 @@ def _check_room(file: int, offer: Offer, there: int) -> None:
 def _limit_mode(file: int, mode: int, offer: Offer) -> None:
     """Set the permissions. Raises ``NotStored`` if others could read a file that is private at the
     sender: some file systems have one mode for all files."""
-    with contextlib.suppress(PermissionError):
+    with contextlib.suppress(OSError):  # FAT: EPERM; FUSE: ENOSYS. What counts is the result.
         os.fchmod(file, mode)
     wider = os.fstat(file).st_mode & _OTHERS & ~(offer.mode | mode)
     if wider:
@@ -383,6 +388,15 @@ def _limit_mode(file: int, mode: int, offer: Offer) -> None:
             f"{shown(offer.path)}: it is private (mode {offer.mode & 0o777:04o}), and the "
             "receiver's file system would let others read it"
         )
+
+
+def _flush(file: int) -> None:
+    """Flush a file or a folder to disk, if the file system can."""
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in _LACKING:
+            raise
 
 
 def _date(file: int, mtime_ns: int) -> bool:
@@ -438,11 +452,10 @@ def _rename_new(name: str, source: int, path: tuple[str, ...], target: int) -> N
         os.link(name, path[-1], src_dir_fd=source, dst_dir_fd=target)
     except FileExistsError:
         raise NotStored(_taken(path)) from None
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
-            raise
-        # A file system without hard links (FAT, some network shares): check, then rename. A file
-        # created under the name in between is replaced.
+    except OSError:
+        # A file system without hard links (FAT, FUSE, some network shares), whatever it calls that:
+        # check, then rename, which fails for every other reason too. A file created under the name
+        # in between is replaced.
         try:
             os.stat(path[-1], dir_fd=target, follow_symlinks=False)
         except FileNotFoundError:

@@ -6,7 +6,7 @@ from unicodedata import category
 from hybridkex.errors import HybridkexError
 from hybridkex.text import printable
 
-__all__ = ["PARTIAL", "UnsafeName", "check_path", "shown"]
+__all__ = ["PARTIAL", "UnsafeName", "check_path", "reason_alone", "shown"]
 
 PARTIAL: Final = ".hybridkex-partial"
 """The folder for incomplete files, inside the receiving folder: on the same file system."""
@@ -57,3 +57,8 @@ def shown(path: tuple[str, ...]) -> str:
     if len(text) > _SHOWN:
         text = f"{text[: _SHOWN // 2]}…{text[-_SHOWN // 2 :]}"
     return printable(text)
+
+
+def reason_alone(reason: str, path: tuple[str, ...]) -> str:
+    """A reason without the path before it, for a line that names the path itself."""
+    return reason.removeprefix(f"{shown(path)}: ")

@@ -31,7 +31,7 @@ from hybridkex.apps.transfer.messages import (
     Start,
     Stored,
 )
-from hybridkex.apps.transfer.names import UnsafeName, shown
+from hybridkex.apps.transfer.names import UnsafeName, reason_alone, shown
 from hybridkex.apps.transfer.progress import NullProgress, Progress
 from hybridkex.machine import broken
 from hybridkex.net.event_loop import in_thread
@@ -280,7 +280,8 @@ class _Reception:
     async def _give_up(self, current: _Current, part: PartFile, error: HybridkexError) -> None:
         current.part = None
         part.close()
-        self._progress.end(shown(part.offer.path), str(error))
+        path = part.offer.path
+        self._progress.end(shown(path), reason_alone(str(error), path))
         await self._fail(current.n, error)
 
     async def _end(self, end: End) -> None:

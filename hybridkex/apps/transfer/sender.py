@@ -48,7 +48,7 @@ from hybridkex.apps.transfer.messages import (
     Stored,
     header,
 )
-from hybridkex.apps.transfer.names import shown
+from hybridkex.apps.transfer.names import reason_alone, shown
 from hybridkex.apps.transfer.progress import Progress
 from hybridkex.apps.transfer.source import Item
 from hybridkex.errors import AlertReceived, HandshakeTimeout, PeerError
@@ -206,6 +206,8 @@ class _Transfer:
     ) -> None:
         """Record the outcome of an item, which is not offered again."""
         item = self._items.pop(n)
+        if failed is not None:
+            failed = reason_alone(failed, item.path)
         if lost:
             self.outcome.incomplete[shown(item.path)] = lost
             self._progress.note(f"{shown(item.path)}: stored without {lost}")
@@ -381,7 +383,7 @@ class _Connection:
                 else:
                     await self._send_file(n, item, file, request.offset)
         except OSError as error:
-            await self._drop(n, why(error, f"read {shown((str(item.source),))}"))
+            await self._drop(n, why(error, "read it"))
         except _Changed as error:
             await self._drop(n, str(error))
 

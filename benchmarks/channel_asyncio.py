@@ -41,7 +41,7 @@ class Sink(asyncio.BufferedProtocol):
 
 
 class Receiver(asyncio.Protocol):
-    """The same, as a plain protocol."""
+    """Counts in the same way, as a plain protocol."""
 
     def __init__(self) -> None:
         self.received, self.total = 0, -1
@@ -54,7 +54,7 @@ class Receiver(asyncio.Protocol):
 
 
 class Sender(asyncio.Protocol):
-    """Writes when there is room."""
+    """Writes whenever the transport has room."""
 
     def __init__(self) -> None:
         self.room = asyncio.Event()

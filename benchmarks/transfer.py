@@ -26,7 +26,7 @@ def memory(pid: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run it once."""
+    """Transfer the file once."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

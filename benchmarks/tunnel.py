@@ -211,7 +211,7 @@ def pgbench_tps(program: str, port: int, seconds: float, *more: str) -> float:
 
 
 def rounds(work: Callable[[int], float], ways: dict[str, int]) -> dict[str, float]:
-    """In turns; the medians."""
+    """Run the rounds in turns; returns the medians."""
     found: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(ROUNDS):
         for way, port in ways.items():

@@ -27,7 +27,7 @@ _MARKS = {Outcome.PASSED: "ok", Outcome.FAILED: "FAILED", Outcome.MISSING: "peer
 
 
 def main() -> int:
-    """Run what is asked for; returns the exit code."""
+    """Run the selected cells; returns the exit code."""
     names = [peer.name for peer in PEERS]
     parser = argparse.ArgumentParser(
         prog="python -m interop",

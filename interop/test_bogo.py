@@ -1,4 +1,4 @@
-"""BoGo, where somebody has built its runner; what the shim needs is tested everywhere."""
+"""BoGo, if its runner has been built; the parts of the shim are tested in any case."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_every_exception_has_a_reason() -> None:
 
 
 def _talk(peer: socket.socket, trust: TrustStore) -> bytes:
-    """Shake hands, say hello, and return the answer."""
+    """Run the handshake, send hello, and return the answer."""
     policy = Policy(post_quantum=Requirement.PREFER)
     client = ClientConnection(ClientConfig(verifier=trust, policy=policy), "localhost")
     client.start()

@@ -111,7 +111,7 @@ def test_what_a_peer_lacks_is_asked_of_it() -> None:
 
 
 def test_a_difference_is_seen(tmp_path: Path) -> None:
-    """The judge is no rubber stamp: an end that says another thing fails its cell."""
+    """The comparison can fail: an end that reports something else fails its cell."""
     peer = next(one for one in PEERS if one.name == "pyOpenSSL")
     cell = next(one for one in todo((peer,)) if one.case.name == "exporter")
     ours, theirs = cell.case.tasks(cell.ours, Materials(tmp_path))

@@ -154,7 +154,7 @@ class Credential(_Options):
 
 @dataclass
 class Flags(_Options):
-    """For one connection."""
+    """The flags of one connection."""
 
     values: dict[str, list[str]] = field(default_factory=dict)
     default: Credential = field(default_factory=lambda: Credential("x509"))

@@ -44,14 +44,14 @@ class Results:
 
     tests: dict[str, Outcome]
     unsupported: Counter[str]
-    """What the unsupported tests asked for, by its name in ``config.json``."""
+    """The features that unsupported tests need, by their names in ``config.json``."""
 
     def of(self, outcome: Outcome) -> list[str]:
-        """The tests that ended so."""
+        """The tests with an outcome."""
         return sorted(name for name, got in self.tests.items() if got is outcome)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Numbers by group."""
+        """The number of tests by group and outcome."""
         return {
             group: {
                 outcome.value: sum(
@@ -64,12 +64,12 @@ class Results:
         }
 
     def without_reason(self) -> list[str]:
-        """What was asked for in vain and has no reason in ``config.json``."""
+        """The missing features for which ``config.json`` has no reason."""
         reasons = json.loads(CONFIG.read_text())["NotSupported"]
         return sorted(set(self.unsupported) - {one for names in reasons.values() for one in names})
 
     def as_json(self) -> dict[str, object]:
-        """For the result page."""
+        """The result as plain values, for the result page."""
         return {
             "groups": self.counts(),
             "other alerts": self.of(Outcome.OTHER_ALERT),

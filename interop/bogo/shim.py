@@ -82,11 +82,11 @@ class Refusing:
         self.alert = Alert.CERTIFICATE_UNKNOWN if custom else Alert.HANDSHAKE_FAILURE
 
     def verify_server(self, chain: Sequence[bytes], name: object, **_: object) -> VerifiedPeer:
-        """Nobody."""
+        """Refuse every certificate."""
         raise CertificateRejected("refused", alert=self.alert)
 
     def verify_client(self, chain: Sequence[bytes], **_: object) -> VerifiedPeer:
-        """Nobody."""
+        """Refuse every certificate."""
         raise CertificateRejected("refused", alert=self.alert)
 
 
@@ -99,11 +99,11 @@ class OneKey:
     def verify_server_key(
         self, spki: bytes, name: PeerName | None, *, at: datetime | None = None
     ) -> VerifiedPeer:
-        """The key that the runner named."""
+        """Accept the key that the runner named."""
         return self.pins.verify_server_key(spki, name)
 
     def verify_client_key(self, spki: bytes, *, at: datetime | None = None) -> VerifiedPeer:
-        """The key that the runner named."""
+        """Accept the key that the runner named."""
         return self.pins.verify_client_key(spki)
 
 
@@ -115,7 +115,7 @@ class AnyName(Identity):
     """BoringSSL's shim answers to every name, whatever its certificate says."""
 
     def matches(self, name: object) -> bool:
-        """Always."""
+        """Match every name."""
         return True
 
 
@@ -123,7 +123,7 @@ class AnyRawName(RawIdentity):
     """A raw key for every name."""
 
     def matches(self, name: object) -> bool:
-        """Always."""
+        """Match every name."""
         return True
 
 
@@ -144,7 +144,7 @@ class Shim:
         return self.now
 
     def run(self) -> None:
-        """One connection after the other."""
+        """Run the connections one after the other."""
         for count in range(self.initial.number("resume-count") + 1):
             flags = self.resume if count else self.initial
             if count:
@@ -153,7 +153,7 @@ class Shim:
 
 
 class ShimConnection:
-    """One connection, from the configuration to the close."""
+    """Run one connection, from its configuration to its close."""
 
     def __init__(self, shim: Shim, flags: Flags, *, resume: bool) -> None:
         self.shim = shim
@@ -271,7 +271,7 @@ class ShimConnection:
         return tuple(group for group in groups if group in first.values())
 
     def _schemes(self) -> tuple[SignatureScheme, ...]:
-        """What we verify with, and sign with: ours is one list, BoringSSL's are two."""
+        """The signature schemes to verify and sign with: one list here, two in BoringSSL."""
         known = {scheme.code: scheme for scheme in ALL_SCHEMES}
         verify = self.flags.numbers("verify-prefs")
         offered = [code for code in verify or DEFAULT_VERIFY if code in known]
@@ -336,7 +336,7 @@ class ShimConnection:
     # --- the connection -----------------------------------------------------------------------
 
     def run(self) -> None:
-        """Connect, shake hands, do what the flags say."""
+        """Connect, run the handshake, and do what the flags say."""
         flags = self.flags
         family, host = (
             (socket.AF_INET6, "::1") if flags.on("ipv6") else (socket.AF_INET, "127.0.0.1")

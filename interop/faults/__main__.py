@@ -10,7 +10,7 @@ from interop.faults.world import Broken
 
 
 def main() -> int:
-    """Run what is asked for; returns the exit status."""
+    """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m interop.faults",
         description="Inject faults that a seed chooses into every long-running command.",

@@ -1,4 +1,4 @@
-"""The faults; each lasts for a while."""
+"""The faults; each lasts for some seconds."""
 
 import contextlib
 import random
@@ -250,4 +250,4 @@ FAULTS: Final[tuple[Fault, ...]] = (
     files_removed,
     killed,
 )
-"""Those that need no privilege."""
+"""The faults that need no privilege."""

@@ -1,4 +1,4 @@
-"""The long-running commands: how each is started, and how one sees that it is whole."""
+"""The long-running commands: how each is started and how its health is checked."""
 
 import contextlib
 import itertools
@@ -28,7 +28,7 @@ from interop.ports import free_port
 __all__ = ["SERVICES", "Service"]
 
 ANSWER: Final = 8.0
-"""Seconds in which a service that is whole answers."""
+"""Seconds within which a healthy service answers."""
 
 
 class Service(ABC):
@@ -65,7 +65,7 @@ class Service(ABC):
         self.prepare()
 
     def prepare(self) -> None:  # noqa: B027  # not every service needs any
-        """Write the files that it needs."""
+        """Write the files that the service needs."""
 
     @abstractmethod
     def launch(self) -> list[Process]:
@@ -73,10 +73,10 @@ class Service(ABC):
 
     @abstractmethod
     def ask(self) -> None:
-        """Use it once, as its users do; raises whatever goes wrong."""
+        """Use the service once, as a user does; raises any error."""
 
     def start(self) -> None:
-        """Start it, and wait until it is whole."""
+        """Start the service and wait until it answers."""
         self.processes = self.launch()
         self._settle("start")
 
@@ -86,7 +86,7 @@ class Service(ABC):
             process.descriptors_before = process.descriptors()
 
     def recover(self, what: str) -> None:
-        """Wait until it is whole again; raises :class:`Broken` if it does not become so."""
+        """Wait until the service works again; raises :class:`Broken` if it does not."""
         deadline = time.monotonic() + PATIENCE
         while True:
             for process in self.processes:
@@ -98,7 +98,7 @@ class Service(ABC):
                     )
             try:
                 self.ask()
-            except Exception as error:  # of any kind: it is not whole
+            except Exception as error:  # any error means that the service does not work
                 if time.monotonic() > deadline:
                     logs = "\n".join(
                         process.log.read_text(errors="replace")[-1500:]
@@ -127,7 +127,7 @@ class Service(ABC):
         self.processes = []
 
     def restart(self) -> None:
-        """Start it again on what it left behind."""
+        """Start the service again with the files that it left."""
         for process in self.processes:
             if process.alive():
                 self.world.end(process, signal.SIGKILL)
@@ -453,7 +453,7 @@ class Chat(Service):
 
 
 async def _say(connect: Connect) -> None:
-    """Take a seat, say a word, hear it back, leave."""
+    """Join, send a message, receive it, leave."""
     name = f"n{secrets.token_hex(4)}"
     client = Client(connect, name, "lobby")
     async with trio.open_nursery() as nursery:

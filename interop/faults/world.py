@@ -1,4 +1,4 @@
-"""Processes in a folder of their own, and what is checked of them."""
+"""Processes in a folder of their own, and the checks on them."""
 
 import contextlib
 import os
@@ -104,7 +104,7 @@ class World:
         self.temporary: Final = folder / "temporary"
         self.temporary.mkdir(parents=True)
         self.at_end: Final = contextlib.ExitStack()
-        """What else ends with it."""
+        """What ends together with the world."""
         self.logs: Final = folder / "logs"
         self.logs.mkdir()
         self.no_threads: Final = folder / "no-threads"
@@ -169,7 +169,7 @@ class World:
         )
 
     def close(self) -> None:
-        """End what is still there, at once."""
+        """Kill all remaining processes."""
         for process in self.processes:
             process.signal(signal.SIGKILL)
             process.signal(signal.SIGCONT)

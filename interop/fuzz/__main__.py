@@ -26,7 +26,7 @@ def main() -> None:
     options += ["-timeout=10", "-max_len=20000", "-print_final_stats=1", "-verbosity=1"]
     target = targets.TARGETS.get(args.target, targets.everything)
     seeds = sorted((CORPUS / args.target).glob("*"))
-    if seeds:  # read, and not written into
+    if seeds:  # read only
         options.append(f"-seed_inputs={','.join(map(str, seeds))}")
     if args.corpus is not None:
         args.corpus.mkdir(parents=True, exist_ok=True)

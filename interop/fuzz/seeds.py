@@ -30,7 +30,7 @@ NAME: Final = (KeyPart("kme-a", "kme-b", "994f95df-037c-40e9-8b79-79f79bb8eaa0")
 
 
 def seeds() -> dict[str, dict[str, bytes]]:
-    """By target and by name."""
+    """The seeds by target and name."""
     messages: dict[str, bytes] = {}
     flights: dict[str, bytes] = {}
     for number, (client_config, server_config) in enumerate(targets._scenarios()):
@@ -128,7 +128,7 @@ def seeds() -> dict[str, dict[str, bytes]]:
 
 
 def _operator_files() -> dict[str, bytes]:
-    """Behind the byte that says as what each is read."""
+    """Seeds that start with the byte that selects the parser."""
     identity = RawIdentity.generate()
     certificate = DevCa.create().certificate.public_bytes(Encoding.PEM)
     named = DevCa.create().issue("localhost")
@@ -199,7 +199,7 @@ def _vector(data: bytes) -> bytes:
 
 
 def _link_messages() -> dict[str, bytes]:
-    """One of each kind, short."""
+    """One short message of each kind."""
     bits = np.array([1, 0, 1, 1, 0, 0, 1, 0, 1], dtype=np.uint8)
     three = bits[:3]
     messages: dict[str, wire.Message] = {

@@ -102,7 +102,7 @@ def messages(data: bytes) -> None:
 
 
 def records(data: bytes) -> None:
-    """The record layer's cutting, with the cuts of the stream taken from the data."""
+    """The splitting into records; the data say where the stream is cut."""
     buffer, position = RecordBuffer(), 0
     try:
         while position < len(data):
@@ -116,7 +116,7 @@ def records(data: bytes) -> None:
 
 
 def tickets(data: bytes) -> None:
-    """Tickets, cookies and what is sealed in them."""
+    """Tickets, cookies and their sealed content."""
     for parse in (TicketState.decode, CookieState.decode):
         # Under a seal of our own; the opener decides, below.
         with contextlib.suppress(DecodeError, ValueError):
@@ -163,7 +163,7 @@ def certificates(data: bytes) -> None:
 
 
 def names(data: bytes) -> None:
-    """Host names and addresses."""
+    """Parse host names and addresses."""
     with contextlib.suppress(ConfigError):
         parse_peer_name(data.decode("utf-8", "replace"))
 
@@ -333,7 +333,7 @@ def _scenarios() -> tuple[tuple[ClientConfig, ServerConfig], ...]:
 
 
 def _drain(connection: Connection) -> bool:
-    """Take all events; whether it lives."""
+    """Handle all events; returns whether the connection is still usable."""
     try:
         while (event := connection.next_event()) is not None:
             if isinstance(event, SessionProposed):
@@ -347,7 +347,7 @@ def _drain(connection: Connection) -> bool:
 
 
 def raw_server(data: bytes) -> None:
-    """Any bytes at a server."""
+    """Send any bytes to a server."""
     server = ServerConnection(_scenarios()[data[0] % 4][1] if data else _scenarios()[0][1])
     if data[1:]:
         server.receive_data(data[1:])
@@ -375,7 +375,7 @@ def cuts(data: bytes) -> None:
 
 
 def _told(config: ServerConfig, reads: list[bytes]) -> list[str]:
-    """What a server says of these reads: its events, and its error with the alert."""
+    """A server's reaction to these reads: its events, and its error with the alert."""
     server, told = ServerConnection(config), []
     for read in reads:
         try:
@@ -401,7 +401,7 @@ _PEM_END: Final = b"\n-----END PRIVATE KEY-----\n"
 
 
 def raw_client(data: bytes) -> None:
-    """Any bytes at a client that has said hello."""
+    """Send any bytes to a client that has sent its ClientHello."""
     client = ClientConnection(
         _scenarios()[data[0] % 4][0] if data else _scenarios()[0][0], "localhost"
     )
@@ -413,7 +413,7 @@ def raw_client(data: bytes) -> None:
 
 
 class _Reader:
-    """Small numbers out of fuzzed bytes; zeros when they have run out."""
+    """Small numbers from fuzzed bytes; zeros after the last byte."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -532,7 +532,7 @@ def _connected() -> tuple[ClientConnection, ServerConnection]:
 
 
 def link_messages(data: bytes) -> None:
-    """A message of the link's classical channel; what parses is encoded as it came."""
+    """A message of the link's classical channel; a parsed message encodes to the same bytes."""
     basis = np.ones(9, dtype=np.uint8)
     decoders: tuple[Callable[[bytes], wire.Message], ...] = (
         wire.Hello.decode,
@@ -583,7 +583,7 @@ def _link() -> tuple[LinkSettings, Sent, Detections]:
 
 
 class _Detector:
-    """The same light again and again."""
+    """Replays the same light for every block."""
 
     async def detect(self, count: int) -> Detections:
         clicks = _link()[2]
@@ -677,7 +677,7 @@ async def _http_handler(request: Request) -> Response:
 
 
 def http(data: bytes) -> None:
-    """A connection to the HTTP server: whatever comes, it ends, and every answer is HTTP."""
+    """A connection to the HTTP server: for any input it ends, and every answer is HTTP."""
     ours, theirs = memory_stream_pair()
 
     async def talk() -> bytes:
@@ -721,7 +721,7 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
 
 
 def everything(data: bytes) -> None:
-    """All targets by turns, chosen by the first byte."""
+    """All targets; the first byte chooses one."""
     if data:
         targets = list(TARGETS.values())
         targets[data[0] % len(targets)](data[1:])

@@ -1,4 +1,4 @@
-"""The corpus replayed, and a short run of the fuzzer on each target."""
+"""Replays the corpus and runs the fuzzer for a short time on each target."""
 
 import re
 import subprocess
@@ -32,7 +32,7 @@ def test_replay(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_fresh_seeds(target: str) -> None:
-    """Made now, so that they fit the code as it is."""
+    """Seeds that are made now, by the current code."""
     for data in seeds()[target].values():
         TARGETS[target](data)
 

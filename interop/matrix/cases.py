@@ -17,7 +17,7 @@ LARGE: Final = 4 << 20
 EXPORTER: Final = "EXPORTER-interop"
 PSK: Final = Psk(identity="interop-psk", key=bytes(range(32)).hex())
 CONTEXT: Final = b"interop"
-"""Of the imported PSK (RFC 9258)."""
+"""The context of the imported PSK (RFC 9258)."""
 
 _ids = count(1)
 
@@ -98,7 +98,7 @@ class Case:
         yield from self.must_tell
 
     def tasks(self, ours: Role, materials: Materials) -> tuple[Task, Task]:
-        """Our end's and the peer's, with hybridkex in the role ``ours``."""
+        """The tasks of our end and of the peer, with hybridkex in the role ``ours``."""
         return self._task(ours, "us", materials), self._task(other_end(ours), "peer", materials)
 
     def _task(self, role: Role, end: End, materials: Materials) -> Task:

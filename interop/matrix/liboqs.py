@@ -35,13 +35,13 @@ DIRECTIONS: Final = ("liboqs encapsulates", "hybridkex encapsulates")
 
 @dataclass(frozen=True)
 class Liboqs:
-    """The program, running."""
+    """The running program."""
 
     version: str
     _process: "subprocess.Popen[str]"
 
     def ask(self, **question: str) -> dict[str, Any]:
-        """One question, one answer."""
+        """Send a question and return the answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(question) + "\n")
@@ -81,7 +81,7 @@ def _package() -> Path:
 
 @contextmanager
 def opened() -> Iterator[Liboqs]:
-    """Start it and end it.
+    """Run the program for the duration of the context.
 
     Raises:
         Missing: it cannot be had.
@@ -116,7 +116,7 @@ def _ours(name: str) -> KeyExchange:
 
 
 def agrees(liboqs: Liboqs, name: str, direction: str) -> bool:
-    """Whether the two have the same secret each time, and another one each time."""
+    """Whether both sides agree each time, on a new secret each time."""
     kem = _ours(name)
     secrets = set()
     for _ in range(ROUNDS):
@@ -136,14 +136,14 @@ def agrees(liboqs: Liboqs, name: str, direction: str) -> bool:
 
 @dataclass(frozen=True)
 class Kems:
-    """What came of all of them."""
+    """The results of all parameter sets."""
 
     version: str
     agree: dict[tuple[str, str], bool]
-    """By parameter set and direction."""
+    """The outcomes by parameter set and direction."""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The results as plain values."""
         cells = [
             {"kem": kem, "direction": way, "agree": ok} for (kem, way), ok in self.agree.items()
         ]
@@ -151,12 +151,12 @@ class Kems:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Kems":
-        """What :meth:`as_json` was made of."""
+        """The inverse of :meth:`as_json`."""
         agree = {(one["kem"], one["direction"]): one["agree"] for one in values["cells"]}
         return cls(values["version"], agree)
 
     def as_markdown(self) -> str:
-        """For the page."""
+        """The result as Markdown, for the page."""
         lines = ["### liboqs", ""]
         lines += ["ML-KEM of liboqs, compiled to WebAssembly (`@oqs/liboqs-js` of npm, version"]
         lines += [f"{self.version}) and run by Node, against hybridkex's: {ROUNDS} secrets each."]

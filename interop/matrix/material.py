@@ -20,7 +20,7 @@ class Authority:
     ca: str
     server: Material
     other: Material
-    """Of a server with another name."""
+    """The certificate of a server with another name."""
     client: Material
 
 

@@ -42,11 +42,11 @@ _ANY: Final = Policy(post_quantum=Requirement.PREFER)
 _FRESH: Final = Policy(post_quantum=Requirement.PREFER, fresh_keys=Requirement.PREFER)
 
 Conversation = Callable[["Ours", Task], Awaitable[bytes]]
-"""What is said over a connection; returns what the other end said."""
+"""A conversation over a connection; returns what the other end sent."""
 
 
 class _Tap(trio.abc.HalfCloseableStream):
-    """A transport that remembers how it began, in both directions."""
+    """A transport that keeps the first bytes of both directions."""
 
     def __init__(self, transport: trio.SocketStream) -> None:
         self._transport = transport
@@ -224,7 +224,7 @@ def _report(stream: Ours, task: Task, log: _Log, received: bytes) -> Report:
 
 
 async def stream(stream: Ours, task: Task) -> bytes:
-    """Bytes both ways and an end; ``task.py`` says in which order."""
+    """Send bytes both ways and close; ``task.py`` gives the order."""
     received = b""
 
     async def listen() -> None:

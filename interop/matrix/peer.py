@@ -16,7 +16,7 @@ __all__ = ["Missing", "Peer", "PeerFailed", "Running", "agent"]
 
 
 _ROOT: Final = Path(__file__).parents[2]
-"""Agents in Python are modules below it."""
+"""The package of the agents in Python."""
 
 
 class Missing(Exception):
@@ -28,11 +28,11 @@ class PeerFailed(Exception):
 
 
 class Running(Protocol):
-    """A peer that was found."""
+    """A peer that is available."""
 
     @property
     def version(self) -> str:
-        """Its own, and that of the TLS library inside."""
+        """The versions of the peer and of its TLS library."""
         ...
 
     async def connect(self, task: Task) -> list[Report]:
@@ -79,7 +79,7 @@ class Peer:
 
 @dataclass
 class _RunningAgent:
-    """An agent's process, and who waits for its answers."""
+    """An agent's process, and the tasks that wait for its answers."""
 
     version: str
     _input: trio.abc.SendStream
@@ -109,7 +109,7 @@ class _RunningAgent:
         raise PeerFailed("the agent ended")
 
     async def read(self, lines: AsyncIterator[dict[str, Any]]) -> None:
-        """Hand the answers out, until the agent ends."""
+        """Deliver the answers until the agent ends."""
         async for answer in lines:
             if waiting := self._waiting.get(answer["id"]):
                 await waiting.send(answer)
@@ -133,7 +133,7 @@ async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[dict[str, Any]
 
 @asynccontextmanager
 async def agent(*command: str) -> AsyncIterator[Running]:
-    """Start an agent and end it."""
+    """Run an agent for the duration of the context."""
     process = await trio.lowlevel.open_process(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=_ROOT
     )

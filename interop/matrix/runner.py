@@ -37,18 +37,18 @@ SHELLS: Final = ("trio", "asyncio")
 
 
 class Outcome(Enum):
-    """What came of a cell."""
+    """The outcome of a cell."""
 
     PASSED = "passed"
     FAILED = "failed"
     NOT_SUPPORTED = "not supported"
-    """By the peer."""
+    """The peer lacks a feature that the case needs."""
     MISSING = "peer missing"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to try."""
+    """One cell: a case, a peer and a role."""
 
     peer: Peer
     case: Case
@@ -62,7 +62,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of it, and why where it did not pass."""
+    """The outcome, and the reason unless it passed."""
 
     cell: Cell
     outcome: Outcome
@@ -72,7 +72,7 @@ class Result:
 def cells(
     peers: Iterable[Peer], cases: Iterable[Case], shells: Iterable[str] = SHELLS
 ) -> list[Cell]:
-    """All of them, peer by peer."""
+    """All cells, peer by peer."""
     cases, shells = tuple(cases), tuple(shells)
     return [
         Cell(peer, case, role, shell)
@@ -121,7 +121,7 @@ def _reasons(error: BaseException) -> Iterable[str]:
 
 
 async def _try(cell: Cell, running: Running, materials: Materials) -> list[str]:
-    """The complaints."""
+    """What is wrong with the cell; empty if it passed."""
     # RSA and ML-DSA keys take a while to make.
     our_task, peer_task = await trio.to_thread.run_sync(cell.case.tasks, cell.ours, materials)
     converse: ours.Conversation

@@ -32,7 +32,7 @@ class Psk:
 
     identity: str
     key: str
-    """In hexadecimal."""
+    """The key in hexadecimal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Report:
     group: str | None = None
     suite: str | None = None
     alpn: str | None = None
-    """Empty: none was negotiated."""
+    """Empty if none was negotiated."""
     resumed: bool | None = None
     server_name: str | None = None
     peer: str | None = None
@@ -117,5 +117,5 @@ def text(role: Role, size: int) -> bytes:
 
 
 def digest(data: bytes) -> str:
-    """As reports give it."""
+    """The digest of a text, as reports have it."""
     return hashlib.sha256(data).hexdigest()

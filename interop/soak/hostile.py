@@ -1,4 +1,4 @@
-"""Hostile peers at every door that the commands open, drawn from a seed.
+"""Hostile peers at every port that the commands open, drawn from a seed.
 
 Each service of :mod:`interop.faults.services` is started; strangers of the kinds in :data:`MEMBERS`
 (and :data:`LINK_MEMBERS`) come to each of its ports. Then the service must answer as before, hold
@@ -40,7 +40,7 @@ from interop.faults.world import Broken, World
 __all__ = ["LINK_MEMBERS", "MEMBERS", "attack", "doors"]
 
 AT_ONCE: Final = 24
-"""Strangers that stay connected at a door."""
+"""Strangers that stay connected to a port."""
 GROWTH: Final = 48 << 20
 """Bytes of resident memory that a process may have more than before."""
 
@@ -76,11 +76,11 @@ class Material:
 
 
 def _silence(one: socket.socket, choice: random.Random, material: Material) -> None:
-    """Nothing at all."""
+    """Connect and send nothing."""
 
 
 def _reset(one: socket.socket, choice: random.Random, material: Material) -> None:
-    """A reset at once."""
+    """Connect and reset at once."""
     one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     one.close()
 
@@ -98,7 +98,7 @@ def _half_request(one: socket.socket, choice: random.Random, material: Material)
 
 
 def _junk(one: socket.socket, choice: random.Random, material: Material) -> None:
-    """Bytes by chance, and lengths that promise more."""
+    """Random bytes, and lengths that announce more than follows."""
     kinds = (
         choice.randbytes(choice.randrange(1, 3000)),
         b"\x16\x03\x01\x40\x00" + choice.randbytes(99),
@@ -283,9 +283,9 @@ MEMBERS: Final[tuple[Member, ...]] = (
     _junk_certificate,
     _insider,
 )
-"""They come to every port."""
+"""The kinds of strangers for every port."""
 LINK_MEMBERS: Final[tuple[Member, ...]] = (_reset, _junk, _greeting, _bob)
-"""They come to every port of a service with a QKD link."""
+"""The kinds of strangers for every port of a service with a QKD link."""
 
 
 def doors(service: Service) -> list[int]:
@@ -321,12 +321,12 @@ def attack(
     tell: Callable[[str], object] = print,
     members: Sequence[Member] | None = None,
 ) -> dict[str, Any]:
-    """Strangers at every door of a service.
+    """Send strangers to every port of a service.
 
     Args:
         kind: the service.
         seed: what the strangers do depends on it alone.
-        rounds: how often each member comes to each door.
+        rounds: how often each kind comes to each port.
         tell: is told what was done.
         members: what they do; all that there is if ``None``.
 
@@ -353,7 +353,7 @@ def attack(
             for port, member in order:
                 with contextlib.suppress(
                     OSError, HybridkexError
-                ):  # what the service does to them is its affair
+                ):  # the service may do to them what it likes
                     one = socket.create_connection(("127.0.0.1", port), 5)
                     held.append(one)
                     member(one, choice, material)
@@ -388,5 +388,5 @@ def attack(
 
 
 def services(names: Sequence[str] | None) -> list[type[Service]]:
-    """Those of these names, or all."""
+    """The kinds with these names, or all."""
     return [one for one in SERVICES if not names or one.name in names]

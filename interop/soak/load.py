@@ -22,7 +22,7 @@ from hybridkex import (
 )
 
 AT_ONCE = 16
-"""Handshakes that are under way together."""
+"""Handshakes in progress at the same time."""
 
 
 @dataclass
@@ -143,7 +143,7 @@ async def storm(seconds: float, size: int = 200_000) -> dict[str, Any]:
                 if count % 3:
                     await stream.aclose()
                 else:
-                    await trio.aclose_forcefully(stream)  # the rude way
+                    await trio.aclose_forcefully(stream)  # without close_notify
                 count += 1
 
         samples = []

@@ -1,4 +1,4 @@
-"""Hostile peers in short form, at every door of every command; the long form is
+"""A short run of hostile peers, at every port of every command; the long form is
 ``python -m interop.soak hostile``."""
 
 import pytest

@@ -26,17 +26,17 @@ class Engine(Protocol):
     """A TLS library that reads and writes memory. What must wait raises :exc:`Blocked`."""
 
     def feed(self, data: bytes) -> None:
-        """What the transport brought; empty at its end."""
+        """Take bytes from the transport; empty at its end."""
         ...
 
     def take(self) -> bytes:
-        """What the transport has to carry."""
+        """The bytes to send over the transport."""
         ...
 
     def handshake(self) -> None: ...
 
     def read(self) -> bytes:
-        """Empty at the other end's close_notify."""
+        """Read application data; empty after the other end's close_notify."""
         ...
 
     def write(self, data: bytes) -> None: ...
@@ -48,7 +48,7 @@ class Engine(Protocol):
         ...
 
     def report(self) -> dict[str, Any]:
-        """Some of :class:`~interop.matrix.task.Report`."""
+        """The fields of :class:`~interop.matrix.task.Report` that the library knows."""
         ...
 
 

@@ -28,7 +28,7 @@ _SUITES = {0x1301 + number: name for number, name in enumerate(_CIPHERS)}
 
 
 class _Memory:
-    """As much of a socket as tlslite needs."""
+    """The part of a socket's interface that tlslite uses."""
 
     def __init__(self) -> None:
         self.incoming, self.outgoing = bytearray(), bytearray()

@@ -16,7 +16,7 @@ __all__ = ["Command", "find", "find_script", "key_log", "run", "running", "versi
 
 
 def find(name: str, package: str) -> str:
-    """Where a command is.
+    """The path of a command.
 
     Raises:
         Missing: nowhere; ``package`` is how to get it.
@@ -114,7 +114,7 @@ class Command:
         self._process.terminate()
 
     async def end(self) -> None:
-        """Wait until it has said all."""
+        """Wait for the end of its output."""
         while not self.ended:
             await self._news.wait()
 

@@ -15,7 +15,7 @@ _AGENT: Final = Path(__file__).parents[1] / "agents" / "node.mjs"
 
 
 def folder() -> Path:
-    """Where the wheel has Node.
+    """The path of Node in the wheel.
 
     Raises:
         Missing: it is not installed.

@@ -1,4 +1,4 @@
-"""Reasons that several peers share."""
+"""Reasons that apply to several peers."""
 
 from typing import Final
 

@@ -3,25 +3,16 @@
 The functions are those of :mod:`hybridkex.link.cascade_arrays`, with the same results.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba
 import numpy as np
+
+from hybridkex.link.compiled import compiled
 
 __all__ = ["learn", "settle"]
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 
-
-def _compiled(function: Function) -> Function:
-    try:
-        return cast(Function, numba.njit(cache=True, nogil=True)(function))
-    except RuntimeError:  # no folder where compiled code could be kept
-        return cast(Function, numba.njit(nogil=True)(function))
-
-
-@_compiled
+@compiled
 def learn(differs: Any, known: Any, active: Any, nodes: Any, told: Any, room: int) -> Any:
     size = 1 << room
     inner = np.empty(len(nodes), dtype=np.int64)
@@ -55,7 +46,7 @@ def learn(differs: Any, known: Any, active: Any, nodes: Any, told: Any, room: in
     return inner[:more], leaves[:over]
 
 
-@_compiled
+@compiled
 def settle(
     differs: Any,
     known: Any,

@@ -7,10 +7,12 @@ in their heads alone never do), takes ``n - 1`` random bits instead of ``n + m -
 convolution of length ``n`` instead of ``n + m``. M. Hayashi, T. Tsurumaru, IEEE Trans. Inf. Theory
 62, 2213 (2016), arXiv:1311.5322, section V, call it the modified Toeplitz matrix.
 
-``T · tail`` is a stretch of the product of two polynomials with coefficients 0 and 1, computed by a
-floating-point Fourier transform whose results are rounded to integers; their last bits are wanted.
+``T · tail`` is a stretch of the product of two polynomials with coefficients 0 and 1, of which the
+last bits are wanted. Where numba is installed (``hybridkex[fast]``), :mod:`.toeplitz_loops`
+computes it in integers. Otherwise a floating-point Fourier transform does, whose results are
+rounded to integers.
 
-*No rounding can flip a bit.* C. Percival, Math. Comp. 72, 387 (2002), theorem 5.1: a product ``z``
+*Rounding cannot flip a bit.* C. Percival, Math. Comp. 72, 387 (2002), theorem 5.1: a product ``z``
 of ``x`` and ``y`` by transforms of ``2^t`` points, with machine precision ``e`` and twiddle factors
 wrong by at most ``d``, is wrong in no coefficient by more than ``|x| |y| ((1 + e)^{3t}
 (1 + e √5)^{3t + 1} (1 + d)^{3t} - 1)``. With coefficients 0 and 1 the Euclidean norms give
@@ -29,10 +31,11 @@ the strips stay in the processor's cache.
 """
 
 import functools
+import importlib
 import math
 import sys
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +49,8 @@ Complex = NDArray[np.complex128]
 
 MAX_INPUT: Final = 1 << 30
 """The longest key, in bits."""
+LEAST_COMPILED: Final = 2048
+"""Below this many bits the transform in numpy is as fast, and numba need not be loaded."""
 SLACK: Final = 1.0 / 16.0
 ROUNDER: Final = 1.5 * 2.0**52
 LOW: Final = 0 if sys.byteorder == "little" else 7
@@ -72,11 +77,12 @@ def seed_length(length: int) -> int:
     return max(0, length - 1)
 
 
-def compress(key: Bits, seed: Bits, length: int) -> Bits:
+def compress(key: Bits, seed: Bits, length: int, *, compiled: bool | None = None) -> Bits:
     """Hash a key (``n`` bits, one in each byte) to ``length`` bits; ``seed`` has ``n - 1``.
 
-    ``out[i] = key[i] ⊕ ⊕_j seed[i - j + n - m - 1] key[m + j]``. Raises ``ValueError`` for lengths
-    that do not fit.
+    ``out[i] = key[i] ⊕ ⊕_j seed[i - j + n - m - 1] key[m + j]``. ``compiled``: use numba; ``None``:
+    if it is installed and the key is neither short nor longer than it can take. The result is the
+    same. Raises ``ValueError`` for lengths that do not fit, ``ImportError`` without numba.
     """
     n = len(key)
     if not 0 <= length <= n or n > MAX_INPUT:
@@ -86,7 +92,21 @@ def compress(key: Bits, seed: Bits, length: int) -> Bits:
     head, tail = key[:length], key[length:]
     if length == 0 or len(tail) == 0:
         return head.copy()
-    return head ^ _middle_product(seed, tail)
+    product = _product(len(seed), compiled)
+    return head ^ product(seed, tail)
+
+
+def _product(length: int, compiled: bool | None) -> Callable[[Bits, Bits], Bits]:
+    if compiled or (compiled is None and length >= LEAST_COMPILED):
+        try:
+            loops = importlib.import_module("hybridkex.link.toeplitz_loops")
+        except ImportError:  # numba is an extra
+            if compiled:
+                raise
+        else:
+            if length <= loops.MAX_LENGTH:
+                return cast(Callable[[Bits, Bits], Bits], loops.middle_product)
+    return _middle_product
 
 
 class _Plan:

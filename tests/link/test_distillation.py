@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import math
+import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -212,30 +214,62 @@ def by_the_book(key: "np.ndarray", seed: "np.ndarray", length: int) -> "np.ndarr
     return (key[:length] + seed[rows].astype(np.int64) @ tail) % 2 if len(tail) else key[:length]
 
 
+WITH_NUMBA = pytest.mark.skipif(not find_spec("numba"), reason="numba is not installed")
+KINDS = (False, pytest.param(True, marks=WITH_NUMBA))
+
+
+@pytest.mark.parametrize("compiled", KINDS)
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
-def test_toeplitz_is_the_matrix_product(data: st.DataObject) -> None:
+@settings(max_examples=200, deadline=None)
+def test_toeplitz_is_the_matrix_product(data: st.DataObject, compiled: bool) -> None:
     n = data.draw(st.integers(1, 400))
     m = data.draw(st.integers(0, n))
     draw = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     key = draw.integers(0, 2, n, dtype=np.uint8)
     seed = draw.integers(0, 2, seed_length(n), dtype=np.uint8)
-    assert (compress(key, seed, m) == by_the_book(key, seed, m)).all()
+    assert (compress(key, seed, m, compiled=compiled) == by_the_book(key, seed, m)).all()
 
 
+@pytest.mark.parametrize("compiled", KINDS)
 @pytest.mark.parametrize(("n", "m"), [(1_000_000, 250_000), (1_000_000, 3), (3_000_000, 1_500_000)])
-def test_toeplitz_at_size_agrees_with_integers(n: int, m: int) -> None:
+def test_toeplitz_at_size_agrees_with_integers(n: int, m: int, compiled: bool) -> None:
     """All ones is the worst that rounding can meet; random bits are what there will be."""
     draw = np.random.default_rng(n + m)
     for key, seed in (
         (np.ones(n, dtype=np.uint8), np.ones(n - 1, dtype=np.uint8)),
         (draw.integers(0, 2, n, dtype=np.uint8), draw.integers(0, 2, n - 1, dtype=np.uint8)),
     ):
-        out = compress(key, seed, m)
+        out = compress(key, seed, m, compiled=compiled)
         tail = key[m:]
         for row in {0, 1, m // 2, m - 2, m - 1} & set(range(m)):
             stretch = seed[row : row + len(tail)][::-1]
             assert out[row] == (int(key[row]) + int((stretch & tail).sum())) % 2
+
+
+@pytest.mark.parametrize("odd", [1, 3, 5, 9, 15])
+def test_integer_transforms_of_every_shape(odd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each odd part of the size with several powers of two, against the transform in numpy."""
+    loops = pytest.importorskip("hybridkex.link.toeplitz_loops")
+    monkeypatch.setattr(loops, "ODD", {odd: loops.ODD[odd]})
+    loops._plan.cache_clear()
+    draw = np.random.default_rng(odd)
+    for n in (5000, 5000 * odd, 13_000 * odd, 34_567 * odd):
+        key = draw.integers(0, 2, n, dtype=np.uint8)
+        seed = draw.integers(0, 2, seed_length(n), dtype=np.uint8)
+        m = int(draw.integers(1, n))
+        ours, theirs = (compress(key, seed, m, compiled=kind) for kind in (True, False))
+        assert (ours == theirs).all()
+    loops._plan.cache_clear()
+
+
+def test_without_numba_numpy_makes_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(10)
+    key, seed = (draw.integers(0, 2, n, dtype=np.uint8) for n in (5000, 4999))
+    expected = compress(key, seed, 1000, compiled=False)
+    monkeypatch.setitem(sys.modules, "hybridkex.link.toeplitz_loops", None)
+    assert (compress(key, seed, 1000) == expected).all()
+    with pytest.raises(ImportError):
+        compress(key, seed, 1000, compiled=True)
 
 
 def test_toeplitz_is_linear_and_rounding_is_bounded() -> None:

@@ -21,7 +21,7 @@ def main() -> None:
     slow.add_argument("--deadline", type=float, default=10)
     updates = commands.add_parser("updates", help="key updates without end")
     updates.add_argument("--count", type=int, default=1000)
-    strangers = commands.add_parser("hostile", help="hostile peers at every door of every command")
+    strangers = commands.add_parser("hostile", help="hostile peers at every port of every command")
     strangers.add_argument("--service", action="append", help="this one; may be repeated")
     strangers.add_argument("--seed", type=int, default=1)
     strangers.add_argument("--rounds", type=int, default=50, help="visits of each kind (50)")

@@ -37,7 +37,7 @@ from hybridkex.tls.events import SessionProposed
 from interop.faults.services import SERVICES, Service
 from interop.faults.world import Broken, World
 
-__all__ = ["LINK_MEMBERS", "MEMBERS", "attack", "doors"]
+__all__ = ["LINK_MEMBERS", "MEMBERS", "attack", "listening_ports"]
 
 AT_ONCE: Final = 24
 """Strangers that stay connected to a port."""
@@ -288,7 +288,7 @@ LINK_MEMBERS: Final[tuple[Member, ...]] = (_reset, _junk, _greeting, _bob)
 """The kinds of strangers for every port of a service with a QKD link."""
 
 
-def doors(service: Service) -> list[int]:
+def listening_ports(service: Service) -> list[int]:
     """The TCP ports that a service listens on, as the system has them."""
     found = set()
     for process in service.processes:
@@ -341,7 +341,7 @@ def attack(
             service = kind(world)
             material = Material(Path(place), service)
             service.start()
-            ports = doors(service)
+            ports = listening_ports(service)
             before = {one.pid: _resident(one.pid) for one in service.processes}
             began = time.monotonic()
             if members is None:
@@ -369,7 +369,7 @@ def attack(
             _check_growth(growth)
             found = {
                 "service": kind.name,
-                "doors": len(ports),
+                "ports": len(ports),
                 "strangers": len(order),
                 "seconds": round(time.monotonic() - began, 1),
                 "megabytes more": round(growth / 1e6, 1),

@@ -6,11 +6,11 @@ import pytest
 from interop.faults.services import SERVICES, KmeLink, Service
 from interop.soak.hostile import LINK_MEMBERS, MEMBERS, attack
 
-DOORS = {"tunnel run": 2, "kme serve": 3, "kme link": 4}
+PORTS = {"tunnel run": 2, "kme serve": 3, "kme link": 4}
 
 
 @pytest.mark.parametrize("kind", SERVICES, ids=lambda kind: kind.name)
 def test_strangers_harm_nobody(kind: type[Service]) -> None:
     members = LINK_MEMBERS if kind is KmeLink else MEMBERS
     found = attack(kind, seed=14, rounds=1, tell=lambda _: None, members=members)
-    assert found["doors"] == DOORS.get(kind.name, 1)
+    assert found["ports"] == PORTS.get(kind.name, 1)

@@ -5,6 +5,7 @@ The engine runs over any byte stream of anyio, as ``anyio.streams.tls.TLSStream`
 """
 
 import contextlib
+import errno
 import logging
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ from hybridkex.errors import (
     PeerError,
     TruncationError,
 )
+from hybridkex.machine import broken
 from hybridkex.net.event_loop import Background
 from hybridkex.net.log import BoundedLog
 from hybridkex.secret import Secret
@@ -53,6 +55,9 @@ _READ_SIZE: Final = 256 * 1024
 _SEND_SIZE: Final = 256 * 1024
 _ALERT_TIMEOUT: Final = 1.0
 _CLOSE_TIMEOUT: Final = 10.0
+_RETRY_SECONDS: Final = 0.1
+"""Seconds between two attempts to accept while the system lacks resources."""
+_LACKS: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 _log: Final = get_logger("hybridkex.anyio")
 _LINES: Final = BoundedLog(_log)
@@ -182,7 +187,7 @@ class SecureByteStream(ByteStream):
             pass  # Whoever sends or receives next learns of it.
         except LocalStateError as error:
             if self._failure is None:
-                _log.warning("the keys are not renewed any more: %s", error)
+                _LINES.log(logging.WARNING, "the keys are not renewed any more: %s", error)
         except Exception:
             _log.exception("the keys are not renewed any more")
             await self._fail_for_keeper(InternalError("the renewal of the keys has failed"))
@@ -507,17 +512,48 @@ class SecureListener(Listener[SecureByteStream]):
         handler: Callable[[SecureByteStream], Awaitable[Any]],
         task_group: TaskGroup | None = None,
     ) -> None:
-        """Call ``handler`` with each connection after its handshake."""
+        """Call ``handler`` with each connection after its handshake, until cancelled.
+
+        No peer ends the server, unlike with anyio's own listeners: a handshake that fails, or a
+        connection that breaks or ends while ``handler`` uses it, ends that connection alone and
+        becomes one log line. Any other exception of ``handler`` goes to the task group. While the
+        system has no descriptors or no memory for another connection, new ones wait in the queue.
+
+        Args:
+            handler: serves one connection, and closes it.
+            task_group: where handlers run, if they must outlive this call.
+        """
 
         async def handle(stream: AnyByteStream) -> None:
             try:
                 secure = await self._wrap(stream)
             except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
                 _LINES.log(logging.WARNING, "a handshake failed: %s", error.__cause__ or error)
-            else:
+                return
+            try:
                 await handler(secure)
+            except* (anyio.BrokenResourceError, anyio.EndOfStream) as group:
+                await anyio.aclose_forcefully(secure)
+                first = next(_leaves(group))
+                reason = broken(first) if str(first) else "the peer ended it"
+                _LINES.log(logging.WARNING, "a connection ended early: %s", reason)
 
-        await self.listener.serve(handle, task_group)
+        full = BoundedLog(_log, rate=1 / 60, burst=1)
+        async with contextlib.AsyncExitStack() as stack:
+            # Not the listener's own group, which would end the connections with the accept loop.
+            group = task_group or await stack.enter_async_context(anyio.create_task_group())
+            while True:
+                try:
+                    await self.listener.serve(handle, group)
+                except Exception as error:
+                    reason = _lack(error)
+                    if reason is None:
+                        raise
+                else:
+                    return
+                message = "cannot accept connections now: %s; new ones wait in the queue"
+                full.log(logging.ERROR, message, reason)
+                await anyio.sleep(_RETRY_SECONDS)
 
     async def aclose(self) -> None:
         """Close the listener."""
@@ -530,6 +566,32 @@ class SecureListener(Listener[SecureByteStream]):
             **self.listener.extra_attributes,
             TLSAttribute.standard_compatible: lambda: self._standard_compatible,
         }
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors of nested groups."""
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from _leaves(one)
+    else:
+        yield error
+
+
+def _lack(error: Exception) -> str | None:
+    """What the system lacks for another connection; ``None`` if that is not why accepting failed.
+
+    anyio raises accept(2)'s error as it is or as the cause of its own, alone or in a group.
+    """
+    reason = None
+    for one in _leaves(error):
+        cause = one if isinstance(one, OSError) else one.__cause__
+        if isinstance(one, MemoryError):
+            reason = "out of memory"
+        elif isinstance(cause, OSError) and cause.errno in _LACKS:
+            reason = cause.strerror
+        else:
+            return None
+    return reason
 
 
 class SecureConnectable(ByteStreamConnectable):

@@ -370,7 +370,7 @@ class SecureTransport(asyncio.Transport):
                 await keeper.run()
             except LocalStateError as error:
                 if self._failure is None and self._state is _OPEN:
-                    _log.warning("the keys are not renewed any more: %s", error)
+                    _LINES.log(logging.WARNING, "the keys are not renewed any more: %s", error)
             except Exception as error:
                 self._report("the renewal of the keys has failed", error)
                 self._give_up("the renewal of the keys has failed")
@@ -598,7 +598,7 @@ class SecureTransport(asyncio.Transport):
             raise RuntimeError("Cannot call write() after write_eof()")
         self._ignored_writes += 1
         if self._ignored_writes == _IGNORED_WRITES:
-            _log.warning("data was written to a closed transport and is discarded")
+            _LINES.log(logging.WARNING, "data was written to a closed transport and is discarded")
 
     def _pump_soon(self) -> None:
         if not self._pump_due:

@@ -22,6 +22,7 @@ from urllib.parse import unquote
 import h11
 import trio
 
+from hybridkex.net.log import BoundedLog
 from hybridkex.net.supervisor import Connection, Supervisor
 from hybridkex.text import get_logger
 
@@ -40,6 +41,8 @@ __all__ = [
 ]
 
 LOG: Final = get_logger(__name__)
+_LINES: Final = BoundedLog(LOG)
+"""Rate-limited, because any client may cause these lines."""
 
 PLAIN_CONNECTIONS: Final = 64
 """Connections at once to a port without authentication. Once there are as many, each newcomer takes
@@ -415,7 +418,7 @@ class _Server:
             return Response.json(503, {"message": "the server is too slow now"})
         except Exception as error:
             # A bug on our side; the client learns no details.
-            LOG.error("a handler of requests failed: %s", type(error).__name__)  # noqa: TRY400
+            _LINES.log(logging.ERROR, "a handler of requests failed: %s", type(error).__name__)
             LOG.debug("the internal error", exc_info=error)
             return Response.json(500, {"message": "internal error"})
 

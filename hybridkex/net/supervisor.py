@@ -14,12 +14,14 @@ It accepts, runs a handler for each connection in a task of its own, and keeps t
 """
 
 import contextlib
+import fcntl
 import logging
 import math
 import select
 import socket
 import struct
 import sys
+import termios
 import traceback
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from pathlib import PurePath
@@ -61,8 +63,8 @@ class Connection:
 
     Attributes:
         peer: the peer's address and port, or ``a local program``.
-        address: the peer's network address, which holds a place until the peer has authenticated:
-            an IPv4 address, the /64 prefix of an IPv6 address, or empty.
+        address: where the peer is, which holds a place until the peer has authenticated: an IPv4
+            address, the /64 prefix of an IPv6 address, the user ID of a local program, or empty.
         log: for log lines that the peer can cause.
         evicted: whether it was closed to make room for another connection.
     """
@@ -79,6 +81,7 @@ class Connection:
         self._unread = False
         self._admitted = 0.0
         self._is_used: Callable[[], bool] = lambda: True
+        self._silence: Callable[[], float] = lambda: -1.0
         self.evicted = False
 
     def admit(
@@ -87,6 +90,7 @@ class Connection:
         holder: Hashable = None,
         *,
         is_used: Callable[[], bool] = lambda: True,
+        silence: Callable[[], float] = lambda: -1.0,
     ) -> None:
         """Mark the peer as authenticated: move to ``budget``, counted for ``holder``; ends the
         deadline.
@@ -98,6 +102,8 @@ class Connection:
                 has not, a newcomer may take its place, as in :meth:`waiting`; afterwards it keeps
                 its place while data flows (see :class:`Budget`). So strangers who share the address
                 of good clients keep none of them out.
+            silence: seconds since data of the application last crossed the connection. It is asked
+                where the system does not say, as for a Unix socket; negative: not known.
 
         Raises:
             TooManyConnections: the budget is used up. Deadline and place stay as they were, so that
@@ -108,7 +114,7 @@ class Connection:
         if before is not None:
             before._give_back(self, place)
         self._waiting_since = None
-        self._admitted, self._is_used = trio.current_time(), is_used
+        self._admitted, self._is_used, self._silence = trio.current_time(), is_used, silence
         self._scope.deadline = math.inf
 
     @contextlib.contextmanager
@@ -138,10 +144,12 @@ class Connection:
 
     def _idle(self, now: float) -> float:
         """Seconds since data last crossed the connection; negative where that is not known, or if
-        the delay is ours."""
-        if self.evicted or _has_unread(self._transport):
+        the delay is ours: bytes of the peer wait to be read, and the peer itself reads."""
+        transport = self._transport
+        if self.evicted or (_has_unread(transport) and not _has_unsent(transport)):
             return -1.0
-        return _silence(self._transport)
+        silence = _silence(transport)
+        return silence if silence >= 0 else self._silence()
 
     def _evict(self) -> None:
         self.evicted = True
@@ -178,7 +186,7 @@ class Budget:
         what: the name of the budget in messages: *connections*, *peer connections*.
         patience: seconds that a connection must have waited before a newcomer may take its place.
         idle: seconds without data in either direction, likewise, of one that has carried data
-            (Linux; elsewhere such a connection keeps its place).
+            (known on Linux or from ``silence``; otherwise such a connection keeps its place).
         even_shares: whether connections that do not wait make room, too.
         descriptors: file descriptors of one connection; there are fewer connections where the
             process may not open enough (:mod:`hybridkex.net.descriptors`).
@@ -518,6 +526,18 @@ def _has_unread(transport: trio.SocketStream | None) -> bool:
     return bool(poll.poll(0))
 
 
+def _has_unsent(transport: trio.SocketStream | None) -> bool:
+    """Whether bytes of ours wait for the peer to read (tcp(7) and unix(7), SIOCOUTQ)."""
+    if transport is None or transport.socket.fileno() < 0:
+        return False
+    count = bytearray(4)
+    try:
+        fcntl.ioctl(transport.socket.fileno(), termios.TIOCOUTQ, count)
+    except OSError:
+        return False
+    return any(count)
+
+
 def _silence(transport: trio.SocketStream | None) -> float:
     """Seconds since data last went over a TCP connection in either direction, as Linux knows it
     (tcp(7), TCP_INFO); negative where the system does not say."""
@@ -553,13 +573,29 @@ def _network(transport: trio.SocketStream | None) -> str:
     except OSError:
         return ""
     if not isinstance(where, tuple):
-        return ""
+        return _local_user(transport)
     host = str(where[0])
     if ":" not in host:
         return host
     packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
     return packed[:8].hex() if packed[:12] != _MAPPED else packed[12:].hex()
 
+
+def _local_user(transport: trio.SocketStream | None) -> str:
+    """The user whose program is at the other end of a Unix socket (unix(7), SO_PEERCRED)."""
+    if transport is None or not hasattr(socket, "SO_PEERCRED"):
+        return ""
+    try:
+        found = transport.socket.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
+        )
+    except OSError:
+        return ""
+    return f"uid {_CREDENTIALS.unpack(found)[1]}"
+
+
+_CREDENTIALS: Final = struct.Struct("=3i")
+"""struct ucred: process, user and group."""
 
 _MAPPED: Final = bytes(10) + b"\xff\xff"
 """The prefix of an IPv4 address in an IPv6 socket (RFC 4291 section 2.5.5.2)."""

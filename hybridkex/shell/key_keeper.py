@@ -4,6 +4,7 @@ A task of its own, beside those that send and receive: it waits for the schedule
 source, so that data never waits for either. It asks the engine, and the shell carries the bytes.
 """
 
+import logging
 import math
 import random
 from collections.abc import Awaitable, Callable
@@ -17,6 +18,7 @@ from hybridkex.errors import (
     PolicyRefused,
 )
 from hybridkex.net.event_loop import Event, current_time, time_limit
+from hybridkex.net.log import BoundedLog
 from hybridkex.reasons import Reason
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig
@@ -36,6 +38,8 @@ from hybridkex.tls.policy import Requirement
 __all__ = ["KeyKeeper"]
 
 _log: Final = get_logger("hybridkex.fresh_keys")
+_LINES: Final = BoundedLog(_log)
+"""Rate-limited, because any peer can cause these lines."""
 
 _FIRST_RETRY: Final = 0.5
 _LAST_RETRY: Final = 30.0
@@ -71,6 +75,8 @@ class KeyKeeper:
         source = config.psk_source
         self._source = source if isinstance(source, UpdateKeySource) else None
         self._extended = connection.session.key_updates is not KeyUpdates.STANDARD
+        self._lines = BoundedLog(_log)
+        """For the epochs of this connection, whose number the peer can choose."""
         self._wake = Event()
         self._wanted: UpdateKeyWanted | None = None
         self._bytes = 0
@@ -105,7 +111,7 @@ class KeyKeeper:
             case UpdateWanted():
                 self._want("key limit")
             case UpdateDeclined(reason):
-                _log.info("the peer has declined a key update: %s", reason)
+                self._lines.log(logging.INFO, "the peer has declined a key update: %s", reason)
                 self._try_later()
             case EpochBegan(epoch):
                 self._began(epoch)
@@ -203,7 +209,7 @@ class KeyKeeper:
         if connection.updates_take_keys:
             key, missing = await self._draw()
             if key is None and self._qkd_required:
-                _log.warning("no key update now: %s", missing)
+                _LINES.log(logging.WARNING, "no key update now: %s", missing)
                 self._try_later()
                 return
         if connection.close_sent or connection.close_received or connection.update_under_way:
@@ -233,11 +239,15 @@ class KeyKeeper:
             )
         except KeySourceError as error:
             missing = str(error)
-            _log.warning("the peer's key update has a QKD key that is not to be had: %s", error)
+            _LINES.log(
+                logging.WARNING,
+                "the peer's key update has a QKD key that is not to be had: %s",
+                error,
+            )
         try:
             self._connection.provide_update_key(key, missing)
         except LocalStateError as error:
-            _log.warning("the peer's key update cannot be answered: %s", error)
+            _LINES.log(logging.WARNING, "the peer's key update cannot be answered: %s", error)
         except PeerError as error:
             await self._fail(error)
 
@@ -256,9 +266,13 @@ class KeyKeeper:
         """An update has not come about before its deadline."""
         self._late = math.inf
         if not self._required:
-            _log.warning("a key update is late; the session goes on under its old keys")
+            _LINES.log(
+                logging.WARNING, "a key update is late; the session goes on under its old keys"
+            )
             return
-        _log.warning("a key update is late, and the policy requires it: the session ends")
+        _LINES.log(
+            logging.WARNING, "a key update is late, and the policy requires it: the session ends"
+        )
         await self._fail(
             PolicyRefused(
                 "no key update has come about before its deadline, and our policy requires it",
@@ -270,9 +284,17 @@ class KeyKeeper:
 
     def _began(self, epoch: Epoch) -> None:
         legs = " + ".join((epoch.group, *(f"QKD {one}" for one in epoch.qkd_key_ids)))
-        _log.info("the session is in epoch %d (%s): %s", epoch.number, epoch.why, legs)
+        self._lines.log(
+            logging.INFO,
+            "the session is in epoch %d (%s): %s",
+            *(epoch.number, epoch.why, legs),
+        )
         if epoch.qkd_missing is not None:
-            _log.warning("epoch %d has no QKD key: %s", epoch.number, epoch.qkd_missing)
+            _LINES.log(
+                logging.WARNING,
+                "epoch %d has no QKD key: %s",
+                *(epoch.number, epoch.qkd_missing),
+            )
         self._done()
         self._unplanned = True
         if self._on_epoch is not None:

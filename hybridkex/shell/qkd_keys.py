@@ -9,6 +9,7 @@ when its look-up begins, whatever the outcome: a key that was taken for a handsh
 gone.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from hybridkex.errors import (
 )
 from hybridkex.fields import INTEGER, NUMBER, a, check_fields, tuple_of
 from hybridkex.net.event_loop import current_time, sleep, time_limit
+from hybridkex.net.log import BoundedLog
 from hybridkex.net.token_bucket import TokenBucket
 from hybridkex.qkd.psk import as_psk, as_update_psk, context_of, name_of, update_context_of
 from hybridkex.qkd.source import KeyReference, KeySource, QkdKey
@@ -151,6 +153,8 @@ class QkdPskSource:
             for peer in self._peers
         }
         self._asked: Final = OrderedDict[KeyReference, QkdPeer]()
+        # Rate-limited, because any peer can cause these lines.
+        self._lines = BoundedLog(_log)
         self.counters: Final = QkdCounters()
 
     async def offer(self) -> ExternalPsk:
@@ -331,7 +335,7 @@ class QkdPskSource:
             return session
         self.counters.fallbacks += 1
         reason = missing or "the peer did not offer or did not take one"
-        _log.warning("a session without a QKD key: %s", reason)
+        self._lines.log(logging.WARNING, "a session without a QKD key: %s", reason)
         return replace(session, qkd_fallback=reason)
 
     def _used(self, session: Session) -> "_Origin | None":

@@ -17,6 +17,7 @@ How it works:
 """
 
 import contextlib
+import logging
 import math
 import operator
 from types import TracebackType
@@ -35,6 +36,7 @@ from hybridkex.errors import (
     TruncationError,
 )
 from hybridkex.net.event_loop import Background
+from hybridkex.net.log import BoundedLog
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
 from hybridkex.shell.key_keeper import KeyKeeper
@@ -51,6 +53,8 @@ DEFAULT_HANDSHAKE_TIMEOUT: Final = 10.0
 """Seconds for a whole handshake."""
 
 _log: Final = get_logger("hybridkex.streams")
+_LINES: Final = BoundedLog(_log)
+"""Rate-limited, because any peer can cause these lines."""
 
 _READ_SIZE: Final = 256 * 1024
 _SEND_SIZE: Final = 256 * 1024
@@ -221,7 +225,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             pass  # Whoever sends or receives next learns of it.
         except LocalStateError as error:
             if self._failure is None:
-                _log.warning("the keys are not renewed any more: %s", error)
+                _LINES.log(logging.WARNING, "the keys are not renewed any more: %s", error)
         except Exception:
             _log.exception("the keys are not renewed any more")
             await self._fail_for_keeper(InternalError("the renewal of the keys has failed"))

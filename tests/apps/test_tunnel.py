@@ -1,5 +1,6 @@
 """``hybridkex tunnel`` as processes, with faults."""
 
+import contextlib
 import hashlib
 import random
 import shutil
@@ -249,6 +250,31 @@ async def test_unix_sockets_on_every_side(tunnel: Tunnel) -> None:
         assert await tunnel.ended() == 0
         assert not outer.exists()
         assert not tunnel.middle.exists()
+        nursery.cancel_scope.cancel()
+
+
+async def test_idle_local_programs_keep_no_other_out(tunnel: Tunnel) -> None:
+    outer = tunnel.folder / "program.sock"
+
+    async def target(stream: trio.SocketStream) -> None:
+        with contextlib.suppress(trio.BrokenResourceError):  # of those who made room
+            await echo(stream)
+
+    async with trio.open_nursery() as nursery, contextlib.AsyncExitStack() as stack:
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, target, [listener])
+        tunnel.write(
+            listener.socket.getsockname()[1],
+            connect={"local": "unix:program.sock", "max-connections": "4"},
+        )
+        (tunnel.folder / "port").write_text("0")  # there is no port to wait for
+        await tunnel.start()
+        await trio_until(lambda: tunnel.says("out: unix"))
+        for _ in range(4):
+            await stack.enter_async_context(await trio.open_unix_socket(str(outer)))
+        await trio.sleep(1.2)
+        async with await trio.open_unix_socket(str(outer)) as stream:
+            assert await exchange(stream, b"let me in") == b"let me in"
         nursery.cancel_scope.cancel()
 
 

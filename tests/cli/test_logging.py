@@ -53,9 +53,12 @@ def logged_by(module: Path) -> Iterator[tuple[str, str]]:
                 r"(?:BoundedLog\()?get_logger\((?:__name__|'([^']*)')\)+(?:, .*)?",
                 ast.unparse(node.value),
             )
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            bounded = re.fullmatch(r"BoundedLog\((\w+)(?:, .*)?\)", ast.unparse(node.value))
             if made is not None:
-                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
                 loggers[ast.unparse(target)] = made[1] or own
+            elif bounded is not None and bounded[1] in loggers:
+                loggers[ast.unparse(target)] = loggers[bounded[1]]
     for method in ("debug", "info", "warning", "error", "exception", "critical", "log"):
         for call in calls(tree, method):
             assert isinstance(call.func, ast.Attribute)

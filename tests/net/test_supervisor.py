@@ -4,6 +4,7 @@ fairly, and a system without room is waited for."""
 import contextlib
 import errno
 import logging
+import os
 import socket
 import struct
 import sys
@@ -15,6 +16,7 @@ import pytest
 import trio
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 
+import hybridkex.net.supervisor
 from hybridkex.errors import LocalStateError
 from hybridkex.net.log import BoundedLog
 from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
@@ -330,6 +332,85 @@ async def test_one_byte_keeps_no_place_for_ever() -> None:
         with pytest.raises(TooManyConnections):
             await connect("many")
         assert len(budget) == 5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="TCP_INFO is Linux's")
+async def test_a_peer_that_sends_and_does_not_read_keeps_no_place_for_ever() -> None:
+    """Unread bytes of a peer show that we are late, unless the peer does not read ours."""
+    async with contextlib.AsyncExitStack() as stack:
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        await stack.enter_async_context(listener)
+        budget = Budget(2, idle=0.3)
+
+        async def connect() -> tuple[Connection, Any, Any]:
+            client = await trio.open_tcp_stream(*listener.socket.getsockname())
+            server = await listener.accept()
+            await stack.enter_async_context(client)
+            await stack.enter_async_context(server)
+            connection = Connection(server, BoundedLog(LOGGER))
+            connection.admit(budget, "one")
+            await client.send_all(b"unread")
+            return connection, client, server
+
+        (late, _, _), (deaf, _, to_deaf) = await connect(), await connect()
+        with trio.move_on_after(0.1):
+            await to_deaf.send_all(bytes(1 << 26))
+        await trio.sleep(0.8)  # the kernel fills the peer's window up once more
+        await connect()
+        assert deaf.evicted
+        assert not late.evicted
+        with pytest.raises(TooManyConnections):
+            await connect()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SO_PEERCRED is Linux's")
+async def test_local_programs_share_by_user_and_silence(
+    mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs at a Unix socket count for their user; what the system does not say about the
+    silence of a connection, its handler does."""
+    budget = Budget(4, idle=60.0)
+    moved = dict.fromkeys(range(10), -1.0)
+    ends = []
+
+    def connect(number: int) -> Connection:
+        ours, theirs = socket.socketpair()
+        ends.append((ours, theirs))
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        connection = Connection(stream, BoundedLog(LOGGER))
+        connection.admit(
+            budget,
+            is_used=lambda: moved[number] >= 0,
+            silence=lambda: trio.current_time() - moved[number],
+        )
+        return connection
+
+    try:
+        made = [connect(number) for number in range(4)]
+        assert {one.address for one in made} == {f"uid {os.getuid()}"}
+        with pytest.raises(TooManyConnections):
+            connect(4)  # nobody has been silent for a second
+        mock_clock.jump(2)
+        moved[0] = moved[1] = trio.current_time()
+        connect(4)
+        assert [one.evicted for one in made] == [False, False, True, False]
+        moved.update(dict.fromkeys(range(2, 10), trio.current_time()))
+        with pytest.raises(TooManyConnections):
+            connect(5)
+        mock_clock.jump(61)
+        moved[0] = moved[3] = moved[4] = trio.current_time()
+        connect(5)
+        assert made[1].evicted
+        # Another user has fewer, and takes the place of one who has been silent.
+        moved[5] = trio.current_time()
+        mock_clock.jump(61)
+        monkeypatch.setattr(hybridkex.net.supervisor, "_local_user", lambda _: "uid 4711")
+        connect(6)
+        assert sum(one.evicted for one in made) == 3
+    finally:
+        for pair in ends:
+            for end in pair:
+                end.close()
 
 
 async def test_a_refused_connection_keeps_its_place_and_its_deadline(

@@ -1,6 +1,7 @@
 """The receiving side: one task per connection reads, stores and answers in order."""
 
 import contextlib
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ from hybridkex.apps.transfer.names import UnsafeName, reason_alone, shown
 from hybridkex.apps.transfer.progress import NullProgress, Progress
 from hybridkex.machine import broken
 from hybridkex.net.event_loop import in_thread
+from hybridkex.net.log import BoundedLog
 from hybridkex.text import get_logger
 
 __all__ = ["Receiver"]
@@ -52,6 +54,8 @@ class Receiver:
     def __init__(self, folder: Folder, progress: Progress | None = None) -> None:
         self._folder = folder
         self._progress = progress or NullProgress()
+        # Rate-limited, because any sender can cause these lines.
+        self._lines = BoundedLog(_log)
         self._live: dict[str, tuple[trio.CancelScope, trio.Event]] = {}
 
     async def serve(self, stream: SecureStream[Any]) -> bool:
@@ -63,7 +67,7 @@ class Receiver:
             async with stream:
                 return await self._serve(stream)
         except (trio.BrokenResourceError, HybridkexError) as error:
-            _log.warning("a transfer was cut short: %s", broken(error))
+            self._lines.log(logging.WARNING, "a transfer was cut short: %s", broken(error))
             return False
 
     async def turn_away(self, stream: SecureStream[Any]) -> None:
@@ -94,7 +98,7 @@ class Receiver:
         with trio.CancelScope() as scope:
             ended = trio.Event()
             self._live[hello.transfer] = scope, ended
-            reception = _Reception(self._folder, frames, self._progress)
+            reception = _Reception(self._folder, frames, self._progress, self._lines)
             try:
                 await self._converse(reception)
             finally:
@@ -153,10 +157,13 @@ class _Current:
 class _Reception:
     """One connection's files."""
 
-    def __init__(self, folder: Folder, frames: Frames, progress: Progress) -> None:
+    def __init__(
+        self, folder: Folder, frames: Frames, progress: Progress, lines: BoundedLog
+    ) -> None:
         self._folder = folder
         self._frames = frames
         self._progress = progress
+        self._lines = lines
         self._offers: dict[int, _Offered] = {}
         self._current: _Current | None = None
 
@@ -197,7 +204,7 @@ class _Reception:
             await self._frames.send(Alive())
 
     async def _fail(self, n: int, error: HybridkexError) -> None:
-        _log.warning("not stored: %s", error)
+        self._lines.log(logging.WARNING, "not stored: %s", error)
         await self._frames.send(Failed(n=n, reason=str(error)))
 
     async def _offered(self, offer: Offer) -> None:

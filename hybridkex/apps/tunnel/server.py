@@ -327,12 +327,13 @@ class _Connection:
         self._budget = budget
         self._what = f"{active.config.name}: {connection.peer}"
         self._accepted = socket
+        self._out, self._back = _Sum(counters.out.inc), _Sum(counters.back.inc)
         self._sockets = [socket]
         """Everything that has been opened, closed at the end."""
 
     async def run(self) -> None:
         began = trio.current_time()
-        out, back = _Sum(self._counters.out.inc), _Sum(self._counters.back.inc)
+        out, back = self._out, self._back
         log: Callable[..., None] = partial(LOG.log, logging.INFO)
         end = "cut: the tunnel is ending"  # if it is cancelled, alone or in a group
         try:
@@ -368,9 +369,13 @@ class _Connection:
                 trio.current_time() - began,
             )
 
-    def _admit(self, is_used: Callable[[], bool] = lambda: True) -> None:
+    def _admit(self, is_used: Callable[[], bool]) -> None:
         try:
-            self._connection.admit(self._budget, is_used=is_used)
+            self._connection.admit(
+                self._budget,
+                is_used=is_used,
+                silence=lambda: trio.current_time() - max(self._out.moved, self._back.moved),
+            )
         except TooManyConnections as error:
             raise _Rejected("limit", str(error)) from None
 
@@ -385,7 +390,7 @@ class _Connection:
             self._admit(lambda: stream.has_carried_data)
             far = await self._connect()
             return near, Leg("the target", far, far)
-        self._admit()
+        self._admit(lambda: bool(self._out.sum or self._back.sum))
         far = await self._connect()
         return (
             Leg("the program", self._accepted, self._accepted),
@@ -438,9 +443,11 @@ class _Sum:
     def __init__(self, count: Any) -> None:
         self._count = count
         self.sum = 0
+        self.moved = trio.current_time()
 
     def __call__(self, amount: int) -> None:
         self.sum += amount
+        self.moved = trio.current_time()
         self._count(amount)
 
 

@@ -1,0 +1,179 @@
+"""An anyio server goes on, whatever its peers do and however many they are."""
+
+import logging
+import os
+import resource
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
+
+import anyio
+import pytest
+
+from hybridkex import X25519, ClientConfig, DevCa, Policy, Requirement, ServerConfig, TrustStore
+from hybridkex.anyio import SecureByteStream, SecureConnectable, SecureListener
+
+CA = DevCa.create(algorithm="ed25519")
+POLICY = Policy(post_quantum=Requirement.PREFER)
+SERVER = ServerConfig(
+    identities=(CA.issue("localhost", algorithm="ed25519"),), groups=(X25519,), policy=POLICY
+)
+CLIENT = ClientConfig(verifier=TrustStore((CA.certificate,)), groups=(X25519,), policy=POLICY)
+BACKENDS = ("asyncio", "trio")
+
+
+async def one_port() -> "anyio.abc.Listener[anyio.abc.SocketStream]":
+    return await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=0)
+
+
+def port_of(listener: SecureListener) -> int:
+    port: int = listener.extra(anyio.abc.SocketAttribute.local_port)
+    return port
+
+
+async def connect(port: int) -> SecureByteStream:
+    tcp = anyio.TCPConnectable("127.0.0.1", port)
+    return await SecureConnectable(tcp, CLIENT, server_hostname="localhost").connect()
+
+
+async def echoed(port: int) -> bytes:
+    async with await connect(port) as stream:
+        await stream.send(b"are you there?")
+        return await stream.receive()
+
+
+async def naive(stream: SecureByteStream) -> None:
+    """As a program would be written that does not expect bad peers."""
+    async with stream:
+        while True:
+            await stream.send(await stream.receive())
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 40, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("few_descriptors")
+def test_a_lack_of_descriptors_is_waited_for(
+    backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with (
+            SecureListener(await one_port(), SERVER, handshake_timeout=1) as listener,
+            anyio.create_task_group() as group,
+        ):
+            group.start_soon(listener.serve, naive)
+            port = port_of(listener)
+            living = await connect(port)
+            with ExitStack() as held:
+                # Both ends have a descriptor in this process: fill it up from our end.
+                try:
+                    while True:
+                        one = held.enter_context(socket.socket())
+                        one.setblocking(False)
+                        one.connect_ex(("127.0.0.1", port))
+                except OSError:
+                    pass
+                await anyio.sleep(0.5)
+            await living.send(b"x")
+            assert await living.receive() == b"x"  # it has outlived the fault
+            await living.aclose()
+            with anyio.fail_after(10):
+                assert await echoed(port) == b"are you there?"
+            group.cancel_scope.cancel()
+
+    with caplog.at_level(logging.ERROR, "hybridkex.anyio"):
+        anyio.run(main, backend=backend)
+    lines = [one.message for one in caplog.records if one.levelno == logging.ERROR]
+    assert len(lines) == 1
+    assert "cannot accept connections now: Too many open files" in lines[0]
+
+
+async def reset(port: int) -> None:
+    stream = await connect(port)
+    await stream.send(b"x")
+    raw = stream.extra(anyio.abc.SocketAttribute.raw_socket)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    await anyio.aclose_forcefully(stream.transport_stream)
+
+
+async def leave(port: int) -> None:
+    """An orderly end, which the handler meets as ``anyio.EndOfStream``."""
+    await (await connect(port)).aclose()
+
+
+async def cut(port: int) -> None:
+    await anyio.aclose_forcefully((await connect(port)).transport_stream)
+
+
+async def junk(port: int) -> None:
+    stream = await connect(port)
+    await stream.transport_stream.send(b"\x17\x03\x03\0\x20" + bytes(32))
+    with pytest.raises(anyio.BrokenResourceError):
+        await stream.receive()
+    await stream.aclose()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [reset, leave, cut, junk], ids=lambda bad: bad.__name__)
+def test_a_handler_whose_peer_is_gone(
+    backend: str, bad: Callable[[int], Awaitable[None]], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with (
+            SecureListener(await one_port(), SERVER) as listener,
+            anyio.create_task_group() as group,
+        ):
+            group.start_soon(listener.serve, naive)
+            async with await connect(port_of(listener)) as living:
+                await bad(port_of(listener))
+                await anyio.sleep(0.1)
+                await living.send(b"x")
+                assert await living.receive() == b"x"
+            assert await echoed(port_of(listener)) == b"are you there?"
+            group.cancel_scope.cancel()
+
+    anyio.run(main, backend=backend)
+    assert any("a connection ended early: " in one.message for one in caplog.records)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_exceptions_go_to_the_task_group(backend: str) -> None:
+    async def buggy(stream: SecureByteStream) -> None:
+        await stream.aclose()
+        raise KeyError("a bug")
+
+    async def main() -> None:
+        async with SecureListener(await one_port(), SERVER) as listener:
+            port = port_of(listener)
+            async with anyio.create_task_group() as group:
+                group.start_soon(listener.serve, buggy)
+                async with await connect(port) as stream:
+                    await stream.receive()
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        anyio.run(main, backend=backend)
+    assert caught.group_contains(KeyError)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_closed_listener_ends_serve(backend: str) -> None:
+    async def main() -> None:
+        listener = SecureListener(await one_port(), SERVER)
+        async with anyio.create_task_group() as group:
+            group.start_soon(listener.serve, naive)
+            await anyio.sleep(0.05)
+            await listener.aclose()
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        anyio.run(main, backend=backend)
+    assert caught.group_contains((anyio.ClosedResourceError, anyio.BrokenResourceError))

@@ -535,7 +535,9 @@ _MARKS = "<!-- results -->", "<!-- end of results -->"
 
 def measured() -> dict[str, float]:
     """Seconds of the runs that gave what they must, by name."""
-    return dict(json.loads(RESULTS.read_text())) if RESULTS.exists() else {}
+    names = {run.name for run in RUNS} | {s.name for s in SEARCHES}
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return {name: took for name, took in found.items() if name in names}
 
 
 def _took(names: Sequence[str], seconds: Mapping[str, float]) -> str:
@@ -589,13 +591,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run the models and write the table of README.md.")
     parser.add_argument("--list", action="store_true", help="show the runs")
     parser.add_argument("--only", default="", metavar="WORD", help="runs whose name contains this")
+    parser.add_argument("--missing", action="store_true", help="runs that have no result yet")
     parser.add_argument("--show", metavar="NAME", help="print the model of this run")
     arguments = parser.parse_args()
     if arguments.show:
         print(next(run for run in RUNS if run.name == arguments.show).text(), end="")
         return 0
-    runs = [run for run in RUNS if arguments.only in run.name]
-    searches = [s for s in SEARCHES if arguments.only in s.name]
+    done = measured() if arguments.missing else {}
+    runs = [run for run in RUNS if arguments.only in run.name and run.name not in done]
+    searches = [s for s in SEARCHES if arguments.only in s.name and s.name not in done]
     if arguments.list:
         for run in runs:
             print(f"{'attack' if run.control else 'proof ':7}{run.name}")
@@ -606,7 +610,6 @@ def main() -> int:
         if shutil.which(tool) is None:
             print(f"{tool} is not there: {how}", file=sys.stderr)
             return 1
-    seconds: dict[str, float | None] = {}
     wrong = 0
 
     def note(name: str, began: float, right: bool, said: object = "") -> None:
@@ -614,7 +617,10 @@ def main() -> int:
         took = time.monotonic() - began
         print(f"{'ok   ' if right else 'WRONG'} {took:7.1f} s  {name} {said}".rstrip(), flush=True)
         wrong += not right
-        seconds[name] = round(took, 1) if right else None
+        results = measured() | {name: round(took, 1)}
+        if not right:
+            del results[name]
+        RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
 
     for run in runs:
         began = time.monotonic()
@@ -627,11 +633,7 @@ def main() -> int:
         for s in searches:
             began = time.monotonic()
             note(s.name, began, search(Path(directory), s))
-    names = {run.name for run in RUNS} | {s.name for s in SEARCHES}
-    results = measured() | seconds
-    kept = {name: took for name in sorted(names) if (took := results.get(name)) is not None}
-    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
-    write_table(table(kept))
+    write_table(table(measured()))
     return min(wrong, 1)
 
 

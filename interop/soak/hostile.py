@@ -173,8 +173,8 @@ def _insider(one: socket.socket, choice: random.Random, material: Material) -> N
     channel.start()
     one.settimeout(2)
     while not channel.handshake_complete:
-        one.sendall(channel.data_to_send())
         event = channel.next_event()
+        one.sendall(channel.data_to_send())
         if isinstance(event, SessionProposed):
             channel.accept()
         elif event is None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,15 @@ import trio
 
 from examples.chat.client import Client, Connect
 from examples.chat.protocol import Entry
-from hybridkex import ClientConfig, DevCa, Identity, TrustStore, open_secure_tcp_stream
+from hybridkex import (
+    ClientConfig,
+    DevCa,
+    Identity,
+    SecureStream,
+    TrustStore,
+    open_secure_tcp_stream,
+)
+from hybridkex.apps.transfer import PROTOCOL, NullProgress, Outcome, collect, send_items
 from hybridkex.auth.dev_ca import write_identity
 from hybridkex.qkd.etsi014.client import KmeAccess, KmeClient
 from hybridkex.qkd.store import write_key_file
@@ -168,7 +177,7 @@ class Listen(Service):
 
 
 class Receive(Service):
-    """``receive``, asked by ``send``."""
+    """``receive``, asked as ``send`` does."""
 
     name = "receive"
 
@@ -186,17 +195,27 @@ class Receive(Service):
         content = name.encode() * 3000
         path = self.world.folder / name
         path.write_bytes(content)
-        words = ("send", path, f"localhost:{self.port}", "--retries", "2", *self.channel)
-        sender = self.world.start("send", *words)
         try:
-            status = sender.running.wait(PATIENCE)
+            outcome = trio.run(self._send, path)
         finally:
-            self.world.end(sender, signal.SIGKILL)
             path.unlink()
-        if status:
-            raise Broken(f"send ended with {status}: {sender.log.read_text()[-300:]}")
+        if outcome.stored != 1 or outcome.failed or outcome.incomplete:
+            raise Broken(f"the sender was told {outcome}")
         if (self.inbox / name).read_bytes() != content:
             raise Broken("what was stored is not what was sent")
+
+    async def _send(self, path: Path) -> Outcome:
+        async def connect() -> SecureStream[trio.SocketStream]:
+            config = replace(self.client, alpn=(PROTOCOL,))
+            stream = await open_secure_tcp_stream(
+                "127.0.0.1", self.port, config, server_hostname="localhost"
+            )
+            await stream.do_handshake()
+            return stream
+
+        with trio.fail_after(ANSWER):
+            items = collect([path], lambda _: None)
+            return await send_items(items, connect, NullProgress(), retries=2)
 
 
 class _Echo(socketserver.BaseRequestHandler):

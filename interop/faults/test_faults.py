@@ -7,9 +7,9 @@ from interop.faults.run import run
 from interop.faults.services import Kme, Listen, Service, Tunnel, WgPsk
 
 SHORT: dict[type[Service], tuple[inject.Fault, ...]] = {
-    Listen: (inject.disk_full, inject.no_descriptors, inject.no_threads, inject.peers_stop),
+    Listen: (inject.disk_full, inject.no_descriptors, inject.no_threads, inject.no_memory),
     Tunnel: (inject.bad_reloads, inject.files_removed, inject.stopped, inject.no_descriptors),
-    Kme: (inject.disk_full, inject.signals, inject.killed),
+    Kme: (inject.disk_full, inject.signals, inject.peers_stop),
     WgPsk: (inject.stopped,),
 }
 

@@ -1,7 +1,6 @@
 """Reading certificates. Nothing here decides whether to trust them."""
 
 import hashlib
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from cryptography.x509.oid import PublicKeyAlgorithmOID
 from hybridkex.auth.names import PIN, DnsName, canonical_peer_name, parse_peer_name
 from hybridkex.constants import Alert, CertificateType
 from hybridkex.crypto.rsa_pss import RsaPssKey, certificate_key, spki_of
+from hybridkex.crypto.x509_failure import parse_failure
 from hybridkex.crypto.x509_parsing import certificate_from_der
 from hybridkex.errors import CertificateRejected, ConfigError
 from hybridkex.text import printable
@@ -26,14 +26,13 @@ from hybridkex.text import printable
 __all__ = [
     "MAX_CHAIN",
     "PeerCertificate",
-    "extension_name",
+    "bounded",
     "flaw_of_own",
     "issuer_of",
     "key_of",
     "key_weakness",
     "names_of",
     "not_valid_today",
-    "parse_failure",
     "read_chain",
     "spki_sha256",
     "subject_of",
@@ -254,57 +253,21 @@ def read_chain(chain: Sequence[bytes]) -> tuple[PeerCertificate, list[x509.Certi
     return peer, certificates
 
 
-def extension_name(oid: str) -> str:
-    """What its RFC calls an extension; its object identifier where it is not known."""
-    name = _EXTENSIONS.get(oid)
-    return f"{name} ({oid})" if name is not None else f"extension {oid}"
-
-
-_EXTENSIONS: Final = {
-    "1.3.6.1.4.1.11129.2.4.2": "signedCertificateTimestampList",
-    "1.3.6.1.4.1.11129.2.4.3": "the poison of a precertificate",
-    "1.3.6.1.5.5.7.1.1": "authorityInfoAccess",
-    "1.3.6.1.5.5.7.1.11": "subjectInfoAccess",
-    "1.3.6.1.5.5.7.1.24": "TLS feature",
-    "1.3.6.1.5.5.7.48.1.5": "id-pkix-ocsp-nocheck",
-    "2.16.840.1.113730.1.1": "netscape-cert-type",
-    "2.5.29.9": "subjectDirectoryAttributes",
-    "2.5.29.14": "subjectKeyIdentifier",
-    "2.5.29.15": "keyUsage",
-    "2.5.29.16": "privateKeyUsagePeriod",
-    "2.5.29.17": "subjectAltName",
-    "2.5.29.18": "issuerAltName",
-    "2.5.29.19": "basicConstraints",
-    "2.5.29.30": "nameConstraints",
-    "2.5.29.31": "cRLDistributionPoints",
-    "2.5.29.32": "certificatePolicies",
-    "2.5.29.33": "policyMappings",
-    "2.5.29.35": "authorityKeyIdentifier",
-    "2.5.29.36": "policyConstraints",
-    "2.5.29.37": "extendedKeyUsage",
-    "2.5.29.46": "freshestCRL",
-    "2.5.29.54": "inhibitAnyPolicy",
-}
-
-
-def parse_failure(error: Exception) -> str:
-    """Why `cryptography` could not read a certificate or a key, without its data structures."""
-    if isinstance(error, x509.DuplicateExtension):
-        return f"it has {extension_name(error.oid.dotted_string)} twice"
-    text, brace, inside = str(error).partition("{")
-    text = text.removesuffix("ParseError ").strip(": ")
-    if brace:
-        fields = re.findall(r'"(?:\w+::)?(\w+)"', inside)
-        text = "its DER encoding is malformed" + (f" (in {fields[-1]})" if fields else "")
-    return text or "it is malformed"
-
-
 def _may_sign_handshakes(certificate: x509.Certificate) -> bool:
     """RFC 9846 section 4.5.1.2: a keyUsage, where present, must have digitalSignature."""
     try:
         return certificate.extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature
     except x509.ExtensionNotFound:
         return True
+
+
+def bounded(certificate: x509.Certificate, constraints: x509.NameConstraints) -> bool:
+    """Whether these nameConstraints of a certificate have a minimum or a maximum.
+
+    The library reads over both, and RFC 5280 section 4.2.1.10 wants them processed or the
+    certificate rejected. Without them the extension, written again, is what the certificate has.
+    """
+    return constraints.public_bytes() not in certificate.tbs_certificate_bytes
 
 
 def not_valid_today(certificate: x509.Certificate, at: datetime | None = None) -> str | None:

@@ -18,18 +18,18 @@ from cryptography.hazmat.primitives.asymmetric import ed448, ed25519, padding
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from hybridkex.auth.certificates import (
-    extension_name,
+    bounded,
     issuer_of,
     key_of,
     key_weakness,
     names_of,
     not_valid_today,
-    parse_failure,
     spki_sha256,
     subject_of,
 )
 from hybridkex.auth.names import DnsName, PeerName, covers
 from hybridkex.constants import Alert
+from hybridkex.crypto.x509_failure import extension_name, parse_extensions, parse_failure
 from hybridkex.errors import CertificateRejected
 
 __all__ = ["Roots", "explain"]
@@ -89,8 +89,9 @@ def explain(
         found = _first_finding(certificates, roots, name, at, str(refusal))
     except Exception as error:
         # Issuers are looked into only now, and they are bytes of the peer's as well.
-        reason = parse_failure(error)
-        found = Finding(certificates[0], f"comes with an issuer's that does not parse: {reason}")
+        found = _malformed(certificates, roots) or Finding(
+            certificates[0], f"comes with an issuer's that does not parse: {parse_failure(error)}"
+        )
     if found is None:
         found = Finding(
             certificates[0], f"was not accepted: {_words(refusal)}", Alert.CERTIFICATE_UNKNOWN
@@ -98,14 +99,35 @@ def explain(
     return found.rejection()
 
 
+def _malformed(certificates: Sequence[x509.Certificate], roots: Roots) -> Finding | None:
+    """The issuer whose extensions do not parse."""
+    for certificate in (*certificates[1:], *roots.certificates):
+        try:
+            if all(certificate.subject != child.issuer for child in certificates):
+                continue
+        except ValueError:  # a name that does not parse: it cannot be shown
+            continue
+        try:
+            parse_extensions(certificate)
+        except Exception as error:
+            return Finding(certificate, f"does not parse: {parse_failure(error)}")
+    return None
+
+
 def _words(refusal: Exception) -> str:
     """The verifier's message, without its internal details."""
     text = str(refusal).partition(" (encountered")[0].partition("{")[0]
-    text = re.sub(r"validation failed: |candidates exhausted: |fatal error: ", "", text)
+    text = re.sub(_INTERNAL, "", text)
     text = re.sub(
         r"invalid extension: ([\d.]+): ", lambda found: f"{extension_name(found[1])}: ", text
     )
     return text.strip() or "the verifier gives no reason"
+
+
+_INTERNAL: Final = (
+    r"validation failed: |candidates exhausted: |fatal error: |"
+    r"Python extension validator failed: (ValueError: )?"
+)
 
 
 def _first_finding(
@@ -397,7 +419,16 @@ def _constraints(
 ) -> Finding | None:
     """What the verifier found in nameConstraints."""
     constraints = _extension(certificate, x509.NameConstraints)
-    if constraints is None or "constraint" not in refusal:
+    if constraints is None:
+        return None
+    if bounded(certificate, constraints):
+        return Finding(
+            certificate,
+            "has nameConstraints with a minimum or a maximum, which RFC 5280 section 4.2.1.10 does "
+            "not use and which is not supported",
+            _NOT_SUPPORTED,
+        )
+    if "constraint" not in refusal:
         return None
     trees = [*(constraints.permitted_subtrees or ()), *(constraints.excluded_subtrees or ())]
     for tree in trees:

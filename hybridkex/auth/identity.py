@@ -20,13 +20,13 @@ from hybridkex.auth.certificates import (
     key_weakness,
     names_of,
     not_valid_today,
-    parse_failure,
     subject_of,
 )
 from hybridkex.auth.names import PeerName, any_covers
 from hybridkex.constants import CertificateType
 from hybridkex.crypto.private_keys import load_private_key
 from hybridkex.crypto.rsa_pss import RsaPssKey
+from hybridkex.crypto.x509_failure import parse_failure
 from hybridkex.crypto.x509_parsing import (
     UNREADABLE,
     certificate_from_der,

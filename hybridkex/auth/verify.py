@@ -28,8 +28,8 @@ from cryptography.x509.verification import (
 from hybridkex.auth.certificates import (
     MAX_CHAIN,
     PeerCertificate,
+    bounded,
     key_weakness,
-    parse_failure,
     read_chain,
 )
 from hybridkex.auth.diagnosis import Roots, explain
@@ -38,6 +38,7 @@ from hybridkex.auth.raw_keys import read_raw_key
 from hybridkex.auth.system import system_roots
 from hybridkex.auth.verified import PROOF, Presented, VerifiedPeer
 from hybridkex.constants import Alert
+from hybridkex.crypto.x509_failure import parse_failure
 from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem
 from hybridkex.errors import CertificateRejected, ConfigError
 from hybridkex.files import read_file
@@ -77,6 +78,13 @@ def _is_authority(_: Policy, _issuer: x509.Certificate, constraints: x509.BasicC
         raise ValueError("basicConstraints says CA:FALSE")
 
 
+def _no_bounds(
+    _: Policy, issuer: x509.Certificate, constraints: x509.NameConstraints | None
+) -> None:
+    if constraints is not None and bounded(issuer, constraints):
+        raise ValueError("nameConstraints have a minimum or a maximum")
+
+
 def _authority_policy() -> ExtensionPolicy:
     """What an issuer must and may have.
 
@@ -90,6 +98,7 @@ def _authority_policy() -> ExtensionPolicy:
         ExtensionPolicy.webpki_defaults_ca()
         .require_present(x509.BasicConstraints, either, _is_authority)
         .may_be_present(x509.KeyUsage, either, _may_certify)
+        .may_be_present(x509.NameConstraints, either, _no_bounds)
         .may_be_present(x509.AuthorityKeyIdentifier, either, None)
     )
 

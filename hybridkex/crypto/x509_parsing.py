@@ -14,6 +14,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.utils import CryptographyDeprecationWarning
 
 from hybridkex.crypto.pem import CERTIFICATES, PemError, contents_of, pem_blocks
+from hybridkex.crypto.x509_failure import parse_extensions, parse_failure
 
 __all__ = ["UNREADABLE", "certificate_from_der", "certificates_from_pem", "pem_certificates"]
 
@@ -44,12 +45,8 @@ def certificate_from_der(data: bytes, *, whole: bool = True) -> x509.Certificate
     """
     certificate = x509.load_der_x509_certificate(data)
     if whole:
-        _ = (
-            certificate.subject,
-            certificate.issuer,
-            certificate.extensions,
-            certificate.serial_number,
-        )
+        _ = certificate.subject, certificate.issuer, certificate.serial_number
+        parse_extensions(certificate)
     return certificate
 
 
@@ -76,11 +73,8 @@ def certificates_from_pem(data: bytes) -> list[x509.Certificate]:
 def _certificate(der: bytes, name: str) -> x509.Certificate:
     try:
         return x509.load_der_x509_certificate(der)
-    except x509.InvalidVersion:
-        raise
-    except UNREADABLE:
-        # The library's words name its own data structures.
-        raise PemError(f"the DER encoding of {name} in it is malformed") from None
+    except UNREADABLE as error:
+        raise PemError(f"{name} in it does not parse: {parse_failure(error)}") from None
 
 
 def pem_certificates(data: bytes) -> list[bytes]:

@@ -501,7 +501,7 @@ one(
     "leaf: certificatePolicies with an unknown qualifier",
     extension("2.5.29.32", seq(seq(oid("1.2.3"), seq(seq(oid("1.2.3.4"), tlv(UTF8, b"x")))))),
     **only_openssl(
-        "malformed (in qualifier)",
+        "certificatePolicies (2.5.29.32), its DER encoding is malformed (qualifier",
         "`cryptography` parses only the two policy qualifiers of RFC 5280.",
         alert=BAD,
     ),
@@ -870,7 +870,7 @@ two(
     "constraints: none at all",
     extension("2.5.29.30", seq(), True),
     **only_openssl(
-        "must not be None",
+        "neither permittedSubtrees nor",
         "RFC 5280 section 4.2.1.10: at least one of the two lists must be present.",
         alert=BAD,
     ),
@@ -1012,7 +1012,7 @@ two(
 two(
     "path: pathLenConstraint without CA",
     bc=extension("2.5.29.19", seq(integer(0)), True),
-    refused="path_length",
+    refused="pathLenConstraint",
 )
 
 # --- what is sent beside --------------------------------------------------------------------------
@@ -1258,9 +1258,180 @@ one(
     "signature: ECDSA with a NULL",
     algorithm=seq(oid("1.2.840.10045.4.3.2"), NULL),
     **only_openssl(
-        "malformed (in signature_alg)",
+        "malformed (signatureAlgorithm of tbsCertificate",
         "RFC 5758 section 3.2: the parameters must be absent.",
         alert=BAD,
     ),
 )
 case("signature: a root signed with SHA-1", lambda: ([leaf()], [authority(digest=hashes.SHA1())]))
+
+# --- encodings that are not DER, and values outside their types ------------------------------------
+
+NOT_DER = "RFC 5280 section 4.1 requires DER; `cryptography` parses nothing else."
+NOT_OF_ITS_TYPE = "The ASN.1 type does not allow the value; `cryptography` does not parse it."
+FALSE, TRUE, ONE = b"\1\1\0", b"\1\1\xff", b"\1\1\1"
+A_EXAMPLE = tlv(0x82, b"a.example")
+
+
+def flagged(kind: str, flag: bytes, value: bytes) -> bytes:
+    """An extension with its critical flag in any encoding."""
+    return seq(oid(kind), flag, tlv(0x04, value))
+
+
+def named_by(kind: str, value: bytes) -> bytes:
+    """A name of one attribute of any type."""
+    return seq(tlv(0x31, seq(oid(kind), value)))
+
+
+def alternatives(*names: bytes) -> bytes:
+    return extension("2.5.29.17", seq(*names))
+
+
+def policy(qualifier: str, value: bytes) -> bytes:
+    return extension("2.5.29.32", seq(seq(oid("1.2.3.4"), seq(seq(oid(qualifier), value)))))
+
+
+def notice(tag: int, text: bytes) -> bytes:
+    return policy("1.3.6.1.5.5.7.2.2", seq(tlv(tag, text)))
+
+
+MALFORMED_LEAVES: tuple[tuple[str, tuple[bytes, ...], dict[str, Any], str, str], ...] = (
+    # what, extensions, other changes, words of the refusal, why
+    ("critical FALSE written out", (), {"ku": flagged("2.5.29.15", FALSE, b"\3\2\7\x80")},
+     "critical of extension 2: DER omits a field that has its default value", NOT_DER),
+    ("critical TRUE as 1", (), {"ku": flagged("2.5.29.15", ONE, b"\3\2\7\x80")},
+     "critical of extension 2: the type does not allow", NOT_DER),
+    ("cA FALSE written out", (), {"bc": extension("2.5.29.19", seq(FALSE))},
+     "in basicConstraints (2.5.29.19), its DER encoding is malformed (cA: DER omits", NOT_DER),
+    ("version 1 written out", (), {"version": 0}, "version of tbsCertificate: DER omits", NOT_DER),
+    ("X.509 version 2", (), {"version": 1}, "it is of X.509 version 2; it needs version 3",
+     "RFC 5280 section 4.1.2.1: extensions require version 3."),
+    ("X.509 version 4", (), {"version": 3}, "it is of X.509 version 4; it needs version 3",
+     "There is no such version."),
+    ("attributes of a name out of order", (),
+     {"subject": seq(tlv(0x31, seq(oid(ORGANIZATION), tlv(UTF8, b"zz")),
+                         seq(oid(COMMON_NAME), tlv(UTF8, b"aa"))))},
+     "subject of tbsCertificate: a SET is not in DER's order", NOT_DER),
+    ("a star in a PrintableString", (), {"subject": name((COMMON_NAME, PRINTABLE, "*.a.example"))},
+     "PrintableString of value: the type does not allow", NOT_OF_ITS_TYPE),
+    ("an underscore in a PrintableString", (), {"subject": name((COMMON_NAME, PRINTABLE, "a_b"))},
+     "PrintableString of value: the type does not allow", NOT_OF_ITS_TYPE),
+    ("an ampersand in a PrintableString", (), {"subject": name((COMMON_NAME, PRINTABLE, "a&b"))},
+     "PrintableString of value: the type does not allow", NOT_OF_ITS_TYPE),
+    ("Latin-1 in an IA5String", (), {"subject": name((COMMON_NAME, IA5, "é"))},
+     "subject: the type does not allow", NOT_OF_ITS_TYPE),
+    ("Latin-1 in a TeletexString", (), {"subject": name((COMMON_NAME, T61, "é"))},
+     "subject: the type does not allow",
+     "RFC 5280 does not say what the bytes of a TeletexString mean; `cryptography` reads ASCII."),
+    ("postalAddress, a SEQUENCE", (), {"subject": named_by("2.5.4.16", seq(tlv(UTF8, b"x")))},
+     "subject: a field has the wrong type", "`cryptography` parses attributes that are strings."),
+    ("a name with an empty attribute", (), {"subject": seq(tlv(0x31))},
+     "a relative distinguished name cannot be empty", NOT_OF_ITS_TYPE),
+    ("ediPartyName in subjectAltName", (),
+     {"names": alternatives(tlv(0xA5, tlv(0xA1, tlv(UTF8, b"x"))), A_EXAMPLE)},
+     "in subjectAltName (2.5.29.17), it has an x400Address or an ediPartyName",
+     "`cryptography` does not parse this form of name."),
+    *((f"IP address of {size} bytes", (), {"names": alternatives(tlv(0x87, bytes(size)), A_EXAMPLE)},
+       "in subjectAltName (2.5.29.17), an IP address or a range of addresses is malformed",
+       "RFC 5280 section 4.2.1.6: an IP address has 4 or 16 octets.") for size in (0, 5, 9)),
+    ("VisibleString with Latin-1 in a policy", (notice(0x1A, b"\xfc"),), {},
+     "(VisibleString of explicitText: the type does not allow", NOT_OF_ITS_TYPE),
+    ("IA5String with Latin-1 in a policy", (notice(IA5, b"\xfc"),), {},
+     "(IA5String of explicitText: the type does not allow", NOT_OF_ITS_TYPE),
+    ("PrintableString as the text of a policy", (notice(PRINTABLE, b"x"),), {},
+     "in certificatePolicies (2.5.29.32), its DER encoding is malformed (UserNotice",
+     NOT_OF_ITS_TYPE),
+    ("UTF8String as the URI of a policy", (policy("1.3.6.1.5.5.7.2.1", tlv(UTF8, b"http://x")),),
+     {}, "in certificatePolicies (2.5.29.32), its DER encoding is malformed (qualifier",
+     NOT_OF_ITS_TYPE),
+    ("authorityInfoAccess that is no DER", (extension("1.3.6.1.5.5.7.1.1", b"abc"),), {},
+     "in authorityInfoAccess (1.3.6.1.5.5.7.1.1), its DER encoding is malformed (it ends", NOT_DER),
+    ("issuerAltName that is no DER", (extension("2.5.29.18", b"zz"),), {},
+     "in issuerAltName (2.5.29.18), its DER encoding is malformed", NOT_DER),
+    ("TLS feature that is no DER", (extension("1.3.6.1.5.5.7.1.24", b"zz"),), {},
+     "in TLS feature (1.3.6.1.5.5.7.1.24), its DER encoding is malformed", NOT_DER),
+)  # fmt: skip
+for what, extra, changed, refusal, because in MALFORMED_LEAVES:
+    one(
+        f"encoding: {what}",
+        *extra,
+        **changed,
+        **only_openssl(refusal, because, alert=BAD),
+    )
+case(
+    "encoding: bytes behind the certificate",
+    lambda: ([leaf() + b"\0\0"], [authority()]),
+    **only_openssl("malformed (bytes follow its end)", NOT_DER, alert=BAD),
+)
+case(
+    "encoding: a length that is not in its shortest form",
+    lambda: ([b"\x30\x83\0" + leaf()[2:]], [authority()]),
+    **only_openssl("a length is not in its shortest form", NOT_DER, alert=BAD),
+)
+two(
+    "encoding: cA TRUE as 1 in an intermediate",
+    bc=flagged("2.5.29.19", TRUE, seq(ONE)),
+    **only_openssl("CN=Middle does not parse: in basicConstraints (2.5.29.19)", NOT_DER, alert=BAD),
+)
+case(
+    "encoding: cA TRUE as 1 in a root",
+    lambda: ([leaf()], [authority(bc=flagged("2.5.29.19", TRUE, seq(ONE)))]),
+    **only_openssl("CN=Root does not parse: in basicConstraints (2.5.29.19)", NOT_DER, alert=BAD),
+)
+one("encoding: VisibleString with UTF-8 in a policy", notice(0x1A, "ü".encode()))
+one("encoding: a text of 400 characters in a policy", notice(UTF8, b"x" * 400))
+one(
+    "encoding: keyUsage with bits that are not trimmed",
+    ku=flagged("2.5.29.15", TRUE, b"\3\2\0\x80"),
+)
+one("encoding: an unknown extension of no bytes", extension("1.2.3.4.5", b""))
+one("encoding: a country of three letters", subject=name((COUNTRY, PRINTABLE, "usa"), "leaf"))
+one("encoding: x500UniqueIdentifier", subject=named_by("2.5.4.45", b"\3\2\0\x41"))
+one("encoding: names beside that are none", names=alternatives(
+    tlv(0x82), tlv(0x82, b"a.example:443"), tlv(0x82, b"https://a.example/"), tlv(0x82, b"b\n"),
+    tlv(0x86, b"::::"), tlv(0x86), tlv(0x81, b"foo"), tlv(0xA4, seq()), A_EXAMPLE))  # fmt: skip
+
+
+def subtree(*parts: bytes) -> bytes:
+    """nameConstraints with one permitted subtree for DNS names."""
+    return extension("2.5.29.30", seq(tlv(0xA0, seq(tlv(0x82, b"example"), *parts))), True)
+
+
+two(
+    "constraints: minimum 0 written out",
+    subtree(tlv(0x80, b"\0")),
+    **only_openssl("(minimum of permittedSubtrees: DER omits", NOT_DER, alert=BAD),
+)
+for bound, tag in (("minimum", 0x80), ("maximum", 0x81)):
+    two(
+        f"constraints: a {bound} of 1",
+        subtree(tlv(tag, b"\1")),
+        refused="a minimum or a maximum",
+        alert=UNSUPPORTED,
+    )
+two(
+    "constraints: both lists empty",
+    extension("2.5.29.30", seq(tlv(0xA0), tlv(0xA1)), True),
+    **only_openssl(
+        "neither permittedSubtrees nor excludedSubtrees",
+        "RFC 5280 section 4.2.1.10: a list has at least one subtree.",
+        alert=BAD,
+    ),
+)
+for what, network in (
+    ("with bits below its mask", b"\x0a\1\2\3\xff\0\0\0"),
+    ("with gaps in its mask", b"\1\2\3\4\xff\0\xff\0"),
+):
+    two(
+        f"constraints: a network {what}",
+        extension(
+            "2.5.29.30",
+            seq(tlv(0xA0, seq(tlv(0x82, b"example")), seq(tlv(0x87, network)))),
+            True,
+        ),
+        **only_openssl(
+            "in nameConstraints (2.5.29.30), an IP address or a range of addresses is malformed",
+            "RFC 5280 section 4.2.1.10: a range in the style of CIDR (RFC 4632).",
+            alert=BAD,
+        ),
+    )

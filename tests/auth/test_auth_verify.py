@@ -776,7 +776,7 @@ def test_a_key_of_an_algorithm_that_nobody_knows() -> None:
 def test_an_authority_whose_extensions_do_not_parse() -> None:
     broken = x509.UnrecognizedExtension(x509.BasicConstraints.oid, b"\xff\xff")
     middle = authority("Middle", MIDDLE_KEY, constraints=None, extra=[(broken, True)])
-    refused([UNDER_MIDDLE, middle], Alert.BAD_CERTIFICATE, "does not parse")
+    refused([UNDER_MIDDLE, middle], Alert.BAD_CERTIFICATE, "does not parse", about="CN=Middle")
 
 
 def unharmed(chain: Sequence[bytes]) -> None:

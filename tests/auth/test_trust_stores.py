@@ -6,6 +6,7 @@ import ssl
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -23,6 +24,8 @@ from hybridkex.auth import (
 )
 from hybridkex.auth.certificates import read_chain
 from hybridkex.errors import CertificateRejected, ConfigError
+from tests.auth.corpus import FALSE, authority, flagged
+from tests.auth.test_corpus import pem
 
 ONE, TWO, THREE = DevCa.create("One"), DevCa.create("Two"), DevCa.create("Three")
 SITE = ONE.issue("a.example")
@@ -60,6 +63,23 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         TrustStore.from_file(str(tmp_path))
     with pytest.raises(ConfigError, match="trusts nobody"):
         TrustStore(())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"version": 1}, "it is of X.509 version 2; it needs version 3"),
+        ({"ku": flagged("2.5.29.15", FALSE, b"\3\2\1\6")}, "critical of extension 2: DER omits"),
+        ({"serial": b"\2\0"}, "serialNumber of tbsCertificate"),
+    ],
+)
+def test_a_file_names_the_certificate_that_does_not_parse(
+    changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrustStore.from_pem(pem(authority(), authority(**changes)))
+    assert "the trust store: certificate 2 of 2 in it does not parse: " in str(caught.value)
+    assert words in str(caught.value)
 
 
 def test_roots_with_a_serial_number_that_is_not_positive(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ from typing import Final
 
 import trio
 
+from hybridkex.net.event_loop import in_thread
+from hybridkex.net.threads import NoThread
+
 from .protocol import (
     Accepted,
     Action,
@@ -224,15 +227,15 @@ class Hub:
             if member.dropped is not None:
                 reason, member.dropped = member.dropped, None
                 await frames.send(Notice(reason))
-            if seen < await trio.to_thread.run_sync(self._store.forgotten):
+            if seen < await in_thread(self._store.forgotten):
                 await frames.send(Notice("what was said long ago is no longer kept"))
-            while page := await trio.to_thread.run_sync(
+            while page := await in_thread(
                 self._store.missed, member.seat.nickname, seen, up_to, _PAGE
             ):
                 await frames.stream.send_all(b"".join(map(encode, page)))
                 seen = page[-1].id
             await link.send()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+        except (trio.BrokenResourceError, trio.ClosedResourceError, NoThread):
             link.scope.cancel()
 
     async def _admit(self, hello: Hello, peer: str, holder: str) -> tuple[_Member, Welcome]:
@@ -328,8 +331,8 @@ class Hub:
                 jobs = [job, *self._waiting(255)]
                 changes = [one.change for one in jobs]
                 try:
-                    made = await trio.to_thread.run_sync(self._store.apply, changes)
-                except ChatError as error:
+                    made = await in_thread(self._store.apply, changes)
+                except (ChatError, NoThread) as error:
                     # Nothing of it is acknowledged: clients come back, and send it again.
                     if not failing:  # once, not for every action until it works again
                         _log.error("%s", error)

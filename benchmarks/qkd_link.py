@@ -1,28 +1,34 @@
-"""What the QKD link's post-processing takes: ``python benchmarks/qkd_link.py [--json]``.
+"""What the QKD link's post-processing costs: ``python benchmarks/qkd_link.py [--end-to-end]``.
 
-Cascade and Toeplitz hashing on one core, and beside them in the same run, by turns, packages of
-PyPI, if they are there (they are not among our extras)::
+Without options: Cascade and Toeplitz hashing on one core, and packages from PyPI beside them in the
+same run, if they are installed (they are not among our extras)::
 
-    pip install qkdpy tno.quantum.communication.qkd_key_rate pyfftw
+    pip install qkdpy tno.quantum.communication.qkd_key_rate pyfftw mkl_fft
 
-Times are the CPU time of the one thread that works, so that it counts little what else the machine
-does. What is shown is the median over the rounds and, in brackets, the spread. ``--end-to-end``
-adds whole keys from sifted bits, each size in a process of its own, with its peak of memory.
+``--end-to-end``: from sifted bits to keys in a key store, each size in a process of its own with
+its peak memory, then two processes at once.
+
+Times are CPU times, so that other load on the machine matters little. Each figure is the median
+over several keys, with the lowest and the highest in brackets. ``--docs`` writes the figures to
+``docs/data/qkd-speed.json`` and the tables to ``docs/qkd-link-speed.md``.
 """
 
 import argparse
 import json
 import math
 import multiprocessing
-import resource
+import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import trio
 from numpy.typing import NDArray
 
 from hybridkex.link import asymptotic
@@ -31,20 +37,39 @@ from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.party import verification_hash
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.toeplitz import compress, rounding_bound, seed_length
+from hybridkex.qkd.store import KeyStore
+from hybridkex.secret import Secret
 
 Bits = NDArray[np.uint8]
 
 QBERS = (0.01, 0.02, 0.03, 0.04, 0.05)
 BLOCK = 1_000_000
-PEER_BLOCK = 100_000
-"""The peers' Cascade is too slow for more; their speed hardly depends on it."""
-PEER_TOEPLITZ = 2_000
+LARGE = 10_000_000
+LARGE_ROUNDS = 5
+PEER_BLOCK = 20_000
+"""The peers' Cascade is slow; their speed at 10,000 bits is the same."""
+PEER_TOEPLITZ = 1_000
 """qkdpy writes the matrix out, so its time grows with the square."""
+PLANNING_S = 5.0
+"""How long FFTW may look for its best plan."""
 INTENSITY = 0.48
 LOSSES = (0.0, 2.5, 5.0, 7.5, 10.0)
-HINT = "pip install qkdpy tno.quantum.communication.qkd_key_rate pyfftw"
+PEERS = {
+    "qkdpy": "qkdpy",
+    "tno": "tno.quantum.communication",
+    "pyfftw": "pyfftw",
+    "mkl_fft": "mkl_fft",
+}
+"""Modules by the name in our results."""
+HINT = "pip install qkdpy tno.quantum.communication.qkd_key_rate pyfftw mkl_fft"
+SEED = 20_261_126
+"""Of all keys here; no parameter of Cascade was chosen by means of them."""
 END_TO_END = (10**4, 10**5, 10**6, 10**7, 10**8)
 PARALLEL_BLOCKS = 16
+KEY_BYTES = 32
+DOCS = Path(__file__).parents[1] / "docs"
+FIGURES = DOCS / "data/qkd-speed.json"
+PAGE = DOCS / "qkd-link-speed.md"
 
 
 def cpu(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -53,8 +78,9 @@ def cpu(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.thread_time() - began, result
 
 
-def noisy(length: int, rate: float, seed: int) -> tuple[Bits, Bits]:
-    draw = np.random.default_rng(seed)
+def noisy(length: int, rate: float, number: int) -> tuple[Bits, Bits]:
+    """A key and one with errors; another pair for each length, rate and number."""
+    draw = np.random.default_rng([SEED, length, round(rate * 1000), number])
     alice = draw.integers(0, 2, length, dtype=np.uint8)
     return alice, alice ^ (draw.random(length) < rate).astype(np.uint8)
 
@@ -111,40 +137,38 @@ def tno_cascade(alice: Bits, bob: Bits, rate: float) -> tuple[float, int, int]:
 
 
 def of_cascade(rate: float, rounds: int, peers: set[str]) -> dict[str, Any]:
-    ours: list[float] = []
-    plain: list[float] = []
-    fs: list[float] = []
-    others: dict[str, list[float]] = {name: [] for name in sorted(peers)}
-    found: dict[str, Any] = {"qber": rate}
-    for number in range(rounds):
-        alice, bob = noisy(BLOCK, rate, number)
-        errors = int((alice != bob).sum())
-        other = bob.copy()
-        seconds, _ = cpu(lambda: cascade(alice, other, rate, compiled=False))  # noqa: B023
-        plain.append(BLOCK / seconds / 1e6)
-        seconds, (disclosed, questions) = cpu(lambda: cascade(alice, bob, rate))  # noqa: B023
-        if (alice != bob).any():
-            raise RuntimeError("Cascade left a wrong bit")
-        ours.append(BLOCK / seconds / 1e6)
-        fs.append(disclosed / (BLOCK * binary_entropy(errors / BLOCK)))
-        found["questions"] = questions
-        if number:
-            continue  # the peers take seconds, once is enough
-        alice, bob = noisy(PEER_BLOCK, rate, number)
-        shannon = PEER_BLOCK * binary_entropy(float((alice != bob).mean()))
-        if "qkdpy" in peers:
-            seconds, left = qkdpy_cascade(alice, bob)
-            others["qkdpy"].append(PEER_BLOCK / seconds / 1e6)
-            found["qkdpy_wrong_bits_left"] = left
-        if "tno" in peers:
-            seconds, left, told = tno_cascade(alice, bob, rate)
-            others["tno"].append(PEER_BLOCK / seconds / 1e6)
-            found |= {"tno_wrong_bits_left": left, "tno_f": told / shannon}
-    found |= {"mbit_s": spread(ours), "numpy_mbit_s": spread(plain), "f": spread(fs)}
-    for name, speeds in others.items():
-        found[f"{name}_mbit_s"] = speeds[0]
-        found[f"times_{name}"] = statistics.median(ours) / speeds[0]
+    found: dict[str, Any] = {"qber": rate, "keys": rounds, "large_keys": LARGE_ROUNDS}
+    ours = [one_cascade(BLOCK, rate, number) for number in range(rounds)]
+    plain = [one_cascade(BLOCK, rate, number, compiled=False) for number in range(rounds)]
+    large = [one_cascade(LARGE, rate, number) for number in range(LARGE_ROUNDS)]
+    found["mbit_s"] = spread([speed for speed, _, _ in ours])
+    found["numpy_mbit_s"] = spread([speed for speed, _, _ in plain])
+    found["f"] = spread([f for _, f, _ in ours])
+    found["round_trips"] = max(trips for _, _, trips in ours)
+    found["large_f"] = spread([f for _, f, _ in large])
+    found["large_round_trips"] = max(trips for _, _, trips in large)
+    alice, bob = noisy(PEER_BLOCK, rate, 0)
+    shannon = PEER_BLOCK * binary_entropy(float((alice != bob).mean()))
+    if "qkdpy" in peers:
+        seconds, left = qkdpy_cascade(alice, bob)
+        found |= {"qkdpy_mbit_s": PEER_BLOCK / seconds / 1e6, "qkdpy_wrong_bits_left": left}
+    if "tno" in peers:
+        seconds, left, told = tno_cascade(alice, bob, rate)
+        found |= {"tno_mbit_s": PEER_BLOCK / seconds / 1e6, "tno_wrong_bits_left": left}
+        found["tno_f"] = told / shannon
     return found
+
+
+def one_cascade(
+    length: int, rate: float, number: int, *, compiled: bool | None = None
+) -> tuple[float, float, int]:
+    """Mbit/s, f and round trips of one key."""
+    alice, bob = noisy(length, rate, number)
+    errors = int((alice != bob).sum())
+    seconds, (disclosed, trips) = cpu(lambda: cascade(alice, bob, rate, compiled=compiled))
+    if (alice != bob).any():
+        raise RuntimeError("Cascade left a wrong bit")
+    return length / seconds / 1e6, disclosed / (length * binary_entropy(errors / length)), trips
 
 
 def of_ldpc(rounds: int) -> dict[str, float]:
@@ -182,10 +206,9 @@ def fftw_product(length: int, rounds: int) -> float:
     size = pyfftw.next_fast_len(length)
     real = [pyfftw.zeros_aligned(size, dtype="float64") for _ in range(2)]
     spectra = [pyfftw.zeros_aligned(size // 2 + 1, dtype="complex128") for _ in range(2)]
-    forward = [
-        pyfftw.FFTW(a, b, flags=("FFTW_MEASURE",)) for a, b in zip(real, spectra, strict=True)
-    ]
-    back = pyfftw.FFTW(spectra[0], real[0], direction="FFTW_BACKWARD", flags=("FFTW_MEASURE",))
+    options = {"flags": ("FFTW_MEASURE",), "planning_timelimit": PLANNING_S}
+    forward = [pyfftw.FFTW(a, b, **options) for a, b in zip(real, spectra, strict=True)]
+    back = pyfftw.FFTW(spectra[0], real[0], direction="FFTW_BACKWARD", **options)
 
     def product() -> None:
         for one in forward:
@@ -196,68 +219,37 @@ def fftw_product(length: int, rounds: int) -> float:
     return length / statistics.median(cpu(product)[0] for _ in range(rounds)) / 1e6
 
 
-def whole_block(length: int, seed: int) -> dict[str, float]:
-    """Error correction, verification and hashing to a quarter, both parties, in this process."""
-    small, other = noisy(10_000, 0.02, seed)
-    cascade(small, other, 0.02)  # compiled code is loaded once
-    alice, bob = noisy(length, 0.02, seed)
-    draw = np.random.default_rng(seed)
-    matrix = draw.integers(0, 2, seed_length(length), dtype=np.uint8)
-    hash_seed = draw.bytes(32)
+def mkl_product(length: int, rounds: int) -> float:
+    """The same by mkl_fft."""
+    from mkl_fft.interfaces import numpy_fft  # noqa: PLC0415
+    from scipy import fft  # noqa: PLC0415
 
-    def work() -> int:
-        cascade(alice, bob, 0.02)
-        if (verification_hash(alice, hash_seed, 50) != verification_hash(bob, hash_seed, 50)).any():
-            raise RuntimeError("the keys differ")
-        ours, theirs = (compress(key, matrix, length // 4) for key in (alice, bob))
-        if (ours != theirs).any():
-            raise RuntimeError("the secret keys differ")
-        return length // 4 // 256
+    size = fft.next_fast_len(length, real=True)
+    real = [np.zeros(size) for _ in range(2)]
 
-    work_began = time.perf_counter()
-    seconds, keys = cpu(work)
-    return {
-        "input_bits": length,
-        "cpu_s": seconds,
-        "wall_s": time.perf_counter() - work_began,
-        "mbit_s": length / seconds / 1e6,
-        "keys": keys,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+    def product() -> None:
+        left, right = (numpy_fft.rfft(one) for one in real)
+        left *= right
+        numpy_fft.irfft(left, size)
 
-
-def of_whole_blocks() -> dict[str, Any]:
-    spawn = multiprocessing.get_context("spawn")
-    alone = []
-    for length in END_TO_END:
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            alone.append(pool.submit(whole_block, length, 1).result())
-    with ProcessPoolExecutor(2, mp_context=spawn) as pool:
-        list(pool.map(whole_block, [10_000] * 4, range(4)))
-        began = time.perf_counter()
-        done = list(pool.map(whole_block, [BLOCK] * PARALLEL_BLOCKS, range(PARALLEL_BLOCKS)))
-        wall = time.perf_counter() - began
-    two = {
-        "blocks": PARALLEL_BLOCKS,
-        "wall_mbit_s": PARALLEL_BLOCKS * BLOCK / wall / 1e6,
-        "cpu_mbit_s": 2 * BLOCK / statistics.median(one["cpu_s"] for one in done) / 1e6,
-        "keys": sum(one["keys"] for one in done),
-    }
-    return {"alone": alone, "two_cores": two}
+    return length / statistics.median(cpu(product)[0] for _ in range(rounds)) / 1e6
 
 
 def of_toeplitz(length: int, rounds: int, peers: set[str]) -> dict[str, Any]:
-    speeds = []
+    found: dict[str, Any] = {"input_bits": length, "keys": rounds}
+    speeds: dict[bool | None, list[float]] = {None: [], False: []}
     for number in range(rounds):
-        draw = np.random.default_rng(number)
-        key = draw.integers(0, 2, length, dtype=np.uint8)
-        seed = draw.integers(0, 2, seed_length(length), dtype=np.uint8)
-        seconds, _ = cpu(lambda: compress(key, seed, length // 4))  # noqa: B023
-        speeds.append(length / seconds / 1e6)
-    found: dict[str, Any] = {"input_bits": length, "mbit_s": spread(speeds)}
+        key, _ = noisy(length, 0.0, number)
+        seed, _ = noisy(seed_length(length), 0.0, number)
+        for compiled, several in speeds.items():
+            seconds, _ = cpu(lambda: compress(key, seed, length // 4, compiled=compiled))  # noqa: B023
+            several.append(length / seconds / 1e6)
+    found |= {"mbit_s": spread(speeds[None]), "numpy_mbit_s": spread(speeds[False])}
     found["rounding_bound"] = rounding_bound(length)
     if "pyfftw" in peers:
         found["pyfftw_mbit_s"] = fftw_product(length, rounds)
+    if "mkl_fft" in peers:
+        found["mkl_fft_mbit_s"] = mkl_product(length, rounds)
     if "qkdpy" in peers:
         from qkdpy.key_management.privacy_amplification import (  # noqa: PLC0415
             PrivacyAmplification,
@@ -268,8 +260,87 @@ def of_toeplitz(length: int, rounds: int, peers: set[str]) -> dict[str, Any]:
             lambda: PrivacyAmplification.toeplitz_hashing(short, PEER_TOEPLITZ // 4, seed=1)
         )
         found["qkdpy_mbit_s"] = PEER_TOEPLITZ / seconds / 1e6
-        found["times_qkdpy"] = found["mbit_s"][0] / found["qkdpy_mbit_s"]
     return found
+
+
+async def store_keys(path: Path, output: bytes) -> int:
+    """Cut a secret into keys and store them, as a KME does."""
+    store = KeyStore(path, Secret(bytes(32)))
+    whole = len(output) // KEY_BYTES
+    keys = [
+        (f"{number:032x}", Secret(output[number * KEY_BYTES : (number + 1) * KEY_BYTES]))
+        for number in range(whole)
+    ]
+    await store.add("link", keys)
+    await store.aclose()
+    return whole
+
+
+def whole_block(length: int, number: int) -> dict[str, float]:
+    """Both parties in this process: sifted bits to keys in two stores (a quarter of the bits)."""
+    alice, bob = noisy(length, 0.02, number)
+    draw = np.random.default_rng([SEED, number])
+    matrix = draw.integers(0, 2, seed_length(length), dtype=np.uint8)
+    hash_seed = draw.bytes(32)
+    with tempfile.TemporaryDirectory() as folder:
+        began, wall_began = time.process_time(), time.perf_counter()
+        cascade(alice, bob, 0.02)
+        if (verification_hash(alice, hash_seed, 50) != verification_hash(bob, hash_seed, 50)).any():
+            raise RuntimeError("the keys differ")
+        outputs = []
+        for name, key in (("alice", alice), ("bob", bob)):
+            outputs.append(np.packbits(compress(key, matrix, length // 4)).tobytes())
+            keys = trio.run(store_keys, Path(folder) / name, outputs[-1])
+        seconds, wall = time.process_time() - began, time.perf_counter() - wall_began
+    if outputs[0] != outputs[1]:
+        raise RuntimeError("the secret keys differ")
+    return {
+        "input_bits": length,
+        "cpu_s": seconds,
+        "wall_s": wall,
+        "mbit_s": length / seconds / 1e6,
+        "keys": keys,
+        "peak_mib": peak_mib(),
+    }
+
+
+def peak_mib() -> float:
+    """Of this process alone: ``ru_maxrss`` would begin with the size of its parent."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise RuntimeError("/proc/self/status has no peak of memory")
+    return int(found[1]) / 1024
+
+
+def warmed_block(length: int, number: int) -> dict[str, float]:
+    """A block after a small one, for which compiled code is loaded."""
+    whole_block(10_000, 1000)
+    return whole_block(length, number)
+
+
+def of_whole_blocks() -> dict[str, Any]:
+    spawn = multiprocessing.get_context("spawn")
+    alone = []
+    for length in END_TO_END:
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            alone.append(pool.submit(warmed_block, length, 0).result())
+        print(f"{length:,} sifted bits: {alone[-1]['cpu_s']:.2f} s", flush=True)
+    parallel = {}
+    for cores in (1, 2):
+        with ProcessPoolExecutor(cores, mp_context=spawn) as pool:
+            # Each process makes the orders of Cascade's passes once, and keeps them.
+            list(pool.map(warmed_block, [BLOCK] * 2 * cores, range(100, 100 + 2 * cores)))
+            began = time.perf_counter()
+            done = list(pool.map(whole_block, [BLOCK] * PARALLEL_BLOCKS, range(PARALLEL_BLOCKS)))
+            wall = time.perf_counter() - began
+        parallel[str(cores)] = {
+            "blocks": PARALLEL_BLOCKS,
+            "wall_mbit_s": PARALLEL_BLOCKS * BLOCK / wall / 1e6,
+            "cpu_mbit_s": BLOCK / statistics.median(one["cpu_s"] for one in done) / 1e6,
+            "keys": sum(one["keys"] for one in done),
+            "peak_mib": max(one["peak_mib"] for one in done),
+        }
+    return {"alone": alone, "parallel": parallel}
 
 
 def of_key_rates(name: str) -> list[dict[str, float]]:
@@ -290,7 +361,7 @@ def of_key_rates(name: str) -> list[dict[str, float]]:
     for loss in LOSSES:
         there = channel.at(loss / channel.attenuation_db_per_km)
         times: dict[str, list[float]] = {"tno": [], "ours": []}
-        for _ in range(50):
+        for _ in range(5):
             seconds, rate = cpu(lambda: theirs.compute_rate(INTENSITY, loss))  # noqa: B023
             times["tno"].append(seconds)
             seconds, ours = cpu(
@@ -315,66 +386,191 @@ def triple(values: tuple[float, float, float], digits: int) -> str:
     return f"{middle} ({low} to {high})"
 
 
+def table(*columns: str, rows: list[tuple[str, ...]]) -> str:
+    """In Markdown."""
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cascade_table(lines: list[dict[str, Any]]) -> str:
+    return table(
+        "QBER",
+        "with numba, Mbit/s",
+        "numpy alone",
+        "f, median (range)",
+        "round trips, most",
+        "f at 1e7 bits",
+        "round trips, most",
+        rows=[
+            (
+                f"{line['qber']:.0%}",
+                triple(line["mbit_s"], 0),
+                triple(line["numpy_mbit_s"], 0),
+                triple(line["f"], 3),
+                str(line["round_trips"]),
+                triple(line["large_f"], 3),
+                str(line["large_round_trips"]),
+            )
+            for line in lines
+        ],
+    )
+
+
+def peers_table(lines: list[dict[str, Any]]) -> str:
+    return table(
+        "QBER",
+        "hybridkex, Mbit/s",
+        "qkdpy",
+        "wrong bits left",
+        "TNO",
+        "wrong bits left",
+        "f of TNO",
+        rows=[
+            (
+                f"{line['qber']:.0%}",
+                f"{line['mbit_s'][0]:.0f}",
+                f"{line['qkdpy_mbit_s']:.2f}",
+                str(line["qkdpy_wrong_bits_left"]),
+                f"{line['tno_mbit_s']:.2f}",
+                str(line["tno_wrong_bits_left"]),
+                f"{line['tno_f']:.2f}",
+            )
+            for line in lines
+            if "tno_f" in line and "qkdpy_mbit_s" in line
+        ],
+    )
+
+
+def toeplitz_table(lines: list[dict[str, Any]]) -> str:
+    return table(
+        "input bits",
+        "with numba, Mbit/s",
+        "numpy alone",
+        "pyfftw, transforms alone",
+        "mkl_fft, transforms alone",
+        "qkdpy",
+        rows=[
+            (
+                f"{line['input_bits']:.0e}".replace("e+0", "e"),
+                triple(line["mbit_s"], 1),
+                triple(line["numpy_mbit_s"], 1),
+                f"{line['pyfftw_mbit_s']:.1f}" if "pyfftw_mbit_s" in line else "–",
+                f"{line['mkl_fft_mbit_s']:.1f}" if "mkl_fft_mbit_s" in line else "–",
+                f"{line['qkdpy_mbit_s']:.4f}" if "qkdpy_mbit_s" in line else "–",
+            )
+            for line in lines
+        ],
+    )
+
+
+def blocks_table(found: dict[str, Any]) -> str:
+    return table(
+        "sifted bits",
+        "processes",
+        "CPU time of a block, s",
+        "Mbit/s of CPU time",
+        "Mbit/s by the clock",
+        "keys stored by each party",
+        "peak memory of a process, MiB",
+        rows=[
+            (
+                f"{line['input_bits']:.0e}".replace("e+0", "e"),
+                "1",
+                f"{line['cpu_s']:.3g}",
+                f"{line['mbit_s']:.1f}",
+                f"{line['input_bits'] / line['wall_s'] / 1e6:.1f}",
+                f"{line['keys']:,}",
+                f"{line['peak_mib']:,.0f}",
+            )
+            for line in found["alone"]
+        ]
+        + [
+            (
+                f"{line['blocks']} × 1e6",
+                cores,
+                f"{1 / line['cpu_mbit_s']:.3g}",
+                f"{line['cpu_mbit_s']:.1f}",
+                f"{line['wall_mbit_s']:.1f}",
+                f"{line['keys']:,}",
+                f"{line['peak_mib']:,.0f}",
+            )
+            for cores, line in found["parallel"].items()
+        ],
+    )
+
+
+TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "cascade": ("cascade", cascade_table),
+    "peers": ("cascade", peers_table),
+    "toeplitz": ("toeplitz", toeplitz_table),
+    "end-to-end": ("whole_blocks", blocks_table),
+}
+"""Of the documentation: the measurement that each shows, and how."""
+
+
+def with_tables(page: str, found: dict[str, Any]) -> str:
+    """The page with its tables replaced by those of these figures."""
+    for name, (key, make) in TABLES.items():
+        marks = f"<!-- table: {name} -->", "<!-- end of table -->"
+        pattern = re.escape(marks[0]) + ".*?" + re.escape(marks[1])
+        text = f"{marks[0]}\n{make(found[key])}\n{marks[1]}"
+        page, count = re.subn(pattern, lambda _: text, page, flags=re.DOTALL)  # noqa: B023
+        if count != 1:
+            raise RuntimeError(f"{PAGE.name} must have one table {name}")
+    return page
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--end-to-end", action="store_true", help="1e4 to 1e8 bits, 3 GiB")
+    parser.add_argument("--rounds", type=int, default=9, help="keys for each figure")
+    parser.add_argument("--end-to-end", action="store_true", help="1e4 to 1e8 bits; takes 3 GiB")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--docs", action="store_true", help="write figures and tables into docs/")
     args = parser.parse_args()
+    found = {"whole_blocks": of_whole_blocks()} if args.end_to_end else steps(args.rounds)
+    if args.docs:
+        before = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+        FIGURES.write_text(json.dumps(before | found, indent=1) + "\n")
+        if all(key in before | found for key, _ in TABLES.values()):
+            PAGE.write_text(with_tables(PAGE.read_text(), before | found))
+    elif args.json:
+        print(json.dumps(found))
+    else:
+        show(found)
+
+
+def steps(rounds: int) -> dict[str, Any]:
+    """Each step on one core, ours and those of the peers that are installed."""
     peers = {
         name
-        for name, module in (
-            ("qkdpy", "qkdpy"),
-            ("tno", "tno.quantum.communication"),
-            ("pyfftw", "pyfftw"),
-        )
+        for name, module in PEERS.items()
         if find_spec(module.partition(".")[0]) and find_spec(module)
     }
-    cascade(*noisy(BLOCK, 0.05, 0), 0.05)  # the orders of the passes are made once, and kept
+    if len(peers) < len(PEERS):
+        print(f"Not all peers are installed: {HINT}")
+    for length in (BLOCK, LARGE):
+        for rate in QBERS:  # the orders of the passes are made once, and kept
+            cascade(*noisy(length, rate, 1000), rate)
     found: dict[str, Any] = {
-        "cascade": [of_cascade(rate, args.rounds, peers - {"pyfftw"}) for rate in QBERS],
-        "ldpc_iteration": of_ldpc(args.rounds),
-        "toeplitz": [of_toeplitz(length, args.rounds, peers) for length in (10**6, 10**7)],
+        "cascade": [of_cascade(rate, rounds, peers) for rate in QBERS],
+        "ldpc_iteration": of_ldpc(rounds),
+        "toeplitz": [of_toeplitz(length, rounds, peers) for length in (BLOCK, LARGE)],
     }
     if "tno" in peers:
         found["key_rate"] = {name: of_key_rates(name) for name in ("gys2005", "rusca2018")}
-    if args.end_to_end:
-        found["whole_blocks"] = of_whole_blocks()
-    if args.json:
-        print(json.dumps(found))
-        return
-    print(f"Cascade, blocks of {BLOCK:,} bits, both sides; Mbit of sifted key per CPU second")
-    for line in found["cascade"]:
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    for name, (key, make) in TABLES.items():
+        if key in found:
+            print(f"{name}\n{make(found[key])}\n")
+    if "ldpc_iteration" in found:
+        ldpc = found["ldpc_iteration"]
         print(
-            f"  QBER {line['qber']:.0%}: {triple(line['mbit_s'], 1)}, "
-            f"numpy {triple(line['numpy_mbit_s'], 1)}, f {triple(line['f'], 3)}, "
-            f"{line['questions']} round trips"
+            f"One iteration of an LDPC decoder in numpy, {ldpc['edges']:,} edges: "
+            f"{ldpc['ms']:.0f} ms, so with 30 of them {BLOCK / ldpc['ms'] / 30 / 1e3:.2f} Mbit/s"
         )
-        for name in sorted(peers - {"pyfftw"}):
-            more = f", f {line['tno_f']:.2f}" if name == "tno" else ""
-            print(
-                f"    {name}, {PEER_BLOCK:,} bits: {line[f'{name}_mbit_s']:.3f}{more}, "
-                f"{line[f'{name}_wrong_bits_left']} wrong bits left; "
-                f"ours is {line[f'times_{name}']:.0f} times as fast"
-            )
-    ldpc = found["ldpc_iteration"]
-    print(
-        f"One iteration of an LDPC decoder in numpy, {ldpc['edges']:,} edges: {ldpc['ms']:.0f} ms, "
-        f"so with 30 of them {BLOCK / ldpc['ms'] / 30 / 1e3:.2f} Mbit/s"
-    )
-    print("Toeplitz hashing to a quarter; Mbit of input per CPU second")
-    for line in found["toeplitz"]:
-        print(
-            f"  {line['input_bits']:,} bits: {triple(line['mbit_s'], 1)}; "
-            f"no coefficient is wrong by more than {line['rounding_bound']:.1e}"
-        )
-        if "pyfftw" in peers:
-            print(f"    pyfftw, the three transforms alone: {line['pyfftw_mbit_s']:.1f}")
-        if "qkdpy" in peers:
-            print(
-                f"    qkdpy, {PEER_TOEPLITZ:,} bits: {line['qkdpy_mbit_s']:.5f}; "
-                f"ours is {line['times_qkdpy']:,.0f} times as fast"
-            )
     for name, lines in found.get("key_rate", {}).items():
         print(
             f"Asymptotic key rate, {name}, bits per pulse (q = f = 1): loss, TNO, ours, difference"
@@ -384,19 +580,6 @@ def main() -> None:
                 f"  {line['loss_db']:4.1f} dB  {line['tno']:.6e}  {line['ours']:.6e}  "
                 f"{line['difference']:+.3%}  ({line['tno_us']:.0f} and {line['ours_us']:.1f} us)"
             )
-    for line in found.get("whole_blocks", {}).get("alone", ()):
-        print(
-            f"{line['input_bits']:,} sifted bits to {line['keys']:,} keys of 256 bits: "
-            f"{line['mbit_s']:.1f} Mbit/s, peak {line['peak_mib']:.0f} MiB"
-        )
-    if "whole_blocks" in found:
-        two = found["whole_blocks"]["two_cores"]
-        print(
-            f"Two processes, {two['blocks']} blocks of {BLOCK:,} bits: {two['wall_mbit_s']:.1f} "
-            f"Mbit/s by the clock, {two['cpu_mbit_s']:.1f} by CPU time"
-        )
-    if len(peers) < 3:
-        print(f"Not everything to compare with is here: {HINT}")
 
 
 if __name__ == "__main__":

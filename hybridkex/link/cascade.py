@@ -65,9 +65,10 @@ FIRST_BLOCK: Final = 0.73
 SECOND_BLOCK: Final = 5.0
 """The same for the second pass. Larger blocks disclose no less and take many more rounds: each
 correction then brings about another one, in a chain that hardly ends."""
-FEW: Final = 0.0011
-"""The next pass begins when the searches are fewer than this share of the wrong bits: more makes
-fewer rounds and a higher leak."""
+FEW: Final = (4e-6, 0.001, 0.0015)
+"""The next pass begins when the searches are fewer than this share of the bits plus this share of
+the wrong bits, and at most the last share of the wrong bits. More searches at that time make fewer
+rounds and a higher leak."""
 
 FRAME: Final = 1 << 17
 """Frames have at most so many bits, so that the trees of a bundle stay in the processor's cache."""
@@ -117,7 +118,7 @@ class Plan:
             lanes=lanes,
             bundles=bundles,
             heights=tuple(heights),
-            few=int(FEW * rate * length),
+            few=int(length * min(FEW[0] + FEW[1] * rate, FEW[2] * rate)),
         )
 
     @property

@@ -92,7 +92,9 @@ async def test_many_connections_and_nothing_is_left_of_them(tunnel: Tunnel) -> N
             good.append(await exchange(stream, data) == data)
 
     async with serving(echo) as target:
-        tunnel.write(target)
+        # On a busy machine 120 handshakes at once may take longer than the default time.
+        patient = {"handshake-timeout": 60}
+        tunnel.write(target, listen=patient, connect=patient)
         await tunnel.start()
         before = tunnel.descriptors()
         async with trio.open_nursery() as nursery:

@@ -219,8 +219,7 @@ def test_a_slow_kme_never_stalls_the_data(run: Run) -> None:
 
         async def speak() -> None:
             nonlocal longest
-            end = current_time() + 1.5
-            while current_time() < end:
+            while client.session.epoch < 1:
                 began = current_time()
                 await client.send(b"ping")
                 assert await client.receive_exactly(4) == b"ping"
@@ -230,7 +229,6 @@ def test_a_slow_kme_never_stalls_the_data(run: Run) -> None:
             assert await client.receive() == b""
 
         await together(echo(server), speak())
-        assert client.session.epoch >= 1
         assert longest < 0.3, longest
 
     run(sites, conversation)

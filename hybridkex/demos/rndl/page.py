@@ -34,7 +34,7 @@ _CSS: Final = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 1500px; margin: 0 auto; padding: 2rem 1.5rem 4rem; }
+main { max-width: 1640px; margin: 0 auto; padding: 2rem 1.5rem 4rem; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.35rem; margin: 2.6rem 0 .6rem; }
 h3 { font-size: 1.05rem; margin: 1.2rem 0 .5rem; }
@@ -49,7 +49,7 @@ table { border-collapse: collapse; width: 100%; }
 th, td { border: 1px solid var(--line); padding: .45rem .5rem; text-align: left;
   vertical-align: top; }
 #matrix th { font-weight: 600; font-size: .78rem; line-height: 1.3; padding: .4rem; }
-#matrix thead th { vertical-align: bottom; min-width: 4.7rem; }
+#matrix thead th { vertical-align: bottom; min-width: 4.2rem; }
 #matrix tbody th { position: sticky; left: 0; background: var(--paper); min-width: 9.5rem; }
 #matrix tr.resumed th { font-weight: 400; padding-left: 1.4rem; color: var(--soft); }
 #matrix td { padding: 0; }
@@ -180,7 +180,8 @@ def _cell(cell: Cell | None) -> str:
 
 
 def _short(missing: str) -> str:
-    """A missing secret in a word or two."""
+    """A missing secret in a word or two; what a key update lacks, by what it is."""
+    missing = missing.removesuffix(" of the key update")
     for start, word in (("QKD key", "QKD key"), ("PSK of the ticket", "ticket")):
         if missing.startswith(start):
             return word

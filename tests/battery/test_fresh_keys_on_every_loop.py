@@ -21,12 +21,21 @@ from hybridkex import (
 )
 from hybridkex.errors import AlertReceived, KeySourceUnavailable, PolicyRefused
 from hybridkex.net.event_loop import current_time, sleep, time_limit
+from hybridkex.net.log import BoundedLog
 from hybridkex.qkd.in_process import InProcessSource, in_process_pair
 from hybridkex.qkd.source import KeyReference, QkdKey
+from hybridkex.shell import key_keeper
 
 CA = DevCa.create(algorithm="ed25519")
 TRUST, IDENTITY = TrustStore((CA.certificate,)), CA.issue("localhost", algorithm="ed25519")
 REQUIRE, PREFER, OFF = Requirement.REQUIRE, Requirement.PREFER, Requirement.OFF
+
+
+@pytest.fixture(autouse=True)
+def lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All lines of a test are written, however many the tests before it have caused."""
+    fresh = BoundedLog(logging.getLogger("hybridkex.fresh_keys"))
+    monkeypatch.setattr(key_keeper, "_LINES", fresh)
 
 
 class Kme:

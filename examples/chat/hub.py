@@ -257,7 +257,7 @@ class Hub:
         before = self._head
         try:
             await self._apply(member, Change("enter", seat))
-        except trio.BrokenResourceError:
+        except BaseException:  # the store did not take it, or was never asked
             del self._members[hello.nickname]
             raise
         return member, Welcome(0, before, seat.room, False)

@@ -677,6 +677,21 @@ async def test_one_peer_does_not_take_all_seats(store: Store) -> None:
             nursery.cancel_scope.cancel()
 
 
+async def test_a_connection_that_ends_before_its_seat_is_written_leaves_none(store: Store) -> None:
+    hub = Hub(store)
+    with contextlib.suppress(trio.WouldBlock):
+        while True:  # a disk that is slow: nothing more can be queued for it
+            hub._jobs.send_nowait(None)  # type: ignore[arg-type]
+    ours, theirs = trio.testing.memory_stream_pair()
+    await Frames(ours).send(Hello("late", "lobby", "ab" * 32, 0))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(hub.serve, theirs, "peer")
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert "late" in hub._members
+        nursery.cancel_scope.cancel()
+    assert "late" not in hub._members
+
+
 async def test_seats_that_share_a_psk_count_by_network(store: Store) -> None:
     """One client takes all the seats, and keeps them: the newest go to those from elsewhere."""
     hub = Hub(store, most=6)

@@ -10,13 +10,11 @@ dropped; nobody waits for it. It can return and resume where it was.
 import hmac
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 import trio
-
-from hybridkex.net.event_loop import in_thread
-from hybridkex.net.threads import NoThread
 
 from .protocol import (
     Accepted,
@@ -37,12 +35,21 @@ from .store import Change, Seat, Store, digest
 
 __all__ = ["Hub"]
 
+_T = TypeVar("_T")
 _log = logging.getLogger("examples.chat")
 
 _HELLO_WITHIN: Final = 10.0
 _FAREWELL_WITHIN: Final = 5.0
 _PAGE: Final = 200
 _RECORD: Final = 16 * 1024
+
+
+async def _in_thread(function: Callable[..., _T], *arguments: object) -> _T:
+    """Call the store; a machine without a free thread is an error like a full disk."""
+    try:
+        return await trio.to_thread.run_sync(function, *arguments)
+    except RuntimeError as error:
+        raise ChatError(f"the store was not asked: {error}") from None
 
 
 class _Link:
@@ -227,15 +234,15 @@ class Hub:
             if member.dropped is not None:
                 reason, member.dropped = member.dropped, None
                 await frames.send(Notice(reason))
-            if seen < await in_thread(self._store.forgotten):
+            if seen < await _in_thread(self._store.forgotten):
                 await frames.send(Notice("what was said long ago is no longer kept"))
-            while page := await in_thread(
+            while page := await _in_thread(
                 self._store.missed, member.seat.nickname, seen, up_to, _PAGE
             ):
                 await frames.stream.send_all(b"".join(map(encode, page)))
                 seen = page[-1].id
             await link.send()
-        except (trio.BrokenResourceError, trio.ClosedResourceError, NoThread):
+        except (trio.BrokenResourceError, trio.ClosedResourceError, ChatError):
             link.scope.cancel()
 
     async def _admit(self, hello: Hello, peer: str, holder: str) -> tuple[_Member, Welcome]:
@@ -331,8 +338,8 @@ class Hub:
                 jobs = [job, *self._waiting(255)]
                 changes = [one.change for one in jobs]
                 try:
-                    made = await in_thread(self._store.apply, changes)
-                except (ChatError, NoThread) as error:
+                    made = await _in_thread(self._store.apply, changes)
+                except ChatError as error:
                     # Nothing of it is acknowledged: clients come back, and send it again.
                     if not failing:  # once, not for every action until it works again
                         _log.error("%s", error)

@@ -20,6 +20,7 @@ from hypercorn.typing import ASGIFramework, ConnectionState
 from hypercorn.utils import wrap_app
 
 from hybridkex import (
+    HybridkexError,
     Identity,
     Policy,
     Requirement,
@@ -103,15 +104,22 @@ async def hello(scope: Scope, receive: Receive, send: Send) -> None:
 
 def main() -> None:
     """Serve ``hello``."""
-    port, certificate, key = sys.argv[1:4]
+    try:
+        port, certificate, key = sys.argv[1:]
+        number = int(port)
+    except ValueError:
+        sys.exit("usage: asgi_server.py PORT CERTIFICATE KEY")
     config = ServerConfig(
         identities=(Identity.from_files(certificate, key),),
         alpn=("h2", "http/1.1"),
         # Browsers and curl may not have ML-KEM yet.
         policy=Policy(post_quantum=Requirement.PREFER),
     )
-    trio.run(serve_asgi, hello, int(port), config)
+    trio.run(serve_asgi, hello, number, config)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except* (HybridkexError, OSError) as group:
+        sys.exit(str(group.exceptions[0]))

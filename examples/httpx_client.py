@@ -14,7 +14,7 @@ import httpcore
 import httpx
 import trio
 
-from hybridkex import ClientConfig, SecureStream, TrustStore
+from hybridkex import ClientConfig, HybridkexError, SecureStream, TrustStore
 
 __all__ = ["SecureBackend", "secure_transport"]
 
@@ -137,7 +137,10 @@ def secure_transport(config: ClientConfig) -> httpx.AsyncHTTPTransport:
 
 async def main() -> None:
     """One request."""
-    url, ca = sys.argv[1:3]
+    try:
+        url, ca = sys.argv[1:]
+    except ValueError:
+        sys.exit("usage: httpx_client.py URL AUTHORITIES")
     config = ClientConfig(verifier=TrustStore.from_file(ca), alpn=("h2", "http/1.1"))
     async with httpx.AsyncClient(transport=secure_transport(config)) as client:
         answer = await client.get(url)
@@ -147,4 +150,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main)
+    try:
+        trio.run(main)
+    except (HybridkexError, httpx.HTTPError, httpx.InvalidURL) as error:
+        sys.exit(str(error))

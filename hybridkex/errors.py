@@ -244,6 +244,8 @@ ALERT_MEANINGS: Final[dict[int, str]] = {
     Alert.NO_APPLICATION_PROTOCOL: "it speaks none of the application protocols (ALPN) that we "
     "offer",
     Alert.UNRECOGNIZED_NAME: "it does not serve the name that we asked for",
+    Alert.DECODE_ERROR: "it could not read our message; is this the right port, and does a proxy "
+    "between change the stream (PROXY protocol)?",
     Alert.CERTIFICATE_REQUIRED: "it demands a certificate, and got none from us that it can use; "
     "give a certificate and its key",
     Alert.UNKNOWN_CA: "it does not trust the authority of our certificate",
@@ -279,6 +281,13 @@ class AlertReceived(HybridkexError):
 
 class TruncationError(HybridkexError):
     """The transport ended without close_notify: the data received may be incomplete."""
+
+    def __init__(
+        self,
+        text: str = "the other end closed the connection without close_notify, so data may be "
+        "missing: its program ended, or a proxy's time-out between cut it; see their logs",
+    ) -> None:
+        super().__init__(text)
 
 
 class KeySourceError(HybridkexError):

@@ -219,8 +219,8 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename, error.filename2 = os.fspath(path), None
-        raise
+        # A new error: a second name cannot be removed from this one, and would be shown as None.
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
 
 def _tighten(descriptor: int) -> None:

@@ -4,13 +4,14 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hybridkex.auth import Identity, KnownPeers, RawIdentity, TrustStore
 from hybridkex.errors import ConfigError
-from hybridkex.files import LIMIT, read_file, read_toml
+from hybridkex.files import LIMIT, create_file, read_file, read_toml, write_file
 from hybridkex.kme.config import load_config
 from hybridkex.qkd.etsi014.mutual_tls import client_tls
 from hybridkex.qkd.store import read_key_file
@@ -91,3 +92,11 @@ def test_toml_that_is_none(tmp_path: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(ConfigError, match=r"x\.toml"):
             read_toml(file)
+
+
+@pytest.mark.parametrize("write", [write_file, create_file])
+def test_an_error_of_writing_names_one_file(tmp_path: Path, write: Callable[..., None]) -> None:
+    path = tmp_path / "missing" / "file"
+    with pytest.raises(FileNotFoundError) as caught:
+        write(path, b"content")
+    assert str(caught.value) == f"[Errno 2] No such file or directory: '{path}'"

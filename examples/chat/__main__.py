@@ -14,7 +14,7 @@ from typing import Any
 import trio
 
 from hybridkex import HybridkexError, SecureStream, ServerConfig, Session, serve_secure_tcp
-from hybridkex.apps import os_reason, parse_tcp_address, watch_peer
+from hybridkex.apps import no_connection, parse_tcp_address, watch_peer
 from hybridkex.cli.channel import client_config, server_config
 from hybridkex.cli.options import add_channel_options, channel_options
 
@@ -49,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         if not isinstance(error, HybridkexError | OSError | trio.BrokenResourceError):
             raise
-        text = os_reason(error) if isinstance(error, OSError) else error.__cause__ or error
+        if isinstance(error, OSError):
+            text = no_connection(error)
+        elif isinstance(error, trio.BrokenResourceError):
+            text = str(error.__cause__ or error)
+        else:
+            text = str(error)
         print(f"chat: {text}", file=sys.stderr)
         return 1
     return 0

@@ -6,14 +6,14 @@ applications, too.
 """
 
 from hybridkex.apps.backoff import Backoff
-from hybridkex.apps.tcp import keep_alive, os_reason, watch_peer
+from hybridkex.apps.tcp import keep_alive, no_connection, watch_peer
 from hybridkex.net.address import TcpAddress, parse_tcp_address
 
 __all__ = [
     "Backoff",
     "TcpAddress",
     "keep_alive",
-    "os_reason",
+    "no_connection",
     "parse_tcp_address",
     "watch_peer",
 ]

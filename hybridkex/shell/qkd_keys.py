@@ -238,9 +238,7 @@ class QkdPskSource:
             async with time_limit(self._limits.timeout):
                 return (await source.status()).stored
         except TimeoutError:
-            raise KeySourceUnavailable(
-                f"the key source did not answer within {self._limits.timeout:g} s"
-            ) from None
+            raise self._silent() from None
 
     def _peer_of(self, session: Session) -> QkdPeer:
         """Whose keys go into the updates of a session: the peer whose key is in its handshake, the
@@ -297,6 +295,12 @@ class QkdPskSource:
                 wait *= 2
         return await source.get_key_with_id(name)
 
+    def _silent(self) -> KeySourceUnavailable:
+        return KeySourceUnavailable(
+            f"our key source did not answer within {self._limits.timeout:g} s: check whether our "
+            "KME runs, and see its log"
+        )
+
     async def _ask(self, call: Callable[[], Awaitable[QkdKey]]) -> QkdKey:
         """One call, with its time limit."""
         try:
@@ -304,9 +308,7 @@ class QkdPskSource:
                 return await call()
         except TimeoutError:
             self.counters.failed += 1
-            raise KeySourceUnavailable(
-                f"the key source did not answer within {self._limits.timeout:g} s"
-            ) from None
+            raise self._silent() from None
         except KeySourceError:
             self.counters.failed += 1
             raise

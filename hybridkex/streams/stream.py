@@ -498,7 +498,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             if self._pending or await self._receive_more() is not None:
                 await self._fail(LocalStateError("unwrap, and there is data left to receive"))
             if not self._connection.close_received:
-                await self._fail(TruncationError("the connection was cut: no close_notify came"))
+                await self._fail(TruncationError())
             transport, self._closed = self.transport_stream, True
             return transport, self._connection.trailing_data()
 

@@ -84,7 +84,14 @@ class Connection:
             return
         if self.next_event_waits:
             raise LocalStateError("take all events before telling of the transport's end")
-        raise self._ended_by(TruncationError("the connection was cut: no close_notify came"))
+        if isinstance(self._state, _TRAFFIC):
+            raise self._ended_by(TruncationError())
+        raise self._ended_by(
+            TruncationError(
+                "the other end closed the connection in the handshake; its log may say why, or "
+                "that of a proxy between"
+            )
+        )
 
     def receive_record(self, head: memoryview, fragment: memoryview) -> bytes | None:
         """Take one short record of application data: :meth:`receive_data` and :meth:`next_event` in

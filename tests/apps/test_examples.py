@@ -364,3 +364,45 @@ def test_what_is_not_public_is_found(tmp_path: Path) -> None:
         "x.py: hybridkex __version__",
         "x.py: hybridkex.tls.client ",
     ]
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NOBODY = "https://localhost:9/"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["asgi_server.py"], "usage: asgi_server.py PORT CERTIFICATE KEY"),
+        (["asgi_server.py", "a", "b", "c"], "usage: asgi_server.py PORT CERTIFICATE KEY"),
+        (["asgi_server.py", "0", "missing.pem", "missing.key"], "cannot read missing"),
+        (["httpx_client.py"], "usage: httpx_client.py URL AUTHORITIES"),
+        (["httpx_client.py", NOBODY, "missing.pem"], "cannot read missing.pem: No such file"),
+        (["httpx_client.py", NOBODY, "ca.pem"], "localhost:9"),
+        (["-m", "examples.chat", "client", "localhost:9", "--nick", "a"], "no program listens"),
+        (
+            ["-m", "examples.chat", "server", "--port", "0", "--store", "no/where"],
+            "the key file no/where.key: No such file",
+        ),
+    ],
+)
+def test_an_example_that_cannot_work_says_why(tmp_path: Path, words: list[str], said: str) -> None:
+    ca = DevCa.create()
+    (tmp_path / "ca.pem").write_bytes(ca.pem)
+    chat = words[0] == "-m"
+    if chat:
+        words = [*words, "--psk", "site:" + "5a" * 32]
+    program = words if chat else [str(EXAMPLES / words[0]), *words[1:]]
+    done = subprocess.run(
+        [sys.executable, *program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "None" not in done.stderr

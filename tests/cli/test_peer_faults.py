@@ -192,6 +192,29 @@ def tls(folder: Path, most: ssl.TLSVersion, peer: socket.socket) -> None:
         channel.recv(1)
 
 
+def cuts_after_the_handshake(folder: Path, peer: socket.socket) -> None:
+    """No close_notify: as a proxy's idle time-out, or a program that is killed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    with contextlib.suppress(OSError), context.wrap_socket(peer, server_side=True) as channel:
+        channel.send(b"x")
+        channel.recv(1 << 16)
+
+
+def test_a_cut_after_the_handshake(hybridkex: Forkserver, place: Path) -> None:
+    with somebody(partial(cuts_after_the_handshake, place)) as port:
+        done = hybridkex.run("connect", "localhost", port, *CA, "--groups", "x25519", folder=place)
+    assert done.returncode == 1
+    assert "without close_notify, so data may be missing" in one_line(done.stderr, beside=BESIDE)
+
+
+def test_a_proxy_with_nothing_behind_it(hybridkex: Forkserver, place: Path) -> None:
+    with somebody(hears_and_closes) as port:
+        groups = ("--groups", "X25519MLKEM768,x25519")
+        done = hybridkex.run("connect", "localhost", port, *CA, *groups, folder=place)
+    assert "closed the connection in the handshake; its log may say why" in one_line(done.stderr)
+
+
 CUT = "the other end cut the connection (Connection reset by peer): its log may say why"
 CLOSED = "closed the stream during the exchange: it may have another key, or be configured"
 NO_MESSAGE = "the peer sent no message of this exchange"

@@ -175,3 +175,31 @@ async def test_a_kme_keeps_no_cookie_with_us(kme: Kme) -> None:
         assert not any(b"cookie" in one.lower() for one in kme.requests)
 
     await _with(kme, body)
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (answer("301 Moved", b"Location: https://b.example/sae"),
+         "301, a redirect to https://b.example/sae, which is not followed; configure the URL"),
+        (answer("307 Moved", b"Location: /login\x1b[2J"), "did not answer in HTTP"),
+        (answer(body=bytes(50))[:-9], "ended the connection before its answer was complete"),
+        (CHUNKED + b"5\r\n{", "ended the connection before its answer was complete"),
+        (CHUNKED + b"2 ;a\r\n{}\r\n0\r\n\r\n", "did not answer in HTTP: illegal chunk header"),
+        (answer("502 Bad Gateway", body=b"<html>"), "502, as a proxy does whose KME is down"),
+        (answer("503 No", body=b'{"message":"Error"}'), "Error; no key may be ready: try again"),
+    ],
+)  # fmt: skip
+async def test_an_answer_that_is_no_key_says_what_to_do(kme: Kme, given: bytes, words: str) -> None:
+    kme.answer = given
+
+    async def body(port: int) -> None:
+        with pytest.raises(KeySourceError) as caught:
+            await calls(port)[1]()
+        assert words in str(caught.value)
+        assert "bytearray" not in str(caught.value)
+
+    await _with(kme, body)

@@ -13,14 +13,16 @@ import pytest
 import trio
 from test_kme_server import as_sae, filled
 
+from hybridkex.auth import certificates
 from hybridkex.auth.dev_ca import DevCa, write_identity
-from hybridkex.errors import KeySourceError
+from hybridkex.errors import ConfigError, KeySourceError
 from hybridkex.kme.config import PeerConfig, ServeConfig
 from hybridkex.kme.entity import KmeLimits
 from hybridkex.kme.serve import KmeServer
 from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.models import KeyRequest
+from hybridkex.qkd.etsi014.mutual_tls import TLS_KINDS, client_tls, server_tls
 from interop.ports import free_port
 
 Site = Any  # of conftest.py
@@ -148,8 +150,10 @@ async def test_what_a_kme_says_about_its_peer(
 
 
 async def test_what_a_kme_says_about_an_expired_certificate_of_an_sae(
-    site: Site, serve: Any, caplog: pytest.LogCaptureFixture
+    site: Site, serve: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It expired while the SAE ran: at the start the SAE would have been refused."""
+    monkeypatch.setattr(certificates, "not_valid_today", lambda *_: None)
     past = datetime.now(UTC) - timedelta(days=30)
     folder = site.folder / "late"
     write_identity(
@@ -171,6 +175,18 @@ async def test_what_a_kme_says_about_an_expired_certificate_of_an_sae(
     [line] = [record for record in caplog.records if "expired" in record.getMessage()]
     assert line.levelname == "WARNING"
     assert "its certificate is not accepted: certificate has expired" in line.getMessage()
+
+
+@pytest.mark.parametrize("tls", TLS_KINDS)
+def test_an_expired_certificate_of_our_own(site: Site, tls: str) -> None:
+    past = datetime.now(UTC) - timedelta(days=30)
+    folder = site.folder / "late"
+    identity = site.ca.issue("127.0.0.1", not_before=past, not_after=past + timedelta(days=1))
+    write_identity(folder, site.ca, identity)
+    files = {"certificate": folder / "cert.pem", "key": folder / "key.pem"}
+    for make in (client_tls, server_tls):
+        with pytest.raises(ConfigError, match=r"our own certificate .* expired on .*cert\.pem"):
+            make(tls, ca=folder / "ca.pem", **files)
 
 
 @pytest.mark.parametrize(

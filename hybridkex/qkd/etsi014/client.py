@@ -124,6 +124,10 @@ def classify(status: int, message: str, *, looking_up: bool) -> KeySourceError:
         return KeyUnauthorized(f"{text}; our certificate is not one of an SAE of this KME")
     if "sae" in message.lower() and not looking_up:
         text += "; check the peer's SAE ID"
+    elif status == 503 and not looking_up:
+        text += "; no key may be ready: try again later"
+    elif status in (502, 504):
+        text += ", as a proxy does whose KME is down"
     for kind, pattern in _SIGNS:
         if (kind in _OF_A_KEY) == looking_up and pattern.search(message.lower()):
             return kind(text)
@@ -323,6 +327,12 @@ class KmeClient:
             value = None  # such as a proxy's HTML
         if answer.status == 200:
             return value
+        target = answer.headers.get("Location")
+        if target and 300 <= answer.status < 400:
+            raise KeySourceUnavailable(
+                f"the KME answered {answer.status}, a redirect to {printable(target, most=200)}, "
+                "which is not followed; configure the URL of the KME itself"
+            )
         refused = classify(answer.status, message_of(value), looking_up=looking_up)
         refused.retry_after = _retry_after(answer)
         LOG.info("%s: %s", call, refused)

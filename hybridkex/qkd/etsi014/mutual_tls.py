@@ -15,6 +15,7 @@ from typing import Any, Final, TypeAlias
 import trio
 
 from hybridkex.crypto.private_keys import load_private_key
+from hybridkex.crypto.x509_failure import parse_failure
 from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem
 from hybridkex.errors import (
     AlertReceived,
@@ -134,12 +135,19 @@ def _unknown(kind: str) -> ConfigError:
 
 
 def _context(purpose: ssl.Purpose, ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
+    from hybridkex.auth.certificates import not_valid_today, subject_of  # noqa: PLC0415
+
     # OpenSSL would say neither which file is wrong nor why, and would block on a pipe.
     for path in (ca, certificate):
         try:
-            certificates_from_pem(read_file(path, pipe=False))
+            first, *_ = certificates_from_pem(read_file(path, pipe=False))
         except UNREADABLE as error:
-            raise ConfigError(f"cannot use the certificates of {path}: {error}") from None
+            raise ConfigError(
+                f"cannot use the certificates of {path}: {parse_failure(error)}"
+            ) from None
+    dates = not_valid_today(first)  # of our own, read last
+    if dates is not None:
+        raise ConfigError(f"our own certificate {subject_of(first)} {dates} ({certificate})")
     load_private_key(read_file(key, pipe=False), None, str(key))
     try:
         context = ssl.create_default_context(purpose, cafile=str(ca))

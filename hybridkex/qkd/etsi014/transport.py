@@ -61,7 +61,7 @@ def _reason(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if str(cause):
-            return str(cause)
+            return str(cause).partition(": bytearray(")[0]  # h11 quotes what it could not parse
         cause = cause.__cause__ or cause.__context__
     return type(error).__name__
 
@@ -338,6 +338,8 @@ def what_failed(error: BaseException) -> str:
     if isinstance(kind, httpcore.ConnectError | httpcore.ConnectTimeout):
         return f"cannot be reached: {why or _reason(error)}"
     ended = isinstance(kind, httpcore.RemoteProtocolError) and "disconnected" in str(kind)
+    if "complete message body" in str(kind):
+        return "ended the connection before its answer was complete; see its log"
     if isinstance(kind, httpcore.ProtocolError) and not ended:
         return f"did not answer in HTTP: {_reason(error)}"
     if "longer than" in str(kind):

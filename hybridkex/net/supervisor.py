@@ -7,7 +7,9 @@ It accepts, runs a handler for each connection in a task of its own, and keeps t
 - **Number and time are bounded.** A connection begins in the budget of those that have not yet
   authenticated, with a deadline; the handler calls :meth:`Connection.admit` when it knows the peer,
   and the connection moves to the budget of its kind. A budget is shared fairly among its holders
-  (see :class:`Budget`), so that idle strangers cannot lock others out.
+  (see :class:`Budget`), so that idle strangers cannot lock others out. Nor can those who fill the
+  kernel's queue: while more connections wait there than may be open, a silent one of an address
+  that has most places is closed as soon as it is accepted.
 - **A temporary fault has no lasting effect.** While the system has no descriptors or no memory
   for another connection (accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM) the accept loop waits and
   retries, and logs it at a bounded rate.
@@ -292,6 +294,11 @@ class Budget:
                     best, rank = connection, (len(connections), age)
         return best, rank[1]
 
+    def _crowds(self, newcomer: Connection) -> bool:
+        """Whether a newcomer has sent nothing, and its holder has most of the places in use."""
+        own = len(self._held.get(newcomer.address, ()))
+        return 2 * own > self.total and not _has_unread(newcomer._transport)
+
     def _evict_one(self) -> bool:
         """Free the descriptor of a connection that has waited too long, if there is one."""
         victim, age = self._victim(object())
@@ -394,6 +401,11 @@ class Supervisor(Generic[T]):
         connection: Connection | None = None
         try:
             connection = Connection(_transport(stream), self.log)
+            if self._handshakes._crowds(connection) and _queued(listener) > self._handshakes.total:
+                self._on_failure("evicted")
+                self._say(connection, "closed: it says nothing, and its address has most places")
+                await trio.aclose_forcefully(stream)
+                return
             await self._handshakes._wait_and_take(connection, connection.address)
             connection._waiting_since = trio.current_time()
             connections.start_soon(self._run, stream, connection)
@@ -515,6 +527,27 @@ def _transport(stream: object) -> trio.SocketStream | None:
             return None
         stream = below
     return stream
+
+
+def _queued(listener: object) -> int:
+    """Connections in the kernel's queue of a TCP listener (Linux: tcpi_unacked of a listening
+    socket); 0 where the system does not say."""
+    while not isinstance(listener, trio.SocketListener):
+        listener = getattr(listener, "transport_listener", None)
+        if listener is None:
+            return 0
+    if not sys.platform.startswith("linux"):
+        return 0
+    try:
+        info = listener.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _QUEUE.size)
+    except OSError:  # a Unix socket
+        return 0
+    waiting: int = _QUEUE.unpack(info)[0]
+    return waiting
+
+
+_QUEUE: Final = struct.Struct("=24xI")
+"""tcpi_unacked of struct tcp_info."""
 
 
 def _has_unread(transport: trio.SocketStream | None) -> bool:

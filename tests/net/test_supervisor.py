@@ -363,6 +363,39 @@ async def test_a_peer_that_sends_and_does_not_read_keeps_no_place_for_ever() -> 
             await connect()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="TCP_INFO is Linux's")
+async def test_a_long_queue_of_silent_strangers_delays_nobody() -> None:
+    """Nor are those of the same address lost who have something to say."""
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listeners[0].socket.getsockname()[1]
+    failures: list[str] = []
+    served: Supervisor[Any] = Supervisor(
+        echo, name="test", logger=LOGGER, handshakes=8, on_failure=failures.append
+    )
+
+    def connect(source: str, said: bytes = b"") -> socket.socket:
+        client = stack.enter_context(socket.create_connection(("127.0.0.1", port), 5, (source, 0)))
+        client.sendall(said)
+        client.setblocking(False)
+        return client
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(200):
+            connect("127.0.0.2")
+        talkers = [connect("127.0.0.2", b"x")]
+        for _ in range(100):
+            connect("127.0.0.2")
+        talkers.append(connect("127.0.0.1", b"y"))
+        with trio.fail_after(8):  # in rows of eight a second it would be 38 s
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(served.serve, listeners)
+                for talker in talkers:
+                    stream = trio.SocketStream(trio.socket.from_stdlib_socket(talker))
+                    assert len(await stream.receive_some()) == 1
+                nursery.cancel_scope.cancel()
+    assert failures.count("evicted") > 200
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SO_PEERCRED is Linux's")
 async def test_local_programs_share_by_user_and_silence(
     mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch

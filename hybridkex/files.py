@@ -181,10 +181,12 @@ def create_file(path: str | Path, content: bytes, *, mode: int = PRIVATE) -> Non
 def open_private(path: str | Path, *, append: bool = False) -> BinaryIO:
     """Open a file for writing, unbuffered, and make it private.
 
-    A device or a pipe is used unchanged. Raises ``PermissionError`` for another user's file that
-    others can read.
+    A device or a pipe is used unchanged, and never waited for: it must have a reader, and writing
+    returns ``None`` while that reader takes nothing (:class:`io.FileIO`). Raises
+    ``PermissionError`` for another user's file that others can read.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
+    flags |= os.O_NONBLOCK
     descriptor = os.open(path, flags, PRIVATE)
     try:
         _tighten(descriptor)

@@ -26,6 +26,7 @@ _ADVICE: Final = {
     errno.EISDIR: "name a file, not a folder",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EIO: "the disk reports an error: see the kernel's log (dmesg)",
+    errno.ENXIO: "no program reads from it: start its reader first",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "the whole machine has too many open files: end other programs",
     errno.ENOMEM: "end other programs, or raise the limit of memory (ulimit -v)",
@@ -86,6 +87,9 @@ def refusal(error: BaseException) -> str | None:
     causes: list[BaseException] = [error]
     for cause in causes:  # it grows
         if isinstance(cause, MemoryError):
+            return _NO_MEMORY
+        # The dynamic loader's words, which NumPy and others quote.
+        if isinstance(cause, ImportError) and "failed to map segment" in str(cause):
             return _NO_MEMORY
         # threading has no exception of its own for it.
         if isinstance(cause, RuntimeError) and "new thread" in str(cause):

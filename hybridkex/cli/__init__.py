@@ -7,7 +7,6 @@ neither the engine nor trio nor any extra, the second is imported when the comma
 """
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,11 @@ from contextlib import contextmanager
 
 from hybridkex import __version__
 from hybridkex.cli.commands import COMMANDS, Parser, command_parser
-from hybridkex.cli.standard_streams import StandardOutput, unfailing_standard_error
+from hybridkex.cli.standard_streams import (
+    StandardOutput,
+    discard_standard_output,
+    unfailing_standard_error,
+)
 from hybridkex.cli.threads import bounded_thread_starts
 from hybridkex.errors import HybridkexError
 from hybridkex.machine import refusal
@@ -54,8 +57,7 @@ def _main(arguments: list[str]) -> int:
         print(f"hybridkex: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        # Otherwise the interpreter would try to flush the same data at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_standard_output()
         if not isinstance(error, BrokenPipeError):  # the reader has closed the pipe
             print(f"hybridkex: {refusal(error)}", file=sys.stderr)
         return 1

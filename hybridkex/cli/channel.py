@@ -1,6 +1,7 @@
 """The configuration of a channel that the options of a command describe."""
 
 import binascii
+import errno
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -186,7 +187,8 @@ def _key_log(path: Path | None) -> Iterator[KeyLog | None]:
     def write(line: str) -> None:
         nonlocal failed
         try:
-            file.write(f"{line}\n".encode())
+            if file.write(f"{line}\n".encode()) is None:
+                raise BlockingIOError(errno.EAGAIN, "its reader does not read")
         except OSError as error:
             # The log is for debugging; connections continue without it.
             if not failed:

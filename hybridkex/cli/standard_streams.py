@@ -1,35 +1,62 @@
 """Standard error that cannot fail, and descriptors 0 to 2 that are always open.
 
-A command's standard error is a log: when its reader is gone (EPIPE) or its file system is full
-(ENOSPC), lines are lost and the command continues. Every message, log line and progress bar goes
-through ``sys.stderr``, so this module is the one place that ensures it.
+A command's standard error is a log: when its reader is gone (EPIPE), its file system is full
+(ENOSPC), or its reader has stopped reading (a full pipe), lines are lost and the command continues.
+Every message, log line and progress bar goes through ``sys.stderr``, so this module is the one
+place that ensures it.
 """
 
 import contextlib
 import io
 import os
+import select
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 from hybridkex.text import PrintableOutput
 
-__all__ = ["StandardOutput", "unfailing_standard_error"]
+__all__ = ["StandardOutput", "discard_standard_output", "unfailing_standard_error"]
+
+PATIENCE: Final = 1.0
+"""Seconds to wait for a reader that is slow; while it stays so, nothing more is waited for."""
 
 
 class _Lossy(io.FileIO):
     """A file that drops what cannot be written. Nothing is buffered, so writing succeeds again as
-    soon as there is room."""
+    soon as there is room; the first line then says how much was lost to a slow reader."""
+
+    _lost = 0
+    """Bytes dropped since the reader stopped reading."""
 
     def write(self, data: Any) -> int:
         """Always the length of ``data``."""
         view = memoryview(data).cast("B")
-        total = len(view)
         with contextlib.suppress(OSError):
-            while view:
-                # A non-blocking file returns None if nothing could be written.
-                view = view[super().write(view) or len(view) :]
-        return total
+            if self._lost and self._is_ready():
+                notice = (
+                    f"\nhybridkex: {self._lost:,} bytes of messages were lost here: nothing read "
+                    "them\n"
+                )
+                self._lost = 0
+                self._write_out(memoryview(notice.encode()))
+            self._lost += self._write_out(view)
+        return len(view)
+
+    def _write_out(self, view: memoryview) -> int:
+        """Returns the number of bytes that the reader did not take in time."""
+        while view:
+            # A pipe that is ready takes PIPE_BUF bytes at once (pipe(7)); more could block.
+            if not self._is_ready():
+                return len(view)
+            # A non-blocking file returns None if nothing could be written.
+            view = view[super().write(view[: select.PIPE_BUF]) or len(view) :]
+        return 0
+
+    def _is_ready(self) -> bool:
+        poll = select.poll()
+        poll.register(self, select.POLLOUT)
+        return bool(poll.poll(0 if self._lost else PATIENCE * 1000))
 
 
 class StandardOutput(PrintableOutput):
@@ -76,8 +103,20 @@ def unfailing_standard_error() -> Iterator[None]:
 def _open_missing() -> None:
     """Open standard descriptors that the caller closed (``2>&-``): otherwise the next file that is
     opened would get the number, and messages would be written to that file."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
+    try:
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            os.set_inheritable(descriptor, True)
+        os.close(descriptor)
+    except OSError:  # no descriptor is left, so the lowest are open
+        pass
     if sys.stdout is None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # until the process ends
+
+
+def discard_standard_output() -> None:
+    """Write nothing more to a standard output that failed; otherwise the interpreter would try to
+    flush the same data at exit. Needs no new descriptor where there is none."""
+    with contextlib.suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

@@ -1,7 +1,9 @@
 """A log, a key log or standard error that cannot be written ends nothing."""
 
 import contextlib
+import fcntl
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,6 +76,68 @@ def test_the_status_is_that_of_the_work(
         )
         assert (done.returncode, done.stdout) == (0, b"x")
         assert hybridkex.run(*connect, stderr=stderr, to_the_end=True).returncode == 1
+
+
+def test_a_reader_that_has_stopped(hybridkex: Forkserver, tmp_path: Path, keys: Path) -> None:
+    """Of standard error and of the key log: everybody is served, what is lost is counted, and
+    when they are read again the messages go on."""
+    port_file, key_log = tmp_path / "port", tmp_path / "keylog"
+    os.mkfifo(key_log)
+    pipe = os.open(key_log, os.O_RDONLY | os.O_NONBLOCK)
+    reading, writing = os.pipe()
+    for end in (writing, pipe):
+        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 8192)
+    with os.fdopen(writing, "wb") as stderr:
+        server = hybridkex.start(
+            *("listen", "0", "--echo", "--port-file", port_file, "--keylog", key_log),
+            *("--cert", keys / "cert.pem", "--key", keys / "key.pem"),
+            stderr=stderr,
+            to_the_end=True,
+        )
+    until(lambda: port_file.exists() and port_file.read_text())
+    connect = ("connect", "localhost", port_file.read_text().strip(), "--ca", keys / "ca.pem")
+    try:
+        for _ in range(30):
+            done = hybridkex.run(*connect, data=b"x")
+            assert (done.returncode, done.stdout) == (0, b"x"), done.stderr
+        os.read(reading, 1 << 16)
+        assert hybridkex.run(*connect, data=b"x").returncode == 0
+        said = os.read(reading, 1 << 16).decode()
+        assert re.match(r"\nhybridkex: [\d,]+ bytes of messages were lost here: nothing", said)
+        assert "keys rest on" in said
+        assert server.poll() is None
+    finally:
+        server.kill()
+        os.close(reading)
+        os.close(pipe)
+
+
+def test_a_key_log_that_nobody_reads(hybridkex: Forkserver, tmp_path: Path) -> None:
+    """A pipe without a reader: one line at once, where it would wait for one to come."""
+    os.mkfifo(tmp_path / "keylog")
+    done = hybridkex.run("connect", "localhost", "1", "--keylog", tmp_path / "keylog")
+    assert done.returncode == 1
+    assert b"no program reads from it: start its reader first" in done.stderr
+
+
+@pytest.mark.parametrize("descriptors", range(4, 9))
+def test_no_descriptor_is_left(descriptors: int, tmp_path: Path) -> None:
+    """The error of a command needs none itself."""
+    done = subprocess.run(
+        [
+            *("sh", "-c", f'ulimit -n {descriptors}; exec "$@" 3>&-', "sh"),
+            *(sys.executable, "-m", "hybridkex", "connect", "localhost", "1", "--insecure"),
+        ],
+        capture_output=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    said = done.stderr.decode()
+    assert done.returncode == 1
+    assert "Traceback" not in said
+    assert "open files" in said or "cannot connect" in said
 
 
 def test_a_closed_standard_error_is_no_other_file(tmp_path: Path, keys: Path) -> None:

@@ -1,9 +1,7 @@
 """``hybridkex wg-psk``: rotates the pre-shared key of a WireGuard tunnel."""
 
-import os
 import shlex
 import signal
-import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final
@@ -17,6 +15,7 @@ from hybridkex.auth import Pins, RawIdentity
 from hybridkex.cli.key_sources import key_sources
 from hybridkex.cli.logs import set_up_logging
 from hybridkex.cli.running import run_trio
+from hybridkex.cli.standard_streams import discard_standard_output
 from hybridkex.cli.tcp import NO_TCP, cannot_connect, cannot_listen
 from hybridkex.cli.wg_psk import DEFAULT_PORT, WgPskOptions
 from hybridkex.combiner import (
@@ -212,7 +211,7 @@ def _report(options: WgPskOptions, event: str, **details: object) -> None:
         print(json_line(line), flush=True)
     except BrokenPipeError:
         # Rotations go on without a reader of the output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_standard_output()
         log.warning(
             "the reader of standard output has closed it: no more JSON lines; rotations continue"
         )

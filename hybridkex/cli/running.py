@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import trio
 
+from hybridkex.cli.names import SharedLookups
+
 __all__ = ["end_as_interrupted", "first_of", "run_trio"]
 
 T = TypeVar("T")
@@ -19,8 +21,13 @@ def run_trio(main: Callable[[], Awaitable[T]]) -> T:
     Of several errors the first is raised: a command reports one failure.
     Ctrl-C is delivered at a checkpoint: elsewhere it could leave coroutines unawaited.
     """
+
+    async def run() -> T:
+        trio.socket.set_custom_hostname_resolver(SharedLookups())
+        return await main()
+
     try:
-        return trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)
+        return trio.run(run, restrict_keyboard_interrupt_to_checkpoints=True)
     except BaseExceptionGroup as group:
         raise first_of(group) from None
 

@@ -1,0 +1,62 @@
+"""Look-ups of host names that do not wait for one another.
+
+trio resolves names in threads, of which it uses 40 at most: 40 connections to one name whose DNS
+server does not answer would delay every connection to another name. Here all who ask the same
+question share one look-up, so the number of threads is that of the names asked for.
+"""
+
+import copy
+import socket
+from typing import Any, Final
+
+import trio
+from trio.abc import HostnameResolver
+
+__all__ = ["SharedLookups"]
+
+
+class _Lookup:
+    """A look-up that is under way, and what came of it."""
+
+    def __init__(self) -> None:
+        self.ended: Final = trio.Event()
+        self.found: list[Any] = []
+        self.error: Exception | None = None
+
+
+class SharedLookups(HostnameResolver):
+    """A resolver for one run of trio; see :func:`trio.socket.set_custom_hostname_resolver`."""
+
+    def __init__(self) -> None:
+        self._under_way: dict[tuple[Any, ...], _Lookup] = {}
+
+    async def getaddrinfo(self, *question: Any) -> Any:
+        """As :func:`socket.getaddrinfo`. A cancelled caller leaves the look-up to the others."""
+        lookup = self._under_way.get(question)
+        if lookup is None:
+            lookup = self._under_way[question] = _Lookup()
+            trio.lowlevel.spawn_system_task(self._look_up, question, lookup)
+        await lookup.ended.wait()
+        if lookup.error is not None:
+            raise copy.copy(lookup.error)  # each caller gets a traceback of its own
+        return lookup.found
+
+    async def _look_up(self, question: tuple[Any, ...], lookup: _Lookup) -> None:
+        try:
+            lookup.found = await trio.to_thread.run_sync(
+                socket.getaddrinfo,
+                *question,
+                abandon_on_cancel=True,
+                limiter=trio.CapacityLimiter(1),
+            )
+        except Exception as error:
+            lookup.error = error  # the callers' to handle
+        finally:
+            del self._under_way[question]
+            lookup.ended.set()
+
+    async def getnameinfo(self, sockaddr: Any, flags: int) -> tuple[str, str]:
+        """As :func:`socket.getnameinfo`."""
+        return await trio.to_thread.run_sync(
+            socket.getnameinfo, sockaddr, flags, abandon_on_cancel=True
+        )

@@ -1,13 +1,19 @@
 """Scans: the same rows wherever they are computed, files, pictures."""
 
+import contextlib
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
+from waiting import until
 
 from hybridkex.cli import main
 from hybridkex.cli.actions.qkd_scan import dask_executor
@@ -176,3 +182,40 @@ def test_the_pictures_of_the_documentation_come_from_scans(name: str) -> None:
         point = {name: row[name] for name in ("preset", "distance_km", "block_bits")}
         again = evaluate(point)
         assert again["rate"] == pytest.approx(row["rate"], rel=0.01)
+
+
+def processes_of(leader: int) -> list[int]:
+    """The processes of a session, but for its leader."""
+    found = []
+    for place in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            number = int(place.name)
+            if os.getsid(number) == leader != number:
+                found.append(number)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["worker", signal.SIGTERM, signal.SIGINT])
+def test_a_scan_on_many_processes_that_is_killed(tmp_path: Path, fault: Any) -> None:
+    """One line if a worker is killed, as the system does for want of memory; and no worker, and no
+    half file, outlives the command, whatever ends it."""
+    command = [sys.executable, "-m", "hybridkex", "qkd", "scan", "--jobs", "2", "--blocks", "9"]
+    command += ["--vary", "distance_km=0:99:1", "-o", str(tmp_path / "rows.csv")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as running:
+        until(lambda: len(processes_of(running.pid)) >= 3)  # a tracker of resources and two workers
+        time.sleep(0.5)
+        if fault == "worker":
+            os.kill(max(processes_of(running.pid)), signal.SIGKILL)
+        else:
+            # A terminal sends Ctrl-C to all of them.
+            send = os.killpg if fault == signal.SIGINT else os.kill
+            send(running.pid, fault)
+        _, said = running.communicate(timeout=60)
+        assert running.returncode != 0
+        until(lambda: not processes_of(running.pid))
+    assert b"Traceback" not in said
+    if fault == "worker":
+        assert said.startswith(b"hybridkex: something ended a process of the scan")
+        assert len(said.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

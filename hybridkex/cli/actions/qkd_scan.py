@@ -2,18 +2,22 @@
 
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from multiprocessing.resource_tracker import ensure_running
 from typing import Any, Final
 
 from rich.console import Console
 from rich.progress import Progress
 
+from hybridkex.cli.guarded import guarded_processes
 from hybridkex.cli.qkd_scan import PlotOptions, ScanOptions
-from hybridkex.errors import ConfigError
+from hybridkex.errors import ConfigError, LocalStateError
 from hybridkex.link.scan import SUFFIXES, grid, read_scan, scan, write_scan
 from hybridkex.machine import write_error
 
@@ -79,8 +83,27 @@ def _executor(options: ScanOptions) -> Iterator[Executor | None]:
         yield None
     else:
         count = options.jobs or os.cpu_count() or 1
-        with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-            yield pool
+        ensure_running()  # before the guard, which would end it: it ends with its last user
+        with (
+            guarded_processes(),
+            ProcessPoolExecutor(
+                count,
+                mp_context=get_context("spawn"),
+                initializer=signal.signal,
+                initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is for this process to handle
+            ) as pool,
+        ):
+            try:
+                yield pool
+            except BrokenProcessPool:
+                raise LocalStateError(
+                    "something ended a process of the scan, perhaps the system for want of memory "
+                    "(see dmesg); nothing is written. Try again with fewer --jobs"
+                ) from None
+            except BaseException:
+                for worker in active_children():
+                    worker.kill()  # otherwise the pool waits until it has finished its point
+                raise
 
 
 @contextmanager

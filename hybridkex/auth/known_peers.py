@@ -128,7 +128,7 @@ class KnownPeers:
     def _add(self, name: str, spki: bytes) -> None:
         if (name, spki) in _read(self.path):
             return
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        text = _text(self.path)
         if text and not text.endswith("\n"):
             text += "\n"
         _replace(self.path, f"{text}{name} {base64.b64encode(spki).decode('ascii')}\n")
@@ -176,13 +176,16 @@ class _Snapshot:
     entries: _Entries | ConfigError
 
 
-def _read(path: Path) -> _Entries:
+def _text(path: Path) -> str:
     try:
-        text = read_file(path, missing=b"").decode()
+        return read_file(path, missing=b"").decode()
     except UnicodeDecodeError:
         raise ConfigError(f"cannot read {path}: it is not text") from None
+
+
+def _read(path: Path) -> _Entries:
     entries = []
-    for number, raw in enumerate(text.split("\n"), start=1):
+    for number, raw in enumerate(_text(path).split("\n"), start=1):
         line = _COMMENT.sub("", raw).strip(" \t\r")
         if not line:
             continue

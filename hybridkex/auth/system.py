@@ -11,6 +11,7 @@ from cryptography import x509
 
 from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem, pem_certificates
 from hybridkex.errors import ConfigError
+from hybridkex.files import read_file
 
 __all__ = ["system_roots"]
 
@@ -62,8 +63,8 @@ def _load(places: Iterable[Path]) -> list[x509.Certificate]:
     for place in places:
         for file in sorted(place.iterdir()) if place.is_dir() else [place]:
             try:
-                blocks.update(dict.fromkeys(pem_certificates(file.read_bytes())))
-            except OSError:
+                blocks.update(dict.fromkeys(pem_certificates(read_file(file))))
+            except ConfigError:
                 continue
     found = []
     for block in blocks:

@@ -37,7 +37,7 @@ import trio
 from numpy.typing import NDArray
 
 from hybridkex.errors import ConfigError, LinkError
-from hybridkex.files import write_file
+from hybridkex.files import read_file, write_file
 from hybridkex.json_text import load_json
 from hybridkex.link.authentication import Signatures
 from hybridkex.link.finite_key import Security
@@ -310,13 +310,18 @@ def read_measured(path: Path) -> tuple[Measured, Preset]:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def _content(path: Path) -> io.BytesIO:
+    return io.BytesIO(read_file(path, limit=16 * MOST_ROWS, pipe=False))
+
+
 def _read_npz(path: Path) -> dict[str, Any]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        content = _content(path)
+        with zipfile.ZipFile(content) as archive:
             size = sum(one.file_size for one in archive.infolist())
         if size > 16 * MOST_ROWS:
             raise ConfigError(f"{path}: too large: {size} bytes when unpacked")
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(content, allow_pickle=False) as arrays:
             found: dict[str, Any] = {name: arrays[name] for name in arrays.files}
     except (zipfile.BadZipFile, ValueError, KeyError, EOFError, NotImplementedError) as error:
         if isinstance(error, ConfigError):
@@ -330,7 +335,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
 def _read_parquet(path: Path) -> dict[str, Any]:
     error_type, parquet, _ = _pyarrow(path)
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(_content(path)) as file:
             rows = file.metadata.num_rows
             if rows > MOST_ROWS:
                 raise ConfigError(f"{path}: too large: {rows} rows")

@@ -23,7 +23,7 @@ from typing import Any, Final
 import trio
 
 from hybridkex.errors import BlockAborted, ConfigError
-from hybridkex.files import PUBLIC, write_file
+from hybridkex.files import PUBLIC, read_file, write_file
 from hybridkex.json_text import load_json
 from hybridkex.link.eavesdroppers import eavesdropper
 from hybridkex.link.entropy import binary_entropy
@@ -63,6 +63,8 @@ COLUMNS: Final = (
 secret bits, QBER, phase error bound, leak and seconds of a block; blocks made and aborted, 0 unless
 blocks were simulated."""
 MOST_POINTS: Final = 1_000_000
+MOST_BYTES: Final = 1 << 30
+"""Of a file of rows: a million points have about 300 MB."""
 SUFFIXES: Final = (".csv", ".parquet", ".json")
 
 
@@ -263,18 +265,18 @@ def write_scan(path: Path, rows: Iterable[Row]) -> None:
 
 def read_scan(path: Path) -> list[Row]:
     """The rows of a file that :func:`write_scan` made. Raises ``ConfigError``."""
+    parquet = None if path.suffix in (".json", ".csv") else _pyarrow(path)[0]
+    content = read_file(path, limit=MOST_BYTES, pipe=False)
     try:
-        if path.suffix == ".json":
-            rows = load_json(path.read_text())
-        elif path.suffix == ".csv":
-            with path.open(newline="") as file:
-                rows = [
-                    {name: _number(value) for name, value in row.items()}
-                    for row in csv.DictReader(file)
-                ]
+        if parquet is not None:
+            rows = parquet.read_table(io.BytesIO(content)).to_pylist()
+        elif path.suffix == ".json":
+            rows = load_json(content.decode())
         else:
-            parquet, _ = _pyarrow(path)
-            rows = parquet.read_table(path).to_pylist()
+            rows = [
+                {name: _number(value) for name, value in row.items()}
+                for row in csv.DictReader(io.StringIO(content.decode(), newline=""))
+            ]
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, csv.Error) as error:

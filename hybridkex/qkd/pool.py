@@ -133,6 +133,10 @@ class FilePool:
             slaves=[self.local_sae],
         )
 
+    async def never_collected(self, key_ids: Sequence[str]) -> list[str]:
+        """Those of these IDs of the peer's keys that were never put into the pool."""
+        return await self._store.never_here(self._names.peer_kme, list(dict.fromkeys(key_ids)))
+
     async def get_key(self) -> QkdKey:
         """Get a fresh key; see :class:`~hybridkex.qkd.source.KeySource`."""
         link = self._names.peer_kme

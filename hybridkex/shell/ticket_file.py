@@ -10,7 +10,7 @@ from typing import Any
 
 from hybridkex.crypto.suites import ALL_SUITES
 from hybridkex.errors import ConfigError
-from hybridkex.files import write_file
+from hybridkex.files import read_file, write_file
 from hybridkex.json_text import load_json
 from hybridkex.machine import write_error
 from hybridkex.secret import Secret
@@ -67,11 +67,9 @@ class FileTicketStore:
 
     def _load(self) -> dict[str, list[Any]]:
         try:
-            tickets = load_json(self._path.read_text())
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            raise ConfigError(f"cannot read {self._path}: {error.strerror}") from None
+            tickets = load_json(read_file(self._path, missing=b"{}").decode())
+        except ConfigError:
+            raise
         except ValueError:
             tickets = None
         if not isinstance(tickets, dict) or not all(

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,12 +97,27 @@ async def test_dev_up_status_and_export_pool(
                 )  # fmt: skip
                 assert done.returncode == 0, done.stderr
                 assert json.loads(done.stdout)["keys"] == 130
-        twice = kme(
-            "export-pool", *bob, "--key-pool", tmp_path / "bob.pool", "--pool-key",
-            tmp_path / "bob.key", "--ids", tmp_path / "a.ids", "--role", "slave",
-        )  # fmt: skip
+        collect = ("export-pool", *bob, "--pool-key", tmp_path / "bob.key", "--role", "slave")
+        again = kme(*collect, "--ids", tmp_path / "a.ids", "--key-pool", tmp_path / "bob.pool")
+        assert again.returncode == 0, "the keys are there, and are not asked for again"
+        twice = kme(*collect, "--ids", tmp_path / "a.ids", "--key-pool", tmp_path / "other.pool")
         assert twice.returncode == 1
+        assert "130 of 130 keys are not in the pool" in twice.stderr
         assert "not found on KME" in twice.stderr
+
+        # What was interrupted goes on: without the keys that are there, or are nowhere any more.
+        ids = json.loads((tmp_path / "a.ids").read_text())
+        more = kme(
+            "export-pool", *alice, "--key-pool", tmp_path / "alice.pool", "--pool-key",
+            tmp_path / "alice.key", "--ids", tmp_path / "more.ids", "--number", "200",
+        )  # fmt: skip
+        assert more.returncode == 0, more.stderr
+        new = json.loads((tmp_path / "more.ids").read_text())
+        mixed = [*ids[:3], *new[:90], str(uuid.uuid4()), *new[90:]]
+        (tmp_path / "mixed.ids").write_text(json.dumps(mixed))
+        rest = kme(*collect, "--ids", tmp_path / "mixed.ids", "--key-pool", tmp_path / "bob.pool")
+        assert json.loads(rest.stdout)["keys"] == len(mixed) - 1, rest.stderr
+        assert "1 of 204 keys are not in the pool" in rest.stderr
 
         wrong = kme("status", *access(folder, where["kme-a"], "alice", "nobody"))
         assert wrong.returncode == 1
@@ -115,16 +131,16 @@ async def test_dev_up_status_and_export_pool(
             for _ in range(20):
                 key = await master.get_key()
                 assert await slave.get_key_with_id(key.name) == key
-        # Each has 130 of its own and 130 of the other's, but for those.
-        assert [(await pool.status()).stored for pool in (a, b)] == [110, 110]
+        # Alice has 330 of her own and Bob 130, but for those.
+        assert [(await pool.status()).stored for pool in (a, b)] == [310, 110]
 
     refused = kme("dev-up", folder)
     assert refused.returncode == 1
     assert "exists already" in refused.stderr
-    again = hybridkex.start("kme", "serve", folder / "kme.toml")
-    until(lambda: again.said().startswith(b"kme-a listens on https://"), again)
-    again.send_signal(signal.SIGTERM)
-    assert again.wait(timeout=20) == 0
+    restarted = hybridkex.start("kme", "serve", folder / "kme.toml")
+    until(lambda: restarted.said().startswith(b"kme-a listens on https://"), restarted)
+    restarted.send_signal(signal.SIGTERM)
+    assert restarted.wait(timeout=20) == 0
 
 
 def test_dev_up_with_post_quantum_tls(tmp_path: Path, hybridkex: Forkserver, kme: Kme) -> None:

@@ -17,8 +17,13 @@ from hybridkex.cli.key_sources import kme_access
 from hybridkex.cli.kme import DevUpOptions, ExportPoolOptions, ServeOptions, StatusOptions
 from hybridkex.cli.logs import set_up_logging
 from hybridkex.cli.running import run_trio
-from hybridkex.errors import ConfigError, HybridkexError
-from hybridkex.files import PUBLIC, write_file
+from hybridkex.errors import (
+    ConfigError,
+    HybridkexError,
+    KeySourceError,
+    KeySourceUnavailable,
+)
+from hybridkex.files import PUBLIC, read_file, write_file
 from hybridkex.json_text import load_json
 from hybridkex.kme.config import load_config
 from hybridkex.kme.serve import KmeServer, Serving
@@ -152,6 +157,8 @@ def export_pool(options: ExportPoolOptions) -> int:
             "slave"
         )
 
+    refused: dict[str, KeySourceError] = {}
+
     def announce(drawn: Sequence[str]) -> None:
         write_file(options.ids, (json_line(list(drawn)) + "\n").encode("ascii"))
 
@@ -164,20 +171,25 @@ def export_pool(options: ExportPoolOptions) -> int:
                 if master:
                     await draw_into_pool(pool, client, options.number, announce=announce)
                 else:
-                    await collect_into_pool(pool, client, ids)
-        moved = options.number if master else len(ids)
+                    refused.update(await collect_into_pool(pool, client, ids))
+        moved = options.number if master else len(ids) - len(refused)
         print(json_line({"pool": str(options.key_pool), "keys": moved}))
+        if refused:
+            raise KeySourceUnavailable(
+                f"{len(refused)} of {len(ids)} keys are not in the pool: "
+                f"{next(iter(refused.values()))}. If an earlier attempt failed after the KME had "
+                "delivered them, they are lost; the peer's pool has them, and a connection with "
+                "one of them fails"
+            )
 
     run_trio(main)
     return 0
 
 
 def _read_ids(path: Path) -> list[str]:
+    content = read_file(path)
     try:
-        found = load_json(path.read_text(encoding="ascii"))
-        return [canonical_key_id(item) for item in found]
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        return [canonical_key_id(item) for item in load_json(content.decode("ascii"))]
     except (ValueError, TypeError, AttributeError):
         raise ConfigError(f"{path} is not a list of key IDs") from None
 

@@ -14,6 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from hybridkex.crypto.x509_parsing import UNREADABLE, certificate_from_der, certificates_from_pem
+from hybridkex.errors import ConfigError
+from hybridkex.files import read_file
 from hybridkex.text import printable
 
 __all__ = ["IdRule", "id_of_certificate", "problems_of_certificate"]
@@ -37,9 +39,9 @@ def problems_of_certificate(path: Path, kme_id: str, rule: IdRule) -> list[str]:
     A file that cannot be read or parsed gives none: TLS refuses it.
     """
     try:
-        [certificate, *_] = certificates_from_pem(path.read_bytes())
+        [certificate, *_] = certificates_from_pem(read_file(path))
         ends = certificate.not_valid_after_utc
-    except (OSError, *UNREADABLE):
+    except (ConfigError, *UNREADABLE):
         return []
     problems = []
     found = id_of_certificate(certificate.public_bytes(Encoding.DER), rule)

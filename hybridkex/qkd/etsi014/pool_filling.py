@@ -5,6 +5,7 @@ Each site runs this once in either role, so that both can open connections witho
 
 from collections.abc import Callable, Sequence
 
+from hybridkex.errors import KeyConsumed, KeyExpired, KeySourceError, KeyUnknown
 from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.models import DeliveredKey, KeyRequest
 from hybridkex.qkd.pool import FilePool, PoolNames
@@ -60,17 +61,40 @@ async def draw_into_pool(
         await pool.add([_key(names, item, master=True) for item in found.keys])
 
 
-async def collect_into_pool(pool: FilePool, client: KmeClient, key_ids: Sequence[str]) -> None:
+async def collect_into_pool(
+    pool: FilePool, client: KmeClient, key_ids: Sequence[str]
+) -> dict[str, KeySourceError]:
     """Collect keys that the peer drew (Get key with key IDs, clause 5.3), as the slave.
 
+    Keys that the pool has, or had, are not asked for. So a call that was interrupted can be
+    repeated, and a key that the KME no longer has does not keep the others from the pool.
+
+    Returns:
+        The keys that the KME refused for good, with its reasons.
+
     Raises:
-        KeySourceError: the KME refuses a key. Keys of earlier requests are in the pool.
+        KeySourceError: the KME or the pool failed. Keys of earlier requests are in the pool.
     """
     names = pool.names
     at_once = max(1, (await client.status(names.peer_sae)).max_key_per_request)
-    for start in range(0, len(key_ids), at_once):
-        found = await client.dec_keys(names.peer_sae, key_ids[start : start + at_once])
-        await pool.add([_key(names, item, master=False) for item in found.keys])
+    wanted = await pool.never_collected(key_ids)
+    refused: dict[str, KeySourceError] = {}
+
+    async def collect(some: Sequence[str]) -> None:
+        try:
+            found = await client.dec_keys(names.peer_sae, some)
+        except (KeyConsumed, KeyExpired, KeyUnknown) as error:
+            if len(some) == 1:
+                refused[some[0]] = error
+                return
+            for half in (some[: len(some) // 2], some[len(some) // 2 :]):
+                await collect(half)
+        else:
+            await pool.add([_key(names, item, master=False) for item in found.keys])
+
+    for start in range(0, len(wanted), at_once):
+        await collect(wanted[start : start + at_once])
+    return refused
 
 
 def _key(names: PoolNames, item: DeliveredKey, *, master: bool) -> QkdKey:

@@ -185,7 +185,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     [
         (answer("301 Moved", b"Location: https://b.example/sae"),
          "301, a redirect to https://b.example/sae, which is not followed; configure the URL"),
-        (answer("307 Moved", b"Location: /login\x1b[2J"), "did not answer in HTTP"),
+        (answer("307 Moved", b"Location: /login\x1b[2J"), r"a redirect to /login\x1b[2J,"),
         (answer(body=bytes(50))[:-9], "ended the connection before its answer was complete"),
         (CHUNKED + b"5\r\n{", "ended the connection before its answer was complete"),
         (CHUNKED + b"2 ;a\r\n{}\r\n0\r\n\r\n", "did not answer in HTTP: illegal chunk header"),

@@ -20,8 +20,9 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from hybridkex import Secret
+from hybridkex.errors import ConfigError
 from hybridkex.files import make_private
-from hybridkex.qkd.store import read_key_file, write_key_file
+from hybridkex.qkd.store import open_locked, read_key_file, write_key_file
 
 from .protocol import ChatError, Entry
 
@@ -79,6 +80,16 @@ def _key(path: Path | None, key_file: Path | None) -> Secret:
     return read_key_file(key_file)
 
 
+def _open(path: Path) -> sqlite3.Connection:
+    """The only connection to a store: two servers would overwrite each other's seats."""
+    if path.exists():
+        make_private(path)
+    try:
+        return open_locked(path, what="store")
+    except ConfigError as error:
+        raise ChatError(str(error)) from None
+
+
 def digest(token: str) -> bytes:
     """What is kept of a token."""
     return hashlib.sha256(bytes.fromhex(token)).digest()
@@ -114,10 +125,10 @@ class Store:
         self._lock = threading.Lock()
         self._sealed = _Sealed(_key(path, key_file))
         try:
-            if path is not None:
-                make_private(path)
-            self._db = sqlite3.connect(
-                path or ":memory:", check_same_thread=False, isolation_level=None
+            self._db = (
+                sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
+                if path is None
+                else _open(path)
             )
         except (sqlite3.Error, OSError) as error:
             raise ChatError(f"cannot use {path} as the store: {error}") from None

@@ -55,6 +55,7 @@ __all__ = [
     "KeyStore",
     "Material",
     "half_of",
+    "open_locked",
     "read_key_file",
     "write_key_file",
 ]
@@ -238,7 +239,7 @@ class KeyStore:
         self._reserved: set[tuple[str, str]] = set()
         self._unscrubbed = True
         self._real = path.resolve()
-        self._db = _open_locked(path)
+        self._db = open_locked(path)
         try:
             self._prepare()
             self._files = self._found_files()
@@ -271,7 +272,7 @@ class KeyStore:
             return
         # Closing writes the removed log, which is still open, into the database.
         self._db.close()
-        self._db = _open_locked(self._path)
+        self._db = open_locked(self._path)
         self._unscrubbed = True
         self._prepare()
         self._files = self._found_files()
@@ -814,8 +815,17 @@ def _inode(path: Path) -> _Inode:
     return status.st_dev, status.st_ino
 
 
-def _open_locked(path: Path) -> sqlite3.Connection:
-    """Open the only connection to a database. A file in use is not touched."""
+def open_locked(path: Path, *, what: str = "key store") -> sqlite3.Connection:
+    """Open the only connection to an SQLite database; a new file is private. A file in use is not
+    touched, and this one is in use until the connection is closed or the process ends.
+
+    Args:
+        path: of the file.
+        what: its kind, for messages.
+
+    Raises:
+        ConfigError: it cannot be opened, or another process uses it.
+    """
     try:
         # SQLite names its log after the path: through a symbolic link it would use another log.
         real = path.resolve()
@@ -824,15 +834,15 @@ def _open_locked(path: Path) -> sqlite3.Connection:
         except FileExistsError:
             found = real.stat()
             if not stat.S_ISREG(found.st_mode):
-                raise ConfigError(f"the key store {path} is not a regular file") from None
+                raise ConfigError(f"the {what} {path} is not a regular file") from None
             if found.st_nlink > 1:
                 raise ConfigError(
-                    f"the key store {path} has several names (hard links), and its log would not "
+                    f"the {what} {path} has several names (hard links), and its log would not "
                     "be found under another one; remove the other names"
                 ) from None
         db = sqlite3.connect(real, isolation_level=None, check_same_thread=False, timeout=0)
     except (OSError, sqlite3.Error) as error:
-        raise ConfigError(f"cannot open the key store {path}: {_reason(error)}") from error
+        raise ConfigError(f"cannot open the {what} {path}: {_reason(error)}") from error
     try:
         # The lock is taken here and kept; with it, SQLite needs no shared memory.
         db.execute("PRAGMA locking_mode=EXCLUSIVE")
@@ -842,10 +852,10 @@ def _open_locked(path: Path) -> sqlite3.Connection:
         db.close()
         if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise ConfigError(
-                f"the key store {path} is in use by another process, and only one may use it: end "
+                f"the {what} {path} is in use by another process, and only one may use it: end "
                 "that process, or give this one a store of its own"
             ) from None
-        raise ConfigError(f"cannot use the key store {path}: {_reason(error)}") from error
+        raise ConfigError(f"cannot use the {what} {path}: {_reason(error)}") from error
     return db
 
 

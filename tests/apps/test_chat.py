@@ -829,6 +829,21 @@ def test_what_was_said_is_encrypted_in_the_file(tmp_path: Path) -> None:
         Store(path, other)
 
 
+def test_a_store_has_one_server(tmp_path: Path) -> None:
+    """A second one is refused, by any name; the next one may use it when the first has ended."""
+    path, other = tmp_path / "log.sqlite", tmp_path / "other"
+    first = Store(path)
+    other.symlink_to(path)
+    for name in (path, other):
+        with pytest.raises(ChatError, match="is in use by another process"):
+            Store(name, tmp_path / "log.sqlite.key")
+    first.apply([Change("enter", Seat("alice", bytes(32), "", 0, "lobby"))])
+    first.close()
+    next_one = Store(path)
+    assert next_one.head() == 1
+    next_one.close()
+
+
 def test_a_store_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "log.sqlite"
     with sqlite3.connect(path) as db:

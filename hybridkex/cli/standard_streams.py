@@ -16,7 +16,12 @@ from typing import Any, Final
 
 from hybridkex.text import PrintableOutput
 
-__all__ = ["StandardOutput", "discard_standard_output", "unfailing_standard_error"]
+__all__ = [
+    "StandardOutput",
+    "discard_standard_output",
+    "takes_output",
+    "unfailing_standard_error",
+]
 
 PATIENCE: Final = 1.0
 """Seconds to wait for a reader that is slow; while it stays so, nothing more is waited for."""
@@ -54,9 +59,15 @@ class _Lossy(io.FileIO):
         return 0
 
     def _is_ready(self) -> bool:
-        poll = select.poll()
-        poll.register(self, select.POLLOUT)
-        return bool(poll.poll(0 if self._lost else PATIENCE * 1000))
+        return takes_output(self.fileno(), 0.0 if self._lost else PATIENCE)
+
+
+def takes_output(descriptor: int, seconds: float) -> bool:
+    """Whether a file, a pipe, a socket or a terminal takes ``PIPE_BUF`` bytes within a time, or
+    fails, without blocking: a pipe whose reader has stopped reading does not."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return bool(poll.poll(seconds * 1000))
 
 
 class StandardOutput(PrintableOutput):

@@ -1,5 +1,6 @@
 """``wg-psk --json``: rotations go on when nobody reads the lines any more."""
 
+import fcntl
 import io
 import logging
 import os
@@ -53,6 +54,23 @@ def test_the_reader_has_gone(
     assert [record.getMessage() for record in caplog.records] == [
         "the reader of standard output has closed it: no more JSON lines; rotations continue"
     ]
+
+
+def test_the_reader_has_stopped(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it does not take is lost; rotations do not wait for it."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    with os.fdopen(reader), os.fdopen(writer, "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        with caplog.at_level(logging.WARNING, "hybridkex"):
+            for _ in range(100):
+                _report(options(), "rotated")
+        assert "cannot write a JSON line: the reader of standard output does not" in caplog.text
+        os.read(reader, 1 << 16)
+        _report(options(), "stopped")
+        assert os.read(reader, 1 << 16).count(b'"stopped"') == 1
 
 
 def test_the_disk_is_full_for_a_while(

@@ -1,7 +1,9 @@
 """``hybridkex wg-psk``: rotates the pre-shared key of a WireGuard tunnel."""
 
+import errno
 import shlex
 import signal
+import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final
@@ -15,7 +17,7 @@ from hybridkex.auth import Pins, RawIdentity
 from hybridkex.cli.key_sources import key_sources
 from hybridkex.cli.logs import set_up_logging
 from hybridkex.cli.running import run_trio
-from hybridkex.cli.standard_streams import discard_standard_output
+from hybridkex.cli.standard_streams import discard_standard_output, takes_output
 from hybridkex.cli.tcp import NO_TCP, cannot_connect, cannot_listen
 from hybridkex.cli.wg_psk import DEFAULT_PORT, WgPskOptions
 from hybridkex.combiner import (
@@ -208,6 +210,8 @@ def _report(options: WgPskOptions, event: str, **details: object) -> None:
         return
     line = {"event": event, "interface": options.interface, "peer": options.peer, **details}
     try:
+        if not takes_output(sys.stdout.fileno(), 0.0):
+            raise BlockingIOError(errno.EAGAIN, "the reader of standard output does not read")
         print(json_line(line), flush=True)
     except BrokenPipeError:
         # Rotations go on without a reader of the output.

@@ -17,6 +17,7 @@ from hybridkex import HybridkexError, SecureStream, ServerConfig, Session, serve
 from hybridkex.apps import no_connection, parse_tcp_address, watch_peer
 from hybridkex.cli.channel import client_config, server_config
 from hybridkex.cli.options import add_channel_options, channel_options
+from hybridkex.cli.values import number, whole_number
 
 from .client import Client
 from .hub import Hub
@@ -81,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--server-name", metavar="NAME", help="the name in the certificate")
     for one in (server, pair):
         one.add_argument(
-            "--port", type=int, default=_PORT, help=f"0 picks a free one (default: {_PORT})"
+            "--port",
+            type=whole_number,
+            default=_PORT,
+            help=f"0 picks a free one (default: {_PORT})",
         )
         one.add_argument(
             "--store",
@@ -97,15 +101,17 @@ def _parser() -> argparse.ArgumentParser:
         )
     server.add_argument(
         "--queue",
-        type=int,
+        type=whole_number,
         default=1000,
         metavar="N",
         help="messages that may wait for one client (default: 1000)",
     )
-    server.add_argument("--most", type=int, default=1000, metavar="N", help="seats (default: 1000)")
+    server.add_argument(
+        "--most", type=whole_number, default=1000, metavar="N", help="seats (default: 1000)"
+    )
     server.add_argument(
         "--away",
-        type=float,
+        type=number,
         default=3600.0,
         metavar="SECONDS",
         help="until the seat of a lost client is free (default: 3600)",

@@ -61,6 +61,16 @@ async def server_config(options: ChannelOptions, **more: Any) -> AsyncIterator[S
                 "a server that has only a PSK cannot ask for it (RFC 9846 section 4.4.2): add a "
                 "server certificate with --cert and --key, so that both are used (RFC 9973)"
             )
+        if ours is None and not shared.get("psks") and shared["psk_source"] is None:
+            raise ConfigError(
+                "a server must authenticate itself: give --cert and --key ('hybridkex dev-ca' "
+                "makes both for tests), --psk, or a source of QKD keys (--kme, --key-pool)"
+            )
+        if decides is None and more.get("require_client_certificate"):
+            raise ConfigError(
+                "--require-client-cert needs to know whom to trust: add --ca, --pin or "
+                "--known-peers"
+            )
         yield ServerConfig(
             identities=(ours,) if ours is not None else (),
             client_verifier=decides,
@@ -93,17 +103,22 @@ def _channel_arguments(options: ChannelOptions) -> dict[str, Any]:
         arguments["alpn"] = tuple(options.alpn)
     if options.psk is not None:
         arguments["psks"] = (_psk(options.psk, options),)
-    elif options.psk_import is not None:
-        raise ConfigError("--psk-import requires --psk")
+    elif options.psk_import is not None or options.psk_hash is not None:
+        about = "--psk-hash" if options.psk_import is None else "--psk-import"
+        raise ConfigError(f"{about} requires --psk")
     qkd = qkd_requirement(options.qkd)
     if qkd is not Requirement.OFF and options.psk is not None:
         raise ConfigError("--psk and QKD keys exclude each other: one PSK goes into a handshake")
     psk = Requirement.REQUIRE if options.psk is not None else qkd
     fresh_keys = Requirement.OFF
     if options.fresh_keys is not None:
-        fresh_keys = Requirement(options.fresh_keys_policy)
+        fresh_keys = Requirement(options.fresh_keys_policy or Requirement.REQUIRE.value)
         if options.fresh_keys:
             arguments["fresh_keys"] = FreshKeys(every=options.fresh_keys)
+    elif options.fresh_keys_policy is not None:
+        raise ConfigError(
+            "--fresh-keys-policy requires --fresh-keys: a time, or peer to leave it to the peer"
+        )
     arguments["policy"] = Policy(post_quantum=post_quantum, psk=psk, fresh_keys=fresh_keys)
     return arguments
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from hybridkex.cli.arguments import Action
 from hybridkex.cli.help_text import describe
 from hybridkex.cli.options import ChannelOptions, add_channel_options
-from hybridkex.cli.values import file_path
+from hybridkex.cli.values import file_path, whole_number
 
 __all__ = ["ConnectOptions", "configure"]
 
@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "older with --groups x25519).",
     )
     parser.add_argument("host", metavar="HOST", help="the server's name or IP address")
-    parser.add_argument("port", metavar="PORT", type=int, help="the server's TCP port")
+    parser.add_argument("port", metavar="PORT", type=whole_number, help="the server's TCP port")
     parser.add_argument(
         "--server-name", metavar="NAME", help="the name in the server's certificate, if not HOST"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hybridkex.cli.arguments import Action
 from hybridkex.cli.help_text import describe
-from hybridkex.cli.values import folder_path
+from hybridkex.cli.values import folder_path, number
 
 __all__ = ["DemoOptions", "configure"]
 
@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--distance",
-        type=float,
+        type=number,
         default=25.0,
         metavar="KM",
         help="length of the QKD link's fibre (default: %(default)g)",

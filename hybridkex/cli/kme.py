@@ -12,7 +12,7 @@ from hybridkex.cli.choices import KME_TLS_KINDS, PRODUCERS
 from hybridkex.cli.help_text import describe
 from hybridkex.cli.logs import add_log_options
 from hybridkex.cli.qkd_options import KmeOptions, add_kme_options
-from hybridkex.cli.values import file_path, folder_path
+from hybridkex.cli.values import file_path, folder_path, number, whole_number
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import TcpAddress, parse_tcp_address
 
@@ -135,7 +135,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="key IDs: the master writes them, the slave reads them",
     )
     pool.add_argument(
-        "--number", type=int, default=100, metavar="N", help="keys to draw (default 100)"
+        "--number", type=whole_number, default=100, metavar="N", help="keys to draw (default: 100)"
     )
     pool.add_argument(
         "--role",
@@ -156,7 +156,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         status="0 after SIGTERM or SIGINT, 1 when it cannot start",
         notes="For tests and first steps: both sites' keys are on one machine. See docs/kme.md.",
     )
-    dev_up.add_argument("folder", type=folder_path, metavar="DIR", help="a new or empty folder")
+    dev_up.add_argument(
+        "folder", type=folder_path, metavar="DIR", help="the folder to write to; created if missing"
+    )
     dev_up.add_argument(
         "--ports",
         default="8443,8444",
@@ -176,7 +178,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="what makes the keys: random numbers or a simulated QKD link (default: %(default)s)",
     )
     dev_up.add_argument(
-        "--distance", type=float, metavar="KM", help="length of the QKD link's fibre (default 50)"
+        "--distance", type=number, metavar="KM", help="length of the QKD link's fibre (default: 50)"
     )
     dev_up.add_argument(
         "--metrics",

@@ -8,7 +8,7 @@ from hybridkex.cli.arguments import Action
 from hybridkex.cli.help_text import describe
 from hybridkex.cli.logs import add_log_options
 from hybridkex.cli.options import ChannelOptions, add_channel_options
-from hybridkex.cli.values import file_path
+from hybridkex.cli.values import file_path, whole_number
 
 __all__ = ["ListenOptions", "configure"]
 
@@ -41,7 +41,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         status="0 after a clean close (with --once: of the one connection), 1 otherwise",
         notes="A failed handshake ends the command only with --once.",
     )
-    parser.add_argument("port", metavar="PORT", type=int, help="the TCP port; 0 picks a free one")
+    parser.add_argument(
+        "port", metavar="PORT", type=whole_number, help="the TCP port; 0 picks a free one"
+    )
     parser.add_argument(
         "--require-client-cert", action="store_true", help="refuse clients without a certificate"
     )

@@ -26,7 +26,7 @@ class ChannelOptions:
     cert: Path | None
     key: Path | None
     psk: str | None
-    psk_hash: str
+    psk_hash: str | None
     psk_import: str | None
     groups: list[str] | None
     suites: list[str] | None
@@ -35,7 +35,7 @@ class ChannelOptions:
     keylog: Path | None
     bind: str | None
     fresh_keys: float | None
-    fresh_keys_policy: str
+    fresh_keys_policy: str | None
     qkd: QkdOptions
 
 
@@ -88,8 +88,7 @@ def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = N
     psk.add_argument(
         "--psk-hash",
         choices=("sha256", "sha384"),
-        default="sha256",
-        help="the PSK's hash, which limits the cipher suites (default: %(default)s)",
+        help="the PSK's hash, which limits the cipher suites (default: sha256)",
     )
     psk.add_argument(
         "--psk-import",
@@ -133,7 +132,6 @@ def add_channel_options(parser: argparse.ArgumentParser, *, alpn: str | None = N
     fresh.add_argument(
         "--fresh-keys-policy",
         choices=("require", "prefer"),
-        default="require",
         help="refuse a peer that cannot do this (require, the default), or use what TLS 1.3 has "
         "instead (prefer)",
     )

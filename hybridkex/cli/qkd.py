@@ -10,6 +10,7 @@ from hybridkex.cli import qkd_data, qkd_scan
 from hybridkex.cli.arguments import Action
 from hybridkex.cli.choices import FINITE_KEY, LEAKS, LINK_BOOTSTRAPS, LINK_PRESETS
 from hybridkex.cli.help_text import describe
+from hybridkex.cli.values import number, whole_number
 
 __all__ = ["RunOptions", "configure"]
 
@@ -67,7 +68,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         notes="See docs/qkd-link.md.",
     )
     run_.add_argument(
-        "--distance", type=float, default=50.0, metavar="KM", help="of fibre (default: %(default)g)"
+        "--distance",
+        type=number,
+        default=50.0,
+        metavar="KM",
+        help="length of the fibre (default: %(default)g)",
     )
     run_.add_argument(
         "--preset",
@@ -81,39 +86,43 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="use the preset's own intensities, not the best ones for the distance",
     )
     run_.add_argument(
-        "--blocks", type=int, default=3, metavar="N", help="how many (default: %(default)s)"
+        "--blocks",
+        type=whole_number,
+        default=3,
+        metavar="N",
+        help="number of blocks to make (default: %(default)s)",
     )
     run_.add_argument(
         "--block-bits",
-        type=int,
+        type=whole_number,
         default=1_000_000,
         metavar="N",
-        help="sifted bits in each (default: %(default)s)",
+        help="sifted bits in each block (default: %(default)s)",
     )
     run_.add_argument(
         "--key-bits",
-        type=int,
+        type=whole_number,
         default=256,
         metavar="N",
-        help="length of a key (default: %(default)s)",
+        help="bits in each key (default: %(default)s)",
     )
     run_.add_argument(
         "--eve",
         metavar="WHAT",
-        help="an eavesdropper: intercept:SHARE, split:SHARE, pns, mitm, or tamper:BYTE of what "
-        "Alice hears",
+        help="an eavesdropper: intercept:SHARE or split:SHARE of the light, pns (photon-number "
+        "splitting), mitm, or tamper:BYTE, which flips a bit of what Alice receives",
     )
     run_.add_argument(
         "--bootstrap",
         default="psk",
         choices=LINK_BOOTSTRAPS,
-        help="of the authentication (default: %(default)s)",
+        help="what authenticates the first block (default: %(default)s)",
     )
     run_.add_argument(
         "--finite-key",
         default=FINITE_KEY[0],
         choices=FINITE_KEY,
-        help="kind of bound (default: %(default)s)",
+        help="the finite-key bound to use (default: %(default)s)",
     )
     run_.add_argument(
         "--leak",
@@ -123,15 +132,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     run_.add_argument(
         "--satellite",
-        type=float,
+        type=number,
         metavar="DEG",
-        help="a pass of a satellite up to this elevation, in place of a fibre",
+        help="simulate a satellite pass up to this elevation instead of a fibre",
     )
     run_.add_argument(
         "--real-time", action="store_true", help="run at the speed of the laser's clock"
     )
     run_.add_argument(
-        "--seed", type=int, metavar="N", help="repeat a run exactly; its keys are worth nothing"
+        "--seed",
+        type=whole_number,
+        metavar="N",
+        help="make the run repeatable; its keys are then predictable",
     )
     run_.add_argument("--json", action="store_true", help="one JSON line for each block")
     run_.set_defaults(action=Action("qkd", RunOptions, extra="link"))

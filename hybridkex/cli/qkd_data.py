@@ -7,7 +7,7 @@ from typing import Any
 from hybridkex.cli.arguments import Action
 from hybridkex.cli.choices import DECOY_CHECKS, FINITE_KEY, LEAKS, LINK_PRESETS
 from hybridkex.cli.help_text import describe
-from hybridkex.cli.values import file_path, folder_path
+from hybridkex.cli.values import file_path, folder_path, number, whole_number
 
 __all__ = ["DistilOptions", "RecordOptions", "configure"]
 
@@ -58,17 +58,25 @@ def configure(commands: Any) -> None:
         help=f"one of {', '.join(LINK_PRESETS)} (default: %(default)s)",
     )
     record.add_argument(
-        "--distance", type=float, default=50.0, metavar="KM", help="of fibre (default: %(default)g)"
+        "--distance",
+        type=number,
+        default=50.0,
+        metavar="KM",
+        help="length of the fibre (default: %(default)g)",
     )
     record.add_argument(
-        "--detections", type=int, default=1_000_000, metavar="N", help="default: %(default)s"
+        "--detections",
+        type=whole_number,
+        default=1_000_000,
+        metavar="N",
+        help="detections to simulate (default: %(default)s)",
     )
     record.add_argument(
         "--as-published",
         action="store_true",
         help="use the preset's own intensities, not the best ones for the distance",
     )
-    record.add_argument("--seed", type=int, metavar="N", help="repeat a run exactly")
+    record.add_argument("--seed", type=whole_number, metavar="N", help="make the run repeatable")
     record.add_argument("--parquet", action="store_true", help="write Parquet (needs pyarrow)")
     record.add_argument(
         "-o",
@@ -76,7 +84,7 @@ def configure(commands: Any) -> None:
         required=True,
         type=folder_path,
         metavar="FOLDER",
-        help="for alice and bob",
+        help="the folder for the files of Alice and Bob",
     )
     record.set_defaults(action=_action(RecordOptions, "record"))
 
@@ -95,29 +103,47 @@ def configure(commands: Any) -> None:
         notes="See docs/qkd-link.md for the file format.",
     )
     command.add_argument(
-        "files", nargs="+", type=file_path, metavar="FILE", help=".npz or .parquet"
+        "files",
+        nargs="+",
+        type=file_path,
+        metavar="FILE",
+        help="detections of one party, or of both: .npz or .parquet",
     )
     where = command.add_mutually_exclusive_group()
-    where.add_argument("--listen", metavar="HOST:PORT", help="wait for the other end here")
-    where.add_argument("--connect", metavar="HOST:PORT", help="reach the other end there")
+    where.add_argument(
+        "--listen", metavar="HOST:PORT", help="with one FILE: wait for the other end here"
+    )
+    where.add_argument(
+        "--connect", metavar="HOST:PORT", help="with one FILE: connect to the other end there"
+    )
     command.add_argument("--key", type=file_path, metavar="FILE", help="our private key, PEM")
     command.add_argument(
         "--peer", type=file_path, metavar="FILE", help="the other end's certificate"
     )
     command.add_argument(
-        "--keys", type=file_path, metavar="FILE", help="write keys: ID and hex, a line each"
+        "--keys",
+        type=file_path,
+        metavar="FILE",
+        help="write the keys to FILE, one line each: ID and hex",
     )
     command.add_argument(
-        "--key-bits", type=int, default=256, metavar="N", help="of a key (default: %(default)s)"
+        "--key-bits",
+        type=whole_number,
+        default=256,
+        metavar="N",
+        help="bits in each key (default: %(default)s)",
     )
     command.add_argument(
         "--decoy-check",
         choices=DECOY_CHECKS,
         default="shares",
-        help="compare with the file's channel (default: %(default)s)",
+        help="what to compare with the channel in the file (default: %(default)s)",
     )
     command.add_argument(
-        "--finite-key", choices=FINITE_KEY, default=FINITE_KEY[0], help="default: %(default)s"
+        "--finite-key",
+        choices=FINITE_KEY,
+        default=FINITE_KEY[0],
+        help="the finite-key bound to use (default: %(default)s)",
     )
     command.add_argument(
         "--leak",

@@ -26,8 +26,8 @@ class KmeOptions:
     kme_cert: Path | None
     kme_key: Path | None
     kme_id: str | None
-    kme_id_rule: str
-    kme_tls: str
+    kme_id_rule: str | None
+    kme_tls: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +60,13 @@ def add_kme_options(parser: argparse._ActionsContainer, *, required: bool) -> No
     parser.add_argument(
         "--kme-id-rule",
         choices=KME_ID_RULES,
-        default=KME_ID_RULES[0],
-        help="where in its certificate the ID is (default cn)",
+        help=f"where in its certificate the ID is (default: {KME_ID_RULES[0]})",
     )
     parser.add_argument(
         "--kme-tls",
-        default=KME_TLS_KINDS[0],
         choices=KME_TLS_KINDS,
         help="TLS to the KME: the standard library's, or our own, which is post-quantum "
-        "(default: %(default)s)",
+        f"(default: {KME_TLS_KINDS[0]})",
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 from hybridkex.cli.arguments import Action
 from hybridkex.cli.choices import SCAN_SUFFIXES
 from hybridkex.cli.help_text import describe
-from hybridkex.cli.values import file_path
+from hybridkex.cli.values import file_path, number, whole_number
 
 __all__ = ["PlotOptions", "ScanOptions", "configure"]
 
@@ -30,8 +30,8 @@ class PlotOptions:
 
     scan: Path | None
     kind: str | None
-    x: str
-    y: str
+    x: str | None
+    y: str | None
     by: list[str]
     preset: list[str] | None
     distance: float
@@ -63,23 +63,29 @@ def configure(commands: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUES",
-        help="values with commas, or FIRST:LAST:STEP; may be repeated",
+        help="a setting and its values, separated by commas or as FIRST:LAST:STEP; may be repeated",
     )
     command.add_argument(
         "--blocks",
-        type=int,
+        type=whole_number,
         default=0,
         metavar="N",
-        help="blocks to simulate at each point; 0: closed forms (default: %(default)s)",
+        help="blocks to simulate at each point; 0 computes expected values (default: %(default)s)",
     )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    command.add_argument(
+        "--seed",
+        type=whole_number,
+        default=0,
+        metavar="N",
+        help="seed of the simulation (default: %(default)s)",
+    )
     where = command.add_mutually_exclusive_group()
     where.add_argument(
         "--jobs",
-        type=int,
+        type=whole_number,
         default=1,
         metavar="N",
-        help="processes, 0 for one on each core (default: %(default)s)",
+        help="number of processes; 0 starts one for each core (default: %(default)s)",
     )
     where.add_argument("--dask", metavar="ADDRESS", help="compute on this Dask cluster")
     command.add_argument(
@@ -88,7 +94,7 @@ def configure(commands: Any) -> None:
         required=True,
         type=file_path,
         metavar="FILE",
-        help="its name ends in " + ", ".join(SCAN_SUFFIXES),
+        help="the file to write, which ends in " + ", ".join(SCAN_SUFFIXES),
     )
     command.set_defaults(action=Action("qkd_scan", ScanOptions, extra="link", function="run_scan"))
 
@@ -105,35 +111,52 @@ def configure(commands: Any) -> None:
         notes="See docs/qkd-link.md, which has the pictures.",
     )
     what = plot.add_mutually_exclusive_group(required=True)
-    what.add_argument("--scan", type=file_path, metavar="FILE", help="a file of 'qkd scan'")
+    what.add_argument(
+        "--scan", type=file_path, metavar="FILE", help="draw this file, which 'qkd scan' wrote"
+    )
     what.add_argument(
         "--kind",
         choices=KINDS,
         metavar="NAME",
-        help=f"a picture of the documentation: {', '.join(KINDS)}",
-    )
-    plot.add_argument("--x", default="distance_km", metavar="NAME", help="default: %(default)s")
-    plot.add_argument("--y", default="rate", metavar="NAME", help="default: %(default)s")
-    plot.add_argument(
-        "--by", action="append", default=[], metavar="NAME", help="a curve for each of its values"
+        help=f"draw a picture of the documentation: {', '.join(KINDS)}",
     )
     plot.add_argument(
-        "--preset", action="append", metavar="NAME", help="of a --kind; may be repeated"
+        "--x", metavar="NAME", help="with --scan: the horizontal axis (default: distance_km)"
+    )
+    plot.add_argument("--y", metavar="NAME", help="with --scan: the vertical axis (default: rate)")
+    plot.add_argument(
+        "--by",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --scan: draw one curve for each value of NAME; may be repeated",
+    )
+    plot.add_argument(
+        "--preset",
+        action="append",
+        metavar="NAME",
+        help="with --kind: a parameter set; may be repeated",
     )
     plot.add_argument(
         "--distance",
-        type=float,
+        type=number,
         default=200.0,
         metavar="KM",
-        help="that --kind qber goes to (default: %(default)g)",
+        help="with --kind qber: the greatest distance (default: %(default)g)",
     )
-    plot.add_argument("--block-bits", action="append", type=float, metavar="N", help="of a --kind")
+    plot.add_argument(
+        "--block-bits",
+        action="append",
+        type=number,
+        metavar="N",
+        help="with --kind: a block size; may be repeated",
+    )
     plot.add_argument(
         "-o",
         "--output",
         required=True,
         type=file_path,
         metavar="FILE.png|.svg",
-        help="where to; the name's end says the format",
+        help="the picture to write; its suffix selects the format",
     )
     plot.set_defaults(action=Action("qkd_scan", PlotOptions, extra="link,plot", function="plot"))

@@ -10,7 +10,7 @@ from hybridkex.cli.help_text import describe
 from hybridkex.cli.logs import add_log_options
 from hybridkex.cli.options import ChannelOptions, add_channel_options
 from hybridkex.cli.send import DEFAULT_PORT
-from hybridkex.cli.values import file_path, folder_path
+from hybridkex.cli.values import file_path, folder_path, whole_number
 
 __all__ = ["ReceiveOptions", "configure"]
 
@@ -53,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port",
         metavar="PORT",
-        type=int,
+        type=whole_number,
         default=DEFAULT_PORT,
         help="the TCP port; 0 picks a free one (default: %(default)s)",
     )
@@ -71,7 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-connections",
         metavar="N",
-        type=int,
+        type=whole_number,
         default=64,
         help="most senders at once; others are told to try again later (default: %(default)s)",
     )

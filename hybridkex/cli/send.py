@@ -8,7 +8,7 @@ from hybridkex.cli.arguments import Action
 from hybridkex.cli.choices import TRANSFER_PROTOCOL
 from hybridkex.cli.help_text import describe
 from hybridkex.cli.options import ChannelOptions, add_channel_options
-from hybridkex.cli.values import file_path
+from hybridkex.cli.values import file_path, number, whole_number
 
 __all__ = ["DEFAULT_PORT", "SendOptions", "configure"]
 
@@ -53,14 +53,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--retries",
         metavar="N",
-        type=int,
+        type=whole_number,
         default=8,
         help="give up after this many connections in a row without progress (default: 8)",
     )
     parser.add_argument(
         "--patience",
         metavar="SECONDS",
-        type=float,
+        type=number,
         default=600.0,
         help="how long the receiver may be alive without progress, plus 1 s for each 4 MB of the "
         "largest file under way (default: 600)",

@@ -11,7 +11,7 @@ from hybridkex.cli.arguments import Action
 from hybridkex.cli.help_text import describe
 from hybridkex.cli.logs import add_log_options
 from hybridkex.cli.options import ChannelOptions, add_channel_options
-from hybridkex.cli.values import address, file_path
+from hybridkex.cli.values import address, file_path, number, whole_number
 
 __all__ = [
     "ConnectOptions",
@@ -170,7 +170,7 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--grace",
-        type=float,
+        type=number,
         default=30.0,
         metavar="SECONDS",
         help="time for open connections after SIGTERM (default: %(default)g)",
@@ -185,7 +185,7 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-connections",
         metavar="N",
-        type=int,
+        type=whole_number,
         default=256,
         help="most connections at once (default: %(default)s)",
     )
@@ -196,7 +196,7 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(
             f"--{name}",
-            type=float,
+            type=number,
             default=seconds,
             metavar="SECONDS",
             help=f"{text} (default: {seconds or 'none'})",

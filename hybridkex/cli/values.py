@@ -9,7 +9,15 @@ import math
 from pathlib import Path
 from typing import Final
 
-__all__ = ["address", "comma_list", "file_path", "folder_path", "renewal"]
+__all__ = [
+    "address",
+    "comma_list",
+    "file_path",
+    "folder_path",
+    "number",
+    "renewal",
+    "whole_number",
+]
 
 _UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -29,6 +37,31 @@ def _path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("the path is empty; is a shell variable unset?")
     return Path(text)
+
+
+def whole_number(text: str) -> int:
+    """An integer in decimal digits."""
+    try:
+        return int(text)
+    except ValueError:  # a word, a fraction, or thousands of digits
+        raise argparse.ArgumentTypeError(
+            f"a whole number is needed, not {_shortened(text)}"
+        ) from None
+
+
+def number(text: str) -> float:
+    """A decimal number, such as ``2.5`` or ``1e6``."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"a number is needed, not {_shortened(text)}")
+    return value
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")
 
 
 def address(text: str) -> str:

@@ -10,7 +10,7 @@ from hybridkex.cli.choices import REKEY_AFTER
 from hybridkex.cli.help_text import describe
 from hybridkex.cli.logs import add_log_options
 from hybridkex.cli.qkd_options import QkdOptions, add_exchange_qkd_options
-from hybridkex.cli.values import file_path
+from hybridkex.cli.values import file_path, number
 from hybridkex.tls.policy import Requirement
 
 __all__ = ["DEFAULT_PORT", "WgPskOptions", "configure"]
@@ -109,15 +109,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     when = parser.add_argument_group("when")
     when.add_argument(
         "--interval",
-        type=float,
+        type=number,
         default=REKEY_AFTER,
         metavar="SECONDS",
-        help=f"time between rotations (default {REKEY_AFTER:g}, as often as WireGuard rekeys); the "
-        "connecting side decides",
+        help=f"time between rotations (default: {REKEY_AFTER:g}, as often as WireGuard rekeys); "
+        "the connecting side decides",
     )
     when.add_argument(
         "--max-age",
-        type=float,
+        type=number,
         metavar="SECONDS",
         help="age at which a key is no longer fresh (default: three intervals)",
     )

@@ -90,22 +90,41 @@ def _parameters(chosen: Preset) -> set[str]:
 
 def _chosen(point: Point) -> Preset:
     """The preset that a point asks for, before it is tuned."""
-    chosen = preset(str(point["preset"])).at(float(point["distance_km"]))
+    chosen = preset(point["preset"]).at(point["distance_km"])
     for name, value in point.items():
         if name in OWN:
             continue
         if name == "efficiency":
-            chosen = replace(chosen, efficiency=value)
+            chosen = replace(chosen, efficiency=_typed(name, value, chosen.efficiency))
             continue
         for part in ("channel", "transmitter", "security"):
             inner = getattr(chosen, part)
             if name in {one.name for one in fields(inner)}:
-                given = tuple(value) if isinstance(value, list) else value
+                given = _typed(name, value, getattr(inner, name))
                 chosen = replace(chosen, **{part: replace(inner, **{name: given})})
                 break
         else:
             raise ConfigError(f"{chosen.name} has no setting {name!r}")
     return chosen
+
+
+def _typed(name: str, value: Any, example: Any) -> Any:
+    """The value of a setting, of the type of an example. Raises ``ConfigError``."""
+    if isinstance(example, tuple):
+        parts = value if isinstance(value, list | tuple) else [value]
+        return tuple(_typed(name, part, 1.0) for part in parts)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(example, bool) or isinstance(value, bool):
+        fits, kind = type(value) is type(example), "true or false"
+    elif isinstance(example, str):
+        fits, kind = isinstance(value, str), "a word"
+    elif isinstance(example, int):
+        fits, kind = number and math.isfinite(value) and value == int(value), "a whole number"
+    else:
+        fits, kind = number and math.isfinite(value), "a number"
+    if not fits:
+        raise ConfigError(f"the setting {name} takes {kind}, not {value!r}")
+    return type(example)(value) if number else value
 
 
 def evaluate(point: Point, *, blocks: int = 0, seed: int = 0) -> Row:
@@ -116,17 +135,24 @@ def evaluate(point: Point, *, blocks: int = 0, seed: int = 0) -> Row:
     ``ConfigError`` for settings that make no sense.
     """
     whole = {**OWN, **point}
+    for name, example in OWN.items():
+        if example is not None:
+            whole[name] = _typed(name, whole[name], example)
     row: Row = {**whole, **dict.fromkeys(COLUMNS, 0)}
     chosen = _chosen(whole)
     row["loss_db"] = chosen.channel.attenuation_db_per_km * chosen.channel.distance_km
-    bits, finite_key = int(whole["block_bits"]), str(whole["finite_key"])
+    bits, finite_key = whole["block_bits"], whole["finite_key"]
+    for name, known in (("finite_key", FINITE_KEY), ("leak", LEAKS)):
+        # Before the search, which takes an error for "no key at this point".
+        if whole[name] not in known:
+            raise ConfigError(f"{name} must be one of {', '.join(known)}")
     if whole["tuned"]:
         try:
             chosen = tuned(chosen, bits, finite_key=finite_key)
         except ConfigError:
             return row
     settings = LinkSettings(
-        preset=chosen, block_bits=bits, finite_key=finite_key, leak=str(whole["leak"])
+        preset=chosen, block_bits=bits, finite_key=finite_key, leak=whole["leak"]
     )
     eve = None if whole["eve"] in (None, "", "none") else str(whole["eve"])
     row |= _simulated(settings, eve, blocks, seed) if blocks else _expected(settings, eve)

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, mldsa
 
 from hybridkex.errors import BlockAborted, ConfigError, LinkError
 from hybridkex.link.authentication import Signatures
-from hybridkex.link.eavesdroppers import eavesdropper
+from hybridkex.link.eavesdroppers import EAVESDROPPERS, eavesdropper
 from hybridkex.link.interference import TamperedStream
 from hybridkex.link.ledger import LANE_RESERVE, Ledger
 from hybridkex.link.party import Alice, Block, Bob
@@ -73,6 +73,11 @@ class SimulatedLink:
         self._tampers = self._eve.partition(":")[0] == "tamper"
         if self._tampers and not self._eve.partition(":")[2].isdecimal():
             raise ConfigError("tamper:BYTE flips a bit of that byte of what Alice hears")
+        if self._eve and self._eve.partition(":")[0] not in (*EAVESDROPPERS, "mitm", "tamper"):
+            raise ConfigError(
+                f"no eavesdropper {eve!r}: use intercept:SHARE, split:SHARE, pns, mitm or "
+                "tamper:BYTE"
+            )
         light = None
         if self._eve and self._eve != "mitm" and not self._tampers:
             light = eavesdropper(self._eve, channel, transmitter)

@@ -19,8 +19,17 @@ from hybridkex.cli import main
 from hybridkex.cli.actions.qkd_scan import dask_executor
 from hybridkex.errors import ConfigError
 from hybridkex.link.optimise import optimise
-from hybridkex.link.presets import PRESETS
-from hybridkex.link.scan import COLUMNS, evaluate, grid, read_scan, scan, write_scan
+from hybridkex.link.presets import PRESETS, preset
+from hybridkex.link.scan import (
+    COLUMNS,
+    OWN,
+    _parameters,
+    evaluate,
+    grid,
+    read_scan,
+    scan,
+    write_scan,
+)
 
 POINTS = grid({"preset": ["lim2014", "rusca2018"], "distance_km": [10, 60, 400]})
 SMALL = grid({"preset": ["rusca2018"], "distance_km": [5, 20], "block_bits": [20_000]})
@@ -219,3 +228,14 @@ def test_a_scan_on_many_processes_that_is_killed(tmp_path: Path, fault: Any) -> 
         assert said.startswith(b"hybridkex: something ended a process of the scan")
         assert len(said.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [*OWN, *sorted(_parameters(preset("lim2014")))])
+@pytest.mark.parametrize("value", ["a:b", math.inf, math.nan, True, [1, "a"], None, {}])
+def test_a_setting_of_the_wrong_type(name: str, value: Any) -> None:
+    """Refused, or a value that the setting has: never a traceback, never a rate of zero."""
+    if (name, value) in (("eve", None), ("tuned", True)):
+        assert evaluate({name: value})["rate"] > 0
+        return
+    with pytest.raises(ConfigError):
+        evaluate({name: value})

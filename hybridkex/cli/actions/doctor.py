@@ -2,7 +2,7 @@
 
 from hybridkex.cli.checks import Finding, examine, examine_kme
 from hybridkex.cli.doctor import DoctorOptions
-from hybridkex.cli.key_sources import kme_access
+from hybridkex.cli.key_sources import check_kme_options, kme_access
 from hybridkex.cli.running import run_trio
 from hybridkex.errors import ConfigError
 from hybridkex.text import json_line
@@ -13,6 +13,9 @@ __all__ = ["run"]
 def run(options: DoctorOptions) -> int:
     """Examine and report."""
     peer = options.peer_sae
+    check_kme_options(options.access)
+    if options.access.kme is None and peer is not None:
+        raise ConfigError("--peer-sae requires --kme, the URL of the KME")
     if options.access.kme is not None and peer is None:
         raise ConfigError("--kme requires --peer-sae")
     access = kme_access(options.access) if options.access.kme is not None else None

@@ -226,6 +226,11 @@ def dev_up(options: DevUpOptions) -> int:
     config: Path = options.folder / "kme.toml"
     if config.exists():
         raise ConfigError(f"{config} exists already; run: hybridkex kme serve {config}")
+    for name in (name for site in SITES for name in site):
+        if (options.folder / name).exists():
+            raise ConfigError(
+                f"{options.folder / name} exists already and is not replaced: choose a new folder"
+            )
     if options.distance is not None and options.producer != "link":
         raise ConfigError("--distance requires --producer link")
     if options.distance is not None and not 0 <= options.distance < math.inf:

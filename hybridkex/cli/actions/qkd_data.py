@@ -67,6 +67,13 @@ def record(options: RecordOptions) -> int:
 def run_distil(options: DistilOptions) -> int:
     if len(options.files) > 2:
         raise ConfigError("give the file of one party, or the files of both")
+    if len(options.files) == 2 and (
+        options.listen or options.connect or options.key or options.peer
+    ):
+        raise ConfigError(
+            "with the files of both parties, both run here: leave out --listen, --connect, --key "
+            "and --peer, or give one file"
+        )
     read = [read_measured(path) for path in options.files]
     settings = LinkSettings(
         preset=read[0][1],

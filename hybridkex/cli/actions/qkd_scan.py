@@ -132,6 +132,10 @@ def _progress(total: int) -> Iterator[Callable[[int], None] | None]:
 
 
 def plot(options: PlotOptions) -> int:
+    if options.scan is None and (options.x or options.y or options.by):
+        raise ConfigError("--x, --y and --by require --scan")
+    if options.kind is None and (options.preset or options.block_bits):
+        raise ConfigError("--preset and --block-bits require --kind")
     if options.output.suffix not in (".png", ".svg"):
         raise ConfigError("the name of the picture must end in .png or .svg")
     try:
@@ -141,7 +145,12 @@ def plot(options: PlotOptions) -> int:
             raise
         raise ConfigError("this needs matplotlib: pip install 'hybridkex[plot]'") from None
     if options.scan is not None:
-        figure, _ = plot_scan(read_scan(options.scan), x=options.x, y=options.y, by=options.by)
+        figure, _ = plot_scan(
+            read_scan(options.scan),
+            x=options.x or "distance_km",
+            y=options.y or "rate",
+            by=options.by,
+        )
     else:
         figure, _ = draw(
             options.kind or "",  # --scan or --kind is required

@@ -16,7 +16,7 @@ Both are written for the *key* basis (X in Lim, Z in Rusca) and the *test* basis
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol
 
@@ -115,10 +115,13 @@ class SecretLength:
 
 @dataclass(frozen=True)
 class Expectations:
-    """Bounds on what one vector of counts would be on average, times ``e^k / p_k``."""
+    """Bounds on what one vector of counts would be on average, times ``e^k / p_k``.
 
-    lower: tuple[float, ...]
-    upper: tuple[float, ...]
+    By the number of the intensity, and computed when asked for: no proof needs all of them.
+    """
+
+    lower: Callable[[int], float]
+    upper: Callable[[int], float]
 
 
 class Statistics(Protocol):
@@ -176,10 +179,10 @@ class Published:
         """Hoeffding's inequality: Lim et al., equations 2 to 4; Rusca et al., equation 4."""
         deviation = self._deviation(sum(counts), security)
         floor = 0.0 if self.clamp else -math.inf
-        pairs = list(zip(_scales(transmitter), counts, strict=True))
+        scales = _scales(transmitter)
         return Expectations(
-            lower=tuple(scale * max(floor, n - deviation) for scale, n in pairs),
-            upper=tuple(scale * (n + deviation) for scale, n in pairs),
+            lower=lambda k: scales[k] * max(floor, counts[k] - deviation),
+            upper=lambda k: scales[k] * (counts[k] + deviation),
         )
 
     def vacuum(self, wrong: float, detections: float, security: Security) -> float:
@@ -229,10 +232,10 @@ class Tight:
     ) -> Expectations:
         """Hoeffding 1963, theorem 1."""
         total, share = sum(counts), self._share(security)
-        pairs = list(zip(_scales(transmitter), counts, strict=True))
+        scales = _scales(transmitter)
         return Expectations(
-            lower=tuple(scale * mean_lower(n, total, share) for scale, n in pairs),
-            upper=tuple(scale * mean_upper(n, total, share) for scale, n in pairs),
+            lower=lambda k: scales[k] * mean_lower(counts[k], total, share),
+            upper=lambda k: scales[k] * mean_upper(counts[k], total, share),
         )
 
     def vacuum(self, wrong: float, detections: float, security: Security) -> float:
@@ -354,7 +357,7 @@ class _DecoyProof:
             vacuum=vacuum,
             single=single,
             single_test=single_test,
-            single_test_errors=tau_1 * (wrong.upper[brighter] - wrong.lower[dimmer]) / difference,
+            single_test_errors=tau_1 * (wrong.upper(brighter) - wrong.lower(dimmer)) / difference,
         )
 
     def _photons(
@@ -388,9 +391,9 @@ class TwoDecoys(_DecoyProof):
         tau_0 = _photon_number_probability(transmitter, 0)
         tau_1 = _photon_number_probability(transmitter, 1)
         n = self.statistics.expectations(transmitter, counts, security)
-        vacuum = max(0.0, tau_0 * (mu_2 * n.lower[2] - mu_3 * n.upper[1]) / (mu_2 - mu_3))
+        vacuum = max(0.0, tau_0 * (mu_2 * n.lower(2) - mu_3 * n.upper(1)) / (mu_2 - mu_3))
         ratio = (mu_2**2 - mu_3**2) / mu_1**2
-        inner = n.lower[1] - n.upper[2] - ratio * (n.upper[0] - vacuum / tau_0)
+        inner = n.lower(1) - n.upper(2) - ratio * (n.upper(0) - vacuum / tau_0)
         single = tau_1 * mu_1 * inner / (mu_1 * (mu_2 - mu_3) - mu_2**2 + mu_3**2)
         return vacuum, single
 
@@ -416,10 +419,11 @@ class OneDecoy(_DecoyProof):
         tau_1 = _photon_number_probability(transmitter, 1)
         n = self.statistics.expectations(transmitter, counts, security)
         wrong = self.statistics.expectations(transmitter, errors, security)
-        vacuum = max(0.0, tau_0 * (mu_1 * n.lower[1] - mu_2 * n.upper[0]) / (mu_1 - mu_2))
+        vacuum = max(0.0, tau_0 * (mu_1 * n.lower(1) - mu_2 * n.upper(0)) / (mu_1 - mu_2))
         # An empty pulse shows a wrong bit half of the time, whatever its intensity was meant to be.
-        most = self.statistics.vacuum(tau_0 * min(wrong.upper), sum(counts), security)
-        inner = n.lower[1] - (mu_2**2 * n.upper[0] + (mu_1**2 - mu_2**2) * most / tau_0) / mu_1**2
+        empty = tau_0 * min(wrong.upper(0), wrong.upper(1))
+        most = self.statistics.vacuum(empty, sum(counts), security)
+        inner = n.lower(1) - (mu_2**2 * n.upper(0) + (mu_1**2 - mu_2**2) * most / tau_0) / mu_1**2
         single = tau_1 * mu_1 * inner / (mu_2 * (mu_1 - mu_2))
         return vacuum, single
 

@@ -259,7 +259,7 @@ def rates(
             near=near,
             finite_key=finite_key,
             pairs=pairs,
-            tolerance=1e-4,
+            tolerance=3e-4,
         )
         if best is not None:
             near = best.transmitter

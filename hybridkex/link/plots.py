@@ -260,7 +260,7 @@ def _finite(
 ) -> None:
     """Rates for several block sizes; a style of line for each preset."""
     names = presets or ("lim2014", "rusca2018")
-    for number, block in enumerate(blocks or (1e4, 1e6, 1e9)):
+    for number, block in enumerate(blocks or (1e4, 1e5, 1e6, 1e7, 1e9)):
         for name, style in zip(names, STYLES * len(names), strict=False):
             axes.plot(
                 *_columns(rates(preset(name), block)),

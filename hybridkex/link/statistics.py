@@ -21,14 +21,38 @@ __all__ = ["mean_lower", "mean_upper", "trials_upper", "unseen_errors"]
 
 SAFETY = 1e-12
 """Relative room for the rounding of floating-point numbers, on the safe side."""
+CLOSE = 1e-6
+"""Newton's method ends with a step that is so short beside the gap between the observed share and
+the bound. What is left is of the order of its square, and on the safe side."""
 STEPS = 100
 TERMS = 60
 
 
+def _deviance(x: float, mean: float) -> float:
+    """``x ln(x / mean) + mean - x`` without cancellation.
+
+    C. Loader, "Fast and accurate computation of binomial probabilities" (2000), with as many terms
+    as doubles need.
+    """
+    v = (x - mean) / (x + mean)
+    if abs(v) > 0.02:
+        return (x * math.log(x / mean) if x > 0.0 else 0.0) + mean - x
+    w = v * v
+    series = 1.0 / 3.0 + w * (0.2 + w * (1.0 / 7.0 + w * (1.0 / 9.0 + w / 11.0)))
+    return v * (x - mean + 2.0 * x * w * series)
+
+
 def _divergence(x: float, p: float) -> float:
     """D(x || p) in nats, for 0 < p < 1."""
-    first = x * math.log(x / p) if x > 0.0 else 0.0
-    return first + ((1.0 - x) * math.log((1.0 - x) / (1.0 - p)) if x < 1.0 else 0.0)
+    return _deviance(x, p) + _deviance(1.0 - x, 1.0 - p)
+
+
+def _first_guess(x: float, goal: float, sign: float) -> float:
+    """Where D(x || p) reaches the goal, by its series; ``x`` itself where that would be too far."""
+    spread = math.sqrt(2.0 * x * (1.0 - x) * goal)
+    if spread > 0.3 * min(x, 1.0 - x):
+        return x
+    return x + sign * spread + 2.0 / 3.0 * (1.0 - 2.0 * x) * goal
 
 
 def mean_upper(seen: float, total: float, failure: float) -> float:
@@ -41,11 +65,14 @@ def mean_upper(seen: float, total: float, failure: float) -> float:
     # Not below the root, as D >= 2 (p - x)^2, and D >= (p - x)^2 / 2p.
     p = x + min(math.sqrt(goal / 2.0), goal + math.sqrt(goal * (goal + 2.0 * x)))
     if x > 0.5 or p >= 1.0:  # D(x || p) = D(1 - x || 1 - p)
-        return total - mean_lower(total - min(seen, total), total, failure)
+        rest = mean_lower(total - min(seen, total), total, failure)
+        return min(total, (total - rest) * (1.0 + SAFETY))
+    guess = _first_guess(x, goal, 1.0)
+    p = guess if guess > x else p
     for _ in range(STEPS):  # D is convex: Newton's method comes down to the root, never below it
         step = (_divergence(x, p) - goal) / ((p - x) / (p * (1.0 - p)))
         p -= step
-        if step <= SAFETY * p:
+        if abs(step) <= CLOSE * (p - x):
             break
     return min(total, total * p * (1.0 + SAFETY))
 
@@ -62,11 +89,14 @@ def mean_lower(seen: float, total: float, failure: float) -> float:
     t = max(t, math.log(x) - 1.0 - goal / x)  # all are at or below the root
     if t < -700.0:
         return 0.0
+    guess = _first_guess(x, goal, -1.0)
+    t = math.log(guess) if guess < x else t
     for _ in range(STEPS):  # D is convex in t = ln p, and falls: Newton's method comes up to it
         p = math.exp(t)
-        step = (_divergence(x, p) - goal) / ((x - p) / (1.0 - p)) if p < x else 0.0
+        slope = (x - p) / (1.0 - p)
+        step = (_divergence(x, p) - goal) / slope if p < x else 0.0
         t += step
-        if step <= SAFETY:
+        if abs(step) <= CLOSE * slope:
             break
     return total * math.exp(t) * (1.0 - SAFETY)
 
@@ -94,24 +124,6 @@ def _stirling_error(n: int) -> float:
     square = 1.0 / (n * n)
     series = 1.0 / 1260.0 - square * (1.0 / 1680.0 - square / 1188.0)
     return (1.0 / 12.0 - square * (1.0 / 360.0 - square * series)) / n
-
-
-def _deviance(x: float, mean: float) -> float:
-    """``x ln(x / mean) + mean - x`` without cancellation.
-
-    C. Loader, "Fast and accurate computation of binomial probabilities" (2000).
-    """
-    if abs(x - mean) < 0.1 * (x + mean):
-        v = (x - mean) / (x + mean)
-        total, term, odd = (x - mean) * v, 2.0 * x * v, 1
-        while True:
-            term *= v * v
-            odd += 2
-            more = total + term / odd
-            if more == total:
-                return total
-            total = more
-    return x * math.log(x / mean) + mean - x
 
 
 def _log_binomial(hits: int, trials: int, share: float) -> float:

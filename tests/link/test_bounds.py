@@ -5,6 +5,7 @@ The coverage tests use failure probabilities so large that a bound which fails t
 
 import functools
 import math
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 import numpy as np
@@ -54,6 +55,26 @@ def test_means_solve_their_equation() -> None:
         square = math.sqrt(goal / 2)
         assert share - square <= lower * (1 + 1e-9) <= share <= upper * (1 + 1e-9)
         assert upper <= share + square + 1e-9
+
+
+def test_rounding_of_means_is_on_the_safe_side() -> None:
+    """In 40 digits: where totals are large, doubles lose most digits of a divergence's terms."""
+    draw = np.random.default_rng(6)
+
+    def exact(x: Decimal, p: Decimal) -> Decimal:
+        return x * (x / p).ln() + (1 - x) * ((1 - x) / (1 - p)).ln()
+
+    with localcontext() as context:
+        context.prec = 40
+        for _ in range(5 * POINTS):
+            total = 10 ** draw.uniform(1, 12)
+            seen = total * float(draw.random()) ** int(draw.choice([1, 5, 20]))
+            failure = 10 ** -draw.uniform(0.1, 30)
+            share = Decimal(seen) / Decimal(total)
+            goal = -Decimal(failure).ln() / Decimal(total)
+            for bound in (mean_lower(seen, total, failure), mean_upper(seen, total, failure)):
+                if 0.0 < bound < total:
+                    assert exact(share, Decimal(bound) / Decimal(total)) >= goal
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -189,8 +210,8 @@ def test_expectations_cover(name: str) -> None:
     for row in counts:
         found = Tight().expectations(transmitter, row.tolist(), security)
         for i in range(kinds):
-            missed[0, i] += found.lower[i] > scales[i] * truth[i]
-            missed[1, i] += found.upper[i] < scales[i] * truth[i]
+            missed[0, i] += found.lower(i) > scales[i] * truth[i]
+            missed[1, i] += found.upper(i) < scales[i] * truth[i]
     assert not any(failures(int(one), blocks, 0.02) for one in missed.ravel())
 
 

@@ -1,17 +1,18 @@
-"""Authentication of the classical channel: tags on all that crosses it.
+"""Authentication of the classical channel: tags over all messages.
 
 *Wegman and Carter*: a polynomial hash of the message under a secret point, encrypted by a one-time
 pad. With Poly1305 (RFC 8439 section 2.5) this is ``poly_r(m) + s``: ``r`` is the point, ``s``, used
 once, the pad. D. J. Bernstein, "The Poly1305-AES message-authentication code", FSE 2005, theorem
-3.3: whoever knows neither forges a tag for a message of at most ``L`` bytes with a probability of
-at most ``8 ⌈L/16⌉ / 2^106``, whatever they compute. Each block takes a new ``r`` and each tag a new
-``s`` from the :class:`~hybridkex.link.ledger.Ledger`.
+3.3: without knowing either, a forger succeeds for a message of at most ``L`` bytes with a
+probability of at most ``8 ⌈L/16⌉ / 2^106``, whatever its computing power. Each block takes a new
+``r`` and each tag a new ``s`` from the :class:`~hybridkex.link.ledger.Ledger`.
 
-*Signatures* stand in until the first block has filled the ledger: they must be good only while it
-is made (M. Mosca, D. Stebila, B. Ustaoğlu, PQCrypto 2013, arXiv:1206.6150).
+*Signatures* are used until the first block has filled the ledger. They need to be unforgeable only
+while that block is made (M. Mosca, D. Stebila, B. Ustaoğlu, PQCrypto 2013, arXiv:1206.6150).
 
-Before the message a tag covers: protocol, session (both nonces, the settings), direction, number
-of the block and of the tag. So nothing can be sent back, sent again or moved.
+Besides the message, a tag covers the protocol, the session (both nonces, the settings), the
+direction, and the numbers of the block and of the tag. So no message can be reflected, replayed or
+moved.
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,23 +61,26 @@ class Authenticator(Protocol):
 
     @property
     def name(self) -> str:
-        """For reports."""
+        """How the authentication is named in reports."""
         ...
 
     def tag(self, direction: Direction, parts: Sequence[bytes]) -> bytes:
-        """For what we sent. Raises :class:`~hybridkex.errors.LedgerDry`."""
+        """The tag over what this party sent. Raises :class:`~hybridkex.errors.LedgerDry`."""
         ...
 
     def check(self, direction: Direction, parts: Sequence[bytes], tag: bytes) -> None:
-        """For what we received. Raises :class:`~hybridkex.errors.LinkAuthenticationError`."""
+        """Check the tag over what this party received.
+
+        Raises :class:`~hybridkex.errors.LinkAuthenticationError`.
+        """
         ...
 
 
 class WegmanCarter:
     """Tags with key of the ledger.
 
-    The key of a tag of ours is used up before the tag is made; that of the other party's when the
-    tag has verified, so that nobody who has not the key can use it up at this end.
+    The key of an own tag is used up before the tag is made. That of a received tag is used up only
+    after the tag has verified, so that nobody without the key can use it up.
     """
 
     name: Final = "wegman-carter"
@@ -142,7 +146,9 @@ class Signatures:
             [peer, *_] = certificates_from_pem(read_file(certificate))
             public = peer.public_key()
         except UNREADABLE as error:
-            raise ConfigError(f"{certificate} is no certificate in PEM form: {error}") from None
+            raise ConfigError(
+                f"{certificate} is not a certificate in PEM format: {error}"
+            ) from None
         try:
             return cls(own, public)
         except ConfigError as error:

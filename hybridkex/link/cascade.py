@@ -11,22 +11,23 @@ binary tree of parities, of which the lowest ``h`` levels and the roots of the b
 is an array of ``2^(room + 1)`` nodes: the bit at place ``i`` is node ``2^room + i``, and nodes
 ``2 n`` and ``2 n + 1`` are the children of node ``n``.
 
-Frames share their orders, so eight of them, a *bundle*, are worked on at once: a byte has the bit,
-or the parity, of the same place in each. The trees of all passes and bundles are one array of
-bytes, the *forest*. A *node* of one frame is eight times the index of its byte plus its *lane*, the
-number of the bit in the byte.
+Frames have the same orders, so eight of them, a *bundle*, are processed at once: each bit of a byte
+is the bit, or the parity, at the same place of one frame. The trees of all passes and bundles are
+one array of bytes, the *forest*. A *node* of one frame is eight times the index of its byte plus
+its *lane*, the number of the bit in the byte.
 
-Alice does nothing but look up parities. Bob keeps two bits for each node: ``differs``, his own
-parity until Alice's is known and from then on whether the two differ, and ``known``. A node with
-both certainly holds a wrong bit. Those below which he asks next are ``active``: in each round he
-asks for the left child of every such node, in all frames at once. Then he corrects the bits that he
-has reached, and finds above each of them, in every pass so far, the lowest node that now certainly
-holds another wrong bit, and below that the lowest one with known children. When few nodes are
-active, the next pass begins within the same round, so that rounds stay full.
+Alice only looks up parities. Bob keeps two bits for each node: ``known``, and ``differs``, which is
+Bob's own parity until Alice's is known, and from then on whether the two differ. A node with both
+set contains a wrong bit. The nodes to be searched next are ``active``: in each round Bob requests
+the parity of the left child of every active node, in all frames at once. Then Bob corrects the bits
+that were reached. Above each of them, in every pass so far, Bob finds the lowest node that now
+contains another wrong bit, and below it the lowest one with known children. When few nodes are
+active, the next pass begins in the same round, so that rounds stay full.
 
-What is disclosed is counted: one bit for each parity that Alice tells. A parity that follows from
-two others is never asked for. Bob's requests follow from Alice's parities and his own of the same
-nodes, so they disclose no more than as many bits of his (:class:`Correction`).
+What is disclosed is counted: one bit for each parity that Alice sends. A parity that follows
+from two others is never requested. Bob's requests are determined by Alice's parities and Bob's
+parities of the same nodes, so they disclose at most as many bits of Bob's key
+(:class:`Correction`).
 
 Bob's steps are in numpy (:mod:`~hybridkex.link.cascade_arrays`) or, where numba is installed,
 compiled (:mod:`~hybridkex.link.cascade_loops`). Both send the same bytes.
@@ -63,8 +64,8 @@ MAX_PASSES: Final = 16
 FIRST_BLOCK: Final = 0.73
 """Expected wrong bits in a block of the first pass, as in the first Cascade; then rounded."""
 SECOND_BLOCK: Final = 5.0
-"""The same for the second pass. Larger blocks disclose no less and take many more rounds: each
-correction then brings about another one, in a chain that hardly ends."""
+"""The same for the second pass. Larger blocks disclose as much and take many more rounds,
+because each correction leads to another one in a long chain."""
 FEW: Final = (4e-6, 0.001, 0.0015)
 """The next pass begins when the searches are fewer than this share of the bits plus this share of
 the wrong bits, and at most the last share of the wrong bits. More searches at that time make fewer
@@ -80,7 +81,7 @@ GROUP: Final = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What both sides must agree on before they begin; all of it is public."""
+    """What both sides must agree on before they begin. All of it is public."""
 
     length: int
     frame: int
@@ -170,9 +171,9 @@ class Plan:
 def _order(frame: int, room: int, number: int) -> Nodes:
     """Which bit of a frame stands at each place in one pass.
 
-    Fixed for a length: that Eve knows where parities will be taken tells her nothing that she
-    does not hear anyway, and the errors do not know it. Made from a stream cipher, so that both
-    sides have the same ones whatever version of numpy they run.
+    Fixed for each length. Eve may know the orders, because the requests disclose them anyway, and
+    errors do not depend on them. They come from a stream cipher, so that both sides have the same
+    orders with any version of numpy.
     """
     order = np.arange(1 << room, dtype=np.int64)
     if number:
@@ -227,7 +228,7 @@ class _Side:
 
 class _Alice(_Side):
     def answer(self, begins: bool, nodes: NDArray[np.uint32]) -> Bits:
-        """The parities. Raises :class:`ReconciliationError` for a request that makes no sense."""
+        """The parities. Raises :class:`ReconciliationError` for an impossible request."""
         plan = self.plan
         if begins and self.passes == len(plan.heights):
             raise ReconciliationError("a pass beyond the last was requested")
@@ -285,7 +286,7 @@ class _Bob(_Side):
                 budget,
             )
             if budget < 0:
-                raise ReconciliationError("the corrections do not come to an end")
+                raise ReconciliationError("the corrections do not end")
 
     def _wrong_roots(self) -> Nodes:
         """The roots of the pass that has begun are known; those that differ become active."""

@@ -1,7 +1,7 @@
 """One party's end of the classical channel: messages, and tags over all that was sent.
 
-Nothing that a message says is final before the tag that covers it: the parties compute with what
-they receive and give no key away until the last tag of the block.
+No message is final before its tag has verified: the parties compute with what they receive, and
+deliver no key before the last tag of the block.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ class ClassicalChannel:
         self._block = 0
         self._session = b""
         self.forgery: float = 0.0
-        """Probability that a forger succeeded in the present block, by the bound."""
+        """Bound on the probability of a forgery in the current block."""
         self.received_bytes = 0
         self.sent_bytes = 0
 
@@ -48,7 +48,7 @@ class ClassicalChannel:
 
     @property
     def authentication(self) -> str:
-        """How the present block is authenticated."""
+        """How the current block is authenticated."""
         return "none" if self._authenticator is None else self._authenticator.name
 
     async def send(self, message: Message) -> None:

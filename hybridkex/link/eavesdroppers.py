@@ -31,7 +31,7 @@ Bits = NDArray[np.uint8]
 
 
 class Eavesdropper(Light, Protocol):
-    """What she does to pulses, one by one."""
+    """What Eve does to single pulses."""
 
     @property
     def efficiency(self) -> float:
@@ -41,7 +41,7 @@ class Eavesdropper(Light, Protocol):
     def touch(
         self, photons: Photons, basis: Bits, bit: Bits, randomness: Randomness
     ) -> tuple[Photons, Bits, Bits]:
-        """What pulses are when they have left Eve: photons, basis and bit of their state."""
+        """The pulses that leave Eve: number of photons, basis and bit."""
         ...
 
 
@@ -70,10 +70,10 @@ class NoEve:
 
 @dataclass(frozen=True)
 class InterceptResend(NoEve):
-    """Eve measures a share of the pulses in a random basis and sends on what she saw.
+    """Eve measures a share of the pulses in a random basis and sends on the result.
 
-    She repeats the number of photons, so that the gains do not change. Half of the time her basis
-    is wrong, and half of those times Bob's bit: 25 % of wrong bits for a share of 1.
+    Eve keeps the number of photons, so that the gains do not change. Half of Eve's bases are wrong,
+    and each wrong basis gives Bob a wrong bit half of the time: a QBER of 25 % for a share of 1.
     """
 
     share: float
@@ -95,7 +95,7 @@ class InterceptResend(NoEve):
 
 @dataclass(frozen=True)
 class BeamSplitting(NoEve):
-    """Eve takes a share of the light out of the fibre; what she takes is missing at Bob's."""
+    """Eve takes a share of the light out of the fibre, and Bob receives less."""
 
     share: float
 
@@ -109,23 +109,24 @@ class BeamSplitting(NoEve):
 
 @dataclass(frozen=True)
 class PhotonNumberSplitting(NoEve):
-    """Eve keeps a photon of pulses with several, and the gain of the brightest intensity.
+    """Eve keeps one photon of pulses with several, without changing the gain of the brightest
+    intensity.
 
-    G. Brassard, N. Lütkenhaus, T. Mor, B. Sanders, PRL 85, 1330 (2000). Her own line has no loss,
-    and Bob's gain limits her:
+    G. Brassard, N. Lütkenhaus, T. Mor, B. Sanders, PRL 85, 1330 (2000). Eve's own line has no loss,
+    and Bob's gain limits the attack:
 
-    * Over a long fibre she blocks single photons, of which she learns nothing, and replaces their
-      detections by those of split pulses. The gains of the decoys give her away.
-    * Where blocking single photons would leave too few detections she blocks none. If the fibre
-      loses half of the light or more, she splits nearly every pulse with several photons and no
-      gain changes by much: the decoys do not see her. They need not, since the bound counts no bit
-      of such a pulse as secret.
-    * Over a shorter fibre one photon less is missed, so she splits only a share of those pulses:
-      none at all over a fibre without loss.
+    * Over a long fibre Eve blocks single photons, which disclose nothing, and replaces their
+      detections by those of split pulses. The gains of the decoys reveal this.
+    * Where blocking single photons would leave too few detections, Eve blocks none. If the fibre
+      loses half of the light or more, Eve splits nearly every pulse with several photons and no
+      gain changes by much. The decoys do not detect this. The key is still secret, because the
+      bound counts no bit of such a pulse.
+    * Over a shorter fibre the missing photon would be noticed, so Eve splits only a share of those
+      pulses, and none over a fibre without loss.
     """
 
     brightest: float
-    """The mean photon number whose gain she keeps."""
+    """The mean photon number whose gain stays the same."""
 
     def _shares(self) -> tuple[float, float, float]:
         """Shares of single photons and of other pulses that pass, and of the latter's split."""

@@ -1,6 +1,6 @@
-"""How long a secret key a finite block gives.
+"""The length of the secret key of a finite block.
 
-Two decoy methods, told apart by the number of intensities, and two kinds of statistics.
+Two decoy methods, distinguished by the number of intensities, and two kinds of statistics.
 
 * :class:`TwoDecoys`: Lim, Curty, Walenta, Xu, Zbinden, PRA 89, 022307 (2014), arXiv:1311.7129.
 * :class:`OneDecoy`: Rusca, Boaron, Grünenfelder, Martin, Zbinden, APL 112, 171104 (2018),
@@ -10,7 +10,7 @@ Both are written for the *key* basis (X in Lim, Z in Rusca) and the *test* basis
 
 * :class:`Published` has the papers' formulas, to the digits that they give. They are kept for
   comparison: they are for a key of fixed length, and their gap between test and key basis exceeds
-  its failure probability when errors are few (``docs/qkd-link.md``).
+  its failure probability when errors are few (``docs/qkd-link-proofs.md``).
 * :class:`Tight`, the default, bounds the same events with the inequalities of
   :mod:`hybridkex.link.statistics`, and its length is that of a variable-length protocol.
 """
@@ -50,13 +50,13 @@ class Security:
     """The two failure probabilities that the key as a whole is allowed."""
 
     secrecy: float = 1e-9
-    """eps_sec: how far, in trace distance, the key may be from one that Eve knows nothing of."""
+    """eps_sec: the largest trace distance of the key from one about which Eve knows nothing."""
     correctness: float = 1e-15
     """eps_cor: the probability that the two keys differ unnoticed."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.secrecy < 1.0 or not 0.0 < self.correctness < 1.0:
-            raise ConfigError("secrecy and correctness are probabilities between 0 and 1")
+            raise ConfigError("secrecy and correctness must lie between 0 and 1")
 
     @property
     def verification_bits(self) -> int:
@@ -66,7 +66,10 @@ class Security:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Detections of a block with equal bases, for each intensity; expected values may be broken."""
+    """Detections of a block with equal bases, for each intensity; expected values may be
+    fractions.
+
+    """
 
     key: tuple[float, ...]
     """n_k of the key basis."""
@@ -90,7 +93,7 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class SecretLength:
-    """A bound and what it was made of; numbers of events, except as said."""
+    """A bound and the estimates behind it. Numbers of events, unless stated otherwise."""
 
     vacuum: float
     """Lower bound on detections of the key basis that came from empty pulses."""
@@ -117,7 +120,8 @@ class SecretLength:
 class Expectations:
     """Bounds on what one vector of counts would be on average, times ``e^k / p_k``.
 
-    By the number of the intensity, and computed when asked for: no proof needs all of them.
+    Both take the number of the intensity. They are computed on request, as no proof needs all of
+    them.
     """
 
     lower: Callable[[int], float]
@@ -125,7 +129,7 @@ class Expectations:
 
 
 class Statistics(Protocol):
-    """The inequalities that a proof uses, and what its length costs."""
+    """The inequalities that a proof uses, and the constant terms of its length."""
 
     @property
     def name(self) -> str:
@@ -213,13 +217,16 @@ class Published:
 class Tight:
     """Divergences for counts, the hypergeometric tail for the gap; lengths that vary.
 
-    Of eps_sec each event has a fifteenth; two of them are the smoothing, one the privacy
-    amplification, and both decoy methods bound at most twelve expectations. The tail for the phase
-    errors has the square of its share (a purified distance). ``docs/qkd-link.md`` adds this up.
+    Each event has a fifteenth of eps_sec: two are the smoothing, one is the privacy amplification,
+    and both decoy methods bound at most twelve expectations. The tail for the phase errors has the
+    square of its share (a purified distance). See ``docs/qkd-link-proofs.md``.
     """
 
     smooth: bool = False
-    """For a search: an estimate of the phase error without its steps in place of the bound."""
+    """For a search: use a smooth estimate of the phase error instead of the bound, which has
+    steps.
+
+    """
 
     terms: ClassVar[int] = 15
     name: ClassVar[str] = "tight"
@@ -239,7 +246,10 @@ class Tight:
         )
 
     def vacuum(self, wrong: float, detections: float, security: Security) -> float:
-        """Each vacuum detection shows a wrong bit with the probability 1/2, by itself."""
+        """Each vacuum detection shows a wrong bit with probability 1/2, independently of the
+        others.
+
+        """
         return min(detections, trials_upper(wrong, self._share(security)))
 
     def phase_error(
@@ -247,10 +257,10 @@ class Tight:
     ) -> float:
         """The hypergeometric tail, inverted.
 
-        The sizes are lower bounds on the true ones. The bound is for random subsets of just these
-        sizes: a random subset of either side of a random partition leaves a random partition, has
-        no more errors than the whole, and the bits outside of it may be given to Eve. So no
-        monotonicity in the sizes is needed; in the errors it is given.
+        The sizes are lower bounds on the true ones. The bound is for random subsets of exactly
+        these sizes. A random subset of either side of a random partition is again part of a random
+        partition and has no more errors than the whole, and the bits outside it may be given to
+        Eve. So monotonicity in the sizes is not needed. Monotonicity in the errors holds.
         """
         key, test = math.floor(single), math.floor(single_test)
         if key < 1 or test < 1:
@@ -270,7 +280,7 @@ class Tight:
 
 
 class FiniteKeyProof(Protocol):
-    """A proof: how long a key observed counts allow."""
+    """A proof: the length of key that the observed counts allow."""
 
     @property
     def uses_key_errors(self) -> bool:
@@ -290,7 +300,7 @@ def _scales(transmitter: Transmitter) -> list[float]:
 
 
 def _photon_number_probability(transmitter: Transmitter, photons: int) -> float:
-    """tau_n: how often Alice sends n photons, over all intensities."""
+    """tau_n: the probability that Alice sends n photons, over all intensities."""
     return sum(
         p * math.exp(-k) * k**photons / math.factorial(photons)
         for k, p in zip(transmitter.intensities, transmitter.probabilities, strict=True)
@@ -430,7 +440,7 @@ class OneDecoy(_DecoyProof):
 
 @dataclass(frozen=True)
 class EntangledPairs:
-    """BBM92: no decoys, for the source is not trusted, and every coincidence counts.
+    """BBM92: there are no decoys, because the source is not trusted, and every coincidence counts.
 
     Without a name for the statistics the length is that of M. Tomamichel, C. C. W. Lim, N. Gisin,
     R. Renner, Nat. Commun. 3, 634 (2012), with its own gap (Serfling's inequality) and price.
@@ -487,7 +497,7 @@ def proof_for(source: Source, finite_key: str = "tight", *, smooth: bool = False
 def expected_counts(
     channel: Channel, transmitter: Source, pulses: float, light: Light | None = None
 ) -> Counts:
-    """What a block of so many pulses shows on average; ``light``: with this eavesdropper."""
+    """The average counts of a block of ``pulses`` pulses; ``light``: with this eavesdropper."""
     q = transmitter.key_basis_probability
     pairs = list(zip(transmitter.response(channel, light), transmitter.probabilities, strict=True))
     seen = [pulses * p * gain for (gain, _), p in pairs]

@@ -1,4 +1,4 @@
-"""Eve on the classical channel: a tamperer, and the stream that a man in the middle would need."""
+"""Eve on the classical channel: a stream that changes what is received."""
 
 import trio
 

@@ -1,4 +1,5 @@
-"""The key that authenticates the classical channel: where it came from and where it went.
+"""The key material that authenticates the classical channel: where it came from and how it was
+used.
 
 Both parties keep the same ledger. Each direction has a lane of its own, used from the front and
 filled up at the end, so that the two agree on every byte whatever the order of events. A byte has a
@@ -21,11 +22,11 @@ __all__ = ["LANE_RESERVE", "Direction", "Entry", "Ledger", "Position"]
 
 HISTORY: Final = 1000
 LANE_RESERVE: Final = 256
-"""Bytes that each lane is filled up to: what three blocks use."""
+"""Bytes to which each lane is filled: enough for three blocks."""
 
 
 class Direction(IntEnum):
-    """Who speaks."""
+    """The direction of a message."""
 
     ALICE_TO_BOB = 0
     BOB_TO_ALICE = 1
@@ -72,7 +73,7 @@ class Ledger:
 
     @property
     def filled(self) -> bool:
-        """Whether there ever was a key in it."""
+        """Whether the ledger ever held key material."""
         return any(self.position(one).end for one in Direction)
 
     @property
@@ -82,7 +83,7 @@ class Ledger:
 
     @property
     def wanting(self) -> int:
-        """Bytes that both lanes lack to be full."""
+        """Bytes missing in both lanes together."""
         return sum(max(0, LANE_RESERVE - len(lane)) for lane in self._lanes.values())
 
     def position(self, direction: Direction) -> Position:
@@ -91,7 +92,7 @@ class Ledger:
         return Position(start, start + len(self._lanes[direction]))
 
     def add(self, block: int, what: str, key: bytes) -> None:
-        """Put key in: to each lane what it lacks, and of what is left half to each."""
+        """Add key material: fill each lane first, then give half of the rest to each."""
         want = [max(0, LANE_RESERVE - len(lane)) for lane in self._lanes.values()]
         spare = len(key) - sum(want)
         first = want[0] + spare // 2 if spare >= 0 else len(key) * want[0] // sum(want)
@@ -143,7 +144,7 @@ class Ledger:
         return agreed
 
     def cut(self, block: int, ends: dict[Direction, Position]) -> None:
-        """Drop what is beyond the ends that were agreed on."""
+        """Drop the bytes beyond the agreed ends."""
         for lane, agreed in ends.items():
             surplus = self.position(lane).end - max(agreed.end, self._starts[lane])
             if surplus > 0:
@@ -151,7 +152,7 @@ class Ledger:
                 self._note(block, "dropped: the other party lacks it", -surplus)
 
     def clear(self) -> None:
-        """Forget everything: the parties begin again."""
+        """Drop everything: the parties authenticate from the beginning."""
         for lane in self._lanes.values():
             lane[:] = bytes(len(lane))
             lane.clear()

@@ -5,14 +5,14 @@ A file has what one party knows, one row for each detection:
 =============  ==========  =======================================================================
 name           both        meaning
 =============  ==========  =======================================================================
-``basis``      yes         0: key basis, 1: test basis; Alice's is how she sent, Bob's how he
-                           measured
+``basis``      yes         0: key basis, 1: test basis; the basis in which Alice sent, or in
+                           which Bob measured
 ``bit``        yes         0 or 1
-``intensity``  Alice       index of the intensity that she chose, 0 the brightest; 0 for pairs
+``intensity``  Alice       index of the chosen intensity, 0 is the brightest; 0 for pairs
 ``pulse``      optional    number of the pulse, strictly increasing; both or neither have it
 =============  ==========  =======================================================================
 
-Rows whose bases differ may be there; they are sifted out. Row ``i`` of both files is the same
+Rows with different bases are allowed and are sifted out. Row ``i`` of both files is the same
 detection. An ``.npz`` file (numpy, no pickles) has these arrays and ``settings``, a string of JSON;
 a ``.parquet`` file has the columns, and the JSON as the value ``hybridkex`` of its metadata::
 
@@ -69,7 +69,7 @@ PARQUET_KEY: Final = b"hybridkex"
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one party knows of the detections; see the module. Arrays of one length, one dimension.
+    """One party's detections; see the module. Arrays of one length, one dimension.
 
     Raises ``ConfigError`` for arrays that cannot be this.
     """
@@ -77,7 +77,7 @@ class Measured:
     basis: Bits
     bit: Bits
     intensity: Bits | None = None
-    """``None``: these are Bob's."""
+    """``None`` at Bob's end."""
     pulse: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
@@ -108,12 +108,12 @@ class Measured:
 
     @property
     def numbers(self) -> NDArray[np.int64]:
-        """Numbers of the pulses; of the rows, where no pulses are known."""
+        """Numbers of the pulses, or of the rows if pulses are not known."""
         return np.arange(len(self), dtype=np.int64) if self.pulse is None else self.pulse
 
 
 class _Recorded:
-    """Bob's detector: what he has measured, once."""
+    """Bob's detector: returns the measured detections once."""
 
     def __init__(self, measured: Measured) -> None:
         self._measured = measured
@@ -129,7 +129,7 @@ class _Recorded:
 
 
 def settings_for(measured: Measured, settings: LinkSettings) -> LinkSettings:
-    """These settings for one block of all that was measured.
+    """The settings for one block of all measured detections.
 
     Raises ``ConfigError``, also where the decoy check wants the pulses' numbers and they are not
     there: set ``decoy_check`` to ``shares`` or ``off``.
@@ -182,8 +182,8 @@ def distil(
     """Make one block of keys of measured detections, with both parties in this process.
 
     Args:
-        alice: what she sent, for each detection.
-        bob: what he measured, row by row the same detections.
+        alice: what Alice sent, for each detection.
+        bob: what Bob measured; row ``i`` is the same detection as in ``alice``.
         settings: ``block_bits`` is replaced: all key-basis detections are used. The bound is that
             of ``settings.preset.transmitter``; ``decoy_check`` says what is compared with
             ``settings.preset.channel``.
@@ -269,7 +269,7 @@ def _preset(text: str, name: str) -> Preset:
 
 
 def write_measured(path: Path, measured: Measured, preset: Preset) -> None:
-    """Write an ``.npz`` or ``.parquet`` file, readable by its owner alone: it has raw key.
+    """Write an ``.npz`` or ``.parquet`` file, readable only by its owner, because it holds raw key.
 
     Raises ``ConfigError`` and ``OSError``.
     """
@@ -290,7 +290,7 @@ def write_measured(path: Path, measured: Measured, preset: Preset) -> None:
 
 
 def read_measured(path: Path) -> tuple[Measured, Preset]:
-    """Detections of one party, and the link that they are of. Raises ``ConfigError``."""
+    """Detections of one party, and the settings of their link. Raises ``ConfigError``."""
     try:
         found = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path)
     except OSError as error:

@@ -1,7 +1,7 @@
 """The best intensities, their probabilities and the basis bias for a link.
 
-The papers optimise them for every distance; so does this, with the expected counts of a block of
-a given number of key-basis detections.
+As in the papers, they are optimised for each distance, for the expected counts of a block with a
+given number of key-basis detections.
 """
 
 import math
@@ -31,13 +31,13 @@ NEAR_VACUUM: Final = 2e-4
 """The dimmest intensity that a modulator reaches (Lim et al. 2014, section IV)."""
 
 RELATIVE_SECRECY: Final = 1e-15
-"""kappa: Lim et al. let eps_sec be so much for each bit of the key."""
+"""kappa: eps_sec for each bit of the key in Lim et al."""
 
 DETECTIONS_PER_BIT: Final = 25.0
-"""Detections that one bit of the key basis may take: rarer key bases are not tried."""
+"""Most detections for one bit of the key basis: rarer key bases are not tried."""
 
 RESTARTS: Final = 5
-"""Times that the search is begun again where it ended, while that brings a better rate."""
+"""How often the search is restarted from its result, as long as that improves the rate."""
 ANCHOR_KM: Final = 40.0
 CURVE_KM: Final = 2.0
 
@@ -52,7 +52,8 @@ DEAD_STARTS: Final = {
     3: ((0.1, 0.04, 0.5, 0.6, 0.9), (0.2, 0.05, 0.3, 0.6, 0.95)),
     2: ((0.1, 0.04, 0.6, 0.9), (0.2, 0.05, 0.3, 0.95), (0.3, 0.1, 0.4, 0.9)),
 }
-"""Tried too where detectors are dead for longer than they wait: fewer photons may be better."""
+"""Also tried where the dead time is longer than the wait for a click: fewer photons may be
+better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def expected_length(
 
 
 def _source(settings: NDArray[np.float64], like: PairSource | None) -> Transmitter | PairSource:
-    """From numbers of any size to settings that make sense."""
+    """Valid settings from unbounded numbers."""
     free = 1.0 / (1.0 + np.exp(-np.clip(settings, -7.0, 7.0)))
     if isinstance(like, PairSource):
         return replace(like, brightness=float(free[0]), key_basis_probability=float(free[1]))
@@ -127,7 +128,7 @@ def _start(near: Source) -> tuple[float, ...]:
 
 
 def _free(settings: tuple[float, ...], pairs: bool) -> NDArray[np.float64]:
-    """Settings in the form of :data:`STARTS` as numbers of any size."""
+    """Settings in the form of :data:`STARTS` as unbounded numbers."""
     free = np.array(settings)
     if not pairs:
         free[1] /= free[0]  # the second intensity is a share of the first
@@ -282,7 +283,7 @@ def rates(
 
 
 def _rounded(source: Source) -> Transmitter | PairSource:
-    """To four places, so that two ends that computed it apart have the same."""
+    """Rounded to four places, so that both ends have the same settings."""
     q = round(source.key_basis_probability, 4)
     if isinstance(source, PairSource):
         return replace(source, brightness=round(source.brightness, 4), key_basis_probability=q)

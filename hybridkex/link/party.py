@@ -1,4 +1,4 @@
-"""Alice and Bob: from detections to secret keys, one block after the other.
+"""Alice and Bob: from detections to secret keys, block by block.
 
 A block in the order of its messages::
 
@@ -70,19 +70,19 @@ Bits = NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class Epsilon:
-    """All that can go wrong unnoticed with the keys of a block, as probabilities to add up."""
+    """Probabilities of all failures of a block that nobody would notice; they add up."""
 
     secrecy: float
-    """Distance from keys that Eve knows nothing of: estimates, smoothing, privacy amplification."""
+    """Distance from keys unknown to Eve: estimates, smoothing, privacy amplification."""
     correctness: float
-    """Of a difference between the keys that the verification misses: its hash, and Poly1305."""
+    """Of different keys that the verification does not notice: its hash, and Poly1305."""
     authentication: float
     """Of a forged tag under this block's messages, by the bound of Wegman and Carter; 0 for
     signatures, whose security is computational."""
     inherited: float
-    """Of the blocks before it, whose keys authenticate this one."""
+    """Of the earlier blocks, whose keys authenticate this one."""
     conditional: bool
-    """Whether the others hold only if no signature was forged while the link began."""
+    """Whether the others assume that no signature was forged while the link began."""
 
     @property
     def total(self) -> float:
@@ -92,19 +92,19 @@ class Epsilon:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A block that made keys, and the numbers behind them."""
+    """A block that made keys, with its statistics."""
 
     number: int
     keys: tuple[ProducedKey, ...]
     pulses: int
     seconds: float
-    """How long the laser took for them."""
+    """Time of these pulses at the laser's clock rate."""
     sifted: int
     """Bits of the key basis."""
     tested: int
     """Bits of the test basis, all disclosed."""
     qber: float | None
-    """Share of wrong bits in the key basis; ``None`` at Alice's end where Bob does not tell."""
+    """Share of wrong bits in the key basis; ``None`` at Alice's end if Bob does not announce it."""
     test_qber: float
     phase_error: float
     leak: int
@@ -149,7 +149,7 @@ def _key_ids(name: bytes, count: int) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sifted:
-    """One party's bits after sifting, and what both know about them."""
+    """One party's bits after sifting, and the counts that both know."""
 
     key: Bits
     intensity: Bits
@@ -172,7 +172,7 @@ class _Corrected:
 
 @dataclass(frozen=True, kw_only=True)
 class _Outcome:
-    """What the bound makes of it."""
+    """The result of the bound."""
 
     counts: Counts
     leak: int
@@ -181,7 +181,7 @@ class _Outcome:
 
 
 class _Party:
-    """What Alice and Bob have in common."""
+    """The part of the protocol that is the same for Alice and Bob."""
 
     direction: Direction
 
@@ -254,7 +254,7 @@ class _Party:
         return await self._amplify(sifted, corrected, outcome, finish)
 
     async def _sift(self) -> _Sifted:
-        """Steps 2 to 4: exchange bases, keep what agrees, check the counts."""
+        """Steps 2 to 4: exchange bases, keep the detections whose bases agree, check the counts."""
         raise NotImplementedError
 
     async def _correct(self, sifted: _Sifted) -> _Corrected:
@@ -277,7 +277,7 @@ class _Party:
     def _begin_session(self, ours: Hello, theirs: Hello) -> None:
         """Compare the two HELLOs. Raises ``LinkError``."""
         if theirs.role != 1 - ours.role:
-            raise LinkError("both ends of the link play the same party")
+            raise LinkError("both ends of the link have the same role")
         if theirs.settings != ours.settings:
             raise LinkError("the two ends of the link have different settings")
         self._channel.begin_session(
@@ -313,7 +313,7 @@ class _Party:
         )
 
     async def _verify_tag(self) -> None:
-        """Check the other party's tag; the first one of a session confirms what was agreed."""
+        """Check the other party's tag; the first one of a session confirms the agreed positions."""
         await self._channel.verify_tag()
         if self._agreed is not None:
             self.ledger.cut(self._number, self._agreed)

@@ -1,7 +1,7 @@
-"""What a weak coherent pulse does between Alice's laser and Bob's detectors.
+"""A weak coherent pulse between Alice's laser and Bob's detectors.
 
 The model is the usual one of decoy-state papers. A pulse of mean photon number ``k`` holds a
-Poisson number of photons; each reaches a click on its own with probability ``eta``, so an
+Poisson number of photons; each makes a click independently with probability ``eta``, so an
 ``n``-photon pulse gives a signal click with the *yield* ``1 - (1 - eta)^n``. Dark counts and
 after-pulses come on top and show a random bit; signal clicks show the wrong bit with the
 probability ``misalignment``.
@@ -33,11 +33,11 @@ __all__ = [
 
 PROBABILITY_SUM_TOLERANCE: Final = 1e-9
 PHOTONS: Final = np.arange(41)
-"""Photon numbers that are summed over; for k <= 1 the rest weighs less than 1e-49."""
+"""Photon numbers in sums; for k <= 1 the rest has a probability below 1e-49."""
 
 
 class Light(Protocol):
-    """How light passes from Alice to a click at Bob: the plain fibre, or an eavesdropper on it."""
+    """The way of light from Alice to a click at Bob: the fibre, or an eavesdropper on it."""
 
     def yields(self, photons: NDArray[np.int64]) -> NDArray[np.float64]:
         """For each photon number, the probability that the pulse makes a signal click."""
@@ -56,7 +56,7 @@ class Channel:
     distance_km: float = 0.0
     attenuation_db_per_km: float = 0.2
     receiver_efficiency: float
-    """Bob's optics times his detectors."""
+    """Efficiency of Bob's optics times that of Bob's detectors."""
     dark_count_probability: float
     """Of one detector; there are two."""
     misalignment: float
@@ -122,7 +122,7 @@ class Channel:
     def gain(self, mean_photons: float) -> float:
         """R_k = D_k (1 + p_ap): the probability of a detection.
 
-        An after-pulse is booked to the gate that caused it, as in the paper.
+        An after-pulse counts in the gate that caused it, as in the paper.
         """
         signal = -math.expm1(-self.eta * mean_photons)
         return min(1.0, self.click(signal) * (1.0 + self.afterpulse_probability))
@@ -157,10 +157,10 @@ def gain_from_yields(light: Light, mean_photons: float) -> float:
 
 
 class Source(Protocol):
-    """What makes the light, as the rest of the link sees it: how detections come about.
+    """What makes the light, as the rest of the link sees it: the probabilities of detections.
 
-    Alice's settings of a pulse are of some *kinds*, which she chooses with these probabilities:
-    intensities, if the source is a laser with decoys.
+    Alice chooses the *kind* of each pulse with these probabilities. If the source is a laser with
+    decoys, the kinds are its intensities.
     """
 
     @property
@@ -187,7 +187,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Transmitter:
-    """A laser: mean photon numbers from bright to dim, how often each, and the biased bases.
+    """A laser: mean photon numbers from bright to dim, their probabilities, and the basis bias.
 
     Bob's receiver uses the same basis bias.
     """

@@ -1,4 +1,4 @@
-"""Pictures of what links give: of any scan, and the ones of ``docs/qkd-link.md``."""
+"""Pictures of scans, and those of ``docs/qkd-link.md``."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ PUBLISHED_RATES: Final = (
     (102.4, 3.0e6, "Grünenfelder 2023"),
     (405.0, 6.5, "Boaron 2018"),
 )
-"""km, bit/s: what experiments reached, with equipment of their own."""
+"""km, bit/s: results of experiments, with different equipment."""
 UNITS: Final = {
     "distance_km": "fibre (km)",
     "loss_db": "loss (dB)",
@@ -88,7 +88,7 @@ def plot_scan(
     """Draw one column of a scan over another, one curve for each value of the columns ``by``.
 
     Returns the figure and its axes, to change or to save. Rates of zero are left out, so a curve
-    ends where its rate does. Raises ``ConfigError`` for columns that the scan has not.
+    ends where its rate does. Raises ``ConfigError`` for a column that the scan does not have.
     """
     for name in (x, y, *by):
         if not rows or name not in rows[0]:

@@ -18,7 +18,7 @@ __all__ = ["PRESETS", "Preset", "preset"]
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Everything that describes a link but its length."""
+    """Everything that describes a link except its length."""
 
     name: str
     reference: str
@@ -137,7 +137,7 @@ PRESETS: Final[Mapping[str, Preset]] = MappingProxyType({one.name: one for one i
 
 
 def preset(name: str) -> Preset:
-    """The parameter set of this name. Raises ``ConfigError`` naming those there are."""
+    """The parameter set of this name. Raises ``ConfigError``, which lists the valid names."""
     try:
         return PRESETS[name]
     except KeyError:

@@ -1,7 +1,7 @@
-"""The same link pulse by pulse: photons, Eve's hands, detectors.
+"""The same link pulse by pulse: photons, Eve, detectors.
 
-Slow, and free of the formulas that the sampling of detections rests on, so that the two can be held
-against each other.
+It is slow and does not use the formulas behind the sampling of detections, so that the two can be
+compared.
 """
 
 import math
@@ -71,7 +71,7 @@ def _photon_numbers(
 
 
 def _alive(pulse: NDArray[np.int64], dead: int) -> NDArray[np.int64]:
-    """Without the detections that fall into the dead time of another."""
+    """The detections outside the dead time of an earlier one."""
     if dead == 0 or len(pulse) == 0:
         return pulse
     kept = [int(pulse[0])]

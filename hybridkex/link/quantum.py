@@ -1,12 +1,12 @@
 """The quantum channel: what Alice sent, what Bob saw, and the simulated fibre in between.
 
-Of a weak pulse through a long fibre nothing arrives but once in a thousand times, so detections are
-sampled, not pulses: the number of pulses between two of them is geometric, and what a detected
-pulse was follows from Bayes' rule. That is exact, because the settings of pulses are independent of
+After a long fibre about one weak pulse in a thousand is detected. Therefore detections are sampled,
+not pulses: the number of pulses between two detections is geometric, and Bayes' rule gives the
+properties of a detected pulse. This is exact, because the settings of pulses are independent of
 each other.
 
-:class:`OpticalLink` belongs to neither party: it knows both sides, as nature does. Alice has the
-settings of her own pulses (:class:`PulseRecord`), and Bob his :class:`Detections`, nothing else.
+:class:`OpticalLink` belongs to neither party: it knows both sides, as nature does. Alice has
+only the settings of the sent pulses (:class:`PulseRecord`), and Bob only the :class:`Detections`.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,7 @@ class Detector(Protocol):
     """Bob's end of the quantum channel."""
 
     async def detect(self, count: int) -> Detections:
-        """Wait for so many detections."""
+        """Wait for ``count`` detections."""
         ...
 
 
@@ -106,7 +106,7 @@ def sample(
 
 
 class PulseRecord:
-    """Alice's memory of her pulses."""
+    """Alice's record of the sent pulses."""
 
     def __init__(self, transmitter: Source, randomness: Randomness) -> None:
         self._transmitter = transmitter
@@ -115,7 +115,7 @@ class PulseRecord:
         self._sent = Sent(intensity=_EMPTY, basis=_EMPTY, bit=_EMPTY)
 
     def keep(self, pulse: Pulses, sent: Sent) -> None:
-        """Called by the optical link; what was remembered before is forgotten."""
+        """Called by the optical link; replaces the earlier settings."""
         self._pulse, self._sent = pulse, sent
 
     def recall(self, pulse: Pulses) -> Sent:

@@ -24,7 +24,7 @@ class Randomness:
 
     @classmethod
     def system(cls) -> "Randomness":
-        """The operating system's."""
+        """Random values of the operating system."""
         return cls(os.urandom)
 
     @classmethod

@@ -1,7 +1,8 @@
 """The interface of an error correction; :mod:`~hybridkex.link.cascade` implements it.
 
-Bob corrects his key. He sends requests, and Alice answers each with bits about hers; the format of
-both is up to the method. A method with one message from Alice has one request.
+Bob makes Bob's key equal Alice's: Bob sends requests, and Alice answers each with bits about
+Alice's key. The method defines the format of both. A method with one message from Alice has one
+request.
 """
 
 from collections.abc import Generator
@@ -22,12 +23,12 @@ class ReconciliationError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """What Bob knows when he is done."""
+    """What Bob knows at the end."""
 
     disclosed: int
-    """Bits about Alice's key that she disclosed."""
+    """Bits about Alice's key that Alice disclosed."""
     announced: int
-    """Bits about his own key that Bob disclosed with his requests."""
+    """Bits about Bob's key that the requests disclosed."""
 
 
 class Responder(Protocol):
@@ -35,12 +36,12 @@ class Responder(Protocol):
 
     @property
     def disclosed(self) -> int:
-        """Bits about her key disclosed so far."""
+        """Bits about Alice's key disclosed so far."""
         ...
 
     @property
     def announced(self) -> int:
-        """Bits about Bob's key that his requests disclosed so far."""
+        """Bits about Bob's key that the requests disclosed so far."""
         ...
 
     def answer(self, request: bytes) -> bytes:

@@ -1,8 +1,8 @@
 """The quantum channel between two processes: detections go from Alice's process to Bob's.
 
-What crosses here is light, as far as this simulation goes: it is not part of the classical channel
-and nothing of it is secret from Alice's process, which simulates the optical link. Bob's bits are
-the result of a measurement that happens in his detectors, though; a real link has no such stream.
+This stream stands for the light. It is not part of the classical channel, and Alice's process,
+which simulates the optical link, knows everything in it. On a real link Bob's bits are the results
+of a measurement in Bob's detectors, and there is no such stream.
 """
 
 import struct
@@ -45,7 +45,7 @@ class RemoteDetector:
 
 
 async def serve_detector(link: OpticalLink, stream: trio.abc.Stream, *, most: int) -> None:
-    """Send Bob his detections, up to ``most`` at a time, until he closes the connection."""
+    """Send Bob the detections, up to ``most`` at a time, until Bob closes the connection."""
     try:
         while True:
             (count,) = COUNT.unpack(await _exactly(stream, COUNT.size))

@@ -21,7 +21,7 @@ __all__ = ["SatellitePass"]
 EARTH_RADIUS_KM: Final = 6371.0
 GRAVITY_KM3_S2: Final = 398_600.4418
 LOWEST_DEG: Final = 10.0
-"""Below this elevation nobody tries."""
+"""No link is attempted below this elevation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class SatellitePass:
     """Radius of the telescope on the ground."""
     wavelength_nm: float = 850.0
     zenith_loss_db: float = 2.0
-    """Of the atmosphere, straight up."""
+    """Of the atmosphere at the zenith."""
 
     def __post_init__(self) -> None:
         if not LOWEST_DEG < self.top_elevation_deg <= 90.0:
@@ -69,12 +69,12 @@ class SatellitePass:
 
     @property
     def _rate(self) -> float:
-        """Radians a second along the orbit; the Earth's own turning is left out."""
+        """Radians a second along the orbit; the rotation of the Earth is neglected."""
         radius = EARTH_RADIUS_KM + self.altitude_km
         return math.sqrt(GRAVITY_KM3_S2 / radius**3)
 
     def elevation_deg(self, seconds: float) -> float:
-        """At a time of the pass; at its ends where the time is outside of it."""
+        """Elevation in radians at a time of the pass; that of its ends outside the pass."""
         half = self.duration_s / 2.0
         along = self._rate * (min(max(seconds, 0.0), 2.0 * half) - half)
         angle = math.acos(math.cos(along) * math.cos(self._nearest))
@@ -84,7 +84,7 @@ class SatellitePass:
         return math.degrees(math.atan((math.cos(angle) - ratio) / math.sin(angle)))
 
     def range_km(self, elevation_deg: float) -> float:
-        """From the station to the satellite."""
+        """Distance from the station to the satellite."""
         s, h = EARTH_RADIUS_KM * math.sin(math.radians(elevation_deg)), self.altitude_km
         return math.sqrt(s * s + 2.0 * EARTH_RADIUS_KM * h + h * h) - s
 

@@ -1,4 +1,4 @@
-"""What a link gives over a grid of settings: rows of numbers, the same however they are computed.
+"""Results of a link over a grid of settings: the same rows however they are computed.
 
 A *point* names settings: ``preset``, ``distance_km``, ``block_bits``, ``eve``, ``finite_key``,
 ``leak``, ``tuned``, or any field of the channel, the source or the security. Each point is computed
@@ -59,9 +59,9 @@ COLUMNS: Final = (
     "blocks_made",
     "blocks_aborted",
 )
-"""What a row has beside its point: loss of the fibre (dB); secret bits per pulse and per second;
-secret bits, QBER, phase error bound, leak and seconds of a block; blocks made and aborted, 0 unless
-blocks were simulated."""
+"""Columns of a row in addition to its point: loss of the fibre (dB); secret bits per pulse and per
+second; secret bits, QBER, phase error bound, leak and seconds of a block; blocks made and aborted,
+0 unless blocks were simulated."""
 MOST_POINTS: Final = 1_000_000
 MOST_BYTES: Final = 1 << 30
 """Of a file of rows: a million points have about 300 MB."""

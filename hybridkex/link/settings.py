@@ -1,4 +1,4 @@
-"""What both parties of a link must have configured alike."""
+"""The settings that must be the same at both ends of a link."""
 
 import hashlib
 import math
@@ -17,7 +17,7 @@ from hybridkex.link.toeplitz import MAX_INPUT
 __all__ = ["DECOY_CHECKS", "LEAKS", "MEMORY", "REAUTHENTICATION", "LinkSettings"]
 
 SIGMAS: Final = 6.0
-"""Standard deviations that statistics may be off by before they are suspicious."""
+"""Standard deviations by which statistics may differ from the expectation."""
 VERIFICATION_BITS: Final = 127
 """The longest verification hash."""
 LEAKS: Final = ("alice", "both")
@@ -32,7 +32,7 @@ PER_KEY_BIT: Final = 60
 
 @dataclass(frozen=True, kw_only=True)
 class LinkSettings:
-    """A link. The preset's channel is what the parties measured when it was set up."""
+    """A link. The preset's channel is the one measured when the link was set up."""
 
     preset: Preset = field(default_factory=lambda: PRESETS["lim2014"])
     block_bits: int = 1_000_000
@@ -48,10 +48,10 @@ class LinkSettings:
     """``tight`` or ``published``: see :mod:`hybridkex.link.finite_key`."""
     leak: str = LEAKS[0]
     """Whose parities count as disclosed: ``alice``, as in most of the literature, or ``both``,
-    which also covers what Bob's requests tell about his key (arXiv:2307.00576)."""
+    which also covers what Bob's requests disclose about Bob's key (arXiv:2307.00576)."""
     decoy_check: str = DECOY_CHECKS[0]
-    """``full``: the rate of detections and the shares of the intensities must be the preset's
-    within ``tolerance``; ``shares``: the latter alone; ``off``: neither. No bound rests on it."""
+    """``full``: the rate of detections and the shares of the intensities must match the preset
+    within ``tolerance``; ``shares``: only the shares; ``off``: neither. No bound depends on it."""
     reauthentication: str = REAUTHENTICATION[0]
     """If a party lost its authentication key: ``refuse``, or let ``signatures`` begin again."""
     reconciler: Reconciler = field(default_factory=Cascade)
@@ -121,12 +121,12 @@ class LinkSettings:
 
     @property
     def proof(self) -> FiniteKeyProof:
-        """What says how long the key is."""
+        """The proof that gives the length of the key."""
         return proof_for(self.preset.transmitter, self.finite_key)
 
     @property
     def digest(self) -> bytes:
-        """A fingerprint of all that decides what the parties do; names and citations do not."""
+        """A digest of everything that affects the behaviour, without names and citations."""
         mine: dict[str, object] = {
             one.name: getattr(self, one.name)
             for one in fields(self)
@@ -136,7 +136,7 @@ class LinkSettings:
         return hashlib.sha256(repr(sorted(mine.items())).encode()).digest()
 
     def check(self, counts: Counts, *, pulses: int) -> None:
-        """The rules on what was detected. Raises ``BlockAborted`` with the reason."""
+        """Check the counts. Raises ``BlockAborted`` with the reason."""
         if not sum(counts.key) or not sum(counts.test):
             raise BlockAborted("nothing was detected in one of the bases")
         self.check_qber(counts.test_error_rate, "test")

@@ -23,13 +23,13 @@ from hybridkex.secret import Secret
 __all__ = ["BOOTSTRAPS", "Observer", "SimulatedLink", "stream_pair"]
 
 Observer: TypeAlias = Callable[[Block | BlockAborted], None]
-"""Told of each block, made (as Bob has it, who knows all of its numbers) or aborted."""
+"""Called with each block: Bob's :class:`Block`, which has all numbers, or why it was aborted."""
 
 BOOTSTRAPS: Final = ("psk", "ecdsa", "ml-dsa")
 
 
 def _bootstraps(kind: str, shared: bytes) -> tuple[Ledger | Signatures, Ledger | Signatures]:
-    """What Alice and Bob authenticate the first block with."""
+    """Alice's and Bob's authentication of the first block."""
     if kind == "psk":
         return Ledger(Secret(shared)), Ledger(Secret(shared))
     if kind == "ecdsa":
@@ -43,7 +43,7 @@ def _bootstraps(kind: str, shared: bytes) -> tuple[Ledger | Signatures, Ledger |
 
 
 class SimulatedLink:
-    """Alice, Bob and what is between them. Use it inside ``async with link.open():``."""
+    """Alice, Bob and the channels between them. Use it inside ``async with link.open():``."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class SimulatedLink:
         channel, transmitter = settings.preset.channel, settings.preset.transmitter
         self._tampers = self._eve.partition(":")[0] == "tamper"
         if self._tampers and not self._eve.partition(":")[2].isdecimal():
-            raise ConfigError("tamper:BYTE flips a bit of that byte of what Alice hears")
+            raise ConfigError("tamper:BYTE needs the number of a byte that Alice receives")
         if self._eve and self._eve.partition(":")[0] not in (*EAVESDROPPERS, "mitm", "tamper"):
             raise ConfigError(
                 f"no eavesdropper {eve!r}: use intercept:SHARE, split:SHARE, pns, mitm or "
@@ -82,7 +82,7 @@ class SimulatedLink:
         if self._eve and self._eve != "mitm" and not self._tampers:
             light = eavesdropper(self._eve, channel, transmitter)
         if fading is not None and self._eve:
-            raise ConfigError("an eavesdropper and a fluctuating channel do not go together")
+            raise ConfigError("an eavesdropper cannot be combined with a fluctuating channel")
         self._link = OpticalLink(
             channel, transmitter, light=light, fading=fading, seed=seed, real_time=real_time
         )
@@ -114,7 +114,7 @@ class SimulatedLink:
         far, detector = streams[1], self._link
         between: list[Alice | Bob] = []
         if self._eve == "mitm":
-            # Eve plays Bob to Alice and Alice to Bob; what she lacks is the bootstrap.
+            # Eve impersonates Bob to Alice and Alice to Bob, without their bootstrap secret.
             hers = _bootstraps(self._bootstrap, os.urandom(len(self._shared)))
             other = OpticalLink(
                 self.settings.preset.channel,

@@ -48,7 +48,10 @@ def _divergence(x: float, p: float) -> float:
 
 
 def _first_guess(x: float, goal: float, sign: float) -> float:
-    """Where D(x || p) reaches the goal, by its series; ``x`` itself where that would be too far."""
+    """An estimate, from its series, of where D(x || p) reaches the goal; ``x`` if it would be too
+    far.
+
+    """
     spread = math.sqrt(2.0 * x * (1.0 - x) * goal)
     if spread > 0.3 * min(x, 1.0 - x):
         return x

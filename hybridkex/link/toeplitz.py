@@ -3,14 +3,13 @@
 The matrix is ``(1 | T)``: an identity beside a Toeplitz matrix, so ``m`` bits come out as
 ``head ⊕ T · tail`` with the first ``m`` bits of the key as ``head`` and the others as ``tail``. The
 family is 2-universal (keys with different tails collide with probability ``2^-m``, keys that differ
-in their heads alone never do), takes ``n - 1`` random bits instead of ``n + m - 1``, and a
+in their heads alone never do), needs ``n - 1`` random bits instead of ``n + m - 1``, and a
 convolution of length ``n`` instead of ``n + m``. M. Hayashi, T. Tsurumaru, IEEE Trans. Inf. Theory
 62, 2213 (2016), arXiv:1311.5322, section V, call it the modified Toeplitz matrix.
 
-``T · tail`` is a stretch of the product of two polynomials with coefficients 0 and 1, of which the
-last bits are wanted. Where numba is installed (``hybridkex[fast]``), :mod:`.toeplitz_loops`
-computes it in integers. Otherwise a floating-point Fourier transform does, whose results are
-rounded to integers.
+``T · tail`` is part of the product of two polynomials with coefficients 0 and 1, modulo 2. Where
+numba is installed (``hybridkex[fast]``), :mod:`.toeplitz_loops` computes it in integers. Otherwise
+a floating-point Fourier transform does, whose results are rounded to integers.
 
 *Rounding cannot flip a bit.* C. Percival, Math. Comp. 72, 387 (2002), theorem 5.1: a product ``z``
 of ``x`` and ``y`` by transforms of ``2^t`` points, with machine precision ``e`` and twiddle factors
@@ -22,8 +21,9 @@ below 1/2; :data:`MAX_INPUT` keeps it below 1e-3. The library's twiddle factors 
 ``2 e``. Each of our own three is the product of two exponentials of an angle below ``2 π``, and
 wrong by at most ``32 e``; in all, ``3 · 32 e + 3 t · 2 e < 3 (t + 2) · 8 e``. Numpy's butterflies
 of radix 3, 4, 5, ... do no more roundings than as many of radix 2, and its real transforms leave
-out operations of the complex ones. Lest anything rest on these sentences, each product also checks
-that all the coefficients that it returns are within 1/16 of an integer, and raises if not.
+out operations of the complex ones. In case any of these statements is
+wrong, each product also checks that all coefficients that it returns are within 1/16 of an integer,
+and raises :class:`RoundingError` otherwise.
 
 The transform of ``N`` real numbers is done in two steps, columns and rows of a matrix of ``N``
 numbers (the columns are real, so half of the rows of their spectrum are enough), a strip at a time:
@@ -61,11 +61,11 @@ MAX_ROWS: Final = 1024
 
 
 class RoundingError(ArithmeticError):
-    """The Fourier transform was less exact than proven: the processor or a library is at fault."""
+    """The Fourier transform was less exact than proven. The processor or a library is at fault."""
 
 
 def rounding_bound(length: int) -> float:
-    """The most that a coefficient can be wrong by, for a key of so many bits; see above."""
+    """The most that a coefficient can be wrong by, for a key of ``length`` bits; see above."""
     e = 2.0**-53
     t = math.ceil(math.log2(max(2, length))) + 2
     growth = 3 * t * math.log1p(e) + (3 * t + 1) * math.log1p(e * math.sqrt(5.0))
@@ -118,7 +118,7 @@ class _Plan:
     """
 
     def __init__(self, length: int) -> None:
-        self.rows: Final = min(MAX_ROWS, max(2, 1 << round(math.log2(length) / 2.0) - 1))
+        self.rows: Final = min(MAX_ROWS, 2 << max(0, round(math.log2(length) / 2.0) - 2))
         self.columns: Final = fft.next_fast_len(-(-length // self.rows))
         self.half: Final = self.rows // 2 + 1
         row = np.arange(self.half)

@@ -5,9 +5,9 @@ are smaller than the prime :data:`P`, so a number-theoretic transform modulo ``P
 exactly. Nothing is rounded.
 
 A transform of ``N = rows · columns`` numbers is done in four steps (D. H. Bailey, J. Supercomputing
-4, 23 (1990)): columns, factors, transposition, rows. Both kinds of steps work on :data:`WIDTH`
-lanes side by side, which is what makes the compiler use vector instructions. The frequencies stay
-in the order in which the steps leave them, because products are taken point by point.
+4, 23 (1990)): columns, factors, transposition, rows. Both kinds of transforms process :data:`WIDTH`
+lanes side by side, so that the compiler uses vector instructions. The frequencies stay in the order
+in which the steps leave them, because products are taken point by point.
 
 Modular arithmetic is that of D. Harvey, J. Symb. Comp. 60, 113 (2014): numbers are kept below
 ``2 P``, factors that are known in advance have a precomputed quotient (:func:`_times`), and the

@@ -1,8 +1,8 @@
 """The messages of the classical channel, and their bytes.
 
 A message is a type (1 byte), a length (4 bytes, big-endian) and a body; numbers are big-endian,
-bits are packed from the highest, the unused bits of a last byte are zero. Decoding is strict: a
-body has exactly one reading, nothing is left over, and every size has a bound before anything is
+bits are packed from the highest, the unused bits of a last byte are zero. Decoding is strict:
+each body has one encoding, no bytes may follow it, and every size is checked before memory is
 allocated.
 
 =========  ===========  ============================================================================
@@ -10,10 +10,10 @@ type       sender       body
 =========  ===========  ============================================================================
 HELLO      both         version, role, nonce, digest of the settings, positions in the ledger
 REPORT     Bob          detections: distance from pulse to pulse, bases, the bits of the test basis
-SIFT       Alice        which detections are kept, their intensities, her bits of the test basis
-ASK, TELL  Bob, Alice   error correction: a request and its answer, as the method has them
+SIFT       Alice        which detections are kept, their intensities, Alice's bits of the test basis
+ASK, TELL  Bob, Alice   error correction: a request and its answer, in the method's format
 CORRECTED  Bob          the number of wrong bits of each intensity, if the proof uses it
-FINISH     Alice        hash of her key, seeds of hash and privacy amplification, name of the block
+FINISH     Alice        hash of the key, seeds of hash and privacy amplification, name of the block
 VERDICT    Bob          whether the hash agrees
 TAG        both         authenticates all that this side has sent since its last tag
 =========  ===========  ============================================================================
@@ -98,7 +98,7 @@ def unpack_bits(data: bytes, count: int) -> Bits:
 
 
 class _Reader:
-    """Cuts a body into parts."""
+    """Splits a body into parts."""
 
     def __init__(self, body: bytes) -> None:
         self._body = body
@@ -134,7 +134,7 @@ class Hello:
     """0: Alice, 1: Bob."""
     nonce: bytes
     settings: bytes
-    """SHA-256 of what both must have configured alike."""
+    """SHA-256 of the settings that must be the same at both ends."""
     positions: dict[Direction, Position] | None
     """Which bytes of its ledger this party has in stock; ``None`` if it never had any."""
 
@@ -229,7 +229,7 @@ class Sift:
 
 @dataclass(frozen=True)
 class Request:
-    """Error correction: what Bob wants to know, in the form of the method."""
+    """Error correction: a request, in the format of the method."""
 
     type: ClassVar[Type] = Type.ASK
     body: bytes
@@ -240,7 +240,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """Error correction: Alice's answer, in the form of the method."""
+    """Error correction: Alice's answer, in the format of the method."""
 
     type: ClassVar[Type] = Type.TELL
     body: bytes

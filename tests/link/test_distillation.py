@@ -231,6 +231,16 @@ def test_toeplitz_is_the_matrix_product(data: st.DataObject, compiled: bool) -> 
 
 
 @pytest.mark.parametrize("compiled", KINDS)
+def test_toeplitz_hashing_of_the_shortest_keys(compiled: bool) -> None:
+    draw = np.random.default_rng(11)
+    for n in range(1, 20):
+        for m in range(n + 1):
+            key = draw.integers(0, 2, n, dtype=np.uint8)
+            seed = draw.integers(0, 2, seed_length(n), dtype=np.uint8)
+            assert (compress(key, seed, m, compiled=compiled) == by_the_book(key, seed, m)).all()
+
+
+@pytest.mark.parametrize("compiled", KINDS)
 @pytest.mark.parametrize(("n", "m"), [(1_000_000, 250_000), (1_000_000, 3), (3_000_000, 1_500_000)])
 def test_toeplitz_at_size_agrees_with_integers(n: int, m: int, compiled: bool) -> None:
     """All ones is the worst that rounding can meet; random bits are what there will be."""

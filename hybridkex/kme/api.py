@@ -9,6 +9,7 @@ from hybridkex.errors import KeySourceError
 from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import CHECK, EXT_KEYS, VOID, ExtKeys, ids_from_json
+from hybridkex.net.event_loop import in_thread
 from hybridkex.net.http import (
     ANY,
     Handler,
@@ -42,6 +43,9 @@ _ROUTES: Final = (
         for url, name in ((EXT_KEYS, "ext_keys"), (VOID, "void"), (CHECK, "check"))
     ),
 )
+
+LONG_BODY: Final = 1 << 16
+"""Bytes of a message that is parsed without a thread."""
 
 
 def kme_handler(kme: KeyManagementEntity, caller: str, metrics: KmeMetrics) -> Handler:
@@ -80,17 +84,8 @@ def kme_handler(kme: KeyManagementEntity, caller: str, metrics: KmeMetrics) -> H
 
 async def _answer(kme: KeyManagementEntity, caller: str, call: str, request: Request) -> Response:
     if call in ("ext_keys", "void", "check"):
-        kme.admit_peer(caller)
-    match call:
-        case "ext_keys":
-            await kme.peer_allots(caller, ExtKeys.from_json(_body(request)))
-            return Response(status=202)
-        case "void":
-            await kme.peer_voids(caller, ids_from_json(_body(request)))
-            return Response(status=202)
-        case "check":
-            lacking = await kme.peer_checks(caller, ids_from_json(_body(request)))
-            return Response.json(200, {"key_ids": lacking})
+        async with kme.admit_peer(caller):
+            return await _answer_to_peer(kme, caller, call, request)
     kme.admit(caller)
     other = request.path[3]
     result: Json
@@ -103,6 +98,24 @@ async def _answer(kme: KeyManagementEntity, caller: str, call: str, request: Req
             ids = _key_ids(request)
             result = (await kme.get_key_with_ids(caller, other, ids.key_ids)).to_json()
     return Response.json(200, result)
+
+
+async def _answer_to_peer(
+    kme: KeyManagementEntity, peer: str, call: str, request: Request
+) -> Response:
+    def parsed() -> ExtKeys | list[str]:
+        body = _body(request)
+        return ExtKeys.from_json(body) if call == "ext_keys" else ids_from_json(body)
+
+    # In a thread: a message of the largest size takes a second, for which nobody else must wait.
+    match await in_thread(parsed) if len(request.body) > LONG_BODY else parsed():
+        case ExtKeys() as message:
+            await kme.peer_allots(peer, message)
+        case ids if call == "void":
+            await kme.peer_voids(peer, ids)
+        case ids:
+            return Response.json(200, {"key_ids": await kme.peer_checks(peer, ids)})
+    return Response(status=202)
 
 
 def _key_request(request: Request) -> KeyRequest:

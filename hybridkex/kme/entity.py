@@ -35,7 +35,14 @@ from hybridkex.errors import (
     KeyUnknown,
 )
 from hybridkex.kme.metrics import KmeMetrics
-from hybridkex.kme.peering import IDS_AT_ONCE, MAX_MESSAGE_BYTES, ExtKeys, PeerLink, message_bytes
+from hybridkex.kme.peering import (
+    BLOCKS_AT_ONCE,
+    IDS_AT_ONCE,
+    MAX_MESSAGE_BYTES,
+    ExtKeys,
+    PeerLink,
+    message_bytes,
+)
 from hybridkex.net.log import BoundedLog
 from hybridkex.net.token_bucket import TokenBucket
 from hybridkex.qkd.etsi014.models import (
@@ -110,7 +117,8 @@ class KmeLimits:
     """Requests per second of each peer KME."""
     peer_burst: int = 2000
     max_promised: int = 100_000
-    """Keys that one peer KME sent by value and that no SAE has collected yet."""
+    """Keys of ``key_size`` that one peer KME sent by value and that no SAE has collected yet; a
+    longer key counts as several."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_key_size <= self.key_size <= self.max_key_size:
@@ -143,6 +151,13 @@ class KmeLimits:
                 f"max_key_per_request keys of max_key_size bits make a message of {most} bytes for "
                 f"the KME at the other end, which takes {MAX_MESSAGE_BYTES}: lower one of them"
             )
+        blocks = self.max_key_per_request * self.blocks(self.max_key_size)
+        if blocks > BLOCKS_AT_ONCE:
+            raise ConfigError(
+                f"max_key_per_request keys of max_key_size bits have {blocks} blocks of key_size, "
+                f"and the KME at the other end takes {BLOCKS_AT_ONCE} in one message: lower one of "
+                "the first two"
+            )
 
     def blocks(self, size: int) -> int:
         """The number of link blocks that make up a key of ``size`` bits."""
@@ -165,6 +180,9 @@ class _Link:
     answers: bool | None = None
     """Whether the other KME answered the last message; ``None`` before the first one."""
     left: trio.Event = field(default_factory=trio.Event)
+    turn: trio.Lock = field(default_factory=trio.Lock)
+    """Held while a message of the other KME is read and carried out: it has many connections, and
+    our SAEs must not wait for more than one of its messages."""
     voids: TokenBucket = field(default_factory=lambda: TokenBucket(VOIDS_RATE, VOIDS_BURST))
     log: BoundedLog = field(default_factory=lambda: BoundedLog(LOG, rate=1 / 60, burst=5))
     """Rate-limits the lines that an SAE or the other KME can cause repeatedly."""
@@ -526,14 +544,15 @@ class KeyManagementEntity:
 
     # -- the KME at the other end
 
-    def admit_peer(self, peer: str) -> None:
-        """Is this a peer of ours, and within its rate?"""
+    def admit_peer(self, peer: str) -> trio.Lock:
+        """Check that this is a peer of ours and within its rate; the lock is its turn."""
         link = self._links.get(peer)
         if link is None or peer == self.kme_id:
             raise ErrorResponse(401, "Unauthorized")
         if not self._buckets[peer].take():
             self._note_excess(link, "rate", 1)
             raise ErrorResponse(503, "too many requests")
+        return link.turn
 
     def _note_excess(self, link: _Link, reason: str, number: int) -> None:
         self._metrics.excess.labels(self.kme_id, link.target, reason).inc(number)
@@ -553,12 +572,14 @@ class KeyManagementEntity:
         if not message.slaves or not self.saes.issuperset(message.slaves):
             raise ErrorResponse(400, "a target SAE is not attached here")
         # Our limits are for our SAEs; what the peer announces to its SAEs, we honour.
-        if any(len(one.blocks) * self.limits.key_size < one.size * 8 for one in message.allotments):
-            raise ErrorResponse(400, "a key is longer than its blocks")
+        if any(len(one.blocks) != self.limits.blocks(one.size * 8) for one in message.allotments):
+            raise ErrorResponse(400, "a key has more or fewer blocks of key_size than it needs")
         if any(one.value is not None for one in message.allotments):
-            new = len(message.allotments) * len(message.slaves)
+            new = sum(len(one.blocks) for one in message.allotments) * len(message.slaves)
             room = self.limits.max_promised - new
-            if room < 0 or await self._store.promised(peer, most=room + 1) > room:
+            if room < 0 or room < await self._store.promised(
+                peer, most=room + 1, block_bytes=self.limits.key_size // 8
+            ):
                 self._note_excess(link, "promised", new)
                 raise ErrorResponse(503, "too many keys wait to be collected")
         await self._store.accept(

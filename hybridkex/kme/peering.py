@@ -30,6 +30,7 @@ from hybridkex.secret import Secret
 from hybridkex.text import printable
 
 __all__ = [
+    "BLOCKS_AT_ONCE",
     "CHECK",
     "EXT_KEYS",
     "IDS_AT_ONCE",
@@ -52,6 +53,9 @@ MAX_MESSAGE_BYTES: Final = 1 << 22
 
 IDS_AT_ONCE: Final = 1000
 """Most IDs in one void or check message: another KME must not occupy the store for long."""
+
+BLOCKS_AT_ONCE: Final = 1 << 13
+"""Most blocks in one ext_keys message, for the same reason."""
 
 SAE_IDS_BYTES: Final = 1 << 16
 """Bytes of a message that its SAE IDs may take."""
@@ -92,6 +96,8 @@ class ExtKeys:
         if len(set(slaves)) != len(slaves):
             raise ModelError("target_sae_ids has an SAE ID twice")
         allotments = tuple(_allotment(item) for item in keys)
+        if sum(len(one.blocks) for one in allotments) > BLOCKS_AT_ONCE:
+            raise ModelError(f"the keys have more than {BLOCKS_AT_ONCE} blocks")
         return cls(allotments=allotments, master=master, slaves=tuple(slaves))
 
 

@@ -18,6 +18,7 @@ identify the row, so that one row cannot be substituted for another. With random
 key file is good for 2^32 writes (NIST SP 800-38D section 8.3).
 """
 
+import math
 import os
 import sqlite3
 import stat
@@ -69,6 +70,8 @@ _Inode: TypeAlias = tuple[int, int] | None
 """Device and inode of a file; ``None`` if there is no file."""
 
 NONCE_BYTES: Final = 12
+SEAL_BYTES: Final = NONCE_BYTES + 16
+"""By which a sealed key is longer than the key: nonce and tag."""
 SEAL_KEY_BYTES: Final = 32
 
 SCHEMA_VERSION: Final = 2
@@ -552,15 +555,23 @@ class KeyStore:
     def _never_here(self, link: str, key_ids: Sequence[str]) -> list[str]:
         return [one for one in self._unknown(link, key_ids) if not self._is_spent(link, one)]
 
-    async def promised(self, link: str, *, most: int) -> int:
-        """How many promised keys no SAE has collected; the count ends at ``most``."""
-        return await self._run(self._promised, link, most)
+    async def promised(self, link: str, *, most: int, block_bytes: int) -> int:
+        """How many blocks the promised keys have that no SAE has collected.
 
-    def _promised(self, link: str, most: int) -> int:
+        The count ends when it reaches ``most``. Each slave of a key counts.
+        """
+        return await self._run(self._promised, link, most, block_bytes)
+
+    def _promised(self, link: str, most: int, block_bytes: int) -> int:
         found = self._db.execute(
-            "SELECT 1 FROM grants WHERE link = ? AND ended IS NULL LIMIT ?", (link, most)
+            "SELECT length(sealed) FROM grants WHERE link = ? AND ended IS NULL", (link,)
         )
-        return sum(1 for _ in found)
+        blocks = 0
+        for (length,) in found:
+            blocks += math.ceil((length - SEAL_BYTES) / block_bytes)
+            if blocks >= most:
+                break
+        return blocks
 
     # -- from material to grants
 

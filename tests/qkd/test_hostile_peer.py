@@ -1,5 +1,7 @@
 """A KME at the other end of a link that sends what it likes, under its own certificate."""
 
+import base64
+import json
 import logging
 import sqlite3
 import ssl
@@ -19,6 +21,8 @@ EXTENSION = {"blocks": [IDS[0]], "size": 8}
 KEY = {"key_id": IDS[0], "value": "AA==", "extension": EXTENSION}
 GOOD = {"keys": [KEY], "initiator_sae_id": "eve", "target_sae_ids": ["alice"]}
 TWO = {"blocks": [IDS[1], IDS[1]], "size": 8}
+LONG = base64.b64encode(bytes(64)).decode()
+TWICE = {"key_id": IDS[1], "value": LONG, "extension": TWO | {"size": 512}}
 
 
 def client(site: Any, name: str) -> httpx.AsyncClient:
@@ -47,7 +51,8 @@ async def test_an_odd_message_is_refused_and_is_no_fault_of_the_store(
         (EXT_KEYS, GOOD | {"target_sae_ids": ["bob"]}, 400),
         (EXT_KEYS, GOOD | {"initiator_sae_id": "bob"}, 401),
         (EXT_KEYS, GOOD | {"keys": [KEY, KEY]}, 409),
-        (EXT_KEYS, GOOD | {"keys": [KEY | {"key_id": IDS[1], "extension": TWO}]}, 409),
+        (EXT_KEYS, GOOD | {"keys": [KEY | {"key_id": IDS[1], "extension": TWO}]}, 400),
+        (EXT_KEYS, GOOD | {"keys": [TWICE]}, 409),
         (EXT_KEYS, GOOD | {"keys": [KEY | {"extension": EXTENSION | {"size": 8 << 70}}]}, 400),
         (EXT_KEYS, GOOD | {"keys": [KEY | {"value": ""}]}, 400),
         (EXT_KEYS, GOOD | {"keys": [[]]}, 400),
@@ -121,3 +126,75 @@ async def test_a_peer_cannot_fill_the_store(
     ]
     assert 1 <= len(told) <= 5
     assert all("kme-c" in line for line in told)
+
+
+def by_value(blocks: int, size: int) -> dict[str, object]:
+    ids = [str(uuid.uuid4()) for _ in range(blocks)]
+    value = base64.b64encode(bytes(size // 8)).decode()
+    return {"key_id": ids[0], "value": value, "extension": {"blocks": ids, "size": size}}
+
+
+async def test_neither_long_keys_nor_many_blocks_fill_the_store(
+    site: Any, serve: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A key counts for all of its blocks, and has no more of them than it needs."""
+    peer = PeerConfig(id="kme-c", saes=("eve",), url="https://127.0.0.1:1")
+    limits = KmeLimits(max_promised=100)
+    a = site.kme("kme-a", saes=("alice", "carol"), limits=limits, peer=(peer,))
+    refused = [by_value(2, 8), by_value(50, 256), by_value(1, 512), by_value(9000, 256 * 9000)]
+    with trio.fail_after(30):
+        async with serve(ServeConfig(kme=(a,))) as where, client(site, "kme-c") as hostile:
+            url = f"https://{where.kmes['kme-a']}{EXT_KEYS}"
+
+            async def status_of(*keys: dict[str, object]) -> int:
+                return (await hostile.post(url, json=GOOD | {"keys": list(keys)})).status_code
+
+            assert [await status_of(one) for one in refused] == [400] * len(refused)
+            assert await status_of(*(by_value(500, 256 * 500) for _ in range(17))) == 400
+            assert await status_of(by_value(60, 256 * 60)) == 202
+            assert await status_of(by_value(60, 256 * 60)) == 503
+            assert await status_of(by_value(40, 256 * 40)) == 202
+            assert await status_of(by_value(1, 8)) == 503
+    with sqlite3.connect(a.store) as db:
+        assert db.execute("SELECT count(*) FROM spent").fetchone() == (100,)
+    db.close()
+
+
+async def test_an_sae_waits_for_no_more_than_one_message_of_a_peer(site: Any, serve: Any) -> None:
+    """The peer sends the longest messages there are, on many connections at once."""
+    peer = PeerConfig(id="kme-c", saes=("eve",), url="https://127.0.0.1:1")
+    a = site.kme("kme-a", saes=("alice", "carol"), peer=(peer,))
+    keys = [by_value(512, 256 * 512) for _ in range(16)]
+    for one in keys:
+        del one["value"]
+    longest = [
+        (EXT_KEYS, json.dumps(GOOD | {"keys": keys})),
+        (CHECK, '{"key_ids": [' + "1.0," * 1_000_000 + "1]}"),
+        (EXT_KEYS, '{"keys": [' + "{}," * 1_300_000 + "1]}"),
+    ]
+    waited: list[float] = []
+    with trio.fail_after(120):
+        async with serve(ServeConfig(kme=(a,))) as where, client(site, "alice") as alice:
+            base = f"https://{where.kmes['kme-a']}"
+            status = f"{base}/api/v1/keys/eve/status"
+            await alice.get(status)
+            async with trio.open_nursery() as nursery:
+
+                async def send(path: str, body: str) -> None:
+                    async with client(site, "kme-c") as hostile:
+                        await hostile.post(base + path, content=body, timeout=60)
+
+                async with trio.open_nursery() as hostile_ones:
+                    for path, body in longest * 3:
+                        hostile_ones.start_soon(send, path, body)
+
+                    async def ask() -> None:
+                        while True:
+                            began = trio.current_time()
+                            assert (await alice.get(status, timeout=60)).status_code == 200
+                            waited.append(trio.current_time() - began)
+                            await trio.sleep(0.02)
+
+                    nursery.start_soon(ask)
+                nursery.cancel_scope.cancel()
+    assert max(waited) < 3

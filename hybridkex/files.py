@@ -127,7 +127,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _shown(path: str | os.PathLike[str]) -> str:
-    text = os.fspath(path)
+    text = os.fsdecode(path)
     return text if text.isprintable() else repr(text)
 
 

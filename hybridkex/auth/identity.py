@@ -33,6 +33,7 @@ from hybridkex.crypto.x509_parsing import (
     certificates_from_pem,
 )
 from hybridkex.errors import ConfigError
+from hybridkex.fields import Kind, a, check_fields, tuple_of
 from hybridkex.files import read_file
 
 __all__ = ["Identity"]
@@ -54,6 +55,17 @@ class Identity:
     """The DNS names, IP addresses and URIs that the certificate is for."""
 
     def __post_init__(self) -> None:
+        right = 'Identity.from_files("cert.pem", "key.pem")'
+        check_fields(
+            self,
+            {
+                "chain": (tuple_of(a("bytes", bytes), "certificates in DER"), right),
+                "private_key": (
+                    Kind(lambda key: hasattr(key, "public_key"), "a private key"),
+                    right,
+                ),
+            },
+        )
         if not self.chain:
             raise ConfigError("an identity has at least one certificate")
         try:

@@ -9,6 +9,7 @@ from typing import Final
 import idna
 
 from hybridkex.errors import ConfigError
+from hybridkex.fields import described
 
 __all__ = [
     "PIN",
@@ -65,6 +66,7 @@ def parse_peer_name(text: str) -> PeerName:
     Raises:
         ConfigError: it is neither a host name nor an address.
     """
+    _check_text(text)
     bracketed = text.startswith("[") and text.endswith("]")
     bare = text[1:-1] if bracketed else text
     # Every IPv4 address ends in a digit: most host names need not be tried as one.
@@ -91,6 +93,11 @@ def parse_peer_name(text: str) -> PeerName:
     return DnsName(label)
 
 
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise ConfigError(f"a name is a str, not {described(text)}")
+
+
 _URI: Final = re.compile(r"[a-z][a-z0-9+.-]*:[!-~]+", re.IGNORECASE)
 """A scheme and something after it, without spaces and control characters (RFC 3986)."""
 
@@ -108,6 +115,7 @@ def canonical_peer_name(text: str) -> str:
     Raises:
         ConfigError: it is not a name of any of these kinds.
     """
+    _check_text(text)
     if text.lower().startswith(PIN):
         digest = text[len(PIN) :].lower()
         if re.fullmatch(r"[0-9a-f]{64}", digest) is None:

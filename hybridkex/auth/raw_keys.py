@@ -23,6 +23,7 @@ from hybridkex.crypto.private_keys import load_private_key
 from hybridkex.crypto.rsa_pss import raw_key
 from hybridkex.crypto.sig_oqs import OqsPrivateKey, OqsPublicKey
 from hybridkex.errors import CertificateRejected, ConfigError
+from hybridkex.fields import described
 from hybridkex.files import read_file
 
 __all__ = ["PeerRawKey", "RawIdentity", "read_raw_key"]
@@ -142,7 +143,10 @@ class RawIdentity:
             public = self.private_key.public_key()
             spki = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         except AttributeError:
-            raise ConfigError("a raw identity is a private key") from None
+            raise ConfigError(
+                f"RawIdentity: private_key takes a private key, not {described(self.private_key)}; "
+                'write, for example: RawIdentity.from_file("key.pem")'
+            ) from None
         weakness = _weakness(public)
         if weakness is not None:
             raise ConfigError(f"our own key is {weakness}")

@@ -41,6 +41,7 @@ from hybridkex.constants import Alert
 from hybridkex.crypto.x509_failure import parse_failure
 from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem
 from hybridkex.errors import CertificateRejected, ConfigError
+from hybridkex.fields import a, check_fields, described, tuple_of
 from hybridkex.files import read_file
 
 __all__ = ["InsecureNoVerification", "Pins", "TrustStore"]
@@ -175,9 +176,11 @@ class TrustStore:
     )
 
     def __post_init__(self) -> None:
+        certificates = tuple_of(a("a certificate", x509.Certificate), "certificates")
+        check_fields(self, {"authorities": (certificates, 'TrustStore.from_file("ca.pem")')})
         if not self.authorities:
             raise ConfigError("a trust store without certificates trusts nobody")
-        object.__setattr__(self, "pins", frozenset(map(_normal_pin, self.pins)))
+        object.__setattr__(self, "pins", _normal_pins(self.pins))
 
     @classmethod
     def from_pem(cls, data: bytes, *, pins: Iterable[str] = (), source: str = "") -> "TrustStore":
@@ -189,7 +192,7 @@ class TrustStore:
             raise ConfigError(
                 f"cannot use the certificates of {where}: {parse_failure(error)}"
             ) from None
-        return cls(tuple(authorities), frozenset(pins), source)
+        return cls(tuple(authorities), _normal_pins(pins), source)
 
     @classmethod
     def from_file(cls, path: str | Path, *, pins: Iterable[str] = ()) -> "TrustStore":
@@ -200,7 +203,7 @@ class TrustStore:
     def system(cls, *, pins: Iterable[str] = ()) -> "TrustStore":
         """This machine's authorities; ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` replace them."""
         authorities, source = system_roots()
-        return cls(tuple(authorities), frozenset(pins), source)
+        return cls(tuple(authorities), _normal_pins(pins), source)
 
     def verify_server(
         self, chain: Sequence[bytes], name: PeerName | None, *, at: datetime | None = None
@@ -307,9 +310,9 @@ class Pins:
     pins: frozenset[str]
 
     def __post_init__(self) -> None:
-        if isinstance(self.pins, str) or not self.pins:
-            raise ConfigError("a set of at least one pin is needed")
-        object.__setattr__(self, "pins", frozenset(map(_normal_pin, self.pins)))
+        object.__setattr__(self, "pins", _normal_pins(self.pins))
+        if not self.pins:
+            raise ConfigError("at least one pin is needed: without one, nobody is trusted")
 
     def verify_server(
         self, chain: Sequence[bytes], name: PeerName | None, *, at: datetime | None = None
@@ -373,7 +376,20 @@ def _require_pin(peer: Presented, pins: frozenset[str]) -> None:
         )
 
 
+def _normal_pins(pins: Iterable[str]) -> frozenset[str]:
+    """Pins in one spelling. Raises ``ConfigError``, also for a single string: a row of letters."""
+    kind = a("a set of pins", Iterable)
+    if isinstance(pins, str | bytes) or not kind.fits(pins):
+        raise ConfigError(
+            f"pins are given as a set or a list of strings, not {described(pins)}; write, for "
+            'example: pins=["3f0c..."]'
+        )
+    return frozenset(map(_normal_pin, pins))
+
+
 def _normal_pin(pin: str) -> str:
+    if not isinstance(pin, str):
+        raise ConfigError(f"a pin is a string, not {described(pin)}")
     text = re.sub(r"^sha256(//|/|:)", "", pin.strip())
     bare = text.replace(":", "")
     try:

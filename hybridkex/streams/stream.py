@@ -35,6 +35,7 @@ from hybridkex.errors import (
     PeerError,
     TruncationError,
 )
+from hybridkex.fields import Kind, check_fields
 from hybridkex.net.event_loop import Background
 from hybridkex.net.log import BoundedLog
 from hybridkex.secret import Secret
@@ -67,6 +68,11 @@ _ALERT_TIMEOUT: Final = 1.0
 bytearray(4 * _READ_SIZE)
 _CLOSE_TIMEOUT: Final = 10.0
 
+_STREAM: Final = Kind(
+    lambda value: all(hasattr(value, name) for name in ("send_all", "receive_some", "aclose")),
+    "a trio stream",
+)
+
 T = TypeVar("T", bound=Stream)
 
 
@@ -95,6 +101,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     ) -> None:
         self.transport_stream: T = transport_stream
+        check_fields(self, {"transport_stream": (_STREAM, "SecureStream(tcp_stream, config)")})
         self._session: Session | None = None
         self._connection = connection_for(config, server_hostname)
         self._has_carried_data = False

@@ -1,4 +1,5 @@
-"""TCP in one call, beside ``trio.open_ssl_over_tcp_stream`` and its two fellows."""
+"""Secure TCP connections and servers in one call each, like ``trio.open_ssl_over_tcp_stream``,
+``trio.open_ssl_over_tcp_listeners`` and ``trio.serve_ssl_over_tcp``."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
@@ -9,7 +10,7 @@ from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.streams.listener import SecureListener
 from hybridkex.streams.stream import DEFAULT_HANDSHAKE_TIMEOUT, SecureStream
 from hybridkex.text import get_logger
-from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 
 __all__ = ["open_secure_tcp_listeners", "open_secure_tcp_stream", "serve_secure_tcp"]
 
@@ -33,16 +34,22 @@ async def open_secure_tcp_stream(
 
     Raises:
         OSError: no connection.
+        ConfigError: ``config`` is not a ``ClientConfig``, or the name is not that of a host.
     """
+    check_config(config, ClientConfig)
     name = host if server_hostname is None else server_hostname
     tcp = await trio.open_tcp_stream(host, port, happy_eyeballs_delay=happy_eyeballs_delay)
-    return SecureStream(
-        tcp,
-        config,
-        server_hostname=name,
-        https_compatible=https_compatible,
-        handshake_timeout=handshake_timeout,
-    )
+    try:
+        return SecureStream(
+            tcp,
+            config,
+            server_hostname=name,
+            https_compatible=https_compatible,
+            handshake_timeout=handshake_timeout,
+        )
+    except BaseException:
+        await trio.aclose_forcefully(tcp)
+        raise
 
 
 async def open_secure_tcp_listeners(
@@ -54,7 +61,13 @@ async def open_secure_tcp_listeners(
     backlog: int | None = None,
     handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
 ) -> list[SecureListener[trio.SocketStream]]:
-    """Listen on ``port`` (0 picks one) of ``host``, or of all interfaces."""
+    """Listen on ``port`` (0 picks one) of ``host``, or of all interfaces.
+
+    Raises:
+        OSError: cannot listen there.
+        ConfigError: ``config`` is not a ``ServerConfig``.
+    """
+    check_config(config, ServerConfig)
     listeners = await trio.open_tcp_listeners(port, host=host, backlog=backlog)
     return _secured(listeners, config, https_compatible, handshake_timeout)
 
@@ -114,7 +127,9 @@ async def serve_secure_tcp(
 
     Raises:
         OSError: cannot listen there.
+        ConfigError: ``config`` is not a ``ServerConfig``.
     """
+    check_config(config, ServerConfig)
     budget = Budget(max_connections, even_shares=True)
 
     async def handle(stream: SecureStream[trio.SocketStream], connection: Connection) -> None:

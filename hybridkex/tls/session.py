@@ -11,6 +11,8 @@ from hybridkex.auth import Presented
 from hybridkex.auth.names import PIN
 from hybridkex.constants import CertificateType
 from hybridkex.crypto.suites import CipherSuite
+from hybridkex.errors import ConfigError
+from hybridkex.fields import CALLABLE, INTEGER, check_fields
 from hybridkex.secret import Secret
 from hybridkex.text import printable
 from hybridkex.tls.epochs import Epoch, KeyUpdates
@@ -253,7 +255,11 @@ class FlushableTicketStore(Protocol):
 
 @dataclass
 class MemoryTicketStore:
-    """Tickets in memory: the newest few per server, the most recent servers."""
+    """Tickets in memory: the newest few per server, the most recent servers.
+
+    Raises:
+        ConfigError: a field has the wrong type, or a number is below 1.
+    """
 
     max_servers: int = 1000
     tickets_per_server: int = 4
@@ -261,6 +267,18 @@ class MemoryTicketStore:
     _tickets: OrderedDict[str, list[SessionTicket]] = field(
         default_factory=OrderedDict, init=False, repr=False
     )
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            {
+                "max_servers": (INTEGER, "MemoryTicketStore(max_servers=1000)"),
+                "tickets_per_server": (INTEGER, "MemoryTicketStore(tickets_per_server=4)"),
+                "clock": (CALLABLE, "MemoryTicketStore(clock=time.time)"),
+            },
+        )
+        if self.max_servers < 1 or self.tickets_per_server < 1:
+            raise ConfigError("max_servers and tickets_per_server are 1 or more")
 
     def put(self, server: str, ticket: SessionTicket) -> None:
         """Keep a ticket; the oldest ones make room."""

@@ -1,7 +1,7 @@
-"""What this machine refuses, in words: room in a file system, permissions, memory, threads.
+"""Messages for errors of the operating system: full disks, permissions, memory, threads.
 
-One line says what happened, where, and the next step. Every command and every writer of a file
-takes its words from here.
+Each is one line that says what happened, where, and the next step. Every command, and everything
+that writes a file, takes its messages from here.
 """
 
 import errno
@@ -40,7 +40,7 @@ NO_THREAD: Final = (
     "this machine starts no more threads for the program; raise the limit of processes and threads "
     "(ulimit -u) or of memory (ulimit -v), or end other programs"
 )
-"""What to say where a thread is needed and none can be started."""
+"""The message when a thread is needed and none can be started."""
 
 
 _GONE: Final = frozenset(
@@ -49,7 +49,7 @@ _GONE: Final = frozenset(
 
 
 def broken(error: BaseException) -> str:
-    """Why a connection broke, in words: of the innermost cause."""
+    """Why a connection broke: a message about the innermost cause."""
     cause = error.__cause__ or error
     if not isinstance(cause, OSError):
         return str(cause) or type(cause).__name__
@@ -62,12 +62,12 @@ def broken(error: BaseException) -> str:
 
 
 def write_error(what: object, error: OSError, *, elsewhere: str = _ELSEWHERE) -> ConfigError:
-    """The error to raise where a file or a folder cannot be written.
+    """The error to raise when a file or a folder cannot be written.
 
     Args:
-        what: its path, or words for it.
-        error: what the system said.
-        elsewhere: how to choose another place.
+        what: its path, or a description of it.
+        error: the system's error.
+        elsewhere: the advice that tells how to choose another place.
     """
     return ConfigError(f"cannot write {what}: {_said(error).replace(_ELSEWHERE, elsewhere)}")
 

@@ -1,1 +1,1 @@
-"""Thin skins over the primitives of `cryptography`. No TLS state lives here."""
+"""Thin wrappers around the primitives of `cryptography`. No TLS state lives here."""

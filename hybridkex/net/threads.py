@@ -1,12 +1,12 @@
 """Worker threads for blocking calls, for a process that may run out of threads and memory.
 
-A worker that has started stays and takes the next call. So a server that has once made a call can
-make the next one while the system allows no new thread (pthread_create(3): EAGAIN) and no new
-memory: the call waits until a worker is free.
+Workers stay once they have started, and take further calls. A server that has made one call can
+therefore make the next one even while the system allows no new thread (pthread_create(3): EAGAIN)
+and no new memory: the call waits until a worker is free.
 
-Starting a worker never blocks for good. ``threading.Thread.start`` does: it waits for a sign of
-the new thread, which is never given where the thread finds no memory for its first frame. Here the
-call waits in a queue that all workers share, and :meth:`Call.withdraw` takes it back.
+Starting a worker never blocks indefinitely, unlike ``threading.Thread.start``, which waits for the
+new thread to report; a thread that finds no memory for its first frame never does. Here the call
+waits in a queue that all workers share, and :meth:`Call.withdraw` takes it back.
 """
 
 import _thread
@@ -26,21 +26,22 @@ __all__ = ["MOST", "Call", "NoThread", "run"]
 MOST: Final = 40
 """Workers at once, as many as trio allows by default."""
 START_SECONDS: Final = 1.0
-"""For which the start of a worker waits for its first sign."""
+"""Seconds to wait for a new worker to report that it runs."""
 RETRY_SECONDS: Final = 0.05
 RETRIES: Final = 100
-"""To report a result while there is no memory for it; then the process is interrupted."""
+"""Attempts to report a result while memory is short; after the last one, the process is
+interrupted as by Ctrl-C."""
 
 
 class NoThread(HybridkexError):
-    """No thread was there for a blocking call, and none could be started."""
+    """No thread was free for a blocking call, and none could be started."""
 
     def __init__(self) -> None:
         super().__init__(NO_THREAD)
 
 
 class Call:
-    """A blocking call on its way through a worker.
+    """A blocking call, to be run by a worker.
 
     Args:
         function: what to run; it sees the context variables of the caller.
@@ -125,7 +126,7 @@ class _Workers:
         return sure
 
     def _start(self) -> bool:
-        """Start a worker; false if it gave no sign."""
+        """Start a worker; false if it did not report that it runs."""
         begun = _thread.allocate_lock()
         begun.acquire()
         try:
@@ -151,11 +152,11 @@ _workers = _Workers()
 
 
 def run(call: Call) -> bool:
-    """Hand a call to a worker; it waits where none is free and no new one can be started.
+    """Hand a call to a worker. The call waits while no worker is free and none can be started.
 
     Returns:
-        Whether the call will certainly be run once earlier calls have ended; otherwise a worker
-        that was started for it may be dead.
+        True if the call is certain to run once earlier calls have ended; false if it depends on a
+        new worker that did not report.
 
     Raises:
         NoThread: there is no worker at all.

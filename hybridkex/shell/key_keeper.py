@@ -47,7 +47,7 @@ _LAST_RETRY: Final = 30.0
 
 
 class KeyKeeper:
-    """Keeps the keys of one connection fresh, from the handshake to the end.
+    """Renews the keys of one connection, from the handshake to the end.
 
     Args:
         config: the configuration of the connection.
@@ -85,7 +85,7 @@ class KeyKeeper:
         self._due = math.inf
         self._unplanned = True
         self._late = math.inf
-        """When an update that is due has not come in time."""
+        """The time at which an update that is due is late."""
         self._retry = _FIRST_RETRY
         self._not_before = -math.inf
 
@@ -95,7 +95,7 @@ class KeyKeeper:
         config: ClientConfig | ServerConfig,
         connection: ClientConnection | ServerConnection,
     ) -> bool:
-        """Whether a connection has anything to keep."""
+        """Whether a connection needs a keeper."""
         extended = connection.session.key_updates is not KeyUpdates.STANDARD
         return extended or config.fresh_keys is not None
 
@@ -121,7 +121,7 @@ class KeyKeeper:
             self.wake()
 
     def count(self, size: int) -> None:
-        """Bytes of application data have gone either way."""
+        """Count bytes of application data, sent or received."""
         self._bytes += size
         schedule = self._schedule
         if schedule is None or schedule.after_bytes is None or self._bytes < schedule.after_bytes:
@@ -137,13 +137,13 @@ class KeyKeeper:
         self.wake()
 
     def wake(self) -> None:
-        """Something is to be done: an event has come, or the engine has something to send."""
+        """Wake the task: an event has come, or the engine has something to send."""
         self._wake.set()
 
     # --- the task -----------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until it is cancelled, or the connection has ended.
+        """Renew keys until cancelled, or until the connection has ended.
 
         Raises whatever ``send`` raises.
         """
@@ -190,14 +190,14 @@ class KeyKeeper:
             self._late = current_time() + self._schedule.deadline
 
     def _try_later(self) -> None:
-        """Wait longer each time, and not at all too long while an update is about to be late."""
+        """Wait longer after each attempt, but try once more shortly before the deadline."""
         now = current_time()
         soon = max(now + _FIRST_RETRY, self._late - 1.0)
         self._not_before = min(now + self._retry, soon)
         self._retry = min(2 * self._retry, _LAST_RETRY)
 
     async def _start(self, why: str) -> None:
-        """Draw a key, where one goes in, and send the request."""
+        """Draw a key, if the update takes one, and send the request."""
         connection = self._connection
         if not self._extended:
             connection.update_keys(request_peer=True)
@@ -241,7 +241,7 @@ class KeyKeeper:
             missing = str(error)
             _LINES.log(
                 logging.WARNING,
-                "the peer's key update has a QKD key that is not to be had: %s",
+                "the QKD key of the peer's key update is not available: %s",
                 error,
             )
         try:
@@ -252,7 +252,7 @@ class KeyKeeper:
             await self._fail(error)
 
     async def _send_in_time(self) -> None:
-        """Send; where an update is required, no longer than until it is late."""
+        """Send; if updates are required, give up once the update is late."""
         if not self._required:
             await self._send()
             return
@@ -263,7 +263,7 @@ class KeyKeeper:
             await self._missed()
 
     async def _missed(self) -> None:
-        """An update has not come about before its deadline."""
+        """No update was completed before its deadline."""
         self._late = math.inf
         if not self._required:
             _LINES.log(
@@ -275,7 +275,7 @@ class KeyKeeper:
         )
         await self._fail(
             PolicyRefused(
-                "no key update has come about before its deadline, and our policy requires it",
+                "no key update was completed before its deadline, and our policy requires one",
                 Reason.FRESH_KEYS_LATE,
             )
         )
@@ -307,7 +307,7 @@ class KeyKeeper:
         self._bytes = 0
 
     async def _plan(self) -> None:
-        """When the next update is due: a little early at random, later where keys are short."""
+        """Set the time of the next update: a little earlier at random, later if keys are scarce."""
         self._unplanned = False
         schedule = self._schedule
         if schedule is None:

@@ -241,8 +241,8 @@ class QkdPskSource:
             raise self._silent() from None
 
     def _peer_of(self, session: Session) -> QkdPeer:
-        """Whose keys go into the updates of a session: the peer whose key is in its handshake, the
-        one whose names its certificate has, or the only one.
+        """The peer whose keys go into the updates of a session: the one whose key is in the
+        handshake, the one that the certificate names, or the only one.
 
         Raises:
             KeyUnknown: nothing says which of several it is.
@@ -369,8 +369,7 @@ class QkdPskSource:
                 )
             if not belongs and used is not None and used.peer is peer:
                 raise PolicyRefused(
-                    f"a QKD key of {peer.source.peer_sae} with the certificate of another peer "
-                    "peer",
+                    f"a QKD key of {peer.source.peer_sae} with the certificate of another peer",
                     Reason.QKD_KEY_REQUIRED,
                 )
 

@@ -1,6 +1,6 @@
 """The queries of the ssl module's connections, answered from a session.
 
-The shapes are those of :meth:`ssl.SSLSocket.getpeercert` and its fellows.
+The shapes are those of :meth:`ssl.SSLSocket.getpeercert` and the other query methods.
 """
 
 from dataclasses import dataclass

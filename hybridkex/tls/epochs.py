@@ -30,8 +30,8 @@ class UpdateKey:
 
     Args:
         psk: the key, with the context that binds it to the update.
-        key_ids: what the session shall say about it: the key IDs.
-        sources: the two KMEs of each of them.
+        key_ids: the key IDs that the session reports.
+        sources: the two KMEs of each key ID.
     """
 
     psk: ExternalPsk
@@ -40,7 +40,9 @@ class UpdateKey:
 
     def __post_init__(self) -> None:
         if self.psk.context is None:
-            raise ConfigError("the QKD key of a key update is imported: its PSK needs a context")
+            raise ConfigError(
+                "the QKD key of a key update must be imported (RFC 9258): give its PSK a context"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class Epoch:
     number: int
     """1 for the first update."""
     began_at: float
-    """Seconds since the epoch of the clock."""
+    """By the configuration's clock, in seconds."""
     why: str
     """What started it: ``asked``, ``every``, ``after_bytes``, ``key limit``, or ``peer``."""
     group: str
@@ -58,11 +60,11 @@ class Epoch:
     confirmed: bool
     """Whether the peer has confirmed that it is in the same state."""
     qkd_key_ids: tuple[str, ...] = ()
-    """The QKD keys that went in (UUIDs)."""
+    """The IDs of the QKD keys in it."""
     qkd_sources: tuple[str, ...] = ()
     """The two KMEs of each of them, the drawing side's first."""
     qkd_missing: str | None = field(default=None)
-    """Why there is no QKD key in it, where our policy wants one."""
+    """Why it has no QKD key although our policy asks for one."""
 
     def as_json(self) -> dict[str, object]:
         """Plain values under stable names."""

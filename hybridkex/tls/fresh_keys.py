@@ -1,4 +1,4 @@
-"""What the caller wants of key updates: when, and where their QKD keys come from."""
+"""The schedule of key updates, and the protocol for sources of their QKD keys."""
 
 import math
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ __all__ = ["FreshKeys", "UpdateKeySource"]
 
 @runtime_checkable
 class UpdateKeySource(Protocol):
-    """What a :class:`~hybridkex.tls.config.PskSource` has beside, where its QKD keys are for key
-    updates too (``docs/fresh-keys.md``). The shell asks, the engine never does."""
+    """What a :class:`~hybridkex.tls.config.PskSource` also implements if it supplies QKD keys for
+    key updates (``docs/fresh-keys.md``). The shell calls it; the engine never does."""
 
     async def draw_for_update(self, session: Session, *, client: bool, epoch: int) -> UpdateKey:
-        """A new key for an update that we start.
+        """Draw a new key for an update that we start.
 
         Args:
             session: the session that is updated.
@@ -39,7 +39,7 @@ class UpdateKeySource(Protocol):
         ...
 
     async def stock_for_updates(self, session: Session) -> int | None:
-        """How many keys there are to draw for this peer; ``None`` where nobody can say.
+        """The number of keys that can be drawn for this peer; ``None`` if it is not known.
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
@@ -52,14 +52,14 @@ class FreshKeys:
 
     Args:
         every: seconds from one update to the next.
-        after_bytes: bytes of application data, both ways together, after which the keys are renewed
-            whatever the time; ``None``: time alone decides.
-        deadline: seconds for which an update may be late. Then a session whose policy requires
-            fresh keys ends; any other goes on and logs it.
-        jitter: the part of ``every`` by which an update may come earlier, at random, so that many
-            sessions do not ask a KME at once.
+        after_bytes: bytes of application data in both directions, 65,536 or more, after which the
+            keys are renewed at once; ``None``: only time counts.
+        deadline: seconds that an update may be late. After that, a session whose policy requires
+            fresh keys ends; any other goes on and logs a warning.
+        jitter: the share of ``every`` by which an update may come earlier, at random, so that many
+            sessions do not ask a KME at the same time.
         low_stock: with fewer QKD keys than this in stock, ``every`` is stretched in proportion.
-        stretch: how many times ``every`` it may become.
+        stretch: the largest factor by which ``every`` is stretched.
     """
 
     every: float = 60.0
@@ -82,10 +82,10 @@ class FreshKeys:
             },
         )
         if not self.every > 0 or not self.deadline > 0:
-            raise ConfigError("every and deadline of FreshKeys are more than 0 seconds")
+            raise ConfigError("every and deadline of FreshKeys must be more than 0 seconds")
         if self.after_bytes is not None and self.after_bytes < 1 << 16:
-            raise ConfigError("after_bytes of FreshKeys is 65,536 or more")
+            raise ConfigError("after_bytes of FreshKeys must be 65,536 or more")
         if not 0 <= self.jitter < 1:
-            raise ConfigError("jitter of FreshKeys is at least 0 and less than 1")
+            raise ConfigError("jitter of FreshKeys must be at least 0 and less than 1")
         if self.low_stock < 0 or not 1 <= self.stretch < math.inf:
-            raise ConfigError("low_stock of FreshKeys is 0 or more, and stretch 1 or more")
+            raise ConfigError("low_stock of FreshKeys must be 0 or more, and stretch 1 or more")

@@ -24,7 +24,7 @@ def offer(config: ClientConfig) -> list[ext.Extension]:
 
 
 def agree(config: ServerConfig, offered: ext.Extensions) -> KeyUpdates:
-    """What both sides can do, at a server.
+    """Choose the kind of key updates that both sides support, at a server.
 
     Raises:
         PolicyRefused: our policy requires more.
@@ -52,7 +52,7 @@ def answer(kind: KeyUpdates) -> list[ext.Extension]:
 
 
 def read_answer(config: ClientConfig, answers: ext.Extensions) -> KeyUpdates:
-    """What the server has agreed to, at a client that has made the offer or none.
+    """The kind of key updates that the server has agreed to, at a client.
 
     Raises:
         IllegalParameter: it answers what was not offered.
@@ -76,18 +76,18 @@ def read_answer(config: ClientConfig, answers: ext.Extensions) -> KeyUpdates:
 
 
 def check_key_updates(policy: Policy, kind: KeyUpdates) -> None:
-    """What was agreed satisfies the policy in force.
+    """Check that what was agreed satisfies the policy in force.
 
     Raises:
         PolicyRefused: it does not.
     """
     if policy.fresh_keys is Requirement.REQUIRE and kind is KeyUpdates.STANDARD:
         raise PolicyRefused(
-            "our policy requires fresh keys, and the peer does not know Extended Key Update",
+            "our policy requires fresh keys, and the peer does not support Extended Key Update",
             Reason.FRESH_KEYS_REQUIRED,
         )
     if policy.fresh_qkd is Requirement.REQUIRE and kind is KeyUpdates.EXTENDED:
         raise PolicyRefused(
-            "our policy requires a QKD key in each key update, and the peer's have none",
+            "our policy requires a QKD key in each key update, and the peer does not support that",
             Reason.FRESH_KEYS_REQUIRED,
         )

@@ -117,7 +117,7 @@ class _Traffic:
         records.emit(EpochBegan(epoch))
 
     def data_received(self) -> None:
-        """Application data came, so the KeyUpdates before it are no storm of them."""
+        """Reset the count of key updates: application data has come between them."""
         self._updates_in_a_row = 0
 
     @property
@@ -156,7 +156,8 @@ class _Traffic:
         protection = records.writer.keyed
         if protection.remaining <= 0:
             raise LocalStateError(
-                "our key may protect no more records, and no key update has come about"
+                "our key may protect no more records, and no key update was completed; open a new "
+                "connection"
             )
         if self._update_wanted or not protection.update_due:
             return

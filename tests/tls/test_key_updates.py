@@ -806,7 +806,7 @@ def test_an_update_before_the_key_may_protect_no_more(monkeypatch: pytest.Monkey
         pair.client.send_data(b"nobody answers")
         if pair.client._records.writer.protection.remaining <= 0:  # type: ignore[union-attr]
             break
-    with pytest.raises(LocalStateError, match="no key update has come about"):
+    with pytest.raises(LocalStateError, match="no key update was completed"):
         pair.client.send_data(b"one more")
 
 

@@ -193,7 +193,9 @@ class _Reception:
                     await self._frames.send(Bye())
                     return
                 case None:
-                    raise ProtocolError("the sender left without a goodbye")
+                    raise ProtocolError(
+                        "the sender closed the connection before the transfer was finished"
+                    )
                 case _:
                     raise ProtocolError(f"the sender says {type(message).__name__}")
 
@@ -230,7 +232,7 @@ class _Reception:
         choose the length could learn another sender's file byte by byte."""
         offered = self._offers.get(digest.n)
         if offered is None or offered.compared:
-            raise ProtocolError("a digest that was not asked for")
+            raise ProtocolError("a digest that was not requested")
         try:
             offered.prefix = await in_thread(
                 self._folder.compare, offered.offer, offered.present, digest.sha256
@@ -252,7 +254,7 @@ class _Reception:
             raise ProtocolError("one file begins before another has ended")
         offered = self._offers.pop(n, None)
         if offered is None or not offered.compared:
-            raise ProtocolError(f"file {n} begins and was not asked for")
+            raise ProtocolError(f"file {n} begins, which was not requested")
         self._current = _Current(n, None)
         try:
             part = await in_thread(self._folder.begin, offered.offer, offered.prefix)

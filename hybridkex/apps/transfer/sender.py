@@ -68,9 +68,9 @@ Connect = Callable[[], Awaitable[SecureStream[Any]]]
 PATIENCE: Final = 600.0
 """Seconds that a receiver may be alive without progress, by default."""
 _HASHED: Final = 4e6
-"""Bytes in a second that the slowest disk reads, hashes and puts into safety."""
+"""Bytes that the slowest disk reads, hashes and flushes in a second."""
 _LOOKS: Final = 16
-"""At the progress, in the time that a receiver has for it."""
+"""Checks for progress within the time that a receiver has to make some."""
 _BUFFERS: Final = 4
 _SILENCE: Final = 3 * BEAT
 """Seconds after which a silent receiver is considered gone. TCP_USER_TIMEOUT is unsuitable: on

@@ -8,8 +8,9 @@ It accepts, runs a handler for each connection in a task of its own, and keeps t
   authenticated, with a deadline; the handler calls :meth:`Connection.admit` when it knows the peer,
   and the connection moves to the budget of its kind. A budget is shared fairly among its holders
   (see :class:`Budget`), so that idle strangers cannot lock others out. Nor can those who fill the
-  kernel's queue: while more connections wait there than may be open, a silent one of an address
-  that has most places is closed as soon as it is accepted.
+  kernel's queue: while more connections wait there than may be open, one of an address that has
+  most places is closed as soon as it is accepted if it is silent, and after a tenth of the usual
+  patience if it has begun a message and stopped.
 - **A temporary fault has no lasting effect.** While the system has no descriptors or no memory
   for another connection (accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM) the accept loop waits and
   retries, and logs it at a bounded rate.
@@ -26,6 +27,7 @@ import sys
 import termios
 import traceback
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from functools import partial
 from pathlib import PurePath
 from typing import Any, Final, Generic, TypeVar
 
@@ -45,6 +47,9 @@ HANDSHAKE_SECONDS: Final = 10.0
 """Default time until a connection has authenticated."""
 PATIENCE: Final = 1.0
 """Seconds that a connection must have waited for its peer before a newcomer may replace it."""
+HURRY: Final = 0.1
+"""The part of that time which is left to a connection that has begun its first message and stopped,
+of an address that has most places, while the kernel's queue is longer than there are places."""
 IDLE_SECONDS: Final = 60.0
 """Seconds without data in either direction before a newcomer may replace a connection that has
 carried data."""
@@ -143,6 +148,10 @@ class Connection:
         if not self._unread and _has_unread(self._transport):
             return -1.0
         return now - since
+
+    def _unanswered(self, now: float) -> float:
+        """Like :meth:`_age`, of one whose words have not yet been enough for an answer."""
+        return -1.0 if _has_answers(self._transport) else self._age(now)
 
     def _idle(self, now: float) -> float:
         """Seconds since data last crossed the connection; negative where that is not known, or if
@@ -259,17 +268,28 @@ class Budget:
         most = max(self._held.values(), key=len, default={})
         return next(reversed(most)) if len(most) >= own + 2 else None
 
-    async def _wait_and_take(self, connection: Connection, holder: Hashable) -> None:
+    async def _wait_and_take(
+        self, connection: Connection, holder: Hashable, queued: Callable[[], int]
+    ) -> None:
         """Like :meth:`_take`, but wait for a free slot: newcomers stay in the kernel's queue, so
-        that a burst of good connections loses none."""
+        that a burst of good connections loses none. ``queued`` says how many are there."""
         while self._count >= self.total:
-            victim, age = self._victim(holder)
-            if victim is not None and age >= self._patience:
+            patience = self._patience
+            victim, age = None, -1.0
+            if queued() > self.total:
+                victim, age = self._victim(holder, of=Connection._unanswered)
+                if victim is not None and self._has_most(victim._holder):
+                    patience *= HURRY
+                else:
+                    victim = None
+            if victim is None:
+                victim, age = self._victim(holder)
+            if victim is not None and age >= patience:
                 victim._evict()
                 break
             if self._changed.is_set():
                 self._changed = trio.Event()
-            with trio.move_on_after(self._patience - max(age, 0.0) if victim else RETRY_SECONDS):
+            with trio.move_on_after(patience - max(age, 0.0) if victim else RETRY_SECONDS):
                 await self._changed.wait()
         self._add(connection, holder)
 
@@ -296,8 +316,10 @@ class Budget:
 
     def _crowds(self, newcomer: Connection) -> bool:
         """Whether a newcomer has sent nothing, and its holder has most of the places in use."""
-        own = len(self._held.get(newcomer.address, ()))
-        return 2 * own > self.total and not _has_unread(newcomer._transport)
+        return self._has_most(newcomer.address) and not _has_unread(newcomer._transport)
+
+    def _has_most(self, holder: Hashable) -> bool:
+        return 2 * len(self._held.get(holder, ())) > self.total
 
     def _evict_one(self) -> bool:
         """Free the descriptor of a connection that has waited too long, if there is one."""
@@ -401,12 +423,13 @@ class Supervisor(Generic[T]):
         connection: Connection | None = None
         try:
             connection = Connection(_transport(stream), self.log)
-            if self._handshakes._crowds(connection) and _queued(listener) > self._handshakes.total:
+            queued = partial(_queued, listener)
+            if self._handshakes._crowds(connection) and queued() > self._handshakes.total:
                 self._on_failure("evicted")
                 self._say(connection, "closed: it says nothing, and its address has most places")
                 await trio.aclose_forcefully(stream)
                 return
-            await self._handshakes._wait_and_take(connection, connection.address)
+            await self._handshakes._wait_and_take(connection, connection.address, queued)
             connection._waiting_since = trio.current_time()
             connections.start_soon(self._run, stream, connection)
         except BaseException:
@@ -583,6 +606,21 @@ def _silence(transport: trio.SocketStream | None) -> float:
         return -1.0
     return float(min(sent, received)) / 1000
 
+
+def _has_answers(transport: trio.SocketStream | None) -> bool:
+    """Whether data was ever sent over a TCP connection, as Linux knows it (tcp(7), TCP_INFO); true
+    where the system does not say."""
+    if transport is None or not sys.platform.startswith("linux"):
+        return True
+    try:
+        info = transport.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SENT.size)
+        return bool(_SENT.unpack(info)[0])
+    except (OSError, struct.error):  # a Unix socket, or closed, or an older Linux
+        return True
+
+
+_SENT: Final = struct.Struct("=156xI")
+"""tcpi_data_segs_out of struct tcp_info."""
 
 _LAST_DATA: Final = struct.Struct("=44xI4xI")
 """tcpi_last_data_sent and tcpi_last_data_recv of struct tcp_info, in milliseconds."""

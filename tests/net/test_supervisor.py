@@ -19,6 +19,7 @@ from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 import hybridkex.net.supervisor
 from hybridkex.errors import LocalStateError
 from hybridkex.net.log import BoundedLog
+from hybridkex.net.reading import read_exactly
 from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
 
 LOGGER = logging.getLogger("hybridkex.test")
@@ -394,6 +395,37 @@ async def test_a_long_queue_of_silent_strangers_delays_nobody() -> None:
                     assert len(await stream.receive_some()) == 1
                 nursery.cancel_scope.cancel()
     assert failures.count("evicted") > 200
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the queue's length is Linux's")
+@pytest.mark.parametrize("said", [b"x", b"xx"])
+async def test_a_long_queue_of_strangers_who_begin_and_stop_delays_nobody_long(said: bytes) -> None:
+    """They send a byte each, so that they are not silent, and not what the handler waits for."""
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listeners[0].socket.getsockname()[1]
+    failures: list[str] = []
+
+    async def begin(stream: trio.SocketStream, connection: Connection) -> None:
+        with connection.waiting():
+            await read_exactly(stream, 3)
+        await stream.send_all(b"z")
+
+    served: Supervisor[Any] = Supervisor(
+        begin, name="test", logger=LOGGER, handshakes=8, on_failure=failures.append
+    )
+    with contextlib.ExitStack() as stack:
+        for number in range(121):
+            source, words = ("127.0.0.2", said) if number < 120 else ("127.0.0.1", b"yyy")
+            client = socket.create_connection(("127.0.0.1", port), 5, (source, 0))
+            stack.enter_context(client).sendall(words)
+        client.setblocking(False)
+        with trio.fail_after(6):  # in rows of eight a second it would be 15 s
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(served.serve, listeners)
+                good = trio.SocketStream(trio.socket.from_stdlib_socket(client))
+                assert await good.receive_some() == b"z"
+                nursery.cancel_scope.cancel()
+    assert failures.count("evicted") > 100
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SO_PEERCRED is Linux's")

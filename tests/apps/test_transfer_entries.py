@@ -697,3 +697,89 @@ async def test_a_folder_on_another_file_system(
     monkeypatch.setattr(os, "link", elsewhere)
     outcome, _ = await deliver(configs, target, source)
     assert "on another file system than the receiver's folder" in outcome.failed["file"]
+
+
+def vanishing(part: Path) -> None:
+    part.unlink()
+
+
+def vanishing_with_its_folder(part: Path) -> None:
+    part.unlink()
+    part.parent.rmdir()
+
+
+def half_of_another(part: Path) -> None:
+    """As when it is deleted by hand, and a second transfer of the same name begins."""
+    part.unlink()
+    part.write_bytes(b"half of another")
+
+
+def pipe_in_its_place(part: Path) -> None:
+    part.unlink()
+    os.mkfifo(part)
+
+
+def folder_in_its_place(part: Path) -> None:
+    part.unlink()
+    part.mkdir()
+
+
+def link_in_its_place(part: Path) -> None:
+    part.unlink()
+    part.symlink_to("/etc/passwd")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(vanishing, vanishing_with_its_folder, half_of_another),
+        *(pipe_in_its_place, folder_in_its_place, link_in_its_place),
+    ],
+)
+async def test_an_incomplete_file_that_is_replaced(
+    tmp_path: Path,
+    configs: Configs,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
+    *,
+    overwrite: bool,
+) -> None:
+    """What appears under the name is what was verified, or nothing, and the sender is told."""
+    source, target = tmp_path / "file", tmp_path / "target"
+    source.write_bytes(b"content")
+    settle = Folder.settle
+
+    def replaced(folder: Folder, part: Any) -> None:
+        [incomplete] = (target / PARTIAL).iterdir()
+        change(incomplete)
+        settle(folder, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "settle", replaced)
+        outcome, _ = await deliver(configs, target, source, overwrite=overwrite)
+    assert "incomplete file was removed or replaced" in outcome.failed["file"]
+    assert [path.name for path in target.iterdir()] in ([PARTIAL], [])
+    if change in (vanishing, vanishing_with_its_folder, half_of_another):
+        outcome, _ = await deliver(configs, target, source, overwrite=overwrite)
+        assert not outcome.failed
+        assert (target / "file").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("moment", ["look", "compare", "begin", "settle"])
+async def test_a_folder_that_is_gone_is_named_with_the_file(
+    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    source, target = tmp_path / "file", tmp_path / "target"
+    source.write_bytes(b"content")
+    if moment == "compare":
+        await deliver(configs, target, source)
+    call = getattr(Folder, moment)
+
+    def moved(folder: Folder, *args: Any) -> Any:
+        target.rename(tmp_path / "elsewhere")
+        return call(folder, *args)
+
+    monkeypatch.setattr(Folder, moment, moved)
+    outcome, _ = await deliver(configs, target, source)
+    assert outcome.failed["file"].startswith("the receiver's folder was removed or moved")

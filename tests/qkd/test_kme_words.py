@@ -15,7 +15,7 @@ from test_kme_server import as_sae, filled
 
 from hybridkex.auth import certificates
 from hybridkex.auth.dev_ca import DevCa, write_identity
-from hybridkex.errors import ConfigError, KeySourceError
+from hybridkex.errors import Alert, ConfigError, KeySourceError
 from hybridkex.kme.config import PeerConfig, ServeConfig
 from hybridkex.kme.entity import KmeLimits
 from hybridkex.kme.serve import KmeServer
@@ -84,6 +84,43 @@ async def test_what_the_client_says(site: Site, serve: Any, tmp_path: Path, tls:
         assert expected in text
         assert "\n" not in text
         assert not [word for word in RAW if word in text], text
+
+
+OF_OUR_CERTIFICATE = (
+    *(Alert.BAD_CERTIFICATE, Alert.UNSUPPORTED_CERTIFICATE, Alert.CERTIFICATE_REVOKED),
+    *(Alert.CERTIFICATE_EXPIRED, Alert.CERTIFICATE_UNKNOWN, Alert.UNKNOWN_CA),
+    *(Alert.ACCESS_DENIED, Alert.CERTIFICATE_REQUIRED),
+)
+NOTHING_IN_COMMON = (
+    Alert.HANDSHAKE_FAILURE,
+    Alert.PROTOCOL_VERSION,
+    Alert.INSUFFICIENT_SECURITY,
+)
+
+
+@pytest.mark.parametrize("tls", TLS_KINDS)
+@pytest.mark.parametrize("alert", sorted({*Alert} - {Alert.CLOSE_NOTIFY, Alert.USER_CANCELED}))
+async def test_an_alert_of_the_kme(site: Site, alert: Alert, tls: str) -> None:
+    """Only the alerts that speak of our certificate are taken for a refusal of it."""
+    async with answering(bytes([21, 3, 3, 0, 2, 2, alert])) as address:
+        said = await complaint(site, address, tls=tls)
+    assert ("refused our certificate" in said) == (alert in OF_OUR_CERTIFICATE), said
+    assert ("--kme-tls" in said) == (alert in NOTHING_IN_COMMON), said
+    assert not [word for word in RAW if word in said], said
+
+
+@pytest.mark.parametrize("tls", TLS_KINDS)
+def test_a_key_that_is_not_that_of_the_certificate(site: Site, tmp_path: Path, tls: str) -> None:
+    """As while they are renewed, one after the other."""
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    for place in (ours, other):
+        ca = DevCa.create("an authority")
+        write_identity(place, ca, ca.issue("127.0.0.1", common_name="alice"))
+    for make in (client_tls, server_tls):
+        with pytest.raises(ConfigError, match="private key is not that of the certificate") as said:
+            make(tls, ca=ours / "ca.pem", certificate=ours / "cert.pem", key=other / "key.pem")
+        assert str(ours / "cert.pem") in str(said.value)
+        assert not [word for word in RAW if word in str(said.value)]
 
 
 async def test_what_a_kme_says_about_keys(

@@ -228,6 +228,8 @@ class Folder:
     def settle(self, part: "PartFile") -> None:
         """Give a complete file its name. Raises ``NotStored``."""
         path = part.offer.path
+        with self._errors(path):
+            self._check_in_place(part)
         with (
             self._errors(path),
             self._parent(_partial(path)) as source,
@@ -240,6 +242,19 @@ class Folder:
             else:
                 _rename_new(name, source, path, target)
             _flush(target)
+
+    def _check_in_place(self, part: "PartFile") -> None:
+        """Raise ``NotStored`` unless the incomplete file still has its name.
+
+        A name is what gets moved: it must be that of the file that was verified, not of one that
+        somebody else, such as a second transfer, has put in its place.
+        """
+        found = self._stat(_partial(part.offer.path))
+        if found is None or not part.is_file(found):
+            raise NotStored(
+                f"{shown(part.offer.path)}: the receiver's incomplete file was removed or replaced "
+                "while it arrived; send it again"
+            )
 
     def _stat(self, path: tuple[str, ...]) -> os.stat_result | None:
         try:
@@ -270,10 +285,7 @@ class Folder:
         try:
             here = self._open()
         except FileNotFoundError:
-            raise NotStored(
-                f"{shown(path)}: the receiver's folder was removed or moved; it is used again once "
-                "it is back"
-            ) from None
+            raise _FolderGone from None
         try:
             for part in path[:-1]:
                 if make:
@@ -290,8 +302,17 @@ class Folder:
     def _errors(self, path: tuple[str, ...]) -> Iterator[None]:
         try:
             yield
+        except _FolderGone:
+            raise NotStored(
+                f"{shown(path)}: the receiver's folder was removed or moved; it is used again once "
+                "it is back"
+            ) from None
         except OSError as error:
             raise NotStored(f"{shown(path)}: {why(error, 'write it')}") from None
+
+
+class _FolderGone(Exception):
+    """The receiving folder is not there; :meth:`Folder._errors` adds the offered path."""
 
 
 class PartFile:
@@ -319,6 +340,10 @@ class PartFile:
                 self.size += len(piece)
         except OSError as error:
             raise NotStored(f"{shown(self.offer.path)}: {why(error, 'write it')}") from None
+
+    def is_file(self, status: os.stat_result) -> bool:
+        """Whether this is the status of the file that is being written."""
+        return os.path.samestat(os.fstat(self._file), status)
 
     def complete(self, sha256: str) -> str:
         """Verify the file, flush it to disk, rename it. It is closed in any case.

@@ -6,6 +6,7 @@ or this library's own, which is post-quantum. Clients use a :class:`ClientTls`, 
 asyncio streams; servers run on trio.
 """
 
+import re
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -26,7 +27,14 @@ from hybridkex.errors import (
 )
 from hybridkex.files import read_file
 
-__all__ = ["ClientTls", "TlsHandshake", "client_tls", "server_tls", "tls_failure"]
+__all__ = [
+    "ClientTls",
+    "TlsHandshake",
+    "alert_received",
+    "client_tls",
+    "server_tls",
+    "tls_failure",
+]
 
 TlsHandshake: TypeAlias = Callable[[trio.abc.Stream, str], Awaitable[tuple[trio.abc.Stream, bytes]]]
 """``await handshake(stream, host)`` returns the secure stream and the peer's certificate in DER.
@@ -107,17 +115,43 @@ def tls_failure(error: BaseException) -> str | None:
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return f"its certificate is not accepted: {_verify_reason(cause)}"
+        alert = _alert(cause)
+        if alert is not None:
+            return f"it ended the TLS handshake: {alert}"
         if isinstance(cause, ssl.SSLError):
-            name = (cause.reason or "").replace("_", " ").lower()
-            if "alert" in name:
-                return f"it ended the TLS handshake: {name.partition('alert')[2].strip()}"
-            return _SSL_WORDS.get(name, f"TLS failed: {name or cause}")
-        if isinstance(cause, AlertReceived):
-            return f"it ended the TLS handshake: {cause.name.replace('_', ' ')}"
+            name = _ssl_reason(cause)
+            return _SSL_WORDS.get(name, f"TLS failed: {name}")
         if isinstance(cause, HybridkexError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def alert_received(error: BaseException) -> str | None:
+    """The alert by which the peer ended TLS, from an error or its causes, as RFC 9846 section 6
+    calls it, with spaces; ``None`` if there was none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        alert = _alert(cause)
+        if alert is not None:
+            return alert
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _alert(error: BaseException) -> str | None:
+    if isinstance(error, AlertReceived):
+        return error.name.replace("_", " ")
+    if isinstance(error, ssl.SSLError):
+        return _ssl_reason(error).partition("alert ")[2] or None
+    return None
+
+
+def _ssl_reason(error: ssl.SSLError) -> str:
+    """OpenSSL's reason in words. Python lacks the name of some; these are in the text alone, as
+    ``[SSL] tlsv1 alert unknown psk identity (_ssl.c:1006)``."""
+    text = error.reason or re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", str(error))
+    return text.replace("_", " ").lower()
 
 
 _SSL_WORDS: Final = {
@@ -159,6 +193,11 @@ def _context(purpose: ssl.Purpose, ca: Path, certificate: Path, key: Path) -> ss
         context.hostname_checks_common_name = False  # RFC 9525 section 2
         context.load_cert_chain(str(certificate), str(key), password=_no_password)
     except (OSError, ssl.SSLError) as error:
+        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+            raise ConfigError(
+                f"the private key is not that of the certificate {subject_of(first)} "
+                f"({certificate}, {key})"
+            ) from None
         raise ConfigError(f"cannot use {ca}, {certificate} and {key} for TLS: {error}") from error
     return context
 

@@ -22,9 +22,14 @@ import httpcore
 import httpx
 import trio
 
-from hybridkex.errors import AlertReceived, ConfigError, KeySourceUnavailable
+from hybridkex.errors import ConfigError, KeySourceUnavailable
 from hybridkex.net.event_loop import checkpoint, on_trio, sleep, time_limit
-from hybridkex.qkd.etsi014.mutual_tls import ClientTls, TlsHandshake, tls_failure
+from hybridkex.qkd.etsi014.mutual_tls import (
+    ClientTls,
+    TlsHandshake,
+    alert_received,
+    tls_failure,
+)
 
 __all__ = ["HTTP_FAILURES", "Answer", "KmeTransport", "refusal_of", "what_failed"]
 
@@ -336,7 +341,14 @@ def what_failed(error: BaseException) -> str:
     kind = _outermost(error)
     why = tls_failure(error) or _system_reason(error)
     if isinstance(kind, httpcore.ConnectError | httpcore.ConnectTimeout):
-        return f"cannot be reached: {why or _reason(error)}"
+        text = f"cannot be reached: {why or _reason(error)}"
+        if alert_received(error) in _NOTHING_IN_COMMON:
+            text += (
+                '; it may lack our TLS version or group: a KME with tls = "hybridkex" needs a '
+                "client with post-quantum groups, and other KMEs may have none "
+                "(--kme-tls hybridkex or stdlib)"
+            )
+        return text
     ended = isinstance(kind, httpcore.RemoteProtocolError) and "disconnected" in str(kind)
     if "complete message body" in str(kind):
         return "ended the connection before its answer was complete; see its log"
@@ -376,16 +388,24 @@ def _system_reason(error: BaseException) -> str | None:
 
 
 def refusal_of(error: BaseException) -> str | None:
-    """Why this failure means that the other end refused our certificate; ``None`` if it does not.
+    """The alert by which the other end refused our certificate; ``None`` if it did not.
 
     A TLS 1.3 server judges the client's certificate after the client's handshake is complete, so
     the alert comes in place of an answer.
     """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLError) and "ALERT" in (cause.reason or ""):
-            return cause.reason
-        if isinstance(cause, AlertReceived):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    return None
+    alert = alert_received(error)
+    return alert if alert in _OF_OUR_CERTIFICATE else None
+
+
+_OF_OUR_CERTIFICATE: Final = frozenset(
+    {
+        *("bad certificate", "unsupported certificate", "certificate revoked"),
+        *("certificate expired", "certificate unknown", "certificate required"),
+        *("unknown ca", "access denied"),
+    }
+)
+"""RFC 9846 section 6.2."""
+_NOTHING_IN_COMMON: Final = frozenset(
+    {"handshake failure", "protocol version", "insufficient security"}
+)
+"""Alerts of a server that lacks our TLS version, groups or cipher suites."""

@@ -23,6 +23,7 @@ from typing import ClassVar, Final, Protocol
 from hybridkex.errors import ConfigError
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.physics import Channel, Light, PairSource, Source, Transmitter
+from hybridkex.link.ranges import check_ranges
 from hybridkex.link.statistics import mean_lower, mean_upper, trials_upper, unseen_errors
 
 __all__ = [
@@ -55,6 +56,8 @@ class Security:
     """eps_cor: the probability that the two keys differ unnoticed."""
 
     def __post_init__(self) -> None:
+        # The bounds use the square of a fifteenth, which must not become zero.
+        check_ranges(self, secrecy=(1e-100, 1.0), correctness=(1e-100, 1.0))
         if not 0.0 < self.secrecy < 1.0 or not 0.0 < self.correctness < 1.0:
             raise ConfigError("secrecy and correctness must lie between 0 and 1")
 

@@ -25,7 +25,7 @@ from hybridkex.link.finite_key import (
 from hybridkex.link.physics import Channel, PairSource, Source, Transmitter
 from hybridkex.link.presets import Preset
 
-__all__ = ["Optimum", "expected_length", "optimise", "rates", "tuned"]
+__all__ = ["NoKeyError", "Optimum", "expected_length", "optimise", "rates", "tuned"]
 
 NEAR_VACUUM: Final = 2e-4
 """The dimmest intensity that a modulator reaches (Lim et al. 2014, section IV)."""
@@ -65,6 +65,10 @@ class Optimum:
     pulses: float
     rate: float
     """Secret bits per pulse; 0 if there is no key."""
+
+
+class NoKeyError(ConfigError):
+    """No settings make a key over this channel."""
 
 
 def expected_length(
@@ -204,10 +208,10 @@ def optimise(
 def tuned(preset: Preset, block_bits: int, *, finite_key: str = FINITE_KEY[0]) -> Preset:
     """A preset with the best settings for its distance and blocks of ``block_bits``.
 
-    Raises ``ConfigError`` where no key can be made at all.
+    Raises ``NoKeyError`` where no key can be made at all.
     """
     source = preset.transmitter
-    best = optimise(
+    best = None if not source.mean_gain(preset.channel) else optimise(
         preset.channel,
         key_detections=block_bits,
         f=preset.efficiency,
@@ -217,7 +221,7 @@ def tuned(preset: Preset, block_bits: int, *, finite_key: str = FINITE_KEY[0]) -
         pairs=source if isinstance(source, PairSource) else None,
     )
     if best is None:
-        raise ConfigError(
+        raise NoKeyError(
             f"{preset.name} makes no key over {preset.channel.distance_km:g} km in blocks of "
             f"{block_bits} bits; shorten the fibre or make the blocks larger"
         )

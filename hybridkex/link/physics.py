@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridkex.errors import ConfigError
+from hybridkex.link.ranges import check_ranges
 
 __all__ = [
     "PHOTONS",
@@ -32,6 +33,11 @@ __all__ = [
 ]
 
 PROBABILITY_SUM_TOLERANCE: Final = 1e-9
+MOST: Final = 1e6
+"""Of a distance in km and an attenuation in dB/km."""
+LEAST_RATE: Final = 1e-3
+MOST_RATE: Final = 1e12
+"""Of a clock, in Hz."""
 PHOTONS: Final = np.arange(41)
 """Photon numbers in sums; for k <= 1 the rest has a probability below 1e-49."""
 
@@ -66,20 +72,17 @@ class Channel:
     repetition_rate_hz: float = 1e9
 
     def __post_init__(self) -> None:
-        for name in (
-            "receiver_efficiency",
-            "dark_count_probability",
-            "misalignment",
-            "afterpulse_probability",
-        ):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} is a probability, from 0 to 1")
-        for name in ("distance_km", "attenuation_db_per_km", "dead_time_s"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0.0):
-                raise ConfigError(f"{name} cannot be negative or infinite")
-        if not (math.isfinite(self.repetition_rate_hz) and self.repetition_rate_hz > 0.0):
-            raise ConfigError("repetition_rate_hz must be positive")
+        check_ranges(
+            self,
+            receiver_efficiency=(0.0, 1.0),
+            dark_count_probability=(0.0, 0.5),  # two detectors: both together at most 1
+            misalignment=(0.0, 1.0),
+            afterpulse_probability=(0.0, 1.0),
+            distance_km=(0.0, MOST),
+            attenuation_db_per_km=(0.0, MOST),
+            dead_time_s=(0.0, 1.0),
+            repetition_rate_hz=(LEAST_RATE, MOST_RATE),
+        )
 
     def at(self, distance_km: float) -> "Channel":
         """The same equipment with another length of fibre."""
@@ -197,14 +200,20 @@ class Transmitter:
     key_basis_probability: float
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.intensities, tuple) and isinstance(self.probabilities, tuple)):
+            raise ConfigError("intensities and probabilities are two or three numbers each")
+        check_ranges(
+            self,
+            intensities=(0.0, 1.0),
+            probabilities=(0.0, 1.0),
+            key_basis_probability=(0.0, 1.0),
+        )
         if len(self.intensities) not in {2, 3}:
             raise ConfigError("decoy-state BB84 here has two or three intensities")
         if len(self.probabilities) != len(self.intensities):
             raise ConfigError("each intensity needs one probability")
         if list(self.intensities) != sorted(set(self.intensities), reverse=True):
             raise ConfigError("intensities must be different, the brightest first")
-        if self.intensities[-1] < 0.0 or self.intensities[0] > 1.0:
-            raise ConfigError("intensities must lie between 0 and 1")
         if len(self.intensities) == 3 and self.intensities[0] <= sum(self.intensities[1:]):
             # Lim et al. 2014, section II: needed for the bound on single photons.
             raise ConfigError("the first of three intensities must exceed the sum of the others")
@@ -257,6 +266,12 @@ class PairSource:
     probabilities: ClassVar[tuple[float, ...]] = (1.0,)
 
     def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            brightness=(0.0, 1.0),
+            alice_efficiency=(0.0, 1.0),
+            key_basis_probability=(0.0, 1.0),
+        )
         if not 0.0 < self.brightness <= 1.0 or not 0.0 < self.alice_efficiency <= 1.0:
             raise ConfigError("brightness and alice_efficiency lie between 0 and 1")
         if not 0.0 < self.key_basis_probability < 1.0:

@@ -12,6 +12,7 @@ from typing import Final
 from hybridkex.errors import ConfigError
 from hybridkex.link.finite_key import Security
 from hybridkex.link.physics import Channel, PairSource, Transmitter
+from hybridkex.link.ranges import check_ranges
 
 __all__ = ["PRESETS", "Preset", "preset"]
 
@@ -27,6 +28,9 @@ class Preset:
     security: Security
     efficiency: float
     """f, as the paper assumes for error correction; only closed forms use it."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, efficiency=(1.0, 100.0))
 
     @property
     def parameters(self) -> dict[str, object]:

@@ -28,7 +28,7 @@ from hybridkex.json_text import load_json
 from hybridkex.link.eavesdroppers import eavesdropper
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import FINITE_KEY, expected_counts
-from hybridkex.link.optimise import tuned
+from hybridkex.link.optimise import NoKeyError, tuned
 from hybridkex.link.presets import Preset, preset
 from hybridkex.link.settings import LEAKS, LinkSettings
 from hybridkex.link.simulated import SimulatedLink
@@ -149,7 +149,7 @@ def evaluate(point: Point, *, blocks: int = 0, seed: int = 0) -> Row:
     if whole["tuned"]:
         try:
             chosen = tuned(chosen, bits, finite_key=finite_key)
-        except ConfigError:
+        except NoKeyError:
             return row
     settings = LinkSettings(
         preset=chosen, block_bits=bits, finite_key=finite_key, leak=whole["leak"]

@@ -147,6 +147,8 @@ class LinkSettings:
             self._compare("all detections", self.detections, gain * alive)
         if self.decoy_check == "off":
             return
+        if not gain:
+            raise BlockAborted("decoy statistics: the preset's channel lets nothing be detected")
         # The key basis may have been thinned out, so each basis is compared by itself.
         for basis, seen in (("key", counts.key), ("test", counts.test)):
             for number, ((of_kind, _), chosen) in enumerate(

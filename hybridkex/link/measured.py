@@ -26,8 +26,12 @@ The channel is what the decoy check compares with and what the clock is taken fr
 
 import io
 import json
+import math
+import struct
 import zipfile
-from dataclasses import asdict, dataclass, fields, replace
+import zlib
+from collections.abc import Collection, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -63,7 +67,20 @@ __all__ = [
 
 Bits = NDArray[np.uint8]
 MOST_ROWS: Final = 1 << 28
+ARRAYS: Final = ("basis", "bit", "intensity", "pulse")
 SETTINGS: Final = "settings"
+MOST_SETTINGS: Final = 1 << 20
+UNREADABLE: Final = (
+    zipfile.BadZipFile,
+    ValueError,
+    KeyError,
+    EOFError,
+    OverflowError,
+    RuntimeError,  # encrypted
+    struct.error,
+    zlib.error,
+)
+"""What the libraries raise for a file that is not what it seems."""
 PARQUET_KEY: Final = b"hybridkex"
 
 
@@ -98,8 +115,10 @@ class Measured:
             pulse = np.asarray(self.pulse)
             if pulse.ndim != 1 or len(pulse) != rows or pulse.dtype.kind not in "ui":
                 raise ConfigError(f"pulse is not one integer for each of {rows} detections")
+            if not 0 <= int(pulse.min()) <= int(pulse.max()) < 1 << 62:
+                raise ConfigError("pulse has numbers that are not from 0 to 2^62 - 1")
             pulse = pulse.astype(np.int64)
-            if int(pulse[0]) < 0 or (rows > 1 and int(np.diff(pulse).min()) <= 0):
+            if rows > 1 and int(np.diff(pulse).min()) <= 0:
                 raise ConfigError("pulse does not increase from row to row")
             object.__setattr__(self, "pulse", pulse)
 
@@ -196,8 +215,12 @@ def distil(
         ConfigError: the arrays do not belong together.
         BlockAborted: no key can be made of them.
     """
-    if len(alice) != len(bob) or not (alice.numbers == bob.numbers).all():
-        raise ConfigError("Alice's and Bob's rows are not the same detections")
+    if len(alice) != len(bob):
+        raise ConfigError(f"Alice has {len(alice)} detections and Bob {len(bob)}")
+    if (alice.pulse is None) != (bob.pulse is None):
+        raise ConfigError("only one of Alice and Bob has the numbers of the pulses")
+    if not (alice.numbers == bob.numbers).all():
+        raise ConfigError("Alice's and Bob's rows are not the same detections: their pulses differ")
     return trio.run(partial(_distil, alice, bob, settings, seed))
 
 
@@ -241,31 +264,36 @@ def _described(preset: Preset) -> str:
     return json.dumps(found)
 
 
+def _part(given: Any, name: str, kind: type[Any]) -> Any:
+    """An object of this class from JSON. Raises ``ConfigError``."""
+    if not isinstance(given, dict):
+        raise ConfigError(f"the settings have no object {name!r}")
+    known = {one.name: one for one in fields(kind)}
+    if unknown := set(given) - set(known):
+        raise ConfigError(f"the settings have an unknown {name}: {', '.join(sorted(unknown))}")
+    needed = {one for one in known if known[one].default is MISSING}
+    if missing := needed - set(given):
+        raise ConfigError(f"the settings lack in {name!r}: {', '.join(sorted(missing))}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
 def _preset(text: str, name: str) -> Preset:
     try:
         found = load_json(text)
-        source, channel = found["source"], found["channel"]
-        kind = PairSource if "brightness" in source else Transmitter
-        for made, given in ((kind, source), (Channel, channel)):
-            unknown = set(given) - {one.name for one in fields(made)}
-            if unknown:
-                raise ConfigError(f"{name}: unknown settings: {', '.join(sorted(unknown))}")
-        lists = {
-            one: tuple(value) if isinstance(value, list) else value for one, value in source.items()
-        }
-        made_of: Any = kind
-        return Preset(
-            name=name,
-            reference="measured",
-            channel=Channel(**channel),
-            transmitter=made_of(**lists),
-            security=Security(**found.get("security", {})),
-            efficiency=1.1,
-        )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{name}: the settings are malformed: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"the settings are not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError("the settings are not a JSON object")
+    source = found.get("source")
+    pairs = isinstance(source, dict) and "brightness" in source
+    return Preset(
+        name=name,
+        reference="measured",
+        channel=_part(found.get("channel"), "channel", Channel),
+        transmitter=_part(source, "source", PairSource if pairs else Transmitter),
+        security=_part(found.get("security", {}), "security", Security),
+        efficiency=1.1,
+    )
 
 
 def write_measured(path: Path, measured: Measured, preset: Preset) -> None:
@@ -297,10 +325,9 @@ def read_measured(path: Path) -> tuple[Measured, Preset]:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
     settings = found.pop(SETTINGS, None)
     if settings is None:
-        raise ConfigError(f"{path}: the settings are missing")
-    known = {one.name for one in fields(Measured)}
-    for name in set(found) - known:
-        raise ConfigError(f"{path}: unknown array {name!r}")
+        where = "an array" if path.suffix == ".npz" else "a value of the file's metadata"
+        name = SETTINGS if path.suffix == ".npz" else PARQUET_KEY.decode()
+        raise ConfigError(f"{path}: the settings are missing; add {where} called {name!r}")
     for name in ("basis", "bit"):
         if name not in found:
             raise ConfigError(f"{path}: the array {name!r} is missing")
@@ -314,38 +341,92 @@ def _content(path: Path) -> io.BytesIO:
     return io.BytesIO(read_file(path, limit=16 * MOST_ROWS, pipe=False))
 
 
+def _check_names(path: Path, names: Sequence[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{path}: unknown array {name!r}; detections have {', '.join(known)}")
+        if names.count(name) > 1:
+            raise ConfigError(f"{path}: there are two arrays {name!r}")
+
+
 def _read_npz(path: Path) -> dict[str, Any]:
     try:
-        content = _content(path)
-        with zipfile.ZipFile(content) as archive:
-            size = sum(one.file_size for one in archive.infolist())
-        if size > 16 * MOST_ROWS:
-            raise ConfigError(f"{path}: too large: {size} bytes when unpacked")
-        with np.load(content, allow_pickle=False) as arrays:
-            found: dict[str, Any] = {name: arrays[name] for name in arrays.files}
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, NotImplementedError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        with zipfile.ZipFile(_content(path)) as archive:
+            members = {one.filename.removesuffix(".npy"): one for one in archive.infolist()}
+            names = [one.filename.removesuffix(".npy") for one in archive.infolist()]
+            _check_names(path, names, (*ARRAYS, SETTINGS))
+            for name, member in members.items():  # before anything is unpacked
+                _check_header(archive, member, name)
+            found: dict[str, Any] = {}
+            for name, member in members.items():
+                with archive.open(member) as file:
+                    found[name] = np.lib.format.read_array(file, allow_pickle=False)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    except UNREADABLE as error:
         raise ConfigError(f"{path}: not an .npz file of detections: {error}") from None
     if SETTINGS in found:
         found[SETTINGS] = str(found[SETTINGS])
     return found
 
 
+def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> None:
+    """Raises ``ConfigError`` for what cannot be this array, by what the file says of it."""
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError("numpy compresses in another way")
+    with archive.open(member) as file:
+        if np.lib.format.read_magic(file) == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    if name == SETTINGS:
+        if dtype.kind != "U" or shape or dtype.itemsize > MOST_SETTINGS:
+            raise ConfigError("the settings are not one string of JSON")
+    elif dtype.kind not in "uib":
+        raise ConfigError(f"{name} has values of the type {dtype}, not integers")
+    elif len(shape) != 1 or not 0 < shape[0] <= MOST_ROWS:
+        raise ConfigError(f"{name} has the shape {shape}; one row of 1 to {MOST_ROWS} is needed")
+    if math.prod(shape) * dtype.itemsize > member.file_size:
+        raise ConfigError(f"{name} is cut off: the file has less of it than it announces")
+
+
 def _read_parquet(path: Path) -> dict[str, Any]:
-    error_type, parquet, _ = _pyarrow(path)
+    error_type, parquet, arrow = _pyarrow(path)
+    found: dict[str, Any] = {}
     try:
         with parquet.ParquetFile(_content(path)) as file:
-            rows = file.metadata.num_rows
-            if rows > MOST_ROWS:
-                raise ConfigError(f"{path}: too large: {rows} rows")
+            rows, schema = file.metadata.num_rows, file.schema_arrow
+            _check_schema(path, rows, schema, arrow)
             table = file.read()
-        found: dict[str, Any] = {name: table.column(name).to_numpy() for name in table.column_names}
-    except error_type as error:
+        for name in table.column_names:
+            found[name] = _column(path, table, name)
+    except ConfigError:
+        raise
+    except (error_type, ValueError) as error:
         raise ConfigError(f"{path}: not a Parquet file of detections: {error}") from None
-    text = (table.schema.metadata or {}).get(PARQUET_KEY)
+    text = (schema.metadata or {}).get(PARQUET_KEY)
     if text is not None:
         found[SETTINGS] = text.decode(errors="replace")
+    return found
+
+
+def _check_schema(path: Path, rows: int, schema: Any, arrow: Any) -> None:
+    if rows > MOST_ROWS:
+        raise ConfigError(f"{path}: too large: {rows} rows")
+    _check_names(path, schema.names, ARRAYS)
+    for column in schema:
+        kind = column.type
+        if arrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (arrow.types.is_integer(kind) or arrow.types.is_boolean(kind)):
+            raise ConfigError(f"{path}: {column.name} has values of the type {kind}, not integers")
+
+
+def _column(path: Path, table: Any, name: str) -> NDArray[Any]:
+    column = table.column(name)
+    if column.null_count:
+        raise ConfigError(f"{path}: {name} has rows without a value; leave these rows out")
+    found: NDArray[Any] = column.to_numpy()
     return found
 
 

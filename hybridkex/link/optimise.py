@@ -86,7 +86,10 @@ def expected_length(
     Without ``security``, eps_sec is in proportion to the length, as in Lim et al. 2014.
     """
     detections = key_detections / transmitter.key_basis_probability**2
-    alive = detections / transmitter.mean_gain(channel)
+    gain = transmitter.mean_gain(channel)
+    if gain <= 0.0:
+        raise NoKeyError("nothing is detected over this channel")
+    alive = detections / gain
     counts = expected_counts(channel, transmitter, alive)
     pulses = alive + detections * channel.dead_pulses
     leak = f * key_detections * binary_entropy(counts.key_error_rate)
@@ -211,7 +214,7 @@ def tuned(preset: Preset, block_bits: int, *, finite_key: str = FINITE_KEY[0]) -
     Raises ``NoKeyError`` where no key can be made at all.
     """
     source = preset.transmitter
-    best = None if not source.mean_gain(preset.channel) else optimise(
+    best = optimise(
         preset.channel,
         key_detections=block_bits,
         f=preset.efficiency,

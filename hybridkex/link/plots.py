@@ -1,7 +1,7 @@
 """Pictures of scans, and those of ``docs/qkd-link.md``."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +44,7 @@ UNITS: Final = {
     "leak_bits": "leak (bit)",
     "seconds": "time of a block (s)",
 }
+MOST_NUMBER: Final = 1e300
 LOGARITHMIC: Final = ("rate", "bit_per_s", "secret_bits", "block_bits", "seconds", "leak_bits")
 STYLES: Final = ("-", "--", ":", "-.")
 
@@ -88,7 +89,8 @@ def plot_scan(
     """Draw one column of a scan over another, one curve for each value of the columns ``by``.
 
     Returns the figure and its axes, to change or to save. Rates of zero are left out, so a curve
-    ends where its rate does. Raises ``ConfigError`` for a column that the scan does not have.
+    ends where its rate does. Raises ``ConfigError`` for a column that the scan does not have, and
+    for one with anything but finite numbers.
     """
     for name in (x, y, *by):
         if not rows or name not in rows[0]:
@@ -96,9 +98,10 @@ def plot_scan(
     figure, axes = _figure()
     curves: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for row in rows:
-        curve = curves.setdefault(tuple(row[name] for name in by), [])
-        if row[x] is not None and row[y] is not None and (y not in LOGARITHMIC or row[y] > 0):
-            curve.append((float(row[x]), float(row[y])))
+        curve = curves.setdefault(tuple(_plain(row.get(name)) for name in by), [])
+        point = _coordinate(row, x), _coordinate(row, y)
+        if point[0] is not None and point[1] is not None and (y not in LOGARITHMIC or point[1] > 0):
+            curve.append((point[0], point[1]))
     for number, (values, points) in enumerate(curves.items()):
         points.sort()
         label = ", ".join(
@@ -116,6 +119,19 @@ def plot_scan(
         if name in LOGARITHMIC:
             getattr(axes, f"set_{axis}scale")("log")
     return _finish(figure, axes)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, list | dict) else value
+
+
+def _coordinate(row: Mapping[str, Any], name: str) -> float | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or not abs(value) <= MOST_NUMBER:
+        raise ConfigError(f"the column {name!r} of the scan has {value!r}: numbers can be drawn")
+    return float(value)
 
 
 def draw(

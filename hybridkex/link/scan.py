@@ -30,7 +30,7 @@ from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import FINITE_KEY, expected_counts
 from hybridkex.link.optimise import NoKeyError, tuned
 from hybridkex.link.presets import Preset, preset
-from hybridkex.link.settings import LEAKS, LinkSettings
+from hybridkex.link.settings import LEAKS, MOST_BLOCK_BITS, LinkSettings
 from hybridkex.link.simulated import SimulatedLink
 
 __all__ = ["COLUMNS", "evaluate", "grid", "read_scan", "scan", "write_scan"]
@@ -62,6 +62,9 @@ COLUMNS: Final = (
 """Columns of a row in addition to its point: loss of the fibre (dB); secret bits per pulse and per
 second; secret bits, QBER, phase error bound, leak and seconds of a block; blocks made and aborted,
 0 unless blocks were simulated."""
+SEARCHED: Final = ("intensities", "probabilities", "key_basis_probability", "brightness")
+"""Settings that :func:`~hybridkex.link.optimise.tuned` chooses."""
+EXTRA: Final = "more values than columns"
 MOST_POINTS: Final = 1_000_000
 MOST_BYTES: Final = 1 << 30
 """Of a file of rows: a million points have about 300 MB."""
@@ -143,10 +146,17 @@ def evaluate(point: Point, *, blocks: int = 0, seed: int = 0) -> Row:
     row["loss_db"] = chosen.channel.attenuation_db_per_km * chosen.channel.distance_km
     bits, finite_key = whole["block_bits"], whole["finite_key"]
     for name, known in (("finite_key", FINITE_KEY), ("leak", LEAKS)):
-        # Before the search, which takes an error for "no key at this point".
+        # Before the search, which takes long.
         if whole[name] not in known:
             raise ConfigError(f"{name} must be one of {', '.join(known)}")
+    if not 1000 <= bits <= MOST_BLOCK_BITS:
+        raise ConfigError(f"block_bits lies between 1000 and {MOST_BLOCK_BITS}")
     if whole["tuned"]:
+        for name in SEARCHED:
+            if name in point:
+                raise ConfigError(
+                    f"the search for the best settings replaces {name}: set tuned to false"
+                )
         try:
             chosen = tuned(chosen, bits, finite_key=finite_key)
         except NoKeyError:
@@ -167,7 +177,7 @@ def _expected(settings: LinkSettings, eve: str | None) -> Row:
         p * seen
         for (seen, _), p in zip(source.response(channel, light), source.probabilities, strict=True)
     )
-    if not gain:
+    if gain <= 0.0:
         return {}
     detections = settings.block_bits / source.key_basis_probability**2
     alive = detections / gain
@@ -301,7 +311,9 @@ def read_scan(path: Path) -> list[Row]:
         else:
             rows = [
                 {name: _number(value) for name, value in row.items()}
-                for row in csv.DictReader(io.StringIO(content.decode(), newline=""))
+                for row in csv.DictReader(
+                    io.StringIO(content.decode(), newline=""), restkey=EXTRA, strict=True
+                )
             ]
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
@@ -311,10 +323,14 @@ def read_scan(path: Path) -> list[Row]:
         raise ConfigError(f"{path}: not a scan: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(one, dict) for one in rows):
         raise ConfigError(f"{path}: not a scan")
+    if any(EXTRA in one for one in rows):
+        raise ConfigError(f"{path}: not a scan: a row has more values than there are columns")
     return rows
 
 
-def _number(text: str | None) -> Any:
+def _number(text: Any) -> Any:
+    if not isinstance(text, str | None):  # what is in excess of the columns
+        return text
     if text in (None, "", "True", "False"):
         return {"True": True, "False": False}.get(text or "")
     try:

@@ -14,7 +14,7 @@ from hybridkex.link.presets import PRESETS, Preset
 from hybridkex.link.reconciliation import Reconciler
 from hybridkex.link.toeplitz import MAX_INPUT
 
-__all__ = ["DECOY_CHECKS", "LEAKS", "MEMORY", "REAUTHENTICATION", "LinkSettings"]
+__all__ = ["DECOY_CHECKS", "LEAKS", "MEMORY", "MOST_BLOCK_BITS", "REAUTHENTICATION", "LinkSettings"]
 
 SIGMAS: Final = 6.0
 """Standard deviations by which statistics may differ from the expectation."""
@@ -23,6 +23,7 @@ VERIFICATION_BITS: Final = 127
 LEAKS: Final = ("alice", "both")
 DECOY_CHECKS: Final = ("full", "shares", "off")
 REAUTHENTICATION: Final = ("refuse", "signatures")
+MOST_BLOCK_BITS: Final = MAX_INPUT // 2
 MEMORY: Final = 8 << 30
 """Bytes that a block may take, both parties together; settings that ask for more are refused."""
 FIXED_MEMORY: Final = 512 << 20
@@ -60,8 +61,8 @@ class LinkSettings:
     """Detections of a block, both bases; ``None``: enough that ``block_bits`` are among them."""
 
     def __post_init__(self) -> None:
-        if not 1000 <= self.block_bits <= MAX_INPUT // 2:
-            raise ConfigError(f"block_bits lies between 1000 and {MAX_INPUT // 2}")
+        if not 1000 <= self.block_bits <= MOST_BLOCK_BITS:
+            raise ConfigError(f"block_bits lies between 1000 and {MOST_BLOCK_BITS}")
         if self.key_bits < 8 or self.key_bits % 8:
             raise ConfigError("key_bits is a positive multiple of 8")
         if not 0.0 < self.max_qber <= 0.5 or not 0.0 < self.tolerance < 1.0:
@@ -147,7 +148,7 @@ class LinkSettings:
             self._compare("all detections", self.detections, gain * alive)
         if self.decoy_check == "off":
             return
-        if not gain:
+        if gain <= 0.0:
             raise BlockAborted("decoy statistics: the preset's channel lets nothing be detected")
         # The key basis may have been thinned out, so each basis is compared by itself.
         for basis, seen in (("key", counts.key), ("test", counts.test)):

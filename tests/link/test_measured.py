@@ -1,9 +1,11 @@
 """Measured detections in files, and keys made of them."""
 
 import functools
+import io
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +122,7 @@ GOOD = {"basis": np.zeros(9, np.uint8), "bit": np.zeros(9, np.uint8)}
         ({"bit": np.zeros((3, 3), int)}, "one number for each"),
         ({"intensity": np.full(9, 4)}, "from 0 to 3"),
         ({"pulse": np.zeros(9, int)}, "does not increase"),
-        ({"pulse": np.arange(9) - 1}, "does not increase"),
+        ({"pulse": np.arange(9) - 1}, "not from 0 to"),
         ({"pulse": np.arange(9.0)}, "one integer"),
         ({"basis": np.zeros(0, np.uint8), "bit": np.zeros(0, np.uint8)}, "between 1 and"),
     ],
@@ -150,15 +152,15 @@ SETTINGS = json.dumps(
     ("arrays", "reason"),
     [
         ({}, "settings are missing"),
-        ({"settings": "{"}, "malformed"),
-        ({"settings": "[]"}, "malformed"),
-        ({"settings": "{}"}, "malformed"),
+        ({"settings": "{"}, "not JSON"),
+        ({"settings": "[]"}, "not a JSON object"),
+        ({"settings": "{}"}, "no object 'channel'"),
         ({"settings": SETTINGS.replace("0.9", "7")}, "key_basis_probability"),
-        ({"settings": SETTINGS.replace("0.9", '"x"')}, "malformed"),
-        ({"settings": SETTINGS.replace("misalignment", "misalignments")}, "unknown settings"),
+        ({"settings": SETTINGS.replace("0.9", '"x"')}, "must be a number"),
+        ({"settings": SETTINGS.replace("misalignment", "misalignments")}, "unknown channel"),
         ({"settings": SETTINGS, "extra": np.zeros(9)}, "unknown array"),
         ({"settings": SETTINGS, "bit": np.array(["a"] * 9)}, "integers"),
-        ({"settings": SETTINGS, "bit": np.array([None] * 9)}, "not an .npz file"),
+        ({"settings": SETTINGS, "bit": np.array([None] * 9)}, "of the type object"),
     ],
 )
 def test_files_that_cannot_be(tmp_path: Path, arrays: dict, reason: str) -> None:
@@ -232,3 +234,120 @@ def test_two_ends_distil_over_tcp(tmp_path: Path) -> None:
     assert outs[0]["keys"] == outs[1]["keys"] > 5
     assert outs[0]["epsilon"]["conditional"]
     assert (tmp_path / "alice.keys").read_text() == (tmp_path / "bob.keys").read_text()
+
+
+def _archive(**arrays: object) -> dict[str, object]:
+    good = dict(np.load("examples/qkd-data/bob.npz"))
+    return {name: one for name, one in {**good, **arrays}.items() if one is not None}
+
+
+def _settings(**changed: object) -> np.ndarray[tuple[()], np.dtype[np.str_]]:
+    found = json.loads(str(np.load("examples/qkd-data/bob.npz")["settings"]))
+    for name, value in changed.items():
+        part, _, field = name.partition("__")
+        if field:
+            found[part][field] = value
+        else:
+            found[part] = value
+    return np.array(json.dumps(found))
+
+
+ODD: dict[str, dict[str, object]] = {
+    "floats": {"bit": np.zeros(60_000)},
+    "two columns": {"bit": np.zeros((2, 30_000), dtype=np.uint8)},
+    "an unknown array": {"more": np.zeros(3)},
+    "settings in bytes": {"settings": np.array(b"{}")},
+    "many settings": {"settings": np.array(["{}"] * 2)},
+    "no settings": {"settings": None},
+    "a list": {"settings": np.array("[]")},
+    "no source": {"settings": _settings(source=None)},
+    "a channel that is a list": {"settings": _settings(channel=[])},
+    "an unknown security": {"settings": _settings(security__more=1)},
+    "a distance of 400 digits": {"settings": _settings(channel__distance_km=10**400)},
+    "a word for a number": {"settings": _settings(channel__distance_km="far")},
+    "true for a number": {"settings": _settings(channel__receiver_efficiency=True)},
+    "nested intensities": {"settings": _settings(source__intensities=[[0.5], [0.2]])},
+    "a clock of 1e300 Hz": {"settings": _settings(channel__repetition_rate_hz=1e300)},
+    "a dead time of 1e300 s": {"settings": _settings(channel__dead_time_s=1e300)},
+    "a secrecy of 1e-300": {"settings": _settings(security__secrecy=1e-300)},
+    "dark counts of 1": {"settings": _settings(channel__dark_count_probability=1)},
+    "pulses beyond 2^63": {"pulse": np.arange(60_000, dtype=np.uint64) + np.uint64(1 << 63)},
+    "a wrap in the pulses": {
+        "pulse": np.array([*range(59_998), 2**63 - 1, -(2**63)], dtype=np.int64)
+    },
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_an_archive_that_is_not_of_detections_is_refused_in_one_line(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "bob.npz", **_archive(**ODD[what]))  # type: ignore[arg-type]
+    assert main(["qkd", "distil", "examples/qkd-data/alice.npz", str(tmp_path / "bob.npz")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "bob.npz: " in line
+    assert not any(word in line for word in ("__init__", "argument", "object has", "subscript"))
+
+
+def test_a_damaged_archive_is_refused_in_one_line(tmp_path: Path) -> None:
+    good, path = Path("examples/qkd-data/bob.npz").read_bytes(), tmp_path / "bob.npz"
+    rng = np.random.default_rng(7)
+    encrypted = bytearray(good)
+    for mark, flags in ((b"PK\1\2", 8), (b"PK\3\4", 6)):
+        at = -1
+        while (at := encrypted.find(mark, at + 1)) >= 0:
+            encrypted[at + flags] |= 1
+    damaged = [bytes(encrypted), good[:5000]]
+    for _ in range(100):
+        one = bytearray(good)
+        for place in rng.integers(0, len(one), 5):
+            one[place] = rng.integers(256)
+        damaged.append(bytes(one))
+    for one in damaged:
+        path.write_bytes(one)
+        with pytest.raises(ConfigError, match=r"bob\.npz"):
+            read_measured(path)
+
+
+def test_an_announced_size_is_not_believed(tmp_path: Path) -> None:
+    for shape in ((10**13,), (10**19, 10**19), (1 << 28,)):
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "|u1", "fortran_order": False, "shape": shape}
+        )
+        with zipfile.ZipFile(tmp_path / "bob.npz", "w") as archive:
+            archive.writestr("bit.npy", header.getvalue())
+        with pytest.raises(ConfigError, match=r"bit (has the shape|is cut off)"):
+            read_measured(tmp_path / "bob.npz")
+
+
+def test_parquet_columns_of_other_types_are_refused(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    _, bob, chosen = recorded(rows=5000)
+    write_measured(tmp_path / "bob.parquet", bob, chosen)
+    good = parquet.read_table(tmp_path / "bob.parquet")
+    path = tmp_path / "odd.parquet"
+    for kind in (arrow.float64(), arrow.string(), arrow.decimal128(5)):
+        place = good.column_names.index("bit")
+        parquet.write_table(good.set_column(place, "bit", good["bit"].cast(kind)), path)
+        with pytest.raises(ConfigError, match=r"bit has values of the type .*, not integers"):
+            read_measured(path)
+    nulls = arrow.array([None, *bob.bit[1:].tolist()], type=arrow.uint8())
+    parquet.write_table(good.set_column(good.column_names.index("bit"), "bit", nulls), path)
+    with pytest.raises(ConfigError, match="rows without a value"):
+        read_measured(path)
+    parquet.write_table(good.append_column("bit", good["bit"]), path)
+    with pytest.raises(ConfigError, match="two arrays 'bit'"):
+        read_measured(path)
+
+
+def test_files_of_two_links_and_blocks_without_a_key_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "bob.npz", **_archive(settings=_settings(security__secrecy=0.5)))  # type: ignore[arg-type]
+    alice = "examples/qkd-data/alice.npz"
+    assert main(["qkd", "distil", alice, str(tmp_path / "bob.npz")]) == 1
+    assert "the settings in the two files differ" in capsys.readouterr().err
+    bob = "examples/qkd-data/bob.npz"
+    assert main(["qkd", "distil", alice, bob, "--key-bits", "80000"]) == 1

@@ -9,6 +9,7 @@ from hybridkex.errors import ConfigError
 from hybridkex.link import plots
 from hybridkex.link.optimise import optimise
 from hybridkex.link.presets import preset
+from hybridkex.link.scan import read_scan
 
 
 def test_qber_with_sampled_points(tmp_path: Path) -> None:
@@ -105,3 +106,26 @@ def test_where_no_picture_can_be(
 ) -> None:
     assert main(["qkd", "plot", "--kind", "qber", "-o", str(tmp_path / name)]) == 1
     assert capsys.readouterr().err.startswith("hybridkex: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("words.csv", "distance_km,rate\n1,fast\n"),
+        ("infinite.csv", "distance_km,rate\n1,inf\n"),
+        ("more.csv", "distance_km,rate\n1,2,3\n"),
+        ("objects.json", '[{"distance_km": [1], "rate": {}}]'),
+        ("huge.json", '[{"distance_km": 1, "rate": 1' + "0" * 400 + "}]"),
+    ],
+)
+def test_a_scan_with_other_things_than_numbers_is_refused(
+    name: str, content: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError):
+        plots.plot_scan(read_scan(tmp_path / name))
+
+
+def test_a_curve_may_be_for_a_value_that_has_parts_or_is_missing() -> None:
+    rows = [{"distance_km": 1, "rate": 1e-3, "by": [1, 2]}, {"distance_km": 1, "rate": 1e-3}]
+    plots.plot_scan(rows, by=["by"])

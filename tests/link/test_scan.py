@@ -239,3 +239,29 @@ def test_a_setting_of_the_wrong_type(name: str, value: Any) -> None:
         return
     with pytest.raises(ConfigError):
         evaluate({name: value})
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        {"secrecy": 1e-300},
+        {"dead_time_s": 1e300},
+        {"efficiency": 0},
+        {"block_bits": 1},
+        {"block_bits": 10**30},
+        {"dark_count_probability": 1},
+        {"key_basis_probability": 0.5},
+        {"intensities": [0.5, 0.2, 0.0]},
+        {"preset": "bbm92", "brightness": 0.1},
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_and_makes_no_row(point: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        evaluate(point)
+
+
+@pytest.mark.parametrize("name", ["lim2014", "bbm92"])
+def test_a_link_without_detections_has_a_rate_of_zero(name: str) -> None:
+    point = {"preset": name, "receiver_efficiency": 0, "dark_count_probability": 0}
+    for chosen in (True, False):
+        assert evaluate({**point, "tuned": chosen})["rate"] == 0

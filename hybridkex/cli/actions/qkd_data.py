@@ -75,8 +75,13 @@ def run_distil(options: DistilOptions) -> int:
             "and --peer, or give one file"
         )
     read = [read_measured(path) for path in options.files]
+    if len(read) == 2 and read[0][1].parameters != read[1][1].parameters:
+        raise ConfigError("the settings in the two files differ: both are of one link")
+    rows = len(read[0][0])
     settings = LinkSettings(
         preset=read[0][1],
+        block_bits=max(1000, rows),
+        block_detections=rows,
         key_bits=options.key_bits,
         decoy_check=options.decoy_check,
         finite_key=options.finite_key,
@@ -101,7 +106,7 @@ def run_distil(options: DistilOptions) -> int:
     line = {**asdict(replace(block, keys=())), "keys": len(block.keys)}
     line["epsilon"]["total"] = block.epsilon.total
     print(json_line(line))
-    return 0
+    return 0 if block.keys else 1
 
 
 def _both(measured: list[Measured], settings: LinkSettings) -> Block:

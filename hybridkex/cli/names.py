@@ -6,6 +6,8 @@ question share one look-up, so the number of threads is that of the names asked 
 """
 
 import copy
+import errno
+import os
 import socket
 from typing import Any, Final
 
@@ -49,6 +51,8 @@ class SharedLookups(HostnameResolver):
                 abandon_on_cancel=True,
                 limiter=trio.CapacityLimiter(1),
             )
+        except RuntimeError:  # no thread can be started
+            lookup.error = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         except Exception as error:
             lookup.error = error  # the callers' to handle
         finally:

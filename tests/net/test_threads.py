@@ -226,7 +226,8 @@ def test_a_fault_of_ours_is_not_hidden(error: Exception, monkeypatch: pytest.Mon
 
 
 def test_nobody_asks_trio_for_threads() -> None:
-    """Its threads end when they are idle, and a new one may not be there when it is needed."""
+    """Its threads end when they are idle, and a new one may not be there when it is needed; only
+    look-ups of names, which may block for minutes, must not hold a worker."""
     found = subprocess.run(
         ["grep", "-rnE", r"to_thread|threading\.Thread\(", "hybridkex", "--include=*.py"],
         cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
@@ -234,4 +235,4 @@ def test_nobody_asks_trio_for_threads() -> None:
         text=True,
         check=False,
     )
-    assert found.stdout == ""
+    assert {line.split(":")[0] for line in found.stdout.splitlines()} == {"hybridkex/cli/names.py"}

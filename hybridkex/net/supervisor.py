@@ -274,22 +274,17 @@ class Budget:
         """Like :meth:`_take`, but wait for a free slot: newcomers stay in the kernel's queue, so
         that a burst of good connections loses none. ``queued`` says how many are there."""
         while self._count >= self.total:
-            patience = self._patience
-            victim, age = None, -1.0
-            if queued() > self.total:
-                victim, age = self._victim(holder, of=Connection._unanswered)
-                if victim is not None and self._has_most(victim._holder):
-                    patience *= HURRY
-                else:
-                    victim = None
-            if victim is None:
-                victim, age = self._victim(holder)
-            if victim is not None and age >= patience:
+            hurried = queued() > self.total
+            if hurried and self._evict_unanswered():
+                break
+            victim, age = self._victim(holder)
+            if victim is not None and age >= self._patience:
                 victim._evict()
                 break
             if self._changed.is_set():
                 self._changed = trio.Event()
-            with trio.move_on_after(patience - max(age, 0.0) if victim else RETRY_SECONDS):
+            wait = self._patience - max(age, 0.0) if victim is not None else RETRY_SECONDS
+            with trio.move_on_after(min(wait, HURRY * PATIENCE) if hurried else wait):
                 await self._changed.wait()
         self._add(connection, holder)
 
@@ -320,6 +315,18 @@ class Budget:
 
     def _has_most(self, holder: Hashable) -> bool:
         return 2 * len(self._held.get(holder, ())) > self.total
+
+    def _evict_unanswered(self) -> bool:
+        """Close the connections that have begun a message and stopped, of the holder who has most
+        places; all at once, since each look at a connection takes time."""
+        most = max(self._held, key=lambda one: len(self._held[one]), default=None)
+        if not self._has_most(most):
+            return False
+        now, patience = trio.current_time(), HURRY * self._patience
+        late = [one for one in self._held[most] if one._unanswered(now) >= patience]
+        for one in late:
+            one._evict()
+        return bool(late)
 
     def _evict_one(self) -> bool:
         """Free the descriptor of a connection that has waited too long, if there is one."""

@@ -497,7 +497,8 @@ class KeyManagementEntity:
 
     def _note_lost(self, link: _Link, number: int, reason: str) -> None:
         self._metrics.lost.labels(self.kme_id, link.target, reason).inc(number)
-        LOG.warning(
+        self.log.log(
+            logging.WARNING,
             "%s: %d keys of the link to %s are lost and erased: %s",
             self.kme_id,
             number,

@@ -14,7 +14,11 @@ import trio
 
 from hybridkex.kme.config import PeerConfig, ServeConfig
 from hybridkex.kme.entity import KmeLimits
-from hybridkex.kme.peering import CHECK, EXT_KEYS, IDS_AT_ONCE, VOID
+from hybridkex.kme.peering import CHECK, EXT_KEYS, IDS_AT_ONCE, VOID, ExtKeys
+from hybridkex.kme.serve import KmeServer
+from hybridkex.qkd.etsi014.models import ErrorResponse, KeyRequest
+from hybridkex.qkd.store import BlocksRefused, BlockState
+from hybridkex.secret import Secret
 
 IDS = [str(uuid.UUID(int=number)) for number in range(IDS_AT_ONCE + 1)]
 EXTENSION = {"blocks": [IDS[0]], "size": 8}
@@ -198,3 +202,34 @@ async def test_an_sae_waits_for_no_more_than_one_message_of_a_peer(site: Any, se
                     nursery.start_soon(ask)
                 nursery.cancel_scope.cancel()
     assert max(waited) < 3
+
+
+class SaysSpent:
+    """A KME that refuses every block for good."""
+
+    async def ext_keys(self, message: ExtKeys) -> None:
+        blocks = [block for one in message.allotments for block in one.blocks]
+        raise BlocksRefused(dict.fromkeys(blocks, BlockState.SPENT))
+
+    async def void(self, key_ids: object) -> None: ...
+
+    async def check(self, key_ids: object) -> list[str]:
+        return []
+
+
+async def test_a_peer_that_refuses_every_key_does_not_flood_the_log(
+    site: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    peer = PeerConfig(id="kme-c", saes=("eve",), url="https://127.0.0.1:1")
+    server = KmeServer(ServeConfig(kme=(site.kme("kme-a", saes=("alice",), peer=(peer,)),)))
+    kme, store = server._kmes["kme-a"], server._stores["kme-a"]
+    try:
+        keys = [(one, Secret(bytes(32))) for one in IDS[:100]]
+        await store.add("kme-c", keys, shared=True)
+        kme.connect("kme-c", SaysSpent())
+        with pytest.raises(ErrorResponse, match="not enough keys"):
+            await kme.get_key("alice", "eve", KeyRequest())
+    finally:
+        await store.aclose()
+    lines = [one for one in caplog.messages if "lost and erased" in one]
+    assert 1 <= len(lines) <= 25

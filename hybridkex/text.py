@@ -13,6 +13,7 @@ log line, or reverse a line. They are escaped in four places that all text passe
 The escapes are Python's: ``\n``, ``\x1b``, ``\u202e``. Escaping twice changes nothing.
 """
 
+import io
 import json
 import logging
 import traceback
@@ -148,8 +149,13 @@ class PrintableOutput:
 
 
 def terminal(stream: Any) -> TextIO:
-    """The stream underneath a :class:`PrintableOutput`, for code that draws on a terminal."""
+    """The stream underneath a :class:`PrintableOutput`, for code that draws on a terminal.
+
+    It still escapes what its encoding lacks.
+    """
     while isinstance(stream, PrintableOutput):
         stream = stream.stream
     found: TextIO = stream
+    if isinstance(found, io.TextIOWrapper):
+        found.reconfigure(errors="backslashreplace")
     return found

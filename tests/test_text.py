@@ -195,3 +195,12 @@ for title in ("serial number: 0", "serial number: negative", "names: long common
         cwd=Path(__file__).parents[1],
     )
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8", "koi8-r"])
+def test_code_that_draws_on_a_terminal_may_use_any_character(encoding: str) -> None:
+    raw = io.BytesIO()
+    drawn = terminal(PrintableOutput(io.TextIOWrapper(raw, encoding=encoding)))
+    drawn.write("· ━ ü 量子")
+    drawn.flush()
+    assert raw.getvalue() == "· ━ ü 量子".encode(encoding, "backslashreplace")

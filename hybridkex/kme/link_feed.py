@@ -42,6 +42,7 @@ from hybridkex.link.settings import LinkSettings
 from hybridkex.link.simulated import SimulatedLink
 from hybridkex.machine import broken, refusal
 from hybridkex.net.address import TcpAddress
+from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.net.reading import EndOfStream, read_exactly
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.net.threads import NoThread
@@ -208,7 +209,7 @@ class PartyFeed:
 
     async def _run_alice(self) -> None:
         try:
-            listeners = await trio.open_tcp_listeners(self._address.port, host=self._address.host)
+            listeners = await open_tcp_listeners(self._address.port, host=self._address.host)
         except OSError as error:
             raise LinkError(f"the link cannot listen on {self._address}: {error}") from None
         pairs, arrived = trio.open_memory_channel[_Pair](0)

@@ -17,6 +17,7 @@ from hybridkex.kme.peering import MAX_MESSAGE_BYTES, HttpPeer, LocalPeer
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.event_loop import in_thread
 from hybridkex.net.http import http_supervisor, serve_connection
+from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, client_tls, server_tls
 from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate, problems_of_certificate
@@ -395,7 +396,7 @@ async def _opened(
     address: TcpAddress, supervisor: Supervisor[trio.SocketStream], stack: AsyncExitStack
 ) -> _Port:
     try:
-        listeners = await trio.open_tcp_listeners(address.port, host=address.host)
+        listeners = await open_tcp_listeners(address.port, host=address.host)
     except OSError as error:
         raise ConfigError(f"cannot listen on {address}: {error.strerror}") from error
     for listener in listeners:

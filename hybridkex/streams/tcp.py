@@ -6,6 +6,7 @@ from typing import Final
 
 import trio
 
+from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.streams.listener import SecureListener
 from hybridkex.streams.stream import DEFAULT_HANDSHAKE_TIMEOUT, SecureStream
@@ -68,7 +69,7 @@ async def open_secure_tcp_listeners(
         ConfigError: ``config`` is not a ``ServerConfig``.
     """
     check_config(config, ServerConfig)
-    listeners = await trio.open_tcp_listeners(port, host=host, backlog=backlog)
+    listeners = await open_tcp_listeners(port, host=host, backlog=backlog)
     return _secured(listeners, config, https_compatible, handshake_timeout)
 
 
@@ -137,7 +138,7 @@ async def serve_secure_tcp(
         connection.admit(budget, is_used=lambda: stream.has_carried_data)
         await handler(stream)
 
-    sockets = await trio.open_tcp_listeners(port, host=host, backlog=backlog)
+    sockets = await open_tcp_listeners(port, host=host, backlog=backlog)
     listeners = _secured(sockets, config, https_compatible, handshake_timeout)
     supervisor = Supervisor(
         handle,

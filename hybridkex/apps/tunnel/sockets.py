@@ -12,6 +12,7 @@ import trio
 from hybridkex.apps.tcp import no_connection
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import Address, UnixAddress
+from hybridkex.net.listening import open_tcp_listeners
 
 __all__ = ["Listening", "connect", "listen"]
 
@@ -101,9 +102,7 @@ async def listen(address: Address, *, mode: int) -> Listening:
     try:
         if isinstance(address, UnixAddress):
             return Listening(address, [_listen_unix(address.path, mode)])
-        return Listening(
-            address, list(await trio.open_tcp_listeners(address.port, host=address.host))
-        )
+        return Listening(address, list(await open_tcp_listeners(address.port, host=address.host)))
     except OSError as error:
         raise ConfigError(f"cannot listen on {address}: {no_connection(error)}") from None
     except ValueError as error:  # a NUL in a path, an impossible host name

@@ -27,6 +27,7 @@ from hybridkex.link.quantum import OpticalLink
 from hybridkex.link.settings import LinkSettings
 from hybridkex.machine import write_error
 from hybridkex.net.address import parse_tcp_address
+from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.text import json_line
 
 __all__ = ["record", "run_distil"]
@@ -139,7 +140,7 @@ async def _stream(options: DistilOptions) -> trio.SocketStream:
             await trio.sleep(1.0)
     here = parse_tcp_address(options.listen or "")
     try:
-        listeners = await trio.open_tcp_listeners(here.port, host=here.host)
+        listeners = await open_tcp_listeners(here.port, host=here.host)
     except NO_TCP as error:
         raise cannot_listen(here, error) from None
     try:

@@ -21,6 +21,7 @@ from hybridkex.errors import ConfigError
 from hybridkex.machine import broken
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.descriptors import raise_soft_limit
+from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
 from hybridkex.streams import SecureStream
 from hybridkex.text import get_logger
@@ -78,7 +79,7 @@ class _Server:
     async def run(self) -> None:
         wanted = checked_port(self._options.port)
         try:
-            listeners = await trio.open_tcp_listeners(wanted, host=self._options.channel.bind)
+            listeners = await open_tcp_listeners(wanted, host=self._options.channel.bind)
         except NO_TCP as error:
             raise cannot_listen(
                 TcpAddress(self._options.channel.bind or "*", wanted), error

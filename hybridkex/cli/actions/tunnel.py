@@ -37,6 +37,7 @@ from hybridkex.kme.metrics import metrics_page
 from hybridkex.net.address import TcpAddress, parse_address, parse_tcp_address
 from hybridkex.net.descriptors import raise_soft_limit
 from hybridkex.net.http import Request, Response, http_supervisor
+from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.text import get_logger
 
 __all__ = ["connect", "listen", "load_file", "run_file"]
@@ -199,7 +200,7 @@ async def _serve_metrics(
         return metrics_page(metrics.registry, request)
 
     try:
-        listeners = await trio.open_tcp_listeners(address.port, host=address.host)
+        listeners = await open_tcp_listeners(address.port, host=address.host)
     except NO_TCP as error:
         raise cannot_listen(address, error) from None
     port = listeners[0].socket.getsockname()[1]

@@ -29,6 +29,7 @@ from hybridkex.combiner import (
 from hybridkex.errors import ConfigError, HybridkexError, LocalStateError
 from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.net.descriptors import raise_soft_limit
+from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.qkd.source import KeySource
 from hybridkex.qkd.store import read_key_file
@@ -163,7 +164,7 @@ async def _listen(options: WgPskOptions, rotator: Rotator) -> None:
     where = options.listen or ""  # --connect and --listen exclude each other
     address = parse_tcp_address(where if ":" in where else f"0.0.0.0:{where}")
     try:
-        listeners = await trio.open_tcp_listeners(address.port, host=address.host)
+        listeners = await open_tcp_listeners(address.port, host=address.host)
     except NO_TCP as error:
         raise cannot_listen(address, error) from None
     budget = Budget(_ROTATIONS, what="rotations")

@@ -1,6 +1,7 @@
 """What a failure says: the cause in words, whose side it is, once; and what a KME's owner sees."""
 
 import logging
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -107,6 +108,28 @@ async def test_an_alert_of_the_kme(site: Site, alert: Alert, tls: str) -> None:
     assert ("refused our certificate" in said) == (alert in OF_OUR_CERTIFICATE), said
     assert ("--kme-tls" in said) == (alert in NOTHING_IN_COMMON), said
     assert not [word for word in RAW if word in said], said
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("shown", ["no certificate", "a foreign one"])
+async def test_a_client_that_is_refused_learns_why(
+    site: Site, serve: Any, tmp_path: Path, shown: str, version: ssl.TLSVersion
+) -> None:
+    """By an alert, and not only by the end of the connection."""
+    other_ca = DevCa.create("another authority")
+    write_identity(tmp_path / "own", other_ca, other_ca.issue("127.0.0.1", common_name="alice"))
+    context = ssl.create_default_context(cafile=str(site.access("alice", closed_port()).ca))
+    context.maximum_version = version
+    if shown != "no certificate":
+        context.load_cert_chain(tmp_path / "own" / "cert.pem", tmp_path / "own" / "key.pem")
+    async with serve(site.pair()) as where:
+        address = where.kmes["kme-a"]
+        tcp = await trio.open_tcp_stream(address.host, address.port)
+        stream = trio.SSLStream(tcp, context, server_hostname="127.0.0.1")
+        with pytest.raises(trio.BrokenResourceError) as caught:
+            await stream.receive_some()
+        await trio.aclose_forcefully(stream)
+    assert "ALERT" in str(caught.value.__cause__)
 
 
 @pytest.mark.parametrize("tls", TLS_KINDS)

@@ -6,12 +6,13 @@ or this library's own, which is post-quantum. Clients use a :class:`ClientTls`, 
 asyncio streams; servers run on trio.
 """
 
+import contextlib
 import re
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 import trio
 
@@ -209,17 +210,42 @@ def _no_password() -> str:
 
 def _stdlib(context: ssl.SSLContext, *, server_side: bool) -> TlsHandshake:
     async def handshake(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
+        kept = _KeptBytes(context)
         secure = trio.SSLStream(
             stream,
-            context,
+            cast("ssl.SSLContext", kept),  # trio calls only its wrap_bio
             server_hostname=None if server_side else host,
             server_side=server_side,
             https_compatible=True,  # HTTP has its own end of message; many peers just hang up
         )
-        await secure.do_handshake()
+        try:
+            await secure.do_handshake()
+        except trio.BrokenResourceError:
+            # trio leaves the alert unsent, and the peer would not learn why (RFC 9846 section 6.2).
+            if alert := kept.unsent():
+                with trio.move_on_after(1), contextlib.suppress(trio.BrokenResourceError):
+                    await stream.send_all(alert)
+            raise
         return secure, secure.getpeercert(binary_form=True)
 
     return handshake
+
+
+class _KeptBytes:
+    """A context for one connection that keeps hold of the bytes that are to be sent."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._context = context
+        self._outgoing = ssl.MemoryBIO()
+
+    def wrap_bio(
+        self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, **options: Any
+    ) -> ssl.SSLObject:
+        self._outgoing = outgoing
+        return self._context.wrap_bio(incoming, outgoing, **options)
+
+    def unsent(self) -> bytes:
+        return self._outgoing.read()
 
 
 def _stdlib_on_asyncio(context: ssl.SSLContext) -> AsyncioHandshake:

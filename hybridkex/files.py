@@ -17,7 +17,7 @@ import stat
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -32,6 +32,7 @@ __all__ = [
     "open_private",
     "read_file",
     "read_toml",
+    "reserve_file",
     "write_file",
 ]
 
@@ -147,20 +148,62 @@ def write_file(path: str | Path, content: bytes, *, mode: int = PRIVATE) -> None
 
 
 def _replace(path: Path, content: bytes, mode: int) -> None:
+    with _temporary(path, 0, mode) as write:
+        write(content)
+
+
+@contextlib.contextmanager
+def reserve_file(
+    path: str | Path, size: int, *, mode: int = PRIVATE
+) -> Iterator[Callable[[bytes], None]]:
+    """Take the room for a file before its content exists, for content that must not be lost.
+
+    The context's value writes the content, at most once; the file is then created or replaced as by
+    :func:`write_file`. Without it, nothing is changed.
+
+    Args:
+        path: of the file.
+        size: the most bytes that the content may have.
+        mode: of the file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():  # there is no room to take in a device or a pipe
+        yield lambda content: write_file(path, content)
+        return
+    with contextlib.ExitStack() as stack:
+        with _named(path):
+            write = stack.enter_context(_temporary(path, size, mode))
+
+        def write_named(content: bytes) -> None:
+            with _named(path):
+                write(content)
+
+        yield write_named
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, size: int, mode: int) -> Iterator[Callable[[bytes], None]]:
+    """A file beside another, with room for its content; the context's value replaces that one."""
     # mkstemp creates the file exclusively, with mode 600, under a name that nobody can guess.
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except BaseException:
+            if size:
+                os.posix_fallocate(descriptor, 0, size)
+
+            def write(content: bytes) -> None:
+                file.write(content)
+                file.flush()
+                os.ftruncate(descriptor, len(content))
+                os.fsync(descriptor)
+                os.replace(temporary, path)
+                _flush_folder(path.parent)
+
+            yield write
+    finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        raise
 
 
 def create_file(path: str | Path, content: bytes, *, mode: int = PRIVATE) -> None:

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import resource
 import subprocess
 import sys
 import zipfile
@@ -18,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from hybridkex.auth import DevCa
 from hybridkex.cli import main
+from hybridkex.cli.actions import qkd_data
 from hybridkex.errors import BlockAborted, ConfigError
 from hybridkex.link.measured import Measured, distil, read_measured, write_measured
 from hybridkex.link.optimise import tuned
@@ -203,17 +205,22 @@ def test_record_and_distil_as_commands(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--listen or --connect" in capsys.readouterr().err
 
 
+def _write_credentials(folder: Path) -> None:
+    ca = DevCa.create()
+    for name in ("alice", "bob"):
+        identity = ca.issue(name)
+        (folder / f"{name}.pem").write_bytes(identity.leaf.public_bytes(Encoding.PEM))
+        (folder / f"{name}.key").write_bytes(
+            identity.signing_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        )
+
+
 def test_two_ends_distil_over_tcp(tmp_path: Path) -> None:
     unused_port = free_port()
     alice, bob, chosen = recorded()
-    ca = DevCa.create()
+    _write_credentials(tmp_path)
     for name, one in (("alice", alice), ("bob", bob)):
         write_measured(tmp_path / f"{name}.npz", one, chosen)
-        identity = ca.issue(name)
-        (tmp_path / f"{name}.pem").write_bytes(identity.leaf.public_bytes(Encoding.PEM))
-        (tmp_path / f"{name}.key").write_bytes(
-            identity.signing_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        )
     there = f"127.0.0.1:{unused_port}"
     command = [sys.executable, "-m", "hybridkex", "qkd", "distil"]
     ends = [
@@ -234,6 +241,28 @@ def test_two_ends_distil_over_tcp(tmp_path: Path) -> None:
     assert outs[0]["keys"] == outs[1]["keys"] > 5
     assert outs[0]["epsilon"]["conditional"]
     assert (tmp_path / "alice.keys").read_text() == (tmp_path / "bob.keys").read_text()
+
+
+def test_no_room_for_the_keys_is_found_before_the_other_end_makes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write_credentials(tmp_path)
+    monkeypatch.setattr(qkd_data, "WAIT", 0.3)
+    command = ["qkd", "distil", "examples/qkd-data/alice.npz", "--listen", "127.0.0.1:0",
+               "--key", str(tmp_path / "alice.key"), "--peer", str(tmp_path / "bob.pem"),
+               "--keys"]  # fmt: skip
+    assert main([*command, str(tmp_path / "missing" / "keys")]) == 1
+    assert "keys: No such file or directory" in capsys.readouterr().err
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # as a full disk
+    try:
+        assert main([*command, str(tmp_path / "keys")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "keys: File too large" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "keys")]) == 1
+    assert "did not connect" in capsys.readouterr().out
+    assert not [one for one in tmp_path.iterdir() if "keys" in one.name]
 
 
 def _archive(**arrays: object) -> dict[str, object]:

@@ -1,5 +1,8 @@
 """``hybridkex qkd record`` and ``distil``: detections in files."""
 
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Final
@@ -10,7 +13,7 @@ from hybridkex.cli.qkd_data import DistilOptions, RecordOptions
 from hybridkex.cli.running import run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_connect, cannot_listen
 from hybridkex.errors import ConfigError, LinkError
-from hybridkex.files import write_file
+from hybridkex.files import reserve_file
 from hybridkex.link.authentication import Signatures
 from hybridkex.link.measured import (
     Measured,
@@ -90,24 +93,45 @@ def run_distil(options: DistilOptions) -> int:
     )
     measured = [one for one, _ in read]
     try:
-        block = (
-            _both(measured, settings)
-            if len(measured) == 2
-            else run_trio(partial(_one, measured[0], settings, options))
-        )
+        # The room is taken first: the other end's keys are worth nothing if ours cannot be kept.
+        with _kept(options, measured) as keep:
+            block = (
+                _both(measured, settings)
+                if len(measured) == 2
+                else run_trio(partial(_one, measured[0], settings, options))
+            )
+            keep("".join(f"{one.key_id} {one.key.reveal().hex()}\n" for one in block.keys))
     except LinkError as error:
         print(json_line({"keys": 0, "aborted": str(error)}))
         return 1
-    if options.keys is not None:
-        lines = "".join(f"{one.key_id} {one.key.reveal().hex()}\n" for one in block.keys)
-        try:
-            write_file(options.keys, lines.encode())
-        except OSError as error:
-            raise write_error(options.keys, error) from None
     line = {**asdict(replace(block, keys=())), "keys": len(block.keys)}
     line["epsilon"]["total"] = block.epsilon.total
     print(json_line(line))
     return 0 if block.keys else 1
+
+
+@contextmanager
+def _kept(options: DistilOptions, measured: list[Measured]) -> Iterator[Callable[[str], None]]:
+    """Room for the lines of all keys that the detections could give, in the file for them."""
+    if options.keys is None:
+        yield lambda lines: None
+        return
+    most = min(len(one.bit) for one in measured) // options.key_bits + 1
+    key_line = len(f"{uuid.UUID(int=0)} \n") + 2 * ((options.key_bits + 7) // 8)
+    path = options.keys
+    with ExitStack() as stack:
+        try:
+            write = stack.enter_context(reserve_file(path, most * key_line))
+        except OSError as error:
+            raise write_error(path, error) from None
+
+        def keep(lines: str) -> None:
+            try:
+                write(lines.encode())
+            except OSError as error:
+                raise write_error(path, error) from None
+
+        yield keep
 
 
 def _both(measured: list[Measured], settings: LinkSettings) -> Block:

@@ -265,3 +265,24 @@ def test_a_link_without_detections_has_a_rate_of_zero(name: str) -> None:
     point = {"preset": name, "receiver_efficiency": 0, "dark_count_probability": 0}
     for chosen in (True, False):
         assert evaluate({**point, "tuned": chosen})["rate"] == 0
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_place_that_cannot_be_written_to_is_found_before_the_work(
+    jobs: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def no_work(*args: object, **more: object) -> None:
+        raise AssertionError("it works for nothing")
+
+    monkeypatch.setattr("hybridkex.cli.actions.qkd_scan.scan", no_work)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for output in ("a.csv", str(tmp_path / "missing" / "a.csv")):
+        command = ["qkd", "scan", "--vary", "distance_km=0:50:25", "--jobs", jobs, "-o", output]
+        assert main(command) == 1
+        assert f"cannot write {output}: No such file" in capsys.readouterr().err

@@ -12,7 +12,8 @@ import trio
 
 import hybridkex
 from hybridkex.apps.tunnel.sockets import listen
-from hybridkex.net.address import TcpAddress
+from hybridkex.errors import ConfigError
+from hybridkex.net.address import TcpAddress, UnixAddress
 from hybridkex.net.listening import open_tcp_listeners
 
 HERE = "127.0.0.1"
@@ -82,6 +83,14 @@ async def test_a_port_in_use_is_refused_and_no_socket_stays_open() -> None:
     with socket.socket() as again:
         again.bind((HERE, port))
     await taken.aclose()
+
+
+async def test_a_file_in_the_place_of_a_socket_is_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(ConfigError) as caught:
+        await listen(UnixAddress(str(path)), mode=0o600)
+    assert str(caught.value).count("cannot listen on") == 1
 
 
 def test_every_server_listens_here() -> None:

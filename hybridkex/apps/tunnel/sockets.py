@@ -105,6 +105,8 @@ async def listen(address: Address, *, mode: int) -> Listening:
         return Listening(address, list(await open_tcp_listeners(address.port, host=address.host)))
     except OSError as error:
         raise ConfigError(f"cannot listen on {address}: {no_connection(error)}") from None
+    except ConfigError:
+        raise
     except ValueError as error:  # a NUL in a path, an impossible host name
         raise ConfigError(f"cannot listen on {str(address)!r}: {error}") from None
 

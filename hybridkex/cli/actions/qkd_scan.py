@@ -18,6 +18,7 @@ from rich.progress import Progress
 from hybridkex.cli.guarded import guarded_processes
 from hybridkex.cli.qkd_scan import PlotOptions, ScanOptions
 from hybridkex.errors import ConfigError, LocalStateError
+from hybridkex.files import reserve_file
 from hybridkex.link.scan import SUFFIXES, grid, read_scan, scan, write_scan
 from hybridkex.machine import write_error
 
@@ -62,6 +63,11 @@ def run_scan(options: ScanOptions) -> int:
     if options.blocks < 0 or options.jobs < 0:
         raise ConfigError("--blocks and --jobs must not be negative")
     points = grid(dict(map(_values, options.vary)))
+    try:
+        with reserve_file(options.output, 1):
+            pass  # a place that cannot be written to is better known before hours of work
+    except OSError as error:
+        raise write_error(options.output, error) from None
     with _executor(options) as executor, _progress(len(points)) as progress:
         rows = scan(
             points, blocks=options.blocks, seed=options.seed, executor=executor, progress=progress

@@ -17,7 +17,6 @@ from hybridkex import HybridkexError, SecureStream, ServerConfig, Session, serve
 from hybridkex.apps import no_connection, parse_tcp_address, watch_peer
 from hybridkex.cli.channel import client_config, server_config
 from hybridkex.cli.options import add_channel_options, channel_options
-from hybridkex.cli.values import number, whole_number
 
 from .client import Client
 from .hub import Hub
@@ -83,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     for one in (server, pair):
         one.add_argument(
             "--port",
-            type=whole_number,
+            type=int,
             default=_PORT,
             help=f"0 picks a free one (default: {_PORT})",
         )
@@ -101,17 +100,15 @@ def _parser() -> argparse.ArgumentParser:
         )
     server.add_argument(
         "--queue",
-        type=whole_number,
+        type=int,
         default=1000,
         metavar="N",
         help="messages that may wait for one client (default: 1000)",
     )
-    server.add_argument(
-        "--most", type=whole_number, default=1000, metavar="N", help="seats (default: 1000)"
-    )
+    server.add_argument("--most", type=int, default=1000, metavar="N", help="seats (default: 1000)")
     server.add_argument(
         "--away",
-        type=number,
+        type=float,
         default=3600.0,
         metavar="SECONDS",
         help="until the seat of a lost client is free (default: 3600)",

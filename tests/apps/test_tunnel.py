@@ -653,7 +653,7 @@ async def test_a_connection_that_lasts_renews_its_keys(tunnel: Tunnel, kmes: Kme
         ('[[connect]]\nlocal="h:1"\nremote="h:1"\nmax_connections=0\n', "must be at least 1"),
         (
             '[[connect]]\nlocal="h:1"\nremote="h:1"\nmax_connections="a"\n',
-            "max_connections: invalid",
+            "max_connections: a whole number is needed",
         ),
         (
             '[[connect]]\nlocal="h:1"\nremote="h:1"\nidle_timeout=0\n',
@@ -670,7 +670,7 @@ async def test_a_connection_that_lasts_renews_its_keys(tunnel: Tunnel, kmes: Kme
             '[[listen]]\nlocal="h:1"\ntarget="h:1"\nallow=["a"]\n',
             "configure whom to trust: ca, pin or known_peers",
         ),
-        ('[[listen]]\nlocal="h:1"\ntarget="h:1"\n', "needs an identity"),
+        ('[[listen]]\nlocal="h:1"\ntarget="h:1"\n', "a server must authenticate itself"),
         ('[[listen]]\nlocal="h:1"\ntarget="h:1"\nsocket_mode="9"\n', "three octal digits"),
     ],
 )

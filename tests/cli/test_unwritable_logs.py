@@ -122,11 +122,11 @@ def test_a_key_log_that_nobody_reads(hybridkex: Forkserver, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("descriptors", range(4, 9))
 def test_no_descriptor_is_left(descriptors: int, tmp_path: Path) -> None:
-    """The error of a command needs none itself."""
+    """The error of a command needs none itself; ``-S``, since Python's own start needs some."""
     done = subprocess.run(
         [
             *("sh", "-c", f'ulimit -n {descriptors}; exec "$@" 3>&-', "sh"),
-            *(sys.executable, "-m", "hybridkex", "connect", "localhost", "1", "--insecure"),
+            *(sys.executable, "-S", "-m", "hybridkex", "connect", "localhost", "1", "--insecure"),
         ],
         capture_output=True,
         timeout=60,

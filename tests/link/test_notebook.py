@@ -1,5 +1,6 @@
 """The notebook of the documentation runs, and has been run."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -25,4 +26,14 @@ def test_the_notebook_runs_and_prints_what_it_shows(tmp_path: Path) -> None:
         ]
 
     assert all(printed(shown))
-    assert printed(again) == printed(shown)
+    texts, numbers = zip(*map(parts, printed(shown)), strict=True)
+    again_texts, again_numbers = zip(*map(parts, printed(again)), strict=True)
+    assert again_texts == texts
+    for one, other in zip(again_numbers, numbers, strict=True):
+        assert one == pytest.approx(other, rel=0.01)
+
+
+def parts(text: str) -> tuple[str, list[float]]:
+    """The words and the numbers: an optimiser's last digit depends on the machine."""
+    number = r"\d+(?:\.\d+)?(?:e[+-]\d+)?"
+    return re.sub(number, "#", text), [float(found) for found in re.findall(number, text)]

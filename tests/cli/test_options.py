@@ -328,7 +328,10 @@ def test_without_echo_the_peers_wait_for_each_other(
         until(lambda: b"peer:" in first.told() or b"peer:" in second.told())
         assert server.stdin is not None
         server.stdin.close()
+        for client in (first, second):  # either may be the one that is served first
+            assert client.stdin is not None
+            client.stdin.write(b"hello ")
+            client.stdin.close()
         for client in (first, second):
-            client.communicate(b"hello ")
-            assert client.returncode == 0
+            assert client.wait() == 0
         until(lambda: server.said() == b"hello hello ")

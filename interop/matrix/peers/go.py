@@ -1,5 +1,6 @@
 """Go's crypto/tls, with a program of ours that is built here; its source is ``agents/go``."""
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -44,7 +45,11 @@ async def _build(goroot: Path) -> Path:
         return program
     program.parent.mkdir(parents=True, exist_ok=True)
     half_made = program.with_suffix(f".{os.getpid()}")
-    with trio.fail_after(_BUILD_TIME):
+    with program.with_suffix(".lock").open("w") as lock, trio.fail_after(_BUILD_TIME):
+        # Test processes side by side build it once.
+        await trio.to_thread.run_sync(fcntl.flock, lock, fcntl.LOCK_EX, abandon_on_cancel=True)
+        if program.exists():
+            return program
         built = await trio.run_process(
             [str(goroot / "bin" / "go"), "build", "-trimpath", "-o", str(half_made), "."],
             cwd=_SOURCE,
@@ -61,9 +66,9 @@ async def _build(goroot: Path) -> Path:
             stdin=subprocess.DEVNULL,
             check=False,
         )
-    if built.returncode != 0:
-        raise PeerFailed(f"go build: {built.stderr.decode(errors='replace')}")
-    half_made.replace(program)
+        if built.returncode != 0:
+            raise PeerFailed(f"go build: {built.stderr.decode(errors='replace')}")
+        half_made.replace(program)
     return program
 
 

@@ -137,8 +137,8 @@ def test_help_starts_with_what_a_user_wants() -> None:
 )
 def test_every_field_of_a_configuration_is_explained(kind: type) -> None:
     """In the list of arguments of the class or of a base."""
-    text = "\n".join(base.__doc__ or "" for base in kind.__mro__ if is_dataclass(base))
-    explained = set(re.findall(r"^        (\w+): ", text, re.MULTILINE))
+    documents = (inspect.cleandoc(one.__doc__ or "") for one in kind.__mro__ if is_dataclass(one))
+    explained = set(re.findall(r"^    (\w+): ", "\n".join(documents), re.MULTILINE))
     public = {one.name for one in fields(kind) if one.init}
     assert public <= explained, public - explained
 

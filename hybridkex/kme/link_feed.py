@@ -5,11 +5,11 @@ the other over TCP, with a connection for the classical and one for the quantum 
 block of such a link is authenticated with the keys of the KMEs' certificates. (A shared secret
 would be reused after a restart, and a one-time pad must not be.)
 
-Alice listens, and each connection begins with a greeting, so that only Bob reaches her party::
+Alice listens, and each connection begins with a greeting, so that only Bob reaches Alice's party::
 
     Bob    kind (C or Q, 1 byte), number of the session (16 random bytes)
     Alice  challenge (32 random bytes)
-    Bob    length (2 bytes, big-endian), signature of his certificate's key over all of the above
+    Bob    length (2 bytes, big-endian), signature by Bob's certificate's key over all of the above
 
 A session begins when both connections with its number are open. A new session ends the previous
 one: Bob opens one only after losing the other.

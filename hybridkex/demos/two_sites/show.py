@@ -178,7 +178,7 @@ class Demonstration:
             f"{overheard.records:,} records was searched for it and for {overheard.needles - 1} "
             "pieces of the file; none is there"
         )
-        self._tell("to read the file later she must break ALL of the legs below;")
+        self._tell("to read the file later, an eavesdropper must break ALL of the legs below;")
         self._tell("'hybridkex rndl' plays that through, with an adversary who breaks them")
 
     def _report_session(self, session: dict[str, Any]) -> None:

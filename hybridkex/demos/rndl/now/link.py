@@ -108,7 +108,7 @@ async def _one_block(capture: Path, escrow: Escrow) -> tuple[Block, Block]:
         async with tap as address, await trio.open_tcp_stream(*address) as stream:
             ours = Signatures(keys[0], keys[1].public_key())
             await run("alice", Alice(stream, settings, light.record, bootstrap=ours))
-            await stream.receive_some()  # Bob closes the connection once he has his keys.
+            await stream.receive_some()  # Bob closes the connection once it has its keys.
         nursery.cancel_scope.cancel()
     if len(blocks) != 2:
         raise LinkError("the simulated link made no keys")

@@ -23,12 +23,10 @@ from hybridkex.errors import (
     HybridkexError,
     InternalError,
     KeySourceError,
-    LocalStateError,
     PeerError,
     TruncationError,
 )
 from hybridkex.machine import broken
-from hybridkex.net.event_loop import Background
 from hybridkex.net.log import BoundedLog
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
@@ -37,7 +35,6 @@ from hybridkex.shell.ssl_facade import SslObject, cipher_of, peercert_of
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 from hybridkex.tls.connection import connection_for
-from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.session import Session
 
@@ -99,7 +96,6 @@ class SecureByteStream(ByteStream):
         self._answers = Answers(config, self._connection)
         self._config = config
         self._keeper: KeyKeeper | None = None
-        self._keeping: Background | None = None
         self._send_lock = anyio.Lock()
         self._standard_compatible = standard_compatible
         self._pending: bytes | memoryview = b""
@@ -171,27 +167,6 @@ class SecureByteStream(ByteStream):
         """
         return self._connection.export_fresh(label, context, length)
 
-    def _keep_keys(self) -> None:
-        """Renew the keys beside the caller's tasks, where that was agreed or is planned."""
-        if KeyKeeper.needed(self._config, self._connection):
-            self._keeper = KeyKeeper(
-                self._config, self._connection, self._send_for_keeper, self._fail_for_keeper
-            )
-            self._keeping = Background(self._run_keeper)
-
-    async def _run_keeper(self) -> None:
-        assert self._keeper is not None
-        try:
-            await self._keeper.run()
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-            pass  # Whoever sends or receives next learns of it.
-        except LocalStateError as error:
-            if self._failure is None:
-                _LINES.log(logging.WARNING, "the keys are not renewed any more: %s", error)
-        except Exception:
-            _log.exception("the keys are not renewed any more")
-            await self._fail_for_keeper(InternalError("the renewal of the keys has failed"))
-
     async def _send_for_keeper(self) -> None:
         async with self._send_lock:
             if not self._send_broken and self._connection.has_data_to_send:
@@ -199,14 +174,14 @@ class SecureByteStream(ByteStream):
 
     async def _fail_for_keeper(self, error: PeerError) -> None:
         """End the connection: the caller's tasks find the reason."""
-        self._connection.abort(error)
-        with contextlib.suppress(anyio.BrokenResourceError):
+        try:
             await self._fail(error)
-        await anyio.aclose_forcefully(self.transport_stream)
+        finally:
+            await anyio.aclose_forcefully(self.transport_stream)
 
     def _stop_keeper(self) -> None:
-        if self._keeping is not None:
-            self._keeping.cancel()
+        if self._keeper is not None:
+            self._keeper.stop()
 
     async def _handshake(self) -> None:
         connection = self._connection
@@ -223,7 +198,14 @@ class SecureByteStream(ByteStream):
                     await self.transport_stream.send(bytes(connection.data_to_send()))
                 if connection.handshake_complete:
                     await self._answers.keep_tickets()
-                    self._keep_keys()
+                    if KeyKeeper.needed(self._config, connection):
+                        self._keeper = KeyKeeper(
+                            self._config,
+                            connection,
+                            self._send_for_keeper,
+                            self._fail_for_keeper,
+                            (anyio.BrokenResourceError, anyio.ClosedResourceError),
+                        )
                     return
                 connection.receive_data(await self._read())
         except HybridkexError as error:
@@ -314,7 +296,7 @@ class SecureByteStream(ByteStream):
         """
         with self._sending:
             self._check_sendable()
-            if self._keeper is not None and self.session.key_updates is not KeyUpdates.STANDARD:
+            if self._keeper is not None and self._keeper.extended:
                 self._keeper.update()
                 await anyio.lowlevel.checkpoint()
                 return

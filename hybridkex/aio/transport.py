@@ -32,7 +32,6 @@ from hybridkex.errors import (
     PeerError,
     TruncationError,
 )
-from hybridkex.net.event_loop import Background
 from hybridkex.net.log import BoundedLog
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
@@ -41,7 +40,6 @@ from hybridkex.shell.ssl_facade import SslObject, cipher_of, peercert_of
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import connection_for
-from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.session import Session
 from hybridkex.wire.records import HEADER_LENGTH, MAX_RECORD
@@ -157,7 +155,6 @@ class SecureTransport(asyncio.Transport):
         self._ready = ready
         self._session: Session | None = None
         self._keeper: KeyKeeper | None = None
-        self._keeping_keys: Background | None = None
         self._state = _HANDSHAKE
         self._failure: Exception | None = None
         self._task: asyncio.Task[None] | None = None
@@ -225,7 +222,7 @@ class SecureTransport(asyncio.Transport):
         Raises:
             LocalStateError: the handshake is not complete, or the sending direction is closed.
         """
-        if self._keeper is not None and self.session.key_updates is not KeyUpdates.STANDARD:
+        if self._keeper is not None and self._keeper.extended:
             if self._connection.close_sent:
                 raise LocalStateError("a key update is started between handshake and close")
             self._keeper.update()
@@ -343,7 +340,9 @@ class SecureTransport(asyncio.Transport):
             self._keep_tickets()
         self._announced = True
         if KeyKeeper.needed(self._config, self._connection):
-            self._keep_keys()
+            self._keeper = KeyKeeper(
+                self._config, self._connection, self._send_for_keeper, self._fail_for_keeper
+            )
         try:
             if self._announce:
                 self._protocol.connection_made(self)
@@ -355,28 +354,11 @@ class SecureTransport(asyncio.Transport):
             self._ready.set_result(None)
         self._process()
 
-    def _keep_keys(self) -> None:
-        """Renew the keys in a task of its own."""
+    async def _send_for_keeper(self) -> None:
+        self._send_output()
 
-        async def send() -> None:
-            self._send_output()
-
-        async def fail(error: PeerError) -> None:
-            self._connection.abort(error)
-            self._fail(error)
-
-        async def run(keeper: KeyKeeper) -> None:
-            try:
-                await keeper.run()
-            except LocalStateError as error:
-                if self._failure is None and self._state is _OPEN:
-                    _LINES.log(logging.WARNING, "the keys are not renewed any more: %s", error)
-            except Exception as error:
-                self._report("the renewal of the keys has failed", error)
-                self._give_up("the renewal of the keys has failed")
-
-        keeper = self._keeper = KeyKeeper(self._config, self._connection, send, fail)
-        self._keeping_keys = Background(lambda: run(keeper))
+    async def _fail_for_keeper(self, error: PeerError) -> None:
+        self._fail(error)
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -783,8 +765,8 @@ class SecureTransport(asyncio.Transport):
         if self._task is not None:
             self._task.cancel()
             self._task = None
-        if self._keeping_keys is not None:
-            self._keeping_keys.cancel()
+        if self._keeper is not None:
+            self._keeper.stop()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

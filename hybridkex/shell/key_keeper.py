@@ -1,23 +1,26 @@
 """KeyKeeper: renews the keys of one live connection, for every shell.
 
 A task of its own, beside those that send and receive: it waits for the schedule and for the key
-source, so that data never waits for either. It asks the engine, and the shell carries the bytes.
+source, so that data never waits for either. It asks the engine, and the shell carries the bytes. It
+also handles its own errors, so that each shell only starts it, stops it and passes events on.
 """
 
 import logging
 import math
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final
 
 from hybridkex.errors import (
     HybridkexError,
+    InternalError,
     KeySourceError,
     LocalStateError,
     PeerError,
     PolicyRefused,
 )
-from hybridkex.net.event_loop import Event, current_time, time_limit
+from hybridkex.net.event_loop import Background, Event, current_time, time_limit
 from hybridkex.net.log import BoundedLog
 from hybridkex.reasons import Reason
 from hybridkex.text import get_logger
@@ -32,8 +35,9 @@ from hybridkex.tls.events import (
     UpdateWanted,
 )
 from hybridkex.tls.events import Event as EngineEvent
-from hybridkex.tls.fresh_keys import UpdateKeySource
+from hybridkex.tls.fresh_keys import FreshKeys, UpdateKeySource
 from hybridkex.tls.policy import Requirement
+from hybridkex.tls.session import Session
 
 __all__ = ["KeyKeeper"]
 
@@ -47,13 +51,15 @@ _LAST_RETRY: Final = 30.0
 
 
 class KeyKeeper:
-    """Renews the keys of one connection, from the handshake to the end.
+    """Renews the keys of one connection, in a task beside the caller's, until :meth:`stop`.
 
     Args:
         config: the configuration of the connection.
         connection: its engine, with the handshake complete.
         send: puts what the engine has queued on the transport.
-        fail: ends the connection with an error, whose alert goes to the peer.
+        fail: ends the connection with an error, after the engine has queued the alert.
+        gone: the exceptions by which ``send`` and ``fail`` report that the transport has ended. The
+            task that sends or receives next learns the reason.
     """
 
     def __init__(
@@ -62,10 +68,12 @@ class KeyKeeper:
         connection: ClientConnection | ServerConnection,
         send: Callable[[], Awaitable[None]],
         fail: Callable[[PeerError], Awaitable[None]],
+        gone: tuple[type[Exception], ...] = (),
     ) -> None:
         self._connection = connection
         self._send = send
         self._fail = fail
+        self._gone = gone
         self._client = isinstance(config, ClientConfig)
         self._schedule = config.fresh_keys
         self._on_epoch = config.on_epoch
@@ -73,8 +81,9 @@ class KeyKeeper:
         self._required = policy.fresh_keys is Requirement.REQUIRE
         self._qkd_required = policy.fresh_qkd is Requirement.REQUIRE
         source = config.psk_source
-        self._source = source if isinstance(source, UpdateKeySource) else None
-        self._extended = connection.session.key_updates is not KeyUpdates.STANDARD
+        self._source = source if isinstance(source, UpdateKeySource) else _NoKeys()
+        self.extended: Final = connection.session.key_updates is not KeyUpdates.STANDARD
+        """Whether the peers agreed on Extended Key Update."""
         self._lines = BoundedLog(_log)
         """For the epochs of this connection, whose number the peer can choose."""
         self._wake = Event()
@@ -88,6 +97,7 @@ class KeyKeeper:
         """The time at which an update that is due is late."""
         self._retry = _FIRST_RETRY
         self._not_before = -math.inf
+        self._task: Final = Background(self._run)
 
     @classmethod
     def needed(
@@ -95,9 +105,13 @@ class KeyKeeper:
         config: ClientConfig | ServerConfig,
         connection: ClientConnection | ServerConnection,
     ) -> bool:
-        """Whether a connection needs a keeper."""
+        """Whether the peers agreed on Extended Key Update, or the configuration has a schedule."""
         extended = connection.session.key_updates is not KeyUpdates.STANDARD
         return extended or config.fresh_keys is not None
+
+    def stop(self) -> None:
+        """End the task where it waits next."""
+        self._task.cancel()
 
     # --- what the shell tells -----------------------------------------------------------------
 
@@ -142,11 +156,27 @@ class KeyKeeper:
 
     # --- the task -----------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Renew keys until cancelled, or until the connection has ended.
+    async def _run(self) -> None:
+        """Renew keys until cancelled, or until the connection has ended."""
+        try:
+            await self._renew()
+        except self._gone:
+            pass
+        except LocalStateError as error:
+            if not self._connection.failed:
+                _LINES.log(logging.WARNING, "the keys are not renewed any more: %s", error)
+        except Exception:
+            _log.exception("the keys are not renewed any more")
+            await self._end(InternalError("the renewal of the keys has failed"))
 
-        Raises whatever ``send`` raises.
-        """
+    async def _end(self, error: PeerError) -> None:
+        """End the connection."""
+        if not self._connection.close_sent:  # nothing follows a close_notify (section 6.1)
+            self._connection.abort(error)
+        with suppress(*self._gone):
+            await self._fail(error)
+
+    async def _renew(self) -> None:
         while True:
             self._wake = Event()
             if self._connection.close_sent or self._connection.close_received:
@@ -171,7 +201,7 @@ class KeyKeeper:
 
     @property
     def _under_way(self) -> bool:
-        return self._extended and self._connection.update_under_way
+        return self.extended and self._connection.update_under_way
 
     async def _wait(self, now: float) -> None:
         until = min(self._due if self._why is None else math.inf, self._late)
@@ -199,7 +229,7 @@ class KeyKeeper:
     async def _start(self, why: str) -> None:
         """Draw a key, if the update takes one, and send the request."""
         connection = self._connection
-        if not self._extended:
+        if not self.extended:
             connection.update_keys(request_peer=True)
             await self._send()
             self._done()
@@ -218,7 +248,6 @@ class KeyKeeper:
         await self._send_in_time()
 
     async def _draw(self) -> tuple[UpdateKey | None, str | None]:
-        assert self._source is not None  # or there would be no key to take
         session = self._connection.session
         try:
             key = await self._source.draw_for_update(
@@ -231,7 +260,6 @@ class KeyKeeper:
     async def _look_up(self, wanted: UpdateKeyWanted) -> None:
         """Answer the peer's request."""
         self._wanted = None
-        assert self._source is not None  # or the engine would not ask
         key, missing = None, None
         try:
             key = await self._source.look_up_for_update(
@@ -249,7 +277,7 @@ class KeyKeeper:
         except LocalStateError as error:
             _LINES.log(logging.WARNING, "the peer's key update cannot be answered: %s", error)
         except PeerError as error:
-            await self._fail(error)
+            await self._end(error)
 
     async def _send_in_time(self) -> None:
         """Send; if updates are required, give up once the update is late."""
@@ -273,7 +301,7 @@ class KeyKeeper:
         _LINES.log(
             logging.WARNING, "a key update is late, and the policy requires it: the session ends"
         )
-        await self._fail(
+        await self._end(
             PolicyRefused(
                 "no key update was completed before its deadline, and our policy requires one",
                 Reason.FRESH_KEYS_LATE,
@@ -314,17 +342,30 @@ class KeyKeeper:
             self._due = math.inf
             return
         interval = schedule.every * (1 - schedule.jitter * random.random())  # no secret
-        self._due = current_time() + interval * await self._stretch()
+        self._due = current_time() + interval * await self._stretch(schedule)
 
-    async def _stretch(self) -> float:
-        schedule, connection = self._schedule, self._connection
-        assert schedule is not None
-        if self._source is None or not self._extended or not connection.updates_take_keys:
+    async def _stretch(self, schedule: FreshKeys) -> float:
+        if not self._connection.updates_take_keys:
             return 1.0
         try:
-            stock = await self._source.stock_for_updates(connection.session)
+            stock = await self._source.stock_for_updates(self._connection.session)
         except HybridkexError:
             return 1.0  # It may have keys all the same.
         if stock is None or stock >= schedule.low_stock:
             return 1.0
         return min(schedule.stretch, schedule.low_stock / max(stock, 1))
+
+
+class _NoKeys:
+    """The :class:`UpdateKeySource` of a configuration that has none."""
+
+    async def draw_for_update(self, session: Session, *, client: bool, epoch: int) -> UpdateKey:
+        raise KeySourceError("the PSK source supplies no keys for key updates")
+
+    async def look_up_for_update(
+        self, identity: bytes, session: Session, *, client: bool, epoch: int
+    ) -> UpdateKey:
+        raise KeySourceError("the PSK source supplies no keys for key updates")
+
+    async def stock_for_updates(self, session: Session) -> int | None:
+        return 0

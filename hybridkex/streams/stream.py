@@ -17,7 +17,6 @@ How it works:
 """
 
 import contextlib
-import logging
 import math
 import operator
 from types import TracebackType
@@ -36,15 +35,11 @@ from hybridkex.errors import (
     TruncationError,
 )
 from hybridkex.fields import Kind, check_fields
-from hybridkex.net.event_loop import Background
-from hybridkex.net.log import BoundedLog
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
 from hybridkex.shell.key_keeper import KeyKeeper
-from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import connection_for
-from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.session import Session
 
@@ -52,10 +47,6 @@ __all__ = ["DEFAULT_HANDSHAKE_TIMEOUT", "SecureStream"]
 
 DEFAULT_HANDSHAKE_TIMEOUT: Final = 10.0
 """Seconds for a whole handshake."""
-
-_log: Final = get_logger("hybridkex.streams")
-_LINES: Final = BoundedLog(_log)
-"""Rate-limited, because any peer can cause these lines."""
 
 _READ_SIZE: Final = 256 * 1024
 _SEND_SIZE: Final = 256 * 1024
@@ -108,7 +99,6 @@ class SecureStream(HalfCloseableStream, Generic[T]):
         self._answers = Answers(config, self._connection)
         self._config = config
         self._keeper: KeyKeeper | None = None
-        self._keeping: Background | None = None
         self._send_lock = trio.Lock()
         self._https_compatible = https_compatible
         self._handshake_timeout = handshake_timeout
@@ -210,32 +200,18 @@ class SecureStream(HalfCloseableStream, Generic[T]):
                 if connection.handshake_complete:
                     await self._answers.keep_tickets()
                     self._session = connection.session
-                    self._keep_keys()
+                    if KeyKeeper.needed(self._config, connection):
+                        self._keeper = KeyKeeper(
+                            self._config,
+                            connection,
+                            self._send_for_keeper,
+                            self._fail_for_keeper,
+                            (trio.BrokenResourceError, trio.ClosedResourceError),
+                        )
                     return
                 connection.receive_data(await self._read_transport())
         except HybridkexError as error:
             await self._fail(error)
-
-    def _keep_keys(self) -> None:
-        """Renew the keys beside the caller's tasks, where that was agreed or is planned."""
-        if KeyKeeper.needed(self._config, self._connection):
-            self._keeper = KeyKeeper(
-                self._config, self._connection, self._send_for_keeper, self._fail_for_keeper
-            )
-            self._keeping = Background(self._run_keeper)
-
-    async def _run_keeper(self) -> None:
-        assert self._keeper is not None
-        try:
-            await self._keeper.run()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # Whoever sends or receives next learns of it.
-        except LocalStateError as error:
-            if self._failure is None:
-                _LINES.log(logging.WARNING, "the keys are not renewed any more: %s", error)
-        except Exception:
-            _log.exception("the keys are not renewed any more")
-            await self._fail_for_keeper(InternalError("the renewal of the keys has failed"))
 
     async def _send_for_keeper(self) -> None:
         async with self._send_lock:
@@ -244,14 +220,14 @@ class SecureStream(HalfCloseableStream, Generic[T]):
 
     async def _fail_for_keeper(self, error: PeerError) -> None:
         """End the connection: the caller's tasks find the reason."""
-        self._connection.abort(error)
-        with contextlib.suppress(trio.BrokenResourceError):
+        try:
             await self._fail(error)
-        await trio.aclose_forcefully(self.transport_stream)
+        finally:
+            await trio.aclose_forcefully(self.transport_stream)
 
     def _stop_keeper(self) -> None:
-        if self._keeping is not None:
-            self._keeping.cancel()
+        if self._keeper is not None:
+            self._keeper.stop()
 
     async def _advance(self) -> None:
         """Process the bytes that have come."""
@@ -432,8 +408,7 @@ class SecureStream(HalfCloseableStream, Generic[T]):
             if self._session is None:
                 await self.do_handshake()
                 self._check_sendable()
-            if self._connection.session.key_updates is not KeyUpdates.STANDARD:
-                assert self._keeper is not None
+            if self._keeper is not None and self._keeper.extended:
                 self._keeper.update()
                 await trio.lowlevel.checkpoint()
                 return

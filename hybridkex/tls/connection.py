@@ -359,6 +359,11 @@ class Connection:
         return isinstance(self._state, _TRAFFIC)
 
     @property
+    def failed(self) -> bool:
+        """Whether an error has ended the connection."""
+        return self._error is not None
+
+    @property
     def close_received(self) -> bool:
         """Whether the peer has sent close_notify."""
         return self._close_received

@@ -19,7 +19,7 @@ from hybridkex import (
     ServerConfig,
     TrustStore,
 )
-from hybridkex.errors import AlertReceived, KeySourceUnavailable, PolicyRefused
+from hybridkex.errors import AlertReceived, InternalError, KeySourceUnavailable, PolicyRefused
 from hybridkex.net.event_loop import current_time, sleep, time_limit
 from hybridkex.net.log import BoundedLog
 from hybridkex.qkd.in_process import InProcessSource, in_process_pair
@@ -413,3 +413,28 @@ def test_a_schedule_with_a_peer_that_knows_key_update_alone(run: Run) -> None:
         assert client.session.epoch == 0
 
     run(sites, conversation)
+
+
+def test_a_bug_in_the_renewal_ends_the_session(run: Run, caplog: Any) -> None:
+    sites = Sites()
+
+    async def fails() -> QkdKey:
+        raise RuntimeError("a bug of the key source")
+
+    async def conversation(client: Any, server: Any) -> None:
+        sites.alice.get_key = fails  # type: ignore[method-assign]
+        reasons: list[BaseException] = []
+
+        async def listen(end: Any) -> None:
+            try:
+                await end.receive()
+            except Exception as error:
+                reasons.extend(chain(error))
+
+        await together(client.update_keys(), listen(client), listen(server))
+        assert any(isinstance(one, InternalError) for one in reasons)
+        assert any(isinstance(one, AlertReceived) for one in reasons)
+
+    with caplog.at_level(logging.ERROR, "hybridkex"):
+        run(sites, conversation)
+    assert "the keys are not renewed any more" in caplog.text

@@ -7,35 +7,21 @@ The engine runs over any byte stream of anyio, as ``anyio.streams.tls.TLSStream`
 import contextlib
 import errno
 import logging
-import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
-from types import TracebackType
-from typing import Any, Final, NoReturn, Self
+from typing import Any, ClassVar, Final, Self
 
 import anyio
 from anyio.abc import AnyByteStream, ByteStream, ByteStreamConnectable, Listener, TaskGroup
 from anyio.streams.tls import TLSAttribute
 
 from hybridkex.auth import PeerCertificate
-from hybridkex.errors import (
-    HandshakeTimeout,
-    HybridkexError,
-    InternalError,
-    KeySourceError,
-    PeerError,
-    TruncationError,
-)
 from hybridkex.machine import broken
 from hybridkex.net.log import BoundedLog
-from hybridkex.secret import Secret
-from hybridkex.shell.answers import Answers
-from hybridkex.shell.key_keeper import KeyKeeper
+from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT, READ_SIZE, SecureDuplex
 from hybridkex.shell.ssl_facade import SslObject, cipher_of, peercert_of
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
-from hybridkex.tls.connection import connection_for
-from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.session import Session
 
 __all__ = [
@@ -45,13 +31,6 @@ __all__ = [
     "SecureListener",
 ]
 
-DEFAULT_HANDSHAKE_TIMEOUT: Final = 10.0
-"""Seconds that a handshake may take."""
-
-_READ_SIZE: Final = 256 * 1024
-_SEND_SIZE: Final = 256 * 1024
-_ALERT_TIMEOUT: Final = 1.0
-_CLOSE_TIMEOUT: Final = 10.0
 _RETRY_SECONDS: Final = 0.1
 """Seconds between two attempts to accept while the system lacks resources."""
 _LACKS: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
@@ -68,7 +47,7 @@ class HybridkexAttribute(anyio.TypedAttributeSet):
     """The :class:`~hybridkex.Session`: groups, keys and the identity of the peer."""
 
 
-class SecureByteStream(ByteStream):
+class SecureByteStream(SecureDuplex, ByteStream):
     """A byte stream that encrypts over another byte stream; :meth:`wrap` makes it.
 
     The errors are those of anyio's own TLS stream: ``anyio.BrokenResourceError``, whose
@@ -80,6 +59,8 @@ class SecureByteStream(ByteStream):
     :class:`HybridkexAttribute`, and those of the transport stream.
     """
 
+    _lib: ClassVar = anyio
+
     def __init__(
         self,
         transport_stream: AnyByteStream,
@@ -87,23 +68,17 @@ class SecureByteStream(ByteStream):
         *,
         server_hostname: str | None,
         standard_compatible: bool,
+        handshake_timeout: float,
     ) -> None:
+        super().__init__(
+            config,
+            server_hostname,
+            close_notify=standard_compatible,
+            handshake_timeout=handshake_timeout,
+        )
         self.transport_stream = transport_stream
         # The type may be an object stream's, whose receive() takes no size.
         self._receive_raw: Any = transport_stream.receive
-        self._server_side = isinstance(config, ServerConfig)
-        self._connection = connection_for(config, server_hostname)
-        self._answers = Answers(config, self._connection)
-        self._config = config
-        self._keeper: KeyKeeper | None = None
-        self._send_lock = anyio.Lock()
-        self._standard_compatible = standard_compatible
-        self._pending: bytes | memoryview = b""
-        self._closed = False
-        self._failure: BaseException | None = None
-        self._send_broken = False
-        self._sending = anyio.ResourceGuard("sending to")
-        self._receiving = anyio.ResourceGuard("receiving from")
 
     @classmethod
     async def wrap(
@@ -136,87 +111,27 @@ class SecureByteStream(ByteStream):
             config,
             server_hostname=server_hostname,
             standard_compatible=standard_compatible,
+            handshake_timeout=handshake_timeout,
         )
         try:
-            with anyio.move_on_after(handshake_timeout) as scope:
-                await stream._handshake()
-            if scope.cancelled_caught:
-                error = HandshakeTimeout(f"no handshake within {handshake_timeout:g} seconds")
-                stream._connection.abort(error)
-                await stream._fail(error)
+            await stream._handshake()
         except BaseException:
             await anyio.aclose_forcefully(transport_stream)
             raise
         return stream
 
-    @property
-    def session(self) -> Session:
-        """The parameters of the session: groups, keys and the identity of the peer."""
-        return self._connection.session
-
-    def export(self, label: bytes, context: bytes, length: int) -> Secret:
-        """Keying material for a protocol above: ``length`` bytes (RFC 9846 section 7.5)."""
-        return self._connection.export(label, context, length)
-
-    def export_fresh(self, label: bytes, context: bytes, length: int) -> Secret:
-        """As :meth:`export`, from the exporter secret of the epoch in use: another one after each
-        key update (draft-ietf-tls-extended-key-update-13 section 10).
-
-        Raises:
-            LocalStateError: Extended Key Update was not negotiated.
-        """
-        return self._connection.export_fresh(label, context, length)
-
-    async def _send_for_keeper(self) -> None:
-        async with self._send_lock:
-            if not self._send_broken and self._connection.has_data_to_send:
-                await self._flush()
-
-    async def _fail_for_keeper(self, error: PeerError) -> None:
-        """End the connection: the caller's tasks find the reason."""
+    async def _read_some(self) -> bytes:
         try:
-            await self._fail(error)
-        finally:
-            await anyio.aclose_forcefully(self.transport_stream)
-
-    def _stop_keeper(self) -> None:
-        if self._keeper is not None:
-            self._keeper.stop()
-
-    async def _handshake(self) -> None:
-        connection = self._connection
-        try:
-            await self._answers.begin()
-            while True:
-                while not connection.handshake_complete:
-                    event = connection.next_event()
-                    if event is None:
-                        break
-                    if isinstance(event, PskWanted | SessionProposed):
-                        await self._answers.give(event)
-                if connection.has_data_to_send:
-                    await self.transport_stream.send(bytes(connection.data_to_send()))
-                if connection.handshake_complete:
-                    await self._answers.keep_tickets()
-                    if KeyKeeper.needed(self._config, connection):
-                        self._keeper = KeyKeeper(
-                            self._config,
-                            connection,
-                            self._send_for_keeper,
-                            self._fail_for_keeper,
-                            (anyio.BrokenResourceError, anyio.ClosedResourceError),
-                        )
-                    return
-                connection.receive_data(await self._read())
-        except HybridkexError as error:
-            await self._fail(error)
-
-    async def _read(self) -> bytes:
-        try:
-            data: bytes = await self._receive_raw(_READ_SIZE)
+            data: bytes = await self._receive_raw(READ_SIZE)
         except anyio.EndOfStream:
             return b""
         return data
+
+    async def _write(self, data: bytes | bytearray) -> None:
+        await self.transport_stream.send(bytes(data))
+
+    def _busy(self, action: str) -> Exception:
+        return anyio.BusyResourceError(action)
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
         """Receive 1 to ``max_bytes`` bytes.
@@ -229,47 +144,10 @@ class SecureByteStream(ByteStream):
         """
         if max_bytes < 1:
             raise ValueError("max_bytes must be positive")
-        with self._receiving:
-            self._check_usable()
-            if not self._pending:
-                self._pending = await self._receive_more()
-            else:
-                await anyio.lowlevel.cancel_shielded_checkpoint()
-            pending = self._pending
-            if len(pending) <= max_bytes:
-                self._pending = b""
-                return bytes(pending)
-            self._pending = memoryview(pending)[max_bytes:]
-            return bytes(memoryview(pending)[:max_bytes])
-
-    async def _receive_more(self) -> bytes:
-        connection = self._connection
-        await anyio.lowlevel.checkpoint_if_cancelled()
-        while True:
-            try:
-                event = connection.next_event()
-                if self._keeper is not None:
-                    if event is not None:
-                        self._keeper.saw(event)
-                    if connection.has_data_to_send:
-                        self._keeper.wake()
-                if isinstance(event, ApplicationData):
-                    return event.data
-                if isinstance(event, TicketReceived):
-                    await self._answers.keep_tickets()
-                if connection.close_received:
-                    raise anyio.EndOfStream
-                if event is None:
-                    connection.receive_data(await self._read())
-            except anyio.ClosedResourceError:
-                self._check_usable()  # the keeper of the keys may have ended the connection
-                raise
-            except TruncationError as error:
-                if not self._standard_compatible:
-                    raise anyio.EndOfStream from None
-                await self._fail(error)
-            except HybridkexError as error:
-                await self._fail(error)
+        data = await self._receive(max_bytes)
+        if not data:
+            raise anyio.EndOfStream
+        return data
 
     async def send(self, item: bytes) -> None:
         """Send all of ``item``. After a cancellation, nothing more can be sent.
@@ -278,159 +156,14 @@ class SecureByteStream(ByteStream):
             anyio.BrokenResourceError: the connection failed, or an earlier send was cancelled.
             anyio.ClosedResourceError: this stream or its sending direction was closed.
         """
-        with self._sending:
-            self._check_sendable()
-            await anyio.lowlevel.checkpoint_if_cancelled()
-            view = memoryview(item).cast("B") if item else memoryview(b"")
-            for start in range(0, len(view), _SEND_SIZE):
-                piece = view[start : start + _SEND_SIZE]
-                await self._put(partial(self._connection.send_data, piece))
-                if self._keeper is not None:
-                    self._keeper.count(len(piece))
-
-    async def update_keys(self, *, request_peer: bool = False) -> None:
-        """Change our sending key, and ask the peer for the same (RFC 9846 section 4.7.3).
-
-        Where Extended Key Update was agreed on, this starts one, with a QKD key where the policy
-        has it so: :attr:`session` shows another epoch when it is complete.
-        """
-        with self._sending:
-            self._check_sendable()
-            if self._keeper is not None and self._keeper.extended:
-                self._keeper.update()
-                await anyio.lowlevel.checkpoint()
-                return
-            await self._put(partial(self._connection.update_keys, request_peer=request_peer))
-
-    async def send_eof(self) -> None:
-        """Send close_notify. Receiving continues."""
-        with self._sending:
-            self._check_usable()
-            if not self._connection.close_sent:
-                self._check_sendable()
-                await self._put(self._connection.send_close)
-
-    async def _put(self, queue: Callable[[], None]) -> None:
-        """Call ``queue`` and send what the engine has queued; a partial send breaks sending."""
-        if self._keeper is None:
-            await self._queue_and_flush(queue)
-            return
-        async with self._send_lock:
-            self._check_usable()
-            self._check_whole()
-            await self._queue_and_flush(queue)
-
-    async def _queue_and_flush(self, queue: Callable[[], None]) -> None:
-        try:
-            queue()
-        except HybridkexError as error:
-            self._check_usable()  # if the receiving side has failed, its reason says more
-            raise anyio.BrokenResourceError(str(error)) from error
-        await self._flush()
-
-    async def _flush(self) -> None:
-        self._send_broken = True
-        await self.transport_stream.send(bytes(self._connection.data_to_send()))
-        self._send_broken = False
-
-    async def aclose(self) -> None:
-        """Send close_notify, if the peer can receive it, and close the transport."""
-        if self._closed:
-            await anyio.lowlevel.checkpoint()
-            return
-        polite = self._standard_compatible and self._tellable(wait=True)
-        self._closed = True
-        try:
-            if polite:
-                with anyio.move_on_after(_CLOSE_TIMEOUT), _peer_may_be_gone():
-                    await self._say_goodbye()
-        finally:
-            self._stop_keeper()
-            await self.transport_stream.aclose()
-
-    async def _say_goodbye(self) -> None:
-        """Send close_notify, behind what the keeper of the keys may be sending."""
-        if self._keeper is None:
-            self._connection.send_close()
-            await self.transport_stream.send(bytes(self._connection.data_to_send()))
-            return
-        async with self._send_lock:
-            self._stop_keeper()
-            if not self._send_broken:
-                self._connection.send_close()
-                await self.transport_stream.send(bytes(self._connection.data_to_send()))
-
-    async def abort(self) -> None:
-        """Close without close_notify, so that the peer sees a failure, not the end of the data.
-
-        The alert internal_error is sent if that is possible at once. ``async with`` calls this when
-        an exception leaves its block.
-        """
-        if self._closed:
-            await anyio.lowlevel.checkpoint()
-            return
-        tell = self._tellable(wait=False)
-        self._closed = True
-        self._stop_keeper()
-        try:
-            if tell:
-                self._connection.abort(InternalError("the application has given up"))
-                with anyio.move_on_after(_ALERT_TIMEOUT), _peer_may_be_gone():
-                    await self.transport_stream.send(bytes(self._connection.data_to_send()))
-        finally:
-            await anyio.aclose_forcefully(self.transport_stream)
-
-    def _tellable(self, *, wait: bool) -> bool:
-        """Whether there is a peer to be told of the end, and a way to it; ``wait``: once the keeper
-        of the keys has sent what it is sending."""
-        free = not self._send_broken or (wait and self._send_lock.locked())
-        return (
-            self._failure is None
-            and free
-            and not self._connection.close_sent
-            and anyio.current_effective_deadline() > -math.inf
-        )
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await (self.aclose() if error is None else self.abort())
-
-    def _check_usable(self) -> None:
-        if self._closed:
-            raise anyio.ClosedResourceError
-        if self._failure is not None:
-            raise anyio.BrokenResourceError(str(self._failure)) from self._failure
-
-    def _check_sendable(self) -> None:
-        self._check_usable()
-        if self._connection.close_sent:
-            raise anyio.ClosedResourceError
-        if not self._send_lock.locked():  # else the keeper of the keys is sending now
-            self._check_whole()
-
-    def _check_whole(self) -> None:
-        if self._send_broken:
-            raise anyio.BrokenResourceError("an earlier send did not complete")
-
-    async def _fail(self, error: HybridkexError) -> NoReturn:
-        """Send the alert, if there is one, and raise ``anyio.BrokenResourceError``."""
-        self._failure = error
-        if isinstance(error, PeerError | KeySourceError) and not self._send_broken:
-            alert = bytes(self._connection.data_to_send())
-            with anyio.move_on_after(_ALERT_TIMEOUT, shield=True), _peer_may_be_gone():
-                if alert:
-                    await self.transport_stream.send(alert)
-        raise anyio.BrokenResourceError(str(error)) from error
+        await self._send(item)
 
     @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
         """The typed attributes; see the class."""
         session = self._connection.session
         shown = session.peer_credential
+        server_side = isinstance(self._config, ServerConfig)
         return {
             **self.transport_stream.extra_attributes,
             TLSAttribute.alpn_protocol: lambda: session.alpn,
@@ -439,21 +172,14 @@ class SecureByteStream(ByteStream):
             TLSAttribute.peer_certificate_binary: lambda: (
                 shown.chain[0] if isinstance(shown, PeerCertificate) else None
             ),
-            TLSAttribute.server_side: lambda: self._server_side,
-            TLSAttribute.ssl_object: lambda: SslObject(session, self._server_side),
-            TLSAttribute.standard_compatible: lambda: self._standard_compatible,
+            TLSAttribute.server_side: lambda: server_side,
+            TLSAttribute.ssl_object: lambda: SslObject(
+                session, isinstance(self._config, ServerConfig)
+            ),
+            TLSAttribute.standard_compatible: lambda: self._close_notify,
             TLSAttribute.tls_version: lambda: "TLSv1.3",
             HybridkexAttribute.session: lambda: session,
         }
-
-
-@contextlib.contextmanager
-def _peer_may_be_gone() -> Iterator[None]:
-    """Ignore that the transport has failed or was closed."""
-    with contextlib.suppress(
-        anyio.BrokenResourceError, anyio.BusyResourceError, anyio.ClosedResourceError
-    ):
-        yield
 
 
 class SecureListener(Listener[SecureByteStream]):

@@ -36,6 +36,9 @@ MODULES = (
 )
 """Where users import from; the reference pages of the documentation list the same modules."""
 
+SHARED = ("hybridkex.shell.secure_duplex",)
+"""Modules whose classes are bases of public ones."""
+
 
 def names(module: str) -> Iterator[tuple[str, object]]:
     loaded = importlib.import_module(module)
@@ -44,10 +47,11 @@ def names(module: str) -> Iterator[tuple[str, object]]:
 
 
 def members(name: str, thing: object) -> Iterator[tuple[str, object]]:
-    """A class's own public methods and properties."""
+    """A class's public methods and properties: its own, and those of a base that is not public."""
     if not inspect.isclass(thing) or issubclass(thing, Enum):
         return
-    for member, value in vars(thing).items():
+    shared = [vars(base) for base in thing.__mro__[1:] if base.__module__ in SHARED]
+    for member, value in [one for part in (vars(thing), *shared) for one in part.items()]:
         if member.startswith("_") or member in getattr(thing, "__dataclass_fields__", {}):
             continue
         if isinstance(value, staticmethod | classmethod):

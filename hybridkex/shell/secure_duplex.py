@@ -1,0 +1,524 @@
+"""SecureDuplex: the engine on a stream, in what the streams of trio and of anyio share.
+
+How it works:
+
+- The engine does no I/O. Every method here moves bytes between it and the transport, and each
+  direction has one owner at a time: a task that receives and a task that sends never touch the same
+  half of the transport.
+- The first call that needs the handshake runs it, under a lock, with a deadline.
+- *Encrypting advances the sequence number.* A send that is cancelled half-way leaves the peer with
+  part of a record and us unable to say which, so it breaks sending for good; receiving goes on. A
+  receive that is cancelled loses nothing: what was read is in the engine.
+- Answers to the peer (KeyUpdate, tickets) ride on our next send, so receiving never waits for the
+  transport to take bytes. Only an alert is sent from the receiving side: once, shielded, and with a
+  time limit, before the error is raised.
+- Where the session renews its keys, a :class:`~hybridkex.shell.key_keeper.KeyKeeper` runs beside
+  the caller's tasks and sends too; a lock keeps the two apart.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import Any, ClassVar, Final, NoReturn
+
+from hybridkex.errors import (
+    HandshakeTimeout,
+    HybridkexError,
+    InternalError,
+    KeySourceError,
+    PeerError,
+    TruncationError,
+)
+from hybridkex.secret import Secret
+from hybridkex.shell.answers import Answers
+from hybridkex.shell.key_keeper import KeyKeeper
+from hybridkex.tls.config import ClientConfig, ServerConfig
+from hybridkex.tls.connection import ClientConnection, ServerConnection, connection_for
+from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
+from hybridkex.tls.session import Session
+
+__all__ = ["DEFAULT_HANDSHAKE_TIMEOUT", "READ_SIZE", "SecureDuplex"]
+
+DEFAULT_HANDSHAKE_TIMEOUT: Final = 10.0
+"""Seconds that a handshake may take."""
+
+READ_SIZE: Final = 256 * 1024
+_SEND_SIZE: Final = 256 * 1024
+_ALERT_TIMEOUT: Final = 1.0
+_CLOSE_TIMEOUT: Final = 10.0
+
+# Buffers of these sizes come and go with every call. The GNU C library gives memory back to the
+# kernel beyond twice the size of the largest block that was ever freed (mallopt(3), the dynamic
+# mmap threshold), and every page of the next buffer would have to be fetched again: a third of the
+# time of a bulk transfer. A block that is freed once sets the bound; elsewhere this does nothing.
+bytearray(4 * READ_SIZE)
+
+
+class SecureDuplex:
+    """An encrypted stream over another stream; a subclass adapts it to the streams of a library.
+
+    The errors below are those of the library. A ``BrokenResourceError`` has the reason, one of
+    :mod:`hybridkex.errors`, as its ``__cause__``.
+
+    Args:
+        config: a :class:`ClientConfig` makes this the client, a :class:`ServerConfig` the server.
+        server_hostname: the name or address that the server's certificate must have (client).
+        close_notify: send close_notify at the end and demand the peer's.
+        handshake_timeout: seconds that the handshake may take; ``math.inf`` for no limit.
+    """
+
+    _lib: ClassVar[Any]
+    """trio or anyio, which have the same names for locks, cancel scopes, checkpoints and errors."""
+
+    transport_stream: Any
+
+    def __init__(
+        self,
+        config: ClientConfig | ServerConfig,
+        server_hostname: str | None,
+        *,
+        close_notify: bool,
+        handshake_timeout: float,
+    ) -> None:
+        self._config = config
+        self._connection = connection_for(config, server_hostname)
+        self._answers = Answers(config, self._connection)
+        self._close_notify = close_notify
+        self._handshake_timeout = handshake_timeout
+        self._handshake_lock = self._lib.Lock()
+        self._complete = False
+        self._keeper: KeyKeeper | None = None
+        self._send_lock = self._lib.Lock()
+        # Users' mistakes: two tasks in one direction.
+        self._sending = _Guard(partial(self._busy, "sending to"))
+        self._receiving = _Guard(partial(self._busy, "receiving from"))
+        self._flushing = False
+        self._failure: BaseException | None = None
+        self._send_failure: BaseException | None = None
+        self._closed = False
+        self._has_carried_data = False
+        self._pending = memoryview(b"")
+
+    # --- what a subclass gives ----------------------------------------------------------------
+
+    async def _read_some(self) -> bytes | bytearray:
+        """Read from the transport; empty at its end."""
+        raise NotImplementedError
+
+    async def _write(self, data: bytes | bytearray) -> None:
+        """Write all of it to the transport."""
+        raise NotImplementedError
+
+    def _busy(self, action: str) -> Exception:
+        """The error of a second task that is ``sending to`` or ``receiving from`` this stream."""
+        raise NotImplementedError
+
+    @property
+    def _connected(self) -> ClientConnection | ServerConnection:
+        """The engine, for those who ask about the session."""
+        return self._connection
+
+    # --- properties ---------------------------------------------------------------------------
+
+    @property
+    def session(self) -> Session:
+        """The parameters of the session: groups, keys and the identity of the peer."""
+        return self._connected.session
+
+    def export(self, label: bytes, context: bytes, length: int) -> Secret:
+        """Keying material for a protocol above: ``length`` bytes (RFC 9846 section 7.5)."""
+        return self._connected.export(label, context, length)
+
+    def export_fresh(self, label: bytes, context: bytes, length: int) -> Secret:
+        """As :meth:`export`, from the exporter secret of the epoch in use: another one after each
+        key update (draft-ietf-tls-extended-key-update-13 section 10).
+
+        Raises:
+            LocalStateError: Extended Key Update was not negotiated.
+        """
+        return self._connected.export_fresh(label, context, length)
+
+    # --- the handshake ------------------------------------------------------------------------
+
+    async def _handshake(self) -> None:
+        """Run the handshake, if it has not been run."""
+        self._check_usable()
+        if self._complete:
+            await self._lib.lowlevel.checkpoint()
+            return
+        if self._handshake_lock.locked():
+            async with self._handshake_lock:
+                self._check_usable()
+                return  # The task that held the lock has run the handshake, or has failed.
+        # A caller who is cancelled already leaves the stream as it is.
+        await self._lib.lowlevel.checkpoint_if_cancelled()
+        self._handshake_lock.acquire_nowait()
+        try:
+            await self._handshake_in_time()
+        finally:
+            self._handshake_lock.release()
+
+    async def _handshake_in_time(self) -> None:
+        try:
+            with self._lib.move_on_after(self._handshake_timeout) as scope:
+                await self._run_handshake()
+            if not self._complete and scope.cancelled_caught:
+                error = HandshakeTimeout(f"no handshake within {self._handshake_timeout:g} seconds")
+                self._connection.abort(error)
+                await self._fail(error)
+        finally:
+            if not self._complete and self._failure is None:
+                # Cancelled in the middle: part of a flight may be on its way.
+                self._failure = _Interrupted("the handshake was cancelled")
+
+    async def _run_handshake(self) -> None:
+        connection = self._connection
+        try:
+            await self._answers.begin()
+            while True:
+                await self._advance()
+                await self._flush()
+                if connection.handshake_complete:
+                    break
+                connection.receive_data(await self._read())
+            await self._answers.keep_tickets()
+        except HybridkexError as error:
+            await self._fail(error)
+        self._complete = True
+        if KeyKeeper.needed(self._config, connection):
+            gone = (self._lib.BrokenResourceError, self._lib.ClosedResourceError)
+            self._keeper = KeyKeeper(
+                self._config, connection, self._send_for_keeper, self._fail_for_keeper, gone
+            )
+
+    async def _advance(self) -> None:
+        """Process the bytes that have come."""
+        connection = self._connection
+        while not connection.handshake_complete:
+            event = connection.next_event()
+            if event is None:
+                return
+            if isinstance(event, PskWanted | SessionProposed):
+                await self._answers.give(event)
+
+    async def _send_for_keeper(self) -> None:
+        async with self._send_lock:
+            if self._send_failure is None:
+                await self._flush()
+
+    async def _fail_for_keeper(self, error: PeerError) -> None:
+        """End the connection: the caller's tasks find the reason."""
+        try:
+            await self._fail(error)
+        finally:
+            await self._lib.aclose_forcefully(self.transport_stream)
+
+    def _stop_keeper(self) -> None:
+        if self._keeper is not None:
+            self._keeper.stop()
+
+    # --- receiving ----------------------------------------------------------------------------
+
+    async def _receive(self, max_bytes: int | None) -> bytes:
+        """Data from the peer; ``b""`` once it has closed its direction."""
+        with self._receiving:
+            self._check_usable()
+            await self._lib.lowlevel.checkpoint_if_cancelled()
+            if not self._complete:
+                try:
+                    await self._handshake()
+                except self._lib.BrokenResourceError as error:
+                    if not self._close_notify and isinstance(error.__cause__, TruncationError):
+                        return b""  # As in trio: the peer connected and left without a word.
+                    raise
+            if not self._pending:
+                data = await self._receive_more()
+                if data is None:
+                    return b""
+                if max_bytes is None or max_bytes >= len(data):
+                    return data  # As it was decrypted, without a copy.
+                self._pending = memoryview(data)
+            else:
+                await self._lib.lowlevel.cancel_shielded_checkpoint()
+            pending = self._pending
+            size = len(pending) if max_bytes is None else max_bytes
+            self._pending = pending[size:]
+            return bytes(pending[:size])
+
+    async def _receive_more(self) -> bytes | None:
+        """Wait for application data; ``None`` at the peer's close_notify.
+
+        Always a checkpoint, and one that cannot lose what the engine has handed out.
+        """
+        connection = self._connection
+        waited = False
+        while True:
+            try:
+                event = connection.next_event()
+                if isinstance(event, TicketReceived):
+                    await self._answers.keep_tickets()
+            except HybridkexError as error:
+                await self._fail(error)
+            if self._keeper is not None:
+                if event is not None:
+                    self._keeper.saw(event)
+                if connection.has_data_to_send:
+                    self._keeper.wake()
+            if isinstance(event, ApplicationData) or connection.close_received:
+                self._has_carried_data = True
+                if not waited:
+                    await self._lib.lowlevel.cancel_shielded_checkpoint()
+                return event.data if isinstance(event, ApplicationData) else None
+            if event is not None:
+                continue
+            data = await self._read()
+            waited = True
+            try:
+                connection.receive_data(data)
+            except TruncationError as error:
+                if not self._close_notify:
+                    return None
+                await self._fail(error)
+            except HybridkexError as error:
+                await self._fail(error)
+
+    async def _read(self) -> bytes | bytearray:
+        try:
+            return await self._read_some()
+        except self._lib.BrokenResourceError as error:
+            self._failure = error
+            raise
+        except self._lib.ClosedResourceError:
+            if self._closed:
+                raise
+            self._check_usable()
+            raise self._lib.BrokenResourceError("the transport was closed") from None
+
+    # --- sending ------------------------------------------------------------------------------
+
+    async def _begin_to_send(self) -> None:
+        """Before anything is encrypted: a cancelled caller must not break what is whole."""
+        self._check_sendable()
+        await self._lib.lowlevel.checkpoint_if_cancelled()
+        if not self._complete:
+            await self._handshake()
+            self._check_sendable()
+
+    async def _send(self, data: bytes | bytearray | memoryview) -> None:
+        """Send all of ``data``. If this is cancelled, nothing more can be sent."""
+        with self._sending:
+            await self._begin_to_send()
+            view = memoryview(data).cast("B") if data else memoryview(b"")
+            if not view:
+                await self._lib.lowlevel.checkpoint()
+                return
+            for start in range(0, len(view), _SEND_SIZE):
+                piece = view[start : start + _SEND_SIZE]
+                self._has_carried_data = True
+                if self._keeper is None:
+                    self._queue(self._connection.send_data, piece)
+                    await self._flush()
+                    continue
+                async with self._send_lock:
+                    self._check_sendable()
+                    self._queue(self._connection.send_data, piece)
+                    await self._flush()
+                self._keeper.count(len(piece))
+
+    def _queue(self, function: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        """Call a function of the engine that has something to send."""
+        try:
+            function(*arguments, **options)
+        except HybridkexError as error:
+            self._check_usable()  # If the receiving side has failed, its reason says more.
+            raise self._lib.BrokenResourceError(str(error)) from error
+
+    async def _flush(self) -> None:
+        """Send what the engine has queued. After an incomplete send, nothing more can be sent."""
+        connection = self._connection
+        if not connection.has_data_to_send:
+            return
+        self._flushing = True
+        complete = False
+        try:
+            await self._write(connection.data_to_send())
+            complete = True
+        except self._lib.ClosedResourceError:
+            if self._closed:
+                raise
+            self._check_usable()
+            raise self._lib.BrokenResourceError("the transport was closed") from None
+        finally:
+            self._flushing = False
+            if not complete and self._send_failure is None:
+                self._send_failure = _Interrupted("an earlier send did not complete")
+
+    async def update_keys(self, *, request_peer: bool = False) -> None:
+        """Change the key of our direction now (RFC 9846 section 4.7.3); long before the limits of
+        the cipher suite it happens by itself.
+
+        Where Extended Key Update was agreed on, this starts one, with a QKD key where the policy
+        has it so, and does not wait for its end: :attr:`session` then shows another epoch.
+
+        Args:
+            request_peer: ask the peer to change its own too, which it does with its next data. An
+                Extended Key Update changes both in any case.
+        """
+        with self._sending:
+            await self._begin_to_send()
+            if self._keeper is not None and self._keeper.extended:
+                self._keeper.update()
+                await self._lib.lowlevel.checkpoint()
+                return
+            async with self._send_lock:
+                self._queue(self._connection.update_keys, request_peer=request_peer)
+                await self._flush()
+
+    async def send_eof(self) -> None:
+        """Send close_notify: no more data will come from us. Receiving goes on.
+
+        The transport stays open in both directions; TLS says the end by itself.
+        """
+        with self._sending:
+            self._check_usable()
+            if self._connection.close_sent and self._send_failure is None:
+                await self._lib.lowlevel.checkpoint()
+                return
+            await self._begin_to_send()
+            async with self._send_lock:
+                self._queue(self._connection.send_close)
+                try:
+                    await self._flush()
+                except self._lib.BrokenResourceError:
+                    # A peer that has ended its direction may leave at once. All that it sent is
+                    # here, and nothing reads our own close_notify (section 6.1).
+                    if not self._connection.close_received:
+                        raise
+
+    # --- the end ------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        """Send close_notify, after a handshake and unless a send is under way; close the transport.
+
+        This waits for the transport to take close_notify, for ten seconds and as long as the caller
+        lets it, but not for the peer's answer. The transport is closed in any case.
+        """
+        if self._closed:
+            await self._lib.lowlevel.checkpoint()
+            return
+        self._closed = True
+        try:
+            if self._close_notify and self._can_tell and not self._sending.busy:
+                with self._lib.move_on_after(_CLOSE_TIMEOUT), self._unless_gone():
+                    await self._say_goodbye()
+        finally:
+            self._stop_keeper()
+            await self.transport_stream.aclose()
+
+    async def _say_goodbye(self) -> None:
+        """Send close_notify, behind what the keeper of the keys may be sending."""
+        async with self._send_lock:
+            self._stop_keeper()
+            if self._send_failure is None:
+                self._connection.send_close()
+                await self._flush()
+
+    async def abort(self) -> None:
+        """Close in a way that the peer cannot take for the end of our data.
+
+        It gets the fatal alert internal_error (RFC 9846 section 6.2) if it can be sent now, and in
+        any case no close_notify. ``async with`` calls this when an exception leaves its block.
+        """
+        if self._closed:
+            await self._lib.lowlevel.checkpoint()
+            return
+        self._closed = True
+        self._stop_keeper()
+        try:
+            if self._can_tell and not self._flushing:
+                self._connection.abort(InternalError("the application has given up"))
+                with self._lib.move_on_after(_ALERT_TIMEOUT), self._unless_gone():
+                    await self._write(self._connection.data_to_send())
+        finally:
+            await self._lib.aclose_forcefully(self.transport_stream)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await (self.aclose() if error is None else self.abort())
+
+    # --- states -------------------------------------------------------------------------------
+
+    @property
+    def _can_tell(self) -> bool:
+        """Whether there is a peer to be told of the end, and time to do so."""
+        return (
+            self._complete
+            and self._failure is None
+            and self._send_failure is None
+            and not self._connection.close_sent
+            and self._lib.current_effective_deadline() > -math.inf
+        )
+
+    def _unless_gone(self) -> contextlib.suppress:
+        """Ignores that the peer is gone already, and with it the need to tell it."""
+        lib = self._lib
+        return contextlib.suppress(
+            HybridkexError,
+            *(lib.BrokenResourceError, lib.BusyResourceError, lib.ClosedResourceError),
+        )
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise self._lib.ClosedResourceError("this stream is closed")
+        if self._failure is not None:
+            raise self._lib.BrokenResourceError(str(self._failure)) from self._failure
+
+    def _check_sendable(self) -> None:
+        self._check_usable()
+        if self._send_failure is not None:
+            raise self._lib.BrokenResourceError(str(self._send_failure)) from self._send_failure
+        if self._connection.close_sent:
+            raise self._lib.ClosedResourceError("send_eof was called on this stream")
+
+    async def _fail(self, error: HybridkexError) -> NoReturn:
+        """Send the alert, if there is one, and raise."""
+        self._failure = error
+        told = isinstance(error, PeerError | KeySourceError)
+        # While another task is in the middle of a send, the peer sees the connection end, at least.
+        if told and self._send_failure is None and not self._flushing:
+            with self._lib.move_on_after(_ALERT_TIMEOUT, shield=True), self._unless_gone():
+                await self._write(self._connection.data_to_send())
+        raise self._lib.BrokenResourceError(str(error)) from error
+
+
+class _Interrupted(HybridkexError):
+    """What breaks a stream that was cancelled in the middle."""
+
+
+class _Guard:
+    """Refuses a second task in one direction, as the streams of trio and anyio do."""
+
+    __slots__ = ("_error", "busy")
+
+    def __init__(self, error: Callable[[], Exception]) -> None:
+        self._error = error
+        self.busy = False
+
+    def __enter__(self) -> None:
+        if self.busy:
+            raise self._error()
+        self.busy = True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.busy = False

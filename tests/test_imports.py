@@ -19,7 +19,7 @@ import hybridkex
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybridkex"
 
-BASE = {"constants", "errors", "fields", "json_text", "machine", "reasons", "secret", "text"}
+BASE = {"constants", "errors", "fields", "json_text", "machine", "reasons", "secret", "text", "values"}
 ENGINE = BASE | {"wire", "crypto", "auth", "tls"}
 
 # What each room may know, besides itself. A file beside the rooms is a room of its own; the public
@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": {"errors"},
     "machine": {"errors"},
     "text": set(),
+    "values": set(),
     # Addresses, HTTP and the like: it knows nothing of what is carried.
     "net": BASE,
     "wire": BASE,

@@ -6,7 +6,6 @@ Where a QKD key is used it enters at the first stage (as an external PSK), ECDHE
 second; everything after that rests on all of them.
 """
 
-from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from cryptography.hazmat.primitives.hmac import HMAC
@@ -16,6 +15,7 @@ from hybridkex.constants import Label
 from hybridkex.crypto.suites import IV_LENGTH, CipherSuite, HashFunction
 from hybridkex.errors import ConfigError
 from hybridkex.secret import Secret
+from hybridkex.values import value
 
 __all__ = [
     "EarlySecret",
@@ -200,7 +200,7 @@ class MainSecret(_Base):
         return cls(hash_function, hkdf_extract(hash_function, salt.reveal(), key))
 
 
-@dataclass(frozen=True)
+@value
 class ExporterSecret:
     """Keying material for protocols above (section 7.5)."""
 
@@ -227,7 +227,7 @@ class ExporterSecret:
         return Secret(hkdf_expand_label(hash_function, base, Label.EXPORTER, digest, length))
 
 
-@dataclass(frozen=True)
+@value
 class ResumptionSecret:
     """What session tickets are made from (section 4.7.1)."""
 

@@ -4,16 +4,15 @@ draft-ietf-tls-extended-key-update-13 section 7 and, where a QKD key goes in as 
 ``docs/fresh-keys.md``. Of a main secret only the salt of the next one is kept.
 """
 
-from dataclasses import dataclass
-
 from hybridkex.crypto.schedule import ExporterSecret, MainSecret, TrafficSecret
 from hybridkex.crypto.suites import CipherSuite
 from hybridkex.secret import Secret
+from hybridkex.values import value
 
 __all__ = ["EpochSecrets", "Generation"]
 
 
-@dataclass(frozen=True)
+@value
 class Generation:
     """What is kept of an epoch to make the next one."""
 
@@ -72,7 +71,7 @@ class Generation:
         )
 
 
-@dataclass(frozen=True)
+@value
 class EpochSecrets:
     """A new epoch: its traffic secrets, and what is kept for the one after it."""
 

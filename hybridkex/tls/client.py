@@ -6,7 +6,6 @@ all states with the messages between them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
@@ -68,6 +67,7 @@ from hybridkex.tls.session import AuthenticatedBy, Session, SessionTicket
 from hybridkex.tls.steps import Step
 from hybridkex.tls.traffic import ClientTraffic, Connected, store_key
 from hybridkex.tls.transcript import Transcript
+from hybridkex.values import value
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.codec import vector8, vector16
 from hybridkex.wire.messages import (
@@ -119,7 +119,7 @@ class ClientState:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@value
 class _Resumption:
     """The session that a ClientHello offers to resume."""
 
@@ -128,7 +128,7 @@ class _Resumption:
     """The server, verified again for this handshake; ``None`` where a PSK authenticated it."""
 
 
-@dataclass(frozen=True)
+@value
 class _Offer:
     """What the ClientHello offers; after a retry, both offer the same."""
 
@@ -256,7 +256,7 @@ def start(config: ClientConfig, name: PeerName | None, records: RecordLayer) -> 
     return _send_hello(config, name, resumption, config.psks, records)
 
 
-@dataclass(frozen=True)
+@value
 class WaitPsk(ClientState):
     """Our caller fetches a PSK. Nothing has been sent, so nothing is received."""
 
@@ -350,7 +350,7 @@ def forget_tickets(offer: _Offer) -> None:
             return
 
 
-@dataclass(frozen=True)
+@value
 class WaitServerHello(ClientState):
     """After the first ClientHello."""
 
@@ -407,7 +407,7 @@ class WaitServerHello(ClientState):
         return WaitSecondServerHello(again, suite, transcript.add(hello))
 
 
-@dataclass(frozen=True)
+@value
 class WaitSecondServerHello(ClientState):
     """After the second ClientHello."""
 
@@ -564,7 +564,7 @@ def _verifier_without_psk(config: ClientConfig, why: str) -> AnyServerVerifier:
     return config.verifier
 
 
-@dataclass(frozen=True)
+@value
 class _Keys:
     """The keys of the encrypted part of the handshake."""
 
@@ -574,7 +574,7 @@ class _Keys:
     server: TrafficSecret
 
 
-@dataclass(frozen=True)
+@value
 class WaitEncryptedExtensions(ClientState):
     """After ServerHello."""
 
@@ -648,7 +648,7 @@ class WaitEncryptedExtensions(ClientState):
         return self.offer.resumption.peer
 
 
-@dataclass(frozen=True)
+@value
 class _Negotiated:
     """What ServerHello and EncryptedExtensions agreed on."""
 
@@ -666,7 +666,7 @@ class _Negotiated:
     """What we show, if the server asks."""
 
 
-@dataclass(frozen=True)
+@value
 class WaitCertificateOrRequest(ClientState):
     """After EncryptedExtensions, where the server authenticates with a certificate."""
 
@@ -690,7 +690,7 @@ class WaitCertificateOrRequest(ClientState):
         return WaitCertificate(self.negotiated, self.verifier, schemes.codes, transcript)
 
 
-@dataclass(frozen=True)
+@value
 class WaitCertificate(ClientState):
     """Before the server's Certificate."""
 
@@ -720,7 +720,7 @@ class WaitCertificate(ClientState):
         return WaitCertificateVerify(self.negotiated, peer, self.requested, transcript)
 
 
-@dataclass(frozen=True)
+@value
 class WaitCertificateVerify(ClientState):
     """The certificate is accepted; the server must prove that it has the private key."""
 
@@ -742,7 +742,7 @@ class WaitCertificateVerify(ClientState):
         return WaitFinished(self.negotiated, proof, self.requested, self.transcript.add(raw))
 
 
-@dataclass(frozen=True)
+@value
 class WaitFinished(ClientState):
     """The server is authenticated; its Finished confirms the whole handshake."""
 
@@ -788,7 +788,7 @@ class WaitFinished(ClientState):
         )
 
 
-@dataclass(frozen=True)
+@value
 class Proposed(ClientState):
     """The server's Finished is verified; our caller decides before we send ours."""
 

@@ -1,11 +1,11 @@
 """The events that the engine emits."""
 
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from hybridkex.auth import VerifiedPeer
 from hybridkex.tls.epochs import Epoch
 from hybridkex.tls.session import Session, SessionTicket
+from hybridkex.values import value
 
 __all__ = [
     "ApplicationData",
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@value
 class SessionProposed:
     """The peer's Finished has been verified, and the handshake waits for a decision.
 
@@ -39,14 +39,14 @@ class SessionProposed:
     set, call it before accepting; it may write a file."""
 
 
-@dataclass(frozen=True)
+@value
 class HandshakeCompleted:
     """The session has been accepted; application data may flow."""
 
     session: Session
 
 
-@dataclass(frozen=True)
+@value
 class PskWanted:
     """The handshake waits for an external PSK, until ``provide_psk`` is called.
 
@@ -59,14 +59,14 @@ class PskWanted:
     Empty at a client."""
 
 
-@dataclass(frozen=True)
+@value
 class ApplicationData:
     """Data from the peer, in order; never empty."""
 
     data: bytes
 
 
-@dataclass(frozen=True)
+@value
 class TicketReceived:
     """The server gave a ticket; it is in the ticket store already, which the shell may have to
     bring to disk."""
@@ -74,14 +74,14 @@ class TicketReceived:
     ticket: SessionTicket
 
 
-@dataclass(frozen=True)
+@value
 class KeyUpdated:
     """The peer changed to its next key."""
 
     generation: int
 
 
-@dataclass(frozen=True)
+@value
 class UpdateKeyWanted:
     """The peer's key update names a QKD key: call ``provide_update_key``. Data flows meanwhile."""
 
@@ -91,7 +91,7 @@ class UpdateKeyWanted:
     """The epoch that the update makes."""
 
 
-@dataclass(frozen=True)
+@value
 class UpdateDeclined:
     """The peer has declined our key update; another one may be started."""
 
@@ -99,19 +99,19 @@ class UpdateDeclined:
     """``key_not_found`` or ``key_required``."""
 
 
-@dataclass(frozen=True)
+@value
 class UpdateWanted:
     """Our key has protected half of the records that it may: start a key update."""
 
 
-@dataclass(frozen=True)
+@value
 class EpochBegan:
     """A key update is complete; :attr:`~hybridkex.Session.epochs` has it too."""
 
     epoch: Epoch
 
 
-@dataclass(frozen=True)
+@value
 class CloseReceived:
     """The peer has sent close_notify: no more data comes, and none is missing."""
 

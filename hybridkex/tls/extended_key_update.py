@@ -11,7 +11,6 @@ sends or checks the message at which it changes.
 """
 
 import hmac
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from hybridkex.constants import TLS13
@@ -32,6 +31,7 @@ from hybridkex.tls.epochs import Epoch, KeyUpdates, UpdateKey
 from hybridkex.tls.events import UpdateDeclined, UpdateKeyWanted
 from hybridkex.tls.policy import Requirement
 from hybridkex.tls.record_layer import RecordLayer
+from hybridkex.values import value
 from hybridkex.wire.extensions import KeyShareEntry
 from hybridkex.wire.messages import ImportedIdentity, Message
 from hybridkex.wire.update_messages import (
@@ -54,12 +54,12 @@ _Request: TypeAlias = UpdateRequest | FreshRequest
 _Response: TypeAlias = UpdateResponse | FreshResponse
 
 
-@dataclass(frozen=True)
+@value
 class Idle:
     """No update is under way."""
 
 
-@dataclass(frozen=True)
+@value
 class WaitResponse:
     """We have sent a request."""
 
@@ -72,7 +72,7 @@ class WaitResponse:
     """Whether a request of the peer has been ignored: there can be one."""
 
 
-@dataclass(frozen=True)
+@value
 class WaitKey:
     """The peer has sent a request with a QKD key, which our caller looks up."""
 
@@ -80,7 +80,7 @@ class WaitKey:
     request: bytes
 
 
-@dataclass(frozen=True)
+@value
 class _New:
     """An epoch that has been derived."""
 
@@ -89,14 +89,14 @@ class _New:
     receiving: TrafficSecret
 
 
-@dataclass(frozen=True)
+@value
 class WaitFinish:
     """We have answered, and send under the new key."""
 
     new: _New
 
 
-@dataclass(frozen=True)
+@value
 class WaitConfirm:
     """Both directions have changed; the peer has not confirmed yet."""
 

@@ -2,7 +2,6 @@
 
 import hmac
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
@@ -21,6 +20,7 @@ from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.policy import Policy
 from hybridkex.tls.session import AuthenticatedBy, Session
 from hybridkex.tls.transcript import Transcript
+from hybridkex.values import value
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.messages import Certificate, CertificateVerify, Finished, ImportedIdentity
 
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@value
 class Psk:
     """A PSK as the key schedule sees it."""
 
@@ -84,7 +84,7 @@ def external_psks(psk: ExternalPsk, suites: Iterable[CipherSuite]) -> list[Psk]:
     return offers
 
 
-@dataclass(frozen=True)
+@value
 class PeerProof:
     """The evidence of who the peer is; only verified signatures and PSKs produce it."""
 

@@ -8,7 +8,6 @@ the end, lists all states with the messages between them.
 import hashlib
 import hmac
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
@@ -80,6 +79,7 @@ from hybridkex.tls.steps import Step
 from hybridkex.tls.tickets import CookieState, TicketState
 from hybridkex.tls.traffic import Connected, ServerTraffic
 from hybridkex.tls.transcript import Transcript
+from hybridkex.values import value
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.codec import u16, vector8, vector16
 from hybridkex.wire.messages import (
@@ -114,7 +114,7 @@ def start(config: ServerConfig, records: RecordLayer) -> ServerState:
     return WaitClientHello(config)
 
 
-@dataclass(frozen=True)
+@value
 class _OfferedPsk:
     """An identity that a client offers, read as far as it can be without any key."""
 
@@ -202,7 +202,7 @@ def _psk_offer(extensions: ext.Extensions) -> tuple[ext.PreSharedKeyOffer | None
     return psks if psk_dhe else None, psk_dhe
 
 
-@dataclass(frozen=True)
+@value
 class _Hello:
     """A ClientHello that passed the checks that need nothing but itself."""
 
@@ -294,7 +294,7 @@ class _Hello:
         ).digest()
 
 
-@dataclass(frozen=True)
+@value
 class WaitClientHello(ServerState):
     """Before the first ClientHello."""
 
@@ -356,7 +356,7 @@ def _retry_request(state: CookieState, cookie: bytes) -> bytes:
     )
 
 
-@dataclass(frozen=True)
+@value
 class WaitSecondClientHello(ServerState):
     """After HelloRetryRequest; all that is known of the first hello is in the cookie."""
 
@@ -475,7 +475,7 @@ def _hash_of(config: ServerConfig, code: int) -> HashFunction | None:
     return next((suite.hash for suite in config.suites if suite.code == code), None)
 
 
-@dataclass(frozen=True)
+@value
 class _Credential:
     """What we show of ourselves, and how we sign with its key."""
 
@@ -485,7 +485,7 @@ class _Credential:
     """Whether it is for the name that the client asked for."""
 
 
-@dataclass(frozen=True)
+@value
 class _ClientCredential:
     """What a client is asked to show of itself, and who decides about it."""
 
@@ -493,7 +493,7 @@ class _ClientCredential:
     verifier: AnyClientVerifier
 
 
-@dataclass(frozen=True)
+@value
 class _Choice:
     """All that is chosen from the ClientHello, except the PSK."""
 
@@ -610,7 +610,7 @@ def _external_allowed(choice: _Choice) -> bool:
     return choice.hello.certificate_with_psk and choice.credential is not None
 
 
-@dataclass(frozen=True)
+@value
 class _Resumption:
     """The session that is resumed."""
 
@@ -619,7 +619,7 @@ class _Resumption:
     """The client, verified again for this handshake, if it showed who it is."""
 
 
-@dataclass(frozen=True)
+@value
 class _Selected:
     """The PSK that we select from the client's offer."""
 
@@ -681,7 +681,7 @@ def _resume(choice: _Choice, state: TicketState) -> _Resumption | None:
         return None
 
 
-@dataclass(frozen=True)
+@value
 class WaitPsk(ServerState):
     """Our caller looks up the client's PSK; nothing is read from the client meanwhile."""
 
@@ -882,7 +882,7 @@ def _authenticate(
     return transcript.add(records.writer.send(verify))
 
 
-@dataclass(frozen=True)
+@value
 class _MainKeys:
     """The last stage of the key schedule, and what waits for the client's Finished."""
 
@@ -909,7 +909,7 @@ def _start_writing(
     return _MainKeys(main, client, exporter, digest)
 
 
-@dataclass(frozen=True)
+@value
 class _ServerFlight:
     """The server's flight, ServerHello to Finished, once it is queued."""
 
@@ -921,7 +921,7 @@ class _ServerFlight:
     main: _MainKeys
 
 
-@dataclass(frozen=True)
+@value
 class WaitClientCertificate(ServerState):
     """The client was asked for a certificate."""
 
@@ -951,7 +951,7 @@ class WaitClientCertificate(ServerState):
         return WaitClientCertificateVerify(self.flight, peer, transcript)
 
 
-@dataclass(frozen=True)
+@value
 class WaitClientCertificateVerify(ServerState):
     """The certificate is accepted; the client must prove that it has the private key."""
 
@@ -971,7 +971,7 @@ class WaitClientCertificateVerify(ServerState):
         return WaitClientFinished(self.flight, self.peer, self.transcript.add(raw))
 
 
-@dataclass(frozen=True)
+@value
 class WaitClientFinished(ServerState):
     """The last message of the handshake."""
 
@@ -1013,7 +1013,7 @@ class WaitClientFinished(ServerState):
         return Proposed(flight, peer, session, transcript)
 
 
-@dataclass(frozen=True)
+@value
 class Proposed(ServerState):
     """The client's Finished is verified; our caller decides before anything else is read."""
 

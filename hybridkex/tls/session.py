@@ -17,6 +17,7 @@ from hybridkex.secret import Secret
 from hybridkex.text import printable
 from hybridkex.tls.epochs import Epoch, KeyUpdates
 from hybridkex.tls.policy import Policy, Requirement
+from hybridkex.values import value
 from hybridkex.wire.extensions import Extension
 
 __all__ = [
@@ -184,7 +185,7 @@ def _shown(identity: bytes) -> str:
     return printable(identity.decode("ascii", "backslashreplace"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@value(kw_only=True)
 class SessionTicket:
     """What a client keeps to resume a session (RFC 9846 section 4.7.1)."""
 

@@ -1,13 +1,12 @@
 """The form of the tables that list the steps of a handshake: ``STEPS`` of client and server."""
 
-from dataclasses import dataclass
-
 from hybridkex.constants import HandshakeType
+from hybridkex.values import value
 
 __all__ = ["Step"]
 
 
-@dataclass(frozen=True)
+@value
 class Step:
     """One state of a handshake."""
 

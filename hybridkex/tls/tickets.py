@@ -21,6 +21,7 @@ from hybridkex.errors import ConfigError, DecodeError
 from hybridkex.fields import CALLABLE, INTEGER, Kind, check_fields, or_none
 from hybridkex.secret import Secret
 from hybridkex.tls.session import MAX_TICKET_LIFETIME, AuthenticatedBy
+from hybridkex.values import value
 from hybridkex.wire.codec import Reader, ascii_text, u8, u16, u64, vector8, vector16, vector24
 
 __all__ = ["MAX_TICKET", "CookieProtector", "CookieState", "TicketIssuer", "TicketState"]
@@ -36,7 +37,7 @@ _NAME_LENGTH: Final = 8
 _SEAL_OVERHEAD: Final = _NAME_LENGTH + _NONCE_LENGTH + 16
 
 
-@dataclass(frozen=True, kw_only=True)
+@value(kw_only=True)
 class TicketState:
     """A session, as a ticket remembers it."""
 
@@ -230,7 +231,7 @@ class TicketIssuer:
         self._keys = [key for key in self._keys if key.made_at > oldest]
 
 
-@dataclass(frozen=True, kw_only=True)
+@value(kw_only=True)
 class CookieState:
     """What the second ClientHello must be checked against."""
 

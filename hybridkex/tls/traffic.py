@@ -1,6 +1,6 @@
 """After the handshake: application data, KeyUpdate, tickets (RFC 9846 section 4.7)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final, Self
 
 from hybridkex.auth import Presented
@@ -17,6 +17,7 @@ from hybridkex.tls.extended_key_update import Updates
 from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import MAX_TICKET_LIFETIME, Session, SessionTicket
 from hybridkex.tls.tickets import TicketIssuer, TicketState
+from hybridkex.values import value
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.messages import KeyUpdate, Message, NewSessionTicket
 from hybridkex.wire.update_messages import FreshRequest, UpdateRequest
@@ -34,7 +35,7 @@ def store_key(name: str | None) -> str:
     return name or ""
 
 
-@dataclass(frozen=True)
+@value
 class Connected:
     """The result of a handshake; only the code that verified Finished makes one."""
 

@@ -12,13 +12,13 @@ configuration and changes nothing here.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import ClassVar, Final, Self, TypeVar
 
 from hybridkex.constants import CertificateType, ExtensionType
 from hybridkex.errors import DecodeError, EncodeError, IllegalParameter, UnrecognizedName
 from hybridkex.reasons import Reason
+from hybridkex.values import value
 from hybridkex.wire.codec import (
     Reader,
     ascii_text,
@@ -154,7 +154,7 @@ class _Empty(Extension):
         return b""
 
 
-@dataclass(frozen=True)
+@value
 class UnknownExtension:
     """An extension that we do not know, such as GREASE (RFC 8701)."""
 
@@ -166,7 +166,7 @@ class UnknownExtension:
         return self.data
 
 
-@dataclass(frozen=True)
+@value
 class ServerName(Extension):
     """The host name that the client asks for (RFC 6066 section 3)."""
 
@@ -200,7 +200,7 @@ class ServerName(Extension):
         return vector16(u8(0) + vector16(ascii_text(self.host_name)))
 
 
-@dataclass(frozen=True)
+@value
 class ServerNameAck(_Empty):
     """The server used the name."""
 
@@ -221,7 +221,7 @@ class _CodeList(Extension):
         return vector16(u16_list(self.codes))
 
 
-@dataclass(frozen=True)
+@value
 class SupportedGroups(_CodeList):
     """Section 4.3.7."""
 
@@ -230,7 +230,7 @@ class SupportedGroups(_CodeList):
     codes: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@value
 class SignatureAlgorithms(_CodeList):
     """Section 4.3.3: for CertificateVerify."""
 
@@ -239,7 +239,7 @@ class SignatureAlgorithms(_CodeList):
     codes: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@value
 class SignatureAlgorithmsCert(_CodeList):
     """Section 4.3.3: for the certificates of the chain."""
 
@@ -248,7 +248,7 @@ class SignatureAlgorithmsCert(_CodeList):
     codes: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@value
 class AlpnOffer(Extension):
     """RFC 7301 section 3.1."""
 
@@ -268,7 +268,7 @@ class AlpnOffer(Extension):
         return vector16(b"".join(vector8(protocol) for protocol in self.protocols))
 
 
-@dataclass(frozen=True)
+@value
 class AlpnChoice(Extension):
     """RFC 7301 section 3.1: exactly one name."""
 
@@ -315,7 +315,7 @@ class _CertificateTypeChoice(Extension):
         return u8(self.chosen)
 
 
-@dataclass(frozen=True)
+@value
 class ClientCertificateTypeOffer(_CertificateTypeOffer):
     """RFC 7250 section 3."""
 
@@ -324,7 +324,7 @@ class ClientCertificateTypeOffer(_CertificateTypeOffer):
     types: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@value
 class ClientCertificateTypeChoice(_CertificateTypeChoice):
     """RFC 7250 section 3."""
 
@@ -333,7 +333,7 @@ class ClientCertificateTypeChoice(_CertificateTypeChoice):
     chosen: int
 
 
-@dataclass(frozen=True)
+@value
 class ServerCertificateTypeOffer(_CertificateTypeOffer):
     """RFC 7250 section 3."""
 
@@ -342,7 +342,7 @@ class ServerCertificateTypeOffer(_CertificateTypeOffer):
     types: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@value
 class ServerCertificateTypeChoice(_CertificateTypeChoice):
     """RFC 7250 section 3."""
 
@@ -351,7 +351,7 @@ class ServerCertificateTypeChoice(_CertificateTypeChoice):
     chosen: int
 
 
-@dataclass(frozen=True)
+@value
 class Padding(Extension):
     """RFC 7685: zeros, which are ignored."""
 
@@ -370,7 +370,7 @@ class Padding(Extension):
         return bytes(self.length)
 
 
-@dataclass(frozen=True)
+@value
 class RecordSizeLimit(Extension):
     """RFC 8449 section 4: counts the content type and the padding too."""
 
@@ -391,7 +391,7 @@ class RecordSizeLimit(Extension):
         return u16(self.limit)
 
 
-@dataclass(frozen=True)
+@value
 class TlsCertWithExternPsk(_Empty):
     """RFC 9973 section 4: certificates together with an external PSK."""
 
@@ -399,7 +399,7 @@ class TlsCertWithExternPsk(_Empty):
     messages = (CH, SH)
 
 
-@dataclass(frozen=True)
+@value
 class OfferedPskIdentity:
     """PskIdentity of section 4.3.11."""
 
@@ -407,7 +407,7 @@ class OfferedPskIdentity:
     obfuscated_ticket_age: int
 
 
-@dataclass(frozen=True)
+@value
 class PreSharedKeyOffer(Extension):
     """Section 4.3.11."""
 
@@ -446,7 +446,7 @@ class PreSharedKeyOffer(Extension):
         return 2 + sum(1 + len(binder) for binder in self.binders)
 
 
-@dataclass(frozen=True)
+@value
 class PreSharedKeyChoice(Extension):
     """Section 4.3.11: the index of the identity that was selected."""
 
@@ -462,7 +462,7 @@ class PreSharedKeyChoice(Extension):
         return u16(self.selected)
 
 
-@dataclass(frozen=True)
+@value
 class EarlyDataIndication(_Empty):
     """Section 4.3.10."""
 
@@ -471,7 +471,7 @@ class EarlyDataIndication(_Empty):
     may_change = True
 
 
-@dataclass(frozen=True)
+@value
 class EarlyDataLimit(Extension):
     """Section 4.7.1: how much early data a ticket allows."""
 
@@ -487,7 +487,7 @@ class EarlyDataLimit(Extension):
         return u32(self.max_early_data_size)
 
 
-@dataclass(frozen=True)
+@value
 class SupportedVersionsOffer(Extension):
     """Section 4.3.1."""
 
@@ -503,7 +503,7 @@ class SupportedVersionsOffer(Extension):
         return vector8(u16_list(self.versions))
 
 
-@dataclass(frozen=True)
+@value
 class SupportedVersionsChoice(Extension):
     """Section 4.3.1."""
 
@@ -519,7 +519,7 @@ class SupportedVersionsChoice(Extension):
         return u16(self.version)
 
 
-@dataclass(frozen=True)
+@value
 class Cookie(Extension):
     """Section 4.3.2."""
 
@@ -537,7 +537,7 @@ class Cookie(Extension):
         return vector16(self.cookie)
 
 
-@dataclass(frozen=True)
+@value
 class PskKeyExchangeModes(Extension):
     """Section 4.3.9."""
 
@@ -553,7 +553,7 @@ class PskKeyExchangeModes(Extension):
         return vector8(u8_list(self.modes))
 
 
-@dataclass(frozen=True)
+@value
 class CertificateAuthorities(Extension):
     """Section 4.3.4: DER-encoded distinguished names."""
 
@@ -573,7 +573,7 @@ class CertificateAuthorities(Extension):
         return vector16(b"".join(vector16(name) for name in self.names))
 
 
-@dataclass(frozen=True)
+@value
 class OidFilters(Extension):
     """Section 4.3.5; a hint that may be ignored."""
 
@@ -593,7 +593,7 @@ class OidFilters(Extension):
         return vector16(b"".join(vector8(oid) + vector16(values) for oid, values in self.filters))
 
 
-@dataclass(frozen=True)
+@value
 class PostHandshakeAuth(_Empty):
     """Section 4.3.6; we never offer it."""
 
@@ -601,7 +601,7 @@ class PostHandshakeAuth(_Empty):
     messages = (CH,)
 
 
-@dataclass(frozen=True)
+@value
 class KeyShareEntry:
     """Section 4.3.8."""
 
@@ -618,7 +618,7 @@ class KeyShareEntry:
         return u16(self.group) + vector16(self.share)
 
 
-@dataclass(frozen=True)
+@value
 class KeyShareOffer(Extension):
     """Section 4.3.8; an empty list asks for a HelloRetryRequest."""
 
@@ -639,7 +639,7 @@ class KeyShareOffer(Extension):
         return vector16(b"".join(entry.encode() for entry in self.entries))
 
 
-@dataclass(frozen=True)
+@value
 class KeyShareChoice(Extension):
     """Section 4.3.8: the server's share."""
 
@@ -655,7 +655,7 @@ class KeyShareChoice(Extension):
         return self.entry.encode()
 
 
-@dataclass(frozen=True)
+@value
 class KeyShareRetry(Extension):
     """Section 4.3.8: the group that the server wants a share of."""
 
@@ -671,7 +671,7 @@ class KeyShareRetry(Extension):
         return u16(self.group)
 
 
-@dataclass(frozen=True)
+@value
 class TlsFlags(Extension):
     """draft-ietf-tls-tlsflags section 2: what else would be an empty extension each.
 
@@ -701,7 +701,7 @@ class TlsFlags(Extension):
         return vector8(bytes(data))
 
 
-@dataclass(frozen=True)
+@value
 class FreshQkdKeysOffer(Extension):
     """Ours (``docs/fresh-keys.md``): the versions of the QKD slot that the client knows."""
 
@@ -717,7 +717,7 @@ class FreshQkdKeysOffer(Extension):
         return vector8(u8_list(self.versions))
 
 
-@dataclass(frozen=True)
+@value
 class FreshQkdKeysAnswer(Extension):
     """Ours (``docs/fresh-keys.md``): the version in use."""
 

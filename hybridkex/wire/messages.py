@@ -4,12 +4,12 @@
 bytes that were received, never a message written again.
 """
 
-from dataclasses import dataclass
 from typing import Final, Self
 
 from hybridkex.constants import HELLO_RETRY_RANDOM, LEGACY_VERSION, HandshakeType, KdfCode
 from hybridkex.errors import DecodeError, IllegalParameter, UnexpectedMessage
 from hybridkex.reasons import Reason
+from hybridkex.values import value
 from hybridkex.wire.codec import (
     Reader,
     fixed,
@@ -48,7 +48,7 @@ HEADER_LENGTH: Final = 4
 """Bytes of a handshake message before its body: type and 24-bit length."""
 
 
-@dataclass(frozen=True)
+@value
 class ClientHello(Message):
     """Section 4.2.2."""
 
@@ -84,7 +84,7 @@ class ClientHello(Message):
         )
 
 
-@dataclass(frozen=True)
+@value
 class _ServerHelloForm(Message):
     """The form that ServerHello and HelloRetryRequest share (section 4.2.3 and 4.2.4)."""
 
@@ -107,7 +107,7 @@ class _ServerHelloForm(Message):
         )
 
 
-@dataclass(frozen=True)
+@value
 class ServerHello(_ServerHelloForm):
     """Section 4.2.3."""
 
@@ -130,12 +130,12 @@ class ServerHello(_ServerHelloForm):
         )
 
 
-@dataclass(frozen=True)
+@value
 class HelloRetryRequest(_ServerHelloForm):
     """Section 4.2.4: a ServerHello with ``HELLO_RETRY_RANDOM``."""
 
 
-@dataclass(frozen=True)
+@value
 class EncryptedExtensions(Message):
     """Section 4.4.1."""
 
@@ -150,7 +150,7 @@ class EncryptedExtensions(Message):
         return self.extensions.encode()
 
 
-@dataclass(frozen=True)
+@value
 class CertificateRequest(Message):
     """Section 4.4.2."""
 
@@ -166,7 +166,7 @@ class CertificateRequest(Message):
         return vector8(self.context) + self.extensions.encode()
 
 
-@dataclass(frozen=True)
+@value
 class Certificate(Message):
     """Section 4.5.1: DER, the end entity's first, each with its extensions."""
 
@@ -195,7 +195,7 @@ class Certificate(Message):
         )
 
 
-@dataclass(frozen=True)
+@value
 class CertificateVerify(Message):
     """Section 4.5.2."""
 
@@ -211,7 +211,7 @@ class CertificateVerify(Message):
         return u16(self.scheme) + vector16(self.signature)
 
 
-@dataclass(frozen=True)
+@value
 class Finished(Message):
     """Section 4.5.3; its length is checked together with its value."""
 
@@ -226,7 +226,7 @@ class Finished(Message):
         return self.verify_data
 
 
-@dataclass(frozen=True)
+@value
 class NewSessionTicket(Message):
     """Section 4.7.1."""
 
@@ -257,7 +257,7 @@ class NewSessionTicket(Message):
         )
 
 
-@dataclass(frozen=True)
+@value
 class KeyUpdate(Message):
     """Section 4.7.3."""
 
@@ -277,7 +277,7 @@ class KeyUpdate(Message):
         return u8(self.update_requested)
 
 
-@dataclass(frozen=True)
+@value
 class EndOfEarlyData(Message):
     """Section 4.6; we accept no early data, so it is never in place."""
 
@@ -337,7 +337,7 @@ def decode(raw: bytes) -> Message:
 _KDFS: Final = frozenset(int(code) for code in KdfCode)
 
 
-@dataclass(frozen=True)
+@value
 class ImportedIdentity:
     """The identity of an imported PSK on the wire (RFC 9258 section 5.1)."""
 

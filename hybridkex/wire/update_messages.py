@@ -4,13 +4,13 @@ with a slot for a QKD key (``docs/fresh-keys.md``).
 All are one handshake type; the byte behind the header is the subtype.
 """
 
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar, Final, Self, TypeVar
 
 from hybridkex.constants import HandshakeType, UpdateType
 from hybridkex.errors import IllegalParameter, UnexpectedMessage
 from hybridkex.reasons import Reason
+from hybridkex.values import value
 from hybridkex.wire.codec import Reader, u8, vector16
 from hybridkex.wire.extensions import KeyShareEntry
 from hybridkex.wire.message import Message
@@ -94,7 +94,7 @@ class ExtendedKeyUpdate(Message):
         return u8(self.subtype) + self.fields()
 
 
-@dataclass(frozen=True)
+@value
 class _ShareAlone(ExtendedKeyUpdate):
     key_share: KeyShareEntry
 
@@ -106,21 +106,21 @@ class _ShareAlone(ExtendedKeyUpdate):
         return self.key_share.encode()
 
 
-@dataclass(frozen=True)
+@value
 class UpdateRequest(_ShareAlone):
     """The draft's request."""
 
     subtype = UpdateType.REQUEST
 
 
-@dataclass(frozen=True)
+@value
 class UpdateResponse(_ShareAlone):
     """The draft's response."""
 
     subtype = UpdateType.RESPONSE
 
 
-@dataclass(frozen=True)
+@value
 class UpdateFinish(ExtendedKeyUpdate):
     """The initiator's last message under its old key."""
 
@@ -134,7 +134,7 @@ class UpdateFinish(ExtendedKeyUpdate):
         return b""
 
 
-@dataclass(frozen=True)
+@value
 class FreshRequest(ExtendedKeyUpdate):
     """A request with a slot for a QKD key."""
 
@@ -152,7 +152,7 @@ class FreshRequest(ExtendedKeyUpdate):
         return self.key_share.encode() + u8(self.demand) + vector16(self.identity)
 
 
-@dataclass(frozen=True)
+@value
 class FreshResponse(ExtendedKeyUpdate):
     """A response that says what became of the slot."""
 
@@ -168,7 +168,7 @@ class FreshResponse(ExtendedKeyUpdate):
         return self.key_share.encode() + u8(self.answer)
 
 
-@dataclass(frozen=True)
+@value
 class FreshDecline(ExtendedKeyUpdate):
     """The responder makes no update; both ends stay in their epoch."""
 
@@ -183,7 +183,7 @@ class FreshDecline(ExtendedKeyUpdate):
         return u8(self.reason)
 
 
-@dataclass(frozen=True)
+@value
 class FreshConfirm(ExtendedKeyUpdate):
     """The first message under a new key; its length is checked together with its value."""
 

@@ -44,8 +44,8 @@ def _content(one: Any) -> tuple[object, ...]:
 
 def _equal(self: Any, other: object) -> bool:
     if type(other) is not type(self):
-        return NotImplemented
-    return bool(_content(self) == _content(other))
+        return False
+    return _content(self) == _content(other)
 
 
 def _hash(self: Any) -> int:

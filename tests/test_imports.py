@@ -19,7 +19,17 @@ import hybridkex
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybridkex"
 
-BASE = {"constants", "errors", "fields", "json_text", "machine", "reasons", "secret", "text", "values"}
+BASE = {
+    "constants",
+    "errors",
+    "fields",
+    "json_text",
+    "machine",
+    "reasons",
+    "secret",
+    "text",
+    "values",
+}
 ENGINE = BASE | {"wire", "crypto", "auth", "tls"}
 
 # What each room may know, besides itself. A file beside the rooms is a room of its own; the public

@@ -4,6 +4,7 @@ import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import idna
@@ -30,6 +31,9 @@ PIN: Final = "sha256:"
 _LABEL: Final = r"(?!-)[a-z0-9_-]{1,63}(?<!-)"
 _LABELS: Final = re.compile(rf"{_LABEL}(\.{_LABEL})*")
 _MAX_NAME: Final = 253
+_REMEMBERED: Final = 256
+"""Names that are kept as parsed: a handshake takes its own at the client and again at the
+server."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,11 @@ def parse_peer_name(text: str) -> PeerName:
         ConfigError: it is neither a host name nor an address.
     """
     _check_text(text)
+    return _parsed(text)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _parsed(text: str) -> PeerName:
     bracketed = text.startswith("[") and text.endswith("]")
     bare = text[1:-1] if bracketed else text
     # Every IPv4 address ends in a digit: most host names need not be tried as one.

@@ -91,10 +91,9 @@ class _Base:
     def _traffic(self, suite: CipherSuite, label: bytes, digest: bytes) -> "TrafficSecret":
         return TrafficSecret(suite, self.derive(label, digest))
 
-    def _extract_next(self, key: Secret) -> Secret:
-        """The secret of the next stage, from this one's and from what comes in there."""
-        salt = self.derive(Label.DERIVED, self.hash.empty_digest)
-        return hkdf_extract(self.hash, salt.reveal(), key)
+    def _salt(self) -> Secret:
+        """What the secret of the next stage is extracted with."""
+        return self.derive(Label.DERIVED, self.hash.empty_digest)
 
 
 class TrafficSecret(_Base):
@@ -121,7 +120,11 @@ class TrafficSecret(_Base):
 class EarlySecret(_Base):
     """The first stage: a PSK, or zeros where there is none."""
 
-    __slots__ = ()
+    __slots__ = ("_kept_salt",)
+
+    def __init__(self, hash_function: HashFunction, secret: Secret) -> None:
+        super().__init__(hash_function, secret)
+        self._kept_salt: Secret | None = None
 
     @classmethod
     def start(cls, hash_function: HashFunction, psk: Secret | None = None) -> "EarlySecret":
@@ -136,7 +139,10 @@ class EarlySecret(_Base):
 
     def handshake_secret(self, shared: Secret) -> "HandshakeSecret":
         """The second stage, from the key exchange's secret."""
-        return HandshakeSecret(self.hash, self._extract_next(shared))
+        if self._kept_salt is None:  # the stage without a PSK serves all handshakes
+            self._kept_salt = self._salt()
+        secret = hkdf_extract(self.hash, self._kept_salt.reveal(), shared)
+        return HandshakeSecret(self.hash, secret)
 
 
 @cache
@@ -161,7 +167,8 @@ class HandshakeSecret(_Base):
 
     def main_secret(self) -> "MainSecret":
         """The last stage."""
-        return MainSecret(self.hash, self._extract_next(Secret(bytes(self.hash.size))))
+        zeros = Secret(bytes(self.hash.size))
+        return MainSecret(self.hash, hkdf_extract(self.hash, self._salt().reveal(), zeros))
 
 
 class MainSecret(_Base):
@@ -192,7 +199,7 @@ class MainSecret(_Base):
 
     def update_salt(self) -> Secret:
         """What is kept for the main secret after this one (section 7 of that draft)."""
-        return self.derive(Label.DERIVED, self.hash.empty_digest)
+        return self._salt()
 
     @classmethod
     def extract(cls, hash_function: HashFunction, salt: Secret, key: Secret) -> "MainSecret":

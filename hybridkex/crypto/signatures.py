@@ -5,6 +5,7 @@ Only schemes that TLS 1.3 allows in CertificateVerify are here: no PKCS#1 v1.5, 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 from cryptography.exceptions import InvalidSignature
@@ -57,15 +58,26 @@ class SignatureScheme:
     __str__ = __repr__
 
 
+def _is(key: object, *classes: type) -> bool:
+    kind: type = type(key)
+    return _is_one_of(kind, classes)
+
+
+@cache
+def _is_one_of(kind: type, classes: tuple[type, ...]) -> bool:
+    # By class and once: the classes of keys are abstract, and to ask them each time takes longer
+    # than to read the message with the signature.
+    return issubclass(kind, classes)
+
+
 def _ecdsa(
     code: Code, curve: type[ec.EllipticCurve], algorithm: hashes.HashAlgorithm
 ) -> SignatureScheme:
     scheme = ec.ECDSA(algorithm)
 
     def suits(key: Any) -> bool:
-        return isinstance(
-            key, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey
-        ) and isinstance(key.curve, curve)
+        of_its_kind = _is(key, ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey)
+        return of_its_kind and isinstance(key.curve, curve)
 
     return SignatureScheme(
         code=code,
@@ -88,7 +100,7 @@ def _rsa_pss(code: Code, algorithm: hashes.HashAlgorithm, *, alone: bool) -> Sig
         if alone:
             of_its_kind = isinstance(key, RsaPssKey) and key.parameters in (None, ours)
         else:
-            of_its_kind = isinstance(key, rsa.RSAPrivateKey | rsa.RSAPublicKey)
+            of_its_kind = _is(key, rsa.RSAPrivateKey, rsa.RSAPublicKey)
         # The encoded message needs room for hash, salt and two bytes (RFC 8017 section 9.1.1).
         return of_its_kind and key.key_size >= 8 * (2 * algorithm.digest_size + 2)
 
@@ -111,7 +123,7 @@ def _plain(code: Code, private: type, public: type) -> SignatureScheme:
     return SignatureScheme(
         code=code,
         name=code.name.lower(),
-        suits=lambda key: isinstance(key, (private, public)),
+        suits=lambda key: _is(key, private, public),
         _sign=lambda key, content: key.sign(content),
         _verify=lambda key, signature, content: key.verify(signature, content),
     )

@@ -97,14 +97,6 @@ __all__ = [
 
 PeerName = DnsName | IpAddress
 
-_ANSWERS: Final = (
-    ext.MessageKind.HELLO_RETRY_REQUEST,
-    ext.MessageKind.SERVER_HELLO,
-    ext.MessageKind.ENCRYPTED_EXTENSIONS,
-    ext.MessageKind.CERTIFICATE,
-)
-"""The server's messages whose extensions answer ours (section 4.3)."""
-
 _ALONE: Final = (Authentication.PSK, Authentication.EITHER)
 """The kinds of authentication for which a PSK is enough."""
 
@@ -159,9 +151,9 @@ class _Offer:
         return self._with_binders(raw, prefix) if self.psks else raw
 
     @cached_property
-    def answerable(self) -> Mapping[ext.MessageKind, frozenset[int]]:
-        """The types of extension that the server may send, by message."""
-        return {kind: ext.answerable(kind, self._extensions) for kind in _ANSWERS}
+    def classes(self) -> tuple[type[ext.Extension], ...]:
+        """Those of the extensions that are sent."""
+        return tuple(map(type, self._extensions))
 
     @cached_property
     def _extensions(self) -> tuple[ext.Extension, ...]:
@@ -473,7 +465,7 @@ def _suite_name(code: int) -> str:
 
 def _check_answers(offer: _Offer, kind: ext.MessageKind, extensions: ext.Extensions) -> None:
     """Refuse an extension that answers nothing in our ClientHello."""
-    allowed = offer.answerable[kind]
+    allowed = ext.answerable(kind, offer.classes)
     for type_ in extensions.types:
         if type_ not in allowed:
             raise UnsupportedExtension(f"extension {type_} answers nothing that was offered")
@@ -820,17 +812,16 @@ class Proposed(ClientState):
         records.reader.data_allowed = True
 
         complete = transcript.digest()
-        resumption = main.resumption_secret(complete)
-        updates = None
+        config, updates = negotiated.offer.config, None
+        resumption = None if config.ticket_store is None else main.resumption_secret(complete)
         if negotiated.key_updates is not KeyUpdates.STANDARD:
             first = Generation.first(suite, main, digest, complete)
-            kind, config = negotiated.key_updates, negotiated.offer.config
-            updates = Updates(records, config, kind, negotiated.group, first)
+            updates = Updates(records, config, negotiated.key_updates, negotiated.group, first)
         connected = Connected(session, suite, exporter, resumption, updates)
         records.emit(HandshakeCompleted(session))
         peer = self.proof.certificate
         presented = peer.certificate if peer is not None else None
-        return ClientTraffic(connected, negotiated.offer.config, presented)
+        return ClientTraffic(connected, config, presented)
 
     def _authenticate(self, records: RecordLayer, requested: tuple[int, ...]) -> Transcript:
         """Send Certificate and CertificateVerify, or an empty Certificate where we have none that

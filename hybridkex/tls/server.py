@@ -1028,7 +1028,9 @@ class Proposed(ServerState):
         records.reader.change_key(main.client)
         records.reader.data_allowed = True
         complete = self.transcript.digest()
-        resumption = main.secret.resumption_secret(complete)
+        # A client can use tickets if it offered psk_dhe_ke (section 4.3.9).
+        tickets = choice.config.tickets is not None and choice.hello.psk_dhe
+        resumption = main.secret.resumption_secret(complete) if tickets else None
         updates = None
         if choice.key_updates is not KeyUpdates.STANDARD:
             first = Generation.first(choice.suite, main.secret, main.digest, complete)
@@ -1037,11 +1039,8 @@ class Proposed(ServerState):
         connected = Connected(session, choice.suite, main.exporter, resumption, updates)
         records.emit(HandshakeCompleted(session))
         presented = self.peer.certificate if self.peer is not None else None
-        own = choice.credential
-        binding = choice.config.binding(own.identity if own is not None else None)
-        traffic = ServerTraffic(connected, choice.config, presented, binding)
-        traffic.tickets_wanted(choice.hello.psk_dhe)
-        return traffic
+        own = choice.credential.identity if choice.credential is not None else None
+        return ServerTraffic(connected, choice.config, presented, own)
 
 
 _M = HandshakeType

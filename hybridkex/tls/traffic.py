@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Final, Self
 
-from hybridkex.auth import Presented
+from hybridkex.auth import Identity, Presented, RawIdentity
 from hybridkex.constants import CertificateType
 from hybridkex.crypto.schedule import ExporterSecret, ResumptionSecret
 from hybridkex.crypto.suites import CipherSuite
@@ -42,7 +42,8 @@ class Connected:
     session: Session
     suite: CipherSuite
     exporter: ExporterSecret
-    resumption: ResumptionSecret
+    resumption: ResumptionSecret | None
+    """``None`` where there will be no session tickets."""
     updates: Updates | None
     """The key updates, where Extended Key Update is negotiated."""
 
@@ -212,7 +213,8 @@ class ClientTraffic(_Traffic):
             self.connected.updates.handle(message, raw, records)
             return self
         store, session = self._config.ticket_store, self.connected.session
-        if store is None:
+        resumption = self.connected.resumption
+        if store is None or resumption is None:
             # Section 4.7.1: a client that does "not support resumption MUST silently ignore this
             # message".
             return self
@@ -234,7 +236,7 @@ class ClientTraffic(_Traffic):
             return self  # No ClientHello of ours could carry it.
         ticket = SessionTicket(
             ticket=message.ticket,
-            psk=self.connected.resumption.psk(message.nonce),
+            psk=resumption.psk(message.nonce),
             suite=self.connected.suite,
             age_add=message.age_add,
             lifetime=lifetime,
@@ -265,18 +267,14 @@ class ServerTraffic(_Traffic):
         connected: Connected,
         config: ServerConfig,
         presented: Presented | None,
-        binding: bytes,
+        identity: Identity | RawIdentity | None,
     ) -> None:
         super().__init__(connected)
         self._config = config
         self._presented = presented
-        self._binding = binding
-        self._tickets_due = config.tickets_per_connection if config.tickets is not None else 0
-
-    def tickets_wanted(self, wanted: bool) -> None:
-        """Whether the client can use tickets: it offered psk_dhe_ke (section 4.3.9)."""
-        if not wanted:
-            self._tickets_due = 0
+        self._identity = identity
+        wanted = connected.resumption is not None
+        self._tickets_due = config.tickets_per_connection if wanted else 0
 
     @property
     def sends_only(self) -> bool:
@@ -285,13 +283,15 @@ class ServerTraffic(_Traffic):
 
     def send_data(self, data: memoryview, records: RecordLayer) -> None:
         """Queue application data, behind the tickets that are due."""
-        issuer = self._config.tickets
-        while issuer is not None and self._tickets_due:
+        issuer, resumption = self._config.tickets, self.connected.resumption
+        while issuer is not None and resumption is not None and self._tickets_due:
             self._tickets_due -= 1
-            self._send_ticket(issuer, records)
+            self._send_ticket(issuer, resumption, records)
         super().send_data(data, records)
 
-    def _send_ticket(self, issuer: TicketIssuer, records: RecordLayer) -> None:
+    def _send_ticket(
+        self, issuer: TicketIssuer, resumption: ResumptionSecret, records: RecordLayer
+    ) -> None:
         session, presented = self.connected.session, self._presented
         lifetime = min(issuer.lifetime, remaining_lifetime(self._config, session.began_at))
         if lifetime <= 0:
@@ -299,14 +299,14 @@ class ServerTraffic(_Traffic):
         nonce = bytes((self._tickets_due,))
         state = TicketState(
             suite=self.connected.suite.code,
-            psk=self.connected.resumption.psk(nonce),
+            psk=resumption.psk(nonce),
             issued_at=int(issuer.clock()),
             server_name=session.server_name,
             authenticated_by=session.authenticated_by,
             psk_identity=session.psk_identity,
             psk_context=session.psk_context,
             began_at=int(session.began_at),
-            binding=self._binding,
+            binding=self._config.binding(self._identity),
             client_chain=presented.chain if presented is not None else (),
             client_certificate_type=presented.certificate_type if presented is not None else X509,
         )

@@ -15,11 +15,10 @@ class Transcript:
     while the states after it go on.
     """
 
-    __slots__ = ("_digest", "_hash", "function")
+    __slots__ = ("_hash", "function")
 
     def __init__(self, function: HashFunction, *messages: bytes) -> None:
         self.function = function
-        self._digest: bytes | None = None
         self._hash = function.new(b"".join(messages))
 
     @classmethod
@@ -32,13 +31,10 @@ class Transcript:
         """The transcript with one more message."""
         longer = object.__new__(type(self))
         longer.function = self.function
-        longer._digest = None
         longer._hash = self._hash.copy()
         longer._hash.update(message)
         return longer
 
     def digest(self) -> bytes:
         """The hash of everything so far."""
-        if self._digest is None:
-            self._digest = self._hash.digest()
-        return self._digest
+        return self._hash.digest()

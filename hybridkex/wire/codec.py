@@ -33,7 +33,8 @@ class Reader:
     """A cursor over bytes, from ``start`` to ``end``.
 
     Numbers are read where they lie and a vector's reader looks at the same bytes: a slice for each
-    of them would cost more than all the rest of a message.
+    of them would cost more than all the rest of a message. Each method moves the cursor by itself,
+    since a call for it would cost as much as the reading.
     """
 
     __slots__ = ("_data", "_end", "_position")
@@ -48,19 +49,17 @@ class Reader:
         """Bytes not yet read."""
         return self._end - self._position
 
-    def _advance(self, length: int) -> int:
-        """Go past ``length`` bytes; returns where they start."""
-        start = self._position
-        end = start + length
-        if end > self._end:
-            raise DecodeError(f"{length} bytes expected where {self._end - start} are left")
-        self._position = end
-        return start
+    def _too_short(self, length: int) -> DecodeError:
+        return DecodeError(f"{length} bytes expected where {self.remaining} are left")
 
     def take(self, length: int) -> bytes:
         """Exactly ``length`` bytes."""
-        start = self._advance(length)
-        return self._data[start : self._position]
+        start = self._position
+        end = start + length
+        if end > self._end:
+            raise self._too_short(length)
+        self._position = end
+        return self._data[start:end]
 
     def rest(self) -> bytes:
         """All that is left."""
@@ -68,11 +67,19 @@ class Reader:
 
     def u8(self) -> int:
         """An unsigned 8-bit integer."""
-        return self._data[self._advance(1)]
+        start = self._position
+        if start >= self._end:
+            raise self._too_short(1)
+        self._position = start + 1
+        return self._data[start]
 
     def u16(self) -> int:
         """An unsigned 16-bit integer."""
-        start, data = self._advance(2), self._data
+        start, data = self._position, self._data
+        end = start + 2
+        if end > self._end:
+            raise self._too_short(2)
+        self._position = end
         return data[start] << 8 | data[start + 1]
 
     def u24(self) -> int:
@@ -89,14 +96,22 @@ class Reader:
 
     def _content(self, width: int, least: int, most: int | None) -> int:
         """Go past a vector; returns where its content starts."""
-        start, data = self._advance(width), self._data
+        head, data = self._position, self._data
+        start = head + width
+        if start > self._end:
+            raise self._too_short(width)
         if width == 2:
-            length = data[start] << 8 | data[start + 1]
+            length = data[head] << 8 | data[head + 1]
         else:
-            length = int.from_bytes(data[start : start + width], "big")
+            length = int.from_bytes(data[head:start], "big")
         if length < least or (most is not None and length > most):
             raise DecodeError(f"a vector of {length} bytes where {least} to {most or '...'} may be")
-        return self._advance(length)
+        end = start + length
+        if end > self._end:
+            self._position = start
+            raise self._too_short(length)
+        self._position = end
+        return start
 
     def vector(self, width: int, least: int = 0, most: int | None = None) -> "Reader":
         """A reader over a vector: a length of ``width`` bytes, then ``least..most`` of content."""

@@ -12,7 +12,8 @@ configuration and changes nothing here.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from enum import Enum, auto
+from enum import IntEnum, auto
+from functools import lru_cache
 from typing import ClassVar, Final, Self, TypeVar
 
 from hybridkex.constants import CertificateType, ExtensionType
@@ -81,7 +82,7 @@ MAX_HOST_NAME: Final = 255
 """Bytes of a DNS name (RFC 1035 section 2.3.4)."""
 
 
-class MessageKind(Enum):
+class MessageKind(IntEnum):
     """The messages that carry extensions."""
 
     CLIENT_HELLO = auto()
@@ -791,6 +792,13 @@ class Extensions:
     def __init__(self, extensions: Iterable[AnyExtension] = ()) -> None:
         self._by_type: dict[int, AnyExtension] = {one.type: one for one in extensions}
 
+    @classmethod
+    def by_type(cls, extensions: dict[int, AnyExtension]) -> "Extensions":
+        """Those that are sorted by their types already."""
+        made = cls()
+        made._by_type = extensions
+        return made
+
     def get(self, cls: type[E]) -> E | None:
         """The extension of this class, if the message has it."""
         found = self._by_type.get(cls.type)
@@ -867,15 +875,16 @@ def parse(kind: MessageKind, reader: Reader) -> Extensions:
             )
         else:
             found[type_] = UnknownExtension(type_, body.rest())
-    return Extensions(found.values())
+    return Extensions.by_type(found)
 
 
-def answerable(kind: MessageKind, sent: Iterable[Extension]) -> frozenset[int]:
+@lru_cache(maxsize=64)
+def answerable(kind: MessageKind, sent: tuple[type[Extension], ...]) -> frozenset[int]:
     """The types that a server may put into a message of this kind.
 
     Args:
         kind: the message.
-        sent: the extensions of the ClientHello.
+        sent: the classes of the extensions in the ClientHello.
     """
     table = _PARSERS[kind]
     return _UNASKED[kind] | {

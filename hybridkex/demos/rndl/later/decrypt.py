@@ -404,7 +404,7 @@ class _Opened:
             side: [TrafficKey(self._suite, stolen[name])]
             for side, name in ((True, "client"), (False, "server"))
         }
-        self._resumption = stolen["resumption"]
+        self._resumption = stolen.get("resumption", b"")
         if "salt" in stolen:
             self._chain = Chain(
                 self._suite, stolen["salt"], stolen["transcript"], stolen["exporter"]

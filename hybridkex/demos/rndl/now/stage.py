@@ -183,8 +183,9 @@ class Stage:
             "random": records.client_random,
             "client": records.writer.protection.traffic.secret.reveal(),
             "server": records.reader.protection.traffic.secret.reveal(),
-            "resumption": connected.resumption.secret.reveal(),
         }
+        if connected.resumption is not None:
+            loot["resumption"] = connected.resumption.secret.reveal()
         if connected.updates is not None:
             generation = connected.updates._generation
             loot["salt"] = generation.salt.reveal()

@@ -16,7 +16,7 @@ import trio
 from hybridkex import HybridkexError, SecureStream, ServerConfig, Session, serve_secure_tcp
 from hybridkex.apps import no_connection, parse_tcp_address, watch_peer
 from hybridkex.cli.channel import client_config, server_config
-from hybridkex.cli.options import add_channel_options, channel_options
+from hybridkex.cli.options import ChannelOptions, add_options, from_namespace
 
 from .client import Client
 from .hub import Hub
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
             choices=("debug", "info", "warning"),
             help="what is told on standard error (default: warning)",
         )
-        add_channel_options(one, alpn=PROTOCOL)
+        add_options(one, ChannelOptions, alpn=[PROTOCOL])
     return parser
 
 
@@ -158,7 +158,7 @@ async def _serve(args: argparse.Namespace) -> None:
     try:
         hub = Hub(store, queue=args.queue, most=args.most, away=args.away)
         async with (
-            server_config(channel_options(args), **_server_options(args)) as config,
+            server_config(from_namespace(ChannelOptions, args), **_server_options(args)) as config,
             trio.open_nursery() as nursery,
         ):
             nursery.start_soon(hub.run)
@@ -202,7 +202,7 @@ async def _listen(
 async def _take_part(args: argparse.Namespace) -> None:
     address = parse_tcp_address(args.address, default_port=_PORT)
     streams: list[SecureStream[Any]] = []
-    async with client_config(channel_options(args)) as config:
+    async with client_config(from_namespace(ChannelOptions, args)) as config:
 
         async def connect() -> trio.abc.Stream:
             tcp = await trio.open_tcp_stream(address.host, address.port, local_address=args.bind)
@@ -251,7 +251,7 @@ async def _pair(args: argparse.Namespace) -> None:
     streams: list[SecureStream[Any]] = []
     try:
         async with (
-            server_config(channel_options(args), **_server_options(args)) as config,
+            server_config(from_namespace(ChannelOptions, args), **_server_options(args)) as config,
             trio.open_nursery() as nursery,
         ):
             nursery.start_soon(hub.run)

@@ -1,8 +1,8 @@
 """The ``hybridkex`` command.
 
-A command is two modules: one here with ``configure(parser)``, which adds its options and names the
-dataclass that they are parsed into, and one in :mod:`hybridkex.cli.actions` with the function that
-takes this dataclass and returns the exit status (:mod:`hybridkex.cli.arguments`). The first imports
+A command is two modules: one here with a dataclass of its options (:mod:`hybridkex.cli.arguments`)
+and ``configure(parser)``, and one in :mod:`hybridkex.cli.actions` with the function that takes this
+dataclass and returns the exit status. The first imports
 neither the engine nor trio nor any extra, the second is imported when the command runs.
 """
 

@@ -1,22 +1,202 @@
-"""How parsed options become the argument of a command's function.
+"""How a dataclass declares the options of a command, and becomes the argument of its function.
 
-The parser of a command names a dataclass and the function that takes it. Only this module connects
-the two: the function's module is imported when the command runs, so that ``--help`` and wrong
-options need neither heavy imports nor an extra.
+Each field is an option or a positional argument (:func:`option`, :func:`argument`), or a dataclass
+of further ones (:func:`nested`). The field's type says how a value is parsed, how often an option
+may be given, and whether it must be. The function's module is imported when the command runs, so
+that ``--help`` and wrong options need neither heavy imports nor an extra.
 """
 
 import argparse
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
+from pathlib import Path
+from types import NoneType
+from typing import Any, Final, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from hybridkex.cli.values import comma_list, file_path, number, whole_number
 from hybridkex.errors import ConfigError
 
-__all__ = ["Action", "from_namespace"]
+__all__ = [
+    "Action",
+    "Exclusive",
+    "Group",
+    "add_action",
+    "add_options",
+    "argument",
+    "from_namespace",
+    "nested",
+    "option",
+]
 
 T = TypeVar("T")
+
+_PARSED: Final[dict[object, dict[str, Any]]] = {
+    int: {"type": whole_number, "metavar": "N"},
+    float: {"type": number},
+    Path: {"type": file_path, "metavar": "FILE"},
+}
+"""How values are parsed, unless an option says otherwise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """A group of options under a title of its own."""
+
+    title: str
+    description: str | None = None
+
+    def made_in(self, parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
+        """Add it to a parser."""
+        return parser.add_argument_group(self.title, self.description)
+
+
+@dataclass(frozen=True, eq=False)
+class Exclusive:
+    """Options of which one at most can be given, or exactly one."""
+
+    required: bool = False
+
+    def made_in(self, parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
+        """Add it to a parser."""
+        return parser.add_mutually_exclusive_group(required=self.required)
+
+
+_AnyGroup = Group | Exclusive | None
+
+
+def option(text: str, *flags: str, group: _AnyGroup = None, **settings: Any) -> Any:
+    """A field that is an option.
+
+    ``bool`` makes a flag, a list an option that may be repeated. Any other option is required,
+    unless its type admits ``None`` or it has a default.
+
+    Args:
+        text: what ``--help`` says.
+        flags: its names, where they are not the field's.
+        group: where ``--help`` lists it.
+        settings: further arguments of :meth:`argparse.ArgumentParser.add_argument`.
+    """
+    return _declared(_Declared(group, {"help": text, **settings}, flags))
+
+
+def argument(text: str, **settings: Any) -> Any:
+    """A field that is a positional argument. A list takes one value or more, ``None`` makes it
+    optional. Its parameters are those of :func:`option`."""
+    return _declared(_Declared(None, {"help": text, **settings}, None))
+
+
+def nested(group: _AnyGroup = None, *, required: Collection[str] = ()) -> Any:
+    """A field that is a dataclass of further options.
+
+    Args:
+        group: where ``--help`` lists those that name no group themselves.
+        required: the names of fields that must be given here.
+    """
+    return _declared(_Nested(group, required))
+
+
+def add_options(parser: argparse.ArgumentParser, options: type, **preset: Any) -> None:
+    """Add the options of a dataclass to a parser, a class's own before those of its base.
+
+    Args:
+        parser: where to add them.
+        options: the dataclass.
+        preset: values of fields that are no options here.
+    """
+    parser.set_defaults(**preset)
+    _Adder(parser, preset).add(options)
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """An option; without ``flags``, a positional argument."""
+
+    group: _AnyGroup
+    settings: dict[str, Any]
+    flags: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class _Nested:
+    group: _AnyGroup
+    required: Collection[str]
+
+
+def _declared(what: _Declared | _Nested) -> Any:
+    return dataclasses.field(metadata={_Declared: what})
+
+
+class _Adder:
+    def __init__(self, parser: argparse.ArgumentParser, preset: Collection[str]) -> None:
+        self._parser = parser
+        self._preset = preset
+        self._parts: dict[_AnyGroup, argparse._ActionsContainer] = {None: parser}
+
+    def add(self, options: type, group: _AnyGroup = None, required: Collection[str] = ()) -> None:
+        kinds = get_type_hints(options)
+        fields = {one.name: one.metadata[_Declared] for one in dataclasses.fields(options)}
+        for name in _own_first(options):
+            if name in self._preset:
+                continue
+            what, kind = fields[name], kinds[name]
+            if isinstance(what, _Nested):
+                self.add(kind, what.group or group, what.required)
+                continue
+            part = self._part(what.group or group)
+            if what.flags is None:
+                part.add_argument(name, **_of_argument(kind, what.settings))
+            else:
+                flags = what.flags or (f"--{name.replace('_', '-')}",)
+                settings = _of_option(kind, what.settings)
+                if name in required:
+                    settings["required"] = True
+                part.add_argument(*flags, dest=name, **settings)
+
+    def _part(self, group: _AnyGroup) -> argparse._ActionsContainer:
+        part = self._parts.get(group)
+        if part is None:
+            part = self._parts[group] = cast(Group | Exclusive, group).made_in(self._parser)
+        return part
+
+
+def _own_first(options: type) -> Iterable[str]:
+    """The names of fields, a class's own before those of its base."""
+    return dict.fromkeys(
+        name for one in options.__mro__ for name in vars(one).get("__annotations__", ())
+    )
+
+
+def _of_argument(kind: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``add_argument`` for a positional argument."""
+    kind, optional = _without_none(kind)
+    if get_origin(kind) is list:
+        return {"nargs": "+", **_PARSED.get(get_args(kind)[0], {}), **settings}
+    return {**({"nargs": "?"} if optional else {}), **_PARSED.get(kind, {}), **settings}
+
+
+def _of_option(kind: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``add_argument`` for an option."""
+    kind, optional = _without_none(kind)
+    if kind is bool:
+        return {"action": "store_true", **settings}
+    if settings.get("type") is comma_list:
+        return {**settings}
+    if get_origin(kind) is list:
+        default: list[Any] | None = None if optional else []
+        parsed = _PARSED.get(get_args(kind)[0], {})
+        return {"action": "append", "default": default, **parsed, **settings}
+    required = {} if optional or "default" in settings else {"required": True}
+    return {**required, **_PARSED.get(kind, {}), **settings}
+
+
+def _without_none(kind: Any) -> tuple[Any, bool]:
+    """A type without ``None``, and whether it admits it."""
+    parts = get_args(kind)
+    if NoneType not in parts:
+        return kind, False
+    return next(one for one in parts if one is not NoneType), True
 
 
 def from_namespace(options: type[T], namespace: argparse.Namespace) -> T:
@@ -37,11 +217,11 @@ def from_namespace(options: type[T], namespace: argparse.Namespace) -> T:
 
 @dataclass(frozen=True)
 class Action:
-    """What a command does, for ``parser.set_defaults(action=...)``.
+    """What a command does; see :func:`add_action`.
 
     Args:
         module: its module in :mod:`hybridkex.cli.actions`.
-        options: a dataclass, see :func:`from_namespace`.
+        options: a dataclass of options.
         extra: what to install in brackets if a package is missing, such as ``kme,link``.
         function: takes the dataclass and returns the exit status.
     """
@@ -79,3 +259,9 @@ class Action:
             f"this command needs the package {missing.name.partition('.')[0]}, which is not "
             f"installed: pip install 'hybridkex[{self.extra}]'"
         )
+
+
+def add_action(parser: argparse.ArgumentParser, action: Action, **preset: Any) -> None:
+    """Make a parser that of a command. ``preset`` is that of :func:`add_options`."""
+    add_options(parser, action.options, **preset)
+    parser.set_defaults(action=action)

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass
 
-from hybridkex.cli.arguments import Action
+from hybridkex.cli.arguments import Action, add_action, argument
 from hybridkex.cli.choices import SHELLS
 from hybridkex.cli.help_text import describe
 
@@ -14,7 +14,7 @@ __all__ = ["CompletionOptions", "configure"]
 class CompletionOptions:
     """The options, parsed."""
 
-    shell: str
+    shell: str = argument("the shell to generate the script for", choices=SHELLS)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,5 +29,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
             "completion fish > ~/.config/fish/completions/hybridkex.fish",
         ],
     )
-    parser.add_argument("shell", choices=SHELLS, help="the shell to generate the script for")
-    parser.set_defaults(action=Action("completion", CompletionOptions, extra="completion"))
+    add_action(parser, Action("completion", CompletionOptions, extra="completion"))

@@ -4,10 +4,9 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridkex.cli.arguments import Action
+from hybridkex.cli.arguments import Action, add_action, argument, nested, option
 from hybridkex.cli.help_text import describe
-from hybridkex.cli.options import ChannelOptions, add_channel_options
-from hybridkex.cli.values import file_path, whole_number
+from hybridkex.cli.options import ChannelOptions
 
 __all__ = ["ConnectOptions", "configure"]
 
@@ -16,11 +15,13 @@ __all__ = ["ConnectOptions", "configure"]
 class ConnectOptions:
     """The options, parsed."""
 
-    host: str
-    port: int
-    server_name: str | None
-    resume: Path | None
-    channel: ChannelOptions
+    host: str = argument("the server's name or IP address", metavar="HOST")
+    port: int = argument("the server's TCP port", metavar="PORT")
+    server_name: str | None = option(
+        "the name in the server's certificate, if not HOST", metavar="NAME"
+    )
+    resume: Path | None = option("store session tickets in FILE and resume sessions with them")
+    channel: ChannelOptions = nested()
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,16 +42,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
         notes="The other end can be 'hybridkex listen' or 'openssl s_server' (3.5 or newer, or "
         "older with --groups x25519).",
     )
-    parser.add_argument("host", metavar="HOST", help="the server's name or IP address")
-    parser.add_argument("port", metavar="PORT", type=whole_number, help="the server's TCP port")
-    parser.add_argument(
-        "--server-name", metavar="NAME", help="the name in the server's certificate, if not HOST"
-    )
-    parser.add_argument(
-        "--resume",
-        type=file_path,
-        metavar="FILE",
-        help="store session tickets in FILE and resume sessions with them",
-    )
-    add_channel_options(parser)
-    parser.set_defaults(action=Action("connect", ConnectOptions))
+    add_action(parser, Action("connect", ConnectOptions))

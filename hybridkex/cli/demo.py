@@ -4,9 +4,9 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridkex.cli.arguments import Action
+from hybridkex.cli.arguments import Action, add_action, argument, option
 from hybridkex.cli.help_text import describe
-from hybridkex.cli.values import folder_path, number
+from hybridkex.cli.values import folder_path
 
 __all__ = ["DemoOptions", "configure"]
 
@@ -15,9 +15,15 @@ __all__ = ["DemoOptions", "configure"]
 class DemoOptions:
     """The options, parsed."""
 
-    file: str | None
-    keep: Path | None
-    distance: float
+    file: str | None = argument(
+        "the file to send (default: the largest library that hybridkex uses)", metavar="FILE"
+    )
+    keep: Path | None = option(
+        "keep Eve's recording in this folder, for Wireshark", type=folder_path, metavar="DIR"
+    )
+    distance: float = option(
+        "length of the QKD link's fibre (default: %(default)g)", metavar="KM", default=25.0
+    )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,23 +37,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
         examples=["demo", "demo holiday.jpg --distance 80", "demo --keep recording"],
         status="0 if the file arrived intact and nothing of it is in Eve's recording, 1 otherwise",
     )
-    parser.add_argument(
-        "file",
-        nargs="?",
-        metavar="FILE",
-        help="the file to send (default: the largest library that hybridkex uses)",
-    )
-    parser.add_argument(
-        "--keep",
-        type=folder_path,
-        metavar="DIR",
-        help="keep Eve's recording in this folder, for Wireshark",
-    )
-    parser.add_argument(
-        "--distance",
-        type=number,
-        default=25.0,
-        metavar="KM",
-        help="length of the QKD link's fibre (default: %(default)g)",
-    )
-    parser.set_defaults(action=Action("demo", DemoOptions, extra="kme,link"))
+    add_action(parser, Action("demo", DemoOptions, extra="kme,link"))

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridkex.cli.arguments import Action
+from hybridkex.cli.arguments import Action, add_action, argument, option
 from hybridkex.cli.choices import DEV_CA_ALGORITHMS
 from hybridkex.cli.help_text import describe
 from hybridkex.cli.values import folder_path
@@ -16,10 +16,22 @@ __all__ = ["DevCaOptions", "configure"]
 class DevCaOptions:
     """The options, parsed."""
 
-    directory: Path
-    name: list[str] | None
-    alg: str
-    force: bool
+    directory: Path = argument(
+        "the folder to write to; created if missing", type=folder_path, metavar="DIR"
+    )
+    name: list[str] | None = option(
+        "a host name or an IP address for the certificate; may be repeated (default: localhost, "
+        "with 127.0.0.1 and ::1)",
+        metavar="NAME",
+    )
+    alg: str = option(
+        f"the kind of keys: {', '.join(DEV_CA_ALGORITHMS)} (default: ecdsa); with ed25519 the "
+        "authority's is ecdsa; with rsa and rsa-pss the authority signs by PKCS #1 v1.5 and by PSS",
+        choices=DEV_CA_ALGORITHMS,
+        metavar="ALG",
+        default="ecdsa",
+    )
+    force: bool = option("replace existing files")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -35,27 +47,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ],
         notes="See docs/certificates.md.",
     )
-    parser.add_argument(
-        "directory",
-        type=folder_path,
-        metavar="DIR",
-        help="the folder to write to; created if missing",
-    )
-    parser.add_argument(
-        "--name",
-        action="append",
-        metavar="NAME",
-        help="a host name or an IP address for the certificate; may be repeated (default: "
-        "localhost, with 127.0.0.1 and ::1)",
-    )
-    parser.add_argument(
-        "--alg",
-        choices=DEV_CA_ALGORITHMS,
-        metavar="ALG",
-        default="ecdsa",
-        help=f"the kind of keys: {', '.join(DEV_CA_ALGORITHMS)} (default: ecdsa); with "
-        "ed25519 the authority's is ecdsa; with rsa "
-        "and rsa-pss the authority signs by PKCS #1 v1.5 and by PSS",
-    )
-    parser.set_defaults(action=Action("dev_ca", DevCaOptions))
-    parser.add_argument("--force", action="store_true", help="replace existing files")
+    add_action(parser, Action("dev_ca", DevCaOptions))

@@ -2,21 +2,27 @@
 
 import argparse
 from dataclasses import dataclass
+from typing import Final
 
-from hybridkex.cli.arguments import Action
+from hybridkex.cli.arguments import Action, Group, add_action, nested, option
 from hybridkex.cli.help_text import describe
-from hybridkex.cli.qkd_options import KmeOptions, add_kme_options
+from hybridkex.cli.qkd_options import KmeOptions
 
 __all__ = ["DoctorOptions", "configure"]
+
+
+_KME: Final = Group("a KME to query for its status")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
     """The options, parsed."""
 
-    json: bool
-    access: KmeOptions
-    peer_sae: str | None
+    json: bool = option("one JSON object on standard output")
+    access: KmeOptions = nested(_KME)
+    peer_sae: str | None = option(
+        "the peer's SAE ID to query the status for", metavar="ID", group=_KME
+    )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +39,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ],
         status="0 if everything required works, 1 otherwise",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    group = parser.add_argument_group("a KME to query for its status")
-    add_kme_options(group, required=False)
-    group.add_argument("--peer-sae", metavar="ID", help="the peer's SAE ID to query the status for")
-    parser.set_defaults(action=Action("doctor", DoctorOptions))
+    add_action(parser, Action("doctor", DoctorOptions))

@@ -7,14 +7,13 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridkex.cli.arguments import Action
+from hybridkex.cli.arguments import Action, add_action, argument, nested, option
 from hybridkex.cli.choices import KME_TLS_KINDS, PRODUCERS
 from hybridkex.cli.help_text import describe
-from hybridkex.cli.logs import add_log_options
-from hybridkex.cli.qkd_options import KmeOptions, add_kme_options
-from hybridkex.cli.values import file_path, folder_path, number, whole_number
-from hybridkex.errors import ConfigError
-from hybridkex.net.address import TcpAddress, parse_tcp_address
+from hybridkex.cli.logs import log_level
+from hybridkex.cli.qkd_options import KmeOptions
+from hybridkex.cli.values import folder_path, tcp_address
+from hybridkex.net.address import TcpAddress
 
 __all__ = ["DevUpOptions", "ExportPoolOptions", "ServeOptions", "StatusOptions", "configure"]
 
@@ -23,42 +22,60 @@ __all__ = ["DevUpOptions", "ExportPoolOptions", "ServeOptions", "StatusOptions",
 class ServeOptions:
     """``kme serve``."""
 
-    config: Path
-    log_level: str
+    config: Path = argument("a TOML file, see docs/kme.md")
+    log_level: str = log_level("warning")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatusOptions:
     """``kme status``."""
 
-    access: KmeOptions
-    sae: str
-    peer_sae: str
+    access: KmeOptions = nested(required=("kme", "kme_ca", "kme_cert", "kme_key"))
+    sae: str = option("our own SAE ID", metavar="ID")
+    peer_sae: str = option("the peer's SAE ID", metavar="ID")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportPoolOptions(StatusOptions):
     """``kme export-pool``."""
 
-    key_pool: Path
-    pool_key: Path
-    ids: Path
-    number: int
-    role: str
+    key_pool: Path = option("the pool file")
+    pool_key: Path = option("the key file that encrypts it; created if missing")
+    ids: Path = option("key IDs: the master writes them, the slave reads them")
+    number: int = option("keys to draw (default: 100)", default=100)
+    role: str = option(
+        "master: draw new keys; slave: collect the keys of --ids (default: %(default)s)",
+        choices=("master", "slave"),
+        default="master",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DevUpOptions:
     """``kme dev-up``."""
 
-    folder: Path
-    ports: str
-    tls: str
-    producer: str
-    distance: float | None
-    metrics: TcpAddress | None
-    no_serve: bool
-    log_level: str
+    folder: Path = argument(
+        "the folder to write to; created if missing", type=folder_path, metavar="DIR"
+    )
+    ports: str = option(
+        "the two KMEs' ports; 0 picks free ones (default: %(default)s)",
+        metavar="A,B",
+        default="8443,8444",
+    )
+    tls: str = option(
+        "TLS between SAE and KME (default: %(default)s)", choices=KME_TLS_KINDS, default="stdlib"
+    )
+    producer: str = option(
+        "what makes the keys: random numbers or a simulated QKD link (default: %(default)s)",
+        choices=PRODUCERS,
+        default="random",
+    )
+    distance: float | None = option("length of the QKD link's fibre (default: 50)", metavar="KM")
+    metrics: TcpAddress | None = option(
+        "serve Prometheus metrics at this HOST:PORT", type=tcp_address, metavar="ADDR"
+    )
+    no_serve: bool = option("write the files and exit")
+    log_level: str = log_level("warning")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -81,11 +98,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         status="0 after SIGTERM or SIGINT, 1 when it cannot start",
         notes="See docs/kme.md.",
     )
-    serve.add_argument(
-        "config", type=file_path, metavar="FILE", help="a TOML file, see docs/kme.md"
-    )
-    add_log_options(serve, default="warning")
-    serve.set_defaults(action=_action(ServeOptions, "serve"))
+    add_action(serve, _action(ServeOptions, "serve"))
 
     status = commands.add_parser("status", help="print a KME's status for a peer, as JSON")
     describe(
@@ -97,8 +110,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             "      --kme-key a.key --sae sae-a --peer-sae sae-b",
         ],
     )
-    _add_access(status)
-    status.set_defaults(action=_action(StatusOptions, "status"))
+    add_action(status, _action(StatusOptions, "status"))
 
     pool = commands.add_parser(
         "export-pool",
@@ -116,34 +128,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             "      --kme-key a.key --sae sae-a --peer-sae sae-b",
         ],
     )
-    _add_access(pool)
-    pool.add_argument(
-        "--key-pool", type=file_path, required=True, metavar="FILE", help="the pool file"
-    )
-    pool.add_argument(
-        "--pool-key",
-        type=file_path,
-        required=True,
-        metavar="FILE",
-        help="the key file that encrypts it; created if missing",
-    )
-    pool.add_argument(
-        "--ids",
-        type=file_path,
-        required=True,
-        metavar="FILE",
-        help="key IDs: the master writes them, the slave reads them",
-    )
-    pool.add_argument(
-        "--number", type=whole_number, default=100, metavar="N", help="keys to draw (default: 100)"
-    )
-    pool.add_argument(
-        "--role",
-        choices=("master", "slave"),
-        default="master",
-        help="master: draw new keys; slave: collect the keys of --ids (default: %(default)s)",
-    )
-    pool.set_defaults(action=_action(ExportPoolOptions, "export_pool"))
+    add_action(pool, _action(ExportPoolOptions, "export_pool"))
 
     dev_up = commands.add_parser(
         "dev-up", help="make certificates and configuration for two sites, and run both KMEs"
@@ -156,54 +141,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         status="0 after SIGTERM or SIGINT, 1 when it cannot start",
         notes="For tests and first steps: both sites' keys are on one machine. See docs/kme.md.",
     )
-    dev_up.add_argument(
-        "folder", type=folder_path, metavar="DIR", help="the folder to write to; created if missing"
-    )
-    dev_up.add_argument(
-        "--ports",
-        default="8443,8444",
-        metavar="A,B",
-        help="the two KMEs' ports; 0 picks free ones (default: %(default)s)",
-    )
-    dev_up.add_argument(
-        "--tls",
-        default="stdlib",
-        choices=KME_TLS_KINDS,
-        help="TLS between SAE and KME (default: %(default)s)",
-    )
-    dev_up.add_argument(
-        "--producer",
-        default="random",
-        choices=PRODUCERS,
-        help="what makes the keys: random numbers or a simulated QKD link (default: %(default)s)",
-    )
-    dev_up.add_argument(
-        "--distance", type=number, metavar="KM", help="length of the QKD link's fibre (default: 50)"
-    )
-    dev_up.add_argument(
-        "--metrics",
-        type=_address,
-        metavar="ADDR",
-        help="serve Prometheus metrics at this HOST:PORT",
-    )
-    dev_up.add_argument("--no-serve", action="store_true", help="write the files and exit")
-    add_log_options(dev_up, default="warning")
-    dev_up.set_defaults(action=_action(DevUpOptions, "dev_up"))
+    add_action(dev_up, _action(DevUpOptions, "dev_up"))
 
 
 def _action(options: type, function: str) -> Action:
     return Action("kme", options, extra="kme", function=function)
-
-
-def _address(text: str) -> TcpAddress:
-    try:
-        return parse_tcp_address(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _add_access(parser: argparse.ArgumentParser) -> None:
-    """The options for the KME and our identity at it; the same as those of ``connect``."""
-    add_kme_options(parser, required=True)
-    parser.add_argument("--sae", required=True, metavar="ID", help="our own SAE ID")
-    parser.add_argument("--peer-sae", required=True, metavar="ID", help="the peer's SAE ID")

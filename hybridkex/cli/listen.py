@@ -4,11 +4,10 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridkex.cli.arguments import Action
+from hybridkex.cli.arguments import Action, add_action, argument, nested, option
 from hybridkex.cli.help_text import describe
-from hybridkex.cli.logs import add_log_options
-from hybridkex.cli.options import ChannelOptions, add_channel_options
-from hybridkex.cli.values import file_path, whole_number
+from hybridkex.cli.logs import log_level
+from hybridkex.cli.options import ChannelOptions, port_file
 
 __all__ = ["ListenOptions", "configure"]
 
@@ -17,13 +16,13 @@ __all__ = ["ListenOptions", "configure"]
 class ListenOptions:
     """The options, parsed."""
 
-    port: int
-    require_client_cert: bool
-    echo: bool
-    once: bool
-    port_file: Path | None
-    log_level: str
-    channel: ChannelOptions
+    port: int = argument("the TCP port; 0 picks a free one", metavar="PORT")
+    require_client_cert: bool = option("refuse clients without a certificate")
+    echo: bool = option("send each client's data back; serve many at once")
+    once: bool = option("end after the first connection")
+    port_file: Path | None = port_file()
+    log_level: str = log_level("warning")
+    channel: ChannelOptions = nested()
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,22 +40,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
         status="0 after a clean close (with --once: of the one connection), 1 otherwise",
         notes="A failed handshake ends the command only with --once.",
     )
-    parser.add_argument(
-        "port", metavar="PORT", type=whole_number, help="the TCP port; 0 picks a free one"
-    )
-    parser.add_argument(
-        "--require-client-cert", action="store_true", help="refuse clients without a certificate"
-    )
-    parser.add_argument(
-        "--echo", action="store_true", help="send each client's data back; serve many at once"
-    )
-    parser.add_argument("--once", action="store_true", help="end after the first connection")
-    parser.add_argument(
-        "--port-file",
-        type=file_path,
-        metavar="FILE",
-        help="write the port number to FILE once it is open",
-    )
-    add_log_options(parser, default="warning")
-    add_channel_options(parser)
-    parser.set_defaults(action=Action("listen", ListenOptions))
+    add_action(parser, Action("listen", ListenOptions))

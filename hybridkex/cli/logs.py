@@ -4,15 +4,15 @@ systemd's journal stamps each line with time and program itself and reads a prio
 (sd-daemon(3)); a person or a file wants the time in the line.
 """
 
-import argparse
 import logging
 import os
 import sys
-from typing import Final, TextIO
+from typing import Any, Final, TextIO
 
+from hybridkex.cli.arguments import option
 from hybridkex.text import PRINTABLE
 
-__all__ = ["add_log_options", "set_up_logging"]
+__all__ = ["log_level", "set_up_logging"]
 
 _PRIORITIES: Final = (
     (logging.CRITICAL, 2),
@@ -23,13 +23,12 @@ _PRIORITIES: Final = (
 )
 
 
-def add_log_options(parser: argparse.ArgumentParser, *, default: str = "info") -> None:
-    """Add ``--log-level``."""
-    parser.add_argument(
-        "--log-level",
+def log_level(default: str = "info") -> Any:
+    """The field of ``--log-level``."""
+    return option(
+        f"the least severe messages to log on standard error (default: {default})",
         choices=("debug", "info", "warning", "error"),
         default=default,
-        help=f"the least severe messages to log on standard error (default: {default})",
     )
 
 

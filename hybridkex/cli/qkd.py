@@ -7,10 +7,10 @@ import argparse
 from dataclasses import dataclass
 
 from hybridkex.cli import qkd_data, qkd_scan
-from hybridkex.cli.arguments import Action
-from hybridkex.cli.choices import FINITE_KEY, LEAKS, LINK_BOOTSTRAPS, LINK_PRESETS
+from hybridkex.cli.arguments import Action, add_action, option
+from hybridkex.cli.choices import LINK_BOOTSTRAPS
 from hybridkex.cli.help_text import describe
-from hybridkex.cli.values import number, whole_number
+from hybridkex.cli.link_options import as_published, distance, finite_key, key_bits, leak, preset
 
 __all__ = ["RunOptions", "configure"]
 
@@ -19,20 +19,30 @@ __all__ = ["RunOptions", "configure"]
 class RunOptions:
     """``qkd run``."""
 
-    distance: float
-    preset: str
-    as_published: bool
-    blocks: int
-    block_bits: int
-    key_bits: int
-    eve: str | None
-    bootstrap: str
-    finite_key: str
-    leak: str
-    satellite: float | None
-    real_time: bool
-    seed: int | None
-    json: bool
+    distance: float = distance()
+    preset: str = preset()
+    as_published: bool = as_published()
+    blocks: int = option("number of blocks to make (default: %(default)s)", default=3)
+    block_bits: int = option("sifted bits in each block (default: %(default)s)", default=1_000_000)
+    key_bits: int = key_bits()
+    eve: str | None = option(
+        "an eavesdropper: intercept:SHARE or split:SHARE of the light, pns (photon-number "
+        "splitting), mitm, or tamper:BYTE, which flips a bit of what Alice receives",
+        metavar="WHAT",
+    )
+    bootstrap: str = option(
+        "what authenticates the first block (default: %(default)s)",
+        choices=LINK_BOOTSTRAPS,
+        default="psk",
+    )
+    finite_key: str = finite_key()
+    leak: str = leak()
+    satellite: float | None = option(
+        "simulate a satellite pass up to this elevation instead of a fibre", metavar="DEG"
+    )
+    real_time: bool = option("run at the speed of the laser's clock")
+    seed: int | None = option("make the run repeatable; its keys are then predictable")
+    json: bool = option("one JSON line for each block")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -67,86 +77,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         status="0 if every block made keys, 1 if one was aborted or the link stopped",
         notes="See docs/qkd-link.md.",
     )
-    run_.add_argument(
-        "--distance",
-        type=number,
-        default=50.0,
-        metavar="KM",
-        help="length of the fibre (default: %(default)g)",
-    )
-    run_.add_argument(
-        "--preset",
-        metavar="NAME",
-        default="lim2014",
-        help=f"one of {', '.join(LINK_PRESETS)} (default: %(default)s)",
-    )
-    run_.add_argument(
-        "--as-published",
-        action="store_true",
-        help="use the preset's own intensities, not the best ones for the distance",
-    )
-    run_.add_argument(
-        "--blocks",
-        type=whole_number,
-        default=3,
-        metavar="N",
-        help="number of blocks to make (default: %(default)s)",
-    )
-    run_.add_argument(
-        "--block-bits",
-        type=whole_number,
-        default=1_000_000,
-        metavar="N",
-        help="sifted bits in each block (default: %(default)s)",
-    )
-    run_.add_argument(
-        "--key-bits",
-        type=whole_number,
-        default=256,
-        metavar="N",
-        help="bits in each key (default: %(default)s)",
-    )
-    run_.add_argument(
-        "--eve",
-        metavar="WHAT",
-        help="an eavesdropper: intercept:SHARE or split:SHARE of the light, pns (photon-number "
-        "splitting), mitm, or tamper:BYTE, which flips a bit of what Alice receives",
-    )
-    run_.add_argument(
-        "--bootstrap",
-        default="psk",
-        choices=LINK_BOOTSTRAPS,
-        help="what authenticates the first block (default: %(default)s)",
-    )
-    run_.add_argument(
-        "--finite-key",
-        default=FINITE_KEY[0],
-        choices=FINITE_KEY,
-        help="the finite-key bound to use (default: %(default)s)",
-    )
-    run_.add_argument(
-        "--leak",
-        default=LEAKS[0],
-        choices=LEAKS,
-        help="whose parities count as leaked (default: %(default)s)",
-    )
-    run_.add_argument(
-        "--satellite",
-        type=number,
-        metavar="DEG",
-        help="simulate a satellite pass up to this elevation instead of a fibre",
-    )
-    run_.add_argument(
-        "--real-time", action="store_true", help="run at the speed of the laser's clock"
-    )
-    run_.add_argument(
-        "--seed",
-        type=whole_number,
-        metavar="N",
-        help="make the run repeatable; its keys are then predictable",
-    )
-    run_.add_argument("--json", action="store_true", help="one JSON line for each block")
-    run_.set_defaults(action=Action("qkd", RunOptions, extra="link"))
+    add_action(run_, Action("qkd", RunOptions, extra="link"))
 
     qkd_data.configure(commands)
     qkd_scan.configure(commands)

@@ -4,13 +4,13 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridkex.cli.arguments import Action
+from hybridkex.cli.arguments import Action, add_action, argument, nested, option
 from hybridkex.cli.choices import TRANSFER_PROTOCOL
 from hybridkex.cli.help_text import describe
-from hybridkex.cli.logs import add_log_options
-from hybridkex.cli.options import ChannelOptions, add_channel_options
+from hybridkex.cli.logs import log_level
+from hybridkex.cli.options import ChannelOptions, port_file
 from hybridkex.cli.send import DEFAULT_PORT
-from hybridkex.cli.values import file_path, folder_path, whole_number
+from hybridkex.cli.values import folder_path
 
 __all__ = ["ReceiveOptions", "configure"]
 
@@ -19,15 +19,24 @@ __all__ = ["ReceiveOptions", "configure"]
 class ReceiveOptions:
     """The options, parsed."""
 
-    folder: Path
-    port: int
-    port_file: Path | None
-    overwrite: bool
-    anyone: bool
-    once: bool
-    max_connections: int
-    log_level: str
-    channel: ChannelOptions
+    folder: Path = argument(
+        "the folder to store files in; created if missing", type=folder_path, metavar="DIR"
+    )
+    port: int = option(
+        "the TCP port; 0 picks a free one (default: %(default)s)",
+        metavar="PORT",
+        default=DEFAULT_PORT,
+    )
+    port_file: Path | None = port_file()
+    overwrite: bool = option("replace existing files")
+    anyone: bool = option("accept files from unauthenticated senders")
+    once: bool = option("exit after one sender has finished")
+    max_connections: int = option(
+        "most senders at once; others are told to try again later (default: %(default)s)",
+        default=64,
+    )
+    log_level: str = log_level("warning")
+    channel: ChannelOptions = nested()
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -44,37 +53,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
         status="0 after --once, SIGTERM or SIGINT, 1 after an error",
         notes="See docs/file-transfer.md.",
     )
-    parser.add_argument(
-        "folder",
-        type=folder_path,
-        metavar="DIR",
-        help="the folder to store files in; created if missing",
-    )
-    parser.add_argument(
-        "--port",
-        metavar="PORT",
-        type=whole_number,
-        default=DEFAULT_PORT,
-        help="the TCP port; 0 picks a free one (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--port-file",
-        type=file_path,
-        metavar="FILE",
-        help="write the port number to FILE once it is open",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
-    parser.add_argument(
-        "--anyone", action="store_true", help="accept files from unauthenticated senders"
-    )
-    parser.add_argument("--once", action="store_true", help="exit after one sender has finished")
-    parser.add_argument(
-        "--max-connections",
-        metavar="N",
-        type=whole_number,
-        default=64,
-        help="most senders at once; others are told to try again later (default: %(default)s)",
-    )
-    add_log_options(parser, default="warning")
-    add_channel_options(parser, alpn=TRANSFER_PROTOCOL)
-    parser.set_defaults(action=Action("receive", ReceiveOptions))
+    add_action(parser, Action("receive", ReceiveOptions), alpn=[TRANSFER_PROTOCOL])

@@ -9,9 +9,9 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridkex.cli.arguments import Action
+from hybridkex.cli.arguments import Action, add_action, option
 from hybridkex.cli.help_text import describe
-from hybridkex.cli.values import file_path, folder_path
+from hybridkex.cli.values import folder_path
 
 __all__ = ["RndlOptions", "configure"]
 
@@ -20,9 +20,14 @@ __all__ = ["RndlOptions", "configure"]
 class RndlOptions:
     """The options, parsed."""
 
-    html: Path | None
-    json: Path | None
-    keep: Path | None
+    html: Path | None = option("write the report as one HTML page")
+    json: Path | None = option("write the report as JSON")
+    keep: Path | None = option(
+        "keep the recordings (pcapng), key logs for Wireshark, and each adversary's files in a new "
+        "folder",
+        type=folder_path,
+        metavar="DIR",
+    )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,15 +42,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
         status="0 if each adversary read what was predicted and nothing else, 1 otherwise",
         notes="See docs/record-now-decrypt-later.md.",
     )
-    parser.add_argument(
-        "--html", type=file_path, metavar="FILE", help="write the report as one HTML page"
-    )
-    parser.add_argument("--json", type=file_path, metavar="FILE", help="write the report as JSON")
-    parser.add_argument(
-        "--keep",
-        type=folder_path,
-        metavar="DIR",
-        help="keep the recordings (pcapng), key logs for Wireshark, and each adversary's files in "
-        "a new folder",
-    )
-    parser.set_defaults(action=Action("rndl", RndlOptions, extra="apps,kme"))
+    add_action(parser, Action("rndl", RndlOptions, extra="apps,kme"))

@@ -6,12 +6,13 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hybridkex.cli.arguments import Action
+from hybridkex.cli.arguments import Action, add_action, argument, nested, option
 from hybridkex.cli.help_text import describe
-from hybridkex.cli.logs import add_log_options
-from hybridkex.cli.options import ChannelOptions, add_channel_options
-from hybridkex.cli.values import address, file_path, number, whole_number
+from hybridkex.cli.logs import log_level
+from hybridkex.cli.options import ChannelOptions, port_file
+from hybridkex.cli.values import address
 
 __all__ = [
     "ConnectOptions",
@@ -19,76 +20,99 @@ __all__ = [
     "ListenOptions",
     "ProcessOptions",
     "TunnelOptions",
-    "add_connect_options",
-    "add_listen_options",
-    "add_process_options",
     "configure",
 ]
+
+
+def _address(text: str) -> Any:
+    return option(f"{text}: HOST:PORT or unix:/path", type=address, metavar="ADDRESS")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessOptions:
     """Process-wide settings: in a file, once, above the tunnels."""
 
-    metrics: str | None
-    grace: float
-    log_level: str
+    metrics: str | None = option(
+        "serve Prometheus metrics here, over plain HTTP", metavar="HOST:PORT"
+    )
+    grace: float = option(
+        "time for open connections after SIGTERM (default: %(default)g)",
+        metavar="SECONDS",
+        default=30.0,
+    )
+    log_level: str = log_level()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TunnelOptions:
     """The options of both ends of a tunnel."""
 
-    name: str | None
     local: str
-    max_connections: int
-    handshake_timeout: float
-    connect_timeout: float
-    idle_timeout: float | None
-    socket_mode: str
-    port_file: Path | None
-    channel: ChannelOptions
+    name: str | None = option("the tunnel's name in logs and metrics (default: its address)")
+    max_connections: int = option("most connections at once (default: %(default)s)", default=256)
+    handshake_timeout: float = option(
+        "time for a handshake (default: %(default)s)", metavar="SECONDS", default=10.0
+    )
+    connect_timeout: float = option(
+        "time for the onward connection (default: %(default)s)", metavar="SECONDS", default=10.0
+    )
+    idle_timeout: float | None = option(
+        "cut a connection after this time without data (default: none)", metavar="SECONDS"
+    )
+    socket_mode: str = option(
+        "permissions of the Unix socket it listens on (default: %(default)s)",
+        metavar="OCTAL",
+        default="600",
+    )
+    port_file: Path | None = port_file()
+    channel: ChannelOptions = nested()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ListenOptions(TunnelOptions):
     """The end next to the server program."""
 
-    target: str
-    require_client_cert: bool
-    allow: list[str]
+    local: str = _address("where to accept secure channels")
+    target: str = _address("where the program listens")
+    require_client_cert: bool = option("refuse clients without a certificate")
+    allow: list[str] = option(
+        "accept only clients with this name (DNS name, IP address or URI in the certificate's "
+        "subjectAltName) or this key (sha256:PIN); may be repeated",
+        metavar="NAME",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectOptions(TunnelOptions):
     """The end next to the client program."""
 
-    remote: str
-    server_name: str | None
+    local: str = _address("where to accept the program's connections")
+    remote: str = _address("the other end of the tunnel")
+    server_name: str | None = option("the name in its certificate, if not HOST", metavar="NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OneListener:
     """``tunnel listen``."""
 
-    tunnel: ListenOptions
-    process: ProcessOptions
+    tunnel: ListenOptions = nested()
+    process: ProcessOptions = nested()
 
 
 @dataclass(frozen=True, kw_only=True)
 class OneConnector:
     """``tunnel connect``."""
 
-    tunnel: ConnectOptions
-    process: ProcessOptions
+    tunnel: ConnectOptions = nested()
+    process: ProcessOptions = nested()
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
     """``tunnel run``."""
 
-    file: Path
-    check: bool
+    file: Path = argument("a TOML file, see docs/tunnel.md")
+    check: bool = option("check the file and exit")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -121,9 +145,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ],
         status="0 after SIGTERM or SIGINT, 1 when it cannot start",
     )
-    add_listen_options(listen)
-    add_process_options(listen)
-    listen.set_defaults(action=_action(OneListener, "listen"))
+    add_action(listen, _action(OneListener, "listen"))
 
     connect = commands.add_parser(
         "connect",
@@ -138,9 +160,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ],
         status="0 after SIGTERM or SIGINT, 1 when it cannot start",
     )
-    add_connect_options(connect)
-    add_process_options(connect)
-    connect.set_defaults(action=_action(OneConnector, "connect"))
+    add_action(connect, _action(OneConnector, "connect"))
 
     run = commands.add_parser(
         "run",
@@ -154,113 +174,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         status="0 after SIGTERM or SIGINT (with --check: the file is valid), 1 otherwise",
         notes="examples/tunnel has a systemd unit. See docs/tunnel.md.",
     )
-    run.add_argument("file", type=file_path, metavar="FILE", help="a TOML file, see docs/tunnel.md")
-    run.add_argument("--check", action="store_true", help="check the file and exit")
-    run.set_defaults(action=_action(FileOptions, "run_file"))
+    add_action(run, _action(FileOptions, "run_file"))
 
 
 def _action(options: type, function: str) -> Action:
     return Action("tunnel", options, extra="apps", function=function)
-
-
-def add_process_options(parser: argparse.ArgumentParser) -> None:
-    """Process-wide settings: in a file, once, above the tunnels."""
-    parser.add_argument(
-        "--metrics", metavar="HOST:PORT", help="serve Prometheus metrics here, over plain HTTP"
-    )
-    parser.add_argument(
-        "--grace",
-        type=number,
-        default=30.0,
-        metavar="SECONDS",
-        help="time for open connections after SIGTERM (default: %(default)g)",
-    )
-    add_log_options(parser)
-
-
-def _add_common_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--name", help="the tunnel's name in logs and metrics (default: its address)"
-    )
-    parser.add_argument(
-        "--max-connections",
-        metavar="N",
-        type=whole_number,
-        default=256,
-        help="most connections at once (default: %(default)s)",
-    )
-    for name, seconds, text in (
-        ("handshake-timeout", 10.0, "time for a handshake"),
-        ("connect-timeout", 10.0, "time for the onward connection"),
-        ("idle-timeout", None, "cut a connection after this time without data"),
-    ):
-        parser.add_argument(
-            f"--{name}",
-            type=number,
-            default=seconds,
-            metavar="SECONDS",
-            help=f"{text} (default: {seconds or 'none'})",
-        )
-    parser.add_argument(
-        "--socket-mode",
-        metavar="OCTAL",
-        default="600",
-        help="permissions of the Unix socket it listens on (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--port-file",
-        type=file_path,
-        metavar="FILE",
-        help="write the port number to FILE once it is open",
-    )
-    add_channel_options(parser)
-
-
-def add_listen_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--local",
-        required=True,
-        type=address,
-        metavar="ADDRESS",
-        help="where to accept secure channels: HOST:PORT or unix:/path",
-    )
-    parser.add_argument(
-        "--target",
-        required=True,
-        type=address,
-        metavar="ADDRESS",
-        help="where the program listens: HOST:PORT or unix:/path",
-    )
-    parser.add_argument(
-        "--require-client-cert", action="store_true", help="refuse clients without a certificate"
-    )
-    parser.add_argument(
-        "--allow",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="accept only clients with this name (DNS name, IP address or URI in the certificate's "
-        "subjectAltName) or this key (sha256:PIN); may be repeated",
-    )
-    _add_common_options(parser)
-
-
-def add_connect_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--local",
-        required=True,
-        type=address,
-        metavar="ADDRESS",
-        help="where to accept the program's connections: HOST:PORT or unix:/path",
-    )
-    parser.add_argument(
-        "--remote",
-        required=True,
-        type=address,
-        metavar="ADDRESS",
-        help="the other end of the tunnel: HOST:PORT or unix:/path",
-    )
-    parser.add_argument(
-        "--server-name", metavar="NAME", help="the name in its certificate, if not HOST"
-    )
-    _add_common_options(parser)

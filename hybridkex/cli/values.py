@@ -9,6 +9,9 @@ import math
 from pathlib import Path
 from typing import Final
 
+from hybridkex.errors import ConfigError
+from hybridkex.net.address import TcpAddress, parse_tcp_address
+
 __all__ = [
     "address",
     "comma_list",
@@ -16,6 +19,7 @@ __all__ = [
     "folder_path",
     "number",
     "renewal",
+    "tcp_address",
     "whole_number",
 ]
 
@@ -67,6 +71,14 @@ def _shortened(text: str) -> str:
 def address(text: str) -> str:
     """``HOST:PORT`` or ``unix:PATH``, with the path relative like that of a file."""
     return text
+
+
+def tcp_address(text: str) -> TcpAddress:
+    """``HOST:PORT``, parsed."""
+    try:
+        return parse_tcp_address(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def comma_list(text: str) -> list[str]:

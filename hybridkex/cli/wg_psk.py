@@ -5,43 +5,86 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from hybridkex.cli.arguments import Action
+from hybridkex.cli.arguments import Action, Exclusive, Group, add_action, nested, option
 from hybridkex.cli.choices import REKEY_AFTER
 from hybridkex.cli.help_text import describe
-from hybridkex.cli.logs import add_log_options
-from hybridkex.cli.qkd_options import QkdOptions, add_exchange_qkd_options
-from hybridkex.cli.values import file_path, number
+from hybridkex.cli.logs import log_level
+from hybridkex.cli.qkd_options import EXCHANGE_KEYS, ExchangeQkdOptions
 from hybridkex.tls.policy import Requirement
 
 __all__ = ["DEFAULT_PORT", "WgPskOptions", "configure"]
+
+
+DEFAULT_PORT: Final = 4436
+
+_ROLE: Final = Exclusive(required=True)
+_TUNNEL: Final = Group("the tunnel")
+_ENDS: Final = Group("the two ends")
+_WHEN: Final = Group("when")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WgPskOptions:
     """The options, parsed."""
 
-    connect: str | None
-    listen: str | None
-    interface: str
-    peer_key: str
-    wg: str
-    local: str
-    peer: str
-    key: Path | None
-    pin: list[str]
-    psk_file: Path | None
-    interval: float
-    max_age: float | None
-    fresh_psk: str
-    initial_psk: Literal["random", "keep"] | None
-    once: bool
-    port_file: Path | None
-    json: bool
-    log_level: str
-    qkd: QkdOptions
-
-
-DEFAULT_PORT: Final = 4436
+    connect: str | None = option(
+        f"the address where the peer listens (default port: {DEFAULT_PORT})",
+        metavar="HOST[:PORT]",
+        group=_ROLE,
+    )
+    listen: str | None = option(
+        "wait for the other end; port 0 picks a free one", metavar="[ADDR:]PORT", group=_ROLE
+    )
+    interface: str = option(
+        "the WireGuard interface, for example wg0", metavar="NAME", group=_TUNNEL
+    )
+    peer_key: str = option("the peer's WireGuard public key", metavar="BASE64", group=_TUNNEL)
+    wg: str = option(
+        "the wg command, for example 'sudo wg' (default: %(default)s)",
+        metavar="COMMAND",
+        default="wg",
+        group=_TUNNEL,
+    )
+    local: str = option("our name", metavar="NAME", group=_ENDS)
+    peer: str = option("the other end's --local", metavar="NAME", group=_ENDS)
+    key: Path | None = option("our private key (PEM)", group=_ENDS)
+    pin: list[str] = option(
+        "SHA-256 of the peer's public key (SPKI); requires --key", metavar="HEX", group=_ENDS
+    )
+    psk_file: Path | None = option(
+        "instead of --key and --pin: a file with 32 bytes in hex that both ends share (mode 600)",
+        group=_ENDS,
+    )
+    interval: float = option(
+        f"time between rotations (default: {REKEY_AFTER:g}, as often as WireGuard rekeys); the "
+        "connecting side decides",
+        metavar="SECONDS",
+        default=REKEY_AFTER,
+        group=_WHEN,
+    )
+    max_age: float | None = option(
+        "age at which a key is no longer fresh (default: three intervals)",
+        metavar="SECONDS",
+        group=_WHEN,
+    )
+    fresh_psk: str = option(
+        "without a fresh key, stop the tunnel with a random one (require, the default), or log a "
+        "warning and go on (prefer)",
+        choices=[Requirement.REQUIRE.value, Requirement.PREFER.value],
+        default=Requirement.REQUIRE.value,
+        group=_WHEN,
+    )
+    initial_psk: Literal["random", "keep"] | None = option(
+        "before the first rotation: block the tunnel with a random key (default with --fresh-psk "
+        "require), or keep the key that is installed, if any (default with prefer and with --once)",
+        choices=["random", "keep"],
+        group=_WHEN,
+    )
+    once: bool = option("rotate once, then exit", group=_WHEN)
+    port_file: Path | None = option("write the listening port to FILE", group=_WHEN)
+    json: bool = option("one JSON line on standard output for each rotation", group=_WHEN)
+    qkd: ExchangeQkdOptions = nested(EXCHANGE_KEYS)
+    log_level: str = log_level()
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -63,88 +106,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "options are invalid",
         notes="See docs/combiner.md.",
     )
-    role = parser.add_mutually_exclusive_group(required=True)
-    role.add_argument(
-        "--connect",
-        metavar="HOST[:PORT]",
-        help=f"the address where the peer listens (default port: {DEFAULT_PORT})",
-    )
-    role.add_argument(
-        "--listen", metavar="[ADDR:]PORT", help="wait for the other end; port 0 picks a free one"
-    )
-    tunnel = parser.add_argument_group("the tunnel")
-    tunnel.add_argument(
-        "--interface",
-        required=True,
-        metavar="NAME",
-        help="the WireGuard interface, for example wg0",
-    )
-    tunnel.add_argument(
-        "--peer-key", required=True, metavar="BASE64", help="the peer's WireGuard public key"
-    )
-    tunnel.add_argument(
-        "--wg",
-        default="wg",
-        metavar="COMMAND",
-        help="the wg command, for example 'sudo wg' (default: %(default)s)",
-    )
-    names = parser.add_argument_group("the two ends")
-    names.add_argument("--local", required=True, metavar="NAME", help="our name")
-    names.add_argument("--peer", required=True, metavar="NAME", help="the other end's --local")
-    names.add_argument("--key", type=file_path, metavar="FILE", help="our private key (PEM)")
-    names.add_argument(
-        "--pin",
-        action="append",
-        default=[],
-        metavar="HEX",
-        help="SHA-256 of the peer's public key (SPKI); requires --key",
-    )
-    names.add_argument(
-        "--psk-file",
-        type=file_path,
-        metavar="FILE",
-        help="instead of --key and --pin: a file with 32 bytes in hex that both ends share "
-        "(mode 600)",
-    )
-    when = parser.add_argument_group("when")
-    when.add_argument(
-        "--interval",
-        type=number,
-        default=REKEY_AFTER,
-        metavar="SECONDS",
-        help=f"time between rotations (default: {REKEY_AFTER:g}, as often as WireGuard rekeys); "
-        "the connecting side decides",
-    )
-    when.add_argument(
-        "--max-age",
-        type=number,
-        metavar="SECONDS",
-        help="age at which a key is no longer fresh (default: three intervals)",
-    )
-    when.add_argument(
-        "--fresh-psk",
-        choices=[Requirement.REQUIRE.value, Requirement.PREFER.value],
-        default=Requirement.REQUIRE.value,
-        help="without a fresh key, stop the tunnel with a random one (require, the default), or "
-        "log a warning and go on (prefer)",
-    )
-    when.add_argument(
-        "--initial-psk",
-        choices=["random", "keep"],
-        help="before the first rotation: block the tunnel with a random key (default with "
-        "--fresh-psk require), or keep the key that is installed, if any (default with prefer "
-        "and with --once)",
-    )
-    when.add_argument("--once", action="store_true", help="rotate once, then exit")
-    when.add_argument(
-        "--port-file",
-        type=file_path,
-        metavar="FILE",
-        help="write the listening port to FILE",
-    )
-    when.add_argument(
-        "--json", action="store_true", help="one JSON line on standard output for each rotation"
-    )
-    add_exchange_qkd_options(parser)
-    add_log_options(parser)
-    parser.set_defaults(action=Action("wg_psk", WgPskOptions))
+    add_action(parser, Action("wg_psk", WgPskOptions), requirement=None)

@@ -3,7 +3,6 @@
 ``docs/tunnel.md`` describes the configuration file and each step.
 """
 
-import argparse
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ import trio
 
 from hybridkex.apps.tunnel import TunnelConfig, TunnelMetrics, TunnelService, TunnelSettings
 from hybridkex.apps.tunnel.config import ConfigFactory
-from hybridkex.cli.arguments import from_namespace
+from hybridkex.cli.arguments import add_options, from_namespace
 from hybridkex.cli.channel import client_config, server_config
 from hybridkex.cli.logs import set_up_logging
 from hybridkex.cli.option_tables import OptionTable, read_options
@@ -27,9 +26,6 @@ from hybridkex.cli.tunnel import (
     OneListener,
     ProcessOptions,
     TunnelOptions,
-    add_connect_options,
-    add_listen_options,
-    add_process_options,
 )
 from hybridkex.errors import ConfigError
 from hybridkex.files import read_toml
@@ -46,9 +42,6 @@ LOG: Final = get_logger("hybridkex.tunnel")
 
 
 T = TypeVar("T")
-
-AddOptions = Callable[[argparse.ArgumentParser], None]
-MakeTunnel = Callable[[argparse.Namespace], TunnelConfig]
 
 # -- settings
 
@@ -118,32 +111,29 @@ def load_file(path: Path) -> TunnelSettings:
 
 def _from_tables(tables: dict[str, Any], base: Path) -> TunnelSettings:
     found: list[TunnelConfig] = []
-    kinds: tuple[tuple[str, AddOptions, MakeTunnel], ...] = (
-        ("listen", add_listen_options, partial(_made, ListenOptions, _listen_tunnel)),
-        ("connect", add_connect_options, partial(_made, ConnectOptions, _connect_tunnel)),
-    )
-    for kind, add_options, make in kinds:
+    for kind, options, make in _KINDS:
         items = tables.pop(kind, [])
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise ConfigError(f"write each tunnel as a table [[{kind}]]")
         for index, item in enumerate(items, 1):
             where = f"[[{kind}]] {item.get('name', index)}"
-            options = OptionTable(prog=where, allow_abbrev=False)
-            add_options(options)
             try:
-                found.append(make(read_options(item, options, base)))
+                found.append(make(_read(options, item, where, base)))
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
-    options = OptionTable(prog="the file", allow_abbrev=False)
-    add_process_options(options)
-    process = from_namespace(ProcessOptions, read_options(tables, options, base))
-    return _settings(process, found)
+    return _settings(_read(ProcessOptions, tables, "the file", base), found)
 
 
-def _made(
-    kind: type[T], make: Callable[[T], TunnelConfig], namespace: argparse.Namespace
-) -> TunnelConfig:
-    return make(from_namespace(kind, namespace))
+_KINDS: Final[tuple[tuple[str, type, Callable[[Any], TunnelConfig]], ...]] = (
+    ("listen", ListenOptions, _listen_tunnel),
+    ("connect", ConnectOptions, _connect_tunnel),
+)
+
+
+def _read(options: type[T], table: dict[str, Any], where: str, base: Path) -> T:
+    parser = OptionTable(prog=where, allow_abbrev=False)
+    add_options(parser, options)
+    return from_namespace(options, read_options(table, parser, base))
 
 
 # -- running

@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from hybridkex.tls.connection import ClientConnection, ServerConnection
     from hybridkex.tls.epochs import Epoch, KeyUpdates, UpdateKey
     from hybridkex.tls.fresh_keys import FreshKeys, UpdateKeySource
+    from hybridkex.tls.one_time_pad import OneTimePad, PadBudget, PadSource
     from hybridkex.tls.session import AuthenticatedBy, MemoryTicketStore, Session
     from hybridkex.tls.tickets import CookieProtector, TicketIssuer
     from hybridkex.wire.extensions import ApplicationExtension
@@ -125,6 +126,9 @@ __all__ = [
     "Leg",
     "Limits",
     "MemoryTicketStore",
+    "OneTimePad",
+    "PadBudget",
+    "PadSource",
     "PadToMultiple",
     "Pins",
     "Policy",
@@ -231,6 +235,11 @@ _HOMES: Final = {
     "hybridkex.tls.fresh_keys": (
         "FreshKeys",
         "UpdateKeySource",
+    ),
+    "hybridkex.tls.one_time_pad": (
+        "OneTimePad",
+        "PadBudget",
+        "PadSource",
     ),
     "hybridkex.tls.session": (
         "AuthenticatedBy",

@@ -152,6 +152,10 @@ class SecureByteStream(SecureDuplex, ByteStream):
     async def send(self, item: bytes) -> None:
         """Send all of ``item``. After a cancellation, nothing more can be sent.
 
+        Under a one-time pad this waits for QKD keys where too few are there; :attr:`pad` tells
+        beforehand. If none comes before the deadline of :class:`~hybridkex.OneTimePad`, the session
+        ends with :exc:`~hybridkex.errors.PadExhausted`.
+
         Raises:
             anyio.BrokenResourceError: the connection failed, or an earlier send was cancelled.
             anyio.ClosedResourceError: this stream or its sending direction was closed.

@@ -14,6 +14,8 @@ __all__ = [
     "MAX_CIPHERTEXT_EXPANSION",
     "MAX_PLAINTEXT",
     "MESSAGE_HASH",
+    "PAD_RECORD",
+    "PAD_SUITE",
     "TLS13",
     "Alert",
     "CertificateType",
@@ -57,6 +59,14 @@ class ContentType(IntEnum):
     APPLICATION_DATA = 23
 
 
+PAD_RECORD: Final = 224
+"""The content type, inside a protected record, of content under the one-time pad
+(``docs/one-time-pad.md``)."""
+
+PAD_SUITE: Final = 0xFF01
+"""One-time pad and Poly1305 tags, among the cipher suites for private use."""
+
+
 class HandshakeType(IntEnum):
     """RFC 9846 section 4."""
 
@@ -84,6 +94,7 @@ class UpdateType(IntEnum):
     FRESH_RESPONSE = 225
     FRESH_DECLINE = 226
     FRESH_CONFIRM = 227
+    PAD_KEY = 228  # docs/one-time-pad.md
 
 
 class TlsFlag(IntEnum):
@@ -120,6 +131,7 @@ class ExtensionType(IntEnum):
     KEY_SHARE = 51
     TLS_FLAGS = 0xFF3E  # draft-ietf-tls-tlsflags; a number for private use
     FRESH_QKD_KEYS = 0xFF3F  # ours: docs/fresh-keys.md
+    ONE_TIME_PAD = 0xFF40  # ours: docs/one-time-pad.md
 
 
 class CipherSuiteCode(IntEnum):

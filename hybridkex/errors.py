@@ -41,6 +41,7 @@ __all__ = [
     "LocalStateError",
     "MissingExtension",
     "NoApplicationProtocol",
+    "PadExhausted",
     "PeerError",
     "PolicyRefused",
     "ProtocolVersionError",
@@ -206,6 +207,12 @@ class PolicyRefused(PeerError):
     reason = Reason.POLICY
 
 
+class PadExhausted(InternalError):
+    """Our one-time pad is too short for what is to be sent, and no QKD key came in time."""
+
+    reason = Reason.PAD_EXHAUSTED
+
+
 class CertificateRejected(PeerError):
     """The peer's certificate was not accepted.
 
@@ -239,8 +246,8 @@ ALERT_MEANINGS: Final[dict[int, str]] = {
     Alert.HANDSHAKE_FAILURE: "it has no group, cipher suite, signature algorithm or PSK in "
     "common with us",
     Alert.PROTOCOL_VERSION: "it does not speak TLS 1.3",
-    Alert.INSUFFICIENT_SECURITY: "what we agreed on is too weak for it: no PSK, or no "
-    "post-quantum group",
+    Alert.INSUFFICIENT_SECURITY: "what we agreed on is too weak for it: no PSK, no post-quantum "
+    "group, or no further QKD keys",
     Alert.NO_APPLICATION_PROTOCOL: "it speaks none of the application protocols (ALPN) that we "
     "offer",
     Alert.UNRECOGNIZED_NAME: "it does not serve the name that we asked for",

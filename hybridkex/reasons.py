@@ -14,6 +14,7 @@ _TLS = "RFC 9846 section "
 _UPDATE = "draft-ietf-tls-extended-key-update-13 section "
 _FLAGS = "draft-ietf-tls-tlsflags section "
 _FRESH = "docs/fresh-keys.md"
+_PAD = "docs/one-time-pad.md"
 
 
 class Reason(Enum):
@@ -148,3 +149,11 @@ class Reason(Enum):
     UPDATE_ANSWER = (Alert.ILLEGAL_PARAMETER, _FRESH)
     UPDATE_NOT_CONFIRMED = (Alert.UNEXPECTED_MESSAGE, _FRESH)
     UPDATE_CONFIRMATION = (Alert.DECRYPT_ERROR, _FRESH)
+
+    # --- one-time pad -------------------------------------------------------------------------
+    PAD_ANSWER = (Alert.ILLEGAL_PARAMETER, _PAD)
+    PAD_REQUIRED = (Alert.INSUFFICIENT_SECURITY, "policy")
+    PAD_MISSING = (Alert.UNEXPECTED_MESSAGE, _PAD)
+    PAD_KEYS_TOO_MANY = (Alert.UNEXPECTED_MESSAGE, _PAD)
+    PAD_KEY_MISSING = (Alert.UNKNOWN_PSK_IDENTITY, _PAD)
+    PAD_EXHAUSTED = (Alert.INSUFFICIENT_SECURITY, _PAD)

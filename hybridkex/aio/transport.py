@@ -36,11 +36,13 @@ from hybridkex.net.log import BoundedLog
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
 from hybridkex.shell.key_keeper import KeyKeeper
+from hybridkex.shell.pad_keeper import PadKeeper
 from hybridkex.shell.ssl_facade import SslObject, cipher_of, peercert_of
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import connection_for
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
+from hybridkex.tls.one_time_pad import PadBudget
 from hybridkex.tls.session import Session
 from hybridkex.wire.records import HEADER_LENGTH, MAX_RECORD
 
@@ -168,6 +170,8 @@ class SecureTransport(asyncio.Transport):
         self._outgoing: deque[bytes | memoryview] = deque()
         self._outgoing_size = 0
         self._end_due = False  # close_notify follows it
+        self._batch = _BATCH
+        self._waits_for_pad = False
         self._pump_due = False
         self._in_read = False
         self._high_water, self._low_water = _HIGH_WATER, _HIGH_WATER // 4
@@ -212,6 +216,15 @@ class SecureTransport(asyncio.Transport):
                 negotiated.
         """
         return self._connection.export_fresh(label, context, length)
+
+    @property
+    def pad(self) -> PadBudget | None:
+        """What is left of the one-time pads; ``None`` where none was negotiated.
+
+        Raises:
+            LocalStateError: the handshake is not complete.
+        """
+        return self._connection.pad if self._pads is None else self._pads.budget
 
     def update_keys(self, *, request_peer: bool = False) -> None:
         """Change our sending key, and ask the peer for the same (RFC 9846 section 4.7.3).
@@ -341,8 +354,14 @@ class SecureTransport(asyncio.Transport):
         self._announced = True
         if KeyKeeper.needed(self._config, self._connection):
             self._keeper = KeyKeeper(
-                self._config, self._connection, self._send_for_keeper, self._fail_for_keeper
+                self._config,
+                self._connection,
+                self._send_for_keeper,
+                self._fail_for_keeper,
+                pads_changed=self._pads_changed,
             )
+            if self._pads is not None:
+                self._batch = min(_BATCH, self._pads.piece)
         try:
             if self._announce:
                 self._protocol.connection_made(self)
@@ -359,6 +378,25 @@ class SecureTransport(asyncio.Transport):
 
     async def _fail_for_keeper(self, error: PeerError) -> None:
         self._fail(error)
+
+    @property
+    def _pads(self) -> PadKeeper | None:
+        return None if self._keeper is None else self._keeper.pads
+
+    def _pads_changed(self) -> None:
+        """Go on with what waits for a one-time pad, in either direction."""
+        if self._failure is not None or self._state is _CLOSED:
+            return
+        if self._pads is not None and self._pads.error is not None:
+            self._fail(self._pads.error)
+            return
+        if self._waits_for_pad and not self._connection.waits_for_pad:
+            self._waits_for_pad = False
+            self._process()
+            if not self._waits_for_pad and not self._reading_paused:
+                self._resume_raw()
+        if self._outgoing or self._end_due:
+            self._pump()
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -438,6 +476,9 @@ class SecureTransport(asyncio.Transport):
                     self._deliver(event.data)
             elif type(event) is TicketReceived and self._answers.keeps_tickets:
                 self._keep_tickets()
+        if connection.waits_for_pad and not self._waits_for_pad:
+            self._waits_for_pad = True
+            self._pause_raw()
         if connection.close_received:
             self._deliver_end()
         if connection.has_data_to_send:
@@ -526,7 +567,7 @@ class SecureTransport(asyncio.Transport):
             return
         if self._connection.close_received:
             self._deliver_end()
-        if self._state is _OPEN:
+        if self._state is _OPEN and not self._waits_for_pad:
             self._resume_raw()
 
     def _pause_raw(self) -> None:
@@ -597,6 +638,10 @@ class SecureTransport(asyncio.Transport):
             return
         if self._outgoing:
             batch = self._next_batch()
+            if self._pads is not None and not self._pads.ready(len(batch)):
+                self._outgoing.appendleft(batch)
+                self._outgoing_size += len(batch)
+                return  # until more of the pad is there
             if self._keeper is not None:
                 self._keeper.count(len(batch))
             record = self._connection.seal_record(batch) if type(batch) is bytes else None
@@ -619,18 +664,18 @@ class SecureTransport(asyncio.Transport):
     def _next_batch(self) -> bytes | memoryview:
         """Remove the data of one batch from the queue; short pieces are joined, long ones cut."""
         outgoing = self._outgoing
-        if len(outgoing) > 1 and len(outgoing[0]) < _BATCH:
+        if len(outgoing) > 1 and len(outgoing[0]) < self._batch:
             size, pieces = 0, []
-            while outgoing and size + len(outgoing[0]) <= _BATCH:
+            while outgoing and size + len(outgoing[0]) <= self._batch:
                 pieces.append(outgoing.popleft())
                 size += len(pieces[-1])
             self._outgoing_size -= size
             return b"".join(pieces)
         first = outgoing.popleft()
-        if len(first) > _BATCH:
+        if len(first) > self._batch:
             view = memoryview(first)
-            outgoing.appendleft(view[_BATCH:])
-            first = view[:_BATCH]
+            outgoing.appendleft(view[self._batch :])
+            first = view[: self._batch]
         self._outgoing_size -= len(first)
         return first
 

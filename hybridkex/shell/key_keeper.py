@@ -23,6 +23,7 @@ from hybridkex.errors import (
 from hybridkex.net.event_loop import Background, Event, current_time, time_limit
 from hybridkex.net.log import BoundedLog
 from hybridkex.reasons import Reason
+from hybridkex.shell.pad_keeper import PadKeeper
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
@@ -30,12 +31,14 @@ from hybridkex.tls.epochs import Epoch, KeyUpdates, UpdateKey
 from hybridkex.tls.events import (
     ApplicationData,
     EpochBegan,
+    PadKeyWanted,
     UpdateDeclined,
     UpdateKeyWanted,
     UpdateWanted,
 )
 from hybridkex.tls.events import Event as EngineEvent
 from hybridkex.tls.fresh_keys import FreshKeys, UpdateKeySource
+from hybridkex.tls.one_time_pad import OneTimePad, PadSource
 from hybridkex.tls.policy import Requirement
 from hybridkex.tls.session import Session
 
@@ -60,6 +63,7 @@ class KeyKeeper:
         fail: ends the connection with an error, after the engine has queued the alert.
         gone: the exceptions by which ``send`` and ``fail`` report that the transport has ended. The
             task that sends or receives next learns the reason.
+        pads_changed: called when there is more of a one-time pad, or no more to hope for.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class KeyKeeper:
         send: Callable[[], Awaitable[None]],
         fail: Callable[[PeerError], Awaitable[None]],
         gone: tuple[type[Exception], ...] = (),
+        pads_changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._connection = connection
         self._send = send
@@ -86,6 +91,8 @@ class KeyKeeper:
         """Whether the peers agreed on Extended Key Update."""
         self._lines = BoundedLog(_log)
         """For the epochs of this connection, whose number the peer can choose."""
+        self.pads: Final = self._pad_keeper(config, pads_changed)
+        """The keys of the one-time pads, where they were negotiated."""
         self._wake = Event()
         self._wanted: UpdateKeyWanted | None = None
         self._bytes = 0
@@ -112,6 +119,22 @@ class KeyKeeper:
     def stop(self) -> None:
         """End the task where it waits next."""
         self._task.cancel()
+        if self.pads is not None:
+            self.pads.stop()
+
+    def _pad_keeper(
+        self, config: ClientConfig | ServerConfig, changed: Callable[[], None]
+    ) -> PadKeeper | None:
+        if self._connection.pad is None:
+            return None
+        assert isinstance(config.psk_source, PadSource)  # or the policy would not have it
+
+        def tell() -> None:
+            changed()
+            self.wake()
+
+        pads = config.one_time_pad or OneTimePad()
+        return PadKeeper(pads, self._connection, config.psk_source, tell)
 
     # --- what the shell tells -----------------------------------------------------------------
 
@@ -120,6 +143,10 @@ class KeyKeeper:
         match event:
             case ApplicationData(data):
                 self.count(len(data))
+            case PadKeyWanted():
+                assert self.pads is not None  # or the engine would not ask
+                self.pads.saw(event)
+                return
             case UpdateKeyWanted():
                 self._wanted = event
             case UpdateWanted():
@@ -179,6 +206,9 @@ class KeyKeeper:
     async def _renew(self) -> None:
         while True:
             self._wake = Event()
+            if self.pads is not None and self.pads.error is not None:
+                await self._end(self.pads.error)
+                return
             if self._connection.close_sent or self._connection.close_received:
                 self._due = self._late = math.inf
                 self._why = None

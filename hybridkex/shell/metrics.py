@@ -19,6 +19,7 @@ _HELP = {
     "sessions": "Handshakes with a QKD key in them.",
     "fallbacks": "Handshakes without a QKD key, where the policy only prefers one.",
     "update_keys": "QKD keys drawn and looked up for key updates.",
+    "pad_keys": "QKD keys drawn and looked up for one-time pads.",
 }
 
 

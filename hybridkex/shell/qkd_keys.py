@@ -23,6 +23,7 @@ from hybridkex.errors import (
     KeyNotYetAvailable,
     KeySourceError,
     KeySourceUnavailable,
+    KeyUnauthorized,
     KeyUnknown,
     PolicyRefused,
 )
@@ -30,9 +31,18 @@ from hybridkex.fields import INTEGER, NUMBER, a, check_fields, tuple_of
 from hybridkex.net.event_loop import current_time, sleep, time_limit
 from hybridkex.net.log import BoundedLog
 from hybridkex.net.token_bucket import TokenBucket
-from hybridkex.qkd.psk import as_psk, as_update_psk, context_of, name_of, update_context_of
-from hybridkex.qkd.source import KeyReference, KeySource, QkdKey
+from hybridkex.qkd.composite import CombinedSource
+from hybridkex.qkd.psk import (
+    as_psk,
+    as_update_psk,
+    context_of,
+    identity_of,
+    name_of,
+    update_context_of,
+)
+from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
 from hybridkex.reasons import Reason
+from hybridkex.secret import Secret
 from hybridkex.text import get_logger
 from hybridkex.tls.epochs import UpdateKey
 from hybridkex.tls.policy import Requirement
@@ -42,6 +52,12 @@ from hybridkex.wire.messages import ImportedIdentity
 __all__ = ["QkdCounters", "QkdLimits", "QkdPeer", "QkdPskSource"]
 
 _log = get_logger("hybridkex.qkd.keys")
+
+_COMBINED: Final = (
+    "a key combined from several links is derived by a hash, and a one-time pad takes no such keys"
+)
+_LEAST_PAD_KEY: Final = 16
+"""Bytes of a key that is worth its name on the wire."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +139,8 @@ class QkdCounters:
     """Handshakes without one."""
     update_keys: int = 0
     """QKD keys drawn and looked up for key updates."""
+    pad_keys: int = 0
+    """QKD keys drawn and looked up for one-time pads."""
 
 
 class QkdPskSource:
@@ -233,12 +251,58 @@ class QkdPskSource:
         Raises:
             KeySourceError: the key source cannot say.
         """
+        return (await self._status(session)).stored
+
+    async def _status(self, session: Session) -> SourceStatus:
         source = self._peer_of(session).source
         try:
             async with time_limit(self._limits.timeout):
-                return (await source.status()).stored
+                return await source.status()
         except TimeoutError:
             raise self._silent() from None
+
+    async def draw_for_pad(self, session: Session) -> tuple[bytes, Secret]:
+        """A new key for the one-time pad of what we send; see
+        :class:`~hybridkex.tls.one_time_pad.PadSource`.
+
+        Raises:
+            KeySourceError: the source gave no key, or none for a one-time pad.
+        """
+        peer = self._peer_of(session)
+        if isinstance(peer.source, CombinedSource):
+            raise KeyUnauthorized(_COMBINED)
+        key = await self._ask(peer.source.get_key)
+        if key.name in self._asked:
+            raise KeySourceUnavailable("our key source has given the same key twice")
+        self._remember(key.name, peer)
+        self.counters.drawn += 1
+        self.counters.pad_keys += 1
+        return identity_of(key.name), _for_pad(key)
+
+    async def look_up_for_pad(self, identity: bytes, session: Session) -> Secret:
+        """The key that the peer has appended to the one-time pad of what it sends.
+
+        Raises:
+            KeySourceError: it is not one of ours for this session, or cannot be had.
+        """
+        peer, name = self._peer_of(session), name_of(identity)
+        if name is None or not peer.source.knows(name):
+            raise KeyUnknown("it is a key of others")
+        if len(name) != 1:
+            raise KeyUnauthorized(_COMBINED)
+        key = await self._look_up_once(peer, name, patient=True)
+        self.counters.looked_up += 1
+        self.counters.pad_keys += 1
+        return _for_pad(key)
+
+    async def stock_for_pads(self, session: Session) -> int | None:
+        """How many bytes of key there are to draw for this peer.
+
+        Raises:
+            KeySourceError: the key source cannot say.
+        """
+        status = await self._status(session)
+        return status.stored * (status.key_bits // 8)
 
     def _peer_of(self, session: Session) -> QkdPeer:
         """The peer whose keys go into the updates of a session: the one whose key is in the
@@ -269,11 +333,24 @@ class QkdPskSource:
                 return peer, name
         return None
 
-    async def _look_up_once(self, peer: QkdPeer, name: KeyReference) -> QkdKey:
+    async def _look_up_once(
+        self, peer: QkdPeer, name: KeyReference, *, patient: bool = False
+    ) -> QkdKey:
+        """Look a key up, unless it was looked up before.
+
+        Args:
+            peer: whose key it is.
+            name: its name.
+            patient: wait where the peer asks too often; only its own session does.
+        """
         if name in self._asked:
             self.counters.repeated += 1
             raise KeyConsumed("this key was looked up before")
-        if not self._budgets[id(peer)].take():
+        allowed, late = self._budgets[id(peer)].take(), current_time() + self._limits.timeout
+        while patient and not allowed and current_time() < late:
+            await sleep(self._limits.retry_after)
+            allowed = self._budgets[id(peer)].take()
+        if not allowed:
             self.counters.limited += 1
             raise KeySourceUnavailable(f"too many look-ups for {peer.source.peer_sae}")
         self._remember(name, peer)
@@ -372,6 +449,15 @@ class QkdPskSource:
                     f"a QKD key of {peer.source.peer_sae} with the certificate of another peer",
                     Reason.QKD_KEY_REQUIRED,
                 )
+
+
+def _for_pad(key: QkdKey) -> Secret:
+    """The bytes of a key for a one-time pad: those of one link, as they are."""
+    if len(key.name) != 1:
+        raise KeyUnauthorized(_COMBINED)
+    if len(key.key) < _LEAST_PAD_KEY:
+        raise KeyUnauthorized(f"a key for a one-time pad has {_LEAST_PAD_KEY} bytes or more")
+    return key.key
 
 
 def _update_key(key: QkdKey, *, by_client: bool, epoch: int) -> UpdateKey:

@@ -34,9 +34,11 @@ from hybridkex.errors import (
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
 from hybridkex.shell.key_keeper import KeyKeeper
+from hybridkex.shell.pad_keeper import PadKeeper
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection, connection_for
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
+from hybridkex.tls.one_time_pad import PadBudget
 from hybridkex.tls.session import Session
 
 __all__ = ["DEFAULT_HANDSHAKE_TIMEOUT", "READ_SIZE", "SecureDuplex"]
@@ -139,6 +141,16 @@ class SecureDuplex:
             LocalStateError: Extended Key Update was not negotiated.
         """
         return self._connected.export_fresh(label, context, length)
+
+    @property
+    def pad(self) -> PadBudget | None:
+        """What is left of the one-time pads; ``None`` where none was negotiated."""
+        connection = self._connected
+        return connection.pad if self._pads is None else self._pads.budget
+
+    @property
+    def _pads(self) -> PadKeeper | None:
+        return None if self._keeper is None else self._keeper.pads
 
     # --- the handshake ------------------------------------------------------------------------
 
@@ -273,10 +285,12 @@ class SecureDuplex:
                 return event.data if isinstance(event, ApplicationData) else None
             if event is not None:
                 continue
-            data = await self._read()
             waited = True
             try:
-                connection.receive_data(data)
+                if self._pads is not None and connection.waits_for_pad:
+                    await self._pads.wait_for_key()
+                    continue
+                connection.receive_data(await self._read())
             except TruncationError as error:
                 if not self._close_notify:
                     return None
@@ -307,15 +321,21 @@ class SecureDuplex:
             self._check_sendable()
 
     async def _send(self, data: bytes | bytearray | memoryview) -> None:
-        """Send all of ``data``. If this is cancelled, nothing more can be sent."""
+        """Send all of ``data``. If this is cancelled, nothing more can be sent.
+
+        Under a one-time pad this waits for QKD keys where too few are there.
+        """
         with self._sending:
             await self._begin_to_send()
             view = memoryview(data).cast("B") if data else memoryview(b"")
             if not view:
                 await self._lib.lowlevel.checkpoint()
                 return
-            for start in range(0, len(view), _SEND_SIZE):
-                piece = view[start : start + _SEND_SIZE]
+            size = _SEND_SIZE if self._pads is None else self._pads.piece
+            for start in range(0, len(view), size):
+                piece = view[start : start + size]
+                if self._pads is not None:
+                    await self._wait_for_pad(self._pads, len(piece))
                 self._has_carried_data = True
                 if self._keeper is None:
                     self._queue(self._connection.send_data, piece)
@@ -326,6 +346,13 @@ class SecureDuplex:
                     self._queue(self._connection.send_data, piece)
                     await self._flush()
                 self._keeper.count(len(piece))
+
+    async def _wait_for_pad(self, pads: PadKeeper, size: int) -> None:
+        try:
+            await pads.wait_until_ready(size)
+        except HybridkexError as error:
+            self._check_usable()
+            raise self._lib.BrokenResourceError(str(error)) from error
 
     def _queue(self, function: Callable[..., None], *arguments: Any, **options: Any) -> None:
         """Call a function of the engine that has something to send."""

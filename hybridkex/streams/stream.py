@@ -103,6 +103,10 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of ``data``. If this is cancelled, nothing more can be sent.
 
+        Under a one-time pad this waits for QKD keys where too few are there; :attr:`pad` tells
+        beforehand. If none comes before the deadline of :class:`~hybridkex.OneTimePad`, the session
+        ends with :exc:`~hybridkex.errors.PadExhausted`.
+
         Raises:
             trio.BrokenResourceError: the connection failed; ``__cause__`` says why.
             trio.ClosedResourceError: this stream was closed, or its sending direction was.

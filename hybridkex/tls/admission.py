@@ -66,7 +66,7 @@ def check_session(config: ClientConfig | ServerConfig, session: Session) -> None
         raise PolicyRefused("our policy requires a post-quantum key exchange", Reason.POST_QUANTUM)
     if policy.post_quantum is Requirement.OFF and session.post_quantum:
         raise PolicyRefused("our policy excludes post-quantum key exchanges", Reason.POST_QUANTUM)
-    check_key_updates(policy, session.key_updates)
+    check_key_updates(policy, session)
     reason = _lacks(config, session.authenticated_by, session.psk_identity)
     if reason is not None:
         raise PolicyRefused(reason, Reason.AUTHENTICATION)

@@ -20,6 +20,7 @@ from hybridkex.constants import (
     PskKeyExchangeMode,
 )
 from hybridkex.crypto.kex import Group, Started
+from hybridkex.crypto.one_time_pad import Pad
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.schedule import EarlySecret, HandshakeSecret, TrafficSecret
 from hybridkex.crypto.signatures import CERTIFICATE_ONLY_SCHEMES, choose_scheme
@@ -593,7 +594,7 @@ class WaitEncryptedExtensions(ClientState):
             keys=self.keys,
             alpn=self._protocol(answers.get(ext.AlpnChoice)),
             extensions=self._application_answers(answers),
-            key_updates=fresh_negotiation.read_answer(self.offer.config, answers),
+            agreed=fresh_negotiation.read_answer(self.offer.config, answers),
             server_type=check_choice(
                 server_type.chosen if server_type else None, self.offer.server_types
             ),
@@ -651,7 +652,7 @@ class _Negotiated:
     alpn: bytes | None
     extensions: tuple[ext.Extension, ...]
     """The server's answers to the extensions of the configuration."""
-    key_updates: KeyUpdates
+    agreed: fresh_negotiation.Agreed
     server_type: int
     """What the server shows: a code of ``CertificateType``."""
     client_type: int
@@ -776,7 +777,7 @@ class WaitFinished(ClientState):
             peer=proof.certificate,
             policy=config.policy_in_force,
             began_at=began_at,
-            key_updates=negotiated.key_updates,
+            agreed=negotiated.agreed,
         )
 
 
@@ -814,9 +815,12 @@ class Proposed(ClientState):
         complete = transcript.digest()
         config, updates = negotiated.offer.config, None
         resumption = None if config.ticket_store is None else main.resumption_secret(complete)
-        if negotiated.key_updates is not KeyUpdates.STANDARD:
+        kind = negotiated.agreed.key_updates
+        if kind is not KeyUpdates.STANDARD:
             first = Generation.first(suite, main, digest, complete)
-            updates = Updates(records, config, negotiated.key_updates, negotiated.group, first)
+            updates = Updates(records, config, kind, negotiated.group, first)
+        if negotiated.agreed.one_time_pad:
+            records.reader.pad, records.writer.pad = Pad(), Pad()
         connected = Connected(session, suite, exporter, resumption, updates)
         records.emit(HandshakeCompleted(session))
         peer = self.proof.certificate

@@ -41,6 +41,7 @@ from hybridkex.fields import (
 )
 from hybridkex.tls.certificate_types import AnyClientVerifier, AnyServerVerifier
 from hybridkex.tls.fresh_keys import FreshKeys, UpdateKeySource
+from hybridkex.tls.one_time_pad import OneTimePad, PadSource
 from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.protection import Padding
 from hybridkex.tls.session import Session, TicketStore
@@ -54,6 +55,7 @@ __all__ = [
     "FreshKeys",
     "KeyLog",
     "Limits",
+    "OneTimePad",
     "PadToMultiple",
     "Policy",
     "PskSource",
@@ -191,6 +193,7 @@ _SHARED: Final[_Rules] = {
     "psk_source": (or_none(a("a PskSource", PskSource)), "psk_source=QkdPskSource(key_source)"),
     "policy": (a("a Policy", Policy), "policy=Policy(psk=Requirement.PREFER)"),
     "fresh_keys": (or_none(a("a FreshKeys", FreshKeys)), "fresh_keys=FreshKeys(every=60.0)"),
+    "one_time_pad": (or_none(a("a OneTimePad", OneTimePad)), "one_time_pad=OneTimePad(hold=2048)"),
     "on_epoch": (or_none(CALLABLE), "on_epoch=print"),
     "record_size_limit": (or_none(INTEGER), "record_size_limit=4096"),
     "padding": (or_none(CALLABLE), "padding=PadToMultiple(size=256)"),
@@ -253,6 +256,8 @@ class _Config:
         policy: what a connection must rest on.
         fresh_keys: when a session renews its keys (experimental); ``None`` leaves it to the peer's
             schedule, and to the limits of the cipher suite.
+        one_time_pad: how much pad is held for application data under a one-time pad of QKD keys
+            (experimental); ``None`` asks for none, unless the policy does.
         on_epoch: called with the session after each key update, to count or show it; it must not
             wait.
         record_size_limit: the most bytes of content that the peer may put into a record (RFC 8449,
@@ -277,6 +282,7 @@ class _Config:
     psk_source: PskSource | None = None
     policy: Policy = field(default_factory=Policy)
     fresh_keys: FreshKeys | None = None
+    one_time_pad: OneTimePad | None = None
     on_epoch: Callable[[Session], None] | None = field(default=None, repr=False)
     record_size_limit: int | None = None
     padding: Padding | None = None
@@ -312,6 +318,7 @@ class _Config:
             if not psk.imported and all(suite.hash != psk.hash for suite in self.suites):
                 raise ConfigError(f"no cipher suite goes with a PSK for {psk.hash.name}")
         self._check_fresh_keys()
+        self._check_one_time_pad()
         limit = self.record_size_limit
         if limit is not None and not 64 <= limit <= MAX_PLAINTEXT:
             raise ConfigError(f"record_size_limit is 64 to {MAX_PLAINTEXT}, not {limit}")
@@ -344,9 +351,11 @@ class _Config:
         """The policy, with what it leaves to the rest of the configuration filled in."""
         policy = self.policy
         psk = (policy.psk or Requirement.REQUIRE) if self.has_psk else Requirement.OFF
-        fresh_keys, fresh_qkd = policy.fresh_keys, policy.fresh_qkd
+        fresh_keys, fresh_qkd, pad = policy.fresh_keys, policy.fresh_qkd, policy.one_time_pad
+        if pad is None:
+            pad = Requirement.REQUIRE if self.one_time_pad is not None else Requirement.OFF
         if fresh_keys is None:
-            fresh_keys = Requirement.REQUIRE if self.fresh_keys is not None else Requirement.OFF
+            fresh_keys = Requirement.REQUIRE if self.fresh_keys is not None else pad
         if fresh_qkd is None or fresh_keys is Requirement.OFF:
             follows = isinstance(self.psk_source, UpdateKeySource) and self.has_psk
             used = follows and fresh_keys is not Requirement.OFF
@@ -357,6 +366,7 @@ class _Config:
             authentication=self.authentication,
             fresh_keys=fresh_keys,
             fresh_qkd=fresh_qkd,
+            one_time_pad=pad,
         )
 
     @property
@@ -364,8 +374,28 @@ class _Config:
         """Whether Extended Key Update is offered or accepted; it excludes session tickets."""
         wanted = self.policy.fresh_keys
         if wanted is None:
-            return self.fresh_keys is not None
+            return self.fresh_keys is not None or self.wants_one_time_pad
         return wanted is not Requirement.OFF
+
+    @property
+    def wants_one_time_pad(self) -> bool:
+        """Whether a one-time pad is offered or accepted."""
+        wanted = self.policy.one_time_pad
+        if wanted is None:
+            return self.one_time_pad is not None
+        return wanted is not Requirement.OFF
+
+    def _check_one_time_pad(self) -> None:
+        if not self.wants_one_time_pad:
+            if self.one_time_pad is not None:
+                raise ConfigError("there is a OneTimePad, and the policy wants none")
+            return
+        if not self.wants_fresh_keys:
+            raise ConfigError("a one-time pad gets its keys by key updates: fresh_keys is off")
+        if not isinstance(self.psk_source, PadSource):
+            raise ConfigError(
+                "a one-time pad needs a source of QKD keys: psk_source=QkdPskSource(source)"
+            )
 
     def _check_fresh_keys(self) -> None:
         if self.fresh_keys is not None and not self.wants_fresh_keys:

@@ -10,6 +10,7 @@ from typing import Final
 
 from hybridkex.auth import DnsName, IpAddress, parse_peer_name
 from hybridkex.constants import Alert
+from hybridkex.crypto.one_time_pad import OVERHEAD, Pad
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import (
     AlertReceived,
@@ -28,10 +29,12 @@ from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 from hybridkex.tls.epochs import UpdateKey
 from hybridkex.tls.events import ApplicationData, CloseReceived, Event
 from hybridkex.tls.extended_key_update import Updates
+from hybridkex.tls.one_time_pad import MAX_PAD_KEYS, PadBudget, available
 from hybridkex.tls.record_layer import AlertItem, DataItem, RecordLayer
 from hybridkex.tls.session import Session
 from hybridkex.tls.traffic import ClientTraffic, Connected, ServerTraffic
 from hybridkex.wire.messages import decode
+from hybridkex.wire.update_messages import PadKey
 
 __all__ = ["ClientConnection", "Connection", "ServerConnection", "connection_for"]
 
@@ -173,6 +176,7 @@ class Connection:
             if not self.handshake_complete:
                 raise self._ended_by(AlertReceived(alert.description))
             self._close_received = True
+            self._erase_pad()
             self._records.emit(CloseReceived())
         elif alert.description == Alert.USER_CANCELED:
             # Section 6.1: "This alert generally has AlertLevel=warning. Receiving implementations
@@ -191,7 +195,15 @@ class Connection:
         """Nothing is received or sent any more."""
         self._error = error
         self._open_one = self._seal_one = None
+        self._erase_pad()
+        if self._records.writer.pad is not None:
+            self._records.writer.pad.erase()
         return error
+
+    def _erase_pad(self) -> None:
+        """Nothing is received any more."""
+        if self._records.reader.pad is not None:
+            self._records.reader.pad.erase()
 
     # --- out ----------------------------------------------------------------------------------
 
@@ -321,6 +333,67 @@ class Connection:
         updates = self._connected().updates
         return updates is not None and updates.takes_keys
 
+    def extend_pad(self, identity: bytes, key: Secret) -> None:
+        """Append a QKD key to the one-time pad of our direction, and name it to the peer.
+
+        Args:
+            identity: its ``QkdIdentity``.
+            key: a key that is in no other use.
+
+        Raises:
+            LocalStateError: no one-time pad was negotiated, our direction is closed, or 1,024 keys
+                are not used up.
+        """
+        pad = self._pad(self._records.writer.pad)
+        if self._close_sent:
+            raise LocalStateError("close_notify has been sent")
+        if pad.keys >= MAX_PAD_KEYS:
+            raise LocalStateError(f"the one-time pad has {MAX_PAD_KEYS:,} keys already")
+        if not len(key):
+            raise LocalStateError("an empty key cannot extend a one-time pad")
+        self._seal_one = None
+        pad.extend(key)
+        self._records.writer.send(PadKey(identity))
+
+    def provide_pad_key(self, key: Secret) -> None:
+        """Answer the oldest event ``PadKeyWanted``. Where there is no such key, :meth:`abort`.
+
+        Raises:
+            LocalStateError: none is wanted.
+        """
+        pad, reader = self._pad(self._records.reader.pad), self._records.reader
+        if not reader.pad_keys_due or not len(key):
+            raise LocalStateError("no key is wanted for the peer's one-time pad, or it is empty")
+        reader.pad_keys_due -= 1
+        if not self._close_received:
+            pad.extend(key)
+
+    def _pad(self, pad: Pad | None) -> Pad:
+        self._check_alive()
+        if pad is None:
+            raise LocalStateError("no one-time pad was negotiated with this peer")
+        return pad
+
+    @property
+    def waits_for_pad(self) -> bool:
+        """Whether what has been received cannot go on before :meth:`provide_pad_key`; until then,
+        give no more to :meth:`receive_data`."""
+        return self._records.reader.waits_for_pad
+
+    @property
+    def pad(self) -> PadBudget | None:
+        """What is left of the one-time pads; ``None`` where none was negotiated."""
+        ours, theirs = self._records.writer.pad, self._records.reader.pad
+        if ours is None or theirs is None:
+            return None
+        return PadBudget(
+            sending=available(ours),
+            sent=ours.used,
+            receiving=theirs.left,
+            received=theirs.used,
+            record=self._records.writer.record_limit - OVERHEAD,
+        )
+
     def abort(self, error: PeerError) -> None:
         """Give up for a reason that the caller found; its alert is queued.
 
@@ -414,10 +487,10 @@ class Connection:
             raise LocalStateError(f"the connection has failed: {self._error}")
 
     def _fail(self, error: PeerError) -> None:
-        self._ended_by(error)
         self._records.writer.send_alert(error.alert)
         if error.alert is Alert.USER_CANCELED:
             self._records.writer.send_alert(Alert.CLOSE_NOTIFY)  # or the peer goes on (section 6.1)
+        self._ended_by(error)
 
 
 class ClientConnection(Connection):

@@ -14,6 +14,7 @@ __all__ = [
     "Event",
     "HandshakeCompleted",
     "KeyUpdated",
+    "PadKeyWanted",
     "PskWanted",
     "SessionProposed",
     "TicketReceived",
@@ -92,6 +93,16 @@ class UpdateKeyWanted:
 
 
 @value
+class PadKeyWanted:
+    """The peer has appended a QKD key to the one-time pad of its direction: call
+    ``provide_pad_key``, in the order of these events. What does not need the key flows meanwhile.
+    """
+
+    identity: bytes
+    """Its ``QkdIdentity``."""
+
+
+@value
 class UpdateDeclined:
     """The peer has declined our key update; another one may be started."""
 
@@ -124,6 +135,7 @@ Event: TypeAlias = (
     | TicketReceived
     | KeyUpdated
     | UpdateKeyWanted
+    | PadKeyWanted
     | UpdateDeclined
     | UpdateWanted
     | EpochBegan

@@ -1,58 +1,77 @@
-"""How Extended Key Update and its QKD slot are negotiated (``docs/fresh-keys.md``)."""
+"""How Extended Key Update, its QKD slot (``docs/fresh-keys.md``) and the one-time pad
+(``docs/one-time-pad.md``) are negotiated."""
 
 from typing import Final
 
-from hybridkex.constants import TlsFlag
+from hybridkex.constants import PAD_SUITE, TlsFlag
 from hybridkex.errors import IllegalParameter, PolicyRefused
 from hybridkex.reasons import Reason
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.policy import Policy, Requirement
+from hybridkex.tls.session import Session
+from hybridkex.values import value
 from hybridkex.wire import extensions as ext
 
-__all__ = ["agree", "answer", "check_key_updates", "offer", "read_answer"]
+__all__ = ["Agreed", "agree", "answer", "check_key_updates", "offer", "read_answer"]
 
 _VERSION: Final = 1
 _FLAG: Final = frozenset((int(TlsFlag.EXTENDED_KEY_UPDATE),))
 
 
+@value
+class Agreed:
+    """What both sides do after the handshake."""
+
+    key_updates: KeyUpdates
+    one_time_pad: bool
+
+
 def offer(config: ClientConfig) -> list[ext.Extension]:
     """What the ClientHello says."""
-    if config.policy_in_force.fresh_keys is Requirement.OFF:
+    policy = config.policy_in_force
+    if policy.fresh_keys is Requirement.OFF:
         return []
-    return [ext.TlsFlags(_FLAG), ext.FreshQkdKeysOffer((_VERSION,))]
+    extensions: list[ext.Extension] = [ext.TlsFlags(_FLAG), ext.FreshQkdKeysOffer((_VERSION,))]
+    if policy.one_time_pad is not Requirement.OFF:
+        extensions.append(ext.OneTimePadOffer((PAD_SUITE,)))
+    return extensions
 
 
-def agree(config: ServerConfig, offered: ext.Extensions) -> KeyUpdates:
-    """Choose the kind of key updates that both sides support, at a server.
+def agree(config: ServerConfig, offered: ext.Extensions) -> Agreed:
+    """Choose what both sides support, at a server.
 
     Raises:
         PolicyRefused: our policy requires more.
     """
     policy = config.policy_in_force
     flags, slot = offered.get(ext.TlsFlags), offered.get(ext.FreshQkdKeysOffer)
+    pad = offered.get(ext.OneTimePadOffer)
     kind = KeyUpdates.STANDARD
     if policy.fresh_keys is not Requirement.OFF and flags is not None and flags.flags >= _FLAG:
         if slot is not None and _VERSION in slot.versions:
             kind = KeyUpdates.FRESH
         elif policy.fresh_qkd is not Requirement.REQUIRE:
             kind = KeyUpdates.EXTENDED
-    check_key_updates(policy, kind)
-    return kind
+    wanted = policy.one_time_pad is not Requirement.OFF and kind is KeyUpdates.FRESH
+    agreed = Agreed(kind, wanted and pad is not None and PAD_SUITE in pad.suites)
+    check_key_updates(policy, agreed)
+    return agreed
 
 
-def answer(kind: KeyUpdates) -> list[ext.Extension]:
+def answer(agreed: Agreed) -> list[ext.Extension]:
     """What EncryptedExtensions say."""
     flags: list[ext.Extension] = [ext.TlsFlags(_FLAG)]
-    return {
+    extensions = {
         KeyUpdates.STANDARD: [],
         KeyUpdates.EXTENDED: flags,
         KeyUpdates.FRESH: [*flags, ext.FreshQkdKeysAnswer(_VERSION)],
-    }[kind]
+    }[agreed.key_updates]
+    return [*extensions, ext.OneTimePadAnswer(PAD_SUITE)] if agreed.one_time_pad else extensions
 
 
-def read_answer(config: ClientConfig, answers: ext.Extensions) -> KeyUpdates:
-    """The kind of key updates that the server has agreed to, at a client.
+def read_answer(config: ClientConfig, answers: ext.Extensions) -> Agreed:
+    """What the server has agreed to, at a client.
 
     Raises:
         IllegalParameter: it answers what was not offered.
@@ -60,6 +79,7 @@ def read_answer(config: ClientConfig, answers: ext.Extensions) -> KeyUpdates:
     """
     policy = config.policy_in_force
     flags, slot = answers.get(ext.TlsFlags), answers.get(ext.FreshQkdKeysAnswer)
+    pad = answers.get(ext.OneTimePadAnswer)
     if flags is not None and not flags.flags <= _FLAG:
         raise IllegalParameter(
             "the server sets a flag that was not offered", Reason.FLAG_NOT_OFFERED
@@ -68,19 +88,25 @@ def read_answer(config: ClientConfig, answers: ext.Extensions) -> KeyUpdates:
         raise IllegalParameter(
             "the server's fresh_qkd_keys does not fit the offer", Reason.FRESH_KEYS_ANSWER
         )
+    if pad is not None and (slot is None or pad.suite != PAD_SUITE):
+        raise IllegalParameter(
+            "the server's one_time_pad does not fit the offer", Reason.PAD_ANSWER
+        )
     kind = KeyUpdates.STANDARD
     if flags is not None:
         kind = KeyUpdates.EXTENDED if slot is None else KeyUpdates.FRESH
-    check_key_updates(policy, kind)
-    return kind
+    agreed = Agreed(kind, pad is not None)
+    check_key_updates(policy, agreed)
+    return agreed
 
 
-def check_key_updates(policy: Policy, kind: KeyUpdates) -> None:
+def check_key_updates(policy: Policy, agreed: Agreed | Session) -> None:
     """Check that what was agreed satisfies the policy in force.
 
     Raises:
         PolicyRefused: it does not.
     """
+    kind = agreed.key_updates
     if policy.fresh_keys is Requirement.REQUIRE and kind is KeyUpdates.STANDARD:
         raise PolicyRefused(
             "our policy requires fresh keys, and the peer does not support Extended Key Update",
@@ -90,4 +116,9 @@ def check_key_updates(policy: Policy, kind: KeyUpdates) -> None:
         raise PolicyRefused(
             "our policy requires a QKD key in each key update, and the peer does not support that",
             Reason.FRESH_KEYS_REQUIRED,
+        )
+    if policy.one_time_pad is Requirement.REQUIRE and not agreed.one_time_pad:
+        raise PolicyRefused(
+            "our policy requires a one-time pad, and the peer does not support it",
+            Reason.PAD_REQUIRED,
         )

@@ -16,7 +16,7 @@ from hybridkex.errors import DecryptError, IllegalParameter
 from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
 from hybridkex.text import printable
-from hybridkex.tls.epochs import KeyUpdates
+from hybridkex.tls.fresh_negotiation import Agreed
 from hybridkex.tls.policy import Policy
 from hybridkex.tls.session import AuthenticatedBy, Session
 from hybridkex.tls.transcript import Transcript
@@ -173,7 +173,7 @@ def describe(
     peer: VerifiedPeer | None,
     policy: Policy,
     began_at: float,
-    key_updates: KeyUpdates,
+    agreed: Agreed,
 ) -> Session:
     """The session, from what the handshake settled."""
     return Session(
@@ -195,5 +195,6 @@ def describe(
         vouched_names=peer.vouched_names if peer is not None else (),
         policy=policy,
         began_at=began_at,
-        key_updates=key_updates,
+        key_updates=agreed.key_updates,
+        one_time_pad=agreed.one_time_pad,
     )

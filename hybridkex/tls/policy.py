@@ -49,6 +49,9 @@ class Policy:
             where a schedule is configured, and leaves it off elsewhere.
         fresh_qkd: whether each such update must have a QKD key of its own. ``None`` follows ``psk``
             where there is a source of QKD keys.
+        one_time_pad: whether application data goes under a one-time pad of QKD keys
+            (experimental), which needs ``fresh_keys``. ``None`` requires it where
+            :class:`~hybridkex.OneTimePad` is configured, and leaves it off elsewhere.
         session_lifetime: seconds for which a session may be resumed, counted from its first, full
             handshake; whatever is resumed, and however often, ends then. 0: no resumption.
 
@@ -61,6 +64,7 @@ class Policy:
     authentication: Authentication | None = None
     fresh_keys: Requirement | None = None
     fresh_qkd: Requirement | None = None
+    one_time_pad: Requirement | None = None
     session_lifetime: int = 12 * 3600
 
     def __post_init__(self) -> None:
@@ -69,6 +73,8 @@ class Policy:
             raise ConfigError("session_lifetime is 0 or more seconds")
         if self.fresh_keys is Requirement.OFF and self.fresh_qkd not in (None, Requirement.OFF):
             raise ConfigError("fresh_qkd is about key updates, and fresh_keys is off")
+        if self.fresh_keys is Requirement.OFF and self.one_time_pad not in (None, Requirement.OFF):
+            raise ConfigError("a one-time pad gets its keys by key updates: fresh_keys is off")
         if self.psk is Requirement.OFF and self.authentication in (
             Authentication.PSK,
             Authentication.BOTH,
@@ -90,6 +96,7 @@ class Policy:
             "authentication": self.authentication.value if self.authentication else None,
             "fresh_keys": self.fresh_keys.value if self.fresh_keys else None,
             "fresh_qkd": self.fresh_qkd.value if self.fresh_qkd else None,
+            "one_time_pad": self.one_time_pad.value if self.one_time_pad else None,
         }
 
 
@@ -102,5 +109,9 @@ _FIELDS: Final = {
     ),
     "fresh_keys": (or_none(a("a Requirement", Requirement)), "fresh_keys=Requirement.REQUIRE"),
     "fresh_qkd": (or_none(a("a Requirement", Requirement)), "fresh_qkd=Requirement.PREFER"),
+    "one_time_pad": (
+        or_none(a("a Requirement", Requirement)),
+        "one_time_pad=Requirement.REQUIRE",
+    ),
     "session_lifetime": (INTEGER, "session_lifetime=8 * 3600"),
 }

@@ -11,7 +11,15 @@ from collections.abc import Callable
 from io import BytesIO
 from typing import Final, TypeAlias
 
-from hybridkex.constants import LEGACY_VERSION, MAX_PLAINTEXT, Alert, ContentType, HandshakeType
+from hybridkex.constants import (
+    LEGACY_VERSION,
+    MAX_PLAINTEXT,
+    PAD_RECORD,
+    Alert,
+    ContentType,
+    HandshakeType,
+)
+from hybridkex.crypto.one_time_pad import OVERHEAD, Pad
 from hybridkex.crypto.schedule import TrafficSecret
 from hybridkex.errors import (
     BadRecordMac,
@@ -106,6 +114,8 @@ class WritingHalf:
         sent at once: to send while the peer does could block both."""
         self.closed = False
         """Whether close_notify or a fatal alert has been sent: nothing may follow."""
+        self.pad: Pad | None = None
+        """The one-time pad of our direction, where that was negotiated."""
         self._updates_early = False
         self._padding = padding
         self._outgoing: list[bytes | bytearray] = []
@@ -153,13 +163,33 @@ class WritingHalf:
         self._flight.clear() if self.protection is None else self.flush()
         warning = alert in (Alert.CLOSE_NOTIFY, Alert.USER_CANCELED)
         self.closed |= alert != Alert.USER_CANCELED
-        self._emit(ContentType.ALERT, bytes((1 if warning else 2, alert)))
+        content = bytes((1 if warning else 2, alert))
+        if self.pad is None or not self.pad.begun:
+            self._emit(ContentType.ALERT, content)
+        elif self.pad.covers(len(content) + OVERHEAD):
+            self._seal_with(self.pad, _ALERT, content)
+        if self.pad is not None and self.closed:
+            self.pad.erase()
 
     def send_data(self, data: memoryview) -> None:
-        """Queue application data."""
+        """Queue application data; the caller sees to it that the pad, if there is one, covers it.
+
+        Raises:
+            LocalStateError: it does not.
+        """
         keyed = self.keyed
         self.flush()
-        self._outgoing.append(keyed.seal(_APPLICATION, data, self.record_limit))
+        if self.pad is None:
+            self._outgoing.append(keyed.seal(_APPLICATION, data, self.record_limit))
+            return
+        size = self.record_limit - OVERHEAD
+        for start in range(0, len(data), size):
+            self._seal_with(self.pad, _APPLICATION, data[start : start + size])
+
+    def _seal_with(self, pad: Pad, type_: int, content: bytes | memoryview) -> None:
+        """Queue one record under the pad, which the present key protects in turn."""
+        sealed = memoryview(pad.seal(type_, content))
+        self._outgoing.append(self.keyed.seal(PAD_RECORD, sealed, self.record_limit))
 
     def change_key(self, traffic: TrafficSecret) -> None:
         """Change the key of our direction."""
@@ -185,6 +215,7 @@ class WritingHalf:
         protection = self.protection
         if (
             protection is None
+            or self.pad is not None
             or protection.padding is not None
             or self.record_limit < SMALL
             or self.change_cipher_spec_due
@@ -232,6 +263,10 @@ class ReadingHalf:
         """Whether application data may arrive: once the handshake is complete."""
         self.confirmation_due = False
         """Whether a new key is to be confirmed before data may arrive under it."""
+        self.pad: Pad | None = None
+        """The one-time pad of the peer's direction, where that was negotiated."""
+        self.pad_keys_due = 0
+        """Keys that the peer has appended to it and that we have not looked up yet."""
         self.change_cipher_spec_allowed = False
         """Whether the compatibility record may arrive (appendix E.4)."""
         self._inner_limit = MAX_PLAINTEXT + 1
@@ -290,6 +325,7 @@ class ReadingHalf:
         and would change nothing but the number of records; otherwise ``None``."""
         if (
             self.protection is None
+            or self.pad is not None
             or not self.data_allowed
             or self.confirmation_due
             or self._message
@@ -302,6 +338,17 @@ class ReadingHalf:
             return None
         return self.protection.open_one
 
+    @property
+    def waits_for_pad(self) -> bool:
+        """Whether the next record takes pad of keys that we are still to look up."""
+        return (
+            self._stashed is not None
+            and self._stashed[0] == PAD_RECORD
+            and self.pad is not None
+            and self.pad_keys_due > 0
+            and not self.pad.covers(len(self._stashed[1]))
+        )
+
     def next_item(self) -> Item | None:
         """The next thing that has arrived whole, or ``None``."""
         while True:
@@ -312,6 +359,9 @@ class ReadingHalf:
             if self._deferred is not None:
                 raise self._deferred
             if self._stashed is not None:
+                if self.waits_for_pad:
+                    self.incoming.keep()
+                    return None
                 type_, content = self._stashed
                 self._stashed = None
             else:
@@ -334,8 +384,29 @@ class ReadingHalf:
             if item is not None:
                 return item
 
+    def _padded(self, pad: Pad, sealed: bytes) -> tuple[int, bytes]:
+        """What a record under the one-time pad carries: application data or an alert."""
+        if not pad.covers(len(sealed)):
+            raise UnexpectedMessage(
+                "a record under more one-time pad than the peer has named keys for",
+                Reason.PAD_MISSING,
+            )
+        type_, content = pad.open(sealed)
+        if type_ not in (_APPLICATION, _ALERT):
+            raise UnexpectedMessage(
+                f"a record of type {type_} under the one-time pad", Reason.RECORD_TYPE
+            )
+        return type_, content
+
     def _content(self, type_: int, content: bytes) -> Item | None:
-        """What a record without application data carries."""
+        """What a record carries, unless it is application data under our key alone."""
+        if self.pad is not None and type_ == PAD_RECORD:
+            type_, content = self._padded(self.pad, content)
+            if type_ == _APPLICATION:
+                self._check_data(len(content))
+                return DataItem(content) if content else None
+        elif self.pad is not None and type_ == _ALERT and self.pad.begun:
+            raise UnexpectedMessage("an alert without the one-time pad", Reason.PAD_MISSING)
         if type_ == _HANDSHAKE:
             if not content:
                 raise UnexpectedMessage(
@@ -400,6 +471,10 @@ class ReadingHalf:
                 if type_ != _APPLICATION:
                     self._stashed = (type_, bytes(view[filled:end]))
                     break
+                if self.pad is not None:
+                    raise UnexpectedMessage(
+                        "application data without the one-time pad", Reason.PAD_MISSING
+                    )
                 self._check_data(length)
                 more = read.open_data(self.incoming, view[end:])
                 if more:

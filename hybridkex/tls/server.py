@@ -21,6 +21,7 @@ from hybridkex.constants import (
     PskKeyExchangeMode,
 )
 from hybridkex.crypto.kex import Group
+from hybridkex.crypto.one_time_pad import Pad
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.schedule import (
     EarlySecret,
@@ -510,7 +511,7 @@ class _Choice:
     """The client's offers that only the application understands, each with our answer."""
     client_credential: _ClientCredential | None
     """What the client is asked to show; ``None`` where it is not asked."""
-    key_updates: KeyUpdates
+    agreed: fresh_negotiation.Agreed
 
 
 def _negotiate(
@@ -537,7 +538,7 @@ def _negotiate(
         alpn=_choose_alpn(config, hello),
         application=_answer_application(config, hello),
         client_credential=_choose_client_credential(config, hello),
-        key_updates=fresh_negotiation.agree(config, hello.message.extensions),
+        agreed=fresh_negotiation.agree(config, hello.message.extensions),
     )
     share, shared = group.exchange.respond(hello.shares[group.code])
     wanted = []
@@ -849,7 +850,7 @@ def _encrypted_extensions(
         records.reader.limit_records(config.inner_limit)
         extensions.append(ext.RecordSizeLimit(config.inner_limit))
     extensions += [answer for _, answer in choice.application]
-    extensions += fresh_negotiation.answer(choice.key_updates)
+    extensions += fresh_negotiation.answer(choice.agreed)
     if choice.credential is not None and ext.ServerCertificateTypeOffer in offered:
         kind = choice.credential.identity.certificate_type
         extensions.append(ext.ServerCertificateTypeChoice(kind))
@@ -1006,7 +1007,7 @@ class WaitClientFinished(ServerState):
             peer=peer,
             policy=choice.config.policy_in_force,
             began_at=began_at,
-            key_updates=choice.key_updates,
+            agreed=choice.agreed,
         )
         check_session(choice.config, session)
         records.emit(SessionProposed(session, peer))
@@ -1032,10 +1033,12 @@ class Proposed(ServerState):
         tickets = choice.config.tickets is not None and choice.hello.psk_dhe
         resumption = main.secret.resumption_secret(complete) if tickets else None
         updates = None
-        if choice.key_updates is not KeyUpdates.STANDARD:
+        if choice.agreed.key_updates is not KeyUpdates.STANDARD:
             first = Generation.first(choice.suite, main.secret, main.digest, complete)
-            kind, config = choice.key_updates, choice.config
+            kind, config = choice.agreed.key_updates, choice.config
             updates = Updates(records, config, kind, choice.group, first)
+        if choice.agreed.one_time_pad:
+            records.reader.pad, records.writer.pad = Pad(), Pad()
         connected = Connected(session, choice.suite, main.exporter, resumption, updates)
         records.emit(HandshakeCompleted(session))
         presented = self.peer.certificate if self.peer is not None else None

@@ -93,6 +93,8 @@ class Session:
     version: str = "TLS 1.3"
     key_updates: KeyUpdates = KeyUpdates.STANDARD
     """How the keys change while the session lasts, as both sides have agreed."""
+    one_time_pad: bool = False
+    """Whether application data goes under a one-time pad of QKD keys, as both sides have agreed."""
     epochs: tuple[Epoch, ...] = ()
     """What the key updates have made so far, the last 64 of them; none by KeyUpdate."""
 
@@ -139,6 +141,7 @@ class Session:
             "qkd_sources": list(self.qkd_sources),
             "qkd_fallback": self.qkd_fallback,
             "key_updates": self.key_updates.value,
+            "one_time_pad": self.one_time_pad,
             "epoch": self.epoch,
             "epochs": [one.as_json() for one in self.epochs],
             "policy": self.policy.as_json(),
@@ -158,12 +161,19 @@ class Session:
         ]
         if self.qkd_fallback is not None:
             lines.append(f"  NO QKD KEY:    {self.qkd_fallback}")
-        lines += self._about_updates()
+        lines += self._about_updates() + self._about_the_pad()
         if self.peer_subject is not None:
             lines.append(f"  peer:          {self.peer_subject} ({self.verified_by})")
         if self.alpn is not None:
             lines.append(f"  ALPN:          {self.alpn}")
         return "\n".join(lines)
+
+    def _about_the_pad(self) -> list[str]:
+        if self.one_time_pad:
+            return ["  data:          under a one-time pad of QKD keys, with Poly1305 tags"]
+        if self.policy.one_time_pad in (None, Requirement.OFF):
+            return []
+        return ["  NO ONE-TIME PAD: the peer does not support it"]
 
     def _about_updates(self) -> list[str]:
         if self.key_updates is KeyUpdates.STANDARD:

@@ -7,20 +7,27 @@ from hybridkex.auth import Identity, Presented, RawIdentity
 from hybridkex.constants import CertificateType
 from hybridkex.crypto.schedule import ExporterSecret, ResumptionSecret
 from hybridkex.crypto.suites import CipherSuite
-from hybridkex.errors import IllegalParameter, LocalStateError, UnexpectedMessage
+from hybridkex.errors import IllegalParameter, LocalStateError, PadExhausted, UnexpectedMessage
 from hybridkex.reasons import Reason
 from hybridkex.tls.admission import remaining_lifetime
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.epochs import KEPT_EPOCHS, Epoch
-from hybridkex.tls.events import EpochBegan, KeyUpdated, TicketReceived, UpdateWanted
+from hybridkex.tls.events import (
+    EpochBegan,
+    KeyUpdated,
+    PadKeyWanted,
+    TicketReceived,
+    UpdateWanted,
+)
 from hybridkex.tls.extended_key_update import Updates
+from hybridkex.tls.one_time_pad import MAX_PAD_KEYS, available, content_within
 from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import MAX_TICKET_LIFETIME, Session, SessionTicket
 from hybridkex.tls.tickets import TicketIssuer, TicketState
 from hybridkex.values import value
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.messages import KeyUpdate, Message, NewSessionTicket
-from hybridkex.wire.update_messages import FreshRequest, UpdateRequest
+from hybridkex.wire.update_messages import FreshRequest, PadKey, UpdateRequest
 
 __all__ = ["ClientTraffic", "Connected", "ServerTraffic", "store_key"]
 
@@ -96,6 +103,9 @@ class _Traffic:
             raise UnexpectedMessage(
                 "KeyUpdate where Extended Key Update is negotiated", Reason.STANDARD_KEY_UPDATE
             )
+        if isinstance(message, PadKey):
+            self._pad_key(message, records)
+            return
         if isinstance(message, UpdateRequest | FreshRequest):
             # A session that renews its keys for weeks may be silent for days: what counts is how
             # many come at once, and each second takes one of them off.
@@ -110,6 +120,25 @@ class _Traffic:
         epoch = updates.handle(message, raw, records)
         if epoch is not None:
             self._began(epoch, records)
+
+    def _pad_key(self, message: PadKey, records: RecordLayer) -> None:
+        """The peer appends a key to the one-time pad of its direction."""
+        reader = records.reader
+        if reader.pad is None:
+            raise UnexpectedMessage(
+                "a key for a one-time pad, which was not negotiated", Reason.UPDATE_OUT_OF_ORDER
+            )
+        if reader.confirmation_due:
+            raise UnexpectedMessage(
+                "the first message under a new key is not its confirmation",
+                Reason.UPDATE_NOT_CONFIRMED,
+            )
+        if reader.pad.keys + reader.pad_keys_due >= MAX_PAD_KEYS:
+            raise UnexpectedMessage(
+                "too many keys for a one-time pad that are not used up", Reason.PAD_KEYS_TOO_MANY
+            )
+        reader.pad_keys_due += 1
+        records.emit(PadKeyWanted(message.identity))
 
     def _began(self, epoch: Epoch, records: RecordLayer) -> None:
         session = self.connected.session
@@ -133,7 +162,19 @@ class _Traffic:
         return not self._answer_update
 
     def send_data(self, data: memoryview, records: RecordLayer) -> None:
-        """Queue application data; our key changes before its limit (section 5.5)."""
+        """Queue application data; our key changes before its limit (section 5.5).
+
+        Raises:
+            PadExhausted: our one-time pad is too short; nothing has been queued.
+        """
+        writer = records.writer
+        if writer.pad is not None:
+            room = content_within(available(writer.pad), writer.record_limit)
+            if room < len(data):
+                raise PadExhausted(
+                    f"our one-time pad is enough for {room:,} bytes, and {len(data):,} are to be "
+                    "sent"
+                )
         if self._answer_update:
             self._answer_update = False
             # Section 4.7.3: a sender at the limit "MUST NOT send its own KeyUpdate [...] and SHOULD

@@ -55,6 +55,8 @@ __all__ = [
     "MessageKind",
     "OfferedPskIdentity",
     "OidFilters",
+    "OneTimePadAnswer",
+    "OneTimePadOffer",
     "Padding",
     "PostHandshakeAuth",
     "PreSharedKeyChoice",
@@ -734,6 +736,38 @@ class FreshQkdKeysAnswer(Extension):
         return u8(self.version)
 
 
+@value
+class OneTimePadOffer(Extension):
+    """Ours (``docs/one-time-pad.md``): the suites for the one-time pad that the client knows."""
+
+    type = ExtensionType.ONE_TIME_PAD
+    messages = (CH,)
+    suites: tuple[int, ...]
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(reader.u16_list(1))
+
+    def body(self) -> bytes:
+        return vector8(u16_list(self.suites))
+
+
+@value
+class OneTimePadAnswer(Extension):
+    """Ours (``docs/one-time-pad.md``): the suite in use."""
+
+    type = ExtensionType.ONE_TIME_PAD
+    messages = (EE,)
+    suite: int
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        return cls(reader.u16())
+
+    def body(self) -> bytes:
+        return u16(self.suite)
+
+
 _CLASSES: Final[tuple[type[Extension], ...]] = (
     ServerName,
     ServerNameAck,
@@ -766,6 +800,8 @@ _CLASSES: Final[tuple[type[Extension], ...]] = (
     TlsFlags,
     FreshQkdKeysOffer,
     FreshQkdKeysAnswer,
+    OneTimePadOffer,
+    OneTimePadAnswer,
 )
 _PARSERS: Final = {
     kind: {int(cls.type): cls for cls in _CLASSES if kind in cls.messages} for kind in MessageKind

@@ -49,6 +49,11 @@ class RecordBuffer:
         # The beginning of a record whose end has not come yet; empty most of the time.
         self._partial = bytearray()
 
+    def keep(self) -> None:
+        """Copy what has not been taken: from now on, the bytes that were fed may change."""
+        self._chunk = memoryview(bytes(self._chunk[self._position :]))
+        self._position = 0
+
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Append what the transport gave. ``data`` must not change until it has been taken."""
         if self._position < len(self._chunk):

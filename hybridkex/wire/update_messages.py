@@ -23,6 +23,7 @@ __all__ = [
     "FreshDecline",
     "FreshRequest",
     "FreshResponse",
+    "PadKey",
     "SlotAnswer",
     "UpdateFinish",
     "UpdateRequest",
@@ -198,6 +199,23 @@ class FreshConfirm(ExtendedKeyUpdate):
         return self.verify_data
 
 
+@value
+class PadKey(ExtendedKeyUpdate):
+    """A QKD key that the sender appends to the one-time pad of its direction
+    (``docs/one-time-pad.md``)."""
+
+    subtype = UpdateType.PAD_KEY
+    identity: bytes
+    """Its ``QkdIdentity``."""
+
+    @classmethod
+    def read_fields(cls, reader: Reader) -> Self:
+        return cls(reader.opaque(2, least=1))
+
+    def fields(self) -> bytes:
+        return vector16(self.identity)
+
+
 _SUBTYPES: Final[dict[int, type[ExtendedKeyUpdate]]] = {
     cls.subtype: cls
     for cls in (
@@ -208,5 +226,6 @@ _SUBTYPES: Final[dict[int, type[ExtendedKeyUpdate]]] = {
         FreshResponse,
         FreshDecline,
         FreshConfirm,
+        PadKey,
     )
 }

@@ -19,7 +19,13 @@ from hybridkex import (
     ServerConfig,
     TrustStore,
 )
-from hybridkex.errors import AlertReceived, InternalError, KeySourceUnavailable, PolicyRefused
+from hybridkex.errors import (
+    AlertReceived,
+    InternalError,
+    KeySourceExhausted,
+    KeySourceUnavailable,
+    PolicyRefused,
+)
 from hybridkex.net.event_loop import current_time, sleep, time_limit
 from hybridkex.net.log import BoundedLog
 from hybridkex.qkd.in_process import InProcessSource, in_process_pair
@@ -45,14 +51,19 @@ class Kme:
         self._source = source
         self.local_sae, self.peer_sae = source.local_sae, source.peer_sae
         self.knows, self.status = source.knows, source.status
-        self.delay = 0.0
-        self.down = False
+        self.delay = self.look_up_delay = 0.0
+        self.down = self.empty = False
+        self.drawn = 0
 
     async def get_key(self) -> QkdKey:
         await self._wait()
+        if self.empty:
+            raise KeySourceExhausted("no key is left")
+        self.drawn += 1
         return await self._source.get_key()
 
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:
+        await sleep(self.look_up_delay)
         await self._wait()
         return await self._source.get_key_with_id(name)
 

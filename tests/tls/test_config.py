@@ -126,8 +126,10 @@ def test_a_session_says_what_it_rests_on(trust: TrustStore, identity: Identity) 
             "authentication": "certificate+psk",
             "fresh_keys": "off",
             "fresh_qkd": "off",
+            "one_time_pad": "off",
         },
         "key_updates": "standard",
+        "one_time_pad": False,
         "epoch": 0,
         "epochs": [],
     }

@@ -19,6 +19,7 @@ from hybridkex import (
     Identity,
     Limits,
     MemoryTicketStore,
+    OneTimePad,
     PadToMultiple,
     Pins,
     Policy,
@@ -48,6 +49,7 @@ GOOD: dict[type, dict[str, Any]] = {
     ServerConfig: {"identities": (RAW,)},
     Policy: {},
     FreshKeys: {},
+    OneTimePad: {},
     Limits: {},
     ExternalPsk: {"identity": b"site", "key": Secret(bytes(32))},
     TicketIssuer: {},
@@ -101,6 +103,7 @@ RIGHT = {  # What of these is right, or free, by field.
     "deadline": (1.5,),
     "stretch": (1.5,),
     "after_bytes": (None,),
+    "one_time_pad": (None,),
     "on_epoch": (None,),
 }
 

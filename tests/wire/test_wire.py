@@ -75,6 +75,10 @@ VALUES: dict[type[ext.Extension], st.SearchStrategy[ext.Extension]] = {
     ext.TlsFlags: st.builds(ext.TlsFlags, st.frozensets(st.integers(0, 2039), min_size=1)),
     ext.FreshQkdKeysOffer: st.builds(ext.FreshQkdKeysOffer, types8),
     ext.FreshQkdKeysAnswer: st.builds(ext.FreshQkdKeysAnswer, u8s),
+    ext.OneTimePadOffer: st.builds(
+        ext.OneTimePadOffer, st.lists(u16s, min_size=1, max_size=127).map(tuple)
+    ),
+    ext.OneTimePadAnswer: st.builds(ext.OneTimePadAnswer, u16s),
 }
 KNOWN = {int(type_) for type_ in ExtensionType}
 unknown = st.builds(ext.UnknownExtension, u16s.filter(lambda t: t not in KNOWN), st.binary())
@@ -212,16 +216,16 @@ def parse(kind: MessageKind, *each: ext.Extension | ext.UnknownExtension) -> Ext
 
 
 TABLE = {
-    "CLIENT_HELLO": "0 10 13 16 19 20 21 28 33 41 42 43 44 45 47 49 50 51 65342 65343",
+    "CLIENT_HELLO": "0 10 13 16 19 20 21 28 33 41 42 43 44 45 47 49 50 51 65342 65343 65344",
     "SERVER_HELLO": "33 41 43 51",
     "HELLO_RETRY_REQUEST": "43 44 51",
-    "ENCRYPTED_EXTENSIONS": "0 10 16 19 20 28 42 65342 65343",
+    "ENCRYPTED_EXTENSIONS": "0 10 16 19 20 28 42 65342 65343 65344",
     "CERTIFICATE_REQUEST": "13 47 48 50 65342",
     "CERTIFICATE": "",
     "NEW_SESSION_TICKET": "42 65342",
 }
-"""The table of RFC 9846 section 4.3, with those of RFC 7250, RFC 7685, RFC 8449, RFC 9973 and of
-``docs/fresh-keys.md``."""
+"""The table of RFC 9846 section 4.3, with those of RFC 7250, RFC 7685, RFC 8449, RFC 9973, and of
+``docs/fresh-keys.md`` and ``docs/one-time-pad.md``."""
 
 
 @pytest.mark.parametrize("kind", MessageKind)

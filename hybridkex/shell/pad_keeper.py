@@ -1,0 +1,228 @@
+"""PadKeeper: fetches the QKD keys of one connection's one-time pads, for every shell.
+
+Two tasks, neither of which the other can hold up: one draws keys for what we send, the other looks
+up those that the peer names. They ask the key source and the engine; the
+:class:`~hybridkex.shell.key_keeper.KeyKeeper` puts what the engine has queued on the transport.
+"""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Final
+
+from hybridkex.errors import (
+    InternalError,
+    KeySourceError,
+    KeySourceExhausted,
+    LocalStateError,
+    PadExhausted,
+    PeerError,
+    UnknownPskIdentity,
+)
+from hybridkex.net.event_loop import Background, Event, current_time, time_limit
+from hybridkex.net.log import BoundedLog
+from hybridkex.reasons import Reason
+from hybridkex.text import get_logger
+from hybridkex.tls.connection import ClientConnection, ServerConnection
+from hybridkex.tls.events import PadKeyWanted
+from hybridkex.tls.one_time_pad import OneTimePad, PadBudget, PadSource, piece_of
+
+__all__ = ["PadKeeper"]
+
+_log: Final = get_logger("hybridkex.one_time_pad")
+_LINES: Final = BoundedLog(_log)
+"""Rate-limited, because any peer can cause these lines."""
+
+_FIRST_RETRY: Final = 0.25
+_LAST_RETRY: Final = 5.0
+"""Seconds between attempts, while the key source has no key."""
+
+
+class PadKeeper:
+    """The keys of one connection's one-time pads.
+
+    Args:
+        config: how much pad to hold.
+        connection: the engine, with the handshake complete.
+        source: where the keys are.
+        changed: called when the engine has something to send, when a pad has grown, and when
+            :attr:`error` is set.
+    """
+
+    def __init__(
+        self,
+        config: OneTimePad,
+        connection: ClientConnection | ServerConnection,
+        source: PadSource,
+        changed: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._connection = connection
+        self._source = source
+        self._changed = changed
+        self._grown = Event()
+        self._stock: int | None = None
+        budget = self.budget
+        self.piece: Final = piece_of(config.hold, budget.record)
+        """Bytes of data to send at once: what the pad that we hold has room for."""
+        self.error: PeerError | None = None
+        """Why the session has to end."""
+        # Drawing.
+        self._draw = Event()
+        self._filling = False
+        self._waiting = False
+        self._late = math.inf
+        self._not_before, self._retry = -math.inf, _FIRST_RETRY
+        self._why = ""
+        # Looking up.
+        self._named = deque[PadKeyWanted]()
+        self._look_up = Event()
+        self._tasks: Final = tuple(
+            Background(partial(self._guarded, task))
+            for task in (self._draw_keys, self._look_up_keys)
+        )
+
+    def stop(self) -> None:
+        """End both tasks where they wait next."""
+        for one in self._tasks:
+            one.cancel()
+
+    @property
+    def budget(self) -> PadBudget:
+        """What is left."""
+        budget = self._connection.pad
+        assert budget is not None  # or there would be no keeper
+        return replace(budget, stock=self._stock)
+
+    # --- what the shell asks and tells --------------------------------------------------------
+
+    def ready(self, size: int) -> bool:
+        """Whether the pad has room for ``size`` bytes of data, of at most :attr:`piece`. If not,
+        it is filled, and ``changed`` is called; after the deadline, :attr:`error` says why not."""
+        budget = self.budget
+        self._waiting = budget.message < size
+        if not self._waiting:
+            self._late = math.inf
+        elif self._late == math.inf:
+            self._late = current_time() + self._config.deadline
+        if self._waiting or budget.message < self.piece // 2:
+            self._filling = True
+            self._draw.set()
+        return not self._waiting
+
+    async def wait_until_ready(self, size: int) -> None:
+        """Wait until the pad has room for ``size`` bytes of data.
+
+        Raises:
+            PeerError: the session has to end; the engine has the alert.
+        """
+        try:
+            while not self.ready(size):
+                await self._growth()
+        finally:
+            self._waiting, self._late = False, math.inf
+
+    async def wait_for_key(self) -> None:
+        """Wait until the key that the next record takes is there.
+
+        Raises:
+            PeerError: the session has to end; the engine has the alert.
+        """
+        while self._connection.waits_for_pad:
+            await self._growth()
+
+    async def _growth(self) -> None:
+        if self.error is None:
+            await self._grown.wait()
+        if self.error is not None:
+            raise self.error
+
+    def saw(self, event: PadKeyWanted) -> None:
+        """The peer has named a key."""
+        self._named.append(event)
+        self._look_up.set()
+
+    # --- the tasks ----------------------------------------------------------------------------
+
+    async def _guarded(self, task: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await task()
+        except LocalStateError:
+            pass  # The connection has ended meanwhile.
+        except PeerError as error:
+            self._tell(error)
+        except Exception:
+            _log.exception("the one-time pad gets no keys any more")
+            self._tell(InternalError("the one-time pad gets no keys any more"))
+
+    def _tell(self, error: PeerError | None = None) -> None:
+        if error is not None:
+            self.error = self.error or error
+            self._connection.abort(error)
+        grown, self._grown = self._grown, Event()
+        grown.set()
+        self._changed()
+
+    async def _look_up_keys(self) -> None:
+        while True:
+            if not self._named:
+                self._look_up = Event()
+                await self._look_up.wait()
+                continue
+            wanted, session = self._named.popleft(), self._connection.session
+            try:
+                key = await self._source.look_up_for_pad(wanted.identity, session)
+            except KeySourceError as error:
+                raise UnknownPskIdentity(
+                    f"the QKD key that the peer has put into its one-time pad is not to be had: "
+                    f"{error}",
+                    Reason.PAD_KEY_MISSING,
+                ) from None
+            self._connection.provide_pad_key(key)
+            self._tell()
+
+    async def _draw_keys(self) -> None:
+        while not self._connection.close_sent:
+            now = current_time()
+            if self._waiting and now >= self._late:
+                raise PadExhausted(
+                    f"our one-time pad is used up, and no QKD key came within "
+                    f"{self._config.deadline:g} s{self._why}"
+                )
+            if self._filling and now >= self._not_before:
+                await self._draw_key()
+                continue
+            self._draw = Event()
+            until = min(self._late, self._not_before if self._filling else math.inf)
+            with suppress(TimeoutError):
+                async with time_limit(until - now):
+                    await self._draw.wait()
+
+    async def _draw_key(self) -> None:
+        session = self._connection.session
+        try:
+            async with time_limit(self._late - current_time()):
+                identity, key = await self._source.draw_for_pad(session)
+        except TimeoutError:
+            return
+        except KeySourceError as error:
+            _LINES.log(logging.WARNING, "no QKD key for the one-time pad now: %s", error)
+            self._why = f": {error}"
+            if isinstance(error, KeySourceExhausted):
+                self._stock = 0
+            self._not_before = current_time() + max(self._retry, error.retry_after or 0.0)
+            self._retry = min(2 * self._retry, _LAST_RETRY)
+            return
+        self._retry, self._why = _FIRST_RETRY, ""
+        self._connection.extend_pad(identity, key)
+        self._filling = self.budget.message < self.piece
+        if not self._filling:
+            self._tell()
+            with suppress(KeySourceError):
+                self._stock = await self._source.stock_for_pads(session)
+        elif self._waiting:
+            self._tell()

@@ -1,0 +1,144 @@
+"""The one-time pad of a session: its configuration, its budget, and the protocol for its keys."""
+
+from dataclasses import dataclass
+from typing import Final, Protocol, runtime_checkable
+
+from hybridkex.crypto.one_time_pad import OVERHEAD, POINT, Pad
+from hybridkex.errors import ConfigError
+from hybridkex.fields import INTEGER, NUMBER, check_fields
+from hybridkex.secret import Secret
+from hybridkex.tls.session import Session
+
+__all__ = [
+    "MAX_PAD_KEYS",
+    "OneTimePad",
+    "PadBudget",
+    "PadSource",
+    "available",
+    "content_within",
+    "piece_of",
+]
+
+MAX_PAD_KEYS: Final = 1024
+"""Keys that may be named and not used up, in one direction."""
+_ALERTS: Final = 2 * (2 + OVERHEAD)
+"""Bytes of pad that no data may take: user_canceled and close_notify, or another alert."""
+
+
+@runtime_checkable
+class PadSource(Protocol):
+    """What a :class:`~hybridkex.tls.config.PskSource` also implements if it supplies QKD keys for
+    one-time pads (``docs/one-time-pad.md``). The shell calls it; the engine never does."""
+
+    async def draw_for_pad(self, session: Session) -> tuple[bytes, Secret]:
+        """Draw a new key for our sending direction: its ``QkdIdentity``, and the key.
+
+        Raises :class:`~hybridkex.errors.KeySourceError`.
+        """
+        ...
+
+    async def look_up_for_pad(self, identity: bytes, session: Session) -> Secret:
+        """The key that the peer has drawn and named, once.
+
+        Raises :class:`~hybridkex.errors.KeySourceError`.
+        """
+        ...
+
+    async def stock_for_pads(self, session: Session) -> int | None:
+        """Bytes of key that can be drawn for this peer; ``None`` if it is not known.
+
+        Raises :class:`~hybridkex.errors.KeySourceError`.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneTimePad:
+    """Application data under a one-time pad of QKD keys (experimental, ``docs/one-time-pad.md``).
+
+    Args:
+        hold: bytes of pad for our sending direction, 256 to 16,384, that are drawn ahead once we
+            have begun to send. What is left at the end of the session is lost.
+        deadline: seconds that data waits for a QKD key. Then the session ends.
+    """
+
+    hold: int = 1024
+    deadline: float = 30.0
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            {
+                "hold": (INTEGER, "OneTimePad(hold=1024)"),
+                "deadline": (NUMBER, "OneTimePad(deadline=30.0)"),
+            },
+        )
+        if not 256 <= self.hold <= 16 * MAX_PAD_KEYS:
+            raise ConfigError(f"hold of OneTimePad must be 256 to {16 * MAX_PAD_KEYS:,} bytes")
+        if not self.deadline > 0:
+            raise ConfigError("deadline of OneTimePad must be more than 0 seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PadBudget:
+    """What is left of the one-time pads of a session, in bytes."""
+
+    sending: int
+    """Unused pad that our data may take; some more is kept for alerts."""
+    sent: int
+    """Pad that we have used."""
+    receiving: int
+    """Unused pad for what the peer sends, its alerts included."""
+    received: int
+    """Pad that the peer has used."""
+    record: int
+    """The most bytes of data in one record."""
+    stock: int | None = None
+    """Further key at our KME, for both directions, when it was last asked; ``None``: not known."""
+
+    def cost(self, size: int) -> int:
+        """The pad that data of ``size`` bytes takes when it is sent at once."""
+        return size + OVERHEAD * -(-size // self.record)
+
+    @property
+    def message(self) -> int:
+        """Bytes of the longest message that could be sent now."""
+        return content_within(self.sending, self.record + OVERHEAD)
+
+    @property
+    def message_with_stock(self) -> int | None:
+        """The same if the whole stock were added to our pad; ``None`` if it is not known."""
+        if self.stock is None:
+            return None
+        return content_within(self.sending + self.stock, self.record + OVERHEAD)
+
+    def as_json(self) -> dict[str, int | None]:
+        """Plain values under stable names."""
+        return {
+            "sending": self.sending,
+            "sent": self.sent,
+            "receiving": self.receiving,
+            "received": self.received,
+            "record": self.record,
+            "stock": self.stock,
+            "message": self.message,
+            "message_with_stock": self.message_with_stock,
+        }
+
+
+def content_within(pad: int, record_limit: int) -> int:
+    """Bytes of content that so many bytes of pad protect, in records of at most ``record_limit``
+    bytes inside."""
+    full, rest = divmod(max(0, pad), record_limit)
+    return full * (record_limit - OVERHEAD) + max(0, rest - OVERHEAD)
+
+
+def piece_of(hold: int, record: int) -> int:
+    """The most bytes of data that a direction can send at once with ``hold`` bytes of pad, from its
+    beginning on, in records of ``record`` bytes."""
+    return content_within(hold - POINT - _ALERTS, record + OVERHEAD)
+
+
+def available(pad: Pad) -> int:
+    """Bytes of a pad that data may take: not what is kept for alerts and for the first record."""
+    return max(0, pad.left - pad.first - _ALERTS)

@@ -1,0 +1,272 @@
+"""Sessions under a one-time pad: the same on every event loop."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from test_every_shell import together
+from test_fresh_keys_on_every_loop import IDENTITY, TRUST, Kme, chain, echo
+
+from hybridkex import (
+    X25519,
+    ClientConfig,
+    FreshKeys,
+    OneTimePad,
+    PadBudget,
+    Policy,
+    QkdPskSource,
+    Requirement,
+    ServerConfig,
+)
+from hybridkex.errors import AlertReceived, PadExhausted, UnknownPskIdentity
+from hybridkex.net.event_loop import current_time, sleep, time_limit
+from hybridkex.net.log import BoundedLog
+from hybridkex.qkd.in_process import in_process_pair
+from hybridkex.shell import pad_keeper
+
+REQUIRE, PREFER = Requirement.REQUIRE, Requirement.PREFER
+
+
+@pytest.fixture(autouse=True)
+def lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All lines of a test are written, however many the tests before it have caused."""
+    fresh = BoundedLog(logging.getLogger("hybridkex.one_time_pad"))
+    monkeypatch.setattr(pad_keeper, "_LINES", fresh)
+
+
+class Sites:
+    """Two configurations with QKD keys, for the handshake and for the one-time pads."""
+
+    def __init__(self, pad: OneTimePad, *, capacity: int = 1024, **more: Any) -> None:
+        self.alice, self.bob = map(Kme, in_process_pair("alice", "bob", capacity=capacity))
+        shared: dict[str, Any] = {
+            "groups": (X25519,),
+            "one_time_pad": pad,
+            "policy": Policy(post_quantum=PREFER),
+            **more,
+        }
+        self.client = ClientConfig(verifier=TRUST, psk_source=QkdPskSource(self.alice), **shared)
+        self.server = ServerConfig(
+            identities=(IDENTITY,), psk_source=QkdPskSource(self.bob), **shared
+        )
+
+
+Run = Callable[[Sites, Callable[[Any, Any], Awaitable[None]]], None]
+
+
+@pytest.fixture
+def run(shell: Any) -> Run:
+    def run(sites: Sites, conversation: Callable[[Any, Any], Awaitable[None]]) -> None:
+        async def main() -> None:
+            async with time_limit(20), shell.pair(sites.client, sites.server) as (client, server):
+                await conversation(client, server)
+
+        shell.run(main)
+
+    return run
+
+
+def pad_of(end: Any) -> PadBudget:
+    found: PadBudget = (end.writer.transport if hasattr(end, "writer") else end.stream).pad
+    return found
+
+
+@pytest.mark.parametrize("hold", [256, 2048])
+def test_both_directions_at_once(run: Run, hold: int) -> None:
+    """With key updates between, and messages that are longer than the pad that is held."""
+    sites = Sites(OneTimePad(hold=hold), fresh_keys=FreshKeys(every=0.05))
+    texts = {
+        who: [bytes((i % 256,)) * (i * 37 % 900 + 1) for i in range(9)]
+        for who in ("client", "server")
+    }
+
+    async def conversation(client: Any, server: Any) -> None:
+        assert client.session.one_time_pad
+        assert server.session.one_time_pad
+        heard = {}
+
+        async def speak(who: str, end: Any) -> None:
+            for one in texts[who]:
+                await end.send(one)
+                await sleep(0)
+            await end.send_eof()
+
+        async def hear(who: str, end: Any) -> None:
+            heard[who] = await end.receive_all()
+
+        await together(
+            speak("client", client),
+            speak("server", server),
+            hear("client", client),
+            hear("server", server),
+        )
+        assert heard["client"] == b"".join(texts["server"])
+        assert heard["server"] == b"".join(texts["client"])
+        ours, theirs = pad_of(client), pad_of(server)
+        assert ours.sent > len(heard["server"])
+        assert ours.sent == theirs.received
+        assert theirs.sent == ours.received
+        assert ours.receiving == theirs.receiving == 0  # erased at the end
+        await client.close()
+
+    run(sites, conversation)
+
+
+def test_the_keys_that_are_drawn_ahead_are_bounded(run: Run) -> None:
+    sites = Sites(OneTimePad(hold=512))
+
+    async def conversation(client: Any, server: Any) -> None:
+        before = sites.alice.drawn
+        await sleep(0.05)
+        assert sites.alice.drawn == before  # nothing for an end that says nothing
+
+        async def speak() -> None:
+            await client.send(b"x")
+            assert await client.receive() == b"x"
+            await sleep(0.05)
+            assert 512 // 32 <= sites.alice.drawn - before <= 18
+            assert pad_of(client).message > 400
+            stock = pad_of(client).stock
+            assert stock is not None
+            assert stock > 1000 * 32
+            assert pad_of(client).message_with_stock == pad_of(client).message + stock - 17 * 2
+            await client.send_eof()
+
+        await together(echo(server), speak())
+
+    run(sites, conversation)
+
+
+def test_both_wait_for_keys_before_either_reads(run: Run) -> None:
+    """No end needs the other's answer to begin."""
+    sites = Sites(OneTimePad())
+
+    async def conversation(client: Any, server: Any) -> None:
+        sites.alice.delay = sites.bob.delay = 0.05
+        await together(client.send(b"a" * 300), server.send(b"b" * 300))
+        assert await client.receive_exactly(300) == b"b" * 300
+        assert await server.receive_exactly(300) == b"a" * 300
+
+    run(sites, conversation)
+
+
+def test_a_slow_kme_at_the_receiver(run: Run) -> None:
+    """Data that needs no further key flows while one is looked up."""
+    sites = Sites(OneTimePad(hold=256))
+
+    async def conversation(client: Any, server: Any) -> None:
+        async def speak() -> None:
+            await client.send(b"ping")
+            assert await client.receive_exactly(4) == b"ping"
+            await sleep(0.05)
+            sites.bob.look_up_delay = 0.3
+            began = current_time()
+            longest = 0.0
+            for number in range(12):
+                before = current_time()
+                await client.send(b"ping")
+                assert await client.receive_exactly(4) == b"ping"
+                if number < 4:
+                    longest = max(longest, current_time() - before)
+            assert longest < 0.2
+            assert current_time() - began >= 0.3
+            sites.bob.look_up_delay = 0.0
+            await client.send_eof()
+
+        await together(echo(server), speak())
+
+    run(sites, conversation)
+
+
+@pytest.mark.parametrize("why", ["down", "empty"])
+def test_the_stock_is_gone(run: Run, why: str) -> None:
+    """The sender is told which, its peer gets an alert, and nothing goes without the pad."""
+    sites = Sites(OneTimePad(hold=256, deadline=0.3))
+
+    async def conversation(client: Any, server: Any) -> None:
+        reasons: dict[str, BaseException] = {}
+        heard = bytearray()
+
+        async def speak() -> None:
+            sent = 0
+            try:
+                while True:
+                    await client.send(b"x" * 50)
+                    sent += 50
+                    if sent == 500:
+                        sites.alice.down, sites.alice.empty = why == "down", why == "empty"
+                    await sleep(0.001)
+                    assert sent < 5000
+            except Exception as error:
+                reasons["client"] = error
+            if hasattr(client, "writer"):
+                try:
+                    await client.receive()
+                except Exception as error:
+                    reasons["client"] = error
+
+        async def listen() -> None:
+            try:
+                while data := await server.receive():
+                    heard.extend(data)
+            except Exception as error:
+                reasons["server"] = error
+
+        await together(speak(), listen())
+        ours = [one for one in chain(reasons["client"]) if isinstance(one, PadExhausted)]
+        assert ours
+        assert ("does not answer" if why == "down" else "no key is left") in str(ours[0])
+        theirs = [one for one in chain(reasons["server"]) if isinstance(one, AlertReceived)]
+        assert "no further QKD keys" in str(theirs[0])
+        assert heard == b"x" * len(heard)
+        assert len(heard) >= 150
+
+    run(sites, conversation)
+
+
+def test_a_key_that_the_receiver_cannot_get(run: Run) -> None:
+    sites = Sites(OneTimePad())
+
+    async def conversation(client: Any, server: Any) -> None:
+        reasons: dict[str, BaseException] = {}
+        sites.bob.down = True
+
+        async def speak() -> None:
+            try:
+                await client.send(b"lost")
+                await client.receive()
+            except Exception as error:
+                reasons["client"] = error
+
+        async def listen() -> None:
+            try:
+                assert not await server.receive()
+            except Exception as error:
+                reasons["server"] = error
+
+        await together(speak(), listen())
+        assert any(isinstance(one, UnknownPskIdentity) for one in chain(reasons["server"]))
+        alerts = [one for one in chain(reasons["client"]) if isinstance(one, AlertReceived)]
+        assert alerts[0].name == "unknown_psk_identity"
+
+    run(sites, conversation)
+
+
+def test_an_outage_that_ends_in_time(run: Run) -> None:
+    sites = Sites(OneTimePad(hold=256, deadline=10))
+
+    async def conversation(client: Any, server: Any) -> None:
+        async def mend() -> None:
+            await sleep(0.1)
+            sites.alice.down = False
+
+        async def speak() -> None:
+            sites.alice.down = True
+            await client.send(b"late, but whole")
+            assert await client.receive_exactly(15) == b"late, but whole"
+            await client.send_eof()
+
+        await together(echo(server), speak(), mend())
+
+    run(sites, conversation)

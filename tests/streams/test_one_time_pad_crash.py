@@ -1,0 +1,232 @@
+"""Both ends of a session under a one-time pad are killed at random, and a ledger of all uses shows
+that no byte of a key was ever used twice.
+
+The keys are in key pools on disk, which is all that outlives a process.
+"""
+
+import hashlib
+import os
+import random
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import trio
+
+from hybridkex import (
+    X25519,
+    ClientConfig,
+    DevCa,
+    OneTimePad,
+    Policy,
+    QkdPskSource,
+    Requirement,
+    Secret,
+    SecureStream,
+    ServerConfig,
+    TrustStore,
+)
+from hybridkex.crypto.one_time_pad import Pad
+from hybridkex.qkd.pool import FilePool, PoolNames
+from hybridkex.qkd.source import KeyPart, QkdKey
+from hybridkex.qkd.store import write_key_file
+
+CA = DevCa.create(algorithm="ed25519")
+TRUST, IDENTITY = TrustStore((CA.certificate,)), CA.issue("localhost", algorithm="ed25519")
+NAMES = {
+    "alice": PoolNames(sae="alice", kme="kme-a", peer_sae="bob", peer_kme="kme-b"),
+    "bob": PoolNames(sae="bob", kme="kme-b", peer_sae="alice", peer_kme="kme-a"),
+}
+KEYS = 500
+BYTES = 32
+
+
+def made(master: PoolNames) -> list[QkdKey]:
+    return [
+        QkdKey(
+            name=(KeyPart(master.kme, master.peer_kme, f"{master.sae}-{number}"),),
+            master_sae=master.sae,
+            slave_sae=master.peer_sae,
+            key=Secret(os.urandom(BYTES)),
+        )
+        for number in range(KEYS)
+    ]
+
+
+def pools(folder: Path) -> None:
+    keys = [*made(NAMES["alice"]), *made(NAMES["bob"])]
+
+    async def fill() -> None:
+        for who, names in NAMES.items():
+            write_key_file(folder / f"{who}.key")
+            pool = FilePool.open(folder / f"{who}.db", key_file=folder / f"{who}.key", names=names)
+            async with pool:
+                await pool.add(keys)
+
+    trio.run(fill)
+
+
+class Use(NamedTuple):
+    """One piece of a key that a pad gave away."""
+
+    who: str
+    process: int
+    pad: int
+    key: str
+    start: int
+    size: int
+
+
+def keep_a_ledger(path: Path, who: str) -> None:
+    """Write a line before each byte of a pad is used, in this process."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    names: dict[int, tuple[str, int]] = {}
+    extend, take = Pad.extend, Pad._take
+
+    def extending(pad: Pad, key: Secret) -> None:
+        extend(pad, key)
+        names[id(pad._keys[-1])] = hashlib.sha256(key.reveal()).hexdigest()[:16], len(key)
+
+    def taking(pad: Pad, size: int) -> bytes:
+        missing = size
+        for key in pad._keys:
+            name, whole = names[id(key)]
+            piece = min(missing, len(key))
+            if piece:
+                line = f"{who} {os.getpid()} {id(pad)} {name} {whole - len(key)} {piece}\n"
+                os.write(file, line.encode())
+            missing -= piece
+        return take(pad, size)
+
+    Pad.extend, Pad._take = extending, taking  # type: ignore[method-assign]
+
+
+def process(main: Callable[[], Awaitable[None]], folder: Path, who: str) -> int:
+    """A process of its own that runs ``main``; its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        keep_a_ledger(folder / "ledger", who)
+        trio.run(main)
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def settings(pool: FilePool) -> dict[str, Any]:
+    return {
+        "groups": (X25519,),
+        "psk_source": QkdPskSource(pool),
+        "one_time_pad": OneTimePad(hold=256, deadline=5),
+        "policy": Policy(post_quantum=Requirement.PREFER),
+    }
+
+
+def opened(folder: Path, who: str) -> FilePool:
+    until = time.monotonic() + 5
+    while True:
+        try:
+            return FilePool.open(folder / f"{who}.db", key_file=folder / f"{who}.key")
+        except Exception:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.02)
+
+
+async def serve(listening: socket.socket, folder: Path) -> None:
+    async with opened(folder, "bob") as pool:
+        config = ServerConfig(identities=(IDENTITY,), **settings(pool))
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
+        while True:
+            stream = SecureStream(await listener.accept(), config)
+            try:
+                async for data in stream:
+                    await stream.send_all(data)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+            finally:
+                await trio.aclose_forcefully(stream)
+
+
+async def talk(address: Any, folder: Path) -> None:
+    async with opened(folder, "alice") as pool:
+        config = ClientConfig(verifier=TRUST, **settings(pool))
+        said = 0
+        while True:
+            try:
+                tcp = await trio.open_tcp_stream(*address)
+                stream = SecureStream(tcp, config, server_hostname="localhost")
+                async with stream:
+                    while True:
+                        text = random.randbytes(random.randrange(1, 60))
+                        await stream.send_all(text)
+                        answer = b""
+                        while len(answer) < len(text):
+                            answer += await stream.receive_some()
+                        assert answer == text
+                        said += 1
+                        if not random.randrange(20):
+                            break
+            except (OSError, trio.BrokenResourceError):
+                await trio.sleep(0.01)
+
+
+def read_ledger(path: Path) -> list[Use]:
+    uses = []
+    for line in path.read_text().splitlines():
+        who, child, pad, key, start, size = line.split()
+        uses.append(Use(who, int(child), int(pad), key, int(start), int(size)))
+    return uses
+
+
+@pytest.mark.parametrize(
+    ("rounds", "seed"), [(4, 1), pytest.param(25, 2, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_no_byte_of_a_key_is_used_twice(rounds: int, seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    pools(tmp_path)
+    listening = socket.create_server(("127.0.0.1", 0))
+    address = listening.getsockname()
+    running: dict[str, int] = {}
+    starts = {
+        "alice": lambda: process(lambda: talk(address, tmp_path), tmp_path, "alice"),
+        "bob": lambda: process(lambda: serve(listening, tmp_path), tmp_path, "bob"),
+    }
+    try:
+        for _ in range(rounds):
+            for who, start in starts.items():
+                if who not in running:
+                    running[who] = start()
+            time.sleep(rng.uniform(0.1, 0.6))
+            for who in rng.choice((["alice"], ["bob"], ["alice", "bob"])):
+                child = running.pop(who)
+                os.kill(child, signal.SIGKILL)
+                assert os.waitpid(child, 0)[1] == signal.SIGKILL, f"{who} had ended before"
+    finally:
+        for child in running.values():
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        listening.close()
+
+    uses = read_ledger(tmp_path / "ledger")
+    assert len({use.process for use in uses}) >= rounds / 2
+    for who in starts:
+        taken = Counter(
+            (use.key, place)
+            for use in uses
+            if use.who == who
+            for place in range(use.start, use.start + use.size)
+        )
+        assert len(taken) > 100
+        assert max(taken.values()) == 1, f"{who} has used a byte twice"
+    # One direction each: a key is in one pad at either end.
+    for key in {use.key for use in uses}:
+        pads = {(use.who, use.process, use.pad) for use in uses if use.key == key}
+        assert len(pads) <= 2
+        assert len({who for who, _, _ in pads}) == len(pads)

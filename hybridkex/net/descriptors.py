@@ -10,15 +10,15 @@ from typing import Final
 
 from hybridkex.text import get_logger
 
-__all__ = ["bounded", "raise_soft_limit"]
+__all__ = ["bounded", "raise_soft_limit", "share"]
 
 LOG: Final = get_logger(__name__)
 
 RESERVE: Final = 64
 """Descriptors for everything but accepted connections: listeners, stores, the event loop."""
-BUDGETS: Final = 5
-"""The share of the rest for each budget: a KME has budgets for SAEs, for peers, for handshakes, for
-the metrics and for the link."""
+BUDGETS: Final = 8
+"""The share of the rest for each budget: a KME has budgets for SAEs and for peers, and at its own
+port, that of the metrics and that of the link, one for handshakes and one for the waiting room."""
 OTHERS: Final = 1024
 """Or all but these, if there are many descriptors."""
 
@@ -31,6 +31,14 @@ def raise_soft_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         except (OSError, ValueError) as error:  # the kernel's own limit, in a container
             LOG.debug("the limit of open files stays at %d: %s", soft, error)
+
+
+def share(most: int) -> int:
+    """The number of descriptors, ``most`` or fewer, that one budget may have beside the others."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return most
+    return max(1, min(most, (soft - RESERVE) // BUDGETS))
 
 
 def bounded(connections: int, what: str, *, each: int = 1) -> int:

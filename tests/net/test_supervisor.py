@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import trio
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
+from waiting import trio_until
 
-import hybridkex.net.supervisor
+import hybridkex.net.sockets
+import hybridkex.net.waiting_room
 from hybridkex.errors import LocalStateError
 from hybridkex.net.log import BoundedLog
 from hybridkex.net.reading import read_exactly
@@ -364,68 +366,153 @@ async def test_a_peer_that_sends_and_does_not_read_keeps_no_place_for_ever() -> 
             await connect()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="TCP_INFO is Linux's")
-async def test_a_long_queue_of_silent_strangers_delays_nobody() -> None:
-    """Nor are those of the same address lost who have something to say."""
-    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+# --- crowds -----------------------------------------------------------------------------------
+
+HELLO = b"hello"
+"""What the handler of a crowd waits for; it answers as soon as it has it."""
+
+
+async def greeting(stream: trio.SocketStream, connection: Connection) -> None:
+    await read_exactly(stream, len(HELLO))
+    await stream.send_all(b"answer")
+    await stream.receive_some()  # as if the handshake went on
+
+
+SAID = {"silent": b"", "byte": HELLO[:1], "part": HELLO[:3], "whole": HELLO}
+
+
+@asynccontextmanager
+async def crowded(
+    *crowds: tuple[str, int, bytes], handshakes: int = 8, room: int | None = None
+) -> AsyncIterator[tuple[Callable[[str], Awaitable[float]], list[str]]]:
+    """A server in whose queue crowds (address, number, what each says) wait when it begins.
+
+    Yields a client that is served and returns its delay, and the failures.
+    """
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=4096)
     port = listeners[0].socket.getsockname()[1]
     failures: list[str] = []
     served: Supervisor[Any] = Supervisor(
-        echo, name="test", logger=LOGGER, handshakes=8, on_failure=failures.append
+        greeting,
+        name="test",
+        logger=LOGGER,
+        handshakes=handshakes,
+        patience=0.3,
+        on_failure=failures.append,
     )
 
-    def connect(source: str, said: bytes = b"") -> socket.socket:
+    def connect(source: str, said: bytes) -> socket.socket:
         client = stack.enter_context(socket.create_connection(("127.0.0.1", port), 5, (source, 0)))
         client.sendall(said)
-        client.setblocking(False)
         return client
 
-    with contextlib.ExitStack() as stack:
-        for _ in range(200):
-            connect("127.0.0.2")
-        talkers = [connect("127.0.0.2", b"x")]
-        for _ in range(100):
-            connect("127.0.0.2")
-        talkers.append(connect("127.0.0.1", b"y"))
-        with trio.fail_after(8):  # in rows of eight a second it would be 38 s
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(served.serve, listeners)
-                for talker in talkers:
-                    stream = trio.SocketStream(trio.socket.from_stdlib_socket(talker))
-                    assert len(await stream.receive_some()) == 1
-                nursery.cancel_scope.cancel()
-    assert failures.count("evicted") > 200
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the queue's length is Linux's")
-@pytest.mark.parametrize("said", [b"x", b"xx"])
-async def test_a_long_queue_of_strangers_who_begin_and_stop_delays_nobody_long(said: bytes) -> None:
-    """They send a byte each, so that they are not silent, and not what the handler waits for."""
-    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    port = listeners[0].socket.getsockname()[1]
-    failures: list[str] = []
-
-    async def begin(stream: trio.SocketStream, connection: Connection) -> None:
-        with connection.waiting():
-            await read_exactly(stream, 3)
-        await stream.send_all(b"z")
-
-    served: Supervisor[Any] = Supervisor(
-        begin, name="test", logger=LOGGER, handshakes=8, on_failure=failures.append
-    )
-    with contextlib.ExitStack() as stack:
-        for number in range(121):
-            source, words = ("127.0.0.2", said) if number < 120 else ("127.0.0.1", b"yyy")
-            client = socket.create_connection(("127.0.0.1", port), 5, (source, 0))
-            stack.enter_context(client).sendall(words)
+    async def ask(source: str) -> float:
+        began = trio.current_time()
+        client = connect(source, HELLO)
         client.setblocking(False)
-        with trio.fail_after(6):  # in rows of eight a second it would be 15 s
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(client)) as stream:
+            assert await stream.receive_some() == b"answer"
+        return trio.current_time() - began
+
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        if room is not None:
+            patch.setattr(hybridkex.net.waiting_room, "WAITING", room)
+        for source, number, said in crowds:
+            for count in range(number):
+                connect(source.replace("*", str(count % 250 + 2)), said)
+        with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(served.serve, listeners)
-                good = trio.SocketStream(trio.socket.from_stdlib_socket(client))
-                assert await good.receive_some() == b"z"
+                yield ask, failures
                 nursery.cancel_scope.cancel()
-    assert failures.count("evicted") > 100
+
+
+@pytest.mark.parametrize("said", sorted(SAID))
+@pytest.mark.parametrize("handshakes", [1, 2, 8])
+async def test_a_crowd_delays_nobody(said: str, handshakes: int) -> None:
+    """Of another address, or of the same: whoever comes next is served after one place at most.
+    One after the other, the crowd would take 11 to 90 s."""
+    async with crowded(("127.0.0.2", 300, SAID[said]), handshakes=handshakes) as (ask, _):
+        assert await ask("127.0.0.1") < 1.5
+        assert await ask("127.0.0.2") < 1.5
+
+
+async def test_crowds_of_several_addresses() -> None:
+    async with crowded(("127.0.0.*", 250, SAID["whole"]), ("127.0.1.*", 250, SAID["byte"])) as (
+        ask,
+        _,
+    ):
+        assert await ask("127.0.2.1") < 1.5
+
+
+async def test_a_crowd_that_comes_again_and_again_gets_one_turn_of_two() -> None:
+    """An address whose places are free again at once has as many turns as each other address."""
+    served: list[str] = []
+
+    async def brief(stream: trio.SocketStream, connection: Connection) -> None:
+        served.append(connection.address)
+
+    async with contextlib.AsyncExitStack() as stack:
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        where = listener.socket.getsockname()
+        for source, number in (("127.0.0.2", 100), ("127.0.0.3", 20), ("127.0.0.4", 10)):
+            for _ in range(number):
+                client = socket.create_connection(where, 5, (source, 0))
+                stack.enter_context(client)
+                client.sendall(b"x")
+        supervisor: Supervisor[Any] = Supervisor(brief, name="test", logger=LOGGER, handshakes=4)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(supervisor.serve, [listener])
+            await trio_until(lambda: len(served) == 130)
+            nursery.cancel_scope.cancel()
+    # The first turns fall to those who are accepted first.
+    assert max(place for place, one in enumerate(served) if one == "127.0.0.4") < 100
+    last = max(place for place, one in enumerate(served) if one == "127.0.0.3")
+    assert last < 115
+
+
+async def test_a_room_that_is_full_dismisses_those_of_the_crowd(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Not those of others; and of the crowd, the silent ones first."""
+    crowds = ("127.0.0.3", 1, HELLO), ("127.0.0.2", 5, HELLO), ("127.0.0.2", 60, b"")
+    async with crowded(*crowds, handshakes=2, room=20) as (ask, failures):
+        assert await ask("127.0.0.1") < 1.5
+        assert failures.count("evicted") >= 40
+    dismissed = [one.getMessage() for one in caplog.records if "are waiting" in one.getMessage()]
+    assert all("127.0.0.2:" in line for line in dismissed)
+
+
+async def test_those_who_wait_are_closed_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        clients = []
+        supervisor: Supervisor[Any] = Supervisor(
+            greeting, name="test", logger=LOGGER, handshakes=2, handshake_seconds=100
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(supervisor.serve, [listener])
+            for said in (b"", b"x", b"", b"x"):
+                client = await trio.open_tcp_stream(*listener.socket.getsockname())
+                clients.append(await stack.enter_async_context(client))
+                await client.send_all(said)
+            await trio.sleep(0.1)
+            nursery.cancel_scope.cancel()
+        for client in clients:
+            with trio.fail_after(5), contextlib.suppress(trio.BrokenResourceError):
+                assert await client.receive_some() == b""
+
+
+async def test_a_burst_of_one_address_loses_nobody() -> None:
+    """Three hundred good clients, who need two turns each, on sixteen places."""
+    async with crowded(handshakes=16) as (ask, failures), trio.open_nursery() as nursery:
+
+        async def client() -> None:
+            await ask("127.0.0.1")
+
+        for _ in range(300):
+            nursery.start_soon(client)
+    assert failures == []
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SO_PEERCRED is Linux's")
@@ -469,7 +556,7 @@ async def test_local_programs_share_by_user_and_silence(
         # Another user has fewer, and takes the place of one who has been silent.
         moved[5] = trio.current_time()
         mock_clock.jump(61)
-        monkeypatch.setattr(hybridkex.net.supervisor, "_local_user", lambda _: "uid 4711")
+        monkeypatch.setattr(hybridkex.net.sockets, "_local_user", lambda _: "uid 4711")
         connect(6)
         assert sum(one.evicted for one in made) == 3
     finally:

@@ -1,0 +1,309 @@
+"""Connections in a server, and the budgets that bound their number.
+
+A connection begins in the budget of those that have not yet authenticated, with a deadline, and
+moves to the budget of its kind when its handler knows the peer (:meth:`Connection.admit`). A budget
+is shared fairly among its holders (see :class:`Budget`), so that idle strangers cannot lock others
+out.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Hashable, Iterator
+from typing import Final
+
+import trio
+
+from hybridkex.errors import HybridkexError
+from hybridkex.net.descriptors import bounded
+from hybridkex.net.log import BoundedLog
+from hybridkex.net.sockets import has_unread, has_unsent, network_of, peer_name, silence_of
+
+__all__ = ["PATIENCE", "Budget", "Connection", "TooManyConnections"]
+
+PATIENCE: Final = 1.0
+"""Seconds that a connection must have waited for its peer before a newcomer may replace it."""
+IDLE_SECONDS: Final = 60.0
+"""Seconds without data in either direction before a newcomer may replace a connection that has
+carried data."""
+
+
+class TooManyConnections(HybridkexError):
+    """A connection was refused because a budget of connections is used up."""
+
+
+class Connection:
+    """An accepted connection under supervision.
+
+    Attributes:
+        peer: the peer's address and port, or ``a local program``.
+        address: where the peer is, which holds a place until the peer has authenticated: an IPv4
+            address, the /64 prefix of an IPv6 address, the user ID of a local program, or empty.
+        log: for log lines that the peer can cause.
+        evicted: whether it was closed to make room for another connection.
+    """
+
+    def __init__(self, transport: trio.SocketStream | None, log: BoundedLog) -> None:
+        self.log: Final = log
+        self.peer: Final = peer_name(transport)
+        self.address: Final = network_of(transport)
+        self._transport = transport
+        self._scope = trio.CancelScope()
+        self._budget: Budget | None = None
+        self._holder: Hashable = None
+        self._waiting_since: float | None = None
+        self._unread = False
+        self._admitted = 0.0
+        self._is_used: Callable[[], bool] = lambda: True
+        self._silence: Callable[[], float] = lambda: -1.0
+        self.evicted = False
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing has come from the peer that could be read."""
+        return self._transport is not None and not has_unread(self._transport)
+
+    def fileno(self) -> int:
+        """The descriptor of its socket."""
+        assert self._transport is not None
+        return self._transport.socket.fileno()
+
+    def _begin(self, budget: "Budget") -> None:
+        """Take a place to authenticate in."""
+        budget._add(self, self.address)
+        self._waiting_since = trio.current_time()
+
+    def admit(
+        self,
+        budget: "Budget",
+        holder: Hashable = None,
+        *,
+        is_used: Callable[[], bool] = lambda: True,
+        silence: Callable[[], float] = lambda: -1.0,
+    ) -> None:
+        """Mark the peer as authenticated: move to ``budget``, counted for ``holder``; ends the
+        deadline.
+
+        Args:
+            budget: of the connections of its kind.
+            holder: who the peer is; :attr:`address` if that is ``None``.
+            is_used: whether the connection has carried any data of the application. As long as it
+                has not, a newcomer may take its place, as in :meth:`waiting`; afterwards it keeps
+                its place while data flows (see :class:`Budget`). So strangers who share the address
+                of good clients keep none of them out.
+            silence: seconds since data of the application last crossed the connection. It is asked
+                where the system does not say, as for a Unix socket; negative: not known.
+
+        Raises:
+            TooManyConnections: the budget is used up. Deadline and place stay as they were, so that
+                the handler has the rest of its time to tell the peer.
+        """
+        before, place = self._budget, self._holder
+        budget._take(self, self.address if holder is None else holder)
+        if before is not None:
+            before._give_back(self, place)
+        self._waiting_since = None
+        self._admitted, self._is_used, self._silence = trio.current_time(), is_used, silence
+        self._scope.deadline = math.inf
+
+    @contextlib.contextmanager
+    def waiting(self, *, unread: bool = False) -> Iterator[None]:
+        """In this context we wait for the peer, and a newcomer may replace this connection: closing
+        it now loses nothing.
+
+        Args:
+            unread: also while bytes of the peer wait to be read; what it owes us is that it reads.
+        """
+        self._waiting_since, self._unread = trio.current_time(), unread
+        try:
+            yield
+        finally:
+            self._waiting_since = None
+
+    def _age(self, now: float) -> float:
+        """Seconds that the peer has kept us waiting; negative if the delay is ours."""
+        since = self._waiting_since
+        if since is None and not self._is_used():
+            since = self._admitted
+        if since is None or self.evicted:
+            return -1.0
+        if not self._unread and has_unread(self._transport):
+            return -1.0
+        return now - since
+
+    def _idle(self, now: float) -> float:
+        """Seconds since data last crossed the connection; negative where that is not known, or if
+        the delay is ours: bytes of the peer wait to be read, and the peer itself reads."""
+        transport = self._transport
+        if self.evicted or (has_unread(transport) and not has_unsent(transport)):
+            return -1.0
+        silence = silence_of(transport)
+        return silence if silence >= 0 else self._silence()
+
+    def _evict(self) -> None:
+        self.evicted = True
+        self._release()
+        self._scope.cancel()
+
+    def _release(self) -> None:
+        if self._budget is not None:
+            self._budget._give_back(self, self._holder)
+            self._budget = None
+
+
+class Budget:
+    """A number of connections that may be open at once, shared fairly among those who hold them.
+
+    When it is used up, a newcomer replaces one connection, of the first kind that there is:
+
+    1. one that has waited ``patience`` seconds for its peer (:meth:`Connection.waiting`), or has
+       been admitted for as long and never carried data;
+    2. one that has carried data, but none for ``idle`` seconds: who sends one byte does not keep
+       a place for ever;
+    3. with ``even_shares``, for holders who need not keep their peers waiting to occupy places: the
+       newest connection of the holder who has the most, if that leaves that holder no fewer than
+       the newcomer then has. It was opened when there was little room left.
+
+    Of the first two kinds it is the one that has been silent longest among those of the holder with
+    the most connections, but never one of a holder who has fewer than the newcomer. If there is
+    no such connection, the newcomer is refused. Where the newcomer's holder has used up its own
+    share (``each``), one of its own connections of the first two kinds makes room.
+
+    Args:
+        total: connections at once.
+        each: connections at once of one holder; ``None`` for no limit but ``total``.
+        what: the name of the budget in messages: *connections*, *peer connections*.
+        patience: seconds that a connection must have waited before a newcomer may take its place.
+        idle: seconds without data in either direction, likewise, of one that has carried data
+            (known on Linux or from ``silence``; otherwise such a connection keeps its place).
+        even_shares: whether connections that do not wait make room, too.
+        descriptors: file descriptors of one connection; there are fewer connections where the
+            process may not open enough (:mod:`hybridkex.net.descriptors`).
+        freed: called when a place has become free.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        each: int | None = None,
+        what: str = "connections",
+        descriptors: int = 1,
+        patience: float = PATIENCE,
+        idle: float = IDLE_SECONDS,
+        even_shares: bool = False,
+        freed: Callable[[], object] | None = None,
+    ) -> None:
+        self._what = what
+        self._descriptors = descriptors
+        self.total = total
+        self.each = each
+        self._patience = patience
+        self._idle = idle
+        self._even_shares = even_shares
+        self._count = 0
+        self._held: dict[Hashable, dict[Connection, None]] = {}
+        self._freed = freed
+
+    @property
+    def total(self) -> int:
+        """Connections at once, as far as the process has descriptors for them."""
+        return self._total
+
+    @total.setter
+    def total(self, connections: int) -> None:
+        self._total = bounded(connections, self._what, each=self._descriptors)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _take(self, connection: Connection, holder: Hashable) -> None:
+        own = self.held(holder)
+        if self.each is not None and own >= self.each:
+            victim = self._silent(holder, only=True)
+            if victim is None:
+                raise TooManyConnections(f"{holder} has {own} {self._what} open")
+            victim._evict()
+        elif self._count >= self.total:
+            victim = self._silent(holder) or self._surplus(own)
+            if victim is None:
+                raise TooManyConnections(f"{self._count} {self._what} are open")
+            victim._evict()
+        self._add(connection, holder)
+
+    def held(self, holder: Hashable) -> int:
+        """Places that a holder has."""
+        return len(self._held.get(holder, ()))
+
+    def makes_place(self, holder: Hashable, *, evict: bool) -> bool:
+        """Whether a holder that waits may have a place now.
+
+        It may as long as it has fewer places than are free, so that no holder has more than half
+        of them; or, with ``evict``, if a connection has waited for so long that it makes room.
+        """
+        if self.held(holder) < self.total - self._count:
+            return True
+        victim = self._victim(holder, self._patience) if evict else None
+        if victim is None:
+            return False
+        victim._evict()
+        return True
+
+    def evict(self) -> bool:
+        """Free the descriptors of a connection that has waited too long, if there is one."""
+        victim = self._victim(object(), self._patience)
+        if victim is None:
+            return False
+        victim._evict()
+        return True
+
+    def _silent(self, newcomer: Hashable, *, only: bool = False) -> Connection | None:
+        """A connection that has kept us waiting, or has been idle, for so long that a newcomer may
+        replace it; ``only`` one of the newcomer's own holder."""
+        return self._victim(newcomer, self._patience, only=only) or self._victim(
+            newcomer, self._idle, only=only, of=Connection._idle
+        )
+
+    def _surplus(self, own: int) -> Connection | None:
+        """The newest connection of the holder who has the most, where a newcomer who has ``own``
+        may take it."""
+        if not self._even_shares:
+            return None
+        most = max(self._held.values(), key=len, default={})
+        return next(reversed(most)) if len(most) >= own + 2 else None
+
+    def _victim(
+        self,
+        newcomer: Hashable,
+        least: float,
+        *,
+        only: bool = False,
+        of: Callable[[Connection, float], float] = Connection._age,
+    ) -> Connection | None:
+        """The connection that is first to make room, among those of an age of at least ``least``
+        seconds."""
+        now = trio.current_time()
+        own = self.held(newcomer)
+        best: Connection | None = None
+        rank = (0, 0.0)
+        for holder, connections in self._held.items():
+            if holder != newcomer and (only or len(connections) <= own):
+                continue
+            for connection in connections:
+                age = of(connection, now)
+                if age >= max(least, 0.0) and (len(connections), age) > rank:
+                    best, rank = connection, (len(connections), age)
+        return best
+
+    def _add(self, connection: Connection, holder: Hashable) -> None:
+        connection._budget, connection._holder = self, holder
+        self._held.setdefault(holder, {})[connection] = None
+        self._count += 1
+
+    def _give_back(self, connection: Connection, holder: Hashable) -> None:
+        connections = self._held[holder]
+        del connections[connection]
+        if not connections:
+            del self._held[holder]
+        self._count -= 1
+        if self._freed is not None:
+            self._freed()

@@ -1,0 +1,116 @@
+"""What the system knows about an accepted connection: its other end, and the data on its way."""
+
+import fcntl
+import select
+import socket
+import struct
+import sys
+import termios
+from typing import Final
+
+import trio
+
+__all__ = [
+    "has_unread",
+    "has_unsent",
+    "network_of",
+    "peer_name",
+    "silence_of",
+    "transport_of",
+]
+
+
+def transport_of(stream: object) -> trio.SocketStream | None:
+    """The socket underneath a stream, if there is one."""
+    while not isinstance(stream, trio.SocketStream):
+        below = getattr(stream, "transport_stream", None)
+        if below is None:
+            return None
+        stream = below
+    return stream
+
+
+def has_unread(transport: trio.SocketStream | None) -> bool:
+    """Whether unread bytes of the peer, or its end, are waiting: then the delay is ours."""
+    if transport is None or transport.socket.fileno() < 0:
+        return False
+    poll = select.poll()
+    poll.register(transport.socket.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def has_unsent(transport: trio.SocketStream | None) -> bool:
+    """Whether bytes of ours wait for the peer to read (tcp(7) and unix(7), SIOCOUTQ)."""
+    if transport is None or transport.socket.fileno() < 0:
+        return False
+    count = bytearray(4)
+    try:
+        fcntl.ioctl(transport.socket.fileno(), termios.TIOCOUTQ, count)
+    except OSError:
+        return False
+    return any(count)
+
+
+def silence_of(transport: trio.SocketStream | None) -> float:
+    """Seconds since data last went over a TCP connection in either direction, as Linux knows it
+    (tcp(7), TCP_INFO); negative where the system does not say."""
+    if transport is None or not sys.platform.startswith("linux"):
+        return -1.0
+    try:
+        info = transport.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA.size)
+        sent, received = _LAST_DATA.unpack(info)
+    except (OSError, struct.error):  # a Unix socket, or closed
+        return -1.0
+    return float(min(sent, received)) / 1000
+
+
+_LAST_DATA: Final = struct.Struct("=44xI4xI")
+"""tcpi_last_data_sent and tcpi_last_data_recv of struct tcp_info, in milliseconds."""
+
+
+def peer_name(transport: trio.SocketStream | None) -> str:
+    """The address of the other end for a log line."""
+    try:
+        where = transport.socket.getpeername() if transport is not None else ""
+    except OSError:
+        return "a peer that is gone"
+    if not isinstance(where, tuple):
+        return "a local program"
+    host, port = where[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def network_of(transport: trio.SocketStream | None) -> str:
+    """Where the other end is: an IPv4 address, the /64 prefix of an IPv6 address, the user ID of a
+    local program, or empty."""
+    try:
+        where = transport.socket.getpeername() if transport is not None else ""
+    except OSError:
+        return ""
+    if not isinstance(where, tuple):
+        return _local_user(transport)
+    host = str(where[0])
+    if ":" not in host:
+        return host
+    packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+    return packed[:8].hex() if packed[:12] != _MAPPED else packed[12:].hex()
+
+
+def _local_user(transport: trio.SocketStream | None) -> str:
+    """The user whose program is at the other end of a Unix socket (unix(7), SO_PEERCRED)."""
+    if transport is None or not hasattr(socket, "SO_PEERCRED"):
+        return ""
+    try:
+        found = transport.socket.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
+        )
+    except OSError:
+        return ""
+    return f"uid {_CREDENTIALS.unpack(found)[1]}"
+
+
+_CREDENTIALS: Final = struct.Struct("=3i")
+"""struct ucred: process, user and group."""
+
+_MAPPED: Final = bytes(10) + b"\xff\xff"
+"""The prefix of an IPv4 address in an IPv6 socket (RFC 4291 section 2.5.5.2)."""

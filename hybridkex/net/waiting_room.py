@@ -1,0 +1,170 @@
+"""Connections that have been accepted and wait for a place to be served.
+
+A connection that waits in the kernel's queue (listen(2)) waits for all that came before it, whoever
+sent them. So a server accepts at once, and decides here who is next: connections are grouped by
+address, and the addresses take turns. A waiting connection costs a descriptor and a few kilobytes;
+no task runs for it and nothing is read from it.
+"""
+
+import selectors
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Final, Generic, TypeVar
+
+import trio
+from trio.abc import AsyncResource
+
+from hybridkex.net.budget import Connection
+from hybridkex.net.descriptors import share
+
+__all__ = ["WaitingRoom"]
+
+WAITING: Final = 2048
+"""Connections in a room, as far as there are descriptors."""
+
+T = TypeVar("T", bound=AsyncResource)
+
+
+class WaitingRoom(Generic[T]):
+    """Connections that wait, in two groups: those that have sent something, and the silent ones.
+
+    Those that have sent something come first. Among them it is the turn of the address that holds
+    the fewest places; among such, of one that has had no turn, the newest first; then of the one
+    whose last turn is longest ago. Of one address, the newest connection is first: after a flood,
+    those that have waited longest are those whose clients have most likely given up.
+
+    Args:
+        held: how many places an address holds.
+        total: connections at once; :data:`WAITING`, or fewer where the process may open only few
+            files, if ``None``.
+    """
+
+    def __init__(self, held: Callable[[str], int], total: int | None = None) -> None:
+        self.total: Final = share(WAITING) if total is None else total
+        self._held = held
+        self._speaking = _ByAddress[T]()
+        self._silent = _ByAddress[T]()
+        self._selector = selectors.DefaultSelector()
+
+    def __len__(self) -> int:
+        return len(self._speaking) + len(self._silent)
+
+    def add(self, connection: Connection, stream: T) -> None:
+        """Let a connection wait."""
+        if connection.is_silent:
+            self._selector.register(connection.fileno(), selectors.EVENT_READ, connection)
+            self._silent.put(connection, stream)
+        else:
+            self._speaking.put(connection, stream)
+
+    async def listen(self) -> None:
+        """Wait until some of the silent connections have sent something, or have ended."""
+        await trio.lowlevel.wait_readable(self._selector.fileno())
+        for key, _ in self._selector.select(0):
+            connection: Connection = key.data
+            self._selector.unregister(key.fileobj)
+            self._speaking.put(connection, self._silent.remove(connection))
+
+    def next_address(self) -> tuple[str, bool] | None:
+        """The address whose turn it is, and whether it has sent something; ``None`` if nobody
+        waits."""
+        for group in (self._speaking, self._silent):
+            if len(group):
+                return min(group, key=self._held), group is self._speaking
+        return None
+
+    def take(self, address: str) -> tuple[Connection, T]:
+        """The next connection of an address that is in the room."""
+        if address in self._speaking:
+            return self._speaking.take(address)
+        return self._hushed(self._silent.take(address))
+
+    def crowded_out(self) -> tuple[Connection, T] | None:
+        """The connection that has to leave, if there are more than may wait.
+
+        It is of the address that has the most connections, places included: a silent one if there
+        is one, and the oldest.
+        """
+        return self.remove() if len(self) > self.total else None
+
+    def remove(self) -> tuple[Connection, T] | None:
+        """Make room in any case, if somebody waits."""
+        most: tuple[int, bool] = (0, False)
+        found = None
+        for group, other, silent in (
+            (self._silent, self._speaking, True),
+            (self._speaking, self._silent, False),
+        ):
+            for address in group:
+                size = group.count(address) + other.count(address) + self._held(address)
+                if (size, silent) >= most:  # of equals, the one whose turn comes last
+                    most, found = (size, silent), address
+        if found is None:
+            return None
+        if most[1]:
+            return self._hushed(self._silent.take_oldest(found))
+        return self._speaking.take_oldest(found)
+
+    def _hushed(self, found: tuple[Connection, T]) -> tuple[Connection, T]:
+        self._selector.unregister(found[0].fileno())
+        return found
+
+    async def aclose(self) -> None:
+        """Close all that wait."""
+        self._selector.close()
+        with trio.CancelScope(shield=True):
+            for group in (self._speaking, self._silent):
+                for stream in group.clear():
+                    await trio.aclose_forcefully(stream)
+
+
+class _ByAddress(Generic[T]):
+    """Connections by address, in the order of the addresses' turns."""
+
+    def __init__(self) -> None:
+        self._groups: OrderedDict[str, dict[Connection, T]] = OrderedDict()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._groups)
+
+    def __contains__(self, address: str) -> bool:
+        return address in self._groups
+
+    def count(self, address: str) -> int:
+        return len(self._groups.get(address, ()))
+
+    def put(self, connection: Connection, stream: T) -> None:
+        address = connection.address
+        if address not in self._groups:
+            self._groups[address] = {}
+            self._groups.move_to_end(address, last=False)
+        self._groups[address][connection] = stream
+        self._count += 1
+
+    def take(self, address: str) -> tuple[Connection, T]:
+        """The newest of an address, which has had its turn."""
+        self._groups.move_to_end(address)
+        found = next(reversed(self._groups[address]))
+        return found, self.remove(found)
+
+    def take_oldest(self, address: str) -> tuple[Connection, T]:
+        found = next(iter(self._groups[address]))
+        return found, self.remove(found)
+
+    def remove(self, connection: Connection) -> T:
+        group = self._groups[connection.address]
+        stream = group.pop(connection)
+        if not group:
+            del self._groups[connection.address]
+        self._count -= 1
+        return stream
+
+    def clear(self) -> list[T]:
+        streams = [stream for group in self._groups.values() for stream in group.values()]
+        self._groups.clear()
+        self._count = 0
+        return streams

@@ -152,7 +152,8 @@ async def start_tls(
     """Secure an open connection, as ``loop.start_tls`` does.
 
     The old protocol must not hold unprocessed bytes: they came without protection, and anybody on
-    the path may have sent them. ``connection_made`` is not called again.
+    the path may have sent them. ``connection_made`` is not called again; ``connection_lost`` is,
+    even if the handshake fails.
 
     Args:
         transport: the plain transport; do not use it afterwards.
@@ -166,8 +167,12 @@ async def start_tls(
         SecureConnectionError: the transport is closed, or the handshake failed; ``__cause__`` is
             the reason.
         ConfigError: ``config`` is not a configuration, or a server is given a ``server_hostname``.
+        TypeError: ``transport`` is no transport.
         ValueError: a time limit is not positive.
     """
+    if not hasattr(transport, "set_protocol"):
+        kind = type(transport).__name__
+        raise TypeError(f"start_tls takes a transport, not a {kind}; upgrade takes streams")
     if transport.is_closing():
         raise connection_error(LocalStateError("the transport is closed or is being closed"))
     loop = asyncio.get_running_loop()

@@ -22,7 +22,8 @@ class _StreamProtocol(asyncio.StreamReaderProtocol):
 
     def takes_over(self, writer: asyncio.StreamWriter, protocol: asyncio.BaseProtocol) -> None:
         """Keep the writer of an upgraded connection, because its ``__del__`` would close the
-        transport below, and pass the end of the connection on to its protocol."""
+        transport below, and pass the end of the connection on to its protocol, without which
+        ``wait_closed`` of that writer would never return."""
         self._plain = writer, protocol
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -143,14 +144,8 @@ async def upgrade(
         )
     secure_reader = asyncio.StreamReader(limit=limit, loop=loop)
     protocol = _StreamProtocol(secure_reader, loop=loop)
-    plain_protocol = plain.get_protocol()
-    try:
-        transport = await start_tls(plain, protocol, config, **options)
-    except BaseException as error:
-        # Else wait_closed() of the plain writer would never return.
-        plain_protocol.connection_lost(error if isinstance(error, Exception) else None)
-        raise
-    protocol.takes_over(writer, plain_protocol)
+    protocol.takes_over(writer, plain.get_protocol())
+    transport = await start_tls(plain, protocol, config, **options)
     protocol.connection_made(transport)
     return secure_reader, asyncio.StreamWriter(transport, protocol, secure_reader, loop)
 

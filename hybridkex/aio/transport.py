@@ -12,6 +12,8 @@ close. ``_Receiver`` is the protocol of the transport below and passes the recei
 - A long write is encrypted and sent in batches, one in each iteration of the loop. Other
   connections are served in between, and the rest waits as the application's own bytes object,
   without an encrypted copy.
+- Once a callback has paused reading, closed the connection or replaced the protocol, the old
+  protocol gets no more data, not even the rest of the record that is being delivered.
 - An exception raised by the application's protocol ends its connection: the loop's exception
   handler and ``connection_lost`` get the exception, and the peer gets the alert internal_error.
 """
@@ -19,6 +21,7 @@ close. ``_Receiver`` is the protocol of the transport below and passes the recei
 import asyncio
 import logging
 import threading
+from asyncio import constants, transports
 from collections import deque
 from collections.abc import Coroutine, Iterable
 from enum import Enum, auto
@@ -67,8 +70,6 @@ _JOIN: Final = 16 * 1024
 """Bytes up to which writes wait to be joined; more is encrypted at once."""
 _BATCH: Final = 256 * 1024
 """Bytes that are encrypted and sent in one iteration of the loop."""
-_HIGH_WATER: Final = 64 * 1024
-"""Bytes that may wait before ``pause_writing`` is called; asyncio's default."""
 _ALERT_TIMEOUT: Final = 1.0
 _IGNORED_WRITES: Final = 5
 """Number of writes to a lost connection at which a warning is logged; asyncio's figure."""
@@ -94,8 +95,17 @@ _CLOSING: Final = _State.CLOSING
 _CLOSED: Final = _State.CLOSED
 
 
+# What ends a connection when the application's protocol raises it. A callback that asks a cancelled
+# future for its result raises CancelledError, which is no request to cancel the event loop.
+_FAULTS: Final = (Exception, asyncio.CancelledError)
+
+
 class _Scratch(threading.local):
-    """The read buffer that all connections of a thread share: it is empty between two reads."""
+    """The read buffer that all connections of a thread share: it is empty between two reads.
+
+    The thread is the one that reads. A loop may run in another thread than the one in which its
+    connections were made.
+    """
 
     def __init__(self) -> None:
         self.view = memoryview(bytearray(_READ_SIZE))
@@ -105,7 +115,7 @@ class _Scratch(threading.local):
 _SCRATCH: Final = _Scratch()
 
 
-class SecureTransport(asyncio.Transport):
+class SecureTransport(transports._FlowControlMixin):
     """A transport that encrypts over another transport.
 
     :func:`~hybridkex.aio.create_connection`, :func:`~hybridkex.aio.create_server` and
@@ -130,7 +140,14 @@ class SecureTransport(asyncio.Transport):
         ValueError: a time limit is not positive.
     """
 
+    # asyncio asks a transport for these names, and loop.sendfile for the base class too.
     _start_tls_compatible = True  # loop.start_tls, for a TLS connection inside this one
+    _sendfile_compatible = constants._SendfileMode.FALLBACK
+
+    _loop: asyncio.AbstractEventLoop
+    _protocol_paused: bool
+    _high_water: int
+    _low_water: int
 
     def __init__(
         self,
@@ -143,8 +160,7 @@ class SecureTransport(asyncio.Transport):
         call_connection_made: bool = True,
         ready: "asyncio.Future[None] | None" = None,
     ) -> None:
-        super().__init__()
-        self._loop = asyncio.get_running_loop()
+        super().__init__(loop=asyncio.get_running_loop())
         self._config = config
         self._connection = connection_for(config, server_hostname)
         self._answers = Answers(config, self._connection)
@@ -153,7 +169,7 @@ class SecureTransport(asyncio.Transport):
             ssl_handshake_timeout, ssl_shutdown_timeout
         )
         self._announce = call_connection_made
-        self._announced = False
+        self._announced = not call_connection_made
         self._ready = ready
         self._session: Session | None = None
         self._keeper: KeyKeeper | None = None
@@ -162,7 +178,7 @@ class SecureTransport(asyncio.Transport):
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         # Data that was decrypted while reading was paused.
-        self._held: deque[bytes] = deque()
+        self._held: deque[bytes | memoryview] = deque()
         self._reading_paused = False
         self._raw_paused = False
         self._end_delivered = False
@@ -174,8 +190,6 @@ class SecureTransport(asyncio.Transport):
         self._waits_for_pad = False
         self._pump_due = False
         self._in_read = False
-        self._high_water, self._low_water = _HIGH_WATER, _HIGH_WATER // 4
-        self._writing_paused = False
         self._raw_full = False
         self._raw_ended = False
         self._aborted = False
@@ -365,10 +379,10 @@ class SecureTransport(asyncio.Transport):
         try:
             if self._announce:
                 self._protocol.connection_made(self)
-            self._check_marks()
-        except Exception as error:
+        except _FAULTS as error:
             self._application_failed(error)
             return
+        self._check_marks()
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
         self._process()
@@ -424,7 +438,7 @@ class SecureTransport(asyncio.Transport):
         self._in_read = True
         try:
             self._take_events()
-        except Exception as error:
+        except _FAULTS as error:
             self._application_failed(error)
         finally:
             self._in_read = False
@@ -449,9 +463,10 @@ class SecureTransport(asyncio.Transport):
                 self._deliver(content)
             else:
                 self._protocol.data_received(content)  # type: ignore[attr-defined]
-        except Exception as error:
+        except _FAULTS as error:
             self._application_failed(error)
-        self._in_read = False
+        finally:
+            self._in_read = False
         if self._outgoing:
             self._pump()
         return True
@@ -470,7 +485,7 @@ class SecureTransport(asyncio.Transport):
             if self._keeper is not None:
                 self._keeper.saw(event)
             if type(event) is ApplicationData and self._state is _OPEN:
-                if self._reading_paused:
+                if self._reading_paused or self._held:
                     self._held.append(event.data)
                 else:
                     self._deliver(event.data)
@@ -496,13 +511,18 @@ class SecureTransport(asyncio.Transport):
         if error is not None:
             self._report("the session tickets could not be stored", error)
 
-    def _deliver(self, data: bytes) -> None:
-        protocol: Any = self._protocol
-        if not self._buffered:
-            protocol.data_received(data)
-            return
+    def _deliver(self, data: bytes | memoryview) -> None:
+        """Give data to the protocol; what it does not take, once it has paused reading, waits."""
         view = memoryview(data)
-        while view:
+        while view and self._state is _OPEN:
+            if self._reading_paused:
+                self._held.appendleft(view)
+                return
+            protocol: Any = self._protocol
+            if not self._buffered:
+                whole = type(data) is bytes and len(view) == len(data)
+                protocol.data_received(data if whole else bytes(view))
+                return
             buffer = memoryview(protocol.get_buffer(len(view))).cast("B")
             size = min(len(buffer), len(view))
             if not size:
@@ -516,7 +536,9 @@ class SecureTransport(asyncio.Transport):
         if self._state is _CLOSING:
             if not self._end_due:
                 self._close_raw()
-        elif self._state is _OPEN and not self._reading_paused and not self._end_delivered:
+        elif self._reading_paused or self._held:
+            return
+        elif self._state is _OPEN and not self._end_delivered:
             self._end_delivered = True
             protocol: Any = self._protocol
             if not protocol.eof_received():
@@ -557,7 +579,7 @@ class SecureTransport(asyncio.Transport):
     def _resume(self) -> None:
         try:
             self._deliver_held()
-        except Exception as error:
+        except _FAULTS as error:
             self._application_failed(error)
 
     def _deliver_held(self) -> None:
@@ -658,7 +680,7 @@ class SecureTransport(asyncio.Transport):
             self._pump_soon()
         elif self._end_due:
             self._send_end()
-        if self._writing_paused:
+        if self._protocol_paused:
             self._check_marks()
 
     def _next_batch(self) -> bytes | memoryview:
@@ -716,14 +738,10 @@ class SecureTransport(asyncio.Transport):
         Raises:
             ValueError: ``high >= low >= 0`` does not hold.
         """
-        assert self._raw is not None
-        self._raw.set_write_buffer_limits(high, low)
-        self._low_water, self._high_water = self._raw.get_write_buffer_limits()
-        self._check_marks()
-
-    def get_write_buffer_limits(self) -> tuple[int, int]:
-        """The low and the high mark, in bytes."""
-        return self._low_water, self._high_water
+        self._set_write_buffer_limits(high, low)  # type: ignore[attr-defined]
+        if self._raw is not None and self._state is not _CLOSED:
+            self._raw.set_write_buffer_limits(self._high_water, self._low_water)
+            self._check_marks()
 
     def get_write_buffer_size(self) -> int:
         """Bytes that wait to be sent."""
@@ -738,15 +756,18 @@ class SecureTransport(asyncio.Transport):
 
     def _check_marks(self) -> None:
         """Call ``pause_writing`` or ``resume_writing`` where a mark has been crossed."""
-        if not self._announced:
+        if self._session is None or self._failure is not None:
             return
-        if not self._writing_paused:
-            if self._raw_full or self._outgoing_size > self._high_water:
-                self._writing_paused = True
-                self._protocol.pause_writing()
-        elif not self._raw_full and self._outgoing_size <= self._low_water:
-            self._writing_paused = False
-            self._protocol.resume_writing()
+        try:
+            if not self._protocol_paused:
+                if self._raw_full or self._outgoing_size > self._high_water:
+                    self._protocol_paused = True
+                    self._protocol.pause_writing()
+            elif not self._raw_full and self._outgoing_size <= self._low_water:
+                self._protocol_paused = False
+                self._protocol.resume_writing()
+        except _FAULTS as error:
+            self._application_failed(error)
 
     # --- the end ------------------------------------------------------------------------------
 
@@ -835,10 +856,12 @@ class SecureTransport(asyncio.Transport):
             }
         )
 
-    def _application_failed(self, error: Exception) -> None:
+    def _application_failed(self, error: BaseException) -> None:
         """End the connection after an exception of the application's protocol."""
         self._report("Fatal error: the application's protocol failed.", error)
-        self._give_up("the application's protocol failed", error)
+        # A CancelledError that went on from here would cancel whoever uses the connection.
+        cause = error if isinstance(error, Exception) else None
+        self._give_up("the application's protocol failed", cause)
 
     def _give_up(self, why: str, cause: Exception | None = None) -> None:
         """Close with the alert internal_error, for a reason on our side."""
@@ -895,7 +918,7 @@ def time_limits(handshake: float | None, shutdown: float | None) -> tuple[float,
         ValueError: one of them is not positive.
     """
     for name, value in (("handshake", handshake), ("shutdown", shutdown)):
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # nor is nan
             raise ValueError(f"ssl_{name}_timeout should be a positive number, got {value}")
     return (
         _HANDSHAKE_TIMEOUT if handshake is None else handshake,
@@ -915,18 +938,17 @@ class _Receiver(asyncio.BufferedProtocol):
 
     def __init__(self, transport: SecureTransport) -> None:
         self._transport = transport
-        self._buffer, self._head = _SCRATCH.view, _SCRATCH.head
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport.attach(cast(asyncio.Transport, transport))  # uvloop's are not asyncio's
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer
+        return _SCRATCH.view
 
     def buffer_updated(self, nbytes: int) -> None:
-        fragment = self._buffer[HEADER_LENGTH:nbytes]
-        if not self._transport.received_record(self._head, fragment):
-            self._transport.received(self._buffer[:nbytes])
+        buffer = _SCRATCH.view
+        if not self._transport.received_record(_SCRATCH.head, buffer[HEADER_LENGTH:nbytes]):
+            self._transport.received(buffer[:nbytes])
 
     def data_received(self, data: bytes) -> None:
         """Data from a secure transport that carries this one."""

@@ -10,9 +10,11 @@ the layout. To add a group, write a :class:`KeyExchange` and put ``Group(code, n
 into the configuration; the engine needs no change.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
+from functools import cached_property
+from itertools import accumulate
 from typing import Final, Protocol
 
 from cryptography.hazmat.primitives.asymmetric import ec, mlkem, x25519
@@ -132,7 +134,7 @@ class Group:
         """The union of the parts' properties."""
         return self.exchange.properties
 
-    @property
+    @cached_property
     def part_names(self) -> tuple[str, ...]:
         """The parts' names, in the order of the layout."""
         return tuple(part.name for part in self.exchange.parts)
@@ -328,8 +330,9 @@ class Concat:
         parts = tuple(single for part in parts for single in part.parts)
         self.parts = parts
         self.name = name or "+".join(part.name for part in parts)
-        self.offer_length = sum(part.offer_length for part in parts)
-        self.answer_length = sum(part.answer_length for part in parts)
+        self.offers = _Layout(self.name, [part.offer_length for part in parts])
+        self.answers = _Layout(self.name, [part.answer_length for part in parts])
+        self.offer_length, self.answer_length = self.offers.length, self.answers.length
         self.properties = Property(0)
         for part in parts:
             self.properties |= part.properties
@@ -340,9 +343,9 @@ class Concat:
 
     def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:
         """Answer the share of each part (server); the secret is the concatenation of theirs."""
-        shares = _split(self.name, peer_share, [part.offer_length for part in self.parts])
+        shares = self.offers.split(peer_share)
         answers = [part.respond(share) for part, share in zip(self.parts, shares, strict=True)]
-        return b"".join(share for share, _ in answers), _join(secret for _, secret in answers)
+        return b"".join([share for share, _ in answers]), _join([secret for _, secret in answers])
 
 
 class _ConcatStarted:
@@ -351,25 +354,30 @@ class _ConcatStarted:
     def __init__(self, kind: Concat) -> None:
         self._kind = kind
         self._parts = [part.start() for part in kind.parts]
-        self.share = b"".join(part.share for part in self._parts)
+        self.share = b"".join([part.share for part in self._parts])
 
     def finish(self, peer_share: bytes) -> Secret:
-        lengths = [part.answer_length for part in self._kind.parts]
-        shares = _split(self._kind.name, peer_share, lengths)
-        return _join(part.finish(share) for part, share in zip(self._parts, shares, strict=True))
+        shares = self._kind.answers.split(peer_share)
+        return _join([part.finish(share) for part, share in zip(self._parts, shares, strict=True)])
 
 
-def _split(name: str, share: bytes, lengths: list[int]) -> list[bytes]:
-    check_length(name, share, sum(lengths))
-    pieces, start = [], 0
-    for length in lengths:
-        pieces.append(share[start : start + length])
-        start += length
-    return pieces
+class _Layout:
+    """Where the parts' shares lie in the share of a hybrid."""
+
+    def __init__(self, name: str, lengths: Sequence[int]) -> None:
+        self.name = name
+        ends = tuple(accumulate(lengths))
+        self.length = ends[-1]
+        self._pieces = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+    def split(self, share: bytes) -> list[bytes]:
+        """The parts' shares."""
+        check_length(self.name, share, self.length)
+        return [share[piece] for piece in self._pieces]
 
 
-def _join(secrets: Iterable[Secret]) -> Secret:
-    return Secret(b"".join(secret.reveal() for secret in secrets))
+def _join(secrets: Sequence[Secret]) -> Secret:
+    return Secret(b"".join([secret.reveal() for secret in secrets]))
 
 
 _X25519_EXCHANGE: Final = _X25519()

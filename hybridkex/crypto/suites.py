@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Protocol
 
@@ -41,15 +41,16 @@ class Aead(Protocol):
     def decrypt_into(self, nonce: Any, data: Any, associated_data: Any, buf: Any) -> int: ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class HashFunction:
-    """A hash function, as hashlib, `cryptography` and the KDF registry name it."""
+    """A hash function, as hashlib, `cryptography` and the KDF registry name it. There is one object
+    for each."""
 
     name: str
     size: int
-    algorithm: hashes.HashAlgorithm = field(compare=False)
+    algorithm: hashes.HashAlgorithm
     kdf: KdfCode
-    new: Callable[..., "hashlib._Hash"] = field(compare=False)
+    new: Callable[..., "hashlib._Hash"]
 
     def digest(self, data: bytes) -> bytes:
         """The hash of ``data``: ``size`` bytes."""

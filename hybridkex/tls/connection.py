@@ -46,7 +46,7 @@ State = client.ClientState | server.ServerState | ClientTraffic | ServerTraffic
 # Tuples, made once: a union is built anew in every call, and isinstance takes longer over it.
 _WAIT_PSK: Final = (client.WaitPsk, server.WaitPsk)
 _PROPOSED: Final = (client.Proposed, server.Proposed)
-_WAITING: Final = (*_WAIT_PSK, *_PROPOSED)
+_WAITING: Final = frozenset((*_WAIT_PSK, *_PROPOSED))
 _STEPS: Final = {**client.STEPS, **server.STEPS}
 _TRAFFIC: Final = (ClientTraffic, ServerTraffic)
 
@@ -128,7 +128,7 @@ class Connection:
         if records.events:
             return records.events.popleft()
         self._check_alive()
-        while not self._close_received and not isinstance(self._state, _WAITING):
+        while not self._close_received and type(self._state) not in _WAITING:
             try:
                 item = records.reader.next_item()
                 if item is None:

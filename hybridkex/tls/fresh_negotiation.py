@@ -61,13 +61,14 @@ def agree(config: ServerConfig, offered: ext.Extensions) -> Agreed:
 
 def answer(agreed: Agreed) -> list[ext.Extension]:
     """What EncryptedExtensions say."""
-    flags: list[ext.Extension] = [ext.TlsFlags(_FLAG)]
-    extensions = {
-        KeyUpdates.STANDARD: [],
-        KeyUpdates.EXTENDED: flags,
-        KeyUpdates.FRESH: [*flags, ext.FreshQkdKeysAnswer(_VERSION)],
-    }[agreed.key_updates]
-    return [*extensions, ext.OneTimePadAnswer(PAD_SUITE)] if agreed.one_time_pad else extensions
+    if agreed.key_updates is KeyUpdates.STANDARD:
+        return []
+    extensions: list[ext.Extension] = [ext.TlsFlags(_FLAG)]
+    if agreed.key_updates is KeyUpdates.FRESH:
+        extensions.append(ext.FreshQkdKeysAnswer(_VERSION))
+    if agreed.one_time_pad:  # only with fresh keys
+        extensions.append(ext.OneTimePadAnswer(PAD_SUITE))
+    return extensions
 
 
 def read_answer(config: ClientConfig, answers: ext.Extensions) -> Agreed:

@@ -7,7 +7,7 @@ message, and how much of anything is held.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from typing import Final, TypeAlias
 
@@ -49,12 +49,13 @@ __all__ = ["AlertItem", "DataItem", "Item", "ReadingHalf", "RecordLayer", "Writi
 _HANDSHAKE: Final = int(ContentType.HANDSHAKE)
 _APPLICATION: Final = int(ContentType.APPLICATION_DATA)
 _ALERT: Final = int(ContentType.ALERT)
+_CERTIFICATE: Final = int(HandshakeType.CERTIFICATE)
 
 # Early data that we skip: a client may send as much as its ticket allowed it (section 4.3.10), and
 # ours allow none, so this is another server's ticket; BoringSSL's figure.
 _MAX_SKIPPED_EARLY_DATA: Final = 16384
 
-_LONGEST: Final = {
+_LONGEST: Final[Mapping[int, int]] = {
     HandshakeType.CLIENT_HELLO: 1 << 17,  # two or three shares of up to 64 KiB
     HandshakeType.SERVER_HELLO: (1 << 16) + 512,
     HandshakeType.NEW_SESSION_TICKET: (1 << 16) + 1024,
@@ -270,7 +271,6 @@ class ReadingHalf:
         self.change_cipher_spec_allowed = False
         """Whether the compatibility record may arrive (appendix E.4)."""
         self._inner_limit = MAX_PLAINTEXT + 1
-        self._longest = {**_LONGEST, HandshakeType.CERTIFICATE: limits.certificate_message}
         self._message = bytearray()
         self._stashed: tuple[int, bytes] | None = None
         self._deferred: PeerError | None = None
@@ -560,10 +560,13 @@ class ReadingHalf:
         if len(message) < HEADER_LENGTH:
             return None
         length = int.from_bytes(message[1:HEADER_LENGTH], "big")
-        limit = self._longest.get(message[0], _LONGEST_OTHER)  # type: ignore[call-overload]
+        type_ = message[0]
+        limit = _LONGEST.get(type_, _LONGEST_OTHER)
+        if type_ == _CERTIFICATE:
+            limit = self.limits.certificate_message
         if length > limit:
             raise IllegalParameter(
-                f"a handshake message of type {message[0]} with {length} bytes; {limit} may be",
+                f"a handshake message of type {type_} with {length} bytes; {limit} may be",
                 Reason.MESSAGE_TOO_LONG,
             )
         end = HEADER_LENGTH + length

@@ -25,6 +25,7 @@ MAX_RECORD: Final = HEADER_LENGTH + MAX_PLAINTEXT + MAX_CIPHERTEXT_EXPANSION
 
 HEADER: Final = Struct(">BBxH")
 """Type, first byte of the version, and length."""
+_WRITTEN_HEADER: Final = Struct(">BHH")
 _LIMITS: Final = {int(type_): MAX_PLAINTEXT for type_ in ContentType} | {
     int(ContentType.APPLICATION_DATA): MAX_PLAINTEXT + MAX_CIPHERTEXT_EXPANSION
 }
@@ -99,7 +100,8 @@ class RecordBuffer:
         chunk, start = self._chunk, self._position
         size, body = len(chunk), start + HEADER_LENGTH
         if body > size:
-            self._set_aside()
+            if start < size:
+                self._set_aside()
             return None
         type_, length = _check_header(chunk, start)
         end = body + length
@@ -175,4 +177,4 @@ def _check_header(data: memoryview | bytearray, start: int) -> tuple[int, int]:
 
 def header(type_: int, length: int, version: int = LEGACY_VERSION) -> bytes:
     """The header of a record with ``length`` bytes to follow."""
-    return b"%c%b%b" % (type_, version.to_bytes(2, "big"), length.to_bytes(2, "big"))
+    return _WRITTEN_HEADER.pack(type_, version, length)

@@ -140,75 +140,46 @@ class _Offer:
 
     def hello(self, cookie: bytes | None, prefix: Transcript | None) -> bytes:
         """The ClientHello, encoded; ``prefix`` is the transcript before it, after a retry."""
+        first = self._server_name if cookie is None else (ext.Cookie(cookie), *self._server_name)
         message = ClientHello(
             random=self.random,
             session_id=self.session_id,
-            cipher_suites=tuple(suite.code for suite in self.config.suites),
-            extensions=ext.Extensions(
-                self._extensions if cookie is None else (ext.Cookie(cookie), *self._extensions)
+            cipher_suites=self.constant.cipher_suites,
+            extensions=ext.EncodedExtensions(
+                ext.encoded(first) + self.constant.encoded + ext.encoded(self._last_extensions)
             ),
         )
         raw = encode(message)
         return self._with_binders(raw, prefix) if self.psks else raw
 
-    @cached_property
+    @property
+    def constant(self) -> "_Constant":
+        """What all ClientHellos of the configuration have in common."""
+        return self.config.once(_constant)
+
+    @property
     def classes(self) -> tuple[type[ext.Extension], ...]:
         """Those of the extensions that are sent."""
-        return tuple(map(type, self._extensions))
+        last = map(type, self._last_extensions)
+        return (*self.constant.classes, *map(type, self._server_name), *last)
+
+    @property
+    def _server_name(self) -> tuple[ext.ServerName, ...]:
+        return (ext.ServerName(self.name.a_label),) if isinstance(self.name, DnsName) else ()
 
     @cached_property
-    def _extensions(self) -> tuple[ext.Extension, ...]:
-        """Those of RFC 9846 section 4.3, in the order in which they are sent; a cookie comes
-        first."""
-        config = self.config
+    def _last_extensions(self) -> list[ext.Extension]:
+        """What belongs to this handshake, behind what the configuration says."""
         extensions: list[ext.Extension] = []
-        if isinstance(self.name, DnsName):
-            extensions.append(ext.ServerName(self.name.a_label))
-        extensions.append(ext.SupportedGroups(tuple(group.code for group in config.group_list)))
-        extensions += self._about_certificates()
-        if config.alpn:
-            extensions.append(ext.AlpnOffer(tuple(name.encode("utf-8") for name in config.alpn)))
-        extensions.append(ext.SupportedVersionsOffer((TLS13,)))
-        if self.psks or config.ticket_store is not None:
+        if self.psks or self.config.ticket_store is not None:
             extensions.append(ext.PskKeyExchangeModes((PskKeyExchangeMode.PSK_DHE_KE,)))
         entries = tuple(ext.KeyShareEntry(code, one.share) for code, one in self.started.items())
         extensions.append(ext.KeyShareOffer(entries))
-        if config.record_size_limit is not None:
-            extensions.append(ext.RecordSizeLimit(config.inner_limit))
         if self.wants_certificate_with_psk:
             extensions.append(ext.TlsCertWithExternPsk())
-        extensions += fresh_negotiation.offer(config)
-        extensions += config.extensions
         if self.psks:
             extensions.append(self._psk_offer())  # the last one (section 4.3.11)
-        return tuple(extensions)
-
-    def _about_certificates(self) -> list[ext.Extension]:
-        """Sections 4.3.3 and 4.5.1: signatures and kinds of certificate that can be checked."""
-        extensions: list[ext.Extension] = []
-        if self.config.authentication is not Authentication.PSK:
-            schemes = tuple(scheme.code for scheme in self.config.signature_schemes)
-            extensions.append(ext.SignatureAlgorithms(schemes))
-            extensions.append(ext.SignatureAlgorithmsCert(schemes + CERTIFICATE_ONLY_SCHEMES))
-        if self.server_types != ONLY_X509:
-            extensions.append(ext.ServerCertificateTypeOffer(self.server_types))
-        if self.client_types != ONLY_X509:
-            extensions.append(ext.ClientCertificateTypeOffer(self.client_types))
         return extensions
-
-    @property
-    def server_types(self) -> tuple[int, ...]:
-        """The kinds of certificate that we can check (RFC 7250)."""
-        verifier = self.config.verifier
-        if verifier is None or self.config.authentication is Authentication.PSK:
-            return ONLY_X509
-        return accepted_types(verifier)
-
-    @property
-    def client_types(self) -> tuple[int, ...]:
-        """The kinds of certificate that we can show."""
-        identity = self.config.identity
-        return ONLY_X509 if identity is None else (identity.certificate_type,)
 
     @property
     def wants_certificate_with_psk(self) -> bool:
@@ -238,6 +209,52 @@ class _Offer:
             binder = psk.early_secret.binder(psk.binder_label, digest)
             binders += vector8(binder)
         return truncated + vector16(binders)
+
+
+@value
+class _Constant:
+    """What a configuration says in each of its ClientHellos."""
+
+    cipher_suites: tuple[int, ...]
+    encoded: bytes
+    """The extensions."""
+    classes: tuple[type[ext.Extension], ...]
+    server_types: tuple[int, ...]
+    """The kinds of certificate that we can check (RFC 7250)."""
+    client_types: tuple[int, ...]
+    """The kinds of certificate that we can show."""
+
+
+def _constant(config: ClientConfig) -> _Constant:
+    verifier, identity = config.verifier, config.identity
+    by_psk = config.authentication is Authentication.PSK
+    server_types = ONLY_X509 if verifier is None or by_psk else accepted_types(verifier)
+    client_types = ONLY_X509 if identity is None else (identity.certificate_type,)
+    extensions: list[ext.Extension] = [
+        ext.SupportedGroups(tuple(group.code for group in config.group_list))
+    ]
+    if not by_psk:  # sections 4.3.3 and 4.5.1
+        schemes = tuple(scheme.code for scheme in config.signature_schemes)
+        extensions.append(ext.SignatureAlgorithms(schemes))
+        extensions.append(ext.SignatureAlgorithmsCert(schemes + CERTIFICATE_ONLY_SCHEMES))
+    if server_types != ONLY_X509:
+        extensions.append(ext.ServerCertificateTypeOffer(server_types))
+    if client_types != ONLY_X509:
+        extensions.append(ext.ClientCertificateTypeOffer(client_types))
+    if config.alpn:
+        extensions.append(ext.AlpnOffer(tuple(name.encode("utf-8") for name in config.alpn)))
+    extensions.append(ext.SupportedVersionsOffer((TLS13,)))
+    if config.record_size_limit is not None:
+        extensions.append(ext.RecordSizeLimit(config.inner_limit))
+    extensions += fresh_negotiation.offer(config)
+    extensions += config.extensions
+    return _Constant(
+        cipher_suites=tuple(suite.code for suite in config.suites),
+        encoded=ext.encoded(extensions),
+        classes=tuple(map(type, extensions)),
+        server_types=server_types,
+        client_types=client_types,
+    )
 
 
 def start(config: ClientConfig, name: PeerName | None, records: RecordLayer) -> ClientState:
@@ -466,8 +483,11 @@ def _suite_name(code: int) -> str:
 
 def _check_answers(offer: _Offer, kind: ext.MessageKind, extensions: ext.Extensions) -> None:
     """Refuse an extension that answers nothing in our ClientHello."""
+    types = extensions.types
+    if not types:
+        return
     allowed = ext.answerable(kind, offer.classes)
-    for type_ in extensions.types:
+    for type_ in types:
         if type_ not in allowed:
             raise UnsupportedExtension(f"extension {type_} answers nothing that was offered")
 
@@ -596,10 +616,10 @@ class WaitEncryptedExtensions(ClientState):
             extensions=self._application_answers(answers),
             agreed=fresh_negotiation.read_answer(self.offer.config, answers),
             server_type=check_choice(
-                server_type.chosen if server_type else None, self.offer.server_types
+                server_type.chosen if server_type else None, self.offer.constant.server_types
             ),
             client_type=check_choice(
-                client_type.chosen if client_type else None, self.offer.client_types
+                client_type.chosen if client_type else None, self.offer.constant.client_types
             ),
         )
         if self.verifier is None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import ClassVar, Final, Protocol, runtime_checkable
+from typing import Any, ClassVar, Final, Protocol, Self, TypeVar, runtime_checkable
 
 from hybridkex.auth import (
     ClientKeyVerifier,
@@ -169,6 +169,8 @@ _ALLOWED_GROUPS: Final[Mapping[Requirement, tuple[Group, ...]]] = {
 _GROUPS: Final = tuple_of(a("a Group", Group), "groups")
 _IDENTITY: Final = a("an Identity or a RawIdentity", Identity, RawIdentity)
 
+R = TypeVar("R")
+
 _Rules = Mapping[str, tuple[Kind, str]]
 
 _SHARED: Final[_Rules] = {
@@ -290,6 +292,9 @@ class _Config:
     limits: Limits = Limits()
     clock: Callable[[], float] = field(default=time.time, repr=False)
     entropy: Callable[[int], bytes] = field(default=os.urandom, repr=False)
+    _made_once: dict[object, Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, self._rules)
@@ -429,6 +434,13 @@ class _Config:
             context = b"" if psk.context is None else b"\1" + psk.context
             parts += [psk.identity, context, psk.hash.name.encode(), psk.key.reveal()]
         return parts
+
+    def once(self, make: Callable[[Self], R]) -> R:
+        """What a function makes of this configuration, which never changes; it is called once."""
+        if make not in self._made_once:
+            self._made_once[make] = make(self)
+        made: R = self._made_once[make]
+        return made
 
     @property
     def has_psk(self) -> bool:

@@ -140,10 +140,10 @@ class Connection:
                     assert isinstance(self._state, _TRAFFIC)  # the reader lets no data by before
                     self._state.data_received()
                     return ApplicationData(item.data)
-                if isinstance(item, AlertItem):
-                    self._alert(item)
-                elif isinstance(item, bytes):
+                if type(item) is bytes:
                     self._message(item)
+                elif type(item) is AlertItem:
+                    self._alert(item)
             except PeerError as error:
                 self._fail(error)
                 raise

@@ -44,6 +44,7 @@ __all__ = [
     "Cookie",
     "EarlyDataIndication",
     "EarlyDataLimit",
+    "EncodedExtensions",
     "Extension",
     "Extensions",
     "FreshQkdKeysAnswer",
@@ -76,6 +77,7 @@ __all__ = [
     "TlsFlags",
     "UnknownExtension",
     "answerable",
+    "encoded",
     "parse",
 ]
 
@@ -875,10 +877,28 @@ class Extensions:
 
     def encode(self) -> bytes:
         """The vector of extensions, with its 16-bit length."""
-        pieces: list[bytes] = []
-        for type_, one in self._by_type.items():
-            pieces += (u16(type_), vector16(one.body()))
-        return vector16(b"".join(pieces))
+        return vector16(encoded(self._by_type.values()))
+
+
+class EncodedExtensions(Extensions):
+    """Extensions that are encoded already, to be sent in a message."""
+
+    __slots__ = ("_encoded",)
+
+    def __init__(self, encoded: bytes) -> None:
+        self._encoded = encoded
+
+    def encode(self) -> bytes:
+        """The vector of extensions, with its 16-bit length."""
+        return vector16(self._encoded)
+
+
+def encoded(extensions: Iterable[AnyExtension]) -> bytes:
+    """Extensions one after the other, without the length of the vector."""
+    pieces: list[bytes] = []
+    for one in extensions:
+        pieces += (u16(one.type), vector16(one.body()))
+    return b"".join(pieces)
 
 
 def parse(kind: MessageKind, reader: Reader) -> Extensions:
@@ -893,25 +913,36 @@ def parse(kind: MessageKind, reader: Reader) -> Extensions:
     found: dict[int, AnyExtension] = {}
     parsers = _PARSERS[kind]
     while entries.remaining:
-        type_ = entries.u16()
-        body = entries.vector(2)
+        type_, body = entries.u16(), entries.opaque(2)
         if type_ in found:
             raise IllegalParameter(
                 f"extension {_name(type_)} appears twice", Reason.EXTENSION_TWICE
             )
         if kind is CH and _LAST in found:
             raise IllegalParameter("pre_shared_key is not the last extension", Reason.PSK_NOT_LAST)
-        parser = parsers.get(type_)
-        if parser is not None:
-            found[type_] = parser.read(body)
-            body.finish()
+        if type_ in parsers:
+            read = _read_short if len(body) <= _SHORT else _read
+            found[type_] = read(kind, type_, body)
         elif type_ in KNOWN_TYPES and kind is not MessageKind.CERTIFICATE:
             raise IllegalParameter(
                 f"extension {_name(type_)} in {kind.name.lower()}", Reason.EXTENSION_MISPLACED
             )
         else:
-            found[type_] = UnknownExtension(type_, body.rest())
+            found[type_] = UnknownExtension(type_, body)
     return Extensions.by_type(found)
+
+
+def _read(kind: MessageKind, type_: int, body: bytes) -> Extension:
+    reader = Reader(body)
+    found = _PARSERS[kind][type_].read(reader)
+    reader.finish()
+    return found
+
+
+_SHORT: Final = 64
+"""Bytes of a body that is kept as read. They are lists of code points above all, which peers of one
+kind send alike."""
+_read_short: Final = lru_cache(maxsize=256)(_read)
 
 
 @lru_cache(maxsize=64)

@@ -6,7 +6,7 @@ kept.
 """
 
 from struct import Struct
-from typing import Final, NamedTuple
+from typing import Final
 
 from hybridkex.constants import (
     LEGACY_VERSION,
@@ -31,12 +31,15 @@ _LIMITS: Final = {int(type_): MAX_PLAINTEXT for type_ in ContentType} | {
 }
 
 
-class Record(NamedTuple):
+class Record:
     """One record: its type, its header (the AEAD's associated data) and what follows it."""
 
-    type: int
-    header: memoryview
-    fragment: memoryview
+    __slots__ = ("fragment", "header", "type")
+
+    def __init__(self, type_: int, header: memoryview, fragment: memoryview) -> None:
+        self.type = type_
+        self.header = header
+        self.fragment = fragment
 
 
 class RecordBuffer:

@@ -29,7 +29,7 @@ from hybridkex.tls.connection import Connection
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed
 from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.wire.extensions import EarlyDataIndication, Extensions
-from hybridkex.wire.messages import ClientHello, Message, encode
+from hybridkex.wire.messages import ClientHello, Message, decode, encode
 
 Cut = Callable[[int, bytes], list[bytes]]
 """Number of the delivery and its bytes, to the reads in which it arrives."""
@@ -206,8 +206,10 @@ def announce_early_data(patch: pytest.MonkeyPatch) -> None:
     def encode_with(message: Message) -> bytes:
         if isinstance(message, ClientHello) and not said:
             said.append(message)
-            extensions = [EarlyDataIndication(), *message.extensions]
-            message = replace(message, extensions=Extensions(extensions))
+            hello = decode(encode(message))
+            assert isinstance(hello, ClientHello)
+            extensions = [EarlyDataIndication(), *hello.extensions]
+            message = replace(hello, extensions=Extensions(extensions))
         return encode(message)
 
     patch.setattr(client_module, "encode", encode_with)

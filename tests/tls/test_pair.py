@@ -69,7 +69,7 @@ from hybridkex.tls.events import (
 from hybridkex.tls.session import AuthenticatedBy, MemoryTicketStore
 from hybridkex.tls.tickets import CookieProtector, TicketIssuer
 from hybridkex.wire.extensions import EarlyDataIndication, Extensions
-from hybridkex.wire.messages import ClientHello, ImportedIdentity, Message, encode
+from hybridkex.wire.messages import ClientHello, ImportedIdentity, Message, decode, encode
 
 
 def connect(client: ClientConfig, server: ServerConfig, **options: Any) -> Pair:
@@ -1270,8 +1270,10 @@ def with_early_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def encode_with(message: Message) -> bytes:
         if isinstance(message, ClientHello) and not said:
             said.append(message)
-            extensions = [EarlyDataIndication(), *message.extensions]
-            message = replace(message, extensions=Extensions(extensions))
+            hello = decode(encode(message))
+            assert isinstance(hello, ClientHello)
+            extensions = [EarlyDataIndication(), *hello.extensions]
+            message = replace(hello, extensions=Extensions(extensions))
         return encode(message)
 
     monkeypatch.setattr(client_module, "encode", encode_with)

@@ -13,7 +13,6 @@ into the configuration; the engine needs no change.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
-from functools import cached_property
 from itertools import accumulate
 from typing import Final, Protocol
 
@@ -134,10 +133,10 @@ class Group:
         """The union of the parts' properties."""
         return self.exchange.properties
 
-    @cached_property
+    @property
     def part_names(self) -> tuple[str, ...]:
         """The parts' names, in the order of the layout."""
-        return tuple(part.name for part in self.exchange.parts)
+        return tuple([part.name for part in self.exchange.parts])
 
     def __str__(self) -> str:
         return self.name

@@ -39,6 +39,7 @@ RFC_9846_SECTION_4_3 = {  # the types that this library knows
     51: "CH SH HRR",
     0xFF3E: "CH EE CR NST",  # draft-ietf-tls-tlsflags: where we take notice, or may ignore it
     0xFF3F: "CH EE",  # ours
+    0xFF40: "CH EE",  # ours
 }
 SHORT = {
     "CH": MessageKind.CLIENT_HELLO,

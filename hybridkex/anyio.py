@@ -12,11 +12,19 @@ from functools import partial
 from typing import Any, ClassVar, Final, Self
 
 import anyio
-from anyio.abc import AnyByteStream, ByteStream, ByteStreamConnectable, Listener, TaskGroup
+from anyio.abc import (
+    AnyByteStream,
+    ByteStream,
+    ByteStreamConnectable,
+    Listener,
+    SocketAttribute,
+    TaskGroup,
+)
 from anyio.streams.tls import TLSAttribute
 
 from hybridkex.auth import PeerCertificate
 from hybridkex.machine import broken
+from hybridkex.net.acknowledged import unacknowledged
 from hybridkex.net.log import BoundedLog
 from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT, READ_SIZE, SecureDuplex
 from hybridkex.shell.ssl_facade import SslObject, cipher_of, peercert_of
@@ -129,6 +137,11 @@ class SecureByteStream(SecureDuplex, ByteStream):
 
     async def _write(self, data: bytes | bytearray) -> None:
         await self.transport_stream.send(bytes(data))
+
+    @property
+    def _unacknowledged(self) -> int:
+        raw = self.transport_stream.extra(SocketAttribute.raw_socket, None)
+        return 0 if raw is None else unacknowledged(raw)
 
     def _busy(self, action: str) -> Exception:
         return anyio.BusyResourceError(action)

@@ -50,6 +50,8 @@ READ_SIZE: Final = 256 * 1024
 _SEND_SIZE: Final = 256 * 1024
 _ALERT_TIMEOUT: Final = 1.0
 _CLOSE_TIMEOUT: Final = 10.0
+_ACKNOWLEDGED_EVERY: Final = 0.02
+"""Seconds between two looks at whether our data was acknowledged."""
 
 # Buffers of these sizes come and go with every call. The GNU C library gives memory back to the
 # kernel beyond twice the size of the largest block that was ever freed (mallopt(3), the dynamic
@@ -111,6 +113,12 @@ class SecureDuplex:
 
     async def _write(self, data: bytes | bytearray) -> None:
         """Write all of it to the transport."""
+        raise NotImplementedError
+
+    @property
+    def _unacknowledged(self) -> int:
+        """Bytes that the transport has taken and that the peer's system has not acknowledged; 0
+        where that is unknown."""
         raise NotImplementedError
 
     def _busy(self, action: str) -> Exception:
@@ -429,17 +437,20 @@ class SecureDuplex:
     async def aclose(self) -> None:
         """Send close_notify, after a handshake and unless a send is under way; close the transport.
 
-        This waits for the transport to take close_notify, for ten seconds and as long as the caller
-        lets it, but not for the peer's answer. The transport is closed in any case.
+        This waits until the peer's system has acknowledged close_notify and all data before it, for
+        ten seconds and as long as the caller lets it, but not for the peer's answer. What the peer
+        sends meanwhile is discarded. The transport is closed in any case.
         """
         if self._closed:
             await self._lib.lowlevel.checkpoint()
             return
         self._closed = True
         try:
-            if self._close_notify and self._can_tell and not self._sending.busy:
+            if self._is_whole and not self._sending.busy:
                 with self._lib.move_on_after(_CLOSE_TIMEOUT), self._unless_gone():
-                    await self._say_goodbye()
+                    if self._close_notify and not self._connection.close_sent:
+                        await self._say_goodbye()
+                    await self._see_off()
         finally:
             self._stop_keeper()
             await self.transport_stream.aclose()
@@ -451,6 +462,20 @@ class SecureDuplex:
             if self._send_failure is None:
                 self._connection.send_close()
                 await self._flush()
+
+    async def _see_off(self) -> None:
+        """Read and discard until the peer's system has acknowledged all that we have sent.
+
+        A TCP connection that is closed with received bytes unread, or that receives more after it
+        was closed, is reset (RFC 9293 section 3.6.1), and what is still on its way is lost. The
+        session tickets that servers send unasked are such bytes.
+        """
+        while self._unacknowledged:
+            with self._lib.move_on_after(_ACKNOWLEDGED_EVERY):
+                if self._receiving.busy:
+                    await self._lib.sleep(_ACKNOWLEDGED_EVERY)
+                elif not await self._read_some():
+                    return
 
     async def abort(self) -> None:
         """Close in a way that the peer cannot take for the end of our data.
@@ -484,11 +509,15 @@ class SecureDuplex:
     @property
     def _can_tell(self) -> bool:
         """Whether there is a peer to be told of the end, and time to do so."""
+        return self._is_whole and not self._connection.close_sent
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the connection is in order, and there is time to end it in order."""
         return (
             self._complete
             and self._failure is None
             and self._send_failure is None
-            and not self._connection.close_sent
             and self._lib.current_effective_deadline() > -math.inf
         )
 

@@ -11,6 +11,7 @@ from trio.abc import HalfCloseableStream, Stream
 
 from hybridkex.errors import LocalStateError, TruncationError
 from hybridkex.fields import Kind, check_fields
+from hybridkex.net.acknowledged import unacknowledged
 from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT, READ_SIZE, SecureDuplex
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
@@ -65,6 +66,11 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
 
     async def _write(self, data: bytes | bytearray) -> None:
         await self.transport_stream.send_all(data)
+
+    @property
+    def _unacknowledged(self) -> int:
+        stream = self.transport_stream
+        return unacknowledged(stream.socket) if isinstance(stream, trio.SocketStream) else 0
 
     def _busy(self, action: str) -> Exception:
         return trio.BusyResourceError(f"another task is {action} this SecureStream")

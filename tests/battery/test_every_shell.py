@@ -128,6 +128,37 @@ def test_a_close_is_a_clean_end(talk: Any) -> None:
     talk(conversation)
 
 
+@pytest.mark.parametrize("unread", [0, 1, 100_000])
+@pytest.mark.parametrize("half_closed", [False, True], ids=["close", "half-close, close"])
+def test_what_was_sent_before_the_close_arrives(talk: Any, unread: int, half_closed: bool) -> None:
+    """The peer is slow, and what it has said is not read: session tickets, for example."""
+    data = os.urandom(2_000_000)
+
+    async def conversation(client: Any, server: Any) -> None:
+        if unread:
+            await server.send(bytes(unread))
+        await sleep(0.05)
+
+        async def leave() -> None:
+            await client.send(data)
+            if half_closed:
+                await client.send_eof()
+            await client.close()
+
+        async def hear() -> None:
+            await sleep(0.1)
+            found = bytearray()
+            while piece := await server.receive():
+                found += piece
+                await sleep(0.001)
+            assert found == data
+            await server.close()
+
+        await together(leave(), hear())
+
+    talk(conversation)
+
+
 def test_a_cut_is_no_clean_end(talk: Any) -> None:
     async def conversation(client: Any, server: Any) -> None:
         await client.send(b"half of")

@@ -1,0 +1,29 @@
+"""What a TCP socket has sent and the other system has not acknowledged."""
+
+import socket
+import sys
+from typing import Any
+
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
+__all__ = ["unacknowledged"]
+
+
+def unacknowledged(sock: Any) -> int:
+    """Bytes in the send queue of a TCP socket.
+
+    0 for any other socket, for a closed one, and where the system does not tell (``SIOCOUTQ`` of
+    Linux, tcp(7)).
+    """
+    if sys.platform != "linux" or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return 0
+    descriptor = sock.fileno()
+    if descriptor < 0:
+        return 0
+    try:
+        answer = fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return 0
+    return int.from_bytes(answer, sys.byteorder)

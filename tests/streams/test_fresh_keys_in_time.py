@@ -142,11 +142,11 @@ async def session(
         await trio.aclose_forcefully(server)
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], bool], *, every: float = 0.05) -> None:
     for _ in range(10_000):
         if condition():
             return
-        await trio.sleep(0.05)
+        await trio.sleep(every)
 
 
 async def test_an_update_delays_no_data(autojump_clock: trio.testing.MockClock) -> None:
@@ -254,7 +254,7 @@ async def outage(seed: int) -> None:
             nursery.start_soon(reading, client)
             nursery.start_soon(reading, server)
             with trio.move_on_after(4 * every + deadline):
-                await until(lambda: client.session.epoch >= 3 or bool(errors))
+                await until(lambda: client.session.epoch >= 3 or bool(errors), every=1.0)
             await trio.sleep(0.2)
             nursery.cancel_scope.cancel()
         epochs = client.session.epochs

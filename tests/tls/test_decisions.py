@@ -6,7 +6,7 @@ What two engines come to is compared with an oracle of ten lines, which knows no
 import itertools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final
@@ -273,11 +273,23 @@ def test_a_sample_of_the_table() -> None:
         check(client, server)
 
 
+def distinct(sides: list[Side], config_of: Callable[[Side], Any]) -> list[Side]:
+    """One of those whose policies come to the same: a default that is written out adds nothing."""
+    return list(
+        {
+            (one.certificate, one.psk, one.client, config_of(one).policy_in_force): one
+            for one in reversed(sides)
+        }.values()
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(8))
 def test_the_whole_table(part: int) -> None:
-    everything = list(itertools.product(CLIENTS, SERVERS))
-    for client, server in everything[part::8]:
+    clients, servers = distinct(CLIENTS, client_of), distinct(SERVERS, server_of)
+    assert len(clients) > 30
+    assert len(servers) > 60
+    for client, server in list(itertools.product(clients, servers))[part::8]:
         check(client, server)
 
 

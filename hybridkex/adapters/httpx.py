@@ -15,6 +15,7 @@ the key sources need an event loop.
 
 # ruff: noqa: ASYNC109  # the timeouts are httpcore's interface
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -115,6 +116,7 @@ class _Stream(httpcore.AsyncNetworkStream):
                 self._config,
                 server_hostname=server_hostname,
                 standard_compatible=False,  # HTTP marks its end; servers send no close_notify
+                handshake_timeout=math.inf,  # httpx's own time limit holds
             )
         return _Stream(secure, self._config)
 

@@ -7,8 +7,8 @@ worker. ``examples/asgi_server.py`` does the same on trio.
 """
 
 import asyncio
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from hypercorn.asyncio.lifespan import Lifespan
@@ -19,7 +19,7 @@ from hypercorn.typing import ASGIFramework
 from hypercorn.utils import wrap_app
 
 from hybridkex.aio import start_server
-from hybridkex.tls.config import ServerConfig
+from hybridkex.tls.config import ServerConfig, check_config
 
 __all__ = ["serve"]
 
@@ -48,13 +48,9 @@ async def serve(
         OSError: the server cannot listen there.
         ConfigError: ``config`` is not a ``ServerConfig``.
     """
+    check_config(config, ServerConfig)
     settings, state = settings or Config(), dict[str, Any]()
     loop, wrapped = asyncio.get_running_loop(), wrap_app(app, settings.wsgi_max_body_size, None)
-    lifespan = Lifespan(wrapped, settings, loop, state)
-    living = loop.create_task(lifespan.handle_lifespan())
-    await lifespan.wait_for_startup()
-    if living.done():
-        living.result()
     context, connections = WorkerContext(None), set[asyncio.Task[None]]()
 
     async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -62,10 +58,11 @@ async def serve(
         assert task is not None
         connections.add(task)
         task.add_done_callback(connections.discard)
-        # asyncio releases the transport with its connection, whatever hypercorn's task does.
-        await TCPServer(wrapped, loop, settings, context, state, reader, writer)
+        with suppress(asyncio.CancelledError):  # by us, below; asyncio would report it
+            # asyncio releases the transport with its connection, whatever hypercorn's task does.
+            await TCPServer(wrapped, loop, settings, context, state, reader, writer)
 
-    try:
+    async with _lifespan(Lifespan(wrapped, settings, loop, state)):
         server = await start_server(
             connection,
             host,
@@ -75,7 +72,7 @@ async def serve(
         )
         try:
             started(server.sockets[0].getsockname()[1])
-            await asyncio.get_running_loop().create_future()  # until cancelled
+            await loop.create_future()  # until cancelled
         finally:
             server.close()
             await context.terminated.set()
@@ -83,8 +80,20 @@ async def serve(
                 _, late = await asyncio.wait(connections, timeout=settings.graceful_timeout)
                 for task in late:
                     task.cancel()
+
+
+@asynccontextmanager
+async def _lifespan(lifespan: Lifespan) -> AsyncIterator[None]:
+    """Run the start and the end of the application around the block; its task ends in any case."""
+    task = asyncio.create_task(lifespan.handle_lifespan())
+    try:
+        await lifespan.wait_for_startup()
+        if task.done():
+            task.result()
+        try:
+            yield
+        finally:
+            await lifespan.wait_for_shutdown()
     finally:
-        await lifespan.wait_for_shutdown()
-        living.cancel()
-        with suppress(asyncio.CancelledError):
-            await living
+        task.cancel()
+        await asyncio.wait((task,))

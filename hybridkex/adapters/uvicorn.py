@@ -1,6 +1,12 @@
-"""``uvicorn`` over hybridkex; uvicorn's server, workers and reload work as usual::
+"""``uvicorn`` over hybridkex, with uvicorn's own server::
 
     uvicorn.run(app, port=8443, http=secure_http(config))
+
+With ``workers`` or ``reload``, uvicorn runs the application in other processes, which import it by
+name. Private keys do not go from process to process, so name the value of ``http``, too. With
+``http = secure_http(config)`` in the module ``service``::
+
+    uvicorn.run("service:app", port=8443, http="service:http", workers=4)
 
 uvicorn makes one object of its ``http`` class for each connection. With :func:`secure_http` that
 object is the receiver of a secure transport, which passes the decrypted data to uvicorn's protocol.
@@ -8,7 +14,7 @@ object is the receiver of a secure transport, which passes the decrypted data to
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final, NoReturn
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
@@ -38,10 +44,31 @@ def secure_http(
     """
     check_config(config, ServerConfig)
     time_limits(ssl_handshake_timeout, None)
+    return _SecureHttp(config, protocol, ssl_handshake_timeout)
 
-    def connection(**arguments: Any) -> asyncio.BaseProtocol:
+
+class _SecureHttp:
+    """What uvicorn calls for each connection."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        protocol: Callable[..., asyncio.Protocol],
+        ssl_handshake_timeout: float | None,
+    ) -> None:
+        self._config: Final = config
+        self._protocol: Final = protocol
+        self._ssl_handshake_timeout: Final = ssl_handshake_timeout
+
+    def __call__(self, **arguments: Any) -> asyncio.BaseProtocol:
         return SecureTransport(
-            protocol(**arguments), config, ssl_handshake_timeout=ssl_handshake_timeout
+            self._protocol(**arguments),
+            self._config,
+            ssl_handshake_timeout=self._ssl_handshake_timeout,
         ).receiver
 
-    return connection
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a private key is not passed to another process: with workers or reload, uvicorn needs "
+            'the name of what secure_http returned, such as http="service:http"'
+        )

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import pickle
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,11 +19,14 @@ import httpx
 import pytest
 import trio
 import uvicorn
+from hypercorn.config import Config
 
 from hybridkex import ClientConfig, DevCa, Policy, Requirement, ServerConfig, TrustStore
 from hybridkex.adapters.httpx import SecureTransport
 from hybridkex.adapters.hypercorn import serve
 from hybridkex.adapters.uvicorn import secure_http
+from hybridkex.aio import open_connection
+from hybridkex.anyio import SecureByteStream
 from hybridkex.auth.dev_ca import write_identity
 from hybridkex.errors import ConfigError
 
@@ -287,3 +292,114 @@ def test_what_is_no_configuration() -> None:
         secure_http(client_config())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="ClientConfig"):
         SecureTransport(server_config())  # type: ignore[arg-type]
+
+
+SERVICE = """
+import sys
+import uvicorn
+from hybridkex import Identity, ServerConfig
+from hybridkex.adapters.uvicorn import secure_http
+
+config = ServerConfig(identities=(Identity.from_files("cert.pem", "key.pem"),))
+http = secure_http(config)
+
+
+async def app(scope, receive, send):
+    if scope["type"] == "http":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"from a worker"})
+
+
+if __name__ == "__main__":
+    uvicorn.run("service:app", port=int(sys.argv[1]), http="service:http", workers=2)
+"""
+
+
+def test_workers_of_uvicorn(tmp_path: Path, free_tcp_port: int) -> None:
+    """As the module's text has it; the private key does not leave its process otherwise."""
+    with pytest.raises(TypeError, match='http="service:http"'):
+        pickle.dumps(secure_http(server_config()))
+    write_identity(tmp_path, CA, CA.issue("localhost"))
+    (tmp_path / "service.py").write_text(SERVICE)
+    process = subprocess.Popen(
+        (sys.executable, "service.py", str(free_tcp_port)),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    async def ask() -> str:
+        async with httpx.AsyncClient(transport=SecureTransport(client_config())) as client:
+            async with asyncio.timeout(30):
+                while process.poll() is None:
+                    try:
+                        return (await client.get(f"https://localhost:{free_tcp_port}/")).text
+                    except httpx.ConnectError:
+                        await asyncio.sleep(0.1)
+        raise AssertionError(process.communicate()[1])
+
+    try:
+        assert asyncio.run(ask()) == "from a worker"
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+@pytest.mark.parametrize("when", ["the application starts", "a request is served"])
+def test_hypercorn_is_cancelled_while(when: str) -> None:
+    """No task is left, and the event loop has nothing to report."""
+    reached = asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan" and when != "the application starts":
+            await app(scope, receive, send)
+            return
+        reached.set()
+        await asyncio.sleep(60)
+
+    async def main() -> None:
+        loop, told = asyncio.get_running_loop(), list[Any]()
+        loop.set_exception_handler(lambda _, context: told.append(context))
+        settings, port = Config(), loop.create_future()
+        settings.graceful_timeout = 0.1
+        running = loop.create_task(
+            serve(
+                slow,
+                0,
+                server_config(),
+                host="127.0.0.1",
+                settings=settings,
+                started=port.set_result,
+            )
+        )
+        if when == "a request is served":
+            _, writer = await open_connection("localhost", await port, client_config())
+            writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await reached.wait()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        if when == "a request is served":
+            writer.close()
+            await writer.wait_closed()
+        await asyncio.sleep(0.05)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert told == []
+
+    asyncio.run(main())
+
+
+def test_the_time_limit_of_httpx_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handshake has no limit of its own: a client that allows a minute waits for a minute."""
+    defaults = SecureByteStream.wrap.__func__.__kwdefaults__  # type: ignore[attr-defined]
+    monkeypatch.setitem(defaults, "handshake_timeout", 0.05)
+
+    async def main() -> None:
+        async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
+            port = listener.extra(anyio.abc.SocketAttribute.local_port)
+            transport = SecureTransport(client_config())
+            with pytest.raises(httpx.ConnectTimeout):
+                async with httpx.AsyncClient(transport=transport, timeout=0.3) as client:
+                    await client.get(f"https://127.0.0.1:{port}/")
+
+    anyio.run(main)

@@ -157,8 +157,8 @@ def test_other_exceptions_go_to_the_task_group(backend: str) -> None:
             port = port_of(listener)
             async with anyio.create_task_group() as group:
                 group.start_soon(listener.serve, buggy)
-                async with await connect(port) as stream:
-                    await stream.receive()
+                async with await connect(port):
+                    await anyio.sleep_forever()  # until the group is cancelled
 
     with pytest.raises(BaseExceptionGroup) as caught:
         anyio.run(main, backend=backend)

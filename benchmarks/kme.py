@@ -1,4 +1,5 @@
-"""The time to get a key: ``python benchmarks/kme.py [--json]``.
+"""The time to get a key: ``python benchmarks/kme.py [--json]``; with ``--pairs``, how many keys a
+second eight clients draw and look up, by the number of keys in stock (:mod:`kme_pairs`).
 
 Two KMEs in a separate process, queried over loopback with mutual TLS, once with the standard
 library's TLS and once with this library's (X25519MLKEM768). Times are medians in milliseconds.
@@ -15,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import kme_pairs
 import trio
 
 from hybridkex.errors import KeySourceError
@@ -163,7 +165,18 @@ async def of_pool() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--pairs", action="store_true", help="pairs a second, by stock")
+    parser.add_argument("--stock", type=int, nargs="+", default=[1_000, 100_000, 1_000_000])
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each run")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--against", type=Path, help="another copy of the project, run in turns")
     args = parser.parse_args()
+    if args.pairs:
+        runs = kme_pairs.main(args.stock, args.clients, args.seconds, args.rounds, args.against)
+        if args.json:
+            print(json.dumps(runs, indent=2))
+        return
     results = {
         "in-process pair": trio.run(of_sources, *in_process_pair("alice", "bob")),
         "file pool": trio.run(of_pool),

@@ -37,7 +37,7 @@ from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.party import verification_hash
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.toeplitz import compress, rounding_bound, seed_length
-from hybridkex.qkd.store import KeyStore
+from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.secret import Secret
 
 Bits = NDArray[np.uint8]
@@ -266,7 +266,7 @@ def of_toeplitz(length: int, rounds: int, peers: set[str]) -> dict[str, Any]:
 
 async def store_keys(path: Path, output: bytes) -> int:
     """Cut a secret into keys and store them, as a KME does."""
-    store = KeyStore(path, Secret(bytes(32)))
+    store = SqliteKeyStore(path, Secret(bytes(32)))
     whole = len(output) // KEY_BYTES
     keys = [
         (f"{number:032x}", Secret(output[number * KEY_BYTES : (number + 1) * KEY_BYTES]))

@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hybridkex import Secret
 from hybridkex.errors import ConfigError
 from hybridkex.files import make_private
-from hybridkex.qkd.store import open_locked, read_key_file, write_key_file
+from hybridkex.qkd.sqlite_file import open_locked
+from hybridkex.qkd.store import read_key_file, write_key_file
 
 from .protocol import ChatError, Entry
 

@@ -54,7 +54,7 @@ from hybridkex.qkd.etsi014.models import (
     Status,
 )
 from hybridkex.qkd.producer import KeyProducer, ProducedKey
-from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState, KeyStore, Material
+from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState, KeyStore, Material, Position
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
 
@@ -92,8 +92,11 @@ EXCESS: Final = {
 }
 """What a peer KME may not do without end, as the counter and the log say it."""
 
-SCRUB_EVERY: Final = 1.0
-"""Seconds for which a delivered key may remain, encrypted, in the write-ahead log."""
+TIDY_EVERY: Final = 0.5
+"""Half the time in seconds for which a delivered key may remain, encrypted, on the disk."""
+
+COUNT_EVERY: Final = 10.0
+"""Seconds between two counts of a stock that was full: keys also leave it unnoted, by their age."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,16 +183,30 @@ class _Link:
     answers: bool | None = None
     """Whether the other KME answered the last message; ``None`` before the first one."""
     left: trio.Event = field(default_factory=trio.Event)
+    """Set when ``gone`` reaches ``awaited``."""
     turn: trio.Lock = field(default_factory=trio.Lock)
     """Held while a message of the other KME is read and carried out: it has many connections, and
     our SAEs must not wait for more than one of its messages."""
+    next_check: float = 0.0
+    """When our blocks are to be compared with the other end's again."""
+    gone: int = 0
+    """Blocks that have left the stock since the start, as far as they were noted."""
+    awaited: int = 0
+    """The value of ``gone`` at which the stock has room for the next keys."""
     voids: TokenBucket = field(default_factory=lambda: TokenBucket(VOIDS_RATE, VOIDS_BURST))
     log: BoundedLog = field(default_factory=lambda: BoundedLog(LOG, rate=1 / 60, burst=5))
     """Rate-limits the lines that an SAE or the other KME can cause repeatedly."""
 
-    def note_room(self) -> None:
-        self.left.set()
-        self.left = trio.Event()
+    def note_gone(self, blocks: int) -> None:
+        self.gone += blocks
+        if self.gone >= self.awaited:
+            self.left.set()
+
+    async def wait_for_room(self, since: int, blocks: int) -> None:
+        """Wait until some blocks have left the stock since ``gone`` was ``since``."""
+        self.left, self.awaited = trio.Event(), since + blocks
+        if self.gone < self.awaited:
+            await self.left.wait()
 
 
 class KeyManagementEntity:
@@ -274,9 +291,15 @@ class KeyManagementEntity:
         """The KMEs with a link to this one, including itself if ``self_pairs`` is on."""
         return tuple(self._links)
 
-    def connect(self, target: str, peer: PeerLink) -> None:
-        """Set how the KME ``target`` is reached."""
-        self._links[target].peer = peer
+    def connect(self, target: str, peer: PeerLink, *, compared: bool = False) -> None:
+        """Set how the KME ``target`` is reached.
+
+        ``compared``: the caller will :meth:`reconcile` with it now.
+        """
+        link = self._links[target]
+        link.peer = peer
+        if compared:
+            link.next_check = time.time() + CHECK_EVERY
 
     # -- SAEs
 
@@ -447,7 +470,7 @@ class KeyManagementEntity:
             await self._erase(link, blocks, "overtaken")
             await self._tell_void(link, [one.key_id for one in allotments])
             raise ErrorResponse(503, "a key expired while it was being allotted") from None
-        link.note_room()
+        link.note_gone(sum(len(one.blocks) for one in allotments))
 
     def _note_peer(self, link: _Link, error: KeySourceUnavailable | None) -> None:
         """Log, once each, that the other KME is unreachable and that it is back."""
@@ -492,7 +515,7 @@ class KeyManagementEntity:
         gone = await self._store.discard(link.target, key_ids)
         if gone:
             self._note_lost(link, len(gone), reason)
-            link.note_room()
+            link.note_gone(len(gone))
         return gone
 
     def _note_lost(self, link: _Link, number: int, reason: str) -> None:
@@ -578,9 +601,7 @@ class KeyManagementEntity:
         if any(one.value is not None for one in message.allotments):
             new = sum(len(one.blocks) for one in message.allotments) * len(message.slaves)
             room = self.limits.max_promised - new
-            if room < 0 or room < await self._store.promised(
-                peer, most=room + 1, block_bytes=self.limits.key_size // 8
-            ):
+            if room < 0 or room < await self._store.promised(peer):
                 self._note_excess(link, "promised", new)
                 raise ErrorResponse(503, "too many keys wait to be collected")
         await self._store.accept(
@@ -590,7 +611,7 @@ class KeyManagementEntity:
             slaves=message.slaves,
             peer_half=1 - link.half,
         )
-        link.note_room()
+        link.note_gone(sum(len(one.blocks) for one in message.allotments))
 
     async def peer_voids(self, peer: str, key_ids: Sequence[str]) -> None:
         """Erase what the other end will not use (void message)."""
@@ -604,7 +625,7 @@ class KeyManagementEntity:
         erased = await self._store.void(peer, [one for one in key_ids if one not in ignored])
         if erased:
             self._note_lost(link, erased, "voided")
-            link.note_room()
+            link.note_gone(erased)
 
     async def peer_checks(self, peer: str, key_ids: Sequence[str]) -> list[str]:
         """Which of these blocks we lack (check message)."""
@@ -622,11 +643,17 @@ class KeyManagementEntity:
         if link.peer is None:
             return
         before = time.time() - grace
-        ids = await self._store.shared_ids(target, created_before=before)
-        for start in range(0, len(ids), IDS_AT_ONCE):
-            lacking = await link.peer.check(ids[start : start + IDS_AT_ONCE])
-            asked = set(ids[start : start + IDS_AT_ONCE])
-            await self._erase(link, [one for one in lacking if one in asked], "unknown")
+        position: Position | None = None
+        while True:
+            ids, position = await self._store.shared_ids(
+                target, created_before=before, after=position
+            )
+            for start in range(0, len(ids), IDS_AT_ONCE):
+                asked = ids[start : start + IDS_AT_ONCE]
+                lacking = set(await link.peer.check(asked))
+                await self._erase(link, [one for one in asked if one in lacking], "unknown")
+            if position is None:
+                return
 
     # -- new keys, expired keys
 
@@ -671,28 +698,29 @@ class KeyManagementEntity:
 
     async def _take_batch(self, link: _Link, batch: list[ProducedKey], shared: bool) -> None:
         while True:
-            left = link.left  # before counting, so that no later change is missed
-            if await self._store.count(link.target) + len(batch) <= self.limits.max_key_count:
+            since = link.gone  # before counting, so that no later change is missed
+            excess = await self._store.count(link.target) + len(batch) - self.limits.max_key_count
+            if excess <= 0:
                 break
-            await left.wait()
+            with trio.move_on_after(COUNT_EVERY):
+                await link.wait_for_room(since, excess)
         keys = [(item.key_id, item.key) for item in batch]
         await self._store.add(link.target, keys, shared=shared)
 
     async def maintain(self, every: float = 10.0) -> None:
         """Erase old keys, reconcile with the other ends and count keys, forever."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._scrub_often)
+            nursery.start_soon(self._tidy_often)
             await self._expire_and_reconcile(every)
 
-    async def _scrub_often(self) -> None:
-        """Scrub the files, so that a delivered key is gone from them within a second."""
+    async def _tidy_often(self) -> None:
+        """Tidy the store, so that a delivered key is gone from the disk within a second."""
         while True:
-            await trio.sleep(SCRUB_EVERY)
+            await trio.sleep(TIDY_EVERY)
             with suppress(KeySourceUnavailable):  # the store says so itself
-                await self._store.scrub()
+                await self._store.tidy()
 
     async def _expire_and_reconcile(self, every: float) -> None:
-        next_check = 0.0
         while True:
             now = time.time()
             try:
@@ -703,14 +731,11 @@ class KeyManagementEntity:
                 if erased:
                     self._metrics.expired.labels(self.kme_id).inc(erased)
                 for link in self._links.values():
-                    if now >= next_check:
+                    if now >= link.next_check:
                         await self.reconcile(link.target, grace=self.limits.sync_grace)
+                        link.next_check = now + CHECK_EVERY
                     stored = await self._store.count(link.target)
                     self._metrics.stored.labels(self.kme_id, link.target).set(stored)
-                    if erased:
-                        link.note_room()
-                if now >= next_check:
-                    next_check = now + CHECK_EVERY
             except KeySourceError as error:
                 LOG.warning("%s: %s", self.kme_id, error)
             await trio.sleep(every)

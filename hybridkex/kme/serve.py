@@ -23,6 +23,7 @@ from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, client_tls, server_tl
 from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate, problems_of_certificate
 from hybridkex.qkd.etsi014.transport import KmeTransport
 from hybridkex.qkd.producer import KeyProducer, RandomProducer, random_link
+from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.qkd.store import KeyStore, read_key_file
 from hybridkex.text import get_logger
 
@@ -65,7 +66,7 @@ class KmeServer:
             raise
 
     def _make(self, config: KmeConfig) -> KeyManagementEntity:
-        store = KeyStore(
+        store = SqliteKeyStore(
             config.store,
             read_key_file(config.key_file),
             on_failure=self.metrics.store_failures.labels(config.id).inc,
@@ -166,13 +167,6 @@ class KmeServer:
             stack.push_async_callback(self._close_links)
             for one in self._config.kme:
                 self._connect_peers(one)
-            for one in self._config.kme:
-                for peer in one.peer:
-                    if peer.url is None:
-                        # Both stores are in this process and idle: a block that one lacks will
-                        # never arrive.
-                        with suppress(KeySourceUnavailable):  # the store says so itself
-                            await self._kmes[one.id].reconcile(peer.id, grace=0)
             producers, links = self._producers()
             ports = [await self._kme_port(one, stack) for one in self._settings.values()]
             addresses = {
@@ -191,8 +185,11 @@ class KmeServer:
                     background.start_soon(self._kmes[one.id].maintain)
                 for link in links:
                     background.start_soon(_keep_running, link)
+                settled = self._settle_local_links(background)
                 for kme_id, target, producer, shared in producers:
-                    background.start_soon(self._feed, self._kmes[kme_id], target, producer, shared)
+                    begin = settled.get(frozenset({kme_id, target}))
+                    kme = self._kmes[kme_id]
+                    background.start_soon(self._feed, kme, target, producer, shared, begin)
                 async with trio.open_nursery() as connections:
                     async with trio.open_nursery() as accepting:
                         for port in ports:
@@ -209,7 +206,8 @@ class KmeServer:
         kme = self._kmes[config.id]
         for peer in config.peer:
             if peer.url is None:
-                kme.connect(peer.id, LocalPeer(own_id=config.id, other=self._kmes[peer.id]))
+                local = LocalPeer(own_id=config.id, other=self._kmes[peer.id])
+                kme.connect(peer.id, local, compared=True)
         for peer_id, link in self._settings[config.id].links.items():
             kme.connect(peer_id, link)
 
@@ -251,10 +249,37 @@ class KmeServer:
                     found.append((peer.id, config.id, there, True))
         return found, links
 
+    def _settle_local_links(self, nursery: trio.Nursery) -> dict[frozenset[str], trio.Event]:
+        """Compare the stores of each two KMEs in this process. The events tell when it is done."""
+        links = {
+            frozenset({one.id, peer.id}): trio.Event()
+            for one in self._config.kme
+            for peer in one.peer
+            if peer.url is None
+        }
+        for ends, done in links.items():
+            one, other = sorted(ends)
+            nursery.start_soon(self._settle, one, other, done)
+        return links
+
+    async def _settle(self, one: str, other: str, done: trio.Event) -> None:
+        """Erase the blocks that one of two stores has alone. Neither gets new ones before, so a
+        block that one lacks will never arrive."""
+        for here, there in ((one, other), (other, one)):
+            with suppress(KeySourceUnavailable):  # the store says so itself
+                await self._kmes[here].reconcile(there, grace=0)
+        done.set()
+
     @staticmethod
     async def _feed(
-        kme: KeyManagementEntity, target: str, producer: KeyProducer, shared: bool
+        kme: KeyManagementEntity,
+        target: str,
+        producer: KeyProducer,
+        shared: bool,
+        begin: trio.Event | None,
     ) -> None:
+        if begin is not None:
+            await begin.wait()
         try:
             await kme.feed(target, producer, shared=shared)
         except HybridkexError as error:

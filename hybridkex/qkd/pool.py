@@ -14,7 +14,8 @@ from typing import Self
 
 from hybridkex.errors import ConfigError, KeySourceExhausted
 from hybridkex.qkd.source import KeyPart, KeyReference, QkdKey, SourceStatus, single
-from hybridkex.qkd.store import Allotment, KeyStore, read_key_file
+from hybridkex.qkd.sqlite_store import SqliteKeyStore
+from hybridkex.qkd.store import Allotment, read_key_file
 
 __all__ = ["FilePool", "PoolNames"]
 
@@ -35,7 +36,7 @@ class PoolNames:
             raise ConfigError("a pool is for two different SAEs")
 
 
-def _settle_names(store: KeyStore, path: Path, names: PoolNames | None) -> PoolNames:
+def _settle_names(store: SqliteKeyStore, path: Path, names: PoolNames | None) -> PoolNames:
     """Read the names from the file, or write them to a new file."""
     found = [store.meta(name) for name in ("sae", "kme", "peer-sae", "peer-kme")]
     if None in found:
@@ -64,7 +65,7 @@ class FilePool:
     One process at a time may use a file.
     """
 
-    def __init__(self, store: KeyStore, names: PoolNames) -> None:
+    def __init__(self, store: SqliteKeyStore, names: PoolNames) -> None:
         self._store = store
         self._names = names
 
@@ -76,7 +77,7 @@ class FilePool:
         """
         if names is None and not path.exists():
             raise ConfigError(f"there is no key pool {path}")
-        store = KeyStore(path, read_key_file(key_file))
+        store = SqliteKeyStore(path, read_key_file(key_file))
         try:
             return cls(store, _settle_names(store, path, names))
         except sqlite3.Error as error:

@@ -20,7 +20,8 @@ from hybridkex.errors import KeySourceError, KeySourceUnavailable, KeyUnknown
 from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.client import KmeAccess, KmeClient
 from hybridkex.qkd.etsi014.models import KeyRequest
-from hybridkex.qkd.store import KeyStore, read_key_file, write_key_file
+from hybridkex.qkd.sqlite_store import SqliteKeyStore
+from hybridkex.qkd.store import read_key_file, write_key_file
 from interop.ports import free_port
 
 Site = Any  # of conftest.py
@@ -195,7 +196,7 @@ async def run_and_kill(
 async def stock(site: Site, kme: str) -> tuple[set[str], set[str]]:
     """The IDs of material and the IDs that are spent, from the database of a stopped KME."""
     folder = site.holder(kme)
-    store = KeyStore(folder / "store.db", read_key_file(folder / "store.key"))
+    store = SqliteKeyStore(folder / "store.db", read_key_file(folder / "store.key"))
     rows = [
         {row[0] for row in store._db.execute(f"SELECT key_id FROM {name}")}
         for name in ("material", "spent")

@@ -27,7 +27,8 @@ from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import ExtKeys
 from hybridkex.qkd.etsi014.models import ErrorResponse, KeyContainer, KeyRequest
 from hybridkex.qkd.producer import ProducedKey
-from hybridkex.qkd.store import Allotment, BlocksRefused, KeyStore, half_of
+from hybridkex.qkd.sqlite_store import SqliteKeyStore
+from hybridkex.qkd.store import Allotment, BlocksRefused, half_of
 from hybridkex.secret import Secret
 
 SAES = {"kme-a": ("alice", "carol"), "kme-b": ("bob", "dave")}
@@ -42,6 +43,8 @@ class Checker:
     masters: dict[str, tuple[str, str, tuple[str, ...], Secret]] = field(default_factory=dict)
     """By key ID: KME and SAE of the master, the slaves, the key."""
     slaves: set[tuple[str, str]] = field(default_factory=set)
+    uncertain: set[tuple[str, str]] = field(default_factory=set)
+    """What a slave asked for and may have lost: the disk said that it failed, and it had not."""
 
     def drawn(self, kme: str, master: str, slaves: tuple[str, ...], keys: KeyContainer) -> None:
         for item in keys.keys:
@@ -68,17 +71,27 @@ class FailingDisk:
         self._choice = choice
         self.broken = False
         self.odds = 0.0
+        self.took_place = 0
+        """Commits that were reported as failed and did take place."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._db, name)
 
     def execute(self, statement: str, *arguments: Any) -> Any:
+        self._may_fail(statement)
+        return self._db.execute(statement, *arguments)
+
+    def executemany(self, statement: str, *arguments: Any) -> Any:
+        self._may_fail(statement)
+        return self._db.executemany(statement, *arguments)
+
+    def _may_fail(self, statement: str) -> None:
         writes = statement.startswith(("INSERT", "UPDATE", "DELETE", "COMMIT"))
         if writes and (self.broken or self._choice.random() < self.odds):
             if statement == "COMMIT" and self._choice.random() < 0.5:
-                self._db.execute(statement)  # it did take place
+                self._db.execute(statement)
+                self.took_place += 1
             raise sqlite3.OperationalError("database or disk is full")
-        return self._db.execute(statement, *arguments)
 
 
 class Site:
@@ -91,7 +104,7 @@ class Site:
 
     def start(self) -> None:
         world = self.world
-        self.store = KeyStore(world.folder / f"{self.id}.db", Secret(bytes(32)))
+        self.store = SqliteKeyStore(world.folder / f"{self.id}.db", Secret(bytes(32)))
         self.store._db.execute("PRAGMA synchronous=OFF")  # the process stops, not the machine
         self.disk = FailingDisk(self.store._db, world.choice)
         self.store._db = self.disk  # type: ignore[assignment]
@@ -262,9 +275,12 @@ class World:
         ids = [key_id for key_id in ids if (key_id, slave) not in self.checker.slaves]
         if not ids:
             return True
+        before = there.disk.took_place
         got = await there.ask(lambda kme: kme.get_key_with_ids(slave, master, ids))
         if got is not None:
             self.checker.collected(master, slave, got)
+        elif there.disk.took_place > before:
+            self.checker.uncertain.update((key_id, slave) for key_id in ids)
         return got is not None
 
     async def attack(self) -> None:
@@ -296,7 +312,8 @@ class World:
         await trio.sleep(2)
         for key_id, (kme_id, master, slaves, _) in self.checker.masters.items():
             for slave in slaves:
-                assert await self.collect(kme_id, master, slave, [key_id]), (
+                there = await self.collect(kme_id, master, slave, [key_id])
+                assert there or (key_id, slave) in self.checker.uncertain, (
                     f"{key_id}, which {master} has, is not there for {slave}"
                 )
 
@@ -312,7 +329,7 @@ def inline_threads(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[None]
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr("hybridkex.qkd.store.in_thread", in_thread)
+        patch.setattr("hybridkex.qkd.sqlite_store.in_thread", in_thread)
         patch.setattr(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
         trio._core._run._r.seed(seed)
         yield

@@ -17,14 +17,15 @@ import trio.testing
 
 from hybridkex.errors import ConfigError, KeySourceExhausted, KeySourceUnavailable
 from hybridkex.kme.config import PeerConfig, ServeConfig
-from hybridkex.kme.entity import KmeLimits
+from hybridkex.kme.entity import KeyManagementEntity, KmeLimits
 from hybridkex.kme.serve import KmeServer
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.http import HttpLimits, Request, Response, serve_connection
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeClient
 from hybridkex.qkd.etsi014.models import KeyRequest
 from hybridkex.qkd.etsi014.naming import IdRule
-from hybridkex.qkd.store import KeyStore, read_key_file
+from hybridkex.qkd.sqlite_store import SqliteKeyStore
+from hybridkex.qkd.store import read_key_file
 from hybridkex.secret import Secret
 from interop.ports import free_port
 
@@ -545,17 +546,49 @@ async def test_ends_that_a_crash_has_put_out_of_step(site: Site, serve: Any) -> 
     config = site.pair()
     stray = {kme.id: (str(uuid.uuid4()), Secret(bytes(32))) for kme in config.kme}
     for kme in config.kme:
-        store = KeyStore(kme.store, read_key_file(kme.key_file))
+        store = SqliteKeyStore(kme.store, read_key_file(kme.key_file))
         [other] = kme.peer
         await store.add(other.id, [stray[kme.id]])
         await store.aclose()
     async with serve(config) as where:
         await filled(where, site)
     for kme in config.kme:
-        store = KeyStore(kme.store, read_key_file(kme.key_file))
+        store = SqliteKeyStore(kme.store, read_key_file(kme.key_file))
         [other] = kme.peer
         assert await store.unknown(other.id, [stray[kme.id][0]]) == [stray[kme.id][0]]
         await store.aclose()
+
+
+async def test_requests_are_answered_while_the_ends_compare_their_stocks(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no key comes in before they have: it would be at one end first."""
+    config = site.pair()
+    keys = [(str(uuid.uuid4()), Secret(bytes(32))) for _ in range(10)]
+    for kme in config.kme:
+        store = SqliteKeyStore(kme.store, read_key_file(kme.key_file))
+        await store.add(kme.peer[0].id, keys)
+        await store.aclose()
+    begun, go_on = trio.Event(), trio.Event()
+    compare = KeyManagementEntity.reconcile
+
+    async def slowly(self: KeyManagementEntity, target: str, *, grace: float) -> None:
+        begun.set()
+        await go_on.wait()
+        await compare(self, target, grace=grace)
+
+    monkeypatch.setattr(KeyManagementEntity, "reconcile", slowly)
+    server = KmeServer(config)
+    async with trio.open_nursery() as nursery:
+        where = await nursery.start(lambda task_status: server.serve(task_status=task_status))
+        await begun.wait()
+        async with as_sae(site, "alice", where.kmes["kme-a"]) as alice:
+            answer = await alice.get("/bob/enc_keys?number=4")
+            assert answer.status_code == 200
+        assert await server._stores["kme-a"].count("kme-b") == 6
+        go_on.set()
+        await filled(where, site, number=64)
+        server.close()
 
 
 async def test_a_block_that_the_other_end_lacks_is_passed_over(site: Site) -> None:

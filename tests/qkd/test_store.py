@@ -18,7 +18,7 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-import hybridkex.qkd.store as store_module
+import hybridkex.qkd.sqlite_store as store_module
 from hybridkex.errors import (
     ConfigError,
     KeyConsumed,
@@ -28,11 +28,11 @@ from hybridkex.errors import (
     KeyUnauthorized,
     KeyUnknown,
 )
+from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.qkd.store import (
     Allotment,
     BlocksRefused,
     BlockState,
-    KeyStore,
     read_key_file,
     write_key_file,
 )
@@ -52,14 +52,14 @@ def block(*numbers: int, size: int = 32) -> Allotment:
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[KeyStore]:
+async def store(tmp_path: Path) -> AsyncIterator[SqliteKeyStore]:
     write_key_file(tmp_path / "key")
-    store = KeyStore(tmp_path / "db", read_key_file(tmp_path / "key"))
+    store = SqliteKeyStore(tmp_path / "db", read_key_file(tmp_path / "key"))
     yield store
     await store.aclose()
 
 
-async def test_reserve_own_half_first_and_never_twice(store: KeyStore) -> None:
+async def test_reserve_own_half_first_and_never_twice(store: SqliteKeyStore) -> None:
     await store.add("b", keys(1, 2, 3, 4))
     first = await store.reserve("b", 3, half=0)
     assert [m.key_id for m in first] == [key_id(2), key_id(4), key_id(1)]
@@ -70,7 +70,7 @@ async def test_reserve_own_half_first_and_never_twice(store: KeyStore) -> None:
     assert [m.key_id for m in await store.reserve("b", 3, skip=[key_id(4)])] == [key_id(2)]
 
 
-async def test_allot_and_collect(store: KeyStore) -> None:
+async def test_allot_and_collect(store: SqliteKeyStore) -> None:
     await store.add("b", keys(1, 2, 3))
     await store.allot("b", [block(1, 2, size=40)], master="m", slaves=["s", "t"])
     assert await store.count("b") == 1
@@ -90,7 +90,7 @@ async def test_allot_and_collect(store: KeyStore) -> None:
     assert await store.count("b") == 1, "the transaction was undone as a whole"
 
 
-async def test_what_was_here_does_not_return(store: KeyStore) -> None:
+async def test_what_was_here_does_not_return(store: SqliteKeyStore) -> None:
     await store.add("b", keys(1, 2))
     await store.allot("b", [block(1)], master="m")
     await store.void("b", [key_id(2), key_id(3)])
@@ -98,7 +98,7 @@ async def test_what_was_here_does_not_return(store: KeyStore) -> None:
     assert await store.count("b") == 0
 
 
-async def test_accept_is_all_or_nothing_and_says_why(store: KeyStore) -> None:
+async def test_accept_is_all_or_nothing_and_says_why(store: SqliteKeyStore) -> None:
     await store.add("a", keys(1, 2, 3, 4))
     await store.accept("a", [block(1)], master="m", slaves=["s"])
     mine = await store.reserve("a", 2, half=0)
@@ -125,7 +125,7 @@ async def test_accept_is_all_or_nothing_and_says_why(store: KeyStore) -> None:
         await store.allot("a", [block(2)], master="x")
 
 
-async def test_a_relayed_key_is_taken_once(store: KeyStore) -> None:
+async def test_a_relayed_key_is_taken_once(store: SqliteKeyStore) -> None:
     relayed = Allotment(blocks=(key_id(1),), size=16, value=Secret(b"v" * 16))
     await store.accept("a", [relayed], master="m", slaves=["s"])
     with pytest.raises(BlocksRefused):
@@ -134,7 +134,7 @@ async def test_a_relayed_key_is_taken_once(store: KeyStore) -> None:
     assert key.reveal() == b"v" * 16
 
 
-async def test_expiry(store: KeyStore) -> None:
+async def test_expiry(store: SqliteKeyStore) -> None:
     await store.add("a", keys(1, 2, 3))
     await store.allot("a", [block(1)], master="m", slaves=["s"])
     assert await store.expire(keys_before=0, tombstones_before=0) == 0
@@ -147,7 +147,7 @@ async def test_expiry(store: KeyStore) -> None:
         await store.collect("a", [key_id(1)], slave="s", master="m")
 
 
-async def test_void_spares_what_was_delivered(store: KeyStore) -> None:
+async def test_void_spares_what_was_delivered(store: SqliteKeyStore) -> None:
     await store.add("a", keys(1, 2))
     await store.accept("a", [block(1), block(2)], master="m", slaves=["s"])
     await store.collect("a", [key_id(1)], slave="s", master="m")
@@ -167,7 +167,7 @@ def contents(folder: Path) -> list[bytes]:
 async def test_a_key_is_in_no_file(tmp_path: Path) -> None:
     write_key_file(tmp_path / "key")
     secret = b"a QKD key that no disk may show!"
-    store = KeyStore(tmp_path / "db", read_key_file(tmp_path / "key"))
+    store = SqliteKeyStore(tmp_path / "db", read_key_file(tmp_path / "key"))
     await store.add("a", [(key_id(1), Secret(secret)), (key_id(2), Secret(secret[::-1]))])
     await store.allot("a", [block(1)], master="m", slaves=["s"])
     on_disk = b"".join(contents(tmp_path))
@@ -181,7 +181,7 @@ async def test_a_key_is_in_no_file(tmp_path: Path) -> None:
 async def test_a_delivered_key_is_in_no_file_even_sealed(tmp_path: Path) -> None:
     """Whoever steals the key file too must not find it: not in the tables, not in the log."""
     write_key_file(tmp_path / "key")
-    store = KeyStore(tmp_path / "db", read_key_file(tmp_path / "key"))
+    store = SqliteKeyStore(tmp_path / "db", read_key_file(tmp_path / "key"))
     await store.add("a", keys(1, 2))
     await store.allot("a", [block(1)], master="m", slaves=["s"])
     [(granted,)] = store._db.execute("SELECT sealed FROM grants").fetchall()
@@ -195,7 +195,7 @@ async def test_a_delivered_key_is_in_no_file_even_sealed(tmp_path: Path) -> None
     await store.aclose()
 
 
-async def test_a_row_cannot_pose_as_another(store: KeyStore) -> None:
+async def test_a_row_cannot_pose_as_another(store: SqliteKeyStore) -> None:
     await store.add("a", keys(1, 2))
     await store.allot("a", [block(1)], master="m", slaves=["s"])
     await store.allot("a", [block(2)], master="m", slaves=["t"])
@@ -226,14 +226,16 @@ def test_key_files(tmp_path: Path) -> None:
 # -- state belongs to the link that made it
 
 
-async def snapshot(store: KeyStore, link: str) -> list[Any]:
+async def snapshot(store: SqliteKeyStore, link: str) -> list[Any]:
     return [
         store._db.execute(f"SELECT * FROM {table} WHERE link = ?", (link,)).fetchall()
         for table in ("material", "grants", "spent")
     ]
 
 
-def names_the_keys_of_another(ids: list[str]) -> dict[str, Callable[[KeyStore], Awaitable[Any]]]:
+def names_the_keys_of_another(
+    ids: list[str],
+) -> dict[str, Callable[[SqliteKeyStore], Awaitable[Any]]]:
     """Everything that a peer, or an SAE of another link, can ask for."""
     one = [Allotment(blocks=(key_id,), size=32) for key_id in ids]
     relayed = [Allotment(blocks=(key_id,), size=4, value=Secret(b"evil")) for key_id in ids]
@@ -255,7 +257,7 @@ def names_the_keys_of_another(ids: list[str]) -> dict[str, Callable[[KeyStore], 
 
 
 @pytest.mark.parametrize("call", names_the_keys_of_another([]))
-async def test_no_call_for_one_link_touches_another(store: KeyStore, call: str) -> None:
+async def test_no_call_for_one_link_touches_another(store: SqliteKeyStore, call: str) -> None:
     await store.add("a", keys(1, 2, 3, 4))
     await store.accept("a", [block(1)], master="m", slaves=["s"])
     await store.accept("a", [block(2)], master="m", slaves=["s"])
@@ -275,7 +277,7 @@ async def test_no_call_for_one_link_touches_another(store: KeyStore, call: str) 
 
 def test_every_statement_names_the_link() -> None:
     """A statement on the three tables that does not, and is no work of the clock, is a mistake."""
-    source = ast.parse(inspect.getsource(store_module.KeyStore))
+    source = ast.parse(inspect.getsource(store_module.SqliteKeyStore))
     texts = [node.value for node in ast.walk(source) if isinstance(node, ast.Constant)]
     statements = [
         text
@@ -294,7 +296,7 @@ def test_every_statement_names_the_link() -> None:
         ), statement
 
 
-async def test_what_is_promised_is_not_discarded(store: KeyStore) -> None:
+async def test_what_is_promised_is_not_discarded(store: SqliteKeyStore) -> None:
     await store.add("a", keys(1, 2, 3))
     await store.accept("a", [block(1)], master="m", slaves=["s"])
     [held] = await store.reserve("a", 1)
@@ -311,9 +313,10 @@ OPEN = """
 import sys
 from pathlib import Path
 from hybridkex.errors import ConfigError
-from hybridkex.qkd.store import KeyStore, read_key_file
+from hybridkex.qkd.sqlite_store import SqliteKeyStore
+from hybridkex.qkd.store import read_key_file
 try:
-    store = KeyStore(Path(sys.argv[1]), read_key_file(Path(sys.argv[2])))
+    store = SqliteKeyStore(Path(sys.argv[1]), read_key_file(Path(sys.argv[2])))
 except ConfigError as error:
     print("refused:", error, flush=True)
 else:
@@ -354,7 +357,7 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -
                 assert "in use by another process" in said(second)
         # In this process, too.
         with pytest.raises(ConfigError, match="in use"):
-            KeyStore(path, read_key_file(tmp_path / "key"))
+            SqliteKeyStore(path, read_key_file(tmp_path / "key"))
         assert state_of(folder) == before
         first.kill()
         first.wait()
@@ -367,12 +370,12 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -
 async def test_a_file_with_two_names_is_refused(tmp_path: Path) -> None:
     """The log is named after the file: under the other name, what was delivered would be back."""
     write_key_file(tmp_path / "key")
-    store = KeyStore(tmp_path / "db", read_key_file(tmp_path / "key"))
+    store = SqliteKeyStore(tmp_path / "db", read_key_file(tmp_path / "key"))
     await store.aclose()
     (tmp_path / "other").hardlink_to(tmp_path / "db")
     for name in ("db", "other"):
         with pytest.raises(ConfigError, match="hard links"):
-            KeyStore(tmp_path / name, read_key_file(tmp_path / "key"))
+            SqliteKeyStore(tmp_path / name, read_key_file(tmp_path / "key"))
 
 
 def test_files_that_are_no_key_store(tmp_path: Path) -> None:
@@ -393,7 +396,7 @@ def test_files_that_are_no_key_store(tmp_path: Path) -> None:
         "newer": "later version",
     }.items():
         with pytest.raises(ConfigError, match=why):
-            KeyStore(tmp_path / name, key)
+            SqliteKeyStore(tmp_path / name, key)
     assert state_of(tmp_path) == before
 
 
@@ -401,7 +404,7 @@ def test_files_that_are_no_key_store(tmp_path: Path) -> None:
 
 
 async def test_a_full_disk_changes_nothing_and_is_over_when_it_is_over(
-    store: KeyStore, caplog: pytest.LogCaptureFixture
+    store: SqliteKeyStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     await store.add("a", keys(1, 2, 3))
     await store.accept("a", [block(1)], master="m", slaves=["s"])
@@ -427,14 +430,15 @@ LIMITED = """
 import resource, sys, trio, uuid
 from pathlib import Path
 from hybridkex.errors import KeySourceUnavailable
-from hybridkex.qkd.store import KeyStore, read_key_file
+from hybridkex.qkd.sqlite_store import SqliteKeyStore
+from hybridkex.qkd.store import read_key_file
 from hybridkex.secret import Secret
 
 async def main():
     folder = Path(sys.argv[1])
     failures = []
     key = read_key_file(folder / "key")
-    store = KeyStore(folder / "db", key, on_failure=lambda: failures.append(1))
+    store = SqliteKeyStore(folder / "db", key, on_failure=lambda: failures.append(1))
     def many(): return [(str(uuid.uuid4()), Secret(bytes(32))) for _ in range(50)]
     await store.add("a", many())
     await store.scrub()
@@ -471,7 +475,7 @@ def test_a_file_that_cannot_grow(tmp_path: Path) -> None:
 
 
 async def test_a_damaged_key_does_not_stop_the_others(
-    store: KeyStore, caplog: pytest.LogCaptureFixture
+    store: SqliteKeyStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     await store.add("a", keys(1, 2, 3))
     store._db.execute("UPDATE material SET sealed = zeroblob(60) WHERE key_id = ?", (key_id(2),))
@@ -520,7 +524,7 @@ async def test_a_database_of_version_1_is_taken_over(tmp_path: Path) -> None:
                    (raw[3], now))  # fmt: skip
         db.executemany("INSERT INTO spent VALUES (?, ?)", [(one, now) for one in raw[2:5]])
     for _ in range(2):  # the second time it is of the present version
-        store = KeyStore(tmp_path / "db", seal_key)
+        store = SqliteKeyStore(tmp_path / "db", seal_key)
         assert store.meta("sae") == "alice"
         assert await store.count("a") == 1
         with pytest.raises(KeyConsumed):
@@ -530,7 +534,7 @@ async def test_a_database_of_version_1_is_taken_over(tmp_path: Path) -> None:
         assert await store.count("a") == 1, "what was spent remains so"
         assert await store.count("b") == 0
         await store.aclose()
-    store = KeyStore(tmp_path / "db", seal_key)
+    store = SqliteKeyStore(tmp_path / "db", seal_key)
     [found] = await store.reserve("a", 1)
     assert (found.key_id, found.key.reveal()) == (key_id(1), b"1" * 32)
     [(_, key)] = await store.collect("a", [key_id(2)], slave="s", master="m")
@@ -548,14 +552,15 @@ async def test_a_write_ahead_log_that_is_removed(tmp_path: Path, act: str) -> No
     script = f"""
 import logging, os, trio
 from pathlib import Path
-from hybridkex.qkd.store import KeyStore, Allotment, read_key_file
+from hybridkex.qkd.sqlite_store import SqliteKeyStore
+from hybridkex.qkd.store import Allotment, read_key_file
 from hybridkex.secret import Secret
 
 KEY_ID = {key_id(1)!r}
 logging.basicConfig()
 
 async def main():
-    store = KeyStore(Path("db"), read_key_file(Path("key")))
+    store = SqliteKeyStore(Path("db"), read_key_file(Path("key")))
     block = Allotment(blocks=(KEY_ID,), size=32, value=Secret(bytes(32)))
     await store.accept("link", [block], master="m", slaves=["s"])
     await store.scrub()
@@ -574,14 +579,14 @@ trio.run(main)
     )
     assert done.returncode == -9, done.stderr
     assert b"was removed while it was in use" in done.stderr
-    store = KeyStore(tmp_path / "db", read_key_file(tmp_path / "key"))
+    store = SqliteKeyStore(tmp_path / "db", read_key_file(tmp_path / "key"))
     with pytest.raises(KeyConsumed):
         await store.collect("link", [key_id(1)], slave="s", master="m")
     await store.aclose()
 
 
 async def test_a_database_that_is_moved(
-    store: KeyStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    store: SqliteKeyStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It gives nothing while another file, or none, is in its place; then it works again."""
     failures = 0
@@ -593,6 +598,7 @@ async def test_a_database_that_is_moved(
     store._on_failure = count
     await store.add("link", keys(1, 2))
     place, aside = tmp_path / "db", tmp_path / "aside"
+    fresh = iter((3, 4, 5))
     for put in (lambda: None, lambda: place.write_bytes(aside.read_bytes()), place.mkdir):
         place.rename(aside)
         put()
@@ -603,7 +609,9 @@ async def test_a_database_that_is_moved(
             place.rmdir()
         aside.replace(place)
         assert await store.count("link") == 2
-        await store.add("link", keys(1))
+        [one] = keys(next(fresh))
+        await store.add("link", [one])
+        await store.discard("link", [one[0]])
     assert failures == 6
     assert caplog.text.count("was moved") == 3
     assert caplog.text.count("works again") == 3

@@ -15,7 +15,7 @@ from hybridkex.demos.rndl.matrix import Delivery
 from hybridkex.demos.rndl.now.escrow import Escrow
 from hybridkex.demos.rndl.now.tap import wire_tap
 from hybridkex.kme.config import KmeConfig, PeerConfig, ServeConfig
-from hybridkex.kme.entity import SCRUB_EVERY, KmeLimits
+from hybridkex.kme.entity import TIDY_EVERY, KmeLimits
 from hybridkex.kme.serve import KmeServer, Serving
 from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeAccess, KmeClient
@@ -31,7 +31,7 @@ _SITES: Final = (("alice", "kme-a"), ("bob", "kme-b"))
 _LOOPBACK: Final = "127.0.0.1"
 _KEYS: Final = 64
 """Keys that a KME has in stock; every session takes one."""
-_THIEF_COMES: Final = 2 * SCRUB_EVERY
+_THIEF_COMES: Final = 4 * TIDY_EVERY
 """Seconds between the last delivery and the theft."""
 
 

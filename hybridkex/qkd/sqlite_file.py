@@ -1,0 +1,55 @@
+"""SQLite database files that one process uses alone."""
+
+import sqlite3
+import stat
+from pathlib import Path
+
+from hybridkex.errors import ConfigError
+from hybridkex.files import create_file
+
+__all__ = ["open_locked"]
+
+
+def open_locked(path: Path, *, what: str = "key store") -> sqlite3.Connection:
+    """Open the only connection to an SQLite database; a new file is private. A file in use is not
+    touched, and this one is in use until the connection is closed or the process ends.
+
+    Args:
+        path: of the file.
+        what: its kind, for messages.
+
+    Raises:
+        ConfigError: it cannot be opened, or another process uses it.
+    """
+    try:
+        # SQLite names its log after the path: through a symbolic link it would use another log.
+        real = path.resolve()
+        try:
+            create_file(real, b"")
+        except FileExistsError:
+            found = real.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise ConfigError(f"the {what} {path} is not a regular file") from None
+            if found.st_nlink > 1:
+                raise ConfigError(
+                    f"the {what} {path} has several names (hard links), and its log would not "
+                    "be found under another one; remove the other names"
+                ) from None
+        db = sqlite3.connect(real, isolation_level=None, check_same_thread=False, timeout=0)
+    except (OSError, sqlite3.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"cannot open the {what} {path}: {reason}") from error
+    try:
+        # The lock is taken here and kept; with it, SQLite needs no shared memory.
+        db.execute("PRAGMA locking_mode=EXCLUSIVE")
+        db.execute("BEGIN EXCLUSIVE")
+        db.execute("COMMIT")
+    except sqlite3.Error as error:
+        db.close()
+        if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise ConfigError(
+                f"the {what} {path} is in use by another process, and only one may use it: end "
+                "that process, or give this one a store of its own"
+            ) from None
+        raise ConfigError(f"cannot use the {what} {path}: {error}") from error
+    return db

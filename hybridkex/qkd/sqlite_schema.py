@@ -1,0 +1,158 @@
+"""The tables of the SQLite key store, and how older ones are converted."""
+
+import sqlite3
+from typing import Final
+from uuid import UUID
+
+from hybridkex.qkd.store import Seal, half_of, place_of
+
+__all__ = ["ANY_LINK", "SCHEMA_VERSION", "create", "migrate"]
+
+SCHEMA_VERSION: Final = 3
+"""``PRAGMA user_version`` of the tables below; 0 with tables is version 1, which did not set it."""
+
+ANY_LINK: Final = ""
+"""The link of a spent ID from version 1, which did not record it: spent on every link."""
+
+_TABLES: Final = (
+    "CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE material (
+        seq INTEGER PRIMARY KEY,
+        link TEXT NOT NULL,
+        key_id TEXT NOT NULL,
+        half INTEGER NOT NULL,
+        shared INTEGER NOT NULL,
+        created REAL NOT NULL,
+        sealed BLOB NOT NULL,
+        UNIQUE (link, key_id)
+    )""",
+    """CREATE TABLE grants (
+        link TEXT NOT NULL,
+        key_id TEXT NOT NULL,
+        slave TEXT NOT NULL,
+        master TEXT NOT NULL,
+        created REAL NOT NULL,
+        sealed BLOB,
+        ended TEXT,
+        blocks INTEGER NOT NULL DEFAULT 1,
+        PRIMARY KEY (link, key_id, slave)
+    ) WITHOUT ROWID""",
+    """CREATE TABLE spent (
+        link TEXT NOT NULL,
+        key_id TEXT NOT NULL,
+        at REAL NOT NULL,
+        PRIMARY KEY (link, key_id)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX material_order ON material (link, half, seq)",
+    "CREATE INDEX spent_age ON spent (at)",
+)
+
+_NEW_LINK: Final = (
+    "INSERT INTO stock (link)"
+    " SELECT NEW.link WHERE NOT EXISTS (SELECT 1 FROM stock WHERE link = NEW.link);"
+)
+
+_SINCE_3: Final = (
+    # Expiry: keys that wait apart from those that have ended, which are many more.
+    "CREATE INDEX material_age ON material (created)",
+    "CREATE INDEX grants_waiting ON grants (created) WHERE ended IS NULL",
+    "CREATE INDEX grants_ended ON grants (created) WHERE ended IS NOT NULL",
+    # The sizes of each link. Triggers keep them, so no statement can forget to, and they are
+    # committed or undone together with what they count.
+    """CREATE TABLE stock (
+        link TEXT PRIMARY KEY,
+        free INTEGER NOT NULL DEFAULT 0,
+        promised INTEGER NOT NULL DEFAULT 0
+    ) WITHOUT ROWID""",
+    "INSERT INTO stock (link) SELECT link FROM material UNION SELECT link FROM grants",
+    """UPDATE stock SET
+        free = (SELECT count(*) FROM material WHERE material.link = stock.link),
+        promised = (
+            SELECT coalesce(sum(blocks), 0) FROM grants
+            WHERE grants.link = stock.link AND ended IS NULL
+        )""",
+    f"""CREATE TRIGGER material_added AFTER INSERT ON material BEGIN
+        {_NEW_LINK}
+        UPDATE stock SET free = free + 1 WHERE link = NEW.link;
+    END""",
+    """CREATE TRIGGER material_gone AFTER DELETE ON material BEGIN
+        UPDATE stock SET free = free - 1 WHERE link = OLD.link;
+    END""",
+    f"""CREATE TRIGGER grants_added AFTER INSERT ON grants WHEN NEW.ended IS NULL BEGIN
+        {_NEW_LINK}
+        UPDATE stock SET promised = promised + NEW.blocks WHERE link = NEW.link;
+    END""",
+    """CREATE TRIGGER grants_over AFTER UPDATE OF ended ON grants
+    WHEN OLD.ended IS NULL AND NEW.ended IS NOT NULL BEGIN
+        UPDATE stock SET promised = promised - OLD.blocks WHERE link = OLD.link;
+    END""",
+    """CREATE TRIGGER grants_gone AFTER DELETE ON grants WHEN OLD.ended IS NULL BEGIN
+        UPDATE stock SET promised = promised - OLD.blocks WHERE link = OLD.link;
+    END""",
+)
+
+
+def create(db: sqlite3.Connection) -> None:
+    """Create the tables, in the transaction under way."""
+    _execute_all(db, (*_TABLES, *_SINCE_3))
+
+
+def migrate(db: sqlite3.Connection, version: int, seal: Seal) -> None:
+    """Convert the tables of an older version, in the transaction under way.
+
+    Raises ``cryptography.exceptions.InvalidTag``: a key is damaged.
+    """
+    if version < 2:
+        _from_1(db, seal)
+    else:
+        db.execute("DROP INDEX IF EXISTS grants_age")
+        db.execute("ALTER TABLE grants ADD COLUMN blocks INTEGER NOT NULL DEFAULT 1")
+        # Blocks of 256 bits; a sealed key is 28 bytes longer than the key.
+        db.execute("UPDATE grants SET blocks = (length(sealed) + 3) / 32 WHERE ended IS NULL")
+    _execute_all(db, _SINCE_3)
+
+
+def _from_1(db: sqlite3.Connection, seal: Seal) -> None:
+    """Version 1 had no link in its primary keys, and stored key IDs as the 16 bytes of a UUID."""
+    for table in ("meta", "material", "grants", "spent"):
+        db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
+    for index in ("material_order", "grants_age"):
+        db.execute(f"DROP INDEX IF EXISTS {index}")
+    _execute_all(db, _TABLES)
+    db.execute("INSERT INTO meta SELECT * FROM old_meta")
+    rows = db.execute("SELECT key_id, link, shared, created, sealed FROM old_material")
+    for old_id, link, shared, created, sealed in rows.fetchall():
+        key_id = str(UUID(bytes=old_id))
+        key = seal.open(sealed, b"material\0" + old_id + link.encode())
+        db.execute(
+            "INSERT INTO material (link, key_id, half, shared, created, sealed)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            (link, key_id, half_of(key_id), shared, created,
+             seal.seal(key, place_of("material", link, key_id))),
+        )  # fmt: skip
+    rows = db.execute("SELECT key_id, slave, master, link, created, sealed, ended FROM old_grants")
+    for old_id, slave, master, link, created, sealed, ended in rows.fetchall():
+        key_id = str(UUID(bytes=old_id))
+        if sealed is not None:
+            key = seal.open(sealed, b"grant\0" + old_id + slave.encode())
+            sealed = seal.seal(key, place_of("grant", link, key_id, master, slave))  # noqa: PLW2901
+        db.execute(
+            "INSERT INTO grants (link, key_id, slave, master, created, sealed, ended)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (link, key_id, slave, master, created, sealed, ended),
+        )
+    db.executemany(
+        "INSERT INTO spent VALUES (?, ?, ?)",
+        [
+            (ANY_LINK, str(UUID(bytes=old_id)), at)
+            for old_id, at in db.execute("SELECT key_id, at FROM old_spent").fetchall()
+        ],
+    )
+    for table in ("meta", "material", "grants", "spent"):
+        db.execute(f"DROP TABLE old_{table}")
+
+
+def _execute_all(db: sqlite3.Connection, statements: tuple[str, ...]) -> None:
+    """``executescript`` would commit the transaction under way."""
+    for statement in statements:
+        db.execute(statement)

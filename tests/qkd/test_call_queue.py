@@ -1,0 +1,106 @@
+"""Calls in groups: who is in a group, and what becomes of a caller that is cancelled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from hybridkex.errors import KeySourceUnavailable
+from hybridkex.qkd.call_queue import Call, CallQueue
+
+
+class Desk:
+    """Carries out groups, each when the test lets it."""
+
+    def __init__(self, most: int = 100) -> None:
+        self.groups: list[list[Call[Any]]] = []
+        self.gate = trio.Event()
+        self.failure: Exception | None = None
+        self.queue = CallQueue(self.carry_out, most)
+
+    async def carry_out(self, group: list[Call[Any]]) -> None:
+        self.groups.append(group)
+        for call in group:
+            call.succeed(call.operation())
+        await self.gate.wait()
+        if self.failure is not None:
+            for call in group:
+                call.fail(self.failure)
+
+
+def adding(to: list[int], number: int) -> Callable[[], int]:
+    def operation() -> int:
+        to.append(number)
+        return number
+
+    return operation
+
+
+async def test_what_arrives_during_a_group_is_the_next_group() -> None:
+    desk, done, answers = Desk(), list[int](), dict[int, int]()
+
+    async def call(number: int) -> None:
+        answers[number] = await desk.queue.run(adding(done, number))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(call, 0)
+        await trio.testing.wait_all_tasks_blocked()
+        for number in range(1, 8):
+            nursery.start_soon(call, number)
+            await trio.testing.wait_all_tasks_blocked()  # in this order
+        assert answers == {}, "no answer before the group is through"
+        desk.gate.set()
+    assert [len(group) for group in desk.groups] == [1, 7]
+    assert done == list(range(8))
+    assert answers == {number: number for number in range(8)}
+    await desk.queue.idle()
+
+
+async def test_a_group_is_bounded_by_the_size_of_its_calls() -> None:
+    desk, done = Desk(most=10), list[int]()
+    desk.gate.set()
+    sizes = (4, 6, 1, 50, 0, 9, 2)
+    async with trio.open_nursery() as nursery:
+
+        async def call(number: int) -> None:
+            await desk.queue.run(adding(done, number), size=sizes[number])
+
+        for number in range(len(sizes)):
+            nursery.start_soon(call, number)
+    assert sorted(done) == list(range(len(sizes)))
+    for group in desk.groups:
+        assert len(group) == 1 or sum(call.size for call in group) <= 10
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_cancelled_caller_withdraws_a_waiting_call_and_takes_back_a_begun_one(
+    fails: bool,
+) -> None:
+    desk, done, undone = Desk(), list[int](), list[int]()
+    if fails:
+        desk.failure = KeySourceUnavailable("the disk is full")
+    scopes = [trio.CancelScope() for _ in range(3)]
+    answers = list[int]()
+
+    async def call(number: int) -> None:
+        with scopes[number]:
+            try:
+                answers.append(
+                    await desk.queue.run(adding(done, number), undo=undone.append, writes=True)
+                )
+            except KeySourceUnavailable:
+                answers.append(-number)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(3):
+            nursery.start_soon(call, number)
+            await trio.testing.wait_all_tasks_blocked()
+        scopes[0].cancel()  # is carried out
+        scopes[1].cancel()  # waits
+        await trio.testing.wait_all_tasks_blocked()
+        desk.gate.set()
+    assert done == [0, 2], "the waiting call was withdrawn"
+    assert undone == ([0, 2] if fails else [0])
+    assert answers == ([-2] if fails else [2])

@@ -8,7 +8,6 @@ passes on the verifier's message, without its internal details.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, TypeVar
 
@@ -31,6 +30,7 @@ from hybridkex.auth.names import DnsName, PeerName, covers
 from hybridkex.constants import Alert
 from hybridkex.crypto.x509_failure import extension_name, parse_extensions, parse_failure
 from hybridkex.errors import CertificateRejected
+from hybridkex.values import value
 
 __all__ = ["Roots", "explain"]
 
@@ -40,7 +40,7 @@ _BROKEN_HASHES: Final = frozenset({"md5", "sha1"})
 _NOT_SUPPORTED: Final = Alert.UNSUPPORTED_CERTIFICATE
 
 
-@dataclass(frozen=True)
+@value
 class Roots:
     """The trusted authorities, and where they came from."""
 
@@ -53,7 +53,7 @@ class Roots:
         return many + (f" in {self.source}" if self.source else "")
 
 
-@dataclass(frozen=True)
+@value
 class Finding:
     """Something wrong with one certificate."""
 

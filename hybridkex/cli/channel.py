@@ -16,8 +16,8 @@ from hybridkex.auth import (
     RawIdentity,
     TrustStore,
 )
-from hybridkex.cli.key_sources import qkd_keys, qkd_requirement
 from hybridkex.cli.options import ChannelOptions
+from hybridkex.cli.qkd_requirement import qkd_requirement
 from hybridkex.crypto.kex import ALL_GROUPS, Group, Property
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.suites import ALL_SUITES, SHA256, SHA384
@@ -84,6 +84,12 @@ async def _shared_arguments(options: ChannelOptions) -> AsyncIterator[dict[str, 
     """The keywords that ClientConfig and ServerConfig share."""
     arguments = _channel_arguments(options)
     with _key_log(options.keylog) as log:
+        if qkd_requirement(options.qkd) is Requirement.OFF:
+            yield {**arguments, "key_log": log, "psk_source": None}
+            return
+        # Its modules would take a tenth of the start of a command without QKD keys.
+        from hybridkex.cli.key_sources import qkd_keys  # noqa: PLC0415
+
         async with qkd_keys(options.qkd) as keys:
             yield {**arguments, "key_log": log, "psk_source": keys}
 

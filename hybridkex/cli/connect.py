@@ -1,17 +1,17 @@
 """``hybridkex connect``: a secure channel to a server, in the manner of ``s_client -quiet``."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 from hybridkex.cli.arguments import Action, add_action, argument, nested, option
 from hybridkex.cli.help_text import describe
 from hybridkex.cli.options import ChannelOptions
+from hybridkex.values import value
 
 __all__ = ["ConnectOptions", "configure"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@value(kw_only=True)
 class ConnectOptions:
     """The options, parsed."""
 

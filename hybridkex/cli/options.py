@@ -3,7 +3,6 @@
 Programs outside this package can use them, too: ``examples/chat`` does.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,6 +10,7 @@ from hybridkex.cli.arguments import Group, add_options, from_namespace, nested, 
 from hybridkex.cli.choices import GROUPS, SUITES
 from hybridkex.cli.qkd_options import CHANNEL_KEYS, QkdOptions
 from hybridkex.cli.values import comma_list, renewal
+from hybridkex.values import value
 
 __all__ = ["ChannelOptions", "add_options", "from_namespace", "port_file"]
 
@@ -26,7 +26,7 @@ _FRESH: Final = Group(
 _OUTPUT: Final = Group("output")
 
 
-@dataclass(frozen=True, kw_only=True)
+@value(kw_only=True)
 class ChannelOptions:
     """Everything but the address. A command that speaks one protocol sets ``alpn`` itself."""
 

@@ -1,12 +1,12 @@
 """The options that say where QKD keys come from."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from hybridkex.cli.arguments import Group, nested, option
 from hybridkex.cli.choices import KME_ID_RULES, KME_TLS_KINDS
 from hybridkex.tls.policy import Requirement
+from hybridkex.values import value
 
 __all__ = ["CHANNEL_KEYS", "EXCHANGE_KEYS", "ExchangeQkdOptions", "KmeOptions", "QkdOptions"]
 
@@ -19,7 +19,7 @@ EXCHANGE_KEYS: Final = Group(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@value(kw_only=True)
 class KmeOptions:
     """Which KME, and how to reach it."""
 
@@ -38,7 +38,7 @@ class KmeOptions:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@value(kw_only=True)
 class QkdOptions:
     """Where the QKD keys come from, and whether there must be some."""
 
@@ -60,7 +60,7 @@ class QkdOptions:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@value(kw_only=True)
 class ExchangeQkdOptions(QkdOptions):
     """The same for an exchange outside TLS, where nothing is negotiated: all rotations or none."""
 

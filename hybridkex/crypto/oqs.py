@@ -7,12 +7,10 @@ how to install it. Nothing is imported before an algorithm is used.
 """
 
 import ctypes
-import ctypes.util
 import importlib
-import importlib.metadata
 import logging
 import os
-import platform
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,12 +29,14 @@ HOW_TO_GET_IT: Final = (
     'liboqs-python itself, which clones and builds it when you run: python -c "import oqs"'
 )
 
-_SUFFIX: Final = {"Darwin": ".dylib", "Windows": ".dll"}.get(platform.system(), ".so")
-_FOLDERS: Final = ("bin",) if platform.system() == "Windows" else ("lib", "lib64")
+_SUFFIX: Final = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+_FOLDERS: Final = ("bin",) if sys.platform == "win32" else ("lib", "lib64")
 
 
 def _candidates() -> Iterator[str]:
     """Where liboqs-python looks, in its order."""
+    import ctypes.util  # noqa: PLC0415  # for this alone: most programs use no liboqs
+
     for name in ("liboqs", "oqs"):
         found = ctypes.util.find_library(name)
         if found:
@@ -120,6 +120,8 @@ class OqsStatus:
 
 def oqs_status() -> OqsStatus:
     """The installation of liboqs. This raises and prints nothing, and builds nothing."""
+    import importlib.metadata  # noqa: PLC0415  # as above
+
     try:
         package = importlib.metadata.version("liboqs-python")
     except importlib.metadata.PackageNotFoundError:

@@ -1,12 +1,17 @@
 """The trio shell around the engine: secure streams, listeners, and what opens them."""
 
-from hybridkex.streams.listener import SecureListener
-from hybridkex.streams.stream import SecureStream
-from hybridkex.streams.tcp import (
-    open_secure_tcp_listeners,
-    open_secure_tcp_stream,
-    serve_secure_tcp,
-)
+from typing import TYPE_CHECKING, Final
+
+from hybridkex.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from hybridkex.streams.listener import SecureListener
+    from hybridkex.streams.stream import SecureStream
+    from hybridkex.streams.tcp import (
+        open_secure_tcp_listeners,
+        open_secure_tcp_stream,
+        serve_secure_tcp,
+    )
 
 __all__ = [
     "SecureListener",
@@ -15,3 +20,16 @@ __all__ = [
     "open_secure_tcp_stream",
     "serve_secure_tcp",
 ]
+
+_HOMES: Final = {
+    "hybridkex.streams.listener": ("SecureListener",),
+    "hybridkex.streams.stream": ("SecureStream",),
+    "hybridkex.streams.tcp": (
+        "open_secure_tcp_listeners",
+        "open_secure_tcp_stream",
+        "serve_secure_tcp",
+    ),
+}
+
+if not TYPE_CHECKING:  # or a type checker would take any name for one of this package
+    __getattr__ = lazy_names(__name__, _HOMES)

@@ -6,6 +6,7 @@ from typing import Final
 
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import ConfigError
+from hybridkex.values import value
 
 __all__ = ["KEPT_EPOCHS", "Epoch", "KeyUpdates", "UpdateKey"]
 
@@ -45,7 +46,7 @@ class UpdateKey:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@value(kw_only=True)
 class Epoch:
     """One epoch of a session, from the second on: what a key update made."""
 

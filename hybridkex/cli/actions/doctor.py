@@ -2,7 +2,8 @@
 
 from hybridkex.cli.checks import Finding, examine, examine_kme
 from hybridkex.cli.doctor import DoctorOptions
-from hybridkex.cli.key_sources import check_kme_options, kme_access
+from hybridkex.cli.key_sources import kme_access
+from hybridkex.cli.qkd_requirement import check_kme_options
 from hybridkex.cli.running import run_trio
 from hybridkex.errors import ConfigError
 from hybridkex.text import json_line

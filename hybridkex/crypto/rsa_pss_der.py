@@ -1,0 +1,118 @@
+"""The DER of keys for RSASSA-PSS (RFC 4055): what stands about them in a certificate.
+
+:mod:`hybridkex.crypto.rsa_pss` imports this module for the first such key; most programs meet none.
+"""
+
+from typing import Annotated, Final
+
+from cryptography import x509
+from cryptography.hazmat import asn1
+
+from hybridkex.crypto.rsa_pss import PssParameters
+
+__all__ = ["certificate_info", "key_parameters", "read_info", "write_info"]
+
+_MGF1: Final = "1.2.840.113549.1.1.8"
+_HASHES: Final = {
+    "1.3.14.3.2.26": "sha1",
+    "2.16.840.1.101.3.4.2.4": "sha224",
+    "2.16.840.1.101.3.4.2.1": "sha256",
+    "2.16.840.1.101.3.4.2.2": "sha384",
+    "2.16.840.1.101.3.4.2.3": "sha512",
+}
+
+
+@asn1.sequence
+class _Hash:
+    """HashAlgorithm (RFC 4055 section 2.1): its parameters are NULL or absent."""
+
+    algorithm: x509.ObjectIdentifier
+    parameters: asn1.Null | None
+
+
+@asn1.sequence
+class _Mask:
+    """MaskGenAlgorithm (RFC 4055 section 2.2)."""
+
+    algorithm: x509.ObjectIdentifier
+    hash: _Hash
+
+
+@asn1.sequence
+class _Parameters:
+    """RSASSA-PSS-params (RFC 4055 section 3.1); what is absent has its default."""
+
+    hash: Annotated[_Hash | None, asn1.Explicit(0)]
+    mask: Annotated[_Mask | None, asn1.Explicit(1)]
+    salt_length: Annotated[int | None, asn1.Explicit(2)]
+    trailer: Annotated[int | None, asn1.Explicit(3)]
+
+
+@asn1.sequence
+class _Algorithm:
+    """AlgorithmIdentifier of a key for RSASSA-PSS (RFC 4055 section 1.2)."""
+
+    algorithm: x509.ObjectIdentifier
+    parameters: _Parameters | None
+
+
+@asn1.sequence
+class _Info:
+    """SubjectPublicKeyInfo (RFC 5280 section 4.1.2.7)."""
+
+    algorithm: asn1.TLV
+    key: asn1.BitString
+
+
+@asn1.sequence
+class _Certified:
+    """TBSCertificate (RFC 5280 section 4.1)."""
+
+    version: Annotated[int | None, asn1.Explicit(0)]
+    serial: int
+    signature: asn1.TLV
+    issuer: asn1.TLV
+    validity: asn1.TLV
+    subject: asn1.TLV
+    info: _Info
+    issuer_id: Annotated[asn1.BitString | None, asn1.Implicit(1)]
+    subject_id: Annotated[asn1.BitString | None, asn1.Implicit(2)]
+    extensions: Annotated[list[asn1.TLV] | None, asn1.Explicit(3)]
+
+
+def certificate_info(certificate: x509.Certificate) -> _Info:
+    """SubjectPublicKeyInfo as it stands in a certificate."""
+    return asn1.decode_der(_Certified, certificate.tbs_certificate_bytes).info
+
+
+def read_info(spki: bytes) -> _Info:
+    """SubjectPublicKeyInfo from DER. Raises ``ValueError``: it does not parse."""
+    return asn1.decode_der(_Info, spki)
+
+
+def write_info(info: _Info) -> bytes:
+    """SubjectPublicKeyInfo in DER."""
+    return asn1.encode_der(info)
+
+
+def key_parameters(info: _Info) -> PssParameters | None:
+    """What a key is restricted to. Raises ``ValueError``: its parameters do not parse."""
+    given = info.algorithm.parse(_Algorithm).parameters
+    if given is None:
+        return None
+    if given.trailer not in (None, 1):
+        raise ValueError("RSASSA-PSS with another trailer field than 1")
+    mask = "sha1"
+    if given.mask is not None:
+        if given.mask.algorithm.dotted_string != _MGF1:
+            raise ValueError("RSASSA-PSS with another mask generation function than MGF1")
+        mask = _hash(given.mask.hash)
+    salt = 20 if given.salt_length is None else given.salt_length
+    return PssParameters("sha1" if given.hash is None else _hash(given.hash), mask, salt)
+
+
+def _hash(algorithm: _Hash) -> str:
+    name = _HASHES.get(algorithm.algorithm.dotted_string)
+    if name is None:
+        raise ValueError(f"RSASSA-PSS with the hash {algorithm.algorithm.dotted_string}")
+    return name

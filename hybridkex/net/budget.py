@@ -119,25 +119,29 @@ class Connection:
         finally:
             self._waiting_since = None
 
-    def _age(self, now: float) -> float:
-        """Seconds that the peer has kept us waiting; negative if the delay is ours."""
+    def _has_waited(self, seconds: float, now: float) -> float:
+        """How long the peer has kept us waiting; negative if that is less than ``seconds``, or the
+        delay is ours."""
         since = self._waiting_since
         if since is None and not self._is_used():
             since = self._admitted
-        if since is None or self.evicted:
+        # The system is asked last: there may be many connections to look at.
+        if since is None or self.evicted or now - since < seconds:
             return -1.0
         if not self._unread and has_unread(self._transport):
             return -1.0
         return now - since
 
-    def _idle(self, now: float) -> float:
-        """Seconds since data last crossed the connection; negative where that is not known, or if
-        the delay is ours: bytes of the peer wait to be read, and the peer itself reads."""
+    def _has_idled(self, seconds: float, now: float) -> float:
+        """How long ago data last crossed the connection; negative if that is less than ``seconds``
+        or not known, or the delay is ours: bytes of the peer wait to be read, and it reads ours."""
         transport = self._transport
         if self.evicted or (has_unread(transport) and not has_unsent(transport)):
             return -1.0
         silence = silence_of(transport)
-        return silence if silence >= 0 else self._silence()
+        if silence < 0:
+            silence = self._silence()
+        return silence if silence >= seconds else -1.0
 
     def _evict(self) -> None:
         self.evicted = True
@@ -260,7 +264,7 @@ class Budget:
         """A connection that has kept us waiting, or has been idle, for so long that a newcomer may
         replace it; ``only`` one of the newcomer's own holder."""
         return self._victim(newcomer, self._patience, only=only) or self._victim(
-            newcomer, self._idle, only=only, of=Connection._idle
+            newcomer, self._idle, only=only, of=Connection._has_idled
         )
 
     def _surplus(self, own: int) -> Connection | None:
@@ -277,10 +281,10 @@ class Budget:
         least: float,
         *,
         only: bool = False,
-        of: Callable[[Connection, float], float] = Connection._age,
+        of: Callable[[Connection, float, float], float] = Connection._has_waited,
     ) -> Connection | None:
-        """The connection that is first to make room, among those of an age of at least ``least``
-        seconds."""
+        """The connection that is first to make room, among those that have been silent for at least
+        ``least`` seconds."""
         now = trio.current_time()
         own = self.held(newcomer)
         best: Connection | None = None
@@ -289,8 +293,8 @@ class Budget:
             if holder != newcomer and (only or len(connections) <= own):
                 continue
             for connection in connections:
-                age = of(connection, now)
-                if age >= max(least, 0.0) and (len(connections), age) > rank:
+                age = of(connection, least, now)
+                if age >= 0 and (len(connections), age) > rank:
                     best, rank = connection, (len(connections), age)
         return best
 

@@ -19,6 +19,9 @@ RESERVE: Final = 64
 BUDGETS: Final = 8
 """The share of the rest for each budget: a KME has budgets for SAEs and for peers, and at its own
 port, that of the metrics and that of the link, one for handshakes and one for the waiting room."""
+FEWEST: Final = 8
+"""Descriptors that a share has even where all of them are reserved: fewer would make the choice
+between addresses a matter of chance."""
 OTHERS: Final = 1024
 """Or all but these, if there are many descriptors."""
 
@@ -38,7 +41,7 @@ def share(most: int) -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return most
-    return max(1, min(most, (soft - RESERVE) // BUDGETS))
+    return min(most, max(FEWEST, (soft - RESERVE) // BUDGETS))
 
 
 def bounded(connections: int, what: str, *, each: int = 1) -> int:

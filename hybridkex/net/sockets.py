@@ -9,8 +9,10 @@ import termios
 from typing import Final
 
 import trio
+from trio.abc import AsyncResource
 
 __all__ = [
+    "discard",
     "has_unread",
     "has_unsent",
     "network_of",
@@ -28,6 +30,16 @@ def transport_of(stream: object) -> trio.SocketStream | None:
             return None
         stream = below
     return stream
+
+
+async def discard(stream: AsyncResource) -> None:
+    """Close a connection that has not been used: at once, and without a word to the peer."""
+    transport = transport_of(stream)
+    if transport is None:
+        with trio.CancelScope(shield=True):
+            await trio.aclose_forcefully(stream)
+    else:
+        transport.socket.close()
 
 
 def has_unread(transport: trio.SocketStream | None) -> bool:

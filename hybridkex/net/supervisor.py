@@ -28,7 +28,7 @@ from hybridkex.errors import HybridkexError
 from hybridkex.machine import refusal
 from hybridkex.net.budget import PATIENCE, Budget, Connection, TooManyConnections
 from hybridkex.net.log import BoundedLog
-from hybridkex.net.sockets import transport_of
+from hybridkex.net.sockets import discard, transport_of
 from hybridkex.net.waiting_room import WaitingRoom
 
 __all__ = ["Budget", "Connection", "Supervisor", "TooManyConnections"]
@@ -144,7 +144,7 @@ class Supervisor(Generic[T]):
         try:
             room.add(Connection(transport_of(stream), self.log), stream)
         except BaseException:
-            await trio.aclose_forcefully(stream)
+            await discard(stream)
             raise
         self._wake()
         await self._dismiss(room.crowded_out())
@@ -155,7 +155,7 @@ class Supervisor(Generic[T]):
         connection, stream = leaving
         self._on_failure("evicted")
         self._say(connection, "closed: too many connections of its address are waiting")
-        await trio.aclose_forcefully(stream)
+        await discard(stream)
         return True
 
     async def _listen(self, room: WaitingRoom[T]) -> None:

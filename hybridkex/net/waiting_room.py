@@ -16,6 +16,7 @@ from trio.abc import AsyncResource
 
 from hybridkex.net.budget import Connection
 from hybridkex.net.descriptors import share
+from hybridkex.net.sockets import discard
 
 __all__ = ["WaitingRoom"]
 
@@ -112,10 +113,9 @@ class WaitingRoom(Generic[T]):
     async def aclose(self) -> None:
         """Close all that wait."""
         self._selector.close()
-        with trio.CancelScope(shield=True):
-            for group in (self._speaking, self._silent):
-                for stream in group.clear():
-                    await trio.aclose_forcefully(stream)
+        for group in (self._speaking, self._silent):
+            for stream in group.clear():
+                await discard(stream)
 
 
 class _ByAddress(Generic[T]):

@@ -56,6 +56,15 @@ def test_a_budget_fits(
     assert budget.total == 1
 
 
+@pytest.mark.parametrize(
+    ("files", "given"), [(10, 8), (64, 8), (256, 24), (1024, 120), (10**6, 2048)]
+)
+def test_a_share(files: int, given: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    assert descriptors.share(2048) == given
+    assert descriptors.share(5) == 5
+
+
 def test_the_soft_limit_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))

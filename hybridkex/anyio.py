@@ -7,7 +7,7 @@ The engine runs over any byte stream of anyio, as ``anyio.streams.tls.TLSStream`
 import contextlib
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Final, Self
 
@@ -23,7 +23,7 @@ from anyio.abc import (
 from anyio.streams.tls import TLSAttribute
 
 from hybridkex.auth import PeerCertificate
-from hybridkex.machine import broken
+from hybridkex.machine import broken, leaves
 from hybridkex.net.acknowledged import unacknowledged
 from hybridkex.net.log import BoundedLog
 from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT, READ_SIZE, SecureDuplex
@@ -259,7 +259,7 @@ class SecureListener(Listener[SecureByteStream]):
                 await handler(secure)
             except* (anyio.BrokenResourceError, anyio.EndOfStream) as group:
                 await anyio.aclose_forcefully(secure)
-                first = next(_leaves(group))
+                first = next(leaves(group))
                 reason = broken(first) if str(first) else "the peer ended it"
                 _LINES.log(logging.WARNING, "a connection ended early: %s", reason)
 
@@ -293,22 +293,13 @@ class SecureListener(Listener[SecureByteStream]):
         }
 
 
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    """The errors of nested groups."""
-    if isinstance(error, BaseExceptionGroup):
-        for one in error.exceptions:
-            yield from _leaves(one)
-    else:
-        yield error
-
-
 def _lack(error: Exception) -> str | None:
     """What the system lacks for another connection; ``None`` if that is not why accepting failed.
 
     anyio raises accept(2)'s error as it is or as the cause of its own, alone or in a group.
     """
     reason = None
-    for one in _leaves(error):
+    for one in leaves(error):
         cause = one if isinstance(one, OSError) else one.__cause__
         if isinstance(one, MemoryError):
             reason = "out of memory"

@@ -6,11 +6,12 @@ that writes a file, takes its messages from here.
 
 import errno
 import os
+from collections.abc import Iterator
 from typing import Final
 
 from hybridkex.errors import ConfigError
 
-__all__ = ["NO_THREAD", "broken", "refusal", "write_error"]
+__all__ = ["NO_THREAD", "broken", "causes", "leaves", "refusal", "write_error"]
 
 _ELSEWHERE: Final = "choose another place"
 _ADVICE: Final = {
@@ -46,6 +47,22 @@ NO_THREAD: Final = (
 _GONE: Final = frozenset(
     {errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ENOTCONN, errno.ESHUTDOWN}
 )
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors of nested groups, or the error itself if it is not a group."""
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from leaves(one)
+    else:
+        yield error
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what led to it, the nearest first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def broken(error: BaseException) -> str:

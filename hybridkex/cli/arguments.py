@@ -18,18 +18,6 @@ from typing import Any, Final, TypeVar, cast, get_args, get_origin, get_type_hin
 from hybridkex.cli.values import comma_list, file_path, number, whole_number
 from hybridkex.errors import ConfigError
 
-__all__ = [
-    "Action",
-    "Exclusive",
-    "Group",
-    "add_action",
-    "add_options",
-    "argument",
-    "from_namespace",
-    "nested",
-    "option",
-]
-
 T = TypeVar("T")
 
 _PARSED: Final[dict[object, dict[str, Any]]] = {

@@ -18,7 +18,6 @@ from cryptography.hazmat.backends.openssl.backend import backend
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, mlkem, rsa, x25519
 
 from hybridkex.auth import DevCa, TrustStore
-from hybridkex.cli.running import first_of
 from hybridkex.crypto.kex import ALL_GROUPS
 from hybridkex.crypto.oqs import oqs_status
 from hybridkex.crypto.rsa_pss import RsaPssKey
@@ -26,6 +25,7 @@ from hybridkex.crypto.schedule import hkdf_expand_label, hkdf_extract
 from hybridkex.crypto.signatures import ALL_SCHEMES
 from hybridkex.crypto.suites import SHA256
 from hybridkex.errors import ConfigError, HybridkexError
+from hybridkex.machine import leaves
 from hybridkex.qkd.in_process import in_process_pair
 from hybridkex.secret import Secret
 from hybridkex.shell.qkd_keys import QkdPskSource
@@ -34,8 +34,6 @@ from hybridkex.tls.config import ClientConfig, ServerConfig
 
 if TYPE_CHECKING:
     from hybridkex.qkd.etsi014.client import KmeAccess
-
-__all__ = ["Finding", "examine", "examine_kme"]
 
 X25519_CASE: Final = (
     "c8a9d5a91091ad851c668b0736c1c9a02936c0d3ad62670858088047ba057475",
@@ -120,7 +118,7 @@ async def _required(name: str, check: Callable[[], Awaitable[str]], advice: str)
         detail = await check()
     except Exception as error:
         # Whatever a broken installation raises becomes a line, not a traceback.
-        first = first_of(error)
+        first = next(leaves(error))
         detail = str(first.__cause__ or first) or type(first).__name__
         return Finding(name=name, works=False, required=True, detail=detail, advice=advice)
     return Finding(name=name, works=True, required=True, detail=detail)

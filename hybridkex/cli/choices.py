@@ -6,24 +6,6 @@ sources or the simulator; a test compares each list with the library.
 
 from typing import Final
 
-__all__ = [
-    "DECOY_CHECKS",
-    "DEV_CA_ALGORITHMS",
-    "FINITE_KEY",
-    "GROUPS",
-    "KME_ID_RULES",
-    "KME_TLS_KINDS",
-    "LEAKS",
-    "LINK_BOOTSTRAPS",
-    "LINK_PRESETS",
-    "PRODUCERS",
-    "REKEY_AFTER",
-    "SCAN_SUFFIXES",
-    "SHELLS",
-    "SUITES",
-    "TRANSFER_PROTOCOL",
-]
-
 GROUPS: Final = (
     "X25519MLKEM768",
     "SecP256r1MLKEM768",

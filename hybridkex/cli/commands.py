@@ -4,8 +4,6 @@ import argparse
 import importlib
 from typing import Final, NoReturn
 
-__all__ = ["COMMANDS", "Parser", "command_parser"]
-
 COMMANDS: Final = {
     "connect": "open a secure channel to a server, for standard input and output",
     "listen": "accept secure channels, for standard input and output",

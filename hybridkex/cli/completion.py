@@ -7,8 +7,6 @@ from hybridkex.cli.arguments import Action, add_action, argument
 from hybridkex.cli.choices import SHELLS
 from hybridkex.cli.help_text import describe
 
-__all__ = ["CompletionOptions", "configure"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionOptions:

@@ -8,8 +8,6 @@ from hybridkex.cli.help_text import describe
 from hybridkex.cli.options import ChannelOptions
 from hybridkex.values import value
 
-__all__ = ["ConnectOptions", "configure"]
-
 
 @value(kw_only=True)
 class ConnectOptions:

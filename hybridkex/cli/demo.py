@@ -8,8 +8,6 @@ from hybridkex.cli.arguments import Action, add_action, argument, option
 from hybridkex.cli.help_text import describe
 from hybridkex.cli.values import folder_path
 
-__all__ = ["DemoOptions", "configure"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:

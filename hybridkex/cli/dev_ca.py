@@ -9,8 +9,6 @@ from hybridkex.cli.choices import DEV_CA_ALGORITHMS
 from hybridkex.cli.help_text import describe
 from hybridkex.cli.values import folder_path
 
-__all__ = ["DevCaOptions", "configure"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class DevCaOptions:

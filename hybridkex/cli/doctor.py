@@ -8,9 +8,6 @@ from hybridkex.cli.arguments import Action, Group, add_action, nested, option
 from hybridkex.cli.help_text import describe
 from hybridkex.cli.qkd_options import KmeOptions
 
-__all__ = ["DoctorOptions", "configure"]
-
-
 _KME: Final = Group("a KME to query for its status")
 
 

@@ -20,8 +20,6 @@ from typing import Final
 from hybridkex.errors import ConfigError, LocalStateError
 from hybridkex.machine import refusal, write_error
 
-__all__ = ["explained", "guarded_folder", "guarded_processes"]
-
 _ROOM: Final = 1 << 20
 """Bytes: a folder with less is full, since the failed writer has removed its own."""
 _OTHER_PLACE: Final = "choose another place for temporary files with TMPDIR=FOLDER"

@@ -7,8 +7,6 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-__all__ = ["HelpFormatter", "describe"]
-
 _WIDEST: Final = 100
 """Columns; longer lines are hard to read, however wide the terminal is."""
 

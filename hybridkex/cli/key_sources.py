@@ -23,12 +23,6 @@ from hybridkex.tls.policy import Requirement
 if TYPE_CHECKING:
     from hybridkex.qkd.etsi014.client import KmeAccess
 
-__all__ = [
-    "key_sources",
-    "kme_access",
-    "qkd_keys",
-]
-
 
 def kme_access(options: KmeOptions) -> "KmeAccess":
     """The KME access that the options describe.

@@ -15,8 +15,6 @@ from hybridkex.cli.qkd_options import KmeOptions
 from hybridkex.cli.values import folder_path, tcp_address
 from hybridkex.net.address import TcpAddress
 
-__all__ = ["DevUpOptions", "ExportPoolOptions", "ServeOptions", "StatusOptions", "configure"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:

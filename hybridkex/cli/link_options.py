@@ -5,8 +5,6 @@ from typing import Any
 from hybridkex.cli.arguments import option
 from hybridkex.cli.choices import FINITE_KEY, LEAKS, LINK_PRESETS
 
-__all__ = ["as_published", "distance", "finite_key", "key_bits", "leak", "preset"]
-
 
 def preset() -> Any:
     """The field of ``--preset``."""

@@ -9,8 +9,6 @@ from hybridkex.cli.help_text import describe
 from hybridkex.cli.logs import log_level
 from hybridkex.cli.options import ChannelOptions, port_file
 
-__all__ = ["ListenOptions", "configure"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ListenOptions:

@@ -12,8 +12,6 @@ from typing import Any, Final, TextIO
 from hybridkex.cli.arguments import option
 from hybridkex.text import PRINTABLE
 
-__all__ = ["log_level", "set_up_logging"]
-
 _PRIORITIES: Final = (
     (logging.CRITICAL, 2),
     (logging.ERROR, 3),

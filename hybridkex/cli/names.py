@@ -14,8 +14,6 @@ from typing import Any, Final
 import trio
 from trio.abc import HostnameResolver
 
-__all__ = ["SharedLookups"]
-
 
 class _Lookup:
     """A look-up that is under way, and what came of it."""

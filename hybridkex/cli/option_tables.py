@@ -13,9 +13,6 @@ from typing import Any, Final, NoReturn
 from hybridkex.cli.values import address, comma_list, file_path, folder_path
 from hybridkex.errors import ConfigError
 
-__all__ = ["OptionTable", "read_options"]
-
-
 _OPTION: Final = re.compile(r"--([a-z][a-z0-9-]*)")
 
 

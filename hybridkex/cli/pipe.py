@@ -10,15 +10,12 @@ from typing import Any, Final
 
 import trio
 
-from hybridkex.cli.running import first_of
 from hybridkex.errors import HybridkexError
-from hybridkex.machine import broken
+from hybridkex.machine import broken, leaves
 from hybridkex.net.event_loop import in_thread
 from hybridkex.streams import SecureStream
 from hybridkex.text import json_line
 from hybridkex.tls.session import Session
-
-__all__ = ["ChannelFailed", "pipe", "report", "report_epochs"]
 
 _CHUNK: Final = 256 * 1024
 
@@ -60,7 +57,7 @@ async def pipe(stream: SecureStream[Any]) -> None:
             nursery.cancel_scope.cancel()
     except* trio.BrokenResourceError as group:
         # Both directions see the same failure; it is reported once.
-        raise ChannelFailed(broken(first_of(group))) from None
+        raise ChannelFailed(broken(next(leaves(group)))) from None
     if sender.is_left_over():
         raise ChannelFailed(
             f"the peer closed the connection after {sender.count:,} bytes of standard input; the "

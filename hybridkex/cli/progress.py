@@ -9,8 +9,6 @@ from types import ModuleType
 from hybridkex.apps.transfer import Progress
 from hybridkex.text import terminal
 
-__all__ = ["rate", "showing"]
-
 
 def rate(count: float, seconds: float) -> str:
     """A human-readable rate in bytes per second."""

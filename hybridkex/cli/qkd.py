@@ -12,8 +12,6 @@ from hybridkex.cli.choices import LINK_BOOTSTRAPS
 from hybridkex.cli.help_text import describe
 from hybridkex.cli.link_options import as_published, distance, finite_key, key_bits, leak, preset
 
-__all__ = ["RunOptions", "configure"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:

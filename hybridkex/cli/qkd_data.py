@@ -10,9 +10,6 @@ from hybridkex.cli.help_text import describe
 from hybridkex.cli.link_options import as_published, distance, finite_key, key_bits, leak, preset
 from hybridkex.cli.values import folder_path
 
-__all__ = ["DistilOptions", "RecordOptions", "configure"]
-
-
 _WHERE: Final = Exclusive()
 
 

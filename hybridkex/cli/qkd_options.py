@@ -8,8 +8,6 @@ from hybridkex.cli.choices import KME_ID_RULES, KME_TLS_KINDS
 from hybridkex.tls.policy import Requirement
 from hybridkex.values import value
 
-__all__ = ["CHANNEL_KEYS", "EXCHANGE_KEYS", "ExchangeQkdOptions", "KmeOptions", "QkdOptions"]
-
 CHANNEL_KEYS: Final = Group(
     "QKD keys",
     "With certificates they are used by RFC 9973, without they authenticate both sides.",

@@ -8,9 +8,6 @@ from hybridkex.cli.arguments import Action, Exclusive, add_action, option
 from hybridkex.cli.choices import SCAN_SUFFIXES
 from hybridkex.cli.help_text import describe
 
-__all__ = ["PlotOptions", "ScanOptions", "configure"]
-
-
 KINDS: Final = ("rate-vs-distance", "qber", "finite-key")
 
 _WHERE: Final = Exclusive()

@@ -12,8 +12,6 @@ from hybridkex.cli.options import ChannelOptions, port_file
 from hybridkex.cli.send import DEFAULT_PORT
 from hybridkex.cli.values import folder_path
 
-__all__ = ["ReceiveOptions", "configure"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReceiveOptions:

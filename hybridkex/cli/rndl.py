@@ -13,8 +13,6 @@ from hybridkex.cli.arguments import Action, add_action, option
 from hybridkex.cli.help_text import describe
 from hybridkex.cli.values import folder_path
 
-__all__ = ["RndlOptions", "configure"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class RndlOptions:

@@ -9,8 +9,7 @@ from typing import TypeVar
 import trio
 
 from hybridkex.cli.names import SharedLookups
-
-__all__ = ["end_as_interrupted", "first_of", "run_trio"]
+from hybridkex.machine import leaves
 
 T = TypeVar("T")
 
@@ -29,7 +28,7 @@ def run_trio(main: Callable[[], Awaitable[T]]) -> T:
     try:
         return trio.run(run, restrict_keyboard_interrupt_to_checkpoints=True)
     except BaseExceptionGroup as group:
-        raise first_of(group) from None
+        raise next(leaves(group)) from None
 
 
 @contextmanager
@@ -49,10 +48,3 @@ def end_as_interrupted() -> Iterator[None]:
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
-
-
-def first_of(error: BaseException) -> BaseException:
-    """The first error inside nested exception groups, or the error itself if it is not a group."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -9,9 +9,6 @@ from hybridkex.cli.choices import TRANSFER_PROTOCOL
 from hybridkex.cli.help_text import describe
 from hybridkex.cli.options import ChannelOptions
 
-__all__ = ["DEFAULT_PORT", "SendOptions", "configure"]
-
-
 DEFAULT_PORT = 4434
 
 

@@ -16,13 +16,6 @@ from typing import Any, Final
 
 from hybridkex.text import PrintableOutput
 
-__all__ = [
-    "StandardOutput",
-    "discard_standard_output",
-    "takes_output",
-    "unfailing_standard_error",
-]
-
 PATIENCE: Final = 1.0
 """Seconds to wait for a reader that is slow; while it stays so, nothing more is waited for."""
 

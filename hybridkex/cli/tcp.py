@@ -6,8 +6,6 @@ from hybridkex.apps.tcp import no_connection
 from hybridkex.cli.pipe import ChannelFailed
 from hybridkex.errors import ConfigError
 
-__all__ = ["NO_TCP", "cannot_connect", "cannot_listen", "checked_port"]
-
 NO_TCP: Final = (OSError, UnicodeError)
 """What trio raises; ``UnicodeError`` for an impossible host name."""
 

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
-__all__ = ["bounded_thread_starts"]
-
 PATIENCE: Final = 3.0
 """Seconds, twice: the first time may be over because the whole process was stopped."""
 

@@ -14,15 +14,6 @@ from hybridkex.cli.logs import log_level
 from hybridkex.cli.options import ChannelOptions, port_file
 from hybridkex.cli.values import address
 
-__all__ = [
-    "ConnectOptions",
-    "FileOptions",
-    "ListenOptions",
-    "ProcessOptions",
-    "TunnelOptions",
-    "configure",
-]
-
 
 def _address(text: str) -> Any:
     return option(f"{text}: HOST:PORT or unix:/path", type=address, metavar="ADDRESS")

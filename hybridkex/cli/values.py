@@ -12,17 +12,6 @@ from typing import Final
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import TcpAddress, parse_tcp_address
 
-__all__ = [
-    "address",
-    "comma_list",
-    "file_path",
-    "folder_path",
-    "number",
-    "renewal",
-    "tcp_address",
-    "whole_number",
-]
-
 _UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 

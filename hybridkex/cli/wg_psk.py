@@ -12,9 +12,6 @@ from hybridkex.cli.logs import log_level
 from hybridkex.cli.qkd_options import EXCHANGE_KEYS, ExchangeQkdOptions
 from hybridkex.tls.policy import Requirement
 
-__all__ = ["DEFAULT_PORT", "WgPskOptions", "configure"]
-
-
 DEFAULT_PORT: Final = 4436
 
 _ROLE: Final = Exclusive(required=True)

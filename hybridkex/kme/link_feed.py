@@ -40,7 +40,7 @@ from hybridkex.link.quantum import OpticalLink
 from hybridkex.link.remote import RemoteDetector, serve_detector
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.simulated import SimulatedLink
-from hybridkex.machine import broken, refusal
+from hybridkex.machine import broken, leaves, refusal
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.net.reading import EndOfStream, read_exactly
@@ -135,7 +135,7 @@ class PairFeed:
                 while True:
                     await self._block(link)
         except* Exception as group:
-            await _ended(_first(group))
+            await _ended(next(leaves(group)))
 
     async def _block(self, link: SimulatedLink) -> None:
         try:
@@ -245,7 +245,7 @@ class PartyFeed:
                 finally:
                     nursery.cancel_scope.cancel()
         except* Exception as group:
-            await _ended(_first(group))
+            await _ended(next(leaves(group)))
 
     def _make(
         self, classical: trio.SocketStream, quantum: trio.SocketStream, nursery: trio.Nursery
@@ -359,12 +359,6 @@ async def greeted(stream: trio.abc.Stream, signatures: Signatures) -> tuple[byte
     parts = [GREETING, kind, number, challenge]
     signatures.check(Direction.BOB_TO_ALICE, parts, signature)
     return kind, number
-
-
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 async def _ended(error: BaseException) -> None:

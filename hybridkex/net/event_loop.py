@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, Final, TypeAlias, TypeVar
 
 from hybridkex.net.threads import Call, NoThread, run
@@ -257,12 +257,7 @@ class Lock:
                 self._waiting.remove(turn)
             raise
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         self._release()
 
     def _release(self) -> None:

@@ -571,10 +571,5 @@ class _Guard:
             raise self._error()
         self.busy = True
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.busy = False

@@ -34,6 +34,7 @@ JSON_KEYS = {
     "qkd_fallback",
     "qkd_key_ids",
     "qkd_sources",
+    "one_time_pad",
     "key_updates",
     "epoch",
     "epochs",

@@ -1,5 +1,7 @@
 """Prometheus metrics of the tunnels of a process (needs ``prometheus_client``)."""
 
+from typing import TypeVar
+
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from hybridkex import Session
@@ -7,74 +9,55 @@ from hybridkex.errors import AlertReceived, PeerError
 
 __all__ = ["TunnelCounters", "TunnelMetrics"]
 
+F = TypeVar("F", Counter, Gauge)
+
 
 class TunnelMetrics:
     """The metrics of the tunnels of one process, told apart by the label ``tunnel``."""
 
     def __init__(self) -> None:
-        registry = CollectorRegistry()
-        self.registry = registry
-        self.open = Gauge(
-            "hybridkex_tunnel_connections_open",
-            "Open connections.",
-            ("tunnel",),
-            registry=registry,
-        )
-        self.total = Counter(
-            "hybridkex_tunnel_connections",
-            "Connections accepted.",
-            ("tunnel",),
-            registry=registry,
-        )
-        self.failed = Counter(
-            "hybridkex_tunnel_connections_refused",
+        self.registry = CollectorRegistry()
+        self.open = self._family(Gauge, "connections_open", "Open connections.")
+        self.total = self._family(Counter, "connections", "Connections accepted.")
+        self.failed = self._family(
+            Counter,
+            "connections_refused",
             "Connections refused before they carried data: limit, handshake, name or upstream.",
-            ("tunnel", "reason"),
-            registry=registry,
+            "reason",
         )
-        self.cut = Counter(
-            "hybridkex_tunnel_connections_cut",
-            "Connections that did not end in an orderly way.",
-            ("tunnel",),
-            registry=registry,
+        self.cut = self._family(
+            Counter, "connections_cut", "Connections that did not end in an orderly way."
         )
-        self.bytes = Counter(
-            "hybridkex_tunnel_bytes",
+        self.bytes = self._family(
+            Counter,
+            "bytes",
             "Bytes forwarded, outwards from the listening side or back.",
-            ("tunnel", "direction"),
-            registry=registry,
+            "direction",
         )
-        self.handshakes = Counter(
-            "hybridkex_tunnel_handshakes",
-            "Successful handshakes.",
-            ("tunnel", "group", "auth"),
-            registry=registry,
+        self.handshakes = self._family(
+            Counter, "handshakes", "Successful handshakes.", "group", "auth"
         )
-        self.handshake_failures = Counter(
-            "hybridkex_tunnel_handshake_failures",
+        self.handshake_failures = self._family(
+            Counter,
+            "handshake_failures",
             "Failed handshakes, with the alert, its sender, and our reason if we sent it.",
-            ("tunnel", "alert", "by", "reason"),
-            registry=registry,
+            *("alert", "by", "reason"),
         )
-        self.qkd_keys = Counter(
-            "hybridkex_tunnel_qkd_keys",
-            "QKD keys used in handshakes.",
-            ("tunnel",),
-            registry=registry,
-        )
-        self.qkd_fallbacks = Counter(
-            "hybridkex_tunnel_qkd_fallbacks",
+        self.qkd_keys = self._family(Counter, "qkd_keys", "QKD keys used in handshakes.")
+        self.qkd_fallbacks = self._family(
+            Counter,
+            "qkd_fallbacks",
             "Handshakes without a QKD key under a policy that prefers one.",
-            ("tunnel",),
-            registry=registry,
+        )
+        self.key_updates = self._family(
+            Counter,
+            "key_updates",
+            "Key updates with a new key exchange, in connections that were open.",
+            "qkd",
         )
 
-        self.key_updates = Counter(
-            "hybridkex_tunnel_key_updates",
-            "Key updates with a new key exchange, in connections that were open.",
-            ("tunnel", "qkd"),
-            registry=registry,
-        )
+    def _family(self, kind: type[F], name: str, text: str, *labels: str) -> F:
+        return kind(f"hybridkex_tunnel_{name}", text, ("tunnel", *labels), registry=self.registry)
 
     def of(self, tunnel: str) -> "TunnelCounters":
         """The counters of one tunnel, exported from now on."""

@@ -14,6 +14,7 @@ from hybridkex.apps.tunnel.config import TunnelConfig, check_together
 from hybridkex.apps.tunnel.metrics import TunnelMetrics
 from hybridkex.apps.tunnel.server import TunnelServer
 from hybridkex.errors import ConfigError
+from hybridkex.machine import leaves
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.event_loop import in_thread
 from hybridkex.text import get_logger
@@ -115,7 +116,7 @@ class TunnelService:
             await self._server.apply(settings.tunnels)
         except Exception as error:
             # No fault of a file may end a running service.
-            reason = _first(error)
+            reason = next(leaves(error))
             said = str(reason) if isinstance(reason, HybridkexError) else repr(reason)
             LOG.error("not reloaded, the old configuration stays: %s", said)  # noqa: TRY400
         else:
@@ -131,9 +132,3 @@ class TunnelService:
             where = self._server.where(tunnel.name)
             LOG.info("%s: %s to %s", tunnel.name, where, tunnel.forward)
         notify("READY=1", f"STATUS={len(self._settings.tunnels)} tunnels")
-
-
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

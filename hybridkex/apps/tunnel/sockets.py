@@ -21,7 +21,7 @@ _BACKLOG: Final = 4096
 
 
 async def connect(address: Address, *, bind: str | None = None) -> trio.SocketStream:
-    """Connect to an address. Connect to an address. Raises ``OSError``."""
+    """Connect to an address. Raises ``OSError``."""
     if isinstance(address, UnixAddress):
         return await trio.open_unix_socket(address.path)
     return await trio.open_tcp_stream(address.host, address.port, local_address=bind)

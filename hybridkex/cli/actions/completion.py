@@ -11,8 +11,6 @@ from hybridkex.cli.completion import CompletionOptions
 from hybridkex.cli.values import file_path, folder_path
 from hybridkex.errors import ConfigError
 
-__all__ = ["run"]
-
 _COMPLETED: Final = {Path: shtab.FILE, file_path: shtab.FILE, folder_path: shtab.DIRECTORY}
 """What the shell offers for a value, by the option's type."""
 

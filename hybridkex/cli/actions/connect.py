@@ -16,8 +16,6 @@ from hybridkex.shell.ticket_file import FileTicketStore
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig
 
-__all__ = ["run"]
-
 
 def run(options: ConnectOptions) -> int:
     """Connect; 0 after a clean close."""

@@ -13,8 +13,6 @@ from hybridkex.demos.two_sites import Demonstration
 from hybridkex.errors import ConfigError
 from hybridkex.machine import write_error
 
-__all__ = ["run"]
-
 
 def run(options: DemoOptions) -> int:
     """Run it; 0 if the file arrived intact and Eve's recording reveals nothing of it."""

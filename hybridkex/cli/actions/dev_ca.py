@@ -7,8 +7,6 @@ from hybridkex.auth import spki_sha256
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.cli.dev_ca import DevCaOptions
 
-__all__ = ["run"]
-
 
 def run(options: DevCaOptions) -> int:
     """Write ca.pem, cert.pem and key.pem."""

@@ -8,8 +8,6 @@ from hybridkex.cli.running import run_trio
 from hybridkex.errors import ConfigError
 from hybridkex.text import json_line
 
-__all__ = ["run"]
-
 
 def run(options: DoctorOptions) -> int:
     """Examine and report."""

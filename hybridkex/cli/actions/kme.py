@@ -40,8 +40,6 @@ from hybridkex.qkd.source import canonical_key_id
 from hybridkex.qkd.store import write_key_file
 from hybridkex.text import get_logger, json_line
 
-__all__ = ["dev_up", "export_pool", "serve", "status"]
-
 LOG: Final = get_logger("hybridkex.cli.kme")
 
 SITES: Final = (("kme-a", "alice"), ("kme-b", "bob"))

@@ -21,8 +21,6 @@ from hybridkex.streams import SecureListener, SecureStream, open_secure_tcp_list
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ServerConfig
 
-__all__ = ["run"]
-
 LOG: Final = get_logger("hybridkex.listen")
 
 MAX_CONNECTIONS: Final = 256

@@ -27,8 +27,6 @@ from hybridkex.link.settings import LinkSettings
 from hybridkex.link.simulated import SimulatedLink
 from hybridkex.text import json_line, terminal
 
-__all__ = ["run"]
-
 WIDTH: Final = 80
 """Columns, if the output is not a terminal."""
 

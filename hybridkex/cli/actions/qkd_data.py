@@ -33,8 +33,6 @@ from hybridkex.net.address import parse_tcp_address
 from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.text import json_line
 
-__all__ = ["record", "run_distil"]
-
 WAIT: Final = 60.0
 """How long one end waits for the other, in seconds."""
 

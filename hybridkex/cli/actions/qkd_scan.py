@@ -22,7 +22,6 @@ from hybridkex.files import reserve_file
 from hybridkex.link.scan import SUFFIXES, grid, read_scan, scan, write_scan
 from hybridkex.machine import write_error
 
-__all__ = ["dask_executor", "plot", "run_scan"]
 CONNECT_SECONDS: Final = 10
 MOST_VALUES: Final = 100_000
 

@@ -27,8 +27,6 @@ from hybridkex.streams import SecureStream
 from hybridkex.text import get_logger
 from hybridkex.tls.config import Requirement, ServerConfig
 
-__all__ = ["run"]
-
 LOG: Final = get_logger("hybridkex.receive")
 
 

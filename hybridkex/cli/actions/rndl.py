@@ -29,8 +29,6 @@ from hybridkex.files import PUBLIC, make_private_folder, write_file
 from hybridkex.machine import write_error
 from hybridkex.text import terminal
 
-__all__ = ["run"]
-
 _READ: Final = Text("R", style="bold red")
 _SAFE: Final = Text("·", style="green")
 _OTHER_KEEP: Final = "choose another one with --keep"

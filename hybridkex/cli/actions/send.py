@@ -22,8 +22,6 @@ from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig
 
-__all__ = ["run"]
-
 
 def run(options: SendOptions) -> int:
     """Send; 0 if the receiver has everything."""

@@ -36,8 +36,6 @@ from hybridkex.net.http import Request, Response, http_supervisor
 from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.text import get_logger
 
-__all__ = ["connect", "listen", "load_file", "run_file"]
-
 LOG: Final = get_logger("hybridkex.tunnel")
 
 

@@ -36,7 +36,6 @@ from hybridkex.qkd.store import read_key_file
 from hybridkex.text import get_logger, json_line
 from hybridkex.tls.policy import Requirement
 
-__all__ = ["run"]
 _CONNECT_WITHIN: Final = 10.0
 _ROTATIONS: Final = 4
 """Simultaneous authenticated connections: the peer needs one."""

@@ -13,17 +13,6 @@ from hybridkex.crypto.kex import X25519, X25519MLKEM768, Group, Property
 from hybridkex.demos.rndl.now.escrow import ECDH, ML_KEM, SIGNATURE
 from hybridkex.demos.rndl.toy_curve import TOY_GROUP
 
-__all__ = [
-    "ADVERSARIES",
-    "CONFIGURATIONS",
-    "TOY",
-    "Adversary",
-    "Configuration",
-    "Delivery",
-    "Row",
-    "rows",
-]
-
 
 class Delivery(Enum):
     """How the QKD keys of a session reach the two parties."""

@@ -22,8 +22,6 @@ from hybridkex.demos.rndl.pictures import STYLE, key_schedule, legend, timeline
 from hybridkex.demos.rndl.toy_curve import ORDER
 from hybridkex.demos.rndl.trial import Cell, Trial
 
-__all__ = ["render"]
-
 _CSS: Final = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6676; --line: #d5dbe3;
   --paper: #ffffff; --ground: #f5f7fa; --read: #b3261e; --read-paper: #fdeceb;

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, Final
 
-__all__ = ["STYLE", "key_schedule", "standalone", "timeline"]
-
 STYLE: Final = """
 svg { --ink: #1c2430; --soft: #5b6676; --line: #aeb7c4; --paper: #ffffff;
   --read: #b3261e; --read-paper: #fdeceb; --safe: #1a6b3c; --safe-paper: #e8f5ec; }

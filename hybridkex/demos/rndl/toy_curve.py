@@ -18,18 +18,6 @@ from hybridkex.crypto.kex import Group, KeyExchange, Property, Started
 from hybridkex.errors import IllegalParameter
 from hybridkex.secret import Secret
 
-__all__ = [
-    "GENERATOR",
-    "ORDER",
-    "TOY_GROUP",
-    "Point",
-    "decode",
-    "discrete_log",
-    "encode",
-    "multiply",
-    "shared_secret",
-]
-
 PRIME: Final = 2**36 - 5
 A: Final = PRIME - 3
 B: Final = 33

@@ -31,8 +31,6 @@ from hybridkex.demos.rndl.matrix import (
 from hybridkex.demos.rndl.now.stage import Stage, Talk
 from hybridkex.errors import RecordingError
 
-__all__ = ["Cell", "Toy", "Trial", "contradiction", "equip", "run_trial"]
-
 _AT_ONCE: Final = 2
 _ADVERSARY_SECONDS: Final = 300.0
 """A generous limit, for a busy machine."""

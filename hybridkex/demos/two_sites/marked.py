@@ -11,8 +11,6 @@ from typing import Final
 from hybridkex.errors import RecordingError
 from hybridkex.files import open_private
 
-__all__ = ["MARKER_BYTES", "mark", "new_marker", "unmark"]
-
 MARKER_BYTES: Final = 16
 """Length of a marker in bytes: long enough not to occur by chance."""
 _BLOCK: Final = 1024

@@ -13,8 +13,6 @@ from hybridkex.qkd.psk import name_of
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.messages import ImportedIdentity
 
-__all__ = ["Overheard", "overhear"]
-
 _SAMPLES: Final = 64
 """Number of pieces of the file to search for besides the marker."""
 _PIECE: Final = 32

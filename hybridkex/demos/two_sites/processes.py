@@ -10,16 +10,6 @@ import trio
 
 from hybridkex.errors import HybridkexError
 
-__all__ = [
-    "DemonstrationFailed",
-    "all_errors",
-    "contents",
-    "deadline",
-    "lines",
-    "running",
-    "said_last",
-]
-
 _TIMEOUT: Final = 60.0
 
 

@@ -31,8 +31,6 @@ from hybridkex.demos.two_sites.processes import (
 from hybridkex.files import open_private
 from hybridkex.net.event_loop import in_thread
 
-__all__ = ["Demonstration"]
-
 _COMMAND: Final = (sys.executable, "-m", "hybridkex")
 _SITES: Final = ("alice", "bob")
 

@@ -27,6 +27,7 @@ from hybridkex.errors import (
     KeyUnauthorized,
 )
 from hybridkex.files import read_file
+from hybridkex.machine import causes
 
 __all__ = [
     "ClientTls",
@@ -112,8 +113,7 @@ UNABLE_TO_GET_ISSUER_CERT_LOCALLY, UNABLE_TO_VERIFY_LEAF_SIGNATURE (x509_vfy.h).
 
 def tls_failure(error: BaseException) -> str | None:
     """Why TLS failed, from an error or its causes; ``None`` if TLS is not the cause."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return f"its certificate is not accepted: {_verify_reason(cause)}"
         alert = _alert(cause)
@@ -124,20 +124,13 @@ def tls_failure(error: BaseException) -> str | None:
             return _SSL_WORDS.get(name, f"TLS failed: {name}")
         if isinstance(cause, HybridkexError):
             return str(cause)
-        cause = cause.__cause__ or cause.__context__
     return None
 
 
 def alert_received(error: BaseException) -> str | None:
     """The alert by which the peer ended TLS, from an error or its causes, as RFC 9846 section 6
     calls it, with spaces; ``None`` if there was none."""
-    cause: BaseException | None = error
-    while cause is not None:
-        alert = _alert(cause)
-        if alert is not None:
-            return alert
-        cause = cause.__cause__ or cause.__context__
-    return None
+    return next(filter(None, map(_alert, causes(error))), None)
 
 
 def _alert(error: BaseException) -> str | None:

@@ -23,6 +23,7 @@ import httpx
 import trio
 
 from hybridkex.errors import ConfigError, KeySourceUnavailable
+from hybridkex.machine import causes
 from hybridkex.net.event_loop import checkpoint, on_trio, sleep, time_limit
 from hybridkex.qkd.etsi014.mutual_tls import (
     ClientTls,
@@ -63,12 +64,8 @@ def _as_httpcore(
 
 def _reason(error: BaseException) -> str:
     """The first message along the chain of causes; trio's own errors are often empty."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if str(cause):
-            return str(cause).partition(": bytearray(")[0]  # h11 quotes what it could not parse
-        cause = cause.__cause__ or cause.__context__
-    return type(error).__name__
+    said = next(filter(None, map(str, causes(error))), type(error).__name__)
+    return said.partition(": bytearray(")[0]  # h11 quotes what it could not parse
 
 
 class _Stream(httpcore.AsyncNetworkStream, ABC):
@@ -363,12 +360,8 @@ def what_failed(error: BaseException) -> str:
 
 def _outermost(error: BaseException) -> BaseException:
     """The error of httpcore or the httpx error that wraps it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if type(cause).__module__.startswith("httpcore"):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    return error
+    ours = (one for one in causes(error) if type(one).__module__.startswith("httpcore"))
+    return next(ours, error)
 
 
 def _system_reason(error: BaseException) -> str | None:

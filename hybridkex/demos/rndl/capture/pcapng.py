@@ -12,8 +12,6 @@ from typing import BinaryIO, Final
 
 from hybridkex.errors import RecordingError
 
-__all__ = ["LINKTYPE_ETHERNET", "Packet", "PcapngWriter", "read_pcapng"]
-
 LINKTYPE_ETHERNET: Final = 1
 
 _SECTION_HEADER: Final = 0x0A0D0D0A

@@ -17,8 +17,6 @@ from typing import Final
 
 from hybridkex.demos.rndl.capture.pcapng import LINKTYPE_ETHERNET, Packet, PcapngWriter
 
-__all__ = ["Address", "Chunk", "ConnectionWriter", "Flow", "reassemble"]
-
 Address = tuple[str, int]
 """IPv4 address and port."""
 

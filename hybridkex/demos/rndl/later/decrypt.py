@@ -40,8 +40,6 @@ from hybridkex.wire.update_messages import (
     UpdateResponse,
 )
 
-__all__ = ["Adversary", "Event", "Leg", "Verdict"]
-
 _GROUPS: Final = {group.code: group for group in (*ALL_GROUPS, toy_curve.TOY_GROUP)}
 _PSK_LENGTH: Final = 32
 """Length in bytes of a QKD key, to try overheard bytes as a key."""

@@ -15,17 +15,6 @@ from typing import Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
-__all__ = [
-    "SUITES",
-    "Chain",
-    "Secrets",
-    "Suite",
-    "TrafficKey",
-    "binder",
-    "imported_psk",
-    "ticket_psk",
-]
-
 
 @dataclass(frozen=True)
 class Suite:

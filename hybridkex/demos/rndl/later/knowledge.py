@@ -34,8 +34,6 @@ from cryptography.hazmat.primitives.serialization import (
 from hybridkex.errors import DecodeError, RecordingError
 from hybridkex.wire.codec import Reader
 
-__all__ = ["Knowledge", "Known"]
-
 _NONCE: Final = 12
 _TICKET_KEY_NAME: Final = 8
 

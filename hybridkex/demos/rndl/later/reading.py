@@ -16,8 +16,6 @@ from hybridkex.wire import extensions as ext
 from hybridkex.wire.messages import ClientHello, HelloRetryRequest, ServerHello, decode
 from hybridkex.wire.records import RecordBuffer
 
-__all__ = ["Connection", "WireRecord", "message_name", "read_capture", "split_messages"]
-
 _MESSAGE_HASH: Final = 254
 
 

@@ -25,8 +25,6 @@ from hybridkex.crypto.kex import Concat, Group, KeyExchange, Property, Started
 from hybridkex.files import make_private, open_private
 from hybridkex.secret import Secret
 
-__all__ = ["ECDH", "ML_KEM", "ORACLES", "SIGNATURE", "Escrow"]
-
 ECDH: Final = "ecdh"
 ML_KEM: Final = "ml-kem"
 SIGNATURE: Final = "signature"

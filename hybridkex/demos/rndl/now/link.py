@@ -22,8 +22,6 @@ from hybridkex.qkd.pool import FilePool, PoolNames
 from hybridkex.qkd.source import KeyPart, KeySource, QkdKey
 from hybridkex.qkd.store import write_key_file
 
-__all__ = ["link_sources"]
-
 _DISTANCE_KM: Final = 10.0
 _BLOCK_BITS: Final = 100_000
 _KEY_BASIS: Final = 0.5

@@ -25,8 +25,6 @@ from hybridkex.qkd.store import write_key_file
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig, Policy, Requirement
 
-__all__ = ["Sites"]
-
 _SITES: Final = (("alice", "kme-a"), ("bob", "kme-b"))
 _LOOPBACK: Final = "127.0.0.1"
 _KEYS: Final = 64

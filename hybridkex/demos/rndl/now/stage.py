@@ -37,8 +37,6 @@ from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.tls.tickets import TicketIssuer
 
-__all__ = ["Stage", "Talk"]
-
 _LOOPBACK: Final = "127.0.0.1"
 _CLASSICAL_TOO: Final = Policy(post_quantum=Requirement.PREFER)
 _FRESH: Final = Policy(post_quantum=Requirement.PREFER, fresh_keys=Requirement.REQUIRE)

@@ -15,8 +15,6 @@ from hybridkex.demos.rndl.capture.pcapng import PcapngWriter
 from hybridkex.demos.rndl.capture.tcpip import Address, ConnectionWriter
 from hybridkex.files import open_private
 
-__all__ = ["wire_tap"]
-
 _READ_SIZE = 64 * 1024
 
 

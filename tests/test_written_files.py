@@ -147,7 +147,8 @@ def test_a_key_log_and_a_ticket_store(umask: int, tmp_path: Path) -> None:
 # File and function: why.
 ELSEWHERE = {
     ("hybridkex/files.py", "*"): "here it is",
-    ("hybridkex/apps/transfer/folder.py", "*"): "a received file has the mode that its sender says",
+    ("hybridkex/apps/transfer/part.py", "*"): "a received file has the mode that its sender says",
+    ("hybridkex/apps/transfer/arrivals.py", "*"): "a received file has the mode of its source",
     ("hybridkex/apps/tunnel/sockets.py", "*"): "the mode of a Unix socket is the user's choice",
 }
 WRITERS = {"write_text", "write_bytes", "touch", "mkstemp", "NamedTemporaryFile", "copyfile"}

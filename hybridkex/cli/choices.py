@@ -39,7 +39,7 @@ KME_TLS_KINDS: Final = ("stdlib", "hybridkex")
 PRODUCERS: Final = ("random", "link")
 REKEY_AFTER: Final = 120.0
 """Seconds; WireGuard's own interval."""
-TRANSFER_PROTOCOL: Final = "hybridkex-transfer/1"
+TRANSFER_PROTOCOL: Final = "hybridkex-transfer/2"
 DECOY_CHECKS: Final = ("full", "shares", "off")
 FINITE_KEY: Final = ("tight", "published")
 LEAKS: Final = ("alice", "both")

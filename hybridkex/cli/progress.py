@@ -1,12 +1,15 @@
 """Progress of a transfer: bars on a terminal, one line per file elsewhere."""
 
+import contextlib
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
 from hybridkex.apps.transfer import Progress
+from hybridkex.errors import ConfigError
 from hybridkex.text import terminal
 
 
@@ -21,13 +24,25 @@ def rate(count: float, seconds: float) -> str:
 
 
 @contextmanager
-def showing(verb: str, on_wire: Callable[[], int], total: int | None = None) -> Iterator[Progress]:
-    """Progress on standard error. ``on_wire`` counts the bytes of the connection, TLS included."""
+def showing(
+    verb: str, on_wire: Callable[[], int], count: Callable[[], int] | None = None
+) -> Iterator[Progress]:
+    """Progress on standard error.
+
+    Args:
+        verb: ``sent`` or ``received``.
+        on_wire: counts the bytes of the connection, TLS included.
+        count: adds up the bytes of all files, which may take a while; it is called in a thread, and
+            only if there is a bar to show them.
+    """
     rich = _rich() if sys.stderr.isatty() else None
     if rich is None:
         yield _Lines(verb)
         return
-    bars = _Bars(rich, verb, on_wire, total)
+    bars = _Bars(rich, verb, on_wire)
+    if count is not None:
+        with contextlib.suppress(RuntimeError, MemoryError):  # no thread: a bar without an end
+            threading.Thread(target=bars.expect, args=(count,), daemon=True).start()
     with bars.live:
         yield bars
 
@@ -63,6 +78,9 @@ class _Lines:
             again = f", of which {done:,} were already there" if done else ""
             _say(f"{self._verb} {name}: {size:,} bytes{again}, {speed}")
 
+    def stored(self, files: Sequence[tuple[str, int]]) -> None:
+        _say("\n".join(f"{self._verb} {name}: {size:,} bytes" for name, size in files))
+
     def note(self, text: str) -> None:
         _say(f"hybridkex: {text}")
 
@@ -74,9 +92,7 @@ def _say(line: str) -> None:
 class _Bars:
     """A bar for each file in transfer, and one for the total."""
 
-    def __init__(
-        self, rich: ModuleType, verb: str, on_wire: Callable[[], int], total: int | None
-    ) -> None:
+    def __init__(self, rich: ModuleType, verb: str, on_wire: Callable[[], int]) -> None:
         progress = rich.progress
         self.live = progress.Progress(
             progress.TextColumn("{task.description}", markup=False),
@@ -91,27 +107,36 @@ class _Bars:
         self._on_wire = on_wire
         self._started = time.monotonic()
         self._tasks: dict[str, int] = {}
-        # A receiver knows no total: only the bars of the files are shown.
-        self._all = self.live.add_task("all", total=total, wire="") if total is not None else None
+        self._all = self.live.add_task("all", total=None, wire="")
 
     def begin(self, name: str, size: int, done: int) -> None:
         self._lines.begin(name, size, done)
         short = name if len(name) <= 40 else f"…{name[-39:]}"
         self._tasks[name] = self.live.add_task(short, total=size, completed=done, wire="")
-        if done and self._all is not None:
-            self.live.advance(self._all, done)
+        self.live.advance(self._all, done)
 
     def advance(self, name: str, count: int) -> None:
-        wire = f"wire {rate(self._on_wire(), time.monotonic() - self._started)}"
+        wire = self._wire()
         self.live.update(self._tasks[name], advance=count, wire=wire)
-        if self._all is not None:
-            self.live.update(self._all, advance=count, wire=wire)
+        self.live.update(self._all, advance=count, wire=wire)
+
+    def _wire(self) -> str:
+        return f"wire {rate(self._on_wire(), time.monotonic() - self._started)}"
+
+    def expect(self, count: Callable[[], int]) -> None:
+        """Count the bytes of all files, for a bar that has an end."""
+        with contextlib.suppress(ConfigError):  # told where the files are collected
+            self.live.update(self._all, total=count())
 
     def end(self, name: str, outcome: str | None) -> None:
         task = self._tasks.pop(name, None)
         if task is not None:
             self.live.remove_task(task)
         self._lines.end(name, outcome)  # rich prints this above the bars
+
+    def stored(self, files: Sequence[tuple[str, int]]) -> None:
+        self.live.update(self._all, advance=sum(size for _, size in files), wire=self._wire())
+        self._lines.stored(files)
 
     def note(self, text: str) -> None:
         self._lines.note(text)

@@ -32,6 +32,11 @@ class SendOptions:
         metavar="SECONDS",
         default=600.0,
     )
+    checksum: bool = option(
+        "compare the content of a file that the receiver has even if its size and date are those "
+        "of the file to send; without it such a file counts as unchanged",
+        default=False,
+    )
     channel: ChannelOptions = nested()
 
 

@@ -158,12 +158,16 @@ def pem(certificate: bytes) -> bytes:
 
 def _transfer_messages() -> dict[str, bytes]:
     when = transfer.Nanoseconds(-1)
-    offer = transfer.Offer(n=0, path=("a", "b"), folder=False, size=9, mtime_ns=when, mode=0o640)
-    messages: tuple[transfer.Message, ...] = (
-        transfer.Hello(version=1, transfer="0" * 32),
-        offer,
+    file = transfer.Offer(0, ("a", "b"), False, 9, when, 0o640)
+    folder = transfer.Offer(1, ("a", "c"), True, 0, when, 0o750)
+    messages: tuple[transfer.Message | transfer.Whole, ...] = (
+        transfer.Hello(version=transfer.VERSION, transfer="0" * 32),
+        *transfer.offers([file, folder]),
         transfer.Have(n=0, size=9),
         transfer.Digest(n=0, sha256="0" * 64),
+        transfer.Send(files=((0, 0), (2, 9))),
+        transfer.Whole(0, bytes(32), b"content"),
+        transfer.Stored(files=(0, 1), how=transfer.How.NEW, lost=""),
         transfer.Failed(n=0, reason="disk full"),
         transfer.Bye(),
     )

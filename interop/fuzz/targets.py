@@ -249,11 +249,12 @@ def transfer(data: bytes) -> None:
         return
     frame = transfer_messages.encode(message)
     assert transfer_messages.decode(frame[0], frame[5:]) == message
-    if isinstance(message, transfer_messages.Offer):
-        with contextlib.suppress(UnsafeName):
-            check_path(message.path)
-            assert not Path(*message.path).is_absolute()
-            assert ".." not in message.path
+    if isinstance(message, transfer_messages.Offers):
+        for offer in message.each():
+            with contextlib.suppress(UnsafeName):
+                check_path(offer.path)
+                assert not Path(*offer.path).is_absolute()
+                assert ".." not in offer.path
 
 
 def chat(data: bytes) -> None:

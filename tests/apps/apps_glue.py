@@ -1,5 +1,6 @@
 """Processes of the command, one authority, and a wire that can be cut."""
 
+import hashlib
 import os
 import re
 import signal
@@ -18,7 +19,12 @@ from forked import Forkserver, Running
 from waiting import until
 
 from hybridkex import ClientConfig, DevCa, ServerConfig, TrustStore
-from hybridkex.apps.transfer import PROTOCOL
+from hybridkex.apps.transfer import PROTOCOL, Folder
+from hybridkex.apps.transfer.arrivals import Arrivals
+from hybridkex.apps.transfer.errors import NotStored
+from hybridkex.apps.transfer.folder import Present
+from hybridkex.apps.transfer.messages import Offer, Whole
+from hybridkex.apps.transfer.part import PartFile, Prefix
 
 COMMAND = [sys.executable, "-m", "hybridkex"]
 
@@ -243,3 +249,49 @@ def wire() -> Callable[[int], AbstractAsyncContextManager[Wire]]:
             nursery.cancel_scope.cancel()
 
     return make
+
+
+# --- a receiving folder without a connection ------------------------------------------------------
+
+
+def look(folder: Folder, offer: Offer) -> Present:
+    """What the folder has of a file."""
+    with folder.open() as handles:
+        return folder.look(offer, handles)
+
+
+def begin(folder: Folder, offer: Offer, prefix: Prefix | None = None) -> PartFile:
+    """The incomplete file, open."""
+    with folder.open() as handles:
+        return folder.begin(offer, prefix, handles)
+
+
+def complete(folder: Folder, part: PartFile, digest: str) -> None:
+    """Store a file of which everything has been written."""
+    arrivals = Arrivals(folder)
+    try:
+        arrivals.add(part.complete(digest, folder.umask))
+        [(_, outcome)] = arrivals.settle()
+    finally:
+        arrivals.close()
+        part.close()
+    if isinstance(outcome, NotStored):
+        raise outcome
+
+
+def store(folder: Folder, offer: Offer, content: bytes) -> None:
+    """Store a small file."""
+    arrivals = Arrivals(folder)
+    with folder.open() as handles:
+        arrivals.write(offer, Whole(offer.n, hashlib.sha256(content).digest(), content), handles)
+    [(_, outcome)] = arrivals.settle()
+    if isinstance(outcome, NotStored):
+        raise outcome
+
+
+def proved(folder: Folder, offer: Offer, content: bytes) -> Prefix | None:
+    """What the folder finds to be the same as the beginning of the sender's file."""
+    with folder.open() as handles:
+        present = folder.look(offer, handles)
+        digest = folder.hash(offer, present, handles)
+    return folder.compare(offer, present, digest, hashlib.sha256(content).hexdigest())

@@ -28,7 +28,16 @@ from typing import Any, BinaryIO
 import pytest
 import trio
 import trio.testing
-from apps_glue import Run, Wire, descriptors, small_disk
+from apps_glue import (
+    Run,
+    Wire,
+    begin,
+    complete,
+    descriptors,
+    look,
+    proved,
+    small_disk,
+)
 from waiting import trio_until, until
 
 from hybridkex import (
@@ -49,11 +58,13 @@ from hybridkex.apps.transfer import (
     send_items,
 )
 from hybridkex.apps.transfer.errors import NotStored
-from hybridkex.apps.transfer.folder import Prefix, Present
+from hybridkex.apps.transfer.folder import Present
 from hybridkex.apps.transfer.frames import Frames
+from hybridkex.apps.transfer.handles import Handles
 from hybridkex.apps.transfer.messages import (
     DATA,
     VERSION,
+    WHOLE,
     Alive,
     Bye,
     Digest,
@@ -61,22 +72,28 @@ from hybridkex.apps.transfer.messages import (
     Failed,
     Have,
     Hello,
+    How,
     Message,
     Nanoseconds,
     Offer,
+    Offers,
     ProtocolError,
     Send,
     Start,
+    Stored,
+    Whole,
     decode,
     encode,
     header,
+    offers,
     split_header,
 )
 from hybridkex.apps.transfer.names import PARTIAL, UnsafeName, check_path
-from hybridkex.apps.transfer.receiver import _Current
+from hybridkex.apps.transfer.reception import _Current
 from hybridkex.cli import main
 
 MakeWire = Callable[[int], AbstractAsyncContextManager[Wire]]
+Said = Message | Offer | Whole | bytes
 MIB = 1 << 20
 
 
@@ -119,6 +136,7 @@ def test_files_and_folders_and_once_more(tmp_path: Path, run: Run, mutual: list[
     assert status == 1, "a link was left out, which is not success"
     assert "link: a symbolic link" in errors
     below = sum(not path.is_symlink() for path in source.rglob("*"))
+    files = sum(path.is_file() and not path.is_symlink() for path in source.rglob("*")) + 1
     assert f"{below + 2} stored" in errors, "what is in the folder, the folder, the single file"
     compared = subprocess.run(
         ["diff", "-r", "-x", "link", str(source), str(target / "source")], check=False
@@ -129,7 +147,10 @@ def test_files_and_folders_and_once_more(tmp_path: Path, run: Run, mutual: list[
     assert (arrived.st_mode & 0o777, arrived.st_mtime) == (0o755, 1_000_000_000)
     assert not (target / "source" / "link").is_symlink()
     status, errors = send(mutual, port, source, single)
-    assert f"0 stored, {below + 2} already there; 0 bytes of files" in errors
+    assert (
+        f"0 stored, {below + 2} already there ({files:,} by size and date); 0 bytes of files"
+        in errors
+    )
     server.terminate()
     server.communicate(timeout=10)
     assert server.returncode == 0
@@ -403,13 +424,13 @@ def test_a_disk_that_ignores_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     parts = []
     for name in ("README", "readme"):
         # Both were offered before one of them had its name.
-        parts.append(folder.begin(offer(name)))
+        parts.append(begin(folder, offer(name)))
         parts[-1].write([memoryview(b"abc")])
-    parts[0].complete(hashlib.sha256(b"abc").hexdigest())
+    complete(folder, parts[0], hashlib.sha256(b"abc").hexdigest())
     with pytest.raises(NotStored, match="readme: exists already"):
-        parts[1].complete(hashlib.sha256(b"abc").hexdigest())
+        complete(folder, parts[1], hashlib.sha256(b"abc").hexdigest())
     with pytest.raises(NotStored, match="ReadMe: exists already"):
-        folder.look(offer("ReadMe", size=4))
+        look(folder, offer("ReadMe", size=4))
     folder.close()
     assert there(tmp_path / "in") == {"readme"}
 
@@ -427,31 +448,23 @@ def no_links(*words: object, **more: object) -> None:
     raise PermissionError(errno.EPERM, "no hard links here")
 
 
-def proved(folder: Folder, offered: Offer, content: bytes) -> Prefix | None:
-    """What the folder finds to be the same as the beginning of the sender's file."""
-    digest = hashlib.sha256(content).hexdigest()
-    return folder.compare(offered, folder.look(offered), digest)
-
-
-async def test_two_transfers_of_one_name(
-    tmp_path: Path, configs: tuple[ClientConfig, ServerConfig]
-) -> None:
+def test_two_transfers_of_one_name(tmp_path: Path) -> None:
     """What was hashed when a file was offered may be another's when it begins."""
     folder = Folder(tmp_path / "in")
-    offered = offer("x", size=6)
-    part = folder.begin(offered)
+    offered = offer("x", size=WHOLE + 6)
+    part = begin(folder, offered)
     part.write([memoryview(b"abc")])
     with pytest.raises(NotStored, match="another transfer is writing it"):
-        folder.begin(offered)
+        begin(folder, offered)
     part.close()
     prefix = proved(folder, offered, b"abc")
     assert prefix is not None
     assert prefix.size == 3
-    other = folder.begin(offered)
+    other = begin(folder, offered)
     other.write([memoryview(b"ABCD")])
     other.close()
     with pytest.raises(NotStored, match="another transfer has changed it"):
-        folder.begin(offered, prefix)
+        begin(folder, offered, prefix)
     folder.close()
     assert there(tmp_path / "in") == set()
 
@@ -463,37 +476,39 @@ def test_a_file_is_not_begun_again_when_it_has_its_name(
     first one has the lock."""
     folder = Folder(tmp_path / "in")
     offered = offer("x")
-    first = folder.begin(offered)
+    first = begin(folder, offered)
     first.write([memoryview(b"abc")])
     flock = fcntl.flock
 
     def late(file: int, how: int) -> None:
         monkeypatch.setattr(fcntl, "flock", flock)
-        first.complete(hashlib.sha256(b"abc").hexdigest())
+        complete(folder, first, hashlib.sha256(b"abc").hexdigest())
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(NotStored, match="another transfer has just stored it"):
-        folder.begin(offered)
+        begin(folder, offered)
     assert (tmp_path / "in" / "x").read_bytes() == b"abc"
     folder.close()
 
 
 def test_a_replacement_of_the_same_size_goes_on_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "x").write_bytes(b"old")
+    (tmp_path / "in" / "x").write_bytes(bytes(WHOLE + 3))
+    new = random.randbytes(WHOLE + 3)
     folder = Folder(tmp_path / "in", overwrite=True)
-    assert folder.look(offer("x")).complete
-    part = folder.begin(offer("x"))
-    part.write([memoryview(b"ne")])
+    offered = offer("x", size=len(new))
+    assert look(folder, offered).complete
+    part = begin(folder, offered)
+    part.write([memoryview(new)[:2]])
     part.close()
-    present = folder.look(offer("x"))
+    present = look(folder, offered)
     assert (present.size, present.complete) == (2, False)
-    part = folder.begin(offer("x"), proved(folder, offer("x"), b"ne"))
-    part.write([memoryview(b"w")])
-    part.complete(hashlib.sha256(b"new").hexdigest())
+    part = begin(folder, offered, proved(folder, offered, new[:2]))
+    part.write([memoryview(new)[2:]])
+    complete(folder, part, hashlib.sha256(new).hexdigest())
     folder.close()
-    assert (tmp_path / "in" / "x").read_bytes() == b"new"
+    assert (tmp_path / "in" / "x").read_bytes() == new
     assert there(tmp_path / "in") == {"x"}
 
 
@@ -503,9 +518,9 @@ def test_a_replacement_of_the_same_size_goes_on_where_it_was(tmp_path: Path) -> 
 class SlowFolder(Folder):
     """A disk that takes 50 seconds of the test's clock for each look."""
 
-    def look(self, offer: Offer) -> Present:
+    def look(self, offer: Offer, handles: Handles) -> Present:
         time.sleep(2.0)
-        return super().look(offer)
+        return super().look(offer, handles)
 
 
 async def transfer(
@@ -575,16 +590,16 @@ async def stays_alive(stream: SecureStream[Any]) -> None:
 
 async def asks_and_stays_alive(stream: SecureStream[Any]) -> None:
     frames = Frames(stream)
-    while not isinstance(await frames.receive(), Offer):
+    while not isinstance(await frames.receive(), Offers):
         pass
-    await frames.send(Send(n=0, offset=0))
+    await frames.send(Send(files=((0, 0),)))
     await alive(frames)
 
 
 async def gives_up_and_stays_alive(stream: SecureStream[Any]) -> None:
     """Everything is settled, and its goodbye never comes."""
     frames = Frames(stream)
-    while not isinstance(await frames.receive(), Offer):
+    while not isinstance(await frames.receive(), Offers):
         pass
     await frames.send(Failed(n=0, reason="no"))
     await alive(frames)
@@ -628,9 +643,9 @@ async def test_data_that_are_sent_again_and_again_are_no_progress(
 
     async def take_some(stream: SecureStream[Any]) -> None:
         frames = Frames(stream)
-        while not isinstance(await frames.receive(), Offer):
+        while not isinstance(await frames.receive(), Offers):
             pass
-        await frames.send(Send(n=0, offset=0))
+        await frames.send(Send(files=((0, 0),)))
         taken = 0
         while taken < 2 << 20:
             piece = await frames.receive()
@@ -658,7 +673,7 @@ async def test_a_receiver_that_has_more_than_there_is(
 ) -> None:
     async def lie(stream: SecureStream[Any]) -> None:
         frames = Frames(stream)
-        while not isinstance(await frames.receive(), Offer):
+        while not isinstance(await frames.receive(), Offers):
             pass
         await frames.send(Have(n=0, size=4))
         await trio.sleep_forever()
@@ -701,7 +716,7 @@ async def test_a_sender_waits_for_a_receiver_that_serves_others(
     await first.do_handshake()
     frames = Frames(first)
     await frames.send(Hello(version=VERSION, transfer="first"))
-    await frames.send(offer("first"))
+    await frames.send(*offers([offer("first")]))
     assert isinstance(await frames.receive(), Send)  # it has the place
     log = (tmp_path / "log").open("w+b")
     sender = run.start("send", tmp_path / "file", f"localhost:{port}", *mutual, stderr=log)
@@ -741,7 +756,7 @@ async def test_no_task_is_left(tmp_path: Path, configs: tuple[ClientConfig, Serv
 
 
 async def talk(
-    folder: Folder, configs: tuple[ClientConfig, ServerConfig], *said: Message | bytes
+    folder: Folder, configs: tuple[ClientConfig, ServerConfig], *said: Said
 ) -> list[object]:
     """What a receiver answers."""
     one, other = trio.testing.memory_stream_pair()
@@ -762,6 +777,8 @@ async def talk(
                 for message in (Hello(version=VERSION, transfer="t"), *said):
                     if isinstance(message, bytes):
                         await client.send_all(message)
+                    elif isinstance(message, Offer):
+                        await frames.send(*offers([message]))
                     else:
                         await frames.send(message)
                 await client.send_eof()
@@ -804,7 +821,8 @@ async def test_no_path_escapes(
     with pytest.raises(UnsafeName):
         check_path(path)
     folder = Folder(tmp_path / "in")
-    answers = await talk(folder, configs, offer(*path))
+    # A message always has a name, so it cannot even say that there is none.
+    answers = await talk(folder, configs, offer(*path or ("",)))
     folder.close()
     assert any(isinstance(answer, Failed) for answer in answers)
     assert there(tmp_path) == {"in"}
@@ -821,18 +839,20 @@ async def test_links_lead_nobody_out(
     for path in (("out", "x"), ("file",)):
         answers = await talk(folder, configs, offer(*path))
         assert any(isinstance(answer, Failed) for answer in answers), answers
-    made = dataclasses.replace(offer("out", "f", size=0), folder=True)
+    made = offer("out", "f", size=0)._replace(folder=True)
     assert any(isinstance(answer, Failed) for answer in await talk(folder, configs, made))
     folder.close()
     assert list((tmp_path / "outside").iterdir()) == []
 
 
+@pytest.mark.parametrize("parts", [True, False])
 async def test_a_wrong_digest_stores_nothing(
-    tmp_path: Path, configs: tuple[ClientConfig, ServerConfig]
+    tmp_path: Path, configs: tuple[ClientConfig, ServerConfig], *, parts: bool
 ) -> None:
     folder = Folder(tmp_path / "in")
     data = header(DATA, 3) + b"abc"
-    answers = await talk(folder, configs, offer("x"), Start(n=0), data, End(n=0, sha256="0" * 64))
+    sent = [Start(n=0), data, End(n=0, sha256="0" * 64)] if parts else [Whole(0, bytes(32), b"abc")]
+    answers = await talk(folder, configs, offer("x"), *sent)
     folder.close()
     failures = [answer.reason for answer in answers if isinstance(answer, Failed)]
     assert failures == ["x: the received data differ from what was sent"]
@@ -865,6 +885,10 @@ async def test_small_pieces_take_as_much_memory_as_they_have_bytes(
     assert (tmp_path / "in" / "x").read_bytes() == data
 
 
+FULL = tuple((f"{n}", 0o644, 1, 0) for n in range(512))
+"""More of them than may await their outcome, in five messages."""
+
+
 @pytest.mark.parametrize(
     "said",
     [
@@ -874,7 +898,13 @@ async def test_small_pieces_take_as_much_memory_as_they_have_bytes(
         [offer("there"), Digest(n=0, sha256="0" * 64), Digest(n=0, sha256="1" * 64)],
         [offer("x"), Start(n=0), header(DATA, 4) + b"abcd"],
         [header(DATA, 4) + b"abcd"],
+        [Whole(0, hashlib.sha256(b"abc").digest(), b"abc")],
+        [offer("x"), Whole(0, hashlib.sha256(b"ab").digest(), b"ab")],
+        [offer("x"), Whole(0, hashlib.sha256(b"abcd").digest(), b"abcd")],
+        [offer("there"), Whole(0, hashlib.sha256(b"abc").digest(), b"abc")],
+        [offer("x"), Start(n=0), Whole(0, hashlib.sha256(b"abc").digest(), b"abc")],
         [offer("x"), offer("x")],
+        [Offers(n=k * 512, folder=(), checksum=True, entries=FULL) for k in range(5)],
         [Have(n=0, size=0)],
         [b"\xff\0\0\0\0"],
         [header(2, 3) + b"{}]"],
@@ -883,7 +913,7 @@ async def test_small_pieces_take_as_much_memory_as_they_have_bytes(
     ],
 )
 async def test_a_peer_out_of_its_mind_is_shown_out(
-    tmp_path: Path, configs: tuple[ClientConfig, ServerConfig], said: list[Message | bytes]
+    tmp_path: Path, configs: tuple[ClientConfig, ServerConfig], said: list[Said]
 ) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "there").write_bytes(b"abc")
@@ -896,14 +926,53 @@ async def test_a_peer_out_of_its_mind_is_shown_out(
 
 
 def test_messages_there_and_back() -> None:
-    message = offer("ü", "\udcff")
-    frame = encode(message)
-    kind, length = split_header(frame[:5])
-    assert length == len(frame) - 5
-    assert decode(kind, frame[5:]) == message
-    for body in (b"[]", b"{}", b'{"n":true,"offset":0}', b'{"n":0,"offset":-1}', b"[" * 9999):
+    file, folder = (
+        offer("ü", "\udcff"),
+        offer("ü", "f", size=0, mode=0o755)._replace(n=1, folder=True),
+    )
+    [message] = offers([file, folder])
+    whole = Whole(7, bytes(32), b"content")
+    for sent in (message, whole, Send(files=((0, 5),)), Stored(files=(1,), how=How.SAME, lost="")):
+        frame = encode(sent)
+        kind, length = split_header(frame[:5])
+        assert length == len(frame) - 5
+        assert decode(kind, frame[5:]) == sent
+    assert list(message.each()) == [file, folder]
+    for body in (
+        *(b"[]", b"{}", b"[" * 9999, b'{"files":0}', b'{"files":[0]}', b'{"files":[[0]]}'),
+        *(b'{"files":[[0,-1]]}', b'{"files":[[true,0]]}', b'{"files":[[0,0,0]]}'),
+    ):
         with pytest.raises(ProtocolError):
             decode(5, body)
+    for entry in ('""', "[]", '["a"]', '["a",-1]', '["a",1,1]', '["a",1,-1,0]', '["a",1,1,1,1]'):
+        given = f'{{"n":0,"folder":[],"checksum":false,"entries":[{entry}]}}'
+        with pytest.raises(ProtocolError):
+            decode(2, given.encode())
+    for short in (b"", bytes(39), b"\xff" * 40):
+        with pytest.raises(ProtocolError):
+            decode(14, short)
+
+
+def test_offers_fit_their_messages() -> None:
+    """Whatever the names are, and in as few messages as may be."""
+    names = [
+        "a", "a" * 255, "\"" * 255, "\\" * 255, "ü" * 127, "\U0001f511" * 63, "\udcff" * 255,
+    ]  # fmt: skip
+    for folder in ((), ("ü" * 127,) * 16, ("\udcff" * 250,) * 16):
+        given = [
+            offer(*folder, name, size=2**62, mtime_ns=-(2**90), mode=0o7777)._replace(n=n)
+            for n, name in enumerate(names * 200)
+        ]
+        messages = list(offers(given))
+        assert [one for message in messages for one in message.each()] == given
+        for message in messages:
+            frame = encode(message)
+            split_header(frame[:5])
+            assert decode(2, frame[5:]) == message
+    many = [offer("f", f"{n:06}")._replace(n=n) for n in range(5120)]
+    assert len(list(offers(many))) == 10
+    gaps = [offer("f", f"{n}")._replace(n=n) for n in (1, 2, 4, 9)]
+    assert [one.n for message in offers(gaps) for one in message.each()] == [1, 2, 4, 9]
 
 
 @pytest.mark.parametrize("move", [True, False])

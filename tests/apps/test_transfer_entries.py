@@ -20,22 +20,28 @@ from unicodedata import category, normalize
 import pytest
 import trio
 import trio.testing
+from apps_glue import begin, complete
 
 from hybridkex import ClientConfig, SecureStream, ServerConfig
 from hybridkex.apps.transfer import Folder, NullProgress, Outcome, Receiver, collect, send_items
 from hybridkex.apps.transfer import sender as sending
+from hybridkex.apps.transfer.arrivals import Arrivals
 from hybridkex.apps.transfer.frames import Frames
 from hybridkex.apps.transfer.messages import (
     VERSION,
+    WHOLE,
     Digest,
     Failed,
     Have,
     Hello,
+    How,
     Message,
     Nanoseconds,
     Offer,
     Send,
     Stored,
+    Whole,
+    offers,
 )
 from hybridkex.apps.transfer.names import PARTIAL, shown
 
@@ -350,7 +356,7 @@ async def test_a_date_that_the_disk_does_not_have(
     assert "date" in outcome.incomplete["refused"]
 
 
-async def alone(folder: Folder, configs: Configs, *said: Message) -> list[Message]:
+async def alone(folder: Folder, configs: Configs, *said: Message | Offer) -> list[Message]:
     """What a receiver answers to these messages."""
     client, server = await connected(configs)
     answers: list[Message] = []
@@ -358,12 +364,13 @@ async def alone(folder: Folder, configs: Configs, *said: Message) -> list[Messag
         async with trio.open_nursery() as nursery:
             nursery.start_soon(Receiver(folder).serve, server)
             frames = Frames(client)
-            for message in (Hello(version=VERSION, transfer="t"), *said):
-                await frames.send(message)
+            await frames.send(Hello(version=VERSION, transfer="t"))
+            for message in said:
+                await frames.send(*(offers([message]) if isinstance(message, Offer) else [message]))
             await client.send_eof()
             with contextlib.suppress(trio.BrokenResourceError):
                 while (answer := await frames.receive()) is not None:
-                    assert not isinstance(answer, memoryview)
+                    assert not isinstance(answer, memoryview | Whole)
                     answers.append(answer)
             await client.aclose()
     return answers
@@ -375,42 +382,41 @@ def offer(*path: str, size: int) -> Offer:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("is_complete", [False, True])
 async def test_a_receiver_tells_nobody_what_it_has(
-    tmp_path: Path, configs: Configs, overwrite: bool, complete: bool
+    tmp_path: Path, configs: Configs, overwrite: bool, is_complete: bool
 ) -> None:
     """Neither the digest of somebody's file nor of its beginning, and nothing by guessing."""
-    content = b"the secret of somebody else"
-    digests = [
-        hashlib.sha256(content[:length]).hexdigest() for length in range(1, len(content) + 1)
-    ]
+    content = b"the secret of somebody else" + bytes(WHOLE)
+    lengths = [*range(1, 30), 4096, WHOLE, len(content) - 1, len(content)]
+    digests = [hashlib.sha256(content[:length]).hexdigest() for length in lengths]
     folder = Folder(tmp_path / "in", overwrite=overwrite)
-    size = len(content) + (0 if complete else 1)
-    part = folder.begin(offer("x", size=size))
+    size = len(content) + (0 if is_complete else 1)
+    part = begin(folder, offer("x", size=size))
     part.write([memoryview(content)])
-    if complete:
-        part.complete(digests[-1])
+    if is_complete:
+        complete(folder, part, digests[-1])
     part.close()
-    asked = offer("x", size=size)
+    asked = offer("x", size=size)._replace(checksum=True)
     for claimed in (None, "", "0" * 64, *digests[:-1], "\ud800", "é"):
         said = [] if claimed is None else [Digest(n=0, sha256=claimed)]
         answers = await alone(folder, configs, asked, *said)
         assert answers[0] == Have(n=0, size=len(content))
         for answer in answers:
             assert not any(digest in str(answer) for digest in digests)
-        if claimed is not None and complete and not overwrite:
+        if claimed is not None and is_complete and not overwrite:
             assert [type(answer) for answer in answers] == [Have, Failed]
         elif claimed is not None:
-            assert answers[1:] == [Send(n=0, offset=0)]
+            assert answers[1:] == [Send(files=((0, 0),))]
     (_, proved) = await alone(folder, configs, asked, Digest(n=0, sha256=digests[-1]))
-    expected = Stored(n=0, already=True, lost="") if complete else Send(n=0, offset=len(content))
-    assert proved == expected
+    stored, rest = Stored(files=(0,), how=How.SAME, lost=""), Send(files=((0, len(content)),))
+    assert proved == (stored if is_complete else rest)
     folder.close()
 
 
 def test_no_message_of_a_receiver_has_room_for_a_digest() -> None:
     assert {field.name for field in dataclasses.fields(Have)} == {"n", "size"}
-    assert {field.name for field in dataclasses.fields(Send)} == {"n", "offset"}
+    assert {field.name for field in dataclasses.fields(Send)} == {"files"}
 
 
 # --- files that are not what they seem, or do not stay it ---------------------------------------
@@ -517,12 +523,12 @@ async def test_files_that_change(
     os.utime(source / "a", (1_000_000_000, 1_000_000_000))
     (source / "b").write_text("the next one")
     if had != "nothing":
-        whole = dataclasses.replace(offer("source", "a", size=len(content)))
+        whole = offer("source", "a", size=len(content))
         folder = Folder(target)
-        part = folder.begin(whole)
+        part = begin(folder, whole)
         part.write([memoryview(content if had == "all" else content[: 1 << 20])])
         if had == "all":
-            part.complete(hashlib.sha256(content).hexdigest())
+            complete(folder, part, hashlib.sha256(content).hexdigest())
         part.close()
         folder.close()
     done = []
@@ -562,7 +568,7 @@ async def test_a_file_that_cannot_be_read(
     open_ = os.open
 
     def refuse(path: Any, *args: Any, **more: Any) -> int:
-        if path == source / "closed":
+        if path == os.fspath(source / "closed"):
             raise OSError(code, os.strerror(code))
         return open_(path, *args, **more)
 
@@ -729,6 +735,7 @@ def link_in_its_place(part: Path) -> None:
     part.symlink_to("/etc/passwd")
 
 
+@pytest.mark.parametrize("size", [7, WHOLE + 1])
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
     "change",
@@ -744,42 +751,61 @@ async def test_an_incomplete_file_that_is_replaced(
     change: Callable[[Path], None],
     *,
     overwrite: bool,
+    size: int,
 ) -> None:
     """What appears under the name is what was verified, or nothing, and the sender is told."""
     source, target = tmp_path / "file", tmp_path / "target"
-    source.write_bytes(b"content")
-    settle = Folder.settle
+    source.write_bytes(bytes(size))
+    settle = Arrivals.settle
 
-    def replaced(folder: Folder, part: Any) -> None:
-        [incomplete] = (target / PARTIAL).iterdir()
+    def replaced(arrivals: Arrivals) -> Any:
+        [incomplete] = (path for path in (target / PARTIAL).rglob("*") if path.is_file())
         change(incomplete)
-        settle(folder, part)
+        return settle(arrivals)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "settle", replaced)
+        patch.setattr(Arrivals, "settle", replaced)
         outcome, _ = await deliver(configs, target, source, overwrite=overwrite)
     assert "incomplete file was removed or replaced" in outcome.failed["file"]
     assert [path.name for path in target.iterdir()] in ([PARTIAL], [])
     if change in (vanishing, vanishing_with_its_folder, half_of_another):
         outcome, _ = await deliver(configs, target, source, overwrite=overwrite)
         assert not outcome.failed
-        assert (target / "file").read_bytes() == b"content"
+        assert (target / "file").read_bytes() == bytes(size)
 
 
-@pytest.mark.parametrize("moment", ["look", "compare", "begin", "settle"])
+@pytest.mark.parametrize(
+    ("room", "moment", "size"),
+    [
+        (Folder, "look", 7),
+        (Folder, "hash", 7),
+        (Folder, "begin", WHOLE + 1),
+        (Arrivals, "write", 7),
+        (Arrivals, "settle", 7),
+        (Arrivals, "settle", WHOLE + 1),
+    ],
+)
 async def test_a_folder_that_is_gone_is_named_with_the_file(
-    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch, moment: str
+    tmp_path: Path,
+    configs: Configs,
+    monkeypatch: pytest.MonkeyPatch,
+    room: type,
+    moment: str,
+    size: int,
 ) -> None:
+    """Whatever was done before it was moved away."""
     source, target = tmp_path / "file", tmp_path / "target"
-    source.write_bytes(b"content")
-    if moment == "compare":
+    source.write_bytes(bytes(size))
+    if moment == "hash":
         await deliver(configs, target, source)
-    call = getattr(Folder, moment)
+        source.touch()
+    call = getattr(room, moment)
 
-    def moved(folder: Folder, *args: Any) -> Any:
-        target.rename(tmp_path / "elsewhere")
-        return call(folder, *args)
+    def moved(one: Any, *args: Any) -> Any:
+        with contextlib.suppress(FileNotFoundError):
+            target.rename(tmp_path / "elsewhere")
+        return call(one, *args)
 
-    monkeypatch.setattr(Folder, moment, moved)
+    monkeypatch.setattr(room, moment, moved)
     outcome, _ = await deliver(configs, target, source)
     assert outcome.failed["file"].startswith("the receiver's folder was removed or moved")

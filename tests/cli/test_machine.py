@@ -221,7 +221,7 @@ def test_clients(
     options = {"folder": place, "limits": limits, "unprivileged": "RLIMIT_NPROC" in limits}
     with (
         hybridkex.listening(place, *SERVER, "--echo") as (port, _),
-        hybridkex.listening(place, *SERVER, "--echo", "--alpn", "hybridkex-transfer/1") as (to, _),
+        hybridkex.listening(place, *SERVER, "--echo", "--alpn", "hybridkex-transfer/2") as (to, _),
     ):
         started = [
             hybridkex.start(

@@ -17,7 +17,7 @@ from waiting import until
 
 from hybridkex.qkd.store import write_key_file
 
-ALPN = ("--alpn", "hybridkex-transfer/1")
+ALPN = ("--alpn", "hybridkex-transfer/2")
 KEY, OTHER_KEY = "5a" * 32, "5b" * 32
 BESIDE = ("TLS 1.3", "  keys rest on", "  authenticated", "  peer", "  ALPN")
 PLAIN = ("--cert", "cert.pem", "--key", "key.pem")

@@ -8,7 +8,7 @@ from hybridkex.apps.transfer.messages import PROTOCOL, ProtocolError
 from hybridkex.apps.transfer.progress import NullProgress, Progress
 from hybridkex.apps.transfer.receiver import Receiver
 from hybridkex.apps.transfer.sender import Connect, ConnectionLost, Outcome, send_items
-from hybridkex.apps.transfer.source import Item, collect
+from hybridkex.apps.transfer.source import Item, collect, total_size
 
 __all__ = [
     "PROTOCOL",
@@ -23,4 +23,5 @@ __all__ = [
     "Receiver",
     "collect",
     "send_items",
+    "total_size",
 ]

@@ -1,6 +1,7 @@
 """Frames over a stream."""
 
-from typing import Any, Final
+from collections import deque
+from typing import Any, Final, TypeAlias
 
 import trio
 
@@ -10,12 +11,16 @@ from hybridkex.apps.transfer.messages import (
     HEADER,
     Message,
     ProtocolError,
+    Whole,
     decode,
     encode,
     split_header,
 )
 
-__all__ = ["Frames", "first_failure"]
+__all__ = ["Frames", "Received", "first_failure"]
+
+Received: TypeAlias = Message | Whole | memoryview
+"""A message, a whole file, or a piece of a file's data."""
 
 
 def first_failure(group: BaseExceptionGroup[Any]) -> BaseException:
@@ -39,21 +44,26 @@ class Frames:
 
     def __init__(self, stream: SecureStream[Any]) -> None:
         self.stream: Final = stream
-        self._unread = memoryview(b"")
+        self._received: deque[Received] = deque()
         self._data_left = 0
+        self._head = bytearray()
+        self._kind = DATA
+        self._body = bytearray()
+        self._missing = 0
+        """Bytes of a body that are still to come."""
+        self._failure: ProtocolError | None = None
         self._sending = trio.Lock()
 
-    async def send(self, message: Message) -> None:
-        """Send one message."""
-        async with self._sending:
-            await self.stream.send_all(encode(message))
+    async def send(self, *messages: Message | Whole) -> None:
+        """Send messages, all at once."""
+        await self.send_frames(b"".join(map(encode, messages)))
 
-    async def send_frame(self, frame: bytearray) -> None:
-        """Send a complete data frame, header included."""
+    async def send_frames(self, frames: bytes | bytearray) -> None:
+        """Send complete frames, headers included."""
         async with self._sending:
-            await self.stream.send_all(frame)
+            await self.stream.send_all(frames)
 
-    async def receive(self) -> Message | memoryview | None:
+    async def receive(self) -> Received | None:
         """The next message, or the next piece of data; ``None`` at the end of the stream.
 
         A piece is whatever the stream returned, not a whole frame: reassembling frames would only
@@ -63,41 +73,67 @@ class Frames:
             ProtocolError: the data are not a frame.
             trio.BrokenResourceError: the connection broke.
         """
-        while True:
+        if not self._received and not await self._read():
+            return None
+        return self._received.popleft()
+
+    async def receive_all(self) -> list[Received]:
+        """All that has arrived, at least one; empty at the end of the stream. Raises as
+        :meth:`receive`."""
+        if not self._received and not await self._read():
+            return []
+        received = list(self._received)
+        self._received.clear()
+        return received
+
+    async def _read(self) -> bool:
+        """Read until there is something; false at the end of the stream."""
+        while not self._received:
+            if self._failure is not None:
+                raise self._failure
+            data = await self.stream.receive_some()
+            if not data:
+                if self._data_left or self._head or self._missing:
+                    raise ProtocolError("the end in the middle of a frame")
+                return False
+            try:
+                self._parse(memoryview(data))
+            except ProtocolError as error:  # after what came before it
+                self._failure = error
+        return True
+
+    def _parse(self, data: memoryview) -> None:
+        while data:
             if self._data_left:
-                piece = await self._some(self._data_left)
-                if not piece:
-                    raise ProtocolError("the end in the middle of a frame")
+                piece, data = data[: self._data_left], data[self._data_left :]
                 self._data_left -= len(piece)
-                return piece
-            head = await self._exactly(HEADER)
-            if head is None:
-                return None
-            kind, length = split_header(head)
-            if kind == DATA:
-                self._data_left = length
-                continue
-            body = await self._exactly(length)
-            if body is None:
-                raise ProtocolError("the end in the middle of a frame")
-            return decode(kind, body)
+                self._received.append(piece)
+            elif self._missing:
+                piece, data = data[: self._missing], data[self._missing :]
+                self._missing -= len(piece)
+                self._body += piece
+                if not self._missing:
+                    body, self._body = self._body, bytearray()
+                    self._received.append(decode(self._kind, body))
+            else:
+                data = self._begin(data)
 
-    async def _some(self, at_most: int) -> memoryview:
-        if not self._unread:
-            self._unread = memoryview(await self.stream.receive_some())
-        piece, self._unread = self._unread[:at_most], self._unread[at_most:]
-        return piece
-
-    async def _exactly(self, length: int) -> bytes | None:
-        """Read exactly ``count`` bytes; ``None`` if the stream ends before the first one."""
-        parts: list[memoryview] = []
-        missing = length
-        while missing:
-            piece = await self._some(missing)
-            if not piece:
-                if parts:
-                    raise ProtocolError("the end in the middle of a frame")
-                return None
-            parts.append(piece)
-            missing -= len(piece)
-        return b"".join(parts)
+    def _begin(self, data: memoryview) -> memoryview:
+        """Read a header, and the body if it is there; returns what follows."""
+        count = HEADER - len(self._head)
+        head, data = data[:count], data[count:]
+        self._head += head
+        if len(self._head) < HEADER:
+            return data
+        kind, length = split_header(self._head)
+        self._head.clear()
+        if kind == DATA:
+            self._data_left = length
+            return data
+        body, data = data[:length], data[length:]
+        if len(body) == length:
+            self._received.append(decode(kind, body))
+        else:
+            self._kind, self._missing = kind, length - len(body)
+            self._body += body
+        return data

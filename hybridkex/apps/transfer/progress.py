@@ -1,5 +1,6 @@
 """Progress reports of a transfer."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 __all__ = ["NullProgress", "Progress"]
@@ -20,6 +21,11 @@ class Progress(Protocol):
         """A file has ended; ``outcome`` is why it failed, ``None`` on success."""
         ...
 
+    def stored(self, files: Sequence[tuple[str, int]]) -> None:
+        """These small files, names and sizes, were transferred and stored; nothing else was
+        reported of them."""
+        ...
+
     def note(self, text: str) -> None:
         """A message for the user."""
         ...
@@ -35,6 +41,9 @@ class NullProgress:
         """Do nothing."""
 
     def end(self, name: str, outcome: str | None) -> None:
+        """Do nothing."""
+
+    def stored(self, files: Sequence[tuple[str, int]]) -> None:
         """Do nothing."""
 
     def note(self, text: str) -> None:

@@ -3,7 +3,8 @@ interruption.
 
 Two tasks share a connection. One sends offers and what the receiver requests; the other reads, so
 that the two sides never wait for each other to read. Up to :data:`WINDOW` offers await their
-outcome at once, so small files do not cost a round trip each.
+outcome at once, so small files do not cost a round trip each. Files are listed when they are
+offered, and small ones are read many at a time in a worker thread and sent at once.
 """
 
 import os
@@ -14,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -22,15 +24,16 @@ from hybridkex import HybridkexError, SecureStream
 from hybridkex.apps.backoff import Backoff
 from hybridkex.apps.tcp import no_connection
 from hybridkex.apps.transfer.errors import why
-from hybridkex.apps.transfer.folder import hash_prefix
-from hybridkex.apps.transfer.frames import Frames, first_failure
+from hybridkex.apps.transfer.frames import Frames, Received, first_failure
 from hybridkex.apps.transfer.messages import (
     BEAT,
     CHUNK,
     DATA,
     HEADER,
+    MOST_FILES,
     PROTOCOL,
     VERSION,
+    WHOLE,
     WINDOW,
     Alive,
     Busy,
@@ -41,14 +44,19 @@ from hybridkex.apps.transfer.messages import (
     Failed,
     Have,
     Hello,
+    How,
     Offer,
     ProtocolError,
     Send,
     Start,
     Stored,
+    encode,
     header,
+    offers,
+    whole_header,
 )
 from hybridkex.apps.transfer.names import reason_alone, shown
+from hybridkex.apps.transfer.part import hash_prefix
 from hybridkex.apps.transfer.progress import Progress
 from hybridkex.apps.transfer.source import Item
 from hybridkex.errors import AlertReceived, HandshakeTimeout, PeerError
@@ -72,6 +80,8 @@ _HASHED: Final = 4e6
 _LOOKS: Final = 16
 """Checks for progress within the time that a receiver has to make some."""
 _BUFFERS: Final = 4
+_BATCH: Final = 1 << 19
+"""Bytes of small files that are read before they are sent."""
 _SILENCE: Final = 3 * BEAT
 """Seconds after which a silent receiver is considered gone. TCP_USER_TIMEOUT is unsuitable: on
 Linux it also ends connections to a live receiver that does not read for a while (tcp(7))."""
@@ -89,12 +99,14 @@ class _Changed(HybridkexError):
 class Outcome:
     """The result of a transfer; failures by name, with the reason for each.
 
-    ``stored`` counts files transferred, ``already`` files that the receiver had; ``incomplete``
-    names files stored without some metadata, such as the date, with that metadata as the value.
+    ``stored`` counts files transferred, ``already`` files that the receiver had, of which
+    ``unchanged`` were compared by size and date alone; ``incomplete`` names files stored without
+    some metadata, such as the date, with that metadata as the value.
     """
 
     stored: int = 0
     already: int = 0
+    unchanged: int = 0
     payload: int = 0
     """Bytes of file data sent, including repetitions."""
     connections: int = 0
@@ -109,23 +121,28 @@ async def send_items(
     *,
     retries: int = 8,
     patience: float = PATIENCE,
+    checksum: bool = False,
     backoff: Backoff | None = None,
 ) -> Outcome:
     """Send everything; data stored before an interruption is not sent again.
 
     Args:
+        items: files and folders, each folder before its content. They are taken in a worker thread
+            when they are offered, and not kept.
         retries: how many connections in a row may end without a file settled or a megabyte sent
             that was not sent before.
         patience: seconds in which a receiver that says that it is alive must settle a file, ask for
             something or take data, and one second more for each 4 MB of the largest file that is
             under way, which it may be reading and hashing.
+        checksum: compare the content of a file that the receiver has, even if it has the size and
+            the date of the file to send.
 
     Raises:
         ConnectionLost: that many did, or the first did before the receiver sent a message.
         OSError, trio.BrokenResourceError: the first connection could not be made.
         ProtocolError: the other end is not a receiver.
     """
-    work = _Transfer(list(items), progress, patience)
+    work = _Transfer(items, progress, patience, checksum=checksum)
     waits = backoff or Backoff()
     stream = await connect()
     while True:
@@ -174,15 +191,23 @@ def _worth_a_try(error: trio.BrokenResourceError) -> str:
 
 
 class _Transfer:
-    """The state that outlives a connection: the outcomes so far."""
+    """The state that outlives a connection: what is left to be offered, and the outcomes so far."""
 
-    def __init__(self, items: list[Item], progress: Progress, patience: float) -> None:
-        self._items: Final = dict(enumerate(items))
+    def __init__(
+        self, items: Iterable[Item], progress: Progress, patience: float, *, checksum: bool
+    ) -> None:
+        self._left = enumerate(items)
+        self.exhausted = False
+        """Whether everything has been offered once."""
+        self._unsettled: dict[int, Item] = {}
+        self.checksum: Final = checksum
         self._patience = patience
         self._reached: dict[int, int] = {}
         self._progress = progress
         self._name: Final = secrets.token_hex(16)
         self.outcome = Outcome()
+        self.furthest = 0
+        """How many bytes of large files were sent, repetitions not counted."""
         self.heard = False
         """Whether the receiver has answered at all."""
 
@@ -191,33 +216,52 @@ class _Transfer:
         """The number of items with an outcome."""
         return self.outcome.stored + self.outcome.already + len(self.outcome.failed)
 
-    @property
-    def furthest(self) -> int:
-        """How many bytes of files were sent, repetitions not counted."""
-        return sum(self._reached.values())
+    async def take(self) -> dict[int, Item]:
+        """The next items to offer; none at the end."""
+        items = dict(await in_thread(lambda: list(islice(self._left, MOST_FILES))))
+        self.exhausted = not items
+        self._unsettled.update(items)
+        return items
 
     def sent(self, n: int, position: int, count: int) -> None:
-        """So many bytes of a file were sent, up to this position."""
+        """So many bytes of a large file were sent, up to this position."""
         self.outcome.payload += count
-        self._reached[n] = max(self._reached.get(n, 0), position)
+        reached = self._reached.get(n, 0)
+        if position > reached:
+            self._reached[n] = position
+            self.furthest += position - reached
 
-    def settle(
-        self, n: int, *, already: bool = False, failed: str | None = None, lost: str = ""
-    ) -> None:
-        """Record the outcome of an item, which is not offered again."""
-        item = self._items.pop(n)
-        if failed is not None:
-            failed = reason_alone(failed, item.path)
-        if lost:
-            self.outcome.incomplete[shown(item.path)] = lost
-            self._progress.note(f"{shown(item.path)}: stored without {lost}")
-        if failed is not None:
-            self.outcome.failed[shown(item.path)] = failed
-        elif already:
-            self.outcome.already += 1
-        else:
-            self.outcome.stored += 1
-        self._progress.end(shown(item.path), failed)
+    def fail(self, n: int, reason: str) -> None:
+        """Record that an item is not stored; it is not offered again."""
+        item = self._settle(n)
+        name, reason = shown(item.path), reason_alone(reason, item.path)
+        self.outcome.failed[name] = reason
+        self._progress.end(name, reason)
+
+    def store(self, files: Iterable[int], how: How, lost: str) -> None:
+        """Record that items are at the receiver; they are not offered again."""
+        small: list[tuple[str, int]] = []
+        for n in files:
+            item = self._settle(n)
+            if lost:
+                name = shown(item.path)
+                self.outcome.incomplete[name] = lost
+                self._progress.note(f"{name}: stored without {lost}")
+            if how is How.NEW:
+                self.outcome.stored += 1
+                if item.size > WHOLE:
+                    self._progress.end(shown(item.path), None)
+                elif not item.folder:
+                    small.append((shown(item.path), item.size))
+            else:
+                self.outcome.already += 1
+                self.outcome.unchanged += how is How.UNCHANGED
+        if small:
+            self._progress.stored(small)
+
+    def _settle(self, n: int) -> Item:
+        self._reached.pop(n, None)
+        return self._unsettled.pop(n)
 
     async def over(self, stream: SecureStream[Any]) -> None:
         """Offer and send the remaining items over one connection."""
@@ -227,7 +271,7 @@ class _Transfer:
                 if stream.session.alpn != PROTOCOL:
                     raise ProtocolError("the other end is not 'hybridkex receive'")
                 connection = _Connection(
-                    self, dict(self._items), stream, self._progress, self._patience
+                    self, dict(self._unsettled), stream, self._progress, self._patience
                 )
                 await connection.run(self._name)
         except BaseExceptionGroup as group:
@@ -240,26 +284,25 @@ class _Connection:
     def __init__(
         self,
         transfer: _Transfer,
-        items: dict[int, Item],
+        again: dict[int, Item],
         stream: SecureStream[Any],
         progress: Progress,
         patience: float,
     ) -> None:
+        self._transfer = transfer
+        self._progress = progress
         self._patience = patience
         self._moved = trio.current_time()
-        """When there was progress."""
-        self._transfer = transfer
-        self._items = items
+        """When the receiver last took data, requested something or settled a file."""
         self._frames = Frames(stream)
-        self._progress = progress
-        self._waiting = deque(items)
-        """Not yet offered, in order."""
-        self._open: set[int] = set()
-        """Offered, and without an outcome."""
+        self._again = again
+        """Items that an earlier connection has offered."""
+        self._open: dict[int, Item] = {}
+        """Offers without an outcome yet."""
         self._dropped: set[int] = set()
-        """Abandoned by us."""
-        self._requests: deque[Have | Send] = deque()
-        """Requests of the receiver."""
+        """Offers that were withdrawn here."""
+        self._requests: deque[tuple[int, Have | int]] = deque()
+        """Numbers of files, each with the digest or the offset that the receiver wants."""
         self._compared: set[int] = set()
         """Files whose digest the receiver has requested."""
         self._begun: set[int] = set()
@@ -269,7 +312,7 @@ class _Connection:
         self._prefixes: dict[int, tuple[int, _Hash]] = {}
         """Sizes and digests sent to the receiver."""
         self._leaving = False
-        self._news = trio.Condition()
+        self._news = trio.Event()
 
     async def run(self, name: str) -> None:
         await self._frames.send(Hello(version=VERSION, transfer=name))
@@ -281,7 +324,7 @@ class _Connection:
     async def _watch_progress(self) -> None:
         """End the connection of a receiver that is alive and does nothing."""
         while True:
-            largest = max((self._items[n].size for n in self._open), default=0)
+            largest = max((item.size for item in self._open.values()), default=0)
             limit = self._patience + largest / _HASHED
             if trio.current_time() >= self._moved + limit:
                 raise trio.BrokenResourceError(
@@ -293,95 +336,152 @@ class _Connection:
     async def _converse(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._read_answers)
-            while self._waiting or self._open:
-                await self._until(lambda: self._requests or self._may_offer or not self._open)
+            while True:
                 if self._may_offer:
-                    await self._offer(self._waiting.popleft())
+                    await self._offer()
                 elif self._requests:
-                    await self._answer(self._requests.popleft())
+                    await self._answer()
+                elif self._open:
+                    self._news = trio.Event()
+                    await self._news.wait()
+                else:
+                    break
             self._leaving = True
             await self._frames.send(Bye())
 
     @property
     def _may_offer(self) -> bool:
-        return bool(self._waiting) and len(self._open) < WINDOW
+        left = bool(self._again) or not self._transfer.exhausted
+        return left and len(self._open) <= WINDOW - MOST_FILES
 
     # -- reading
 
     async def _read_answers(self) -> None:
         while True:
             with trio.move_on_after(_SILENCE) as limit:
-                answer = await self._frames.receive()
+                answers = await self._frames.receive_all()
             if limit.cancelled_caught:
                 raise trio.BrokenResourceError(f"the receiver was silent for {_SILENCE} s")
-            self._transfer.heard |= answer is not None
-            match answer:
-                case Alive():
+            self._transfer.heard |= bool(answers)
+            if not answers:
+                raise trio.BrokenResourceError("the receiver ended the connection")
+            for answer in answers:
+                if isinstance(answer, Alive):
                     continue
-                case Busy():
-                    raise trio.BrokenResourceError("the receiver serves no more senders at once")
-                case Have(n=n, size=size) as have if n in self._open - self._compared:
-                    if size > self._items[n].size:
-                        raise ProtocolError("the receiver has more of a file than there is")
-                    self._compared.add(n)
-                    self._requests.append(have)
-                case Send(n=n) as request if n in self._open - self._begun:
-                    self._begun.add(n)
-                    self._requests.append(request)
-                case Stored(n=n, already=already, lost=lost) if n in self._open & self._proved:
-                    self._open.remove(n)
-                    self._transfer.settle(n, already=already, lost=_one_line(lost))
-                case Failed(n=n, reason=reason) if n in self._open:
-                    self._open.remove(n)
-                    self._transfer.settle(n, failed=_one_line(reason))
-                case Failed(n=n) if n in self._dropped:
-                    continue  # both sides abandoned it at once
-                case Bye() if self._leaving:
+                if isinstance(answer, Bye) and self._leaving:
                     return
-                case None:
-                    raise trio.BrokenResourceError("the receiver ended the connection")
-                case memoryview():
-                    raise ProtocolError("the receiver sends data of a file")
-                case other:
-                    raise ProtocolError(f"the receiver says {type(other).__name__} out of turn")
-            self._moved = trio.current_time()
-            async with self._news:
-                self._news.notify_all()
+                self._take(answer)
+                self._moved = trio.current_time()
+                self._news.set()
 
-    async def _until(self, condition: Callable[[], object]) -> None:
-        async with self._news:
-            while not condition():
-                await self._news.wait()
+    def _take(self, answer: Received) -> None:
+        """Take note of an answer. Raises ``ProtocolError`` if it is not allowed now."""
+        match answer:
+            case Busy():
+                raise trio.BrokenResourceError("the receiver serves no more senders at once")
+            case Have(n=n, size=size) as have if n in self._open and n not in self._compared:
+                if size > self._open[n].size:
+                    raise ProtocolError("the receiver has more of a file than there is")
+                self._compared.add(n)
+                self._requests.append((n, have))
+            case Send(files=files):
+                for n, offset in files:
+                    if n not in self._open or n in self._begun:
+                        raise ProtocolError("the receiver asks for a file that was not offered")
+                    self._begun.add(n)
+                    self._requests.append((n, offset))
+            case Stored(files=files, how=how, lost=lost):
+                for n in files:
+                    self._close_stored(n, how)
+                self._transfer.store(files, how, _one_line(lost))
+            case Failed(n=n, reason=reason) if n in self._open:
+                self._close(n)
+                self._transfer.fail(n, _one_line(reason))
+            case Failed(n=n) if n in self._dropped:
+                pass  # both sides abandoned it at once
+            case memoryview():
+                raise ProtocolError("the receiver sends data of a file")
+            case other:
+                raise ProtocolError(f"the receiver says {type(other).__name__} out of turn")
+
+    def _close_stored(self, n: int, how: How) -> None:
+        item = self._open.get(n)
+        by_date = how is How.UNCHANGED and not self._transfer.checksum
+        if item is None or not (n in self._proved or (by_date and not item.folder)):
+            raise ProtocolError("the receiver claims to have a file that it cannot have")
+        self._close(n)
+
+    def _close(self, n: int) -> Item:
+        """Forget an offer, which has its outcome."""
+        for numbers in (self._compared, self._begun, self._proved):
+            numbers.discard(n)
+        self._prefixes.pop(n, None)
+        return self._open.pop(n)
 
     # -- sending
 
-    async def _offer(self, n: int) -> None:
-        item = self._items[n]
-        self._open.add(n)
-        if item.folder:
-            self._proved.add(n)
-        await self._frames.send(
-            Offer(
-                n=n,
-                path=item.path,
-                folder=item.folder,
-                size=item.size,
-                mtime_ns=item.mtime_ns,
-                mode=item.mode,
-            )
+    async def _offer(self) -> None:
+        if self._again:
+            some = dict(islice(self._again.items(), MOST_FILES))
+            for n in some:
+                del self._again[n]
+        else:
+            some = await self._transfer.take()
+            self._moved = trio.current_time()  # the receiver waited for us
+        self._open.update(some)
+        self._proved.update(n for n, item in some.items() if item.folder)
+        given = (
+            Offer(n, item.path, item.folder, item.size, item.mtime_ns, item.mode, checksum)
+            for checksum in (self._transfer.checksum,)
+            for n, item in some.items()
         )
+        if some:
+            await self._frames.send(*offers(given))
 
-    async def _answer(self, request: Have | Send) -> None:
-        n = request.n
-        if n not in self._open:  # it has failed meanwhile
+    async def _answer(self) -> None:
+        """Send what the receiver has requested: many small files, or a large one."""
+        few: list[tuple[int, Item, Have | int]] = []
+        size = 0
+        while self._requests and size < _BATCH and len(few) < MOST_FILES:
+            n, request = self._requests[0]
+            item = self._open.get(n)
+            if item is not None and item.size > WHOLE:
+                break
+            self._requests.popleft()
+            if item is not None:  # otherwise it has failed meanwhile
+                few.append((n, item, request))
+                size += item.size
+        if few:
+            await self._send_small(few)
+        elif self._requests:
+            await self._send_large(*self._requests.popleft())
+
+    async def _send_small(self, few: list[tuple[int, Item, Have | int]]) -> None:
+        frames, failures = await in_thread(_small_frames, few)
+        for n, item, request in few:
+            if n in failures or n not in self._open:
+                continue
+            if not isinstance(request, Have):
+                self._transfer.outcome.payload += item.size
+                self._proved.add(n)
+            elif request.size == item.size:
+                self._proved.add(n)
+        if frames:
+            await self._frames.send_frames(frames)
+        self._moved = trio.current_time()
+        for n, reason in failures.items():
+            await self._drop(n, reason)
+
+    async def _send_large(self, n: int, request: Have | int) -> None:
+        item = self._open.get(n)
+        if item is None:  # it has failed meanwhile
             return
-        item = self._items[n]
         try:
             with _opened(item) as file:
                 if isinstance(request, Have):
                     await self._send_digest(n, item, file, request.size)
                 else:
-                    await self._send_file(n, item, file, request.offset)
+                    await self._send_file(n, item, file, request)
         except OSError as error:
             await self._drop(n, why(error, "read it"))
         except _Changed as error:
@@ -397,9 +497,9 @@ class _Connection:
 
     async def _drop(self, n: int, reason: str) -> None:
         if n in self._open:
-            self._open.remove(n)
+            self._close(n)
             self._dropped.add(n)
-            self._transfer.settle(n, failed=reason)
+            self._transfer.fail(n, reason)
             await self._frames.send(Drop(n=n, reason=reason))
 
     async def _send_file(self, n: int, item: Item, file: int, offset: int) -> None:
@@ -445,7 +545,7 @@ class _Connection:
             nursery.start_soon(read)
             with full:
                 async for frame in full:
-                    await self._frames.send_frame(frame)
+                    await self._frames.send_frames(frame)
                     count = len(frame) - HEADER
                     sent += count
                     self._moved = trio.current_time()
@@ -456,10 +556,14 @@ class _Connection:
             raise failure[0]
 
 
+def _open(item: Item) -> int:
+    # Non-blocking, in case it has become a named pipe.
+    return os.open(item.source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
+
 @contextmanager
 def _opened(item: Item) -> Iterator[int]:
-    # Non-blocking, in case it has become a named pipe.
-    file = os.open(item.source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    file = _open(item)
     try:
         _check(file, item)
         yield file
@@ -472,17 +576,72 @@ def _check(file: int, item: Item) -> None:
 
     Reads one byte past the end, too: files in /proc report a size of 0.
     """
+    _check_status(file, item)
+    if os.pread(file, 1, item.size):
+        raise _Changed(_LONGER.format(item.size))
+    _check_status(file, item)
+
+
+_LONGER: Final = (
+    "it has more than the {:,} bytes of its reported size: it is being written, or the system "
+    "generates it when it is read; copy it first"
+)
+_SHORTER: Final = "it has only {:,} bytes, fewer than its reported size"
+
+
+def _check_status(file: int, item: Item) -> None:
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode):
         raise _Changed("it is no longer a file")
-    if os.pread(file, 1, item.size):
-        raise _Changed(
-            f"it has more than the {item.size:,} bytes of its reported size: it is being written, "
-            "or the system generates it when it is read; copy it first"
-        )
     found = (status.st_dev, status.st_ino), status.st_size, status.st_mtime_ns
     if found != (item.inode, item.size, item.mtime_ns):
         raise _Changed("it changed while it was being sent")
+
+
+def _small_frames(
+    few: list[tuple[int, Item, Have | int]],
+) -> tuple[bytearray, dict[int, str]]:
+    """Read small files: the frames with their contents or digests, and why others failed."""
+    frames = bytearray()
+    failures: dict[int, str] = {}
+    for n, item, request in few:
+        try:
+            content = _read_whole(item)
+        except OSError as error:
+            failures[n] = why(error, "read it")
+        except _Changed as error:
+            failures[n] = str(error)
+        else:
+            if isinstance(request, Have):
+                digest = sha256(memoryview(content)[: request.size])
+                frames += encode(Digest(n=n, sha256=digest.hexdigest()))
+            else:
+                frames += whole_header(n, sha256(content).digest(), len(content))
+                frames += content
+    return frames, failures
+
+
+def _read_whole(item: Item) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        _Changed: it differs from its offer.
+        OSError: it cannot be read.
+    """
+    file = _open(item)
+    try:
+        _check_status(file, item)
+        content = os.pread(file, item.size + 1, 0)
+        while 0 < len(content) < item.size and (more := os.pread(file, item.size, len(content))):
+            content += more
+        if len(content) > item.size:
+            raise _Changed(_LONGER.format(item.size))
+        if len(content) < item.size:
+            raise _Changed(_SHORTER.format(len(content)))
+        _check_status(file, item)
+    finally:
+        os.close(file)
+    return content
 
 
 def _read_frame(file: int, position: int, frame: bytearray, digest: "_Hash") -> None:
@@ -494,9 +653,7 @@ def _read_frame(file: int, position: int, frame: bytearray, digest: "_Hash") -> 
         while done < len(body):
             count = os.preadv(file, [body[done:]], position + done)
             if not count:
-                raise _Changed(
-                    f"it has only {position + done:,} bytes, fewer than its reported size"
-                )
+                raise _Changed(_SHORTER.format(position + done))
             done += count
         digest.update(body)
         body.release()

@@ -2,20 +2,21 @@
 
 import os
 import stat
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from hybridkex.apps.transfer.errors import why
 from hybridkex.apps.transfer.messages import Nanoseconds
 from hybridkex.apps.transfer.names import UnsafeName, check_path, shown
 from hybridkex.errors import ConfigError
 
-__all__ = ["Item", "collect"]
+__all__ = ["Item", "collect", "total_size"]
+
+_LeaveOut = Callable[[str], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Item:
+class Item(NamedTuple):
     """A file or a folder to send, with its attributes when it was found.
 
     Args:
@@ -28,7 +29,7 @@ class Item:
         inode: device and inode number, which reveal a replaced file.
     """
 
-    source: Path
+    source: str
     path: tuple[str, ...]
     folder: bool
     size: int
@@ -46,8 +47,12 @@ _KINDS = {
 }
 
 
-def collect(paths: list[Path], leave_out: Callable[[str], None]) -> list[Item]:
-    """List everything below the paths: folders before their content, sorted by name.
+def collect(paths: Sequence[Path], leave_out: _LeaveOut) -> Iterator[Item]:
+    """Everything below the paths, as it is found: each folder before its content.
+
+    The paths themselves are looked at before this returns, and what is below them when it is its
+    turn, so that memory does not grow with the number of files. The disk is read: use the iterator
+    in a thread.
 
     Links given as paths are followed. What cannot be sent is left out, and ``leave_out`` is called
     with a line that names it: links inside a folder, devices, pipes, names that
@@ -75,46 +80,56 @@ def collect(paths: list[Path], leave_out: Callable[[str], None]) -> list[Item]:
                 f"{_text(named[name])} and {_text(path)} have the same name; send them separately"
             )
         named[name] = path
-        found += _tree(path, (name,), status, leave_out)
-    return found
+        item = _item(str(path), (name,), status, leave_out)
+        if item is not None:
+            found.append(item)
+    return _walk(found, leave_out)
 
 
-def _text(path: Path) -> str:
+def total_size(paths: Sequence[Path]) -> int:
+    """The bytes of all files below the paths, as far as they can be read."""
+    return sum(item.size for item in collect(paths, lambda _: None))
+
+
+def _text(path: Path | str) -> str:
     return shown((str(path),))
 
 
-def _tree(
-    source: Path, path: tuple[str, ...], status: os.stat_result, leave_out: Callable[[str], None]
-) -> list[Item]:
-    """A file, or a folder and everything below it.
-
-    Iterative, since a tree may be deeper than Python's stack.
-    """
-    found: list[Item] = []
-    waiting = [(source, path, status)]
+def _walk(roots: list[Item], leave_out: _LeaveOut) -> Iterator[Item]:
+    """Iterative, since a tree may be deeper than Python's stack. Of a folder, the files come first:
+    only the names of its folders are kept."""
+    waiting = roots[::-1]
     while waiting:
-        source, path, status = waiting.pop()
-        item = _item(source, path, status, leave_out)
-        if item is None:
-            continue
-        below = []
+        item = waiting.pop()
+        yield item
         if item.folder:
-            try:
-                for entry in sorted(os.listdir(source)):
-                    child = source / entry
-                    try:
-                        below.append((child, (*path, entry), child.lstat()))
-                    except OSError as error:
-                        leave_out(f"{_text(child)}: {why(error, 'read it')}")
-            except OSError as error:
-                leave_out(f"{_text(source)}: {why(error, 'list it')}")
-        found.append(item)
-        waiting += reversed(below)
-    return found
+            folders: list[Item] = []
+            yield from _files(item, folders, leave_out)
+            folders.sort(reverse=True)
+            waiting += folders
+
+
+def _files(folder: Item, folders: list[Item], leave_out: _LeaveOut) -> Iterator[Item]:
+    """The files in a folder; the folders in it are added to ``folders``."""
+    try:
+        with os.scandir(folder.source) as entries:
+            for entry in entries:
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except OSError as error:
+                    leave_out(f"{_text(entry.path)}: {why(error, 'read it')}")
+                    continue
+                item = _item(entry.path, (*folder.path, entry.name), status, leave_out)
+                if item is not None and item.folder:
+                    folders.append(item)
+                elif item is not None:
+                    yield item
+    except OSError as error:
+        leave_out(f"{_text(folder.source)}: {why(error, 'list it')}")
 
 
 def _item(
-    source: Path, path: tuple[str, ...], status: os.stat_result, leave_out: Callable[[str], None]
+    source: str, path: tuple[str, ...], status: os.stat_result, leave_out: _LeaveOut
 ) -> Item | None:
     kind = stat.S_IFMT(status.st_mode)
     if kind not in (stat.S_IFREG, stat.S_IFDIR):
@@ -128,11 +143,11 @@ def _item(
         leave_out(f"{error}{below}")
         return None
     return Item(
-        source=source,
-        path=path,
-        folder=folder,
-        size=0 if folder else status.st_size,
-        mtime_ns=Nanoseconds(status.st_mtime_ns),
-        mode=stat.S_IMODE(status.st_mode),
-        inode=(status.st_dev, status.st_ino),
+        source,
+        path,
+        folder,
+        0 if folder else status.st_size,
+        Nanoseconds(status.st_mtime_ns),
+        stat.S_IMODE(status.st_mode),
+        (status.st_dev, status.st_ino),
     )

@@ -4,13 +4,14 @@ import math
 import sys
 import time
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import trio
 
 from hybridkex.apps.handshakes import handshake_failed
 from hybridkex.apps.tcp import CountingStream, keep_alive
-from hybridkex.apps.transfer import Outcome, collect, send_items
+from hybridkex.apps.transfer import Outcome, collect, send_items, total_size
 from hybridkex.cli.channel import client_config
 from hybridkex.cli.pipe import ChannelFailed, report
 from hybridkex.cli.progress import rate, showing
@@ -29,21 +30,31 @@ def run(options: SendOptions) -> int:
         raise ConfigError("--retries must not be negative")
     if not 0 < options.patience < math.inf:
         raise ConfigError("--patience must be a positive number of seconds")
-    left_out: list[str] = []
-    items = collect(options.files, left_out.append)
-    for text in left_out:
-        print(f"hybridkex: not sent: {text}", file=sys.stderr)
-    if not items:
-        return 1
     wire = _Wire(options, parse_tcp_address(options.host, default_port=DEFAULT_PORT))
     started = time.monotonic()
-    with showing("sent", wire.sent, sum(item.size for item in items)) as progress:
+    left_out = 0
+    with showing("sent", wire.sent, partial(total_size, options.files)) as progress:
+
+        def leave_out(text: str) -> None:
+            nonlocal left_out
+            left_out += 1
+            progress.note(f"not sent: {text}")
+
+        found = collect(options.files, leave_out)
+        first = next(found, None)
+        if first is None:
+            return 1
+        items = chain((first,), found)
 
         async def work() -> Outcome:
             async with client_config(options.channel) as config:
-                connect = partial(wire.connect, config)
                 return await send_items(
-                    items, connect, progress, retries=options.retries, patience=options.patience
+                    items,
+                    partial(wire.connect, config),
+                    progress,
+                    retries=options.retries,
+                    patience=options.patience,
+                    checksum=options.checksum,
                 )
 
         outcome = run_trio(work)
@@ -54,7 +65,8 @@ def run(options: SendOptions) -> int:
 def _summarise(outcome: Outcome, on_wire: int, seconds: float) -> None:
     parts = [f"{outcome.stored:,} stored"]
     if outcome.already:
-        parts.append(f"{outcome.already:,} already there")
+        by_date = f" ({outcome.unchanged:,} by size and date)" if outcome.unchanged else ""
+        parts.append(f"{outcome.already:,} already there{by_date}")
     if outcome.failed:
         parts.append(f"{len(outcome.failed):,} FAILED")
     if outcome.incomplete:

@@ -1,0 +1,303 @@
+"""Complete files on their way to their names: flushed in groups, then named, then flushed again.
+
+A file gets its name when its data are on disk, and is called stored when its name is there too.
+Both flushes are shared by a group of files (:mod:`~hybridkex.apps.transfer.durable`). Small files
+wait in a folder that belongs to this group alone and is locked, so that what a killed process
+leaves there can be removed.
+"""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import Callable
+from hashlib import sha256
+from typing import Final
+from unicodedata import normalize
+
+from hybridkex.apps.transfer.durable import flush, flush_all, has_flush_all
+from hybridkex.apps.transfer.errors import NotStored
+from hybridkex.apps.transfer.folder import Folder, errors_of, not_stored, taken
+from hybridkex.apps.transfer.handles import FolderGone, Handles
+from hybridkex.apps.transfer.messages import Offer, Whole
+from hybridkex.apps.transfer.names import PARTIAL, WORK, shown
+from hybridkex.apps.transfer.part import OPEN_FILE, Ready, limit_mode, set_date
+
+__all__ = ["Arrivals", "Settled"]
+
+_FEW: Final = 8
+"""Files, or folders, that are flushed one by one: a flush of the whole file system waits for what
+other programs have written too."""
+_MOST: Final = 1024
+"""Files and folders in a group."""
+_MOST_OPEN: Final = 32
+"""Large files in a group, which stay open and locked until they have their names."""
+_LONGEST: Final = 0.5
+"""Seconds that a file may wait for others."""
+_TRIES: Final = 3
+
+Settled = tuple[Offer, str | NotStored]
+"""An offer, and what was lost of its metadata or why it is not stored."""
+
+
+class Arrivals:
+    """The group of one connection. Its calls block on the disk."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._ready: list[Ready] = []
+        self._made: list[Offer] = []
+        self._touched: dict[tuple[str, ...], None] = {}
+        """Folders with new entries."""
+        self._open = 0
+        self._since = 0.0
+        self._flush_all = False
+        self._work = -1
+        self._where: tuple[str, ...] = ()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._ready) + len(self._made)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether :meth:`settle` is due."""
+        waiting = time.monotonic() - self._since if len(self) else 0.0
+        return len(self) >= _MOST or self._open >= _MOST_OPEN or waiting > _LONGEST
+
+    def _begin(self) -> None:
+        if not len(self):
+            self._since = time.monotonic()
+
+    def add_folder(self, offer: Offer) -> None:
+        """Take a new folder."""
+        self._begin()
+        self._made.append(offer)
+        self._touched[offer.path[:-1]] = None
+
+    def add_touched(self, folders: list[tuple[str, ...]]) -> None:
+        """Take the paths of folders that have new entries, to be flushed too."""
+        self._touched.update(dict.fromkeys(folders))
+
+    def add(self, ready: Ready) -> None:
+        """Take a file that was written elsewhere. It is closed with the group."""
+        self._begin()
+        self._ready.append(ready)
+        self._open += 1
+
+    def write(self, offer: Offer, whole: Whole, handles: Handles) -> None:
+        """Verify and write a small file.
+
+        Raises ``NotStored``: the digest differs, or the disk is full, and the like.
+        """
+        if sha256(whole.content).digest() != whole.sha256:
+            raise NotStored(f"{shown(offer.path)}: the received data differ from what was sent")
+        with errors_of(offer.path):
+            if self._work < 0:
+                self._make_work(handles)
+            self._count += 1
+            name = str(self._count)
+            # Never readable for more users than later, not even now.
+            mode = offer.mode & 0o777 & ~self._folder.umask
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FILE
+            file = os.open(name, flags, mode, dir_fd=self._work)
+            try:
+                self._fill(file, name, mode, offer, whole.content)
+            except BaseException:
+                os.close(file)
+                with contextlib.suppress(OSError):
+                    os.unlink(name, dir_fd=self._work)
+                raise
+
+    def _fill(
+        self, file: int, name: str, mode: int, offer: Offer, content: bytes | bytearray | memoryview
+    ) -> None:
+        status = limit_mode(file, mode, offer)
+        done = 0
+        while done < len(content):
+            done += os.pwrite(file, content[done:], done)
+        lost = set_date(file, offer.mtime_ns)
+        inode = status.st_dev, status.st_ino
+        ready = Ready(offer=offer, where=(*self._where, name), file=file, inode=inode, lost=lost)
+        if not self._flush_all:
+            flush(file)
+        self._begin()
+        self._ready.append(ready)
+        if not self._flush_all or len(self._ready) > _FEW:
+            ready.close()
+
+    def _make_work(self, handles: Handles) -> None:
+        """Make the folder of this group, and lock it."""
+        partial = handles.get((PARTIAL,), make=True)
+        self._flush_all = has_flush_all(partial)
+        for _ in range(_TRIES):
+            where = (PARTIAL, WORK + secrets.token_hex(8))
+            self._work = os.dup(handles.get(where, make=True))
+            self._where = where
+            with contextlib.suppress(OSError):  # file systems without locks
+                fcntl.flock(self._work, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another process, which has just started, may have removed it before it was locked.
+            if os.fstat(self._work).st_nlink:
+                break
+            os.close(self._work)
+            self._work = -1
+        else:
+            raise FileNotFoundError
+
+    def settle(self) -> list[Settled]:
+        """Flush everything, give the files their names, and say what became of each."""
+        ready, made, touched = self._ready, self._made, self._touched
+        self._ready, self._made, self._touched = [], [], {}
+        settled: list[Settled] = []
+        durable: list[Settled] = [(offer, "") for offer in made]
+        try:
+            with self._folder.open() as handles:
+                flush_file = self._flush_files(ready, handles)
+                for one in ready:
+                    try:
+                        with errors_of(one.offer.path):
+                            flush_file(one)
+                            self._name(one, handles)
+                        touched[one.offer.path[:-1]] = None
+                        durable.append((one.offer, one.lost))
+                    except NotStored as error:
+                        settled.append((one.offer, error))
+                touched.update(dict.fromkeys(handles.made))
+                try:
+                    self._flush_names(list(touched), handles)
+                    handles.check_root()
+                except (OSError, FolderGone) as error:
+                    durable = [(offer, not_stored(error, offer.path)) for offer, _ in durable]
+        finally:
+            for one in ready:
+                one.close()
+            self._open = 0
+            self._remove_work()
+        return settled + durable
+
+    def _flush_files(self, ready: list[Ready], handles: Handles) -> Callable[[Ready], None]:
+        """Flush the data of all files at once; returns what is left to be done for each."""
+        if len(ready) <= _FEW or not self._flush_all:
+            return lambda one: flush(one.file) if one.file >= 0 else None
+        try:
+            flush_all(self._work)
+        except OSError:  # of one of these files, or of another program's
+            return lambda one: _flush_by_name(one, handles)
+        return lambda one: None
+
+    def _flush_names(self, folders: list[tuple[str, ...]], handles: Handles) -> None:
+        if len(folders) > _FEW and has_flush_all(handles.get(())):
+            flush_all(handles.get(()))
+            return
+        for path in folders:
+            flush(handles.get(path))
+
+    def _name(self, ready: Ready, handles: Handles) -> None:
+        """Give a complete file its name. Raises ``NotStored`` or ``OSError``."""
+        path, name = ready.offer.path, ready.where[-1]
+        source = _check_in_place(ready, handles)
+        target = handles.get(path[:-1], make=True)
+        if self._folder.overwrite:
+            _refuse_alias(path, target)
+            os.rename(name, path[-1], src_dir_fd=source, dst_dir_fd=target)
+        else:
+            _rename_new(name, source, path, target)
+
+    def close(self) -> None:
+        """Drop what has not been settled. Large files are kept for the next attempt."""
+        for one in self._ready:
+            one.close()
+        self._ready, self._made, self._touched = [], [], {}
+        self._remove_work()
+
+    def _remove_work(self) -> None:
+        if self._work < 0:
+            return
+        with contextlib.suppress(OSError, FolderGone):
+            for name in os.listdir(self._work):
+                os.unlink(name, dir_fd=self._work)
+            with self._folder.open() as handles:
+                os.rmdir(self._where[-1], dir_fd=handles.get(self._where[:-1]))
+        os.close(self._work)
+        self._work = -1
+
+
+def _flush_by_name(ready: Ready, handles: Handles) -> None:
+    if ready.file >= 0:
+        flush(ready.file)
+        return
+    parent = handles.get(ready.where[:-1])
+    file = os.open(ready.where[-1], os.O_RDONLY | OPEN_FILE, dir_fd=parent)
+    try:
+        flush(file)
+    finally:
+        os.close(file)
+
+
+def _check_in_place(ready: Ready, handles: Handles) -> int:
+    """The folder that the file is in.
+
+    A name is what gets moved: it must be that of the file that was verified, not of one that
+    somebody else, such as a second transfer, has put in its place.
+
+    Raises ``NotStored``: it is another file, or none.
+    """
+    try:
+        parent = handles.get(ready.where[:-1])
+        found = os.stat(ready.where[-1], dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        found = None
+    if found is None or (found.st_dev, found.st_ino) != ready.inode:
+        raise NotStored(
+            f"{shown(ready.offer.path)}: the receiver's incomplete file was removed or replaced "
+            "while it arrived; send it again"
+        )
+    return parent
+
+
+def _refuse_alias(path: tuple[str, ...], folder: int) -> None:
+    """Raise ``NotStored`` if the file system treats this name as that of another file.
+
+    File systems that ignore case or Unicode normalisation do so: the file to be replaced could be
+    another one of this transfer.
+    """
+    name = path[-1]
+    there = _inode(name, folder)
+    if there is None:
+        return
+    variants = {name.swapcase(), name.lower(), name.upper(), name.rstrip(". ")}
+    variants |= {normalize(form, name) for form in ("NFC", "NFD")}
+    # The list may be long, so it is read only on such a file system.
+    folds = any(_inode(one, folder) == there for one in variants - {name, ""})
+    if folds and name not in os.listdir(folder):
+        raise NotStored(
+            f"{shown(path)}: the receiver's file system treats this name as that of another file"
+        )
+
+
+def _inode(name: str, folder: int) -> tuple[int, int] | None:
+    try:
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except (OSError, UnicodeError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _rename_new(name: str, source: int, path: tuple[str, ...], target: int) -> None:
+    """Rename without replacing a file: link(2) refuses an existing name atomically."""
+    try:
+        os.link(name, path[-1], src_dir_fd=source, dst_dir_fd=target)
+    except FileExistsError:
+        raise NotStored(taken(path)) from None
+    except OSError:
+        # A file system without hard links (FAT, FUSE, some network shares), whatever it calls that:
+        # check, then rename, which fails for every other reason too. A file created under the name
+        # in between is replaced.
+        try:
+            os.stat(path[-1], dir_fd=target, follow_symlinks=False)
+        except FileNotFoundError:
+            os.rename(name, path[-1], src_dir_fd=source, dst_dir_fd=target)
+            return
+        raise NotStored(taken(path)) from None
+    os.unlink(name, dir_fd=source)

@@ -1,0 +1,93 @@
+"""What has been written, onto the disk: file by file, or the whole file system at once.
+
+One flush of a file system (syncfs(2)) costs about as much as that of one file (fsync(2)), so a
+group of small files shares one. It is used only where it is as good as fsync: on file systems whose
+syncfs writes everything out, and with a kernel that reports errors of that writing (Linux 5.8).
+Elsewhere, as on FUSE and network shares, each file is flushed.
+"""
+
+import ctypes
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Final
+
+__all__ = ["flush", "flush_all", "has_flush_all"]
+
+_LACKING: Final = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF})
+"""What file systems answer to fsync(2) that do not have it, above all for folders: FUSE, shares."""
+_KINDS: Final = frozenset(
+    {
+        0xEF53,  # ext2, ext3, ext4
+        0x58465342,  # XFS
+        0x9123683E,  # Btrfs
+        0xF2F52010,  # F2FS
+        0xCA451A4E,  # bcachefs
+        0x01021994,  # tmpfs
+    }
+)
+"""``f_type`` of statfs(2) of the file systems whose syncfs can be relied on."""
+_REPORTS_ERRORS: Final = (5, 8)
+
+
+def flush(file: int) -> None:
+    """Flush a file or a folder to disk, if the file system can.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in _LACKING:
+            raise
+
+
+def has_flush_all(file: int) -> bool:
+    """Whether :func:`flush_all` is as good as :func:`flush` on this file's file system."""
+    return _syncfs() is not None and _kind(file) in _KINDS
+
+
+def flush_all(file: int) -> None:
+    """Flush everything that was written to a file's file system, by whomever.
+
+    Raises:
+        OSError: the disk failed, for this or for another file.
+    """
+    syncfs = _syncfs()
+    assert syncfs is not None
+    if syncfs(file):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(None, use_errno=True)
+    except OSError:
+        return None
+
+
+@cache
+def _syncfs() -> Callable[[int], int] | None:
+    """The C library's function, where the kernel reports errors of the writing."""
+    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    if sys.platform != "linux" or release is None:
+        return None
+    if (int(release[1]), int(release[2])) < _REPORTS_ERRORS:
+        return None
+    found: Callable[[int], int] | None = getattr(_library(), "syncfs", None)
+    return found
+
+
+def _kind(file: int) -> int:
+    """``f_type`` of statfs(2), which Python does not have: the first field; 0 if unknown."""
+    result = (ctypes.c_long * 64)()
+    fstatfs = getattr(_library(), "fstatfs", None)
+    if fstatfs is None or fstatfs(file, result):
+        return 0
+    return result[0] & 0xFFFFFFFF

@@ -1,0 +1,114 @@
+"""The folders below the receiving folder, open while one batch of messages is handled.
+
+Paths are opened component by component, and symbolic links are never followed: a link inside the
+folder cannot lead out of it. Each folder is opened once in a batch, and none stays open longer:
+others may move the receiving folder, or mount another disk there.
+"""
+
+import contextlib
+import os
+import stat
+from types import TracebackType
+from typing import Final
+
+__all__ = ["FolderGone", "Handles", "open_folder"]
+
+_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_MOST: Final = 64
+"""Handles to keep, beside those of one path."""
+
+
+class FolderGone(Exception):
+    """The receiving folder is not there, or is another one now."""
+
+
+def open_folder(path: str, parent: int) -> int:
+    """Open a folder in another one; a link is refused. Raises ``OSError``."""
+    return os.open(path, _FOLDER, dir_fd=parent)
+
+
+class Handles:
+    """Open folders, by their paths below the receiving folder. A context manager."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._open: dict[tuple[str, ...], int] = {}
+        self._free: int | None = -1
+        self.made: list[tuple[str, ...]] = []
+        """Paths of the folders in which another one was made."""
+
+    def __enter__(self) -> "Handles":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def get(self, path: tuple[str, ...], *, make: bool = False) -> int:
+        """The handle of a folder, which stays ours.
+
+        Args:
+            path: of the folder; empty for the receiving folder.
+            make: create folders that were not offered, private to our user.
+
+        Raises:
+            FolderGone: the receiving folder is not there.
+            FileNotFoundError: a folder is not there.
+            OSError: a link or something else is in the way, or may not be entered.
+        """
+        found = self._open.get(path)
+        if found is not None:
+            return found
+        if len(self._open) > _MOST:
+            self.__exit__(None, None, None)
+        here = self._root_handle()
+        for depth in range(1, len(path) + 1):
+            below = self._open.get(path[:depth])
+            if below is None:
+                below = self._below(path[:depth], here, make=make)
+                self._open[path[:depth]] = below
+            here = below
+        return here
+
+    def free(self) -> int | None:
+        """Bytes that were free when this was first asked; ``None`` if the file system does not
+        count them, as some of FUSE do not."""
+        if self._free == -1:
+            disk = os.fstatvfs(self.get(()))
+            self._free = disk.f_bavail * disk.f_frsize if disk.f_blocks else None
+        return self._free
+
+    def check_root(self) -> None:
+        """Raise ``FolderGone`` unless the receiving folder still has its name."""
+        try:
+            same = os.path.samestat(os.stat(self._root), os.fstat(self._root_handle()))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise FolderGone
+
+    def _root_handle(self) -> int:
+        found = self._open.get(())
+        if found is None:
+            try:
+                found = os.open(self._root, _FOLDER & ~os.O_NOFOLLOW)
+            except FileNotFoundError:
+                raise FolderGone from None
+            self._open[()] = found
+        return found
+
+    def _below(self, path: tuple[str, ...], here: int, *, make: bool) -> int:
+        try:
+            return open_folder(path[-1], here)
+        except FileNotFoundError:
+            if not make:
+                raise
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path[-1], stat.S_IRWXU, dir_fd=here)
+        self.made.append(path[:-1])
+        return open_folder(path[-1], here)

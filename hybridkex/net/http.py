@@ -303,9 +303,29 @@ class _Server:
         self._sending = sending
         self._head = False
         """Whether the request is a HEAD; known before the request is checked."""
+        self._silence: trio.CancelScope | None = None
+        """Of the wait for the next request."""
         self._http = self._connection()
 
     async def run(self) -> None:
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch)
+            try:
+                await self._serve()
+            except Exception as error:  # raised below, not in a group
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    async def _watch(self) -> None:
+        """No request is waited for any more once ``closing`` is set."""
+        await self._closing.wait()
+        if self._silence is not None:
+            self._silence.cancel()
+
+    async def _serve(self) -> None:
         for left in reversed(range(self._limits.max_requests)):
             try:
                 with self._waiting():
@@ -340,17 +360,12 @@ class _Server:
         if self._http.trailing_data[0]:
             return True
         begin = b""
-        async with trio.open_nursery() as nursery:
-
-            async def watch() -> None:
-                await self._closing.wait()
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(watch)
-            with trio.move_on_after(self._limits.idle):
-                while not begin and (data := await self._receive()):
-                    begin = data.lstrip(_EMPTY_LINES)
-            nursery.cancel_scope.cancel()
+        with trio.move_on_after(self._limits.idle) as self._silence:
+            if self._closing.is_set():
+                self._silence.cancel()
+            while not begin and (data := await self._receive()):
+                begin = data.lstrip(_EMPTY_LINES)
+        self._silence = None
         if begin:
             self._http.receive_data(begin)
         return bool(begin)

@@ -152,11 +152,10 @@ def _received(connection: ssl.SSLSocket) -> bytes:
 
 def prepare(code: Path, folder: Path, stock: int) -> None:
     """Two KMEs of a copy of the project, with a stock."""
-    environment = os.environ | {"PYTHONPATH": str(code)}
     command = [sys.executable, "-m", "hybridkex", "kme", "dev-up", str(folder)]
     subprocess.run(
         [*command, "--ports", "0,0", "--no-serve"],
-        check=True, stdout=subprocess.DEVNULL, env=environment,
+        check=True, stdout=subprocess.DEVNULL, cwd=code,
     )  # fmt: skip
     config = folder / "kme.toml"
     limits = f"limits = {{ rate = 1e9, burst = 1000000000, max_key_count = {max(stock, 1000)} }}\n"
@@ -164,9 +163,7 @@ def prepare(code: Path, folder: Path, stock: int) -> None:
     files = []
     for kme in tomllib.loads(config.read_text())["kme"]:
         files += [folder / kme["store"], folder / kme["key_file"], kme["peer"][0]["id"]]
-    subprocess.run(
-        [sys.executable, "-c", FILL, str(stock), *map(str, files)], check=True, env=environment
-    )
+    subprocess.run([sys.executable, "-c", FILL, str(stock), *map(str, files)], check=True, cwd=code)
 
 
 def measure(code: Path, prepared: Path, clients: int, seconds: float) -> Run:
@@ -177,13 +174,12 @@ def measure(code: Path, prepared: Path, clients: int, seconds: float) -> Run:
         os.sync()
         serve = [sys.executable, "-m", "hybridkex", "kme", "serve", str(folder / "kme.toml")]
         began = time.perf_counter()
-        with subprocess.Popen(
-            serve, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(code)}
-        ) as server:
+        with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True, cwd=code) as server:
             try:
                 assert server.stdout is not None
                 lines = [server.stdout.readline().split() for _ in range(2)]
                 start = time.perf_counter() - began
+                _wait_until_idle(server.pid)  # the two ends compare their stocks
                 load = Load(folder, {line[0]: line[-1] for line in lines}, seconds)
                 before = _cpu(server.pid)
                 took = load.run(clients)
@@ -198,6 +194,14 @@ def measure(code: Path, prepared: Path, clients: int, seconds: float) -> Run:
         p99=times[len(times) * 99 // 100] * 1000,
         start=start,
     )
+
+
+def _wait_until_idle(pid: int) -> None:
+    used = _cpu(pid)
+    time.sleep(0.5)
+    while (now := _cpu(pid)) - used > 0.05:
+        used = now
+        time.sleep(0.5)
 
 
 def _cpu(pid: int) -> float:

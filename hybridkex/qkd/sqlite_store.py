@@ -69,6 +69,9 @@ ROWS: Final = 64
 PAGE: Final = 1000
 """Rows that one call reads or erases where there may be a million."""
 
+CACHE_KIB: Final = 16_384
+"""Memory for pages of the database, most of them of the indexes."""
+
 WAL_HEADER_BYTES: Final = 32
 WAL_FRAME_HEADER_BYTES: Final = 24
 """Of the write-ahead log's file format, https://www.sqlite.org/fileformat2.html section 4.1."""
@@ -180,6 +183,7 @@ class SqliteKeyStore:
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute("PRAGMA secure_delete=ON")
         self._db.execute(f"PRAGMA wal_autocheckpoint={WAL_PAGES}")
+        self._db.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
         if version == SCHEMA_VERSION:
             return
         with self._transaction() as db:

@@ -387,12 +387,12 @@ def test_loops_that_go_on_in_other_threads(
         port = await context.__aenter__()
         streams = [
             await open_connection("127.0.0.1", port, client_config, server_hostname="localhost")
-            for _ in range(2)
+            for _ in range(4)
         ]
         return context, streams
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        for size in range(1000, 60_000, 1500):
+        for size in range(1000, 60_000, 600):
             text = bytes((size & 255,)) * size
             writer.write(text)
             async with asyncio.timeout(20):

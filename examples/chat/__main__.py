@@ -13,14 +13,21 @@ from typing import Any
 
 import trio
 
-from hybridkex import HybridkexError, SecureStream, ServerConfig, Session, serve_secure_tcp
+from hybridkex import (
+    HybridkexError,
+    PadBudget,
+    SecureStream,
+    ServerConfig,
+    Session,
+    serve_secure_tcp,
+)
 from hybridkex.apps import no_connection, parse_tcp_address, watch_peer
 from hybridkex.cli.channel import client_config, server_config
 from hybridkex.cli.options import ChannelOptions, add_options, from_namespace
 
 from .client import Client
 from .hub import Hub
-from .keys import made_at, network_of, owner_of, rests_on
+from .keys import made_at, network_of, owner_of, rests_on, spent_of
 from .protocol import PROTOCOL, ChatError, check_name
 from .store import Store
 from .terminal import Terminal
@@ -226,15 +233,21 @@ async def _converse(client: Client, streams: list[SecureStream[Any]]) -> None:
         return rests_on(streams[-1].session) if streams else "nobody is there yet"
 
     def details() -> str:
-        return str(streams[-1].session) if streams else "nobody is there yet"
+        if not streams:
+            return "nobody is there yet"
+        pad, session = streams[-1].pad, str(streams[-1].session)
+        return session if pad is None else f"{session}\n  left:          {spent_of(pad)}"
 
     def since() -> float:
         return made_at(streams[-1].session) if streams else time.time()
 
+    def pad() -> PadBudget | None:
+        return streams[-1].pad if streams else None
+
     async with trio.open_nursery() as nursery:
 
         async def talk() -> None:
-            await Terminal(client, basis, details, since).run()
+            await Terminal(client, basis, details, since, pad).run()
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(talk)

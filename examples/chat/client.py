@@ -97,6 +97,11 @@ class Client:
         """Actions that the server has not acknowledged yet."""
         return len(self._outbox)
 
+    @property
+    def outbox(self) -> tuple[Action, ...]:
+        """Those actions."""
+        return tuple(self._outbox)
+
     # --- what the user does -------------------------------------------------------------------
 
     async def say(self, text: str) -> None:

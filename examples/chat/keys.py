@@ -4,9 +4,20 @@ import ipaddress
 
 import trio
 
-from hybridkex import Session
+from hybridkex import PadBudget, Session
 
-__all__ = ["made_at", "network_of", "owner_of", "rests_on"]
+__all__ = ["left_of", "made_at", "network_of", "owner_of", "rests_on", "spent_of"]
+
+
+def left_of(pad: PadBudget) -> str:
+    """How long a message may be, and how much more the KME has."""
+    more = "" if pad.stock is None else f" + {pad.stock:,} at the KME"
+    return f"one-time pad for {pad.message:,} bytes{more}"
+
+
+def spent_of(pad: PadBudget) -> str:
+    """The same, and what has been used."""
+    return f"{left_of(pad)}; {pad.sent:,} bytes of key sent, {pad.received:,} received"
 
 
 def owner_of(session: Session) -> str:

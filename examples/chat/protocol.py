@@ -167,7 +167,7 @@ def check_name(what: str, name: str) -> None:
 def encode(message: Message) -> bytes:
     """The frame of a message."""
     fields_ = {"type": type(message).__name__.lower(), **asdict(message)}
-    body = json.dumps(fields_, ensure_ascii=False).encode("utf-8")
+    body = json.dumps(fields_, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     if len(body) > MAX_FRAME:
         raise ProtocolError(f"a message has at most {MAX_FRAME} bytes")
     return _LENGTH.pack(len(body)) + body

@@ -13,8 +13,11 @@ from typing import Final
 
 import trio
 
+from hybridkex import PadBudget
+
 from .client import Client
-from .protocol import MAX_TEXT, ChatError, Entry, Notice, printable
+from .keys import left_of
+from .protocol import MAX_TEXT, Action, ChatError, Entry, Notice, encode, printable
 
 __all__ = ["Terminal"]
 
@@ -31,6 +34,7 @@ class Terminal:
         basis: what the keys rest on, in a few words.
         details: the same at length.
         made_at: when they were made, in seconds since the epoch.
+        pad: what is left of a one-time pad; ``None`` where there is none.
     """
 
     def __init__(
@@ -39,11 +43,13 @@ class Terminal:
         basis: Callable[[], str],
         details: Callable[[], str],
         made_at: Callable[[], float],
+        pad: Callable[[], PadBudget | None],
     ) -> None:
         self._client = client
         self._basis = basis
         self._details = details
         self._made_at = made_at
+        self._pad = pad
         self._lines_in, self._lines = trio.open_memory_channel[str](0)
 
     async def run(self) -> None:
@@ -70,6 +76,9 @@ class Terminal:
             parts = [self._basis(), f"keys {age:.0f} s old (#{client.connections})"]
         else:
             parts = ["NOT CONNECTED"]
+        pad = self._pad()
+        if client.online and pad is not None:
+            parts.append(left_of(pad))
         if client.unacknowledged:
             parts.append(f"{client.unacknowledged} on the way")
         if client.trouble:
@@ -98,8 +107,10 @@ class Terminal:
         if not text:
             return
         if text.startswith("//"):
+            self._check_pad(text)
             await client.say(text[1:])
         elif not text.startswith("/"):
+            self._check_pad(text)
             for start in range(0, len(text), MAX_TEXT):
                 await client.say(text[start : start + MAX_TEXT])
         elif text.startswith("/join "):
@@ -110,6 +121,22 @@ class Terminal:
             print(self._details(), flush=True)
         else:
             print(_HELP, flush=True)
+
+    def _check_pad(self, text: str) -> None:
+        """Refuse what is longer than all the pad that there is, before any of it is sent."""
+        pad = self._pad()
+        if pad is None or pad.stock is None:
+            return
+        left = pad.sending + pad.stock
+        actions = (
+            Action(1, "say", text[at : at + MAX_TEXT]) for at in range(0, len(text), MAX_TEXT)
+        )
+        needed = sum(pad.cost(len(encode(one))) for one in (*self._client.outbox, *actions))
+        if needed > left:
+            raise ChatError(
+                f"not sent: it takes {needed:,} bytes of QKD key, and {left:,} are left; wait for "
+                "more, or say less"
+            )
 
     async def _read_lines(self) -> None:
         """Plain lines: a pipe, or a file."""

@@ -401,9 +401,6 @@ class SecureTransport(transports._FlowControlMixin):
         """Go on with what waits for a one-time pad, in either direction."""
         if self._failure is not None or self._state is _CLOSED:
             return
-        if self._pads is not None and self._pads.error is not None:
-            self._fail(self._pads.error)
-            return
         if self._waits_for_pad and not self._connection.waits_for_pad:
             self._waits_for_pad = False
             self._process()

@@ -29,6 +29,7 @@ from hybridkex.tls.config import (
     ClientConfig,
     FreshKeys,
     KeyLog,
+    OneTimePad,
     Policy,
     Requirement,
     ServerConfig,
@@ -123,6 +124,12 @@ def _channel_arguments(options: ChannelOptions) -> dict[str, Any]:
         raise ConfigError(
             "--fresh-keys-policy requires --fresh-keys: a time, or peer to leave it to the peer"
         )
+    if options.one_time_pad:
+        if qkd is Requirement.OFF:
+            raise ConfigError("--one-time-pad needs a source of QKD keys: --kme or --key-pool")
+        arguments["one_time_pad"] = OneTimePad()
+        if fresh_keys is Requirement.OFF:
+            fresh_keys = Requirement.REQUIRE
     arguments["policy"] = Policy(post_quantum=post_quantum, psk=psk, fresh_keys=fresh_keys)
     return arguments
 

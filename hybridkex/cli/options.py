@@ -91,6 +91,11 @@ class ChannelOptions:
         choices=("require", "prefer"),
         group=_FRESH,
     )
+    one_time_pad: bool = option(
+        "send data under a one-time pad of QKD keys alone, or not at all, for channels that carry "
+        "little; see docs/one-time-pad.md",
+        group=_FRESH,
+    )
     json: bool = option("print the session as one JSON line on standard error", group=_OUTPUT)
     keylog: Path | None = option(
         "append the session's secrets to FILE, for Wireshark; anyone who has FILE can decrypt the "

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from hybridkex.errors import (
@@ -129,9 +130,11 @@ class KeyKeeper:
             return None
         assert isinstance(config.psk_source, PadSource)  # or the policy would not have it
 
-        def tell() -> None:
+        def tell(error: PeerError | None) -> None:
             changed()
             self.wake()
+            if error is not None:  # at once: our own task may wait for the key source
+                Background(partial(self._end, error))
 
         pads = config.one_time_pad or OneTimePad()
         return PadKeeper(pads, self._connection, config.psk_source, tell)
@@ -206,9 +209,6 @@ class KeyKeeper:
     async def _renew(self) -> None:
         while True:
             self._wake = Event()
-            if self.pads is not None and self.pads.error is not None:
-                await self._end(self.pads.error)
-                return
             if self._connection.close_sent or self._connection.close_received:
                 self._due = self._late = math.inf
                 self._why = None

@@ -37,6 +37,8 @@ _log: Final = get_logger("hybridkex.one_time_pad")
 _LINES: Final = BoundedLog(_log)
 """Rate-limited, because any peer can cause these lines."""
 
+_NO_KEY: Final = "a QKD key that the peer has put into its one-time pad is missing: "
+
 _FIRST_RETRY: Final = 0.25
 _LAST_RETRY: Final = 5.0
 """Seconds between attempts, while the key source has no key."""
@@ -49,8 +51,8 @@ class PadKeeper:
         config: how much pad to hold.
         connection: the engine, with the handshake complete.
         source: where the keys are.
-        changed: called when the engine has something to send, when a pad has grown, and when
-            :attr:`error` is set.
+        changed: called when the engine has something to send or a pad has grown, and with the
+            error for which the session has to end.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class PadKeeper:
         config: OneTimePad,
         connection: ClientConnection | ServerConnection,
         source: PadSource,
-        changed: Callable[[], None],
+        changed: Callable[[PeerError | None], None],
     ) -> None:
         self._config = config
         self._connection = connection
@@ -118,7 +120,7 @@ class PadKeeper:
         """Wait until the pad has room for ``size`` bytes of data.
 
         Raises:
-            PeerError: the session has to end; the engine has the alert.
+            PeerError: the session has to end.
         """
         try:
             while not self.ready(size):
@@ -130,7 +132,7 @@ class PadKeeper:
         """Wait until the key that the next record takes is there.
 
         Raises:
-            PeerError: the session has to end; the engine has the alert.
+            PeerError: the session has to end.
         """
         while self._connection.waits_for_pad:
             await self._growth()
@@ -160,12 +162,10 @@ class PadKeeper:
             self._tell(InternalError("the one-time pad gets no keys any more"))
 
     def _tell(self, error: PeerError | None = None) -> None:
-        if error is not None:
-            self.error = self.error or error
-            self._connection.abort(error)
+        self.error = self.error or error
         grown, self._grown = self._grown, Event()
         grown.set()
-        self._changed()
+        self._changed(error)
 
     async def _look_up_keys(self) -> None:
         while True:
@@ -175,13 +175,13 @@ class PadKeeper:
                 continue
             wanted, session = self._named.popleft(), self._connection.session
             try:
-                key = await self._source.look_up_for_pad(wanted.identity, session)
+                async with time_limit(self._config.deadline):
+                    key = await self._source.look_up_for_pad(wanted.identity, session)
+            except TimeoutError:
+                why = f"our key source did not give it within {self._config.deadline:g} s"
+                raise UnknownPskIdentity(_NO_KEY + why, Reason.PAD_KEY_MISSING) from None
             except KeySourceError as error:
-                raise UnknownPskIdentity(
-                    f"the QKD key that the peer has put into its one-time pad is not to be had: "
-                    f"{error}",
-                    Reason.PAD_KEY_MISSING,
-                ) from None
+                raise UnknownPskIdentity(_NO_KEY + str(error), Reason.PAD_KEY_MISSING) from None
             self._connection.provide_pad_key(key)
             self._tell()
 
@@ -210,8 +210,10 @@ class PadKeeper:
         except TimeoutError:
             return
         except KeySourceError as error:
-            _LINES.log(logging.WARNING, "no QKD key for the one-time pad now: %s", error)
-            self._why = f": {error}"
+            why = f": {error}"
+            if why != self._why:  # once, not at every attempt
+                _LINES.log(logging.WARNING, "no QKD key for the one-time pad now%s", why)
+            self._why = why
             if isinstance(error, KeySourceExhausted):
                 self._stock = 0
             self._not_before = current_time() + max(self._retry, error.retry_after or 0.0)
@@ -220,9 +222,10 @@ class PadKeeper:
         self._retry, self._why = _FIRST_RETRY, ""
         self._connection.extend_pad(identity, key)
         self._filling = self.budget.message < self.piece
-        if not self._filling:
+        if self._waiting or not self._filling:
             self._tell()
+        if self._stock is None or not self._filling:
             with suppress(KeySourceError):
                 self._stock = await self._source.stock_for_pads(session)
-        elif self._waiting:
-            self._tell()
+        else:
+            self._stock = max(0, self._stock - len(key))

@@ -282,15 +282,30 @@ class QkdPskSource:
     async def look_up_for_pad(self, identity: bytes, session: Session) -> Secret:
         """The key that the peer has appended to the one-time pad of what it sends.
 
+        This waits where the peer names keys faster than it may, and while our key source does not
+        answer: the caller bounds the time.
+
         Raises:
-            KeySourceError: it is not one of ours for this session, or cannot be had.
+            KeySourceError: it is not one of ours for this session, or is not to be had any more.
         """
         peer, name = self._peer_of(session), name_of(identity)
         if name is None or not peer.source.knows(name):
             raise KeyUnknown("it is a key of others")
         if len(name) != 1:
             raise KeyUnauthorized(_COMBINED)
-        key = await self._look_up_once(peer, name, patient=True)
+        self._check_new(name)
+        self._remember(name, peer)
+        wait = self._limits.retry_after
+        while not self._budgets[id(peer)].take():
+            await sleep(wait)
+        while True:
+            try:
+                key = await self._ask(lambda: self._look_up_patiently(peer.source, name))
+                break
+            except KeySourceUnavailable as error:
+                self._lines.log(logging.WARNING, "a key of a one-time pad is due: %s", error)
+                await sleep(max(wait, error.retry_after or 0.0))
+                wait = min(2 * wait, self._limits.timeout)
         self.counters.looked_up += 1
         self.counters.pad_keys += 1
         return _for_pad(key)
@@ -333,28 +348,18 @@ class QkdPskSource:
                 return peer, name
         return None
 
-    async def _look_up_once(
-        self, peer: QkdPeer, name: KeyReference, *, patient: bool = False
-    ) -> QkdKey:
-        """Look a key up, unless it was looked up before.
-
-        Args:
-            peer: whose key it is.
-            name: its name.
-            patient: wait where the peer asks too often; only its own session does.
-        """
-        if name in self._asked:
-            self.counters.repeated += 1
-            raise KeyConsumed("this key was looked up before")
-        allowed, late = self._budgets[id(peer)].take(), current_time() + self._limits.timeout
-        while patient and not allowed and current_time() < late:
-            await sleep(self._limits.retry_after)
-            allowed = self._budgets[id(peer)].take()
-        if not allowed:
+    async def _look_up_once(self, peer: QkdPeer, name: KeyReference) -> QkdKey:
+        self._check_new(name)
+        if not self._budgets[id(peer)].take():
             self.counters.limited += 1
             raise KeySourceUnavailable(f"too many look-ups for {peer.source.peer_sae}")
         self._remember(name, peer)
         return await self._ask(lambda: self._look_up_patiently(peer.source, name))
+
+    def _check_new(self, name: KeyReference) -> None:
+        if name in self._asked:
+            self.counters.repeated += 1
+            raise KeyConsumed("this key was looked up before")
 
     def _remember(self, name: KeyReference, peer: QkdPeer) -> None:
         self._asked[name] = peer

@@ -296,7 +296,7 @@ class SecureDuplex:
             waited = True
             try:
                 if self._pads is not None and connection.waits_for_pad:
-                    await self._pads.wait_for_key()
+                    await self._wait_for_key(self._pads)
                     continue
                 connection.receive_data(await self._read())
             except TruncationError as error:
@@ -305,6 +305,13 @@ class SecureDuplex:
                 await self._fail(error)
             except HybridkexError as error:
                 await self._fail(error)
+
+    async def _wait_for_key(self, pads: PadKeeper) -> None:
+        try:
+            await pads.wait_for_key()
+        except PeerError as error:
+            self._connection.abort(error)
+            raise
 
     async def _read(self) -> bytes | bytearray:
         try:
@@ -543,7 +550,10 @@ class SecureDuplex:
             raise self._lib.ClosedResourceError("send_eof was called on this stream")
 
     async def _fail(self, error: HybridkexError) -> NoReturn:
-        """Send the alert, if there is one, and raise."""
+        """Send the alert, if there is one, and raise. The first failure is the one that counts:
+        another task may find that the engine has ended before it is told why."""
+        if self._failure is not None:
+            raise self._lib.BrokenResourceError(str(self._failure)) from self._failure
         self._failure = error
         told = isinstance(error, PeerError | KeySourceError)
         # While another task is in the middle of a send, the peer sees the connection end, at least.

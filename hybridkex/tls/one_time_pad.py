@@ -38,7 +38,7 @@ class PadSource(Protocol):
         ...
 
     async def look_up_for_pad(self, identity: bytes, session: Session) -> Secret:
-        """The key that the peer has drawn and named, once.
+        """The key that the peer has drawn and named, once. The shell bounds the time.
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
@@ -59,7 +59,8 @@ class OneTimePad:
     Args:
         hold: bytes of pad for our sending direction, 256 to 16,384, that are drawn ahead once we
             have begun to send. What is left at the end of the session is lost.
-        deadline: seconds that data waits for a QKD key. Then the session ends.
+        deadline: seconds that data waits for a QKD key, at the sender and at the receiver. Then the
+            session ends.
     """
 
     hold: int = 1024

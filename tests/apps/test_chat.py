@@ -343,6 +343,45 @@ def test_a_key_pool_that_runs_dry(processes: Processes, kmes: Kmes, tmp_path: Pa
     assert len(set(keys)) == 3, told
 
 
+def test_a_one_time_pad_that_is_used_up(processes: Processes, kmes: Kmes, tmp_path: Path) -> None:
+    """What is left is shown and counts down; what is longer is refused; the end is said."""
+
+    def export(who: list[str], ids: str, *words: str) -> list[str]:
+        pool = tmp_path / who[who.index("--sae") + 1]
+        files = ["--key-pool", str(pool), "--pool-key", f"{pool}.key", "--ids", str(tmp_path / ids)]
+        command = [sys.executable, "-m", "hybridkex", "kme", "export-pool"]
+        subprocess.run([*command, *who, *files, *words], check=True, timeout=WITHIN)
+        return ["--key-pool", str(pool)]
+
+    export(kmes.alice, "ours", "--number", "42")
+    export(kmes.bob, "theirs", "--number", "90")
+    alice_keys = export(kmes.alice, "theirs", "--role", "slave")
+    bob_keys = export(kmes.bob, "ours", "--role", "slave")
+    server, port = processes.listening("server", "--one-time-pad", who=bob_keys)
+    alice = processes.start(
+        alice_keys, "client", f"localhost:{port}", "--nick", "alice", "--one-time-pad"
+    )
+    read_until(alice, "alice joined lobby")
+    type_in(alice, "under the pad")
+    read_until(alice, "<alice> under the pad")
+    type_in(alice, "/keys")
+    said = read_until(alice, "received")
+    assert "under a one-time pad" in said
+    ((now, stock),) = re.findall(r"one-time pad for ([\d,]+) bytes \+ ([\d,]+) at the KME", said)
+    assert 500 < int(now.replace(",", "")) + int(stock.replace(",", "")) < 42 * 32
+    type_in(alice, "x" * 2000)
+    assert "bytes are left" not in read_until(alice, "are left; wait for more")
+    said = ""
+    while "not sent" not in said:
+        type_in(alice, "y" * 100)
+        said = read_until(alice, "\n")
+    type_in(alice, "ok?")
+    assert "<alice> ok?" in read_until(alice, "ok?")
+    type_in(alice, "/quit")
+    assert alice.wait(WITHIN) == 0
+    server.terminate()
+
+
 def test_a_psk(processes: Processes) -> None:
     psk = ["--psk", "room:" + "5a" * 32]
     _, port = processes.listening("server", who=psk)

@@ -24,6 +24,7 @@ from hybridkex.errors import (
     InternalError,
     KeySourceExhausted,
     KeySourceUnavailable,
+    KeyUnknown,
     PolicyRefused,
 )
 from hybridkex.net.event_loop import current_time, sleep, time_limit
@@ -52,7 +53,7 @@ class Kme:
         self.local_sae, self.peer_sae = source.local_sae, source.peer_sae
         self.knows, self.status = source.knows, source.status
         self.delay = self.look_up_delay = 0.0
-        self.down = self.empty = False
+        self.down = self.empty = self.forgets = False
         self.drawn = 0
 
     async def get_key(self) -> QkdKey:
@@ -65,6 +66,8 @@ class Kme:
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         await sleep(self.look_up_delay)
         await self._wait()
+        if self.forgets:
+            raise KeyUnknown("no such key")
         return await self._source.get_key_with_id(name)
 
     async def _wait(self) -> None:

@@ -225,12 +225,17 @@ def test_the_stock_is_gone(run: Run, why: str) -> None:
     run(sites, conversation)
 
 
-def test_a_key_that_the_receiver_cannot_get(run: Run) -> None:
-    sites = Sites(OneTimePad())
+@pytest.mark.parametrize("why", ["down", "forgotten"])
+def test_a_key_that_the_receiver_cannot_get(run: Run, why: str) -> None:
+    sites = Sites(OneTimePad(deadline=0.3))
 
     async def conversation(client: Any, server: Any) -> None:
         reasons: dict[str, BaseException] = {}
-        sites.bob.down = True
+        if why == "down":
+            sites.bob.down = True
+        else:
+            sites.bob.forgets = True
+        began = current_time()
 
         async def speak() -> None:
             try:
@@ -246,23 +251,26 @@ def test_a_key_that_the_receiver_cannot_get(run: Run) -> None:
                 reasons["server"] = error
 
         await together(speak(), listen())
-        assert any(isinstance(one, UnknownPskIdentity) for one in chain(reasons["server"]))
+        found = chain(reasons["server"])
+        assert any(isinstance(one, UnknownPskIdentity) for one in found), found
         alerts = [one for one in chain(reasons["client"]) if isinstance(one, AlertReceived)]
         assert alerts[0].name == "unknown_psk_identity"
+        assert (current_time() - began > 0.25) is (why == "down")
 
     run(sites, conversation)
 
 
-def test_an_outage_that_ends_in_time(run: Run) -> None:
+@pytest.mark.parametrize("whose", ["alice", "bob"])
+def test_an_outage_that_ends_in_time(run: Run, whose: str) -> None:
     sites = Sites(OneTimePad(hold=256, deadline=10))
 
     async def conversation(client: Any, server: Any) -> None:
         async def mend() -> None:
             await sleep(0.1)
-            sites.alice.down = False
+            getattr(sites, whose).down = False
 
         async def speak() -> None:
-            sites.alice.down = True
+            getattr(sites, whose).down = True
             await client.send(b"late, but whole")
             assert await client.receive_exactly(15) == b"late, but whole"
             await client.send_eof()

@@ -114,7 +114,40 @@ def test_the_qkd_key_alone(listening: Listening, connect: Connect, kmes: Kmes) -
         "authentication": "psk",
         "fresh_keys": "off",
         "fresh_qkd": "off",
+        "one_time_pad": "off",
     }
+
+
+def test_a_one_time_pad(listening: Listening, connect: Connect, kmes: Kmes) -> None:
+    with listening(*kmes.bob, "--one-time-pad") as (port, server):
+        client = connect(port, *kmes.alice, "--one-time-pad")
+        output, complaints = server.communicate()
+    assert (client.returncode, output) == (0, b"hello"), client.stderr + complaints
+    for stderr in (client.stderr, complaints):
+        assert session(stderr)["one_time_pad"] is True
+        assert session(stderr)["key_updates"] == "fresh"
+
+
+def test_a_one_time_pad_at_one_end(listening: Listening, connect: Connect, kmes: Kmes) -> None:
+    with listening(*kmes.bob, "--fresh-keys", "peer") as (port, _):
+        client = connect(port, *kmes.alice, "--one-time-pad")
+    assert client.returncode == 1
+    assert "our policy requires a one-time pad" in one_line(client.stderr)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "--one-time-pad needs a source of QKD keys"),
+        (["--resume", "tickets"], "--resume and --one-time-pad exclude each other"),
+    ],
+)
+def test_a_one_time_pad_without_what_it_needs(
+    connect: Connect, words: list[str], complaint: str
+) -> None:
+    client = connect("1", "--insecure", "--one-time-pad", *words)
+    assert client.returncode == 1
+    assert complaint.encode() in client.stderr
 
 
 def test_with_certificates_on_both_sides(

@@ -208,6 +208,7 @@ async def test_the_three_legs(make_sites: Callable[..., Sites], certificates: bo
             "authentication": wanted.value,
             "fresh_keys": "off",
             "fresh_qkd": "off",
+            "one_time_pad": "off",
         }
         assert session.qkd_key_ids[0] in str(session)
     assert (sites.alice.draws, sites.bob.gets) == (1, 1)

@@ -24,10 +24,12 @@ def run(options: ConnectOptions) -> int:
 
 
 async def _run(options: ConnectOptions) -> None:
-    if options.resume is not None and options.channel.fresh_keys is not None:
+    channel = options.channel
+    if options.resume is not None and (channel.fresh_keys is not None or channel.one_time_pad):
+        other = "--fresh-keys" if channel.fresh_keys is not None else "--one-time-pad"
         raise ConfigError(
-            "--resume and --fresh-keys exclude each other: a stolen ticket would undo what new "
-            "keys give"
+            f"--resume and {other} exclude each other: a stolen ticket would undo what new keys "
+            "give"
         )
     tickets = FileTicketStore(options.resume) if options.resume is not None else None
     async with client_config(options.channel, ticket_store=tickets) as config:

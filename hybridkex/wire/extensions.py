@@ -20,19 +20,21 @@ from hybridkex.constants import CertificateType, ExtensionType
 from hybridkex.errors import DecodeError, EncodeError, IllegalParameter, UnrecognizedName
 from hybridkex.reasons import Reason
 from hybridkex.values import value
-from hybridkex.wire.codec import (
-    Reader,
-    ascii_text,
-    u8,
-    u8_list,
-    u16,
-    u16_list,
-    u32,
-    vector8,
-    vector16,
+from hybridkex.wire.codec import Reader, ascii_text, u8, u8_list, u16, u32, vector8, vector16
+from hybridkex.wire.layout import (
+    BYTE_LIST,
+    U8,
+    U16,
+    U32,
+    Laid,
+    Layout,
+    codes,
+    listed,
+    opaque,
 )
 
 __all__ = [
+    "KEY_SHARE",
     "KNOWN_TYPES",
     "MAY_CHANGE",
     "AlpnChoice",
@@ -103,7 +105,7 @@ EE, CR = MessageKind.ENCRYPTED_EXTENSIONS, MessageKind.CERTIFICATE_REQUEST
 NST = MessageKind.NEW_SESSION_TICKET
 
 
-class Extension:
+class Extension(Laid):
     """What every extension has."""
 
     type: ClassVar[int]
@@ -113,15 +115,6 @@ class Extension:
     """Whether a server may send it only where the ClientHello has the same type."""
     may_change: ClassVar[bool] = False
     """Whether it may differ in the second ClientHello, or be missing (section 4.2.2)."""
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        """Parse the body; the caller checks that nothing is left over."""
-        raise NotImplementedError
-
-    def body(self) -> bytes:
-        """The body, without type and length."""
-        raise NotImplementedError
 
 
 class ApplicationExtension(Extension):
@@ -146,17 +139,6 @@ class ApplicationExtension(Extension):
             PeerError: the offer is not acceptable; the handshake ends with the error's alert.
         """
         raise NotImplementedError
-
-
-class _Empty(Extension):
-    """An extension with an empty body."""
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls()
-
-    def body(self) -> bytes:
-        return b""
 
 
 @value
@@ -206,50 +188,40 @@ class ServerName(Extension):
 
 
 @value
-class ServerNameAck(_Empty):
+class ServerNameAck(Extension):
     """The server used the name."""
 
     type = ExtensionType.SERVER_NAME
     messages = (EE,)
 
 
-class _CodeList(Extension):
-    """A list of 16-bit code points in a vector with a 16-bit length."""
-
-    codes: tuple[int, ...]
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(reader.u16_list(2))  # type: ignore[call-arg]  # the dataclasses below
-
-    def body(self) -> bytes:
-        return vector16(u16_list(self.codes))
-
-
 @value
-class SupportedGroups(_CodeList):
+class SupportedGroups(Extension):
     """Section 4.3.7."""
 
     type = ExtensionType.SUPPORTED_GROUPS
     messages = (CH, EE)
+    layout = (codes(2),)
     codes: tuple[int, ...]
 
 
 @value
-class SignatureAlgorithms(_CodeList):
+class SignatureAlgorithms(Extension):
     """Section 4.3.3: for CertificateVerify."""
 
     type = ExtensionType.SIGNATURE_ALGORITHMS
     messages = (CH, CR)
+    layout = (codes(2),)
     codes: tuple[int, ...]
 
 
 @value
-class SignatureAlgorithmsCert(_CodeList):
+class SignatureAlgorithmsCert(Extension):
     """Section 4.3.3: for the certificates of the chain."""
 
     type = ExtensionType.SIGNATURE_ALGORITHMS_CERT
     messages = (CH, CR)
+    layout = (codes(2),)
     codes: tuple[int, ...]
 
 
@@ -259,18 +231,8 @@ class AlpnOffer(Extension):
 
     type = ExtensionType.ALPN
     messages = (CH,)
+    layout = (listed(opaque(1, least=1), least=2),)
     protocols: tuple[bytes, ...]
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        names = reader.vector(2, least=2)
-        protocols = []
-        while names.remaining:
-            protocols.append(names.opaque(1, least=1))
-        return cls(tuple(protocols))
-
-    def body(self) -> bytes:
-        return vector16(b"".join(vector8(protocol) for protocol in self.protocols))
 
 
 @value
@@ -309,17 +271,6 @@ class _CertificateTypeOffer(Extension):
         return vector8(u8_list(self.types))
 
 
-class _CertificateTypeChoice(Extension):
-    chosen: int
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(reader.u8())  # type: ignore[call-arg]
-
-    def body(self) -> bytes:
-        return u8(self.chosen)
-
-
 @value
 class ClientCertificateTypeOffer(_CertificateTypeOffer):
     """RFC 7250 section 3."""
@@ -330,11 +281,12 @@ class ClientCertificateTypeOffer(_CertificateTypeOffer):
 
 
 @value
-class ClientCertificateTypeChoice(_CertificateTypeChoice):
+class ClientCertificateTypeChoice(Extension):
     """RFC 7250 section 3."""
 
     type = ExtensionType.CLIENT_CERTIFICATE_TYPE
     messages = (EE,)
+    layout = (U8,)
     chosen: int
 
 
@@ -348,11 +300,12 @@ class ServerCertificateTypeOffer(_CertificateTypeOffer):
 
 
 @value
-class ServerCertificateTypeChoice(_CertificateTypeChoice):
+class ServerCertificateTypeChoice(Extension):
     """RFC 7250 section 3."""
 
     type = ExtensionType.SERVER_CERTIFICATE_TYPE
     messages = (EE,)
+    layout = (U8,)
     chosen: int
 
 
@@ -397,7 +350,7 @@ class RecordSizeLimit(Extension):
 
 
 @value
-class TlsCertWithExternPsk(_Empty):
+class TlsCertWithExternPsk(Extension):
     """RFC 9973 section 4: certificates together with an external PSK."""
 
     type = ExtensionType.TLS_CERT_WITH_EXTERN_PSK
@@ -457,18 +410,12 @@ class PreSharedKeyChoice(Extension):
 
     type = ExtensionType.PRE_SHARED_KEY
     messages = (SH,)
+    layout = (U16,)
     selected: int
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(reader.u16())
-
-    def body(self) -> bytes:
-        return u16(self.selected)
 
 
 @value
-class EarlyDataIndication(_Empty):
+class EarlyDataIndication(Extension):
     """Section 4.3.10."""
 
     type = ExtensionType.EARLY_DATA
@@ -482,14 +429,8 @@ class EarlyDataLimit(Extension):
 
     type = ExtensionType.EARLY_DATA
     messages = (NST,)
+    layout = (U32,)
     max_early_data_size: int
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(reader.u32())
-
-    def body(self) -> bytes:
-        return u32(self.max_early_data_size)
 
 
 @value
@@ -498,14 +439,8 @@ class SupportedVersionsOffer(Extension):
 
     type = ExtensionType.SUPPORTED_VERSIONS
     messages = (CH,)
+    layout = (codes(1),)
     versions: tuple[int, ...]
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(reader.u16_list(1))
-
-    def body(self) -> bytes:
-        return vector8(u16_list(self.versions))
 
 
 @value
@@ -514,14 +449,8 @@ class SupportedVersionsChoice(Extension):
 
     type = ExtensionType.SUPPORTED_VERSIONS
     messages = (SH, HRR)
+    layout = (U16,)
     version: int
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(reader.u16())
-
-    def body(self) -> bytes:
-        return u16(self.version)
 
 
 @value
@@ -532,14 +461,8 @@ class Cookie(Extension):
     messages = (CH, HRR)
     needs_offer = False
     may_change = True
+    layout = (opaque(2, least=1),)
     cookie: bytes
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(reader.opaque(2, least=1))
-
-    def body(self) -> bytes:
-        return vector16(self.cookie)
 
 
 @value
@@ -548,14 +471,8 @@ class PskKeyExchangeModes(Extension):
 
     type = ExtensionType.PSK_KEY_EXCHANGE_MODES
     messages = (CH,)
+    layout = (BYTE_LIST,)
     modes: tuple[int, ...]
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(tuple(reader.opaque(1, least=1)))
-
-    def body(self) -> bytes:
-        return vector8(u8_list(self.modes))
 
 
 @value
@@ -564,18 +481,8 @@ class CertificateAuthorities(Extension):
 
     type = ExtensionType.CERTIFICATE_AUTHORITIES
     messages = (CH, CR)
+    layout = (listed(opaque(2, least=1), least=3),)
     names: tuple[bytes, ...]
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        entries = reader.vector(2, least=3)
-        names = []
-        while entries.remaining:
-            names.append(entries.opaque(2, least=1))
-        return cls(tuple(names))
-
-    def body(self) -> bytes:
-        return vector16(b"".join(vector16(name) for name in self.names))
 
 
 @value
@@ -599,7 +506,7 @@ class OidFilters(Extension):
 
 
 @value
-class PostHandshakeAuth(_Empty):
+class PostHandshakeAuth(Extension):
     """Section 4.3.6; we never offer it."""
 
     type = ExtensionType.POST_HANDSHAKE_AUTH
@@ -607,20 +514,15 @@ class PostHandshakeAuth(_Empty):
 
 
 @value
-class KeyShareEntry:
+class KeyShareEntry(Laid):
     """Section 4.3.8."""
 
+    layout = (U16, opaque(2, least=1))
     group: int
     share: bytes
 
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        """Parse group and share."""
-        return cls(reader.u16(), reader.opaque(2, least=1))
 
-    def encode(self) -> bytes:
-        """Group and share."""
-        return u16(self.group) + vector16(self.share)
+KEY_SHARE: Final = Layout(KeyShareEntry.read, KeyShareEntry.body)
 
 
 @value
@@ -630,18 +532,8 @@ class KeyShareOffer(Extension):
     type = ExtensionType.KEY_SHARE
     messages = (CH,)
     may_change = True
+    layout = (listed(KEY_SHARE),)
     entries: tuple[KeyShareEntry, ...]
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        shares = reader.vector(2)
-        entries = []
-        while shares.remaining:
-            entries.append(KeyShareEntry.read(shares))
-        return cls(tuple(entries))
-
-    def body(self) -> bytes:
-        return vector16(b"".join(entry.encode() for entry in self.entries))
 
 
 @value
@@ -650,14 +542,8 @@ class KeyShareChoice(Extension):
 
     type = ExtensionType.KEY_SHARE
     messages = (SH,)
+    layout = (KEY_SHARE,)
     entry: KeyShareEntry
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(KeyShareEntry.read(reader))
-
-    def body(self) -> bytes:
-        return self.entry.encode()
 
 
 @value
@@ -666,14 +552,8 @@ class KeyShareRetry(Extension):
 
     type = ExtensionType.KEY_SHARE
     messages = (HRR,)
+    layout = (U16,)
     group: int
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(reader.u16())
-
-    def body(self) -> bytes:
-        return u16(self.group)
 
 
 @value
@@ -712,14 +592,8 @@ class FreshQkdKeysOffer(Extension):
 
     type = ExtensionType.FRESH_QKD_KEYS
     messages = (CH,)
+    layout = (BYTE_LIST,)
     versions: tuple[int, ...]
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(tuple(reader.opaque(1, least=1)))
-
-    def body(self) -> bytes:
-        return vector8(u8_list(self.versions))
 
 
 @value
@@ -728,14 +602,8 @@ class FreshQkdKeysAnswer(Extension):
 
     type = ExtensionType.FRESH_QKD_KEYS
     messages = (EE,)
+    layout = (U8,)
     version: int
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(reader.u8())
-
-    def body(self) -> bytes:
-        return u8(self.version)
 
 
 @value
@@ -744,14 +612,8 @@ class OneTimePadOffer(Extension):
 
     type = ExtensionType.ONE_TIME_PAD
     messages = (CH,)
+    layout = (codes(1),)
     suites: tuple[int, ...]
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(reader.u16_list(1))
-
-    def body(self) -> bytes:
-        return vector8(u16_list(self.suites))
 
 
 @value
@@ -760,14 +622,8 @@ class OneTimePadAnswer(Extension):
 
     type = ExtensionType.ONE_TIME_PAD
     messages = (EE,)
+    layout = (U16,)
     suite: int
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(reader.u16())
-
-    def body(self) -> bytes:
-        return u16(self.suite)
 
 
 _CLASSES: Final[tuple[type[Extension], ...]] = (

@@ -3,21 +3,12 @@
 from typing import ClassVar
 
 from hybridkex.constants import HandshakeType
-from hybridkex.wire.codec import Reader
+from hybridkex.wire.layout import Laid
 
 __all__ = ["Message"]
 
 
-class Message:
+class Message(Laid):
     """What every handshake message has."""
 
     type: ClassVar[HandshakeType]
-
-    @classmethod
-    def read(cls, reader: Reader) -> "Message":
-        """Parse the body; the caller checks that nothing is left over."""
-        raise NotImplementedError
-
-    def body(self) -> bytes:
-        """The body, without the header."""
-        raise NotImplementedError

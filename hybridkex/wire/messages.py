@@ -4,24 +4,16 @@
 bytes that were received, never a message written again.
 """
 
+from functools import partial
 from typing import Final, Self
 
 from hybridkex.constants import HELLO_RETRY_RANDOM, LEGACY_VERSION, HandshakeType, KdfCode
 from hybridkex.errors import DecodeError, IllegalParameter, UnexpectedMessage
 from hybridkex.reasons import Reason
 from hybridkex.values import value
-from hybridkex.wire.codec import (
-    Reader,
-    fixed,
-    u8,
-    u16,
-    u16_list,
-    u32,
-    vector8,
-    vector16,
-    vector24,
-)
+from hybridkex.wire.codec import Reader, fixed, u8, u16, u16_list, vector8, vector16, vector24
 from hybridkex.wire.extensions import Extensions, MessageKind, parse
+from hybridkex.wire.layout import REST, U16, U32, Laid, Layout, opaque
 from hybridkex.wire.message import Message
 from hybridkex.wire.update_messages import ExtendedKeyUpdate
 
@@ -46,6 +38,10 @@ __all__ = [
 
 HEADER_LENGTH: Final = 4
 """Bytes of a handshake message before its body: type and 24-bit length."""
+
+
+def _extensions_of(kind: MessageKind) -> Layout:
+    return Layout(partial(parse, kind), Extensions.encode)
 
 
 @value
@@ -112,7 +108,7 @@ class ServerHello(_ServerHelloForm):
     """Section 4.2.3."""
 
     @classmethod
-    def read(cls, reader: Reader) -> Message:
+    def read(cls, reader: Reader) -> Message:  # type: ignore[override]
         """A ServerHello or, where its random says so, a HelloRetryRequest."""
         legacy_version = reader.u16()
         random = reader.take(32)
@@ -140,14 +136,8 @@ class EncryptedExtensions(Message):
     """Section 4.4.1."""
 
     type = HandshakeType.ENCRYPTED_EXTENSIONS
+    layout = (_extensions_of(MessageKind.ENCRYPTED_EXTENSIONS),)
     extensions: Extensions
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(parse(MessageKind.ENCRYPTED_EXTENSIONS, reader))
-
-    def body(self) -> bytes:
-        return self.extensions.encode()
 
 
 @value
@@ -155,15 +145,9 @@ class CertificateRequest(Message):
     """Section 4.4.2."""
 
     type = HandshakeType.CERTIFICATE_REQUEST
+    layout = (opaque(1), _extensions_of(MessageKind.CERTIFICATE_REQUEST))
     context: bytes
     extensions: Extensions
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(reader.opaque(1), parse(MessageKind.CERTIFICATE_REQUEST, reader))
-
-    def body(self) -> bytes:
-        return vector8(self.context) + self.extensions.encode()
 
 
 @value
@@ -200,15 +184,9 @@ class CertificateVerify(Message):
     """Section 4.5.2."""
 
     type = HandshakeType.CERTIFICATE_VERIFY
+    layout = (U16, opaque(2))
     scheme: int
     signature: bytes
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(reader.u16(), reader.opaque(2))
-
-    def body(self) -> bytes:
-        return u16(self.scheme) + vector16(self.signature)
 
 
 @value
@@ -216,14 +194,8 @@ class Finished(Message):
     """Section 4.5.3; its length is checked together with its value."""
 
     type = HandshakeType.FINISHED
+    layout = (REST,)
     verify_data: bytes
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(reader.rest())
-
-    def body(self) -> bytes:
-        return self.verify_data
 
 
 @value
@@ -231,30 +203,15 @@ class NewSessionTicket(Message):
     """Section 4.7.1."""
 
     type = HandshakeType.NEW_SESSION_TICKET
+    layout = (
+        *(U32, U32, opaque(1), opaque(2, least=1)),
+        _extensions_of(MessageKind.NEW_SESSION_TICKET),
+    )
     lifetime: int
     age_add: int
     nonce: bytes
     ticket: bytes
     extensions: Extensions
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls(
-            reader.u32(),
-            reader.u32(),
-            reader.opaque(1),
-            reader.opaque(2, least=1),
-            parse(MessageKind.NEW_SESSION_TICKET, reader),
-        )
-
-    def body(self) -> bytes:
-        return (
-            u32(self.lifetime)
-            + u32(self.age_add)
-            + vector8(self.nonce)
-            + vector16(self.ticket)
-            + self.extensions.encode()
-        )
 
 
 @value
@@ -282,13 +239,6 @@ class EndOfEarlyData(Message):
     """Section 4.6; we accept no early data, so it is never in place."""
 
     type = HandshakeType.END_OF_EARLY_DATA
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        return cls()
-
-    def body(self) -> bytes:
-        return b""
 
 
 _CLASSES: Final[dict[int, type[Message]]] = {
@@ -338,9 +288,10 @@ _KDFS: Final = frozenset(int(code) for code in KdfCode)
 
 
 @value
-class ImportedIdentity:
+class ImportedIdentity(Laid):
     """The identity of an imported PSK on the wire (RFC 9258 section 5.1)."""
 
+    layout = (opaque(2, least=1), opaque(2), U16, U16)
     external_identity: bytes
     context: bytes
     target_protocol: int
@@ -351,7 +302,7 @@ class ImportedIdentity:
         """Read one; ``None`` where the bytes are an identity of another kind."""
         reader = Reader(data)
         try:
-            identity = cls(reader.opaque(2, least=1), reader.opaque(2), reader.u16(), reader.u16())
+            identity = cls.read(reader)
             reader.finish()
         except DecodeError:
             return None
@@ -359,9 +310,4 @@ class ImportedIdentity:
 
     def encode(self) -> bytes:
         """The bytes that go into PskIdentity.identity and into the derivation."""
-        return (
-            vector16(self.external_identity)
-            + vector16(self.context)
-            + u16(self.target_protocol)
-            + u16(self.target_kdf)
-        )
+        return self.body()

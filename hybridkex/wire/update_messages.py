@@ -5,14 +5,15 @@ All are one handshake type; the byte behind the header is the subtype.
 """
 
 from enum import IntEnum
-from typing import ClassVar, Final, Self, TypeVar
+from typing import ClassVar, Final
 
 from hybridkex.constants import HandshakeType, UpdateType
 from hybridkex.errors import IllegalParameter, UnexpectedMessage
 from hybridkex.reasons import Reason
 from hybridkex.values import value
-from hybridkex.wire.codec import Reader, u8, vector16
-from hybridkex.wire.extensions import KeyShareEntry
+from hybridkex.wire.codec import Reader, u8
+from hybridkex.wire.extensions import KEY_SHARE, KeyShareEntry
+from hybridkex.wire.layout import REST, Layout, opaque
 from hybridkex.wire.message import Message
 
 __all__ = [
@@ -53,17 +54,17 @@ class DeclineReason(IntEnum):
     KEY_REQUIRED = 1
 
 
-V = TypeVar("V", bound=IntEnum)
+def _one_of(kind: type[IntEnum]) -> Layout:
+    def read(reader: Reader) -> IntEnum:
+        code = reader.u8()
+        try:
+            return kind(code)
+        except ValueError:
+            raise IllegalParameter(
+                f"extended_key_update with {kind.__name__} {code}", Reason.UPDATE_MALFORMED
+            ) from None
 
-
-def _value(kind: type[V], reader: Reader) -> V:
-    value = reader.u8()
-    try:
-        return kind(value)
-    except ValueError:
-        raise IllegalParameter(
-            f"extended_key_update with {kind.__name__} {value}", Reason.UPDATE_MALFORMED
-        ) from None
+    return Layout(read, u8)
 
 
 class ExtendedKeyUpdate(Message):
@@ -80,31 +81,16 @@ class ExtendedKeyUpdate(Message):
             raise UnexpectedMessage(
                 f"extended_key_update of unknown subtype {subtype}", Reason.UPDATE_SUBTYPE
             )
-        return found.read_fields(reader)
-
-    @classmethod
-    def read_fields(cls, reader: Reader) -> Self:
-        """Parse what follows the subtype."""
-        raise NotImplementedError
-
-    def fields(self) -> bytes:
-        """What follows the subtype."""
-        raise NotImplementedError
+        return super(ExtendedKeyUpdate, found).read(reader)
 
     def body(self) -> bytes:
-        return u8(self.subtype) + self.fields()
+        return u8(self.subtype) + super().body()
 
 
 @value
 class _ShareAlone(ExtendedKeyUpdate):
+    layout = (KEY_SHARE,)
     key_share: KeyShareEntry
-
-    @classmethod
-    def read_fields(cls, reader: Reader) -> Self:
-        return cls(KeyShareEntry.read(reader))
-
-    def fields(self) -> bytes:
-        return self.key_share.encode()
 
 
 @value
@@ -127,30 +113,17 @@ class UpdateFinish(ExtendedKeyUpdate):
 
     subtype = UpdateType.FINISH
 
-    @classmethod
-    def read_fields(cls, reader: Reader) -> Self:
-        return cls()
-
-    def fields(self) -> bytes:
-        return b""
-
 
 @value
 class FreshRequest(ExtendedKeyUpdate):
     """A request with a slot for a QKD key."""
 
     subtype = UpdateType.FRESH_REQUEST
+    layout = (KEY_SHARE, _one_of(Demand), opaque(2))
     key_share: KeyShareEntry
     demand: Demand
     identity: bytes
     """The key's ``ImportedIdentity``; empty where the slot is."""
-
-    @classmethod
-    def read_fields(cls, reader: Reader) -> Self:
-        return cls(KeyShareEntry.read(reader), _value(Demand, reader), reader.opaque(2))
-
-    def fields(self) -> bytes:
-        return self.key_share.encode() + u8(self.demand) + vector16(self.identity)
 
 
 @value
@@ -158,15 +131,9 @@ class FreshResponse(ExtendedKeyUpdate):
     """A response that says what became of the slot."""
 
     subtype = UpdateType.FRESH_RESPONSE
+    layout = (KEY_SHARE, _one_of(SlotAnswer))
     key_share: KeyShareEntry
     answer: SlotAnswer
-
-    @classmethod
-    def read_fields(cls, reader: Reader) -> Self:
-        return cls(KeyShareEntry.read(reader), _value(SlotAnswer, reader))
-
-    def fields(self) -> bytes:
-        return self.key_share.encode() + u8(self.answer)
 
 
 @value
@@ -174,14 +141,8 @@ class FreshDecline(ExtendedKeyUpdate):
     """The responder makes no update; both ends stay in their epoch."""
 
     subtype = UpdateType.FRESH_DECLINE
+    layout = (_one_of(DeclineReason),)
     reason: DeclineReason
-
-    @classmethod
-    def read_fields(cls, reader: Reader) -> Self:
-        return cls(_value(DeclineReason, reader))
-
-    def fields(self) -> bytes:
-        return u8(self.reason)
 
 
 @value
@@ -189,14 +150,8 @@ class FreshConfirm(ExtendedKeyUpdate):
     """The first message under a new key; its length is checked together with its value."""
 
     subtype = UpdateType.FRESH_CONFIRM
+    layout = (REST,)
     verify_data: bytes
-
-    @classmethod
-    def read_fields(cls, reader: Reader) -> Self:
-        return cls(reader.rest())
-
-    def fields(self) -> bytes:
-        return self.verify_data
 
 
 @value
@@ -205,15 +160,9 @@ class PadKey(ExtendedKeyUpdate):
     (``docs/one-time-pad.md``)."""
 
     subtype = UpdateType.PAD_KEY
+    layout = (opaque(2, least=1),)
     identity: bytes
     """Its ``QkdIdentity``."""
-
-    @classmethod
-    def read_fields(cls, reader: Reader) -> Self:
-        return cls(reader.opaque(2, least=1))
-
-    def fields(self) -> bytes:
-        return vector16(self.identity)
 
 
 _SUBTYPES: Final[dict[int, type[ExtendedKeyUpdate]]] = {

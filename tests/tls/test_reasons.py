@@ -27,6 +27,7 @@ ONE_MEANING = {  # The class says it all.
     "InternalError",
     "MissingExtension",
     "NoApplicationProtocol",
+    "PadExhausted",
     "RecordOverflow",
     "UnrecognizedName",
     "UnsupportedCertificateType",

@@ -126,7 +126,7 @@ def test_its_process_opens_its_folder_and_nothing_else(report: Report, tmp_path:
         "ml-kem.jsonl",
     }
     code = (Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve(), PACKAGE.resolve())
-    assert all(any(path.is_relative_to(place) for place in code) for path in opened - theirs)
+    assert not [p for p in opened - theirs if not any(p.is_relative_to(c) for c in code)]
     # Listing its folder is all that it asks of the system besides.
     assert {event for event, _ in events} <= {"open", "os.listdir", "os.scandir"}
 

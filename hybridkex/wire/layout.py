@@ -1,0 +1,83 @@
+"""Structures whose fields stand on the wire one after the other.
+
+A class of :class:`Laid` declares the layout of its fields and needs no code of its own; one whose
+form is less regular overrides :meth:`Laid.read` and :meth:`Laid.body`.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Final, NamedTuple, Self
+
+from hybridkex.wire.codec import (
+    Reader,
+    u8,
+    u8_list,
+    u16,
+    u16_list,
+    u32,
+    vector8,
+    vector16,
+    vector24,
+)
+
+__all__ = ["BYTE_LIST", "REST", "U8", "U16", "U32", "Laid", "Layout", "codes", "listed", "opaque"]
+
+_VECTORS: Final = {1: vector8, 2: vector16, 3: vector24}
+
+
+class Layout(NamedTuple):
+    """How a value is read and written."""
+
+    read: Callable[[Reader], Any]
+    write: Callable[[Any], bytes]
+
+
+U8: Final = Layout(Reader.u8, u8)
+U16: Final = Layout(Reader.u16, u16)
+U32: Final = Layout(Reader.u32, u32)
+REST: Final = Layout(Reader.rest, bytes)
+"""Bytes up to the end."""
+BYTE_LIST: Final = Layout(
+    lambda reader: tuple(reader.opaque(1, least=1)), lambda values: vector8(u8_list(values))
+)
+"""A vector of one or more 8-bit integers."""
+
+
+def opaque(width: int, least: int = 0) -> Layout:
+    """A vector of ``least`` bytes or more, with a length of ``width`` bytes."""
+    return Layout(lambda reader: reader.opaque(width, least), _VECTORS[width])
+
+
+def codes(width: int) -> Layout:
+    """A vector of one or more 16-bit integers, with a length of ``width`` bytes."""
+    vector = _VECTORS[width]
+    return Layout(lambda reader: reader.u16_list(width), lambda values: vector(u16_list(values)))
+
+
+def listed(entry: Layout, least: int = 0) -> Layout:
+    """A vector of entries, with a length of two bytes and ``least`` bytes of content or more."""
+
+    def read(reader: Reader) -> tuple[Any, ...]:
+        entries = reader.vector(2, least)
+        found = []
+        while entries.remaining:
+            found.append(entry.read(entries))
+        return tuple(found)
+
+    return Layout(read, lambda values: vector16(b"".join(map(entry.write, values))))
+
+
+class Laid:
+    """A structure of fields, for a dataclass."""
+
+    layout: ClassVar[tuple[Layout, ...]] = ()
+    """Of each field, in their order."""
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        """Parse the fields; the caller checks that nothing is left over."""
+        return cls(*(one.read(reader) for one in cls.layout))
+
+    def body(self) -> bytes:
+        """The fields on the wire."""
+        values = vars(self).values()
+        return b"".join(one.write(value) for one, value in zip(self.layout, values, strict=True))

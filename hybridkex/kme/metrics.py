@@ -17,14 +17,17 @@ class KmeMetrics:
     """The metrics of the KMEs of one process, told apart by the label ``kme``."""
 
     def __init__(self) -> None:
-        registry = CollectorRegistry()
-        self._registry = registry
-        self.requests = Counter(
-            "hybridkex_kme_requests",
-            "Requests answered.",
-            ("kme", "call", "status"),
-            registry=registry,
-        )
+        self._registry = registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            names = ("kme", *labels)
+            return Counter(f"hybridkex_{name}", text, names, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            names = ("kme", *labels)
+            return Gauge(f"hybridkex_{name}", text, names, registry=registry)
+
+        self.requests = counter("kme_requests", "Requests answered.", "call", "status")
         self.seconds = Histogram(
             "hybridkex_kme_request_seconds",
             "Time from a complete request to its response.",
@@ -32,101 +35,54 @@ class KmeMetrics:
             registry=registry,
             buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
         )
-        self.delivered = Counter(
-            "hybridkex_kme_keys_delivered",
-            "Keys given to SAEs.",
-            ("kme", "role"),
-            registry=registry,
+        self.delivered = counter("kme_keys_delivered", "Keys given to SAEs.", "role")
+        self.stored = gauge(
+            "kme_keys_stored", "Keys of a link that are not promised to any SAE.", "link"
         )
-        self.stored = Gauge(
-            "hybridkex_kme_keys_stored",
-            "Keys of a link that are not promised to any SAE.",
-            ("kme", "link"),
-            registry=registry,
-        )
-        self.produced = Counter(
-            "hybridkex_kme_keys_produced",
-            "Keys taken in from a producer.",
-            ("kme", "link"),
-            registry=registry,
-        )
-        self.refused = Counter(
-            "hybridkex_kme_blocks_refused",
+        self.produced = counter("kme_keys_produced", "Keys taken in from a producer.", "link")
+        self.refused = counter(
+            "kme_blocks_refused",
             "Keys that the KME at the other end would not allot.",
-            ("kme", "link", "reason"),
-            registry=registry,
+            "link",
+            "reason",
         )
-        self.lost = Counter(
-            "hybridkex_kme_keys_lost",
+        self.lost = counter(
+            "kme_keys_lost",
             "Keys of a link that were erased without having been delivered.",
-            ("kme", "link", "reason"),
-            registry=registry,
+            "link",
+            "reason",
         )
-        self.excess = Counter(
-            "hybridkex_kme_peer_excess",
+        self.excess = counter(
+            "kme_peer_excess",
             "Requests, keys and IDs of a peer KME above its limits.",
-            ("kme", "link", "reason"),
-            registry=registry,
+            "link",
+            "reason",
         )
-        self.shortages = Counter(
-            "hybridkex_kme_shortages",
-            "Requests for more keys than were free.",
-            ("kme", "link"),
-            registry=registry,
+        self.shortages = counter("kme_shortages", "Requests for more keys than were free.", "link")
+        self.store_failures = counter("kme_store_failures", "Calls to the key store that failed.")
+        self.expired = counter("kme_keys_expired", "Keys erased because of their age.")
+        self.link_blocks = counter(
+            "qkd_link_blocks", "Blocks of a QKD link, completed or aborted.", "link", "outcome"
         )
-        self.store_failures = Counter(
-            "hybridkex_kme_store_failures",
-            "Calls to the key store that failed.",
-            ("kme",),
-            registry=registry,
-        )
-        self.expired = Counter(
-            "hybridkex_kme_keys_expired",
-            "Keys erased because of their age.",
-            ("kme",),
-            registry=registry,
-        )
-        self.link_blocks = Counter(
-            "hybridkex_qkd_link_blocks",
-            "Blocks of a QKD link, completed or aborted.",
-            ("kme", "link", "outcome"),
-            registry=registry,
-        )
-        self.link_sifted = Counter(
-            "hybridkex_qkd_link_sifted_bits",
+        self.link_sifted = counter(
+            "qkd_link_sifted_bits",
             "Sifted bits of the key basis, of blocks that made keys.",
-            ("kme", "link"),
-            registry=registry,
+            "link",
         )
-        self.link_secret = Counter(
-            "hybridkex_qkd_link_secret_bits",
-            "Secret bits made.",
-            ("kme", "link"),
-            registry=registry,
+        self.link_secret = counter("qkd_link_secret_bits", "Secret bits made.", "link")
+        self.link_qber = gauge(
+            "qkd_link_qber_ratio", "Share of wrong bits in the last block that made keys.", "link"
         )
-        self.link_qber = Gauge(
-            "hybridkex_qkd_link_qber_ratio",
-            "Share of wrong bits in the last block that made keys.",
-            ("kme", "link"),
-            registry=registry,
-        )
-        self.link_rate = Gauge(
-            "hybridkex_qkd_link_secret_bits_per_second",
+        self.link_rate = gauge(
+            "qkd_link_secret_bits_per_second",
             "Secret bits per second of the link's time, in the last block that made keys.",
-            ("kme", "link"),
-            registry=registry,
+            "link",
         )
-        self.link_ledger = Gauge(
-            "hybridkex_qkd_link_ledger_bits",
-            "Authentication key of a QKD link in stock.",
-            ("kme", "link"),
-            registry=registry,
+        self.link_ledger = gauge(
+            "qkd_link_ledger_bits", "Authentication key of a QKD link in stock.", "link"
         )
-        self.rejected = Counter(
-            "hybridkex_kme_connections_rejected",
-            "Connections that ended before a request.",
-            ("kme", "reason"),
-            registry=registry,
+        self.rejected = counter(
+            "kme_connections_rejected", "Connections that ended before a request.", "reason"
         )
 
     def note_block(self, kme: str, link: str, block: "Block | BlockAborted") -> None:

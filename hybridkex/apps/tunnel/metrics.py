@@ -1,7 +1,5 @@
 """Prometheus metrics of the tunnels of a process (needs ``prometheus_client``)."""
 
-from typing import TypeVar
-
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from hybridkex import Session
@@ -9,55 +7,45 @@ from hybridkex.errors import AlertReceived, PeerError
 
 __all__ = ["TunnelCounters", "TunnelMetrics"]
 
-F = TypeVar("F", Counter, Gauge)
-
 
 class TunnelMetrics:
     """The metrics of the tunnels of one process, told apart by the label ``tunnel``."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.open = self._family(Gauge, "connections_open", "Open connections.")
-        self.total = self._family(Counter, "connections", "Connections accepted.")
-        self.failed = self._family(
-            Counter,
+        self.registry = registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            names = ("tunnel", *labels)
+            return Counter(f"hybridkex_tunnel_{name}", text, names, registry=registry)
+
+        self.open = Gauge(
+            "hybridkex_tunnel_connections_open", "Open connections.", ("tunnel",), registry=registry
+        )
+        self.total = counter("connections", "Connections accepted.")
+        self.failed = counter(
             "connections_refused",
             "Connections refused before they carried data: limit, handshake, name or upstream.",
             "reason",
         )
-        self.cut = self._family(
-            Counter, "connections_cut", "Connections that did not end in an orderly way."
+        self.cut = counter("connections_cut", "Connections that did not end in an orderly way.")
+        self.bytes = counter(
+            "bytes", "Bytes forwarded, outwards from the listening side or back.", "direction"
         )
-        self.bytes = self._family(
-            Counter,
-            "bytes",
-            "Bytes forwarded, outwards from the listening side or back.",
-            "direction",
-        )
-        self.handshakes = self._family(
-            Counter, "handshakes", "Successful handshakes.", "group", "auth"
-        )
-        self.handshake_failures = self._family(
-            Counter,
+        self.handshakes = counter("handshakes", "Successful handshakes.", "group", "auth")
+        self.handshake_failures = counter(
             "handshake_failures",
             "Failed handshakes, with the alert, its sender, and our reason if we sent it.",
             *("alert", "by", "reason"),
         )
-        self.qkd_keys = self._family(Counter, "qkd_keys", "QKD keys used in handshakes.")
-        self.qkd_fallbacks = self._family(
-            Counter,
-            "qkd_fallbacks",
-            "Handshakes without a QKD key under a policy that prefers one.",
+        self.qkd_keys = counter("qkd_keys", "QKD keys used in handshakes.")
+        self.qkd_fallbacks = counter(
+            "qkd_fallbacks", "Handshakes without a QKD key under a policy that prefers one."
         )
-        self.key_updates = self._family(
-            Counter,
+        self.key_updates = counter(
             "key_updates",
             "Key updates with a new key exchange, in connections that were open.",
             "qkd",
         )
-
-    def _family(self, kind: type[F], name: str, text: str, *labels: str) -> F:
-        return kind(f"hybridkex_tunnel_{name}", text, ("tunnel", *labels), registry=self.registry)
 
     def of(self, tunnel: str) -> "TunnelCounters":
         """The counters of one tunnel, exported from now on."""

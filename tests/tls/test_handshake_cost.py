@@ -32,7 +32,7 @@ def calls(client: ClientConfig, server: ServerConfig) -> int:
     return count
 
 
-@pytest.mark.parametrize(("resumed", "bound"), [(False, 2340), (True, 2530)])
+@pytest.mark.parametrize(("resumed", "bound"), [(False, 1870), (True, 2190)])
 def test_calls_of_a_handshake(
     trust: TrustStore, identity: Identity, resumed: bool, bound: int
 ) -> None:

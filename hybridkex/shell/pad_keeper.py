@@ -67,6 +67,7 @@ class PadKeeper:
         self._source = source
         self._changed = changed
         self._grown = Event()
+        self._stopped = False
         self._stock: int | None = None
         budget = self.budget
         self.piece: Final = piece_of(config.hold, budget.record)
@@ -89,7 +90,9 @@ class PadKeeper:
         )
 
     def stop(self) -> None:
-        """End both tasks where they wait next."""
+        """End both tasks where they wait next, and whoever waits for them."""
+        self._stopped = True
+        self._grown.set()
         for one in self._tasks:
             one.cancel()
 
@@ -111,6 +114,7 @@ class PadKeeper:
             self._late = math.inf
         elif self._late == math.inf:
             self._late = current_time() + self._config.deadline
+            self._not_before, self._retry = -math.inf, _FIRST_RETRY
         if self._waiting or budget.message < self.piece // 2:
             self._filling = True
             self._draw.set()
@@ -121,6 +125,7 @@ class PadKeeper:
 
         Raises:
             PeerError: the session has to end.
+            LocalStateError: it has ended.
         """
         try:
             while not self.ready(size):
@@ -129,19 +134,17 @@ class PadKeeper:
             self._waiting, self._late = False, math.inf
 
     async def wait_for_key(self) -> None:
-        """Wait until the key that the next record takes is there.
-
-        Raises:
-            PeerError: the session has to end.
-        """
+        """Wait until the key that the next record takes is there. Raises as the other."""
         while self._connection.waits_for_pad:
             await self._growth()
 
     async def _growth(self) -> None:
-        if self.error is None:
+        if self.error is None and not self._stopped:
             await self._grown.wait()
         if self.error is not None:
             raise self.error
+        if self._stopped:
+            raise LocalStateError("the connection has ended")
 
     def saw(self, event: PadKeyWanted) -> None:
         """The peer has named a key."""
@@ -154,7 +157,7 @@ class PadKeeper:
         try:
             await task()
         except LocalStateError:
-            pass  # The connection has ended meanwhile.
+            self.stop()  # The connection has ended meanwhile.
         except PeerError as error:
             self._tell(error)
         except Exception:

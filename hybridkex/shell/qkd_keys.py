@@ -277,7 +277,10 @@ class QkdPskSource:
         self._remember(key.name, peer)
         self.counters.drawn += 1
         self.counters.pad_keys += 1
-        return identity_of(key.name), _for_pad(key)
+        try:
+            return identity_of(key.name), _for_pad(key)
+        except ConfigError as error:
+            raise KeySourceUnavailable(f"the key source gave an unusable key: {error}") from None
 
     async def look_up_for_pad(self, identity: bytes, session: Session) -> Secret:
         """The key that the peer has appended to the one-time pad of what it sends.

@@ -309,8 +309,10 @@ class SecureDuplex:
     async def _wait_for_key(self, pads: PadKeeper) -> None:
         try:
             await pads.wait_for_key()
-        except PeerError as error:
-            self._connection.abort(error)
+        except HybridkexError as error:
+            self._check_usable()
+            if isinstance(error, PeerError):
+                self._connection.abort(error)
             raise
 
     async def _read(self) -> bytes | bytearray:
@@ -555,6 +557,8 @@ class SecureDuplex:
         if self._failure is not None:
             raise self._lib.BrokenResourceError(str(self._failure)) from self._failure
         self._failure = error
+        if self._pads is not None:
+            self._pads.stop()
         told = isinstance(error, PeerError | KeySourceError)
         # While another task is in the middle of a send, the peer sees the connection end, at least.
         if told and self._send_failure is None and not self._flushing:

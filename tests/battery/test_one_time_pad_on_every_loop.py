@@ -1,10 +1,17 @@
 """Sessions under a one-time pad: the same on every event loop."""
 
+import contextlib
+import itertools
 import logging
-from collections.abc import Awaitable, Callable
+import random
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from functools import partial
 from typing import Any
 
+import anyio
 import pytest
+from conftest import Broken
 from test_every_shell import together
 from test_fresh_keys_on_every_loop import IDENTITY, TRUST, Kme, chain, echo
 
@@ -19,7 +26,7 @@ from hybridkex import (
     Requirement,
     ServerConfig,
 )
-from hybridkex.errors import AlertReceived, PadExhausted, UnknownPskIdentity
+from hybridkex.errors import AlertReceived, InternalError, PadExhausted, UnknownPskIdentity
 from hybridkex.net.event_loop import current_time, sleep, time_limit
 from hybridkex.net.log import BoundedLog
 from hybridkex.qkd.in_process import in_process_pair
@@ -276,5 +283,248 @@ def test_an_outage_that_ends_in_time(run: Run, whose: str) -> None:
             await client.send_eof()
 
         await together(echo(server), speak(), mend())
+
+    run(sites, conversation)
+
+
+# --- cancellation ---------------------------------------------------------------------------------
+
+
+@types.coroutine
+def cancelled_at(
+    step: int, work: Coroutine[Any, Any, Any], cancel: Callable[[], object], reached: list[bool]
+) -> Generator[Any, Any, Any]:
+    """Run ``work``, and call ``cancel`` just before its suspension number ``step``."""
+    act: Callable[[], Any] = partial(work.send, None)
+    while True:
+        try:
+            waits_for = act()
+        except StopIteration as end:
+            return end.value
+        if step == 0:
+            reached.append(True)
+            cancel()
+        step -= 1
+        try:
+            value = yield waits_for
+        except BaseException as error:  # handed on to the coroutine
+            act = partial(work.throw, error)
+        else:
+            act = partial(work.send, value)
+
+
+async def cancelled(step: int, work: Coroutine[Any, Any, Any]) -> tuple[Any, bool]:
+    """What ``work`` returns, or ``None`` where it was cancelled; whether it has so many steps."""
+    reached: list[bool] = []
+    found = None
+    with anyio.CancelScope() as scope:
+        found = await cancelled_at(step, work, scope.cancel, reached)
+    return found, bool(reached)
+
+
+@pytest.mark.parametrize("slow", ["alice", "bob"])
+def test_sending_is_cancelled_at_each_step(run: Run, slow: str) -> None:
+    """Whether it waits for a key, for its turn or for the transport: the ends stay in step."""
+
+    async def conversation(client: Any, server: Any, step: int, more: list[bool]) -> None:
+        getattr(sites, slow).delay = 0.01
+        heard = bytearray()
+
+        async def listen() -> None:
+            try:
+                while not heard.endswith(b"two") and (data := await server.receive()):
+                    heard.extend(data)
+            except Exception:
+                assert not sent
+
+        async def speak() -> None:
+            nonlocal sent
+            _, reached = await cancelled(step, client.send(b"one" * 50))
+            more.append(reached)
+            try:
+                await client.send(b"two")
+                sent = True
+            except Exception:
+                await client.cut()
+
+        sent = False
+        await together(speak(), listen())
+        one = b"one" * 50
+        assert bytes(heard) in ((one + b"two", b"two") if sent else (one, b""))
+        if sent:
+            await client.send_eof()
+            assert await server.receive() == b""
+
+    for step in range(50):
+        sites = Sites(OneTimePad(hold=256))
+        more: list[bool] = []
+        run(sites, partial(conversation, step=step, more=more))
+        if more == [False]:
+            break
+    assert not more[-1]
+
+
+@pytest.mark.parametrize("slow", ["alice", "bob"])
+def test_receiving_is_cancelled_at_each_step(run: Run, slow: str) -> None:
+    """No byte is lost, and none comes twice."""
+    sites = Sites(OneTimePad(hold=256))
+    texts = [bytes((65 + number % 26,)) * (number * 31 % 150 + 1) for number in range(24)]
+
+    async def conversation(client: Any, server: Any) -> None:
+        getattr(sites, slow).delay = 0.005
+        heard = bytearray()
+        times = 0
+
+        async def speak() -> None:
+            for one in texts:
+                await client.send(one)
+                await sleep(0.002)
+            await client.send_eof()
+
+        async def listen() -> None:
+            nonlocal times
+            for step in itertools.cycle(range(5)):
+                data, _ = await cancelled(step, server.receive())
+                if data == b"":
+                    return
+                times += data is None
+                heard.extend(data or b"")
+
+        await together(speak(), listen())
+        assert bytes(heard) == b"".join(texts)
+        assert times >= 2  # a reader of asyncio waits in one place, the others in several
+
+    run(sites, conversation)
+
+
+def test_a_send_that_is_given_up_is_not_waited_for(run: Run) -> None:
+    """Its deadline goes with it, and the session lasts."""
+    sites = Sites(OneTimePad(hold=256, deadline=0.25))
+
+    async def conversation(client: Any, server: Any) -> None:
+        async def speak() -> None:
+            if hasattr(client, "writer"):  # what was written once is sent
+                return
+            sites.alice.empty = True
+            with anyio.move_on_after(0.1) as scope:
+                await client.send(b"never said")
+            assert scope.cancelled_caught
+            await sleep(0.4)
+            sites.alice.empty = False
+            await client.send(b"said later")
+            assert await client.receive_exactly(10) == b"said later"
+
+        async def all_of_it() -> None:
+            await speak()
+            await client.send_eof()
+
+        await together(echo(server), all_of_it())
+
+    run(sites, conversation)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_connection_is_cut_at_random(shell: Any, seed: int) -> None:
+    """Sessions between the same two sites, one after the other, each cut in the middle: all that a
+    receiver has is a beginning of what was sent, and no key is asked for twice."""
+    rng = random.Random(seed)
+    sites = Sites(OneTimePad(hold=512))
+
+    async def conversation(client: Any, server: Any) -> None:
+        said, heard = bytearray(), bytearray()
+
+        async def speak() -> None:
+            try:
+                for number in range(rng.randrange(3, 30)):
+                    text = bytes((number,)) * rng.randrange(1, 120)
+                    said.extend(text)
+                    await client.send(text)
+                    await sleep(0)
+            except Broken:
+                pass
+            await rng.choice((client, server)).cut()
+
+        async def listen() -> None:
+            try:
+                while data := await server.receive():
+                    heard.extend(data)
+            except Broken:
+                pass
+
+        await together(speak(), listen())
+        assert said.startswith(heard)
+
+    async def main() -> None:
+        for _ in range(6):
+            async with time_limit(20), shell.pair(sites.client, sites.server) as ends:
+                await conversation(*ends)
+
+    shell.run(main)
+    assert not sites.client.psk_source.counters.repeated  # type: ignore[union-attr]
+    assert not sites.server.psk_source.counters.repeated  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("who", ["sender", "receiver"])
+def test_a_stream_is_closed_while_a_task_waits_for_a_key(run: Run, who: str) -> None:
+    """The task learns of it at once, whatever the deadline."""
+    sites = Sites(OneTimePad(deadline=60))
+
+    async def conversation(client: Any, server: Any) -> None:
+        if hasattr(client, "writer"):  # there, nobody waits in a call
+            return
+        waits, end = (sites.alice, client) if who == "sender" else (sites.bob, server)
+        waits.empty = waits.down = True
+        errors: list[BaseException] = []
+
+        async def work() -> None:
+            try:
+                await client.send(b"text")
+                await server.receive()
+            except Exception as error:
+                errors.append(error)
+
+        async def close() -> None:
+            await sleep(0.1)
+            await end.close()
+
+        async with time_limit(5):
+            await together(work(), close())
+        assert "ClosedResource" in type(errors[0]).__name__
+
+    run(sites, conversation)
+
+
+@pytest.mark.parametrize("how", ["cut", "alert"])
+def test_the_connection_ends_while_a_send_waits_for_a_key(run: Run, how: str) -> None:
+    sites = Sites(OneTimePad(deadline=60))
+
+    async def conversation(client: Any, server: Any) -> None:
+        sites.alice.empty = True
+        errors: list[BaseException] = []
+
+        async def send() -> None:
+            try:
+                await client.send(b"text")
+                await sleep(0.3)
+                await client.send(b"text")
+            except Exception as error:
+                errors.append(error)
+
+        async def hear() -> None:
+            with contextlib.suppress(Broken):
+                await client.receive()
+
+        async def end() -> None:
+            await sleep(0.1)
+            if how == "cut":
+                await server.cut()
+            else:
+                engine = server.stream if hasattr(server, "stream") else server.writer.transport
+                engine._connection.abort(InternalError("for the test"))
+                await server.update_keys()
+
+        async with time_limit(5):
+            await together(send(), hear(), end())
+        assert errors
 
     run(sites, conversation)

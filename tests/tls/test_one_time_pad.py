@@ -1,5 +1,6 @@
 """The one-time pad between two engines: what is agreed, what a record takes, what is refused."""
 
+import contextlib
 import gc
 import itertools
 import os
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from cryptography.exceptions import InvalidTag
 from tls_glue import Pair, data_of
 from update_glue import OFF, PREFER, REQUIRE, both, configs, events_of, policy, settle
 
@@ -22,6 +24,7 @@ from hybridkex import (
 )
 from hybridkex.constants import PAD_RECORD, PAD_SUITE, Alert
 from hybridkex.crypto.one_time_pad import OVERHEAD, Pad
+from hybridkex.crypto.schedule import TrafficSecret
 from hybridkex.errors import (
     AlertReceived,
     BadRecordMac,
@@ -415,6 +418,36 @@ def test_padding_costs_no_key() -> None:
     pair.client.send_data(b"x")
     assert left(pair.client) == before - 16 - 18
     assert len(pair.client.data_to_send()) == 5 + 256 + 1 + 16
+
+
+def test_a_thief_of_all_secrets_but_the_pad() -> None:
+    """Who has recorded everything and has the key log, which is to have broken ECDH, ML-KEM and the
+    QKD key of the handshake at once, finds records that any message of the same length explains."""
+    log: list[str] = []
+    pair, keys = ready(key_log=log.append)
+    secret, other = b"the convoy leaves at dawn", b"nothing to report, stay i"
+    pair.client.send_data(secret)
+    record = bytes(pair.client.data_to_send())
+    texts = {line.split()[0]: line.split()[2] for line in log}
+    assert not any(key.hex() in "".join(texts.values()) for key in keys.made.values())
+    opened = b""
+    suite = pair.client._connected().suite
+    traffic = TrafficSecret(suite, Secret(bytes.fromhex(texts["CLIENT_TRAFFIC_SECRET_0"])))
+    key, iv = traffic.key_and_iv()
+    for number in range(4):  # the keys were named in records before
+        nonce = int.from_bytes(iv, "big") ^ number
+        with contextlib.suppress(InvalidTag):
+            opened = suite.aead(key).decrypt(nonce.to_bytes(12, "big"), record[5:], record[:5])
+    assert opened[-1] == PAD_RECORD
+    assert secret not in opened
+    hidden, tag = opened[: len(secret) + 1], opened[len(secret) + 1 : -1]
+    explanation = Pad()
+    mask = bytes(a ^ b for a, b in zip(hidden, other + b"\x17", strict=True))
+    point = bytes(range(16))
+    empty = poly1305(point, bytes(16), bytes(8) + hidden)
+    s = (int.from_bytes(tag, "little") - int.from_bytes(empty, "little")) % (1 << 128)
+    explanation.extend(Secret(point + mask + s.to_bytes(16, "little")))
+    assert explanation.open(hidden + tag) == (23, other)
 
 
 # --- the two directions, key updates, segments ----------------------------------------------------

@@ -1,0 +1,143 @@
+"""Which QKD keys a one-time pad gets, and which it does not, whatever a peer or a KME says."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+
+from hybridkex import QkdLimits, QkdPskSource, Secret
+from hybridkex.errors import (
+    KeyConsumed,
+    KeySourceUnavailable,
+    KeyUnauthorized,
+    KeyUnknown,
+)
+from hybridkex.qkd.composite import CombinedSource
+from hybridkex.qkd.in_process import InProcessSource, in_process_pair
+from hybridkex.qkd.psk import identity_of
+from hybridkex.qkd.source import KeyPart, KeyReference, QkdKey, SourceStatus
+from hybridkex.wire.messages import ImportedIdentity
+
+SESSION: Any = SimpleNamespace(psk_origin=None, resumed=False, psk_identity=None)
+
+
+def pair(**limits: Any) -> tuple[QkdPskSource, QkdPskSource]:
+    alice, bob = in_process_pair("alice", "bob")
+    return QkdPskSource(alice), QkdPskSource(bob, limits=QkdLimits(**limits))
+
+
+async def test_both_ends_get_the_same_bytes_once() -> None:
+    alice, bob = pair()
+    identity, key = await alice.draw_for_pad(SESSION)
+    assert await bob.look_up_for_pad(identity, SESSION) == key
+    assert (alice.counters.pad_keys, bob.counters.pad_keys) == (1, 1)
+    with pytest.raises(KeyConsumed):
+        await bob.look_up_for_pad(identity, SESSION)
+    assert bob.counters.repeated == 1
+
+
+async def test_a_key_is_in_one_direction_and_in_one_use() -> None:
+    alice, bob = pair()
+    identity, _ = await alice.draw_for_pad(SESSION)
+    with pytest.raises(KeyUnknown):  # bob names alice's key to her: a key of the other direction
+        await alice.look_up_for_pad(identity, SESSION)
+    psk = await alice.offer()  # what went into a handshake is no pad
+    from_handshake = await bob.look_up((wire(psk),))
+    assert from_handshake.key == psk.key
+    with pytest.raises(KeyConsumed):
+        await bob.look_up_for_pad(psk.identity, SESSION)
+
+
+def wire(psk: Any) -> bytes:
+    return ImportedIdentity(psk.identity, psk.context, 0x0304, 1).encode()
+
+
+@pytest.mark.parametrize("act", ["flip", "drop", "double"])
+async def test_each_byte_of_a_name(act: str) -> None:
+    alice, bob = pair()
+    identity, _ = await alice.draw_for_pad(SESSION)
+    for place in range(len(identity)):
+        before, one, after = identity[:place], identity[place], identity[place + 1 :]
+        changed = {
+            "flip": before + bytes((one ^ 1,)) + after,
+            "drop": before + after,
+            "double": before + bytes((one, one)) + after,
+        }[act]
+        with pytest.raises((KeyUnknown, KeyUnauthorized)):
+            await bob.look_up_for_pad(changed, SESSION)
+    assert await bob.look_up_for_pad(identity, SESSION)
+
+
+class Kme:
+    """A key source of which a test says what it gives."""
+
+    local_sae, peer_sae = "alice", "bob"
+
+    def __init__(self, *keys: QkdKey) -> None:
+        self.keys = list(keys)
+
+    async def get_key(self) -> QkdKey:
+        return self.keys.pop(0)
+
+    async def get_key_with_id(self, name: KeyReference) -> QkdKey:
+        found = self.keys.pop(0)
+        if found.name != name:
+            raise KeySourceUnavailable("down")
+        return found
+
+    def knows(self, name: KeyReference) -> bool:
+        return all((part.master_kme, part.slave_kme) == ("a", "b") for part in name)
+
+    async def status(self) -> SourceStatus:
+        return SourceStatus(stored=len(self.keys), capacity=9, key_bits=256)
+
+
+def key(*ids: str, size: int = 32) -> QkdKey:
+    name = tuple(KeyPart("a", "b", one) for one in ids)
+    return QkdKey(name=name, master_sae="alice", slave_sae="bob", key=Secret(bytes(size)))
+
+
+async def test_keys_that_are_no_pad() -> None:
+    combined = CombinedSource(
+        [in_process_pair("alice", "bob", kmes=(f"a{n}", f"b{n}"))[0] for n in range(2)]
+    )
+    before = (await combined.status()).stored
+    with pytest.raises(KeyUnauthorized, match="combined"):
+        await QkdPskSource(combined).draw_for_pad(SESSION)
+    assert (await combined.status()).stored == before  # none is spent
+    source = QkdPskSource(Kme(key("x", "y"), key("z", size=15), key("same"), key("same")))
+    for match in ("combined", "16 bytes or more"):
+        with pytest.raises(KeyUnauthorized, match=match):
+            await source.draw_for_pad(SESSION)
+    await source.draw_for_pad(SESSION)
+    with pytest.raises(KeySourceUnavailable, match="twice"):
+        await source.draw_for_pad(SESSION)
+    with pytest.raises(KeyUnauthorized, match="combined"):
+        await source.look_up_for_pad(identity_of(key("x", "y").name), SESSION)
+
+
+async def test_a_look_up_goes_on_until_the_kme_answers(autojump_clock: Any) -> None:
+    source = QkdPskSource(Kme(key("other"), key("other"), key("wanted")))
+    identity = identity_of(key("wanted").name)
+    assert await source.look_up_for_pad(identity, SESSION) == Secret(bytes(32))
+    assert trio.current_time() > 0
+
+
+async def test_a_peer_that_names_keys_too_fast_waits(autojump_clock: Any) -> None:
+    alice, bob = pair(look_ups_per_second=10, burst=5)
+    began = trio.current_time()
+    for _ in range(25):
+        identity, drawn = await alice.draw_for_pad(SESSION)
+        assert await bob.look_up_for_pad(identity, SESSION) == drawn
+    assert 1.9 < trio.current_time() - began < 3
+    assert not bob.counters.failed
+
+
+async def test_the_stock_in_bytes() -> None:
+    alice, _ = pair()
+    before = await alice.stock_for_pads(SESSION)
+    await alice.draw_for_pad(SESSION)
+    assert before is not None
+    assert await alice.stock_for_pads(SESSION) == before - 32
+    assert isinstance(alice._peers[0].source, InProcessSource)

@@ -174,10 +174,18 @@ ASYNCIO_CASES = (
     "create_server",
     "talk",
 )
+HANDSHAKES = {*ASYNCIO_CASES, "connect", "wrap"} - {"start_server", "create_server"}
 
 
-@pytest.mark.parametrize("waiting", [False, True], ids=["", "with key sources"])
-@pytest.mark.parametrize("case", ASYNCIO_CASES)
+def with_and_without_key_sources(*cases: str) -> Any:
+    """Each coroutine, and those that run a handshake once more, with one that waits."""
+    params = [pytest.param(case, False, id=case) for case in cases]
+    waiting = [one for one in cases if one in HANDSHAKES]
+    params += [pytest.param(case, True, id=f"{case}, with key sources") for case in waiting]
+    return pytest.mark.parametrize(("case", "waiting"), params)
+
+
+@with_and_without_key_sources(*ASYNCIO_CASES)
 def test_a_coroutine_of_the_asyncio_shell(
     run: Run,
     client_config: ClientConfig,
@@ -230,9 +238,8 @@ def run_anyio(backend: str, main: Callable[[], Awaitable[None]]) -> None:
         anyio.run(main, backend="asyncio", backend_options={"loop_factory": loop_factory(backend)})
 
 
-@pytest.mark.parametrize("waiting", [False, True], ids=["", "with key sources"])
-@pytest.mark.parametrize(
-    "case", ["connect", "wrap", "send", "receive", "send_eof", "update_keys", "aclose", "abort"]
+@with_and_without_key_sources(
+    "connect", "wrap", "send", "receive", "send_eof", "update_keys", "aclose", "abort"
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_coroutine_of_anyio(

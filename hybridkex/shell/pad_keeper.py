@@ -157,7 +157,8 @@ class PadKeeper:
         try:
             await task()
         except LocalStateError:
-            self.stop()  # The connection has ended meanwhile.
+            if self._connection.failed:
+                self.stop()
         except PeerError as error:
             self._tell(error)
         except Exception:
@@ -221,6 +222,8 @@ class PadKeeper:
                 self._stock = 0
             self._not_before = current_time() + max(self._retry, error.retry_after or 0.0)
             self._retry = min(2 * self._retry, _LAST_RETRY)
+            return
+        if self._connection.close_sent:
             return
         self._retry, self._why = _FIRST_RETRY, ""
         self._connection.extend_pad(identity, key)

@@ -68,7 +68,8 @@ class QkdLimits:
         timeout: seconds for one draw or one look-up, including retries.
         retries: how often a look-up that came too early (``KeyNotYetAvailable``) is repeated.
         retry_after: seconds before the first repetition; doubled each time.
-        look_ups_per_second: look-ups for one peer in the long run; ``math.inf`` for no limit.
+        look_ups_per_second: look-ups for one peer in the long run; ``math.inf`` for no limit. Those
+            for one-time pads are counted by themselves, and wait.
         burst: look-ups for one peer that may come at once.
         remembered: most names to remember; a remembered name is not looked up again.
     """
@@ -164,16 +165,17 @@ class QkdPskSource:
         if len(set(pairs)) != len(pairs):
             raise ConfigError("two sources for one pair of SAEs: combine them in a FailoverSource")
         self._limits: Final = limits or QkdLimits()
-        self._budgets: Final = {
-            id(peer): TokenBucket(
-                self._limits.look_ups_per_second, self._limits.burst, clock=current_time
-            )
-            for peer in self._peers
-        }
+        self._budgets: Final = self._full_buckets()
+        self._pad_budgets: Final = self._full_buckets()
         self._asked: Final = OrderedDict[KeyReference, QkdPeer]()
         # Rate-limited, because any peer can cause these lines.
         self._lines = BoundedLog(_log)
         self.counters: Final = QkdCounters()
+
+    def _full_buckets(self) -> dict[int, TokenBucket]:
+        """One for each peer."""
+        rate, burst = self._limits.look_ups_per_second, self._limits.burst
+        return {id(peer): TokenBucket(rate, burst, clock=current_time) for peer in self._peers}
 
     async def offer(self) -> ExternalPsk:
         """Draw a new key for a client to offer.
@@ -299,7 +301,7 @@ class QkdPskSource:
         self._check_new(name)
         self._remember(name, peer)
         wait = self._limits.retry_after
-        while not self._budgets[id(peer)].take():
+        while not self._pad_budgets[id(peer)].take():
             await sleep(wait)
         while True:
             try:

@@ -5,13 +5,12 @@ import itertools
 import logging
 import random
 import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from functools import partial
 from typing import Any
 
 import anyio
 import pytest
-from conftest import Broken
 from test_every_shell import together
 from test_fresh_keys_on_every_loop import IDENTITY, TRUST, Kme, chain, echo
 
@@ -40,6 +39,16 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """All lines of a test are written, however many the tests before it have caused."""
     fresh = BoundedLog(logging.getLogger("hybridkex.one_time_pad"))
     monkeypatch.setattr(pad_keeper, "_LINES", fresh)
+
+
+@contextlib.contextmanager
+def may_break() -> Iterator[None]:
+    """For a connection that may end at any moment."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "Broken":
+            raise
 
 
 class Sites:
@@ -131,7 +140,9 @@ def test_the_keys_that_are_drawn_ahead_are_bounded(run: Run) -> None:
         async def speak() -> None:
             await client.send(b"x")
             assert await client.receive() == b"x"
-            await sleep(0.05)
+            while pad_of(client).message < 400 or pad_of(client).stock is None:
+                await sleep(0.01)
+            await sleep(0.02)
             assert 512 // 32 <= sites.alice.drawn - before <= 18
             assert pad_of(client).message > 400
             stock = pad_of(client).stock
@@ -150,7 +161,7 @@ def test_both_wait_for_keys_before_either_reads(run: Run) -> None:
     sites = Sites(OneTimePad())
 
     async def conversation(client: Any, server: Any) -> None:
-        sites.alice.delay = sites.bob.delay = 0.05
+        sites.alice.delay = sites.bob.delay = 0.01
         await together(client.send(b"a" * 300), server.send(b"b" * 300))
         assert await client.receive_exactly(300) == b"b" * 300
         assert await server.receive_exactly(300) == b"a" * 300
@@ -423,7 +434,7 @@ def test_a_send_that_is_given_up_is_not_waited_for(run: Run) -> None:
     run(sites, conversation)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_connection_is_cut_at_random(shell: Any, seed: int) -> None:
     """Sessions between the same two sites, one after the other, each cut in the middle: all that a
     receiver has is a beginning of what was sent, and no key is asked for twice."""
@@ -434,22 +445,18 @@ def test_the_connection_is_cut_at_random(shell: Any, seed: int) -> None:
         said, heard = bytearray(), bytearray()
 
         async def speak() -> None:
-            try:
+            with may_break():
                 for number in range(rng.randrange(3, 30)):
                     text = bytes((number,)) * rng.randrange(1, 120)
                     said.extend(text)
                     await client.send(text)
                     await sleep(0)
-            except Broken:
-                pass
             await rng.choice((client, server)).cut()
 
         async def listen() -> None:
-            try:
+            with may_break():
                 while data := await server.receive():
                     heard.extend(data)
-            except Broken:
-                pass
 
         await together(speak(), listen())
         assert said.startswith(heard)
@@ -511,7 +518,7 @@ def test_the_connection_ends_while_a_send_waits_for_a_key(run: Run, how: str) ->
                 errors.append(error)
 
         async def hear() -> None:
-            with contextlib.suppress(Broken):
+            with may_break():
                 await client.receive()
 
         async def end() -> None:

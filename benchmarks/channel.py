@@ -145,7 +145,7 @@ async def close(pair: Pair) -> None:
 
 
 async def bulk(wrap: Wrap, listener: trio.SocketListener, size: int) -> float:
-    """Bytes per second, one way."""
+    """Measure bytes per second in one direction."""
     pair = await connect(wrap, listener)
     data, total = os.urandom(size), 128 << 20
 
@@ -165,7 +165,7 @@ async def bulk(wrap: Wrap, listener: trio.SocketListener, size: int) -> float:
 
 
 async def handshakes(wrap: Wrap, listener: trio.SocketListener) -> float:
-    """Connections with a full handshake, per second."""
+    """Measure connections with a full handshake per second."""
     count = 100
     started = now()
     for _ in range(count):
@@ -174,7 +174,7 @@ async def handshakes(wrap: Wrap, listener: trio.SocketListener) -> float:
 
 
 async def ping_pong(wrap: Wrap, listener: trio.SocketListener, size: int) -> float:
-    """Round trips per second."""
+    """Measure round trips per second."""
     pair = await connect(wrap, listener)
     data, count = os.urandom(size), 1000
 
@@ -194,7 +194,7 @@ async def ping_pong(wrap: Wrap, listener: trio.SocketListener, size: int) -> flo
 
 
 def engine() -> float:
-    """Handshakes per second in memory, ours."""
+    """Measure our handshakes in memory per second."""
     count = 100
     started = now()
     for _ in range(count):
@@ -211,7 +211,7 @@ def engine() -> float:
 
 
 def pyopenssl() -> float:
-    """Handshakes per second in memory, pyOpenSSL's."""
+    """Measure pyOpenSSL's handshakes in memory per second."""
     server_context, client_context = SSL.Context(SSL.TLS_METHOD), SSL.Context(SSL.TLS_METHOD)
     server_context.use_certificate(crypto.X509.from_cryptography(IDENTITY.leaf))
     server_context.use_privatekey(crypto.PKey.from_cryptography_key(IDENTITY.private_key))

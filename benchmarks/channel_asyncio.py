@@ -1,4 +1,4 @@
-"""The asyncio shell beside asyncio's own TLS, on asyncio's loop and on uvloop.
+"""Compares the asyncio shell with asyncio's own TLS, on asyncio's loop and on uvloop.
 
 Both ends are protocols in one process, in one thread that never idles. ``benchmarks/channel.py``
 runs this and prints it.
@@ -18,11 +18,11 @@ __all__ = ["Kind", "idle_connection", "measures"]
 
 Clock = Callable[[], float]
 Kind = tuple[Any, Any]
-"""What a client and a server are made with: two configurations, or two SSL contexts."""
+"""The settings of a client and a server: two configurations, or two SSL contexts."""
 
 
 class Sink(asyncio.BufferedProtocol):
-    """Counts what comes, and tells when it is ``total``."""
+    """Counts received bytes and signals when there are ``total``."""
 
     SIZE = 256 * 1024
 
@@ -79,7 +79,7 @@ class Echo(asyncio.Protocol):
 
 
 class Ping(asyncio.Protocol):
-    """Sends a message, waits for it, sends the next."""
+    """Sends a message, waits for its echo, and sends the next."""
 
     def __init__(self, size: int, count: int) -> None:
         self.data, self.left, self.waiting = os.urandom(size), count, size
@@ -102,7 +102,7 @@ class Ping(asyncio.Protocol):
 
 @asynccontextmanager
 async def connected(kind: Kind, client: Any, server: Any) -> Any:
-    """Client's protocol and transport, and the server's protocol, after the handshake."""
+    """Return the client's protocol and transport and the server's protocol after the handshake."""
     made: list[asyncio.Protocol] = []
 
     def factory() -> Any:
@@ -142,7 +142,7 @@ async def join(kind: Kind, factory: Any, port: int) -> Any:
 
 
 async def bulk(kind: Kind, now: Clock, size: int) -> float:
-    """Bytes per second, one way, to a plain protocol."""
+    """Measure bytes per second in one direction, to a plain protocol."""
     total, data = 48 << 20, os.urandom(size)
     async with connected(kind, Sender, Receiver) as (sender, transport, receiver):
         receiver.total = total
@@ -156,7 +156,7 @@ async def bulk(kind: Kind, now: Clock, size: int) -> float:
 
 
 async def ping_pong(kind: Kind, now: Clock, size: int) -> float:
-    """Round trips per second."""
+    """Measure round trips per second."""
     count = 1500
     async with connected(kind, lambda: Ping(size, count), Echo) as (ping, transport, _):
         started = now()
@@ -166,7 +166,7 @@ async def ping_pong(kind: Kind, now: Clock, size: int) -> float:
 
 
 async def handshakes(kind: Kind, now: Clock) -> float:
-    """Connections with a full handshake, per second."""
+    """Measure connections with a full handshake per second."""
     count = 50
     listening, port = await listen(kind, asyncio.Protocol)
     started = now()
@@ -181,7 +181,7 @@ async def handshakes(kind: Kind, now: Clock) -> float:
 
 
 async def idle_connection(kind: Kind) -> float:
-    """Bytes that Python allocates for both ends of a connection after its handshake, halved."""
+    """Measure the bytes that Python allocates for one end of a connection after its handshake."""
     count = 50
     listening, port = await listen(kind, asyncio.Protocol)
     (await join(kind, asyncio.Protocol, port))[0].abort()

@@ -1,4 +1,4 @@
-"""What a key update costs beside a full handshake: ``python benchmarks/fresh_keys.py``.
+"""The costs of a key update and of a full handshake: ``python benchmarks/fresh_keys.py``.
 
 Both engines, no network: the CPU time of both ends together. The handshake and the updates use the
 same group, and QKD keys where they are asked for; the handshake has the server's certificate too.
@@ -33,7 +33,7 @@ _UPDATE = UpdateKey(psk=ExternalPsk(identity=b"qkd", key=Secret(bytes(range(32))
 
 
 class _NoSource:
-    """Stands for a source of QKD keys: the engine never asks one."""
+    """A placeholder for a source of QKD keys; the engine never calls it."""
 
     async def offer(self) -> ExternalPsk:
         raise NotImplementedError
@@ -71,7 +71,7 @@ class _Pair:
         self.pump(key)
 
     def pump(self, key: UpdateKey | None = None) -> None:
-        """Carry bytes until both are silent."""
+        """Carry bytes until neither engine has more to send."""
         moved = True
         while moved:
             moved = False
@@ -91,7 +91,7 @@ class _Pair:
 
 
 def measure(group: Group, *, qkd: bool, rounds: int) -> tuple[float, float]:
-    """Milliseconds of CPU time of both ends: of a full handshake, and of a key update."""
+    """Measure the CPU milliseconds of both ends, for a full handshake and for a key update."""
     ca = DevCa.create()
     policy = Policy(
         post_quantum=Requirement.PREFER,

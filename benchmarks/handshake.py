@@ -1,4 +1,4 @@
-"""CPU time of handshakes, both ends over loopback TCP, beside pyOpenSSL.
+"""Compares the CPU time of handshakes with pyOpenSSL: both ends, over loopback TCP.
 
 Run: ``python benchmarks/handshake.py [--rounds N] [--count N]``.
 
@@ -37,7 +37,7 @@ class End(Protocol):
 
     def start(self) -> None: ...
     def step(self) -> bool:
-        """Read and write what is there; whether the handshake is complete."""
+        """Read and write the available bytes; returns whether the handshake is complete."""
         ...
 
 
@@ -101,7 +101,7 @@ def run(client: End, server: End) -> None:
 
 
 def cpu(listener: socket.socket, count: int, make: Callable[..., tuple[End, End]]) -> float:
-    """Seconds of CPU for one connection and its handshake."""
+    """Measure the CPU seconds of one connection and its handshake."""
     started = time.process_time()
     for _ in range(count):
         near = socket.create_connection(listener.getsockname())
@@ -120,7 +120,7 @@ def ours(client: ClientConfig, server: ServerConfig) -> Callable[..., tuple[End,
 
 
 class SameTicket(MemoryTicketStore):
-    """Gives one ticket again and again, so that nothing but handshakes is measured."""
+    """Returns the same ticket every time, so that only handshakes are measured."""
 
     def take(self, server, binding=None):  # type: ignore[no-untyped-def]
         ticket = super().take(server, binding)

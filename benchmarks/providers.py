@@ -30,7 +30,7 @@ PER_ROUND = 100
 
 
 def timed(action: Callable[[], object], times: int = PER_ROUND) -> float:
-    """Microseconds of CPU time for one call."""
+    """Measure the CPU microseconds of one call."""
     start = time.process_time()
     for _ in range(times):
         action()
@@ -38,7 +38,7 @@ def timed(action: Callable[[], object], times: int = PER_ROUND) -> float:
 
 
 def operations(group: Group) -> list[float]:
-    """Key pair, encapsulation, decapsulation."""
+    """Measure key generation, encapsulation and decapsulation."""
     exchange = group.exchange
     started = exchange.start()
     answer, _ = exchange.respond(started.share)
@@ -50,7 +50,7 @@ def operations(group: Group) -> list[float]:
 
 
 def handshake(group: Group) -> Callable[[], None]:
-    """A whole handshake, both sides of it."""
+    """Measure a whole handshake, both sides."""
     identity = RawIdentity.generate()
     client_config = ClientConfig(verifier=Pins(frozenset({identity.pin})), groups=(group,))
     server_config = ServerConfig(identities=(identity,), groups=(group,))

@@ -65,7 +65,7 @@ class Counted:
 
 
 class Way:
-    """One way to get a key, or none, and the preparation of each handshake."""
+    """A way to get a key, or none, and how it prepares each handshake."""
 
     def __init__(
         self,
@@ -94,14 +94,14 @@ class Way:
         return self
 
     async def time(self, count: int) -> float:
-        """Seconds for one handshake, connecting included; preparations are not."""
+        """Measure the seconds of one handshake, with connecting and without preparations."""
         total = 0.0
         for _ in range(count):
             began = time.perf_counter()
             stream = await open_secure_tcp_stream(
                 "127.0.0.1", self.port, self.client, server_hostname="localhost"
             )
-            # The server's word comes after it has the client's Finished: both are done then.
+            # The server answers after the client's Finished, so both are done then.
             await stream.receive_some()
             total += time.perf_counter() - began
             await stream.aclose()
@@ -154,7 +154,7 @@ async def main(rounds: int) -> dict[str, dict[str, float]]:
             async def look_up_ahead() -> None:
                 if len(ahead.upcoming()) == config.low:
                     await ahead.get_key()
-                # As two sites do over a session that is already there.
+                # As two sites do over an existing session.
                 while len(ahead.upcoming()) < config.high:  # noqa: ASYNC110  # no event for it
                     await trio.sleep(0.001)
                 for name in ahead.upcoming():

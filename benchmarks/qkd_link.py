@@ -1,4 +1,4 @@
-"""What the QKD link's post-processing costs: ``python benchmarks/qkd_link.py [--end-to-end]``.
+"""The cost of the QKD link's post-processing: ``python benchmarks/qkd_link.py [--end-to-end]``.
 
 Without options: Cascade and Toeplitz hashing on one core, and packages from PyPI beside them in the
 same run, if they are installed (they are not among our extras)::
@@ -47,11 +47,11 @@ BLOCK = 1_000_000
 LARGE = 10_000_000
 LARGE_ROUNDS = 5
 PEER_BLOCK = 20_000
-"""The peers' Cascade is slow; their speed at 10,000 bits is the same."""
+"""Bits of a key for other implementations of Cascade, whose speed does not depend on it."""
 PEER_TOEPLITZ = 1_000
 """qkdpy writes the matrix out, so its time grows with the square."""
 PLANNING_S = 5.0
-"""How long FFTW may look for its best plan."""
+"""Seconds that FFTW may spend on finding its best plan."""
 INTENSITY = 0.48
 LOSSES = (0.0, 2.5, 5.0, 7.5, 10.0)
 PEERS = {
@@ -102,7 +102,7 @@ def cascade(
 
 
 def qkdpy_cascade(alice: Bits, bob: Bits) -> tuple[float, int]:
-    """Seconds, and wrong bits that are left. It does not say what it disclosed."""
+    """Return the seconds and the remaining wrong bits; it does not report what it disclosed."""
     from qkdpy.key_management.error_correction import ErrorCorrection  # noqa: PLC0415
 
     ours, theirs = alice.tolist(), bob.tolist()
@@ -111,7 +111,7 @@ def qkdpy_cascade(alice: Bits, bob: Bits) -> tuple[float, int]:
 
 
 def tno_cascade(alice: Bits, bob: Bits, rate: float) -> tuple[float, int, int]:
-    """Seconds, wrong bits that are left, bits disclosed; set up as its documentation does."""
+    """Return seconds, remaining wrong bits and disclosed bits; set up as in its documentation."""
     from tno.quantum.communication.qkd_key_rate.classical import (  # noqa: PLC0415
         Message,
         ParityStrategy,
@@ -162,7 +162,7 @@ def of_cascade(rate: float, rounds: int, peers: set[str]) -> dict[str, Any]:
 def one_cascade(
     length: int, rate: float, number: int, *, compiled: bool | None = None
 ) -> tuple[float, float, int]:
-    """Mbit/s, f and round trips of one key."""
+    """Measure Mbit/s, f and round trips of one key."""
     alice, bob = noisy(length, rate, number)
     errors = int((alice != bob).sum())
     seconds, (disclosed, trips) = cpu(lambda: cascade(alice, bob, rate, compiled=compiled))
@@ -172,7 +172,7 @@ def one_cascade(
 
 
 def of_ldpc(rounds: int) -> dict[str, float]:
-    """What a decoder of the other kind would take: one iteration of sum-product, in numpy.
+    """Measure one iteration of sum-product in numpy, as a decoder of the other kind needs it.
 
     A regular code of a block, three checks for each bit, for a QBER of 5 % at f = 1.1. Decoders
     near such an f take tens of iterations, and irregular codes, which they need, more edges.
@@ -220,7 +220,7 @@ def fftw_product(length: int, rounds: int) -> float:
 
 
 def mkl_product(length: int, rounds: int) -> float:
-    """The same by mkl_fft."""
+    """Measure the same with mkl_fft."""
     from mkl_fft.interfaces import numpy_fft  # noqa: PLC0415
     from scipy import fft  # noqa: PLC0415
 
@@ -278,7 +278,7 @@ async def store_keys(path: Path, output: bytes) -> int:
 
 
 def whole_block(length: int, number: int) -> dict[str, float]:
-    """Both parties in this process: sifted bits to keys in two stores (a quarter of the bits)."""
+    """Run both parties here, from sifted bits to keys in two stores (a quarter of the bits)."""
     alice, bob = noisy(length, 0.02, number)
     draw = np.random.default_rng([SEED, number])
     matrix = draw.integers(0, 2, seed_length(length), dtype=np.uint8)
@@ -306,7 +306,7 @@ def whole_block(length: int, number: int) -> dict[str, float]:
 
 
 def peak_mib() -> float:
-    """Of this process alone: ``ru_maxrss`` would begin with the size of its parent."""
+    """Return the peak memory of this process alone; ``ru_maxrss`` would include its parent's."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
         raise RuntimeError("/proc/self/status has no peak of memory")
@@ -314,7 +314,7 @@ def peak_mib() -> float:
 
 
 def warmed_block(length: int, number: int) -> dict[str, float]:
-    """A block after a small one, for which compiled code is loaded."""
+    """Measure a block after a small one, which loads the compiled code."""
     whole_block(10_000, 1000)
     return whole_block(length, number)
 
@@ -345,7 +345,7 @@ def of_whole_blocks() -> dict[str, Any]:
 
 
 def of_key_rates(name: str) -> list[dict[str, float]]:
-    """Asymptotic rates of TNO's package and ours. Its q and f are 1."""
+    """Compare asymptotic rates of TNO's package and ours. Its q and f are 1."""
     from tno.quantum.communication.qkd_key_rate.quantum import standard_detector  # noqa: PLC0415
     from tno.quantum.communication.qkd_key_rate.quantum.bb84 import (  # noqa: PLC0415
         BB84FullyAsymptoticKeyRateEstimate,
@@ -388,7 +388,7 @@ def triple(values: tuple[float, float, float], digits: int) -> str:
 
 
 def table(*columns: str, rows: list[tuple[str, ...]]) -> str:
-    """In Markdown."""
+    """Return the tables in Markdown."""
     lines = [columns, ("---",) * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -506,11 +506,11 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "toeplitz": ("toeplitz", toeplitz_table),
     "end-to-end": ("whole_blocks", blocks_table),
 }
-"""Of the documentation: the measurement that each shows, and how."""
+"""The tables of the documentation, and the measurement that each shows."""
 
 
 def with_tables(page: str, found: dict[str, Any]) -> str:
-    """The page with its tables replaced by those of these figures."""
+    """Return the page with its tables replaced by those of these figures."""
     for name, (key, make) in TABLES.items():
         marks = f"<!-- table: {name} -->", "<!-- end of table -->"
         pattern = re.escape(marks[0]) + ".*?" + re.escape(marks[1])
@@ -541,7 +541,7 @@ def main() -> None:
 
 
 def steps(rounds: int) -> dict[str, Any]:
-    """Each step on one core, ours and those of the peers that are installed."""
+    """Measure each step on one core, ours and those of the installed peers."""
     peers = {
         name
         for name, module in PEERS.items()

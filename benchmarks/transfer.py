@@ -1,4 +1,4 @@
-"""A large file through ``send`` and ``receive``: ``python benchmarks/transfer.py [--size BYTES]``.
+"""``send`` and ``receive`` with a large file: ``python benchmarks/transfer.py [--size BYTES]``.
 
 Time, the rate of the file and of the wire, and the resident memory of both processes while the file
 goes over: at the beginning, in the middle, at the end, and the most. The source is sparse, so it
@@ -19,7 +19,7 @@ MEASURED = ("VmRSS", "VmHWM")
 
 
 def memory(pid: int) -> dict[str, float]:
-    """Resident memory now, and the most so far, in MB."""
+    """Return the present and the peak resident memory in MB."""
     status = Path(f"/proc/{pid}/status").read_text()
     found = {name: re.search(rf"{name}:\s+(\d+) kB", status) for name in MEASURED}
     return {name: int(match[1]) * 1024 / 1e6 for name, match in found.items() if match}

@@ -1,4 +1,4 @@
-"""The cost of a tunnel: ``python benchmarks/tunnel.py [--json] [--seconds S]``.
+"""Measures the cost of a tunnel: ``python benchmarks/tunnel.py [--json] [--seconds S]``.
 
 The same work directly, through ``hybridkex tunnel`` and, where Debian's package is installed,
 through ``stunnel4``; both tunnels have two processes and certificates on both sides. The rounds
@@ -116,7 +116,7 @@ def through_stunnel(target: int, keys: Path, folder: Path) -> Iterator[int]:
 
 
 class Sink:
-    """Reads and counts; answers a connection's first byte."""
+    """Reads and counts bytes; answers the first byte of a connection."""
 
     def __init__(self) -> None:
         self._server = socket.create_server(("127.0.0.1", 0), backlog=512)
@@ -151,7 +151,7 @@ def bulk(sink: Sink, port: int, seconds: float) -> float:
         before, began = sink.read, time.perf_counter()
         while time.perf_counter() - began < seconds:
             connection.sendall(data)
-        # What has been read at the far end, not what lies in buffers on the way.
+        # Bytes that the far end has read, not those in buffers on the way.
         return (sink.read - before) / (time.perf_counter() - began) / 1e6
 
 

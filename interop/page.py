@@ -1,4 +1,4 @@
-"""``docs/interop.md`` has parts that are generated, each between two comments."""
+"""The generated parts of ``docs/interop.md``; each stands between two comments."""
 
 from pathlib import Path
 from typing import Final
@@ -9,7 +9,7 @@ DOCS: Final = Path(__file__).parents[1] / "docs"
 
 
 def part_of(page: Path, name: str) -> str:
-    """What stands between the comments of this part.
+    """Return the text between the comments of a part.
 
     Raises:
         ValueError: the page does not have them.
@@ -18,7 +18,7 @@ def part_of(page: Path, name: str) -> str:
 
 
 def put_into(page: Path, name: str, part: str) -> None:
-    """Replace what stands there.
+    """Replace the text of a part.
 
     Raises:
         ValueError: the page has no such part.

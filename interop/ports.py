@@ -1,4 +1,4 @@
-"""Ports of 127.0.0.1 for servers whose port must be known before they listen."""
+"""Free ports of 127.0.0.1, for servers whose port must be known before they listen."""
 
 import random
 import socket

@@ -1,4 +1,4 @@
-"""BoGo, if its runner has been built; the parts of the shim are tested in any case."""
+"""Runs BoGo if its runner has been built; always tests the parts of the shim."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def _talk(peer: socket.socket, trust: TrustStore) -> bytes:
 
 
 def test_the_shim_serves_a_test() -> None:
-    """As the runner does it: listen, start the shim with flags, take its id, speak TLS."""
+    """Do what the runner does: listen, start the shim with flags, read its ID, speak TLS."""
     ca = DevCa.create()
     identity = ca.issue("localhost")
     with tempfile.TemporaryDirectory() as name, socket.create_server(("127.0.0.1", 0)) as listener:

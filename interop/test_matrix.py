@@ -1,4 +1,4 @@
-"""The matrix, a test for each peer and role; all of them run at once, in one loop.
+"""The matrix: one test for each peer and role. All cells run concurrently in one event loop.
 
 The cells of peers that PyPI serves run wherever the ``test`` extra is installed. Chromium, curl and
 ``openssl`` come from the distribution, liboqs from npm.
@@ -42,7 +42,7 @@ SEATS = [
 def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Result]:
-    """Of the peers whose tests were selected."""
+    """The results for the peers whose tests were selected."""
     chosen = {
         item.callspec.params["peer"]
         for item in request.session.items
@@ -103,7 +103,7 @@ def test_the_page_is_of_these_cases_and_has_no_red_cell() -> None:
 
 
 def test_what_a_peer_lacks_is_asked_of_it() -> None:
-    """A pattern that matches nothing says something of a case that is gone, or is misspelt."""
+    """A pattern that matches no case is misspelt or names a removed case."""
     for peer in PEERS:
         wanted = {f"{other_end(cell.ours)} {need}" for cell in todo() for need in cell.case.needs}
         idle = [pattern for pattern in peer.lacks if not fnmatch.filter(wanted, pattern)]
@@ -111,7 +111,7 @@ def test_what_a_peer_lacks_is_asked_of_it() -> None:
 
 
 def test_a_difference_is_seen(tmp_path: Path) -> None:
-    """The comparison can fail: an end that reports something else fails its cell."""
+    """The comparison can fail: a cell fails if one end reports something else."""
     peer = next(one for one in PEERS if one.name == "pyOpenSSL")
     cell = next(one for one in todo((peer,)) if one.case.name == "exporter")
     ours, theirs = cell.case.tasks(cell.ours, Materials(tmp_path))

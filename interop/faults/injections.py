@@ -1,4 +1,4 @@
-"""The faults; each lasts for some seconds."""
+"""The faults. Each lasts some seconds."""
 
 import contextlib
 import random
@@ -17,11 +17,11 @@ from interop.faults.world import Broken
 __all__ = ["FAULTS", "Fault"]
 
 Fault = Callable[[Service, random.Random, float], AbstractContextManager[None]]
-"""Injected into a service for some seconds; taken away at the end of the context."""
+"""A fault that is injected into a service and removed at the end of the context."""
 
 
 def _use(service: Service, seconds: float) -> None:
-    """Use the service meanwhile; that may fail, since the fault is there."""
+    """Use the service during the fault; this may fail."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         with contextlib.suppress(Exception):
@@ -43,7 +43,7 @@ def _with_limit(kind: int, soft: Callable[[Service], int], service: Service) -> 
 
 @contextmanager
 def disk_full(service: Service, choice: random.Random, seconds: float) -> Iterator[None]:
-    """No file may grow beyond what it has by chance (EFBIG, as ENOSPC): data, stores, the log."""
+    """No file can grow beyond a random size (EFBIG, in place of ENOSPC): data, stores, the log."""
     size = choice.choice([0, 1, 100, 4096, 40_000])
     with contextmanager(_with_limit)(resource.RLIMIT_FSIZE, lambda _: size, service):
         _use(service, seconds)
@@ -52,7 +52,7 @@ def disk_full(service: Service, choice: random.Random, seconds: float) -> Iterat
 
 @contextmanager
 def no_descriptors(service: Service, choice: random.Random, seconds: float) -> Iterator[None]:
-    """EMFILE: none left, or only a few."""
+    """No file descriptor is left, or only a few (EMFILE)."""
     spare = choice.choice([0, 1, 2, 5])
     for process in service.processes:
         process.limit(resource.RLIMIT_NOFILE, process.descriptors() + spare)
@@ -67,7 +67,7 @@ def no_descriptors(service: Service, choice: random.Random, seconds: float) -> I
 
 @contextmanager
 def no_threads(service: Service, choice: random.Random, seconds: float) -> Iterator[None]:
-    """The limit of tasks is reached: no new thread can be started (EAGAIN)."""
+    """No new thread can be started, because the limit of tasks is reached (EAGAIN)."""
     service.world.no_threads.touch()
     try:
         _use(service, seconds)
@@ -78,7 +78,7 @@ def no_threads(service: Service, choice: random.Random, seconds: float) -> Itera
 
 @contextmanager
 def no_memory(service: Service, choice: random.Random, seconds: float) -> Iterator[None]:
-    """ENOMEM: no memory beyond what is in use, or little. The service may end for it, in order.
+    """No more memory can be allocated, or only little (ENOMEM). The service may end, in order.
 
     (It may be ended by CPython's ``_ssl``, too, which follows a null pointer then.)
     """
@@ -103,7 +103,7 @@ def no_memory(service: Service, choice: random.Random, seconds: float) -> Iterat
 
 @contextmanager
 def stopped(service: Service, choice: random.Random, seconds: float) -> Iterator[None]:
-    """SIGSTOP of one of its processes."""
+    """One of its processes is stopped (SIGSTOP)."""
     process = choice.choice(service.processes)
     process.signal(signal.SIGSTOP)
     try:
@@ -115,7 +115,7 @@ def stopped(service: Service, choice: random.Random, seconds: float) -> Iterator
 
 @contextmanager
 def peers_stop(service: Service, choice: random.Random, seconds: float) -> Iterator[None]:
-    """Connections that say nothing, say rubbish, or are reset."""
+    """Connections that are silent, send random bytes, or are reset."""
     ports = [value for name in ("port", "metrics") if (value := getattr(service, name, None))]
     open_now = []
     until = time.monotonic() + seconds
@@ -141,7 +141,7 @@ def peers_stop(service: Service, choice: random.Random, seconds: float) -> Itera
 
 @contextmanager
 def signals(service: Service, choice: random.Random, seconds: float) -> Iterator[None]:
-    """A storm of SIGHUP, where a configuration is read again, and of those that mean nothing."""
+    """Many signals: SIGHUP, which reloads the configuration, and signals without an effect."""
     numbers = [signal.SIGWINCH, signal.SIGCHLD, signal.SIGURG, signal.SIGCONT]
     if service.reloads is not None:
         numbers += [signal.SIGHUP] * 4
@@ -155,7 +155,7 @@ def signals(service: Service, choice: random.Random, seconds: float) -> Iterator
 
 @contextmanager
 def bad_reloads(service: Service, choice: random.Random, seconds: float) -> Iterator[None]:
-    """Broken configurations, drawn from the good one; in the end the good one again."""
+    """Invalid configurations, derived from the valid one, which is restored at the end."""
     if service.reloads is None:
         yield
         return
@@ -215,7 +215,7 @@ def _break(service: Service, good: bytes, choice: random.Random) -> None:
 
 @contextmanager
 def files_removed(service: Service, choice: random.Random, seconds: float) -> Iterator[None]:
-    """A socket that it listens on is taken away, or something else is put into its place."""
+    """The Unix socket that it listens on is removed or replaced."""
     sockets = [path for path in service.watched if path.is_socket()]
     if sockets:
         path = choice.choice(sockets)
@@ -229,7 +229,7 @@ def files_removed(service: Service, choice: random.Random, seconds: float) -> It
 
 @contextmanager
 def killed(service: Service, choice: random.Random, seconds: float) -> Iterator[None]:
-    """SIGKILL at a random moment, under load."""
+    """It is killed at a random moment under load (SIGKILL)."""
     _use(service, choice.uniform(0, seconds))
     for process in service.processes:
         process.signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""One service under faults that a seed chooses."""
+"""Runs one service under faults that a seed selects."""
 
 import random
 import tempfile

@@ -41,21 +41,21 @@ ANSWER: Final = 8.0
 
 
 class Service(ABC):
-    """A command that runs until it is told to end."""
+    """A command that runs until it receives a signal."""
 
     name: str
     reloads: Path | None = None
-    """The configuration file that SIGHUP reads again."""
+    """The configuration file that it reads again after SIGHUP."""
     watched: tuple[Path, ...] = ()
-    """Files that it made and that others need: a socket, a store."""
+    """Files that it creates and others need, such as a socket or a store."""
     lines_each: int = 0
-    """Log lines of a connection, where those who come are local programs and no strangers."""
+    """Log lines for each connection of a local program."""
     insiders: tuple[Path, ...] = ()
     """Folders with ``ca.pem``, ``cert.pem`` and ``key.pem`` of peers that it trusts."""
     port: int
-    """Where it is asked over TCP."""
+    """The TCP port at which the checks use it."""
     link: tuple[Path, Path] | None = None
-    """Bob's private key and Alice's certificate, where it has a QKD link."""
+    """Bob's private key and Alice's certificate if it has a QKD link."""
 
     def __init__(self, world: World) -> None:
         self.world: Final = world
@@ -121,7 +121,7 @@ class Service(ABC):
                 return
 
     def check_descriptors(self, spare: int = 8) -> None:
-        """Raises :class:`Broken` where more are open than before the faults."""
+        """Raises :class:`Broken` if more descriptors are open than before the faults."""
         for process in self.processes:
             most = process.descriptors_before + spare
             until(
@@ -132,13 +132,13 @@ class Service(ABC):
             )
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """End it; raises :class:`Broken` if it does not end."""
+        """End the service; raises :class:`Broken` if it does not end."""
         for process in self.processes:
             self.world.end(process, number)
         self.processes = []
 
     def restart(self) -> None:
-        """Start the service again with the files that it left."""
+        """Start the service again with the files of its earlier run."""
         for process in self.processes:
             if process.alive():
                 self.world.end(process, signal.SIGKILL)
@@ -179,7 +179,7 @@ class Listen(Service):
 
 
 class Receive(Service):
-    """``receive``, asked as ``send`` does."""
+    """``receive``, used by ``send``."""
 
     name = "receive"
 
@@ -228,7 +228,7 @@ class _Echo(socketserver.BaseRequestHandler):
 
 
 def echo_server(world: World) -> int:
-    """A program behind a tunnel, which ends with the world; returns its port."""
+    """Start a program behind a tunnel and return its port. It ends with the world."""
     server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Echo)
     server.daemon_threads = True
     world.at_end.enter_context(server)
@@ -239,7 +239,7 @@ def echo_server(world: World) -> int:
 
 
 class Tunnel(Service):
-    """``tunnel run`` with both ends, a Unix socket between them."""
+    """``tunnel run`` with both ends and a Unix socket between them."""
 
     name = "tunnel run"
     lines_each = 4  # opened and closed, at both ends
@@ -277,7 +277,7 @@ class Tunnel(Service):
 
 
 class TunnelListen(Service):
-    """``tunnel listen``, asked over TCP by a channel."""
+    """``tunnel listen``, used through a channel over TCP."""
 
     name = "tunnel listen"
 
@@ -295,7 +295,7 @@ class TunnelListen(Service):
 
 
 class Kme(Service):
-    """``kme serve`` with both KMEs; every key that it delivers is checked against all before."""
+    """``kme serve`` with both KMEs; compares every delivered key with all earlier ones."""
 
     name = "kme serve"
 
@@ -405,7 +405,7 @@ _WG_PEER = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 
 
 class WgPsk(Service):
-    """``wg-psk``, both ends, with a ``wg`` that keeps the key in a file."""
+    """Both ends of ``wg-psk``, with a ``wg`` that stores the key in a file."""
 
     name = "wg-psk"
 
@@ -497,4 +497,4 @@ SERVICES: Final[tuple[type[Service], ...]] = (
     WgPsk,
     Chat,
 )
-"""The commands that run until they are told to end."""
+"""The commands that run until they receive a signal."""

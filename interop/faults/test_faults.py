@@ -1,4 +1,7 @@
-"""Faults in short form: some of them against four commands, by one seed; the rest is a command."""
+"""A short run: some faults against four commands, from one seed.
+
+``python -m interop.faults`` runs all of them.
+"""
 
 import pytest
 

@@ -17,15 +17,15 @@ __all__ = ["Broken", "Process", "World", "until"]
 
 ROOT: Final = Path(__file__).parents[2]
 PATIENCE: Final = 60.0
-"""Seconds before a condition is given up; the machine may have other work."""
+"""Seconds to wait for a condition; the machine may be busy."""
 TOKEN: Final = "HYBRIDKEX_FAULTS"
 LINES_PER_SECOND: Final = 40
-"""Of its log, in the mean, that a process may write: a fault is no reason for a flood."""
+"""Log lines that a process may write on average: a fault must not cause a flood."""
 LINES_OF_RELOAD: Final = 4
 
 
 class Broken(Exception):
-    """A check failed: the service did not come through a fault."""
+    """A check failed: the service did not survive a fault."""
 
 
 def until(condition: Callable[[], object], what: str, within: float = PATIENCE) -> None:
@@ -39,7 +39,7 @@ def until(condition: Callable[[], object], what: str, within: float = PATIENCE) 
 
 @dataclass
 class Process:
-    """One process under fault."""
+    """A process under test."""
 
     name: str
     running: "subprocess.Popen[bytes]"
@@ -47,9 +47,9 @@ class Process:
     started: float = field(default_factory=time.monotonic)
     descriptors_before: int = 0
     lines_allowed: int = 100
-    """Of its log, beside those that may come with time."""
+    """Log lines that it may write in addition."""
     log_before: int = 0
-    """Bytes that the log had when it started: of a process before it."""
+    """Length of the log when it started, in bytes; an earlier process wrote these."""
 
     @property
     def pid(self) -> int:
@@ -64,12 +64,12 @@ class Process:
         return 0
 
     def memory(self) -> int:
-        """Bytes of its address space in use (proc(5), statm)."""
+        """Size of its address space in bytes (proc(5), statm)."""
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[0])
         return pages * resource.getpagesize()
 
     def limit(self, kind: int, soft: int | None) -> None:
-        """Set a soft limit while it runs; ``None``: as far as it goes."""
+        """Set a soft limit of the running process; ``None`` sets it to the hard limit."""
         _, hard = resource.prlimit(self.pid, kind)
         resource.prlimit(self.pid, kind, (hard if soft is None else soft, hard))
 
@@ -92,7 +92,7 @@ class Process:
 
 
 class World:
-    """A folder, its processes, and their end.
+    """A folder and the processes that use it; both end together.
 
     Args:
         folder: empty; everything that the processes write is inside.
@@ -104,11 +104,11 @@ class World:
         self.temporary: Final = folder / "temporary"
         self.temporary.mkdir(parents=True)
         self.at_end: Final = contextlib.ExitStack()
-        """What ends together with the world."""
+        """Contexts that end with the world."""
         self.logs: Final = folder / "logs"
         self.logs.mkdir()
         self.no_threads: Final = folder / "no-threads"
-        """While it exists no process can start a thread."""
+        """While this file exists, no process can start a thread."""
         self.processes: Final[list[Process]] = []
         self._environment = {
             **os.environ,
@@ -119,7 +119,7 @@ class World:
         }
 
     def start(self, name: str, *words: object, module: str = "hybridkex") -> Process:
-        """Start a command; its standard error goes to a log."""
+        """Start a command and write its standard error to a log."""
         log = self.logs / f"{name}.log"
         launch = ("-m", "interop.faults.launch", str(self.no_threads), module)
         command = [sys.executable, *launch, *map(str, words)]
@@ -138,7 +138,7 @@ class World:
         return process
 
     def end(self, process: Process, number: int = signal.SIGTERM) -> int:
-        """End one by a signal; raises :class:`Broken` if it does not end."""
+        """End a process by a signal; raises :class:`Broken` if it does not end."""
         process.signal(signal.SIGCONT)
         process.signal(number)
         try:
@@ -151,7 +151,7 @@ class World:
         return status
 
     def left_over(self) -> list[str]:
-        """Processes that carry our token and are not ours to know."""
+        """Processes that carry our token although we did not start them."""
         known = {process.pid for process in self.processes}
         token, found = f"{TOKEN}={self.folder}".encode(), []
         for entry in Path("/proc").glob("[0-9]*"):

@@ -30,7 +30,7 @@ NAME: Final = (KeyPart("kme-a", "kme-b", "994f95df-037c-40e9-8b79-79f79bb8eaa0")
 
 
 def seeds() -> dict[str, dict[str, bytes]]:
-    """The seeds by target and name."""
+    """Return the seeds by target and name."""
     messages: dict[str, bytes] = {}
     flights: dict[str, bytes] = {}
     for number, (client_config, server_config) in enumerate(targets._scenarios()):
@@ -203,7 +203,7 @@ def _vector(data: bytes) -> bytes:
 
 
 def _link_messages() -> dict[str, bytes]:
-    """One short message of each kind."""
+    """Return one short message of each kind."""
     bits = np.array([1, 0, 1, 1, 0, 0, 1, 0, 1], dtype=np.uint8)
     three = bits[:3]
     messages: dict[str, wire.Message] = {

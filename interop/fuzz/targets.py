@@ -90,7 +90,7 @@ ANY_GROUP: Final = Policy(post_quantum=Requirement.PREFER)
 
 
 def messages(data: bytes) -> None:
-    """A handshake message; what parses must come out of the encoder as it went in."""
+    """Parse a handshake message; a parsed message must encode to the same bytes."""
     if len(data) < 4:
         return  # The channel hands over whole messages, header and all.
     try:
@@ -102,7 +102,7 @@ def messages(data: bytes) -> None:
 
 
 def records(data: bytes) -> None:
-    """The splitting into records; the data say where the stream is cut."""
+    """Split a stream into records; the data determine where the stream is cut."""
     buffer, position = RecordBuffer(), 0
     try:
         while position < len(data):
@@ -116,7 +116,7 @@ def records(data: bytes) -> None:
 
 
 def tickets(data: bytes) -> None:
-    """Tickets, cookies and their sealed content."""
+    """Open tickets and cookies, and parse their sealed content."""
     for parse in (TicketState.decode, CookieState.decode):
         # Under a seal of our own; the opener decides, below.
         with contextlib.suppress(DecodeError, ValueError):
@@ -147,7 +147,7 @@ def psk_identities(data: bytes) -> None:
 
 
 def certificates(data: bytes) -> None:
-    """Chains as a peer sends them, lengths of two bytes before each certificate."""
+    """Verify chains as a peer sends them; each certificate follows its two-byte length."""
     chain, rest = [], data
     while rest:
         length = int.from_bytes(rest[:2], "big")
@@ -169,7 +169,7 @@ def names(data: bytes) -> None:
 
 
 def etsi014(data: bytes) -> None:
-    """The bodies and queries of ETSI GS QKD 014, and of what KMEs say to each other."""
+    """Parse the bodies and queries of ETSI GS QKD 014 and of the protocol between KMEs."""
     text = data.decode("utf-8", "replace")
     query = parse_qs(text, keep_blank_values=True)
     for of_query in (KeyRequest.from_query, KeyIds.from_query):
@@ -192,7 +192,7 @@ def etsi014(data: bytes) -> None:
 
 
 def ticket_store(data: bytes) -> None:
-    """The file of ``connect --resume``."""
+    """Read the file of ``connect --resume``."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
@@ -201,7 +201,7 @@ def ticket_store(data: bytes) -> None:
 
 
 def operator_files(data: bytes) -> None:
-    """What an operator may place wrongly: certificates, keys, key files, configurations.
+    """Read files that an operator may confuse: certificates, keys, key files, configurations.
 
     The first byte says as which of them the rest is read.
     """
@@ -228,7 +228,7 @@ def _some_key() -> bytes:
 
 
 def known_peers(data: bytes) -> None:
-    """The file of ``--known-peers``, read and written."""
+    """Read and write the file of ``--known-peers``."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "known"
         path.write_bytes(data)
@@ -239,7 +239,7 @@ def known_peers(data: bytes) -> None:
 
 
 def transfer(data: bytes) -> None:
-    """A frame between sender and receiver of files, and the names in it."""
+    """Parse a frame of the file transfer and the names in it."""
     try:
         kind, _ = transfer_messages.split_header(data[:5].ljust(5, b"\0"))
         if kind == transfer_messages.DATA:
@@ -258,7 +258,7 @@ def transfer(data: bytes) -> None:
 
 
 def chat(data: bytes) -> None:
-    """A frame of the chat, and what a terminal is shown of it."""
+    """Parse a frame of the chat and display it on a terminal."""
     try:
         message = chat_protocol.decode(data)
         frame = chat_protocol.encode(message)
@@ -270,7 +270,7 @@ def chat(data: bytes) -> None:
 
 
 class _AnyProof(PskAuthentication):
-    """Takes every proof, so that the fuzzer reaches what comes after it."""
+    """Accepts every proof, so that the fuzzer reaches the steps after it."""
 
     def check(self, role: object, digest: bytes, proof: bytes, peer: str) -> None:
         pass
@@ -357,7 +357,7 @@ def raw_server(data: bytes) -> None:
 
 
 def cuts(data: bytes) -> None:
-    """Any bytes at a server: in one read and in pieces they mean the same.
+    """Send bytes to a server, in one read and in pieces: the result must be the same.
 
     A byte for the configuration, a byte for the number of pieces, their lengths, and the stream. A
     ClientHello that is taken makes fresh keys, so only what goes before its answer is compared.
@@ -376,7 +376,7 @@ def cuts(data: bytes) -> None:
 
 
 def _told(config: ServerConfig, reads: list[bytes]) -> list[str]:
-    """A server's reaction to these reads: its events, and its error with the alert."""
+    """Return a server's reaction to these reads: its events, and its error with the alert."""
     server, told = ServerConnection(config), []
     for read in reads:
         try:
@@ -389,7 +389,7 @@ def _told(config: ServerConfig, reads: list[bytes]) -> list[str]:
 
 
 def private_keys(data: bytes) -> None:
-    """A private key in PEM or, as it is, inside one."""
+    """Load a private key from PEM, or from bytes that are wrapped in PEM."""
     for pem in (data, b"-----BEGIN PRIVATE KEY-----\n" + b64encode(data) + _PEM_END):
         try:
             key = load_private_key(pem, None, "the file")
@@ -500,7 +500,7 @@ def _change(reader: _Reader) -> Callable[[bytes], bytes]:
 
 
 def traffic(data: bytes) -> None:
-    """Handshake messages, alerts and data after the handshake, under good keys."""
+    """Send handshake messages, alerts and data after the handshake, encrypted under valid keys."""
     client, server = _connected()
     sender, target = (client, server) if data[:1] < b"\x80" else (server, client)
     channel, rest = sender._records, data[1:]
@@ -533,7 +533,7 @@ def _connected() -> tuple[ClientConnection, ServerConnection]:
 
 
 def link_messages(data: bytes) -> None:
-    """A message of the link's classical channel; a parsed message encodes to the same bytes."""
+    """Parse a message of the link's classical channel; it must encode to the same bytes."""
     basis = np.ones(9, dtype=np.uint8)
     decoders: tuple[Callable[[bytes], wire.Message], ...] = (
         wire.Hello.decode,
@@ -557,7 +557,7 @@ def link_messages(data: bytes) -> None:
 
 @cache
 def _link() -> tuple[LinkSettings, Sent, Detections]:
-    """A link with blocks as small as they come, and the light of its first block."""
+    """Make a link with the smallest blocks, and the light of its first block."""
     chosen = preset("rusca2018")
     settings = LinkSettings(
         preset=replace(
@@ -678,7 +678,7 @@ async def _http_handler(request: Request) -> Response:
 
 
 def http(data: bytes) -> None:
-    """A connection to the HTTP server: for any input it ends, and every answer is HTTP."""
+    """Send bytes to the HTTP server: the connection must end, and every answer must be HTTP."""
     ours, theirs = memory_stream_pair()
 
     async def talk() -> bytes:
@@ -722,7 +722,7 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
 
 
 def everything(data: bytes) -> None:
-    """All targets; the first byte chooses one."""
+    """Run the target that the first byte selects."""
     if data:
         targets = list(TARGETS.values())
         targets[data[0] % len(targets)](data[1:])

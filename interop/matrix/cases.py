@@ -1,4 +1,4 @@
-"""What is tried: one table for all peers and both roles."""
+"""The cases: one table for all peers and both roles."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _ids = count(1)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What two ends do, whichever of them is hybridkex.
+    """What the two ends of a case do; either of them can be hybridkex.
 
     Args:
         name: for people.

@@ -101,7 +101,7 @@ def opened() -> Iterator[Liboqs]:
 
 
 def _ours(name: str) -> KeyExchange:
-    """Our ML-KEM; the smallest only with the native liboqs.
+    """Our ML-KEM parameter sets; the smallest needs the native liboqs.
 
     Raises:
         Missing: that is not installed.
@@ -116,7 +116,7 @@ def _ours(name: str) -> KeyExchange:
 
 
 def agrees(liboqs: Liboqs, name: str, direction: str) -> bool:
-    """Whether both sides agree each time, on a new secret each time."""
+    """Whether both sides agree every time, and on a new secret."""
     kem = _ours(name)
     secrets = set()
     for _ in range(ROUNDS):

@@ -28,7 +28,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 async def _there(work: Coroutine[Any, Any, Any]) -> Any:
-    """Run something in the loop of asyncio."""
+    """Run a coroutine in the asyncio loop."""
     future = asyncio.run_coroutine_threadsafe(work, _loop())
     try:
         return await trio.to_thread.run_sync(future.result, abandon_on_cancel=True)

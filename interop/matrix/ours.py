@@ -1,4 +1,4 @@
-"""hybridkex's end of a case."""
+"""The end of hybridkex in a case."""
 
 import contextlib
 import re
@@ -37,7 +37,7 @@ __all__ = ["Conversation", "connect", "http_client", "http_server", "serve", "st
 _GROUPS: Final = {group.name: group for group in ALL_GROUPS}
 _SUITES: Final = {suite.name: suite for suite in ALL_SUITES}
 _HANDSHAKE_TIMEOUT: Final = 40.0
-"""Seconds: some peers do ML-DSA in Python, many cases at once."""
+"""Seconds for a handshake: some peers compute ML-DSA in Python, for many cases at once."""
 _ANY: Final = Policy(post_quantum=Requirement.PREFER)
 _FRESH: Final = Policy(post_quantum=Requirement.PREFER, fresh_keys=Requirement.PREFER)
 
@@ -142,7 +142,7 @@ def _psks(task: Task) -> tuple[ExternalPsk, ...]:
 
 
 async def connect(task: Task, port: int, converse: Conversation, *, shell: str) -> list[Report]:
-    """Be the client of ``task.connections`` connections in turn."""
+    """Run the client of ``task.connections`` connections in turn."""
     log = _Log()
     config = _client_config(task, log)
     reports = []
@@ -165,7 +165,7 @@ async def serve(
     shell: str,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> list[Report]:
-    """Be the server of ``task.connections`` connections in turn; says its port when it starts."""
+    """Run the server of ``task.connections`` connections in turn; reports its port at the start."""
     log = _Log()
     config = _server_config(task, log)
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -268,7 +268,10 @@ async def _rest(stream: Ours) -> bytes:
 
 
 async def http_client(stream: Ours, task: Task) -> bytes:
-    """Say it in a POST and hear it in the response: HTTP/1.0 (RFC 1945), which ends with it."""
+    """Send the text in a POST and read the other text from the response.
+
+    The end of the response closes the connection (HTTP/1.0, RFC 1945).
+    """
     head = f"POST / HTTP/1.0\r\nHost: {task.server_name}\r\nContent-Length: {task.size}\r\n\r\n"
     await stream.send_all(head.encode())
     await _speak(stream, task)

@@ -24,7 +24,7 @@ class Missing(Exception):
 
 
 class PeerFailed(Exception):
-    """What the peer says of a connection that it could not make or keep."""
+    """The peer's error about a connection that it could not establish or keep."""
 
 
 class Running(Protocol):
@@ -36,7 +36,7 @@ class Running(Protocol):
         ...
 
     async def connect(self, task: Task) -> list[Report]:
-        """Be the client of a task.
+        """Run the client of a task.
 
         Raises:
             PeerFailed: with the peer's reason.
@@ -46,7 +46,7 @@ class Running(Protocol):
     async def serve(
         self, task: Task, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
     ) -> list[Report]:
-        """Be the server of a task; says its port when it starts.
+        """Run the server of a task; reports its port when it starts.
 
         Raises:
             PeerFailed: with the peer's reason.
@@ -109,7 +109,7 @@ class _RunningAgent:
         raise PeerFailed("the agent ended")
 
     async def read(self, lines: AsyncIterator[dict[str, Any]]) -> None:
-        """Deliver the answers until the agent ends."""
+        """Pass on the answers until the agent ends."""
         async for answer in lines:
             if waiting := self._waiting.get(answer["id"]):
                 await waiting.send(answer)

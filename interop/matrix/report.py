@@ -1,4 +1,4 @@
-"""The result page, from the results of a run."""
+"""Makes the result page from the results of a run."""
 
 import json
 from collections import Counter, defaultdict
@@ -124,7 +124,7 @@ def _names(results: Iterable[Result]) -> list[str]:
 
 
 def _marks(by_cell: Mapping[tuple[str, Case, Role], set[Outcome]], peer: str, case: Case) -> str:
-    """For each role, what came of the case; of several outcomes, that which is not a pass."""
+    """Return the outcome of a case for each role; of several outcomes, one that is not a pass."""
     roles: tuple[Role, ...] = ("client", "server")
     found = [by_cell.get((peer, case, role), set()) for role in roles]
     return " ".join(_MARKS[min(one, key=_WORST_FIRST.index)] if one else "·" for one in found)
@@ -148,7 +148,7 @@ def _reasons(results: Iterable[Result]) -> Iterable[str]:
 
 
 def dump(path: Path, values: dict[str, Any]) -> None:
-    """One line for each cell, so that a change shows as a line."""
+    """Write one line for each cell, so that a change of a cell is a change of one line."""
     cells = ",\n".join(json.dumps(cell, ensure_ascii=False) for cell in values["cells"])
     others = {name: value for name, value in values.items() if name != "cells"}
     head = json.dumps(others, indent=1, ensure_ascii=False).removesuffix("\n}")

@@ -84,7 +84,7 @@ def cells(
 
 
 def missing_from(cell: Cell) -> str | None:
-    """Why the peer cannot do this, if it cannot."""
+    """Return why the peer cannot run the case; ``None`` if it can."""
     role = other_end(cell.ours)
     for need in cell.case.needs:
         for pattern, reason in cell.peer.lacks.items():
@@ -94,7 +94,7 @@ def missing_from(cell: Cell) -> str | None:
 
 
 async def run(cell: Cell, running: Running, materials: Materials) -> Result:
-    """Try one cell; never raises for what the peer or we do wrong."""
+    """Run one cell. A failure of either end is an outcome, not an exception."""
     reason = missing_from(cell)
     if reason is not None:
         return Result(cell, Outcome.NOT_SUPPORTED, reason)
@@ -121,7 +121,7 @@ def _reasons(error: BaseException) -> Iterable[str]:
 
 
 async def _try(cell: Cell, running: Running, materials: Materials) -> list[str]:
-    """What is wrong with the cell; empty if it passed."""
+    """Return what is wrong with the cell; empty if it passed."""
     # RSA and ML-DSA keys take a while to make.
     our_task, peer_task = await trio.to_thread.run_sync(cell.case.tasks, cell.ours, materials)
     converse: ours.Conversation
@@ -173,7 +173,7 @@ async def _collecting(
 def _judge(
     case: Case, our_task: Task, peer_task: Task, here: list[Report], there: list[Report]
 ) -> Iterable[str]:
-    """What is wrong with the two ends' reports."""
+    """Return what is wrong with the reports of the two ends."""
     if len(here) != our_task.connections or len(there) != peer_task.connections:
         yield f"{len(here)} and {len(there)} reports of {our_task.connections} connections"
         return

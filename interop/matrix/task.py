@@ -1,4 +1,4 @@
-"""What one end of a connection has to do, and what it says of it afterwards.
+"""The task of one end of a connection, and its report.
 
 Both go over a pipe as JSON to peers that are programs of another language (``agents/``), so they
 hold plain values. Every end runs the same conversation: ``size`` bytes of a known text each way,
@@ -89,33 +89,33 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one end says of one connection; ``None`` where its interface does not tell."""
+    """The report of one end about one connection; ``None`` where its library does not tell."""
 
     group: str | None = None
     suite: str | None = None
     alpn: str | None = None
-    """Empty if none was negotiated."""
+    """The ALPN protocol; empty if none was negotiated."""
     resumed: bool | None = None
     server_name: str | None = None
     peer: str | None = None
-    """SHA-256 of the certificate that it was shown."""
+    """SHA-256 of the certificate that the other end presented."""
     exporter: str | None = None
     key_log: tuple[str, ...] | None = None
     received: str | None = None
-    """SHA-256 of what the other end said."""
+    """SHA-256 of the text that the other end sent."""
     retried: bool | None = None
     """Whether there was a HelloRetryRequest."""
     updates: int | None = None
-    """KeyUpdates that came from the other end."""
+    """Number of KeyUpdates that the other end sent."""
 
 
 @lru_cache(maxsize=8)
 def text(role: Role, size: int) -> bytes:
-    """What an end of this role says: numbered lines, cut at ``size`` bytes."""
+    """Return the text that an end of this role sends: numbered lines, cut at ``size`` bytes."""
     lines = -(-size // len(f"{role} {0:08d}\n"))
     return "".join(f"{role} {number:08d}\n" for number in range(lines)).encode()[:size]
 
 
 def digest(data: bytes) -> str:
-    """The digest of a text, as reports have it."""
+    """Return the digest of a text, in the form of the reports."""
     return hashlib.sha256(data).hexdigest()

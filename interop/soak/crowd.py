@@ -1,4 +1,4 @@
-"""A crowd at one port, and how long it delays the clients of another address.
+"""Measures how long a crowd at one port delays the clients of another address.
 
 A process of its own connects as fast as it can from one address, or from many; every connection
 does what its kind says and stays, or is opened again. Meanwhile the service is asked as a user
@@ -25,11 +25,11 @@ from interop.soak.load import raise_file_limit
 __all__ = ["CROWDS", "DOORS", "crowd"]
 
 DOORS: Final[tuple[type[Service], ...]] = (Listen, Kme, TunnelListen)
-"""The services with a handshake at their door."""
+"""The services that begin with a handshake."""
 AHEAD: Final = 0.2
-"""Seconds that the crowd has before the first good client comes."""
+"""Seconds from the start of the crowd to the first honest client."""
 OPENING: Final = 500
-"""Connections of which the attacker waits for the end of connect(2), or for the answer."""
+"""Connections for which the attacker waits at once, for connect(2) or for an answer."""
 
 
 def _hello() -> bytes:
@@ -46,7 +46,7 @@ CROWDS: Final[dict[str, Callable[[bytes], bytes]]] = {
     "whole": lambda hello: hello,
     "reset": lambda hello: hello,
 }
-"""What each connection of a crowd says. ``reset``: it is reset after the server's first byte."""
+"""The bytes that each connection of a crowd sends. ``reset``: reset after the first answer."""
 
 
 class _Attacker:

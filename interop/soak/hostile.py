@@ -42,13 +42,13 @@ __all__ = ["LINK_MEMBERS", "MEMBERS", "attack", "listening_ports"]
 AT_ONCE: Final = 24
 """Strangers that stay connected to a port."""
 GROWTH: Final = 48 << 20
-"""Bytes of resident memory that a process may have more than before."""
+"""Bytes by which the resident memory of a process may grow."""
 
 Member = Callable[[socket.socket, random.Random, "Material"], None]
 
 
 class Material:
-    """What strangers bring with them.
+    """What the strangers use.
 
     Args:
         folder: for files.
@@ -256,7 +256,7 @@ def _bob(one: socket.socket, choice: random.Random, material: Material) -> None:
 
 
 def _frames(one: socket.socket, choice: random.Random) -> None:
-    """What is no message of a link, or none that fits."""
+    """Send frames that are no messages of a link, or do not fit."""
     spot = struct.pack(">QQ", choice.randrange(1 << 64), (1 << 64) - 1)
     hello = bytes([choice.choice([0, 1, 2, 3, 255]), choice.randrange(3)]) + choice.randbytes(64)
     bodies = (hello, hello + spot, hello + bytes(16) + spot, hello * 2, b"", choice.randbytes(128))

@@ -1,4 +1,4 @@
-"""The loads; each returns what it measured, and what it expected of it."""
+"""The loads. Each returns its measurements and the expected values."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ class Server:
     config: ClientConfig
 
     async def usage(self) -> dict[str, int]:
-        """What it holds now; see :mod:`interop.soak.server`."""
+        """Its resources in use; see :mod:`interop.soak.server`."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write("?\n")
@@ -44,7 +44,7 @@ class Server:
         return found
 
     async def settled(self, connections: int) -> dict[str, int]:
-        """Its usage, once it has just so many connections; for ten seconds at most."""
+        """Its usage once it has this number of connections; waits ten seconds at most."""
         for _ in range(100):
             found = await self.usage()
             if found["connections"] == connections:
@@ -53,7 +53,7 @@ class Server:
         return found
 
     async def connect(self) -> SecureStream[trio.SocketStream]:
-        """One connection, its handshake done, and a word there and back."""
+        """Connect, complete the handshake, and exchange one message."""
         stream = await open_secure_tcp_stream(
             "127.0.0.1",
             self.port,
@@ -87,7 +87,7 @@ async def server(deadline: float = 10.0) -> AsyncIterator[Server]:
 
 
 async def idle(connections: int) -> dict[str, Any]:
-    """Open many connections, leave them alone, and see what each of them holds."""
+    """Open many idle connections and measure the resources of each."""
     async with server(deadline=120) as target:
         streams: list[SecureStream[trio.SocketStream]] = []
         slots = trio.Semaphore(AT_ONCE)

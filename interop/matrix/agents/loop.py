@@ -1,4 +1,4 @@
-"""What the agents in Python have in common: tasks, sockets and the conversation."""
+"""Shared by the agents in Python: tasks, sockets and the conversation."""
 
 import json
 import select
@@ -13,17 +13,20 @@ from interop.matrix.task import Material, Psk, Task, digest, text
 __all__ = ["Blocked", "Engine", "serve"]
 
 _SILENCE: Final = 30.0
-"""Seconds after which a silent other end is given up."""
+"""Seconds to wait for a silent other end."""
 
 T = TypeVar("T")
 
 
 class Blocked(Exception):
-    """The engine can go on when more has come from the other end."""
+    """The engine needs more bytes from the other end."""
 
 
 class Engine(Protocol):
-    """A TLS library that reads and writes memory. What must wait raises :exc:`Blocked`."""
+    """A TLS library that reads and writes memory.
+
+    A method that would have to wait raises :exc:`Blocked`.
+    """
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the transport; empty at its end."""
@@ -122,7 +125,7 @@ class _Conversation:
             self._carry(wait_for_input=True)
 
     def _carry(self, *, wait_for_input: bool = False) -> bool:
-        """Move bytes both ways, once; whether there is more to send."""
+        """Move bytes in both directions once; returns whether there is more to send."""
         self._out += self._engine.take()
         if not wait_for_input and not self._out:
             return False
@@ -187,7 +190,7 @@ def _answer(task: Task, configure: Callable[[Task], Callable[[], Engine]]) -> No
 
 
 def serve(version: str, configure: Callable[[Task], Callable[[], Engine]]) -> None:
-    """Be an agent.
+    """Run an agent.
 
     Args:
         version: of the library.

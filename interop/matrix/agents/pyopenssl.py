@@ -1,4 +1,4 @@
-"""OpenSSL as it is in the `cryptography` wheel, through pyOpenSSL."""
+"""OpenSSL of the `cryptography` wheel, through pyOpenSSL."""
 
 import hashlib
 import warnings
@@ -14,7 +14,7 @@ from OpenSSL import __version__ as pyopenssl_version
 from interop.matrix.agents.loop import Blocked, serve
 from interop.matrix.task import Material, Psk, Task
 
-# pyOpenSSL has no method for groups, PSKs and whether a session was resumed; its binding has.
+# pyOpenSSL has no methods for groups, PSKs and resumption; its binding has.
 _binding: Any = SSL
 _lib, _ffi = _binding._lib, _binding._ffi
 
@@ -105,7 +105,7 @@ def _load(context: SSL.Context, own: Material) -> None:
 
 
 def _offer(context: SSL.Context, psk: Psk) -> list[Any]:
-    """Callbacks for an external PSK; the caller keeps them alive."""
+    """Make the callbacks for an external PSK; the caller must keep a reference to them."""
     key = bytes.fromhex(psk.key)
 
     def client(_: Any, hint: Any, identity: Any, room: int, value: Any, most: int) -> int:
@@ -156,7 +156,7 @@ def _context(task: Task, own: Material | None, key_log: list[str]) -> SSL.Contex
 
 
 def _verify_name(connection: SSL.Connection, name: str) -> None:
-    """The name that the certificate must have (X509_VERIFY_PARAM_set1_host)."""
+    """Set the name that the certificate must have (X509_VERIFY_PARAM_set1_host)."""
     parameters = _lib.SSL_get0_param(connection._ssl)
     if _lib.X509_VERIFY_PARAM_set1_host(parameters, name.encode(), len(name)) != 1:
         raise ValueError(f"OpenSSL does not take the name {name}")

@@ -170,7 +170,7 @@ def _finish(steps: Iterator[Any]) -> Any:
 
 
 def _then_empty(steps: Iterator[Any]) -> Iterator[Any]:
-    """A close that waits for the other end's is a read without data."""
+    """Treat a close that waits for the other end's as a read without data."""
     yield from steps
     yield b""
 

@@ -53,7 +53,7 @@ class _Caddy:
 
 
 def _report(entry: dict[str, Any], task: Task, log: tuple[str, ...]) -> Report:
-    """From a line of the access log; a request is answered with 200 if its body is the text."""
+    """Make a report from a line of the access log; Caddy answers 200 if the body is the text."""
     tls, right = entry["request"]["tls"], entry["status"] == 200
     return Report(
         suite=_SUITES[tls["cipher_suite"]],

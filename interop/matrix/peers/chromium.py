@@ -1,4 +1,4 @@
-"""Chromium without a window, as a client (BoringSSL)."""
+"""Headless Chromium as a client (BoringSSL)."""
 
 import base64
 import hashlib

@@ -62,7 +62,7 @@ def key_log(path: Path) -> list[tuple[str, ...]]:
 
 
 async def version_of(*command: str) -> str:
-    """The first thing that looks like a version in what a command says of itself."""
+    """Return the first version number in the output of a command."""
     said = (await run(command)).stdout.decode(errors="replace")
     found = re.search(r"\d+(\.\d+)+", said)
     return found[0] if found else said.strip()
@@ -92,7 +92,7 @@ class Command:
         self._news.set()
 
     async def until(self, pattern: bytes, *, times: int = 1) -> "re.Match[bytes]":
-        """Wait until this has been said so many times; the last of them.
+        """Wait until a pattern has occurred so many times; returns the last match.
 
         Raises:
             PeerFailed: the command ended without.
@@ -110,7 +110,7 @@ class Command:
         return found
 
     def terminate(self) -> None:
-        """Ask it to end (SIGTERM)."""
+        """Send SIGTERM."""
         self._process.terminate()
 
     async def end(self) -> None:

@@ -22,7 +22,7 @@ _BUILD_TIME: Final = 300.0
 
 
 def cache() -> Path:
-    """Where what was built or installed stays for the next run."""
+    """The folder that keeps built and installed programs for the next run."""
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hybridkex-interop"
 
 
@@ -37,7 +37,7 @@ async def _open() -> AsyncIterator[Running]:
 
 
 async def _build(goroot: Path) -> Path:
-    """The program, from the compiler's own packages alone: nothing is fetched."""
+    """Build the program from the compiler's own packages; nothing is downloaded."""
     sources = b"".join(path.read_bytes() for path in sorted(_SOURCE.iterdir()))
     version = (goroot / "VERSION").read_bytes()
     program = cache() / f"go-{hashlib.sha256(version + sources).hexdigest()[:16]}"
@@ -46,7 +46,7 @@ async def _build(goroot: Path) -> Path:
     program.parent.mkdir(parents=True, exist_ok=True)
     half_made = program.with_suffix(f".{os.getpid()}")
     with program.with_suffix(".lock").open("w") as lock, trio.fail_after(_BUILD_TIME):
-        # Test processes side by side build it once.
+        # Concurrent test processes build it once.
         await trio.to_thread.run_sync(fcntl.flock, lock, fcntl.LOCK_EX, abandon_on_cancel=True)
         if program.exists():
             return program

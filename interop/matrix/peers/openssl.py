@@ -84,7 +84,7 @@ class _OpenSsl:
 
 
 async def _talk(command: Command, task: Task, other: Role, number: int) -> bytes:
-    """What the other end said; it stands among what the command says, even within its lines."""
+    """Return the text of the other end, which the command mixes with its own output."""
     # Both commands say this when the handshake is done.
     await command.until(rb"Secure Renegotiation IS|This TLS version forbids", times=number)
     if task.first in (None, task.role):

@@ -177,6 +177,15 @@ CLIENT_AGREES = """query a: host, b: bitstring, v: bitstring, k: key;
   inj-event(ClientAccepts(a, good(b), v, k)) ==> inj-event(ServerRuns(a, good(b), v, k))."""
 SERVER_AGREES = """query a: bitstring, b: host, v: bitstring, k: key;
   inj-event(ServerAccepts(good(a), b, v, k)) ==> inj-event(ClientRuns(good(a), b, v, k))."""
+_BOTH_VIEW = "(o, pBoth, g1, g2, g, i, m, before)"
+_BOTH_TYPES = """query a: host, b: host, o: bitstring, g1: group, g2: group, g: group, i: bitstring,
+  m: bitstring, before: bitstring, n: bitstring, k: key;"""
+CLIENT_AGREES_BOTH = f"""{_BOTH_TYPES}
+  inj-event(ClientAccepts(a, good(n), {_BOTH_VIEW}, k))
+  ==> inj-event(ServerRuns(a, good(n), {_BOTH_VIEW}, k))."""
+SERVER_AGREES_BOTH = f"""{_BOTH_TYPES}
+  inj-event(ServerAccepts(good(n), b, {_BOTH_VIEW}, k))
+  ==> inj-event(ClientRuns(good(n), b, {_BOTH_VIEW}, k))."""
 SAME_KEY_SAME_VIEW = """query a: host, b: host, v: bitstring, a2: host, b2: host, v2: bitstring, k: key;
   event(ClientAccepts(a, b, v, k)) && event(ServerAccepts(a2, b2, v2, k)) ==> b = b2 && v = v2."""
 NO_REFLECTION = """query a: host, b: host, v: bitstring, a2: host, b2: host, v2: bitstring, k: key;
@@ -278,14 +287,19 @@ CLAIMS = (
     ),
     claim(
         "both-legs-authenticate",
-        "With RFC 9973, both agreements hold while the QKD key or the signatures stand",
-        holds("both-legs-authenticate", H, CLIENT_AGREES,
-              [("ONLY_BOTH", "BEFORE_SIGNATURES")], [], slow=True),
-        holds("both-legs-authenticate server", H, SERVER_AGREES,
-              [("ONLY_BOTH", "BEFORE_SIGNATURES")], [], slow=True),
+        "With RFC 9973, both agreements hold while the QKD key or the signatures stand; under "
+        "`prefer` a session without the key rests on the signatures alone",
+        holds("both-legs-authenticate", H, CLIENT_AGREES_BOTH,
+              [("ONLY_BOTH", "BEFORE_SIGNATURES")],
+              [("ONLY_BOTH", "BEFORE_SIGNATURES", "BEFORE_QKD")], slow=True),
+        holds("both-legs-authenticate server", H, SERVER_AGREES_BOTH,
+              [("ONLY_BOTH", "BEFORE_SIGNATURES")],
+              [("ONLY_BOTH", "BEFORE_SIGNATURES", "BEFORE_QKD")], slow=True),
         holds("both-legs-authenticate key", H, CLIENT_AGREES,
               [("ONLY_BOTH", "BEFORE_QKD")], [("ONLY_BOTH", "BEFORE_QKD", "DROP_SIGNATURE_BESIDE_PSK")],
               slow=True),
+        holds("both-legs-authenticate prefer", H, CLIENT_AGREES,
+              [], [("ONLY_BOTH", "BEFORE_SIGNATURES")], slow=True),
     ),
     claim(
         "no-reflection",

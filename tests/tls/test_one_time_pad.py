@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from cryptography.exceptions import InvalidTag
+from test_downgrade import Attacker, damaged, without
 from tls_glue import Pair, data_of
 from update_glue import OFF, PREFER, REQUIRE, both, configs, events_of, policy, settle
 
@@ -22,7 +23,7 @@ from hybridkex import (
     Requirement,
     ServerConfig,
 )
-from hybridkex.constants import PAD_RECORD, PAD_SUITE, Alert
+from hybridkex.constants import PAD_RECORD, PAD_SUITE, Alert, ExtensionType, HandshakeType
 from hybridkex.crypto.one_time_pad import OVERHEAD, Pad
 from hybridkex.crypto.schedule import TrafficSecret
 from hybridkex.errors import (
@@ -202,6 +203,20 @@ def test_a_server_takes_no_suite_that_it_does_not_know(monkeypatch: pytest.Monke
     monkeypatch.setattr(fresh_negotiation, "offer", other)
     pad = policy(one_time_pad=PREFER)
     assert not Pair.make(*configs(pad, pad)).connect().client.session.one_time_pad
+
+
+def test_an_attacker_on_the_wire_takes_the_pad_from_nobody() -> None:
+    """Two ends that prefer one, and an attacker who strips or damages what says so."""
+    pad = policy(one_time_pad=PREFER)
+    code = int(ExtensionType.ONE_TIME_PAD)
+    for change in (without(code), *(damaged(code, place) for place in range(3))):
+        attacker = Attacker(HandshakeType.CLIENT_HELLO, change)
+        pair = Pair.make(*configs(pad, pad), on_wire=attacker)
+        pair.client.start()
+        pair.fight()
+        assert attacker.changed == 1
+        assert not pair.both_complete
+        assert pair.errors
 
 
 def test_a_configuration_with_a_pad() -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hybridkex.cli.arguments import option
+from hybridkex.cli.arguments import Exclusive, option
 from hybridkex.cli.choices import FINITE_KEY, LEAKS, LINK_PRESETS
 
 
@@ -12,9 +12,10 @@ def preset() -> Any:
     return option(f"one of {names} (default: %(default)s)", metavar="NAME", default="lim2014")
 
 
-def distance() -> Any:
-    """The field of ``--distance``."""
-    return option("length of the fibre (default: %(default)g)", metavar="KM", default=50.0)
+def distance(group: Exclusive | None = None) -> Any:
+    """The field of ``--distance``; ``group``: the options that it cannot be given with."""
+    text = "length of the fibre (default: %(default)g)"
+    return option(text, metavar="KM", default=50.0, group=group)
 
 
 def as_published() -> Any:

@@ -5,19 +5,22 @@
 
 import argparse
 from dataclasses import dataclass
+from typing import Final
 
 from hybridkex.cli import qkd_data, qkd_scan
-from hybridkex.cli.arguments import Action, add_action, option
+from hybridkex.cli.arguments import Action, Exclusive, add_action, option
 from hybridkex.cli.choices import LINK_BOOTSTRAPS
 from hybridkex.cli.help_text import describe
 from hybridkex.cli.link_options import as_published, distance, finite_key, key_bits, leak, preset
+
+_WHERE: Final = Exclusive()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """``qkd run``."""
 
-    distance: float = distance()
+    distance: float = distance(group=_WHERE)
     preset: str = preset()
     as_published: bool = as_published()
     blocks: int = option("number of blocks to make (default: %(default)s)", default=3)
@@ -25,7 +28,7 @@ class RunOptions:
     key_bits: int = key_bits()
     eve: str | None = option(
         "an eavesdropper: intercept:SHARE or split:SHARE of the light, pns (photon-number "
-        "splitting), mitm, or tamper:BYTE, which flips a bit of what Alice receives",
+        "splitting), mitm, tamper:BYTE, which flips a bit of what Alice receives, or none",
         metavar="WHAT",
     )
     bootstrap: str = option(
@@ -36,7 +39,9 @@ class RunOptions:
     finite_key: str = finite_key()
     leak: str = leak()
     satellite: float | None = option(
-        "simulate a satellite pass up to this elevation instead of a fibre", metavar="DEG"
+        "simulate a satellite pass up to this elevation instead of a fibre",
+        metavar="DEG",
+        group=_WHERE,
     )
     real_time: bool = option("run at the speed of the laser's clock")
     seed: int | None = option("make the run repeatable; its keys are then predictable")

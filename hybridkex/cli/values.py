@@ -12,6 +12,8 @@ from typing import Final
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import TcpAddress, parse_tcp_address
 
+EXACT: Final = 1 << 53
+"""Greater whole numbers are not exact as floating-point numbers."""
 _UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -33,13 +35,18 @@ def _path(text: str) -> Path:
 
 
 def whole_number(text: str) -> int:
-    """An integer in decimal digits."""
+    """An integer in decimal digits, or with an exponent, such as ``1e6``."""
     try:
         return int(text)
-    except ValueError:  # a word, a fraction, or thousands of digits
-        raise argparse.ArgumentTypeError(
-            f"a whole number is needed, not {_shortened(text)}"
-        ) from None
+    except ValueError:  # a word, an exponent, a fraction, or thousands of digits
+        pass
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value.is_integer() or abs(value) > EXACT:
+        raise argparse.ArgumentTypeError(f"a whole number is needed, not {_shortened(text)}")
+    return int(value)
 
 
 def number(text: str) -> float:

@@ -5,14 +5,9 @@ the other over TCP, with a connection for the classical and one for the quantum 
 block of such a link is authenticated with the keys of the KMEs' certificates. (A shared secret
 would be reused after a restart, and a one-time pad must not be.)
 
-Alice listens, and each connection begins with a greeting, so that only Bob reaches Alice's party::
-
-    Bob    kind (C or Q, 1 byte), number of the session (16 random bytes)
-    Alice  challenge (32 random bytes)
-    Bob    length (2 bytes, big-endian), signature by Bob's certificate's key over all of the above
-
-A session begins when both connections with its number are open. A new session ends the previous
-one: Bob opens one only after losing the other.
+Alice listens, and each connection begins with a greeting (:mod:`hybridkex.link.greeting`), so that
+only Bob reaches Alice's party. A session begins when both connections with its number are open. A
+new session ends the previous one: Bob opens one only after losing the other.
 """
 
 import secrets
@@ -32,6 +27,7 @@ from hybridkex.errors import (
 from hybridkex.kme.config import KmeConfig, PeerConfig
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.link.authentication import Signatures
+from hybridkex.link.greeting import CLASSICAL, KINDS, NUMBER, QUANTUM, greet, greeted
 from hybridkex.link.ledger import Direction, Ledger
 from hybridkex.link.optimise import tuned
 from hybridkex.link.party import Alice, Block, Bob
@@ -43,7 +39,7 @@ from hybridkex.link.simulated import SimulatedLink
 from hybridkex.machine import broken, leaves, refusal
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.listening import open_tcp_listeners
-from hybridkex.net.reading import EndOfStream, read_exactly
+from hybridkex.net.reading import EndOfStream
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.net.threads import NoThread
 from hybridkex.qkd.producer import ProducedKey
@@ -66,10 +62,6 @@ STRANGERS: Final = 32
 """Simultaneous connections at Alice's port that are not yet authenticated as Bob's."""
 BOBS: Final = 8
 """Simultaneous authenticated connections: two of a session, and remains of earlier ones."""
-KINDS: Final = (b"C", b"Q")
-NUMBER: Final = 16
-CHALLENGE: Final = 32
-GREETING: Final = b"hybridkex QKD link greeting v1"
 
 _EXPECTED: Final = (LinkError, OSError, trio.BrokenResourceError, MemoryError, NoThread)
 """What ends a session without a defect of the program."""
@@ -187,8 +179,8 @@ class PartyFeed:
     async def _run_bob(self) -> None:
         while True:
             number = secrets.token_bytes(NUMBER)
-            classical = await self._reach(b"C", number)
-            quantum = await self._reach(b"Q", number)
+            classical = await self._reach(CLASSICAL, number)
+            quantum = await self._reach(QUANTUM, number)
             await self._session(classical, quantum)
 
     async def _reach(self, kind: bytes, number: bytes) -> trio.SocketStream:
@@ -198,7 +190,9 @@ class PartyFeed:
                 with trio.fail_after(GREETING_SECONDS):
                     stream = await trio.open_tcp_stream(self._address.host, self._address.port)
                     try:
-                        await greet(stream, self._signatures, kind, number)
+                        await greet(
+                            stream, self._signatures, kind, number, sends=Direction.BOB_TO_ALICE
+                        )
                     except BaseException:
                         await trio.aclose_forcefully(stream)
                         raise
@@ -226,7 +220,7 @@ class PartyFeed:
             async for pair in arrived:
                 try:
                     with pair.scope:
-                        await self._session(pair.streams[b"C"], pair.streams[b"Q"])
+                        await self._session(pair.streams[CLASSICAL], pair.streams[QUANTUM])
                 finally:
                     pair.over.set()
 
@@ -309,7 +303,7 @@ class _Reception:
 
     async def receive(self, stream: trio.SocketStream, connection: Connection) -> None:
         """Serve one connection for as long as its session lasts."""
-        kind, number = await greeted(stream, self._signatures)
+        kind, number = await greeted(stream, self._signatures, receives=Direction.BOB_TO_ALICE)
         connection.admit(self._budget)
         pair = self._by_number.setdefault(number, _Pair())
         if kind in pair.streams:
@@ -328,37 +322,6 @@ class _Reception:
                 await pair.over.wait()
         finally:
             self._by_number.pop(number, None)
-
-
-async def greet(
-    stream: trio.abc.Stream, signatures: Signatures, kind: bytes, number: bytes
-) -> None:
-    """Prove to Alice that we are Bob. Raises ``EndOfStream`` and ``trio.BrokenResourceError``."""
-    await stream.send_all(kind + number)
-    challenge = await read_exactly(stream, CHALLENGE)
-    signature = signatures.tag(Direction.BOB_TO_ALICE, [GREETING, kind, number, challenge])
-    await stream.send_all(len(signature).to_bytes(2) + signature)
-
-
-async def greeted(stream: trio.abc.Stream, signatures: Signatures) -> tuple[bytes, bytes]:
-    """Authenticate a connection as Bob's; returns the kind of channel and the session's number.
-
-    Raises:
-        LinkError: it is not Bob's.
-        EndOfStream: it ended early.
-        trio.BrokenResourceError: it broke.
-    """
-    kind = await read_exactly(stream, 1)
-    if kind not in KINDS:
-        raise LinkError("the connection is not for a QKD link")
-    number = await read_exactly(stream, NUMBER)
-    challenge = secrets.token_bytes(CHALLENGE)
-    await stream.send_all(challenge)
-    length = int.from_bytes(await read_exactly(stream, 2))
-    signature = await read_exactly(stream, length)
-    parts = [GREETING, kind, number, challenge]
-    signatures.check(Direction.BOB_TO_ALICE, parts, signature)
-    return kind, number
 
 
 async def _ended(error: BaseException) -> None:

@@ -5,7 +5,6 @@ the same to single pulses for :mod:`hybridkex.link.pulses`. What Eve does on the
 channel is in :mod:`hybridkex.link.interference`.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -168,26 +167,29 @@ class PhotonNumberSplitting(NoEve):
         return np.where(kept, photons - taken, 0), basis, bit
 
 
-EAVESDROPPERS: Final[Mapping[str, Callable[[Channel, Transmitter, float], Eavesdropper]]] = {
-    "intercept": lambda channel, _, share: InterceptResend(channel, share),
-    "split": lambda channel, _, share: BeamSplitting(channel, share),
-    "pns": lambda channel, transmitter, _: PhotonNumberSplitting(
-        channel, transmitter.intensities[0]
-    ),
-}
+EAVESDROPPERS: Final = ("intercept", "split", "pns")
+"""Attacks on the light; ``intercept`` and ``split`` take a share of it."""
 
 
 def eavesdropper(text: str, channel: Channel, transmitter: Source) -> Eavesdropper:
-    """From ``intercept:0.2``, ``split:0.5`` or ``pns``. Raises ``ConfigError``."""
+    """From ``intercept:0.2``, ``split:0.5`` or ``pns``; the share is 1 where none is given.
+
+    Raises ``ConfigError``.
+    """
     if not isinstance(transmitter, Transmitter):
         raise ConfigError("the simulated eavesdroppers attack laser pulses, not pairs")
-    name, _, number = text.partition(":")
+    if text == "pns":
+        return PhotonNumberSplitting(channel, transmitter.intensities[0])
+    name, colon, number = text.partition(":")
     try:
-        make, share = EAVESDROPPERS[name], float(number or 1.0)
+        make = {"intercept": InterceptResend, "split": BeamSplitting}[name]
+        share = float(number) if colon else 1.0
     except (KeyError, ValueError):
         raise ConfigError(
-            f"no eavesdropper {text!r}: use intercept:SHARE, split:SHARE or pns"
+            f"no eavesdropper {text!r} on the light: use intercept:SHARE, split:SHARE or pns"
         ) from None
     if not 0.0 < share <= 1.0:
-        raise ConfigError("an eavesdropper takes a share of the light, from 0 to 1")
-    return make(channel, transmitter, share)
+        raise ConfigError(
+            f"{text}: the share of the light that Eve takes must be above 0, and at most 1"
+        )
+    return make(channel, share)

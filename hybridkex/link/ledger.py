@@ -53,8 +53,12 @@ class Position:
 class Ledger:
     """Authentication key in stock."""
 
-    def __init__(self, shared: Secret | None = None) -> None:
-        """``shared``: a secret that both parties were given, an even number of bytes."""
+    def __init__(self, shared: Secret | None = None, *, reserve: int = LANE_RESERVE) -> None:
+        """``shared``: a secret that both parties were given, an even number of bytes.
+
+        ``reserve``: bytes to which each lane is filled; 0 where no further block follows.
+        """
+        self._reserve = reserve
         self._lanes = {direction: bytearray() for direction in Direction}
         self._starts = dict.fromkeys(Direction, 0)
         self.history: Final[deque[Entry]] = deque(maxlen=HISTORY)
@@ -84,7 +88,7 @@ class Ledger:
     @property
     def wanting(self) -> int:
         """Bytes missing in both lanes together."""
-        return sum(max(0, LANE_RESERVE - len(lane)) for lane in self._lanes.values())
+        return sum(max(0, self._reserve - len(lane)) for lane in self._lanes.values())
 
     def position(self, direction: Direction) -> Position:
         """Which bytes of a lane are in stock."""
@@ -93,7 +97,7 @@ class Ledger:
 
     def add(self, block: int, what: str, key: bytes) -> None:
         """Add key material: fill each lane first, then give half of the rest to each."""
-        want = [max(0, LANE_RESERVE - len(lane)) for lane in self._lanes.values()]
+        want = [max(0, self._reserve - len(lane)) for lane in self._lanes.values()]
         spare = len(key) - sum(want)
         first = want[0] + spare // 2 if spare >= 0 else len(key) * want[0] // sum(want)
         self._lanes[Direction.ALICE_TO_BOB] += key[:first]

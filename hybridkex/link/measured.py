@@ -70,6 +70,7 @@ MOST_ROWS: Final = 1 << 28
 ARRAYS: Final = ("basis", "bit", "intensity", "pulse")
 SETTINGS: Final = "settings"
 MOST_SETTINGS: Final = 1 << 20
+PARTS: Final = ("source", "channel", "security")
 UNREADABLE: Final = (
     zipfile.BadZipFile,
     ValueError,
@@ -131,6 +132,18 @@ class Measured:
         return np.arange(len(self), dtype=np.int64) if self.pulse is None else self.pulse
 
 
+class _Record(PulseRecord):
+    """Alice's record of measured detections: no other pulse was detected."""
+
+    def recall(self, pulse: NDArray[np.int64]) -> Sent:
+        if not np.isin(pulse, self._pulse, assume_unique=True).all():
+            raise LinkError(
+                "the other end reports pulses that Alice's detections do not have: the two files "
+                "are not of the same detections"
+            )
+        return super().recall(pulse)
+
+
 class _Recorded:
     """Bob's detector: returns the measured detections once."""
 
@@ -162,6 +175,16 @@ def settings_for(measured: Measured, settings: LinkSettings) -> LinkSettings:
     return replace(settings, block_bits=max(1000, rows), block_detections=rows)
 
 
+def _check_intensities(measured: Measured, preset: Preset) -> None:
+    """Raises ``ConfigError`` for an intensity that the source does not have."""
+    kinds = len(preset.transmitter.probabilities)
+    if measured.intensity is not None and int(measured.intensity.max()) >= kinds:
+        raise ConfigError(
+            f"intensity has the index {int(measured.intensity.max())}, and the source has only "
+            f"{kinds}, counted from 0"
+        )
+
+
 def alice_of(
     measured: Measured,
     settings: LinkSettings,
@@ -170,16 +193,21 @@ def alice_of(
     *,
     seed: int | None = None,
 ) -> Alice:
-    """Alice for these detections, over a stream; see :class:`~hybridkex.link.party.Alice`."""
+    """Alice for these detections, over a stream; see :class:`~hybridkex.link.party.Alice`.
+
+    There is one block, so none of its key is kept to authenticate another, beyond what a ledger in
+    ``bootstrap`` asks for. Raises ``ConfigError``.
+    """
     if measured.intensity is None:
         raise ConfigError("Alice's detections have an intensity")
-    record = PulseRecord(settings.preset.transmitter, Randomness.seeded(seed, "laser"))
+    _check_intensities(measured, settings.preset)
+    record = _Record(settings.preset.transmitter, Randomness.seeded(seed, "laser"))
     sent = Sent(
         intensity=measured.intensity.copy(), basis=measured.basis.copy(), bit=measured.bit.copy()
     )
     record.keep(measured.numbers, sent)
     chosen = settings_for(measured, settings)
-    return Alice(stream, chosen, record, bootstrap=bootstrap, seed=seed)
+    return Alice(stream, chosen, record, bootstrap=bootstrap, ledger=Ledger(reserve=0), seed=seed)
 
 
 def bob_of(
@@ -192,7 +220,14 @@ def bob_of(
 ) -> Bob:
     """Bob for these detections; see :func:`alice_of`."""
     chosen = settings_for(measured, settings)
-    return Bob(stream, chosen, _Recorded(measured), bootstrap=bootstrap, seed=seed)
+    return Bob(
+        stream,
+        chosen,
+        _Recorded(measured),
+        bootstrap=bootstrap,
+        ledger=Ledger(reserve=0),
+        seed=seed,
+    )
 
 
 def distil(
@@ -284,6 +319,10 @@ def _preset(text: str, name: str) -> Preset:
         raise ConfigError(f"the settings are not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ConfigError("the settings are not a JSON object")
+    if unknown := sorted(set(found) - set(PARTS)):
+        raise ConfigError(
+            f"the settings have an unknown object: {', '.join(unknown)}; use {', '.join(PARTS)}"
+        )
     source = found.get("source")
     pairs = isinstance(source, dict) and "brightness" in source
     return Preset(
@@ -332,9 +371,11 @@ def read_measured(path: Path) -> tuple[Measured, Preset]:
         if name not in found:
             raise ConfigError(f"{path}: the array {name!r} is missing")
     try:
-        return Measured(**found), _preset(settings, path.name)
+        measured, chosen = Measured(**found), _preset(settings, path.name)
+        _check_intensities(measured, chosen)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    return measured, chosen
 
 
 def _content(path: Path) -> io.BytesIO:
@@ -361,13 +402,19 @@ def _read_npz(path: Path) -> dict[str, Any]:
             for name, member in members.items():
                 with archive.open(member) as file:
                     found[name] = np.lib.format.read_array(file, allow_pickle=False)
+            if SETTINGS in found:
+                found[SETTINGS] = _text(found[SETTINGS])
     except ConfigError as error:
         raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     except UNREADABLE as error:
         raise ConfigError(f"{path}: not an .npz file of detections: {error}") from None
-    if SETTINGS in found:
-        found[SETTINGS] = str(found[SETTINGS])
     return found
+
+
+def _text(array: NDArray[np.str_]) -> str:
+    """A string in an array. Raises ``ValueError``; numpy itself would not check the characters."""
+    order = "be" if array.dtype.str[0] == ">" else "le"
+    return array.tobytes().decode(f"utf-32-{order}").rstrip("\0")
 
 
 def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> None:
@@ -384,7 +431,7 @@ def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) 
             raise ConfigError("the settings are not one string of JSON")
     elif dtype.kind not in "uib":
         raise ConfigError(f"{name} has values of the type {dtype}, not integers")
-    elif len(shape) != 1 or not 0 < shape[0] <= MOST_ROWS:
+    elif len(shape) != 1 or type(shape[0]) is not int or not 0 < shape[0] <= MOST_ROWS:
         raise ConfigError(f"{name} has the shape {shape}; one row of 1 to {MOST_ROWS} is needed")
     if math.prod(shape) * dtype.itemsize > member.file_size:
         raise ConfigError(f"{name} is cut off: the file has less of it than it announces")

@@ -124,6 +124,16 @@ class Block:
     epsilon: Epsilon
 
     @property
+    def too_short(self) -> str | None:
+        """Why there is no key although there are secret bits; ``None`` if there are keys."""
+        if self.keys:
+            return None
+        return (
+            f"{self.secret_bits - self.to_ledger:,} secret bits are left for keys, fewer than one "
+            "key takes"
+        )
+
+    @property
     def rate(self) -> float:
         """Secret bits per second of the link's time."""
         return self.secret_bits / self.seconds
@@ -279,7 +289,10 @@ class _Party:
         if theirs.role != 1 - ours.role:
             raise LinkError("both ends of the link have the same role")
         if theirs.settings != ours.settings:
-            raise LinkError("the two ends of the link have different settings")
+            raise LinkError(
+                "the two ends of the link have different settings: compare their presets or files "
+                "(with measured detections, the numbers of rows too) and their options"
+            )
         self._channel.begin_session(
             *(hello.encode() for hello in sorted((ours, theirs), key=lambda one: one.role))
         )

@@ -42,7 +42,7 @@ class SatellitePass:
     def __post_init__(self) -> None:
         if not LOWEST_DEG < self.top_elevation_deg <= 90.0:
             raise ConfigError(
-                f"the top elevation of a pass lies between {LOWEST_DEG:g} and 90 degrees"
+                f"the top elevation of a pass must be above {LOWEST_DEG:g} degrees, and at most 90"
             )
         for name in ("altitude_km", "waist_m", "aperture_m", "wavelength_nm"):
             if not getattr(self, name) > 0.0:

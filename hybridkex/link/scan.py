@@ -164,7 +164,7 @@ def evaluate(point: Point, *, blocks: int = 0, seed: int = 0) -> Row:
     settings = LinkSettings(
         preset=chosen, block_bits=bits, finite_key=finite_key, leak=whole["leak"]
     )
-    eve = None if whole["eve"] in (None, "", "none") else str(whole["eve"])
+    eve = None if whole["eve"] in (None, "none") else str(whole["eve"])
     row |= _simulated(settings, eve, blocks, seed) if blocks else _expected(settings, eve)
     return row
 

@@ -56,7 +56,8 @@ class SimulatedLink:
         fading: Fading | None = None,
         observer: Observer | None = None,
     ) -> None:
-        """``eve``: ``intercept:SHARE``, ``split:SHARE``, ``pns``, ``mitm`` or ``tamper:BYTE``.
+        """``eve``: ``intercept:SHARE``, ``split:SHARE``, ``pns``, ``mitm``, ``tamper:BYTE``, or
+        ``none``.
 
         ``real_time``: detections come as fast as the laser's clock lets them, else as fast as they
         can be simulated. ``fading``: more loss in dB at a time in seconds, such as a
@@ -65,18 +66,19 @@ class SimulatedLink:
         """
         self.settings: Final = settings
         self._observer = observer
-        self._eve = eve or ""
+        self._eve = "" if eve is None or eve == "none" else eve
         self._seed = seed
         self._bootstrap = bootstrap
         self._real_time = real_time
         channel, transmitter = settings.preset.channel, settings.preset.transmitter
-        self._tampers = self._eve.partition(":")[0] == "tamper"
-        if self._tampers and not self._eve.partition(":")[2].isdecimal():
+        name, _, detail = self._eve.partition(":")
+        self._tampers = name == "tamper"
+        if self._tampers and not detail.isdecimal():
             raise ConfigError("tamper:BYTE needs the number of a byte that Alice receives")
-        if self._eve and self._eve.partition(":")[0] not in (*EAVESDROPPERS, "mitm", "tamper"):
+        if name not in ("", "tamper", *EAVESDROPPERS) and self._eve != "mitm":
             raise ConfigError(
-                f"no eavesdropper {eve!r}: use intercept:SHARE, split:SHARE, pns, mitm or "
-                "tamper:BYTE"
+                f"no eavesdropper {eve!r}: use intercept:SHARE, split:SHARE, pns, mitm, "
+                "tamper:BYTE or none"
             )
         light = None
         if self._eve and self._eve != "mitm" and not self._tampers:

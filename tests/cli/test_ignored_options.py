@@ -109,7 +109,10 @@ def test_numbers_have_a_type_with_plain_words(name: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        *((whole_number, text) for text in ("", "x", "1.5", "1e3", "nan", "9" * 5000)),
+        *(
+            (whole_number, text)
+            for text in ("", "x", "1.5", "1e-3", "1e16", "1e400", "inf", "nan", "9" * 5000)
+        ),
         *((number, text) for text in ("", "x", "1,5", "nan", "0x10")),
     ],
 )
@@ -117,6 +120,12 @@ def test_a_wrong_number_in_plain_words(kind: Callable[[str], float], text: str) 
     with pytest.raises(argparse.ArgumentTypeError, match="number is needed, not '") as caught:
         kind(text)
     assert len(str(caught.value)) < 80
+
+
+def test_a_whole_number_may_have_an_exponent() -> None:
+    """The values of `qkd scan` may, so those of all options may."""
+    for text in ("1e6", "1E6", "1000000", "1_000_000", "1.0e6", "1000000.0"):
+        assert whole_number(text) == 1_000_000
 
 
 def test_dev_up_replaces_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

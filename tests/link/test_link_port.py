@@ -6,6 +6,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,10 @@ import trio
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.errors import BlockAborted, LedgerDry, LinkAuthenticationError, LinkError
 from hybridkex.kme import link_feed
-from hybridkex.kme.link_feed import PartyFeed, greet, greeted
+from hybridkex.kme.link_feed import PartyFeed
 from hybridkex.link import party
 from hybridkex.link.authentication import Signatures
+from hybridkex.link.greeting import greet, greeted
 from hybridkex.link.ledger import Direction, Position
 from hybridkex.link.optimise import tuned
 from hybridkex.link.presets import PRESETS
@@ -28,6 +30,8 @@ from hybridkex.net.address import TcpAddress
 from hybridkex.net.reading import EndOfStream
 from hybridkex.net.threads import NoThread
 from interop.ports import free_port
+
+BOB = Direction.BOB_TO_ALICE
 
 
 @pytest.fixture
@@ -87,8 +91,8 @@ async def exchange(client: Signatures, server: Signatures, kind: bytes = b"C") -
     one, other = trio.testing.memory_stream_pair()
     number = secrets.token_bytes(16)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(greet, one, client, kind, number)
-        found = await greeted(other, server)
+        nursery.start_soon(partial(greet, sends=BOB), one, client, kind, number)
+        found = await greeted(other, server, receives=BOB)
         assert found == (kind, number)
     return found[0]
 
@@ -106,19 +110,19 @@ async def test_a_greeting_is_not_good_twice(signatures: dict[str, Signatures]) -
     """What Bob has said is worth nothing with another challenge."""
     one, other = trio.testing.memory_stream_pair()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(greet, one, signatures["bob"], b"C", bytes(16))
+        nursery.start_soon(partial(greet, sends=BOB), one, signatures["bob"], b"C", bytes(16))
         said = bytes(await other.receive_some())
         await other.send_all(bytes(32))
         said += bytes(await other.receive_some())
     one, other = trio.testing.memory_stream_pair()
     await one.send_all(said)
     with pytest.raises(LinkAuthenticationError):
-        await greeted(other, signatures["alice"])
+        await greeted(other, signatures["alice"], receives=BOB)
     one, other = trio.testing.memory_stream_pair()
     await one.send_all(said[:-1])
     await one.send_eof()
     with pytest.raises(EndOfStream):
-        await greeted(other, signatures["alice"])
+        await greeted(other, signatures["alice"], receives=BOB)
 
 
 @pytest.mark.parametrize(
@@ -199,8 +203,8 @@ async def test_nothing_that_the_other_end_says_ends_the_link(
         number = secrets.token_bytes(16)
         classical, quantum = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(2)]
         async with classical, quantum:
-            await greet(classical, signatures["bob"], b"C", number)
-            await greet(quantum, signatures["bob"], b"Q", number)
+            await greet(classical, signatures["bob"], b"C", number, sends=BOB)
+            await greet(quantum, signatures["bob"], b"Q", number, sends=BOB)
             await classical.receive_some()  # Alice's HELLO
             await classical.send_all(said)
             await quantum.send_all(b"\xff" * 4 * (len(said) % 3))

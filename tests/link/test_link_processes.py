@@ -184,6 +184,13 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert "QBER" in line["aborted"]
     assert line["keys"] == 0
-    for wrong in (["--preset", "x"], ["--eve", "x"], ["--blocks", "0"], ["--distance", "900"]):
+    for wrong in (["--preset", "x"], ["--eve", "mitm:1"], ["--blocks", "0"], ["--distance", "900"]):
         assert main(["qkd", "run", *options, *wrong]) == 1
         assert capsys.readouterr().err.startswith("hybridkex: ")
+    few = ["--blocks", "1e0", "--block-bits", "1e4", "--key-bits", "1e6", "--eve", "none"]
+    assert main(["qkd", "run", *options, *few]) == 1  # secret bits, but too few for one key
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "fewer than one key takes" in line["aborted"]
+    with pytest.raises(SystemExit):
+        main(["qkd", "run", "--satellite", "70", "--distance", "5"])
+    assert "not allowed with" in capsys.readouterr().err

@@ -4,13 +4,18 @@ import functools
 import io
 import json
 import resource
+import socket
 import subprocess
 import sys
+import time
 import zipfile
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import trio
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -20,13 +25,23 @@ from cryptography.hazmat.primitives.serialization import (
 from hybridkex.auth import DevCa
 from hybridkex.cli import main
 from hybridkex.cli.actions import qkd_data
-from hybridkex.errors import BlockAborted, ConfigError
-from hybridkex.link.measured import Measured, distil, read_measured, write_measured
+from hybridkex.errors import BlockAborted, ConfigError, LinkError
+from hybridkex.link.ledger import LANE_RESERVE, Ledger
+from hybridkex.link.measured import (
+    Measured,
+    alice_of,
+    bob_of,
+    distil,
+    read_measured,
+    write_measured,
+)
 from hybridkex.link.optimise import tuned
 from hybridkex.link.presets import PRESETS, Preset
 from hybridkex.link.quantum import sample
 from hybridkex.link.randomness import Randomness
 from hybridkex.link.settings import LinkSettings
+from hybridkex.link.simulated import stream_pair
+from hybridkex.secret import Secret
 from interop.ports import free_port
 
 ROWS = 120_000
@@ -215,7 +230,8 @@ def _write_credentials(folder: Path) -> None:
         )
 
 
-def test_two_ends_distil_over_tcp(tmp_path: Path) -> None:
+@pytest.mark.parametrize("listens", ["alice", "bob"])
+def test_two_ends_distil_over_tcp_whoever_else_connects(tmp_path: Path, listens: str) -> None:
     unused_port = free_port()
     alice, bob, chosen = recorded()
     _write_credentials(tmp_path)
@@ -223,24 +239,44 @@ def test_two_ends_distil_over_tcp(tmp_path: Path) -> None:
         write_measured(tmp_path / f"{name}.npz", one, chosen)
     there = f"127.0.0.1:{unused_port}"
     command = [sys.executable, "-m", "hybridkex", "qkd", "distil"]
-    ends = [
-        subprocess.Popen(
-            [*command, f"{who}.npz", way, there, "--key", f"{who}.key", "--peer", f"{peer}.pem",
-             "--keys", f"{who}.keys"],
+
+    def start(who: str, peer: str) -> "subprocess.Popen[bytes]":
+        way = "--listen" if who == listens else "--connect"
+        own = ["--key", f"{who}.key", "--peer", f"{peer}.pem", "--keys", f"{who}.keys"]
+        return subprocess.Popen(
+            [*command, f"{who}.npz", way, there, *own],
             cwd=tmp_path,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
-        for who, peer, way in (("alice", "bob", "--listen"), ("bob", "alice", "--connect"))
-    ]  # fmt: skip
-    try:
-        outs = [json.loads(end.communicate(timeout=60)[0]) for end in ends]
-    finally:
-        for end in ends:
-            end.kill()
-            end.wait()
-    assert outs[0]["keys"] == outs[1]["keys"] > 5
-    assert outs[0]["epsilon"]["conditional"]
+
+    with ExitStack() as stack:
+        ends = {}
+        for who in (listens, "bob" if listens == "alice" else "alice"):
+            peer = "bob" if who == "alice" else "alice"
+            ends[who] = stack.enter_context(start(who, peer))
+            stack.callback(ends[who].kill)
+            if who == listens:  # strangers come first; one of them is silent and stays
+                for words in (None, b"", b"GET / HTTP/1.1\r\n\r\n", b"C" + bytes(50), b"C"):
+                    stranger = stack.enter_context(_reach(unused_port))
+                    if words is None:
+                        continue
+                    stranger.sendall(words)
+                    stranger.close()
+        outs = {who: json.loads(end.communicate(timeout=60)[0]) for who, end in ends.items()}
+    assert outs["alice"]["keys"] == outs["bob"]["keys"] > 5
+    assert outs["alice"]["to_ledger"] == 0  # no further block will need a tag
+    assert outs["alice"]["epsilon"]["conditional"]
     assert (tmp_path / "alice.keys").read_text() == (tmp_path / "bob.keys").read_text()
+
+
+def _reach(port: int) -> socket.socket:
+    for _ in range(600):
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    raise AssertionError("nobody listens")
 
 
 def test_no_room_for_the_keys_is_found_before_the_other_end_makes_them(
@@ -289,6 +325,10 @@ ODD: dict[str, dict[str, object]] = {
     "many settings": {"settings": np.array(["{}"] * 2)},
     "no settings": {"settings": None},
     "a list": {"settings": np.array("[]")},
+    "no text of Unicode": {
+        "settings": np.frombuffer((0x110005).to_bytes(4, "little"), "<U1").reshape(())
+    },
+    "another object": {"settings": _settings(securtiy={"secrecy": 1e-12})},
     "no source": {"settings": _settings(source=None)},
     "a channel that is a list": {"settings": _settings(channel=[])},
     "an unknown security": {"settings": _settings(security__more=1)},
@@ -316,6 +356,79 @@ def test_an_archive_that_is_not_of_detections_is_refused_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert "bob.npz: " in line
     assert not any(word in line for word in ("__init__", "argument", "object has", "subscript"))
+
+
+def test_any_value_of_any_setting_is_refused_in_one_line_or_taken(tmp_path: Path) -> None:
+    """JSON of every kind, in every field of the settings in a file."""
+    whole = json.loads(str(np.load("examples/qkd-data/bob.npz")["settings"]))
+    values = [None, True, "x", [], [1], [[1]], [0.5, 0.2], {}, {"a": 1}, -1, 0, 0.5, 1e300,
+              10**400, float("nan"), float("inf")]  # fmt: skip
+    path, taken = tmp_path / "alice.npz", 0
+    bits = np.zeros(2, dtype=np.uint8)
+    for part, given in whole.items():
+        for field in given:
+            for value in values:
+                settings = _settings(**{f"{part}__{field}": value})
+                np.savez(path, basis=bits, bit=bits, intensity=bits, settings=settings)
+                try:
+                    _, chosen = read_measured(path)
+                except ConfigError as error:
+                    assert str(error).startswith(f"{path}: ")  # noqa: PT017  # it may be taken
+                else:
+                    LinkSettings(preset=chosen, block_bits=1000)
+                    taken += 1
+    assert taken > 10
+
+
+def test_a_shape_that_is_no_number_of_rows(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        content, {"descr": "|u1", "fortran_order": False, "shape": (True,)}
+    )
+    content.write(b"\1")
+    with zipfile.ZipFile(tmp_path / "bob.npz", "w") as archive:
+        archive.writestr("bit.npy", content.getvalue())
+    with pytest.raises(ConfigError, match="bit has the shape"):
+        read_measured(tmp_path / "bob.npz")
+
+
+def test_an_intensity_that_the_source_does_not_have(tmp_path: Path) -> None:
+    alice, bob, chosen = recorded(rows=5000)
+    assert alice.intensity is not None
+    more = replace(alice, intensity=alice.intensity + 1)
+    write_measured(tmp_path / "alice.npz", more, chosen)
+    for refuse in (
+        lambda: read_measured(tmp_path / "alice.npz"),
+        lambda: distil(more, bob, LinkSettings(preset=chosen, decoy_check="off")),
+    ):
+        with pytest.raises(ConfigError, match="intensity has the index 2, and the source has only"):
+            refuse()
+
+
+@pytest.mark.parametrize("moved", [1, None])
+def test_two_ends_with_other_pulses_are_told(moved: int | None) -> None:
+    """Over a stream nobody compares the files beforehand."""
+    alice, bob, chosen = recorded(rows=20_000)
+    assert alice.pulse is not None
+    odd = replace(bob, pulse=None if moved is None else alice.pulse + moved)
+    near, far = stream_pair()
+    secret = Secret(bytes(2 * LANE_RESERVE))
+    chosen_settings = LinkSettings(preset=chosen, decoy_check="off")
+
+    async def run() -> None:
+        async with near, far, trio.open_nursery() as nursery:
+            ends = (
+                alice_of(alice, chosen_settings, near, Ledger(secret)),
+                bob_of(odd, chosen_settings, far, Ledger(secret)),
+            )
+            nursery.start_soon(ends[1].block)
+            try:
+                await ends[0].block()
+            finally:
+                nursery.cancel_scope.cancel()
+
+    with pytest.RaisesGroup(pytest.RaisesExc(LinkError, match="not of the same detections")):
+        trio.run(run)
 
 
 def test_a_damaged_archive_is_refused_in_one_line(tmp_path: Path) -> None:

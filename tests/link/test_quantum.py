@@ -228,10 +228,12 @@ def test_photon_number_splitting_hides_in_the_bright_intensity_alone() -> None:
     assert gains[1] < 0.2
 
 
-@pytest.mark.parametrize("text", ["", "other", "intercept:2", "intercept:0", "split:x"])
+@pytest.mark.parametrize(
+    "text", ["", "other", "intercept:2", "intercept:0", "split:x", "split:", "split:nan", "pns:0.5"]
+)
 def test_unknown_eavesdroppers(text: str) -> None:
     chosen = PRESETS["gys2005"]
-    with pytest.raises(ConfigError, match="eavesdropper"):
+    with pytest.raises(ConfigError, match=r"no eavesdropper|must be above 0, and at most 1"):
         eavesdropper(text, chosen.channel, chosen.transmitter)
 
 

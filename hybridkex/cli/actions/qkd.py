@@ -86,6 +86,8 @@ async def _make_blocks(link: SimulatedLink, count: int, report: Report) -> int:
                 if alice.keys != bob.keys:  # error verification passed, so this cannot fail
                     raise LinkError("Alice and Bob have different keys")
                 report(number, bob, time.monotonic() - began)
+                if not bob.keys:
+                    status = 1
     return status
 
 
@@ -98,6 +100,8 @@ def _json_lines() -> Iterator[Report]:
             line["key_ids"] = [str(one.key_id) for one in outcome.keys]
             line["bits_per_second"] = outcome.rate
             line["epsilon"]["total"] = outcome.epsilon.total
+            if outcome.too_short is not None:
+                line["aborted"] = outcome.too_short
         else:
             line = {"number": number, "keys": 0, "aborted": str(outcome)}
             line["link_over"] = not isinstance(outcome, BlockAborted)
@@ -141,6 +145,8 @@ def _table(settings: LinkSettings) -> Iterator[Report]:
             )
             if not told:
                 told.append(_epsilon(outcome))
+            if outcome.too_short is not None:
+                told.append(f"block {number}: NO KEY: {outcome.too_short}")
         else:
             table.add_row(str(number), *["-"] * 7, f"{seconds:.2f}")
             told.append(f"block {number}: NO KEY: {terminal(outcome)}")

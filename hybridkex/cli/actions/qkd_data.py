@@ -1,5 +1,6 @@
 """``hybridkex qkd record`` and ``distil``: detections in files."""
 
+import secrets
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,8 @@ from hybridkex.cli.tcp import NO_TCP, cannot_connect, cannot_listen
 from hybridkex.errors import ConfigError, LinkError
 from hybridkex.files import reserve_file
 from hybridkex.link.authentication import Signatures
+from hybridkex.link.greeting import CLASSICAL, NUMBER, greet, greeted
+from hybridkex.link.ledger import Direction
 from hybridkex.link.measured import (
     Measured,
     alice_of,
@@ -29,9 +32,13 @@ from hybridkex.link.presets import preset
 from hybridkex.link.quantum import OpticalLink
 from hybridkex.link.settings import LinkSettings
 from hybridkex.machine import write_error
-from hybridkex.net.address import parse_tcp_address
+from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.net.listening import open_tcp_listeners
-from hybridkex.text import json_line
+from hybridkex.net.reading import EndOfStream
+from hybridkex.net.supervisor import Budget, Connection, Supervisor
+from hybridkex.text import get_logger, json_line
+
+LOG: Final = get_logger("hybridkex.cli.qkd_data")
 
 WAIT: Final = 60.0
 """How long one end waits for the other, in seconds."""
@@ -104,6 +111,8 @@ def run_distil(options: DistilOptions) -> int:
         return 1
     line = {**asdict(replace(block, keys=())), "keys": len(block.keys)}
     line["epsilon"]["total"] = block.epsilon.total
+    if block.too_short is not None:
+        line["aborted"] = block.too_short
     print(json_line(line))
     return 0 if block.keys else 1
 
@@ -143,33 +152,74 @@ async def _one(measured: Measured, settings: LinkSettings, options: DistilOption
     if options.key is None or options.peer is None or not (options.listen or options.connect):
         raise ConfigError("with one file, give --listen or --connect, --key and --peer")
     signatures = Signatures.from_files(options.key, options.peer)
-    stream = await _stream(options)
-    async with stream:
-        make = bob_of if measured.intensity is None else alice_of
-        return await make(measured, settings, stream, signatures).block()
-
-
-async def _stream(options: DistilOptions) -> trio.SocketStream:
+    make = bob_of if measured.intensity is None else alice_of
+    sends = Direction.BOB_TO_ALICE if measured.intensity is None else Direction.ALICE_TO_BOB
     if options.connect:
-        there = parse_tcp_address(options.connect)
-        patience = trio.current_time() + WAIT
-        while True:
-            try:
-                return await trio.open_tcp_stream(there.host, there.port)
-            except NO_TCP as error:
-                if trio.current_time() > patience or isinstance(error, UnicodeError):
-                    raise cannot_connect(there, error) from None
-            await trio.sleep(1.0)
+        stream = await _connected(parse_tcp_address(options.connect), signatures, sends)
+        async with stream:
+            return await make(measured, settings, stream, signatures).block()
     here = parse_tcp_address(options.listen or "")
     try:
         listeners = await open_tcp_listeners(here.port, host=here.host)
     except NO_TCP as error:
         raise cannot_listen(here, error) from None
-    try:
-        with trio.fail_after(WAIT):
-            return await listeners[0].accept()
-    except trio.TooSlowError:
-        raise LinkError(f"the other end did not connect within {WAIT:.0f} seconds") from None
-    finally:
-        for listener in listeners:
-            await listener.aclose()
+    desk = _Desk(signatures, Direction(1 - sends))
+    supervisor = Supervisor(desk.receive, name="QKD distillation", logger=LOG)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(supervisor.serve, listeners)
+        try:
+            stream = await desk.other_end()
+            return await make(measured, settings, stream, signatures).block()
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+class _Desk:
+    """Lets the other end through, and nobody else."""
+
+    def __init__(self, signatures: Signatures, receives: Direction) -> None:
+        self._signatures = signatures
+        self._receives = receives
+        self._one = Budget(1)
+        self._put, self._take = trio.open_memory_channel[trio.SocketStream](1)
+
+    async def receive(self, stream: trio.SocketStream, connection: Connection) -> None:
+        await greeted(stream, self._signatures, receives=self._receives)
+        connection.admit(self._one)
+        self._put.send_nowait(stream)
+        await trio.sleep_forever()  # until the block is made
+
+    async def other_end(self) -> trio.SocketStream:
+        """Its connection. Raises ``LinkError``."""
+        try:
+            with trio.fail_after(WAIT):
+                return await self._take.receive()
+        except trio.TooSlowError:
+            raise LinkError(f"the other end did not connect within {WAIT:.0f} seconds") from None
+
+
+async def _connected(
+    there: TcpAddress, signatures: Signatures, sends: Direction
+) -> trio.SocketStream:
+    """A connection on which the other end knows who we are. Raises ``ChannelFailed``."""
+    patience = trio.current_time() + WAIT
+    while True:
+        try:
+            stream = await trio.open_tcp_stream(there.host, there.port)
+        except NO_TCP as error:
+            if trio.current_time() > patience or isinstance(error, UnicodeError):
+                raise cannot_connect(there, error) from None
+            await trio.sleep(1.0)
+            continue
+        try:
+            with trio.fail_after(WAIT):
+                await greet(stream, signatures, CLASSICAL, secrets.token_bytes(NUMBER), sends=sends)
+        except (trio.TooSlowError, trio.BrokenResourceError, EndOfStream):
+            await trio.aclose_forcefully(stream)
+            raise LinkError(
+                f"{there} does not greet us: is it the other end, with 'qkd distil --listen'?"
+            ) from None
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
+        return stream

@@ -44,6 +44,10 @@ _ROUTES: Final = (
     ),
 )
 
+RETRY_AFTER: Final = "1"
+"""Seconds after which a client may repeat a request that the key store failed (RFC 9110 section
+10.2.3)."""
+
 LONG_BODY: Final = 1 << 16
 """Bytes of a message that is parsed without a thread."""
 
@@ -74,7 +78,9 @@ def kme_handler(kme: KeyManagementEntity, caller: str, metrics: KmeMetrics) -> H
         except BlocksRefused as refused:
             response = _refused(refused)
         except KeySourceError:
-            response = Response.json(503, {"message": "Error on server side"})
+            response = Response.json(
+                503, {"message": "Error on server side"}, headers=(("Retry-After", RETRY_AFTER),)
+            )
         metrics.requests.labels(kme.kme_id, call, response.status).inc()
         metrics.seconds.labels(kme.kme_id, call).observe(time.perf_counter() - began)
         return response

@@ -14,12 +14,14 @@ from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.net.http import HttpLimits
 from hybridkex.qkd.etsi014.mutual_tls import TLS_KINDS
 from hybridkex.qkd.etsi014.naming import IdRule
+from hybridkex.secret import Secret
 
 __all__ = [
     "PRODUCERS",
     "KmeConfig",
     "LinkConfig",
     "PeerConfig",
+    "PostgresUrl",
     "ServeConfig",
     "load_config",
 ]
@@ -36,6 +38,16 @@ _POSITIVE: Final = (
 )
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PostgresUrl:
+    """The URL of a key store in PostgreSQL. It may hold a password, so it is in no ``repr``."""
+
+    url: Secret
+
+    def __hash__(self) -> int:
+        return hash(PostgresUrl)
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,8 @@ class KmeConfig:
     ca: Path
     certificate: Path
     key: Path
-    store: Path
+    store: Path | PostgresUrl
+    """A file of SQLite, or a database of PostgreSQL that several processes of this KME share."""
     key_file: Path
     tls: str = "stdlib"
     id_rule: IdRule = IdRule.COMMON_NAME
@@ -215,7 +228,9 @@ def _build(kind: type[T], data: object, base: Path, where: str) -> T:
 
 
 def _value(kind: Any, value: Any, base: Path, where: str) -> Any:
-    if isinstance(kind, UnionType):  # optional: TOML has no null, so the value has the other type
+    if (
+        isinstance(kind, UnionType) and kind not in _SCALARS
+    ):  # optional: TOML has no null, so the value has the other type
         kind = next(one for one in kind.__args__ if one is not type(None))
     if getattr(kind, "__origin__", None) is tuple:
         if not isinstance(value, list):
@@ -245,12 +260,19 @@ def _id_rule(text: str) -> IdRule:
         raise ConfigError(f"it must be one of {known}") from None
 
 
+def _store(text: str, base: Path) -> Path | PostgresUrl:
+    if text.startswith(("postgresql://", "postgres://")):
+        return PostgresUrl(Secret(text.encode()))
+    return base / text
+
+
 _SCALARS: Final[dict[Any, tuple[Any, Callable[[Any, Path], Any]]]] = {
     bool: (bool, lambda value, _: value),
     int: (int, lambda value, _: value),
     str: (str, lambda value, _: value),
     float: ((int, float), lambda value, _: float(value)),
     Path: (str, lambda value, base: base / value),
+    Path | PostgresUrl: (str, _store),
     TcpAddress: (str, lambda value, _: parse_tcp_address(value)),
     IdRule: (str, lambda value, _: _id_rule(value)),
 }

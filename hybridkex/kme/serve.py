@@ -10,7 +10,7 @@ import trio
 
 from hybridkex.errors import ConfigError, HybridkexError, KeySourceUnavailable
 from hybridkex.kme.api import kme_handler
-from hybridkex.kme.config import KmeConfig, ServeConfig
+from hybridkex.kme.config import KmeConfig, PostgresUrl, ServeConfig
 from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import MAX_MESSAGE_BYTES, HttpPeer, LocalPeer
@@ -66,11 +66,7 @@ class KmeServer:
             raise
 
     def _make(self, config: KmeConfig) -> KeyManagementEntity:
-        store = SqliteKeyStore(
-            config.store,
-            read_key_file(config.key_file),
-            on_failure=self.metrics.store_failures.labels(config.id).inc,
-        )
+        store = _store(config, self.metrics.store_failures.labels(config.id).inc)
         self._stores[config.id] = store
         return KeyManagementEntity(
             config.id,
@@ -263,11 +259,17 @@ class KmeServer:
         return links
 
     async def _settle(self, one: str, other: str, done: trio.Event) -> None:
-        """Erase the blocks that one of two stores has alone. Neither gets new ones before, so a
-        block that one lacks will never arrive."""
+        """Erase the blocks that one of two stores has alone.
+
+        Neither gets new ones from this process before. If no other process has them, a block that
+        one lacks will never arrive, however young it is.
+        """
+        stores = (self._stores[one], self._stores[other])
+        alone = all(isinstance(store, SqliteKeyStore) for store in stores)
         for here, there in ((one, other), (other, one)):
+            kme = self._kmes[here]
             with suppress(KeySourceUnavailable):  # the store says so itself
-                await self._kmes[here].reconcile(there, grace=0)
+                await kme.reconcile(there, grace=0 if alone else kme.limits.sync_grace)
         done.set()
 
     @staticmethod
@@ -380,6 +382,15 @@ class _Settings:
         self.of_saes.total = self.config.max_connections
         self.of_saes.each = self.config.max_sae_connections
         self.of_peers.total = self.config.max_peer_connections
+
+
+def _store(config: KmeConfig, on_failure: Callable[[], object]) -> KeyStore:
+    seal_key = read_key_file(config.key_file)
+    if not isinstance(config.store, PostgresUrl):
+        return SqliteKeyStore(config.store, seal_key, on_failure=on_failure)
+    from hybridkex.qkd.postgres_store import PostgresKeyStore  # noqa: PLC0415  # an extra
+
+    return PostgresKeyStore(config.store.url, seal_key, owner=config.id, on_failure=on_failure)
 
 
 def _peers(config: KmeConfig) -> dict[str, frozenset[str]]:

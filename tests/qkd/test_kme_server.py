@@ -542,6 +542,23 @@ async def test_the_feed_outlives_a_full_disk(site: Site) -> None:
         server.close()
 
 
+async def test_a_failing_store_says_when_to_ask_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(_: object, link: str) -> int:
+        raise KeySourceUnavailable("the key store failed: disk I/O error")
+
+    monkeypatch.setattr(SqliteKeyStore, "count", fails)
+    server = KmeServer(site.pair())
+    async with trio.open_nursery() as nursery:
+        where = await nursery.start(lambda task_status: server.serve(task_status=task_status))
+        async with as_sae(site, "alice", where.kmes["kme-a"]) as alice:
+            answer = await alice.get("/bob/status")
+        server.close()
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert "disk" not in answer.text
+
+
 async def test_ends_that_a_crash_has_put_out_of_step(site: Site, serve: Any) -> None:
     config = site.pair()
     stray = {kme.id: (str(uuid.uuid4()), Secret(bytes(32))) for kme in config.kme}

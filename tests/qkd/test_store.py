@@ -22,17 +22,13 @@ import hybridkex.qkd.sqlite_store as store_module
 from hybridkex.errors import (
     ConfigError,
     KeyConsumed,
-    KeyExpired,
     KeySourceError,
     KeySourceUnavailable,
-    KeyUnauthorized,
-    KeyUnknown,
 )
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.qkd.store import (
     Allotment,
     BlocksRefused,
-    BlockState,
     read_key_file,
     write_key_file,
 )
@@ -57,105 +53,6 @@ async def store(tmp_path: Path) -> AsyncIterator[SqliteKeyStore]:
     store = SqliteKeyStore(tmp_path / "db", read_key_file(tmp_path / "key"))
     yield store
     await store.aclose()
-
-
-async def test_reserve_own_half_first_and_never_twice(store: SqliteKeyStore) -> None:
-    await store.add("b", keys(1, 2, 3, 4))
-    first = await store.reserve("b", 3, half=0)
-    assert [m.key_id for m in first] == [key_id(2), key_id(4), key_id(1)]
-    assert [m.key.reveal()[0] for m in first] == [2, 4, 1]
-    assert [m.key_id for m in await store.reserve("b", 3)] == [key_id(3)]
-    assert await store.reserve("other", 1) == []
-    await store.release("b", [key_id(2)])
-    assert [m.key_id for m in await store.reserve("b", 3, skip=[key_id(4)])] == [key_id(2)]
-
-
-async def test_allot_and_collect(store: SqliteKeyStore) -> None:
-    await store.add("b", keys(1, 2, 3))
-    await store.allot("b", [block(1, 2, size=40)], master="m", slaves=["s", "t"])
-    assert await store.count("b") == 1
-    for slave in ("s", "t"):
-        [(found, key)] = await store.collect("b", [key_id(1)], slave=slave, master="m")
-        assert (found, key.reveal()) == (key_id(1), bytes([1]) * 32 + bytes([2]) * 8)
-        with pytest.raises(KeyConsumed):
-            await store.collect("b", [key_id(1)], slave=slave, master="m")
-    with pytest.raises(KeyUnauthorized):
-        await store.collect("b", [key_id(1)], slave="u", master="m")
-    with pytest.raises(KeyUnknown):
-        await store.collect("b", [key_id(1)], slave="s", master="n")
-    with pytest.raises(KeyUnknown):
-        await store.collect("b", [key_id(2)], slave="s", master="m")
-    with pytest.raises(KeyConsumed):
-        await store.allot("b", [block(3), block(1)], master="m")
-    assert await store.count("b") == 1, "the transaction was undone as a whole"
-
-
-async def test_what_was_here_does_not_return(store: SqliteKeyStore) -> None:
-    await store.add("b", keys(1, 2))
-    await store.allot("b", [block(1)], master="m")
-    await store.void("b", [key_id(2), key_id(3)])
-    await store.add("b", keys(1, 2, 3))
-    assert await store.count("b") == 0
-
-
-async def test_accept_is_all_or_nothing_and_says_why(store: SqliteKeyStore) -> None:
-    await store.add("a", keys(1, 2, 3, 4))
-    await store.accept("a", [block(1)], master="m", slaves=["s"])
-    mine = await store.reserve("a", 2, half=0)
-    assert [m.key_id for m in mine] == [key_id(2), key_id(4)]
-    with pytest.raises(BlocksRefused) as refused:
-        await store.accept(
-            "a",
-            [block(1), block(2), block(3), block(9)],
-            master="m",
-            slaves=["s"],
-            peer_half=1,
-        )
-    assert refused.value.states == {
-        key_id(1): BlockState.SPENT,
-        key_id(2): BlockState.RESERVED,
-        key_id(9): BlockState.UNKNOWN,
-    }
-    with pytest.raises(BlocksRefused):
-        await store.accept("a", [block(3, 3)], master="m", slaves=["s"], peer_half=1)
-    assert await store.count("a") == 3
-    # A block of the peer's half goes to the peer, although we have reserved it.
-    await store.accept("a", [block(2)], master="m", slaves=["s"], peer_half=0)
-    with pytest.raises(KeyConsumed):
-        await store.allot("a", [block(2)], master="x")
-
-
-async def test_a_relayed_key_is_taken_once(store: SqliteKeyStore) -> None:
-    relayed = Allotment(blocks=(key_id(1),), size=16, value=Secret(b"v" * 16))
-    await store.accept("a", [relayed], master="m", slaves=["s"])
-    with pytest.raises(BlocksRefused):
-        await store.accept("a", [relayed], master="m", slaves=["s"])
-    [(_, key)] = await store.collect("a", [key_id(1)], slave="s", master="m")
-    assert key.reveal() == b"v" * 16
-
-
-async def test_expiry(store: SqliteKeyStore) -> None:
-    await store.add("a", keys(1, 2, 3))
-    await store.allot("a", [block(1)], master="m", slaves=["s"])
-    assert await store.expire(keys_before=0, tombstones_before=0) == 0
-    assert await store.expire(keys_before=2e10, tombstones_before=0) == 3
-    with pytest.raises(KeyExpired):
-        await store.collect("a", [key_id(1)], slave="s", master="m")
-    assert await store.count("a") == 0
-    await store.expire(keys_before=0, tombstones_before=2e10)
-    with pytest.raises(KeyUnknown):
-        await store.collect("a", [key_id(1)], slave="s", master="m")
-
-
-async def test_void_spares_what_was_delivered(store: SqliteKeyStore) -> None:
-    await store.add("a", keys(1, 2))
-    await store.accept("a", [block(1), block(2)], master="m", slaves=["s"])
-    await store.collect("a", [key_id(1)], slave="s", master="m")
-    await store.void("a", [key_id(1), key_id(2)])
-    with pytest.raises(KeyConsumed, match="delivered"):
-        await store.collect("a", [key_id(1)], slave="s", master="m")
-    with pytest.raises(KeyConsumed, match="void"):
-        await store.collect("a", [key_id(2)], slave="s", master="m")
 
 
 def contents(folder: Path) -> list[bytes]:
@@ -294,16 +191,6 @@ def test_every_statement_names_the_link() -> None:
             or statement == "DELETE FROM spent WHERE at < ?"
             or statement.startswith("SELECT name FROM sqlite_master")
         ), statement
-
-
-async def test_what_is_promised_is_not_discarded(store: SqliteKeyStore) -> None:
-    await store.add("a", keys(1, 2, 3))
-    await store.accept("a", [block(1)], master="m", slaves=["s"])
-    [held] = await store.reserve("a", 1)
-    ids = [key_id(number) for number in (1, 2, 3)]
-    gone = await store.discard("a", ids)
-    assert set(gone) == {key_id(2), key_id(3)} - {held.key_id}
-    await store.collect("a", [key_id(1)], slave="s", master="m")
 
 
 # -- one process, one file

@@ -1,0 +1,117 @@
+"""The tables of the key store in PostgreSQL."""
+
+from typing import Final
+
+__all__ = ["SCHEMA_VERSION", "TABLES"]
+
+SCHEMA_VERSION: Final = 1
+"""Column ``version`` of ``hybridkex_meta``."""
+
+_NOW: Final = "extract(epoch FROM clock_timestamp())"
+"""Seconds since the epoch by the database's clock, which all processes share."""
+
+_SCOPE: Final = "current_setting('hybridkex.link', true)"
+
+TABLES: Final = (
+    """CREATE TABLE hybridkex_meta (
+        single boolean PRIMARY KEY DEFAULT true CHECK (single),
+        version integer NOT NULL,
+        kme text NOT NULL,
+        seal bytea NOT NULL
+    )""",
+    # Rows that are updated leave room for their new version.
+    f"""CREATE TABLE material (
+        seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        link text NOT NULL,
+        key_id text NOT NULL,
+        half smallint NOT NULL CHECK (half IN (0, 1)),
+        shared boolean NOT NULL,
+        created double precision NOT NULL DEFAULT {_NOW},
+        sealed bytea NOT NULL,
+        holder text,
+        held_until timestamptz,
+        UNIQUE (link, key_id),
+        CHECK ((holder IS NULL) = (held_until IS NULL))
+    ) WITH (fillfactor = 70)""",
+    "CREATE INDEX material_order ON material (link, half, seq)",
+    "CREATE INDEX material_age ON material (created)",
+    f"""CREATE TABLE spent (
+        link text NOT NULL,
+        key_id text NOT NULL,
+        at double precision NOT NULL DEFAULT {_NOW},
+        PRIMARY KEY (link, key_id)
+    )""",
+    "CREATE INDEX spent_age ON spent (at)",
+    # A key is promised at most once to each SAE, is there until it ends, and ends once.
+    f"""CREATE TABLE grants (
+        link text NOT NULL,
+        key_id text NOT NULL,
+        slave text NOT NULL,
+        master text NOT NULL,
+        created double precision NOT NULL DEFAULT {_NOW},
+        sealed bytea,
+        ended text CHECK (ended IN ('delivered', 'void', 'expired')),
+        blocks integer NOT NULL CHECK (blocks > 0),
+        PRIMARY KEY (link, key_id, slave),
+        CHECK ((sealed IS NULL) = (ended IS NOT NULL))
+    ) WITH (fillfactor = 70)""",
+    "CREATE INDEX grants_waiting ON grants (created) WHERE ended IS NULL",
+    "CREATE INDEX grants_ended ON grants (created) WHERE ended IS NOT NULL",
+    # Changes of the sizes of each link. Their sum is the size. One row for each link would be a
+    # lock for which all deliveries had to wait until the commit of the one before.
+    """CREATE TABLE stock (
+        link text NOT NULL,
+        free bigint NOT NULL,
+        promised bigint NOT NULL
+    )""",
+    "CREATE INDEX stock_link ON stock (link)",
+    """CREATE FUNCTION material_changed() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF TG_OP = 'INSERT' THEN
+            INSERT INTO stock SELECT link, count(*), 0 FROM changed GROUP BY link;
+        ELSE
+            INSERT INTO stock SELECT link, -count(*), 0 FROM changed GROUP BY link;
+        END IF;
+        RETURN NULL;
+    END $$""",
+    """CREATE TRIGGER material_added AFTER INSERT ON material
+        REFERENCING NEW TABLE AS changed
+        FOR EACH STATEMENT EXECUTE FUNCTION material_changed()""",
+    """CREATE TRIGGER material_gone AFTER DELETE ON material
+        REFERENCING OLD TABLE AS changed
+        FOR EACH STATEMENT EXECUTE FUNCTION material_changed()""",
+    """CREATE FUNCTION grants_changed() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF TG_OP = 'INSERT' THEN
+            INSERT INTO stock SELECT link, 0, sum(blocks) FROM changed
+                WHERE ended IS NULL GROUP BY link;
+        ELSE
+            INSERT INTO stock SELECT link, 0, -sum(blocks) FROM changed
+                WHERE ended IS NULL GROUP BY link;
+        END IF;
+        RETURN NULL;
+    END $$""",
+    """CREATE FUNCTION grants_over() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF OLD.ended IS NOT NULL OR NEW.ended IS NULL THEN
+            RAISE 'a key that has ended cannot change' USING ERRCODE = 'check_violation';
+        END IF;
+        INSERT INTO stock VALUES (OLD.link, 0, -OLD.blocks);
+        RETURN NULL;
+    END $$""",
+    """CREATE TRIGGER grants_added AFTER INSERT ON grants
+        REFERENCING NEW TABLE AS changed
+        FOR EACH STATEMENT EXECUTE FUNCTION grants_changed()""",
+    """CREATE TRIGGER grants_gone AFTER DELETE ON grants
+        REFERENCING OLD TABLE AS changed
+        FOR EACH STATEMENT EXECUTE FUNCTION grants_changed()""",
+    """CREATE TRIGGER grants_over AFTER UPDATE ON grants
+        FOR EACH ROW EXECUTE FUNCTION grants_over()""",
+    *(
+        statement
+        for table in ("material", "grants", "spent", "stock")
+        for statement in (
+            f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY",
+            f"ALTER TABLE {table} FORCE ROW LEVEL SECURITY",
+            f"CREATE POLICY of_the_link ON {table} USING (link = {_SCOPE} OR {_SCOPE} = '*')",
+        )
+    ),
+)
+"""Statements that create everything, in one transaction."""

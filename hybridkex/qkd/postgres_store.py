@@ -1,0 +1,736 @@
+"""The key store in a PostgreSQL database, which the processes of one KME share.
+
+:mod:`hybridkex.qkd.store` tells what a store does. Here the database's locks do it: a reservation
+is a mark in the row, set with ``FOR UPDATE SKIP LOCKED``, so that two processes never reserve the
+same key, and what leaves ``material`` enters ``spent``, whose primary key admits an ID once. Every
+delivery is committed with ``synchronous_commit`` before its answer leaves.
+
+Each call is one transaction in a worker thread, on a connection of a bounded pool, with time
+limits. A transaction that fails before its commit is repeated once on another connection; a commit
+whose outcome is unknown is not repeated, and counts as failed: its keys are not given.
+
+Row-level security scopes each transaction to the link that it names: whatever a statement says, the
+database shows and changes no row of another link. (Superusers are exempt; give the KME a role of
+its own.)
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any, Final, TypeAlias, TypeVar
+
+from cryptography.exceptions import InvalidTag
+
+from hybridkex.errors import (
+    ConfigError,
+    KeyConsumed,
+    KeyExpired,
+    KeySourceUnavailable,
+    KeyUnauthorized,
+    KeyUnknown,
+)
+from hybridkex.net.event_loop import checkpoint, in_thread
+from hybridkex.net.threads import NoThread
+from hybridkex.qkd.postgres_schema import SCHEMA_VERSION, TABLES
+from hybridkex.qkd.store import (
+    Allotment,
+    BlocksRefused,
+    BlockState,
+    Material,
+    Position,
+    Seal,
+    half_of,
+    place_of,
+)
+from hybridkex.secret import Secret
+from hybridkex.text import get_logger
+
+try:
+    import psycopg
+    from psycopg import errors
+    from psycopg.conninfo import conninfo_to_dict, make_conninfo
+    from psycopg_pool import ConnectionPool, PoolTimeout
+except ImportError as error:
+    raise ConfigError(
+        "a store in PostgreSQL needs psycopg: pip install 'hybridkex[postgres]'"
+    ) from error
+
+__all__ = ["PostgresKeyStore"]
+
+LOG: Final = get_logger(__name__)
+
+T = TypeVar("T")
+_Cursor: TypeAlias = "psycopg.Cursor[Any]"
+
+CONNECTIONS: Final = 8
+"""Most connections of one process to the database."""
+WAIT_SECONDS: Final = 3.0
+"""For a connection of the pool, and for a new one."""
+STATEMENT_SECONDS: Final = 5.0
+"""For one statement, waiting for locks included."""
+HOLD_SECONDS: Final = 30.0
+"""How long a reservation lasts if its process does not end it: longer than a request."""
+PAGE: Final = 1000
+"""Rows that one call reads or erases where there may be a million."""
+
+_ALL_LINKS: Final = "*"
+"""The scope of the work of the clock, which is the same for all links."""
+
+
+class PostgresKeyStore:
+    """A key database in PostgreSQL 13 or later, for any number of processes of one KME.
+
+    Args:
+        url: ``postgresql://user@host/database``, as libpq takes it.
+        seal_key: of the key file, which every process has and the database never gets.
+        owner: the ID of the KME whose database it is.
+        on_failure: called in a worker thread for each call that fails.
+        connections: most connections to the database.
+
+    Raises:
+        ConfigError: the database cannot be used now, belongs to another KME or another key file,
+            or is of a later version.
+    """
+
+    def __init__(
+        self,
+        url: Secret,
+        seal_key: Secret,
+        *,
+        owner: str,
+        on_failure: Callable[[], object] = lambda: None,
+        connections: int = CONNECTIONS,
+    ) -> None:
+        self._seal = Seal(seal_key)
+        self._owner = owner
+        self._on_failure = on_failure
+        self._failing = False
+        self._held: dict[tuple[str, str], str] = {}
+        """For each reserved block of a link, the mark of its reservation."""
+        self._marks = 0
+        try:
+            conninfo, self._where = _prepared(url.reveal().decode())
+            self._pool: ConnectionPool[psycopg.Connection[Any]] = ConnectionPool(
+                conninfo,
+                min_size=1,
+                max_size=connections,
+                timeout=WAIT_SECONDS,
+                reconnect_timeout=0,  # the next call tries again
+                configure=_configure,
+                open=False,
+            )
+        except (psycopg.Error, UnicodeDecodeError):
+            raise ConfigError("the URL of the store is not one of PostgreSQL") from None
+        try:
+            with psycopg.connect(conninfo) as connection:
+                _configure(connection)
+                self._prepare(connection)
+                [self._process] = _one(connection.execute("SELECT gen_random_uuid()::text"), 1)
+        except psycopg.Error as error:
+            raise ConfigError(
+                f"cannot use the key store {self._where}: {_reason(error)}"
+            ) from error
+        except InvalidTag:
+            raise ConfigError(
+                f"the key file is not the one under which the key store {self._where} was encrypted"
+            ) from None
+        self._pool.open()
+
+    def _prepare(self, connection: "psycopg.Connection[Any]") -> None:
+        """Create or check the tables; processes that start at once take turns."""
+        with connection.transaction(), connection.cursor() as cursor:
+            cursor.execute("SELECT pg_advisory_xact_lock(hashtext('hybridkex key store'))")
+            [found] = _one(cursor.execute("SELECT to_regclass('hybridkex_meta') IS NOT NULL"), 1)
+            if not found:
+                for statement in TABLES:
+                    cursor.execute(statement)
+                seal = self._seal.seal(Secret(b"seal"), _meta_place(self._owner))
+                cursor.execute(
+                    "INSERT INTO hybridkex_meta (version, kme, seal) VALUES (%s, %s, %s)",
+                    (SCHEMA_VERSION, self._owner, seal),
+                )
+            version, owner, seal = _one(
+                cursor.execute("SELECT version, kme, seal FROM hybridkex_meta"), 3
+            )
+            if version > SCHEMA_VERSION:
+                raise ConfigError(
+                    f"the key store {self._where} was written by a later version of hybridkex"
+                )
+            if owner != self._owner:
+                raise ConfigError(
+                    f"the key store {self._where} belongs to {owner}, not to {self._owner}; every "
+                    "KME needs a database or a schema of its own"
+                )
+            self._seal.open(bytes(seal), _meta_place(owner))
+            [fsync] = _one(cursor.execute("SELECT current_setting('fsync')"), 1)
+            if fsync == "off":
+                LOG.warning(
+                    "%s has fsync = off: after a failure of its machine, keys may be delivered "
+                    "twice",
+                    self._where,
+                )
+
+    # -- transactions
+
+    async def _run(self, link: str, work: Callable[[_Cursor], T]) -> T:
+        """Run a transaction that sees the rows of one link."""
+        try:
+            return await in_thread(self._transact, link, work)
+        except NoThread as error:
+            self._on_failure()
+            raise KeySourceUnavailable(f"the key store failed: {error}") from error
+
+    def _transact(self, link: str, work: Callable[[_Cursor], T]) -> T:
+        try:
+            try:
+                result = self._attempt(link, work)
+            except _NotCommitted:
+                result = self._attempt(link, work)
+        except (psycopg.Error, PoolTimeout, _NotCommitted, InvalidTag) as error:
+            cause = error.__cause__ if isinstance(error, _NotCommitted) else error
+            self._on_failure()
+            text = _reason(cause)
+            if not self._failing:  # once, not for every call until the store works again
+                LOG.error("the key store %s failed: %s", self._where, text)  # noqa: TRY400
+            self._failing = not isinstance(cause, InvalidTag)
+            raise KeySourceUnavailable(f"the key store failed: {text}") from cause
+        if self._failing:
+            self._failing = False
+            LOG.warning("the key store %s works again", self._where)
+        return result
+
+    def _attempt(self, link: str, work: Callable[[_Cursor], T]) -> T:
+        worked = False
+        try:
+            with (
+                self._pool.connection() as connection,
+                connection.transaction(),
+                connection.cursor() as cursor,
+            ):
+                cursor.execute("SELECT set_config('hybridkex.link', %s, true)", (link,))
+                result = work(cursor)
+                worked = True
+        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            if worked or isinstance(error, PoolTimeout | errors.QueryCanceled):
+                raise
+            raise _NotCommitted from error
+        return result
+
+    # -- material
+
+    async def add(
+        self, link: str, keys: Iterable[tuple[str, Secret]], *, shared: bool = True
+    ) -> None:
+        ordered = sorted(keys, key=lambda item: item[0])  # locks in one order
+
+        def work(cursor: _Cursor) -> None:
+            spent = self._among(cursor, "spent", link, [key_id for key_id, _ in ordered])
+            fresh = [(key_id, key) for key_id, key in ordered if key_id not in spent]
+            cursor.execute(
+                "INSERT INTO material (link, key_id, half, shared, sealed)"
+                " SELECT %s, key_id, half, %s, sealed"
+                " FROM unnest(%s::text[], %s::int[], %s::bytea[]) AS new (key_id, half, sealed)"
+                " ON CONFLICT DO NOTHING",
+                (
+                    link,
+                    shared,
+                    [key_id for key_id, _ in fresh],
+                    [half_of(key_id) for key_id, _ in fresh],
+                    [
+                        self._seal.seal(key, place_of("material", link, key_id))
+                        for key_id, key in fresh
+                    ],
+                ),
+            )
+
+        await self._run(link, work)
+
+    @staticmethod
+    def _among(cursor: _Cursor, table: str, link: str, key_ids: Sequence[str]) -> set[str]:
+        """Those of these IDs that are in ``material`` or ``spent``."""
+        statement = {
+            "material": "SELECT key_id FROM material WHERE link = %s AND key_id = ANY(%s)",
+            "spent": "SELECT key_id FROM spent WHERE link = %s AND key_id = ANY(%s)",
+        }[table]
+        return {key_id for (key_id,) in cursor.execute(statement, (link, list(key_ids)))}
+
+    async def reserve(
+        self, link: str, number: int, *, half: int = 0, skip: Iterable[str] = ()
+    ) -> list[Material]:
+        """See :class:`~hybridkex.qkd.store.KeyStore`. A reservation ends by itself after
+        :data:`HOLD_SECONDS`."""
+        passed = list(skip)
+        self._marks += 1
+        mark = f"{self._process} {self._marks}"
+
+        def work(cursor: _Cursor) -> tuple[list[Material], list[str]]:
+            # A mark that is lost with the machine is of a process that is lost, too.
+            cursor.execute("SET LOCAL synchronous_commit = off")
+            found: list[Material] = []
+            damaged: list[str] = []
+            for part in (half, 1 - half):
+                while len(found) < number:
+                    rows = cursor.execute(
+                        # An array, since a sub-query may be carried out once for each row.
+                        "UPDATE material SET holder = %s,"
+                        " held_until = clock_timestamp() + make_interval(secs => %s)"
+                        " WHERE link = %s AND seq = ANY(ARRAY(SELECT seq FROM material"
+                        " WHERE link = %s AND half = %s AND NOT key_id = ANY(%s)"
+                        " AND (holder IS NULL OR held_until < clock_timestamp())"
+                        " ORDER BY seq LIMIT %s FOR UPDATE SKIP LOCKED))"
+                        " RETURNING seq, key_id, shared, created, sealed",
+                        (mark, HOLD_SECONDS, link, link, part, passed, number - len(found)),
+                    ).fetchall()
+                    if not rows:
+                        break
+                    for _, key_id, shared, created, sealed in sorted(rows):
+                        try:
+                            key = self._seal.open(sealed, place_of("material", link, key_id))
+                        except InvalidTag:
+                            damaged.append(key_id)
+                            continue
+                        found.append(
+                            Material(key_id=key_id, key=key, created=created, shared=shared)
+                        )
+            if damaged:
+                self._take_out(cursor, link, damaged)
+            return found, damaged
+
+        found, damaged = await self._run(link, work)
+        if damaged:
+            LOG.error("%s: %d damaged keys of %s are erased", self._where, len(damaged), link)
+        self._held.update(((link, one.key_id), mark) for one in found)
+        return found
+
+    async def release(self, link: str, key_ids: Iterable[str]) -> None:
+        held = [(key_id, self._held.pop((link, key_id), None)) for key_id in key_ids]
+        marks = [(key_id, mark) for key_id, mark in held if mark is not None]
+        if not marks:
+            await checkpoint()
+            return
+
+        def work(cursor: _Cursor) -> None:
+            cursor.execute("SET LOCAL synchronous_commit = off")
+            cursor.execute(
+                "UPDATE material SET holder = NULL, held_until = NULL"
+                " FROM unnest(%s::text[], %s::text[]) AS old (key_id, holder)"
+                " WHERE material.link = %s AND material.key_id = old.key_id"
+                " AND material.holder = old.holder",
+                ([key_id for key_id, _ in marks], [mark for _, mark in marks], link),
+            )
+
+        with suppress(KeySourceUnavailable):  # they end by themselves
+            await self._run(link, work)
+
+    async def count(self, link: str) -> int:
+        return (await self._sizes(link))[0]
+
+    async def promised(self, link: str) -> int:
+        return (await self._sizes(link))[1]
+
+    async def _sizes(self, link: str) -> tuple[int, int]:
+        def work(cursor: _Cursor) -> tuple[int, int]:
+            free, promised = _one(
+                cursor.execute(
+                    "SELECT coalesce(sum(free), 0), coalesce(sum(promised), 0)"
+                    " FROM stock WHERE link = %s",
+                    (link,),
+                ),
+                2,
+            )
+            return int(free), int(promised)
+
+        return await self._run(link, work)
+
+    async def shared_ids(
+        self, link: str, *, created_before: float, after: Position | None = None
+    ) -> tuple[list[str], Position | None]:
+        half, last = after or (0, 0)
+
+        def work(cursor: _Cursor) -> list[tuple[int, str, bool]]:
+            return cursor.execute(
+                "SELECT seq, key_id, shared AND created < %s"
+                " AND (holder IS NULL OR held_until < clock_timestamp()) FROM material"
+                " WHERE link = %s AND half = %s AND seq > %s ORDER BY seq LIMIT %s",
+                (created_before, link, half, last, PAGE),
+            ).fetchall()
+
+        rows = await self._run(link, work)
+        ids = [key_id for _, key_id, fits in rows if fits]
+        if len(rows) == PAGE:
+            return ids, (half, rows[-1][0])
+        return ids, (1, 0) if half == 0 else None
+
+    async def unknown(self, link: str, key_ids: Sequence[str]) -> list[str]:
+        found = await self._run(link, lambda cursor: self._among(cursor, "material", link, key_ids))
+        return [key_id for key_id in key_ids if key_id not in found]
+
+    async def never_here(self, link: str, key_ids: Sequence[str]) -> list[str]:
+        def work(cursor: _Cursor) -> set[str]:
+            here = self._among(cursor, "material", link, key_ids)
+            return here | self._among(cursor, "spent", link, key_ids)
+
+        found = await self._run(link, work)
+        return [key_id for key_id in key_ids if key_id not in found]
+
+    # -- from material to grants
+
+    async def allot(
+        self, link: str, allotments: Sequence[Allotment], *, master: str, slaves: Sequence[str] = ()
+    ) -> None:
+        blocks = [block for one in allotments for block in one.blocks]
+        marks = [self._held.get((link, block), "") for block in blocks]
+
+        def work(cursor: _Cursor) -> None:
+            rows = cursor.execute(
+                "SELECT material.key_id FROM material"
+                " JOIN unnest(%s::text[], %s::text[]) AS mine (key_id, holder)"
+                " ON material.key_id = mine.key_id WHERE material.link = %s"
+                " AND (material.holder IS NULL OR material.held_until < clock_timestamp()"
+                " OR material.holder = mine.holder)"
+                " ORDER BY material.key_id FOR UPDATE OF material",
+                (blocks, marks, link),
+            )
+            ours = {key_id for (key_id,) in rows}
+            for one in allotments:
+                if not ours.issuperset(one.blocks):
+                    raise KeyConsumed(f"a block of key {one.key_id} is gone")
+            keys = self._assemble(cursor, link, allotments)
+            for one, key in zip(allotments, keys, strict=True):
+                if key is None:
+                    raise KeyConsumed(f"a block of key {one.key_id} is gone")
+            self._grant(cursor, link, allotments, keys, master, slaves)
+
+        await self._run(link, work)
+        for block in blocks:
+            self._held.pop((link, block), None)
+
+    async def accept(
+        self,
+        link: str,
+        allotments: Sequence[Allotment],
+        *,
+        master: str,
+        slaves: Sequence[str],
+        peer_half: int = 0,
+    ) -> None:
+        blocks = [block for one in allotments for block in one.blocks]
+
+        def work(cursor: _Cursor) -> None:
+            rows = cursor.execute(
+                "SELECT key_id, holder IS NOT NULL AND held_until >= clock_timestamp()"
+                " FROM material WHERE link = %s AND key_id = ANY(%s)"
+                " ORDER BY key_id FOR UPDATE",
+                (link, blocks),
+            ).fetchall()
+            here = dict(rows)
+            spent = self._among(cursor, "spent", link, blocks)
+            states: dict[str, BlockState] = {}
+            for one in allotments:
+                for block in one.blocks:
+                    if block in spent:
+                        states[block] = BlockState.SPENT
+                    elif block not in here:
+                        if one.value is None:
+                            states[block] = BlockState.UNKNOWN
+                    elif here[block] and half_of(block) != peer_half:
+                        states[block] = BlockState.RESERVED
+            if states:
+                raise BlocksRefused(states)
+            keys = self._assemble(cursor, link, allotments)
+            for one, key in zip(allotments, keys, strict=True):
+                if key is None:
+                    # Listed twice, or taken by another process in the meantime.
+                    raise BlocksRefused(dict.fromkeys(one.blocks, BlockState.SPENT))
+            self._grant(cursor, link, allotments, keys, master, slaves)
+
+        await self._run(link, work)
+
+    def _assemble(
+        self, cursor: _Cursor, link: str, allotments: Sequence[Allotment]
+    ) -> list[Secret | None]:
+        """Remove the blocks from the material, and record them as spent.
+
+        A key is ``None`` if one of its blocks is gone, or missing and needed.
+        """
+        blocks = [block for one in allotments for block in one.blocks]
+        taken: dict[str, bytes] = dict(
+            cursor.execute(
+                "DELETE FROM material WHERE link = %s AND key_id = ANY(%s)"
+                " RETURNING key_id, sealed",
+                (link, blocks),
+            ).fetchall()
+        )
+        new = self._spend(cursor, link, blocks)
+        keys: list[Secret | None] = []
+        for one in allotments:
+            fresh = new.issuperset(one.blocks) and len(set(one.blocks)) == len(one.blocks)
+            new.difference_update(one.blocks)
+            if not fresh:
+                keys.append(None)
+            elif one.value is not None:
+                keys.append(one.value)
+            elif all(block in taken for block in one.blocks):
+                parts = [
+                    self._seal.open(taken[block], place_of("material", link, block)).reveal()
+                    for block in one.blocks
+                ]
+                keys.append(Secret(b"".join(parts)[: one.size]))
+            else:
+                keys.append(None)
+        return keys
+
+    @staticmethod
+    def _spend(cursor: _Cursor, link: str, key_ids: Iterable[str]) -> set[str]:
+        """Record IDs as spent. Returns those that were not: an ID is among them for one
+        transaction only, whatever the others do at the same time."""
+        rows = cursor.execute(
+            "INSERT INTO spent (link, key_id) SELECT %s, unnest(%s::text[])"
+            " ON CONFLICT DO NOTHING RETURNING key_id",
+            (link, sorted(set(key_ids))),
+        )
+        return {key_id for (key_id,) in rows}
+
+    def _grant(
+        self,
+        cursor: _Cursor,
+        link: str,
+        allotments: Sequence[Allotment],
+        keys: Sequence[Secret | None],
+        master: str,
+        slaves: Sequence[str],
+    ) -> None:
+        rows = [
+            (one.key_id, slave, len(one.blocks),
+             self._seal.seal(key, place_of("grant", link, one.key_id, master, slave)))
+            for one, key in zip(allotments, keys, strict=True)
+            if key is not None
+            for slave in slaves
+        ]  # fmt: skip
+        if rows:
+            cursor.execute(
+                "INSERT INTO grants (link, key_id, slave, master, blocks, sealed)"
+                " SELECT %s, key_id, slave, %s, blocks, sealed"
+                " FROM unnest(%s::text[], %s::text[], %s::int[], %s::bytea[])"
+                " AS new (key_id, slave, blocks, sealed)",
+                (link, master, *map(list, zip(*rows, strict=True))),
+            )
+
+    # -- from grants to slaves
+
+    async def collect(
+        self, link: str, key_ids: Sequence[str], *, slave: str, master: str
+    ) -> list[tuple[str, Secret]]:
+        def work(cursor: _Cursor) -> list[tuple[str, Secret]]:
+            rows = cursor.execute(
+                "SELECT key_id, sealed, ended FROM grants"
+                " WHERE link = %s AND key_id = ANY(%s) AND slave = %s AND master = %s"
+                " ORDER BY key_id FOR UPDATE",
+                (link, list(key_ids), slave, master),
+            ).fetchall()
+            found = {key_id: (sealed, ended) for key_id, sealed, ended in rows}
+            keys: list[tuple[str, Secret]] = []
+            for key_id in key_ids:
+                if key_id not in found:
+                    others = cursor.execute(
+                        "SELECT 1 FROM grants WHERE link = %s AND key_id = %s AND master = %s",
+                        (link, key_id, master),
+                    ).fetchone()
+                    if others is not None:
+                        raise KeyUnauthorized(f"key {key_id} is not for {slave}")
+                    raise KeyUnknown(f"there is no key {key_id} of {master}")
+                sealed, ended = found[key_id]
+                if ended == "expired":
+                    raise KeyExpired(f"key {key_id} has expired")
+                if ended is not None:
+                    raise KeyConsumed(f"key {key_id} is {ended}")
+                found[key_id] = (None, "delivered")  # a second time in one request
+                place = place_of("grant", link, key_id, master, slave)
+                keys.append((key_id, self._seal.open(sealed, place)))
+            cursor.execute(
+                "UPDATE grants SET sealed = NULL, ended = 'delivered'"
+                " WHERE link = %s AND key_id = ANY(%s) AND slave = %s AND master = %s",
+                (link, list(key_ids), slave, master),
+            )
+            return keys
+
+        return await self._run(link, work)
+
+    # -- the end of keys
+
+    async def discard(self, link: str, key_ids: Iterable[str]) -> list[str]:
+        ids = sorted(key_ids)
+
+        def work(cursor: _Cursor) -> list[str]:
+            rows = cursor.execute(
+                "SELECT key_id FROM material WHERE link = %s AND key_id = ANY(%s)"
+                " AND (holder IS NULL OR held_until < clock_timestamp())"
+                " ORDER BY key_id FOR UPDATE SKIP LOCKED",
+                (link, ids),
+            )
+            return self._take_out(cursor, link, [key_id for (key_id,) in rows])
+
+        return await self._run(link, work)
+
+    def _take_out(self, cursor: _Cursor, link: str, key_ids: Sequence[str]) -> list[str]:
+        """Erase material and record it as spent. Returns the erased IDs."""
+        rows = cursor.execute(
+            "DELETE FROM material WHERE link = %s AND key_id = ANY(%s) RETURNING key_id",
+            (link, list(key_ids)),
+        )
+        gone = [key_id for (key_id,) in rows]
+        self._spend(cursor, link, gone)
+        return gone
+
+    async def void(self, link: str, key_ids: Iterable[str]) -> int:
+        ids = sorted(key_ids)
+
+        def work(cursor: _Cursor) -> int:
+            cursor.execute(
+                "SELECT 1 FROM material WHERE link = %s AND key_id = ANY(%s)"
+                " ORDER BY key_id FOR UPDATE",
+                (link, ids),
+            )
+            erased = len(self._take_out(cursor, link, ids))
+            self._spend(cursor, link, ids)
+            grants = cursor.execute(
+                "UPDATE grants SET sealed = NULL, ended = 'void'"
+                " WHERE link = %s AND key_id = ANY(%s) AND ended IS NULL",
+                (link, ids),
+            )
+            return erased + grants.rowcount
+
+        return await self._run(link, work)
+
+    async def expire(self, *, keys_before: float, tombstones_before: float) -> int:
+        erased = await self._all(self._expire_material, keys_before)
+        erased += await self._all(self._expire_grants, keys_before)
+        await self._all(self._forget_grants, tombstones_before)
+        await self._all(self._forget_spent, tombstones_before)
+        await self._run(_ALL_LINKS, self._sum_up)
+        return erased
+
+    async def _all(self, part: Callable[[_Cursor, float], int], before: float) -> int:
+        """Call a method that erases at most ``PAGE`` rows until no rows are left for it."""
+        total = 0
+        while True:
+            found = await self._run(_ALL_LINKS, lambda cursor: part(cursor, before))
+            total += found
+            if found < PAGE:
+                return total
+
+    @staticmethod
+    def _expire_material(cursor: _Cursor, before: float) -> int:
+        return cursor.execute(
+            "WITH old AS (DELETE FROM material WHERE seq = ANY(ARRAY("
+            " SELECT seq FROM material WHERE created < %s ORDER BY created LIMIT %s"
+            " FOR UPDATE SKIP LOCKED)) RETURNING link, key_id)"
+            " INSERT INTO spent (link, key_id) SELECT link, key_id FROM old"
+            " ON CONFLICT (link, key_id) DO UPDATE SET at = EXCLUDED.at",
+            (before, PAGE),
+        ).rowcount
+
+    @staticmethod
+    def _expire_grants(cursor: _Cursor, before: float) -> int:
+        return cursor.execute(
+            "WITH old AS MATERIALIZED (SELECT link, key_id, slave FROM grants"
+            " WHERE created < %s AND ended IS NULL ORDER BY created LIMIT %s"
+            " FOR UPDATE SKIP LOCKED)"
+            " UPDATE grants SET sealed = NULL, ended = 'expired' FROM old"
+            " WHERE grants.link = old.link AND grants.key_id = old.key_id"
+            " AND grants.slave = old.slave AND grants.ended IS NULL",
+            (before, PAGE),
+        ).rowcount
+
+    @staticmethod
+    def _forget_grants(cursor: _Cursor, before: float) -> int:
+        return cursor.execute(
+            "WITH old AS MATERIALIZED (SELECT link, key_id, slave FROM grants"
+            " WHERE created < %s AND ended IS NOT NULL ORDER BY created LIMIT %s"
+            " FOR UPDATE SKIP LOCKED)"
+            " DELETE FROM grants USING old WHERE grants.link = old.link"
+            " AND grants.key_id = old.key_id AND grants.slave = old.slave",
+            (before, PAGE),
+        ).rowcount
+
+    @staticmethod
+    def _forget_spent(cursor: _Cursor, before: float) -> int:
+        return cursor.execute(
+            "WITH old AS MATERIALIZED (SELECT link, key_id FROM spent WHERE at < %s"
+            " ORDER BY at LIMIT %s FOR UPDATE SKIP LOCKED)"
+            " DELETE FROM spent USING old"
+            " WHERE spent.link = old.link AND spent.key_id = old.key_id",
+            (before, PAGE),
+        ).rowcount
+
+    @staticmethod
+    def _sum_up(cursor: _Cursor) -> None:
+        """Replace the changes of each link's sizes by their sums."""
+        cursor.execute(
+            "WITH old AS (DELETE FROM stock WHERE ctid = ANY(ARRAY("
+            " SELECT ctid FROM stock FOR UPDATE SKIP LOCKED)) RETURNING link, free, promised)"
+            " INSERT INTO stock (link, free, promised)"
+            " SELECT link, sum(free), sum(promised) FROM old GROUP BY link"
+        )
+
+    async def tidy(self) -> None:
+        """PostgreSQL does so by itself (autovacuum), at a time of its own."""
+        await checkpoint()
+
+    def close(self) -> None:
+        """Close the connections while no call is under way."""
+        self._pool.close()
+
+    async def aclose(self) -> None:
+        """Close the connections; a call in progress ends first."""
+        await in_thread(self._pool.close)
+
+
+class _NotCommitted(Exception):
+    """A transaction failed before its commit, so that it may be repeated."""
+
+
+def _prepared(url: str) -> tuple[str, str]:
+    """The connection string with our settings, and the name of the database for messages."""
+    given = conninfo_to_dict(url)
+    limits = f"-c statement_timeout={int(STATEMENT_SECONDS * 1000)}"
+    options = f"{given.get('options') or ''} {limits}".strip()
+    settings: dict[str, Any] = {
+        "connect_timeout": int(WAIT_SECONDS),
+        "tcp_user_timeout": int(STATEMENT_SECONDS * 2000),
+        "application_name": "hybridkex kme",
+        "client_encoding": "UTF8",
+    }
+    conninfo = make_conninfo(**settings | given | {"options": options})
+    where = f"{given.get('dbname') or 'the database'} at {given.get('host') or 'the local server'}"
+    return conninfo, where
+
+
+def _configure(connection: "psycopg.Connection[Any]") -> None:
+    """Durable commits, whatever the server's default is; stronger settings stay."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT set_config('synchronous_commit', 'on', false)"
+            " WHERE current_setting('synchronous_commit') IN ('off', 'local')"
+        )
+        cursor.execute("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED")
+    connection.commit()
+
+
+def _meta_place(owner: str) -> bytes:
+    return place_of("meta", owner)
+
+
+def _one(cursor: _Cursor, columns: int) -> tuple[Any, ...]:
+    row = cursor.fetchone()
+    assert row is not None
+    return tuple(row[:columns])
+
+
+def _reason(error: BaseException | None) -> str:
+    """In one line, without what libpq appends about the statement."""
+    if isinstance(error, InvalidTag):
+        return "a key in it is damaged or altered"
+    if isinstance(error, PoolTimeout):
+        return f"no connection within {WAIT_SECONDS:g} s"
+    text = " ".join(str(error).split("\n")[0].split())
+    return text or type(error).__name__

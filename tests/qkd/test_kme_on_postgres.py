@@ -1,0 +1,155 @@
+"""A KME whose processes share a database of PostgreSQL."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from postgres_server import PostgresServer, postgres_server
+
+from hybridkex.errors import ConfigError, KeySourceError, KeySourceUnavailable
+from hybridkex.kme.config import PeerConfig, PostgresUrl, ServeConfig, load_config
+from hybridkex.kme.serve import KmeServer, Serving
+from hybridkex.net.address import TcpAddress
+from hybridkex.qkd.etsi014.client import KmeClient
+from hybridkex.qkd.etsi014.models import KeyRequest
+from hybridkex.secret import Secret
+from interop.ports import free_port
+
+Site = Any  # of conftest.py
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    yield from postgres_server()
+
+
+def database(server: PostgresServer, schema: str) -> PostgresUrl:
+    import psycopg
+
+    with psycopg.connect(server.url("public")) as connection:
+        connection.execute(f"CREATE SCHEMA {schema}")
+    return PostgresUrl(Secret(server.url(schema).encode()))
+
+
+@asynccontextmanager
+async def running(config: ServeConfig) -> AsyncIterator[Serving]:
+    server = KmeServer(config)
+    async with trio.open_nursery() as nursery:
+        where = await nursery.start(lambda task_status: server.serve(task_status=task_status))
+        try:
+            yield where
+        finally:
+            server.close()
+
+
+async def drawn(client: KmeClient, slave: str) -> dict[str, bytes]:
+    with trio.fail_after(20):
+        while True:
+            try:
+                keys = (await client.enc_keys(slave, KeyRequest(number=3))).keys
+            except KeySourceError:  # not yet stored
+                await trio.sleep(0.1)
+            else:
+                return {one.key_id: one.key.reveal() for one in keys}
+
+
+async def test_no_process_is_special(site: Site, postgres: PostgresServer) -> None:
+    """Two sites with two processes each: what one process drew, another one hands out, once."""
+    ports = {(kme, number): free_port() for kme in ("kme-a", "kme-b") for number in (1, 2)}
+    saes = {"kme-a": ("alice",), "kme-b": ("bob",)}
+    other = {"kme-a": "kme-b", "kme-b": "kme-a"}
+    stores = {"kme-a": database(postgres, "site_a"), "kme-b": database(postgres, "site_b")}
+    async with AsyncExitStack() as stack:
+        for (kme, number), port in ports.items():
+            peer = PeerConfig(
+                id=other[kme],
+                saes=saes[other[kme]],
+                url=f"https://127.0.0.1:{ports[other[kme], 3 - number]}",
+            )
+            listen = TcpAddress("127.0.0.1", port)
+            config = replace(
+                site.kme(kme, saes=saes[kme], peer=(peer,), listen=listen), store=stores[kme]
+            )
+            await stack.enter_async_context(running(ServeConfig(kme=(config,))))
+
+        async def client(sae: str, kme: str, number: int) -> KmeClient:
+            address = TcpAddress("127.0.0.1", ports[kme, number])
+            return await stack.enter_async_context(KmeClient(site.access(sae, address)))
+
+        alice = [await client("alice", "kme-a", number) for number in (1, 2)]
+        bob = [await client("bob", "kme-b", number) for number in (1, 2)]
+        seen: dict[str, bytes] = {}
+        for round_number in range(8):
+            keys = await drawn(alice[round_number % 2], "bob")
+            assert not seen.keys() & keys.keys()
+            seen |= keys
+            ids = list(keys)
+            where = bob[round_number // 2 % 2]
+            found = (await where.dec_keys("alice", ids)).keys
+            assert {one.key_id: one.key.reveal() for one in found} == keys
+            for process in bob:
+                with pytest.raises(KeySourceError):
+                    await process.dec_keys("alice", ids)
+        # And in the other direction.
+        keys = await drawn(bob[0], "alice")
+        found = (await alice[1].dec_keys("bob", list(keys))).keys
+        assert {one.key_id: one.key.reveal() for one in found} == keys
+
+
+async def test_requests_get_503_while_the_database_is_away(
+    site: Site, postgres: PostgresServer
+) -> None:
+    config = site.kme("kme-c", saes=("alice",), self_pairs=True)
+    config = replace(config, store=database(postgres, "away"))
+    async with running(ServeConfig(kme=(config,))) as where:
+        access = site.access("alice", where.kmes["kme-c"], timeout=15.0)
+        async with KmeClient(access) as alice:
+            keys = await drawn(alice, "alice")
+            await trio.to_thread.run_sync(postgres.stop)
+            try:
+                began = trio.current_time()
+                for _ in range(2):
+                    with pytest.raises(KeySourceUnavailable, match="503"):
+                        await alice.dec_keys("alice", list(keys))
+                assert trio.current_time() - began < 12
+            finally:
+                await trio.to_thread.run_sync(postgres.start)
+            with trio.fail_after(15):
+                while True:
+                    try:
+                        found = (await alice.dec_keys("alice", list(keys))).keys
+                    except KeySourceUnavailable:
+                        await trio.sleep(0.1)
+                    else:
+                        break
+    assert {one.key_id: one.key.reveal() for one in found} == keys
+
+
+def test_the_url_in_the_configuration(site: Site, tmp_path: Path) -> None:
+    folder = site.holder("kme-a")
+    path = tmp_path / "kme.toml"
+    path.write_text(f"""
+[[kme]]
+id = "kme-a"
+listen = "127.0.0.1:0"
+saes = ["alice"]
+ca = "{folder}/ca.pem"
+certificate = "{folder}/cert.pem"
+key = "{folder}/key.pem"
+store = "postgresql://kme:secret-word@127.0.0.1:{free_port()}/keys"
+key_file = "store.key"
+""")
+    site.kme("kme-a", saes=("alice",))
+    (tmp_path / "store.key").write_bytes((folder / "store.key").read_bytes())
+    (tmp_path / "store.key").chmod(0o600)
+    config = load_config(path)
+    assert isinstance(config.kme[0].store, PostgresUrl)
+    assert "secret-word" not in repr(config)
+    pytest.importorskip("psycopg")
+    with pytest.raises(ConfigError, match="cannot use the key store keys at 127") as caught:
+        KmeServer(config)
+    assert "secret-word" not in str(caught.value)

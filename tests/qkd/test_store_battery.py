@@ -1,0 +1,422 @@
+"""What every key store does, on SQLite and on PostgreSQL."""
+
+import itertools
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from postgres_server import PostgresServer, postgres_server
+
+from hybridkex.errors import (
+    ConfigError,
+    KeyConsumed,
+    KeyExpired,
+    KeySourceUnavailable,
+    KeyUnauthorized,
+    KeyUnknown,
+)
+from hybridkex.qkd.sqlite_store import SqliteKeyStore
+from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState, KeyStore
+from hybridkex.secret import Secret
+
+SEAL = Secret(bytes(range(32)))
+SCHEMAS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    yield from postgres_server()
+
+
+def postgres_store(server: PostgresServer, schema: str, **changes: Any) -> Any:
+    """The store of one process, in a schema that is created for the first."""
+    import psycopg
+
+    from hybridkex.qkd.postgres_store import PostgresKeyStore
+
+    with psycopg.connect(server.url("public")) as connection:
+        connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+    url = Secret(server.url(schema).encode())
+    return PostgresKeyStore(url, changes.pop("seal_key", SEAL), **{"owner": "kme-a"} | changes)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[KeyStore]:
+    store: KeyStore
+    if request.param == "sqlite":
+        store = SqliteKeyStore(tmp_path / "db", SEAL)
+    else:
+        server = request.getfixturevalue("postgres")
+        store = postgres_store(server, f"test_{next(SCHEMAS)}")
+    yield store
+    await store.aclose()
+
+
+def key_id(number: int) -> str:
+    return str(uuid.UUID(int=(7 << 64) + number))
+
+
+def keys(*numbers: int) -> list[tuple[str, Secret]]:
+    return [(key_id(number), Secret(bytes([number]) * 32)) for number in numbers]
+
+
+def block(*numbers: int, size: int = 32) -> Allotment:
+    return Allotment(blocks=tuple(key_id(number) for number in numbers), size=size)
+
+
+async def test_reserve_own_half_first_and_never_twice(store: KeyStore) -> None:
+    await store.add("b", keys(1, 2, 3, 4))
+    first = await store.reserve("b", 3, half=0)
+    assert [m.key_id for m in first] == [key_id(2), key_id(4), key_id(1)]
+    assert [m.key.reveal()[0] for m in first] == [2, 4, 1]
+    assert [m.key_id for m in await store.reserve("b", 3)] == [key_id(3)]
+    assert await store.reserve("other", 1) == []
+    await store.release("b", [key_id(2)])
+    assert [m.key_id for m in await store.reserve("b", 3, skip=[key_id(4)])] == [key_id(2)]
+
+
+async def test_allot_and_collect(store: KeyStore) -> None:
+    await store.add("b", keys(1, 2, 3))
+    await store.allot("b", [block(1, 2, size=40)], master="m", slaves=["s", "t"])
+    assert await store.count("b") == 1
+    for slave in ("s", "t"):
+        [(found, key)] = await store.collect("b", [key_id(1)], slave=slave, master="m")
+        assert (found, key.reveal()) == (key_id(1), bytes([1]) * 32 + bytes([2]) * 8)
+        with pytest.raises(KeyConsumed):
+            await store.collect("b", [key_id(1)], slave=slave, master="m")
+    with pytest.raises(KeyUnauthorized):
+        await store.collect("b", [key_id(1)], slave="u", master="m")
+    with pytest.raises(KeyUnknown):
+        await store.collect("b", [key_id(1)], slave="s", master="n")
+    with pytest.raises(KeyUnknown):
+        await store.collect("b", [key_id(2)], slave="s", master="m")
+    with pytest.raises(KeyConsumed):
+        await store.allot("b", [block(3), block(1)], master="m")
+    assert await store.count("b") == 1, "the transaction was undone as a whole"
+
+
+async def test_what_was_here_does_not_return(store: KeyStore) -> None:
+    await store.add("b", keys(1, 2))
+    await store.allot("b", [block(1)], master="m")
+    await store.void("b", [key_id(2), key_id(3)])
+    await store.add("b", keys(1, 2, 3))
+    assert await store.count("b") == 0
+
+
+async def test_accept_is_all_or_nothing_and_says_why(store: KeyStore) -> None:
+    await store.add("a", keys(1, 2, 3, 4))
+    await store.accept("a", [block(1)], master="m", slaves=["s"])
+    mine = await store.reserve("a", 2, half=0)
+    assert [m.key_id for m in mine] == [key_id(2), key_id(4)]
+    with pytest.raises(BlocksRefused) as refused:
+        await store.accept(
+            "a",
+            [block(1), block(2), block(3), block(9)],
+            master="m",
+            slaves=["s"],
+            peer_half=1,
+        )
+    assert refused.value.states == {
+        key_id(1): BlockState.SPENT,
+        key_id(2): BlockState.RESERVED,
+        key_id(9): BlockState.UNKNOWN,
+    }
+    with pytest.raises(BlocksRefused):
+        await store.accept("a", [block(3, 3)], master="m", slaves=["s"], peer_half=1)
+    assert await store.count("a") == 3
+    # A block of the peer's half goes to the peer, although we have reserved it.
+    await store.accept("a", [block(2)], master="m", slaves=["s"], peer_half=0)
+    with pytest.raises(KeyConsumed):
+        await store.allot("a", [block(2)], master="x")
+
+
+async def test_a_relayed_key_is_taken_once(store: KeyStore) -> None:
+    relayed = Allotment(blocks=(key_id(1),), size=16, value=Secret(b"v" * 16))
+    await store.accept("a", [relayed], master="m", slaves=["s"])
+    with pytest.raises(BlocksRefused):
+        await store.accept("a", [relayed], master="m", slaves=["s"])
+    [(_, key)] = await store.collect("a", [key_id(1)], slave="s", master="m")
+    assert key.reveal() == b"v" * 16
+
+
+async def test_expiry(store: KeyStore) -> None:
+    await store.add("a", keys(1, 2, 3))
+    await store.allot("a", [block(1)], master="m", slaves=["s"])
+    assert await store.expire(keys_before=0, tombstones_before=0) == 0
+    assert await store.expire(keys_before=2e10, tombstones_before=0) == 3
+    with pytest.raises(KeyExpired):
+        await store.collect("a", [key_id(1)], slave="s", master="m")
+    assert await store.count("a") == 0
+    await store.expire(keys_before=0, tombstones_before=2e10)
+    with pytest.raises(KeyUnknown):
+        await store.collect("a", [key_id(1)], slave="s", master="m")
+
+
+async def test_void_spares_what_was_delivered(store: KeyStore) -> None:
+    await store.add("a", keys(1, 2))
+    await store.accept("a", [block(1), block(2)], master="m", slaves=["s"])
+    await store.collect("a", [key_id(1)], slave="s", master="m")
+    await store.void("a", [key_id(1), key_id(2)])
+    with pytest.raises(KeyConsumed, match="delivered"):
+        await store.collect("a", [key_id(1)], slave="s", master="m")
+    with pytest.raises(KeyConsumed, match="void"):
+        await store.collect("a", [key_id(2)], slave="s", master="m")
+
+
+async def test_what_is_promised_is_not_discarded(store: KeyStore) -> None:
+    await store.add("a", keys(1, 2, 3))
+    await store.accept("a", [block(1)], master="m", slaves=["s"])
+    [held] = await store.reserve("a", 1)
+    ids = [key_id(number) for number in (1, 2, 3)]
+    gone = await store.discard("a", ids)
+    assert set(gone) == {key_id(2), key_id(3)} - {held.key_id}
+    await store.collect("a", [key_id(1)], slave="s", master="m")
+
+
+async def test_what_a_peer_asks_about(store: KeyStore) -> None:
+    await store.add("a", keys(1, 2))
+    await store.add("a", keys(3), shared=False)
+    await store.void("a", [key_id(2), key_id(9)])
+    asked = [key_id(number) for number in (1, 2, 3, 4, 9)]
+    assert await store.unknown("a", asked) == [key_id(2), key_id(4), key_id(9)]
+    assert await store.never_here("a", asked) == [key_id(4)]
+    found, position = list[str](), None
+    while True:
+        ids, position = await store.shared_ids("a", created_before=2e10, after=position)
+        found += ids
+        if position is None:
+            break
+    assert found == [key_id(1)]
+
+
+async def test_promised_blocks_are_counted(store: KeyStore) -> None:
+    value = Secret(bytes(80))
+    long = Allotment(blocks=tuple(key_id(number) for number in (1, 2, 3)), size=80, value=value)
+    await store.accept("a", [long], master="m", slaves=["s", "t"])
+    assert await store.promised("a") == 6
+    await store.collect("a", [key_id(1)], slave="s", master="m")
+    assert (await store.promised("a"), await store.promised("b")) == (3, 0)
+    await store.expire(keys_before=2e10, tombstones_before=0)
+    assert await store.promised("a") == 0
+
+
+async def test_many_callers_get_each_key_once(store: KeyStore) -> None:
+    numbers = range(1, 61)
+    await store.add("a", keys(*numbers))
+    given: list[str] = []
+
+    async def draw() -> None:
+        while found := await store.reserve("a", 2):
+            for one in found:
+                await store.allot("a", [Allotment(blocks=(one.key_id,), size=32)], master="m")
+                given.append(one.key_id)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(draw)
+    assert sorted(given) == sorted(key_id(number) for number in numbers)
+    assert await store.count("a") == 0
+
+
+# -- several processes on one database
+
+
+async def two(postgres: PostgresServer, **changes: Any) -> list[Any]:
+    schema = f"test_{next(SCHEMAS)}"
+    return [postgres_store(postgres, schema, **changes) for _ in range(2)]
+
+
+async def test_two_processes_reserve_different_keys(postgres: PostgresServer) -> None:
+    one, other = await two(postgres)
+    await one.add("a", keys(*range(40)))
+    held: list[str] = []
+
+    async def reserve(store: Any) -> None:
+        for _ in range(10):
+            held.extend(found.key_id for found in await store.reserve("a", 2))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reserve, one)
+        nursery.start_soon(reserve, other)
+    assert len(held) == len(set(held)) == 40
+    # What one has reserved, the other can neither give away, nor release, nor discard.
+    await one.add("a", keys(50, 51))
+    mine = [found.key_id for found in await one.reserve("a", 2)]
+    await other.release("a", mine)
+    for number in (50, 51):
+        with pytest.raises(BlocksRefused):
+            await other.accept(
+                "a", [block(number)], master="m", slaves=["s"], peer_half=number + 1 & 1
+            )
+        with pytest.raises(KeyConsumed):
+            await other.allot("a", [block(number)], master="m")
+    assert await other.discard("a", mine) == []
+    await one.allot("a", [block(50), block(51)], master="m")
+    for store in (one, other):
+        await store.aclose()
+
+
+async def test_two_processes_deliver_a_key_once(postgres: PostgresServer) -> None:
+    one, other = await two(postgres)
+    numbers = range(30)
+    await one.add("a", keys(*numbers))
+    accepted: list[int] = []
+    collected: list[int] = []
+
+    async def accept(store: Any, number: int) -> None:
+        try:
+            await store.accept("a", [block(number)], master="m", slaves=["s"])
+        except BlocksRefused:
+            return
+        accepted.append(number)
+
+    async def collect(store: Any, number: int) -> None:
+        try:
+            await store.collect("a", [key_id(number)], slave="s", master="m")
+        except KeyConsumed:
+            return
+        collected.append(number)
+
+    for call, done in ((accept, accepted), (collect, collected)):
+        async with trio.open_nursery() as nursery:
+            for number in numbers:
+                for store in (one, other):
+                    nursery.start_soon(call, store, number)
+        assert sorted(done) == list(numbers)
+    for store in (one, other):
+        await store.aclose()
+
+
+async def test_a_reservation_of_a_killed_process_ends(
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hybridkex.qkd import postgres_store as module
+
+    monkeypatch.setattr(module, "HOLD_SECONDS", 0.2)
+    one, other = await two(postgres)
+    await one.add("a", keys(1))
+    [held] = await one.reserve("a", 1)
+    assert await other.reserve("a", 1) == []
+    await trio.sleep(0.25)
+    monkeypatch.setattr(module, "HOLD_SECONDS", 30.0)
+    [again] = await other.reserve("a", 1)
+    assert again.key_id == held.key_id
+    # The first was only slow: it comes too late.
+    with pytest.raises(KeyConsumed):
+        await one.allot("a", [block(1)], master="m")
+    await one.release("a", [key_id(1)])
+    await other.allot("a", [block(1)], master="m")
+    for store in (one, other):
+        await store.aclose()
+
+
+async def test_the_database_itself_keeps_links_apart(postgres: PostgresServer) -> None:
+    """A statement that forgets the link, or names another one, finds nothing."""
+    import psycopg
+
+    schema = f"test_{next(SCHEMAS)}"
+    store = postgres_store(postgres, schema)
+    await store.add("a", keys(1, 2))
+    await store.accept("a", [block(1)], master="m", slaves=["s"])
+    with psycopg.connect(postgres.url(schema)) as connection:
+        connection.execute("SELECT set_config('hybridkex.link', 'c', false)")
+        for statement in (
+            "DELETE FROM material",
+            "UPDATE material SET holder = 'x', held_until = now()",
+            "UPDATE grants SET sealed = NULL, ended = 'void'",
+            "DELETE FROM grants WHERE link = 'a'",
+            "DELETE FROM spent",
+        ):
+            assert connection.execute(statement).rowcount == 0, statement
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute("INSERT INTO spent (link, key_id) VALUES ('a', 'x')")
+    # And a key that has ended does not begin again, whatever is done to it.
+    await store.collect("a", [key_id(1)], slave="s", master="m")
+    with psycopg.connect(postgres.url(schema)) as connection:
+        connection.execute("SELECT set_config('hybridkex.link', 'a', false)")
+        with pytest.raises(psycopg.errors.CheckViolation):
+            connection.execute("UPDATE grants SET sealed = 'x', ended = NULL")
+    await store.aclose()
+
+
+async def test_a_database_of_another_kme_or_key_file_is_refused(postgres: PostgresServer) -> None:
+    schema = f"test_{next(SCHEMAS)}"
+    store = postgres_store(postgres, schema)
+    with pytest.raises(ConfigError, match="belongs to kme-a, not to kme-b"):
+        postgres_store(postgres, schema, owner="kme-b")
+    with pytest.raises(ConfigError, match="the key file is not the one"):
+        postgres_store(postgres, schema, seal_key=Secret(bytes(32)))
+    await store.aclose()
+
+
+async def test_no_key_and_no_sealing_key_is_readable_in_the_database(
+    postgres: PostgresServer,
+) -> None:
+    schema = f"test_{next(SCHEMAS)}"
+    store = postgres_store(postgres, schema)
+    secret = b"a QKD key that no table may show"
+    await store.add("a", [(key_id(1), Secret(secret))])
+    await store.accept("a", [block(1)], master="m", slaves=["s"])
+    await store.aclose()
+    files = [path for path in (postgres.folder / "data").rglob("*") if path.is_file()]
+    content = b"".join(path.read_bytes() for path in files)
+    assert key_id(1).encode() in content, "the search works"
+    for value in (secret, secret.hex().encode(), SEAL.reveal(), SEAL.reveal().hex().encode()):
+        assert value not in content
+
+
+async def test_a_server_that_is_killed_and_comes_back(
+    postgres: PostgresServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under load; every key is given at most once, and what was given stays so."""
+    store = postgres_store(postgres, f"test_{next(SCHEMAS)}")
+    numbers = range(1, 201)
+    await store.add("a", keys(*numbers))
+    for number in numbers:
+        await store.accept("a", [block(number)], master="m", slaves=["s"])
+    given: list[int] = []
+    failed: list[int] = []
+
+    async def collect(part: range) -> None:
+        for number in part:
+            try:
+                await store.collect("a", [key_id(number)], slave="s", master="m")
+            except KeySourceUnavailable:
+                failed.append(number)
+            else:
+                given.append(number)
+
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for start in range(4):
+            nursery.start_soon(collect, range(1 + start, 201, 4))
+        while len(given) < 40:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+        await trio.to_thread.run_sync(postgres.stop)
+        while not failed:  # noqa: ASYNC110
+            await trio.sleep(0.05)
+        await trio.to_thread.run_sync(postgres.start)
+    assert trio.current_time() - began < 60
+    assert set(given).isdisjoint(failed)
+    lost = 0
+    for number in numbers:
+        try:
+            await store.collect("a", [key_id(number)], slave="s", master="m")
+        except KeyConsumed:
+            lost += number not in given
+        else:
+            assert number in failed
+    assert lost <= 4, "only what was in flight"
+    told = [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "hybridkex.qkd.postgres_store" and "fsync" not in record.getMessage()
+    ]
+    assert [("failed" in one, "works again" in one) for one in told[:2]] == [
+        (True, False),
+        (False, True),
+    ]
+    await store.aclose()

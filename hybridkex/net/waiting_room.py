@@ -6,6 +6,7 @@ address, and the addresses take turns. A waiting connection costs a descriptor a
 no task runs for it and nothing is read from it.
 """
 
+import math
 import selectors
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -71,7 +72,7 @@ class WaitingRoom(Generic[T]):
         waits."""
         for group in (self._speaking, self._silent):
             if len(group):
-                return min(group, key=self._held), group is self._speaking
+                return group.first(self._held), group is self._speaking
         return None
 
     def take(self, address: str) -> tuple[Connection, T]:
@@ -133,6 +134,17 @@ class _ByAddress(Generic[T]):
 
     def __contains__(self, address: str) -> bool:
         return address in self._groups
+
+    def first(self, held: Callable[[str], int]) -> str:
+        """The address that holds the fewest places; of equals, the one whose turn comes first."""
+        fewest, found = math.inf, ""
+        for address in self._groups:
+            places = held(address)
+            if places < fewest:
+                fewest, found = places, address
+            if not places:  # There may be thousands of addresses.
+                break
+        return found
 
     def count(self, address: str) -> int:
         return len(self._groups.get(address, ()))

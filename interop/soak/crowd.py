@@ -1,16 +1,19 @@
 """Measures how long a crowd at one port delays the clients of another address.
 
 A process of its own connects as fast as it can from one address, or from many; every connection
-does what its kind says and stays, or is opened again. Meanwhile the service is asked as a user
-does, from another address, again and again; each answer is timed.
+does what its kind says and stays. The server is stopped for a second, so that the crowd is in its
+queue when the first good client comes. Then it goes on, and is asked as a user does, from another
+address, again and again; each answer is timed.
 """
 
 import contextlib
 import multiprocessing
 import selectors
+import signal
 import socket
 import struct
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +29,10 @@ __all__ = ["CROWDS", "DOORS", "crowd"]
 
 DOORS: Final[tuple[type[Service], ...]] = (Listen, Kme, TunnelListen)
 """The services that begin with a handshake."""
-AHEAD: Final = 0.2
-"""Seconds from the start of the crowd to the first honest client."""
+AHEAD: Final = 1.0
+"""Seconds from the start of the crowd to the first honest client; the server is stopped."""
+GOES_ON: Final = 0.1
+"""Seconds from then until the server continues."""
 OPENING: Final = 500
 """Connections for which the attacker waits at once, for connect(2) or for an answer."""
 
@@ -140,11 +145,16 @@ def crowd(
             attacker = multiprocessing.Process(
                 target=_attack, args=(served.port, kind, count, sources, theirs)
             )
-            attacker.start()
             during = []
             ends = float("inf")
             took = 0.0
+            # The crowd comes first, as if the server had been busy for a moment.
+            for process in served.processes:
+                process.signal(signal.SIGSTOP)
+            attacker.start()
             time.sleep(AHEAD)
+            for process in served.processes:
+                threading.Timer(GOES_ON, process.signal, [signal.SIGCONT]).start()
             try:
                 while time.monotonic() < ends:
                     during.append(_seconds(served))

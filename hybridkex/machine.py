@@ -11,7 +11,7 @@ from typing import Final
 
 from hybridkex.errors import ConfigError
 
-__all__ = ["NO_THREAD", "broken", "causes", "leaves", "refusal", "write_error"]
+__all__ = ["NO_MEMORY", "NO_THREAD", "broken", "causes", "leaves", "refusal", "write_error"]
 
 _ELSEWHERE: Final = "choose another place"
 _ADVICE: Final = {
@@ -33,10 +33,11 @@ _ADVICE: Final = {
     errno.ENOMEM: "end other programs, or raise the limit of memory (ulimit -v)",
     errno.EAGAIN: "raise the limit of processes and threads (ulimit -u), or end other programs",
 }
-_NO_MEMORY: Final = (
+NO_MEMORY: Final = (
     "this machine gives the program no more memory; end other programs, or raise the limit "
     "(ulimit -v)"
 )
+"""The message when memory is needed and there is none."""
 NO_THREAD: Final = (
     "this machine starts no more threads for the program; raise the limit of processes and threads "
     "(ulimit -u) or of memory (ulimit -v), or end other programs"
@@ -104,10 +105,10 @@ def refusal(error: BaseException) -> str | None:
     causes: list[BaseException] = [error]
     for cause in causes:  # it grows
         if isinstance(cause, MemoryError):
-            return _NO_MEMORY
+            return NO_MEMORY
         # The dynamic loader's words, which NumPy and others quote.
         if isinstance(cause, ImportError) and "failed to map segment" in str(cause):
-            return _NO_MEMORY
+            return NO_MEMORY
         # threading has no exception of its own for it.
         if isinstance(cause, RuntimeError) and "new thread" in str(cause):
             return NO_THREAD

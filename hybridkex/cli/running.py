@@ -3,13 +3,21 @@
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import trio
 
 from hybridkex.cli.names import SharedLookups
-from hybridkex.machine import leaves
+from hybridkex.errors import LocalStateError
+from hybridkex.machine import NO_MEMORY, leaves
+from hybridkex.net import threads
+from hybridkex.text import get_logger
+
+__all__ = ["EndRequest", "end_as_interrupted", "run_service", "run_trio"]
+
+LOG: Final = get_logger("hybridkex.cli.running")
 
 T = TypeVar("T")
 
@@ -26,9 +34,50 @@ def run_trio(main: Callable[[], Awaitable[T]]) -> T:
         return await main()
 
     try:
-        return trio.run(run, restrict_keyboard_interrupt_to_checkpoints=True)
-    except BaseExceptionGroup as group:
-        raise next(leaves(group)) from None
+        found = trio.run(run, restrict_keyboard_interrupt_to_checkpoints=True)
+    except BaseException as error:
+        first = next(leaves(error))
+        if isinstance(first, KeyboardInterrupt) and threads.has_interrupted():
+            raise LocalStateError(NO_MEMORY) from None
+        if first is error:
+            raise
+        raise first from None
+    if threads.has_interrupted():  # it was taken for a signal that asks for the end
+        raise LocalStateError(NO_MEMORY)
+    return found
+
+
+class EndRequest:
+    """Why a command that runs until it is asked to end is to end."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.is_due = False
+
+    def note(self, number: int) -> None:
+        """A signal asks for the end; the first one is logged."""
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+            LOG.warning("ending: %s", self.signal.name)
+        self.is_due = True
+
+    def finish(self) -> None:
+        """The work that the command was started for is done."""
+        self.is_due = True
+
+
+def run_service(main: Callable[[EndRequest], Awaitable[None]]) -> None:
+    """Run a command that runs until it is asked to end, as :func:`run_trio` does.
+
+    ``main`` notes in the ``EndRequest`` why it returns.
+
+    Raises:
+        LocalStateError: the command has ended although nobody asked it to.
+    """
+    request = EndRequest()
+    run_trio(partial(main, request))
+    if not request.is_due:
+        raise LocalStateError("ended although nothing asked it to; please report this fault")
 
 
 @contextmanager

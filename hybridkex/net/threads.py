@@ -21,7 +21,7 @@ from typing import Any, Final
 from hybridkex.errors import HybridkexError
 from hybridkex.machine import NO_THREAD
 
-__all__ = ["MOST", "Call", "NoThread", "run"]
+__all__ = ["MOST", "Call", "NoThread", "has_interrupted", "run"]
 
 MOST: Final = 40
 """Workers at once, as many as trio allows by default."""
@@ -98,7 +98,17 @@ class Call:
             else:
                 return
         # The loop sleeps and nothing but a signal can wake it: the end, as by Ctrl-C.
+        global _interrupted  # noqa: PLW0603
+        _interrupted = True
         _thread.interrupt_main()
+
+
+_interrupted = False
+
+
+def has_interrupted() -> bool:
+    """Whether the process was interrupted from here, for want of memory, and not by Ctrl-C."""
+    return _interrupted
 
 
 class _Workers:

@@ -175,6 +175,7 @@ def _internal() -> BaseException:
 def test_a_result_that_cannot_be_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop sleeps for good; what is left is to interrupt the process."""
     monkeypatch.setattr(threads, "RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(threads, "_interrupted", False)
 
     async def call() -> None:
         token = trio.lowlevel.current_trio_token()
@@ -187,6 +188,7 @@ def test_a_result_that_cannot_be_reported(monkeypatch: pytest.MonkeyPatch) -> No
 
     with pytest.raises(KeyboardInterrupt):
         trio.run(call)
+    assert threads.has_interrupted()
 
 
 @pytest.mark.parametrize(

@@ -59,11 +59,18 @@ class TunnelService:
         load: reads the settings; called again for each SIGHUP, in a thread.
         settings: the initial settings.
         metrics: the tunnels' metrics.
+        on_end: called with the number of a signal that ends it.
     """
 
     def __init__(
-        self, load: Callable[[], TunnelSettings], settings: TunnelSettings, metrics: TunnelMetrics
+        self,
+        load: Callable[[], TunnelSettings],
+        settings: TunnelSettings,
+        metrics: TunnelMetrics,
+        *,
+        on_end: Callable[[int], object] = lambda _: None,
     ) -> None:
+        self._on_end = on_end
         self._load = load
         self._settings = settings
         self._server = TunnelServer(metrics)
@@ -95,6 +102,7 @@ class TunnelService:
             if number == signal.SIGHUP:
                 self._wanted.set()
                 continue
+            self._on_end(number)
             # A reload that waits for a name server must not delay the shutdown.
             self._reloading.cancel()
             notify("STOPPING=1", "STATUS=no new connections")

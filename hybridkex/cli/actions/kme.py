@@ -16,7 +16,7 @@ from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.cli.key_sources import kme_access
 from hybridkex.cli.kme import DevUpOptions, ExportPoolOptions, ServeOptions, StatusOptions
 from hybridkex.cli.logs import set_up_logging
-from hybridkex.cli.running import run_trio
+from hybridkex.cli.running import EndRequest, run_service, run_trio
 from hybridkex.errors import (
     ConfigError,
     HybridkexError,
@@ -65,17 +65,17 @@ def _run_server(path: Path, log_level: str, announce: Callable[[Serving], None])
     raise_soft_limit()
     server = KmeServer(load_config(path))
 
-    async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            with trio.open_signal_receiver(*_SIGNALS) as signals:
-                nursery.start_soon(_obey, signals, server, path)
+    async def main(request: EndRequest) -> None:
+        with trio.open_signal_receiver(*_SIGNALS) as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_obey, signals, server, path, request)
                 try:
                     # Not in the nursery: an error must not be wrapped in an exception group.
                     await server.serve(task_status=_Announced(announce))
                 finally:
                     nursery.cancel_scope.cancel()
 
-    run_trio(main)
+    run_service(main)
     return 0
 
 
@@ -92,7 +92,7 @@ class _Announced:
         self._announce(value)
 
 
-async def _obey(signals: Any, server: KmeServer, path: Path) -> None:
+async def _obey(signals: Any, server: KmeServer, path: Path, request: EndRequest) -> None:
     wanted = trio.Event()
 
     async def reload_when_asked() -> None:
@@ -108,6 +108,7 @@ async def _obey(signals: Any, server: KmeServer, path: Path) -> None:
             if number == signal.SIGHUP:
                 wanted.set()
             else:
+                request.note(number)
                 # A reload that waits for a file must not delay the shutdown.
                 nursery.cancel_scope.cancel()
                 server.close()

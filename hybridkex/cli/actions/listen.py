@@ -11,7 +11,7 @@ from hybridkex.cli.channel import server_config
 from hybridkex.cli.listen import ListenOptions
 from hybridkex.cli.logs import set_up_logging
 from hybridkex.cli.pipe import ChannelFailed, pipe, report, report_epochs
-from hybridkex.cli.running import run_trio
+from hybridkex.cli.running import EndRequest, run_service
 from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
 from hybridkex.machine import broken
 from hybridkex.net.address import TcpAddress
@@ -33,14 +33,16 @@ def run(options: ListenOptions) -> int:
     """Serve; with ``--once``, 0 after a clean close."""
     set_up_logging(options.log_level)
     raise_soft_limit()
-    run_trio(partial(_run, options))
+    run_service(partial(_run, options))
     return 0
 
 
-async def _run(options: ListenOptions) -> None:
+async def _run(options: ListenOptions, request: EndRequest) -> None:
     wanted = options.require_client_cert
     async with server_config(options.channel, require_client_certificate=wanted) as config:
         await _listen(options, config)
+        if options.once:
+            request.finish()
 
 
 async def _listen(options: ListenOptions, config: ServerConfig) -> None:

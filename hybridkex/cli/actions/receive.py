@@ -15,7 +15,7 @@ from hybridkex.cli.logs import set_up_logging
 from hybridkex.cli.pipe import ChannelFailed, report
 from hybridkex.cli.progress import showing
 from hybridkex.cli.receive import ReceiveOptions
-from hybridkex.cli.running import run_trio
+from hybridkex.cli.running import EndRequest, run_service
 from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
 from hybridkex.errors import ConfigError
 from hybridkex.machine import broken
@@ -36,11 +36,11 @@ def run(options: ReceiveOptions) -> int:
         raise ConfigError("--max-connections must be at least 1")
     set_up_logging(options.log_level)
     raise_soft_limit()
-    run_trio(partial(_run, options))
+    run_service(partial(_run, options))
     return 0
 
 
-async def _run(options: ReceiveOptions) -> None:
+async def _run(options: ReceiveOptions, request: EndRequest) -> None:
     asks = bool(
         options.channel.ca
         or options.channel.pin
@@ -57,7 +57,7 @@ async def _run(options: ReceiveOptions) -> None:
             )
         folder = Folder(options.folder, overwrite=options.overwrite)
         try:
-            await _Server(options, config, folder).run()
+            await _Server(options, config, folder, request).run()
         finally:
             folder.close()
 
@@ -65,7 +65,14 @@ async def _run(options: ReceiveOptions) -> None:
 class _Server:
     """The listening socket and its connections."""
 
-    def __init__(self, options: ReceiveOptions, config: ServerConfig, folder: Folder) -> None:
+    def __init__(
+        self,
+        options: ReceiveOptions,
+        config: ServerConfig,
+        folder: Folder,
+        request: EndRequest,
+    ) -> None:
+        self._request = request
         self._options = options
         self._config = config
         self._folder = folder
@@ -101,7 +108,8 @@ class _Server:
     async def _wait_for_signal(self) -> None:
         """SIGTERM shuts down cleanly: an incomplete file is kept, so that its sender can resume."""
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
-            async for _ in signals:
+            async for number in signals:
+                self._request.note(number)
                 self._done.set()
 
     async def _converse(
@@ -124,6 +132,7 @@ class _Server:
                 raise
             report(stream.session, as_json=self._options.channel.json)
             if await receiver.serve(stream) and self._options.once:
+                self._request.finish()
                 self._done.set()
         finally:
             self._live.remove(counting)

@@ -16,7 +16,7 @@ from hybridkex.cli.arguments import add_options, from_namespace
 from hybridkex.cli.channel import client_config, server_config
 from hybridkex.cli.logs import set_up_logging
 from hybridkex.cli.option_tables import OptionTable, read_options
-from hybridkex.cli.running import run_trio
+from hybridkex.cli.running import EndRequest, run_service, run_trio
 from hybridkex.cli.tcp import NO_TCP, cannot_listen
 from hybridkex.cli.tunnel import (
     ConnectOptions,
@@ -162,7 +162,7 @@ def _run(load: Callable[[], TunnelSettings]) -> int:
     settings = load()
     set_up_logging(settings.log_level)
     raise_soft_limit()
-    run_trio(partial(_serve, load, settings))
+    run_service(partial(_serve, load, settings))
     return 0
 
 
@@ -172,12 +172,14 @@ async def _check(settings: TunnelSettings) -> None:
             pass
 
 
-async def _serve(load: Callable[[], TunnelSettings], settings: TunnelSettings) -> None:
+async def _serve(
+    load: Callable[[], TunnelSettings], settings: TunnelSettings, request: EndRequest
+) -> None:
     metrics = TunnelMetrics()
     async with trio.open_nursery() as nursery:
         if settings.metrics is not None:
             await nursery.start(_serve_metrics, metrics, settings.metrics)
-        await TunnelService(load, settings, metrics).run()
+        await TunnelService(load, settings, metrics, on_end=request.note).run()
         nursery.cancel_scope.cancel()
 
 

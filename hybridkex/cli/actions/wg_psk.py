@@ -16,7 +16,7 @@ from hybridkex.apps.wireguard import LABEL, RotationPolicy, Rotator, Tunnel
 from hybridkex.auth import Pins, RawIdentity
 from hybridkex.cli.key_sources import key_sources
 from hybridkex.cli.logs import set_up_logging
-from hybridkex.cli.running import run_trio
+from hybridkex.cli.running import EndRequest, run_service
 from hybridkex.cli.standard_streams import discard_standard_output, takes_output
 from hybridkex.cli.tcp import NO_TCP, cannot_connect, cannot_listen
 from hybridkex.cli.wg_psk import DEFAULT_PORT, WgPskOptions
@@ -63,28 +63,33 @@ def run(options: WgPskOptions) -> int:
     set_up_logging(options.log_level)
     raise_soft_limit()
     work = partial(_rotate, options, tunnel, policy, authentication)
-    ended = run_trio(partial(_until_signal, work))
-    if ended is not None and options.once:
-        raise LocalStateError(f"ended by {ended.name} before the rotation")
+    run_service(partial(_until_signal, work, options.once))
     return 0
 
 
-async def _until_signal(work: Callable[[], Awaitable[None]]) -> signal.Signals | None:
-    """Work until SIGTERM or SIGHUP, which is returned; a ``wg`` that is running then ends with
-    us, and does not outlive us with a key in its input."""
-    ended = None
+async def _until_signal(
+    work: Callable[[], Awaitable[None]], once: bool, request: EndRequest
+) -> None:
+    """Work until SIGTERM or SIGHUP; a ``wg`` that is running then ends with us, and does not
+    outlive us with a key in its input.
+
+    Raises:
+        LocalStateError: with ``once``, a signal came before the rotation.
+    """
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as received:
         async with trio.open_nursery() as nursery:
 
             async def wait() -> None:
-                nonlocal ended
-                ended = signal.Signals(await anext(received))
+                request.note(await anext(received))
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(wait)
             await work()
             nursery.cancel_scope.cancel()
-    return ended
+    if once and request.signal is not None:
+        raise LocalStateError(f"ended by {request.signal.name} before the rotation")
+    if once:
+        request.finish()
 
 
 def _authentication(options: WgPskOptions) -> Authentication:

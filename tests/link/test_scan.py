@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -182,13 +183,47 @@ def test_scan_and_plot_as_commands(tmp_path: Path, capsys: pytest.CaptureFixture
         assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["qkd-rates.csv", "qkd-blocks.csv"])
+def test_the_table_of_the_bounds_comes_from_a_scan() -> None:
+    """docs/qkd-link-proofs.md has the rates of docs/data/qkd-bounds.csv."""
+    docs = Path(__file__).parents[2] / "docs"
+    rates = {
+        (row["preset"], row["distance_km"], row["block_bits"], row["finite_key"]): row["rate"]
+        for row in read_scan(docs / "data/qkd-bounds.csv")
+    }
+    found = re.findall(
+        r"\| `(\w+)`, (\d+) km, (1e\d) \| (\S+) \| (\S+) \| (\d+) % \|",
+        (docs / "qkd-link-proofs.md").read_text(),
+    )
+    assert len(found) == 4
+    for name, distance, bits, published, tight, gain in found:
+        old, new = (
+            rates[name, float(distance), int(float(bits)), kind] for kind in ("published", "tight")
+        )
+        assert (published, tight) == tuple(f"{one:.2e}".replace("e-0", "e-") for one in (old, new))
+        assert int(gain) == round(100 * (new / old - 1))
+
+
+def test_the_price_of_the_leak_comes_from_a_scan() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    both, alice = sorted(row["secret_bits"] for row in read_scan(docs / "data/qkd-leak.csv"))
+    found = re.search(
+        r"gives (\d+),000 secret bits instead of (\d+),000 \(`docs/data/qkd-leak.csv`",
+        (docs / "qkd-link-proofs.md").read_text(),
+    )
+    assert found is not None
+    assert [int(one) for one in found.groups()] == [round(both / 1000), round(alice / 1000)]
+
+
+@pytest.mark.parametrize(
+    "name", ["qkd-rates.csv", "qkd-blocks.csv", "qkd-bounds.csv", "qkd-leak.csv"]
+)
 def test_the_pictures_of_the_documentation_come_from_scans(name: str) -> None:
     """docs/data has what `qkd scan` writes; a few rows are computed again."""
     path = Path(__file__).parents[2] / "docs/data" / name
     rows = read_scan(path)
     for row in rows[:: max(1, len(rows) // 4)]:
-        point = {name: row[name] for name in ("preset", "distance_km", "block_bits")}
+        names = ("preset", "distance_km", "block_bits", "finite_key", "leak")
+        point = {name: row[name] for name in names}
         again = evaluate(point)
         assert again["rate"] == pytest.approx(row["rate"], rel=0.01)
 

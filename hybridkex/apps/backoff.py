@@ -4,8 +4,6 @@ import random
 
 from hybridkex.errors import ConfigError
 
-__all__ = ["Backoff"]
-
 
 class Backoff:
     """Exponential back-off with jitter: clients that were cut off together do not reconnect

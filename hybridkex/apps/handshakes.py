@@ -4,8 +4,6 @@ from hybridkex import ClientConfig, Property, ServerConfig
 from hybridkex.errors import AlertReceived, TruncationError
 from hybridkex.machine import broken
 
-__all__ = ["handshake_failed"]
-
 
 def handshake_failed(error: BaseException, config: ClientConfig | ServerConfig) -> str:
     """Why a handshake failed, with the next step if a likely one is known.

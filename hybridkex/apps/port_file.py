@@ -7,8 +7,6 @@ from hybridkex.errors import ConfigError
 from hybridkex.files import PUBLIC, write_file
 from hybridkex.machine import write_error
 
-__all__ = ["check_port_file", "write_port"]
-
 
 def check_port_file(path: str | Path) -> None:
     """Raise ``ConfigError`` where :func:`write_port` would fail."""

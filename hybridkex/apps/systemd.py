@@ -4,8 +4,6 @@ import os
 import socket
 import time
 
-__all__ = ["notify", "notify_reloading"]
-
 
 def notify(*fields: str) -> None:
     """Send ``KEY=value`` fields, if a service manager listens."""

@@ -10,16 +10,6 @@ from typing import Final
 import trio
 from trio.abc import HalfCloseableStream
 
-__all__ = [
-    "CountingStream",
-    "keep_alive",
-    "last_attempt",
-    "no_connection",
-    "os_reason",
-    "reset",
-    "watch_peer",
-]
-
 SILENCE: Final = 45
 """Seconds without acknowledgements after which a peer is considered gone."""
 

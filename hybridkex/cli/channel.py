@@ -35,6 +35,8 @@ from hybridkex.tls.config import (
     ServerConfig,
 )
 
+__all__ = ["client_config", "server_config"]
+
 N = TypeVar("N")
 
 

@@ -24,7 +24,7 @@ party, which covers both HELLOs, confirms it; until then nothing is dropped from
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Generic, TypeVar
 from uuid import UUID
 
 import numpy as np
@@ -190,7 +190,10 @@ class _Outcome:
     phase_error: float
 
 
-class _Party:
+L = TypeVar("L")
+
+
+class _Party(Generic[L]):
     """The part of the protocol that is the same for Alice and Bob."""
 
     direction: Direction
@@ -199,13 +202,16 @@ class _Party:
         self,
         stream: trio.abc.Stream,
         settings: LinkSettings,
+        light: L,
         *,
         bootstrap: Ledger | Signatures,
         ledger: Ledger | None = None,
         seed: int | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
-        """``bootstrap``: a ledger with a shared secret in it, or signatures for the first block.
+        """``light``: Alice's record of what she sends, Bob's detector.
+
+        ``bootstrap``: a ledger with a shared secret in it, or signatures for the first block.
 
         ``ledger``: the authentication key of an earlier session over the same link, beside
         signatures. It goes on from there. ``seed`` is for runs that must be repeated: it makes all
@@ -213,6 +219,7 @@ class _Party:
         """
         self._channel = ClassicalChannel(stream, sends=self.direction, timeout=timeout)
         self._settings = settings
+        self._light = light
         self._signatures = bootstrap if isinstance(bootstrap, Signatures) else None
         if isinstance(bootstrap, Ledger):
             ledger = bootstrap
@@ -430,26 +437,10 @@ class _Party:
         )
 
 
-class Alice(_Party):
+class Alice(_Party[PulseRecord]):
     """The sender of the light."""
 
     direction = Direction.ALICE_TO_BOB
-
-    def __init__(
-        self,
-        stream: trio.abc.Stream,
-        settings: LinkSettings,
-        record: PulseRecord,
-        *,
-        bootstrap: Ledger | Signatures,
-        ledger: Ledger | None = None,
-        seed: int | None = None,
-        timeout: float = TIMEOUT,
-    ) -> None:
-        super().__init__(
-            stream, settings, bootstrap=bootstrap, ledger=ledger, seed=seed, timeout=timeout
-        )
-        self._record = record
 
     async def _greet(self) -> None:
         ours = self._hello()
@@ -475,7 +466,7 @@ class Alice(_Party):
         try:
             reports, sent, pulses = await self._recall()
         finally:
-            self._record.forget()
+            self._light.forget()
         keeps = self._choose(sent, reports)
         mine: list[Sent] = []
         theirs: list[Bits] = []
@@ -512,7 +503,7 @@ class Alice(_Party):
             reports.append(report)
         await self._verify_tag()
         pulses, self._last_pulse = last - self._last_pulse, last
-        sent = [self._record.recall(report.pulse) for report in reports]
+        sent = [self._light.recall(report.pulse) for report in reports]
         for one in sent:
             self._erase_later(one.bit)
         return reports, sent, pulses
@@ -558,26 +549,10 @@ class Alice(_Party):
         )
 
 
-class Bob(_Party):
+class Bob(_Party[Detector]):
     """The receiver of the light."""
 
     direction = Direction.BOB_TO_ALICE
-
-    def __init__(
-        self,
-        stream: trio.abc.Stream,
-        settings: LinkSettings,
-        detector: Detector,
-        *,
-        bootstrap: Ledger | Signatures,
-        ledger: Ledger | None = None,
-        seed: int | None = None,
-        timeout: float = TIMEOUT,
-    ) -> None:
-        super().__init__(
-            stream, settings, bootstrap=bootstrap, ledger=ledger, seed=seed, timeout=timeout
-        )
-        self._detector = detector
 
     async def _greet(self) -> None:
         theirs = Hello.decode(await self._channel.receive(Type.HELLO))
@@ -599,7 +574,7 @@ class Bob(_Party):
         return finish, agree
 
     async def _sift(self) -> _Sifted:
-        seen = await self._detector.detect(self._settings.detections)
+        seen = await self._light.detect(self._settings.detections)
         self._erase_later(seen.bit)
         parts = [
             Detections(

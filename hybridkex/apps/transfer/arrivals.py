@@ -24,8 +24,6 @@ from hybridkex.apps.transfer.messages import Offer, Whole
 from hybridkex.apps.transfer.names import PARTIAL, WORK, shown
 from hybridkex.apps.transfer.part import OPEN_FILE, Ready, limit_mode, set_date
 
-__all__ = ["Arrivals", "Settled"]
-
 _FEW: Final = 8
 """Files, or folders, that are flushed one by one: a flush of the whole file system waits for what
 other programs have written too."""

@@ -5,8 +5,6 @@ from typing import Final
 
 from hybridkex.errors import HybridkexError
 
-__all__ = ["NotStored", "why"]
-
 _WORDS: Final = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",

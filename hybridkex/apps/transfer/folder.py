@@ -42,8 +42,6 @@ from hybridkex.errors import ConfigError
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-__all__ = ["NOTHING", "Folder", "Present", "errors_of", "not_stored", "taken"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Present:

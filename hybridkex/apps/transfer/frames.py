@@ -17,8 +17,6 @@ from hybridkex.apps.transfer.messages import (
     split_header,
 )
 
-__all__ = ["Frames", "Received", "first_failure"]
-
 Received: TypeAlias = Message | Whole | memoryview
 """A message, a whole file, or a piece of a file's data."""
 

@@ -11,8 +11,6 @@ import stat
 from types import TracebackType
 from typing import Final
 
-__all__ = ["FolderGone", "Handles", "open_folder"]
-
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MOST: Final = 64
 """Handles to keep, beside those of one path."""

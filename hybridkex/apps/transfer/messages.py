@@ -20,46 +20,6 @@ from typing import Any, Final, NamedTuple, NewType, TypeAlias, TypeGuard, get_ty
 from hybridkex.errors import HybridkexError
 from hybridkex.json_text import load_json
 
-__all__ = [
-    "BEAT",
-    "CHUNK",
-    "DATA",
-    "HEADER",
-    "MAX_MESSAGE",
-    "MOST_FILES",
-    "PROTOCOL",
-    "VERSION",
-    "WHOLE",
-    "WHOLE_HEADER",
-    "WINDOW",
-    "Alive",
-    "Busy",
-    "Bye",
-    "Digest",
-    "Drop",
-    "End",
-    "Entry",
-    "Failed",
-    "Have",
-    "Hello",
-    "How",
-    "Message",
-    "Nanoseconds",
-    "Offer",
-    "Offers",
-    "ProtocolError",
-    "Send",
-    "Start",
-    "Stored",
-    "Whole",
-    "decode",
-    "encode",
-    "header",
-    "offers",
-    "split_header",
-    "whole_header",
-]
-
 PROTOCOL: Final = "hybridkex-transfer/2"
 """The ALPN name."""
 

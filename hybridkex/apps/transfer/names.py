@@ -7,8 +7,6 @@ from typing import Final
 from hybridkex.errors import HybridkexError
 from hybridkex.text import printable
 
-__all__ = ["PARTIAL", "WORK", "UnsafeName", "check_path", "reason_alone", "shown"]
-
 PARTIAL: Final = ".hybridkex-partial"
 """The folder for incomplete files, inside the receiving folder: on the same file system."""
 

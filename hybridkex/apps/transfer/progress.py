@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-__all__ = ["NullProgress", "Progress"]
-
 
 class Progress(Protocol):
     """The callbacks of a transfer, called from its tasks; they must not block."""

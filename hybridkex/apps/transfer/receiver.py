@@ -28,8 +28,6 @@ from hybridkex.net.event_loop import in_thread
 from hybridkex.net.log import BoundedLog
 from hybridkex.text import get_logger
 
-__all__ = ["Receiver"]
-
 _log = get_logger("hybridkex.apps.transfer")
 
 _HELLO_WITHIN: Final = 30.0

@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
     from hybridkex.apps.transfer.handles import Handles
 
-__all__ = ["Answers", "Reception"]
-
 _COPIED: Final = 1 << 14
 """Bytes; a piece of fewer is copied."""
 

@@ -67,8 +67,6 @@ from hybridkex.text import printable
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-__all__ = ["Connect", "ConnectionLost", "Outcome", "send_items"]
-
 Connect = Callable[[], Awaitable[SecureStream[Any]]]
 """Opens a connection to the receiver, including the handshake; raises ``OSError`` or
 ``trio.BrokenResourceError``."""

@@ -11,8 +11,6 @@ from hybridkex.apps.transfer.messages import Nanoseconds
 from hybridkex.apps.transfer.names import UnsafeName, check_path, shown
 from hybridkex.errors import ConfigError
 
-__all__ = ["Item", "collect", "total_size"]
-
 _LeaveOut = Callable[[str], None]
 
 

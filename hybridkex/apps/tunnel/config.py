@@ -12,8 +12,6 @@ from hybridkex import ClientConfig, ClientConnection, ServerConfig, canonical_pe
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import Address, TcpAddress, UnixAddress
 
-__all__ = ["ConfigFactory", "TunnelConfig", "check_together"]
-
 ConfigFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[ClientConfig | ServerConfig]]
 """Reads the certificates and opens the key sources of a channel, for the duration of the context.
 

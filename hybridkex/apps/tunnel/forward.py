@@ -18,8 +18,6 @@ from hybridkex.apps.tcp import reset
 from hybridkex.errors import HybridkexError
 from hybridkex.machine import broken
 
-__all__ = ["ConnectionCut", "Leg", "forward"]
-
 _CHUNK: Final = 256 * 1024
 
 Count: TypeAlias = Callable[[int], object]

@@ -5,8 +5,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from hybridkex import Session
 from hybridkex.errors import AlertReceived, PeerError
 
-__all__ = ["TunnelCounters", "TunnelMetrics"]
-
 
 class TunnelMetrics:
     """The metrics of the tunnels of one process, told apart by the label ``tunnel``."""

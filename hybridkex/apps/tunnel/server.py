@@ -31,8 +31,6 @@ from hybridkex.net.address import Address, TcpAddress
 from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
 from hybridkex.text import get_logger, json_line
 
-__all__ = ["TunnelServer"]
-
 LOG: Final = get_logger("hybridkex.tunnel")
 
 _LOOK_EVERY: Final = 1.0

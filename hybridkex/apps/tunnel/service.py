@@ -19,8 +19,6 @@ from hybridkex.net.address import TcpAddress
 from hybridkex.net.event_loop import in_thread
 from hybridkex.text import get_logger
 
-__all__ = ["TunnelService", "TunnelSettings"]
-
 LOG: Final = get_logger("hybridkex.tunnel")
 
 

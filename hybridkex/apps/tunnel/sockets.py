@@ -14,8 +14,6 @@ from hybridkex.errors import ConfigError
 from hybridkex.net.address import Address, UnixAddress
 from hybridkex.net.listening import open_tcp_listeners
 
-__all__ = ["Listening", "connect", "listen"]
-
 _BACKLOG: Final = 4096
 """The backlog of a Unix socket; the kernel caps it at its own limit (listen(2))."""
 

@@ -34,8 +34,6 @@ from hybridkex.errors import (
 )
 from hybridkex.text import get_logger
 
-__all__ = ["LABEL", "RotationPolicy", "Rotator"]
-
 LABEL: Final = b"hybridkex wireguard psk v2"
 """The label of the exchange between two ends of this library."""
 

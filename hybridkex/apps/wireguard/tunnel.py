@@ -11,8 +11,6 @@ import trio
 from hybridkex import Secret
 from hybridkex.errors import ConfigError, LocalStateError
 
-__all__ = ["REJECT_AFTER", "REKEY_AFTER", "Tunnel", "Uncertain"]
-
 REKEY_AFTER: Final = 120.0
 """Seconds after which WireGuard negotiates new session keys (whitepaper section 6.1)."""
 REJECT_AFTER: Final = 180.0

@@ -324,8 +324,14 @@ def not_public(path: Path, public: set[str]) -> list[str]:
         f"{path.name}: {module} {name}"
         for module, name in imported(path)
         if module.split(".")[0] == "hybridkex"
-        and (module not in public or name not in importlib.import_module(module).__all__)
+        and (module not in public or name not in names_of(module))
     ]
+
+
+def names_of(module: str) -> list[str]:
+    """Those of ``__all__``, or those without an underscore where there is none."""
+    found = importlib.import_module(module)
+    return getattr(found, "__all__", None) or [one for one in dir(found) if one[0] != "_"]
 
 
 def test_examples_use_what_is_public() -> None:

@@ -106,8 +106,8 @@ class PadKeeper:
     # --- what the shell asks and tells --------------------------------------------------------
 
     def ready(self, size: int) -> bool:
-        """Whether the pad has room for ``size`` bytes of data, of at most :attr:`piece`. If not,
-        it is filled, and ``changed`` is called; after the deadline, :attr:`error` says why not."""
+        """Whether the pad has room for ``size`` bytes of data, of at most :attr:`piece`. If not, it
+        is filled, and ``changed`` is called; after the deadline, :attr:`error` says why not."""
         budget = self.budget
         self._waiting = budget.message < size
         if not self._waiting:

@@ -311,7 +311,7 @@ class SecureDuplex:
             await pads.wait_for_key()
         except HybridkexError as error:
             self._check_usable()
-            if isinstance(error, PeerError):
+            if isinstance(error, PeerError) and not self._connection.close_sent:
                 self._connection.abort(error)
             raise
 

@@ -4,7 +4,7 @@ import binascii
 import errno
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from hybridkex.auth import (
     TrustStore,
 )
 from hybridkex.cli.options import ChannelOptions
+from hybridkex.cli.own_certificate import watched
 from hybridkex.cli.qkd_requirement import qkd_requirement
 from hybridkex.crypto.kex import ALL_GROUPS, Group, Property
 from hybridkex.crypto.psk import ExternalPsk
@@ -41,14 +42,19 @@ N = TypeVar("N")
 
 
 @asynccontextmanager
-async def client_config(options: ChannelOptions, **more: Any) -> AsyncIterator[ClientConfig]:
-    """The client configuration that the options describe; key sources stay open in the context."""
+async def client_config(
+    options: ChannelOptions, *, watch: bool = False, **more: Any
+) -> AsyncIterator[ClientConfig]:
+    """The client configuration that the options describe; key sources stay open in the context.
+    ``watch``: log when our certificate expires, for a client that runs for long."""
     async with _shared_arguments(options) as shared:
         decides = _verifier(options)
         if decides is None and options.cert is not None:
             # A client certificate is used only if the server also authenticates with one.
             decides = TrustStore.system()
-        yield ClientConfig(verifier=decides, identity=_identity(options), **shared, **more)
+        ours = _identity(options)
+        with watched(options.cert, ours) if watch else nullcontext():
+            yield ClientConfig(verifier=decides, identity=ours, **shared, **more)
 
 
 @asynccontextmanager
@@ -72,12 +78,13 @@ async def server_config(options: ChannelOptions, **more: Any) -> AsyncIterator[S
                 "--require-client-cert needs to know whom to trust: add --ca, --pin or "
                 "--known-peers"
             )
-        yield ServerConfig(
-            identities=(ours,) if ours is not None else (),
-            client_verifier=decides,
-            **shared,
-            **more,
-        )
+        with watched(options.cert, ours):
+            yield ServerConfig(
+                identities=(ours,) if ours is not None else (),
+                client_verifier=decides,
+                **shared,
+                **more,
+            )
 
 
 @asynccontextmanager

@@ -56,7 +56,7 @@ def _listen_tunnel(options: ListenOptions) -> TunnelConfig:
 
 
 def _connect_tunnel(options: ConnectOptions) -> TunnelConfig:
-    channel = partial(client_config, options.channel)
+    channel = partial(client_config, options.channel, watch=True)
     return _tunnel(options, options.remote, channel, server_name=options.server_name)
 
 

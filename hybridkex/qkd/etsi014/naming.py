@@ -4,15 +4,14 @@ ETSI GS QKD 014 requires that IDs are confirmed from certificates but not how; a
 are in use.
 """
 
-from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
-from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
+from hybridkex.crypto.expiry import problem_of_expiry
 from hybridkex.crypto.x509_parsing import UNREADABLE, certificate_from_der, certificates_from_pem
 from hybridkex.errors import ConfigError
 from hybridkex.files import read_file
@@ -28,9 +27,6 @@ class IdRule(Enum):
     SAN_URI = "san-uri"
     DISTINGUISHED_NAME = "dn"
     SERIAL_NUMBER = "serial"
-
-
-SOON: Final = timedelta(days=14)
 
 
 def problems_of_certificate(path: Path, kme_id: str, rule: IdRule) -> list[str]:
@@ -51,11 +47,9 @@ def problems_of_certificate(path: Path, kme_id: str, rule: IdRule) -> list[str]:
             "us: SAEs and KMEs that confirm our ID (ETSI GS QKD 014, clause 5.1) refuse us. Use a "
             "certificate for this id, or change id or id_rule"
         )
-    now = datetime.now(UTC)
-    if ends < now:
-        problems.append(f"our own certificate {path} expired on {ends:%Y-%m-%d}: renew it")
-    elif ends < now + SOON:
-        problems.append(f"our own certificate {path} expires on {ends:%Y-%m-%d}: renew it")
+    expiry = problem_of_expiry(str(path), ends)
+    if expiry is not None:
+        problems.append(expiry)
     return problems
 
 

@@ -29,8 +29,8 @@ from hybridkex import (
 )
 from hybridkex.auth.dev_ca import write_identity
 from hybridkex.errors import HybridkexError
-from hybridkex.kme.link_feed import CHALLENGE, GREETING, KINDS, NUMBER
 from hybridkex.link.authentication import Signatures
+from hybridkex.link.greeting import CHALLENGE, GREETING, KINDS, NUMBER
 from hybridkex.link.ledger import Direction
 from hybridkex.link.wire import HEADER, LIMITS, Type
 from hybridkex.tls.events import SessionProposed

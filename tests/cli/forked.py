@@ -164,9 +164,10 @@ class Running:
         return self.said(), self.told()
 
     def send_signal(self, number: int) -> None:
-        """To a process that has not ended."""
+        """To a process that has not ended; it may end before its status is known here."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """At once."""

@@ -705,6 +705,54 @@ async def test_a_folder_on_another_file_system(
     assert "on another file system than the receiver's folder" in outcome.failed["file"]
 
 
+def decoys(folder: Path) -> dict[Path, str]:
+    """Files of others in every folder, under names as a receiver gives to its incomplete files."""
+    made = {}
+    for place in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        for number in range(1, 121):
+            (place / str(number)).write_text(f"others' {place.name} {number}")
+            made[place / str(number)] = f"others' {place.name} {number}"
+    return made
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("depth", [1, 3, 20])
+async def test_more_folders_than_stay_open(
+    tmp_path: Path, configs: Configs, depth: int, *, overwrite: bool
+) -> None:
+    """Each file of a batch gets its name in its own folder, and files of others stay."""
+    source, target = tmp_path / "tree", tmp_path / "target"
+    chosen = random.Random(depth)
+    wanted = {}
+    for number in range(120):
+        folder = source.joinpath(*(f"in-{number % (level + 1)}" for level in range(depth - 1)))
+        path = folder / f"own-{number}" / "file"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(chosen.randbytes(number))
+        wanted[path.relative_to(tmp_path)] = path.read_bytes()
+    for path in source.rglob("own-*"):
+        (target / path.relative_to(tmp_path)).mkdir(parents=True)
+    others = decoys(target) if depth < 5 else {}
+    outcome, left_out = await deliver(configs, target, source, overwrite=overwrite)
+    assert not outcome.failed
+    assert not left_out
+    assert {path: (target / path).read_bytes() for path in wanted} == wanted
+    assert {path: path.read_text() for path in others} == others
+
+
+def test_a_handle_is_valid_until_the_next_item(tmp_path: Path) -> None:
+    """Whatever else is opened for the same item."""
+    paths = [(f"a{number}", f"b{number % 7}") for number in range(100)]
+    with Folder(tmp_path).open() as handles:
+        for _ in handles.each(range(3)):
+            held = {path: os.fstat(handles.get(path, make=True)).st_ino for path in paths}
+            for path, inode in held.items():
+                assert os.fstat(handles.get(path)).st_ino == inode
+                assert (tmp_path.joinpath(*path)).stat().st_ino == inode
+            assert len(os.listdir("/dev/fd")) > len(paths)
+        assert len(os.listdir("/dev/fd")) < len(paths)
+
+
 def vanishing(part: Path) -> None:
     part.unlink()
 

@@ -152,7 +152,7 @@ class Arrivals:
         try:
             with self._folder.open() as handles:
                 flush_file = self._flush_files(ready, handles)
-                for one in ready:
+                for one in handles.each(ready):
                     try:
                         with errors_of(one.offer.path):
                             flush_file(one)
@@ -188,7 +188,7 @@ class Arrivals:
         if len(folders) > _FEW and has_flush_all(handles.get(())):
             flush_all(handles.get(()))
             return
-        for path in folders:
+        for path in handles.each(folders):
             flush(handles.get(path))
 
     def _name(self, ready: Ready, handles: Handles) -> None:

@@ -1,19 +1,22 @@
 """The folders below the receiving folder, open while one batch of messages is handled.
 
 Paths are opened component by component, and symbolic links are never followed: a link inside the
-folder cannot lead out of it. Each folder is opened once in a batch, and none stays open longer:
-others may move the receiving folder, or mount another disk there.
+folder cannot lead out of it. Each folder is opened once in a batch, as long as few are open, and
+none stays open longer: others may move the receiving folder, or mount another disk there.
 """
 
 import contextlib
 import os
 import stat
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Final
+from typing import Final, TypeVar
 
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_MOST: Final = 64
-"""Handles to keep, beside those of one path."""
+_MOST: Final = 16
+"""Handles to keep from one item of a batch to the next."""
+
+T = TypeVar("T")
 
 
 class FolderGone(Exception):
@@ -44,11 +47,22 @@ class Handles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
 
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """The items of a batch, one by one. Between two of them, handles are closed if many are
+        open: a handle is valid until the next item, and never closed before."""
+        for item in items:
+            yield item
+            if len(self._open) > _MOST:
+                self._close()
+
     def get(self, path: tuple[str, ...], *, make: bool = False) -> int:
-        """The handle of a folder, which stays ours.
+        """The handle of a folder, which stays ours: valid until the next item of :meth:`each`.
 
         Args:
             path: of the folder; empty for the receiving folder.
@@ -62,8 +76,6 @@ class Handles:
         found = self._open.get(path)
         if found is not None:
             return found
-        if len(self._open) > _MOST:
-            self.__exit__(None, None, None)
         here = self._root_handle()
         for depth in range(1, len(path) + 1):
             below = self._open.get(path[:depth])

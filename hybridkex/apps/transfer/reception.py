@@ -148,7 +148,7 @@ class Reception:
             ProtocolError: the sender violates the protocol.
         """
         with self._folder.open() as handles:
-            for message in received:
+            for message in handles.each(received):
                 self._handle(message, handles)
                 if self._answers.finished:
                     break
@@ -179,8 +179,9 @@ class Reception:
     def hash_ahead(self, interrupted: Callable[[], object]) -> None:
         """Hash files that are there, while the sender does the same, until interrupted."""
         with self._folder.open() as handles:
-            while self._to_hash and not interrupted():
-                n = next(iter(self._to_hash))
+            for n in handles.each(list(self._to_hash)):
+                if interrupted():
+                    break
                 self._to_hash.pop(n)
                 if (offered := self._offers.get(n)) is not None:
                     with contextlib.suppress(NotStored):  # the sender is told after its digest
@@ -238,7 +239,7 @@ class Reception:
     def _offered(self, offers: Offers, handles: "Handles") -> None:
         if len(self._offers) + len(self._arrivals) + len(offers.entries) > WINDOW:
             raise ProtocolError("too many offers")
-        for offer in offers.each():
+        for offer in handles.each(offers.each()):
             if offer.n in self._offers:
                 raise ProtocolError("one number for two offers")
             try:

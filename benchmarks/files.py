@@ -28,6 +28,8 @@ from pathlib import Path
 COMMAND = [sys.executable, "-m", "hybridkex"]
 TICK = os.sysconf("SC_CLK_TCK")
 OURS = "hybridkex"
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+"""Compiled modules are kept, as in an installed package."""
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 
 
@@ -70,7 +72,9 @@ class Tool:
         """Send once; the target is a folder that exists."""
         before, began = os.times(), time.monotonic()
         served = self.server.cpu()
-        subprocess.run(self.command(source, target), check=True, capture_output=True)
+        subprocess.run(
+            self.command(source, target), check=True, capture_output=True, env=ENVIRONMENT
+        )
         wall = time.monotonic() - began
         while self.server.children():  # their CPU time is known when they have ended
             time.sleep(0.01)
@@ -84,7 +88,7 @@ class Tool:
 def running(*words: object) -> Iterator[subprocess.Popen[bytes]]:
     """A server, until the block ends."""
     process = subprocess.Popen(
-        list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
     )
     try:
         yield process

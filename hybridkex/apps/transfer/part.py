@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from hybridkex.apps.transfer.durable import start_flush
 from hybridkex.apps.transfer.errors import NotStored, why
 from hybridkex.apps.transfer.messages import Offer
 from hybridkex.apps.transfer.names import PARTIAL, shown
@@ -40,6 +41,8 @@ T = TypeVar("T")
 OPEN_FILE: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 """Non-blocking, in case a named pipe is there."""
 _READ: Final = 1 << 20
+_FLUSHED: Final = 8 << 20
+"""Bytes after which the disk is told to begin."""
 _OTHERS: Final = 0o077
 _GRANULARITY: Final = 2 * 10**9
 """Nanoseconds: the coarsest timestamps of a file system in use (FAT)."""
@@ -205,6 +208,8 @@ class PartFile:
         self.size = offset
         self._file = file
         self._digest = digest
+        self._flushing = offset
+        """So many bytes are on their way to the disk."""
 
     def write(self, pieces: Sequence[memoryview | bytearray]) -> None:
         """Append. Raises ``NotStored``: the disk is full, and the like."""
@@ -219,6 +224,9 @@ class PartFile:
                 done += os.pwrite(file, piece[done:], self.size + done)
             self._digest.update(piece)
             self.size += len(piece)
+        if self.size - self._flushing >= _FLUSHED:
+            start_flush(file, self._flushing, self.size - self._flushing)
+            self._flushing = self.size
 
     def complete(self, sha256: str, umask: int) -> Ready:
         """Verify the file, and set its mode and date. It stays open, and locked, in any case.

@@ -1,0 +1,460 @@
+"""Many small files: how few calls they take, when they are called stored, what is left of them."""
+
+import errno
+import hashlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from apps_glue import Run, begin, look, store
+from waiting import until
+
+from hybridkex import ClientConfig, SecureStream, ServerConfig
+from hybridkex.apps.transfer import (
+    Folder,
+    NullProgress,
+    Outcome,
+    Receiver,
+    arrivals,
+    collect,
+    durable,
+    receiver,
+    send_items,
+    sender,
+)
+from hybridkex.apps.transfer.arrivals import Arrivals
+from hybridkex.apps.transfer.frames import Frames
+from hybridkex.apps.transfer.handles import Handles
+from hybridkex.apps.transfer.messages import WHOLE, Nanoseconds, Offer
+from hybridkex.apps.transfer.names import PARTIAL, WORK
+
+Configs = tuple[ClientConfig, ServerConfig]
+COMMAND = [sys.executable, "-m", "hybridkex"]
+
+
+def fill(folder: Path, count: int, *, size: int = 100) -> Path:
+    """Small files, a hundred in a folder."""
+    for number in range(count):
+        below = folder / f"{number // 100:03}"
+        below.mkdir(parents=True, exist_ok=True)
+        (below / f"{number:05}").write_bytes(random.Random(number).randbytes(size))
+    return folder
+
+
+async def deliver(
+    configs: Configs,
+    folder: Folder,
+    *sources: Path,
+    checksum: bool = False,
+    progress: Any = None,
+) -> Outcome:
+    """Send and receive in this process."""
+    left_out: list[str] = []
+    with trio.fail_after(120):
+        async with trio.open_nursery() as nursery:
+
+            async def connect() -> SecureStream[Any]:
+                one, other = trio.testing.memory_stream_pair()
+                client = SecureStream(one, configs[0], server_hostname="localhost")
+                server = SecureStream(other, configs[1])
+                async with trio.open_nursery() as both:
+                    both.start_soon(client.do_handshake)
+                    both.start_soon(server.do_handshake)
+                nursery.start_soon(Receiver(folder).serve, server)
+                return client
+
+            outcome = await send_items(
+                collect(sources, left_out.append),
+                connect,
+                progress or NullProgress(),
+                retries=0,
+                checksum=checksum,
+            )
+    assert not left_out
+    return outcome
+
+
+def same(source: Path, target: Path) -> bool:
+    return subprocess.run(["diff", "-rq", source, target], check=False).returncode == 0
+
+
+# --- how few calls ------------------------------------------------------------------------------
+
+CALLS = ("open", "close", "stat", "fstat", "pread", "pwrite", "fchmod", "utime", "link", "unlink")
+RARE = ("mkdir", "rmdir", "fsync", "fstatvfs", "scandir", "listdir", "rename", "ftruncate")
+
+
+async def test_calls_per_thousand_small_files(
+    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of both ends together. Each bound is near today's figure, and a tenth of what a hand-over, a
+    flush or a message for each file would make."""
+    source = fill(tmp_path / "source", 1000)
+    folder = Folder(tmp_path / "in")
+    counts: Counter[str] = Counter()
+
+    def counted(room: Any, name: str, kind: str) -> None:
+        call = getattr(room, name)
+
+        def count(*args: Any, **more: Any) -> Any:
+            counts[kind] += 1
+            return call(*args, **more)
+
+        monkeypatch.setattr(room, name, count)
+
+    for name in (*CALLS, *RARE):
+        counted(os, name, name if name == "fsync" else "calls")
+    for room in (sender, receiver):
+        counted(room, "in_thread", "hand-overs")
+    for room in (arrivals, durable):
+        counted(room, "flush_all", "flushes")
+    counted(Frames, "send_frames", "sends")
+    outcome = await deliver(configs, folder, source)
+    assert (outcome.stored, outcome.failed) == (1011, {})
+    assert counts["calls"] < 22 * 1000
+    assert counts["hand-overs"] < 100
+    assert counts["sends"] < 100
+    assert counts["flushes"] + counts["fsync"] < 100
+    counts.clear()
+    outcome = await deliver(configs, folder, source)
+    assert (outcome.unchanged, outcome.stored) == (1000, 0)
+    assert counts["calls"] < 1.3 * 1000, "one stat each at the receiver, beside the listing"
+    assert counts["hand-overs"] < 60
+    folder.close()
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_entries_in_flat_memory(
+    tmp_path: Path, run: Run, mutual: list[str]
+) -> None:
+    """The receiver's folder is the one that holds the source: there is nothing to store."""
+    peaks = []
+    for count in (2_000, 100_000):
+        place = tmp_path / f"{count}"
+        (place / "source").mkdir(parents=True)
+        for number in range(count):
+            os.mknod(place / "source" / f"a file with the number {number}")
+        server, port = run.server(
+            *("receive", place, "--port", 0, "--bind", "127.0.0.1", *mutual), start=run.fresh
+        )
+        sending = run.fresh("send", place / "source", f"localhost:{port}", *mutual)
+        peak = 0
+        while sending.poll() is None:
+            peak = max(peak, memory(sending.pid))
+            time.sleep(0.02)
+        assert f"({count:,} by size and date)" in sending.communicate(timeout=60)[1]
+        peaks.append((peak, memory(server.pid)))
+        server.terminate()
+        server.communicate(timeout=60)
+    for few, many in zip(*peaks, strict=True):
+        assert 0 < many < few + 12 * 2**20, "a list of them takes 30 MB and more"
+
+
+def memory(pid: int) -> int:
+    """The most that a process has held so far."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
+
+
+# --- stored means on disk -----------------------------------------------------------------------
+
+
+class Watched(NullProgress):
+    """Notes when files are reported."""
+
+    def __init__(self, events: list[str]) -> None:
+        self._events = events
+
+    def stored(self, files: Any) -> None:
+        self._events += ["stored"] * len(files)
+
+
+@pytest.mark.parametrize("count", [3, 200])
+@pytest.mark.parametrize("whole_disk", [True, False])
+async def test_data_then_name_then_answer(
+    tmp_path: Path,
+    configs: Configs,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    *,
+    whole_disk: bool,
+) -> None:
+    """No name before its data are flushed, and no answer before its name is."""
+    source = fill(tmp_path / "source", count)
+    events: list[str] = []
+
+    def noting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*args: Any, **more: Any) -> Any:
+            done = call(*args, **more)
+            events.append(name)
+            return done
+
+        return note
+
+    monkeypatch.setattr(arrivals, "has_flush_all", lambda file: whole_disk)
+    monkeypatch.setattr(arrivals, "flush_all", noting("all", os.fsync))
+    monkeypatch.setattr(os, "fsync", noting("one", os.fsync))
+    monkeypatch.setattr(os, "link", noting("name", os.link))
+    monkeypatch.setattr(os, "pwrite", noting("data", os.pwrite))
+    folder = Folder(tmp_path / "in")
+    outcome = await deliver(configs, folder, source, progress=Watched(events))
+    folder.close()
+    assert outcome.stored >= count
+    written = flushed = named = unnamed = unanswered = 0
+    for event in events:
+        if event == "data":
+            written += 1
+        elif event == "all":
+            flushed, unnamed = written, 0
+        elif event == "one":
+            flushed, unnamed = min(flushed + 1, written), 0
+        elif event == "name":
+            named, unnamed = named + 1, unnamed + 1
+            assert named <= flushed
+        else:
+            assert not unnamed
+            unanswered += 1
+    assert unanswered == count
+    if count > 100:
+        assert ("all" in events) == whole_disk
+
+
+@pytest.mark.parametrize("files_too", [False, True])
+async def test_an_error_of_the_disk_belongs_to_the_files_that_have_it(
+    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch, *, files_too: bool
+) -> None:
+    """A flush of the whole disk also tells errors of other programs' files."""
+    source = fill(tmp_path / "source", 50)
+    failures = iter([True])
+
+    def failing(file: int) -> None:
+        if next(failures, False):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    flush = arrivals.flush
+
+    def flush_one(file: int) -> None:
+        if files_too and os.pread(file, 5, 0) == (source / "000" / "00007").read_bytes()[:5]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        flush(file)
+
+    monkeypatch.setattr(arrivals, "has_flush_all", lambda file: True)
+    monkeypatch.setattr(arrivals, "flush_all", failing)
+    monkeypatch.setattr(arrivals, "flush", flush_one if files_too else flush)
+    monkeypatch.setattr(arrivals, "_FEW", 0)
+    folder = Folder(tmp_path / "in")
+    monkeypatch.setattr(Arrivals, "_flush_names", lambda *_: None)
+    outcome = await deliver(configs, folder, source)
+    folder.close()
+    if files_too:
+        assert outcome.failed == {"source/000/00007": "cannot write it: the disk reports an error"}
+        assert not (tmp_path / "in" / "source" / "000" / "00007").exists()
+    else:
+        assert not outcome.failed
+        assert same(source, tmp_path / "in" / "source")
+
+
+# --- unchanged files ----------------------------------------------------------------------------
+
+
+async def test_unchanged_by_size_and_date(tmp_path: Path, configs: Configs) -> None:
+    """As in rsync; ``checksum`` looks at the content, and nothing is replaced either way."""
+    file = tmp_path / "file"
+    file.write_bytes(b"new")
+    folder = Folder(tmp_path / "in")
+    (tmp_path / "in" / "file").write_bytes(b"old")
+    os.utime(tmp_path / "in" / "file", ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
+    outcome = await deliver(configs, folder, file)
+    assert (outcome.already, outcome.unchanged) == (1, 1)
+    outcome = await deliver(configs, folder, file, checksum=True)
+    assert "exists already, with other content" in outcome.failed["file"]
+    (tmp_path / "in" / "file").write_bytes(b"new")
+    outcome = await deliver(configs, folder, file)
+    assert (outcome.already, outcome.unchanged) == (1, 0), "another date: the content was compared"
+    os.utime(file, ns=(1, 1))
+    os.utime(tmp_path / "in" / "file", ns=(1, 1))
+    outcome = await deliver(configs, folder, file, checksum=True)
+    assert (outcome.already, outcome.unchanged, outcome.payload) == (1, 0, 0)
+    folder.close()
+
+
+async def test_replacing_needs_another_size_or_date_or_checksum(
+    tmp_path: Path, configs: Configs
+) -> None:
+    (tmp_path / "file").write_bytes(b"new")
+    folder = Folder(tmp_path / "in", overwrite=True)
+    there = tmp_path / "in" / "file"
+    there.write_bytes(b"old")
+    status = (tmp_path / "file").stat()
+    os.utime(there, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (await deliver(configs, folder, tmp_path / "file")).unchanged == 1
+    outcome = await deliver(configs, folder, tmp_path / "file", checksum=True)
+    assert outcome.stored == 1
+    assert there.read_bytes() == b"new"
+    folder.close()
+
+
+# --- files that change while they are sent ------------------------------------------------------
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def shrink(path: Path) -> None:
+    os.truncate(path, 1)
+
+
+def rewrite(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def replace(path: Path) -> None:
+    """Another file with the same name, size and date."""
+    before = path.stat()
+    new = path.with_name("new")
+    new.write_bytes(bytes(before.st_size))
+    os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
+    new.rename(path)
+
+
+def become_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def vanish(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("change", [grow, shrink, rewrite, replace, become_a_pipe, vanish])
+@pytest.mark.parametrize("call", ["open", "pread"])
+async def test_a_small_file_that_changes(
+    tmp_path: Path,
+    configs: Configs,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
+    call: str,
+) -> None:
+    """Nothing is stored under the name but what was offered, and its neighbours arrive."""
+    source = fill(tmp_path / "source", 5)
+    odd = source / "000" / "00002"
+    content = odd.read_bytes()
+    os.utime(odd, ns=(1, 1))
+    original, inode = getattr(os, call), odd.stat().st_ino
+    done: list[None] = []
+
+    def before(target: Any, *args: Any, **more: Any) -> Any:
+        ours = target == str(odd) if call == "open" else os.fstat(target).st_ino == inode
+        if ours and not done:
+            done.append(change(odd))
+        return original(target, *args, **more)
+
+    monkeypatch.setattr(os, call, before)
+    folder = Folder(tmp_path / "in")
+    outcome = await deliver(configs, folder, source)
+    folder.close()
+    assert done
+    arrived = tmp_path / "in" / "source" / "000"
+    assert len(list(arrived.iterdir())) >= 4
+    if "source/000/00002" in outcome.failed:
+        assert not (arrived / "00002").exists()
+    else:
+        assert (change, call) in {(one, "pread") for one in (replace, become_a_pipe, vanish)}
+        assert (arrived / "00002").read_bytes() == content
+
+
+# --- faults -------------------------------------------------------------------------------------
+
+
+def test_a_killed_receiver_among_small_files(tmp_path: Path, run: Run, mutual: list[str]) -> None:
+    """Each file is whole or not there, the sender goes on, and nothing hidden is left."""
+    source, target = fill(tmp_path / "source", 3000), tmp_path / "in"
+    server, port = run.server("receive", target, "--port", 0, "--bind", "127.0.0.1", *mutual)
+    sending = run.start("send", source, f"localhost:{port}", *mutual)
+    until(lambda: len(list(target.glob("source/*/*"))) > 100, sending)
+    server.send_signal(signal.SIGKILL)
+    server.communicate()
+    for arrived in target.glob("source/*/*"):
+        assert (
+            arrived.read_bytes() == (source / arrived.relative_to(target / "source")).read_bytes()
+        )
+    server, _ = run.server("receive", target, "--port", port, "--bind", "127.0.0.1", *mutual)
+    errors = sending.communicate(timeout=60)[1]
+    assert sending.returncode == 0, errors
+    assert same(source, target / "source")
+    server.terminate()
+    server.communicate()
+    assert not (target / PARTIAL).exists()
+
+
+def test_what_a_killed_receiver_leaves_is_removed_and_a_living_ones_is_not(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "in")
+    group = Arrivals(folder)
+    whole = arrivals.Whole(0, hashlib.sha256(b"abc").digest(), b"abc")
+    offer = Offer(0, ("x",), False, 3, Nanoseconds(0), 0o644)
+    with folder.open() as handles:
+        group.write(offer, whole, handles)
+    left = tmp_path / "in" / PARTIAL / f"{WORK}of-a-killed-one"
+    left.mkdir()
+    (left / "1").write_bytes(b"abc")
+    other = Folder(tmp_path / "in")
+    assert not left.exists()
+    assert [outcome for _, outcome in group.settle()] == [""]
+    assert (tmp_path / "in" / "x").read_bytes() == b"abc"
+    other.close()
+    assert not (tmp_path / "in" / PARTIAL).exists()
+
+
+def test_no_descriptor_is_left_by_a_group(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    folder = Folder(tmp_path / "in")
+    for n in range(3):
+        store(folder, Offer(n, ("a", f"{n}"), False, 3, Nanoseconds(0), 0o644), b"abc")
+        part = begin(folder, Offer(n, (f"large {n}",), False, WHOLE + 1, Nanoseconds(0), 0o644))
+        part.close()
+    assert look(folder, Offer(9, ("a", "0"), False, 3, Nanoseconds(0), 0o644)).unchanged
+    folder.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_disk_that_hangs_holds_up_its_own_sender_alone(
+    tmp_path: Path, configs: Configs
+) -> None:
+    """Disk work is in threads: the event loop goes on."""
+    go_on = threading.Event()
+
+    class Hanging(Folder):
+        def look(self, offer: Offer, handles: Handles) -> Any:
+            if offer.path == ("hangs",):
+                go_on.wait(60)
+            return super().look(offer, handles)
+
+    for name in ("hangs", "passes"):
+        (tmp_path / name).write_text(name)
+    folder = Hanging(tmp_path / "in")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(deliver, configs, folder, tmp_path / "hangs")
+        with trio.fail_after(30):
+            assert (await deliver(configs, folder, tmp_path / "passes")).stored == 1
+        assert not (tmp_path / "in" / "hangs").exists()
+        go_on.set()
+    assert (tmp_path / "in" / "hangs").exists()
+    folder.close()

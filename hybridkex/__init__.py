@@ -171,10 +171,7 @@ _HOMES: Final = {
         "WebOfTrust",
         "canonical_peer_name",
     ),
-    "hybridkex.combiner": (
-        "Leg",
-        "combine",
-    ),
+    "hybridkex.combiner": ("Leg", "combine"),
     "hybridkex.crypto.kex": (
         "ALL_GROUPS",
         "MLKEM768",
@@ -201,11 +198,7 @@ _HOMES: Final = {
     ),
     "hybridkex.errors": ("HybridkexError",),
     "hybridkex.secret": ("Secret",),
-    "hybridkex.shell.qkd_keys": (
-        "QkdLimits",
-        "QkdPeer",
-        "QkdPskSource",
-    ),
+    "hybridkex.shell.qkd_keys": ("QkdLimits", "QkdPeer", "QkdPskSource"),
     "hybridkex.streams": (
         "SecureListener",
         "SecureStream",
@@ -223,33 +216,12 @@ _HOMES: Final = {
         "Requirement",
         "ServerConfig",
     ),
-    "hybridkex.tls.connection": (
-        "ClientConnection",
-        "ServerConnection",
-    ),
-    "hybridkex.tls.epochs": (
-        "Epoch",
-        "KeyUpdates",
-        "UpdateKey",
-    ),
-    "hybridkex.tls.fresh_keys": (
-        "FreshKeys",
-        "UpdateKeySource",
-    ),
-    "hybridkex.tls.one_time_pad": (
-        "OneTimePad",
-        "PadBudget",
-        "PadSource",
-    ),
-    "hybridkex.tls.session": (
-        "AuthenticatedBy",
-        "MemoryTicketStore",
-        "Session",
-    ),
-    "hybridkex.tls.tickets": (
-        "CookieProtector",
-        "TicketIssuer",
-    ),
+    "hybridkex.tls.connection": ("ClientConnection", "ServerConnection"),
+    "hybridkex.tls.epochs": ("Epoch", "KeyUpdates", "UpdateKey"),
+    "hybridkex.tls.fresh_keys": ("FreshKeys", "UpdateKeySource"),
+    "hybridkex.tls.one_time_pad": ("OneTimePad", "PadBudget", "PadSource"),
+    "hybridkex.tls.session": ("AuthenticatedBy", "MemoryTicketStore", "Session"),
+    "hybridkex.tls.tickets": ("CookieProtector", "TicketIssuer"),
     "hybridkex.wire.extensions": ("ApplicationExtension",),
 }
 """The modules that the names come from. Each is imported when a name of it is first used, so that

@@ -4,9 +4,8 @@ Calls are carried out in groups, each of them one transaction and one flush of t
 that arrive during a flush form the next group. No answer leaves before the flush of its group. A
 call that is refused is undone alone; a statement or a flush that fails fails the whole group.
 
-The statements of a small group run in the event loop's thread: they take microseconds, and Python
-threads that take turns at every statement cost more than the statements. The flush, and the whole
-of a large group, run in a worker thread.
+A group is carried out in a worker thread: one hand-over for all of its calls, and no disk ever
+blocks the event loop.
 """
 
 import json
@@ -62,8 +61,6 @@ _FAILURES: Final = (sqlite3.Error, ConfigError, MemoryError, NoThread)
 
 GROUP_KEYS: Final = 1024
 """Most keys of a group of several calls: how much work others may have to wait for."""
-INLINE_KEYS: Final = 64
-"""Most keys of a group whose statements run in the event loop's thread: about 3 ms."""
 ROWS: Final = 64
 """Rows that one statement inserts."""
 PAGE: Final = 1000
@@ -106,7 +103,7 @@ class SqliteKeyStore:
         """Open a database, or create it if there is no file. Blocks briefly; converting a database
         of an older version takes some seconds for a million keys.
 
-        ``on_failure`` is called for each call that fails, maybe in a worker thread.
+        ``on_failure`` is called for each call that fails, in any thread.
 
         Raises:
             ConfigError: the store is in use, the key file belongs to another store, the file is not
@@ -217,10 +214,7 @@ class SqliteKeyStore:
 
     async def _carry_out(self, group: list[Call[Any]]) -> None:
         try:
-            if sum(call.size for call in group) > INLINE_KEYS:
-                await in_thread(self._work_and_commit, group)
-            elif self._work(group):
-                await in_thread(self._commit)
+            await in_thread(self._work_and_commit, group)
         except _FAILURES as error:
             self._note_failure(error)
             self._fail(group, partial(_failed, error))

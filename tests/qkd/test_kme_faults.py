@@ -322,9 +322,9 @@ class World:
 def inline_threads(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[None]:
     """Worker threads run inline and tasks in an order that the seed decides."""
 
-    async def in_thread(function: Callable[[], Any], **_: Any) -> Any:
+    async def in_thread(function: Callable[..., Any], *arguments: Any, **_: Any) -> Any:
         await trio.lowlevel.checkpoint_if_cancelled()
-        result = function()
+        result = function(*arguments)
         await trio.lowlevel.cancel_shielded_checkpoint()
         return result
 

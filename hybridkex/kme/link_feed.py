@@ -56,6 +56,10 @@ PAUSE: Final = 1.0
 """Seconds before the next attempt, after an aborted block or a broken connection."""
 LONG_PAUSE: Final = 10.0
 """The same, where the authentication key is used up or lost and somebody must restart the KMEs."""
+LONGEST_PAUSE: Final = 600.0
+"""The most that Bob waits, where sessions use up authentication key and make no block."""
+FRUITLESS: Final = 2
+"""Such sessions in a row after which he begins to wait longer, twice as long each time."""
 GREETING_SECONDS: Final = 10.0
 """Seconds for a greeting, and then for the other connection of the session."""
 STRANGERS: Final = 32
@@ -161,6 +165,8 @@ class PartyFeed:
         self._signatures = signatures
         self._real_time = real_time
         self._note = note
+        self._fruitful = False
+        """Whether the session has made a block."""
         self._ledger = Ledger()  # outlives a session: only the first session uses signatures
 
     async def run(self) -> None:
@@ -177,11 +183,27 @@ class PartyFeed:
             self.ends[0].end(failure)
 
     async def _run_bob(self) -> None:
+        fruitless = 0
         while True:
             number = secrets.token_bytes(NUMBER)
             classical = await self._reach(CLASSICAL, number)
             quantum = await self._reach(QUANTUM, number)
+            before, self._fruitful = self._ledger.used, False
             await self._session(classical, quantum)
+            if self._fruitful:
+                fruitless = 0
+            elif self._ledger.used != before:
+                fruitless += 1
+            if fruitless > FRUITLESS:
+                # Whoever can cut the connection can make each session use up some of the key.
+                pause = min(PAUSE * 2.0**fruitless, LONGEST_PAUSE)
+                LOG.warning(
+                    "QKD link: %d sessions in a row used authentication key and made no block; %d "
+                    "bytes of it are left; the next session in %g s: find out who or what cuts the "
+                    "connection",
+                    *(fruitless, self._ledger.balance, pause),
+                )
+                await trio.sleep(pause)
 
     async def _reach(self, kind: bytes, number: bytes) -> trio.SocketStream:
         """Open a connection that Alice has greeted."""
@@ -277,6 +299,7 @@ class PartyFeed:
             await trio.sleep(PAUSE)
             return
         self._note(block)
+        self._fruitful = True
         for part in _batches(block.keys):
             await self.ends[0].put(list(block.keys[part]))
 

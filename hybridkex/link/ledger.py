@@ -86,6 +86,11 @@ class Ledger:
         return sum(map(len, self._lanes.values()))
 
     @property
+    def used(self) -> int:
+        """Bytes used since the beginning, both lanes together."""
+        return sum(self._starts.values())
+
+    @property
     def wanting(self) -> int:
         """Bytes missing in both lanes together."""
         return sum(max(0, self._reserve - len(lane)) for lane in self._lanes.values())

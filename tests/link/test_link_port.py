@@ -7,6 +7,7 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -268,3 +269,35 @@ async def test_a_link_in_one_process_begins_again(autojump_clock: Any) -> None:
             assert await anext(end) == ["a key"]
         nursery.cancel_scope.cancel()
     assert not errors
+
+
+async def test_sessions_that_are_cut_use_up_the_ledger_slowly(
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    signatures: dict[str, Signatures],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A man in the middle cuts each session after a tag; a block in between sets the pause back."""
+    bob = feed("bob", 1, signatures)
+    bob._ledger.add(0, "a block before", bytes(512))
+    began: list[float] = []
+
+    async def reach(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def session(*_: object) -> None:
+        began.append(trio.current_time())
+        bob._fruitful = len(began) == 9
+        if len(began) != 4:  # that one ends before its first tag
+            bob._ledger.draw(len(began), Direction.BOB_TO_ALICE, 16)
+        await trio.sleep(link_feed.PAUSE)
+        if len(began) == 14:
+            scope.cancel()
+
+    monkeypatch.setattr(bob, "_reach", reach)
+    monkeypatch.setattr(bob, "_session", session)
+    with trio.CancelScope() as scope:
+        await bob._run_bob()
+    pauses = [round(after - before) for before, after in pairwise(began)]
+    assert pauses == [1, 1, 9, 9, 17, 33, 65, 129, 1, 1, 1, 9, 17]
+    assert "3 sessions in a row used authentication key and made no block; 464 bytes" in caplog.text

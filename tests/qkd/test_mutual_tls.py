@@ -75,3 +75,27 @@ def test_no_rule_of_one_python(tmp_path: Path) -> None:
         context = mutual_tls._context(purpose, **folder)
         assert not context.verify_flags & ssl.VERIFY_X509_STRICT
         assert context.verify_flags & ssl.VERIFY_X509_PARTIAL_CHAIN
+
+
+async def test_a_client_without_an_ml_kem_group_is_named(tmp_path: Path) -> None:
+    """Python's TLS with OpenSSL before 3.5, or with a curve chosen: aiohttp, requests, httpx."""
+    made = files(tmp_path / "files", authority(**DATES), leaf(names=san("a.example"), **DATES))
+    context = ssl.create_default_context(cafile=str(made["ca"]))
+    context.load_cert_chain(made["certificate"], made["key"])
+    context.set_ecdh_curve("prime256v1")
+    near, far = trio.testing.memory_stream_pair()
+    said: list[str] = []
+
+    async def serve() -> None:
+        with pytest.raises(KeySourceError) as refused:
+            await server_tls("hybridkex", **made)(far, "")
+        said.append(str(refused.value))
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            stream = trio.SSLStream(near, context, server_hostname="a.example")
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.do_handshake()
+    assert "offers no ML-KEM group" in said[0]
+    assert 'set tls = "stdlib"' in said[0]

@@ -28,6 +28,7 @@ from hybridkex.errors import (
 )
 from hybridkex.files import read_file
 from hybridkex.machine import causes
+from hybridkex.reasons import Reason
 
 __all__ = [
     "ClientTls",
@@ -123,8 +124,15 @@ def tls_failure(error: BaseException) -> str | None:
             name = _ssl_reason(cause)
             return _SSL_WORDS.get(name, f"TLS failed: {name}")
         if isinstance(cause, HybridkexError):
-            return str(cause)
+            reason = getattr(cause, "reason", None)
+            return f"{cause}{_NO_GROUP if reason is Reason.NO_COMMON_GROUP else ''}"
     return None
+
+
+_NO_GROUP: Final = (
+    ": the client offers no ML-KEM group, as OpenSSL before 3.5 has none (curl, aiohttp and others "
+    'that use it); update it, or set tls = "stdlib" here'
+)
 
 
 def alert_received(error: BaseException) -> str | None:

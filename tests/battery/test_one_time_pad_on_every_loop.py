@@ -178,7 +178,7 @@ def test_a_slow_kme_at_the_receiver(run: Run) -> None:
             await client.send(b"ping")
             assert await client.receive_exactly(4) == b"ping"
             await sleep(0.05)
-            sites.bob.look_up_delay = 0.3
+            sites.bob.look_up_delay = 0.8
             began = current_time()
             longest = 0.0
             for number in range(12):
@@ -187,8 +187,8 @@ def test_a_slow_kme_at_the_receiver(run: Run) -> None:
                 assert await client.receive_exactly(4) == b"ping"
                 if number < 4:
                     longest = max(longest, current_time() - before)
-            assert longest < 0.2
-            assert current_time() - began >= 0.3
+            assert longest < 0.6
+            assert current_time() - began >= 0.8
             sites.bob.look_up_delay = 0.0
             await client.send_eof()
 
@@ -245,7 +245,8 @@ def test_the_stock_is_gone(run: Run, why: str) -> None:
 
 @pytest.mark.parametrize("why", ["down", "forgotten"])
 def test_a_key_that_the_receiver_cannot_get(run: Run, why: str) -> None:
-    sites = Sites(OneTimePad(deadline=0.3))
+    """Asked for again while the KME does not answer; not at all once it says that there is none."""
+    sites = Sites(OneTimePad(deadline=0.3 if why == "down" else 60))
 
     async def conversation(client: Any, server: Any) -> None:
         reasons: dict[str, BaseException] = {}
@@ -273,7 +274,8 @@ def test_a_key_that_the_receiver_cannot_get(run: Run, why: str) -> None:
         assert any(isinstance(one, UnknownPskIdentity) for one in found), found
         alerts = [one for one in chain(reasons["client"]) if isinstance(one, AlertReceived)]
         assert alerts[0].name == "unknown_psk_identity"
-        assert (current_time() - began > 0.25) is (why == "down")
+        if why == "down":
+            assert current_time() - began > 0.25
 
     run(sites, conversation)
 
@@ -410,7 +412,7 @@ def test_receiving_is_cancelled_at_each_step(run: Run, slow: str) -> None:
 
 def test_a_send_that_is_given_up_is_not_waited_for(run: Run) -> None:
     """Its deadline goes with it, and the session lasts."""
-    sites = Sites(OneTimePad(hold=256, deadline=0.25))
+    sites = Sites(OneTimePad(hold=256, deadline=0.6))
 
     async def conversation(client: Any, server: Any) -> None:
         async def speak() -> None:
@@ -420,7 +422,7 @@ def test_a_send_that_is_given_up_is_not_waited_for(run: Run) -> None:
             with anyio.move_on_after(0.1) as scope:
                 await client.send(b"never said")
             assert scope.cancelled_caught
-            await sleep(0.4)
+            await sleep(0.7)
             sites.alice.empty = False
             await client.send(b"said later")
             assert await client.receive_exactly(10) == b"said later"

@@ -30,7 +30,8 @@ other programs have written too."""
 _MOST: Final = 1024
 """Files and folders in a group."""
 _MOST_OPEN: Final = 32
-"""Large files in a group, which stay open and locked until they have their names."""
+"""Large files in a group, which stay open and locked until they have their names, as far as the
+process has descriptors for them."""
 _LONGEST: Final = 0.5
 """Seconds that a file may wait for others."""
 _TRIES: Final = 3
@@ -49,6 +50,8 @@ class Arrivals:
         self._touched: dict[tuple[str, ...], None] = {}
         """Folders with new entries."""
         self._open = 0
+        self._places = 0
+        """Of the open files, those that have a place among all of the folder's."""
         self._since = 0.0
         self._flush_all = False
         self._work = -1
@@ -62,7 +65,8 @@ class Arrivals:
     def is_full(self) -> bool:
         """Whether :meth:`settle` is due."""
         waiting = time.monotonic() - self._since if len(self) else 0.0
-        return len(self) >= _MOST or self._open >= _MOST_OPEN or waiting > _LONGEST
+        open_files = self._open >= _MOST_OPEN or self._open > self._places
+        return len(self) >= _MOST or open_files or waiting > _LONGEST
 
     def _begin(self) -> None:
         if not len(self):
@@ -83,6 +87,14 @@ class Arrivals:
         self._begin()
         self._ready.append(ready)
         self._open += 1
+        self._places += self._folder.open_files.acquire(blocking=False)
+
+    def _close_files(self, ready: list[Ready]) -> None:
+        for one in ready:
+            one.close()
+        if self._places:
+            self._folder.open_files.release(self._places)
+        self._open = self._places = 0
 
     def write(self, offer: Offer, whole: Whole, handles: Handles) -> None:
         """Verify and write a small file.
@@ -168,9 +180,7 @@ class Arrivals:
                 except (OSError, FolderGone) as error:
                     durable = [(offer, not_stored(error, offer.path)) for offer, _ in durable]
         finally:
-            for one in ready:
-                one.close()
-            self._open = 0
+            self._close_files(ready)
             self._remove_work()
         return settled + durable
 
@@ -204,8 +214,7 @@ class Arrivals:
 
     def close(self) -> None:
         """Drop what has not been settled. Large files are kept for the next attempt."""
-        for one in self._ready:
-            one.close()
+        self._close_files(self._ready)
         self._ready, self._made, self._touched = [], [], {}
         self._remove_work()
 

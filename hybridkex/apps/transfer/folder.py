@@ -18,6 +18,7 @@ import fcntl
 import hmac
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,9 +39,13 @@ from hybridkex.apps.transfer.part import (
     stamp,
 )
 from hybridkex.errors import ConfigError
+from hybridkex.net.descriptors import share
 
 if TYPE_CHECKING:
     from hashlib import _Hash
+
+_OPEN_FILES: Final = 2048
+"""Complete large files, of all connections together, that may wait open for their names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +95,7 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         self.overwrite: Final = overwrite
+        self.open_files: Final = threading.Semaphore(share(_OPEN_FILES))
         self._path = os.path.abspath(path)
         try:
             os.makedirs(path, exist_ok=True)

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Final, TypeVar
 
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_MOST: Final = 16
+_MOST: Final = 8
 """Handles to keep from one item of a batch to the next."""
 
 T = TypeVar("T")

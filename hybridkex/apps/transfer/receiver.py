@@ -3,7 +3,8 @@ and sends the answers, so that network and disk work at the same time."""
 
 import contextlib
 import logging
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 import trio
 
@@ -24,15 +25,24 @@ from hybridkex.apps.transfer.messages import (
 from hybridkex.apps.transfer.progress import NullProgress, Progress
 from hybridkex.apps.transfer.reception import Answers, Reception
 from hybridkex.machine import broken
+from hybridkex.net.descriptors import share
 from hybridkex.net.event_loop import in_thread
 from hybridkex.net.log import BoundedLog
 from hybridkex.text import get_logger
 
 _log = get_logger("hybridkex.apps.transfer")
 
+T = TypeVar("T")
+
 _HELLO_WITHIN: Final = 30.0
 _AHEAD: Final = 2 << 20
 """Bytes to read ahead of the disk."""
+_STEPS: Final = 40
+"""Connections whose disk work is done at once,"""
+_FEWEST_STEPS: Final = 4
+"""or fewer, where the process may open few files;"""
+_STEP: Final = 16
+"""and the folders that each of them has open."""
 _MESSAGE: Final = 1 << 10
 """Bytes that a message counts, beside its content."""
 
@@ -46,6 +56,7 @@ class Receiver:
         # Rate-limited, because any sender can cause these lines.
         self._lines = BoundedLog(_log)
         self._live: dict[str, tuple[trio.CancelScope, trio.Event]] = {}
+        self._steps = trio.CapacityLimiter(max(_FEWEST_STEPS, share(_STEPS * _STEP) // _STEP))
 
     async def serve(self, stream: SecureStream[Any]) -> bool:
         """Serve one connection, after its handshake, and close its stream.
@@ -88,7 +99,7 @@ class Receiver:
             ended = trio.Event()
             self._live[hello.transfer] = scope, ended
             conversation = _Conversation(
-                frames, Reception(self._folder, self._progress), self._lines
+                frames, Reception(self._folder, self._progress), self._lines, self._steps
             )
             try:
                 await conversation.run()
@@ -104,10 +115,17 @@ class Receiver:
 class _Conversation:
     """One connection, after its greeting."""
 
-    def __init__(self, frames: Frames, reception: Reception, lines: BoundedLog) -> None:
+    def __init__(
+        self,
+        frames: Frames,
+        reception: Reception,
+        lines: BoundedLog,
+        steps: trio.CapacityLimiter,
+    ) -> None:
         self._frames = frames
         self._reception = reception
         self._lines = lines
+        self._steps = steps
         self._unread: list[Received] = []
         self._ahead = 0
         self._ending: Exception | None = None
@@ -166,19 +184,23 @@ class _Conversation:
             if self._unread:
                 received, self._unread, self._ahead = self._unread, [], 0
                 self._room.set()
-                finished = await self._tell(await in_thread(self._reception.process, received))
+                finished = await self._tell(await self._step(self._reception.process, received))
             if not self._reception.is_settled and (
                 finished or not self._unread or self._reception.must_settle
             ):
-                await self._tell(await in_thread(self._reception.settle))
+                await self._tell(await self._step(self._reception.settle))
             elif self._reception.can_hash and not self._unread and not finished:
-                await in_thread(self._reception.hash_ahead, self._has_news)
+                await self._step(self._reception.hash_ahead, self._has_news)
             elif not self._unread and not finished:
                 if self._ending is not None:
                     raise self._ending
                 self._news = trio.Event()
                 await self._news.wait()
         await self._frames.send(Bye())
+
+    async def _step(self, act: Callable[..., T], *arguments: Any) -> T:
+        async with self._steps:
+            return await in_thread(act, *arguments)
 
     def _has_news(self) -> bool:
         return bool(self._unread)

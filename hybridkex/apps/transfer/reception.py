@@ -159,6 +159,10 @@ class Reception:
 
     def settle(self) -> Answers:
         """Flush and name all files that are complete."""
+        self._settle()
+        return self._take_answers()
+
+    def _settle(self) -> None:
         small: list[tuple[str, int]] = []
         for offer, outcome in self._arrivals.settle():
             name, large = shown(offer.path), offer.n in self._large
@@ -174,7 +178,6 @@ class Reception:
                 small.append((name, offer.size))
         if small:
             self._report(self._progress.stored, small)
-        return self._take_answers()
 
     def hash_ahead(self, interrupted: Callable[[], object]) -> None:
         """Hash files that are there, while the sender does the same, until interrupted."""
@@ -228,7 +231,7 @@ class Reception:
             case Start(n=n):
                 self._start(n, handles)
             case End():
-                self._end(message)
+                self._end(message, handles)
             case Drop(n=n):
                 self._drop(n)
             case Bye():
@@ -359,7 +362,7 @@ class Reception:
         self._report(self._progress.end, shown(part.offer.path), _alone(error, part.offer))
         self._fail(current.n, error)
 
-    def _end(self, end: End) -> None:
+    def _end(self, end: End, handles: "Handles") -> None:
         current = self._current
         if current is None or current.n != end.n:
             raise ProtocolError("the end of a file that was not begun")
@@ -375,6 +378,9 @@ class Reception:
             return
         self._arrivals.add(ready)
         self._large.add(end.n)
+        if self._arrivals.is_full:  # of open files, of which there are few
+            self._arrivals.add_touched(handles.made)
+            self._settle()
 
     def _drop(self, n: int) -> None:
         self._forget(n)

@@ -14,7 +14,7 @@ from typing import Final
 import trio
 
 from hybridkex.errors import HybridkexError
-from hybridkex.net.descriptors import bounded
+from hybridkex.net.descriptors import bounded, room_for
 from hybridkex.net.log import BoundedLog
 from hybridkex.net.sockets import has_unread, has_unsent, network_of, peer_name, silence_of
 
@@ -199,6 +199,7 @@ class Budget:
     ) -> None:
         self._what = what
         self._descriptors = descriptors
+        self._told = total
         self.total = total
         self.each = each
         self._patience = patience
@@ -211,11 +212,15 @@ class Budget:
     @property
     def total(self) -> int:
         """Connections at once, as far as the process has descriptors for them."""
-        return self._total
+        room = room_for(self._total, each=self._descriptors)
+        if room < self._told:  # there are more servers than before
+            self._told = bounded(self._total, self._what, each=self._descriptors)
+        return room
 
     @total.setter
     def total(self, connections: int) -> None:
-        self._total = bounded(connections, self._what, each=self._descriptors)
+        self._total = connections
+        self._told = bounded(connections, self._what, each=self._descriptors)
 
     def __len__(self) -> int:
         return self._count

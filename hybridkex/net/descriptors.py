@@ -2,28 +2,66 @@
 
 A connection takes one descriptor, a forwarded connection two. A process without free descriptors
 can neither accept a connection nor open a file, such as a key store or a certificate; so the
-budgets of connections together stay below the limit (RLIMIT_NOFILE, getrlimit(2)).
+budgets of connections together stay below the limit (RLIMIT_NOFILE, getrlimit(2)), however many
+sockets the process listens on.
 """
 
+import contextlib
 import resource
+from collections.abc import Iterator
 from typing import Final
 
 from hybridkex.text import get_logger
 
-__all__ = ["bounded", "raise_soft_limit", "share"]
+__all__ = ["bounded", "listening", "raise_soft_limit", "room_for", "share"]
 
 LOG: Final = get_logger(__name__)
 
 RESERVE: Final = 64
-"""Descriptors for everything but accepted connections: listeners, stores, the event loop."""
+"""Descriptors for everything but listening sockets and accepted connections: stores, the event
+loop."""
+LISTENING: Final = 3
+"""Descriptors of a server that listens: two sockets, and what watches its waiting room."""
 BUDGETS: Final = 8
-"""The share of the rest for each budget: a KME has budgets for SAEs and for peers, and at its own
-port, that of the metrics and that of the link, one for handshakes and one for the waiting room."""
+"""The share of the rest for each budget is this part: a KME has budgets for SAEs and for peers, and
+at its own port, that of the metrics and that of the link, one for handshakes and one for the
+waiting room."""
 FEWEST: Final = 8
 """Descriptors that a share has even where all of them are reserved: fewer would make the choice
 between addresses a matter of chance."""
 OTHERS: Final = 1024
 """Or all but these, if there are many descriptors."""
+FEW: Final = 3
+"""Servers of a KME. Where there are more, as in a process with many tunnels, all budgets have equal
+shares, so that strangers at some servers take nothing that the others need:"""
+BUDGETS_EACH: Final = 3
+"""handshakes, the waiting room, and connections that have been admitted,"""
+FEWEST_OF_MANY: Final = 2
+"""with so many descriptors at least."""
+
+
+class _Servers:
+    """The servers of this process that listen now."""
+
+    count = 0
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """In this context one more server listens, with budgets of its own."""
+    _Servers.count += 1
+    try:
+        yield
+    finally:
+        _Servers.count -= 1
+
+
+def _shares() -> int:
+    return BUDGETS if _Servers.count <= FEW else BUDGETS_EACH * _Servers.count
+
+
+def _rest(soft: int) -> int:
+    return soft - RESERVE - LISTENING * _Servers.count
 
 
 def raise_soft_limit() -> None:
@@ -37,28 +75,46 @@ def raise_soft_limit() -> None:
 
 
 def share(most: int) -> int:
-    """The number of descriptors, ``most`` or fewer, that one budget may have beside the others."""
+    """The number of descriptors, ``most`` or fewer, that one budget may have beside the others.
+
+    It changes with the number of servers in the process.
+    """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return most
-    return min(most, max(FEWEST, (soft - RESERVE) // BUDGETS))
+    fewest = FEWEST if _Servers.count <= FEW else FEWEST_OF_MANY
+    return min(most, max(fewest, _rest(soft) // _shares()))
 
 
-def bounded(connections: int, what: str, *, each: int = 1) -> int:
-    """The number of connections that a budget may have, given the process's descriptors.
+def room_for(connections: int, *, each: int = 1) -> int:
+    """The number of connections, ``connections`` or fewer, that a budget may have now.
 
     Args:
         connections: the number that was asked for.
-        what: the name of the budget, for the log line about a reduced number.
         each: descriptors per connection.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return connections
-    rest = soft - RESERVE
-    room = max(1, max(rest // BUDGETS, rest - OTHERS) // each)
+    rest = _rest(soft)
+    room = rest // _shares()
+    if _Servers.count <= FEW:
+        room = max(room, rest - OTHERS)
+    return min(connections, max(1, room // each))
+
+
+def bounded(connections: int, what: str, *, each: int = 1) -> int:
+    """:func:`room_for`, and a log line about a reduced number.
+
+    Args:
+        connections: the number that was asked for.
+        what: the name of the budget.
+        each: descriptors per connection.
+    """
+    room = room_for(connections, each=each)
     if connections <= room:
         return connections
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     LOG.warning(
         "at most %d %s at once, not %d: this process may open %d files; raise 'ulimit -n' "
         "(LimitNOFILE= of a systemd unit)",

@@ -27,6 +27,7 @@ from trio.abc import AsyncResource, Listener
 from hybridkex.errors import HybridkexError
 from hybridkex.machine import refusal
 from hybridkex.net.budget import PATIENCE, Budget, Connection, TooManyConnections
+from hybridkex.net.descriptors import listening
 from hybridkex.net.log import BoundedLog
 from hybridkex.net.sockets import discard, transport_of
 from hybridkex.net.waiting_room import WaitingRoom
@@ -104,13 +105,14 @@ class Supervisor(Generic[T]):
         """
         room = WaitingRoom[T](self._handshakes.held)
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._flush_log)
-                nursery.start_soon(self._listen, room)
-                nursery.start_soon(self._give_places, room, connections or nursery)
-                for listener in listeners:
-                    nursery.start_soon(self._accept, listener, room)
-                task_status.started(listeners)
+            with listening():
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._flush_log)
+                    nursery.start_soon(self._listen, room)
+                    nursery.start_soon(self._give_places, room, connections or nursery)
+                    for listener in listeners:
+                        nursery.start_soon(self._accept, listener, room)
+                    task_status.started(listeners)
         finally:
             await room.aclose()
 
@@ -147,7 +149,8 @@ class Supervisor(Generic[T]):
             await discard(stream)
             raise
         self._wake()
-        await self._dismiss(room.crowded_out())
+        while await self._dismiss(room.crowded_out()):  # more than one: there is less room now
+            pass
 
     async def _dismiss(self, leaving: tuple[Connection, T] | None) -> bool:
         if leaving is None:

@@ -38,11 +38,11 @@ class WaitingRoom(Generic[T]):
     Args:
         held: how many places an address holds.
         total: connections at once; :data:`WAITING`, or fewer where the process may open only few
-            files, if ``None``.
+            files for all its servers, if ``None``.
     """
 
     def __init__(self, held: Callable[[str], int], total: int | None = None) -> None:
-        self.total: Final = share(WAITING) if total is None else total
+        self._total = total
         self._held = held
         self._speaking = _ByAddress[T]()
         self._silent = _ByAddress[T]()
@@ -50,6 +50,11 @@ class WaitingRoom(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._speaking) + len(self._silent)
+
+    @property
+    def total(self) -> int:
+        """Connections that may wait at once."""
+        return share(WAITING) if self._total is None else self._total
 
     def add(self, connection: Connection, stream: T) -> None:
         """Let a connection wait."""

@@ -31,6 +31,7 @@ from hybridkex.apps.transfer.messages import (
     VERSION,
     WHOLE,
     Digest,
+    End,
     Failed,
     Have,
     Hello,
@@ -39,11 +40,13 @@ from hybridkex.apps.transfer.messages import (
     Nanoseconds,
     Offer,
     Send,
+    Start,
     Stored,
     Whole,
     offers,
 )
 from hybridkex.apps.transfer.names import PARTIAL, shown
+from hybridkex.apps.transfer.reception import Reception
 
 Configs = tuple[ClientConfig, ServerConfig]
 
@@ -751,6 +754,34 @@ def test_a_handle_is_valid_until_the_next_item(tmp_path: Path) -> None:
                 assert (tmp_path.joinpath(*path)).stat().st_ino == inode
             assert len(os.listdir("/dev/fd")) > len(paths)
         assert len(os.listdir("/dev/fd")) < len(paths)
+
+
+@pytest.mark.parametrize("places", [0, 1, 5])
+def test_large_files_of_all_senders_share_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: int
+) -> None:
+    """However many senders there are, and however many files come at once."""
+    monkeypatch.setattr("hybridkex.apps.transfer.folder.share", lambda _: places)
+    folder = Folder(tmp_path)
+    content = bytes(WHOLE + 1)
+    senders = [Reception(folder, NullProgress()) for _ in range(4)]
+    before = len(os.listdir("/dev/fd"))
+    for which, reception in enumerate(senders):
+        offered = [
+            Offer(n, (f"of {which}", f"file {n}"), False, len(content), Nanoseconds(0), 0o644)
+            for n in range(12)
+        ]
+        received: list[Any] = list(offers(offered))
+        for n in range(12):
+            end = End(n=n, sha256=hashlib.sha256(content).hexdigest())
+            received += [Start(n=n), memoryview(content), end]
+        answers = reception.process(received)
+        assert not answers.failures
+        assert len(os.listdir("/dev/fd")) <= before + places + 2
+        stored = [*answers.messages, *reception.settle().messages]
+        assert sum(len(one.files) for one in stored if isinstance(one, Stored)) == 12
+    assert len(os.listdir("/dev/fd")) == before
+    assert len([path for path in tmp_path.rglob("file *") if path.is_file()]) == 48
 
 
 def vanishing(part: Path) -> None:

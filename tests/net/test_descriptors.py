@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.net import descriptors
 from hybridkex.net.supervisor import Budget
+from hybridkex.net.waiting_room import WaitingRoom
 
 FILES = 256
 IDLE = 300
@@ -65,6 +67,42 @@ def test_a_share(files: int, given: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert descriptors.share(5) == 5
 
 
+@pytest.mark.parametrize("servers", [1, 2, 3, 8, 20, 40, 100])
+@pytest.mark.parametrize("files", [256, 512, 1024, 2048, 4096, 20_000, 10**6])
+def test_budgets_of_all_servers_fit(
+    files: int, servers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strangers at some servers of a process leave descriptors for the others."""
+    least = descriptors.LISTENING + descriptors.FEWEST_OF_MANY + 1 + 2
+    if files < descriptors.RESERVE + servers * least:
+        pytest.skip("not enough for so many servers")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    room = WaitingRoom[trio.SocketStream](lambda _: 0)
+    handshakes, admitted = Budget(128), Budget(256, descriptors=2)
+    with contextlib.ExitStack() as stack:
+        for _ in range(servers):
+            stack.enter_context(descriptors.listening())
+        each = descriptors.LISTENING + room.total + handshakes.total
+        if servers > descriptors.FEW:
+            each += 2 * admitted.total
+        assert descriptors.RESERVE + servers * each <= files
+    assert room.total == descriptors.share(2048)
+
+
+def test_a_smaller_number_is_told_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 256))
+    budget = Budget(128, what="guests")
+    assert "at most 24 guests" in caplog.text
+    caplog.clear()
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):
+            stack.enter_context(descriptors.listening())
+        assert {budget.total for _ in range(3)} == {5}
+    assert [one.getMessage()[:17] for one in caplog.records] == ["at most 5 guests "]
+
+
 def test_the_soft_limit_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
@@ -104,10 +142,10 @@ def server(*words: object, log: Path) -> Iterator["subprocess.Popen[str]"]:
 
 
 @contextlib.contextmanager
-def idle(*ports: int) -> Iterator[None]:
+def idle(*ports: int, count: int = IDLE) -> Iterator[None]:
     """Connections that say nothing."""
     with contextlib.ExitStack() as stack:
-        for _ in range(IDLE):
+        for _ in range(count):
             for port in ports:
                 one = socket.socket()
                 stack.enter_context(one)
@@ -196,5 +234,43 @@ def test_a_tunnel_with_300_idle_connections_at_each_door(tmp_path: Path) -> None
                     inner.sendall(b"through")
                 output, _ = connect.communicate(timeout=LIMIT)
                 assert output == b"through"
+            assert process.poll() is None
+            assert "cannot accept connections" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_strangers_at_nine_tunnels_leave_the_tenth_alone(tmp_path: Path) -> None:
+    ca = DevCa.create()
+    write_identity(tmp_path / "keys", ca, ca.issue("localhost", "127.0.0.1"))
+    log, file = tmp_path / "log", tmp_path / "tunnels.toml"
+    with socket.create_server(("127.0.0.1", 0)) as target:
+        text = 'metrics = "127.0.0.1:0"\n'
+        for number in range(10):
+            text += (
+                f'[[listen]]\nname = "t{number}"\nlocal = "127.0.0.1:0"\n'
+                f'target = "127.0.0.1:{target.getsockname()[1]}"\n'
+                'cert = "keys/cert.pem"\nkey = "keys/key.pem"\n'
+            )
+        file.write_text(text)
+        with server("tunnel", "run", file, log=log) as process:
+            ports = [int(found(log, rf"t{number}: 127\.0\.0\.1:(\d+) to")) for number in range(10)]
+            metrics = int(found(log, r"metrics on http://127\.0\.0\.1:(\d+)"))
+            with idle(*ports[:9], count=IDLE // 3):
+                for _ in range(3):
+                    connect = subprocess.Popen(
+                        [
+                            *(sys.executable, "-m", "hybridkex", "connect"),
+                            *("127.0.0.1", str(ports[9]), "--ca", str(tmp_path / "keys/ca.pem")),
+                        ],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                    )
+                    target.settimeout(LIMIT)
+                    inner, _ = target.accept()
+                    with inner:
+                        inner.sendall(b"through")
+                    output, _ = connect.communicate(timeout=LIMIT)
+                    assert output == b"through"
+                assert b"hybridkex" in get_metrics(metrics)
             assert process.poll() is None
             assert "cannot accept connections" not in log.read_text()

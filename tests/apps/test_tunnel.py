@@ -778,3 +778,34 @@ async def test_no_task_is_left(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no tunnel"):
             await server.apply(())
         server.close(0)
+
+
+async def test_no_memory_is_no_internal_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The line of the connection and that of the supervisor say the same."""
+
+    @asynccontextmanager
+    async def client_side() -> AsyncIterator[ClientConfig]:
+        yield ClientConfig(verifier=TrustStore((DevCa.create().certificate,)))
+
+    async def fails(_: object) -> None:
+        raise ExceptionGroup("", [MemoryError()])
+
+    monkeypatch.setattr("hybridkex.apps.tunnel.server._Connection._establish", fails)
+    caplog.set_level("INFO", "hybridkex")
+    outer = UnixAddress(str(tmp_path / "outer"))
+    tunnels = (
+        TunnelConfig(
+            name="out", local=outer, forward=outer, channel=client_side, server_name="localhost"
+        ),
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(TunnelServer(TunnelMetrics()).run, tunnels)
+        with contextlib.suppress(trio.BrokenResourceError):
+            async with await trio.open_unix_socket(outer.path) as stream:
+                assert await stream.receive_some() == b""
+        await trio_until(lambda: "out: a local program: this machine" in caplog.text)
+        nursery.cancel_scope.cancel()
+    assert "cut: this machine gives the program no more memory" in caplog.text
+    assert "internal error" not in caplog.text

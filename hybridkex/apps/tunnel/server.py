@@ -27,6 +27,7 @@ from hybridkex.apps.tunnel.forward import ConnectionCut, Leg, forward
 from hybridkex.apps.tunnel.metrics import TunnelCounters, TunnelMetrics
 from hybridkex.apps.tunnel.sockets import Listening, connect, listen
 from hybridkex.errors import HybridkexError
+from hybridkex.machine import refusal
 from hybridkex.net.address import Address, TcpAddress
 from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
 from hybridkex.text import get_logger, json_line
@@ -348,8 +349,8 @@ class _Connection:
             log = partial(self._connection.log.log, logging.WARNING)
         except ConnectionCut as cut:
             end = f"cut: {cut}"
-        except Exception:
-            end = "cut: internal error"
+        except Exception as error:
+            end = f"cut: {refusal(error) or 'internal error'}"
             raise
         finally:
             if self._connection.evicted:

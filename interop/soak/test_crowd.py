@@ -10,7 +10,7 @@ from interop.soak.crowd import crowd
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "addresses"), [("whole", 1), ("half", 1), ("whole", 400)])
 def test_a_crowd_delays_nobody(kind: str, addresses: int) -> None:
-    """One after the other, those who say a whole ClientHello would delay the next by 19 s."""
+    """``tests/net/test_supervisor.py`` has the crowds whose order decides; here they meet TLS."""
     found = crowd(Listen, kind, 2500, addresses=addresses, stays=1)
     assert found["failed"] == 0
     assert found["slowest"] < 4.0  # 1.5 s on a machine that does nothing else

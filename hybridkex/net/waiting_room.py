@@ -9,7 +9,7 @@ no task runs for it and nothing is read from it.
 import math
 import selectors
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 import trio
@@ -47,6 +47,10 @@ class WaitingRoom(Generic[T]):
         self._speaking = _ByAddress[T]()
         self._silent = _ByAddress[T]()
         self._selector = selectors.DefaultSelector()
+        self._crowds: dict[tuple[int, bool], dict[str, None]] = {}
+        """Addresses by the number of their connections, places included, and by whether there are
+        silent ones; of equals, that of the oldest news first."""
+        self._crowd_of: dict[str, tuple[int, bool]] = {}
 
     def __len__(self) -> int:
         return len(self._speaking) + len(self._silent)
@@ -63,6 +67,7 @@ class WaitingRoom(Generic[T]):
             self._silent.put(connection, stream)
         else:
             self._speaking.put(connection, stream)
+        self._sort(connection.address)
 
     async def listen(self) -> None:
         """Wait until some of the silent connections have sent something, or have ended."""
@@ -71,6 +76,7 @@ class WaitingRoom(Generic[T]):
             connection: Connection = key.data
             self._selector.unregister(key.fileobj)
             self._speaking.put(connection, self._silent.remove(connection))
+            self._sort(connection.address)
 
     def next_address(self) -> tuple[str, bool] | None:
         """The address whose turn it is, and whether it has sent something; ``None`` if nobody
@@ -83,34 +89,47 @@ class WaitingRoom(Generic[T]):
     def take(self, address: str) -> tuple[Connection, T]:
         """The next connection of an address that is in the room."""
         if address in self._speaking:
-            return self._speaking.take(address)
-        return self._hushed(self._silent.take(address))
+            found = self._speaking.take(address)
+        else:
+            found = self._hushed(self._silent.take(address))
+        self._sort(address)
+        return found
 
     def crowded_out(self) -> tuple[Connection, T] | None:
         """The connection that has to leave, if there are more than may wait.
 
-        It is of the address that has the most connections, places included: a silent one if there
-        is one, and the oldest.
+        It is of the address that has the most connections, places included (as they were when it
+        last had a connection more or fewer here): a silent one if there is one, and the oldest.
         """
         return self.remove() if len(self) > self.total else None
 
     def remove(self) -> tuple[Connection, T] | None:
         """Make room in any case, if somebody waits."""
-        most: tuple[int, bool] = (0, False)
-        found = None
-        for group, other, silent in (
-            (self._silent, self._speaking, True),
-            (self._speaking, self._silent, False),
-        ):
-            for address in group:
-                size = group.count(address) + other.count(address) + self._held(address)
-                if (size, silent) >= most:  # of equals, the one whose turn comes last
-                    most, found = (size, silent), address
-        if found is None:
+        if not self._crowds:
             return None
-        if most[1]:
-            return self._hushed(self._silent.take_oldest(found))
-        return self._speaking.take_oldest(found)
+        crowd = max(self._crowds)
+        address = next(iter(self._crowds[crowd]))
+        if crowd[1]:
+            found = self._hushed(self._silent.take_oldest(address))
+        else:
+            found = self._speaking.take_oldest(address)
+        self._sort(address)
+        return found
+
+    def _sort(self, address: str) -> None:
+        """Note how many connections an address has: there may be thousands of addresses, and not
+        all are to be looked at when the room is full."""
+        before = self._crowd_of.pop(address, None)
+        if before is not None:
+            del self._crowds[before][address]
+            if not self._crowds[before]:
+                del self._crowds[before]
+        silent = self._silent.count(address)
+        waiting = silent + self._speaking.count(address)
+        if waiting:
+            crowd = waiting + self._held(address), silent > 0
+            self._crowd_of[address] = crowd
+            self._crowds.setdefault(crowd, {})[address] = None
 
     def _hushed(self, found: tuple[Connection, T]) -> tuple[Connection, T]:
         self._selector.unregister(found[0].fileno())
@@ -133,9 +152,6 @@ class _ByAddress(Generic[T]):
 
     def __len__(self) -> int:
         return self._count
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._groups)
 
     def __contains__(self, address: str) -> bool:
         return address in self._groups

@@ -27,6 +27,9 @@ READERS = {Path("json_text.py"), Path("net/http.py")}
         b"",
         b"{",
         b"nul",
+        b'{"a":1,"a":1}',
+        b'[{"b":{"a":null,"a":1}}]',
+        b'{"a":1,"\\u0061":2}',
     ],
 )
 def test_what_is_no_json_is_a_value_error(read: object, text: bytes) -> None:

@@ -59,13 +59,11 @@ class PlotOptions:
     preset: list[str] | None = option(
         "with --kind: a parameter set; may be repeated", metavar="NAME"
     )
-    distance: float = option(
-        "with --kind qber: the greatest distance (default: %(default)g)",
-        metavar="KM",
-        default=200.0,
+    distance: float | None = option(
+        "with --kind qber: the greatest distance (default: 200)", metavar="KM"
     )
     block_bits: list[float] | None = option(
-        "with --kind: a block size; may be repeated", metavar="N"
+        "with --kind: a block size; may be repeated with finite-key", metavar="N"
     )
     output: Path = option(
         "the picture to write; its suffix selects the format",

@@ -51,7 +51,7 @@ from hybridkex.link.physics import Channel, PairSource, Transmitter
 from hybridkex.link.presets import Preset
 from hybridkex.link.quantum import Detections, PulseRecord, Sent
 from hybridkex.link.randomness import Randomness
-from hybridkex.link.settings import LinkSettings
+from hybridkex.link.settings import MOST_DETECTIONS, LinkSettings
 from hybridkex.link.simulated import stream_pair
 from hybridkex.secret import Secret
 
@@ -66,7 +66,6 @@ __all__ = [
 ]
 
 Bits = NDArray[np.uint8]
-MOST_ROWS: Final = 1 << 28
 ARRAYS: Final = ("basis", "bit", "intensity", "pulse")
 SETTINGS: Final = "settings"
 MOST_SETTINGS: Final = 1 << 20
@@ -100,8 +99,8 @@ class Measured:
 
     def __post_init__(self) -> None:
         rows = len(self)
-        if not 0 < rows <= MOST_ROWS:
-            raise ConfigError(f"the number of detections lies between 1 and {MOST_ROWS}")
+        if not 0 < rows <= MOST_DETECTIONS:
+            raise ConfigError(f"the number of detections lies between 1 and {MOST_DETECTIONS:,}")
         for name, most in (("basis", 1), ("bit", 1), ("intensity", 3)):
             values = getattr(self, name)
             if values is None:
@@ -352,7 +351,7 @@ def write_measured(path: Path, measured: Measured, preset: Preset) -> None:
         _, parquet, arrow = _pyarrow(path)
         table = arrow.table(arrays)
         table = table.replace_schema_metadata({PARQUET_KEY: _described(preset).encode()})
-        parquet.write_table(table, content)
+        parquet.write_table(table, content, write_page_checksum=True)
     write_file(path, content.getvalue())
 
 
@@ -379,7 +378,7 @@ def read_measured(path: Path) -> tuple[Measured, Preset]:
 
 
 def _content(path: Path) -> io.BytesIO:
-    return io.BytesIO(read_file(path, limit=16 * MOST_ROWS, pipe=False))
+    return io.BytesIO(read_file(path, limit=16 * MOST_DETECTIONS, pipe=False))
 
 
 def _check_names(path: Path, names: Sequence[str], known: Collection[str]) -> None:
@@ -431,8 +430,10 @@ def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) 
             raise ConfigError("the settings are not one string of JSON")
     elif dtype.kind not in "uib":
         raise ConfigError(f"{name} has values of the type {dtype}, not integers")
-    elif len(shape) != 1 or type(shape[0]) is not int or not 0 < shape[0] <= MOST_ROWS:
-        raise ConfigError(f"{name} has the shape {shape}; one row of 1 to {MOST_ROWS} is needed")
+    elif len(shape) != 1 or type(shape[0]) is not int or not 0 < shape[0] <= MOST_DETECTIONS:
+        raise ConfigError(
+            f"{name} has the shape {shape}; one row of 1 to {MOST_DETECTIONS:,} is needed"
+        )
     if math.prod(shape) * dtype.itemsize > member.file_size:
         raise ConfigError(f"{name} is cut off: the file has less of it than it announces")
 
@@ -441,7 +442,7 @@ def _read_parquet(path: Path) -> dict[str, Any]:
     error_type, parquet, arrow = _pyarrow(path)
     found: dict[str, Any] = {}
     try:
-        with parquet.ParquetFile(_content(path)) as file:
+        with parquet.ParquetFile(_content(path), page_checksum_verification=True) as file:
             rows, schema = file.metadata.num_rows, file.schema_arrow
             _check_schema(path, rows, schema, arrow)
             table = file.read()
@@ -458,8 +459,8 @@ def _read_parquet(path: Path) -> dict[str, Any]:
 
 
 def _check_schema(path: Path, rows: int, schema: Any, arrow: Any) -> None:
-    if rows > MOST_ROWS:
-        raise ConfigError(f"{path}: too large: {rows} rows")
+    if rows > MOST_DETECTIONS:
+        raise ConfigError(f"{path}: {rows:,} detections, and at most {MOST_DETECTIONS:,} are taken")
     _check_names(path, schema.names, ARRAYS)
     for column in schema:
         kind = column.type

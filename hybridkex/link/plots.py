@@ -104,10 +104,7 @@ def plot_scan(
             curve.append((point[0], point[1]))
     for number, (values, points) in enumerate(curves.items()):
         points.sort()
-        label = ", ".join(
-            f"{name} {value:g}" if isinstance(value, int | float) else str(value)
-            for name, value in zip(by, values, strict=True)
-        )
+        label = ", ".join(map(_label, by, values))
         axes.plot(
             *_columns(points),
             STYLES[number // 10 % len(STYLES)],
@@ -119,6 +116,15 @@ def plot_scan(
         if name in LOGARITHMIC:
             getattr(axes, f"set_{axis}scale")("log")
     return _finish(figure, axes)
+
+
+def _label(name: str, value: Any) -> str:
+    """How the legend names a value of a column."""
+    if value is None or value is False:
+        return f"no {name}" if value is None else f"not {name}"
+    if value is True:
+        return name
+    return f"{name} {value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _plain(value: Any) -> Any:

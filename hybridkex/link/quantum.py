@@ -227,4 +227,6 @@ class OpticalLink:
             randomness=self._randomness,
         )
         self._next = int(detections.pulse[-1]) + 1
+        if self._fading is not None:
+            self._fading(self.seconds)  # the link may have ended meanwhile
         return sent, detections

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from hybridkex.errors import ConfigError
+from hybridkex.errors import ConfigError, LinkError
 
 __all__ = ["SatellitePass"]
 
@@ -74,9 +74,9 @@ class SatellitePass:
         return math.sqrt(GRAVITY_KM3_S2 / radius**3)
 
     def elevation_deg(self, seconds: float) -> float:
-        """Elevation in radians at a time of the pass; that of its ends outside the pass."""
+        """Elevation in degrees at a time of the pass, in seconds from its beginning."""
         half = self.duration_s / 2.0
-        along = self._rate * (min(max(seconds, 0.0), 2.0 * half) - half)
+        along = self._rate * (seconds - half)
         angle = math.acos(math.cos(along) * math.cos(self._nearest))
         ratio = EARTH_RADIUS_KM / (EARTH_RADIUS_KM + self.altitude_km)
         if angle == 0.0:
@@ -89,7 +89,12 @@ class SatellitePass:
         return math.sqrt(s * s + 2.0 * EARTH_RADIUS_KM * h + h * h) - s
 
     def __call__(self, seconds: float) -> float:
-        """The loss in dB."""
+        """The loss in dB. Raises ``LinkError`` after the pass, when there is no link."""
+        if not 0.0 <= seconds <= self.duration_s:
+            raise LinkError(
+                f"the satellite's pass of {self.duration_s:.0f} seconds is over, and the block is "
+                "not complete: make fewer or smaller blocks in a pass"
+            )
         elevation = self.elevation_deg(seconds)
         z, w0 = 1e3 * self.range_km(elevation), self.waist_m
         spread = z * self.wavelength_nm * 1e-9 / (math.pi * w0 * w0)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import numbers
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Final
@@ -29,6 +30,18 @@ MEMORY: Final = 8 << 30
 FIXED_MEMORY: Final = 512 << 20
 PER_DETECTION: Final = 80
 PER_KEY_BIT: Final = 60
+MOST_DETECTIONS: Final = (MEMORY - FIXED_MEMORY) // (PER_DETECTION + PER_KEY_BIT)
+"""Of a block in which all are of the key basis, as those of a file may be."""
+
+
+def _canonical(value: object) -> object:
+    """The same for equal values: one end may have read ``0`` or ``1e9`` and the other ``0.0`` or
+    ``1000000000``."""
+    if isinstance(value, tuple):
+        return tuple(map(_canonical, value))
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value) + 0.0  # not -0.0
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +147,8 @@ class LinkSettings:
             if one.name not in ("preset", "reconciler")
         }
         mine |= {**self.preset.parameters, "reconciler": self.reconciler.name}
-        return hashlib.sha256(repr(sorted(mine.items())).encode()).digest()
+        same = [(name, _canonical(value)) for name, value in sorted(mine.items())]
+        return hashlib.sha256(repr(same).encode()).digest()
 
     def check(self, counts: Counts, *, pulses: int) -> None:
         """Check the counts. Raises ``BlockAborted`` with the reason."""

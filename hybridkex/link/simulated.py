@@ -72,16 +72,20 @@ class SimulatedLink:
         self._real_time = real_time
         channel, transmitter = settings.preset.channel, settings.preset.transmitter
         name, _, detail = self._eve.partition(":")
-        self._tampers = name == "tamper"
-        if self._tampers and not detail.isdecimal():
-            raise ConfigError("tamper:BYTE needs the number of a byte that Alice receives")
+        self._tampered: int | None = None
+        if name == "tamper":
+            if not (detail.isdecimal() and len(detail) <= 18):
+                raise ConfigError(
+                    "tamper:BYTE needs the number of a byte that Alice receives, counted from 0"
+                )
+            self._tampered = int(detail)
         if name not in ("", "tamper", *EAVESDROPPERS) and self._eve != "mitm":
             raise ConfigError(
                 f"no eavesdropper {eve!r}: use intercept:SHARE, split:SHARE, pns, mitm, "
                 "tamper:BYTE or none"
             )
         light = None
-        if self._eve and self._eve != "mitm" and not self._tampers:
+        if self._eve and self._eve != "mitm" and self._tampered is None:
             light = eavesdropper(self._eve, channel, transmitter)
         if fading is not None and self._eve:
             raise ConfigError("an eavesdropper cannot be combined with a fluctuating channel")
@@ -103,13 +107,24 @@ class SimulatedLink:
         """Bytes from Alice to Bob and from Bob to Alice."""
         return self._parties[0].traffic if self._parties else (0, 0)
 
+    @property
+    def untouched(self) -> str | None:
+        """Why ``tamper:BYTE`` has flipped no bit so far; ``None`` if it has, or is not wanted."""
+        received = self.traffic[1]
+        if self._tampered is None or self._tampered < received:
+            return None
+        return (
+            f"Eve flipped no bit: Alice received {received:,} bytes, and byte {self._tampered:,} "
+            f"was to be changed; make more blocks, or name a byte from 0 to {received - 1:,}"
+        )
+
     @asynccontextmanager
     async def open(self) -> AsyncIterator["SimulatedLink"]:
         """Connect the parties, and disconnect them at the end."""
         streams = [*stream_pair()]
         near: trio.abc.Stream = streams[0]
-        if self._tampers:
-            near = TamperedStream(near, byte=int(self._eve.partition(":")[2]))
+        if self._tampered is not None:
+            near = TamperedStream(near, byte=self._tampered)
         alice = Alice(
             near, self.settings, self._link.record, bootstrap=self._ends[0], seed=self._seed
         )

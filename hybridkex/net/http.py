@@ -22,6 +22,7 @@ from urllib.parse import unquote
 import h11
 import trio
 
+from hybridkex.json_text import unique_members
 from hybridkex.net.log import BoundedLog
 from hybridkex.net.supervisor import Connection, Supervisor
 from hybridkex.text import get_logger
@@ -189,20 +190,13 @@ def parse_json(body: bytes) -> object:
     try:
         text = body.decode("utf-8-sig")
         value = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_not_json, parse_float=_number
+            text, object_pairs_hook=unique_members, parse_constant=_not_json, parse_float=_number
         )
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("the nesting is too deep") from None
     return value
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("an object has a duplicate member")
-    return found
 
 
 def _not_json(_: str) -> NoReturn:

@@ -1,5 +1,6 @@
 """The protocol as a whole: keys, aborts, attacks, authentication."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,6 +17,7 @@ from scipy.stats import chi2
 from trio.testing import memory_stream_pair
 
 from hybridkex.auth import DevCa, TrustStore
+from hybridkex.cli import main
 from hybridkex.errors import (
     BlockAborted,
     ConfigError,
@@ -320,6 +322,30 @@ async def test_a_tamperer_of_the_simulated_link(byte: int) -> None:
             await link.block()
         with pytest.raises(LinkError, match="not open"):
             await link.block()
+
+
+@pytest.mark.parametrize("byte", [0, 5000, 1 << 40])
+async def test_a_tamperer_says_when_no_bit_was_flipped(
+    byte: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = SimulatedLink(TINY, eve=f"tamper:{byte}", seed=3)
+    async with link.open():
+        with contextlib.suppress(LinkError):
+            await link.block()
+        received = link.traffic[1]
+        assert (link.untouched is None) is (byte < received)
+        if link.untouched is not None:
+            assert f"from 0 to {received - 1:,}" in link.untouched
+    arguments = ["qkd", "run", "--preset", "rusca2018", "--distance", "5", "--seed", "3"]
+    arguments += ["--blocks", "1", "--block-bits", "20000", "--eve", f"tamper:{byte}"]
+    assert await trio.to_thread.run_sync(main, arguments) == 1
+    assert ("Eve flipped no bit" in capsys.readouterr().err) is (byte > received)
+
+
+@pytest.mark.parametrize("byte", ["", "x", "-1", "9" * 5000, "²"])
+def test_a_byte_that_has_no_number_cannot_be_tampered_with(byte: str) -> None:
+    with pytest.raises(ConfigError, match="number of a byte"):
+        SimulatedLink(TINY, eve=f"tamper:{byte}")
 
 
 async def test_what_was_said_once_is_nothing_in_another_session() -> None:

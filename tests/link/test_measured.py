@@ -39,7 +39,7 @@ from hybridkex.link.optimise import tuned
 from hybridkex.link.presets import PRESETS, Preset
 from hybridkex.link.quantum import sample
 from hybridkex.link.randomness import Randomness
-from hybridkex.link.settings import LinkSettings
+from hybridkex.link.settings import MOST_DETECTIONS, LinkSettings
 from hybridkex.link.simulated import stream_pair
 from hybridkex.secret import Secret
 from interop.ports import free_port
@@ -461,6 +461,49 @@ def test_an_announced_size_is_not_believed(tmp_path: Path) -> None:
             archive.writestr("bit.npy", header.getvalue())
         with pytest.raises(ConfigError, match=r"bit (has the shape|is cut off)"):
             read_measured(tmp_path / "bob.npz")
+
+
+def test_a_file_with_more_rows_than_a_block_may_have_is_not_read(tmp_path: Path) -> None:
+    """Constant columns take next to nothing in a file."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    piece = arrow.table(dict.fromkeys(("basis", "bit"), np.zeros(1 << 20, dtype=np.uint8)))
+    path = tmp_path / "bob.parquet"
+    with parquet.ParquetWriter(path, piece.schema) as writer:
+        for _ in range((MOST_DETECTIONS >> 20) + 1):
+            writer.write_table(piece)
+    before = arrow.default_memory_pool().max_memory()
+    with pytest.raises(ConfigError, match=f"at most {MOST_DETECTIONS:,} are taken"):
+        read_measured(path)
+    assert arrow.default_memory_pool().max_memory() == before
+    assert main(["qkd", "record", "--detections", str(MOST_DETECTIONS + 1), "-o", "x"]) == 1
+
+
+def test_the_largest_file_makes_a_block_that_is_allowed() -> None:
+    chosen = PRESETS["rusca2018"]
+    LinkSettings(preset=chosen, block_bits=MOST_DETECTIONS, block_detections=MOST_DETECTIONS)
+    more = MOST_DETECTIONS + 1
+    with pytest.raises(ConfigError, match="GiB"):
+        LinkSettings(preset=chosen, block_bits=more, block_detections=more)
+
+
+def test_a_flipped_bit_in_a_page_of_a_parquet_file_is_noticed(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "bob.parquet"
+    _, bob, chosen = recorded(rows=5000)
+    write_measured(path, bob, chosen)
+    whole = path.read_bytes()
+    draw = np.random.default_rng(5)
+    for place in draw.integers(4, len(whole) // 2, 100):  # the pages are in front
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(draw.integers(8))
+        path.write_bytes(damaged)
+        try:
+            found, _ = read_measured(path)
+        except ConfigError:
+            continue
+        for name in ("basis", "bit", "pulse"):  # what changed is not part of the detections
+            assert np.array_equal(getattr(found, name), getattr(bob, name))
 
 
 def test_parquet_columns_of_other_types_are_refused(tmp_path: Path) -> None:

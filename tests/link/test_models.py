@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from hybridkex.errors import BlockAborted, ConfigError
+from hybridkex.errors import BlockAborted, ConfigError, LinkError
 from hybridkex.link.eavesdroppers import PhotonNumberSplitting, eavesdropper
 from hybridkex.link.finite_key import Security, expected_counts, proof_for
 from hybridkex.link.optimise import expected_length, optimise, tuned
@@ -265,6 +265,33 @@ def test_a_satellite_pass() -> None:
         SatellitePass(top_elevation_deg=5)
     with pytest.raises(ConfigError):
         SatellitePass(waist_m=0)
+
+
+async def test_no_key_is_made_after_a_pass() -> None:
+    over = SatellitePass(top_elevation_deg=12)
+    for seconds in (-1.0, over.duration_s + 1.0, math.inf, math.nan):
+        with pytest.raises(LinkError, match="is over"):
+            over(seconds)
+    best = tuned(PRESETS["rusca2018"].at(60), 20_000)
+    slow = dataclasses.replace(best.channel, distance_km=0.0, repetition_rate_hz=1e6)
+    chosen = dataclasses.replace(best, channel=slow)
+    made = LinkSettings(preset=chosen, block_bits=20_000, decoy_check="off", max_qber=0.2)
+    link = SimulatedLink(made, seed=1, fading=over)
+    blocks = 0
+    ended: LinkError | None = None
+    async with link.open():
+        while ended is None:
+            try:
+                await link.block()
+            except BlockAborted:
+                pass
+            except LinkError as error:
+                ended = error
+            else:
+                assert link.seconds <= over.duration_s
+            blocks += 1
+            assert blocks < 100
+    assert "177 seconds is over" in str(ended)
 
 
 async def test_blocks_of_a_pass_take_longer_where_the_loss_is_high() -> None:

@@ -129,3 +129,28 @@ def test_a_scan_with_other_things_than_numbers_is_refused(
 def test_a_curve_may_be_for_a_value_that_has_parts_or_is_missing() -> None:
     rows = [{"distance_km": 1, "rate": 1e-3, "by": [1, 2]}, {"distance_km": 1, "rate": 1e-3}]
     plots.plot_scan(rows, by=["by"])
+
+
+def test_a_legend_names_every_kind_of_value() -> None:
+    values = [None, True, False, "pns", 5, 0.25, [1, 2]]
+    rows = [{"distance_km": 1, "rate": 1e-3, "eve": value} for value in values]
+    _, axes = plots.plot_scan(rows, by=["eve"])
+    assert [line.get_label() for line in axes.lines] == [
+        "no eve", "eve", "not eve", "pns", "eve 5", "eve 0.25", "[1, 2]",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--kind", "finite-key", "--distance", "50"],
+        ["--kind", "rate-vs-distance", "--distance", "50"],
+        ["--scan", "x.csv", "--distance", "50"],
+        ["--kind", "qber", "--block-bits", "1e5", "--block-bits", "1e6"],
+    ],
+)
+def test_an_option_that_a_picture_does_not_use_is_refused(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["qkd", "plot", *options, "-o", str(tmp_path / "x.svg")]) == 1
+    assert "--kind" in capsys.readouterr().err

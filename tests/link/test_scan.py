@@ -18,7 +18,7 @@ from waiting import until
 
 from hybridkex.cli import main
 from hybridkex.cli.actions.qkd_scan import dask_executor
-from hybridkex.errors import ConfigError
+from hybridkex.errors import ConfigError, LocalStateError
 from hybridkex.link.optimise import optimise
 from hybridkex.link.presets import PRESETS, preset
 from hybridkex.link.scan import (
@@ -124,6 +124,21 @@ def test_a_dask_cluster_gives_the_same_rows_though_a_worker_dies() -> None:
         with dask_executor(cluster.scheduler_address) as executor:
             assert scan(points, seed=3, executor=executor, progress=kill) == here
     assert killed
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_dask_cluster_that_ends_in_the_middle_is_one_line() -> None:
+    distributed = pytest.importorskip("distributed")
+    points = grid({"preset": ["rusca2018"], "distance_km": [5.0 * n for n in range(16)]})
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+        ) as cluster,
+        pytest.raises(LocalStateError, match="lost the scan"),
+        dask_executor(cluster.scheduler_address) as executor,
+    ):
+        scan(points, executor=executor, progress=lambda _: cluster.close())
 
 
 def test_no_dask_cluster_is_one_line() -> None:

@@ -316,6 +316,35 @@ async def test_the_key_is_a_random_sample_of_the_key_basis() -> None:
         assert abs(count - share * len(part)) < 5 * np.sqrt(share * (1 - share) * len(part))
 
 
+def test_equal_numbers_have_equal_digests() -> None:
+    """One end may have read ``0`` and the other ``0.0``."""
+
+    def written(value: object, whole: type, broken: type) -> object:
+        if isinstance(value, tuple):
+            return tuple(written(one, whole, broken) for one in value)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return value
+        return whole(value) if value == int(value) else broken(value)
+
+    for name in sorted(PRESETS):
+        chosen = dataclasses.replace(PRESETS[name].at(25), efficiency=2.0)
+        digests = set()
+        for whole, broken in ((int, float), (float, float), (np.float64, np.float64)):
+            parts = {
+                part: dataclasses.replace(
+                    getattr(chosen, part),
+                    **{
+                        one.name: written(getattr(getattr(chosen, part), one.name), whole, broken)
+                        for one in dataclasses.fields(getattr(chosen, part))
+                    },
+                )
+                for part in ("channel", "transmitter", "security")
+            }
+            again = dataclasses.replace(chosen, **parts, efficiency=whole(2))
+            digests.add(LinkSettings(preset=again, tolerance=broken(0.5)).digest)
+        assert len(digests) == 1
+
+
 def test_a_digest_is_of_parameters_not_of_words() -> None:
     again = dataclasses.replace(
         SETTINGS.preset, name="other", reference=SETTINGS.preset.reference + "."

@@ -88,6 +88,8 @@ async def _make_blocks(link: SimulatedLink, count: int, report: Report) -> int:
                 report(number, bob, time.monotonic() - began)
                 if not bob.keys:
                     status = 1
+    if link.untouched is not None:
+        raise ConfigError(link.untouched)
     return status
 
 

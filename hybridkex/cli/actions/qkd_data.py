@@ -30,7 +30,7 @@ from hybridkex.link.optimise import tuned
 from hybridkex.link.party import Block
 from hybridkex.link.presets import preset
 from hybridkex.link.quantum import OpticalLink
-from hybridkex.link.settings import LinkSettings
+from hybridkex.link.settings import MOST_DETECTIONS, LinkSettings
 from hybridkex.machine import write_error
 from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.net.listening import open_tcp_listeners
@@ -45,8 +45,8 @@ WAIT: Final = 60.0
 
 
 def record(options: RecordOptions) -> int:
-    if not 1 <= options.detections <= 100_000_000:
-        raise ConfigError("--detections must be between 1 and 100000000")
+    if not 1 <= options.detections <= MOST_DETECTIONS:
+        raise ConfigError(f"--detections must be between 1 and {MOST_DETECTIONS:,}")
     chosen = preset(options.preset).at(options.distance)
     if not options.as_published:
         chosen = tuned(chosen, max(1000, options.detections // 2))

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
@@ -115,7 +115,8 @@ def _executor(options: ScanOptions) -> Iterator[Executor | None]:
 def dask_executor(address: str) -> Iterator[Executor]:
     """An executor on a Dask cluster; the tasks of a worker that dies are repeated."""
     try:
-        from distributed import Client  # noqa: PLC0415  # an extra
+        from distributed import Client, KilledWorker  # noqa: PLC0415  # an extra
+        from distributed.comm.core import CommClosedError  # noqa: PLC0415
     except ModuleNotFoundError:
         raise ConfigError("this needs Dask: pip install 'hybridkex[dask]'") from None
     try:
@@ -123,7 +124,14 @@ def dask_executor(address: str) -> Iterator[Executor]:
     except (OSError, ValueError, TimeoutError) as error:
         raise ConfigError(f"cannot reach the Dask cluster at {address}: {error}") from None
     with client:
-        yield client.get_executor(retries=3)
+        try:
+            yield client.get_executor(retries=3)
+        except (CancelledError, CommClosedError, KilledWorker) as error:
+            # The scheduler cancels what it loses; a worker's own errors are not of these types.
+            raise LocalStateError(
+                f"the Dask cluster at {address} lost the scan ({type(error).__name__}): check that "
+                "its scheduler and its workers are alive; nothing is written"
+            ) from None
 
 
 @contextmanager
@@ -141,6 +149,10 @@ def plot(options: PlotOptions) -> int:
         raise ConfigError("--x, --y and --by require --scan")
     if options.kind is None and (options.preset or options.block_bits):
         raise ConfigError("--preset and --block-bits require --kind")
+    if options.kind != "qber" and options.distance is not None:
+        raise ConfigError("--distance requires --kind qber: other pictures end where the key ends")
+    if options.kind != "finite-key" and len(options.block_bits or ()) > 1:
+        raise ConfigError("only --kind finite-key takes several --block-bits")
     if options.output.suffix not in (".png", ".svg"):
         raise ConfigError("the name of the picture must end in .png or .svg")
     try:
@@ -160,7 +172,7 @@ def plot(options: PlotOptions) -> int:
         figure, _ = draw(
             options.kind or "",  # --scan or --kind is required
             presets=options.preset,
-            distance_km=options.distance,
+            distance_km=200.0 if options.distance is None else options.distance,
             block_bits=options.block_bits,
         )
     try:

@@ -4,6 +4,7 @@ Annotations help only users of a type checker. Everyone else gets an error that 
 the type that was given and shows a correct line; never the value, which may be a key.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, Final, NamedTuple
@@ -42,7 +43,12 @@ def a(what: str, *classes: type[Any] | UnionType) -> Kind:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return not math.isnan(value)
+    except OverflowError:  # an int that is no float
+        return False
 
 
 INTEGER: Final = Kind(lambda value: type(value) is int, "an int")

@@ -34,3 +34,7 @@ class TokenBucket:
             return False
         self._tokens -= 1
         return True
+
+    def fill(self) -> None:
+        """Fill the bucket."""
+        self._tokens = self._burst

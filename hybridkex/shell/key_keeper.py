@@ -1,8 +1,9 @@
 """KeyKeeper: renews the keys of one live connection, for every shell.
 
-A task of its own, beside those that send and receive: it waits for the schedule and for the key
-source, so that data never waits for either. It asks the engine, and the shell carries the bytes. It
-also handles its own errors, so that each shell only starts it, stops it and passes events on.
+A task of its own, beside those that send and receive: it waits for the schedule, so that data never
+does. It asks the key source by an :class:`~hybridkex.shell.inquiry.Inquiry`, so that neither the
+deadline nor the peer's request waits for that. It asks the engine, and the shell carries the bytes.
+It also handles its own errors, so that each shell only starts it, stops it and passes events on.
 """
 
 import logging
@@ -11,7 +12,7 @@ import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 from hybridkex.errors import (
     HybridkexError,
@@ -23,7 +24,9 @@ from hybridkex.errors import (
 )
 from hybridkex.net.event_loop import Background, Event, current_time, time_limit
 from hybridkex.net.log import BoundedLog
+from hybridkex.net.token_bucket import TokenBucket
 from hybridkex.reasons import Reason
+from hybridkex.shell.inquiry import Inquiry
 from hybridkex.shell.pad_keeper import PadKeeper
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig
@@ -52,6 +55,13 @@ _LINES: Final = BoundedLog(_log)
 _FIRST_RETRY: Final = 0.5
 _LAST_RETRY: Final = 30.0
 """Seconds between attempts, while the key source or the peer has no key."""
+
+_AT_ONCE: Final = 16
+"""Updates that we start in a row without data between them, besides one a second: half of what a
+peer takes (:attr:`~hybridkex.tls.config.Limits.key_updates`)."""
+
+_Found: TypeAlias = tuple[UpdateKey | None, str | None]
+"""A QKD key, or why there is none."""
 
 
 class KeyKeeper:
@@ -96,15 +106,27 @@ class KeyKeeper:
         """The keys of the one-time pads, where they were negotiated."""
         self._wake = Event()
         self._wanted: UpdateKeyWanted | None = None
+        self._looked_up: Inquiry[_Found] | None = None
+        """The key that the peer has named."""
+        self._drawn: Inquiry[_Found] | None = None
+        """The key for our own update."""
+        self._stretched: Inquiry[float] | None = None
+        """By how much the stock of keys stretches the interval."""
         self._bytes = 0
         self._why: str | None = None
         """Why an update is due now."""
+        self._again = False
+        """Whether one has been asked for since the last has begun."""
         self._due = math.inf
+        self._interval = 0.0
         self._unplanned = True
         self._late = math.inf
         """The time at which an update that is due is late."""
         self._retry = _FIRST_RETRY
         self._not_before = -math.inf
+        self._pace = TokenBucket(1.0, _AT_ONCE, clock=current_time)
+        self._paced = False
+        """Whether the pace allows the update that is due."""
         self._task: Final = Background(self._run)
 
     @classmethod
@@ -120,6 +142,9 @@ class KeyKeeper:
     def stop(self) -> None:
         """End the task where it waits next."""
         self._task.cancel()
+        for inquiry in (self._looked_up, self._drawn, self._stretched):
+            if inquiry is not None:
+                inquiry.cancel()
         if self.pads is not None:
             self.pads.stop()
 
@@ -133,7 +158,7 @@ class KeyKeeper:
         def tell(error: PeerError | None) -> None:
             changed()
             self.wake()
-            if error is not None:  # at once: our own task may wait for the key source
+            if error is not None:  # at once: our own task may be sending
                 Background(partial(self._end, error))
 
         pads = config.one_time_pad or OneTimePad()
@@ -167,6 +192,7 @@ class KeyKeeper:
     def count(self, size: int) -> None:
         """Count bytes of application data, sent or received."""
         self._bytes += size
+        self._pace.fill()
         schedule = self._schedule
         if schedule is None or schedule.after_bytes is None or self._bytes < schedule.after_bytes:
             return
@@ -175,7 +201,8 @@ class KeyKeeper:
             self.wake()
 
     def update(self) -> None:
-        """Renew the keys now."""
+        """Renew the keys now; if an update is under way, once more after it."""
+        self._again = self._under_way
         self._want("asked")
         self._not_before = -math.inf
         self.wake()
@@ -212,19 +239,17 @@ class KeyKeeper:
             if self._connection.close_sent or self._connection.close_received:
                 self._due = self._late = math.inf
                 self._why = None
-            if self._wanted is not None:
-                await self._look_up(self._wanted)
+            await self._answer()
             if self._connection.has_data_to_send:
                 await self._send_in_time()
-            if self._unplanned:
-                await self._plan()
+            self._plan()
             now = current_time()
             if now >= self._late:
                 await self._missed()
                 continue
             if self._why is None and now >= self._due:
                 self._want("every")
-            if self._why is not None and now >= self._not_before and not self._under_way:
+            if self._why is not None and not self._under_way and self._may_start(now):
                 await self._start(self._why)
                 continue
             await self._wait(now)
@@ -235,7 +260,7 @@ class KeyKeeper:
 
     async def _wait(self, now: float) -> None:
         until = min(self._due if self._why is None else math.inf, self._late)
-        if self._why is not None and not self._under_way:
+        if self._why is not None and not self._under_way and self._drawn is None:
             until = min(until, self._not_before)
         try:
             async with time_limit(max(0.0, until - now)):
@@ -256,28 +281,44 @@ class KeyKeeper:
         self._not_before = min(now + self._retry, soon)
         self._retry = min(2 * self._retry, _LAST_RETRY)
 
+    def _may_start(self, now: float) -> bool:
+        """Whether it is time for the update that is due, or for its key that has come."""
+        if self._drawn is not None:
+            return self._drawn.over
+        if now < self._not_before:
+            return False
+        self._paced = self._paced or self._pace.take()
+        if not self._paced:
+            self._not_before = now + 1.0
+        return self._paced
+
     async def _start(self, why: str) -> None:
-        """Draw a key, if the update takes one, and send the request."""
+        """Draw a key, if the update takes one; when it has come, send the request."""
         connection = self._connection
         if not self.extended:
-            connection.update_keys(request_peer=True)
-            await self._send()
+            if self._bytes or why != "every":  # else the keys have protected nothing
+                connection.update_keys(request_peer=True)
+                self._paced = False
+                await self._send()
             self._done()
             self._unplanned = True
             return
         key, missing = None, None
         if connection.updates_take_keys:
-            key, missing = await self._draw()
+            if self._drawn is None:
+                self._drawn = Inquiry(self._draw, self.wake)
+                return
+            inquiry, self._drawn = self._drawn, None
+            key, missing = inquiry.result()
             if key is None and self._qkd_required:
                 _LINES.log(logging.WARNING, "no key update now: %s", missing)
                 self._try_later()
                 return
-        if connection.close_sent or connection.close_received or connection.update_under_way:
-            return  # The peer was faster; the key is not used for anything else.
         connection.start_update(key, missing=missing, why=why)
+        self._paced = False
         await self._send_in_time()
 
-    async def _draw(self) -> tuple[UpdateKey | None, str | None]:
+    async def _draw(self) -> _Found:
         session = self._connection.session
         try:
             key = await self._source.draw_for_update(
@@ -287,27 +328,35 @@ class KeyKeeper:
             return None, str(error)
         return key, None
 
-    async def _look_up(self, wanted: UpdateKeyWanted) -> None:
-        """Answer the peer's request."""
-        self._wanted = None
-        key, missing = None, None
-        try:
-            key = await self._source.look_up_for_update(
-                wanted.identity, self._connection.session, client=self._client, epoch=wanted.epoch
-            )
-        except KeySourceError as error:
-            missing = str(error)
-            _LINES.log(
-                logging.WARNING,
-                "the QKD key of the peer's key update is not available: %s",
-                error,
-            )
+    async def _answer(self) -> None:
+        """Answer the peer's request, when we have its key."""
+        if self._wanted is not None and self._looked_up is None:
+            wanted, self._wanted = self._wanted, None
+            self._looked_up = Inquiry(partial(self._look_up, wanted), self.wake)
+        if self._looked_up is None or not self._looked_up.over:
+            return
+        inquiry, self._looked_up = self._looked_up, None
+        key, missing = inquiry.result()
         try:
             self._connection.provide_update_key(key, missing)
         except LocalStateError as error:
             _LINES.log(logging.WARNING, "the peer's key update cannot be answered: %s", error)
         except PeerError as error:
             await self._end(error)
+
+    async def _look_up(self, wanted: UpdateKeyWanted) -> _Found:
+        try:
+            key = await self._source.look_up_for_update(
+                wanted.identity, self._connection.session, client=self._client, epoch=wanted.epoch
+            )
+        except KeySourceError as error:
+            _LINES.log(
+                logging.WARNING,
+                "the QKD key of the peer's key update is not available: %s",
+                error,
+            )
+            return None, str(error)
+        return key, None
 
     async def _send_in_time(self) -> None:
         """Send; if updates are required, give up once the update is late."""
@@ -354,7 +403,13 @@ class KeyKeeper:
                 *(epoch.number, epoch.qkd_missing),
             )
         self._done()
+        if self._drawn is not None:  # the peer was faster; the key is for no other epoch
+            self._drawn.cancel()
+            self._drawn = None
         self._unplanned = True
+        if self._again:
+            self._again = False
+            self._want("asked")
         if self._on_epoch is not None:
             self._on_epoch(self._connection.session)
 
@@ -364,19 +419,25 @@ class KeyKeeper:
         self._retry, self._not_before = _FIRST_RETRY, -math.inf
         self._bytes = 0
 
-    async def _plan(self) -> None:
+    def _plan(self) -> None:
         """Set the time of the next update: a little earlier at random, later if keys are scarce."""
-        self._unplanned = False
         schedule = self._schedule
-        if schedule is None:
-            self._due = math.inf
-            return
-        interval = schedule.every * (1 - schedule.jitter * random.random())  # no secret
-        self._due = current_time() + interval * await self._stretch(schedule)
+        if self._unplanned:
+            self._unplanned = False
+            if self._stretched is not None:
+                self._stretched.cancel()
+                self._stretched = None
+            if schedule is None:
+                return
+            self._interval = schedule.every * (1 - schedule.jitter * random.random())  # no secret
+            self._due = current_time() + self._interval
+            if self._connection.updates_take_keys:
+                self._stretched = Inquiry(partial(self._stretch, schedule), self.wake)
+        if self._stretched is not None and self._stretched.over:
+            inquiry, self._stretched = self._stretched, None
+            self._due += self._interval * (inquiry.result() - 1.0)
 
     async def _stretch(self, schedule: FreshKeys) -> float:
-        if not self._connection.updates_take_keys:
-            return 1.0
         try:
             stock = await self._source.stock_for_updates(self._connection.session)
         except HybridkexError:

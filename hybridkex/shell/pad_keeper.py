@@ -26,6 +26,8 @@ from hybridkex.errors import (
 from hybridkex.net.event_loop import Background, Event, current_time, time_limit
 from hybridkex.net.log import BoundedLog
 from hybridkex.reasons import Reason
+from hybridkex.secret import Secret
+from hybridkex.shell.inquiry import Inquiry
 from hybridkex.text import get_logger
 from hybridkex.tls.connection import ClientConnection, ServerConnection
 from hybridkex.tls.events import PadKeyWanted
@@ -76,6 +78,9 @@ class PadKeeper:
         """Why the session has to end."""
         # Drawing.
         self._draw = Event()
+        self._drawn: Inquiry[tuple[bytes, Secret]] | None = None
+        self._counted: Inquiry[int | None] | None = None
+        """The stock at our KME."""
         self._filling = False
         self._waiting = False
         self._late = math.inf
@@ -93,8 +98,9 @@ class PadKeeper:
         """End both tasks where they wait next, and whoever waits for them."""
         self._stopped = True
         self._grown.set()
-        for one in self._tasks:
-            one.cancel()
+        for one in (*self._tasks, self._drawn, self._counted):
+            if one is not None:
+                one.cancel()
 
     @property
     def budget(self) -> PadBudget:
@@ -197,22 +203,32 @@ class PadKeeper:
                     f"our one-time pad is used up, and no QKD key came within "
                     f"{self._config.deadline:g} s{self._why}"
                 )
-            if self._filling and now >= self._not_before:
-                await self._draw_key()
+            if self._drawn is not None and self._drawn.over:
+                inquiry, self._drawn = self._drawn, None
+                self._take(inquiry)
                 continue
+            if self._counted is not None and self._counted.over:
+                inquiry_of_stock, self._counted = self._counted, None
+                with suppress(KeySourceError):
+                    self._stock = inquiry_of_stock.result()
+            idle = self._filling and self._drawn is None
+            if idle and now >= self._not_before:
+                session = self._connection.session
+                ask = partial(self._source.draw_for_pad, session)
+                self._drawn, idle = Inquiry(ask, self._wake), False
             self._draw = Event()
-            until = min(self._late, self._not_before if self._filling else math.inf)
+            until = min(self._late, self._not_before if idle else math.inf)
             with suppress(TimeoutError):
                 async with time_limit(until - now):
                     await self._draw.wait()
 
-    async def _draw_key(self) -> None:
-        session = self._connection.session
+    def _wake(self) -> None:
+        self._draw.set()
+
+    def _take(self, drawn: Inquiry[tuple[bytes, Secret]]) -> None:
+        """Append the key that we have drawn, or wait before the next attempt."""
         try:
-            async with time_limit(self._late - current_time()):
-                identity, key = await self._source.draw_for_pad(session)
-        except TimeoutError:
-            return
+            identity, key = drawn.result()
         except KeySourceError as error:
             why = f": {error}"
             if why != self._why:  # once, not at every attempt
@@ -230,8 +246,8 @@ class PadKeeper:
         self._filling = self.budget.message < self.piece
         if self._waiting or not self._filling:
             self._tell()
-        if self._stock is None or not self._filling:
-            with suppress(KeySourceError):
-                self._stock = await self._source.stock_for_pads(session)
-        else:
+        if self._stock is not None and self._filling:
             self._stock = max(0, self._stock - len(key))
+        elif self._counted is None:
+            ask = partial(self._source.stock_for_pads, self._connection.session)
+            self._counted = Inquiry(ask, self._wake)

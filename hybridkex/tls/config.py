@@ -111,7 +111,8 @@ class Limits:
     Args:
         certificate_message: bytes of a Certificate message that we hold; eight ML-DSA-87
             certificates fit.
-        key_updates: KeyUpdates in a row without data between them; each takes a key schedule step.
+        key_updates: key updates in a row without data between them, besides one a second; each
+            takes a step of the key schedule or a key exchange.
         empty_records: records in a row with nothing in them.
         tickets: session tickets that a client takes from one connection.
         psk_identities: PSK identities of a ClientHello that a server examines; it ignores the rest.

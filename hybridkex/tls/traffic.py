@@ -58,9 +58,10 @@ class Connected:
 class _Traffic:
     """The last state: lasts until the connection ends."""
 
-    def __init__(self, connected: Connected) -> None:
+    def __init__(self, connected: Connected, config: ClientConfig | ServerConfig) -> None:
         self.connected = connected
-        self._updates_in_a_row = 0
+        self._clock = config.clock
+        self._updates_in_a_row = 0.0
         self._read_generation = 0
         self._write_generation = 0
         self._answer_update = False
@@ -79,8 +80,7 @@ class _Traffic:
                 "a message of Extended Key Update, which was not negotiated",
                 Reason.UPDATE_OUT_OF_ORDER,
             )
-        self._updates_in_a_row += 1
-        if self._updates_in_a_row > records.reader.limits.key_updates:
+        if self._too_many_updates(records):
             raise UnexpectedMessage(
                 "too many KeyUpdates without data between them", Reason.KEY_UPDATES_TOO_MANY
             )
@@ -106,20 +106,22 @@ class _Traffic:
         if isinstance(message, PadKey):
             self._pad_key(message, records)
             return
-        if isinstance(message, UpdateRequest | FreshRequest):
-            # A session that renews its keys for weeks may be silent for days: what counts is how
-            # many come at once, and each second takes one of them off.
-            now = updates.clock()
-            passed = max(0, int(now - self._last_request))
-            self._updates_in_a_row = max(0, self._updates_in_a_row - passed) + 1
-            self._last_request = now
-            if self._updates_in_a_row > records.reader.limits.key_updates:
-                raise UnexpectedMessage(
-                    "too many key updates without data between them", Reason.UPDATES_TOO_MANY
-                )
+        if isinstance(message, UpdateRequest | FreshRequest) and self._too_many_updates(records):
+            raise UnexpectedMessage(
+                "too many key updates without data between them", Reason.UPDATES_TOO_MANY
+            )
         epoch = updates.handle(message, raw, records)
         if epoch is not None:
             self._began(epoch, records)
+
+    def _too_many_updates(self, records: RecordLayer) -> bool:
+        """Count an update of the peer. A session that renews its keys for weeks may be silent for
+        days: what counts is how many come at once, and each second takes one of them off."""
+        now = self._clock()
+        passed = max(0.0, now - self._last_request)
+        self._updates_in_a_row = max(0.0, self._updates_in_a_row - passed) + 1.0
+        self._last_request = now
+        return self._updates_in_a_row > records.reader.limits.key_updates
 
     def _pad_key(self, message: PadKey, records: RecordLayer) -> None:
         """The peer appends a key to the one-time pad of its direction."""
@@ -149,7 +151,7 @@ class _Traffic:
 
     def data_received(self) -> None:
         """Reset the count of key updates: application data has come between them."""
-        self._updates_in_a_row = 0
+        self._updates_in_a_row = 0.0
 
     @property
     def receives_only(self) -> bool:
@@ -159,7 +161,7 @@ class _Traffic:
     @property
     def sends_only(self) -> bool:
         """Whether :meth:`send_data` would send nothing but the data."""
-        return not self._answer_update
+        return not self._answer_update and not self._updates_in_a_row
 
     def send_data(self, data: memoryview, records: RecordLayer) -> None:
         """Queue application data; our key changes before its limit (section 5.5).
@@ -175,6 +177,8 @@ class _Traffic:
                     f"our one-time pad is enough for {room:,} bytes, and {len(data):,} are to be "
                     "sent"
                 )
+        if data:
+            self._updates_in_a_row = 0.0
         if self._answer_update:
             self._answer_update = False
             # Section 4.7.3: a sender at the limit "MUST NOT send its own KeyUpdate [...] and SHOULD
@@ -239,7 +243,7 @@ class ClientTraffic(_Traffic):
     def __init__(
         self, connected: Connected, config: ClientConfig, presented: Presented | None
     ) -> None:
-        super().__init__(connected)
+        super().__init__(connected, config)
         self._config = config
         self._presented = presented
         self._tickets = 0
@@ -310,7 +314,7 @@ class ServerTraffic(_Traffic):
         presented: Presented | None,
         identity: Identity | RawIdentity | None,
     ) -> None:
-        super().__init__(connected)
+        super().__init__(connected, config)
         self._config = config
         self._presented = presented
         self._identity = identity

@@ -212,10 +212,10 @@ def test_the_stock_is_gone(run: Run, why: str) -> None:
                 while True:
                     await client.send(b"x" * 50)
                     sent += 50
-                    if sent == 500:
+                    if len(heard) >= 150:
                         sites.alice.down, sites.alice.empty = why == "down", why == "empty"
                     await sleep(0.001)
-                    assert sent < 5000
+                    assert sent < 100_000
             except Exception as error:
                 reasons["client"] = error
             if hasattr(client, "writer"):

@@ -1,0 +1,52 @@
+"""Inquiry: a question to a key source, asked in a task of its own.
+
+Whoever asks goes on meanwhile: a source that is slow, or never answers, holds up no deadline and
+nothing else.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+from hybridkex.net.event_loop import Background
+
+__all__ = ["Inquiry"]
+
+T = TypeVar("T")
+
+
+class Inquiry(Generic[T]):
+    """One question, asked at once.
+
+    Args:
+        ask: the question.
+        answered: called when :meth:`result` has become available.
+    """
+
+    def __init__(self, ask: Callable[[], Awaitable[T]], answered: Callable[[], None]) -> None:
+        self._ask = ask
+        self._answered = answered
+        self._answers: list[T] = []
+        self._error: Exception | None = None
+        self._task = Background(self._run)
+
+    @property
+    def over(self) -> bool:
+        """Whether there is a result."""
+        return bool(self._answers) or self._error is not None
+
+    def result(self) -> T:
+        """The answer, once :attr:`over`; raises what the question has raised."""
+        if self._error is not None:
+            raise self._error
+        return self._answers[0]
+
+    def cancel(self) -> None:
+        """The answer is not needed any more."""
+        self._task.cancel()
+
+    async def _run(self) -> None:
+        try:
+            self._answers.append(await self._ask())
+        except Exception as error:
+            self._error = error
+        self._answered()

@@ -96,11 +96,11 @@ def test_the_deadline_of_a_pad_holds_while_a_draw_ahead_hangs(run: Any) -> None:
             began = current_time()
             await client.send(b"x" * 100)
             sites.alice.get_key = hang
+            error: BaseException | None = None
             try:
                 while current_time() - began < 5:
                     await client.send(b"x" * 50)
                     await sleep(0.001)
-                error = None
             except Exception as caught:
                 error = caught
             if hasattr(client, "writer"):

@@ -45,6 +45,8 @@ UNITS: Final = {
     "seconds": "time of a block (s)",
 }
 MOST_NUMBER: Final = 1e300
+LEAST_NUMBER: Final = 1e-300
+"""On a logarithmic axis."""
 LOGARITHMIC: Final = ("rate", "bit_per_s", "secret_bits", "block_bits", "seconds", "leak_bits")
 STYLES: Final = ("-", "--", ":", "-.")
 
@@ -89,8 +91,8 @@ def plot_scan(
     """Draw one column of a scan over another, one curve for each value of the columns ``by``.
 
     Returns the figure and its axes, to change or to save. Rates of zero are left out, so a curve
-    ends where its rate does. Raises ``ConfigError`` for a column that the scan does not have, and
-    for one with anything but finite numbers.
+    ends where its rate does. Raises ``ConfigError`` for a column that the scan does not have, for
+    one with anything but finite numbers, and where no point is left.
     """
     for name in (x, y, *by):
         if not rows or name not in rows[0]:
@@ -99,9 +101,14 @@ def plot_scan(
     curves: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for row in rows:
         curve = curves.setdefault(tuple(_plain(row.get(name)) for name in by), [])
-        point = _coordinate(row, x), _coordinate(row, y)
-        if point[0] is not None and point[1] is not None and (y not in LOGARITHMIC or point[1] > 0):
-            curve.append((point[0], point[1]))
+        across, up = _coordinate(row, x), _coordinate(row, y)
+        if across is not None and up is not None:
+            curve.append((across, up))
+    if not any(curves.values()):
+        raise ConfigError(
+            f"the scan has no row that can be drawn: {x} and {y} must have values, above 0 where "
+            "the axis is logarithmic"
+        )
     for number, (values, points) in enumerate(curves.items()):
         points.sort()
         label = ", ".join(map(_label, by, values))
@@ -132,12 +139,13 @@ def _plain(value: Any) -> Any:
 
 
 def _coordinate(row: Mapping[str, Any], name: str) -> float | None:
+    """The value of a column; ``None`` if it is missing, or if its axis has no place for it."""
     value = row.get(name)
     if value is None:
         return None
     if not isinstance(value, int | float) or not abs(value) <= MOST_NUMBER:
         raise ConfigError(f"the column {name!r} of the scan has {value!r}: numbers can be drawn")
-    return float(value)
+    return None if name in LOGARITHMIC and value < LEAST_NUMBER else float(value)
 
 
 def draw(

@@ -131,6 +131,22 @@ def test_a_curve_may_be_for_a_value_that_has_parts_or_is_missing() -> None:
     plots.plot_scan(rows, by=["by"])
 
 
+@pytest.mark.parametrize("y", ["rate", "distance_km"])
+@pytest.mark.parametrize("x", ["block_bits", "distance_km"])
+@pytest.mark.parametrize("values", [(0, 0), (-1, 5), (5, 1e-310)])
+def test_a_scan_without_a_point_for_its_axes_is_refused_and_another_is_drawn(
+    x: str, y: str, values: tuple[float, float], tmp_path: Path
+) -> None:
+    row = {"distance_km": 1, "rate": 2, "bit_per_s": 2, "block_bits": 2, y: values[1], x: values[0]}
+    if all(row[name] >= plots.LEAST_NUMBER or name == "distance_km" for name in (x, y)):
+        plots.save(plots.plot_scan([row], x=x, y=y)[0], tmp_path / "x.png")
+    else:
+        with pytest.raises(ConfigError, match="no row that can be drawn"):
+            plots.plot_scan([row], x=x, y=y)
+    good = {**row, **dict.fromkeys(set(row) & {x, y}, 1)}
+    plots.save(plots.plot_scan([row, good], x=x, y=y)[0], tmp_path / "x.png")
+
+
 def test_a_legend_names_every_kind_of_value() -> None:
     values = [None, True, False, "pns", 5, 0.25, [1, 2]]
     rows = [{"distance_km": 1, "rate": 1e-3, "eve": value} for value in values]

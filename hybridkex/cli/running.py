@@ -83,7 +83,11 @@ def run_service(main: Callable[[EndRequest], Awaitable[None]]) -> None:
 @contextmanager
 def end_as_interrupted() -> Iterator[None]:
     """In the context, SIGTERM and SIGHUP end a command as Ctrl-C does, so that it ends its
-    processes and removes its temporary files."""
+    processes and removes its temporary files.
+
+    A shell that starts a command in the background lets it ignore SIGINT, and Python then installs
+    no handler for it; here it has one again. Under nohup, SIGHUP stays ignored.
+    """
 
     def interrupt(_: int, frame: FrameType | None) -> None:
         # The current handler of Ctrl-C: trio's while it runs, Python's before and after.
@@ -91,7 +95,12 @@ def end_as_interrupted() -> Iterator[None]:
         if callable(handler):
             handler(signal.SIGINT, frame)
 
-    before = {one: signal.signal(one, interrupt) for one in (signal.SIGTERM, signal.SIGHUP)}
+    handlers: dict[int, Callable[[int, FrameType | None], object]] = {signal.SIGTERM: interrupt}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        handlers[signal.SIGHUP] = interrupt
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        handlers[signal.SIGINT] = signal.default_int_handler
+    before = {one: signal.signal(one, handler) for one, handler in handlers.items()}
     try:
         yield
     finally:

@@ -26,6 +26,27 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
+LAUNCH = """
+import os, signal, sys
+ignored = sys.argv[1].split()
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN if str(int(number)) in ignored else signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, "-m", "hybridkex", *sys.argv[2:]])
+"""
+"""Starts the command with these signals ignored and no others, whatever pytest ignores."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["demo", "rndl"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_in_the_background_can_be_ended(
+    tmp_path: Path, command: str, number: signal.Signals
+) -> None:
+    """``nohup hybridkex demo &`` in a script: SIGINT, SIGQUIT and SIGHUP are ignored, until the
+    command itself takes care of SIGINT."""
+    ends(tmp_path, command, [signal.SIGHUP, number], [signal.SIGINT, signal.SIGQUIT, signal.SIGHUP])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "signals"),
@@ -44,12 +65,18 @@ def processes_of(folder: Path) -> list[str]:
     ],
 )
 def test_nothing_is_left(tmp_path: Path, command: str, signals: list[signal.Signals]) -> None:
+    ends(tmp_path, command, signals, [])
+
+
+def ends(
+    tmp_path: Path, command: str, signals: list[signal.Signals], ignored: list[signal.Signals]
+) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     (tmp_path / "text").write_text("hello")
     words = [command, *(["text"] if command == "demo" else [])]
     process = subprocess.Popen(
-        [sys.executable, "-m", "hybridkex", *words],
+        [sys.executable, "-c", LAUNCH, " ".join(str(int(one)) for one in ignored), *words],
         cwd=tmp_path,
         env={**os.environ, "TMPDIR": str(temporary)},
         stdout=subprocess.DEVNULL,

@@ -9,6 +9,7 @@ import pytest
 from test_every_shell import together
 from test_fresh_keys_on_every_loop import Sites, chain, epoch_of
 from test_one_time_pad_on_every_loop import Sites as PadSites
+from test_one_time_pad_on_every_loop import pad_of
 
 from hybridkex import FreshKeys, OneTimePad, QkdLimits, QkdPskSource
 from hybridkex.errors import PadExhausted, PolicyRefused
@@ -95,6 +96,8 @@ def test_the_deadline_of_a_pad_holds_while_a_draw_ahead_hangs(run: Any) -> None:
         async def speak() -> None:
             began = current_time()
             await client.send(b"x" * 100)
+            while pad_of(client).message < 900:
+                await sleep(0.01)
             sites.alice.get_key = hang
             error: BaseException | None = None
             try:

@@ -95,6 +95,8 @@ class SecureDuplex:
         self._complete = False
         self._keeper: KeyKeeper | None = None
         self._send_lock = self._lib.Lock()
+        self._telling = self._lib.Lock()
+        """Held while a task sends the alert of the failure."""
         # Users' mistakes: two tasks in one direction.
         self._sending = _Guard(partial(self._busy, "sending to"))
         self._receiving = _Guard(partial(self._busy, "receiving from"))
@@ -225,7 +227,8 @@ class SecureDuplex:
 
     async def _send_for_keeper(self) -> None:
         async with self._send_lock:
-            if self._send_failure is None:
+            # After a failure, the task that has failed sends the alert.
+            if self._send_failure is None and self._failure is None:
                 await self._flush()
 
     async def _fail_for_keeper(self, error: PeerError) -> None:
@@ -233,7 +236,10 @@ class SecureDuplex:
         try:
             await self._fail(error)
         finally:
-            await self._lib.aclose_forcefully(self.transport_stream)
+            # The task that has failed first may be sending its alert.
+            with self._lib.CancelScope(shield=True):
+                async with self._telling:
+                    await self._lib.aclose_forcefully(self.transport_stream)
 
     def _stop_keeper(self) -> None:
         if self._keeper is not None:
@@ -563,7 +569,8 @@ class SecureDuplex:
         # While another task is in the middle of a send, the peer sees the connection end, at least.
         if told and self._send_failure is None and not self._flushing:
             with self._lib.move_on_after(_ALERT_TIMEOUT, shield=True), self._unless_gone():
-                await self._write(self._connection.data_to_send())
+                async with self._telling:
+                    await self._write(self._connection.data_to_send())
         raise self._lib.BrokenResourceError(str(error)) from error
 
 

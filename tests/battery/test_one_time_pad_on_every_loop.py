@@ -280,6 +280,50 @@ def test_a_key_that_the_receiver_cannot_get(run: Run, why: str) -> None:
     run(sites, conversation)
 
 
+@pytest.mark.parametrize("first", ["keeper", "receiver"])
+def test_the_alert_of_a_missing_key_arrives_whoever_finds_out_first(run: Run, first: str) -> None:
+    """The keeper closes the transport, and not while the receiving task sends the alert."""
+    sites = Sites(OneTimePad())
+
+    async def conversation(client: Any, server: Any) -> None:
+        sites.bob.forgets = True
+        stream = getattr(server, "stream", None)
+        if stream is not None:  # asyncio's own shell writes without waiting
+            write, fail = stream._write, stream._fail_for_keeper
+
+            async def slow(data: bytes) -> None:
+                await sleep(0.05)
+                await write(data)
+
+            async def late(error: Any) -> None:
+                await sleep(0.02)
+                await fail(error)
+
+            stream._write = slow
+            if first == "receiver":
+                stream._keeper._fail = late
+        await client.send(b"lost")
+
+        reasons: list[BaseException] = []
+
+        async def listen() -> None:
+            with pytest.raises(Exception, match="."):
+                await server.receive()
+
+        async def hear() -> None:
+            try:
+                await client.receive()
+            except Exception as error:
+                reasons.extend(chain(error))
+
+        await together(listen(), hear())
+        assert [one.name for one in reasons if isinstance(one, AlertReceived)] == [
+            "unknown_psk_identity"
+        ]
+
+    run(sites, conversation)
+
+
 @pytest.mark.parametrize("whose", ["alice", "bob"])
 def test_an_outage_that_ends_in_time(run: Run, whose: str) -> None:
     sites = Sites(OneTimePad(hold=256, deadline=10))

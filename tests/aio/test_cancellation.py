@@ -8,10 +8,8 @@ import asyncio
 import contextlib
 import gc
 import os
-import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import anyio
 import anyio.abc
 import pytest
 from aio_glue import Run, echo, loop_factory, plain_server, serving
+from suspensions import cancelled_at
 
 from hybridkex import ClientConfig, QkdPskSource, ServerConfig, TicketIssuer
 from hybridkex.aio import (
@@ -35,29 +34,6 @@ from hybridkex.qkd.in_process import in_process_pair
 from hybridkex.shell.ticket_file import FileTicketStore
 
 Cancel = Callable[[], object]
-
-
-@types.coroutine
-def cancelled_at(
-    step: int, work: Coroutine[Any, Any, Any], cancel: Cancel, reached: list[bool]
-) -> Generator[Any, Any, Any]:
-    """Run ``work``, and call ``cancel`` just before its suspension number ``step``."""
-    act: Callable[[], Any] = partial(work.send, None)
-    while True:
-        try:
-            waits_for = act()
-        except StopIteration as end:
-            return end.value
-        if step == 0:
-            reached.append(True)
-            cancel()
-        step -= 1
-        try:
-            value = yield waits_for
-        except BaseException as error:  # handed on to the coroutine
-            act = partial(work.throw, error)
-        else:
-            act = partial(work.send, value)
 
 
 def descriptors() -> int:

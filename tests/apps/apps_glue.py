@@ -295,3 +295,30 @@ def proved(folder: Folder, offer: Offer, content: bytes) -> Prefix | None:
         present = folder.look(offer, handles)
         digest = folder.hash(offer, present, handles)
     return folder.compare(offer, present, digest, hashlib.sha256(content).hexdigest())
+
+
+def memory(pid: int) -> int:
+    """The most that a process has held so far."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
+
+
+# --- what happens to a file while it is sent
+
+
+def replace(path: Path) -> None:
+    """Another file with the same name, size and date."""
+    before = path.stat()
+    new = path.with_name("new")
+    new.write_bytes(bytes(before.st_size))
+    os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
+    new.rename(path)
+
+
+def become_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)

@@ -35,6 +35,7 @@ from apps_glue import (
     complete,
     descriptors,
     look,
+    memory,
     proved,
     small_disk,
 )
@@ -302,16 +303,6 @@ def test_a_large_file_in_constant_memory(tmp_path: Path, run: Run, mutual: list[
         peaks.append((peak, memory(server.pid)))
     for small, large in zip(*peaks, strict=True):
         assert 0 < large < small + 20 * MIB < 120 * MIB
-
-
-def memory(pid: int) -> int:
-    """The most that a process has held so far."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return int(found[1]) * 1024 if found else 0
 
 
 def test_bars_on_a_terminal(tmp_path: Path, run: Run, mutual: list[str]) -> None:

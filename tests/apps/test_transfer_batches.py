@@ -4,7 +4,6 @@ import errno
 import hashlib
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from apps_glue import Run, begin, look, store
+from apps_glue import Run, become_a_pipe, begin, look, memory, replace, store
 from waiting import until
 
 from hybridkex import ClientConfig, SecureStream, ServerConfig
@@ -160,16 +159,6 @@ def test_a_hundred_thousand_entries_in_flat_memory(
         server.communicate(timeout=60)
     for few, many in zip(*peaks, strict=True):
         assert 0 < many < few + 12 * 2**20, "a list of them takes 30 MB and more"
-
-
-def memory(pid: int) -> int:
-    """The most that a process has held so far."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return int(found[1]) * 1024 if found else 0
 
 
 # --- stored means on disk -----------------------------------------------------------------------
@@ -324,20 +313,6 @@ def shrink(path: Path) -> None:
 
 def rewrite(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
-
-
-def replace(path: Path) -> None:
-    """Another file with the same name, size and date."""
-    before = path.stat()
-    new = path.with_name("new")
-    new.write_bytes(bytes(before.st_size))
-    os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
-    new.rename(path)
-
-
-def become_a_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
 
 
 def vanish(path: Path) -> None:

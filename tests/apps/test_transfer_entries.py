@@ -20,7 +20,7 @@ from unicodedata import category, normalize
 import pytest
 import trio
 import trio.testing
-from apps_glue import begin, complete
+from apps_glue import become_a_pipe, begin, complete, replace
 
 from hybridkex import ClientConfig, SecureStream, ServerConfig
 from hybridkex.apps.transfer import Folder, NullProgress, Outcome, Receiver, collect, send_items
@@ -469,20 +469,6 @@ def empty(path: Path) -> None:
 def rewrite(path: Path) -> None:
     with path.open("r+b") as file:
         file.write(b"other")
-
-
-def replace(path: Path) -> None:
-    """Another file with the same name, size and date."""
-    before = path.stat()
-    new = path.with_name("new")
-    new.write_bytes(bytes(before.st_size))
-    os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
-    new.rename(path)
-
-
-def become_a_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
 
 
 def become_a_link(path: Path) -> None:

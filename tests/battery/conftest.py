@@ -18,6 +18,7 @@ import trio
 from hybridkex import ClientConfig, SecureStream, ServerConfig, Session
 from hybridkex.aio import open_connection, start_server
 from hybridkex.anyio import HybridkexAttribute, SecureByteStream, SecureConnectable, SecureListener
+from hybridkex.net.event_loop import time_limit
 
 
 class Broken(Exception):
@@ -268,3 +269,18 @@ SHELLS = (
 def shell(request: pytest.FixtureRequest) -> Shell:
     found: Shell = request.param
     return found
+
+
+@pytest.fixture
+def run(shell: Shell) -> Callable[[Any, Callable[[Any, Any], Awaitable[None]]], None]:
+    """Runs a conversation between two ends, ``sites.client`` and ``sites.server`` their
+    configurations, in 20 seconds at most."""
+
+    def run(sites: Any, conversation: Callable[[Any, Any], Awaitable[None]]) -> None:
+        async def main() -> None:
+            async with time_limit(20), shell.pair(sites.client, sites.server) as (client, server):
+                await conversation(client, server)
+
+        shell.run(main)
+
+    return run

@@ -5,6 +5,8 @@ import os
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,17 +36,9 @@ async def together(*tasks: Awaitable[Any]) -> None:
 
 
 @pytest.fixture
-def talk(shell: Any) -> Callable[[Talk], None]:
-    """Runs a conversation between the two ends of a connection, in 20 seconds at most."""
-
-    def run(conversation: Talk) -> None:
-        async def main() -> None:
-            async with time_limit(20), shell.pair(CLIENT, SERVER) as (client, server):
-                await conversation(client, server)
-
-        shell.run(main)
-
-    return run
+def talk(run: Any) -> Callable[[Talk], None]:
+    """Runs a conversation between the two ends of a connection with certificates."""
+    return partial(run, SimpleNamespace(client=CLIENT, server=SERVER))
 
 
 async def echo(end: Any) -> None:

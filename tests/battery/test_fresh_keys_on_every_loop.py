@@ -27,7 +27,7 @@ from hybridkex.errors import (
     KeyUnknown,
     PolicyRefused,
 )
-from hybridkex.net.event_loop import current_time, sleep, time_limit
+from hybridkex.net.event_loop import current_time, sleep
 from hybridkex.net.log import BoundedLog
 from hybridkex.qkd.in_process import InProcessSource, in_process_pair
 from hybridkex.qkd.source import KeyReference, QkdKey
@@ -107,18 +107,6 @@ class Sites:
 
 
 Run = Callable[[Sites, Callable[[Any, Any], Awaitable[None]]], None]
-
-
-@pytest.fixture
-def run(shell: Any) -> Run:
-    def run(sites: Sites, conversation: Callable[[Any, Any], Awaitable[None]]) -> None:
-        async def main() -> None:
-            async with time_limit(20), shell.pair(sites.client, sites.server) as (client, server):
-                await conversation(client, server)
-
-        shell.run(main)
-
-    return run
 
 
 async def echo(end: Any) -> None:

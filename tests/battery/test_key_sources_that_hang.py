@@ -13,22 +13,10 @@ from test_one_time_pad_on_every_loop import pad_of
 
 from hybridkex import FreshKeys, OneTimePad, QkdLimits, QkdPskSource
 from hybridkex.errors import PadExhausted, PolicyRefused
-from hybridkex.net.event_loop import Event, current_time, sleep, time_limit
+from hybridkex.net.event_loop import Event, current_time, sleep
 
 Conversation = Callable[[Any, Any], Awaitable[None]]
 PATIENT = QkdLimits(timeout=3600.0)
-
-
-@pytest.fixture
-def run(shell: Any) -> Callable[[Any, Conversation], None]:
-    def run(sites: Any, conversation: Conversation) -> None:
-        async def main() -> None:
-            async with time_limit(20), shell.pair(sites.client, sites.server) as (client, server):
-                await conversation(client, server)
-
-        shell.run(main)
-
-    return run
 
 
 def patient(sites: Any) -> Any:

@@ -164,6 +164,24 @@ def found(log: Path, pattern: str) -> str:
     raise AssertionError(f"no {pattern} in {log.read_text()}")
 
 
+def served(port: int, target: socket.socket, folder: Path) -> None:
+    """A client of a tunnel gets what the target sends."""
+    connect = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "hybridkex", "connect", "127.0.0.1", str(port)),
+            *("--ca", str(folder / "keys/ca.pem")),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    target.settimeout(LIMIT)
+    inner, _ = target.accept()
+    with inner:
+        inner.sendall(b"through")
+    output, _ = connect.communicate(timeout=LIMIT)
+    assert output == b"through"
+
+
 def get_metrics(port: int) -> bytes:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=LIMIT) as answer:
         body: bytes = answer.read()
@@ -220,20 +238,7 @@ def test_a_tunnel_with_300_idle_connections_at_each_door(tmp_path: Path) -> None
             port = int((tmp_path / "port").read_text())
             with idle(port, metrics):
                 assert b"hybridkex" in get_metrics(metrics)
-                connect = subprocess.Popen(
-                    [
-                        *(sys.executable, "-m", "hybridkex", "connect", "127.0.0.1", str(port)),
-                        *("--ca", str(tmp_path / "keys/ca.pem")),
-                    ],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                )
-                target.settimeout(LIMIT)
-                inner, _ = target.accept()
-                with inner:
-                    inner.sendall(b"through")
-                output, _ = connect.communicate(timeout=LIMIT)
-                assert output == b"through"
+                served(port, target, tmp_path)
             assert process.poll() is None
             assert "cannot accept connections" not in log.read_text()
 
@@ -257,20 +262,7 @@ def test_strangers_at_nine_tunnels_leave_the_tenth_alone(tmp_path: Path) -> None
             metrics = int(found(log, r"metrics on http://127\.0\.0\.1:(\d+)"))
             with idle(*ports[:9], count=IDLE // 3):
                 for _ in range(3):
-                    connect = subprocess.Popen(
-                        [
-                            *(sys.executable, "-m", "hybridkex", "connect"),
-                            *("127.0.0.1", str(ports[9]), "--ca", str(tmp_path / "keys/ca.pem")),
-                        ],
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                    )
-                    target.settimeout(LIMIT)
-                    inner, _ = target.accept()
-                    with inner:
-                        inner.sendall(b"through")
-                    output, _ = connect.communicate(timeout=LIMIT)
-                    assert output == b"through"
+                    served(ports[9], target, tmp_path)
                 assert b"hybridkex" in get_metrics(metrics)
             assert process.poll() is None
             assert "cannot accept connections" not in log.read_text()

@@ -23,7 +23,6 @@ from cryptography.exceptions import InvalidTag
 from hybridkex.errors import (
     ConfigError,
     KeyConsumed,
-    KeyExpired,
     KeySourceUnavailable,
     KeyUnauthorized,
     KeyUnknown,
@@ -32,14 +31,21 @@ from hybridkex.net.event_loop import checkpoint, in_thread
 from hybridkex.net.threads import NoThread
 from hybridkex.qkd.postgres_schema import SCHEMA_VERSION, TABLES
 from hybridkex.qkd.store import (
+    PAGE,
     Allotment,
     BlocksRefused,
     BlockState,
     Material,
     Position,
     Seal,
+    assembled,
+    blocks_of,
+    check_states,
+    check_whole,
     half_of,
     place_of,
+    position_after,
+    uncollected,
 )
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
@@ -69,9 +75,6 @@ STATEMENT_SECONDS: Final = 5.0
 """For one statement, waiting for locks included."""
 HOLD_SECONDS: Final = 30.0
 """How long a reservation lasts if its process does not end it: longer than a request."""
-PAGE: Final = 1000
-"""Rows that one call reads or erases where there may be a million."""
-
 _ALL_LINKS: Final = "*"
 """The scope of the work of the clock, which is the same for all links."""
 
@@ -356,9 +359,7 @@ class PostgresKeyStore:
 
         rows = await self._run(link, work)
         ids = [key_id for _, key_id, fits in rows if fits]
-        if len(rows) == PAGE:
-            return ids, (half, rows[-1][0])
-        return ids, (1, 0) if half == 0 else None
+        return ids, position_after(half, [row[0] for row in rows], PAGE)
 
     async def unknown(self, link: str, key_ids: Sequence[str]) -> list[str]:
         found = await self._run(link, lambda cursor: self._among(cursor, "material", link, key_ids))
@@ -377,7 +378,7 @@ class PostgresKeyStore:
     async def allot(
         self, link: str, allotments: Sequence[Allotment], *, master: str, slaves: Sequence[str] = ()
     ) -> None:
-        blocks = [block for one in allotments for block in one.blocks]
+        blocks = blocks_of(allotments)
         marks = [self._held.get((link, block), "") for block in blocks]
 
         def work(cursor: _Cursor) -> None:
@@ -395,9 +396,7 @@ class PostgresKeyStore:
                 if not ours.issuperset(one.blocks):
                     raise KeyConsumed(f"a block of key {one.key_id} is gone")
             keys = self._assemble(cursor, link, allotments)
-            for one, key in zip(allotments, keys, strict=True):
-                if key is None:
-                    raise KeyConsumed(f"a block of key {one.key_id} is gone")
+            check_whole(allotments, keys)
             self._grant(cursor, link, allotments, keys, master, slaves)
 
         await self._run(link, work)
@@ -413,7 +412,7 @@ class PostgresKeyStore:
         slaves: Sequence[str],
         peer_half: int = 0,
     ) -> None:
-        blocks = [block for one in allotments for block in one.blocks]
+        blocks = blocks_of(allotments)
 
         def work(cursor: _Cursor) -> None:
             rows = cursor.execute(
@@ -422,20 +421,13 @@ class PostgresKeyStore:
                 " ORDER BY key_id FOR UPDATE",
                 (link, blocks),
             ).fetchall()
-            here = dict(rows)
-            spent = self._among(cursor, "spent", link, blocks)
-            states: dict[str, BlockState] = {}
-            for one in allotments:
-                for block in one.blocks:
-                    if block in spent:
-                        states[block] = BlockState.SPENT
-                    elif block not in here:
-                        if one.value is None:
-                            states[block] = BlockState.UNKNOWN
-                    elif here[block] and half_of(block) != peer_half:
-                        states[block] = BlockState.RESERVED
-            if states:
-                raise BlocksRefused(states)
+            check_states(
+                allotments,
+                spent=self._among(cursor, "spent", link, blocks),
+                here={key_id for key_id, _ in rows},
+                reserved={key_id for key_id, is_held in rows if is_held},
+                peer_half=peer_half,
+            )
             keys = self._assemble(cursor, link, allotments)
             for one, key in zip(allotments, keys, strict=True):
                 if key is None:
@@ -452,32 +444,13 @@ class PostgresKeyStore:
 
         A key is ``None`` if one of its blocks is gone, or missing and needed.
         """
-        blocks = [block for one in allotments for block in one.blocks]
-        taken: dict[str, bytes] = dict(
-            cursor.execute(
-                "DELETE FROM material WHERE link = %s AND key_id = ANY(%s)"
-                " RETURNING key_id, sealed",
-                (link, blocks),
-            ).fetchall()
-        )
+        blocks = blocks_of(allotments)
+        rows = cursor.execute(
+            "DELETE FROM material WHERE link = %s AND key_id = ANY(%s) RETURNING key_id, sealed",
+            (link, blocks),
+        ).fetchall()
         new = self._spend(cursor, link, blocks)
-        keys: list[Secret | None] = []
-        for one in allotments:
-            fresh = new.issuperset(one.blocks) and len(set(one.blocks)) == len(one.blocks)
-            new.difference_update(one.blocks)
-            if not fresh:
-                keys.append(None)
-            elif one.value is not None:
-                keys.append(one.value)
-            elif all(block in taken for block in one.blocks):
-                parts = [
-                    self._seal.open(taken[block], place_of("material", link, block)).reveal()
-                    for block in one.blocks
-                ]
-                keys.append(Secret(b"".join(parts)[: one.size]))
-            else:
-                keys.append(None)
-        return keys
+        return assembled(allotments, seal=self._seal, link=link, taken=dict(rows), new=new)
 
     @staticmethod
     def _spend(cursor: _Cursor, link: str, key_ids: Iterable[str]) -> set[str]:
@@ -539,10 +512,7 @@ class PostgresKeyStore:
                         raise KeyUnauthorized(f"key {key_id} is not for {slave}")
                     raise KeyUnknown(f"there is no key {key_id} of {master}")
                 sealed, ended = found[key_id]
-                if ended == "expired":
-                    raise KeyExpired(f"key {key_id} has expired")
-                if ended is not None:
-                    raise KeyConsumed(f"key {key_id} is {ended}")
+                uncollected(key_id, ended)
                 found[key_id] = (None, "delivered")  # a second time in one request
                 place = place_of("grant", link, key_id, master, slave)
                 keys.append((key_id, self._seal.open(sealed, place)))

@@ -22,8 +22,6 @@ from cryptography.exceptions import InvalidTag
 
 from hybridkex.errors import (
     ConfigError,
-    KeyConsumed,
-    KeyExpired,
     KeySourceUnavailable,
     KeyUnauthorized,
     KeyUnknown,
@@ -34,14 +32,21 @@ from hybridkex.qkd.call_queue import Call, CallQueue
 from hybridkex.qkd.sqlite_file import open_locked
 from hybridkex.qkd.sqlite_schema import ANY_LINK, SCHEMA_VERSION, create, migrate
 from hybridkex.qkd.store import (
+    PAGE,
     Allotment,
     BlocksRefused,
     BlockState,
     Material,
     Position,
     Seal,
+    assembled,
+    blocks_of,
+    check_states,
+    check_whole,
     half_of,
     place_of,
+    position_after,
+    uncollected,
 )
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
@@ -63,8 +68,6 @@ GROUP_KEYS: Final = 1024
 """Most keys of a group of several calls: how much work others may have to wait for."""
 ROWS: Final = 64
 """Rows that one statement inserts."""
-PAGE: Final = 1000
-"""Rows that one call reads or erases where there may be a million."""
 
 CACHE_KIB: Final = 16_384
 """Memory for pages of the database, most of them of the indexes."""
@@ -482,9 +485,7 @@ class SqliteKeyStore:
             (created_before, link, half, last, PAGE),
         ).fetchall()
         ids = [key_id for _, key_id, fits in rows if fits and (link, key_id) not in self._reserved]
-        if len(rows) == PAGE:
-            return ids, (half, rows[-1][0])
-        return ids, (1, 0) if half == 0 else None
+        return ids, position_after(half, [row[0] for row in rows], PAGE)
 
     async def unknown(self, link: str, key_ids: Sequence[str]) -> list[str]:
         found = await self._read(self._material_among, link, key_ids)
@@ -509,17 +510,15 @@ class SqliteKeyStore:
     async def allot(
         self, link: str, allotments: Sequence[Allotment], *, master: str, slaves: Sequence[str] = ()
     ) -> None:
-        await self._write(_blocks(allotments), self._allot, link, allotments, master, slaves)
+        await self._write(len(blocks_of(allotments)), self._allot, link, allotments, master, slaves)
 
     def _allot(
         self, link: str, allotments: Sequence[Allotment], master: str, slaves: Sequence[str]
     ) -> None:
         keys = self._assemble(link, allotments)
-        for allotment, key in zip(allotments, keys, strict=True):
-            if key is None:
-                raise KeyConsumed(f"a block of key {allotment.key_id} is gone")
+        check_whole(allotments, keys)
         self._grant(link, allotments, keys, master, slaves)
-        self._let_go(link, [block for one in allotments for block in one.blocks])
+        self._let_go(link, blocks_of(allotments))
 
     async def accept(
         self,
@@ -531,7 +530,7 @@ class SqliteKeyStore:
         peer_half: int = 0,
     ) -> None:
         await self._write(
-            _blocks(allotments), self._accept, link, allotments, master, slaves, peer_half
+            len(blocks_of(allotments)), self._accept, link, allotments, master, slaves, peer_half
         )
 
     def _accept(
@@ -542,20 +541,14 @@ class SqliteKeyStore:
         slaves: Sequence[str],
         peer_half: int,
     ) -> None:
-        blocks = [block for one in allotments for block in one.blocks]
-        spent, here = self._spent_among(link, blocks), self._material_among(link, blocks)
-        states: dict[str, BlockState] = {}
-        for allotment in allotments:
-            for block in allotment.blocks:
-                if block in spent:
-                    states[block] = BlockState.SPENT
-                elif block not in here:
-                    if allotment.value is None:
-                        states[block] = BlockState.UNKNOWN
-                elif (link, block) in self._reserved and half_of(block) != peer_half:
-                    states[block] = BlockState.RESERVED
-        if states:
-            raise BlocksRefused(states)
+        blocks = blocks_of(allotments)
+        check_states(
+            allotments,
+            spent=self._spent_among(link, blocks),
+            here=self._material_among(link, blocks),
+            reserved={block for block in blocks if (link, block) in self._reserved},
+            peer_half=peer_half,
+        )
         keys = self._assemble(link, allotments)
         for allotment, key in zip(allotments, keys, strict=True):
             if key is None:
@@ -568,32 +561,14 @@ class SqliteKeyStore:
 
         A key is ``None`` if one of its blocks is gone, or missing and needed.
         """
-        blocks = [block for one in allotments for block in one.blocks]
-        taken = dict(
-            self._db.execute(
-                "DELETE FROM material WHERE link = ?"
-                " AND key_id IN (SELECT value FROM json_each(?)) RETURNING key_id, sealed",
-                (link, json.dumps(blocks)),
-            ).fetchall()
-        )
+        blocks = blocks_of(allotments)
+        rows = self._db.execute(
+            "DELETE FROM material WHERE link = ?"
+            " AND key_id IN (SELECT value FROM json_each(?)) RETURNING key_id, sealed",
+            (link, json.dumps(blocks)),
+        ).fetchall()
         new = self._spend(link, blocks)
-        keys: list[Secret | None] = []
-        for allotment in allotments:
-            fresh = all(block in new for block in allotment.blocks)
-            new.difference_update(allotment.blocks)
-            if not fresh or len(set(allotment.blocks)) != len(allotment.blocks):
-                keys.append(None)
-            elif allotment.value is not None:
-                keys.append(allotment.value)
-            elif all(block in taken for block in allotment.blocks):
-                parts = [
-                    self._seal.open(taken[block], place_of("material", link, block)).reveal()
-                    for block in allotment.blocks
-                ]
-                keys.append(Secret(b"".join(parts)[: allotment.size]))
-            else:
-                keys.append(None)
-        return keys
+        return assembled(allotments, seal=self._seal, link=link, taken=dict(rows), new=new)
 
     def _spend(self, link: str, key_ids: Sequence[str]) -> set[str]:
         """Record IDs as spent. Returns those that were not."""
@@ -655,10 +630,7 @@ class SqliteKeyStore:
                 raise KeyUnauthorized(f"key {key_id} is not for {slave}")
             raise KeyUnknown(f"there is no key {key_id} of {master}")
         sealed, ended = row
-        if ended == "expired":
-            raise KeyExpired(f"key {key_id} has expired")
-        if ended is not None:
-            raise KeyConsumed(f"key {key_id} is {ended}")
+        uncollected(key_id, ended)
         key = self._seal.open(sealed, place_of("grant", link, key_id, master, slave))
         self._db.execute(
             "UPDATE grants SET sealed = NULL, ended = 'delivered'"
@@ -752,10 +724,6 @@ class SqliteKeyStore:
             " (SELECT link, key_id FROM spent WHERE at < ? ORDER BY at LIMIT ?)",
             (before, PAGE),
         ).rowcount
-
-
-def _blocks(allotments: Sequence[Allotment]) -> int:
-    return sum(len(one.blocks) for one in allotments)
 
 
 def _inode(path: str | Path) -> _Inode:

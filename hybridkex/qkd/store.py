@@ -20,7 +20,7 @@ key file is good for 2^32 writes (NIST SP 800-38D section 8.3).
 
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Final, Protocol, TypeAlias
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from hybridkex.errors import ConfigError
+from hybridkex.errors import ConfigError, KeyConsumed, KeyExpired
 from hybridkex.files import create_file, read_file
 from hybridkex.machine import write_error
 from hybridkex.secret import Secret
@@ -41,11 +41,20 @@ __all__ = [
     "Material",
     "Position",
     "Seal",
+    "assembled",
+    "blocks_of",
+    "check_states",
+    "check_whole",
     "half_of",
     "place_of",
+    "position_after",
     "read_key_file",
+    "uncollected",
     "write_key_file",
 ]
+
+PAGE: Final = 1000
+"""Rows that one call reads or erases where there may be a million."""
 
 NONCE_BYTES: Final = 12
 SEAL_KEY_BYTES: Final = 32
@@ -241,6 +250,103 @@ class KeyStore(Protocol):
     async def aclose(self) -> None:
         """Close the database after the calls in progress."""
         ...
+
+
+# -- what every implementation decides alike, inside its transaction
+
+
+def blocks_of(allotments: Iterable[Allotment]) -> list[str]:
+    """The blocks of all allotments."""
+    return [block for one in allotments for block in one.blocks]
+
+
+def check_states(
+    allotments: Iterable[Allotment],
+    *,
+    spent: Container[str],
+    here: Container[str],
+    reserved: Container[str],
+    peer_half: int,
+) -> None:
+    """Refuse to promise what is spent, missing, or reserved by us and not of the peer's half.
+
+    Raises ``BlocksRefused``.
+    """
+    states: dict[str, BlockState] = {}
+    for one in allotments:
+        for block in one.blocks:
+            if block in spent:
+                states[block] = BlockState.SPENT
+            elif block not in here:
+                if one.value is None:
+                    states[block] = BlockState.UNKNOWN
+            elif block in reserved and half_of(block) != peer_half:
+                states[block] = BlockState.RESERVED
+    if states:
+        raise BlocksRefused(states)
+
+
+def assembled(
+    allotments: Iterable[Allotment],
+    *,
+    seal: "Seal",
+    link: str,
+    taken: Mapping[str, bytes],
+    new: set[str],
+) -> list[Secret | None]:
+    """The keys of allotments; ``None`` if a block of one is gone, or missing and needed.
+
+    Args:
+        allotments: what is asked for; a block that is listed twice is gone the second time.
+        seal: opens the blocks.
+        link: whose material they were.
+        taken: the sealed blocks that this transaction has removed from the material.
+        new: the IDs that it has recorded as spent, and that were not before.
+
+    Raises ``cryptography.exceptions.InvalidTag``.
+    """
+    left = set(new)
+    keys: list[Secret | None] = []
+    for one in allotments:
+        fresh = left.issuperset(one.blocks) and len(set(one.blocks)) == len(one.blocks)
+        left.difference_update(one.blocks)
+        if fresh and one.value is not None:
+            keys.append(one.value)
+        elif fresh and all(block in taken for block in one.blocks):
+            parts = [
+                seal.open(taken[block], place_of("material", link, block)).reveal()
+                for block in one.blocks
+            ]
+            keys.append(Secret(b"".join(parts)[: one.size]))
+        else:
+            keys.append(None)
+    return keys
+
+
+def check_whole(allotments: Iterable[Allotment], keys: Iterable[Secret | None]) -> None:
+    """Raise ``KeyConsumed`` if one of our own allotments has no key."""
+    for one, key in zip(allotments, keys, strict=True):
+        if key is None:
+            raise KeyConsumed(f"a block of key {one.key_id} is gone")
+
+
+def uncollected(key_id: str, ended: str | None) -> None:
+    """Raise ``KeyExpired`` or ``KeyConsumed`` if a promise has ended, and how."""
+    if ended == "expired":
+        raise KeyExpired(f"key {key_id} has expired")
+    if ended is not None:
+        raise KeyConsumed(f"key {key_id} is {ended}")
+
+
+def position_after(half: int, read: Sequence[int], page: int) -> Position | None:
+    """Where a walk goes on that has read these rows of ``half``, at most ``page`` of them; half 1
+    follows half 0."""
+    if len(read) == page:
+        return half, read[-1]
+    return (1, 0) if half == 0 else None
+
+
+# -- encryption at rest
 
 
 def write_key_file(path: Path) -> None:

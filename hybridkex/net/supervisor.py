@@ -64,6 +64,9 @@ class Supervisor(Generic[T]):
         patience: seconds that one of them must have been silent before a newcomer takes its place.
         on_failure: called with the kind of each failure, for a counter: ``limit``, ``timeout``,
             ``evicted``, ``failed`` or ``internal``.
+
+    Raises:
+        OSError: the system has no descriptor for the waiting room.
     """
 
     def __init__(
@@ -88,6 +91,11 @@ class Supervisor(Generic[T]):
         self._on_failure = on_failure or (lambda _: None)
         self._accepted = 0
         self._news = trio.Event()
+        self._room = WaitingRoom[T](self._handshakes.held)
+
+    async def aclose(self) -> None:
+        """End a supervisor that does not serve."""
+        await self._room.aclose()
 
     async def serve(
         self,
@@ -96,14 +104,14 @@ class Supervisor(Generic[T]):
         connections: trio.Nursery | None = None,
         task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Accept and serve until cancelled. The listeners are closed at the end.
+        """Accept and serve until cancelled, once. The listeners are closed at the end.
 
         Args:
             listeners: where connections come in.
             connections: the nursery of the handlers, if they are to outlive this call.
             task_status: given ``listeners`` when the first connection may come.
         """
-        room = WaitingRoom[T](self._handshakes.held)
+        room = self._room
         try:
             with listening():
                 async with trio.open_nursery() as nursery:

@@ -1,7 +1,9 @@
 """``hybridkex tunnel`` as processes, with faults."""
 
 import contextlib
+import errno
 import hashlib
+import os
 import random
 import shutil
 import signal
@@ -811,3 +813,39 @@ async def test_no_memory_is_no_internal_error(
         nursery.cancel_scope.cancel()
     assert "cut: this machine gives the program no more memory" in caplog.text
     assert "internal error" not in caplog.text
+
+
+async def test_a_new_tunnel_that_finds_no_descriptor_leaves_everything_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its waiting room needs one, besides that of its socket."""
+
+    @asynccontextmanager
+    async def client_side() -> AsyncIterator[ClientConfig]:
+        yield ClientConfig(verifier=TrustStore((DevCa.create().certificate,)))
+
+    def tunnel(name: str) -> TunnelConfig:
+        local = UnixAddress(str(tmp_path / name))
+        return TunnelConfig(
+            name=name, local=local, forward=local, channel=client_side, server_name="localhost"
+        )
+
+    def refuse() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with trio.open_nursery() as nursery:
+        server = TunnelServer(TunnelMetrics())
+        await nursery.start(server.run, [tunnel("old")])
+        with monkeypatch.context() as full:
+            full.setattr("hybridkex.net.waiting_room.selectors.DefaultSelector", refuse)
+            with pytest.raises(
+                ConfigError, match=r"new: cannot accept connections at .*open files"
+            ):
+                await server.apply([tunnel("old"), tunnel("new")])
+        assert not (tmp_path / "new").exists()
+        async with await trio.open_unix_socket(str(tmp_path / "old")):
+            pass
+        await server.apply([tunnel("old"), tunnel("new")])
+        async with await trio.open_unix_socket(str(tmp_path / "new")):
+            pass
+        nursery.cancel_scope.cancel()

@@ -12,7 +12,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -26,7 +26,7 @@ from hybridkex.apps.tunnel.config import TunnelConfig, check_together
 from hybridkex.apps.tunnel.forward import ConnectionCut, Leg, forward
 from hybridkex.apps.tunnel.metrics import TunnelCounters, TunnelMetrics
 from hybridkex.apps.tunnel.sockets import Listening, connect, listen
-from hybridkex.errors import HybridkexError
+from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.machine import refusal
 from hybridkex.net.address import Address, TcpAddress
 from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
@@ -77,6 +77,9 @@ class _ActiveConfig:
                 self.over.set()
 
 
+_Accepted: TypeAlias = "Callable[[_Endpoint, trio.SocketStream, Connection], Awaitable[None]]"
+
+
 @dataclass(eq=False)
 class _Endpoint:
     """A listening address and the configuration for its connections."""
@@ -84,7 +87,24 @@ class _Endpoint:
     listening: Listening
     active: _ActiveConfig
     budget: Budget
+    accepted: InitVar[_Accepted]
+    supervisor: Supervisor[trio.SocketStream] = field(init=False)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+    def __post_init__(self, accepted: _Accepted) -> None:
+        self.supervisor = Supervisor(
+            partial(accepted, self),
+            name=self.active.config.name,
+            logger=LOG,
+            # The stream's own time limit applies: it notifies the peer and follows the
+            # configuration.
+            handshake_seconds=math.inf,
+        )
+
+    async def aclose(self) -> None:
+        """Close it, where no connection was accepted."""
+        await self.supervisor.aclose()
+        await self.listening.aclose()
 
 
 class TunnelServer:
@@ -191,13 +211,9 @@ class TunnelServer:
                     if before is not None:
                         undo.callback(_try, endpoint.listening.set_mode, before)
                     continue
-                listening = await listen(config.local, mode=config.socket_mode)
-                undo.push_async_callback(_shielded, listening.aclose)
-                opened[key] = _Endpoint(
-                    listening,
-                    active,
-                    Budget(config.max_connections, descriptors=2, even_shares=True),
-                )
+                budget = Budget(config.max_connections, descriptors=2, even_shares=True)
+                opened[key] = await self._open_endpoint(active, budget)
+                undo.push_async_callback(_shielded, opened[key].aclose)
             port_files = []
             for key, active in fresh.items():
                 port = (opened.get(key) or self._endpoints[key]).listening.port
@@ -232,7 +248,7 @@ class TunnelServer:
                         continue
                     config = endpoint.active.config
                     try:
-                        listening = await listen(config.local, mode=config.socket_mode)
+                        again = await self._open_endpoint(endpoint.active, endpoint.budget)
                     except HybridkexError as error:
                         if failures.get(key) != str(error):  # once, not every time
                             LOG.error(  # noqa: TRY400
@@ -247,9 +263,25 @@ class TunnelServer:
                         "%s: the socket %s was removed or replaced; it has been created again",
                         *(config.name, config.local),
                     )
-                    self._endpoints[key] = _Endpoint(listening, endpoint.active, endpoint.budget)
+                    self._endpoints[key] = again
                     endpoint.scope.cancel()
-                    self._accepting.start_soon(self._accept, self._endpoints[key])
+                    self._accepting.start_soon(self._accept, again)
+
+    async def _open_endpoint(self, active: _ActiveConfig, budget: Budget) -> _Endpoint:
+        """Listen where a configuration says, with all that accepting takes.
+
+        Raises:
+            ConfigError: that cannot be done.
+        """
+        config = active.config
+        listening = await listen(config.local, mode=config.socket_mode)
+        try:
+            return _Endpoint(listening, active, budget, self._accepted)
+        except OSError as error:
+            await _shielded(listening.aclose)
+            raise ConfigError(
+                f"{config.name}: cannot accept connections at {config.local}: {error.strerror}"
+            ) from error
 
     async def _hold(
         self, config: TunnelConfig, *, task_status: trio.TaskStatus[_ActiveConfig]
@@ -274,20 +306,11 @@ class TunnelServer:
             LOG.exception("%s: closing its key sources failed", config.name)
 
     async def _accept(self, endpoint: _Endpoint) -> None:
-        async def handle(socket: trio.SocketStream, connection: Connection) -> None:
-            await self._accepted(endpoint, socket, connection)
-
-        supervisor = Supervisor(
-            handle,
-            name=endpoint.active.config.name,
-            logger=LOG,
-            # The stream's own time limit applies: it notifies the peer and follows the
-            # configuration.
-            handshake_seconds=math.inf,
-        )
         with endpoint.scope:
             try:
-                await supervisor.serve(endpoint.listening.listeners, connections=self._connections)
+                await endpoint.supervisor.serve(
+                    endpoint.listening.listeners, connections=self._connections
+                )
             finally:
                 endpoint.listening.unlink()
 

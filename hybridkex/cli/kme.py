@@ -1,4 +1,4 @@
-"""``hybridkex kme``: run a KME, query one, fill key pools, set up two test sites.
+"""``hybridkex kme``: run a KME, move its keys, query one, fill key pools, set up two test sites.
 
 ``docs/kme.md`` describes the configuration file and each step.
 """
@@ -22,6 +22,17 @@ class ServeOptions:
 
     config: Path = argument("a TOML file, see docs/kme.md")
     log_level: str = log_level("warning")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MigrateOptions:
+    """``kme migrate``."""
+
+    config: Path = argument("a TOML file in which store is already the database")
+    source: Path = option("the store file whose keys are moved", "--from")
+    kme: str | None = option(
+        "the KME whose store it is (default: the only one of the file)", metavar="ID"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +109,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_action(serve, _action(ServeOptions, "serve"))
 
+    migrate = commands.add_parser("migrate", help="move the keys of a store file to PostgreSQL")
+    describe(
+        migrate,
+        "Move all keys of a store file into the PostgreSQL database that the configuration names. "
+        "No KME may have the file open. A move that was interrupted, even by SIGKILL, continues "
+        "when the command is run again; until it is complete, neither store can be served, and "
+        "afterwards only the database can. The keys of the file are erased at the end.",
+        examples=["kme migrate kme.toml --from keys.db"],
+        status="0 when all keys are in the database, 1 otherwise",
+        notes="See docs/kme.md.",
+    )
+    add_action(migrate, _action(MigrateOptions, "migrate", extra="kme,postgres"))
+
     status = commands.add_parser("status", help="print a KME's status for a peer, as JSON")
     describe(
         status,
@@ -142,5 +166,5 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_action(dev_up, _action(DevUpOptions, "dev_up"))
 
 
-def _action(options: type, function: str) -> Action:
-    return Action("kme", options, extra="kme", function=function)
+def _action(options: type, function: str, extra: str = "kme") -> Action:
+    return Action("kme", options, extra=extra, function=function)

@@ -2,9 +2,9 @@
 
 from typing import Final
 
-__all__ = ["SCHEMA_VERSION", "TABLES"]
+__all__ = ["SCHEMA_VERSION", "SINCE", "TABLES"]
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """Column ``version`` of ``hybridkex_meta``."""
 
 _NOW: Final = "extract(epoch FROM clock_timestamp())"
@@ -114,4 +114,15 @@ TABLES: Final = (
         )
     ),
 )
-"""Statements that create everything, in one transaction."""
+"""Statements that create the tables of version 1, in one transaction."""
+
+SINCE: Final = {
+    2: (
+        # A move of another store's keys into this one: the two stores' IDs, and whether it is
+        # complete.
+        "ALTER TABLE hybridkex_meta ADD COLUMN id uuid NOT NULL DEFAULT gen_random_uuid()",
+        "ALTER TABLE hybridkex_meta ADD COLUMN source text",
+        "ALTER TABLE hybridkex_meta ADD COLUMN moved boolean NOT NULL DEFAULT false",
+    ),
+}
+"""What each later version adds, in the same transaction."""

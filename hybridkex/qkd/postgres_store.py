@@ -29,7 +29,7 @@ from hybridkex.errors import (
 )
 from hybridkex.net.event_loop import checkpoint, in_thread
 from hybridkex.net.threads import NoThread
-from hybridkex.qkd.postgres_schema import SCHEMA_VERSION, TABLES
+from hybridkex.qkd.postgres_schema import SCHEMA_VERSION, SINCE, TABLES
 from hybridkex.qkd.store import (
     PAGE,
     Allotment,
@@ -60,7 +60,7 @@ except ImportError as error:
         "a store in PostgreSQL needs psycopg: pip install 'hybridkex[postgres]'"
     ) from error
 
-__all__ = ["PostgresKeyStore"]
+__all__ = ["MOVED", "PostgresKeyStore"]
 
 LOG: Final = get_logger(__name__)
 
@@ -75,6 +75,28 @@ STATEMENT_SECONDS: Final = 5.0
 """For one statement, waiting for locks included."""
 HOLD_SECONDS: Final = 30.0
 """How long a reservation lasts if its process does not end it: longer than a request."""
+MOVED: Final = {
+    "spent": {"link": "text", "key_id": "text", "at": "float8"},
+    "material": {
+        "link": "text",
+        "key_id": "text",
+        "half": "smallint",
+        "shared": "boolean",
+        "created": "float8",
+        "sealed": "bytea",
+    },
+    "grants": {
+        "link": "text",
+        "key_id": "text",
+        "slave": "text",
+        "master": "text",
+        "created": "float8",
+        "sealed": "bytea",
+        "ended": "text",
+        "blocks": "integer",
+    },
+}
+"""The tables whose rows another store gives up, their columns and the columns' types."""
 _ALL_LINKS: Final = "*"
 """The scope of the work of the clock, which is the same for all links."""
 
@@ -88,10 +110,13 @@ class PostgresKeyStore:
         owner: the ID of the KME whose database it is.
         on_failure: called in a worker thread for each call that fails.
         connections: most connections to the database.
+        source: the ID of another store, to open this one for a move of that store's keys into it
+            (:mod:`hybridkex.qkd.store_move`) instead of for service.
 
     Raises:
         ConfigError: the database cannot be used now, belongs to another KME or another key file,
-            or is of a later version.
+            or is of a later version; a move into it is incomplete, or, with ``source``, it has
+            other keys.
     """
 
     def __init__(
@@ -102,6 +127,7 @@ class PostgresKeyStore:
         owner: str,
         on_failure: Callable[[], object] = lambda: None,
         connections: int = CONNECTIONS,
+        source: str | None = None,
     ) -> None:
         self._seal = Seal(seal_key)
         self._owner = owner
@@ -111,7 +137,7 @@ class PostgresKeyStore:
         """For each reserved block of a link, the mark of its reservation."""
         self._marks = 0
         try:
-            conninfo, self._where = _prepared(url.reveal().decode())
+            conninfo, self.where = _prepared(url.reveal().decode())
             self._pool: ConnectionPool[psycopg.Connection[Any]] = ConnectionPool(
                 conninfo,
                 min_size=1,
@@ -126,20 +152,23 @@ class PostgresKeyStore:
         try:
             with psycopg.connect(conninfo) as connection:
                 _configure(connection)
-                self._prepare(connection)
+                self.id, self.moved = self._prepare(connection, source)
                 [self._process] = _one(connection.execute("SELECT gen_random_uuid()::text"), 1)
         except psycopg.Error as error:
-            raise ConfigError(
-                f"cannot use the key store {self._where}: {_reason(error)}"
-            ) from error
+            raise ConfigError(f"cannot use the key store {self.where}: {_reason(error)}") from error
         except InvalidTag:
             raise ConfigError(
-                f"the key file is not the one under which the key store {self._where} was encrypted"
+                f"the key file is not the one under which the key store {self.where} was encrypted"
             ) from None
         self._pool.open()
 
-    def _prepare(self, connection: "psycopg.Connection[Any]") -> None:
-        """Create or check the tables; processes that start at once take turns."""
+    def _prepare(
+        self, connection: "psycopg.Connection[Any]", source: str | None
+    ) -> tuple[str, bool]:
+        """Create, convert or check the tables; processes that start at once take turns.
+
+        Returns the ID of the store, and whether a move into it is complete.
+        """
         with connection.transaction(), connection.cursor() as cursor:
             cursor.execute("SELECT pg_advisory_xact_lock(hashtext('hybridkex key store'))")
             [found] = _one(cursor.execute("SELECT to_regclass('hybridkex_meta') IS NOT NULL"), 1)
@@ -148,29 +177,74 @@ class PostgresKeyStore:
                     cursor.execute(statement)
                 seal = self._seal.seal(Secret(b"seal"), _meta_place(self._owner))
                 cursor.execute(
-                    "INSERT INTO hybridkex_meta (version, kme, seal) VALUES (%s, %s, %s)",
-                    (SCHEMA_VERSION, self._owner, seal),
+                    "INSERT INTO hybridkex_meta (version, kme, seal) VALUES (1, %s, %s)",
+                    (self._owner, seal),
                 )
             version, owner, seal = _one(
                 cursor.execute("SELECT version, kme, seal FROM hybridkex_meta"), 3
             )
             if version > SCHEMA_VERSION:
                 raise ConfigError(
-                    f"the key store {self._where} was written by a later version of hybridkex"
+                    f"the key store {self.where} was written by a later version of hybridkex"
                 )
             if owner != self._owner:
                 raise ConfigError(
-                    f"the key store {self._where} belongs to {owner}, not to {self._owner}; every "
+                    f"the key store {self.where} belongs to {owner}, not to {self._owner}; every "
                     "KME needs a database or a schema of its own"
                 )
             self._seal.open(bytes(seal), _meta_place(owner))
+            for later in range(version + 1, SCHEMA_VERSION + 1):
+                for statement in SINCE[later]:
+                    cursor.execute(statement)
+            cursor.execute("UPDATE hybridkex_meta SET version = %s", (SCHEMA_VERSION,))
+            if not found:
+                cursor.execute("UPDATE hybridkex_meta SET source = %s", (source,))
+            store_id, origin, moved = _one(
+                cursor.execute("SELECT id::text, source, moved FROM hybridkex_meta"), 3
+            )
+            if source is not None and origin != source:
+                raise ConfigError(
+                    f"the key store {self.where} is in service or has keys of another store, and "
+                    "keys can be moved into a new one only: name an empty database or schema"
+                )
+            if source is None and origin is not None and not moved:
+                raise ConfigError(
+                    f"the move of keys into {self.where} is not complete: run 'hybridkex kme "
+                    "migrate' again, which continues it"
+                )
             [fsync] = _one(cursor.execute("SELECT current_setting('fsync')"), 1)
             if fsync == "off":
                 LOG.warning(
                     "%s has fsync = off: after a failure of its machine, keys may be delivered "
                     "twice",
-                    self._where,
+                    self.where,
                 )
+        return store_id, moved
+
+    # -- a move of another store's keys into this one
+
+    def add_rows(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Add rows with the columns of :data:`MOVED`, except those that are here. Blocks.
+
+        Raises ``KeySourceUnavailable``.
+        """
+        columns = MOVED[table]
+        arrays = ", ".join(f"%s::{kind}[]" for kind in columns.values())
+        self._transact(
+            _ALL_LINKS,
+            lambda cursor: cursor.execute(
+                f"INSERT INTO {table} ({', '.join(columns)}) SELECT * FROM unnest({arrays})"
+                " ON CONFLICT DO NOTHING",
+                list(map(list, zip(*rows, strict=True))),
+            ),
+        )
+
+    def end_move(self) -> None:
+        """Put the store into service. Blocks. Raises ``KeySourceUnavailable``."""
+        self._transact(
+            _ALL_LINKS, lambda cursor: cursor.execute("UPDATE hybridkex_meta SET moved = true")
+        )
+        self.moved = True
 
     # -- transactions
 
@@ -193,12 +267,12 @@ class PostgresKeyStore:
             self._on_failure()
             text = _reason(cause)
             if not self._failing:  # once, not for every call until the store works again
-                LOG.error("the key store %s failed: %s", self._where, text)  # noqa: TRY400
+                LOG.error("the key store %s failed: %s", self.where, text)  # noqa: TRY400
             self._failing = not isinstance(cause, InvalidTag)
             raise KeySourceUnavailable(f"the key store failed: {text}") from cause
         if self._failing:
             self._failing = False
-            LOG.warning("the key store %s works again", self._where)
+            LOG.warning("the key store %s works again", self.where)
         return result
 
     def _attempt(self, link: str, work: Callable[[_Cursor], T]) -> T:
@@ -300,7 +374,7 @@ class PostgresKeyStore:
 
         found, damaged = await self._run(link, work)
         if damaged:
-            LOG.error("%s: %d damaged keys of %s are erased", self._where, len(damaged), link)
+            LOG.error("%s: %d damaged keys of %s are erased", self.where, len(damaged), link)
         self._held.update(((link, one.key_id), mark) for one in found)
         return found
 

@@ -101,16 +101,23 @@ class SqliteKeyStore:
     """
 
     def __init__(
-        self, path: Path, seal_key: Secret, *, on_failure: Callable[[], object] = lambda: None
+        self,
+        path: Path,
+        seal_key: Secret,
+        *,
+        on_failure: Callable[[], object] = lambda: None,
+        moving: bool = False,
     ) -> None:
         """Open a database, or create it if there is no file. Blocks briefly; converting a database
         of an older version takes some seconds for a million keys.
 
-        ``on_failure`` is called for each call that fails, in any thread.
+        ``on_failure`` is called for each call that fails, in any thread. ``moving`` opens it for a
+        move of its keys (:mod:`hybridkex.qkd.store_move`) instead of for service.
 
         Raises:
             ConfigError: the store is in use, the key file belongs to another store, the file is not
-                a key store or is of a later version, or it cannot be read and written.
+                a key store or is of a later version, it cannot be read and written, or its keys are
+                in another store.
         """
         self._path = path
         self._seal = Seal(seal_key)
@@ -126,6 +133,8 @@ class SqliteKeyStore:
         self._db = open_locked(path)
         try:
             self._prepare()
+            if not moving:
+                self._check_not_moved()
             self._files = self._found_files()
         except (sqlite3.Error, InvalidTag) as error:
             self._db.close()
@@ -364,6 +373,35 @@ class SqliteKeyStore:
         """A fact stored with :meth:`set_meta`."""
         row = self._db.execute("SELECT value FROM meta WHERE name = ?", (f"x-{name}",)).fetchone()
         return None if row is None else str(row[0])
+
+    # -- a move of its keys into another store
+
+    def _check_not_moved(self) -> None:
+        if where := self.meta("moved"):
+            raise ConfigError(
+                f"the keys of the key store {self._path} were moved into {where}: name that store "
+                "in the configuration"
+            )
+        if self.meta("moving"):
+            raise ConfigError(
+                f"the keys of the key store {self._path} are being moved into another store: run "
+                "'hybridkex kme migrate' again, which continues it"
+            )
+
+    def rows(self, table: str, columns: Iterable[str]) -> Iterator[list[tuple[Any, ...]]]:
+        """All rows of a table in pages, oldest first; nothing else may use the store."""
+        order = "seq" if table == "material" else "link, key_id"
+        found = self._db.execute(f"SELECT {', '.join(columns)} FROM {table} ORDER BY {order}")
+        while page := found.fetchmany(PAGE):
+            yield page
+
+    def end_move(self, where: str) -> None:
+        """Erase the keys, which are in the store ``where`` now. Blocks."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM material")
+            db.execute("DELETE FROM grants")
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('x-moved', ?)", (where,))
+        self._scrub()
 
     # -- material
 

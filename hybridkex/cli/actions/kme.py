@@ -1,4 +1,4 @@
-"""``hybridkex kme``: run a KME, query one, fill key pools, set up two test sites.
+"""``hybridkex kme``: run a KME, move its keys, query one, fill key pools, set up two test sites.
 
 ``docs/kme.md`` describes the configuration file and each step.
 """
@@ -14,7 +14,13 @@ import trio
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.cli.key_sources import kme_access
-from hybridkex.cli.kme import DevUpOptions, ExportPoolOptions, ServeOptions, StatusOptions
+from hybridkex.cli.kme import (
+    DevUpOptions,
+    ExportPoolOptions,
+    MigrateOptions,
+    ServeOptions,
+    StatusOptions,
+)
 from hybridkex.cli.logs import set_up_logging
 from hybridkex.cli.running import EndRequest, run_service, run_trio
 from hybridkex.errors import (
@@ -25,7 +31,7 @@ from hybridkex.errors import (
 )
 from hybridkex.files import PUBLIC, read_file, write_file
 from hybridkex.json_text import load_json
-from hybridkex.kme.config import load_config
+from hybridkex.kme.config import KmeConfig, PostgresUrl, load_config
 from hybridkex.kme.serve import KmeServer, Serving
 from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.net.descriptors import raise_soft_limit
@@ -37,7 +43,7 @@ from hybridkex.qkd.etsi014.pool_filling import (
 )
 from hybridkex.qkd.pool import FilePool
 from hybridkex.qkd.source import canonical_key_id
-from hybridkex.qkd.store import write_key_file
+from hybridkex.qkd.store import read_key_file, write_key_file
 from hybridkex.text import get_logger, json_line
 
 LOG: Final = get_logger("hybridkex.cli.kme")
@@ -125,6 +131,43 @@ async def _reload(server: KmeServer, path: Path) -> None:
         LOG.debug("the internal error", exc_info=error)
     else:
         LOG.warning("reloaded")
+
+
+# -- migrate
+
+
+def migrate(options: MigrateOptions) -> int:
+    from hybridkex.qkd.store_move import move  # noqa: PLC0415  # an extra
+
+    config = _chosen(load_config(options.config).kme, options)
+    if not isinstance(config.store, PostgresUrl):
+        raise ConfigError(
+            f"the store of {config.id} in {options.config} is not a database: set store = "
+            '"postgresql://..." first'
+        )
+    moved = move(
+        options.source,
+        config.store.url,
+        read_key_file(config.key_file),
+        owner=config.id,
+        links=[config.id, *(peer.id for peer in config.peer)],
+    )
+    if moved is None:
+        print(f"the keys of {options.source} were moved before: nothing to do")
+    else:
+        print(
+            f"{config.id}: {moved.rows['material']} keys and {moved.rows['grants']} promised or "
+            f"delivered ones of {options.source} are in {moved.where}"
+        )
+    return 0
+
+
+def _chosen(kmes: Sequence[KmeConfig], options: MigrateOptions) -> KmeConfig:
+    found = [one for one in kmes if options.kme in (None, one.id)]
+    if len(found) != 1:
+        known = ", ".join(one.id for one in kmes)
+        raise ConfigError(f"name one KME of {options.config} with --kme: {known}")
+    return found[0]
 
 
 # -- status

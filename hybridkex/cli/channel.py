@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cryptography import x509
+
 from hybridkex.auth import (
     Identity,
     InsecureNoVerification,
@@ -53,7 +55,7 @@ async def client_config(
             # A client certificate is used only if the server also authenticates with one.
             decides = TrustStore.system()
         ours = _identity(options)
-        with watched(options.cert, ours) if watch else nullcontext():
+        with watched(options.cert, _certificate(ours)) if watch else nullcontext():
             yield ClientConfig(verifier=decides, identity=ours, **shared, **more)
 
 
@@ -78,7 +80,7 @@ async def server_config(options: ChannelOptions, **more: Any) -> AsyncIterator[S
                 "--require-client-cert needs to know whom to trust: add --ca, --pin or "
                 "--known-peers"
             )
-        with watched(options.cert, ours):
+        with watched(options.cert, _certificate(ours)):
             yield ServerConfig(
                 identities=(ours,) if ours is not None else (),
                 client_verifier=decides,
@@ -205,6 +207,10 @@ def _identity(options: ChannelOptions) -> Identity | RawIdentity | None:
     if options.cert is None:
         return RawIdentity.from_file(options.key)
     return Identity.from_files(options.cert, options.key)
+
+
+def _certificate(ours: Identity | RawIdentity | None) -> x509.Certificate | None:
+    return ours.leaf if isinstance(ours, Identity) else None
 
 
 @contextmanager

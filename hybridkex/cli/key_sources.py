@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridkex.cli.choices import KME_ID_RULES, KME_TLS_KINDS
+from hybridkex.cli.own_certificate import watched
 from hybridkex.cli.qkd_options import KmeOptions, QkdOptions
 from hybridkex.cli.qkd_requirement import qkd_requirement
 from hybridkex.errors import ConfigError
 from hybridkex.qkd.composite import FailoverSource
-from hybridkex.qkd.etsi014.naming import IdRule
+from hybridkex.qkd.etsi014.naming import IdRule, own_certificate
 from hybridkex.qkd.pool import FilePool
 from hybridkex.qkd.source import KeySource
 from hybridkex.qkd.store import read_key_file
@@ -86,6 +87,8 @@ async def key_sources(options: QkdOptions) -> AsyncIterator[list[KeySource]]:
             )
 
             client = await stack.enter_async_context(KmeClient(access))
+            ours = own_certificate(access.certificate)
+            stack.enter_context(watched(access.certificate, ours))
             for peer in options.peer_sae:
                 sources[peer] = [
                     Etsi014Source(

@@ -2,50 +2,44 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 import trio
+from cryptography import x509
 
-from hybridkex.auth import Identity
-from hybridkex.crypto.expiry import problem_of_expiry, seconds_to_next
-from hybridkex.crypto.x509_parsing import certificate_from_der
+from hybridkex.shell.expiry_watch import ExpiryWatch
 from hybridkex.text import get_logger
 
 __all__ = ["watched"]
 
 LOG: Final = get_logger("hybridkex.cli.own_certificate")
 
-LOOK_EVERY: Final = 3600.0
-"""Seconds after which the clock is looked at again: it may be set, and the machine may sleep."""
-
 
 @contextmanager
-def watched(path: Path | None, identity: object) -> Iterator[None]:
+def watched(path: Path | None, certificate: x509.Certificate | None) -> Iterator[None]:
     """In this context, log when our certificate is about to expire and when it has expired: each
-    once, and at once if it is so from the beginning."""
-    if not isinstance(identity, Identity):
+    once, and at once if it is so from the beginning.
+
+    Args:
+        path: where it comes from.
+        certificate: ``None`` if there is none, such as with a raw key.
+    """
+    if certificate is None:
         yield
         return
-    ends = certificate_from_der(identity.chain[0]).not_valid_after_utc
+    watch = ExpiryWatch(lambda text: LOG.warning("%s", text))
+    watch.own(path, certificate)
     scope = trio.CancelScope()
 
-    async def watch() -> None:
-        told = None
+    async def look() -> None:
         with scope:
             while True:
-                problem = problem_of_expiry(str(path), ends)
-                if problem is not None and problem != told:
-                    LOG.warning("%s", problem)
-                told = problem
-                left = seconds_to_next(ends, datetime.now(UTC))
-                if left is None:
-                    return
-                await trio.sleep(min(left + 1, LOOK_EVERY))
+                seconds = watch.look()
+                await trio.sleep(seconds)
 
     # Not in a nursery: an error in the context must not be wrapped in an exception group.
-    trio.lowlevel.spawn_system_task(watch)
+    trio.lowlevel.spawn_system_task(look)
     try:
         yield
     finally:

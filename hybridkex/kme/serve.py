@@ -8,6 +8,7 @@ from typing import Final, Self
 
 import trio
 
+from hybridkex.crypto.x509_parsing import certificate_from_der
 from hybridkex.errors import ConfigError, HybridkexError, KeySourceUnavailable
 from hybridkex.kme.api import kme_handler
 from hybridkex.kme.config import KmeConfig, PostgresUrl, ServeConfig
@@ -20,11 +21,17 @@ from hybridkex.net.http import http_supervisor, serve_connection
 from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, client_tls, server_tls
-from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate, problems_of_certificate
+from hybridkex.qkd.etsi014.naming import (
+    IdRule,
+    id_of_certificate,
+    own_certificate,
+    problem_of_name,
+)
 from hybridkex.qkd.etsi014.transport import KmeTransport
 from hybridkex.qkd.producer import KeyProducer, RandomProducer, random_link
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.qkd.store import KeyStore, read_key_file
+from hybridkex.shell.expiry_watch import ExpiryWatch
 from hybridkex.text import get_logger
 
 __all__ = ["KmeServer", "Serving"]
@@ -104,6 +111,7 @@ class KmeServer:
             for link in live.links.values():
                 self._retire(link, live.config.peer_timeout)
             live.config, live.handshake, live.links = fresh.config, fresh.handshake, fresh.links
+            live.expiry = fresh.expiry
             live.resize()
             kme.change(
                 saes=frozenset(fresh.config.saes),
@@ -179,6 +187,7 @@ class KmeServer:
                 self._background = background
                 for one in self._config.kme:
                     background.start_soon(self._kmes[one.id].maintain)
+                background.start_soon(self._watch_certificates)
                 for link in links:
                     background.start_soon(_keep_running, link)
                 settled = self._settle_local_links(background)
@@ -195,6 +204,11 @@ class KmeServer:
                         accepting.cancel_scope.cancel()
                     connections.cancel_scope.deadline = trio.current_time() + self._config.grace
                 background.cancel_scope.cancel()
+
+    async def _watch_certificates(self) -> None:
+        while True:
+            seconds = min(one.expiry.look() for one in self._settings.values())
+            await trio.sleep(seconds)
 
     # -- links
 
@@ -306,6 +320,9 @@ class KmeServer:
                 await trio.aclose_forcefully(secure)
                 return
             of_a_peer = caller in _peers(config)
+            if of_a_peer or caller in config.saes:
+                who = f"the {'KME' if of_a_peer else 'SAE'} {caller}"
+                settings.expiry.peer(who, certificate_from_der(certificate))
             connection.admit(settings.of_peers if of_a_peer else settings.of_saes, caller)
             # The HTTP limits must fit what a KME announces, to SAEs and between KMEs.
             needed = MAX_MESSAGE_BYTES if of_a_peer else kme.limits.request_bytes
@@ -345,6 +362,8 @@ class _Settings:
     handshake: TlsHandshake
     links: dict[str, HttpPeer]
     """Links to peers in other processes."""
+    expiry: ExpiryWatch
+    """Of our own certificate and those of our SAEs and peers."""
     of_saes: Budget
     of_peers: Budget
 
@@ -353,6 +372,7 @@ class _Settings:
         """Read the certificates and build the settings. Raises ``ConfigError``."""
         files = {"ca": config.ca, "certificate": config.certificate, "key": config.key}
         handshake = server_tls(config.tls, **files)
+        expiry = ExpiryWatch(lambda text: LOG.warning("%s: %s", config.id, text))
         links = {}
         for peer in config.peer:
             if peer.url is not None:
@@ -360,16 +380,21 @@ class _Settings:
                 transport = KmeTransport(
                     peer.url,
                     client_tls(config.tls, **files),
-                    _confirms(peer.id, config.id_rule),
+                    _confirms(peer.id, config.id_rule, expiry),
                     max_answer=2 * MAX_MESSAGE_BYTES,
                 )
                 links[peer.id] = HttpPeer(transport, config.peer_timeout)
-        for problem in problems_of_certificate(config.certificate, config.id, config.id_rule):
-            LOG.warning("%s: %s", config.id, problem)
+        own = own_certificate(config.certificate)
+        if own is not None:
+            problem = problem_of_name(config.certificate, own, config.id, config.id_rule)
+            if problem is not None:
+                LOG.warning("%s: %s", config.id, problem)
+            expiry.own(config.certificate, own)
         made = cls(
             config=config,
             handshake=handshake,
             links=links,
+            expiry=expiry,
             # Between its requests a connection waits; while one is answered it is not idle.
             of_saes=Budget(0, idle=math.inf),
             of_peers=Budget(0, what="peer connections", idle=math.inf),
@@ -453,12 +478,13 @@ def _address(listener: trio.SocketListener) -> TcpAddress:
     return TcpAddress(host, port)
 
 
-def _confirms(kme_id: str, rule: IdRule) -> Callable[[bytes], None]:
+def _confirms(kme_id: str, rule: IdRule, expiry: ExpiryWatch) -> Callable[[bytes], None]:
     def check(certificate: bytes) -> None:
         found = id_of_certificate(certificate, rule)
         if found != kme_id:
             raise KeySourceUnavailable(
                 f"its certificate names {found}; check the url and the KME at that address"
             )
+        expiry.peer(f"the KME {kme_id}", certificate_from_der(certificate))
 
     return check

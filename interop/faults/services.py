@@ -49,7 +49,7 @@ class Service(ABC):
     watched: tuple[Path, ...] = ()
     """Files that it creates and others need, such as a socket or a store."""
     lines_each: int = 0
-    """Log lines for each connection of a local program."""
+    """Log lines for each connection of a local program or of a peer that it trusts."""
     insiders: tuple[Path, ...] = ()
     """Folders with ``ca.pem``, ``cert.pem`` and ``key.pem`` of peers that it trusts."""
     port: int
@@ -165,6 +165,7 @@ class Listen(Service):
     """``listen --echo``."""
 
     name = "listen"
+    lines_each = 4  # what a session that was authenticated rests on
 
     def prepare(self) -> None:
         self.port = free_port()

@@ -16,6 +16,7 @@ from test_kme_server import as_sae, filled
 
 from hybridkex.auth import certificates
 from hybridkex.auth.dev_ca import DevCa, write_identity
+from hybridkex.crypto import expiry
 from hybridkex.errors import Alert, ConfigError, KeySourceError
 from hybridkex.kme.config import PeerConfig, ServeConfig
 from hybridkex.kme.entity import KmeLimits
@@ -24,6 +25,7 @@ from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.models import KeyRequest
 from hybridkex.qkd.etsi014.mutual_tls import TLS_KINDS, client_tls, server_tls
+from hybridkex.shell import expiry_watch
 from interop.ports import free_port
 
 Site = Any  # of conftest.py
@@ -264,7 +266,10 @@ def test_what_a_kme_says_about_its_own_certificate(
     config = site.kme("kme-a", saes=("alice",), self_pairs=True)
     folder = site.folder / "own"
     ends = datetime.now(UTC) + timedelta(days=days)
-    write_identity(folder, site.ca, site.ca.issue("127.0.0.1", common_name=name, not_after=ends))
+    identity = site.ca.issue(
+        "127.0.0.1", common_name=name, not_before=ends - timedelta(days=400), not_after=ends
+    )
+    write_identity(folder, site.ca, identity)
     server = KmeServer(
         ServeConfig(kme=(replace(config, certificate=folder / "cert.pem", key=folder / "key.pem"),))
     )
@@ -275,3 +280,83 @@ def test_what_a_kme_says_about_its_own_certificate(
     for text, word in zip(told, words, strict=True):
         assert text.startswith("kme-a: our own certificate")
         assert word in text
+
+
+@pytest.mark.parametrize("tls", TLS_KINDS)
+async def test_a_running_kme_warns_before_certificates_expire(
+    site: Site,
+    serve: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tls: str,
+) -> None:
+    """Its own, and those that its SAEs and the other KME show, at either end of a connection."""
+    now = datetime.now(UTC)
+    for name, days in (("kme-b", 50), ("kme-a", 100), ("alice", 200), ("carol", 3)):
+        begins, ends = now - timedelta(days=100), now + timedelta(days=days)
+        dates = {"not_before": begins, "not_after": ends}
+        identity = site.ca.issue("127.0.0.1", "localhost", common_name=name, **dates)
+        write_identity(site.folder / name, site.ca, identity)
+    today = 0
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> "Clock":
+            return now + timedelta(days=today)  # type: ignore[return-value]
+
+    monkeypatch.setattr(expiry, "datetime", Clock)
+    monkeypatch.setattr(expiry_watch, "LOOK_EVERY", 0.01)
+    told: list[tuple[int, list[str]]] = []
+    ports = closed_port(), closed_port()
+    # Bob's KME reaches nobody: it sees the certificate of the other as a server.
+    urls = f"https://{ports[1]}", "https://127.0.0.1:1"
+    peers = [
+        PeerConfig(id=one, saes=(sae,), url=url)
+        for one, sae, url in zip(("kme-b", "kme-a"), ("bob", "alice"), urls, strict=True)
+    ]
+    here, there = (
+        site.kme(kme, saes=(sae,), listen=port, peer=(peer,), tls=tls)
+        for kme, sae, port, peer in zip(
+            ("kme-a", "kme-b"), ("alice", "bob"), ports, peers, strict=True
+        )
+    )
+    caplog.set_level("WARNING", "hybridkex.kme.serve")
+    async with serve(ServeConfig(kme=(there,))), serve(ServeConfig(kme=(here,))) as where:
+        as_alice, as_carol = (
+            replace(site.access(sae, where.kmes["kme-a"]), tls=tls) for sae in ("alice", "carol")
+        )
+        async with KmeClient(as_carol) as carol:
+            with pytest.raises(KeySourceError):  # not attached: her certificate is not watched
+                await carol.status("bob")
+        async with KmeClient(as_alice) as alice:
+            with trio.fail_after(20):
+                while not (await alice.status("bob")).stored_key_count:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            await alice.enc_keys("bob")
+        for today in (0, 35, 37, 51, 80, 87, 101, 180, 187, 201, 500):
+            await trio.sleep(0.1)
+            lines = [record.getMessage() for record in caplog.records]
+            told.append((today, [one for one in lines if " expire" in one]))
+            caplog.clear()
+    own = "our own certificate " + str(site.folder)
+    remedy = "its owner must renew it, since it is refused from then on"
+    dates = {
+        name: f"{now + timedelta(days=days):%Y-%m-%d}"
+        for name, days in (("kme-b", 50), ("kme-a", 100), ("alice", 200))
+    }
+
+    def lines_of(kme: str, other: str, verb: str) -> list[str]:
+        return [
+            f"{other}: the certificate of the KME {kme} {verb} on {dates[kme]}: {remedy}",
+            f"{kme}: {own}/{kme}/cert.pem {verb} on {dates[kme]}: renew it",
+        ]
+
+    of_alice = f"kme-a: the certificate of the SAE alice %s on {dates['alice']}: {remedy}"
+    assert [(day, sorted(lines)) for day, lines in told if lines] == [
+        (37, sorted(lines_of("kme-b", "kme-a", "expires"))),
+        (51, sorted(lines_of("kme-b", "kme-a", "expired"))),
+        (87, sorted(lines_of("kme-a", "kme-b", "expires"))),
+        (101, sorted(lines_of("kme-a", "kme-b", "expired"))),
+        (187, [of_alice % "expires"]),
+        (201, [of_alice % "expired"]),
+    ]

@@ -11,13 +11,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from hybridkex.crypto.expiry import problem_of_expiry
 from hybridkex.crypto.x509_parsing import UNREADABLE, certificate_from_der, certificates_from_pem
 from hybridkex.errors import ConfigError
 from hybridkex.files import read_file
 from hybridkex.text import printable
 
-__all__ = ["IdRule", "id_of_certificate", "problems_of_certificate"]
+__all__ = ["IdRule", "id_of_certificate", "own_certificate", "problem_of_name"]
 
 
 class IdRule(Enum):
@@ -29,28 +28,30 @@ class IdRule(Enum):
     SERIAL_NUMBER = "serial"
 
 
-def problems_of_certificate(path: Path, kme_id: str, rule: IdRule) -> list[str]:
-    """The reasons for which others will refuse a KME's own certificate; empty if there are none.
-
-    A file that cannot be read or parsed gives none: TLS refuses it.
-    """
+def own_certificate(path: Path) -> x509.Certificate | None:
+    """The certificate of a KME or an SAE from its own file; ``None`` if the file cannot be read or
+    parsed, or is a pipe: TLS refuses the former, and has emptied the latter."""
     try:
-        [certificate, *_] = certificates_from_pem(read_file(path))
-        ends = certificate.not_valid_after_utc
+        return certificates_from_pem(read_file(path, pipe=False))[0]
     except (ConfigError, *UNREADABLE):
-        return []
-    problems = []
+        return None
+
+
+def problem_of_name(
+    path: Path, certificate: x509.Certificate, kme_id: str, rule: IdRule
+) -> str | None:
+    """The reason for which others will refuse the ID of a KME's own certificate, if any.
+
+    ``path`` is where the certificate comes from.
+    """
     found = id_of_certificate(certificate.public_bytes(Encoding.DER), rule)
-    if found != kme_id:
-        problems.append(
-            f"our own certificate {path} names {found or 'nobody'} by the rule {rule.value}, not "
-            "us: SAEs and KMEs that confirm our ID (ETSI GS QKD 014, clause 5.1) refuse us. Use a "
-            "certificate for this id, or change id or id_rule"
-        )
-    expiry = problem_of_expiry(str(path), ends)
-    if expiry is not None:
-        problems.append(expiry)
-    return problems
+    if found == kme_id:
+        return None
+    return (
+        f"our own certificate {path} names {found or 'nobody'} by the rule {rule.value}, not "
+        "us: SAEs and KMEs that confirm our ID (ETSI GS QKD 014, clause 5.1) refuse us. Use a "
+        "certificate for this id, or change id or id_rule"
+    )
 
 
 def id_of_certificate(der: bytes, rule: IdRule) -> str | None:

@@ -1,0 +1,75 @@
+"""Warnings about certificates that expire while a service runs: its own and those that it sees."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from cryptography import x509
+
+from hybridkex.crypto.expiry import problem_of_expiry, seconds_to_next
+
+__all__ = ["ExpiryWatch"]
+
+LOOK_EVERY: Final = 3600.0
+"""Most seconds between two looks at the clock: it may be set, and the machine may sleep."""
+REMEMBERED: Final = 8
+"""Texts of each holder that are not repeated: it may use several certificates at the same time."""
+
+
+@dataclass(kw_only=True)
+class _Watched:
+    """The certificate that a holder used last."""
+
+    name: str
+    certificate: x509.Certificate
+    remedy: str
+    told: deque[str] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+
+
+class ExpiryWatch:
+    """Tells when a certificate is about to expire and when it has expired: each once.
+
+    Args:
+        tell: is given each text.
+    """
+
+    def __init__(self, tell: Callable[[str], object]) -> None:
+        self._tell = tell
+        self._holders: dict[str, _Watched] = {}
+
+    def own(self, file: object, certificate: x509.Certificate) -> None:
+        """Watch a certificate of our own; ``file`` is where it comes from."""
+        self._watch(f"our own certificate {file}", certificate, "renew it")
+
+    def peer(self, who: str, certificate: x509.Certificate) -> None:
+        """Watch the certificate that a peer shows, in place of the one that it showed before.
+
+        ``who`` is one of a bounded number of peers, such as ``SAE alice``.
+        """
+        remedy = "its owner must renew it, since it is refused from then on"
+        self._watch(f"the certificate of {who}", certificate, remedy)
+
+    def _watch(self, name: str, certificate: x509.Certificate, remedy: str) -> None:
+        watched = self._holders.get(name)
+        if watched is None:
+            watched = _Watched(name=name, certificate=certificate, remedy=remedy)
+            self._holders[name] = watched
+        watched.certificate = certificate
+        self._look_at(watched)
+
+    def look(self) -> float:
+        """Tell what is due. Returns the seconds until the next look."""
+        next_looks = [LOOK_EVERY]
+        for watched in self._holders.values():
+            self._look_at(watched)
+            left = seconds_to_next(watched.certificate)
+            if left is not None:
+                next_looks.append(left + 1)
+        return min(next_looks)
+
+    def _look_at(self, watched: _Watched) -> None:
+        problem = problem_of_expiry(watched.name, watched.certificate, remedy=watched.remedy)
+        if problem is not None and problem not in watched.told:
+            watched.told.append(problem)
+            self._tell(problem)

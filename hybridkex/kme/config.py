@@ -139,6 +139,8 @@ class KmeConfig:
     key_file: Path
     tls: str = "stdlib"
     id_rule: IdRule = IdRule.COMMON_NAME
+    reuse_port: bool = False
+    """Whether other processes of this KME on this machine listen at the same address."""
     self_pairs: bool = False
     not_found_status: int = 400
     max_connections: int = 256

@@ -64,6 +64,8 @@ LOG: Final = get_logger(__name__)
 
 CHECK_EVERY: Final = 600.0
 """Seconds between two comparisons of our blocks with the other end's."""
+CHECK_LONGEST: Final = 120.0
+"""Seconds after which another process compares them, if the one that began has not ended."""
 
 RETRY_AFTER: Final = 0.25
 RETRY_AFTER_MOST: Final = 10.0
@@ -95,8 +97,10 @@ EXCESS: Final = {
 TIDY_EVERY: Final = 0.5
 """Half the time in seconds for which a delivered key may remain, encrypted, on the disk."""
 
-COUNT_EVERY: Final = 10.0
-"""Seconds between two counts of a stock that was full: keys also leave it unnoted, by their age."""
+COUNT_EVERY: Final = 1.0
+"""Seconds between two counts of a stock that was full: keys also leave it unnoted, by their age or
+through another process. (A notice of each delivery would cost more: PostgreSQL lets one transaction
+with a NOTIFY commit at a time.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -724,21 +728,34 @@ class KeyManagementEntity:
         while True:
             now = time.time()
             try:
-                erased = await self._store.expire(
-                    keys_before=now - self.limits.key_ttl,
-                    tombstones_before=now - self.limits.tombstone_ttl,
-                )
-                if erased:
-                    self._metrics.expired.labels(self.kme_id).inc(erased)
+                if await self._store.claim("expiry", every / 2):
+                    erased = await self._store.expire(
+                        keys_before=now - self.limits.key_ttl,
+                        tombstones_before=now - self.limits.tombstone_ttl,
+                    )
+                    if erased:
+                        self._metrics.expired.labels(self.kme_id).inc(erased)
                 for link in self._links.values():
-                    if now >= link.next_check:
-                        await self.reconcile(link.target, grace=self.limits.sync_grace)
-                        link.next_check = now + CHECK_EVERY
+                    if now >= link.next_check and link.peer is not None:
+                        await self._reconcile_if_due(link)
                     stored = await self._store.count(link.target)
                     self._metrics.stored.labels(self.kme_id, link.target).set(stored)
             except KeySourceError as error:
                 LOG.warning("%s: %s", self.kme_id, error)
             await trio.sleep(every)
+
+    async def _reconcile_if_due(self, link: _Link) -> None:
+        """Reconcile, unless another process that shares the store does or has."""
+        job = f"comparison with {link.target}"
+        if not await self._store.claim(job, CHECK_LONGEST):
+            return
+        try:
+            await self.reconcile(link.target, grace=self.limits.sync_grace)
+        except BaseException:
+            with trio.CancelScope(shield=True), suppress(KeySourceUnavailable):
+                await self._store.settle(job, 0)  # at the next opportunity, by anybody
+            raise
+        await self._store.settle(job, CHECK_EVERY)
 
 
 def _assembled(

@@ -18,7 +18,7 @@ from hybridkex.kme.peering import MAX_MESSAGE_BYTES, HttpPeer, LocalPeer
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.event_loop import in_thread
 from hybridkex.net.http import http_supervisor, serve_connection
-from hybridkex.net.listening import open_tcp_listeners
+from hybridkex.net.listening import open_shared_listeners, open_tcp_listeners
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, client_tls, server_tls
 from hybridkex.qkd.etsi014.naming import (
@@ -347,7 +347,8 @@ class KmeServer:
             handshake_seconds=settings.config.handshake_timeout,
             on_failure=lambda kind: rejected.labels(kme_id, kind).inc(),
         )
-        return await _opened(settings.config.listen, supervisor, stack)
+        config = settings.config
+        return await _opened(config.listen, supervisor, stack, shared=config.reuse_port)
 
     async def _metrics_port(self, address: TcpAddress, stack: AsyncExitStack) -> "_Port":
         supervisor = http_supervisor(self.metrics.handle, "metrics", LOG, closing=self._closing)
@@ -426,6 +427,7 @@ def _fixed(old: KmeConfig, new: KmeConfig) -> Iterator[tuple[str, object, object
     """The settings that a running KME cannot change: name, current and new value."""
     for name in (
         "listen",
+        "reuse_port",
         "store",
         "key_file",
         "self_pairs",
@@ -454,10 +456,15 @@ class _Port:
 
 
 async def _opened(
-    address: TcpAddress, supervisor: Supervisor[trio.SocketStream], stack: AsyncExitStack
+    address: TcpAddress,
+    supervisor: Supervisor[trio.SocketStream],
+    stack: AsyncExitStack,
+    *,
+    shared: bool = False,
 ) -> _Port:
+    open_listeners = open_shared_listeners if shared else open_tcp_listeners
     try:
-        listeners = await open_tcp_listeners(address.port, host=address.host)
+        listeners = await open_listeners(address.port, host=address.host)
     except OSError as error:
         raise ConfigError(f"cannot listen on {address}: {error.strerror}") from error
     for listener in listeners:

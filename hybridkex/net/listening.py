@@ -1,11 +1,12 @@
 """Listening sockets of TCP."""
 
 import errno
+import socket
 from typing import Final
 
 import trio
 
-__all__ = ["open_tcp_listeners"]
+__all__ = ["open_shared_listeners", "open_tcp_listeners"]
 
 _ABSENT: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
@@ -42,5 +43,42 @@ async def open_tcp_listeners(
             await trio.aclose_forcefully(listener)
         raise
     if not listeners:
+        raise absent
+    return listeners
+
+
+async def open_shared_listeners(port: int, *, host: str) -> list[trio.SocketListener]:
+    """Listen where other processes of this user may listen, too.
+
+    The kernel gives each connection to one of them (``SO_REUSEPORT``, socket(7)).
+
+    Raises:
+        OSError: cannot listen there.
+    """
+    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    listeners: list[trio.SocketListener] = []
+    absent: OSError | None = None
+    try:
+        for family, kind, protocol, _, address in found:
+            listener = trio.socket.socket(family, kind, protocol)
+            try:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                if family == socket.AF_INET6:
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                await listener.bind(address)
+                listener.listen(socket.SOMAXCONN)
+            except OSError as error:
+                listener.close()
+                if error.errno not in _ABSENT:
+                    raise
+                absent = error
+            else:
+                listeners.append(trio.SocketListener(listener))
+    except BaseException:
+        for one in listeners:
+            await trio.aclose_forcefully(one)
+        raise
+    if not listeners and absent is not None:
         raise absent
     return listeners

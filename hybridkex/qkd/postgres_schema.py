@@ -123,6 +123,11 @@ SINCE: Final = {
         "ALTER TABLE hybridkex_meta ADD COLUMN id uuid NOT NULL DEFAULT gen_random_uuid()",
         "ALTER TABLE hybridkex_meta ADD COLUMN source text",
         "ALTER TABLE hybridkex_meta ADD COLUMN moved boolean NOT NULL DEFAULT false",
+        # What one process does for all: when it is due again.
+        """CREATE TABLE hybridkex_jobs (
+            job text PRIMARY KEY,
+            due timestamptz NOT NULL
+        )""",
     ),
 }
 """What each later version adds, in the same transaction."""

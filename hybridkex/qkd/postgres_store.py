@@ -14,9 +14,10 @@ database shows and changes no row of another link. (Superusers are exempt; give 
 its own.)
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from cryptography.exceptions import InvalidTag
 
@@ -60,6 +61,9 @@ except ImportError as error:
         "a store in PostgreSQL needs psycopg: pip install 'hybridkex[postgres]'"
     ) from error
 
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+
 __all__ = ["MOVED", "PostgresKeyStore"]
 
 LOG: Final = get_logger(__name__)
@@ -73,6 +77,8 @@ WAIT_SECONDS: Final = 3.0
 """For a connection of the pool, and for a new one."""
 STATEMENT_SECONDS: Final = 5.0
 """For one statement, waiting for locks included."""
+SILENT_SECONDS: Final = STATEMENT_SECONDS + 1
+"""For the answer to a statement, of a server that may not even notice the limit."""
 HOLD_SECONDS: Final = 30.0
 """How long a reservation lasts if its process does not end it: longer than a request."""
 MOVED: Final = {
@@ -138,8 +144,9 @@ class PostgresKeyStore:
         self._marks = 0
         try:
             conninfo, self.where = _prepared(url.reveal().decode())
-            self._pool: ConnectionPool[psycopg.Connection[Any]] = ConnectionPool(
+            self._pool: ConnectionPool[_Connection] = ConnectionPool(
                 conninfo,
+                connection_class=_Connection,
                 min_size=1,
                 max_size=connections,
                 timeout=WAIT_SECONDS,
@@ -150,7 +157,7 @@ class PostgresKeyStore:
         except (psycopg.Error, UnicodeDecodeError):
             raise ConfigError("the URL of the store is not one of PostgreSQL") from None
         try:
-            with psycopg.connect(conninfo) as connection:
+            with _Connection.connect(conninfo) as connection:
                 _configure(connection)
                 self.id, self.moved = self._prepare(connection, source)
                 [self._process] = _one(connection.execute("SELECT gen_random_uuid()::text"), 1)
@@ -716,6 +723,31 @@ class PostgresKeyStore:
             " SELECT link, sum(free), sum(promised) FROM old GROUP BY link"
         )
 
+    async def claim(self, job: str, seconds: float) -> bool:
+        def work(cursor: _Cursor) -> bool:
+            return (
+                cursor.execute(
+                    "INSERT INTO hybridkex_jobs AS old (job, due)"
+                    " VALUES (%s, clock_timestamp() + make_interval(secs => %s))"
+                    " ON CONFLICT (job) DO UPDATE SET due = EXCLUDED.due"
+                    " WHERE old.due <= clock_timestamp()",
+                    (job, seconds),
+                ).rowcount
+                == 1
+            )
+
+        return await self._run(_ALL_LINKS, work)
+
+    async def settle(self, job: str, seconds: float) -> None:
+        def work(cursor: _Cursor) -> None:
+            cursor.execute(
+                "UPDATE hybridkex_jobs SET due = clock_timestamp() + make_interval(secs => %s)"
+                " WHERE job = %s",
+                (seconds, job),
+            )
+
+        await self._run(_ALL_LINKS, work)
+
     async def tidy(self) -> None:
         """PostgreSQL does so by itself (autovacuum), at a time of its own."""
         await checkpoint()
@@ -727,6 +759,39 @@ class PostgresKeyStore:
     async def aclose(self) -> None:
         """Close the connections; a call in progress ends first."""
         await in_thread(self._pool.close)
+
+
+class _Connection(psycopg.Connection[Any]):
+    """A connection that does not wait for ever for a server that neither answers nor fails."""
+
+    def wait(self, gen: "PQGen[T]", *arguments: Any, **named: Any) -> T:
+        try:
+            return super().wait(_bounded(gen), *arguments, **named)
+        except _Silent:
+            self.pgconn.finish()  # what it has sent may come at any time
+            raise
+
+
+class _Silent(errors.QueryCanceled):
+    """The server gave no answer in time."""
+
+
+def _bounded(gen: "PQGen[T]") -> "PQGen[T]":
+    """psycopg's steps of an exchange with the server, which end after some time.
+
+    psycopg resumes them ten times a second, whatever happens.
+    """
+    deadline = time.monotonic() + SILENT_SECONDS
+    try:
+        wanted = next(gen)
+        while True:
+            ready = yield wanted
+            if not ready and time.monotonic() > deadline:
+                raise _Silent(f"no answer within {SILENT_SECONDS:g} s")
+            wanted = gen.send(ready)
+    except StopIteration as end:
+        result: T = end.value
+        return result
 
 
 class _NotCommitted(Exception):

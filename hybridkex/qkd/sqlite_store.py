@@ -125,6 +125,8 @@ class SqliteKeyStore:
         self._failing = False
         self._calls = CallQueue(self._carry_out, GROUP_KEYS)
         self._reserved: set[tuple[str, str]] = set()
+        self._due: dict[str, float] = {}
+        """When each job is due, by the monotonic clock."""
         self._unscrubbed = True
         self._stale = True
         """Whether the log's file has content that is in the database, too."""
@@ -762,6 +764,21 @@ class SqliteKeyStore:
             " (SELECT link, key_id FROM spent WHERE at < ? ORDER BY at LIMIT ?)",
             (before, PAGE),
         ).rowcount
+
+    # -- jobs
+
+    async def claim(self, job: str, seconds: float) -> bool:
+        """See :class:`~hybridkex.qkd.store.KeyStore`; it is in memory and ends with the process."""
+        await checkpoint()
+        now = time.monotonic()
+        if now < self._due.get(job, now):
+            return False
+        self._due[job] = now + seconds
+        return True
+
+    async def settle(self, job: str, seconds: float) -> None:
+        await checkpoint()
+        self._due[job] = time.monotonic() + seconds
 
 
 def _inode(path: str | Path) -> _Inode:

@@ -238,6 +238,17 @@ class KeyStore(Protocol):
         """
         ...
 
+    async def claim(self, job: str, seconds: float) -> bool:
+        """Whether a job is due and the caller is to do it: one of those who share the store.
+
+        For ``seconds``, or until :meth:`settle`, the job is no other caller's.
+        """
+        ...
+
+    async def settle(self, job: str, seconds: float) -> None:
+        """A job that was claimed is over; it is due again after ``seconds``."""
+        ...
+
     async def tidy(self) -> None:
         """Remove from the disk what is left of keys that had left the database when this method was
         called the last time. To be called again and again."""

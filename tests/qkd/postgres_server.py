@@ -68,6 +68,14 @@ class PostgresServer:
             self.process.communicate(timeout=20)
             self.process = None
 
+    def signal_all(self, number: int) -> None:
+        """Send a signal to the server and to all of its processes: SIGSTOP makes it silent."""
+        assert self.process is not None
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for one in (pid, *map(int, children)):
+            os.kill(one, number)
+
     def url(self, schema: str, user: str = "kme") -> str:
         options = f"options=-csearch_path%3D{schema}"
         return f"postgresql://{user}@127.0.0.1:{self.port}/postgres?{options}"

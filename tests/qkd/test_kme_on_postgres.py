@@ -12,6 +12,7 @@ from postgres_server import PostgresServer, postgres_server
 
 from hybridkex.errors import ConfigError, KeySourceError, KeySourceUnavailable
 from hybridkex.kme.config import PeerConfig, PostgresUrl, ServeConfig, load_config
+from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.serve import KmeServer, Serving
 from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.client import KmeClient
@@ -98,6 +99,49 @@ async def test_no_process_is_special(site: Site, postgres: PostgresServer) -> No
         keys = await drawn(bob[0], "alice")
         found = (await alice[1].dec_keys("bob", list(keys))).keys
         assert {one.key_id: one.key.reveal() for one in found} == keys
+
+
+async def test_two_sites_of_two_processes_behind_one_address_each(
+    site: Site, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes of a site listen at one port, and one of them compares the stocks."""
+    compared: list[tuple[str, str]] = []
+    reconcile = KeyManagementEntity.reconcile
+
+    async def noted(self: KeyManagementEntity, target: str, *, grace: float) -> None:
+        compared.append((self.kme_id, target))
+        await reconcile(self, target, grace=grace)
+
+    monkeypatch.setattr(KeyManagementEntity, "reconcile", noted)
+    ports = {"kme-a": free_port(), "kme-b": free_port()}
+    saes = {"kme-a": ("alice",), "kme-b": ("bob",)}
+    other = {"kme-a": "kme-b", "kme-b": "kme-a"}
+    stores = {"kme-a": database(postgres, "shared_a"), "kme-b": database(postgres, "shared_b")}
+    async with AsyncExitStack() as stack:
+        for kme in ("kme-a", "kme-b", "kme-a", "kme-b"):
+            to = other[kme]
+            peer = PeerConfig(id=to, saes=saes[to], url=f"https://127.0.0.1:{ports[to]}")
+            listen = TcpAddress("127.0.0.1", ports[kme])
+            config = replace(
+                site.kme(kme, saes=saes[kme], peer=(peer,), listen=listen, reuse_port=True),
+                store=stores[kme],
+            )
+            await stack.enter_async_context(running(ServeConfig(kme=(config,))))
+        seen: dict[str, bytes] = {}
+        for sae, kme, to in (("alice", "kme-a", "bob"), ("bob", "kme-b", "alice")) * 4:
+            # A connection of its own for each call: the kernel spreads them.
+            async with KmeClient(site.access(sae, TcpAddress("127.0.0.1", ports[kme]))) as master:
+                keys = await drawn(master, to)
+            assert not seen.keys() & keys.keys()
+            seen |= keys
+            address = TcpAddress("127.0.0.1", ports[other[kme]])
+            async with KmeClient(site.access(to, address)) as slave:
+                found = (await slave.dec_keys(sae, list(keys))).keys
+                assert {one.key_id: one.key.reveal() for one in found} == keys
+                with pytest.raises(KeySourceError):
+                    await slave.dec_keys(sae, list(keys))
+    assert sorted(set(compared)) == [("kme-a", "kme-b"), ("kme-b", "kme-a")]
+    assert len(compared) <= 4, "a site compares again if the other was not up yet, and once then"
 
 
 async def test_requests_get_503_while_the_database_is_away(

@@ -1,6 +1,7 @@
 """What every key store does, on SQLite and on PostgreSQL."""
 
 import itertools
+import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -221,6 +222,18 @@ async def test_many_callers_get_each_key_once(store: KeyStore) -> None:
     assert await store.count("a") == 0
 
 
+async def test_a_job_is_done_by_one_and_again_when_it_is_due(store: KeyStore) -> None:
+    assert await store.claim("one", 0.3)
+    assert await store.claim("other", 60)
+    assert not await store.claim("one", 60)
+    await store.settle("other", 0)
+    assert await store.claim("other", 60)
+    await trio.sleep(0.35)
+    assert await store.claim("one", 60), "whoever had claimed it did not end it"
+    await store.settle("one", 60)
+    assert not await store.claim("one", 60)
+
+
 # -- several processes on one database
 
 
@@ -366,6 +379,83 @@ async def test_no_key_and_no_sealing_key_is_readable_in_the_database(
     assert key_id(1).encode() in content, "the search works"
     for value in (secret, secret.hex().encode(), SEAL.reveal(), SEAL.reveal().hex().encode()):
         assert value not in content
+
+
+async def test_a_job_is_done_by_one_of_two_processes(postgres: PostgresServer) -> None:
+    stores = await two(postgres)
+    for _ in range(10):
+        taken: list[bool] = []
+
+        async def claim(store: Any, taken: list[bool] = taken) -> None:
+            taken.append(await store.claim("job", 60))
+
+        async with trio.open_nursery() as nursery:
+            for store in stores:
+                nursery.start_soon(claim, store)
+        assert sorted(taken) == [False, True]
+        await stores[0].settle("job", 0)
+    for store in stores:
+        await store.aclose()
+
+
+async def test_a_server_that_is_silent_delays_a_call_for_a_bounded_time(
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that hangs keeps its connections open, and no limit of the server's counts."""
+    from hybridkex.qkd import postgres_store as module
+
+    monkeypatch.setattr(module, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(module, "WAIT_SECONDS", 1.0)
+    store = postgres_store(postgres, f"test_{next(SCHEMAS)}", connections=2)
+    await store.add("a", keys(1, 2))
+    postgres.signal_all(signal.SIGSTOP)
+    try:
+        began = trio.current_time()
+        failed: list[str] = []
+
+        async def count() -> None:
+            with pytest.raises(KeySourceUnavailable) as caught:
+                await store.count("a")
+            failed.append(str(caught.value))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(count)
+        assert trio.current_time() - began < 8
+        assert any("no answer within 1 s" in one for one in failed)
+    finally:
+        postgres.signal_all(signal.SIGCONT)
+    with trio.fail_after(10):
+        while True:
+            try:
+                assert await store.count("a") == 2
+            except KeySourceUnavailable:
+                await trio.sleep(0.1)
+            else:
+                break
+    await store.aclose()
+
+
+async def test_the_tables_of_version_1_are_converted(postgres: PostgresServer) -> None:
+    import psycopg
+
+    from hybridkex.qkd.postgres_schema import TABLES
+    from hybridkex.qkd.store import Seal, place_of
+
+    schema = f"test_{next(SCHEMAS)}"
+    with psycopg.connect(postgres.url("public")) as connection:
+        connection.execute(f"CREATE SCHEMA {schema}")
+    with psycopg.connect(postgres.url(schema)) as connection:
+        for statement in TABLES:
+            connection.execute(statement)
+        seal = Seal(SEAL).seal(Secret(b"seal"), place_of("meta", "kme-a"))
+        connection.execute("INSERT INTO hybridkex_meta VALUES (true, 1, 'kme-a', %s)", (seal,))
+    for _ in range(2):
+        store = postgres_store(postgres, schema)
+        await store.add("a", keys(1))
+        assert await store.count("a") == 1
+        assert await store.claim("job", 0)
+        await store.aclose()
 
 
 async def test_a_server_that_is_killed_and_comes_back(

@@ -91,7 +91,7 @@ class Call:
         for _ in range(RETRIES):
             try:
                 self._report()
-            except MemoryError:
+            except (MemoryError, OSError):  # OSError: the loop's wake-up, a send(2), found none
                 time.sleep(RETRY_SECONDS)
             except Exception:  # the loop that asked has ended
                 return

@@ -2,6 +2,7 @@
 
 import _thread
 import asyncio
+import errno
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import trio
+from trio._core._wakeup_socketpair import WakeupSocketpair
 
 from hybridkex.cli import main
 from hybridkex.net import event_loop, threads
@@ -170,6 +172,30 @@ def _internal() -> BaseException:
     error = trio.TrioInternalError("internal error in Trio")
     error.__cause__ = ExceptionGroup("", [AssertionError(), ExceptionGroup("", [MemoryError()])])
     return error
+
+
+@pytest.mark.parametrize("code", ["ENOBUFS", "ENOMEM", "EPERM"])
+def test_a_loop_that_could_not_be_woken(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its wake-up is a send(2), which the system may refuse for a moment; it is tried again."""
+    monkeypatch.setattr(threads, "RETRY_SECONDS", 0.001)
+    wake = WakeupSocketpair.wakeup_thread_and_signal_safe
+    refusals = iter(range(3))
+
+    def refused(self: WakeupSocketpair) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            for _ in refusals:
+                number = getattr(errno, code)
+                raise OSError(number, os.strerror(number))
+        wake(self)
+
+    monkeypatch.setattr(WakeupSocketpair, "wakeup_thread_and_signal_safe", refused)
+
+    async def call() -> None:
+        with trio.fail_after(5):
+            await in_thread(time.sleep, 0.01)
+
+    trio.run(call)
+    assert next(refusals, None) is None
 
 
 def test_a_result_that_cannot_be_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,15 +19,13 @@ from hybridkex.tls.session import AuthenticatedBy, Session
 
 __all__ = ["Remembered", "check_session", "remaining_lifetime", "resumable"]
 
-_CERTIFICATE: Final = frozenset(
-    # NOTHING: the caller asked not to verify; its verifier is asked again at every resumption.
-    (AuthenticatedBy.CERTIFICATE, AuthenticatedBy.BOTH, AuthenticatedBy.NOTHING)
-)
-_ENOUGH: Final[Mapping[Authentication, frozenset[AuthenticatedBy]]] = {
-    Authentication.PSK: frozenset((AuthenticatedBy.PSK,)),
+# NOTHING: the caller asked not to verify; its verifier is asked again at every resumption.
+_CERTIFICATE: Final = (AuthenticatedBy.CERTIFICATE, AuthenticatedBy.BOTH, AuthenticatedBy.NOTHING)
+_ENOUGH: Final[Mapping[Authentication, tuple[AuthenticatedBy, ...]]] = {
+    Authentication.PSK: (AuthenticatedBy.PSK,),
     Authentication.CERTIFICATE: _CERTIFICATE,
-    Authentication.BOTH: frozenset((AuthenticatedBy.BOTH,)),
-    Authentication.EITHER: frozenset(AuthenticatedBy),
+    Authentication.BOTH: (AuthenticatedBy.BOTH,),
+    Authentication.EITHER: tuple(AuthenticatedBy),
 }
 
 
@@ -114,14 +112,19 @@ def _lacks(
     config: ClientConfig | ServerConfig, by: AuthenticatedBy, psk_identity: bytes | None
 ) -> str | None:
     """What a session lacks that the policy in force demands."""
-    policy, wanted = config.policy_in_force, config.authentication
+    policy = config.policy_in_force
     if policy.psk is Requirement.REQUIRE and psk_identity is None:
         return "our policy requires a PSK, and the session has none"
     if policy.psk is Requirement.OFF and psk_identity is not None:
         return "our policy excludes PSKs, and the session has one"
-    enough = _ENOUGH[wanted]
-    if wanted is Authentication.BOTH and policy.psk is Requirement.PREFER:
-        enough = _CERTIFICATE
-    if by not in enough:
-        return f"our policy wants {wanted.value}, and the session has {by.value}"
+    if by not in config.once(_enough):
+        return f"our policy wants {config.authentication.value}, and the session has {by.value}"
     return None
+
+
+def _enough(config: ClientConfig | ServerConfig) -> tuple[AuthenticatedBy, ...]:
+    """How the server of a session may have been authenticated."""
+    wanted = config.authentication
+    if wanted is Authentication.BOTH and config.policy_in_force.psk is Requirement.PREFER:
+        return _CERTIFICATE
+    return _ENOUGH[wanted]

@@ -152,18 +152,18 @@ class _Offer:
         raw = encode(message)
         return self._with_binders(raw, prefix) if self.psks else raw
 
-    @property
+    @cached_property
     def constant(self) -> "_Constant":
         """What all ClientHellos of the configuration have in common."""
         return self.config.once(_constant)
 
-    @property
+    @cached_property
     def classes(self) -> tuple[type[ext.Extension], ...]:
         """Those of the extensions that are sent."""
         last = map(type, self._last_extensions)
         return (*self.constant.classes, *map(type, self._server_name), *last)
 
-    @property
+    @cached_property
     def _server_name(self) -> tuple[ext.ServerName, ...]:
         return (ext.ServerName(self.name.a_label),) if isinstance(self.name, DnsName) else ()
 
@@ -372,8 +372,8 @@ class WaitServerHello(ClientState):
             return self._retry(message, raw, records)
         assert isinstance(message, ServerHello)
         suite = _check_hello(self.offer, message)
-        transcript = Transcript(suite.hash, self.hello)
-        return _accept(self.offer, suite, message, raw, transcript, records)
+        transcript = Transcript(suite.hash, self.hello, raw)
+        return _accept(self.offer, suite, message, transcript, records)
 
     def _retry(self, message: HelloRetryRequest, raw: bytes, records: RecordLayer) -> ClientState:
         """Section 4.2.4: another ClientHello, changed only where the server asked."""
@@ -433,7 +433,7 @@ class WaitSecondServerHello(ClientState):
             raise IllegalParameter(
                 "the cipher suite changed after HelloRetryRequest", Reason.RETRY_SUITE_CHANGED
             )
-        return _accept(self.offer, self.suite, message, raw, self.transcript, records)
+        return _accept(self.offer, self.suite, message, self.transcript.add(raw), records)
 
 
 def _find_group(config: ClientConfig, code: int) -> Group:
@@ -496,11 +496,11 @@ def _accept(
     offer: _Offer,
     suite: CipherSuite,
     message: ServerHello,
-    raw: bytes,
     transcript: Transcript,
     records: RecordLayer,
 ) -> ClientState:
-    """ServerHello: the key exchange is complete, what follows is encrypted."""
+    """The key exchange is complete with ServerHello, where the transcript ends; what follows is
+    encrypted."""
     share = message.extensions.get(ext.KeyShareChoice)
     if share is None:
         # Without a key exchange there is no forward secrecy; psk_ke was not offered.
@@ -527,7 +527,6 @@ def _accept(
 
     records.reader.check_message_boundary()
     shared = started.finish(share.entry.share)
-    transcript = transcript.add(raw)
     digest = transcript.digest()
     early = psk.early_secret if psk is not None else EarlySecret.start(suite.hash)
     secret = early.handshake_secret(shared)
@@ -854,9 +853,12 @@ class Proposed(ClientState):
         identity, scheme = config.identity, None
         if identity is not None and identity.certificate_type == self.negotiated.client_type:
             scheme = choose_scheme(identity.signing_key, config.signature_schemes, requested)
+        shown = () if identity is None or scheme is None else identity.chain
+        certificate = certificate_message(shown)
+        records.writer.send_raw(certificate)
+        transcript = transcript.add(certificate)
         if identity is None or scheme is None:
-            return transcript.add(records.writer.send(certificate_message(None)))
-        transcript = transcript.add(records.writer.send(certificate_message(identity)))
+            return transcript
         verify = sign_transcript(identity, scheme, Label.CLIENT_CERTIFICATE_VERIFY, transcript)
         return transcript.add(records.writer.send(verify))
 

@@ -347,7 +347,7 @@ class _Config:
         """The groups in order of preference: those configured, or all that the policy allows."""
         return _ALLOWED_GROUPS[self.policy.post_quantum] if self.groups is None else self.groups
 
-    @property
+    @cached_property
     def authentication(self) -> Authentication:
         """What authenticates the server."""
         raise NotImplementedError
@@ -422,8 +422,16 @@ class _Config:
         Args:
             identity: ours in this handshake, if we have one.
         """
-        own = hashlib.sha256(identity.chain[0]).digest() if identity is not None else b""
-        return hashlib.sha256(self._bound + own).digest()
+        leaf = identity.chain[0] if identity is not None else b""
+        if leaf not in self._bindings:
+            own = hashlib.sha256(leaf).digest() if leaf else b""
+            self._bindings[leaf] = hashlib.sha256(self._bound + own).digest()
+        return self._bindings[leaf]
+
+    @cached_property
+    def _bindings(self) -> dict[bytes, bytes]:
+        """The results of :meth:`binding` by our certificate, of which there are few."""
+        return {}
 
     @cached_property
     def _bound(self) -> bytes:
@@ -443,7 +451,7 @@ class _Config:
         made: R = self._made_once[make]
         return made
 
-    @property
+    @cached_property
     def has_psk(self) -> bool:
         """Whether there is or may be an external PSK, and the policy lets it be used."""
         configured = bool(self.psks) or self.psk_source is not None
@@ -540,13 +548,13 @@ class ClientConfig(_Config):
         names += sum(4 + len(one.body()) for one in self.extensions)
         return MAX_OFFER - max(shares, largest) - psks - names
 
-    @property
+    @cached_property
     def shared_groups(self) -> tuple[Group, ...]:
         """The groups that are offered with a share in the first flight."""
         shares = self.key_shares
         return self.group_list[:shares] if isinstance(shares, int) else shares
 
-    @property
+    @cached_property
     def authentication(self) -> Authentication:
         """What authenticates the server."""
         return self.policy.authentication or _derive(bool(self.verifier), self.has_psk)
@@ -629,7 +637,7 @@ class ServerConfig(_Config):
     def _bound_to(self) -> list[bytes]:
         return [bytes((self.require_client_certificate,)), *super()._bound_to()]
 
-    @property
+    @cached_property
     def authentication(self) -> Authentication:
         """What authenticates us."""
         return self.policy.authentication or _derive(bool(self.identities), self.has_psk)

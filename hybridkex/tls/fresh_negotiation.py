@@ -27,6 +27,9 @@ class Agreed:
     one_time_pad: bool
 
 
+_STANDARD: Final = Agreed(KeyUpdates.STANDARD, one_time_pad=False)
+
+
 def offer(config: ClientConfig) -> list[ext.Extension]:
     """What the ClientHello says."""
     policy = config.policy_in_force
@@ -45,10 +48,12 @@ def agree(config: ServerConfig, offered: ext.Extensions) -> Agreed:
         PolicyRefused: our policy requires more.
     """
     policy = config.policy_in_force
+    if policy.fresh_keys is Requirement.OFF:  # and with it all that goes into key updates
+        return _STANDARD
     flags, slot = offered.get(ext.TlsFlags), offered.get(ext.FreshQkdKeysOffer)
     pad = offered.get(ext.OneTimePadOffer)
     kind = KeyUpdates.STANDARD
-    if policy.fresh_keys is not Requirement.OFF and flags is not None and flags.flags >= _FLAG:
+    if flags is not None and flags.flags >= _FLAG:
         if slot is not None and _VERSION in slot.versions:
             kind = KeyUpdates.FRESH
         elif policy.fresh_qkd is not Requirement.REQUIRE:
@@ -79,6 +84,8 @@ def read_answer(config: ClientConfig, answers: ext.Extensions) -> Agreed:
         PolicyRefused: our policy requires more.
     """
     policy = config.policy_in_force
+    if policy.fresh_keys is Requirement.OFF:  # nothing was offered, and no other answer passes
+        return _STANDARD
     flags, slot = answers.get(ext.TlsFlags), answers.get(ext.FreshQkdKeysAnswer)
     pad = answers.get(ext.OneTimePadAnswer)
     if flags is not None and not flags.flags <= _FLAG:

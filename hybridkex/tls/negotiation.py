@@ -2,7 +2,7 @@
 
 import hmac
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Final
 
 from hybridkex.auth import Identity, RawIdentity, VerifiedPeer
@@ -22,7 +22,13 @@ from hybridkex.tls.session import AuthenticatedBy, Session
 from hybridkex.tls.transcript import Transcript
 from hybridkex.values import value
 from hybridkex.wire import extensions as ext
-from hybridkex.wire.messages import Certificate, CertificateVerify, Finished, ImportedIdentity
+from hybridkex.wire.messages import (
+    Certificate,
+    CertificateVerify,
+    Finished,
+    ImportedIdentity,
+    encode,
+)
 
 __all__ = [
     "PeerProof",
@@ -133,12 +139,10 @@ def verify_signature(
     )
 
 
-def certificate_message(
-    identity: Identity | RawIdentity | None, context: bytes = b""
-) -> Certificate:
-    """A Certificate with our chain or raw public key; an empty one without an identity."""
-    chain = identity.chain if identity is not None else ()
-    return Certificate(context, tuple((data, ext.Extensions()) for data in chain))
+@lru_cache(maxsize=64)
+def certificate_message(chain: tuple[bytes, ...]) -> bytes:
+    """A Certificate with our chain or raw public key, encoded; an empty one without a chain."""
+    return encode(Certificate(b"", tuple((data, ext.Extensions()) for data in chain)))
 
 
 def check_finished(message: Finished, traffic: TrafficSecret, transcript: Transcript) -> None:

@@ -50,6 +50,7 @@ _HANDSHAKE: Final = int(ContentType.HANDSHAKE)
 _APPLICATION: Final = int(ContentType.APPLICATION_DATA)
 _ALERT: Final = int(ContentType.ALERT)
 _CERTIFICATE: Final = int(HandshakeType.CERTIFICATE)
+_CHANGE_CIPHER_SPEC: Final = plaintext_records(ContentType.CHANGE_CIPHER_SPEC, b"\x01")
 
 # Early data that we skip: a client may send as much as its ticket allowed it (section 4.3.10), and
 # ours allow none, so this is another server's ticket; BoringSSL's figure.
@@ -157,7 +158,7 @@ class WritingHalf:
             return
         self._change_cipher_spec_sent = True
         self.flush()
-        self._outgoing.append(plaintext_records(ContentType.CHANGE_CIPHER_SPEC, b"\x01"))
+        self._outgoing.append(_CHANGE_CIPHER_SPEC)
 
     def send_alert(self, alert: Alert) -> None:
         """Queue an alert; every one but these two is fatal (section 6)."""

@@ -8,6 +8,7 @@ the end, lists all states with the messages between them.
 import hashlib
 import hmac
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import islice
 from typing import Final
 
@@ -30,7 +31,7 @@ from hybridkex.crypto.schedule import (
     MainSecret,
     TrafficSecret,
 )
-from hybridkex.crypto.signatures import CERTIFICATE_ONLY_SCHEMES, SignatureScheme, choose_scheme
+from hybridkex.crypto.signatures import CERTIFICATE_ONLY_SCHEMES, SignatureScheme
 from hybridkex.crypto.suites import SHA256, SHA384, CipherSuite, HashFunction
 from hybridkex.crypto.update_schedule import Generation
 from hybridkex.errors import (
@@ -77,7 +78,7 @@ from hybridkex.tls.negotiation import (
 from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import Session
 from hybridkex.tls.steps import Step
-from hybridkex.tls.tickets import CookieState, TicketState
+from hybridkex.tls.tickets import CookieState, TicketIssuer, TicketState
 from hybridkex.tls.traffic import Connected, ServerTraffic
 from hybridkex.tls.transcript import Transcript
 from hybridkex.values import value
@@ -126,6 +127,15 @@ class _OfferedPsk:
     """What it says, if it is an imported one (RFC 9258)."""
     ticket: TicketState | None
     """The session in it, if it is a ticket of ours."""
+
+    @classmethod
+    def read(
+        cls, index: int, identity: bytes, binder: bytes, tickets: TicketIssuer | None
+    ) -> "_OfferedPsk":
+        """``tickets``: whose tickets are ours, if any may be used."""
+        ticket = tickets.open(identity) if tickets is not None else None
+        imported = ImportedIdentity.decode(identity) if ticket is None else None
+        return cls(index, identity, binder, imported, ticket)
 
     @property
     def hash(self) -> HashFunction | None:
@@ -240,20 +250,14 @@ class _Hello:
             schemes=schemes.codes if schemes is not None else (),
             truncated=raw if psks is None else raw[: -psks.binders_length],
             offered_psks=tuple(
-                _OfferedPsk(
-                    index=index,
-                    identity=one.identity,
-                    binder=binder,
-                    imported=ImportedIdentity.decode(one.identity),
-                    ticket=tickets.open(one.identity) if tickets is not None else None,
-                )
+                _OfferedPsk.read(index, one.identity, binder, tickets)
                 for index, (one, binder) in enumerate(islice(offered, config.limits.psk_identities))
             ),
             psk_dhe=psk_dhe,
             certificate_with_psk=certificate_with_psk,
         )
 
-    @property
+    @cached_property
     def server_name(self) -> str | None:
         """As asked for, in lower case."""
         name = self.message.extensions.get(ext.ServerName)
@@ -556,19 +560,36 @@ def _negotiate(
 
 def _choose_credential(config: ServerConfig, hello: _Hello) -> _Credential | None:
     """Our certificate or raw key: by name first, then by what the client can verify."""
-    name = hello.peer_name
-    named = [] if name is None else [one for one in config.identities if one.matches(name)]
+    name, signers = hello.peer_name, config.once(_signers)
+    named = [] if name is None else [one for one in signers if one.identity.matches(name)]
     if config.require_known_name and not named:
         raise UnrecognizedName(
             f"no identity for the name {hello.server_name}", Reason.SERVER_NAME_UNKNOWN
         )
-    for identity in (*named, *config.identities):
-        if identity.certificate_type not in hello.server_types:
-            continue
-        scheme = choose_scheme(identity.signing_key, config.signature_schemes, hello.schemes)
-        if scheme is not None:
-            return _Credential(identity, scheme, identity in named)
+    for fits, candidates in ((True, named), (False, signers)):
+        for signer in candidates:
+            if signer.identity.certificate_type in hello.server_types:
+                for scheme in signer.schemes:
+                    if scheme.code in hello.schemes:
+                        return _Credential(signer.identity, scheme, fits)
     return None
+
+
+@value
+class _Signer:
+    """An identity of ours."""
+
+    identity: Identity | RawIdentity
+    schemes: tuple[SignatureScheme, ...]
+    """Those of the configuration that suit its key."""
+
+
+def _signers(config: ServerConfig) -> tuple[_Signer, ...]:
+    schemes = config.signature_schemes
+    return tuple(
+        _Signer(one, tuple(scheme for scheme in schemes if scheme.suits(one.signing_key)))
+        for one in config.identities
+    )
 
 
 def _choose_client_credential(config: ServerConfig, hello: _Hello) -> _ClientCredential | None:
@@ -719,7 +740,6 @@ def _respond(
     psk = selected.psk if selected is not None else None
     if selected is not None:
         _check_binder(choice, selected)
-    transcript = choice.transcript.add(hello.raw)
 
     extensions: list[ext.Extension] = [
         ext.SupportedVersionsChoice(TLS13),
@@ -735,7 +755,7 @@ def _respond(
         cipher_suite=suite.code,
         extensions=ext.Extensions(extensions),
     )
-    transcript = transcript.add(records.writer.send(message))
+    transcript = choice.transcript.add(hello.raw, records.writer.send(message))
     records.writer.send_change_cipher_spec()
     early = psk.early_secret if psk is not None else EarlySecret.start(suite.hash)
     secret = early.handshake_secret(shared)
@@ -749,10 +769,12 @@ def _respond(
 
     # A client is asked only by a server that shows a certificate itself (section 4.4.2).
     asked = choice.client_credential if credential is not None else None
-    encrypted = _encrypted_extensions(choice, credential, asked, records)
-    transcript = transcript.add(records.writer.send(EncryptedExtensions(encrypted)))
-    if credential is not None:
-        transcript = _authenticate(choice, credential, asked, transcript, records)
+    encrypted = EncryptedExtensions(_encrypted_extensions(choice, credential, asked, records))
+    sent = records.writer.send(encrypted)
+    if credential is None:
+        transcript = transcript.add(sent)
+    else:
+        transcript = _authenticate(choice, credential, asked, transcript, sent, records)
     finished = Finished(server.finished(transcript.digest()))
     transcript = transcript.add(records.writer.send(finished))
     main = _start_writing(secret, suite, transcript, records)
@@ -864,10 +886,12 @@ def _authenticate(
     credential: _Credential,
     asked: _ClientCredential | None,
     transcript: Transcript,
+    encrypted: bytes,
     records: RecordLayer,
 ) -> Transcript:
-    """Send [CertificateRequest,] Certificate, CertificateVerify. Returns the transcript with what
-    was sent."""
+    """Send [CertificateRequest,] Certificate, CertificateVerify. Returns the transcript with
+    EncryptedExtensions and with what was sent."""
+    sent = [encrypted]
     if asked is not None:
         schemes = tuple(scheme.code for scheme in choice.config.signature_schemes)
         request = ext.Extensions(
@@ -876,9 +900,11 @@ def _authenticate(
                 ext.SignatureAlgorithmsCert(schemes + CERTIFICATE_ONLY_SCHEMES),
             )
         )
-        transcript = transcript.add(records.writer.send(CertificateRequest(b"", request)))
+        sent.append(records.writer.send(CertificateRequest(b"", request)))
     identity, label = credential.identity, Label.SERVER_CERTIFICATE_VERIFY
-    transcript = transcript.add(records.writer.send(certificate_message(identity)))
+    certificate = certificate_message(identity.chain)
+    records.writer.send_raw(certificate)
+    transcript = transcript.add(*sent, certificate)
     verify = sign_transcript(identity, credential.scheme, label, transcript)
     return transcript.add(records.writer.send(verify))
 

@@ -304,11 +304,12 @@ class MemoryTicketStore:
         """The newest usable ticket with this binding, which leaves the store."""
         now = self.clock()
         kept = [ticket for ticket in self._tickets.get(server, []) if ticket.usable(now)]
-        fitting = [ticket for ticket in kept if binding in (None, ticket.binding)]
-        if fitting:
-            kept.remove(fitting[-1])
+        fitting = [
+            place for place, one in enumerate(kept) if binding is None or binding == one.binding
+        ]
+        taken = kept.pop(fitting[-1]) if fitting else None
         if kept:
             self._tickets[server] = kept
         else:
             self._tickets.pop(server, None)
-        return fitting[-1] if fitting else None
+        return taken

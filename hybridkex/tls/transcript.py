@@ -27,12 +27,13 @@ class Transcript:
         synthetic = bytes((MESSAGE_HASH, 0, 0, len(hello_digest))) + hello_digest
         return cls(function, synthetic, retry)
 
-    def add(self, message: bytes) -> Self:
-        """The transcript with one more message."""
+    def add(self, *messages: bytes) -> Self:
+        """The transcript with more messages."""
         longer = object.__new__(type(self))
         longer.function = self.function
         longer._hash = self._hash.copy()
-        longer._hash.update(message)
+        for message in messages:
+            longer._hash.update(message)
         return longer
 
     def digest(self) -> bytes:

@@ -6,14 +6,15 @@ was asked for or raises :class:`~hybridkex.errors.DecodeError`. The functions th
 Every encoder of this package writes through them.
 """
 
+from struct import Struct, pack, unpack
 from struct import error as StructError
-from struct import pack, unpack
 
 from hybridkex.errors import DecodeError, EncodeError
 
 __all__ = [
     "Reader",
     "ascii_text",
+    "entry",
     "fixed",
     "u8",
     "u8_list",
@@ -27,6 +28,9 @@ __all__ = [
     "vector24",
     "vector32",
 ]
+
+_ENTRY = Struct(">HH")
+"""Type and length of an entry."""
 
 
 class Reader:
@@ -130,6 +134,24 @@ class Reader:
             raise DecodeError("a list of 16-bit values with an odd number of bytes")
         return unpack(f">{len(content) // 2}H", content)
 
+    def entries(self) -> list[tuple[int, bytes]]:
+        """All that is left, as entries: a 16-bit type and a vector of up to 65,535 bytes."""
+        data, position, end = self._data, self._position, self._end
+        found = []
+        while position < end:
+            start = position + 4
+            if start > end:
+                self._position = position
+                raise self._too_short(4)
+            type_, length = _ENTRY.unpack_from(data, position)
+            position = start + length
+            if position > end:
+                self._position = start
+                raise self._too_short(length)
+            found.append((type_, data[start:position]))
+        self._position = end
+        return found
+
     def finish(self) -> None:
         """Refuse bytes that are left over."""
         if self._position != self._end:
@@ -196,6 +218,16 @@ def u8_list(values: tuple[int, ...]) -> bytes:
         return bytes(values)
     except ValueError:
         raise EncodeError(f"a value in {values} does not fit into 8 bits") from None
+
+
+def entry(type_: int, content: bytes) -> bytes:
+    """A 16-bit type and a vector of up to 65,535 bytes."""
+    try:
+        return _ENTRY.pack(type_, len(content)) + content
+    except StructError:
+        raise EncodeError(
+            f"an entry of type {type_} with {len(content)} bytes; either has 16 bits"
+        ) from None
 
 
 def vector32(content: bytes) -> bytes:

@@ -20,7 +20,7 @@ from hybridkex.constants import CertificateType, ExtensionType
 from hybridkex.errors import DecodeError, EncodeError, IllegalParameter, UnrecognizedName
 from hybridkex.reasons import Reason
 from hybridkex.values import value
-from hybridkex.wire.codec import Reader, ascii_text, u8, u8_list, u16, u32, vector8, vector16
+from hybridkex.wire.codec import Reader, ascii_text, entry, u8, u8_list, u16, u32, vector8, vector16
 from hybridkex.wire.layout import (
     BYTE_LIST,
     U8,
@@ -751,10 +751,7 @@ class EncodedExtensions(Extensions):
 
 def encoded(extensions: Iterable[AnyExtension]) -> bytes:
     """Extensions one after the other, without the length of the vector."""
-    pieces: list[bytes] = []
-    for one in extensions:
-        pieces += (u16(one.type), vector16(one.body()))
-    return b"".join(pieces)
+    return b"".join([entry(one.type, one.body()) for one in extensions])
 
 
 def parse(kind: MessageKind, reader: Reader) -> Extensions:
@@ -765,11 +762,9 @@ def parse(kind: MessageKind, reader: Reader) -> Extensions:
         IllegalParameter: a duplicate, one that we know and that does not belong here (section
             4.3), or something after ``pre_shared_key`` (section 4.3.11).
     """
-    entries = reader.vector(2)
     found: dict[int, AnyExtension] = {}
     parsers = _PARSERS[kind]
-    while entries.remaining:
-        type_, body = entries.u16(), entries.opaque(2)
+    for type_, body in reader.vector(2).entries():
         if type_ in found:
             raise IllegalParameter(
                 f"extension {_name(type_)} appears twice", Reason.EXTENSION_TWICE

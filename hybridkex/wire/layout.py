@@ -75,9 +75,9 @@ class Laid:
     @classmethod
     def read(cls, reader: Reader) -> Self:
         """Parse the fields; the caller checks that nothing is left over."""
-        return cls(*(one.read(reader) for one in cls.layout))
+        return cls(*[one.read(reader) for one in cls.layout])
 
     def body(self) -> bytes:
         """The fields on the wire."""
         values = vars(self).values()
-        return b"".join(one.write(value) for one, value in zip(self.layout, values, strict=True))
+        return b"".join([one.write(value) for one, value in zip(self.layout, values, strict=True)])

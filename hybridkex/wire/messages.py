@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final, Self
 
 from hybridkex.constants import HELLO_RETRY_RANDOM, LEGACY_VERSION, HandshakeType, KdfCode
-from hybridkex.errors import DecodeError, IllegalParameter, UnexpectedMessage
+from hybridkex.errors import DecodeError, EncodeError, IllegalParameter, UnexpectedMessage
 from hybridkex.reasons import Reason
 from hybridkex.values import value
 from hybridkex.wire.codec import Reader, fixed, u8, u16, u16_list, vector8, vector16, vector24
@@ -38,6 +38,7 @@ __all__ = [
 
 HEADER_LENGTH: Final = 4
 """Bytes of a handshake message before its body: type and 24-bit length."""
+_LONGEST_BODY: Final = 0xFFFFFF
 
 
 def _extensions_of(kind: MessageKind) -> Layout:
@@ -261,7 +262,10 @@ _CLASSES: Final[dict[int, type[Message]]] = {
 
 def encode(message: Message) -> bytes:
     """The message with its header."""
-    return u8(message.type) + vector24(message.body())
+    body = message.body()
+    if len(body) > _LONGEST_BODY:
+        raise EncodeError(f"{len(body)} bytes in a handshake message of at most {_LONGEST_BODY}")
+    return (message.type << 24 | len(body)).to_bytes(HEADER_LENGTH, "big") + body
 
 
 def decode(raw: bytes) -> Message:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from types import GenericAlias
 
@@ -36,6 +37,8 @@ MODULES = (
 )
 """Where users import from; the reference pages of the documentation list the same modules."""
 
+PROPERTIES = (property, cached_property)
+
 SHARED = ("hybridkex.shell.secure_duplex",)
 """Modules whose classes are bases of public ones."""
 
@@ -56,7 +59,7 @@ def members(name: str, thing: object) -> Iterator[tuple[str, object]]:
             continue
         if isinstance(value, staticmethod | classmethod):
             yield f"{name}.{member}", value.__func__
-        elif inspect.isfunction(value) or isinstance(value, property):
+        elif inspect.isfunction(value) or isinstance(value, PROPERTIES):
             yield f"{name}.{member}", value
 
 
@@ -66,7 +69,9 @@ def signature(thing: object) -> str:
         return ": " + " | ".join(thing.__members__)
     if isinstance(thing, GenericAlias):
         return ": alias"
-    if isinstance(thing, property) or not callable(thing):
+    if isinstance(thing, PROPERTIES):
+        return ": property"
+    if not callable(thing):
         return f": {type(thing).__name__}"
     try:
         parameters = inspect.signature(thing).parameters.values()

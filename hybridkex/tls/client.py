@@ -126,6 +126,7 @@ class _Offer:
     """What the ClientHello offers; after a retry, both offer the same."""
 
     config: ClientConfig
+    constant: "_Constant"
     name: PeerName | None
     random: bytes
     session_id: bytes
@@ -140,7 +141,8 @@ class _Offer:
 
     def hello(self, cookie: bytes | None, prefix: Transcript | None) -> bytes:
         """The ClientHello, encoded; ``prefix`` is the transcript before it, after a retry."""
-        first = self._server_name if cookie is None else (ext.Cookie(cookie), *self._server_name)
+        names = self._server_name
+        first = names if cookie is None else (ext.Cookie(cookie), *names)
         message = ClientHello(
             random=self.random,
             session_id=self.session_id,
@@ -152,18 +154,13 @@ class _Offer:
         raw = encode(message)
         return self._with_binders(raw, prefix) if self.psks else raw
 
-    @cached_property
-    def constant(self) -> "_Constant":
-        """What all ClientHellos of the configuration have in common."""
-        return self.config.once(_constant)
-
-    @cached_property
+    @property
     def classes(self) -> tuple[type[ext.Extension], ...]:
         """Those of the extensions that are sent."""
         last = map(type, self._last_extensions)
         return (*self.constant.classes, *map(type, self._server_name), *last)
 
-    @cached_property
+    @property
     def _server_name(self) -> tuple[ext.ServerName, ...]:
         return (ext.ServerName(self.name.a_label),) if isinstance(self.name, DnsName) else ()
 
@@ -310,6 +307,7 @@ def _send_hello(
             psks.extend(external_psks(external, config.suites))
     offer = _Offer(
         config=config,
+        constant=config.once(_constant),
         name=name,
         random=config.entropy(32),
         session_id=config.entropy(32) if config.compatibility_mode else b"",
@@ -397,6 +395,7 @@ class WaitServerHello(ClientState):
         psks = tuple(psk for psk in offer.psks if psk.hash == suite.hash)
         again = _Offer(
             config=offer.config,
+            constant=offer.constant,
             name=offer.name,
             random=offer.random,
             session_id=offer.session_id,

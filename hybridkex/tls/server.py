@@ -8,7 +8,6 @@ the end, lists all states with the messages between them.
 import hashlib
 import hmac
 from collections.abc import Mapping
-from functools import cached_property
 from itertools import islice
 from typing import Final
 
@@ -229,6 +228,8 @@ class _Hello:
     psk_dhe: bool
     """Whether the client can do psk_dhe_ke, in this handshake or to resume it."""
     certificate_with_psk: bool
+    server_name: str | None
+    """As asked for, in lower case."""
 
     @classmethod
     def check(cls, message: ClientHello, raw: bytes, config: ServerConfig) -> "_Hello":
@@ -237,7 +238,7 @@ class _Hello:
         _check_version(message)
         groups, shares = _key_shares(extensions)
         psks, psk_dhe = _psk_offer(extensions)
-        schemes = extensions.get(ext.SignatureAlgorithms)
+        schemes, name = extensions.get(ext.SignatureAlgorithms), extensions.get(ext.ServerName)
         certificate_with_psk = ext.TlsCertWithExternPsk in extensions
         offered = zip(psks.identities, psks.binders, strict=True) if psks is not None else ()
         # RFC 9973 section 4: a ticket does not go together with a certificate.
@@ -255,13 +256,8 @@ class _Hello:
             ),
             psk_dhe=psk_dhe,
             certificate_with_psk=certificate_with_psk,
+            server_name=name.host_name.lower() if name is not None else None,
         )
-
-    @cached_property
-    def server_name(self) -> str | None:
-        """As asked for, in lower case."""
-        name = self.message.extensions.get(ext.ServerName)
-        return name.host_name.lower() if name is not None else None
 
     @property
     def peer_name(self) -> PeerName | None:

@@ -689,7 +689,7 @@ class Extensions:
     @classmethod
     def by_type(cls, extensions: dict[int, AnyExtension]) -> "Extensions":
         """Those that are sorted by their types already."""
-        made = cls()
+        made = cls.__new__(cls)
         made._by_type = extensions
         return made
 

@@ -2,6 +2,7 @@
 
 import sqlite3
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from hybridkex.errors import ConfigError
@@ -10,13 +11,14 @@ from hybridkex.files import create_file
 __all__ = ["open_locked"]
 
 
-def open_locked(path: Path, *, what: str = "key store") -> sqlite3.Connection:
+def open_locked(path: Path, *, what: str = "key store", create: bool = True) -> sqlite3.Connection:
     """Open the only connection to an SQLite database; a new file is private. A file in use is not
     touched, and this one is in use until the connection is closed or the process ends.
 
     Args:
         path: of the file.
         what: its kind, for messages.
+        create: whether a missing file is created.
 
     Raises:
         ConfigError: it cannot be opened, or another process uses it.
@@ -24,18 +26,24 @@ def open_locked(path: Path, *, what: str = "key store") -> sqlite3.Connection:
     try:
         # SQLite names its log after the path: through a symbolic link it would use another log.
         real = path.resolve()
-        try:
-            create_file(real, b"")
-        except FileExistsError:
-            found = real.stat()
-            if not stat.S_ISREG(found.st_mode):
-                raise ConfigError(f"the {what} {path} is not a regular file") from None
-            if found.st_nlink > 1:
-                raise ConfigError(
-                    f"the {what} {path} has several names (hard links), and its log would not "
-                    "be found under another one; remove the other names"
-                ) from None
-        db = sqlite3.connect(real, isolation_level=None, check_same_thread=False, timeout=0)
+        if create:
+            with suppress(FileExistsError):
+                create_file(real, b"")
+        found = real.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"the {what} {path} is not a regular file")
+        if found.st_nlink > 1:
+            raise ConfigError(
+                f"the {what} {path} has several names (hard links), and its log would not be found "
+                "under another one; remove the other names"
+            )
+        db = sqlite3.connect(
+            f"{real.as_uri()}?mode=rw",  # an empty file in its place would have lost everything
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=0,
+        )
     except (OSError, sqlite3.Error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ConfigError(f"cannot open the {what} {path}: {reason}") from error

@@ -132,18 +132,24 @@ class SqliteKeyStore:
         """Whether the log's file has content that is in the database, too."""
         self._real = path.resolve()
         self._log = f"{self._real}-wal"
+        self._moving = moving
+        self._is_open = True
+        """Whether the connection is open and prepared; it may fail to be opened again."""
         self._db = open_locked(path)
         try:
-            self._prepare()
-            if not moving:
-                self._check_not_moved()
-            self._files = self._found_files()
+            self._enter()
         except (sqlite3.Error, InvalidTag) as error:
             self._db.close()
             raise ConfigError(f"cannot use the key store {path}: {_reason(error)}") from error
         except BaseException:
             self._db.close()
             raise
+
+    def _enter(self) -> None:
+        self._prepare()
+        if not self._moving:
+            self._check_not_moved()
+        self._files = self._found_files()
 
     def _found_files(self) -> tuple[_Inode, _Inode]:
         """The files that the names of the database and its write-ahead log refer to."""
@@ -152,30 +158,37 @@ class SqliteKeyStore:
     def _check_files(self) -> None:
         """Preserve locking and durability even if other programs move or remove the files.
 
-        Raises ``sqlite3.OperationalError``: the database is no longer under its name.
+        Raises ``sqlite3.Error`` or ``ConfigError``: the database is no longer under its name, or
+        cannot be used now. The next call tries again.
         """
         found = self._found_files()
-        if found == self._files:
-            return
         if found[0] != self._files[0] or found[0] is None:
             raise sqlite3.OperationalError(
                 "the file was moved, removed or replaced while it was in use; put it back, or "
                 "restart this process with the current file"
             )
-        if self._files[1] is None:  # created by the first write
-            self._files = found
-            return
-        # Closing writes the removed log, which is still open, into the database.
+        if self._is_open:
+            if found[1] == self._files[1]:
+                return
+            if self._files[1] is None:  # created by the first write
+                self._files = found
+                return
+            # The removed log is still open, and all that holds what is not in the database yet.
+            _write_log(self._db)
+            self._is_open = False
+            LOG.error(
+                "the write-ahead log of the key store %s was removed while it was in use; its "
+                "content is in the database, and a new one is begun",
+                self._path,
+            )
+        self._open_again()
+
+    def _open_again(self) -> None:
         self._db.close()
-        self._db = open_locked(self._path)
+        self._db = open_locked(self._path, create=False)
         self._unscrubbed = True
-        self._prepare()
-        self._files = self._found_files()
-        LOG.error(
-            "the write-ahead log of the key store %s was removed while it was in use; its content "
-            "is in the database, and a new one is begun",
-            self._path,
-        )
+        self._enter()
+        self._is_open = True
 
     def _prepare(self) -> None:
         """Check that the file is ours and create or migrate its tables, all in one transaction."""
@@ -296,8 +309,8 @@ class SqliteKeyStore:
         self._failing = True
 
     def _undo(self) -> None:
-        if self._db.in_transaction:  # SQLite ends a transaction by itself on some errors
-            with suppress(sqlite3.Error):
+        with suppress(sqlite3.Error):
+            if self._db.in_transaction:  # SQLite ends a transaction by itself on some errors
                 self._db.execute("ROLLBACK")
 
     @contextmanager
@@ -784,9 +797,19 @@ class SqliteKeyStore:
 def _inode(path: str | Path) -> _Inode:
     try:
         status = os.stat(path)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise sqlite3.OperationalError(f"{path}: {error.strerror}") from error
     return status.st_dev, status.st_ino
+
+
+def _write_log(db: sqlite3.Connection) -> None:
+    """Write the write-ahead log into the database. Closing does so too, but does not say whether it
+    has worked. Raises ``sqlite3.Error``."""
+    busy, *_ = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    if busy:
+        raise sqlite3.OperationalError("the write-ahead log cannot be written into the database")
 
 
 def _same(error: Exception) -> Exception:

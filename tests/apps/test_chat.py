@@ -149,7 +149,7 @@ class Processes:
         process = self.start(who, mode, "--bind", "127.0.0.1", "--port", port, *words)
         told = read_until(process, "\n")
         assert told.startswith("listening on port "), told
-        return process, int(told.split()[-1])
+        return process, int(told.splitlines()[0].split()[-1])
 
 
 @pytest.fixture

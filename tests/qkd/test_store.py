@@ -1,6 +1,7 @@
 """The key database: one transaction for each step, and nothing readable on the disk."""
 
 import ast
+import errno
 import inspect
 import os
 import re
@@ -12,7 +13,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import trio
@@ -470,6 +471,65 @@ trio.run(main)
     with pytest.raises(KeyConsumed):
         await store.collect("link", [key_id(1)], slave="s", master="m")
     await store.aclose()
+
+
+@pytest.mark.parametrize("step", ["stat", "_write_log", "open_locked"])
+async def test_a_removed_log_while_the_disk_or_the_system_fails(
+    store: SqliteKeyStore, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call fails as long as that lasts, and then nothing is lost and nothing given twice."""
+    await store.add("link", keys(2, 3))
+    given = Allotment(blocks=(key_id(1),), size=32, value=Secret(bytes(32)))
+    await store.accept("link", [given], master="m", slaves=["s"])
+    await store.collect("link", [key_id(1)], slave="s", master="m")
+    (tmp_path / "db-wal").unlink()
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise sqlite3.OperationalError("disk I/O error") if step == "_write_log" else ConfigError
+
+    def fail_with(path: object) -> os.stat_result:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as now:
+        if step == "stat":
+            now.setattr(store_module.os, "stat", fail_with)
+        else:
+            now.setattr(store_module, step, fail)
+        for _ in range(3):
+            with pytest.raises(KeySourceUnavailable):
+                await store.count("link")
+            with pytest.raises(KeySourceUnavailable):
+                await store.reserve("link", 1)
+    assert await store.count("link") == 2
+    with pytest.raises(KeyConsumed):
+        await store.collect("link", [key_id(1)], slave="s", master="m")
+
+
+async def test_another_process_takes_a_store_that_cannot_be_opened_again(
+    store: SqliteKeyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.add("link", keys(1, 2))
+    (tmp_path / "db-wal").unlink()
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise ConfigError
+
+    with monkeypatch.context() as now:
+        now.setattr(store_module, "open_locked", fail)
+        with pytest.raises(KeySourceUnavailable):
+            await store.count("link")
+    other = SqliteKeyStore(tmp_path / "db", read_key_file(tmp_path / "key"))
+    for _ in range(2):
+        with pytest.raises(KeySourceUnavailable, match="in use by another process"):
+            await store.reserve("link", 1)
+    await other.discard("link", [key_id(1)])
+    await other.aclose()
+    assert [one.key_id for one in await store.reserve("link", 1)] == [key_id(2)]
+    (tmp_path / "db-wal").unlink()
+    (tmp_path / "db").rename(tmp_path / "aside")
+    with pytest.raises(KeySourceUnavailable, match="was moved, removed or replaced"):
+        await store.count("link")
+    assert not (tmp_path / "db").exists()
 
 
 async def test_a_database_that_is_moved(

@@ -8,8 +8,10 @@ that ``--help`` and wrong options need neither heavy imports nor an extra.
 
 import argparse
 import dataclasses
+import gc
 import importlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -234,7 +236,8 @@ class Action:
 
     def _load(self) -> Callable[[Any], int]:
         try:
-            module = importlib.import_module(f"hybridkex.cli.actions.{self.module}")
+            with _without_collecting():
+                module = importlib.import_module(f"hybridkex.cli.actions.{self.module}")
         except ModuleNotFoundError as missing:
             raise self._explained(missing) from None
         run: Callable[[Any], int] = getattr(module, self.function)
@@ -247,6 +250,20 @@ class Action:
             f"this command needs the package {missing.name.partition('.')[0]}, which is not "
             f"installed: pip install 'hybridkex[{self.extra}]'"
         )
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Import modules while the garbage collector rests. They stay until the process ends, so the
+    collector never examines them afterwards either."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 def add_action(parser: argparse.ArgumentParser, action: Action, **preset: Any) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import gc
 import io
 import subprocess
 import sys
@@ -195,3 +196,20 @@ def test_the_command_is_whole_again(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out.startswith("hybridkex ")
+
+
+def test_the_collector_rests_while_a_command_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def imported(name: str) -> Any:
+        seen.append(gc.isenabled())
+        raise ModuleNotFoundError(name=name)
+
+    monkeypatch.setattr("hybridkex.cli.arguments.importlib.import_module", imported)
+    try:
+        with pytest.raises(ModuleNotFoundError):
+            Action("connect", object)._load()
+    finally:
+        gc.unfreeze()
+    assert seen == [False]
+    assert gc.isenabled()

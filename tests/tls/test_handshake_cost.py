@@ -32,7 +32,7 @@ def calls(client: ClientConfig, server: ServerConfig) -> int:
     return count
 
 
-@pytest.mark.parametrize(("resumed", "bound"), [(False, 1870), (True, 2190)])
+@pytest.mark.parametrize(("resumed", "bound"), [(False, 1710), (True, 1935)])
 def test_calls_of_a_handshake(
     trust: TrustStore, identity: Identity, resumed: bool, bound: int
 ) -> None:
@@ -40,7 +40,8 @@ def test_calls_of_a_handshake(
     client = ClientConfig(verifier=trust, ticket_store=store)
     server = ServerConfig(identities=(identity,))
     Pair.make(client, server).connect().exchange(b"for", b"tickets")
-    assert calls(client, server) < bound
+    counted = calls(client, server)
+    assert counted < bound, counted
 
 
 def test_a_resumption_verifies_the_stored_chain_once(

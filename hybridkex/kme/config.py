@@ -137,6 +137,9 @@ class KmeConfig:
     store: Path | PostgresUrl
     """A file of SQLite, or a database of PostgreSQL that several processes of this KME share."""
     key_file: Path
+    """Of the key under which the keys in the store are encrypted."""
+    read_key_files: tuple[Path, ...] = ()
+    """Of earlier such keys, while some rows are still encrypted under them."""
     tls: str = "stdlib"
     id_rule: IdRule = IdRule.COMMON_NAME
     reuse_port: bool = False

@@ -97,6 +97,9 @@ EXCESS: Final = {
 TIDY_EVERY: Final = 0.5
 """Half the time in seconds for which a delivered key may remain, encrypted, on the disk."""
 
+RENEW_EVERY: Final = 5.0
+"""Seconds between two attempts to encrypt the stored keys under the current sealing key."""
+
 COUNT_EVERY: Final = 1.0
 """Seconds between two counts of a stock that was full: keys also leave it unnoted, by their age or
 through another process. (A notice of each delivery would cost more: PostgreSQL lets one transaction
@@ -249,6 +252,8 @@ class KeyManagementEntity:
         self.log: Final = BoundedLog(LOG)
         """For the lines that a stranger or an SAE can cause again and again."""
         self._buckets = self._new_buckets()
+        self._renewal = trio.Event()
+        """Set: the store may have rows that are encrypted under an earlier sealing key."""
 
     def _new_buckets(self) -> dict[str, TokenBucket]:
         """One for each SAE of ours and for each peer."""
@@ -715,6 +720,7 @@ class KeyManagementEntity:
         """Erase old keys, reconcile with the other ends and count keys, forever."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tidy_often)
+            nursery.start_soon(self._renew_when_asked)
             await self._expire_and_reconcile(every)
 
     async def _tidy_often(self) -> None:
@@ -743,6 +749,34 @@ class KeyManagementEntity:
             except KeySourceError as error:
                 LOG.warning("%s: %s", self.kme_id, error)
             await trio.sleep(every)
+
+    def renew_soon(self) -> None:
+        """The sealing key may have changed: encrypt the stored keys under the current one."""
+        self._renewal.set()
+
+    async def _renew_when_asked(self) -> None:
+        while True:
+            await self._renewal.wait()
+            self._renewal = trio.Event()
+            while not await self._renewed():  # noqa: ASYNC110  # of the store, maybe of others
+                await trio.sleep(RENEW_EVERY)
+            LOG.warning(
+                "%s: all stored keys are encrypted under the key of key_file; the files of "
+                "read_key_files can be removed from the configuration",
+                self.kme_id,
+            )
+
+    async def _renewed(self) -> bool:
+        try:
+            if not await self._store.claim("renewal", CHECK_LONGEST):
+                return False
+            try:
+                return await self._store.renew()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._store.settle("renewal", 0)
+        except KeySourceUnavailable:  # the store says so itself
+            return False
 
     async def _reconcile_if_due(self, link: _Link) -> None:
         """Reconcile, unless another process that shares the store does or has."""

@@ -1,7 +1,7 @@
 """KMEs as running servers: sockets, TLS, producers, metrics, orderly shutdown."""
 
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Final, Self
@@ -31,6 +31,7 @@ from hybridkex.qkd.etsi014.transport import KmeTransport
 from hybridkex.qkd.producer import KeyProducer, RandomProducer, random_link
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.qkd.store import KeyStore, read_key_file
+from hybridkex.secret import Secret
 from hybridkex.shell.expiry_watch import ExpiryWatch
 from hybridkex.text import get_logger
 
@@ -60,6 +61,7 @@ class KmeServer:
         self.metrics: Final = KmeMetrics()
         self._closing = trio.Event()
         self._stores: dict[str, KeyStore] = {}
+        self._seal_keys: dict[str, list[Secret]] = {}
         self._kmes: dict[str, KeyManagementEntity] = {}
         self._settings: dict[str, _Settings] = {}
         self._background: trio.Nursery | None = None
@@ -73,9 +75,10 @@ class KmeServer:
             raise
 
     def _make(self, config: KmeConfig) -> KeyManagementEntity:
-        store = _store(config, self.metrics.store_failures.labels(config.id).inc)
+        keys = self._seal_keys[config.id] = _seal_keys(config)
+        store = _store(config, keys, self.metrics.store_failures.labels(config.id).inc)
         self._stores[config.id] = store
-        return KeyManagementEntity(
+        kme = KeyManagementEntity(
             config.id,
             saes=frozenset(config.saes),
             peers=_peers(config),
@@ -85,6 +88,9 @@ class KmeServer:
             self_pairs=config.self_pairs,
             not_found_status=config.not_found_status,
         )
+        if config.read_key_files:
+            kme.renew_soon()
+        return kme
 
     def close(self) -> None:
         """Begin an orderly shutdown: no new connections; requests in progress are answered."""
@@ -93,9 +99,9 @@ class KmeServer:
     async def reload(self, load: Callable[[], ServeConfig]) -> None:
         """Apply a new configuration, completely or not at all.
 
-        Certificates and authorities are read again; SAEs, limits, timeouts and the URLs of peers
-        may change, for new requests and connections. Open connections stay. Files are read in a
-        thread, so that an unresponsive file system delays nothing else.
+        Certificates, authorities and key files are read again; SAEs, limits, timeouts and the URLs
+        of peers may change, for new requests and connections. Open connections stay. Files are read
+        in a thread, so that an unresponsive file system delays nothing else.
 
         Args:
             load: reads the configuration; called in a thread.
@@ -104,7 +110,10 @@ class KmeServer:
             ConfigError: the configuration cannot be used, or changes what needs a restart; nothing
                 has changed.
         """
-        config, settings = await in_thread(self._prepared, load, abandon=True)
+        config, settings, seal_keys = await in_thread(self._prepared, load, abandon=True)
+        for kme_id, keys in seal_keys.items():
+            if keys != self._seal_keys[kme_id]:
+                await self._change_keys(kme_id, keys)
         # Nothing below can fail.
         for kme_id, fresh in settings.items():
             live, kme = self._settings[kme_id], self._kmes[kme_id]
@@ -123,9 +132,18 @@ class KmeServer:
                 kme.connect(peer_id, link)
         self._config = config
 
+    async def _change_keys(self, kme_id: str, keys: list[Secret]) -> None:
+        try:
+            await self._stores[kme_id].change_keys(keys[0], keys[1:])
+        except (ConfigError, KeySourceUnavailable) as error:
+            raise ConfigError(f"{kme_id}: {error}") from error
+        self._seal_keys[kme_id] = keys
+        if len(keys) > 1:
+            self._kmes[kme_id].renew_soon()
+
     def _prepared(
         self, load: Callable[[], ServeConfig]
-    ) -> "tuple[ServeConfig, dict[str, _Settings]]":
+    ) -> "tuple[ServeConfig, dict[str, _Settings], dict[str, list[Secret]]]":
         """Prepare a new configuration so that applying it cannot fail. Blocks. Raises
         ``ConfigError``."""
         config = load()
@@ -145,7 +163,7 @@ class KmeServer:
                 not_found_status=one.not_found_status,
             )
             settings[kme_id] = _Settings.of(one)
-        return config, settings
+        return config, settings, {one.id: _seal_keys(one) for one in config.kme}
 
     def _retire(self, link: HttpPeer, seconds: float) -> None:
         """Close a link to a peer once its last request has been answered or abandoned."""
@@ -410,13 +428,19 @@ class _Settings:
         self.of_peers.total = self.config.max_peer_connections
 
 
-def _store(config: KmeConfig, on_failure: Callable[[], object]) -> KeyStore:
-    seal_key = read_key_file(config.key_file)
+def _seal_keys(config: KmeConfig) -> list[Secret]:
+    return [read_key_file(path) for path in (config.key_file, *config.read_key_files)]
+
+
+def _store(config: KmeConfig, keys: Sequence[Secret], on_failure: Callable[[], object]) -> KeyStore:
+    seal_key, *read_keys = keys
     if not isinstance(config.store, PostgresUrl):
-        return SqliteKeyStore(config.store, seal_key, on_failure=on_failure)
+        return SqliteKeyStore(config.store, seal_key, read_keys=read_keys, on_failure=on_failure)
     from hybridkex.qkd.postgres_store import PostgresKeyStore  # noqa: PLC0415  # an extra
 
-    return PostgresKeyStore(config.store.url, seal_key, owner=config.id, on_failure=on_failure)
+    return PostgresKeyStore(
+        config.store.url, seal_key, owner=config.id, read_keys=read_keys, on_failure=on_failure
+    )
 
 
 def _peers(config: KmeConfig) -> dict[str, frozenset[str]]:
@@ -429,7 +453,6 @@ def _fixed(old: KmeConfig, new: KmeConfig) -> Iterator[tuple[str, object, object
         "listen",
         "reuse_port",
         "store",
-        "key_file",
         "self_pairs",
         "max_handshakes",
         "handshake_timeout",

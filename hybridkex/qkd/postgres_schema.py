@@ -123,6 +123,26 @@ SINCE: Final = {
         "ALTER TABLE hybridkex_meta ADD COLUMN id uuid NOT NULL DEFAULT gen_random_uuid()",
         "ALTER TABLE hybridkex_meta ADD COLUMN source text",
         "ALTER TABLE hybridkex_meta ADD COLUMN moved boolean NOT NULL DEFAULT false",
+        # The sealing keys; the generation tells every transaction whether they have changed.
+        "ALTER TABLE hybridkex_meta ADD COLUMN generation integer NOT NULL DEFAULT 0",
+        "ALTER TABLE hybridkex_meta ADD COLUMN former bytea[] NOT NULL DEFAULT '{}'",
+        "ALTER TABLE hybridkex_meta ADD COLUMN retired bytea[] NOT NULL DEFAULT '{}'",
+        "ALTER TABLE hybridkex_meta ADD COLUMN changed timestamptz NOT NULL DEFAULT 'epoch'",
+        # A promise that is encrypted anew stays the same.
+        """CREATE OR REPLACE FUNCTION grants_over() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF (OLD.link, OLD.key_id, OLD.slave, OLD.master, OLD.created, OLD.blocks)
+                IS DISTINCT FROM
+                (NEW.link, NEW.key_id, NEW.slave, NEW.master, NEW.created, NEW.blocks) THEN
+                RAISE 'a promise cannot change' USING ERRCODE = 'check_violation';
+            END IF;
+            IF OLD.ended IS NOT NULL THEN
+                RAISE 'a key that has ended cannot change' USING ERRCODE = 'check_violation';
+            END IF;
+            IF NEW.ended IS NOT NULL THEN
+                INSERT INTO stock VALUES (OLD.link, 0, -OLD.blocks);
+            END IF;
+            RETURN NULL;
+        END $$""",
         # What one process does for all: when it is due again.
         """CREATE TABLE hybridkex_jobs (
             job text PRIMARY KEY,

@@ -17,6 +17,7 @@ its own.)
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from cryptography.exceptions import InvalidTag
@@ -39,6 +40,7 @@ from hybridkex.qkd.store import (
     Material,
     Position,
     Seal,
+    SealRecord,
     assembled,
     blocks_of,
     check_states,
@@ -103,6 +105,10 @@ MOVED: Final = {
     },
 }
 """The tables whose rows another store gives up, their columns and the columns' types."""
+TRANSACTION_SECONDS: Final = 60.0
+"""Longer than any transaction, each of whose few statements has its limit."""
+_IN_TURN: Final = "SELECT pg_advisory_xact_lock(hashtext('hybridkex key store'))"
+"""Processes that change the tables or the record of the sealing keys take turns."""
 _ALL_LINKS: Final = "*"
 """The scope of the work of the clock, which is the same for all links."""
 
@@ -113,6 +119,7 @@ class PostgresKeyStore:
     Args:
         url: ``postgresql://user@host/database``, as libpq takes it.
         seal_key: of the key file, which every process has and the database never gets.
+        read_keys: keys that only decrypt.
         owner: the ID of the KME whose database it is.
         on_failure: called in a worker thread for each call that fails.
         connections: most connections to the database.
@@ -131,17 +138,23 @@ class PostgresKeyStore:
         seal_key: Secret,
         *,
         owner: str,
+        read_keys: Sequence[Secret] = (),
         on_failure: Callable[[], object] = lambda: None,
         connections: int = CONNECTIONS,
         source: str | None = None,
     ) -> None:
-        self._seal = Seal(seal_key)
+        self._keys = self._seal = Seal(seal_key, *read_keys)
+        self._generation = -1
+        """Of the record for which ``_seal`` was made out of ``_keys``."""
+        self._walked = -1
+        """The generation at which the keys have been encrypted anew."""
         self._owner = owner
         self._on_failure = on_failure
         self._failing = False
         self._held: dict[tuple[str, str], str] = {}
         """For each reserved block of a link, the mark of its reservation."""
         self._marks = 0
+        self._meta = place_of("meta", owner)
         try:
             conninfo, self.where = _prepared(url.reveal().decode())
             self._pool: ConnectionPool[_Connection] = ConnectionPool(
@@ -163,10 +176,6 @@ class PostgresKeyStore:
                 [self._process] = _one(connection.execute("SELECT gen_random_uuid()::text"), 1)
         except psycopg.Error as error:
             raise ConfigError(f"cannot use the key store {self.where}: {_reason(error)}") from error
-        except InvalidTag:
-            raise ConfigError(
-                f"the key file is not the one under which the key store {self.where} was encrypted"
-            ) from None
         self._pool.open()
 
     def _prepare(
@@ -177,19 +186,17 @@ class PostgresKeyStore:
         Returns the ID of the store, and whether a move into it is complete.
         """
         with connection.transaction(), connection.cursor() as cursor:
-            cursor.execute("SELECT pg_advisory_xact_lock(hashtext('hybridkex key store'))")
+            cursor.execute(_IN_TURN)
             [found] = _one(cursor.execute("SELECT to_regclass('hybridkex_meta') IS NOT NULL"), 1)
             if not found:
                 for statement in TABLES:
                     cursor.execute(statement)
-                seal = self._seal.seal(Secret(b"seal"), _meta_place(self._owner))
+                record = SealRecord.new(self._keys, self._meta)
                 cursor.execute(
                     "INSERT INTO hybridkex_meta (version, kme, seal) VALUES (1, %s, %s)",
-                    (self._owner, seal),
+                    (self._owner, record.current),
                 )
-            version, owner, seal = _one(
-                cursor.execute("SELECT version, kme, seal FROM hybridkex_meta"), 3
-            )
+            version, owner = _one(cursor.execute("SELECT version, kme FROM hybridkex_meta"), 2)
             if version > SCHEMA_VERSION:
                 raise ConfigError(
                     f"the key store {self.where} was written by a later version of hybridkex"
@@ -199,11 +206,11 @@ class PostgresKeyStore:
                     f"the key store {self.where} belongs to {owner}, not to {self._owner}; every "
                     "KME needs a database or a schema of its own"
                 )
-            self._seal.open(bytes(seal), _meta_place(owner))
             for later in range(version + 1, SCHEMA_VERSION + 1):
                 for statement in SINCE[later]:
                     cursor.execute(statement)
             cursor.execute("UPDATE hybridkex_meta SET version = %s", (SCHEMA_VERSION,))
+            self._seal, self._generation = self._settle(cursor, self._keys)
             if not found:
                 cursor.execute("UPDATE hybridkex_meta SET source = %s", (source,))
             store_id, origin, moved = _one(
@@ -227,6 +234,159 @@ class PostgresKeyStore:
                     self.where,
                 )
         return store_id, moved
+
+    # -- the sealing key
+
+    def _settle(self, cursor: _Cursor, keys: Seal) -> tuple[Seal, int]:
+        """How this process encrypts, and the generation of the record. Raises ``ConfigError``."""
+        found, generation = self._record(cursor)
+        seal, record = found.settled(keys, self._meta, f"key store {self.where}")
+        if record != found:
+            generation += 1
+            cursor.execute(
+                "UPDATE hybridkex_meta SET seal = %s, former = %s, generation = %s,"
+                " changed = clock_timestamp()",
+                (record.current, list(record.former), generation),
+            )
+        return seal, generation
+
+    def _follow(self, cursor: _Cursor) -> None:
+        """Encrypt under the key that another process has made the current one. Raises
+        ``ConfigError``."""
+        found, generation = self._record(cursor)
+        seal, record = found.settled(self._keys, self._meta, f"key store {self.where}")
+        if record == found:
+            self._seal, self._generation = seal, generation
+
+    @staticmethod
+    def _record(cursor: _Cursor) -> tuple[SealRecord, int]:
+        current, former, retired, generation = _one(
+            cursor.execute("SELECT seal, former, retired, generation FROM hybridkex_meta"), 4
+        )
+        record = SealRecord(current=current, former=tuple(former), retired=tuple(retired))
+        return record, generation
+
+    async def change_keys(self, seal_key: Secret, read_keys: Sequence[Secret] = ()) -> None:
+        keys = Seal(seal_key, *read_keys)
+
+        def work(cursor: _Cursor) -> tuple[Seal, int] | ConfigError:
+            cursor.execute(_IN_TURN)
+            try:
+                return self._settle(cursor, keys)
+            except ConfigError as error:  # of the configuration, not of the database
+                return error
+
+        # What other calls go by from the moment of the commit on.
+        before, self._keys = self._keys, keys
+        try:
+            settled = await self._run(_ALL_LINKS, work, follow=False)
+        except BaseException:
+            self._keys = before
+            raise
+        if isinstance(settled, ConfigError):
+            self._keys = before
+            raise settled
+        self._seal, self._generation = settled
+
+    async def renew(self) -> bool:
+        """See :class:`~hybridkex.qkd.store.KeyStore`. It is done when one walk that began after the
+        end of every transaction under an earlier key has found nothing."""
+
+        def state(cursor: _Cursor) -> tuple[bool, bool]:
+            former, settled = _one(
+                cursor.execute(
+                    "SELECT cardinality(former) > 0,"
+                    " changed + make_interval(secs => %s) < clock_timestamp() FROM hybridkex_meta",
+                    (TRANSACTION_SECONDS,),
+                ),
+                2,
+            )
+            return former, settled
+
+        pending, settled = await self._run(_ALL_LINKS, state)
+        if not pending:
+            return True
+        generation, found = self._generation, 0
+        if not settled and generation == self._walked:
+            return False
+        self._walked = generation
+        for part in (self._renew_material, self._renew_grants):
+            last: tuple[Any, ...] | None = ()
+            while last is not None:
+                last, number = await self._run(_ALL_LINKS, partial(part, last))
+                found += number
+        if found or not settled:
+            return False
+
+        def finish(cursor: _Cursor) -> bool:
+            return (
+                cursor.execute(
+                    "UPDATE hybridkex_meta SET retired = retired || former, former = '{}'"
+                    " WHERE generation = %s",
+                    (generation,),
+                ).rowcount
+                == 1
+            )
+
+        return await self._run(_ALL_LINKS, finish)
+
+    def _renew_material(
+        self, after: tuple[Any, ...], cursor: _Cursor
+    ) -> tuple[tuple[Any, ...] | None, int]:
+        rows = cursor.execute(
+            "SELECT seq, link, key_id, sealed FROM material WHERE seq > %s ORDER BY seq LIMIT %s",
+            (*(after or (0,)), PAGE),
+        ).fetchall()
+        new = [
+            (seq, sealed, renewed)
+            for seq, link, key_id, sealed in rows
+            if (renewed := self._renewed(sealed, place_of("material", link, key_id)))
+        ]
+        if new:
+            # One that is locked is about to leave; if it stays, the next walk finds it.
+            cursor.execute(
+                "UPDATE material SET sealed = new.renewed FROM"
+                " (SELECT material.seq, given.renewed FROM material JOIN"
+                " unnest(%s::bigint[], %s::bytea[], %s::bytea[]) AS given (seq, sealed, renewed)"
+                " ON material.seq = given.seq AND material.sealed = given.sealed"
+                " FOR UPDATE OF material SKIP LOCKED) AS new WHERE material.seq = new.seq",
+                list(map(list, zip(*new, strict=True))),
+            )
+        return (rows[-1][:1] if len(rows) == PAGE else None), len(new)
+
+    def _renew_grants(
+        self, after: tuple[Any, ...], cursor: _Cursor
+    ) -> tuple[tuple[Any, ...] | None, int]:
+        rows = cursor.execute(
+            "SELECT link, key_id, slave, master, sealed FROM grants"
+            " WHERE (link, key_id, slave) > (%s, %s, %s)"
+            " ORDER BY link, key_id, slave LIMIT %s",
+            (*(after or ("", "", "")), PAGE),
+        ).fetchall()
+        new = [
+            (link, key_id, slave, sealed, renewed)
+            for link, key_id, slave, master, sealed in rows
+            if sealed is not None
+            and (renewed := self._renewed(sealed, place_of("grant", link, key_id, master, slave)))
+        ]
+        if new:
+            cursor.execute(
+                "UPDATE grants SET sealed = new.renewed FROM"
+                " (SELECT grants.link, grants.key_id, grants.slave, given.renewed FROM grants JOIN"
+                " unnest(%s::text[], %s::text[], %s::text[], %s::bytea[], %s::bytea[])"
+                " AS given (link, key_id, slave, sealed, renewed)"
+                " USING (link, key_id, slave) WHERE grants.sealed = given.sealed"
+                " FOR UPDATE OF grants SKIP LOCKED) AS new"
+                " WHERE grants.link = new.link AND grants.key_id = new.key_id"
+                " AND grants.slave = new.slave",
+                list(map(list, zip(*new, strict=True))),
+            )
+        return (rows[-1][:3] if len(rows) == PAGE else None), len(new)
+
+    def _renewed(self, sealed: bytes, place: bytes) -> bytes | None:
+        with suppress(InvalidTag):  # a damaged key is erased when its turn comes
+            return self._seal.renewed(sealed, place)
+        return None
 
     # -- a move of another store's keys into this one
 
@@ -255,21 +415,24 @@ class PostgresKeyStore:
 
     # -- transactions
 
-    async def _run(self, link: str, work: Callable[[_Cursor], T]) -> T:
-        """Run a transaction that sees the rows of one link."""
+    async def _run(self, link: str, work: Callable[[_Cursor], T], *, follow: bool = True) -> T:
+        """Run a transaction that sees the rows of one link.
+
+        ``follow``: with the current sealing key, whichever process has changed it.
+        """
         try:
-            return await in_thread(self._transact, link, work)
+            return await in_thread(self._transact, link, work, follow)
         except NoThread as error:
             self._on_failure()
             raise KeySourceUnavailable(f"the key store failed: {error}") from error
 
-    def _transact(self, link: str, work: Callable[[_Cursor], T]) -> T:
+    def _transact(self, link: str, work: Callable[[_Cursor], T], follow: bool = True) -> T:
         try:
             try:
-                result = self._attempt(link, work)
+                result = self._attempt(link, work, follow)
             except _NotCommitted:
-                result = self._attempt(link, work)
-        except (psycopg.Error, PoolTimeout, _NotCommitted, InvalidTag) as error:
+                result = self._attempt(link, work, follow)
+        except (psycopg.Error, PoolTimeout, _NotCommitted, ConfigError) as error:
             cause = error.__cause__ if isinstance(error, _NotCommitted) else error
             self._on_failure()
             text = _reason(cause)
@@ -282,7 +445,7 @@ class PostgresKeyStore:
             LOG.warning("the key store %s works again", self.where)
         return result
 
-    def _attempt(self, link: str, work: Callable[[_Cursor], T]) -> T:
+    def _attempt(self, link: str, work: Callable[[_Cursor], T], follow: bool) -> T:
         worked = False
         try:
             with (
@@ -290,9 +453,19 @@ class PostgresKeyStore:
                 connection.transaction(),
                 connection.cursor() as cursor,
             ):
-                cursor.execute("SELECT set_config('hybridkex.link', %s, true)", (link,))
+                cursor.execute(
+                    "SELECT set_config('hybridkex.link', %s, true), generation FROM hybridkex_meta",
+                    (link,),
+                )
+                _, generation = _one(cursor, 2)
+                if follow and generation != self._generation:
+                    self._follow(cursor)
                 result = work(cursor)
                 worked = True
+        except InvalidTag as error:
+            # Damaged, or encrypted by another process under a key that has become the current one
+            # in this moment.
+            raise _NotCommitted from error
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             if worked or isinstance(error, PoolTimeout | errors.QueryCanceled):
                 raise
@@ -376,6 +549,8 @@ class PostgresKeyStore:
                             Material(key_id=key_id, key=key, created=created, shared=shared)
                         )
             if damaged:
+                if self._record(cursor)[1] != self._generation:
+                    raise InvalidTag  # they may be encrypted under a key that is new
                 self._take_out(cursor, link, damaged)
             return found, damaged
 
@@ -823,10 +998,6 @@ def _configure(connection: "psycopg.Connection[Any]") -> None:
         )
         cursor.execute("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED")
     connection.commit()
-
-
-def _meta_place(owner: str) -> bytes:
-    return place_of("meta", owner)
 
 
 def _one(cursor: _Cursor, columns: int) -> tuple[Any, ...]:

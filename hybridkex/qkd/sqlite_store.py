@@ -39,6 +39,7 @@ from hybridkex.qkd.store import (
     Material,
     Position,
     Seal,
+    SealRecord,
     assembled,
     blocks_of,
     check_states,
@@ -71,6 +72,11 @@ ROWS: Final = 64
 
 CACHE_KIB: Final = 16_384
 """Memory for pages of the database, most of them of the indexes."""
+
+_META: Final = b"meta"
+"""The place of the values of a :class:`~hybridkex.qkd.store.SealRecord`."""
+_LISTS: Final = ("x-former", "x-retired")
+"""Where they are, besides ``seal``."""
 
 WAL_HEADER_BYTES: Final = 32
 WAL_FRAME_HEADER_BYTES: Final = 24
@@ -105,12 +111,14 @@ class SqliteKeyStore:
         path: Path,
         seal_key: Secret,
         *,
+        read_keys: Sequence[Secret] = (),
         on_failure: Callable[[], object] = lambda: None,
         moving: bool = False,
     ) -> None:
         """Open a database, or create it if there is no file. Blocks briefly; converting a database
         of an older version takes some seconds for a million keys.
 
+        Keys are encrypted under ``seal_key`` and decrypted with ``read_keys``, too.
         ``on_failure`` is called for each call that fails, in any thread. ``moving`` opens it for a
         move of its keys (:mod:`hybridkex.qkd.store_move`) instead of for service.
 
@@ -120,7 +128,7 @@ class SqliteKeyStore:
                 in another store.
         """
         self._path = path
-        self._seal = Seal(seal_key)
+        self._seal = Seal(seal_key, *read_keys)
         self._on_failure = on_failure
         self._failing = False
         self._calls = CallQueue(self._carry_out, GROUP_KEYS)
@@ -201,32 +209,110 @@ class SqliteKeyStore:
         if tables and not {"meta", "material", "grants", "spent"} <= tables:
             raise ConfigError(f"{self._path} is a database, and not a key store")
         if tables:
-            self._check_seal()
+            self._seal, record = self._settled(self._seal)
         # The file is ours: now it may change.
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute("PRAGMA secure_delete=ON")
         self._db.execute(f"PRAGMA wal_autocheckpoint={WAL_PAGES}")
         self._db.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
-        if version == SCHEMA_VERSION:
+        if version == SCHEMA_VERSION and record == self._record():
             return
         with self._transaction() as db:
-            if tables:
-                migrate(db, version, self._seal)
-            else:
+            if not tables:
                 create(db)
-                seal = self._seal.seal(Secret(b"seal"), b"meta")
-                db.execute("INSERT INTO meta VALUES ('seal', ?)", (seal,))
+                record = SealRecord.new(self._seal, _META)
+            elif version != SCHEMA_VERSION:
+                migrate(db, version, self._seal)
+            self._write_record(record)
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
-    def _check_seal(self) -> None:
-        row = self._db.execute("SELECT value FROM meta WHERE name = 'seal'").fetchone()
+    # -- the sealing key
+
+    def _settled(self, seal: Seal) -> tuple[Seal, SealRecord]:
+        """Raises ``ConfigError``."""
+        return self._record().settled(seal, _META, f"key store {self._path}")
+
+    def _record(self) -> SealRecord:
+        rows = dict(
+            self._db.execute("SELECT name, value FROM meta WHERE name IN ('seal', ?, ?)", _LISTS)
+        )
+        former, retired = (
+            tuple(bytes.fromhex(one) for one in json.loads(rows.get(name, "[]"))) for name in _LISTS
+        )
+        return SealRecord(current=rows.get("seal", b""), former=former, retired=retired)
+
+    def _write_record(self, record: SealRecord) -> None:
+        lists = (
+            json.dumps([one.hex() for one in part]) for part in (record.former, record.retired)
+        )
+        self._db.executemany(
+            "INSERT OR REPLACE INTO meta VALUES (?, ?)",
+            [("seal", record.current), *zip(_LISTS, lists, strict=True)],
+        )
+
+    async def change_keys(self, seal_key: Secret, read_keys: Sequence[Secret] = ()) -> None:
+        settled = await self._write(1, self._change_keys, Seal(seal_key, *read_keys))
+        if isinstance(settled, ConfigError):
+            raise settled
+        self._seal = settled
+
+    def _change_keys(self, new: Seal) -> Seal | ConfigError:
         try:
-            self._seal.open(row[0] if row else b"", b"meta")
-        except (InvalidTag, ValueError):
-            raise ConfigError(
-                f"the key file is not the one under which the key store {self._path} was encrypted"
-            ) from None
+            seal, record = self._settled(new)
+        except ConfigError as error:  # of the configuration, not of the database
+            return error
+        self._write_record(record)
+        return seal
+
+    async def renew(self) -> bool:
+        if not (await self._read(self._record)).former:
+            return True
+        for part in (self._renew_material, self._renew_grants):
+            last: tuple[Any, ...] | None = ()
+            while last is not None:
+                last = await self._write(PAGE, part, last)
+        await self._write(1, lambda: self._write_record(self._record().renewed()))
+        return True
+
+    def _renew_material(self, after: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        rows = self._db.execute(
+            "SELECT seq, link, key_id, sealed FROM material WHERE seq > ? ORDER BY seq LIMIT ?",
+            (*(after or (0,)), PAGE),
+        ).fetchall()
+        new = [
+            (self._renewed(sealed, place_of("material", link, key_id)), link, seq)
+            for seq, link, key_id, sealed in rows
+        ]
+        self._db.executemany(
+            "UPDATE material SET sealed = ? WHERE link = ? AND seq = ?",
+            [one for one in new if one[0]],
+        )
+        return rows[-1][:1] if len(rows) == PAGE else None
+
+    def _renew_grants(self, after: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        rows = self._db.execute(
+            "SELECT link, key_id, slave, master, sealed FROM grants"
+            " WHERE (link, key_id, slave) > (?, ?, ?)"
+            " ORDER BY link, key_id, slave LIMIT ?",
+            (*(after or ("", "", "")), PAGE),
+        ).fetchall()
+        new = [
+            (self._renewed(sealed, place_of("grant", link, key_id, master, slave)), link, key_id,
+             slave)
+            for link, key_id, slave, master, sealed in rows
+            if sealed is not None
+        ]  # fmt: skip
+        self._db.executemany(
+            "UPDATE grants SET sealed = ? WHERE link = ? AND key_id = ? AND slave = ?",
+            [one for one in new if one[0]],
+        )
+        return rows[-1][:3] if len(rows) == PAGE else None
+
+    def _renewed(self, sealed: bytes, place: bytes) -> bytes | None:
+        with suppress(InvalidTag):  # a damaged key is erased when its turn comes
+            return self._seal.renewed(sealed, place)
+        return None
 
     # -- carrying out calls
 
@@ -402,6 +488,10 @@ class SqliteKeyStore:
                 f"the keys of the key store {self._path} are being moved into another store: run "
                 "'hybridkex kme migrate' again, which continues it"
             )
+
+    def is_renewing(self) -> bool:
+        """Whether some rows are encrypted under an earlier sealing key."""
+        return bool(self._record().former)
 
     def rows(self, table: str, columns: Iterable[str]) -> Iterator[list[tuple[Any, ...]]]:
         """All rows of a table in pages, oldest first; nothing else may use the store."""

@@ -21,11 +21,14 @@ key file is good for 2^32 writes (NIST SP 800-38D section 8.3).
 import os
 import stat
 from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from hybridkex.errors import ConfigError, KeyConsumed, KeyExpired
@@ -41,6 +44,7 @@ __all__ = [
     "Material",
     "Position",
     "Seal",
+    "SealRecord",
     "assembled",
     "blocks_of",
     "check_states",
@@ -249,6 +253,21 @@ class KeyStore(Protocol):
         """A job that was claimed is over; it is due again after ``seconds``."""
         ...
 
+    async def change_keys(self, seal_key: Secret, read_keys: Sequence[Secret] = ()) -> None:
+        """Encrypt under another key from now on, and decrypt with the others, too.
+
+        Raises :class:`~hybridkex.errors.ConfigError` if a key that is needed is not among them;
+        then nothing changes.
+        """
+        ...
+
+    async def renew(self) -> bool:
+        """Encrypt all keys under the current sealing key. Returns whether that is done.
+
+        Works in small transactions, and is to be called until it returns true.
+        """
+        ...
+
     async def tidy(self) -> None:
         """Remove from the disk what is left of keys that had left the database when this method was
         called the last time. To be called again and again."""
@@ -395,19 +414,107 @@ def read_key_file(path: Path) -> Secret:
 
 
 class Seal:
-    """Encryption at rest: nonce, ciphertext and tag, under the key of a key file."""
+    """Encryption at rest: nonce, ciphertext and tag, under the key of a key file.
 
-    def __init__(self, key: Secret) -> None:
-        self._cipher = AESGCM(key.reveal())
+    Args:
+        key: encrypts and decrypts.
+        others: keys that only decrypt.
+    """
+
+    def __init__(self, key: Secret, *others: Secret) -> None:
+        self._ciphers = tuple(AESGCM(one.reveal()) for one in (key, *others))
 
     def seal(self, key: Secret, place: bytes) -> bytes:
         """Encrypt a key for the row that ``place`` identifies."""
         nonce = os.urandom(NONCE_BYTES)
-        return nonce + self._cipher.encrypt(nonce, key.reveal(), place)
+        return nonce + self._ciphers[0].encrypt(nonce, key.reveal(), place)
 
     def open(self, sealed: bytes, place: bytes) -> Secret:
         """Decrypt a key of a row. Raises ``cryptography.exceptions.InvalidTag``."""
-        return Secret(self._cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], place))
+        return self._opened(sealed, place)[1]
+
+    def renewed(self, sealed: bytes, place: bytes) -> bytes | None:
+        """The same key under the first of our keys; ``None`` if it is. Raises ``InvalidTag``."""
+        number, key = self._opened(sealed, place)
+        return None if number == 0 else self.seal(key, place)
+
+    def number(self, sealed: bytes, place: bytes) -> int | None:
+        """Which of our keys opens this, counted from 0; ``None``: no one does."""
+        try:
+            return self._opened(sealed, place)[0]
+        except (InvalidTag, ValueError):
+            return None
+
+    def preferring(self, number: int) -> "Seal":
+        """The same keys, of which this one encrypts."""
+        other = copy(self)
+        other._ciphers = (self._ciphers[number], *self._ciphers)
+        return other
+
+    def _opened(self, sealed: bytes, place: bytes) -> tuple[int, Secret]:
+        nonce, rest = sealed[:NONCE_BYTES], sealed[NONCE_BYTES:]
+        for number, cipher in enumerate(self._ciphers):
+            with suppress(InvalidTag):
+                return number, Secret(cipher.decrypt(nonce, rest, place))
+        raise InvalidTag
+
+
+@dataclass(frozen=True, kw_only=True)
+class SealRecord:
+    """What a store records of the keys under which its rows are encrypted: a value under each."""
+
+    current: bytes
+    former: tuple[bytes, ...] = ()
+    """Of keys under which some rows still are."""
+    retired: tuple[bytes, ...] = ()
+    """Of keys under which no row is any more."""
+
+    @classmethod
+    def new(cls, seal: Seal, place: bytes) -> "SealRecord":
+        """Of a store in which nothing is."""
+        return cls(current=seal.seal(_CHECK, place))
+
+    def settled(self, seal: Seal, place: bytes, store: str) -> "tuple[Seal, SealRecord]":
+        """How a process with these keys encrypts, and the record after that.
+
+        A key file that is new to the store replaces the current one. One that was replaced before
+        is not taken up again: the configuration of that process is behind that of another.
+
+        Args:
+            seal: the keys of the process.
+            place: of the recorded values.
+            store: its name, for messages.
+
+        Raises:
+            ConfigError: a key that rows may be encrypted under is not among these.
+        """
+        number = seal.number(self.current, place)
+        if number is None:
+            raise ConfigError(
+                f"the key file is not the one under which the {store} was encrypted; if it is to "
+                "replace that one, list that one in read_key_files"
+            )
+        if any(seal.number(one, place) is None for one in self.former):
+            raise ConfigError(
+                f"keys in the {store} are still encrypted under an earlier key file: list it in "
+                "read_key_files until the log says that it can be removed"
+            )
+        if number == 0:
+            return seal, self
+        if any(seal.number(one, place) == 0 for one in (*self.former, *self.retired)):
+            return seal.preferring(number), self
+        return seal, SealRecord(
+            current=seal.seal(_CHECK, place),
+            former=(*self.former, self.current),
+            retired=self.retired,
+        )
+
+    def renewed(self) -> "SealRecord":
+        """After every row has been encrypted under the current key."""
+        return SealRecord(current=self.current, retired=(*self.retired, *self.former))
+
+
+_CHECK: Final = Secret(b"seal")
 
 
 def place_of(table: str, *columns: str) -> bytes:

@@ -64,6 +64,11 @@ def move(
     try:
         if source.meta("moved"):
             return None
+        if source.is_renewing():
+            raise ConfigError(
+                f"keys in {path} are still encrypted under an earlier key file: serve it until the "
+                "log says that read_key_files can be removed, and move it then"
+            )
         name = source.meta("id") or str(uuid.uuid4())
         source.set_meta({"id": name})
         target = PostgresKeyStore(url, seal_key, owner=owner, connections=1, source=name)

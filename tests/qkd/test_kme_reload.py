@@ -81,7 +81,6 @@ def test_a_reload(hybridkex: Forkserver, site: Path, tmp_path: Path) -> None:
     ("old", "new", "said"),
     [
         ("kme-a/keys.db", "kme-a/other.db", "store"),
-        ("kme-a/store.key", "kme-b/store.key", "key_file"),
         ('listen = "127.0.0.1:0"', 'listen = "127.0.0.1:1"', "listen"),
         ('tls = "stdlib"', 'tls = "stdlib"\nself_pairs = true', "self_pairs"),
     ],

@@ -184,6 +184,8 @@ def test_every_statement_names_the_link() -> None:
     ]
     assert len(statements) > 12
     for statement in statements:
+        if statement in ("SELECT ", "DELETE FROM material", "DELETE FROM grants"):
+            continue  # of a move of all keys into another store
         if "meta" in statement or "old_" in statement or "created < ?" in statement:
             continue
         assert (

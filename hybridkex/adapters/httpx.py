@@ -52,13 +52,25 @@ class SecureTransport(httpx.AsyncHTTPTransport):
             max_connections=100, max_keepalive_connections=20, keepalive_expiry=5.0
         )
         # httpx offers no argument for the network backend of httpcore's pool.
-        self._pool = httpcore.AsyncConnectionPool(
+        self._pool = _Pool(
             network_backend=SecureBackend(config),
             http2="h2" in config.alpn,
             max_connections=limits.max_connections,
             max_keepalive_connections=limits.max_keepalive_connections,
             keepalive_expiry=limits.keepalive_expiry,
         )
+
+
+class _Pool(httpcore.AsyncConnectionPool):
+    """httpcore's pool, which keeps a new connection for ever if the request that is to open it is
+    cancelled while it waits its turn (httpcore issue 1093); this one does not."""
+
+    def _assign_requests_to_connections(self) -> list[Any]:
+        wanted = [request.connection for request in self._requests]
+        self._connections[:] = [
+            one for one in self._connections if one in wanted or one.info() != "CONNECTING"
+        ]
+        return super()._assign_requests_to_connections()
 
 
 class SecureBackend(httpcore.AsyncNetworkBackend):

@@ -236,15 +236,19 @@ class Event:
 
 
 class Lock:
-    """A fair mutex: tasks acquire it in order of arrival. It may be created outside any loop."""
+    """A fair lock: tasks acquire it in order of arrival. It may be created outside any loop.
 
-    def __init__(self) -> None:
-        self._held = False
+    Args:
+        holders: tasks that may hold it at the same time.
+    """
+
+    def __init__(self, holders: int = 1) -> None:
+        self._free = holders
         self._waiting: Final = deque[Event]()
 
     async def __aenter__(self) -> None:
-        if not self._held:
-            self._held = True
+        if self._free:
+            self._free -= 1
             return
         turn = Event()
         self._waiting.append(turn)
@@ -264,4 +268,4 @@ class Lock:
         if self._waiting:
             self._waiting.popleft().set()
         else:
-            self._held = False
+            self._free += 1

@@ -403,3 +403,36 @@ def test_the_time_limit_of_httpx_holds(monkeypatch: pytest.MonkeyPatch) -> None:
                     await client.get(f"https://127.0.0.1:{port}/")
 
     anyio.run(main)
+
+
+def test_requests_that_are_cancelled_in_a_queue() -> None:
+    """They take no connection with them: a server that was silent for a while is asked again."""
+
+    async def main() -> None:
+        awake = asyncio.Event()
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while await reader.read(4096):
+                await awake.wait()
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        limits = httpx.Limits(max_connections=2)
+        transport = SecureTransport(client_config(), limits=limits)
+        async with httpx.AsyncClient(transport=transport, timeout=5) as client:
+            for _ in range(3):
+                awake.clear()
+                asked = [asyncio.create_task(client.get(url)) for _ in range(8)]
+                await asyncio.sleep(0.05)
+                for one in asked:
+                    one.cancel()
+                await asyncio.gather(*asked, return_exceptions=True)
+                awake.set()
+                answers = await asyncio.gather(*(client.get(url) for _ in range(4)))
+                assert [one.text for one in answers] == ["ok"] * 4
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(main())

@@ -3,7 +3,9 @@
 httpcore takes a network backend, which starts TLS, so that is where another TLS and the check of
 the certificate plug in. httpx serialises the request, but its client is not used: what the client
 does with an answer (decompress it, store cookies, parse redirects) lets the other end decide how
-much memory is used and which errors are raised.
+much memory is used and which errors are raised. Nor is httpcore's pool: it keeps a connection for
+ever whose request is cancelled while it waits its turn, and with that a KME that is silent for a
+while would be out of reach for good (httpcore issue 1093).
 """
 
 # ruff: noqa: ASYNC109  # the timeouts are httpcore's interface
@@ -14,8 +16,10 @@ import ssl
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from ipaddress import ip_address
 from typing import Any, Final
 
 import httpcore
@@ -24,7 +28,7 @@ import trio
 
 from hybridkex.errors import ConfigError, KeySourceUnavailable
 from hybridkex.machine import causes
-from hybridkex.net.event_loop import checkpoint, on_trio, sleep, time_limit
+from hybridkex.net.event_loop import Background, Lock, checkpoint, on_trio, sleep, time_limit
 from hybridkex.qkd.etsi014.mutual_tls import (
     ClientTls,
     TlsHandshake,
@@ -35,7 +39,7 @@ from hybridkex.qkd.etsi014.mutual_tls import (
 __all__ = ["HTTP_FAILURES", "Answer", "KmeTransport", "refusal_of", "what_failed"]
 
 _CLOSE_TIMEOUT: Final = 1.0
-_HAPPY_EYEBALLS_DELAY: Final = 0.25
+_DELAY: Final = 0.25
 """Seconds before the next address is tried in parallel (RFC 8305 section 5); trio's value."""
 
 HTTP_FAILURES: Final = (
@@ -226,12 +230,22 @@ class _Backend(httpcore.AsyncNetworkBackend):
                     return _TrioStream(raw, raw, self)
                 asyncio: Any = sys.modules["asyncio"]  # asyncio is running, so it is loaded
                 reader, writer = await asyncio.open_connection(
-                    host, port, happy_eyeballs_delay=_HAPPY_EYEBALLS_DELAY
+                    host, port, happy_eyeballs_delay=None if _is_literal(host) else _DELAY
                 )
                 return _AsyncioStream(reader, writer, self)
 
     async def sleep(self, seconds: float) -> None:
         await sleep(seconds)
+
+
+def _is_literal(host: str) -> bool:
+    """Whether a host is an address, so that no other can be tried beside it. (A caller who gives up
+    while asyncio tries several may leave it with a socket that it has forgotten.)"""
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 class _Content:
@@ -259,13 +273,16 @@ class Answer:
 
 
 class KmeTransport:
-    """A pool of connections to one KME. It never retries a request.
+    """Connections to one KME. It never retries a request.
+
+    A connection belongs to one request at a time and is kept only if that has ended in order, so
+    whatever becomes of a request, the next one finds room.
 
     Args:
         url: ``https://host:port``.
         handshake: makes a connection secure.
         check: gets the KME's certificate and raises to refuse it.
-        connections: most connections at once.
+        connections: most connections at once; more requests than that wait their turn.
         max_answer: most bytes of an answer, including headers.
     """
 
@@ -279,12 +296,15 @@ class KmeTransport:
         max_answer: int = 1 << 20,
     ) -> None:
         self._url = url.rstrip("/")
-        self._pool = httpcore.AsyncConnectionPool(
+        self._connect = partial(
+            httpcore.AsyncHTTPConnection,
             ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),  # unused, see _Stream.start_tls
-            max_connections=connections,
             keepalive_expiry=60.0,
             network_backend=_Backend(handshake, check, max_answer),
         )
+        self._turn: Final = Lock(connections)
+        self._idle: list[httpcore.AsyncHTTPConnection] = []
+        """The one that was used last is the last."""
 
     async def exchange(
         self,
@@ -304,33 +324,64 @@ class KmeTransport:
         request = httpx.Request(
             method, self._url + path, params=query, json=content, headers=headers
         )
-        response = await self._pool.handle_async_request(
-            httpcore.Request(
-                method=request.method,
-                url=httpcore.URL(
-                    scheme=request.url.raw_scheme,
-                    host=request.url.raw_host,
-                    port=request.url.port,
-                    target=request.url.raw_path,
-                ),
-                headers=request.headers.raw,
-                content=_Content(await request.aread()),
-            )
+        body = await request.aread()
+        url = httpcore.URL(
+            scheme=request.url.raw_scheme,
+            host=request.url.raw_host,
+            port=request.url.port,
+            target=request.url.raw_path,
         )
-        try:
-            fields = httpx.Headers(response.headers)
-            if fields.get("Content-Encoding", "identity") != "identity":
-                raise KeySourceUnavailable(
-                    "the KME's answer is compressed, which was not requested"
+        async with self._turn:
+            connection = self._take(url.origin)
+            try:
+                return await _exchange(
+                    connection,
+                    httpcore.Request(
+                        method=request.method,
+                        url=url,
+                        headers=request.headers.raw,
+                        content=_Content(body),
+                    ),
                 )
-            body = await response.aread()
-        finally:
-            await response.aclose()
-        return Answer(status=response.status, headers=fields, body=body)
+            finally:
+                self._give_back(connection)
+
+    def _take(self, origin: httpcore.Origin) -> httpcore.AsyncHTTPConnection:
+        """A connection that is free, or a new one."""
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            self._give_back(connection)
+        return self._idle.pop() if self._idle else self._connect(origin)
+
+    def _give_back(self, connection: httpcore.AsyncHTTPConnection) -> None:
+        """Keep a connection for the next request, or close it if it is not fit for one."""
+        if connection.is_idle() and not connection.has_expired():
+            self._idle.append(connection)
+        elif not connection.is_closed():
+            Background(partial(_close, connection))  # nobody waits for the KME's close_notify
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._pool.aclose()
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            await _close(connection)
+
+
+async def _close(connection: httpcore.AsyncHTTPConnection) -> None:
+    with suppress(OSError, trio.BrokenResourceError):  # it has ended already
+        await connection.aclose()
+
+
+async def _exchange(connection: httpcore.AsyncHTTPConnection, request: httpcore.Request) -> Answer:
+    response = await connection.handle_async_request(request)
+    try:
+        fields = httpx.Headers(response.headers)
+        if fields.get("Content-Encoding", "identity") != "identity":
+            raise KeySourceUnavailable("the KME's answer is compressed, which was not requested")
+        body = await response.aread()
+    finally:
+        await response.aclose()
+    return Answer(status=response.status, headers=fields, body=body)
 
 
 def what_failed(error: BaseException) -> str:

@@ -62,15 +62,19 @@ class SecureTransport(httpx.AsyncHTTPTransport):
 
 
 class _Pool(httpcore.AsyncConnectionPool):
-    """httpcore's pool, which keeps a new connection for ever if the request that is to open it is
-    cancelled while it waits its turn (httpcore issue 1093); this one does not."""
+    """httpcore's pool, which keeps a connection for ever if its request is cancelled before it was
+    begun (httpcore issue 1093); this one does not."""
 
-    def _assign_requests_to_connections(self) -> list[Any]:
-        wanted = [request.connection for request in self._requests]
-        self._connections[:] = [
-            one for one in self._connections if one in wanted or one.info() != "CONNECTING"
+    def _assign_requests_to_connections(self) -> list[httpcore.AsyncConnectionInterface]:
+        used = [request.connection for request in self._requests]
+        lost = [
+            one
+            for one in self._connections
+            if one not in used and not one.is_idle() and not one.is_closed()
         ]
-        return super()._assign_requests_to_connections()
+        for one in lost:
+            self._connections.remove(one)
+        return lost + super()._assign_requests_to_connections()
 
 
 class SecureBackend(httpcore.AsyncNetworkBackend):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -412,27 +412,34 @@ def test_requests_that_are_cancelled_in_a_queue() -> None:
         awake = asyncio.Event()
 
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            while await reader.read(4096):
-                await awake.wait()
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-            writer.close()
+            with suppress(ConnectionError):
+                while await reader.read(4096):
+                    await awake.wait()
+                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            writer.transport.abort()
 
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
         limits = httpx.Limits(max_connections=2)
         transport = SecureTransport(client_config(), limits=limits)
         async with httpx.AsyncClient(transport=transport, timeout=5) as client:
-            for _ in range(3):
+            for steps in range(20):
                 awake.clear()
                 asked = [asyncio.create_task(client.get(url)) for _ in range(8)]
-                await asyncio.sleep(0.05)
-                for one in asked:
+                await asyncio.sleep(0.01)
+                for one in asked[:2]:
+                    one.cancel()
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                for one in asked[2:]:
                     one.cancel()
                 await asyncio.gather(*asked, return_exceptions=True)
                 awake.set()
                 answers = await asyncio.gather(*(client.get(url) for _ in range(4)))
                 assert [one.text for one in answers] == ["ok"] * 4
+        await asyncio.sleep(0.1)  # connections that were given up have reached the server
         server.close()
         await server.wait_closed()
+        await asyncio.sleep(0)
 
     asyncio.run(main())

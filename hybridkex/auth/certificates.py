@@ -29,6 +29,7 @@ __all__ = [
     "bounded",
     "flaw_of_own",
     "issuer_of",
+    "key_bytes",
     "key_of",
     "key_weakness",
     "names_of",
@@ -138,6 +139,11 @@ def key_of(certificate: x509.Certificate) -> CertificatePublicKeyTypes | RsaPssK
     if certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
         return certificate_key(certificate, key)
     return key
+
+
+def key_bytes(key: object) -> bytes:
+    """A public key as SubjectPublicKeyInfo (RFC 5280 section 4.1), to compare it with others."""
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)  # type: ignore[attr-defined,no-any-return]
 
 
 def subject_of(certificate: x509.Certificate) -> str:

@@ -10,12 +10,12 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
-    PublicFormat,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from hybridkex.auth.certificates import (
     flaw_of_own,
+    key_bytes,
     key_of,
     key_weakness,
     names_of,
@@ -71,13 +71,13 @@ class Identity:
         try:
             certificates = [certificate_from_der(der) for der in self.chain]
             object.__setattr__(self, "names", names_of(certificates[0]))
-            keys = [_spki(certificate.public_key()) for certificate in certificates]
+            keys = [key_bytes(certificate.public_key()) for certificate in certificates]
         except UNREADABLE as error:
             raise ConfigError(
                 f"our own certificate does not parse: {parse_failure(error)}"
             ) from None
         subject = subject_of(certificates[0])
-        own = _spki(self.private_key.public_key())
+        own = key_bytes(self.private_key.public_key())
         if own != keys[0]:
             if own in keys:
                 raise ConfigError(f"the chain starts with {subject}, and the leaf must come first")
@@ -173,7 +173,3 @@ class Identity:
         private_key = load_private_key(key_pem, password, key_name)
         # What is no key of a certificate (X25519, say) does not fit the leaf, and is told so there.
         return cls(tuple(one.public_bytes(Encoding.DER) for one in chain), private_key)
-
-
-def _spki(key: object) -> bytes:
-    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)  # type: ignore[attr-defined,no-any-return]

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.poly1305 import Poly1305
 
 from hybridkex.crypto.private_keys import load_private_key
 from hybridkex.crypto.signatures import ALL_SCHEMES, SignatureScheme
+from hybridkex.crypto.x509_failure import parse_failure
 from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem
 from hybridkex.errors import ConfigError, LinkAuthenticationError, PeerError
 from hybridkex.files import read_file
@@ -142,12 +143,13 @@ class Signatures:
             ConfigError: one of them cannot be used; it is named.
         """
         own = load_private_key(read_file(key), None, str(key))
+        content = read_file(certificate)
         try:
-            [peer, *_] = certificates_from_pem(read_file(certificate))
+            [peer, *_] = certificates_from_pem(content)
             public = peer.public_key()
         except UNREADABLE as error:
             raise ConfigError(
-                f"{certificate} is not a certificate in PEM format: {error}"
+                f"{certificate} is no certificate in PEM form: {parse_failure(error)}"
             ) from None
         try:
             return cls(own, public)

@@ -2,7 +2,7 @@
 
 import logging
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import trio
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, rsa, x25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from test_kme_server import as_sae, filled
 
 from hybridkex.auth import certificates
@@ -146,6 +148,48 @@ def test_a_key_that_is_not_that_of_the_certificate(site: Site, tmp_path: Path, t
             make(tls, ca=ours / "ca.pem", certificate=ours / "cert.pem", key=other / "key.pem")
         assert str(ours / "cert.pem") in str(said.value)
         assert not [word for word in RAW if word in str(said.value)]
+
+
+@pytest.mark.parametrize("tls", TLS_KINDS)
+@pytest.mark.parametrize(
+    "make_key",
+    [
+        lambda: ec.generate_private_key(ec.SECP384R1()),
+        lambda: ec.generate_private_key(ec.SECP224R1()),
+        lambda: rsa.generate_private_key(65537, 2048),
+        ed25519.Ed25519PrivateKey.generate,
+        x25519.X25519PrivateKey.generate,
+        mldsa.MLDSA65PrivateKey.generate,
+    ],
+    ids=["P-384", "P-224", "RSA", "Ed25519", "X25519", "ML-DSA-65"],
+)
+def test_a_key_of_another_kind_than_the_certificate(
+    site: Site, make_key: Callable[[], Any], tls: str
+) -> None:
+    """OpenSSL calls each of them by another name: no certificate assigned, unknown type."""
+    folder = site.holder("alice")
+    (folder / "key.pem").write_bytes(
+        make_key().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    files = {"certificate": folder / "cert.pem", "key": folder / "key.pem"}
+    for make in (client_tls, server_tls):
+        with pytest.raises(ConfigError, match="private key is not that of the certificate") as said:
+            make(tls, ca=folder / "ca.pem", **files)
+        assert not [word for word in RAW if word in str(said.value)]
+
+
+@pytest.mark.parametrize("tls", TLS_KINDS)
+@pytest.mark.parametrize("which", ["ca", "certificate", "key"])
+def test_a_file_that_cannot_be_read(site: Site, which: str, tls: str) -> None:
+    """Its name has characters that a library's words do not have."""
+    folder = site.holder("alice")
+    missing = folder / "our_own [1] <é>.pem"
+    files = {name: folder / f"{name[:4].rstrip('i')}.pem" for name in ("ca", "certificate", "key")}
+    files[which] = missing
+    for make in (client_tls, server_tls):
+        with pytest.raises(ConfigError) as said:
+            make(tls, **files)
+        assert str(said.value) == f"cannot read {missing}: No such file or directory"
 
 
 async def test_what_a_kme_says_about_keys(

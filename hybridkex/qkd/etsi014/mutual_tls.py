@@ -171,12 +171,18 @@ def _unknown(kind: str) -> ConfigError:
 
 
 def _context(purpose: ssl.Purpose, ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
-    from hybridkex.auth.certificates import not_valid_today, subject_of  # noqa: PLC0415
+    from hybridkex.auth.certificates import (  # noqa: PLC0415
+        key_bytes,
+        not_valid_today,
+        subject_of,
+    )
 
     # OpenSSL would say neither which file is wrong nor why, and would block on a pipe.
     for path in (ca, certificate):
+        content = read_file(path, pipe=False)
         try:
-            first, *_ = certificates_from_pem(read_file(path, pipe=False))
+            first, *_ = certificates_from_pem(content)
+            public = key_bytes(first.public_key()) if path == certificate else b""
         except UNREADABLE as error:
             raise ConfigError(
                 f"cannot use the certificates of {path}: {parse_failure(error)}"
@@ -184,7 +190,12 @@ def _context(purpose: ssl.Purpose, ca: Path, certificate: Path, key: Path) -> ss
     dates = not_valid_today(first)  # of our own, read last
     if dates is not None:
         raise ConfigError(f"our own certificate {subject_of(first)} {dates} ({certificate})")
-    load_private_key(read_file(key, pipe=False), None, str(key))
+    no_pair = (
+        f"the private key is not that of the certificate {subject_of(first)} ({certificate}, {key})"
+    )
+    own: Any = load_private_key(read_file(key, pipe=False), None, str(key))
+    if key_bytes(own.public_key()) != public:
+        raise ConfigError(no_pair)
     try:
         context = ssl.create_default_context(purpose, cafile=str(ca))
         context.minimum_version = ssl.TLSVersion.TLSv1_2  # clause 5.1
@@ -195,11 +206,8 @@ def _context(purpose: ssl.Purpose, ca: Path, certificate: Path, key: Path) -> ss
         context.hostname_checks_common_name = False  # RFC 9525 section 2
         context.load_cert_chain(str(certificate), str(key), password=_no_password)
     except (OSError, ssl.SSLError) as error:
-        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
-            raise ConfigError(
-                f"the private key is not that of the certificate {subject_of(first)} "
-                f"({certificate}, {key})"
-            ) from None
+        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":  # renewed since we looked
+            raise ConfigError(no_pair) from None
         raise ConfigError(f"cannot use {ca}, {certificate} and {key} for TLS: {error}") from error
     return context
 

@@ -185,6 +185,7 @@ class SecureTransport(transports._FlowControlMixin):
         # Data that was written and waits to be encrypted.
         self._outgoing: deque[bytes | memoryview] = deque()
         self._outgoing_size = 0
+        self._eof_written = False
         self._end_due = False  # close_notify follows it
         self._batch = _BATCH
         self._waits_for_pad = False
@@ -636,7 +637,7 @@ class SecureTransport(transports._FlowControlMixin):
 
     def _refuse_write(self) -> None:
         """Handle a write after ``write_eof`` or after the end."""
-        if self._state is _OPEN:
+        if self._eof_written or self._state is _OPEN:
             raise RuntimeError("Cannot call write() after write_eof()")
         self._ignored_writes += 1
         if self._ignored_writes == _IGNORED_WRITES:
@@ -723,7 +724,7 @@ class SecureTransport(transports._FlowControlMixin):
     def write_eof(self) -> None:
         """Send close_notify after the data that was written. Receiving continues."""
         if self._state is _OPEN and not self._connection.close_sent:
-            self._end_due = True
+            self._eof_written = self._end_due = True
             self._pump()
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:

@@ -443,3 +443,25 @@ def test_start_tls_is_given_a_writer(run: Run, client_config: ClientConfig) -> N
             await writer.wait_closed()
 
     run(main())
+
+
+@pytest.mark.parametrize("end", ["close", "abort", "nothing"])
+def test_a_write_after_write_eof_is_refused_until_the_end(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig, end: str
+) -> None:
+    """As over TCP without TLS: it is a mistake of the program, whatever became of the connection."""
+    tls = Tls(client_config, server_config)
+
+    async def main() -> None:
+        server = await tls.listen(Says)
+        transport = await tls.connect(Says, port_of(server))
+        transport.write_eof()
+        if end != "nothing":
+            getattr(transport, end)()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"write\(\) after write_eof\(\)"):
+                transport.write(b"more")
+            await asyncio.sleep(0.02)
+        await ended(transport, server)
+
+    run(main())

@@ -449,7 +449,7 @@ def test_start_tls_is_given_a_writer(run: Run, client_config: ClientConfig) -> N
 def test_a_write_after_write_eof_is_refused_until_the_end(
     run: Run, client_config: ClientConfig, server_config: ServerConfig, end: str
 ) -> None:
-    """As over TCP without TLS: it is a mistake of the program, whatever became of the connection."""
+    """As over TCP without TLS: it is a mistake of the program in any state of the connection."""
     tls = Tls(client_config, server_config)
 
     async def main() -> None:

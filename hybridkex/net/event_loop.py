@@ -108,8 +108,10 @@ async def in_thread(function: Callable[..., T], *arguments: Any, abandon: bool =
     Args:
         function: what to run.
         arguments: what to call it with.
-        abandon: a cancelled caller does not wait for the thread, which finishes on its own;
-            otherwise the cancellation is delivered when the function has returned.
+        abandon: a cancelled caller does not wait for the thread, which finishes on its own.
+            Otherwise the caller gets what the function returns, whatever it has taken or opened is
+            not lost, and the cancellation is delivered where the caller waits next. (asyncio
+            delivers a cancellation once only: there it comes in place of the result.)
 
     Raises:
         NoThread: no thread was free for :data:`THREAD_SECONDS`, and none could be started.
@@ -127,12 +129,20 @@ async def in_thread(function: Callable[..., T], *arguments: Any, abandon: bool =
             if call.withdraw():
                 raise NoThread from None
             await finished.wait()
-    except BaseException:
-        if not call.withdraw() and not abandon:
-            await shielded(lambda: _ended(call, finished))
-        raise
+    except BaseException as error:
+        if call.withdraw() or abandon:
+            raise
+        await shielded(lambda: _ended(call, finished))
+        if not _comes_again(error):
+            raise
     result: T = call.result()
     return result
+
+
+def _comes_again(error: BaseException) -> bool:
+    """Whether this is a cancellation that is delivered again at the next checkpoint."""
+    trio = _trio()
+    return trio is not None and isinstance(error, trio.Cancelled)
 
 
 async def _ended(call: Call, finished: "Event") -> None:

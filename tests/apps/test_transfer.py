@@ -17,9 +17,10 @@ import select
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
@@ -67,6 +68,7 @@ from hybridkex.apps.transfer.messages import (
     VERSION,
     WHOLE,
     Alive,
+    Busy,
     Bye,
     Digest,
     End,
@@ -91,6 +93,7 @@ from hybridkex.apps.transfer.messages import (
 )
 from hybridkex.apps.transfer.names import PARTIAL, UnsafeName, check_path
 from hybridkex.apps.transfer.reception import _Current
+from hybridkex.apps.transfer.source import Item
 from hybridkex.cli import main
 
 MakeWire = Callable[[int], AbstractAsyncContextManager[Wire]]
@@ -596,7 +599,25 @@ async def gives_up_and_stays_alive(stream: SecureStream[Any]) -> None:
     await alive(frames)
 
 
-@pytest.mark.parametrize("serve", [stays_alive, asks_and_stays_alive, gives_up_and_stays_alive])
+async def says_nothing_in_many_words(stream: SecureStream[Any]) -> None:
+    """What it says settles nothing and asks for nothing."""
+    frames = Frames(stream)
+    while not isinstance(await frames.receive(), Offers):
+        pass
+    while True:
+        await frames.send(Send(files=()), Stored(files=(), how=How.NEW, lost=""))
+        await trio.sleep(10)
+
+
+@pytest.mark.parametrize(
+    "serve",
+    [
+        stays_alive,
+        asks_and_stays_alive,
+        gives_up_and_stays_alive,
+        says_nothing_in_many_words,
+    ],
+)
 async def test_a_receiver_that_is_alive_for_ever(
     tmp_path: Path,
     configs: tuple[ClientConfig, ServerConfig],
@@ -655,6 +676,52 @@ async def test_data_that_are_sent_again_and_again_are_no_progress(
                 )
             nursery.cancel_scope.cancel()
     assert connections <= 6
+
+
+async def test_no_file_is_lost_with_a_connection_that_ends_while_it_is_listed(
+    tmp_path: Path,
+    configs: tuple[ClientConfig, ServerConfig],
+) -> None:
+    """A receiver is busy, cuts the connection, or ends it, while the files are being listed."""
+    for number in range(40):
+        (tmp_path / f"file {number}").write_text(str(number))
+    folder = Folder(tmp_path / "in")
+    listing, go = threading.Event(), threading.Event()
+
+    def slowly() -> Iterator[Item]:
+        for item in collect(sorted(tmp_path.glob("file *")), print):
+            listing.set()
+            go.wait(10)
+            yield item
+
+    async def connect() -> SecureStream[Any]:
+        one, other = trio.testing.memory_stream_pair()
+        client = SecureStream(one, configs[0], server_hostname="localhost")
+        server = SecureStream(other, configs[1])
+        async with trio.open_nursery() as both:
+            both.start_soon(client.do_handshake)
+            both.start_soon(server.do_handshake)
+        nursery.start_soon(ends.pop() if ends else Receiver(folder).serve, server)
+        return client
+
+    async def end(stream: SecureStream[Any]) -> None:
+        """Say something, and end the connection once the first file is listed."""
+        await Frames(stream).send(Alive())
+        await trio.to_thread.run_sync(listing.wait)
+        await Frames(stream).send(Busy())
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        go.set()
+
+    ends = [end]
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            outcome = await send_items(
+                slowly(), connect, NullProgress(), backoff=Backoff(first=0.001, most=0.001)
+            )
+            nursery.cancel_scope.cancel()
+    folder.close()
+    assert (outcome.stored, outcome.connections, outcome.failed) == (40, 2, {})
+    assert len(there(tmp_path / "in")) == 40
 
 
 async def test_a_receiver_that_has_more_than_there_is(

@@ -95,6 +95,33 @@ def test_a_thread_and_a_caller_who_is_cancelled(run: Any, abandon: bool) -> None
     assert done.wait(5)
 
 
+def test_what_a_thread_has_taken_is_not_lost_with_a_cancellation() -> None:
+    """The caller gets it; the cancellation is delivered where the caller waits next."""
+    left, taken = iter(range(5)), []
+    begun = threading.Event()
+
+    def take() -> list[int]:
+        begun.set()
+        time.sleep(0.05)
+        return list(left)
+
+    async def main() -> None:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+
+                async def cancel() -> None:
+                    await trio.to_thread.run_sync(begun.wait)
+                    scope.cancel()
+
+                nursery.start_soon(cancel)
+                taken.extend(await in_thread(take))
+                await in_thread(taken.append, 7)
+        assert scope.cancelled_caught
+
+    trio.run(main)
+    assert taken == [0, 1, 2, 3, 4]
+
+
 def test_a_shielded_function_runs_to_its_end(run: Any) -> None:
     done: list[int] = []
 

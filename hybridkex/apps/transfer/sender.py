@@ -369,7 +369,8 @@ class _Connection:
                 if isinstance(answer, Bye) and self._leaving:
                     return
                 self._take(answer)
-                self._moved = trio.current_time()
+                if not isinstance(answer, Send | Stored) or answer.files:
+                    self._moved = trio.current_time()
                 self._news.set()
 
     def _take(self, answer: Received) -> None:
@@ -396,7 +397,7 @@ class _Connection:
                 self._close(n)
                 self._transfer.fail(n, _one_line(reason))
             case Failed(n=n) if n in self._dropped:
-                pass  # both sides abandoned it at once
+                self._dropped.discard(n)  # both sides abandoned it at once
             case memoryview():
                 raise ProtocolError("the receiver sends data of a file")
             case other:

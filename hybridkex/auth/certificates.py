@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 from typing import ClassVar, Final
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -28,8 +28,10 @@ __all__ = [
     "PeerCertificate",
     "bounded",
     "flaw_of_own",
+    "is_signed_by",
     "issuer_of",
     "key_bytes",
+    "key_cost",
     "key_of",
     "key_weakness",
     "names_of",
@@ -43,6 +45,10 @@ __all__ = [
 MIN_RSA_BITS: Final = 2048
 MAX_RSA_BITS: Final = 8192
 """Verifying with a larger key costs too much for a peer that is not authenticated."""
+
+MAX_RSA_EXPONENT: Final = (1 << 31) - 1
+"""Go takes no larger one. Verifying with a public exponent as long as the modulus costs as much as
+signing."""
 
 MAX_CHAIN: Final = 16
 """Certificates in one chain; the Web has three or four."""
@@ -250,9 +256,12 @@ def read_chain(chain: Sequence[bytes]) -> tuple[PeerCertificate, list[x509.Certi
             f"certificate {place + 1} of {len(chain)} that the peer sent does not parse: "
             f"{parse_failure(error)}"
         ) from None
-    if not _may_sign_handshakes(peer.leaf):
+    flaw = flaw_of_own(peer.leaf) if not _may_sign_handshakes(peer.leaf) else None
+    if flaw is None and (cost := key_cost(peer.public_key)) is not None:
+        flaw = f"has {cost}"
+    if flaw is not None:
         raise CertificateRejected(
-            f"certificate {peer.subject} {flaw_of_own(peer.leaf)}",
+            f"certificate {peer.subject} {flaw}",
             alert=Alert.UNSUPPORTED_CERTIFICATE,
             subject=peer.subject,
         )
@@ -301,6 +310,35 @@ def flaw_of_own(leaf: x509.Certificate) -> str | None:
     return None
 
 
+def key_cost(key: object) -> str | None:
+    """What makes verification with a key cost more than a stranger may cause."""
+    if isinstance(key, RsaPssKey):
+        key = key.key
+    if not isinstance(key, rsa.RSAPublicKey):
+        return None
+    if key.key_size > MAX_RSA_BITS:
+        return _wrong_size(key)
+    if key.public_numbers().e > MAX_RSA_EXPONENT:
+        return "an RSA key with a public exponent of more than 31 bits"
+    return None
+
+
+def _wrong_size(key: rsa.RSAPublicKey) -> str:
+    return f"an RSA key of {key.key_size} bits, not of {MIN_RSA_BITS} to {MAX_RSA_BITS}"
+
+
+def is_signed_by(child: x509.Certificate, issuer: x509.Certificate) -> bool:
+    """Whether a certificate has the name and the signature of an issuer. Nothing else is checked.
+
+    The key of the issuer may come from a stranger: see :func:`key_cost`.
+    """
+    try:
+        child.verify_directly_issued_by(issuer)
+    except (InvalidSignature, UnsupportedAlgorithm, TypeError, ValueError):
+        return False
+    return True
+
+
 def key_weakness(key: object) -> str | None:
     """What is wrong with a leaf's key; `cryptography`'s verifier looks at issuers' keys only."""
     if isinstance(key, RsaPssKey):
@@ -308,8 +346,10 @@ def key_weakness(key: object) -> str | None:
     if not isinstance(key, _KINDS):
         kind = type(key).__name__.removesuffix("PublicKey")
         return f"a key of a kind that TLS 1.3 or this library does not sign with ({kind})"
-    if isinstance(key, rsa.RSAPublicKey) and not MIN_RSA_BITS <= key.key_size <= MAX_RSA_BITS:
-        return f"an RSA key of {key.key_size} bits, not of {MIN_RSA_BITS} to {MAX_RSA_BITS}"
+    if isinstance(key, rsa.RSAPublicKey) and key.key_size < MIN_RSA_BITS:
+        return _wrong_size(key)
+    if (cost := key_cost(key)) is not None:
+        return cost
     if isinstance(key, ec.EllipticCurvePublicKey) and not isinstance(key.curve, CURVES):
         return f"a key on {key.curve.name}, not on secp256r1, secp384r1 or secp521r1"
     return None

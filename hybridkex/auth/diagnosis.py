@@ -12,13 +12,14 @@ from datetime import datetime
 from typing import Final, TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ed448, ed25519, padding
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from hybridkex.auth.certificates import (
     bounded,
+    is_signed_by,
     issuer_of,
+    key_cost,
     key_of,
     key_weakness,
     names_of,
@@ -30,6 +31,7 @@ from hybridkex.auth.names import DnsName, PeerName, covers
 from hybridkex.constants import Alert
 from hybridkex.crypto.x509_failure import extension_name, parse_extensions, parse_failure
 from hybridkex.errors import CertificateRejected
+from hybridkex.text import printable
 from hybridkex.values import value
 
 __all__ = ["Roots", "explain"]
@@ -138,8 +140,9 @@ def _first_finding(
     refusal: str,
 ) -> Finding | None:
     path = [certificates[0]]
+    checks = iter(range(_CHECKS))
     while path[-1] not in roots.certificates:
-        issuer = _issuer_of(path[-1], (*roots.certificates, *certificates[1:]), path, roots)
+        issuer = _issuer_of(path[-1], (*roots.certificates, *certificates[1:]), path, roots, checks)
         if isinstance(issuer, Finding):
             return issuer
         path.append(issuer)
@@ -164,25 +167,30 @@ def _findings(
     yield from (found for found in steps if found is not None)
 
 
+_CHECKS: Final = 32
+"""Signatures that are checked to explain a rejection: each honest chain has fewer."""
+
+
 def _issuer_of(
     child: x509.Certificate,
     candidates: Sequence[x509.Certificate],
     path: Sequence[x509.Certificate],
     roots: Roots,
+    checks: Iterator[object],
 ) -> x509.Certificate | Finding:
-    """The certificate that signed ``child``, or the reason why none did."""
+    """The certificate that signed ``child``, or the reason why none did.
+
+    ``checks`` has an item for each signature that may yet be checked.
+    """
     flaw = _signature(child)
     if flaw is not None:
         return flaw
     named = [one for one in candidates if one.subject == child.issuer]
-    for one in named:
-        if one in path:
-            continue
-        try:
-            child.verify_directly_issued_by(one)
-        except (InvalidSignature, UnsupportedAlgorithm, TypeError, ValueError):
-            continue
-        return one
+    for one, _ in zip((one for one in named if one not in path), checks, strict=False):
+        if (cost := key_cost(key_of(one))) is not None:
+            return Finding(one, f"has {cost}", _NOT_SUPPORTED)
+        if is_signed_by(child, one):
+            return one
     issuer = issuer_of(child)
     if child.subject != child.issuer and named and all(one in path for one in named):
         return Finding(
@@ -440,6 +448,12 @@ def _constraints(
                 "for DNS names and which is not supported",
                 _NOT_SUPPORTED,
             )
+        if isinstance(tree, x509.DNSName) and not _DNS_CONSTRAINT.fullmatch(tree.value):
+            return Finding(
+                certificate,
+                f"has nameConstraints with {printable(tree.value, most=255)}, which is no DNS name",
+                _NOT_SUPPORTED,
+            )
     if "unsupported" in refusal:
         kinds = sorted(
             {
@@ -454,13 +468,14 @@ def _constraints(
             f"{subject_of(leaf)}, which is not supported",
             _NOT_SUPPORTED,
         )
-    names = ", ".join(names_of(leaf))
     return Finding(
         leaf,
-        f"is for {names}, which nameConstraints in the certificate {subject_of(certificate)} "
-        "do not allow",
+        f"is for {_some(names_of(leaf))}, which nameConstraints in the certificate "
+        f"{subject_of(certificate)} do not allow",
     )
 
+
+_DNS_CONSTRAINT: Final = re.compile(r"[A-Za-z0-9.-]+")
 
 _CONSTRAINED: Final[dict[type[x509.GeneralName], str]] = {
     x509.DirectoryName: "directory names",
@@ -491,8 +506,18 @@ def _name(leaf: x509.Certificate, name: PeerName) -> Finding | None:
         if not covered and str(name) in names:
             return Finding(leaf, f"has {name} as a DNS name, and not as an IP address")
     if not covered:
-        return Finding(leaf, f"is for {', '.join(names)}, not for {name}")
+        return Finding(leaf, f"is for {_some(names)}, not for {name}")
     return None
+
+
+def _some(names: Sequence[str]) -> str:
+    """The names of a certificate; of many, the first: a certificate may have thousands."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+_SHOWN: Final = 16
+"""Names in a message."""
 
 
 def _extension(certificate: x509.Certificate, kind: type[E]) -> E | None:

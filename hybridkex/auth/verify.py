@@ -32,6 +32,7 @@ from hybridkex.auth.certificates import (
     key_weakness,
     read_chain,
 )
+from hybridkex.auth.connected import Authorities
 from hybridkex.auth.diagnosis import Roots, explain
 from hybridkex.auth.names import DnsName, PeerName
 from hybridkex.auth.raw_keys import read_raw_key
@@ -236,7 +237,9 @@ class TrustStore:
         _refuse_weak_key(peer)
         try:
             path = self._path(certificates, name, now)
-        # ValueError: a name that no certificate can have.
+            not_before = max(one.not_valid_before_utc for one in path)
+            not_after = min(one.not_valid_after_utc for one in path)
+        # ValueError: a name that no certificate can have, a date of the year 0.
         except (VerificationError, ValueError) as error:
             raise explain(
                 certificates, roots=self._roots, name=name, at=now, refusal=error
@@ -246,18 +249,14 @@ class TrustStore:
         verified = VerifiedPeer(PROOF, peer, "ca")
         if len(self._kept) >= _MAX_KEPT:
             self._kept.clear()
-        self._kept[chain, name] = _Kept(
-            verified,
-            max(one.not_valid_before_utc for one in path),
-            min(one.not_valid_after_utc for one in path),
-        )
+        self._kept[chain, name] = _Kept(verified, not_before, not_after)
         return verified
 
     def _path(
         self, certificates: list[x509.Certificate], name: PeerName | None, now: datetime
     ) -> list[x509.Certificate]:
         """The path that the verifier of `cryptography` finds, from the leaf to an authority."""
-        leaf, intermediates = certificates[0], certificates[1:]
+        leaf, intermediates = certificates[0], self._authorities.connected(certificates[1:])
         if name is None:
             clients = self._for_clients.time(now).build_client_verifier()
             return clients.verify(leaf, intermediates).chain
@@ -272,6 +271,10 @@ class TrustStore:
     @cached_property
     def _store(self) -> Store:
         return Store(list(self.authorities))
+
+    @cached_property
+    def _authorities(self) -> Authorities:
+        return Authorities(self.authorities)
 
     @cached_property
     def _for_servers(self) -> PolicyBuilder:

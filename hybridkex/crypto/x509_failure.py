@@ -175,6 +175,12 @@ _WORDS: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
     (re.compile("x400Address"), "it has an x400Address or an ediPartyName, which is not supported"),
     (re.compile("path_length"), "it has a pathLenConstraint, and is not an authority's"),
     (re.compile("full_name"), "a distribution point has no name"),
+    (re.compile("^year 0 "), "it has a date of the year 0, which does not exist"),
+    (
+        re.compile("Invalid SCT"),
+        "its signedCertificateTimestampList (1.3.6.1.4.1.11129.2.4.2) has a form that is not read",
+    ),
+    (re.compile(r"^\d+$"), "it has an unknown value"),
     (re.compile("_subtrees"), "it has neither permittedSubtrees nor excludedSubtrees"),
 )
 

@@ -46,6 +46,7 @@ def certificate_from_der(data: bytes, *, whole: bool = True) -> x509.Certificate
     certificate = x509.load_der_x509_certificate(data)
     if whole:
         _ = certificate.subject, certificate.issuer, certificate.serial_number
+        _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         parse_extensions(certificate)
     return certificate
 

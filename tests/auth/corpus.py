@@ -1124,15 +1124,31 @@ one(
 )
 
 
-def modulus(bits: int) -> bytes:
+def modulus(bits: int, exponent: int = 65537) -> bytes:
     number = (1 << bits) - 0x10001 * 3
     return seq(
         seq(oid("1.2.840.113549.1.1.1"), NULL),
-        tlv(3, b"\0", seq(integer(number | 1), integer(65537))),
+        tlv(3, b"\0", seq(integer(number | 1), integer(exponent))),
     )
 
 
 one("leaf's key: rsa8192", public=modulus(8192))
+one("leaf's key: RSA, public exponent of 31 bits", public=modulus(2048, (1 << 31) - 1))
+one(
+    "leaf's key: RSA, public exponent of 3072 bits",
+    public=modulus(3072, (1 << 3071) + 1),
+    **only_openssl(
+        "a public exponent of more than 31 bits",
+        "An RSA exponent above 2^31 - 1 makes verification slow, and Go refuses it, too.",
+    ),
+)
+two(
+    "path: intermediate's key RSA, public exponent of 3072 bits",
+    public=modulus(3072, (1 << 3071) + 1),
+    refused="a public exponent of more than 31 bits",
+    alert=UNSUPPORTED,
+    openssl=False,
+)
 one(
     "leaf's key: rsa16384",
     public=modulus(16384),
@@ -1433,5 +1449,85 @@ for what, network in (
             "in nameConstraints (2.5.29.30), an IP address or a range of addresses is malformed",
             "RFC 5280 section 4.2.1.10: a range in the style of CIDR (RFC 4632).",
             alert=BAD,
+        ),
+    )
+# --- more forms that OpenSSL reads over -----------------------------------------------------------
+
+YEAR_0 = generalized_time("00000101000000Z")
+for who, make in (
+    ("leaf", lambda: ([leaf(not_before=YEAR_0)], [authority()])),
+    ("intermediate", lambda: ([leaf(**BELOW), middle(not_before=YEAR_0)], [authority()])),
+    ("root", lambda: ([leaf()], [authority(not_before=YEAR_0)])),
+):
+    case(
+        f"dates: from the year 0, {who}",
+        make,
+        **only_openssl("a date of the year 0", "There is no year 0 in GeneralizedTime.", alert=BAD),
+    )
+for what, kind, content, words in (
+    ("a list of SCTs that is none", "1.3.6.1.4.1.11129.2.4.2", tlv(4, b"\0\5junk"), "not read"),
+    (
+        "an SCT of a later version",
+        "1.3.6.1.4.1.11129.2.4.2",
+        tlv(4, b"\0\x35\0\x33\1" + bytes(50)),
+        "not read",
+    ),
+    ("a TLS feature that is unknown", "1.3.6.1.5.5.7.1.24", seq(integer(99)), "unknown value"),
+):
+    one(
+        f"encoding: {what}",
+        extension(kind, content),
+        **only_openssl(words, "`cryptography` parses nothing else.", alert=BAD),
+    )
+one(
+    "encoding: keyUsage decipherOnly without keyAgreement",
+    ku=extension("2.5.29.15", b"\3\3\7\x80\x80", True),
+    **only_openssl(
+        "in keyUsage (2.5.29.15), it is malformed",
+        "RFC 5280 section 4.2.1.3: the bit has a meaning beside keyAgreement only.",
+        alert=BAD,
+    ),
+)
+two(
+    "encoding: pathLenConstraint of 9 bytes",
+    bc=extension("2.5.29.19", seq(b"\1\1\xff", tlv(2, b"\1" + bytes(8))), True),
+    **only_openssl("a number is too large", "`cryptography` parses nothing else.", alert=BAD),
+)
+one(
+    "leaf: pathLenConstraint beside CA:FALSE",
+    bc=extension("2.5.29.19", seq(tlv(2, b"\0")), True),
+    **only_openssl(
+        "has a pathLenConstraint, and is not an authority's",
+        "RFC 5280 section 4.2.1.9: only an authority may have it.",
+        alert=BAD,
+    ),
+)
+for what, kind, content in (
+    ("netscape-cert-type", "2.16.840.1.113730.1.1", b"\3\2\6\x40"),
+    ("IP address blocks", "1.3.6.1.5.5.7.1.7", seq(seq(tlv(4, b"\0\1"), NULL))),
+):
+    one(
+        f"leaf: {what}, critical",
+        extension(kind, content, True),
+        **only_openssl(
+            "has a critical extension that is not supported",
+            "RFC 5280 section 4.2: a critical extension that is not processed is refused.",
+        ),
+    )
+two(
+    "path: intermediate extendedKeyUsage for server gated cryptography",
+    extension("2.5.29.37", seq(oid("1.3.6.1.4.1.311.10.3.3"))),
+    **only_openssl(
+        "extendedKeyUsage lacks serverAuth",
+        "The use of the years of export restrictions does not stand for serverAuth.",
+    ),
+)
+for what, base in (("an underscore", "a_b.test"), ("a blank", "a b.test")):
+    two(
+        f"constraints: a DNS name with {what} beside a good one",
+        constraints([base, "example"]),
+        **only_openssl(
+            "which is no DNS name",
+            "RFC 5280 section 4.2.1.10: a constraint on DNS names is one.",
         ),
     )

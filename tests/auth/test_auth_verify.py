@@ -25,9 +25,13 @@ from hybridkex.auth import (
     Pins,
     TrustStore,
     VerifiedPeer,
+    certificates,
+    diagnosis,
     parse_peer_name,
     spki_sha256,
 )
+from hybridkex.auth import connected as connected_module
+from hybridkex.auth.connected import Authorities
 from hybridkex.auth.dev_ca import ALGORITHMS
 from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected, ConfigError
@@ -454,6 +458,97 @@ def test_a_loop_ends() -> None:
         about="CN=Two",
         store=TrustStore((authority("Root", LEAF_KEY, "Root", LEAF_KEY),)),
     )
+
+
+# What a stranger's chain may cost: a verifier that looks for a path among certificates that sign
+# each other tries very many.
+
+
+def mesh(shape: str, count: int) -> list[x509.Certificate]:
+    """A leaf, and as many issuers that nobody knows and that sign each other."""
+    keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(count + 2)]
+    if shape == "one key":
+        return [authority("X", MIDDLE_KEY, "X", MIDDLE_KEY) for _ in range(count)]
+    if shape == "one name":
+        return [authority("X", key, "X", MIDDLE_KEY) for key in keys[:count]]
+    if shape == "each signs the next":
+        return [authority("X", keys[at], "X", keys[at + 1]) for at in range(count)][::-1]
+    if shape == "the root's name":
+        return [authority("Root", key, "Root", MIDDLE_KEY) for key in keys[:count]]
+    assert shape == "two of each name"
+    step = [at // 2 for at in range(count)]
+    return [authority(f"X{at}", keys[at], f"X{at + 1}", keys[at + 1]) for at in step]
+
+
+@pytest.mark.parametrize("count", [2, 5, 15])
+@pytest.mark.parametrize(
+    "shape",
+    ["one key", "one name", "each signs the next", "the root's name", "two of each name"],
+)
+def test_certificates_that_sign_each_other(
+    shape: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them reaches the verifier, and few signatures are checked to say why."""
+    sent = mesh(shape, count)
+    checks: list[x509.Certificate] = []
+    reached: list[x509.Certificate] = []
+
+    def is_signed_by(child: x509.Certificate, issuer: x509.Certificate) -> bool:
+        checks.append(child)
+        return certificates.is_signed_by(child, issuer)
+
+    def connected(store: Authorities, given: Sequence[x509.Certificate]) -> list[x509.Certificate]:
+        reached.extend(found := whole(store, given))
+        return found
+
+    whole = Authorities.connected
+    for module in (connected_module, diagnosis):
+        monkeypatch.setattr(module, "is_signed_by", is_signed_by)
+    monkeypatch.setattr(Authorities, "connected", connected)
+    issuer = "X0" if shape == "two of each name" else sent[0].subject.rfc4514_string()[3:]
+    for client in (False, True):
+        for key in (MIDDLE_KEY, LEAF_KEY):
+            with pytest.raises(CertificateRejected):
+                accepted([leaf("a.example", issuer=issuer, issuer_key=key), *sent], client=client)
+            assert not reached
+            assert len(checks) <= 32 + count
+            checks.clear()
+
+
+def test_issuers_that_are_connected() -> None:
+    """In any order, some of them twice, with strangers between them."""
+    inner_key = ec.generate_private_key(ec.SECP256R1())
+    inner = authority("Inner", inner_key, "Middle", MIDDLE_KEY)
+    again = authority("Middle", MIDDLE_KEY, start=NOW - DAY / 2)
+    stranger, forged = (
+        authority("X", LEAF_KEY, "X", LEAF_KEY),
+        authority("Inner", LEAF_KEY, "Middle"),
+    )
+    sent = [inner, forged, stranger, MIDDLE, again, MIDDLE, ROOT]
+    assert set(Authorities((ROOT,)).connected(sent)) == {inner, MIDDLE, again, ROOT}
+    accepted([leaf("a.example", issuer="Inner", issuer_key=inner_key), *sent])
+
+
+def test_a_costly_key_of_a_stranger() -> None:
+    """Nobody's signature is checked with it."""
+    numbers = rsa.generate_private_key(65537, 2048).public_key().public_numbers()
+    costly = rsa.RSAPublicNumbers((1 << 2047) + 1, numbers.n).public_key()
+    held = type("Held", (), {"public_key": lambda self: costly})()
+    for subject, issuer in (("X", "X"), ("X", "Y"), ("X", "Root")):
+        one = authority(subject, held, issuer, identifiers=False)
+        refused(
+            [leaf("a.example", issuer="X"), one],
+            Alert.UNSUPPORTED_CERTIFICATE,
+            "a public exponent of more than 31 bits",
+            about="CN=X",
+        )
+
+
+def test_of_many_names_the_first_are_told() -> None:
+    names = [f"h{number}.example" for number in range(3000)]
+    with pytest.raises(CertificateRejected, match="and 2984 more, not for") as caught:
+        accepted([leaf(*names)])
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(

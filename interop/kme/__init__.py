@@ -1,0 +1,11 @@
+"""Two sites of KMEs under faults, and a check of what their SAEs saw.
+
+``python -m interop.kme`` runs two sites, each with several ``kme serve`` processes on a PostgreSQL
+database of its own, or with one process on SQLite. SAEs of both draw and collect keys as fast as
+they can, while faults that a seed chooses are injected: processes are killed or stopped, the
+databases are killed or fall silent, the network between the sites is cut, files cannot grow. Every
+call and its answer are written to a history.
+
+:mod:`interop.kme.history` checks the history. It knows the calls of ETSI GS QKD 014 and nothing of
+the KMEs: neither their processes nor their stores nor the faults.
+"""

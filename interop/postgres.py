@@ -1,0 +1,116 @@
+"""A PostgreSQL server of one's own: on a free port, in a folder of its own, without a password."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+__all__ = ["NoPostgres", "PostgresServer"]
+
+
+class NoPostgres(Exception):
+    """PostgreSQL is not installed, or cannot be run by this user."""
+
+
+def _programs() -> tuple[str, str]:
+    places = [os.environ["PATH"], *map(str, Path("/usr/lib/postgresql").glob("*/bin"))]
+    found = [shutil.which(name, path=os.pathsep.join(places)) for name in ("initdb", "postgres")]
+    if found[0] is None or found[1] is None:
+        raise NoPostgres("PostgreSQL is not installed")
+    return found[0], found[1]
+
+
+class PostgresServer:
+    """A server that can be stopped, killed and started again.
+
+    Args:
+        folder: empty.
+        settings: of the server.
+
+    Raises ``NoPostgres``.
+    """
+
+    def __init__(self, folder: Path, **settings: str) -> None:
+        initdb, self._program = _programs()
+        self.folder = folder
+        self._user: dict[str, Any] = {}
+        if os.geteuid() == 0:  # which PostgreSQL refuses
+            self._user = {"user": "postgres", "group": "postgres"}
+            try:
+                shutil.chown(folder, **self._user)
+            except LookupError:
+                raise NoPostgres(
+                    "root cannot run PostgreSQL, and there is no user postgres"
+                ) from None
+        command = [initdb, "-D", "data", "-A", "trust", "-U", "postgres", "--no-sync"]
+        self._run([*command, "--locale=C"])
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port: int = free.getsockname()[1]
+        self._settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(self.port),
+            "unix_socket_directories": "",
+            "fsync": "off",  # the server is killed, not its machine
+            **settings,
+        }
+        self.process: subprocess.Popen[str] | None = None
+
+    def _run(self, command: list[str]) -> None:
+        subprocess.run(command, check=True, capture_output=True, cwd=self.folder, **self._user)
+
+    def start(self) -> None:
+        """Start the server and wait until it takes connections."""
+        options = [word for pair in self._settings.items() for word in ("-c", "=".join(pair))]
+        self.process = subprocess.Popen(
+            [self._program, "-D", "data", *options],
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            **self._user,
+        )
+        assert self.process.stderr is not None
+        assert any("ready to accept connections" in line for line in self.process.stderr)
+
+    def stop(self) -> None:
+        """At once, as a crash of the server: SIGQUIT ends its processes without a checkpoint."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGQUIT)
+            self.process.communicate(timeout=20)
+            self.process = None
+
+    def signal_all(self, number: int) -> None:
+        """Send a signal to the server and to all of its processes: SIGSTOP makes it silent."""
+        for one in self.pids():
+            os.kill(one, number)
+
+    def pids(self) -> list[int]:
+        """The server and all of its processes."""
+        assert self.process is not None
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [pid, *map(int, children)]
+
+    def make_role(self, role: str = "kme") -> None:
+        """Create a role that is no superuser and may create schemas."""
+        import psycopg  # noqa: PLC0415  # an extra
+
+        with psycopg.connect(self.url("public", "postgres"), autocommit=True) as connection:
+            connection.execute(f"CREATE ROLE {role} LOGIN")
+            connection.execute(f"GRANT CREATE ON DATABASE postgres TO {role}")
+
+    def make_schema(self, schema: str, role: str = "kme") -> str:
+        """Create a schema; returns the URL of a store in it."""
+        import psycopg  # noqa: PLC0415
+
+        with psycopg.connect(self.url("public", role)) as connection:
+            connection.execute(f"CREATE SCHEMA {schema}")
+        return self.url(schema, role)
+
+    def url(self, schema: str, user: str = "kme") -> str:
+        """The URL of a schema."""
+        options = f"options=-csearch_path%3D{schema}"
+        return f"postgresql://{user}@127.0.0.1:{self.port}/postgres?{options}"

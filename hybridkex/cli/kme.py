@@ -10,7 +10,7 @@ from pathlib import Path
 from hybridkex.cli.arguments import Action, add_action, argument, nested, option
 from hybridkex.cli.choices import KME_TLS_KINDS, PRODUCERS
 from hybridkex.cli.help_text import describe
-from hybridkex.cli.logs import log_level
+from hybridkex.cli.logs import log_format, log_level
 from hybridkex.cli.qkd_options import KmeOptions
 from hybridkex.cli.values import folder_path, tcp_address
 from hybridkex.net.address import TcpAddress
@@ -21,7 +21,11 @@ class ServeOptions:
     """``kme serve``."""
 
     config: Path = argument("a TOML file, see docs/kme.md")
+    check: bool = option(
+        "check the file, the certificates, the key files and the way to the stores, and exit"
+    )
     log_level: str = log_level("warning")
+    log_format: str = log_format()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +107,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         serve,
         "Run the KMEs of a configuration file until SIGTERM or SIGINT. SIGHUP reloads the file and "
         "the certificates; an invalid file changes nothing.",
-        examples=["kme serve kme.toml", "kme serve kme.toml --log-level info"],
-        status="0 after SIGTERM or SIGINT, 1 when it cannot start",
+        examples=[
+            "kme serve kme.toml",
+            "kme serve kme.toml --check",
+            "kme serve kme.toml --log-level info --log-format json",
+        ],
+        status="0 after SIGTERM or SIGINT, 1 when it cannot start; with --check, 0 when it could",
         notes="See docs/kme.md.",
     )
     add_action(serve, _action(ServeOptions, "serve"))

@@ -7,10 +7,11 @@ systemd's journal stamps each line with time and program itself and reads a prio
 import logging
 import os
 import sys
+from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
 from hybridkex.cli.arguments import option
-from hybridkex.text import PRINTABLE
+from hybridkex.text import PRINTABLE, json_line
 
 _PRIORITIES: Final = (
     (logging.CRITICAL, 2),
@@ -30,11 +31,22 @@ def log_level(default: str = "info") -> Any:
     )
 
 
-def set_up_logging(level: str) -> None:
+def log_format() -> Any:
+    """The field of ``--log-format``."""
+    return option(
+        "text, or one JSON object for each message (default: text)",
+        choices=("text", "json"),
+        default="text",
+    )
+
+
+def set_up_logging(level: str, form: str = "text") -> None:
     """Send the log of the library to standard error, from this level on."""
     handler = _StandardError()
     handler.addFilter(PRINTABLE)
-    if _is_journal():
+    if form == "json":
+        handler.setFormatter(_JsonFormatter())
+    elif _is_journal():
         handler.setFormatter(_JournalFormatter("%(message)s"))
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -51,6 +63,22 @@ def _is_journal() -> bool:
     except OSError:
         return False
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+class _JsonFormatter(logging.Formatter):
+    """One object a line; a record's ``fields``, if it has any, are among its members."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_text:
+            line["traceback"] = record.exc_text
+        return json_line(line)
 
 
 class _JournalFormatter(logging.Formatter):

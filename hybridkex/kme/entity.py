@@ -123,6 +123,8 @@ class KmeLimits:
     """How long a block that the other end does not know may still be in transit to it."""
     rate: float = 200.0
     burst: int = 400
+    ready_keys: int = 1
+    """Keys of a link that must be stored for ``/readyz`` to call it ready."""
     peer_rate: float = 1000.0
     """Requests per second of each peer KME."""
     peer_burst: int = 2000
@@ -310,6 +312,27 @@ class KeyManagementEntity:
         if compared:
             link.next_check = time.time() + CHECK_EVERY
 
+    async def readiness(self) -> dict[str, str | None]:
+        """For each link, what keeps it from serving a request now; ``None``: nothing."""
+        return {link.target: await self._hindrance(link) for link in self._links.values()}
+
+    async def _hindrance(self, link: _Link) -> str | None:
+        try:
+            stored = await self._store.count(link.target)
+        except KeySourceUnavailable as error:
+            return str(error)
+        if stored < self.limits.ready_keys:
+            return f"{stored} keys are stored, and limits.ready_keys is {self.limits.ready_keys}"
+        if link.target == self.kme_id:
+            return None
+        if link.peer is None:
+            return "the KME at the other end is not connected"
+        try:
+            await link.peer.check(())
+        except KeySourceUnavailable as error:
+            return f"the KME at the other end: {error}"
+        return None
+
     # -- SAEs
 
     def admit(self, sae: str) -> None:
@@ -398,7 +421,7 @@ class KeyManagementEntity:
             finally:
                 with trio.CancelScope(shield=True):
                     await self._store.release(link.target, [one.key_id for one in found])
-            self._metrics.delivered.labels(self.kme_id, "master").inc(len(keys))
+            self._metrics.delivered.labels(self.kme_id, "master", master).inc(len(keys))
             LOG.info(
                 "%s: %s drew %d keys for %s: %s",
                 self.kme_id,
@@ -406,10 +429,29 @@ class KeyManagementEntity:
                 len(keys),
                 ", ".join(slaves),
                 ", ".join(one.key_id for one, _ in keys),
+                extra=self._fields(
+                    "drawn", link.target, [one.key_id for one, _ in keys], master, slaves
+                ),
             )
             return KeyContainer(
                 keys=tuple(DeliveredKey(key_id=one.key_id, key=key) for one, key in keys)
             )
+
+    def _fields(
+        self,
+        event: str,
+        link: str,
+        key_ids: Sequence[str],
+        master: str | None = None,
+        slaves: Sequence[str] = (),
+    ) -> dict[str, object]:
+        """What ``--log-format json`` shows of an event in the life of keys."""
+        parties = {} if master is None else {"master": master, "slaves": list(slaves)}
+        return {
+            "fields": {"event": event, "kme": self.kme_id, "link": link}
+            | parties
+            | {"key_ids": list(key_ids)}
+        }
 
     def _note_shortage(self, link: _Link, needed: int, found: int) -> None:
         self._metrics.shortages.labels(self.kme_id, link.target).inc()
@@ -523,12 +565,20 @@ class KeyManagementEntity:
             return []
         gone = await self._store.discard(link.target, key_ids)
         if gone:
-            self._note_lost(link, len(gone), reason)
+            self._note_lost(link, len(gone), reason, gone)
             link.note_gone(len(gone))
         return gone
 
-    def _note_lost(self, link: _Link, number: int, reason: str) -> None:
+    def _note_lost(self, link: _Link, number: int, reason: str, key_ids: Sequence[str]) -> None:
         self._metrics.lost.labels(self.kme_id, link.target, reason).inc(number)
+        LOG.info(
+            "%s: erased keys of the link to %s, %s: %s",
+            self.kme_id,
+            link.target,
+            reason,
+            ", ".join(key_ids),
+            extra=self._fields(reason, link.target, key_ids),
+        )
         self.log.log(
             logging.WARNING,
             "%s: %d keys of the link to %s are lost and erased: %s",
@@ -562,7 +612,7 @@ class KeyManagementEntity:
             raise ErrorResponse(401, "Unauthorized") from None
         except (KeyUnknown, KeyConsumed, KeyExpired):
             raise ErrorResponse(self.not_found_status, Message.NOT_FOUND) from None
-        self._metrics.delivered.labels(self.kme_id, "slave").inc(len(found))
+        self._metrics.delivered.labels(self.kme_id, "slave", slave).inc(len(found))
         LOG.info(
             "%s: %s collected %d keys of %s: %s",
             self.kme_id,
@@ -570,6 +620,9 @@ class KeyManagementEntity:
             len(found),
             master,
             ", ".join(key_id for key_id, _ in found),
+            extra=self._fields(
+                "collected", link.target, [key_id for key_id, _ in found], master, [slave]
+            ),
         )
         return KeyContainer(
             keys=tuple(DeliveredKey(key_id=key_id, key=key) for key_id, key in found)
@@ -620,6 +673,17 @@ class KeyManagementEntity:
             slaves=message.slaves,
             peer_half=1 - link.half,
         )
+        ids = [one.key_id for one in message.allotments]
+        LOG.info(
+            "%s: promised %d keys of the link to %s, which %s drew, to %s: %s",
+            self.kme_id,
+            len(ids),
+            peer,
+            message.master,
+            ", ".join(message.slaves),
+            ", ".join(ids),
+            extra=self._fields("promised", peer, ids, message.master, message.slaves),
+        )
         link.note_gone(sum(len(one.blocks) for one in message.allotments))
 
     async def peer_voids(self, peer: str, key_ids: Sequence[str]) -> None:
@@ -633,7 +697,7 @@ class KeyManagementEntity:
             self._note_excess(link, "voids", len(ignored))
         erased = await self._store.void(peer, [one for one in key_ids if one not in ignored])
         if erased:
-            self._note_lost(link, erased, "voided")
+            self._note_lost(link, erased, "voided", key_ids)
             link.note_gone(erased)
 
     async def peer_checks(self, peer: str, key_ids: Sequence[str]) -> list[str]:
@@ -715,6 +779,15 @@ class KeyManagementEntity:
                 await link.wait_for_room(since, excess)
         keys = [(item.key_id, item.key) for item in batch]
         await self._store.add(link.target, keys, shared=shared)
+        ids = [item.key_id for item in batch]
+        LOG.info(
+            "%s: stored %d keys of the link to %s: %s",
+            self.kme_id,
+            len(ids),
+            link.target,
+            ", ".join(ids),
+            extra=self._fields("stored", link.target, ids),
+        )
 
     async def maintain(self, every: float = 10.0) -> None:
         """Erase old keys, reconcile with the other ends and count keys, forever."""

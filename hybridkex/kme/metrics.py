@@ -35,7 +35,7 @@ class KmeMetrics:
             registry=registry,
             buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
         )
-        self.delivered = counter("kme_keys_delivered", "Keys given to SAEs.", "role")
+        self.delivered = counter("kme_keys_delivered", "Keys given to SAEs.", "role", "sae")
         self.stored = gauge(
             "kme_keys_stored", "Keys of a link that are not promised to any SAE.", "link"
         )

@@ -1,6 +1,7 @@
 """KMEs as running servers: sockets, TLS, producers, metrics, orderly shutdown."""
 
 import math
+import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from hybridkex.errors import ConfigError, HybridkexError, KeySourceUnavailable
 from hybridkex.kme.api import kme_handler
 from hybridkex.kme.config import KmeConfig, PostgresUrl, ServeConfig
 from hybridkex.kme.entity import KeyManagementEntity
+from hybridkex.kme.health import Pages
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import MAX_MESSAGE_BYTES, HttpPeer, LocalPeer
 from hybridkex.net.address import TcpAddress
@@ -30,12 +32,12 @@ from hybridkex.qkd.etsi014.naming import (
 from hybridkex.qkd.etsi014.transport import KmeTransport
 from hybridkex.qkd.producer import KeyProducer, RandomProducer, random_link
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
-from hybridkex.qkd.store import KeyStore, read_key_file
+from hybridkex.qkd.store import KeyStore, Seal, read_key_file
 from hybridkex.secret import Secret
 from hybridkex.shell.expiry_watch import ExpiryWatch
 from hybridkex.text import get_logger
 
-__all__ = ["KmeServer", "Serving"]
+__all__ = ["KmeServer", "Serving", "check_config"]
 
 LOG: Final = get_logger(__name__)
 
@@ -48,6 +50,34 @@ class Serving:
 
     kmes: Mapping[str, TcpAddress]
     metrics: TcpAddress | None
+
+
+def check_config(config: ServeConfig) -> None:
+    """Check what a server needs, without serving: a running one is not disturbed.
+
+    Reads certificates and key files. A store in a file must have a folder that can be written to, a
+    database must be reachable and, if it has keys, be this KME's and open under the key files.
+    Nothing is created. Blocks.
+
+    Raises:
+        ConfigError: what :class:`KmeServer` could not use.
+    """
+    for one in config.kme:
+        _Settings.of(one)
+        KeyManagementEntity.check(
+            one.id,
+            saes=frozenset(one.saes),
+            peers=_peers(one),
+            not_found_status=one.not_found_status,
+        )
+        seal_key, *read_keys = _seal_keys(one)
+        if not isinstance(one.store, PostgresUrl):
+            if not os.access(one.store.parent, os.W_OK | os.X_OK):
+                raise ConfigError(f"{one.id}: files cannot be created in {one.store.parent}")
+            continue
+        from hybridkex.qkd.postgres_store import check_store  # noqa: PLC0415  # an extra
+
+        check_store(one.store.url, Seal(seal_key, *read_keys), owner=one.id)
 
 
 class KmeServer:
@@ -369,7 +399,8 @@ class KmeServer:
         return await _opened(config.listen, supervisor, stack, shared=config.reuse_port)
 
     async def _metrics_port(self, address: TcpAddress, stack: AsyncExitStack) -> "_Port":
-        supervisor = http_supervisor(self.metrics.handle, "metrics", LOG, closing=self._closing)
+        pages = Pages(self._kmes, self.metrics, self._closing.is_set)
+        supervisor = http_supervisor(pages.handle, "metrics", LOG, closing=self._closing)
         return await _opened(address, supervisor, stack)
 
 

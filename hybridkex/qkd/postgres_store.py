@@ -66,7 +66,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
 
-__all__ = ["MOVED", "PostgresKeyStore"]
+__all__ = ["MOVED", "PostgresKeyStore", "check_store"]
 
 LOG: Final = get_logger(__name__)
 
@@ -239,7 +239,7 @@ class PostgresKeyStore:
 
     def _settle(self, cursor: _Cursor, keys: Seal) -> tuple[Seal, int]:
         """How this process encrypts, and the generation of the record. Raises ``ConfigError``."""
-        found, generation = self._record(cursor)
+        found, generation = self.record(cursor)
         seal, record = found.settled(keys, self._meta, f"key store {self.where}")
         if record != found:
             generation += 1
@@ -253,13 +253,14 @@ class PostgresKeyStore:
     def _follow(self, cursor: _Cursor) -> None:
         """Encrypt under the key that another process has made the current one. Raises
         ``ConfigError``."""
-        found, generation = self._record(cursor)
+        found, generation = self.record(cursor)
         seal, record = found.settled(self._keys, self._meta, f"key store {self.where}")
         if record == found:
             self._seal, self._generation = seal, generation
 
     @staticmethod
-    def _record(cursor: _Cursor) -> tuple[SealRecord, int]:
+    def record(cursor: _Cursor) -> tuple[SealRecord, int]:
+        """What the database records of the sealing keys, and its generation."""
         current, former, retired, generation = _one(
             cursor.execute("SELECT seal, former, retired, generation FROM hybridkex_meta"), 4
         )
@@ -549,7 +550,7 @@ class PostgresKeyStore:
                             Material(key_id=key_id, key=key, created=created, shared=shared)
                         )
             if damaged:
-                if self._record(cursor)[1] != self._generation:
+                if self.record(cursor)[1] != self._generation:
                     raise InvalidTag  # they may be encrypted under a key that is new
                 self._take_out(cursor, link, damaged)
             return found, damaged
@@ -934,6 +935,31 @@ class PostgresKeyStore:
     async def aclose(self) -> None:
         """Close the connections; a call in progress ends first."""
         await in_thread(self._pool.close)
+
+
+def check_store(url: Secret, keys: Seal, *, owner: str) -> None:
+    """Check that a database can be used as the key store of ``owner``; changes nothing. Blocks.
+
+    Raises:
+        ConfigError: why it cannot.
+    """
+    try:
+        conninfo, where = _prepared(url.reveal().decode())
+        with _Connection.connect(conninfo) as connection, connection.cursor() as cursor:
+            [found] = _one(cursor.execute("SELECT to_regclass('hybridkex_meta') IS NOT NULL"), 1)
+            if not found:
+                return
+            version, kme = _one(cursor.execute("SELECT version, kme FROM hybridkex_meta"), 2)
+            if kme != owner or version > SCHEMA_VERSION:
+                raise ConfigError(
+                    f"the key store {where} belongs to {kme} and has version {version}; {owner} "
+                    f"needs one of its own, of version {SCHEMA_VERSION} at most"
+                )
+            if version == SCHEMA_VERSION:
+                record, _ = PostgresKeyStore.record(cursor)
+                record.settled(keys, place_of("meta", owner), f"key store {where}")
+    except psycopg.Error as error:
+        raise ConfigError(f"cannot use the key store: {_reason(error)}") from error
 
 
 class _Connection(psycopg.Connection[Any]):

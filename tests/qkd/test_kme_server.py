@@ -654,7 +654,7 @@ async def test_metrics_on_their_own_port(site: Site, serve: Any) -> None:
             answer = await alice.get(f"http://{where.metrics}/metrics")
             assert (await alice.get(f"http://{where.metrics}/other")).status_code == 404
     text = answer.text
-    assert 'hybridkex_kme_keys_delivered_total{kme="kme-a",role="master"} 3.0' in text
+    assert 'hybridkex_kme_keys_delivered_total{kme="kme-a",role="master",sae="alice"} 3.0' in text
     assert 'hybridkex_kme_requests_total{call="enc_keys",kme="kme-a",status="400"} 1.0' in text
     assert "hybridkex_kme_request_seconds_bucket" in text
 

@@ -32,7 +32,7 @@ from hybridkex.errors import (
 from hybridkex.files import PUBLIC, read_file, write_file
 from hybridkex.json_text import load_json
 from hybridkex.kme.config import KmeConfig, PostgresUrl, load_config
-from hybridkex.kme.serve import KmeServer, Serving
+from hybridkex.kme.serve import KmeServer, Serving, check_config
 from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.net.descriptors import raise_soft_limit
 from hybridkex.qkd.etsi014.client import KmeClient
@@ -56,7 +56,12 @@ SITES: Final = (("kme-a", "alice"), ("kme-b", "bob"))
 
 
 def serve(options: ServeOptions) -> int:
-    return _run_server(options.config, options.log_level, _print_where)
+    set_up_logging(options.log_level, options.log_format)
+    if options.check:
+        check_config(load_config(options.config))
+        print(f"{options.config} can be served")
+        return 0
+    return _run_server(options.config, _print_where)
 
 
 def _print_where(where: Serving) -> None:
@@ -66,8 +71,7 @@ def _print_where(where: Serving) -> None:
         print(f"metrics on http://{where.metrics}/metrics", flush=True)
 
 
-def _run_server(path: Path, log_level: str, announce: Callable[[Serving], None]) -> int:
-    set_up_logging(log_level)
+def _run_server(path: Path, announce: Callable[[Serving], None]) -> int:
     raise_soft_limit()
     server = KmeServer(load_config(path))
 
@@ -313,7 +317,8 @@ def dev_up(options: DevUpOptions) -> int:
         print(f"  hybridkex listen 4433 --bind 127.0.0.1 {bob} --peer-sae alice\n")
         print(f"  hybridkex connect 127.0.0.1 4433 {alice} --peer-sae bob\n", flush=True)
 
-    return _run_server(config, options.log_level, announce)
+    set_up_logging(options.log_level)
+    return _run_server(config, announce)
 
 
 def _channel_options(folder: Path, address: TcpAddress, sae: str, tls: str) -> str:

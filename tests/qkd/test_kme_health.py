@@ -1,0 +1,155 @@
+"""What the owner of a KME sees from outside: health, readiness, the life of a key, ``--check``."""
+
+import json
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trio
+from forked import Forkserver
+from test_kme_server import as_sae, filled
+from waiting import until
+
+from hybridkex.cli import main
+from hybridkex.errors import KeySourceUnavailable
+from hybridkex.kme import health
+from hybridkex.kme.config import PeerConfig, ServeConfig
+from hybridkex.kme.entity import KmeLimits
+from hybridkex.net.address import TcpAddress
+from hybridkex.qkd.sqlite_store import SqliteKeyStore
+from interop.ports import free_port
+
+Site = Any  # of conftest.py
+ANYWHERE = TcpAddress("127.0.0.1", 0)
+
+
+async def page(where: Any, name: str) -> tuple[int, Any]:
+    async with httpx.AsyncClient() as client:
+        answer = await client.get(f"http://{where.metrics}/{name}")
+        return answer.status_code, answer.json()
+
+
+async def test_ready_with_a_store_a_peer_and_keys(
+    site: Site, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "GOOD_FOR", 0.0)
+    limits = KmeLimits(ready_keys=4096)
+    config = replace(site.pair(limits=limits), metrics=ANYWHERE)
+    async with serve(config) as where:
+        assert await page(where, "healthz") == (200, {"alive": True})
+        with trio.fail_after(20):
+            while (found := await page(where, "readyz"))[0] != 200:
+                assert re.search(r"^\d+ keys are stored, and limits.ready_keys is 4096$",
+                                 found[1]["kmes"]["kme-a"]["kme-b"])  # fmt: skip
+                await trio.sleep(0.05)
+        assert found[1] == {
+            "ready": True,
+            "kmes": {"kme-a": {"kme-b": "ready"}, "kme-b": {"kme-a": "ready"}},
+        }
+
+        async def fails(*_: Any) -> int:
+            raise KeySourceUnavailable("the key store failed: disk I/O error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SqliteKeyStore, "count", fails)
+            status, body = await page(where, "readyz")
+            assert (status, body["ready"]) == (503, False)
+            assert body["kmes"]["kme-a"]["kme-b"] == "the key store failed: disk I/O error"
+            assert (await page(where, "healthz"))[0] == 200
+        assert (await page(where, "readyz"))[0] == 200
+
+
+async def test_not_ready_without_a_peer(site: Site, serve: Any) -> None:
+    """One link that can serve is enough."""
+    away = PeerConfig(id="kme-x", saes=("xavier",), url=f"https://127.0.0.1:{free_port()}")
+    config = site.kme("kme-a", saes=("alice",), peer=(away,))
+    async with serve(ServeConfig(kme=(config,), metrics=ANYWHERE)) as where:
+        with trio.fail_after(20):
+            while "other end" not in (await page(where, "readyz"))[1]["kmes"]["kme-a"]["kme-x"]:  # noqa: ASYNC110
+                await trio.sleep(0.1)
+        assert (await page(where, "readyz"))[0] == 503
+    both = replace(config, self_pairs=True)
+    async with serve(ServeConfig(kme=(both,), metrics=ANYWHERE)) as where:
+        with trio.fail_after(20):
+            while (found := await page(where, "readyz"))[0] != 200:  # noqa: ASYNC110
+                await trio.sleep(0.1)
+        assert found[1]["kmes"]["kme-a"]["kme-a"] == "ready"
+
+
+async def test_many_who_ask_load_nothing(
+    site: Site, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "GOOD_FOR", 60.0)
+    asked = []
+    readiness = health.KeyManagementEntity.readiness
+
+    async def counted(kme: Any) -> dict[str, str | None]:
+        asked.append(kme.kme_id)
+        return await readiness(kme)
+
+    monkeypatch.setattr(health.KeyManagementEntity, "readiness", counted)
+    async with (
+        serve(replace(site.pair(), metrics=ANYWHERE)) as where,
+        trio.open_nursery() as nursery,
+    ):
+        for _ in range(20):
+            nursery.start_soon(page, where, "readyz")
+    assert sorted(asked) == ["kme-a", "kme-b"]
+
+
+async def test_the_life_of_a_key(site: Site, serve: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "hybridkex.kme.entity")
+    async with serve(site.pair()) as where:
+        await filled(where, site)
+        async with (
+            as_sae(site, "alice", where.kmes["kme-a"]) as alice,
+            as_sae(site, "bob", where.kmes["kme-b"]) as bob,
+        ):
+            [key] = (await alice.get("/bob/enc_keys")).json()["keys"]
+            key_id = key["key_ID"]
+            await bob.get("/alice/dec_keys", params={"key_ID": key_id})
+    fields = [getattr(one, "fields", None) for one in caplog.records]
+    life = [one for one in fields if one is not None and key_id in one["key_ids"]]
+    assert sorted(one["event"] for one in life[:2]) == ["stored", "stored"]
+    parties = {"master": "alice", "slaves": ["bob"]}
+    assert [{**one, "key_ids": []} for one in life[2:]] == [
+        {"event": event, "kme": kme, "link": link, "key_ids": [], **parties}
+        for event, kme, link in (
+            ("promised", "kme-b", "kme-a"),
+            ("drawn", "kme-a", "kme-b"),
+            ("collected", "kme-b", "kme-a"),
+        )
+    ]
+    assert key["key"] not in caplog.text
+
+
+def test_the_log_as_json_and_the_check(tmp_path: Path, hybridkex: Forkserver) -> None:
+    folder = tmp_path / "s"
+    assert main(["kme", "dev-up", str(folder), "--ports", "0,0", "--no-serve"]) == 0
+    path = folder / "kme.toml"
+    checked = hybridkex.run("kme", "serve", path, "--check")
+    assert (checked.returncode, checked.stdout) == (0, f"{path} can be served\n".encode())
+    assert not (folder / "kme-a" / "keys.db").exists()
+    server = hybridkex.start("kme", "serve", path, "--log-level", "info", "--log-format", "json")
+    until(lambda: b"stored" in server.told(), server)
+    for line in server.told().decode().splitlines()[:5]:
+        assert json.loads(line).keys() >= {"time", "level", "logger", "message"}
+    # While it runs, too.
+    assert hybridkex.run("kme", "serve", path, "--check").returncode == 0
+    good = path.read_text()
+    for before, after, said in (
+        ("kme-a/store.key", "kme-a/none.key", "cannot read the key file"),
+        ("kme-b/cert.pem", "kme-a/cert.pem", "private key is not that of the certificate"),
+        ("kme-a/keys.db", "nowhere/keys.db", "files cannot be created in"),
+        ("kme-a/keys.db", f"postgresql://kme@127.0.0.1:{free_port()}/kme", "cannot use the key"),
+        ("[[kme.peer]]", "[[kme.pear]]", "is not a setting"),
+    ):
+        path.write_text(good.replace(before, after, 1))
+        refused = hybridkex.run("kme", "serve", path, "--check")
+        assert refused.returncode == 1
+        assert re.search(said, refused.stderr.decode()), refused.stderr
+        assert refused.stderr.count(b"\n") == 1

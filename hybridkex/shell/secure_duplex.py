@@ -35,6 +35,7 @@ from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
 from hybridkex.shell.key_keeper import KeyKeeper
 from hybridkex.shell.pad_keeper import PadKeeper
+from hybridkex.shell.secure_pipe import SecurePipe
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection, connection_for
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
@@ -94,6 +95,8 @@ class SecureDuplex:
         self._handshake_lock = self._lib.Lock()
         self._complete = False
         self._keeper: KeyKeeper | None = None
+        self._pipe: SecurePipe | None = None
+        """What carries the data in place of our own calls."""
         self._send_lock = self._lib.Lock()
         self._telling = self._lib.Lock()
         """Held while a task sends the alert of the failure."""
@@ -212,7 +215,12 @@ class SecureDuplex:
         if KeyKeeper.needed(self._config, connection):
             gone = (self._lib.BrokenResourceError, self._lib.ClosedResourceError)
             self._keeper = KeyKeeper(
-                self._config, connection, self._send_for_keeper, self._fail_for_keeper, gone
+                self._config,
+                connection,
+                self._send_for_keeper,
+                self._fail_for_keeper,
+                gone,
+                self._pads_changed,
             )
 
     async def _advance(self) -> None:
@@ -228,11 +236,16 @@ class SecureDuplex:
     async def _send_for_keeper(self) -> None:
         async with self._send_lock:
             # After a failure, the task that has failed sends the alert.
-            if self._send_failure is None and self._failure is None:
+            if self._pipe is not None:
+                self._pipe.flush()
+            elif self._send_failure is None and self._failure is None:
                 await self._flush()
 
     async def _fail_for_keeper(self, error: PeerError) -> None:
         """End the connection: the caller's tasks find the reason."""
+        if self._pipe is not None:
+            self._pipe.end(error)
+            return
         try:
             await self._fail(error)
         finally:
@@ -240,6 +253,10 @@ class SecureDuplex:
             with self._lib.CancelScope(shield=True):
                 async with self._telling:
                     await self._lib.aclose_forcefully(self.transport_stream)
+
+    def _pads_changed(self) -> None:
+        if self._pipe is not None:
+            self._pipe.resume()
 
     def _stop_keeper(self) -> None:
         if self._keeper is not None:

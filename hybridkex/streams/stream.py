@@ -4,15 +4,18 @@
 """
 
 import operator
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import ClassVar, Final, Generic, TypeVar
 
 import trio
 from trio.abc import HalfCloseableStream, Stream
 
-from hybridkex.errors import LocalStateError, TruncationError
+from hybridkex.errors import HybridkexError, LocalStateError, TruncationError
 from hybridkex.fields import Kind, check_fields
 from hybridkex.net.acknowledged import unacknowledged
 from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT, READ_SIZE, SecureDuplex
+from hybridkex.shell.secure_pipe import SecurePipe
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
 
@@ -84,7 +87,7 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
     @property
     def has_carried_data(self) -> bool:
         """Whether application data, or its end, has passed in either direction."""
-        return self._has_carried_data
+        return self._has_carried_data or (self._pipe is not None and self._pipe.has_carried_data)
 
     async def do_handshake(self) -> None:
         """Run the handshake, if it has not been run. The first send or receive does so too.
@@ -142,6 +145,54 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
                     pass
             except trio.BrokenResourceError:
                 pass
+
+    @asynccontextmanager
+    async def piped(
+        self,
+        *,
+        deliver: Callable[[bytes | bytearray], object],
+        put: Callable[[bytes | bytearray], object],
+        resume: Callable[[], object],
+        failed: Callable[[HybridkexError], object],
+    ) -> AsyncIterator[SecurePipe]:
+        """In this context the caller moves the bytes, between the socket of the transport and the
+        :class:`~hybridkex.shell.secure_pipe.SecurePipe` that it is given; the handshake must be
+        complete. Afterwards the stream can be closed, in order if all bytes for the socket have
+        been sent.
+
+        Args:
+            deliver: called with application data.
+            put: called with records that are to be sent between others.
+            resume: called when what has waited for a one-time pad may go on.
+            failed: called with the error by which the renewal of keys ends the connection.
+
+        Raises:
+            trio.NeedHandshakeError: there has been no handshake.
+            trio.BrokenResourceError: the connection has failed.
+            trio.ClosedResourceError: this stream was closed.
+            trio.BusyResourceError: another task is sending or receiving.
+        """
+        with self._receiving, self._sending:
+            self._check_usable()
+            async with self._send_lock:  # The keeper of the keys may be sending.
+                pipe = self._pipe = SecurePipe(
+                    self._connected,
+                    self._keeper,
+                    close_notify=self._close_notify,
+                    deliver=deliver,
+                    put=put,
+                    resume=resume,
+                    failed=failed,
+                )
+            try:
+                pending, self._pending = self._pending, memoryview(b"")
+                if pending:
+                    deliver(bytes(pending))
+                yield pipe
+            finally:
+                self._pipe = None
+                self._has_carried_data |= pipe.has_carried_data
+                self._failure = self._failure or pipe.failure
 
     async def unwrap(self) -> tuple[Stream, bytes]:
         """End TLS in both directions; returns the transport and what came behind the end.

@@ -8,17 +8,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from socket import SHUT_RDWR, socketpair
 from typing import Any
 
 import anyio
 import anyio.abc
 import pytest
 import trio
+import trio.testing
 
 from hybridkex import ClientConfig, SecureStream, ServerConfig, Session
 from hybridkex.aio import open_connection, start_server
 from hybridkex.anyio import HybridkexAttribute, SecureByteStream, SecureConnectable, SecureListener
+from hybridkex.apps.tunnel.forward import ConnectionCut, Leg, forward
 from hybridkex.net.event_loop import time_limit
+from hybridkex.net.readiness import Readiness
 
 
 class Broken(Exception):
@@ -29,6 +33,8 @@ class End(ABC):
     """One end of a connection."""
 
     ERRORS: tuple[type[Exception], ...]
+    send_waits = True
+    """Whether :meth:`send` waits for what the engine needs, and learns of its errors."""
 
     @property
     @abstractmethod
@@ -109,7 +115,90 @@ class TrioEnd(End):
         await self.stream.transport_stream.aclose()
 
 
+class PipedEnd(TrioEnd):
+    """A program's socket, whose data a tunnel forwards through a secure stream."""
+
+    send_waits = False
+
+    def __init__(self, stream: SecureStream[Any], nursery: trio.Nursery) -> None:
+        super().__init__(stream)
+        self._nursery = nursery
+        ours, theirs = socketpair()
+        self.program, self.socket = (
+            trio.SocketStream(trio.socket.from_stdlib_socket(one)) for one in (ours, theirs)
+        )
+        self.cause: Exception | None = None
+        self.forwarded = {"out": 0, "back": 0}
+
+    async def forward(self, readiness: Readiness) -> None:
+        """As the tunnel does."""
+
+        def counted(way: str, amount: int) -> None:
+            self.forwarded[way] += amount
+
+        try:
+            await forward(
+                Leg("the program", self.socket, self.socket),
+                Leg("the channel", self.stream, self.stream.transport_stream),
+                out=partial(counted, "out"),
+                back=partial(counted, "back"),
+                idle_timeout=None,
+                readiness=readiness,
+            )
+            await self.stream.aclose()
+        except ConnectionCut:
+            # The tunnel resets its sockets, which a pair of Unix sockets cannot do.
+            self.cause = self.stream._failure
+            self.program.socket.close()
+        finally:
+            self.socket.socket.close()
+            await trio.aclose_forcefully(self.stream)
+
+    async def _send(self, data: bytes) -> None:
+        with self._cut():
+            await self.program.send_all(data)
+
+    async def _receive(self) -> bytes:
+        with self._cut():
+            return await self.program.receive_some()
+
+    @contextlib.contextmanager
+    def _cut(self) -> Any:
+        try:
+            yield
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise trio.BrokenResourceError("cut") from self.cause
+
+    async def send_eof(self) -> None:
+        await self.program.send_eof()
+
+    async def update_keys(self) -> None:
+        keeper, pipe = self.stream._keeper, self.stream._pipe
+        assert pipe is not None
+        if keeper is not None and keeper.extended:
+            keeper.update()
+        else:
+            self.stream._connection.update_keys(request_peer=True)
+            pipe.flush()
+
+    async def close(self) -> None:
+        """A program that left with bytes unread would reset its socket."""
+        self._nursery.start_soon(self._leave)
+
+    async def _leave(self) -> None:
+        gone = (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError)
+        with contextlib.suppress(*gone):
+            await self.program.send_eof()
+            while await self.program.receive_some():
+                pass
+
+    async def cut(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.transport_stream.socket.shutdown(SHUT_RDWR)
+
+
 class AsyncioEnd(End):
+    send_waits = False
     ERRORS = (ConnectionError,)
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -193,6 +282,26 @@ async def trio_pair(client: ClientConfig, server: ServerConfig) -> AsyncIterator
 
 
 @asynccontextmanager
+async def piped_pair(client: ClientConfig, server: ServerConfig) -> AsyncIterator[Pair]:
+    readiness = Readiness()
+    async with (
+        trio_pair(client, server) as pair,
+        readiness.running(),
+        trio.open_nursery() as nursery,
+    ):
+        one, other = (PipedEnd(end.stream, nursery) for end in pair if isinstance(end, TrioEnd))
+        for end in (one, other):
+            nursery.start_soon(end.forward, readiness)
+        await trio.testing.wait_all_tasks_blocked()
+        try:
+            yield one, other
+        finally:
+            nursery.cancel_scope.cancel()
+            for end in (one, other):
+                end.program.socket.close()
+
+
+@asynccontextmanager
 async def asyncio_pair(client: ClientConfig, server: ServerConfig) -> AsyncIterator[Pair]:
     accepted: asyncio.Queue[AsyncioEnd] = asyncio.Queue()
     listening = await start_server(
@@ -258,6 +367,7 @@ def on_asyncio(function: Callable[[], Awaitable[None]], *, uvloop: bool = False)
 
 SHELLS = (
     Shell("trio", trio.run, trio_pair),
+    Shell("piped", trio.run, piped_pair),
     Shell("asyncio", on_asyncio, asyncio_pair),
     Shell("uvloop", partial(on_asyncio, uvloop=True), asyncio_pair),
     Shell("anyio-trio", trio.run, anyio_pair),

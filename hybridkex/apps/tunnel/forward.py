@@ -1,26 +1,32 @@
 """Forwarding the bytes of one connection, in both directions.
 
-Each direction is a loop that reads and then writes: a slow reader at the far end stops the reading,
-so a connection needs one buffer per direction, and back pressure reaches the sender.
+A socket that is ready is served without waiting (:mod:`hybridkex.net.readiness`): one receive, the
+engine on all that came, one send. No task runs for the data of a connection. What the far socket
+does not take waits, and the near one is not read meanwhile: a connection needs one buffer per
+direction, and back pressure reaches the sender.
 
 The end of one direction is passed on: FIN becomes close_notify and vice versa. A cut is passed on
 as a cut: both sockets are reset, so that neither program mistakes partial data for all of it.
 """
 
+import os
+import socket
 from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import trio
 from trio.abc import HalfCloseableStream
 
-from hybridkex.apps.tcp import reset
+from hybridkex import SecureStream
 from hybridkex.errors import HybridkexError
 from hybridkex.machine import broken
-
-_CHUNK: Final = 256 * 1024
+from hybridkex.net.readiness import BULK, READ, WRITE, Readiness, Watched
 
 Count: TypeAlias = Callable[[int], object]
+
+_NOTHING: Final = memoryview(b"")
 
 
 class ConnectionCut(HybridkexError):
@@ -36,18 +42,16 @@ class Leg:
     stream: HalfCloseableStream
     socket: trio.SocketStream
 
-    @property
-    def secure(self) -> bool:
-        """Whether the stream is not the plain socket."""
-        return self.stream is not self.socket
-
-    def cut(self) -> None:
-        """Close abruptly, with a reset."""
-        reset(self.socket)
-
 
 async def forward(
-    near: Leg, far: Leg, *, out: Count, back: Count, idle_timeout: float | None
+    near: Leg,
+    far: Leg,
+    *,
+    out: Count,
+    back: Count,
+    idle_timeout: float | None,
+    readiness: Readiness,
+    activity: "Activity | None" = None,
 ) -> None:
     """Forward both directions until they end. The legs are left open.
 
@@ -57,85 +61,446 @@ async def forward(
         out: called with the number of bytes forwarded from near to far.
         back: called with the number of bytes forwarded from far to near.
         idle_timeout: seconds without data.
+        readiness: what watches the sockets.
+        activity: is told when data moves.
 
     Raises:
         ConnectionCut: one of the legs broke, or the connection was idle for too long.
     """
-    await _Forwarding().run(near, far, out, back, idle_timeout)
+    forwarding = _Forwarding(readiness, activity or Activity())
+    async with AsyncExitStack() as stack:
+        one, other = [await _end(leg, forwarding, stack) for leg in (near, far)]
+        one.connect(other, out)
+        other.connect(one, back)
+        await forwarding.run((one, other), idle_timeout)
+
+
+class Activity:
+    """When data last moved, in either direction, by trio's clock."""
+
+    def __init__(self) -> None:
+        self.at = trio.current_time()
 
 
 class _Forwarding:
-    def __init__(self) -> None:
-        self._scope = trio.CancelScope()
-        self._moved = trio.current_time()
-        self._ended: set[Leg] = set()
-        self._reason: str | None = None
+    """What the two ends of a connection share."""
 
-    async def run(
-        self, near: Leg, far: Leg, out: Count, back: Count, idle_timeout: float | None
-    ) -> None:
-        with self._scope:
-            async with trio.open_nursery() as watchers:
-                if idle_timeout is not None:
-                    watchers.start_soon(self._limit_idleness, idle_timeout)
-                async with trio.open_nursery() as directions:
-                    directions.start_soon(self._carry, near, far, out, watchers)
-                    directions.start_soon(self._carry, far, near, back, watchers)
-                watchers.cancel_scope.cancel()
+    def __init__(self, readiness: Readiness, activity: Activity) -> None:
+        self.readiness: Final = readiness
+        self.activity: Final = activity
+        self.is_over = False
+        self._over = trio.Event()
+        self._reason: str | None = None
+        self._error: Exception | None = None
+
+    async def run(self, ends: "tuple[_End, _End]", idle_timeout: float | None) -> None:
+        try:
+            for end in ends:
+                end.start()
+            await self._wait(idle_timeout)
+        finally:
+            for end in ends:
+                self.readiness.watch(end, 0)
+        if self._error is not None:
+            raise self._error
         if self._reason is not None:
             raise ConnectionCut(self._reason)
 
-    async def _limit_idleness(self, seconds: float) -> None:
-        # Polling is cheaper than a deadline that each chunk would move.
-        while (quiet_until := self._moved + seconds) > trio.current_time():  # noqa: ASYNC110
-            await trio.sleep_until(quiet_until)
-        self._give_up(f"no data for {seconds:g} s")
-
-    async def _carry(self, source: Leg, sink: Leg, count: Count, watchers: trio.Nursery) -> None:
-        while True:
-            try:
-                data = await source.stream.receive_some(_CHUNK)
-            except trio.BrokenResourceError as error:
-                self._give_up(f"{source.what}: {broken(error)}")
-                return
-            if not data:
-                break
-            self._moved = trio.current_time()
-            try:
-                await sink.stream.send_all(data)
-            except trio.BrokenResourceError as error:
-                # The sink is gone; data that it sent before is still forwarded by the other
-                # direction, whose loop then sees the end or the failure.
-                self._note(f"{sink.what}: {broken(error)}")
-                return
-            self._moved = trio.current_time()
-            count(len(data))
-        self._ended.add(source)
-        try:
-            await sink.stream.send_eof()
-        except trio.BrokenResourceError as error:
-            self._note(f"{sink.what}: {broken(error)}")
+    async def _wait(self, idle_timeout: float | None) -> None:
+        if idle_timeout is None:
+            await self._over.wait()
             return
-        if source.secure and sink not in self._ended:
-            watchers.start_soon(self._watch, source, sink)
+        # Looking again is cheaper than a deadline that each piece of data would move.
+        while not self.is_over:
+            quiet_until = self.activity.at + idle_timeout
+            if quiet_until <= trio.current_time():
+                self.give_up(f"no data for {idle_timeout:g} s")
+            with trio.move_on_at(quiet_until):
+                await self._over.wait()
 
-    async def _watch(self, gone: Leg, other: Leg) -> None:
-        """After close_notify nothing follows (RFC 9846 section 6.1) except the end of the
-        transport, if the peer leaves early. Without this check, a connection with a silent target
-        would stay forever."""
-        try:
-            while await gone.socket.receive_some():
-                pass
-        except trio.BrokenResourceError:
-            pass
-        if other not in self._ended:
-            self._give_up(f"{gone.what} disconnected before {other.what} had finished")
+    def end(self) -> None:
+        """Both directions have ended, or nothing more is forwarded."""
+        self.is_over = True
+        self._over.set()
 
-    def _give_up(self, reason: str) -> None:
-        self._note(reason)
-        self._scope.cancel()
+    def give_up(self, reason: str) -> None:
+        """End the connection now."""
+        self.note(reason)
+        self.end()
 
-    def _note(self, reason: str) -> None:
+    def note(self, reason: str) -> None:
         """Record the first failure; later ones are its consequences."""
         if self._reason is None:
             self._reason = reason
+
+    def fail(self, error: Exception) -> None:
+        """A fault of ours, or of this machine, which ends no other connection."""
+        if self._error is None:
+            self._error = error
+        self.end()
+
+
+class _End(Watched):
+    """One leg of a connection: its socket, the direction that begins at it, and what waits to be
+    sent to it."""
+
+    def __init__(self, leg: Leg, forwarding: _Forwarding) -> None:
+        super().__init__(leg.socket.socket.fileno())
+        self._leg = leg
+        self._forwarding = forwarding
+        self._readiness = forwarding.readiness
+        self._activity = forwarding.activity
+        self.most_read: int | None = None
+        """Bytes to read at once, if fewer than there is room for."""
+        # The direction that begins here.
+        self._reading = True
+        self._draining = False
+        """Whether what comes is dropped, behind close_notify."""
+        self._uncounted = 0
+        self.input_ended = False
+        """Whether all data has come from here."""
+        self.done = False
+        """Whether the direction that begins here is over."""
+        # What is sent to here.
+        self.unsent = _NOTHING
+        self._end_due = False
+        self._lost = False
+
+    def connect(self, other: "_End", count: Count) -> None:
+        self._other = other
+        self._count = count
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._update()
+
+    # --- for a plain and for a secure end -----------------------------------------------------
+
+    def _take(self, data: memoryview) -> None:
+        """Pass on what was read; ``data`` is overwritten afterwards."""
+        self.pass_on(data)
+
+    def _end_of_socket(self) -> None:
+        """Nothing more comes from the socket."""
+        self._end_of_input()
+
+    def send(self, data: memoryview | bytes | bytearray) -> None:
+        """Send application data, or as much as the socket takes; the rest waits."""
+        self._put(data)
+
+    def _send_end(self) -> None:
+        """Say that no more data comes."""
+        try:
+            self._leg.socket.socket.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self._lose(error)
+
+    @property
+    def full(self) -> bool:
+        """Whether data waits to be sent here."""
+        return bool(self.unsent)
+
+    @property
+    def _may_read(self) -> bool:
+        return True
+
+    # --- reading ------------------------------------------------------------------------------
+
+    def ready(self, events: int) -> None:
+        """Serve the socket. No fault of one connection reaches the others."""
+        if self._forwarding.is_over:
+            return
+        try:
+            if events & WRITE:
+                self._send_rest()
+            if events & READ and self.watched_for & READ:
+                self._read()
+        except Exception as error:
+            self._forwarding.fail(error)
+
+    def _read(self) -> None:
+        room = self._readiness.buffer[: self.most_read]
+        try:
+            size = os.readv(self.descriptor, (room,))
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._broken(error)
+            return
+        self.bulk = size >= BULK
+        if self._draining:
+            if not size:
+                self._gone()
+        elif size:
+            self._activity.at = self._readiness.time
+            self._take(room[:size])
+        else:
+            self._end_of_socket()
+
+    def _broken(self, error: Exception) -> None:
+        if self._draining:
+            self._gone()
+        else:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._forwarding.give_up(f"{self._leg.what}: {broken(error)}")
+
+    def pass_on(self, data: memoryview | bytes | bytearray) -> None:
+        """Send data that came from here to the other end."""
+        other = self._other
+        other.send(data)
+        if not other.full:
+            if not other._lost:
+                self._count(len(data))
+            return
+        self._uncounted += len(data)
+        self._update()
+
+    def sent(self) -> None:
+        """All that came from here is sent."""
+        if self._uncounted:
+            count, self._uncounted = self._uncounted, 0
+            self._count(count)
+        self._update()
+
+    # --- the end of the direction that begins here --------------------------------------------
+
+    def _end_of_input(self) -> None:
+        if not self.input_ended and not self.done:
+            self.input_ended, self._reading = True, False
+            self._update()
+            self._other.finish()
+
+    def _gone(self) -> None:
+        """After close_notify nothing follows (RFC 9846 section 6.1) except the end of the
+        transport, if the peer leaves early. Without this check, a connection with a silent target
+        would stay forever."""
+        self._draining = False
+        self._update()
+        if not self._other.input_ended:
+            self._forwarding.give_up(
+                f"{self._leg.what} disconnected before {self._other._leg.what} had finished"
+            )
+
+    def over(self) -> None:
+        """The direction that begins here is over."""
+        self.done, self._reading = True, False
+        self._update()
+        self._check_end()
+
+    def _check_end(self) -> None:
+        if self.done and self._other.done and not self.full and not self._other.full:
+            self._forwarding.end()
+
+    # --- sending ------------------------------------------------------------------------------
+
+    def _put(self, data: memoryview | bytes | bytearray) -> None:
+        """Send bytes, or as much as the socket takes; the rest waits."""
+        if self._lost:
+            return
+        if self.unsent:
+            self.unsent = memoryview(b"".join((self.unsent, data)))
+            return
+        try:
+            size = os.write(self.descriptor, data)
+        except BlockingIOError:
+            size = 0
+        except OSError as error:
+            self._lose(error)
+            return
+        if size < len(data):
+            self.unsent = memoryview(bytes(memoryview(data)[size:]))
+            self._update()
+
+    def _send_rest(self) -> None:
+        try:
+            size = os.write(self.descriptor, self.unsent)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lose(error)
+            return
+        self._activity.at = self._readiness.time
+        self.unsent = self.unsent[size:]
+        if not self.unsent:
+            self.unsent = _NOTHING
+            self._emptied()
+
+    def _emptied(self) -> None:
+        """Nothing waits any more."""
+        self._update()
+        self._other.sent()
+        if self._end_due:
+            self.finish()
+        self._check_end()
+
+    def finish(self) -> None:
+        """Say that no more data comes, when all has been sent."""
+        self._end_due = self.full
+        if self._end_due or self._lost:
+            return
+        self._send_end()
+        if not self._lost:
+            self._other.passed_end()
+
+    def passed_end(self) -> None:
+        """The other end has been told that no more data comes from here."""
+        self.over()
+
+    def _lose(self, error: Exception) -> None:
+        """Nothing can be sent here any more. Data that came from here before is still forwarded by
+        the other direction, which then finds the end or the failure."""
+        self._forwarding.note(f"{self._leg.what}: {broken(error)}")
+        self._lost, self.unsent = True, _NOTHING
+        self._update()
+        self._other.over()
+
+    def _update(self) -> None:
+        """Watch the socket for what can be done now."""
+        reads = self._draining or (self._reading and not self._other.full and self._may_read)
+        self._readiness.watch(self, (READ if reads else 0) | (WRITE if self.unsent else 0))
+
+
+class _SecureEnd(_End):
+    """The end with the engine."""
+
+    async def open(self, stack: AsyncExitStack) -> None:
+        stream = self._leg.stream
+        assert isinstance(stream, SecureStream)
+        self._pipe = await stack.enter_async_context(
+            stream.piped(
+                deliver=self.pass_on,
+                put=self._put,
+                resume=lambda: self._guard(self._go_on),
+                failed=lambda error: self._guard(self._fail, error),
+            )
+        )
+        self._held = b""
+        """Data that waits for a one-time pad."""
+        self._closing = False
+        """Whether close_notify is all that may wait to be sent."""
+
+    def connect(self, other: _End, count: Count) -> None:
+        super().connect(other, count)
+        other.most_read = self._pipe.most
+
+    def _guard(self, work: Callable[..., object], *arguments: object) -> None:
+        """As :meth:`ready`, for what others call."""
+        if self._forwarding.is_over:
+            return
+        try:
+            work(*arguments)
+        except Exception as error:
+            self._forwarding.fail(error)
+
+    def start(self) -> None:
+        """Begin to read, after what has come with the handshake."""
+        self._guard(self._take_events)
+        self._update()
+
+    # --- reading
+
+    def _take(self, data: memoryview) -> None:
+        try:
+            self._pipe.received(data)
+        except HybridkexError as error:
+            self._fail(error)
+            return
+        self._after_events()
+
+    def _take_events(self) -> None:
+        try:
+            self._pipe.take_events()
+        except HybridkexError as error:
+            self._fail(error)
+            return
+        self._after_events()
+
+    def _after_events(self) -> None:
+        if self._pipe.ended:
+            self._end_of_input()
+        elif self._pipe.waits_for_pad:
+            self._update()
+
+    def _end_of_socket(self) -> None:
+        self._take(_NOTHING)
+
+    def _fail(self, error: HybridkexError) -> None:
+        """End the connection, and tell the peer if there is an alert for it."""
+        alert = self._pipe.alert()
+        if alert and not self.unsent and not self._lost:
+            with suppress(OSError):
+                os.write(self.descriptor, alert)
+        self._give_up(error)
+
+    def passed_end(self) -> None:
+        """The program has been told of close_notify: see whether the peer leaves early."""
+        self._draining = not self._other.input_ended
+        super().passed_end()
+
+    @property
+    def _may_read(self) -> bool:
+        return not self._pipe.waits_for_pad
+
+    # --- sending
+
+    def send(self, data: memoryview | bytes | bytearray) -> None:
+        """Encrypt and send data; it waits where there is not enough of a one-time pad."""
+        if self._lost:
+            return
+        if not self._pipe.ready(len(data)):
+            self._held = bytes(data)
+            return
+        try:
+            records = self._pipe.sealed(data)
+        except HybridkexError as error:
+            self._lose(error)
+        else:
+            self._put(records)
+
+    @property
+    def full(self) -> bool:
+        """Whether data waits to be sent here."""
+        return bool(self.unsent or self._held)
+
+    def _send_end(self) -> None:
+        self._closing = True
+        try:
+            self._put(self._pipe.closing())
+        except HybridkexError as error:
+            self._lose(error)
+
+    def _lose(self, error: Exception) -> None:
+        self._held = b""
+        if self._closing and self._pipe.ended:
+            # A peer that has ended its direction may leave at once. All that it sent is here, and
+            # nothing reads our own close_notify (section 6.1).
+            self._lost, self.unsent = True, _NOTHING
+            self._update()
+            self._other.passed_end()
+        else:
+            super()._lose(error)
+
+    def _emptied(self) -> None:
+        held, self._held = self._held, b""
+        if held:
+            self.send(held)
+        if not self.full:
+            super()._emptied()
+
+    def _go_on(self) -> None:
+        """Go on with what has waited for a one-time pad."""
+        if self._held and not self.unsent:
+            self._emptied()
+        if not self.input_ended:
+            self._take_events()
+        self._update()
+
+
+async def _end(leg: Leg, forwarding: _Forwarding, stack: AsyncExitStack) -> _End:
+    if leg.stream is leg.socket:
+        return _End(leg, forwarding)
+    end = _SecureEnd(leg, forwarding)
+    await end.open(stack)
+    return end

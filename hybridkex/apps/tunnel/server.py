@@ -23,12 +23,13 @@ from hybridkex.apps.handshakes import handshake_failed
 from hybridkex.apps.port_file import check_port_file, write_port
 from hybridkex.apps.tcp import keep_alive, no_connection, reset
 from hybridkex.apps.tunnel.config import TunnelConfig, check_together
-from hybridkex.apps.tunnel.forward import ConnectionCut, Leg, forward
+from hybridkex.apps.tunnel.forward import Activity, ConnectionCut, Leg, forward
 from hybridkex.apps.tunnel.metrics import TunnelCounters, TunnelMetrics
 from hybridkex.apps.tunnel.sockets import Listening, connect, listen
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.machine import refusal
 from hybridkex.net.address import Address, TcpAddress
+from hybridkex.net.readiness import Readiness
 from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
 from hybridkex.text import get_logger, json_line
 
@@ -122,6 +123,7 @@ class TunnelServer:
         """Held while listening sockets are opened and closed."""
         self._closing = trio.Event()
         self._grace = 0.0
+        self._readiness: Readiness
         self._background: trio.Nursery
         self._connections: trio.Nursery
         self._accepting: trio.Nursery
@@ -137,8 +139,13 @@ class TunnelServer:
         Raises:
             ConfigError: the configuration cannot be used.
         """
+        try:
+            self._readiness = Readiness()
+        except OSError as error:
+            raise ConfigError(f"cannot watch connections: {error.strerror}") from error
         async with (
             trio.open_nursery() as self._background,
+            self._readiness.running(),
             trio.open_nursery() as self._connections,
         ):
             async with trio.open_nursery() as self._accepting:
@@ -326,7 +333,9 @@ class TunnelServer:
         self._open[name] += 1
         try:
             with counters.open.track_inprogress():
-                await _Connection(active, socket, counters, connection, endpoint.budget).run()
+                await _Connection(
+                    active, socket, counters, connection, endpoint.budget, self._readiness
+                ).run()
         finally:
             self._open[name] -= 1
 
@@ -341,17 +350,21 @@ class _Connection:
         counters: TunnelCounters,
         connection: Connection,
         budget: Budget,
+        readiness: Readiness,
     ) -> None:
         self._live = active
         self._config = active.config
         self._counters = counters
         self._connection = connection
         self._budget = budget
+        self._readiness = readiness
         self._what = f"{active.config.name}: {connection.peer}"
         self._accepted = socket
+        self._activity = Activity()
         self._out, self._back = _Sum(counters.out.inc), _Sum(counters.back.inc)
         self._sockets = [socket]
         """Everything that has been opened, closed at the end."""
+        self._channel: SecureStream[Any] | None = None
 
     async def run(self) -> None:
         began = trio.current_time()
@@ -361,7 +374,14 @@ class _Connection:
         try:
             with self._live.used():
                 legs = await self._establish()
-            await forward(*legs, out=out, back=back, idle_timeout=self._config.idle_timeout)
+            await forward(
+                *legs,
+                out=out,
+                back=back,
+                idle_timeout=self._config.idle_timeout,
+                readiness=self._readiness,
+                activity=self._activity,
+            )
             for leg in legs:
                 await leg.stream.aclose()
             self._sockets.clear()
@@ -390,13 +410,15 @@ class _Connection:
                 back.sum,
                 trio.current_time() - began,
             )
+            if self._channel is not None:  # which may be renewing its keys
+                await trio.aclose_forcefully(self._channel)
 
     def _admit(self, is_used: Callable[[], bool]) -> None:
         try:
             self._connection.admit(
                 self._budget,
                 is_used=is_used,
-                silence=lambda: trio.current_time() - max(self._out.moved, self._back.moved),
+                silence=lambda: trio.current_time() - self._activity.at,
             )
         except TooManyConnections as error:
             raise _Rejected("limit", str(error)) from None
@@ -440,7 +462,7 @@ class _Connection:
     async def _secure(
         self, socket: trio.SocketStream, channel: ClientConfig | ServerConfig, name: str | None
     ) -> Leg:
-        stream: SecureStream[Any] = SecureStream(
+        stream = self._channel = SecureStream(
             socket,
             channel,
             server_hostname=name,
@@ -465,11 +487,9 @@ class _Sum:
     def __init__(self, count: Any) -> None:
         self._count = count
         self.sum = 0
-        self.moved = trio.current_time()
 
     def __call__(self, amount: int) -> None:
         self.sum += amount
-        self.moved = trio.current_time()
         self._count(amount)
 
 

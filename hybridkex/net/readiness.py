@@ -1,0 +1,142 @@
+"""Sockets that are called when they are ready: one task watches all of them.
+
+A task for each direction of each connection costs several times what the kernel takes for a short
+message. Here a socket is registered once, and one wake-up of the task serves every socket that is
+ready then.
+
+No connection keeps another waiting for longer than one read: after each read of a socket that
+carries bulk data, those that do not are looked at again, and the bulk ones take turns.
+"""
+
+import selectors
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from time import perf_counter
+from typing import Final
+
+import trio
+
+__all__ = ["BULK", "READ", "WRITE", "Readiness", "Watched"]
+
+READ: Final = selectors.EVENT_READ
+WRITE: Final = selectors.EVENT_WRITE
+
+BULK_READ: Final = 256 * 1024
+"""Bytes of one read, while there is nothing but bulk data,"""
+SHORT_READ: Final = 32 * 1024
+"""and while others wait for it."""
+BULK: Final = 16 * 1024
+"""Bytes in one read that make its socket one of bulk data."""
+CALM_SECONDS: Final = 0.02
+"""Seconds after which others, that were ready once, are not waited for any more."""
+SLICE: Final = 0.001
+"""Seconds of work with bulk data after which other tasks run."""
+
+
+class Watched:
+    """A socket that is watched; a subclass says what happens when it is ready.
+
+    Args:
+        descriptor: of the socket, which must stay open as long as it is watched.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor: Final = descriptor
+        self.watched_for = 0
+        """:data:`READ`, :data:`WRITE`, both or 0; set by :meth:`Readiness.watch`."""
+        self.bulk = False
+        """Whether the last read was of :data:`BULK` bytes or more."""
+        self.turn = 0
+
+    def ready(self, events: int) -> None:
+        """Read or write, without waiting. Raises nothing.
+
+        Args:
+            events: :data:`READ`, :data:`WRITE` or both.
+        """
+        raise NotImplementedError
+
+
+class Readiness:
+    """Watches sockets and calls those that are ready.
+
+    Raises:
+        OSError: the system has no descriptor for it.
+    """
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._turn = 0
+        self._calm_until = 0.0
+        self._long = memoryview(bytearray(BULK_READ))
+        self._short = self._long[:SHORT_READ]
+        self.buffer = self._long
+        """Where a socket may read to, until its :meth:`Watched.ready` returns."""
+        self.time = 0.0
+        """When the sockets that are being served were ready, by trio's clock."""
+
+    def watch(self, socket: Watched, events: int) -> None:
+        """Call ``socket.ready`` for these events from now on; 0 for none.
+
+        Raises:
+            OSError: the system refuses.
+        """
+        before = socket.watched_for
+        if events == before:
+            return
+        if not events:
+            # Not a mask of 0, with which the kernel still reports the end of a connection.
+            self._selector.unregister(socket.descriptor)
+        elif not before:
+            self._selector.register(socket.descriptor, events, socket)
+        else:
+            self._selector.modify(socket.descriptor, events, socket)
+        socket.watched_for = events
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Watch as long as this context lasts."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._run)
+                yield
+                nursery.cancel_scope.cancel()
+        finally:
+            self._selector.close()
+
+    async def _run(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._selector.fileno())
+            self.time = trio.current_time()
+            self._serve()
+
+    def _serve(self) -> None:
+        until = 0.0
+        while True:
+            bulk: list[tuple[Watched, int]] = []
+            calm = False
+            for key, events in self._selector.select(0):
+                socket: Watched = key.data
+                if socket.bulk:
+                    bulk.append((socket, events))
+                elif now := events & socket.watched_for:  # another one may have changed it
+                    calm = calm or now & READ != 0
+                    socket.ready(now)
+            if not bulk:
+                return
+            time = perf_counter()
+            if calm:
+                self._calm_until = time + CALM_SECONDS
+            self.buffer = self._short if time < self._calm_until else self._long
+            until = until or time + SLICE
+            socket, events = min(bulk, key=_turn)
+            self._turn += 1
+            socket.turn = self._turn
+            if now := events & socket.watched_for:
+                socket.ready(now)
+            if time >= until:
+                return
+
+
+def _turn(one: tuple[Watched, int]) -> int:
+    return one[0].turn

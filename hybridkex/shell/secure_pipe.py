@@ -1,0 +1,175 @@
+"""SecurePipe: a secure stream without its calls, for who moves the bytes by a socket's readiness.
+
+A call of a stream that waits costs its event loop more than a short record costs the engine. Here
+nothing waits: the caller gives what it has read to :meth:`SecurePipe.received`, and what
+:meth:`SecurePipe.sealed` returns is for the socket, in that order.
+"""
+
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+from hybridkex.errors import HybridkexError, TruncationError
+from hybridkex.shell.key_keeper import KeyKeeper
+from hybridkex.shell.pad_keeper import PadKeeper
+from hybridkex.tls.connection import ClientConnection, ServerConnection
+from hybridkex.tls.events import ApplicationData
+from hybridkex.tls.protection import SMALL
+from hybridkex.wire.records import HEADER_LENGTH
+
+__all__ = ["SecurePipe"]
+
+Put: TypeAlias = Callable[[bytes | bytearray], object]
+
+
+class SecurePipe:
+    """The engine of one connection after its handshake; nothing here waits.
+
+    Session tickets that come are put into the ticket store, and not written to its file.
+
+    Args:
+        connection: the engine.
+        keeper: renews the keys, where they are renewed.
+        close_notify: whether the end of the transport without close_notify is an error.
+        deliver: called with application data, in order.
+        put: called with records that the engine sends by itself, for the socket.
+        resume: called when what has waited for a one-time pad may go on.
+        failed: called with the error by which the renewal of keys ends the connection.
+    """
+
+    def __init__(
+        self,
+        connection: ClientConnection | ServerConnection,
+        keeper: KeyKeeper | None,
+        *,
+        close_notify: bool,
+        deliver: Put,
+        put: Put,
+        resume: Callable[[], object],
+        failed: Callable[[HybridkexError], object],
+    ) -> None:
+        self._connection = connection
+        self._keeper = keeper
+        self._pads: Final[PadKeeper | None] = None if keeper is None else keeper.pads
+        self._close_notify = close_notify
+        self._deliver = deliver
+        self._put = put
+        self._failed = failed
+        self.resume: Final = resume
+        self.failure: HybridkexError | None = None
+        """The error that has ended the connection."""
+        self.ended = False
+        """Whether the peer has ended its direction."""
+        self.has_carried_data = False
+
+    # --- in -----------------------------------------------------------------------------------
+
+    def received(self, data: memoryview) -> None:
+        """Take bytes from the socket, none at its end, and deliver what is in them. The memory may
+        change afterwards.
+
+        Raises:
+            HybridkexError: the connection has failed; :meth:`alert` has what is left to send.
+        """
+        if len(data) > HEADER_LENGTH:
+            content = self._connection.receive_record(data[:HEADER_LENGTH], data[HEADER_LENGTH:])
+            if content is not None:
+                self._take(content)
+                if self._keeper is not None:
+                    self._keeper.count(len(content))
+                return
+        try:
+            self._connection.receive_data(data)
+        except HybridkexError as error:
+            if isinstance(error, TruncationError) and not self._close_notify:
+                self.ended = True
+                return
+            self._fail(error)
+            raise
+        self.take_events()
+
+    def take_events(self) -> None:
+        """Deliver what has been received and waited. Raises as :meth:`received`."""
+        connection, keeper = self._connection, self._keeper
+        try:
+            while (event := connection.next_event()) is not None:
+                if type(event) is ApplicationData:
+                    self._take(event.data)
+                if keeper is not None:
+                    keeper.saw(event)
+        except HybridkexError as error:
+            self._fail(error)
+            raise
+        if keeper is not None and connection.has_data_to_send:
+            keeper.wake()
+        self.ended = connection.close_received
+
+    def _take(self, data: bytes) -> None:
+        self.has_carried_data = True
+        self._deliver(data)
+
+    @property
+    def waits_for_pad(self) -> bool:
+        """Whether what has been received needs a key of a one-time pad: read no more until
+        ``resume`` is called."""
+        return self._connection.waits_for_pad
+
+    # --- out ----------------------------------------------------------------------------------
+
+    @property
+    def most(self) -> int | None:
+        """Bytes that may be sealed at once; ``None`` for any number."""
+        return None if self._pads is None else self._pads.piece
+
+    def ready(self, size: int) -> bool:
+        """Whether so many bytes may be sealed now, of :attr:`most`; if not, ``resume`` is called
+        later."""
+        return self._pads is None or self._pads.ready(size)
+
+    def sealed(self, data: memoryview | bytes | bytearray) -> bytes | bytearray:
+        """The records of application data, for the socket.
+
+        Raises:
+            HybridkexError: it cannot be sent.
+        """
+        self.has_carried_data = True
+        if self._keeper is not None:
+            self._keeper.count(len(data))
+        if len(data) <= SMALL:
+            record = self._connection.seal_record(bytes(data))
+            if record is not None:
+                return record
+        self._connection.send_data(data)
+        return self._connection.data_to_send()
+
+    def closing(self) -> bytes | bytearray:
+        """Our close_notify, for the socket, behind all data.
+
+        Raises:
+            HybridkexError: it cannot be sent.
+        """
+        self._connection.send_close()
+        return self._connection.data_to_send()
+
+    def flush(self) -> None:
+        """Put what the engine sends by itself."""
+        if self._connection.has_data_to_send:
+            self._put(self._connection.data_to_send())
+
+    # --- the end ------------------------------------------------------------------------------
+
+    def alert(self) -> bytes | bytearray:
+        """What is left to send after a failure: an alert, or nothing."""
+        return self._connection.data_to_send()
+
+    def end(self, error: HybridkexError) -> None:
+        """Fail for a reason that the renewal of keys has found."""
+        if self.failure is None:
+            self._fail(error)
+            self._failed(error)
+
+    def _fail(self, error: HybridkexError) -> None:
+        """The first failure is the one that counts."""
+        if self.failure is None:
+            self.failure = error
+            if self._pads is not None:
+                self._pads.stop()

@@ -41,7 +41,7 @@ from typing import Any
 
 COMMAND = [sys.executable, "-m", "hybridkex"]
 CHUNK = 1 << 18
-ROUNDS = 3
+ROUNDS = 5
 MESSAGE = 100
 WORK = ("bulk", "connections", "round-trips", "beside-bulk", "pgbench")
 TICKS = os.sysconf("SC_CLK_TCK")

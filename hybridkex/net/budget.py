@@ -7,16 +7,21 @@ out.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Hashable, Iterator
 from typing import Final
 
-import trio
-
 from hybridkex.errors import HybridkexError
 from hybridkex.net.descriptors import bounded, room_for
+from hybridkex.net.event_loop import current_time
 from hybridkex.net.log import BoundedLog
-from hybridkex.net.sockets import has_unread, has_unsent, network_of, peer_name, silence_of
+from hybridkex.net.sockets import (
+    Carrier,
+    has_unread,
+    has_unsent,
+    network_of,
+    peer_name,
+    silence_of,
+)
 
 __all__ = ["PATIENCE", "Budget", "Connection", "TooManyConnections"]
 
@@ -42,12 +47,13 @@ class Connection:
         evicted: whether it was closed to make room for another connection.
     """
 
-    def __init__(self, transport: trio.SocketStream | None, log: BoundedLog) -> None:
+    def __init__(self, transport: Carrier | None, log: BoundedLog) -> None:
         self.log: Final = log
         self.peer: Final = peer_name(transport)
         self.address: Final = network_of(transport)
         self._transport = transport
-        self._scope = trio.CancelScope()
+        self._cut: Callable[[], object] = lambda: None
+        self._may_stay: Callable[[], object] = lambda: None
         self._budget: Budget | None = None
         self._holder: Hashable = None
         self._waiting_since: float | None = None
@@ -65,12 +71,32 @@ class Connection:
     def fileno(self) -> int:
         """The descriptor of its socket."""
         assert self._transport is not None
-        return self._transport.socket.fileno()
+        number: int = self._transport.socket.fileno()
+        return number
 
-    def _begin(self, budget: "Budget") -> None:
-        """Take a place to authenticate in."""
+    def begin(
+        self,
+        budget: "Budget",
+        *,
+        cut: Callable[[], object],
+        may_stay: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Take a place to authenticate in.
+
+        Args:
+            budget: the places.
+            cut: ends the connection, to make room for another.
+            may_stay: called when the peer has authenticated: there is no deadline any more.
+        """
         budget._add(self, self.address)
-        self._waiting_since = trio.current_time()
+        self._waiting_since = current_time()
+        self._cut, self._may_stay = cut, may_stay
+
+    def release(self) -> None:
+        """Give the place back, at the end of the connection or of its handshake."""
+        if self._budget is not None:
+            self._budget._give_back(self, self._holder)
+            self._budget = None
 
     def admit(
         self,
@@ -102,8 +128,8 @@ class Connection:
         if before is not None:
             before._give_back(self, place)
         self._waiting_since = None
-        self._admitted, self._is_used, self._silence = trio.current_time(), is_used, silence
-        self._scope.deadline = math.inf
+        self._admitted, self._is_used, self._silence = current_time(), is_used, silence
+        self._may_stay()
 
     @contextlib.contextmanager
     def waiting(self, *, unread: bool = False) -> Iterator[None]:
@@ -113,7 +139,7 @@ class Connection:
         Args:
             unread: also while bytes of the peer wait to be read; what it owes us is that it reads.
         """
-        self._waiting_since, self._unread = trio.current_time(), unread
+        self._waiting_since, self._unread = current_time(), unread
         try:
             yield
         finally:
@@ -145,13 +171,8 @@ class Connection:
 
     def _evict(self) -> None:
         self.evicted = True
-        self._release()
-        self._scope.cancel()
-
-    def _release(self) -> None:
-        if self._budget is not None:
-            self._budget._give_back(self, self._holder)
-            self._budget = None
+        self.release()
+        self._cut()
 
 
 class Budget:
@@ -290,7 +311,7 @@ class Budget:
     ) -> Connection | None:
         """The connection that is first to make room, among those that have been silent for at least
         ``least`` seconds."""
-        now = trio.current_time()
+        now = current_time()
         own = self.held(newcomer)
         best: Connection | None = None
         rank = (0, 0.0)

@@ -6,43 +6,27 @@ import socket
 import struct
 import sys
 import termios
-from typing import Final
-
-import trio
-from trio.abc import AsyncResource
+from typing import Any, Final, Protocol
 
 __all__ = [
-    "discard",
+    "Carrier",
     "has_unread",
     "has_unsent",
     "network_of",
     "peer_name",
     "silence_of",
-    "transport_of",
 ]
 
 
-def transport_of(stream: object) -> trio.SocketStream | None:
-    """The socket underneath a stream, if there is one."""
-    while not isinstance(stream, trio.SocketStream):
-        below = getattr(stream, "transport_stream", None)
-        if below is None:
-            return None
-        stream = below
-    return stream
+class Carrier(Protocol):
+    """What has a socket, such as a :class:`trio.SocketStream`."""
+
+    @property
+    def socket(self) -> Any:
+        """A socket, or what answers ``fileno``, ``getpeername`` and ``getsockopt`` for it."""
 
 
-async def discard(stream: AsyncResource) -> None:
-    """Close a connection that has not been used: at once, and without a word to the peer."""
-    transport = transport_of(stream)
-    if transport is None:
-        with trio.CancelScope(shield=True):
-            await trio.aclose_forcefully(stream)
-    else:
-        transport.socket.close()
-
-
-def has_unread(transport: trio.SocketStream | None) -> bool:
+def has_unread(transport: Carrier | None) -> bool:
     """Whether unread bytes of the peer, or its end, are waiting: then the delay is ours."""
     if transport is None or transport.socket.fileno() < 0:
         return False
@@ -51,7 +35,7 @@ def has_unread(transport: trio.SocketStream | None) -> bool:
     return bool(poll.poll(0))
 
 
-def has_unsent(transport: trio.SocketStream | None) -> bool:
+def has_unsent(transport: Carrier | None) -> bool:
     """Whether bytes of ours wait for the peer to read (tcp(7) and unix(7), SIOCOUTQ)."""
     if transport is None or transport.socket.fileno() < 0:
         return False
@@ -63,7 +47,7 @@ def has_unsent(transport: trio.SocketStream | None) -> bool:
     return any(count)
 
 
-def silence_of(transport: trio.SocketStream | None) -> float:
+def silence_of(transport: Carrier | None) -> float:
     """Seconds since data last went over a TCP connection in either direction, as Linux knows it
     (tcp(7), TCP_INFO); negative where the system does not say."""
     if transport is None or not sys.platform.startswith("linux"):
@@ -80,7 +64,7 @@ _LAST_DATA: Final = struct.Struct("=44xI4xI")
 """tcpi_last_data_sent and tcpi_last_data_recv of struct tcp_info, in milliseconds."""
 
 
-def peer_name(transport: trio.SocketStream | None) -> str:
+def peer_name(transport: Carrier | None) -> str:
     """The address of the other end for a log line."""
     try:
         where = transport.socket.getpeername() if transport is not None else ""
@@ -92,7 +76,7 @@ def peer_name(transport: trio.SocketStream | None) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def network_of(transport: trio.SocketStream | None) -> str:
+def network_of(transport: Carrier | None) -> str:
     """Where the other end is: an IPv4 address, the /64 prefix of an IPv6 address, the user ID of a
     local program, or empty."""
     try:
@@ -108,7 +92,7 @@ def network_of(transport: trio.SocketStream | None) -> str:
     return packed[:8].hex() if packed[:12] != _MAPPED else packed[12:].hex()
 
 
-def _local_user(transport: trio.SocketStream | None) -> str:
+def _local_user(transport: Carrier | None) -> str:
     """The user whose program is at the other end of a Unix socket (unix(7), SO_PEERCRED)."""
     if transport is None or not hasattr(socket, "SO_PEERCRED"):
         return ""

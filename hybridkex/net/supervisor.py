@@ -16,8 +16,10 @@ It accepts, runs a handler for each connection in a task of its own, and keeps t
 
 import contextlib
 import logging
+import math
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import PurePath
 from typing import Any, Final, Generic, TypeVar
 
@@ -29,7 +31,6 @@ from hybridkex.machine import refusal
 from hybridkex.net.budget import PATIENCE, Budget, Connection, TooManyConnections
 from hybridkex.net.descriptors import listening
 from hybridkex.net.log import BoundedLog
-from hybridkex.net.sockets import discard, transport_of
 from hybridkex.net.waiting_room import WaitingRoom
 
 __all__ = ["Budget", "Connection", "Supervisor", "TooManyConnections"]
@@ -95,7 +96,11 @@ class Supervisor(Generic[T]):
 
     async def aclose(self) -> None:
         """End a supervisor that does not serve."""
-        await self._room.aclose()
+        await self._clear()
+
+    async def _clear(self) -> None:
+        for stream in self._room.close():
+            await _discard(stream)
 
     async def serve(
         self,
@@ -122,7 +127,7 @@ class Supervisor(Generic[T]):
                         nursery.start_soon(self._accept, listener, room)
                     task_status.started(listeners)
         finally:
-            await room.aclose()
+            await self._clear()
 
     async def _flush_log(self) -> None:
         while True:
@@ -152,9 +157,9 @@ class Supervisor(Generic[T]):
         stream = await listener.accept()
         self._accepted += 1
         try:
-            room.add(Connection(transport_of(stream), self.log), stream)
+            room.add(Connection(_transport_of(stream), self.log), stream)
         except BaseException:
-            await discard(stream)
+            await _discard(stream)
             raise
         self._wake()
         while await self._dismiss(room.crowded_out()):  # more than one: there is less room now
@@ -166,12 +171,13 @@ class Supervisor(Generic[T]):
         connection, stream = leaving
         self._on_failure("evicted")
         self._say(connection, "closed: too many connections of its address are waiting")
-        await discard(stream)
+        await _discard(stream)
         return True
 
     async def _listen(self, room: WaitingRoom[T]) -> None:
         while True:
-            await room.listen()
+            await trio.lowlevel.wait_readable(room.fileno())
+            room.listen()
             self._wake()
 
     # -- from the waiting room to the places
@@ -182,17 +188,18 @@ class Supervisor(Generic[T]):
     async def _give_places(self, room: WaitingRoom[T], connections: trio.Nursery) -> None:
         while True:
             self._news = trio.Event()
-            turn = room.next_address()
-            if turn is None:
-                await self._news.wait()
-            elif self._handshakes.makes_place(turn[0], evict=turn[1]):
-                connection, stream = room.take(turn[0])
-                connection._begin(self._handshakes)
-                connections.start_soon(self._run, stream, connection)
-                await self._let_accept()
-            else:
-                with trio.move_on_after(RETRY_SECONDS):
+            found = room.next(self._handshakes)
+            if found is None:
+                with trio.move_on_after(RETRY_SECONDS if len(room) else math.inf):
                     await self._news.wait()
+                continue
+            connection, stream = found
+            scope = trio.CancelScope()
+            connection.begin(
+                self._handshakes, cut=scope.cancel, may_stay=partial(_end_deadline, scope)
+            )
+            connections.start_soon(self._run, stream, connection, scope)
+            await self._let_accept()
 
     async def _let_accept(self) -> None:
         """Let the accept loops go first."""
@@ -205,8 +212,7 @@ class Supervisor(Generic[T]):
 
     # -- one connection
 
-    async def _run(self, stream: T, connection: Connection) -> None:
-        scope = connection._scope
+    async def _run(self, stream: T, connection: Connection, scope: trio.CancelScope) -> None:
         scope.deadline = trio.current_time() + self._handshake_seconds
         try:
             with scope:
@@ -223,7 +229,7 @@ class Supervisor(Generic[T]):
             if others is not None:
                 raise others from None
         finally:
-            connection._release()
+            connection.release()
             with contextlib.suppress(Exception):
                 await trio.aclose_forcefully(stream)
 
@@ -262,6 +268,30 @@ class Supervisor(Generic[T]):
 
     def _say(self, connection: Connection, text: str) -> None:
         self.log.log(logging.WARNING, "%s: %s: %s", self._name, connection.peer, text)
+
+
+def _end_deadline(scope: trio.CancelScope) -> None:
+    scope.deadline = math.inf
+
+
+def _transport_of(stream: object) -> trio.SocketStream | None:
+    """The socket underneath a stream, if there is one."""
+    while not isinstance(stream, trio.SocketStream):
+        below = getattr(stream, "transport_stream", None)
+        if below is None:
+            return None
+        stream = below
+    return stream
+
+
+async def _discard(stream: AsyncResource) -> None:
+    """Close a connection that has not been used: at once, and without a word to the peer."""
+    transport = _transport_of(stream)
+    if transport is None:
+        with trio.CancelScope(shield=True):
+            await trio.aclose_forcefully(stream)
+    else:
+        transport.socket.close()
 
 
 _EXPECTED: Final = (

@@ -12,19 +12,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
-import trio
-from trio.abc import AsyncResource
-
-from hybridkex.net.budget import Connection
+from hybridkex.net.budget import Budget, Connection
 from hybridkex.net.descriptors import share
-from hybridkex.net.sockets import discard
 
 __all__ = ["WaitingRoom"]
 
 WAITING: Final = 2048
 """Connections in a room, as far as there are descriptors."""
 
-T = TypeVar("T", bound=AsyncResource)
+T = TypeVar("T")
 
 
 class WaitingRoom(Generic[T]):
@@ -69,9 +65,14 @@ class WaitingRoom(Generic[T]):
             self._speaking.put(connection, stream)
         self._sort(connection.address)
 
-    async def listen(self) -> None:
-        """Wait until some of the silent connections have sent something, or have ended."""
-        await trio.lowlevel.wait_readable(self._selector.fileno())
+    def fileno(self) -> int:
+        """A descriptor that is readable while a silent connection has sent something or has ended;
+        then call :meth:`listen`."""
+        number: int = self._selector.fileno()
+        return number
+
+    def listen(self) -> None:
+        """Sort those silent connections anew that have sent something or have ended."""
         for key, _ in self._selector.select(0):
             connection: Connection = key.data
             self._selector.unregister(key.fileobj)
@@ -85,6 +86,16 @@ class WaitingRoom(Generic[T]):
             if len(group):
                 return group.first(self._held), group is self._speaking
         return None
+
+    def next(self, places: Budget) -> tuple[Connection, T] | None:
+        """Take the connection whose turn it is, if there is a place for it or somebody makes room.
+
+        ``None``: nobody waits, or there is no place now.
+        """
+        turn = self.next_address()
+        if turn is None or not places.makes_place(turn[0], evict=turn[1]):
+            return None
+        return self.take(turn[0])
 
     def take(self, address: str) -> tuple[Connection, T]:
         """The next connection of an address that is in the room."""
@@ -135,12 +146,10 @@ class WaitingRoom(Generic[T]):
         self._selector.unregister(found[0].fileno())
         return found
 
-    async def aclose(self) -> None:
-        """Close all that wait."""
+    def close(self) -> list[T]:
+        """End the room; returns what waited."""
         self._selector.close()
-        for group in (self._speaking, self._silent):
-            for stream in group.clear():
-                await discard(stream)
+        return [stream for group in (self._speaking, self._silent) for stream in group.clear()]
 
 
 class _ByAddress(Generic[T]):

@@ -40,6 +40,19 @@ class MigrateOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifyAuditOptions:
+    """``kme verify-audit``."""
+
+    folders: list[Path] = argument(
+        "the folder of the audit trail, and those to which its files were moved", metavar="DIR"
+    )
+    head: list[str] = option(
+        "a SHA-256 that was kept elsewhere and must be in the trail; may be repeated",
+        metavar="HEX",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class StatusOptions:
     """``kme status``."""
 
@@ -129,6 +142,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
         notes="See docs/kme.md.",
     )
     add_action(migrate, _action(MigrateOptions, "migrate", extra="kme,postgres"))
+
+    verify = commands.add_parser("verify-audit", help="verify the audit trail of a KME")
+    describe(
+        verify,
+        "Verify that no record of an audit trail was changed, removed, inserted or moved, and "
+        "print the head of each file. Keep heads elsewhere: a later --head shows that what was "
+        "there then is there still.",
+        examples=[
+            "kme verify-audit audit",
+            "kme verify-audit audit archive --head 9f86d081884c...",
+        ],
+        status="0 when the trail is whole, 1 otherwise",
+        notes="See docs/kme.md.",
+    )
+    add_action(verify, _action(VerifyAuditOptions, "verify_audit"))
 
     status = commands.add_parser("status", help="print a KME's status for a peer, as JSON")
     describe(

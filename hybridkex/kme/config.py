@@ -140,6 +140,8 @@ class KmeConfig:
     """Of the key under which the keys in the store are encrypted."""
     read_key_files: tuple[Path, ...] = ()
     """Of earlier such keys, while some rows are still encrypted under them."""
+    audit: Path | None = None
+    """The folder of the audit trail; ``None``: there is none."""
     tls: str = "stdlib"
     id_rule: IdRule = IdRule.COMMON_NAME
     reuse_port: bool = False

@@ -34,6 +34,7 @@ from hybridkex.errors import (
     KeyUnauthorized,
     KeyUnknown,
 )
+from hybridkex.kme.audit import AuditTrail
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import (
     BLOCKS_AT_ONCE,
@@ -232,6 +233,7 @@ class KeyManagementEntity:
         metrics: KmeMetrics,
         self_pairs: bool = False,
         not_found_status: int = 400,
+        audit: AuditTrail | None = None,
     ) -> None:
         """``saes`` are attached here, ``peers`` maps other KMEs to the SAEs attached there.
 
@@ -244,6 +246,7 @@ class KeyManagementEntity:
         self.limits = limits
         self.not_found_status = not_found_status
         self._store = store
+        self._audit = audit
         self._metrics = metrics
         self._links = {
             target: _Link(target=target, saes=attached, half=int(kme_id > target), peer=None)
@@ -387,6 +390,8 @@ class KeyManagementEntity:
         link = self._link_to(slaves)
         per_key = self.limits.blocks(size)
         needed = per_key * request.number
+        if self._audit is not None:
+            await self._audit.check()
         tried: set[str] = set()
         late: set[str] = set()
         waits = iter(LATE_WAITS)
@@ -421,6 +426,10 @@ class KeyManagementEntity:
             finally:
                 with trio.CancelScope(shield=True):
                     await self._store.release(link.target, [one.key_id for one in found])
+            fields = self._fields(
+                "drawn", link.target, [one.key_id for one, _ in keys], master, slaves
+            )
+            await self._note_delivery(fields)
             self._metrics.delivered.labels(self.kme_id, "master", master).inc(len(keys))
             LOG.info(
                 "%s: %s drew %d keys for %s: %s",
@@ -429,9 +438,7 @@ class KeyManagementEntity:
                 len(keys),
                 ", ".join(slaves),
                 ", ".join(one.key_id for one, _ in keys),
-                extra=self._fields(
-                    "drawn", link.target, [one.key_id for one, _ in keys], master, slaves
-                ),
+                extra={"fields": fields},
             )
             return KeyContainer(
                 keys=tuple(DeliveredKey(key_id=one.key_id, key=key) for one, key in keys)
@@ -445,13 +452,15 @@ class KeyManagementEntity:
         master: str | None = None,
         slaves: Sequence[str] = (),
     ) -> dict[str, object]:
-        """What ``--log-format json`` shows of an event in the life of keys."""
+        """An event in the life of keys, as ``--log-format json`` and the audit trail show it."""
         parties = {} if master is None else {"master": master, "slaves": list(slaves)}
-        return {
-            "fields": {"event": event, "kme": self.kme_id, "link": link}
-            | parties
-            | {"key_ids": list(key_ids)}
-        }
+        event_of = {"event": event, "kme": self.kme_id, "link": link}
+        return {**event_of, **parties, "key_ids": list(key_ids)}
+
+    async def _note_delivery(self, fields: Mapping[str, object]) -> None:
+        """Before the keys leave. If the record cannot be written they do not, and are lost."""
+        if self._audit is not None:
+            await self._audit.note(fields)
 
     def _note_shortage(self, link: _Link, needed: int, found: int) -> None:
         self._metrics.shortages.labels(self.kme_id, link.target).inc()
@@ -577,7 +586,7 @@ class KeyManagementEntity:
             link.target,
             reason,
             ", ".join(key_ids),
-            extra=self._fields(reason, link.target, key_ids),
+            extra={"fields": self._fields(reason, link.target, key_ids)},
         )
         self.log.log(
             logging.WARNING,
@@ -606,12 +615,18 @@ class KeyManagementEntity:
         link = next((one for one in self._links.values() if master in one.saes), None)
         if link is None:
             raise ErrorResponse(self.not_found_status, Message.NOT_FOUND)
+        if self._audit is not None:
+            await self._audit.check()
         try:
             found = await self._store.collect(link.target, key_ids, slave=slave, master=master)
         except KeyUnauthorized:
             raise ErrorResponse(401, "Unauthorized") from None
         except (KeyUnknown, KeyConsumed, KeyExpired):
             raise ErrorResponse(self.not_found_status, Message.NOT_FOUND) from None
+        fields = self._fields(
+            "collected", link.target, [key_id for key_id, _ in found], master, [slave]
+        )
+        await self._note_delivery(fields)
         self._metrics.delivered.labels(self.kme_id, "slave", slave).inc(len(found))
         LOG.info(
             "%s: %s collected %d keys of %s: %s",
@@ -620,9 +635,7 @@ class KeyManagementEntity:
             len(found),
             master,
             ", ".join(key_id for key_id, _ in found),
-            extra=self._fields(
-                "collected", link.target, [key_id for key_id, _ in found], master, [slave]
-            ),
+            extra={"fields": fields},
         )
         return KeyContainer(
             keys=tuple(DeliveredKey(key_id=key_id, key=key) for key_id, key in found)
@@ -682,7 +695,7 @@ class KeyManagementEntity:
             message.master,
             ", ".join(message.slaves),
             ", ".join(ids),
-            extra=self._fields("promised", peer, ids, message.master, message.slaves),
+            extra={"fields": self._fields("promised", peer, ids, message.master, message.slaves)},
         )
         link.note_gone(sum(len(one.blocks) for one in message.allotments))
 
@@ -786,7 +799,7 @@ class KeyManagementEntity:
             len(ids),
             link.target,
             ", ".join(ids),
-            extra=self._fields("stored", link.target, ids),
+            extra={"fields": self._fields("stored", link.target, ids)},
         )
 
     async def maintain(self, every: float = 10.0) -> None:

@@ -12,6 +12,7 @@ import trio
 from hybridkex.crypto.x509_parsing import certificate_from_der
 from hybridkex.errors import ConfigError, HybridkexError, KeySourceUnavailable
 from hybridkex.kme.api import kme_handler
+from hybridkex.kme.audit import AuditTrail
 from hybridkex.kme.config import KmeConfig, PostgresUrl, ServeConfig
 from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.health import Pages
@@ -91,6 +92,7 @@ class KmeServer:
         self.metrics: Final = KmeMetrics()
         self._closing = trio.Event()
         self._stores: dict[str, KeyStore] = {}
+        self._trails: list[AuditTrail] = []
         self._seal_keys: dict[str, list[Secret]] = {}
         self._kmes: dict[str, KeyManagementEntity] = {}
         self._settings: dict[str, _Settings] = {}
@@ -102,12 +104,18 @@ class KmeServer:
         except ConfigError:
             for store in self._stores.values():
                 store.close()
+            for trail in self._trails:
+                trail.close()
             raise
 
     def _make(self, config: KmeConfig) -> KeyManagementEntity:
         keys = self._seal_keys[config.id] = _seal_keys(config)
         store = _store(config, keys, self.metrics.store_failures.labels(config.id).inc)
         self._stores[config.id] = store
+        audit = None
+        if config.audit is not None:
+            audit = AuditTrail(config.audit, config.id)
+            self._trails.append(audit)
         kme = KeyManagementEntity(
             config.id,
             saes=frozenset(config.saes),
@@ -117,6 +125,7 @@ class KmeServer:
             metrics=self.metrics,
             self_pairs=config.self_pairs,
             not_found_status=config.not_found_status,
+            audit=audit,
         )
         if config.read_key_files:
             kme.renew_soon()
@@ -216,6 +225,8 @@ class KmeServer:
         async with AsyncExitStack() as stack:
             for store in self._stores.values():
                 stack.push_async_callback(store.aclose)
+            for trail in self._trails:
+                stack.callback(trail.close)
             stack.push_async_callback(self._close_links)
             for one in self._config.kme:
                 self._connect_peers(one)
@@ -484,6 +495,7 @@ def _fixed(old: KmeConfig, new: KmeConfig) -> Iterator[tuple[str, object, object
         "listen",
         "reuse_port",
         "store",
+        "audit",
         "self_pairs",
         "max_handshakes",
         "handshake_timeout",

@@ -20,6 +20,7 @@ from hybridkex.cli.kme import (
     MigrateOptions,
     ServeOptions,
     StatusOptions,
+    VerifyAuditOptions,
 )
 from hybridkex.cli.logs import set_up_logging
 from hybridkex.cli.running import EndRequest, run_service, run_trio
@@ -31,6 +32,7 @@ from hybridkex.errors import (
 )
 from hybridkex.files import PUBLIC, read_file, write_file
 from hybridkex.json_text import load_json
+from hybridkex.kme.audit import verify
 from hybridkex.kme.config import KmeConfig, PostgresUrl, load_config
 from hybridkex.kme.serve import KmeServer, Serving, check_config
 from hybridkex.net.address import TcpAddress, parse_tcp_address
@@ -172,6 +174,20 @@ def _chosen(kmes: Sequence[KmeConfig], options: MigrateOptions) -> KmeConfig:
         known = ", ".join(one.id for one in kmes)
         raise ConfigError(f"name one KME of {options.config} with --kme: {known}")
     return found[0]
+
+
+# -- verify-audit
+
+
+def verify_audit(options: VerifyAuditOptions) -> int:
+    found = verify(options.folders, options.head)
+    for name, head in found.heads.items():
+        print(f"{head or '(no record)':<64}  {name}")
+    for problem in found.problems:
+        print(problem)
+    state = "NOT whole" if found.problems else "whole"
+    print(f"{len(found.heads)} files, {found.records} records: the trail is {state}")
+    return 1 if found.problems else 0
 
 
 # -- status

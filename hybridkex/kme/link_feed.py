@@ -66,6 +66,8 @@ STRANGERS: Final = 32
 """Simultaneous connections at Alice's port that are not yet authenticated as Bob's."""
 BOBS: Final = 8
 """Simultaneous authenticated connections: two of a session, and remains of earlier ones."""
+FEWEST: Final = 4
+"""Those of a session and of the one before it: with fewer descriptors there is no link."""
 
 _EXPECTED: Final = (LinkError, OSError, trio.BrokenResourceError, MemoryError, NoThread)
 """What ends a session without a defect of the program."""
@@ -207,6 +209,7 @@ class PartyFeed:
 
     async def _reach(self, kind: bytes, number: bytes) -> trio.SocketStream:
         """Open a connection that Alice has greeted."""
+        silent = True
         while True:
             try:
                 with trio.fail_after(GREETING_SECONDS):
@@ -218,7 +221,14 @@ class PartyFeed:
                     except BaseException:
                         await trio.aclose_forcefully(stream)
                         raise
-            except (OSError, trio.BrokenResourceError, trio.TooSlowError, EndOfStream):
+            except (OSError, trio.BrokenResourceError, trio.TooSlowError, EndOfStream) as error:
+                if silent:
+                    LOG.warning(
+                        "QKD link: no session with the other party at %s: %s; it is tried again "
+                        "every second",
+                        *(self._address, _no_greeting(error)),
+                    )
+                    silent = False
                 await trio.sleep(PAUSE)
             else:
                 return stream
@@ -320,7 +330,7 @@ class _Reception:
     def __init__(self, signatures: Signatures, pairs: "trio.MemorySendChannel[_Pair]") -> None:
         self._signatures = signatures
         self._pairs = pairs
-        self._budget = Budget(BOBS)
+        self._budget = Budget(BOBS, what="link connections", fewest=FEWEST)
         self._by_number: dict[bytes, _Pair] = {}
         self._newest: _Pair | None = None
 
@@ -345,6 +355,18 @@ class _Reception:
                 await pair.over.wait()
         finally:
             self._by_number.pop(number, None)
+
+
+def _no_greeting(error: BaseException) -> str:
+    """Why the other party did not greet us."""
+    if isinstance(error, EndOfStream):
+        return "it closed the connection, and may have another certificate of ours: see its log"
+    if isinstance(error, trio.TooSlowError):
+        return f"no answer within {GREETING_SECONDS:g} s; is another program at this address?"
+    if not isinstance(error, OSError):
+        return broken(error)
+    reason = next(leaves(error.__cause__ or error))
+    return getattr(reason, "strerror", None) or str(reason)
 
 
 async def _ended(error: BaseException) -> None:

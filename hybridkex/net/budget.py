@@ -202,7 +202,8 @@ class Budget:
             (known on Linux or from ``silence``; otherwise such a connection keeps its place).
         even_shares: whether connections that do not wait make room, too.
         descriptors: file descriptors of one connection; there are fewer connections where the
-            process may not open enough (:mod:`hybridkex.net.descriptors`).
+            process may not open enough (:mod:`hybridkex.net.descriptors`),
+        fewest: but not fewer than this, which one peer needs.
         freed: called when a place has become free.
     """
 
@@ -213,6 +214,7 @@ class Budget:
         each: int | None = None,
         what: str = "connections",
         descriptors: int = 1,
+        fewest: int = 1,
         patience: float = PATIENCE,
         idle: float = IDLE_SECONDS,
         even_shares: bool = False,
@@ -220,6 +222,7 @@ class Budget:
     ) -> None:
         self._what = what
         self._descriptors = descriptors
+        self._fewest = fewest
         self._told = total
         self.total = total
         self.each = each
@@ -233,15 +236,18 @@ class Budget:
     @property
     def total(self) -> int:
         """Connections at once, as far as the process has descriptors for them."""
-        room = room_for(self._total, each=self._descriptors)
+        room = room_for(self._total, each=self._descriptors, fewest=self._fewest)
         if room < self._told:  # there are more servers than before
-            self._told = bounded(self._total, self._what, each=self._descriptors)
+            self._told = self._bounded()
         return room
 
     @total.setter
     def total(self, connections: int) -> None:
         self._total = connections
-        self._told = bounded(connections, self._what, each=self._descriptors)
+        self._told = self._bounded()
+
+    def _bounded(self) -> int:
+        return bounded(self._total, self._what, each=self._descriptors, fewest=self._fewest)
 
     def __len__(self) -> int:
         return self._count

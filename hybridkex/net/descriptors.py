@@ -86,12 +86,13 @@ def share(most: int) -> int:
     return min(most, max(fewest, _rest(soft) // _shares()))
 
 
-def room_for(connections: int, *, each: int = 1) -> int:
+def room_for(connections: int, *, each: int = 1, fewest: int = 1) -> int:
     """The number of connections, ``connections`` or fewer, that a budget may have now.
 
     Args:
         connections: the number that was asked for.
         each: descriptors per connection.
+        fewest: the number that it has in any case.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
@@ -100,18 +101,19 @@ def room_for(connections: int, *, each: int = 1) -> int:
     room = rest // _shares()
     if _Servers.count <= FEW:
         room = max(room, rest - OTHERS)
-    return min(connections, max(1, room // each))
+    return min(connections, max(fewest, room // each))
 
 
-def bounded(connections: int, what: str, *, each: int = 1) -> int:
+def bounded(connections: int, what: str, *, each: int = 1, fewest: int = 1) -> int:
     """:func:`room_for`, and a log line about a reduced number.
 
     Args:
         connections: the number that was asked for.
         what: the name of the budget.
         each: descriptors per connection.
+        fewest: the number that it has in any case.
     """
-    room = room_for(connections, each=each)
+    room = room_for(connections, each=each, fewest=fewest)
     if connections <= room:
         return connections
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

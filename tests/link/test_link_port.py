@@ -1,6 +1,7 @@
 """The port of a link: strangers neither end Alice nor keep her from Bob."""
 
 import contextlib
+import resource
 import secrets
 import socket
 import struct
@@ -86,6 +87,53 @@ async def test_strangers_do_not_keep_bob_out(signatures: dict[str, Signatures]) 
             nursery.cancel_scope.cancel()
         for stream in held:
             await stream.aclose()
+
+
+async def test_a_link_of_few_descriptors(
+    signatures: dict[str, Signatures], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session has two connections, whatever the process may open."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
+    port = free_port()
+    alice, bob = feed("alice", port, signatures), feed("bob", port, signatures)
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(alice.run)
+            nursery.start_soon(bob.run)
+            theirs, ours = await anext(bob.ends[0]), await anext(alice.ends[0])
+            assert ours[0].key_id == theirs[0].key_id
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("kind", ["nobody", "closes", "says nothing"])
+async def test_bob_says_once_why_there_is_no_session(
+    signatures: dict[str, Signatures],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+) -> None:
+    for name in ("PAUSE", "GREETING_SECONDS"):
+        monkeypatch.setattr(link_feed, name, 0.05)
+    port = free_port()
+
+    async def serve(stream: trio.SocketStream) -> None:
+        if kind == "says nothing":
+            await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        if kind != "nobody":
+            await nursery.start(partial(trio.serve_tcp, serve, port, host="127.0.0.1"))
+        nursery.start_soon(feed("bob", port, signatures).run)
+        await trio.sleep(0.5)
+        nursery.cancel_scope.cancel()
+    [line] = [one.getMessage() for one in caplog.records if "no session" in one.getMessage()]
+    assert f"127.0.0.1:{port}: " in line
+    words = {
+        "nobody": "Connection refused",
+        "closes": "closed the connection",
+        "says nothing": "no answer within",
+    }
+    assert words[kind] in line or (kind == "closes" and "cut the connection" in line)
 
 
 async def exchange(client: Signatures, server: Signatures, kind: bytes = b"C") -> bytes:

@@ -58,6 +58,12 @@ def test_a_budget_fits(
     assert budget.total == 1
 
 
+def test_a_budget_has_what_one_peer_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
+    assert Budget(8, fewest=4).total == 4
+    assert Budget(2, fewest=4).total == 2
+
+
 @pytest.mark.parametrize(
     ("files", "given"), [(10, 8), (64, 8), (256, 24), (1024, 120), (10**6, 2048)]
 )

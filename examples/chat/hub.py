@@ -42,6 +42,7 @@ _HELLO_WITHIN: Final = 10.0
 _FAREWELL_WITHIN: Final = 5.0
 _PAGE: Final = 200
 _RECORD: Final = 16 * 1024
+_NAMED: Final = 100
 
 
 async def _in_thread(function: Callable[..., _T], *arguments: object) -> _T:
@@ -52,6 +53,12 @@ async def _in_thread(function: Callable[..., _T], *arguments: object) -> _T:
         raise ChatError(f"the store was not asked: {error}") from None
 
 
+def _some(names: list[str]) -> str:
+    """Names in a row; of many, the first, so that they fit a message."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
 class _Link:
     """The sending half of one connection."""
 
@@ -60,6 +67,8 @@ class _Link:
         self._put, self._get = trio.open_memory_channel[bytes](queue)
         self._farewell: Bye | None = None
         self._skip = False
+        self._sent = trio.Event()
+        self._sent.set()
         self.scope: Final = trio.CancelScope()
         self.gone: Final = trio.Event()
 
@@ -67,11 +76,17 @@ class _Link:
         """Queue a frame; false where there is no room."""
         try:
             self._put.send_nowait(frame)
+            if self._sent.is_set():
+                self._sent = trio.Event()
         except trio.WouldBlock:
             return False
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # It has ended already.
         return True
+
+    async def sent(self) -> None:
+        """Wait until all that was queued is sent."""
+        await self._sent.wait()
 
     def end(self, farewell: Bye | None, *, skip: bool = True) -> None:
         """Send a farewell instead of the queue, or after it, if the peer reads it in time."""
@@ -92,6 +107,8 @@ class _Link:
             except (trio.WouldBlock, trio.EndOfChannel):
                 pass
             await self._frames.stream.send_all(record)
+            if not self._get.statistics().current_buffer_used:
+                self._sent.set()
         if self._farewell is not None:
             await self._frames.send(self._farewell)
         self.scope.cancel()
@@ -219,6 +236,7 @@ class Hub:
                         link.end(Bye("you have left", again=False), skip=False)
                         await trio.sleep_forever()  # The farewell ends this connection.
                 elif isinstance(message, Ask):
+                    await link.sent()  # who does not read gets no second answer
                     self._tell(member, Notice(self._answer(member, message.what)))
                 else:
                     raise ProtocolError("that is the server's to say")
@@ -322,10 +340,10 @@ class Hub:
                 for other in others
                 if other.seat.room == room
             )
-            return f"in {room}: {', '.join(names)}"
+            return f"in {room}: {_some(names)}"
         if what == "rooms":
             rooms = [other.seat.room for other in others]
-            return ", ".join(f"{room} ({rooms.count(room)})" for room in sorted(set(rooms)))
+            return _some([f"{room} ({count})" for room, count in sorted(Counter(rooms).items())])
         raise ProtocolError("nobody knows that")
 
     # --- everybody ----------------------------------------------------------------------------

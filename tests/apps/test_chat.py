@@ -29,17 +29,19 @@ from forked import Forkserver
 from waiting import trio_until
 
 from examples.chat.client import Client
-from examples.chat.hub import Hub
+from examples.chat.hub import Hub, _Member
 from examples.chat.protocol import (
     MAX_FRAME,
     Accepted,
     Action,
+    Ask,
     Bye,
     ChatError,
     Entry,
     Frames,
     Hello,
     Message,
+    Notice,
     ProtocolError,
     Welcome,
     decode,
@@ -711,6 +713,37 @@ async def test_one_peer_does_not_take_all_seats(store: Store) -> None:
             assert await sit("a2", "a", nursery) == ""  # one more; "many" had three
             assert await sit("a3", "a", nursery) == "there is no seat left"
             assert sorted(hub._members) == ["a", "a2", "b", "c", "m4", "m5"]
+            nursery.cancel_scope.cancel()
+
+
+async def test_questions_in_a_full_house(store: Store) -> None:
+    """An answer fits its message, and who does not read the first one gets no second."""
+    hub = Hub(store)
+    for number in range(900):
+        nickname = f"{number}{'ü' * 20}"
+        seat = Seat(nickname, b"", "peer", 0, "lobby" if number % 2 else f"{number}{'r' * 20}")
+        hub._members[nickname] = _Member(seat)
+    ours, theirs = trio.testing.memory_stream_pair()
+    frames = Frames(ours)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hub.run)
+            nursery.start_soon(hub.serve, theirs, "asker")
+            await frames.send(Hello("asker", "lobby", "ab" * 32, 0))
+            assert isinstance(await frames.receive(), Welcome)
+            assert isinstance(await frames.receive(), Entry)
+            for what in ("who", "rooms"):
+                await frames.send(Ask(what))
+                answer = await frames.receive()
+                assert isinstance(answer, Notice)
+                assert answer.text.endswith(" more")
+            theirs.send_stream.send_all_hook = trio.sleep_forever  # nothing is read any more
+            for _ in range(300):
+                await frames.send(Ask("who"))
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            link = hub._members["asker"].link
+            assert link is not None
+            assert link._get.statistics().current_buffer_used <= 1
             nursery.cancel_scope.cancel()
 
 

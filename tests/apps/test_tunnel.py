@@ -784,6 +784,31 @@ async def test_no_task_is_left(tmp_path: Path) -> None:
         server.close(0)
 
 
+@pytest.mark.parametrize("turns", range(12))
+async def test_two_signals_at_once(tmp_path: Path, turns: int) -> None:
+    """A process manager and a shell may both pass a signal on; the second ends it at once, however
+    far the first has come."""
+
+    @asynccontextmanager
+    async def client_side() -> AsyncIterator[ClientConfig]:
+        yield ClientConfig(verifier=TrustStore((DevCa.create().certificate,)))
+
+    local, far = (UnixAddress(str(tmp_path / name)) for name in ("outer", "nobody"))
+    server = TunnelServer(TunnelMetrics())
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            tunnel = TunnelConfig(
+                name="out", local=local, forward=far, channel=client_side, server_name="localhost"
+            )
+            await nursery.start(server.run, (tunnel,))
+            async with await trio.open_unix_socket(local.path):
+                await wait_all_tasks_blocked()
+                server.close(30)
+                for _ in range(turns):
+                    await trio.lowlevel.checkpoint()
+                server.close(0)
+
+
 async def test_no_memory_is_no_internal_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

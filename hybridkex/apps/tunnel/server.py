@@ -148,21 +148,23 @@ class TunnelServer:
             self._readiness.running(),
             trio.open_nursery() as self._connections,
         ):
-            async with trio.open_nursery() as self._accepting:
-                await self.apply(tunnels)
-                self._accepting.start_soon(self._keep_names)
-                task_status.started()
-                await self._closing.wait()
-                self._accepting.cancel_scope.cancel()
-            if self._connections.child_tasks:
-                LOG.info(
-                    "%d open connections have %g s to finish",
-                    len(self._connections.child_tasks),
-                    self._grace,
-                )
-            self._connections.cancel_scope.deadline = trio.current_time() + self._grace
-            for endpoint in self._endpoints.values():
-                endpoint.active.retire()
+            try:
+                async with trio.open_nursery() as self._accepting:
+                    await self.apply(tunnels)
+                    self._accepting.start_soon(self._keep_names)
+                    task_status.started()
+                    await self._closing.wait()
+                    self._accepting.cancel_scope.cancel()
+                if self._connections.child_tasks:
+                    LOG.info(
+                        "%d open connections have %g s to finish",
+                        len(self._connections.child_tasks),
+                        self._grace,
+                    )
+                self._connections.cancel_scope.deadline = trio.current_time() + self._grace
+            finally:  # cancelled, too, when a second call of close() ends the connections at once
+                for endpoint in self._endpoints.values():
+                    endpoint.active.retire()
 
     def close(self, grace: float) -> None:
         """Begin an orderly shutdown: no new connections, and ``grace`` seconds for open ones.

@@ -4,8 +4,10 @@ Annotations help only users of a type checker. Everyone else gets an error that 
 the type that was given and shows a correct line; never the value, which may be a key.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import UnionType
 from typing import Any, Final, NamedTuple
 
@@ -54,7 +56,21 @@ def _is_number(value: Any) -> bool:
 INTEGER: Final = Kind(lambda value: type(value) is int, "an int")
 NUMBER: Final = Kind(_is_number, "a number")
 FLAG: Final = Kind(lambda value: type(value) is bool, "True or False")
-CALLABLE: Final = Kind(lambda value: callable(value) and not isinstance(value, type), "a function")
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type) and not _is_awaited(value)
+
+
+def _is_awaited(value: Any) -> bool:
+    """Whether a call does nothing until its result is awaited or iterated over."""
+    called = (
+        value if inspect.isroutine(value) or isinstance(value, partial) else type(value).__call__
+    )
+    return inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called)
+
+
+CALLABLE: Final = Kind(_is_function, "an ordinary function, not an async one")
 
 
 def or_none(kind: Kind) -> Kind:
@@ -97,6 +113,8 @@ def described(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__} itself"
     kind = type(value)
+    if callable(value) and _is_awaited(value):
+        return "an async one, which nothing awaits"
     if kind.__module__ == "ssl":
         return f"an ssl.{kind.__name__}, which configures another TLS library"
     if kind is tuple:

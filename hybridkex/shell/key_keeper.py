@@ -60,6 +60,11 @@ _AT_ONCE: Final = 16
 """Updates that we start in a row without data between them, besides one a second: half of what a
 peer takes (:attr:`~hybridkex.tls.config.Limits.key_updates`)."""
 
+_DECLINED: Final = {
+    "key_not_found": "the peer declined it: its KME did not give it the QKD key, see its log",
+    "key_required": "the peer declined it: its policy requires a QKD key, and we named none",
+}
+
 _Found: TypeAlias = tuple[UpdateKey | None, str | None]
 """A QKD key, or why there is none."""
 
@@ -122,11 +127,15 @@ class KeyKeeper:
         self._unplanned = True
         self._late = math.inf
         """The time at which an update that is due is late."""
+        self._obstacle = "it was not begun"
+        """Why the last attempt came to nothing."""
         self._retry = _FIRST_RETRY
         self._not_before = -math.inf
         self._pace = TokenBucket(1.0, _AT_ONCE, clock=current_time)
         self._paced = False
         """Whether the pace allows the update that is due."""
+        self._in_a_row = 0
+        """KeyUpdates that we have sent without data of ours between them."""
         self._task: Final = Background(self._run)
 
     @classmethod
@@ -170,7 +179,7 @@ class KeyKeeper:
         """Take notice of an event of the engine."""
         match event:
             case ApplicationData(data):
-                self.count(len(data))
+                self._count(len(data))
             case PadKeyWanted():
                 assert self.pads is not None  # or the engine would not ask
                 self.pads.saw(event)
@@ -181,6 +190,7 @@ class KeyKeeper:
                 self._want("key limit")
             case UpdateDeclined(reason):
                 self._lines.log(logging.INFO, "the peer has declined a key update: %s", reason)
+                self._obstacle = _DECLINED[reason]
                 self._try_later()
             case EpochBegan(epoch):
                 self._began(epoch)
@@ -190,7 +200,11 @@ class KeyKeeper:
             self.wake()
 
     def count(self, size: int) -> None:
-        """Count bytes of application data, sent or received."""
+        """Count bytes of application data that we have sent."""
+        self._in_a_row = 0
+        self._count(size)
+
+    def _count(self, size: int) -> None:
         self._bytes += size
         self._pace.fill()
         schedule = self._schedule
@@ -296,7 +310,10 @@ class KeyKeeper:
         """Draw a key, if the update takes one; when it has come, send the request."""
         connection = self._connection
         if not self.extended:
-            if self._bytes or why != "every":  # else the keys have protected nothing
+            # Without data, the keys have protected nothing. A peer may take no more than 32 without
+            # data of ours between them, however slowly they come (BoringSSL does not).
+            if (self._bytes or why != "every") and self._in_a_row < _AT_ONCE:
+                self._in_a_row += 1
                 connection.update_keys(request_peer=True)
                 self._paced = False
                 await self._send()
@@ -312,6 +329,7 @@ class KeyKeeper:
             key, missing = inquiry.result()
             if key is None and self._qkd_required:
                 _LINES.log(logging.WARNING, "no key update now: %s", missing)
+                self._obstacle = f"there was no QKD key for it: {missing}"
                 self._try_later()
                 return
         connection.start_update(key, missing=missing, why=why)
@@ -372,17 +390,27 @@ class KeyKeeper:
     async def _missed(self) -> None:
         """No update was completed before its deadline."""
         self._late = math.inf
+        obstacle = self._obstacle
+        if self._under_way:
+            obstacle = "the peer has not done its part"
+        elif self._drawn is not None and not self._drawn.over:
+            obstacle = "our key source has not answered"
         if not self._required:
             _LINES.log(
-                logging.WARNING, "a key update is late; the session goes on under its old keys"
+                logging.WARNING,
+                "a key update is late, and the session goes on under its old keys: %s",
+                obstacle,
             )
             return
         _LINES.log(
-            logging.WARNING, "a key update is late, and the policy requires it: the session ends"
+            logging.WARNING,
+            "a key update is late, and the policy requires it; the session ends: %s",
+            obstacle,
         )
         await self._end(
             PolicyRefused(
-                "no key update was completed before its deadline, and our policy requires one",
+                "no key update was completed before its deadline, and our policy requires one: "
+                + obstacle,
                 Reason.FRESH_KEYS_LATE,
             )
         )
@@ -417,6 +445,7 @@ class KeyKeeper:
         self._why = None
         self._late = math.inf
         self._retry, self._not_before = _FIRST_RETRY, -math.inf
+        self._obstacle = "it was not begun"
         self._bytes = 0
 
     def _plan(self) -> None:

@@ -172,6 +172,11 @@ class Connection:
         self._state = state
 
     def _alert(self, alert: AlertItem) -> None:
+        goes_on = alert.description in (Alert.CLOSE_NOTIFY, Alert.USER_CANCELED)
+        if goes_on and self._records.reader.confirmation_due:
+            raise UnexpectedMessage(
+                "an alert under a new key before its confirmation", Reason.UPDATE_NOT_CONFIRMED
+            )
         if alert.description == Alert.CLOSE_NOTIFY:
             if not self.handshake_complete:
                 raise self._ended_by(AlertReceived(alert.description))

@@ -3,7 +3,7 @@
 import random
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +28,7 @@ from hybridkex.errors import AlertReceived, KeySourceUnavailable, PolicyRefused
 from hybridkex.qkd.in_process import InProcessSource, in_process_pair
 from hybridkex.qkd.source import KeyReference, QkdKey, SourceStatus
 from hybridkex.shell import key_keeper
+from hybridkex.tls.events import KeyUpdated
 
 CA = DevCa.create(algorithm="ed25519")
 TRUST, IDENTITY = TrustStore((CA.certificate,)), CA.issue("localhost", algorithm="ed25519")
@@ -370,3 +371,84 @@ async def test_sending_is_cancelled_during_an_update(
             if sent:
                 assert client.session.epoch == server.session.epoch == 1
             nursery.cancel_scope.cancel()
+
+
+async def test_a_session_that_ends_says_what_was_in_the_way(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    def break_draw(alice: Kme, bob: Kme) -> None:
+        alice.down = (0.0, 1e9)
+
+    def break_look_up(alice: Kme, bob: Kme) -> None:
+        bob.down = (0.0, 1e9)
+
+    def hang(alice: Kme, bob: Kme) -> None:
+        setattr(alice, "get_key", trio.sleep_forever)  # noqa: B010
+
+    cases = [
+        (break_draw, "there was no QKD key for it: the KME does not answer"),
+        (break_look_up, "the peer declined it: its KME did not give it the QKD key"),
+        (hang, "our key source did not answer within 5 s|our key source has not answered"),
+    ]
+    for spoil, why in cases:
+        schedule = FreshKeys(every=5.0, deadline=8.0)
+        async with session(schedule) as (client, server, alice, bob):
+            spoil(alice, bob)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_ignore_the_end, server)
+                with pytest.raises(trio.BrokenResourceError, match=why):
+                    await client.receive_some()
+
+
+async def _ignore_the_end(stream: Any) -> None:
+    with suppress(trio.BrokenResourceError):
+        while await stream.receive_some():
+            pass
+
+
+async def test_a_peer_limits_key_updates_in_a_row(autojump_clock: trio.testing.MockClock) -> None:
+    """BoringSSL takes 32 without data between them, in however many hours."""
+    here, there = wire(0.01)
+    policy = Policy(post_quantum=PREFER, fresh_keys=PREFER)
+    client = SecureStream(
+        here,
+        ClientConfig(
+            verifier=TRUST, groups=(X25519,), fresh_keys=FreshKeys(every=2.0), policy=policy
+        ),
+        server_hostname="localhost",
+    )
+    server = SecureStream(
+        there,
+        ServerConfig(identities=(IDENTITY,), groups=(X25519,), policy=Policy(post_quantum=PREFER)),
+    )
+    updates = 0
+    counts = list[int]()
+
+    async def serve() -> None:
+        nonlocal updates
+        inner = server._connection.next_event
+
+        def next_event() -> Any:
+            nonlocal updates
+            event = inner()
+            updates += isinstance(event, KeyUpdated)
+            return event
+
+        server._connection.next_event = next_event  # type: ignore[method-assign]
+        with suppress(trio.BrokenResourceError):
+            while await server.receive_some():
+                pass
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve)
+        nursery.start_soon(_ignore_the_end, client)
+        for _ in range(2):
+            for _ in range(100):  # a server that sends, and a client that only receives
+                await server.send_all(b"news")
+                await trio.sleep(1.0)
+            counts.append(updates)
+            await client.send_all(b"and mine")
+        nursery.cancel_scope.cancel()
+    for stream in (client, server):
+        await trio.aclose_forcefully(stream)
+    assert counts == [16, 32]

@@ -3,6 +3,7 @@
 import ssl
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import pytest
@@ -58,7 +59,23 @@ GOOD: dict[type, dict[str, Any]] = {
     PadToMultiple: {"size": 16},
 }
 # Of no field the type. A tuple with one of them inside is no better.
+
+
+async def waits(*_: object) -> None:
+    """What nobody awaits."""
+
+
+class Waits:
+    """The same as an object."""
+
+    async def __call__(self, *_: object) -> None:
+        pass
+
+
 WRONG: tuple[Any, ...] = (
+    waits,
+    partial(waits, 1),
+    Waits(),
     object(),
     KEY,
     KEY.encode(),

@@ -629,7 +629,10 @@ def test_bytes_behind_the_message_at_which_a_key_changes() -> None:
 
 
 @pytest.mark.parametrize("victim", ["initiator", "responder"])
-@pytest.mark.parametrize("instead", ["data", "ticket", "another request", "wrong", "short"])
+@pytest.mark.parametrize(
+    "instead",
+    ["data", "ticket", "another request", "wrong", "short", "close_notify", "user_canceled"],
+)
 def test_a_new_key_that_is_not_confirmed(
     victim: str, instead: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -643,6 +646,8 @@ def test_a_new_key_that_is_not_confirmed(
             return inner(message)
         if instead == "data":
             writer.send_data(memoryview(b"data"))
+        elif instead in ("close_notify", "user_canceled"):
+            writer.send_alert(Alert[instead.upper()])
         elif instead == "ticket":
             return inner(NewSessionTicket(1, 1, b"", b"ticket", ext.Extensions()))
         elif instead == "another request":

@@ -6,8 +6,9 @@ applications, too.
 """
 
 from hybridkex.apps.backoff import Backoff
-from hybridkex.apps.tcp import keep_alive, no_connection, watch_peer
+from hybridkex.apps.tcp import no_connection
 from hybridkex.net.address import TcpAddress, parse_tcp_address
+from hybridkex.net.sockets import keep_alive, watch_peer
 
 __all__ = [
     "Backoff",

@@ -10,33 +10,6 @@ from typing import Final
 import trio
 from trio.abc import HalfCloseableStream
 
-SILENCE: Final = 45
-"""Seconds without acknowledgements after which a peer is considered gone."""
-
-
-def keep_alive(stream: trio.SocketStream) -> None:
-    """Let the kernel end an idle connection whose peer has vanished.
-
-    Better than a time limit on data: a peer that is busy, or waits for someone to type, still
-    acknowledges (tcp(7)).
-    """
-    with contextlib.suppress(OSError):  # not TCP
-        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE // 3)
-        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE // 9)
-        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
-
-
-def watch_peer(stream: trio.SocketStream) -> None:
-    """Like :func:`keep_alive`, but also while data is in flight (RFC 5482).
-
-    Linux also counts a peer that acknowledges but does not read as silent: use this only if the
-    peer always reads.
-    """
-    keep_alive(stream)
-    with contextlib.suppress(OSError):
-        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE * 1000)
-
 
 def reset(stream: trio.SocketStream) -> None:
     """Close with a reset, so that the other end cannot mistake a cut for an orderly end."""

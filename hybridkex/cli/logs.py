@@ -7,6 +7,8 @@ systemd's journal stamps each line with time and program itself and reads a prio
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
@@ -54,6 +56,18 @@ def set_up_logging(level: str, form: str = "text") -> None:
     logger.addHandler(handler)
     logger.setLevel(level.upper())
     logger.propagate = False
+
+
+@contextmanager
+def silenced(name: str) -> Iterator[None]:
+    """Without the log of a library that also raises what it logs."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _is_journal() -> bool:

@@ -28,7 +28,8 @@ class ScanOptions:
     )
     seed: int = option("seed of the simulation (default: %(default)s)", default=0)
     jobs: int = option(
-        "number of processes; 0 starts one for each core (default: %(default)s)",
+        "number of processes, up to four for each core; 0 starts one for each core "
+        "(default: %(default)s)",
         default=1,
         group=_WHERE,
     )

@@ -40,6 +40,7 @@ from hybridkex.machine import broken, leaves, refusal
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.net.reading import EndOfStream
+from hybridkex.net.sockets import keep_alive
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.net.threads import NoThread
 from hybridkex.qkd.producer import ProducedKey
@@ -262,6 +263,8 @@ class PartyFeed:
         Nothing that the other end says ends more than the session: its HELLO is not authenticated
         when it contradicts our ledger, and a tag that does not verify may be a stranger's.
         """
+        for stream in (classical, quantum):
+            keep_alive(stream)  # Bob waits for light, and Alice for his report, without a limit
         try:
             async with classical, quantum, trio.open_nursery() as nursery:
                 party = self._make(classical, quantum, nursery)
@@ -298,6 +301,7 @@ class PartyFeed:
             light.record,
             bootstrap=self._signatures,
             ledger=self._ledger,
+            real_time=self._real_time,
         )
 
     async def _block(self, party: Alice | Bob) -> None:

@@ -5,6 +5,7 @@ deliver no key before the last tag of the block.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -55,13 +56,19 @@ class ClassicalChannel:
         """Send a message."""
         await self._send(message.type, message.encode())
 
-    async def receive(self, kind: Type) -> bytes:
-        """The body of the next message, which must be of this type."""
+    async def receive(self, kind: Type, *, patient: bool = False) -> bytes:
+        """The body of the next message, which must be of this type.
+
+        ``patient``: there is no limit to the time until it begins.
+        """
+        if patient:
+            with self._errors(math.inf):
+                await self._arrived(1)
         return (await self.receive_one_of(kind))[1]
 
     async def receive_one_of(self, *kinds: Type) -> tuple[Type, bytes]:
         """Type and body of the next message. Raises ``LinkError`` for another one, or none."""
-        with self._errors():
+        with self._errors(self._timeout):
             header = await self._exactly(HEADER.size)
             number, length = HEADER.unpack(header)
             if number not in kinds or length > LIMITS[Type(number)]:
@@ -100,25 +107,29 @@ class ClassicalChannel:
         header = HEADER.pack(kind, len(body))
         if kind is not Type.TAG:
             self._uncovered[self._sends] += [header, body]
-        with self._errors():
+        with self._errors(self._timeout):
             await self._stream.send_all(header + body)
         self.sent_bytes += len(header) + len(body)
 
     async def _exactly(self, count: int) -> bytes:
+        await self._arrived(count)
+        taken = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return taken
+
+    async def _arrived(self, count: int) -> None:
+        """Wait until so many bytes are in the buffer."""
         while len(self._buffer) < count:
             data = await self._stream.receive_some(max(65536, min(count, 1 << 20)))
             if not data:
                 raise LinkError("the other party closed the connection")
             self._buffer += data
             self.received_bytes += len(data)
-        taken = bytes(self._buffer[:count])
-        del self._buffer[:count]
-        return taken
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _errors(self, timeout: float) -> Iterator[None]:
         try:
-            with trio.fail_after(self._timeout):
+            with trio.fail_after(timeout):
                 yield
         except trio.TooSlowError:
             raise LinkError("the other party does not answer") from None

@@ -69,6 +69,8 @@ Bits = NDArray[np.uint8]
 ARRAYS: Final = ("basis", "bit", "intensity", "pulse")
 SETTINGS: Final = "settings"
 MOST_SETTINGS: Final = 1 << 20
+LONGEST_HEADER: Final = 4096
+"""Bytes at the beginning of an array in an archive, up to its data; numpy writes 128."""
 PARTS: Final = ("source", "channel", "security")
 UNREADABLE: Final = (
     zipfile.BadZipFile,
@@ -357,8 +359,12 @@ def write_measured(path: Path, measured: Measured, preset: Preset) -> None:
 
 def read_measured(path: Path) -> tuple[Measured, Preset]:
     """Detections of one party, and the settings of their link. Raises ``ConfigError``."""
+    if path.suffix not in (".npz", ".parquet"):
+        raise ConfigError(f"{path}: detections are in .npz or .parquet files")
+    content = io.BytesIO(read_file(path, limit=16 * MOST_DETECTIONS, pipe=False))
+    read = _read_npz if path.suffix == ".npz" else _read_parquet
     try:
-        found = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path)
+        found = read(path, content)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
     settings = found.pop(SETTINGS, None)
@@ -377,10 +383,6 @@ def read_measured(path: Path) -> tuple[Measured, Preset]:
     return measured, chosen
 
 
-def _content(path: Path) -> io.BytesIO:
-    return io.BytesIO(read_file(path, limit=16 * MOST_DETECTIONS, pipe=False))
-
-
 def _check_names(path: Path, names: Sequence[str], known: Collection[str]) -> None:
     for name in names:
         if name not in known:
@@ -389,9 +391,9 @@ def _check_names(path: Path, names: Sequence[str], known: Collection[str]) -> No
             raise ConfigError(f"{path}: there are two arrays {name!r}")
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
+def _read_npz(path: Path, content: io.BytesIO) -> dict[str, Any]:
     try:
-        with zipfile.ZipFile(_content(path)) as archive:
+        with zipfile.ZipFile(content) as archive:
             members = {one.filename.removesuffix(".npy"): one for one in archive.infolist()}
             names = [one.filename.removesuffix(".npy") for one in archive.infolist()]
             _check_names(path, names, (*ARRAYS, SETTINGS))
@@ -421,10 +423,15 @@ def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) 
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError("numpy compresses in another way")
     with archive.open(member) as file:
-        if np.lib.format.read_magic(file) == (1, 0):
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        else:
-            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+        start = io.BytesIO(file.read(LONGEST_HEADER))  # numpy reads a longer one before it objects
+    old = np.lib.format.read_magic(start) == (1, 0)
+    at, size = start.tell(), 2 if old else 4
+    if int.from_bytes(start.getvalue()[at : at + size], "little") > LONGEST_HEADER - at - size:
+        raise ConfigError(f"{name} has a header that is too long")
+    read_header = (
+        np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+    )
+    shape, _, dtype = read_header(start)
     if name == SETTINGS:
         if dtype.kind != "U" or shape or dtype.itemsize > MOST_SETTINGS:
             raise ConfigError("the settings are not one string of JSON")
@@ -438,12 +445,14 @@ def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) 
         raise ConfigError(f"{name} is cut off: the file has less of it than it announces")
 
 
-def _read_parquet(path: Path) -> dict[str, Any]:
+def _read_parquet(path: Path, content: io.BytesIO) -> dict[str, Any]:
     error_type, parquet, arrow = _pyarrow(path)
     found: dict[str, Any] = {}
     try:
-        with parquet.ParquetFile(_content(path), page_checksum_verification=True) as file:
-            rows, schema = file.metadata.num_rows, file.schema_arrow
+        with parquet.ParquetFile(content, page_checksum_verification=True) as file:
+            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+            # These are the rows that are read, whatever the file says that it has of them.
+            rows, schema = sum(one.num_rows for one in groups), file.schema_arrow
             _check_schema(path, rows, schema, arrow)
             table = file.read()
         for name in table.column_names:

@@ -117,8 +117,8 @@ def _typed(name: str, value: Any, example: Any) -> Any:
         parts = value if isinstance(value, list | tuple) else [value]
         return tuple(_typed(name, part, 1.0) for part in parts)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(example, bool) or isinstance(value, bool):
-        fits, kind = type(value) is type(example), "true or false"
+    if isinstance(example, bool):
+        fits, kind = isinstance(value, bool), "true or false"
     elif isinstance(example, str):
         fits, kind = isinstance(value, str), "a word"
     elif isinstance(example, int):

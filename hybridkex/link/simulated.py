@@ -126,7 +126,12 @@ class SimulatedLink:
         if self._tampered is not None:
             near = TamperedStream(near, byte=self._tampered)
         alice = Alice(
-            near, self.settings, self._link.record, bootstrap=self._ends[0], seed=self._seed
+            near,
+            self.settings,
+            self._link.record,
+            bootstrap=self._ends[0],
+            seed=self._seed,
+            real_time=self._real_time,
         )
         far, detector = streams[1], self._link
         between: list[Alice | Bob] = []
@@ -142,7 +147,13 @@ class SimulatedLink:
             streams += stream_pair()
             between = [
                 Bob(far, self.settings, detector, bootstrap=hers[1]),
-                Alice(streams[2], self.settings, other.record, bootstrap=hers[0]),
+                Alice(
+                    streams[2],
+                    self.settings,
+                    other.record,
+                    bootstrap=hers[0],
+                    real_time=self._real_time,
+                ),
             ]
             far, detector = streams[3], other
         bob = Bob(far, self.settings, detector, bootstrap=self._ends[1], seed=self._seed)

@@ -1,5 +1,6 @@
 """What the system knows about an accepted connection: its other end, and the data on its way."""
 
+import contextlib
 import fcntl
 import select
 import socket
@@ -12,10 +13,15 @@ __all__ = [
     "Carrier",
     "has_unread",
     "has_unsent",
+    "keep_alive",
     "network_of",
     "peer_name",
     "silence_of",
+    "watch_peer",
 ]
+
+SILENCE: Final = 45
+"""Seconds without acknowledgements after which a peer is considered gone."""
 
 
 class Carrier(Protocol):
@@ -110,3 +116,27 @@ _CREDENTIALS: Final = struct.Struct("=3i")
 
 _MAPPED: Final = bytes(10) + b"\xff\xff"
 """The prefix of an IPv4 address in an IPv6 socket (RFC 4291 section 2.5.5.2)."""
+
+
+def keep_alive(stream: Carrier) -> None:
+    """Let the kernel end an idle connection whose peer has vanished.
+
+    Better than a time limit on data: a peer that is busy, or waits for someone to type, still
+    acknowledges (tcp(7)).
+    """
+    with contextlib.suppress(OSError):  # not TCP
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE // 3)
+        stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE // 9)
+        stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
+
+
+def watch_peer(stream: Carrier) -> None:
+    """Like :func:`keep_alive`, but also while data is in flight (RFC 5482).
+
+    Linux also counts a peer that acknowledges but does not read as silent: use this only if the
+    peer always reads.
+    """
+    keep_alive(stream)
+    with contextlib.suppress(OSError):
+        stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE * 1000)

@@ -27,7 +27,7 @@ from hybridkex.errors import (
 )
 from hybridkex.link import party
 from hybridkex.link.finite_key import Counts, Security, expected_counts
-from hybridkex.link.ledger import Ledger
+from hybridkex.link.ledger import Direction, Ledger, Position
 from hybridkex.link.optimise import tuned
 from hybridkex.link.party import Alice, Block, Bob, verification_hash
 from hybridkex.link.physics import Transmitter
@@ -36,7 +36,7 @@ from hybridkex.link.quantum import Detections, OpticalLink, sample
 from hybridkex.link.randomness import Randomness
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.simulated import SimulatedLink
-from hybridkex.link.wire import HEADER, Type
+from hybridkex.link.wire import HEADER, Hello, Type
 from hybridkex.secret import Secret
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig, ServerConfig
@@ -459,6 +459,37 @@ async def test_a_silent_party_is_not_waited_for_for_ever(autojump_clock: object)
     fibre = OpticalLink(SMALL.preset.channel, SMALL.preset.transmitter)
     with pytest.raises(LinkError, match="does not answer"):
         await Alice(left, SMALL, fibre.record, bootstrap=Ledger(PSK)).block()
+
+
+@pytest.mark.parametrize("real_time", [True, False])
+async def test_light_at_the_clock_of_the_laser_may_take_its_time(
+    autojump_clock: object, real_time: bool
+) -> None:
+    """An hour passes between Bob's HELLO and his report."""
+    near, far = memory_stream_pair()
+    link = SimulatedLink(SMALL, real_time=real_time)
+    light = OpticalLink(SMALL.preset.channel, SMALL.preset.transmitter)
+    alice = Alice(near, SMALL, light.record, bootstrap=Ledger(PSK), real_time=real_time)
+    hello = Hello(
+        role=1,
+        nonce=bytes(32),
+        settings=SMALL.digest,
+        positions={lane: Position(0, 256) for lane in Direction},
+    ).encode()
+
+    async def bob() -> None:
+        await far.send_all(HEADER.pack(Type.HELLO, len(hello)) + hello)
+        await trio.sleep(3600)
+        await far.send_all(HEADER.pack(Type.REPORT, 0))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bob)
+        with pytest.raises(LinkError) as caught:
+            await alice.block()
+        nursery.cancel_scope.cancel()
+    assert ("does not answer" in str(caught.value)) is not real_time
+    async with link.open():
+        assert link._parties[0]._real_time is real_time
 
 
 async def test_aborted_blocks_drain_the_ledger_and_the_link_stops() -> None:

@@ -136,6 +136,30 @@ async def test_bob_says_once_why_there_is_no_session(
     assert words[kind] in line or (kind == "closes" and "cut the connection" in line)
 
 
+async def test_the_system_ends_a_session_whose_other_end_has_vanished(
+    signatures: dict[str, Signatures], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of ours limits how long Bob waits for light."""
+    port = free_port()
+    kept: list[int] = []
+    make = PartyFeed._make
+
+    def seen(feed: PartyFeed, *streams: Any) -> Any:
+        for stream in streams[:2]:
+            kept.append(stream.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+        return make(feed, *streams)
+
+    monkeypatch.setattr(PartyFeed, "_make", seen)
+    alice, bob = feed("alice", port, signatures), feed("bob", port, signatures)
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(alice.run)
+            nursery.start_soon(bob.run)
+            await anext(bob.ends[0])
+            nursery.cancel_scope.cancel()
+    assert kept[:4] == [1] * 4
+
+
 async def exchange(client: Signatures, server: Signatures, kind: bytes = b"C") -> bytes:
     one, other = trio.testing.memory_stream_pair()
     number = secrets.token_bytes(16)

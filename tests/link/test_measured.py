@@ -3,11 +3,13 @@
 import functools
 import io
 import json
+import os
 import resource
 import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from contextlib import ExitStack
 from dataclasses import replace
@@ -461,6 +463,63 @@ def test_an_announced_size_is_not_believed(tmp_path: Path) -> None:
             archive.writestr("bit.npy", header.getvalue())
         with pytest.raises(ConfigError, match=r"bit (has the shape|is cut off)"):
             read_measured(tmp_path / "bob.npz")
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_header_without_end_is_not_read(tmp_path: Path, version: int) -> None:
+    """A few MB of an archive are some GB of blanks, which numpy reads before it objects."""
+    size = 1 << (16 if version == 1 else 26)
+    start = b"\x93NUMPY" + bytes([version, 0])
+    start += (size - 1).to_bytes(2 if version == 1 else 4, "little")
+    with zipfile.ZipFile(tmp_path / "bob.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bit.npy", start + b" " * size)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match="bit has a header that is too long"):
+            read_measured(tmp_path / "bob.npz")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def _varint(number: int, length: int) -> bytes:
+    """Thrift's, of this length."""
+    number *= 2
+    return bytes(
+        (number >> 7 * one) & 127 | (128 if one < length - 1 else 0) for one in range(length)
+    )
+
+
+def test_the_rows_of_a_parquet_file_are_not_those_that_it_announces(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = 1 << 26
+    path = tmp_path / "bob.parquet"
+    columns = dict.fromkeys(("basis", "bit"), np.zeros(rows, dtype=np.uint8))
+    parquet.write_table(arrow.table(columns), path, row_group_size=rows)
+    whole = path.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    told = _varint(rows, 4)
+    path.write_bytes(whole[:footer] + whole[footer:].replace(told, _varint(1000, 4), 1))
+    with parquet.ParquetFile(path) as file:
+        assert file.metadata.num_rows == 1000
+    before = arrow.default_memory_pool().max_memory()
+    with pytest.raises(ConfigError, match=f"{rows:,} detections, and at most"):
+        read_measured(path)
+    assert arrow.default_memory_pool().max_memory() == before
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.parquet", "a.csv", "a"])
+@pytest.mark.parametrize("kind", ["missing", "folder", "pipe"])
+def test_a_file_that_cannot_be_read_is_named_once(tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / name
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(ConfigError) as caught:
+        read_measured(path)
+    assert str(caught.value).count(str(path)) == 1
 
 
 def test_a_file_with_more_rows_than_a_block_may_have_is_not_read(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Scans: the same rows wherever they are computed, files, pictures."""
 
 import contextlib
+import io
+import logging
 import math
 import os
 import re
@@ -131,14 +133,28 @@ def test_a_dask_cluster_gives_the_same_rows_though_a_worker_dies() -> None:
 def test_a_dask_cluster_that_ends_in_the_middle_is_one_line() -> None:
     distributed = pytest.importorskip("distributed")
     points = grid({"preset": ["rusca2018"], "distance_km": [5.0 * n for n in range(16)]})
-    with (
-        distributed.LocalCluster(
-            n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
-        ) as cluster,
-        pytest.raises(LocalStateError, match="lost the scan"),
-        dask_executor(cluster.scheduler_address) as executor,
-    ):
-        scan(points, executor=executor, progress=lambda _: cluster.close())
+    heard = io.StringIO()
+    handler = logging.StreamHandler(heard)
+    log = logging.getLogger("distributed.client")
+    log.addHandler(handler)
+    try:
+        with (
+            distributed.LocalCluster(
+                n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+            ) as cluster,
+            pytest.raises(LocalStateError, match="lost the scan"),
+            dask_executor(cluster.scheduler_address) as executor,
+        ):
+            scan(points, executor=executor, progress=lambda _: end(cluster, log))
+    finally:
+        log.removeHandler(handler)
+    assert heard.getvalue() == ""
+
+
+def end(cluster: Any, log: logging.Logger) -> None:
+    """End a cluster, and have Dask's client log the error, as it does when a connection breaks."""
+    log.error("the connection is lost", exc_info=ConnectionRefusedError())
+    cluster.close()
 
 
 def test_no_dask_cluster_is_one_line() -> None:
@@ -315,6 +331,32 @@ def test_a_link_without_detections_has_a_rate_of_zero(name: str) -> None:
     point = {"preset": name, "receiver_efficiency": 0, "dark_count_probability": 0}
     for chosen in (True, False):
         assert evaluate({**point, "tuned": chosen})["rate"] == 0
+
+
+def test_numbers_of_processes_without_bound_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hybridkex.cli.actions.qkd_scan.ProcessPoolExecutor", None)
+    command = ["qkd", "scan", "--vary", "distance_km=5", "-o", str(tmp_path / "x.csv"), "--jobs"]
+    for jobs in (4 * (os.cpu_count() or 1) + 1, 5000, 10**9):
+        assert main([*command, str(jobs)]) == 1
+        assert "--jobs 0 starts one for each" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("again", ["distance_km=7", "distance_km=5", "distance_km=0:10:5"])
+def test_a_setting_that_varies_twice_is_refused(
+    again: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["qkd", "scan", "--vary", "distance_km=5", "--vary", "preset=lim2014"]
+    assert main([*command, "--vary", again, "-o", str(tmp_path / "x.csv")]) == 1
+    assert "--vary distance_km is given twice" in capsys.readouterr().err
+
+
+def test_true_for_another_value_is_told_what_the_setting_takes() -> None:
+    for name, kind in (("distance_km", "a number"), ("preset", "a word"), ("tuned", "true or")):
+        with pytest.raises(ConfigError, match=f"{name} takes {kind}"):
+            evaluate({name: 1 if name == "tuned" else True})
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])

@@ -21,7 +21,7 @@ import trio
 from hybridkex import ClientConfig, SecureStream, ServerConfig, Session
 from hybridkex.apps.handshakes import handshake_failed
 from hybridkex.apps.port_file import check_port_file, write_port
-from hybridkex.apps.tcp import keep_alive, no_connection, reset
+from hybridkex.apps.tcp import no_connection, reset
 from hybridkex.apps.tunnel.config import TunnelConfig, check_together
 from hybridkex.apps.tunnel.forward import Activity, ConnectionCut, Leg, forward
 from hybridkex.apps.tunnel.metrics import TunnelCounters, TunnelMetrics
@@ -30,6 +30,7 @@ from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.machine import refusal
 from hybridkex.net.address import Address, TcpAddress
 from hybridkex.net.readiness import Readiness
+from hybridkex.net.sockets import keep_alive
 from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
 from hybridkex.text import get_logger, json_line
 

@@ -62,7 +62,12 @@ def run(options: RunOptions) -> int:
         real_time=options.real_time,
         fading=fading,
     )
-    show = _json_lines() if options.json else _table(settings)
+    where = (
+        f"{options.distance:g} km"
+        if fading is None
+        else f"a pass up to {options.satellite:g} degrees"
+    )
+    show = _json_lines() if options.json else _table(settings, where)
     with show as report:
         return run_trio(partial(_make_blocks, link, options.blocks, report))
 
@@ -117,13 +122,11 @@ def _without_keys(block: Block) -> Block:
 
 
 @contextmanager
-def _table(settings: LinkSettings) -> Iterator[Report]:
+def _table(settings: LinkSettings, where: str) -> Iterator[Report]:
     """A table of blocks, updated live on a terminal; the reasons for aborts are printed below
     it."""
-    channel = settings.preset.channel
     table = Table(
-        title=f"{settings.preset.name}, {channel.distance_km:g} km, "
-        f"blocks of {settings.block_bits:,} bits",
+        title=f"{settings.preset.name}, {where}, blocks of {settings.block_bits:,} bits",
         caption="Rates are per second of the laser's clock.",
         box=SIMPLE,
         padding=(0, 1, 0, 0),

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from hybridkex.cli.guarded import guarded_processes
+from hybridkex.cli.logs import silenced
 from hybridkex.cli.qkd_scan import PlotOptions, ScanOptions
 from hybridkex.errors import ConfigError, LocalStateError
 from hybridkex.files import reserve_file
@@ -24,6 +25,9 @@ from hybridkex.machine import write_error
 
 CONNECT_SECONDS: Final = 10
 MOST_VALUES: Final = 100_000
+CORES: Final = os.cpu_count() or 1
+PER_CORE: Final = 4
+"""Processes for each core, at most: each takes the memory of a block."""
 
 
 def _value(text: str) -> Any:
@@ -61,7 +65,18 @@ def run_scan(options: ScanOptions) -> int:
         raise ConfigError(f"the name of the output file must end in {', '.join(SUFFIXES)}")
     if options.blocks < 0 or options.jobs < 0:
         raise ConfigError("--blocks and --jobs must not be negative")
-    points = grid(dict(map(_values, options.vary)))
+    if options.jobs > PER_CORE * CORES:
+        raise ConfigError(
+            f"--jobs {options.jobs} is more than {PER_CORE} processes for each of this machine's "
+            f"{CORES} cores: --jobs 0 starts one for each"
+        )
+    axes: dict[str, list[Any]] = {}
+    for one in options.vary:
+        name, values = _values(one)
+        if name in axes:
+            raise ConfigError(f"--vary {name} is given twice: write all of its values in one")
+        axes[name] = values
+    points = grid(axes)
     try:
         with reserve_file(options.output, 1):
             pass  # a place that cannot be written to is better known before hours of work
@@ -87,7 +102,7 @@ def _executor(options: ScanOptions) -> Iterator[Executor | None]:
     elif options.jobs == 1:
         yield None
     else:
-        count = options.jobs or os.cpu_count() or 1
+        count = options.jobs or CORES
         ensure_running()  # before the guard, which would end it: it ends with its last user
         with (
             guarded_processes(),
@@ -123,7 +138,7 @@ def dask_executor(address: str) -> Iterator[Executor]:
         client: Any = Client(address, timeout=CONNECT_SECONDS)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, TimeoutError) as error:
         raise ConfigError(f"cannot reach the Dask cluster at {address}: {error}") from None
-    with client:
+    with silenced("distributed.client"), client:
         try:
             yield client.get_executor(retries=3)
         except (CancelledError, CommClosedError, KilledWorker) as error:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import trio
 
 from hybridkex.apps.port_file import write_port
-from hybridkex.apps.tcp import CountingStream, watch_peer
+from hybridkex.apps.tcp import CountingStream
 from hybridkex.apps.transfer import Folder, Receiver
 from hybridkex.cli.channel import server_config
 from hybridkex.cli.logs import set_up_logging
@@ -22,6 +22,7 @@ from hybridkex.machine import broken
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.descriptors import raise_soft_limit
 from hybridkex.net.listening import open_tcp_listeners
+from hybridkex.net.sockets import watch_peer
 from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
 from hybridkex.streams import SecureStream
 from hybridkex.text import get_logger

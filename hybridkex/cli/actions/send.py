@@ -10,7 +10,7 @@ from typing import Any
 import trio
 
 from hybridkex.apps.handshakes import handshake_failed
-from hybridkex.apps.tcp import CountingStream, keep_alive
+from hybridkex.apps.tcp import CountingStream
 from hybridkex.apps.transfer import Outcome, collect, send_items, total_size
 from hybridkex.cli.channel import client_config
 from hybridkex.cli.pipe import ChannelFailed, report
@@ -20,6 +20,7 @@ from hybridkex.cli.send import DEFAULT_PORT, SendOptions
 from hybridkex.cli.tcp import NO_TCP, cannot_connect
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import TcpAddress, parse_tcp_address
+from hybridkex.net.sockets import keep_alive
 from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig
 

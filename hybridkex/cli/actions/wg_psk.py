@@ -11,7 +11,6 @@ from typing import Final
 import trio
 
 from hybridkex.apps.port_file import write_port
-from hybridkex.apps.tcp import watch_peer
 from hybridkex.apps.wireguard import LABEL, RotationPolicy, Rotator, Tunnel
 from hybridkex.auth import Pins, RawIdentity
 from hybridkex.cli.key_sources import key_sources
@@ -30,6 +29,7 @@ from hybridkex.errors import ConfigError, HybridkexError, LocalStateError
 from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.net.descriptors import raise_soft_limit
 from hybridkex.net.listening import open_tcp_listeners
+from hybridkex.net.sockets import watch_peer
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
 from hybridkex.qkd.source import KeySource
 from hybridkex.qkd.store import read_key_file

@@ -302,7 +302,7 @@ def test_every_example_is_on_the_page() -> None:
     page = (EXAMPLES / "README.md").read_text()
     there = {path.name for path in EXAMPLES.iterdir() if not path.name.startswith(("README", "_"))}
     files = {"asgi_server.py", "combine.py", "httpx_client.py"}
-    assert there == files | {"chat", "qkd-data", "tunnel"}
+    assert there == files | {"chat", "kme", "qkd-data", "tunnel"}
     for name in there:
         assert re.search(rf"^- \[{re.escape(name)}\]\({re.escape(name)}/?\): .", page, re.MULTILINE)
 
@@ -337,7 +337,7 @@ def names_of(module: str) -> list[str]:
 def test_examples_use_what_is_public() -> None:
     page = (EXAMPLES / "README.md").read_text().partition("## What they may import")[2]
     public = set(re.findall(r"^\| `(hybridkex[\w.]*)` \|", page, re.MULTILINE))
-    assert len(public) == 10
+    assert len(public) == 11
     files = list(EXAMPLES.rglob("*.py"))
     assert len(files) > 8
     assert [found for path in files for found in not_public(path, public)] == []

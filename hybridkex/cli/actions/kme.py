@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import trio
 
+from hybridkex.apps.systemd import notify, notify_reloading
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.cli.key_sources import kme_access
 from hybridkex.cli.kme import (
@@ -102,6 +103,7 @@ class _Announced:
 
     def started(self, value: Any = None) -> None:
         self._announce(value)
+        notify("READY=1")
 
 
 async def _obey(signals: Any, server: KmeServer, path: Path, request: EndRequest) -> None:
@@ -121,12 +123,14 @@ async def _obey(signals: Any, server: KmeServer, path: Path, request: EndRequest
                 wanted.set()
             else:
                 request.note(number)
+                notify("STOPPING=1")
                 # A reload that waits for a file must not delay the shutdown.
                 nursery.cancel_scope.cancel()
                 server.close()
 
 
 async def _reload(server: KmeServer, path: Path) -> None:
+    notify_reloading()
     try:
         await server.reload(partial(load_config, path))
     except HybridkexError as error:
@@ -137,6 +141,7 @@ async def _reload(server: KmeServer, path: Path) -> None:
         LOG.debug("the internal error", exc_info=error)
     else:
         LOG.warning("reloaded")
+    notify("READY=1")
 
 
 # -- migrate

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -760,6 +760,35 @@ async def test_a_connection_that_ends_before_its_seat_is_written_leaves_none(sto
         assert "late" in hub._members
         nursery.cancel_scope.cancel()
     assert "late" not in hub._members
+
+
+async def test_a_seat_that_cannot_be_freed_now(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when a client has been away for too long."""
+    full = True
+    apply = store.apply
+
+    def apply_or_fail(changes: Iterable[Change]) -> list[list[Entry]]:
+        if full:
+            raise ChatError("cannot write the store: database or disk is full")
+        return apply(changes)
+
+    hub = Hub(store, away=0.02)
+    ours, theirs = trio.testing.memory_stream_pair()
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hub.run)
+            nursery.start_soon(hub.serve, theirs, "peer")
+            await Frames(ours).send(Hello("away", "lobby", "ab" * 32, 0))
+            assert isinstance(await Frames(ours).receive(), Welcome)
+            monkeypatch.setattr(store, "apply", apply_or_fail)
+            await ours.aclose()
+            await trio.sleep(0.1)
+            assert list(hub._members) == ["away"]
+            full = False
+            await trio_until(lambda: not hub._members)
+            nursery.cancel_scope.cancel()
 
 
 async def test_seats_that_share_a_psk_count_by_network(store: Store) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -16,6 +18,7 @@ from hybridkex.link.physics import PHOTONS, PairSource, gain_from_yields
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.quantum import OpticalLink
 from hybridkex.link.satellite import SatellitePass
+from hybridkex.link.scan import evaluate
 from hybridkex.link.settings import DECOY_CHECKS, LEAKS, MEMORY, LinkSettings
 from hybridkex.link.simulated import SimulatedLink
 
@@ -183,6 +186,15 @@ def test_presets_make_key_as_published_at_their_own_distances(name: str) -> None
         security=chosen.security,
     )
     assert length.bits > 10_000
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_the_reach_of_each_preset_is_that_of_the_documentation(name: str) -> None:
+    page = Path("docs/qkd-link-model.md").read_text()
+    [reach] = re.findall(rf"^\| `{name}` \|.* (\d+) km \|$", page, re.MULTILINE)
+    point = {"preset": name, "block_bits": 1_000_000, "tuned": False}
+    assert evaluate({**point, "distance_km": float(reach)})["rate"] > 0
+    assert evaluate({**point, "distance_km": float(reach) + 1})["rate"] == 0
 
 
 # -- BBM92

@@ -259,13 +259,13 @@ def test_abort_in_each_state(
 ) -> None:
     async def main() -> None:
         async with serving(server_config) as port:
-            for prepare in (
-                lambda _: None,
-                lambda one: one.write(bytes(1 << 22)),
-                lambda one: one.pause_reading(),
-                lambda one: one.write_eof(),
-                lambda one: one.close(),
-                lambda one: one.abort(),
+            for prepare, after in (
+                (lambda _: None, contextlib.nullcontext()),
+                (lambda one: one.write(bytes(1 << 22)), contextlib.nullcontext()),
+                (lambda one: one.pause_reading(), contextlib.nullcontext()),
+                (lambda one: one.write_eof(), pytest.raises(RuntimeError, match="write_eof")),
+                (lambda one: one.close(), contextlib.nullcontext()),
+                (lambda one: one.abort(), contextlib.nullcontext()),
             ):
                 transport, protocol = await create_connection(
                     Losing, "127.0.0.1", port, client_config, server_hostname="localhost"
@@ -277,7 +277,8 @@ def test_abort_in_each_state(
                 await asyncio.sleep(0.02)
                 assert protocol.lost == [None]
                 assert transport.is_closing()
-                transport.write(b"into the void")
+                with after:
+                    transport.write(b"into the void")
 
     run(main())
 

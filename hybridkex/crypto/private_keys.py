@@ -15,7 +15,12 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat import asn1
 from cryptography.hazmat.primitives.asymmetric import mldsa
-from cryptography.hazmat.primitives.serialization import load_der_private_key, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_der_private_key,
+    load_pem_private_key,
+)
 
 from hybridkex.crypto.pem import PemBlock, PemError, contents_of, pem_blocks
 from hybridkex.errors import ConfigError
@@ -91,7 +96,7 @@ def load_private_key(pem: bytes, password: bytes | None, name: str) -> Any:
         return load_pem_private_key(pem, password)
     except (TypeError, ValueError, UnsupportedAlgorithm):
         pass  # Outside of this handler, so that no error carries the library's as its context.
-    key = _mldsa_key(pem, name) or _mislabelled_key(pem)
+    key = _key_with_public(pem, name) or _mldsa_key(pem, name) or _mislabelled_key(pem)
     if key is not None:
         return key
     if encrypted is None:
@@ -129,14 +134,40 @@ def _mislabelled_key(pem: bytes) -> Any:
         return None
 
 
-def _mldsa_key(pem: bytes, name: str) -> Any:
-    """The ML-DSA key in an unencrypted file; ``None`` where it is something else."""
+def _private_key_info(pem: bytes) -> _PrivateKeyInfo | None:
+    """The first PKCS #8 key of an unencrypted file, if its algorithm has no parameters."""
     block = _BLOCK.search(pem)
     if block is None:
         return None
     try:
-        info = asn1.decode_der(_PrivateKeyInfo, base64.b64decode(block[1]))
+        return asn1.decode_der(_PrivateKeyInfo, base64.b64decode(block[1]))
     except (ValueError, binascii.Error):
+        return None
+
+
+def _key_with_public(pem: bytes, name: str) -> Any:
+    """A key of PKCS #8 version 2, which has its public key beside it (RFC 5958, RFC 8410 section
+    10.3): Bouncy Castle and ring write Ed25519 keys so, and `cryptography` reads version 1."""
+    info = _private_key_info(pem)
+    if info is None or info.public is None:
+        return None
+    alone = _PrivateKeyInfo(
+        version=0, algorithm=info.algorithm, private=info.private, attributes=None, public=None
+    )
+    try:
+        key: Any = load_der_private_key(asn1.encode_der(alone), None)
+        spki = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    except (TypeError, ValueError, UnsupportedAlgorithm):
+        return None
+    if not spki.endswith(b"\0" + info.public.as_bytes()):
+        raise ConfigError(f"{name} holds a private key and the public key of another one")
+    return key
+
+
+def _mldsa_key(pem: bytes, name: str) -> Any:
+    """The ML-DSA key in an unencrypted file; ``None`` where it is something else."""
+    info = _private_key_info(pem)
+    if info is None:
         return None
     oid = info.algorithm.algorithm.dotted_string
     if oid not in _PARAMETERS:

@@ -151,3 +151,33 @@ def test_the_examples_of_rfc_9881(name: str) -> None:
 def test_the_examples_of_rfc_9881_that_are_refused(name: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         load_private_key((RFC9881 / f"{name}.pem").read_bytes(), None, "key.pem")
+
+
+RFC_8410 = """\
+-----BEGIN PRIVATE KEY-----
+MHICAQEwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC
+oB8wHQYKKoZIhvcNAQkJFDEPDA1DdXJkbGUgQ2hhaXJzgSEAGb9ECWmEzf6FQbrB
+Z9w7lshQhqowtrbLDFw4rXAxZuE=
+-----END PRIVATE KEY-----
+"""
+"""Section 10.3: the key and its public key, with an attribute between them."""
+
+
+def test_the_example_of_rfc_8410_with_its_public_key() -> None:
+    key = load_private_key(RFC_8410.encode(), None, "key.pem")
+    public = key.public_key().public_bytes_raw().hex()
+    assert public == "19bf44096984cdfe8541bac167dc3b96c85086aa30b6b6cb0c5c38ad703166e1"
+    other = base64.b64decode("".join(RFC_8410.splitlines()[1:-1]))[:-1] + b"\0"
+    body = base64.encodebytes(other)
+    wrong = b"-----BEGIN PRIVATE KEY-----\n" + body + b"-----END PRIVATE KEY-----\n"
+    with pytest.raises(
+        ConfigError, match=r"^key\.pem holds a private key and the public key of an"
+    ):
+        load_private_key(wrong, None, "key.pem")
+
+
+def test_a_seed_with_its_public_key(row: tuple[str, bytes, bytes]) -> None:
+    name, seed, public = row
+    written = pem(name, der(0x80, seed), der(0x81, b"\0" + public))
+    key = load_private_key(written, None, "key.pem")
+    assert key.public_key().public_bytes_raw() == public

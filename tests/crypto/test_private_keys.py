@@ -170,9 +170,7 @@ def test_the_example_of_rfc_8410_with_its_public_key() -> None:
     other = base64.b64decode("".join(RFC_8410.splitlines()[1:-1]))[:-1] + b"\0"
     body = base64.encodebytes(other)
     wrong = b"-----BEGIN PRIVATE KEY-----\n" + body + b"-----END PRIVATE KEY-----\n"
-    with pytest.raises(
-        ConfigError, match="and the public key of another one"
-    ):
+    with pytest.raises(ConfigError, match="and the public key of another one"):
         load_private_key(wrong, None, "key.pem")
 
 

@@ -12,6 +12,7 @@ functions that write raise ``OSError`` with the path that they were given as its
 
 import contextlib
 import os
+import secrets
 import select
 import stat
 import tempfile
@@ -46,6 +47,7 @@ PUBLIC: Final = 0o644
 """Mode for certificates, ports and configurations without secrets."""
 
 _OTHERS: Final = 0o077
+_DESCRIPTORS: Final = "/proc/self/fd"
 
 
 def read_file(
@@ -182,10 +184,21 @@ def reserve_file(
 
 
 @contextlib.contextmanager
-def _temporary(path: Path, size: int, mode: int) -> Iterator[Callable[[bytes], None]]:
-    """A file beside another, with room for its content; the context's value replaces that one."""
-    # mkstemp creates the file exclusively, with mode 600, under a name that nobody can guess.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _temporary(
+    path: Path, size: int, mode: int, *, replace: bool = True
+) -> Iterator[Callable[[bytes], None]]:
+    """A file with room for its content; the context's value writes that and gives it its path.
+
+    Until then the file has no name, so that nothing of it is left however the process ends; where
+    the file system has no such files (open(2), O_TMPFILE), it is beside the other.
+
+    Args:
+        path: of the file.
+        size: the most bytes that the content may have.
+        mode: of the file.
+        replace: whether it may replace another file; otherwise ``FileExistsError``.
+    """
+    descriptor, name = _open_temporary(path)
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)
@@ -193,32 +206,73 @@ def _temporary(path: Path, size: int, mode: int) -> Iterator[Callable[[bytes], N
                 os.posix_fallocate(descriptor, 0, size)
 
             def write(content: bytes) -> None:
+                nonlocal name
                 file.write(content)
                 file.flush()
                 os.ftruncate(descriptor, len(content))
                 os.fsync(descriptor)
-                os.replace(temporary, path)
+                if name is None or not replace:
+                    try:
+                        _link(descriptor, name, path)
+                    except FileExistsError:
+                        if not replace:
+                            raise
+                        name = f"{path.parent}/.{path.name}.{secrets.token_hex(8)}"
+                        _link(descriptor, None, name)
+                if name is not None and replace:
+                    os.replace(name, path)
                 _flush_folder(path.parent)
 
             yield write
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        if name is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+
+
+def _open_temporary(path: Path) -> tuple[int, str | None]:
+    """A new file in the folder of another: its descriptor, and its name if it has one."""
+    if os.path.isdir(_DESCRIPTORS):
+        with contextlib.suppress(AttributeError, OSError):  # the system or file system has none
+            flags = os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC
+            return os.open(path.parent, flags, PRIVATE), None
+    # mkstemp creates the file exclusively, with mode 600, under a name that nobody can guess.
+    return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+
+
+def _link(descriptor: int, name: str | None, path: str | Path) -> None:
+    """Give a file a name that nobody has, or another one."""
+    if name is not None:
+        os.link(name, path)
+        return
+    # As linkat(2) advises; only with a descriptor does Python follow the link.
+    os.link(f"{_DESCRIPTORS}/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
 
 
 def create_file(path: str | Path, content: bytes, *, mode: int = PRIVATE) -> None:
     """Create a file, whole or not at all. Raises ``FileExistsError`` if there is one, or a link."""
+    path = Path(path)
     with _named(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE)
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                os.fchmod(descriptor, mode)
-                file.write(content)
-                file.flush()
-                os.fsync(descriptor)
-        except BaseException:
-            os.unlink(path)  # half of a key is none
+            with _temporary(path, 0, mode, replace=False) as write:
+                write(content)
+        except FileExistsError:
             raise
+        except OSError:
+            _create_in_place(path, content, mode)  # a file system without hard links
+
+
+def _create_in_place(path: Path, content: bytes, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+    except BaseException:
+        os.unlink(path)  # half of a key is none
+        raise
 
 
 def open_private(path: str | Path, *, append: bool = False) -> BinaryIO:

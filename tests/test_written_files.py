@@ -1,16 +1,19 @@
 """Files are written whole, and private whatever the umask; and in one place alone."""
 
 import ast
+import errno
 import os
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from examples.chat.store import Change, Seat, Store
+from hybridkex import files
 from hybridkex.auth import KnownPeers, RawIdentity
 from hybridkex.cli import main
 from hybridkex.files import (
@@ -19,6 +22,7 @@ from hybridkex.files import (
     make_private,
     make_private_folder,
     open_private,
+    reserve_file,
     write_file,
 )
 from hybridkex.qkd.store import write_key_file
@@ -94,6 +98,58 @@ def test_a_failure_leaves_the_old_file_alone(
         write_file(path, b"after")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("before", [None, b"before"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "write_file(path, b'after')",
+        "create_file(path, b'after')",
+        "with reserve_file(path, 100) as write: write(b'after')",
+        "with reserve_file(path, 100) as write: os.kill(os.getpid(), 9)",
+    ],
+)
+def test_a_process_that_is_killed_leaves_nothing(
+    call: str, before: bytes | None, tmp_path: Path
+) -> None:
+    """Neither half of a key under the name of the file, nor a key under another name."""
+    if before is not None:
+        (tmp_path / "key").write_bytes(before)
+    script = (
+        "import os; from pathlib import Path; from hybridkex.files import *\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
+        f"path = Path('key')\n{call}"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False)
+    assert ended.returncode == -9
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == (
+        {} if before is None else {"key": before}
+    )
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_system_without_nameless_files(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor, perhaps, hard links: as FAT."""
+
+    def refused(*_: object, **__: object) -> NoReturn:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(files, "_DESCRIPTORS", "/nonexistent")
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    path, other = tmp_path / "written", tmp_path / "created"
+    for content in (b"before", b"after"):
+        write_file(path, content)
+    create_file(other, b"first")
+    with pytest.raises(FileExistsError):
+        create_file(other, b"second")
+    with reserve_file(path, 100) as write:
+        write(b"reserved")
+    found = {path.name: (path.read_bytes(), mode(path)) for path in tmp_path.iterdir()}
+    assert found == {"written": (b"reserved", 0o600), "created": (b"first", 0o600)}
 
 
 def test_devices(tmp_path: Path) -> None:

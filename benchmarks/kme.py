@@ -1,5 +1,6 @@
 """The time to get a key: ``python benchmarks/kme.py [--json]``; with ``--pairs``, how many keys a
-second eight clients draw and look up, by the number of keys in stock (:mod:`kme_pairs`).
+second eight clients draw and look up, by the number of keys in stock (:mod:`kme_pairs`); with
+``--load``, by store, processes and clients (:mod:`kme_load`).
 
 Two KMEs in a separate process, queried over loopback with mutual TLS, once with the standard
 library's TLS and once with this library's (X25519MLKEM768). Times are medians in milliseconds.
@@ -16,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import kme_load
 import kme_pairs
 import trio
 
@@ -166,12 +168,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--pairs", action="store_true", help="pairs a second, by stock")
+    load = "pairs a second on connections that are kept, or on new ones; keys a second, in batches"
+    parser.add_argument("--load", choices=("kept", "new", "batch"), help=load)
+    setups = ["sqlite:1", "postgresql:1", "postgresql:2", "postgresql:4"]
+    parser.add_argument("--setup", nargs="+", default=setups, help="store:processes, with --load")
+    parser.add_argument("--crowd", type=int, nargs="+", default=[1, 8, 32], help="its clients")
     parser.add_argument("--stock", type=int, nargs="+", default=[1_000, 100_000, 1_000_000])
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--against", type=Path, help="another copy of the project, run in turns")
     args = parser.parse_args()
+    if args.load:
+        pairs = [one.split(":") for one in args.setup]
+        chosen = [(store, int(number)) for store, number in pairs]
+        all_runs = [
+            kme_load.main(chosen, args.crowd, args.seconds, args.rounds, stock, args.load)
+            for stock in args.stock
+        ]
+        if args.json:
+            print(json.dumps(all_runs, indent=2))
+        return
     if args.pairs:
         runs = kme_pairs.main(args.stock, args.clients, args.seconds, args.rounds, args.against)
         if args.json:

@@ -5,10 +5,11 @@ import shutil
 import signal
 import socket
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NoPostgres", "PostgresServer"]
+__all__ = ["NoPostgres", "PostgresServer", "own_databases"]
 
 
 class NoPostgres(Exception):
@@ -114,3 +115,20 @@ class PostgresServer:
         """The URL of a schema."""
         options = f"options=-csearch_path%3D{schema}"
         return f"postgresql://{user}@127.0.0.1:{self.port}/postgres?{options}"
+
+
+def own_databases(
+    folder: Path, stack: ExitStack, number: int = 2, **settings: str
+) -> list[PostgresServer]:
+    """Running servers with the role ``kme``, which end with ``stack``. Raises ``NoPostgres``."""
+    folder.chmod(0o755)  # for the user postgres
+    found = []
+    for index in range(number):
+        place = folder / f"postgres-{index}"
+        place.mkdir()
+        server = PostgresServer(place, **settings)
+        stack.callback(server.stop)
+        server.start()
+        server.make_role()
+        found.append(server)
+    return found

@@ -17,7 +17,7 @@ from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.models import KeyContainer, KeyRequest
 from interop.kme.history import Call, Verdict, check
 from interop.kme.sites import KMES, Sites
-from interop.postgres import PostgresServer
+from interop.postgres import own_databases
 
 __all__ = ["FAULTS", "NotRecovered", "run"]
 
@@ -257,22 +257,12 @@ def run(
     saes = {kme: [f"{kme}-sae-{number}" for number in range(pairs * 2)] for kme in KMES}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hybridkex-")))
-        databases = None
-        if store == "postgresql":
-            databases = []
-            for kme in KMES:
-                place = folder / f"postgres-{kme}"
-                place.mkdir()
-                folder.chmod(0o755)  # for the user postgres
-                database = PostgresServer(place)
-                stack.callback(database.stop)
-                database.start()
-                database.make_role()
-                databases.append(database)
+        databases = own_databases(folder, stack) if store == "postgresql" else None
         recorder = Recorder(history)
         stack.callback(recorder.close)
         sites = Sites(folder, saes, processes if databases else 1, databases)
         stack.callback(sites.close)
+        sites.start()
         all_pairs = [
             Pair(
                 sites,

@@ -35,12 +35,12 @@ certificate = "cert.pem"
 key = "key.pem"
 store = "{store}"
 key_file = "store.key"
-limits = {{ rate = 1e9, burst = 1000000000 }}
+limits = {{ rate = 1e9, burst = 1000000000, peer_rate = 1e9, peer_burst = 1000000000{limits} }}
 
 [[kme.peer]]
 id = "{peer}"
 saes = {peer_saes}
-url = "https://127.0.0.1:{cable}"
+url = "https://127.0.0.1:{url}"
 """
 
 
@@ -91,6 +91,8 @@ class Site:
     port: int
     log: Path
     database: PostgresServer | None
+    store: str
+    """As in the configuration."""
     processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
 
     def start(self) -> None:
@@ -132,6 +134,8 @@ class Sites:
         saes: of each site.
         processes: of each site.
         databases: of each site; ``None``: SQLite.
+        limits: further limits of the KMEs, in TOML.
+        cables: the sites reach each other through these; otherwise directly.
     """
 
     def __init__(
@@ -140,8 +144,12 @@ class Sites:
         saes: dict[str, list[str]],
         processes: int,
         databases: list[PostgresServer] | None,
+        *,
+        limits: str = "",
+        cables: bool = True,
     ) -> None:
         self.folder = folder
+        self._processes = processes
         self._ca = DevCa.create("two sites")
         ports = {kme: free_port() for kme in KMES}
         self.cables = {kme: Cable(to=ports[kme]) for kme in KMES}
@@ -164,12 +172,17 @@ class Sites:
                     store=store,
                     peer=peer,
                     peer_saes=saes[peer],
-                    cable=self.cables[peer].port,
+                    url=self.cables[peer].port if cables else ports[peer],
+                    limits=limits,
                 )
             )
-            site = Site(folder / kme, ports[kme], folder / f"{kme}.log", database)
+            site = Site(folder / kme, ports[kme], folder / f"{kme}.log", database, store)
             self.sites[kme] = site
-            for _ in range(processes):
+
+    def start(self) -> None:
+        """Start all processes."""
+        for site in self.sites.values():
+            for _ in range(self._processes):
                 site.start()
 
     def access(self, sae: str, kme: str) -> KmeAccess:

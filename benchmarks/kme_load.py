@@ -112,7 +112,7 @@ def measure(store: str, processes: int, clients: int, seconds: float, stock: int
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hybridkex-")))
         databases = own_databases(folder, stack, fsync="on") if store == "postgresql" else None
-        limits = f", max_key_count = {stock}"
+        limits = f"max_key_count = {stock}"
         sites = Sites(folder, SAES, processes, databases, limits=limits, cables=False)
         stack.callback(sites.close)
         trio.run(fill, sites, stock)

@@ -313,7 +313,7 @@ class KeyManagementEntity:
         link = self._links[target]
         link.peer = peer
         if compared:
-            link.next_check = time.time() + CHECK_EVERY
+            link.next_check = trio.current_time() + CHECK_EVERY
 
     async def readiness(self) -> dict[str, str | None]:
         """For each link, what keeps it from serving a request now; ``None``: nothing."""
@@ -828,7 +828,7 @@ class KeyManagementEntity:
                     if erased:
                         self._metrics.expired.labels(self.kme_id).inc(erased)
                 for link in self._links.values():
-                    if now >= link.next_check and link.peer is not None:
+                    if trio.current_time() >= link.next_check and link.peer is not None:
                         await self._reconcile_if_due(link)
                     stored = await self._store.count(link.target)
                     self._metrics.stored.labels(self.kme_id, link.target).set(stored)

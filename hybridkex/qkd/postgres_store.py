@@ -146,6 +146,8 @@ class PostgresKeyStore:
         self._keys = self._seal = Seal(seal_key, *read_keys)
         self._generation = -1
         """Of the record for which ``_seal`` was made out of ``_keys``."""
+        self._ahead = 0.0
+        """Seconds by which the database's clock, which all processes share, is ahead of ours."""
         self._walked = -1
         """The generation at which the keys have been encrypted anew."""
         self._owner = owner
@@ -455,10 +457,12 @@ class PostgresKeyStore:
                 connection.cursor() as cursor,
             ):
                 cursor.execute(
-                    "SELECT set_config('hybridkex.link', %s, true), generation FROM hybridkex_meta",
+                    "SELECT set_config('hybridkex.link', %s, true), generation,"
+                    " extract(epoch FROM clock_timestamp())::float8 FROM hybridkex_meta",
                     (link,),
                 )
-                _, generation = _one(cursor, 2)
+                _, generation, now = _one(cursor, 3)
+                self._ahead = now - time.time()
                 if follow and generation != self._generation:
                     self._follow(cursor)
                 result = work(cursor)
@@ -547,7 +551,12 @@ class PostgresKeyStore:
                             damaged.append(key_id)
                             continue
                         found.append(
-                            Material(key_id=key_id, key=key, created=created, shared=shared)
+                            Material(
+                                key_id=key_id,
+                                key=key,
+                                created=created - self._ahead,
+                                shared=shared,
+                            )
                         )
             if damaged:
                 if self.record(cursor)[1] != self._generation:
@@ -611,7 +620,7 @@ class PostgresKeyStore:
                 "SELECT seq, key_id, shared AND created < %s"
                 " AND (holder IS NULL OR held_until < clock_timestamp()) FROM material"
                 " WHERE link = %s AND half = %s AND seq > %s ORDER BY seq LIMIT %s",
-                (created_before, link, half, last, PAGE),
+                (created_before + self._ahead, link, half, last, PAGE),
             ).fetchall()
 
         rows = await self._run(link, work)
@@ -840,7 +849,7 @@ class PostgresKeyStore:
         """Call a method that erases at most ``PAGE`` rows until no rows are left for it."""
         total = 0
         while True:
-            found = await self._run(_ALL_LINKS, lambda cursor: part(cursor, before))
+            found = await self._run(_ALL_LINKS, lambda cursor: part(cursor, before + self._ahead))
             total += found
             if found < PAGE:
                 return total

@@ -61,6 +61,14 @@ async def cut(sites: Sites, choice: random.Random, seconds: float) -> None:
         sites.cables[kme].set_cut(False)
 
 
+async def clock(sites: Sites, choice: random.Random, seconds: float) -> None:
+    """The clock of a site jumps by a day, and back."""
+    site = sites.sites[choice.choice(KMES)]
+    site.set_clock(choice.choice([-86_400.0, 86_400.0]))
+    await trio.sleep(seconds)
+    site.set_clock(0)
+
+
 async def full_disk(sites: Sites, choice: random.Random, seconds: float) -> None:
     """The files of a site cannot grow."""
     with sites.sites[choice.choice(KMES)].full_disk():
@@ -86,8 +94,8 @@ async def stop_database(sites: Sites, choice: random.Random, seconds: float) -> 
 
 
 FAULTS: Final[dict[str, tuple[Fault, ...]]] = {
-    "sqlite": (kill, stop, cut, full_disk),
-    "postgresql": (kill, stop, cut, kill_database, stop_database),
+    "sqlite": (kill, stop, cut, clock, full_disk),
+    "postgresql": (kill, stop, cut, clock, kill_database, stop_database),
 }
 """By the kind of store."""
 

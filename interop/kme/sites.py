@@ -35,7 +35,14 @@ certificate = "cert.pem"
 key = "key.pem"
 store = "{store}"
 key_file = "store.key"
-limits = {{ rate = 1e9, burst = 1000000000, peer_rate = 1e9, peer_burst = 1000000000{limits} }}
+[kme.limits]
+rate = 1e9
+burst = 1000000000
+peer_rate = 1e9
+peer_burst = 1000000000
+# A clock that is a day ahead makes no key too old.
+key_ttl = 864000.0
+{limits}
 
 [[kme.peer]]
 id = "{peer}"
@@ -100,12 +107,21 @@ class Site:
         with self.log.open("ab") as log:
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "hybridkex", "kme", "serve", self.folder / "kme.toml"],
+                    [
+                        *(sys.executable, "-m", "interop.kme.clock", self.folder / "clock"),
+                        *("kme", "serve", self.folder / "kme.toml"),
+                    ],
                     stdout=subprocess.DEVNULL,
                     stderr=log,
                     cwd=ROOT,
                 )
             )
+
+    def set_clock(self, ahead: float) -> None:
+        """Let the clocks of all processes be so many seconds ahead."""
+        new = self.folder / "clock.new"
+        new.write_text(str(ahead))
+        new.replace(self.folder / "clock")
 
     def kill(self, process: "subprocess.Popen[bytes]") -> None:
         process.kill()
@@ -177,6 +193,7 @@ class Sites:
                 )
             )
             site = Site(folder / kme, ports[kme], folder / f"{kme}.log", database, store)
+            site.set_clock(0)
             self.sites[kme] = site
 
     def start(self) -> None:

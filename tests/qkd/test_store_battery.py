@@ -2,9 +2,11 @@
 
 import itertools
 import signal
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -433,6 +435,29 @@ async def test_a_server_that_is_silent_delays_a_call_for_a_bounded_time(
                 await trio.sleep(0.1)
             else:
                 break
+    await store.aclose()
+
+
+async def test_a_wrong_clock_of_a_process_makes_no_key_old(
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes of a database go by its clock."""
+    from hybridkex.qkd import postgres_store as module
+
+    store = postgres_store(postgres, f"test_{next(SCHEMAS)}")
+    await store.add("a", keys(1, 2))
+    for wrong in (86_400.0, -86_400.0):
+        now = time.time() + wrong
+        clock = SimpleNamespace(time=lambda now=now: now, monotonic=time.monotonic)
+        monkeypatch.setattr(module, "time", clock)
+        assert await store.expire(keys_before=now - 600, tombstones_before=now - 600) == 0
+        ids, _ = await store.shared_ids("a", created_before=now - 600)
+        assert ids == []
+        ids, _ = await store.shared_ids("a", created_before=now + 600)
+        assert ids == [key_id(2)]
+        [found] = await store.reserve("a", 1)
+        assert abs(found.created - now) < 60
+        await store.release("a", [found.key_id])
     await store.aclose()
 
 

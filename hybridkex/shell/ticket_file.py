@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Final
 
 from hybridkex.crypto.suites import ALL_SUITES
 from hybridkex.errors import ConfigError
@@ -18,11 +18,16 @@ from hybridkex.tls.session import AuthenticatedBy, SessionTicket
 
 __all__ = ["FileTicketStore"]
 
-_KEPT = 4
+_KEPT: Final = 4
+"""Tickets per server."""
+_MOST: Final = 4 << 20
+"""Bytes of the file. A server decides how long its tickets and its chain are, up to some 1 MB, and
+:func:`~hybridkex.files.read_file` refuses a file of more than 16 MiB."""
 
 
 class FileTicketStore:
-    """Tickets per server, as JSON in a file that only its owner can read.
+    """Tickets per server, as JSON in a file that only its owner can read: the newest four, of the
+    most recent servers that fit in 4 MiB.
 
     The engine works on the copy in memory; :meth:`flush`, which the shells call in a worker thread,
     writes the file. A ticket has left the file before the ClientHello with it is sent: it is not
@@ -42,6 +47,7 @@ class FileTicketStore:
         self._flushing = Lock()
         self._changed = False
         self._tickets = self._load()
+        self._sizes = {server: _size(server, kept) for server, kept in self._tickets.items()}
 
     def put(self, server: str, ticket: SessionTicket) -> None:
         """Store a ticket; the oldest are dropped to make room."""
@@ -88,8 +94,18 @@ class FileTicketStore:
             self._write()
 
     def _change(self, server: str, kept: list[Any]) -> None:
-        """A new table, since a thread may be writing the present one."""
-        self._tickets = {**self._tickets, server: kept}
+        """A new table, since a thread may be writing the present one; the newest comes last."""
+        tickets = {name: old for name, old in self._tickets.items() if name != server}
+        self._sizes.pop(server, None)
+        if kept:
+            tickets[server] = kept
+            self._sizes[server] = _size(server, kept)
+        room = _MOST - sum(self._sizes.values())
+        while room < 0:
+            oldest = next(iter(tickets))
+            del tickets[oldest]
+            room += self._sizes.pop(oldest)
+        self._tickets = tickets
         self._changed = True
 
     def _write(self) -> None:
@@ -101,6 +117,10 @@ class FileTicketStore:
         except OSError as error:
             self._changed = True
             raise write_error(self._path, error) from None
+
+
+def _size(server: str, kept: list[Any]) -> int:
+    return len(json.dumps({server: kept}))
 
 
 def _to_json(ticket: SessionTicket) -> dict[str, Any]:

@@ -61,6 +61,31 @@ async def test_a_ticket_leaves_the_file_before_it_is_sent(tmp_path: Path) -> Non
     assert tickets_in(path) == 3
 
 
+async def test_the_file_stays_readable(tmp_path: Path) -> None:
+    """Many servers, or long chains, take room from the servers that were met longest ago."""
+    path = tmp_path / "tickets"
+    client, server = configs(path)
+    await connect(client, server, [], path)
+    store = client.ticket_store
+    assert isinstance(store, FileTicketStore)
+    ticket = store.take("localhost")
+    assert ticket is not None
+    long = replace(ticket, chain=(bytes(120_000),), ticket=bytes(65_000))
+    for number in range(40):
+        for _ in range(4):
+            store.put(f"host{number}.example", long)
+    store.flush()
+    again = FileTicketStore(path)
+    assert path.stat().st_size <= 4 << 20
+    assert again.take("host39.example") == long
+    assert again.take("host0.example") is None
+    for number in range(40):  # used up
+        while again.take(f"host{number}.example") is not None:
+            pass
+    again.flush()
+    assert "host" not in path.read_text().replace("localhost", "")
+
+
 def test_the_engine_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client, _ = configs(tmp_path / "tickets")
 

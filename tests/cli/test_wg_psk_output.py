@@ -6,6 +6,8 @@ import logging
 import os
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from hybridkex.cli.actions.wg_psk import _report
 from hybridkex.cli.arguments import from_namespace
 from hybridkex.cli.commands import command_parser
 from hybridkex.cli.wg_psk import WgPskOptions
+from hybridkex.qkd.store import write_key_file
 
 WORDS = [
     "--listen",
@@ -90,3 +93,21 @@ def test_the_disk_is_full_for_a_while(
             signal.signal(signal.SIGXFSZ, old)
         _report(options(), "stopped")
     assert "stopped" in (tmp_path / "lines").read_text()
+
+
+def test_nothing_stays_open_where_wg_fails(tmp_path: Path) -> None:
+    """Python's development mode tells of a socket that nobody has closed."""
+    write_key_file(tmp_path / "psk")
+    words = ["127.0.0.1:0" if word == "0" else word for word in WORDS]
+    words[words.index("KEY")] = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
+    ended = subprocess.run(
+        [sys.executable, "-X", "dev", "-m", "hybridkex", "wg-psk", *words, "--wg", "/bin/false"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("hybridkex: ")
+    assert ended.stderr.count("\n") == 1, ended.stderr

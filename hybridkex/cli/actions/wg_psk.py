@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Final
 
@@ -174,7 +175,9 @@ async def _listen(options: WgPskOptions, rotator: Rotator) -> None:
     budget = Budget(_ROTATIONS, what="rotations")
     interface = rotator.tunnel.interface
 
-    async with trio.open_nursery() as nursery:
+    async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
+        for listener in listeners:
+            stack.push_async_callback(listener.aclose)
 
         async def serve(stream: trio.SocketStream, connection: Connection) -> None:
             watch_peer(stream)

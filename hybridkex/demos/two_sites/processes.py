@@ -1,7 +1,7 @@
 """The programs that the demonstration starts and ends."""
 
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, Final
@@ -38,7 +38,7 @@ def deadline(complaint: str) -> Iterator[None]:
         raise DemonstrationFailed(f"{complaint} within {_TIMEOUT:g} s") from None
 
 
-async def lines(process: trio.Process) -> AsyncIterator[str]:
+async def lines(process: trio.Process) -> AsyncGenerator[str, None]:
     """The lines of a program's standard output. Raises ``DemonstrationFailed`` when it ends."""
     assert process.stdout is not None
     buffer = b""

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -81,8 +81,7 @@ class Demonstration:
         command = [*_COMMAND, "kme", "dev-up", str(self.folder / "sites"), "--ports", "0,0"]
         command += ["--tls", "hybridkex", "--producer", "link", "--distance", str(self.distance)]
         command += ["--metrics", "127.0.0.1:0"]
-        async with running(command) as process:
-            told = lines(process)
+        async with running(command) as process, aclosing(lines(process)) as told:
             with deadline("the KMEs did not start"):
                 urls = [(await anext(told)).split()[-1] for _ in range(2)]
                 metrics = (await anext(told)).split()[-1]

@@ -18,6 +18,7 @@ from typing import Any, Final, NoReturn
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from hybridkex.aio.places import Places
 from hybridkex.aio.transport import SecureTransport, time_limits
 from hybridkex.tls.config import ServerConfig, check_config
 
@@ -59,12 +60,16 @@ class _SecureHttp:
         self._config: Final = config
         self._protocol: Final = protocol
         self._ssl_handshake_timeout: Final = ssl_handshake_timeout
+        self._places: Places | None = None
 
     def __call__(self, **arguments: Any) -> asyncio.BaseProtocol:
+        if self._places is None or self._places.loop is not asyncio.get_running_loop():
+            self._places = Places()
         return SecureTransport(
             self._protocol(**arguments),
             self._config,
             ssl_handshake_timeout=self._ssl_handshake_timeout,
+            places=self._places,
         ).receiver
 
     def __reduce__(self) -> NoReturn:

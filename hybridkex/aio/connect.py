@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from hybridkex.aio.accept_faults import report_accept_faults
+from hybridkex.aio.places import Places
 from hybridkex.aio.transport import SecureTransport, connection_error, time_limits
 from hybridkex.errors import LocalStateError
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
@@ -118,6 +119,7 @@ async def create_server(
     assert isinstance(config, ServerConfig)
     _check_plain(tcp)
     time_limits(ssl_handshake_timeout, ssl_shutdown_timeout)
+    places = Places()
 
     def accept() -> asyncio.BaseProtocol:
         return SecureTransport(
@@ -125,6 +127,7 @@ async def create_server(
             config,
             ssl_handshake_timeout=ssl_handshake_timeout,
             ssl_shutdown_timeout=ssl_shutdown_timeout,
+            places=places,
         ).receiver
 
     start_serving = tcp.pop("start_serving", True)

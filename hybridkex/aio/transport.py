@@ -27,6 +27,7 @@ from collections.abc import Coroutine, Iterable
 from enum import Enum, auto
 from typing import Any, Final, cast
 
+from hybridkex.aio.places import Places
 from hybridkex.errors import (
     HandshakeTimeout,
     HybridkexError,
@@ -35,6 +36,7 @@ from hybridkex.errors import (
     PeerError,
     TruncationError,
 )
+from hybridkex.net.budget import Connection
 from hybridkex.net.log import BoundedLog
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
@@ -66,6 +68,8 @@ _SHUTDOWN_TIMEOUT: Final = 30.0
 """Seconds from ``close`` until the peer's close_notify; asyncio's default."""
 
 _READ_SIZE: Final = 16 * MAX_RECORD
+_READ_WAITING: Final = 2048
+"""Bytes that are read of a connection that waits for a place: a ClientHello."""
 _JOIN: Final = 16 * 1024
 """Bytes up to which writes wait to be joined; more is encrypted at once."""
 _BATCH: Final = 256 * 1024
@@ -133,6 +137,7 @@ class SecureTransport(transports._FlowControlMixin):
         ssl_shutdown_timeout: seconds from ``close`` until the peer's close_notify; 30 by default.
         call_connection_made: whether the protocol's ``connection_made`` is called.
         ready: a future that is done when the handshake is complete or has failed.
+        places: those of the server that has accepted the connection.
 
     Raises:
         ConfigError: the configuration is neither a ``ClientConfig`` nor a ``ServerConfig``, or a
@@ -159,6 +164,7 @@ class SecureTransport(transports._FlowControlMixin):
         ssl_shutdown_timeout: float | None = None,
         call_connection_made: bool = True,
         ready: "asyncio.Future[None] | None" = None,
+        places: Places | None = None,
     ) -> None:
         super().__init__(loop=asyncio.get_running_loop())
         self._config = config
@@ -171,6 +177,8 @@ class SecureTransport(transports._FlowControlMixin):
         self._announce = call_connection_made
         self._announced = not call_connection_made
         self._ready = ready
+        self._places = places
+        self._place: Connection | None = None
         self._session: Session | None = None
         self._keeper: KeyKeeper | None = None
         self._state = _HANDSHAKE
@@ -302,6 +310,20 @@ class SecureTransport(transports._FlowControlMixin):
             return
         # The write buffer of an upgraded transport may be full already; only changes are signalled.
         self._raw_full = raw.get_write_buffer_size() > raw.get_write_buffer_limits()[1]
+        if self._places is None:
+            self.start()
+        else:
+            self._place = self._places.enter(self, raw)
+
+    def wait(self) -> None:
+        """Read nothing until :meth:`start`."""
+        self.receiver.waits = True
+        self._pause_raw()
+
+    def start(self) -> None:
+        """Begin the handshake of a connection that has a place."""
+        self.receiver.waits = False
+        self._resume_raw()
         self._timer = self._loop.call_later(self._handshake_timeout, self._handshake_late)
         if self._answers.waits_to_begin:
             self._wait_for(self._answers.begin())
@@ -364,6 +386,7 @@ class SecureTransport(transports._FlowControlMixin):
         self._session = self._connection.session
         self._state = _OPEN
         self._stop_timer()
+        self._leave()
         if self._answers.keeps_tickets:
             self._keep_tickets()
         self._announced = True
@@ -420,7 +443,10 @@ class SecureTransport(transports._FlowControlMixin):
             except HybridkexError as error:
                 self._fail(error)
             else:
-                self._advance_handshake()
+                if self.receiver.waits:
+                    self._heard_while_waiting()
+                else:
+                    self._advance_handshake()
             return
         if self._state is _CLOSED or self._failure is not None:
             return
@@ -430,6 +456,13 @@ class SecureTransport(transports._FlowControlMixin):
             self._fail(error)
         else:
             self._process()
+
+    def _heard_while_waiting(self) -> None:
+        """uvloop reads once more although connection_made has paused reading."""
+        assert self._raw is not None
+        self._raw.pause_reading()
+        if self._places is not None and self._place is not None:
+            self._places.heard(self._place)
 
     def _process(self) -> None:
         """Deliver the engine's events, or keep the data while reading is paused."""
@@ -804,6 +837,17 @@ class SecureTransport(transports._FlowControlMixin):
         self._drop()
         self._abort_raw()
 
+    def dismiss(self, reason: str) -> None:
+        """Close a connection that waits for its handshake, or is in it, for others."""
+        self._failure = connection_error(LocalStateError(reason))
+        self.abort()
+
+    def _leave(self) -> None:
+        """Give back the place for the handshake."""
+        if self._places is not None and self._place is not None:
+            self._places.leave(self._place)
+            self._places = self._place = None
+
     def _shutdown_late(self) -> None:
         assert self._raw is not None
         if self._failure is None and self.get_write_buffer_size():
@@ -886,6 +930,7 @@ class SecureTransport(transports._FlowControlMixin):
         """Process ``connection_lost`` of the transport below."""
         was, self._state = self._state, _CLOSED
         self._stop()
+        self._leave()
         self._drop()
         complete = self._connection.close_received
         failure: Exception | None = self._failure
@@ -936,12 +981,14 @@ class _Receiver(asyncio.BufferedProtocol):
 
     def __init__(self, transport: SecureTransport) -> None:
         self._transport = transport
+        self.waits = False
+        """Whether the connection waits for a place, and has read enough."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport.attach(cast(asyncio.Transport, transport))  # uvloop's are not asyncio's
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return _SCRATCH.view
+        return _SCRATCH.view[:_READ_WAITING] if self.waits else _SCRATCH.view
 
     def buffer_updated(self, nbytes: int) -> None:
         buffer = _SCRATCH.view

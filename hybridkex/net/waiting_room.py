@@ -43,6 +43,8 @@ class WaitingRoom(Generic[T]):
         self._speaking = _ByAddress[T]()
         self._silent = _ByAddress[T]()
         self._selector = selectors.DefaultSelector()
+        self._watched: dict[Connection, int] = {}
+        """The descriptors of the silent, under which they were registered."""
         self._crowds: dict[tuple[int, bool], dict[str, None]] = {}
         """Addresses by the number of their connections, places included, and by whether there are
         silent ones; of equals, that of the oldest news first."""
@@ -59,7 +61,8 @@ class WaitingRoom(Generic[T]):
     def add(self, connection: Connection, stream: T) -> None:
         """Let a connection wait."""
         if connection.is_silent:
-            self._selector.register(connection.fileno(), selectors.EVENT_READ, connection)
+            number = self._watched[connection] = connection.fileno()
+            self._selector.register(number, selectors.EVENT_READ, connection)
             self._silent.put(connection, stream)
         else:
             self._speaking.put(connection, stream)
@@ -74,8 +77,12 @@ class WaitingRoom(Generic[T]):
     def listen(self) -> None:
         """Sort those silent connections anew that have sent something or have ended."""
         for key, _ in self._selector.select(0):
-            connection: Connection = key.data
-            self._selector.unregister(key.fileobj)
+            self.heard(key.data)
+
+    def heard(self, connection: Connection) -> None:
+        """Sort a connection anew that has sent something."""
+        if connection in self._watched:
+            self._unwatch(connection)
             self._speaking.put(connection, self._silent.remove(connection))
             self._sort(connection.address)
 
@@ -105,6 +112,18 @@ class WaitingRoom(Generic[T]):
             found = self._hushed(self._silent.take(address))
         self._sort(address)
         return found
+
+    def leave(self, connection: Connection) -> bool:
+        """Remove a connection that has ended; returns whether it was in the room."""
+        if connection in self._watched:
+            self._silent.remove(connection)
+            self._unwatch(connection)
+        elif not self._speaking.holds(connection):
+            return False
+        else:
+            self._speaking.remove(connection)
+        self._sort(connection.address)
+        return True
 
     def crowded_out(self) -> tuple[Connection, T] | None:
         """The connection that has to leave, if there are more than may wait.
@@ -143,8 +162,11 @@ class WaitingRoom(Generic[T]):
             self._crowds.setdefault(crowd, {})[address] = None
 
     def _hushed(self, found: tuple[Connection, T]) -> tuple[Connection, T]:
-        self._selector.unregister(found[0].fileno())
+        self._unwatch(found[0])
         return found
+
+    def _unwatch(self, connection: Connection) -> None:
+        self._selector.unregister(self._watched.pop(connection))
 
     def close(self) -> list[T]:
         """End the room; returns what waited."""
@@ -178,6 +200,9 @@ class _ByAddress(Generic[T]):
 
     def count(self, address: str) -> int:
         return len(self._groups.get(address, ()))
+
+    def holds(self, connection: Connection) -> bool:
+        return connection in self._groups.get(connection.address, ())
 
     def put(self, connection: Connection, stream: T) -> None:
         address = connection.address

@@ -1,0 +1,157 @@
+"""Places for the handshakes of a server; the addresses of those who want one take turns.
+
+Who is next is decided as in all servers of this project (:mod:`hybridkex.net.waiting_room`,
+:mod:`hybridkex.net.budget`). By then asyncio has accepted the connection. Its handshake begins at
+once if there is a place for it; otherwise it waits, and nothing is read from it.
+"""
+
+import asyncio
+import resource
+from typing import Any, Final, Protocol
+
+from hybridkex.net.budget import PATIENCE, Budget, Connection
+from hybridkex.net.descriptors import share
+from hybridkex.net.log import BoundedLog
+from hybridkex.net.waiting_room import WAITING, WaitingRoom
+from hybridkex.text import get_logger
+
+__all__ = ["Places"]
+
+HANDSHAKES: Final = 128
+"""Handshakes at once in a server; at most half of them of one address."""
+_RETRY_SECONDS: Final = 0.1
+"""Seconds between two looks at whether a connection makes room for one that waits."""
+
+_LINES: Final = BoundedLog(get_logger("hybridkex.aio"))
+
+
+class Guest(Protocol):
+    """A connection that wants to begin its handshake."""
+
+    def wait(self) -> None:
+        """Read nothing until :meth:`start`."""
+
+    def start(self) -> None:
+        """Begin the handshake."""
+
+    def dismiss(self, reason: str) -> None:
+        """Close the connection, for the benefit of another."""
+
+
+class Places:
+    """The places of one server. It is made in the server's event loop."""
+
+    def __init__(self) -> None:
+        self._loop: Final = asyncio.get_running_loop()
+        self._budget: Final = Budget(
+            share(HANDSHAKES), what="handshakes", patience=PATIENCE, freed=self._soon
+        )
+        # It is there while somebody waits, since an asyncio.Server does not say when it ends.
+        self._room: WaitingRoom[Guest] | None = None
+        self._due = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop."""
+        return self._loop
+
+    def enter(self, guest: Guest, raw: asyncio.Transport) -> Connection:
+        """Start a connection's handshake, now or when it is its turn; the caller has to
+        :meth:`leave` when the handshake or the connection has ended.
+
+        Args:
+            guest: the connection; it is told if it has to wait.
+            raw: its transport.
+        """
+        connection = Connection(_Carrier(raw), _LINES)
+        if self._room is None and self._budget.makes_place(connection.address, evict=False):
+            self._start(connection, guest)
+            return connection
+        guest.wait()
+        if self._room is None:
+            self._room = WaitingRoom(self._budget.held, _space())
+            self._loop.add_reader(self._room.fileno(), self._listen)
+        self._room.add(connection, guest)
+        while (leaving := self._room.crowded_out()) is not None:
+            leaving[1].dismiss("closed: too many connections of its address are waiting")
+        self._soon()
+        return connection
+
+    def heard(self, connection: Connection) -> None:
+        """Note that a connection that waits has sent something, which has been read."""
+        if self._room is not None:
+            self._room.heard(connection)
+            self._soon()
+
+    def leave(self, connection: Connection) -> None:
+        """Give the place of a connection back, or its claim to one."""
+        if self._room is not None and self._room.leave(connection):
+            self._soon()
+        connection.release()
+
+    def _start(self, connection: Connection, guest: Guest) -> None:
+        connection.begin(
+            self._budget, cut=lambda: guest.dismiss("closed to make room for another connection")
+        )
+        guest.start()
+
+    def _listen(self) -> None:
+        assert self._room is not None
+        self._room.listen()
+        self._soon()
+
+    def _soon(self) -> None:
+        """Look for a place in the next turn of the loop."""
+        if self._room is not None and not self._due:
+            self._due = True
+            self._loop.call_soon(self._give)
+
+    def _give(self) -> None:
+        """Start one handshake: between two of them, the loop accepts all who have come."""
+        self._due = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        room = self._room
+        if room is None:
+            return
+        found = room.next(self._budget)
+        if found is not None:
+            self._start(*found)
+        if not len(room):
+            self._loop.remove_reader(room.fileno())
+            room.close()
+            self._room = None
+        elif found is not None:
+            self._soon()
+        else:
+            self._timer = self._loop.call_later(_RETRY_SECONDS, self._give)
+
+
+class _Carrier:
+    """The socket of a transport."""
+
+    def __init__(self, raw: asyncio.Transport) -> None:
+        self._socket: Final[Any] = raw.get_extra_info("socket")
+        self._peer: Final = raw.get_extra_info("peername")
+
+    @property
+    def socket(self) -> "_Carrier":
+        return self
+
+    def fileno(self) -> int:
+        number: int = self._socket.fileno()
+        return number
+
+    def getpeername(self) -> Any:
+        return self._peer  # uvloop's socket would make a descriptor to ask
+
+    def getsockopt(self, *arguments: int) -> Any:
+        return self._socket.getsockopt(*arguments)
+
+
+def _space() -> int:
+    """Connections that may wait: without a room, asyncio would hold them as well."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return WAITING if soft == resource.RLIM_INFINITY else min(WAITING, soft // 2)

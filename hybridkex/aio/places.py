@@ -1,8 +1,10 @@
 """Places for the handshakes of a server; the addresses of those who want one take turns.
 
 Who is next is decided as in all servers of this project (:mod:`hybridkex.net.waiting_room`,
-:mod:`hybridkex.net.budget`). By then asyncio has accepted the connection. Its handshake begins at
-once if there is a place for it; otherwise it waits, and nothing is read from it.
+:mod:`hybridkex.net.budget`). By then the loop has accepted the connection. Its handshake
+begins at once if there is a place for it and no other connection has just come; otherwise it waits,
+and nothing is read from it. Where many come, the loop accepts them all before it spends time on a
+handshake.
 """
 
 import asyncio
@@ -12,15 +14,16 @@ from typing import Any, Final, Protocol
 from hybridkex.net.budget import PATIENCE, Budget, Connection
 from hybridkex.net.descriptors import share
 from hybridkex.net.log import BoundedLog
-from hybridkex.net.waiting_room import WAITING, WaitingRoom
+from hybridkex.net.waiting_room import (
+    ACCEPTED_BETWEEN,
+    HANDSHAKES,
+    RETRY_SECONDS,
+    WAITING,
+    WaitingRoom,
+)
 from hybridkex.text import get_logger
 
 __all__ = ["Places"]
-
-HANDSHAKES: Final = 128
-"""Handshakes at once in a server; at most half of them of one address."""
-_RETRY_SECONDS: Final = 0.1
-"""Seconds between two looks at whether a connection makes room for one that waits."""
 
 _LINES: Final = BoundedLog(get_logger("hybridkex.aio"))
 
@@ -44,11 +47,13 @@ class Places:
     def __init__(self) -> None:
         self._loop: Final = asyncio.get_running_loop()
         self._budget: Final = Budget(
-            share(HANDSHAKES), what="handshakes", patience=PATIENCE, freed=self._soon
+            share(HANDSHAKES), what="handshakes", patience=PATIENCE, freed=self._freed
         )
         # It is there while somebody waits, since an asyncio.Server does not say when it ends.
         self._room: WaitingRoom[Guest] | None = None
         self._due = False
+        self._entered = self._seen = self._at_start = 0
+        """Connections so far: all, those at the last turn of the loop, those at the last start."""
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -65,7 +70,10 @@ class Places:
             raw: its transport.
         """
         connection = Connection(_Carrier(raw), _LINES)
-        if self._room is None and self._budget.makes_place(connection.address, evict=False):
+        alone = self._entered == self._at_start and self._room is None
+        self._entered += 1
+        self._soon()
+        if alone and self._budget.makes_place(connection.address, evict=False):
             self._start(connection, guest)
             return connection
         guest.wait()
@@ -75,7 +83,6 @@ class Places:
         self._room.add(connection, guest)
         while (leaving := self._room.crowded_out()) is not None:
             leaving[1].dismiss("closed: too many connections of its address are waiting")
-        self._soon()
         return connection
 
     def heard(self, connection: Connection) -> None:
@@ -86,7 +93,8 @@ class Places:
 
     def leave(self, connection: Connection) -> None:
         """Give the place of a connection back, or its claim to one."""
-        if self._room is not None and self._room.leave(connection):
+        if self._room is not None:
+            self._room.leave(connection)
             self._soon()
         connection.release()
 
@@ -101,15 +109,24 @@ class Places:
         self._room.listen()
         self._soon()
 
-    def _soon(self) -> None:
-        """Look for a place in the next turn of the loop."""
-        if self._room is not None and not self._due:
-            self._due = True
-            self._loop.call_soon(self._give)
+    def _freed(self) -> None:
+        if self._room is not None:
+            self._soon()
 
-    def _give(self) -> None:
-        """Start one handshake: between two of them, the loop accepts all who have come."""
+    def _soon(self) -> None:
+        """Look in the next turn of the loop."""
+        if not self._due:
+            self._due = True
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """Start one handshake, after the loop has accepted all who have come."""
         self._due = False
+        if self._seen != self._entered and self._entered - self._at_start < ACCEPTED_BETWEEN:
+            self._seen = self._entered
+            self._soon()
+            return
+        self._seen = self._at_start = self._entered
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -126,7 +143,7 @@ class Places:
         elif found is not None:
             self._soon()
         else:
-            self._timer = self._loop.call_later(_RETRY_SECONDS, self._give)
+            self._timer = self._loop.call_later(RETRY_SECONDS, self._turn)
 
 
 class _Carrier:

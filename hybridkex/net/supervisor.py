@@ -31,20 +31,17 @@ from hybridkex.machine import refusal
 from hybridkex.net.budget import PATIENCE, Budget, Connection, TooManyConnections
 from hybridkex.net.descriptors import listening
 from hybridkex.net.log import BoundedLog
-from hybridkex.net.waiting_room import WaitingRoom
+from hybridkex.net.waiting_room import (
+    ACCEPTED_BETWEEN,
+    HANDSHAKES,
+    RETRY_SECONDS,
+    WaitingRoom,
+)
 
 __all__ = ["Budget", "Connection", "Supervisor", "TooManyConnections"]
 
-HANDSHAKES: Final = 128
-"""Default number of connections that have not yet authenticated and are being served."""
 HANDSHAKE_SECONDS: Final = 10.0
 """Default time until a connection has authenticated, from the moment that it has a place."""
-ACCEPTED_BETWEEN: Final = 200
-"""Connections that are accepted, if as many have come, between the starts of two handlers. A
-handshake takes as long as some tens of calls of accept(2), and newcomers are not to wait for those
-of the connections before them."""
-RETRY_SECONDS: Final = 0.1
-"""Seconds between two attempts to accept while the system lacks resources, or to find a place."""
 FLUSH_SECONDS: Final = 30.0
 """Seconds between two reports of suppressed log lines."""
 

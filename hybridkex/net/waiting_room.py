@@ -19,6 +19,14 @@ __all__ = ["WaitingRoom"]
 
 WAITING: Final = 2048
 """Connections in a room, as far as there are descriptors."""
+HANDSHAKES: Final = 128
+"""Places for connections that have not yet authenticated and are being served."""
+ACCEPTED_BETWEEN: Final = 200
+"""Connections that are accepted, if as many have come, between the starts of two handlers. A
+handshake takes as long as some tens of calls of accept(2), and newcomers are not to wait for those
+of the connections before them."""
+RETRY_SECONDS: Final = 0.1
+"""Seconds between two attempts to accept while the system lacks resources, or to find a place."""
 
 T = TypeVar("T")
 

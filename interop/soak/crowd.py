@@ -106,7 +106,8 @@ class _Attacker:
 
 def _attack(port: int, kind: str, count: int, addresses: list[str], told: Any) -> None:
     raise_file_limit()
-    told.send(_Attacker(port, kind, addresses).run(count))
+    attacker = _Attacker(port, kind, addresses)  # its connections stay as long as it does
+    told.send(attacker.run(count))
     told.recv()
 
 

@@ -1,9 +1,9 @@
 """Measures the cost of a tunnel: ``python benchmarks/tunnel.py [--json] [--seconds S] [NAME ...]``.
 
 The same work directly, through ``hybridkex tunnel`` and, where Debian's package is installed,
-through ``stunnel4``; both tunnels have two processes and certificates on both sides. The rounds
-take turns, so that other load affects all of them alike; the medians are printed, with their ratios
-to the direct connection.
+through ``stunnel4``; both tunnels have two processes and certificates on both sides, and ours is
+measured once more with two workers at each end. The rounds take turns, so that other load affects
+all of them alike; the medians are printed, with their ratios to the direct connection.
 
 - bulk: one connection through a socket that is read as fast as it can be, MB/s.
 - connections: connect, send and receive one byte, close; per second, one after the other.
@@ -90,19 +90,30 @@ class Way:
         self._between = between
 
     def processor_time(self) -> float:
-        """Seconds that the processes between have used."""
+        """Seconds that the processes between, and their workers, have used."""
         ticks = 0
         for process in self._between:
-            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
+            for pid in (process.pid, *children(process.pid)):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
         return ticks / TICKS
 
 
+def children(pid: int) -> list[int]:
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):  # it has ended
+            found += map(int, (thread / "children").read_text().split())
+    return found
+
+
 @contextmanager
-def through_hybridkex(target: int, keys: Path, checkout: Path | None = None) -> Iterator[Way]:
+def through_hybridkex(
+    target: int, keys: Path, *more: str, checkout: Path | None = None
+) -> Iterator[Way]:
     middle, outer = free_port(), free_port()
     trust = [f"--{name}={keys / name}.pem" for name in ("ca", "cert", "key")]
-    quiet = ["--log-level=warning", "--max-connections=1000", "--grace=0"]
+    quiet = ["--log-level=warning", "--max-connections=1000", "--grace=0", *more]
     listen = ["--local", f"127.0.0.1:{middle}", "--target", f"127.0.0.1:{target}"]
     connect = ["--local", f"127.0.0.1:{outer}", "--remote", f"localhost:{middle}"]
     with (
@@ -387,8 +398,11 @@ def main() -> None:
         def all_ways(target: int) -> dict[str, Way]:
             found = {"direct": Way(target)}
             found["hybridkex"] = stack.enter_context(through_hybridkex(target, keys))
+            found["2 workers"] = stack.enter_context(through_hybridkex(target, keys, "--workers=2"))
             if args.beside is not None:
-                found["beside"] = stack.enter_context(through_hybridkex(target, keys, args.beside))
+                found["beside"] = stack.enter_context(
+                    through_hybridkex(target, keys, checkout=args.beside)
+                )
             if shutil.which("stunnel4"):
                 place = Path(tempfile.mkdtemp(dir=folder))
                 found["stunnel4"] = stack.enter_context(through_stunnel(target, keys, place))

@@ -31,6 +31,9 @@ class ProcessOptions:
         metavar="SECONDS",
         default=30.0,
     )
+    workers: int = option(
+        "processes that carry the connections (default: %(default)s)", metavar="N", default=1
+    )
     log_level: str = log_level()
 
 

@@ -88,6 +88,7 @@ class Supervisor(Generic[T]):
         self._handshake_seconds = handshake_seconds
         self._on_failure = on_failure or (lambda _: None)
         self._accepted = 0
+        self._accepting = trio.CancelScope()
         self._news = trio.Event()
         self._room = WaitingRoom[T](self._handshakes.held)
 
@@ -120,11 +121,22 @@ class Supervisor(Generic[T]):
                     nursery.start_soon(self._flush_log)
                     nursery.start_soon(self._listen, room)
                     nursery.start_soon(self._give_places, room, connections or nursery)
-                    for listener in listeners:
-                        nursery.start_soon(self._accept, listener, room)
-                    task_status.started(listeners)
+                    with self._accepting:
+                        async with trio.open_nursery() as accepting:
+                            for listener in listeners:
+                                accepting.start_soon(self._accept, listener, room)
+                            task_status.started(listeners)
+                            await trio.sleep_forever()
+                    while len(room):  # noqa: ASYNC110  # they were accepted
+                        await trio.sleep(RETRY_SECONDS)
+                    nursery.cancel_scope.cancel()
         finally:
             await self._clear()
+
+    def stop_accepting(self) -> None:
+        """Close the listeners; :meth:`serve` returns when all connections that were accepted have
+        had a place. For handlers that run in a nursery of their own: others are cancelled then."""
+        self._accepting.cancel()
 
     async def _flush_log(self) -> None:
         while True:

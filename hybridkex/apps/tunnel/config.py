@@ -43,6 +43,7 @@ class TunnelConfig:
         socket_mode: the permissions of ``local`` if it is a Unix socket.
         port_file: a file to write the TCP port of ``local`` to; ``None`` for none.
         json: log sessions as JSON.
+        sole: what of ``channel`` only one process can use, for a message; ``None`` for nothing.
 
     Raises:
         ConfigError: a value is invalid.
@@ -62,6 +63,7 @@ class TunnelConfig:
     socket_mode: int = 0o600
     json: bool = False
     port_file: Path | None = None
+    sole: str | None = None
 
     def __post_init__(self) -> None:
         allowed = frozenset(map(canonical_peer_name, self.allowed))

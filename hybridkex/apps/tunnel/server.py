@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import trio
 
@@ -25,7 +25,7 @@ from hybridkex.apps.tcp import no_connection, reset
 from hybridkex.apps.tunnel.config import TunnelConfig, check_together
 from hybridkex.apps.tunnel.forward import Activity, ConnectionCut, Leg, forward
 from hybridkex.apps.tunnel.metrics import TunnelCounters, TunnelMetrics
-from hybridkex.apps.tunnel.sockets import Listening, connect, listen
+from hybridkex.apps.tunnel.sockets import Listening, connect, listen_for
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.machine import refusal
 from hybridkex.net.address import Address, TcpAddress
@@ -33,6 +33,9 @@ from hybridkex.net.readiness import Readiness
 from hybridkex.net.sockets import keep_alive
 from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
 from hybridkex.text import get_logger, json_line
+
+if TYPE_CHECKING:
+    from hybridkex.apps.tunnel.service import TunnelSettings
 
 LOG: Final = get_logger("hybridkex.tunnel")
 
@@ -114,10 +117,19 @@ class TunnelServer:
 
     Args:
         metrics: the metrics to update.
+        listening: opens the listening sockets of a tunnel, or has them.
+        go: no connection is accepted before this event; ``None`` for at once.
     """
 
-    def __init__(self, metrics: TunnelMetrics) -> None:
+    def __init__(
+        self,
+        metrics: TunnelMetrics,
+        listening: Callable[[TunnelConfig], Awaitable[Listening]] = listen_for,
+        go: trio.Event | None = None,
+    ) -> None:
         self._metrics = metrics
+        self._go = go
+        self._listening = listening
         self._endpoints: dict[_Key, _Endpoint] = {}
         self._open: Counter[str] = Counter()
         self._changing = trio.Lock()
@@ -152,11 +164,14 @@ class TunnelServer:
             try:
                 async with trio.open_nursery() as self._accepting:
                     await self.apply(tunnels)
-                    self._accepting.start_soon(self._keep_names)
+                    names = await self._accepting.start(self._keep_names)
                     task_status.started()
                     await self._closing.wait()
-                    self._accepting.cancel_scope.cancel()
-                if self._connections.child_tasks:
+                    names.cancel()
+                    self._accepting.cancel_scope.deadline = trio.current_time() + self._grace
+                    for endpoint in self._endpoints.values():
+                        endpoint.supervisor.stop_accepting()
+                if self._connections.child_tasks and self._grace < math.inf:
                     LOG.info(
                         "%d open connections have %g s to finish",
                         len(self._connections.child_tasks),
@@ -167,12 +182,27 @@ class TunnelServer:
                 for endpoint in self._endpoints.values():
                     endpoint.active.retire()
 
+    async def serve(
+        self,
+        settings: "TunnelSettings",
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """As :meth:`run`, for a service."""
+        await self.run(settings.tunnels, task_status=task_status)
+
+    async def apply_settings(self, settings: "TunnelSettings") -> None:
+        """As :meth:`apply`, for a service."""
+        await self.apply(settings.tunnels)
+
     def close(self, grace: float) -> None:
         """Begin an orderly shutdown: no new connections, and ``grace`` seconds for open ones.
         Another call can shorten this."""
         self._grace = grace
         if self._closing.is_set():
-            self._connections.cancel_scope.deadline = trio.current_time() + grace
+            deadline = trio.current_time() + grace
+            self._connections.cancel_scope.deadline = deadline
+            self._accepting.cancel_scope.deadline = deadline
         self._closing.set()
 
     @property
@@ -246,36 +276,43 @@ class TunnelServer:
             self._endpoints[key] = endpoint
             self._accepting.start_soon(self._accept, endpoint)
 
-    async def _keep_names(self) -> None:
+    async def _keep_names(self, *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
         """Listen again whenever the name of a Unix socket is removed or replaced."""
         failures: dict[_Key, str] = {}
-        while True:
-            await trio.sleep(_LOOK_EVERY)
-            async with self._changing:
-                for key, endpoint in list(self._endpoints.items()):
-                    if endpoint.listening.reachable:
-                        failures.pop(key, None)
-                        continue
-                    config = endpoint.active.config
-                    try:
-                        again = await self._open_endpoint(endpoint.active, endpoint.budget)
-                    except HybridkexError as error:
-                        if failures.get(key) != str(error):  # once, not every time
-                            LOG.error(  # noqa: TRY400
-                                "%s: its socket was removed or replaced and cannot be opened "
-                                "again: %s; it accepts no connections; retrying",
-                                *(config.name, error),
-                            )
-                        failures[key] = str(error)
-                        continue
-                    failures.pop(key, None)
-                    LOG.warning(
-                        "%s: the socket %s was removed or replaced; it has been created again",
-                        *(config.name, config.local),
-                    )
-                    self._endpoints[key] = again
-                    endpoint.scope.cancel()
-                    self._accepting.start_soon(self._accept, again)
+        with trio.CancelScope() as scope:
+            task_status.started(scope)
+            while True:
+                await trio.sleep(_LOOK_EVERY)
+                async with self._changing:
+                    for key, endpoint in list(self._endpoints.items()):
+                        if endpoint.listening.reachable:
+                            failures.pop(key, None)
+                        else:
+                            await self._listen_again(key, endpoint, failures)
+
+    async def _listen_again(
+        self, key: _Key, endpoint: _Endpoint, failures: dict[_Key, str]
+    ) -> None:
+        config = endpoint.active.config
+        try:
+            again = await self._open_endpoint(endpoint.active, endpoint.budget)
+        except HybridkexError as error:
+            if failures.get(key) != str(error):  # once, not every time
+                LOG.error(  # noqa: TRY400
+                    "%s: its socket was removed or replaced and cannot be opened again: %s; it "
+                    "accepts no connections; retrying",
+                    *(config.name, error),
+                )
+            failures[key] = str(error)
+            return
+        failures.pop(key, None)
+        LOG.warning(
+            "%s: the socket %s was removed or replaced; it has been created again",
+            *(config.name, config.local),
+        )
+        self._endpoints[key] = again
+        endpoint.scope.cancel()
+        self._accepting.start_soon(self._accept, again)
 
     async def _open_endpoint(self, active: _ActiveConfig, budget: Budget) -> _Endpoint:
         """Listen where a configuration says, with all that accepting takes.
@@ -284,7 +321,7 @@ class TunnelServer:
             ConfigError: that cannot be done.
         """
         config = active.config
-        listening = await listen(config.local, mode=config.socket_mode)
+        listening = await self._listening(config)
         try:
             return _Endpoint(listening, active, budget, self._accepted)
         except OSError as error:
@@ -318,6 +355,8 @@ class TunnelServer:
     async def _accept(self, endpoint: _Endpoint) -> None:
         with endpoint.scope:
             try:
+                if self._go is not None:
+                    await self._go.wait()
                 await endpoint.supervisor.serve(
                     endpoint.listening.listeners, connections=self._connections
                 )

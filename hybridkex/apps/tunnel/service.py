@@ -11,8 +11,8 @@ import trio
 from hybridkex import HybridkexError
 from hybridkex.apps.systemd import notify, notify_reloading
 from hybridkex.apps.tunnel.config import TunnelConfig, check_together
-from hybridkex.apps.tunnel.metrics import TunnelMetrics
 from hybridkex.apps.tunnel.server import TunnelServer
+from hybridkex.apps.tunnel.workers import WorkerPool
 from hybridkex.errors import ConfigError
 from hybridkex.machine import leaves
 from hybridkex.net.address import TcpAddress
@@ -20,6 +20,8 @@ from hybridkex.net.event_loop import in_thread
 from hybridkex.text import get_logger
 
 LOG: Final = get_logger("hybridkex.tunnel")
+
+MOST_WORKERS: Final = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,9 @@ class TunnelSettings:
         metrics: the address to serve Prometheus metrics on; ``None`` for none.
         grace: seconds for open connections after SIGTERM.
         log_level: ``debug``, ``info``, ``warning`` or ``error``.
+        workers: processes that serve the tunnels; with 1, the process itself does.
+        recipe: makes the same settings in another process, for more than one worker; it can be
+            pickled.
 
     Raises:
         ConfigError: a value is invalid, or two tunnels conflict.
@@ -40,11 +45,25 @@ class TunnelSettings:
     metrics: TcpAddress | None = None
     grace: float = 30.0
     log_level: str = "info"
+    workers: int = 1
+    recipe: "Callable[[], TunnelSettings] | None" = None
 
     def __post_init__(self) -> None:
         check_together(self.tunnels)
         if not 0 <= self.grace < math.inf:
             raise ConfigError("grace must be a number of seconds, 0 or more")
+        if not 1 <= self.workers <= MOST_WORKERS:
+            raise ConfigError(f"workers must be 1 to {MOST_WORKERS}")
+        for tunnel in self.tunnels:
+            if tunnel.max_connections < self.workers:
+                raise ConfigError(
+                    f"{tunnel.name}: max_connections is shared by {self.workers} workers, and must "
+                    "be at least as many"
+                )
+            if self.workers > 1 and tunnel.sole:
+                raise ConfigError(
+                    f"{tunnel.name}: {tunnel.sole} is used by one process only: set workers to 1"
+                )
 
 
 class TunnelService:
@@ -56,7 +75,7 @@ class TunnelService:
     Args:
         load: reads the settings; called again for each SIGHUP, in a thread.
         settings: the initial settings.
-        metrics: the tunnels' metrics.
+        server: runs the tunnels, in this process or in workers.
         on_end: called with the number of a signal that ends it.
     """
 
@@ -64,14 +83,14 @@ class TunnelService:
         self,
         load: Callable[[], TunnelSettings],
         settings: TunnelSettings,
-        metrics: TunnelMetrics,
+        server: TunnelServer | WorkerPool,
         *,
         on_end: Callable[[int], object] = lambda _: None,
     ) -> None:
         self._on_end = on_end
         self._load = load
         self._settings = settings
-        self._server = TunnelServer(metrics)
+        self._server = server
         self._wanted = trio.Event()
         """Requests a reload."""
         self._reloading = trio.CancelScope()
@@ -91,7 +110,7 @@ class TunnelService:
                 nursery.start_soon(self._obey, received)
 
     async def _serve(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
-        await self._server.run(self._settings.tunnels, task_status=task_status)
+        await self._server.serve(self._settings, task_status=task_status)
         scope.cancel()
 
     async def _obey(self, received: AsyncIterator[int]) -> None:
@@ -119,7 +138,7 @@ class TunnelService:
         notify_reloading()
         try:
             settings = await in_thread(self._load, abandon=True)
-            await self._server.apply(settings.tunnels)
+            await self._server.apply_settings(settings)
         except Exception as error:
             # No fault of a file may end a running service.
             reason = next(leaves(error))
@@ -128,6 +147,8 @@ class TunnelService:
         else:
             if settings.metrics != self._settings.metrics:
                 LOG.warning("a new metrics address needs a restart")
+            if (settings.workers > 1) != (self._settings.workers > 1):
+                LOG.warning("the change between one and several workers needs a restart")
             LOG.setLevel(settings.log_level.upper())
             self._settings = settings
             LOG.info("reloaded")

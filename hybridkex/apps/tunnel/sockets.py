@@ -10,6 +10,7 @@ from typing import Final
 import trio
 
 from hybridkex.apps.tcp import no_connection
+from hybridkex.apps.tunnel.config import TunnelConfig
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import Address, UnixAddress
 from hybridkex.net.listening import open_tcp_listeners
@@ -30,12 +31,20 @@ class Listening:
 
     A Unix socket has a name in the file system, which others can remove or replace: we change or
     remove the name only while it refers to our socket.
+
+    Args:
+        address: what they listen on.
+        listeners: the sockets.
+        owned: whether the name is ours; otherwise another process looks after it.
     """
 
-    def __init__(self, address: Address, listeners: list[trio.SocketListener]) -> None:
+    def __init__(
+        self, address: Address, listeners: list[trio.SocketListener], *, owned: bool = True
+    ) -> None:
         self.address: Final = address
         self.listeners: Final = listeners
-        self._inode = _inode(address.path) if isinstance(address, UnixAddress) else None
+        self._named = owned and isinstance(address, UnixAddress)
+        self._inode = _inode(address.path) if owned and isinstance(address, UnixAddress) else None
 
     @property
     def port(self) -> int | None:
@@ -58,7 +67,7 @@ class Listening:
         Raises:
             ConfigError: the file system refuses.
         """
-        if not isinstance(self.address, UnixAddress):
+        if not self._named or not isinstance(self.address, UnixAddress):
             return None
         try:
             before = stat.S_IMODE(os.stat(self.address.path).st_mode)
@@ -72,7 +81,7 @@ class Listening:
 
     def unlink(self) -> None:
         """Remove the name of a Unix socket."""
-        if isinstance(self.address, UnixAddress) and self.reachable:
+        if self._named and isinstance(self.address, UnixAddress) and self.reachable:
             with contextlib.suppress(OSError):
                 os.unlink(self.address.path)
 
@@ -89,6 +98,11 @@ def _inode(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+async def listen_for(config: TunnelConfig) -> Listening:
+    """Listen where a tunnel does. Raises as :func:`listen`."""
+    return await listen(config.local, mode=config.socket_mode)
 
 
 async def listen(address: Address, *, mode: int) -> Listening:

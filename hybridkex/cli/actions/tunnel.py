@@ -3,14 +3,25 @@
 ``docs/tunnel.md`` describes the configuration file and each step.
 """
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Awaitable, Callable, Iterable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import trio
+from prometheus_client import CollectorRegistry
 
-from hybridkex.apps.tunnel import TunnelConfig, TunnelMetrics, TunnelService, TunnelSettings
+import hybridkex
+from hybridkex.apps.tunnel import (
+    TunnelConfig,
+    TunnelMetrics,
+    TunnelServer,
+    TunnelService,
+    TunnelSettings,
+    WorkerPool,
+)
 from hybridkex.apps.tunnel.config import ConfigFactory
 from hybridkex.cli.arguments import add_options, from_namespace
 from hybridkex.cli.channel import client_config, server_config
@@ -80,17 +91,24 @@ def _tunnel(
         socket_mode=mode,
         json=options.channel.json,
         port_file=options.port_file,
+        sole=None if options.channel.qkd.key_pool is None else "its key pool",
         **more,
     )
 
 
-def _settings(process: ProcessOptions, tunnels: Iterable[TunnelConfig]) -> TunnelSettings:
+def _settings(
+    process: ProcessOptions,
+    tunnels: Iterable[TunnelConfig],
+    recipe: Callable[[], TunnelSettings],
+) -> TunnelSettings:
     metrics = process.metrics
     return TunnelSettings(
         tunnels=tuple(tunnels),
         metrics=parse_tcp_address(metrics) if metrics is not None else None,
         grace=process.grace,
         log_level=process.log_level,
+        workers=process.workers,
+        recipe=recipe,
     )
 
 
@@ -108,6 +126,7 @@ def load_file(path: Path) -> TunnelSettings:
 
 
 def _from_tables(tables: dict[str, Any], base: Path) -> TunnelSettings:
+    recipe = partial(_from_tables, deepcopy(tables), base)
     found: list[TunnelConfig] = []
     for kind, options, make in _KINDS:
         items = tables.pop(kind, [])
@@ -119,7 +138,7 @@ def _from_tables(tables: dict[str, Any], base: Path) -> TunnelSettings:
                 found.append(make(_read(options, item, where, base)))
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
-    return _settings(_read(ProcessOptions, tables, "the file", base), found)
+    return _settings(_read(ProcessOptions, tables, "the file", base), found, recipe)
 
 
 _KINDS: Final[tuple[tuple[str, type, Callable[[Any], TunnelConfig]], ...]] = (
@@ -139,12 +158,22 @@ def _read(options: type[T], table: dict[str, Any], where: str, base: Path) -> T:
 
 def listen(options: OneListener) -> int:
     """Run one end until SIGTERM or SIGINT."""
-    return _run(lambda: _settings(options.process, [_listen_tunnel(options.tunnel)]))
+    return _run(partial(_one_listener, options))
+
+
+def _one_listener(options: OneListener) -> TunnelSettings:
+    recipe = partial(_one_listener, options)
+    return _settings(options.process, [_listen_tunnel(options.tunnel)], recipe)
 
 
 def connect(options: OneConnector) -> int:
     """Run the other end."""
-    return _run(lambda: _settings(options.process, [_connect_tunnel(options.tunnel)]))
+    return _run(partial(_one_connector, options))
+
+
+def _one_connector(options: OneConnector) -> TunnelSettings:
+    recipe = partial(_one_connector, options)
+    return _settings(options.process, [_connect_tunnel(options.tunnel)], recipe)
 
 
 def run_file(options: FileOptions) -> int:
@@ -175,19 +204,51 @@ async def _check(settings: TunnelSettings) -> None:
 async def _serve(
     load: Callable[[], TunnelSettings], settings: TunnelSettings, request: EndRequest
 ) -> None:
-    metrics = TunnelMetrics()
+    server, metrics = _server(settings)
     async with trio.open_nursery() as nursery:
         if settings.metrics is not None:
             await nursery.start(_serve_metrics, metrics, settings.metrics)
-        await TunnelService(load, settings, metrics, on_end=request.note).run()
+        await TunnelService(load, settings, server, on_end=request.note).run()
         nursery.cancel_scope.cancel()
 
 
+def _server(
+    settings: TunnelSettings,
+) -> tuple[TunnelServer | WorkerPool, Callable[[], Awaitable[CollectorRegistry]]]:
+    """What runs the tunnels, and what gives its metrics."""
+    if settings.workers > 1:
+        pool = WorkerPool(_WORKER)
+        return pool, pool.metrics
+    metrics = TunnelMetrics()
+
+    async def own() -> CollectorRegistry:
+        return metrics.registry
+
+    return TunnelServer(metrics), own
+
+
+_WORKER: Final = (
+    *(sys.executable, "-P", "-c"),
+    # Signals are for the service, which tells its workers.
+    "import signal, sys\n"
+    "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):\n"
+    "    signal.signal(number, signal.SIG_IGN)\n"
+    # Behind all other folders, and never the current one, in which somebody may have put modules.
+    f"sys.path.append({str(Path(hybridkex.__file__).parents[1])!r})\n"
+    "from hybridkex.cli.actions.tunnel_worker import main\n"
+    "sys.exit(main())",
+)
+"""The command that starts a worker."""
+
+
 async def _serve_metrics(
-    metrics: TunnelMetrics, address: TcpAddress, *, task_status: trio.TaskStatus[None]
+    metrics: Callable[[], Awaitable[CollectorRegistry]],
+    address: TcpAddress,
+    *,
+    task_status: trio.TaskStatus[None],
 ) -> None:
     async def page(request: Request) -> Response:
-        return metrics_page(metrics.registry, request)
+        return metrics_page(await metrics(), request)
 
     try:
         listeners = await open_tcp_listeners(address.port, host=address.host)

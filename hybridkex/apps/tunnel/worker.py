@@ -1,0 +1,169 @@
+"""One worker of a tunnel service: serves the listening sockets that the service has opened.
+
+It obeys the service alone, over the control socket by which it was started, and ends with it.
+"""
+
+import json
+import math
+import pickle
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from hybridkex.apps.tunnel.config import TunnelConfig
+from hybridkex.apps.tunnel.metrics import TunnelMetrics
+from hybridkex.apps.tunnel.server import TunnelServer
+from hybridkex.apps.tunnel.sockets import Listening
+from hybridkex.errors import HybridkexError
+from hybridkex.machine import leaves, refusal
+
+if TYPE_CHECKING:
+    from hybridkex.apps.tunnel.service import TunnelSettings
+
+MOST_LINE: Final = 1 << 24
+"""Bytes of one message."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a worker is started with.
+
+    Args:
+        recipe: makes the settings of the service.
+        listening: the descriptors of the listening sockets, by the names of the tunnels.
+        workers: how many workers share the limits.
+    """
+
+    recipe: "Callable[[], TunnelSettings]"
+    listening: Mapping[str, tuple[int, ...]]
+    workers: int
+
+    def encoded(self) -> bytes:
+        """For the control socket."""
+        data = pickle.dumps(self)
+        return len(data).to_bytes(4, "big") + data
+
+
+def read_orders(control: socket.socket) -> Orders:
+    """The orders, from a control socket that blocks.
+
+    They come from the process that has started this one, and from nobody else.
+
+    Raises:
+        EOFError: the service has ended.
+    """
+    size = int.from_bytes(_exactly(control, 4), "big")
+    found = pickle.loads(_exactly(control, size))
+    assert isinstance(found, Orders)
+    return found
+
+
+def _exactly(control: socket.socket, size: int) -> bytes:
+    data = control.recv(size, socket.MSG_WAITALL)
+    if len(data) < size:
+        raise EOFError
+    return data
+
+
+async def run_worker(control: socket.socket, orders: Orders, settings: "TunnelSettings") -> None:
+    """Serve until the service says otherwise, or is gone."""
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(control))
+    await _Worker(stream, orders).run(settings)
+
+
+class _Worker:
+    def __init__(self, stream: trio.SocketStream, orders: Orders) -> None:
+        self._stream = stream
+        self._orders = orders
+        self._saying = trio.Lock()
+        self._metrics = TunnelMetrics()
+        self._go = trio.Event()
+        self._server = TunnelServer(self._metrics, self._adopt, self._go)
+
+    async def run(self, settings: "TunnelSettings") -> None:
+        share = [
+            replace(
+                one, max_connections=one.max_connections // self._orders.workers, port_file=None
+            )
+            for one in settings.tunnels
+        ]
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._serve, share, nursery.cancel_scope)
+                nursery.start_soon(self._obey)
+                await self._say(ready=True)
+        except Exception as error:
+            reason = next(leaves(error))
+            said = str(reason) if isinstance(reason, HybridkexError) else refusal(reason)
+            await self._say(error=said or repr(reason))
+            if said is None:
+                raise
+        await self._say(metrics=samples(self._metrics))
+
+    async def _serve(
+        self,
+        tunnels: list[TunnelConfig],
+        scope: trio.CancelScope,
+        *,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        await self._server.run(tunnels, task_status=task_status)
+        scope.cancel()
+
+    async def _adopt(self, config: TunnelConfig) -> Listening:
+        listeners = [
+            trio.SocketListener(trio.socket.from_stdlib_socket(socket.socket(fileno=descriptor)))
+            for descriptor in self._orders.listening[config.name]
+        ]
+        return Listening(config.local, listeners, owned=False)
+
+    async def _say(self, **fields: object) -> None:
+        with suppress(trio.BrokenResourceError):
+            async with self._saying:
+                await self._stream.send_all(json.dumps(fields).encode() + b"\n")
+
+    async def _obey(self) -> None:
+        async for message in messages(self._stream):
+            if "close" in message:
+                grace = message["close"]
+                self._server.close(math.inf if grace is None else grace)
+            if "go" in message or "close" in message:
+                self._go.set()
+            if "metrics" in message:
+                await self._say(metrics=samples(self._metrics))
+        self._server.close(0)  # The service is gone.
+        self._go.set()
+
+
+async def messages(stream: trio.SocketStream) -> Any:
+    """The messages from a control socket, until it ends."""
+    held = bytearray()
+    while True:
+        try:
+            data = await stream.receive_some(1 << 16)
+        except trio.BrokenResourceError:
+            return
+        if not data or len(held) > MOST_LINE:
+            return
+        held += data
+        *lines, rest = held.split(b"\n")
+        held = bytearray(rest)
+        for line in lines:
+            yield json.loads(line)
+
+
+def samples(metrics: TunnelMetrics) -> list[Any]:
+    """All metrics as name, help, type, and samples of name, labels and value."""
+    return [
+        [
+            family.name,
+            family.documentation,
+            family.type,
+            [[one.name, one.labels, one.value] for one in family.samples],
+        ]
+        for family in metrics.registry.collect()
+    ]

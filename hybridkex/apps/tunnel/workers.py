@@ -1,0 +1,444 @@
+"""Workers of a tunnel service: several processes that serve the same listening sockets.
+
+The service opens the listening sockets and gives them to its workers, so that whichever worker is
+free takes the next connection, and none is lost when a worker ends. Workers are started anew for
+each configuration: when all of them are ready, those of the old one accept no more connections and
+end with their last. A worker that ends by itself is replaced. All end with the service, however it
+ends: their control sockets do.
+"""
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import trio
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import Metric
+
+from hybridkex.apps.port_file import check_port_file, write_port
+from hybridkex.apps.tunnel.config import TunnelConfig, check_together
+from hybridkex.apps.tunnel.sockets import Listening, listen_for
+from hybridkex.apps.tunnel.worker import Orders, messages
+from hybridkex.errors import ConfigError, HybridkexError
+from hybridkex.net.address import Address, TcpAddress
+from hybridkex.text import get_logger
+
+if TYPE_CHECKING:
+    from hybridkex.apps.tunnel.service import TunnelSettings
+
+LOG: Final = get_logger("hybridkex.tunnel")
+
+READY_SECONDS: Final = 60.0
+"""For a worker to start, with its key sources."""
+AGAIN_SECONDS: Final = 1.0
+"""Before a worker that ended is replaced."""
+MOST_AGAIN_SECONDS: Final = 30.0
+"""The same, where one after the other ends."""
+SURE_SECONDS: Final = 5.0
+"""After the grace, until a worker that has not ended is killed."""
+SCRAPE_SECONDS: Final = 2.0
+"""For a worker to tell its metrics."""
+LOOK_EVERY: Final = 1.0
+"""Seconds between two checks of the names of Unix sockets."""
+
+_Key: TypeAlias = tuple[Address, str]
+_Sample: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]
+
+
+class _Worker:
+    """A worker process, as the service sees it."""
+
+    def __init__(self, process: trio.Process, stream: trio.SocketStream) -> None:
+        self.process: Final = process
+        self.pid: Final = process.pid
+        self._stream = stream
+        self._saying = trio.Lock()
+        self._told = trio.Event()
+        self.ready = trio.Event()
+        """Set when it is ready, or will never be."""
+        self.error: str | None = "it ended"
+        """Why it is not ready."""
+        self.retired = False
+        """Whether it has been told to end."""
+        self.stopped = False
+        """Whether it has been killed."""
+        self.metrics: list[Any] = []
+        """The last that it has told."""
+
+    async def listen(self) -> None:
+        """Take in its messages, until it has ended."""
+        async for message in messages(self._stream):
+            if "ready" in message:
+                self.error = None
+                self.ready.set()
+            elif "error" in message:
+                self.error = message["error"]
+            elif "metrics" in message:
+                self.metrics = message["metrics"]
+                self._told.set()
+        self._told.set()
+        await self.process.wait()
+        self.ready.set()
+        await self._stream.aclose()
+
+    async def say(self, **fields: object) -> None:
+        """Tell it something; it may be gone."""
+        gone = (trio.BrokenResourceError, trio.ClosedResourceError)
+        with contextlib.suppress(*gone):
+            async with self._saying:
+                await self._stream.send_all(json.dumps(fields).encode() + b"\n")
+
+    def stop(self) -> None:
+        """End it now."""
+        self.retired = self.stopped = True
+        self.process.kill()
+
+    async def tell_metrics(self) -> None:
+        """Bring :attr:`metrics` up to date."""
+        if self._told.is_set():
+            self._told = trio.Event()
+        with trio.move_on_after(SCRAPE_SECONDS):
+            await self.say(metrics=True)
+            await self._told.wait()
+
+
+class WorkerPool:
+    """Runs tunnels in several processes until closed, as :class:`TunnelServer` does in one.
+
+    Args:
+        command: starts a worker, with the number of its control socket as one more argument.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = tuple(command)
+        self._settings: TunnelSettings
+        self._listening: dict[_Key, Listening] = {}
+        self._workers: set[_Worker] = set()
+        self._current: set[_Worker] = set()
+        self._gone: dict[_Sample, float] = {}
+        """What the counters of workers that have ended had come to."""
+        self._changing = trio.Lock()
+        self._closing = trio.Event()
+        self._grace = 0.0
+        self._running: trio.Nursery
+        self._replacing: trio.Nursery
+
+    async def serve(
+        self,
+        settings: "TunnelSettings",
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until :meth:`close`; reports as started once all workers do.
+
+        Raises:
+            ConfigError: the configuration cannot be used.
+        """
+        try:
+            async with trio.open_nursery() as self._running:
+                async with trio.open_nursery() as self._replacing:
+                    await self.apply_settings(settings)
+                    self._replacing.start_soon(self._keep_names)
+                    task_status.started()
+                    await self._closing.wait()
+                    self._replacing.cancel_scope.cancel()
+                for listening in self._listening.values():
+                    await listening.aclose()
+                await self._end()
+        finally:
+            for worker in self._workers:
+                worker.stop()
+            for listening in self._listening.values():
+                with trio.CancelScope(shield=True):
+                    await listening.aclose()
+
+    async def _end(self) -> None:
+        """Wait for all workers, and kill those that do not end in time."""
+        while self._workers:
+            grace, self._closing = self._grace, trio.Event()
+            there = list(self._workers)
+            for worker in there:
+                worker.retired = True
+            for worker in there:
+                await worker.say(close=grace)
+            with trio.move_on_after(grace + SURE_SECONDS) as scope:
+                while self._workers and not self._closing.is_set():  # noqa: ASYNC110
+                    await trio.sleep(0.02)
+            if scope.cancelled_caught:
+                for worker in self._workers:
+                    worker.stop()
+
+    def close(self, grace: float) -> None:
+        """Begin an orderly shutdown: no new connections, and ``grace`` seconds for open ones.
+        Another call can shorten this."""
+        self._grace = grace
+        self._closing.set()
+
+    def where(self, name: str) -> Address:
+        """The address of a tunnel, with its actual port."""
+        config = next(one for one in self._settings.tunnels if one.name == name)
+        listening = self._listening[config.endpoint]
+        if isinstance(listening.address, TcpAddress) and listening.port is not None:
+            return TcpAddress(listening.address.host, listening.port)
+        return listening.address
+
+    async def apply_settings(self, settings: "TunnelSettings") -> None:
+        """Apply a new configuration, completely or not at all.
+
+        Raises:
+            ConfigError: it cannot be used; nothing has changed.
+        """
+        check_together(settings.tunnels)
+        async with self._changing:
+            await self._apply(settings)
+
+    async def _apply(self, settings: "TunnelSettings") -> None:
+        async with contextlib.AsyncExitStack() as undo:
+            listening: dict[_Key, Listening] = {}
+            opened = set()
+            for config in settings.tunnels:
+                found = self._listening.get(config.endpoint)
+                if found is not None and found.reachable:
+                    mode = found.set_mode(config.socket_mode)
+                    if mode is not None:
+                        undo.callback(_set_mode_again, found, mode)
+                else:
+                    found = await listen_for(config)
+                    undo.push_async_callback(_close, found)
+                    opened.add(config.endpoint)
+                listening[config.endpoint] = found
+            fresh = await self._start_ready(settings.workers, settings, listening)
+            for worker in fresh:
+                undo.callback(worker.stop)
+            _write_ports(settings.tunnels, listening)
+            undo.pop_all()
+        # Nothing below can fail.
+        with trio.CancelScope(shield=True):
+            before, self._current = self._current, fresh
+            closed = [
+                one for key, one in self._listening.items() if key not in listening or key in opened
+            ]
+            self._listening, self._settings = listening, settings
+            for worker in before:
+                worker.retired = True
+            for worker in fresh:
+                await worker.say(go=True)
+            for worker in before:
+                await worker.say(close=None)
+            for one in closed:
+                await one.aclose()
+
+    async def _start_ready(
+        self, number: int, settings: "TunnelSettings", listening: dict[_Key, Listening]
+    ) -> set[_Worker]:
+        """Start so many workers, and wait until all are ready.
+
+        Raises:
+            ConfigError: one of them is not; none is left.
+        """
+        found: set[_Worker] = set()
+        try:
+            for _ in range(number):
+                found.add(await self._start(settings, listening))
+            with trio.move_on_after(READY_SECONDS):
+                for worker in found:
+                    await worker.ready.wait()
+            _check_ready(found)
+        except BaseException:
+            for worker in found:
+                worker.stop()
+            raise
+        return found
+
+    async def _start(self, settings: "TunnelSettings", listening: dict[_Key, Listening]) -> _Worker:
+        """Start a worker; it is ready later."""
+        descriptors = {
+            config.name: tuple(one.socket.fileno() for one in listening[config.endpoint].listeners)
+            for config in settings.tunnels
+        }
+        assert settings.recipe is not None
+        orders = Orders(settings.recipe, descriptors, settings.workers)
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise ConfigError(f"cannot start a worker: {error.strerror}") from error
+        with theirs:
+            try:
+                process = await trio.lowlevel.open_process(
+                    [*self._command, str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(
+                        theirs.fileno(),
+                        *(one for each in descriptors.values() for one in each),
+                    ),
+                )
+            except OSError as error:
+                ours.close()
+                raise ConfigError(f"cannot start a worker: {error.strerror}") from error
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        worker = _Worker(process, stream)
+        self._workers.add(worker)
+        self._running.start_soon(self._watch, worker)
+        with contextlib.suppress(trio.BrokenResourceError):
+            await stream.send_all(orders.encoded())
+        return worker
+
+    async def _watch(self, worker: _Worker) -> None:
+        """Until a worker has ended; then start another, if it is missed."""
+        began = trio.current_time()
+        try:
+            await worker.listen()
+        finally:
+            self._workers.discard(worker)
+            self._keep_counters(worker)
+        if worker not in self._current or worker.retired or self._closing.is_set():
+            if worker.retired and not worker.stopped and worker.process.returncode:
+                LOG.error("worker %d ended (%s)", worker.pid, _how(worker.process.returncode))
+            return
+        self._current.discard(worker)
+        LOG.error(
+            "worker %d ended (%s): its connections are cut; another one starts",
+            *(worker.pid, _how(worker.process.returncode)),
+        )
+        self._replacing.start_soon(self._replace, trio.current_time() - began)
+
+    async def _replace(self, lived: float) -> None:
+        wait = AGAIN_SECONDS if lived > MOST_AGAIN_SECONDS else 2 * AGAIN_SECONDS
+        while True:
+            await trio.sleep(wait)
+            async with self._changing:
+                if len(self._current) >= self._settings.workers:
+                    return  # There is a new configuration, with all its workers.
+                try:
+                    fresh = await self._start_ready(1, self._settings, self._listening)
+                except HybridkexError as error:
+                    LOG.error("no worker could be started: %s; retrying", error)  # noqa: TRY400
+                else:
+                    self._current |= fresh
+                    for worker in fresh:
+                        await worker.say(go=True)
+                    return
+            wait = min(2 * wait, MOST_AGAIN_SECONDS)
+
+    async def _keep_names(self) -> None:
+        """Listen again whenever the name of a Unix socket is removed or replaced."""
+        failure = ""
+        while True:
+            await trio.sleep(LOOK_EVERY)
+            gone = [
+                config
+                for config in self._settings.tunnels
+                if not self._listening[config.endpoint].reachable
+            ]
+            if not gone:
+                failure = ""
+                continue
+            try:
+                await self.apply_settings(self._settings)
+            except HybridkexError as error:
+                if failure != str(error):  # once, not every time
+                    LOG.error(  # noqa: TRY400
+                        "%s: its socket was removed or replaced and cannot be opened again: %s; it "
+                        "accepts no connections; retrying",
+                        *(gone[0].name, error),
+                    )
+                failure = str(error)
+                continue
+            for config in gone:
+                LOG.warning(
+                    "%s: the socket %s was removed or replaced; it has been created again",
+                    *(config.name, config.local),
+                )
+
+    # -- metrics
+
+    async def metrics(self) -> CollectorRegistry:
+        """The sums of all workers' metrics, as they are now."""
+        async with trio.open_nursery() as nursery:
+            for worker in self._workers:
+                nursery.start_soon(worker.tell_metrics)
+        registry = CollectorRegistry()
+        registry.register(_Sums([worker.metrics for worker in self._workers], self._gone))
+        return registry
+
+    def _keep_counters(self, worker: _Worker) -> None:
+        for _, _, kind, found in worker.metrics:
+            for name, labels, value in found:
+                if kind == "counter":
+                    key = name, tuple(sorted(labels.items()))
+                    self._gone[key] = _joined(name, self._gone.get(key), value)
+
+
+class _Sums:
+    """A collector of prometheus_client: the same metrics of several processes, added up."""
+
+    def __init__(self, found: list[list[Any]], gone: dict[_Sample, float]) -> None:
+        self._found = found
+        self._gone = gone
+
+    def collect(self) -> list[Metric]:
+        """One family for each name."""
+        families: dict[str, Metric] = {}
+        sums: dict[str, dict[_Sample, float]] = {}
+        for name, text, kind, there in (family for worker in self._found for family in worker):
+            families.setdefault(name, Metric(name, text, kind))
+            values = sums.setdefault(name, {})
+            if not values and kind == "counter":
+                mine = (f"{name}_total", f"{name}_created")
+                values.update({key: one for key, one in self._gone.items() if key[0] in mine})
+            for sample, labels, value in there:
+                key = sample, tuple(sorted(labels.items()))
+                values[key] = _joined(sample, values.get(key), value)
+        for name, family in families.items():
+            for (sample, labels), value in sums[name].items():
+                family.add_sample(sample, dict(labels), value)
+        return list(families.values())
+
+
+def _joined(name: str, one: float | None, other: float) -> float:
+    """The value of a sample that two processes have; the earlier time of two."""
+    if one is None:
+        return other
+    return min(one, other) if name.endswith("_created") else one + other
+
+
+def _write_ports(tunnels: Collection[TunnelConfig], listening: dict[_Key, Listening]) -> None:
+    found = []
+    for config in tunnels:
+        port = listening[config.endpoint].port
+        if config.port_file is not None and port is not None:
+            check_port_file(config.port_file)
+            found.append((config.port_file, port))
+    for path, port in found:
+        write_port(path, port)
+
+
+def _check_ready(workers: set[_Worker]) -> None:
+    for worker in workers:
+        if not worker.ready.is_set():
+            raise ConfigError(f"a worker was not ready within {READY_SECONDS:g} s")
+        if worker.error is not None:
+            raise ConfigError(worker.error)
+
+
+def _set_mode_again(listening: Listening, mode: int) -> None:
+    with contextlib.suppress(HybridkexError):
+        listening.set_mode(mode)
+
+
+async def _close(listening: Listening) -> None:
+    with trio.CancelScope(shield=True):
+        await listening.aclose()
+
+
+def _how(status: int | None) -> str:
+    if status is not None and status < 0:
+        try:
+            return signal.Signals(-status).name
+        except ValueError:
+            return f"signal {-status}"
+    return f"exit status {status}"

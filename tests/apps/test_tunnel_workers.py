@@ -1,0 +1,227 @@
+"""``hybridkex tunnel`` with several workers: they serve, end, reload and count as one process."""
+
+import os
+import random
+import signal
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import trio
+from apps_glue import Run
+from tunnel_glue import Tunnel, echo, exchange, receive_all, serving
+from waiting import trio_until
+
+from hybridkex import DevCa
+from hybridkex.auth.dev_ca import write_identity
+from hybridkex.cli import main
+
+
+@pytest.fixture
+def tunnel(run: Run, tmp_path: Path, keys: Path) -> Tunnel:
+    return Tunnel(run, tmp_path, keys)
+
+
+def workers(tunnel: Tunnel) -> list[int]:
+    """The processes that this one has started."""
+    found: list[int] = []
+    for thread in Path(f"/proc/{tunnel.process.pid}/task").iterdir():
+        with suppress(OSError):  # it has ended
+            found += map(int, (thread / "children").read_text().split())
+    return found
+
+
+def runs(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+def sums(tunnel: Tunnel, name: str) -> float:
+    found = tunnel.metrics()
+    return sum(value for key, value in found.items() if key.startswith(name + "{"))
+
+
+@pytest.mark.slow
+async def test_they_serve_reload_count_and_end_as_one(tunnel: Tunnel) -> None:
+    """Connections, metrics, a worker that dies, reloads, and the end."""
+    async with serving(echo) as target:
+        tunnel.write(target, top={"workers": 2})
+        await tunnel.start()
+        first = workers(tunnel)
+        assert len(first) == 2
+        living = [await tunnel.connect() for _ in range(6)]
+        for number, stream in enumerate(living):
+            await stream.send_all(b"%d" % number)
+            assert await stream.receive_some() == b"%d" % number
+        assert sums(tunnel, "hybridkex_tunnel_connections_open") == 12
+        assert sums(tunnel, "hybridkex_tunnel_handshakes_total") == 12
+
+        # One dies: its connections are cut, the others go on, and another one takes its place.
+        os.kill(first[0], signal.SIGKILL)
+        await trio_until(lambda: tunnel.says(rf"worker {first[0]} ended \(SIGKILL\)"))
+        left = []
+        for stream in living:
+            with suppress(trio.BrokenResourceError):
+                await stream.send_all(b"still")
+                if await stream.receive_some() == b"still":
+                    left.append(stream)
+        async with await tunnel.connect() as stream:
+            assert await exchange(stream, b"x") == b"x"
+        await trio_until(lambda: len(workers(tunnel)) == 2)
+        assert sums(tunnel, "hybridkex_tunnel_handshakes_total") >= 12
+
+        # A configuration that cannot be used changes nothing.
+        good = tunnel.file.read_text()
+        now = workers(tunnel)
+        for broken, reason in (
+            (good.replace("cert.pem", "none.pem"), "none.pem: No such file"),
+            (good + '[[connect]]\nname = "third"\nlocal = "192.0.2.1:9"\nremote = "a:1"\n', "192"),
+        ):
+            tunnel.file.write_text(broken)
+            await tunnel.reload("not reloaded, the old configuration stays")
+            assert reason in tunnel.log.read_text()
+            assert set(workers(tunnel)) >= set(now)
+            async with await tunnel.connect() as stream:
+                assert await exchange(stream, b"x") == b"x"
+        await trio_until(lambda: len(workers(tunnel)) == 2)
+
+        # A good one is for new connections; the old workers end with their last.
+        other = tunnel.folder / "other"
+        ca = DevCa.create()
+        write_identity(other, ca, ca.issue("localhost"))
+        tunnel._keys = other
+        tunnel.write(target, top={"workers": 3})
+        await tunnel.reload("reloaded")
+        fresh = set(workers(tunnel)) - set(now)
+        assert len(fresh) == 3
+        async with await tunnel.connect() as stream:
+            assert await exchange(stream, b"x") == b"x"
+        for stream in left:
+            assert await exchange(stream, b"goes on") == b"goes on"
+            await stream.aclose()
+        for stream in living:
+            await trio.aclose_forcefully(stream)
+        await trio_until(lambda: set(workers(tunnel)) == fresh)
+        assert sums(tunnel, "hybridkex_tunnel_connections_open") == 0
+
+        living = [await tunnel.connect() for _ in range(3)]
+        for stream in living:
+            await stream.send_all(b"x")
+            assert await stream.receive_some() == b"x"
+        tunnel.process.terminate()
+        data = random.randbytes(500_000)
+        for stream in living:
+            assert await exchange(stream, data) == data
+            await stream.aclose()
+        assert await tunnel.ended() == 0
+        assert not any(map(runs, fresh))
+
+
+async def test_they_end_with_the_service_however_it_ends(tunnel: Tunnel) -> None:
+    """kill -9, with a connection that is open, one that is silent, and a port that is free then."""
+    async with serving(echo) as target:
+        tunnel.write(target, top={"workers": 2})
+        await tunnel.start()
+        living, silent = await tunnel.connect(), await tunnel.connect()
+        await living.send_all(b"x")
+        assert await living.receive_some() == b"x"
+        there = workers(tunnel)
+        for pid in there:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                os.kill(pid, number)  # They are for the service alone.
+        await living.send_all(b"y")
+        assert await living.receive_some() == b"y"
+        tunnel.process.kill()
+        await trio_until(lambda: not any(map(runs, there)))
+        with pytest.raises(trio.BrokenResourceError):
+            await receive_all(living)
+        with suppress(trio.BrokenResourceError):
+            await receive_all(silent)
+        with socket.create_server(("127.0.0.1", tunnel.port)):
+            pass
+        for stream in (living, silent):
+            await trio.aclose_forcefully(stream)
+
+
+@pytest.mark.slow
+async def test_no_connection_is_refused_while_workers_change(tunnel: Tunnel) -> None:
+    """Reloads one after the other, of a service whose Unix socket is taken away in between."""
+    async with serving(echo) as target:
+        tunnel.write(target, top={"workers": 2, "grace": 0.3})
+        await tunnel.start()
+        done = 0
+
+        async def program(stop: trio.Event) -> None:
+            nonlocal done
+            while not stop.is_set():
+                async with await tunnel.connect() as stream:
+                    assert await exchange(stream, b"x") == b"x"
+                    done += 1
+
+        async with trio.open_nursery() as nursery:
+            stop = trio.Event()
+            for _ in range(3):
+                nursery.start_soon(program, stop)
+            for _ in range(3):
+                before = done
+                await tunnel.reload("reloaded")
+                await trio_until(lambda before=before: done > before + 3)
+            stop.set()
+        tunnel.middle.unlink()
+        await trio_until(lambda: tunnel.says("was removed or replaced; it has been created again"))
+        async with await tunnel.connect() as stream:
+            assert await exchange(stream, b"x") == b"x"
+        found = tunnel.metrics()
+        assert found['hybridkex_tunnel_connections_cut_total{tunnel="in"}'] == 0
+        assert found['hybridkex_tunnel_connections_total{tunnel="out"}'] == done + 1
+        living = await tunnel.connect()
+        await living.send_all(b"x")
+        assert await living.receive_some() == b"x"
+        tunnel.process.terminate()
+        with pytest.raises(trio.BrokenResourceError):
+            await receive_all(living)
+        await living.aclose()
+        assert await tunnel.ended() == 0
+        assert not tunnel.middle.exists()
+
+
+async def test_a_worker_that_cannot_start_ends_the_service(tunnel: Tunnel) -> None:
+    tunnel.write(1, top={"workers": 2}, listen={"cert": "none.pem"})
+    with tunnel.log.open("wb") as log:
+        process = tunnel._run.start("tunnel", "run", tunnel.file, stderr=log)
+    await trio_until(lambda: process.poll() is not None)
+    assert process.returncode == 1
+    lines = tunnel.log.read_text().splitlines()
+    assert "none.pem: No such file" in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+    assert not tunnel.middle.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"workers": 0}, "workers must be 1 to 256"),
+        ({"workers": 300}, "workers must be 1 to 256"),
+        ({"workers": "many"}, "workers: a whole number is needed"),
+        ({"workers": 3, "max-connections": 2}, "max_connections is shared by 3 workers"),
+        (
+            {"workers": 2, "key-pool": "keys", "sae": "a", "peer-sae": ["b"]},
+            "its key pool is used by one process only",
+        ),
+    ],
+)
+def test_what_workers_cannot_do(
+    tunnel: Tunnel,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, object],
+    complaint: str,
+) -> None:
+    number = change.pop("workers")
+    tunnel.write(1, top={"workers": number}, connect=change)
+    assert main(["tunnel", "run", str(tunnel.file), "--check"]) == 1
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert len(error.strip().splitlines()) == 1

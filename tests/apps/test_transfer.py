@@ -9,6 +9,7 @@ import gc
 import hashlib
 import io
 import itertools
+import math
 import os
 import pty
 import random
@@ -25,7 +26,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import SimpleNamespace
+from typing import Any, BinaryIO, cast
 
 import pytest
 import trio
@@ -66,6 +68,7 @@ from hybridkex.apps.transfer.frames import Frames
 from hybridkex.apps.transfer.handles import Handles
 from hybridkex.apps.transfer.messages import (
     DATA,
+    PROTOCOL,
     VERSION,
     WHOLE,
     Alive,
@@ -723,6 +726,96 @@ async def test_no_file_is_lost_with_a_connection_that_ends_while_it_is_listed(
     folder.close()
     assert (outcome.stored, outcome.connections, outcome.failed) == (40, 2, {})
     assert len(there(tmp_path / "in")) == 40
+
+
+class Frail(trio.abc.Stream):
+    """A connection without TLS that is cut after so many calls of one side, perhaps within a
+    message."""
+
+    def __init__(self, stream: trio.StapledStream[Any, Any], chance: random.Random, calls: float):
+        self._stream = stream
+        self._chance = chance
+        self._left = calls
+        self.session = SimpleNamespace(alpn=PROTOCOL)
+
+    async def _call(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            await self.aclose()
+            raise trio.BrokenResourceError("cut")
+        for _ in range(self._chance.randrange(3)):
+            await trio.lowlevel.checkpoint()
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._call()
+        try:
+            part = bytes(data)[: self._chance.randrange(len(data))] if not self._left else data
+            await self._stream.send_all(part)
+        except trio.ClosedResourceError:
+            raise trio.BrokenResourceError("cut") from None
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        await self._call()
+        try:
+            data = await self._stream.receive_some(self._chance.choice((1000, 1 << 16, 1 << 20)))
+        except trio.ClosedResourceError:
+            data = b""
+        if not data:
+            raise trio.BrokenResourceError("cut")
+        return data
+
+    async def aclose(self) -> None:
+        await trio.aclose_forcefully(self._stream)
+
+    abort = aclose
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_connections_that_are_cut_at_any_moment(tmp_path: Path, seed: int) -> None:
+    """Six of them, by either side, and the seventh holds: everything is there."""
+    chance = random.Random(seed)
+    for number in range(60):
+        (tmp_path / "t" / f"d{number % 7}").mkdir(parents=True, exist_ok=True)
+        size = chance.choice((0, 1, 500, 20_000, WHOLE, WHOLE + 1))
+        (tmp_path / "t" / f"d{number % 7}" / f"{number}").write_bytes(chance.randbytes(size))
+    folder = Folder(tmp_path / "in")
+    receiver = Receiver(folder)
+    connections = 0
+
+    async def connect() -> SecureStream[Any]:
+        nonlocal connections
+        connections += 1
+        ours, theirs = trio.testing.memory_stream_pair()
+        calls = [math.inf, math.inf if connections > 6 else chance.choice((2, 3, 5, 8, 13, 30))]
+        chance.shuffle(calls)
+        far: Any = Frail(theirs, chance, calls[0])
+        nursery.start_soon(receiver.serve, far)
+        near: Any = Frail(ours, chance, calls[1])
+        return cast("SecureStream[Any]", near)
+
+    outcome = None
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            while outcome is None:
+                with contextlib.suppress(ConnectionLost):  # cut before the first answer
+                    outcome = await send_items(
+                        collect([tmp_path / "t"], print),
+                        connect,
+                        NullProgress(),
+                        backoff=Backoff(first=0.0005, most=0.001),
+                    )
+            nursery.cancel_scope.cancel()
+    folder.close()
+    assert outcome.failed == {}
+    assert outcome.stored + outcome.already == 68
+    sent = {path.relative_to(tmp_path): path for path in (tmp_path / "t").rglob("*")}
+    assert there(tmp_path / "in") == {"t", *map(str, sent)}
+    for name, path in sent.items():
+        if path.is_file():
+            assert (tmp_path / "in" / name).read_bytes() == path.read_bytes()
 
 
 async def test_a_receiver_that_has_more_than_there_is(

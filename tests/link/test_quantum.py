@@ -3,15 +3,17 @@
 import numpy as np
 import pytest
 import trio
+import trio.testing
 from scipy.stats import chi2
 
-from hybridkex.errors import ConfigError
+from hybridkex.errors import ConfigError, LinkError
 from hybridkex.link.eavesdroppers import NoEve, eavesdropper
 from hybridkex.link.physics import Channel, Transmitter, gain_from_yields
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.pulses import send_pulses
 from hybridkex.link.quantum import Detections, OpticalLink, PulseRecord, Sent, sample
 from hybridkex.link.randomness import Randomness
+from hybridkex.link.remote import RemoteDetector
 
 LEVEL = 1e-4
 """Of the tests below: with their fixed seeds they pass or fail always."""
@@ -271,3 +273,19 @@ async def test_the_fibre_goes_on_where_it_was_and_repeats_with_its_seed() -> Non
     assert (runs[1][1].pulse == second.pulse).all()
     other = OpticalLink(chosen.channel, chosen.transmitter)
     assert ((await other.detect(100)).pulse != first.pulse).any()
+
+
+@pytest.mark.parametrize(
+    "pulse",
+    [
+        [5, 5, 6],
+        [5, 4, 6],
+        [-1, 2, 3],
+        [5, -(2**63) + 3, -(2**63) + 4],  # the distance of the first two overflows
+    ],
+)
+async def test_detections_that_are_not_in_order(pulse: list[int]) -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    await theirs.send_all(np.array(pulse, dtype="<i8").tobytes() + b"\0\0")
+    with pytest.raises(LinkError, match="malformed detections"):
+        await RemoteDetector(ours).detect(len(pulse))

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, LiteralString, TypeAlias, TypeVar
 
 from cryptography.exceptions import InvalidTag
 
@@ -31,6 +31,17 @@ from hybridkex.errors import (
 )
 from hybridkex.net.event_loop import checkpoint, in_thread
 from hybridkex.net.threads import NoThread
+from hybridkex.qkd.postgres_connection import (
+    WAIT_SECONDS,
+    BoundedConnection,
+    ConnectionPool,
+    PoolTimeout,
+    configure,
+    errors,
+    prepared,
+    psycopg,
+    reason,
+)
 from hybridkex.qkd.postgres_schema import SCHEMA_VERSION, SINCE, TABLES
 from hybridkex.qkd.store import (
     PAGE,
@@ -53,19 +64,6 @@ from hybridkex.qkd.store import (
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
 
-try:
-    import psycopg
-    from psycopg import errors
-    from psycopg.conninfo import conninfo_to_dict, make_conninfo
-    from psycopg_pool import ConnectionPool, PoolTimeout
-except ImportError as error:
-    raise ConfigError(
-        "a store in PostgreSQL needs psycopg: pip install 'hybridkex[postgres]'"
-    ) from error
-
-if TYPE_CHECKING:
-    from psycopg.abc import PQGen
-
 __all__ = ["MOVED", "PostgresKeyStore", "check_store"]
 
 LOG: Final = get_logger(__name__)
@@ -75,12 +73,6 @@ _Cursor: TypeAlias = "psycopg.Cursor[Any]"
 
 CONNECTIONS: Final = 8
 """Most connections of one process to the database."""
-WAIT_SECONDS: Final = 3.0
-"""For a connection of the pool, and for a new one."""
-STATEMENT_SECONDS: Final = 5.0
-"""For one statement, waiting for locks included."""
-SILENT_SECONDS: Final = STATEMENT_SECONDS + 1
-"""For the answer to a statement, of a server that may not even notice the limit."""
 HOLD_SECONDS: Final = 30.0
 """How long a reservation lasts if its process does not end it: longer than a request."""
 MOVED: Final = {
@@ -109,6 +101,17 @@ TRANSACTION_SECONDS: Final = 60.0
 """Longer than any transaction, each of whose few statements has its limit."""
 _IN_TURN: Final = "SELECT pg_advisory_xact_lock(hashtext('hybridkex key store'))"
 """Processes that change the tables or the record of the sealing keys take turns."""
+_OPENING: Final = (
+    "SELECT set_config('hybridkex.link', %s, true), generation,"
+    " extract(epoch FROM clock_timestamp())::float8 FROM hybridkex_meta"
+)
+"""The first statement of a transaction, which confines it to a link; what it must know."""
+_OPENING_LAZY: Final = (
+    "SELECT set_config('hybridkex.link', %s, true), generation,"
+    " extract(epoch FROM clock_timestamp())::float8, set_config('synchronous_commit', 'off', true)"
+    " FROM hybridkex_meta"
+)
+"""Likewise; the commit may be lost with the machine."""
 _ALL_LINKS: Final = "*"
 """The scope of the work of the clock, which is the same for all links."""
 
@@ -158,22 +161,22 @@ class PostgresKeyStore:
         self._marks = 0
         self._meta = place_of("meta", owner)
         try:
-            conninfo, self.where = _prepared(url.reveal().decode())
-            self._pool: ConnectionPool[_Connection] = ConnectionPool(
+            conninfo, self.where = prepared(url.reveal().decode())
+            self._pool: ConnectionPool[BoundedConnection] = ConnectionPool(
                 conninfo,
-                connection_class=_Connection,
+                connection_class=BoundedConnection,
                 min_size=1,
                 max_size=connections,
                 timeout=WAIT_SECONDS,
                 reconnect_timeout=0,  # the next call tries again
-                configure=_configure,
+                configure=configure,
                 open=False,
             )
         except (psycopg.Error, UnicodeDecodeError):
             raise ConfigError("the URL of the store is not one of PostgreSQL") from None
         try:
-            with _Connection.connect(conninfo) as connection:
-                _configure(connection)
+            with BoundedConnection.connect(conninfo) as connection:
+                configure(connection)
                 self.id, self.moved = self._prepare(connection, source)
                 [self._process] = _one(connection.execute("SELECT gen_random_uuid()::text"), 1)
         except psycopg.Error as error:
@@ -418,23 +421,38 @@ class PostgresKeyStore:
 
     # -- transactions
 
-    async def _run(self, link: str, work: Callable[[_Cursor], T], *, follow: bool = True) -> T:
+    async def _run(
+        self,
+        link: str,
+        work: Callable[[_Cursor], T],
+        *,
+        follow: bool = True,
+        durable: bool = True,
+    ) -> T:
         """Run a transaction that sees the rows of one link.
 
-        ``follow``: with the current sealing key, whichever process has changed it.
+        ``follow``: with the current sealing key, whichever process has changed it. ``durable``: it
+        is on the disk before this returns.
         """
+        opening = _OPENING if durable else _OPENING_LAZY
         try:
-            return await in_thread(self._transact, link, work, follow)
+            return await in_thread(self._transact, link, work, follow, opening)
         except NoThread as error:
             self._on_failure()
             raise KeySourceUnavailable(f"the key store failed: {error}") from error
 
-    def _transact(self, link: str, work: Callable[[_Cursor], T], follow: bool = True) -> T:
+    def _transact(
+        self,
+        link: str,
+        work: Callable[[_Cursor], T],
+        follow: bool = True,
+        opening: LiteralString = _OPENING,
+    ) -> T:
         try:
             try:
-                result = self._attempt(link, work, follow)
+                result = self._attempt(link, work, follow, opening)
             except _NotCommitted:
-                result = self._attempt(link, work, follow)
+                result = self._attempt(link, work, follow, opening)
         except (psycopg.Error, PoolTimeout, _NotCommitted, ConfigError) as error:
             cause = error.__cause__ if isinstance(error, _NotCommitted) else error
             self._on_failure()
@@ -448,7 +466,9 @@ class PostgresKeyStore:
             LOG.warning("the key store %s works again", self.where)
         return result
 
-    def _attempt(self, link: str, work: Callable[[_Cursor], T], follow: bool) -> T:
+    def _attempt(
+        self, link: str, work: Callable[[_Cursor], T], follow: bool, opening: LiteralString
+    ) -> T:
         worked = False
         try:
             with (
@@ -456,11 +476,7 @@ class PostgresKeyStore:
                 connection.transaction(),
                 connection.cursor() as cursor,
             ):
-                cursor.execute(
-                    "SELECT set_config('hybridkex.link', %s, true), generation,"
-                    " extract(epoch FROM clock_timestamp())::float8 FROM hybridkex_meta",
-                    (link,),
-                )
+                cursor.execute(opening, (link,))
                 _, generation, now = _one(cursor, 3)
                 self._ahead = now - time.time()
                 if follow and generation != self._generation:
@@ -525,8 +541,6 @@ class PostgresKeyStore:
         mark = f"{self._process} {self._marks}"
 
         def work(cursor: _Cursor) -> tuple[list[Material], list[str]]:
-            # A mark that is lost with the machine is of a process that is lost, too.
-            cursor.execute("SET LOCAL synchronous_commit = off")
             found: list[Material] = []
             damaged: list[str] = []
             for part in (half, 1 - half):
@@ -564,7 +578,8 @@ class PostgresKeyStore:
                 self._take_out(cursor, link, damaged)
             return found, damaged
 
-        found, damaged = await self._run(link, work)
+        # A mark that is lost with the machine is of a process that is lost, too.
+        found, damaged = await self._run(link, work, durable=False)
         if damaged:
             LOG.error("%s: %d damaged keys of %s are erased", self.where, len(damaged), link)
         self._held.update(((link, one.key_id), mark) for one in found)
@@ -578,7 +593,6 @@ class PostgresKeyStore:
             return
 
         def work(cursor: _Cursor) -> None:
-            cursor.execute("SET LOCAL synchronous_commit = off")
             cursor.execute(
                 "UPDATE material SET holder = NULL, held_until = NULL"
                 " FROM unnest(%s::text[], %s::text[]) AS old (key_id, holder)"
@@ -588,7 +602,7 @@ class PostgresKeyStore:
             )
 
         with suppress(KeySourceUnavailable):  # they end by themselves
-            await self._run(link, work)
+            await self._run(link, work, durable=False)
 
     async def count(self, link: str) -> int:
         return (await self._sizes(link))[0]
@@ -649,19 +663,18 @@ class PostgresKeyStore:
 
         def work(cursor: _Cursor) -> None:
             rows = cursor.execute(
-                "SELECT material.key_id FROM material"
-                " JOIN unnest(%s::text[], %s::text[]) AS mine (key_id, holder)"
-                " ON material.key_id = mine.key_id WHERE material.link = %s"
+                "DELETE FROM material USING unnest(%s::text[], %s::text[]) AS mine (key_id, holder)"
+                " WHERE material.link = %s AND material.key_id = mine.key_id"
                 " AND (material.holder IS NULL OR material.held_until < clock_timestamp()"
                 " OR material.holder = mine.holder)"
-                " ORDER BY material.key_id FOR UPDATE OF material",
+                " RETURNING material.key_id, material.sealed",
                 (blocks, marks, link),
-            )
-            ours = {key_id for (key_id,) in rows}
+            ).fetchall()
+            taken = dict(rows)
             for one in allotments:
-                if not ours.issuperset(one.blocks):
+                if not taken.keys() >= set(one.blocks):
                     raise KeyConsumed(f"a block of key {one.key_id} is gone")
-            keys = self._assemble(cursor, link, allotments)
+            keys = self._assemble(cursor, link, allotments, taken)
             check_whole(allotments, keys)
             self._grant(cursor, link, allotments, keys, master, slaves)
 
@@ -694,7 +707,12 @@ class PostgresKeyStore:
                 reserved={key_id for key_id, is_held in rows if is_held},
                 peer_half=peer_half,
             )
-            keys = self._assemble(cursor, link, allotments)
+            rows = cursor.execute(
+                "DELETE FROM material WHERE link = %s AND key_id = ANY(%s)"
+                " RETURNING key_id, sealed",
+                (link, blocks),
+            ).fetchall()
+            keys = self._assemble(cursor, link, allotments, dict(rows))
             for one, key in zip(allotments, keys, strict=True):
                 if key is None:
                     # Listed twice, or taken by another process in the meantime.
@@ -704,19 +722,18 @@ class PostgresKeyStore:
         await self._run(link, work)
 
     def _assemble(
-        self, cursor: _Cursor, link: str, allotments: Sequence[Allotment]
+        self,
+        cursor: _Cursor,
+        link: str,
+        allotments: Sequence[Allotment],
+        taken: dict[str, bytes],
     ) -> list[Secret | None]:
-        """Remove the blocks from the material, and record them as spent.
+        """The keys of blocks that were removed from the material; the blocks are recorded as spent.
 
         A key is ``None`` if one of its blocks is gone, or missing and needed.
         """
-        blocks = blocks_of(allotments)
-        rows = cursor.execute(
-            "DELETE FROM material WHERE link = %s AND key_id = ANY(%s) RETURNING key_id, sealed",
-            (link, blocks),
-        ).fetchall()
-        new = self._spend(cursor, link, blocks)
-        return assembled(allotments, seal=self._seal, link=link, taken=dict(rows), new=new)
+        new = self._spend(cursor, link, blocks_of(allotments))
+        return assembled(allotments, seal=self._seal, link=link, taken=taken, new=new)
 
     @staticmethod
     def _spend(cursor: _Cursor, link: str, key_ids: Iterable[str]) -> set[str]:
@@ -953,8 +970,8 @@ def check_store(url: Secret, keys: Seal, *, owner: str) -> None:
         ConfigError: why it cannot.
     """
     try:
-        conninfo, where = _prepared(url.reveal().decode())
-        with _Connection.connect(conninfo) as connection, connection.cursor() as cursor:
+        conninfo, where = prepared(url.reveal().decode())
+        with BoundedConnection.connect(conninfo) as connection, connection.cursor() as cursor:
             [found] = _one(cursor.execute("SELECT to_regclass('hybridkex_meta') IS NOT NULL"), 1)
             if not found:
                 return
@@ -971,68 +988,8 @@ def check_store(url: Secret, keys: Seal, *, owner: str) -> None:
         raise ConfigError(f"cannot use the key store: {_reason(error)}") from error
 
 
-class _Connection(psycopg.Connection[Any]):
-    """A connection that does not wait for ever for a server that neither answers nor fails."""
-
-    def wait(self, gen: "PQGen[T]", *arguments: Any, **named: Any) -> T:
-        try:
-            return super().wait(_bounded(gen), *arguments, **named)
-        except _Silent:
-            self.pgconn.finish()  # what it has sent may come at any time
-            raise
-
-
-class _Silent(errors.QueryCanceled):
-    """The server gave no answer in time."""
-
-
-def _bounded(gen: "PQGen[T]") -> "PQGen[T]":
-    """psycopg's steps of an exchange with the server, which end after some time.
-
-    psycopg resumes them ten times a second, whatever happens.
-    """
-    deadline = time.monotonic() + SILENT_SECONDS
-    try:
-        wanted = next(gen)
-        while True:
-            ready = yield wanted
-            if not ready and time.monotonic() > deadline:
-                raise _Silent(f"no answer within {SILENT_SECONDS:g} s")
-            wanted = gen.send(ready)
-    except StopIteration as end:
-        result: T = end.value
-        return result
-
-
 class _NotCommitted(Exception):
     """A transaction failed before its commit, so that it may be repeated."""
-
-
-def _prepared(url: str) -> tuple[str, str]:
-    """The connection string with our settings, and the name of the database for messages."""
-    given = conninfo_to_dict(url)
-    limits = f"-c statement_timeout={int(STATEMENT_SECONDS * 1000)}"
-    options = f"{given.get('options') or ''} {limits}".strip()
-    settings: dict[str, Any] = {
-        "connect_timeout": int(WAIT_SECONDS),
-        "tcp_user_timeout": int(STATEMENT_SECONDS * 2000),
-        "application_name": "hybridkex kme",
-        "client_encoding": "UTF8",
-    }
-    conninfo = make_conninfo(**settings | given | {"options": options})
-    where = f"{given.get('dbname') or 'the database'} at {given.get('host') or 'the local server'}"
-    return conninfo, where
-
-
-def _configure(connection: "psycopg.Connection[Any]") -> None:
-    """Durable commits, whatever the server's default is; stronger settings stay."""
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT set_config('synchronous_commit', 'on', false)"
-            " WHERE current_setting('synchronous_commit') IN ('off', 'local')"
-        )
-        cursor.execute("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED")
-    connection.commit()
 
 
 def _one(cursor: _Cursor, columns: int) -> tuple[Any, ...]:
@@ -1042,10 +999,6 @@ def _one(cursor: _Cursor, columns: int) -> tuple[Any, ...]:
 
 
 def _reason(error: BaseException | None) -> str:
-    """In one line, without what libpq appends about the statement."""
     if isinstance(error, InvalidTag):
         return "a key in it is damaged or altered"
-    if isinstance(error, PoolTimeout):
-        return f"no connection within {WAIT_SECONDS:g} s"
-    text = " ".join(str(error).split("\n")[0].split())
-    return text or type(error).__name__
+    return reason(error)

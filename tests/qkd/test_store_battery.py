@@ -404,9 +404,10 @@ async def test_a_server_that_is_silent_delays_a_call_for_a_bounded_time(
     postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine that hangs keeps its connections open, and no limit of the server's counts."""
+    from hybridkex.qkd import postgres_connection
     from hybridkex.qkd import postgres_store as module
 
-    monkeypatch.setattr(module, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(postgres_connection, "SILENT_SECONDS", 1.0)
     monkeypatch.setattr(module, "WAIT_SECONDS", 1.0)
     store = postgres_store(postgres, f"test_{next(SCHEMAS)}", connections=2)
     await store.add("a", keys(1, 2))

@@ -1,0 +1,111 @@
+"""psycopg, and connections to PostgreSQL whose waits end.
+
+Importing this raises ``ConfigError`` where psycopg is not installed.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from hybridkex.errors import ConfigError
+
+try:
+    import psycopg
+    from psycopg import errors
+    from psycopg.conninfo import conninfo_to_dict, make_conninfo
+    from psycopg_pool import ConnectionPool, PoolTimeout
+except ImportError as error:
+    raise ConfigError(
+        "a store in PostgreSQL needs psycopg: pip install 'hybridkex[postgres]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+
+__all__ = [
+    "WAIT_SECONDS",
+    "BoundedConnection",
+    "ConnectionPool",
+    "PoolTimeout",
+    "configure",
+    "errors",
+    "prepared",
+    "psycopg",
+    "reason",
+]
+
+T = TypeVar("T")
+
+WAIT_SECONDS: Final = 3.0
+"""For a connection of the pool, and for a new one."""
+STATEMENT_SECONDS: Final = 5.0
+"""For one statement, waiting for locks included."""
+SILENT_SECONDS: Final = STATEMENT_SECONDS + 1
+"""For the answer to a statement, of a server that may not even notice the limit."""
+
+
+class BoundedConnection(psycopg.Connection[Any]):
+    """A connection that does not wait for ever for a server that neither answers nor fails."""
+
+    def wait(self, gen: "PQGen[T]", *arguments: Any, **named: Any) -> T:
+        try:
+            return super().wait(_bounded(gen), *arguments, **named)
+        except _Silent:
+            self.pgconn.finish()  # what it has sent may come at any time
+            raise
+
+
+class _Silent(errors.QueryCanceled):
+    """The server gave no answer in time."""
+
+
+def _bounded(gen: "PQGen[T]") -> "PQGen[T]":
+    """psycopg's steps of an exchange with the server, which end after some time.
+
+    psycopg resumes them ten times a second, whatever happens.
+    """
+    deadline = time.monotonic() + SILENT_SECONDS
+    try:
+        wanted = next(gen)
+        while True:
+            ready = yield wanted
+            if not ready and time.monotonic() > deadline:
+                raise _Silent(f"no answer within {SILENT_SECONDS:g} s")
+            wanted = gen.send(ready)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+
+
+def prepared(url: str) -> tuple[str, str]:
+    """The connection string with our settings, and the name of the database for messages."""
+    given = conninfo_to_dict(url)
+    limits = f"-c statement_timeout={int(STATEMENT_SECONDS * 1000)}"
+    options = f"{given.get('options') or ''} {limits}".strip()
+    settings: dict[str, Any] = {
+        "connect_timeout": int(WAIT_SECONDS),
+        "tcp_user_timeout": int(STATEMENT_SECONDS * 2000),
+        "application_name": "hybridkex kme",
+        "client_encoding": "UTF8",
+    }
+    conninfo = make_conninfo(**settings | given | {"options": options})
+    where = f"{given.get('dbname') or 'the database'} at {given.get('host') or 'the local server'}"
+    return conninfo, where
+
+
+def configure(connection: "psycopg.Connection[Any]") -> None:
+    """Durable commits, whatever the server's default is; stronger settings stay."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT set_config('synchronous_commit', 'on', false)"
+            " WHERE current_setting('synchronous_commit') IN ('off', 'local')"
+        )
+        cursor.execute("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED")
+    connection.commit()
+
+
+def reason(error: BaseException | None) -> str:
+    """In one line, without what libpq appends about the statement."""
+    if isinstance(error, PoolTimeout):
+        return f"no connection within {WAIT_SECONDS:g} s"
+    text = " ".join(str(error).split("\n")[0].split())
+    return text or type(error).__name__

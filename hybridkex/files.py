@@ -11,6 +11,7 @@ functions that write raise ``OSError`` with the path that they were given as its
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import select
@@ -20,7 +21,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NoReturn
 
 from hybridkex.errors import ConfigError
 
@@ -31,6 +32,7 @@ __all__ = [
     "make_private",
     "make_private_folder",
     "open_private",
+    "open_regular",
     "read_file",
     "read_toml",
     "reserve_file",
@@ -112,6 +114,25 @@ def _read(file: int, limit: int) -> bytes | None:
             return bytes(found)
         found += data
     return None
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file that is too long to be read as a whole.
+
+    Raises ``OSError``, also for a pipe, which may block, and for a device, which may never end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            _refuse(path)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _refuse(path: str | os.PathLike[str]) -> NoReturn:
+    raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
+from hybridkex.files import PUBLIC, write_file
 from hybridkex.qkd.store import write_key_file
 
 SITES = (("kme-a", "alice", "postgres-a"), ("kme-b", "bob", "postgres-b"))
@@ -43,7 +44,7 @@ def make_sites(folder: Path, port: int = 8443) -> None:
         write_key_file(folder / kme / "store.key")
         values = {"kme": kme, "sae": sae, "database": database, "port": port}
         text = CONFIG.format(**values, peer=peer, peer_sae=peer_sae)
-        (folder / kme / "kme.toml").write_text(text)
+        write_file(folder / kme / "kme.toml", text.encode(), mode=PUBLIC)
 
 
 if __name__ == "__main__":

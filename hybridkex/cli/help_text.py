@@ -9,6 +9,8 @@ from typing import Final
 
 _WIDEST: Final = 100
 """Columns; longer lines are hard to read, however wide the terminal is."""
+_NARROWEST: Final = 20
+"""Columns; shorter lines are hard to read, too, and a terminal may say that it has 1."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -78,5 +80,5 @@ def _joined(example: str) -> str:
 
 
 def _paragraphs(text: str) -> str:
-    width = min(shutil.get_terminal_size().columns, _WIDEST) - 2
+    width = max(min(shutil.get_terminal_size().columns, _WIDEST) - 2, _NARROWEST)
     return "\n\n".join(textwrap.fill(part, width) for part in text.split("\n\n"))

@@ -1,11 +1,12 @@
 """The audit trail of a KME: which keys it gave to whom, in files that nobody changes in silence.
 
 Each record is one line of JSON, and has the SHA-256 of the line before it. A process writes files
-of its own; the first record of each has the last line's SHA-256 of every other file in the folder.
-So a record that is changed, removed, inserted or moved breaks the chain, and a file that is removed
-or cut is missed by those that began later. What no later record covers, the end of the newest
-files, can only be checked against a copy of a *head*, the SHA-256 of a last line, that was kept
-elsewhere: the log says it from time to time.
+of its own; the first record of each has the last line's SHA-256 of every other file in the folder,
+except those that an earlier file has in its first record and that have not grown since. So a record
+that is changed, removed, inserted or moved breaks the chain, and a file that is removed or cut is
+missed by those that began later. What no later record covers, the end of the newest files, can only
+be checked against a copy of a *head*, the SHA-256 of a last line, that was kept elsewhere: the log
+says it from time to time.
 
 A record is on the disk before the key leaves the process. If it cannot be written, the key does not
 leave.
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from hybridkex.errors import ConfigError, KeySourceUnavailable
-from hybridkex.files import create_file, open_private
+from hybridkex.files import create_file, open_private, open_regular
 from hybridkex.json_text import load_json
 from hybridkex.net.event_loop import checkpoint, in_thread
 from hybridkex.net.threads import NoThread
@@ -119,7 +120,7 @@ class AuditTrail:
 
     def _begin(self) -> None:
         """Begin a file. Raises ``OSError``."""
-        others = {path.name: _head(path) for path in _files([self._folder])}
+        others = _uncovered(_files([self._folder]))
         kme = re.sub(r"[^A-Za-z0-9.-]", "_", self._kme)
         now = datetime.now(UTC)
         self._name = f"{kme}-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}{SUFFIX}"
@@ -167,13 +168,28 @@ def _files(folders: Iterable[Path]) -> list[Path]:
     )
 
 
-def _head(path: Path) -> str:
-    """The SHA-256 of the last whole line of a file; empty if there is none."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - TAIL_BYTES, 0))
+def _uncovered(paths: Iterable[Path]) -> dict[str, str]:
+    """The heads of the files, by name, less those that one of them has in its first record."""
+    heads: dict[str, str] = {}
+    covered: set[tuple[str, str]] = set()
+    for path in paths:
+        others, heads[path.name] = _ends(path)
+        covered.update(others.items())
+    return {name: head for name, head in heads.items() if (name, head) not in covered}
+
+
+def _ends(path: Path) -> tuple[dict[str, str], str]:
+    """The heads of others that the first record of a file has, and the SHA-256 of its last whole
+    line; empty if there is none."""
+    with open_regular(path) as file:
+        first = file.readline(TAIL_BYTES)
+        file.seek(max(file.seek(0, os.SEEK_END) - TAIL_BYTES, 0))
         lines = file.read().split(b"\n")[:-1]
-    return hashlib.sha256(lines[-1]).hexdigest() if lines else ""
+    try:
+        others = {str(name): str(head) for name, head in load_json(first)["others"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):  # the verification tells
+        others = {}
+    return others, hashlib.sha256(lines[-1]).hexdigest() if lines else ""
 
 
 # -- verification
@@ -231,8 +247,8 @@ def verify(folders: Sequence[Path], heads: Iterable[str] = ()) -> Findings:
 def _records(path: Path, found: Findings) -> Iterator[tuple[str, dict[str, Any]]]:
     """The records of a file whose chain is whole, with their hashes; the rest is a problem."""
     previous = ""
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
+    with open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(TAIL_BYTES), b"")):
             try:
                 record = load_json(line)
                 whole = line.endswith(b"\n")

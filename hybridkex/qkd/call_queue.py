@@ -74,7 +74,8 @@ class CallQueue:
     """Carries out calls in groups, in the order of their arrival.
 
     Args:
-        carry_out: carries out a group: each of its calls gets its value or its error.
+        carry_out: carries out a group: each of its calls gets its value or its error. An exception
+            is the error of all that have none.
         most: the size of a group, in keys; a larger call is a group of its own.
     """
 
@@ -143,6 +144,10 @@ class CallQueue:
             call.begun = True
         try:
             await self._carry_out(group)
+        except Exception as error:  # its callers' to handle; it must not end the loop
+            for call in group:
+                if call.error is None:
+                    call.fail(error)
         finally:
             for call in group:
                 if not call.has_value and call.error is None:  # the loop is about to end

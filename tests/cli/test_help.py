@@ -67,6 +67,15 @@ def test_help_fits_a_terminal(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert shown.replace("\\\n", " ").split() == given.split(), parser.prog
 
 
+@pytest.mark.parametrize("columns", ["0", "1", "2", "3", "9", "-5", "x", "100000"])
+def test_a_terminal_of_any_width(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parser is made before a command runs: nothing would."""
+    monkeypatch.setenv("COLUMNS", columns)
+    for name in COMMANDS:
+        for parser in parsers(name):
+            assert parser.format_help()
+
+
 @pytest.mark.parametrize("name", ["--help", *COMMANDS])
 def test_help_is_readable(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -104,3 +104,21 @@ async def test_a_cancelled_caller_withdraws_a_waiting_call_and_takes_back_a_begu
     assert done == [0, 2], "the waiting call was withdrawn"
     assert undone == ([0, 2] if fails else [0])
     assert answers == ([-2] if fails else [2])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("a bug")], ids=repr)
+async def test_an_unforeseen_error_ends_no_more_than_its_group(error: Exception) -> None:
+    raised = [error]
+
+    async def carry_out(group: list[Call[Any]]) -> None:
+        await trio.lowlevel.checkpoint()
+        if raised:
+            raise raised.pop()
+        for call in group:
+            call.succeed(call.operation())
+
+    queue = CallQueue(carry_out, 100)
+    with pytest.raises(type(error)):
+        await queue.run(lambda: 1)
+    assert await queue.run(lambda: 2) == 2
+    await queue.idle()

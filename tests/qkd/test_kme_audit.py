@@ -2,9 +2,10 @@
 
 import itertools
 import json
+import os
 import random
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,39 @@ async def test_no_change_stays_silent(tmp_path: Path, seed: int) -> None:
     assert verify([folder], heads).problems
     if path != files[-1]:
         assert verify([folder]).problems, "the next file knows what was here"
+
+
+async def test_a_process_that_starts_again_and_again_writes_little(tmp_path: Path) -> None:
+    """As by ``Restart=`` of systemd: the files grow by the same each time."""
+    folder = tmp_path / "audit"
+    live = AuditTrail(folder, "kme-a")
+    for number in range(60):
+        AuditTrail(folder, "kme-a").close()
+        if number % 7 == 0:
+            await live.note({"event": "drawn", "key_ids": [f"{number}"]})
+    live.close()
+    assert max(path.stat().st_size for path in folder.iterdir()) < 2000
+    found = verify([folder])
+    assert (found.problems, len(found.heads)) == ([], 61)
+    named: set[str] = set()
+    for path in _files([folder]):
+        named |= json.loads(path.read_bytes().splitlines()[0])["others"].keys()
+    for path in _files([folder]):
+        content = path.read_bytes()
+        path.unlink()
+        assert bool(verify([folder]).problems) == (path.name in named)
+        path.write_bytes(content)
+    assert len(named) == 60
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_named(put: Callable[[Path], object], tmp_path: Path) -> None:
+    folder = tmp_path / "audit"
+    AuditTrail(folder, "kme-a").close()
+    put(folder / "x.audit")
+    for use in (lambda: AuditTrail(folder, "kme-a"), lambda: verify([folder])):
+        with pytest.raises(ConfigError, match=r"not a regular file|Is a directory"):
+            use()
 
 
 async def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,7 @@ async def at_once(calls: list[Callable[[], Awaitable[None]]]) -> None:
         await asyncio.gather(*(call() for call in calls))
 
 
-def transport(kme: SilentKme, *, handshakes: bool) -> KmeTransport:
+def transport(kme: SilentKme, *, handshakes: bool = False, host: str = "127.0.0.1") -> KmeTransport:
     """``handshakes``: whether the connection becomes secure while the KME is silent."""
 
     async def secure() -> None:
@@ -88,7 +88,7 @@ def transport(kme: SilentKme, *, handshakes: bool) -> KmeTransport:
         await secure()
         return reader, writer, b""
 
-    url = f"https://127.0.0.1:{kme.server_address[1]}"
+    url = f"https://{host}:{kme.server_address[1]}"
     return KmeTransport(url, ClientTls(on_trio, on_asyncio), lambda _: None, connections=MOST)
 
 
@@ -96,7 +96,16 @@ def on_asyncio(main: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(main())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("run", [trio.run, on_asyncio], ids=["trio", "asyncio"])
+def on_uvloop(main: Callable[[], Awaitable[None]]) -> None:
+    pytest.importorskip("uvloop", reason="pip install uvloop").run(main())
+
+
+on_every_loop = pytest.mark.parametrize(
+    "run", [trio.run, on_asyncio, on_uvloop], ids=["trio", "asyncio", "uvloop"]
+)
+
+
+@on_every_loop
 @pytest.mark.parametrize("patience", ["equal", "random"])
 @pytest.mark.parametrize("silent_in", ["handshake", "request", "answer"])
 def test_it_is_asked_again(kme: SilentKme, run: Any, patience: str, silent_in: str) -> None:
@@ -125,3 +134,15 @@ def test_it_is_asked_again(kme: SilentKme, run: Any, patience: str, silent_in: s
 
     run(main)
     assert kme.most_open <= 3 * MOST  # those that were given up may end a little later
+
+
+@on_every_loop
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_it_has_a_name_or_an_address(kme: SilentKme, run: Any, host: str) -> None:
+    async def main() -> None:
+        http = transport(kme, host=host)
+        answer = await http.exchange("GET", "/")
+        assert answer.status == 200
+        await http.aclose()
+
+    run(main)

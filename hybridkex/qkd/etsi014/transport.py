@@ -229,9 +229,10 @@ class _Backend(httpcore.AsyncNetworkBackend):
                     raw = await trio.open_tcp_stream(host, port)
                     return _TrioStream(raw, raw, self)
                 asyncio: Any = sys.modules["asyncio"]  # asyncio is running, so it is loaded
-                reader, writer = await asyncio.open_connection(
-                    host, port, happy_eyeballs_delay=None if _is_literal(host) else _DELAY
-                )
+                stdlib = isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop)
+                # uvloop tries one address after the other, and has no such argument.
+                more = {"happy_eyeballs_delay": _DELAY} if stdlib and not _is_literal(host) else {}
+                reader, writer = await asyncio.open_connection(host, port, **more)
                 return _AsyncioStream(reader, writer, self)
 
     async def sleep(self, seconds: float) -> None:

@@ -2,9 +2,11 @@
 as it answers."""
 
 import asyncio
+import gc
 import random
 import socketserver
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -146,3 +148,34 @@ def test_it_has_a_name_or_an_address(kme: SilentKme, run: Any, host: str) -> Non
         await http.aclose()
 
     run(main)
+
+
+@on_every_loop
+def test_the_program_ends_meanwhile(
+    kme: SilentKme, run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Calls that are cancelled at the end of the event loop leave no connection and no task."""
+    http = transport(kme, handshakes=True)
+
+    async def ask() -> None:
+        await http.exchange("GET", "/")
+
+    async def main() -> None:
+        kme.awake.clear()
+        kept: Any = []
+        for _ in range(20):
+            if on_trio():
+                trio.lowlevel.spawn_system_task(ask)
+            else:
+                kept.append(asyncio.ensure_future(ask()))
+        while kme.most_open < MOST:
+            await sleep(0.01)
+
+    run(main)
+    kme.awake.set()
+    deadline = time.monotonic() + 5
+    while kme.open and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not kme.open
+    gc.collect()
+    assert not [one for one in caplog.records if one.levelname in ("WARNING", "ERROR")]

@@ -28,7 +28,7 @@ import trio
 
 from hybridkex.errors import ConfigError, KeySourceUnavailable
 from hybridkex.machine import causes
-from hybridkex.net.event_loop import Background, Lock, checkpoint, on_trio, sleep, time_limit
+from hybridkex.net.event_loop import Lock, on_trio, sleep, time_limit
 from hybridkex.qkd.etsi014.mutual_tls import (
     ClientTls,
     TlsHandshake,
@@ -109,8 +109,9 @@ class _Stream(httpcore.AsyncNetworkStream, ABC):
                     secure, certificate = await self._secure(server_hostname or "")
                     self._backend.check(certificate)
         except BaseException:
-            await self._abort()
+            self.drop()
             raise
+        self._backend.stream = secure
         return secure
 
     def get_extra_info(self, info: str) -> Any:
@@ -130,7 +131,8 @@ class _Stream(httpcore.AsyncNetworkStream, ABC):
         """This connection over TLS, and the certificate of the other end."""
 
     @abstractmethod
-    async def _abort(self) -> None: ...
+    def drop(self) -> None:
+        """Close the connection at once, without a word to the other end."""
 
     @abstractmethod
     def _something_waits(self) -> bool: ...
@@ -158,8 +160,8 @@ class _TrioStream(_Stream):
         secure, certificate = await self._backend.handshake(self._stream, host)
         return _TrioStream(secure, self._raw, self._backend), certificate
 
-    async def _abort(self) -> None:
-        await trio.aclose_forcefully(self._stream)
+    def drop(self) -> None:
+        self._raw.socket.close()
 
     async def aclose(self) -> None:
         await self._stream.aclose()
@@ -191,9 +193,8 @@ class _AsyncioStream(_Stream):
         reader, writer, certificate = await handshake.on_asyncio(self._reader, self._writer, host)
         return _AsyncioStream(reader, writer, self._backend), certificate
 
-    async def _abort(self) -> None:
+    def drop(self) -> None:
         self._writer.transport.abort()
-        await checkpoint()
 
     async def aclose(self) -> None:
         self._writer.close()
@@ -201,19 +202,22 @@ class _AsyncioStream(_Stream):
             async with time_limit(_CLOSE_TIMEOUT):  # a server need not reply to close_notify
                 await self._writer.wait_closed()
         except OSError:  # of the connection, or the time limit
-            await self._abort()
+            self.drop()
 
     def _something_waits(self) -> bool:
         return bool(self._reader.at_eof() or self._writer.is_closing())
 
 
 class _Backend(httpcore.AsyncNetworkBackend):
+    """Makes one connection."""
+
     def __init__(
         self, handshake: TlsHandshake, check: Callable[[bytes], None], max_answer: int
     ) -> None:
         self.handshake = handshake
         self.max_answer = max_answer
         self.check = check
+        self.stream: _Stream | None = None
 
     async def connect_tcp(
         self,
@@ -227,13 +231,15 @@ class _Backend(httpcore.AsyncNetworkBackend):
             async with _deadline(timeout):
                 if on_trio():
                     raw = await trio.open_tcp_stream(host, port)
-                    return _TrioStream(raw, raw, self)
+                    self.stream = _TrioStream(raw, raw, self)
+                    return self.stream
                 asyncio: Any = sys.modules["asyncio"]  # asyncio is running, so it is loaded
                 stdlib = isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop)
                 # uvloop tries one address after the other, and has no such argument.
                 more = {"happy_eyeballs_delay": _DELAY} if stdlib and not _is_literal(host) else {}
                 reader, writer = await asyncio.open_connection(host, port, **more)
-                return _AsyncioStream(reader, writer, self)
+                self.stream = _AsyncioStream(reader, writer, self)
+                return self.stream
 
     async def sleep(self, seconds: float) -> None:
         await sleep(seconds)
@@ -297,14 +303,10 @@ class KmeTransport:
         max_answer: int = 1 << 20,
     ) -> None:
         self._url = url.rstrip("/")
-        self._connect = partial(
-            httpcore.AsyncHTTPConnection,
-            ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),  # unused, see _Stream.start_tls
-            keepalive_expiry=60.0,
-            network_backend=_Backend(handshake, check, max_answer),
-        )
+        self._backend = partial(_Backend, handshake, check, max_answer)
+        self._unused = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # see _Stream.start_tls
         self._turn: Final = Lock(connections)
-        self._idle: list[httpcore.AsyncHTTPConnection] = []
+        self._idle: list[_Connection] = []
         """The one that was used last is the last."""
 
     async def exchange(
@@ -335,54 +337,80 @@ class KmeTransport:
         async with self._turn:
             connection = self._take(url.origin)
             try:
-                return await _exchange(
-                    connection,
+                return await connection.exchange(
                     httpcore.Request(
                         method=request.method,
                         url=url,
                         headers=request.headers.raw,
                         content=_Content(body),
-                    ),
+                    )
                 )
             finally:
                 self._give_back(connection)
 
-    def _take(self, origin: httpcore.Origin) -> httpcore.AsyncHTTPConnection:
+    def _take(self, origin: httpcore.Origin) -> "_Connection":
         """A connection that is free, or a new one."""
         idle, self._idle = self._idle, []
         for connection in idle:
             self._give_back(connection)
-        return self._idle.pop() if self._idle else self._connect(origin)
+        if self._idle:
+            return self._idle.pop()
+        return _Connection(origin, self._backend(), self._unused)
 
-    def _give_back(self, connection: httpcore.AsyncHTTPConnection) -> None:
-        """Keep a connection for the next request, or close it if it is not fit for one."""
-        if connection.is_idle() and not connection.has_expired():
+    def _give_back(self, connection: "_Connection") -> None:
+        """Keep a connection for the next request, or drop it if it is not fit for one."""
+        if connection.fit:
             self._idle.append(connection)
-        elif not connection.is_closed():
-            Background(partial(_close, connection))  # nobody waits for the KME's close_notify
+        else:
+            connection.drop()
 
     async def aclose(self) -> None:
         """Close the connections."""
         idle, self._idle = self._idle, []
         for connection in idle:
-            await _close(connection)
+            await connection.aclose()
 
 
-async def _close(connection: httpcore.AsyncHTTPConnection) -> None:
-    with suppress(OSError, trio.BrokenResourceError):  # it has ended already
-        await connection.aclose()
+class _Connection:
+    """One connection, not yet open at first."""
 
+    def __init__(self, origin: httpcore.Origin, backend: _Backend, context: ssl.SSLContext) -> None:
+        self._backend = backend
+        self._http = httpcore.AsyncHTTPConnection(
+            origin,
+            ssl_context=context,
+            keepalive_expiry=60.0,
+            network_backend=backend,
+        )
 
-async def _exchange(connection: httpcore.AsyncHTTPConnection, request: httpcore.Request) -> Answer:
-    response = await connection.handle_async_request(request)
-    try:
-        fields = httpx.Headers(response.headers)
-        if fields.get("Content-Encoding", "identity") != "identity":
-            raise KeySourceUnavailable("the KME's answer is compressed, which was not requested")
-        body = await response.aread()
-    finally:
-        await response.aclose()
-    return Answer(status=response.status, headers=fields, body=body)
+    @property
+    def fit(self) -> bool:
+        """Whether the last request has ended in order, and another can follow."""
+        return self._http.is_idle() and not self._http.has_expired()
+
+    async def exchange(self, request: httpcore.Request) -> Answer:
+        """Send one request and read its answer."""
+        response = await self._http.handle_async_request(request)
+        try:
+            fields = httpx.Headers(response.headers)
+            if fields.get("Content-Encoding", "identity") != "identity":
+                raise KeySourceUnavailable(
+                    "the KME's answer is compressed, which was not requested"
+                )
+            body = await response.aread()
+        finally:
+            await response.aclose()
+        return Answer(status=response.status, headers=fields, body=body)
+
+    def drop(self) -> None:
+        """Close it at once: there may be no time for more, at the end of the event loop."""
+        if self._backend.stream is not None:
+            self._backend.stream.drop()
+
+    async def aclose(self) -> None:
+        """Close it in order."""
+        with suppress(OSError, trio.BrokenResourceError):  # it has ended already
+            await self._http.aclose()
 
 
 def what_failed(error: BaseException) -> str:

@@ -173,6 +173,7 @@ def main() -> None:
     setups = ["sqlite:1", "postgresql:1", "postgresql:2", "postgresql:4"]
     parser.add_argument("--setup", nargs="+", default=setups, help="store:processes, with --load")
     parser.add_argument("--crowd", type=int, nargs="+", default=[1, 8, 32], help="its clients")
+    parser.add_argument("--size", type=int, default=0, help="bits of its keys (256)")
     parser.add_argument("--stock", type=int, nargs="+", default=[1_000, 100_000, 1_000_000])
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each run")
@@ -183,7 +184,9 @@ def main() -> None:
         pairs = [one.split(":") for one in args.setup]
         chosen = [(store, int(number)) for store, number in pairs]
         all_runs = [
-            kme_load.main(chosen, args.crowd, args.seconds, args.rounds, stock, args.load)
+            kme_load.main(
+                chosen, args.crowd, args.seconds, args.rounds, stock, args.load, args.size
+            )
             for stock in args.stock
         ]
         if args.json:

@@ -69,7 +69,7 @@ class Clients(Load):
             while time.perf_counter() < self.ends:
                 began = time.perf_counter()
                 with self._connect("alice", "kme-a") as a, self._connect("bob", "kme-b") as b:
-                    _pair(a, b)
+                    _pair(a, b, self.query)
                 self.times.append(time.perf_counter() - began)
         except BaseException as error:
             self.errors.append(error)
@@ -107,12 +107,15 @@ def opened(site: Any, key: Secret, kme: str) -> KeyStore:
     return PostgresKeyStore(Secret(site.store.encode()), key, owner=kme)
 
 
-def measure(store: str, processes: int, clients: int, seconds: float, stock: int, kind: str) -> Run:
+def measure(
+    store: str, processes: int, clients: int, seconds: float, stock: int, kind: str, size: int
+) -> Run:
     """One run with stores of its own."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hybridkex-")))
         databases = own_databases(folder, stack, fsync="on") if store == "postgresql" else None
-        limits = f"max_key_count = {stock}"
+        limits = f"max_key_count = {stock}\nmax_key_size = {max(size, 4096)}\n"
+        limits += f"max_key_per_request = {100 if size <= 4096 else 4}"
         sites = Sites(folder, SAES, processes, databases, limits=limits, cables=False)
         stack.callback(sites.close)
         trio.run(fill, sites, stock)
@@ -122,6 +125,7 @@ def measure(store: str, processes: int, clients: int, seconds: float, stock: int
         _wait_for_all(folder, where)
         _wait_until_idle(pids)
         load = Clients(folder, where, seconds, kind)
+        load.query = f"?size={size}" if size else ""
         before = sum(map(_cpu, pids)), _database_cpu(databases)
         took = load.run(clients)
         cpu = sum(map(_cpu, pids)) - before[0]
@@ -168,10 +172,13 @@ def _wait_until_idle(pids: list[int]) -> None:
 
 def main(
     setups: list[tuple[str, int]], clients: list[int], seconds: float, rounds: int, stock: int,
-    kind: str,
+    kind: str, size: int,
 ) -> dict[str, list[dict[str, float]]]:  # fmt: skip
     """Print a table; returns the runs."""
-    print(f"{kind}, stock of {stock:,}, medians of {rounds} runs in turns; load {os.getloadavg()}")
+    print(
+        f"{kind}, {size or 256} bits, stock of {stock:,}, medians of {rounds} runs in turns; "
+        f"load {os.getloadavg()}"
+    )
     heads = ("a second", "CPU ms", "database", "p50 ms", "p99 ms", "503")
     print(f"{'':<28}" + "".join(f"{head:>10}" for head in heads))
     runs: dict[str, list[Run]] = {}
@@ -180,7 +187,7 @@ def main(
             for store, processes in setups:
                 name = f"{store}, {processes} x 2, {number}"
                 runs.setdefault(name, []).append(
-                    measure(store, processes, number, seconds, stock, kind)
+                    measure(store, processes, number, seconds, stock, kind, size)
                 )
     for name, all_runs in runs.items():
         medians = [

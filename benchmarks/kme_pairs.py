@@ -76,6 +76,8 @@ class Load:
     times: list[float] = field(default_factory=list)
     errors: list[BaseException] = field(default_factory=list)
     ends: float = 0.0
+    query: str = ""
+    """Of the draws."""
 
     def run(self, clients: int) -> float:
         """Returns the time that it took."""
@@ -99,7 +101,7 @@ class Load:
                 ready.wait()
                 self.go.wait()
                 while time.perf_counter() < self.ends:
-                    self.times.append(_pair(a, b))
+                    self.times.append(_pair(a, b, self.query))
         except BaseException as error:
             self.errors.append(error)
             ready.abort()
@@ -115,10 +117,10 @@ class Load:
         return context.wrap_socket(raw, server_hostname=host)
 
 
-def _pair(a: ssl.SSLSocket, b: ssl.SSLSocket) -> float:
+def _pair(a: ssl.SSLSocket, b: ssl.SSLSocket, query: str = "") -> float:
     """Draw a key and look it up; the seconds that it took."""
     began = time.perf_counter()
-    while (drawn := _exchange(a, "/api/v1/keys/bob/enc_keys")) is None:
+    while (drawn := _exchange(a, f"/api/v1/keys/bob/enc_keys{query}")) is None:
         time.sleep(0.005)  # the stock is used up for a moment
         began = time.perf_counter()
     found = _exchange(b, f"/api/v1/keys/alice/dec_keys?key_ID={drawn['key_ID']}")

@@ -982,6 +982,14 @@ def check_store(url: Secret, keys: Seal, *, owner: str) -> None:
                     f"needs one of its own, of version {SCHEMA_VERSION} at most"
                 )
             if version == SCHEMA_VERSION:
+                [half_done] = _one(
+                    cursor.execute("SELECT source IS NOT NULL AND NOT moved FROM hybridkex_meta"), 1
+                )
+                if half_done:
+                    raise ConfigError(
+                        f"the move of keys into {where} is not complete: run 'hybridkex kme "
+                        "migrate' again, which continues it"
+                    )
                 record, _ = PostgresKeyStore.record(cursor)
                 record.settled(keys, place_of("meta", owner), f"key store {where}")
     except psycopg.Error as error:

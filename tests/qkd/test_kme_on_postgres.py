@@ -1,5 +1,6 @@
 """A KME whose processes share a database of PostgreSQL."""
 
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -171,6 +172,52 @@ async def test_requests_get_503_while_the_database_is_away(
                     else:
                         break
     assert {one.key_id: one.key.reveal() for one in found} == keys
+
+
+async def test_behind_a_balancer(site: Site, postgres: PostgresServer, tmp_path: Path) -> None:
+    """HAProxy with our example: a process that ends, or is not ready, gets no connections."""
+    haproxy = shutil.which("haproxy")
+    if haproxy is None:
+        pytest.skip("haproxy is not installed: apt install haproxy")
+    ports = [free_port() for _ in range(5)]
+    example = (Path(__file__).parents[2] / "examples" / "kme" / "haproxy.cfg").read_text()
+    text = example.replace("bind :8443", f"bind 127.0.0.1:{ports[0]}").replace("2s", "200ms")
+    for index in (1, 2):
+        text = text.replace(
+            f"192.0.2.1{index}:8443 port 9464", f"127.0.0.1:{ports[index]} port {ports[index + 2]}"
+        )
+    (tmp_path / "haproxy.cfg").write_text(text)
+    store = database(postgres, "balanced")
+    address = TcpAddress("127.0.0.1", ports[0])
+    async with AsyncExitStack() as stack:
+        for index in (1, 2):
+            listen, metrics = (TcpAddress("127.0.0.1", ports[index + more]) for more in (0, 2))
+            one = site.kme("kme-a", saes=("alice",), self_pairs=True, listen=listen)
+            config = ServeConfig(kme=(replace(one, store=store),), metrics=metrics)
+            last = AsyncExitStack()
+            stack.push_async_callback(last.aclose)
+            await last.enter_async_context(running(config))
+        process = await trio.lowlevel.open_process([haproxy, "-f", tmp_path / "haproxy.cfg"])
+        stack.push_async_callback(process.wait)
+        stack.callback(process.kill)
+        seen: dict[str, bytes] = {}
+        for part in range(6):
+            if part == 3:
+                await last.aclose()
+            with trio.fail_after(20):
+                while True:
+                    try:
+                        async with KmeClient(site.access("alice", address)) as alice:
+                            keys = (await alice.enc_keys("alice", KeyRequest(number=2))).keys
+                            ids = [one.key_id for one in keys]
+                            found = (await alice.dec_keys("alice", ids)).keys
+                    except KeySourceError:  # the balancer has not noticed yet
+                        await trio.sleep(0.1)
+                    else:
+                        break
+            assert [one.key.reveal() for one in found] == [one.key.reveal() for one in keys]
+            assert not seen.keys() & set(ids)
+            seen |= {one.key_id: one.key.reveal() for one in keys}
 
 
 def test_the_url_in_the_configuration(site: Site, tmp_path: Path) -> None:

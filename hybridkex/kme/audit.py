@@ -12,6 +12,7 @@ A record is on the disk before the key leaves the process. If it cannot be writt
 leave.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -32,7 +33,7 @@ from hybridkex.net.threads import NoThread
 from hybridkex.qkd.call_queue import Call, CallQueue
 from hybridkex.text import get_logger, json_line
 
-__all__ = ["AuditTrail", "Findings", "verify"]
+__all__ = ["AuditTrail", "Findings", "check_folder", "verify"]
 
 LOG: Final = get_logger(__name__)
 
@@ -45,6 +46,27 @@ FILE_BYTES: Final = 1 << 28
 """After which another file is begun."""
 TELL_EVERY: Final = 60.0
 """Seconds between two lines of the log with the head."""
+
+
+def check_folder(folder: Path) -> None:
+    """Check that an audit trail can be begun in a folder, without creating anything.
+
+    Raises ``ConfigError``.
+    """
+    try:
+        if folder.is_dir():
+            _uncovered(_files([folder]))
+        elif os.path.lexists(folder):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        place = folder if folder.is_dir() else folder.parent
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"files cannot be created in {place}")
+    except OSError as error:
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot write an audit trail into {folder}: {error.strerror}")
 
 
 class AuditTrail:
@@ -68,9 +90,7 @@ class AuditTrail:
             folder.mkdir(mode=0o700, exist_ok=True)
             self._begin()
         except OSError as error:
-            raise ConfigError(
-                f"cannot write an audit trail into {folder}: {error.strerror}"
-            ) from error
+            raise _unusable(folder, error) from error
 
     async def check(self) -> None:
         """Raise ``KeySourceUnavailable`` if records cannot be written now."""

@@ -12,7 +12,7 @@ import trio
 from hybridkex.crypto.x509_parsing import certificate_from_der
 from hybridkex.errors import ConfigError, HybridkexError, KeySourceUnavailable
 from hybridkex.kme.api import kme_handler
-from hybridkex.kme.audit import AuditTrail
+from hybridkex.kme.audit import AuditTrail, check_folder
 from hybridkex.kme.config import KmeConfig, PostgresUrl, ServeConfig
 from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.health import Pages
@@ -56,9 +56,10 @@ class Serving:
 def check_config(config: ServeConfig) -> None:
     """Check what a server needs, without serving: a running one is not disturbed.
 
-    Reads certificates and key files. A store in a file must have a folder that can be written to, a
-    database must be reachable and, if it has keys, be this KME's and open under the key files.
-    Nothing is created. Blocks.
+    Reads certificates and key files. An audit trail and a store in a file must have a folder that
+    can be written to; the file is not opened, because a running server has it locked. A database
+    must be reachable and, if it has keys, be this KME's and open under the key files. Nothing is
+    created. Blocks.
 
     Raises:
         ConfigError: what :class:`KmeServer` could not use.
@@ -72,6 +73,8 @@ def check_config(config: ServeConfig) -> None:
             not_found_status=one.not_found_status,
         )
         seal_key, *read_keys = _seal_keys(one)
+        if one.audit is not None:
+            check_folder(one.audit)
         if not isinstance(one.store, PostgresUrl):
             if not os.access(one.store.parent, os.W_OK | os.X_OK):
                 raise ConfigError(f"{one.id}: files cannot be created in {one.store.parent}")

@@ -17,7 +17,7 @@ from test_kme_server import as_sae, filled
 
 from hybridkex.cli import main
 from hybridkex.errors import ConfigError, KeySourceUnavailable
-from hybridkex.kme.audit import AuditTrail, _files, verify
+from hybridkex.kme.audit import AuditTrail, _files, check_folder, verify
 
 Site = Any  # of conftest.py
 
@@ -197,9 +197,29 @@ def test_what_is_no_file_is_named(put: Callable[[Path], object], tmp_path: Path)
     folder = tmp_path / "audit"
     AuditTrail(folder, "kme-a").close()
     put(folder / "x.audit")
-    for use in (lambda: AuditTrail(folder, "kme-a"), lambda: verify([folder])):
+    uses = (lambda: AuditTrail(folder, "kme-a"), lambda: verify([folder]))
+    for use in (*uses, lambda: check_folder(folder)):
         with pytest.raises(ConfigError, match=r"not a regular file|Is a directory"):
             use()
+
+
+@pytest.mark.parametrize("place", ["missing", "folder", "file", "link", "no/parent"])
+def test_the_check_says_what_the_start_would(tmp_path: Path, place: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nothing")
+    folder, before = tmp_path / place, sorted(tmp_path.rglob("*"))
+    if place in ("missing", "folder"):
+        check_folder(folder)
+    else:
+        with pytest.raises(ConfigError, match=f"cannot write an audit trail into {folder}: "):
+            check_folder(folder)
+    assert sorted(tmp_path.rglob("*")) == before
+    if place in ("missing", "folder"):
+        AuditTrail(folder, "kme-a").close()
+    else:
+        with pytest.raises(ConfigError, match=f"cannot write an audit trail into {folder}: "):
+            AuditTrail(folder, "kme-a")
 
 
 async def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

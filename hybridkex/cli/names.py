@@ -2,17 +2,23 @@
 
 trio resolves names in threads, of which it uses 40 at most: 40 connections to one name whose DNS
 server does not answer would delay every connection to another name. Here all who ask the same
-question share one look-up, so the number of threads is that of the names asked for.
+question share one look-up, so the number of threads is that of the names asked for. Those who ask
+within a second after it take its answer: a thread for each connection costs more than the rest of
+connecting.
 """
 
 import copy
 import errno
+import math
 import os
 import socket
 from typing import Any, Final
 
 import trio
 from trio.abc import HostnameResolver
+
+KEEP_SECONDS: Final = 1.0
+"""For which an answer is used again."""
 
 
 class _Lookup:
@@ -22,24 +28,27 @@ class _Lookup:
         self.ended: Final = trio.Event()
         self.found: list[Any] = []
         self.error: Exception | None = None
+        self.until = math.inf
+        """When it is forgotten."""
 
 
 class SharedLookups(HostnameResolver):
     """A resolver for one run of trio; see :func:`trio.socket.set_custom_hostname_resolver`."""
 
     def __init__(self) -> None:
-        self._under_way: dict[tuple[Any, ...], _Lookup] = {}
+        self._lookups: dict[tuple[Any, ...], _Lookup] = {}
 
     async def getaddrinfo(self, *question: Any) -> Any:
         """As :func:`socket.getaddrinfo`. A cancelled caller leaves the look-up to the others."""
-        lookup = self._under_way.get(question)
-        if lookup is None:
-            lookup = self._under_way[question] = _Lookup()
+        lookup = self._lookups.get(question)
+        if lookup is None or lookup.until <= trio.current_time():
+            self._forget()
+            lookup = self._lookups[question] = _Lookup()
             trio.lowlevel.spawn_system_task(self._look_up, question, lookup)
         await lookup.ended.wait()
         if lookup.error is not None:
             raise copy.copy(lookup.error)  # each caller gets a traceback of its own
-        return lookup.found
+        return list(lookup.found)
 
     async def _look_up(self, question: tuple[Any, ...], lookup: _Lookup) -> None:
         try:
@@ -54,8 +63,17 @@ class SharedLookups(HostnameResolver):
         except Exception as error:
             lookup.error = error  # the callers' to handle
         finally:
-            del self._under_way[question]
+            if lookup.found:
+                lookup.until = trio.current_time() + KEEP_SECONDS
+            else:
+                del self._lookups[question]
             lookup.ended.set()
+
+    def _forget(self) -> None:
+        """Drop the answers that are too old."""
+        now = trio.current_time()
+        for question in [one for one, lookup in self._lookups.items() if lookup.until <= now]:
+            del self._lookups[question]
 
     async def getnameinfo(self, sockaddr: Any, flags: int) -> tuple[str, str]:
         """As :func:`socket.getnameinfo`."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import trio
 
+from hybridkex.cli import names
 from hybridkex.cli.running import run_trio
 
 DEAD = 60
@@ -59,10 +60,32 @@ def test_another_name_is_found_at_once(answers: Any) -> None:
             assert scope.cancelled_caught
             again.set()
         assert len(dead) == DEAD
-        await ask("dead", dead)
 
     run_trio(main)
-    assert asked.count("dead") == 2, "those who ask at the same time share one look-up"
+    assert asked.count("dead") == 1, "those who ask at the same time share one look-up"
+
+
+def test_an_answer_is_used_for_a_second(answers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a failure is not: the name may be there now."""
+    asked, _ = answers
+    monkeypatch.setattr(names, "KEEP_SECONDS", 0.2)
+
+    async def main() -> None:
+        found: list[Any] = []
+        for _ in range(3):
+            await ask("good", found)
+            with pytest.raises(socket.gaierror):
+                await ask("failing", [])
+        found.clear()  # The next answer is a list of its own.
+        await ask("other", [])
+        assert asked.count("good") == 1
+        await trio.sleep(0.25)
+        await ask("good", found)
+        assert len(found) == 1
+
+    run_trio(main)
+    assert asked.count("good") == 2
+    assert asked.count("failing") == 3
 
 
 def test_everybody_learns_of_the_failure(answers: Any) -> None:

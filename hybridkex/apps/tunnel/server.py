@@ -452,7 +452,7 @@ class _Connection:
                 back.sum,
                 trio.current_time() - began,
             )
-            if self._channel is not None:  # which may be renewing its keys
+            if self._channel is not None and self._sockets:  # It may be renewing its keys.
                 await trio.aclose_forcefully(self._channel)
 
     def _admit(self, is_used: Callable[[], bool]) -> None:

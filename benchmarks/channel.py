@@ -1,65 +1,51 @@
-"""Compares each shell with its event loop's own TLS, in one process, over loopback TCP, in turns.
+"""Streams beside each event loop's own TLS, in one process, over loopback TCP.
 
 On trio that is SecureStream beside ``trio.SSLStream``; on asyncio and uvloop, transports beside the
-loop's own (``benchmarks/channel_asyncio.py``).
-
-Run: ``python benchmarks/channel.py [--rounds N] [--clock cpu] [--loops trio,asyncio,uvloop]``.
-Every figure is a ratio of the two in the same round; the median and the spread over the rounds are
-printed. The peer is the standard library's ``ssl`` with X25519, and for the engine alone pyOpenSSL
-with X25519MLKEM768.
+loop's own (:mod:`benchmarks.channel_asyncio`). The peer is the standard library's ``ssl`` with
+X25519; ours has X25519MLKEM768.
 
 For bulk there is a third: bare sockets with the AEAD and nothing else, no protocol, no checks; what
 is left of the time is the cipher's, the kernel's and trio's.
 
 Both ends run in one thread that never idles, so that the process's CPU time (the kernel's part
-included) is what an otherwise idle machine's clock would show; ``--clock cpu`` counts that, for a
-machine that others use too.
+included) is what an otherwise idle machine's clock would show.
 """
 
-import argparse
-import asyncio
 import os
 import ssl
-import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
-from channel_asyncio import idle_connection, measures
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from OpenSSL import SSL, crypto
 
-from hybridkex import (
-    ClientConfig,
-    ClientConnection,
-    DevCa,
-    SecureStream,
-    ServerConfig,
-    ServerConnection,
-    TrustStore,
-)
+from benchmarks import channel_asyncio
+from benchmarks.handshake import CA, CLIENT, IDENTITY, SERVER
+from benchmarks.results import OURS, Options, Row, in_turns
+from hybridkex import SecureStream
 from hybridkex.auth.dev_ca import write_identity
-from hybridkex.tls.events import SessionProposed
 
-CA = DevCa.create()
-IDENTITY = CA.issue("localhost")
-CLIENT = ClientConfig(verifier=TrustStore((CA.certificate,)))
-SERVER = ServerConfig(identities=(IDENTITY,))
-
-with tempfile.TemporaryDirectory() as folder:
-    write_identity(Path(folder), CA, IDENTITY)
-    SSL_SERVER = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    SSL_SERVER.load_cert_chain(f"{folder}/cert.pem", f"{folder}/key.pem")
-    SSL_CLIENT = ssl.create_default_context(cafile=f"{folder}/ca.pem")
+__all__ = ["run"]
 
 Pair = tuple[Any, Any]
 Wrap = Callable[[trio.abc.Stream, trio.abc.Stream], Pair]
+now = time.process_time
 
 
-now: Callable[[], float] = time.perf_counter
+def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Settings of the peer: a client and a server."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_identity(Path(folder), CA, IDENTITY)
+        server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        server.load_cert_chain(f"{folder}/cert.pem", f"{folder}/key.pem")
+        return ssl.create_default_context(cafile=f"{folder}/ca.pem"), server
+
+
+SSL_CLIENT, SSL_SERVER = contexts()
 
 
 def ours(client: trio.abc.Stream, server: trio.abc.Stream) -> Pair:
@@ -144,10 +130,10 @@ async def close(pair: Pair) -> None:
         await trio.aclose_forcefully(stream)
 
 
-async def bulk(wrap: Wrap, listener: trio.SocketListener, size: int) -> float:
-    """Measure bytes per second in one direction."""
+async def bulk(wrap: Wrap, listener: trio.SocketListener, size: int, total: int) -> float:
+    """Measure megabytes per second in one direction."""
     pair = await connect(wrap, listener)
-    data, total = os.urandom(size), 128 << 20
+    data = os.urandom(size)
 
     async def send() -> None:
         for _ in range(total // size):
@@ -161,22 +147,21 @@ async def bulk(wrap: Wrap, listener: trio.SocketListener, size: int) -> float:
             received += len(await pair[1].receive_some())
     elapsed = now() - started
     await close(pair)
-    return total / elapsed
+    return total / elapsed / 1e6
 
 
-async def handshakes(wrap: Wrap, listener: trio.SocketListener) -> float:
+async def handshakes(wrap: Wrap, listener: trio.SocketListener, count: int) -> float:
     """Measure connections with a full handshake per second."""
-    count = 100
     started = now()
     for _ in range(count):
         await close(await connect(wrap, listener))
     return count / (now() - started)
 
 
-async def ping_pong(wrap: Wrap, listener: trio.SocketListener, size: int) -> float:
+async def ping_pong(wrap: Wrap, listener: trio.SocketListener, size: int, count: int) -> float:
     """Measure round trips per second."""
     pair = await connect(wrap, listener)
-    data, count = os.urandom(size), 1000
+    data = os.urandom(size)
 
     async def echo() -> None:
         for _ in range(count):
@@ -193,120 +178,41 @@ async def ping_pong(wrap: Wrap, listener: trio.SocketListener, size: int) -> flo
     return count / elapsed
 
 
-def engine() -> float:
-    """Measure our handshakes in memory per second."""
-    count = 100
-    started = now()
-    for _ in range(count):
-        client, server = ClientConnection(CLIENT, "localhost"), ServerConnection(SERVER)
-        client.start()
-        while not (client.handshake_complete and server.handshake_complete):
-            for one, other in ((client, server), (server, client)):
-                if one.has_data_to_send:
-                    other.receive_data(one.data_to_send())
-                    while (event := other.next_event()) is not None:
-                        if isinstance(event, SessionProposed):
-                            other.accept()
-    return count / (now() - started)
+def on_trio(work: Callable[[Wrap, trio.SocketListener], Awaitable[float]], wrap: Wrap) -> float:
+    async def main() -> float:
+        async with (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0] as listener:
+            return await work(wrap, listener)
+
+    return trio.run(main)
 
 
-def pyopenssl() -> float:
-    """Measure pyOpenSSL's handshakes in memory per second."""
-    server_context, client_context = SSL.Context(SSL.TLS_METHOD), SSL.Context(SSL.TLS_METHOD)
-    server_context.use_certificate(crypto.X509.from_cryptography(IDENTITY.leaf))
-    server_context.use_privatekey(crypto.PKey.from_cryptography_key(IDENTITY.private_key))
-    store = client_context.get_cert_store()
-    assert store is not None
-    store.add_cert(crypto.X509.from_cryptography(CA.certificate))
-    client_context.set_verify(SSL.VERIFY_PEER)
-    count = 100
-    started = now()
-    for _ in range(count):
-        client, server = SSL.Connection(client_context), SSL.Connection(server_context)
-        client.set_connect_state()
-        server.set_accept_state()
-        waiting = {client, server}
-        while waiting:
-            for one, other in ((client, server), (server, client)):
-                try:
-                    one.do_handshake()
-                    waiting.discard(one)
-                except SSL.WantReadError:
-                    pass
-                try:
-                    while True:
-                        other.bio_write(one.bio_read(65536))
-                except SSL.WantReadError:
-                    pass
-    elapsed = now() - started
-    assert client.get_group_name() == "X25519MLKEM768", client.get_group_name()
-    return count / elapsed
-
-
-def show(name: str, unit: str, scale: float, pairs: list[tuple[float, float]]) -> None:
-    ratios = [one / other for one, other in pairs]
-    mine = statistics.median(one for one, _ in pairs) / scale
-    peer = statistics.median(other for _, other in pairs) / scale
-    print(
-        f"{name:<36} {mine:8.0f} {peer:8.0f} {unit:<5} "
-        f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-        flush=True,
-    )
-
-
-async def main(rounds: int) -> None:
-    listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
-    measures: list[tuple[str, str, float, Callable[[Wrap], Awaitable[float]]]] = [
-        ("full handshakes over TCP", "1/s", 1, lambda wrap: handshakes(wrap, listener)),
-        ("ping-pong, 1 byte", "1/s", 1, lambda wrap: ping_pong(wrap, listener, 1)),
-        ("ping-pong, 100 bytes", "1/s", 1, lambda wrap: ping_pong(wrap, listener, 100)),
-        ("ping-pong, 1000 bytes", "1/s", 1, lambda wrap: ping_pong(wrap, listener, 1000)),
-    ]
-    print(f"{ssl.OPENSSL_VERSION} below trio, {SSL.OpenSSL_version(0).decode()} below pyOpenSSL")
-    print(f"{'':<36} {'ours':>8} {'peer':>8}")
-    for name, size in (("bulk, send_all of 1 MiB", 1 << 20), ("bulk, send_all of 64 KiB", 1 << 16)):
-        triples = [
-            [await bulk(wrap, listener, size) for wrap in (ours, theirs, bare)]
-            for _ in range(rounds)
-        ]
-        show(name, "MB/s", 1e6, [(mine, peer) for mine, peer, _ in triples])
-        show(f"{name}, to bare", "MB/s", 1e6, [(mine, limit) for mine, _, limit in triples])
-    for name, unit, scale, measure in measures:
-        show(
-            name, unit, scale, [(await measure(ours), await measure(theirs)) for _ in range(rounds)]
+def run(options: Options) -> Iterator[Row]:
+    """Measure."""
+    total, count = options.size(128 << 20, 1 << 20), options.size(1000, 20)
+    ways: dict[str, Wrap] = {OURS: ours, "trio.SSLStream": theirs}
+    works: list[tuple[str, str, Any, dict[str, Wrap], float | None]] = [
+        (
+            f"trio: bulk, send_all of {name}",
+            "MB/s",
+            partial(bulk, size=size, total=total),
+            {**ways, "AES-256-GCM alone": bare},
+            goal,
         )
-    show("engine alone, in memory", "1/s", 1, [(engine(), pyopenssl()) for _ in range(rounds)])
-
-
-def on_asyncio(loop: str, rounds: int) -> None:
-    factory = None
-    if loop == "uvloop":
-        import uvloop  # noqa: PLC0415
-
-        factory = uvloop.new_event_loop
-    configs, contexts = (CLIENT, SERVER), (SSL_CLIENT, SSL_SERVER)
-    print(f"{loop} beside {ssl.OPENSSL_VERSION} below its own TLS")
-    with asyncio.Runner(loop_factory=factory) as runner:
-        for name, unit, scale, measure in measures:
-            pairs = [
-                (runner.run(measure(configs, now)), runner.run(measure(contexts, now)))
-                for _ in range(rounds)
-            ]
-            show(f"{loop}, {name}", unit, scale, pairs)
-        both = [runner.run(idle_connection(kind)) for kind in (configs, contexts)]
-        print(f"{f'{loop}, idle connection':<36} {both[0]:8.0f} {both[1]:8.0f} bytes of Python")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--loops", default="trio,asyncio,uvloop")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    arguments = parser.parse_args()
-    if arguments.clock == "cpu":
-        now = time.process_time
-    for loop in arguments.loops.split(","):
-        if loop == "trio":
-            trio.run(main, arguments.rounds)
-        else:
-            on_asyncio(loop, arguments.rounds)
+        for name, size, goal in (("1 MiB", 1 << 20, 3), ("64 KiB", 1 << 16, 2))
+    ]
+    works += [
+        (
+            f"trio: round trips of {size} B",
+            "1/s",
+            partial(ping_pong, size=size, count=count),
+            ways,
+            1,
+        )
+        for size in (1, 100, 1000)
+    ]
+    connections = partial(handshakes, count=options.size(100, 3))
+    works.append(("trio: full handshakes over TCP", "1/s", connections, ways, 1.5))
+    for name, unit, work, taken, goal in works:
+        tools = {tool: partial(on_trio, work, wrap) for tool, wrap in taken.items()}
+        yield Row(name, unit, in_turns(options.rounds, tools), goal)
+    yield from channel_asyncio.run(options, (CLIENT, SERVER), (SSL_CLIENT, SSL_SERVER))

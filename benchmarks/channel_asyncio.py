@@ -1,47 +1,31 @@
-"""Compares the asyncio shell with asyncio's own TLS, on asyncio's loop and on uvloop.
+"""The asyncio shell beside the loop's own TLS, on asyncio's loop and on uvloop.
 
-Both ends are protocols in one process, in one thread that never idles. ``benchmarks/channel.py``
-runs this and prints it.
+Both ends are protocols in one process, in one thread that never idles.
 """
 
 import asyncio
 import os
+import time
 import tracemalloc
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
+from benchmarks.processes import has
+from benchmarks.results import OURS, Options, Row, in_turns
 from hybridkex import ClientConfig, ServerConfig
 from hybridkex.aio import create_connection, create_server
 
-__all__ = ["Kind", "idle_connection", "measures"]
+__all__ = ["Kind", "run"]
 
-Clock = Callable[[], float]
+now = time.process_time
 Kind = tuple[Any, Any]
 """The settings of a client and a server: two configurations, or two SSL contexts."""
 
 
-class Sink(asyncio.BufferedProtocol):
-    """Counts received bytes and signals when there are ``total``."""
-
-    SIZE = 256 * 1024
-
-    def __init__(self) -> None:
-        self.received, self.total = 0, -1
-        self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.buffer = memoryview(bytearray(self.SIZE))
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self.buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.received += nbytes
-        if self.received == self.total:
-            self.complete.set_result(None)
-
-
 class Receiver(asyncio.Protocol):
-    """Counts in the same way, as a plain protocol."""
+    """Counts received bytes and signals when there are ``total``."""
 
     def __init__(self) -> None:
         self.received, self.total = 0, -1
@@ -141,9 +125,9 @@ async def join(kind: Kind, factory: Any, port: int) -> Any:
     )
 
 
-async def bulk(kind: Kind, now: Clock, size: int) -> float:
-    """Measure bytes per second in one direction, to a plain protocol."""
-    total, data = 48 << 20, os.urandom(size)
+async def bulk(kind: Kind, *, size: int, total: int) -> float:
+    """Measure megabytes per second in one direction, to a plain protocol."""
+    data = os.urandom(size)
     async with connected(kind, Sender, Receiver) as (sender, transport, receiver):
         receiver.total = total
         started = now()
@@ -152,12 +136,11 @@ async def bulk(kind: Kind, now: Clock, size: int) -> float:
             await sender.room.wait()
             await asyncio.sleep(0)
         await receiver.complete
-        return total / (now() - started)
+        return total / (now() - started) / 1e6
 
 
-async def ping_pong(kind: Kind, now: Clock, size: int) -> float:
+async def ping_pong(kind: Kind, *, size: int, count: int) -> float:
     """Measure round trips per second."""
-    count = 1500
     async with connected(kind, lambda: Ping(size, count), Echo) as (ping, transport, _):
         started = now()
         transport.write(ping.data)
@@ -165,9 +148,8 @@ async def ping_pong(kind: Kind, now: Clock, size: int) -> float:
         return count / (now() - started)
 
 
-async def handshakes(kind: Kind, now: Clock) -> float:
+async def handshakes(kind: Kind, *, count: int) -> float:
     """Measure connections with a full handshake per second."""
-    count = 50
     listening, port = await listen(kind, asyncio.Protocol)
     started = now()
     for _ in range(count):
@@ -180,9 +162,8 @@ async def handshakes(kind: Kind, now: Clock) -> float:
     return count / elapsed
 
 
-async def idle_connection(kind: Kind) -> float:
+async def idle_connection(kind: Kind, *, count: int) -> float:
     """Measure the bytes that Python allocates for one end of a connection after its handshake."""
-    count = 50
     listening, port = await listen(kind, asyncio.Protocol)
     (await join(kind, asyncio.Protocol, port))[0].abort()
     tracemalloc.start()
@@ -199,11 +180,42 @@ async def idle_connection(kind: Kind) -> float:
     return (after - before) / count / 2
 
 
-Measure = tuple[str, str, float, Callable[[Kind, Clock], Awaitable[float]]]
+def on_loop(loop: str, work: Callable[[Kind], Awaitable[float]], kind: Kind) -> float:
+    factory = None
+    if loop == "uvloop":
+        import uvloop  # noqa: PLC0415
 
-measures: list[Measure] = [
-    ("bulk, write of 1 MiB", "MB/s", 1e6, lambda kind, now: bulk(kind, now, 1 << 20)),
-    ("bulk, write of 64 KiB", "MB/s", 1e6, lambda kind, now: bulk(kind, now, 1 << 16)),
-    ("ping-pong, 100 bytes", "1/s", 1, lambda kind, now: ping_pong(kind, now, 100)),
-    ("full handshakes over TCP", "1/s", 1, handshakes),
-]
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(work(kind))  # type: ignore[arg-type]
+
+
+def run(options: Options, ours: Kind, theirs: Kind) -> Iterator[Row]:
+    """Measure with our settings and with those of the loop's own TLS."""
+    total, few = options.size(48 << 20, 1 << 20), options.size(50, 3)
+    trips = partial(ping_pong, size=100, count=options.size(1500, 20))
+    works: list[tuple[str, str, Any, dict[str, float]]] = [
+        (
+            "bulk, write of 1 MiB",
+            "MB/s",
+            partial(bulk, size=1 << 20, total=total),
+            {"asyncio": 2.0, "uvloop": 1.6},
+        ),
+        ("bulk, write of 64 KiB", "MB/s", partial(bulk, size=1 << 16, total=total), {}),
+        ("round trips of 100 B", "1/s", trips, {"asyncio": 1.1, "uvloop": 0.8}),
+        (
+            "full handshakes over TCP",
+            "1/s",
+            partial(handshakes, count=few),
+            {"asyncio": 0.9, "uvloop": 0.8},
+        ),
+        ("idle connection", "bytes", partial(idle_connection, count=few), {}),
+    ]
+    for loop in ("asyncio", "uvloop"):
+        if loop == "uvloop" and not has(loop):
+            continue
+        for name, unit, work, goals in works:
+            kinds = {OURS: ours, f"{loop}'s TLS": theirs}
+            tools = {tool: partial(on_loop, loop, work, kind) for tool, kind in kinds.items()}
+            rounds = 1 if unit == "bytes" else options.rounds
+            yield Row(f"{loop}: {name}", unit, in_turns(rounds, tools), goals.get(loop))

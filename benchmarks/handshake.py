@@ -1,22 +1,18 @@
-"""Compares the CPU time of handshakes with pyOpenSSL: both ends, over loopback TCP.
+"""Full and resumed handshakes beside pyOpenSSL: CPU time of both ends, in memory and over TCP.
 
-Run: ``python benchmarks/handshake.py [--rounds N] [--count N]``.
-
-Both libraries run through the same loop over the same kind of sockets, in one thread, with
-X25519MLKEM768, an ECDSA P-256 certificate and a verifying client. A round takes one figure of each
-kind; the medians over the rounds are printed, with the medians of the ratios in each round.
+Both libraries go through the same loop, in one thread, with X25519MLKEM768, an ECDSA P-256
+certificate and a verifying client.
 """
 
-import argparse
 import socket
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Final, Protocol
+from typing import Any
 
-from OpenSSL import SSL, crypto
-
+from benchmarks.engines import Pair
+from benchmarks.processes import has
+from benchmarks.results import OURS, Options, Row, in_turns
 from hybridkex import (
     ClientConfig,
     ClientConnection,
@@ -28,17 +24,13 @@ from hybridkex import (
 )
 from hybridkex.tls.events import SessionProposed
 
-CA: Final = DevCa.create()
-IDENTITY: Final = CA.issue("localhost")
+__all__ = ["run"]
 
-
-class End(Protocol):
-    """One end of a handshake on a socket."""
-
-    def start(self) -> None: ...
-    def step(self) -> bool:
-        """Read and write the available bytes; returns whether the handshake is complete."""
-        ...
+CA = DevCa.create()
+IDENTITY = CA.issue("localhost")
+CLIENT = ClientConfig(verifier=TrustStore((CA.certificate,)))
+SERVER = ServerConfig(identities=(IDENTITY,))
+PEER = "pyOpenSSL"
 
 
 class Ours:
@@ -46,13 +38,12 @@ class Ours:
 
     def __init__(self, sock: socket.socket, connection: ClientConnection | ServerConnection):
         self.sock, self.connection = sock, connection
-
-    def start(self) -> None:
-        if isinstance(self.connection, ClientConnection):
-            self.connection.start()
+        if isinstance(connection, ClientConnection):
+            connection.start()
             self._send()
 
     def step(self) -> bool:
+        """Read and write the available bytes; returns whether the handshake is complete."""
         connection = self.connection
         if not connection.handshake_complete:
             connection.receive_data(self.sock.recv(65536))
@@ -70,52 +61,78 @@ class Ours:
 class Theirs:
     """pyOpenSSL on a socket."""
 
-    def __init__(self, sock: socket.socket, connection: SSL.Connection, *, server: bool):
-        self.sock, self.connection, self.complete = sock, connection, False
-        connection.set_accept_state() if server else connection.set_connect_state()
-        self.server = server
+    def __init__(self, sock: socket.socket, connection: Any, *, server: bool):
+        from OpenSSL import SSL  # noqa: PLC0415
 
-    def start(self) -> None:
-        if not self.server:
+        self.sock, self.connection, self.complete = sock, connection, False
+        self.waits = SSL.WantReadError
+        if server:
+            connection.set_accept_state()
+        else:
+            connection.set_connect_state()
             self._advance()
 
     def step(self) -> bool:
+        """As with :class:`Ours`."""
         if not self.complete:
             self.connection.bio_write(self.sock.recv(65536))
             self._advance()
         return self.complete
 
     def _advance(self) -> None:
-        with suppress(SSL.WantReadError):
+        with suppress(self.waits):
             self.connection.do_handshake()
             self.complete = True
-        with suppress(SSL.WantReadError):
+        with suppress(self.waits):
             self.sock.sendall(self.connection.bio_read(65536))
 
 
-def run(client: End, server: End) -> None:
-    client.start()
-    complete = False
-    while not complete:
-        complete = server.step() & client.step()
+Make = Callable[[socket.socket, socket.socket], tuple[Ours | Theirs, Ours | Theirs]]
 
 
-def cpu(listener: socket.socket, count: int, make: Callable[..., tuple[End, End]]) -> float:
-    """Measure the CPU seconds of one connection and its handshake."""
-    started = time.process_time()
+def over_tcp(listener: socket.socket, count: int, make: Make) -> float:
+    """CPU microseconds of a connection and its handshake."""
+    began = time.process_time()
     for _ in range(count):
         near = socket.create_connection(listener.getsockname())
         far, _ = listener.accept()
-        run(*make(near, far))
+        client, server = make(near, far)
+        complete = False
+        while not complete:
+            complete = server.step() & client.step()
         near.close()
         far.close()
-    return (time.process_time() - started) / count
+    return (time.process_time() - began) / count * 1e6
 
 
-def ours(client: ClientConfig, server: ServerConfig) -> Callable[..., tuple[End, End]]:
+def ours(client: ClientConfig) -> Make:
     return lambda near, far: (
         Ours(near, ClientConnection(client, "localhost")),
-        Ours(far, ServerConnection(server)),
+        Ours(far, ServerConnection(SERVER)),
+    )
+
+
+def peer() -> tuple[Any, Any]:
+    """Contexts of a client and a server."""
+    from OpenSSL import SSL, crypto  # noqa: PLC0415
+
+    server, client = SSL.Context(SSL.TLS_METHOD), SSL.Context(SSL.TLS_METHOD)
+    server.use_certificate(IDENTITY.leaf)
+    server.use_privatekey(IDENTITY.private_key)
+    store = client.get_cert_store()
+    assert store is not None
+    store.add_cert(crypto.X509.from_cryptography(CA.certificate))
+    client.set_verify(SSL.VERIFY_PEER)
+    return client, server
+
+
+def theirs() -> Make:
+    from OpenSSL import SSL  # noqa: PLC0415
+
+    client, server = peer()
+    return lambda near, far: (
+        Theirs(near, SSL.Connection(client), server=False),
+        Theirs(far, SSL.Connection(server), server=True),
     )
 
 
@@ -129,58 +146,66 @@ class SameTicket(MemoryTicketStore):
         return ticket
 
 
-def with_a_ticket(client: ClientConfig, server: ServerConfig) -> None:
-    """Put a ticket into the client's store."""
-    near, far = ClientConnection(client, "localhost"), ServerConnection(server)
-    near.start()
-    for _ in range(8):
-        for one, other in ((near, far), (far, near)):
-            if one.has_data_to_send:
-                other.receive_data(one.data_to_send())
-            while (event := other.next_event()) is not None:
-                if isinstance(event, SessionProposed):
-                    other.accept()
-        if far.handshake_complete:
-            far.send_data(b"x")
+def resuming() -> ClientConfig:
+    """A client with a ticket."""
+    client = ClientConfig(verifier=TrustStore((CA.certificate,)), ticket_store=SameTicket())
+    pair = Pair(client, SERVER).handshake()
+    pair.server.send_data(b"x")
+    pair.carry()
+    return client
 
 
-def theirs() -> Callable[..., tuple[End, End]]:
-    server, client = SSL.Context(SSL.TLS_METHOD), SSL.Context(SSL.TLS_METHOD)
-    server.use_certificate(crypto.X509.from_cryptography(IDENTITY.leaf))
-    server.use_privatekey(crypto.PKey.from_cryptography_key(IDENTITY.private_key))
-    store = client.get_cert_store()
-    assert store is not None
-    store.add_cert(crypto.X509.from_cryptography(CA.certificate))
-    client.set_verify(SSL.VERIFY_PEER)
-    return lambda near, far: (
-        Theirs(near, SSL.Connection(client), server=False),
-        Theirs(far, SSL.Connection(server), server=True),
-    )
+def in_memory(count: int) -> float:
+    """Our handshakes per second."""
+    began = time.process_time()
+    for _ in range(count):
+        Pair(CLIENT, SERVER).handshake()
+    return count / (time.process_time() - began)
 
 
-def main(rounds: int, count: int) -> None:
-    listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-    client = ClientConfig(verifier=TrustStore((CA.certificate,)))
-    server = ServerConfig(identities=(IDENTITY,))
-    again = ClientConfig(verifier=TrustStore((CA.certificate,)), ticket_store=SameTicket())
-    with_a_ticket(again, server)
-    kinds = (ours(client, server), ours(again, server), theirs())
-    figures = []
-    for _ in range(rounds):
-        figures.append([1e6 * cpu(listener, count, kind) for kind in kinds])
-    names = ("full", "resumed", "pyOpenSSL, full")
-    for place, name in enumerate(names):
-        print(f"{name:<18} {statistics.median(one[place] for one in figures):7.0f} us of CPU")
-    for name, near, far in (("full / pyOpenSSL", 0, 2), ("resumed / full", 1, 0)):
-        ratios = [one[near] / one[far] for one in figures]
-        print(
-            f"{name:<18} {statistics.median(ratios):7.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+def their_memory(count: int) -> float:
+    """pyOpenSSL's handshakes per second."""
+    from OpenSSL import SSL  # noqa: PLC0415
+
+    for_client, for_server = peer()
+    began = time.process_time()
+    for _ in range(count):
+        client, server = SSL.Connection(for_client), SSL.Connection(for_server)
+        client.set_connect_state()
+        server.set_accept_state()
+        waiting = {client, server}
+        while waiting:
+            for one, other in ((client, server), (server, client)):
+                with suppress(SSL.WantReadError):
+                    one.do_handshake()
+                    waiting.discard(one)
+                with suppress(SSL.WantReadError):
+                    while True:
+                        other.bio_write(one.bio_read(65536))
+    elapsed = time.process_time() - began
+    assert client.get_group_name() == "X25519MLKEM768", client.get_group_name()
+    return count / elapsed
+
+
+def run(options: Options) -> Iterator[Row]:
+    """Measure."""
+    rounds, count = options.rounds, options.size(100, 3)
+    tools = {OURS: lambda: in_memory(count)}
+    if has("OpenSSL"):
+        tools[PEER] = lambda: their_memory(count)
+    yield Row("full handshake, engines in memory", "1/s", in_turns(rounds, tools), goal=0.8)
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        kinds = {OURS: ours(CLIENT), "resumed": ours(resuming())}
+        if has("OpenSSL"):
+            kinds[PEER] = theirs()
+        figures = in_turns(
+            rounds,
+            {
+                name: lambda kind=kind: over_tcp(listener, count, kind)
+                for name, kind in kinds.items()
+            },
         )
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--count", type=int, default=100)
-    arguments = parser.parse_args()
-    main(arguments.rounds, arguments.count)
+    resumed = figures.pop("resumed")
+    yield Row("full handshake over TCP", "us", figures, goal=0.83)
+    own = {"hybridkex, resumed": resumed, "hybridkex, full": figures[OURS]}
+    yield Row("resumed handshake over TCP", "us", own, goal=1.43)

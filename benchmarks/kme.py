@@ -1,26 +1,22 @@
-"""The time to get a key: ``python benchmarks/kme.py [--json]``; with ``--pairs``, how many keys a
-second eight clients draw and look up, by the number of keys in stock (:mod:`kme_pairs`); with
-``--load``, by store, processes and clients (:mod:`kme_load`).
+"""The time to get a key from each kind of source, and from KMEs under load.
 
-Two KMEs in a separate process, queried over loopback with mutual TLS, once with the standard
-library's TLS and once with this library's (X25519MLKEM768). Times are medians in milliseconds.
+Two KMEs in a process of their own, queried over loopback with mutual TLS: once with this library's
+TLS (X25519MLKEM768), once with the standard library's. :mod:`benchmarks.kme_pairs` has the load.
 """
 
-import argparse
-import json
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import kme_load
-import kme_pairs
 import trio
 
+from benchmarks import kme_pairs
+from benchmarks.processes import COMMAND
+from benchmarks.results import OURS, Curve, Options, Row
 from hybridkex.errors import KeySourceError
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeAccess, KmeClient
 from hybridkex.qkd.etsi014.models import KeyRequest
@@ -30,10 +26,13 @@ from hybridkex.qkd.prefetch import PrefetchConfig, PrefetchSource
 from hybridkex.qkd.source import KeySource
 from hybridkex.qkd.store import write_key_file
 
-ROUNDS = 200
+__all__ = ["run"]
+
+CALLS = 200
+RATE = "keys a second, 8 pairs, "
 
 
-async def median_ms(call: Callable[[], Awaitable[Any]], rounds: int = ROUNDS) -> float:
+async def median_ms(call: Callable[[], Awaitable[Any]], rounds: int = CALLS) -> float:
     times = []
     for _ in range(rounds):
         began = time.perf_counter()
@@ -77,7 +76,7 @@ async def of_kme(folder: Path, where: dict[str, str], tls: str) -> dict[str, flo
             Etsi014Source(a, sae="alice", peer_sae="bob"),
             Etsi014Source(b, sae="bob", peer_sae="alice"),
         )
-        while (await alice.status()).stored < 3 * ROUNDS:  # noqa: ASYNC110
+        while (await alice.status()).stored < 3 * CALLS:  # noqa: ASYNC110
             await trio.sleep(0.05)
         found["status, new connection"] = await median_ms(fresh, 30)
         found["status"] = await median_ms(lambda: a.status("bob"))
@@ -98,11 +97,11 @@ async def of_kme(folder: Path, where: dict[str, str], tls: str) -> dict[str, flo
                 return time.perf_counter() - began
 
             found["draw, prefetched"] = (
-                statistics.median([await prefetched() for _ in range(ROUNDS)]) * 1000
+                statistics.median([await prefetched() for _ in range(CALLS)]) * 1000
             )
             nursery.cancel_scope.cancel()
-        found["keys a second, 8 pairs, 1 a request"] = await throughput(to_a, 1, 40)
-        found["keys a second, 8 pairs, 25 a request"] = await throughput(to_a, 25, 20)
+        found[f"{RATE}1 a request"] = await throughput(to_a, 1, 40)
+        found[f"{RATE}25 a request"] = await throughput(to_a, 25, 20)
     return found
 
 
@@ -129,7 +128,7 @@ async def throughput(to: KmeAccess, number: int, rounds: int) -> float:
 def measure_kme(tls: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = [sys.executable, "-m", "hybridkex", "kme"]
+        command = [*COMMAND, "kme"]
         setup = [*command, "dev-up", name, "--ports", "0,0", "--tls", tls, "--no-serve"]
         subprocess.run(setup, check=True, stdout=subprocess.DEVNULL)
         config = folder / "kme.toml"
@@ -154,7 +153,7 @@ async def of_pool() -> dict[str, float]:
         back = PoolNames(sae="bob", kme="b", peer_sae="alice", peer_kme="a")
         # The keys come from an in-process pair with the pools' names.
         master, _ = in_process_pair("alice", "bob", kmes=("a", "b"))
-        keys = [await master.get_key() for _ in range(ROUNDS)]
+        keys = [await master.get_key() for _ in range(CALLS)]
         async with (
             FilePool.open(folder / "a", key_file=folder / "key", names=names) as alice,
             FilePool.open(folder / "b", key_file=folder / "key", names=back) as bob,
@@ -164,54 +163,28 @@ async def of_pool() -> dict[str, float]:
             return await of_sources(alice, bob)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--pairs", action="store_true", help="pairs a second, by stock")
-    load = "pairs a second on connections that are kept, or on new ones; keys a second, in batches"
-    parser.add_argument("--load", choices=("kept", "new", "batch"), help=load)
-    setups = ["sqlite:1", "postgresql:1", "postgresql:2", "postgresql:4"]
-    parser.add_argument("--setup", nargs="+", default=setups, help="store:processes, with --load")
-    parser.add_argument("--crowd", type=int, nargs="+", default=[1, 8, 32], help="its clients")
-    parser.add_argument("--size", type=int, default=0, help="bits of its keys (256)")
-    parser.add_argument("--stock", type=int, nargs="+", default=[1_000, 100_000, 1_000_000])
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each run")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--against", type=Path, help="another copy of the project, run in turns")
-    args = parser.parse_args()
-    if args.load:
-        pairs = [one.split(":") for one in args.setup]
-        chosen = [(store, int(number)) for store, number in pairs]
-        all_runs = [
-            kme_load.main(
-                chosen, args.crowd, args.seconds, args.rounds, stock, args.load, args.size
-            )
-            for stock in args.stock
-        ]
-        if args.json:
-            print(json.dumps(all_runs, indent=2))
-        return
-    if args.pairs:
-        runs = kme_pairs.main(args.stock, args.clients, args.seconds, args.rounds, args.against)
-        if args.json:
-            print(json.dumps(runs, indent=2))
-        return
-    results = {
-        "in-process pair": trio.run(of_sources, *in_process_pair("alice", "bob")),
-        "file pool": trio.run(of_pool),
-        "KME, TLS of the standard library": measure_kme("stdlib"),
-        "KME, TLS of hybridkex": measure_kme("hybridkex"),
+def run(options: Options) -> Iterator[Row | Curve]:
+    """Measure."""
+    sources: dict[str, Callable[[], dict[str, float]]] = {
+        "in-process pair": lambda: trio.run(of_sources, *in_process_pair("alice", "bob")),
+        "file pool": lambda: trio.run(of_pool),
     }
-    if args.json:
-        print(json.dumps(results, indent=2))
-        return
-    for name, figures in results.items():
-        print(name)
-        for what, value in figures.items():
-            unit = "" if what.startswith("keys") else " ms"
-            print(f"  {what:<40} {value:10.3f}{unit}")
+    for name, measure in sources.items():
+        for what, figures in together(measure, options.few()).items():
+            yield Row(f"{name}: {what}", "ms", {OURS: figures})
+    if not options.quick:
+        kinds = {f"TLS of {OURS}": OURS, "TLS of the standard library": "stdlib"}
+        found = {
+            name: together(lambda tls=tls: measure_kme(tls), options.few())
+            for name, tls in kinds.items()
+        }
+        for what in next(iter(found.values())):
+            by_kind = {name: one[what] for name, one in found.items()}
+            yield Row(f"KME: {what}", "1/s" if what.startswith(RATE) else "ms", by_kind)
+    yield from kme_pairs.run(options)
 
 
-if __name__ == "__main__":
-    main()
+def together(measure: Callable[[], dict[str, float]], rounds: int) -> dict[str, list[float]]:
+    """The figures of all rounds by their names."""
+    found = [measure() for _ in range(rounds)]
+    return {name: [one[name] for one in found] for name in found[0]}

@@ -1,4 +1,4 @@
-"""KMEs under load, by store, processes and clients: ``python benchmarks/kme.py --load``.
+"""KMEs under load, by store and processes.
 
 Two sites, each with so many processes at one address (``reuse_port``), on SQLite or on a PostgreSQL
 server of its own, both of which flush every change. Each client is a thread that draws a key at one
@@ -6,21 +6,24 @@ site and looks it up at the other, on connections that stay open or on new ones.
 same at both ends, as from a QKD link.
 """
 
-import json
 import os
 import statistics
 import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
-from kme_pairs import Load, _cpu, _exchange, _pair
 
+from benchmarks.kme_pairs import CLIENTS, Load, exchange, pair
+from benchmarks.processes import cpu, program, until
+from benchmarks.results import Options, Row, in_turns
 from hybridkex.qkd.postgres_store import PostgresKeyStore
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.qkd.store import KeyStore, read_key_file
@@ -28,8 +31,25 @@ from hybridkex.secret import Secret
 from interop.kme.sites import KMES, Sites
 from interop.postgres import own_databases
 
+__all__ = ["run"]
+
 SAES = {"kme-a": ["alice"], "kme-b": ["bob"]}
 FILL = 1000
+LONG = 65_536
+"""Bits of a long key."""
+KINDS = {
+    "kept": f"pairs of {CLIENTS} clients, connections kept",
+    "new": "the same, on new connections",
+    "batch": "keys in batches of 100",
+    "long": f"pairs of keys of {LONG:,} bits, connections kept",
+}
+WORDS = {
+    "rate": "rate",
+    "cpu": "CPU of the KMEs for one",
+    "database_cpu": "CPU of the databases for one",
+    "median": "median time",
+    "p99": "99th percentile",
+}
 
 
 @dataclass
@@ -45,8 +65,6 @@ class Run:
     median: float
     """Milliseconds."""
     p99: float
-    refused: int
-    """Draws that got 503."""
 
 
 class Clients(Load):
@@ -55,11 +73,10 @@ class Clients(Load):
     def __init__(self, folder: Path, where: dict[str, str], seconds: float, kind: str) -> None:
         super().__init__(folder, where, seconds)
         self.kind = kind
-        self.refused = 0
 
-    def _client(self, ready: threading.Barrier) -> None:
-        if self.kind == "kept":
-            super()._client(ready)
+    def client(self, ready: threading.Barrier) -> None:
+        if self.kind in ("kept", "long"):
+            super().client(ready)
             return
         try:
             ready.wait()
@@ -68,20 +85,18 @@ class Clients(Load):
                 self._draw_batches()
             while time.perf_counter() < self.ends:
                 began = time.perf_counter()
-                with self._connect("alice", "kme-a") as a, self._connect("bob", "kme-b") as b:
-                    _pair(a, b, self.query)
+                with self.connect("alice", "kme-a") as a, self.connect("bob", "kme-b") as b:
+                    pair(a, b, self.query)
                 self.times.append(time.perf_counter() - began)
         except BaseException as error:
             self.errors.append(error)
             ready.abort()
 
     def _draw_batches(self) -> None:
-        with self._connect("alice", "kme-a") as a:
+        with self.connect("alice", "kme-a") as a:
             while time.perf_counter() < self.ends:
                 began = time.perf_counter()
-                if _exchange(a, "/api/v1/keys/bob/enc_keys?number=100") is None:
-                    self.refused += 1
-                else:
+                if exchange(a, "/api/v1/keys/bob/enc_keys?number=100") is not None:
                     self.times.append(time.perf_counter() - began)
 
 
@@ -107,15 +122,14 @@ def opened(site: Any, key: Secret, kme: str) -> KeyStore:
     return PostgresKeyStore(Secret(site.store.encode()), key, owner=kme)
 
 
-def measure(
-    store: str, processes: int, clients: int, seconds: float, stock: int, kind: str, size: int
-) -> Run:
+def measure(store: str, processes: int, clients: int, seconds: float, stock: int, kind: str) -> Run:
     """One run with stores of its own."""
+    size = LONG if kind == "long" else 0
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hybridkex-")))
         databases = own_databases(folder, stack, fsync="on") if store == "postgresql" else None
         limits = f"max_key_count = {stock}\nmax_key_size = {max(size, 4096)}\n"
-        limits += f"max_key_per_request = {100 if size <= 4096 else 4}"
+        limits += f"max_key_per_request = {4 if size else 100}"
         sites = Sites(folder, SAES, processes, databases, limits=limits, cables=False)
         stack.callback(sites.close)
         trio.run(fill, sites, stock)
@@ -126,74 +140,70 @@ def measure(
         _wait_until_idle(pids)
         load = Clients(folder, where, seconds, kind)
         load.query = f"?size={size}" if size else ""
-        before = sum(map(_cpu, pids)), _database_cpu(databases)
+        before = sum(map(cpu, pids)), _database_cpu(databases)
         took = load.run(clients)
-        cpu = sum(map(_cpu, pids)) - before[0]
+        used = sum(map(cpu, pids)) - before[0]
         database_cpu = _database_cpu(databases) - before[1]
     times = sorted(load.times)
     units = len(times) * (100 if kind == "batch" else 1)
     return Run(
         rate=units / took,
-        cpu=cpu / units * 1000,
+        cpu=used / units * 1000,
         database_cpu=database_cpu / units * 1000,
         median=statistics.median(times) * 1000,
         p99=times[len(times) * 99 // 100] * 1000,
-        refused=load.refused,
     )
 
 
 def _database_cpu(databases: list[Any] | None) -> float:
-    return sum(_cpu(pid) for database in databases or [] for pid in database.pids())
+    return sum(cpu(pid) for database in databases or [] for pid in database.pids())
 
 
 def _wait_for_all(folder: Path, where: dict[str, str]) -> None:
     """Until both sites serve."""
-    ends = time.monotonic() + 60
-    while True:
+
+    def serve() -> bool:
+        load = Load(folder, where, 0.0)
         try:
-            load = Load(folder, where, 0.0)
-            with load._connect("alice", "kme-a") as a, load._connect("bob", "kme-b") as b:
-                _pair(a, b)
+            with load.connect("alice", "kme-a") as a, load.connect("bob", "kme-b") as b:
+                pair(a, b)
         except OSError:
-            if time.monotonic() > ends:
-                raise
-            time.sleep(0.1)
-        else:
-            return
+            return False
+        return True
+
+    until(serve, 60)
 
 
 def _wait_until_idle(pids: list[int]) -> None:
-    used = sum(map(_cpu, pids))
+    used = sum(map(cpu, pids))
     time.sleep(1.0)
-    while (now := sum(map(_cpu, pids))) - used > 0.1:
+    while (now := sum(map(cpu, pids))) - used > 0.1:
         used = now
         time.sleep(1.0)
 
 
-def main(
-    setups: list[tuple[str, int]], clients: list[int], seconds: float, rounds: int, stock: int,
-    kind: str, size: int,
-) -> dict[str, list[dict[str, float]]]:  # fmt: skip
-    """Print a table; returns the runs."""
-    print(
-        f"{kind}, {size or 256} bits, stock of {stock:,}, medians of {rounds} runs in turns; "
-        f"load {os.getloadavg()}"
-    )
-    heads = ("a second", "CPU ms", "database", "p50 ms", "p99 ms", "503")
-    print(f"{'':<28}" + "".join(f"{head:>10}" for head in heads))
-    runs: dict[str, list[Run]] = {}
-    for _ in range(rounds):
-        for number in clients:
-            for store, processes in setups:
-                name = f"{store}, {processes} x 2, {number}"
-                runs.setdefault(name, []).append(
-                    measure(store, processes, number, seconds, stock, kind, size)
-                )
-    for name, all_runs in runs.items():
-        medians = [
-            statistics.median(getattr(run, what) for run in all_runs)
-            for what in ("rate", "cpu", "database_cpu", "median", "p99", "refused")
-        ]
-        print(f"{name:<28}" + "".join(f"{value:>10.2f}" for value in medians), flush=True)
-    return json.loads(json.dumps({name: [vars(one) for one in all_runs]
-                                  for name, all_runs in runs.items()}))  # fmt: skip
+def run(options: Options) -> Iterator[Row]:
+    """Measure."""
+    setups = {"SQLite, 1 process": ("sqlite", 1)}
+    if not options.quick and program("initdb") is not None:
+        setups |= {
+            f"PostgreSQL, {number} process{'es' if number > 1 else ''}": ("postgresql", number)
+            for number in (1, 2, 4)
+        }
+    stock, seconds = options.size(100_000, 1000), 0.2 if options.quick else 3.0
+    units = {"rate": "1/s", "cpu": "ms", "database_cpu": "ms", "median": "ms", "p99": "ms"}
+    for kind, words in list(KINDS.items())[: options.size(len(KINDS), 1)]:
+        runs: dict[str, list[Run]] = {setup: [] for setup in setups}
+
+        def once(setup: str, kind: str = kind, runs: dict[str, list[Run]] = runs) -> float:
+            runs[setup].append(measure(*setups[setup], CLIENTS, seconds, stock, kind))
+            return 0.0
+
+        in_turns(options.few(2), {setup: partial(once, setup) for setup in setups})
+        for what, unit in units.items():
+            figures = {
+                setup: [getattr(one, what) for one in found] for setup, found in runs.items()
+            }
+            used = {setup: values for setup, values in figures.items() if all(values)}
+            if used:  # a SQLite store has no processes of a database
+                yield Row(f"{words}: {WORDS[what]}", unit, used)

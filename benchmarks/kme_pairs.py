@@ -1,9 +1,8 @@
 """Keys drawn at one KME and looked up at the other: pairs a second, and what they cost.
 
-``python benchmarks/kme.py --pairs``. Both KMEs run in one process, with TLS of the standard library
-and with SQLite stores that flush every change. Each client is a thread with a connection to each
-KME: it draws a key as the master and looks it up as the slave, again and again. ``--against
-FOLDER`` runs another copy of the project in turns with this one, for a comparison in pairs of runs.
+Both KMEs run in one process, with TLS of the standard library and with SQLite stores that flush
+every change. Each client is a thread with a connection to each KME: it draws a key as the master
+and looks it up as the slave, again and again.
 """
 
 import json
@@ -19,9 +18,25 @@ import tempfile
 import threading
 import time
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.processes import COMMAND, cpu
+from benchmarks.results import OURS, Curve, Options, Row
+
+__all__ = ["run"]
+
+CLIENTS = 8
+THIS = Path(__file__).resolve().parent.parent
+OTHER = "the other copy"
+WORDS = {
+    "rate": f"pairs of {CLIENTS} clients",
+    "cpu": "CPU of a pair",
+    "median": "a pair, median",
+    "p99": "a pair, 99th percentile",
+    "start": "start",
+}
 FILL = """
 import os, sys, uuid
 from pathlib import Path
@@ -82,7 +97,7 @@ class Load:
     def run(self, clients: int) -> float:
         """Returns the time that it took."""
         ready = threading.Barrier(clients + 1)
-        threads = [threading.Thread(target=self._client, args=(ready,)) for _ in range(clients)]
+        threads = [threading.Thread(target=self.client, args=(ready,)) for _ in range(clients)]
         for thread in threads:
             thread.start()
         ready.wait()
@@ -95,18 +110,18 @@ class Load:
             raise self.errors[0]
         return time.perf_counter() - began
 
-    def _client(self, ready: threading.Barrier) -> None:
+    def client(self, ready: threading.Barrier) -> None:
         try:
-            with self._connect("alice", "kme-a") as a, self._connect("bob", "kme-b") as b:
+            with self.connect("alice", "kme-a") as a, self.connect("bob", "kme-b") as b:
                 ready.wait()
                 self.go.wait()
                 while time.perf_counter() < self.ends:
-                    self.times.append(_pair(a, b, self.query))
+                    self.times.append(pair(a, b, self.query))
         except BaseException as error:
             self.errors.append(error)
             ready.abort()
 
-    def _connect(self, sae: str, kme: str) -> ssl.SSLSocket:
+    def connect(self, sae: str, kme: str) -> ssl.SSLSocket:
         files = self.folder / sae
         context = ssl.create_default_context(cafile=files / "ca.pem")
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
@@ -117,19 +132,19 @@ class Load:
         return context.wrap_socket(raw, server_hostname=host)
 
 
-def _pair(a: ssl.SSLSocket, b: ssl.SSLSocket, query: str = "") -> float:
+def pair(a: ssl.SSLSocket, b: ssl.SSLSocket, query: str = "") -> float:
     """Draw a key and look it up; the seconds that it took."""
     began = time.perf_counter()
-    while (drawn := _exchange(a, f"/api/v1/keys/bob/enc_keys{query}")) is None:
+    while (drawn := exchange(a, f"/api/v1/keys/bob/enc_keys{query}")) is None:
         time.sleep(0.005)  # the stock is used up for a moment
         began = time.perf_counter()
-    found = _exchange(b, f"/api/v1/keys/alice/dec_keys?key_ID={drawn['key_ID']}")
+    found = exchange(b, f"/api/v1/keys/alice/dec_keys?key_ID={drawn['key_ID']}")
     if found != drawn:
         raise ValueError("the two sides of a key differ")
     return time.perf_counter() - began
 
 
-def _exchange(connection: ssl.SSLSocket, path: str) -> dict[str, str] | None:
+def exchange(connection: ssl.SSLSocket, path: str) -> dict[str, str] | None:
     connection.sendall(f"GET {path} HTTP/1.1\r\nHost: kme\r\n\r\n".encode())
     data = b""
     while b"\r\n\r\n" not in data:
@@ -154,7 +169,7 @@ def _received(connection: ssl.SSLSocket) -> bytes:
 
 def prepare(code: Path, folder: Path, stock: int) -> None:
     """Two KMEs of a copy of the project, with a stock."""
-    command = [sys.executable, "-m", "hybridkex", "kme", "dev-up", str(folder)]
+    command = [*COMMAND, "kme", "dev-up", str(folder)]
     subprocess.run(
         [*command, "--ports", "0,0", "--no-serve"],
         check=True, stdout=subprocess.DEVNULL, cwd=code,
@@ -174,7 +189,7 @@ def measure(code: Path, prepared: Path, clients: int, seconds: float) -> Run:
         folder = Path(name) / "site"
         shutil.copytree(prepared, folder)
         os.sync()
-        serve = [sys.executable, "-m", "hybridkex", "kme", "serve", str(folder / "kme.toml")]
+        serve = [*COMMAND, "kme", "serve", str(folder / "kme.toml")]
         began = time.perf_counter()
         with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True, cwd=code) as server:
             try:
@@ -183,15 +198,15 @@ def measure(code: Path, prepared: Path, clients: int, seconds: float) -> Run:
                 start = time.perf_counter() - began
                 _wait_until_idle(server.pid)  # the two ends compare their stocks
                 load = Load(folder, {line[0]: line[-1] for line in lines}, seconds)
-                before = _cpu(server.pid)
+                before = cpu(server.pid)
                 took = load.run(clients)
-                cpu = _cpu(server.pid) - before
+                used = cpu(server.pid) - before
             finally:
                 server.terminate()
     times = sorted(load.times)
     return Run(
         rate=len(times) / took,
-        cpu=cpu / len(times) * 1000,
+        cpu=used / len(times) * 1000,
         median=statistics.median(times) * 1000,
         p99=times[len(times) * 99 // 100] * 1000,
         start=start,
@@ -199,43 +214,36 @@ def measure(code: Path, prepared: Path, clients: int, seconds: float) -> Run:
 
 
 def _wait_until_idle(pid: int) -> None:
-    used = _cpu(pid)
+    used = cpu(pid)
     time.sleep(0.5)
-    while (now := _cpu(pid)) - used > 0.05:
+    while (now := cpu(pid)) - used > 0.05:
         used = now
         time.sleep(0.5)
 
 
-def _cpu(pid: int) -> float:
-    """Seconds of processor time of a process, from its ``/proc/PID/stat``."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def main(
-    stocks: list[int], clients: int, seconds: float, rounds: int, against: Path | None
-) -> dict[str, list[dict[str, float]]]:
-    """Print a table; returns the runs."""
-    copies = {"this copy": Path(__file__).resolve().parent.parent}
-    if against is not None:
-        copies["the other"] = against.resolve()
-    found: dict[str, list[dict[str, float]]] = {}
-    print(f"{clients} clients, medians of {rounds} runs in turns")
-    print(f"{'':<24}{'pairs/s':>9}{'CPU ms':>9}{'p50 ms':>9}{'p99 ms':>9}{'start s':>9}")
+def run(options: Options) -> Iterator[Row | Curve]:
+    """Measure."""
+    stocks = (100,) if options.quick else (1_000, 10_000, 100_000, 1_000_000)
+    seconds = 0.2 if options.quick else 3.0
+    copies = {OURS: THIS} | ({OTHER: options.against.resolve()} if options.against else {})
+    units = {"rate": "1/s", "cpu": "ms", "median": "ms", "p99": "ms", "start": "s"}
+    curves = {
+        "rate": Curve("Pairs of keys", "keys in stock", "1/s", {copy: {} for copy in copies}),
+        "cpu": Curve("CPU of a pair of keys", "keys in stock", "ms", {copy: {} for copy in copies}),
+    }
     for stock in stocks:
+        runs: dict[str, list[Run]] = {copy: [] for copy in copies}
         with tempfile.TemporaryDirectory() as name:
             for copy, code in copies.items():
                 prepare(code, Path(name) / copy, stock)
-            runs: dict[str, list[Run]] = {copy: [] for copy in copies}
-            for _ in range(rounds):
+            for _ in range(options.few()):
                 for copy, code in copies.items():
-                    runs[copy].append(measure(code, Path(name) / copy, clients, seconds))
-        for copy, all_runs in runs.items():
-            row = f"{copy}, {stock:,}"
-            figures = ("rate", "cpu", "median", "p99", "start")
-            medians = [
-                statistics.median(getattr(run, what) for run in all_runs) for what in figures
-            ]
-            print(f"{row:<24}" + "".join(f"{value:>9.2f}" for value in medians), flush=True)
-            found[row] = [vars(run) for run in all_runs]
-    return found
+                    runs[copy].append(measure(code, Path(name) / copy, CLIENTS, seconds))
+        for what, unit in units.items():
+            figures = {copy: [getattr(run, what) for run in found] for copy, found in runs.items()}
+            if what in curves:
+                for copy, line in curves[what].lines.items():
+                    line[str(stock)] = figures[copy]
+            bound = {"rate": 600.0, "start": 3.0}.get(what)
+            yield Row(f"{stock:,} keys in stock: {WORDS[what]}", unit, figures, bound=bound)
+    yield from curves.values()

@@ -1,17 +1,16 @@
-"""What a one-time pad costs: ``python benchmarks/one_time_pad.py``.
+"""Messages under a one-time pad beside messages under the session's keys alone.
 
-Messages between two engines, no network and no KME: the CPU time of both ends together, and the
-bytes of key per byte of message, with the pad and with the session's keys alone. The two take
-turns, and the fastest of five rounds counts.
+Two engines, no network and no KME: the CPU time of both ends together.
 """
 
-import argparse
 import os
 import time
+from collections.abc import Iterator
 
+from benchmarks.engines import Pair
+from benchmarks.results import Options, Row, in_turns
 from hybridkex import (
     ClientConfig,
-    ClientConnection,
     DevCa,
     OneTimePad,
     Policy,
@@ -19,101 +18,76 @@ from hybridkex import (
     Requirement,
     Secret,
     ServerConfig,
-    ServerConnection,
     TrustStore,
 )
 from hybridkex.qkd.in_process import in_process_pair
-from hybridkex.tls.events import PadKeyWanted, SessionProposed
+from hybridkex.tls.connection import Connection
+from hybridkex.tls.events import Event, PadKeyWanted
 
-__all__ = ["measure"]
+__all__ = ["Talk", "run"]
 
 _KEY = 32
 
 
-class _Pair:
-    """Two engines after their handshake, and the bytes between them."""
+class Talk:
+    """Two engines after their handshake."""
 
     def __init__(self, *, pad: bool) -> None:
         authority = DevCa.create(algorithm="ed25519")
-        alice, bob = in_process_pair("alice", "bob")
+        alice, bob = map(QkdPskSource, in_process_pair("alice", "bob"))
         policy, pads = Policy(psk=Requirement.OFF), OneTimePad() if pad else None
-        self._client = ClientConnection(
-            ClientConfig(
-                verifier=TrustStore((authority.certificate,)),
-                psk_source=QkdPskSource(alice),
-                policy=policy,
-                one_time_pad=pads,
-            ),
-            "localhost",
-        )
-        self._server = ServerConnection(
-            ServerConfig(
-                identities=(authority.issue("localhost"),),
-                psk_source=QkdPskSource(bob),
-                policy=policy,
-                one_time_pad=pads,
-            )
-        )
+        trust, identities = TrustStore((authority.certificate,)), (authority.issue("localhost"),)
         self._keys: dict[bytes, Secret] = {}
-        self._client.start()
-        self._pump()
+        self._pair = Pair(
+            ClientConfig(verifier=trust, psk_source=alice, policy=policy, one_time_pad=pads),
+            ServerConfig(identities=identities, psk_source=bob, policy=policy, one_time_pad=pads),
+            answer=self._answer,
+        ).handshake()
+        self.said = 0
+        """Bytes of messages so far."""
 
-    def _pump(self) -> None:
-        moved = True
-        while moved:
-            moved = False
-            for source, target in ((self._client, self._server), (self._server, self._client)):
-                if source.has_data_to_send:
-                    moved = True
-                    target.receive_data(source.data_to_send())
-                while (event := target.next_event()) is not None:
-                    if isinstance(event, SessionProposed):
-                        target.accept()
-                    elif isinstance(event, PadKeyWanted):
-                        target.provide_pad_key(self._keys.pop(event.identity))
+    def _answer(self, connection: Connection, event: Event) -> None:
+        if isinstance(event, PadKeyWanted):
+            connection.provide_pad_key(self._keys.pop(event.identity))
 
     def say(self, message: bytes) -> None:
         """One message from the client to the server, with the keys that it takes."""
-        while self._client.pad is not None and self._client.pad.message < len(message):
+        client = self._pair.client
+        while client.pad is not None and client.pad.message < len(message):
             name, key = os.urandom(40), Secret(os.urandom(_KEY))
             self._keys[name] = key
-            self._client.extend_pad(name, key)
-        self._client.send_data(message)
-        self._pump()
+            client.extend_pad(name, key)
+        client.send_data(message)
+        self._pair.carry()
+        self.said += len(message)
+
+    def rate(self, message: bytes, seconds: float) -> float:
+        """Messages per second."""
+        count, began = 0, time.process_time()
+        while (took := time.process_time() - began) < seconds:
+            self.say(message)
+            count += 1
+        return count / took
 
     @property
     def spent(self) -> int:
         """Bytes of key so far."""
-        return 0 if self._client.pad is None else self._client.pad.sent
+        return 0 if self._pair.client.pad is None else self._pair.client.pad.sent
 
 
-def measure(size: int, seconds: float, *, pad: bool) -> tuple[float, float]:
-    """Messages per second, and bytes of key per byte of message."""
-    pair, message = _Pair(pad=pad), os.urandom(size)
-    pair.say(message)
-    before, said, best = pair.spent, 0, 0.0
-    for _ in range(5):
-        count, began = 0, time.process_time()
-        while time.process_time() - began < seconds / 5:
-            pair.say(message)
-            count += 1
-        said += count
-        best = max(best, count / (time.process_time() - began))
-    return best, (pair.spent - before) / (said * size)
-
-
-def main() -> None:
-    """Print a table for a few sizes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each figure (default: 2)")
-    seconds = parser.parse_args().seconds
-    print("| message | with the pad | without | key per byte of message |")
-    print("|---|---|---|---|")
+def run(options: Options) -> Iterator[Row]:
+    """Measure."""
+    seconds = 0.01 if options.quick else 0.3
     for size in (20, 100, 1000, 8000):
-        padded, spent = measure(size, seconds, pad=True)
-        plain, _ = measure(size, seconds, pad=False)
-        print(f"| {size:,} bytes | {padded:,.0f}/s | {plain:,.0f}/s | {spent:.3f} bytes |")
-
-
-if __name__ == "__main__":
-    main()
+        message, padded = os.urandom(size), Talk(pad=True)
+        talks = {"with the pad": padded, "without": Talk(pad=False)}
+        for talk in talks.values():
+            talk.say(message)
+        before = padded.spent, padded.said
+        tools = {
+            name: lambda talk=talk, message=message: talk.rate(message, seconds)
+            for name, talk in talks.items()
+        }
+        figures = in_turns(options.few(5), tools)
+        cost = (padded.spent - before[0]) / (padded.said - before[1])
+        yield Row(f"messages of {size:,} B; {cost:.3f} B of key for each byte", "1/s", figures)

@@ -1,35 +1,28 @@
-"""liboqs compared with `cryptography`: ``python benchmarks/providers.py [--rounds N]``.
+"""ML-KEM of `cryptography` beside liboqs: its operations, and whole handshakes in memory."""
 
-Two tables: the three operations of ML-KEM through each provider, and whole handshakes between two
-engines in memory (X25519MLKEM768, Ed25519 raw public keys), no sockets. Providers take turns; the
-median of the rounds is printed, in CPU time of this process.
-"""
-
-import argparse
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
+from benchmarks.engines import Pair
+from benchmarks.results import Options, Row, in_turns
 from hybridkex import (
     MLKEM768,
     MLKEM1024,
     X25519MLKEM768,
     ClientConfig,
-    ClientConnection,
     Group,
     Pins,
     RawIdentity,
     ServerConfig,
-    ServerConnection,
 )
 from hybridkex.crypto.kex_oqs import via_oqs
-from hybridkex.crypto.oqs import load
-from hybridkex.tls.events import SessionProposed
+from hybridkex.errors import ProviderMissing
 
-PER_ROUND = 100
+__all__ = ["run"]
 
 
-def timed(action: Callable[[], object], times: int = PER_ROUND) -> float:
+def timed(action: Callable[[], object], times: int) -> float:
     """Measure the CPU microseconds of one call."""
     start = time.process_time()
     for _ in range(times):
@@ -37,57 +30,44 @@ def timed(action: Callable[[], object], times: int = PER_ROUND) -> float:
     return (time.process_time() - start) / times * 1e6
 
 
-def operations(group: Group) -> list[float]:
-    """Measure key generation, encapsulation and decapsulation."""
+def operations(group: Group) -> dict[str, Callable[[], object]]:
+    """Key generation, encapsulation and decapsulation."""
     exchange = group.exchange
     started = exchange.start()
     answer, _ = exchange.respond(started.share)
-    return [
-        timed(exchange.start),
-        timed(lambda: exchange.respond(started.share)),
-        timed(lambda: started.finish(answer)),
-    ]
+    return {
+        "key pair": exchange.start,
+        "encapsulation": lambda: exchange.respond(started.share),
+        "decapsulation": lambda: started.finish(answer),
+    }
 
 
-def handshake(group: Group) -> Callable[[], None]:
-    """Measure a whole handshake, both sides."""
+def handshake(group: Group) -> Callable[[], object]:
+    """A whole handshake, both sides, with Ed25519 raw public keys."""
     identity = RawIdentity.generate()
-    client_config = ClientConfig(verifier=Pins(frozenset({identity.pin})), groups=(group,))
-    server_config = ServerConfig(identities=(identity,), groups=(group,))
-
-    def once() -> None:
-        client, server = ClientConnection(client_config), ServerConnection(server_config)
-        client.start()
-        for source, target in ((client, server), (server, client), (client, server)):
-            target.receive_data(source.data_to_send())
-            while (event := target.next_event()) is not None:
-                if isinstance(event, SessionProposed):
-                    target.accept()
-        if not (client.handshake_complete and server.handshake_complete):
-            raise SystemExit("the handshake did not complete")
-
-    return once
+    client = ClientConfig(verifier=Pins(frozenset({identity.pin})), groups=(group,))
+    server = ServerConfig(identities=(identity,), groups=(group,))
+    return lambda: Pair(client, server, None).handshake()
 
 
-def main() -> None:
-    """Measure, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    print(f"liboqs {load().oqs_version()}; microseconds of CPU time, median of {rounds} rounds")
-    print(f"{'':<28}{'cryptography':>14}{'liboqs':>10}{'ratio':>8}")
-    for group in (MLKEM768, MLKEM1024):
-        pairs = [(operations(group), operations(via_oqs(group))) for _ in range(rounds)]
-        for index, name in enumerate(("key pair", "encapsulate", "decapsulate")):
-            ours, theirs = (
-                statistics.median(pair[side][index] for pair in pairs) for side in (0, 1)
-            )
-            print(f"{group.name + ' ' + name:<28}{ours:>14.0f}{theirs:>10.0f}{ours / theirs:>8.2f}")
-    both = handshake(X25519MLKEM768), handshake(via_oqs(X25519MLKEM768))
-    results = [tuple(timed(one, 20) for one in both) for _ in range(rounds)]
-    ours, theirs = (statistics.median(result[side] for result in results) for side in (0, 1))
-    print(f"{'handshake, both sides':<28}{ours:>14.0f}{theirs:>10.0f}{ours / theirs:>8.2f}")
-
-
-if __name__ == "__main__":
-    main()
+def run(options: Options) -> Iterator[Row]:
+    """Measure."""
+    providers: dict[str, Callable[[Group], Group]] = {"cryptography": lambda group: group}
+    try:
+        via_oqs(MLKEM768)
+        providers["liboqs"] = via_oqs
+    except ProviderMissing as missing:
+        print(f"liboqs is missing, and its figures are left out: {missing}")
+    works = {
+        f"{group} {name}": {
+            tool: operations(provider(group))[name] for tool, provider in providers.items()
+        }
+        for group in (MLKEM768, MLKEM1024)
+        for name in ("key pair", "encapsulation", "decapsulation")
+    }
+    whole = {tool: handshake(provider(X25519MLKEM768)) for tool, provider in providers.items()}
+    works["X25519MLKEM768 handshake, both sides"] = whole
+    times = options.size(100, 2)
+    for name, tools in works.items():
+        taken = {tool: partial(timed, action, times) for tool, action in tools.items()}
+        yield Row(name, "us", in_turns(options.rounds, taken))

@@ -1,28 +1,22 @@
-"""The cost of the QKD leg in a handshake: ``python benchmarks/qkd_handshake.py [--rounds N]
-[--json]``.
+"""Handshakes with a QKD key beside those without, over loopback TCP.
 
-Handshakes over loopback TCP, X25519MLKEM768 with an ECDSA certificate, in turns in one run: without
-a QKD key, with one of an in-process pair, with one that was drawn and looked up ahead
-(``PrefetchSource`` on both sides; "alone" is without certificates, the key being the
-authentication), and with one that each side fetches from its KME while the other waits. The KMEs
-are a process of their own. Every figure is a ratio to the handshake without QKD of the same round;
-the median and the quartiles are printed. ``round trips`` counts the requests that the KMEs got for
-one handshake.
+X25519MLKEM768 with an ECDSA certificate: without a QKD key, with one of an in-process pair, with
+one that was drawn and looked up ahead (``PrefetchSource`` on both sides; without certificates the
+key is the authentication), and with one that each side fetches from its KME while the other waits.
+The KMEs are a process of their own.
 """
 
-import argparse
 import contextlib
-import json
-import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import trio
 
+from benchmarks.processes import COMMAND
+from benchmarks.results import Options, Row
 from hybridkex import (
     ClientConfig,
     DevCa,
@@ -39,6 +33,7 @@ from hybridkex.qkd.prefetch import PrefetchConfig, PrefetchSource
 from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
 
 PER_ROUND = 10
+WITHOUT = "without QKD"
 
 
 class Counted:
@@ -116,7 +111,7 @@ async def _close(stream: SecureStream[trio.SocketStream]) -> None:
 @contextlib.asynccontextmanager
 async def kmes(folder: Path) -> AsyncIterator[tuple[KeySource, KeySource]]:
     """The two KMEs of ``kme dev-up``, and a source at each."""
-    command = [sys.executable, "-m", "hybridkex", "kme", "dev-up", str(folder), "--ports", "0,0"]
+    command = [*COMMAND, "kme", "dev-up", str(folder), "--ports", "0,0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220
     try:
         assert process.stdout is not None
@@ -138,10 +133,11 @@ async def kmes(folder: Path) -> AsyncIterator[tuple[KeySource, KeySource]]:
             yield sources[0], sources[1]
     finally:
         process.terminate()
-        process.wait()
+        process.communicate()  # closes the pipe, too
 
 
-async def main(rounds: int) -> dict[str, dict[str, float]]:
+async def measure(rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of the handshakes, and requests to KMEs for one, by the way to a key."""
     ca = DevCa.create()
     with tempfile.TemporaryDirectory() as name:
         async with kmes(Path(name) / "kmes") as (alice, bob), trio.open_nursery() as nursery:
@@ -161,10 +157,12 @@ async def main(rounds: int) -> dict[str, dict[str, float]]:
                     await behind.expect(name)
 
             ways = {
-                "without QKD": await Way().open(ca, nursery),
-                "in-process pair": await Way(*in_process_pair("alice", "bob")).open(ca, nursery),
+                WITHOUT: await Way().open(ca, nursery),
+                "of an in-process pair": await Way(*in_process_pair("alice", "bob")).open(
+                    ca, nursery
+                ),
                 "prefetched": await Way(ahead, behind, look_up_ahead).open(ca, nursery),
-                "prefetched, alone": await Way(
+                "prefetched, without certificates": await Way(
                     ahead, behind, look_up_ahead, certificates=False
                 ).open(ca, nursery),
                 "from the KMEs": await Way(alice, bob).open(ca, nursery),
@@ -185,33 +183,16 @@ async def main(rounds: int) -> dict[str, dict[str, float]]:
                     seconds[key].append(await way.time(PER_ROUND))
                     trips[key] = (alice.requests + bob.requests - before) / PER_ROUND
             nursery.cancel_scope.cancel()
-    result = {}
-    for key, values in seconds.items():
-        ratios = [a / b for a, b in zip(values, seconds["without QKD"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        result[key] = {
-            "milliseconds": statistics.median(values) * 1000,
-            "ratio": middle,
-            "lower quartile": low,
-            "upper quartile": high,
-            "round trips": trips[key],
-        }
-    return result
+    return seconds, trips
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    found = trio.run(main, arguments.rounds)
-    if arguments.json:
-        print(json.dumps(found, indent=2))
-    else:
-        print(f"{'':18}{'ms':>8}{'ratio':>8}  quartiles      KME requests")
-        for label, row in found.items():
-            spread = f"{row['lower quartile']:.2f} to {row['upper quartile']:.2f}"
-            print(
-                f"{label:18}{row['milliseconds']:8.2f}{row['ratio']:8.2f}  {spread:14}"
-                f"{row['round trips']:6.1f}"
-            )
+def run(options: Options) -> Iterator[Row]:
+    """Measure."""
+    seconds, trips = trio.run(measure, options.size(3 * options.rounds, 2))
+    without = seconds.pop(WITHOUT)
+    for name, figures in seconds.items():
+        requests = f", {trips[name]:.0f} requests to KMEs" if trips[name] else ""
+        goal = 0.91 if name.startswith("prefetched") else None
+        milliseconds = [1e3 * one for one in figures], [1e3 * one for one in without]
+        both = dict(zip(("with the key", WITHOUT), milliseconds, strict=True))
+        yield Row(f"key {name}{requests}", "ms", both, goal)

@@ -1,4 +1,4 @@
-"""The cost of the QKD link's post-processing: ``python benchmarks/qkd_link.py [--end-to-end]``.
+"""The cost of the QKD link's post-processing: ``python -m benchmarks.qkd_link [--end-to-end]``.
 
 Without options: Cascade and Toeplitz hashing on one core, and packages from PyPI beside them in the
 same run, if they are installed (they are not among our extras)::
@@ -31,6 +31,7 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
+from benchmarks.results import replaced, table
 from hybridkex.link import asymptotic
 from hybridkex.link.cascade import Cascade
 from hybridkex.link.entropy import binary_entropy
@@ -387,12 +388,6 @@ def triple(values: tuple[float, float, float], digits: int) -> str:
     return f"{middle} ({low} to {high})"
 
 
-def table(*columns: str, rows: list[tuple[str, ...]]) -> str:
-    """Return the tables in Markdown."""
-    lines = [columns, ("---",) * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def cascade_table(lines: list[dict[str, Any]]) -> str:
     return table(
         "QBER",
@@ -511,14 +506,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 def with_tables(page: str, found: dict[str, Any]) -> str:
     """Return the page with its tables replaced by those of these figures."""
-    for name, (key, make) in TABLES.items():
-        marks = f"<!-- table: {name} -->", "<!-- end of table -->"
-        pattern = re.escape(marks[0]) + ".*?" + re.escape(marks[1])
-        text = f"{marks[0]}\n{make(found[key])}\n{marks[1]}"
-        page, count = re.subn(pattern, lambda _: text, page, flags=re.DOTALL)  # noqa: B023
-        if count != 1:
-            raise RuntimeError(f"{PAGE.name} must have one table {name}")
-    return page
+    return replaced(page, {name: make(found[key]) for name, (key, make) in TABLES.items()})
 
 
 def main() -> None:

@@ -1,33 +1,20 @@
-"""Measures the cost of a tunnel: ``python benchmarks/tunnel.py [--json] [--seconds S] [NAME ...]``.
+"""A tunnel beside stunnel, HAProxy and the direct connection.
 
-The same work directly, through ``hybridkex tunnel`` and, where Debian's package is installed,
-through ``stunnel4``; both tunnels have two processes and certificates on both sides, and ours is
-measured once more with two workers at each end. The rounds take turns, so that other load affects
-all of them alike; the medians are printed, with their ratios to the direct connection.
+Tunnels have two processes and certificates on both sides. Round trips are those of 100 bytes to an
+echo server and back; their processor time is that of both processes of a tunnel, which other load
+on the machine hardly changes. A new connection sends and receives one byte. pgbench has 8 clients
+and PostgreSQL's files in memory.
 
-- bulk: one connection through a socket that is read as fast as it can be, MB/s.
-- connections: connect, send and receive one byte, close; per second, one after the other.
-- round-trips: 100 bytes to an echo server and back, with 1, 8 and 64 clients at a time, per second,
-  and the processor time of both processes of a tunnel for one round trip, which other load on the
-  machine hardly changes.
-- beside-bulk: the same with one client while another connection carries bulk data: the median and
-  the 99th percentile of the time of a round trip, ms.
-- pgbench: transactions per second of 8 clients (``-S`` reads, and the TPC-B-like default), with
-  PostgreSQL's files in memory, where ``postgresql`` is installed.
-
-stunnel's handshake has the groups that its OpenSSL offers: not the hybrid one, below OpenSSL 3.5.
+stunnel's and HAProxy's handshakes have the groups that their OpenSSL offers: not the hybrid one,
+below OpenSSL 3.5.
 """
 
-import argparse
-import json
 import os
 import pwd
-import shutil
+import resource
 import signal
 import socket
-import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -37,49 +24,15 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from select import EPOLLIN, epoll
-from typing import Any
 
-COMMAND = [sys.executable, "-m", "hybridkex"]
+from benchmarks.processes import COMMAND, certificates, cpu, free_port, program, running, wait_for
+from benchmarks.results import OURS, Curve, Options, Row
+
+__all__ = ["run"]
+
 CHUNK = 1 << 18
-ROUNDS = 5
 MESSAGE = 100
-WORK = ("bulk", "connections", "round-trips", "beside-bulk", "pgbench")
-TICKS = os.sysconf("SC_CLK_TCK")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-def wait_for(port: int) -> None:
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-        else:
-            return
-
-
-@contextmanager
-def running(*words: object, **options: Any) -> Iterator["subprocess.Popen[bytes]"]:
-    process = subprocess.Popen(
-        list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-# -- the ways
+LOOPBACK = "127.0.0.1"
 
 
 class Way:
@@ -91,12 +44,8 @@ class Way:
 
     def processor_time(self) -> float:
         """Seconds that the processes between, and their workers, have used."""
-        ticks = 0
-        for process in self._between:
-            for pid in (process.pid, *children(process.pid)):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                ticks += int(fields[11]) + int(fields[12])
-        return ticks / TICKS
+        pids = [pid for one in self._between for pid in (one.pid, *children(one.pid))]
+        return sum(map(cpu, pids))
 
 
 def children(pid: int) -> list[int]:
@@ -108,60 +57,94 @@ def children(pid: int) -> list[int]:
 
 
 @contextmanager
-def through_hybridkex(
-    target: int, keys: Path, *more: str, checkout: Path | None = None
+def tunnel(
+    listen: list[object], connect: list[object], middle: int, outer: int, copy: Path | None = None
 ) -> Iterator[Way]:
-    middle, outer = free_port(), free_port()
-    trust = [f"--{name}={keys / name}.pem" for name in ("ca", "cert", "key")]
-    quiet = ["--log-level=warning", "--max-connections=1000", "--grace=0", *more]
-    listen = ["--local", f"127.0.0.1:{middle}", "--target", f"127.0.0.1:{target}"]
-    connect = ["--local", f"127.0.0.1:{outer}", "--remote", f"localhost:{middle}"]
-    with (
-        running(
-            *(*COMMAND, "tunnel", "listen", *listen, "--require-client-cert", *trust, *quiet),
-            cwd=checkout,
-        ) as server,
-        running(*COMMAND, "tunnel", "connect", *connect, *trust, *quiet, cwd=checkout) as client,
-    ):
+    """A program at each end."""
+    with running(*listen, cwd=copy) as server, running(*connect, cwd=copy) as client:
         wait_for(middle)
         wait_for(outer)
         yield Way(outer, server, client)
 
 
 @contextmanager
-def through_stunnel(target: int, keys: Path, folder: Path) -> Iterator[Way]:
-    program = shutil.which("stunnel4")
-    assert program is not None
-    middle, outer = free_port(), free_port()
+def ours(target: int, folder: Path, *words: str, copy: Path | None = None) -> Iterator[Way]:
+    """Our tunnel, or that of another copy of the project."""
+    middle, outer, keys = free_port(), free_port(), folder / "keys"
+    trust = [f"--{name}={keys / name}.pem" for name in ("ca", "cert", "key")]
+    more = [*trust, "--log-level=warning", "--max-connections=2000", "--grace=0", *words]
+    listen = ["--local", f"{LOOPBACK}:{middle}", "--target", f"{LOOPBACK}:{target}", *more]
+    connect = ["--local", f"{LOOPBACK}:{outer}", "--remote", f"localhost:{middle}", *more]
+    start = [*COMMAND, "tunnel"]
+    with tunnel(
+        [*start, "listen", "--require-client-cert", *listen],
+        [*start, "connect", *connect],
+        middle,
+        outer,
+        copy,
+    ) as way:
+        yield way
+
+
+@contextmanager
+def stunnel(path: str, target: int, folder: Path) -> Iterator[Way]:
+    middle, outer, keys = free_port(), free_port(), folder / "keys"
     common = (
-        f"foreground = yes\npid =\nsyslog = no\ndebug = 3\nsslVersion = TLSv1.3\n"
+        "foreground = yes\npid =\nsyslog = no\ndebug = 3\nsslVersion = TLSv1.3\n"
         f"cert = {keys}/cert.pem\nkey = {keys}/key.pem\nCAfile = {keys}/ca.pem\n"
     )
-    (folder / "server.conf").write_text(
-        f"{common}verifyChain = yes\n[in]\naccept = 127.0.0.1:{middle}\n"
-        f"connect = 127.0.0.1:{target}\n"
+    server, client = (folder / f"stunnel-{end}-{outer}.conf" for end in ("server", "client"))
+    server.write_text(
+        f"{common}verifyChain = yes\n[in]\naccept = {LOOPBACK}:{middle}\n"
+        f"connect = {LOOPBACK}:{target}\n"
     )
-    (folder / "client.conf").write_text(
+    client.write_text(
         f"{common}verifyChain = yes\ncheckHost = localhost\n[out]\nclient = yes\n"
-        f"accept = 127.0.0.1:{outer}\nconnect = 127.0.0.1:{middle}\nsessionResume = no\n"
+        f"accept = {LOOPBACK}:{outer}\nconnect = {LOOPBACK}:{middle}\nsessionResume = no\n"
     )
-    with (
-        running(program, folder / "server.conf") as server,
-        running(program, folder / "client.conf") as client,
-    ):
-        wait_for(middle)
-        wait_for(outer)
-        yield Way(outer, server, client)
+    with tunnel([path, server], [path, client], middle, outer) as way:
+        yield way
+
+
+@contextmanager
+def haproxy(path: str, target: int, folder: Path) -> Iterator[Way]:
+    middle, outer, keys = free_port(), free_port(), folder / "keys"
+    both = folder / "both.pem"
+    both.write_bytes((keys / "cert.pem").read_bytes() + (keys / "key.pem").read_bytes())
+    common = (
+        "global\n  maxconn 4000\ndefaults\n  mode tcp\n  timeout connect 10s\n"
+        "  timeout client 1h\n  timeout server 1h\n"
+    )
+    checked = f"ssl crt {both} ca-file {keys}/ca.pem verify required ssl-min-ver TLSv1.3"
+    server, client = (folder / f"haproxy-{end}-{outer}.conf" for end in ("server", "client"))
+    server.write_text(
+        f"{common}listen in\n  bind {LOOPBACK}:{middle} {checked}\n"
+        f"  server target {LOOPBACK}:{target}\n"
+    )
+    client.write_text(
+        f"{common}listen out\n  bind {LOOPBACK}:{outer}\n  server far {LOOPBACK}:{middle} "
+        f"{checked} verifyhost localhost sni str(localhost) no-ssl-reuse\n"
+    )
+    with tunnel([path, "-db", "-f", server], [path, "-db", "-f", client], middle, outer) as way:
+        yield way
 
 
 # -- the work
+
+Figures = dict[tuple[str, str], float]
+"""Of a round, by the name of the work and the unit."""
+GOALS = {
+    **{f"round trips, {many}": 0.5 for many in ("1 client", "8 clients", "64 clients")},
+    "new connections": 1.0,
+}
+"""How many times as fast as stunnel."""
 
 
 class Sink:
     """Reads and counts bytes; answers the first byte of a connection."""
 
     def __init__(self) -> None:
-        self._server = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self._server = socket.create_server((LOOPBACK, 0), backlog=1024)
         self.port: int = self._server.getsockname()[1]
         self.read = 0
         threading.Thread(target=self._accept, daemon=True).start()
@@ -185,26 +168,27 @@ class Sink:
                 return
 
 
-def bulk(sink: Sink, port: int, seconds: float) -> float:
+def bulk(sink: Sink, way: Way, seconds: float) -> Figures:
     data = os.urandom(CHUNK)
-    with socket.create_connection(("127.0.0.1", port)) as connection:
+    with socket.create_connection((LOOPBACK, way.port)) as connection:
         connection.sendall(b"x")
         connection.recv(1)
         before, began = sink.read, time.perf_counter()
         while time.perf_counter() - began < seconds:
             connection.sendall(data)
         # Bytes that the far end has read, not those in buffers on the way.
-        return (sink.read - before) / (time.perf_counter() - began) / 1e6
+        rate = (sink.read - before) / (time.perf_counter() - began)
+    return {("bulk", "MB/s"): rate / 1e6}
 
 
-def connections(port: int, seconds: float) -> float:
+def connections(way: Way, seconds: float) -> Figures:
     done, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
-        with socket.create_connection(("127.0.0.1", port)) as connection:
+        with socket.create_connection((LOOPBACK, way.port)) as connection:
             connection.sendall(b"x")
             assert connection.recv(1) == b"x"
         done += 1
-    return done / (time.perf_counter() - began)
+    return {("new connections", "1/s"): done / (time.perf_counter() - began)}
 
 
 def echo_server(listening: socket.socket) -> None:
@@ -242,7 +226,7 @@ def drop(connection: socket.socket) -> None:
 
 @contextmanager
 def echoing() -> Iterator[int]:
-    with socket.create_server(("127.0.0.1", 0), backlog=512) as listening:
+    with socket.create_server((LOOPBACK, 0), backlog=1024) as listening:
         process = get_context("fork").Process(target=echo_server, args=(listening,), daemon=True)
         process.start()
         try:
@@ -252,20 +236,22 @@ def echoing() -> Iterator[int]:
             process.join()
 
 
-def exchange(port: int, clients: int, seconds: float) -> list[float]:
-    """The times of round trips, by clients that each wait for their answer."""
+def exchange(way: Way, clients: int, seconds: float) -> tuple[list[float], float]:
+    """The times of round trips, by clients that each wait for their answer, and the processor time
+    that the way has used for all of them."""
     message = os.urandom(MESSAGE)
     with ExitStack() as stack:
         poll = stack.enter_context(epoll())
         sent: dict[int, tuple[socket.socket, float]] = {}
         for _ in range(clients):
-            one = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            one = stack.enter_context(socket.create_connection((LOOPBACK, way.port)))
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             one.sendall(message)  # the tunnel's handshake is not counted
             assert one.recv(MESSAGE, socket.MSG_WAITALL) == message
             poll.register(one, EPOLLIN)
             sent[one.fileno()] = one, 0.0
         times: list[float] = []
+        before = way.processor_time()
         until = time.perf_counter() + seconds
         for descriptor, (one, _) in sent.items():
             one.sendall(message)
@@ -278,12 +264,12 @@ def exchange(port: int, clients: int, seconds: float) -> list[float]:
                 times.append(now - began)
                 sent[descriptor] = one, now
                 one.sendall(message)
-        return times
+        return times, way.processor_time() - before
 
 
 def flood(port: int) -> None:
     data = os.urandom(CHUNK)
-    with socket.create_connection(("127.0.0.1", port)) as connection:
+    with socket.create_connection((LOOPBACK, port)) as connection:
         connection.sendall(b"x")
         connection.recv(1)
         while True:
@@ -292,10 +278,7 @@ def flood(port: int) -> None:
 
 @contextmanager
 def postgres(folder: str) -> Iterator[tuple[int, str]]:
-    places = os.pathsep.join(map(str, Path("/usr/lib/postgresql").glob("*/bin")))
-    initdb, server, pgbench = (
-        shutil.which(name, path=places) for name in ("initdb", "postgres", "pgbench")
-    )
+    initdb, server, pgbench = map(program, ("initdb", "postgres", "pgbench"))
     assert initdb is not None
     assert server is not None
     assert pgbench is not None
@@ -311,7 +294,7 @@ def postgres(folder: str) -> Iterator[tuple[int, str]]:
     serve = [server, "-D", f"{folder}/data", "-k", folder, "-p", str(port), "-F"]
     with running(*as_somebody, *serve, "-c", "listen_addresses=127.0.0.1"):
         wait_for(port)
-        reach = ["-h", "127.0.0.1", "-p", str(port), "-U", "tester"]
+        reach = ["-h", LOOPBACK, "-p", str(port), "-U", "tester"]
         deadline = time.monotonic() + 30
         while subprocess.run(
             [pgbench, *reach, "-i", "-q", "-s", "5", "postgres"], check=False, capture_output=True
@@ -321,12 +304,10 @@ def postgres(folder: str) -> Iterator[tuple[int, str]]:
         yield port, pgbench
 
 
-def pgbench(
-    name: str, program: str, way: Way, *, seconds: float, more: list[str]
-) -> dict[str, float]:
+def transactions(pgbench: str, way: Way, *, seconds: float, more: list[str]) -> Figures:
     done = subprocess.run(
         [
-            *(program, "-h", "127.0.0.1", "-p", str(way.port), "-U", "tester", "-n", "-c", "8"),
+            *(pgbench, "-h", LOOPBACK, "-p", str(way.port), "-U", "tester", "-n", "-c", "8"),
             *("-j", "1", "-T", str(max(1, round(seconds))), *more, "postgres"),
         ],
         check=True,
@@ -334,115 +315,102 @@ def pgbench(
         text=True,
     )
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("tps"))
-    return {name: float(line.split()[2])}
+    return {(f"pgbench {' '.join(more)}".rstrip(), "1/s"): float(line.split()[2])}
 
 
-def rounds(
-    work: Callable[[Way], dict[str, float]], ways: dict[str, Way]
-) -> dict[str, dict[str, float]]:
-    """Run the rounds in turns; returns the medians, by figure and way."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for _ in range(ROUNDS):
-        for name, way in ways.items():
-            for what, value in work(way).items():
-                found.setdefault(what, {}).setdefault(name, []).append(value)
-    return {
-        what: {name: statistics.median(values) for name, values in by_way.items()}
-        for what, by_way in found.items()
-    }
-
-
-def round_trips(way: Way, seconds: float) -> dict[str, float]:
-    found = {}
-    for clients in (1, 8, 64):
-        before = way.processor_time()
-        number = len(exchange(way.port, clients, seconds))
-        found[f"round trips/s, {clients} at a time"] = number / seconds
-        found[f"  processor time, us, {clients} at a time"] = (
-            (way.processor_time() - before) / number * 1e6
-        )
+def round_trips(way: Way, clients: int, seconds: float) -> Figures:
+    times, used = exchange(way, clients, seconds)
+    many = "1 client" if clients == 1 else f"{clients:,} clients"
+    found = {(f"round trips, {many}", "1/s"): len(times) / seconds}
+    if used:
+        found[f"CPU of a round trip, {many}", "us"] = used / len(times) * 1e6
     return found
 
 
-def beside_bulk(way: Way, seconds: float) -> dict[str, float]:
+def beside_bulk(way: Way, seconds: float) -> Figures:
     other = get_context("fork").Process(target=flood, args=(way.port,), daemon=True)
     other.start()
     try:
         time.sleep(0.2)
-        times = sorted(exchange(way.port, 1, seconds))
+        times = sorted(exchange(way, 1, seconds)[0])
     finally:
         other.kill()
         other.join()
     return {
-        "round trip beside bulk, ms, median": times[len(times) // 2] * 1e3,
-        "round trip beside bulk, ms, 99th percentile": times[len(times) * 99 // 100] * 1e3,
+        ("round trip beside bulk data, median", "ms"): times[len(times) // 2] * 1e3,
+        ("the same, 99th percentile", "ms"): times[len(times) * 99 // 100] * 1e3,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="What a tunnel costs.")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each round")
-    parser.add_argument("--beside", type=Path, metavar="DIR", help="another checkout to measure")
-    parser.add_argument(
-        "work", nargs="*", metavar="NAME", help=f"of {', '.join(WORK)}; all of them"
-    )
-    args = parser.parse_args()
-    wanted = args.work or WORK
-    results: dict[str, dict[str, float]] = {}
+# -- the comparison
+
+
+def compared(work: Callable[[Way], Figures], ways: dict[str, Way], rounds: int) -> Iterator[Row]:
+    """The rows of a work that has several figures; the ways take turns."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for _ in range(rounds):
+        for tool, way in ways.items():
+            for what, value in work(way).items():
+                found.setdefault(what, {}).setdefault(tool, []).append(value)
+    for (name, unit), figures in found.items():
+        yield Row(name, unit, figures, GOALS.get(name))
+
+
+@contextmanager
+def all_ways(target: int, folder: Path, options: Options) -> Iterator[dict[str, Way]]:
+    """Ours first."""
     with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        keys = Path(folder) / "keys"
-        subprocess.run([*COMMAND, "dev-ca", keys], check=True, capture_output=True)
+        found = {OURS: stack.enter_context(ours(target, folder))}
+        peers = {"stunnel": ("stunnel4", stunnel), "HAProxy": ("haproxy", haproxy)}
+        for tool, (name, start) in peers.items():
+            path = program(name)
+            if path is not None:
+                found[tool] = stack.enter_context(start(path, target, folder))
+        if options.against is not None:
+            copy = ours(target, folder, copy=options.against.resolve())
+            found["the other copy"] = stack.enter_context(copy)
+        workers = ours(target, folder, "--workers=2")
+        found[f"{OURS}, 2 workers"] = stack.enter_context(workers)
+        yield found | {"direct": Way(target)}
 
-        def all_ways(target: int) -> dict[str, Way]:
-            found = {"direct": Way(target)}
-            found["hybridkex"] = stack.enter_context(through_hybridkex(target, keys))
-            found["2 workers"] = stack.enter_context(through_hybridkex(target, keys, "--workers=2"))
-            if args.beside is not None:
-                found["beside"] = stack.enter_context(
-                    through_hybridkex(target, keys, checkout=args.beside)
-                )
-            if shutil.which("stunnel4"):
-                place = Path(tempfile.mkdtemp(dir=folder))
-                found["stunnel4"] = stack.enter_context(through_stunnel(target, keys, place))
-            return found
 
-        if "round-trips" in wanted or "beside-bulk" in wanted:
-            ways = all_ways(stack.enter_context(echoing()))
-        if "round-trips" in wanted:
-            results |= rounds(lambda way: round_trips(way, args.seconds), ways)
-        if "beside-bulk" in wanted:
-            results |= rounds(lambda way: beside_bulk(way, args.seconds), ways)
+def run(options: Options) -> Iterator[Row | Curve]:
+    """Measure."""
+    seconds, rounds = 0.05 if options.quick else 2.0, options.few()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the programs get it too
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        certificates(folder / "keys")
+        with echoing() as port, all_ways(port, folder, options) as ways:
+            for clients in (1,) if options.quick else (1, 8, 64):
+                work = partial(round_trips, clients=clients, seconds=seconds)
+                yield from compared(work, ways, rounds)
+            yield from compared(partial(beside_bulk, seconds=seconds), ways, rounds)
+            yield from growth(ways, (1, 10) if options.quick else (1, 10, 100, 1000), seconds)
         sink = Sink()
-        ways = all_ways(sink.port)
-        if "bulk" in wanted:
-            results |= rounds(lambda way: {"bulk, MB/s": bulk(sink, way.port, args.seconds)}, ways)
-        if "connections" in wanted:
-            results |= rounds(
-                lambda way: {"connections/s": connections(way.port, args.seconds)}, ways
-            )
-        if "pgbench" in wanted and any(Path("/usr/lib/postgresql").glob("*/bin/pgbench")):
-            place = stack.enter_context(
-                tempfile.TemporaryDirectory(dir="/dev/shm", ignore_cleanup_errors=True)
-            )
-            port, program = stack.enter_context(postgres(place))
-            ways = all_ways(port)
-            for name, more in (("pgbench -S, tps", ["-S"]), ("pgbench, tps", [])):
-                results |= rounds(
-                    partial(pgbench, name, program, seconds=args.seconds, more=more), ways
-                )
-    if args.json:
-        print(json.dumps(results))
-        return
-    if not shutil.which("stunnel4"):
-        print("stunnel4 is not installed: apt-get install stunnel4")
-    for what, found in results.items():
-        print(what)
-        for way, value in found.items():
-            ratio = f"   {value / found['direct']:.3f} of direct" if found["direct"] else ""
-            print(f"  {way:<10} {value:>12,.2f}{ratio}")
+        with all_ways(sink.port, folder, options) as ways:
+            yield from compared(partial(connections, seconds=seconds), ways, rounds)
+            yield from compared(partial(bulk, sink, seconds=seconds), ways, rounds)
+        if options.quick or program("pgbench") is None:
+            return
+        place = stack.enter_context(
+            tempfile.TemporaryDirectory(dir="/dev/shm", ignore_cleanup_errors=True)
+        )
+        port, pgbench = stack.enter_context(postgres(place))
+        with all_ways(port, folder, options) as ways:
+            for more in (["-S"], []):
+                work = partial(transactions, pgbench, seconds=seconds, more=more)
+                yield from compared(work, ways, rounds)
 
 
-if __name__ == "__main__":
-    main()
+def growth(ways: dict[str, Way], places: tuple[int, ...], seconds: float) -> Iterator[Curve]:
+    """Round trips by the number of clients, in one run."""
+    curves: dict[str, Curve] = {}
+    for clients in places:
+        for tool, way in ways.items():
+            for (name, unit), value in round_trips(way, clients, seconds).items():
+                title = name.partition(",")[0]
+                curve = curves.setdefault(title, Curve(title, "clients", unit, {}))
+                curve.lines.setdefault(tool, {})[str(clients)] = [value]
+    yield from curves.values()

@@ -293,7 +293,7 @@ def test_a_write_error_in_the_middle(tmp_path: Path, run: Run, mutual: list[str]
 
 
 def test_a_large_file_in_constant_memory(tmp_path: Path, run: Run, mutual: list[str]) -> None:
-    """Twenty times the bytes, the same memory; ``benchmarks/transfer.py`` does it with 10 GB."""
+    """Twenty times the bytes, the same memory; 10 GB were measured in the same way."""
     server, port = receive(run, tmp_path / "target", mutual, start=run.fresh)
     peaks = []
     for megabytes in (8, 160):

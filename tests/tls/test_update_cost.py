@@ -1,14 +1,9 @@
 """What a key update costs: less than half of a full handshake, with and without a QKD key."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
+from benchmarks.fresh_keys import measure
 from hybridkex import X25519MLKEM768
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from fresh_keys import measure
 
 
 @pytest.mark.parametrize("qkd", [False, True])

@@ -1,0 +1,1 @@
+"""The speed of hybridkex beside its peers: ``python -m benchmarks --help``."""

@@ -7,7 +7,7 @@ The engine runs over any byte stream of anyio, as ``anyio.streams.tls.TLSStream`
 import contextlib
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Final, Self
 
@@ -25,7 +25,16 @@ from anyio.streams.tls import TLSAttribute
 from hybridkex.auth import PeerCertificate
 from hybridkex.machine import broken, leaves
 from hybridkex.net.acknowledged import unacknowledged
+from hybridkex.net.budget import PATIENCE, Budget, Connection
+from hybridkex.net.descriptors import share
+from hybridkex.net.event_loop import on_trio
 from hybridkex.net.log import BoundedLog
+from hybridkex.net.waiting_room import (
+    ACCEPTED_BETWEEN,
+    HANDSHAKES,
+    RETRY_SECONDS,
+    WaitingRoom,
+)
 from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT, READ_SIZE, SecureDuplex
 from hybridkex.shell.ssl_facade import SslObject, cipher_of, peercert_of
 from hybridkex.text import get_logger
@@ -39,8 +48,6 @@ __all__ = [
     "SecureListener",
 ]
 
-_RETRY_SECONDS: Final = 0.1
-"""Seconds between two attempts to accept while the system lacks resources."""
 _LACKS: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 _log: Final = get_logger("hybridkex.anyio")
@@ -243,6 +250,8 @@ class SecureListener(Listener[SecureByteStream]):
         connection that breaks or ends while ``handler`` uses it, ends that connection alone and
         becomes one log line. Any other exception of ``handler`` goes to the task group. While the
         system has no descriptors or no memory for another connection, new ones wait in the queue.
+        Handshakes have places, for which the addresses of the clients take turns, so that a crowd
+        of one address keeps others waiting for no longer than one handshake or a second.
 
         Args:
             handler: serves one connection, and closes it.
@@ -251,25 +260,35 @@ class SecureListener(Listener[SecureByteStream]):
 
         async def handle(stream: AnyByteStream) -> None:
             try:
-                secure = await self._wrap(stream)
+                async with places.place(stream):
+                    secure = await self._wrap(stream)
+            except _Dismissed as error:
+                _LINES.log(logging.WARNING, "a handshake was ended: %s", error)
+                return
             except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
                 _LINES.log(logging.WARNING, "a handshake failed: %s", error.__cause__ or error)
                 return
             try:
-                await handler(secure)
+                try:
+                    await handler(secure)
+                except BaseException:
+                    await anyio.aclose_forcefully(secure)
+                    raise
             except* (anyio.BrokenResourceError, anyio.EndOfStream) as group:
-                await anyio.aclose_forcefully(secure)
                 first = next(leaves(group))
                 reason = broken(first) if str(first) else "the peer ended it"
                 _LINES.log(logging.WARNING, "a connection ended early: %s", reason)
 
-        full = BoundedLog(_log, rate=1 / 60, burst=1)
+        full, places = BoundedLog(_log, rate=1 / 60, burst=1), _Places()
         async with contextlib.AsyncExitStack() as stack:
             # Not the listener's own group, which would end the connections with the accept loop.
-            group = task_group or await stack.enter_async_context(anyio.create_task_group())
+            if task_group is None:
+                task_group = await stack.enter_async_context(anyio.create_task_group())
+            task_group.start_soon(places.run)
+            stack.callback(places.close)
             while True:
                 try:
-                    await self.listener.serve(handle, group)
+                    await self.listener.serve(handle, task_group)
                 except Exception as error:
                     reason = _lack(error)
                     if reason is None:
@@ -278,7 +297,7 @@ class SecureListener(Listener[SecureByteStream]):
                     return
                 message = "cannot accept connections now: %s; new ones wait in the queue"
                 full.log(logging.ERROR, message, reason)
-                await anyio.sleep(_RETRY_SECONDS)
+                await anyio.sleep(RETRY_SECONDS)
 
     async def aclose(self) -> None:
         """Close the listener."""
@@ -291,6 +310,137 @@ class SecureListener(Listener[SecureByteStream]):
             **self.listener.extra_attributes,
             TLSAttribute.standard_compatible: lambda: self._standard_compatible,
         }
+
+
+class _Dismissed(Exception):
+    """A connection has to end, for others."""
+
+
+class _Guest:
+    """A connection that has, or waits for, a place for its handshake."""
+
+    def __init__(self) -> None:
+        self.scope = anyio.CancelScope()
+        self.started = anyio.Event()
+        self.reason = ""
+
+    def dismiss(self, reason: str) -> None:
+        self.reason = reason
+        self.scope.cancel()
+
+
+class _Places:
+    """Places for the handshakes of a listener; the addresses of those who want one take turns.
+
+    Who is next is decided as in all servers of this project (:mod:`hybridkex.net.waiting_room`,
+    :mod:`hybridkex.net.budget`).
+    """
+
+    def __init__(self) -> None:
+        self._budget = Budget(
+            share(HANDSHAKES), what="handshakes", patience=PATIENCE, freed=self._wake
+        )
+        self._room = WaitingRoom[_Guest](self._budget.held)
+        self._entered = 0
+        self._news = anyio.Event()
+        self._scope = anyio.CancelScope()
+        self._closed = False
+
+    @contextlib.asynccontextmanager
+    async def place(self, stream: AnyByteStream) -> AsyncIterator[None]:
+        """Wait for a place, which the connection has in this context.
+
+        Raises:
+            _Dismissed: it has to end, for others.
+        """
+        connection, guest = Connection(_carrier(stream), _LINES), _Guest()
+        try:
+            with guest.scope:
+                self._enter(connection, guest)
+                try:
+                    await guest.started.wait()
+                except BaseException:
+                    self._leave(connection)  # before another connection has its descriptor
+                    await anyio.aclose_forcefully(stream)
+                    raise
+                yield
+        finally:
+            self._leave(connection)
+        if guest.scope.cancelled_caught:
+            raise _Dismissed(guest.reason)
+
+    def _enter(self, connection: Connection, guest: _Guest) -> None:
+        if self._closed:
+            guest.started.set()
+            return
+        self._entered += 1
+        self._room.add(connection, guest)
+        if not on_trio():  # asyncio may have read what it sent
+            self._room.heard(connection)
+        while (leaving := self._room.crowded_out()) is not None:
+            leaving[1].dismiss("too many connections of its address are waiting")
+        self._wake()
+
+    def _leave(self, connection: Connection) -> None:
+        if not self._closed:
+            self._room.leave(connection)
+        connection.release()
+
+    def _wake(self) -> None:
+        self._news.set()
+
+    async def _give(self) -> None:
+        while True:
+            self._news = anyio.Event()
+            found = self._room.next(self._budget)
+            if found is None:
+                with anyio.move_on_after(RETRY_SECONDS if len(self._room) else None):
+                    await self._news.wait()
+                continue
+            connection, guest = found
+            connection.begin(
+                self._budget, cut=partial(guest.dismiss, "it made room for another connection")
+            )
+            guest.started.set()
+            for _ in range(ACCEPTED_BETWEEN):  # the accept loop goes first
+                before = self._entered
+                await anyio.lowlevel.checkpoint()
+                await anyio.lowlevel.checkpoint()
+                if self._entered == before:
+                    break
+
+    async def _listen(self) -> None:
+        while True:
+            await anyio.wait_readable(self._room.fileno())
+            self._room.listen()
+            self._wake()
+
+    async def run(self) -> None:
+        """Give places until closed."""
+        try:
+            with self._scope:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(self._give)
+                    group.start_soon(self._listen)
+        finally:
+            self._room.close()
+
+    def close(self) -> None:
+        """Let those who wait begin at once: their handlers may outlive the listener."""
+        self._closed = True
+        while (found := self._room.remove()) is not None:
+            found[1].started.set()
+        self._scope.cancel()
+
+
+class _Carrier:
+    def __init__(self, raw: Any) -> None:
+        self.socket: Any = raw
+
+
+def _carrier(stream: AnyByteStream) -> _Carrier | None:
+    raw = stream.extra(SocketAttribute.raw_socket, None)
+    return None if raw is None else _Carrier(raw)
 
 
 def _lack(error: Exception) -> str | None:

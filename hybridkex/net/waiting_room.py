@@ -69,8 +69,9 @@ class WaitingRoom(Generic[T]):
     def add(self, connection: Connection, stream: T) -> None:
         """Let a connection wait."""
         if connection.is_silent:
-            number = self._watched[connection] = connection.fileno()
+            number = connection.fileno()
             self._selector.register(number, selectors.EVENT_READ, connection)
+            self._watched[connection] = number
             self._silent.put(connection, stream)
         else:
             self._speaking.put(connection, stream)

@@ -2,13 +2,15 @@
 
 import asyncio
 import contextlib
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from hybridkex import ClientConfig, ServerConfig
+from hybridkex import ClientConfig, ClientConnection, ServerConfig
 from hybridkex.aio import open_connection, start_server
 
 Run = Callable[..., Any]
@@ -77,3 +79,51 @@ class Losing(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost.append(exc)
+
+
+def hello_of(config: ClientConfig) -> bytes:
+    client = ClientConnection(config, "localhost")
+    client.start()
+    return bytes(client.data_to_send())
+
+
+class Crowd:
+    """Connections that stay, each from one of some addresses."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.members: list[socket.socket] = []
+        self._answered, self._dismissed = set[socket.socket](), set[socket.socket]()
+
+    def grow(self, number: int, says: bytes, addresses: int = 1) -> None:
+        for one in range(number):
+            member = socket.socket()
+            self.members.append(member)
+            member.bind((f"127.0.0.{2 + one % addresses}", 0))
+            member.connect(("127.0.0.1", self._port))
+            member.sendall(says)
+            member.setblocking(False)
+
+    def answered(self) -> int:
+        self._look()
+        return len(self._answered)
+
+    def dismissed(self) -> int:
+        self._look()
+        return len(self._dismissed)
+
+    def _look(self) -> None:
+        for one in self.members:
+            with contextlib.suppress(BlockingIOError):
+                try:
+                    while one not in self._dismissed:
+                        (self._answered if one.recv(65536) else self._dismissed).add(one)
+                except ConnectionError:
+                    self._dismissed.add(one)
+
+    def leave(self, *, reset: bool = False) -> None:
+        for member in self.members:
+            if reset:
+                linger = struct.pack("ii", 1, 0)
+                member.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            member.close()

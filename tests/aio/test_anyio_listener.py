@@ -10,7 +10,10 @@ from contextlib import ExitStack
 
 import anyio
 import pytest
+from aio_glue import Crowd, hello_of
 
+import hybridkex.anyio
+import hybridkex.net.waiting_room
 from hybridkex import X25519, ClientConfig, DevCa, Policy, Requirement, ServerConfig, TrustStore
 from hybridkex.anyio import SecureByteStream, SecureConnectable, SecureListener
 
@@ -177,3 +180,113 @@ def test_a_closed_listener_ends_serve(backend: str) -> None:
     with pytest.raises(BaseExceptionGroup) as caught:
         anyio.run(main, backend=backend)
     assert caught.group_contains((anyio.ClosedResourceError, anyio.BrokenResourceError))
+
+
+@pytest.fixture
+def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight, that none has to leave: these tests also run on a machine that is busy with others."""
+    monkeypatch.setattr(hybridkex.anyio, "HANDSHAKES", 8)
+    monkeypatch.setattr(hybridkex.anyio, "PATIENCE", 60.0)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with anyio.fail_after(20):
+        while not condition():  # noqa: ASYNC110
+            await anyio.sleep(0.01)
+
+
+def run_beside_a_crowd(
+    backend: str, main: Callable[[SecureListener, Crowd], Awaitable[None]]
+) -> None:
+    async def whole() -> None:
+        async with (
+            SecureListener(await one_port(), SERVER) as listener,
+            anyio.create_task_group() as group,
+        ):
+            group.start_soon(listener.serve, naive)
+            assert await echoed(port_of(listener)) == b"are you there?"
+            before = len(os.listdir("/proc/self/fd"))
+            crowd = Crowd(port_of(listener))
+            try:
+                with anyio.fail_after(20):
+                    await main(listener, crowd)
+            finally:
+                crowd.leave()
+            await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+            group.cancel_scope.cancel()
+
+    anyio.run(whole, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("says", ["nothing", "a byte", "a ClientHello"])
+@pytest.mark.usefixtures("few_places")
+def test_a_crowd_of_one_address_has_half_of_the_places(backend: str, says: str) -> None:
+    hello = hello_of(CLIENT)
+    said = {"nothing": b"", "a byte": hello[:1], "a ClientHello": hello}[says]
+
+    async def main(listener: SecureListener, crowd: Crowd) -> None:
+        crowd.grow(60, said)
+        assert await echoed(port_of(listener)) == b"are you there?"
+        assert crowd.answered() == (4 if says == "a ClientHello" else 0)
+        assert crowd.dismissed() == 0
+
+    run_beside_a_crowd(backend, main)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("few_places")
+def test_connections_that_keep_us_waiting_make_room(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crowd of eight addresses has all places; two of them, of one address, make room."""
+    monkeypatch.setattr(hybridkex.anyio, "PATIENCE", 0.3)
+
+    async def main(listener: SecureListener, crowd: Crowd) -> None:
+        crowd.grow(16, hello_of(CLIENT), addresses=8)
+        await until(lambda: crowd.answered() == 8)
+        assert await echoed(port_of(listener)) == b"are you there?"
+        assert crowd.dismissed() >= 1
+
+    run_beside_a_crowd(backend, main)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("few_places")
+def test_a_full_room_loses_the_oldest_of_the_largest_crowd(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hybridkex.net.waiting_room, "WAITING", 10)
+
+    async def main(listener: SecureListener, crowd: Crowd) -> None:
+        crowd.grow(30, hello_of(CLIENT))
+        await until(lambda: crowd.dismissed() >= 16)
+        assert await echoed(port_of(listener)) == b"are you there?"
+        assert crowd.dismissed() <= 20  # ten wait
+        assert crowd.answered() <= 4
+
+    run_beside_a_crowd(backend, main)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("few_places")
+def test_those_who_wait_begin_when_the_listener_has_ended(backend: str) -> None:
+    """Their handlers may outlive it."""
+
+    async def main() -> None:
+        async with anyio.create_task_group() as handlers:
+            listener = SecureListener(await one_port(), SERVER)
+            crowd = Crowd(port_of(listener))
+            async with anyio.create_task_group() as group:
+                group.start_soon(listener.serve, naive, handlers)
+                crowd.grow(20, hello_of(CLIENT))
+                before = len(os.listdir("/proc/self/fd"))
+                await until(lambda: len(os.listdir("/proc/self/fd")) >= before + 20)
+                group.cancel_scope.cancel()
+            await listener.aclose()
+            await until(lambda: crowd.answered() == 20)
+            crowd.leave()
+            await anyio.sleep(0.05)
+            handlers.cancel_scope.cancel()
+
+    anyio.run(main, backend=backend)

@@ -56,6 +56,9 @@ _log = get_logger("hybridkex.qkd.keys")
 _COMBINED: Final = (
     "a key combined from several links is derived by a hash, and a one-time pad takes no such keys"
 )
+_TURN: Final = 20.0
+"""Seconds for which the look-up for a key update waits for its turn: less than the deadline of an
+update is by default."""
 _LEAST_PAD_KEY: Final = 16
 """Bytes of a key that is worth its name on the wire."""
 
@@ -69,7 +72,8 @@ class QkdLimits:
         retries: how often a look-up that came too early (``KeyNotYetAvailable``) is repeated.
         retry_after: seconds before the first repetition; doubled each time.
         look_ups_per_second: look-ups for one peer in the long run; ``math.inf`` for no limit. Those
-            for one-time pads are counted by themselves, and wait.
+            for key updates and one-time pads, which come out of sessions, are counted by
+            themselves, and wait for their turn.
         burst: look-ups for one peer that may come at once.
         remembered: most names to remember; a remembered name is not looked up again.
     """
@@ -166,7 +170,7 @@ class QkdPskSource:
             raise ConfigError("two sources for one pair of SAEs: combine them in a FailoverSource")
         self._limits: Final = limits or QkdLimits()
         self._budgets: Final = self._full_buckets()
-        self._pad_budgets: Final = self._full_buckets()
+        self._session_budgets: Final = self._full_buckets()
         self._asked: Final = OrderedDict[KeyReference, QkdPeer]()
         # Rate-limited, because any peer can cause these lines.
         self._lines = BoundedLog(_log)
@@ -242,7 +246,14 @@ class QkdPskSource:
         )
         if imported.context != expected or not source.knows(name):
             raise KeyUnknown("the key update of the peer names a QKD key of others")
-        key = await self._look_up_once(peer, name)
+        self._check_new(name)
+        self._remember(name, peer)
+        try:
+            async with time_limit(_TURN):
+                await self._turn(peer)
+        except TimeoutError:
+            raise self._limited(peer) from None
+        key = await self._ask(lambda: self._look_up_patiently(source, name))
         self.counters.looked_up += 1
         self.counters.update_keys += 1
         return _update_key(key, by_client=not client, epoch=epoch)
@@ -300,9 +311,8 @@ class QkdPskSource:
             raise KeyUnauthorized(_COMBINED)
         self._check_new(name)
         self._remember(name, peer)
+        await self._turn(peer)
         wait = self._limits.retry_after
-        while not self._pad_budgets[id(peer)].take():
-            await sleep(wait)
         while True:
             try:
                 key = await self._ask(lambda: self._look_up_patiently(peer.source, name))
@@ -356,10 +366,18 @@ class QkdPskSource:
     async def _look_up_once(self, peer: QkdPeer, name: KeyReference) -> QkdKey:
         self._check_new(name)
         if not self._budgets[id(peer)].take():
-            self.counters.limited += 1
-            raise KeySourceUnavailable(f"too many look-ups for {peer.source.peer_sae}")
+            raise self._limited(peer)
         self._remember(name, peer)
         return await self._ask(lambda: self._look_up_patiently(peer.source, name))
+
+    def _limited(self, peer: QkdPeer) -> KeySourceUnavailable:
+        self.counters.limited += 1
+        return KeySourceUnavailable(f"too many look-ups for {peer.source.peer_sae}")
+
+    async def _turn(self, peer: QkdPeer) -> None:
+        """Wait until a session with this peer may look up a key."""
+        while not self._session_budgets[id(peer)].take():
+            await sleep(self._limits.retry_after)
 
     def _check_new(self, name: KeyReference) -> None:
         if name in self._asked:

@@ -1,5 +1,6 @@
 """Which QKD keys a one-time pad gets, and which it does not, whatever a peer or a KME says."""
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,6 +133,50 @@ async def test_a_peer_that_names_keys_too_fast_waits(autojump_clock: Any) -> Non
         assert await bob.look_up_for_pad(identity, SESSION) == drawn
     assert 1.9 < trio.current_time() - began < 3
     assert not bob.counters.failed
+
+
+@pytest.mark.parametrize("strangers", [0, 100])
+async def test_many_sessions_renew_their_keys_at_once(strangers: int, autojump_clock: Any) -> None:
+    """They wait for each other, and no stranger who begins handshakes takes their turns."""
+    alice, bob = pair(look_ups_per_second=10, burst=5)
+    found = 0
+
+    async def renew() -> None:
+        nonlocal found
+        ours = await alice.draw_for_update(SESSION, client=True, epoch=1)
+        psk = ours.psk
+        theirs = await bob.look_up_for_update(wire(psk), SESSION, client=False, epoch=1)
+        found += theirs.psk.key == psk.key
+
+    for _ in range(strangers):
+        psk = await alice.offer()
+        with contextlib.suppress(KeySourceUnavailable):
+            await bob.look_up((wire(psk),))
+    limited = bob.counters.limited
+    async with trio.open_nursery() as nursery:
+        for _ in range(60):
+            nursery.start_soon(renew)
+    assert found == 60
+    assert bob.counters.limited == limited
+
+
+async def test_a_peer_that_renews_keys_without_end_is_refused(autojump_clock: Any) -> None:
+    alice, bob = pair(look_ups_per_second=1, burst=1)
+    refused = 0
+
+    async def renew() -> None:
+        nonlocal refused
+        ours = await alice.draw_for_update(SESSION, client=True, epoch=1)
+        try:
+            await bob.look_up_for_update(wire(ours.psk), SESSION, client=False, epoch=1)
+        except KeySourceUnavailable:
+            refused += 1
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(60):
+            nursery.start_soon(renew)
+    assert 35 <= refused <= 45
+    assert bob.counters.limited == refused
 
 
 async def test_the_stock_in_bytes() -> None:

@@ -262,3 +262,54 @@ def test_all_files_are_written_in_one_place() -> None:
                 if writes(node) and (name, "*") not in ELSEWHERE:
                     seen.add(f"{name}:{getattr(node, 'lineno', 0)}")
     assert seen == set()
+
+
+# --- files that belong together -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words", [["dev-ca", "new/ca"], ["kme", "dev-up", "new/kmes", "--no-serve"]]
+)
+def test_a_command_whose_files_have_no_room_can_be_repeated(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of its files is the first one without room: none is left, nor a folder."""
+    monkeypatch.chdir(tmp_path)
+    allocate, files_until_full = os.posix_fallocate, 0
+    fits = iter(range(0))
+
+    def full(*arguments: int) -> None:
+        if next(fits, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(*arguments)
+
+    with monkeypatch.context() as now:
+        now.setattr(os, "posix_fallocate", full)
+        for files_until_full in range(40):
+            fits = iter(range(files_until_full))
+            if main(words) == 0:
+                break
+            assert list(tmp_path.rglob("*")) == []
+    assert files_until_full == sum(path.is_file() for path in tmp_path.rglob("*")) >= 3
+
+
+@pytest.mark.parametrize("fails", [0, 1, 2])
+def test_files_that_are_replaced_together(
+    fails: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``dev-ca --force``: a key without its certificate is of no use."""
+    assert main(["dev-ca", str(tmp_path)]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    allocate, fits = os.posix_fallocate, iter(range(fails))
+
+    def full(*arguments: int) -> None:
+        if next(fits, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(*arguments)
+
+    with monkeypatch.context() as now:
+        now.setattr(os, "posix_fallocate", full)
+        assert main(["dev-ca", str(tmp_path), "--force"]) == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert main(["dev-ca", str(tmp_path), "--force"]) == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} != before

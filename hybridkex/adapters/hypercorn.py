@@ -58,7 +58,9 @@ async def serve(
         assert task is not None
         connections.add(task)
         task.add_done_callback(connections.discard)
-        with suppress(asyncio.CancelledError):  # by us, below; asyncio would report it
+        # asyncio would report both: we cancel, below, and hypercorn raises what has ended the
+        # connection, which many HTTP clients close without close_notify.
+        with suppress(asyncio.CancelledError, ConnectionError):
             # asyncio releases the transport with its connection, whatever hypercorn's task does.
             await TCPServer(wrapped, loop, settings, context, state, reader, writer)
 

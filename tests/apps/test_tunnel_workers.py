@@ -4,18 +4,24 @@ import os
 import random
 import signal
 import socket
-from contextlib import suppress
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trio
 from apps_glue import Run
 from tunnel_glue import Tunnel, echo, exchange, receive_all, serving
-from waiting import trio_until
+from waiting import PATIENCE, trio_until
 
-from hybridkex import DevCa
+from hybridkex import DevCa, ServerConfig
+from hybridkex.apps.tunnel import TunnelConfig, TunnelSettings, WorkerPool
 from hybridkex.auth.dev_ca import write_identity
 from hybridkex.cli import main
+from hybridkex.errors import ConfigError
+from hybridkex.machine import leaves
+from hybridkex.net.address import UnixAddress
 
 
 @pytest.fixture
@@ -198,6 +204,69 @@ async def test_a_worker_that_cannot_start_ends_the_service(tunnel: Tunnel) -> No
     assert "none.pem: No such file" in lines[-1]
     assert not any("Traceback" in line for line in lines)
     assert not tunnel.middle.exists()
+
+
+ONE_THAT = """
+import json, socket, sys, time
+control = socket.socket(fileno=int(sys.argv[1]))
+def say(**fields):
+    control.sendall(json.dumps(fields).encode() + b"\\n")
+"""
+
+
+def no_settings() -> TunnelSettings:
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("does", "complaint"),
+    [
+        ("time.sleep(60)", "a worker was not ready within 0.5 s"),
+        ("say(error='no such key')", "no such key"),
+        ("sys.exit(3)", "a worker ended before it was ready"),
+        ("control.sendall(b'x' * 100_000)", "a worker ended before it was ready"),
+        ("say(ready=True)", None),
+        ("say(ready=True); time.sleep(0.3)", None),
+        ("say(ready=True); time.sleep(60)", None),
+    ],
+)
+async def test_workers_that_fail(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    does: str,
+    complaint: str | None,
+) -> None:
+    """One that is not ready is a fault of the configuration; one that ends is replaced; one that
+    does not end is killed."""
+    monkeypatch.setattr(
+        "hybridkex.apps.tunnel.workers.READY_SECONDS", 0.5 if "0.5" in f"{complaint}" else 30
+    )
+    monkeypatch.setattr("hybridkex.apps.tunnel.workers.AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr("hybridkex.apps.tunnel.workers.SURE_SECONDS", 0.1)
+
+    @asynccontextmanager
+    async def channel() -> AsyncIterator[ServerConfig]:
+        yield ServerConfig(identities=())
+
+    local = UnixAddress(str(tmp_path / "local"))
+    tunnels = (TunnelConfig(name="one", local=local, forward=local, channel=channel),)
+    settings = TunnelSettings(tunnels=tunnels, workers=2, recipe=no_settings)
+    pool = WorkerPool([sys.executable, "-c", ONE_THAT + does])
+    with trio.fail_after(PATIENCE):
+        if complaint is not None:
+            with pytest.raises(ExceptionGroup) as raised:
+                await pool.serve(settings)
+            [error] = leaves(raised.value)
+            assert isinstance(error, ConfigError)
+            assert complaint in str(error)
+        else:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(pool.serve, settings)
+                if "60" not in does:
+                    await trio_until(lambda: caplog.text.count("another one starts") > 2)
+                pool.close(0)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ class _Worker:
         self._told = trio.Event()
         self.ready = trio.Event()
         """Set when it is ready, or will never be."""
-        self.error: str | None = "it ended"
+        self.error: str | None = "a worker ended before it was ready"
         """Why it is not ready."""
         self.retired = False
         """Whether it has been told to end."""
@@ -71,19 +71,19 @@ class _Worker:
 
     async def listen(self) -> None:
         """Take in its messages, until it has ended."""
-        async for message in messages(self._stream):
-            if "ready" in message:
-                self.error = None
-                self.ready.set()
-            elif "error" in message:
-                self.error = message["error"]
-            elif "metrics" in message:
-                self.metrics = message["metrics"]
-                self._told.set()
-        self._told.set()
-        await self.process.wait()
-        self.ready.set()
-        await self._stream.aclose()
+        async with self._stream:
+            async for message in messages(self._stream):
+                if "ready" in message:
+                    self.error = None
+                    self.ready.set()
+                elif "error" in message:
+                    self.error = message["error"]
+                elif "metrics" in message:
+                    self.metrics = message["metrics"]
+                    self._told.set()
+            self._told.set()
+            await self.process.wait()
+            self.ready.set()
 
     async def say(self, **fields: object) -> None:
         """Tell it something; it may be gone."""
@@ -150,8 +150,6 @@ class WorkerPool:
                     await listening.aclose()
                 await self._end()
         finally:
-            for worker in self._workers:
-                worker.stop()
             for listening in self._listening.values():
                 with trio.CancelScope(shield=True):
                     await listening.aclose()
@@ -218,13 +216,15 @@ class WorkerPool:
             undo.pop_all()
         # Nothing below can fail.
         with trio.CancelScope(shield=True):
-            before, self._current = self._current, fresh
+            before, self._current = self._current, fresh & self._workers
             closed = [
                 one for key, one in self._listening.items() if key not in listening or key in opened
             ]
             self._listening, self._settings = listening, settings
             for worker in before:
                 worker.retired = True
+            for _ in fresh - self._current:  # those that have ended already
+                self._replacing.start_soon(self._replace, 0.0)
             for worker in fresh:
                 await worker.say(go=True)
             for worker in before:
@@ -293,6 +293,9 @@ class WorkerPool:
         try:
             await worker.listen()
         finally:
+            with trio.CancelScope(shield=True):  # cancelled: the service is over
+                worker.process.kill()
+                await worker.process.wait()
             self._workers.discard(worker)
             self._keep_counters(worker)
         if worker not in self._current or worker.retired or self._closing.is_set():
@@ -318,10 +321,12 @@ class WorkerPool:
                 except HybridkexError as error:
                     LOG.error("no worker could be started: %s; retrying", error)  # noqa: TRY400
                 else:
+                    fresh &= self._workers  # or it has ended already
                     self._current |= fresh
                     for worker in fresh:
                         await worker.say(go=True)
-                    return
+                    if fresh:
+                        return
             wait = min(2 * wait, MOST_AGAIN_SECONDS)
 
     async def _keep_names(self) -> None:

@@ -10,8 +10,9 @@ only Bob reaches Alice's party. A session begins when both connections with its 
 new session ends the previous one: Bob opens one only after losing the other.
 """
 
+import math
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -32,7 +33,7 @@ from hybridkex.link.ledger import Direction, Ledger
 from hybridkex.link.optimise import tuned
 from hybridkex.link.party import Alice, Block, Bob
 from hybridkex.link.presets import preset
-from hybridkex.link.quantum import OpticalLink
+from hybridkex.link.quantum import Detections, OpticalLink
 from hybridkex.link.remote import RemoteDetector, serve_detector
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.simulated import SimulatedLink
@@ -53,6 +54,8 @@ LOG: Final = get_logger(__name__)
 BATCH: Final = 64
 """Keys handed over at a time, so that a large block does not need room for all of its keys at
 once."""
+SLOW: Final = 60.0
+"""Seconds after which a link says that it waits for its KME."""
 PAUSE: Final = 1.0
 """Seconds before the next attempt, after an aborted block or a broken connection."""
 LONG_PAUSE: Final = 10.0
@@ -80,13 +83,17 @@ class LinkEnd:
     """One end of a link as a key producer."""
 
     def __init__(self) -> None:
-        self._put, self._take = trio.open_memory_channel[list[ProducedKey]](1)
+        self._put, self._take = trio.open_memory_channel[list[ProducedKey]](math.inf)
         self._failure: LinkError | None = None
+        self._ready = trio.Event()
+        self._ready.set()
 
     def __aiter__(self) -> "LinkEnd":
         return self
 
     async def __anext__(self) -> list[ProducedKey]:
+        if not self._take.statistics().current_buffer_used:
+            self._ready.set()
         try:
             return await self._take.receive()
         except trio.EndOfChannel:
@@ -94,18 +101,33 @@ class LinkEnd:
                 raise self._failure from None
             raise StopAsyncIteration from None
 
-    async def put(self, keys: list[ProducedKey]) -> None:
-        """Hand keys over, and wait while the KME is full."""
-        await self._put.send(keys)
+    async def ready(self) -> None:
+        """Wait until the KME has stored everything and asks for more.
+
+        A block is begun only then: the keys of a finished one are handed over at once, so no end
+        of a session loses them.
+        """
+        with trio.move_on_after(SLOW):
+            await self._ready.wait()
+            return
+        LOG.warning(
+            "QKD link: no block is begun, because the KME has not stored the keys of the last one "
+            "for %g s: it is full until applications take keys, or its store fails",
+            SLOW,
+        )
+        await self._ready.wait()
+
+    def put(self, keys: tuple[ProducedKey, ...]) -> None:
+        """Hand over the keys of a block."""
+        if keys:
+            self._ready = trio.Event()
+        for start in range(0, len(keys), BATCH):
+            self._put.send_nowait(list(keys[start : start + BATCH]))
 
     def end(self, failure: LinkError | None) -> None:
         """No more keys."""
         self._failure = failure
         self._put.close()
-
-
-def _batches(keys: tuple[ProducedKey, ...]) -> Iterable[slice]:
-    return (slice(start, start + BATCH) for start in range(0, len(keys), BATCH))
 
 
 class PairFeed:
@@ -137,15 +159,16 @@ class PairFeed:
             await _ended(next(leaves(group)))
 
     async def _block(self, link: SimulatedLink) -> None:
+        for end in self.ends:
+            await end.ready()
         try:
             blocks = await link.block()
         except BlockAborted as error:
             LOG.warning("QKD link: a block was given up: %s", error)
             await trio.sleep(PAUSE)
             return
-        for part in _batches(blocks[0].keys):
-            for end, block in zip(self.ends, blocks, strict=True):
-                await end.put(list(block.keys[part]))
+        for end, block in zip(self.ends, blocks, strict=True):
+            end.put(block.keys)
 
 
 class PartyFeed:
@@ -264,7 +287,9 @@ class PartyFeed:
         when it contradicts our ledger, and a tag that does not verify may be a stranger's.
         """
         for stream in (classical, quantum):
-            keep_alive(stream)  # Bob waits for light, and Alice for his report, without a limit
+            # Bob waits for light, and Alice for his report, without a limit: either's KME may be
+            # full for long.
+            keep_alive(stream)
         try:
             async with classical, quantum, trio.open_nursery() as nursery:
                 party = self._make(classical, quantum, nursery)
@@ -292,7 +317,9 @@ class PartyFeed:
         light = OpticalLink(chosen.channel, chosen.transmitter, real_time=self._real_time)
 
         async def shine() -> None:
-            await serve_detector(light, quantum, most=self._settings.detections)
+            await serve_detector(
+                _WhenReady(self.ends[0], light), quantum, most=self._settings.detections
+            )
 
         nursery.start_soon(shine)
         return Alice(
@@ -301,10 +328,12 @@ class PartyFeed:
             light.record,
             bootstrap=self._signatures,
             ledger=self._ledger,
-            real_time=self._real_time,
+            patient=True,
         )
 
     async def _block(self, party: Alice | Bob) -> None:
+        if isinstance(party, Bob):  # Alice sends no light before she is ready
+            await self.ends[0].ready()
         try:
             block = await party.block()
         except BlockAborted as error:
@@ -314,8 +343,19 @@ class PartyFeed:
             return
         self._note(block)
         self._fruitful = True
-        for part in _batches(block.keys):
-            await self.ends[0].put(list(block.keys[part]))
+        self.ends[0].put(block.keys)
+
+
+@dataclass(frozen=True)
+class _WhenReady:
+    """Alice's light, which is off until her KME has room for the keys of another block."""
+
+    end: LinkEnd
+    light: OpticalLink
+
+    async def detect(self, count: int) -> Detections:
+        await self.end.ready()
+        return await self.light.detect(count)
 
 
 @dataclass(eq=False)

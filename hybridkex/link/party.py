@@ -207,7 +207,7 @@ class _Party(Generic[L]):
         bootstrap: Ledger | Signatures,
         ledger: Ledger | None = None,
         seed: int | None = None,
-        real_time: bool = False,
+        patient: bool = False,
         timeout: float = TIMEOUT,
     ) -> None:
         """``light``: Alice's record of what she sends, Bob's detector.
@@ -216,13 +216,14 @@ class _Party(Generic[L]):
 
         ``ledger``: the authentication key of an earlier session over the same link, beside
         signatures. It goes on from there. ``seed`` is for runs that must be repeated: it makes all
-        random choices foreseeable. ``real_time``: a block's light takes as long as on a real link,
-        so Alice waits for Bob's report of it without a limit. ``timeout``: seconds.
+        random choices foreseeable. ``patient``: Alice waits for Bob's first report of a block
+        without a limit, because its light takes as long as on a real link, or because Bob may begin
+        when he likes. ``timeout``: seconds.
         """
         self._channel = ClassicalChannel(stream, sends=self.direction, timeout=timeout)
         self._settings = settings
         self._light = light
-        self._real_time = real_time
+        self._patient = patient
         self._signatures = bootstrap if isinstance(bootstrap, Signatures) else None
         if isinstance(bootstrap, Ledger):
             ledger = bootstrap
@@ -498,7 +499,7 @@ class Alice(_Party[PulseRecord]):
         missing = self._settings.detections
         last = self._last_pulse
         while missing:
-            body = await self._channel.receive(Type.REPORT, patient=self._real_time and not reports)
+            body = await self._channel.receive(Type.REPORT, patient=self._patient and not reports)
             report = Report.decode(body)
             missing -= len(report.pulse)
             if missing < 0 or int(report.pulse[0]) <= last:

@@ -12,7 +12,7 @@ import numpy as np
 import trio
 
 from hybridkex.errors import LinkError
-from hybridkex.link.quantum import Detections, OpticalLink
+from hybridkex.link.quantum import Detections, Detector
 from hybridkex.link.wire import pack_bits, unpack_bits
 
 __all__ = ["RemoteDetector", "serve_detector"]
@@ -44,7 +44,7 @@ class RemoteDetector:
         )
 
 
-async def serve_detector(link: OpticalLink, stream: trio.abc.Stream, *, most: int) -> None:
+async def serve_detector(link: Detector, stream: trio.abc.Stream, *, most: int) -> None:
     """Send Bob the detections, up to ``most`` at a time, until Bob closes the connection."""
     try:
         while True:

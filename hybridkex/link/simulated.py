@@ -131,7 +131,7 @@ class SimulatedLink:
             self._link.record,
             bootstrap=self._ends[0],
             seed=self._seed,
-            real_time=self._real_time,
+            patient=self._real_time,
         )
         far, detector = streams[1], self._link
         between: list[Alice | Bob] = []
@@ -152,7 +152,7 @@ class SimulatedLink:
                     self.settings,
                     other.record,
                     bootstrap=hers[0],
-                    real_time=self._real_time,
+                    patient=self._real_time,
                 ),
             ]
             far, detector = streams[3], other

@@ -469,7 +469,7 @@ async def test_light_at_the_clock_of_the_laser_may_take_its_time(
     near, far = memory_stream_pair()
     link = SimulatedLink(SMALL, real_time=real_time)
     light = OpticalLink(SMALL.preset.channel, SMALL.preset.transmitter)
-    alice = Alice(near, SMALL, light.record, bootstrap=Ledger(PSK), real_time=real_time)
+    alice = Alice(near, SMALL, light.record, bootstrap=Ledger(PSK), patient=real_time)
     hello = Hello(
         role=1,
         nonce=bytes(32),
@@ -489,7 +489,7 @@ async def test_light_at_the_clock_of_the_laser_may_take_its_time(
         nursery.cancel_scope.cancel()
     assert ("does not answer" in str(caught.value)) is not real_time
     async with link.open():
-        assert link._parties[0]._real_time is real_time
+        assert link._parties[0]._patient is real_time
 
 
 async def test_aborted_blocks_drain_the_ledger_and_the_link_stops() -> None:

@@ -301,9 +301,53 @@ async def test_nothing_that_the_other_end_says_ends_the_link(
                 await anext(bob.ends[0])
             while alice.ends[0]._take.statistics().current_buffer_used:
                 await anext(alice.ends[0])
-            await anext(alice.ends[0])
-            await anext(bob.ends[0])
+            async with trio.open_nursery() as both:  # a block begins when both ask
+                both.start_soon(anext, alice.ends[0])
+                both.start_soon(anext, bob.ends[0])
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("full", ["alice", "bob"])
+async def test_while_one_kme_is_full_the_session_waits_and_no_key_is_lost(
+    full: str,
+    signatures: dict[str, Signatures],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """For longer than a party waits for a message."""
+    monkeypatch.setattr(link_feed, "SLOW", 0.1)
+    monkeypatch.setitem(party._Party.__init__.__kwdefaults__, "timeout", 0.5)
+    port = free_port()
+    feeds = {name: feed(name, port, signatures) for name in ("alice", "bob")}
+    taken: dict[str, list[str]] = {name: [] for name in feeds}
+    room = trio.Event()
+    begun, done = ({name: trio.Event() for name in feeds} for _ in range(2))
+
+    async def kme(name: str) -> None:
+        async for batch in feeds[name].ends[0]:
+            taken[name] += [one.key_id for one in batch]
+            begun[name].set()
+            if name == full:
+                await room.wait()
+            if len(taken[name]) >= 300:
+                done[name].set()
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            for name, one in feeds.items():
+                nursery.start_soon(one.run)
+                nursery.start_soon(kme, name)
+            for event in begun.values():
+                await event.wait()
+            await trio.sleep(1.5)
+            assert "no block is begun" in caplog.text
+            room.set()
+            for event in done.values():
+                await event.wait()
+            nursery.cancel_scope.cancel()
+    fewest = min(map(len, taken.values()))
+    assert taken["alice"][:fewest] == taken["bob"][:fewest]
+    assert "a new session begins" not in caplog.text
 
 
 class FailingLink:

@@ -8,8 +8,10 @@ from benchmarks.results import Curve, number
 
 __all__ = ["draw"]
 
-WIDTH, HEIGHT = 560, 330
-LEFT, RIGHT, TOP, BOTTOM = 70, 20, 44, 76
+WIDTH, HEIGHT = 560, 350
+LEFT, RIGHT, TOP, BOTTOM = 70, 30, 44, 96
+IN_A_ROW = 3
+"""Tools in the legend."""
 COLOURS = ("#1f5fa8", "#c4541c", "#3a7d34", "#7a4fa0", "#777777")
 
 
@@ -35,7 +37,7 @@ def draw(curve: Curve) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         'font-family="sans-serif" font-size="13">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        _words(LEFT, 24, f"{curve.name} ({curve.unit})", size=15),
+        _words(LEFT, 24, f"{curve.name[:1].upper()}{curve.name[1:]} ({curve.unit})", size=15),
     ]
     for power in range(low, high + 1):
         y = up(10.0**power)
@@ -44,18 +46,23 @@ def draw(curve: Curve) -> str:
     for power in range(math.ceil(left), math.floor(right) + 1):
         x = across(10.0**power)
         out.append(_line(x, TOP, x, HEIGHT - BOTTOM))
-        out.append(_words(x, HEIGHT - BOTTOM + 18, f"{10**power:,}", "middle"))
+        out.append(
+            _words(
+                x, HEIGHT - BOTTOM + 18, f"1e{power}" if power > 5 else f"{10**power:,}", "middle"
+            )
+        )
     out.append(_words((LEFT + WIDTH - RIGHT) / 2, HEIGHT - BOTTOM + 38, curve.across, "middle"))
     for place, (tool, line) in enumerate(points.items()):
-        colour, x = COLOURS[place % len(COLOURS)], LEFT + place * 140
+        colour = COLOURS[place % len(COLOURS)]
+        x, y = LEFT + place % IN_A_ROW * 160, HEIGHT - 30 + place // IN_A_ROW * 20
         path = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in line)
         out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         out += [
             f'<circle cx="{across(a):.1f}" cy="{up(b):.1f}" r="3.5" fill="{colour}"/>'
             for a, b in line
         ]
-        out.append(f'<rect x="{x}" y="{HEIGHT - 21}" width="12" height="12" fill="{colour}"/>')
-        out.append(_words(x + 18, HEIGHT - 10, tool))
+        out.append(f'<rect x="{x}" y="{y - 11}" width="12" height="12" fill="{colour}"/>')
+        out.append(_words(x + 18, y, tool))
     return "\n".join([*out, "</svg>", ""])
 
 

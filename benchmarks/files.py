@@ -188,7 +188,8 @@ def run(options: Options) -> Iterator[Row | Curve]:
         for name, make, number, names, again, goal in works[: options.size(len(works), 1)]:
             taken = {one: tools[one] for one in names if one in tools}
             source = make(work, number)
-            wall, processor = compare(source, taken, options.few(), again=again)
+            rounds = options.few(2 if number == many else 3)
+            wall, processor = compare(source, taken, rounds, again=again)
             yield Row(name, "s", wall, goal)
             yield Row(f"{name}: CPU of both ends", "s", processor)
         taken = {one: tools[one] for one in (OURS, "rsync") if one in tools}

@@ -175,7 +175,7 @@ def run(options: Options) -> Iterator[Row | Curve]:
     if not options.quick:
         kinds = {f"TLS of {OURS}": OURS, "TLS of the standard library": "stdlib"}
         found = {
-            name: together(lambda tls=tls: measure_kme(tls), options.few())
+            name: together(lambda tls=tls: measure_kme(tls), options.few(2))
             for name, tls in kinds.items()
         }
         for what in next(iter(found.values())):

@@ -74,7 +74,7 @@ def machine() -> str:
     ]
     return (
         f"{os.cpu_count()} cores ({models[0] if models else platform.machine()}), "
-        f"Python {platform.python_version()}, {ssl.OPENSSL_VERSION.rpartition(' ')[0]}, "
+        f"Python {platform.python_version()}, {' '.join(ssl.OPENSSL_VERSION.split()[:2])}, "
         f"load {os.getloadavg()[1]:.1f}, {datetime.now(UTC):%Y-%m-%d}"
     )
 

@@ -376,7 +376,7 @@ def all_ways(target: int, folder: Path, options: Options) -> Iterator[dict[str, 
 
 def run(options: Options) -> Iterator[Row | Curve]:
     """Measure."""
-    seconds, rounds = 0.05 if options.quick else 2.0, options.few()
+    seconds, rounds = 0.05 if options.quick else 1.5, options.few()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the programs get it too
     with ExitStack() as stack:

@@ -19,7 +19,7 @@ import stat
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NoReturn
 
@@ -37,6 +37,7 @@ __all__ = [
     "read_toml",
     "reserve_file",
     "write_file",
+    "write_files",
 ]
 
 LIMIT: Final = 16 << 20
@@ -202,6 +203,34 @@ def reserve_file(
                 write(content)
 
         yield write_named
+
+
+def write_files(files: Mapping[Path, tuple[bytes, int]]) -> None:
+    """Create or replace files that belong together: all of them, or none if one cannot be written.
+
+    Args:
+        files: content and mode by path; missing folders are created.
+    """
+    made: list[Path] = []
+    try:
+        with contextlib.ExitStack() as stack:
+            writers: list[Callable[[bytes], None]] = []
+            for path, (content, mode) in files.items():
+                with _named(path):
+                    for folder in reversed([one for one in path.parents if not one.exists()]):
+                        os.mkdir(folder)
+                        made.append(folder)
+                writers.append(stack.enter_context(reserve_file(path, len(content), mode=mode)))
+            for write, (path, (content, _)) in zip(writers, files.items(), strict=True):
+                is_new = not os.path.lexists(path)
+                write(content)
+                if is_new:
+                    made.append(path)
+    except BaseException:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):
+                (os.rmdir if path.is_dir() else os.unlink)(path)
+        raise
 
 
 @contextlib.contextmanager

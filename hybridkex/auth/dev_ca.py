@@ -21,10 +21,10 @@ from hybridkex.auth.identity import Identity
 from hybridkex.auth.names import DnsName, parse_peer_name
 from hybridkex.crypto.x509_parsing import certificate_from_der
 from hybridkex.errors import ConfigError
-from hybridkex.files import PRIVATE, PUBLIC, write_file
+from hybridkex.files import PRIVATE, PUBLIC, write_files
 from hybridkex.machine import write_error
 
-__all__ = ["ALGORITHMS", "DevCa", "write_identity"]
+__all__ = ["ALGORITHMS", "DevCa", "identity_files", "write_identity"]
 
 _ONE_DAY: Final = timedelta(days=1)
 _MAX_COMMON_NAME: Final = 64  # characters, RFC 5280 appendix A.1
@@ -273,28 +273,31 @@ def write_identity(
 ) -> list[Path]:
     """Write ``ca.pem``, ``cert.pem`` and ``key.pem``; the key is readable by its owner alone.
 
-    Each file appears whole or not at all. The authority's own key is not written.
+    The authority's own key is not written.
 
     Raises:
-        ConfigError: a file is there already and ``overwrite`` was not asked for, or it cannot be
-            written.
+        ConfigError: a file is there already and ``overwrite`` was not asked for, or one cannot be
+            written; then none of them is.
     """
+    files = identity_files(directory, ca, identity)
+    present = [path for path in files if os.path.lexists(path)]
+    if present and not overwrite:
+        raise ConfigError(f"{present[0]} is there already; --force replaces it")
+    try:
+        write_files(files)
+    except OSError as error:
+        raise write_error(directory, error) from None
+    return list(files)
+
+
+def identity_files(directory: Path, ca: DevCa, identity: Identity) -> dict[Path, tuple[bytes, int]]:
+    """The files that :func:`write_identity` writes: content and mode by path."""
     certificates = b"".join(
         certificate_from_der(der).public_bytes(Encoding.PEM) for der in identity.chain
     )
     key = identity.private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    files = {
-        "ca.pem": (ca.pem, PUBLIC),
-        "cert.pem": (certificates, PUBLIC),
-        "key.pem": (key, PRIVATE),
+    return {
+        directory / "ca.pem": (ca.pem, PUBLIC),
+        directory / "cert.pem": (certificates, PUBLIC),
+        directory / "key.pem": (key, PRIVATE),
     }
-    present = [name for name in files if os.path.lexists(directory / name)]
-    if present and not overwrite:
-        raise ConfigError(f"{directory / present[0]} is there already; --force replaces it")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, (content, mode) in files.items():
-            write_file(directory / name, content, mode=mode)
-    except OSError as error:
-        raise write_error(directory, error) from None
-    return [directory / name for name in files]

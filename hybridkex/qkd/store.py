@@ -50,6 +50,7 @@ __all__ = [
     "check_states",
     "check_whole",
     "half_of",
+    "new_key_file",
     "place_of",
     "position_after",
     "read_key_file",
@@ -379,10 +380,15 @@ def position_after(half: int, read: Sequence[int], page: int) -> Position | None
 # -- encryption at rest
 
 
+def new_key_file() -> bytes:
+    """The content of a key file with a new key."""
+    return os.urandom(SEAL_KEY_BYTES).hex().encode("ascii") + b"\n"
+
+
 def write_key_file(path: Path) -> None:
     """Create a key file that only its owner can read. Raises ``ConfigError`` if the file exists."""
     try:
-        create_file(path, os.urandom(SEAL_KEY_BYTES).hex().encode("ascii") + b"\n")
+        create_file(path, new_key_file())
     except OSError as error:
         raise write_error(f"the key file {path}", error) from error
 

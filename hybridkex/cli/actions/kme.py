@@ -13,7 +13,7 @@ from typing import Any, Final
 import trio
 
 from hybridkex.apps.systemd import notify, notify_reloading
-from hybridkex.auth.dev_ca import DevCa, write_identity
+from hybridkex.auth.dev_ca import DevCa, identity_files
 from hybridkex.cli.key_sources import kme_access
 from hybridkex.cli.kme import (
     DevUpOptions,
@@ -31,11 +31,12 @@ from hybridkex.errors import (
     KeySourceError,
     KeySourceUnavailable,
 )
-from hybridkex.files import PUBLIC, read_file, write_file
+from hybridkex.files import PRIVATE, PUBLIC, read_file, write_file, write_files
 from hybridkex.json_text import load_json
 from hybridkex.kme.audit import verify
 from hybridkex.kme.config import KmeConfig, PostgresUrl, load_config
 from hybridkex.kme.serve import KmeServer, Serving, check_config
+from hybridkex.machine import write_error
 from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.net.descriptors import raise_soft_limit
 from hybridkex.qkd.etsi014.client import KmeClient
@@ -46,7 +47,7 @@ from hybridkex.qkd.etsi014.pool_filling import (
 )
 from hybridkex.qkd.pool import FilePool
 from hybridkex.qkd.source import canonical_key_id
-from hybridkex.qkd.store import read_key_file, write_key_file
+from hybridkex.qkd.store import new_key_file, read_key_file, write_key_file
 from hybridkex.text import get_logger, json_line
 
 LOG: Final = get_logger("hybridkex.cli.kme")
@@ -303,14 +304,15 @@ def dev_up(options: DevUpOptions) -> int:
     if options.distance is not None and not 0 <= options.distance < math.inf:
         raise ConfigError("--distance must be a number of km, 0 or more")
     ca = DevCa.create("hybridkex development KME CA")
+    files: dict[Path, tuple[bytes, int]] = {}
     text = _DEV_CONFIG
     if options.metrics is not None:
         text += f'metrics = "{options.metrics}"\n'
     for index, (kme, sae) in enumerate(SITES):
         for holder in (kme, sae):
             identity = ca.issue("127.0.0.1", "localhost", common_name=holder)
-            write_identity(options.folder / holder, ca, identity)
-        write_key_file(options.folder / kme / "store.key")
+            files |= identity_files(options.folder / holder, ca, identity)
+        files[options.folder / kme / "store.key"] = new_key_file(), PRIVATE
         peer_kme, peer_sae = SITES[1 - index]
         text += _DEV_KME.format(
             kme=kme,
@@ -323,7 +325,11 @@ def dev_up(options: DevUpOptions) -> int:
         )
         if options.distance is not None:
             text += f"link = {{ distance_km = {options.distance} }}\n"
-    write_file(config, text.encode("utf-8"), mode=PUBLIC)
+    files[config] = text.encode("utf-8"), PUBLIC
+    try:
+        write_files(files)
+    except OSError as error:
+        raise write_error(options.folder, error) from None
     if options.no_serve:
         print(config)
         return 0

@@ -5,6 +5,8 @@ import json
 import pickle
 import re
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +22,7 @@ import pytest
 import trio
 import uvicorn
 from hypercorn.config import Config
+from waiting import asyncio_until
 
 from hybridkex import ClientConfig, DevCa, Policy, Requirement, ServerConfig, TrustStore
 from hybridkex.adapters.httpx import SecureTransport
@@ -387,6 +390,58 @@ def test_hypercorn_is_cancelled_while(when: str) -> None:
         assert told == []
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("server", ["hypercorn", "uvicorn"])
+@pytest.mark.parametrize("end", ["abort", "close", "reset"])
+@pytest.mark.parametrize("when", ["idle", "asked", "half asked"])
+def test_clients_that_go_without_a_word(server: str, when: str, end: str) -> None:
+    """Many HTTP clients send no close_notify: the event loop has nothing to report."""
+
+    async def main() -> None:
+        loop, told = asyncio.get_running_loop(), list[Any]()
+        loop.set_exception_handler(lambda _, context: told.append(context))
+        async with running(server) as port:
+            for _ in range(3):
+                reader, writer = await open_connection("localhost", port, client_config())
+                if when != "idle":
+                    request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+                    writer.write(request[: None if when == "asked" else 9])
+                    await (reader.readuntil(b" 0") if when == "asked" else asyncio.sleep(0.02))
+                if end == "close":
+                    writer.close()
+                    continue
+                if end == "reset":
+                    linger = struct.pack("ii", 1, 0)
+                    own = writer.get_extra_info("socket")
+                    own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                writer.transport.abort()
+            await asyncio.sleep(0.1)
+            assert told == []
+
+    asyncio.run(main())
+
+
+@asynccontextmanager
+async def running(server: str) -> AsyncIterator[int]:
+    """A server in this loop; its port."""
+    loop = asyncio.get_running_loop()
+    if server == "hypercorn":
+        port = loop.create_future()
+        task = loop.create_task(
+            serve(app, 0, server_config(), host="127.0.0.1", started=port.set_result)
+        )
+        yield await port
+        task.cancel()
+    else:
+        http = secure_http(server_config())
+        own = uvicorn.Server(uvicorn.Config(app, port=0, http=http, log_level="critical"))
+        task = loop.create_task(own.serve())
+        await asyncio_until(lambda: own.started)
+        yield own.servers[0].sockets[0].getsockname()[1]
+        own.should_exit = True
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 def test_the_time_limit_of_httpx_holds(monkeypatch: pytest.MonkeyPatch) -> None:

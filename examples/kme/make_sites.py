@@ -7,9 +7,9 @@ certificate. One authority signs all of them, and its key is not kept.
 import argparse
 from pathlib import Path
 
-from hybridkex.auth.dev_ca import DevCa, write_identity
-from hybridkex.files import PUBLIC, write_file
-from hybridkex.qkd.store import write_key_file
+from hybridkex.auth.dev_ca import DevCa, identity_files
+from hybridkex.files import PRIVATE, PUBLIC, write_files
+from hybridkex.qkd.store import new_key_file
 
 SITES = (("kme-a", "alice", "postgres-a"), ("kme-b", "bob", "postgres-b"))
 
@@ -34,17 +34,19 @@ url = "https://{peer}:{port}"
 
 
 def make_sites(folder: Path, port: int = 8443) -> None:
-    """Write the files."""
+    """Write the files, all or none."""
     ca = DevCa.create("two sites")
+    files: dict[Path, tuple[bytes, int]] = {}
     for index, (kme, sae, database) in enumerate(SITES):
         peer, peer_sae, _ = SITES[1 - index]
         for holder in (kme, sae):
             identity = ca.issue(kme, "localhost", "127.0.0.1", common_name=holder)
-            write_identity(folder / holder, ca, identity)
-        write_key_file(folder / kme / "store.key")
+            files |= identity_files(folder / holder, ca, identity)
+        files[folder / kme / "store.key"] = new_key_file(), PRIVATE
         values = {"kme": kme, "sae": sae, "database": database, "port": port}
         text = CONFIG.format(**values, peer=peer, peer_sae=peer_sae)
-        write_file(folder / kme / "kme.toml", text.encode(), mode=PUBLIC)
+        files[folder / kme / "kme.toml"] = text.encode(), PUBLIC
+    write_files(files)
 
 
 if __name__ == "__main__":

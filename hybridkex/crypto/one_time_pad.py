@@ -35,6 +35,24 @@ OVERHEAD: Final = 1 + TAG
 record is longer than its content by the same."""
 
 
+_forks = 0
+"""How often this process is a child's child. In a PID namespace of its own, a child may have the
+process ID of its parent."""
+
+
+def _forked() -> None:
+    global _forks  # noqa: PLW0603
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def _this_process() -> tuple[int, int]:
+    return os.getpid(), _forks
+
+
 class Pad:
     """The unused pad of one direction. Each byte leaves it once, and is overwritten here.
 
@@ -47,7 +65,7 @@ class Pad:
         self._keys = deque[bytearray]()
         self._point = b""
         self._number = 0
-        self._process = os.getpid()
+        self._process = _this_process()
         self.left = 0
         """Bytes of unused pad."""
         self.used = 0
@@ -125,7 +143,7 @@ class Pad:
 
     def _begin(self) -> bytes:
         """The polynomial's point."""
-        if self._process != os.getpid():
+        if self._process != _this_process():
             raise LocalStateError(
                 "the one-time pad belongs to the process that this one was forked from: it would "
                 "be used twice"

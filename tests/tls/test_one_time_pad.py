@@ -5,6 +5,7 @@ import gc
 import itertools
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -889,6 +890,24 @@ def test_a_forked_process_uses_nothing_of_the_pad(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(LocalStateError, match="forked"):
         pair.client.send_data(b"again")
+
+
+def test_a_child_with_the_process_id_of_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a PID namespace of its own."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    pair, _ = ready()
+    pair.client.send_data(b"before")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # other tests have threads
+        child = os.fork()
+    if not child:
+        try:
+            pair.client.send_data(b"again")
+        except LocalStateError:
+            os._exit(7)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_a_schedule_and_a_pad() -> None:

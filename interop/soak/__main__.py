@@ -6,7 +6,7 @@ from functools import partial
 
 import trio
 
-from interop.soak import crowd, hostile, load
+from interop.soak import crowd, hostile, load, loops
 
 
 def main() -> None:
@@ -31,6 +31,9 @@ def main() -> None:
     crowds.add_argument("--connections", type=int, default=2500)
     crowds.add_argument("--addresses", type=int, default=1, help="from which they come (1)")
     crowds.add_argument("--own", action="store_true", help="from the address of the good client")
+    turns = commands.add_parser("loops", help="the same at a server of asyncio's and of uvloop's")
+    turns.add_argument("--kind", action="append", choices=crowd.CROWDS, help="may be repeated")
+    turns.add_argument("--connections", type=int, default=2500)
     options = vars(parser.parse_args())
     if options["load"] == "hostile":
         for kind in hostile.services(options["service"]):
@@ -47,6 +50,12 @@ def main() -> None:
                             own=options["own"],
                         )
                     )
+        return
+    if options["load"] == "loops":
+        load.raise_file_limit()
+        for loop in loops.LOOPS:
+            for said in options["kind"] or ("whole", "reset", "silent"):
+                print(loops.measure(loop, said, options["connections"]))
         return
     run = getattr(load, options.pop("load"))
     load.raise_file_limit()

@@ -417,7 +417,7 @@ def test_clients_that_go_without_a_word(server: str, when: str, end: str) -> Non
                     own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 writer.transport.abort()
             await asyncio.sleep(0.1)
-            assert told == []
+        assert told == []
 
     asyncio.run(main())
 

@@ -44,6 +44,8 @@ from hybridkex.secret import Secret
 Bits = NDArray[np.uint8]
 
 QBERS = (0.01, 0.02, 0.03, 0.04, 0.05)
+BETWEEN = (0.005, 0.015, 0.025, 0.035, 0.07, 0.11)
+"""QBERs between and beside those of the table."""
 BLOCK = 1_000_000
 LARGE = 10_000_000
 LARGE_ROUNDS = 5
@@ -515,7 +517,13 @@ def main() -> None:
     parser.add_argument("--end-to-end", action="store_true", help="1e4 to 1e8 bits; takes 3 GiB")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--docs", action="store_true", help="write figures and tables into docs/")
+    parser.add_argument("--round-trips", action="store_true", help="of keys of 1e7 bits; no tables")
     args = parser.parse_args()
+    if args.round_trips:
+        for rate in BETWEEN:
+            trips = [one_cascade(LARGE, rate, number)[2] for number in range(LARGE_ROUNDS)]
+            print(f"{rate:.1%}: {min(trips)} to {max(trips)} round trips")
+        return
     found = {"whole_blocks": of_whole_blocks()} if args.end_to_end else steps(args.rounds)
     if args.docs:
         before = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}

@@ -31,7 +31,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Collection, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -86,15 +86,16 @@ UNREADABLE: Final = (
 PARQUET_KEY: Final = b"hybridkex"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
-    """One party's detections; see the module. Arrays of one length, one dimension.
+    """One party's detections; see the module. Arrays of one length, one dimension, or lists.
 
     Raises ``ConfigError`` for arrays that cannot be this.
     """
 
     basis: Bits
-    bit: Bits
+    bit: Bits = field(repr=False)
+    """The raw key: it is not shown."""
     intensity: Bits | None = None
     """``None`` at Bob's end."""
     pulse: NDArray[np.int64] | None = None
@@ -104,17 +105,17 @@ class Measured:
         if not 0 < rows <= MOST_DETECTIONS:
             raise ConfigError(f"the number of detections lies between 1 and {MOST_DETECTIONS:,}")
         for name, most in (("basis", 1), ("bit", 1), ("intensity", 3)):
-            values = getattr(self, name)
-            if values is None:
+            given = getattr(self, name)
+            if given is None and name == "intensity":
                 continue
-            values = np.asarray(values)
+            values = _array(name, given)
             if values.ndim != 1 or len(values) != rows:
                 raise ConfigError(f"{name} is not one number for each of {rows} detections")
             if values.dtype.kind not in "uib" or int(values.min()) < 0 or int(values.max()) > most:
                 raise ConfigError(f"{name} has values that are not integers from 0 to {most}")
             object.__setattr__(self, name, np.ascontiguousarray(values, dtype=np.uint8))
         if self.pulse is not None:
-            pulse = np.asarray(self.pulse)
+            pulse = _array("pulse", self.pulse)
             if pulse.ndim != 1 or len(pulse) != rows or pulse.dtype.kind not in "ui":
                 raise ConfigError(f"pulse is not one integer for each of {rows} detections")
             if not 0 <= int(pulse.min()) <= int(pulse.max()) < 1 << 62:
@@ -125,12 +126,22 @@ class Measured:
             object.__setattr__(self, "pulse", pulse)
 
     def __len__(self) -> int:
-        return int(np.asarray(self.basis).size)
+        return int(_array("basis", self.basis).size)
 
     @property
     def numbers(self) -> NDArray[np.int64]:
         """Numbers of the pulses, or of the rows if pulses are not known."""
         return np.arange(len(self), dtype=np.int64) if self.pulse is None else self.pulse
+
+
+def _array(name: str, values: Any) -> NDArray[Any]:
+    """Raises ``ConfigError`` for what is not an array with a value in every row."""
+    if np.ma.is_masked(values):
+        raise ConfigError(f"{name} has masked rows; leave these rows out of all arrays")
+    try:
+        return np.asarray(values)
+    except ValueError:  # lists within lists, of different lengths
+        raise ConfigError(f"{name} is not one number for each detection") from None
 
 
 class _Record(PulseRecord):
@@ -250,6 +261,7 @@ def distil(
     Raises:
         ConfigError: the arrays do not belong together.
         BlockAborted: no key can be made of them.
+        RuntimeError: called within trio; use :func:`alice_of` and :func:`bob_of` there.
     """
     if len(alice) != len(bob):
         raise ConfigError(f"Alice has {len(alice)} detections and Bob {len(bob)}")
@@ -336,11 +348,12 @@ def _preset(text: str, name: str) -> Preset:
     )
 
 
-def write_measured(path: Path, measured: Measured, preset: Preset) -> None:
+def write_measured(path: Path | str, measured: Measured, preset: Preset) -> None:
     """Write an ``.npz`` or ``.parquet`` file, readable only by its owner, because it holds raw key.
 
     Raises ``ConfigError`` and ``OSError``.
     """
+    path = Path(path)
     arrays = {
         one: getattr(measured, one)
         for one in ("pulse", "basis", "bit", "intensity")
@@ -357,8 +370,9 @@ def write_measured(path: Path, measured: Measured, preset: Preset) -> None:
     write_file(path, content.getvalue())
 
 
-def read_measured(path: Path) -> tuple[Measured, Preset]:
+def read_measured(path: Path | str) -> tuple[Measured, Preset]:
     """Detections of one party, and the settings of their link. Raises ``ConfigError``."""
+    path = Path(path)
     if path.suffix not in (".npz", ".parquet"):
         raise ConfigError(f"{path}: detections are in .npz or .parquet files")
     content = io.BytesIO(read_file(path, limit=16 * MOST_DETECTIONS, pipe=False))

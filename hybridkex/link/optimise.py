@@ -24,6 +24,7 @@ from hybridkex.link.finite_key import (
 )
 from hybridkex.link.physics import Channel, PairSource, Source, Transmitter
 from hybridkex.link.presets import Preset
+from hybridkex.link.ranges import within
 
 __all__ = ["NoKeyError", "Optimum", "expected_length", "optimise", "rates", "tuned"]
 
@@ -38,6 +39,8 @@ DETECTIONS_PER_BIT: Final = 25.0
 
 RESTARTS: Final = 5
 """How often the search is restarted from its result, as long as that improves the rate."""
+BLOCK_BITS: Final = (1.0, 1e15)
+"""The blocks for which closed forms are evaluated."""
 ANCHOR_KM: Final = 40.0
 CURVE_KM: Final = 2.0
 
@@ -211,8 +214,9 @@ def optimise(
 def tuned(preset: Preset, block_bits: int, *, finite_key: str = FINITE_KEY[0]) -> Preset:
     """A preset with the best settings for its distance and blocks of ``block_bits``.
 
-    Raises ``NoKeyError`` where no key can be made at all.
+    Raises ``NoKeyError`` where no key can be made at all, and ``ConfigError``.
     """
+    within("block_bits", block_bits, *BLOCK_BITS)
     source = preset.transmitter
     best = optimise(
         preset.channel,
@@ -237,8 +241,10 @@ def rates(
     """Distances in km and secret bits per pulse with good settings at each, until the key ends.
 
     The best settings are searched for every :data:`ANCHOR_KM` and near the end, and interpolated
-    between them. The rate is the bound for these settings at each distance.
+    between them. The rate is the bound for these settings at each distance. Raises
+    ``ConfigError``.
     """
+    within("block_bits", block_bits, *BLOCK_BITS)
     source = preset.transmitter
     pairs = source if isinstance(source, PairSource) else None
 

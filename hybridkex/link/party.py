@@ -23,7 +23,7 @@ party, which covers both HELLOs, confirms it; until then nothing is dropped from
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 from uuid import UUID
 
@@ -161,7 +161,7 @@ def _key_ids(name: bytes, count: int) -> Iterator[str]:
 class _Sifted:
     """One party's bits after sifting, and the counts that both know."""
 
-    key: Bits
+    key: Bits = field(repr=False)
     intensity: Bits
     """Of the bits of ``key``."""
     counts: Counts

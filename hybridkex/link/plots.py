@@ -1,7 +1,7 @@
 """Pictures of scans, and those of ``docs/qkd-link.md``."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,11 +14,12 @@ from hybridkex.files import PUBLIC, write_file
 from hybridkex.link import asymptotic
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import expected_counts, proof_for
-from hybridkex.link.optimise import rates
+from hybridkex.link.optimise import BLOCK_BITS, rates
 from hybridkex.link.physics import Channel
 from hybridkex.link.presets import Preset, preset
 from hybridkex.link.quantum import sample
 from hybridkex.link.randomness import Randomness
+from hybridkex.link.ranges import listed, plain, within
 
 __all__ = ["KINDS", "draw", "plot_scan", "save"]
 
@@ -48,6 +49,8 @@ MOST_NUMBER: Final = 1e300
 LEAST_NUMBER: Final = 1e-300
 """On a logarithmic axis."""
 LOGARITHMIC: Final = ("rate", "bit_per_s", "secret_bits", "block_bits", "seconds", "leak_bits")
+MOST_DISTANCE: Final = 1e4
+"""km, of a picture."""
 STYLES: Final = ("-", "--", ":", "-.")
 
 
@@ -69,8 +72,9 @@ def _finish(figure: Figure, axes: Any) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path | str) -> None:
     """Write a ``.png`` or an ``.svg``. Raises ``ConfigError`` and ``OSError``."""
+    path = Path(path)
     if path.suffix not in (".png", ".svg"):
         raise ConfigError("the picture is a .png or an .svg")
     # Without the date, so that the same picture is the same file.
@@ -82,7 +86,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def plot_scan(
-    rows: Sequence[dict[str, Any]],
+    rows: Iterable[Mapping[str, Any]],
     *,
     x: str = "distance_km",
     y: str = "rate",
@@ -94,6 +98,7 @@ def plot_scan(
     ends where its rate does. Raises ``ConfigError`` for a column that the scan does not have, for
     one with anything but finite numbers, and where no point is left.
     """
+    rows, by = listed("rows", rows), listed("by", by)
     for name in (x, y, *by):
         if not rows or name not in rows[0]:
             raise ConfigError(f"the scan has no column {name!r}")
@@ -140,7 +145,7 @@ def _plain(value: Any) -> Any:
 
 def _coordinate(row: Mapping[str, Any], name: str) -> float | None:
     """The value of a column; ``None`` if it is missing, or if its axis has no place for it."""
-    value = row.get(name)
+    value = plain(row.get(name))
     if value is None:
         return None
     if not isinstance(value, int | float) or not abs(value) <= MOST_NUMBER:
@@ -164,10 +169,14 @@ def draw(
         block_bits: sizes of blocks; ``qber`` and ``rate-vs-distance`` use the first.
 
     Raises:
-        ConfigError: an unknown kind or preset.
+        ConfigError: an unknown kind or preset, or a number that cannot be drawn.
     """
     if kind not in KINDS:
         raise ConfigError(f"unknown picture {kind!r}: use {', '.join(KINDS)}")
+    presets = None if presets is None else listed("presets", presets)
+    within("distance_km", distance_km, 1.0, MOST_DISTANCE)
+    for bits in listed("block_bits", block_bits or ()):
+        within("block_bits", bits, *BLOCK_BITS)
     figure, axes = _figure()
     KINDS[kind](axes, presets, distance_km, block_bits)
     axes.set_xlabel(UNITS["distance_km"])

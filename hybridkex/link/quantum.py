@@ -10,7 +10,7 @@ only the settings of the sent pulses (:class:`PulseRecord`), and Bob only the :c
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import numpy as np
@@ -54,7 +54,7 @@ class Sent:
 
     intensity: Bits
     basis: Bits
-    bit: Bits
+    bit: Bits = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Detections:
     pulse: Pulses
     """The number of the pulse, from 0, over the life of the link; strictly increasing."""
     basis: Bits
-    bit: Bits
+    bit: Bits = field(repr=False)
 
 
 class Detector(Protocol):

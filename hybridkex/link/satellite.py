@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from hybridkex.errors import ConfigError, LinkError
+from hybridkex.link.ranges import check_ranges
 
 __all__ = ["SatellitePass"]
 
@@ -40,13 +41,19 @@ class SatellitePass:
     """Of the atmosphere at the zenith."""
 
     def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            top_elevation_deg=(0.0, 90.0),
+            altitude_km=(1.0, 1e6),
+            waist_m=(1e-3, 1e3),
+            aperture_m=(1e-3, 1e3),
+            wavelength_nm=(1.0, 1e6),
+            zenith_loss_db=(0.0, 1e3),
+        )
         if not LOWEST_DEG < self.top_elevation_deg <= 90.0:
             raise ConfigError(
                 f"the top elevation of a pass must be above {LOWEST_DEG:g} degrees, and at most 90"
             )
-        for name in ("altitude_km", "waist_m", "aperture_m", "wavelength_nm"):
-            if not getattr(self, name) > 0.0:
-                raise ConfigError(f"{name} must be positive")
 
     def _angle(self, elevation_deg: float) -> float:
         """The angle at the Earth's centre between station and satellite, in radians."""

@@ -30,6 +30,7 @@ from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import FINITE_KEY, expected_counts
 from hybridkex.link.optimise import NoKeyError, tuned
 from hybridkex.link.presets import Preset, preset
+from hybridkex.link.ranges import listed, plain, whole
 from hybridkex.link.settings import LEAKS, MOST_BLOCK_BITS, LinkSettings
 from hybridkex.link.simulated import SimulatedLink
 
@@ -73,7 +74,8 @@ SUFFIXES: Final = (".csv", ".parquet", ".json")
 
 def grid(axes: Mapping[str, Sequence[Any]]) -> list[Row]:
     """Every combination of these values; the last axis changes fastest. Raises ``ConfigError``."""
-    if math.prod(len(values) for values in axes.values()) > MOST_POINTS:
+    axes = {name: listed(name, values) for name, values in axes.items()}
+    if math.prod(map(len, axes.values())) > MOST_POINTS:
         raise ConfigError(f"a scan has at most {MOST_POINTS:,} points")
     for name in axes:
         if name not in OWN and name not in _parameters(preset("lim2014")) | _parameters(
@@ -137,21 +139,24 @@ def evaluate(point: Point, *, blocks: int = 0, seed: int = 0) -> Row:
     protocol, and the row has their means. A point without a key has a rate of 0. Raises
     ``ConfigError`` for settings that make no sense.
     """
-    whole = {**OWN, **point}
+    if whole("blocks", blocks) < 0:
+        raise ConfigError("the number of blocks cannot be negative")
+    point = {name: plain(value) for name, value in point.items()}
+    asked = {**OWN, **point}
     for name, example in OWN.items():
         if example is not None:
-            whole[name] = _typed(name, whole[name], example)
-    row: Row = {**whole, **dict.fromkeys(COLUMNS, 0)}
-    chosen = _chosen(whole)
+            asked[name] = _typed(name, asked[name], example)
+    row: Row = {**asked, **dict.fromkeys(COLUMNS, 0)}
+    chosen = _chosen(asked)
     row["loss_db"] = chosen.channel.attenuation_db_per_km * chosen.channel.distance_km
-    bits, finite_key = whole["block_bits"], whole["finite_key"]
+    bits, finite_key = asked["block_bits"], asked["finite_key"]
     for name, known in (("finite_key", FINITE_KEY), ("leak", LEAKS)):
         # Before the search, which takes long.
-        if whole[name] not in known:
+        if asked[name] not in known:
             raise ConfigError(f"{name} must be one of {', '.join(known)}")
     if not 1000 <= bits <= MOST_BLOCK_BITS:
         raise ConfigError(f"block_bits lies between 1000 and {MOST_BLOCK_BITS}")
-    if whole["tuned"]:
+    if asked["tuned"]:
         for name in SEARCHED:
             if name in point:
                 raise ConfigError(
@@ -162,10 +167,10 @@ def evaluate(point: Point, *, blocks: int = 0, seed: int = 0) -> Row:
         except NoKeyError:
             return row
     settings = LinkSettings(
-        preset=chosen, block_bits=bits, finite_key=finite_key, leak=whole["leak"]
+        preset=chosen, block_bits=bits, finite_key=finite_key, leak=asked["leak"]
     )
-    eve = None if whole["eve"] in (None, "none") else str(whole["eve"])
-    row |= _simulated(settings, eve, blocks, seed) if blocks else _expected(settings, eve)
+    eve = None if asked["eve"] in (None, "none") else str(asked["eve"])
+    row |= _simulated(settings, eve, int(blocks), seed) if blocks else _expected(settings, eve)
     return row
 
 
@@ -250,8 +255,6 @@ def scan(
     ``executor``: where they are computed; ``None``: here, one after the other. ``progress`` is
     told how many are done. See :func:`evaluate` for the others, and for what it raises.
     """
-    if blocks < 0:
-        raise ConfigError("the number of blocks cannot be negative")
     tell = progress or (lambda _: None)
     jobs = [partial(evaluate, dict(one), blocks=blocks, seed=_seed(seed, n))
             for n, one in enumerate(points)]  # fmt: skip
@@ -279,8 +282,9 @@ def _plain(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | tuple) else value
 
 
-def write_scan(path: Path, rows: Iterable[Row]) -> None:
+def write_scan(path: Path | str, rows: Iterable[Row]) -> None:
     """Write rows to ``.csv``, ``.parquet`` or ``.json``. Raises ``ConfigError``, ``OSError``."""
+    path = Path(path)
     rows = [{name: _plain(value) for name, value in row.items()} for row in rows]
     names = list(dict.fromkeys(name for row in rows for name in row))
     if path.suffix == ".json":
@@ -299,8 +303,9 @@ def write_scan(path: Path, rows: Iterable[Row]) -> None:
     write_file(path, content, mode=PUBLIC)
 
 
-def read_scan(path: Path) -> list[Row]:
+def read_scan(path: Path | str) -> list[Row]:
     """The rows of a file that :func:`write_scan` made. Raises ``ConfigError``."""
+    path = Path(path)
     parquet = None if path.suffix in (".json", ".csv") else _pyarrow(path)[0]
     content = read_file(path, limit=MOST_BYTES, pipe=False)
     try:

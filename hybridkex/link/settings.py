@@ -12,6 +12,7 @@ from hybridkex.link.authentication import collision_probability
 from hybridkex.link.cascade import Cascade
 from hybridkex.link.finite_key import FINITE_KEY, Counts, FiniteKeyProof, SecretLength, proof_for
 from hybridkex.link.presets import PRESETS, Preset
+from hybridkex.link.ranges import whole
 from hybridkex.link.reconciliation import Reconciler
 from hybridkex.link.toeplitz import MAX_INPUT
 
@@ -30,7 +31,11 @@ MEMORY: Final = 8 << 30
 FIXED_MEMORY: Final = 512 << 20
 PER_DETECTION: Final = 80
 PER_KEY_BIT: Final = 60
-MOST_DETECTIONS: Final = (MEMORY - FIXED_MEMORY) // (PER_DETECTION + PER_KEY_BIT)
+PER_KEY: Final = 1200
+"""Bytes of a key at both ends, beside its bits: its ID and the objects."""
+MOST_DETECTIONS: Final = (MEMORY - FIXED_MEMORY) // (
+    PER_DETECTION + PER_KEY_BIT + PER_KEY // 256 + 1
+)
 """Of a block in which all are of the key basis, as those of a file may be."""
 
 
@@ -74,6 +79,12 @@ class LinkSettings:
     """Detections of a block, both bases; ``None``: enough that ``block_bits`` are among them."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.preset, Preset):
+            raise ConfigError("preset takes a Preset, such as PRESETS['lim2014']")
+        for name in ("block_bits", "key_bits", "block_detections"):
+            value = getattr(self, name)
+            if value is not None or name != "block_detections":
+                object.__setattr__(self, name, whole(name, value))
         if not 1000 <= self.block_bits <= MOST_BLOCK_BITS:
             raise ConfigError(f"block_bits lies between 1000 and {MOST_BLOCK_BITS}")
         if self.key_bits < 8 or self.key_bits % 8:
@@ -94,7 +105,8 @@ class LinkSettings:
             raise ConfigError(
                 f"a block of {self.block_bits:,} bits takes {self.detections:,} detections, with "
                 f"{self.memory / 2**30:.1f} GiB of memory, and at most {MEMORY / 2**30:.0f} GiB "
-                "are allowed: make the block smaller or the key basis more probable"
+                "are allowed: make the block smaller, the keys longer or the key basis more "
+                "probable"
             )
         wanted = self.preset.security.correctness
         if self.verification_bits > VERIFICATION_BITS:
@@ -116,7 +128,8 @@ class LinkSettings:
     @property
     def memory(self) -> int:
         """Bytes that a block takes, at most, if both parties are in one process."""
-        return FIXED_MEMORY + PER_DETECTION * self.detections + PER_KEY_BIT * self.block_bits
+        bits = PER_DETECTION * self.detections + PER_KEY_BIT * self.block_bits
+        return FIXED_MEMORY + bits + PER_KEY * (self.block_bits // self.key_bits)
 
     @property
     def collision(self) -> float:

@@ -19,6 +19,7 @@ import pytest
 from waiting import until
 
 from hybridkex.cli import main
+from hybridkex.cli.actions import qkd_scan
 from hybridkex.cli.actions.qkd_scan import dask_executor
 from hybridkex.errors import ConfigError, LocalStateError
 from hybridkex.link.optimise import optimise
@@ -157,6 +158,23 @@ def end(cluster: Any, log: logging.Logger) -> None:
     cluster.close()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_dask_cluster_without_workers_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(qkd_scan, "WORKER_SECONDS", 0.2)
+    with (
+        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
+        dask_executor(cluster.scheduler_address) as executor,
+    ):
+        said = capsys.readouterr().err
+        assert "has no workers, and the scan waits for them" in said
+        assert len(said.splitlines()) == 1
+        cluster.scale(1)
+        assert scan(POINTS[:1], executor=executor) == scan(POINTS[:1])
+
+
 def test_no_dask_cluster_is_one_line() -> None:
     pytest.importorskip("distributed")
     with (
@@ -290,6 +308,8 @@ def test_a_scan_on_many_processes_that_is_killed(tmp_path: Path, fault: Any) -> 
         assert running.returncode != 0
         until(lambda: not processes_of(running.pid))
     assert b"Traceback" not in said
+    if fault == signal.SIGTERM:
+        assert said == b""  # nor a warning of multiprocessing's own process
     if fault == "worker":
         assert said.startswith(b"hybridkex: something ended a process of the scan")
         assert len(said.splitlines()) == 1

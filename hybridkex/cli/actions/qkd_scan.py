@@ -24,8 +24,11 @@ from hybridkex.link.scan import SUFFIXES, grid, read_scan, scan, write_scan
 from hybridkex.machine import write_error
 
 CONNECT_SECONDS: Final = 10
+WORKER_SECONDS: Final = 5
+"""Seconds after which it is said that a Dask cluster has no workers."""
 MOST_VALUES: Final = 100_000
 CORES: Final = os.cpu_count() or 1
+TRACKER_IS_SILENT: Final = "ignore::UserWarning:multiprocessing.resource_tracker"
 PER_CORE: Final = 4
 """Processes for each core, at most: each takes the memory of a block."""
 
@@ -103,7 +106,7 @@ def _executor(options: ScanOptions) -> Iterator[Executor | None]:
         yield None
     else:
         count = options.jobs or CORES
-        ensure_running()  # before the guard, which would end it: it ends with its last user
+        _begin_tracking()  # before the guard, which would end it: it ends with its last user
         with (
             guarded_processes(),
             ProcessPoolExecutor(
@@ -126,6 +129,18 @@ def _executor(options: ScanOptions) -> Iterator[Executor | None]:
                 raise
 
 
+def _begin_tracking() -> None:
+    """Start multiprocessing's resource tracker.
+
+    It removes what a killed scan has left, and would warn of it on our standard error.
+    """
+    sys.warnoptions.append(TRACKER_IS_SILENT)  # it takes our options
+    try:
+        ensure_running()
+    finally:
+        sys.warnoptions.remove(TRACKER_IS_SILENT)
+
+
 @contextmanager
 def dask_executor(address: str) -> Iterator[Executor]:
     """An executor on a Dask cluster; the tasks of a worker that dies are repeated."""
@@ -139,6 +154,14 @@ def dask_executor(address: str) -> Iterator[Executor]:
     except (OSError, ValueError, TimeoutError) as error:
         raise ConfigError(f"cannot reach the Dask cluster at {address}: {error}") from None
     with silenced("distributed.client"), client:
+        try:
+            client.wait_for_workers(1, timeout=WORKER_SECONDS)
+        except TimeoutError:  # an adaptive cluster starts them when it has work
+            print(
+                f"hybridkex: the Dask cluster at {address} has no workers, and the scan waits for "
+                f"them: start one with dask worker {address}",
+                file=sys.stderr,
+            )
         try:
             yield client.get_executor(retries=3)
         except (CancelledError, CommClosedError, KilledWorker) as error:

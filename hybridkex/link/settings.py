@@ -33,8 +33,9 @@ PER_DETECTION: Final = 80
 PER_KEY_BIT: Final = 60
 PER_KEY: Final = 1200
 """Bytes of a key at both ends, beside its bits: its ID and the objects."""
-MOST_DETECTIONS: Final = (MEMORY - FIXED_MEMORY) // (
-    PER_DETECTION + PER_KEY_BIT + PER_KEY // 256 + 1
+KEY_BITS: Final = 256
+MOST_DETECTIONS: Final = (
+    (MEMORY - FIXED_MEMORY) * KEY_BITS // ((PER_DETECTION + PER_KEY_BIT) * KEY_BITS + PER_KEY)
 )
 """Of a block in which all are of the key basis, as those of a file may be."""
 
@@ -56,7 +57,7 @@ class LinkSettings:
     preset: Preset = field(default_factory=lambda: PRESETS["lim2014"])
     block_bits: int = 1_000_000
     """n_X: bits of the key basis that make a block, a random sample of those detected."""
-    key_bits: int = 256
+    key_bits: int = KEY_BITS
     """Bits of each key that comes out, a multiple of 8."""
     max_qber: float = 0.11
     """Above this share of wrong bits in the test basis (and in the key basis, where it is
@@ -129,7 +130,7 @@ class LinkSettings:
     def memory(self) -> int:
         """Bytes that a block takes, at most, if both parties are in one process."""
         bits = PER_DETECTION * self.detections + PER_KEY_BIT * self.block_bits
-        return FIXED_MEMORY + bits + PER_KEY * (self.block_bits // self.key_bits)
+        return FIXED_MEMORY + bits - (-PER_KEY * self.block_bits // self.key_bits)
 
     @property
     def collision(self) -> float:

@@ -43,6 +43,17 @@ SILENT_SECONDS: Final = STATEMENT_SECONDS + 1
 """For the answer to a statement, of a server that may not even notice the limit."""
 
 
+_NEVER: Final = (
+    "enable_bitmapscan",
+    "enable_hashjoin",
+    "enable_mergejoin",
+    "enable_seqscan",
+    "jit",
+)
+"""What no statement of a store needs: each has an index for its few rows. The planner would choose
+these while its statistics are behind, as after a table has grown fast."""
+
+
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection that does not wait for ever for a server that neither answers nor fails."""
 
@@ -80,7 +91,8 @@ def prepared(url: str) -> tuple[str, str]:
     """The connection string with our settings, and the name of the database for messages."""
     given = conninfo_to_dict(url)
     limits = f"-c statement_timeout={int(STATEMENT_SECONDS * 1000)}"
-    options = f"{given.get('options') or ''} {limits}".strip()
+    plans = " ".join(f"-c {name}=off" for name in _NEVER)
+    options = f"{given.get('options') or ''} {limits} {plans}".strip()
     settings: dict[str, Any] = {
         "connect_timeout": int(WAIT_SECONDS),
         "tcp_user_timeout": int(STATEMENT_SECONDS * 2000),

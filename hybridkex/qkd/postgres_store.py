@@ -549,12 +549,12 @@ class PostgresKeyStore:
                         # An array, since a sub-query may be carried out once for each row.
                         "UPDATE material SET holder = %s,"
                         " held_until = clock_timestamp() + make_interval(secs => %s)"
-                        " WHERE link = %s AND seq = ANY(ARRAY(SELECT seq FROM material"
+                        " WHERE seq = ANY(ARRAY(SELECT seq FROM material"
                         " WHERE link = %s AND half = %s AND NOT key_id = ANY(%s)"
                         " AND (holder IS NULL OR held_until < clock_timestamp())"
                         " ORDER BY seq LIMIT %s FOR UPDATE SKIP LOCKED))"
                         " RETURNING seq, key_id, shared, created, sealed",
-                        (mark, HOLD_SECONDS, link, link, part, passed, number - len(found)),
+                        (mark, HOLD_SECONDS, link, part, passed, number - len(found)),
                     ).fetchall()
                     if not rows:
                         break

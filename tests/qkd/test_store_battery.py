@@ -439,6 +439,47 @@ async def test_a_server_that_is_silent_delays_a_call_for_a_bounded_time(
     await store.aclose()
 
 
+async def test_the_work_does_not_grow_with_the_stock(postgres: PostgresServer) -> None:
+    """Also while the planner's statistics are behind: it takes the stock for empty."""
+    import psycopg
+
+    schema = f"test_{next(SCHEMAS)}"
+    store = postgres_store(postgres, schema)
+    stock = [(key_id(number), Secret(bytes(32))) for number in range(20_000)]
+    for start in range(0, len(stock), 5000):
+        await store.add("a", stock[start : start + 5000])
+    await store.aclose()
+
+    def rows_read() -> int:
+        with psycopg.connect(postgres.url(schema)) as connection:
+            [(number,)] = connection.execute(
+                "SELECT (SELECT sum(seq_tup_read) FROM pg_stat_user_tables WHERE schemaname = %s)"
+                " + (SELECT sum(idx_tup_read) FROM pg_stat_user_indexes WHERE schemaname = %s)",
+                (schema, schema),
+            ).fetchall()
+            return int(number)
+
+    before = rows_read()
+    store = postgres_store(postgres, schema)
+    for half in (0, 1) * 5:
+        [one] = await store.reserve("a", 1, half=half)
+        await store.allot("a", [Allotment(blocks=(one.key_id,), size=32)], master="m")
+        [one] = await store.reserve("a", 1, half=half)
+        await store.release("a", [one.key_id])
+        allotment = Allotment(blocks=(one.key_id,), size=32)
+        await store.accept("a", [allotment], master="m", slaves=["s"])
+        await store.collect("a", [one.key_id], slave="s", master="m")
+        await store.add("a", [(str(uuid.uuid4()), Secret(bytes(32)))])
+        await store.count("a")
+        await store.discard("a", [stock[-1][0]])
+    await store.expire(keys_before=0, tombstones_before=0)
+    await store.aclose()
+    with trio.fail_after(10):
+        while (read := rows_read() - before) == 0:  # noqa: ASYNC110  # told late
+            await trio.sleep(0.1)
+    assert read < 3000
+
+
 async def test_a_wrong_clock_of_a_process_makes_no_key_old(
     postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

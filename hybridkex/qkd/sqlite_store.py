@@ -26,6 +26,7 @@ from hybridkex.errors import (
     KeyUnauthorized,
     KeyUnknown,
 )
+from hybridkex.json_text import load_json
 from hybridkex.net.event_loop import checkpoint, in_thread, shielded
 from hybridkex.net.threads import NoThread
 from hybridkex.qkd.call_queue import Call, CallQueue
@@ -238,7 +239,7 @@ class SqliteKeyStore:
             self._db.execute("SELECT name, value FROM meta WHERE name IN ('seal', ?, ?)", _LISTS)
         )
         former, retired = (
-            tuple(bytes.fromhex(one) for one in json.loads(rows.get(name, "[]"))) for name in _LISTS
+            tuple(bytes.fromhex(one) for one in load_json(rows.get(name, "[]"))) for name in _LISTS
         )
         return SealRecord(current=rows.get("seal", b""), former=former, retired=retired)
 

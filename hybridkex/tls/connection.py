@@ -489,7 +489,7 @@ class Connection:
 
     def _check_alive(self) -> None:
         if self._error is not None:
-            raise LocalStateError(f"the connection has failed: {self._error}")
+            raise LocalStateError(f"the connection has failed: {self._error}") from self._error
 
     def _fail(self, error: PeerError) -> None:
         self._records.writer.send_alert(error.alert)

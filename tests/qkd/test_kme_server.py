@@ -395,10 +395,17 @@ async def test_keys_expire(site: Site, serve: Any) -> None:
         ):
             [key] = (await alice.get("/bob/enc_keys")).json()["keys"]
     await trio.sleep(0.25)
-    async with serve(config) as where, as_sae(site, "bob", where.kmes["kme-b"]) as bob:
-        await trio.sleep(0.1)
-        answer = await bob.get("/alice/dec_keys", params={"key_ID": key["key_ID"]})
-        assert (answer.status_code, answer.json()) == (400, NOT_FOUND)
+    server = KmeServer(config)
+    async with trio.open_nursery() as nursery:
+        where = await nursery.start(lambda task_status: server.serve(task_status=task_status))
+        erased = server.metrics.expired.labels("kme-b")._value
+        with trio.fail_after(20):
+            while not erased.get():  # noqa: ASYNC110  # a request would take the key
+                await trio.sleep(0.05)
+        async with as_sae(site, "bob", where.kmes["kme-b"]) as bob:
+            answer = await bob.get("/alice/dec_keys", params={"key_ID": key["key_ID"]})
+            assert (answer.status_code, answer.json()) == (400, NOT_FOUND)
+        server.close()
 
 
 async def test_rate_limit(site: Site, serve: Any) -> None:

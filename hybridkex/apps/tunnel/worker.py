@@ -19,6 +19,7 @@ from hybridkex.apps.tunnel.metrics import TunnelMetrics
 from hybridkex.apps.tunnel.server import TunnelServer
 from hybridkex.apps.tunnel.sockets import Listening
 from hybridkex.errors import HybridkexError
+from hybridkex.json_text import load_json
 from hybridkex.machine import leaves, refusal
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ async def messages(stream: trio.SocketStream) -> Any:
         *lines, rest = held.split(b"\n")
         held = bytearray(rest)
         for line in lines:
-            yield json.loads(line)
+            yield load_json(bytes(line))
 
 
 def samples(metrics: TunnelMetrics) -> list[Any]:

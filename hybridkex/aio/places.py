@@ -76,10 +76,14 @@ class Places:
         if alone and self._budget.makes_place(connection.address, evict=False):
             self._start(connection, guest)
             return connection
-        guest.wait()
         if self._room is None:
-            self._room = WaitingRoom(self._budget.held, _space())
+            try:
+                self._room = WaitingRoom(self._budget.held, _space())
+            except OSError:  # there is no descriptor for it
+                self._start(connection, guest)
+                return connection
             self._loop.add_reader(self._room.fileno(), self._listen)
+        guest.wait()
         self._room.add(connection, guest)
         while (leaving := self._room.crowded_out()) is not None:
             leaving[1].dismiss("closed: too many connections of its address are waiting")

@@ -889,6 +889,7 @@ def test_a_server_without_descriptors_recovers(
     async def main() -> None:
         with reported() as told:
             async with serving(server_config) as port, serving(server_config):
+                before = len(os.listdir("/proc/self/fd"))
                 with contextlib.ExitStack() as held:
                     clients = [held.enter_context(socket.socket()) for _ in range(40)]
                     with few_descriptors(3):
@@ -899,6 +900,7 @@ def test_a_server_without_descriptors_recovers(
                 writer.write(b"again")
                 assert await reader.readexactly(5) == b"again"
                 await closed(writer)
+                await asyncio_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
             asyncio.get_running_loop().call_exception_handler({"message": "another"})
             assert told == [{"message": "another"}]
 

@@ -279,7 +279,8 @@ class SecureListener(Listener[SecureByteStream]):
                 reason = broken(first) if str(first) else "the peer ended it"
                 _LINES.log(logging.WARNING, "a connection ended early: %s", reason)
 
-        full, places = BoundedLog(_log, rate=1 / 60, burst=1), _Places()
+        full = BoundedLog(_log, rate=1 / 60, burst=1)
+        places = _Places()
         async with contextlib.AsyncExitStack() as stack:
             # Not the listener's own group, which would end the connections with the accept loop.
             if task_group is None:

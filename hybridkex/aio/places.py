@@ -21,11 +21,8 @@ from hybridkex.net.waiting_room import (
     WAITING,
     WaitingRoom,
 )
-from hybridkex.text import get_logger
 
 __all__ = ["Places"]
-
-_LINES: Final = BoundedLog(get_logger("hybridkex.aio"))
 
 
 class Guest(Protocol):
@@ -61,15 +58,16 @@ class Places:
         """The event loop."""
         return self._loop
 
-    def enter(self, guest: Guest, raw: asyncio.Transport) -> Connection:
+    def enter(self, guest: Guest, raw: asyncio.Transport, log: BoundedLog) -> Connection:
         """Start a connection's handshake, now or when it is its turn; the caller has to
         :meth:`leave` when the handshake or the connection has ended.
 
         Args:
             guest: the connection; it is told if it has to wait.
             raw: its transport.
+            log: for log lines that the peer can cause.
         """
-        connection = Connection(_Carrier(raw), _LINES)
+        connection = Connection(_Carrier(raw), log)
         alone = self._entered == self._at_start and self._room is None
         self._entered += 1
         self._soon()

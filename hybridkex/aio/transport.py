@@ -313,7 +313,7 @@ class SecureTransport(transports._FlowControlMixin):
         if self._places is None:
             self.start()
         else:
-            self._place = self._places.enter(self, raw)
+            self._place = self._places.enter(self, raw, _LINES)
 
     def wait(self) -> None:
         """Read nothing until :meth:`start`."""

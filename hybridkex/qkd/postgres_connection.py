@@ -43,6 +43,15 @@ SILENT_SECONDS: Final = STATEMENT_SECONDS + 1
 """For the answer to a statement, of a server that may not even notice the limit."""
 
 
+_NEXT_STEPS: Final = {
+    "no password supplied": "; store the password in a file (mode 600) with the line "
+    "HOST:PORT:DATABASE:USER:PASSWORD, and add ?passfile=FILE to the URL of the store",
+    "password authentication failed": "; compare the password with the role's in the database",
+    "Peer authentication failed": "; run as the system user of that name, or name a host and a "
+    "password file in the URL of the store",
+}
+"""By what PostgreSQL says when it refuses us."""
+
 _NEVER: Final = (
     "enable_bitmapscan",
     "enable_hashjoin",
@@ -87,9 +96,27 @@ def _bounded(gen: "PQGen[T]") -> "PQGen[T]":
         return result
 
 
+def _malformed() -> ConfigError:
+    return ConfigError(
+        "the URL of the store is not one of PostgreSQL; in a password, write @ as %40, / as %2F, "
+        "a blank as %20 and % as %25"
+    )
+
+
 def prepared(url: str) -> tuple[str, str]:
-    """The connection string with our settings, and the name of the database for messages."""
-    given = conninfo_to_dict(url)
+    """The connection string with our settings, and the name of the database for messages.
+
+    Raises:
+        ConfigError: the URL is malformed. The error has no part of it, which may be of a password.
+    """
+    try:
+        given = conninfo_to_dict(url)
+    except psycopg.Error:
+        raise _malformed() from None
+    host, port, name = (str(given.get(one) or "") for one in ("host", "port", "dbname"))
+    # Where a password has an "@" or a "/", its rest is in these. "@name" is an abstract socket.
+    if "@" in host[1:] or "@" in name or not set(port) <= set("0123456789,"):
+        raise _malformed()
     limits = f"-c statement_timeout={int(STATEMENT_SECONDS * 1000)}"
     plans = " ".join(f"-c {name}=off" for name in _NEVER)
     options = f"{given.get('options') or ''} {limits} {plans}".strip()
@@ -119,5 +146,5 @@ def reason(error: BaseException | None) -> str:
     """In one line, without what libpq appends about the statement."""
     if isinstance(error, PoolTimeout):
         return f"no connection within {WAIT_SECONDS:g} s"
-    text = " ".join(str(error).split("\n")[0].split())
-    return text or type(error).__name__
+    text = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+    return text + next((step for refusal, step in _NEXT_STEPS.items() if refusal in text), "")

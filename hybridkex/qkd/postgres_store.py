@@ -160,20 +160,17 @@ class PostgresKeyStore:
         """For each reserved block of a link, the mark of its reservation."""
         self._marks = 0
         self._meta = place_of("meta", owner)
-        try:
-            conninfo, self.where = prepared(url.reveal().decode())
-            self._pool: ConnectionPool[BoundedConnection] = ConnectionPool(
-                conninfo,
-                connection_class=BoundedConnection,
-                min_size=1,
-                max_size=connections,
-                timeout=WAIT_SECONDS,
-                reconnect_timeout=0,  # the next call tries again
-                configure=configure,
-                open=False,
-            )
-        except (psycopg.Error, UnicodeDecodeError):
-            raise ConfigError("the URL of the store is not one of PostgreSQL") from None
+        conninfo, self.where = _prepared(url)
+        self._pool: ConnectionPool[BoundedConnection] = ConnectionPool(
+            conninfo,
+            connection_class=BoundedConnection,
+            min_size=1,
+            max_size=connections,
+            timeout=WAIT_SECONDS,
+            reconnect_timeout=0,  # the next call tries again
+            configure=configure,
+            open=False,
+        )
         try:
             with BoundedConnection.connect(conninfo) as connection:
                 configure(connection)
@@ -969,8 +966,8 @@ def check_store(url: Secret, keys: Seal, *, owner: str) -> None:
     Raises:
         ConfigError: why it cannot.
     """
+    conninfo, where = _prepared(url)
     try:
-        conninfo, where = prepared(url.reveal().decode())
         with BoundedConnection.connect(conninfo) as connection, connection.cursor() as cursor:
             [found] = _one(cursor.execute("SELECT to_regclass('hybridkex_meta') IS NOT NULL"), 1)
             if not found:
@@ -993,7 +990,14 @@ def check_store(url: Secret, keys: Seal, *, owner: str) -> None:
                 record, _ = PostgresKeyStore.record(cursor)
                 record.settled(keys, place_of("meta", owner), f"key store {where}")
     except psycopg.Error as error:
-        raise ConfigError(f"cannot use the key store: {_reason(error)}") from error
+        raise ConfigError(f"cannot use the key store {where}: {_reason(error)}") from error
+
+
+def _prepared(url: Secret) -> tuple[str, str]:
+    try:
+        return prepared(url.reveal().decode())
+    except UnicodeDecodeError:
+        raise ConfigError("the URL of the store is not Unicode text") from None
 
 
 class _NotCommitted(Exception):

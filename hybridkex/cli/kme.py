@@ -22,7 +22,7 @@ class ServeOptions:
 
     config: Path = argument("a TOML file, see docs/kme.md")
     check: bool = option(
-        "check the file, the certificates, the key files and the way to the stores, and exit"
+        "check the file, certificates, key files and the connection to databases, and exit"
     )
     log_level: str = log_level("warning")
     log_format: str = log_format()

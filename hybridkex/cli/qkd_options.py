@@ -10,7 +10,8 @@ from hybridkex.values import value
 
 CHANNEL_KEYS: Final = Group(
     "QKD keys",
-    "With certificates they are used by RFC 9973, without they authenticate both sides.",
+    "With certificates, they are combined with these by RFC 9973. Without, they authenticate both "
+    "sides.",
 )
 EXCHANGE_KEYS: Final = Group(
     "QKD keys", "With --kme or --key-pool, given at both ends, a QKD key goes into each key."
@@ -47,12 +48,12 @@ class QkdOptions:
         "the ID of the peer's KME, where the status of ours hides it", metavar="ID"
     )
     key_pool: Path | None = option(
-        "keys that 'kme export-pool' placed here; beside --kme, where the KME fails"
+        "a pool that 'kme export-pool' filled; with --kme, used when the KME fails"
     )
     pool_key: Path | None = option("its key file (default: FILE.key)")
     requirement: str | None = option(
-        "no connection without a QKD key (require, the default once there is a source), one "
-        "without that says so (prefer), or none (off)",
+        "require a QKD key (require, the default where a source is given), connect without one if "
+        "there is none and say so (prefer), or use none (off)",
         "--qkd",
         choices=[one.value for one in Requirement],
     )

@@ -192,7 +192,9 @@ def verify_audit(options: VerifyAuditOptions) -> int:
     for problem in found.problems:
         print(problem)
     state = "NOT whole" if found.problems else "whole"
-    print(f"{len(found.heads)} files, {found.records} records: the trail is {state}")
+    files = "1 file" if len(found.heads) == 1 else f"{len(found.heads)} files"
+    records = "1 record" if found.records == 1 else f"{found.records} records"
+    print(f"{files}, {records}: the trail is {state}")
     return 1 if found.problems else 0
 
 

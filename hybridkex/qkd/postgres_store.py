@@ -199,15 +199,7 @@ class PostgresKeyStore:
                     (self._owner, record.current),
                 )
             version, owner = _one(cursor.execute("SELECT version, kme FROM hybridkex_meta"), 2)
-            if version > SCHEMA_VERSION:
-                raise ConfigError(
-                    f"the key store {self.where} was written by a later version of hybridkex"
-                )
-            if owner != self._owner:
-                raise ConfigError(
-                    f"the key store {self.where} belongs to {owner}, not to {self._owner}; every "
-                    "KME needs a database or a schema of its own"
-                )
+            _check_origin(self.where, version, owner, self._owner)
             for later in range(version + 1, SCHEMA_VERSION + 1):
                 for statement in SINCE[later]:
                     cursor.execute(statement)
@@ -973,11 +965,7 @@ def check_store(url: Secret, keys: Seal, *, owner: str) -> None:
             if not found:
                 return
             version, kme = _one(cursor.execute("SELECT version, kme FROM hybridkex_meta"), 2)
-            if kme != owner or version > SCHEMA_VERSION:
-                raise ConfigError(
-                    f"the key store {where} belongs to {kme} and has version {version}; {owner} "
-                    f"needs one of its own, of version {SCHEMA_VERSION} at most"
-                )
+            _check_origin(where, version, kme, owner)
             if version == SCHEMA_VERSION:
                 [half_done] = _one(
                     cursor.execute("SELECT source IS NOT NULL AND NOT moved FROM hybridkex_meta"), 1
@@ -991,6 +979,19 @@ def check_store(url: Secret, keys: Seal, *, owner: str) -> None:
                 record.settled(keys, place_of("meta", owner), f"key store {where}")
     except psycopg.Error as error:
         raise ConfigError(f"cannot use the key store {where}: {_reason(error)}") from error
+
+
+def _check_origin(where: str, version: int, kme: str, owner: str) -> None:
+    """Check that the store was made for ``owner``, by a version that we can read."""
+    if version > SCHEMA_VERSION:
+        raise ConfigError(
+            f"the key store {where} was written by a later version of hybridkex: update this one"
+        )
+    if kme != owner:
+        raise ConfigError(
+            f"the key store {where} belongs to {kme}, not to {owner}; every KME needs a database "
+            "or a schema of its own"
+        )
 
 
 def _prepared(url: Secret) -> tuple[str, str]:

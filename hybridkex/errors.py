@@ -247,7 +247,7 @@ ALERT_MEANINGS: Final[dict[int, str]] = {
     "common with us",
     Alert.PROTOCOL_VERSION: "it does not speak TLS 1.3",
     Alert.INSUFFICIENT_SECURITY: "what we agreed on is too weak for it: no PSK, no post-quantum "
-    "group, or no further QKD keys",
+    "group, no fresh keys, no one-time pad, or no further QKD keys; its policy must match ours",
     Alert.NO_APPLICATION_PROTOCOL: "it speaks none of the application protocols (ALPN) that we "
     "offer",
     Alert.UNRECOGNIZED_NAME: "it does not serve the name that we asked for",

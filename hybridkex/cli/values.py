@@ -93,5 +93,7 @@ def renewal(text: str) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 60s, 5m or 2h, and not peer")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a time such as 60s, 5m or 2h nor 'peer'"
+        )
     return seconds

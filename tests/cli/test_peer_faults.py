@@ -62,6 +62,7 @@ FAULTS: tuple[tuple[tuple[str, ...], tuple[str, ...], str, str], ...] = (
         "no group in common",
     ),
     (PLAIN, (*CA, "--groups", "x25519"), "no group, cipher suite", "no group in common"),
+    ((*PLAIN, "--fresh-keys", "peer"), CA, "no fresh keys", "fresh keys"),
 )
 
 

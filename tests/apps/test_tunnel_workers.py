@@ -127,7 +127,8 @@ async def test_they_serve_reload_count_and_end_as_one(tunnel: Tunnel) -> None:
 
 
 async def test_they_end_with_the_service_however_it_ends(tunnel: Tunnel) -> None:
-    """kill -9, with a connection that is open, one that is silent, and a port that is free then."""
+    """kill -9, with a connection that is open, one that is silent, a worker that is stopped, and a
+    port that is free then."""
     async with serving(echo) as target:
         tunnel.write(target, top={"workers": 2})
         await tunnel.start()
@@ -140,6 +141,7 @@ async def test_they_end_with_the_service_however_it_ends(tunnel: Tunnel) -> None
                 os.kill(pid, number)  # They are for the service alone.
         await living.send_all(b"y")
         assert await living.receive_some() == b"y"
+        os.kill(there[0], signal.SIGSTOP)
         tunnel.process.kill()
         await trio_until(lambda: not any(map(runs, there)))
         with pytest.raises(trio.BrokenResourceError):
@@ -206,6 +208,21 @@ async def test_a_worker_that_cannot_start_ends_the_service(tunnel: Tunnel) -> No
     assert not tunnel.middle.exists()
 
 
+async def test_a_signal_ends_a_service_whose_workers_are_starting(tunnel: Tunnel) -> None:
+    tunnel.write(1, top={"workers": 2, "grace": 60})
+    with tunnel.log.open("wb") as log:
+        tunnel.process = tunnel._run.start("tunnel", "run", tunnel.file, stderr=log)
+    await trio_until(lambda: len(workers(tunnel)) == 2)
+    there = workers(tunnel)
+    for pid in there:
+        os.kill(pid, signal.SIGSTOP)
+    tunnel.process.terminate()
+    assert await tunnel.ended() == 0
+    assert tunnel.says("ending: SIGTERM")
+    assert not any(map(runs, there))
+    assert not tunnel.middle.exists()
+
+
 ONE_THAT = """
 import json, socket, sys, time
 control = socket.socket(fileno=int(sys.argv[1]))
@@ -267,6 +284,28 @@ async def test_workers_that_fail(
                     await trio_until(lambda: caplog.text.count("another one starts") > 2)
                 pool.close(0)
     assert os.listdir(tmp_path) == []
+
+
+async def test_a_worker_that_hangs_delays_nothing_however_often_metrics_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hybridkex.apps.tunnel.workers.SCRAPE_SECONDS", 0.001)
+    monkeypatch.setattr("hybridkex.apps.tunnel.workers.SURE_SECONDS", 0.1)
+
+    @asynccontextmanager
+    async def channel() -> AsyncIterator[ServerConfig]:
+        yield ServerConfig(identities=())
+
+    local = UnixAddress(str(tmp_path / "local"))
+    tunnels = (TunnelConfig(name="one", local=local, forward=local, channel=channel),)
+    settings = TunnelSettings(tunnels=tunnels, workers=2, recipe=no_settings)
+    pool = WorkerPool([sys.executable, "-c", ONE_THAT + "say(ready=True); time.sleep(60)"])
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(pool.serve, settings)
+            for _ in range(400):
+                await pool.metrics()
+            pool.close(0)
 
 
 @pytest.mark.parametrize(

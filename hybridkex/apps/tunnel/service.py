@@ -94,6 +94,8 @@ class TunnelService:
         self._wanted = trio.Event()
         """Requests a reload."""
         self._reloading = trio.CancelScope()
+        self._starting = trio.CancelScope()
+        self._started = False
 
     async def run(self) -> None:
         """Serve until a signal.
@@ -104,10 +106,15 @@ class TunnelService:
         signals = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
         with trio.open_signal_receiver(*signals) as received:
             async with trio.open_nursery() as nursery:
-                await nursery.start(self._serve, nursery.cancel_scope)
+                nursery.start_soon(self._obey, received)
+                with self._starting:
+                    await nursery.start(self._serve, nursery.cancel_scope)
+                if self._starting.cancel_called:
+                    nursery.cancel_scope.cancel()
+                    return
+                self._started = True
                 self._say_ready()
                 nursery.start_soon(self._reload_when_asked)
-                nursery.start_soon(self._obey, received)
 
     async def _serve(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
         await self._server.serve(self._settings, task_status=task_status)
@@ -120,6 +127,9 @@ class TunnelService:
                 self._wanted.set()
                 continue
             self._on_end(number)
+            if not self._started:
+                self._starting.cancel()
+                continue
             # A reload that waits for a name server must not delay the shutdown.
             self._reloading.cancel()
             notify("STOPPING=1", "STATUS=no new connections")

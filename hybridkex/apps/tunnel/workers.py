@@ -58,6 +58,8 @@ class _Worker:
         self._stream = stream
         self._saying = trio.Lock()
         self._told = trio.Event()
+        """Set when it has answered the last request for its metrics."""
+        self._told.set()
         self.ready = trio.Event()
         """Set when it is ready, or will never be."""
         self.error: str | None = "a worker ended before it was ready"
@@ -101,8 +103,11 @@ class _Worker:
         """Bring :attr:`metrics` up to date."""
         if self._told.is_set():
             self._told = trio.Event()
+            # One request at a time: those to a worker that hangs would fill its control socket, and
+            # the next message to it would wait forever.
+            with trio.CancelScope(shield=True):
+                await self.say(metrics=True)
         with trio.move_on_after(SCRAPE_SECONDS):
-            await self.say(metrics=True)
             await self._told.wait()
 
 
@@ -271,6 +276,9 @@ class WorkerPool:
                 process = await trio.lowlevel.open_process(
                     [*self._command, str(theirs.fileno())],
                     stdin=subprocess.DEVNULL,
+                    # In a group of its own: when the service dies, the kernel lets a worker of such
+                    # a group that is stopped go on (POSIX, _exit), and it ends.
+                    process_group=0,
                     pass_fds=(
                         theirs.fileno(),
                         *(one for each in descriptors.values() for one in each),

@@ -229,9 +229,10 @@ def _server(
 
 _WORKER: Final = (
     *(sys.executable, "-P", "-c"),
-    # Signals are for the service, which tells its workers.
+    # Signals are for the service, which tells its workers. SIGTTOU would stop one that writes to
+    # the log on a terminal, where its group is in the background.
     "import signal, sys\n"
-    "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):\n"
+    "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU):\n"
     "    signal.signal(number, signal.SIG_IGN)\n"
     # Behind all other folders, and never the current one, in which somebody may have put modules.
     f"sys.path.append({str(Path(hybridkex.__file__).parents[1])!r})\n"

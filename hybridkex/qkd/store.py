@@ -497,8 +497,8 @@ class SealRecord:
         number = seal.number(self.current, place)
         if number is None:
             raise ConfigError(
-                f"the key file is not the one under which the {store} was encrypted; if it is to "
-                "replace that one, list that one in read_key_files"
+                f"the key file is not the one under which the {store} was encrypted: name that "
+                "file in key_file or, to replace it by this one, in read_key_files"
             )
         if any(seal.number(one, place) is None for one in self.former):
             raise ConfigError(

@@ -66,7 +66,7 @@ async def test_a_new_key_while_the_store_is_open(opened: Open) -> None:
     store = opened(OLD)
     await fill(store)
     assert await store.renew()
-    with pytest.raises(ConfigError, match="list that one in read_key_files"):
+    with pytest.raises(ConfigError, match="to replace it by this one, in read_key_files"):
         await store.change_keys(NEW)
     await store.change_keys(NEW, [OLD])
     await store.add("a", keys(6))

@@ -11,10 +11,16 @@ import trio
 from trio.abc import HalfCloseableStream
 
 
+def set_reset(stream: trio.SocketStream, on_close: bool) -> None:
+    """Say whether the socket is reset when it is closed, also by the kernel when this process is
+    killed. There is no such thing at a Unix socket."""
+    with contextlib.suppress(OSError):
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", on_close, 0))
+
+
 def reset(stream: trio.SocketStream) -> None:
     """Close with a reset, so that the other end cannot mistake a cut for an orderly end."""
-    with contextlib.suppress(OSError):
-        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    set_reset(stream, on_close=True)
     stream.socket.close()
 
 

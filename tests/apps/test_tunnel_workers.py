@@ -223,6 +223,34 @@ async def test_a_signal_ends_a_service_whose_workers_are_starting(tunnel: Tunnel
     assert not tunnel.middle.exists()
 
 
+@pytest.mark.parametrize("number", [1, 2])
+async def test_what_a_killed_process_has_carried_does_not_look_complete(
+    tunnel: Tunnel, number: int
+) -> None:
+    """The program and the target see a reset, where the kernel would send FIN."""
+    ends: list[str] = []
+
+    async def answer(stream: trio.SocketStream) -> None:
+        await stream.send_all(await stream.receive_some())
+        try:
+            ends.append(repr(await stream.receive_some()))
+        except trio.BrokenResourceError:
+            ends.append("reset")
+
+    async with serving(answer) as target:
+        tunnel.write(target, top={"workers": number})
+        await tunnel.start()
+        async with await tunnel.connect() as living:
+            await living.send_all(b"x")
+            assert await living.receive_some() == b"x"
+            for pid in workers(tunnel) or [tunnel.process.pid]:
+                os.kill(pid, signal.SIGKILL)
+            with pytest.raises(trio.BrokenResourceError):
+                await receive_all(living)
+        await trio_until(lambda: len(ends) == 1)
+    assert ends == ["reset"]
+
+
 ONE_THAT = """
 import json, socket, sys, time
 control = socket.socket(fileno=int(sys.argv[1]))

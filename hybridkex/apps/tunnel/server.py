@@ -21,7 +21,7 @@ import trio
 from hybridkex import ClientConfig, SecureStream, ServerConfig, Session
 from hybridkex.apps.handshakes import handshake_failed
 from hybridkex.apps.port_file import check_port_file, write_port
-from hybridkex.apps.tcp import no_connection, reset
+from hybridkex.apps.tcp import no_connection, reset, set_reset
 from hybridkex.apps.tunnel.config import TunnelConfig, check_together
 from hybridkex.apps.tunnel.forward import Activity, ConnectionCut, Leg, forward
 from hybridkex.apps.tunnel.metrics import TunnelCounters, TunnelMetrics
@@ -425,6 +425,7 @@ class _Connection:
                 activity=self._activity,
             )
             for leg in legs:
+                set_reset(leg.socket, on_close=False)
                 await leg.stream.aclose()
             self._sockets.clear()
             end = "closed"
@@ -466,7 +467,11 @@ class _Connection:
             raise _Rejected("limit", str(error)) from None
 
     async def _establish(self) -> tuple[Leg, Leg]:
-        """Open both legs, near and far."""
+        """Open both legs, near and far.
+
+        A plain one is reset unless it ends in order: TLS shows a cut, and FIN, which the kernel
+        sends for a process that is killed, would look like the end of all data.
+        """
         channel = self._live.channel
         keep_alive(self._accepted)
         if isinstance(channel, ServerConfig):
@@ -475,7 +480,9 @@ class _Connection:
             assert isinstance(stream, SecureStream)
             self._admit(lambda: stream.has_carried_data)
             far = await self._connect()
+            set_reset(far, on_close=True)
             return near, Leg("the target", far, far)
+        set_reset(self._accepted, on_close=True)
         self._admit(lambda: bool(self._out.sum or self._back.sum))
         far = await self._connect()
         return (

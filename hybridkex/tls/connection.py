@@ -225,6 +225,9 @@ class Connection:
         view = data if type(data) is memoryview else memoryview(data)
         if view:
             state.send_data(view, self._records)
+            if self._records.events:
+                # An update of our key is due, which receive_record would pass by.
+                self._open_one = None
 
     def seal_record(self, data: bytes) -> bytes | None:
         """The record of a short message: :meth:`send_data` and :meth:`data_to_send` in one call.

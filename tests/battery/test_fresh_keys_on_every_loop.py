@@ -32,6 +32,7 @@ from hybridkex.net.log import BoundedLog
 from hybridkex.qkd.in_process import InProcessSource, in_process_pair
 from hybridkex.qkd.source import KeyReference, QkdKey
 from hybridkex.shell import key_keeper
+from hybridkex.tls.protection import WriteProtection
 
 CA = DevCa.create(algorithm="ed25519")
 TRUST, IDENTITY = TrustStore((CA.certificate,)), CA.issue("localhost", algorithm="ed25519")
@@ -199,6 +200,31 @@ def test_an_update_that_is_asked_for(run: Run) -> None:
         await together(echo(server), speak())
         assert client.session.epoch == server.session.epoch == 5
         assert [one.why for one in client.session.epochs][:2] == ["asked", "peer"]
+
+    run(sites, conversation)
+
+
+def test_a_key_that_has_protected_half_of_its_records(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine asks for the update while it sends; all that comes is short."""
+    monkeypatch.setattr(
+        WriteProtection, "update_early", lambda self: setattr(self, "_update_at", 50)
+    )
+    sites = Sites(client=FreshKeys(every=3600))
+
+    async def conversation(client: Any, server: Any) -> None:
+        async def speak() -> None:
+            for _ in range(1000):
+                await client.send(b"x")
+                await client.receive_exactly(1)
+                if client.session.epoch:
+                    break
+            await client.send_eof()
+
+        await together(echo(server), speak())
+        assert client.session.epoch
+        assert client.session.epochs[0].why in ("key limit", "peer")
 
     run(sites, conversation)
 

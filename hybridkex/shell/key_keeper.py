@@ -203,6 +203,9 @@ class KeyKeeper:
         """Count bytes of application data that we have sent."""
         self._in_a_row = 0
         self._count(size)
+        if self._connection.update_wanted and self._why is None and not self._under_way:
+            self._want("key limit")
+            self.wake()
 
     def _count(self, size: int) -> None:
         self._bytes += size

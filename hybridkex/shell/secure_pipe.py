@@ -139,16 +139,7 @@ class SecurePipe:
             if record is not None:
                 return record
         self._connection.send_data(data)
-        if self._keeper is not None and self._connection.next_event_waits:
-            self._saw_while_sending(self._keeper)
         return self._connection.data_to_send()
-
-    def _saw_while_sending(self, keeper: KeyKeeper) -> None:
-        """An update of our key is due, also where the peer sends nothing."""
-        while self._connection.next_event_waits:
-            event = self._connection.next_event()
-            assert event is not None
-            keeper.saw(event)
 
     def closing(self) -> bytes | bytearray:
         """Our close_notify, for the socket, behind all data.

@@ -116,6 +116,12 @@ class Connection:
         """Whether an event is there already, without looking at the bytes."""
         return bool(self._records.events)
 
+    @property
+    def update_wanted(self) -> bool:
+        """Whether an :class:`~hybridkex.tls.events.UpdateWanted` has been emitted and no update has
+        followed. It is emitted while data is sent, and a caller that sends may take no events."""
+        return isinstance(self._state, _TRAFFIC) and self._state.update_wanted
+
     def next_event(self) -> Event | None:
         """The next event, or ``None`` until the caller brings more bytes, a PSK or a decision.
 

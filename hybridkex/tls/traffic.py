@@ -149,6 +149,12 @@ class _Traffic:
         self._update_wanted = False
         records.emit(EpochBegan(epoch))
 
+    @property
+    def update_wanted(self) -> bool:
+        """Whether our caller has been asked for a key update that has not been made."""
+        updates = self.connected.updates
+        return self._update_wanted and updates is not None and updates.takes_keys
+
     def data_received(self) -> None:
         """Reset the count of key updates: application data has come between them."""
         self._updates_in_a_row = 0.0

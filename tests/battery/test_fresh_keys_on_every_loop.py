@@ -229,6 +229,38 @@ def test_a_key_that_has_protected_half_of_its_records(
     run(sites, conversation)
 
 
+def test_an_end_that_only_sends_renews_its_key_in_time(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing comes while the engine asks for the update, so that nobody takes its events."""
+    monkeypatch.setattr(
+        WriteProtection, "update_early", lambda self: setattr(self, "_update_at", 50)
+    )
+    sites = Sites(client=FreshKeys(every=3600))
+
+    async def conversation(client: Any, server: Any) -> None:
+        async def speak() -> None:
+            for _ in range(2000):
+                await client.send(b"x")
+                await sleep(0.001)
+                if client.session.epoch:
+                    break
+            await client.send_eof()
+
+        async def listen() -> None:
+            while await server.receive():
+                pass
+            await server.send_eof()
+
+        async def hear() -> None:
+            assert await client.receive() == b""
+
+        await together(listen(), speak(), hear())
+        assert client.session.epoch
+
+    run(sites, conversation)
+
+
 def test_after_so_many_bytes(run: Run) -> None:
     sites = Sites(client=FreshKeys(every=3600, after_bytes=1 << 16))
 

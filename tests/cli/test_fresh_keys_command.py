@@ -23,7 +23,7 @@ def test_times(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "s", "0", "-1s", "inf", "nan", "5 minutes", "1w", "Peer"])
 def test_texts_that_are_no_times(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="no time such as"):
+    with pytest.raises(argparse.ArgumentTypeError, match="neither a time such as"):
         renewal(text)
 
 

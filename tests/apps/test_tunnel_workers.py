@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -333,6 +334,26 @@ async def test_a_worker_that_hangs_delays_nothing_however_often_metrics_are_read
             await nursery.start(pool.serve, settings)
             for _ in range(400):
                 await pool.metrics()
+            pool.close(0)
+
+
+async def test_what_one_process_uses_is_refused_until_the_restart(tmp_path: Path) -> None:
+    """With one worker, too: old workers stay beside it."""
+
+    @asynccontextmanager
+    async def channel() -> AsyncIterator[ServerConfig]:
+        yield ServerConfig(identities=())
+
+    local = UnixAddress(str(tmp_path / "local"))
+    one = TunnelConfig(name="one", local=local, forward=local, channel=channel)
+    pool = WorkerPool([sys.executable, "-c", ONE_THAT + "say(ready=True); time.sleep(60)"])
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            settings = TunnelSettings(tunnels=(one,), workers=2, recipe=no_settings)
+            await nursery.start(pool.serve, settings)
+            alone = replace(settings, workers=1, tunnels=(replace(one, sole="its key pool"),))
+            with pytest.raises(ConfigError, match="its key pool is used by one process only"):
+                await pool.apply_settings(alone)
             pool.close(0)
 
 

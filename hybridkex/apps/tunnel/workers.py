@@ -196,6 +196,12 @@ class WorkerPool:
             ConfigError: it cannot be used; nothing has changed.
         """
         check_together(settings.tunnels)
+        for tunnel in settings.tunnels:
+            if tunnel.sole:  # even with one new worker: the old ones last as long as connections
+                raise ConfigError(
+                    f"{tunnel.name}: {tunnel.sole} is used by one process only, and this service "
+                    "has workers until it is restarted"
+                )
         async with self._changing:
             await self._apply(settings)
 

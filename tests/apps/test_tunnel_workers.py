@@ -264,6 +264,18 @@ def no_settings() -> TunnelSettings:
     raise AssertionError
 
 
+def two_workers(folder: Path) -> TunnelSettings:
+    """One tunnel on a socket in a folder."""
+
+    @asynccontextmanager
+    async def channel() -> AsyncIterator[ServerConfig]:
+        yield ServerConfig(identities=())
+
+    local = UnixAddress(str(folder / "local"))
+    tunnels = (TunnelConfig(name="one", local=local, forward=local, channel=channel),)
+    return TunnelSettings(tunnels=tunnels, workers=2, recipe=no_settings)
+
+
 @pytest.mark.parametrize(
     ("does", "complaint"),
     [
@@ -290,14 +302,7 @@ async def test_workers_that_fail(
     )
     monkeypatch.setattr("hybridkex.apps.tunnel.workers.AGAIN_SECONDS", 0.01)
     monkeypatch.setattr("hybridkex.apps.tunnel.workers.SURE_SECONDS", 0.1)
-
-    @asynccontextmanager
-    async def channel() -> AsyncIterator[ServerConfig]:
-        yield ServerConfig(identities=())
-
-    local = UnixAddress(str(tmp_path / "local"))
-    tunnels = (TunnelConfig(name="one", local=local, forward=local, channel=channel),)
-    settings = TunnelSettings(tunnels=tunnels, workers=2, recipe=no_settings)
+    settings = two_workers(tmp_path)
     pool = WorkerPool([sys.executable, "-c", ONE_THAT + does])
     with trio.fail_after(PATIENCE):
         if complaint is not None:
@@ -320,14 +325,7 @@ async def test_a_worker_that_hangs_delays_nothing_however_often_metrics_are_read
 ) -> None:
     monkeypatch.setattr("hybridkex.apps.tunnel.workers.SCRAPE_SECONDS", 0.001)
     monkeypatch.setattr("hybridkex.apps.tunnel.workers.SURE_SECONDS", 0.1)
-
-    @asynccontextmanager
-    async def channel() -> AsyncIterator[ServerConfig]:
-        yield ServerConfig(identities=())
-
-    local = UnixAddress(str(tmp_path / "local"))
-    tunnels = (TunnelConfig(name="one", local=local, forward=local, channel=channel),)
-    settings = TunnelSettings(tunnels=tunnels, workers=2, recipe=no_settings)
+    settings = two_workers(tmp_path)
     pool = WorkerPool([sys.executable, "-c", ONE_THAT + "say(ready=True); time.sleep(60)"])
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
@@ -339,18 +337,12 @@ async def test_a_worker_that_hangs_delays_nothing_however_often_metrics_are_read
 
 async def test_what_one_process_uses_is_refused_until_the_restart(tmp_path: Path) -> None:
     """With one worker, too: old workers stay beside it."""
-
-    @asynccontextmanager
-    async def channel() -> AsyncIterator[ServerConfig]:
-        yield ServerConfig(identities=())
-
-    local = UnixAddress(str(tmp_path / "local"))
-    one = TunnelConfig(name="one", local=local, forward=local, channel=channel)
+    settings = two_workers(tmp_path)
     pool = WorkerPool([sys.executable, "-c", ONE_THAT + "say(ready=True); time.sleep(60)"])
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
-            settings = TunnelSettings(tunnels=(one,), workers=2, recipe=no_settings)
             await nursery.start(pool.serve, settings)
+            [one] = settings.tunnels
             alone = replace(settings, workers=1, tunnels=(replace(one, sole="its key pool"),))
             with pytest.raises(ConfigError, match="its key pool is used by one process only"):
                 await pool.apply_settings(alone)

@@ -204,13 +204,17 @@ def test_an_update_that_is_asked_for(run: Run) -> None:
     run(sites, conversation)
 
 
-def test_a_key_that_has_protected_half_of_its_records(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The engine asks for the update while it sends; all that comes is short."""
+@pytest.fixture
+def half_is_fifty_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key has protected half of the records that it may after 50."""
     monkeypatch.setattr(
         WriteProtection, "update_early", lambda self: setattr(self, "_update_at", 50)
     )
+
+
+@pytest.mark.usefixtures("half_is_fifty_records")
+def test_a_key_that_has_protected_half_of_its_records(run: Run) -> None:
+    """The engine asks for the update while it sends; all that comes is short."""
     sites = Sites(client=FreshKeys(every=3600))
 
     async def conversation(client: Any, server: Any) -> None:
@@ -229,13 +233,9 @@ def test_a_key_that_has_protected_half_of_its_records(
     run(sites, conversation)
 
 
-def test_an_end_that_only_sends_renews_its_key_in_time(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("half_is_fifty_records")
+def test_an_end_that_only_sends_renews_its_key_in_time(run: Run) -> None:
     """Nothing comes while the engine asks for the update, so that nobody takes its events."""
-    monkeypatch.setattr(
-        WriteProtection, "update_early", lambda self: setattr(self, "_update_at", 50)
-    )
     sites = Sites(client=FreshKeys(every=3600))
 
     async def conversation(client: Any, server: Any) -> None:

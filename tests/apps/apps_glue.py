@@ -15,10 +15,11 @@ from typing import IO, Any, TypeAlias
 
 import pytest
 import trio
+import trio.testing
 from forked import Forkserver, Running
 from waiting import until
 
-from hybridkex import ClientConfig, DevCa, ServerConfig, TrustStore
+from hybridkex import ClientConfig, DevCa, SecureStream, ServerConfig, TrustStore
 from hybridkex.apps.transfer import PROTOCOL, Folder
 from hybridkex.apps.transfer.arrivals import Arrivals
 from hybridkex.apps.transfer.errors import NotStored
@@ -322,3 +323,16 @@ def replace(path: Path) -> None:
 def become_a_pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
+
+
+async def connected(
+    configs: tuple[ClientConfig, ServerConfig],
+) -> tuple[SecureStream[Any], SecureStream[Any]]:
+    """Client and server in this process, after their handshake."""
+    one, other = trio.testing.memory_stream_pair()
+    client = SecureStream(one, configs[0], server_hostname="localhost")
+    server = SecureStream(other, configs[1])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.do_handshake)
+        nursery.start_soon(server.do_handshake)
+    return client, server

@@ -37,6 +37,7 @@ from apps_glue import (
     Wire,
     begin,
     complete,
+    connected,
     descriptors,
     look,
     memory,
@@ -532,12 +533,7 @@ async def transfer(
     clock.rate = 1
 
     async def connect() -> SecureStream[Any]:
-        one, other = trio.testing.memory_stream_pair()
-        client = SecureStream(one, configs[0], server_hostname="localhost")
-        server = SecureStream(other, configs[1])
-        async with trio.open_nursery() as both:
-            both.start_soon(client.do_handshake)
-            both.start_soon(server.do_handshake)
+        client, server = await connected(configs)
         nursery.start_soon(serve, server)
         clock.rate = 25
         return client
@@ -648,12 +644,7 @@ async def test_data_that_are_sent_again_and_again_are_no_progress(
     async def connect() -> SecureStream[Any]:
         nonlocal connections
         connections += 1
-        one, other = trio.testing.memory_stream_pair()
-        client = SecureStream(one, configs[0], server_hostname="localhost")
-        server = SecureStream(other, configs[1])
-        async with trio.open_nursery() as both:
-            both.start_soon(client.do_handshake)
-            both.start_soon(server.do_handshake)
+        client, server = await connected(configs)
         nursery.start_soon(take_some, server)
         return client
 
@@ -699,12 +690,7 @@ async def test_no_file_is_lost_with_a_connection_that_ends_while_it_is_listed(
             yield item
 
     async def connect() -> SecureStream[Any]:
-        one, other = trio.testing.memory_stream_pair()
-        client = SecureStream(one, configs[0], server_hostname="localhost")
-        server = SecureStream(other, configs[1])
-        async with trio.open_nursery() as both:
-            both.start_soon(client.do_handshake)
-            both.start_soon(server.do_handshake)
+        client, server = await connected(configs)
         nursery.start_soon(ends.pop() if ends else Receiver(folder).serve, server)
         return client
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from apps_glue import Run, become_a_pipe, begin, look, memory, replace, store
+from apps_glue import Run, become_a_pipe, begin, connected, look, memory, replace, store
 from waiting import until
 
 from hybridkex import ClientConfig, SecureStream, ServerConfig
@@ -65,12 +65,7 @@ async def deliver(
         async with trio.open_nursery() as nursery:
 
             async def connect() -> SecureStream[Any]:
-                one, other = trio.testing.memory_stream_pair()
-                client = SecureStream(one, configs[0], server_hostname="localhost")
-                server = SecureStream(other, configs[1])
-                async with trio.open_nursery() as both:
-                    both.start_soon(client.do_handshake)
-                    both.start_soon(server.do_handshake)
+                client, server = await connected(configs)
                 nursery.start_soon(Receiver(folder).serve, server)
                 return client
 

@@ -20,7 +20,7 @@ from unicodedata import category, normalize
 import pytest
 import trio
 import trio.testing
-from apps_glue import become_a_pipe, begin, complete, replace
+from apps_glue import become_a_pipe, begin, complete, connected, replace
 
 from hybridkex import ClientConfig, SecureStream, ServerConfig
 from hybridkex.apps.transfer import Folder, NullProgress, Outcome, Receiver, collect, send_items
@@ -57,16 +57,6 @@ def umask() -> Iterator[None]:
     before = os.umask(0o022)
     yield
     os.umask(before)
-
-
-async def connected(configs: Configs) -> tuple[SecureStream[Any], SecureStream[Any]]:
-    one, other = trio.testing.memory_stream_pair()
-    client = SecureStream(one, configs[0], server_hostname="localhost")
-    server = SecureStream(other, configs[1])
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(client.do_handshake)
-        nursery.start_soon(server.do_handshake)
-    return client, server
 
 
 async def deliver(

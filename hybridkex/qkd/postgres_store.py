@@ -580,14 +580,16 @@ class PostgresKeyStore:
         if not marks:
             await checkpoint()
             return
+        ids = [key_id for key_id, _ in marks]
 
         def work(cursor: _Cursor) -> None:
             cursor.execute(
                 "UPDATE material SET holder = NULL, held_until = NULL"
                 " FROM unnest(%s::text[], %s::text[]) AS old (key_id, holder)"
-                " WHERE material.link = %s AND material.key_id = old.key_id"
-                " AND material.holder = old.holder",
-                ([key_id for key_id, _ in marks], [mark for _, mark in marks], link),
+                # The array makes the planner look up the rows, not walk the stock for each.
+                " WHERE material.link = %s AND material.key_id = ANY(%s)"
+                " AND material.key_id = old.key_id AND material.holder = old.holder",
+                (ids, [mark for _, mark in marks], link, ids),
             )
 
         with suppress(KeySourceUnavailable):  # they end by themselves
@@ -653,11 +655,12 @@ class PostgresKeyStore:
         def work(cursor: _Cursor) -> None:
             rows = cursor.execute(
                 "DELETE FROM material USING unnest(%s::text[], %s::text[]) AS mine (key_id, holder)"
-                " WHERE material.link = %s AND material.key_id = mine.key_id"
+                " WHERE material.link = %s AND material.key_id = ANY(%s)"  # as in release
+                " AND material.key_id = mine.key_id"
                 " AND (material.holder IS NULL OR material.held_until < clock_timestamp()"
                 " OR material.holder = mine.holder)"
                 " RETURNING material.key_id, material.sealed",
-                (blocks, marks, link),
+                (blocks, marks, link, blocks),
             ).fetchall()
             taken = dict(rows)
             for one in allotments:

@@ -472,10 +472,10 @@ async def test_the_work_does_not_grow_with_the_stock(postgres: PostgresServer) -
         await store.add("a", [(str(uuid.uuid4()), Secret(bytes(32)))])
         await store.count("a")
         await store.discard("a", [stock[-1][0]])
-    many = await store.reserve("a", 128)
+    many = await store.reserve("a", 64)
     await store.release("a", [one.key_id for one in many])
-    blocks = tuple(one.key_id for one in await store.reserve("a", 128))
-    await store.allot("a", [Allotment(blocks=blocks, size=32 * 128)], master="m")
+    blocks = tuple(one.key_id for one in await store.reserve("a", 64))
+    await store.allot("a", [Allotment(blocks=blocks, size=32 * 64)], master="m")
     await store.expire(keys_before=0, tombstones_before=0)
     await store.aclose()
     with trio.fail_after(10):

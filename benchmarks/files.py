@@ -24,13 +24,13 @@ from benchmarks.processes import (
     certificates,
     cpu,
     cpu_of_children,
-    free_port,
     program,
     running,
     until,
     wait_for,
 )
 from benchmarks.results import OURS, Curve, Options, Row, in_turns
+from interop.ports import free_port
 
 __all__ = ["run"]
 
@@ -66,7 +66,7 @@ def ours(work: Path) -> Iterator[dict[str, Tool]]:
     identity = certificates(work / "keys")
     address = ("--bind", "127.0.0.1", "--port", "0", "--port-file", port_file)
     with running(*COMMAND, "receive", into, *address, *identity) as process:
-        until(port_file.exists)
+        until(port_file.exists, process)
         to = f"localhost:{port_file.read_text().strip()}"
 
         def command(source: Path, target: Path) -> list[str]:
@@ -105,7 +105,7 @@ def ssh(work: Path) -> Iterator[dict[str, Tool]]:
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd demands it
     with running(sshd, "-D", "-f", work / "sshd.conf") as process:
-        wait_for(port)
+        wait_for(port, process)
 
         def rsync(*options: str) -> Tool:
             words = ("rsync", "-a", *options, "-e", f"ssh -F {config}")

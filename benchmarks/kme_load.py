@@ -171,7 +171,7 @@ def _wait_for_all(folder: Path, where: dict[str, str]) -> None:
             return False
         return True
 
-    until(serve, 60)
+    until(serve, seconds=60)
 
 
 def _wait_until_idle(pids: list[int]) -> None:

@@ -6,21 +6,22 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 __all__ = [
     "COMMAND",
     "ENVIRONMENT",
     "PEERS",
+    "Server",
     "certificates",
     "cpu",
     "cpu_of_children",
-    "free_port",
     "has",
     "program",
     "running",
@@ -76,20 +77,32 @@ def _tell_missing(name: str) -> None:
         print(f"{name} is missing, and its rows are left out: {PEERS[name]}", file=sys.stderr)
 
 
+class Server(subprocess.Popen[bytes]):
+    """A program that serves."""
+
+    complaints: IO[bytes]
+    """What it has written to stderr."""
+
+    def check(self) -> None:
+        """Raise ``RuntimeError`` if it has ended."""
+        if self.poll() is not None:
+            self.complaints.seek(0)
+            said = self.complaints.read().decode(errors="replace").strip()
+            raise RuntimeError(f"{self.args!r} ended with status {self.returncode}: {said}")
+
+
 @contextmanager
-def running(*words: object, **options: Any) -> Iterator["subprocess.Popen[bytes]"]:
+def running(*words: object, **options: Any) -> Iterator[Server]:
     """A server, until the block ends."""
-    settings: dict[str, Any] = {
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.DEVNULL,
-        "env": ENVIRONMENT,
-    }
-    process = subprocess.Popen(list(map(str, words)), **(settings | options))
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(30)
+    settings: dict[str, Any] = {"stdout": subprocess.DEVNULL, "env": ENVIRONMENT}
+    with tempfile.TemporaryFile() as complaints:
+        process = Server(list(map(str, words)), **(settings | {"stderr": complaints} | options))
+        process.complaints = complaints
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(30)
 
 
 def cpu(pid: int, *, children: bool = False) -> float:
@@ -104,28 +117,24 @@ def cpu_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def free_port() -> int:
-    """A TCP port of the loopback that nothing uses."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port
-
-
-def until(ready: Callable[[], bool], seconds: float = 30) -> None:
+def until(ready: Callable[[], bool], server: Server | None = None, *, seconds: float = 30) -> None:
     """Wait.
 
     Raises:
+        RuntimeError: the server has ended.
         TimeoutError: it takes longer.
     """
     deadline = time.monotonic() + seconds
     while not ready():
+        if server is not None:
+            server.check()
         if time.monotonic() > deadline:
             raise TimeoutError("a program of the benchmark does not get ready")
         time.sleep(0.02)
 
 
-def wait_for(port: int) -> None:
-    """Wait until something listens on a port of the loopback."""
+def wait_for(port: int, server: Server) -> None:
+    """Wait until a server listens on a port of the loopback."""
 
     def listens() -> bool:
         try:
@@ -134,7 +143,7 @@ def wait_for(port: int) -> None:
             return False
         return True
 
-    until(listens)
+    until(listens, server)
 
 
 def certificates(folder: Path) -> list[str]:

@@ -18,13 +18,13 @@ from benchmarks.processes import (
     ENVIRONMENT,
     certificates,
     cpu_of_children,
-    free_port,
     program,
     running,
     until,
     wait_for,
 )
 from benchmarks.results import OURS, Options, Row, in_turns
+from interop.ports import free_port
 
 __all__ = ["run"]
 
@@ -75,16 +75,15 @@ def run(options: Options) -> Iterator[Row]:
         trust, port_file, port = certificates(folder / "keys"), folder / "port", free_port()
         listen = ("listen", "0", "--bind", "127.0.0.1", "--port-file", port_file, *trust[1:])
         openssl, keys = program("openssl"), folder / "keys"
-        with running(*COMMAND, *listen, "--echo"):
-            until(port_file.exists)
+        with running(*COMMAND, *listen, "--echo") as server:
+            until(port_file.exists, server)
             ours = [*COMMAND, "connect", "localhost", port_file.read_text().strip(), trust[0]]
             tools: dict[str, Callable[[], float]] = {OURS: partial(first_byte, ours)}
             with ExitStack() as stack:
                 if openssl is not None:
                     serve = ["s_server", "-accept", port, "-rev", "-quiet"]
                     serve += ["-cert", keys / "cert.pem", "-key", keys / "key.pem"]
-                    stack.enter_context(running(openssl, *serve))
-                    wait_for(port)
+                    wait_for(port, stack.enter_context(running(openssl, *serve)))
                     client = [openssl, "s_client", "-connect", f"localhost:{port}", "-quiet"]
                     client += ["-CAfile", str(keys / "ca.pem"), "-verify_return_error"]
                     tools["openssl s_client"] = partial(first_byte, client)

@@ -25,8 +25,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from select import EPOLLIN, epoll
 
-from benchmarks.processes import COMMAND, certificates, cpu, free_port, program, running, wait_for
+from benchmarks.processes import COMMAND, certificates, cpu, program, running, wait_for
 from benchmarks.results import OURS, Curve, Options, Row
+from interop.ports import free_port
 
 __all__ = ["run"]
 
@@ -62,8 +63,8 @@ def tunnel(
 ) -> Iterator[Way]:
     """A program at each end."""
     with running(*listen, cwd=copy) as server, running(*connect, cwd=copy) as client:
-        wait_for(middle)
-        wait_for(outer)
+        wait_for(middle, server)
+        wait_for(outer, client)
         yield Way(outer, server, client)
 
 
@@ -292,8 +293,8 @@ def postgres(folder: str) -> Iterator[tuple[int, str]]:
     subprocess.run([*as_somebody, *make], check=True, capture_output=True)
     port = free_port()
     serve = [server, "-D", f"{folder}/data", "-k", folder, "-p", str(port), "-F"]
-    with running(*as_somebody, *serve, "-c", "listen_addresses=127.0.0.1"):
-        wait_for(port)
+    with running(*as_somebody, *serve, "-c", "listen_addresses=127.0.0.1") as database:
+        wait_for(port, database)
         reach = ["-h", LOOPBACK, "-p", str(port), "-U", "tester"]
         deadline = time.monotonic() + 30
         while subprocess.run(

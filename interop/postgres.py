@@ -3,11 +3,12 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from interop.ports import free_port
 
 __all__ = ["NoPostgres", "PostgresServer", "own_databases"]
 
@@ -48,8 +49,7 @@ class PostgresServer:
                 ) from None
         command = [initdb, "-D", "data", "-A", "trust", "-U", "postgres", "--no-sync"]
         self._run([*command, "--locale=C"])
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port: int = free_port()
         self._settings = {
             "listen_addresses": "127.0.0.1",
             "port": str(self.port),

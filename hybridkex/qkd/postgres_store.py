@@ -14,6 +14,7 @@ database shows and changes no row of another link. (Superusers are exempt; give 
 its own.)
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -156,6 +157,8 @@ class PostgresKeyStore:
         self._owner = owner
         self._on_failure = on_failure
         self._failing = False
+        self._telling = threading.Lock()
+        """Of what the log says of failures: calls run in several threads."""
         self._held: dict[tuple[str, str], str] = {}
         """For each reserved block of a link, the mark of its reservation."""
         self._marks = 0
@@ -446,13 +449,15 @@ class PostgresKeyStore:
             cause = error.__cause__ if isinstance(error, _NotCommitted) else error
             self._on_failure()
             text = _reason(cause)
-            if not self._failing:  # once, not for every call until the store works again
-                LOG.error("the key store %s failed: %s", self.where, text)  # noqa: TRY400
-            self._failing = not isinstance(cause, InvalidTag)
+            with self._telling:
+                if not self._failing:  # once, not for every call until the store works again
+                    LOG.error("the key store %s failed: %s", self.where, text)  # noqa: TRY400
+                self._failing = not isinstance(cause, InvalidTag)
             raise KeySourceUnavailable(f"the key store failed: {text}") from cause
-        if self._failing:
+        with self._telling:
+            if self._failing:
+                LOG.warning("the key store %s works again", self.where)
             self._failing = False
-            LOG.warning("the key store %s works again", self.where)
         return result
 
     def _attempt(

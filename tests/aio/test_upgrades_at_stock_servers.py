@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import socket
 import ssl
 import struct
 import subprocess
@@ -29,6 +28,7 @@ from hybridkex import (
 from hybridkex.aio import SecureConnectionError, upgrade
 from hybridkex.auth.dev_ca import write_identity
 from hybridkex.errors import CertificateRejected
+from interop.ports import free_port
 
 
 @pytest.fixture
@@ -93,8 +93,7 @@ def serving_postgresql(
         cwd=folder,
         **as_user,
     )
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
+    port: int = free_port()
     settings = {
         "listen_addresses": "127.0.0.1",
         "port": port,

@@ -1,11 +1,12 @@
 """``hybridkex tunnel`` with several workers: they serve, end, reload and count as one process."""
 
+import ctypes
 import os
 import random
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -127,7 +128,21 @@ async def test_they_serve_reload_count_and_end_as_one(tunnel: Tunnel) -> None:
         assert not any(map(runs, fresh))
 
 
-async def test_they_end_with_the_service_however_it_ends(tunnel: Tunnel) -> None:
+def adopt_orphans(adopts: bool) -> None:
+    """Whether what our children leave behind becomes ours (prctl(2), PR_SET_CHILD_SUBREAPER)."""
+    assert ctypes.CDLL(None).prctl(36, int(adopts), 0, 0, 0) == 0
+
+
+@pytest.fixture(params=["init", "session"])
+def orphans_of(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Who has the workers when the service is gone: for one of the same session, as in a container,
+    the kernel does not continue those that are stopped."""
+    adopt_orphans(request.param == "session")
+    yield request.param
+    adopt_orphans(False)
+
+
+async def test_they_end_with_the_service_however_it_ends(tunnel: Tunnel, orphans_of: str) -> None:
     """kill -9, with a connection that is open, one that is silent, a worker that is stopped, and a
     port that is free then."""
     async with serving(echo) as target:
@@ -145,6 +160,9 @@ async def test_they_end_with_the_service_however_it_ends(tunnel: Tunnel) -> None
         os.kill(there[0], signal.SIGSTOP)
         tunnel.process.kill()
         await trio_until(lambda: not any(map(runs, there)))
+        if orphans_of == "session":
+            for pid in there:
+                os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222  # it has ended
         with pytest.raises(trio.BrokenResourceError):
             await receive_all(living)
         with suppress(trio.BrokenResourceError):

@@ -4,15 +4,16 @@ import itertools
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final, LiteralString
 
 import pytest
 import trio
 from postgres_server import PostgresServer, postgres_server
 
+from benchmarks.processes import cpu
 from hybridkex.errors import (
     ConfigError,
     KeyConsumed,
@@ -439,49 +440,113 @@ async def test_a_server_that_is_silent_delays_a_call_for_a_bounded_time(
     await store.aclose()
 
 
-async def test_the_work_does_not_grow_with_the_stock(postgres: PostgresServer) -> None:
-    """Also while the planner's statistics are behind: it takes the stock for empty."""
-    import psycopg
+@pytest.fixture
+async def large(postgres: PostgresServer) -> "LargeStock":
+    """A stock of 20,000 that the statistics of the database's planner take for empty."""
+    large = LargeStock(postgres)
+    await large.fill()
+    return large
 
-    schema = f"test_{next(SCHEMAS)}"
-    store = postgres_store(postgres, schema)
-    stock = [(key_id(number), Secret(bytes(32))) for number in range(20_000)]
-    for start in range(0, len(stock), 5000):
-        await store.add("a", stock[start : start + 5000])
-    await store.aclose()
 
-    def rows_read() -> int:
-        with psycopg.connect(postgres.url(schema)) as connection:
-            [(number,)] = connection.execute(
-                "SELECT (SELECT sum(seq_tup_read) FROM pg_stat_user_tables WHERE schemaname = %s)"
-                " + (SELECT sum(idx_tup_read) FROM pg_stat_user_indexes WHERE schemaname = %s)",
-                (schema, schema),
-            ).fetchall()
+_READ: Final = (
+    "SELECT (SELECT sum(seq_tup_read) FROM pg_stat_user_tables WHERE schemaname = %(schema)s)"
+    " + (SELECT sum(idx_tup_read) FROM pg_stat_user_indexes WHERE schemaname = %(schema)s)"
+)
+_OTHERS: Final = (
+    "SELECT count(*) FROM pg_stat_activity"
+    " WHERE backend_type = 'client backend' AND pid != pg_backend_pid()"
+)
+
+
+class LargeStock:
+    def __init__(self, server: PostgresServer) -> None:
+        self._server = server
+        self._schema = f"test_{next(SCHEMAS)}"
+        self.ids = [key_id(number) for number in range(20_000)]
+
+    async def fill(self) -> None:
+        before = await self.processor_time()
+        store = self.open()
+        for start in range(0, len(self.ids), 5000):
+            part = self.ids[start : start + 5000]
+            await store.add("a", [(one, Secret(bytes(32))) for one in part])
+        await store.aclose()
+        self.cost_of_filling = await self.processor_time() - before
+
+    async def processor_time(self) -> float:
+        """Of the server's processes, once those for our connections have ended."""
+        assert self._server.process is not None
+        with trio.fail_after(10):
+            while self._ask(_OTHERS):  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        return cpu(self._server.process.pid, children=True)
+
+    def open(self, seal_key: Secret = SEAL, *read_keys: Secret) -> KeyStore:
+        return postgres_store(self._server, self._schema, seal_key=seal_key, read_keys=read_keys)
+
+    def _ask(self, query: LiteralString) -> int:
+        import psycopg
+
+        with psycopg.connect(self._server.url(self._schema)) as connection:
+            [(number,)] = connection.execute(query, {"schema": self._schema}).fetchall()
             return int(number)
 
-    before = rows_read()
-    store = postgres_store(postgres, schema)
-    for half in (0, 1) * 5:
-        [one] = await store.reserve("a", 1, half=half)
-        await store.allot("a", [Allotment(blocks=(one.key_id,), size=32)], master="m")
-        [one] = await store.reserve("a", 1, half=half)
-        await store.release("a", [one.key_id])
-        allotment = Allotment(blocks=(one.key_id,), size=32)
-        await store.accept("a", [allotment], master="m", slaves=["s"])
-        await store.collect("a", [one.key_id], slave="s", master="m")
-        await store.add("a", [(str(uuid.uuid4()), Secret(bytes(32)))])
-        await store.count("a")
-        await store.discard("a", [stock[-1][0]])
-    many = await store.reserve("a", 64)
-    await store.release("a", [one.key_id for one in many])
-    blocks = tuple(one.key_id for one in await store.reserve("a", 64))
-    await store.allot("a", [Allotment(blocks=blocks, size=32 * 64)], master="m")
-    await store.expire(keys_before=0, tombstones_before=0)
-    await store.aclose()
-    with trio.fail_after(10):
-        while (read := rows_read() - before) == 0:  # noqa: ASYNC110  # told late
-            await trio.sleep(0.1)
-    assert read < 3000
+    async def rows_read(self, work: Callable[[KeyStore], Awaitable[None]], *keys: Secret) -> int:
+        """How many rows the database has read for some work."""
+        before = self._ask(_READ)
+        store = self.open(*keys)
+        await work(store)
+        await store.aclose()
+        with trio.fail_after(10):
+            while (read := self._ask(_READ) - before) == 0:  # noqa: ASYNC110  # told late
+                await trio.sleep(0.1)
+        return read
+
+
+async def test_the_work_does_not_grow_with_the_stock(large: LargeStock) -> None:
+    async def work(store: KeyStore) -> None:
+        for half in (0, 1) * 5:
+            [one] = await store.reserve("a", 1, half=half)
+            await store.allot("a", [Allotment(blocks=(one.key_id,), size=32)], master="m")
+            [one] = await store.reserve("a", 1, half=half)
+            await store.release("a", [one.key_id])
+            allotment = Allotment(blocks=(one.key_id,), size=32)
+            await store.accept("a", [allotment], master="m", slaves=["s"])
+            await store.collect("a", [one.key_id], slave="s", master="m")
+            await store.add("a", [(str(uuid.uuid4()), Secret(bytes(32)))])
+            await store.count("a")
+            await store.discard("a", [large.ids[-1]])
+        await store.expire(keys_before=0, tombstones_before=0)
+
+    assert await large.rows_read(work) < 3000
+
+
+async def test_the_blocks_of_a_long_key_are_looked_up(large: LargeStock) -> None:
+    """Processor time: the database compared each block with each row of the stock, once read."""
+
+    async def work(store: KeyStore) -> None:
+        many = await store.reserve("a", 256)
+        await store.release("a", [one.key_id for one in many])
+        blocks = tuple(one.key_id for one in await store.reserve("a", 256))
+        await store.allot("a", [Allotment(blocks=blocks, size=32 * 256)], master="m")
+
+    before = await large.processor_time()
+    await large.rows_read(work)
+    assert await large.processor_time() - before < 3 * large.cost_of_filling
+
+
+async def test_another_sealing_key_takes_a_few_walks_through_the_stock(
+    large: LargeStock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hybridkex.qkd import postgres_store as module
+
+    monkeypatch.setattr(module, "TRANSACTION_SECONDS", 0.0)
+
+    async def work(store: KeyStore) -> None:
+        while not await store.renew():
+            pass
+
+    assert await large.rows_read(work, Secret(b"s" * 32), SEAL) < 10 * len(large.ids)
 
 
 async def test_a_wrong_clock_of_a_process_makes_no_key_old(

@@ -8,10 +8,13 @@ ends: their control sockets do.
 """
 
 import contextlib
+import fcntl
 import json
+import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -52,8 +55,12 @@ _Sample: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]
 class _Worker:
     """A worker process, as the service sees it."""
 
-    def __init__(self, process: trio.Process, stream: trio.SocketStream) -> None:
+    def __init__(
+        self, process: trio.Process, stream: trio.SocketStream, life: socket.socket
+    ) -> None:
         self.process: Final = process
+        self.life: Final = life
+        """Open as long as the process runs and this one does."""
         self.pid: Final = process.pid
         self._stream = stream
         self._saying = trio.Lock()
@@ -274,32 +281,42 @@ class WorkerPool:
         assert settings.recipe is not None
         orders = Orders(settings.recipe, descriptors, settings.workers)
         try:
-            ours, theirs = socket.socketpair()
+            control, process, life = await self._open(descriptors)
         except OSError as error:
             raise ConfigError(f"cannot start a worker: {error.strerror}") from error
-        with theirs:
-            try:
-                process = await trio.lowlevel.open_process(
-                    [*self._command, str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    # In a group of its own: when the service dies, the kernel lets a worker of such
-                    # a group that is stopped go on (POSIX, _exit), and it ends.
-                    process_group=0,
-                    pass_fds=(
-                        theirs.fileno(),
-                        *(one for each in descriptors.values() for one in each),
-                    ),
-                )
-            except OSError as error:
-                ours.close()
-                raise ConfigError(f"cannot start a worker: {error.strerror}") from error
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-        worker = _Worker(process, stream)
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(control))
+        worker = _Worker(process, stream, life)
         self._workers.add(worker)
         self._running.start_soon(self._watch, worker)
         with contextlib.suppress(trio.BrokenResourceError):
             await stream.send_all(orders.encoded())
         return worker
+
+    async def _open(
+        self, descriptors: dict[str, tuple[int, ...]]
+    ) -> tuple[socket.socket, trio.Process, socket.socket]:
+        """A new process, the control socket, and what to keep open until the process has ended.
+
+        Raises:
+            OSError: there is no descriptor or no process.
+        """
+        with contextlib.ExitStack() as undo:
+            control, theirs = map(undo.enter_context, socket.socketpair())
+            life, watched = map(undo.enter_context, socket.socketpair())
+            with theirs, watched:
+                process = await trio.lowlevel.open_process(
+                    [*self._command, str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    process_group=0,  # so that the signals of a terminal reach the service alone
+                    pass_fds=(
+                        theirs.fileno(),
+                        watched.fileno(),
+                        *(one for each in descriptors.values() for one in each),
+                    ),
+                )
+                _let_go_on_at_end(watched, process.pid)
+            undo.pop_all()
+        return control, process, life
 
     async def _watch(self, worker: _Worker) -> None:
         """Until a worker has ended; then start another, if it is missed."""
@@ -310,6 +327,7 @@ class WorkerPool:
             with trio.CancelScope(shield=True):  # cancelled: the service is over
                 worker.process.kill()
                 await worker.process.wait()
+            worker.life.close()
             self._workers.discard(worker)
             self._keep_counters(worker)
         if worker not in self._current or worker.retired or self._closing.is_set():
@@ -442,6 +460,18 @@ def _check_ready(workers: set[_Worker]) -> None:
             raise ConfigError(f"a worker was not ready within {READY_SECONDS:g} s")
         if worker.error is not None:
             raise ConfigError(worker.error)
+
+
+def _let_go_on_at_end(watched: socket.socket, pid: int) -> None:
+    """Continue a worker that is stopped when the other end of a socket is closed (fcntl(2)).
+
+    A stopped worker does not read its control socket, and would keep the listening sockets of a
+    service that is gone.
+    """
+    if sys.platform == "linux":
+        fcntl.fcntl(watched, fcntl.F_SETOWN, pid)
+        fcntl.fcntl(watched, fcntl.F_SETSIG, signal.SIGCONT)
+        fcntl.fcntl(watched, fcntl.F_SETFL, fcntl.fcntl(watched, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def _set_mode_again(listening: Listening, mode: int) -> None:

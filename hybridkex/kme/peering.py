@@ -34,6 +34,7 @@ __all__ = [
     "CHECK",
     "EXT_KEYS",
     "IDS_AT_ONCE",
+    "MAX_ANSWER_BYTES",
     "MAX_MESSAGE_BYTES",
     "VOID",
     "ExtKeys",
@@ -56,6 +57,10 @@ IDS_AT_ONCE: Final = 1000
 
 BLOCKS_AT_ONCE: Final = 1 << 13
 """Most blocks in one ext_keys message, for the same reason."""
+
+MAX_ANSWER_BYTES: Final = 1 << 20
+"""The longest answer of another KME: a refusal names every block of a message, with its state,
+in less than 100 bytes."""
 
 SAE_IDS_BYTES: Final = 1 << 16
 """Bytes of a message that its SAE IDs may take."""

@@ -17,7 +17,7 @@ from hybridkex.kme.config import KmeConfig, PostgresUrl, ServeConfig
 from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.health import Pages
 from hybridkex.kme.metrics import KmeMetrics
-from hybridkex.kme.peering import MAX_MESSAGE_BYTES, HttpPeer, LocalPeer
+from hybridkex.kme.peering import MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES, HttpPeer, LocalPeer
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.event_loop import in_thread
 from hybridkex.net.http import http_supervisor, serve_connection
@@ -440,12 +440,11 @@ class _Settings:
         links = {}
         for peer in config.peer:
             if peer.url is not None:
-                # A refusal names every block of the message, with its state.
                 transport = KmeTransport(
                     peer.url,
                     client_tls(config.tls, **files),
                     _confirms(peer.id, config.id_rule, expiry),
-                    max_answer=2 * MAX_MESSAGE_BYTES,
+                    max_answer=MAX_ANSWER_BYTES,
                 )
                 links[peer.id] = HttpPeer(transport, config.peer_timeout)
         own = own_certificate(config.certificate)

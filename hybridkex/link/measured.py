@@ -327,7 +327,7 @@ def _part(given: Any, name: str, kind: type[Any]) -> Any:
 
 def _preset(text: str, name: str) -> Preset:
     try:
-        found = load_json(text)
+        found = load_json(text, most_values=None)
     except ValueError as error:
         raise ConfigError(f"the settings are not JSON: {error}") from None
     if not isinstance(found, dict):

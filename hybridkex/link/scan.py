@@ -312,7 +312,7 @@ def read_scan(path: Path | str) -> list[Row]:
         if parquet is not None:
             rows = parquet.read_table(io.BytesIO(content)).to_pylist()
         elif path.suffix == ".json":
-            rows = load_json(content.decode())
+            rows = load_json(content.decode(), most_values=None)
         else:
             rows = [
                 {name: _number(value) for name, value in row.items()}

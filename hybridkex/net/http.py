@@ -22,7 +22,7 @@ from urllib.parse import unquote
 import h11
 import trio
 
-from hybridkex.json_text import unique_members
+from hybridkex.json_text import decode_json
 from hybridkex.net.log import BoundedLog
 from hybridkex.net.supervisor import Connection, Supervisor
 from hybridkex.text import get_logger
@@ -182,20 +182,19 @@ def find_route(routes: Iterable[Route], request: Request) -> Route | Response:
 
 def parse_json(body: bytes) -> object:
     """Parse an unambiguous JSON text (RFC 8259): UTF-8, with or without a byte order mark, no
-    duplicate member, no number outside JSON's grammar, no lone surrogate.
+    duplicate member, no number outside JSON's grammar, no lone surrogate, not more than
+    :data:`~hybridkex.json_text.MOST_VALUES` values.
 
     Raises:
         ValueError: it is not such a text.
     """
-    try:
-        text = body.decode("utf-8-sig")
-        value = json.loads(
-            text, object_pairs_hook=unique_members, parse_constant=_not_json, parse_float=_number
-        )
-        if "\\u" in text:
+    text = body.decode("utf-8-sig")
+    value = decode_json(text, parse_constant=_not_json, parse_float=_number)
+    if "\\u" in text:
+        try:
             json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise ValueError("the nesting is too deep") from None
+        except RecursionError:
+            raise ValueError("the nesting is too deep") from None
     return value
 
 

@@ -73,7 +73,7 @@ class FileTicketStore:
 
     def _load(self) -> dict[str, list[Any]]:
         try:
-            tickets = load_json(read_file(self._path, missing=b"{}").decode())
+            tickets = load_json(read_file(self._path, missing=b"{}").decode(), most_values=None)
         except ConfigError:
             raise
         except ValueError:

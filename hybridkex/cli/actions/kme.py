@@ -259,7 +259,8 @@ def export_pool(options: ExportPoolOptions) -> int:
 def _read_ids(path: Path) -> list[str]:
     content = read_file(path)
     try:
-        return [canonical_key_id(item) for item in load_json(content.decode("ascii"))]
+        found = load_json(content.decode("ascii"), most_values=None)
+        return [canonical_key_id(item) for item in found]
     except (ValueError, TypeError, AttributeError):
         raise ConfigError(f"{path} is not a list of key IDs") from None
 

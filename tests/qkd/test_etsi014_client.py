@@ -220,6 +220,18 @@ async def test_three_calls(fake: StrictFake, client_for: Any) -> None:
     assert "/api/v1/keys/sae%20a%2F%C3%BC/dec_keys" in fake.requests[-1][1]
 
 
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "junk://[::"])
+async def test_proxies_of_the_environment_are_not_used(
+    fake: StrictFake, client_for: Any, proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.setenv(name, proxy)
+        monkeypatch.setenv(name.lower(), proxy)
+    async with client_for() as alice:
+        assert (await alice.status("bob")).source_kme_id == "KME/A"
+    assert fake.connections == 1
+
+
 async def test_get_and_post_forms(fake: StrictFake, client_for: Any) -> None:
     async with client_for() as alice, client_for("bob", always_post=True) as bob:
         default = await alice.enc_keys("bob")

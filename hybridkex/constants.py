@@ -7,32 +7,6 @@ the wire: an unknown one is not an error (RFC 8701), and the enums below only na
 from enum import IntEnum
 from typing import Final
 
-__all__ = [
-    "FIRST_VERSION",
-    "HELLO_RETRY_RANDOM",
-    "LEGACY_VERSION",
-    "MAX_CIPHERTEXT_EXPANSION",
-    "MAX_PLAINTEXT",
-    "MESSAGE_HASH",
-    "PAD_RECORD",
-    "PAD_SUITE",
-    "TLS13",
-    "Alert",
-    "CertificateType",
-    "CipherSuiteCode",
-    "ContentType",
-    "ExtensionType",
-    "GroupCode",
-    "HandshakeType",
-    "KdfCode",
-    "KeyUpdateRequest",
-    "Label",
-    "PskKeyExchangeMode",
-    "SignatureSchemeCode",
-    "TlsFlag",
-    "UpdateType",
-]
-
 TLS13: Final = 0x0304
 LEGACY_VERSION: Final = 0x0303
 FIRST_VERSION: Final = 0x0301

@@ -13,19 +13,6 @@ from typing import Any, Final, NamedTuple
 
 from hybridkex.errors import ConfigError
 
-__all__ = [
-    "CALLABLE",
-    "FLAG",
-    "INTEGER",
-    "NUMBER",
-    "Kind",
-    "a",
-    "check_fields",
-    "described",
-    "or_none",
-    "tuple_of",
-]
-
 
 class Kind(NamedTuple):
     """The values that a field accepts."""

@@ -4,9 +4,6 @@ import json
 from collections.abc import Callable
 from typing import Any, Final
 
-__all__ = ["MOST_VALUES", "decode_json", "load_json"]
-
-
 MOST_LEVELS: Final = 64
 """Most levels of nesting, so that code which goes through a value level by level cannot reach
 Python's recursion limit. ``json.loads`` alone allows as many as that limit does."""

@@ -11,8 +11,6 @@ from typing import Final
 
 from hybridkex.errors import ConfigError
 
-__all__ = ["NO_MEMORY", "NO_THREAD", "broken", "causes", "leaves", "refusal", "write_error"]
-
 _ELSEWHERE: Final = "choose another place"
 _ADVICE: Final = {
     errno.ENOSPC: f"free some space there, or {_ELSEWHERE}",

@@ -8,8 +8,6 @@ from enum import Enum
 
 from hybridkex.constants import Alert
 
-__all__ = ["Reason"]
-
 _TLS = "RFC 9846 section "
 _UPDATE = "draft-ietf-tls-extended-key-update-13 section "
 _FLAGS = "draft-ietf-tls-tlsflags section "

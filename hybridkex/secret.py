@@ -8,8 +8,6 @@ line, a dataclass printed in a traceback, a pickle.
 import hmac
 from typing import NoReturn, final
 
-__all__ = ["Secret"]
-
 
 @final
 class Secret:

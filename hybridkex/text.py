@@ -20,16 +20,6 @@ import traceback
 from collections.abc import Mapping
 from typing import Any, Final, TextIO
 
-__all__ = [
-    "PRINTABLE",
-    "PrintableOutput",
-    "get_logger",
-    "json_line",
-    "printable",
-    "printable_prose",
-    "terminal",
-]
-
 MOST: Final = 4096
 """Most characters of one text to show."""
 

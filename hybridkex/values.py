@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, dataclass_transform, overload
 
-__all__ = ["value"]
-
 C = TypeVar("C", bound=type)
 
 

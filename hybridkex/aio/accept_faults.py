@@ -14,8 +14,6 @@ from typing import Any, Final
 from hybridkex.net.log import BoundedLog
 from hybridkex.text import get_logger
 
-__all__ = ["report_accept_faults"]
-
 _MESSAGE: Final = "socket.accept() out of system resource"
 
 Handler = Callable[[asyncio.AbstractEventLoop, dict[str, Any]], object]

@@ -11,8 +11,6 @@ from hybridkex.aio.transport import SecureTransport, connection_error, time_limi
 from hybridkex.errors import LocalStateError
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 
-__all__ = ["create_connection", "create_server", "start_tls"]
-
 P = TypeVar("P", bound=asyncio.BaseProtocol)
 
 

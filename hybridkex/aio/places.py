@@ -22,8 +22,6 @@ from hybridkex.net.waiting_room import (
     WaitingRoom,
 )
 
-__all__ = ["Places"]
-
 
 class Guest(Protocol):
     """A connection that wants to begin its handshake."""

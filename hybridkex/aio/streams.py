@@ -8,8 +8,6 @@ from hybridkex.aio.connect import create_connection, create_server, start_tls
 from hybridkex.errors import LocalStateError
 from hybridkex.tls.config import ClientConfig, ServerConfig
 
-__all__ = ["open_connection", "start_server", "upgrade"]
-
 DEFAULT_LIMIT: Final = 1 << 16
 """Half of the bytes that a StreamReader holds before it pauses reading; asyncio's default."""
 

@@ -51,13 +51,6 @@ from hybridkex.tls.one_time_pad import PadBudget
 from hybridkex.tls.session import Session
 from hybridkex.wire.records import HEADER_LENGTH, MAX_RECORD
 
-__all__ = [
-    "SecureConnectionError",
-    "SecureTransport",
-    "connection_error",
-    "time_limits",
-]
-
 _log: Final = get_logger("hybridkex.aio")
 _LINES: Final = BoundedLog(_log)
 """Rate-limited, because any peer can cause these lines."""

@@ -23,25 +23,6 @@ from hybridkex.crypto.x509_parsing import certificate_from_der
 from hybridkex.errors import CertificateRejected, ConfigError
 from hybridkex.text import printable
 
-__all__ = [
-    "MAX_CHAIN",
-    "PeerCertificate",
-    "bounded",
-    "flaw_of_own",
-    "is_signed_by",
-    "issuer_of",
-    "key_bytes",
-    "key_cost",
-    "key_of",
-    "key_weakness",
-    "names_of",
-    "not_valid_today",
-    "read_chain",
-    "spki_sha256",
-    "subject_of",
-    "vouched_names_of",
-]
-
 MIN_RSA_BITS: Final = 2048
 MAX_RSA_BITS: Final = 8192
 """Verifying with a larger key costs too much for a peer that is not authenticated."""

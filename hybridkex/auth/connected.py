@@ -14,8 +14,6 @@ from cryptography import x509
 
 from hybridkex.auth.certificates import is_signed_by
 
-__all__ = ["Authorities"]
-
 
 class Authorities:
     """The authorities of a trust store."""

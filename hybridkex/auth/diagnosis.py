@@ -34,8 +34,6 @@ from hybridkex.errors import CertificateRejected
 from hybridkex.text import printable
 from hybridkex.values import value
 
-__all__ = ["Roots", "explain"]
-
 E = TypeVar("E", bound=x509.ExtensionType)
 
 _BROKEN_HASHES: Final = frozenset({"md5", "sha1"})

@@ -36,8 +36,6 @@ from hybridkex.errors import ConfigError
 from hybridkex.fields import Kind, a, check_fields, tuple_of
 from hybridkex.files import read_file
 
-__all__ = ["Identity"]
-
 
 @dataclass(frozen=True)
 class Identity:

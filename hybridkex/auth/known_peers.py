@@ -30,8 +30,6 @@ from hybridkex.files import open_private, read_file, write_file
 from hybridkex.machine import write_error
 from hybridkex.text import get_logger
 
-__all__ = ["KnownPeers"]
-
 LOG: Final = get_logger(__name__)
 
 _COMMENT: Final = re.compile(r"(?:^|[ \t])#.*")

@@ -12,17 +12,6 @@ import idna
 from hybridkex.errors import ConfigError
 from hybridkex.fields import described
 
-__all__ = [
-    "PIN",
-    "DnsName",
-    "IpAddress",
-    "PeerName",
-    "any_covers",
-    "canonical_peer_name",
-    "covers",
-    "parse_peer_name",
-]
-
 PIN: Final = "sha256:"
 """The prefix of the SHA-256 of a key in a list of names."""
 

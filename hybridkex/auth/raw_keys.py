@@ -26,8 +26,6 @@ from hybridkex.errors import CertificateRejected, ConfigError
 from hybridkex.fields import described
 from hybridkex.files import read_file
 
-__all__ = ["PeerRawKey", "RawIdentity", "read_raw_key"]
-
 MAX_SPKI: Final = 1 << 20
 """Bytes of a key that we parse; the largest of liboqs's signatures have 400 KB."""
 

@@ -13,8 +13,6 @@ from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem, pem
 from hybridkex.errors import ConfigError
 from hybridkex.files import read_file
 
-__all__ = ["system_roots"]
-
 _FILES: Final = (
     "/etc/ssl/certs/ca-certificates.crt",  # Debian, Alpine, Gentoo, Arch
     "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",  # Fedora, RHEL

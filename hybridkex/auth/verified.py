@@ -9,17 +9,6 @@ from hybridkex.auth.certificates import PeerCertificate
 from hybridkex.auth.names import PIN, PeerName
 from hybridkex.auth.raw_keys import PeerRawKey
 
-__all__ = [
-    "PROOF",
-    "ClientKeyVerifier",
-    "ClientVerifier",
-    "Presented",
-    "Refreshable",
-    "ServerKeyVerifier",
-    "ServerVerifier",
-    "VerifiedPeer",
-]
-
 PROOF: Final = object()
 """Known only to the verifiers in :mod:`hybridkex.auth`."""
 

@@ -45,8 +45,6 @@ from hybridkex.errors import CertificateRejected, ConfigError
 from hybridkex.fields import a, check_fields, described, tuple_of
 from hybridkex.files import read_file
 
-__all__ = ["InsecureNoVerification", "Pins", "TrustStore"]
-
 
 class _PolicyMappings(x509.ExtensionType):
     """RFC 5280 section 4.2.1.5, which the library has no class for."""

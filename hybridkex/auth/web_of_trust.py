@@ -33,8 +33,6 @@ from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected, ConfigError, ProviderMissing
 from hybridkex.files import read_file
 
-__all__ = ["Endorsement", "WebOfTrust", "endorsement"]
-
 _FORM: Final = re.compile(
     r"hybridkex endorsement v1\n"
     r"name: (?P<name>[^\s]+)\n"

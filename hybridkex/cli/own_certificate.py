@@ -11,8 +11,6 @@ from cryptography import x509
 from hybridkex.shell.expiry_watch import ExpiryWatch
 from hybridkex.text import get_logger
 
-__all__ = ["watched"]
-
 LOG: Final = get_logger("hybridkex.cli.own_certificate")
 
 

@@ -9,8 +9,6 @@ from hybridkex.cli.qkd_options import KmeOptions, QkdOptions
 from hybridkex.errors import ConfigError
 from hybridkex.tls.policy import Requirement
 
-__all__ = ["check_kme_options", "qkd_requirement"]
-
 
 def check_kme_options(options: KmeOptions) -> None:
     """Options about a KME need a KME: without ``--kme`` they would be ignored without a word.

@@ -15,8 +15,6 @@ from hybridkex.machine import NO_MEMORY, leaves
 from hybridkex.net import threads
 from hybridkex.text import get_logger
 
-__all__ = ["EndRequest", "end_as_interrupted", "run_service", "run_trio"]
-
 LOG: Final = get_logger("hybridkex.cli.running")
 
 T = TypeVar("T")

@@ -66,14 +66,6 @@ from hybridkex.qkd.source import KeySource, QkdKey
 from hybridkex.secret import Secret
 from hybridkex.wire.codec import Reader, u16, u32, vector16, vector24, vector32
 
-__all__ = [
-    "ExchangeConfig",
-    "Exchanged",
-    "PskAuthentication",
-    "SignatureAuthentication",
-    "exchange",
-]
-
 Role = Literal["initiator", "responder"]
 _Message = Literal["offer", "answer"]
 

@@ -29,8 +29,6 @@ from hybridkex.errors import ConfigError
 from hybridkex.secret import Secret
 from hybridkex.wire.codec import u32, vector32
 
-__all__ = ["Leg", "Method", "cas_kdf", "cat_kdf", "combine"]
-
 NO_SECRET = Secret(b"")
 
 _SALT: Final = b"hybridkex combine v1"

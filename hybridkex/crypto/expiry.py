@@ -5,8 +5,6 @@ from typing import Final
 
 from cryptography import x509
 
-__all__ = ["LAST_PART", "SOON", "problem_of_expiry", "seconds_to_next"]
-
 SOON: Final = timedelta(days=14)
 """How long ahead its owner is told, of a certificate that lives for months."""
 LAST_PART: Final = 3

@@ -24,26 +24,6 @@ from hybridkex.errors import ConfigError, IllegalParameter
 from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
 
-__all__ = [
-    "ALL_GROUPS",
-    "CLASSICAL_GROUPS",
-    "HYBRID_GROUPS",
-    "MAX_SHARE",
-    "MLKEM768",
-    "MLKEM1024",
-    "SECP256R1",
-    "SECP256R1MLKEM768",
-    "SECP384R1",
-    "SECP384R1MLKEM1024",
-    "X25519",
-    "X25519MLKEM768",
-    "Concat",
-    "Group",
-    "KeyExchange",
-    "Property",
-    "Started",
-]
-
 MAX_SHARE: Final = 0xFFFF
 """Bytes that a KeyShareEntry can hold (RFC 9846 section 4.3.8)."""
 

@@ -30,8 +30,6 @@ from hybridkex.errors import ConfigError, IllegalParameter
 from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
 
-__all__ = ["CODES", "OqsKem", "oqs_group", "oqs_groups", "via_oqs"]
-
 CODES: Final = {
     "ML-KEM-512": GroupCode.MLKEM512,
     "ML-KEM-768": GroupCode.MLKEM768,

@@ -25,8 +25,6 @@ from cryptography.hazmat.primitives.poly1305 import Poly1305
 from hybridkex.errors import BadRecordMac, LocalStateError
 from hybridkex.secret import Secret
 
-__all__ = ["OVERHEAD", "POINT", "Pad"]
-
 POINT: Final = 16
 """Bytes of pad that the first record takes besides its own."""
 TAG: Final = 16

@@ -20,8 +20,6 @@ from typing import Any, Final
 
 from hybridkex.errors import ProviderMissing
 
-__all__ = ["HOW_TO_GET_IT", "OqsStatus", "load", "oqs_status"]
-
 HOW_TO_GET_IT: Final = (
     "install the extra hybridkex[oqs], and the native liboqs as a shared library: from your "
     "distribution (liboqs-dev, liboqs), by hand (cmake -DBUILD_SHARED_LIBS=ON, installed into "

@@ -11,8 +11,6 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["CERTIFICATES", "PemBlock", "PemError", "contents_of", "pem_blocks"]
-
 CERTIFICATES: Final = ("CERTIFICATE", "X509 CERTIFICATE")
 """Labels of a certificate; the second is the older one (RFC 7468 section 5.1)."""
 

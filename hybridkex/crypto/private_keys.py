@@ -25,8 +25,6 @@ from cryptography.hazmat.primitives.serialization import (
 from hybridkex.crypto.pem import PemBlock, PemError, contents_of, pem_blocks
 from hybridkex.errors import ConfigError
 
-__all__ = ["load_private_key"]
-
 _LABELS: Final = (
     "PRIVATE KEY",
     "ENCRYPTED PRIVATE KEY",

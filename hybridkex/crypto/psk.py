@@ -14,8 +14,6 @@ from hybridkex.errors import ConfigError
 from hybridkex.fields import a, check_fields, or_none
 from hybridkex.secret import Secret
 
-__all__ = ["MIN_PSK_LENGTH", "ExternalPsk", "import_key"]
-
 MIN_PSK_LENGTH: Final = 16
 """Bytes: 128 bits of entropy at least (RFC 9257 section 6, item 1)."""
 

@@ -13,8 +13,6 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from hybridkex.values import value
 
-__all__ = ["PssParameters", "RsaPssKey", "certificate_key", "raw_key", "spki_of"]
-
 _RSASSA_PSS: Final = bytes.fromhex("06092a864886f70d01010a")
 """The object identifier id-RSASSA-PSS, 1.2.840.113549.1.1.10, in DER."""
 

@@ -10,8 +10,6 @@ from cryptography.hazmat import asn1
 
 from hybridkex.crypto.rsa_pss import PssParameters
 
-__all__ = ["certificate_info", "key_parameters", "read_info", "write_info"]
-
 _MGF1: Final = "1.2.840.113549.1.1.8"
 _HASHES: Final = {
     "1.3.14.3.2.26": "sha1",

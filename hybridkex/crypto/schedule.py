@@ -17,18 +17,6 @@ from hybridkex.errors import ConfigError
 from hybridkex.secret import Secret
 from hybridkex.values import value
 
-__all__ = [
-    "EarlySecret",
-    "ExporterSecret",
-    "HandshakeSecret",
-    "MainSecret",
-    "ResumptionSecret",
-    "TrafficSecret",
-    "finished_mac",
-    "hkdf_expand_label",
-    "hkdf_extract",
-]
-
 
 def hkdf_extract(hash_function: HashFunction, salt: bytes, key: Secret) -> Secret:
     """HKDF-Extract (RFC 5869 section 2.2): ``hash.size`` bytes."""

@@ -22,8 +22,6 @@ from hybridkex.crypto.signatures import SignatureScheme
 from hybridkex.errors import ConfigError, LocalStateError
 from hybridkex.secret import Secret
 
-__all__ = ["ALGORITHMS", "OqsPrivateKey", "OqsPublicKey", "oqs_scheme", "oqs_schemes"]
-
 
 def _series(names: str, code: int, oid: str, start: int, *, step: int = 1) -> dict[str, Any]:
     """Algorithms whose code points and identifiers follow each other; ``{}`` in ``oid`` counts."""

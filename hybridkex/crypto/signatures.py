@@ -17,8 +17,6 @@ from hybridkex.crypto.rsa_pss import PssParameters, RsaPssKey
 from hybridkex.errors import DecryptError, IllegalParameter
 from hybridkex.reasons import Reason
 
-__all__ = ["ALL_SCHEMES", "CERTIFICATE_ONLY_SCHEMES", "SignatureScheme", "choose_scheme"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class SignatureScheme:

@@ -11,20 +11,6 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from hybridkex.constants import CipherSuiteCode, KdfCode
 
-__all__ = [
-    "ALL_SUITES",
-    "IV_LENGTH",
-    "SHA256",
-    "SHA384",
-    "TAG_LENGTH",
-    "TLS_AES_128_GCM_SHA256",
-    "TLS_AES_256_GCM_SHA384",
-    "TLS_CHACHA20_POLY1305_SHA256",
-    "Aead",
-    "CipherSuite",
-    "HashFunction",
-]
-
 IV_LENGTH: Final = 12
 """Bytes of the per-record nonce of every suite (RFC 9846 section 5.3)."""
 

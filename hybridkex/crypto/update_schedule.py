@@ -9,8 +9,6 @@ from hybridkex.crypto.suites import CipherSuite
 from hybridkex.secret import Secret
 from hybridkex.values import value
 
-__all__ = ["EpochSecrets", "Generation"]
-
 
 @value
 class Generation:

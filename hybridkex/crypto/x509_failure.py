@@ -13,8 +13,6 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from hybridkex.crypto.pem import PemError
 
-__all__ = ["MalformedExtension", "extension_name", "parse_extensions", "parse_failure"]
-
 _MOST: Final = 64
 """Extensions that are looked at to find the malformed one; the peer decides how many there are."""
 

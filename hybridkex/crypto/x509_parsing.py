@@ -16,8 +16,6 @@ from cryptography.utils import CryptographyDeprecationWarning
 from hybridkex.crypto.pem import CERTIFICATES, PemError, contents_of, pem_blocks
 from hybridkex.crypto.x509_failure import parse_extensions, parse_failure
 
-__all__ = ["UNREADABLE", "certificate_from_der", "certificates_from_pem", "pem_certificates"]
-
 warnings.filterwarnings("ignore", category=CryptographyDeprecationWarning, module=r"hybridkex\.")
 warnings.filterwarnings("ignore", "Attribute's length must be", module=r"hybridkex\.")
 

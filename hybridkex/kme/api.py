@@ -30,8 +30,6 @@ from hybridkex.qkd.etsi014.models import (
 )
 from hybridkex.qkd.store import BlocksRefused
 
-__all__ = ["kme_handler"]
-
 _SAE: Final = tuple(API.split("/")[1:])
 _ROUTES: Final = (
     Route(name="status", path=(*_SAE, ANY, "status"), methods=("GET", "HEAD")),

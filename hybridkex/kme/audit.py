@@ -33,8 +33,6 @@ from hybridkex.net.threads import NoThread
 from hybridkex.qkd.call_queue import Call, CallQueue
 from hybridkex.text import get_logger, json_line
 
-__all__ = ["AuditTrail", "Findings", "check_folder", "verify"]
-
 LOG: Final = get_logger(__name__)
 
 SUFFIX: Final = ".audit"

@@ -16,16 +16,6 @@ from hybridkex.qkd.etsi014.mutual_tls import TLS_KINDS
 from hybridkex.qkd.etsi014.naming import IdRule
 from hybridkex.secret import Secret
 
-__all__ = [
-    "PRODUCERS",
-    "KmeConfig",
-    "LinkConfig",
-    "PeerConfig",
-    "PostgresUrl",
-    "ServeConfig",
-    "load_config",
-]
-
 PRODUCERS: Final = ("random", "link")
 
 _POSITIVE: Final = (

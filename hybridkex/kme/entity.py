@@ -59,8 +59,6 @@ from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState, KeyStore, 
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
 
-__all__ = ["KeyManagementEntity", "KmeLimits"]
-
 LOG: Final = get_logger(__name__)
 
 CHECK_EVERY: Final = 600.0

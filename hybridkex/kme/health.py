@@ -9,8 +9,6 @@ from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.net.http import Request, Response, Route, find_route
 
-__all__ = ["Pages"]
-
 GOOD_FOR: Final = 1.0
 """Seconds for which a finding is given to others who ask: they must not load store and peers."""
 

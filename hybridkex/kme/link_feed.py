@@ -47,8 +47,6 @@ from hybridkex.net.threads import NoThread
 from hybridkex.qkd.producer import ProducedKey
 from hybridkex.text import get_logger
 
-__all__ = ["LinkEnd", "PairFeed", "PartyFeed", "link_feed"]
-
 LOG: Final = get_logger(__name__)
 
 BATCH: Final = 64

@@ -10,8 +10,6 @@ from hybridkex.net.http import Request, Response, Route, find_route
 if TYPE_CHECKING:  # imports numpy, which is an extra
     from hybridkex.link.party import Block
 
-__all__ = ["KmeMetrics", "metrics_page"]
-
 
 class KmeMetrics:
     """The metrics of the KMEs of one process, told apart by the label ``kme``."""

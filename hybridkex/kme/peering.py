@@ -29,22 +29,6 @@ from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState
 from hybridkex.secret import Secret
 from hybridkex.text import printable
 
-__all__ = [
-    "BLOCKS_AT_ONCE",
-    "CHECK",
-    "EXT_KEYS",
-    "IDS_AT_ONCE",
-    "MAX_ANSWER_BYTES",
-    "MAX_MESSAGE_BYTES",
-    "VOID",
-    "ExtKeys",
-    "HttpPeer",
-    "LocalPeer",
-    "PeerLink",
-    "ids_from_json",
-    "message_bytes",
-]
-
 EXT_KEYS: Final = "/kmapi/v1/ext_keys"
 VOID: Final = "/kmapi/v1/ext_keys/void"
 CHECK: Final = "/kmapi/v1/ext_keys/check"

@@ -38,8 +38,6 @@ from hybridkex.secret import Secret
 from hybridkex.shell.expiry_watch import ExpiryWatch
 from hybridkex.text import get_logger
 
-__all__ = ["KmeServer", "Serving", "check_config"]
-
 LOG: Final = get_logger(__name__)
 
 CLOSE_SECONDS: Final = 1.0

@@ -12,19 +12,6 @@ from typing import Final
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.physics import Channel
 
-__all__ = [
-    "SinglePhotons",
-    "decoy_bounds",
-    "error_rate",
-    "gain",
-    "infinite_decoy",
-    "infinite_decoy_rate",
-    "optimal_intensity",
-    "rate",
-    "repeaterless_bound",
-    "vacuum_weak_rate",
-]
-
 HALF: Final = 0.5
 """e0, the error rate of a random bit, and q, the share of pulses with equal bases."""
 

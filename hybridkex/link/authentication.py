@@ -32,15 +32,6 @@ from hybridkex.errors import ConfigError, LinkAuthenticationError, PeerError
 from hybridkex.files import read_file
 from hybridkex.link.ledger import Direction, Ledger
 
-__all__ = [
-    "TAGS",
-    "Authenticator",
-    "Signatures",
-    "WegmanCarter",
-    "collision_probability",
-    "forgery_probability",
-]
-
 TAG: Final = 16
 POINT: Final = 16
 TAGS: Final = {Direction.ALICE_TO_BOB: 2, Direction.BOB_TO_ALICE: 3}

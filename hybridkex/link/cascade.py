@@ -49,8 +49,6 @@ from numpy.typing import NDArray
 
 from hybridkex.link.reconciliation import Correction, ReconciliationError
 
-__all__ = ["Cascade", "Plan"]
-
 Bits = NDArray[np.uint8]
 Nodes = NDArray[np.int64]
 Orders = NDArray[np.int32]

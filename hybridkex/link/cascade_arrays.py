@@ -6,8 +6,6 @@
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["learn", "settle"]
-
 Bits = NDArray[np.uint8]
 Nodes = NDArray[np.int64]
 Orders = NDArray[np.int32]

@@ -9,8 +9,6 @@ import numpy as np
 
 from hybridkex.link.compiled import compiled
 
-__all__ = ["learn", "settle"]
-
 
 @compiled
 def learn(differs: Any, known: Any, active: Any, nodes: Any, told: Any, room: int) -> Any:

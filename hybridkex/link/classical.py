@@ -16,8 +16,6 @@ from hybridkex.link.authentication import Authenticator, forgery_probability
 from hybridkex.link.ledger import Direction
 from hybridkex.link.wire import HEADER, LIMITS, Message, Type
 
-__all__ = ["ClassicalChannel"]
-
 
 class ClassicalChannel:
     """Messages to and from the other party, over any stream."""

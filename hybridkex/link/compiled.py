@@ -5,8 +5,6 @@ from typing import Any, TypeVar, cast
 
 import numba
 
-__all__ = ["compiled", "inlined"]
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -15,16 +15,6 @@ from hybridkex.errors import ConfigError
 from hybridkex.link.physics import PHOTONS, Channel, Light, Source, Transmitter, photon_chances
 from hybridkex.link.randomness import Randomness
 
-__all__ = [
-    "EAVESDROPPERS",
-    "BeamSplitting",
-    "Eavesdropper",
-    "InterceptResend",
-    "NoEve",
-    "PhotonNumberSplitting",
-    "eavesdropper",
-]
-
 Photons = NDArray[np.int64]
 Bits = NDArray[np.uint8]
 

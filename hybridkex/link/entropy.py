@@ -2,8 +2,6 @@
 
 import math
 
-__all__ = ["binary_entropy"]
-
 
 def binary_entropy(probability: float) -> float:
     """h(p) in bits; 0 outside the open interval (0, 1)."""

@@ -26,22 +26,6 @@ from hybridkex.link.physics import Channel, Light, PairSource, Source, Transmitt
 from hybridkex.link.ranges import check_ranges
 from hybridkex.link.statistics import mean_lower, mean_upper, trials_upper, unseen_errors
 
-__all__ = [
-    "FINITE_KEY",
-    "Counts",
-    "EntangledPairs",
-    "FiniteKeyProof",
-    "OneDecoy",
-    "Published",
-    "SecretLength",
-    "Security",
-    "Statistics",
-    "Tight",
-    "TwoDecoys",
-    "expected_counts",
-    "proof_for",
-]
-
 FINITE_KEY: Final = ("tight", "published")
 """Kinds of statistics, by name; the first is the default."""
 

@@ -18,8 +18,6 @@ from hybridkex.link.authentication import Signatures
 from hybridkex.link.ledger import Direction
 from hybridkex.net.reading import read_exactly
 
-__all__ = ["CLASSICAL", "KINDS", "NUMBER", "QUANTUM", "greet", "greeted"]
-
 CLASSICAL: Final = b"C"
 QUANTUM: Final = b"Q"
 KINDS: Final = (CLASSICAL, QUANTUM)

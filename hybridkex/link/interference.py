@@ -2,8 +2,6 @@
 
 import trio
 
-__all__ = ["TamperedStream"]
-
 
 class TamperedStream(trio.abc.Stream):
     """A stream on which one bit of what is received is flipped."""

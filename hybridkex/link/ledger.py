@@ -18,8 +18,6 @@ from typing import Final
 from hybridkex.errors import ConfigError, LedgerDry, LedgerLost
 from hybridkex.secret import Secret
 
-__all__ = ["LANE_RESERVE", "Direction", "Entry", "Ledger", "Position"]
-
 HISTORY: Final = 1000
 LANE_RESERVE: Final = 256
 """Bytes to which each lane is filled: enough for three blocks."""

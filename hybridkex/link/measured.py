@@ -55,16 +55,6 @@ from hybridkex.link.settings import MOST_DETECTIONS, LinkSettings
 from hybridkex.link.simulated import stream_pair
 from hybridkex.secret import Secret
 
-__all__ = [
-    "Measured",
-    "alice_of",
-    "bob_of",
-    "distil",
-    "read_measured",
-    "settings_for",
-    "write_measured",
-]
-
 Bits = NDArray[np.uint8]
 ARRAYS: Final = ("basis", "bit", "intensity", "pulse")
 SETTINGS: Final = "settings"

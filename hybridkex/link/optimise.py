@@ -26,8 +26,6 @@ from hybridkex.link.physics import Channel, PairSource, Source, Transmitter
 from hybridkex.link.presets import Preset
 from hybridkex.link.ranges import within
 
-__all__ = ["NoKeyError", "Optimum", "expected_length", "optimise", "rates", "tuned"]
-
 NEAR_VACUUM: Final = 2e-4
 """The dimmest intensity that a modulator reaches (Lim et al. 2014, section IV)."""
 

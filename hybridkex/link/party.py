@@ -60,8 +60,6 @@ from hybridkex.net.event_loop import in_thread
 from hybridkex.qkd.producer import ProducedKey
 from hybridkex.secret import Secret
 
-__all__ = ["Alice", "Block", "Bob", "Epsilon", "verification_hash"]
-
 TIMEOUT: Final = 60.0
 """Seconds that a party waits for a message."""
 

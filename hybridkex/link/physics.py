@@ -21,17 +21,6 @@ from numpy.typing import NDArray
 from hybridkex.errors import ConfigError
 from hybridkex.link.ranges import check_ranges
 
-__all__ = [
-    "PHOTONS",
-    "Channel",
-    "Light",
-    "PairSource",
-    "Source",
-    "Transmitter",
-    "gain_from_yields",
-    "photon_chances",
-]
-
 PROBABILITY_SUM_TOLERANCE: Final = 1e-9
 MOST: Final = 1e6
 """Of a distance in km and an attenuation in dB/km."""

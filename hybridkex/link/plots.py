@@ -21,8 +21,6 @@ from hybridkex.link.quantum import sample
 from hybridkex.link.randomness import Randomness
 from hybridkex.link.ranges import listed, plain, within
 
-__all__ = ["KINDS", "draw", "plot_scan", "save"]
-
 GYS_F: Final = 1.22
 PUBLISHED_MAXIMA: Final = (140.6, 142.0)
 """km at which Ma et al. 2005 end, with vacuum and weak decoy, and with infinitely many."""

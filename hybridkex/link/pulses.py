@@ -14,8 +14,6 @@ from hybridkex.link.physics import PHOTONS, Channel, Transmitter
 from hybridkex.link.quantum import Detections, Sent
 from hybridkex.link.randomness import Randomness
 
-__all__ = ["send_pulses"]
-
 
 def send_pulses(
     channel: Channel,

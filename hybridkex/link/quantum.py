@@ -21,18 +21,6 @@ from hybridkex.link.physics import Channel, Light, Source
 from hybridkex.link.randomness import Randomness
 from hybridkex.net.event_loop import in_thread
 
-__all__ = [
-    "KEY",
-    "TEST",
-    "Detections",
-    "Detector",
-    "Fading",
-    "OpticalLink",
-    "PulseRecord",
-    "Sent",
-    "sample",
-]
-
 KEY: Final = 0
 TEST: Final = 1
 """The two bases."""

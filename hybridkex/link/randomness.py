@@ -13,8 +13,6 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
 
-__all__ = ["Randomness"]
-
 
 class Randomness:
     """A source of random values; see :meth:`system` and :meth:`seeded`."""

@@ -11,8 +11,6 @@ from hybridkex.errors import ConfigError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["check_ranges", "listed", "plain", "whole", "within"]
-
 
 def check_ranges(owner: "DataclassInstance", **limits: tuple[float, float]) -> None:
     """Raise ``ConfigError`` unless each of these fields is a number between its two limits.

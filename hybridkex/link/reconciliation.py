@@ -12,8 +12,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Correction", "Reconciler", "ReconciliationError", "Responder"]
-
 Bits = NDArray[np.uint8]
 
 

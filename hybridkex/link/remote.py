@@ -15,8 +15,6 @@ from hybridkex.errors import LinkError
 from hybridkex.link.quantum import Detections, Detector
 from hybridkex.link.wire import pack_bits, unpack_bits
 
-__all__ = ["RemoteDetector", "serve_detector"]
-
 COUNT: Final = struct.Struct(">I")
 
 

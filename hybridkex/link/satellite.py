@@ -17,8 +17,6 @@ from typing import Final
 from hybridkex.errors import ConfigError, LinkError
 from hybridkex.link.ranges import check_ranges
 
-__all__ = ["SatellitePass"]
-
 EARTH_RADIUS_KM: Final = 6371.0
 GRAVITY_KM3_S2: Final = 398_600.4418
 LOWEST_DEG: Final = 10.0

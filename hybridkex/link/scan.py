@@ -34,8 +34,6 @@ from hybridkex.link.ranges import listed, plain, whole
 from hybridkex.link.settings import LEAKS, MOST_BLOCK_BITS, LinkSettings
 from hybridkex.link.simulated import SimulatedLink
 
-__all__ = ["COLUMNS", "evaluate", "grid", "read_scan", "scan", "write_scan"]
-
 Point = Mapping[str, Any]
 Row = dict[str, Any]
 

@@ -17,8 +17,6 @@ Counts may be fractions where they are expected values.
 import math
 from functools import lru_cache
 
-__all__ = ["mean_lower", "mean_upper", "trials_upper", "unseen_errors"]
-
 SAFETY = 1e-12
 """Relative room for the rounding of floating-point numbers, on the safe side."""
 CLOSE = 1e-6

@@ -41,8 +41,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
-__all__ = ["MAX_INPUT", "compress", "rounding_bound", "seed_length"]
-
 Bits = NDArray[np.uint8]
 Real = NDArray[np.float64]
 Complex = NDArray[np.complex128]

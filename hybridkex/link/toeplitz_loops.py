@@ -25,8 +25,6 @@ from numpy.typing import NDArray
 
 from hybridkex.link.compiled import compiled, inlined
 
-__all__ = ["MAX_LENGTH", "middle_product"]
-
 Bits = NDArray[np.uint8]
 Words = NDArray[np.uint32]
 

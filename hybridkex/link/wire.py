@@ -30,24 +30,6 @@ from numpy.typing import NDArray
 from hybridkex.errors import LinkError
 from hybridkex.link.ledger import Direction, Position
 
-__all__ = [
-    "CHUNK",
-    "HEADER",
-    "LIMITS",
-    "Answer",
-    "Corrected",
-    "Finish",
-    "Hello",
-    "Message",
-    "Report",
-    "Request",
-    "Sift",
-    "Type",
-    "Verdict",
-    "pack_bits",
-    "unpack_bits",
-]
-
 VERSION: Final = 2
 HEADER: Final = struct.Struct(">BI")
 CHUNK: Final = 1 << 20

@@ -8,8 +8,6 @@ if sys.platform == "linux":
     import fcntl
     import termios
 
-__all__ = ["unacknowledged"]
-
 
 def unacknowledged(sock: Any) -> int:
     """Bytes in the send queue of a TCP socket.

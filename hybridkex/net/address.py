@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from hybridkex.errors import ConfigError
 
-__all__ = ["Address", "TcpAddress", "UnixAddress", "parse_address", "parse_tcp_address"]
-
 
 @dataclass(frozen=True)
 class TcpAddress:

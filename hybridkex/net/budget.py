@@ -23,8 +23,6 @@ from hybridkex.net.sockets import (
     silence_of,
 )
 
-__all__ = ["PATIENCE", "Budget", "Connection", "TooManyConnections"]
-
 PATIENCE: Final = 1.0
 """Seconds that a connection must have waited for its peer before a newcomer may replace it."""
 IDLE_SECONDS: Final = 60.0

@@ -13,8 +13,6 @@ from typing import Final
 
 from hybridkex.text import get_logger
 
-__all__ = ["bounded", "listening", "raise_soft_limit", "room_for", "share"]
-
 LOG: Final = get_logger(__name__)
 
 RESERVE: Final = 64

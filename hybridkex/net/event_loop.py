@@ -16,20 +16,6 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from hybridkex.net.threads import Call, NoThread, run
 
-__all__ = [
-    "Background",
-    "Event",
-    "Lock",
-    "checkpoint",
-    "checkpoint_if_cancelled",
-    "current_time",
-    "in_thread",
-    "on_trio",
-    "shielded",
-    "sleep",
-    "time_limit",
-]
-
 T = TypeVar("T")
 _Soon: TypeAlias = Callable[[Callable[[], object]], object]
 

@@ -27,20 +27,6 @@ from hybridkex.net.log import BoundedLog
 from hybridkex.net.supervisor import Connection, Supervisor
 from hybridkex.text import get_logger
 
-__all__ = [
-    "ANY",
-    "Handler",
-    "HttpError",
-    "HttpLimits",
-    "Request",
-    "Response",
-    "Route",
-    "find_route",
-    "http_supervisor",
-    "parse_json",
-    "serve_connection",
-]
-
 LOG: Final = get_logger(__name__)
 _LINES: Final = BoundedLog(LOG)
 """Rate-limited, because any client may cause these lines."""

@@ -6,8 +6,6 @@ from typing import Final
 
 import trio
 
-__all__ = ["open_shared_listeners", "open_tcp_listeners"]
-
 _ABSENT: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 

@@ -5,8 +5,6 @@ from typing import Final
 
 from hybridkex.net.token_bucket import TokenBucket
 
-__all__ = ["BoundedLog"]
-
 RATE: Final = 1.0
 BURST: Final = 20
 

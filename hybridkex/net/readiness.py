@@ -16,8 +16,6 @@ from typing import Final
 
 import trio
 
-__all__ = ["BULK", "READ", "WRITE", "Readiness", "Watched"]
-
 READ: Final = selectors.EVENT_READ
 WRITE: Final = selectors.EVENT_WRITE
 

@@ -4,8 +4,6 @@ from trio.abc import ReceiveStream
 
 from hybridkex.errors import HybridkexError
 
-__all__ = ["EndOfStream", "read_exactly"]
-
 _CHUNK = 1 << 20
 
 

@@ -9,17 +9,6 @@ import sys
 import termios
 from typing import Any, Final, Protocol
 
-__all__ = [
-    "Carrier",
-    "has_unread",
-    "has_unsent",
-    "keep_alive",
-    "network_of",
-    "peer_name",
-    "silence_of",
-    "watch_peer",
-]
-
 SILENCE: Final = 45
 """Seconds without acknowledgements after which a peer is considered gone."""
 

@@ -21,8 +21,6 @@ from typing import Any, Final
 from hybridkex.errors import HybridkexError
 from hybridkex.machine import NO_THREAD
 
-__all__ = ["MOST", "Call", "NoThread", "has_interrupted", "run"]
-
 MOST: Final = 40
 """Workers at once, as many as trio allows by default."""
 START_SECONDS: Final = 1.0

@@ -3,8 +3,6 @@
 import time
 from collections.abc import Callable
 
-__all__ = ["TokenBucket"]
-
 
 class TokenBucket:
     """Allows at most ``burst`` at once and ``rate`` per second in the long run.

@@ -15,8 +15,6 @@ from typing import Final, Generic, TypeVar
 from hybridkex.net.budget import Budget, Connection
 from hybridkex.net.descriptors import share
 
-__all__ = ["WaitingRoom"]
-
 WAITING: Final = 2048
 """Connections in a room, as far as there are descriptors."""
 HANDSHAKES: Final = 128

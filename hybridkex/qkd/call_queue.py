@@ -11,8 +11,6 @@ from typing import Any, Final, Generic, TypeVar
 from hybridkex.errors import KeySourceUnavailable
 from hybridkex.net.event_loop import Background, Event, shielded
 
-__all__ = ["Call", "CallQueue"]
-
 T = TypeVar("T")
 
 

@@ -2,8 +2,6 @@
 
 from typing import Final
 
-__all__ = ["SCHEMA_VERSION", "SINCE", "TABLES"]
-
 SCHEMA_VERSION: Final = 2
 """Column ``version`` of ``hybridkex_meta``."""
 

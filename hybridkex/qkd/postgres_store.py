@@ -65,8 +65,6 @@ from hybridkex.qkd.store import (
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
 
-__all__ = ["MOVED", "PostgresKeyStore", "check_store"]
-
 LOG: Final = get_logger(__name__)
 
 T = TypeVar("T")

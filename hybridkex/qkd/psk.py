@@ -50,16 +50,6 @@ from hybridkex.errors import ConfigError, DecodeError, KeySourceUnavailable
 from hybridkex.qkd.source import KeyPart, KeyReference, QkdKey, canonical_key_id
 from hybridkex.wire.codec import Reader, u8, u64, vector8, vector16
 
-__all__ = [
-    "MAX_PARTS",
-    "as_psk",
-    "as_update_psk",
-    "context_of",
-    "identity_of",
-    "name_of",
-    "update_context_of",
-]
-
 _IDENTITY: Final = b"hkx-qkd\x01"
 _CONTEXT: Final = b"hkx-qkd ctx\x01"
 _UPDATE_CONTEXT: Final = b"hkx-qkd upd\x01"

@@ -6,8 +6,6 @@ from uuid import UUID
 
 from hybridkex.qkd.store import Seal, half_of, place_of
 
-__all__ = ["ANY_LINK", "SCHEMA_VERSION", "create", "migrate"]
-
 SCHEMA_VERSION: Final = 3
 """``PRAGMA user_version`` of the tables below; 0 with tables is version 1, which did not set it."""
 

@@ -53,8 +53,6 @@ from hybridkex.qkd.store import (
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
 
-__all__ = ["SqliteKeyStore"]
-
 LOG: Final = get_logger(__name__)
 
 P = ParamSpec("P")

@@ -26,8 +26,6 @@ from hybridkex.qkd.sqlite_schema import ANY_LINK
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.secret import Secret
 
-__all__ = ["Moved", "move"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:

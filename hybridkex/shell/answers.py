@@ -19,8 +19,6 @@ from hybridkex.tls.events import PskWanted, SessionProposed
 from hybridkex.tls.policy import Requirement
 from hybridkex.tls.session import Session
 
-__all__ = ["Answers"]
-
 
 class Answers:
     """Answers the questions of one connection's engine, as its configuration says.

@@ -9,8 +9,6 @@ from cryptography import x509
 
 from hybridkex.crypto.expiry import problem_of_expiry, seconds_to_next
 
-__all__ = ["ExpiryWatch"]
-
 LOOK_EVERY: Final = 3600.0
 """Most seconds between two looks at the clock: it may be set, and the machine may sleep."""
 REMEMBERED: Final = 8

@@ -9,8 +9,6 @@ from typing import Generic, TypeVar
 
 from hybridkex.net.event_loop import Background
 
-__all__ = ["Inquiry"]
-
 T = TypeVar("T")
 
 

@@ -46,8 +46,6 @@ from hybridkex.tls.one_time_pad import OneTimePad, PadSource
 from hybridkex.tls.policy import Requirement
 from hybridkex.tls.session import Session
 
-__all__ = ["KeyKeeper"]
-
 _log: Final = get_logger("hybridkex.fresh_keys")
 _LINES: Final = BoundedLog(_log)
 """Rate-limited, because any peer can cause these lines."""

@@ -8,8 +8,6 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from hybridkex.shell.qkd_keys import QkdCounters, QkdPskSource
 
-__all__ = ["register_qkd_metrics"]
-
 _HELP = {
     "drawn": "QKD keys drawn to be offered.",
     "looked_up": "QKD keys looked up for clients.",

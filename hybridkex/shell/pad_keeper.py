@@ -33,8 +33,6 @@ from hybridkex.tls.connection import ClientConnection, ServerConnection
 from hybridkex.tls.events import PadKeyWanted
 from hybridkex.tls.one_time_pad import OneTimePad, PadBudget, PadSource, piece_of
 
-__all__ = ["PadKeeper"]
-
 _log: Final = get_logger("hybridkex.one_time_pad")
 _LINES: Final = BoundedLog(_log)
 """Rate-limited, because any peer can cause these lines."""

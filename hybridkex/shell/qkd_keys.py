@@ -49,8 +49,6 @@ from hybridkex.tls.policy import Requirement
 from hybridkex.tls.session import Session
 from hybridkex.wire.messages import ImportedIdentity
 
-__all__ = ["QkdCounters", "QkdLimits", "QkdPeer", "QkdPskSource"]
-
 _log = get_logger("hybridkex.qkd.keys")
 
 _COMBINED: Final = (

@@ -42,8 +42,6 @@ from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, Ti
 from hybridkex.tls.one_time_pad import PadBudget
 from hybridkex.tls.session import Session
 
-__all__ = ["DEFAULT_HANDSHAKE_TIMEOUT", "READ_SIZE", "SecureDuplex"]
-
 DEFAULT_HANDSHAKE_TIMEOUT: Final = 10.0
 """Seconds that a handshake may take."""
 

@@ -16,8 +16,6 @@ from hybridkex.tls.events import ApplicationData
 from hybridkex.tls.protection import SMALL
 from hybridkex.wire.records import HEADER_LENGTH
 
-__all__ = ["SecurePipe"]
-
 Put: TypeAlias = Callable[[bytes | bytearray], object]
 
 

@@ -12,8 +12,6 @@ from cryptography import x509
 from hybridkex.auth import PeerCertificate
 from hybridkex.tls.session import Session
 
-__all__ = ["SslObject", "cipher_of", "peercert_of"]
-
 _BITS: Final = {
     "TLS_AES_128_GCM_SHA256": 128,
     "TLS_AES_256_GCM_SHA384": 256,

@@ -16,8 +16,6 @@ from hybridkex.machine import write_error
 from hybridkex.secret import Secret
 from hybridkex.tls.session import AuthenticatedBy, SessionTicket
 
-__all__ = ["FileTicketStore"]
-
 _KEPT: Final = 4
 """Tickets per server."""
 _MOST: Final = 4 << 20

@@ -7,8 +7,6 @@ from trio.abc import Listener, Stream
 from hybridkex.streams.stream import DEFAULT_HANDSHAKE_TIMEOUT, SecureStream
 from hybridkex.tls.config import ServerConfig, check_config
 
-__all__ = ["SecureListener"]
-
 T = TypeVar("T", bound=Stream)
 
 

@@ -13,8 +13,6 @@ from hybridkex.streams.stream import DEFAULT_HANDSHAKE_TIMEOUT, SecureStream
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 
-__all__ = ["open_secure_tcp_listeners", "open_secure_tcp_stream", "serve_secure_tcp"]
-
 _log = get_logger("hybridkex.streams")
 
 MAX_CONNECTIONS: Final = 10_000

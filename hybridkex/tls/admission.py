@@ -17,8 +17,6 @@ from hybridkex.tls.fresh_negotiation import check_key_updates
 from hybridkex.tls.policy import Authentication, Requirement
 from hybridkex.tls.session import AuthenticatedBy, Session
 
-__all__ = ["Remembered", "check_session", "remaining_lifetime", "resumable"]
-
 # NOTHING: the caller asked not to verify; its verifier is asked again at every resumption.
 _CERTIFICATE: Final = (AuthenticatedBy.CERTIFICATE, AuthenticatedBy.BOTH, AuthenticatedBy.NOTHING)
 _ENOUGH: Final[Mapping[Authentication, tuple[AuthenticatedBy, ...]]] = {

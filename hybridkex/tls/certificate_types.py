@@ -22,17 +22,6 @@ from hybridkex.errors import CertificateRejected, IllegalParameter
 from hybridkex.reasons import Reason
 from hybridkex.wire.messages import Certificate
 
-__all__ = [
-    "ONLY_X509",
-    "AnyClientVerifier",
-    "AnyServerVerifier",
-    "accept_client",
-    "accept_server",
-    "accepted_types",
-    "check_choice",
-    "check_entries",
-]
-
 AnyServerVerifier = ServerVerifier | ServerKeyVerifier
 AnyClientVerifier = ClientVerifier | ClientKeyVerifier
 

@@ -84,18 +84,6 @@ from hybridkex.wire.messages import (
     encode,
 )
 
-__all__ = [
-    "START",
-    "STEPS",
-    "ClientState",
-    "Proposed",
-    "WaitPsk",
-    "WaitSecondServerHello",
-    "WaitServerHello",
-    "forget_tickets",
-    "start",
-]
-
 PeerName = DnsName | IpAddress
 
 _ALONE: Final = (Authentication.PSK, Authentication.EITHER)

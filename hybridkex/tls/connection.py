@@ -36,8 +36,6 @@ from hybridkex.tls.traffic import ClientTraffic, Connected, ServerTraffic
 from hybridkex.wire.messages import decode
 from hybridkex.wire.update_messages import PadKey
 
-__all__ = ["ClientConnection", "Connection", "ServerConnection", "connection_for"]
-
 _MAX_WARNINGS = 4
 """``user_canceled`` alerts that are ignored; any more are an attack or a bug."""
 

@@ -8,8 +8,6 @@ from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import ConfigError
 from hybridkex.values import value
 
-__all__ = ["KEPT_EPOCHS", "Epoch", "KeyUpdates", "UpdateKey"]
-
 KEPT_EPOCHS: Final = 64
 """How many epochs a session remembers; a session of weeks has many more."""
 

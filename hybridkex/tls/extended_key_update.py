@@ -48,8 +48,6 @@ from hybridkex.wire.update_messages import (
     UpdateResponse,
 )
 
-__all__ = ["Updates"]
-
 _Request: TypeAlias = UpdateRequest | FreshRequest
 _Response: TypeAlias = UpdateResponse | FreshResponse
 

@@ -9,8 +9,6 @@ from hybridkex.fields import INTEGER, NUMBER, check_fields, or_none
 from hybridkex.tls.epochs import UpdateKey
 from hybridkex.tls.session import Session
 
-__all__ = ["FreshKeys", "UpdateKeySource"]
-
 
 @runtime_checkable
 class UpdateKeySource(Protocol):

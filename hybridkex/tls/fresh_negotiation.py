@@ -13,8 +13,6 @@ from hybridkex.tls.session import Session
 from hybridkex.values import value
 from hybridkex.wire import extensions as ext
 
-__all__ = ["Agreed", "agree", "answer", "check_key_updates", "offer", "read_answer"]
-
 _VERSION: Final = 1
 _FLAG: Final = frozenset((int(TlsFlag.EXTENDED_KEY_UPDATE),))
 

@@ -30,18 +30,6 @@ from hybridkex.wire.messages import (
     encode,
 )
 
-__all__ = [
-    "PeerProof",
-    "Psk",
-    "authenticated_by",
-    "certificate_message",
-    "check_finished",
-    "describe",
-    "external_psks",
-    "sign_transcript",
-    "verify_signature",
-]
-
 
 @value
 class Psk:

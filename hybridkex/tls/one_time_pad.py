@@ -9,16 +9,6 @@ from hybridkex.fields import INTEGER, NUMBER, check_fields
 from hybridkex.secret import Secret
 from hybridkex.tls.session import Session
 
-__all__ = [
-    "MAX_PAD_KEYS",
-    "OneTimePad",
-    "PadBudget",
-    "PadSource",
-    "available",
-    "content_within",
-    "piece_of",
-]
-
 MAX_PAD_KEYS: Final = 1024
 """Keys that may be named and not used up, in one direction."""
 _ALERTS: Final = 2 * (2 + OVERHEAD)

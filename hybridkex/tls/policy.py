@@ -7,8 +7,6 @@ from typing import Final
 from hybridkex.errors import ConfigError
 from hybridkex.fields import INTEGER, a, check_fields, or_none
 
-__all__ = ["Authentication", "Policy", "Requirement"]
-
 
 class Requirement(Enum):
     """How much a part of the keys matters."""

@@ -15,15 +15,6 @@ from hybridkex.crypto.suites import IV_LENGTH, TAG_LENGTH
 from hybridkex.errors import BadRecordMac, RecordOverflow
 from hybridkex.wire.records import HEADER, HEADER_LENGTH, Record, RecordBuffer, header
 
-__all__ = [
-    "SMALL",
-    "Padding",
-    "ReadProtection",
-    "WriteProtection",
-    "content_length",
-    "plaintext_records",
-]
-
 _OVERHEAD: Final = 1 + TAG_LENGTH
 _HEADER: Final = Struct(">BHH")
 _TYPES: Final = tuple(bytes((value,)) for value in range(256))

@@ -44,8 +44,6 @@ from hybridkex.tls.protection import (
 from hybridkex.wire.messages import HEADER_LENGTH, Message, encode
 from hybridkex.wire.records import Record, RecordBuffer
 
-__all__ = ["AlertItem", "DataItem", "Item", "ReadingHalf", "RecordLayer", "WritingHalf"]
-
 _HANDSHAKE: Final = int(ContentType.HANDSHAKE)
 _APPLICATION: Final = int(ContentType.APPLICATION_DATA)
 _ALERT: Final = int(ContentType.ALERT)

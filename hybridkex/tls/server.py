@@ -97,8 +97,6 @@ from hybridkex.wire.messages import (
     encode,
 )
 
-__all__ = ["START", "STEPS", "Proposed", "ServerState", "WaitPsk", "start"]
-
 
 class ServerState:
     """The interface of a state."""

@@ -20,16 +20,6 @@ from hybridkex.tls.policy import Policy, Requirement
 from hybridkex.values import value
 from hybridkex.wire.extensions import Extension
 
-__all__ = [
-    "MAX_TICKET_LIFETIME",
-    "AuthenticatedBy",
-    "FlushableTicketStore",
-    "MemoryTicketStore",
-    "Session",
-    "SessionTicket",
-    "TicketStore",
-]
-
 MAX_TICKET_LIFETIME: Final = 7 * 24 * 3600
 """Seconds (RFC 9846 section 4.7.1)."""
 

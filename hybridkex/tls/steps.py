@@ -3,8 +3,6 @@
 from hybridkex.constants import HandshakeType
 from hybridkex.values import value
 
-__all__ = ["Step"]
-
 
 @value
 class Step:

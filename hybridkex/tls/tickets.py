@@ -24,8 +24,6 @@ from hybridkex.tls.session import MAX_TICKET_LIFETIME, AuthenticatedBy
 from hybridkex.values import value
 from hybridkex.wire.codec import Reader, ascii_text, u8, u16, u64, vector8, vector16, vector24
 
-__all__ = ["MAX_TICKET", "CookieProtector", "CookieState", "TicketIssuer", "TicketState"]
-
 MAX_TICKET: Final = 1 << 15
 """Bytes of the longest ticket that a server issues: half of what the extensions of a ClientHello
 hold together, so that the client's key shares and names have room beside it."""

@@ -29,8 +29,6 @@ from hybridkex.wire import extensions as ext
 from hybridkex.wire.messages import KeyUpdate, Message, NewSessionTicket
 from hybridkex.wire.update_messages import FreshRequest, PadKey, UpdateRequest
 
-__all__ = ["ClientTraffic", "Connected", "ServerTraffic", "store_key"]
-
 X509: Final = CertificateType.X509
 
 MAX_KEY_UPDATES: Final = (1 << 48) - 1

@@ -5,8 +5,6 @@ from typing import Self
 from hybridkex.constants import MESSAGE_HASH
 from hybridkex.crypto.suites import HashFunction
 
-__all__ = ["Transcript"]
-
 
 class Transcript:
     """The hash of the handshake messages so far, as bytes on the wire.

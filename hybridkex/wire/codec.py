@@ -11,24 +11,6 @@ from struct import error as StructError
 
 from hybridkex.errors import DecodeError, EncodeError
 
-__all__ = [
-    "Reader",
-    "ascii_text",
-    "entry",
-    "fixed",
-    "u8",
-    "u8_list",
-    "u16",
-    "u16_list",
-    "u24",
-    "u32",
-    "u64",
-    "vector8",
-    "vector16",
-    "vector24",
-    "vector32",
-]
-
 _ENTRY = Struct(">HH")
 """Type and length of an entry."""
 

@@ -19,8 +19,6 @@ from hybridkex.wire.codec import (
     vector24,
 )
 
-__all__ = ["BYTE_LIST", "REST", "U8", "U16", "U32", "Laid", "Layout", "codes", "listed", "opaque"]
-
 _VECTORS: Final = {1: vector8, 2: vector16, 3: vector24}
 
 

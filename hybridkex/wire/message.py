@@ -5,8 +5,6 @@ from typing import ClassVar
 from hybridkex.constants import HandshakeType
 from hybridkex.wire.layout import Laid
 
-__all__ = ["Message"]
-
 
 class Message(Laid):
     """What every handshake message has."""

@@ -17,8 +17,6 @@ from hybridkex.constants import (
 from hybridkex.errors import DecodeError, RecordOverflow, UnexpectedMessage
 from hybridkex.reasons import Reason
 
-__all__ = ["HEADER", "HEADER_LENGTH", "MAX_RECORD", "Record", "RecordBuffer", "header"]
-
 HEADER_LENGTH: Final = 5
 MAX_RECORD: Final = HEADER_LENGTH + MAX_PLAINTEXT + MAX_CIPHERTEXT_EXPANSION
 """Bytes of the largest record, its header included."""

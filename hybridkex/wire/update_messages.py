@@ -16,21 +16,6 @@ from hybridkex.wire.extensions import KEY_SHARE, KeyShareEntry
 from hybridkex.wire.layout import REST, Layout, opaque
 from hybridkex.wire.message import Message
 
-__all__ = [
-    "DeclineReason",
-    "Demand",
-    "ExtendedKeyUpdate",
-    "FreshConfirm",
-    "FreshDecline",
-    "FreshRequest",
-    "FreshResponse",
-    "PadKey",
-    "SlotAnswer",
-    "UpdateFinish",
-    "UpdateRequest",
-    "UpdateResponse",
-]
-
 
 class Demand(IntEnum):
     """Whether the initiator goes on without the QKD key of its request."""

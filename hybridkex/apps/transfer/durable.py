@@ -15,8 +15,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Final
 
-__all__ = ["flush", "flush_all", "has_flush_all", "start_flush"]
-
 _LACKING: Final = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF})
 """What file systems answer to fsync(2) that do not have it, above all for folders: FUSE, shares."""
 _KINDS: Final = frozenset(

@@ -22,20 +22,6 @@ from hybridkex.apps.transfer.names import PARTIAL, shown
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-__all__ = [
-    "OPEN_FILE",
-    "PartFile",
-    "Prefix",
-    "Ready",
-    "check_room",
-    "hash_prefix",
-    "limit_mode",
-    "open_part",
-    "partial_path",
-    "set_date",
-    "stamp",
-]
-
 T = TypeVar("T")
 
 OPEN_FILE: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK

@@ -16,21 +16,6 @@ from hybridkex.qkd.source import canonical_key_id
 from hybridkex.secret import Secret
 from hybridkex.text import printable
 
-__all__ = [
-    "API",
-    "DeliveredKey",
-    "ErrorBody",
-    "ErrorResponse",
-    "Json",
-    "KeyContainer",
-    "KeyIds",
-    "KeyRequest",
-    "Message",
-    "ModelError",
-    "Status",
-    "message_of",
-]
-
 API: Final = "/api/v1/keys"
 
 Json: TypeAlias = dict[str, Any]

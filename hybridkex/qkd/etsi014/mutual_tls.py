@@ -30,15 +30,6 @@ from hybridkex.files import read_file
 from hybridkex.machine import causes
 from hybridkex.reasons import Reason
 
-__all__ = [
-    "ClientTls",
-    "TlsHandshake",
-    "alert_received",
-    "client_tls",
-    "server_tls",
-    "tls_failure",
-]
-
 TlsHandshake: TypeAlias = Callable[[trio.abc.Stream, str], Awaitable[tuple[trio.abc.Stream, bytes]]]
 """``await handshake(stream, host)`` returns the secure stream and the peer's certificate in DER.
 ``host`` is the name that the peer's certificate must have; a server passes an empty string."""

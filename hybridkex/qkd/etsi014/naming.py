@@ -16,8 +16,6 @@ from hybridkex.errors import ConfigError
 from hybridkex.files import read_file
 from hybridkex.text import printable
 
-__all__ = ["IdRule", "id_of_certificate", "own_certificate", "problem_of_name"]
-
 
 class IdRule(Enum):
     """The field of a certificate that is the ID of its holder."""

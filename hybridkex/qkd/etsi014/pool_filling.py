@@ -11,8 +11,6 @@ from hybridkex.qkd.etsi014.models import DeliveredKey, KeyRequest
 from hybridkex.qkd.pool import FilePool, PoolNames
 from hybridkex.qkd.source import KeyPart, QkdKey
 
-__all__ = ["collect_into_pool", "draw_into_pool", "pool_names"]
-
 
 async def pool_names(client: KmeClient, *, sae: str, peer_sae: str) -> PoolNames:
     """The names of a pool for two SAEs, with the KMEs that the status gives.

@@ -36,8 +36,6 @@ from hybridkex.qkd.etsi014.mutual_tls import (
     tls_failure,
 )
 
-__all__ = ["HTTP_FAILURES", "Answer", "KmeTransport", "refusal_of", "what_failed"]
-
 _CLOSE_TIMEOUT: Final = 1.0
 _DELAY: Final = 0.25
 """Seconds before the next address is tried in parallel (RFC 8305 section 5); trio's value."""

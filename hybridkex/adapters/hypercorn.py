@@ -58,8 +58,8 @@ async def serve(
         assert task is not None
         connections.add(task)
         task.add_done_callback(connections.discard)
-        # asyncio would report both: we cancel, below, and hypercorn raises what has ended the
-        # connection, which many HTTP clients close without close_notify.
+        # asyncio would report both: we cancel, below, and hypercorn does not catch the ssl.SSLError
+        # of a connection that ended with a record that is not authentic.
         with suppress(asyncio.CancelledError, ConnectionError):
             # asyncio releases the transport with its connection, whatever hypercorn's task does.
             await TCPServer(wrapped, loop, settings, context, state, reader, writer)

@@ -7,11 +7,24 @@ connection. All of them take a :class:`~hybridkex.ClientConfig` or a
 """
 
 from hybridkex.aio.connect import create_connection, create_server, start_tls
+from hybridkex.aio.failures import (
+    SecureCertificateError,
+    SecureConnectionAborted,
+    SecureConnectionError,
+    SecureConnectionReset,
+    SecureConnectionTimeout,
+    SecureProtocolError,
+)
 from hybridkex.aio.streams import open_connection, start_server, upgrade
-from hybridkex.aio.transport import SecureConnectionError, SecureTransport
+from hybridkex.aio.transport import SecureTransport
 
 __all__ = [
+    "SecureCertificateError",
+    "SecureConnectionAborted",
     "SecureConnectionError",
+    "SecureConnectionReset",
+    "SecureConnectionTimeout",
+    "SecureProtocolError",
     "SecureTransport",
     "create_connection",
     "create_server",

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from hybridkex.aio.accept_faults import report_accept_faults
+from hybridkex.aio.failures import connection_error
 from hybridkex.aio.places import Places
-from hybridkex.aio.transport import SecureTransport, connection_error, time_limits
+from hybridkex.aio.transport import SecureTransport, time_limits
 from hybridkex.errors import LocalStateError
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 

@@ -27,6 +27,7 @@ from collections.abc import Coroutine, Iterable
 from enum import Enum, auto
 from typing import Any, Final, cast
 
+from hybridkex.aio.failures import SecureConnectionTimeout, connection_error
 from hybridkex.aio.places import Places
 from hybridkex.errors import (
     HandshakeTimeout,
@@ -70,10 +71,6 @@ _BATCH: Final = 256 * 1024
 _ALERT_TIMEOUT: Final = 1.0
 _IGNORED_WRITES: Final = 5
 """Number of writes to a lost connection at which a warning is logged; asyncio's figure."""
-
-
-class SecureConnectionError(ConnectionError):
-    """The connection failed. ``__cause__`` is the reason, an error of :mod:`hybridkex.errors`."""
 
 
 class _State(Enum):
@@ -846,7 +843,7 @@ class SecureTransport(transports._FlowControlMixin):
         if self._failure is None and self.get_write_buffer_size():
             seconds = f"{self._shutdown_timeout:g} seconds"
             error = TruncationError(f"the peer did not take all of our data within {seconds}")
-            self._failure = connection_error(error)
+            self._failure = connection_error(error, SecureConnectionTimeout)
         self._abort_raw()
 
     def _abort_raw(self) -> None:
@@ -960,13 +957,6 @@ def time_limits(handshake: float | None, shutdown: float | None) -> tuple[float,
         _HANDSHAKE_TIMEOUT if handshake is None else handshake,
         _SHUTDOWN_TIMEOUT if shutdown is None else shutdown,
     )
-
-
-def connection_error(cause: HybridkexError) -> SecureConnectionError:
-    """The :exc:`SecureConnectionError` for an error of the engine."""
-    error = SecureConnectionError(str(cause))
-    error.__cause__ = cause
-    return error
 
 
 class _Receiver(asyncio.BufferedProtocol):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import pickle
 import re
 import shutil
@@ -28,7 +29,7 @@ from hybridkex import ClientConfig, DevCa, Policy, Requirement, ServerConfig, Tr
 from hybridkex.adapters.httpx import SecureTransport
 from hybridkex.adapters.hypercorn import serve
 from hybridkex.adapters.uvicorn import secure_http
-from hybridkex.aio import open_connection
+from hybridkex.aio import SecureProtocolError, open_connection
 from hybridkex.anyio import SecureByteStream
 from hybridkex.auth.dev_ca import write_identity
 from hybridkex.errors import ConfigError
@@ -393,7 +394,7 @@ def test_hypercorn_is_cancelled_while(when: str) -> None:
 
 
 @pytest.mark.parametrize("server", ["hypercorn", "uvicorn"])
-@pytest.mark.parametrize("end", ["abort", "close", "reset"])
+@pytest.mark.parametrize("end", ["abort", "close", "forged", "reset"])
 @pytest.mark.parametrize("when", ["idle", "asked", "half asked"])
 def test_clients_that_go_without_a_word(server: str, when: str, end: str) -> None:
     """Many HTTP clients send no close_notify: the event loop has nothing to report."""
@@ -411,9 +412,13 @@ def test_clients_that_go_without_a_word(server: str, when: str, end: str) -> Non
                 if end == "close":
                     writer.close()
                     continue
+                own = writer.get_extra_info("socket")
+                if end == "forged":
+                    os.write(own.fileno(), b"\x17\x03\x03\x00\x20" + bytes(32))
+                    with pytest.raises(SecureProtocolError):
+                        await reader.read()
                 if end == "reset":
                     linger = struct.pack("ii", 1, 0)
-                    own = writer.get_extra_info("socket")
                     own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 writer.transport.abort()
             await asyncio.sleep(0.1)

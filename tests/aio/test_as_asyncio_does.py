@@ -15,7 +15,13 @@ from cryptography.hazmat.primitives import serialization
 from waiting import asyncio_until
 
 from hybridkex import ClientConfig, DevCa, ServerConfig
-from hybridkex.aio import SecureConnectionError, create_connection, open_connection, start_tls
+from hybridkex.aio import (
+    SecureConnectionError,
+    SecureProtocolError,
+    create_connection,
+    open_connection,
+    start_tls,
+)
 from hybridkex.aio import create_server as create_secure_server
 
 Factory = Callable[[], asyncio.BaseProtocol]
@@ -369,7 +375,7 @@ def test_a_callback_that_is_cancelled_ends_its_connection_alone(
         await asyncio_until(lambda: protocol.lost)
         loop.set_exception_handler(before)
         assert [type(context["exception"]) for context in told] == [asyncio.CancelledError]
-        assert [type(error) for error in protocol.lost] == [SecureConnectionError]
+        assert [type(error) for error in protocol.lost] == [SecureProtocolError]
         server.close()
 
     run(main())

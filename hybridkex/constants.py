@@ -158,13 +158,6 @@ class PskKeyExchangeMode(IntEnum):
     PSK_DHE_KE = 1
 
 
-class KeyUpdateRequest(IntEnum):
-    """RFC 9846 section 4.7.3."""
-
-    UPDATE_NOT_REQUESTED = 0
-    UPDATE_REQUESTED = 1
-
-
 class CertificateType(IntEnum):
     """RFC 7250 section 3 and the IANA registry."""
 

@@ -30,8 +30,6 @@ _INVISIBLE: Final = frozenset(
 """Characters that Python calls printable but that are invisible (Default_Ignorable_Code_Point, and
 a blank)."""
 
-_JOINERS: Final = "\u200c\u200d\ufe0e\ufe0f"
-
 
 def printable(text: str, *, most: int = MOST, keep: str = "") -> str:
     r"""Text without control characters or invisible characters.
@@ -53,11 +51,6 @@ def printable(text: str, *, most: int = MOST, keep: str = "") -> str:
         char if char in keep or (char.isprintable() and char not in _INVISIBLE) else _escaped(char)
         for char in text
     )
-
-
-def printable_prose(text: str, *, most: int = MOST) -> str:
-    """Like :func:`printable`, for prose: keeps the joiners that emoji and some scripts need."""
-    return printable(text, most=most, keep=_JOINERS)
 
 
 def _escaped(char: str) -> str:

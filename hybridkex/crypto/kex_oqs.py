@@ -167,16 +167,6 @@ def oqs_group(name: str, *, code: int | None = None) -> Group:
     return Group(code=chosen, name=name, exchange=exchange)
 
 
-def oqs_groups() -> tuple[Group, ...]:
-    """Every enabled KEM of liboqs that has a code point.
-
-    Raises:
-        ProviderMissing: liboqs is not installed.
-    """
-    enabled = oqs.load().get_enabled_kem_mechanisms()
-    return tuple(oqs_group(name) for name in enabled if name in CODES)
-
-
 def via_oqs(group: Group) -> Group:
     """The same group on the wire, its ML-KEM computed by liboqs instead of `cryptography`.
 

@@ -288,13 +288,3 @@ def oqs_scheme(name: str) -> SignatureScheme:
         _sign=lambda key, content: key.sign(content),
         _verify=lambda key, signature, content: key.verify(signature, content),
     )
-
-
-def oqs_schemes() -> tuple[SignatureScheme, ...]:
-    """Every enabled signature algorithm of liboqs that has a code point.
-
-    Raises:
-        ProviderMissing: liboqs is not installed.
-    """
-    enabled = oqs.load().get_enabled_sig_mechanisms()
-    return tuple(oqs_scheme(name) for name in enabled if name in ALGORITHMS)

@@ -79,26 +79,3 @@ def vacuum_weak_rate(channel: Channel, signal: float, decoy: float, *, f: float)
 def infinite_decoy_rate(channel: Channel, signal: float, *, f: float) -> float:
     """The rate with infinitely many decoys."""
     return rate(channel, signal, infinite_decoy(channel), f=f)
-
-
-def optimal_intensity(misalignment: float, *, f: float) -> float:
-    """The best signal intensity when dark counts do not matter, equation 12."""
-    if not 0.0 <= misalignment < 0.11:  # no key above, at any intensity
-        raise ValueError("misalignment must lie between 0 and 0.11")
-    target = f * binary_entropy(misalignment) / (1.0 - binary_entropy(misalignment))
-    low, high = 0.0, 1.0
-    while high - low > 1e-12:  # (1 - k) exp(-k) falls from 1 to 0
-        middle = (low + high) / 2.0
-        if (1.0 - middle) * math.exp(-middle) > target:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2.0
-
-
-def repeaterless_bound(transmittance: float) -> float:
-    """PLOB: no repeaterless link makes more than ``-log2(1 - eta)`` bits per pulse.
-
-    Pirandola, Laurenza, Ottaviani, Banchi, Nat. Commun. 8, 15043 (2017).
-    """
-    return math.inf if transmittance >= 1.0 else -math.log2(1.0 - transmittance)

@@ -1,37 +1,19 @@
 """Eve on the fibre: three attacks on the light.
 
-Each is a :class:`~hybridkex.link.physics.Light`, so that detections can be sampled, and does
-the same to single pulses for :mod:`hybridkex.link.pulses`. What Eve does on the classical
-channel is in :mod:`hybridkex.link.interference`.
+Each is a :class:`~hybridkex.link.physics.Light`, so that detections can be sampled. What Eve does
+on the classical channel is in :mod:`hybridkex.link.interference`.
 """
 
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybridkex.errors import ConfigError
-from hybridkex.link.physics import PHOTONS, Channel, Light, Source, Transmitter, photon_chances
-from hybridkex.link.randomness import Randomness
+from hybridkex.link.physics import PHOTONS, Channel, Source, Transmitter, photon_chances
 
 Photons = NDArray[np.int64]
-Bits = NDArray[np.uint8]
-
-
-class Eavesdropper(Light, Protocol):
-    """What Eve does to single pulses."""
-
-    @property
-    def efficiency(self) -> float:
-        """The probability that a photon makes a click after it has left Eve."""
-        ...
-
-    def touch(
-        self, photons: Photons, basis: Bits, bit: Bits, randomness: Randomness
-    ) -> tuple[Photons, Bits, Bits]:
-        """The pulses that leave Eve: number of photons, basis and bit."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -49,12 +31,8 @@ class NoEve:
 
     @property
     def efficiency(self) -> float:
+        """The probability that a photon makes a click after it has left Eve."""
         return self.channel.eta
-
-    def touch(
-        self, photons: Photons, basis: Bits, bit: Bits, randomness: Randomness
-    ) -> tuple[Photons, Bits, Bits]:
-        return photons, basis, bit
 
 
 @dataclass(frozen=True)
@@ -71,15 +49,6 @@ class InterceptResend(NoEve):
     def signal_error(self) -> float:
         quiet = self.channel.misalignment
         return (1.0 - self.share) * quiet + self.share * (0.5 * quiet + 0.25)
-
-    def touch(
-        self, photons: Photons, basis: Bits, bit: Bits, randomness: Randomness
-    ) -> tuple[Photons, Bits, Bits]:
-        count = len(photons)
-        caught = randomness.happens(self.share, count)
-        hers = randomness.bits(count)
-        seen = np.where(hers == basis, bit, randomness.bits(count))
-        return photons, np.where(caught, hers, basis), np.where(caught, seen, bit)
 
 
 @dataclass(frozen=True)
@@ -117,7 +86,7 @@ class PhotonNumberSplitting(NoEve):
     brightest: float
     """The mean photon number whose gain stays the same."""
 
-    def _shares(self) -> tuple[float, float, float]:
+    def shares(self) -> tuple[float, float, float]:
         """Shares of single photons and of other pulses that pass, and of the latter's split."""
         eta = self.channel.receiver_efficiency
         several = np.arange(len(PHOTONS)) > 1
@@ -137,7 +106,7 @@ class PhotonNumberSplitting(NoEve):
         return float(line[1]) / eta, 1.0, (whole - usual) / (whole - less)
 
     def yields(self, photons: Photons) -> NDArray[np.float64]:
-        single, several, split = self._shares()
+        single, several, split = self.shares()
         dark = 1.0 - self.efficiency
         others = split * (1.0 - dark ** np.maximum(photons - 1, 0))
         others = several * (others + (1.0 - split) * (1.0 - dark**photons))
@@ -147,21 +116,12 @@ class PhotonNumberSplitting(NoEve):
     def efficiency(self) -> float:
         return self.channel.receiver_efficiency
 
-    def touch(
-        self, photons: Photons, basis: Bits, bit: Bits, randomness: Randomness
-    ) -> tuple[Photons, Bits, Bits]:
-        single, several, split = self._shares()
-        count = len(photons)
-        kept = randomness.happens(np.where(photons == 1, single, several), count)
-        taken = (photons > 1) & randomness.happens(split, count)
-        return np.where(kept, photons - taken, 0), basis, bit
-
 
 EAVESDROPPERS: Final = ("intercept", "split", "pns")
 """Attacks on the light; ``intercept`` and ``split`` take a share of it."""
 
 
-def eavesdropper(text: str, channel: Channel, transmitter: Source) -> Eavesdropper:
+def eavesdropper(text: str, channel: Channel, transmitter: Source) -> NoEve:
     """From ``intercept:0.2``, ``split:0.5`` or ``pns``; the share is 1 where none is given.
 
     Raises ``ConfigError``.

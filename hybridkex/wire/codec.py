@@ -68,10 +68,6 @@ class Reader:
         self._position = end
         return data[start] << 8 | data[start + 1]
 
-    def u24(self) -> int:
-        """An unsigned 24-bit integer."""
-        return int.from_bytes(self.take(3), "big")
-
     def u32(self) -> int:
         """An unsigned 32-bit integer."""
         return int.from_bytes(self.take(4), "big")
@@ -155,11 +151,6 @@ def u8(value: int) -> bytes:
 def u16(value: int) -> bytes:
     """An unsigned 16-bit integer."""
     return _unsigned(value, 2)
-
-
-def u24(value: int) -> bytes:
-    """An unsigned 24-bit integer."""
-    return _unsigned(value, 3)
 
 
 def u32(value: int) -> bytes:

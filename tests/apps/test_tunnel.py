@@ -778,7 +778,7 @@ async def test_no_task_is_left(tmp_path: Path) -> None:
                 programs.start_soon(says_nothing)
             for _ in range(5):
                 await server.apply(tunnels)
-        await trio_until(lambda: server.open_connections == 0 and tasks() == before)
+        await trio_until(lambda: server._open.total() == 0 and tasks() == before)
         with pytest.raises(ConfigError, match="no tunnel"):
             await server.apply(())
         server.close(0)

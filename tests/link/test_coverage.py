@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from hybridkex.link.eavesdroppers import Eavesdropper, InterceptResend, NoEve, eavesdropper
+from hybridkex.link.eavesdroppers import InterceptResend, NoEve, eavesdropper
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import Counts, SecretLength, Security, proof_for
 from hybridkex.link.physics import Channel, photon_chances
@@ -39,7 +39,7 @@ class OneBasis(NoEve):
     share: float = 0.1
 
 
-def cells(chosen: Preset, eve: Eavesdropper, *, test: bool) -> "np.ndarray":
+def cells(chosen: Preset, eve: NoEve, *, test: bool) -> "np.ndarray":
     """Probability of a detection by intensity, photon number, and whether the bit is wrong."""
     channel = chosen.channel
     yields = np.asarray(eve.yields(np.arange(41)))
@@ -70,7 +70,7 @@ def run(name: str, distance: float, detections: int, attack: str, blocks: int, s
     chosen = PRESETS[name].at(distance)
     channel = chosen.channel
     if attack == "key-basis":
-        eve: Eavesdropper = OneBasis(channel)
+        eve: NoEve = OneBasis(channel)
     elif attack == "none":
         eve = NoEve(channel)
     else:

@@ -112,17 +112,6 @@ def test_infinitely_long_keys() -> None:
                 assert close(weak, HALF * (secret - leak), scale=leak)
 
 
-def test_the_best_intensity() -> None:
-    draw = np.random.default_rng(12)
-    for _ in range(POINTS):
-        error, f = draw.uniform(0.001, 0.08), draw.uniform(1.0, 1.3)
-        target = Decimal(f) * h(Decimal(error)) / (1 - h(Decimal(error)))
-        k = HALF  # Newton's method for (1 - k) exp(-k) = target
-        for _ in range(12):
-            k -= ((1 - k) * (-k).exp() - target) / ((k - 2) * (-k).exp())
-        assert close(asymptotic.optimal_intensity(error, f=f), k)
-
-
 # -- what Lim 2014 and Rusca 2018 share
 
 

@@ -10,7 +10,6 @@ from uuid import uuid4
 import pytest
 import trio
 import trio.testing
-from prometheus_client import CollectorRegistry
 
 from hybridkex import (
     SECP256R1MLKEM768,
@@ -50,7 +49,6 @@ from hybridkex.qkd.composite import CombinedSource, FailoverSource
 from hybridkex.qkd.in_process import InProcessSource, in_process_pair
 from hybridkex.qkd.psk import as_psk, identity_of
 from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
-from hybridkex.shell.metrics import register_qkd_metrics
 
 PREFER = Policy(psk=Requirement.PREFER)
 Outcome = BaseException | None
@@ -599,19 +597,14 @@ async def test_configurations_that_cannot_be() -> None:
             QkdLimits(**wrong)
 
 
-async def test_the_counters_are_metrics(make_sites: Callable[..., Sites]) -> None:
+async def test_the_counters(make_sites: Callable[..., Sites]) -> None:
     sites = make_sites(client={"policy": PREFER}, server={"policy": PREFER})
-    registry = CollectorRegistry()
-    register_qkd_metrics(registry, "to bob", sites.alice_keys)
-    register_qkd_metrics(registry, "from alice", sites.bob_keys)
     await succeed(sites)
     sites.alice.draw_error = KeySourceUnavailable("down")
     await succeed(sites)
 
-    def value(name: str, channel: str) -> float | None:
-        return registry.get_sample_value(f"hybridkex_qkd_{name}_total", {"channel": channel})
-
-    assert (value("drawn", "to bob"), value("failed", "to bob")) == (1, 1)
-    assert (value("looked_up", "from alice"), value("failed", "from alice")) == (1, 0)
-    for channel in ("to bob", "from alice"):
-        assert (value("sessions", channel), value("fallbacks", channel)) == (1, 1)
+    alice, bob = sites.alice_keys.counters, sites.bob_keys.counters
+    assert (alice.drawn, alice.failed) == (1, 1)
+    assert (bob.looked_up, bob.failed) == (1, 0)
+    for one in (alice, bob):
+        assert (one.sessions, one.fallbacks) == (1, 1)

@@ -20,7 +20,7 @@ from hybridkex.crypto.kex import (
     KeyExchange,
     Property,
 )
-from hybridkex.crypto.kex_oqs import OqsKem, oqs_groups
+from hybridkex.crypto.kex_oqs import CODES, OqsKem, oqs_group
 from hybridkex.crypto.oqs import oqs_status
 from hybridkex.errors import AlertReceived, BadRecordMac, ConfigError, IllegalParameter
 from hybridkex.secret import Secret
@@ -32,7 +32,7 @@ THREE = Group(
     name="three parts",
     exchange=Concat(SECP256R1.exchange, MLKEM768.exchange, X25519.exchange),
 )
-GROUPS = [*ALL_GROUPS, THREE, *(oqs_groups() if STATUS.available else ())]
+GROUPS = [*ALL_GROUPS, THREE, *(oqs_group(name) for name in STATUS.kems if name in CODES)]
 if STATUS.available and "HQC-3" in STATUS.kems:
     exchange = Concat(X25519MLKEM768.exchange, OqsKem("HQC-3"))
     GROUPS.append(Group(code=0xFEC1, name="X25519MLKEM768HQC-3", exchange=exchange))

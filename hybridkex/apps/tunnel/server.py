@@ -205,11 +205,6 @@ class TunnelServer:
             self._accepting.cancel_scope.deadline = deadline
         self._closing.set()
 
-    @property
-    def open_connections(self) -> int:
-        """The number of open connections."""
-        return self._open.total()
-
     def where(self, name: str) -> Address:
         """The address of a tunnel, with its actual port."""
         listening = next(

@@ -5,23 +5,45 @@ compared.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridkex.link.eavesdroppers import Eavesdropper
+from hybridkex.link.eavesdroppers import InterceptResend, NoEve, PhotonNumberSplitting
 from hybridkex.link.physics import PHOTONS, Channel, Transmitter
 from hybridkex.link.quantum import Detections, Sent
 from hybridkex.link.randomness import Randomness
+
+Pulses = tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.uint8]]
+"""Number of photons, basis and bit of each pulse."""
+
+
+def touched(eve: NoEve, pulses: Pulses, randomness: Randomness) -> Pulses:
+    """The pulses that leave Eve."""
+    photons, basis, bit = pulses
+    count = len(photons)
+    if isinstance(eve, InterceptResend):
+        caught = randomness.happens(eve.share, count)
+        hers = randomness.bits(count)
+        seen = np.where(hers == basis, bit, randomness.bits(count))
+        return photons, np.where(caught, hers, basis), np.where(caught, seen, bit)
+    if isinstance(eve, PhotonNumberSplitting):
+        single, several, split = eve.shares()
+        kept = randomness.happens(np.where(photons == 1, single, several), count)
+        taken = (photons > 1) & randomness.happens(split, count)
+        return np.where(kept, photons - taken, 0), basis, bit
+    return pulses
 
 
 def send_pulses(
     channel: Channel,
     transmitter: Transmitter,
-    eve: Eavesdropper,
+    eve: NoEve,
     pulses: int,
     *,
     randomness: Randomness,
+    touch: Callable[[NoEve, Pulses, Randomness], Pulses] = touched,
 ) -> tuple[Sent, Detections]:
     """Send ``pulses`` pulses; the detections, and the settings of their pulses."""
     test = 1.0 - transmitter.key_basis_probability
@@ -29,7 +51,7 @@ def send_pulses(
     basis = randomness.happens(test, pulses).astype(np.uint8)
     bit = randomness.bits(pulses)
     photons = _photon_numbers(transmitter, intensity, randomness)
-    photons, state_basis, state = eve.touch(photons, basis, bit, randomness)
+    photons, state_basis, state = touch(eve, (photons, basis, bit), randomness)
 
     bob_basis = randomness.happens(test, pulses).astype(np.uint8)
     signal = randomness.happens(1.0 - np.float64(1.0 - eve.efficiency) ** photons, pulses)

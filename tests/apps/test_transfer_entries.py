@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import random
+import shutil
 import socket
 import stat
 import subprocess
@@ -46,7 +47,9 @@ from hybridkex.apps.transfer.messages import (
     offers,
 )
 from hybridkex.apps.transfer.names import PARTIAL, shown
+from hybridkex.apps.transfer.part import partial_path
 from hybridkex.apps.transfer.reception import Reception
+from hybridkex.errors import ConfigError
 
 Configs = tuple[ClientConfig, ServerConfig]
 
@@ -864,3 +867,117 @@ async def test_a_folder_that_is_gone_is_named_with_the_file(
     monkeypatch.setattr(room, moment, moved)
     outcome, _ = await deliver(configs, target, source)
     assert outcome.failed["file"].startswith("the receiver's folder was removed or moved")
+
+
+# --- other users of the machine ------------------------------------------------------------------
+
+NOBODY = 65534
+
+only_root = pytest.mark.skipif(os.geteuid() != 0, reason="files of another user")
+
+
+def target_of(target: Path) -> Path:
+    target.mkdir()
+    target.chmod(0o777)
+    return target
+
+
+def plant(target: Path, name: str) -> Path:
+    """The incomplete file of a name, made before the transfer by somebody who keeps it open."""
+    (target / PARTIAL).mkdir(exist_ok=True)
+    (target / PARTIAL).chmod(0o777)
+    planted = target.joinpath(*partial_path((name,)))
+    planted.touch()
+    planted.chmod(0o666)
+    return planted
+
+
+@only_root
+@pytest.mark.parametrize("size", [7, WHOLE + 1])
+async def test_another_user_has_made_the_folder_for_incomplete_files(
+    tmp_path: Path, configs: Configs, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "file", tmp_path / "target"
+    source.write_bytes(b"s" * size)
+    source.chmod(0o600)
+    planted = plant(target_of(target), "file")
+    for path in (planted, planted.parent):
+        os.chown(path, NOBODY, NOBODY)
+    with pytest.raises(ConfigError, match=rf"{PARTIAL} .* another user \(uid {NOBODY}\)"):
+        Folder(target)
+    shutil.move(planted.parent, tmp_path / "elsewhere")
+    check = Folder.__init__
+
+    def afterwards(folder: Folder, *args: Any, **more: Any) -> None:
+        check(folder, *args, **more)
+        shutil.move(tmp_path / "elsewhere", planted.parent)
+
+    monkeypatch.setattr(Folder, "__init__", afterwards)
+    outcome, _ = await deliver(configs, target, source)
+    assert "belongs to another user" in outcome.failed["file"]
+    assert planted.read_bytes() == b""
+    assert [path.name for path in target.iterdir()] == [PARTIAL]
+
+
+def of_another_user(planted: Path) -> None:
+    if os.geteuid():
+        pytest.skip("files of another user")
+    os.chown(planted, NOBODY, NOBODY)
+
+
+def with_a_second_name(planted: Path) -> None:
+    planted.with_name("other").hardlink_to(planted)
+
+
+@pytest.mark.parametrize("change", [of_another_user, with_a_second_name])
+async def test_an_incomplete_file_that_others_reach(
+    tmp_path: Path, configs: Configs, change: Callable[[Path], None]
+) -> None:
+    source, target = tmp_path / "file", tmp_path / "target"
+    source.write_bytes(b"s" * (WHOLE + 1))
+    planted = plant(target_of(target), "file")
+    planted.write_bytes(b"theirs")
+    change(planted)
+    outcome, _ = await deliver(configs, target, source)
+    assert "/".join(partial_path(("file",))) in outcome.failed["file"]
+    assert planted.read_bytes() == b"theirs"
+    assert stat.S_IMODE(planted.parent.stat().st_mode) == 0o700
+
+
+async def test_a_disk_with_one_owner_for_all_files(
+    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    (source / "small").write_bytes(b"1")
+    (source / "large").write_bytes(bytes(WHOLE + 1))
+    us = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: us + 1)
+    (target / PARTIAL).mkdir(parents=True)
+    outcome, left_out = await deliver(configs, target, source)
+    assert not outcome.failed
+    assert not left_out
+    assert (target / "source" / "large").stat().st_size == WHOLE + 1
+    assert [path.name for path in target.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_folder_that_becomes_a_link_while_it_is_listed(tmp_path: Path, depth: int) -> None:
+    """As the race of rsync (CVE-2024-12747): nothing outside is sent."""
+    outside = tmp_path / "outside"
+    (outside / "c").mkdir(parents=True)
+    (outside / "secret").write_bytes(b"s")
+    (outside / "c" / "secret").write_bytes(b"s")
+    source = tmp_path / "source"
+    swapped = source.joinpath(*"abd"[:depth])
+    (swapped / "c").mkdir(parents=True)
+    (swapped / "c" / "own").write_bytes(b"o")
+    left_out: list[str] = []
+    found = []
+    for item in collect([source], left_out.append):
+        found.append("/".join(item.path))
+        if item.source == str(swapped):
+            swapped.rename(tmp_path / "moved")
+            swapped.symlink_to(outside)
+    assert not [path for path in found if "secret" in path]
+    assert left_out == [f"{swapped}: cannot list it: something that is not a folder is in the way"]

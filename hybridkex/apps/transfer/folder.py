@@ -99,8 +99,9 @@ class Folder:
         self._path = os.path.abspath(path)
         try:
             os.makedirs(path, exist_ok=True)
-            with self.open() as handles:
+            with self.open() as handles, contextlib.suppress(FileNotFoundError):
                 handles.get(())
+                handles.get((PARTIAL,))
         except (OSError, FolderGone) as error:
             reason = error if isinstance(error, OSError) else FileNotFoundError(errno.ENOENT, "")
             raise ConfigError(why(reason, f"use the folder {os.fspath(path)}")) from None

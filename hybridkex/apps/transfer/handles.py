@@ -7,12 +7,16 @@ none stays open longer: others may move the receiving folder, or mount another d
 
 import contextlib
 import os
+import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Final, TypeVar
 
-_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+from hybridkex.apps.transfer.names import PARTIAL
+
+FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OTHERS: Final = 0o077
 _MOST: Final = 8
 """Handles to keep from one item of a batch to the next."""
 
@@ -25,7 +29,40 @@ class FolderGone(Exception):
 
 def open_folder(path: str, parent: int) -> int:
     """Open a folder in another one; a link is refused. Raises ``OSError``."""
-    return os.open(path, _FOLDER, dir_fd=parent)
+    return os.open(path, FOLDER, dir_fd=parent)
+
+
+def _check_ours(folder: int) -> None:
+    """Make sure that no other user can change what is in a folder.
+
+    Where the receiving folder is shared, another user could have made it, with files to write into.
+
+    Raises:
+        OSError: it belongs to another user.
+    """
+    status = os.fstat(folder)
+    if status.st_uid == os.geteuid():
+        if status.st_mode & _OTHERS:
+            with contextlib.suppress(OSError):  # FAT has one mode for all
+                os.fchmod(folder, stat.S_IRWXU)
+    elif status.st_uid != _owner_of_new(folder):
+        raise OSError(
+            0,
+            f"{PARTIAL} in the receiver's folder belongs to another user (uid {status.st_uid}), "
+            "who could read what arrives; remove it",
+        )
+
+
+def _owner_of_new(folder: int) -> int:
+    """The owner of what we create in a folder: another user on some network shares, and where the
+    owner is an option of mount(8)."""
+    name = f".{secrets.token_hex(8)}"
+    os.mkdir(name, stat.S_IRWXU, dir_fd=folder)
+    try:
+        return os.stat(name, dir_fd=folder, follow_symlinks=False).st_uid
+    finally:
+        with contextlib.suppress(OSError):
+            os.rmdir(name, dir_fd=folder)
 
 
 class Handles:
@@ -71,7 +108,8 @@ class Handles:
         Raises:
             FolderGone: the receiving folder is not there.
             FileNotFoundError: a folder is not there.
-            OSError: a link or something else is in the way, or may not be entered.
+            OSError: a link or something else is in the way, or may not be entered; the folder for
+                incomplete files is another user's.
         """
         found = self._open.get(path)
         if found is not None:
@@ -82,6 +120,8 @@ class Handles:
             if below is None:
                 below = self._below(path[:depth], here, make=make)
                 self._open[path[:depth]] = below
+                if path[:depth] == (PARTIAL,):
+                    _check_ours(below)
             here = below
         return here
 
@@ -106,7 +146,7 @@ class Handles:
         found = self._open.get(())
         if found is None:
             try:
-                found = os.open(self._root, _FOLDER & ~os.O_NOFOLLOW)
+                found = os.open(self._root, FOLDER & ~os.O_NOFOLLOW)
             except FileNotFoundError:
                 raise FolderGone from None
             self._open[()] = found

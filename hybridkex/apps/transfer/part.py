@@ -150,7 +150,7 @@ def open_part(parent: int, offer: Offer, prefix: Prefix | None) -> "PartFile":
     file = os.open(name, os.O_RDWR | os.O_CREAT | OPEN_FILE, 0o600, dir_fd=parent)
     try:
         _lock(file, name, parent, offer)
-        _prepare(file, offer, prefix)
+        _prepare(file, parent, offer, prefix)
     except BaseException:
         os.close(file)
         raise
@@ -173,13 +173,18 @@ def _lock(file: int, name: str, parent: int, offer: Offer) -> None:
         raise NotStored(f"{shown(offer.path)}: another transfer has just stored it")
 
 
-def _prepare(file: int, offer: Offer, prefix: Prefix | None) -> None:
+def _prepare(file: int, parent: int, offer: Offer, prefix: Prefix | None) -> None:
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode):
         raise NotStored(f"{shown(offer.path)}: something that is not a file is in the way")
     # Another transfer of the same name may have written to it since the comparison.
     if prefix is not None and stamp(status) != prefix.stamp:
         raise NotStored(f"{shown(offer.path)}: another transfer has changed it; send it again")
+    if status.st_nlink > 1 or status.st_uid != os.fstat(parent).st_uid:
+        raise NotStored(
+            f"{shown(offer.path)}: the incomplete file {'/'.join(partial_path(offer.path))} at the "
+            "receiver is another user's, or has a second name; remove it"
+        )
     limit_mode(file, 0o600, offer)
     offset = prefix.size if prefix is not None else 0
     if status.st_size != offset:

@@ -3,10 +3,12 @@
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from hybridkex.apps.transfer.errors import why
+from hybridkex.apps.transfer.handles import FOLDER, open_folder
 from hybridkex.apps.transfer.messages import Nanoseconds
 from hybridkex.apps.transfer.names import UnsafeName, check_path, shown
 from hybridkex.errors import ConfigError
@@ -96,34 +98,51 @@ def _text(path: Path | str) -> str:
 def _walk(roots: list[Item], leave_out: _LeaveOut) -> Iterator[Item]:
     """Iterative, since a tree may be deeper than Python's stack. Of a folder, the files come first:
     only the names of its folders are kept."""
-    waiting = roots[::-1]
+    waiting = [(item.source, item) for item in reversed(roots)]
     while waiting:
-        item = waiting.pop()
+        root, item = waiting.pop()
         yield item
         if item.folder:
             folders: list[Item] = []
-            yield from _files(item, folders, leave_out)
+            yield from _files(root, item, folders, leave_out)
             folders.sort(reverse=True)
-            waiting += folders
+            waiting += [(root, folder) for folder in folders]
 
 
-def _files(folder: Item, folders: list[Item], leave_out: _LeaveOut) -> Iterator[Item]:
+def _files(root: str, folder: Item, folders: list[Item], leave_out: _LeaveOut) -> Iterator[Item]:
     """The files in a folder; the folders in it are added to ``folders``."""
     try:
-        with os.scandir(folder.source) as entries:
+        with _listed(root, folder.path[1:]) as entries:
             for entry in entries:
+                source = os.path.join(folder.source, entry.name)
                 try:
                     status = entry.stat(follow_symlinks=False)
                 except OSError as error:
-                    leave_out(f"{_text(entry.path)}: {why(error, 'read it')}")
+                    leave_out(f"{_text(source)}: {why(error, 'read it')}")
                     continue
-                item = _item(entry.path, (*folder.path, entry.name), status, leave_out)
+                item = _item(source, (*folder.path, entry.name), status, leave_out)
                 if item is not None and item.folder:
                     folders.append(item)
                 elif item is not None:
                     yield item
     except OSError as error:
         leave_out(f"{_text(folder.source)}: {why(error, 'list it')}")
+
+
+@contextmanager
+def _listed(root: str, below: tuple[str, ...]) -> Iterator[Iterator[os.DirEntry[str]]]:
+    """The entries of a folder below a root. Links are not followed, as somebody else may put one in
+    the place of a folder after that was found (the race of rsync, CVE-2024-12747). The files are
+    recognised by their inode numbers when they are opened. Raises ``OSError``."""
+    here = os.open(root, FOLDER & ~os.O_NOFOLLOW)
+    try:
+        for name in below:
+            above, here = here, open_folder(name, here)
+            os.close(above)
+        with os.scandir(here) as entries:
+            yield entries
+    finally:
+        os.close(here)
 
 
 def _item(

@@ -1,4 +1,4 @@
-"""The types of configuration fields, checked when an object is made.
+"""The fields of a configuration, checked against their annotations when an object is made.
 
 Annotations help only users of a type checker. Everyone else gets an error that names the field and
 the type that was given and shows a correct line; never the value, which may be a key.
@@ -6,29 +6,24 @@ the type that was given and shows a correct line; never the value, which may be 
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
-from functools import partial
-from types import UnionType
-from typing import Any, Final, NamedTuple
+from dataclasses import fields
+from enum import Enum
+from functools import cache, partial
+from types import NoneType, UnionType
+from typing import Annotated, Any, Final, NamedTuple, Union, get_args, get_origin
 
 from hybridkex.errors import ConfigError
 
 
 class Kind(NamedTuple):
-    """The values that a field accepts."""
+    """The values that a field accepts; one in ``Annotated`` replaces what follows from the type."""
 
     fits: Callable[[Any], bool]
     what: str
-
-
-def a(what: str, *classes: type[Any] | UnionType) -> Kind:
-    """An instance of one of these classes or runtime protocols."""
-
-    def fits(value: Any) -> bool:
-        # A class has the methods of its instances, so a protocol check would accept it.
-        return not isinstance(value, type) and any(isinstance(value, one) for one in classes)
-
-    return Kind(fits, what)
+    example: str = "..."
+    """The right-hand side of a correct line."""
 
 
 def _is_number(value: Any) -> bool:
@@ -38,11 +33,6 @@ def _is_number(value: Any) -> bool:
         return not math.isnan(value)
     except OverflowError:  # an int that is no float
         return False
-
-
-INTEGER: Final = Kind(lambda value: type(value) is int, "an int")
-NUMBER: Final = Kind(_is_number, "a number")
-FLAG: Final = Kind(lambda value: type(value) is bool, "True or False")
 
 
 def _is_function(value: Any) -> bool:
@@ -57,36 +47,88 @@ def _is_awaited(value: Any) -> bool:
     return inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called)
 
 
-CALLABLE: Final = Kind(_is_function, "an ordinary function, not an async one")
+_SIMPLE: Final[Mapping[Any, Kind]] = {
+    int: Kind(lambda value: type(value) is int, "an int", "100"),
+    float: Kind(_is_number, "a number", "1.5"),
+    bool: Kind(lambda value: type(value) is bool, "True or False", "True"),
+    NoneType: Kind(lambda value: value is None, "None"),
+    bytes: Kind(lambda value: isinstance(value, bytes), "bytes", 'b"..."'),
+    object: Kind(lambda _: True, "anything"),
+}
 
 
-def or_none(kind: Kind) -> Kind:
-    """The same kind, or ``None``."""
-    return Kind(lambda value: value is None or kind.fits(value), f"{kind.what} or None")
+def _kind_of(type_: Any) -> Kind:
+    """What a type accepts."""
+    if type_ in _SIMPLE:
+        return _SIMPLE[type_]
+    origin, inner = get_origin(type_), get_args(type_)
+    if origin is Annotated:
+        return next(one for one in inner if isinstance(one, Kind))
+    if origin in (Union, UnionType):
+        return _either([_kind_of(one) for one in inner])
+    if origin is tuple:
+        return _tuple_of([_kind_of(one) for one in inner if one is not ...], inner[-1] is ...)
+    class_ = origin or type_
+    if class_ is Callable or "__call__" in vars(class_):  # or a protocol for one
+        return Kind(_is_function, "a function that is not async")
+    example = f"{class_.__name__}(...)"
+    if issubclass(class_, Enum):
+        example = f"{class_.__name__}.{next(iter(class_)).name}"
+    # A class has the methods of its instances, so a protocol check would accept it.
+    return Kind(
+        lambda value: not isinstance(value, type) and isinstance(value, class_),
+        _with_article(class_.__name__),
+        example,
+    )
 
 
-def tuple_of(kind: Kind, plural: str) -> Kind:
-    """A tuple of this kind, possibly empty."""
+def _either(kinds: list[Kind]) -> Kind:
+    *first, last = (kind.what for kind in kinds)
+    return Kind(
+        lambda value: any(kind.fits(value) for kind in kinds),
+        f"{', '.join(first)} or {last}",
+        kinds[0].example,
+    )
 
-    def fits(value: Any) -> bool:
-        return isinstance(value, tuple) and all(map(kind.fits, value))
 
-    return Kind(fits, f"a tuple of {plural}")
+def _tuple_of(kinds: list[Kind], several: bool) -> Kind:
+    if several:
+        [kind] = kinds
+        item = re.sub(r"\ban? ", "", kind.what)
+        return Kind(
+            lambda value: isinstance(value, tuple) and all(map(kind.fits, value)),
+            f"a tuple of {item} objects",
+            f"({kind.example},)",
+        )
+    return Kind(
+        lambda value: (
+            isinstance(value, tuple)
+            and len(value) == len(kinds)
+            and all(kind.fits(one) for kind, one in zip(kinds, value, strict=True))
+        ),
+        f"a tuple of {' and '.join(kind.what for kind in kinds)}",
+    )
 
 
-def check_fields(made: object, rules: Mapping[str, tuple[Kind, str]]) -> None:
-    """Check the attributes of an object.
+@cache
+def _kinds(class_: type) -> dict[str, Kind]:
+    return {one.name: _kind_of(one.type) for one in fields(class_) if one.init}
+
+
+def check_fields(made: Any, examples: Mapping[str, str] | None = None) -> None:
+    """Check the fields of a dataclass against their annotations.
 
     Args:
         made: the object.
-        rules: for each attribute: the kind it accepts, and an example of a correct line.
+        examples: a correct line for fields whose type does not show one.
 
     Raises:
-        ConfigError: an attribute has another type.
+        ConfigError: a field has another type.
     """
-    for name, (kind, right) in rules.items():
+    for name, kind in _kinds(type(made)).items():  # type: ignore[arg-type]
         value = getattr(made, name)
         if not kind.fits(value):
+            right = (examples or {}).get(name, f"{name}={kind.example}")
             raise ConfigError(
                 f"{type(made).__name__}: {name} takes {kind.what}, not {described(value)}; "
                 f"write, for example: {right}"
@@ -107,4 +149,8 @@ def described(value: Any) -> str:
     if kind is tuple:
         inside = ", ".join(dict.fromkeys(type(one).__name__ for one in value))
         return f"a tuple of {inside}" if inside else "an empty tuple"
-    return f"{'an' if kind.__name__[0] in 'aeiouAEIO' else 'a'} {kind.__name__}"
+    return _with_article(kind.__name__)
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -33,7 +33,7 @@ from hybridkex.crypto.x509_parsing import (
     certificates_from_pem,
 )
 from hybridkex.errors import ConfigError
-from hybridkex.fields import Kind, a, check_fields, tuple_of
+from hybridkex.fields import Kind, check_fields
 from hybridkex.files import read_file
 
 
@@ -48,22 +48,16 @@ class Identity:
 
     certificate_type: ClassVar[CertificateType] = CertificateType.X509
     chain: tuple[bytes, ...] = field(repr=False)
-    private_key: CertificateIssuerPrivateKeyTypes = field(repr=False)
+    private_key: Annotated[
+        CertificateIssuerPrivateKeyTypes,
+        Kind(lambda key: hasattr(key, "public_key"), "a private key"),
+    ] = field(repr=False)
     names: tuple[str, ...] = field(init=False)
     """The DNS names, IP addresses and URIs that the certificate is for."""
 
     def __post_init__(self) -> None:
         right = 'Identity.from_files("cert.pem", "key.pem")'
-        check_fields(
-            self,
-            {
-                "chain": (tuple_of(a("bytes", bytes), "certificates in DER"), right),
-                "private_key": (
-                    Kind(lambda key: hasattr(key, "public_key"), "a private key"),
-                    right,
-                ),
-            },
-        )
+        check_fields(self, {"chain": right, "private_key": right})
         if not self.chain:
             raise ConfigError("an identity has at least one certificate")
         try:

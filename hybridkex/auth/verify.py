@@ -42,7 +42,7 @@ from hybridkex.constants import Alert
 from hybridkex.crypto.x509_failure import parse_failure
 from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem
 from hybridkex.errors import CertificateRejected, ConfigError
-from hybridkex.fields import a, check_fields, described, tuple_of
+from hybridkex.fields import check_fields, described
 from hybridkex.files import read_file
 
 
@@ -175,11 +175,10 @@ class TrustStore:
     )
 
     def __post_init__(self) -> None:
-        certificates = tuple_of(a("a certificate", x509.Certificate), "certificates")
-        check_fields(self, {"authorities": (certificates, 'TrustStore.from_file("ca.pem")')})
+        object.__setattr__(self, "pins", _normal_pins(self.pins))
+        check_fields(self, {"authorities": 'TrustStore.from_file("ca.pem")'})
         if not self.authorities:
             raise ConfigError("a trust store without certificates trusts nobody")
-        object.__setattr__(self, "pins", _normal_pins(self.pins))
 
     @classmethod
     def from_pem(cls, data: bytes, *, pins: Iterable[str] = (), source: str = "") -> "TrustStore":
@@ -379,8 +378,7 @@ def _require_pin(peer: Presented, pins: frozenset[str]) -> None:
 
 def _normal_pins(pins: Iterable[str]) -> frozenset[str]:
     """Pins in one spelling. Raises ``ConfigError``, also for a single string: a row of letters."""
-    kind = a("a set of pins", Iterable)
-    if isinstance(pins, str | bytes) or not kind.fits(pins):
+    if isinstance(pins, str | bytes | type) or not isinstance(pins, Iterable):
         raise ConfigError(
             f"pins are given as a set or a list of strings, not {described(pins)}; write, for "
             'example: pins=["3f0c..."]'

@@ -11,7 +11,7 @@ from hybridkex.constants import Label
 from hybridkex.crypto.schedule import hkdf_expand_label, hkdf_extract
 from hybridkex.crypto.suites import SHA256, HashFunction
 from hybridkex.errors import ConfigError
-from hybridkex.fields import a, check_fields, or_none
+from hybridkex.fields import check_fields
 from hybridkex.secret import Secret
 
 MIN_PSK_LENGTH: Final = 16
@@ -37,7 +37,7 @@ class ExternalPsk:
     origin: object = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_fields(self, _FIELDS)
+        check_fields(self, _EXAMPLES)
         if not 1 <= len(self.identity) <= 0xFFFF:
             raise ConfigError(f"a PSK identity has 1 to 65,535 bytes, not {len(self.identity)}")
         if len(self.key) < MIN_PSK_LENGTH:
@@ -55,11 +55,11 @@ class ExternalPsk:
         return self.context is not None
 
 
-_FIELDS: Final = {
-    "identity": (a("bytes", bytes), 'identity=b"site"'),
-    "key": (a("a Secret", Secret), "key=Secret(key)"),
-    "hash": (a("a HashFunction", HashFunction), "hash=SHA384"),
-    "context": (or_none(a("bytes", bytes)), 'context=b""'),
+_EXAMPLES: Final = {
+    "identity": 'identity=b"site"',
+    "key": "key=Secret(key)",
+    "hash": "hash=SHA384",
+    "context": 'context=b""',
 }
 
 

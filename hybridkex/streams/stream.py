@@ -6,13 +6,13 @@
 import operator
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import ClassVar, Final, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import trio
 from trio.abc import HalfCloseableStream, Stream
 
-from hybridkex.errors import HybridkexError, LocalStateError, TruncationError
-from hybridkex.fields import Kind, check_fields
+from hybridkex.errors import ConfigError, HybridkexError, LocalStateError, TruncationError
+from hybridkex.fields import described
 from hybridkex.net.acknowledged import unacknowledged
 from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT, READ_SIZE, SecureDuplex
 from hybridkex.shell.secure_pipe import SecurePipe
@@ -20,11 +20,6 @@ from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
 
 __all__ = ["DEFAULT_HANDSHAKE_TIMEOUT", "SecureStream"]
-
-_STREAM: Final = Kind(
-    lambda value: all(hasattr(value, name) for name in ("send_all", "receive_some", "aclose")),
-    "a trio stream",
-)
 
 T = TypeVar("T", bound=Stream)
 
@@ -56,7 +51,13 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
         handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     ) -> None:
         self.transport_stream: T = transport_stream
-        check_fields(self, {"transport_stream": (_STREAM, "SecureStream(tcp_stream, config)")})
+        if not all(
+            hasattr(transport_stream, name) for name in ("send_all", "receive_some", "aclose")
+        ):
+            raise ConfigError(
+                f"SecureStream takes a trio stream, not {described(transport_stream)}; write, for "
+                "example: SecureStream(tcp_stream, config)"
+            )
         super().__init__(
             config,
             server_hostname,

@@ -9,17 +9,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Final, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Final, Protocol, Self, TypeVar, runtime_checkable
 
 from hybridkex.auth import (
-    ClientKeyVerifier,
-    ClientVerifier,
     Identity,
     RawIdentity,
-    ServerKeyVerifier,
-    ServerVerifier,
     TrustStore,
 )
 from hybridkex.constants import MAX_PLAINTEXT
@@ -28,17 +24,7 @@ from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.signatures import ALL_SCHEMES, SignatureScheme
 from hybridkex.crypto.suites import ALL_SUITES, CipherSuite
 from hybridkex.errors import ConfigError
-from hybridkex.fields import (
-    CALLABLE,
-    FLAG,
-    INTEGER,
-    Kind,
-    a,
-    check_fields,
-    described,
-    or_none,
-    tuple_of,
-)
+from hybridkex.fields import check_fields, described
 from hybridkex.tls.certificate_types import AnyClientVerifier, AnyServerVerifier
 from hybridkex.tls.fresh_keys import FreshKeys, UpdateKeySource
 from hybridkex.tls.one_time_pad import OneTimePad, PadSource
@@ -128,7 +114,7 @@ class Limits:
     psk_identities: int = 16
 
     def __post_init__(self) -> None:
-        check_fields(self, {one.name: (INTEGER, f"{one.name}=32") for one in fields(self)})
+        check_fields(self)
         if self.certificate_message < 1 << 10:
             raise ConfigError("a certificate_message below 1 KiB fits no certificate")
         if min(self.key_updates, self.empty_records, self.tickets, self.psk_identities) < 1:
@@ -153,7 +139,7 @@ class PadToMultiple:
     size: int
 
     def __post_init__(self) -> None:
-        check_fields(self, {"size": (INTEGER, "PadToMultiple(size=256)")})
+        check_fields(self)
         if not 1 <= self.size <= MAX_PLAINTEXT:
             raise ConfigError(f"records are padded to a multiple of 1 to 16384, not {self.size}")
 
@@ -167,79 +153,35 @@ _ALLOWED_GROUPS: Final[Mapping[Requirement, tuple[Group, ...]]] = {
     Requirement.PREFER: HYBRID_GROUPS + CLASSICAL_GROUPS,
     Requirement.OFF: CLASSICAL_GROUPS,
 }
-_GROUPS: Final = tuple_of(a("a Group", Group), "groups")
-_IDENTITY: Final = a("an Identity or a RawIdentity", Identity, RawIdentity)
-
 R = TypeVar("R")
 
-_Rules = Mapping[str, tuple[Kind, str]]
-
-_SHARED: Final[_Rules] = {
-    "groups": (or_none(_GROUPS), "groups=(X25519MLKEM768,)"),
-    "suites": (
-        tuple_of(a("a CipherSuite", CipherSuite), "cipher suites"),
-        "suites=(TLS_AES_256_GCM_SHA384,)",
-    ),
-    "signature_schemes": (
-        tuple_of(a("a SignatureScheme", SignatureScheme), "signature schemes"),
-        "signature_schemes=ALL_SCHEMES",
-    ),
-    "extensions": (
-        tuple_of(a("an ApplicationExtension", ApplicationExtension), "extensions"),
-        "extensions=(MyExtension(),)",
-    ),
-    "alpn": (tuple_of(a("a str", str), "strings"), 'alpn=("h2", "http/1.1")'),
-    "psks": (
-        tuple_of(a("an ExternalPsk", ExternalPsk), "ExternalPsk objects"),
-        'psks=(ExternalPsk(identity=b"site", key=Secret(key)),)',
-    ),
-    "psk_source": (or_none(a("a PskSource", PskSource)), "psk_source=QkdPskSource(key_source)"),
-    "policy": (a("a Policy", Policy), "policy=Policy(psk=Requirement.PREFER)"),
-    "fresh_keys": (or_none(a("a FreshKeys", FreshKeys)), "fresh_keys=FreshKeys(every=60.0)"),
-    "one_time_pad": (or_none(a("a OneTimePad", OneTimePad)), "one_time_pad=OneTimePad(hold=2048)"),
-    "on_epoch": (or_none(CALLABLE), "on_epoch=print"),
-    "record_size_limit": (or_none(INTEGER), "record_size_limit=4096"),
-    "padding": (or_none(CALLABLE), "padding=PadToMultiple(size=256)"),
-    "key_log": (or_none(CALLABLE), "key_log=print"),
-    "limits": (a("a Limits", Limits), "limits=Limits(tickets=4)"),
-    "clock": (CALLABLE, "clock=time.time"),
-    "entropy": (CALLABLE, "entropy=os.urandom"),
-}
-_CLIENT: Final[_Rules] = {
-    "verifier": (
-        or_none(a("a verifier of servers", ServerVerifier, ServerKeyVerifier)),
-        'verifier=TrustStore.from_file("ca.pem")',
-    ),
-    "identity": (
-        or_none(_IDENTITY),
-        'identity=Identity.from_files("cert.pem", "key.pem")',
-    ),
-    "key_shares": (
-        Kind(
-            lambda value: INTEGER.fits(value) or _GROUPS.fits(value), "an int or a tuple of groups"
-        ),
-        "key_shares=2",
-    ),
-    "ticket_store": (
-        or_none(a("a ticket store", TicketStore)),
-        "ticket_store=MemoryTicketStore()",
-    ),
-    "compatibility_mode": (FLAG, "compatibility_mode=False"),
-}
-_SERVER: Final[_Rules] = {
-    "identities": (
-        tuple_of(_IDENTITY, "identities"),
-        'identities=(Identity.from_files("cert.pem", "key.pem"),)',
-    ),
-    "client_verifier": (
-        or_none(a("a verifier of clients", ClientVerifier, ClientKeyVerifier)),
-        'client_verifier=TrustStore.from_file("ca.pem")',
-    ),
-    "require_client_certificate": (FLAG, "require_client_certificate=True"),
-    "tickets": (or_none(a("a TicketIssuer", TicketIssuer)), "tickets=TicketIssuer(lifetime=3600)"),
-    "tickets_per_connection": (INTEGER, "tickets_per_connection=2"),
-    "cookies": (a("a CookieProtector", CookieProtector), "cookies=CookieProtector()"),
-    "require_known_name": (FLAG, "require_known_name=True"),
+_EXAMPLES: Final[Mapping[str, str]] = {
+    "groups": "groups=(X25519MLKEM768,)",
+    "suites": "suites=(TLS_AES_256_GCM_SHA384,)",
+    "signature_schemes": "signature_schemes=ALL_SCHEMES",
+    "extensions": "extensions=(MyExtension(),)",
+    "alpn": 'alpn=("h2", "http/1.1")',
+    "psks": 'psks=(ExternalPsk(identity=b"site", key=Secret(key)),)',
+    "psk_source": "psk_source=QkdPskSource(key_source)",
+    "policy": "policy=Policy(psk=Requirement.PREFER)",
+    "fresh_keys": "fresh_keys=FreshKeys(every=60.0)",
+    "one_time_pad": "one_time_pad=OneTimePad(hold=2048)",
+    "on_epoch": "on_epoch=print",
+    "record_size_limit": "record_size_limit=4096",
+    "padding": "padding=PadToMultiple(size=256)",
+    "key_log": "key_log=print",
+    "limits": "limits=Limits(tickets=4)",
+    "clock": "clock=time.time",
+    "entropy": "entropy=os.urandom",
+    "verifier": 'verifier=TrustStore.from_file("ca.pem")',
+    "identity": 'identity=Identity.from_files("cert.pem", "key.pem")',
+    "key_shares": "key_shares=2",
+    "ticket_store": "ticket_store=MemoryTicketStore()",
+    "identities": 'identities=(Identity.from_files("cert.pem", "key.pem"),)',
+    "client_verifier": 'client_verifier=TrustStore.from_file("ca.pem")',
+    "tickets": "tickets=TicketIssuer(lifetime=3600)",
+    "tickets_per_connection": "tickets_per_connection=2",
+    "cookies": "cookies=CookieProtector()",
 }
 
 
@@ -274,8 +216,6 @@ class _Config:
             cryptographic library generates them with its own generator.
     """
 
-    _rules: ClassVar[_Rules] = _SHARED
-
     groups: tuple[Group, ...] | None = None
     suites: tuple[CipherSuite, ...] = ALL_SUITES
     signature_schemes: tuple[SignatureScheme, ...] = ALL_SCHEMES
@@ -298,7 +238,7 @@ class _Config:
     )
 
     def __post_init__(self) -> None:
-        check_fields(self, self._rules)
+        check_fields(self, _EXAMPLES)
         self._check_groups()
         _check_list("cipher suite", self.suites)
         _check_list("signature scheme", self.signature_schemes)
@@ -486,8 +426,6 @@ class ClientConfig(_Config):
         compatibility_mode: look like TLS 1.2 to middleboxes (RFC 9846 appendix E.4).
     """
 
-    _rules: ClassVar[_Rules] = {**_SHARED, **_CLIENT}
-
     verifier: AnyServerVerifier | None = None
     identity: Identity | RawIdentity | None = None
     key_shares: int | tuple[Group, ...] = 1
@@ -585,8 +523,6 @@ class ServerConfig(_Config):
             for each other.
         require_known_name: refuse a client whose server name fits no identity.
     """
-
-    _rules: ClassVar[_Rules] = {**_SHARED, **_SERVER}
 
     identities: tuple[Identity | RawIdentity, ...] = ()
     client_verifier: AnyClientVerifier | None = None

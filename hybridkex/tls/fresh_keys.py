@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from hybridkex.errors import ConfigError
-from hybridkex.fields import INTEGER, NUMBER, check_fields, or_none
+from hybridkex.fields import check_fields
 from hybridkex.tls.epochs import UpdateKey
 from hybridkex.tls.session import Session
 
@@ -68,17 +68,7 @@ class FreshKeys:
     stretch: float = 4.0
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            {
-                "every": (NUMBER, "FreshKeys(every=60.0)"),
-                "after_bytes": (or_none(INTEGER), "FreshKeys(after_bytes=1 << 30)"),
-                "deadline": (NUMBER, "FreshKeys(deadline=30.0)"),
-                "jitter": (NUMBER, "FreshKeys(jitter=0.1)"),
-                "low_stock": (INTEGER, "FreshKeys(low_stock=16)"),
-                "stretch": (NUMBER, "FreshKeys(stretch=4.0)"),
-            },
-        )
+        check_fields(self)
         if not self.every > 0 or not self.deadline > 0:
             raise ConfigError("every and deadline of FreshKeys must be more than 0 seconds")
         if self.after_bytes is not None and self.after_bytes < 1 << 16:

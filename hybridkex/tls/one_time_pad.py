@@ -5,7 +5,7 @@ from typing import Final, Protocol, runtime_checkable
 
 from hybridkex.crypto.one_time_pad import OVERHEAD, POINT, Pad
 from hybridkex.errors import ConfigError
-from hybridkex.fields import INTEGER, NUMBER, check_fields
+from hybridkex.fields import check_fields
 from hybridkex.secret import Secret
 from hybridkex.tls.session import Session
 
@@ -57,13 +57,7 @@ class OneTimePad:
     deadline: float = 30.0
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            {
-                "hold": (INTEGER, "OneTimePad(hold=1024)"),
-                "deadline": (NUMBER, "OneTimePad(deadline=30.0)"),
-            },
-        )
+        check_fields(self)
         if not 256 <= self.hold <= 16 * MAX_PAD_KEYS:
             raise ConfigError(f"hold of OneTimePad must be 256 to {16 * MAX_PAD_KEYS:,} bytes")
         if not self.deadline > 0:

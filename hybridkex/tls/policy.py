@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
 
 from hybridkex.errors import ConfigError
-from hybridkex.fields import INTEGER, a, check_fields, or_none
+from hybridkex.fields import check_fields
 
 
 class Requirement(Enum):
@@ -66,7 +65,7 @@ class Policy:
     session_lifetime: int = 12 * 3600
 
     def __post_init__(self) -> None:
-        check_fields(self, _FIELDS)
+        check_fields(self)
         if self.session_lifetime < 0:
             raise ConfigError("session_lifetime is 0 or more seconds")
         if self.fresh_keys is Requirement.OFF and self.fresh_qkd not in (None, Requirement.OFF):
@@ -96,20 +95,3 @@ class Policy:
             "fresh_qkd": self.fresh_qkd.value if self.fresh_qkd else None,
             "one_time_pad": self.one_time_pad.value if self.one_time_pad else None,
         }
-
-
-_FIELDS: Final = {
-    "post_quantum": (a("a Requirement", Requirement), "post_quantum=Requirement.PREFER"),
-    "psk": (or_none(a("a Requirement", Requirement)), "psk=Requirement.REQUIRE"),
-    "authentication": (
-        or_none(a("an Authentication", Authentication)),
-        "authentication=Authentication.BOTH",
-    ),
-    "fresh_keys": (or_none(a("a Requirement", Requirement)), "fresh_keys=Requirement.REQUIRE"),
-    "fresh_qkd": (or_none(a("a Requirement", Requirement)), "fresh_qkd=Requirement.PREFER"),
-    "one_time_pad": (
-        or_none(a("a Requirement", Requirement)),
-        "one_time_pad=Requirement.REQUIRE",
-    ),
-    "session_lifetime": (INTEGER, "session_lifetime=8 * 3600"),
-}

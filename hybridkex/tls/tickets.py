@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from hybridkex.constants import TLS13, CertificateType
 from hybridkex.errors import ConfigError, DecodeError
-from hybridkex.fields import CALLABLE, INTEGER, Kind, check_fields, or_none
+from hybridkex.fields import check_fields
 from hybridkex.secret import Secret
 from hybridkex.tls.session import MAX_TICKET_LIFETIME, AuthenticatedBy
 from hybridkex.values import value
@@ -138,18 +138,6 @@ class _SealingKey:
             return None
 
 
-def _is_named_key(value: object) -> bool:
-    return (
-        isinstance(value, tuple)
-        and len(value) == 2
-        and isinstance(value[0], Secret)
-        and isinstance(value[1], bytes)
-    )
-
-
-_NAMED_KEY: Final = Kind(_is_named_key, "a tuple of a Secret and bytes")
-
-
 @dataclass(kw_only=True)
 class TicketIssuer:
     """Seals and opens session tickets under keys that it rotates by itself.
@@ -177,11 +165,9 @@ class TicketIssuer:
         check_fields(
             self,
             {
-                "lifetime": (INTEGER, "lifetime=3600"),
-                "rotation": (INTEGER, "rotation=3600"),
-                "clock": (CALLABLE, "clock=time.time"),
-                "entropy": (CALLABLE, "entropy=os.urandom"),
-                "first_key": (or_none(_NAMED_KEY), "first_key=(Secret(key), name)"),
+                "clock": "clock=time.time",
+                "entropy": "entropy=os.urandom",
+                "first_key": "first_key=(Secret(key), name)",
             },
         )
         if not 1 <= self.lifetime <= MAX_TICKET_LIFETIME:

@@ -3,8 +3,11 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +60,7 @@ class PostgresServer:
             "fsync": "off",  # the server is killed, not its machine
             **settings,
         }
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def _run(self, command: list[str]) -> None:
         subprocess.run(command, check=True, capture_output=True, cwd=self.folder, **self._user)
@@ -65,35 +68,97 @@ class PostgresServer:
     def start(self) -> None:
         """Start the server and wait until it takes connections."""
         options = [word for pair in self._settings.items() for word in ("-c", "=".join(pair))]
-        self.process = subprocess.Popen(
-            [self._program, "-D", "data", *options],
-            cwd=self.folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            **self._user,
-        )
-        assert self.process.stderr is not None
-        assert any("ready to accept connections" in line for line in self.process.stderr)
+        with (self.folder / "log").open("ab") as log:
+            begin = log.tell()
+            self.process = subprocess.Popen(
+                [self._program, "-D", "data", *options],
+                cwd=self.folder,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                **self._user,
+            )
+        while b"ready to accept connections" not in (said := self._log_since(begin)):
+            assert self.process.poll() is None, said.decode()
+            time.sleep(0.02)
+
+    def _log_since(self, begin: int) -> bytes:
+        with (self.folder / "log").open("rb") as log:
+            log.seek(begin)
+            return log.read()
 
     def stop(self) -> None:
         """At once, as a crash of the server: SIGQUIT ends its processes without a checkpoint."""
         if self.process is not None:
+            self.signal_all(signal.SIGCONT)
             self.process.send_signal(signal.SIGQUIT)
-            self.process.communicate(timeout=20)
+            self.process.wait(timeout=20)
             self.process = None
+
+    def kill(self) -> None:
+        """kill -9 of the server and all of its processes."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGSTOP)  # it starts no more processes
+            pids = self.pids()
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.wait(timeout=20)
+            self.process = None
+            while any(map(_runs, pids)):
+                time.sleep(0.01)
+
+    def is_alive(self) -> bool:
+        """Whether the server takes connections, or will by itself; one that has ended is gone.
+
+        Blocks while it recovers.
+        """
+        assert self.process is not None
+        while self.process.poll() is None:
+            with suppress(OSError):
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                return True
+            time.sleep(0.05)
+        self.process = None
+        return False
 
     def signal_all(self, number: int) -> None:
         """Send a signal to the server and to all of its processes: SIGSTOP makes it silent."""
         for one in self.pids():
-            os.kill(one, number)
+            with suppress(ProcessLookupError):
+                os.kill(one, number)
 
     def pids(self) -> list[int]:
         """The server and all of its processes."""
         assert self.process is not None
         pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [pid, *map(int, children)]
+        with suppress(FileNotFoundError):
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            return [pid, *map(int, children)]
+        return []
+
+    @contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """No file of the server and its processes can grow (RLIMIT_FSIZE)."""
+        try:
+            self._limit_files("0")
+            yield
+        finally:
+            self._limit_files("unlimited")
+
+    def _limit_files(self, size: str) -> None:
+        pids = [str(pid) for pid in self.pids()]
+        # Its own user may, while root needs a capability that it lacks in many containers.
+        loop = "size=$1; shift; for pid; do prlimit --fsize=$size:unlimited --pid=$pid; done"
+        subprocess.run(
+            ["sh", "-c", loop, "sh", size, *pids], check=False, capture_output=True, **self._user
+        )
+
+    def column(self, query: str) -> set[str]:
+        """The values of one column, as the superuser sees them."""
+        import psycopg  # noqa: PLC0415
+
+        with psycopg.connect(self.url("public", "postgres")) as connection:
+            return {str(value) for (value,) in connection.execute(query.encode())}
 
     def make_role(self, role: str = "kme") -> None:
         """Create a role that is no superuser and may create schemas."""
@@ -115,6 +180,13 @@ class PostgresServer:
         """The URL of a schema."""
         options = f"options=-csearch_path%3D{schema}"
         return f"postgresql://{user}@127.0.0.1:{self.port}/postgres?{options}"
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process runs, as opposed to one that has ended, whoever its parent is now."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def own_databases(

@@ -1,13 +1,15 @@
 """Two sites: their processes, their stores, and the network between them."""
 
+import fcntl
 import os
 import resource
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import sqlite3
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Final
 
@@ -16,13 +18,13 @@ import trio
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.qkd.etsi014.client import KmeAccess
 from hybridkex.qkd.store import write_key_file
+from interop.kme.process import QUICK_GRACE, QUICK_LIMITS, Manner, start
 from interop.ports import free_port
 from interop.postgres import PostgresServer
 
-__all__ = ["KMES", "Cable", "Site", "Sites"]
+__all__ = ["KMES", "Cable", "Site", "Sites", "can_be_immutable"]
 
 KMES: Final = ("kme-a", "kme-b")
-ROOT: Final = Path(__file__).parents[2]
 
 CONFIG: Final = """
 [[kme]]
@@ -35,6 +37,7 @@ certificate = "cert.pem"
 key = "key.pem"
 store = "{store}"
 key_file = "store.key"
+{times}
 [kme.limits]
 rate = 1e9
 burst = 1000000000
@@ -53,24 +56,29 @@ url = "https://127.0.0.1:{url}"
 
 @dataclass
 class Cable:
-    """What connects one site with the other: a port that passes on connections until it is cut."""
+    """What leads to a site: a port that passes on connections unless it is cut."""
 
     to: int
     port: int = field(default_factory=free_port)
-    cut: bool = False
+    _cuts: int = 0
     _scopes: set[trio.CancelScope] = field(default_factory=set)
 
     async def run(self) -> None:
         await trio.serve_tcp(self._pass_on, self.port, host="127.0.0.1")
 
-    def set_cut(self, cut: bool) -> None:
-        self.cut = cut
-        if cut:
-            for scope in self._scopes:
-                scope.cancel()
+    @contextmanager
+    def cut(self) -> Iterator[None]:
+        """It is cut, and with it all connections."""
+        self._cuts += 1
+        for scope in self._scopes:
+            scope.cancel()
+        try:
+            yield
+        finally:
+            self._cuts -= 1
 
     async def _pass_on(self, here: trio.SocketStream) -> None:
-        if self.cut:
+        if self._cuts:
             return
         with trio.CancelScope() as scope, suppress(OSError, trio.BrokenResourceError):
             self._scopes.add(scope)
@@ -98,24 +106,54 @@ class Site:
     port: int
     log: Path
     database: PostgresServer | None
-    store: str
-    """As in the configuration."""
-    processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
+    schema: str
+    """Of the tables in the database."""
+    cable: Cable
+    manner: Manner
+    number: int
+    """Of processes."""
+    processes: list[BaseProcess] = field(default_factory=list)
+    turns: list[trio.Lock] = field(init=False)
+    """For each process, of those who kill, stop or start it."""
+    database_turn: trio.Lock = field(default_factory=trio.Lock)
 
-    def start(self) -> None:
-        """One more process."""
-        with self.log.open("ab") as log:
-            self.processes.append(
-                subprocess.Popen(
-                    [
-                        *(sys.executable, "-m", "interop.kme.clock", self.folder / "clock"),
-                        *("kme", "serve", self.folder / "kme.toml"),
-                    ],
-                    stdout=subprocess.DEVNULL,
-                    stderr=log,
-                    cwd=ROOT,
-                )
-            )
+    def __post_init__(self) -> None:
+        self.turns = [trio.Lock() for _ in range(self.number)]
+
+    def start_all(self) -> None:
+        """Start all processes."""
+        for index in range(self.number):
+            self.start(index)
+
+    def start(self, index: int) -> None:
+        """Start a process that has not been started or has ended."""
+        self.processes[index : index + 1] = [start(self.folder, self.log, self.manner)]
+
+    def signal(self, index: int, number: int) -> None:
+        """Send a signal to a process that may have ended."""
+        process = self.processes[index]
+        if process.is_alive() and process.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+    def kill(self, index: int) -> None:
+        """kill -9; blocks briefly."""
+        self.signal(index, signal.SIGKILL)
+        self.processes[index].join()
+
+    async def kill_soon(self, index: int) -> None:
+        """kill -9."""
+        self.signal(index, signal.SIGKILL)
+        while self.processes[index].is_alive():  # noqa: ASYNC110
+            await trio.sleep(0.002)
+
+    async def keep_alive(self, index: int) -> None:
+        """Start a process again whenever it ends by itself, as systemd does."""
+        while True:
+            await trio.sleep(0.1)
+            async with self.turns[index]:
+                if not self.processes[index].is_alive():
+                    self.start(index)
 
     def set_clock(self, ahead: float) -> None:
         """Let the clocks of all processes be so many seconds ahead."""
@@ -123,23 +161,73 @@ class Site:
         new.write_text(str(ahead))
         new.replace(self.folder / "clock")
 
-    def kill(self, process: "subprocess.Popen[bytes]") -> None:
-        process.kill()
-        process.wait()
-        self.processes.remove(process)
-
     @contextmanager
     def full_disk(self) -> Iterator[None]:
-        """No file can grow."""
-        kind = resource.RLIMIT_FSIZE
-        for process in self.processes:
-            resource.prlimit(process.pid, kind, (0, resource.RLIM_INFINITY))
+        """No file of the processes that run now can grow."""
+        with limited_files([one.pid for one in self.processes if one.is_alive()]):
+            yield
+
+    @contextmanager
+    def read_only(self) -> Iterator[None]:
+        """The files of the store cannot be changed, whoever has them open (chattr(1), ``i``)."""
+        files = [one for one in self.folder.glob("keys.db*") if one.is_file()]
+        for file in files:
+            _set_immutable(file, True)
         try:
             yield
         finally:
-            for process in self.processes:
-                if process.poll() is None:
-                    resource.prlimit(process.pid, kind, (resource.RLIM_INFINITY,) * 2)
+            for file in files:
+                _set_immutable(file, False)
+
+    def spent(self) -> set[str]:
+        """The IDs of all keys that have left the stock, while no process runs."""
+        if self.database is not None:
+            return self.database.column(f"SELECT key_id FROM {self.schema}.spent")
+        with closing(sqlite3.connect(self.folder / "keys.db")) as db:
+            return {key_id for (key_id,) in db.execute("SELECT key_id FROM spent")}
+
+
+@contextmanager
+def limited_files(pids: Iterable[int | None]) -> Iterator[None]:
+    """No file of these processes can grow (RLIMIT_FSIZE)."""
+    known = [pid for pid in pids if pid is not None]
+    try:
+        _limit_files(known, 0)
+        yield
+    finally:
+        _limit_files(known, resource.RLIM_INFINITY)
+
+
+def _limit_files(pids: Iterable[int], size: int) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+_GET_FLAGS, _SET_FLAGS, _IMMUTABLE = 0x80086601, 0x40086602, 0x10
+"""Of ioctl_iflags(2)."""
+
+
+def _set_immutable(file: Path, on: bool) -> None:
+    """A file that is gone stays so."""
+    with suppress(FileNotFoundError), file.open("rb") as opened:
+        [flags] = struct.unpack("l", fcntl.ioctl(opened, _GET_FLAGS, bytes(8)))
+        flags = flags | _IMMUTABLE if on else flags & ~_IMMUTABLE
+        fcntl.ioctl(opened, _SET_FLAGS, struct.pack("l", flags))
+
+
+def can_be_immutable(folder: Path) -> bool:
+    """Whether this user may make files of a folder immutable, and its file system can."""
+    file = folder / "immutable"
+    file.touch()
+    try:
+        _set_immutable(file, True)
+        _set_immutable(file, False)
+    except OSError:
+        return False
+    finally:
+        file.unlink()
+    return True
 
 
 class Sites:
@@ -152,6 +240,7 @@ class Sites:
         databases: of each site; ``None``: SQLite.
         limits: further limits of the KMEs, in TOML.
         cables: the sites reach each other through these; otherwise directly.
+        manner: of the processes.
     """
 
     def __init__(
@@ -163,13 +252,13 @@ class Sites:
         *,
         limits: str = "",
         cables: bool = True,
+        manner: Manner = Manner(),  # noqa: B008  # it cannot change
     ) -> None:
         self.folder = folder
-        self._processes = processes
+        self.manner = manner
         self._ca = DevCa.create("two sites")
         ports = {kme: free_port() for kme in KMES}
-        self.cables = {kme: Cable(to=ports[kme]) for kme in KMES}
-        """By the site that they lead to."""
+        lines = {kme: Cable(to=ports[kme]) for kme in KMES}
         self.sites: dict[str, Site] = {}
         for holder in (*KMES, *saes[KMES[0]], *saes[KMES[1]]):
             identity = self._ca.issue("127.0.0.1", "localhost", common_name=holder)
@@ -188,19 +277,22 @@ class Sites:
                     store=store,
                     peer=peer,
                     peer_saes=saes[peer],
-                    url=self.cables[peer].port if cables else ports[peer],
-                    limits=limits,
+                    url=lines[peer].port if cables else ports[peer],
+                    limits=limits + (f"sync_grace = {QUICK_GRACE}" if manner.quick else ""),
+                    times=QUICK_LIMITS if manner.quick else "",
                 )
             )
-            site = Site(folder / kme, ports[kme], folder / f"{kme}.log", database, store)
+            site = Site(
+                folder / kme, ports[kme], folder / f"{kme}.log", database, f"site_{index}",
+                lines[kme], manner, processes,
+            )  # fmt: skip
             site.set_clock(0)
             self.sites[kme] = site
 
     def start(self) -> None:
         """Start all processes."""
         for site in self.sites.values():
-            for _ in range(self._processes):
-                site.start()
+            site.start_all()
 
     def access(self, sae: str, kme: str) -> KmeAccess:
         files = self.folder / sae
@@ -209,13 +301,11 @@ class Sites:
             ca=files / "ca.pem",
             certificate=files / "cert.pem",
             key=files / "key.pem",
-            timeout=8.0,
+            timeout=2.0 if self.manner.quick else 8.0,
         )
 
     def close(self) -> None:
+        """End all processes."""
         for site in self.sites.values():
-            for process in site.processes:
-                with suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGCONT)
-                process.kill()
-                process.wait()
+            for index in range(len(site.processes)):
+                site.kill(index)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from interop.kme.history import Call, check, from_json
-from interop.kme.run import run
+from interop.kme.process import Manner
+from interop.kme.run import Outcome, Plan, run
 from interop.postgres import NoPostgres
 
 DRAW = Call(
@@ -71,12 +72,37 @@ def test_what_may_not(calls: list[Call], said: str) -> None:
     assert said in verdict.violations[0]
 
 
-@pytest.mark.slow
-def test_two_sites_of_two_processes_on_postgresql() -> None:
-    pytest.importorskip("psycopg")
+QUICK = Plan(seed=19, seconds=5, at_once=2, pairs=2, lasts=0.3, manner=Manner(quick=True))
+
+
+def outcome_of(store: str, **changes: Any) -> Outcome:
+    if store == "postgresql":
+        pytest.importorskip("psycopg")
     try:
-        verdict = run("postgresql", seed=19, seconds=6, pairs=2, lasts=1.0)
+        return run(replace(QUICK, store=store, **changes))
     except NoPostgres as reason:
         pytest.skip(str(reason))
-    assert verdict.violations == []
-    assert verdict.collected > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["postgresql", "sqlite"])
+def test_two_sites_under_faults(store: str) -> None:
+    outcome = outcome_of(store)
+    assert outcome.verdict.violations == []
+    assert outcome.verdict.collected > 50
+    assert len(outcome.faults) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("store", "mutant", "kinds"),
+    [
+        ("postgresql", "answer-early", ("kill_database",)),
+        ("sqlite", "answer-early", ("kill",)),
+        ("sqlite", "forget-deliveries", ("clock",)),
+    ],
+)
+def test_a_faulty_kme_is_found(store: str, mutant: str, kinds: tuple[str, ...]) -> None:
+    manner = Manner(quick=True, mutant=mutant)
+    outcome = outcome_of(store, seconds=5, at_once=0.3, kinds=kinds, manner=manner)
+    assert any("twice" in one or "refused" in one for one in outcome.verdict.violations)

@@ -43,7 +43,8 @@ def log_format() -> Any:
 
 
 def set_up_logging(level: str, form: str = "text") -> None:
-    """Send the log of the library to standard error, from this level on."""
+    """Send the log of the library to standard error, from this level on, and what other libraries
+    warn of in the same form."""
     handler = _StandardError()
     handler.addFilter(PRINTABLE)
     if form == "json":
@@ -52,6 +53,8 @@ def set_up_logging(level: str, form: str = "text") -> None:
         handler.setFormatter(_JournalFormatter("%(message)s"))
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # the store says what has failed, once
     logger = logging.getLogger("hybridkex")
     logger.addHandler(handler)
     logger.setLevel(level.upper())

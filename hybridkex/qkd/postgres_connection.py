@@ -3,7 +3,6 @@
 Importing this raises ``ConfigError`` where psycopg is not installed.
 """
 
-import logging
 import time
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -35,10 +34,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-# The store says once what fails. psycopg's own lines, one for each connection, would be written to
-# standard error in a form of their own.
-logging.getLogger("psycopg").addHandler(logging.NullHandler())
 
 WAIT_SECONDS: Final = 3.0
 """For a connection of the pool, and for a new one."""

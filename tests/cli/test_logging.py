@@ -25,6 +25,7 @@ from hybridkex import (
 from hybridkex.auth.dev_ca import DevCa
 from hybridkex.cli import main
 from hybridkex.errors import HybridkexError
+from hybridkex.json_text import load_json
 from hybridkex.kme.config import load_config
 from hybridkex.kme.serve import KmeServer
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeAccess, KmeClient
@@ -253,3 +254,18 @@ async def failing(client: ClientConfig, server: ServerConfig, name: str = "local
     with pytest.raises(BaseExceptionGroup) as raised:
         await meet(client, server, name)
     assert raised.group_contains((trio.BrokenResourceError, HybridkexError))
+
+
+def test_other_libraries_log_in_the_same_form() -> None:
+    program = """
+import logging
+from hybridkex.cli.logs import set_up_logging
+set_up_logging("info", "json")
+logging.getLogger("another.library").warning("one\\ntwo \\x1b[31m")
+logging.getLogger("psycopg.pool").warning("discarding closed connection: <object at 0x7f5c>")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    [line] = done.stderr.splitlines()
+    said = load_json(line)
+    assert (said["logger"], said["level"]) == ("another.library", "WARNING")
+    assert said["message"].isprintable()

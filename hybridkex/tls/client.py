@@ -70,19 +70,8 @@ from hybridkex.tls.traffic import ClientTraffic, Connected, store_key
 from hybridkex.tls.transcript import Transcript
 from hybridkex.values import value
 from hybridkex.wire import extensions as ext
+from hybridkex.wire import messages as wire
 from hybridkex.wire.codec import vector8, vector16
-from hybridkex.wire.messages import (
-    Certificate,
-    CertificateRequest,
-    CertificateVerify,
-    ClientHello,
-    EncryptedExtensions,
-    Finished,
-    HelloRetryRequest,
-    Message,
-    ServerHello,
-    encode,
-)
 
 PeerName = DnsName | IpAddress
 
@@ -94,7 +83,7 @@ class ClientState:
     """The interface of a state."""
 
     def handle(
-        self, message: Message, raw: bytes, records: RecordLayer
+        self, message: wire.Message, raw: bytes, records: RecordLayer
     ) -> "ClientState | ClientTraffic":
         """Check one message, of a type that :data:`STEPS` has for this state."""
         raise NotImplementedError
@@ -131,7 +120,7 @@ class _Offer:
         """The ClientHello, encoded; ``prefix`` is the transcript before it, after a retry."""
         names = self._server_name
         first = names if cookie is None else (ext.Cookie(cookie), *names)
-        message = ClientHello(
+        message = wire.ClientHello(
             random=self.random,
             session_id=self.session_id,
             cipher_suites=self.constant.cipher_suites,
@@ -139,7 +128,7 @@ class _Offer:
                 ext.encoded(first) + self.constant.encoded + ext.encoded(self._last_extensions)
             ),
         )
-        raw = encode(message)
+        raw = wire.encode(message)
         return self._with_binders(raw, prefix) if self.psks else raw
 
     @property
@@ -353,15 +342,17 @@ class WaitServerHello(ClientState):
     offer: _Offer
     hello: bytes
 
-    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
-        if isinstance(message, HelloRetryRequest):
+    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ClientState:
+        if isinstance(message, wire.HelloRetryRequest):
             return self._retry(message, raw, records)
-        assert isinstance(message, ServerHello)
+        assert isinstance(message, wire.ServerHello)
         suite = _check_hello(self.offer, message)
         transcript = Transcript(suite.hash, self.hello, raw)
         return _accept(self.offer, suite, message, transcript, records)
 
-    def _retry(self, message: HelloRetryRequest, raw: bytes, records: RecordLayer) -> ClientState:
+    def _retry(
+        self, message: wire.HelloRetryRequest, raw: bytes, records: RecordLayer
+    ) -> ClientState:
         """Section 4.2.4: another ClientHello, changed only where the server asked."""
         offer = self.offer
         suite = _check_hello(offer, message)
@@ -412,10 +403,10 @@ class WaitSecondServerHello(ClientState):
     suite: CipherSuite
     transcript: Transcript
 
-    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
-        if isinstance(message, HelloRetryRequest):
+    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ClientState:
+        if isinstance(message, wire.HelloRetryRequest):
             raise UnexpectedMessage("a second HelloRetryRequest", Reason.RETRY_TWICE)
-        assert isinstance(message, ServerHello)
+        assert isinstance(message, wire.ServerHello)
         if _check_hello(self.offer, message) is not self.suite:
             raise IllegalParameter(
                 "the cipher suite changed after HelloRetryRequest", Reason.RETRY_SUITE_CHANGED
@@ -430,7 +421,7 @@ def _find_group(config: ClientConfig, code: int) -> Group:
     raise IllegalParameter(f"group {code:#06x} was not offered", Reason.GROUP_NOT_OFFERED)
 
 
-def _check_hello(offer: _Offer, message: ServerHello | HelloRetryRequest) -> CipherSuite:
+def _check_hello(offer: _Offer, message: wire.ServerHello | wire.HelloRetryRequest) -> CipherSuite:
     """What holds for ServerHello and HelloRetryRequest (section 4.2.3); returns the suite."""
     version = message.extensions.get(ext.SupportedVersionsChoice)
     if version is None:
@@ -449,7 +440,7 @@ def _check_hello(offer: _Offer, message: ServerHello | HelloRetryRequest) -> Cip
         raise IllegalParameter("the server did not echo the session ID", Reason.SESSION_ID_ECHO)
     if message.compression_method != 0:
         raise IllegalParameter("the server chose a compression method", Reason.COMPRESSION)
-    retry = isinstance(message, HelloRetryRequest)
+    retry = isinstance(message, wire.HelloRetryRequest)
     kind = ext.MessageKind.HELLO_RETRY_REQUEST if retry else ext.MessageKind.SERVER_HELLO
     _check_answers(offer, kind, message.extensions)
     for suite in offer.config.suites:
@@ -482,7 +473,7 @@ def _check_answers(offer: _Offer, kind: ext.MessageKind, extensions: ext.Extensi
 def _accept(
     offer: _Offer,
     suite: CipherSuite,
-    message: ServerHello,
+    message: wire.ServerHello,
     transcript: Transcript,
     records: RecordLayer,
 ) -> ClientState:
@@ -529,7 +520,7 @@ def _accept(
     return WaitEncryptedExtensions(offer, group, psk, verifier, keys, transcript)
 
 
-def _chosen_psk(psks: tuple[Psk, ...], suite: CipherSuite, message: ServerHello) -> Psk | None:
+def _chosen_psk(psks: tuple[Psk, ...], suite: CipherSuite, message: wire.ServerHello) -> Psk | None:
     choice = message.extensions.get(ext.PreSharedKeyChoice)
     if choice is None:
         if ext.TlsCertWithExternPsk in message.extensions:
@@ -585,8 +576,8 @@ class WaitEncryptedExtensions(ClientState):
     keys: _Keys
     transcript: Transcript
 
-    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
-        assert isinstance(message, EncryptedExtensions)
+    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ClientState:
+        assert isinstance(message, wire.EncryptedExtensions)
         answers = message.extensions
         _check_answers(self.offer, ext.MessageKind.ENCRYPTED_EXTENSIONS, answers)
         self._limit_records(answers.get(ext.RecordSizeLimit), records)
@@ -673,11 +664,11 @@ class WaitCertificateOrRequest(ClientState):
     verifier: AnyServerVerifier
     transcript: Transcript
 
-    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
-        if isinstance(message, Certificate):
+    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ClientState:
+        if isinstance(message, wire.Certificate):
             state = WaitCertificate(self.negotiated, self.verifier, None, self.transcript)
             return state.handle(message, raw, records)
-        assert isinstance(message, CertificateRequest)
+        assert isinstance(message, wire.CertificateRequest)
         if message.context:
             raise IllegalParameter(
                 "CertificateRequest with a context during the handshake", Reason.CERTIFICATE_CONTEXT
@@ -699,8 +690,8 @@ class WaitCertificate(ClientState):
     """The schemes of the server's CertificateRequest, if it sent one."""
     transcript: Transcript
 
-    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
-        assert isinstance(message, Certificate)
+    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ClientState:
+        assert isinstance(message, wire.Certificate)
         if message.context:
             raise IllegalParameter(
                 "the server's Certificate has a context", Reason.CERTIFICATE_CONTEXT
@@ -728,8 +719,8 @@ class WaitCertificateVerify(ClientState):
     requested: tuple[int, ...] | None
     transcript: Transcript
 
-    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
-        assert isinstance(message, CertificateVerify)
+    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ClientState:
+        assert isinstance(message, wire.CertificateVerify)
         scheme = verify_signature(
             message,
             self.peer,
@@ -750,8 +741,8 @@ class WaitFinished(ClientState):
     requested: tuple[int, ...] | None
     transcript: Transcript
 
-    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
-        assert isinstance(message, Finished)
+    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ClientState:
+        assert isinstance(message, wire.Finished)
         check_finished(message, self.negotiated.keys.server, self.transcript)
         records.reader.check_message_boundary()
         records.reader.change_cipher_spec_allowed = False
@@ -812,7 +803,7 @@ class Proposed(ClientState):
 
         if self.requested is not None:
             transcript = self._authenticate(records, self.requested)
-        finished = Finished(keys.client.finished(transcript.digest()))
+        finished = wire.Finished(keys.client.finished(transcript.digest()))
         transcript = transcript.add(records.writer.send(finished))
         records.reader.change_key(server)
         records.writer.change_key(client)

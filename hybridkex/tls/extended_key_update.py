@@ -32,24 +32,12 @@ from hybridkex.tls.events import UpdateDeclined, UpdateKeyWanted
 from hybridkex.tls.policy import Requirement
 from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.values import value
+from hybridkex.wire import update_messages as wire
 from hybridkex.wire.extensions import KeyShareEntry
 from hybridkex.wire.messages import ImportedIdentity, Message
-from hybridkex.wire.update_messages import (
-    DeclineReason,
-    Demand,
-    ExtendedKeyUpdate,
-    FreshConfirm,
-    FreshDecline,
-    FreshRequest,
-    FreshResponse,
-    SlotAnswer,
-    UpdateFinish,
-    UpdateRequest,
-    UpdateResponse,
-)
 
-_Request: TypeAlias = UpdateRequest | FreshRequest
-_Response: TypeAlias = UpdateResponse | FreshResponse
+_Request: TypeAlias = wire.UpdateRequest | wire.FreshRequest
+_Response: TypeAlias = wire.UpdateResponse | wire.FreshResponse
 
 
 @value
@@ -74,7 +62,7 @@ class WaitResponse:
 class WaitKey:
     """The peer has sent a request with a QKD key, which our caller looks up."""
 
-    message: FreshRequest
+    message: wire.FreshRequest
     request: bytes
 
 
@@ -176,11 +164,11 @@ class Updates:
         share = KeyShareEntry(self._group.code, started.share)
         if self._slot:
             required = self._qkd is Requirement.REQUIRE
-            demand = Demand.REQUIRED if required else Demand.OPTIONAL
+            demand = wire.Demand.REQUIRED if required else wire.Demand.OPTIONAL
             identity = self._identity(key) if key is not None else b""
-            message: _Request = FreshRequest(share, demand, identity)
+            message: _Request = wire.FreshRequest(share, demand, identity)
         else:
-            message = UpdateRequest(share)
+            message = wire.UpdateRequest(share)
         raw = records.writer.send(message)
         if key is None and self.takes_keys:
             missing = missing or "the update was started without one"
@@ -207,25 +195,25 @@ class Updates:
         """One message after the handshake; returns the epoch that it completes."""
         state = self._state
         match message:
-            case FreshConfirm(verify_data) if isinstance(state, WaitConfirm):
+            case wire.FreshConfirm(verify_data) if isinstance(state, WaitConfirm):
                 return self._confirmed(state.new, verify_data, records)
             case _ if isinstance(state, WaitConfirm):
                 raise UnexpectedMessage(
                     "the first message under a new key is not its confirmation",
                     Reason.UPDATE_NOT_CONFIRMED,
                 )
-            case UpdateRequest() | FreshRequest() if self._ours(message):
+            case wire.UpdateRequest() | wire.FreshRequest() if self._ours(message):
                 self._requested(message, raw, records)
-            case UpdateResponse() | FreshResponse() if self._ours(message) and isinstance(
+            case wire.UpdateResponse() | wire.FreshResponse() if self._ours(message) and isinstance(
                 state, WaitResponse
             ):
                 return self._answered(state, message, raw, records)
-            case FreshDecline(reason) if isinstance(state, WaitResponse) and self._slot:
+            case wire.FreshDecline(reason) if isinstance(state, WaitResponse) and self._slot:
                 self._state = Idle()
                 records.emit(UpdateDeclined(reason.name.lower()))
-            case UpdateFinish() if isinstance(state, WaitFinish):
+            case wire.UpdateFinish() if isinstance(state, WaitFinish):
                 return self._finished(state.new, records)
-            case ExtendedKeyUpdate():
+            case wire.ExtendedKeyUpdate():
                 raise UnexpectedMessage(
                     f"{message.subtype.name.lower()} of a key update in {type(state).__name__}",
                     Reason.UPDATE_OUT_OF_ORDER,
@@ -236,7 +224,7 @@ class Updates:
 
     def _ours(self, message: _Request | _Response) -> bool:
         """Whether it is of the form that was negotiated; the other is out of place."""
-        return self._slot is isinstance(message, FreshRequest | FreshResponse)
+        return self._slot is isinstance(message, wire.FreshRequest | wire.FreshResponse)
 
     def _requested(self, message: _Request, raw: bytes, records: RecordLayer) -> None:
         self._check_group(message.key_share)
@@ -256,8 +244,8 @@ class Updates:
             raise UnexpectedMessage(
                 f"a second key update in {type(state).__name__}", Reason.UPDATE_OUT_OF_ORDER
             )
-        if isinstance(message, FreshRequest):
-            if message.demand is Demand.REQUIRED and not message.identity:
+        if isinstance(message, wire.FreshRequest):
+            if message.demand is wire.Demand.REQUIRED and not message.identity:
                 raise IllegalParameter(
                     "a key update that requires a QKD key and names none", Reason.UPDATE_MALFORMED
                 )
@@ -279,34 +267,40 @@ class Updates:
         self._state = Idle()
         if records.writer.closed:
             return
-        if isinstance(message, FreshRequest):
+        if isinstance(message, wire.FreshRequest):
             decline = self._why_not(message, key)
             if decline is not None:
-                records.writer.send(FreshDecline(decline))
+                records.writer.send(wire.FreshDecline(decline))
                 return
         share, shared = self._group.exchange.respond(message.key_share.share)
         entry = KeyShareEntry(self._group.code, share)
-        if isinstance(message, FreshRequest):
-            answer = SlotAnswer.NOT_FOUND if message.identity else SlotAnswer.EMPTY
+        if isinstance(message, wire.FreshRequest):
+            answer = wire.SlotAnswer.NOT_FOUND if message.identity else wire.SlotAnswer.EMPTY
             if key is not None:
-                answer = SlotAnswer.USED
+                answer = wire.SlotAnswer.USED
             elif missing is None and self.takes_keys:
                 missing = "the peer named none"
-            response = records.writer.send(FreshResponse(entry, answer))
+            response = records.writer.send(wire.FreshResponse(entry, answer))
         else:
-            response = records.writer.send(UpdateResponse(entry))
+            response = records.writer.send(wire.UpdateResponse(entry))
         new, sending = self._derive(request, response, shared, key, missing, "peer")
         self._change_sending(sending, new, records)
         self._state = WaitFinish(new)
 
-    def _why_not(self, message: FreshRequest, key: UpdateKey | None) -> DeclineReason | None:
+    def _why_not(
+        self, message: wire.FreshRequest, key: UpdateKey | None
+    ) -> wire.DeclineReason | None:
         """Why there can be no update with this key, or without one."""
         if key is not None:
             return None
-        if message.demand is Demand.REQUIRED:
-            return DeclineReason.KEY_NOT_FOUND
+        if message.demand is wire.Demand.REQUIRED:
+            return wire.DeclineReason.KEY_NOT_FOUND
         if self._qkd is Requirement.REQUIRE:
-            return DeclineReason.KEY_NOT_FOUND if message.identity else DeclineReason.KEY_REQUIRED
+            return (
+                wire.DeclineReason.KEY_NOT_FOUND
+                if message.identity
+                else wire.DeclineReason.KEY_REQUIRED
+            )
         return None
 
     def _answered(
@@ -315,27 +309,27 @@ class Updates:
         """The response: change both keys, the finish between them."""
         self._check_group(message.key_share)
         key, missing = state.key, state.missing
-        if isinstance(message, FreshResponse):
+        if isinstance(message, wire.FreshResponse):
             key, missing = self._slot_answer(state, message.answer)
         records.reader.check_message_boundary()
         shared = state.started.finish(message.key_share.share)
         new, sending = self._derive(state.request, raw, shared, key, missing, state.why)
         epoch = self._change_receiving(new, records)
         if not records.writer.closed:  # else we have nothing more to send, under any key
-            records.writer.send(UpdateFinish())
+            records.writer.send(wire.UpdateFinish())
             self._change_sending(sending, new, records)
         return epoch
 
     def _slot_answer(
-        self, state: WaitResponse, answer: SlotAnswer
+        self, state: WaitResponse, answer: wire.SlotAnswer
     ) -> tuple[UpdateKey | None, str | None]:
         """The key that both ends use, or why there is none."""
-        if (answer is SlotAnswer.EMPTY) is not (state.key is None):
+        if (answer is wire.SlotAnswer.EMPTY) is not (state.key is None):
             raise IllegalParameter(
                 f"the answer {answer.name.lower()} does not fit the QKD slot of our request",
                 Reason.UPDATE_ANSWER,
             )
-        if answer is not SlotAnswer.NOT_FOUND:
+        if answer is not wire.SlotAnswer.NOT_FOUND:
             return state.key, state.missing
         if self._qkd is Requirement.REQUIRE:
             raise IllegalParameter(
@@ -407,7 +401,7 @@ class Updates:
         self._log(records, secret, ours=True, number=new.generation.number)
         records.writer.change_key(secret)
         if self._slot:
-            records.writer.send(FreshConfirm(secret.finished(new.generation.transcript)))
+            records.writer.send(wire.FreshConfirm(secret.finished(new.generation.transcript)))
             records.writer.flush()
 
     def _change_receiving(self, new: _New, records: RecordLayer) -> Epoch | None:

@@ -82,27 +82,15 @@ from hybridkex.tls.traffic import Connected, ServerTraffic
 from hybridkex.tls.transcript import Transcript
 from hybridkex.values import value
 from hybridkex.wire import extensions as ext
+from hybridkex.wire import messages as wire
 from hybridkex.wire.codec import u16, vector8, vector16
-from hybridkex.wire.messages import (
-    Certificate,
-    CertificateRequest,
-    CertificateVerify,
-    ClientHello,
-    EncryptedExtensions,
-    Finished,
-    HelloRetryRequest,
-    ImportedIdentity,
-    Message,
-    ServerHello,
-    encode,
-)
 
 
 class ServerState:
     """The interface of a state."""
 
     def handle(
-        self, message: Message, raw: bytes, records: RecordLayer
+        self, message: wire.Message, raw: bytes, records: RecordLayer
     ) -> "ServerState | ServerTraffic":
         """Check one message, of a type that :data:`STEPS` has for this state."""
         raise NotImplementedError
@@ -120,7 +108,7 @@ class _OfferedPsk:
     index: int
     identity: bytes
     binder: bytes
-    imported: ImportedIdentity | None
+    imported: wire.ImportedIdentity | None
     """What it says, if it is an imported one (RFC 9258)."""
     ticket: TicketState | None
     """The session in it, if it is a ticket of ours."""
@@ -131,7 +119,7 @@ class _OfferedPsk:
     ) -> "_OfferedPsk":
         """``tickets``: whose tickets are ours, if any may be used."""
         ticket = tickets.open(identity) if tickets is not None else None
-        imported = ImportedIdentity.decode(identity) if ticket is None else None
+        imported = wire.ImportedIdentity.decode(identity) if ticket is None else None
         return cls(index, identity, binder, imported, ticket)
 
     @property
@@ -159,7 +147,7 @@ class _OfferedPsk:
         )
 
 
-def _check_version(message: ClientHello) -> None:
+def _check_version(message: wire.ClientHello) -> None:
     """Sections 4.2.2 and 4.3.1."""
     versions = message.extensions.get(ext.SupportedVersionsOffer)
     if versions is None or TLS13 not in versions.versions:
@@ -214,7 +202,7 @@ def _psk_offer(extensions: ext.Extensions) -> tuple[ext.PreSharedKeyOffer | None
 class _Hello:
     """A ClientHello that passed the checks that need nothing but itself."""
 
-    message: ClientHello
+    message: wire.ClientHello
     raw: bytes
     groups: tuple[int, ...]
     shares: dict[int, bytes]
@@ -230,7 +218,7 @@ class _Hello:
     """As asked for, in lower case."""
 
     @classmethod
-    def check(cls, message: ClientHello, raw: bytes, config: ServerConfig) -> "_Hello":
+    def check(cls, message: wire.ClientHello, raw: bytes, config: ServerConfig) -> "_Hello":
         """Sections 4.2.2, 4.3 and 9.2, and section 4 of RFC 9973."""
         extensions = message.extensions
         _check_version(message)
@@ -300,9 +288,9 @@ class WaitClientHello(ServerState):
     config: ServerConfig
 
     def handle(
-        self, message: Message, raw: bytes, records: RecordLayer
+        self, message: wire.Message, raw: bytes, records: RecordLayer
     ) -> ServerState | ServerTraffic:
-        assert isinstance(message, ClientHello)
+        assert isinstance(message, wire.ClientHello)
         records.reader.check_message_boundary()
         records.client_random = message.random
         records.reader.change_cipher_spec_allowed = True
@@ -339,8 +327,8 @@ class WaitClientHello(ServerState):
 
 def _retry_request(state: CookieState, cookie: bytes) -> bytes:
     """The HelloRetryRequest for a cookie; the same bytes whenever it is made."""
-    return encode(
-        HelloRetryRequest(
+    return wire.encode(
+        wire.HelloRetryRequest(
             random=HELLO_RETRY_RANDOM,
             session_id=state.session_id,
             cipher_suite=state.suite,
@@ -362,9 +350,9 @@ class WaitSecondClientHello(ServerState):
     config: ServerConfig
 
     def handle(
-        self, message: Message, raw: bytes, records: RecordLayer
+        self, message: wire.Message, raw: bytes, records: RecordLayer
     ) -> ServerState | ServerTraffic:
-        assert isinstance(message, ClientHello)
+        assert isinstance(message, wire.ClientHello)
         records.reader.check_message_boundary()
         records.reader.stop_skipping_early_data()
         hello = _Hello.check(message, raw, self.config)
@@ -743,7 +731,7 @@ def _respond(
         extensions.append(ext.PreSharedKeyChoice(selected.offered.index))
         if credential is not None:
             extensions.append(ext.TlsCertWithExternPsk())
-    message = ServerHello(
+    message = wire.ServerHello(
         random=config.entropy(32),
         session_id=hello.message.session_id,
         cipher_suite=suite.code,
@@ -763,13 +751,13 @@ def _respond(
 
     # A client is asked only by a server that shows a certificate itself (section 4.4.2).
     asked = choice.client_credential if credential is not None else None
-    encrypted = EncryptedExtensions(_encrypted_extensions(choice, credential, asked, records))
+    encrypted = wire.EncryptedExtensions(_encrypted_extensions(choice, credential, asked, records))
     sent = records.writer.send(encrypted)
     if credential is None:
         transcript = transcript.add(sent)
     else:
         transcript = _authenticate(choice, credential, asked, transcript, sent, records)
-    finished = Finished(server.finished(transcript.digest()))
+    finished = wire.Finished(server.finished(transcript.digest()))
     transcript = transcript.add(records.writer.send(finished))
     main = _start_writing(secret, suite, transcript, records)
     flight = _ServerFlight(choice, selected, credential, client, main)
@@ -894,7 +882,7 @@ def _authenticate(
                 ext.SignatureAlgorithmsCert(schemes + CERTIFICATE_ONLY_SCHEMES),
             )
         )
-        sent.append(records.writer.send(CertificateRequest(b"", request)))
+        sent.append(records.writer.send(wire.CertificateRequest(b"", request)))
     identity, label = credential.identity, Label.SERVER_CERTIFICATE_VERIFY
     certificate = certificate_message(identity.chain)
     records.writer.send_raw(certificate)
@@ -950,8 +938,8 @@ class WaitClientCertificate(ServerState):
     asked: _ClientCredential
     transcript: Transcript
 
-    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
-        assert isinstance(message, Certificate)
+    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ServerState:
+        assert isinstance(message, wire.Certificate)
         choice, asked = self.flight.choice, self.asked
         if message.context:
             raise IllegalParameter(
@@ -980,8 +968,8 @@ class WaitClientCertificateVerify(ServerState):
     peer: VerifiedPeer
     transcript: Transcript
 
-    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
-        assert isinstance(message, CertificateVerify)
+    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ServerState:
+        assert isinstance(message, wire.CertificateVerify)
         verify_signature(
             message,
             self.peer,
@@ -1000,8 +988,8 @@ class WaitClientFinished(ServerState):
     peer: VerifiedPeer | None
     transcript: Transcript
 
-    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
-        assert isinstance(message, Finished)
+    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ServerState:
+        assert isinstance(message, wire.Finished)
         flight, choice, selected = self.flight, self.flight.choice, self.flight.selected
         check_finished(message, flight.client_handshake, self.transcript)
         records.reader.check_message_boundary()

@@ -6,18 +6,9 @@ from typing import Any, Final, TypeAlias
 import trio
 
 from hybridkex import HybridkexError, SecureStream
-from hybridkex.apps.transfer.messages import (
-    DATA,
-    HEADER,
-    Message,
-    ProtocolError,
-    Whole,
-    decode,
-    encode,
-    split_header,
-)
+from hybridkex.apps.transfer import messages as wire
 
-Received: TypeAlias = Message | Whole | memoryview
+Received: TypeAlias = wire.Message | wire.Whole | memoryview
 """A message, a whole file, or a piece of a file's data."""
 
 
@@ -45,16 +36,16 @@ class Frames:
         self._received: deque[Received] = deque()
         self._data_left = 0
         self._head = bytearray()
-        self._kind = DATA
+        self._kind = wire.DATA
         self._body = bytearray()
         self._missing = 0
         """Bytes of a body that are still to come."""
-        self._failure: ProtocolError | None = None
+        self._failure: wire.ProtocolError | None = None
         self._sending = trio.Lock()
 
-    async def send(self, *messages: Message | Whole) -> None:
+    async def send(self, *messages: wire.Message | wire.Whole) -> None:
         """Send messages, all at once."""
-        await self.send_frames(b"".join(map(encode, messages)))
+        await self.send_frames(b"".join(map(wire.encode, messages)))
 
     async def send_frames(self, frames: bytes | bytearray) -> None:
         """Send complete frames, headers included."""
@@ -92,11 +83,11 @@ class Frames:
             data = await self.stream.receive_some()
             if not data:
                 if self._data_left or self._head or self._missing:
-                    raise ProtocolError("the end in the middle of a frame")
+                    raise wire.ProtocolError("the end in the middle of a frame")
                 return False
             try:
                 self._parse(memoryview(data))
-            except ProtocolError as error:  # after what came before it
+            except wire.ProtocolError as error:  # after what came before it
                 self._failure = error
         return True
 
@@ -112,25 +103,25 @@ class Frames:
                 self._body += piece
                 if not self._missing:
                     body, self._body = self._body, bytearray()
-                    self._received.append(decode(self._kind, body))
+                    self._received.append(wire.decode(self._kind, body))
             else:
                 data = self._begin(data)
 
     def _begin(self, data: memoryview) -> memoryview:
         """Read a header, and the body if it is there; returns what follows."""
-        count = HEADER - len(self._head)
+        count = wire.HEADER - len(self._head)
         head, data = data[:count], data[count:]
         self._head += head
-        if len(self._head) < HEADER:
+        if len(self._head) < wire.HEADER:
             return data
-        kind, length = split_header(self._head)
+        kind, length = wire.split_header(self._head)
         self._head.clear()
-        if kind == DATA:
+        if kind == wire.DATA:
             self._data_left = length
             return data
         body, data = data[:length], data[length:]
         if len(body) == length:
-            self._received.append(decode(kind, body))
+            self._received.append(wire.decode(kind, body))
         else:
             self._kind, self._missing = kind, length - len(body)
             self._body += body

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final, NamedTuple, NewType, TypeAlias, TypeGuard, get_type_hints
+from typing import Any, Final, NamedTuple, NewType, TypeAlias, TypeGuard, get_args, get_type_hints
 
 from hybridkex.errors import HybridkexError
 from hybridkex.json_text import load_json
@@ -214,21 +214,8 @@ Message: TypeAlias = (
     | Busy
 )
 
-_TYPES: Final[dict[int, type[Message]]] = {
-    1: Hello,
-    2: Offers,
-    3: Have,
-    4: Digest,
-    5: Send,
-    6: Start,
-    7: End,
-    8: Drop,
-    9: Stored,
-    10: Failed,
-    11: Bye,
-    12: Alive,
-    13: Busy,
-}
+_TYPES: Final[dict[int, type[Message]]] = dict(enumerate(get_args(Message), 1))
+"""The type on the wire is the place in :data:`Message`."""
 _CODES: Final = {kind: code for code, kind in _TYPES.items()}
 _HINTS: Final = {kind: get_type_hints(kind) for kind in _TYPES.values()}
 

@@ -9,19 +9,9 @@ from typing import Any, Final, TypeVar
 import trio
 
 from hybridkex import HybridkexError, SecureStream
+from hybridkex.apps.transfer import messages as wire
 from hybridkex.apps.transfer.folder import Folder
 from hybridkex.apps.transfer.frames import Frames, Received, first_failure
-from hybridkex.apps.transfer.messages import (
-    BEAT,
-    PROTOCOL,
-    VERSION,
-    Alive,
-    Busy,
-    Bye,
-    Hello,
-    ProtocolError,
-    Whole,
-)
 from hybridkex.apps.transfer.progress import NullProgress, Progress
 from hybridkex.apps.transfer.reception import Answers, Reception
 from hybridkex.machine import broken
@@ -75,17 +65,19 @@ class Receiver:
         with contextlib.suppress(trio.BrokenResourceError, HybridkexError):
             async with stream:
                 frames, _ = await self._greeted(stream)
-                await frames.send(Busy())
+                await frames.send(wire.Busy())
 
-    async def _greeted(self, stream: SecureStream[Any]) -> tuple[Frames, Hello]:
-        if stream.session.alpn != PROTOCOL:
-            raise ProtocolError("the other end is not 'hybridkex send'")
+    async def _greeted(self, stream: SecureStream[Any]) -> tuple[Frames, wire.Hello]:
+        if stream.session.alpn != wire.PROTOCOL:
+            raise wire.ProtocolError("the other end is not 'hybridkex send'")
         frames = Frames(stream)
         hello = None
         with trio.move_on_after(_HELLO_WITHIN):
             hello = await frames.receive()
-        if not isinstance(hello, Hello) or hello.version != VERSION:
-            raise ProtocolError(f"the sender does not speak version {VERSION} of the protocol")
+        if not isinstance(hello, wire.Hello) or hello.version != wire.VERSION:
+            raise wire.ProtocolError(
+                f"the sender does not speak version {wire.VERSION} of the protocol"
+            )
         return frames, hello
 
     async def _serve(self, stream: SecureStream[Any]) -> bool:
@@ -156,8 +148,8 @@ class _Conversation:
     async def _say_that_we_are_there(self) -> None:
         """Send a periodic message, so that a slow disk does not look like a vanished receiver."""
         while True:
-            await trio.sleep(BEAT)
-            await self._frames.send(Alive())
+            await trio.sleep(wire.BEAT)
+            await self._frames.send(wire.Alive())
 
     async def _read(self) -> None:
         """Read ahead of the disk."""
@@ -168,7 +160,7 @@ class _Conversation:
                 self._ending = error
             else:
                 if not received:
-                    self._ending = ProtocolError(
+                    self._ending = wire.ProtocolError(
                         "the sender closed the connection before the transfer was finished"
                     )
                 self._unread += received
@@ -196,7 +188,7 @@ class _Conversation:
                     raise self._ending
                 self._news = trio.Event()
                 await self._news.wait()
-        await self._frames.send(Bye())
+        await self._frames.send(wire.Bye())
 
     async def _step(self, act: Callable[..., T], *arguments: Any) -> T:
         async with self._steps:
@@ -220,6 +212,6 @@ def _weight(received: Received) -> int:
     match received:
         case memoryview():
             return len(received)
-        case Whole():
+        case wire.Whole():
             return _MESSAGE + len(received.content)
     return _MESSAGE

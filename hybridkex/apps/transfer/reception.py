@@ -10,30 +10,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from hybridkex.apps.transfer import messages as wire
 from hybridkex.apps.transfer.arrivals import Arrivals
 from hybridkex.apps.transfer.errors import NotStored
 from hybridkex.apps.transfer.folder import NOTHING, Folder, Present
 from hybridkex.apps.transfer.frames import Received
-from hybridkex.apps.transfer.messages import (
-    CHUNK,
-    MOST_FILES,
-    WINDOW,
-    Bye,
-    Digest,
-    Drop,
-    End,
-    Failed,
-    Have,
-    How,
-    Message,
-    Offer,
-    Offers,
-    ProtocolError,
-    Send,
-    Start,
-    Stored,
-    Whole,
-)
 from hybridkex.apps.transfer.names import UnsafeName, reason_alone, shown
 from hybridkex.apps.transfer.part import PartFile, Prefix
 from hybridkex.apps.transfer.progress import Progress
@@ -58,7 +39,7 @@ class Answers:
         finished: the sender has said goodbye.
     """
 
-    messages: list[Message] = field(default_factory=list)
+    messages: list[wire.Message] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     reports: list[Callable[[], None]] = field(default_factory=list)
     finished: bool = False
@@ -68,7 +49,7 @@ class Answers:
 class _Offered:
     """A file that has been offered and not begun."""
 
-    offer: Offer
+    offer: wire.Offer
     present: Present
     compared: bool = False
     """Whether the sender may begin."""
@@ -117,7 +98,7 @@ class Reception:
         """Files in it that had a progress report of their own."""
         self._answers = Answers()
         self._send: list[tuple[int, int]] = []
-        self._stored: dict[tuple[How, str], list[int]] = {}
+        self._stored: dict[tuple[wire.How, str], list[int]] = {}
 
     def close(self) -> None:
         """Close open files. What has been written of a large file is kept."""
@@ -171,7 +152,7 @@ class Reception:
                 self._fail(offer.n, outcome)
                 self._report(self._progress.end, name, _alone(outcome, offer))
                 continue
-            self._store(offer.n, How.NEW, outcome)
+            self._store(offer.n, wire.How.NEW, outcome)
             if large:
                 self._report(self._progress.end, name, None)
             elif not offer.folder:
@@ -193,13 +174,13 @@ class Reception:
     def _take_answers(self) -> Answers:
         answers, self._answers = self._answers, Answers()
         send, self._send = self._send, []
-        for start in range(0, len(send), MOST_FILES):
-            answers.messages.append(Send(files=tuple(send[start : start + MOST_FILES])))
+        for start in range(0, len(send), wire.MOST_FILES):
+            answers.messages.append(wire.Send(files=tuple(send[start : start + wire.MOST_FILES])))
         stored, self._stored = self._stored, {}
         for (how, lost), files in stored.items():
-            for start in range(0, len(files), MOST_FILES):
-                some = tuple(files[start : start + MOST_FILES])
-                answers.messages.append(Stored(files=some, how=how, lost=lost))
+            for start in range(0, len(files), wire.MOST_FILES):
+                some = tuple(files[start : start + wire.MOST_FILES])
+                answers.messages.append(wire.Stored(files=some, how=how, lost=lost))
         return answers
 
     def _report(self, report: Callable[..., None], *arguments: object) -> None:
@@ -207,9 +188,9 @@ class Reception:
 
     def _fail(self, n: int, error: NotStored | UnsafeName) -> None:
         self._answers.failures.append(str(error))
-        self._answers.messages.append(Failed(n=n, reason=str(error)))
+        self._answers.messages.append(wire.Failed(n=n, reason=str(error)))
 
-    def _store(self, n: int, how: How, lost: str = "") -> None:
+    def _store(self, n: int, how: wire.How, lost: str = "") -> None:
         self._stored.setdefault((how, lost), []).append(n)
 
     def _forget(self, n: int) -> _Offered | None:
@@ -222,44 +203,44 @@ class Reception:
         match message:
             case memoryview():
                 self._data(message)
-            case Whole():
+            case wire.Whole():
                 self._whole(message, handles)
-            case Offers():
+            case wire.Offers():
                 self._offered(message, handles)
-            case Digest():
+            case wire.Digest():
                 self._compare(message, handles)
-            case Start(n=n):
+            case wire.Start(n=n):
                 self._start(n, handles)
-            case End():
+            case wire.End():
                 self._end(message, handles)
-            case Drop(n=n):
+            case wire.Drop(n=n):
                 self._drop(n)
-            case Bye():
+            case wire.Bye():
                 self._answers.finished = True
             case _:
-                raise ProtocolError(f"the sender says {type(message).__name__}")
+                raise wire.ProtocolError(f"the sender says {type(message).__name__}")
 
-    def _offered(self, offers: Offers, handles: "Handles") -> None:
-        if len(self._offers) + len(self._arrivals) + len(offers.entries) > WINDOW:
-            raise ProtocolError("too many offers")
+    def _offered(self, offers: wire.Offers, handles: "Handles") -> None:
+        if len(self._offers) + len(self._arrivals) + len(offers.entries) > wire.WINDOW:
+            raise wire.ProtocolError("too many offers")
         for offer in handles.each(offers.each()):
             if offer.n in self._offers:
-                raise ProtocolError("one number for two offers")
+                raise wire.ProtocolError("one number for two offers")
             try:
                 self._look(offer, handles)
             except (NotStored, UnsafeName) as error:
                 self._fail(offer.n, error)
 
-    def _look(self, offer: Offer, handles: "Handles") -> None:
+    def _look(self, offer: wire.Offer, handles: "Handles") -> None:
         if offer.folder:
             if self._folder.make(offer, handles):
                 self._arrivals.add_folder(offer)
             else:
-                self._store(offer.n, How.SAME)
+                self._store(offer.n, wire.How.SAME)
             return
         present = self._folder.look(offer, handles)
         if present.unchanged:
-            self._store(offer.n, How.UNCHANGED)
+            self._store(offer.n, wire.How.UNCHANGED)
             return
         nothing = present is NOTHING
         self._offers[offer.n] = _Offered(offer, present, compared=nothing)
@@ -267,20 +248,20 @@ class Reception:
             self._send.append((offer.n, 0))
         else:
             self._to_hash[offer.n] = None
-            self._answers.messages.append(Have(n=offer.n, size=present.size))
+            self._answers.messages.append(wire.Have(n=offer.n, size=present.size))
 
     def _hash(self, offered: _Offered, handles: "Handles") -> None:
         if not offered.hashed:
             offered.digest = self._folder.hash(offered.offer, offered.present, handles)
             offered.hashed = True
 
-    def _compare(self, digest: Digest, handles: "Handles") -> None:
+    def _compare(self, digest: wire.Digest, handles: "Handles") -> None:
         """Compare the one digest of each offer, over as many bytes as we have: a sender that could
         choose the length could learn another sender's file byte by byte."""
         n = digest.n
         offered = self._offers.get(n)
         if offered is None or offered.compared:
-            raise ProtocolError("a digest that was not requested")
+            raise wire.ProtocolError("a digest that was not requested")
         self._to_hash.pop(n, None)
         try:
             self._hash(offered, handles)
@@ -294,7 +275,7 @@ class Reception:
         offered.digest = None
         if offered.prefix is not None and offered.present.complete:
             self._forget(n)
-            self._store(n, How.SAME)
+            self._store(n, wire.How.SAME)
             return
         offered.compared = True
         self._send.append((n, offered.prefix.size if offered.prefix is not None else 0))
@@ -302,16 +283,16 @@ class Reception:
     def _take_begun(self, n: int) -> _Offered:
         """The offer of a file that begins."""
         if self._current is not None:
-            raise ProtocolError("one file begins before another has ended")
+            raise wire.ProtocolError("one file begins before another has ended")
         offered = self._forget(n)
         if offered is None or not offered.compared:
-            raise ProtocolError(f"file {n} begins, which was not requested")
+            raise wire.ProtocolError(f"file {n} begins, which was not requested")
         return offered
 
-    def _whole(self, whole: Whole, handles: "Handles") -> None:
+    def _whole(self, whole: wire.Whole, handles: "Handles") -> None:
         offer = self._take_begun(whole.n).offer
         if len(whole.content) != offer.size:
-            raise ProtocolError("more or less data than the file has")
+            raise wire.ProtocolError("more or less data than the file has")
         try:
             self._arrivals.write(offer, whole, handles)
         except NotStored as error:
@@ -334,13 +315,13 @@ class Reception:
     def _data(self, piece: memoryview) -> None:
         current = self._current
         if current is None:
-            raise ProtocolError("data outside a file")
+            raise wire.ProtocolError("data outside a file")
         if current.part is None:
             return
         current.gather(piece)
         if current.part.size + current.gathered > current.part.offer.size:
-            raise ProtocolError("more data than the file has")
-        if current.gathered >= CHUNK:
+            raise wire.ProtocolError("more data than the file has")
+        if current.gathered >= wire.CHUNK:
             self._write(current)
 
     def _write(self, current: _Current) -> None:
@@ -362,10 +343,10 @@ class Reception:
         self._report(self._progress.end, shown(part.offer.path), _alone(error, part.offer))
         self._fail(current.n, error)
 
-    def _end(self, end: End, handles: "Handles") -> None:
+    def _end(self, end: wire.End, handles: "Handles") -> None:
         current = self._current
         if current is None or current.n != end.n:
-            raise ProtocolError("the end of a file that was not begun")
+            raise wire.ProtocolError("the end of a file that was not begun")
         self._write(current)
         self._current = None
         part = current.part
@@ -396,5 +377,5 @@ class Reception:
             current.part.close()
 
 
-def _alone(error: NotStored, offer: Offer) -> str:
+def _alone(error: NotStored, offer: wire.Offer) -> str:
     return reason_alone(str(error), offer.path)

@@ -23,38 +23,9 @@ import trio
 from hybridkex import HybridkexError, SecureStream
 from hybridkex.apps.backoff import Backoff
 from hybridkex.apps.tcp import no_connection
+from hybridkex.apps.transfer import messages as wire
 from hybridkex.apps.transfer.errors import why
 from hybridkex.apps.transfer.frames import Frames, Received, first_failure
-from hybridkex.apps.transfer.messages import (
-    BEAT,
-    CHUNK,
-    DATA,
-    HEADER,
-    MOST_FILES,
-    PROTOCOL,
-    VERSION,
-    WHOLE,
-    WINDOW,
-    Alive,
-    Busy,
-    Bye,
-    Digest,
-    Drop,
-    End,
-    Failed,
-    Have,
-    Hello,
-    How,
-    Offer,
-    ProtocolError,
-    Send,
-    Start,
-    Stored,
-    encode,
-    header,
-    offers,
-    whole_header,
-)
 from hybridkex.apps.transfer.names import reason_alone, shown
 from hybridkex.apps.transfer.part import hash_prefix
 from hybridkex.apps.transfer.progress import Progress
@@ -80,7 +51,7 @@ _LOOKS: Final = 16
 _BUFFERS: Final = 4
 _BATCH: Final = 1 << 19
 """Bytes of small files that are read before they are sent."""
-_SILENCE: Final = 3 * BEAT
+_SILENCE: Final = 3 * wire.BEAT
 """Seconds after which a silent receiver is considered gone. TCP_USER_TIMEOUT is unsuitable: on
 Linux it also ends connections to a live receiver that does not read for a while (tcp(7))."""
 
@@ -144,7 +115,7 @@ async def send_items(
     waits = backoff or Backoff()
     stream = await connect()
     while True:
-        before = work.furthest // CHUNK, work.settled
+        before = work.furthest // wire.CHUNK, work.settled
         try:
             await work.over(stream)
         except trio.BrokenResourceError as error:
@@ -158,7 +129,7 @@ async def send_items(
                 ) from None
         else:
             return work.outcome
-        if (work.furthest // CHUNK, work.settled) != before:
+        if (work.furthest // wire.CHUNK, work.settled) != before:
             waits.reset()
         stream = await _again(connect, lost, waits, retries, progress)
 
@@ -216,7 +187,7 @@ class _Transfer:
 
     async def take(self) -> dict[int, Item]:
         """The next items to offer; none at the end."""
-        items = dict(await in_thread(lambda: list(islice(self._left, MOST_FILES))))
+        items = dict(await in_thread(lambda: list(islice(self._left, wire.MOST_FILES))))
         self.exhausted = not items
         self._unsettled.update(items)
         return items
@@ -236,7 +207,7 @@ class _Transfer:
         self.outcome.failed[name] = reason
         self._progress.end(name, reason)
 
-    def store(self, files: Iterable[int], how: How, lost: str) -> None:
+    def store(self, files: Iterable[int], how: wire.How, lost: str) -> None:
         """Record that items are at the receiver; they are not offered again."""
         small: list[tuple[str, int]] = []
         for n in files:
@@ -245,15 +216,15 @@ class _Transfer:
                 name = shown(item.path)
                 self.outcome.incomplete[name] = lost
                 self._progress.note(f"{name}: stored without {lost}")
-            if how is How.NEW:
+            if how is wire.How.NEW:
                 self.outcome.stored += 1
-                if item.size > WHOLE:
+                if item.size > wire.WHOLE:
                     self._progress.end(shown(item.path), None)
                 elif not item.folder:
                     small.append((shown(item.path), item.size))
             else:
                 self.outcome.already += 1
-                self.outcome.unchanged += how is How.UNCHANGED
+                self.outcome.unchanged += how is wire.How.UNCHANGED
         if small:
             self._progress.stored(small)
 
@@ -266,8 +237,8 @@ class _Transfer:
         self.outcome.connections += 1
         try:
             async with stream:
-                if stream.session.alpn != PROTOCOL:
-                    raise ProtocolError("the other end is not 'hybridkex receive'")
+                if stream.session.alpn != wire.PROTOCOL:
+                    raise wire.ProtocolError("the other end is not 'hybridkex receive'")
                 connection = _Connection(
                     self, dict(self._unsettled), stream, self._progress, self._patience
                 )
@@ -299,7 +270,7 @@ class _Connection:
         """Offers without an outcome yet."""
         self._dropped: set[int] = set()
         """Offers that were withdrawn here."""
-        self._requests: deque[tuple[int, Have | int]] = deque()
+        self._requests: deque[tuple[int, wire.Have | int]] = deque()
         """Numbers of files, each with the digest or the offset that the receiver wants."""
         self._compared: set[int] = set()
         """Files whose digest the receiver has requested."""
@@ -313,7 +284,7 @@ class _Connection:
         self._news = trio.Event()
 
     async def run(self, name: str) -> None:
-        await self._frames.send(Hello(version=VERSION, transfer=name))
+        await self._frames.send(wire.Hello(version=wire.VERSION, transfer=name))
         async with trio.open_nursery() as watcher:
             watcher.start_soon(self._watch_progress)
             await self._converse()
@@ -345,12 +316,12 @@ class _Connection:
                 else:
                     break
             self._leaving = True
-            await self._frames.send(Bye())
+            await self._frames.send(wire.Bye())
 
     @property
     def _may_offer(self) -> bool:
         left = bool(self._again) or not self._transfer.exhausted
-        return left and len(self._open) <= WINDOW - MOST_FILES
+        return left and len(self._open) <= wire.WINDOW - wire.MOST_FILES
 
     # -- reading
 
@@ -364,50 +335,52 @@ class _Connection:
             if not answers:
                 raise trio.BrokenResourceError("the receiver ended the connection")
             for answer in answers:
-                if isinstance(answer, Alive):
+                if isinstance(answer, wire.Alive):
                     continue
-                if isinstance(answer, Bye) and self._leaving:
+                if isinstance(answer, wire.Bye) and self._leaving:
                     return
                 self._take(answer)
-                if not isinstance(answer, Send | Stored) or answer.files:
+                if not isinstance(answer, wire.Send | wire.Stored) or answer.files:
                     self._moved = trio.current_time()
                 self._news.set()
 
     def _take(self, answer: Received) -> None:
         """Take note of an answer. Raises ``ProtocolError`` if it is not allowed now."""
         match answer:
-            case Busy():
+            case wire.Busy():
                 raise trio.BrokenResourceError("the receiver serves no more senders at once")
-            case Have(n=n, size=size) as have if n in self._open and n not in self._compared:
+            case wire.Have(n=n, size=size) as have if n in self._open and n not in self._compared:
                 if size > self._open[n].size:
-                    raise ProtocolError("the receiver has more of a file than there is")
+                    raise wire.ProtocolError("the receiver has more of a file than there is")
                 self._compared.add(n)
                 self._requests.append((n, have))
-            case Send(files=files):
+            case wire.Send(files=files):
                 for n, offset in files:
                     if n not in self._open or n in self._begun:
-                        raise ProtocolError("the receiver asks for a file that was not offered")
+                        raise wire.ProtocolError(
+                            "the receiver asks for a file that was not offered"
+                        )
                     self._begun.add(n)
                     self._requests.append((n, offset))
-            case Stored(files=files, how=how, lost=lost):
+            case wire.Stored(files=files, how=how, lost=lost):
                 for n in files:
                     self._close_stored(n, how)
                 self._transfer.store(files, how, _one_line(lost))
-            case Failed(n=n, reason=reason) if n in self._open:
+            case wire.Failed(n=n, reason=reason) if n in self._open:
                 self._close(n)
                 self._transfer.fail(n, _one_line(reason))
-            case Failed(n=n) if n in self._dropped:
+            case wire.Failed(n=n) if n in self._dropped:
                 self._dropped.discard(n)  # both sides abandoned it at once
             case memoryview():
-                raise ProtocolError("the receiver sends data of a file")
+                raise wire.ProtocolError("the receiver sends data of a file")
             case other:
-                raise ProtocolError(f"the receiver says {type(other).__name__} out of turn")
+                raise wire.ProtocolError(f"the receiver says {type(other).__name__} out of turn")
 
-    def _close_stored(self, n: int, how: How) -> None:
+    def _close_stored(self, n: int, how: wire.How) -> None:
         item = self._open.get(n)
-        by_date = how is How.UNCHANGED and not self._transfer.checksum
+        by_date = how is wire.How.UNCHANGED and not self._transfer.checksum
         if item is None or not (n in self._proved or (by_date and not item.folder)):
-            raise ProtocolError("the receiver claims to have a file that it cannot have")
+            raise wire.ProtocolError("the receiver claims to have a file that it cannot have")
         self._close(n)
 
     def _close(self, n: int) -> Item:
@@ -421,7 +394,7 @@ class _Connection:
 
     async def _offer(self) -> None:
         if self._again:
-            some = dict(islice(self._again.items(), MOST_FILES))
+            some = dict(islice(self._again.items(), wire.MOST_FILES))
             for n in some:
                 del self._again[n]
         else:
@@ -430,21 +403,21 @@ class _Connection:
         self._open.update(some)
         self._proved.update(n for n, item in some.items() if item.folder)
         given = (
-            Offer(n, item.path, item.folder, item.size, item.mtime_ns, item.mode, checksum)
+            wire.Offer(n, item.path, item.folder, item.size, item.mtime_ns, item.mode, checksum)
             for checksum in (self._transfer.checksum,)
             for n, item in some.items()
         )
         if some:
-            await self._frames.send(*offers(given))
+            await self._frames.send(*wire.offers(given))
 
     async def _answer(self) -> None:
         """Send what the receiver has requested: many small files, or a large one."""
-        few: list[tuple[int, Item, Have | int]] = []
+        few: list[tuple[int, Item, wire.Have | int]] = []
         size = 0
-        while self._requests and size < _BATCH and len(few) < MOST_FILES:
+        while self._requests and size < _BATCH and len(few) < wire.MOST_FILES:
             n, request = self._requests[0]
             item = self._open.get(n)
-            if item is not None and item.size > WHOLE:
+            if item is not None and item.size > wire.WHOLE:
                 break
             self._requests.popleft()
             if item is not None:  # otherwise it has failed meanwhile
@@ -455,12 +428,12 @@ class _Connection:
         elif self._requests:
             await self._send_large(*self._requests.popleft())
 
-    async def _send_small(self, few: list[tuple[int, Item, Have | int]]) -> None:
+    async def _send_small(self, few: list[tuple[int, Item, wire.Have | int]]) -> None:
         frames, failures = await in_thread(_small_frames, few)
         for n, item, request in few:
             if n in failures or n not in self._open:
                 continue
-            if not isinstance(request, Have):
+            if not isinstance(request, wire.Have):
                 self._transfer.outcome.payload += item.size
                 self._proved.add(n)
             elif request.size == item.size:
@@ -471,13 +444,13 @@ class _Connection:
         for n, reason in failures.items():
             await self._drop(n, reason)
 
-    async def _send_large(self, n: int, request: Have | int) -> None:
+    async def _send_large(self, n: int, request: wire.Have | int) -> None:
         item = self._open.get(n)
         if item is None:  # it has failed meanwhile
             return
         try:
             with _opened(item) as file:
-                if isinstance(request, Have):
+                if isinstance(request, wire.Have):
                     await self._send_digest(n, item, file, request.size)
                 else:
                     await self._send_file(n, item, file, request)
@@ -492,37 +465,37 @@ class _Connection:
         self._prefixes[n] = size, digest
         if size == item.size:
             self._proved.add(n)
-        await self._frames.send(Digest(n=n, sha256=digest.hexdigest()))
+        await self._frames.send(wire.Digest(n=n, sha256=digest.hexdigest()))
 
     async def _drop(self, n: int, reason: str) -> None:
         if n in self._open:
             self._close(n)
             self._dropped.add(n)
             self._transfer.fail(n, reason)
-            await self._frames.send(Drop(n=n, reason=reason))
+            await self._frames.send(wire.Drop(n=n, reason=reason))
 
     async def _send_file(self, n: int, item: Item, file: int, offset: int) -> None:
         size, whole = self._prefixes.pop(n, (0, sha256()))
         if not offset:
             whole = sha256()
         elif offset != size:
-            raise ProtocolError("the receiver asks for a part that it has not compared")
+            raise wire.ProtocolError("the receiver asks for a part that it has not compared")
         self._progress.begin(shown(item.path), item.size, offset)
-        await self._frames.send(Start(n=n))
+        await self._frames.send(wire.Start(n=n))
         await self._send_data(n, item, file, whole, offset)
         _check(file, item)
         if n in self._open:
             self._proved.add(n)
-            await self._frames.send(End(n=n, sha256=whole.hexdigest()))
+            await self._frames.send(wire.End(n=n, sha256=whole.hexdigest()))
         else:  # the receiver has abandoned it
-            await self._frames.send(Drop(n=n, reason=""))
+            await self._frames.send(wire.Drop(n=n, reason=""))
 
     async def _send_data(self, n: int, item: Item, file: int, digest: "_Hash", offset: int) -> None:
         """Read and hash each chunk in a thread while the previous one is being sent."""
         put, full = trio.open_memory_channel[bytearray](_BUFFERS)
         give_back, take = trio.open_memory_channel[bytearray](_BUFFERS)
         for _ in range(_BUFFERS):
-            give_back.send_nowait(bytearray(HEADER + min(CHUNK, item.size - offset)))
+            give_back.send_nowait(bytearray(wire.HEADER + min(wire.CHUNK, item.size - offset)))
         failure: list[Exception] = []
 
         async def read() -> None:
@@ -530,13 +503,13 @@ class _Connection:
             with put:
                 while position < item.size and n in self._open:
                     frame = await take.receive()
-                    del frame[HEADER + item.size - position :]  # the last one may be shorter
+                    del frame[wire.HEADER + item.size - position :]  # the last one may be shorter
                     try:
                         await in_thread(_read_frame, file, position, frame, digest)
                     except (OSError, _Changed) as error:
                         failure.append(error)
                         return
-                    position += len(frame) - HEADER
+                    position += len(frame) - wire.HEADER
                     await put.send(frame)
 
         sent = offset
@@ -545,7 +518,7 @@ class _Connection:
             with full:
                 async for frame in full:
                     await self._frames.send_frames(frame)
-                    count = len(frame) - HEADER
+                    count = len(frame) - wire.HEADER
                     sent += count
                     self._moved = trio.current_time()
                     self._transfer.sent(n, sent, count)
@@ -598,7 +571,7 @@ def _check_status(file: int, item: Item) -> None:
 
 
 def _small_frames(
-    few: list[tuple[int, Item, Have | int]],
+    few: list[tuple[int, Item, wire.Have | int]],
 ) -> tuple[bytearray, dict[int, str]]:
     """Read small files: the frames with their contents or digests, and why others failed."""
     frames = bytearray()
@@ -611,11 +584,11 @@ def _small_frames(
         except _Changed as error:
             failures[n] = str(error)
         else:
-            if isinstance(request, Have):
+            if isinstance(request, wire.Have):
                 digest = sha256(memoryview(content)[: request.size])
-                frames += encode(Digest(n=n, sha256=digest.hexdigest()))
+                frames += wire.encode(wire.Digest(n=n, sha256=digest.hexdigest()))
             else:
-                frames += whole_header(n, sha256(content).digest(), len(content))
+                frames += wire.whole_header(n, sha256(content).digest(), len(content))
                 frames += content
     return frames, failures
 
@@ -646,8 +619,8 @@ def _read_whole(item: Item) -> bytes:
 def _read_frame(file: int, position: int, frame: bytearray, digest: "_Hash") -> None:
     """Fill a frame with as many bytes of the file as fit."""
     with memoryview(frame) as view:
-        body = view[HEADER:]
-        view[:HEADER] = header(DATA, len(body))
+        body = view[wire.HEADER :]
+        view[: wire.HEADER] = wire.header(wire.DATA, len(body))
         done = 0
         while done < len(body):
             count = os.preadv(file, [body[done:]], position + done)

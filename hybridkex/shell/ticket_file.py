@@ -141,28 +141,56 @@ def _to_json(ticket: SessionTicket) -> dict[str, Any]:
 
 
 def _from_json(fields: dict[str, Any]) -> SessionTicket:
+    """Raises ``KeyError``, ``TypeError`` or ``ValueError`` for what no ticket of ours has."""
+    suite = {suite.name: suite for suite in ALL_SUITES}[fields["suite"]]
+    psk, ticket = _bytes(fields["psk"]), _bytes(fields["ticket"])
+    if len(psk) != suite.hash.size or not ticket:
+        raise ValueError("no ticket, or a PSK of another length")
+    chain = fields["chain"]
+    if type(chain) is not list:
+        raise ValueError("no list of certificates")
     identity, context = fields["psk_identity"], fields["psk_context"]
+    name = fields["server_name"]
     return SessionTicket(
-        ticket=_bytes(fields["ticket"]),
-        psk=Secret(_bytes(fields["psk"])),
-        suite={suite.name: suite for suite in ALL_SUITES}[fields["suite"]],
-        age_add=int(fields["age_add"]),
-        lifetime=int(fields["lifetime"]),
-        received_at=float(fields["received_at"]),
-        server_name=fields["server_name"],
-        chain=tuple(_bytes(der) for der in fields["chain"]),
-        certificate_type=int(fields["certificate_type"]),
+        ticket=ticket,
+        psk=Secret(psk),
+        suite=suite,
+        age_add=_integer(fields["age_add"]),
+        lifetime=_integer(fields["lifetime"]),
+        received_at=_seconds(fields["received_at"]),
+        server_name=_string(name) if name is not None else None,
+        chain=tuple(_bytes(der) for der in chain),
+        certificate_type=_integer(fields["certificate_type"]),
         authenticated_by=AuthenticatedBy(fields["authenticated_by"]),
         psk_identity=_bytes(identity) if identity is not None else None,
         psk_context=_bytes(context) if context is not None else None,
-        began_at=float(fields["began_at"]),
+        began_at=_seconds(fields["began_at"]),
         binding=_bytes(fields["binding"]),
     )
+
+
+def _integer(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 32:
+        raise ValueError("not a 32-bit number")
+    return value
+
+
+def _seconds(value: Any) -> float:
+    # Python's JSON has Infinity and NaN; a whole number may be too large for a float.
+    if type(value) not in (int, float) or not 0 <= value < 1 << 53:
+        raise ValueError("not a time")
+    return float(value)
+
+
+def _string(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError("not a string")
+    return value
 
 
 def _text(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def _bytes(text: str) -> bytes:
-    return base64.b64decode(text, validate=True)
+def _bytes(text: Any) -> bytes:
+    return base64.b64decode(_string(text), validate=True)

@@ -86,6 +86,44 @@ async def test_the_file_stays_readable(tmp_path: Path) -> None:
     assert "host" not in path.read_text().replace("localhost", "")
 
 
+ODD = (
+    *(None, True, -1, 1.5, 1 << 32, 10**300, 1e308, -1e308, float("inf"), float("-inf")),
+    *(float("nan"), "", "x", "AA==", "1", "inf", "é", "\ud800", [], [[]], ["AA=="], [None], {}),
+)
+TAKEN = {
+    "server_name": (None, "", "x", "AA==", "1", "inf", "é", "\ud800"),  # checked by the engine
+    "chain": ([], ["AA=="]),
+    "psk_identity": (None, "", "AA=="),
+    "psk_context": (None, "", "AA=="),
+    "binding": ("", "AA=="),
+    "ticket": ("AA==",),
+    "lifetime": (),
+    "began_at": (1.5, 1 << 32),
+}
+
+
+async def test_a_file_with_odd_tickets(tmp_path: Path) -> None:
+    """Whatever a member of a ticket is: the ticket is as if it were not there."""
+    path = tmp_path / "tickets"
+    client, server = configs(path)
+    await connect(client, server, [], path)
+    [(name, [good, *_])] = json.loads(path.read_text()).items()
+    for member in good:
+        for odd in ODD:
+            path.write_text(json.dumps({name: [{**good, member: odd}]}))
+            ticket = FileTicketStore(path).take(name)
+            if repr(odd) not in map(repr, TAKEN.get(member, ())):
+                assert ticket is None, (member, odd)
+        path.write_text(json.dumps({name: [{key: good[key] for key in good if key != member}]}))
+        assert FileTicketStore(path).take(name) is None
+    for odd in ODD:
+        path.write_text(json.dumps({name: [odd, good, odd]}))
+        assert FileTicketStore(path).take(name) is not None
+        path.write_text(json.dumps({name: [{**good, "received_at": odd, "began_at": odd}]}))
+        again = replace(client, ticket_store=FileTicketStore(path))
+        assert not await connect(again, server, [], path)
+
+
 def test_the_engine_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client, _ = configs(tmp_path / "tickets")
 

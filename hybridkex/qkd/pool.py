@@ -79,6 +79,9 @@ class FilePool:
         store = SqliteKeyStore(path, read_key_file(key_file))
         try:
             return cls(store, _settle_names(store, path, names))
+        except UnicodeDecodeError as error:  # of a message that quotes the file
+            store.close()
+            raise ConfigError(f"cannot use the key pool {path}: its content is damaged") from error
         except sqlite3.Error as error:
             store.close()
             raise ConfigError(f"cannot use the key pool {path}: {error}") from error

@@ -63,6 +63,9 @@ _Inode: TypeAlias = tuple[int, int] | None
 
 _FAILURES: Final = (sqlite3.Error, ConfigError, MemoryError, NoThread)
 """What makes a group of calls fail."""
+_DAMAGE: Final = (ArithmeticError, AttributeError, InvalidTag, LookupError, TypeError, ValueError)
+"""What a damaged file raises besides ``sqlite3.Error``: SQLite columns hold values of any type, and
+Python's module decodes even its messages, which may quote the file."""
 
 GROUP_KEYS: Final = 1024
 """Most keys of a group of several calls: how much work others may have to wait for."""
@@ -145,7 +148,7 @@ class SqliteKeyStore:
         self._db = open_locked(path)
         try:
             self._enter()
-        except (sqlite3.Error, InvalidTag) as error:
+        except sqlite3.Error as error:
             self._db.close()
             raise ConfigError(f"cannot use the key store {path}: {_reason(error)}") from error
         except BaseException:
@@ -153,7 +156,12 @@ class SqliteKeyStore:
             raise
 
     def _enter(self) -> None:
-        self._prepare()
+        try:
+            self._prepare()
+        except _FAILURES:
+            raise
+        except _DAMAGE as error:
+            raise ConfigError(f"cannot use the key store {self._path}: {_reason(error)}") from error
         if not self._moving:
             self._check_not_moved()
         self._files = self._found_files()
@@ -364,7 +372,7 @@ class SqliteKeyStore:
         except Exception as error:  # a refusal, or a damaged key
             if call.writes:
                 self._db.execute("ROLLBACK TO call")
-            if isinstance(error, InvalidTag):
+            if isinstance(error, _DAMAGE):
                 self._note_failure(error)
                 call.fail(_failed(error))
             else:
@@ -915,4 +923,6 @@ def _failed(error: Exception) -> KeySourceUnavailable:
 def _reason(error: Exception) -> str:
     if isinstance(error, InvalidTag):
         return "a key in it is damaged or altered"
+    if isinstance(error, _DAMAGE) and not isinstance(error, ConfigError):
+        return "its content is damaged"
     return "out of memory" if isinstance(error, MemoryError) else str(error)

@@ -458,6 +458,8 @@ class Seal:
         return other
 
     def _opened(self, sealed: bytes, place: bytes) -> tuple[int, Secret]:
+        if not isinstance(sealed, bytes) or len(sealed) < NONCE_BYTES:
+            raise InvalidTag
         nonce, rest = sealed[:NONCE_BYTES], sealed[NONCE_BYTES:]
         for number, cipher in enumerate(self._ciphers):
             with suppress(InvalidTag):

@@ -101,7 +101,8 @@ class SecureDuplex:
         # Users' mistakes: two tasks in one direction.
         self._sending = _Guard(partial(self._busy, "sending to"))
         self._receiving = _Guard(partial(self._busy, "receiving from"))
-        self._flushing = False
+        self._flushed: Any = None
+        """Set when the send that is under way has ended; ``None`` while there is none."""
         self._failure: BaseException | None = None
         self._send_failure: BaseException | None = None
         self._closed = False
@@ -233,10 +234,10 @@ class SecureDuplex:
 
     async def _send_for_keeper(self) -> None:
         async with self._send_lock:
-            # After a failure, the task that has failed sends the alert.
+            # At the end, the task that has failed, or closes, sends what is queued.
             if self._pipe is not None:
                 self._pipe.flush()
-            elif self._send_failure is None and self._failure is None:
+            elif self._send_failure is None and self._failure is None and not self._closed:
                 await self._flush()
 
     async def _fail_for_keeper(self, error: PeerError) -> None:
@@ -405,7 +406,7 @@ class SecureDuplex:
         connection = self._connection
         if not connection.has_data_to_send:
             return
-        self._flushing = True
+        self._flushed = self._lib.Event()
         complete = False
         try:
             await self._write(connection.data_to_send())
@@ -416,9 +417,10 @@ class SecureDuplex:
             self._check_usable()
             raise self._lib.BrokenResourceError("the transport was closed") from None
         finally:
-            self._flushing = False
             if not complete and self._send_failure is None:
                 self._send_failure = _Interrupted("an earlier send did not complete")
+            self._flushed.set()
+            self._flushed = None
 
     async def update_keys(self, *, request_peer: bool = False) -> None:
         """Change the key of our direction now (RFC 9846 section 4.7.3); long before the limits of
@@ -517,13 +519,13 @@ class SecureDuplex:
             await self._lib.lowlevel.checkpoint()
             return
         self._closed = True
-        self._stop_keeper()
         try:
-            if self._can_tell and not self._flushing:
+            if self._can_tell:
                 self._connection.abort(InternalError("the application has given up"))
                 with self._lib.move_on_after(_ALERT_TIMEOUT), self._unless_gone():
-                    await self._write(self._connection.data_to_send())
+                    await self._send_alert()
         finally:
+            self._stop_keeper()
             await self._lib.aclose_forcefully(self.transport_stream)
 
     async def __aexit__(
@@ -581,12 +583,19 @@ class SecureDuplex:
         if self._pads is not None:
             self._pads.stop()
         told = isinstance(error, PeerError | KeySourceError)
-        # While another task is in the middle of a send, the peer sees the connection end, at least.
-        if told and self._send_failure is None and not self._flushing:
+        if told:
             with self._lib.move_on_after(_ALERT_TIMEOUT, shield=True), self._unless_gone():
                 async with self._telling:
-                    await self._write(self._connection.data_to_send())
+                    await self._send_alert()
         raise self._lib.BrokenResourceError(str(error)) from error
+
+    async def _send_alert(self) -> None:
+        """Send the alert that the engine has queued, behind what another task is sending. If that
+        send does not complete, the peer sees the connection end, at least."""
+        if self._flushed is not None:
+            await self._flushed.wait()
+        if self._send_failure is None:
+            await self._write(self._connection.data_to_send())
 
 
 class _Interrupted(HybridkexError):

@@ -1,6 +1,8 @@
 """What happens when things go wrong: rejected, cut, stalled, cancelled."""
 
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import trio.testing
 from hybridkex import (
     ClientConfig,
     DevCa,
+    Policy,
+    Requirement,
     SecureStream,
     ServerConfig,
     TrustStore,
@@ -233,3 +237,87 @@ async def test_rubbish_and_stalls_do_not_take_the_server_down(
                 await stream.send_all(b"still here")
                 assert await stream.receive_some() == b"still here"
             nursery.cancel_scope.cancel()
+
+
+class SlowSend(trio.abc.Stream):
+    """A transport that sends after a while."""
+
+    def __init__(self, stream: Any, seconds: float) -> None:
+        self._stream, self.seconds = stream, seconds
+        self.sending = trio.Event()
+
+    async def send_all(self, data: Any) -> None:
+        self.sending.set()
+        await trio.sleep(self.seconds)
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> Any:
+        return await self._stream.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+@pytest.mark.parametrize("sender", ["caller", "keeper"])
+@pytest.mark.parametrize("end", ["peer's fault", "abort"])
+async def test_an_alert_goes_behind_the_send_that_is_under_way(
+    stream_ca: DevCa, autojump_clock: trio.testing.MockClock, sender: str, end: str
+) -> None:
+    """Whoever sends: a task of the caller, or the one that renews the keys."""
+    fresh = Policy(fresh_keys=Requirement.REQUIRE)
+    one, other = trio.testing.memory_stream_pair()
+    slow = SlowSend(other, 0)
+    trust, identity = TrustStore((stream_ca.certificate,)), stream_ca.issue("localhost")
+    client = SecureStream(
+        one, ClientConfig(verifier=trust, policy=fresh), server_hostname="localhost"
+    )
+    server = SecureStream(slow, ServerConfig(identities=(identity,), policy=fresh))
+    await shake(client, server)
+    slow.seconds, slow.sending = 0.2, trio.Event()
+
+    async def send() -> None:
+        if sender == "keeper":
+            await server.update_keys()
+            return
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await server.send_all(b"x")
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            await slow.sending.wait()
+            if end == "abort":
+                nursery.start_soon(server.abort)
+            else:
+                await one.send_all(b"\x17\x03\x03\x00\x20" + bytes(32))
+                with pytest.raises(trio.BrokenResourceError):
+                    await server.receive_some()
+            if sender == "caller":
+                assert await client.receive_some() == b"x"
+            with pytest.raises(trio.BrokenResourceError) as caught:
+                await client.receive_some()
+            heard = caught.value.__cause__
+            assert isinstance(heard, AlertReceived)
+            expected = Alert.INTERNAL_ERROR if end == "abort" else Alert.BAD_RECORD_MAC
+            assert heard.alert == expected
+
+
+async def test_a_send_that_never_ends_does_not_hold_up_an_error(
+    make_pair: MakePair, autojump_clock: trio.testing.MockClock
+) -> None:
+    client, server = make_pair()
+    await shake(client, server)
+    slow = SlowSend(server.transport_stream, math.inf)
+    server.transport_stream = slow
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.send_all, b"x")
+        await slow.sending.wait()
+        await client.transport_stream.send_all(b"\x17\x03\x03\x00\x20" + bytes(32))
+        began = trio.current_time()
+        with pytest.raises(trio.BrokenResourceError):
+            await server.receive_some()
+        assert trio.current_time() - began <= 1.5
+        nursery.cancel_scope.cancel()

@@ -7,6 +7,7 @@ The engine runs over any byte stream of anyio, as ``anyio.streams.tls.TLSStream`
 import contextlib
 import errno
 import logging
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Final, Self
@@ -23,6 +24,7 @@ from anyio.abc import (
 from anyio.streams.tls import TLSAttribute
 
 from hybridkex.auth import PeerCertificate
+from hybridkex.errors import CertificateRejected
 from hybridkex.machine import broken, leaves
 from hybridkex.net.acknowledged import unacknowledged
 from hybridkex.net.budget import PATIENCE, Budget, Connection
@@ -36,7 +38,7 @@ from hybridkex.net.waiting_room import (
     WaitingRoom,
 )
 from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT, READ_SIZE, SecureDuplex
-from hybridkex.shell.ssl_facade import SslObject, cipher_of, peercert_of
+from hybridkex.shell.ssl_facade import SslObject, cipher_of, describe, is_ssl_error, peercert_of
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 from hybridkex.tls.session import Session
@@ -46,6 +48,8 @@ __all__ = [
     "SecureByteStream",
     "SecureConnectable",
     "SecureListener",
+    "SecureStreamCertificateError",
+    "SecureStreamError",
 ]
 
 _LACKS: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
@@ -62,13 +66,26 @@ class HybridkexAttribute(anyio.TypedAttributeSet):
     """The :class:`~hybridkex.Session`: groups, keys and the identity of the peer."""
 
 
+class SecureStreamError(anyio.BrokenResourceError, ssl.SSLError):
+    """The handshake failed, or a record was not authentic. anyio's own TLS stream raises an
+    ``ssl.SSLError`` then; this is one, too. ``__cause__`` is the reason, an error of
+    :mod:`hybridkex.errors`."""
+
+
+class SecureStreamCertificateError(SecureStreamError, ssl.SSLCertVerificationError):
+    """The peer's certificate was not accepted."""
+
+
 class SecureByteStream(SecureDuplex, ByteStream):
     """A byte stream that encrypts over another byte stream; :meth:`wrap` makes it.
 
     The errors are those of anyio's own TLS stream: ``anyio.BrokenResourceError``, whose
     ``__cause__`` is an error of :mod:`hybridkex.errors`, and ``anyio.EndOfStream`` at the peer's
-    close_notify. After a :meth:`send` was cancelled, nothing more can be sent, because part of a
-    record may have been sent. A :meth:`receive` that is cancelled loses no data.
+    close_notify. Where anyio raises an ``ssl.SSLError``, the ``BrokenResourceError`` is a
+    :exc:`SecureStreamError`, which is both.
+
+    After a :meth:`send` was cancelled, nothing more can be sent, because part of a record may have
+    been sent. A :meth:`receive` that is cancelled loses no data.
 
     Its typed attributes are those of ``TLSAttribute`` that have a meaning in TLS 1.3, those of
     :class:`HybridkexAttribute`, and those of the transport stream.
@@ -149,6 +166,14 @@ class SecureByteStream(SecureDuplex, ByteStream):
     def _unacknowledged(self) -> int:
         raw = self.transport_stream.extra(SocketAttribute.raw_socket, None)
         return 0 if raw is None else unacknowledged(raw)
+
+    def _broken(self, cause: BaseException) -> Exception:
+        if not is_ssl_error(cause):
+            return super()._broken(cause)
+        refused = isinstance(cause, CertificateRejected)
+        error = (SecureStreamCertificateError if refused else SecureStreamError)(str(cause))
+        describe(error, cause)
+        return error
 
     def _busy(self, action: str) -> Exception:
         return anyio.BusyResourceError(action)

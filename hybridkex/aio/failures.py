@@ -5,14 +5,13 @@ import ssl
 from typing import Final
 
 from hybridkex.errors import (
-    AlertReceived,
     CertificateRejected,
     HandshakeTimeout,
     HybridkexError,
     LocalStateError,
-    PeerError,
     TruncationError,
 )
+from hybridkex.shell.ssl_facade import describe
 
 
 class SecureConnectionError(ConnectionError):
@@ -23,13 +22,6 @@ class SecureConnectionError(ConnectionError):
     meaning.
     """
 
-    _errno: int
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.errno = self._errno
-        self.strerror = message
-
     def __str__(self) -> str:
         return str(self.args[0])
 
@@ -37,13 +29,9 @@ class SecureConnectionError(ConnectionError):
 class SecureConnectionReset(SecureConnectionError, ConnectionResetError):
     """The peer ended the connection without close_notify."""
 
-    _errno = errno.ECONNRESET
-
 
 class SecureConnectionAborted(SecureConnectionError, ConnectionAbortedError):
     """This side ended the connection: it was aborted, or closed to make room for another."""
-
-    _errno = errno.ECONNABORTED
 
 
 class SecureConnectionTimeout(SecureConnectionAborted, TimeoutError):
@@ -55,44 +43,30 @@ class SecureProtocolError(SecureConnectionError, ssl.SSLError):
     """The handshake failed, or a record was not authentic. ``reason`` is the name of the alert that
     was sent or received, in capitals."""
 
-    _errno = ssl.SSL_ERROR_SSL
-    library = "SSL"
-    reason = "INTERNAL_ERROR"
-
 
 class SecureCertificateError(SecureProtocolError, ssl.SSLCertVerificationError):
     """The peer's certificate was not accepted. ``verify_message`` says why."""
 
-    reason = "CERTIFICATE_VERIFY_FAILED"
-    verify_code = 1  # X509_V_ERR_UNSPECIFIED: OpenSSL's numbers do not fit
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.verify_message = message
-
-
-_CLASSES: Final[tuple[tuple[type[HybridkexError], type[SecureConnectionError]], ...]] = (
-    (TruncationError, SecureConnectionReset),
-    (LocalStateError, SecureConnectionAborted),
-    (HandshakeTimeout, SecureConnectionTimeout),
-    (CertificateRejected, SecureCertificateError),
-    (HybridkexError, SecureProtocolError),
+_ENDED: Final[tuple[tuple[type[HybridkexError], type[SecureConnectionError], int], ...]] = (
+    (TruncationError, SecureConnectionReset, errno.ECONNRESET),
+    (LocalStateError, SecureConnectionAborted, errno.ECONNABORTED),
+    (HandshakeTimeout, SecureConnectionTimeout, errno.ECONNABORTED),
 )
-"""What an error of the engine is raised as; the first that fits."""
+"""What an error is raised as that has no counterpart in the ``ssl`` module."""
 
 
-def connection_error(
-    cause: HybridkexError, kind: type[SecureConnectionError] | None = None
-) -> SecureConnectionError:
-    """The :exc:`SecureConnectionError` for an error of the engine; its class follows from ``cause``
-    unless ``kind`` is given."""
-    if kind is None:
-        kind = next(kind for type_, kind in _CLASSES if isinstance(cause, type_))
-    error = kind(str(cause))
+def connection_error(cause: HybridkexError) -> SecureConnectionError:
+    """The :exc:`SecureConnectionError` for an error of the engine."""
+    error: SecureConnectionError
+    for kind, raised, number in _ENDED:
+        if isinstance(cause, kind):
+            error = raised(str(cause))
+            error.errno, error.strerror = number, str(cause)
+            break
+    else:
+        refused = isinstance(cause, CertificateRejected)
+        error = (SecureCertificateError if refused else SecureProtocolError)(str(cause))
+        describe(error, cause)
     error.__cause__ = cause
-    if type(error) is SecureProtocolError:
-        if isinstance(cause, PeerError):
-            error.reason = cause.alert.name
-        elif isinstance(cause, AlertReceived):
-            error.reason = cause.name.upper()
     return error

@@ -842,8 +842,9 @@ class SecureTransport(transports._FlowControlMixin):
         assert self._raw is not None
         if self._failure is None and self.get_write_buffer_size():
             seconds = f"{self._shutdown_timeout:g} seconds"
-            error = TruncationError(f"the peer did not take all of our data within {seconds}")
-            self._failure = connection_error(error, SecureConnectionTimeout)
+            cause = TruncationError(f"the peer did not take all of our data within {seconds}")
+            self._failure = SecureConnectionTimeout(str(cause))
+            self._failure.__cause__ = cause
         self._abort_raw()
 
     def _abort_raw(self) -> None:

@@ -391,7 +391,7 @@ class SecureDuplex:
             await pads.wait_until_ready(size)
         except HybridkexError as error:
             self._check_usable()
-            raise self._lib.BrokenResourceError(str(error)) from error
+            raise self._broken(error) from error
 
     def _queue(self, function: Callable[..., None], *arguments: Any, **options: Any) -> None:
         """Call a function of the engine that has something to send."""
@@ -399,7 +399,7 @@ class SecureDuplex:
             function(*arguments, **options)
         except HybridkexError as error:
             self._check_usable()  # If the receiving side has failed, its reason says more.
-            raise self._lib.BrokenResourceError(str(error)) from error
+            raise self._broken(error) from error
 
     async def _flush(self) -> None:
         """Send what the engine has queued. After an incomplete send, nothing more can be sent."""
@@ -561,16 +561,21 @@ class SecureDuplex:
             *(lib.BrokenResourceError, lib.BusyResourceError, lib.ClosedResourceError),
         )
 
+    def _broken(self, cause: BaseException) -> Exception:
+        """The ``BrokenResourceError`` of the library for the reason of a failure."""
+        error: Exception = self._lib.BrokenResourceError(str(cause))
+        return error
+
     def _check_usable(self) -> None:
         if self._closed:
             raise self._lib.ClosedResourceError("this stream is closed")
         if self._failure is not None:
-            raise self._lib.BrokenResourceError(str(self._failure)) from self._failure
+            raise self._broken(self._failure) from self._failure
 
     def _check_sendable(self) -> None:
         self._check_usable()
         if self._send_failure is not None:
-            raise self._lib.BrokenResourceError(str(self._send_failure)) from self._send_failure
+            raise self._broken(self._send_failure) from self._send_failure
         if self._connection.close_sent:
             raise self._lib.ClosedResourceError("send_eof was called on this stream")
 
@@ -578,7 +583,7 @@ class SecureDuplex:
         """Send the alert, if there is one, and raise. The first failure is the one that counts:
         another task may find that the engine has ended before it is told why."""
         if self._failure is not None:
-            raise self._lib.BrokenResourceError(str(self._failure)) from self._failure
+            raise self._broken(self._failure) from self._failure
         self._failure = error
         if self._pads is not None:
             self._pads.stop()
@@ -587,7 +592,7 @@ class SecureDuplex:
             with self._lib.move_on_after(_ALERT_TIMEOUT, shield=True), self._unless_gone():
                 async with self._telling:
                     await self._send_alert()
-        raise self._lib.BrokenResourceError(str(error)) from error
+        raise self._broken(error) from error
 
     async def _send_alert(self) -> None:
         """Send the alert that the engine has queued, behind what another task is sending. If that

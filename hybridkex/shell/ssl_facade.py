@@ -1,4 +1,4 @@
-"""The queries of the ssl module's connections, answered from a session.
+"""The queries of the ssl module's connections, answered from a session, and its exceptions.
 
 The shapes are those of :meth:`ssl.SSLSocket.getpeercert` and the other query methods.
 """
@@ -10,6 +10,13 @@ from typing import Any, Final
 from cryptography import x509
 
 from hybridkex.auth import PeerCertificate
+from hybridkex.errors import (
+    AlertReceived,
+    CertificateRejected,
+    HandshakeTimeout,
+    KeySourceError,
+    PeerError,
+)
 from hybridkex.tls.session import Session
 
 _BITS: Final = {
@@ -17,6 +24,8 @@ _BITS: Final = {
     "TLS_AES_256_GCM_SHA384": 256,
     "TLS_CHACHA20_POLY1305_SHA256": 256,
 }
+_SSL_ERROR_SSL: Final = 1
+_X509_V_ERR_UNSPECIFIED: Final = 1
 _NAMES: Final = {
     "CN": "commonName",
     "O": "organizationName",
@@ -30,6 +39,29 @@ _NAMES: Final = {
 }
 
 Name = tuple[tuple[tuple[str, str], ...], ...]
+
+
+def is_ssl_error(cause: BaseException) -> bool:
+    """Whether the ``ssl`` module has an exception for an error of the engine: ``SSLError``, and
+    ``SSLCertVerificationError`` for ``CertificateRejected``. It has none where the connection ended
+    or this side ended it."""
+    return isinstance(cause, PeerError | AlertReceived | KeySourceError) and not isinstance(
+        cause, HandshakeTimeout
+    )
+
+
+def describe(error: Any, cause: BaseException) -> None:
+    """Set what programs read from an ``ssl.SSLError``."""
+    error.errno, error.strerror = _SSL_ERROR_SSL, str(cause)
+    error.library, error.reason = "SSL", "INTERNAL_ERROR"
+    if isinstance(cause, CertificateRejected):
+        error.reason = "CERTIFICATE_VERIFY_FAILED"
+        error.verify_message = str(cause)
+        error.verify_code = _X509_V_ERR_UNSPECIFIED
+    elif isinstance(cause, PeerError):
+        error.reason = cause.alert.name
+    elif isinstance(cause, AlertReceived):
+        error.reason = cause.name.upper()
 
 
 @dataclass(frozen=True)

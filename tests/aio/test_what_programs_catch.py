@@ -12,14 +12,18 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
+import anyio
 import pytest
 from aio_glue import Run, Streams, closed
+from anyio.streams.tls import TLSStream
 
 from hybridkex import ClientConfig, DevCa, ServerConfig, TrustStore
-from hybridkex.aio import SecureConnectionError, open_connection, start_server
+from hybridkex.aio import open_connection, start_server
+from hybridkex.anyio import SecureByteStream
 from hybridkex.auth.dev_ca import write_identity
 
 CAUGHT: Final = (
+    anyio.BrokenResourceError,
     OSError,
     ConnectionError,
     ConnectionResetError,
@@ -133,10 +137,14 @@ async def caught_of(work: Callable[[], Awaitable[Any]]) -> BaseException | None:
 
 
 def compare(run: Run, stacks: tuple[Stack, Stack], scene: Callable[[Stack], Any]) -> None:
-    theirs, ours = (run(scene(stack), debug=False) for stack in stacks)
+    check(*(run(scene(stack), debug=False) for stack in stacks))
+
+
+def check(theirs: BaseException | None, ours: BaseException | None) -> None:
     names = {kind.__name__ for kind in CAUGHT if isinstance(theirs, kind)}
     assert names <= {kind.__name__ for kind in CAUGHT if isinstance(ours, kind)}, (theirs, ours)
-    assert ours is None or isinstance(ours, SecureConnectionError | OSError)
+    if isinstance(ours, ssl.SSLError):
+        assert (ours.library, bool(ours.reason), bool(ours.strerror)) == ("SSL", True, True)
 
 
 async def relayed(stack: Stack, scene: Callable[[int, Relay], Awaitable[Any]]) -> Any:
@@ -235,3 +243,57 @@ def test_of_a_certificate(run: Run, stacks: tuple[Stack, Stack], tmp_path: Path)
 
     compare(run, stacks, lambda stack: scene(stack, "elsewhere.example"))
     compare(run, others, lambda stack: scene(stack, "localhost"))
+
+
+FIRST_WORDS: Final = {
+    "rubbish": b"HTTP/1.1 400 Bad Request\r\n\r\n",
+    "forged": b"\x17\x03\x03\x00\x20" + bytes(32),
+    "alert": b"\x15\x03\x03\x00\x02\x02\x28",
+    "end": b"",
+}
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize("fault", [*FIRST_WORDS, "name"])
+def test_on_anyio(stacks: tuple[Stack, Stack], backend: str, fault: str) -> None:
+    """anyio's TLS stream and ours, in the handshake of a client."""
+
+    async def wrap(stack: Stack, stream: Any, name: str | None) -> Any:
+        if isinstance(stack.client, ClientConfig):
+            config = stack.server if name is None else stack.client
+            return await SecureByteStream.wrap(stream, config, server_hostname=name)
+        context = stack.server if name is None else stack.client
+        server_side = name is None
+        return await TLSStream.wrap(
+            stream, hostname=name, ssl_context=context, server_side=server_side
+        )
+
+    async def scene(stack: Stack) -> BaseException | None:
+        async def serve(stream: anyio.abc.SocketStream) -> None:
+            with contextlib.suppress(anyio.BrokenResourceError, ssl.SSLError):
+                async with stream:
+                    if fault == "name":
+                        await wrap(stack, stream, None)
+                        return
+                    await stream.receive()
+                    if FIRST_WORDS[fault]:
+                        await stream.send(FIRST_WORDS[fault])
+                        await anyio.sleep(0.05)
+
+        met: BaseException | None = None
+        async with (
+            await anyio.create_tcp_listener(local_host="127.0.0.1") as listener,
+            anyio.create_task_group() as group,
+        ):
+            group.start_soon(listener.serve, serve)
+            port = listener.extra(anyio.abc.SocketAttribute.local_port)
+            async with await anyio.connect_tcp("127.0.0.1", port) as stream:
+                try:
+                    await wrap(stack, stream, "elsewhere" if fault == "name" else "localhost")
+                except Exception as error:
+                    met = error
+            group.cancel_scope.cancel()
+        assert met is not None
+        return met
+
+    check(*(anyio.run(scene, stack, backend=backend) for stack in stacks))

@@ -67,8 +67,7 @@ def certificate_key(certificate: x509.Certificate, key: object) -> RsaPssKey:
     """
     if not isinstance(key, rsa.RSAPublicKey):
         raise ValueError("a key for RSASSA-PSS that is not an RSA key")  # noqa: TRY004
-    der = _der()
-    return RsaPssKey(key, der.key_parameters(der.certificate_info(certificate)))
+    return _restricted(key, _der().certificate_info(certificate))
 
 
 def raw_key(spki: bytes, key: rsa.RSAPublicKey) -> RsaPssKey | None:
@@ -79,8 +78,12 @@ def raw_key(spki: bytes, key: rsa.RSAPublicKey) -> RsaPssKey | None:
     """
     if _RSASSA_PSS not in spki[:20]:
         return None
-    der = _der()
-    return RsaPssKey(key, der.key_parameters(der.read_info(spki)))
+    return _restricted(key, _der().read_info(spki))
+
+
+def _restricted(key: rsa.RSAPublicKey, info: Any) -> RsaPssKey:
+    found = _der().key_parameters(info)
+    return RsaPssKey(key, None if found is None else PssParameters(*found))
 
 
 def _der() -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 from cryptography import x509
 from cryptography.hazmat import asn1
 
-from hybridkex.crypto.rsa_pss import PssParameters
+from hybridkex.crypto.x509_failure import TbsCertificate
 
 _MGF1: Final = "1.2.840.113549.1.1.8"
 _HASHES: Final = {
@@ -62,25 +62,12 @@ class _Info:
     key: asn1.BitString
 
 
-@asn1.sequence
-class _Certified:
-    """TBSCertificate (RFC 5280 section 4.1)."""
-
-    version: Annotated[int | None, asn1.Explicit(0)]
-    serial: int
-    signature: asn1.TLV
-    issuer: asn1.TLV
-    validity: asn1.TLV
-    subject: asn1.TLV
-    info: _Info
-    issuer_id: Annotated[asn1.BitString | None, asn1.Implicit(1)]
-    subject_id: Annotated[asn1.BitString | None, asn1.Implicit(2)]
-    extensions: Annotated[list[asn1.TLV] | None, asn1.Explicit(3)]
-
-
 def certificate_info(certificate: x509.Certificate) -> _Info:
     """SubjectPublicKeyInfo as it stands in a certificate."""
-    return asn1.decode_der(_Certified, certificate.tbs_certificate_bytes).info
+    info: _Info = asn1.decode_der(TbsCertificate, certificate.tbs_certificate_bytes).key.parse(
+        _Info
+    )
+    return info
 
 
 def read_info(spki: bytes) -> _Info:
@@ -93,8 +80,11 @@ def write_info(info: _Info) -> bytes:
     return asn1.encode_der(info)
 
 
-def key_parameters(info: _Info) -> PssParameters | None:
-    """What a key is restricted to. Raises ``ValueError``: its parameters do not parse."""
+def key_parameters(info: _Info) -> tuple[str, str, int] | None:
+    """What a key is restricted to: hash, hash of MGF1, bytes of salt.
+
+    Raises ``ValueError``: its parameters do not parse.
+    """
     given = info.algorithm.parse(_Algorithm).parameters
     if given is None:
         return None
@@ -106,7 +96,7 @@ def key_parameters(info: _Info) -> PssParameters | None:
             raise ValueError("RSASSA-PSS with another mask generation function than MGF1")
         mask = _hash(given.mask.hash)
     salt = 20 if given.salt_length is None else given.salt_length
-    return PssParameters("sha1" if given.hash is None else _hash(given.hash), mask, salt)
+    return "sha1" if given.hash is None else _hash(given.hash), mask, salt
 
 
 def _hash(algorithm: _Hash) -> str:

@@ -35,7 +35,7 @@ class _Extension:
 
 
 @asn1.sequence
-class _Tbs:
+class TbsCertificate:
     """TBSCertificate (RFC 5280 section 4.1)."""
 
     version: Annotated[int | None, asn1.Explicit(0)]
@@ -69,7 +69,7 @@ def parse_extensions(certificate: x509.Certificate) -> None:
 
 
 def _first_malformed(certificate: x509.Certificate) -> str | None:
-    extensions = asn1.decode_der(_Tbs, certificate.tbs_certificate_bytes).extensions or []
+    extensions = asn1.decode_der(TbsCertificate, certificate.tbs_certificate_bytes).extensions or []
     key = ed25519.Ed25519PrivateKey.generate()
     for one in extensions[:_MOST]:
         extension = one.parse(_Extension)

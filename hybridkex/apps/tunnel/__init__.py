@@ -7,10 +7,10 @@ any number of them and applies configuration changes,
 :mod:`~hybridkex.apps.tunnel.forward` carries the bytes of one connection.
 """
 
-from hybridkex.apps.tunnel.config import TunnelConfig
+from hybridkex.apps.tunnel.config import TunnelConfig, TunnelSettings
 from hybridkex.apps.tunnel.metrics import TunnelMetrics
 from hybridkex.apps.tunnel.server import TunnelServer
-from hybridkex.apps.tunnel.service import TunnelService, TunnelSettings
+from hybridkex.apps.tunnel.service import TunnelService
 from hybridkex.apps.tunnel.workers import WorkerPool
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The configuration of one tunnel."""
+"""The configuration of one tunnel, and the settings of a process that runs tunnels."""
 
 import math
 from collections.abc import AsyncIterator, Callable, Collection
@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from hybridkex import ClientConfig, ClientConnection, ServerConfig, canonical_peer_name
 from hybridkex.errors import ConfigError
@@ -135,3 +135,48 @@ def check_together(tunnels: Collection[TunnelConfig]) -> None:
             )
         names.add(tunnel.name)
         endpoints[tunnel.endpoint] = tunnel.name
+
+
+MOST_WORKERS: Final = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunnelSettings:
+    """The settings of a process.
+
+    Args:
+        tunnels: at least one.
+        metrics: the address to serve Prometheus metrics on; ``None`` for none.
+        grace: seconds for open connections after SIGTERM.
+        log_level: ``debug``, ``info``, ``warning`` or ``error``.
+        workers: processes that serve the tunnels; with 1, the process itself does.
+        recipe: makes the same settings in another process, for more than one worker; it can be
+            pickled.
+
+    Raises:
+        ConfigError: a value is invalid, or two tunnels conflict.
+    """
+
+    tunnels: tuple[TunnelConfig, ...]
+    metrics: TcpAddress | None = None
+    grace: float = 30.0
+    log_level: str = "info"
+    workers: int = 1
+    recipe: "Callable[[], TunnelSettings] | None" = None
+
+    def __post_init__(self) -> None:
+        check_together(self.tunnels)
+        if not 0 <= self.grace < math.inf:
+            raise ConfigError("grace must be a number of seconds, 0 or more")
+        if not 1 <= self.workers <= MOST_WORKERS:
+            raise ConfigError(f"workers must be 1 to {MOST_WORKERS}")
+        for tunnel in self.tunnels:
+            if tunnel.max_connections < self.workers:
+                raise ConfigError(
+                    f"{tunnel.name}: max_connections is shared by {self.workers} workers, and must "
+                    "be at least as many"
+                )
+            if self.workers > 1 and tunnel.sole:
+                raise ConfigError(
+                    f"{tunnel.name}: {tunnel.sole} is used by one process only: set workers to 1"
+                )

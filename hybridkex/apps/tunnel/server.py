@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import trio
 
@@ -22,7 +22,7 @@ from hybridkex import ClientConfig, SecureStream, ServerConfig, Session
 from hybridkex.apps.handshakes import handshake_failed
 from hybridkex.apps.port_file import check_port_file, write_port
 from hybridkex.apps.tcp import no_connection, reset, set_reset
-from hybridkex.apps.tunnel.config import TunnelConfig, check_together
+from hybridkex.apps.tunnel.config import TunnelConfig, TunnelSettings, check_together
 from hybridkex.apps.tunnel.forward import Activity, ConnectionCut, Leg, forward
 from hybridkex.apps.tunnel.metrics import TunnelCounters, TunnelMetrics
 from hybridkex.apps.tunnel.sockets import Listening, connect, listen_for
@@ -33,9 +33,6 @@ from hybridkex.net.readiness import Readiness
 from hybridkex.net.sockets import keep_alive
 from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
 from hybridkex.text import get_logger, json_line
-
-if TYPE_CHECKING:
-    from hybridkex.apps.tunnel.service import TunnelSettings
 
 LOG: Final = get_logger("hybridkex.tunnel")
 
@@ -184,14 +181,14 @@ class TunnelServer:
 
     async def serve(
         self,
-        settings: "TunnelSettings",
+        settings: TunnelSettings,
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """As :meth:`run`, for a service."""
         await self.run(settings.tunnels, task_status=task_status)
 
-    async def apply_settings(self, settings: "TunnelSettings") -> None:
+    async def apply_settings(self, settings: TunnelSettings) -> None:
         """As :meth:`apply`, for a service."""
         await self.apply(settings.tunnels)
 

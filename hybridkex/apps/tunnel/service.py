@@ -1,69 +1,21 @@
 """Tunnels as a service: signals reload or drain them, and systemd is notified."""
 
-import math
 import signal
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Final
 
 import trio
 
 from hybridkex import HybridkexError
 from hybridkex.apps.systemd import notify, notify_reloading
-from hybridkex.apps.tunnel.config import TunnelConfig, check_together
+from hybridkex.apps.tunnel.config import TunnelSettings
 from hybridkex.apps.tunnel.server import TunnelServer
 from hybridkex.apps.tunnel.workers import WorkerPool
-from hybridkex.errors import ConfigError
 from hybridkex.machine import leaves
-from hybridkex.net.address import TcpAddress
 from hybridkex.net.event_loop import in_thread
 from hybridkex.text import get_logger
 
 LOG: Final = get_logger("hybridkex.tunnel")
-
-MOST_WORKERS: Final = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class TunnelSettings:
-    """The settings of a process.
-
-    Args:
-        tunnels: at least one.
-        metrics: the address to serve Prometheus metrics on; ``None`` for none.
-        grace: seconds for open connections after SIGTERM.
-        log_level: ``debug``, ``info``, ``warning`` or ``error``.
-        workers: processes that serve the tunnels; with 1, the process itself does.
-        recipe: makes the same settings in another process, for more than one worker; it can be
-            pickled.
-
-    Raises:
-        ConfigError: a value is invalid, or two tunnels conflict.
-    """
-
-    tunnels: tuple[TunnelConfig, ...]
-    metrics: TcpAddress | None = None
-    grace: float = 30.0
-    log_level: str = "info"
-    workers: int = 1
-    recipe: "Callable[[], TunnelSettings] | None" = None
-
-    def __post_init__(self) -> None:
-        check_together(self.tunnels)
-        if not 0 <= self.grace < math.inf:
-            raise ConfigError("grace must be a number of seconds, 0 or more")
-        if not 1 <= self.workers <= MOST_WORKERS:
-            raise ConfigError(f"workers must be 1 to {MOST_WORKERS}")
-        for tunnel in self.tunnels:
-            if tunnel.max_connections < self.workers:
-                raise ConfigError(
-                    f"{tunnel.name}: max_connections is shared by {self.workers} workers, and must "
-                    "be at least as many"
-                )
-            if self.workers > 1 and tunnel.sole:
-                raise ConfigError(
-                    f"{tunnel.name}: {tunnel.sole} is used by one process only: set workers to 1"
-                )
 
 
 class TunnelService:

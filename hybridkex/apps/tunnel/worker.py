@@ -10,20 +10,17 @@ import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import trio
 
-from hybridkex.apps.tunnel.config import TunnelConfig
+from hybridkex.apps.tunnel.config import TunnelConfig, TunnelSettings
 from hybridkex.apps.tunnel.metrics import TunnelMetrics
 from hybridkex.apps.tunnel.server import TunnelServer
 from hybridkex.apps.tunnel.sockets import Listening
 from hybridkex.errors import HybridkexError
 from hybridkex.json_text import load_json
 from hybridkex.machine import leaves, refusal
-
-if TYPE_CHECKING:
-    from hybridkex.apps.tunnel.service import TunnelSettings
 
 MOST_LINE: Final = 1 << 24
 """Bytes of one message."""
@@ -39,7 +36,7 @@ class Orders:
         workers: how many workers share the limits.
     """
 
-    recipe: "Callable[[], TunnelSettings]"
+    recipe: Callable[[], TunnelSettings]
     listening: Mapping[str, tuple[int, ...]]
     workers: int
 
@@ -70,7 +67,7 @@ def _exactly(control: socket.socket, size: int) -> bytes:
     return data
 
 
-async def run_worker(control: socket.socket, orders: Orders, settings: "TunnelSettings") -> None:
+async def run_worker(control: socket.socket, orders: Orders, settings: TunnelSettings) -> None:
     """Serve until the service says otherwise, or is gone."""
     stream = trio.SocketStream(trio.socket.from_stdlib_socket(control))
     await _Worker(stream, orders).run(settings)
@@ -85,7 +82,7 @@ class _Worker:
         self._go = trio.Event()
         self._server = TunnelServer(self._metrics, self._adopt, self._go)
 
-    async def run(self, settings: "TunnelSettings") -> None:
+    async def run(self, settings: TunnelSettings) -> None:
         share = [
             replace(
                 one, max_connections=one.max_connections // self._orders.workers, port_file=None

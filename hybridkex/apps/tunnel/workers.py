@@ -16,22 +16,19 @@ import socket
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import trio
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
 from hybridkex.apps.port_file import check_port_file, write_port
-from hybridkex.apps.tunnel.config import TunnelConfig, check_together
+from hybridkex.apps.tunnel.config import TunnelConfig, TunnelSettings, check_together
 from hybridkex.apps.tunnel.sockets import Listening, listen_for
 from hybridkex.apps.tunnel.worker import Orders, messages
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.net.address import Address, TcpAddress
 from hybridkex.text import get_logger
-
-if TYPE_CHECKING:
-    from hybridkex.apps.tunnel.service import TunnelSettings
 
 LOG: Final = get_logger("hybridkex.tunnel")
 
@@ -141,7 +138,7 @@ class WorkerPool:
 
     async def serve(
         self,
-        settings: "TunnelSettings",
+        settings: TunnelSettings,
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
@@ -196,7 +193,7 @@ class WorkerPool:
             return TcpAddress(listening.address.host, listening.port)
         return listening.address
 
-    async def apply_settings(self, settings: "TunnelSettings") -> None:
+    async def apply_settings(self, settings: TunnelSettings) -> None:
         """Apply a new configuration, completely or not at all.
 
         Raises:
@@ -212,7 +209,7 @@ class WorkerPool:
         async with self._changing:
             await self._apply(settings)
 
-    async def _apply(self, settings: "TunnelSettings") -> None:
+    async def _apply(self, settings: TunnelSettings) -> None:
         async with contextlib.AsyncExitStack() as undo:
             listening: dict[_Key, Listening] = {}
             opened = set()
@@ -251,7 +248,7 @@ class WorkerPool:
                 await one.aclose()
 
     async def _start_ready(
-        self, number: int, settings: "TunnelSettings", listening: dict[_Key, Listening]
+        self, number: int, settings: TunnelSettings, listening: dict[_Key, Listening]
     ) -> set[_Worker]:
         """Start so many workers, and wait until all are ready.
 
@@ -272,7 +269,7 @@ class WorkerPool:
             raise
         return found
 
-    async def _start(self, settings: "TunnelSettings", listening: dict[_Key, Listening]) -> _Worker:
+    async def _start(self, settings: TunnelSettings, listening: dict[_Key, Listening]) -> _Worker:
         """Start a worker; it is ready later."""
         descriptors = {
             config.name: tuple(one.socket.fileno() for one in listening[config.endpoint].listeners)

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from html import escape
+from pathlib import Path
 from typing import Any, Final
 
 from hybridkex.demos.rndl.matrix import (
@@ -22,70 +23,7 @@ from hybridkex.demos.rndl.pictures import STYLE, key_schedule, legend, timeline
 from hybridkex.demos.rndl.toy_curve import ORDER
 from hybridkex.demos.rndl.trial import Cell, Trial
 
-_CSS: Final = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6676; --line: #d5dbe3;
-  --paper: #ffffff; --ground: #f5f7fa; --read: #b3261e; --read-paper: #fdeceb;
-  --safe: #1a6b3c; --safe-paper: #e8f5ec; --accent: #2456a6; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa5b5; --line: #323c4a;
-  --paper: #161b22; --ground: #0d1117; --read: #ff8a80; --read-paper: #3a1d1c;
-  --safe: #7fd6a0; --safe-paper: #17301f; --accent: #8ab4f8; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink);
-  font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 1640px; margin: 0 auto; padding: 2rem 1.5rem 4rem; }
-h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .3rem; }
-h2 { font-size: 1.35rem; margin: 2.6rem 0 .6rem; }
-h3 { font-size: 1.05rem; margin: 1.2rem 0 .5rem; }
-p, li { max-width: 75ch; }
-.soft, figcaption { color: var(--soft); }
-.outcome { display: inline-block; padding: .35rem .9rem; border-radius: 99px; font-weight: 600;
-  color: var(--safe); background: var(--safe-paper); border: 1px solid var(--safe); }
-.outcome.bad { color: var(--read); background: var(--read-paper); border-color: var(--read); }
-.scroll { overflow-x: auto; background: var(--paper); border: 1px solid var(--line);
-  border-radius: 10px; }
-table { border-collapse: collapse; width: 100%; }
-th, td { border: 1px solid var(--line); padding: .45rem .5rem; text-align: left;
-  vertical-align: top; }
-#matrix th { font-weight: 600; font-size: .78rem; line-height: 1.3; padding: .4rem; }
-#matrix thead th { vertical-align: bottom; min-width: 4.2rem; }
-#matrix tbody th { position: sticky; left: 0; background: var(--paper); min-width: 9.5rem; }
-#matrix tr.resumed th { font-weight: 400; padding-left: 1.4rem; color: var(--soft); }
-#matrix td { padding: 0; }
-#matrix td { height: 1px; }
-#matrix td a { display: block; height: 100%; min-height: 3.2rem; padding: .4rem;
-  color: inherit; text-decoration: none; font-size: .85rem; }
-#matrix td a:hover, #matrix td a:focus-visible { outline: 2px solid var(--accent);
-  outline-offset: -2px; }
-td.safe, .state.safe { color: var(--safe); background: var(--safe-paper); }
-td.decrypted, .state.decrypted { color: var(--read); background: var(--read-paper); }
-.verdict { font-weight: 700; display: block; }
-.why { display: block; font-size: .72rem; line-height: 1.25; color: var(--soft); }
-.wrong { outline: 3px solid #d08700; }
-.state { display: inline-block; padding: .1rem .6rem; border-radius: 99px; font-weight: 700; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 620px), 1fr));
-  gap: 1.2rem; }
-figure, .card { margin: 0; padding: 1.1rem; background: var(--paper);
-  border: 1px solid var(--line); border-radius: 10px; }
-figure svg { display: block; max-width: 100%; height: auto; margin: .6rem auto; }
-section.case { display: none; }
-section.case:target { display: block; }
-section.case:target ~ #choose { display: none; }
-.legs td:first-child { white-space: nowrap; }
-.legs { font-size: .9rem; }
-blockquote { margin: .6rem 0; padding: .5rem .9rem; border-left: 4px solid var(--read);
-  background: var(--read-paper); font: .9rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere;
-  white-space: pre-wrap; }
-code, pre { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
-pre { white-space: pre-wrap; margin: .4rem 0; }
-.key span { margin-right: 1.4rem; white-space: nowrap; }
-.key i { display: inline-block; width: 1.6rem; height: .8rem; border-radius: 3px;
-  vertical-align: -1px; margin-right: .4rem; border: 2px solid var(--safe);
-  background: var(--safe-paper); }
-.key i.known { border-color: var(--read); background: var(--read-paper); }
-.key i.missing { border-style: dashed; }
-.key i.sealed { border-width: 1px; }
-@media print { main { max-width: none; } section.case { display: none; } }
-"""
+_CSS: Final = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
 _FEATURED: Final = "both"
 """The adversary of the side-by-side comparison: every key exchange of TLS is broken."""

@@ -6,35 +6,10 @@ colour alone.
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any, Final
 
-STYLE: Final = """
-svg { --ink: #1c2430; --soft: #5b6676; --line: #aeb7c4; --paper: #ffffff;
-  --read: #b3261e; --read-paper: #fdeceb; --safe: #1a6b3c; --safe-paper: #e8f5ec; }
-@media (prefers-color-scheme: dark) { svg { --ink: #e6eaf0; --soft: #9aa5b5; --line: #4a5566;
-  --paper: #161b22; --read: #ff8a80; --read-paper: #3a1d1c; --safe: #7fd6a0;
-  --safe-paper: #17301f; } }
-svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
-svg .small { font-size: 11px; fill: var(--soft); }
-svg .mono { font: 10px ui-monospace, monospace; fill: var(--soft); }
-svg .known { fill: var(--read-paper); stroke: var(--read); stroke-width: 1.5; }
-svg .missing { fill: var(--safe-paper); stroke: var(--safe); stroke-width: 2.5;
-  stroke-dasharray: 6 4; }
-svg .sealed { fill: var(--safe-paper); stroke: var(--safe); stroke-width: 1.2; }
-svg .public { fill: var(--paper); stroke: var(--line); stroke-width: 1.2; }
-svg .flow { fill: none; stroke: var(--soft); stroke-width: 1.3; }
-svg .head { fill: var(--soft); }
-svg .life { stroke: var(--line); stroke-width: 1.2; }
-svg .mark { font-weight: 600; font-size: 11px; }
-svg .mark.known { fill: var(--read); stroke: none; }
-svg .mark.missing, svg .mark.sealed { fill: var(--safe); stroke: none; }
-svg .lock { fill: none; stroke: var(--safe); stroke-width: 1.4; }
-svg .lock rect { fill: var(--safe); }
-svg .arrow { stroke: var(--soft); stroke-width: 1.4; }
-svg .arrow.decrypted { stroke: var(--read); }
-svg .arrow.protected { stroke: var(--safe); stroke-dasharray: 4 3; }
-svg .said { fill: var(--read); font-weight: 600; font-size: 11.5px; }
-"""
+STYLE: Final = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 """Styles for the embedding page; :func:`standalone` includes them in a picture."""
 
 _MARK_WIDTHS: Final = {"missing": 56, "sealed": 70}

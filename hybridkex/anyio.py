@@ -31,11 +31,11 @@ from hybridkex.net.budget import PATIENCE, Budget, Connection
 from hybridkex.net.descriptors import share
 from hybridkex.net.event_loop import on_trio
 from hybridkex.net.log import BoundedLog
-from hybridkex.net.waiting_room import (
+from hybridkex.net.pending import (
     ACCEPTED_BETWEEN,
     HANDSHAKES,
     RETRY_SECONDS,
-    WaitingRoom,
+    PendingConnections,
 )
 from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT, READ_SIZE, SecureDuplex
 from hybridkex.shell.ssl_facade import SslObject, cipher_of, describe, is_ssl_error, peercert_of
@@ -358,7 +358,7 @@ class _Guest:
 class _Places:
     """Places for the handshakes of a listener; the addresses of those who want one take turns.
 
-    Who is next is decided as in all servers of this project (:mod:`hybridkex.net.waiting_room`,
+    Who is next is decided as in all servers of this project (:mod:`hybridkex.net.pending`,
     :mod:`hybridkex.net.budget`).
     """
 
@@ -366,7 +366,7 @@ class _Places:
         self._budget = Budget(
             share(HANDSHAKES), what="handshakes", patience=PATIENCE, freed=self._wake
         )
-        self._room = WaitingRoom[_Guest](self._budget.held)
+        self._pending = PendingConnections[_Guest](self._budget.held)
         self._entered = 0
         self._news = anyio.Event()
         self._scope = anyio.CancelScope()
@@ -400,16 +400,16 @@ class _Places:
             guest.started.set()
             return
         self._entered += 1
-        self._room.add(connection, guest)
+        self._pending.add(connection, guest)
         if not on_trio():  # asyncio may have read what it sent
-            self._room.heard(connection)
-        while (leaving := self._room.crowded_out()) is not None:
+            self._pending.heard(connection)
+        while (leaving := self._pending.crowded_out()) is not None:
             leaving[1].dismiss("too many connections of its address are waiting")
         self._wake()
 
     def _leave(self, connection: Connection) -> None:
         if not self._closed:
-            self._room.leave(connection)
+            self._pending.leave(connection)
         connection.release()
 
     def _wake(self) -> None:
@@ -418,9 +418,9 @@ class _Places:
     async def _give(self) -> None:
         while True:
             self._news = anyio.Event()
-            found = self._room.next(self._budget)
+            found = self._pending.next(self._budget)
             if found is None:
-                with anyio.move_on_after(RETRY_SECONDS if len(self._room) else None):
+                with anyio.move_on_after(RETRY_SECONDS if len(self._pending) else None):
                     await self._news.wait()
                 continue
             connection, guest = found
@@ -437,8 +437,8 @@ class _Places:
 
     async def _listen(self) -> None:
         while True:
-            await anyio.wait_readable(self._room.fileno())
-            self._room.listen()
+            await anyio.wait_readable(self._pending.fileno())
+            self._pending.listen()
             self._wake()
 
     async def run(self) -> None:
@@ -449,12 +449,12 @@ class _Places:
                     group.start_soon(self._give)
                     group.start_soon(self._listen)
         finally:
-            self._room.close()
+            self._pending.close()
 
     def close(self) -> None:
         """Let those who wait begin at once: their handlers may outlive the listener."""
         self._closed = True
-        while (found := self._room.remove()) is not None:
+        while (found := self._pending.remove()) is not None:
             found[1].started.set()
         self._scope.cancel()
 

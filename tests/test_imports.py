@@ -1,4 +1,4 @@
-"""The rooms of the architecture stay apart: imports go one way.
+"""Imports go one way, from package to package, as the architecture says.
 
 The sources are read, not run, so an import inside a function counts as well as one at the top.
 """
@@ -24,8 +24,8 @@ BASE = {"constants", "errors", "fields", "json_text", "lazy_names", "machine", "
 BASE |= {"text", "values"}
 ENGINE = BASE | {"wire", "crypto", "auth", "tls"}
 
-# What each room may know, besides itself. A file beside the rooms is a room of its own; the public
-# names of hybridkex/__init__.py are the room "".
+# What each package may import, besides itself. A file beside the packages counts as one; the public
+# names of hybridkex/__init__.py are the package "".
 MAY_IMPORT: dict[str, set[str]] = {
     "constants": set(),
     "reasons": {"constants"},
@@ -71,7 +71,7 @@ class Exemption(NamedTuple):
     """An import inside a function that goes against the table."""
 
     importer: str
-    rooms: frozenset[str]
+    packages: frozenset[str]
     reason: str
 
 
@@ -149,7 +149,7 @@ def imports_of(importer: str, source: str, modules: set[str]) -> Iterator[Import
     yield from visit(ast.parse(source), False, False)
 
 
-def room(module: str) -> str:
+def package_of(module: str) -> str:
     return module.partition(".")[2].partition(".")[0]
 
 
@@ -160,28 +160,36 @@ def complaints(imports: list[Import]) -> list[str]:
         outside = item.target.split(".")[0]
         if outside != "hybridkex":
             pair = (item.importer, outside)
-            if room(item.importer) in SANS_IO and outside in IO_MODULES and pair not in IO_EXEMPT:
+            if (
+                package_of(item.importer) in SANS_IO
+                and outside in IO_MODULES
+                and pair not in IO_EXEMPT
+            ):
                 found.append(f"{item}: input and output are not the engine's business")
-            if room(item.importer) == "wire" and outside == "cryptography":
+            if package_of(item.importer) == "wire" and outside == "cryptography":
                 found.append(f"{item}: no cryptography on the wire")
-            if room(item.importer) == "shell" and outside in IO_MODULES and pair not in IO_EXEMPT:
+            if (
+                package_of(item.importer) == "shell"
+                and outside in IO_MODULES
+                and pair not in IO_EXEMPT
+            ):
                 found.append(f"{item}: an event loop is for a shell of its own")
-            if outside in {"asyncio", "anyio"} and room(item.importer) not in LOOPS.get(
+            if outside in {"asyncio", "anyio"} and package_of(item.importer) not in LOOPS.get(
                 outside, ()
             ):
                 found.append(f"{item}: the shell is trio's")
             continue
-        own, other = room(item.importer), room(item.target)
+        own, other = package_of(item.importer), package_of(item.target)
         if own not in MAY_IMPORT:
-            found.append(f"{item}: the room {own!r} is not in the table")
+            found.append(f"{item}: the package {own!r} is not in the table")
         elif other != own and other not in MAY_IMPORT[own] and not exempt(item, other):
-            found.append(f"{item}: {own!r} must not know {other!r}")
+            found.append(f"{item}: {own!r} must not import {other!r}")
     return found
 
 
 def exempt(item: Import, other: str) -> bool:
     return item.lazy and any(
-        f"{item.importer}.".startswith(f"{exemption.importer}.") and other in exemption.rooms
+        f"{item.importer}.".startswith(f"{exemption.importer}.") and other in exemption.packages
         for exemption in EXEMPT
     )
 
@@ -263,7 +271,7 @@ def test_the_table_itself_goes_one_way() -> None:
             False,
         ),
         ("hybridkex.qkd.etsi014.mutual_tls", "def f():\n    from hybridkex.cli import x", True),
-        ("hybridkex.newroom.x", "from hybridkex.secret import Secret", True),
+        ("hybridkex.newpackage.x", "from hybridkex.secret import Secret", True),
     ],
 )
 def test_the_reader_sees_what_is_wrong(importer: str, source: str, wrong: bool) -> None:

@@ -1,10 +1,10 @@
-"""Places for the handshakes of a server; the addresses of those who want one take turns.
+"""Places for the handshakes of a server; client addresses take turns.
 
-Who is next is decided as in all servers of this project (:mod:`hybridkex.net.waiting_room`,
-:mod:`hybridkex.net.budget`). By then the loop has accepted the connection. Its handshake
-begins at once if there is a place for it and no other connection has just come; otherwise it waits,
-and nothing is read from it. Where many come, the loop accepts them all before it spends time on a
-handshake.
+All servers of this project choose the next connection in the same way
+(:mod:`hybridkex.net.pending`, :mod:`hybridkex.net.budget`). The loop has accepted the connection
+before that. Its handshake begins at once if there is a place for it and no other connection has
+just arrived; otherwise it waits, and nothing is read from it. When many connections arrive, the
+loop accepts them all before it spends time on a handshake.
 """
 
 import asyncio
@@ -14,12 +14,12 @@ from typing import Any, Final, Protocol
 from hybridkex.net.budget import PATIENCE, Budget, Connection
 from hybridkex.net.descriptors import share
 from hybridkex.net.log import BoundedLog
-from hybridkex.net.waiting_room import (
+from hybridkex.net.pending import (
     ACCEPTED_BETWEEN,
     HANDSHAKES,
     RETRY_SECONDS,
     WAITING,
-    WaitingRoom,
+    PendingConnections,
 )
 
 
@@ -45,7 +45,7 @@ class Places:
             share(HANDSHAKES), what="handshakes", patience=PATIENCE, freed=self._freed
         )
         # It is there while somebody waits, since an asyncio.Server does not say when it ends.
-        self._room: WaitingRoom[Guest] | None = None
+        self._pending: PendingConnections[Guest] | None = None
         self._due = False
         self._entered = self._seen = self._at_start = 0
         """Connections so far: all, those at the last turn of the loop, those at the last start."""
@@ -66,35 +66,35 @@ class Places:
             log: for log lines that the peer can cause.
         """
         connection = Connection(_Carrier(raw), log)
-        alone = self._entered == self._at_start and self._room is None
+        alone = self._entered == self._at_start and self._pending is None
         self._entered += 1
         self._soon()
         if alone and self._budget.makes_place(connection.address, evict=False):
             self._start(connection, guest)
             return connection
-        if self._room is None:
+        if self._pending is None:
             try:
-                self._room = WaitingRoom(self._budget.held, _space())
+                self._pending = PendingConnections(self._budget.held, _space())
             except OSError:  # there is no descriptor for it
                 self._start(connection, guest)
                 return connection
-            self._loop.add_reader(self._room.fileno(), self._listen)
+            self._loop.add_reader(self._pending.fileno(), self._listen)
         guest.wait()
-        self._room.add(connection, guest)
-        while (leaving := self._room.crowded_out()) is not None:
+        self._pending.add(connection, guest)
+        while (leaving := self._pending.crowded_out()) is not None:
             leaving[1].dismiss("closed: too many connections of its address are waiting")
         return connection
 
     def heard(self, connection: Connection) -> None:
         """Note that a connection that waits has sent something, which has been read."""
-        if self._room is not None:
-            self._room.heard(connection)
+        if self._pending is not None:
+            self._pending.heard(connection)
             self._soon()
 
     def leave(self, connection: Connection) -> None:
         """Give the place of a connection back, or its claim to one."""
-        if self._room is not None:
-            self._room.leave(connection)
+        if self._pending is not None:
+            self._pending.leave(connection)
             self._soon()
         connection.release()
 
@@ -105,12 +105,12 @@ class Places:
         guest.start()
 
     def _listen(self) -> None:
-        assert self._room is not None
-        self._room.listen()
+        assert self._pending is not None
+        self._pending.listen()
         self._soon()
 
     def _freed(self) -> None:
-        if self._room is not None:
+        if self._pending is not None:
             self._soon()
 
     def _soon(self) -> None:
@@ -130,16 +130,16 @@ class Places:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        room = self._room
-        if room is None:
+        pending = self._pending
+        if pending is None:
             return
-        found = room.next(self._budget)
+        found = pending.next(self._budget)
         if found is not None:
             self._start(*found)
-        if not len(room):
-            self._loop.remove_reader(room.fileno())
-            room.close()
-            self._room = None
+        if not len(pending):
+            self._loop.remove_reader(pending.fileno())
+            pending.close()
+            self._pending = None
         elif found is not None:
             self._soon()
         else:
@@ -169,6 +169,6 @@ class _Carrier:
 
 
 def _space() -> int:
-    """Connections that may wait: without a room, asyncio would hold them as well."""
+    """Connections that may wait: without this limit, asyncio would hold them as well."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return WAITING if soft == resource.RLIM_INFINITY else min(WAITING, soft // 2)

@@ -19,11 +19,11 @@ RESERVE: Final = 64
 """Descriptors for everything but listening sockets and accepted connections: stores, the event
 loop."""
 LISTENING: Final = 3
-"""Descriptors of a server that listens: two sockets, and what watches its waiting room."""
+"""Descriptors of a server that listens: two sockets, and what watches its pending connections."""
 BUDGETS: Final = 8
 """The share of the rest for each budget is this part: a KME has budgets for SAEs and for peers, and
 at its own port, that of the metrics and that of the link, one for handshakes and one for the
-waiting room."""
+pending connections."""
 FEWEST: Final = 8
 """Descriptors that a share has even where all of them are reserved: fewer would make the choice
 between addresses a matter of chance."""
@@ -33,7 +33,7 @@ FEW: Final = 3
 """Servers of a KME. Where there are more, as in a process with many tunnels, all budgets have equal
 shares, so that strangers at some servers take nothing that the others need:"""
 BUDGETS_EACH: Final = 3
-"""handshakes, the waiting room, and connections that have been admitted,"""
+"""handshakes, pending connections, and connections that have been admitted,"""
 FEWEST_OF_MANY: Final = 2
 """with so many descriptors at least."""
 

@@ -5,7 +5,7 @@ It accepts, runs a handler for each connection in a task of its own, and keeps t
 - **No connection ends another.** Whatever exception leaves a handler, alone or in a group, ends
   its own connection and becomes one log line. Only cancellation and ``KeyboardInterrupt`` pass.
 - **Number, time and delay are bounded.** A connection is accepted at once and waits for a place
-  (:mod:`hybridkex.net.waiting_room`); places go to the addresses in turn, so that an address that
+  (:mod:`hybridkex.net.pending`); places go to the addresses in turn, so that an address that
   opens thousands of connections keeps the others waiting for no more than one place. There is a
   deadline for its authentication; then it moves to the budget of its kind
   (:mod:`hybridkex.net.budget`).
@@ -31,11 +31,11 @@ from hybridkex.machine import refusal
 from hybridkex.net.budget import PATIENCE, Budget, Connection, TooManyConnections
 from hybridkex.net.descriptors import listening
 from hybridkex.net.log import BoundedLog
-from hybridkex.net.waiting_room import (
+from hybridkex.net.pending import (
     ACCEPTED_BETWEEN,
     HANDSHAKES,
     RETRY_SECONDS,
-    WaitingRoom,
+    PendingConnections,
 )
 
 __all__ = ["Budget", "Connection", "Supervisor", "TooManyConnections"]
@@ -64,7 +64,7 @@ class Supervisor(Generic[T]):
             ``evicted``, ``failed`` or ``internal``.
 
     Raises:
-        OSError: the system has no descriptor for the waiting room.
+        OSError: the system has no descriptor to watch pending connections.
     """
 
     def __init__(
@@ -90,14 +90,14 @@ class Supervisor(Generic[T]):
         self._accepted = 0
         self._accepting = trio.CancelScope()
         self._news = trio.Event()
-        self._room = WaitingRoom[T](self._handshakes.held)
+        self._pending = PendingConnections[T](self._handshakes.held)
 
     async def aclose(self) -> None:
         """End a supervisor that does not serve."""
         await self._clear()
 
     async def _clear(self) -> None:
-        for stream in self._room.close():
+        for stream in self._pending.close():
             await _discard(stream)
 
     async def serve(
@@ -114,20 +114,20 @@ class Supervisor(Generic[T]):
             connections: the nursery of the handlers, if they are to outlive this call.
             task_status: given ``listeners`` when the first connection may come.
         """
-        room = self._room
+        pending = self._pending
         try:
             with listening():
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._flush_log)
-                    nursery.start_soon(self._listen, room)
-                    nursery.start_soon(self._give_places, room, connections or nursery)
+                    nursery.start_soon(self._listen, pending)
+                    nursery.start_soon(self._give_places, pending, connections or nursery)
                     with self._accepting:
                         async with trio.open_nursery() as accepting:
                             for listener in listeners:
-                                accepting.start_soon(self._accept, listener, room)
+                                accepting.start_soon(self._accept, listener, pending)
                             task_status.started(listeners)
                             await trio.sleep_forever()
-                    while len(room):  # noqa: ASYNC110  # they were accepted
+                    while len(pending):  # noqa: ASYNC110  # they were accepted
                         await trio.sleep(RETRY_SECONDS)
                     nursery.cancel_scope.cancel()
         finally:
@@ -143,14 +143,14 @@ class Supervisor(Generic[T]):
             await trio.sleep(FLUSH_SECONDS)
             self.log.flush()
 
-    # -- to the waiting room
+    # -- accepting
 
-    async def _accept(self, listener: Listener[T], room: WaitingRoom[T]) -> None:
+    async def _accept(self, listener: Listener[T], pending: PendingConnections[T]) -> None:
         full = BoundedLog(self._logger, rate=1 / 60, burst=1)
         async with listener:
             while True:
                 try:
-                    await self._accept_one(listener, room)
+                    await self._accept_one(listener, pending)
                 except (OSError, MemoryError) as error:
                     full.log(
                         logging.ERROR,
@@ -158,20 +158,20 @@ class Supervisor(Generic[T]):
                         self._name,
                         _reason(error),
                     )
-                    if not await self._dismiss(room.remove()):
+                    if not await self._dismiss(pending.remove()):
                         self._handshakes.evict()
                     await trio.sleep(RETRY_SECONDS)
 
-    async def _accept_one(self, listener: Listener[T], room: WaitingRoom[T]) -> None:
+    async def _accept_one(self, listener: Listener[T], pending: PendingConnections[T]) -> None:
         stream = await listener.accept()
         self._accepted += 1
         try:
-            room.add(Connection(_transport_of(stream), self.log), stream)
+            pending.add(Connection(_transport_of(stream), self.log), stream)
         except BaseException:
             await _discard(stream)
             raise
         self._wake()
-        while await self._dismiss(room.crowded_out()):  # more than one: there is less room now
+        while await self._dismiss(pending.crowded_out()):  # more than one: there is less room now
             pass
 
     async def _dismiss(self, leaving: tuple[Connection, T] | None) -> bool:
@@ -183,23 +183,23 @@ class Supervisor(Generic[T]):
         await _discard(stream)
         return True
 
-    async def _listen(self, room: WaitingRoom[T]) -> None:
+    async def _listen(self, pending: PendingConnections[T]) -> None:
         while True:
-            await trio.lowlevel.wait_readable(room.fileno())
-            room.listen()
+            await trio.lowlevel.wait_readable(pending.fileno())
+            pending.listen()
             self._wake()
 
-    # -- from the waiting room to the places
+    # -- from pending to a place
 
     def _wake(self) -> None:
         self._news.set()
 
-    async def _give_places(self, room: WaitingRoom[T], connections: trio.Nursery) -> None:
+    async def _give_places(self, pending: PendingConnections[T], connections: trio.Nursery) -> None:
         while True:
             self._news = trio.Event()
-            found = room.next(self._handshakes)
+            found = pending.next(self._handshakes)
             if found is None:
-                with trio.move_on_after(RETRY_SECONDS if len(room) else math.inf):
+                with trio.move_on_after(RETRY_SECONDS if len(pending) else math.inf):
                     await self._news.wait()
                 continue
             connection, stream = found

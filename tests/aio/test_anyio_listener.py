@@ -13,7 +13,7 @@ import pytest
 from aio_glue import Crowd, hello_of
 
 import hybridkex.anyio
-import hybridkex.net.waiting_room
+import hybridkex.net.pending
 from hybridkex import X25519, ClientConfig, DevCa, Policy, Requirement, ServerConfig, TrustStore
 from hybridkex.anyio import SecureByteStream, SecureConnectable, SecureListener
 
@@ -256,7 +256,7 @@ def test_connections_that_keep_us_waiting_make_room(
 def test_a_full_room_loses_the_oldest_of_the_largest_crowd(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hybridkex.net.waiting_room, "WAITING", 10)
+    monkeypatch.setattr(hybridkex.net.pending, "WAITING", 10)
 
     async def main(listener: SecureListener, crowd: Crowd) -> None:
         crowd.grow(30, hello_of(CLIENT))
@@ -281,7 +281,7 @@ def test_those_who_wait_begin_when_the_listener_has_ended(backend: str) -> None:
                 group.start_soon(listener.serve, naive, handlers)
                 crowd.grow(20, hello_of(CLIENT))
                 before = len(os.listdir("/proc/self/fd"))
-                # The twenty, and the waiting room's own descriptor.
+                # The twenty, and the descriptor that watches them.
                 await until(lambda: len(os.listdir("/proc/self/fd")) >= before + 21)
                 group.cancel_scope.cancel()
             await listener.aclose()

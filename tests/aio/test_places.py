@@ -130,6 +130,7 @@ def test_a_crowd_that_leaves_leaves_nothing_behind(
             crowd.leave(reset=reset)
             await asyncio_until(lambda: len(os.listdir("/proc/self/fd")) == before)
             await ask(port, client_config)
-            assert not [one for one in gc.get_objects() if isinstance(one, places.WaitingRoom)]
+            left = [one for one in gc.get_objects() if isinstance(one, places.PendingConnections)]
+            assert not left
 
     run(main())

@@ -843,7 +843,7 @@ async def test_no_memory_is_no_internal_error(
 async def test_a_new_tunnel_that_finds_no_descriptor_leaves_everything_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its waiting room needs one, besides that of its socket."""
+    """Watching its pending connections needs one, besides that of its socket."""
 
     @asynccontextmanager
     async def client_side() -> AsyncIterator[ClientConfig]:
@@ -862,7 +862,7 @@ async def test_a_new_tunnel_that_finds_no_descriptor_leaves_everything_as_it_was
         server = TunnelServer(TunnelMetrics())
         await nursery.start(server.run, [tunnel("old")])
         with monkeypatch.context() as full:
-            full.setattr("hybridkex.net.waiting_room.selectors.DefaultSelector", refuse)
+            full.setattr("hybridkex.net.pending.selectors.DefaultSelector", refuse)
             with pytest.raises(
                 ConfigError, match=r"new: cannot accept connections at .*open files"
             ):

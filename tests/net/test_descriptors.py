@@ -17,8 +17,8 @@ import trio
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.net import descriptors
+from hybridkex.net.pending import PendingConnections
 from hybridkex.net.supervisor import Budget
-from hybridkex.net.waiting_room import WaitingRoom
 
 FILES = 256
 IDLE = 300
@@ -83,16 +83,16 @@ def test_budgets_of_all_servers_fit(
     if files < descriptors.RESERVE + servers * least:
         pytest.skip("not enough for so many servers")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
-    room = WaitingRoom[trio.SocketStream](lambda _: 0)
+    pending = PendingConnections[trio.SocketStream](lambda _: 0)
     handshakes, admitted = Budget(128), Budget(256, descriptors=2)
     with contextlib.ExitStack() as stack:
         for _ in range(servers):
             stack.enter_context(descriptors.listening())
-        each = descriptors.LISTENING + room.total + handshakes.total
+        each = descriptors.LISTENING + pending.total + handshakes.total
         if servers > descriptors.FEW:
             each += 2 * admitted.total
         assert descriptors.RESERVE + servers * each <= files
-    assert room.total == descriptors.share(2048)
+    assert pending.total == descriptors.share(2048)
 
 
 def test_a_smaller_number_is_told_again(

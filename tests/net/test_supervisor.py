@@ -17,8 +17,8 @@ import trio
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 from waiting import trio_until
 
+import hybridkex.net.pending
 import hybridkex.net.sockets
-import hybridkex.net.waiting_room
 from hybridkex.errors import LocalStateError
 from hybridkex.net.log import BoundedLog
 from hybridkex.net.reading import read_exactly
@@ -416,7 +416,7 @@ async def crowded(
 
     with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         if room is not None:
-            patch.setattr(hybridkex.net.waiting_room, "WAITING", room)
+            patch.setattr(hybridkex.net.pending, "WAITING", room)
         for source, number, said in crowds:
             for count in range(number):
                 connect(source.replace("*", str(count % 250 + 2)), said)

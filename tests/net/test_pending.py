@@ -1,4 +1,4 @@
-"""Who has to leave a full room, and what that costs."""
+"""Which connection is closed at the limit, and what that costs."""
 
 import random
 import socket
@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from hybridkex.net.budget import Connection
-from hybridkex.net.waiting_room import WaitingRoom
+from hybridkex.net.pending import PendingConnections
 
 
 class Speaking:
@@ -27,29 +27,29 @@ def speaking(address: str) -> Connection:
 def test_the_largest_crowd_leaves_first(seed: int) -> None:
     """Whatever was added, taken and removed before."""
     chosen = random.Random(seed)
-    room = WaitingRoom[Any](lambda _: 0, 30)
+    pending = PendingConnections[Any](lambda _: 0, 30)
     here: dict[str, list[Connection]] = {}
     for _ in range(2000):
         connection = speaking(str(int(chosen.expovariate(0.2))))
-        room.add(connection, None)
+        pending.add(connection, None)
         here.setdefault(connection.address, []).append(connection)
         if chosen.random() < 0.3:
             address = chosen.choice([one for one, waiting in here.items() if waiting])
-            assert room.take(address)[0] is here[address].pop()
-        leaving = room.crowded_out()
+            assert pending.take(address)[0] is here[address].pop()
+        leaving = pending.crowded_out()
         assert (leaving is not None) == (sum(map(len, here.values())) > 30)
         if leaving is not None:
             most = max(map(len, here.values()))
             assert len(here[leaving[0].address]) == most
             assert here[leaving[0].address].pop(0) is leaving[0]
-        assert len(room) == sum(map(len, here.values()))
-    while (leaving := room.remove()) is not None:
+        assert len(pending) == sum(map(len, here.values()))
+    while (leaving := pending.remove()) is not None:
         here[leaving[0].address].remove(leaving[0])
     assert not any(here.values())
 
 
 def test_a_crowd_of_many_addresses_costs_no_more_than_of_one() -> None:
-    """A newcomer in a full room does not make the server look at all that are there."""
+    """A new connection at the limit does not make the server look at all pending ones."""
     looks = 0
 
     def held(_: str) -> int:
@@ -57,10 +57,10 @@ def test_a_crowd_of_many_addresses_costs_no_more_than_of_one() -> None:
         looks += 1
         return 0
 
-    room = WaitingRoom[Any](held, 2000)
+    pending = PendingConnections[Any](held, 2000)
     for number in range(4000):
-        room.add(speaking(str(number)), None)
-        leaving = room.crowded_out()
+        pending.add(speaking(str(number)), None)
+        leaving = pending.crowded_out()
         if leaving is not None:
             assert leaving[0].address == str(number - 2000)  # the oldest
     assert looks < 5 * 4000
@@ -77,14 +77,14 @@ def test_the_silent_leave_before_those_who_have_spoken() -> None:
             super().__init__(f"silent {number}")
             self.fileno = pairs[number][0].fileno
 
-    room = WaitingRoom[Any](lambda _: 0, 4)
-    room.add(speaking("early"), None)
+    pending = PendingConnections[Any](lambda _: 0, 4)
+    pending.add(speaking("early"), None)
     for number in range(8):
-        room.add(cast(Connection, Silent(number)), None)
-        leaving = room.crowded_out()
+        pending.add(cast(Connection, Silent(number)), None)
+        leaving = pending.crowded_out()
         assert leaving is None or leaving[0].address == f"silent {number - 3}"
         assert (leaving is None) == (number < 3)
-    left = [one[0].address for one in iter(room.remove, None)]
+    left = [one[0].address for one in iter(pending.remove, None)]
     assert left == [*(f"silent {number}" for number in range(5, 8)), "early"]
     for pair in pairs:
         for one in pair:

@@ -1,9 +1,9 @@
-"""Connections that have been accepted and wait for a place to be served.
+"""Pending connections: accepted, and waiting for a place to be served.
 
-A connection that waits in the kernel's queue (listen(2)) waits for all that came before it, whoever
-sent them. So a server accepts at once, and decides here who is next: connections are grouped by
-address, and the addresses take turns. A waiting connection costs a descriptor and a few kilobytes;
-no task runs for it and nothing is read from it.
+The kernel's accept queue (listen(2)) is first in, first out, whoever fills it. So a server accepts
+at once and chooses the next connection itself: connections are grouped by client address, and the
+addresses take turns. A pending connection costs a descriptor and a few kilobytes; no task runs for
+it and nothing is read from it.
 """
 
 import math
@@ -16,29 +16,29 @@ from hybridkex.net.budget import Budget, Connection
 from hybridkex.net.descriptors import share
 
 WAITING: Final = 2048
-"""Connections in a room, as far as there are descriptors."""
+"""Most pending connections of a server, as far as there are descriptors."""
 HANDSHAKES: Final = 128
 """Places for connections that have not yet authenticated and are being served."""
 ACCEPTED_BETWEEN: Final = 200
 """Connections that are accepted, if as many have come, between the starts of two handlers. A
-handshake takes as long as some tens of calls of accept(2), and newcomers are not to wait for those
-of the connections before them."""
+handshake takes as long as some tens of calls of accept(2), and a new connection must not wait for
+the handshakes of those before it."""
 RETRY_SECONDS: Final = 0.1
 """Seconds between two attempts to accept while the system lacks resources, or to find a place."""
 
 T = TypeVar("T")
 
 
-class WaitingRoom(Generic[T]):
-    """Connections that wait, in two groups: those that have sent something, and the silent ones.
+class PendingConnections(Generic[T]):
+    """Pending connections in two groups: those that have sent something, and the silent ones.
 
-    Those that have sent something come first. Among them it is the turn of the address that holds
-    the fewest places; among such, of one that has had no turn, the newest first; then of the one
-    whose last turn is longest ago. Of one address, the newest connection is first: after a flood,
-    those that have waited longest are those whose clients have most likely given up.
+    Those that have sent something come first. Among them, the address that holds the fewest places
+    is next; of equals, one that has had no turn, the newest first; then the one whose last turn is
+    longest ago. Of one address, the newest connection comes first: after a flood, the clients that
+    have waited longest have most likely given up.
 
     Args:
-        held: how many places an address holds.
+        held: returns the number of places that an address holds.
         total: connections at once; :data:`WAITING`, or fewer where the process may open only few
             files for all its servers, if ``None``.
     """
@@ -94,17 +94,17 @@ class WaitingRoom(Generic[T]):
             self._sort(connection.address)
 
     def next_address(self) -> tuple[str, bool] | None:
-        """The address whose turn it is, and whether it has sent something; ``None`` if nobody
-        waits."""
+        """The address whose turn it is, and whether it has sent something; ``None`` if no
+        connection is pending."""
         for group in (self._speaking, self._silent):
             if len(group):
                 return group.first(self._held), group is self._speaking
         return None
 
     def next(self, places: Budget) -> tuple[Connection, T] | None:
-        """Take the connection whose turn it is, if there is a place for it or somebody makes room.
+        """Take the connection whose turn it is, if there is a place or another one makes room.
 
-        ``None``: nobody waits, or there is no place now.
+        ``None``: no connection is pending, or there is no place now.
         """
         turn = self.next_address()
         if turn is None or not places.makes_place(turn[0], evict=turn[1]):
@@ -112,7 +112,7 @@ class WaitingRoom(Generic[T]):
         return self.take(turn[0])
 
     def take(self, address: str) -> tuple[Connection, T]:
-        """The next connection of an address that is in the room."""
+        """The next connection of an address that has one."""
         if address in self._speaking:
             found = self._speaking.take(address)
         else:
@@ -121,7 +121,7 @@ class WaitingRoom(Generic[T]):
         return found
 
     def leave(self, connection: Connection) -> bool:
-        """Remove a connection that has ended; returns whether it was in the room."""
+        """Remove a connection that has ended; returns whether it was pending."""
         if connection in self._watched:
             self._silent.remove(connection)
             self._unwatch(connection)
@@ -141,7 +141,7 @@ class WaitingRoom(Generic[T]):
         return self.remove() if len(self) > self.total else None
 
     def remove(self) -> tuple[Connection, T] | None:
-        """Make room in any case, if somebody waits."""
+        """Make room in any case, if a connection is pending."""
         if not self._crowds:
             return None
         crowd = max(self._crowds)
@@ -154,8 +154,8 @@ class WaitingRoom(Generic[T]):
         return found
 
     def _sort(self, address: str) -> None:
-        """Note how many connections an address has: there may be thousands of addresses, and not
-        all are to be looked at when the room is full."""
+        """Note how many connections an address has: with thousands of addresses, looking at all of
+        them for each new connection would take too long."""
         before = self._crowd_of.pop(address, None)
         if before is not None:
             del self._crowds[before][address]
@@ -176,7 +176,7 @@ class WaitingRoom(Generic[T]):
         self._selector.unregister(self._watched.pop(connection))
 
     def close(self) -> list[T]:
-        """End the room; returns what waited."""
+        """Stop watching; returns the streams that were pending."""
         self._selector.close()
         return [stream for group in (self._speaking, self._silent) for stream in group.clear()]
 

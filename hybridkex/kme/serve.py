@@ -23,6 +23,7 @@ from hybridkex.net.event_loop import in_thread
 from hybridkex.net.http import http_supervisor, serve_connection
 from hybridkex.net.listening import open_shared_listeners, open_tcp_listeners
 from hybridkex.net.supervisor import Budget, Connection, Supervisor
+from hybridkex.qkd import sqlite_store
 from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, client_tls, server_tls
 from hybridkex.qkd.etsi014.naming import (
     IdRule,
@@ -55,9 +56,8 @@ def check_config(config: ServeConfig) -> None:
     """Check what a server needs, without serving: a running one is not disturbed.
 
     Reads certificates and key files. An audit trail and a store in a file must have a folder that
-    can be written to; the file is not opened, because a running server has it locked. A database
-    must be reachable and, if it has keys, be this KME's and open under the key files. Nothing is
-    created. Blocks.
+    can be written to. A store that exists must be a key store that opens under the key files, and
+    a database must be reachable and this KME's. Nothing is created. Blocks.
 
     Raises:
         ConfigError: what :class:`KmeServer` could not use.
@@ -76,6 +76,7 @@ def check_config(config: ServeConfig) -> None:
         if not isinstance(one.store, PostgresUrl):
             if not os.access(one.store.parent, os.W_OK | os.X_OK):
                 raise ConfigError(f"{one.id}: files cannot be created in {one.store.parent}")
+            sqlite_store.check_store(one.store, Seal(seal_key, *read_keys))
             continue
         from hybridkex.qkd.postgres_store import check_store  # noqa: PLC0415  # an extra
 

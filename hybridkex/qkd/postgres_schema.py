@@ -2,7 +2,7 @@
 
 from typing import Final
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """Column ``version`` of ``hybridkex_meta``."""
 
 _NOW: Final = "extract(epoch FROM clock_timestamp())"
@@ -146,6 +146,27 @@ SINCE: Final = {
             job text PRIMARY KEY,
             due timestamptz NOT NULL
         )""",
+    ),
+    3: (
+        # A key is delivered to its own SAE only.
+        """CREATE FUNCTION grants_own() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF NEW.ended = 'delivered'
+                AND OLD.slave IS DISTINCT FROM current_setting('hybridkex.sae', true) THEN
+                RAISE 'a key of another SAE' USING ERRCODE = 'check_violation';
+            END IF;
+            RETURN NEW;
+        END $$""",
+        """CREATE TRIGGER grants_own BEFORE UPDATE OF ended ON grants
+            FOR EACH ROW EXECUTE FUNCTION grants_own()""",
+        # A row stays what it is.
+        """CREATE FUNCTION row_fixed() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            RAISE 'a row of % cannot change', TG_TABLE_NAME USING ERRCODE = 'check_violation';
+        END $$""",
+        """CREATE TRIGGER material_fixed
+            BEFORE UPDATE OF link, key_id, half, shared, created ON material
+            FOR EACH ROW EXECUTE FUNCTION row_fixed()""",
+        """CREATE TRIGGER spent_fixed BEFORE UPDATE OF link, key_id ON spent
+            FOR EACH ROW EXECUTE FUNCTION row_fixed()""",
     ),
 }
 """What each later version adds, in the same transaction."""

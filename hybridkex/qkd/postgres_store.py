@@ -11,7 +11,7 @@ whose outcome is unknown is not repeated, and counts as failed: its keys are not
 
 Row-level security scopes each transaction to the link that it names: whatever a statement says, the
 database shows and changes no row of another link. (Superusers are exempt; give the KME a role of
-its own.)
+its own.) A trigger refuses a delivery to another SAE than the one that the transaction names.
 """
 
 import threading
@@ -102,13 +102,15 @@ _IN_TURN: Final = "SELECT pg_advisory_xact_lock(hashtext('hybridkex key store'))
 """Processes that change the tables or the record of the sealing keys take turns."""
 _OPENING: Final = (
     "SELECT set_config('hybridkex.link', %s, true), generation,"
-    " extract(epoch FROM clock_timestamp())::float8 FROM hybridkex_meta"
+    " extract(epoch FROM clock_timestamp())::float8, set_config('hybridkex.sae', %s, true)"
+    " FROM hybridkex_meta"
 )
-"""The first statement of a transaction, which confines it to a link; what it must know."""
+"""The first statement of a transaction, which confines it to a link, and deliveries to an SAE; what
+it must know."""
 _OPENING_LAZY: Final = (
     "SELECT set_config('hybridkex.link', %s, true), generation,"
-    " extract(epoch FROM clock_timestamp())::float8, set_config('synchronous_commit', 'off', true)"
-    " FROM hybridkex_meta"
+    " extract(epoch FROM clock_timestamp())::float8, set_config('hybridkex.sae', %s, true),"
+    " set_config('synchronous_commit', 'off', true) FROM hybridkex_meta"
 )
 """Likewise; the commit may be lost with the machine."""
 _ALL_LINKS: Final = "*"
@@ -418,15 +420,16 @@ class PostgresKeyStore:
         *,
         follow: bool = True,
         durable: bool = True,
+        sae: str = "",
     ) -> T:
         """Run a transaction that sees the rows of one link.
 
         ``follow``: with the current sealing key, whichever process has changed it. ``durable``: it
-        is on the disk before this returns.
+        is on the disk before this returns. ``sae``: the only one that can be delivered a key.
         """
         opening = _OPENING if durable else _OPENING_LAZY
         try:
-            return await in_thread(self._transact, link, work, follow, opening)
+            return await in_thread(self._transact, link, work, follow, opening, sae)
         except NoThread as error:
             self._on_failure()
             raise KeySourceUnavailable(f"the key store failed: {error}") from error
@@ -437,12 +440,14 @@ class PostgresKeyStore:
         work: Callable[[_Cursor], T],
         follow: bool = True,
         opening: LiteralString = _OPENING,
+        sae: str = "",
     ) -> T:
+        scope = (link, sae)
         try:
             try:
-                result = self._attempt(link, work, follow, opening)
+                result = self._attempt(scope, work, follow, opening)
             except _NotCommitted:
-                result = self._attempt(link, work, follow, opening)
+                result = self._attempt(scope, work, follow, opening)
         except (psycopg.Error, PoolTimeout, _NotCommitted, ConfigError) as error:
             cause = error.__cause__ if isinstance(error, _NotCommitted) else error
             self._on_failure()
@@ -459,7 +464,11 @@ class PostgresKeyStore:
         return result
 
     def _attempt(
-        self, link: str, work: Callable[[_Cursor], T], follow: bool, opening: LiteralString
+        self,
+        scope: tuple[str, str],
+        work: Callable[[_Cursor], T],
+        follow: bool,
+        opening: LiteralString,
     ) -> T:
         worked = False
         try:
@@ -468,7 +477,7 @@ class PostgresKeyStore:
                 connection.transaction(),
                 connection.cursor() as cursor,
             ):
-                cursor.execute(opening, (link,))
+                cursor.execute(opening, scope)
                 _, generation, now = _one(cursor, 3)
                 self._ahead = now - time.time()
                 if follow and generation != self._generation:
@@ -801,7 +810,7 @@ class PostgresKeyStore:
             )
             return keys
 
-        return await self._run(link, work)
+        return await self._run(link, work, sae=slave)
 
     # -- the end of keys
 

@@ -4,11 +4,28 @@ import sqlite3
 import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from hybridkex.errors import ConfigError
 from hybridkex.files import create_file
 
-__all__ = ["open_locked"]
+__all__ = ["FileInUse", "open_locked", "open_unlocked"]
+
+LOCK_SECONDS: Final = 0.1
+"""How long the lock is waited for: another process may look into the file for a moment."""
+
+
+class FileInUse(ConfigError):
+    """Another process uses the file."""
+
+
+def open_unlocked(path: Path) -> sqlite3.Connection:
+    """A connection that can read a file which another process uses, and does not disturb it.
+
+    It sees what is in the file, and not what is only in the write-ahead log; and it may see a page
+    that is being written. Raises ``sqlite3.Error``.
+    """
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
 
 
 def open_locked(path: Path, *, what: str = "key store", create: bool = True) -> sqlite3.Connection:
@@ -21,7 +38,8 @@ def open_locked(path: Path, *, what: str = "key store", create: bool = True) -> 
         create: whether a missing file is created.
 
     Raises:
-        ConfigError: it cannot be opened, or another process uses it.
+        FileInUse: another process uses it.
+        ConfigError: it cannot be opened.
     """
     try:
         # SQLite names its log after the path: through a symbolic link it would use another log.
@@ -42,7 +60,7 @@ def open_locked(path: Path, *, what: str = "key store", create: bool = True) -> 
             uri=True,
             isolation_level=None,
             check_same_thread=False,
-            timeout=0,
+            timeout=LOCK_SECONDS,
         )
     except (OSError, sqlite3.Error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -55,7 +73,7 @@ def open_locked(path: Path, *, what: str = "key store", create: bool = True) -> 
     except sqlite3.Error as error:
         db.close()
         if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            raise ConfigError(
+            raise FileInUse(
                 f"the {what} {path} is in use by another process, and only one may use it: end "
                 "that process, or give this one a store of its own"
             ) from None

@@ -1,16 +1,21 @@
 """The tables of the SQLite key store, and how older ones are converted."""
 
 import sqlite3
+from pathlib import Path
 from typing import Final
 from uuid import UUID
 
+from hybridkex.errors import ConfigError
 from hybridkex.qkd.store import Seal, half_of, place_of
 
 SCHEMA_VERSION: Final = 3
-"""``PRAGMA user_version`` of the tables below; 0 with tables is version 1, which did not set it."""
+"""``PRAGMA user_version`` of the tables below; 0 with tables is version 1, which did not set it.
+The connection has the functions ``hybridkex_link()`` and ``hybridkex_sae()``."""
 
 ANY_LINK: Final = ""
 """The link of a spent ID from version 1, which did not record it: spent on every link."""
+EVERY_LINK: Final = "*"
+"""The scope of work that is the same for all links."""
 
 _TABLES: Final = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
@@ -90,9 +95,87 @@ _SINCE_3: Final = (
 )
 
 
+def _refuse(name: str, when: str, condition: str, reason: str) -> str:
+    """A trigger that refuses a change of a row."""
+    return (
+        f"CREATE TRIGGER {name} BEFORE {when} WHEN {condition}"
+        f" BEGIN SELECT RAISE(ABORT, '{reason}'); END"
+    )
+
+
+def _foreign(row: str) -> str:
+    return f"(hybridkex_link() IS NOT '{EVERY_LINK}' AND {row}.link IS NOT hybridkex_link())"
+
+
+_OTHER_LINK: Final = "a row of another link"
+_ENDS: Final = (
+    "(NEW.sealed IS NULL) IS NOT (NEW.ended IS NOT NULL) OR NEW.blocks < 1"
+    " OR NEW.ended NOT IN ('delivered', 'void', 'expired')"
+)
+
+_SINCE_4: Final = (
+    # SQLite has no row-level security. Its triggers ask the connection for which link, and for
+    # which SAE, the call under way is: it can change no other row, whatever its statements say.
+    *(
+        statement
+        for table in ("material", "grants", "spent")
+        for statement in (
+            _refuse(f"{table}_insert", f"INSERT ON {table}", _foreign("NEW"), _OTHER_LINK),
+            _refuse(
+                f"{table}_update",
+                f"UPDATE ON {table}",
+                f"{_foreign('OLD')} OR {_foreign('NEW')}",
+                _OTHER_LINK,
+            ),
+            _refuse(f"{table}_delete", f"DELETE ON {table}", _foreign("OLD"), _OTHER_LINK),
+        )
+    ),
+    _refuse(
+        "grants_foreign",
+        "UPDATE OF ended ON grants",
+        "NEW.ended = 'delivered' AND OLD.slave IS NOT hybridkex_sae()",
+        "a key of another SAE",
+    ),
+    # A row stays what it is. A promise ends once, and with it the key.
+    _refuse("material_half", "INSERT ON material", "NEW.half NOT IN (0, 1)", "a half is 0 or 1"),
+    _refuse(
+        "material_fixed",
+        "UPDATE OF link, key_id, half, shared, created ON material",
+        "true",
+        "a key cannot change",
+    ),
+    _refuse("spent_fixed", "UPDATE OF link, key_id ON spent", "true", "a spent ID cannot change"),
+    _refuse(
+        "grants_fixed",
+        "UPDATE OF link, key_id, slave, master, created, blocks ON grants",
+        "true",
+        "a promise cannot change",
+    ),
+    _refuse("grants_final", "UPDATE ON grants", "OLD.ended IS NOT NULL", "it has ended before"),
+    _refuse("grants_begin", "INSERT ON grants", _ENDS, "a promise has a key until it ends"),
+    _refuse("grants_end", "UPDATE ON grants", _ENDS, "a promise has a key until it ends"),
+)
+
+
+def check_tables(db: sqlite3.Connection, path: Path) -> int:
+    """The version of the tables; 0: the database is empty.
+
+    Raises ``ConfigError``: it is of a later version, or not a key store.
+    """
+    [version] = db.execute("PRAGMA user_version").fetchone()
+    tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
+    if version > SCHEMA_VERSION:
+        raise ConfigError(f"the key store {path} was written by a later version of hybridkex")
+    if not tables:
+        return 0
+    if not {"meta", "material", "grants", "spent"} <= tables:
+        raise ConfigError(f"{path} is a database, and not a key store")
+    return int(version) or 1
+
+
 def create(db: sqlite3.Connection) -> None:
     """Create the tables, in the transaction under way."""
-    _execute_all(db, (*_TABLES, *_SINCE_3))
+    _execute_all(db, (*_TABLES, *_SINCE_3, *_SINCE_4))
 
 
 def migrate(db: sqlite3.Connection, version: int, seal: Seal) -> None:
@@ -102,12 +185,14 @@ def migrate(db: sqlite3.Connection, version: int, seal: Seal) -> None:
     """
     if version < 2:
         _from_1(db, seal)
-    else:
+    elif version < 3:
         db.execute("DROP INDEX IF EXISTS grants_age")
         db.execute("ALTER TABLE grants ADD COLUMN blocks INTEGER NOT NULL DEFAULT 1")
         # Blocks of 256 bits; a sealed key is 28 bytes longer than the key.
         db.execute("UPDATE grants SET blocks = (length(sealed) + 3) / 32 WHERE ended IS NULL")
-    _execute_all(db, _SINCE_3)
+    if version < 3:
+        _execute_all(db, _SINCE_3)
+    _execute_all(db, _SINCE_4)
 
 
 def _from_1(db: sqlite3.Connection, seal: Seal) -> None:

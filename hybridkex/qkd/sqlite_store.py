@@ -13,7 +13,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeAlias, TypeVar
@@ -30,8 +30,15 @@ from hybridkex.json_text import load_json
 from hybridkex.net.event_loop import checkpoint, in_thread, shielded
 from hybridkex.net.threads import NoThread
 from hybridkex.qkd.call_queue import Call, CallQueue
-from hybridkex.qkd.sqlite_file import open_locked
-from hybridkex.qkd.sqlite_schema import ANY_LINK, SCHEMA_VERSION, create, migrate
+from hybridkex.qkd.sqlite_file import FileInUse, open_locked, open_unlocked
+from hybridkex.qkd.sqlite_schema import (
+    ANY_LINK,
+    EVERY_LINK,
+    SCHEMA_VERSION,
+    check_tables,
+    create,
+    migrate,
+)
 from hybridkex.qkd.store import (
     PAGE,
     Allotment,
@@ -74,6 +81,9 @@ ROWS: Final = 64
 
 CACHE_KIB: Final = 16_384
 """Memory for pages of the database, most of them of the indexes."""
+
+UNLOCKED_WAITS: Final = (0.1, 0.4, 1.0)
+"""Seconds before each further look into a file that another process uses."""
 
 _META: Final = b"meta"
 """The place of the values of a :class:`~hybridkex.qkd.store.SealRecord`."""
@@ -135,6 +145,8 @@ class SqliteKeyStore:
         self._failing = False
         self._calls = CallQueue(self._carry_out, GROUP_KEYS)
         self._reserved: set[tuple[str, str]] = set()
+        self._scope: tuple[str | None, str | None] = (None, None)
+        """The link, and the SAE, whose rows the call under way may change."""
         self._due: dict[str, float] = {}
         """When each job is due, by the monotonic clock."""
         self._unscrubbed = True
@@ -163,7 +175,7 @@ class SqliteKeyStore:
         except _DAMAGE as error:
             raise ConfigError(f"cannot use the key store {self._path}: {_reason(error)}") from error
         if not self._moving:
-            self._check_not_moved()
+            _check_not_moved(self._db, self._path)
         self._files = self._found_files()
 
     def _found_files(self) -> tuple[_Inode, _Inode]:
@@ -207,15 +219,11 @@ class SqliteKeyStore:
 
     def _prepare(self) -> None:
         """Check that the file is ours and create or migrate its tables, all in one transaction."""
-        [version] = self._db.execute("PRAGMA user_version").fetchone()
-        tables = {row[0] for row in self._db.execute("SELECT name FROM sqlite_master")}
-        if version > SCHEMA_VERSION:
-            raise ConfigError(
-                f"the key store {self._path} was written by a later version of hybridkex"
-            )
-        if tables and not {"meta", "material", "grants", "spent"} <= tables:
-            raise ConfigError(f"{self._path} is a database, and not a key store")
-        if tables:
+        for name, number in (("hybridkex_link", 0), ("hybridkex_sae", 1)):
+            self._db.create_function(name, 0, partial(self._scope_part, number))
+        self._db.execute("PRAGMA trusted_schema=ON")  # its triggers call these functions
+        version = check_tables(self._db, self._path)
+        if version:
             self._seal, record = self._settled(self._seal)
         # The file is ours: now it may change.
         self._db.execute("PRAGMA journal_mode=WAL")
@@ -226,13 +234,17 @@ class SqliteKeyStore:
         if version == SCHEMA_VERSION and record == self._record():
             return
         with self._transaction() as db:
-            if not tables:
+            if not version:
                 create(db)
                 record = SealRecord.new(self._seal, _META)
             elif version != SCHEMA_VERSION:
                 migrate(db, version, self._seal)
             self._write_record(record)
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _scope_part(self, number: int) -> str | None:
+        """What the triggers ask for."""
+        return self._scope[number]
 
     # -- the sealing key
 
@@ -241,13 +253,7 @@ class SqliteKeyStore:
         return self._record().settled(seal, _META, f"key store {self._path}")
 
     def _record(self) -> SealRecord:
-        rows = dict(
-            self._db.execute("SELECT name, value FROM meta WHERE name IN ('seal', ?, ?)", _LISTS)
-        )
-        former, retired = (
-            tuple(bytes.fromhex(one) for one in load_json(rows.get(name, "[]"))) for name in _LISTS
-        )
-        return SealRecord(current=rows.get("seal", b""), former=former, retired=retired)
+        return _read_record(self._db)
 
     def _write_record(self, record: SealRecord) -> None:
         lists = (
@@ -259,7 +265,7 @@ class SqliteKeyStore:
         )
 
     async def change_keys(self, seal_key: Secret, read_keys: Sequence[Secret] = ()) -> None:
-        settled = await self._write(1, self._change_keys, Seal(seal_key, *read_keys))
+        settled = await self._write_all(1, self._change_keys, Seal(seal_key, *read_keys))
         if isinstance(settled, ConfigError):
             raise settled
         self._seal = settled
@@ -278,8 +284,8 @@ class SqliteKeyStore:
         for part in (self._renew_material, self._renew_grants):
             last: tuple[Any, ...] | None = ()
             while last is not None:
-                last = await self._write(PAGE, part, last)
-        await self._write(1, lambda: self._write_record(self._record().renewed()))
+                last = await self._write_all(PAGE, part, last)
+        await self._write_all(1, lambda: self._write_record(self._record().renewed()))
         return True
 
     def _renew_material(self, after: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -327,10 +333,35 @@ class SqliteKeyStore:
         return await self._calls.run(partial(operation, *arguments))
 
     async def _write(
-        self, size: int, operation: Callable[P, T], /, *arguments: P.args, **_: P.kwargs
+        self,
+        link: str,
+        size: int,
+        operation: Callable[..., T],
+        *arguments: Any,
+        sae: str | None = None,
     ) -> T:
-        """``size`` is the number of keys that it changes."""
-        return await self._calls.run(partial(operation, *arguments), size=size, writes=True)
+        """Change rows of one link; ``operation`` gets the link and ``arguments``.
+
+        ``size`` is the number of keys that it changes. Only ``sae`` can be delivered a key.
+        """
+        work = partial(self._within, (link, sae), operation, link, *arguments)
+        return await self._calls.run(work, size=size, writes=True)
+
+    async def _write_all(
+        self, size: int, operation: Callable[P, T], *arguments: P.args, **_: P.kwargs
+    ) -> T:
+        """Change rows of all links alike."""
+        work = partial(self._within, (EVERY_LINK, None), operation, *arguments)
+        return await self._calls.run(work, size=size, writes=True)
+
+    def _within(
+        self, scope: tuple[str, str | None], operation: Callable[..., T], *arguments: Any
+    ) -> T:
+        self._scope = scope
+        try:
+            return operation(*arguments)
+        finally:
+            self._scope = (None, None)
 
     async def _carry_out(self, group: list[Call[Any]]) -> None:
         try:
@@ -408,8 +439,9 @@ class SqliteKeyStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """One durable change or none, before any call."""
+        """One durable change or none, before any call; of any link."""
         self._unscrubbed = True
+        self._scope = (EVERY_LINK, None)
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield self._db
@@ -417,6 +449,8 @@ class SqliteKeyStore:
         except BaseException:
             self._undo()
             raise
+        finally:
+            self._scope = (None, None)
 
     # -- the files
 
@@ -479,22 +513,9 @@ class SqliteKeyStore:
 
     def meta(self, name: str) -> str | None:
         """A fact stored with :meth:`set_meta`."""
-        row = self._db.execute("SELECT value FROM meta WHERE name = ?", (f"x-{name}",)).fetchone()
-        return None if row is None else str(row[0])
+        return _read_meta(self._db, name)
 
     # -- a move of its keys into another store
-
-    def _check_not_moved(self) -> None:
-        if where := self.meta("moved"):
-            raise ConfigError(
-                f"the keys of the key store {self._path} were moved into {where}: name that store "
-                "in the configuration"
-            )
-        if self.meta("moving"):
-            raise ConfigError(
-                f"the keys of the key store {self._path} are being moved into another store: run "
-                "'hybridkex kme migrate' again, which continues it"
-            )
 
     def is_renewing(self) -> bool:
         """Whether some rows are encrypted under an earlier sealing key."""
@@ -521,7 +542,7 @@ class SqliteKeyStore:
         self, link: str, keys: Iterable[tuple[str, Secret]], *, shared: bool = True
     ) -> None:
         keys = list(keys)
-        await self._write(len(keys), self._add, link, keys, shared)
+        await self._write(link, len(keys), self._add, keys, shared)
 
     def _add(self, link: str, keys: list[tuple[str, Secret]], shared: bool) -> None:
         now = time.time()
@@ -571,7 +592,7 @@ class SqliteKeyStore:
             # One damaged row must not block the others.
             LOG.error("%s: %d damaged keys of %s are erased", self._path, len(damaged), link)
             try:
-                await self._write(len(damaged), self._take_out, link, damaged)
+                await self._write(link, len(damaged), self._take_out, damaged)
             except BaseException:
                 self._let_go(link, [one.key_id for one in found])
                 raise
@@ -660,7 +681,7 @@ class SqliteKeyStore:
     async def allot(
         self, link: str, allotments: Sequence[Allotment], *, master: str, slaves: Sequence[str] = ()
     ) -> None:
-        await self._write(len(blocks_of(allotments)), self._allot, link, allotments, master, slaves)
+        await self._write(link, len(blocks_of(allotments)), self._allot, allotments, master, slaves)
 
     def _allot(
         self, link: str, allotments: Sequence[Allotment], master: str, slaves: Sequence[str]
@@ -680,7 +701,7 @@ class SqliteKeyStore:
         peer_half: int = 0,
     ) -> None:
         await self._write(
-            len(blocks_of(allotments)), self._accept, link, allotments, master, slaves, peer_half
+            link, len(blocks_of(allotments)), self._accept, allotments, master, slaves, peer_half
         )
 
     def _accept(
@@ -758,7 +779,9 @@ class SqliteKeyStore:
     async def collect(
         self, link: str, key_ids: Sequence[str], *, slave: str, master: str
     ) -> list[tuple[str, Secret]]:
-        return await self._write(len(key_ids), self._collect, link, key_ids, slave, master)
+        return await self._write(
+            link, len(key_ids), self._collect, key_ids, slave, master, sae=slave
+        )
 
     def _collect(
         self, link: str, key_ids: Sequence[str], slave: str, master: str
@@ -793,7 +816,7 @@ class SqliteKeyStore:
 
     async def discard(self, link: str, key_ids: Iterable[str]) -> list[str]:
         ids = list(key_ids)
-        return await self._write(len(ids), self._discard, link, ids)
+        return await self._write(link, len(ids), self._discard, ids)
 
     def _discard(self, link: str, key_ids: list[str]) -> list[str]:
         return self._take_out(
@@ -813,7 +836,7 @@ class SqliteKeyStore:
 
     async def void(self, link: str, key_ids: Iterable[str]) -> int:
         ids = list(key_ids)
-        return await self._write(len(ids), self._void, link, ids)
+        return await self._write(link, len(ids), self._void, ids)
 
     def _void(self, link: str, key_ids: list[str]) -> int:
         erased = len(self._take_out(link, key_ids))
@@ -834,9 +857,9 @@ class SqliteKeyStore:
 
     async def _all(self, part: Callable[[float], int], before: float) -> int:
         """Call a method that erases at most ``PAGE`` rows until no rows are left for it."""
-        total = found = await self._write(PAGE, part, before)
+        total = found = await self._write_all(PAGE, part, before)
         while found == PAGE:
-            found = await self._write(PAGE, part, before)
+            found = await self._write_all(PAGE, part, before)
             total += found
         return total
 
@@ -889,6 +912,70 @@ class SqliteKeyStore:
     async def settle(self, job: str, seconds: float) -> None:
         await checkpoint()
         self._due[job] = time.monotonic() + seconds
+
+
+def check_store(path: Path, keys: Seal) -> None:
+    """Check that a file, if there is one, can be used as a key store; changes nothing. Blocks.
+
+    It is locked for a moment, unless a KME uses it: then what is in the file is read all the same.
+
+    Raises:
+        ConfigError: why it cannot.
+    """
+    if not path.exists():
+        return
+    try:
+        try:
+            with closing(open_locked(path, create=False)) as db:
+                _check_content(db, path, keys)
+        except FileInUse:
+            _check_unlocked(path, keys)
+    except sqlite3.Error as error:
+        raise ConfigError(f"cannot use the key store {path}: {_reason(error)}") from error
+
+
+def _check_unlocked(path: Path, keys: Seal) -> None:
+    """Raises ``ConfigError`` or ``sqlite3.Error``, if it does so again: a page may be in transit,
+    and the newest record of the sealing keys in the write-ahead log."""
+    for wait in UNLOCKED_WAITS:
+        with suppress(sqlite3.Error, ConfigError), closing(open_unlocked(path)) as db:
+            _check_content(db, path, keys)
+            return
+        time.sleep(wait)
+    with closing(open_unlocked(path)) as db:
+        _check_content(db, path, keys)
+
+
+def _check_content(db: sqlite3.Connection, path: Path, keys: Seal) -> None:
+    if check_tables(db, path):
+        _read_record(db).settled(keys, _META, f"key store {path}")
+        _check_not_moved(db, path)
+
+
+def _read_record(db: sqlite3.Connection) -> SealRecord:
+    rows = dict(db.execute("SELECT name, value FROM meta WHERE name IN ('seal', ?, ?)", _LISTS))
+    former, retired = (
+        tuple(bytes.fromhex(one) for one in load_json(rows.get(name, "[]"))) for name in _LISTS
+    )
+    return SealRecord(current=rows.get("seal", b""), former=former, retired=retired)
+
+
+def _read_meta(db: sqlite3.Connection, name: str) -> str | None:
+    row = db.execute("SELECT value FROM meta WHERE name = ?", (f"x-{name}",)).fetchone()
+    return None if row is None else str(row[0])
+
+
+def _check_not_moved(db: sqlite3.Connection, path: Path) -> None:
+    if where := _read_meta(db, "moved"):
+        raise ConfigError(
+            f"the keys of the key store {path} were moved into {where}: name that store in the "
+            "configuration"
+        )
+    if _read_meta(db, "moving"):
+        raise ConfigError(
+            f"the keys of the key store {path} are being moved into another store: run 'hybridkex "
+            "kme migrate' again, which continues it"
+        )
 
 
 def _inode(path: str | Path) -> _Inode:

@@ -2,7 +2,11 @@
 
 import json
 import logging
+import os
 import re
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from hybridkex.kme.config import PeerConfig, ServeConfig
 from hybridkex.kme.entity import KmeLimits
 from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
+from hybridkex.qkd.store import new_key_file, read_key_file
 from interop.ports import free_port
 
 Site = Any  # of conftest.py
@@ -153,3 +158,94 @@ def test_the_log_as_json_and_the_check(tmp_path: Path, hybridkex: Forkserver) ->
         assert refused.returncode == 1
         assert re.search(said, refused.stderr.decode()), refused.stderr
         assert refused.stderr.count(b"\n") == 1
+
+
+@pytest.fixture
+def checked(tmp_path: Path, hybridkex: Forkserver) -> Callable[[], str]:
+    """``--check`` of the two KMEs in the folder ``s``: what it says; nothing if they can be
+    served."""
+    folder = tmp_path / "s"
+    assert main(["kme", "dev-up", str(folder), "--ports", "0,0", "--no-serve"]) == 0
+
+    def check() -> str:
+        done = hybridkex.run("kme", "serve", folder / "kme.toml", "--check")
+        assert done.returncode == (1 if done.stderr else 0)
+        return done.stderr.decode()
+
+    return check
+
+
+def states(folder: Path) -> list[tuple[str, bytes]]:
+    return [(one.name, one.read_bytes()) for one in sorted(folder.glob("keys.db"))]
+
+
+def test_the_check_opens_a_store_file(
+    tmp_path: Path, hybridkex: Forkserver, checked: Callable[[], str]
+) -> None:
+    """While a KME uses it, after that KME was killed, and when nobody does."""
+    folder = tmp_path / "s" / "kme-a"
+    config, key_file = tmp_path / "s" / "kme.toml", folder / "store.key"
+    server = hybridkex.start("kme", "serve", config, "--log-level", "info")
+    until(lambda: b"stored" in server.told(), server)
+    right = key_file.read_bytes()
+
+    def refused() -> bool:
+        assert checked() == ""
+        key_file.write_bytes(new_key_file())
+        said = checked()
+        key_file.write_bytes(right)
+        return said.count("\n") == 1 and "the key file is not the one under which" in said
+
+    until(lambda: (folder / "keys.db").stat().st_size > 10_000, server)
+    assert refused(), "while a KME uses it"
+    second = hybridkex.run("kme", "serve", config)
+    assert b"is in use by another process" in second.stderr, "the KME has the lock as before"
+    assert server.poll() is None
+    server.kill()
+    server.wait()
+    assert (folder / "keys.db-wal").exists()
+    assert refused(), "after kill -9"
+    before = states(folder)
+    assert refused(), "when nobody does"
+    assert states(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda file: file.write_bytes(b"no database" * 1000), "not a database"),
+        (lambda file: file.mkdir(), "is not a regular file"),
+        (lambda file: altered(file, "PRAGMA user_version = 99"), "a later version"),
+        (lambda file: altered(file, "DROP TABLE meta"), "and not a key store"),
+        (
+            lambda file: altered(file, "INSERT INTO meta VALUES ('x-moved', 'db at x')"),
+            "were moved into db at x",
+        ),
+        (
+            lambda file: altered(file, "INSERT INTO meta VALUES ('x-moving', 'y')"),
+            "are being moved into another",
+        ),
+        (lambda file: altered(file, "DELETE FROM meta"), "is not the one under which"),
+        (lambda file: os.link(made(file), file.with_name("another")), "several names"),
+        (lambda file: made(file).write_bytes(b""), ""),
+    ],
+)
+def test_the_check_says_why_a_store_file_cannot_be_served(
+    tmp_path: Path, checked: Callable[[], str], change: Callable[[Path], Any], said: str
+) -> None:
+    change(tmp_path / "s" / "kme-a" / "keys.db")
+    found = checked()
+    assert said in found
+    assert (found == "") == (said == "")
+    assert found.count("\n") <= 1
+
+
+def made(file: Path) -> Path:
+    """A new store at this place."""
+    SqliteKeyStore(file, read_key_file(file.with_name("store.key"))).close()
+    return file
+
+
+def altered(file: Path, statement: str) -> None:
+    with closing(sqlite3.connect(made(file), isolation_level=None)) as db:
+        db.execute(statement)

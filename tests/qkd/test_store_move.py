@@ -82,7 +82,8 @@ async def fill(store: SqliteKeyStore, number: int) -> None:
         await store.accept(link, [block(one) for one in range(6)], master="m", slaves=["s", "t"])
         await store.collect(link, [key_id(0), key_id(1)], slave="s", master="m")
         await store.void(link, [key_id(2), key_id(9), key_id(number + 1)])
-    store._db.execute("INSERT INTO spent VALUES (?, ?, 5)", (ANY_LINK, key_id(number + 2)))
+    with store._transaction() as db:
+        db.execute("INSERT INTO spent VALUES (?, ?, 5)", (ANY_LINK, key_id(number + 2)))
 
 
 def content(path: Path) -> dict[str, list[tuple[Any, ...]]]:

@@ -40,7 +40,7 @@ from hybridkex.qkd.psk import (
     name_of,
     update_context_of,
 )
-from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
+from hybridkex.qkd.source import KeyPart, KeyReference, KeySource, QkdKey, SourceStatus
 from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
@@ -73,7 +73,7 @@ class QkdLimits:
             for key updates and one-time pads, which come out of sessions, are counted by
             themselves, and wait for their turn.
         burst: look-ups for one peer that may come at once.
-        remembered: most names to remember; a remembered name is not looked up again.
+        remembered: most keys to remember; a remembered key is not drawn or looked up again.
     """
 
     timeout: float = 5.0
@@ -163,7 +163,8 @@ class QkdPskSource:
         self._limits: Final = limits or QkdLimits()
         self._budgets: Final = self._full_buckets()
         self._session_budgets: Final = self._full_buckets()
-        self._asked: Final = OrderedDict[KeyReference, QkdPeer]()
+        self._asked: Final = OrderedDict[KeyPart, None]()
+        """Every key that was drawn or looked up, whatever for."""
         # Rate-limited, because any peer can cause these lines.
         self._lines = BoundedLog(_log)
         self.counters: Final = QkdCounters()
@@ -183,9 +184,7 @@ class QkdPskSource:
         if len(self._peers) != 1:
             raise ConfigError("a client must have exactly one QKD peer, the server")
         (peer,) = self._peers
-        key = await self._ask(peer.source.get_key)
-        self.counters.drawn += 1
-        self._remember(key.name, peer)
+        key = await self._draw(peer)
         return replace(as_psk(key), origin=_Origin(peer, key.name))
 
     async def look_up(self, identities: tuple[bytes, ...]) -> ExternalPsk:
@@ -210,10 +209,8 @@ class QkdPskSource:
             KeySourceError: the source gave no key.
         """
         peer = self._peer_of(session)
-        key = await self._ask(peer.source.get_key)
-        self.counters.drawn += 1
+        key = await self._draw(peer)
         self.counters.update_keys += 1
-        self._remember(key.name, peer)
         return _update_key(key, by_client=client, epoch=epoch)
 
     async def look_up_for_update(
@@ -239,7 +236,7 @@ class QkdPskSource:
         if imported.context != expected or not source.knows(name):
             raise KeyUnknown("the key update of the peer names a QKD key of others")
         self._check_new(name)
-        self._remember(name, peer)
+        self._remember(name)
         try:
             async with time_limit(_TURN):
                 await self._turn(peer)
@@ -276,11 +273,7 @@ class QkdPskSource:
         peer = self._peer_of(session)
         if isinstance(peer.source, CombinedSource):
             raise KeyUnauthorized(_COMBINED)
-        key = await self._ask(peer.source.get_key)
-        if key.name in self._asked:
-            raise KeySourceUnavailable("our key source has given the same key twice")
-        self._remember(key.name, peer)
-        self.counters.drawn += 1
+        key = await self._draw(peer)
         self.counters.pad_keys += 1
         try:
             return identity_of(key.name), _for_pad(key)
@@ -302,7 +295,7 @@ class QkdPskSource:
         if len(name) != 1:
             raise KeyUnauthorized(_COMBINED)
         self._check_new(name)
-        self._remember(name, peer)
+        self._remember(name)
         await self._turn(peer)
         wait = self._limits.retry_after
         while True:
@@ -359,7 +352,7 @@ class QkdPskSource:
         self._check_new(name)
         if not self._budgets[id(peer)].take():
             raise self._limited(peer)
-        self._remember(name, peer)
+        self._remember(name)
         return await self._ask(lambda: self._look_up_patiently(peer.source, name))
 
     def _limited(self, peer: QkdPeer) -> KeySourceUnavailable:
@@ -371,15 +364,33 @@ class QkdPskSource:
         while not self._session_budgets[id(peer)].take():
             await sleep(self._limits.retry_after)
 
+    async def _draw(self, peer: QkdPeer) -> QkdKey:
+        """A new key. What it is for does not matter: one that was in use before is refused.
+
+        Raises:
+            KeySourceError: the source gave no key, or one that we know.
+        """
+        key = await self._ask(peer.source.get_key)
+        if any(part in self._asked for part in key.name):
+            self.counters.failed += 1
+            raise KeySourceUnavailable(
+                "our key source has given the same key twice; see the log of our KME, and whether "
+                "its store was restored from a copy"
+            )
+        self._remember(key.name)
+        self.counters.drawn += 1
+        return key
+
     def _check_new(self, name: KeyReference) -> None:
-        if name in self._asked:
+        if any(part in self._asked for part in name):
             self.counters.repeated += 1
             raise KeyConsumed("this key was looked up before")
 
-    def _remember(self, name: KeyReference, peer: QkdPeer) -> None:
-        self._asked[name] = peer
-        if len(self._asked) > self._limits.remembered:
-            self._asked.popitem(last=False)
+    def _remember(self, name: KeyReference) -> None:
+        for part in name:
+            self._asked[part] = None
+            if len(self._asked) > self._limits.remembered:
+                self._asked.popitem(last=False)
 
     async def _look_up_patiently(self, source: KeySource, name: KeyReference) -> QkdKey:
         """Retry a look-up: the KMEs may be slightly out of step, as the key has just been drawn."""

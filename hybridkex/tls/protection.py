@@ -28,6 +28,12 @@ _SMALL_INNER: Final = SMALL + 1
 _KEEP_FREE: Final = 16
 """Records of a key that are kept for alerts and for KeyUpdate itself."""
 
+_DAMAGED: Final = "a record does not decrypt: it was changed on the way"
+_DAMAGED_OR_OTHER_KEY: Final = (
+    "the first record under a new key does not decrypt: it was changed on the way, or the two ends "
+    "have different keys; if they use QKD keys, check that both KMEs are of the same link"
+)
+
 
 class Padding(Protocol):
     """How many zeros to add to a record (section 5.4)."""
@@ -192,7 +198,7 @@ class ReadProtection:
         try:
             self._aead.decrypt_into(nonce, fragment, record.header, out[:size])
         except InvalidTag:
-            raise BadRecordMac("a record does not decrypt: it was changed on the way") from None
+            raise BadRecordMac(_DAMAGED if self._sequence else _DAMAGED_OR_OTHER_KEY) from None
         if size > self.limit:
             raise RecordOverflow(f"a record with {size} bytes inside, where {self.limit} may be")
         self._sequence += 1

@@ -118,6 +118,30 @@ async def test_keys_that_are_no_pad() -> None:
         await source.look_up_for_pad(identity_of(key("x", "y").name), SESSION)
 
 
+async def draw(source: QkdPskSource, use: str) -> Any:
+    if use == "handshake":
+        return await source.offer()
+    if use == "key update":
+        return await source.draw_for_update(SESSION, client=True, epoch=1)
+    return await source.draw_for_pad(SESSION)
+
+
+USES = ("handshake", "key update", "pad")
+
+
+@pytest.mark.parametrize("second", USES)
+@pytest.mark.parametrize("first", [*USES, "combined"])
+async def test_a_key_that_a_source_gives_twice_is_used_once(first: str, second: str) -> None:
+    """Whatever for: what was under a one-time pad must be in no key schedule, or the other way."""
+    names = ("x", "same") if first == "combined" else ("same",)
+    source = QkdPskSource(Kme(key(*names), key("same"), key("other")))
+    await draw(source, "handshake" if first == "combined" else first)
+    with pytest.raises(KeySourceUnavailable, match="twice"):
+        await draw(source, second)
+    assert (source.counters.drawn, source.counters.failed) == (1, 1)
+    assert await draw(source, second)
+
+
 async def test_a_look_up_goes_on_until_the_kme_answers(autojump_clock: Any) -> None:
     source = QkdPskSource(Kme(key("other"), key("other"), key("wanted")))
     identity = identity_of(key("wanted").name)

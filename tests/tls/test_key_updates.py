@@ -45,6 +45,7 @@ from hybridkex import (
 )
 from hybridkex.constants import Alert, HandshakeType
 from hybridkex.errors import (
+    BadRecordMac,
     ConfigError,
     DecryptError,
     IllegalParameter,
@@ -750,7 +751,9 @@ def test_another_key_at_the_other_end(wrong: str) -> None:
         return
     pair.server.provide_update_key(UpdateKey(psk=other))
     pair.fight()
-    assert isinstance(pair.errors["client"], PeerError)
+    error = pair.errors["client"]
+    assert isinstance(error, BadRecordMac)
+    assert "the two ends have different keys" in str(error)
     assert pair.client.session.epoch == 0
 
 

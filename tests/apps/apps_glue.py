@@ -22,7 +22,6 @@ from waiting import until
 from hybridkex import ClientConfig, DevCa, SecureStream, ServerConfig, TrustStore
 from hybridkex.apps.transfer import PROTOCOL, Folder
 from hybridkex.apps.transfer.arrivals import Arrivals
-from hybridkex.apps.transfer.errors import NotStored
 from hybridkex.apps.transfer.folder import Present
 from hybridkex.apps.transfer.messages import Offer, Whole
 from hybridkex.apps.transfer.part import PartFile, Prefix
@@ -272,12 +271,12 @@ def complete(folder: Folder, part: PartFile, digest: str) -> None:
     arrivals = Arrivals(folder)
     try:
         arrivals.add(part.complete(digest, folder.umask))
-        [(_, outcome)] = arrivals.settle()
+        [settled] = arrivals.settle()
     finally:
         arrivals.close()
         part.close()
-    if isinstance(outcome, NotStored):
-        raise outcome
+    if settled.error is not None:
+        raise settled.error
 
 
 def store(folder: Folder, offer: Offer, content: bytes) -> None:
@@ -285,9 +284,9 @@ def store(folder: Folder, offer: Offer, content: bytes) -> None:
     arrivals = Arrivals(folder)
     with folder.open() as handles:
         arrivals.write(offer, Whole(offer.n, hashlib.sha256(content).digest(), content), handles)
-    [(_, outcome)] = arrivals.settle()
-    if isinstance(outcome, NotStored):
-        raise outcome
+    [settled] = arrivals.settle()
+    if settled.error is not None:
+        raise settled.error
 
 
 def proved(folder: Folder, offer: Offer, content: bytes) -> Prefix | None:

@@ -36,7 +36,7 @@ from hybridkex.apps.transfer import (
 from hybridkex.apps.transfer.arrivals import Arrivals
 from hybridkex.apps.transfer.frames import Frames
 from hybridkex.apps.transfer.handles import Handles
-from hybridkex.apps.transfer.messages import WHOLE, Nanoseconds, Offer
+from hybridkex.apps.transfer.messages import WHOLE, How, Nanoseconds, Offer
 from hybridkex.apps.transfer.names import PARTIAL, WORK
 
 Configs = tuple[ClientConfig, ServerConfig]
@@ -254,6 +254,105 @@ async def test_an_error_of_the_disk_belongs_to_the_files_that_have_it(
         assert same(source, tmp_path / "in" / "source")
 
 
+# --- several senders of one tree ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 100])
+async def test_senders_of_the_same_files_at_once(
+    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """A file that another sender has stored meanwhile is there already, if its content is the
+    same."""
+    sources = [fill(tmp_path / str(number) / "source", 20, size=size) for number in range(3)]
+    odd = Path("000", "00007")
+    for number in range(3):
+        (tmp_path / "in" / "source" / "000").mkdir(parents=True, exist_ok=True)
+        (sources[number] / odd).write_bytes(bytes([number]))
+    barrier, begun = threading.Barrier(3), set[Arrivals]()
+    settle = Arrivals.settle
+
+    def together(group: Arrivals) -> Any:
+        if group not in begun:
+            begun.add(group)
+            barrier.wait(20)
+        return settle(group)
+
+    monkeypatch.setattr(Arrivals, "settle", together)
+    outcomes: list[Outcome] = []
+    folder = Folder(tmp_path / "in")
+
+    async def send(source: Path) -> None:
+        outcomes.append(await deliver(configs, folder, source))
+
+    async with trio.open_nursery() as nursery:
+        for source in sources:
+            nursery.start_soon(send, source)
+    folder.close()
+    assert sum(outcome.stored for outcome in outcomes) == 20
+    assert sorted(len(outcome.failed) for outcome in outcomes) == [0, 1, 1]
+    for outcome in outcomes:
+        assert all("other content" in reason for reason in outcome.failed.values())
+        assert set(outcome.failed) <= {f"source/{odd}"}
+    assert not (tmp_path / "in" / PARTIAL).exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("size", [3, WHOLE, WHOLE + 1])
+@pytest.mark.parametrize(
+    "there", ["same", "other", "shorter", "longer", "link", "pipe", "folder", "nothing"]
+)
+def test_a_name_that_is_taken_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, there: str, *, links: bool
+) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    content = random.Random(size).randbytes(size)
+    folder, path = Folder(tmp_path / "in"), tmp_path / "in" / "x"
+    offer = Offer(0, ("x",), False, size, Nanoseconds(0), 0o644)
+    assert not look(folder, offer).size
+    group = Arrivals(folder)
+    digest = hashlib.sha256(content)
+    if size <= WHOLE:
+        with folder.open() as handles:
+            group.write(offer, arrivals.Whole(0, digest.digest(), content), handles)
+    else:
+        part = begin(folder, offer)
+        part.write([memoryview(content)])
+        group.add(part.complete(digest.hexdigest(), folder.umask))
+    match there:
+        case "same":
+            path.write_bytes(content)
+        case "other":
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case "shorter":
+            path.write_bytes(content[:-1])
+        case "longer":
+            path.write_bytes(content + b"x")
+        case "link":
+            (tmp_path / "elsewhere").write_bytes(content)
+            path.symlink_to(tmp_path / "elsewhere")
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+    [settled] = group.settle()
+    group.close()
+    folder.close()
+    if there == "nothing":
+        assert (settled.how, settled.error) == (How.NEW, None)
+    elif there == "same":
+        assert (settled.how, settled.error) == (How.SAME, None)
+    else:
+        assert settled.error is not None
+    if there in ("same", "nothing"):
+        assert path.read_bytes() == content
+        assert not (tmp_path / "in" / PARTIAL).exists()
+
+
+def no_links(*words: object, **more: object) -> None:
+    raise PermissionError(errno.EPERM, "no hard links here")
+
+
 # --- unchanged files ----------------------------------------------------------------------------
 
 
@@ -387,7 +486,7 @@ def test_what_a_killed_receiver_leaves_is_removed_and_a_living_ones_is_not(tmp_p
     (left / "1").write_bytes(b"abc")
     other = Folder(tmp_path / "in")
     assert not left.exists()
-    assert [outcome for _, outcome in group.settle()] == [""]
+    assert [one.error for one in group.settle()] == [None]
     assert (tmp_path / "in" / "x").read_bytes() == b"abc"
     other.close()
     assert not (tmp_path / "in" / PARTIAL).exists()

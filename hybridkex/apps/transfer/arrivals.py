@@ -10,17 +10,18 @@ import contextlib
 import fcntl
 import os
 import secrets
+import stat
 import time
 from collections.abc import Callable
 from hashlib import sha256
-from typing import Final
+from typing import Final, NamedTuple
 from unicodedata import normalize
 
 from hybridkex.apps.transfer.durable import flush, flush_all, has_flush_all
 from hybridkex.apps.transfer.errors import NotStored
 from hybridkex.apps.transfer.folder import Folder, errors_of, not_stored, taken
 from hybridkex.apps.transfer.handles import FolderGone, Handles
-from hybridkex.apps.transfer.messages import Offer, Whole
+from hybridkex.apps.transfer.messages import How, Offer, Whole
 from hybridkex.apps.transfer.names import PARTIAL, WORK, shown
 from hybridkex.apps.transfer.part import OPEN_FILE, Ready, limit_mode, set_date
 
@@ -35,9 +36,24 @@ process has descriptors for them."""
 _LONGEST: Final = 0.5
 """Seconds that a file may wait for others."""
 _TRIES: Final = 3
+_PIECE: Final = 1 << 20
+"""Bytes to compare at once."""
 
-Settled = tuple[Offer, str | NotStored]
-"""An offer, and what was lost of its metadata or why it is not stored."""
+
+class Settled(NamedTuple):
+    """What became of an offer.
+
+    Args:
+        offer: the offer.
+        how: :attr:`How.SAME` if another transfer has stored the same content first.
+        lost: the metadata that could not be kept, as text; empty if there is none.
+        error: why it is not stored.
+    """
+
+    offer: Offer
+    how: How = How.NEW
+    lost: str = ""
+    error: NotStored | None = None
 
 
 class Arrivals:
@@ -160,7 +176,7 @@ class Arrivals:
         ready, made, touched = self._ready, self._made, self._touched
         self._ready, self._made, self._touched = [], [], {}
         settled: list[Settled] = []
-        durable: list[Settled] = [(offer, "") for offer in made]
+        durable = [Settled(offer) for offer in made]
         try:
             with self._folder.open() as handles:
                 flush_file = self._flush_files(ready, handles)
@@ -168,17 +184,19 @@ class Arrivals:
                     try:
                         with errors_of(one.offer.path):
                             flush_file(one)
-                            self._name(one, handles)
+                            how = self._name(one, handles)
                         touched[one.offer.path[:-1]] = None
-                        durable.append((one.offer, one.lost))
+                        durable.append(Settled(one.offer, how, one.lost))
                     except NotStored as error:
-                        settled.append((one.offer, error))
+                        settled.append(Settled(one.offer, error=error))
                 touched.update(dict.fromkeys(handles.made))
                 try:
                     self._flush_names(list(touched), handles)
                     handles.check_root()
                 except (OSError, FolderGone) as error:
-                    durable = [(offer, not_stored(error, offer.path)) for offer, _ in durable]
+                    durable = [
+                        Settled(offer, error=not_stored(error, offer.path)) for offer, *_ in durable
+                    ]
         finally:
             self._close_files(ready)
             self._remove_work()
@@ -201,16 +219,24 @@ class Arrivals:
         for path in handles.each(folders):
             flush(handles.get(path))
 
-    def _name(self, ready: Ready, handles: Handles) -> None:
-        """Give a complete file its name. Raises ``NotStored`` or ``OSError``."""
+    def _name(self, ready: Ready, handles: Handles) -> How:
+        """Give a complete file its name; the same content under this name is as good.
+
+        Raises ``NotStored`` or ``OSError``.
+        """
         path, name = ready.offer.path, ready.where[-1]
         source = _check_in_place(ready, handles)
         target = handles.get(path[:-1], make=True)
         if self._folder.overwrite:
             _refuse_alias(path, target)
             os.rename(name, path[-1], src_dir_fd=source, dst_dir_fd=target)
-        else:
-            _rename_new(name, source, path, target)
+        elif not _rename_new(name, source, path, target):
+            if not _have_same_content((name, source), (path[-1], target)):
+                raise NotStored(taken(path))
+            _refuse_alias(path, target)
+            os.unlink(name, dir_fd=source)
+            return How.SAME
+        return How.NEW
 
     def close(self) -> None:
         """Drop what has not been settled. Large files are kept for the next attempt."""
@@ -266,7 +292,7 @@ def _check_in_place(ready: Ready, handles: Handles) -> int:
 def _refuse_alias(path: tuple[str, ...], folder: int) -> None:
     """Raise ``NotStored`` if the file system treats this name as that of another file.
 
-    File systems that ignore case or Unicode normalisation do so: the file to be replaced could be
+    File systems that ignore case or Unicode normalisation do so: the file that is there could be
     another one of this transfer.
     """
     name = path[-1]
@@ -291,12 +317,15 @@ def _inode(name: str, folder: int) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _rename_new(name: str, source: int, path: tuple[str, ...], target: int) -> None:
-    """Rename without replacing a file: link(2) refuses an existing name atomically."""
+def _rename_new(name: str, source: int, path: tuple[str, ...], target: int) -> bool:
+    """Rename without replacing a file: link(2) refuses an existing name atomically.
+
+    Returns whether the name was free. Raises ``OSError``.
+    """
     try:
         os.link(name, path[-1], src_dir_fd=source, dst_dir_fd=target)
     except FileExistsError:
-        raise NotStored(taken(path)) from None
+        return False
     except OSError:
         # A file system without hard links (FAT, FUSE, some network shares), whatever it calls that:
         # check, then rename, which fails for every other reason too. A file created under the name
@@ -305,6 +334,28 @@ def _rename_new(name: str, source: int, path: tuple[str, ...], target: int) -> N
             os.stat(path[-1], dir_fd=target, follow_symlinks=False)
         except FileNotFoundError:
             os.rename(name, path[-1], src_dir_fd=source, dst_dir_fd=target)
-            return
-        raise NotStored(taken(path)) from None
+            return True
+        return False
     os.unlink(name, dir_fd=source)
+    return True
+
+
+def _have_same_content(*files: tuple[str, int]) -> bool:
+    """Whether two files, each a name and the folder that it is in, have the same content.
+
+    Raises ``OSError``.
+    """
+    with contextlib.ExitStack() as stack:
+        ours, theirs = (
+            stack.enter_context(
+                os.fdopen(os.open(name, os.O_RDONLY | OPEN_FILE, dir_fd=folder), "rb")
+            )
+            for name, folder in files
+        )
+        first, second = (os.fstat(file.fileno()) for file in (ours, theirs))
+        if not stat.S_ISREG(second.st_mode) or first.st_size != second.st_size:
+            return False
+        while piece := ours.read(_PIECE):
+            if piece != theirs.read(_PIECE):
+                return False
+        return not theirs.read(1)

@@ -145,17 +145,18 @@ class Reception:
 
     def _settle(self) -> None:
         small: list[tuple[str, int]] = []
-        for offer, outcome in self._arrivals.settle():
+        for offer, how, lost, error in self._arrivals.settle():
             name, large = shown(offer.path), offer.n in self._large
             self._large.discard(offer.n)
-            if isinstance(outcome, NotStored):
-                self._fail(offer.n, outcome)
-                self._report(self._progress.end, name, _alone(outcome, offer))
+            if error is not None:
+                self._fail(offer.n, error)
+                self._report(self._progress.end, name, _alone(error, offer))
                 continue
-            self._store(offer.n, wire.How.NEW, outcome)
+            new = how is wire.How.NEW
+            self._store(offer.n, how, lost if new else "")
             if large:
                 self._report(self._progress.end, name, None)
-            elif not offer.folder:
+            elif new and not offer.folder:
                 small.append((name, offer.size))
         if small:
             self._report(self._progress.stored, small)

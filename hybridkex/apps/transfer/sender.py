@@ -216,11 +216,11 @@ class _Transfer:
                 name = shown(item.path)
                 self.outcome.incomplete[name] = lost
                 self._progress.note(f"{name}: stored without {lost}")
+            if item.size > wire.WHOLE:
+                self._progress.end(shown(item.path), None)
             if how is wire.How.NEW:
                 self.outcome.stored += 1
-                if item.size > wire.WHOLE:
-                    self._progress.end(shown(item.path), None)
-                elif not item.folder:
+                if not item.folder and item.size <= wire.WHOLE:
                     small.append((shown(item.path), item.size))
             else:
                 self.outcome.already += 1

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
+    _heed_signals()
+    _keep_bytecode()
+
+
+def _keep_bytecode() -> None:
+    """An image of Python often forbids it, and then each process compiles anew all that it imports:
+    each of those that run the tests, and each of the hundreds that tests start."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+
+
+def _heed_signals() -> None:
     """A shell that starts pytest in the background lets it, and all that it starts, ignore some
     signals. Tests send them."""
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):

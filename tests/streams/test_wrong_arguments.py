@@ -35,7 +35,7 @@ PIN = "ab" * 32
 
 
 def wrong(*values: Any) -> list[Any]:
-    return [*values, 5, object(), ssl.create_default_context()]
+    return [*values, 5, object(), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)]
 
 
 CASES: dict[str, tuple[Callable[[Any], object], list[Any]]] = {
@@ -45,7 +45,10 @@ CASES: dict[str, tuple[Callable[[Any], object], list[Any]]] = {
     "RawIdentity": (RawIdentity, wrong("key.pem", Path("key.pem"), b"---", None)),
     "Identity chain": (lambda value: Identity(value, CA.issue("a").private_key), wrong("c", b"c")),
     "Identity key": (lambda value: Identity(CA.issue("a").chain, value), wrong("k", b"k", None)),
-    "MemoryTicketStore": (MemoryTicketStore, ["a", 0, -1, 1.5, None, ssl.create_default_context()]),
+    "MemoryTicketStore": (
+        MemoryTicketStore,
+        ["a", 0, -1, 1.5, None, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)],
+    ),
     "SecureStream": (lambda value: SecureStream(value, CLIENT), wrong("a", socket.socket, None)),
     "name": (canonical_peer_name, wrong(b"localhost", None)),
     "host": (lambda name: SecureStream(ANY_STREAM, CLIENT, server_hostname=name), wrong(b"a", "")),

@@ -8,7 +8,7 @@ from uuid import UUID
 from hybridkex.errors import ConfigError
 from hybridkex.qkd.store import Seal, half_of, place_of
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 """``PRAGMA user_version`` of the tables below; 0 with tables is version 1, which did not set it.
 The connection has the functions ``hybridkex_link()`` and ``hybridkex_sae()``."""
 

@@ -202,7 +202,7 @@ class NoApplicationProtocol(PeerError):
 
 
 class PolicyRefused(PeerError):
-    """What the peer chose or offered is valid TLS but does not satisfy our policy."""
+    """The peer's choice or offer is valid TLS but does not satisfy our policy."""
 
     reason = Reason.POLICY
 

@@ -58,7 +58,7 @@ _SIMPLE: Final[Mapping[Any, Kind]] = {
 
 
 def _kind_of(type_: Any) -> Kind:
-    """What a type accepts."""
+    """The values that a type accepts."""
     if type_ in _SIMPLE:
         return _SIMPLE[type_]
     origin, inner = get_origin(type_), get_args(type_)

@@ -49,7 +49,7 @@ def secure_http(
 
 
 class _SecureHttp:
-    """What uvicorn calls for each connection."""
+    """The protocol factory that uvicorn calls for each connection."""
 
     def __init__(
         self,

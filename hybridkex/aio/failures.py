@@ -53,7 +53,7 @@ _ENDED: Final[tuple[tuple[type[HybridkexError], type[SecureConnectionError], int
     (LocalStateError, SecureConnectionAborted, errno.ECONNABORTED),
     (HandshakeTimeout, SecureConnectionTimeout, errno.ECONNABORTED),
 )
-"""What an error is raised as that has no counterpart in the ``ssl`` module."""
+"""The class of errors that have no counterpart in the ``ssl`` module."""
 
 
 def connection_error(cause: HybridkexError) -> SecureConnectionError:

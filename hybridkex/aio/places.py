@@ -44,7 +44,7 @@ class Places:
         self._budget: Final = Budget(
             share(HANDSHAKES), what="handshakes", patience=PATIENCE, freed=self._freed
         )
-        # It is there while somebody waits, since an asyncio.Server does not say when it ends.
+        # It exists while connections are pending: an asyncio.Server does not report its end.
         self._pending: PendingConnections[Guest] | None = None
         self._due = False
         self._entered = self._seen = self._at_start = 0

@@ -232,7 +232,7 @@ class SecureTransport(transports._FlowControlMixin):
 
     @property
     def pad(self) -> PadBudget | None:
-        """What is left of the one-time pads; ``None`` where none was negotiated.
+        """The remaining one-time pads; ``None`` if none was negotiated.
 
         Raises:
             LocalStateError: the handshake is not complete.
@@ -242,8 +242,8 @@ class SecureTransport(transports._FlowControlMixin):
     def update_keys(self, *, request_peer: bool = False) -> None:
         """Change our sending key, and ask the peer for the same (RFC 9846 section 4.7.3).
 
-        Where Extended Key Update was agreed on, this starts one, with a QKD key where the policy
-        has it so: :attr:`session` shows another epoch when it is complete.
+        If Extended Key Update was negotiated, this starts one, with a QKD key if the policy uses
+        them. When it is complete, :attr:`session` has another epoch.
 
         Raises:
             LocalStateError: the handshake is not complete, or the sending direction is closed.
@@ -892,7 +892,7 @@ class SecureTransport(transports._FlowControlMixin):
     def _application_failed(self, error: BaseException) -> None:
         """End the connection after an exception of the application's protocol."""
         self._report("Fatal error: the application's protocol failed.", error)
-        # A CancelledError that went on from here would cancel whoever uses the connection.
+        # A CancelledError that propagated from here would cancel the user of the connection.
         cause = error if isinstance(error, Exception) else None
         self._give_up("the application's protocol failed", cause)
 

@@ -1,4 +1,4 @@
-"""What a failed handshake of ours says."""
+"""Messages for failed handshakes of our own."""
 
 from hybridkex import ClientConfig, Property, ServerConfig
 from hybridkex.errors import AlertReceived, TruncationError

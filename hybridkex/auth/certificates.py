@@ -87,7 +87,7 @@ class PeerCertificate:
 
     @cached_property
     def vouched(self) -> tuple[str, ...]:
-        """What an authority vouches for, if a verifier trusts the chain up to one."""
+        """The names that an authority certifies, if a verifier trusts the chain up to one."""
         return vouched_names_of(self.leaf)
 
     @property
@@ -98,7 +98,7 @@ class PeerCertificate:
 
     @property
     def pin(self) -> str:
-        """What ``--pin`` and :class:`~hybridkex.Pins` take for its key."""
+        """The pin of its key, as ``--pin`` and :class:`~hybridkex.Pins` take it."""
         return spki_sha256(self.leaf)
 
     def __repr__(self) -> str:
@@ -267,7 +267,7 @@ def bounded(certificate: x509.Certificate, constraints: x509.NameConstraints) ->
 
 
 def not_valid_today(certificate: x509.Certificate, at: datetime | None = None) -> str | None:
-    """What is wrong with the dates of a certificate at a time (aware; now by default)."""
+    """A problem with the validity dates of a certificate at a time (aware; now by default)."""
     at = datetime.now(UTC) if at is None else at
     start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if start <= at <= end:
@@ -292,7 +292,7 @@ def flaw_of_own(leaf: x509.Certificate) -> str | None:
 
 
 def key_cost(key: object) -> str | None:
-    """What makes verification with a key cost more than a stranger may cause."""
+    """A reason why verification with a key costs more than an unauthenticated peer may cause."""
     if isinstance(key, RsaPssKey):
         key = key.key
     if not isinstance(key, rsa.RSAPublicKey):
@@ -311,7 +311,7 @@ def _wrong_size(key: rsa.RSAPublicKey) -> str:
 def is_signed_by(child: x509.Certificate, issuer: x509.Certificate) -> bool:
     """Whether a certificate has the name and the signature of an issuer. Nothing else is checked.
 
-    The key of the issuer may come from a stranger: see :func:`key_cost`.
+    The key of the issuer may come from an unauthenticated peer: see :func:`key_cost`.
     """
     try:
         child.verify_directly_issued_by(issuer)
@@ -321,7 +321,7 @@ def is_signed_by(child: x509.Certificate, issuer: x509.Certificate) -> bool:
 
 
 def key_weakness(key: object) -> str | None:
-    """What is wrong with a leaf's key; `cryptography`'s verifier looks at issuers' keys only."""
+    """A weakness of a leaf's key; `cryptography`'s verifier checks issuers' keys only."""
     if isinstance(key, RsaPssKey):
         key = key.key
     if not isinstance(key, _KINDS):

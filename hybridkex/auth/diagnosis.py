@@ -268,7 +268,7 @@ _PKCS1_WITHOUT_NULL: Final = re.compile(
 
 
 def _form(certificate: x509.Certificate) -> Finding | None:
-    """What the verifier refuses of the fields of any certificate (RFC 5280 section 4.1)."""
+    """A field for which the verifier refuses any certificate (RFC 5280 section 4.1)."""
     if certificate.version is not x509.Version.v3:
         return Finding(
             certificate,
@@ -313,7 +313,7 @@ def _dates(certificate: x509.Certificate, at: datetime) -> Finding | None:
 
 
 def _authority(issuer: x509.Certificate, below: Sequence[x509.Certificate]) -> Finding | None:
-    """What keeps a certificate from issuing (RFC 5280 section 6.1.4 (k) to (n))."""
+    """The reason why a certificate may not issue others (RFC 5280 section 6.1.4 (k) to (n))."""
     signed = f"and yet it signed {subject_of(below[-1])}"
     constraints = _extension(issuer, x509.BasicConstraints)
     if constraints is None:
@@ -410,7 +410,7 @@ def _extensions(certificate: x509.Certificate) -> Finding | None:
 
 
 def _leaf(leaf: x509.Certificate, *, server: bool) -> Finding | None:
-    """What keeps a certificate from being an end entity's of this role."""
+    """The reason why a certificate cannot be an end entity's in this role."""
     side, wanted = _role(server)
     usages = _extension(leaf, x509.ExtendedKeyUsage)
     if usages is not None and wanted not in usages:
@@ -423,7 +423,7 @@ def _leaf(leaf: x509.Certificate, *, server: bool) -> Finding | None:
 def _constraints(
     certificate: x509.Certificate, leaf: x509.Certificate, refusal: str
 ) -> Finding | None:
-    """What the verifier found in nameConstraints."""
+    """The violation that the verifier found in nameConstraints."""
     constraints = _extension(certificate, x509.NameConstraints)
     if constraints is None:
         return None

@@ -169,7 +169,7 @@ _Entries = list[tuple[str, bytes]]
 
 @dataclass
 class _Snapshot:
-    """What the file held when it was read last, or why it could not be read."""
+    """The content of the file when it was last read, or the error of reading it."""
 
     entries: _Entries | ConfigError
 

@@ -50,7 +50,7 @@ class PeerRawKey:
 
     @property
     def chain(self) -> tuple[bytes, ...]:
-        """What went over the wire: the key alone."""
+        """The bytes on the wire: the key alone."""
         return (self.spki,)
 
     @cached_property
@@ -152,7 +152,7 @@ class RawIdentity:
 
     @property
     def chain(self) -> tuple[bytes, ...]:
-        """What goes over the wire: the public key alone."""
+        """The bytes on the wire: the public key alone."""
         return self.peer_view.chain
 
     @property

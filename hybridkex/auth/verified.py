@@ -13,7 +13,7 @@ PROOF: Final = object()
 """Known only to the verifiers in :mod:`hybridkex.auth`."""
 
 Presented: TypeAlias = PeerCertificate | PeerRawKey
-"""What a peer can show: a chain of certificates, or a raw public key (RFC 7250)."""
+"""A peer's credential: a chain of certificates, or a raw public key (RFC 7250)."""
 
 
 @final

@@ -86,7 +86,7 @@ def _no_bounds(
 
 
 def _authority_policy() -> ExtensionPolicy:
-    """What an issuer must and may have.
+    """The extensions that an issuer must and may have.
 
     The library's defaults are the Web's rules. Some of them refuse what private authorities make
     every day and RFC 5280 section 6 lets pass: basicConstraints that is not critical, an authority
@@ -113,7 +113,7 @@ def _with_policies(policy: ExtensionPolicy) -> ExtensionPolicy:
 
 
 def _leaf_policies() -> tuple[ExtensionPolicy, ExtensionPolicy]:
-    """What the certificates of servers and clients must and may have.
+    """The extensions that the certificates of servers and clients must and may have.
 
     Wider than the Web's rules: no authorityKeyIdentifier, extendedKeyUsage or subjectAltName marked
     critical (``trustme``), the certificate of an authority as a server's own (``openssl req
@@ -159,7 +159,7 @@ class TrustStore:
     """Certificates of authorities that we trust, for servers by name and for clients.
 
     Args:
-        authorities: the roots. A self-signed end entity's certificate is trusted as it is, too.
+        authorities: the roots. A self-signed certificate of an end entity is trusted, too.
         pins: if not empty, the leaf's key must also be one of these (see :class:`Pins`).
         source: where the authorities are from, for errors.
 

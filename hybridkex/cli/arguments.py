@@ -207,7 +207,7 @@ def from_namespace(options: type[T], namespace: argparse.Namespace) -> T:
 
 @dataclass(frozen=True)
 class Action:
-    """What a command does; see :func:`add_action`.
+    """The action of a command; see :func:`add_action`.
 
     Args:
         module: its module in :mod:`hybridkex.cli.actions`.

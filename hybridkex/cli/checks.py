@@ -79,7 +79,7 @@ class Finding:
     """Whether the library is useless without it."""
     detail: str
     advice: str | None = None
-    """What to do if it does not work."""
+    """The next step if it does not work."""
 
     def as_json(self) -> dict[str, object]:
         """As plain values for JSON."""

@@ -11,7 +11,7 @@ from hybridkex.tls.policy import Requirement
 
 
 def check_kme_options(options: KmeOptions) -> None:
-    """Options about a KME need a KME: without ``--kme`` they would be ignored without a word.
+    """Options about a KME need a KME: without ``--kme`` they would be ignored silently.
 
     Raises:
         ConfigError: there are such options, and no ``--kme``.
@@ -48,7 +48,7 @@ def _option(name: str) -> str:
 
 
 def qkd_requirement(options: QkdOptions) -> Requirement:
-    """What ``--qkd`` asks for.
+    """The requirement of ``--qkd``.
 
     Raises:
         ConfigError: it asks for keys, or other options do, and there is no source.

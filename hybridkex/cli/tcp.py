@@ -7,7 +7,7 @@ from hybridkex.cli.pipe import ChannelFailed
 from hybridkex.errors import ConfigError
 
 NO_TCP: Final = (OSError, UnicodeError)
-"""What trio raises; ``UnicodeError`` for an impossible host name."""
+"""The exceptions that trio raises; ``UnicodeError`` for an impossible host name."""
 
 
 def checked_port(port: int) -> int:

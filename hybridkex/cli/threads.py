@@ -16,7 +16,7 @@ def bounded_thread_starts() -> Iterator[None]:
     """Within the block the main thread raises ``MemoryError`` where a new thread does not begin.
 
     ``threading.Thread.start`` waits, without a limit, for the new thread to say that it runs. One
-    that gets no memory for its first frame ends without a word, and the command would stay for
+    that gets no memory for its first frame ends silently, and the command would stay for
     ever, deaf to everything but signals.
     """
     start = threading.Thread.start

@@ -194,9 +194,9 @@ class Leg:
     """The algorithm or source, for example ``ML-KEM-768``; the same on both sides."""
     secret: Secret
     offer: bytes
-    """What the initiator sent: a public key. For a QKD key, its ID."""
+    """The initiator's message: a public key. For a QKD key, its ID."""
     answer: bytes = b""
-    """What the responder sent: a public key or a ciphertext."""
+    """The responder's message: a public key or a ciphertext."""
 
     def __post_init__(self) -> None:
         for field, kind in (("name", str), ("secret", Secret), ("offer", bytes), ("answer", bytes)):

@@ -19,7 +19,7 @@ def problem_of_expiry(
     *,
     remedy: str = "renew it",
 ) -> str | None:
-    """What is wrong with the date of a certificate, if anything.
+    """A problem with the expiry date of a certificate, if there is one.
 
     Args:
         name: what the text calls it, such as ``our own certificate cert.pem``.
@@ -37,7 +37,7 @@ def problem_of_expiry(
 
 
 def seconds_to_next(certificate: x509.Certificate, now: datetime | None = None) -> float | None:
-    """Seconds until :func:`problem_of_expiry` says something else; ``None`` if that is never."""
+    """Seconds until the result of :func:`problem_of_expiry` changes; ``None`` if it never does."""
     now = now or datetime.now(UTC)
     return next(
         ((one - now).total_seconds() for one in _moments(certificate) if one >= now),

@@ -42,7 +42,7 @@ class Started(Protocol):
 
     @property
     def share(self) -> bytes:
-        """What goes to the peer: ``offer_length`` bytes."""
+        """The share for the peer: ``offer_length`` bytes."""
         ...
 
     def finish(self, peer_share: bytes) -> Secret:

@@ -25,7 +25,7 @@ class PemBlock:
 
     label: str
     text: bytes
-    """What is between its first and its last line."""
+    """The text between its first and its last line."""
 
     @property
     def encrypted(self) -> bool:
@@ -87,7 +87,7 @@ _PKCS12: Final = b"\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07"
 
 
 def contents_of(data: bytes) -> str:
-    """What a file is, as the end of a sentence that begins with *it is*."""
+    """A description of a file's content, to complete a sentence that begins with *it is*."""
     if not data.strip():
         return "empty"
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):

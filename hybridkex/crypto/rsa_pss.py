@@ -19,7 +19,7 @@ _RSASSA_PSS: Final = bytes.fromhex("06092a864886f70d01010a")
 
 @value
 class PssParameters:
-    """What a key restricts its signatures to."""
+    """The parameters to which a key restricts its signatures."""
 
     hash: str
     """As `cryptography` names it, for example ``sha256``."""

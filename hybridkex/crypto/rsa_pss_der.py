@@ -81,7 +81,7 @@ def write_info(info: _Info) -> bytes:
 
 
 def key_parameters(info: _Info) -> tuple[str, str, int] | None:
-    """What a key is restricted to: hash, hash of MGF1, bytes of salt.
+    """The parameters of a restricted key: hash, hash of MGF1, bytes of salt.
 
     Raises ``ValueError``: its parameters do not parse.
     """

@@ -80,7 +80,7 @@ class _Base:
         return TrafficSecret(suite, self.derive(label, digest))
 
     def _salt(self) -> Secret:
-        """What the secret of the next stage is extracted with."""
+        """The salt for extracting the secret of the next stage."""
         return self.derive(Label.DERIVED, self.hash.empty_digest)
 
 
@@ -186,7 +186,7 @@ class MainSecret(_Base):
         return ExporterSecret(self.hash, self.derive(Label.EXPORTER_UPDATED, digest))
 
     def update_salt(self) -> Secret:
-        """What is kept for the main secret after this one (section 7 of that draft)."""
+        """The secret from which the next main secret is derived (section 7 of that draft)."""
         return self._salt()
 
     @classmethod
@@ -224,7 +224,7 @@ class ExporterSecret:
 
 @value
 class ResumptionSecret:
-    """What session tickets are made from (section 4.7.1)."""
+    """The secret from which the PSKs of session tickets are derived (section 4.7.1)."""
 
     hash: HashFunction
     secret: Secret

@@ -190,7 +190,7 @@ class OqsPrivateKey:
 
     @classmethod
     def from_pem(cls, pem: bytes) -> "OqsPrivateKey | None":
-        """What :meth:`to_pem` wrote; ``None`` where it is another kind of thing.
+        """The key that :meth:`to_pem` wrote; ``None`` for any other content.
 
         Raises:
             ProviderMissing: liboqs is not installed.

@@ -12,7 +12,7 @@ from hybridkex.values import value
 
 @value
 class Generation:
-    """What is kept of an epoch to make the next one."""
+    """The secrets of an epoch from which the next one is derived."""
 
     suite: CipherSuite
     number: int

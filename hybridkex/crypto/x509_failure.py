@@ -1,4 +1,4 @@
-"""What does not parse in a certificate, in the words of RFC 5280.
+"""Parse failures of certificates, in the terms of RFC 5280.
 
 `cryptography` describes a failure by its own data structures, and does not say which extension has
 it.
@@ -87,7 +87,7 @@ def _first_malformed(certificate: x509.Certificate) -> str | None:
 
 
 def extension_name(oid: str) -> str:
-    """What its RFC calls an extension; its object identifier where it is not known."""
+    """An extension's name in its RFC; its object identifier if it is unknown."""
     name = _EXTENSIONS.get(oid)
     return f"{name} ({oid})" if name is not None else f"extension {oid}"
 

@@ -26,7 +26,7 @@ UNREADABLE: Final = (
     x509.InvalidVersion,
     x509.UnsupportedGeneralNameType,
 )
-"""What `cryptography` raises for bytes that are no certificate, at once or when it is used."""
+"""The exceptions that `cryptography` raises for a malformed certificate, at once or on use."""
 
 _BLOCK: Final = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 

@@ -215,7 +215,7 @@ def _ends(path: Path) -> tuple[dict[str, str], str]:
 
 @dataclass
 class Findings:
-    """What a verification found."""
+    """The findings of a verification."""
 
     records: int = 0
     heads: dict[str, str] = field(default_factory=dict)

@@ -91,7 +91,7 @@ EXCESS: Final = {
     "promised": "keys by value beyond limits.max_promised, which no SAE collects; they get 503",
     "voids": "void messages with IDs that were never here; they are not noted",
 }
-"""What a peer KME may not do without end, as the counter and the log say it."""
+"""Rate-limited calls of a peer KME, by their names in the counter and the log."""
 
 TIDY_EVERY: Final = 0.5
 """Half the time in seconds for which a delivered key may remain, encrypted, on the disk."""
@@ -253,7 +253,7 @@ class KeyManagementEntity:
         if self_pairs:
             self._links[kme_id] = _Link(target=kme_id, saes=saes, half=0, peer=None)
         self.log: Final = BoundedLog(LOG)
-        """For the lines that a stranger or an SAE can cause again and again."""
+        """For log lines that any peer or SAE can cause again and again."""
         self._buckets = self._new_buckets()
         self._renewal = trio.Event()
         """Set: the store may have rows that are encrypted under an earlier sealing key."""
@@ -774,7 +774,7 @@ class KeyManagementEntity:
         while True:
             try:
                 await self._take_batch(link, batch, shared)
-            except KeySourceUnavailable:  # the store says so itself
+            except KeySourceUnavailable:  # the store logs it
                 await trio.sleep(wait)
                 wait = min(wait * 2, RETRY_AFTER_MOST)
             else:
@@ -811,7 +811,7 @@ class KeyManagementEntity:
         """Tidy the store, so that a delivered key is gone from the disk within a second."""
         while True:
             await trio.sleep(TIDY_EVERY)
-            with suppress(KeySourceUnavailable):  # the store says so itself
+            with suppress(KeySourceUnavailable):  # the store logs it
                 await self._store.tidy()
 
     async def _expire_and_reconcile(self, every: float) -> None:
@@ -859,7 +859,7 @@ class KeyManagementEntity:
             finally:
                 with trio.CancelScope(shield=True):
                     await self._store.settle("renewal", 0)
-        except KeySourceUnavailable:  # the store says so itself
+        except KeySourceUnavailable:  # the store logs it
             return False
 
     async def _reconcile_if_due(self, link: _Link) -> None:

@@ -57,14 +57,14 @@ SLOW: Final = 60.0
 PAUSE: Final = 1.0
 """Seconds before the next attempt, after an aborted block or a broken connection."""
 LONG_PAUSE: Final = 10.0
-"""The same, where the authentication key is used up or lost and somebody must restart the KMEs."""
+"""The same, if the authentication key is used up or lost and an operator must restart the KMEs."""
 LONGEST_PAUSE: Final = 600.0
 """The most that Bob waits, where sessions use up authentication key and make no block."""
 FRUITLESS: Final = 2
-"""Such sessions in a row after which he begins to wait longer, twice as long each time."""
+"""Such sessions in a row after which Bob waits longer, twice as long each time."""
 GREETING_SECONDS: Final = 10.0
 """Seconds for a greeting, and then for the other connection of the session."""
-STRANGERS: Final = 32
+UNAUTHENTICATED: Final = 32
 """Simultaneous connections at Alice's port that are not yet authenticated as Bob's."""
 BOBS: Final = 8
 """Simultaneous authenticated connections: two of a session, and remains of earlier ones."""
@@ -72,7 +72,7 @@ FEWEST: Final = 4
 """Those of a session and of the one before it: with fewer descriptors there is no link."""
 
 _EXPECTED: Final = (LinkError, OSError, trio.BrokenResourceError, MemoryError, NoThread)
-"""What ends a session without a defect of the program."""
+"""The exceptions that end a session without a defect of the program."""
 
 Note = Callable[[Block | BlockAborted], None]
 
@@ -219,7 +219,7 @@ class PartyFeed:
             elif self._ledger.used != before:
                 fruitless += 1
             if fruitless > FRUITLESS:
-                # Whoever can cut the connection can make each session use up some of the key.
+                # An attacker who can cut the connection can make each session use up some key.
                 pause = min(PAUSE * 2.0**fruitless, LONGEST_PAUSE)
                 LOG.warning(
                     "QKD link: %d sessions in a row used authentication key and made no block; %d "
@@ -266,7 +266,7 @@ class PartyFeed:
             desk.receive,
             name="QKD link",
             logger=LOG,
-            handshakes=STRANGERS,
+            handshakes=UNAUTHENTICATED,
             handshake_seconds=GREETING_SECONDS,
         )
         async with trio.open_nursery() as nursery:
@@ -282,7 +282,7 @@ class PartyFeed:
         """Make blocks until the connection breaks.
 
         Nothing that the other end says ends more than the session: its HELLO is not authenticated
-        when it contradicts our ledger, and a tag that does not verify may be a stranger's.
+        when it contradicts our ledger, and a tag that does not verify may be an attacker's.
         """
         for stream in (classical, quantum):
             # Bob waits for light, and Alice for his report, without a limit: either's KME may be

@@ -343,7 +343,7 @@ class KmeServer:
         alone = all(isinstance(store, SqliteKeyStore) for store in stores)
         for here, there in ((one, other), (other, one)):
             kme = self._kmes[here]
-            with suppress(KeySourceUnavailable):  # the store says so itself
+            with suppress(KeySourceUnavailable):  # the store logs it
                 await kme.reconcile(there, grace=0 if alone else kme.limits.sync_grace)
         done.set()
 

@@ -1,4 +1,4 @@
-"""What a TCP socket has sent and the other system has not acknowledged."""
+"""The bytes that a TCP socket has sent and the other system has not acknowledged."""
 
 import socket
 import sys

@@ -2,7 +2,7 @@
 
 A connection begins in the budget of those that have not yet authenticated, with a deadline, and
 moves to the budget of its kind when its handler knows the peer (:meth:`Connection.admit`). A budget
-is shared fairly among its holders (see :class:`Budget`), so that idle strangers cannot lock others
+is shared fairly among its holders (see :class:`Budget`), so that idle clients cannot lock others
 out.
 """
 
@@ -112,8 +112,8 @@ class Connection:
             holder: who the peer is; :attr:`address` if that is ``None``.
             is_used: whether the connection has carried any data of the application. As long as it
                 has not, a newcomer may take its place, as in :meth:`waiting`; afterwards it keeps
-                its place while data flows (see :class:`Budget`). So strangers who share the address
-                of good clients keep none of them out.
+                its place while data flows (see :class:`Budget`). So clients that share the address
+                of good ones cannot lock them out.
             silence: seconds since data of the application last crossed the connection. It is asked
                 where the system does not say, as for a Unix socket; negative: not known.
 
@@ -180,8 +180,8 @@ class Budget:
 
     1. one that has waited ``patience`` seconds for its peer (:meth:`Connection.waiting`), or has
        been admitted for as long and never carried data;
-    2. one that has carried data, but none for ``idle`` seconds: who sends one byte does not keep
-       a place for ever;
+    2. one that has carried data, but none for ``idle`` seconds: a client that sends one byte does
+       not keep a place for ever;
     3. with ``even_shares``, for holders who need not keep their peers waiting to occupy places: the
        newest connection of the holder who has the most, if that leaves that holder no fewer than
        the newcomer then has. It was opened when there was little room left.

@@ -31,7 +31,7 @@ OTHERS: Final = 1024
 """Or all but these, if there are many descriptors."""
 FEW: Final = 3
 """Servers of a KME. Where there are more, as in a process with many tunnels, all budgets have equal
-shares, so that strangers at some servers take nothing that the others need:"""
+shares, so that clients of some servers take nothing that the others need:"""
 BUDGETS_EACH: Final = 3
 """handshakes, pending connections, and connections that have been admitted,"""
 FEWEST_OF_MANY: Final = 2

@@ -144,7 +144,7 @@ async def _ended(call: Call, finished: "Event") -> None:
 
 
 def _from_threads() -> _Soon:
-    """What calls a function soon in the running loop; for other threads."""
+    """A function that schedules calls in the running loop from other threads."""
     if (trio := _trio()) is not None:
         soon: _Soon = trio.lowlevel.current_trio_token().run_sync_soon
     else:

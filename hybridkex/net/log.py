@@ -1,4 +1,4 @@
-"""Rate-limited logging for lines that strangers can cause."""
+"""Rate-limited logging for lines that any peer can cause."""
 
 import logging
 from typing import Final

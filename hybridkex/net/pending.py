@@ -133,7 +133,7 @@ class PendingConnections(Generic[T]):
         return True
 
     def crowded_out(self) -> tuple[Connection, T] | None:
-        """The connection that has to leave, if there are more than may wait.
+        """The connection to close, if more are pending than allowed.
 
         It is of the address that has the most connections, places included (as they were when it
         last had a connection more or fewer here): a silent one if there is one, and the oldest.

@@ -1,4 +1,4 @@
-"""What the system knows about an accepted connection: its other end, and the data on its way."""
+"""The system's data about an accepted connection: the peer, and the bytes in flight."""
 
 import contextlib
 import fcntl
@@ -14,7 +14,7 @@ SILENCE: Final = 45
 
 
 class Carrier(Protocol):
-    """What has a socket, such as a :class:`trio.SocketStream`."""
+    """An object with a socket, such as a :class:`trio.SocketStream`."""
 
     @property
     def socket(self) -> Any:

@@ -294,7 +294,7 @@ def _transport_of(stream: object) -> trio.SocketStream | None:
 
 
 async def _discard(stream: AsyncResource) -> None:
-    """Close a connection that has not been used: at once, and without a word to the peer."""
+    """Close a connection that has not been used: at once, without an alert to the peer."""
     transport = _transport_of(stream)
     if transport is None:
         with trio.CancelScope(shield=True):

@@ -64,7 +64,7 @@ class Call:
         return self._withdrawn
 
     def result(self) -> Any:
-        """What the function returned; raises what it raised."""
+        """The return value of the function; raises its exception."""
         if self._error is not None:
             error, self._error = self._error, None
             try:

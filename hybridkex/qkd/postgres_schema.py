@@ -169,4 +169,4 @@ SINCE: Final = {
             FOR EACH ROW EXECUTE FUNCTION row_fixed()""",
     ),
 }
-"""What each later version adds, in the same transaction."""
+"""The statements that each later version adds, in the same transaction."""

@@ -257,7 +257,7 @@ class PostgresKeyStore:
 
     @staticmethod
     def record(cursor: _Cursor) -> tuple[SealRecord, int]:
-        """What the database records of the sealing keys, and its generation."""
+        """The database's record of the sealing keys, and its generation."""
         current, former, retired, generation = _one(
             cursor.execute("SELECT seal, former, retired, generation FROM hybridkex_meta"), 4
         )

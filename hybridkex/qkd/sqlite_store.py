@@ -69,7 +69,7 @@ _Inode: TypeAlias = tuple[int, int] | None
 """Device and inode of a file; ``None`` if there is no file."""
 
 _FAILURES: Final = (sqlite3.Error, ConfigError, MemoryError, NoThread)
-"""What makes a group of calls fail."""
+"""The exceptions that make a group of calls fail."""
 _DAMAGE: Final = (ArithmeticError, AttributeError, InvalidTag, LookupError, TypeError, ValueError)
 """What a damaged file raises besides ``sqlite3.Error``: SQLite columns hold values of any type, and
 Python's module decodes even its messages, which may quote the file."""
@@ -1001,7 +1001,7 @@ def _same(error: Exception) -> Exception:
 
 
 def _failed(error: Exception) -> KeySourceUnavailable:
-    """What a caller gets for an error."""
+    """The exception that a caller gets for an error."""
     failure = KeySourceUnavailable(f"the key store failed: {_reason(error)}")
     failure.__cause__ = error
     return failure

@@ -469,7 +469,7 @@ class Seal:
 
 @dataclass(frozen=True, kw_only=True)
 class SealRecord:
-    """What a store records of the keys under which its rows are encrypted: a value under each."""
+    """A store's record of the keys under which its rows are encrypted: a value under each."""
 
     current: bytes
     former: tuple[bytes, ...] = ()

@@ -29,7 +29,7 @@ from hybridkex.secret import Secret
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
-    """What this call of :func:`move` copied; what an earlier one had copied counts again."""
+    """The rows that this call of :func:`move` copied; those of an earlier call count again."""
 
     where: str
     """The database, as messages name it."""

@@ -1,6 +1,6 @@
 """Inquiry: a question to a key source, asked in a task of its own.
 
-Whoever asks goes on meanwhile: a source that is slow, or never answers, holds up no deadline and
+The caller goes on meanwhile: a source that is slow, or never answers, holds up no deadline and
 nothing else.
 """
 

@@ -93,7 +93,7 @@ class PadKeeper:
         )
 
     def stop(self) -> None:
-        """End both tasks where they wait next, and whoever waits for them."""
+        """End both tasks at their next wait, and the tasks that wait for them."""
         self._stopped = True
         self._grown.set()
         for one in (*self._tasks, self._drawn, self._counted):
@@ -102,7 +102,7 @@ class PadKeeper:
 
     @property
     def budget(self) -> PadBudget:
-        """What is left."""
+        """The remaining pad."""
         budget = self._connection.pad
         assert budget is not None  # or there would be no keeper
         return replace(budget, stock=self._stock)

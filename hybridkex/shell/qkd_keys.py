@@ -3,10 +3,10 @@
 The only place where QKD meets TLS. The client draws a key and offers it as an imported PSK; the
 server reads the key's name and the two SAEs from the offered identity, and looks the key up.
 
-The work that a stranger can cause is bounded: a look-up is made only for a name whose every part is
-ours, only once per name, at a limited rate per peer, and within a time limit. A name counts as used
-when its look-up begins, whatever the outcome: a key that was taken for a handshake that fails is
-gone.
+The work that an unauthenticated peer can cause is bounded: a look-up is made only for a name all of
+whose parts are ours, once per name, at a limited rate per peer, and within a time limit. A name
+counts as used when its look-up begins, whatever the outcome: a key that was taken for a failed
+handshake is gone.
 """
 
 import logging
@@ -101,7 +101,7 @@ class QkdPeer:
         source: the keys that we share with it.
         names: DNS names, IP addresses and URIs in the subjectAltName of its certificate, or
             ``sha256:`` and the pin of its key. If there are any, they tie the two together: a
-            client with such a name that somebody vouches for must use a key of this source, even
+            client with such a certified name must use a key of this source, even
             where the policy only prefers one, and this source's keys are for nobody else.
 
     Raises:

@@ -94,7 +94,7 @@ class SecureDuplex:
         self._complete = False
         self._keeper: KeyKeeper | None = None
         self._pipe: SecurePipe | None = None
-        """What carries the data in place of our own calls."""
+        """The pipe that carries the data in place of our own calls."""
         self._send_lock = self._lib.Lock()
         self._telling = self._lib.Lock()
         """Held while a task sends the alert of the failure."""
@@ -156,7 +156,7 @@ class SecureDuplex:
 
     @property
     def pad(self) -> PadBudget | None:
-        """What is left of the one-time pads; ``None`` where none was negotiated."""
+        """The remaining one-time pads; ``None`` if none was negotiated."""
         connection = self._connected
         return connection.pad if self._pads is None else self._pads.budget
 
@@ -176,7 +176,7 @@ class SecureDuplex:
             async with self._handshake_lock:
                 self._check_usable()
                 return  # The task that held the lock has run the handshake, or has failed.
-        # A caller who is cancelled already leaves the stream as it is.
+        # A caller that is already cancelled does not change the stream.
         await self._lib.lowlevel.checkpoint_if_cancelled()
         self._handshake_lock.acquire_nowait()
         try:
@@ -273,7 +273,9 @@ class SecureDuplex:
                     await self._handshake()
                 except self._lib.BrokenResourceError as error:
                     if not self._close_notify and isinstance(error.__cause__, TruncationError):
-                        return b""  # As in trio: the peer connected and left without a word.
+                        return (
+                            b""  # As in trio: the peer connected and left without sending anything.
+                        )
                     raise
             if not self._pending:
                 data = await self._receive_more()
@@ -426,8 +428,8 @@ class SecureDuplex:
         """Change the key of our direction now (RFC 9846 section 4.7.3); long before the limits of
         the cipher suite it happens by itself.
 
-        Where Extended Key Update was agreed on, this starts one, with a QKD key where the policy
-        has it so, and does not wait for its end: :attr:`session` then shows another epoch.
+        If Extended Key Update was negotiated, this starts one, with a QKD key if the policy uses
+        them, and does not wait for its end: then :attr:`session` has another epoch.
 
         Args:
             request_peer: ask the peer to change its own too, which it does with its next data. An
@@ -481,13 +483,13 @@ class SecureDuplex:
             if self._is_whole and not self._sending.busy:
                 with self._lib.move_on_after(_CLOSE_TIMEOUT), self._unless_gone():
                     if self._close_notify and not self._connection.close_sent:
-                        await self._say_goodbye()
+                        await self._send_close_notify()
                     await self._see_off()
         finally:
             self._stop_keeper()
             await self.transport_stream.aclose()
 
-    async def _say_goodbye(self) -> None:
+    async def _send_close_notify(self) -> None:
         """Send close_notify, behind what the keeper of the keys may be sending."""
         async with self._send_lock:
             self._stop_keeper()
@@ -604,7 +606,7 @@ class SecureDuplex:
 
 
 class _Interrupted(HybridkexError):
-    """What breaks a stream that was cancelled in the middle."""
+    """A send was cancelled in the middle, which breaks the stream."""
 
 
 class _Guard:

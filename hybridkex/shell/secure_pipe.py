@@ -156,7 +156,7 @@ class SecurePipe:
     # --- the end ------------------------------------------------------------------------------
 
     def alert(self) -> bytes | bytearray:
-        """What is left to send after a failure: an alert, or nothing."""
+        """The bytes to send after a failure: an alert, or nothing."""
         return self._connection.data_to_send()
 
     def end(self, error: HybridkexError) -> None:

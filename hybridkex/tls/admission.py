@@ -109,7 +109,7 @@ def remaining_lifetime(config: ClientConfig | ServerConfig, began_at: float) -> 
 def _lacks(
     config: ClientConfig | ServerConfig, by: AuthenticatedBy, psk_identity: bytes | None
 ) -> str | None:
-    """What a session lacks that the policy in force demands."""
+    """The requirement of the policy in force that a session does not meet."""
     policy = config.policy_in_force
     if policy.psk is Requirement.REQUIRE and psk_identity is None:
         return "our policy requires a PSK, and the session has none"

@@ -100,7 +100,7 @@ class _Resumption:
 
 @value
 class _Offer:
-    """What the ClientHello offers; after a retry, both offer the same."""
+    """The offer of the ClientHello; after a retry, both hellos offer the same."""
 
     config: ClientConfig
     constant: "_Constant"
@@ -143,7 +143,7 @@ class _Offer:
 
     @cached_property
     def _last_extensions(self) -> list[ext.Extension]:
-        """What belongs to this handshake, behind what the configuration says."""
+        """The extensions of this handshake, after those of the configuration."""
         extensions: list[ext.Extension] = []
         if self.psks or self.config.ticket_store is not None:
             extensions.append(ext.PskKeyExchangeModes((PskKeyExchangeMode.PSK_DHE_KE,)))
@@ -187,7 +187,7 @@ class _Offer:
 
 @value
 class _Constant:
-    """What a configuration says in each of its ClientHellos."""
+    """The extensions that a configuration puts into each of its ClientHellos."""
 
     cipher_suites: tuple[int, ...]
     encoded: bytes
@@ -422,7 +422,7 @@ def _find_group(config: ClientConfig, code: int) -> Group:
 
 
 def _check_hello(offer: _Offer, message: wire.ServerHello | wire.HelloRetryRequest) -> CipherSuite:
-    """What holds for ServerHello and HelloRetryRequest (section 4.2.3); returns the suite."""
+    """Checks for ServerHello and HelloRetryRequest (section 4.2.3); returns the suite."""
     version = message.extensions.get(ext.SupportedVersionsChoice)
     if version is None:
         raise ProtocolVersionError("the server does not speak TLS 1.3", Reason.VERSION)
@@ -640,7 +640,7 @@ class WaitEncryptedExtensions(ClientState):
 
 @value
 class _Negotiated:
-    """What ServerHello and EncryptedExtensions agreed on."""
+    """The parameters from ServerHello and EncryptedExtensions."""
 
     offer: _Offer
     group: Group
@@ -651,9 +651,9 @@ class _Negotiated:
     """The server's answers to the extensions of the configuration."""
     agreed: fresh_negotiation.Agreed
     server_type: int
-    """What the server shows: a code of ``CertificateType``."""
+    """The type of the server's credential: a code of ``CertificateType``."""
     client_type: int
-    """What we show, if the server asks."""
+    """The type of our credential, if the server asks for one."""
 
 
 @value

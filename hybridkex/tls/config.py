@@ -187,7 +187,7 @@ _EXAMPLES: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Config:
-    """What both sides configure.
+    """The settings of both sides.
 
     Args:
         groups: key exchanges in order of preference; ``None`` takes what the policy allows, hybrids
@@ -289,7 +289,7 @@ class _Config:
 
     @cached_property
     def authentication(self) -> Authentication:
-        """What authenticates the server."""
+        """The server's method of authentication."""
         raise NotImplementedError
 
     @cached_property
@@ -357,7 +357,7 @@ class _Config:
             )
 
     def binding(self, identity: Identity | RawIdentity | None) -> bytes:
-        """What tickets are bound to: SHA-256 over the policy in force, the PSKs, and who we are.
+        """The binding of tickets: SHA-256 over the policy in force, the PSKs and our identity.
 
         Args:
             identity: ours in this handshake, if we have one.
@@ -385,7 +385,7 @@ class _Config:
         return parts
 
     def once(self, make: Callable[[Self], R]) -> R:
-        """What a function makes of this configuration, which never changes; it is called once."""
+        """The result of a function of this frozen configuration, which is called once."""
         if make not in self._made_once:
             self._made_once[make] = make(self)
         made: R = self._made_once[make]
@@ -494,7 +494,7 @@ class ClientConfig(_Config):
 
     @cached_property
     def authentication(self) -> Authentication:
-        """What authenticates the server."""
+        """The server's method of authentication."""
         return self.policy.authentication or _derive(bool(self.verifier), self.has_psk)
 
 
@@ -575,12 +575,12 @@ class ServerConfig(_Config):
 
     @cached_property
     def authentication(self) -> Authentication:
-        """What authenticates us."""
+        """Our method of authentication."""
         return self.policy.authentication or _derive(bool(self.identities), self.has_psk)
 
 
 def check_config(config: object, *kinds: type["ClientConfig | ServerConfig"]) -> None:
-    """What a connection is made with is a configuration of its role.
+    """Check that a connection gets a configuration of its role.
 
     Raises:
         ConfigError: it is something else, an ``ssl.SSLContext`` perhaps.

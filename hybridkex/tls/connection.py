@@ -50,7 +50,7 @@ _TRAFFIC: Final = (ClientTraffic, ServerTraffic)
 
 
 class Connection:
-    """What client and server have in common; make a :class:`ClientConnection` or the other."""
+    """The common base of :class:`ClientConnection` and :class:`ServerConnection`."""
 
     _first: tuple[type, ...]
     """The states in which a handshake may begin."""
@@ -394,7 +394,7 @@ class Connection:
 
     @property
     def pad(self) -> PadBudget | None:
-        """What is left of the one-time pads; ``None`` where none was negotiated."""
+        """The remaining one-time pads; ``None`` if none was negotiated."""
         ours, theirs = self._records.writer.pad, self._records.reader.pad
         if ours is None or theirs is None:
             return None
@@ -433,7 +433,7 @@ class Connection:
         return output
 
     def trailing_data(self) -> bytes:
-        """What came behind the peer's close_notify: not TLS, and not ours."""
+        """The bytes after the peer's close_notify, which are not TLS."""
         return self._records.reader.incoming.drain() if self._close_received else b""
 
     # --- what it is ---------------------------------------------------------------------------
@@ -460,7 +460,7 @@ class Connection:
 
     @property
     def session(self) -> Session:
-        """What the keys of this connection rest on.
+        """The session: what the keys of this connection rest on.
 
         Raises:
             LocalStateError: the handshake is not complete.

@@ -53,7 +53,7 @@ class Epoch:
     began_at: float
     """By the configuration's clock, in seconds."""
     why: str
-    """What started it: ``asked``, ``every``, ``after_bytes``, ``key limit``, or ``peer``."""
+    """The trigger: ``asked``, ``every``, ``after_bytes``, ``key limit``, or ``peer``."""
     group: str
     """The key exchange."""
     confirmed: bool

@@ -12,7 +12,7 @@ from hybridkex.tls.session import Session
 
 @runtime_checkable
 class UpdateKeySource(Protocol):
-    """What a :class:`~hybridkex.tls.config.PskSource` also implements if it supplies QKD keys for
+    """Methods that a :class:`~hybridkex.tls.config.PskSource` adds if it supplies QKD keys for
     key updates (``docs/fresh-keys.md``). The shell calls it; the engine never does."""
 
     async def draw_for_update(self, session: Session, *, client: bool, epoch: int) -> UpdateKey:

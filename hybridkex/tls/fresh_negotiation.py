@@ -19,7 +19,7 @@ _FLAG: Final = frozenset((int(TlsFlag.EXTENDED_KEY_UPDATE),))
 
 @value
 class Agreed:
-    """What both sides do after the handshake."""
+    """The agreement of both sides on the time after the handshake."""
 
     key_updates: KeyUpdates
     one_time_pad: bool
@@ -29,7 +29,7 @@ _STANDARD: Final = Agreed(KeyUpdates.STANDARD, one_time_pad=False)
 
 
 def offer(config: ClientConfig) -> list[ext.Extension]:
-    """What the ClientHello says."""
+    """The extensions of the ClientHello."""
     policy = config.policy_in_force
     if policy.fresh_keys is Requirement.OFF:
         return []
@@ -63,7 +63,7 @@ def agree(config: ServerConfig, offered: ext.Extensions) -> Agreed:
 
 
 def answer(agreed: Agreed) -> list[ext.Extension]:
-    """What EncryptedExtensions say."""
+    """The extensions of EncryptedExtensions."""
     if agreed.key_updates is KeyUpdates.STANDARD:
         return []
     extensions: list[ext.Extension] = [ext.TlsFlags(_FLAG)]
@@ -75,7 +75,7 @@ def answer(agreed: Agreed) -> list[ext.Extension]:
 
 
 def read_answer(config: ClientConfig, answers: ext.Extensions) -> Agreed:
-    """What the server has agreed to, at a client.
+    """The server's agreement, as seen by a client.
 
     Raises:
         IllegalParameter: it answers what was not offered.

@@ -1,4 +1,4 @@
-"""What client and server share in a handshake: offered PSKs, signed content, the proofs."""
+"""Code that client and server share in a handshake: offered PSKs, signed content, the proofs."""
 
 import hmac
 from collections.abc import Iterable, Sequence
@@ -54,7 +54,7 @@ class Psk:
 
 
 def external_psks(psk: ExternalPsk, suites: Iterable[CipherSuite]) -> list[Psk]:
-    """What to offer for one external PSK: itself, or an import for each hash (RFC 9258)."""
+    """The offers of one external PSK: itself, or an import for each hash (RFC 9258)."""
 
     def offer(identity: bytes, key: Secret, target: HashFunction, binder_label: bytes) -> Psk:
         return Psk(
@@ -91,7 +91,7 @@ _PREFIX: Final = b" " * 64
 
 
 def _signed_content(label: bytes, transcript: Transcript) -> bytes:
-    """What CertificateVerify signs (RFC 9846 section 4.5.2)."""
+    """The content that CertificateVerify signs (RFC 9846 section 4.5.2)."""
     return _PREFIX + label + b"\0" + transcript.digest()
 
 

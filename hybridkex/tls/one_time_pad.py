@@ -17,7 +17,7 @@ _ALERTS: Final = 2 * (2 + OVERHEAD)
 
 @runtime_checkable
 class PadSource(Protocol):
-    """What a :class:`~hybridkex.tls.config.PskSource` also implements if it supplies QKD keys for
+    """Methods that a :class:`~hybridkex.tls.config.PskSource` adds if it supplies QKD keys for
     one-time pads (``docs/one-time-pad.md``). The shell calls it; the engine never does."""
 
     async def draw_for_pad(self, session: Session) -> tuple[bytes, Secret]:
@@ -66,7 +66,7 @@ class OneTimePad:
 
 @dataclass(frozen=True, kw_only=True)
 class PadBudget:
-    """What is left of the one-time pads of a session, in bytes."""
+    """The remaining one-time pads of a session, in bytes."""
 
     sending: int
     """Unused pad that our data may take; some more is kept for alerts."""

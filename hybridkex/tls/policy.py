@@ -1,4 +1,4 @@
-"""What a connection must rest on."""
+"""The policy: what a connection must rest on."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -13,13 +13,13 @@ class Requirement(Enum):
     REQUIRE = "require"
     """No connection without it."""
     PREFER = "prefer"
-    """Used where the peer has it; a connection without it says so."""
+    """Used if the peer supports it; the session shows whether it was."""
     OFF = "off"
     """Not offered, not accepted."""
 
 
 class Authentication(Enum):
-    """What must authenticate the peer."""
+    """The required authentication of the peer."""
 
     CERTIFICATE = "certificate"
     PSK = "psk"

@@ -99,7 +99,7 @@ def _buffer_of(size: int) -> BytesIO:
 
 
 Item: TypeAlias = bytes | DataItem | AlertItem
-"""What arrives: a whole handshake message with its header, application data, or an alert."""
+"""A received item: a whole handshake message with its header, application data, or an alert."""
 
 
 class WritingHalf:
@@ -384,7 +384,7 @@ class ReadingHalf:
                 return item
 
     def _padded(self, pad: Pad, sealed: bytes) -> tuple[int, bytes]:
-        """What a record under the one-time pad carries: application data or an alert."""
+        """The content of a record under the one-time pad: application data or an alert."""
         if not pad.covers(len(sealed)):
             raise UnexpectedMessage(
                 "a record under more one-time pad than the peer has named keys for",
@@ -398,7 +398,7 @@ class ReadingHalf:
         return type_, content
 
     def _content(self, type_: int, content: bytes) -> Item | None:
-        """What a record carries, unless it is application data under our key alone."""
+        """The content of a record, unless it is application data under our key alone."""
         if self.pad is not None and type_ == PAD_RECORD:
             type_, content = self._padded(self.pad, content)
             if type_ == _APPLICATION:

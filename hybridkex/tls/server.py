@@ -109,7 +109,7 @@ class _OfferedPsk:
     identity: bytes
     binder: bytes
     imported: wire.ImportedIdentity | None
-    """What it says, if it is an imported one (RFC 9258)."""
+    """The content of an imported identity; ``None`` for any other (RFC 9258)."""
     ticket: TicketState | None
     """The session in it, if it is a ticket of ours."""
 
@@ -208,7 +208,7 @@ class _Hello:
     shares: dict[int, bytes]
     schemes: tuple[int, ...]
     truncated: bytes
-    """What the binders cover (section 4.3.11.2)."""
+    """The part of the ClientHello that the binders cover (section 4.3.11.2)."""
     offered_psks: tuple[_OfferedPsk, ...]
     """The identities that we look at: to list one costs nothing, to try one does."""
     psk_dhe: bool
@@ -464,7 +464,7 @@ def _hash_of(config: ServerConfig, code: int) -> HashFunction | None:
 
 @value
 class _Credential:
-    """What we show of ourselves, and how we sign with its key."""
+    """Our credential, and the scheme for signing with its key."""
 
     identity: Identity | RawIdentity
     scheme: SignatureScheme
@@ -474,7 +474,7 @@ class _Credential:
 
 @value
 class _ClientCredential:
-    """What a client is asked to show of itself, and who decides about it."""
+    """The credential that a client is asked for, and the verifier that decides about it."""
 
     type: int
     verifier: AnyClientVerifier
@@ -491,12 +491,12 @@ class _Choice:
     transcript: Transcript
     """Before this ClientHello: empty, or after a retry."""
     credential: _Credential | None
-    """What we can show to this client, if anything."""
+    """Our credential for this client, if there is one."""
     alpn: bytes | None
     application: tuple[tuple[ext.Extension, ext.Extension], ...]
     """The client's offers that only the application understands, each with our answer."""
     client_credential: _ClientCredential | None
-    """What the client is asked to show; ``None`` where it is not asked."""
+    """The credential that the client is asked for; ``None`` if it is not asked."""
     agreed: fresh_negotiation.Agreed
 
 
@@ -767,7 +767,7 @@ def _respond(
 
 
 def _credential_to_send(choice: _Choice, selected: _Selected | None) -> _Credential | None:
-    """What we show in this handshake; ``None`` where the PSK alone authenticates us.
+    """Our credential in this handshake; ``None`` if the PSK alone authenticates us.
 
     Raises:
         PeerError: the client offers too little.
@@ -925,7 +925,7 @@ class _ServerFlight:
     choice: _Choice
     selected: _Selected | None
     credential: _Credential | None
-    """What we showed; ``None`` where the PSK alone authenticates us."""
+    """Our credential; ``None`` if the PSK alone authenticates us."""
     client_handshake: TrafficSecret
     main: _MainKeys
 

@@ -36,7 +36,7 @@ class AuthenticatedBy(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What the keys of a connection rest on, and who is at the other end."""
+    """The properties of a connection: what its keys rest on, and who the peer is."""
 
     cipher_suite: str
     group: str
@@ -59,7 +59,7 @@ class Session:
     """The peer's certificate or raw public key; of the original handshake where this one resumes
     it."""
     policy: Policy
-    """What our side demanded."""
+    """The policy of our side."""
     psk_context: bytes | None = None
     """The context of the PSK's import (RFC 9258); ``None`` for a plain PSK."""
     psk_origin: object = field(default=None, repr=False, compare=False)
@@ -86,7 +86,7 @@ class Session:
     one_time_pad: bool = False
     """Whether application data goes under a one-time pad of QKD keys, as both sides have agreed."""
     epochs: tuple[Epoch, ...] = ()
-    """What the key updates have made so far, the last 64 of them; none by KeyUpdate."""
+    """The epochs of the key updates so far, the last 64 of them; KeyUpdate makes none."""
 
     @property
     def epoch(self) -> int:
@@ -187,7 +187,7 @@ def _shown(identity: bytes) -> str:
 
 @value(kw_only=True)
 class SessionTicket:
-    """What a client keeps to resume a session (RFC 9846 section 4.7.1)."""
+    """The data that a client keeps to resume a session (RFC 9846 section 4.7.1)."""
 
     ticket: bytes
     psk: Secret
@@ -206,9 +206,9 @@ class SessionTicket:
     began_at: float
     """When the full handshake was made, in seconds since the epoch."""
     binding: bytes
-    """What the session belongs to: the policy, the PSKs and the identity that made it."""
+    """The binding of the session: the policy, the PSKs and the identity that made it."""
     certificate_type: int = CertificateType.X509
-    """What :attr:`chain` holds: certificates, or one raw public key."""
+    """The type of :attr:`chain`: certificates, or one raw public key."""
 
     def usable(self, now: float) -> bool:
         """Whether the lifetime has not passed, nor the clock gone back."""

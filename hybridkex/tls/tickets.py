@@ -1,7 +1,7 @@
 """Session tickets and HelloRetryRequest cookies: state that a server leaves with its clients.
 
 Both are sealed with AES-256-GCM under keys that only the server has. A ticket holds the whole state
-of a session (RFC 9846 section 4.7.1); its keys rotate, since whoever steals one can impersonate
+of a session (RFC 9846 section 4.7.1); its keys rotate, since a thief of one can impersonate
 the server in resumptions under it (but cannot decrypt them: every resumption has a fresh key
 exchange). A cookie holds what HelloRetryRequest must remember of the first ClientHello (section
 4.3.2).
@@ -50,11 +50,11 @@ class TicketState:
     began_at: int
     """When the full handshake was made, in seconds since the epoch."""
     binding: bytes
-    """What the session belongs to: the policy, the PSKs and the identity that made it."""
+    """The binding of the session: the policy, the PSKs and the identity that made it."""
     client_chain: tuple[bytes, ...]
     """The client's certificates, verified when the session was made; leaf first."""
     client_certificate_type: int = CertificateType.X509
-    """What :attr:`client_chain` holds: certificates, or one raw public key."""
+    """The type of :attr:`client_chain`: certificates, or one raw public key."""
 
     def encode(self) -> bytes:
         return (
@@ -217,7 +217,7 @@ class TicketIssuer:
 
 @value(kw_only=True)
 class CookieState:
-    """What the second ClientHello must be checked against."""
+    """The state against which the second ClientHello is checked."""
 
     suite: int
     group: int

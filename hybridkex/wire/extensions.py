@@ -55,7 +55,7 @@ NST = MessageKind.NEW_SESSION_TICKET
 
 
 class Extension(Laid):
-    """What every extension has."""
+    """The base class of extensions."""
 
     type: ClassVar[int]
     messages: ClassVar[tuple[MessageKind, ...]]

@@ -7,6 +7,6 @@ from hybridkex.wire.layout import Laid
 
 
 class Message(Laid):
-    """What every handshake message has."""
+    """The base class of handshake messages."""
 
     type: ClassVar[HandshakeType]

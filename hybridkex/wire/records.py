@@ -41,7 +41,7 @@ class Record:
 
 
 class RecordBuffer:
-    """What has been received and not yet been taken."""
+    """The received bytes that have not been taken yet."""
 
     __slots__ = ("_chunk", "_partial", "_position")
 
@@ -153,7 +153,7 @@ _OTHERS: Final = (
 
 
 def _resemblance(start: bytes) -> str:
-    """What the first bytes of a peer without TLS are, to end a sentence."""
+    """A description of a peer's first bytes that are not TLS, to complete a sentence."""
     for beginning, words in _OTHERS:
         if start.startswith(beginning):
             return f" but {words}"

@@ -25,7 +25,7 @@ class Demand(IntEnum):
 
 
 class SlotAnswer(IntEnum):
-    """What became of the QKD slot of the request."""
+    """The outcome of the QKD slot of the request."""
 
     EMPTY = 0
     USED = 1
@@ -53,7 +53,7 @@ def _one_of(kind: type[IntEnum]) -> Layout:
 
 
 class ExtendedKeyUpdate(Message):
-    """What all of them have. :meth:`read` returns the class of the subtype."""
+    """The base class of the messages. :meth:`read` returns an object of the subtype's class."""
 
     type = HandshakeType.EXTENDED_KEY_UPDATE
     subtype: ClassVar[UpdateType]

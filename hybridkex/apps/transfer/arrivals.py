@@ -272,7 +272,7 @@ def _check_in_place(ready: Ready, handles: Handles) -> int:
     """The folder that the file is in.
 
     A name is what gets moved: it must be that of the file that was verified, not of one that
-    somebody else, such as a second transfer, has put in its place.
+    another program, such as a second transfer, has put in its place.
 
     Raises ``NotStored``: it is another file, or none.
     """

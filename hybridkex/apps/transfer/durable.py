@@ -1,4 +1,4 @@
-"""What has been written, onto the disk: file by file, or the whole file system at once.
+"""Flushing written data to the disk: file by file, or the whole file system at once.
 
 One flush of a file system (syncfs(2)) costs about as much as that of one file (fsync(2)), so a
 group of small files shares one. It is used only where it is as good as fsync: on file systems whose
@@ -16,7 +16,7 @@ from functools import cache
 from typing import Final
 
 _LACKING: Final = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF})
-"""What file systems answer to fsync(2) that do not have it, above all for folders: FUSE, shares."""
+"""Errors of file systems that lack fsync(2), above all for folders: FUSE, network shares."""
 _KINDS: Final = frozenset(
     {
         0xEF53,  # ext2, ext3, ext4
@@ -67,7 +67,7 @@ def flush_all(file: int) -> None:
 def start_flush(file: int, offset: int, length: int) -> None:
     """Let the disk begin with what was written to a file, so that :func:`flush` waits less.
 
-    Errors are told by :func:`flush`.
+    Errors are reported by :func:`flush`.
     """
     start = getattr(_library(), "sync_file_range", None)
     if start is not None:

@@ -83,7 +83,7 @@ def errors_of(path: tuple[str, ...]) -> Iterator[None]:
 
 
 def taken(path: tuple[str, ...]) -> str:
-    """What is said of a name that must not be replaced."""
+    """The message for a name that must not be replaced."""
     return f"{shown(path)}: exists already, with other content; 'receive --overwrite' replaces it"
 
 

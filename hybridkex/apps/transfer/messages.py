@@ -232,7 +232,7 @@ def header(kind: int, length: int) -> bytes:
 
 
 def whole_header(n: int, sha256: bytes, size: int) -> bytes:
-    """What comes before the content in the frame of a :class:`Whole`."""
+    """The bytes before the content in the frame of a :class:`Whole`."""
     return _NUMBERED.pack(_WHOLE_CODE, WHOLE_HEADER - HEADER + size, n, sha256)
 
 
@@ -257,8 +257,8 @@ _LONGEST: Final = {
 def encode(message: Message | Whole) -> bytes:
     """The whole frame.
 
-    Paths and reasons are bounded, so that it never exceeds the limit; lists must be bounded by
-    whoever makes them, as :func:`offers` and :data:`MOST_FILES` do.
+    Paths and reasons are bounded, so that it never exceeds the limit. The caller must bound lists,
+    as :func:`offers` and :data:`MOST_FILES` do.
     """
     if isinstance(message, Whole):
         return whole_header(message.n, message.sha256, len(message.content)) + message.content

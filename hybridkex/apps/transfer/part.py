@@ -89,7 +89,7 @@ def partial_path(path: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def stamp(status: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file is changed or replaced."""
+    """An identifier that changes when a file is changed or replaced."""
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

@@ -130,7 +130,7 @@ class _Conversation:
         self._reception.close()
 
     async def run(self) -> None:
-        """Answer until the sender says goodbye.
+        """Answer until the sender sends ``Bye``.
 
         Raises:
             ProtocolError: the sender violates the protocol, or leaves before it has finished.

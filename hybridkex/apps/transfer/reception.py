@@ -1,4 +1,4 @@
-"""What a receiver does with the messages of one sender: disk work alone, no network.
+"""The disk work that a receiver does for the messages of one sender, without any network I/O.
 
 Messages go in, in order and many at once; answers and reports come out. All calls block on the disk
 and run in a worker thread, one at a time: one hand-over for a batch, however many files are in it.
@@ -30,13 +30,13 @@ _COPIED: Final = 1 << 14
 
 @dataclass
 class Answers:
-    """What one step has led to.
+    """The result of one step.
 
     Args:
         messages: for the sender.
         failures: one line for each file that is not stored.
         reports: calls of the progress display, to be made by the event loop.
-        finished: the sender has said goodbye.
+        finished: the sender has sent ``Bye``.
     """
 
     messages: list[wire.Message] = field(default_factory=list)

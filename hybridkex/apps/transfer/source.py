@@ -48,7 +48,7 @@ _KINDS = {
 
 
 def collect(paths: Sequence[Path], leave_out: _LeaveOut) -> Iterator[Item]:
-    """Everything below the paths, as it is found: each folder before its content.
+    """Everything below the paths in the order of the walk: each folder before its content.
 
     The paths themselves are looked at before this returns, and what is below them when it is its
     turn, so that memory does not grow with the number of files. The disk is read: use the iterator
@@ -131,9 +131,9 @@ def _files(root: str, folder: Item, folders: list[Item], leave_out: _LeaveOut) -
 
 @contextmanager
 def _listed(root: str, below: tuple[str, ...]) -> Iterator[Iterator[os.DirEntry[str]]]:
-    """The entries of a folder below a root. Links are not followed, as somebody else may put one in
-    the place of a folder after that was found (the race of rsync, CVE-2024-12747). The files are
-    recognised by their inode numbers when they are opened. Raises ``OSError``."""
+    """The entries of a folder below a root. Links are not followed, since another user may replace
+    a folder by a link after the walk has found it (the race of rsync, CVE-2024-12747). Files are
+    identified by their inode numbers when they are opened. Raises ``OSError``."""
     here = os.open(root, FOLDER & ~os.O_NOFOLLOW)
     try:
         for name in below:

@@ -115,7 +115,7 @@ class TunnelConfig:
 
     @property
     def endpoint(self) -> tuple[Address, str]:
-        """What makes a listening socket the same one after a change of the configuration."""
+        """The identity of a listening socket across changes of the configuration."""
         any_port = isinstance(self.local, TcpAddress) and self.local.port == 0
         return self.local, self.name if any_port else ""
 

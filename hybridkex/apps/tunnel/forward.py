@@ -83,7 +83,7 @@ class Activity:
 
 
 class _Forwarding:
-    """What the two ends of a connection share."""
+    """The state that the two directions of a connection share."""
 
     def __init__(self, readiness: Readiness, activity: Activity) -> None:
         self.readiness: Final = readiness

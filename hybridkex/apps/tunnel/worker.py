@@ -28,7 +28,7 @@ MOST_LINE: Final = 1 << 24
 
 @dataclass(frozen=True)
 class Orders:
-    """What a worker is started with.
+    """The start parameters of a worker.
 
     Args:
         recipe: makes the settings of the service.

@@ -129,7 +129,7 @@ class WorkerPool:
         self._workers: set[_Worker] = set()
         self._current: set[_Worker] = set()
         self._gone: dict[_Sample, float] = {}
-        """What the counters of workers that have ended had come to."""
+        """The final counters of workers that have ended."""
         self._changing = trio.Lock()
         self._closing = trio.Event()
         self._grace = 0.0

@@ -97,7 +97,7 @@ class RotationPolicy:
 
 
 class _State(Enum):
-    """What is known about the installed key."""
+    """The state of the installed key."""
 
     UNKNOWN = "it is not known which pre-shared key is in force"
     ABSENT = "the tunnel has NO pre-shared key"

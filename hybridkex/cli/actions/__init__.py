@@ -1,1 +1,1 @@
-"""What the commands do: one module each, loaded when the command runs."""
+"""The actions of the commands: one module each, loaded when the command runs."""

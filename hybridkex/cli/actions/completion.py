@@ -12,7 +12,7 @@ from hybridkex.cli.values import file_path, folder_path
 from hybridkex.errors import ConfigError
 
 _COMPLETED: Final = {Path: shtab.FILE, file_path: shtab.FILE, folder_path: shtab.DIRECTORY}
-"""What the shell offers for a value, by the option's type."""
+"""The completions of a value, by the option's type."""
 
 
 def run(options: CompletionOptions) -> int:

@@ -215,7 +215,7 @@ async def _serve(
 def _server(
     settings: TunnelSettings,
 ) -> tuple[TunnelServer | WorkerPool, Callable[[], Awaitable[CollectorRegistry]]]:
-    """What runs the tunnels, and what gives its metrics."""
+    """The object that runs the tunnels, and the function that returns its metrics."""
     if settings.workers > 1:
         pool = WorkerPool(_WORKER)
         return pool, pool.metrics
@@ -234,7 +234,7 @@ _WORKER: Final = (
     "import signal, sys\n"
     "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU):\n"
     "    signal.signal(number, signal.SIG_IGN)\n"
-    # Behind all other folders, and never the current one, in which somebody may have put modules.
+    # After all other folders, and never the current one, where another user may have put modules.
     f"sys.path.append({str(Path(hybridkex.__file__).parents[1])!r})\n"
     "from hybridkex.cli.actions.tunnel_worker import main\n"
     "sys.exit(main())",

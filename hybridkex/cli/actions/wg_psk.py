@@ -192,7 +192,7 @@ async def _listen(options: WgPskOptions, rotator: Rotator) -> None:
                 await rotator.respond(stream, on_authenticated=admit)
             except HybridkexError as error:
                 if not authenticated:
-                    raise  # A stranger, for the supervisor to log at a bounded rate.
+                    raise  # Not our peer: the supervisor logs it at a bounded rate.
                 log.warning("%s: rotation failed: %s; %s", interface, error, rotator.standing)
                 return
             if options.once:

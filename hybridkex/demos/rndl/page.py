@@ -151,7 +151,7 @@ def _cases(trial: Trial) -> Iterator[str]:
 
 
 def _hops(verdicts: list[dict[str, Any]]) -> str:
-    """What became of the recorded hops to the KMEs, if there are any."""
+    """The outcome of the attacks on the recorded hops to the KMEs, if there are any."""
     hops = [one for one in verdicts if one["capture"] != "session.pcapng"]
     if not hops:
         return ""

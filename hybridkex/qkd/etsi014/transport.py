@@ -130,7 +130,7 @@ class _Stream(httpcore.AsyncNetworkStream, ABC):
 
     @abstractmethod
     def drop(self) -> None:
-        """Close the connection at once, without a word to the other end."""
+        """Close the connection at once, without close_notify."""
 
     @abstractmethod
     def _something_waits(self) -> bool: ...
@@ -431,7 +431,7 @@ def what_failed(error: BaseException) -> str:
         return f"did not answer in HTTP: {_reason(error)}"
     if "longer than" in str(kind):
         return f"gave {kind}"
-    # A TLS 1.3 server judges our certificate when our handshake is complete.
+    # A TLS 1.3 server verifies our certificate after our handshake is complete.
     why = f" ({why})" if why else ""
     return f"closed the connection without an answer{why}; it may not accept our certificate"
 
@@ -461,7 +461,7 @@ def _system_reason(error: BaseException) -> str | None:
 def refusal_of(error: BaseException) -> str | None:
     """The alert by which the other end refused our certificate; ``None`` if it did not.
 
-    A TLS 1.3 server judges the client's certificate after the client's handshake is complete, so
+    A TLS 1.3 server verifies the client's certificate after the client's handshake is complete, so
     the alert comes in place of an answer.
     """
     alert = alert_received(error)

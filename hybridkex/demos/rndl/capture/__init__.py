@@ -1,1 +1,1 @@
-"""What a wire tap writes and an adversary reads."""
+"""The format of recordings: written by a wire tap, read by an adversary."""

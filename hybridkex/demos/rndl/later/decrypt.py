@@ -381,7 +381,7 @@ class _Opened:
         self._chain: Chain | None = None
         self._request = (b"", False)
         self._epochs: list[_Epoch] = []
-        """What the epoch that a key update makes may be, until a record shows which it is."""
+        """The candidates for the epoch after a key update, until a record shows which it is."""
         self.update_legs: list[Leg] = []
         self.stuck = False
         """Whether no key of the new epoch could be found."""

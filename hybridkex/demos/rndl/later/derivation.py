@@ -170,7 +170,7 @@ class Secrets:
         return _extract(self.suite.hash, salt, bytes(self.suite.hash_length))
 
     def chain(self, server_finished: bytes, client_finished: bytes) -> "Chain":
-        """What key updates start from; the digests cover the handshake up to each Finished."""
+        """The secrets that start key updates; digests cover the handshake up to a Finished."""
         hash_ = self.suite.hash
         return Chain(
             self.suite,
@@ -219,5 +219,5 @@ class Chain:
         )
 
     def confirmation(self, key: TrafficKey) -> bytes:
-        """What the side with this key says to confirm its epoch, whose chain this is."""
+        """The confirmation of an epoch, whose chain this is, by the side with this key."""
         return _finished(self.suite.hash, key.secret, self.transcript)

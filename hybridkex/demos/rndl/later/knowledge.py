@@ -1,4 +1,4 @@
-"""What an adversary has besides the recordings: answers of oracles, and stolen secrets.
+"""An adversary's knowledge besides the recordings: answers of oracles, and stolen secrets.
 
 Everything is in one folder::
 

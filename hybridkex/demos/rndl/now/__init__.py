@@ -1,1 +1,1 @@
-"""What runs during the sessions: the parties, the wire taps, the instruments."""
+"""The processes during the sessions: the parties, the wire taps, the instruments."""

@@ -1,6 +1,8 @@
 """TLS between an SAE and its KME: both kinds accept the same authorities, on all Pythons."""
 
 import ssl
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,3 +101,28 @@ async def test_a_client_without_an_ml_kem_group_is_named(tmp_path: Path) -> None
                 await stream.do_handshake()
     assert "offers no ML-KEM group" in said[0]
     assert 'set tls = "stdlib"' in said[0]
+
+
+WITHOUT_MEMORY = """
+import resource, ssl
+from hybridkex.qkd.etsi014.mutual_tls import _KeptBytes
+kept = _KeptBytes(ssl.create_default_context())
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (3 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+held = []
+try:
+    while len(held) < 10_000:
+        held.append(kept.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname="x"))
+except MemoryError:
+    held.clear()
+    print("no memory")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory that is kept")
+def test_connections_without_memory() -> None:
+    """Python's ssl would crash (CPython issue 144833), and with it the KME."""
+    command = [sys.executable, "-c", WITHOUT_MEMORY]
+    found = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (0, "no memory\n"), found.stderr

@@ -7,6 +7,7 @@ asyncio streams; servers run on trio.
 """
 
 import contextlib
+import gc
 import re
 import ssl
 from collections.abc import Awaitable, Callable
@@ -231,6 +232,20 @@ def _stdlib(context: ssl.SSLContext, *, server_side: bool) -> TlsHandshake:
     return handshake
 
 
+_ROOM: Final = 1 << 18
+"""Bytes: more than OpenSSL needs for a new connection, and something for the others."""
+
+
+def _find_room() -> None:
+    """Raise ``MemoryError`` where there is no room for a new connection: the process would crash if
+    OpenSSL found none (CPython issue 144833, fixed in 2026)."""
+    try:
+        bytearray(_ROOM)
+    except MemoryError:
+        gc.collect()  # what refused connections have left
+        bytearray(_ROOM)
+
+
 class _KeptBytes:
     """A context for one connection that keeps hold of the bytes that are to be sent."""
 
@@ -242,6 +257,7 @@ class _KeptBytes:
         self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, **options: Any
     ) -> ssl.SSLObject:
         self._outgoing = outgoing
+        _find_room()
         return self._context.wrap_bio(incoming, outgoing, **options)
 
     def unsent(self) -> bytes:
@@ -250,6 +266,7 @@ class _KeptBytes:
 
 def _stdlib_on_asyncio(context: ssl.SSLContext) -> AsyncioHandshake:
     async def secure(reader: Any, writer: Any, host: str) -> tuple[Any, Any, bytes]:
+        _find_room()
         await writer.start_tls(context, server_hostname=host)
         return reader, writer, writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
 

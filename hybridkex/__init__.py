@@ -71,20 +71,12 @@ if TYPE_CHECKING:
         open_secure_tcp_stream,
         serve_secure_tcp,
     )
-    from hybridkex.tls.config import (
-        Authentication,
-        ClientConfig,
-        Limits,
-        PadToMultiple,
-        Policy,
-        PskSource,
-        Requirement,
-        ServerConfig,
-    )
+    from hybridkex.tls.config import ClientConfig, Limits, PadToMultiple, PskSource, ServerConfig
     from hybridkex.tls.connection import ClientConnection, ServerConnection
     from hybridkex.tls.epochs import Epoch, KeyUpdates, UpdateKey
     from hybridkex.tls.fresh_keys import FreshKeys, UpdateKeySource
     from hybridkex.tls.one_time_pad import OneTimePad, PadBudget, PadSource
+    from hybridkex.tls.policy import Authentication, Policy, Requirement
     from hybridkex.tls.session import AuthenticatedBy, MemoryTicketStore, Session
     from hybridkex.tls.tickets import CookieProtector, TicketIssuer
     from hybridkex.wire.extensions import ApplicationExtension
@@ -207,19 +199,17 @@ _HOMES: Final = {
         "serve_secure_tcp",
     ),
     "hybridkex.tls.config": (
-        "Authentication",
         "ClientConfig",
         "Limits",
         "PadToMultiple",
-        "Policy",
         "PskSource",
-        "Requirement",
         "ServerConfig",
     ),
     "hybridkex.tls.connection": ("ClientConnection", "ServerConnection"),
     "hybridkex.tls.epochs": ("Epoch", "KeyUpdates", "UpdateKey"),
     "hybridkex.tls.fresh_keys": ("FreshKeys", "UpdateKeySource"),
     "hybridkex.tls.one_time_pad": ("OneTimePad", "PadBudget", "PadSource"),
+    "hybridkex.tls.policy": ("Authentication", "Policy", "Requirement"),
     "hybridkex.tls.session": ("AuthenticatedBy", "MemoryTicketStore", "Session"),
     "hybridkex.tls.tickets": ("CookieProtector", "TicketIssuer"),
     "hybridkex.wire.extensions": ("ApplicationExtension",),

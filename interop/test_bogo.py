@@ -12,9 +12,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from hybridkex import TrustStore
 from hybridkex.auth import DevCa
-from hybridkex.tls.config import ClientConfig, Policy, Requirement
+from hybridkex.tls.config import ClientConfig
 from hybridkex.tls.connection import ClientConnection
 from hybridkex.tls.events import ApplicationData, SessionProposed
+from hybridkex.tls.policy import Policy, Requirement
 from interop.bogo.launch import launcher
 from interop.bogo.results import CONFIG, Outcome, run
 

@@ -28,15 +28,10 @@ from hybridkex.errors import ConfigError
 from hybridkex.files import open_private
 from hybridkex.machine import write_error
 from hybridkex.secret import Secret
-from hybridkex.tls.config import (
-    ClientConfig,
-    FreshKeys,
-    KeyLog,
-    OneTimePad,
-    Policy,
-    Requirement,
-    ServerConfig,
-)
+from hybridkex.tls.config import ClientConfig, KeyLog, ServerConfig
+from hybridkex.tls.fresh_keys import FreshKeys
+from hybridkex.tls.one_time_pad import OneTimePad
+from hybridkex.tls.policy import Policy, Requirement
 
 __all__ = ["client_config", "server_config"]
 

@@ -39,10 +39,11 @@ from hybridkex.link.settings import LinkSettings
 from hybridkex.link.simulated import SimulatedLink
 from hybridkex.machine import broken, leaves, refusal
 from hybridkex.net.address import TcpAddress
+from hybridkex.net.budget import Budget, Connection
 from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.net.reading import EndOfStream
 from hybridkex.net.sockets import keep_alive
-from hybridkex.net.supervisor import Budget, Connection, Supervisor
+from hybridkex.net.supervisor import Supervisor
 from hybridkex.net.threads import NoThread
 from hybridkex.qkd.producer import ProducedKey
 from hybridkex.text import get_logger

@@ -19,10 +19,11 @@ from hybridkex.kme.health import Pages
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES, HttpPeer, LocalPeer
 from hybridkex.net.address import TcpAddress
+from hybridkex.net.budget import Budget, Connection
 from hybridkex.net.event_loop import in_thread
 from hybridkex.net.http import http_supervisor, serve_connection
 from hybridkex.net.listening import open_shared_listeners, open_tcp_listeners
-from hybridkex.net.supervisor import Budget, Connection, Supervisor
+from hybridkex.net.supervisor import Supervisor
 from hybridkex.qkd import sqlite_store
 from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, client_tls, server_tls
 from hybridkex.qkd.etsi014.naming import (

@@ -23,8 +23,9 @@ import h11
 import trio
 
 from hybridkex.json_text import decode_json
+from hybridkex.net.budget import Connection
 from hybridkex.net.log import BoundedLog
-from hybridkex.net.supervisor import Connection, Supervisor
+from hybridkex.net.supervisor import Supervisor
 from hybridkex.text import get_logger
 
 LOG: Final = get_logger(__name__)

@@ -38,8 +38,6 @@ from hybridkex.net.pending import (
     PendingConnections,
 )
 
-__all__ = ["Budget", "Connection", "Supervisor", "TooManyConnections"]
-
 HANDSHAKE_SECONDS: Final = 10.0
 """Default time until a connection has authenticated, from the moment that it has a place."""
 FLUSH_SECONDS: Final = 30.0

@@ -4,7 +4,8 @@ from typing import Generic, TypeVar
 
 from trio.abc import Listener, Stream
 
-from hybridkex.streams.stream import DEFAULT_HANDSHAKE_TIMEOUT, SecureStream
+from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT
+from hybridkex.streams.stream import SecureStream
 from hybridkex.tls.config import ServerConfig, check_config
 
 T = TypeVar("T", bound=Stream)

@@ -19,8 +19,6 @@ from hybridkex.shell.secure_pipe import SecurePipe
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
 
-__all__ = ["DEFAULT_HANDSHAKE_TIMEOUT", "SecureStream"]
-
 T = TypeVar("T", bound=Stream)
 
 

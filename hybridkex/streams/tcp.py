@@ -6,10 +6,12 @@ from typing import Final
 
 import trio
 
+from hybridkex.net.budget import Budget, Connection
 from hybridkex.net.listening import open_tcp_listeners
-from hybridkex.net.supervisor import Budget, Connection, Supervisor
+from hybridkex.net.supervisor import Supervisor
+from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT
 from hybridkex.streams.listener import SecureListener
-from hybridkex.streams.stream import DEFAULT_HANDSHAKE_TIMEOUT, SecureStream
+from hybridkex.streams.stream import SecureStream
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 

@@ -48,7 +48,7 @@ from hybridkex.tls.certificate_types import (
     check_choice,
     check_entries,
 )
-from hybridkex.tls.config import Authentication, ClientConfig, Requirement
+from hybridkex.tls.config import ClientConfig
 from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.events import HandshakeCompleted, PskWanted, SessionProposed
 from hybridkex.tls.extended_key_update import Updates
@@ -63,6 +63,7 @@ from hybridkex.tls.negotiation import (
     sign_transcript,
     verify_signature,
 )
+from hybridkex.tls.policy import Authentication, Requirement
 from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import AuthenticatedBy, Session, SessionTicket
 from hybridkex.tls.steps import Step
@@ -72,6 +73,7 @@ from hybridkex.values import value
 from hybridkex.wire import extensions as ext
 from hybridkex.wire import messages as wire
 from hybridkex.wire.codec import vector8, vector16
+from hybridkex.wire.message import Message
 
 PeerName = DnsName | IpAddress
 
@@ -83,7 +85,7 @@ class ClientState:
     """The interface of a state."""
 
     def handle(
-        self, message: wire.Message, raw: bytes, records: RecordLayer
+        self, message: Message, raw: bytes, records: RecordLayer
     ) -> "ClientState | ClientTraffic":
         """Check one message, of a type that :data:`STEPS` has for this state."""
         raise NotImplementedError
@@ -342,7 +344,7 @@ class WaitServerHello(ClientState):
     offer: _Offer
     hello: bytes
 
-    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ClientState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         if isinstance(message, wire.HelloRetryRequest):
             return self._retry(message, raw, records)
         assert isinstance(message, wire.ServerHello)
@@ -403,7 +405,7 @@ class WaitSecondServerHello(ClientState):
     suite: CipherSuite
     transcript: Transcript
 
-    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ClientState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         if isinstance(message, wire.HelloRetryRequest):
             raise UnexpectedMessage("a second HelloRetryRequest", Reason.RETRY_TWICE)
         assert isinstance(message, wire.ServerHello)
@@ -576,7 +578,7 @@ class WaitEncryptedExtensions(ClientState):
     keys: _Keys
     transcript: Transcript
 
-    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ClientState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, wire.EncryptedExtensions)
         answers = message.extensions
         _check_answers(self.offer, ext.MessageKind.ENCRYPTED_EXTENSIONS, answers)
@@ -664,7 +666,7 @@ class WaitCertificateOrRequest(ClientState):
     verifier: AnyServerVerifier
     transcript: Transcript
 
-    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ClientState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         if isinstance(message, wire.Certificate):
             state = WaitCertificate(self.negotiated, self.verifier, None, self.transcript)
             return state.handle(message, raw, records)
@@ -690,7 +692,7 @@ class WaitCertificate(ClientState):
     """The schemes of the server's CertificateRequest, if it sent one."""
     transcript: Transcript
 
-    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ClientState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, wire.Certificate)
         if message.context:
             raise IllegalParameter(
@@ -719,7 +721,7 @@ class WaitCertificateVerify(ClientState):
     requested: tuple[int, ...] | None
     transcript: Transcript
 
-    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ClientState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, wire.CertificateVerify)
         scheme = verify_signature(
             message,
@@ -741,7 +743,7 @@ class WaitFinished(ClientState):
     requested: tuple[int, ...] | None
     transcript: Transcript
 
-    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ClientState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, wire.Finished)
         check_finished(message, self.negotiated.keys.server, self.transcript)
         records.reader.check_message_boundary()

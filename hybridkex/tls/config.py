@@ -35,22 +35,6 @@ from hybridkex.tls.tickets import CookieProtector, TicketIssuer
 from hybridkex.wire.codec import vector24
 from hybridkex.wire.extensions import KNOWN_TYPES, ApplicationExtension
 
-__all__ = [
-    "Authentication",
-    "ClientConfig",
-    "FreshKeys",
-    "KeyLog",
-    "Limits",
-    "OneTimePad",
-    "PadToMultiple",
-    "Policy",
-    "PskSource",
-    "Requirement",
-    "ServerConfig",
-    "UpdateKeySource",
-    "check_config",
-]
-
 KeyLog = Callable[[str], None]
 """Called with one line of the NSS key log format, without the newline."""
 

@@ -34,7 +34,8 @@ from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.values import value
 from hybridkex.wire import update_messages as wire
 from hybridkex.wire.extensions import KeyShareEntry
-from hybridkex.wire.messages import ImportedIdentity, Message
+from hybridkex.wire.message import Message
+from hybridkex.wire.messages import ImportedIdentity
 
 _Request: TypeAlias = wire.UpdateRequest | wire.FreshRequest
 _Response: TypeAlias = wire.UpdateResponse | wire.FreshResponse

@@ -41,7 +41,8 @@ from hybridkex.tls.protection import (
     content_length,
     plaintext_records,
 )
-from hybridkex.wire.messages import HEADER_LENGTH, Message, encode
+from hybridkex.wire.message import Message
+from hybridkex.wire.messages import HEADER_LENGTH, encode
 from hybridkex.wire.records import Record, RecordBuffer
 
 _HANDSHAKE: Final = int(ContentType.HANDSHAKE)

@@ -60,7 +60,7 @@ from hybridkex.tls.certificate_types import (
     accepted_types,
     check_entries,
 )
-from hybridkex.tls.config import Authentication, Requirement, ServerConfig
+from hybridkex.tls.config import ServerConfig
 from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.events import HandshakeCompleted, PskWanted, SessionProposed
 from hybridkex.tls.extended_key_update import Updates
@@ -74,6 +74,7 @@ from hybridkex.tls.negotiation import (
     sign_transcript,
     verify_signature,
 )
+from hybridkex.tls.policy import Authentication, Requirement
 from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import Session
 from hybridkex.tls.steps import Step
@@ -84,13 +85,14 @@ from hybridkex.values import value
 from hybridkex.wire import extensions as ext
 from hybridkex.wire import messages as wire
 from hybridkex.wire.codec import u16, vector8, vector16
+from hybridkex.wire.message import Message
 
 
 class ServerState:
     """The interface of a state."""
 
     def handle(
-        self, message: wire.Message, raw: bytes, records: RecordLayer
+        self, message: Message, raw: bytes, records: RecordLayer
     ) -> "ServerState | ServerTraffic":
         """Check one message, of a type that :data:`STEPS` has for this state."""
         raise NotImplementedError
@@ -288,7 +290,7 @@ class WaitClientHello(ServerState):
     config: ServerConfig
 
     def handle(
-        self, message: wire.Message, raw: bytes, records: RecordLayer
+        self, message: Message, raw: bytes, records: RecordLayer
     ) -> ServerState | ServerTraffic:
         assert isinstance(message, wire.ClientHello)
         records.reader.check_message_boundary()
@@ -350,7 +352,7 @@ class WaitSecondClientHello(ServerState):
     config: ServerConfig
 
     def handle(
-        self, message: wire.Message, raw: bytes, records: RecordLayer
+        self, message: Message, raw: bytes, records: RecordLayer
     ) -> ServerState | ServerTraffic:
         assert isinstance(message, wire.ClientHello)
         records.reader.check_message_boundary()
@@ -938,7 +940,7 @@ class WaitClientCertificate(ServerState):
     asked: _ClientCredential
     transcript: Transcript
 
-    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ServerState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
         assert isinstance(message, wire.Certificate)
         choice, asked = self.flight.choice, self.asked
         if message.context:
@@ -968,7 +970,7 @@ class WaitClientCertificateVerify(ServerState):
     peer: VerifiedPeer
     transcript: Transcript
 
-    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ServerState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
         assert isinstance(message, wire.CertificateVerify)
         verify_signature(
             message,
@@ -988,7 +990,7 @@ class WaitClientFinished(ServerState):
     peer: VerifiedPeer | None
     transcript: Transcript
 
-    def handle(self, message: wire.Message, raw: bytes, records: RecordLayer) -> ServerState:
+    def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
         assert isinstance(message, wire.Finished)
         flight, choice, selected = self.flight, self.flight.choice, self.flight.selected
         check_finished(message, flight.client_handshake, self.transcript)

@@ -26,7 +26,8 @@ from hybridkex.tls.session import MAX_TICKET_LIFETIME, Session, SessionTicket
 from hybridkex.tls.tickets import TicketIssuer, TicketState
 from hybridkex.values import value
 from hybridkex.wire import extensions as ext
-from hybridkex.wire.messages import KeyUpdate, Message, NewSessionTicket
+from hybridkex.wire.message import Message
+from hybridkex.wire.messages import KeyUpdate, NewSessionTicket
 from hybridkex.wire.update_messages import FreshRequest, PadKey, UpdateRequest
 
 X509: Final = CertificateType.X509

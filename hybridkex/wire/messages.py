@@ -17,25 +17,6 @@ from hybridkex.wire.layout import REST, U16, U32, Laid, Layout, opaque
 from hybridkex.wire.message import Message
 from hybridkex.wire.update_messages import ExtendedKeyUpdate
 
-__all__ = [
-    "HEADER_LENGTH",
-    "Certificate",
-    "CertificateRequest",
-    "CertificateVerify",
-    "ClientHello",
-    "EncryptedExtensions",
-    "EndOfEarlyData",
-    "Finished",
-    "HelloRetryRequest",
-    "ImportedIdentity",
-    "KeyUpdate",
-    "Message",
-    "NewSessionTicket",
-    "ServerHello",
-    "decode",
-    "encode",
-]
-
 HEADER_LENGTH: Final = 4
 """Bytes of a handshake message before its body: type and 24-bit length."""
 _LONGEST_BODY: Final = 0xFFFFFF

@@ -40,14 +40,7 @@ from hybridkex.errors import (
     TruncationError,
 )
 from hybridkex.secret import Secret
-from hybridkex.tls.config import (
-    Authentication,
-    ClientConfig,
-    Limits,
-    Policy,
-    Requirement,
-    ServerConfig,
-)
+from hybridkex.tls.config import ClientConfig, Limits, ServerConfig
 from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
 from hybridkex.tls.events import (
     ApplicationData,
@@ -55,6 +48,7 @@ from hybridkex.tls.events import (
     SessionProposed,
     TicketReceived,
 )
+from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.session import MemoryTicketStore, Session
 from hybridkex.tls.tickets import TicketIssuer
 from interop.bogo.flags import Credential, Flags, Unimplemented, parse

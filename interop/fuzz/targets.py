@@ -77,9 +77,10 @@ from hybridkex.qkd.psk import identity_of, name_of
 from hybridkex.qkd.store import read_key_file
 from hybridkex.secret import Secret
 from hybridkex.shell.ticket_file import FileTicketStore
-from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
+from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
 from hybridkex.tls.events import SessionProposed
+from hybridkex.tls.policy import Policy, Requirement
 from hybridkex.tls.tickets import CookieProtector, CookieState, TicketIssuer, TicketState
 from hybridkex.wire.messages import ImportedIdentity, decode, encode
 from hybridkex.wire.records import RecordBuffer

@@ -17,8 +17,8 @@ import trio
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.net import descriptors
+from hybridkex.net.budget import Budget
 from hybridkex.net.pending import PendingConnections
-from hybridkex.net.supervisor import Budget
 
 FILES = 256
 IDLE = 300

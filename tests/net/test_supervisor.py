@@ -20,9 +20,10 @@ from waiting import trio_until
 import hybridkex.net.pending
 import hybridkex.net.sockets
 from hybridkex.errors import LocalStateError
+from hybridkex.net.budget import Budget, Connection, TooManyConnections
 from hybridkex.net.log import BoundedLog
 from hybridkex.net.reading import read_exactly
-from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
+from hybridkex.net.supervisor import Supervisor
 
 LOGGER = logging.getLogger("hybridkex.test")
 Handler = Callable[[Any, Connection], Awaitable[object]]

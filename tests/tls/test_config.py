@@ -13,15 +13,8 @@ from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.suites import SHA384, TLS_AES_128_GCM_SHA256
 from hybridkex.errors import ConfigError
 from hybridkex.secret import Secret
-from hybridkex.tls.config import (
-    Authentication,
-    ClientConfig,
-    Limits,
-    PadToMultiple,
-    Policy,
-    Requirement,
-    ServerConfig,
-)
+from hybridkex.tls.config import ClientConfig, Limits, PadToMultiple, ServerConfig
+from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.session import MemoryTicketStore, SessionTicket
 from hybridkex.tls.tickets import CookieProtector, TicketIssuer
 

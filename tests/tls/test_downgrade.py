@@ -15,9 +15,10 @@ from hybridkex.constants import ExtensionType, HandshakeType
 from hybridkex.crypto.kex import SECP256R1MLKEM768, X25519MLKEM768
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.secret import Secret
-from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
+from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import Connection
 from hybridkex.tls.epochs import KeyUpdates
+from hybridkex.tls.policy import Policy, Requirement
 
 PREFER = Policy(psk=Requirement.PREFER, fresh_keys=Requirement.PREFER)
 QKD = ExternalPsk(identity=b"qkd-1", key=Secret(bytes(range(32))), context=b"alice bob")

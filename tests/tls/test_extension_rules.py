@@ -15,7 +15,8 @@ from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.codec import Reader, u8
 from hybridkex.wire.extensions import Extensions, MessageKind
-from hybridkex.wire.messages import ClientHello, Message, decode, encode
+from hybridkex.wire.message import Message
+from hybridkex.wire.messages import ClientHello, decode, encode
 
 RFC_9846_SECTION_4_3 = {  # the types that this library knows
     0: "CH EE",

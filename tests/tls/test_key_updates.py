@@ -68,7 +68,8 @@ from hybridkex.tls.events import (
 from hybridkex.tls.protection import WriteProtection
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.extensions import KeyShareEntry
-from hybridkex.wire.messages import KeyUpdate, Message, NewSessionTicket, encode
+from hybridkex.wire.message import Message
+from hybridkex.wire.messages import KeyUpdate, NewSessionTicket, encode
 from hybridkex.wire.update_messages import (
     DeclineReason,
     Demand,

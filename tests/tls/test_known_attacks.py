@@ -28,12 +28,14 @@ from hybridkex.errors import (
     UnknownPskIdentity,
 )
 from hybridkex.secret import Secret
-from hybridkex.tls.config import Authentication, ClientConfig, Policy, Requirement, ServerConfig
+from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import Connection
+from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.extensions import Extensions
-from hybridkex.wire.messages import ImportedIdentity, Message, decode, encode
+from hybridkex.wire.message import Message
+from hybridkex.wire.messages import ImportedIdentity, decode, encode
 
 KEY = Secret(bytes(range(32)))
 PLAIN = ExternalPsk(identity=b"a key", key=KEY)

@@ -12,20 +12,15 @@ from hybridkex.crypto.kex import SECP256R1, X25519
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import ConfigError, IllegalParameter, UnrecognizedName
 from hybridkex.secret import Secret
-from hybridkex.tls.config import Authentication, ClientConfig, Requirement, ServerConfig
+from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.events import TicketReceived
+from hybridkex.tls.policy import Authentication, Requirement
 from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.tls.tickets import MAX_TICKET
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.extensions import Extensions
-from hybridkex.wire.messages import (
-    ClientHello,
-    HelloRetryRequest,
-    Message,
-    NewSessionTicket,
-    decode,
-    encode,
-)
+from hybridkex.wire.message import Message
+from hybridkex.wire.messages import ClientHello, HelloRetryRequest, NewSessionTicket, decode, encode
 
 KEY = Secret(bytes(range(32)))
 

@@ -47,15 +47,7 @@ from hybridkex.errors import (
 )
 from hybridkex.secret import Secret
 from hybridkex.tls import client as client_module
-from hybridkex.tls.config import (
-    Authentication,
-    ClientConfig,
-    Limits,
-    PadToMultiple,
-    Policy,
-    Requirement,
-    ServerConfig,
-)
+from hybridkex.tls.config import ClientConfig, Limits, PadToMultiple, ServerConfig
 from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
 from hybridkex.tls.events import (
     ApplicationData,
@@ -66,10 +58,12 @@ from hybridkex.tls.events import (
     SessionProposed,
     TicketReceived,
 )
+from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.session import AuthenticatedBy, MemoryTicketStore
 from hybridkex.tls.tickets import CookieProtector, TicketIssuer
 from hybridkex.wire.extensions import EarlyDataIndication, Extensions
-from hybridkex.wire.messages import ClientHello, ImportedIdentity, Message, decode, encode
+from hybridkex.wire.message import Message
+from hybridkex.wire.messages import ClientHello, ImportedIdentity, decode, encode
 
 
 def connect(client: ClientConfig, server: ServerConfig, **options: Any) -> Pair:

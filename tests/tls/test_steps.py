@@ -13,8 +13,9 @@ from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import InternalError
 from hybridkex.secret import Secret
 from hybridkex.tls import client, connection, server
-from hybridkex.tls.config import Authentication, ClientConfig, Policy, Requirement, ServerConfig
+from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import Connection
+from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.tls.steps import Step
 

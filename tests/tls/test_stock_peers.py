@@ -18,11 +18,13 @@ from hybridkex.crypto.kex import SECP256R1, SECP384R1, X25519, X25519MLKEM768
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import CertificateRejected, ConfigError, IllegalParameter, PolicyRefused
 from hybridkex.secret import Secret
-from hybridkex.tls.config import Authentication, ClientConfig, Policy, Requirement, ServerConfig
+from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ServerConnection
+from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.session import AuthenticatedBy, MemoryTicketStore
 from hybridkex.wire import extensions as ext
-from hybridkex.wire.messages import Message, decode
+from hybridkex.wire.message import Message
+from hybridkex.wire.messages import decode
 
 EITHER = Policy(
     post_quantum=Requirement.PREFER,

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from hybridkex.auth import Refreshable
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import AlertReceived, LocalStateError, PeerError, TruncationError
-from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
+from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, Connection, ServerConnection
 from hybridkex.tls.events import ApplicationData, Event, PskWanted, SessionProposed
+from hybridkex.tls.policy import Policy, Requirement
 from hybridkex.tls.session import Session
 
 ANY_GROUP = Policy(post_quantum=Requirement.PREFER)

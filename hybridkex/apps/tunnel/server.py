@@ -29,9 +29,10 @@ from hybridkex.apps.tunnel.sockets import Listening, connect, listen_for
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.machine import refusal
 from hybridkex.net.address import Address, TcpAddress
+from hybridkex.net.budget import Budget, Connection, TooManyConnections
 from hybridkex.net.readiness import Readiness
 from hybridkex.net.sockets import keep_alive
-from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
+from hybridkex.net.supervisor import Supervisor
 from hybridkex.text import get_logger, json_line
 
 LOG: Final = get_logger("hybridkex.tunnel")

@@ -15,8 +15,9 @@ from hybridkex.cli.running import EndRequest, run_service
 from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
 from hybridkex.machine import broken
 from hybridkex.net.address import TcpAddress
+from hybridkex.net.budget import Budget, Connection
 from hybridkex.net.descriptors import raise_soft_limit
-from hybridkex.net.supervisor import Budget, Connection, Supervisor
+from hybridkex.net.supervisor import Supervisor
 from hybridkex.streams import SecureListener, SecureStream, open_secure_tcp_listeners
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ServerConfig

@@ -33,9 +33,10 @@ from hybridkex.link.quantum import OpticalLink
 from hybridkex.link.settings import MOST_DETECTIONS, LinkSettings
 from hybridkex.machine import write_error
 from hybridkex.net.address import TcpAddress, parse_tcp_address
+from hybridkex.net.budget import Budget, Connection
 from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.net.reading import EndOfStream
-from hybridkex.net.supervisor import Budget, Connection, Supervisor
+from hybridkex.net.supervisor import Supervisor
 from hybridkex.text import get_logger, json_line
 
 LOG: Final = get_logger("hybridkex.cli.qkd_data")

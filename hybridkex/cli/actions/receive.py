@@ -20,13 +20,15 @@ from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
 from hybridkex.errors import ConfigError
 from hybridkex.machine import broken
 from hybridkex.net.address import TcpAddress
+from hybridkex.net.budget import Budget, Connection, TooManyConnections
 from hybridkex.net.descriptors import raise_soft_limit
 from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.net.sockets import watch_peer
-from hybridkex.net.supervisor import Budget, Connection, Supervisor, TooManyConnections
+from hybridkex.net.supervisor import Supervisor
 from hybridkex.streams import SecureStream
 from hybridkex.text import get_logger
-from hybridkex.tls.config import Requirement, ServerConfig
+from hybridkex.tls.config import ServerConfig
+from hybridkex.tls.policy import Requirement
 
 LOG: Final = get_logger("hybridkex.receive")
 

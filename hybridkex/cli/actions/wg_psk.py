@@ -28,10 +28,11 @@ from hybridkex.combiner import (
 )
 from hybridkex.errors import ConfigError, HybridkexError, LocalStateError
 from hybridkex.net.address import TcpAddress, parse_tcp_address
+from hybridkex.net.budget import Budget, Connection
 from hybridkex.net.descriptors import raise_soft_limit
 from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.net.sockets import watch_peer
-from hybridkex.net.supervisor import Budget, Connection, Supervisor
+from hybridkex.net.supervisor import Supervisor
 from hybridkex.qkd.source import KeySource
 from hybridkex.qkd.store import read_key_file
 from hybridkex.text import get_logger, json_line

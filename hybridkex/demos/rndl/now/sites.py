@@ -23,7 +23,8 @@ from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake
 from hybridkex.qkd.source import KeySource
 from hybridkex.qkd.store import write_key_file
 from hybridkex.streams import SecureStream
-from hybridkex.tls.config import ClientConfig, Policy, Requirement
+from hybridkex.tls.config import ClientConfig
+from hybridkex.tls.policy import Policy, Requirement
 
 _SITES: Final = (("alice", "kme-a"), ("bob", "kme-b"))
 _LOOPBACK: Final = "127.0.0.1"

@@ -32,8 +32,9 @@ from hybridkex.qkd.source import KeySource
 from hybridkex.secret import Secret
 from hybridkex.shell.qkd_keys import QkdPskSource
 from hybridkex.streams import SecureStream, open_secure_tcp_stream, serve_secure_tcp
-from hybridkex.tls.config import ClientConfig, Policy, Requirement, ServerConfig
+from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.epochs import KeyUpdates
+from hybridkex.tls.policy import Policy, Requirement
 from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.tls.tickets import TicketIssuer
 

@@ -66,7 +66,12 @@ these while its statistics are behind, as after a table has grown fast."""
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection that does not wait for ever for a server that neither answers nor fails."""
 
+    is_patient = False
+    """Whether it does: while tables are converted."""
+
     def wait(self, gen: "PQGen[T]", *arguments: Any, **named: Any) -> T:
+        if self.is_patient:
+            return super().wait(gen, *arguments, **named)
         try:
             return super().wait(_bounded(gen), *arguments, **named)
         except _Silent:

@@ -114,6 +114,13 @@ TABLES: Final = (
 )
 """Statements that create the tables of version 1, in one transaction."""
 
+
+def _differ(columns: str) -> str:
+    names = columns.split()
+    old, new = (", ".join(f"{row}.{name}" for name in names) for row in ("OLD", "NEW"))
+    return f"({old}) IS DISTINCT FROM ({new})"
+
+
 SINCE: Final = {
     2: (
         # A move of another store's keys into this one: the two stores' IDs, and whether it is
@@ -148,25 +155,43 @@ SINCE: Final = {
         )""",
     ),
     3: (
-        # A key is delivered to its own SAE only.
-        """CREATE FUNCTION grants_own() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-            IF NEW.ended = 'delivered'
-                AND OLD.slave IS DISTINCT FROM current_setting('hybridkex.sae', true) THEN
-                RAISE 'a key of another SAE' USING ERRCODE = 'check_violation';
-            END IF;
-            RETURN NEW;
+        # The planner would walk through all rows of a link, by an index that begins with it, to
+        # find some by their IDs, as long as its statistics take the table for a small one.
+        "ALTER TABLE material DROP CONSTRAINT material_link_key_id_key, ADD UNIQUE (key_id, link)",
+        "ALTER TABLE spent DROP CONSTRAINT spent_pkey, ADD PRIMARY KEY (key_id, link)",
+        "ALTER TABLE grants DROP CONSTRAINT grants_pkey, ADD PRIMARY KEY (key_id, link, slave)",
+        # A row stays what it is. A promise ends once. A key is delivered to its own SAE only.
+        """CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            RAISE 'a row of % cannot change so', TG_TABLE_NAME USING ERRCODE = 'check_violation';
         END $$""",
-        """CREATE TRIGGER grants_own BEFORE UPDATE OF ended ON grants
-            FOR EACH ROW EXECUTE FUNCTION grants_own()""",
-        # A row stays what it is.
-        """CREATE FUNCTION row_fixed() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-            RAISE 'a row of % cannot change', TG_TABLE_NAME USING ERRCODE = 'check_violation';
+        *(
+            f"CREATE TRIGGER {name} BEFORE UPDATE ON {table} FOR EACH ROW WHEN ({condition})"
+            " EXECUTE FUNCTION refuse_change()"
+            for name, table, condition in (
+                ("material_fixed", "material", _differ("link key_id half shared created")),
+                ("spent_fixed", "spent", _differ("link key_id")),
+                ("grants_fixed", "grants", _differ("link key_id slave master created blocks")),
+                ("grants_final", "grants", "OLD.ended IS NOT NULL"),
+                (
+                    "grants_own",
+                    "grants",
+                    "NEW.ended = 'delivered' AND"
+                    " OLD.slave IS DISTINCT FROM current_setting('hybridkex.sae', true)",
+                ),
+            )
+        ),
+        "DROP TRIGGER grants_over ON grants",
+        "DROP FUNCTION grants_over",
+        """CREATE FUNCTION grants_over() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            INSERT INTO stock SELECT link, 0, sum(change) FROM (
+                SELECT link, -blocks AS change FROM was WHERE ended IS NULL
+                UNION ALL SELECT link, blocks FROM now WHERE ended IS NULL
+            ) AS changes GROUP BY link HAVING sum(change) != 0;
+            RETURN NULL;
         END $$""",
-        """CREATE TRIGGER material_fixed
-            BEFORE UPDATE OF link, key_id, half, shared, created ON material
-            FOR EACH ROW EXECUTE FUNCTION row_fixed()""",
-        """CREATE TRIGGER spent_fixed BEFORE UPDATE OF link, key_id ON spent
-            FOR EACH ROW EXECUTE FUNCTION row_fixed()""",
+        """CREATE TRIGGER grants_over AFTER UPDATE ON grants
+            REFERENCING OLD TABLE AS was NEW TABLE AS now
+            FOR EACH STATEMENT EXECUTE FUNCTION grants_over()""",
     ),
 }
 """The statements that each later version adds, in the same transaction."""

@@ -113,6 +113,9 @@ _OPENING_LAZY: Final = (
     " set_config('synchronous_commit', 'off', true) FROM hybridkex_meta"
 )
 """Likewise; the commit may be lost with the machine."""
+_THESE: Final = "link || '' = %s AND key_id = ANY(%s)"
+"""Rows of the material by their IDs. The concatenation keeps the planner from a walk through the
+link's stock by the index that is there for reserving."""
 _ALL_LINKS: Final = "*"
 """The scope of the work of the clock, which is the same for all links."""
 
@@ -183,9 +186,7 @@ class PostgresKeyStore:
             raise ConfigError(f"cannot use the key store {self.where}: {_reason(error)}") from error
         self._pool.open()
 
-    def _prepare(
-        self, connection: "psycopg.Connection[Any]", source: str | None
-    ) -> tuple[str, bool]:
+    def _prepare(self, connection: BoundedConnection, source: str | None) -> tuple[str, bool]:
         """Create, convert or check the tables; processes that start at once take turns.
 
         Returns the ID of the store, and whether a move into it is complete.
@@ -203,9 +204,8 @@ class PostgresKeyStore:
                 )
             version, owner = _one(cursor.execute("SELECT version, kme FROM hybridkex_meta"), 2)
             _check_origin(self.where, version, owner, self._owner)
-            for later in range(version + 1, SCHEMA_VERSION + 1):
-                for statement in SINCE[later]:
-                    cursor.execute(statement)
+            if version < SCHEMA_VERSION:
+                self._convert(connection, cursor, version)
             cursor.execute("UPDATE hybridkex_meta SET version = %s", (SCHEMA_VERSION,))
             self._seal, self._generation = self._settle(cursor, self._keys)
             if not found:
@@ -231,6 +231,18 @@ class PostgresKeyStore:
                     self.where,
                 )
         return store_id, moved
+
+    @staticmethod
+    def _convert(connection: BoundedConnection, cursor: _Cursor, version: int) -> None:
+        """Convert the tables of an older version, in as much time as it takes: a minute for some
+        million rows."""
+        connection.is_patient = True
+        cursor.execute("SET LOCAL statement_timeout = 0")
+        for later in range(version + 1, SCHEMA_VERSION + 1):
+            for statement in SINCE[later]:
+                cursor.execute(statement)
+        cursor.execute("RESET statement_timeout")
+        connection.is_patient = False
 
     # -- the sealing key
 
@@ -356,14 +368,14 @@ class PostgresKeyStore:
         self, after: tuple[Any, ...], cursor: _Cursor
     ) -> tuple[tuple[Any, ...] | None, int]:
         rows = cursor.execute(
-            "SELECT link, key_id, slave, master, sealed FROM grants"
-            " WHERE (link, key_id, slave) > (%s, %s, %s)"
-            " ORDER BY link, key_id, slave LIMIT %s",
+            "SELECT key_id, link, slave, master, sealed FROM grants"
+            " WHERE (key_id, link, slave) > (%s, %s, %s)"
+            " ORDER BY key_id, link, slave LIMIT %s",
             (*(after or ("", "", "")), PAGE),
         ).fetchall()
         new = [
             (link, key_id, slave, sealed, renewed)
-            for link, key_id, slave, master, sealed in rows
+            for key_id, link, slave, master, sealed in rows
             if sealed is not None
             and (renewed := self._renewed(sealed, place_of("grant", link, key_id, master, slave)))
         ]
@@ -527,7 +539,7 @@ class PostgresKeyStore:
     def _among(cursor: _Cursor, table: str, link: str, key_ids: Sequence[str]) -> set[str]:
         """Those of these IDs that are in ``material`` or ``spent``."""
         statement = {
-            "material": "SELECT key_id FROM material WHERE link = %s AND key_id = ANY(%s)",
+            "material": f"SELECT key_id FROM material WHERE {_THESE}",
             "spent": "SELECT key_id FROM spent WHERE link = %s AND key_id = ANY(%s)",
         }[table]
         return {key_id for (key_id,) in cursor.execute(statement, (link, list(key_ids)))}
@@ -592,16 +604,12 @@ class PostgresKeyStore:
         if not marks:
             await checkpoint()
             return
-        ids = [key_id for key_id, _ in marks]
 
         def work(cursor: _Cursor) -> None:
             cursor.execute(
                 "UPDATE material SET holder = NULL, held_until = NULL"
-                " FROM unnest(%s::text[], %s::text[]) AS old (key_id, holder)"
-                # The array makes the planner look up the rows, not walk the stock for each.
-                " WHERE material.link = %s AND material.key_id = ANY(%s)"
-                " AND material.key_id = old.key_id AND material.holder = old.holder",
-                (ids, [mark for _, mark in marks], link, ids),
+                f" WHERE {_THESE} AND holder = ANY(%s)",
+                (link, [key_id for key_id, _ in marks], list({mark for _, mark in marks})),
             )
 
         with suppress(KeySourceUnavailable):  # they end by themselves
@@ -662,17 +670,14 @@ class PostgresKeyStore:
         self, link: str, allotments: Sequence[Allotment], *, master: str, slaves: Sequence[str] = ()
     ) -> None:
         blocks = blocks_of(allotments)
-        marks = [self._held.get((link, block), "") for block in blocks]
+        marks = list({self._held.get((link, block), "") for block in blocks})
 
         def work(cursor: _Cursor) -> None:
             rows = cursor.execute(
-                "DELETE FROM material USING unnest(%s::text[], %s::text[]) AS mine (key_id, holder)"
-                " WHERE material.link = %s AND material.key_id = ANY(%s)"  # as in release
-                " AND material.key_id = mine.key_id"
-                " AND (material.holder IS NULL OR material.held_until < clock_timestamp()"
-                " OR material.holder = mine.holder)"
-                " RETURNING material.key_id, material.sealed",
-                (blocks, marks, link, blocks),
+                f"DELETE FROM material WHERE {_THESE}"
+                " AND (holder IS NULL OR held_until < clock_timestamp() OR holder = ANY(%s))"
+                " RETURNING key_id, sealed",
+                (link, blocks, marks),
             ).fetchall()
             taken = dict(rows)
             for one in allotments:
@@ -700,8 +705,7 @@ class PostgresKeyStore:
         def work(cursor: _Cursor) -> None:
             rows = cursor.execute(
                 "SELECT key_id, holder IS NOT NULL AND held_until >= clock_timestamp()"
-                " FROM material WHERE link = %s AND key_id = ANY(%s)"
-                " ORDER BY key_id FOR UPDATE",
+                f" FROM material WHERE {_THESE} ORDER BY key_id FOR UPDATE",
                 (link, blocks),
             ).fetchall()
             check_states(
@@ -712,8 +716,7 @@ class PostgresKeyStore:
                 peer_half=peer_half,
             )
             rows = cursor.execute(
-                "DELETE FROM material WHERE link = %s AND key_id = ANY(%s)"
-                " RETURNING key_id, sealed",
+                f"DELETE FROM material WHERE {_THESE} RETURNING key_id, sealed",
                 (link, blocks),
             ).fetchall()
             keys = self._assemble(cursor, link, allotments, dict(rows))
@@ -819,7 +822,7 @@ class PostgresKeyStore:
 
         def work(cursor: _Cursor) -> list[str]:
             rows = cursor.execute(
-                "SELECT key_id FROM material WHERE link = %s AND key_id = ANY(%s)"
+                f"SELECT key_id FROM material WHERE {_THESE}"
                 " AND (holder IS NULL OR held_until < clock_timestamp())"
                 " ORDER BY key_id FOR UPDATE SKIP LOCKED",
                 (link, ids),
@@ -831,7 +834,7 @@ class PostgresKeyStore:
     def _take_out(self, cursor: _Cursor, link: str, key_ids: Sequence[str]) -> list[str]:
         """Erase material and record it as spent. Returns the erased IDs."""
         rows = cursor.execute(
-            "DELETE FROM material WHERE link = %s AND key_id = ANY(%s) RETURNING key_id",
+            f"DELETE FROM material WHERE {_THESE} RETURNING key_id",
             (link, list(key_ids)),
         )
         gone = [key_id for (key_id,) in rows]
@@ -843,8 +846,7 @@ class PostgresKeyStore:
 
         def work(cursor: _Cursor) -> int:
             cursor.execute(
-                "SELECT 1 FROM material WHERE link = %s AND key_id = ANY(%s)"
-                " ORDER BY key_id FOR UPDATE",
+                f"SELECT 1 FROM material WHERE {_THESE} ORDER BY key_id FOR UPDATE",
                 (link, ids),
             )
             erased = len(self._take_out(cursor, link, ids))

@@ -518,7 +518,8 @@ async def test_a_server_that_is_silent_delays_a_call_for_a_bounded_time(
 
 @pytest.fixture
 async def large(postgres: PostgresServer) -> "LargeStock":
-    """A stock of 20,000 that the statistics of the database's planner take for empty."""
+    """A stock of 20,000 keys and 10,000 promises that the statistics of the database's planner take
+    for empty."""
     large = LargeStock(postgres)
     await large.fill()
     return large
@@ -546,8 +547,17 @@ class LargeStock:
         for start in range(0, len(self.ids), 5000):
             part = self.ids[start : start + 5000]
             await store.add("a", [(one, Secret(bytes(32))) for one in part])
+        relayed = [self.relayed(-number) for number in range(1, 10_001)]
+        for start in range(0, len(relayed), 5000):
+            part = relayed[start : start + 5000]
+            await store.accept("a", part, master="m", slaves=["s"])
         await store.aclose()
         self.cost_of_filling = await self.processor_time() - before
+
+    @staticmethod
+    def relayed(number: int) -> Allotment:
+        value = Secret(bytes(32))
+        return Allotment(blocks=(key_id((1 << 32) + number),), size=32, value=value)
 
     async def processor_time(self) -> float:
         """Of the server's processes, once those for our connections have ended."""
@@ -595,6 +605,29 @@ async def test_the_work_does_not_grow_with_the_stock(large: LargeStock) -> None:
         await store.expire(keys_before=0, tombstones_before=0)
 
     assert await large.rows_read(work) < 3000
+
+
+async def test_keys_are_looked_up_by_their_ids(large: LargeStock) -> None:
+    """A call for a hundred keys reads a few rows for each, however many the link has."""
+
+    async def work(store: KeyStore) -> None:
+        new = [str(uuid.uuid4()) for _ in range(100)]
+        await store.add("a", [(one, Secret(bytes(32))) for one in new])
+        found = [one.key_id for one in await store.reserve("a", 100)]
+        await store.release("a", found)
+        found = [one.key_id for one in await store.reserve("a", 100)]
+        await store.allot("a", [Allotment(blocks=(one,), size=32) for one in found], master="m")
+        await store.unknown("a", new)
+        await store.never_here("a", new)
+        blocks = [Allotment(blocks=(one,), size=32) for one in new[:50]]
+        await store.accept("a", blocks, master="m", slaves=["s"])
+        await store.collect("a", new[:50], slave="s", master="m")
+        relayed = [large.relayed(number) for number in range(100)]
+        await store.accept("a", relayed, master="m", slaves=["s"])
+        await store.void("a", [one.key_id for one in relayed])
+        await store.discard("a", new[50:])
+
+    assert await large.rows_read(work) < 20_000
 
 
 async def test_the_blocks_of_a_long_key_are_looked_up(large: LargeStock) -> None:

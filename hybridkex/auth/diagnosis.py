@@ -9,7 +9,8 @@ passes on the verifier's message, without its internal details.
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Final, TypeVar
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ed448, ed25519, padding
@@ -159,7 +160,7 @@ def _findings(
         *(_extensions(certificate) for certificate in path),
         _leaf(path[0], server=name is not None),
         None if name is None else _name(path[0], name),
-        *(_constraints(issuer, path[0], refusal) for issuer in path),
+        *(_constraints(path[: place + 1], refusal) for place in range(len(path))),
         *(_signature_form(certificate) for certificate in path if "algorithm" in refusal),
     )
     yield from (found for found in steps if found is not None)
@@ -420,10 +421,10 @@ def _leaf(leaf: x509.Certificate, *, server: bool) -> Finding | None:
     return None
 
 
-def _constraints(
-    certificate: x509.Certificate, leaf: x509.Certificate, refusal: str
-) -> Finding | None:
-    """The violation that the verifier found in nameConstraints."""
+def _constraints(below: Sequence[x509.Certificate], refusal: str) -> Finding | None:
+    """The violation that the verifier found in nameConstraints of the last of these certificates,
+    which it applies to all of them."""
+    leaf, certificate = below[0], below[-1]
     constraints = _extension(certificate, x509.NameConstraints)
     if constraints is None:
         return None
@@ -466,11 +467,46 @@ def _constraints(
             f"{subject_of(leaf)}, which is not supported",
             _NOT_SUPPORTED,
         )
+    bound = next((one for one in below if _is_outside(one, constraints)), leaf)
+    if bound is certificate is not leaf:
+        return Finding(
+            certificate,
+            f"is for {_some(names_of(certificate))}, which its own nameConstraints do not allow; "
+            "that is not supported in an authority's certificate",
+            _NOT_SUPPORTED,
+        )
     return Finding(
-        leaf,
-        f"is for {_some(names_of(leaf))}, which nameConstraints in the certificate "
+        bound,
+        f"is for {_some(names_of(bound))}, which nameConstraints in the certificate "
         f"{subject_of(certificate)} do not allow",
     )
+
+
+def _is_outside(certificate: x509.Certificate, constraints: x509.NameConstraints) -> bool:
+    """Whether a DNS name or an IP address in a certificate is not allowed by constraints."""
+    names = _extension(certificate, x509.SubjectAlternativeName)
+    for name in names or ():
+        permitted, excluded = (
+            [one.value for one in trees or () if type(one) is type(name)]
+            for trees in (constraints.permitted_subtrees, constraints.excluded_subtrees)
+        )
+        if isinstance(name, x509.DNSName):
+            within = partial(_is_below, name.value.lower().removeprefix("*."))
+        elif isinstance(name, x509.IPAddress):
+            within = partial(_is_in, name.value)
+        else:
+            continue
+        if any(map(within, excluded)) or (permitted and not any(map(within, permitted))):
+            return True
+    return False
+
+
+def _is_below(name: str, base: str) -> bool:
+    return f".{name}".endswith(f".{base.lower()}")
+
+
+def _is_in(address: Any, network: Any) -> bool:
+    return address in network
 
 
 _DNS_CONSTRAINT: Final = re.compile(r"[A-Za-z0-9.-]+")

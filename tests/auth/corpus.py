@@ -901,6 +901,42 @@ two(
     openssl=False,
     why="Without a subjectAltName, OpenSSL applies DNS constraints to the common name. Here a common name is never a DNS name.",
 )
+for where in ((), ("excluded",)):
+    two(
+        f"constraints: an IP address of no bytes {'excluded' if where else 'permitted'}",
+        extension("2.5.29.30", tlv(0x30, tlv(0xA1 if where else 0xA0, seq(tlv(0x87)))), True),
+        **only_openssl(
+            "an IP address or a range of addresses is malformed",
+            "Windows authorities have written this for no IP address. RFC 5280 section 4.2.1.10: a constraint on IP addresses has 8 or 32 octets.",
+            alert=BAD,
+        ),
+    )
+two(
+    "constraints: on DNS names, and the authority itself has another name",
+    constraints(["example"]),
+    san("x.other"),
+    **only_openssl(
+        "certificate CN=Middle is for x.other, which its own nameConstraints do not allow",
+        "`cryptography` applies nameConstraints also to the certificate that has them.",
+    ),
+)
+two(
+    "constraints: on DNS names, and the authority itself has such a name",
+    constraints(["example"], ["b.example"]),
+    san("x.example"),
+)
+case(
+    "constraints: an authority between has another name",
+    lambda: (
+        [
+            leaf(issuer="Lower", issuer_kind="p256/lower"),
+            authority("Lower", "p256/lower", "Middle", "p256/middle", san("x.other")),
+            middle(constraints(["example"])),
+        ],
+        [authority()],
+    ),
+    "certificate CN=Lower is for x.other, which nameConstraints in the certificate CN=Middle",
+)
 case(
     "constraints: on the root",
     lambda: ([leaf()], [authority("Root", "p256/root", None, None, constraints(["other"]))]),
@@ -996,6 +1032,12 @@ two("path: intermediate expired", not_after=time(NOW - DAY / 2), refused="expire
 two(
     "path: intermediate extendedKeyUsage for servers",
     ext(x509.ExtendedKeyUsage([Usage.SERVER_AUTH])),
+)
+two(
+    "path: intermediate extendedKeyUsage for any use",
+    ext(x509.ExtendedKeyUsage([Usage.ANY_EXTENDED_KEY_USAGE])),
+    openssl=False,
+    why="RFC 5280 section 4.2.1.12: anyExtendedKeyUsage allows every use. OpenSSL does not take it for serverAuth.",
 )
 two(
     "path: intermediate extendedKeyUsage for clients only",

@@ -9,11 +9,15 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
+from hybridkex.errors import ConfigError
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.physics import Channel
+from hybridkex.link.ranges import instance, within
 
 HALF: Final = 0.5
 """e0, the error rate of a random bit, and q, the share of pulses with equal bases."""
+MOST_PHOTONS: Final = 100.0
+"""Of a pulse, on average."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,28 +29,53 @@ class SinglePhotons:
 
 
 def gain(channel: Channel, mean_photons: float) -> float:
-    """Q_k, equation 10."""
+    """Q_k, equation 10. Raises ``ConfigError`` for what is not an intensity."""
+    instance("channel", channel, Channel)
+    within("mean_photons", mean_photons, 0.0, MOST_PHOTONS)
     return channel.background - math.expm1(-channel.eta * mean_photons)
 
 
 def error_rate(channel: Channel, mean_photons: float) -> float:
-    """E_k, the QBER of pulses of one intensity, equation 11."""
+    """E_k, the QBER of pulses of one intensity, equation 11.
+
+    Raises ``ConfigError`` where nothing is detected.
+    """
+    instance("channel", channel, Channel)
+    within("mean_photons", mean_photons, 0.0, MOST_PHOTONS)
     signal = -math.expm1(-channel.eta * mean_photons)
     wrong = HALF * channel.background + channel.misalignment * signal
-    return wrong / gain(channel, mean_photons)
+    return _share(wrong, gain(channel, mean_photons))
+
+
+def _share(wrong: float, seen: float) -> float:
+    if seen <= 0.0:
+        raise ConfigError("nothing is detected over this channel: there is no error rate")
+    return wrong / seen
 
 
 def infinite_decoy(channel: Channel) -> SinglePhotons:
-    """The true yield and error rate of single photons, equations 7 and 9."""
+    """The true yield and error rate of single photons, equations 7 and 9.
+
+    Raises ``ConfigError`` where nothing is detected.
+    """
+    instance("channel", channel, Channel)
     yield_1 = channel.background + channel.eta - channel.background * channel.eta
     wrong = HALF * channel.background + channel.misalignment * channel.eta
-    return SinglePhotons(yield_1=yield_1, error_1=wrong / yield_1)
+    return SinglePhotons(yield_1=yield_1, error_1=_share(wrong, yield_1))
 
 
 def decoy_bounds(
     channel: Channel, signal: float, decoy: float, second: float = 0.0
 ) -> SinglePhotons:
-    """Bounds with two decoys, equations 18 (Y0), 21 (Y1) and 25 (e1); ``second`` may be vacuum."""
+    """Bounds with two decoys, equations 18 (Y0), 21 (Y1) and 25 (e1); ``second`` may be vacuum.
+
+    Raises ``ConfigError`` unless the signal is brighter than both decoys together, and the first
+    decoy than the second.
+    """
+    for name, value in (("signal", signal), ("decoy", decoy), ("second", second)):
+        within(name, value, 0.0, MOST_PHOTONS)
+    if not (decoy > second and signal > decoy + second):
+        raise ConfigError("the first decoy is brighter than the second, the signal than both")
     q_signal = gain(channel, signal) * math.exp(signal)
     q_decoy = gain(channel, decoy) * math.exp(decoy)
     q_second = gain(channel, second) * math.exp(second)

@@ -36,6 +36,9 @@ TAG: Final = 16
 POINT: Final = 16
 TAGS: Final = {Direction.ALICE_TO_BOB: 2, Direction.BOB_TO_ALICE: 3}
 """Tags of a block."""
+LEAST_SECRET: Final = len(Direction) * max(POINT + TAG * count for count in TAGS.values())
+"""Bytes that begin a ledger, at least: half of them go into each lane, enough for the tags of one
+block."""
 
 
 def collision_probability(length: int) -> float:

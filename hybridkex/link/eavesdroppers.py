@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from hybridkex.errors import ConfigError
 from hybridkex.link.physics import PHOTONS, Channel, Source, Transmitter, photon_chances
+from hybridkex.link.ranges import instance
 
 Photons = NDArray[np.int64]
 
@@ -128,6 +129,7 @@ def eavesdropper(text: str, channel: Channel, transmitter: Source) -> NoEve:
     """
     if not isinstance(transmitter, Transmitter):
         raise ConfigError("the simulated eavesdroppers attack laser pulses, not pairs")
+    instance("eve", text, str)
     if text == "pns":
         return PhotonNumberSplitting(channel, transmitter.intensities[0])
     name, colon, number = text.partition(":")

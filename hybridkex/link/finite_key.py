@@ -16,6 +16,7 @@ Both are written for the *key* basis (X in Lim, Z in Rusca) and the *test* basis
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol
@@ -23,9 +24,13 @@ from typing import ClassVar, Final, Protocol
 from hybridkex.errors import ConfigError
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.physics import Channel, Light, PairSource, Source, Transmitter
-from hybridkex.link.ranges import check_ranges
+from hybridkex.link.ranges import check_ranges, instance, one_of, within, within_all
 from hybridkex.link.statistics import mean_lower, mean_upper, trials_upper, unseen_errors
 
+MOST_EVENTS: Final = 1e30
+"""In a count."""
+ROUNDING: Final = 1.0 + 1e-9
+"""Of expected values: a channel whose bits are all wrong has as many errors as detections."""
 FINITE_KEY: Final = ("tight", "published")
 """Kinds of statistics, by name; the first is the default."""
 
@@ -56,6 +61,8 @@ class Counts:
     """Detections of a block with equal bases, for each intensity; expected values may be
     fractions.
 
+    Raises ``ConfigError`` unless all four are of one length, at least 1, with numbers from 0 on,
+    and no more errors than detections.
     """
 
     key: tuple[float, ...]
@@ -64,6 +71,19 @@ class Counts:
     """m_k of the key basis, known after error correction; only the one-decoy proof uses them."""
     test: tuple[float, ...]
     test_errors: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("key", "key_errors", "test", "test_errors"):
+            counts = within_all(name, getattr(self, name), 0.0, MOST_EVENTS)
+            object.__setattr__(self, name, counts)
+            if len(counts) != len(self.key) or not counts:
+                raise ConfigError(f"{name} has one number for each intensity, as the other counts")
+        for name, errors, detections in (
+            ("key_errors", self.key_errors, self.key),
+            ("test_errors", self.test_errors, self.test),
+        ):
+            if any(m > n * ROUNDING for m, n in zip(errors, detections, strict=True)):
+                raise ConfigError(f"{name} has more wrong bits than there are detections")
 
     @property
     def test_error_rate(self) -> float:
@@ -281,6 +301,13 @@ class FiniteKeyProof(Protocol):
         ...
 
 
+def _check(counts: Counts, security: Security, leak: float) -> None:
+    """Raises ``ConfigError``."""
+    instance("counts", counts, Counts)
+    instance("security", security, Security)
+    within("leak", leak, 0.0, math.inf)
+
+
 def _scales(transmitter: Transmitter) -> list[float]:
     pairs = zip(transmitter.intensities, transmitter.probabilities, strict=True)
     return [math.exp(k) / p for k, p in pairs]
@@ -337,9 +364,15 @@ class _DecoyProof:
     def secret_length(
         self, source: Source, counts: Counts, *, security: Security, leak: float
     ) -> SecretLength:
-        """The bound. Raises ``ConfigError`` for a source with another number of intensities."""
+        """The bound.
+
+        Raises ``ConfigError`` for a source or counts with another number of intensities.
+        """
         if not isinstance(source, Transmitter) or len(source.intensities) != self.intensities:
             raise ConfigError(f"this proof needs a laser with {self.intensities} intensities")
+        _check(counts, security, leak)
+        if len(counts.key) != self.intensities:
+            raise ConfigError(f"this proof needs counts of {self.intensities} intensities")
         vacuum, single = self._photons(source, counts.key, counts.key_errors, security)
         _, single_test = self._photons(source, counts.test, counts.test_errors, security)
         wrong = self.statistics.expectations(source, counts.test_errors, security)
@@ -441,6 +474,7 @@ class EntangledPairs:
         self, source: Source, counts: Counts, *, security: Security, leak: float
     ) -> SecretLength:
         """The bound; Alice's and Bob's bits of the test basis are compared as a whole."""
+        _check(counts, security, leak)
         key, test, wrong = sum(counts.key), sum(counts.test), sum(counts.test_errors)
         phase_error = 0.5
         if key > 0.0 and test > 0.0:
@@ -471,8 +505,8 @@ def proof_for(source: Source, finite_key: str = "tight", *, smooth: bool = False
 
     Raises ``ConfigError`` for an unknown kind of proof.
     """
-    if finite_key not in FINITE_KEY:
-        raise ConfigError(f"finite_key must be one of {', '.join(FINITE_KEY)}")
+    one_of("finite_key", finite_key, FINITE_KEY)
+    instance("source", source, Transmitter, PairSource)
     published, tight = finite_key == "published", Tight(smooth)
     if isinstance(source, PairSource):
         return EntangledPairs(None if published else tight)
@@ -484,7 +518,13 @@ def proof_for(source: Source, finite_key: str = "tight", *, smooth: bool = False
 def expected_counts(
     channel: Channel, transmitter: Source, pulses: float, light: Light | None = None
 ) -> Counts:
-    """The average counts of a block of ``pulses`` pulses; ``light``: with this eavesdropper."""
+    """The average counts of a block of ``pulses`` pulses; ``light``: with this eavesdropper.
+
+    Raises ``ConfigError`` for a number of pulses that cannot be.
+    """
+    instance("channel", channel, Channel)
+    instance("transmitter", transmitter, Transmitter, PairSource)
+    within("pulses", pulses, 0.0, sys.float_info.max)
     q = transmitter.key_basis_probability
     pairs = list(zip(transmitter.response(channel, light), transmitter.probabilities, strict=True))
     seen = [pulses * p * gain for (gain, _), p in pairs]

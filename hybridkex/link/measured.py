@@ -51,6 +51,7 @@ from hybridkex.link.physics import Channel, PairSource, Transmitter
 from hybridkex.link.presets import Preset
 from hybridkex.link.quantum import Detections, PulseRecord, Sent
 from hybridkex.link.randomness import Randomness
+from hybridkex.link.ranges import instance
 from hybridkex.link.settings import MOST_DETECTIONS, LinkSettings
 from hybridkex.link.simulated import stream_pair
 from hybridkex.secret import Secret
@@ -168,6 +169,7 @@ def settings_for(measured: Measured, settings: LinkSettings) -> LinkSettings:
     Raises ``ConfigError``, also where the decoy check wants the pulses' numbers and they are not
     there: set ``decoy_check`` to ``shares`` or ``off``.
     """
+    instance("settings", settings, LinkSettings)
     if measured.pulse is None and settings.decoy_check == "full":
         raise ConfigError(
             "without the numbers of the pulses the rate of detections cannot be checked: "
@@ -200,8 +202,10 @@ def alice_of(
     There is one block, so none of its key is kept to authenticate another, beyond what a ledger in
     ``bootstrap`` asks for. Raises ``ConfigError``.
     """
+    instance("measured", measured, Measured)
     if measured.intensity is None:
         raise ConfigError("Alice's detections have an intensity")
+    instance("settings", settings, LinkSettings)
     _check_intensities(measured, settings.preset)
     record = _Record(settings.preset.transmitter, Randomness.seeded(seed, "laser"))
     sent = Sent(
@@ -221,6 +225,9 @@ def bob_of(
     seed: int | None = None,
 ) -> Bob:
     """Bob for these detections; see :func:`alice_of`."""
+    instance("measured", measured, Measured)
+    if measured.intensity is not None:
+        raise ConfigError("these detections have an intensity: they are Alice's, not Bob's")
     chosen = settings_for(measured, settings)
     return Bob(
         stream,
@@ -253,6 +260,8 @@ def distil(
         BlockAborted: no key can be made of them.
         RuntimeError: called within trio; use :func:`alice_of` and :func:`bob_of` there.
     """
+    instance("alice", alice, Measured)
+    instance("bob", bob, Measured)
     if len(alice) != len(bob):
         raise ConfigError(f"Alice has {len(alice)} detections and Bob {len(bob)}")
     if (alice.pulse is None) != (bob.pulse is None):
@@ -344,6 +353,8 @@ def write_measured(path: Path | str, measured: Measured, preset: Preset) -> None
     Raises ``ConfigError`` and ``OSError``.
     """
     path = Path(path)
+    instance("preset", preset, Preset)
+    instance("measured", measured, Measured)
     arrays = {
         one: getattr(measured, one)
         for one in ("pulse", "basis", "bit", "intensity")

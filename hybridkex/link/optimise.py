@@ -24,7 +24,7 @@ from hybridkex.link.finite_key import (
 )
 from hybridkex.link.physics import Channel, PairSource, Source, Transmitter
 from hybridkex.link.presets import Preset
-from hybridkex.link.ranges import within
+from hybridkex.link.ranges import instance, one_of, within
 
 NEAR_VACUUM: Final = 2e-4
 """The dimmest intensity that a modulator reaches (Lim et al. 2014, section IV)."""
@@ -39,6 +39,8 @@ RESTARTS: Final = 5
 """How often the search is restarted from its result, as long as that improves the rate."""
 BLOCK_BITS: Final = (1.0, 1e15)
 """The blocks for which closed forms are evaluated."""
+EFFICIENCIES: Final = (0.0, 100.0)
+"""Error correction over Shannon's bound; 0 leaves it out."""
 ANCHOR_KM: Final = 40.0
 CURVE_KM: Final = 2.0
 
@@ -84,13 +86,20 @@ def expected_length(
     """The secret length of an average block, and its number of pulses, dead time included.
 
     ``key_detections``: sifted bits of the key basis. ``f``: error correction over Shannon's bound.
-    Without ``security``, eps_sec is in proportion to the length, as in Lim et al. 2014.
+    Without ``security``, eps_sec is in proportion to the length, as in Lim et al. 2014. Raises
+    ``NoKeyError`` where nothing is detected, and ``ConfigError``.
     """
+    within("key_detections", key_detections, *BLOCK_BITS)
+    within("f", f, *EFFICIENCIES)
+    instance("channel", channel, Channel)
+    instance("transmitter", transmitter, Transmitter, PairSource)
     detections = key_detections / transmitter.key_basis_probability**2
     gain = transmitter.mean_gain(channel)
     if gain <= 0.0:
         raise NoKeyError("nothing is detected over this channel")
     alive = detections / gain
+    if math.isinf(alive):
+        raise NoKeyError("next to nothing is detected over this channel")
     counts = expected_counts(channel, transmitter, alive)
     pulses = alive + detections * channel.dead_pulses
     leak = f * key_detections * binary_entropy(counts.key_error_rate)
@@ -162,8 +171,11 @@ def optimise(
     ``near``: settings to start from, such as the best of a link that is a little
     shorter; without them the search has several starts.
     ``finite_key``: one of :data:`~hybridkex.link.finite_key.FINITE_KEY`. ``tolerance``: of the
-    rate, relative. See :func:`expected_length` for the others.
+    rate, relative. See :func:`expected_length` for the others, and for what it raises.
     """
+    if pairs is None and intensities not in (2, 3):
+        raise ConfigError(f"intensities must be 2 or 3, not {intensities!r}")
+    one_of("finite_key", finite_key, FINITE_KEY)
 
     def expected(transmitter: Source, *, smooth: bool) -> tuple[SecretLength, float]:
         return expected_length(
@@ -215,7 +227,7 @@ def tuned(preset: Preset, block_bits: int, *, finite_key: str = FINITE_KEY[0]) -
     Raises ``NoKeyError`` where no key can be made at all, and ``ConfigError``.
     """
     within("block_bits", block_bits, *BLOCK_BITS)
-    source = preset.transmitter
+    source = instance("preset", preset, Preset).transmitter
     best = optimise(
         preset.channel,
         key_detections=block_bits,
@@ -243,7 +255,7 @@ def rates(
     ``ConfigError``.
     """
     within("block_bits", block_bits, *BLOCK_BITS)
-    source = preset.transmitter
+    source = instance("preset", preset, Preset).transmitter
     pairs = source if isinstance(source, PairSource) else None
 
     def rate(distance: float, settings: NDArray[np.float64]) -> float:

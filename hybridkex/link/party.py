@@ -33,7 +33,12 @@ from cryptography.hazmat.primitives.poly1305 import Poly1305
 from numpy.typing import NDArray
 
 from hybridkex.errors import BlockAborted, LedgerLost, LinkAuthenticationError, LinkError
-from hybridkex.link.authentication import Authenticator, Signatures, WegmanCarter
+from hybridkex.link.authentication import (
+    LEAST_SECRET,
+    Authenticator,
+    Signatures,
+    WegmanCarter,
+)
 from hybridkex.link.classical import ClassicalChannel
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import Counts
@@ -382,6 +387,12 @@ class _Party(Generic[L]):
             counts, disclosed=corrected.disclosed, announced=corrected.announced
         )
         length = self._settings.secret_length(counts, leak=leak)
+        if self._restarts and length.bits // 8 < min(LEAST_SECRET, self.ledger.wanting):
+            # With less in the ledger no later block could be authenticated, not even by signatures.
+            raise BlockAborted(
+                f"{length.bits} secret bits are too few to authenticate the next block, which "
+                f"takes {8 * LEAST_SECRET}; make the blocks larger"
+            )
         return _Outcome(counts=counts, leak=leak, bits=length.bits, phase_error=length.phase_error)
 
     async def _amplify(

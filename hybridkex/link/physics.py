@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridkex.errors import ConfigError
-from hybridkex.link.ranges import check_ranges
+from hybridkex.link.ranges import check_ranges, within
 
 PROBABILITY_SUM_TOLERANCE: Final = 1e-9
 MOST: Final = 1e6
@@ -78,7 +78,8 @@ class Channel:
         return replace(self, distance_km=distance_km)
 
     def with_loss(self, decibels: float) -> "Channel":
-        """The same equipment with more loss in front of the receiver."""
+        """The same equipment with more loss in front of the receiver. Raises ``ConfigError``."""
+        within("decibels", decibels, -1e3, math.inf)
         return replace(
             self, receiver_efficiency=self.receiver_efficiency * 10.0 ** (-decibels / 10.0)
         )
@@ -122,10 +123,11 @@ class Channel:
     def error(self, mean_photons: float) -> float:
         """e_k: the probability of a detection that shows the wrong bit (not divided by R_k)."""
         signal = -math.expm1(-self.eta * mean_photons)
-        return (
+        return min(
+            self.gain(mean_photons),  # where nearly every bit is wrong, the sum counts some twice
             self.dark_count_probability
             + self.misalignment * signal
-            + self.afterpulse_probability * self.click(signal) / 2.0
+            + self.afterpulse_probability * self.click(signal) / 2.0,
         )
 
     @property
@@ -189,8 +191,6 @@ class Transmitter:
     key_basis_probability: float
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.intensities, tuple) and isinstance(self.probabilities, tuple)):
-            raise ConfigError("intensities and probabilities are two or three numbers each")
         check_ranges(
             self,
             intensities=(0.0, 1.0),
@@ -226,7 +226,8 @@ class Transmitter:
                 + light.signal_error * signal
                 + channel.afterpulse_probability * click / 2.0
             )
-            found.append((min(1.0, click * (1.0 + channel.afterpulse_probability)), wrong))
+            gain = min(1.0, click * (1.0 + channel.afterpulse_probability))
+            found.append((gain, min(gain, wrong)))
         return found
 
     def mean_gain(self, channel: Channel) -> float:

@@ -19,7 +19,8 @@ from hybridkex.link.physics import Channel
 from hybridkex.link.presets import Preset, preset
 from hybridkex.link.quantum import sample
 from hybridkex.link.randomness import Randomness
-from hybridkex.link.ranges import listed, plain, within
+from hybridkex.link.ranges import instance, listed, one_of, plain, records, within
+from hybridkex.text import printable
 
 GYS_F: Final = 1.22
 PUBLISHED_MAXIMA: Final = (140.6, 142.0)
@@ -73,6 +74,7 @@ def _finish(figure: Figure, axes: Any) -> tuple[Figure, Any]:
 def save(figure: Figure, path: Path | str) -> None:
     """Write a ``.png`` or an ``.svg``. Raises ``ConfigError`` and ``OSError``."""
     path = Path(path)
+    instance("figure", figure, Figure)
     if path.suffix not in (".png", ".svg"):
         raise ConfigError("the picture is a .png or an .svg")
     # Without the date, so that the same picture is the same file.
@@ -96,10 +98,15 @@ def plot_scan(
     ends where its rate does. Raises ``ConfigError`` for a column that the scan does not have, for
     one with anything but finite numbers, and where no point is left.
     """
-    rows, by = listed("rows", rows), listed("by", by)
+    rows, by = records("rows", rows), listed("by", by)
+    known = list(map(str, rows[0] if rows else ()))
     for name in (x, y, *by):
-        if not rows or name not in rows[0]:
-            raise ConfigError(f"the scan has no column {name!r}")
+        if str(name) not in known:
+            joined = any(mark in one for one in known for mark in ";\t")
+            raise ConfigError(
+                f"the scan has no column {name!r}: it has {', '.join(known) or 'none'}"
+                + ("; separate the columns of a .csv file by commas" if joined else "")
+            )
     figure, axes = _figure()
     curves: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for row in rows:
@@ -122,7 +129,7 @@ def plot_scan(
             label=label or None,
         )
     for name, axis in ((x, "x"), (y, "y")):
-        getattr(axes, f"set_{axis}label")(UNITS.get(name, name))
+        getattr(axes, f"set_{axis}label")(UNITS.get(name, _text(name)))
         if name in LOGARITHMIC:
             getattr(axes, f"set_{axis}scale")("log")
     return _finish(figure, axes)
@@ -131,14 +138,23 @@ def plot_scan(
 def _label(name: str, value: Any) -> str:
     """How the legend names a value of a column."""
     if value is None or value is False:
-        return f"no {name}" if value is None else f"not {name}"
+        return f"no {_text(name)}" if value is None else f"not {_text(name)}"
     if value is True:
-        return name
-    return f"{name} {value:g}" if isinstance(value, int | float) else str(value)
+        return _text(name)
+    if isinstance(value, int | float):
+        return f"{_text(name)} {value:g}"
+    # matplotlib keeps what begins with this out of the legend.
+    return f"{_text(name)} {_text(value)}" if value.startswith("_") else _text(value)
+
+
+def _text(value: Any) -> str:
+    """Words of a scan as they are, not as formulas, and without characters that end an SVG."""
+    return printable(str(value)).replace("$", r"\$")
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, list | dict) else value
+    value = plain(value)
+    return value if isinstance(value, int | float | None) else str(value)
 
 
 def _coordinate(row: Mapping[str, Any], name: str) -> float | None:
@@ -169,11 +185,11 @@ def draw(
     Raises:
         ConfigError: an unknown kind or preset, or a number that cannot be drawn.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"unknown picture {kind!r}: use {', '.join(KINDS)}")
+    one_of("kind", kind, KINDS)
     presets = None if presets is None else listed("presets", presets)
     within("distance_km", distance_km, 1.0, MOST_DISTANCE)
-    for bits in listed("block_bits", block_bits or ()):
+    block_bits = None if block_bits is None else listed("block_bits", block_bits)
+    for bits in block_bits or ():
         within("block_bits", bits, *BLOCK_BITS)
     figure, axes = _figure()
     KINDS[kind](axes, presets, distance_km, block_bits)

@@ -12,7 +12,7 @@ from typing import Final
 from hybridkex.errors import ConfigError
 from hybridkex.link.finite_key import Security
 from hybridkex.link.physics import Channel, PairSource, Transmitter
-from hybridkex.link.ranges import check_ranges
+from hybridkex.link.ranges import check_ranges, instance
 
 __all__ = ["PRESETS", "Preset", "preset"]
 
@@ -30,6 +30,9 @@ class Preset:
     """f, as the paper assumes for error correction; only closed forms use it."""
 
     def __post_init__(self) -> None:
+        instance("channel", self.channel, Channel)
+        instance("transmitter", self.transmitter, Transmitter, PairSource)
+        instance("security", self.security, Security)
         check_ranges(self, efficiency=(1.0, 100.0))
 
     @property
@@ -144,5 +147,5 @@ def preset(name: str) -> Preset:
     """The parameter set of this name. Raises ``ConfigError``, which lists the valid names."""
     try:
         return PRESETS[name]
-    except KeyError:
+    except (KeyError, TypeError):
         raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}") from None

@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
 
+from hybridkex.link.ranges import whole
+
 
 class Randomness:
     """A source of random values; see :meth:`system` and :meth:`seeded`."""
@@ -29,10 +31,12 @@ class Randomness:
     def seeded(cls, seed: int | None, purpose: str) -> "Randomness":
         """The same values again for the same seed and purpose; ``None``: :meth:`system`.
 
-        A seeded link makes keys that anybody with the seed can make.
+        A seeded link makes keys that anybody with the seed can make. Raises ``ConfigError`` for
+        what is not a whole number.
         """
         if seed is None:
             return cls.system()
+        seed = whole("seed", seed)
         key = hashlib.sha256(f"hybridkex link {purpose} {seed}".encode()).digest()
         stream = Cipher(ChaCha20(key, bytes(16)), None).encryptor()
         return cls(lambda count: stream.update(bytes(count)))

@@ -1,15 +1,21 @@
-"""The values that the settings of a link accept, and the types in which a caller may give them."""
+"""The values that the link accepts, and the types in which a caller may give them.
+
+Numbers may be Python's or numpy's, and lists may be arrays or columns of a table. What has been
+checked is of Python's own types.
+"""
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_origin
 
 from hybridkex.errors import ConfigError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+T = TypeVar("T")
 
 
 def check_ranges(owner: "DataclassInstance", **limits: tuple[float, float]) -> None:
@@ -19,37 +25,90 @@ def check_ranges(owner: "DataclassInstance", **limits: tuple[float, float]) -> N
     """
     several = {one.name for one in fields(owner) if get_origin(one.type) is tuple}
     for name, (least, most) in limits.items():
-        value = getattr(owner, name)
-        for one in value if name in several else (value,):
-            if not (_is_number(one) and least <= one <= most):
-                raise ConfigError(f"{name} must be a number from {least:g} to {most:g}")
+        check = within_all if name in several else within
+        object.__setattr__(owner, name, check(name, getattr(owner, name), least, most))
 
 
-def within(name: str, value: Any, least: float, most: float) -> float:
+def within(name: str, value: Any, least: float, most: float) -> Any:
     """The number in a setting, between these limits. Raises ``ConfigError``."""
-    if not (_is_number(value) and least <= value <= most):
+    if type(value) is not float:
+        value = plain(value)
+    if not (is_number(value) and least <= value <= most):
         raise ConfigError(f"{name} must be a number from {least:g} to {most:g}")
-    return float(value)
+    return value
+
+
+def within_all(name: str, values: Any, least: float, most: float) -> tuple[Any, ...]:
+    """The numbers in a setting that takes several. Raises ``ConfigError``."""
+    return tuple([within(name, one, least, most) for one in listed(name, values)])
 
 
 def whole(name: str, value: Any) -> int:
     """The integer in a setting: ``1e6`` is one, and so is numpy's. Raises ``ConfigError``."""
-    if not (_is_number(value) and math.isfinite(value) and value == int(value)):
+    value = plain(value)
+    if not (is_number(value) and math.isfinite(value) and value == int(value)):
         raise ConfigError(f"{name} takes a whole number, not {value!r}")
     return int(value)
 
 
+def is_number(value: Any) -> bool:
+    """Whether this is a real number that arithmetic can be done with."""
+    if type(value) is float:
+        return True
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False
+    return True
+
+
 def listed(name: str, values: Any) -> tuple[Any, ...]:
     """The values of an argument that takes several. Raises ``ConfigError`` for a single one."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise ConfigError(f"{name} takes a list of values, not {values!r}")
-    return tuple(values)
+    if type(values) is tuple:
+        return values
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise ConfigError(f"{name} takes a list of values, not {type(values).__name__}")
+    try:
+        return tuple(values)
+    except TypeError:  # an array without dimensions
+        raise ConfigError(f"{name} takes a list of values, not a single one") from None
+
+
+def records(name: str, values: Any) -> list[Mapping[str, Any]]:
+    """The rows of a table, each with names and values. Raises ``ConfigError``."""
+    try:
+        rows = listed(name, values)
+    except ConfigError:
+        rows = (None,)
+    if not all(hasattr(one, "keys") for one in rows):
+        raise ConfigError(
+            f"{name} takes a list of dictionaries, one for each row; from a table they come by "
+            'to_dict("records") in pandas, to_dicts() in polars and to_pylist() in pyarrow'
+        )
+    return [dict(one) for one in rows]
+
+
+def one_of(name: str, value: Any, known: Iterable[str]) -> str:
+    """The name in a setting, which must be one of these. Raises ``ConfigError``."""
+    known = tuple(known)
+    if not isinstance(value, str) or value not in known:
+        raise ConfigError(f"{name} must be one of {', '.join(known)}")
+    return value
+
+
+def instance(name: str, value: Any, kind: type[T], *others: type[Any]) -> T:
+    """The object in an argument. Raises ``ConfigError`` for one of another class."""
+    if not isinstance(value, (kind, *others)):
+        wanted = " or ".join(one.__name__ for one in (kind, *others))
+        raise ConfigError(f"{name} takes a {wanted}, not {type(value).__name__}")
+    return cast(T, value)
 
 
 def plain(value: Any) -> Any:
-    """A number or an array of numpy as Python's own; other values as they are."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    """A number or an array of numpy or pyarrow as Python's own; other values as they are."""
+    for name in ("tolist", "as_py"):
+        if hasattr(value, name):
+            return getattr(value, name)()
+    return value

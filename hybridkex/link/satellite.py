@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from hybridkex.errors import ConfigError, LinkError
-from hybridkex.link.ranges import check_ranges
+from hybridkex.link.ranges import check_ranges, within
 
 EARTH_RADIUS_KM: Final = 6371.0
 GRAVITY_KM3_S2: Final = 398_600.4418
 LOWEST_DEG: Final = 10.0
 """No link is attempted below this elevation."""
+MOST_SECONDS: Final = 1e9
+"""From the beginning of a pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,11 @@ class SatellitePass:
         return math.sqrt(GRAVITY_KM3_S2 / radius**3)
 
     def elevation_deg(self, seconds: float) -> float:
-        """Elevation in degrees at a time of the pass, in seconds from its beginning."""
+        """Elevation in degrees at a time of the pass, in seconds from its beginning.
+
+        Raises ``ConfigError`` for what is not a number of seconds.
+        """
+        within("seconds", seconds, -MOST_SECONDS, MOST_SECONDS)
         half = self.duration_s / 2.0
         along = self._rate * (seconds - half)
         angle = math.acos(math.cos(along) * math.cos(self._nearest))
@@ -89,12 +95,17 @@ class SatellitePass:
         return math.degrees(math.atan((math.cos(angle) - ratio) / math.sin(angle)))
 
     def range_km(self, elevation_deg: float) -> float:
-        """Distance from the station to the satellite."""
+        """Distance from the station to the satellite. Raises ``ConfigError``."""
+        within("elevation_deg", elevation_deg, -90.0, 90.0)
         s, h = EARTH_RADIUS_KM * math.sin(math.radians(elevation_deg)), self.altitude_km
         return math.sqrt(s * s + 2.0 * EARTH_RADIUS_KM * h + h * h) - s
 
     def __call__(self, seconds: float) -> float:
-        """The loss in dB. Raises ``LinkError`` after the pass, when there is no link."""
+        """The loss in dB.
+
+        Raises ``LinkError`` after the pass, when there is no link, and ``ConfigError``.
+        """
+        within("seconds", seconds, -math.inf, math.inf)
         if not 0.0 <= seconds <= self.duration_s:
             raise LinkError(
                 f"the satellite's pass of {self.duration_s:.0f} seconds is over, and the block is "

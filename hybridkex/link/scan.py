@@ -7,6 +7,7 @@ process, or with any executor of :mod:`concurrent.futures`, such as a pool of pr
 Dask cluster.
 """
 
+import codecs
 import csv
 import hashlib
 import io
@@ -30,7 +31,7 @@ from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import FINITE_KEY, expected_counts
 from hybridkex.link.optimise import NoKeyError, tuned
 from hybridkex.link.presets import Preset, preset
-from hybridkex.link.ranges import listed, plain, whole
+from hybridkex.link.ranges import instance, is_number, listed, one_of, plain, records, whole, within
 from hybridkex.link.settings import LEAKS, MOST_BLOCK_BITS, LinkSettings
 from hybridkex.link.simulated import SimulatedLink
 
@@ -65,6 +66,8 @@ SEARCHED: Final = ("intensities", "probabilities", "key_basis_probability", "bri
 """Settings that :func:`~hybridkex.link.optimise.tuned` chooses."""
 EXTRA: Final = "more values than columns"
 MOST_POINTS: Final = 1_000_000
+MOST_BLOCKS: Final = 1_000_000
+"""Simulated at a point."""
 MOST_BYTES: Final = 1 << 30
 """Of a file of rows: a million points have about 300 MB."""
 SUFFIXES: Final = (".csv", ".parquet", ".json")
@@ -72,7 +75,7 @@ SUFFIXES: Final = (".csv", ".parquet", ".json")
 
 def grid(axes: Mapping[str, Sequence[Any]]) -> list[Row]:
     """Every combination of these values; the last axis changes fastest. Raises ``ConfigError``."""
-    axes = {name: listed(name, values) for name, values in axes.items()}
+    axes = {name: listed(name, values) for name, values in instance("axes", axes, dict).items()}
     if math.prod(map(len, axes.values())) > MOST_POINTS:
         raise ConfigError(f"a scan has at most {MOST_POINTS:,} points")
     for name in axes:
@@ -116,7 +119,7 @@ def _typed(name: str, value: Any, example: Any) -> Any:
     if isinstance(example, tuple):
         parts = value if isinstance(value, list | tuple) else [value]
         return tuple(_typed(name, part, 1.0) for part in parts)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = is_number(value)
     if isinstance(example, bool):
         fits, kind = isinstance(value, bool), "true or false"
     elif isinstance(example, str):
@@ -137,21 +140,20 @@ def evaluate(point: Point, *, blocks: int = 0, seed: int = 0) -> Row:
     protocol, and the row has their means. A point without a key has a rate of 0. Raises
     ``ConfigError`` for settings that make no sense.
     """
-    if whole("blocks", blocks) < 0:
-        raise ConfigError("the number of blocks cannot be negative")
-    point = {name: plain(value) for name, value in point.items()}
+    within("blocks", whole("blocks", blocks), 0, MOST_BLOCKS)
+    (row,) = records("point", [point])
+    point = {name: plain(value) for name, value in row.items()}
     asked = {**OWN, **point}
     for name, example in OWN.items():
         if example is not None:
             asked[name] = _typed(name, asked[name], example)
-    row: Row = {**asked, **dict.fromkeys(COLUMNS, 0)}
+    row = {**asked, **dict.fromkeys(COLUMNS, 0)}
     chosen = _chosen(asked)
     row["loss_db"] = chosen.channel.attenuation_db_per_km * chosen.channel.distance_km
     bits, finite_key = asked["block_bits"], asked["finite_key"]
     for name, known in (("finite_key", FINITE_KEY), ("leak", LEAKS)):
         # Before the search, which takes long.
-        if asked[name] not in known:
-            raise ConfigError(f"{name} must be one of {', '.join(known)}")
+        one_of(name, asked[name], known)
     if not 1000 <= bits <= MOST_BLOCK_BITS:
         raise ConfigError(f"block_bits lies between 1000 and {MOST_BLOCK_BITS}")
     if asked["tuned"]:
@@ -236,6 +238,15 @@ def _simulated(settings: LinkSettings, eve: str | None, blocks: int, seed: int) 
     return trio.run(run)
 
 
+def _evaluated(point: Point, *, blocks: int, seed: int) -> Row:
+    """Like :func:`evaluate`; an error says which of many points it is of."""
+    try:
+        return evaluate(point, blocks=blocks, seed=seed)
+    except ConfigError as error:
+        named = ", ".join(f"{name}={plain(value)}" for name, value in point.items())
+        raise ConfigError(f"{named}: {error}") from None
+
+
 def _seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"scan {seed} {number}".encode()).digest()[:6])
 
@@ -251,11 +262,12 @@ def scan(
     """The rows of these points, in their order.
 
     ``executor``: where they are computed; ``None``: here, one after the other. ``progress`` is
-    told how many are done. See :func:`evaluate` for the others, and for what it raises.
+    told how many are done. See :func:`evaluate` for the others, and for what it raises; the error
+    names the point.
     """
     tell = progress or (lambda _: None)
-    jobs = [partial(evaluate, dict(one), blocks=blocks, seed=_seed(seed, n))
-            for n, one in enumerate(points)]  # fmt: skip
+    jobs = [partial(_evaluated, one, blocks=blocks, seed=_seed(whole("seed", seed), n))
+            for n, one in enumerate(records("points", points))]  # fmt: skip
     if executor is None:
         rows = []
         for number, job in enumerate(jobs):
@@ -276,14 +288,23 @@ def scan(
 # -- files
 
 
-def _plain(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, list | tuple) else value
+def _written(name: Any, value: Any) -> Any:
+    """A value of a row, as files have it. Raises ``ConfigError``."""
+    value = plain(value)
+    if isinstance(value, list | tuple):
+        value = json.dumps([plain(one) for one in value], default=str)
+    if not isinstance(value, str | int | float | None):
+        raise ConfigError(f"the column {name!r} has a {type(value).__name__}; use numbers or text")
+    return value
 
 
 def write_scan(path: Path | str, rows: Iterable[Row]) -> None:
     """Write rows to ``.csv``, ``.parquet`` or ``.json``. Raises ``ConfigError``, ``OSError``."""
     path = Path(path)
-    rows = [{name: _plain(value) for name, value in row.items()} for row in rows]
+    rows = [
+        {str(name): _written(name, value) for name, value in row.items()}
+        for row in records("rows", rows)
+    ]
     names = list(dict.fromkeys(name for row in rows for name in row))
     if path.suffix == ".json":
         content = (json.dumps(rows, indent=1) + "\n").encode()
@@ -296,7 +317,11 @@ def write_scan(path: Path | str, rows: Iterable[Row]) -> None:
     else:
         parquet, arrow = _pyarrow(path)
         made = io.BytesIO()
-        parquet.write_table(arrow.table({n: [row.get(n) for row in rows] for n in names}), made)
+        try:
+            table = arrow.table({n: [row.get(n) for row in rows] for n in names})
+        except arrow.ArrowException as error:
+            raise ConfigError(f"{path}: a column of Parquet has one type: {error}") from None
+        parquet.write_table(table, made)
         content = made.getvalue()
     write_file(path, content, mode=PUBLIC)
 
@@ -306,18 +331,16 @@ def read_scan(path: Path | str) -> list[Row]:
     path = Path(path)
     parquet = None if path.suffix in (".json", ".csv") else _pyarrow(path)[0]
     content = read_file(path, limit=MOST_BYTES, pipe=False)
+    content = content.removeprefix(codecs.BOM_UTF8)  # spreadsheets begin text with it
     try:
         if parquet is not None:
             rows = parquet.read_table(io.BytesIO(content)).to_pylist()
         elif path.suffix == ".json":
             rows = load_json(content.decode(), most_values=None)
         else:
-            rows = [
-                {name: _number(value) for name, value in row.items()}
-                for row in csv.DictReader(
-                    io.StringIO(content.decode(), newline=""), restkey=EXTRA, strict=True
-                )
-            ]
+            rows = _read_csv(content.decode())
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a scan: it is not UTF-8; save the file as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, csv.Error) as error:
@@ -329,6 +352,15 @@ def read_scan(path: Path | str) -> list[Row]:
     if any(EXTRA in one for one in rows):
         raise ConfigError(f"{path}: not a scan: a row has more values than there are columns")
     return rows
+
+
+def _read_csv(text: str) -> list[Row]:
+    """Raises ``ValueError`` and ``csv.Error``."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=EXTRA, strict=True)
+    names = reader.fieldnames or ()
+    if len(set(names)) != len(names):
+        raise ValueError("two columns have the same name")
+    return [{name: _number(value) for name, value in row.items()} for row in reader]
 
 
 def _number(text: Any) -> Any:

@@ -12,7 +12,7 @@ from hybridkex.link.authentication import collision_probability
 from hybridkex.link.cascade import Cascade
 from hybridkex.link.finite_key import FINITE_KEY, Counts, FiniteKeyProof, SecretLength, proof_for
 from hybridkex.link.presets import PRESETS, Preset
-from hybridkex.link.ranges import whole
+from hybridkex.link.ranges import check_ranges, instance, one_of, whole
 from hybridkex.link.reconciliation import Reconciler
 from hybridkex.link.toeplitz import MAX_INPUT
 
@@ -80,8 +80,7 @@ class LinkSettings:
     """Detections of a block, both bases; ``None``: enough that ``block_bits`` are among them."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.preset, Preset):
-            raise ConfigError("preset takes a Preset, such as PRESETS['lim2014']")
+        instance("preset", self.preset, Preset)
         for name in ("block_bits", "key_bits", "block_detections"):
             value = getattr(self, name)
             if value is not None or name != "block_detections":
@@ -90,6 +89,7 @@ class LinkSettings:
             raise ConfigError(f"block_bits lies between 1000 and {MOST_BLOCK_BITS}")
         if self.key_bits < 8 or self.key_bits % 8:
             raise ConfigError("key_bits is a positive multiple of 8")
+        check_ranges(self, max_qber=(0.0, 0.5), tolerance=(0.0, 1.0))
         if not 0.0 < self.max_qber <= 0.5 or not 0.0 < self.tolerance < 1.0:
             raise ConfigError("max_qber lies between 0 and 0.5, tolerance between 0 and 1")
         for name, known in (
@@ -98,8 +98,10 @@ class LinkSettings:
             ("decoy_check", DECOY_CHECKS),
             ("reauthentication", REAUTHENTICATION),
         ):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} must be one of {', '.join(known)}")
+            one_of(name, getattr(self, name), known)
+        for method in ("name", "respond", "correct"):
+            if not hasattr(self.reconciler, method):
+                raise ConfigError(f"reconciler takes a Reconciler: {method!r} is missing")
         if self.block_detections is not None and self.block_detections < 1:
             raise ConfigError("block_detections must be positive")
         if self.memory > MEMORY:

@@ -17,6 +17,7 @@ from hybridkex.link.ledger import LANE_RESERVE, Ledger
 from hybridkex.link.party import Alice, Block, Bob
 from hybridkex.link.quantum import Fading, OpticalLink
 from hybridkex.link.randomness import Randomness
+from hybridkex.link.ranges import instance, one_of
 from hybridkex.link.settings import LinkSettings
 from hybridkex.secret import Secret
 
@@ -36,10 +37,8 @@ def _bootstraps(kind: str, shared: bytes) -> tuple[Ledger | Signatures, Ledger |
         curve = ec.SECP256R1()
         a, b = ec.generate_private_key(curve), ec.generate_private_key(curve)
         return Signatures(a, b.public_key()), Signatures(b, a.public_key())
-    if kind == "ml-dsa":
-        c, d = mldsa.MLDSA65PrivateKey.generate(), mldsa.MLDSA65PrivateKey.generate()
-        return Signatures(c, d.public_key()), Signatures(d, c.public_key())
-    raise ConfigError(f"bootstrap must be one of {', '.join(BOOTSTRAPS)}")
+    c, d = mldsa.MLDSA65PrivateKey.generate(), mldsa.MLDSA65PrivateKey.generate()
+    return Signatures(c, d.public_key()), Signatures(d, c.public_key())
 
 
 class SimulatedLink:
@@ -64,11 +63,15 @@ class SimulatedLink:
         :class:`~hybridkex.link.satellite.SatellitePass`; without an Eve. ``seed`` makes a run
         repeatable, and its keys worthless. Raises ``ConfigError``.
         """
-        self.settings: Final = settings
+        self.settings: Final = instance("settings", settings, LinkSettings)
+        if eve is not None:
+            instance("eve", eve, str)
+        if fading is not None and not callable(fading):
+            raise ConfigError("fading takes a function of the time, such as a SatellitePass")
         self._observer = observer
         self._eve = "" if eve is None or eve == "none" else eve
         self._seed = seed
-        self._bootstrap = bootstrap
+        self._bootstrap = one_of("bootstrap", bootstrap, BOOTSTRAPS)
         self._real_time = real_time
         channel, transmitter = settings.preset.channel, settings.preset.transmitter
         name, _, detail = self._eve.partition(":")

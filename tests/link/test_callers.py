@@ -8,15 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 import hybridkex.link
-from hybridkex.errors import ConfigError
-from hybridkex.link.measured import Measured, read_measured, write_measured
-from hybridkex.link.optimise import rates, tuned
-from hybridkex.link.presets import PRESETS, preset
+from hybridkex.errors import ConfigError, LinkError
+from hybridkex.link import asymptotic
+from hybridkex.link.eavesdroppers import eavesdropper
+from hybridkex.link.finite_key import Counts, Security, expected_counts, proof_for
+from hybridkex.link.measured import Measured, distil, read_measured, write_measured
+from hybridkex.link.optimise import expected_length, rates, tuned
+from hybridkex.link.physics import Channel, PairSource, Transmitter
+from hybridkex.link.presets import PRESETS, Preset, preset
 from hybridkex.link.satellite import SatellitePass
 from hybridkex.link.scan import evaluate, grid, read_scan, scan, write_scan
 from hybridkex.link.settings import MEMORY, LinkSettings
+from hybridkex.link.simulated import SimulatedLink
 
 POINT = {"tuned": False, "distance_km": 10.0}
 
@@ -68,6 +74,205 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
 def test_what_makes_no_sense_is_a_config_error(call: Any) -> None:
     with pytest.raises(ConfigError):
         call()
+
+
+LIM = PRESETS["lim2014"]
+GYS = PRESETS["gys2005"].channel
+COUNTS = {
+    "key": (9e4, 9e4, 9e3),
+    "key_errors": (900.0, 900.0, 90.0),
+    "test": (9e4, 9e4, 9e3),
+    "test_errors": (900.0, 900.0, 90.0),
+}
+PASS = SatellitePass()
+
+
+def fields_of(one: Any) -> dict[str, Any]:
+    return {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
+
+
+def spread(call: Any) -> Any:
+    """Takes a record's fields by name and hands them over as one dictionary or positionally."""
+    return lambda **given: call(given)
+
+
+CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "Channel": (Channel, fields_of(LIM.channel)),
+    "Transmitter": (Transmitter, fields_of(LIM.transmitter)),
+    "PairSource": (PairSource, fields_of(PRESETS["bbm92"].transmitter)),
+    "Security": (Security, fields_of(Security())),
+    "Preset": (Preset, fields_of(LIM)),
+    "preset": (preset, {"name": "lim2014"}),
+    "Preset.at": (LIM.at, {"distance_km": 5.0}),
+    "with_loss": (LIM.channel.with_loss, {"decibels": 3.0}),
+    "SatellitePass": (SatellitePass, fields_of(PASS)),
+    "loss": (PASS, {"seconds": 3.0}),
+    "elevation": (PASS.elevation_deg, {"seconds": 3.0}),
+    "range": (PASS.range_km, {"elevation_deg": 30.0}),
+    "LinkSettings": (LinkSettings, fields_of(LinkSettings())),
+    "SimulatedLink": (
+        SimulatedLink,
+        {"settings": LinkSettings(), "eve": "pns", "bootstrap": "psk", "seed": 1, "fading": None},
+    ),
+    "eavesdropper": (
+        eavesdropper,
+        {"text": "split:0.5", "channel": LIM.channel, "transmitter": LIM.transmitter},
+    ),
+    "Counts": (Counts, COUNTS),
+    "expected_counts": (
+        expected_counts,
+        {"channel": LIM.channel, "transmitter": LIM.transmitter, "pulses": 1e9},
+    ),
+    "expected_length": (
+        expected_length,
+        {
+            "channel": LIM.channel,
+            "transmitter": LIM.transmitter,
+            "key_detections": 1e5,
+            "f": 1.1,
+            "security": Security(),
+        },
+    ),
+    **{
+        f"secret_length {name}": (
+            proof_for(PRESETS[name].transmitter).secret_length,
+            {
+                "source": PRESETS[name].transmitter,
+                "counts": expected_counts(LIM.channel, PRESETS[name].transmitter, 1e9),
+                "security": Security(),
+                "leak": 1000.0,
+            },
+        )
+        for name in ("lim2014", "rusca2018", "bbm92")
+    },
+    "proof_for": (proof_for, {"source": LIM.transmitter, "finite_key": "tight"}),
+    "tuned": (tuned, {"preset": "lim2014", "block_bits": 0, "finite_key": "x"}),
+    "rates": (rates, {"preset": "lim2014", "block_bits": 0, "finite_key": "x"}),
+    "grid": (grid, {"axes": {"distance_km": [1.0]}}),
+    "grid values": (spread(grid), {"distance_km": [1.0], "preset": ["lim2014"]}),
+    "evaluate": (evaluate, {"point": POINT, "blocks": 0, "seed": 1}),
+    "evaluate values": (
+        spread(evaluate),
+        {
+            **POINT,
+            "preset": "lim2014",
+            "block_bits": 1e5,
+            "eve": "pns",
+            "finite_key": "tight",
+            "leak": "both",
+            "intensities": [0.5, 0.2, 2e-4],
+            "efficiency": 1.1,
+            "secrecy": 1e-9,
+        },
+    ),
+    "scan": (scan, {"points": [POINT], "blocks": 0, "seed": 1}),
+    "Measured": (
+        Measured,
+        {"basis": [0, 1], "bit": [0, 1], "intensity": [0, 1], "pulse": [3, 5]},
+    ),
+    "gain": (asymptotic.gain, {"channel": GYS, "mean_photons": 0.5}),
+    "error_rate": (asymptotic.error_rate, {"channel": GYS, "mean_photons": 0.5}),
+    "infinite_decoy": (asymptotic.infinite_decoy, {"channel": GYS}),
+    "decoy_bounds": (
+        asymptotic.decoy_bounds,
+        {"channel": GYS, "signal": 0.5, "decoy": 0.1, "second": 0.0},
+    ),
+}
+ODD: tuple[Any, ...] = (
+    *(None, "", "x", b"x", True, 0, -1, 10**400, 0.5, 1e300, float("nan"), float("inf"), 1j),
+    *([], [0.1], [None], ["x"], [0.1] * 4, [[0.1], [0.1, 0.2]], (0.5, 0.5, 0.5), {}, {"x": 1}),
+    *(np.array([]), np.array([[0.1]]), np.array(["x"]), np.float32("nan"), np.int64(-5)),
+    *(np.array(0.5), np.bool_(True), np.datetime64("2020-01-01"), np.ma.masked, range(2)),
+    *(ec.SECP256R1(), object, lambda: 1),
+)
+NOTHING = Channel(receiver_efficiency=0.0, dark_count_probability=0.0, misalignment=0.0)
+WRONG = Channel(
+    receiver_efficiency=1.0,
+    dark_count_probability=0.5,
+    misalignment=1.0,
+    afterpulse_probability=1.0,
+)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_whatever_is_given_for_an_argument_is_taken_or_refused(name: str) -> None:
+    """Each argument of each call, with each odd value: a result, or one typed error."""
+    call, good = CALLS[name]
+    refused = 0
+    for argument in good:
+        odd = (*ODD, NOTHING, WRONG) if isinstance(good[argument], Channel) else ODD
+        for value in odd:
+            try:
+                call(**{**good, argument: value})
+            except (ConfigError, LinkError) as error:
+                refused += bool(str(error))
+            except Exception as error:
+                raise AssertionError(f"{name}({argument}={value!r})") from error
+    assert refused > len(good)
+
+
+def test_counts_that_cannot_be_are_refused() -> None:
+    assert Counts(**COUNTS) == Counts(
+        **{name: np.array(values) for name, values in COUNTS.items()}  # type: ignore[arg-type]
+    )
+    for name, values in COUNTS.items():
+        for wrong in (values[:2], (*values, 1.0), (), (-1.0, *values[1:]), (1e40, *values[1:])):
+            with pytest.raises(ConfigError, match=r"number|wrong bits"):
+                Counts(**{**COUNTS, name: wrong})
+    with pytest.raises(ConfigError, match="more wrong bits"):
+        Counts(**{**COUNTS, "test_errors": (9e4 + 1.0, 0.0, 0.0)})
+
+
+def test_tables_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    plots = pytest.importorskip("hybridkex.link.plots")
+
+    class Table(list[Any]):
+        """Iterates over the names of its columns, as those of pandas and polars do."""
+
+    table = Table(["distance_km", "rate"])
+    for call in (scan, plots.plot_scan, lambda rows: write_scan(tmp_path / "x.csv", rows)):
+        for rows in (table, {"distance_km": [1.0]}, [1, 2], None, "rows"):
+            with pytest.raises(ConfigError, match="to_dict"):
+                call(rows)
+
+
+def test_numbers_of_numpy_become_pythons(tmp_path: Path) -> None:
+    """So that they compare, are written to files and have one digest."""
+    chosen = LIM.at(np.float32(3.0))
+    assert type(chosen.channel.distance_km) is float
+    source = Transmitter(
+        intensities=np.array([0.5, 0.2]),  # type: ignore[arg-type]
+        probabilities=[0.7, 0.3],  # type: ignore[arg-type]
+        key_basis_probability=0.9,
+    )
+    assert source == PRESETS["rusca2018"].transmitter
+    path = tmp_path / "a.npz"
+    write_measured(path, Measured(basis=[0, 1], bit=[1, 0], intensity=[0, 1]), chosen)
+    assert read_measured(path)[1].parameters == LIM.at(3.0).parameters | {"efficiency": 1.1}
+    rows = [{"a": np.int64(1), "b": np.float32(0.5), "c": np.arange(2), "d": None}]
+    for suffix in (".json", ".csv"):
+        write_scan(tmp_path / f"x{suffix}", rows)
+        assert read_scan(tmp_path / f"x{suffix}") == [{"a": 1, "b": 0.5, "c": "[0, 1]", "d": None}]
+    for value in (1j, object()):
+        with pytest.raises(ConfigError, match="column 'a'"):
+            write_scan(tmp_path / "x.json", [{"a": value}])
+    seeds = (np.int64(5), 5.0, 5)
+    runs = [scan([{**POINT, "block_bits": 1e4}], blocks=1, seed=seed) for seed in seeds]
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_alices_detections_are_not_taken_for_bobs() -> None:
+    alice = Measured(basis=[0, 1] * 600, bit=[1, 0] * 600, intensity=[0] * 1200)
+    settings = LinkSettings(preset=PRESETS["rusca2018"], decoy_check="off")
+    with pytest.raises(ConfigError, match="not Bob's"):
+        distil(alice, alice, settings)
+    for wrong in (
+        lambda: distil(alice.bit, alice, settings),  # type: ignore[arg-type]
+        lambda: distil(alice, alice, PRESETS["rusca2018"]),  # type: ignore[arg-type]
+        lambda: write_measured("x.npz", alice, settings),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ConfigError, match="takes a"):
+            wrong()
 
 
 @pytest.mark.parametrize(

@@ -291,10 +291,14 @@ def test_rusca_farther(distance: float, pulses: float, bits: str) -> None:
 
 def test_a_proof_wants_its_own_number_of_intensities() -> None:
     two, three = PRESETS["rusca2018"].transmitter, PRESETS["lim2014"].transmitter
-    empty = Counts(key=(), key_errors=(), test=(), test_errors=())
-    for proof, transmitter in ((TwoDecoys(), two), (OneDecoy(), three)):
-        with pytest.raises(ConfigError, match="intensities"):
-            proof.secret_length(transmitter, empty, security=Security(), leak=0)
+    for proof, own, other in ((TwoDecoys(), three, two), (OneDecoy(), two, three)):
+        fitting, others = (
+            Counts(key=zero, key_errors=zero, test=zero, test_errors=zero)
+            for zero in ((0.0,) * len(source.intensities) for source in (own, other))
+        )
+        for transmitter, counts in ((other, others), (other, fitting), (own, others)):
+            with pytest.raises(ConfigError, match="intensities"):
+                proof.secret_length(transmitter, counts, security=Security(), leak=0)
 
 
 def test_no_detections_no_key() -> None:

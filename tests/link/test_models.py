@@ -281,7 +281,7 @@ def test_a_satellite_pass() -> None:
 
 async def test_no_key_is_made_after_a_pass() -> None:
     over = SatellitePass(top_elevation_deg=12)
-    for seconds in (-1.0, over.duration_s + 1.0, math.inf, math.nan):
+    for seconds in (-1.0, over.duration_s + 1.0, math.inf):
         with pytest.raises(LinkError, match="is over"):
             over(seconds)
     best = tuned(PRESETS["rusca2018"].at(60), 20_000)

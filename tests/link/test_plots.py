@@ -1,6 +1,7 @@
 """Pictures. The curves are those of the closed forms, which have tests of their own."""
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -170,3 +171,32 @@ def test_an_option_that_a_picture_does_not_use_is_refused(
 ) -> None:
     assert main(["qkd", "plot", *options, "-o", str(tmp_path / "x.svg")]) == 1
     assert "--kind" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r"$\bad$", "$x", "$x_$y$", "_hidden", "a\tb\x1b[31m", "\u202ea", "\ud800", "<b>&--!>", "\0"],
+)
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_words_of_a_scan_are_drawn_as_they_are(text: str, suffix: str, tmp_path: Path) -> None:
+    """Not as formulas, not as characters that end the picture, and none is left out."""
+    rows = [{text: n, "rate": 0.1, "curve": text} for n in range(3)]
+    figure, axes = plots.plot_scan(rows, x=text, by=["curve"])
+    assert len(figure.legends[0].get_texts()) == 1
+    plots.save(figure, tmp_path / f"x{suffix}")
+    if suffix == ".svg":
+        ElementTree.parse(tmp_path / "x.svg")
+    assert axes.get_xlabel()
+
+
+def test_an_iterator_of_block_sizes_is_used_up_once() -> None:
+    for given in ([1e5], iter([1e5]), {1e5}):
+        _, axes = plots.draw("finite-key", presets=iter(["rusca2018"]), block_bits=given)
+        assert [line.get_label() for line in axes.lines] == ["rusca2018, 1e+05 bit"]
+
+
+def test_a_missing_column_is_answered_with_those_that_are_there(tmp_path: Path) -> None:
+    for text, hint in (("a;b\n1;2\n", "by commas"), ("a,b\n1,2\n", "it has a, b")):
+        (tmp_path / "x.csv").write_text(text)
+        with pytest.raises(ConfigError, match=hint):
+            plots.plot_scan(read_scan(tmp_path / "x.csv"))

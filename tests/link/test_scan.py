@@ -398,3 +398,26 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_work(
         command = ["qkd", "scan", "--vary", "distance_km=0:50:25", "--jobs", jobs, "-o", output]
         assert main(command) == 1
         assert f"cannot write {output}: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_files_that_went_through_a_spreadsheet(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x{suffix}"
+    rows = [{"preset": "lim2014", "rate": 0.5}, {"preset": "bbm92", "rate": 0.25}]
+    write_scan(path, rows)
+    written = path.read_bytes()
+    for content in (written, b"\xef\xbb\xbf" + written, written.replace(b"\n", b"\r\n")):
+        path.write_bytes(content)
+        assert read_scan(path) == rows
+    path.write_bytes(written.decode().encode("utf-16"))
+    with pytest.raises(ConfigError, match="save the file as UTF-8"):
+        read_scan(path)
+    path.write_text("rate,rate\n1,2\n" if suffix == ".csv" else '[{"rate": 1, "rate": 2}]')
+    with pytest.raises(ConfigError, match="same name"):
+        read_scan(path)
+
+
+def test_an_impossible_point_of_a_scan_is_named() -> None:
+    points = grid({"preset": ["lim2014", "bbm92"], "eve": ["pns"], "tuned": [False]})
+    with pytest.raises(ConfigError, match=r"preset=bbm92, eve=pns, tuned=False: .*not pairs"):
+        scan(points)

@@ -18,11 +18,13 @@ from hybridkex.errors import (
 from hybridkex.link.authentication import Signatures
 from hybridkex.link.finite_key import Security
 from hybridkex.link.ledger import Direction, Ledger
+from hybridkex.link.optimise import tuned
 from hybridkex.link.party import Alice, Block, Bob
 from hybridkex.link.physics import Transmitter
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.quantum import OpticalLink
 from hybridkex.link.settings import LinkSettings
+from hybridkex.link.simulated import SimulatedLink
 from hybridkex.link.wire import HEADER, Hello, Type
 from hybridkex.secret import Secret
 from tests.link.recording import RecordingStream
@@ -381,3 +383,34 @@ def test_hellos_with_positions_there_and_back() -> None:
         positions={lane: ledger.position(lane) for lane in Direction},
     )
     assert Hello.decode(hello.encode()) == hello
+
+
+@pytest.mark.parametrize("bootstrap", ["ecdsa", "psk"])
+async def test_a_ledger_is_not_begun_with_less_than_the_tags_of_a_block_take(
+    bootstrap: str,
+) -> None:
+    """Otherwise the first short block of a link would be its last."""
+    short = LinkSettings(
+        preset=tuned(PRESETS["bbm92"].at(0), 3000), block_bits=3000, decoy_check="off"
+    )
+    made, endings = 0, []
+    link = SimulatedLink(short, bootstrap=bootstrap, seed=4)
+    async with link.open():
+        for _ in range(6):
+            try:
+                await link.block()
+                made += 1
+            except BlockAborted as error:
+                endings.append(str(error))
+        ledgers = [party.ledger for party in link._parties]
+    if bootstrap == "psk":
+        assert made == 6
+    else:
+        assert made == 0
+        assert all("too few to authenticate the next block" in one for one in endings)
+        assert not any(one.filled for one in ledgers)  # signatures may still begin it
+    larger = dataclasses.replace(short, block_bits=6000)
+    link = SimulatedLink(larger, bootstrap=bootstrap, seed=4)
+    async with link.open():
+        kinds = [(await link.block())[0].authentication for _ in range(3)]
+    assert kinds[1:] == ["wegman-carter"] * 2

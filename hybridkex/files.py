@@ -50,6 +50,7 @@ PUBLIC: Final = 0o644
 """Mode for certificates, ports and configurations without secrets."""
 
 _OTHERS: Final = 0o077
+_WRITABLE: Final = stat.S_IWGRP | stat.S_IWOTH
 _DESCRIPTORS: Final = "/proc/self/fd"
 
 
@@ -330,13 +331,14 @@ def open_private(path: str | Path, *, append: bool = False) -> BinaryIO:
 
     A device or a pipe is used unchanged, and never waited for: it must have a reader, and writing
     returns ``None`` while that reader takes nothing (:class:`io.FileIO`). Raises
-    ``PermissionError`` for another user's file that others can read.
+    ``PermissionError`` for another user's file that others can read, or that is in a folder to
+    which others may write: its owner could have made it there to read what is written.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
     flags |= os.O_NONBLOCK
     descriptor = os.open(path, flags, PRIVATE)
     try:
-        _tighten(descriptor)
+        _tighten(descriptor, path)
         return open(descriptor, "wb", buffering=0)
     except BaseException:
         os.close(descriptor)
@@ -348,7 +350,7 @@ def make_private(path: str | Path) -> None:
     name."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE)
     try:
-        _tighten(descriptor)
+        _tighten(descriptor, path)
     finally:
         os.close(descriptor)
 
@@ -372,10 +374,16 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
 
-def _tighten(descriptor: int) -> None:
-    mode = os.fstat(descriptor).st_mode
+def _tighten(descriptor: int, path: str | Path) -> None:
+    status = os.fstat(descriptor)
+    mode = status.st_mode
+    if not stat.S_ISREG(mode):
+        return
+    # Root could use it, and could not keep its owner out.
+    if status.st_uid != os.geteuid() and os.stat(Path(path).parent).st_mode & _WRITABLE:
+        raise PermissionError(errno.EPERM, "it belongs to another user", os.fspath(path))
     wanted = mode & ~_OTHERS | PRIVATE
-    if stat.S_ISREG(mode) and mode != wanted:
+    if mode != wanted:
         os.fchmod(descriptor, stat.S_IMODE(wanted))
 
 

@@ -8,13 +8,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 import pytest
 
 from hybridkex.auth import Identity, KnownPeers, RawIdentity, TrustStore
 from hybridkex.cli.actions.kme import _read_ids
 from hybridkex.errors import ConfigError
-from hybridkex.files import LIMIT, create_file, read_file, read_toml, write_file
+from hybridkex.files import (
+    LIMIT,
+    create_file,
+    make_private,
+    open_private,
+    read_file,
+    read_toml,
+    write_file,
+)
 from hybridkex.kme.config import load_config
 from hybridkex.link.measured import read_measured
 from hybridkex.link.scan import read_scan
@@ -178,3 +187,24 @@ def test_all_files_are_read_in_one_place() -> None:
             tree = ast.parse(path.read_text(encoding="utf-8"))
             seen += [f"{name}:{node.lineno}" for node in ast.walk(tree) if reads(node)]
     assert seen == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a file of another user")
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770, 0o755])
+@pytest.mark.parametrize("use", [open_private, make_private])
+def test_a_file_that_another_user_has_made(
+    tmp_path: Path, mode: int, use: Callable[[Path], BinaryIO | None]
+) -> None:
+    """Root must not write secrets into it where that user could have put it."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    planted = folder / "file"
+    planted.touch(0o600)
+    os.chown(planted, 65534, 65534)
+    folder.chmod(mode)
+    if mode == 0o755:
+        if (opened := use(planted)) is not None:
+            opened.close()
+        return
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        use(planted)

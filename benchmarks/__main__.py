@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import page
-from benchmarks.results import Curve, Options, Row, with_peers
+from benchmarks.results import Curve, Options
 
 NAMES = {
     "handshake": "handshakes beside pyOpenSSL",
@@ -30,16 +30,17 @@ NAMES = {
     "fresh_keys": "key updates beside handshakes",
     "one_time_pad": "messages under a one-time pad",
     "providers": "ML-KEM of cryptography and of liboqs",
+    "profiles": "where the processor time goes",
 }
 
 
-def measure(name: str, options: Options) -> list[Row | Curve]:
+def measure(name: str, options: Options) -> list[page.Result]:
     """Run one benchmark, and print its figures."""
     print(f"{name}: {NAMES[name]}", flush=True)
     began = time.monotonic()
     module = importlib.import_module(f"benchmarks.{name}")
-    found: list[Row | Curve] = list(module.run(options))
-    print(with_peers(one for one in found if isinstance(one, Row)))
+    found: list[page.Result] = list(module.run(options))
+    print(page.tables(found))
     for curve in found:
         if isinstance(curve, Curve):
             print(f"\n{curve.name} ({curve.unit})\n{page.curve_table(curve)}")

@@ -52,8 +52,11 @@ class Tool:
         before, served = cpu_of_children(), cpu(self.server, children=True)
         began = time.monotonic()
         command = self.command(source, self.into)
-        subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
+        done = subprocess.run(command, check=False, capture_output=True, env=ENVIRONMENT)
         wall = time.monotonic() - began
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip()
+            raise RuntimeError(f"{command!r} ended with status {done.returncode}: {said}")
         children = Path(f"/proc/{self.server}/task/{self.server}/children")
         until(lambda: not children.read_text())  # their CPU time is known when they have ended
         return wall, cpu_of_children() - before + cpu(self.server, children=True) - served
@@ -191,7 +194,7 @@ def run(options: Options) -> Iterator[Row | Curve]:
             rounds = options.few(2 if number == many else 3)
             wall, processor = compare(source, taken, rounds, again=again)
             yield Row(name, "s", wall, goal)
-            yield Row(f"{name}: CPU of both ends", "s", processor)
+            yield Row(f"{name}: CPU of both ends", "s", processor, goal if goal == 1 else None)
         taken = {one: tools[one] for one in (OURS, "rsync") if one in tools}
         lines: dict[str, dict[str, list[float]]] = {one: {} for one in taken}
         for number in (10,) if options.quick else (10, 100, 1000, 10_000, 100_000):

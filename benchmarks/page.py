@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chart import draw
-from benchmarks.results import Curve, Row, number, replaced, table, with_peers
+from benchmarks.results import Curve, Row, Shares, number, replaced, shares, table, with_peers
 
 __all__ = [
     "DOCS",
@@ -22,6 +22,7 @@ __all__ = [
     "curve_table",
     "from_json",
     "keep",
+    "tables",
     "text",
 ]
 
@@ -29,7 +30,9 @@ DOCS = Path(__file__).parents[1] / "docs"
 FIGURES = DOCS / "data/performance.json"
 LINK_FIGURES = DOCS / "data/qkd-speed.json"
 PAGE = DOCS / "performance.md"
-Found = Mapping[str, Iterable[Row | Curve]]
+Result = Row | Curve | Shares
+Found = Mapping[str, Iterable[Result]]
+KINDS: dict[str, type[Result]] = {"rows": Row, "curves": Curve, "shares": Shares}
 
 
 def as_json(found: Found) -> dict[str, Any]:
@@ -37,8 +40,10 @@ def as_json(found: Found) -> dict[str, Any]:
     return {
         name: {
             "machine": machine(),
-            "rows": [_plain(one) for one in results if isinstance(one, Row)],
-            "curves": [_plain(one) for one in results if isinstance(one, Curve)],
+            **{
+                kind: [_plain(one) for one in results if isinstance(one, made)]
+                for kind, made in KINDS.items()
+            },
         }
         for name, results in ((name, list(results)) for name, results in found.items())
     }
@@ -54,13 +59,10 @@ def _plain(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def from_json(kept: Mapping[str, Any]) -> dict[str, list[Row | Curve]]:
+def from_json(kept: Mapping[str, Any]) -> dict[str, list[Result]]:
     """What :func:`as_json` was given."""
     return {
-        name: [
-            *(Row(**one) for one in results["rows"]),
-            *(Curve(**one) for one in results["curves"]),
-        ]
+        name: [made(**one) for kind, made in KINDS.items() for one in results.get(kind, ())]
         for name, results in kept.items()
     }
 
@@ -93,12 +95,21 @@ def text(page: str, kept: Mapping[str, Any]) -> str:
     """The page with the tables and charts of these figures."""
     blocks = {}
     for name, results in from_json(kept).items():
-        rows = with_peers(one for one in results if isinstance(one, Row))
-        blocks[name] = "\n\n".join([rows, *_shown(results), f"*{kept[name]['machine']}*"])
+        blocks[name] = "\n\n".join(
+            [tables(results), *_shown(results), f"*{kept[name]['machine']}*"]
+        )
     return replaced(page, blocks | {"blocks": "\n\n".join(_shown(_blocks()))})
 
 
-def _shown(results: Iterable[Row | Curve]) -> list[str]:
+def tables(results: Iterable[Result]) -> str:
+    """The tables of figures and of shares."""
+    found = list(results)
+    rows = [one for one in found if isinstance(one, Row)]
+    parts = [one for one in found if isinstance(one, Shares)]
+    return "\n\n".join([with_peers(rows)] * bool(rows) + [shares(parts)] * bool(parts))
+
+
+def _shown(results: Iterable[Result]) -> list[str]:
     return [
         f"![{one.name} ({one.unit}) by {one.across}](pictures/{_file(one)})"
         for one in results
@@ -117,7 +128,7 @@ def charts(kept: Mapping[str, Any]) -> dict[Path, str]:
     return {DOCS / "pictures" / _file(one): draw(one) for one in curves}
 
 
-def _blocks() -> list[Row | Curve]:
+def _blocks() -> list[Result]:
     """How the blocks of the QKD link grow; :mod:`benchmarks.qkd_link` takes these figures."""
     blocks = json.loads(LINK_FIGURES.read_text())["whole_blocks"]["alone"]
     return [

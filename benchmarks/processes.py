@@ -39,6 +39,7 @@ PEERS = {
     "stunnel4": "apt install stunnel4",
     "haproxy": "apt install haproxy",
     "openssl": "apt install openssl",
+    "perf": "apt install linux-perf",
     **dict.fromkeys(("pgbench", "initdb", "postgres"), "apt install postgresql"),
     "OpenSSL": "pip install pyOpenSSL",
     "uvloop": "pip install uvloop",

@@ -11,9 +11,11 @@ __all__ = [
     "Curve",
     "Options",
     "Row",
+    "Shares",
     "in_turns",
     "number",
     "replaced",
+    "shares",
     "table",
     "with_peers",
 ]
@@ -106,6 +108,21 @@ class Curve:
     lines: dict[str, dict[str, list[float]]]
 
 
+@dataclass(frozen=True)
+class Shares:
+    """What the time of one kind of work is made of.
+
+    Args:
+        table: which table it is a line of.
+        name: the work.
+        parts: in per cent.
+    """
+
+    table: str
+    name: str
+    parts: dict[str, float]
+
+
 def in_turns(rounds: int, tools: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
     """The figures of all tools, which take turns; another one begins in each round."""
     found: dict[str, list[float]] = {tool: [] for tool in tools}
@@ -129,6 +146,25 @@ def table(*columns: str, rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [columns, ("---",) * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def shares(given: Iterable[Shares]) -> str:
+    """The tables of some shares, the largest parts first; those below 1 % are left out."""
+    tables: dict[str, list[Shares]] = {}
+    for one in given:
+        tables.setdefault(one.table, []).append(one)
+    texts = []
+    for lines in tables.values():
+        parts = {part for line in lines for part, share in line.parts.items() if share >= 1}
+        order = sorted(
+            parts, key=lambda part: (-sum(one.parts.get(part, 0) for one in lines), part)
+        )
+        rows = [
+            (line.name, *(f"{line.parts[one]:.0f} %" if one in line.parts else "" for one in order))
+            for line in lines
+        ]
+        texts.append(table("work", *order, rows=rows))
+    return "\n\n".join(texts)
 
 
 def with_peers(rows: Iterable[Row]) -> str:

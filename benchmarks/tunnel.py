@@ -139,6 +139,8 @@ GOALS = {
     "new connections": 1.0,
 }
 """How many times as fast as stunnel."""
+BOUNDS = {"round trip beside bulk data, median": 0.5}
+"""The figures to reach, in the row's unit."""
 
 
 class Sink:
@@ -354,7 +356,7 @@ def compared(work: Callable[[Way], Figures], ways: dict[str, Way], rounds: int) 
             for what, value in work(way).items():
                 found.setdefault(what, {}).setdefault(tool, []).append(value)
     for (name, unit), figures in found.items():
-        yield Row(name, unit, figures, GOALS.get(name))
+        yield Row(name, unit, figures, GOALS.get(name), BOUNDS.get(name))
 
 
 @contextmanager

@@ -6,9 +6,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as entry
-from benchmarks import page, processes
+from benchmarks import page, processes, profiles
 from benchmarks.chart import draw
-from benchmarks.results import Curve, Options, Row, in_turns, replaced, with_peers
+from benchmarks.results import (
+    Curve,
+    Options,
+    Row,
+    Shares,
+    in_turns,
+    replaced,
+    shares,
+    with_peers,
+)
 
 
 def test_the_page_has_the_tables_of_the_figures() -> None:
@@ -28,8 +37,65 @@ def test_the_page_has_the_charts_of_the_figures() -> None:
 def test_figures_survive_json() -> None:
     row = Row("work", "1/s", {"hybridkex": [1.0, 2.0], "peer": [2.0, 2.0]}, goal=0.7)
     curve = Curve("growth", "clients", "ms", {"hybridkex": {"1": [0.5], "1000": [0.25]}})
-    kept = json.loads(json.dumps(page.as_json({"one": [row, curve]})))
-    assert page.from_json(kept) == {"one": [row, curve]}
+    parts = Shares("libraries", "work", {"the kernel": 25.0, "the rest": 75.0})
+    kept = json.loads(json.dumps(page.as_json({"one": [row, curve, parts]})))
+    assert page.from_json(kept) == {"one": [row, curve, parts]}
+
+
+def test_shares_are_one_table_for_each_kind_with_the_largest_part_first() -> None:
+    text = shares(
+        [
+            Shares("libraries", "one", {"kernel": 30.0, "Python": 69.5, "little": 0.5}),
+            Shares("modules", "two", {"trio": 100.0}),
+            Shares("libraries", "three", {"kernel": 40.0, "SQLite": 60.0}),
+        ]
+    )
+    assert text.splitlines() == [
+        "| work | kernel | Python | SQLite |",
+        "| --- | --- | --- | --- |",
+        "| one | 30 % | 70 % |  |",
+        "| three | 40 % |  | 60 % |",
+        "",
+        "| work | trio |",
+        "| --- | --- |",
+        "| two | 100 % |",
+    ]
+
+
+def test_profiles_without_perf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part belongs to something, and the parts of a work are all of it."""
+    monkeypatch.setattr(profiles, "program", lambda name: None)
+    found = list(profiles.run(Options(quick=True)))
+    assert [one.table for one in found] == ["packages", "packages", "modules"]
+    for one in found:
+        assert sum(one.parts.values()) == pytest.approx(100)
+        assert max(one.parts.values()) < 80
+    assert found[0].parts["`tls`"] > 1
+    assert found[2].parts["trio"] > 1
+
+
+@pytest.mark.parametrize(
+    ("library", "kind"),
+    [
+        ("[kernel.kallsyms]", "the kernel"),
+        ("[vdso]", "the kernel"),
+        ("libpython3.11.so.1.0", "the interpreter"),
+        ("python3.13", "the interpreter"),
+        ("math.cpython-311-x86_64-linux-gnu.so", "the interpreter"),
+        ("_rust.abi3.so", "`cryptography`"),
+        ("_cffi_backend.cpython-311-x86_64-linux-gnu.so", "`cryptography`"),
+        ("libcrypto.so.3", "OpenSSL (`hashlib`, `ssl`)"),
+        ("_hashlib.cpython-311-x86_64-linux-gnu.so", "OpenSSL (`hashlib`, `ssl`)"),
+        ("libsqlite3.so.0.8.6", "SQLite"),
+        ("_sqlite3.cpython-311-x86_64-linux-gnu.so", "SQLite"),
+        ("libc.so.6", "the C library and the loader"),
+        ("libc-2.31.so", "the C library and the loader"),
+        ("ld-linux-x86-64.so.2", "the C library and the loader"),
+        ("libzstd.so.1", "the rest"),
+    ],
+)
+def test_what_a_library_belongs_to(library: str, kind: str) -> None:
+    assert profiles.kind_of(library) == kind
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ class Finding:
     """The next step if it does not work."""
 
     def as_json(self) -> dict[str, object]:
-        """Plain values for JSON."""
+        """As plain values for JSON."""
         return asdict(self)
 
 

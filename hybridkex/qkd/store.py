@@ -370,7 +370,7 @@ def uncollected(key_id: str, ended: str | None) -> None:
 
 
 def position_after(half: int, read: Sequence[int], page: int) -> Position | None:
-    """The next position of a walk that has read these rows of ``half``, at most ``page``; half 1
+    """Where a walk goes on that has read these rows of ``half``, at most ``page`` of them; half 1
     follows half 0."""
     if len(read) == page:
         return half, read[-1]
@@ -473,13 +473,13 @@ class SealRecord:
 
     current: bytes
     former: tuple[bytes, ...] = ()
-    """Values of keys under which some rows are still encrypted."""
+    """Of keys under which some rows still are."""
     retired: tuple[bytes, ...] = ()
-    """Values of keys under which no row is encrypted any more."""
+    """Of keys under which no row is any more."""
 
     @classmethod
     def new(cls, seal: Seal, place: bytes) -> "SealRecord":
-        """The record of an empty store."""
+        """Of a store in which nothing is."""
         return cls(current=seal.seal(_CHECK, place))
 
     def settled(self, seal: Seal, place: bytes, store: str) -> "tuple[Seal, SealRecord]":
@@ -518,7 +518,7 @@ class SealRecord:
         )
 
     def renewed(self) -> "SealRecord":
-        """The record after every row has been encrypted under the current key."""
+        """After every row has been encrypted under the current key."""
         return SealRecord(current=self.current, retired=(*self.retired, *self.former))
 
 

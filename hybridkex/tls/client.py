@@ -339,7 +339,7 @@ def forget_tickets(offer: _Offer) -> None:
 
 @value
 class WaitServerHello(ClientState):
-    """The state after the first ClientHello."""
+    """After the first ClientHello."""
 
     offer: _Offer
     hello: bytes
@@ -399,7 +399,7 @@ class WaitServerHello(ClientState):
 
 @value
 class WaitSecondServerHello(ClientState):
-    """The state after the second ClientHello."""
+    """After the second ClientHello."""
 
     offer: _Offer
     suite: CipherSuite
@@ -568,7 +568,7 @@ class _Keys:
 
 @value
 class WaitEncryptedExtensions(ClientState):
-    """The state after ServerHello."""
+    """After ServerHello."""
 
     offer: _Offer
     group: Group
@@ -660,7 +660,7 @@ class _Negotiated:
 
 @value
 class WaitCertificateOrRequest(ClientState):
-    """The state after EncryptedExtensions, if the server authenticates with a certificate."""
+    """After EncryptedExtensions, where the server authenticates with a certificate."""
 
     negotiated: _Negotiated
     verifier: AnyServerVerifier
@@ -684,7 +684,7 @@ class WaitCertificateOrRequest(ClientState):
 
 @value
 class WaitCertificate(ClientState):
-    """The state before the server's Certificate."""
+    """Before the server's Certificate."""
 
     negotiated: _Negotiated
     verifier: AnyServerVerifier

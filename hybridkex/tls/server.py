@@ -217,7 +217,7 @@ class _Hello:
     """Whether the client can do psk_dhe_ke, in this handshake or to resume it."""
     certificate_with_psk: bool
     server_name: str | None
-    """The requested name, in lower case."""
+    """As asked for, in lower case."""
 
     @classmethod
     def check(cls, message: wire.ClientHello, raw: bytes, config: ServerConfig) -> "_Hello":
@@ -285,7 +285,7 @@ class _Hello:
 
 @value
 class WaitClientHello(ServerState):
-    """The state before the first ClientHello."""
+    """Before the first ClientHello."""
 
     config: ServerConfig
 
@@ -347,7 +347,7 @@ def _retry_request(state: CookieState, cookie: bytes) -> bytes:
 
 @value
 class WaitSecondClientHello(ServerState):
-    """The state after HelloRetryRequest; only the cookie has data of the first hello."""
+    """After HelloRetryRequest; all that is known of the first hello is in the cookie."""
 
     config: ServerConfig
 
@@ -491,7 +491,7 @@ class _Choice:
     suite: CipherSuite
     group: Group
     transcript: Transcript
-    """The transcript before this ClientHello: empty, or after a retry."""
+    """Before this ClientHello: empty, or after a retry."""
     credential: _Credential | None
     """Our credential for this client, if there is one."""
     alpn: bytes | None

@@ -33,15 +33,15 @@ from hybridkex.text import get_logger
 LOG: Final = get_logger("hybridkex.tunnel")
 
 READY_SECONDS: Final = 60.0
-"""Seconds for a worker to start, with its key sources."""
+"""For a worker to start, with its key sources."""
 AGAIN_SECONDS: Final = 1.0
-"""Seconds before a worker that ended is replaced."""
+"""Before a worker that ended is replaced."""
 MOST_AGAIN_SECONDS: Final = 30.0
-"""The same, if one after the other ends."""
+"""The same, where one after the other ends."""
 SURE_SECONDS: Final = 5.0
-"""Seconds after the grace period until a worker that has not ended is killed."""
+"""After the grace, until a worker that has not ended is killed."""
 SCRAPE_SECONDS: Final = 2.0
-"""Seconds for a worker to send its metrics."""
+"""For a worker to tell its metrics."""
 LOOK_EVERY: Final = 1.0
 """Seconds between two checks of the names of Unix sockets."""
 

@@ -73,7 +73,6 @@ class ServerVerifier(Protocol):
 
         ``at`` is the time of the check, aware; ``None`` is now.
         """
-        ...
 
 
 @runtime_checkable
@@ -85,7 +84,6 @@ class ClientVerifier(Protocol):
 
         ``at`` is the time of the check, aware; ``None`` is now.
         """
-        ...
 
 
 @runtime_checkable
@@ -99,7 +97,6 @@ class ServerKeyVerifier(Protocol):
 
         ``at`` is the time of the check, aware; ``None`` is now.
         """
-        ...
 
 
 @runtime_checkable
@@ -111,7 +108,6 @@ class ClientKeyVerifier(Protocol):
 
         ``at`` is the time of the check, aware; ``None`` is now.
         """
-        ...
 
 
 @runtime_checkable
@@ -124,4 +120,3 @@ class Refreshable(Protocol):
         A shell calls this, in a worker thread, before each handshake; the engine never does.
         Raises nothing. If a file cannot be read, the verifier accepts nobody.
         """
-        ...

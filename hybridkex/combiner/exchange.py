@@ -87,11 +87,9 @@ class Authentication(Protocol):
     @property
     def psk(self) -> Secret:
         """A secret that enters the key as well; empty if there is none."""
-        ...
 
     def prove(self, role: Role, digest: bytes) -> bytes:
         """Our proof over ``digest``, sent in ``role``."""
-        ...
 
     def check(self, role: Role, digest: bytes, proof: bytes, peer: str) -> VerifiedPeer | None:
         """Verify the proof that ``peer`` sent in ``role``.
@@ -99,7 +97,6 @@ class Authentication(Protocol):
         Raises:
             PeerError: the proof does not verify, or the peer is not ``peer``.
         """
-        ...
 
 
 @dataclass(frozen=True)

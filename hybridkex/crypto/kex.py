@@ -43,7 +43,6 @@ class Started(Protocol):
     @property
     def share(self) -> bytes:
         """The share for the peer: ``offer_length`` bytes."""
-        ...
 
     def finish(self, peer_share: bytes) -> Secret:
         """The shared secret, from the peer's ``answer_length`` bytes.
@@ -51,7 +50,6 @@ class Started(Protocol):
         Raises:
             IllegalParameter: the share is invalid.
         """
-        ...
 
 
 class KeyExchange(Protocol):
@@ -60,31 +58,25 @@ class KeyExchange(Protocol):
     @property
     def name(self) -> str:
         """The usual name, for example ``ML-KEM-768``."""
-        ...
 
     @property
     def properties(self) -> Property:
         """The hard problems that it rests on."""
-        ...
 
     @property
     def parts(self) -> "Sequence[KeyExchange]":
         """The parts of a hybrid, or this key exchange alone."""
-        ...
 
     @property
     def offer_length(self) -> int:
         """Bytes of the client's share."""
-        ...
 
     @property
     def answer_length(self) -> int:
         """Bytes of the server's share."""
-        ...
 
     def start(self) -> Started:
         """Make a fresh key pair (client)."""
-        ...
 
     def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:
         """Our share and the secret, from the client's share (server).
@@ -92,7 +84,6 @@ class KeyExchange(Protocol):
         Raises:
             IllegalParameter: the share is invalid.
         """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

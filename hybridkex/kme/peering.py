@@ -143,15 +143,12 @@ class PeerLink(Protocol):
 
         Raises ``BlocksRefused``, or ``KeySourceUnavailable`` if the outcome is unknown.
         """
-        ...
 
     async def void(self, key_ids: Sequence[str]) -> None:
         """Announce that these keys will not be used. Raises ``KeySourceUnavailable``."""
-        ...
 
     async def check(self, key_ids: Sequence[str]) -> list[str]:
         """Which of these blocks the other KME lacks. Raises ``KeySourceUnavailable``."""
-        ...
 
 
 class _Accepts(Protocol):

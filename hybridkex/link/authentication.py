@@ -57,18 +57,15 @@ class Authenticator(Protocol):
     @property
     def name(self) -> str:
         """How the authentication is named in reports."""
-        ...
 
     def tag(self, direction: Direction, parts: Sequence[bytes]) -> bytes:
         """The tag over what this party sent. Raises :class:`~hybridkex.errors.LedgerDry`."""
-        ...
 
     def check(self, direction: Direction, parts: Sequence[bytes], tag: bytes) -> None:
         """Check the tag over what this party received.
 
         Raises :class:`~hybridkex.errors.LinkAuthenticationError`.
         """
-        ...
 
 
 class WegmanCarter:

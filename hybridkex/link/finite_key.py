@@ -141,17 +141,14 @@ class Statistics(Protocol):
     @property
     def name(self) -> str:
         """One of :data:`FINITE_KEY`."""
-        ...
 
     def expectations(
         self, transmitter: Transmitter, counts: Sequence[float], security: Security
     ) -> Expectations:
         """Bounds n± of one vector of counts; each fails with its share of epsilon."""
-        ...
 
     def vacuum(self, wrong: float, detections: float, security: Security) -> float:
         """The most vacuum detections, given that at most ``wrong`` of them show a wrong bit."""
-        ...
 
     def phase_error(
         self, wrong: float, single_test: float, single: float, security: Security
@@ -160,11 +157,9 @@ class Statistics(Protocol):
 
         ``wrong`` of ``single_test`` detections of the test basis showed a wrong bit, at most.
         """
-        ...
 
     def length(self, vacuum: float, secret: float, security: Security) -> float:
         """The length before the leak is subtracted, from vacuum events and secret bits."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -292,13 +287,11 @@ class FiniteKeyProof(Protocol):
     @property
     def uses_key_errors(self) -> bool:
         """Whether ``Counts.key_errors`` must be known to both parties."""
-        ...
 
     def secret_length(
         self, source: Source, counts: Counts, *, security: Security, leak: float
     ) -> SecretLength:
         """The bound for these counts, with ``leak`` bits disclosed by error correction."""
-        ...
 
 
 def _check(counts: Counts, security: Security, leak: float) -> None:

@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives.poly1305 import Poly1305
 from numpy.typing import NDArray
 
 from hybridkex.errors import BlockAborted, LedgerLost, LinkAuthenticationError, LinkError
+from hybridkex.link import wire
 from hybridkex.link.authentication import (
     LEAST_SECRET,
     Authenticator,
@@ -48,19 +49,6 @@ from hybridkex.link.randomness import Randomness
 from hybridkex.link.reconciliation import Correction, ReconciliationError
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.toeplitz import compress, seed_length
-from hybridkex.link.wire import (
-    CHUNK,
-    Answer,
-    Corrected,
-    Finish,
-    Hello,
-    Report,
-    Request,
-    Sift,
-    Type,
-    Verdict,
-    pack_bits,
-)
 from hybridkex.net.event_loop import in_thread
 from hybridkex.qkd.producer import ProducedKey
 from hybridkex.secret import Secret
@@ -149,7 +137,7 @@ def verification_hash(key: Bits, seed: bytes, bits: int) -> Bits:
     Toeplitz hashing of its 128 bits (``2^-bits``); ``seed`` has 16 bytes for each.
     """
     mac = Poly1305(seed[:16] + bytes(16))
-    mac.update(pack_bits(key))
+    mac.update(wire.pack_bits(key))
     short = np.unpackbits(np.frombuffer(mac.finalize(), dtype=np.uint8))
     return compress(short, np.unpackbits(np.frombuffer(seed[16:], dtype=np.uint8))[:127], bits)
 
@@ -285,20 +273,20 @@ class _Party(Generic[L]):
         """Steps 5 and 6: error correction."""
         raise NotImplementedError
 
-    async def _verify(self, key: Bits) -> tuple[Finish, bool]:
+    async def _verify(self, key: Bits) -> tuple[wire.Finish, bool]:
         """Steps 8 and 9: Alice's last message, and whether the hashes of the keys agree."""
         raise NotImplementedError
 
-    def _hello(self) -> Hello:
+    def _hello(self) -> wire.Hello:
         positions = {lane: self.ledger.position(lane) for lane in Direction}
-        return Hello(
+        return wire.Hello(
             role=int(self.direction),
             nonce=self._randomness.bytes(32),
             settings=self._settings.digest,
             positions=positions if self.ledger.filled else None,
         )
 
-    def _begin_session(self, ours: Hello, theirs: Hello) -> None:
+    def _begin_session(self, ours: wire.Hello, theirs: wire.Hello) -> None:
         """Compare the two HELLOs. Raises ``LinkError``."""
         if theirs.role != 1 - ours.role:
             raise LinkError("both ends of the link have the same role")
@@ -396,12 +384,12 @@ class _Party(Generic[L]):
         return _Outcome(counts=counts, leak=leak, bits=length.bits, phase_error=length.phase_error)
 
     async def _amplify(
-        self, sifted: _Sifted, corrected: _Corrected, outcome: _Outcome, finish: Finish
+        self, sifted: _Sifted, corrected: _Corrected, outcome: _Outcome, finish: wire.Finish
     ) -> Block:
         """Privacy amplification, the ledger, keys."""
         secret = self._erase_later(await in_thread(compress, sifted.key, finish.seed, outcome.bits))
         whole = secret[: len(secret) // 8 * 8]
-        output = pack_bits(whole)
+        output = wire.pack_bits(whole)
         epsilon = self._epsilon()
         share = min(len(output), self.ledger.wanting)
         self.ledger.add(self._number, "from the link", output[:share])
@@ -458,20 +446,20 @@ class Alice(_Party[PulseRecord]):
     async def _greet(self) -> None:
         ours = self._hello()
         await self._channel.send(ours)
-        self._begin_session(ours, Hello.decode(await self._channel.receive(Type.HELLO)))
+        self._begin_session(ours, wire.Hello.decode(await self._channel.receive(wire.Type.HELLO)))
 
-    async def _verify(self, key: Bits) -> tuple[Finish, bool]:
+    async def _verify(self, key: Bits) -> tuple[wire.Finish, bool]:
         draw = self._randomness
-        hash_seed = draw.bytes(Finish.HASH_SEED)
-        finish = Finish(
+        hash_seed = draw.bytes(wire.Finish.HASH_SEED)
+        finish = wire.Finish(
             hash_seed=hash_seed,
             hash=verification_hash(key, hash_seed, self._settings.verification_bits),
-            name=draw.bytes(Finish.NAME),
+            name=draw.bytes(wire.Finish.NAME),
             seed=draw.bits(seed_length(len(key))),
         )
         await self._channel.send(finish)
         await self._channel.send_tag()
-        verdict = Verdict.decode(await self._channel.receive(Type.VERDICT))
+        verdict = wire.Verdict.decode(await self._channel.receive(wire.Type.VERDICT))
         await self._verify_tag()
         return finish, verdict.agree
 
@@ -489,7 +477,7 @@ class Alice(_Party[PulseRecord]):
             theirs.append(report.bit[kept[report.basis.astype(bool)]])
             in_test = chosen.basis.astype(bool)
             await self._channel.send(
-                Sift(
+                wire.Sift(
                     kept=kept.astype(np.uint8),
                     intensity=chosen.intensity,
                     bit=chosen.bit[in_test],
@@ -502,14 +490,16 @@ class Alice(_Party[PulseRecord]):
         tests = bit[basis.astype(bool)], np.concatenate(theirs)
         return self._estimate(bit, basis, intensity, tests, pulses)
 
-    async def _recall(self) -> tuple[list[Report], list[Sent], int]:
+    async def _recall(self) -> tuple[list[wire.Report], list[Sent], int]:
         """Bob's reports, what was sent in those pulses, and how many pulses the block took."""
-        reports: list[Report] = []
+        reports: list[wire.Report] = []
         missing = self._settings.detections
         last = self._last_pulse
         while missing:
-            body = await self._channel.receive(Type.REPORT, patient=self._patient and not reports)
-            report = Report.decode(body)
+            body = await self._channel.receive(
+                wire.Type.REPORT, patient=self._patient and not reports
+            )
+            report = wire.Report.decode(body)
             missing -= len(report.pulse)
             if missing < 0 or int(report.pulse[0]) <= last:
                 raise LinkError("the reports of a block do not fit together")
@@ -522,7 +512,7 @@ class Alice(_Party[PulseRecord]):
             self._erase_later(one.bit)
         return reports, sent, pulses
 
-    def _choose(self, sent: list[Sent], reports: list[Report]) -> list[NDArray[np.bool_]]:
+    def _choose(self, sent: list[Sent], reports: list[wire.Report]) -> list[NDArray[np.bool_]]:
         """Which detections are kept: equal bases; of the key basis a random sample."""
         keeps = [one.basis == report.basis for one, report in zip(sent, reports, strict=True)]
         in_key = [kept & (one.basis == 0) for one, kept in zip(sent, keeps, strict=True)]
@@ -545,15 +535,15 @@ class Alice(_Party[PulseRecord]):
         )
         rounds = 0
         while True:
-            kind, body = await self._channel.receive_one_of(Type.ASK, Type.CORRECTED)
-            if kind is Type.CORRECTED:
+            kind, body = await self._channel.receive_one_of(wire.Type.ASK, wire.Type.CORRECTED)
+            if kind is wire.Type.CORRECTED:
                 break
             answer = await in_thread(responder.answer, body)
             rounds += 1
-            await self._channel.send(Answer(answer))
+            await self._channel.send(wire.Answer(answer))
         tells = self._settings.proof.uses_key_errors
         most = tuple(map(int, sifted.counts.key)) if tells else ()
-        errors = Corrected.decode(body, most=most).errors
+        errors = wire.Corrected.decode(body, most=most).errors
         await self._verify_tag()
         return _Corrected(
             disclosed=responder.disclosed,
@@ -569,21 +559,21 @@ class Bob(_Party[Detector]):
     direction = Direction.BOB_TO_ALICE
 
     async def _greet(self) -> None:
-        theirs = Hello.decode(await self._channel.receive(Type.HELLO))
+        theirs = wire.Hello.decode(await self._channel.receive(wire.Type.HELLO))
         ours = self._hello()
         await self._channel.send(ours)
         self._begin_session(ours, theirs)
 
-    async def _verify(self, key: Bits) -> tuple[Finish, bool]:
-        finish = Finish.decode(
-            await self._channel.receive(Type.FINISH),
+    async def _verify(self, key: Bits) -> tuple[wire.Finish, bool]:
+        finish = wire.Finish.decode(
+            await self._channel.receive(wire.Type.FINISH),
             hash_bits=self._settings.verification_bits,
             seed_bits=seed_length(len(key)),
         )
         await self._verify_tag()
         ours = verification_hash(key, finish.hash_seed, self._settings.verification_bits)
         agree = bool((ours == finish.hash).all())
-        await self._channel.send(Verdict(agree=agree))
+        await self._channel.send(wire.Verdict(agree=agree))
         await self._channel.send_tag()
         return finish, agree
 
@@ -592,23 +582,23 @@ class Bob(_Party[Detector]):
         self._erase_later(seen.bit)
         parts = [
             Detections(
-                pulse=seen.pulse[start : start + CHUNK],
-                basis=seen.basis[start : start + CHUNK],
-                bit=seen.bit[start : start + CHUNK],
+                pulse=seen.pulse[start : start + wire.CHUNK],
+                basis=seen.basis[start : start + wire.CHUNK],
+                bit=seen.bit[start : start + wire.CHUNK],
             )
-            for start in range(0, len(seen.pulse), CHUNK)
+            for start in range(0, len(seen.pulse), wire.CHUNK)
         ]
         for part in parts:
             in_test = part.basis.astype(bool)
             await self._channel.send(
-                Report(pulse=part.pulse, basis=part.basis, bit=part.bit[in_test])
+                wire.Report(pulse=part.pulse, basis=part.basis, bit=part.bit[in_test])
             )
         await self._channel.send_tag()
         last = int(seen.pulse[-1])
         pulses, self._last_pulse = last - self._last_pulse, last
         answers = [
-            Sift.decode(
-                await self._channel.receive(Type.SIFT),
+            wire.Sift.decode(
+                await self._channel.receive(wire.Type.SIFT),
                 basis=part.basis,
                 intensities=len(self._settings.preset.transmitter.probabilities),
             )
@@ -641,13 +631,13 @@ class Bob(_Party[Detector]):
         request = await in_thread(step, None)
         while request is not None:
             rounds += 1
-            await self._channel.send(Request(request))
-            request = await in_thread(step, await self._channel.receive(Type.TELL))
+            await self._channel.send(wire.Request(request))
+            request = await in_thread(step, await self._channel.receive(wire.Type.TELL))
         assert correction is not None
         wrong = sifted.intensity[before != sifted.key]
         errors = tuple(map(int, np.bincount(wrong, minlength=len(sifted.counts.key))))
         tells = self._settings.proof.uses_key_errors
-        await self._channel.send(Corrected(errors=errors if tells else ()))
+        await self._channel.send(wire.Corrected(errors=errors if tells else ()))
         await self._channel.send_tag()
         return _Corrected(
             disclosed=correction.disclosed,

@@ -36,12 +36,10 @@ class Light(Protocol):
 
     def yields(self, photons: NDArray[np.int64]) -> NDArray[np.float64]:
         """For each photon number, the probability that the pulse makes a signal click."""
-        ...
 
     @property
     def signal_error(self) -> float:
         """The probability that a signal click shows the wrong bit, when the bases agree."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,23 +158,19 @@ class Source(Protocol):
     @property
     def probabilities(self) -> tuple[float, ...]:
         """Of the kinds."""
-        ...
 
     @property
     def key_basis_probability(self) -> float:
         """Of either party's choice of basis."""
-        ...
 
     def response(self, channel: Channel, light: Light | None = None) -> list[tuple[float, float]]:
         """For each kind, the probabilities of a detection and of one with a wrong bit.
 
         ``light``: an eavesdropper in the fibre's place.
         """
-        ...
 
     def mean_gain(self, channel: Channel) -> float:
         """The probability that any one pulse is detected."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,6 @@ class Detector(Protocol):
 
     async def detect(self, count: int) -> Detections:
         """Wait for ``count`` detections."""
-        ...
 
 
 def sample(

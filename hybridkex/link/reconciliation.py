@@ -35,16 +35,13 @@ class Responder(Protocol):
     @property
     def disclosed(self) -> int:
         """Bits about Alice's key disclosed so far."""
-        ...
 
     @property
     def announced(self) -> int:
         """Bits about Bob's key that the requests disclosed so far."""
-        ...
 
     def answer(self, request: bytes) -> bytes:
         """The answer. Raises :class:`ReconciliationError` for a request that Bob would not send."""
-        ...
 
 
 class Reconciler(Protocol):
@@ -53,15 +50,12 @@ class Reconciler(Protocol):
     @property
     def name(self) -> str:
         """For reports and for the digest of the settings."""
-        ...
 
     def respond(self, key: Bits, error_rate: float) -> Responder:
         """Alice's side for this key, and an estimate of the share of wrong bits that both have."""
-        ...
 
     def correct(self, key: Bits, error_rate: float) -> Generator[bytes, bytes, Correction]:
         """Bob's side: yields requests, wants the answers sent, corrects ``key`` in place.
 
         Raises :class:`ReconciliationError` when the answers contradict each other.
         """
-        ...

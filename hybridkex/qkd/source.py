@@ -98,19 +98,16 @@ class KeySource(Protocol):
     @property
     def local_sae(self) -> str:
         """Our own SAE ID."""
-        ...
 
     @property
     def peer_sae(self) -> str:
         """The SAE ID of the peer."""
-        ...
 
     async def get_key(self) -> QkdKey:
         """Draw a new key, with us as its master.
 
         Raises :class:`~hybridkex.errors.KeySourceExhausted` when none is left now.
         """
-        ...
 
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         """Get the key of this name, which the peer drew; we are its slave.
@@ -120,15 +117,12 @@ class KeySource(Protocol):
         :class:`~hybridkex.errors.KeyNotYetAvailable`, the only one after which the same name may
         be asked for again.
         """
-        ...
 
     def knows(self, name: KeyReference) -> bool:
         """Whether the KMEs in the name are those of this source. No I/O."""
-        ...
 
     async def status(self) -> SourceStatus:
         """The current stock."""
-        ...
 
 
 def single(name: KeyReference, *, master_kme: str | None, slave_kme: str | None) -> str:

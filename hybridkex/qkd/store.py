@@ -133,7 +133,6 @@ class KeyStore(Protocol):
         self, link: str, keys: Iterable[tuple[str, Secret]], *, shared: bool = True
     ) -> None:
         """Add material. IDs that the link has or had are ignored, so a call can be repeated."""
-        ...
 
     async def reserve(
         self, link: str, number: int, *, half: int = 0, skip: Iterable[str] = ()
@@ -143,15 +142,12 @@ class KeyStore(Protocol):
         They are reserved for the caller until :meth:`release` or :meth:`allot`. Keys in ``skip``
         are passed over.
         """
-        ...
 
     async def release(self, link: str, key_ids: Iterable[str]) -> None:
         """End reservations; blocks that were not allotted are free again."""
-        ...
 
     async def count(self, link: str) -> int:
         """The number of keys that a link has as material."""
-        ...
 
     async def shared_ids(
         self, link: str, *, created_before: float, after: Position | None = None
@@ -166,22 +162,18 @@ class KeyStore(Protocol):
         Returns:
             The IDs, which may be none, and the position to go on from; ``None`` at the end.
         """
-        ...
 
     async def unknown(self, link: str, key_ids: Sequence[str]) -> list[str]:
         """Those of these IDs that are not material of the link."""
-        ...
 
     async def never_here(self, link: str, key_ids: Sequence[str]) -> list[str]:
         """Those of these IDs that are neither material of the link nor spent."""
-        ...
 
     async def promised(self, link: str) -> int:
         """The number of blocks of the promised keys that no SAE has collected.
 
         Each slave of a key counts.
         """
-        ...
 
     async def allot(
         self, link: str, allotments: Sequence[Allotment], *, master: str, slaves: Sequence[str] = ()
@@ -190,7 +182,6 @@ class KeyStore(Protocol):
 
         Raises :class:`~hybridkex.errors.KeyConsumed` when a block is gone.
         """
-        ...
 
     async def accept(
         self,
@@ -207,7 +198,6 @@ class KeyStore(Protocol):
 
         Raises :class:`BlocksRefused`.
         """
-        ...
 
     async def collect(
         self, link: str, key_ids: Sequence[str], *, slave: str, master: str
@@ -217,7 +207,6 @@ class KeyStore(Protocol):
         Raises :class:`~hybridkex.errors.KeyUnknown`, ``KeyConsumed``, ``KeyExpired`` or
         ``KeyUnauthorized``.
         """
-        ...
 
     async def discard(self, link: str, key_ids: Iterable[str]) -> list[str]:
         """Erase material that the other end lacks. Returns the erased IDs.
@@ -225,7 +214,6 @@ class KeyStore(Protocol):
         Only unreserved material is erased: a key that has been promised to an SAE meanwhile is not
         touched.
         """
-        ...
 
     async def void(self, link: str, key_ids: Iterable[str]) -> int:
         """Erase keys that the KME at the other end has discarded. Returns the number erased.
@@ -233,7 +221,6 @@ class KeyStore(Protocol):
         Erases material, and promises made at the peer's request that no SAE has collected. An
         unknown ID is recorded as spent, since its key may still be in transit.
         """
-        ...
 
     async def expire(self, *, keys_before: float, tombstones_before: float) -> int:
         """Erase keys older than the first time; forget IDs of keys gone before the second.
@@ -241,18 +228,15 @@ class KeyStore(Protocol):
         Times are in seconds since the epoch. Returns the number of keys erased. Works in small
         transactions, between which other calls are carried out.
         """
-        ...
 
     async def claim(self, job: str, seconds: float) -> bool:
         """Whether a job is due and the caller is to do it: one of those who share the store.
 
         For ``seconds``, or until :meth:`settle`, the job is no other caller's.
         """
-        ...
 
     async def settle(self, job: str, seconds: float) -> None:
         """A job that was claimed is over; it is due again after ``seconds``."""
-        ...
 
     async def change_keys(self, seal_key: Secret, read_keys: Sequence[Secret] = ()) -> None:
         """Encrypt under another key from now on, and decrypt with the others, too.
@@ -260,27 +244,22 @@ class KeyStore(Protocol):
         Raises :class:`~hybridkex.errors.ConfigError` if a key that is needed is not among them;
         then nothing changes.
         """
-        ...
 
     async def renew(self) -> bool:
         """Encrypt all keys under the current sealing key. Returns whether that is done.
 
         Works in small transactions, and is to be called until it returns true.
         """
-        ...
 
     async def tidy(self) -> None:
         """Remove from the disk what is left of keys that had left the database when this method was
         called the last time. To be called again and again."""
-        ...
 
     def close(self) -> None:
         """Close the database while no call is under way."""
-        ...
 
     async def aclose(self) -> None:
         """Close the database after the calls in progress."""
-        ...
 
 
 # -- what every implementation decides alike, inside its transaction

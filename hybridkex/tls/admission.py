@@ -33,22 +33,18 @@ class Remembered(Protocol):
     @property
     def authenticated_by(self) -> AuthenticatedBy:
         """How the first handshake authenticated the server."""
-        ...
 
     @property
     def psk_identity(self) -> bytes | None:
         """The external PSK in the key schedule of the first handshake."""
-        ...
 
     @property
     def began_at(self) -> float:
         """When the first handshake was made, in seconds since the epoch."""
-        ...
 
     @property
     def binding(self) -> bytes:
         """The binding of the configuration that made the session."""
-        ...
 
 
 def check_session(config: ClientConfig | ServerConfig, session: Session) -> None:

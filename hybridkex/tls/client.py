@@ -38,7 +38,7 @@ from hybridkex.errors import (
     UnsupportedExtension,
 )
 from hybridkex.reasons import Reason
-from hybridkex.tls import fresh_negotiation
+from hybridkex.tls import fresh_negotiation, negotiation
 from hybridkex.tls.admission import check_session, resumable
 from hybridkex.tls.certificate_types import (
     ONLY_X509,
@@ -52,17 +52,6 @@ from hybridkex.tls.config import ClientConfig
 from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.events import HandshakeCompleted, PskWanted, SessionProposed
 from hybridkex.tls.extended_key_update import Updates
-from hybridkex.tls.negotiation import (
-    PeerProof,
-    Psk,
-    authenticated_by,
-    certificate_message,
-    check_finished,
-    describe,
-    external_psks,
-    sign_transcript,
-    verify_signature,
-)
 from hybridkex.tls.policy import Authentication, Requirement
 from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import AuthenticatedBy, Session, SessionTicket
@@ -109,7 +98,7 @@ class _Offer:
     name: PeerName | None
     random: bytes
     session_id: bytes
-    psks: tuple[Psk, ...]
+    psks: tuple[negotiation.Psk, ...]
     resumption: _Resumption | None
     started: dict[int, Started]
     """The key exchanges that were offered with a share, by the group's code."""
@@ -266,11 +255,11 @@ def _send_hello(
     externals: tuple[ExternalPsk, ...],
     records: RecordLayer,
 ) -> ClientState:
-    psks: list[Psk] = []
+    psks: list[negotiation.Psk] = []
     if resumption is not None:
         ticket = resumption.ticket
         psks.append(
-            Psk(
+            negotiation.Psk(
                 identity=ticket.ticket,
                 key=ticket.psk,
                 hash=ticket.suite.hash,
@@ -283,7 +272,7 @@ def _send_hello(
     # RFC 9973 section 4 forbids a ticket beside an external PSK with certificates.
     if config.has_psk and (resumption is None or config.authentication in _ALONE):
         for external in externals:
-            psks.extend(external_psks(external, config.suites))
+            psks.extend(negotiation.external_psks(external, config.suites))
     offer = _Offer(
         config=config,
         constant=config.once(_constant),
@@ -522,7 +511,9 @@ def _accept(
     return WaitEncryptedExtensions(offer, group, psk, verifier, keys, transcript)
 
 
-def _chosen_psk(psks: tuple[Psk, ...], suite: CipherSuite, message: wire.ServerHello) -> Psk | None:
+def _chosen_psk(
+    psks: tuple[negotiation.Psk, ...], suite: CipherSuite, message: wire.ServerHello
+) -> negotiation.Psk | None:
     choice = message.extensions.get(ext.PreSharedKeyChoice)
     if choice is None:
         if ext.TlsCertWithExternPsk in message.extensions:
@@ -572,7 +563,7 @@ class WaitEncryptedExtensions(ClientState):
 
     offer: _Offer
     group: Group
-    psk: Psk | None
+    psk: negotiation.Psk | None
     verifier: AnyServerVerifier | None
     """Decides about the server's certificate; ``None`` where the PSK alone authenticates it."""
     keys: _Keys
@@ -602,7 +593,7 @@ class WaitEncryptedExtensions(ClientState):
             ),
         )
         if self.verifier is None:
-            proof = PeerProof(self._resumed_peer(), None, self.psk)
+            proof = negotiation.PeerProof(self._resumed_peer(), None, self.psk)
             return WaitFinished(negotiated, proof, None, transcript)
         return WaitCertificateOrRequest(negotiated, self.verifier, transcript)
 
@@ -646,7 +637,7 @@ class _Negotiated:
 
     offer: _Offer
     group: Group
-    psk: Psk | None
+    psk: negotiation.Psk | None
     keys: _Keys
     alpn: bytes | None
     extensions: tuple[ext.Extension, ...]
@@ -723,14 +714,14 @@ class WaitCertificateVerify(ClientState):
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, wire.CertificateVerify)
-        scheme = verify_signature(
+        scheme = negotiation.verify_signature(
             message,
             self.peer,
             self.negotiated.offer.config.signature_schemes,
             Label.SERVER_CERTIFICATE_VERIFY,
             self.transcript,
         )
-        proof = PeerProof(self.peer, scheme, self.negotiated.psk)
+        proof = negotiation.PeerProof(self.peer, scheme, self.negotiated.psk)
         return WaitFinished(self.negotiated, proof, self.requested, self.transcript.add(raw))
 
 
@@ -739,13 +730,13 @@ class WaitFinished(ClientState):
     """The server is authenticated; its Finished confirms the whole handshake."""
 
     negotiated: _Negotiated
-    proof: PeerProof
+    proof: negotiation.PeerProof
     requested: tuple[int, ...] | None
     transcript: Transcript
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, wire.Finished)
-        check_finished(message, self.negotiated.keys.server, self.transcript)
+        negotiation.check_finished(message, self.negotiated.keys.server, self.transcript)
         records.reader.check_message_boundary()
         records.reader.change_cipher_spec_allowed = False
         transcript = self.transcript.add(raw)
@@ -762,9 +753,9 @@ class WaitFinished(ClientState):
             by, began_at = ticket.authenticated_by, ticket.began_at
         else:
             signed = proof.scheme is not None
-            by = authenticated_by(proof.certificate, proof.psk, has_certificate=signed)
+            by = negotiation.authenticated_by(proof.certificate, proof.psk, has_certificate=signed)
             began_at = config.clock()
-        return describe(
+        return negotiation.describe(
             suite=negotiated.keys.suite,
             group=negotiated.group,
             psk=proof.psk,
@@ -785,7 +776,7 @@ class Proposed(ClientState):
     """The server's Finished is verified; our caller decides before we send ours."""
 
     negotiated: _Negotiated
-    proof: PeerProof
+    proof: negotiation.PeerProof
     requested: tuple[int, ...] | None
     session: Session
     transcript: Transcript
@@ -834,12 +825,14 @@ class Proposed(ClientState):
         if identity is not None and identity.certificate_type == self.negotiated.client_type:
             scheme = choose_scheme(identity.signing_key, config.signature_schemes, requested)
         shown = () if identity is None or scheme is None else identity.chain
-        certificate = certificate_message(shown)
+        certificate = negotiation.certificate_message(shown)
         records.writer.send_raw(certificate)
         transcript = transcript.add(certificate)
         if identity is None or scheme is None:
             return transcript
-        verify = sign_transcript(identity, scheme, Label.CLIENT_CERTIFICATE_VERIFY, transcript)
+        verify = negotiation.sign_transcript(
+            identity, scheme, Label.CLIENT_CERTIFICATE_VERIFY, transcript
+        )
         return transcript.add(records.writer.send(verify))
 
 

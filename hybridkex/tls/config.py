@@ -51,14 +51,12 @@ class PskSource(Protocol):
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
-        ...
 
     async def look_up(self, identities: tuple[bytes, ...]) -> ExternalPsk:
         """The PSK behind one of the identities that a client offered, as they were on the wire.
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
-        ...
 
     def authorize(self, session: Session, missing: str | None) -> Session:
         """Decide about a proposed session; return it with what the source knows of its PSK.
@@ -71,7 +69,6 @@ class PskSource(Protocol):
 
         Raises :class:`~hybridkex.errors.PolicyRefused` when this peer must use a PSK and did not.
         """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

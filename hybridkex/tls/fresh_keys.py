@@ -25,7 +25,6 @@ class UpdateKeySource(Protocol):
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
-        ...
 
     async def look_up_for_update(
         self, identity: bytes, session: Session, *, client: bool, epoch: int
@@ -34,14 +33,12 @@ class UpdateKeySource(Protocol):
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
-        ...
 
     async def stock_for_updates(self, session: Session) -> int | None:
         """The number of keys that can be drawn for this peer; ``None`` if it is not known.
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,21 +25,18 @@ class PadSource(Protocol):
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
-        ...
 
     async def look_up_for_pad(self, identity: bytes, session: Session) -> Secret:
         """The key that the peer has drawn and named, once. The shell bounds the time.
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
-        ...
 
     async def stock_for_pads(self, session: Session) -> int | None:
         """Bytes of key that can be drawn for this peer; ``None`` if it is not known.
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,6 @@ class Padding(Protocol):
 
     def __call__(self, length: int, limit: int, /) -> int:
         """For ``length`` bytes of content, of at most ``limit``: the zeros to append."""
-        ...
 
 
 class WriteProtection:

@@ -51,7 +51,7 @@ from hybridkex.errors import (
 )
 from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
-from hybridkex.tls import fresh_negotiation
+from hybridkex.tls import fresh_negotiation, negotiation
 from hybridkex.tls.admission import check_session, resumable
 from hybridkex.tls.certificate_types import (
     ONLY_X509,
@@ -64,16 +64,6 @@ from hybridkex.tls.config import ServerConfig
 from hybridkex.tls.epochs import KeyUpdates
 from hybridkex.tls.events import HandshakeCompleted, PskWanted, SessionProposed
 from hybridkex.tls.extended_key_update import Updates
-from hybridkex.tls.negotiation import (
-    Psk,
-    authenticated_by,
-    certificate_message,
-    check_finished,
-    describe,
-    external_psks,
-    sign_transcript,
-    verify_signature,
-)
 from hybridkex.tls.policy import Authentication, Requirement
 from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import Session
@@ -630,7 +620,7 @@ class _Selected:
     """The PSK that we select from the client's offer."""
 
     offered: _OfferedPsk
-    psk: Psk
+    psk: negotiation.Psk
     resumption: _Resumption | None
 
 
@@ -644,7 +634,7 @@ def _resolve(choice: _Choice, offered: _OfferedPsk) -> _Selected | None:
     resumption = _resume(choice, state) if state is not None else None
     if state is None or resumption is None:
         return None
-    psk = Psk(
+    psk = negotiation.Psk(
         identity=offered.identity,
         key=state.psk,
         hash=function,
@@ -658,7 +648,7 @@ def _resolve(choice: _Choice, offered: _OfferedPsk) -> _Selected | None:
 
 def _selected(choice: _Choice, offered: _OfferedPsk, external: ExternalPsk) -> _Selected | None:
     """An external PSK that was named, if it goes with our suite: its key is derived here."""
-    for psk in external_psks(external, (choice.suite,)):
+    for psk in negotiation.external_psks(external, (choice.suite,)):
         if psk.identity == offered.identity and psk.hash == choice.suite.hash:
             return _Selected(offered, psk, None)
     return None
@@ -886,10 +876,10 @@ def _authenticate(
         )
         sent.append(records.writer.send(wire.CertificateRequest(b"", request)))
     identity, label = credential.identity, Label.SERVER_CERTIFICATE_VERIFY
-    certificate = certificate_message(identity.chain)
+    certificate = negotiation.certificate_message(identity.chain)
     records.writer.send_raw(certificate)
     transcript = transcript.add(*sent, certificate)
-    verify = sign_transcript(identity, credential.scheme, label, transcript)
+    verify = negotiation.sign_transcript(identity, credential.scheme, label, transcript)
     return transcript.add(records.writer.send(verify))
 
 
@@ -972,7 +962,7 @@ class WaitClientCertificateVerify(ServerState):
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
         assert isinstance(message, wire.CertificateVerify)
-        verify_signature(
+        negotiation.verify_signature(
             message,
             self.peer,
             self.flight.choice.config.signature_schemes,
@@ -993,7 +983,7 @@ class WaitClientFinished(ServerState):
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ServerState:
         assert isinstance(message, wire.Finished)
         flight, choice, selected = self.flight, self.flight.choice, self.flight.selected
-        check_finished(message, flight.client_handshake, self.transcript)
+        negotiation.check_finished(message, flight.client_handshake, self.transcript)
         records.reader.check_message_boundary()
         records.reader.change_cipher_spec_allowed = False
         transcript = self.transcript.add(raw)
@@ -1004,8 +994,10 @@ class WaitClientFinished(ServerState):
             by = resumption.ticket.authenticated_by
         else:
             peer, began_at = self.peer, choice.config.clock()
-            by = authenticated_by(None, psk, has_certificate=flight.credential is not None)
-        session = describe(
+            by = negotiation.authenticated_by(
+                None, psk, has_certificate=flight.credential is not None
+            )
+        session = negotiation.describe(
             suite=choice.suite,
             group=choice.group,
             psk=psk,

@@ -229,7 +229,6 @@ class TicketStore(Protocol):
 
     def put(self, server: str, ticket: SessionTicket) -> None:
         """Keep a ticket for this server."""
-        ...
 
     def take(self, server: str, binding: bytes | None = None) -> SessionTicket | None:
         """The newest usable ticket for this server; it is not given out again.
@@ -237,7 +236,6 @@ class TicketStore(Protocol):
         Args:
             binding: only tickets with this binding; others stay. ``None`` takes any.
         """
-        ...
 
 
 @runtime_checkable
@@ -251,7 +249,6 @@ class FlushableTicketStore(Protocol):
         Raises:
             ConfigError: it cannot be written.
         """
-        ...
 
 
 @dataclass

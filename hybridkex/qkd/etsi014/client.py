@@ -22,17 +22,7 @@ from hybridkex.errors import (
 )
 from hybridkex.json_text import load_json
 from hybridkex.net.event_loop import time_limit
-from hybridkex.qkd.etsi014.models import (
-    API,
-    DeliveredKey,
-    Json,
-    KeyContainer,
-    KeyIds,
-    KeyRequest,
-    ModelError,
-    Status,
-    message_of,
-)
+from hybridkex.qkd.etsi014 import models
 from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, client_tls
 from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate
 from hybridkex.qkd.etsi014.transport import (
@@ -190,12 +180,12 @@ class KmeClient:
         elif found != self._kme_id:
             raise KeySourceUnavailable(f"the KME is {found}, not {self._kme_id}")
 
-    async def status(self, slave_sae: str) -> Status:
+    async def status(self, slave_sae: str) -> models.Status:
         """Get status (clause 5.1)."""
         body = await self._call("GET", slave_sae, "status", looking_up=False)
         try:
-            status = Status.from_json(body)
-        except ModelError as error:
+            status = models.Status.from_json(body)
+        except models.ModelError as error:
             raise KeySourceUnavailable(f"the KME's status is malformed: {error}") from None
         if self._access.kme_id is None and status.source_kme_id != self._kme_id:
             # A configured ID that the certificate confirmed takes precedence over this one.
@@ -206,12 +196,14 @@ class KmeClient:
             )
         return status
 
-    async def enc_keys(self, slave_sae: str, request: KeyRequest | None = None) -> KeyContainer:
+    async def enc_keys(
+        self, slave_sae: str, request: models.KeyRequest | None = None
+    ) -> models.KeyContainer:
         """Get key (clause 5.2): new keys, ``request.size`` bits each, with us as master.
 
         Raises what :meth:`KeySource.get_key` raises. Number and length of the keys are checked.
         """
-        request = request or KeyRequest()
+        request = request or models.KeyRequest()
         longest = 4096 + request.number * (512 + (request.size or 0) // 6)
         if longest > self._access.max_answer:
             # If requested but too long to read, the keys would be lost.
@@ -237,9 +229,9 @@ class KmeClient:
             raise KeySourceUnavailable("the KME gave keys of a different length than requested")
         return container
 
-    async def dec_keys(self, master_sae: str, key_ids: Sequence[str]) -> KeyContainer:
+    async def dec_keys(self, master_sae: str, key_ids: Sequence[str]) -> models.KeyContainer:
         """Get key with key IDs (clause 5.3), in the order of ``key_ids``."""
-        content = KeyIds(key_ids=tuple(key_ids)).to_json()
+        content = models.KeyIds(key_ids=tuple(key_ids)).to_json()
         if len(key_ids) == 1 and not self._post:
             query = {"key_ID": key_ids[0]}
             body = await self._call("GET", master_sae, "dec_keys", query, content, looking_up=True)
@@ -248,19 +240,19 @@ class KmeClient:
                 "POST", master_sae, "dec_keys", content=content, looking_up=True
             )
         container = self._container(body, len(key_ids))
-        found: dict[str, DeliveredKey] = {item.key_id: item for item in container.keys}
+        found: dict[str, models.DeliveredKey] = {item.key_id: item for item in container.keys}
         if found.keys() != set(key_ids):
             raise KeySourceUnavailable("the KME gave different keys than requested")
-        return KeyContainer(
+        return models.KeyContainer(
             keys=tuple(found[key_id] for key_id in key_ids),
             key_container_extension=container.key_container_extension,
         )
 
     @staticmethod
-    def _container(body: object, number: int) -> KeyContainer:
+    def _container(body: object, number: int) -> models.KeyContainer:
         try:
-            container = KeyContainer.from_json(body)
-        except ModelError as error:
+            container = models.KeyContainer.from_json(body)
+        except models.ModelError as error:
             raise KeySourceUnavailable(f"the KME's keys are malformed: {error}") from None
         if len(container.keys) != number:
             raise KeySourceUnavailable(
@@ -278,7 +270,7 @@ class KmeClient:
         sae: str,
         call: str,
         query: dict[str, Any] | None = None,
-        content: Json | None = None,
+        content: models.Json | None = None,
         *,
         looking_up: bool,
     ) -> object:
@@ -287,7 +279,7 @@ class KmeClient:
         A request is sent again only where the answer says that nothing was done: a redirect that
         adds the slash at the end, and 405 for a GET that has a POST form.
         """
-        path = f"{API}/{quote(sae, safe='')}/{call}"
+        path = f"{models.API}/{quote(sae, safe='')}/{call}"
         try:
             async with time_limit(self._access.timeout):
                 answer = await self._exchange(method, path, query, content)
@@ -327,13 +319,13 @@ class KmeClient:
                 f"the KME answered {answer.status}, a redirect to {printable(target, most=200)}, "
                 "which is not followed; configure the URL of the KME itself"
             )
-        refused = classify(answer.status, message_of(value), looking_up=looking_up)
+        refused = classify(answer.status, models.message_of(value), looking_up=looking_up)
         refused.retry_after = _retry_after(answer)
         LOG.info("%s: %s", call, refused)
         raise refused
 
     async def _exchange(
-        self, method: str, path: str, query: dict[str, Any] | None, content: Json | None
+        self, method: str, path: str, query: dict[str, Any] | None, content: models.Json | None
     ) -> Answer:
         return await self._http.exchange(
             method,
@@ -403,7 +395,7 @@ class Etsi014Source:
     async def get_key(self) -> QkdKey:
         """Get a fresh key; see :class:`~hybridkex.qkd.source.KeySource`."""
         kme, peer_kme = await self._kmes()
-        request = KeyRequest(number=1, size=self._key_bits)
+        request = models.KeyRequest(number=1, size=self._key_bits)
         [item] = (await self._client.enc_keys(self.peer_sae, request)).keys
         return QkdKey(
             name=(KeyPart(kme, peer_kme, item.key_id),),
@@ -446,7 +438,7 @@ class Etsi014Source:
             theirs = self._peer_kme or status.target_kme_id
         return ours, theirs
 
-    async def _status(self) -> Status:
+    async def _status(self) -> models.Status:
         status = await self._client.status(self.peer_sae)
         if status.master_sae_id != self.local_sae:
             raise KeyUnauthorized(

@@ -82,7 +82,7 @@ class Finding:
     """The next step if it does not work."""
 
     def as_json(self) -> dict[str, object]:
-        """As plain values for JSON."""
+        """Plain values for JSON."""
         return asdict(self)
 
 

@@ -93,7 +93,7 @@ def guarded_processes(folder: Path | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(folder: Path, elsewhere: str) -> Iterator[None]:
-    """Where work in a folder fails because the folder cannot be written to, say that.
+    """Report that a folder cannot be written to, if work in it fails for that reason.
 
     What fails is a program, a database, a connection, each with its own words for it; so the folder
     is tried once more.

@@ -39,7 +39,7 @@ class SharedLookups(HostnameResolver):
         self._lookups: dict[tuple[Any, ...], _Lookup] = {}
 
     async def getaddrinfo(self, *question: Any) -> Any:
-        """As :func:`socket.getaddrinfo`. A cancelled caller leaves the look-up to the others."""
+        """Like :func:`socket.getaddrinfo`. If a caller is cancelled, others get the result."""
         lookup = self._lookups.get(question)
         if lookup is None or lookup.until <= trio.current_time():
             self._forget()
@@ -76,7 +76,7 @@ class SharedLookups(HostnameResolver):
             del self._lookups[question]
 
     async def getnameinfo(self, sockaddr: Any, flags: int) -> tuple[str, str]:
-        """As :func:`socket.getnameinfo`."""
+        """Like :func:`socket.getnameinfo`."""
         return await trio.to_thread.run_sync(
             socket.getnameinfo, sockaddr, flags, abandon_on_cancel=True
         )

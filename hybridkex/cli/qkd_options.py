@@ -39,7 +39,7 @@ class KmeOptions:
 
 @value(kw_only=True)
 class QkdOptions:
-    """Where the QKD keys come from, and whether there must be some."""
+    """The source of the QKD keys, and whether one is required."""
 
     kme: KmeOptions = nested()
     sae: str | None = option("our own SAE ID", metavar="ID")

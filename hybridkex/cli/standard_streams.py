@@ -67,12 +67,12 @@ class StandardOutput(PrintableOutput):
     """Standard output, escaped; an error of writing to it says where it comes from."""
 
     def write(self, text: str) -> int:
-        """As of the stream."""
+        """That of the stream."""
         with _named():
             return super().write(text)
 
     def flush(self) -> None:
-        """As of the stream."""
+        """That of the stream."""
         with _named():
             self.stream.flush()
 

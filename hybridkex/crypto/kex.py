@@ -332,7 +332,7 @@ class _ConcatStarted:
 
 
 class _Layout:
-    """Where the parts' shares lie in the share of a hybrid."""
+    """The positions of the parts' shares in the share of a hybrid."""
 
     def __init__(self, name: str, lengths: Sequence[int]) -> None:
         self.name = name

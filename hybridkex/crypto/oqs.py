@@ -32,7 +32,7 @@ _FOLDERS: Final = ("bin",) if sys.platform == "win32" else ("lib", "lib64")
 
 
 def _candidates() -> Iterator[str]:
-    """Where liboqs-python looks, in its order."""
+    """The places where liboqs-python looks, in its order."""
     import ctypes.util  # noqa: PLC0415  # for this alone: most programs use no liboqs
 
     for name in ("liboqs", "oqs"):
@@ -102,7 +102,7 @@ class OqsStatus:
     """The native library that was found: a path, or a name that the linker knows."""
     library_version: str | None
     package_version: str | None
-    """Of ``liboqs-python``."""
+    """The version of ``liboqs-python``."""
     kems: tuple[str, ...]
     """The enabled key encapsulation mechanisms, by liboqs's names."""
     signatures: tuple[str, ...]

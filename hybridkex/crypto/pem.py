@@ -29,7 +29,7 @@ class PemBlock:
 
     @property
     def encrypted(self) -> bool:
-        """By its label (PKCS #8) or by its header (RFC 1421)."""
+        """Whether it is encrypted, by its label (PKCS #8) or its header (RFC 1421)."""
         return "ENCRYPTED" in self.label or b"ENCRYPTED" in self.text
 
     def der(self) -> bytes:

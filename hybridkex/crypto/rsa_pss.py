@@ -22,7 +22,7 @@ class PssParameters:
     """The parameters to which a key restricts its signatures."""
 
     hash: str
-    """As `cryptography` names it, for example ``sha256``."""
+    """Its name in `cryptography`, for example ``sha256``."""
     mask_hash: str
     """The hash of MGF1."""
     salt_length: int

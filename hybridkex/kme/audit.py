@@ -41,7 +41,7 @@ GROUP: Final = 1024
 TAIL_BYTES: Final = 1 << 20
 """More than any record has."""
 FILE_BYTES: Final = 1 << 28
-"""After which another file is begun."""
+"""The size after which another file is begun."""
 TELL_EVERY: Final = 60.0
 """Seconds between two lines of the log with the head."""
 

@@ -62,12 +62,12 @@ class LinkConfig:
     real_time: bool = False
     """Whether detections come at the rate of the laser; otherwise as fast as they are computed."""
     bootstrap: str = "ml-dsa"
-    """Of the authentication, where both ends are in this process."""
+    """The bootstrap of the authentication, if both ends are in this process."""
     party: str | None = None
-    """Where the other end is in another process: ``alice``, who listens, or ``bob``."""
+    """Our role if the other end is in another process: ``alice``, who listens, or ``bob``."""
     address: TcpAddress | None = None
     peer_credential: Path | None = None
-    """Of the other KME; with our own it authenticates the first block."""
+    """The credential of the other KME; with our own it authenticates the first block."""
 
     reauthentication: str = "refuse"
     """``signatures``: they may begin the link again when one end lost its authentication key."""
@@ -127,9 +127,9 @@ class KmeConfig:
     store: Path | PostgresUrl
     """A file of SQLite, or a database of PostgreSQL that several processes of this KME share."""
     key_file: Path
-    """Of the key under which the keys in the store are encrypted."""
+    """The file of the key under which the keys in the store are encrypted."""
     read_key_files: tuple[Path, ...] = ()
-    """Of earlier such keys, while some rows are still encrypted under them."""
+    """The files of earlier such keys, while some rows are still encrypted under them."""
     audit: Path | None = None
     """The folder of the audit trail; ``None``: there is none."""
     tls: str = "stdlib"

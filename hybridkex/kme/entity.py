@@ -83,8 +83,8 @@ LOST: Final = {
 
 VOIDS_RATE: Final = 1.0
 VOIDS_BURST: Final = 10_000
-"""Of the IDs in void messages of one peer KME that were never here, how many are noted, a second
-and at once. Noting one that is still on its way saves a comparison of the stores, and no more."""
+"""Most unknown IDs of one peer KME's void messages that are recorded, per second and at once. The
+record of an ID that is still in transit only saves a comparison of the stores."""
 
 EXCESS: Final = {
     "rate": "requests above limits.peer_rate; they get 503",
@@ -456,7 +456,7 @@ class KeyManagementEntity:
         return {**event_of, **parties, "key_ids": list(key_ids)}
 
     async def _note_delivery(self, fields: Mapping[str, object]) -> None:
-        """Before the keys leave. If the record cannot be written they do not, and are lost."""
+        """Record a delivery before the keys leave. If that fails, the keys are lost."""
         if self._audit is not None:
             await self._audit.note(fields)
 

@@ -427,7 +427,7 @@ class _Settings:
     links: dict[str, HttpPeer]
     """Links to peers in other processes."""
     expiry: ExpiryWatch
-    """Of our own certificate and those of our SAEs and peers."""
+    """The watch over our own certificate and those of our SAEs and peers."""
     of_saes: Budget
     of_peers: Budget
 

@@ -284,7 +284,7 @@ class _Server:
         self._head = False
         """Whether the request is a HEAD; known before the request is checked."""
         self._silence: trio.CancelScope | None = None
-        """Of the wait for the next request."""
+        """The time limit of the wait for the next request."""
         self._http = self._connection()
 
     async def run(self) -> None:

@@ -69,7 +69,7 @@ class Readiness:
         self._long = memoryview(bytearray(BULK_READ))
         self._short = self._long[:SHORT_READ]
         self.buffer = self._long
-        """Where a socket may read to, until its :meth:`Watched.ready` returns."""
+        """The buffer that a socket may read into, until its :meth:`Watched.ready` returns."""
         self.time = 0.0
         """When the sockets that are being served were ready, by trio's clock."""
 

@@ -72,7 +72,7 @@ def peer_name(transport: Carrier | None) -> str:
 
 
 def network_of(transport: Carrier | None) -> str:
-    """Where the other end is: an IPv4 address, the /64 prefix of an IPv6 address, the user ID of a
+    """The peer's network: an IPv4 address, the /64 prefix of an IPv6 address, the user ID of a
     local program, or empty."""
     try:
         where = transport.socket.getpeername() if transport is not None else ""

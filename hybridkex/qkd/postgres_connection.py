@@ -50,7 +50,7 @@ _NEXT_STEPS: Final = {
     "Peer authentication failed": "; run as the system user of that name, or name a host and a "
     "password file in the URL of the store",
 }
-"""By what PostgreSQL says when it refuses us."""
+"""The next step, by the message with which PostgreSQL refuses a connection."""
 
 _NEVER: Final = (
     "enable_bitmapscan",

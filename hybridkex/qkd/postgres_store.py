@@ -152,7 +152,7 @@ class PostgresKeyStore:
     ) -> None:
         self._keys = self._seal = Seal(seal_key, *read_keys)
         self._generation = -1
-        """Of the record for which ``_seal`` was made out of ``_keys``."""
+        """The generation of the record for which ``_seal`` was made from ``_keys``."""
         self._ahead = 0.0
         """Seconds by which the database's clock, which all processes share, is ahead of ours."""
         self._walked = -1
@@ -161,7 +161,7 @@ class PostgresKeyStore:
         self._on_failure = on_failure
         self._failing = False
         self._telling = threading.Lock()
-        """Of what the log says of failures: calls run in several threads."""
+        """Guards the state of failure logging: calls run in several threads."""
         self._held: dict[tuple[str, str], str] = {}
         """For each reserved block of a link, the mark of its reservation."""
         self._marks = 0

@@ -88,11 +88,11 @@ UNLOCKED_WAITS: Final = (0.1, 0.4, 1.0)
 _META: Final = b"meta"
 """The place of the values of a :class:`~hybridkex.qkd.store.SealRecord`."""
 _LISTS: Final = ("x-former", "x-retired")
-"""Where they are, besides ``seal``."""
+"""Their names, besides ``seal``."""
 
 WAL_HEADER_BYTES: Final = 32
 WAL_FRAME_HEADER_BYTES: Final = 24
-"""Of the write-ahead log's file format, https://www.sqlite.org/fileformat2.html section 4.1."""
+"""The file format of the write-ahead log, https://www.sqlite.org/fileformat2.html section 4.1."""
 WAL_PAGES: Final = 8000
 """Pages at which a commit writes the log into the database by itself; :meth:`SqliteKeyStore.tidy`
 does so earlier."""

@@ -349,7 +349,7 @@ def uncollected(key_id: str, ended: str | None) -> None:
 
 
 def position_after(half: int, read: Sequence[int], page: int) -> Position | None:
-    """Where a walk goes on that has read these rows of ``half``, at most ``page`` of them; half 1
+    """The next position of a walk that has read these rows of ``half``, at most ``page``; half 1
     follows half 0."""
     if len(read) == page:
         return half, read[-1]
@@ -452,13 +452,13 @@ class SealRecord:
 
     current: bytes
     former: tuple[bytes, ...] = ()
-    """Of keys under which some rows still are."""
+    """Values of keys under which some rows are still encrypted."""
     retired: tuple[bytes, ...] = ()
-    """Of keys under which no row is any more."""
+    """Values of keys under which no row is encrypted any more."""
 
     @classmethod
     def new(cls, seal: Seal, place: bytes) -> "SealRecord":
-        """Of a store in which nothing is."""
+        """The record of an empty store."""
         return cls(current=seal.seal(_CHECK, place))
 
     def settled(self, seal: Seal, place: bytes, store: str) -> "tuple[Seal, SealRecord]":
@@ -497,7 +497,7 @@ class SealRecord:
         )
 
     def renewed(self) -> "SealRecord":
-        """After every row has been encrypted under the current key."""
+        """The record after every row has been encrypted under the current key."""
         return SealRecord(current=self.current, retired=(*self.retired, *self.former))
 
 

@@ -114,7 +114,7 @@ class KeyKeeper:
         self._drawn: Inquiry[_Found] | None = None
         """The key for our own update."""
         self._stretched: Inquiry[float] | None = None
-        """By how much the stock of keys stretches the interval."""
+        """The factor by which the stock of keys stretches the interval."""
         self._bytes = 0
         self._why: str | None = None
         """Why an update is due now."""

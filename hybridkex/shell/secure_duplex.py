@@ -354,7 +354,7 @@ class SecureDuplex:
     # --- sending ------------------------------------------------------------------------------
 
     async def _begin_to_send(self) -> None:
-        """Before anything is encrypted: a cancelled caller must not break what is whole."""
+        """Check before anything is encrypted: a cancelled caller must not break the stream."""
         self._check_sendable()
         await self._lib.lowlevel.checkpoint_if_cancelled()
         if not self._complete:

@@ -328,7 +328,7 @@ def forget_tickets(offer: _Offer) -> None:
 
 @value
 class WaitServerHello(ClientState):
-    """After the first ClientHello."""
+    """The state after the first ClientHello."""
 
     offer: _Offer
     hello: bytes
@@ -388,7 +388,7 @@ class WaitServerHello(ClientState):
 
 @value
 class WaitSecondServerHello(ClientState):
-    """After the second ClientHello."""
+    """The state after the second ClientHello."""
 
     offer: _Offer
     suite: CipherSuite
@@ -559,7 +559,7 @@ class _Keys:
 
 @value
 class WaitEncryptedExtensions(ClientState):
-    """After ServerHello."""
+    """The state after ServerHello."""
 
     offer: _Offer
     group: Group
@@ -651,7 +651,7 @@ class _Negotiated:
 
 @value
 class WaitCertificateOrRequest(ClientState):
-    """After EncryptedExtensions, where the server authenticates with a certificate."""
+    """The state after EncryptedExtensions, if the server authenticates with a certificate."""
 
     negotiated: _Negotiated
     verifier: AnyServerVerifier
@@ -675,7 +675,7 @@ class WaitCertificateOrRequest(ClientState):
 
 @value
 class WaitCertificate(ClientState):
-    """Before the server's Certificate."""
+    """The state before the server's Certificate."""
 
     negotiated: _Negotiated
     verifier: AnyServerVerifier

@@ -51,7 +51,7 @@ class Epoch:
     number: int
     """1 for the first update."""
     began_at: float
-    """By the configuration's clock, in seconds."""
+    """The time by the configuration's clock, in seconds."""
     why: str
     """The trigger: ``asked``, ``every``, ``after_bytes``, ``key limit``, or ``peer``."""
     group: str

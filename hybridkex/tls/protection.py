@@ -275,7 +275,7 @@ class ReadProtection:
 
 
 def content_length(inner: memoryview) -> int:
-    """Where the content of an inner plaintext ends and its type stands (section 5.4): -1 where
+    """The position of the type after the content of an inner plaintext (section 5.4); -1 where
     there is nothing but zeros."""
     if inner and inner[-1]:
         return len(inner) - 1

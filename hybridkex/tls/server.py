@@ -207,7 +207,7 @@ class _Hello:
     """Whether the client can do psk_dhe_ke, in this handshake or to resume it."""
     certificate_with_psk: bool
     server_name: str | None
-    """As asked for, in lower case."""
+    """The requested name, in lower case."""
 
     @classmethod
     def check(cls, message: wire.ClientHello, raw: bytes, config: ServerConfig) -> "_Hello":
@@ -275,7 +275,7 @@ class _Hello:
 
 @value
 class WaitClientHello(ServerState):
-    """Before the first ClientHello."""
+    """The state before the first ClientHello."""
 
     config: ServerConfig
 
@@ -337,7 +337,7 @@ def _retry_request(state: CookieState, cookie: bytes) -> bytes:
 
 @value
 class WaitSecondClientHello(ServerState):
-    """After HelloRetryRequest; all that is known of the first hello is in the cookie."""
+    """The state after HelloRetryRequest; only the cookie has data of the first hello."""
 
     config: ServerConfig
 
@@ -481,7 +481,7 @@ class _Choice:
     suite: CipherSuite
     group: Group
     transcript: Transcript
-    """Before this ClientHello: empty, or after a retry."""
+    """The transcript before this ClientHello: empty, or after a retry."""
     credential: _Credential | None
     """Our credential for this client, if there is one."""
     alpn: bytes | None

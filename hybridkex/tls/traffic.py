@@ -1,4 +1,4 @@
-"""After the handshake: application data, KeyUpdate, tickets (RFC 9846 section 4.7)."""
+"""The states after the handshake: application data, KeyUpdate, tickets (RFC 9846 section 4.7)."""
 
 from dataclasses import replace
 from typing import Final, Self

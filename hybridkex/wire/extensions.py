@@ -59,7 +59,7 @@ class Extension(Laid):
 
     type: ClassVar[int]
     messages: ClassVar[tuple[MessageKind, ...]]
-    """Where it may appear: the table of section 4.3."""
+    """The messages that may carry it: the table of section 4.3."""
     needs_offer: ClassVar[bool] = True
     """Whether a server may send it only where the ClientHello has the same type."""
     may_change: ClassVar[bool] = False

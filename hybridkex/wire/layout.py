@@ -68,7 +68,7 @@ class Laid:
     """A structure of fields, for a dataclass."""
 
     layout: ClassVar[tuple[Layout, ...]] = ()
-    """Of each field, in their order."""
+    """The layout of each field, in their order."""
 
     @classmethod
     def read(cls, reader: Reader) -> Self:

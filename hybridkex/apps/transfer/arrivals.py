@@ -67,7 +67,7 @@ class Arrivals:
         """Folders with new entries."""
         self._open = 0
         self._places = 0
-        """Of the open files, those that have a place among all of the folder's."""
+        """The open files that count towards the limit of the folder."""
         self._since = 0.0
         self._flush_all = False
         self._work = -1

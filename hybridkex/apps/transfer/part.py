@@ -82,7 +82,7 @@ def hash_prefix(file: int, length: int) -> "_Hash":
 
 
 def partial_path(path: tuple[str, ...]) -> tuple[str, ...]:
-    """Where the incomplete file of this path is."""
+    """The incomplete file of this path."""
     # A digest, since a name with a suffix may be too long.
     text = "/".join(path).encode("utf-8", "surrogateescape")
     return PARTIAL, hashlib.sha256(text).hexdigest()[:32]

@@ -386,7 +386,7 @@ class _SecureEnd(_End):
         other.most_read = self._pipe.most
 
     def _guard(self, work: Callable[..., object], *arguments: object) -> None:
-        """As :meth:`ready`, for what others call."""
+        """Like :meth:`ready`, for calls from other objects."""
         if self._forwarding.is_over:
             return
         try:

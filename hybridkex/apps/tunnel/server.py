@@ -41,7 +41,7 @@ _LOOK_EVERY: Final = 1.0
 """Seconds between two checks of the names of Unix sockets."""
 
 _Key: TypeAlias = tuple[Address, str]
-"""Of an endpoint, see :attr:`TunnelConfig.endpoint`."""
+"""The key of an endpoint, see :attr:`TunnelConfig.endpoint`."""
 
 
 class _Rejected(HybridkexError):
@@ -186,11 +186,11 @@ class TunnelServer:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """As :meth:`run`, for a service."""
+        """Like :meth:`run`, for a service."""
         await self.run(settings.tunnels, task_status=task_status)
 
     async def apply_settings(self, settings: TunnelSettings) -> None:
-        """As :meth:`apply`, for a service."""
+        """Like :meth:`apply`, for a service."""
         await self.apply(settings.tunnels)
 
     def close(self, grace: float) -> None:

@@ -33,15 +33,15 @@ from hybridkex.text import get_logger
 LOG: Final = get_logger("hybridkex.tunnel")
 
 READY_SECONDS: Final = 60.0
-"""For a worker to start, with its key sources."""
+"""Seconds for a worker to start, with its key sources."""
 AGAIN_SECONDS: Final = 1.0
-"""Before a worker that ended is replaced."""
+"""Seconds before a worker that ended is replaced."""
 MOST_AGAIN_SECONDS: Final = 30.0
-"""The same, where one after the other ends."""
+"""The same, if one after the other ends."""
 SURE_SECONDS: Final = 5.0
-"""After the grace, until a worker that has not ended is killed."""
+"""Seconds after the grace period until a worker that has not ended is killed."""
 SCRAPE_SECONDS: Final = 2.0
-"""For a worker to tell its metrics."""
+"""Seconds for a worker to send its metrics."""
 LOOK_EVERY: Final = 1.0
 """Seconds between two checks of the names of Unix sockets."""
 

@@ -74,7 +74,7 @@ class Trial:
 
     cells: list[Cell] = field(default_factory=list)
     verdicts: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
-    """By configuration and adversary: the process's verdict on each of its connections."""
+    """The process's verdict on each connection, by configuration and adversary."""
     toy: Toy | None = None
     seconds: float = 0.0
     at: float = field(default_factory=time.time)
@@ -168,7 +168,7 @@ async def run_trial(
 
 
 _Said = dict[Path, list[Talk]]
-"""By recording."""
+"""The conversations by recording."""
 
 
 async def _record(stage: Stage, tell: Tell) -> _Said:

@@ -101,7 +101,7 @@ class Verdict:
         return any(leg.kind == "ticket" for leg in self.legs)
 
     def as_json(self) -> dict[str, object]:
-        """As plain values; the only secret among them is the plaintext."""
+        """Plain values; the only secret among them is the plaintext."""
         connection, start = self.connection, self.connection.records[0].time
         group = _GROUPS.get(connection.group)
         return {
@@ -187,7 +187,7 @@ class Adversary:
     def _starts(
         self, connection: Connection, legs: tuple[Leg, ...], stolen: dict[str, bytes] | None
     ) -> "Iterator[_Opened]":
-        """Where to begin with the decryption: from what was stolen, or from each key schedule."""
+        """The starting points of the decryption: stolen secrets, or each key schedule."""
         if stolen is not None:
             yield _Opened(connection, self._update_options).from_stolen(stolen)
             return
@@ -372,7 +372,7 @@ class _Opened:
         self._transcript = bytearray(connection.hellos)
         self._buffers = {True: bytearray(), False: bytearray()}
         self.keys: dict[bool, list[TrafficKey]] = {True: [], False: []}
-        """Of each direction: the key, or those that it may be."""
+        """The key of each direction, or its candidates."""
         self.begun = False
         """Whether records are to be opened from the first on; else until one opens."""
         self._client_application: TrafficKey | None = None

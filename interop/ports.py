@@ -1,6 +1,6 @@
 """Free ports of 127.0.0.1, for servers whose port must be known before they listen."""
 
-import random
+import secrets
 import socket
 from collections.abc import Iterator
 from itertools import chain
@@ -36,8 +36,9 @@ def free_port() -> int:
 
 
 def _candidates() -> Iterator[int]:
-    """The ports outside the range for outgoing connections (ip(7), ip_local_port_range), in an
-    order of chance."""
+    """The ports outside the range for outgoing connections (ip(7), ip_local_port_range), from one
+    on that is chosen at random."""
     low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     ports = [*chain(range(10_000, low), range(high + 1, 1 << 16))]
-    return iter(random.SystemRandom().sample(ports, len(ports)))
+    first = secrets.randbelow(len(ports))
+    return chain(ports[first:], ports[:first])

@@ -220,9 +220,7 @@ for _suite in ALL_SUITES:
 @pytest.mark.slow
 def test_the_command_fails_without_the_cipher(tmp_path: Path) -> None:
     """The whole command, in a copy of the package that encrypts no record."""
-    shutil.copytree(
-        ROOT / "hybridkex", tmp_path / "hybridkex", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(ROOT / "hybridkex", tmp_path / "hybridkex")
     with (tmp_path / "hybridkex/crypto/suites.py").open("a", encoding="utf-8") as module:
         module.write(WITHOUT_CIPHER)
     (tmp_path / "small.txt").write_text("hello\n")

@@ -345,7 +345,8 @@ def uncollected(key_id: str, ended: str | None) -> None:
     if ended == "expired":
         raise KeyExpired(f"key {key_id} has expired")
     if ended is not None:
-        raise KeyConsumed(f"key {key_id} is {ended}")
+        how = "was delivered before" if ended == "delivered" else f"is {ended}"
+        raise KeyConsumed(f"key {key_id} {how}")
 
 
 def position_after(half: int, read: Sequence[int], page: int) -> Position | None:

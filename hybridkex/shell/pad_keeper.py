@@ -16,6 +16,7 @@ from typing import Final
 
 from hybridkex.errors import (
     InternalError,
+    KeyConsumed,
     KeySourceError,
     KeySourceExhausted,
     LocalStateError,
@@ -38,6 +39,11 @@ _LINES: Final = BoundedLog(_log)
 """Rate-limited, because any peer can cause these lines."""
 
 _NO_KEY: Final = "a QKD key that the peer has put into its one-time pad is missing: "
+_USED_BEFORE: Final = (
+    "a QKD key that the peer has put into its one-time pad was in use before. If the peer's key "
+    "pool or its KME's store was restored from a copy, what it sends may be readable: give both "
+    "ends new keys: "
+)
 
 _FIRST_RETRY: Final = 0.25
 _LAST_RETRY: Final = 5.0
@@ -188,6 +194,9 @@ class PadKeeper:
             except TimeoutError:
                 why = f"our key source did not give it within {self._config.deadline:g} s"
                 raise UnknownPskIdentity(_NO_KEY + why, Reason.PAD_KEY_MISSING) from None
+            except KeyConsumed as error:
+                why = _USED_BEFORE + str(error)
+                raise UnknownPskIdentity(why, Reason.PAD_KEY_MISSING) from None
             except KeySourceError as error:
                 raise UnknownPskIdentity(_NO_KEY + str(error), Reason.PAD_KEY_MISSING) from None
             self._connection.provide_pad_key(key)

@@ -384,7 +384,10 @@ class QkdPskSource:
     def _check_new(self, name: KeyReference) -> None:
         if any(part in self._asked for part in name):
             self.counters.repeated += 1
-            raise KeyConsumed("this key was looked up before")
+            raise KeyConsumed(
+                "this key was in use before: the message is a replay, or the peer's keys were "
+                "restored from a copy"
+            )
 
     def _remember(self, name: KeyReference) -> None:
         for part in name:

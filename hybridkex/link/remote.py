@@ -5,6 +5,7 @@ which simulates the optical link, knows everything in it. On a real link Bob's b
 of a measurement in Bob's detectors, and there is no such stream.
 """
 
+import math
 import struct
 from typing import Final
 
@@ -16,6 +17,8 @@ from hybridkex.link.quantum import Detections, Detector
 from hybridkex.link.wire import pack_bits, unpack_bits
 
 COUNT: Final = struct.Struct(">I")
+STALLED: Final = 60.0
+"""Seconds without another byte of a message that has begun."""
 
 
 class RemoteDetector:
@@ -60,9 +63,14 @@ async def serve_detector(link: Detector, stream: trio.abc.Stream, *, most: int) 
 
 
 async def _exactly(stream: trio.abc.Stream, count: int) -> bytes:
+    """There is no limit to the time until the first byte arrives, but the rest comes with it."""
     data = bytearray()
     while len(data) < count:
-        part = await stream.receive_some(min(count - len(data), 1 << 20))
+        try:
+            with trio.fail_after(STALLED if data else math.inf):
+                part = await stream.receive_some(min(count - len(data), 1 << 20))
+        except trio.TooSlowError:
+            raise LinkError("the quantum channel stopped in the middle of a message") from None
         if not part:
             raise LinkError("the quantum channel was closed")
         data += part

@@ -12,7 +12,7 @@ from hybridkex.link.physics import Channel, Transmitter, gain_from_yields
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.quantum import Detections, OpticalLink, PulseRecord, Sent, sample
 from hybridkex.link.randomness import Randomness
-from hybridkex.link.remote import RemoteDetector
+from hybridkex.link.remote import RemoteDetector, serve_detector
 from tests.link.pulses import Pulses, send_pulses
 
 LEVEL = 1e-4
@@ -283,3 +283,32 @@ async def test_detections_that_are_not_in_order(pulse: list[int]) -> None:
     await theirs.send_all(np.array(pulse, dtype="<i8").tobytes() + b"\0\0")
     with pytest.raises(LinkError, match="malformed detections"):
         await RemoteDetector(ours).detect(len(pulse))
+
+
+@pytest.mark.parametrize("end", ["bob", "alice"])
+async def test_a_message_that_stops_in_its_middle_ends_the_session(
+    end: str, autojump_clock: object
+) -> None:
+    """Light may take hours to arrive, but what has begun to arrive goes on."""
+    ours, theirs = trio.testing.memory_stream_pair()
+    chosen = PRESETS["rusca2018"]
+    light = OpticalLink(chosen.channel, chosen.transmitter, seed=1)
+
+    async def wait() -> None:
+        if end == "bob":
+            await RemoteDetector(ours).detect(100)
+        else:
+            await serve_detector(light, ours, most=100)
+
+    with trio.fail_after(1e4):
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def _() -> None:
+                with pytest.raises(LinkError, match="stopped in the middle"):
+                    await wait()
+
+            await trio.sleep(5e3)  # no limit so far
+            await theirs.send_all(b"\0\0")
+            began = trio.current_time()
+    assert trio.current_time() - began < 100

@@ -175,7 +175,8 @@ class SecureByteStream(SecureDuplex, ByteStream):
         describe(error, cause)
         return error
 
-    def _busy(self, action: str) -> Exception:
+    @staticmethod
+    def _busy(action: str) -> Exception:
         return anyio.BusyResourceError(action)
 
     async def receive(self, max_bytes: int = 65536) -> bytes:

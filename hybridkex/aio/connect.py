@@ -1,8 +1,7 @@
 """Connections and servers for protocols, in the manner of asyncio's event loop."""
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from hybridkex.aio.accept_faults import report_accept_faults
@@ -60,22 +59,18 @@ async def create_connection(
         ready=ready,
     )
     connect: Any = loop.create_connection  # its type wants a host even beside a socket
-    with _aborted_on_failure(transport, ready):
+    try:
         await connect(lambda: transport.receiver, host, port, **tcp)
         await ready
+    except BaseException:
+        _abandon(transport, ready)
+        raise
     return transport, protocol
 
 
-@contextmanager
-def _aborted_on_failure(
-    transport: SecureTransport, ready: "asyncio.Future[None]"
-) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        ready.cancel()  # nobody awaits it any more
-        transport.abort()
-        raise
+def _abandon(transport: SecureTransport, ready: "asyncio.Future[None]") -> None:
+    ready.cancel()  # nobody awaits it any more
+    transport.abort()
 
 
 def _check_plain(tcp: dict[str, Any]) -> None:
@@ -192,7 +187,10 @@ async def start_tls(
     transport.pause_reading()
     transport.set_protocol(secure.receiver)
     transport.resume_reading()
-    with _aborted_on_failure(secure, ready):
+    try:
         secure.attach(transport)
         await ready
+    except BaseException:
+        _abandon(secure, ready)
+        raise
     return secure

@@ -57,16 +57,22 @@ _ENDED: Final[tuple[tuple[type[HybridkexError], type[SecureConnectionError], int
 
 
 def connection_error(cause: HybridkexError) -> SecureConnectionError:
-    """The :exc:`SecureConnectionError` for an error of the engine."""
+    """The :exc:`SecureConnectionError` for an error of the engine.
+
+    The traceback of ``cause`` is removed: it leads to frames of the engine, so that the keys in
+    them would live as long as the error, and whoever reports errors with local variables would
+    report them.
+    """
     error: SecureConnectionError
+    message = str(cause)
     for kind, raised, number in _ENDED:
         if isinstance(cause, kind):
-            error = raised(str(cause))
-            error.errno, error.strerror = number, str(cause)
+            error = raised(message)
+            error.errno, error.strerror = number, message
             break
     else:
         refused = isinstance(cause, CertificateRejected)
-        error = (SecureCertificateError if refused else SecureProtocolError)(str(cause))
+        error = (SecureCertificateError if refused else SecureProtocolError)(message)
         describe(error, cause)
-    error.__cause__ = cause
+    error.__cause__ = cause.with_traceback(None)
     return error

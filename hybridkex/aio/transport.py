@@ -94,6 +94,10 @@ _CLOSED: Final = _State.CLOSED
 _FAULTS: Final = (Exception, asyncio.CancelledError)
 
 
+_ABORTED: Final = connection_error(LocalStateError("the connection was aborted"))
+"""Stands for the failure of a connection that the application has aborted; it is never raised."""
+
+
 class _Scratch(threading.local):
     """The read buffer that all connections of a thread share: it is empty between two reads.
 
@@ -144,6 +148,30 @@ class SecureTransport(transports._FlowControlMixin):
     _high_water: int
     _low_water: int
 
+    # What most connections never change, so that a handshake does not set it.
+    _place: Connection | None = None
+    _session: Session | None = None
+    _keeper: KeyKeeper | None = None
+    _state = _HANDSHAKE
+    _failure: Exception | None = None
+    _task: asyncio.Task[None] | None = None
+    _timer: asyncio.TimerHandle | None = None
+    _reading_paused = False
+    _raw: asyncio.Transport | None = None
+    _raw_paused = False
+    _raw_full = False
+    _raw_ended = False
+    _end_delivered = False
+    _outgoing_size = 0
+    _eof_written = False
+    _end_due = False
+    """Whether close_notify follows the data that waits."""
+    _batch = _BATCH
+    _waits_for_pad = False
+    _pump_due = False
+    _in_read = False
+    _ignored_writes = 0
+
     def __init__(
         self,
         protocol: asyncio.BaseProtocol,
@@ -168,32 +196,10 @@ class SecureTransport(transports._FlowControlMixin):
         self._announced = not call_connection_made
         self._ready = ready
         self._places = places
-        self._place: Connection | None = None
-        self._session: Session | None = None
-        self._keeper: KeyKeeper | None = None
-        self._state = _HANDSHAKE
-        self._failure: Exception | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        # Data that was decrypted while reading was paused.
         self._held: deque[bytes | memoryview] = deque()
-        self._reading_paused = False
-        self._raw_paused = False
-        self._end_delivered = False
-        # Data that was written and waits to be encrypted.
+        """Data that was decrypted while reading was paused."""
         self._outgoing: deque[bytes | memoryview] = deque()
-        self._outgoing_size = 0
-        self._eof_written = False
-        self._end_due = False  # close_notify follows it
-        self._batch = _BATCH
-        self._waits_for_pad = False
-        self._pump_due = False
-        self._in_read = False
-        self._raw_full = False
-        self._raw_ended = False
-        self._aborted = False
-        self._ignored_writes = 0
-        self._raw: asyncio.Transport | None = None
+        """Data that was written and waits to be encrypted."""
         self.receiver: Final = _Receiver(self)
         self.set_protocol(protocol)
 
@@ -327,13 +333,12 @@ class SecureTransport(transports._FlowControlMixin):
     def _advance_handshake(self) -> None:
         """Process the handshake messages that have been received."""
         connection = self._connection
+        complete = connection.handshake_complete
         try:
-            while not connection.handshake_complete:
-                event = connection.next_event()
-                if event is None:
-                    break
+            while not complete and (event := connection.next_event()) is not None:
                 if isinstance(event, SessionProposed) and not self._answers.waits(event):
                     self._answers.give_at_once(event)
+                    complete = connection.handshake_complete
                 elif isinstance(event, PskWanted | SessionProposed):
                     self._send_output()
                     self._wait_for(self._answers.give(event))
@@ -821,8 +826,7 @@ class SecureTransport(transports._FlowControlMixin):
         if self._state is _CLOSED:
             return
         if self._failure is None:
-            self._failure = connection_error(LocalStateError("the connection was aborted"))
-            self._aborted = True
+            self._failure = _ABORTED
         self._state = _CLOSING
         self._drop()
         self._abort_raw()
@@ -914,7 +918,8 @@ class SecureTransport(transports._FlowControlMixin):
         self._drop()
         assert self._raw is not None
         self._send_output()
-        self._timer = self._loop.call_later(_ALERT_TIMEOUT, self._abort_raw)
+        if self._raw.get_write_buffer_size():
+            self._timer = self._loop.call_later(_ALERT_TIMEOUT, self._abort_raw)
         self._raw.close()
 
     def lost(self, error: Exception | None) -> None:
@@ -924,18 +929,24 @@ class SecureTransport(transports._FlowControlMixin):
         self._leave()
         self._drop()
         complete = self._connection.close_received
-        failure: Exception | None = self._failure
+        # Both lead to tracebacks, those to our frames, and they to us: a reference kept here would
+        # keep the keys in memory until the garbage collector runs.
+        failure, self._failure = self._failure, None
+        ready, self._ready = self._ready, None
+        aborted = failure is _ABORTED
         if failure is None and not (complete and was is _CLOSING):
             # After close_notify in both directions, nothing can be lost: a reset is no failure.
             failure = error
         if failure is None and not complete and was is not _CLOSING:
             failure = connection_error(TruncationError("the connection was closed"))
-        if self._ready is not None and not self._ready.done():
-            self._ready.set_exception(failure or ConnectionAbortedError("the transport was closed"))
+        if ready is not None and not ready.done():
+            if failure is None or aborted:
+                failure = connection_error(LocalStateError("the connection was aborted"))
+            ready.set_exception(failure)
         if self._announced:
             protocol, self._protocol = self._protocol, asyncio.BaseProtocol()  # breaks the cycle
-            protocol.connection_lost(None if self._aborted else failure)
-        elif self._ready is None:
+            protocol.connection_lost(None if aborted else failure)
+        elif ready is None:
             _LINES.log(logging.WARNING, "%s: %s", self._peer, failure)
 
     @property

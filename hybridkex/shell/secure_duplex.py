@@ -125,7 +125,8 @@ class SecureDuplex:
         where that is unknown."""
         raise NotImplementedError
 
-    def _busy(self, action: str) -> Exception:
+    @staticmethod
+    def _busy(action: str) -> Exception:
         """The error of a second task that is ``sending to`` or ``receiving from`` this stream."""
         raise NotImplementedError
 
@@ -393,7 +394,7 @@ class SecureDuplex:
             await pads.wait_until_ready(size)
         except HybridkexError as error:
             self._check_usable()
-            raise self._broken(error) from error
+            raise self._broken(error) from error.with_traceback(None)
 
     def _queue(self, function: Callable[..., None], *arguments: Any, **options: Any) -> None:
         """Call a function of the engine that has something to send."""
@@ -401,7 +402,7 @@ class SecureDuplex:
             function(*arguments, **options)
         except HybridkexError as error:
             self._check_usable()  # If the receiving side has failed, its reason says more.
-            raise self._broken(error) from error
+            raise self._broken(error) from error.with_traceback(None)
 
     async def _flush(self) -> None:
         """Send what the engine has queued. After an incomplete send, nothing more can be sent."""
@@ -487,6 +488,7 @@ class SecureDuplex:
                     await self._see_off()
         finally:
             self._stop_keeper()
+            self._forget_failures()
             await self.transport_stream.aclose()
 
     async def _send_close_notify(self) -> None:
@@ -528,7 +530,13 @@ class SecureDuplex:
                     await self._send_alert()
         finally:
             self._stop_keeper()
+            self._forget_failures()
             await self._lib.aclose_forcefully(self.transport_stream)
+
+    def _forget_failures(self) -> None:
+        """Their tracebacks lead to our frames, and these to us: they would keep the keys in memory
+        until the garbage collector runs."""
+        self._failure = self._send_failure = None
 
     async def __aexit__(
         self,
@@ -572,12 +580,12 @@ class SecureDuplex:
         if self._closed:
             raise self._lib.ClosedResourceError("this stream is closed")
         if self._failure is not None:
-            raise self._broken(self._failure) from self._failure
+            raise self._broken(self._failure) from self._failure.with_traceback(None)
 
     def _check_sendable(self) -> None:
         self._check_usable()
         if self._send_failure is not None:
-            raise self._broken(self._send_failure) from self._send_failure
+            raise self._broken(self._send_failure) from self._send_failure.with_traceback(None)
         if self._connection.close_sent:
             raise self._lib.ClosedResourceError("send_eof was called on this stream")
 
@@ -585,7 +593,7 @@ class SecureDuplex:
         """Send the alert, if there is one, and raise. The first failure is the one that counts:
         another task may find that the engine has ended before it is told why."""
         if self._failure is not None:
-            raise self._broken(self._failure) from self._failure
+            raise self._broken(self._failure) from self._failure.with_traceback(None)
         self._failure = error
         if self._pads is not None:
             self._pads.stop()
@@ -594,7 +602,7 @@ class SecureDuplex:
             with self._lib.move_on_after(_ALERT_TIMEOUT, shield=True), self._unless_gone():
                 async with self._telling:
                     await self._send_alert()
-        raise self._broken(error) from error
+        raise self._broken(error) from error.with_traceback(None)
 
     async def _send_alert(self) -> None:
         """Send the alert that the engine has queued, behind what another task is sending. If that

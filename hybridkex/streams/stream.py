@@ -74,7 +74,8 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
         stream = self.transport_stream
         return unacknowledged(stream.socket) if isinstance(stream, trio.SocketStream) else 0
 
-    def _busy(self, action: str) -> Exception:
+    @staticmethod
+    def _busy(action: str) -> Exception:
         return trio.BusyResourceError(f"another task is {action} this SecureStream")
 
     @property

@@ -58,7 +58,9 @@ class Connection:
     def __init__(self, records: RecordLayer) -> None:
         self._records = records
         self._state: State | None = None
-        self._error: HybridkexError | None = None
+        # The text alone: the error refers to its traceback, that to our frames, and they to us, so
+        # that the keys of a connection that has failed would stay until the garbage collector runs.
+        self._error: str | None = None
         self._close_received = False
         self._close_sent = False
         self._warnings = 0
@@ -202,7 +204,7 @@ class Connection:
 
     def _ended_by(self, error: HybridkexError) -> HybridkexError:
         """Nothing is received or sent any more."""
-        self._error = error
+        self._error = str(error)
         self._open_one = self._seal_one = None
         self._erase_pad()
         if self._records.writer.pad is not None:
@@ -496,7 +498,7 @@ class Connection:
 
     def _check_alive(self) -> None:
         if self._error is not None:
-            raise LocalStateError(f"the connection has failed: {self._error}") from self._error
+            raise LocalStateError(f"the connection has failed: {self._error}")
 
     def _fail(self, error: PeerError) -> None:
         self._records.writer.send_alert(error.alert)

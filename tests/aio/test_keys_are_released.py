@@ -1,0 +1,196 @@
+"""The keys of a connection leave memory with it, however it ends: no reference cycle waits for the
+garbage collector, which is switched off here.
+
+The usual cycle: an error that is kept, its traceback, a frame of it, and what keeps the error.
+"""
+
+import asyncio
+import contextlib
+import gc
+import os
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import anyio
+import pytest
+import trio
+import trio.testing
+from aio_glue import Run
+from waiting import asyncio_until
+
+from hybridkex import (
+    ClientConfig,
+    ClientConnection,
+    HybridkexError,
+    SecureStream,
+    ServerConfig,
+    ServerConnection,
+)
+from hybridkex.aio import create_connection, create_server
+from hybridkex.anyio import SecureByteStream
+from hybridkex.crypto.schedule import TrafficSecret
+from hybridkex.tls.events import SessionProposed
+
+FORGED = b"\x17\x03\x03\x00\x20" + bytes(32)
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Fails where traffic secrets are left that only the collector would find."""
+    gc.collect()
+    gc.disable()
+    before = secrets()
+    try:
+        yield
+        assert secrets() == before
+    finally:
+        gc.enable()
+
+
+def secrets() -> int:
+    return sum(type(one) is TrafficSecret for one in gc.get_objects())
+
+
+class Recorder(asyncio.Protocol):
+    """Keeps nothing but the class of what has ended its connection. (An asyncio stream reader keeps
+    the exception, whose traceback leads back to it.)"""
+
+    lost: type[BaseException] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: Any = transport
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.lost = type(error)
+        del self.transport
+
+
+def cut(transport: Any) -> None:
+    transport.abort()
+
+
+def close(transport: Any) -> None:
+    transport.close()
+
+
+def forge(transport: Any) -> None:
+    os.write(transport.get_extra_info("socket").fileno(), FORGED)
+
+
+def shut(transport: Any) -> None:
+    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as own:
+        own.shutdown(socket.SHUT_WR)  # without close_notify
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("ending", [cut, close, forge, shut])
+def test_of_asyncio(
+    run: Run,
+    client_config: ClientConfig,
+    server_config: ServerConfig,
+    ending: Callable[[Any], None],
+) -> None:
+    ends: list[Recorder] = []
+
+    def recorder() -> Recorder:
+        ends.append(Recorder())
+        return ends[-1]
+
+    async def main() -> None:
+        server = await create_server(recorder, "127.0.0.1", 0, server_config)
+        port = server.sockets[0].getsockname()[1]
+        for _ in range(3):
+            await one(port)
+        await asyncio_until(lambda: len(ends) == 6 and all(end.lost for end in ends))
+        await asyncio_until(lambda: not secrets(), seconds=3)  # before the fixture collects
+        server.close()
+
+    async def one(port: int) -> None:
+        transport, _ = await create_connection(
+            recorder, "127.0.0.1", port, client_config, server_hostname="localhost"
+        )
+        ending(transport)
+
+    run(main(), debug=False)
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("end", [b"", FORGED, FORGED[:5]])
+def test_of_the_engine(
+    client_config: ClientConfig, server_config: ServerConfig, end: bytes
+) -> None:
+    def converse() -> None:
+        client, server = (
+            ClientConnection(client_config, "localhost"),
+            ServerConnection(server_config),
+        )
+        client.start()
+        for _ in range(3):
+            for one, other in ((client, server), (server, client)):
+                if one.has_data_to_send:
+                    other.receive_data(one.data_to_send())
+                while (event := other.next_event()) is not None:
+                    if isinstance(event, SessionProposed):
+                        other.accept()
+        assert server.handshake_complete
+        with contextlib.suppress(HybridkexError):
+            server.receive_data(end)
+            server.next_event()
+            server.receive_data(b"")
+        assert server.failed
+        with contextlib.suppress(HybridkexError):
+            server.send_data(b"more")
+
+    converse()
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_of_trio(client_config: ClientConfig, server_config: ServerConfig) -> None:
+    async def main() -> None:
+        left, right = trio.testing.memory_stream_pair()
+        client = SecureStream(left, client_config, server_hostname="localhost")
+        server = SecureStream(right, server_config)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.do_handshake)
+            nursery.start_soon(server.do_handshake)
+        await left.send_all(FORGED)
+        for _ in range(2):
+            with contextlib.suppress(trio.BrokenResourceError):
+                await server.receive_some()
+        await server.aclose()
+        await client.aclose()
+
+    trio.run(main)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_of_anyio(client_config: ClientConfig, server_config: ServerConfig) -> None:
+    async def main() -> None:
+        async def serve(stream: anyio.abc.SocketStream) -> None:
+            secure = await SecureByteStream.wrap(stream, server_config)
+            for _ in range(2):
+                with contextlib.suppress(anyio.BrokenResourceError):
+                    await secure.receive()
+            await secure.aclose()
+
+        async with (
+            await anyio.create_tcp_listener(local_host="127.0.0.1") as listener,
+            anyio.create_task_group() as group,
+        ):
+            group.start_soon(listener.serve, serve)
+            port = listener.extra(anyio.abc.SocketAttribute.local_port)
+            async with await anyio.connect_tcp("127.0.0.1", port) as stream:
+                client = await SecureByteStream.wrap(
+                    stream, client_config, server_hostname="localhost"
+                )
+                await stream.send(FORGED)
+                with contextlib.suppress(anyio.BrokenResourceError):
+                    await client.receive()
+                await client.aclose()
+            group.cancel_scope.cancel()
+
+    anyio.run(main)

@@ -213,7 +213,7 @@ def announce_early_data(patch: pytest.MonkeyPatch) -> None:
             message = replace(hello, extensions=Extensions(extensions))
         return encode(message)
 
-    patch.setattr(client_module, "encode", encode_with)
+    patch.setattr(client_module.wire, "encode", encode_with)
 
 
 def plain(wire: Wire) -> None:

@@ -1270,7 +1270,7 @@ def with_early_data(monkeypatch: pytest.MonkeyPatch) -> None:
             message = replace(hello, extensions=Extensions(extensions))
         return encode(message)
 
-    monkeypatch.setattr(client_module, "encode", encode_with)
+    monkeypatch.setattr(client_module.wire, "encode", encode_with)
 
 
 @pytest.mark.parametrize("retry", [False, True])

@@ -28,7 +28,7 @@ from hybridkex.qkd.postgres_store import PostgresKeyStore
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.qkd.store import KeyStore, read_key_file
 from hybridkex.secret import Secret
-from interop.kme.sites import KMES, Sites
+from interop.kme.sites import KMES, Site, Sites
 from interop.postgres import own_databases
 
 __all__ = ["run"]
@@ -116,7 +116,7 @@ async def fill(sites: Sites, number: int) -> None:
         await store.aclose()
 
 
-def opened(site: Any, key: Secret, kme: str) -> KeyStore:
+def opened(site: Site, key: Secret, kme: str) -> KeyStore:
     if site.database is None:
         return SqliteKeyStore(site.folder / "keys.db", key)
     return PostgresKeyStore(Secret(site.store.encode()), key, owner=kme)

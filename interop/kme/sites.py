@@ -106,6 +106,8 @@ class Site:
     port: int
     log: Path
     database: PostgresServer | None
+    store: str
+    """As in the configuration."""
     schema: str
     """Of the tables in the database."""
     cable: Cable
@@ -283,7 +285,7 @@ class Sites:
                 )
             )
             site = Site(
-                folder / kme, ports[kme], folder / f"{kme}.log", database, f"site_{index}",
+                folder / kme, ports[kme], folder / f"{kme}.log", database, store, f"site_{index}",
                 lines[kme], manner, processes,
             )  # fmt: skip
             site.set_clock(0)

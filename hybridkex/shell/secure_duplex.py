@@ -414,6 +414,9 @@ class SecureDuplex:
         try:
             await self._write(connection.data_to_send())
             complete = True
+        except self._lib.BrokenResourceError as error:
+            self._send_failure = self._send_failure or error
+            raise
         except self._lib.ClosedResourceError:
             if self._closed:
                 raise

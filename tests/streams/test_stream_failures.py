@@ -321,3 +321,30 @@ async def test_a_send_that_never_ends_does_not_hold_up_an_error(
             await server.receive_some()
         assert trio.current_time() - began <= 1.5
         nursery.cancel_scope.cancel()
+
+
+async def test_a_transport_that_breaks_under_the_keeper_of_the_keys(
+    stream_ca: DevCa, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The caller's next send says how the transport has ended."""
+
+    class Cut(SlowSend):
+        async def send_all(self, data: Any) -> None:
+            if self.seconds:
+                raise trio.BrokenResourceError("cut by a test")
+            await super().send_all(data)
+
+    fresh = Policy(fresh_keys=Requirement.REQUIRE)
+    one, other = trio.testing.memory_stream_pair()
+    cut = Cut(other, 0)
+    trust, identity = TrustStore((stream_ca.certificate,)), stream_ca.issue("localhost")
+    client = SecureStream(
+        one, ClientConfig(verifier=trust, policy=fresh), server_hostname="localhost"
+    )
+    server = SecureStream(cut, ServerConfig(identities=(identity,), policy=fresh))
+    await shake(client, server)
+    cut.seconds = 1
+    await server.update_keys()
+    await trio.sleep(1)
+    with pytest.raises(trio.BrokenResourceError, match="cut by a test"):
+        await server.send_all(b"x")

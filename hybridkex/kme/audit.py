@@ -204,8 +204,8 @@ def _ends(path: Path) -> tuple[dict[str, str], str]:
         file.seek(max(file.seek(0, os.SEEK_END) - TAIL_BYTES, 0))
         lines = file.read().split(b"\n")[:-1]
     try:
-        others = {str(name): str(head) for name, head in load_json(first)["others"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):  # the verification tells
+        others = _others(load_json(first))
+    except (ValueError, KeyError, TypeError):  # the verification tells
         others = {}
     return others, hashlib.sha256(lines[-1]).hexdigest() if lines else ""
 
@@ -245,8 +245,7 @@ def verify(folders: Sequence[Path], heads: Iterable[str] = ()) -> Findings:
                 found.heads[path.name] = digest
                 found.records += 1
                 if record.get("event") == "begun":
-                    others = record.get("others", {})
-                    expected += [(path.name, name, head) for name, head in others.items()]
+                    expected += [(path.name, *other) for other in _others(record).items()]
     except OSError as error:
         raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
     if not hashes:
@@ -262,6 +261,14 @@ def verify(folders: Sequence[Path], heads: Iterable[str] = ()) -> Findings:
     return found
 
 
+def _others(record: Any) -> dict[str, str]:
+    """The heads of other files that a record has. Raises ``TypeError`` if it is none of ours."""
+    others = record.get("others", {}) if isinstance(record, dict) else None
+    if not isinstance(others, dict) or not all(isinstance(head, str) for head in others.values()):
+        raise TypeError("no record of an audit trail")
+    return others
+
+
 def _records(path: Path, found: Findings) -> Iterator[tuple[str, dict[str, Any]]]:
     """The records of a file whose chain is whole, with their hashes; the rest is a problem."""
     previous = ""
@@ -271,6 +278,7 @@ def _records(path: Path, found: Findings) -> Iterator[tuple[str, dict[str, Any]]
                 record = load_json(line)
                 whole = line.endswith(b"\n")
                 right = (record["n"], record["previous"]) == (number, previous)
+                _others(record)
             except (ValueError, KeyError, TypeError):
                 whole, right = line.endswith(b"\n"), False
             if not whole and not right:

@@ -238,3 +238,22 @@ async def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["kme", "verify-audit", str(folder), str(archive), "--head", head]) == 0
     assert main(["kme", "verify-audit", str(folder), str(archive), "--head", "ab" * 32]) == 1
     assert "there is no record with the SHA-256" in capsys.readouterr().out
+
+
+ODD = (None, True, 1, 1.5, "x", [], [1], {"a": 1}, {"a": None}, {"a": []}, {"a": {}}, "")
+
+
+@pytest.mark.parametrize("member", ["n", "previous", "others", "event", None])
+async def test_odd_records_are_problems(tmp_path: Path, member: str | None) -> None:
+    """Whatever somebody has written into the file, the trail is verified to its end."""
+    [path] = await written(tmp_path, files=1)
+    lines = path.read_bytes().splitlines(keepends=True)
+    begun = json.loads(lines[0])
+    assert begun["event"] == "begun"
+    for odd in ODD:
+        changed = odd if member is None else {**begun, member: odd}
+        if changed == begun:
+            continue
+        path.write_bytes(b"".join([json.dumps(changed).encode() + b"\n", *lines[1:]]))
+        assert verify([tmp_path]).problems
+        AuditTrail(tmp_path, "kme-a").close()

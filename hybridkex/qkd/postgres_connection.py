@@ -43,7 +43,13 @@ SILENT_SECONDS: Final = STATEMENT_SECONDS + 1
 """For the answer to a statement, of a server that may not even notice the limit."""
 
 
+_NO_POOLER: Final = (
+    "connect to PostgreSQL itself, not through a pooler such as PgBouncer; each process has a pool "
+    "of its own"
+)
+
 _NEXT_STEPS: Final = {
+    "unsupported startup parameter": f"; {_NO_POOLER}",
     "no password supplied": "; store the password in a file (mode 600) with the line "
     "HOST:PORT:DATABASE:USER:PASSWORD, and add ?passfile=FILE to the URL of the store",
     "password authentication failed": "; compare the password with the role's in the database",
@@ -137,7 +143,7 @@ def prepared(url: str) -> tuple[str, str]:
 
 
 def configure(connection: "psycopg.Connection[Any]") -> None:
-    """Durable commits, whatever the server's default is; stronger settings stay."""
+    """Durable commits also before the first transaction of a call; stronger settings stay."""
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT set_config('synchronous_commit', 'on', false)"
@@ -145,6 +151,18 @@ def configure(connection: "psycopg.Connection[Any]") -> None:
         )
         cursor.execute("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED")
     connection.commit()
+
+
+def check_session(connection: "psycopg.Connection[Any]", where: str) -> None:
+    """Check that the server has our settings.
+
+    Raises:
+        ConfigError: a pooler in between has dropped them; it would also mix the sessions.
+    """
+    query = "SELECT setting::int FROM pg_settings WHERE name = 'statement_timeout'"
+    row = connection.execute(query).fetchone()
+    if row != (int(STATEMENT_SECONDS * 1000),):
+        raise ConfigError(f"the settings of a session do not reach {where}: {_NO_POOLER}")
 
 
 def reason(error: BaseException | None) -> str:

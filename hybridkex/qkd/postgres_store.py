@@ -37,6 +37,7 @@ from hybridkex.qkd.postgres_connection import (
     BoundedConnection,
     ConnectionPool,
     PoolTimeout,
+    check_session,
     configure,
     errors,
     prepared,
@@ -100,18 +101,17 @@ TRANSACTION_SECONDS: Final = 60.0
 """Longer than any transaction, each of whose few statements has its limit."""
 _IN_TURN: Final = "SELECT pg_advisory_xact_lock(hashtext('hybridkex key store'))"
 """Processes that change the tables or the record of the sealing keys take turns."""
-_OPENING: Final = (
-    "SELECT set_config('hybridkex.link', %s, true), generation,"
-    " extract(epoch FROM clock_timestamp())::float8, set_config('hybridkex.sae', %s, true)"
-    " FROM hybridkex_meta"
-)
-"""The first statement of a transaction, which confines it to a link, and deliveries to an SAE; what
-it must know."""
-_OPENING_LAZY: Final = (
+_SCOPE: Final = (
     "SELECT set_config('hybridkex.link', %s, true), generation,"
     " extract(epoch FROM clock_timestamp())::float8, set_config('hybridkex.sae', %s, true),"
-    " set_config('synchronous_commit', 'off', true) FROM hybridkex_meta"
 )
+_OPENING: Final = (
+    f"{_SCOPE} CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')"
+    " THEN set_config('synchronous_commit', 'on', true) END FROM hybridkex_meta"
+)
+"""The first statement of a transaction, which confines it to a link, and deliveries to an SAE; what
+it must know. The commit is durable, whatever the server's default is now; a stronger one stays."""
+_OPENING_LAZY: Final = f"{_SCOPE} set_config('synchronous_commit', 'off', true) FROM hybridkex_meta"
 """Likewise; the commit may be lost with the machine."""
 _THESE: Final = "link || '' = %s AND key_id = ANY(%s)"
 """Rows of the material by their IDs. The concatenation keeps the planner from a walk through the
@@ -180,6 +180,7 @@ class PostgresKeyStore:
         try:
             with BoundedConnection.connect(conninfo) as connection:
                 configure(connection)
+                check_session(connection, self.where)
                 self.id, self.moved = self._prepare(connection, source)
                 [self._process] = _one(connection.execute("SELECT gen_random_uuid()::text"), 1)
         except psycopg.Error as error:
@@ -978,6 +979,7 @@ def check_store(url: Secret, keys: Seal, *, owner: str) -> None:
     conninfo, where = _prepared(url)
     try:
         with BoundedConnection.connect(conninfo) as connection, connection.cursor() as cursor:
+            check_session(connection, where)
             [found] = _one(cursor.execute("SELECT to_regclass('hybridkex_meta') IS NOT NULL"), 1)
             if not found:
                 return

@@ -17,6 +17,7 @@ from hybridkex.secret import Secret  # noqa: E402
         ("fe_sendauth: no password supplied", "add ?passfile=FILE to the URL"),
         ('FATAL:  password authentication failed for user "kme"', "compare the password"),
         ('FATAL:  Peer authentication failed for user "kme"', "run as the system user"),
+        ("FATAL:  unsupported startup parameter: options", "not through a pooler"),
     ],
 )
 def test_a_refusal_names_the_next_step(refusal: str, step: str) -> None:

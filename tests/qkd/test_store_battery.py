@@ -516,6 +516,48 @@ async def test_a_server_that_is_silent_delays_a_call_for_a_bounded_time(
     await store.aclose()
 
 
+async def test_commits_stay_durable_when_the_server_changes_its_default(
+    postgres: PostgresServer,
+) -> None:
+    import psycopg
+
+    def show(cursor: Any) -> list[Any]:
+        cursor.execute(
+            "SELECT setting, reset_val FROM pg_settings WHERE name = 'synchronous_commit'"
+        )
+        return list(cursor.fetchone())
+
+    store = postgres_store(postgres, f"test_{next(SCHEMAS)}")
+    assert await store._run("a", show) == ["on", "on"]
+    with psycopg.connect(postgres.url("public", "postgres"), autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET synchronous_commit = off")
+        connection.execute("SELECT pg_reload_conf()")
+        try:
+            with trio.fail_after(10):
+                while (await store._run("a", show))[1] != "off":  # noqa: ASYNC110
+                    await trio.sleep(0.05)
+            assert await store._run("a", show) == ["on", "off"]
+        finally:
+            connection.execute("ALTER SYSTEM RESET synchronous_commit")
+            connection.execute("SELECT pg_reload_conf()")
+    await store.aclose()
+
+
+async def test_a_pooler_that_drops_the_settings_is_refused(postgres: PostgresServer) -> None:
+    import psycopg
+
+    from hybridkex.qkd.postgres_connection import check_session, prepared
+
+    conninfo, where = prepared(postgres.url("public"))
+    with psycopg.connect(conninfo) as connection:
+        check_session(connection, where)
+    with (
+        psycopg.connect(conninfo, options="") as connection,
+        pytest.raises(ConfigError, match="not through a pooler"),
+    ):
+        check_session(connection, where)
+
+
 @pytest.fixture
 async def large(postgres: PostgresServer) -> "LargeStock":
     """A stock of 20,000 keys and 10,000 promises that the statistics of the database's planner take

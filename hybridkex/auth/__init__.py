@@ -57,10 +57,7 @@ __all__ = [
 ]
 
 _HOMES: Final = {
-    "hybridkex.auth.certificates": (
-        "PeerCertificate",
-        "spki_sha256",
-    ),
+    "hybridkex.auth.certificates": ("PeerCertificate", "spki_sha256"),
     "hybridkex.auth.dev_ca": ("DevCa",),
     "hybridkex.auth.identity": ("Identity",),
     "hybridkex.auth.known_peers": ("KnownPeers",),
@@ -71,10 +68,7 @@ _HOMES: Final = {
         "canonical_peer_name",
         "parse_peer_name",
     ),
-    "hybridkex.auth.raw_keys": (
-        "PeerRawKey",
-        "RawIdentity",
-    ),
+    "hybridkex.auth.raw_keys": ("PeerRawKey", "RawIdentity"),
     "hybridkex.auth.verified": (
         "ClientKeyVerifier",
         "ClientVerifier",
@@ -84,15 +78,8 @@ _HOMES: Final = {
         "ServerVerifier",
         "VerifiedPeer",
     ),
-    "hybridkex.auth.verify": (
-        "InsecureNoVerification",
-        "Pins",
-        "TrustStore",
-    ),
-    "hybridkex.auth.web_of_trust": (
-        "WebOfTrust",
-        "endorsement",
-    ),
+    "hybridkex.auth.verify": ("InsecureNoVerification", "Pins", "TrustStore"),
+    "hybridkex.auth.web_of_trust": ("WebOfTrust", "endorsement"),
 }
 
 if not TYPE_CHECKING:  # or a type checker would take any name for one of this package

@@ -55,7 +55,7 @@ def _rich() -> ModuleType | None:
     return rich
 
 
-class _Lines:
+class _Lines(Progress):
     """One line when a file has ended."""
 
     def __init__(self, verb: str) -> None:
@@ -64,9 +64,6 @@ class _Lines:
 
     def begin(self, name: str, size: int, done: int) -> None:
         self._begun[name] = time.monotonic(), size, done
-
-    def advance(self, name: str, count: int) -> None:
-        pass
 
     def end(self, name: str, outcome: str | None) -> None:
         begun = self._begun.pop(name, None)
@@ -89,7 +86,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-class _Bars:
+class _Bars(Progress):
     """A bar for each file in transfer, and one for the total."""
 
     def __init__(self, rich: ModuleType, verb: str, on_wire: Callable[[], int]) -> None:

@@ -41,20 +41,17 @@ class KmeMetrics:
         self.refused = counter(
             "kme_blocks_refused",
             "Keys that the KME at the other end would not allot.",
-            "link",
-            "reason",
+            *("link", "reason"),
         )
         self.lost = counter(
             "kme_keys_lost",
             "Keys of a link that were erased without having been delivered.",
-            "link",
-            "reason",
+            *("link", "reason"),
         )
         self.excess = counter(
             "kme_peer_excess",
             "Requests, keys and IDs of a peer KME above its limits.",
-            "link",
-            "reason",
+            *("link", "reason"),
         )
         self.shortages = counter("kme_shortages", "Requests for more keys than were free.", "link")
         self.store_failures = counter("kme_store_failures", "Calls to the key store that failed.")

@@ -27,7 +27,7 @@ from hybridkex import (
     TrustStore,
     open_secure_tcp_stream,
 )
-from hybridkex.apps.transfer import PROTOCOL, NullProgress, Outcome, collect, send_items
+from hybridkex.apps.transfer import PROTOCOL, Outcome, Progress, collect, send_items
 from hybridkex.auth.dev_ca import write_identity
 from hybridkex.qkd.etsi014.client import KmeAccess, KmeClient
 from hybridkex.qkd.store import write_key_file
@@ -218,7 +218,7 @@ class Receive(Service):
 
         with trio.fail_after(ANSWER):
             items = collect([path], lambda _: None)
-            return await send_items(items, connect, NullProgress(), retries=2)
+            return await send_items(items, connect, Progress(), retries=2)
 
 
 class _Echo(socketserver.BaseRequestHandler):

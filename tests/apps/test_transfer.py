@@ -57,8 +57,8 @@ from hybridkex.apps.backoff import Backoff
 from hybridkex.apps.transfer import (
     ConnectionLost,
     Folder,
-    NullProgress,
     Outcome,
+    Progress,
     Receiver,
     collect,
     send_items,
@@ -539,9 +539,7 @@ async def transfer(
         return client
 
     async with trio.open_nursery() as nursery:
-        outcome = await send_items(
-            collect([tmp_path / "x"], print), connect, NullProgress(), retries=0
-        )
+        outcome = await send_items(collect([tmp_path / "x"], print), connect, Progress(), retries=0)
         nursery.cancel_scope.cancel()
     return outcome
 
@@ -665,7 +663,7 @@ async def test_data_that_are_sent_again_and_again_are_no_progress(
                 await send_items(
                     collect([tmp_path / "big"], print),
                     connect,
-                    NullProgress(),
+                    Progress(),
                     retries=3,
                     backoff=Backoff(first=0.001, most=0.001),
                 )
@@ -706,7 +704,7 @@ async def test_no_file_is_lost_with_a_connection_that_ends_while_it_is_listed(
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             outcome = await send_items(
-                slowly(), connect, NullProgress(), backoff=Backoff(first=0.001, most=0.001)
+                slowly(), connect, Progress(), backoff=Backoff(first=0.001, most=0.001)
             )
             nursery.cancel_scope.cancel()
     folder.close()
@@ -790,7 +788,7 @@ async def test_connections_that_are_cut_at_any_moment(tmp_path: Path, seed: int)
                     outcome = await send_items(
                         collect([tmp_path / "t"], print),
                         connect,
-                        NullProgress(),
+                        Progress(),
                         backoff=Backoff(first=0.0005, most=0.001),
                     )
             nursery.cancel_scope.cancel()

@@ -23,8 +23,8 @@ from waiting import until
 from hybridkex import ClientConfig, SecureStream, ServerConfig
 from hybridkex.apps.transfer import (
     Folder,
-    NullProgress,
     Outcome,
+    Progress,
     Receiver,
     arrivals,
     collect,
@@ -72,7 +72,7 @@ async def deliver(
             outcome = await send_items(
                 collect(sources, left_out.append),
                 connect,
-                progress or NullProgress(),
+                progress or Progress(),
                 retries=0,
                 checksum=checksum,
             )
@@ -159,7 +159,7 @@ def test_a_hundred_thousand_entries_in_flat_memory(
 # --- stored means on disk -----------------------------------------------------------------------
 
 
-class Watched(NullProgress):
+class Watched(Progress):
     """Notes when files are reported."""
 
     def __init__(self, events: list[str]) -> None:

@@ -24,7 +24,7 @@ import trio.testing
 from apps_glue import become_a_pipe, begin, complete, connected, replace
 
 from hybridkex import ClientConfig, SecureStream, ServerConfig
-from hybridkex.apps.transfer import Folder, NullProgress, Outcome, Receiver, collect, send_items
+from hybridkex.apps.transfer import Folder, Outcome, Progress, Receiver, collect, send_items
 from hybridkex.apps.transfer import sender as sending
 from hybridkex.apps.transfer.arrivals import Arrivals
 from hybridkex.apps.transfer.frames import Frames
@@ -78,7 +78,7 @@ async def deliver(
                     nursery.start_soon(Receiver(folder).serve, server)
                     return client
 
-                outcome = await send_items(items, connect, NullProgress(), retries=0)
+                outcome = await send_items(items, connect, Progress(), retries=0)
     finally:
         folder.close()
     return outcome, left_out
@@ -743,7 +743,7 @@ def test_large_files_of_all_senders_share_descriptors(
     monkeypatch.setattr("hybridkex.apps.transfer.folder.share", lambda _: places)
     folder = Folder(tmp_path)
     content = bytes(WHOLE + 1)
-    senders = [Reception(folder, NullProgress()) for _ in range(4)]
+    senders = [Reception(folder, Progress()) for _ in range(4)]
     before = len(os.listdir("/dev/fd"))
     for which, reception in enumerate(senders):
         offered = [

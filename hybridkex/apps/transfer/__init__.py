@@ -5,7 +5,7 @@
 
 from hybridkex.apps.transfer.folder import Folder
 from hybridkex.apps.transfer.messages import PROTOCOL, ProtocolError
-from hybridkex.apps.transfer.progress import NullProgress, Progress
+from hybridkex.apps.transfer.progress import Progress
 from hybridkex.apps.transfer.receiver import Receiver
 from hybridkex.apps.transfer.sender import Connect, ConnectionLost, Outcome, send_items
 from hybridkex.apps.transfer.source import Item, collect, total_size
@@ -16,7 +16,6 @@ __all__ = [
     "ConnectionLost",
     "Folder",
     "Item",
-    "NullProgress",
     "Outcome",
     "Progress",
     "ProtocolError",

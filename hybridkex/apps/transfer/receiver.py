@@ -12,7 +12,7 @@ from hybridkex import HybridkexError, SecureStream
 from hybridkex.apps.transfer import messages as wire
 from hybridkex.apps.transfer.folder import Folder
 from hybridkex.apps.transfer.frames import Frames, Received, first_failure
-from hybridkex.apps.transfer.progress import NullProgress, Progress
+from hybridkex.apps.transfer.progress import Progress
 from hybridkex.apps.transfer.reception import Answers, Reception
 from hybridkex.machine import broken
 from hybridkex.net.descriptors import share
@@ -42,7 +42,7 @@ class Receiver:
 
     def __init__(self, folder: Folder, progress: Progress | None = None) -> None:
         self._folder = folder
-        self._progress = progress or NullProgress()
+        self._progress = progress or Progress()
         # Rate-limited, because any sender can cause these lines.
         self._lines = BoundedLog(_log)
         self._live: dict[str, tuple[trio.CancelScope, trio.Event]] = {}

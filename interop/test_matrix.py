@@ -1,5 +1,8 @@
 """The matrix: one test for each peer and role. All cells run concurrently in one event loop.
 
+Each case runs at each peer on one of our shells, in turn; with ``--thorough``, and by
+``python -m interop``, on every one.
+
 The cells of peers that PyPI serves run wherever the ``test`` extra is installed. Chromium, curl and
 ``openssl`` come from the distribution, liboqs from npm.
 """
@@ -30,6 +33,12 @@ def todo(peers: tuple[Peer, ...] = PEERS) -> list[Cell]:
     return cells(peers, CASES)
 
 
+def shell_in_turn(cell: Cell) -> str:
+    """The shell for a case, which is another one in the other role and at the next peer."""
+    places = CASES.index(cell.case), PEERS.index(cell.peer), ROLES.index(cell.ours)
+    return SHELLS[sum(places) % len(SHELLS)]
+
+
 SEATS = [
     pytest.param(peer, role, id=f"{peer.name}, hybridkex as {role}")
     for peer in PEERS
@@ -40,7 +49,7 @@ SEATS = [
 
 @pytest.fixture(scope="session")
 def results(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, thorough: bool
 ) -> list[Result]:
     """The results for the peers whose tests were selected."""
     chosen = {
@@ -52,12 +61,14 @@ def results(
     }
     materials = Materials(tmp_path_factory.mktemp("matrix"))
     wanted = todo(tuple(peer for peer in PEERS if peer in chosen))
+    if not thorough:
+        wanted = [cell for cell in wanted if cell.shell == shell_in_turn(cell)]
     return trio.run(run_all, wanted, materials)[1]
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize(("peer", "role"), SEATS)
-def test_peer(peer: Peer, role: Role, shell: str, results: list[Result]) -> None:
+def test_peer(peer: Peer, role: Role, shell: str, results: list[Result], thorough: bool) -> None:
     mine = [
         one
         for one in results
@@ -66,7 +77,7 @@ def test_peer(peer: Peer, role: Role, shell: str, results: list[Result]) -> None
     if any(one.outcome is Outcome.MISSING for one in mine):
         pytest.skip(f"{peer.name}: {mine[0].reason}")
     assert [f"{one.cell}: {one.reason}" for one in mine if one.outcome is Outcome.FAILED] == []
-    assert sum(one.outcome is Outcome.PASSED for one in mine) > 10
+    assert sum(one.outcome is Outcome.PASSED for one in mine) > (10 if thorough else 5)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,13 @@
 """One whole trial, run as a user runs it, for all tests that look at its outcome."""
 
+import fcntl
 import json
+import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rndl_glue import Report
@@ -11,7 +15,25 @@ from rndl_glue import Report
 
 @pytest.fixture(scope="session")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    folder = tmp_path_factory.mktemp("rndl")
+    """The first of the processes that run the tests makes it for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "rndl"
+    folder.mkdir(exist_ok=True)
+    outcome = folder / "outcome.json"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not outcome.exists():
+            outcome.write_text(json.dumps(run(folder)), encoding="utf-8")
+    return Report(
+        **json.loads(outcome.read_text(encoding="utf-8")),
+        html=folder / "report.html",
+        json=json.loads((folder / "report.json").read_text(encoding="utf-8")),
+        kept=folder / "kept",
+    )
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """Run the command; its status, its output, and the processor time it took in seconds."""
     html, report, kept = folder / "report.html", folder / "report.json", folder / "kept"
     command = [sys.executable, "-W", "error", "-m", "hybridkex", "rndl"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -25,11 +47,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert process.stderr == ""
-    return Report(
-        status=process.returncode,
-        output=process.stdout,
-        cpu_seconds=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        html=html,
-        json=json.loads(report.read_text(encoding="utf-8")),
-        kept=kept,
-    )
+    return {
+        "status": process.returncode,
+        "output": process.stdout,
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+    }

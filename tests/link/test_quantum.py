@@ -1,5 +1,8 @@
 """Sampled light against the closed forms, and against light pulse by pulse."""
 
+from collections.abc import Awaitable, Callable
+from functools import partial
+
 import numpy as np
 import pytest
 import trio
@@ -12,7 +15,7 @@ from hybridkex.link.physics import Channel, Transmitter, gain_from_yields
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.quantum import Detections, OpticalLink, PulseRecord, Sent, sample
 from hybridkex.link.randomness import Randomness
-from hybridkex.link.remote import RemoteDetector, serve_detector
+from hybridkex.link.remote import REQUEST, RemoteDetector, serve_detector
 from tests.link.pulses import Pulses, send_pulses
 
 LEVEL = 1e-4
@@ -280,7 +283,8 @@ async def test_the_fibre_goes_on_where_it_was_and_repeats_with_its_seed() -> Non
 )
 async def test_detections_that_are_not_in_order(pulse: list[int]) -> None:
     ours, theirs = trio.testing.memory_stream_pair()
-    await theirs.send_all(np.array(pulse, dtype="<i8").tobytes() + b"\0\0")
+    request = REQUEST.pack(0, len(pulse))
+    await theirs.send_all(request + np.array(pulse, dtype="<i8").tobytes() + b"\0\0")
     with pytest.raises(LinkError, match="malformed detections"):
         await RemoteDetector(ours).detect(len(pulse))
 
@@ -312,3 +316,78 @@ async def test_a_message_that_stops_in_its_middle_ends_the_session(
             await theirs.send_all(b"\0\0")
             began = trio.current_time()
     assert trio.current_time() - began < 100
+
+
+class Light:
+    """Five detections a second, without a thread, so that the clock may jump."""
+
+    def __init__(self) -> None:
+        self.last = -1
+
+    async def detect(self, count: int) -> Detections:
+        await trio.sleep(count / 5)
+        pulse = self.last + 1 + np.arange(count)
+        self.last = int(pulse[-1])
+        bits = np.zeros(count, dtype=np.uint8)
+        return Detections(pulse=pulse, basis=bits, bit=bits)
+
+
+DETECTIONS = 20
+ANSWER = REQUEST.size + 8 * DETECTIONS + 2 * 3
+
+
+@pytest.mark.parametrize("how", ["doubled", "cut", "held back"])
+@pytest.mark.parametrize(
+    ("direction", "first", "count"),
+    [("requests", REQUEST.size * skip + at, count)
+     for skip in (0, 1) for at, count in [(0, REQUEST.size), (0, 4), (8, 4), (5, 1)]]
+    + [("answers", at, count)
+       for at, count in [(0, ANSWER), (ANSWER, ANSWER), (0, 8), (50, 8), (ANSWER - 1, 1)]],
+)  # fmt: skip
+async def test_bob_has_the_light_that_alice_has_a_record_of(
+    direction: str, first: int, count: int, how: str, autojump_clock: object
+) -> None:
+    """Bytes that are doubled or cut out end the session; no answer is taken for that of another
+    request."""
+    if how == "cut" and count in (REQUEST.size, ANSWER):
+        count -= 1  # a message that is lost as a whole may still come
+    bob, bobs_wire = trio.testing.memory_stream_pair()
+    alice, alices_wire = trio.testing.memory_stream_pair()
+    light = Light()
+    over: list[str] = []
+
+    async def relay(name: str, source: trio.abc.Stream, sink: trio.abc.Stream) -> None:
+        seen, part = 0, bytearray()
+        async for data in source:
+            for one in data:
+                inside = name == direction and first <= seen < first + count
+                seen += 1
+                if inside:
+                    part.append(one)
+                if not inside or how == "doubled":
+                    await sink.send_all(bytes([one]))
+                if inside and len(part) == count and how != "cut":
+                    await trio.sleep(30)
+                    await sink.send_all(part)
+
+    async def ask() -> None:
+        detector = RemoteDetector(bob)
+        for _ in range(5):
+            seen = await detector.detect(DETECTIONS)
+            assert seen.pulse[-1] == light.last
+
+    async with trio.open_nursery() as nursery:
+
+        async def until_over(name: str, end: Callable[[], Awaitable[None]]) -> None:
+            try:
+                await end()
+            except LinkError:
+                over.append(name)
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(relay, "requests", bobs_wire, alices_wire)
+        nursery.start_soon(relay, "answers", alices_wire, bobs_wire)
+        nursery.start_soon(until_over, "alice", partial(serve_detector, light, alice, most=1000))
+        with trio.fail_after(1000):
+            await until_over("bob", ask)
+    assert bool(over) is (how != "held back")

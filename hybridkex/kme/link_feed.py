@@ -60,9 +60,10 @@ PAUSE: Final = 1.0
 LONG_PAUSE: Final = 10.0
 """The same, if the authentication key is used up or lost and an operator must restart the KMEs."""
 LONGEST_PAUSE: Final = 600.0
-"""The most that Bob waits, where sessions use up authentication key and make no block."""
+"""The most that Bob waits, where attempts use up authentication key and make no block."""
 FRUITLESS: Final = 2
-"""Such sessions in a row after which Bob waits longer, twice as long each time."""
+"""Such attempts in a row after which Bob waits longer, twice as long each time. An attempt is a
+block that is given up or a session that ends."""
 GREETING_SECONDS: Final = 10.0
 """Seconds for a greeting, and then for the other connection of the session."""
 UNAUTHENTICATED: Final = 32
@@ -190,9 +191,11 @@ class PartyFeed:
         self._signatures = signatures
         self._real_time = real_time
         self._note = note
-        self._fruitful = False
-        """Whether the session has made a block."""
         self._ledger = Ledger()  # outlives a session: only the first session uses signatures
+        self._used = 0
+        """Bytes of the ledger that were used when the last attempt at a block ended."""
+        self._fruitless = 0
+        """Attempts since the last block that used some and made none."""
 
     async def run(self) -> None:
         """Make keys until cancelled. Ends if we cannot listen.
@@ -208,27 +211,33 @@ class PartyFeed:
             self.ends[0].end(failure)
 
     async def _run_bob(self) -> None:
-        fruitless = 0
         while True:
             number = secrets.token_bytes(NUMBER)
             classical = await self._reach(CLASSICAL, number)
             quantum = await self._reach(QUANTUM, number)
-            before, self._fruitful = self._ledger.used, False
             await self._session(classical, quantum)
-            if self._fruitful:
-                fruitless = 0
-            elif self._ledger.used != before:
-                fruitless += 1
-            if fruitless > FRUITLESS:
-                # An attacker who can cut the connection can make each session use up some key.
-                pause = min(PAUSE * 2.0**fruitless, LONGEST_PAUSE)
-                LOG.warning(
-                    "QKD link: %d sessions in a row used authentication key and made no block; %d "
-                    "bytes of it are left; the next session in %g s: find out who or what cuts the "
-                    "connection",
-                    *(fruitless, self._ledger.balance, pause),
-                )
-                await trio.sleep(pause)
+            await self._slow_down()
+
+    async def _slow_down(self) -> None:
+        """Wait after an attempt that used authentication key and made no block, if it is not the
+        first one in a row.
+
+        An attacker who can disturb the light or cut the connection can make each attempt use some.
+        """
+        used, self._used = self._used, self._ledger.used
+        if used == self._used:
+            return
+        self._fruitless += 1
+        if self._fruitless <= FRUITLESS:
+            return
+        pause = min(PAUSE * 2.0**self._fruitless, LONGEST_PAUSE)
+        LOG.warning(
+            "QKD link: %d attempts in a row used authentication key and made no block; %d bytes of "
+            "it are left; the next attempt in %g s: find out who or what disturbs the light or "
+            "cuts the connection, before the link stops",
+            *(self._fruitless, self._ledger.balance, pause),
+        )
+        await trio.sleep(pause)
 
     async def _reach(self, kind: bytes, number: bytes) -> trio.SocketStream:
         """Open a connection that Alice has greeted."""
@@ -339,9 +348,11 @@ class PartyFeed:
             self._note(error)
             LOG.warning("QKD link: a block was given up: %s", error)
             await trio.sleep(PAUSE)
+            if isinstance(party, Bob):  # Alice waits for Bob, who begins each block
+                await self._slow_down()
             return
         self._note(block)
-        self._fruitful = True
+        self._used, self._fruitless = self._ledger.used, 0
         self.ends[0].put(block.keys)
 
 

@@ -36,7 +36,14 @@ TAG: Final = 16
 POINT: Final = 16
 TAGS: Final = {Direction.ALICE_TO_BOB: 2, Direction.BOB_TO_ALICE: 3}
 """Tags of a block."""
-LEAST_SECRET: Final = len(Direction) * max(POINT + TAG * count for count in TAGS.values())
+
+
+def tag_bytes(lane: Direction) -> int:
+    """Bytes of a lane that the tags of one block take."""
+    return POINT + TAG * TAGS[lane]
+
+
+LEAST_SECRET: Final = len(Direction) * max(map(tag_bytes, Direction))
 """Bytes that begin a ledger, at least: half of them go into each lane, enough for the tags of one
 block."""
 

@@ -117,10 +117,7 @@ class Ledger:
         """Bytes from number ``start`` on; they stay in stock. Raises ``LedgerDry``."""
         lane, at = self._lanes[direction], start - self._starts[direction]
         if at < 0 or len(lane) - at < count:
-            raise LedgerDry(
-                "no authentication key is left, and the link stops: restart both ends, so that "
-                "they authenticate from the beginning"
-            )
+            raise LedgerDry(f"fewer than {count} bytes of authentication key are left")
         return bytes(lane[at : at + count])
 
     def advance(self, block: int, direction: Direction, start: int) -> None:

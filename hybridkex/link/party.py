@@ -32,13 +32,14 @@ import trio
 from cryptography.hazmat.primitives.poly1305 import Poly1305
 from numpy.typing import NDArray
 
-from hybridkex.errors import BlockAborted, LedgerLost, LinkAuthenticationError, LinkError
+from hybridkex.errors import BlockAborted, LedgerDry, LedgerLost, LinkAuthenticationError, LinkError
 from hybridkex.link import wire
 from hybridkex.link.authentication import (
     LEAST_SECRET,
     Authenticator,
     Signatures,
     WegmanCarter,
+    tag_bytes,
 )
 from hybridkex.link.classical import ClassicalChannel
 from hybridkex.link.entropy import binary_entropy
@@ -323,6 +324,15 @@ class _Party(Generic[L]):
             assert self._signatures is not None
             return self._signatures
         lanes = self._agreed or {lane: self.ledger.position(lane) for lane in Direction}
+        for lane, stock in lanes.items():
+            if stock.end - stock.start < tag_bytes(lane):
+                # Here both parties know it. Where only one of them found out in the middle of a
+                # block, the other would see no more than a connection that ends.
+                raise LedgerDry(
+                    "the authentication key is used up by blocks that were given up and sessions "
+                    "that were cut, and the link stops: find their cause in this log, then restart "
+                    "both ends, so that they authenticate from the beginning"
+                )
         return WegmanCarter(
             self.ledger, self._number, starts={lane: one.start for lane, one in lanes.items()}
         )

@@ -403,7 +403,8 @@ async def test_sessions_that_are_cut_use_up_the_ledger_slowly(
 
     async def session(*_: object) -> None:
         began.append(trio.current_time())
-        bob._fruitful = len(began) == 9
+        if len(began) == 9:
+            bob._used, bob._fruitless = bob._ledger.used, 0  # a block was made
         if len(began) != 4:  # that one ends before its first tag
             bob._ledger.draw(len(began), Direction.BOB_TO_ALICE, 16)
         await trio.sleep(link_feed.PAUSE)
@@ -415,5 +416,29 @@ async def test_sessions_that_are_cut_use_up_the_ledger_slowly(
     with trio.CancelScope() as scope:
         await bob._run_bob()
     pauses = [round(after - before) for before, after in pairwise(began)]
-    assert pauses == [1, 1, 9, 9, 17, 33, 65, 129, 1, 1, 1, 9, 17]
-    assert "3 sessions in a row used authentication key and made no block; 464 bytes" in caplog.text
+    assert pauses == [1, 1, 9, 1, 17, 33, 65, 129, 1, 1, 9, 17, 33]
+    assert "3 attempts in a row used authentication key and made no block; 464 bytes" in caplog.text
+
+
+async def test_blocks_that_are_given_up_use_up_the_ledger_slowly(
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    signatures: dict[str, Signatures],
+) -> None:
+    """Light that is disturbed for a minute does not end the link; a block sets the pause back."""
+    end = feed("bob", 1, signatures)
+    end._ledger.add(0, "a block before", bytes(512))
+    began: list[float] = []
+
+    async def block(_: object) -> Any:
+        began.append(trio.current_time())
+        end._ledger.draw(len(began), Direction.BOB_TO_ALICE, 32)
+        if len(began) == 4:
+            return SimpleNamespace(keys=())
+        raise BlockAborted("too many errors")
+
+    monkeypatch.setattr(party.Bob, "block", block)
+    for _ in range(8):
+        await end._block(object.__new__(party.Bob))
+    pauses = [round(after - before) for before, after in pairwise(began)]
+    assert pauses == [1, 1, 9, 0, 1, 1, 9]

@@ -12,12 +12,13 @@ from trio.testing import memory_stream_pair
 from hybridkex.errors import (
     BlockAborted,
     ConfigError,
+    LedgerDry,
     LedgerLost,
     LinkError,
 )
-from hybridkex.link.authentication import Signatures
+from hybridkex.link.authentication import Signatures, tag_bytes
 from hybridkex.link.finite_key import Security
-from hybridkex.link.ledger import Direction, Ledger
+from hybridkex.link.ledger import LANE_RESERVE, Direction, Ledger
 from hybridkex.link.optimise import tuned
 from hybridkex.link.party import Alice, Block, Bob
 from hybridkex.link.physics import Transmitter
@@ -414,3 +415,27 @@ async def test_a_ledger_is_not_begun_with_less_than_the_tags_of_a_block_take(
     async with link.open():
         kinds = [(await link.block())[0].authentication for _ in range(3)]
     assert kinds[1:] == ["wegman-carter"] * 2
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("lane", list(Direction))
+@pytest.mark.parametrize("left", ["nothing", -16, -1, 0, 16])
+async def test_both_parties_know_that_the_ledger_is_used_up(
+    lane: Direction, left: int | str, cut: bool
+) -> None:
+    """A lane with less than the tags of a block take can never be filled again.
+
+    ``cut``: the party that speaks on the lane has used bytes and the other does not know yet.
+    """
+    ledgers = Ledger(), Ledger()
+    await session(ledgers)
+    stays = tag_bytes(lane) + left if isinstance(left, int) else 0
+    for one in [ledgers[lane]] if cut else ledgers:
+        one.draw(1, lane, LANE_RESERVE - stays)
+    found, _ = await session(ledgers, seed=2)
+    if left in (0, 16):
+        assert keys(found[0]) == keys(found[1])
+        return
+    for end in found:
+        assert [type(one) for one in end] == [LedgerDry]
+        assert "restart both ends" in str(end[0])

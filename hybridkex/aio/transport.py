@@ -776,7 +776,17 @@ class SecureTransport(transports._FlowControlMixin):
     def writing_paused(self, paused: bool) -> None:
         """Process ``pause_writing`` or ``resume_writing`` of the transport below."""
         self._raw_full = paused
-        if not paused and (self._outgoing or self._end_due):
+        if paused:
+            self._check_marks()
+        else:
+            # A transport of asyncio that is closed within its resume_writing calls connection_lost
+            # twice (cpython: _SelectorSocketTransport._write_ready).
+            self._loop.call_soon(self._writing_resumed)
+
+    def _writing_resumed(self) -> None:
+        if self._raw_full or self._state is _CLOSED:
+            return
+        if self._outgoing or self._end_due:
             self._pump()
         self._check_marks()
 

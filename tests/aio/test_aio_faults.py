@@ -563,6 +563,56 @@ def test_data_that_waits_is_sent_to_a_peer_that_has_ended_its_direction(
     run(main())
 
 
+@pytest.mark.parametrize("ends", ["abort", "close", "the peer has closed"])
+def test_a_transport_that_ends_when_its_buffer_is_empty(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig, ends: str
+) -> None:
+    """asyncio calls ``resume_writing`` in the middle of a write, where a close is made twice."""
+
+    class Ends(asyncio.Protocol):
+        transport: SecureTransport
+        lost = 0
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, SecureTransport)
+            self.transport = transport
+
+        def resume_writing(self) -> None:
+            if hasattr(self.transport, ends):
+                getattr(self.transport, ends)()
+
+        def eof_received(self) -> bool:
+            return True
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self.lost += 1
+
+    async def sink(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write_eof()
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(1 << 16):
+                pass
+        writer.close()
+
+    async def main() -> None:
+        async with serving(server_config, sink) as port:
+            transport, protocol = await create_connection(
+                Ends, "127.0.0.1", port, client_config, server_hostname="localhost"
+            )
+            transport._raw.set_write_buffer_limits(high=0)  # type: ignore[attr-defined]
+            below = transport.get_extra_info("socket")
+            below.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
+            await asyncio_until(lambda: transport._connection.close_received)
+            transport.write(bytes(100_000))
+            if not hasattr(transport, ends):
+                transport.close()
+            await asyncio_until(lambda: protocol.lost)
+            await asyncio.sleep(0.01)
+            assert protocol.lost == 1
+
+    run(main())
+
+
 def test_the_marks_of_the_write_buffer(
     run: Run, client_config: ClientConfig, server_config: ServerConfig
 ) -> None:

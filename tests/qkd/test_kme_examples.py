@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from hybridkex.kme.config import load_config
 from hybridkex.kme.metrics import KmeMetrics
 
-FOLDER = Path(__file__).parents[2] / "examples" / "kme"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "kme"
 
 
 def metric_names() -> set[str]:
@@ -60,6 +62,53 @@ def test_compose_has_two_sites_of_two_processes(tmp_path: Path) -> None:
             assert one["healthcheck"]["test"][-1].endswith(":9464/readyz')")
         assert config.peer[0].url == f"https://kme-{'b' if site == 'a' else 'a'}:8443"
     assert load_config(tmp_path / "kme-a" / "kme.toml").metrics is not None
+
+
+def steps(instruction: str) -> list[list[str]]:
+    """The words of each instruction of this kind in the Containerfile."""
+    text = (FOLDER / "Containerfile").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [line.split()[1:] for line in lines if line.split()[0] == instruction]
+
+
+def test_the_image_has_what_it_needs_and_no_more() -> None:
+    """What is copied out of the checkout is what the package is built from; and nothing else is."""
+    copied = [words[:-1] for words in steps("COPY") if not words[0].startswith("--from")]
+    sources = {one.rstrip("/") for words in copied for one in words}
+    assert all((ROOT / one).exists() for one in sources)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    hatch = project["tool"]["hatch"]
+    readme = hatch["metadata"]["hooks"]["fancy-pypi-readme"]["fragments"]
+    needed = {
+        "pyproject.toml",
+        *project["project"]["license-files"],
+        *(one["path"] for one in readme),
+        *hatch["build"]["targets"]["wheel"]["packages"],
+    }
+    assert sources == needed | {"examples/kme/make_sites.py"}
+    assert hatch["version"]["path"].split("/")[0] in sources
+
+
+def test_the_image_has_the_files_that_compose_names(hybridkex: Forkserver) -> None:
+    """Every path in the image is one that a step creates, and every command is one of ours."""
+    copied = {words[-1] for words in steps("COPY")}
+    [entry] = steps("ENTRYPOINT")
+    assert json.loads(" ".join(entry)) == ["hybridkex"]
+    [[user]] = steps("USER")
+    [number] = [words[words.index("--uid") + 1] for words in steps("RUN") if "useradd" in words]
+    [[path]] = steps("ENV")
+    assert path == "PATH=/opt/hybridkex/bin:$PATH"
+    assert "/opt/hybridkex" in copied
+    services = loaded("compose.yaml")["services"]
+    setup = services["setup"]["command"][0]
+    assert user in " ".join(words[-1] for words in steps("RUN"))
+    assert f"chown -R {number} /sites" in setup
+    assert set(re.findall(r"/opt/hybridkex/\S+", setup)) <= copied
+    for service in services.values():
+        if service["image"] == "hybridkex-kme" and "entrypoint" not in service:
+            refused = hybridkex.run(*service["command"])
+            assert service["command"][2].encode() in refused.stderr, "the options are right"
+            assert refused.stderr.count(b"\n") == 1
 
 
 def test_the_unit(tmp_path: Path, hybridkex: Forkserver) -> None:

@@ -51,7 +51,7 @@ from hybridkex.link.physics import Channel, PairSource, Transmitter
 from hybridkex.link.presets import Preset
 from hybridkex.link.quantum import Detections, PulseRecord, Sent
 from hybridkex.link.randomness import Randomness
-from hybridkex.link.ranges import instance
+from hybridkex.link.ranges import file_kind, instance
 from hybridkex.link.settings import MOST_DETECTIONS, LinkSettings
 from hybridkex.link.simulated import stream_pair
 from hybridkex.secret import Secret
@@ -353,6 +353,7 @@ def write_measured(path: Path | str, measured: Measured, preset: Preset) -> None
     Raises ``ConfigError`` and ``OSError``.
     """
     path = Path(path)
+    kind = _kind(path)
     instance("preset", preset, Preset)
     instance("measured", measured, Measured)
     arrays = {
@@ -361,10 +362,10 @@ def write_measured(path: Path | str, measured: Measured, preset: Preset) -> None
         if getattr(measured, one) is not None
     }
     content = io.BytesIO()
-    if path.suffix == ".npz":
+    if kind == ".npz":
         np.savez_compressed(content, **arrays, settings=np.array(_described(preset)))
     else:
-        _, parquet, arrow = _pyarrow(path)
+        _, parquet, arrow = _pyarrow()
         table = arrow.table(arrays)
         table = table.replace_schema_metadata({PARQUET_KEY: _described(preset).encode()})
         parquet.write_table(table, content, write_page_checksum=True)
@@ -374,18 +375,17 @@ def write_measured(path: Path | str, measured: Measured, preset: Preset) -> None
 def read_measured(path: Path | str) -> tuple[Measured, Preset]:
     """Detections of one party, and the settings of their link. Raises ``ConfigError``."""
     path = Path(path)
-    if path.suffix not in (".npz", ".parquet"):
-        raise ConfigError(f"{path}: detections are in .npz or .parquet files")
+    kind = _kind(path)
     content = io.BytesIO(read_file(path, limit=16 * MOST_DETECTIONS, pipe=False))
-    read = _read_npz if path.suffix == ".npz" else _read_parquet
+    read = _read_npz if kind == ".npz" else _read_parquet
     try:
         found = read(path, content)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
     settings = found.pop(SETTINGS, None)
     if settings is None:
-        where = "an array" if path.suffix == ".npz" else "a value of the file's metadata"
-        name = SETTINGS if path.suffix == ".npz" else PARQUET_KEY.decode()
+        where = "an array" if kind == ".npz" else "a value of the file's metadata"
+        name = SETTINGS if kind == ".npz" else PARQUET_KEY.decode()
         raise ConfigError(f"{path}: the settings are missing; add {where} called {name!r}")
     for name in ("basis", "bit"):
         if name not in found:
@@ -461,7 +461,7 @@ def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) 
 
 
 def _read_parquet(path: Path, content: io.BytesIO) -> dict[str, Any]:
-    error_type, parquet, arrow = _pyarrow(path)
+    error_type, parquet, arrow = _pyarrow()
     found: dict[str, Any] = {}
     try:
         with parquet.ParquetFile(content, page_checksum_verification=True) as file:
@@ -502,9 +502,11 @@ def _column(path: Path, table: Any, name: str) -> NDArray[Any]:
     return found
 
 
-def _pyarrow(path: Path) -> tuple[type[Exception], Any, Any]:
-    if path.suffix != ".parquet":
-        raise ConfigError(f"{path}: detections are in .npz or .parquet files")
+def _kind(path: Path) -> str:
+    return file_kind(path, "detections", (".npz", ".parquet"))
+
+
+def _pyarrow() -> tuple[type[Exception], Any, Any]:
     try:
         import pyarrow  # noqa: PLC0415  # an extra
         import pyarrow.parquet  # noqa: PLC0415

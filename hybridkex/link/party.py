@@ -330,8 +330,8 @@ class _Party(Generic[L]):
                 # block, the other would see no more than a connection that ends.
                 raise LedgerDry(
                     "the authentication key is used up by blocks that were given up and sessions "
-                    "that were cut, and the link stops: find their cause in this log, then restart "
-                    "both ends, so that they authenticate from the beginning"
+                    "that were cut, and the link stops: find their cause, then restart both ends, "
+                    "so that they authenticate from the beginning"
                 )
         return WegmanCarter(
             self.ledger, self._number, starts={lane: one.start for lane, one in lanes.items()}

@@ -19,7 +19,16 @@ from hybridkex.link.physics import Channel
 from hybridkex.link.presets import Preset, preset
 from hybridkex.link.quantum import sample
 from hybridkex.link.randomness import Randomness
-from hybridkex.link.ranges import instance, listed, one_of, plain, records, within
+from hybridkex.link.ranges import (
+    PICTURES,
+    file_kind,
+    instance,
+    listed,
+    one_of,
+    plain,
+    records,
+    within,
+)
 from hybridkex.text import printable
 
 GYS_F: Final = 1.22
@@ -75,13 +84,12 @@ def save(figure: Figure, path: Path | str) -> None:
     """Write a ``.png`` or an ``.svg``. Raises ``ConfigError`` and ``OSError``."""
     path = Path(path)
     instance("figure", figure, Figure)
-    if path.suffix not in (".png", ".svg"):
-        raise ConfigError("the picture is a .png or an .svg")
+    kind = file_kind(path, "a picture", PICTURES)
     # Without the date, so that the same picture is the same file.
-    metadata = {"Date": None} if path.suffix == ".svg" else {}
+    metadata = {"Date": None} if kind == ".svg" else {}
     with mpl.rc_context({"svg.hashsalt": "hybridkex", "svg.fonttype": "path"}):
         picture = io.BytesIO()
-        figure.savefig(picture, format=path.suffix[1:], dpi=100, metadata=metadata)
+        figure.savefig(picture, format=kind[1:], dpi=100, metadata=metadata)
     write_file(path, picture.getvalue(), mode=PUBLIC)
 
 

@@ -8,7 +8,8 @@ import math
 import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_origin
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast, get_origin
 
 from hybridkex.errors import ConfigError
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T")
+
+PICTURES: Final = (".png", ".svg")
+"""How the names of pictures end."""
 
 
 def check_ranges(owner: "DataclassInstance", **limits: tuple[float, float]) -> None:
@@ -96,6 +100,20 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> str:
     if not isinstance(value, str) or value not in known:
         raise ConfigError(f"{name} must be one of {', '.join(known)}")
     return value
+
+
+def file_kind(path: Path, what: str, known: Iterable[str]) -> str:
+    """How the name of a file ends, in small letters: one of these. Raises ``ConfigError``.
+
+    ``what``: is in the file.
+    """
+    *others, last = known
+    ending = path.suffix.lower()
+    if ending not in (*others, last):
+        raise ConfigError(
+            f"{path}: the name of a file with {what} must end in {', '.join(others)} or {last}"
+        )
+    return ending
 
 
 def instance(name: str, value: Any, kind: type[T], *others: type[Any]) -> T:

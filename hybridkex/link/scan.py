@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -23,15 +24,26 @@ from typing import Any, Final
 
 import trio
 
-from hybridkex.errors import BlockAborted, ConfigError
+from hybridkex.errors import BlockAborted, ConfigError, LedgerDry, LinkError
 from hybridkex.files import PUBLIC, read_file, write_file
 from hybridkex.json_text import load_json
 from hybridkex.link.eavesdroppers import eavesdropper
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import FINITE_KEY, expected_counts
 from hybridkex.link.optimise import NoKeyError, tuned
+from hybridkex.link.party import Block
 from hybridkex.link.presets import Preset, preset
-from hybridkex.link.ranges import instance, is_number, listed, one_of, plain, records, whole, within
+from hybridkex.link.ranges import (
+    file_kind,
+    instance,
+    is_number,
+    listed,
+    one_of,
+    plain,
+    records,
+    whole,
+    within,
+)
 from hybridkex.link.settings import LEAKS, MOST_BLOCK_BITS, LinkSettings
 from hybridkex.link.simulated import SimulatedLink
 
@@ -62,6 +74,8 @@ COLUMNS: Final = (
 """Columns of a row in addition to its point: loss of the fibre (dB); secret bits per pulse and per
 second; secret bits, QBER, phase error bound, leak and seconds of a block; blocks made and aborted,
 0 unless blocks were simulated."""
+ERROR: Final = "error"
+"""Column of a row without results: why. No other rows have it."""
 SEARCHED: Final = ("intensities", "probabilities", "key_basis_probability", "brightness")
 """Settings that :func:`~hybridkex.link.optimise.tuned` chooses."""
 EXTRA: Final = "more values than columns"
@@ -208,26 +222,34 @@ def _expected(settings: LinkSettings, eve: str | None) -> Row:
 
 
 def _simulated(settings: LinkSettings, eve: str | None, blocks: int, seed: int) -> Row:
-    link = SimulatedLink(settings, eve=eve, seed=seed)
-
     async def run() -> Row:
-        made, aborted, pulses = [], 0, 0.0
-        async with link.open():
-            for _ in range(blocks):
+        made: list[Block] = []
+        done, seconds = 0, 0.0
+        for number in itertools.count():
+            # A link that stops is begun again, as an operator would do it.
+            link = SimulatedLink(settings, eve=eve, seed=_seed(seed, number) if number else seed)
+            async with link.open():
                 try:
-                    made.append((await link.block())[1])
-                except BlockAborted:
-                    aborted += 1
-            seconds = link.seconds
-        pulses = seconds * settings.preset.channel.repetition_rate_hz
+                    while done < blocks:
+                        with suppress(BlockAborted):
+                            made.append((await link.block())[1])
+                        done += 1
+                except LedgerDry:  # no block was begun
+                    pass
+                except LinkError:
+                    done += 1
+                seconds += link.seconds
+            if done == blocks:
+                break
         secret = sum(one.secret_bits for one in made)
+        bit_per_s = secret / seconds if secret else 0.0
         row: Row = {
-            "rate": secret / pulses,
-            "bit_per_s": secret / seconds,
+            "rate": bit_per_s / settings.preset.channel.repetition_rate_hz,
+            "bit_per_s": bit_per_s,
             "secret_bits": secret / blocks,
             "seconds": seconds / blocks,
             "blocks_made": len(made),
-            "blocks_aborted": aborted,
+            "blocks_aborted": blocks - len(made),
         }
         if made:
             row["qber"] = sum(one.qber or 0.0 for one in made) / len(made)
@@ -239,12 +261,12 @@ def _simulated(settings: LinkSettings, eve: str | None, blocks: int, seed: int) 
 
 
 def _evaluated(point: Point, *, blocks: int, seed: int) -> Row:
-    """Like :func:`evaluate`; an error says which of many points it is of."""
+    """Like :func:`evaluate`; a point that makes no sense has a row that says why."""
     try:
         return evaluate(point, blocks=blocks, seed=seed)
     except ConfigError as error:
         named = ", ".join(f"{name}={plain(value)}" for name, value in point.items())
-        raise ConfigError(f"{named}: {error}") from None
+        return {**OWN, **point, **dict.fromkeys(COLUMNS), ERROR: f"{named}: {error}"}
 
 
 def _seed(seed: int, number: int) -> int:
@@ -261,9 +283,10 @@ def scan(
 ) -> list[Row]:
     """The rows of these points, in their order.
 
-    ``executor``: where they are computed; ``None``: here, one after the other. ``progress`` is
-    told how many are done. See :func:`evaluate` for the others, and for what it raises; the error
-    names the point.
+    A point whose settings make no sense has a row without results, and a column :data:`ERROR` that
+    says why; the others go on. ``executor``: where they are computed; ``None``: here, one after the
+    other. ``progress`` is told how many are done. See :func:`evaluate` for the others. Raises
+    ``ConfigError`` if no point makes sense.
     """
     tell = progress or (lambda _: None)
     jobs = [partial(_evaluated, one, blocks=blocks, seed=_seed(whole("seed", seed), n))
@@ -273,7 +296,7 @@ def scan(
         for number, job in enumerate(jobs):
             rows.append(job())
             tell(number + 1)
-        return rows
+        return _sensible(rows)
     futures = [executor.submit(job) for job in jobs]
     try:
         for number, future in enumerate(as_completed(futures)):
@@ -282,7 +305,14 @@ def scan(
     finally:
         for future in futures:
             future.cancel()
-    return [future.result() for future in futures]
+    return _sensible([future.result() for future in futures])
+
+
+def _sensible(rows: list[Row]) -> list[Row]:
+    """Raises ``ConfigError`` if there are rows and none of them has results."""
+    if rows and all(ERROR in row for row in rows):
+        raise ConfigError(rows[0][ERROR])
+    return rows
 
 
 # -- files
@@ -301,21 +331,22 @@ def _written(name: Any, value: Any) -> Any:
 def write_scan(path: Path | str, rows: Iterable[Row]) -> None:
     """Write rows to ``.csv``, ``.parquet`` or ``.json``. Raises ``ConfigError``, ``OSError``."""
     path = Path(path)
+    kind = _kind(path)
     rows = [
         {str(name): _written(name, value) for name, value in row.items()}
         for row in records("rows", rows)
     ]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    if path.suffix == ".json":
+    if kind == ".json":
         content = (json.dumps(rows, indent=1) + "\n").encode()
-    elif path.suffix == ".csv":
+    elif kind == ".csv":
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         content = text.getvalue().encode()
     else:
-        parquet, arrow = _pyarrow(path)
+        parquet, arrow = _pyarrow()
         made = io.BytesIO()
         try:
             table = arrow.table({n: [row.get(n) for row in rows] for n in names})
@@ -329,13 +360,14 @@ def write_scan(path: Path | str, rows: Iterable[Row]) -> None:
 def read_scan(path: Path | str) -> list[Row]:
     """The rows of a file that :func:`write_scan` made. Raises ``ConfigError``."""
     path = Path(path)
-    parquet = None if path.suffix in (".json", ".csv") else _pyarrow(path)[0]
+    kind = _kind(path)
+    parquet = _pyarrow()[0] if kind == ".parquet" else None
     content = read_file(path, limit=MOST_BYTES, pipe=False)
     content = content.removeprefix(codecs.BOM_UTF8)  # spreadsheets begin text with it
     try:
         if parquet is not None:
             rows = parquet.read_table(io.BytesIO(content)).to_pylist()
-        elif path.suffix == ".json":
+        elif kind == ".json":
             rows = load_json(content.decode(), most_values=None)
         else:
             rows = _read_csv(content.decode())
@@ -375,9 +407,11 @@ def _number(text: Any) -> Any:
     return int(value) if value.is_integer() and "e" not in text and "." not in text else value
 
 
-def _pyarrow(path: Path) -> tuple[Any, Any]:
-    if path.suffix != ".parquet":
-        raise ConfigError(f"{path}: a scan is in a file that ends in {', '.join(SUFFIXES)}")
+def _kind(path: Path) -> str:
+    return file_kind(path, "a scan", SUFFIXES)
+
+
+def _pyarrow() -> tuple[Any, Any]:
     try:
         import pyarrow  # noqa: PLC0415  # an extra
         import pyarrow.parquet  # noqa: PLC0415

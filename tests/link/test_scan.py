@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from waiting import until
 
@@ -22,11 +23,16 @@ from hybridkex.cli import main
 from hybridkex.cli.actions import qkd_scan
 from hybridkex.cli.actions.qkd_scan import dask_executor
 from hybridkex.errors import ConfigError, LocalStateError
+from hybridkex.link.measured import Measured, read_measured, write_measured
 from hybridkex.link.optimise import optimise
+from hybridkex.link.plots import plot_scan, save
 from hybridkex.link.presets import PRESETS, preset
+from hybridkex.link.ranges import PICTURES
 from hybridkex.link.scan import (
     COLUMNS,
+    ERROR,
     OWN,
+    SUFFIXES,
     _parameters,
     evaluate,
     grid,
@@ -417,7 +423,80 @@ def test_files_that_went_through_a_spreadsheet(suffix: str, tmp_path: Path) -> N
         read_scan(path)
 
 
-def test_an_impossible_point_of_a_scan_is_named() -> None:
-    points = grid({"preset": ["lim2014", "bbm92"], "eve": ["pns"], "tuned": [False]})
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_an_impossible_point_has_a_row_that_says_why_and_the_scan_goes_on(
+    suffix: str, blocks: int, tmp_path: Path
+) -> None:
+    axes = {
+        "preset": ["bbm92", "lim2014", "lim2015"],
+        "eve": ["pns", None, 5],
+        "block_bits": [20_000, -1],
+        "tuned": [False],
+        "distance_km": [0.0],
+    }
+    rows = scan(grid(axes), blocks=blocks)
+    good = [row for row in rows if ERROR not in row]
+    assert [(row["preset"], row["eve"], row["block_bits"]) for row in good] == [
+        ("bbm92", None, 20_000),
+        ("lim2014", "pns", 20_000),
+        ("lim2014", None, 20_000),
+    ]
+    assert rows[0][ERROR].startswith("preset=bbm92, eve=pns, block_bits=20000")
+    assert rows[0]["rate"] is None
+    path = tmp_path / f"x{suffix}"
+    mixed = [{**row, "eve": str(row["eve"])} for row in rows]  # Parquet: one type for each column
+    write_scan(path, mixed)
+    again = read_scan(path)
+    assert [row["rate"] for row in again] == [row["rate"] for row in rows]
+    assert [row.get(ERROR) for row in again] == [row.get(ERROR) for row in rows]
+    plot_scan(again, x="block_bits", y="seconds", by=["preset"])
     with pytest.raises(ConfigError, match=r"preset=bbm92, eve=pns, tuned=False: .*not pairs"):
-        scan(points)
+        scan(grid({"preset": ["bbm92"], "eve": ["pns"], "tuned": [False]}), blocks=blocks)
+
+
+def test_a_scan_with_impossible_points_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "X.CSV"
+    command = ["qkd", "scan", "--vary", "preset=bbm92,lim2014", "--vary", "eve=pns"]
+    assert main([*command, "--vary", "tuned=false", "-o", str(path)]) == 0
+    output = capsys.readouterr()
+    assert output.out == f"{path}: 2 rows\n"
+    assert "1 of them have no result" in output.err
+    assert "preset=bbm92, eve=pns, tuned=False: " in output.err
+
+
+@pytest.mark.parametrize("eve", ["intercept", "mitm", "tamper:0", "tamper:30000"])
+def test_a_link_that_stops_does_not_end_a_scan(eve: str) -> None:
+    """Blocks that are given up use up the authentication key; the link is begun again."""
+    point = {"preset": "rusca2018", "distance_km": 0, "block_bits": 1000, "tuned": False}
+    rows = scan([{**point, "eve": eve}, point], blocks=12)
+    assert rows[0]["blocks_aborted"] == 12
+    assert rows[0]["rate"] == 0
+    assert rows[1]["seconds"] > 0
+
+
+@pytest.mark.parametrize("ending", [".csv", ".json", ".parquet", ".npz", ".svg", ".png"])
+def test_the_ending_of_a_file_may_be_in_capitals(ending: str, tmp_path: Path) -> None:
+    for name in (ending.upper(), ending.title()):
+        path = tmp_path / f"x{name}"
+        if ending in SUFFIXES:
+            write_scan(path, [{"rate": 0.5, "preset": "lim2014"}])
+            assert read_scan(path) == [{"rate": 0.5, "preset": "lim2014"}]
+        if ending in (".npz", ".parquet"):
+            bits = np.array([0, 1], dtype=np.uint8)
+            write_measured(path, Measured(basis=bits, bit=bits), preset("lim2014"))
+            assert (read_measured(path)[0].basis == bits).all()
+        if ending in PICTURES:
+            save(plot_scan([{"distance_km": 1, "rate": 1}])[0], path)
+            assert path.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
+    other = tmp_path / "x.txt"
+    for call in (
+        lambda: write_scan(other, []),
+        lambda: read_scan(other),
+        lambda: read_measured(other),
+        lambda: save(plot_scan([{"distance_km": 1, "rate": 1}])[0], other),
+    ):
+        with pytest.raises(ConfigError, match=r"x.txt: the name of a file with .* must end in \."):
+            call()

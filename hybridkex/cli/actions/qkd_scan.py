@@ -20,8 +20,10 @@ from hybridkex.cli.logs import silenced
 from hybridkex.cli.qkd_scan import PlotOptions, ScanOptions
 from hybridkex.errors import ConfigError, LocalStateError
 from hybridkex.files import reserve_file
-from hybridkex.link.scan import SUFFIXES, grid, read_scan, scan, write_scan
+from hybridkex.link.ranges import PICTURES, file_kind
+from hybridkex.link.scan import ERROR, SUFFIXES, grid, read_scan, scan, write_scan
 from hybridkex.machine import write_error
+from hybridkex.text import printable
 
 CONNECT_SECONDS: Final = 10
 WORKER_SECONDS: Final = 5
@@ -64,8 +66,7 @@ def _values(text: str) -> tuple[str, list[Any]]:
 
 
 def run_scan(options: ScanOptions) -> int:
-    if options.output.suffix not in SUFFIXES:
-        raise ConfigError(f"the name of the output file must end in {', '.join(SUFFIXES)}")
+    file_kind(options.output, "a scan", SUFFIXES)
     if options.blocks < 0 or options.jobs < 0:
         raise ConfigError("--blocks and --jobs must not be negative")
     if options.jobs > PER_CORE * CORES:
@@ -94,6 +95,13 @@ def run_scan(options: ScanOptions) -> int:
     except OSError as error:
         raise write_error(options.output, error) from None
     print(f"{options.output}: {len(rows)} rows")
+    wrong = [row[ERROR] for row in rows if ERROR in row]
+    if wrong:
+        print(
+            f"hybridkex: {len(wrong)} of them have no result, because their settings make no "
+            f"sense; the column {ERROR!r} says why. The first: {printable(wrong[0])}",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -191,8 +199,7 @@ def plot(options: PlotOptions) -> int:
         raise ConfigError("--distance requires --kind qber: other pictures end where the key ends")
     if options.kind != "finite-key" and len(options.block_bits or ()) > 1:
         raise ConfigError("only --kind finite-key takes several --block-bits")
-    if options.output.suffix not in (".png", ".svg"):
-        raise ConfigError("the name of the picture must end in .png or .svg")
+    file_kind(options.output, "a picture", PICTURES)
     try:
         from hybridkex.link.plots import draw, plot_scan, save  # noqa: PLC0415  # an extra
     except ModuleNotFoundError as missing:

@@ -205,15 +205,15 @@ class PadKeeper:
     async def _draw_keys(self) -> None:
         while not self._connection.close_sent:
             now = current_time()
+            if self._drawn is not None and self._drawn.over:  # first, also when it is late
+                inquiry, self._drawn = self._drawn, None
+                self._take(inquiry)
+                continue
             if self._waiting and now >= self._late:
                 raise PadExhausted(
                     f"our one-time pad is used up, and no QKD key came within "
                     f"{self._config.deadline:g} s{self._why}"
                 )
-            if self._drawn is not None and self._drawn.over:
-                inquiry, self._drawn = self._drawn, None
-                self._take(inquiry)
-                continue
             if self._counted is not None and self._counted.over:
                 inquiry_of_stock, self._counted = self._counted, None
                 with suppress(KeySourceError):
@@ -248,7 +248,7 @@ class PadKeeper:
             return
         if self._connection.close_sent:
             return
-        self._retry, self._why = _FIRST_RETRY, ""
+        self._retry, self._why, self._late = _FIRST_RETRY, "", math.inf
         self._connection.extend_pad(identity, key)
         self._filling = self.budget.message < self.piece
         if self._waiting or not self._filling:

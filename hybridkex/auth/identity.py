@@ -72,7 +72,7 @@ class Identity:
         own = key_bytes(self.private_key.public_key())
         if own != keys[0]:
             if own in keys:
-                raise ConfigError(f"the chain starts with {subject}, and the leaf must come first")
+                raise ConfigError(f"the chain starts with {subject}: put the leaf first")
             raise ConfigError(f"the private key is not that of the certificate {subject}")
         weakness = key_weakness(key_of(certificates[0]))
         if weakness is not None:

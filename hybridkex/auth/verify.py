@@ -178,7 +178,7 @@ class TrustStore:
         object.__setattr__(self, "pins", _normal_pins(self.pins))
         check_fields(self, {"authorities": 'TrustStore.from_file("ca.pem")'})
         if not self.authorities:
-            raise ConfigError("a trust store without certificates trusts nobody")
+            raise ConfigError("a trust store needs at least one certificate")
 
     @classmethod
     def from_pem(cls, data: bytes, *, pins: Iterable[str] = (), source: str = "") -> "TrustStore":
@@ -312,7 +312,7 @@ class Pins:
     def __post_init__(self) -> None:
         object.__setattr__(self, "pins", _normal_pins(self.pins))
         if not self.pins:
-            raise ConfigError("at least one pin is needed: without one, nobody is trusted")
+            raise ConfigError("at least one pin is needed")
 
     def verify_server(
         self, chain: Sequence[bytes], name: PeerName | None, *, at: datetime | None = None

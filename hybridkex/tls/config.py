@@ -97,7 +97,7 @@ class Limits:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.certificate_message < 1 << 10:
-            raise ConfigError("a certificate_message below 1 KiB fits no certificate")
+            raise ConfigError("certificate_message must be at least 1 KiB, or no certificate fits")
         if min(self.key_updates, self.empty_records, self.tickets, self.psk_identities) < 1:
             raise ConfigError("a limit is 1 or more")
 
@@ -243,7 +243,9 @@ class _Config:
             )
         for psk in self.psks:
             if not psk.imported and all(suite.hash != psk.hash for suite in self.suites):
-                raise ConfigError(f"no cipher suite goes with a PSK for {psk.hash.name}")
+                raise ConfigError(
+                    f"no configured cipher suite has the hash of a PSK, {psk.hash.name}"
+                )
         self._check_fresh_keys()
         self._check_one_time_pad()
         limit = self.record_size_limit
@@ -261,7 +263,9 @@ class _Config:
                     "Policy(post_quantum=Requirement.PREFER) allows it"
                 )
             if wanted is Requirement.OFF and quantum_safe:
-                raise ConfigError(f"{group} has a post-quantum part and the policy wants none")
+                raise ConfigError(
+                    f"{group} has a post-quantum part, but the policy turns these off"
+                )
 
     @cached_property
     def group_list(self) -> tuple[Group, ...]:
@@ -315,7 +319,9 @@ class _Config:
     def _check_one_time_pad(self) -> None:
         if not self.wants_one_time_pad:
             if self.one_time_pad is not None:
-                raise ConfigError("there is a OneTimePad, and the policy wants none")
+                raise ConfigError(
+                    "one_time_pad is given, but the policy turns it off: remove one of the two"
+                )
             return
         if not self.wants_fresh_keys:
             raise ConfigError("a one-time pad gets its keys by key updates: fresh_keys is off")
@@ -326,7 +332,9 @@ class _Config:
 
     def _check_fresh_keys(self) -> None:
         if self.fresh_keys is not None and not self.wants_fresh_keys:
-            raise ConfigError("there is a schedule of fresh keys, and the policy wants none")
+            raise ConfigError(
+                "fresh_keys is given, but the policy turns fresh keys off: remove one of the two"
+            )
         qkd = self.policy.fresh_qkd
         if qkd in (None, Requirement.OFF):
             return

@@ -560,5 +560,5 @@ def connection_for(
     if isinstance(config, ClientConfig):
         return ClientConnection(config, server_hostname)
     if server_hostname is not None:
-        raise ConfigError("server_hostname goes with a ClientConfig")
+        raise ConfigError("server_hostname is for clients: it needs a ClientConfig")
     return ServerConnection(config)

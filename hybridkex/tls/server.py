@@ -395,7 +395,7 @@ def _check_psk_is_kept(state: CookieState, hello: _Hello) -> None:
         )
     if all(hashlib.sha256(one.identity).digest() != state.psk for one in hello.offered_psks):
         raise IllegalParameter(
-            "the second ClientHello lacks a PSK that goes with the suite",
+            "the second ClientHello lacks a PSK with the hash of the suite",
             Reason.RETRY_HELLO_CHANGED,
         )
 

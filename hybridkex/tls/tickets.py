@@ -177,7 +177,7 @@ class TicketIssuer:
         if self.first_key is not None:
             key, name = self.first_key
             if len(key) != 32 or len(name) != _NAME_LENGTH:
-                raise ConfigError(f"a ticket key has 32 bytes, and its name {_NAME_LENGTH}")
+                raise ConfigError(f"a ticket key must have 32 bytes, and its name {_NAME_LENGTH}")
             self._keys.append(_SealingKey(key.reveal(), name, self.clock(), self.entropy))
 
     def seal(self, state: TicketState) -> bytes | None:

@@ -218,7 +218,7 @@ def test_a_schedule_requires_fresh_keys() -> None:
         verifier=ours.verifier, psk_source=ours.psk_source, fresh_keys=FreshKeys()
     )
     assert with_keys.policy_in_force.fresh_qkd is REQUIRE
-    with pytest.raises(ConfigError, match="the policy wants none"):
+    with pytest.raises(ConfigError, match="the policy turns"):
         ClientConfig(verifier=ours.verifier, fresh_keys=FreshKeys(), policy=policy(fresh_keys=OFF))
     with pytest.raises(ConfigError, match="need a source"):
         ServerConfig(identities=theirs.identities, policy=policy(psk=None, fresh_qkd=REQUIRE))

@@ -236,7 +236,7 @@ def test_a_configuration_with_a_pad() -> None:
     for wrong, match in (
         ({"one_time_pad": OneTimePad()}, "needs a source"),
         ({"policy": policy(one_time_pad=PREFER)}, "needs a source"),
-        ({"one_time_pad": OneTimePad(), "policy": policy(one_time_pad=OFF)}, "wants none"),
+        ({"one_time_pad": OneTimePad(), "policy": policy(one_time_pad=OFF)}, "turns it off"),
         ({"one_time_pad": 1024}, "OneTimePad"),
     ):
         with pytest.raises(ConfigError, match=match):

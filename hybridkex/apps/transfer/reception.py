@@ -219,7 +219,7 @@ class Reception:
             case wire.Bye():
                 self._answers.finished = True
             case _:
-                raise wire.ProtocolError(f"the sender says {type(message).__name__}")
+                raise wire.ProtocolError(f"the sender sent an unexpected {type(message).__name__}")
 
     def _offered(self, offers: wire.Offers, handles: "Handles") -> None:
         if len(self._offers) + len(self._arrivals) + len(offers.entries) > wire.WINDOW:

@@ -374,7 +374,7 @@ class _Connection:
             case memoryview():
                 raise wire.ProtocolError("the receiver sends data of a file")
             case other:
-                raise wire.ProtocolError(f"the receiver says {type(other).__name__} out of turn")
+                raise wire.ProtocolError(f"the receiver sent an unexpected {type(other).__name__}")
 
     def _close_stored(self, n: int, how: wire.How) -> None:
         item = self._open.get(n)

@@ -29,7 +29,10 @@ BOTH = Policy(authentication=Authentication.BOTH)
         ({"groups": ()}, "at least one group"),
         ({"groups": (MLKEM768, MLKEM768)}, "group is listed twice"),
         ({"groups": (X25519,)}, "no post-quantum part"),
-        ({"groups": (MLKEM768,), "policy": Policy(post_quantum=Requirement.OFF)}, "turns these off"),
+        (
+            {"groups": (MLKEM768,), "policy": Policy(post_quantum=Requirement.OFF)},
+            "turns these off",
+        ),
         ({"suites": ()}, "at least one cipher suite"),
         ({"signature_schemes": ()}, "at least one signature scheme"),
         ({"alpn": ("",)}, "1 to 255 bytes"),
@@ -38,7 +41,7 @@ BOTH = Policy(authentication=Authentication.BOTH)
         ({"psks": (PSK, PSK)}, "same identity"),
         (
             {"psks": (replace(PSK, hash=SHA384),), "suites": (TLS_AES_128_GCM_SHA256,)},
-            "no cipher suite goes with",
+            "no configured cipher suite",
         ),
         ({"record_size_limit": 63}, "record_size_limit"),
         ({"record_size_limit": 16385}, "record_size_limit"),

@@ -64,15 +64,28 @@ def takes_output(descriptor: int, seconds: float) -> bool:
 
 
 class StandardOutput(PrintableOutput):
-    """Standard output, escaped; an error of writing to it says where it comes from."""
+    """Standard output, escaped; an error of writing to it says where it comes from.
+
+    Whoever writes may pass over an error, as ``argparse`` does with help: the next :meth:`flush`
+    raises it again.
+    """
+
+    _failed: OSError | None = None
 
     def write(self, text: str) -> int:
         """That of the stream."""
-        with _named():
-            return super().write(text)
+        try:
+            with _named():
+                return super().write(text)
+        except OSError as error:
+            self._failed = error
+            raise
 
     def flush(self) -> None:
         """That of the stream."""
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
         with _named():
             self.stream.flush()
 

@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -437,6 +439,21 @@ def test_a_reader_who_has_left_and_a_disk_that_is_full(
             (tmp_path / made).rename(tmp_path / f"{made}-1")
     with Path("/dev/full").open("wb") as full:
         done = hybridkex.run(*words, folder=tmp_path, stdout=full, to_the_end=True)
+    assert done.returncode == 1
+    assert one_line(done.stderr).startswith("hybridkex: standard output: No space left on device; ")
+
+
+@pytest.mark.parametrize(
+    "words", [("--help",), ("connect", "--help"), ("--version",)], ids=" ".join
+)
+def test_a_disk_that_is_full_and_output_without_a_buffer(words: tuple[str, ...]) -> None:
+    """``argparse`` passes over an error of writing."""
+    program = "import sys; from hybridkex.cli import main; sys.exit(main())"
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-u", "-c", program, *words],
+            stdout=full, stderr=subprocess.PIPE, check=False, timeout=60,
+        )  # fmt: skip
     assert done.returncode == 1
     assert one_line(done.stderr).startswith("hybridkex: standard output: No space left on device; ")
 

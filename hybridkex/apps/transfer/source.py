@@ -97,7 +97,7 @@ def _text(path: Path | str) -> str:
 
 def _walk(roots: list[Item], leave_out: _LeaveOut) -> Iterator[Item]:
     """Iterative, since a tree may be deeper than Python's stack. Of a folder, the files come first:
-    only the names of its folders are kept."""
+    only its folders are kept."""
     waiting = [(item.source, item) for item in reversed(roots)]
     while waiting:
         root, item = waiting.pop()

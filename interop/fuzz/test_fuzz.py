@@ -47,7 +47,7 @@ def test_a_short_run(tmp_path: Path) -> None:
         for name, data in seeds()[target].items():
             (corpus / f"{target}-{name}").write_bytes(bytes((number,)) + data)
     done = subprocess.run(
-        [*BETWEEN, *FUZZ, "everything", "--seconds", "6", "--corpus", str(corpus)],
+        [*BETWEEN, *FUZZ, "everything", "--seconds", "3", "--corpus", str(corpus)],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -117,7 +117,7 @@ def test_many_processes_give_the_same_rows() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_dask_cluster_gives_the_same_rows_though_a_worker_dies() -> None:
     distributed = pytest.importorskip("distributed")
-    points = grid({"preset": ["rusca2018"], "distance_km": [5.0 * n for n in range(16)]})
+    points = grid({"preset": ["rusca2018"], "distance_km": [10.0 * n for n in range(8)]})
     here = scan(points, seed=3)
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
@@ -139,7 +139,7 @@ def test_a_dask_cluster_gives_the_same_rows_though_a_worker_dies() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_dask_cluster_that_ends_in_the_middle_is_one_line() -> None:
     distributed = pytest.importorskip("distributed")
-    points = grid({"preset": ["rusca2018"], "distance_km": [5.0 * n for n in range(16)]})
+    points = grid({"preset": ["rusca2018"], "distance_km": [10.0 * n for n in range(8)]})
     heard = io.StringIO()
     handler = logging.StreamHandler(heard)
     log = logging.getLogger("distributed.client")

@@ -87,10 +87,19 @@ def table() -> str:
         ("**violations**", "violations"),
     ):
         row(name, [f"{value:,}" for value in sums[field]])
-    parts = zip(sums["left_the_stock"], sums["drawn"], sums["lost_to_slave"], strict=True)
+    parts = list(zip(sums["left_the_stock"], sums["drawn"], sums["lost_to_slave"], strict=True))
     both, slave = zip(*((_share(n - m, n), _share(s, m)) for n, m, s in parts), strict=True)
     row("keys lost to both sides, of those that left the stock", list(both))
     row("keys that a master got and its slave did not, of those drawn", list(slave))
+    faults = [sum(sum(one["faults"].values()) for one in runs) for runs in stores.values()]
+    lost = [n - m + s for n, m, s in parts]
+    row(
+        "lost keys for each fault",
+        [
+            f"{keys / number:.2f}" if number else ""
+            for keys, number in zip(lost, faults, strict=True)
+        ],
+    )
     return "\n".join(f"| {' | '.join(one)} |" for one in rows)
 
 

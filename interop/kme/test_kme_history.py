@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from interop.kme.figures import BEGIN, END, PAGE, table
 from interop.kme.history import Call, check, from_json
 from interop.kme.process import Manner
 from interop.kme.run import Outcome, Plan, run
@@ -70,6 +71,10 @@ def test_what_may_not(calls: list[Call], said: str) -> None:
     verdict = check([from_json(call.to_json()) for call in calls])
     assert len(verdict.violations) == 1
     assert said in verdict.violations[0]
+
+
+def test_the_page_has_the_figures_of_the_runs() -> None:
+    assert f"{BEGIN}\n{table()}\n{END}" in PAGE.read_text()
 
 
 QUICK = Plan(seed=19, seconds=5, at_once=2, pairs=2, lasts=0.3, manner=Manner(quick=True))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from forked import Forkserver
+from hypothesis import settings
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
@@ -26,6 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
+    # Hypothesis measures 200 ms by the wall clock, which other work on the machine uses up.
+    settings.register_profile("hybridkex", deadline=None)
+    settings.load_profile("hybridkex")
     _heed_signals()
     _keep_bytecode()
     _leave_data_to_the_system()

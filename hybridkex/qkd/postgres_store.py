@@ -351,7 +351,7 @@ class PostgresKeyStore:
         new = [
             (seq, sealed, renewed)
             for seq, link, key_id, sealed in rows
-            if (renewed := self._renewed(sealed, place_of("material", link, key_id)))
+            if (renewed := self._seal.renewed(sealed, place_of("material", link, key_id)))
         ]
         if new:
             # One that is locked is about to leave; if it stays, the next walk finds it.
@@ -378,7 +378,11 @@ class PostgresKeyStore:
             (link, key_id, slave, sealed, renewed)
             for key_id, link, slave, master, sealed in rows
             if sealed is not None
-            and (renewed := self._renewed(sealed, place_of("grant", link, key_id, master, slave)))
+            and (
+                renewed := self._seal.renewed(
+                    sealed, place_of("grant", link, key_id, master, slave)
+                )
+            )
         ]
         if new:
             cursor.execute(
@@ -393,11 +397,6 @@ class PostgresKeyStore:
                 list(map(list, zip(*new, strict=True))),
             )
         return (rows[-1][:3] if len(rows) == PAGE else None), len(new)
-
-    def _renewed(self, sealed: bytes, place: bytes) -> bytes | None:
-        with suppress(InvalidTag):  # a damaged key is erased when its turn comes
-            return self._seal.renewed(sealed, place)
-        return None
 
     # -- a move of another store's keys into this one
 

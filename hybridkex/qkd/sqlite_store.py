@@ -294,7 +294,7 @@ class SqliteKeyStore:
             (*(after or (0,)), PAGE),
         ).fetchall()
         new = [
-            (self._renewed(sealed, place_of("material", link, key_id)), link, seq)
+            (self._seal.renewed(sealed, place_of("material", link, key_id)), link, seq)
             for seq, link, key_id, sealed in rows
         ]
         self._db.executemany(
@@ -311,8 +311,8 @@ class SqliteKeyStore:
             (*(after or ("", "", "")), PAGE),
         ).fetchall()
         new = [
-            (self._renewed(sealed, place_of("grant", link, key_id, master, slave)), link, key_id,
-             slave)
+            (self._seal.renewed(sealed, place_of("grant", link, key_id, master, slave)), link,
+             key_id, slave)
             for link, key_id, slave, master, sealed in rows
             if sealed is not None
         ]  # fmt: skip
@@ -321,11 +321,6 @@ class SqliteKeyStore:
             [one for one in new if one[0]],
         )
         return rows[-1][:3] if len(rows) == PAGE else None
-
-    def _renewed(self, sealed: bytes, place: bytes) -> bytes | None:
-        with suppress(InvalidTag):  # a damaged key is erased when its turn comes
-            return self._seal.renewed(sealed, place)
-        return None
 
     # -- carrying out calls
 

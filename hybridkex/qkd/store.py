@@ -420,8 +420,12 @@ class Seal:
         return self._opened(sealed, place)[1]
 
     def renewed(self, sealed: bytes, place: bytes) -> bytes | None:
-        """The same key under the first of our keys; ``None`` if it is. Raises ``InvalidTag``."""
-        number, key = self._opened(sealed, place)
+        """The same key under the first of our keys; ``None`` if it is, or cannot be opened: a
+        damaged key is erased when its turn comes."""
+        try:
+            number, key = self._opened(sealed, place)
+        except InvalidTag:
+            return None
         return None if number == 0 else self.seal(key, place)
 
     def number(self, sealed: bytes, place: bytes) -> int | None:

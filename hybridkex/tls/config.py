@@ -139,19 +139,13 @@ R = TypeVar("R")
 _EXAMPLES: Final[Mapping[str, str]] = {
     "groups": "groups=(X25519MLKEM768,)",
     "suites": "suites=(TLS_AES_256_GCM_SHA384,)",
-    "signature_schemes": "signature_schemes=ALL_SCHEMES",
-    "extensions": "extensions=(MyExtension(),)",
     "alpn": 'alpn=("h2", "http/1.1")',
     "psks": 'psks=(ExternalPsk(identity=b"site", key=Secret(key)),)',
     "psk_source": "psk_source=QkdPskSource(key_source)",
-    "policy": "policy=Policy(psk=Requirement.PREFER)",
-    "fresh_keys": "fresh_keys=FreshKeys(every=60.0)",
-    "one_time_pad": "one_time_pad=OneTimePad(hold=2048)",
     "on_epoch": "on_epoch=print",
     "record_size_limit": "record_size_limit=4096",
     "padding": "padding=PadToMultiple(size=256)",
     "key_log": "key_log=print",
-    "limits": "limits=Limits(tickets=4)",
     "clock": "clock=time.time",
     "entropy": "entropy=os.urandom",
     "verifier": 'verifier=TrustStore.from_file("ca.pem")',
@@ -160,9 +154,7 @@ _EXAMPLES: Final[Mapping[str, str]] = {
     "ticket_store": "ticket_store=MemoryTicketStore()",
     "identities": 'identities=(Identity.from_files("cert.pem", "key.pem"),)',
     "client_verifier": 'client_verifier=TrustStore.from_file("ca.pem")',
-    "tickets": "tickets=TicketIssuer(lifetime=3600)",
     "tickets_per_connection": "tickets_per_connection=2",
-    "cookies": "cookies=CookieProtector()",
 }
 
 

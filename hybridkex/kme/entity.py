@@ -77,9 +77,14 @@ LOST: Final = {
     "refused": "the other end does not allot them (it has spent them, or never had them)",
     "unknown": "the other end does not have them",
     "voided": "the other end has discarded them",
+    "short": "they are shorter than limits.key_size, which was raised after they were made, or "
+    "which is smaller in another process of this KME",
     "overtaken": "one block of their request expired or went to the other end in the meantime",
 }
 """Why keys are lost, as stated by the counter and the log."""
+
+SHORT_AT_ONCE: Final = 1000
+"""Blocks that are examined together once one is too short."""
 
 VOIDS_RATE: Final = 1.0
 VOIDS_BURST: Final = 10_000
@@ -406,6 +411,10 @@ class KeyManagementEntity:
                 tried -= late
                 late.clear()
                 continue
+            if any(map(self._is_short, found)):
+                await self._store.release(link.target, [one.key_id for one in found])
+                await self._erase_short(link)
+                continue
             try:
                 keys = _assembled(found, per_key, size // 8)
                 try:
@@ -565,6 +574,17 @@ class KeyManagementEntity:
         await self._store.release(link.target, dead)
         gone = await self._erase(link, dead, "refused")
         await self._tell_void(link, gone)
+
+    def _is_short(self, material: Material) -> bool:
+        """Whether a block is shorter than its place in a key."""
+        return len(material.key.reveal()) * 8 < self.limits.key_size
+
+    async def _erase_short(self, link: _Link) -> None:
+        """Erase blocks that were made for a smaller ``key_size``, on both sides."""
+        found = await self._store.reserve(link.target, SHORT_AT_ONCE, half=link.half)
+        await self._store.release(link.target, [one.key_id for one in found])
+        short = [one.key_id for one in found if self._is_short(one)]
+        await self._tell_void(link, await self._erase(link, short, "short"))
 
     async def _erase(self, link: _Link, key_ids: Sequence[str], reason: str) -> list[str]:
         """Erase material that cannot be delivered, and log it. Returns the erased IDs."""

@@ -304,7 +304,8 @@ def assembled(
     taken: Mapping[str, bytes],
     new: set[str],
 ) -> list[Secret | None]:
-    """The keys of allotments; ``None`` if a block of one is gone, or missing and needed.
+    """The keys of allotments; ``None`` if a block of one is gone, or missing and needed, or if its
+    blocks are too short for it.
 
     Args:
         allotments: what is asked for; a block that is listed twice is gone the second time.
@@ -327,7 +328,8 @@ def assembled(
                 seal.open(taken[block], place_of("material", link, block)).reveal()
                 for block in one.blocks
             ]
-            keys.append(Secret(b"".join(parts)[: one.size]))
+            key = b"".join(parts)[: one.size]
+            keys.append(Secret(key) if len(key) == one.size else None)
         else:
             keys.append(None)
     return keys

@@ -138,6 +138,16 @@ async def test_accept_is_all_or_nothing_and_says_why(store: KeyStore) -> None:
         await store.allot("a", [block(2)], master="x")
 
 
+async def test_no_key_is_made_of_blocks_that_are_too_short(store: KeyStore) -> None:
+    await store.add("b", keys(1, 2, 3))
+    with pytest.raises(KeyConsumed):
+        await store.allot("b", [block(1, size=33)], master="m", slaves=["s"])
+    with pytest.raises(BlocksRefused):
+        await store.accept("b", [block(2), block(1, 3, size=65)], master="m", slaves=["s"])
+    assert await store.count("b") == 3
+    await store.allot("b", [block(1, 3, size=64)], master="m", slaves=["s"])
+
+
 async def test_a_relayed_key_is_taken_once(store: KeyStore) -> None:
     relayed = Allotment(blocks=(key_id(1),), size=16, value=Secret(b"v" * 16))
     await store.accept("a", [relayed], master="m", slaves=["s"])

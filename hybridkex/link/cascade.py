@@ -47,6 +47,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
 
+from hybridkex.errors import ConfigError
+from hybridkex.link.ranges import bit_array, instance, within
 from hybridkex.link.reconciliation import Correction, ReconciliationError
 
 Bits = NDArray[np.uint8]
@@ -367,11 +369,17 @@ class Cascade:
         return importlib.import_module("hybridkex.link.cascade_arrays")
 
     def respond(self, key: Bits, error_rate: float) -> _Responder:
-        """Alice's side."""
-        return _Responder(key, error_rate)
+        """Alice's side; see :class:`~hybridkex.link.reconciliation.Reconciler`.
+
+        Raises ``ConfigError``.
+        """
+        return _Responder(bit_array("key", key), within("error_rate", error_rate, 0.0, 1.0))
 
     def correct(self, key: Bits, error_rate: float) -> Generator[bytes, bytes, Correction]:
-        """Bob's side."""
+        """Bob's side, which corrects ``key`` in its place. Raises ``ConfigError``."""
+        if not (instance("key", key, np.ndarray).flags.writeable and bit_array("key", key) is key):
+            raise ConfigError("key takes an array of bytes that can be changed in its place")
+        within("error_rate", error_rate, 0.0, 1.0)
         steps, disclosed = self._steps(), 0
         for part in _groups(len(key)):
             plan = Plan.for_error_rate(part.stop - part.start, error_rate)

@@ -24,11 +24,9 @@ from typing import ClassVar, Final, Protocol
 from hybridkex.errors import ConfigError
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.physics import Channel, Light, PairSource, Source, Transmitter
-from hybridkex.link.ranges import check_ranges, instance, one_of, within, within_all
+from hybridkex.link.ranges import MOST_EVENTS, check_ranges, instance, one_of, within, within_all
 from hybridkex.link.statistics import mean_lower, mean_upper, trials_upper, unseen_errors
 
-MOST_EVENTS: Final = 1e30
-"""In a count."""
 ROUNDING: Final = 1.0 + 1e-9
 """Of expected values: a channel whose bits are all wrong has as many errors as detections."""
 FINITE_KEY: Final = ("tight", "published")

@@ -32,7 +32,14 @@ import trio
 from cryptography.hazmat.primitives.poly1305 import Poly1305
 from numpy.typing import NDArray
 
-from hybridkex.errors import BlockAborted, LedgerDry, LedgerLost, LinkAuthenticationError, LinkError
+from hybridkex.errors import (
+    BlockAborted,
+    ConfigError,
+    LedgerDry,
+    LedgerLost,
+    LinkAuthenticationError,
+    LinkError,
+)
 from hybridkex.link import wire
 from hybridkex.link.authentication import (
     LEAST_SECRET,
@@ -47,6 +54,7 @@ from hybridkex.link.finite_key import Counts
 from hybridkex.link.ledger import Direction, Ledger, Position
 from hybridkex.link.quantum import Detections, Detector, PulseRecord, Sent
 from hybridkex.link.randomness import Randomness
+from hybridkex.link.ranges import bit_array, instance, whole, within
 from hybridkex.link.reconciliation import Correction, ReconciliationError
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.toeplitz import compress, seed_length
@@ -135,8 +143,12 @@ def verification_hash(key: Bits, seed: bytes, bits: int) -> Bits:
     """A 2-universal hash of ``bits`` bits, at most 127.
 
     Poly1305's polynomial (keys of ``L`` bytes collide with probability ``8 ⌈L/16⌉ / 2^106``), and
-    Toeplitz hashing of its 128 bits (``2^-bits``); ``seed`` has 16 bytes for each.
+    Toeplitz hashing of its 128 bits (``2^-bits``); ``seed`` has 16 bytes for each. Raises
+    ``ConfigError``.
     """
+    if len(instance("seed", seed, bytes)) != 32:
+        raise ConfigError("seed takes 32 bytes")
+    key, bits = bit_array("key", key), int(within("bits", whole("bits", bits), 0, 127))
     mac = Poly1305(seed[:16] + bytes(16))
     mac.update(wire.pack_bits(key))
     short = np.unpackbits(np.frombuffer(mac.finalize(), dtype=np.uint8))

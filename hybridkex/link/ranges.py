@@ -11,6 +11,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast, get_origin
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hybridkex.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MOST_EVENTS: Final = 1e30
+"""In a count."""
 PICTURES: Final = (".png", ".svg")
 """How the names of pictures end."""
 
@@ -66,6 +71,35 @@ def is_number(value: Any) -> bool:
     except OverflowError:  # an integer of more than 308 digits
         return False
     return True
+
+
+def finite(name: str, value: Any) -> float:
+    """The number in an argument, neither infinite nor beyond all counts. Raises ``ConfigError``."""
+    return cast(float, within(name, value, -MOST_EVENTS, MOST_EVENTS))
+
+
+def probability(name: str, value: Any) -> float:
+    """The number in an argument, above 0 and below 1. Raises ``ConfigError``."""
+    value = within(name, value, 0.0, 1.0)
+    if not 0.0 < value < 1.0:
+        raise ConfigError(f"{name} must be above 0 and below 1")
+    return cast(float, value)
+
+
+def bit_array(name: str, values: Any) -> NDArray[np.uint8]:
+    """The bits in an argument: integers or truth values, 0 or 1, in one dimension.
+
+    They are copied only where they are not in bytes. Raises ``ConfigError``.
+    """
+    try:
+        found = np.asarray(values)
+        if found.ndim == 1 and found.dtype.kind in "bui":
+            in_bytes = found.astype(np.uint8, copy=False)
+            if not len(found) or (found.min() >= 0 and found.max() <= 1):
+                return in_bytes
+    except ValueError:  # lists of other lengths
+        pass
+    raise ConfigError(f"{name} takes an array of bits, each 0 or 1")
 
 
 def listed(name: str, values: Any) -> tuple[Any, ...]:

@@ -17,6 +17,8 @@ Counts may be fractions where they are expected values.
 import math
 from functools import lru_cache
 
+from hybridkex.link.ranges import MOST_EVENTS, finite, probability, whole, within
+
 SAFETY = 1e-12
 """Relative room for the rounding of floating-point numbers, on the safe side."""
 CLOSE = 1e-6
@@ -57,7 +59,12 @@ def _first_guess(x: float, goal: float, sign: float) -> float:
 
 
 def mean_upper(seen: float, total: float, failure: float) -> float:
-    """The greatest expectation of ``seen`` among ``total`` independent events."""
+    """The greatest expectation of ``seen`` among ``total`` independent events.
+
+    ``seen`` counts as 0 below 0, and as ``total`` above it. Raises ``ConfigError``.
+    """
+    seen, total = finite("seen", seen), finite("total", total)
+    failure = probability("failure", failure)
     if total <= 0.0:
         return 0.0
     x, goal = min(seen / total, 1.0), math.log(1.0 / failure) / total
@@ -79,7 +86,12 @@ def mean_upper(seen: float, total: float, failure: float) -> float:
 
 
 def mean_lower(seen: float, total: float, failure: float) -> float:
-    """The least expectation of ``seen`` among ``total`` independent events."""
+    """The least expectation of ``seen`` among ``total`` independent events.
+
+    ``seen`` counts as ``total`` above it. Raises ``ConfigError``.
+    """
+    seen, total = finite("seen", seen), finite("total", total)
+    failure = probability("failure", failure)
     if total <= 0.0 or seen <= 0.0:
         return 0.0
     x, goal = min(seen / total, 1.0), math.log(1.0 / failure) / total
@@ -103,8 +115,12 @@ def mean_lower(seen: float, total: float, failure: float) -> float:
 
 
 def trials_upper(heads: float, failure: float) -> float:
-    """The greatest number of fair coins of which at most ``heads`` would show heads."""
-    goal = math.log(1.0 / failure)
+    """The greatest number of fair coins of which at most ``heads`` would show heads.
+
+    Raises ``ConfigError``.
+    """
+    heads = within("heads", heads, 0.0, MOST_EVENTS)
+    goal = math.log(1.0 / probability("failure", failure))
     n = 2.0 * heads + 2.0 * goal + 2.0 * math.sqrt(goal * (goal + 2.0 * heads)) + 1.0
     for _ in range(STEPS):  # n D grows with n and is convex: Newton's method comes down to the root
         step = (n * _divergence(heads / n, 0.5) - goal) / math.log(2.0 * (1.0 - heads / n))
@@ -176,8 +192,12 @@ def unseen_errors(unseen: int, sample: int, seen: int, failure: float) -> int:
     The greatest ``E`` with ``Pr[H <= seen] >= failure`` for a hypergeometric ``H``: so many wrong
     ones in a sample of ``sample`` out of ``unseen + sample``, of which ``seen + E`` are wrong.
     Whatever the number of errors in the population, the bound is too low with at most the
-    probability ``failure``. It does not fall when ``seen`` grows.
+    probability ``failure``. It does not fall when ``seen`` grows. Raises ``ConfigError``.
     """
+    for name, value in (("unseen", unseen), ("sample", sample), ("seen", seen)):
+        within(name, whole(name, value), 0, MOST_EVENTS)
+    unseen, sample, seen = int(unseen), int(sample), int(seen)
+    failure = probability("failure", failure)
     if seen >= sample or unseen <= 0:
         return max(0, unseen)
     total, failure = unseen + sample, failure * (1.0 - 1e-6)

@@ -41,6 +41,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
+from hybridkex.errors import ConfigError
+from hybridkex.link.ranges import MOST_EVENTS, bit_array, whole, within
+
 Bits = NDArray[np.uint8]
 Real = NDArray[np.float64]
 Complex = NDArray[np.complex128]
@@ -63,7 +66,11 @@ class RoundingError(ArithmeticError):
 
 
 def rounding_bound(length: int) -> float:
-    """The most that a coefficient can be wrong by, for a key of ``length`` bits; see above."""
+    """The most that a coefficient can be wrong by, for a key of ``length`` bits; see above.
+
+    Raises ``ConfigError``.
+    """
+    length = int(within("length", whole("length", length), 0, MOST_EVENTS))
     e = 2.0**-53
     t = math.ceil(math.log2(max(2, length))) + 2
     growth = 3 * t * math.log1p(e) + (3 * t + 1) * math.log1p(e * math.sqrt(5.0))
@@ -71,8 +78,11 @@ def rounding_bound(length: int) -> float:
 
 
 def seed_length(length: int) -> int:
-    """How many random bits a key of ``length`` bits takes: ``length - 1``."""
-    return max(0, length - 1)
+    """How many random bits a key of ``length`` bits takes: ``length - 1``.
+
+    Raises ``ConfigError``.
+    """
+    return max(0, int(within("length", whole("length", length), 0, MOST_EVENTS)) - 1)
 
 
 def compress(key: Bits, seed: Bits, length: int, *, compiled: bool | None = None) -> Bits:
@@ -80,13 +90,14 @@ def compress(key: Bits, seed: Bits, length: int, *, compiled: bool | None = None
 
     ``out[i] = key[i] ⊕ ⊕_j seed[i - j + n - m - 1] key[m + j]``. ``compiled``: use numba; ``None``:
     if it is installed and the key is neither short nor longer than it can take. The result is the
-    same. Raises ``ValueError`` for lengths that do not fit, ``ImportError`` without numba.
+    same. Raises ``ConfigError`` for lengths that do not fit, ``ImportError`` without numba.
     """
+    key, seed, length = bit_array("key", key), bit_array("seed", seed), whole("length", length)
     n = len(key)
     if not 0 <= length <= n or n > MAX_INPUT:
-        raise ValueError("the output of privacy amplification cannot be longer than its input")
+        raise ConfigError("the output of privacy amplification cannot be longer than its input")
     if len(seed) != seed_length(n):
-        raise ValueError("the seed has the wrong length")
+        raise ConfigError(f"a key of {n} bits takes a seed of {seed_length(n)}")
     head, tail = key[:length], key[length:]
     if length == 0 or len(tail) == 0:
         return head.copy()

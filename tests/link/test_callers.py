@@ -13,16 +13,21 @@ from cryptography.hazmat.primitives.asymmetric import ec
 import hybridkex.link
 from hybridkex.errors import ConfigError, LinkError
 from hybridkex.link import asymptotic
+from hybridkex.link.cascade import Cascade
 from hybridkex.link.eavesdroppers import eavesdropper
+from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import Counts, Security, expected_counts, proof_for
 from hybridkex.link.measured import Measured, distil, read_measured, write_measured
 from hybridkex.link.optimise import expected_length, rates, tuned
+from hybridkex.link.party import verification_hash
 from hybridkex.link.physics import Channel, PairSource, Transmitter
 from hybridkex.link.presets import PRESETS, Preset, preset
 from hybridkex.link.satellite import SatellitePass
 from hybridkex.link.scan import evaluate, grid, read_scan, scan, write_scan
 from hybridkex.link.settings import MEMORY, LinkSettings
 from hybridkex.link.simulated import SimulatedLink
+from hybridkex.link.statistics import mean_lower, mean_upper, trials_upper, unseen_errors
+from hybridkex.link.toeplitz import compress, rounding_bound, seed_length
 
 POINT = {"tuned": False, "distance_km": 10.0}
 
@@ -85,6 +90,7 @@ COUNTS = {
     "test_errors": (900.0, 900.0, 90.0),
 }
 PASS = SatellitePass()
+BITS = np.array([1, 0, 1, 1, 0, 1, 0, 0], dtype=np.uint8)
 
 
 def fields_of(one: Any) -> dict[str, Any]:
@@ -170,6 +176,20 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         Measured,
         {"basis": [0, 1], "bit": [0, 1], "intensity": [0, 1], "pulse": [3, 5]},
     ),
+    "compress": (compress, {"key": BITS, "seed": BITS[1:], "length": 3}),
+    "seed_length": (seed_length, {"length": 3}),
+    "rounding_bound": (rounding_bound, {"length": 3}),
+    "verification_hash": (verification_hash, {"key": BITS, "seed": bytes(32), "bits": 50}),
+    "respond": (Cascade().respond, {"key": BITS, "error_rate": 0.02}),
+    "correct": (
+        lambda **given: next(Cascade().correct(**given), None),
+        {"key": BITS, "error_rate": 0.02},
+    ),
+    "binary_entropy": (binary_entropy, {"probability": 0.1}),
+    "mean_upper": (mean_upper, {"seen": 3, "total": 9, "failure": 0.1}),
+    "mean_lower": (mean_lower, {"seen": 3, "total": 9, "failure": 0.1}),
+    "trials_upper": (trials_upper, {"heads": 3, "failure": 0.1}),
+    "unseen_errors": (unseen_errors, {"unseen": 50, "sample": 9, "seen": 1, "failure": 0.1}),
     "gain": (asymptotic.gain, {"channel": GYS, "mean_photons": 0.5}),
     "error_rate": (asymptotic.error_rate, {"channel": GYS, "mean_photons": 0.5}),
     "infinite_decoy": (asymptotic.infinite_decoy, {"channel": GYS}),
@@ -209,6 +229,25 @@ def test_whatever_is_given_for_an_argument_is_taken_or_refused(name: str) -> Non
             except Exception as error:
                 raise AssertionError(f"{name}({argument}={value!r})") from error
     assert refused > len(good)
+
+
+@pytest.mark.parametrize(
+    "wrong", [2 * BITS, BITS.astype(float), BITS.reshape(2, 4), "10110100", -BITS.astype(int), None]
+)
+def test_what_is_no_array_of_bits_is_not_hashed(wrong: Any) -> None:
+    for call in (
+        lambda: compress(wrong, BITS[1:], 3),
+        lambda: compress(BITS, wrong, 3),
+        lambda: verification_hash(wrong, bytes(32), 50),
+        lambda: Cascade().respond(wrong, 0.02),
+    ):
+        with pytest.raises(ConfigError, match="takes an array of bits, each 0 or 1"):
+            call()
+    with pytest.raises(ConfigError):
+        next(Cascade().correct(wrong, 0.02))
+    for same in (BITS.tolist(), BITS.astype(bool), BITS.astype(int), np.repeat(BITS, 2)[::2]):
+        assert (compress(same, BITS[1:], 3) == compress(BITS, BITS[1:], 3)).all()
+        assert compress(same, BITS[1:], 3).dtype == np.uint8
 
 
 def test_counts_that_cannot_be_are_refused() -> None:

@@ -219,6 +219,44 @@ async def test_data_then_name_then_answer(
         assert ("all" in events) == whole_disk
 
 
+async def test_folders_on_a_file_system_that_is_mounted_below(
+    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flush of the receiving folder's file system does not reach them."""
+    source, target = tmp_path / "source" / "mounted", tmp_path / "in" / "mounted"
+    for number in range(20):
+        (source / str(number)).mkdir(parents=True)
+    target.mkdir(parents=True)
+    fstat, fsync, unflushed = os.fstat, os.fsync, Counter[str]()
+
+    def place(file: int) -> str:
+        return os.readlink(f"/proc/self/fd/{file}")
+
+    def other_device(file: int) -> os.stat_result:
+        status = fstat(file)
+        if not place(file).startswith(str(target)):
+            return status
+        return os.stat_result((*status[:2], status.st_dev + 1, *status[3:]))
+
+    def make(name: str, mode: int = 0o777, *, dir_fd: int) -> None:
+        unflushed[place(dir_fd)] += place(dir_fd).startswith(str(target))
+        mkdir(name, mode, dir_fd=dir_fd)
+
+    def flushed(file: int) -> None:
+        unflushed.pop(place(file), None)
+        fsync(file)
+
+    mkdir = os.mkdir
+    folder = Folder(tmp_path / "in")
+    monkeypatch.setattr(arrivals, "has_flush_all", lambda file: True)
+    monkeypatch.setattr(arrivals, "flush_all", lambda file: None)
+    for name, fake in (("fstat", other_device), ("mkdir", make), ("fsync", flushed)):
+        monkeypatch.setattr(os, name, fake)
+    outcome = await deliver(configs, folder, source)
+    assert (outcome.stored, outcome.already) == (20, 1)
+    assert not unflushed.total()
+
+
 @pytest.mark.parametrize("files_too", [False, True])
 async def test_an_error_of_the_disk_belongs_to_the_files_that_have_it(
     tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch, *, files_too: bool

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from hybridkex.apps.transfer.durable import flush
 from hybridkex.apps.transfer.errors import NotStored, why
 from hybridkex.apps.transfer.handles import FolderGone, Handles, open_folder
 from hybridkex.apps.transfer.messages import WHOLE, Offer
@@ -219,6 +220,9 @@ class Folder:
             except FileExistsError:
                 handles.get(path)
                 return False
+            # A flush of the whole file system (Arrivals.settle) does not reach one mounted below.
+            if os.fstat(parent).st_dev != os.fstat(handles.get(())).st_dev:
+                flush(parent)
         return True
 
     def begin(self, offer: Offer, prefix: Prefix | None, handles: Handles) -> PartFile:

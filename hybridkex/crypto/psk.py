@@ -37,7 +37,7 @@ class ExternalPsk:
     origin: object = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_fields(self, _EXAMPLES)
+        check_fields(self, {"identity": 'identity=b"site"', "key": "key=Secret(key)"})
         if not 1 <= len(self.identity) <= 0xFFFF:
             raise ConfigError(f"a PSK identity has 1 to 65,535 bytes, not {len(self.identity)}")
         if len(self.key) < MIN_PSK_LENGTH:
@@ -53,14 +53,6 @@ class ExternalPsk:
     def imported(self) -> bool:
         """Whether RFC 9258 applies."""
         return self.context is not None
-
-
-_EXAMPLES: Final = {
-    "identity": 'identity=b"site"',
-    "key": "key=Secret(key)",
-    "hash": "hash=SHA384",
-    "context": 'context=b""',
-}
 
 
 def import_key(psk: ExternalPsk, imported_identity: bytes, target: HashFunction) -> Secret:

@@ -163,12 +163,7 @@ class TicketIssuer:
 
     def __post_init__(self) -> None:
         check_fields(
-            self,
-            {
-                "clock": "clock=time.time",
-                "entropy": "entropy=os.urandom",
-                "first_key": "first_key=(Secret(key), name)",
-            },
+            self, {"clock": "clock=time.time", "first_key": "first_key=(Secret(key), name)"}
         )
         if not 1 <= self.lifetime <= MAX_TICKET_LIFETIME:
             raise ConfigError(f"a ticket's lifetime is 1 to {MAX_TICKET_LIFETIME} seconds")

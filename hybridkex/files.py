@@ -10,6 +10,7 @@ that a peer sends, whose mode the transfer decides. The mode does not depend on 
 functions that write raise ``OSError`` with the path that they were given as its ``filename``.
 """
 
+import codecs
 import contextlib
 import errno
 import os
@@ -28,6 +29,8 @@ from hybridkex.errors import ConfigError
 __all__ = [
     "PRIVATE",
     "PUBLIC",
+    "change_mode",
+    "check_own",
     "create_file",
     "make_private",
     "make_private_folder",
@@ -35,6 +38,7 @@ __all__ = [
     "open_regular",
     "read_file",
     "read_toml",
+    "read_utf8",
     "reserve_file",
     "write_file",
     "write_files",
@@ -52,6 +56,8 @@ PUBLIC: Final = 0o644
 _OTHERS: Final = 0o077
 _WRITABLE: Final = stat.S_IWGRP | stat.S_IWOTH
 _DESCRIPTORS: Final = "/proc/self/fd"
+_MOST_LINKS: Final = 40
+"""As the kernel follows (path_resolution(7))."""
 
 
 def read_file(
@@ -61,6 +67,7 @@ def read_file(
     limit: int = LIMIT,
     missing: bytes | None = None,
     pipe: bool = True,
+    own: bool = False,
 ) -> bytes:
     """Read a whole file, or a pipe to its end.
 
@@ -70,6 +77,8 @@ def read_file(
         limit: the maximum length in bytes.
         missing: the result if there is no such file; ``None`` makes that an error.
         pipe: whether it may be a pipe or a device, which can be read only once.
+        own: whether to refuse what another user may have put there: for secrets and for files that
+            the program keeps, which are not there before it writes them.
 
     Raises:
         ConfigError: the file cannot be read or is too long; the message names it.
@@ -85,8 +94,11 @@ def read_file(
     except ValueError:
         raise ConfigError(f"cannot read {name}: the path has invalid characters") from None
     try:
-        if not pipe and not stat.S_ISREG(os.fstat(file).st_mode):
+        status = os.fstat(file)
+        if not pipe and not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"cannot read {name}: it is not a regular file")
+        if own:
+            _check_reading(path, status)
         data = _read(file, limit)
     except OSError as error:
         raise ConfigError(f"cannot read {name}: {error.strerror}") from None
@@ -118,6 +130,20 @@ def _read(file: int, limit: int) -> bytes | None:
     return None
 
 
+def read_utf8(
+    path: str | os.PathLike[str], *, missing: bytes | None = None, own: bool = False
+) -> str:
+    """Read a text in UTF-8, with the mark at its start or without it. For arguments and errors, see
+    :func:`read_file`."""
+    data = read_file(path, missing=missing, own=own)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        in_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        what = "text in UTF-16" if in_16 else "not text in UTF-8"
+        raise ConfigError(f"cannot read {_shown(path)}: it is {what}; save it as UTF-8") from None
+
+
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a file that is too long to be read as a whole.
 
@@ -143,12 +169,12 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read or is not TOML; the message names the file.
     """
-    data = read_file(path)
+    text = read_utf8(path)
     try:
-        return tomllib.loads(data.decode())
+        return tomllib.loads(text)
     except RecursionError:
         raise ConfigError(f"{_shown(path)}: arrays or tables are nested too deeply") from None
-    except ValueError as error:  # not TOML, not UTF-8, or a number of thousands of digits
+    except ValueError as error:  # not TOML, or a number of thousands of digits
         raise ConfigError(f"{_shown(path)}: {error}") from None
 
 
@@ -165,16 +191,44 @@ def write_file(path: str | Path, content: bytes, *, mode: int = PRIVATE) -> None
     """
     path = Path(path)
     with _named(path):
-        if path.exists() and not path.is_file():
-            with open(path, "wb", buffering=0) as device:
-                device.write(content)
+        if _is_special(path):
+            _write_special(path, content)
         else:
-            _replace(path, content, mode)
+            with _temporary(path, 0, mode) as write:
+                write(content)
 
 
-def _replace(path: Path, content: bytes, mode: int) -> None:
-    with _temporary(path, 0, mode) as write:
-        write(content)
+def _is_special(path: Path) -> bool:
+    """Whether it is a device or a pipe, or a link to one."""
+    return path.exists() and not path.is_file()
+
+
+def _write_special(path: Path, content: bytes) -> None:
+    """Write to a device or a pipe, whose reader may come a little later."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            descriptor = _open_own(path, os.O_WRONLY)
+        except OSError as error:
+            if error.errno != errno.ENXIO or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            break
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLOUT)
+        rest = memoryview(content)
+        while rest:
+            try:
+                rest = rest[os.write(descriptor, rest) :]
+            except BlockingIOError:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(0, f"its reader took no data for {PATIENCE:g} s") from None
+                poll.poll(left * 1000)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -192,7 +246,7 @@ def reserve_file(
         mode: of the file.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # there is no room to take in a device or a pipe
+    if _is_special(path):  # there is no room to take in a device or a pipe
         yield lambda content: write_file(path, content)
         return
     with contextlib.ExitStack() as stack:
@@ -331,14 +385,17 @@ def open_private(path: str | Path, *, append: bool = False) -> BinaryIO:
 
     A device or a pipe is used unchanged, and never waited for: it must have a reader, and writing
     returns ``None`` while that reader takes nothing (:class:`io.FileIO`). Raises
-    ``PermissionError`` for another user's file that others can read, or that is in a folder to
-    which others may write: its owner could have made it there to read what is written.
+    ``PermissionError`` for what another user may have put there, who could read what is written.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
-    flags |= os.O_NONBLOCK
-    descriptor = os.open(path, flags, PRIVATE)
+    descriptor = _open_own(path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else 0))
     try:
-        _tighten(descriptor, path)
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode):
+            wanted = _tightened(status)
+            if wanted is not None:
+                os.fchmod(descriptor, wanted)
+            if not append:
+                os.ftruncate(descriptor, 0)
         return open(descriptor, "wb", buffering=0)
     except BaseException:
         os.close(descriptor)
@@ -347,12 +404,115 @@ def open_private(path: str | Path, *, append: bool = False) -> BinaryIO:
 
 def make_private(path: str | Path) -> None:
     """Make sure that a file exists and only its owner can read it, for a library that opens it by
-    name."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE)
+    name. The file is not opened, which would end a lock that this process has (fcntl(2)).
+
+    Raises ``PermissionError`` for what another user may have put there.
+    """
+    path = Path(_followed(path))
+    with contextlib.suppress(FileExistsError):
+        create_file(path, b"")
+    check_own(path)
+    status = os.lstat(path)
+    wanted = _tightened(status) if stat.S_ISREG(status.st_mode) else None
+    if wanted is not None:
+        change_mode(path, wanted, inode=(status.st_dev, status.st_ino))
+
+
+def _tightened(status: os.stat_result) -> int | None:
+    """The permissions that make a file private; ``None`` if it has them."""
+    wanted = status.st_mode & ~_OTHERS | PRIVATE
+    return stat.S_IMODE(wanted) if wanted != status.st_mode else None
+
+
+def change_mode(path: str | Path, mode: int, *, inode: tuple[int, int]) -> None:
+    """Change the permissions of a file or socket, never of another that has been put in its place.
+
+    Args:
+        path: of the file.
+        mode: its permissions.
+        inode: its device and its inode.
+
+    Raises ``OSError``; ``FileNotFoundError`` if another is there.
+    """
+    if not os.path.isdir(_DESCRIPTORS):
+        os.chmod(path, mode, follow_symlinks=False)
+        return
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        _tighten(descriptor, path)
+        status = os.fstat(descriptor)
+        if (status.st_dev, status.st_ino) != inode:
+            raise FileNotFoundError(errno.ENOENT, "another file was put there", os.fspath(path))
+        os.chmod(f"{_DESCRIPTORS}/{descriptor}", mode)
     finally:
         os.close(descriptor)
+
+
+# -- what other users may have put into a folder
+
+
+def check_own(path: str | Path) -> None:
+    """Raise ``PermissionError`` for what another user may have put there; nothing may be there."""
+    with contextlib.suppress(FileNotFoundError):
+        _check_writing(path, os.lstat(path))
+
+
+def _open_own(path: str | Path, flags: int) -> int:
+    """Open for writing, without waiting. Raises ``PermissionError`` as :func:`check_own` does."""
+    found = _followed(path)
+    if _is_shared(found):
+        flags |= os.O_NOFOLLOW  # nobody puts a link there now
+    descriptor = os.open(found, flags | os.O_CLOEXEC | os.O_NONBLOCK, PRIVATE)
+    try:
+        _check_writing(found, os.fstat(descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _followed(path: str | Path) -> str:
+    """What a symbolic link leads to. Raises ``PermissionError`` for a link of another user."""
+    followed = os.fspath(path)
+    for _ in range(_MOST_LINKS):
+        try:
+            status = os.lstat(followed)
+        except FileNotFoundError:
+            return followed
+        if not stat.S_ISLNK(status.st_mode):
+            return followed
+        _check_writing(followed, status)
+        target = os.path.join(os.path.dirname(followed), os.readlink(followed))
+        if not os.path.lexists(target) and os.path.exists(followed):
+            return followed  # a link of /proc to what has no path
+        followed = target
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path))
+
+
+def _is_shared(path: str | Path) -> bool:
+    """Whether another user than root may change the folder of a file."""
+    folder = os.stat(os.path.dirname(path) or ".")
+    return folder.st_uid not in (os.geteuid(), 0) or bool(folder.st_mode & _WRITABLE)
+
+
+def _check_writing(path: str | Path, status: os.stat_result) -> None:
+    # What belongs to us can be another name (a hard link) of a file elsewhere.
+    if status.st_uid != os.geteuid():
+        reason = "it belongs to another user, who may have put it there"
+    elif stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+        reason = "it has another name (a hard link), which another user may have made"
+    else:
+        return
+    if _is_shared(path):
+        raise PermissionError(errno.EPERM, reason, os.fspath(path))
+
+
+def _check_reading(path: str | os.PathLike[str], status: os.stat_result) -> None:
+    folder = os.stat(Path(path).parent)
+    trusted = (os.geteuid(), 0, folder.st_uid)
+    if folder.st_mode & _WRITABLE and status.st_uid not in trusted:
+        raise PermissionError(
+            errno.EPERM, "it belongs to another user, who may have put it there", os.fspath(path)
+        )
 
 
 def make_private_folder(path: str | Path) -> None:
@@ -372,19 +532,6 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         # A new error: a second name cannot be removed from this one, and would be shown as None.
         raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-
-
-def _tighten(descriptor: int, path: str | Path) -> None:
-    status = os.fstat(descriptor)
-    mode = status.st_mode
-    if not stat.S_ISREG(mode):
-        return
-    # Root could use it, and could not keep its owner out.
-    if status.st_uid != os.geteuid() and os.stat(Path(path).parent).st_mode & _WRITABLE:
-        raise PermissionError(errno.EPERM, "it belongs to another user", os.fspath(path))
-    wanted = mode & ~_OTHERS | PRIVATE
-    if mode != wanted:
-        os.fchmod(descriptor, stat.S_IMODE(wanted))
 
 
 def _flush_folder(folder: Path) -> None:

@@ -1,33 +1,41 @@
 """Files that a configuration names, whatever has become of them."""
 
 import ast
+import contextlib
 import os
 import random
+import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import BinaryIO
 
 import pytest
 
+from hybridkex import files
 from hybridkex.auth import Identity, KnownPeers, RawIdentity, TrustStore
 from hybridkex.cli.actions.kme import _read_ids
 from hybridkex.errors import ConfigError
 from hybridkex.files import (
     LIMIT,
+    PRIVATE,
+    change_mode,
     create_file,
     make_private,
     open_private,
     read_file,
     read_toml,
+    reserve_file,
     write_file,
+    write_files,
 )
 from hybridkex.kme.config import load_config
 from hybridkex.link.measured import read_measured
 from hybridkex.link.scan import read_scan
 from hybridkex.qkd.etsi014.mutual_tls import client_tls
+from hybridkex.qkd.sqlite_file import open_locked
 from hybridkex.qkd.store import read_key_file
 from hybridkex.shell.ticket_file import FileTicketStore
 
@@ -136,6 +144,21 @@ def test_an_error_of_writing_names_one_file(tmp_path: Path, write: Callable[...,
     assert str(caught.value) == f"[Errno 2] No such file or directory: '{path}'"
 
 
+def test_texts_as_other_systems_save_them(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    for encoding in ("utf-8", "utf-8-sig"):
+        file.write_text('name = "Zürich"\r\n', encoding=encoding, newline="")
+        assert read_toml(file) == {"name": "Zürich"}
+    for encoding, words in (
+        ("utf-16", "text in UTF-16; save it as UTF-8"),
+        ("latin-1", "not text in UTF-8; save it as UTF-8"),
+    ):
+        file.write_text('name = "Zürich"\n', encoding=encoding)
+        for read in (read_toml, KnownPeers, FileTicketStore, _read_ids):
+            with pytest.raises(ConfigError, match=words):
+                read(file)
+
+
 # --- nobody reads files otherwise -----------------------------------------------------------------
 
 PACKAGE = Path(__file__).parents[1] / "hybridkex"
@@ -189,22 +212,221 @@ def test_all_files_are_read_in_one_place() -> None:
     assert seen == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a file of another user")
-@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770, 0o755])
-@pytest.mark.parametrize("use", [open_private, make_private])
-def test_a_file_that_another_user_has_made(
-    tmp_path: Path, mode: int, use: Callable[[Path], BinaryIO | None]
-) -> None:
-    """Root must not write secrets into it where that user could have put it."""
+# --- what another user has put there --------------------------------------------------------------
+
+OTHER = 65534
+SHARED = (0o777, 0o1777, 0o2770, 0o755)
+"""Permissions of the folder; with the last, it belongs to the other user."""
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs files of another user")
+
+
+@pytest.fixture(params=SHARED, ids=oct)
+def shared(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path / "shared"
     folder.mkdir()
-    planted = folder / "file"
-    planted.touch(0o600)
-    os.chown(planted, 65534, 65534)
-    folder.chmod(mode)
-    if mode == 0o755:
-        if (opened := use(planted)) is not None:
-            opened.close()
-        return
-    with pytest.raises(PermissionError, match="belongs to another user"):
-        use(planted)
+    folder.chmod(request.param)
+    os.chown(folder, OTHER if request.param == 0o755 else 0, OTHER)
+    return folder
+
+
+def reserved(path: Path, content: bytes) -> None:
+    with reserve_file(path, len(content)) as write:
+        write(content)
+
+
+def opened(path: Path, content: bytes) -> None:
+    with open_private(path) as file:
+        file.write(content)
+
+
+def appended(path: Path, content: bytes) -> None:
+    with open_private(path, append=True) as file:
+        file.write(content)
+
+
+def database(path: Path, content: bytes) -> None:
+    db = open_locked(path)
+    try:
+        db.execute("CREATE TABLE one (value)")
+        db.execute("INSERT INTO one VALUES (?)", (content,))
+    finally:
+        db.close()
+
+
+WRITERS = (
+    write_file,
+    reserved,
+    lambda path, content: write_files({path: (content, PRIVATE)}),
+    create_file,
+    opened,
+    appended,
+    lambda path, content: make_private(path),
+    database,
+)
+SECRET = b"a secret"
+
+
+def plant(kind: str, path: Path, victim: Path) -> int | None:
+    """Put something of the other user there; returns where he would read what is written."""
+    theirs = path.with_name("theirs")
+    match kind:
+        case "file":
+            path.touch()
+            path.chmod(0o666)
+        case "pipe" | "link to a pipe":
+            pipe = path if kind == "pipe" else theirs
+            os.mkfifo(pipe)
+            os.chown(pipe, OTHER, OTHER)
+            if pipe is theirs:
+                path.symlink_to(theirs)
+        case "link to our file":
+            path.symlink_to(victim)
+        case "link to nothing":
+            path.symlink_to(victim.with_name("new"))
+        case "link to a link":
+            theirs.symlink_to(victim)
+            os.lchown(theirs, OTHER, OTHER)
+            path.symlink_to(theirs)
+        case "link to their file":
+            theirs.touch()
+            theirs.chmod(0o666)
+            os.chown(theirs, OTHER, OTHER)
+            path.symlink_to(theirs)
+        case "second name of our file":
+            path.hardlink_to(victim)
+            return None
+    os.lchown(path, OTHER, OTHER)
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK) if path.exists() else None
+
+
+@as_root
+@pytest.mark.parametrize(
+    "kind",
+    ["file", "pipe", "link to a pipe", "link to our file", "link to nothing", "link to a link",
+     "link to their file", "second name of our file"],
+)  # fmt: skip
+@pytest.mark.parametrize("write", WRITERS)
+def test_nothing_is_written_to_what_another_user_has_put_there(
+    shared: Path, kind: str, write: Callable[[Path, bytes], object]
+) -> None:
+    """It is refused, or replaced by a file of ours."""
+    victim = shared.parent / "victim"
+    victim.write_bytes(b"as it was")
+    victim.chmod(0o640)
+    path = shared / "file"
+    reader = plant(kind, path, victim)
+    try:
+        write(path, SECRET)
+    except (PermissionError, FileExistsError, ConfigError):
+        pass
+    else:
+        status = path.lstat()
+        assert stat.S_ISREG(status.st_mode)
+        assert status.st_uid == 0
+        assert stat.S_IMODE(status.st_mode) == PRIVATE
+    if reader is not None:
+        with contextlib.suppress(BlockingIOError):
+            assert SECRET not in os.read(reader, 1 << 16)
+        os.close(reader)
+    assert victim.read_bytes() == b"as it was"
+    assert stat.S_IMODE(victim.stat().st_mode) == 0o640
+    assert not victim.with_name("new").exists()
+
+
+@as_root
+@pytest.mark.parametrize("suffix", ["-wal", "-journal", "-shm"])
+def test_a_log_that_another_user_has_put_beside_a_database(shared: Path, suffix: str) -> None:
+    """SQLite would take what it says for the content of the database."""
+    path = shared / "keys.db"
+    database(path, SECRET)
+    planted = Path(f"{path}{suffix}")
+    planted.touch()
+    os.chown(planted, OTHER, OTHER)
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        open_locked(path)
+
+
+KEPT = (KnownPeers, FileTicketStore, read_key_file)
+
+
+@as_root
+@pytest.mark.parametrize("reader", KEPT)
+@pytest.mark.parametrize("shared", SHARED[:3], ids=oct, indirect=True)
+def test_no_trust_is_read_from_what_another_user_has_put_there(
+    shared: Path, reader: Callable[[Path], object]
+) -> None:
+    path = shared / "file"
+    path.write_bytes(b"00" * 32 if reader is read_key_file else b"{}")
+    path.chmod(0o600)
+    os.chown(path, OTHER, OTHER)
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        reader(path)
+
+
+@pytest.mark.parametrize("write", [opened, appended, write_file])
+def test_links_of_our_own_and_devices_are_used(
+    tmp_path: Path, write: Callable[[Path, bytes], object]
+) -> None:
+    """In a folder that others may change, too, and where the link has no target of a name."""
+    tmp_path.chmod(0o777)
+    link = tmp_path / "link"
+    link.symlink_to("/dev/null")
+    write(link, b"content")
+    assert link.is_symlink()
+    with tempfile.TemporaryFile(dir=tmp_path) as file:
+        (tmp_path / "proc").symlink_to(f"/proc/self/fd/{file.fileno()}")
+        if write is not write_file:
+            write(tmp_path / "proc", b"content")
+            assert file.read() == b"content"
+    reading, writing = os.pipe()
+    write(Path(f"/dev/fd/{writing}"), b"content")
+    assert os.read(reading, 100) == b"content"
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_pipe_whose_reader_comes_later(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    content = bytes(range(256)) * 1000
+    found: list[bytes] = []
+
+    def read() -> None:
+        time.sleep(0.1)
+        found.append(pipe.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    write_file(pipe, content)
+    reader.join()
+    assert found == [content]
+
+
+def test_a_pipe_without_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="No such device") as caught:
+        write_file(pipe, b"content")
+    assert caught.value.filename == str(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(OSError, match=r"took no data for 0\.1 s"):
+        write_file(pipe, bytes(1 << 20))
+    os.close(reader)
+
+
+def test_permissions_of_what_is_no_longer_there(tmp_path: Path) -> None:
+    other, name = tmp_path / "other", tmp_path / "name"
+    for one in (other, name):
+        one.touch(0o600)
+    status = name.stat()
+    inode = status.st_dev, status.st_ino
+    change_mode(name, 0o640, inode=inode)
+    assert stat.S_IMODE(name.stat().st_mode) == 0o640
+    name.rename(tmp_path / "moved")
+    for put in (name.symlink_to, name.hardlink_to):
+        put(other)
+        with pytest.raises(OSError, match="another file was put there"):
+            change_mode(name, 0o666, inode=inode)
+        name.unlink()
+    assert stat.S_IMODE(other.stat().st_mode) == 0o600

@@ -21,7 +21,6 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from hybridkex import Secret
 from hybridkex.errors import ConfigError
-from hybridkex.files import make_private
 from hybridkex.qkd.sqlite_file import open_locked
 from hybridkex.qkd.store import read_key_file, write_key_file
 
@@ -83,8 +82,6 @@ def _key(path: Path | None, key_file: Path | None) -> Secret:
 
 def _open(path: Path) -> sqlite3.Connection:
     """The only connection to a store: two servers would overwrite each other's seats."""
-    if path.exists():
-        make_private(path)
     try:
         return open_locked(path, what="store")
     except ConfigError as error:

@@ -26,7 +26,7 @@ from hybridkex.auth.raw_keys import PeerRawKey, read_raw_key
 from hybridkex.auth.verified import PROOF, VerifiedPeer
 from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected, ConfigError
-from hybridkex.files import open_private, read_file, write_file
+from hybridkex.files import open_private, read_utf8, write_file
 from hybridkex.machine import write_error
 from hybridkex.text import get_logger
 
@@ -126,7 +126,7 @@ class KnownPeers:
     def _add(self, name: str, spki: bytes) -> None:
         if (name, spki) in _read(self.path):
             return
-        text = _text(self.path)
+        text = read_utf8(self.path, missing=b"", own=True)
         if text and not text.endswith("\n"):
             text += "\n"
         _replace(self.path, f"{text}{name} {base64.b64encode(spki).decode('ascii')}\n")
@@ -174,16 +174,9 @@ class _Snapshot:
     entries: _Entries | ConfigError
 
 
-def _text(path: Path) -> str:
-    try:
-        return read_file(path, missing=b"").decode()
-    except UnicodeDecodeError:
-        raise ConfigError(f"cannot read {path}: it is not text") from None
-
-
 def _read(path: Path) -> _Entries:
     entries = []
-    for number, raw in enumerate(_text(path).split("\n"), start=1):
+    for number, raw in enumerate(read_utf8(path, missing=b"", own=True).split("\n"), start=1):
         line = _COMMENT.sub("", raw).strip(" \t\r")
         if not line:
             continue

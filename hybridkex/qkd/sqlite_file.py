@@ -2,17 +2,19 @@
 
 import sqlite3
 import stat
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from hybridkex.errors import ConfigError
-from hybridkex.files import create_file
+from hybridkex.files import check_own, make_private
 
 __all__ = ["FileInUse", "open_locked", "open_unlocked"]
 
 LOCK_SECONDS: Final = 0.1
 """How long the lock is waited for: another process may look into the file for a moment."""
+
+_BESIDE: Final = ("-wal", "-journal", "-shm")
+"""Files that SQLite takes for a part of the database."""
 
 
 class FileInUse(ConfigError):
@@ -42,11 +44,12 @@ def open_locked(path: Path, *, what: str = "key store", create: bool = True) -> 
         ConfigError: it cannot be opened.
     """
     try:
+        if create:
+            make_private(path)
         # SQLite names its log after the path: through a symbolic link it would use another log.
         real = path.resolve()
-        if create:
-            with suppress(FileExistsError):
-                create_file(real, b"")
+        for suffix in ("", *_BESIDE):
+            check_own(f"{real}{suffix}")
         found = real.stat()
         if not stat.S_ISREG(found.st_mode):
             raise ConfigError(f"the {what} {path} is not a regular file")

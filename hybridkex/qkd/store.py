@@ -386,7 +386,7 @@ def read_key_file(path: Path) -> Secret:
         raise ConfigError(f"cannot read the key file {path}: {error.strerror}") from None
     except ValueError:
         mode = 0  # an impossible path, which reading reports
-    text = read_file(path, what="the key file")
+    text = read_file(path, what="the key file", own=True)
     if mode & 0o077:
         raise ConfigError(
             f"the key file {path} can be read by others; make it private: chmod 600 {path}"

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from hybridkex.crypto.suites import ALL_SUITES
 from hybridkex.errors import ConfigError
-from hybridkex.files import read_file, write_file
+from hybridkex.files import read_utf8, write_file
 from hybridkex.json_text import load_json
 from hybridkex.machine import write_error
 from hybridkex.secret import Secret
@@ -20,7 +20,7 @@ _KEPT: Final = 4
 """Tickets per server."""
 _MOST: Final = 4 << 20
 """Bytes of the file. A server decides how long its tickets and its chain are, up to some 1 MB, and
-:func:`~hybridkex.files.read_file` refuses a file of more than 16 MiB."""
+:func:`~hybridkex.files.read_utf8` refuses a file of more than 16 MiB."""
 
 
 class FileTicketStore:
@@ -71,7 +71,8 @@ class FileTicketStore:
 
     def _load(self) -> dict[str, list[Any]]:
         try:
-            tickets = load_json(read_file(self._path, missing=b"{}").decode(), most_values=None)
+            text = read_utf8(self._path, missing=b"{}", own=True)
+            tickets = load_json(text, most_values=None)
         except ConfigError:
             raise
         except ValueError:

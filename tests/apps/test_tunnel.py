@@ -30,6 +30,7 @@ from waiting import PATIENCE, trio_until
 
 from hybridkex import ClientConfig, DevCa, ServerConfig, TrustStore, open_secure_tcp_stream
 from hybridkex.apps.tunnel import TunnelConfig, TunnelMetrics, TunnelServer
+from hybridkex.apps.tunnel.sockets import listen
 from hybridkex.auth.dev_ca import write_identity
 from hybridkex.cli import main
 from hybridkex.errors import ConfigError
@@ -874,3 +875,21 @@ async def test_a_new_tunnel_that_finds_no_descriptor_leaves_everything_as_it_was
         async with await trio.open_unix_socket(str(tmp_path / "new")):
             pass
         nursery.cancel_scope.cancel()
+
+
+async def test_permissions_of_what_has_replaced_the_socket(tmp_path: Path) -> None:
+    """Whoever may change the folder can put a link there; what it leads to keeps its own."""
+    ours = tmp_path / "ours"
+    ours.touch(0o600)
+    place = tmp_path / "socket"
+    listening = await listen(UnixAddress(str(place)), mode=0o600)
+    assert listening.set_mode(0o640) == 0o600
+    place.rename(tmp_path / "moved")
+    for put in (place.symlink_to, place.hardlink_to):
+        put(ours)
+        with pytest.raises(ConfigError, match="cannot change the permissions"):
+            listening.set_mode(0o666)
+        assert stat.S_IMODE(ours.stat().st_mode) == 0o600
+        await listening.aclose()
+        assert place.exists()
+        place.unlink()

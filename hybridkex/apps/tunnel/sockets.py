@@ -12,6 +12,7 @@ import trio
 from hybridkex.apps.tcp import no_connection
 from hybridkex.apps.tunnel.config import TunnelConfig
 from hybridkex.errors import ConfigError
+from hybridkex.files import change_mode
 from hybridkex.net.address import Address, UnixAddress
 from hybridkex.net.listening import open_tcp_listeners
 
@@ -43,7 +44,6 @@ class Listening:
     ) -> None:
         self.address: Final = address
         self.listeners: Final = listeners
-        self._named = owned and isinstance(address, UnixAddress)
         self._inode = _inode(address.path) if owned and isinstance(address, UnixAddress) else None
 
     @property
@@ -67,12 +67,12 @@ class Listening:
         Raises:
             ConfigError: the file system refuses.
         """
-        if not self._named or not isinstance(self.address, UnixAddress):
+        if self._inode is None or not isinstance(self.address, UnixAddress):
             return None
         try:
-            before = stat.S_IMODE(os.stat(self.address.path).st_mode)
+            before = stat.S_IMODE(os.lstat(self.address.path).st_mode)
             if before != mode:
-                os.chmod(self.address.path, mode)
+                change_mode(self.address.path, mode, inode=self._inode)
         except OSError as error:
             raise ConfigError(
                 f"cannot change the permissions of {self.address}: {error.strerror}"
@@ -81,7 +81,7 @@ class Listening:
 
     def unlink(self) -> None:
         """Remove the name of a Unix socket."""
-        if self._named and isinstance(self.address, UnixAddress) and self.reachable:
+        if self._inode and isinstance(self.address, UnixAddress) and self.reachable:
             with contextlib.suppress(OSError):
                 os.unlink(self.address.path)
 

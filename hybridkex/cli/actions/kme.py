@@ -31,7 +31,7 @@ from hybridkex.errors import (
     KeySourceError,
     KeySourceUnavailable,
 )
-from hybridkex.files import PRIVATE, PUBLIC, read_file, write_file, write_files
+from hybridkex.files import PRIVATE, PUBLIC, read_utf8, write_file, write_files
 from hybridkex.json_text import load_json
 from hybridkex.kme.audit import verify
 from hybridkex.kme.config import KmeConfig, PostgresUrl, load_config
@@ -257,9 +257,9 @@ def export_pool(options: ExportPoolOptions) -> int:
 
 
 def _read_ids(path: Path) -> list[str]:
-    content = read_file(path)
+    text = read_utf8(path)
     try:
-        found = load_json(content.decode("ascii"), most_values=None)
+        found = load_json(text, most_values=None)
         return [canonical_key_id(item) for item in found]
     except (ValueError, TypeError, AttributeError):
         raise ConfigError(f"{path} is not a list of key IDs") from None

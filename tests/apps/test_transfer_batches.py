@@ -225,7 +225,7 @@ async def test_folders_on_a_file_system_that_is_mounted_below(
     """The flush of the receiving folder's file system does not reach them."""
     source, target = tmp_path / "source" / "mounted", tmp_path / "in" / "mounted"
     for number in range(20):
-        (source / str(number)).mkdir(parents=True)
+        (source / str(number) / "below").mkdir(parents=True)
     target.mkdir(parents=True)
     fstat, fsync, unflushed = os.fstat, os.fsync, Counter[str]()
 
@@ -253,7 +253,7 @@ async def test_folders_on_a_file_system_that_is_mounted_below(
     for name, fake in (("fstat", other_device), ("mkdir", make), ("fsync", flushed)):
         monkeypatch.setattr(os, name, fake)
     outcome = await deliver(configs, folder, source)
-    assert (outcome.stored, outcome.already) == (20, 1)
+    assert (outcome.stored, outcome.already) == (40, 1)
     assert not unflushed.total()
 
 

@@ -108,6 +108,12 @@ def test_two_sites_under_faults(store: str) -> None:
     ],
 )
 def test_a_faulty_kme_is_found(store: str, mutant: str, kinds: tuple[str, ...]) -> None:
+    """What it says is lost only if the moment of a fault suits: there are several runs."""
     manner = Manner(quick=True, mutant=mutant)
-    outcome = outcome_of(store, seconds=5, at_once=0.3, kinds=kinds, manner=manner)
-    assert any("twice" in one or "refused" in one for one in outcome.verdict.violations)
+    found: list[str] = []
+    for seed in range(5):
+        plan = {"seconds": 5, "at_once": 0.3, "kinds": kinds, "manner": manner, "seed": seed}
+        found = outcome_of(store, **plan).verdict.violations
+        if found:
+            break
+    assert any("again" in one or "twice" in one or "refused" in one for one in found)

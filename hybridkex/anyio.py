@@ -37,6 +37,7 @@ from hybridkex.net.pending import (
     RETRY_SECONDS,
     PendingConnections,
 )
+from hybridkex.net.sockets import is_readable
 from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT, READ_SIZE, SecureDuplex
 from hybridkex.shell.ssl_facade import SslObject, cipher_of, describe, is_ssl_error, peercert_of
 from hybridkex.text import get_logger
@@ -64,6 +65,8 @@ class HybridkexAttribute(anyio.TypedAttributeSet):
 
     session: Session = anyio.typed_attribute()
     """The :class:`~hybridkex.Session`: groups, keys and the identity of the peer."""
+    has_unread: bool = anyio.typed_attribute()
+    """Whether bytes of the peer wait, here or in the socket: data, its end, or a key update."""
 
 
 class SecureStreamError(anyio.BrokenResourceError, ssl.SSLError):
@@ -167,6 +170,12 @@ class SecureByteStream(SecureDuplex, ByteStream):
         raw = self.transport_stream.extra(SocketAttribute.raw_socket, None)
         return 0 if raw is None else unacknowledged(raw)
 
+    def _has_unread(self) -> bool:
+        if self._pending or self._connection.has_unread:
+            return True
+        raw = self.transport_stream.extra(SocketAttribute.raw_socket, None)
+        return raw is not None and is_readable(raw)
+
     def _broken(self, cause: BaseException) -> Exception:
         if not is_ssl_error(cause):
             return super()._broken(cause)
@@ -229,6 +238,7 @@ class SecureByteStream(SecureDuplex, ByteStream):
             TLSAttribute.standard_compatible: lambda: self._close_notify,
             TLSAttribute.tls_version: lambda: "TLSv1.3",
             HybridkexAttribute.session: lambda: session,
+            HybridkexAttribute.has_unread: self._has_unread,
         }
 
 

@@ -7,14 +7,15 @@ the type that was given and shows a correct line; never the value, which may be 
 import inspect
 import math
 import re
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cache, partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, NamedTuple, Union, get_args, get_origin
 
-from hybridkex.errors import ConfigError
+from hybridkex.errors import ConfigError, InternalError
 
 
 class Kind(NamedTuple):
@@ -154,3 +155,37 @@ def described(value: Any) -> str:
 
 def _with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
+
+
+_YEAR_10000: Final = 253_402_300_800
+"""The first second that :class:`datetime.datetime` and certificates cannot express."""
+
+
+@dataclass(frozen=True)
+class _CheckedClock:
+    """What the clock of a caller says is checked whenever it is read."""
+
+    clock: Callable[[], Any]
+
+    def __call__(self) -> float:
+        try:
+            now = self.clock()
+        except Exception as error:
+            raise InternalError("the clock of our configuration failed") from error
+        if _is_number(now) and 0 <= now < _YEAR_10000:
+            return float(now)
+        raise InternalError(
+            "the clock of our configuration does not say what time it is: it must return a number "
+            f"of seconds since 1970, before the year 10000, and it returned {described(now)}"
+            f"{f' of {now:g}' if _is_number(now) else ''}; clock=time.time does"
+        )
+
+
+def checked_clock(clock: Callable[[], float]) -> Callable[[], float]:
+    """A clock whose every answer is a time of the years 1970 to 9999, in seconds since 1970.
+
+    Where it is not, a call raises :class:`~hybridkex.errors.InternalError`: the connection that
+    needs the time ends, and no certificate or ticket is taken as valid.
+    """
+    trusted = clock is time.time or isinstance(clock, _CheckedClock)
+    return clock if trusted else _CheckedClock(clock)

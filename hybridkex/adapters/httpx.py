@@ -26,7 +26,7 @@ import httpcore
 import httpx
 from anyio.streams.tls import TLSAttribute
 
-from hybridkex.anyio import SecureByteStream
+from hybridkex.anyio import HybridkexAttribute, SecureByteStream
 from hybridkex.tls.config import ClientConfig, check_config
 
 __all__ = ["SecureBackend", "SecureTransport"]
@@ -153,7 +153,11 @@ class _Stream(httpcore.AsyncNetworkStream):
         await self._stream.aclose()
 
     def get_extra_info(self, info: str) -> Any:
-        """``ssl_object`` tells httpcore the protocol that ALPN selected; ``session`` is ours."""
+        """``ssl_object`` tells httpcore the protocol that ALPN selected; ``session`` is ours.
+
+        ``is_readable`` tells it not to send the next request over a connection on which something
+        has come meanwhile: the server's end, or a key update, for which nobody received.
+        """
         secure = self._stream
         if isinstance(secure, SecureByteStream):
             if info == "session":
@@ -162,7 +166,9 @@ class _Stream(httpcore.AsyncNetworkStream):
                 return secure.extra(TLSAttribute.ssl_object)
         if info == "is_readable":
             raw = secure.extra(anyio.abc.SocketAttribute.raw_socket, None)
-            return raw is None or raw.fileno() < 0
+            if raw is None or raw.fileno() < 0:
+                return True
+            return secure.extra(HybridkexAttribute.has_unread, False)
         return None
 
 

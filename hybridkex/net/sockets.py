@@ -23,10 +23,15 @@ class Carrier(Protocol):
 
 def has_unread(transport: Carrier | None) -> bool:
     """Whether unread bytes of the peer, or its end, are waiting: then the delay is ours."""
-    if transport is None or transport.socket.fileno() < 0:
+    return transport is not None and is_readable(transport.socket)
+
+
+def is_readable(one: socket.socket) -> bool:
+    """Whether a socket has unread bytes, or the peer's end; not after it was closed."""
+    if one.fileno() < 0:
         return False
     poll = select.poll()
-    poll.register(transport.socket.fileno(), select.POLLIN)
+    poll.register(one.fileno(), select.POLLIN)
     return bool(poll.poll(0))
 
 

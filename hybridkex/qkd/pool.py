@@ -167,6 +167,7 @@ class FilePool:
         return [(part.master_kme, part.slave_kme) for part in name] == ours
 
     async def status(self) -> SourceStatus:
-        """The stock; draws no key."""
+        """The stock; draws no key. ``key_bits`` is that of the shortest key, 256 without one."""
         stored = await self._store.count(self._names.peer_kme)
-        return SourceStatus(stored=stored, capacity=stored, key_bits=256)
+        shortest = await self._store.shortest(self._names.peer_kme)
+        return SourceStatus(stored=stored, capacity=stored, key_bits=8 * (shortest or 32))

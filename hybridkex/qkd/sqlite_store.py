@@ -41,6 +41,7 @@ from hybridkex.qkd.sqlite_schema import (
 )
 from hybridkex.qkd.store import (
     PAGE,
+    SEAL_BYTES,
     Allotment,
     BlocksRefused,
     BlockState,
@@ -635,6 +636,16 @@ class SqliteKeyStore:
     def _count(self, link: str) -> int:
         row = self._db.execute("SELECT free FROM stock WHERE link = ?", (link,)).fetchone()
         return 0 if row is None else int(row[0])
+
+    async def shortest(self, link: str) -> int:
+        """Bytes of the shortest key that a link has as material; 0 without one."""
+        return await self._read(self._shortest, link)
+
+    def _shortest(self, link: str) -> int:
+        row = self._db.execute(
+            "SELECT min(length(sealed)) FROM material WHERE link = ?", (link,)
+        ).fetchone()
+        return 0 if row[0] is None else int(row[0]) - SEAL_BYTES
 
     async def shared_ids(
         self, link: str, *, created_before: float, after: Position | None = None

@@ -62,6 +62,8 @@ PAGE: Final = 1000
 """Rows that one call reads or erases where there may be a million."""
 
 NONCE_BYTES: Final = 12
+SEAL_BYTES: Final = NONCE_BYTES + 16
+"""By which a sealed key is longer than the key: its nonce and its tag."""
 SEAL_KEY_BYTES: Final = 32
 
 Position: TypeAlias = tuple[int, int]

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from hybridkex.crypto.suites import ALL_SUITES
 from hybridkex.errors import ConfigError
+from hybridkex.fields import checked_clock
 from hybridkex.files import read_utf8, write_file
 from hybridkex.json_text import load_json
 from hybridkex.machine import write_error
@@ -41,7 +42,7 @@ class FileTicketStore:
 
     def __init__(self, path: str | Path, *, clock: Callable[[], float] = time.time) -> None:
         self._path = Path(path)
-        self._clock = clock
+        self._clock = checked_clock(clock)
         self._flushing = Lock()
         self._changed = False
         self._tickets = self._load()

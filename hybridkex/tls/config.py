@@ -24,7 +24,7 @@ from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.signatures import ALL_SCHEMES, SignatureScheme
 from hybridkex.crypto.suites import ALL_SUITES, CipherSuite
 from hybridkex.errors import ConfigError
-from hybridkex.fields import check_fields, described
+from hybridkex.fields import check_fields, checked_clock, described
 from hybridkex.tls.certificate_types import AnyClientVerifier, AnyServerVerifier
 from hybridkex.tls.fresh_keys import FreshKeys, UpdateKeySource
 from hybridkex.tls.one_time_pad import OneTimePad, PadSource
@@ -212,6 +212,7 @@ class _Config:
 
     def __post_init__(self) -> None:
         check_fields(self, _EXAMPLES)
+        object.__setattr__(self, "clock", checked_clock(self.clock))
         self._check_groups()
         _check_list("cipher suite", self.suites)
         _check_list("signature scheme", self.signature_schemes)

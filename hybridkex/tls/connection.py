@@ -117,6 +117,12 @@ class Connection:
         return bool(self._records.events)
 
     @property
+    def has_unread(self) -> bool:
+        """Whether bytes of the peer are here that have not become an event, or an event that
+        :meth:`next_event` has not returned."""
+        return bool(self._records.events) or self._records.reader.has_unread
+
+    @property
     def update_wanted(self) -> bool:
         """Whether an :class:`~hybridkex.tls.events.UpdateWanted` has been emitted and no update has
         followed. It is emitted while data is sent, and a caller that sends may take no events."""

@@ -339,6 +339,16 @@ class ReadingHalf:
         return self.protection.open_one
 
     @property
+    def has_unread(self) -> bool:
+        """Whether something has arrived that :meth:`next_item` has not returned, whole or not."""
+        return bool(
+            self.incoming.pending
+            or self._message
+            or self._stashed is not None
+            or self._deferred is not None
+        )
+
+    @property
     def waits_for_pad(self) -> bool:
         """Whether the next record takes pad of keys that we are still to look up."""
         return (

@@ -12,7 +12,7 @@ from hybridkex.auth.names import PIN
 from hybridkex.constants import CertificateType
 from hybridkex.crypto.suites import CipherSuite
 from hybridkex.errors import ConfigError
-from hybridkex.fields import check_fields
+from hybridkex.fields import check_fields, checked_clock
 from hybridkex.secret import Secret
 from hybridkex.text import printable
 from hybridkex.tls.epochs import Epoch, KeyUpdates
@@ -268,6 +268,7 @@ class MemoryTicketStore:
 
     def __post_init__(self) -> None:
         check_fields(self, {"clock": "MemoryTicketStore(clock=time.time)"})
+        self.clock = checked_clock(self.clock)
         if self.max_servers < 1 or self.tickets_per_server < 1:
             raise ConfigError("max_servers and tickets_per_server are 1 or more")
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from hybridkex.constants import TLS13, CertificateType
 from hybridkex.errors import ConfigError, DecodeError
-from hybridkex.fields import check_fields
+from hybridkex.fields import check_fields, checked_clock
 from hybridkex.secret import Secret
 from hybridkex.tls.session import MAX_TICKET_LIFETIME, AuthenticatedBy
 from hybridkex.values import value
@@ -165,6 +165,7 @@ class TicketIssuer:
         check_fields(
             self, {"clock": "clock=time.time", "first_key": "first_key=(Secret(key), name)"}
         )
+        self.clock = checked_clock(self.clock)
         if not 1 <= self.lifetime <= MAX_TICKET_LIFETIME:
             raise ConfigError(f"a ticket's lifetime is 1 to {MAX_TICKET_LIFETIME} seconds")
         if self.rotation < 1:
@@ -272,7 +273,7 @@ class CookieProtector:
         raw = key.reveal() if key is not None else entropy(32)
         self._key = _SealingKey(raw, b"cookie 1", 0, entropy)
         self._lifetime = lifetime
-        self._clock = clock
+        self._clock = checked_clock(clock)
 
     def seal(self, state: CookieState) -> bytes:
         """The cookie for this state."""

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
@@ -25,11 +26,19 @@ import uvicorn
 from hypercorn.config import Config
 from waiting import asyncio_until
 
-from hybridkex import ClientConfig, DevCa, Policy, Requirement, ServerConfig, TrustStore
+from hybridkex import (
+    ClientConfig,
+    DevCa,
+    FreshKeys,
+    Policy,
+    Requirement,
+    ServerConfig,
+    TrustStore,
+)
 from hybridkex.adapters.httpx import SecureTransport
 from hybridkex.adapters.hypercorn import serve
 from hybridkex.adapters.uvicorn import secure_http
-from hybridkex.aio import SecureProtocolError, open_connection
+from hybridkex.aio import SecureProtocolError, open_connection, start_server
 from hybridkex.anyio import SecureByteStream
 from hybridkex.auth.dev_ca import write_identity
 from hybridkex.errors import ConfigError
@@ -119,6 +128,51 @@ def test_httpx(served: Any) -> None:
             session = answer.extensions["network_stream"].get_extra_info("session")
             if session is not None:  # httpcore hides the stream of HTTP/2
                 assert session.group == "X25519MLKEM768"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["closes", "wants new keys"])
+@pytest.mark.parametrize("library", ["asyncio", "trio"])
+def test_httpx_leaves_a_connection_that_the_server_has_ended(how: str, library: str) -> None:
+    """A request goes over a connection of its own where the one that waits is not usable."""
+    fresh = how == "wants new keys"
+    policy = Policy(fresh_keys=Requirement.REQUIRE if fresh else Requirement.OFF)
+    schedule = FreshKeys(every=0.05, deadline=0.1, jitter=0) if fresh else None
+    ours = ClientConfig(verifier=TrustStore((CA.certificate,)), policy=policy)
+    theirs = ServerConfig(identities=(CA.issue("localhost"),), policy=policy, fresh_keys=schedule)
+    connections, ended = 0, threading.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        await writer.drain()
+        if fresh:
+            with suppress(ConnectionError, SecureProtocolError):
+                await reader.read()  # until our own time limit
+        writer.close()  # which sends close_notify, if anything can be sent
+        ended.set()
+
+    async def ask(port: int) -> list[str]:
+        client = httpx.AsyncClient(transport=SecureTransport(ours))
+        texts = []
+        async with client:
+            for _ in range(3):
+                ended.clear()
+                texts.append((await client.get(f"https://localhost:{port}/")).text)
+                assert await anyio.to_thread.run_sync(ended.wait, 10)
+                await anyio.sleep(0.05)  # on its way through the system
+        return texts
+
+    async def main() -> None:
+        server = await start_server(answer, "127.0.0.1", 0, theirs)
+        port = server.sockets[0].getsockname()[1]
+        texts = await asyncio.to_thread(anyio.run, ask, port, backend=library)
+        assert texts == ["ok"] * 3
+        assert connections == 3
+        server.close()
 
     asyncio.run(main())
 
@@ -499,7 +553,6 @@ def test_requests_that_are_cancelled_in_a_queue() -> None:
                 assert [one.text for one in answers] == ["ok"] * 4
         await asyncio.sleep(0.1)  # connections that were given up have reached the server
         server.close()
-        await server.wait_closed()
         await asyncio.sleep(0)
 
     asyncio.run(main())

@@ -5,6 +5,7 @@ import hmac
 import subprocess
 import sys
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,22 @@ async def test_file_pools(tmp_path: Path, key_file: Path) -> None:
         await alice.add(keys[:3])
         with pytest.raises(KeySourceExhausted):
             await alice.get_key()
+
+
+async def test_the_status_of_a_pool_says_how_long_its_keys_are(
+    tmp_path: Path, key_file: Path
+) -> None:
+    path = tmp_path / "a.pool"
+    async with FilePool.open(path, key_file=key_file, names=ALICE) as pool:
+        for bits in (4096, 512, 264, 256, 136, 128, 1024):
+            [key] = keys_of(ALICE, 1)
+            await pool.add([replace(key, key=Secret(bytes(bits // 8)))])
+        seen = []
+        while (status := await pool.status()).stored:
+            seen.append((status.key_bits, len((await pool.get_key()).key)))
+        shortest = [min(8 * size for _, size in seen[place:]) for place in range(len(seen))]
+        assert [bits for bits, _ in seen] == shortest
+        assert status.key_bits == 256
 
 
 async def test_pool_files_that_cannot_be_used(tmp_path: Path, key_file: Path) -> None:

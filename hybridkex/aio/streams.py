@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final, cast
 
 from hybridkex.aio.connect import create_connection, create_server, start_tls
+from hybridkex.aio.transport import SecureTransport
 from hybridkex.errors import LocalStateError
 from hybridkex.tls.config import ClientConfig, ServerConfig
 
@@ -32,7 +33,8 @@ class _StreamProtocol(asyncio.StreamReaderProtocol):
 
     def eof_received(self) -> bool:
         super().eof_received()
-        return True
+        # asyncio's TLS within this connection (StreamWriter.start_tls) has no half-close.
+        return isinstance(self._transport, SecureTransport)  # type: ignore[attr-defined]
 
 
 Connected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]

@@ -222,7 +222,7 @@ class SecureTransport(transports._FlowControlMixin):
         """Keying material for a protocol above: ``length`` bytes (RFC 9846 section 7.5).
 
         Raises:
-            LocalStateError: the handshake is not complete.
+            LocalStateError: the handshake is not complete, or the connection was closed.
         """
         return self._connection.export(label, context, length)
 
@@ -553,6 +553,9 @@ class SecureTransport(transports._FlowControlMixin):
             size = min(len(buffer), len(view))
             if not size:
                 raise RuntimeError("get_buffer() returned an empty buffer")
+            replaced = self._protocol is not protocol
+            if replaced or self._reading_paused or self._state is not _OPEN:
+                continue  # by get_buffer
             buffer[:size] = view[:size]
             view = view[size:]
             protocol.buffer_updated(size)
@@ -939,6 +942,10 @@ class SecureTransport(transports._FlowControlMixin):
         self._leave()
         self._drop()
         complete = self._connection.close_received
+        # The application, or the traceback of an error that its reader has raised, may keep this
+        # transport.
+        self._keeper = None
+        self._connection.release()
         # Both lead to tracebacks, those to our frames, and they to us: a reference kept here would
         # keep the keys in memory until the garbage collector runs.
         failure, self._failure = self._failure, None

@@ -61,6 +61,8 @@ class Connection:
         # The text alone: the error refers to its traceback, that to our frames, and they to us, so
         # that the keys of a connection that has failed would stay until the garbage collector runs.
         self._error: str | None = None
+        self._session: Session | None = None
+        """The session of a connection that has been released."""
         self._close_received = False
         self._close_sent = False
         self._warnings = 0
@@ -422,6 +424,20 @@ class Connection:
         if self._error is None:
             self._fail(error)
 
+    def release(self) -> None:
+        """Discard all keys: the transport is closed.
+
+        A program may keep what it has of a closed connection for long. Only :attr:`session`,
+        :attr:`pad` and whether close_notify was sent or received remain; all else raises
+        :exc:`~hybridkex.LocalStateError`.
+        """
+        if isinstance(self._state, _TRAFFIC):
+            self._session = self._state.connected.session
+        if self._error is None:
+            self._error = "it was closed in the handshake"
+        self._open_one = self._seal_one = self._state = None
+        self._records.release()
+
     @property
     def has_data_to_send(self) -> bool:
         """Whether ``data_to_send`` has anything."""
@@ -473,7 +489,7 @@ class Connection:
         Raises:
             LocalStateError: the handshake is not complete.
         """
-        return self._connected().session
+        return self._connected().session if self._session is None else self._session
 
     def export(self, label: bytes, context: bytes, length: int) -> Secret:
         """Keying material for a protocol above: ``length`` bytes (section 7.5)."""
@@ -498,11 +514,17 @@ class Connection:
         return connected.updates.exporter.export(label, context, length)
 
     def _connected(self) -> Connected:
+        self._check_kept()
         if not isinstance(self._state, _TRAFFIC):
             raise LocalStateError("the handshake is not complete")
         return self._state.connected
 
+    def _check_kept(self) -> None:
+        if self._session is not None:
+            raise LocalStateError("the connection was closed, and its keys have been discarded")
+
     def _check_alive(self) -> None:
+        self._check_kept()
         if self._error is not None:
             raise LocalStateError(f"the connection has failed: {self._error}")
 

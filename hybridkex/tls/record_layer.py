@@ -241,6 +241,15 @@ class WritingHalf:
         outgoing.clear()
         return data
 
+    def release(self) -> None:
+        """Discard the keys and what waits to be sent."""
+        self.protection = None
+        self.closed = True
+        self._outgoing.clear()
+        self._flight.clear()
+        if self.pad is not None:
+            self.pad.erase()
+
     def _emit(self, type_: ContentType, content: bytes, version: int = LEGACY_VERSION) -> None:
         if self.change_cipher_spec_due:
             self.change_cipher_spec_due = False
@@ -283,6 +292,14 @@ class ReadingHalf:
         self.check_message_boundary()
         self.protection = ReadProtection(traffic, self._inner_limit)
         self._empty_records = 0
+
+    def release(self) -> None:
+        """Discard the keys and what was received and not taken."""
+        self.protection = self._stashed = self._deferred = None
+        self.incoming = RecordBuffer()
+        self._message = bytearray()
+        if self.pad is not None:
+            self.pad.erase()
 
     def limit_records(self, inner_limit: int) -> None:
         """Bytes of content and type in a record, from now on: the peer knows (RFC 8449)."""
@@ -601,6 +618,12 @@ class RecordLayer:
     def emit(self, event: Event) -> None:
         """Queue an event for the caller."""
         self.events.append(event)
+
+    def release(self) -> None:
+        """Discard the keys of both directions, and all that waits."""
+        self.events.clear()
+        self.reader.release()
+        self.writer.release()
 
     def log_secret(self, label: str, secret: Secret) -> None:
         """Write a line to the key log, if one is configured."""

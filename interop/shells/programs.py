@@ -36,6 +36,13 @@ _LONG: Final = 3_000_000
 
 _CLOSED: Final = {"close", "abort", "end"}
 
+_CALLS: Final = {
+    *("write", "write long", "writelines", "close", "abort", "pause", "resume", "limits"),
+    *("write_eof", "become"),
+}
+"""Steps that a protocol may take within a callback, too."""
+_CALLBACKS: Final = ("data", "data", "data", "data", "full", "empty", "eof", "lost")
+
 Step = tuple[Any, ...]
 
 
@@ -81,6 +88,11 @@ def _steps(chance: random.Random, family: str, style: str) -> tuple[Step, ...]:
 
 def _step(chance: random.Random, family: str, style: str) -> Step:
     half, streams = family == "half", style == "streams"
+    if not streams and chance.random() < 0.25:
+        inner = _step(chance, family, style)
+        while inner[0] not in _CALLS:
+            inner = _step(chance, family, style)
+        return ("within", chance.choice(_CALLBACKS), *inner)
     size = chance.choice((0, 1, 5, 100, 2000))
     # With a mark of 0, asyncio's TLS calls pause_writing and never resume_writing.
     limits = ((0, 0) if half else (20, 10), (10, 5), (100_000, 10), (4_000_000, 10))
@@ -92,6 +104,7 @@ def _step(chance: random.Random, family: str, style: str) -> Step:
         "abort": (0.2, tuple),
         "pause": (0 if streams else 1, tuple),
         "resume": (0 if streams else 1.5, tuple),
+        "become": (0 if streams else 0.3, tuple),
         "limits": (0.7, lambda: chance.choice(limits)),
         "wrong limits": (0.1, lambda: chance.choice(((1, 2), (-1,)))),
         "wrong write": (0.2, lambda: (chance.choice(("text", None, 3)),)),
@@ -123,6 +136,17 @@ class _Seen:
     received: int = 0
     checksum: int = 0
     full: bool = False
+    paused: bool = False
+    plans: dict[str, list[Step]] = field(default_factory=dict)
+    act: Callable[..., None] = lambda *_: None
+    taken: list[tuple[str, str]] = field(default_factory=list)
+    """The steps that were taken within callbacks."""
+
+    def within(self, callback: str) -> None:
+        """Take the steps that are planned for a callback."""
+        for step in self.plans.pop(callback, ()):
+            self.taken.append((callback, step[0]))
+            self.act(*step)
 
     def data(self, data: bytes) -> None:
         self.received += len(data)
@@ -144,19 +168,24 @@ class _Application(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.seen.data(data)
+        self.seen.within("data")
 
     def eof_received(self) -> bool | None:
         self.seen.events.append("eof")
+        self.seen.within("eof")
         return self._half_open or None
 
     def pause_writing(self) -> None:
         self.seen.full = True
+        self.seen.within("full")
 
     def resume_writing(self) -> None:
         self.seen.full = False
+        self.seen.within("empty")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.seen.events.append(f"lost: {_kind(exc)}")
+        self.seen.within("lost")
 
 
 class _BufferedApplication(_Application, asyncio.BufferedProtocol):
@@ -172,6 +201,7 @@ class _BufferedApplication(_Application, asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self.seen.data(bytes(self._buffer[:nbytes]))
+        self.seen.within("data")
 
 
 def _waits(transport: Any) -> bool:
@@ -200,6 +230,9 @@ class Row:
     full: bool
     waits: bool
     peer: tuple[Any, ...] = ()
+    taken: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+    """The steps that were taken within callbacks, as callback and kind."""
+    paused: bool = field(default=False, compare=False)
 
     @property
     def lost(self) -> str:
@@ -220,6 +253,7 @@ class _Run:
         self._pending: list[tuple[int, asyncio.Task[Any]]] = []
         self._results: list[str] = []
         self._text = random.Random(made.seed ^ 0x5EED)
+        self._words = random.Random(made.seed ^ 0x9EE2)
         self._number = 0
         self.reports: list[str] = []
 
@@ -264,6 +298,8 @@ class _Run:
         observations.append(replace(self._observe(("end",)), peer=peer))
         if server is not None:
             server.close()
+        with contextlib.suppress(AttributeError):
+            self._transport.abort()  # asyncio's TLS does not close a connection that is paused
         self._peer.close()
         for _, task in self._pending:
             task.cancel()
@@ -356,6 +392,9 @@ class _Run:
         if kind == "upgrade":
             self._peer_begins(self._stack)
             await self._until(self._upgrade())
+        elif kind == "within":
+            self._seen.act = self._try
+            self._seen.plans.setdefault(arguments[0], []).append(arguments[1:])
         elif kind.startswith("peer "):
             self._peer_does(kind, *arguments)
         elif kind == "cancel":
@@ -366,10 +405,13 @@ class _Run:
             task = asyncio.ensure_future(getattr(side, kind)(*arguments))
             self._pending.append((self._number, task))
         else:
-            try:
-                self._call(kind, *arguments)
-            except Exception as error:
-                self._results.append(f"{self._number} {kind}: {_kind(error)}")
+            self._try(kind, *arguments)
+
+    def _try(self, kind: str, *arguments: Any) -> None:
+        try:
+            self._call(kind, *arguments)
+        except Exception as error:
+            self._results.append(f"{self._number} {kind}: {_kind(error)}")
 
     def _call(self, kind: str, *arguments: Any) -> None:
         writes = self._streams[1] if self._program.style == "streams" else self._transport
@@ -384,8 +426,15 @@ class _Run:
             writes.writelines([self._text.randbytes(size) for size in arguments])
         elif kind in ("limits", "wrong limits"):
             transport.set_write_buffer_limits(*arguments)
+        elif kind == "become":
+            kind = type(self._application)
+            after = kind(self._seen, half_open=self._program.half_open)
+            after.transport = transport
+            transport.set_protocol(after)
+            self._application = after
         elif kind in ("pause", "resume"):
             getattr(transport, f"{kind}_reading")()
+            self._seen.paused = kind == "pause"
         else:
             getattr(writes if hasattr(writes, kind) else transport, kind)()
 
@@ -393,7 +442,7 @@ class _Run:
         peer = self._peer
         if kind == "peer sends":
             size, segments = arguments
-            text = self._text.choices(b"abz\n", k=size)
+            text = self._words.choices(b"abz\n", k=size)
             peer.send(bytes(text), segments if self._stack.tls else 1)
         elif kind in ("peer reads", "peer stops reading"):
             peer.reading = kind == "peer reads"
@@ -434,6 +483,8 @@ class _Run:
             transport.is_closing(),
             seen.full,
             _waits(transport),
+            taken=tuple(seen.taken),
+            paused=seen.paused,
         )
 
 
@@ -475,11 +526,13 @@ def _observe(
 
 
 def _compare(made: Program, ours: list[Row], theirs: list[Row]) -> str:
+    rows = ours
     if made.family == "half":  # FIN closes plain TCP at once, and TLS waits for the peer's.
         ours, theirs = ours[-1:], theirs[-1:]
-    done: list[str] = []
-    for mine, raw in zip(ours, theirs, strict=True):
-        done.append(mine.step[0])
+    first = len(rows) - len(ours) + 1
+    for at, (mine, raw) in enumerate(zip(ours, theirs, strict=True), first):
+        done = [row.step[0] for row in rows[:at]]
+        done += [kind for _, kind in mine.taken]
         other = _like(made, done, mine, raw)
         if mine == other:
             continue
@@ -528,13 +581,19 @@ def _reason(made: Program, done: list[str], mine: Row, other: Row) -> str:
         return "data that comes after close() is no error"
     if mine.peer and mine.peer[2] == "clean" and other.peer[2] != "clean":
         return "what was written before the end arrives, and the end too"
+    if mine.data[0] < other.data[0] and {("data", "close"), ("data", "pause")} & set(mine.taken):
+        return (
+            "nothing is delivered after close() or pause_reading(), not even the rest of a record"
+        )
+    if any(callback in ("full", "empty") for callback, _ in mine.taken + other.taken):
+        return "pause_writing() and resume_writing() are called at other times"
     if mine.data[0] > other.data[0]:
         return "what the peer sent before its end is delivered"
     if "peer ends" in done and mine.waits and (mine.closing, other.closing) == (True, False):
         return "the application's protocol has closed the connection"
     if "peer ends" in done and mine.waits and mine.closing and other.lost and not mine.lost:
         return "what was written before the end is not given up"
-    if made.family == "half" and mine.lost == lost and "peer resets" in done and "close" in done:
+    if made.family == "half" and mine.lost == lost and "peer resets" in done and closed:
         return "close() waits for the peer's close_notify"
     if other == replace(mine, full=other.full) and mine.lost:
         return "after the end, it does not matter whether writing was paused"
@@ -542,13 +601,8 @@ def _reason(made: Program, done: list[str], mine: Row, other: Row) -> str:
         return "what is written after close() is discarded"
     if made.family == "half" and "write_eof: OSError" in "".join(other.results):
         return "write_eof() does not raise for a peer that has reset the connection"
-    if _paused(done) and mine.lost and not other.lost and closed:
+    if mine.paused and mine.lost and not other.lost and closed:
         return "a connection whose reading is paused can be closed"
-    if not closed and _paused(done) and other.lost and not mine.lost:
+    if not closed and mine.paused and other.lost and not mine.lost:
         return "a connection whose reading is paused is not read, as over plain TCP"
     return ""
-
-
-def _paused(done: list[str]) -> bool:
-    last = [one for one in done if one in ("pause", "resume")]
-    return last[-1:] == ["pause"]

@@ -225,7 +225,13 @@ def test_the_end_is_not_delivered_while_reading_is_paused(
 
 @pytest.mark.parametrize("kind", ["secure in secure", "ours in theirs", "theirs in ours"])
 def test_a_connection_within_a_connection(
-    run: Run, ca: Any, tmp_path: Any, client_config: Any, server_config: Any, kind: str
+    run: Run,
+    ca: Any,
+    tmp_path: Any,
+    client_config: Any,
+    server_config: Any,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
 ) -> None:
     """As through an HTTPS proxy: TLS to the proxy, and TLS through it."""
     import ssl
@@ -282,6 +288,7 @@ def test_a_connection_within_a_connection(
         await server.wait_closed()
 
     run(main())
+    assert "eof_received" not in caplog.text  # a warning of asyncio's
 
 
 def test_a_writer_whose_upgrade_fails_is_closed(

@@ -229,6 +229,36 @@ def test_a_connection_is_closed_within_a_record(
     run(main())
 
 
+@pytest.mark.parametrize("way", ["pause_reading", "close", "abort", "set_protocol"])
+def test_get_buffer_may_stop_the_reading(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig, way: str
+) -> None:
+    """The protocol whose ``get_buffer`` has paused, closed or replaced it gets no data."""
+    tls = Tls(client_config, server_config)
+
+    class Stops(Small):
+        def get_buffer(self, sizehint: int) -> bytearray:
+            arguments = (Says(),) if way == "set_protocol" else ()
+            getattr(self.transport, way)(*arguments)
+            return super().get_buffer(sizehint)
+
+    async def main() -> None:
+        server = await tls.listen(lambda: Says(TEXT))
+        protocol = Stops(lambda _: None)
+        transport = await tls.connect(lambda: protocol, port_of(server))
+        await asyncio.sleep(0.05)
+        assert not protocol.received
+        if way == "pause_reading":
+            transport.set_protocol(Says())
+            transport.resume_reading()
+        if way in ("pause_reading", "set_protocol"):
+            after = transport.get_protocol()
+            await asyncio_until(lambda: bytes(after.received) == TEXT)
+        await ended(transport, server)
+
+    run(main())
+
+
 def test_connection_lost_follows_an_upgrade_that_fails(run: Run, tls: Any) -> None:
     """The protocol had its ``connection_made`` from the plain transport."""
 

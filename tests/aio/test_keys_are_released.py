@@ -27,11 +27,14 @@ from hybridkex import (
     ServerConfig,
     ServerConnection,
 )
-from hybridkex.aio import create_connection, create_server
+from hybridkex.aio import create_connection, create_server, open_connection, start_server
 from hybridkex.anyio import SecureByteStream
-from hybridkex.crypto.schedule import TrafficSecret
+from hybridkex.crypto.schedule import ExporterSecret, ResumptionSecret, TrafficSecret
+from hybridkex.errors import LocalStateError
 from hybridkex.tls.events import SessionProposed
 
+SECRETS = (TrafficSecret, ExporterSecret, ResumptionSecret)
+NAMES = ("hybridkex_session", "peercert", "cipher", "peername", "sockname")
 FORGED = b"\x17\x03\x03\x00\x20" + bytes(32)
 
 
@@ -49,7 +52,7 @@ def nothing_left() -> Iterator[None]:
 
 
 def secrets() -> int:
-    return sum(type(one) is TrafficSecret for one in gc.get_objects())
+    return sum(type(one) in SECRETS for one in gc.get_objects())
 
 
 class Recorder(asyncio.Protocol):
@@ -194,3 +197,49 @@ def test_of_anyio(client_config: ClientConfig, server_config: ServerConfig) -> N
             group.cancel_scope.cancel()
 
     anyio.run(main)
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("ending", [cut, close, forge, shut])
+def test_of_streams_that_the_program_keeps(
+    run: Run,
+    client_config: ClientConfig,
+    server_config: ServerConfig,
+    ending: Callable[[Any], None],
+) -> None:
+    """A reader that has raised an error is in a reference cycle of asyncio's own, which leads to
+    the transport."""
+    kept: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def reads(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        kept.append((reader, writer))
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    async def main() -> None:
+        server = await start_server(reads, "127.0.0.1", 0, server_config)
+        port = server.sockets[0].getsockname()[1]
+        streams = await open_connection(
+            "127.0.0.1", port, client_config, server_hostname="localhost"
+        )
+        kept.append(streams)
+        transport = streams[1].transport
+        known = {name: transport.get_extra_info(name) for name in NAMES}
+        await asyncio_until(lambda: len(kept) == 2)
+        ending(transport)
+        with contextlib.suppress(ConnectionError):
+            await streams[0].read()
+        await asyncio_until(lambda: all("closed" in repr(end[1].transport) for end in kept))
+        await asyncio_until(lambda: not secrets(), seconds=3)
+        assert {name: transport.get_extra_info(name) for name in NAMES} == known
+        assert transport.get_extra_info("ssl_object").version() == "TLSv1.3"
+        for raises in (
+            lambda: transport.export(b"label", b"", 32),
+            transport.update_keys,
+        ):
+            with pytest.raises(LocalStateError, match="closed"):
+                raises()
+        server.close()
+
+    run(main(), debug=False)

@@ -27,7 +27,7 @@ from hybridkex.errors import (
 )
 from hybridkex.kme.config import KmeConfig, PeerConfig
 from hybridkex.kme.metrics import KmeMetrics
-from hybridkex.link.authentication import Signatures
+from hybridkex.link.authentication import Signatures, suffices
 from hybridkex.link.greeting import CLASSICAL, KINDS, NUMBER, QUANTUM, greet, greeted
 from hybridkex.link.ledger import Direction, Ledger
 from hybridkex.link.optimise import tuned
@@ -225,8 +225,8 @@ class PartyFeed:
         An attacker who can disturb the light or cut the connection can make each attempt use some.
         """
         used, self._used = self._used, self._ledger.used
-        if used == self._used:
-            return
+        if used == self._used or not suffices(self._ledger.positions):
+            return  # nothing is left that a pause could save
         self._fruitless += 1
         if self._fruitless <= FRUITLESS:
             return

@@ -30,7 +30,7 @@ from hybridkex.crypto.x509_failure import parse_failure
 from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem
 from hybridkex.errors import ConfigError, LinkAuthenticationError, PeerError
 from hybridkex.files import read_file
-from hybridkex.link.ledger import Direction, Ledger
+from hybridkex.link.ledger import Direction, Ledger, Position
 
 TAG: Final = 16
 POINT: Final = 16
@@ -41,6 +41,11 @@ TAGS: Final = {Direction.ALICE_TO_BOB: 2, Direction.BOB_TO_ALICE: 3}
 def tag_bytes(lane: Direction) -> int:
     """Bytes of a lane that the tags of one block take."""
     return POINT + TAG * TAGS[lane]
+
+
+def suffices(stock: Mapping[Direction, Position]) -> bool:
+    """Whether each lane has enough for the tags of a block; otherwise none can fill it again."""
+    return all(one.end - one.start >= tag_bytes(lane) for lane, one in stock.items())
 
 
 LEAST_SECRET: Final = len(Direction) * max(map(tag_bytes, Direction))

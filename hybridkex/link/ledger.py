@@ -98,6 +98,11 @@ class Ledger:
         start = self._starts[direction]
         return Position(start, start + len(self._lanes[direction]))
 
+    @property
+    def positions(self) -> dict[Direction, Position]:
+        """The same of both lanes."""
+        return {lane: self.position(lane) for lane in Direction}
+
     def add(self, block: int, what: str, key: bytes) -> None:
         """Add key material: fill each lane first, then give half of the rest to each."""
         want = [max(0, self._reserve - len(lane)) for lane in self._lanes.values()]

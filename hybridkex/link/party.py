@@ -46,7 +46,7 @@ from hybridkex.link.authentication import (
     Authenticator,
     Signatures,
     WegmanCarter,
-    tag_bytes,
+    suffices,
 )
 from hybridkex.link.classical import ClassicalChannel
 from hybridkex.link.entropy import binary_entropy
@@ -291,12 +291,11 @@ class _Party(Generic[L]):
         raise NotImplementedError
 
     def _hello(self) -> wire.Hello:
-        positions = {lane: self.ledger.position(lane) for lane in Direction}
         return wire.Hello(
             role=int(self.direction),
             nonce=self._randomness.bytes(32),
             settings=self._settings.digest,
-            positions=positions if self.ledger.filled else None,
+            positions=self.ledger.positions if self.ledger.filled else None,
         )
 
     def _begin_session(self, ours: wire.Hello, theirs: wire.Hello) -> None:
@@ -335,16 +334,15 @@ class _Party(Generic[L]):
         if self._restarts:
             assert self._signatures is not None
             return self._signatures
-        lanes = self._agreed or {lane: self.ledger.position(lane) for lane in Direction}
-        for lane, stock in lanes.items():
-            if stock.end - stock.start < tag_bytes(lane):
-                # Here both parties know it. Where only one of them found out in the middle of a
-                # block, the other would see no more than a connection that ends.
-                raise LedgerDry(
-                    "the authentication key is used up by blocks that were given up and sessions "
-                    "that were cut, and the link stops: find their cause, then restart both ends, "
-                    "so that they authenticate from the beginning"
-                )
+        lanes = self._agreed or self.ledger.positions
+        if not suffices(lanes):
+            # Here both parties know it. Where only one of them found out in the middle of a block,
+            # the other would see no more than a connection that ends.
+            raise LedgerDry(
+                "the authentication key is used up by blocks that were given up and sessions that "
+                "were cut, and the link stops: find their cause, then restart both ends, so that "
+                "they authenticate from the beginning"
+            )
         return WegmanCarter(
             self.ledger, self._number, starts={lane: one.start for lane, one in lanes.items()}
         )

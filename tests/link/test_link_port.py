@@ -434,11 +434,12 @@ async def test_blocks_that_are_given_up_use_up_the_ledger_slowly(
         began.append(trio.current_time())
         end._ledger.draw(len(began), Direction.BOB_TO_ALICE, 32)
         if len(began) == 4:
+            end._ledger.add(4, "a block", bytes(128))
             return SimpleNamespace(keys=())
         raise BlockAborted("too many errors")
 
     monkeypatch.setattr(party.Bob, "block", block)
-    for _ in range(8):
+    for _ in range(12):
         await end._block(object.__new__(party.Bob))
     pauses = [round(after - before) for before, after in pairwise(began)]
-    assert pauses == [1, 1, 9, 0, 1, 1, 9]
+    assert pauses == [1, 1, 9, 0, 1, 1, 9, 17, 33, 65, 1]  # less than a block's tags is left

@@ -270,7 +270,7 @@ class Tight:
             most = mean_upper(max(0.0, wrong), single_test, self._share(security) ** 2)
             gap = (most / single_test - rate) * math.sqrt((single + single_test) / single)
             return min(0.5, rate + gap)
-        most = unseen_errors(key, test, math.floor(wrong), self._share(security) ** 2)
+        most = unseen_errors(key, test, math.floor(max(0.0, wrong)), self._share(security) ** 2)
         return min(0.5, most / key)
 
     def length(self, vacuum: float, secret: float, security: Security) -> float:

@@ -331,3 +331,14 @@ def test_kinds_of_proofs() -> None:
     assert proof_for(PRESETS["lim2014"].transmitter) == TwoDecoys(Tight())
     assert proof_for(PRESETS["rusca2018"].transmitter, "published") == OneDecoy(Published(19))
     assert proof_for(PRESETS["lim2014"].transmitter, "published") == TwoDecoys(Published(21))
+
+
+def test_errors_below_zero_are_none() -> None:
+    """Counts that contradict each other bound the errors of single photons below zero."""
+    for statistics in (Tight(), Tight(smooth=True), Published(terms=21), Published(terms=19)):
+        rates = [
+            statistics.phase_error(wrong, 1e4, 1e6, Security())
+            for wrong in (-1e9, -1000.0, -1.0, -1e-9, 0.0)
+        ]
+        assert len(set(rates)) == 1
+        assert rates[0] > 1e-4

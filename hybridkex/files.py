@@ -171,11 +171,28 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     text = read_utf8(path)
     try:
-        return tomllib.loads(text)
+        tables = tomllib.loads(text)
+        _check_numbers(tables)
     except RecursionError:
         raise ConfigError(f"{_shown(path)}: arrays or tables are nested too deeply") from None
     except ValueError as error:  # not TOML, or a number of thousands of digits
         raise ConfigError(f"{_shown(path)}: {error}") from None
+    return tables
+
+
+def _check_numbers(tables: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for an integer of more than 64 bits, which TOML 1.0 refuses and
+    ``tomllib`` takes."""
+    left: list[tuple[str, Any]] = [("", tables)]
+    while left:
+        name, value = left.pop()
+        match value:
+            case dict():
+                left += [(f"{name}.{key}" if name else key, one) for key, one in value.items()]
+            case list():
+                left += [(f"{name}[{index}]", one) for index, one in enumerate(value)]
+            case int() if value.bit_length() > 63 and value != -(1 << 63):
+                raise ValueError(f"{name!r} is an integer of more than 64 bits")
 
 
 def _shown(path: str | os.PathLike[str]) -> str:

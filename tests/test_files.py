@@ -17,6 +17,7 @@ import pytest
 from hybridkex import files
 from hybridkex.auth import Identity, KnownPeers, RawIdentity, TrustStore
 from hybridkex.cli.actions.kme import _read_ids
+from hybridkex.cli.actions.tunnel import load_file
 from hybridkex.errors import ConfigError
 from hybridkex.files import (
     LIMIT,
@@ -142,6 +143,23 @@ def test_an_error_of_writing_names_one_file(tmp_path: Path, write: Callable[...,
     with pytest.raises(FileNotFoundError) as caught:
         write(path, b"content")
     assert str(caught.value) == f"[Errno 2] No such file or directory: '{path}'"
+
+
+def test_integers_of_toml(tmp_path: Path) -> None:
+    """They have 64 bits (TOML 1.0, section Integer)."""
+    file = tmp_path / "x.toml"
+    for number in (0, -1, (1 << 63) - 1, -(1 << 63), True):
+        file.write_text(f"x = {number}".lower())
+        assert read_toml(file) == {"x": number}
+    for number in (1 << 63, -(1 << 63) - 1, 10**400, -(10**400)):
+        for text, name in (
+            (f"grace = {number}", "grace"),
+            (f"[[kme]]\npeer = [1, {{ x = {number} }}]", r"kme\[0\].peer\[1\].x"),
+        ):
+            file.write_text(text)
+            for read in (read_toml, load_config, load_file):
+                with pytest.raises(ConfigError, match=f"{name}' is an integer of more"):
+                    read(file)
 
 
 def test_texts_as_other_systems_save_them(tmp_path: Path) -> None:

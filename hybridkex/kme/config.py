@@ -1,6 +1,8 @@
 """The TOML file of ``hybridkex kme serve``; see ``docs/kme.md``."""
 
 import dataclasses
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,7 @@ _POSITIVE: Final = (
 )
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,8 @@ class ServeConfig:
     """Seconds that requests in progress may take after the signal to stop."""
 
     def __post_init__(self) -> None:
+        if not self.grace >= 0:
+            raise ConfigError("grace cannot be negative")
         if not self.kme:
             raise ConfigError("the configuration has no [[kme]]")
         here = {kme.id: kme for kme in self.kme}
@@ -260,15 +265,34 @@ def _id_rule(text: str) -> IdRule:
 def _store(text: str, base: Path) -> Path | PostgresUrl:
     if text.startswith(("postgresql://", "postgres://")):
         return PostgresUrl(Secret(text.encode()))
-    return base / text
+    return _path(text, base)
+
+
+def _path(text: str, base: Path) -> Path:
+    path = base / text
+    try:
+        os.lstat(path)
+    except ValueError:
+        raise ConfigError("the path has invalid characters") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError("the path is too long") from None
+    return path
+
+
+def _number(value: N) -> N:
+    """A setting's number. None of them may be negative, and NaN passes comparisons unseen."""
+    if not value >= 0:
+        raise ConfigError("it must be a number of zero or more")
+    return value
 
 
 _SCALARS: Final[dict[Any, tuple[Any, Callable[[Any, Path], Any]]]] = {
     bool: (bool, lambda value, _: value),
-    int: (int, lambda value, _: value),
+    int: (int, lambda value, _: _number(value)),
     str: (str, lambda value, _: value),
-    float: ((int, float), lambda value, _: float(value)),
-    Path: (str, lambda value, base: base / value),
+    float: ((int, float), lambda value, _: _number(float(value))),
+    Path: (str, _path),
     Path | PostgresUrl: (str, _store),
     TcpAddress: (str, lambda value, _: parse_tcp_address(value)),
     IdRule: (str, lambda value, _: _id_rule(value)),

@@ -148,13 +148,15 @@ class KmeLimits:
             "peer_rate",
             "peer_burst",
             "max_promised",
+            "rate",
+            "key_ttl",
+            "tombstone_ttl",
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive")
-        if self.max_sae_id_count < 0:
-            raise ConfigError("max_SAE_ID_count cannot be negative")
-        if min(self.key_ttl, self.tombstone_ttl, self.rate) <= 0 or self.sync_grace < 0:
-            raise ConfigError("key_ttl, tombstone_ttl and rate must be positive")
+        for name in ("max_sae_id_count", "sync_grace", "ready_keys"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} cannot be negative")
         if self.tombstone_ttl < self.key_ttl:
             # Otherwise the record of a delivered key could be dropped while the other end still has
             # the key.

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from email.utils import formatdate
 from functools import lru_cache, partial
 from typing import Final, NoReturn, TypeAlias
@@ -22,6 +22,7 @@ from urllib.parse import unquote
 import h11
 import trio
 
+from hybridkex.errors import ConfigError
 from hybridkex.json_text import decode_json
 from hybridkex.net.budget import Connection
 from hybridkex.net.log import BoundedLog
@@ -123,6 +124,11 @@ class HttpLimits:
     pipelining: bool = True
     """Whether a connection goes on whose client sends a request before it has read the answer to
     the one before (RFC 9112 section 9.3.2); otherwise that answer is the last."""
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            if not getattr(self, one.name) > 0 and one.name != "pipelining":
+                raise ConfigError(f"{one.name} must be positive")
 
 
 # --- routes ------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """``hybridkex kme`` as a person runs it: processes and files."""
 
+import dataclasses
 import json
+import math
 import re
 import signal
 import subprocess
@@ -15,8 +17,10 @@ from forked import Forkserver
 from waiting import until
 
 from hybridkex.errors import ConfigError
-from hybridkex.kme.config import load_config
+from hybridkex.kme.config import KmeConfig, LinkConfig, ServeConfig, load_config
+from hybridkex.kme.entity import KmeLimits
 from hybridkex.net.address import TcpAddress
+from hybridkex.net.http import HttpLimits
 from hybridkex.qkd.pool import FilePool
 
 Kme = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -219,3 +223,56 @@ def test_a_missing_file_is_one_line(tmp_path: Path, kme: Kme) -> None:
         assert result.returncode == 1
         assert result.stderr.count("\n") == 1
         assert result.stderr.startswith("hybridkex: cannot ")
+
+
+ODD_NUMBERS = ("nan", "-nan", "-inf", "-1", "-0.5", "9" * 400, "true", '"1"', "[]")
+NUMBERS = [
+    (where, one.name)
+    for where, kind in (
+        ("", ServeConfig),
+        ("kme", KmeConfig),
+        ("kme.limits", KmeLimits),
+        ("kme.http", HttpLimits),
+        ("link", LinkConfig),
+    )
+    for one in dataclasses.fields(kind)
+    if one.type in ("int", "float", int, float)
+]
+
+
+@pytest.mark.parametrize(("where", "name"), NUMBERS)
+def test_no_number_of_the_configuration_is_odd(tmp_path: Path, where: str, name: str) -> None:
+    path = tmp_path / "kme.toml"
+    for odd in ODD_NUMBERS:
+        setting = f"{name} = {odd}\n"
+        path.write_text(
+            (setting if where == "" else "")
+            + '[[kme]]\nid = "a"\nlisten = "127.0.0.1:0"\nsaes = ["s"]\nca = "c"\n'
+            + 'certificate = "c"\nkey = "k"\nstore = "s"\nkey_file = "f"\n'
+            + (setting if where == "kme" else "")
+            + (f"[{where}]\n{setting}" if "." in where else "")
+            + '[[kme.peer]]\nid = "b"\nsaes = ["t"]\nurl = "https://b.example"\n'
+            + (f"link = {{ {name} = {odd} }}\n" if where == "link" else "")
+        )
+        with pytest.raises(ConfigError, match=name):
+            load_config(path)
+
+
+@pytest.mark.parametrize("limits", [HttpLimits, KmeLimits])
+def test_no_limit_is_odd(limits: type) -> None:
+    for one in dataclasses.fields(limits):
+        if isinstance(one.default, int | float) and not isinstance(one.default, bool):
+            for odd in (math.nan, -1, -math.inf):
+                with pytest.raises(ConfigError):
+                    limits(**{one.name: odd})
+
+
+def test_paths_that_cannot_be(tmp_path: Path) -> None:
+    path = tmp_path / "kme.toml"
+    for odd in ("a\\u0000b", "a" * 300, "a/" * 3000):
+        path.write_text(
+            '[[kme]]\nid = "a"\nlisten = "127.0.0.1:0"\nsaes = ["s"]\nca = "c"\n'
+            f'certificate = "c"\nkey = "k"\nstore = "{odd}"\nkey_file = "f"\n'
+        )
+        with pytest.raises(ConfigError, match="store: the path"):
+            load_config(path)

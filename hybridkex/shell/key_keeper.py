@@ -393,7 +393,7 @@ class KeyKeeper:
         self._late = math.inf
         obstacle = self._obstacle
         if self._under_way:
-            obstacle = "the peer has not done its part"
+            obstacle = "the peer has not answered, or our program does not receive its answer"
         elif self._drawn is not None and not self._drawn.over:
             obstacle = "our key source has not answered"
         if not self._required:

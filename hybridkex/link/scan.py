@@ -152,7 +152,7 @@ def evaluate(point: Point, *, blocks: int = 0, seed: int = 0) -> Row:
 
     ``blocks``: 0 for the expected block, by closed forms; else so many blocks are made by the whole
     protocol, and the row has their means. A point without a key has a rate of 0. Raises
-    ``ConfigError`` for settings that make no sense.
+    ``ConfigError`` for impossible settings.
     """
     within("blocks", whole("blocks", blocks), 0, MOST_BLOCKS)
     (row,) = records("point", [point])
@@ -261,7 +261,7 @@ def _simulated(settings: LinkSettings, eve: str | None, blocks: int, seed: int) 
 
 
 def _evaluated(point: Point, *, blocks: int, seed: int) -> Row:
-    """Like :func:`evaluate`; a point that makes no sense has a row that says why."""
+    """Like :func:`evaluate`; an impossible point has a row that says why."""
     try:
         return evaluate(point, blocks=blocks, seed=seed)
     except ConfigError as error:
@@ -283,10 +283,10 @@ def scan(
 ) -> list[Row]:
     """The rows of these points, in their order.
 
-    A point whose settings make no sense has a row without results, and a column :data:`ERROR` that
+    A point with impossible settings has a row without results, and a column :data:`ERROR` that
     says why; the others go on. ``executor``: where they are computed; ``None``: here, one after the
     other. ``progress`` is told how many are done. See :func:`evaluate` for the others. Raises
-    ``ConfigError`` if no point makes sense.
+    ``ConfigError`` if all points are impossible.
     """
     tell = progress or (lambda _: None)
     jobs = [partial(_evaluated, one, blocks=blocks, seed=_seed(whole("seed", seed), n))

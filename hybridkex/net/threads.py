@@ -105,7 +105,7 @@ _interrupted = False
 
 
 def has_interrupted() -> bool:
-    """Whether the process was interrupted from here, for want of memory, and not by Ctrl-C."""
+    """Whether the process was interrupted from here, for lack of memory, and not by Ctrl-C."""
     return _interrupted
 
 

@@ -463,7 +463,7 @@ def test_a_scan_with_impossible_points_says_so(
     assert main([*command, "--vary", "tuned=false", "-o", str(path)]) == 0
     output = capsys.readouterr()
     assert output.out == f"{path}: 2 rows\n"
-    assert "1 of them have no result" in output.err
+    assert "because their settings are impossible: 1; " in output.err
     assert "preset=bbm92, eve=pns, tuned=False: " in output.err
 
 

@@ -98,8 +98,8 @@ def run_scan(options: ScanOptions) -> int:
     wrong = [row[ERROR] for row in rows if ERROR in row]
     if wrong:
         print(
-            f"hybridkex: {len(wrong)} of them have no result, because their settings make no "
-            f"sense; the column {ERROR!r} says why. The first: {printable(wrong[0])}",
+            "hybridkex: rows without a result, because their settings are impossible: "
+            f"{len(wrong)}; the column {ERROR!r} says why. The first: {printable(wrong[0])}",
             file=sys.stderr,
         )
     return 0
@@ -128,8 +128,8 @@ def _executor(options: ScanOptions) -> Iterator[Executor | None]:
                 yield pool
             except BrokenProcessPool:
                 raise LocalStateError(
-                    "something ended a process of the scan, perhaps the system for want of memory "
-                    "(see dmesg); nothing is written. Try again with fewer --jobs"
+                    "something ended a process of the scan, perhaps the system, for lack of "
+                    "memory (see dmesg); nothing is written. Try again with fewer --jobs"
                 ) from None
             except BaseException:
                 for worker in active_children():

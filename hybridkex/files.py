@@ -264,6 +264,8 @@ def reserve_file(
     """
     path = Path(path)
     if _is_special(path):  # there is no room to take in a device or a pipe
+        with _named(path):
+            check_own(_followed(path))
         yield lambda content: write_file(path, content)
         return
     with contextlib.ExitStack() as stack:
@@ -476,6 +478,7 @@ def check_own(path: str | Path) -> None:
 def _open_own(path: str | Path, flags: int) -> int:
     """Open for writing, without waiting. Raises ``PermissionError`` as :func:`check_own` does."""
     found = _followed(path)
+    check_own(found)
     if _is_shared(found):
         flags |= os.O_NOFOLLOW  # nobody puts a link there now
     descriptor = os.open(found, flags | os.O_CLOEXEC | os.O_NONBLOCK, PRIVATE)

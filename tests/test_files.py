@@ -16,6 +16,7 @@ import pytest
 
 from hybridkex import files
 from hybridkex.auth import Identity, KnownPeers, RawIdentity, TrustStore
+from hybridkex.cli import main
 from hybridkex.cli.actions.kme import _read_ids
 from hybridkex.cli.actions.tunnel import load_file
 from hybridkex.errors import ConfigError
@@ -448,3 +449,20 @@ def test_permissions_of_what_is_no_longer_there(tmp_path: Path) -> None:
             change_mode(name, 0o666, inode=inode)
         name.unlink()
     assert stat.S_IMODE(other.stat().st_mode) == 0o600
+
+
+@as_root
+def test_a_command_names_the_file_of_another_user(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path.chmod(0o777)
+    key = tmp_path / "key.pem"
+    os.mkfifo(key)
+    os.chown(key, OTHER, OTHER)
+    authority = tmp_path / "ca.pem"
+    authority.write_bytes(b"as it was")
+    assert main(["dev-ca", "--force", str(tmp_path)]) == 1
+    assert authority.read_bytes() == b"as it was"
+    said = capsys.readouterr().err
+    assert said.startswith(f"hybridkex: cannot write {key}: it belongs to another user")
+    assert set(tmp_path.iterdir()) == {authority, key}

@@ -286,7 +286,7 @@ def write_identity(
     try:
         write_files(files)
     except OSError as error:
-        raise write_error(directory, error) from None
+        raise write_error(error.filename or directory, error) from None
     return list(files)
 
 

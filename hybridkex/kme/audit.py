@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from hybridkex.errors import ConfigError, KeySourceUnavailable
-from hybridkex.files import create_file, open_private, open_regular
+from hybridkex.files import check_own, create_file, open_private, open_regular
 from hybridkex.json_text import load_json
 from hybridkex.net.event_loop import checkpoint, in_thread
 from hybridkex.net.threads import NoThread
@@ -52,6 +52,7 @@ def check_folder(folder: Path) -> None:
     Raises ``ConfigError``.
     """
     try:
+        check_own(folder)
         if folder.is_dir():
             _uncovered(_files([folder]))
         elif os.path.lexists(folder):
@@ -86,6 +87,7 @@ class AuditTrail:
         self._told = 0.0
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
+            check_own(folder)
             self._begin()
         except OSError as error:
             raise _unusable(folder, error) from error

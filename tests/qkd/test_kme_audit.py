@@ -257,3 +257,19 @@ async def test_odd_records_are_problems(tmp_path: Path, member: str | None) -> N
         path.write_bytes(b"".join([json.dumps(changed).encode() + b"\n", *lines[1:]]))
         assert verify([tmp_path]).problems
         AuditTrail(tmp_path, "kme-a").close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a folder of another user")
+def test_a_folder_that_another_user_has_put_there(tmp_path: Path) -> None:
+    """Its owner could remove files of the trail; a folder that this user gave is used."""
+    tmp_path.chmod(0o1777)
+    folder = tmp_path / "audit"
+    folder.mkdir()
+    os.chown(folder, 65534, 65534)
+    for use in (check_folder, lambda one: AuditTrail(one, "kme-a")):
+        with pytest.raises(ConfigError, match="belongs to another user"):
+            use(folder)
+    assert list(folder.iterdir()) == []
+    tmp_path.chmod(0o755)
+    check_folder(folder)
+    AuditTrail(folder, "kme-a").close()

@@ -332,7 +332,7 @@ def dev_up(options: DevUpOptions) -> int:
     try:
         write_files(files)
     except OSError as error:
-        raise write_error(options.folder, error) from None
+        raise write_error(error.filename or options.folder, error) from None
     if options.no_serve:
         print(config)
         return 0

@@ -581,10 +581,9 @@ def _reason(made: Program, done: list[str], mine: Row, other: Row) -> str:
         return "data that comes after close() is no error"
     if mine.peer and mine.peer[2] == "clean" and other.peer[2] != "clean":
         return "what was written before the end arrives, and the end too"
-    if mine.data[0] < other.data[0] and {("data", "close"), ("data", "pause")} & set(mine.taken):
-        return (
-            "nothing is delivered after close() or pause_reading(), not even the rest of a record"
-        )
+    stops = {("data", kind) for kind in ("close", "abort", "pause")}
+    if mine.data[0] < other.data[0] and stops & set(mine.taken):
+        return "the rest of a record is not delivered after close(), abort() or pause_reading()"
     if any(callback in ("full", "empty") for callback, _ in mine.taken + other.taken):
         return "pause_writing() and resume_writing() are called at other times"
     if mine.data[0] > other.data[0]:

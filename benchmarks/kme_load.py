@@ -206,4 +206,4 @@ def run(options: Options) -> Iterator[Row]:
             }
             used = {setup: values for setup, values in figures.items() if all(values)}
             if used:  # a SQLite store has no processes of a database
-                yield Row(f"{words}: {WORDS[what]}", unit, used)
+                yield Row(f"{words}: {WORDS[what]}", unit, used, compared=False)

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chart import draw
-from benchmarks.results import Curve, Row, Shares, number, replaced, shares, table, with_peers
+from benchmarks.results import (
+    Curve,
+    Row,
+    Shares,
+    number,
+    replaced,
+    shares,
+    side_by_side,
+    table,
+    with_peers,
+)
 
 __all__ = [
     "DOCS",
@@ -104,9 +114,11 @@ def text(page: str, kept: Mapping[str, Any]) -> str:
 def tables(results: Iterable[Result]) -> str:
     """The tables of figures and of shares."""
     found = list(results)
-    rows = [one for one in found if isinstance(one, Row)]
+    rows = [one for one in found if isinstance(one, Row) and one.compared]
+    ways = [one for one in found if isinstance(one, Row) and not one.compared]
     parts = [one for one in found if isinstance(one, Shares)]
-    return "\n\n".join([with_peers(rows)] * bool(rows) + [shares(parts)] * bool(parts))
+    written = [with_peers(rows)] * bool(rows) + [side_by_side(ways)] * bool(ways)
+    return "\n\n".join(written + [shares(parts)] * bool(parts))
 
 
 def _shown(results: Iterable[Result]) -> list[str]:

@@ -16,6 +16,7 @@ __all__ = [
     "number",
     "replaced",
     "shares",
+    "side_by_side",
     "table",
     "with_peers",
 ]
@@ -58,6 +59,7 @@ class Row:
         figures: by tool, one a round; the first tool is ours.
         goal: how many times as fast as the first peer ours is to be.
         bound: the figure that ours is to reach.
+        compared: ``False``: all of them are ours, in several ways, each in a column of its own.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Row:
     figures: dict[str, list[float]]
     goal: float | None = None
     bound: float | None = None
+    compared: bool = True
 
     def median(self, tool: str) -> float:
         """The figure of a tool."""
@@ -182,6 +185,17 @@ def with_peers(rows: Iterable[Row]) -> str:
         if not peers:
             lines.append((row.name, figure, "", "", "", row.verdict()))
     return table("work", OURS, "peer", "its figure", "times as fast (range)", "goal", rows=lines)
+
+
+def side_by_side(rows: Iterable[Row]) -> str:
+    """The table of some rows, with a column for each way."""
+    given = list(rows)
+    ways = list(dict.fromkeys(way for row in given for way in row.figures))
+    lines = []
+    for row in given:
+        figures = {way: f"{number(row.median(way))} {row.unit}" for way in row.figures}
+        lines.append((row.name, *(figures.get(way, "") for way in ways)))
+    return table("work", *ways, rows=lines)
 
 
 def replaced(page: str, texts: Mapping[str, str], kind: str = "table") -> str:

@@ -62,6 +62,19 @@ def test_shares_are_one_table_for_each_kind_with_the_largest_part_first() -> Non
     ]
 
 
+def test_ways_of_ours_have_a_column_each_and_no_peer() -> None:
+    rows = [
+        Row("rate", "1/s", {"SQLite": [325.0, 335.0], "PostgreSQL": [160.0]}, compared=False),
+        Row("CPU of the database", "ms", {"PostgreSQL": [2.86]}, compared=False),
+    ]
+    assert page.tables(rows).splitlines() == [
+        "| work | SQLite | PostgreSQL |",
+        "| --- | --- | --- |",
+        "| rate | 330 1/s | 160 1/s |",
+        "| CPU of the database |  | 2.86 ms |",
+    ]
+
+
 def test_profiles_without_perf(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part belongs to something, and the parts of a work are all of it."""
     monkeypatch.setattr(profiles, "program", lambda name: None)

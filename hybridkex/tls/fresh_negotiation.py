@@ -113,6 +113,12 @@ def check_key_updates(policy: Policy, agreed: Agreed | Session) -> None:
         PolicyRefused: it does not.
     """
     kind = agreed.key_updates
+    # First: a pad requires fresh keys, so without them both are missing, and the pad was asked for.
+    if policy.one_time_pad is Requirement.REQUIRE and not agreed.one_time_pad:
+        raise PolicyRefused(
+            "our policy requires a one-time pad, and the peer does not support it",
+            Reason.PAD_REQUIRED,
+        )
     if policy.fresh_keys is Requirement.REQUIRE and kind is KeyUpdates.STANDARD:
         raise PolicyRefused(
             "our policy requires fresh keys, and the peer does not support Extended Key Update",
@@ -122,9 +128,4 @@ def check_key_updates(policy: Policy, agreed: Agreed | Session) -> None:
         raise PolicyRefused(
             "our policy requires a QKD key in each key update, and the peer does not support that",
             Reason.FRESH_KEYS_REQUIRED,
-        )
-    if policy.one_time_pad is Requirement.REQUIRE and not agreed.one_time_pad:
-        raise PolicyRefused(
-            "our policy requires a one-time pad, and the peer does not support it",
-            Reason.PAD_REQUIRED,
         )

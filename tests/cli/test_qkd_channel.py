@@ -128,8 +128,11 @@ def test_a_one_time_pad(listening: Listening, connect: Connect, kmes: Kmes) -> N
         assert session(stderr)["key_updates"] == "fresh"
 
 
-def test_a_one_time_pad_at_one_end(listening: Listening, connect: Connect, kmes: Kmes) -> None:
-    with listening(*kmes.bob, "--fresh-keys", "peer") as (port, _):
+@pytest.mark.parametrize("words", [("--fresh-keys", "peer"), ()])
+def test_a_one_time_pad_at_one_end(
+    listening: Listening, connect: Connect, kmes: Kmes, words: tuple[str, ...]
+) -> None:
+    with listening(*kmes.bob, *words) as (port, _):
         client = connect(port, *kmes.alice, "--one-time-pad")
     assert client.returncode == 1
     assert "our policy requires a one-time pad" in one_line(client.stderr)

@@ -58,9 +58,9 @@ class Connection:
     def __init__(self, records: RecordLayer) -> None:
         self._records = records
         self._state: State | None = None
-        # The text alone: the error refers to its traceback, that to our frames, and they to us, so
-        # that the keys of a connection that has failed would stay until the garbage collector runs.
-        self._error: str | None = None
+        # A copy: the error refers to its traceback, that to our frames, and they to us, so that the
+        # keys of a connection that has failed would stay until the garbage collector runs.
+        self._error: HybridkexError | None = None
         self._session: Session | None = None
         """The session of a connection that has been released."""
         self._close_received = False
@@ -212,7 +212,7 @@ class Connection:
 
     def _ended_by(self, error: HybridkexError) -> HybridkexError:
         """Nothing is received or sent any more."""
-        self._error = str(error)
+        self._error = _without_traceback(error)
         self._open_one = self._seal_one = None
         self._erase_pad()
         if self._records.writer.pad is not None:
@@ -434,7 +434,7 @@ class Connection:
         if isinstance(self._state, _TRAFFIC):
             self._session = self._state.connected.session
         if self._error is None:
-            self._error = "it was closed in the handshake"
+            self._error = LocalStateError("it was closed in the handshake")
         self._open_one = self._seal_one = self._state = None
         self._records.release()
 
@@ -526,7 +526,7 @@ class Connection:
     def _check_alive(self) -> None:
         self._check_kept()
         if self._error is not None:
-            raise LocalStateError(f"the connection has failed: {self._error}")
+            raise LocalStateError(f"the connection has failed: {self._error}") from self._error
 
     def _fail(self, error: PeerError) -> None:
         self._records.writer.send_alert(error.alert)
@@ -590,3 +590,9 @@ def connection_for(
     if server_hostname is not None:
         raise ConfigError("server_hostname is for clients: it needs a ClientConfig")
     return ServerConnection(config)
+
+
+def _without_traceback(error: HybridkexError) -> HybridkexError:
+    copy = type(error).__new__(type(error), *error.args)
+    copy.__dict__.update(error.__dict__)
+    return copy

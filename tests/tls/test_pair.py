@@ -90,6 +90,10 @@ def refused(
     assert isinstance(heard, AlertReceived)
     assert heard.alert == found.alert
     assert not pair.server.handshake_complete
+    with pytest.raises(LocalStateError, match="the connection has failed") as later:
+        (pair.client if who == "client" else pair.server).receive_data(b"")
+    assert type(later.value.__cause__) is error
+    assert str(later.value.__cause__) == str(found)
     return found
 
 

@@ -33,8 +33,10 @@ class _StreamProtocol(asyncio.StreamReaderProtocol):
 
     def eof_received(self) -> bool:
         super().eof_received()
-        # asyncio's TLS within this connection (StreamWriter.start_tls) has no half-close.
-        return isinstance(self._transport, SecureTransport)  # type: ignore[attr-defined]
+        # asyncio's TLS within this connection (StreamWriter.start_tls) has no half-close. After an
+        # upgrade there is no transport here: asyncio told the protocol before it.
+        transport = self._transport  # type: ignore[attr-defined]
+        return transport is None or isinstance(transport, SecureTransport)
 
 
 Connected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]

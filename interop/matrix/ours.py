@@ -187,8 +187,13 @@ async def _run(stream: Ours, task: Task, log: _Log, converse: Conversation) -> R
             if isinstance(stream, AsyncioStream):
                 nursery.start_soon(stream.carry)
             await stream.do_handshake()
+            # A transport of asyncio discards its keys as soon as both ends have closed.
+            traffic = stream._connection._state
+            exporter = stream.export(task.exporter.encode(), b"", 32).reveal().hex()
             received = await converse(stream, task)
-            report = _report(stream, task, log, received)
+            # The stream swallows the events of updates; the count is the state's own.
+            updates = traffic._read_generation  # type: ignore[union-attr]
+            report = _report(stream, log, received, exporter, updates)
             if isinstance(stream, AsyncioStream):
                 # What was written last is on its way through the socket pair.
                 await trio.sleep(0.05)
@@ -199,12 +204,10 @@ async def _run(stream: Ours, task: Task, log: _Log, converse: Conversation) -> R
             await trio.aclose_forcefully(stream)
 
 
-def _report(stream: Ours, task: Task, log: _Log, received: bytes) -> Report:
+def _report(stream: Ours, log: _Log, received: bytes, exporter: str, updates: int) -> Report:
     session = stream.session
     shown = session.peer_credential
     leaf = None if shown is None else x509.load_der_x509_certificate(shown.chain[0])
-    # The stream swallows the event; the count is the state's own.
-    updates = stream._connection._state._read_generation  # type: ignore[union-attr]
     return Report(
         group=session.group,
         suite=session.cipher_suite,
@@ -212,7 +215,7 @@ def _report(stream: Ours, task: Task, log: _Log, received: bytes) -> Report:
         resumed=session.resumed,
         server_name=session.server_name,
         peer=None if leaf is None else leaf.fingerprint(hashes.SHA256()).hex(),
-        exporter=stream.export(task.exporter.encode(), b"", 32).reveal().hex(),
+        exporter=exporter,
         key_log=tuple(log.lines),
         received=digest(received),
         retried=HELLO_RETRY_RANDOM in stream.transport_stream.beginning,

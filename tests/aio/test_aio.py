@@ -317,6 +317,39 @@ def test_an_upgrade_in_the_middle(
     run(main())
 
 
+@pytest.mark.parametrize("first", ["client", "server"])
+def test_a_half_close_after_an_upgrade(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig, first: str
+) -> None:
+    """Whoever ends its direction first still hears the other."""
+    heard: dict[str, bytes] = {}
+
+    async def converse(
+        name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if name != first:
+            heard[name] = await reader.read()
+            await asyncio.sleep(0.05)
+        writer.write(name.encode())
+        writer.write_eof()
+        if name == first:
+            heard[name] = await reader.read()
+        await closed(writer)
+
+    async def server_side(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await converse("server", *await upgrade(reader, writer, server_config))
+
+    async def main() -> None:
+        async with plain_server(server_side) as port:
+            plain = await asyncio.open_connection("127.0.0.1", port)
+            streams = await upgrade(*plain, client_config, server_hostname="localhost")
+            await converse("client", *streams)
+            await asyncio_until(lambda: len(heard) == 2)
+        assert heard == {"client": b"server", "server": b"client"}
+
+    run(main())
+
+
 def test_a_buffered_protocol(
     run: Run, client_config: ClientConfig, server_config: ServerConfig
 ) -> None:

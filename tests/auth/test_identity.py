@@ -62,7 +62,7 @@ def test_a_chain_comes_along() -> None:
     loaded = Identity.from_pem(chain_pem(*made.chain), key_pem(made.private_key))
     assert loaded.chain == made.chain
     backwards = chain_pem(*reversed(made.chain))
-    with pytest.raises(ConfigError, match=r"starts with CN=.*CA, and the leaf must"):
+    with pytest.raises(ConfigError, match=r"starts with CN=.*CA: put the leaf first"):
         Identity.from_pem(backwards, key_pem(made.private_key))
 
 

@@ -247,4 +247,7 @@ async def test_two_processes(site: Site, hybridkex: Forkserver) -> None:
     check(record, 2_000)
     assert all(server.kills for server in servers)
     _, spent = await stock(site, "kme-a")
-    assert len(spent - record.master.keys()) <= record.lost_requests * 20
+    # A request that waited for the promise of the KME that was killed is answered with 503, and its
+    # keys are erased, for the promise may have been made.
+    cut_between = servers[1].kills * len(SAES["kme-b"])
+    assert len(spent - record.master.keys()) <= (record.lost_requests + cut_between) * 20

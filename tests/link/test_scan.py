@@ -284,12 +284,13 @@ def test_the_pictures_of_the_documentation_come_from_scans(name: str) -> None:
 
 
 def processes_of(leader: int) -> list[int]:
-    """The processes of a session, but for its leader."""
+    """The processes of a session that run, but for its leader."""
     found = []
     for place in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
             number = int(place.name)
-            if os.getsid(number) == leader != number:
+            ended = "Z" in (place / "stat").read_text().rpartition(")")[2].split()[0]
+            if os.getsid(number) == leader != number and not ended:
                 found.append(number)
     return found
 

@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
 from multiprocessing.resource_tracker import ensure_running
+from traceback import extract_tb
 from typing import Any, Final
 
 from rich.console import Console
@@ -172,8 +173,12 @@ def dask_executor(address: str) -> Iterator[Executor]:
             )
         try:
             yield client.get_executor(retries=3)
-        except (CancelledError, CommClosedError, KilledWorker) as error:
-            # The scheduler cancels what it loses; a worker's own errors are not of these types.
+        except (CancelledError, CommClosedError, KilledWorker, ValueError) as error:
+            # The scheduler cancels what it loses; a worker's own errors are not of these types. At
+            # some of these tasks Dask's own conversion of errors fails.
+            at = extract_tb(error.__traceback__)[-1].name
+            if isinstance(error, ValueError) and at != "_cascade_future":
+                raise
             raise LocalStateError(
                 f"the Dask cluster at {address} lost the scan ({type(error).__name__}): check that "
                 "its scheduler and its workers are alive; nothing is written"

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio
+import anyio.abc
 import pytest
 
 from hybridkex import ClientConfig, ClientConnection, ServerConfig
@@ -49,6 +51,22 @@ async def serving(
     finally:
         server.close()
         await server.wait_closed()
+
+
+@asynccontextmanager
+async def at_server(
+    handler: Callable[[anyio.abc.SocketStream], Awaitable[None]],
+) -> AsyncIterator[anyio.abc.SocketStream]:
+    """A TCP connection of anyio to a server that has this handler."""
+    async with (
+        await anyio.create_tcp_listener(local_host="127.0.0.1") as listener,
+        anyio.create_task_group() as group,
+    ):
+        group.start_soon(listener.serve, handler)
+        port = listener.extra(anyio.abc.SocketAttribute.local_port)
+        async with await anyio.connect_tcp("127.0.0.1", port) as stream:
+            yield stream
+        group.cancel_scope.cancel()
 
 
 async def connect(port: int, config: ClientConfig, **options: Any) -> Streams:

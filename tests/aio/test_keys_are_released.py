@@ -16,22 +16,20 @@ import anyio
 import pytest
 import trio
 import trio.testing
-from aio_glue import Run
+from aio_glue import Run, at_server
+from tls_glue import Pair
 from waiting import asyncio_until
 
 from hybridkex import (
     ClientConfig,
-    ClientConnection,
     HybridkexError,
     SecureStream,
     ServerConfig,
-    ServerConnection,
 )
 from hybridkex.aio import create_connection, create_server, open_connection, start_server
 from hybridkex.anyio import SecureByteStream
 from hybridkex.crypto.schedule import ExporterSecret, ResumptionSecret, TrafficSecret
 from hybridkex.errors import LocalStateError
-from hybridkex.tls.events import SessionProposed
 
 SECRETS = (TrafficSecret, ExporterSecret, ResumptionSecret)
 NAMES = ("hybridkex_session", "peercert", "cipher", "peername", "sockname")
@@ -127,19 +125,7 @@ def test_of_the_engine(
     client_config: ClientConfig, server_config: ServerConfig, end: bytes
 ) -> None:
     def converse() -> None:
-        client, server = (
-            ClientConnection(client_config, "localhost"),
-            ServerConnection(server_config),
-        )
-        client.start()
-        for _ in range(3):
-            for one, other in ((client, server), (server, client)):
-                if one.has_data_to_send:
-                    other.receive_data(one.data_to_send())
-                while (event := other.next_event()) is not None:
-                    if isinstance(event, SessionProposed):
-                        other.accept()
-        assert server.handshake_complete
+        server = Pair.make(client_config, server_config).connect().server
         with contextlib.suppress(HybridkexError):
             server.receive_data(end)
             server.next_event()
@@ -180,21 +166,12 @@ def test_of_anyio(client_config: ClientConfig, server_config: ServerConfig) -> N
                     await secure.receive()
             await secure.aclose()
 
-        async with (
-            await anyio.create_tcp_listener(local_host="127.0.0.1") as listener,
-            anyio.create_task_group() as group,
-        ):
-            group.start_soon(listener.serve, serve)
-            port = listener.extra(anyio.abc.SocketAttribute.local_port)
-            async with await anyio.connect_tcp("127.0.0.1", port) as stream:
-                client = await SecureByteStream.wrap(
-                    stream, client_config, server_hostname="localhost"
-                )
-                await stream.send(FORGED)
-                with contextlib.suppress(anyio.BrokenResourceError):
-                    await client.receive()
-                await client.aclose()
-            group.cancel_scope.cancel()
+        async with at_server(serve) as stream:
+            client = await SecureByteStream.wrap(stream, client_config, server_hostname="localhost")
+            await stream.send(FORGED)
+            with contextlib.suppress(anyio.BrokenResourceError):
+                await client.receive()
+            await client.aclose()
 
     anyio.run(main)
 

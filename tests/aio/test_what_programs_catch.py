@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import anyio
 import pytest
-from aio_glue import Run, Streams, closed
+from aio_glue import Run, Streams, at_server, closed
 from anyio.streams.tls import TLSStream
 
 from hybridkex import ClientConfig, DevCa, ServerConfig, TrustStore
@@ -281,18 +281,11 @@ def test_on_anyio(stacks: tuple[Stack, Stack], backend: str, fault: str) -> None
                         await anyio.sleep(0.05)
 
         met: BaseException | None = None
-        async with (
-            await anyio.create_tcp_listener(local_host="127.0.0.1") as listener,
-            anyio.create_task_group() as group,
-        ):
-            group.start_soon(listener.serve, serve)
-            port = listener.extra(anyio.abc.SocketAttribute.local_port)
-            async with await anyio.connect_tcp("127.0.0.1", port) as stream:
-                try:
-                    await wrap(stack, stream, "elsewhere" if fault == "name" else "localhost")
-                except Exception as error:
-                    met = error
-            group.cancel_scope.cancel()
+        async with at_server(serve) as stream:
+            try:
+                await wrap(stack, stream, "elsewhere" if fault == "name" else "localhost")
+            except Exception as error:
+                met = error
         assert met is not None
         return met
 

@@ -117,7 +117,7 @@ def test_the_unit(tmp_path: Path, hybridkex: Forkserver) -> None:
         refused = hybridkex.run(*words.split())
         assert b"/etc/hybridkex/kme.toml" in refused.stderr, "the options are right"
     if shutil.which("systemd-analyze") is None:
-        pytest.skip("systemd is not installed")
+        pytest.skip("systemd-analyze is not installed: apt install systemd")
     unit = tmp_path / "hybridkex-kme@.service"
     unit.write_text(text.replace("/usr/local/bin/hybridkex", "/bin/true"))
     checked = subprocess.run(

@@ -261,21 +261,27 @@ class SlowSend(trio.abc.Stream):
         await self._stream.aclose()
 
 
+async def with_fresh_keys(
+    ca: DevCa, transport: type[SlowSend]
+) -> tuple[SecureStream[Any], SecureStream[Any], SlowSend]:
+    """A client, a server, and the server's transport."""
+    fresh = Policy(fresh_keys=Requirement.REQUIRE)
+    one, other = trio.testing.memory_stream_pair()
+    slow = transport(other, 0)
+    config = ClientConfig(verifier=TrustStore((ca.certificate,)), policy=fresh)
+    client = SecureStream(one, config, server_hostname="localhost")
+    server = SecureStream(slow, ServerConfig(identities=(ca.issue("localhost"),), policy=fresh))
+    await shake(client, server)
+    return client, server, slow
+
+
 @pytest.mark.parametrize("sender", ["caller", "keeper"])
 @pytest.mark.parametrize("end", ["peer's fault", "abort"])
 async def test_an_alert_goes_behind_the_send_that_is_under_way(
     stream_ca: DevCa, autojump_clock: trio.testing.MockClock, sender: str, end: str
 ) -> None:
     """Whoever sends: a task of the caller, or the one that renews the keys."""
-    fresh = Policy(fresh_keys=Requirement.REQUIRE)
-    one, other = trio.testing.memory_stream_pair()
-    slow = SlowSend(other, 0)
-    trust, identity = TrustStore((stream_ca.certificate,)), stream_ca.issue("localhost")
-    client = SecureStream(
-        one, ClientConfig(verifier=trust, policy=fresh), server_hostname="localhost"
-    )
-    server = SecureStream(slow, ServerConfig(identities=(identity,), policy=fresh))
-    await shake(client, server)
+    client, server, slow = await with_fresh_keys(stream_ca, SlowSend)
     slow.seconds, slow.sending = 0.2, trio.Event()
 
     async def send() -> None:
@@ -292,7 +298,7 @@ async def test_an_alert_goes_behind_the_send_that_is_under_way(
             if end == "abort":
                 nursery.start_soon(server.abort)
             else:
-                await one.send_all(b"\x17\x03\x03\x00\x20" + bytes(32))
+                await client.transport_stream.send_all(b"\x17\x03\x03\x00\x20" + bytes(32))
                 with pytest.raises(trio.BrokenResourceError):
                     await server.receive_some()
             if sender == "caller":
@@ -334,15 +340,7 @@ async def test_a_transport_that_breaks_under_the_keeper_of_the_keys(
                 raise trio.BrokenResourceError("cut by a test")
             await super().send_all(data)
 
-    fresh = Policy(fresh_keys=Requirement.REQUIRE)
-    one, other = trio.testing.memory_stream_pair()
-    cut = Cut(other, 0)
-    trust, identity = TrustStore((stream_ca.certificate,)), stream_ca.issue("localhost")
-    client = SecureStream(
-        one, ClientConfig(verifier=trust, policy=fresh), server_hostname="localhost"
-    )
-    server = SecureStream(cut, ServerConfig(identities=(identity,), policy=fresh))
-    await shake(client, server)
+    _, server, cut = await with_fresh_keys(stream_ca, Cut)
     cut.seconds = 1
     await server.update_keys()
     await trio.sleep(1)

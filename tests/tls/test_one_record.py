@@ -4,7 +4,6 @@ import gc
 import random
 
 import pytest
-from tls_glue import Pair
 
 from hybridkex import (
     ClientConfig,
@@ -15,7 +14,7 @@ from hybridkex import (
     TrustStore,
 )
 from hybridkex.errors import BadRecordMac, PeerError
-from hybridkex.tls.events import ApplicationData
+from hybridkex.tls.events import ApplicationData, SessionProposed
 
 CA = DevCa.create()
 CLIENT = ClientConfig(verifier=TrustStore((CA.certificate,)))
@@ -23,8 +22,16 @@ SERVER = ServerConfig(identities=(CA.issue("localhost"),))
 
 
 def connected() -> tuple[ClientConnection, ServerConnection]:
-    pair = Pair.make(CLIENT, SERVER).connect()
-    return pair.client, pair.server
+    client, server = ClientConnection(CLIENT, "localhost"), ServerConnection(SERVER)
+    client.start()
+    while not (client.handshake_complete and server.handshake_complete):
+        for one, other in ((client, server), (server, client)):
+            if one.has_data_to_send:
+                other.receive_data(one.data_to_send())
+                while (event := other.next_event()) is not None:
+                    if isinstance(event, SessionProposed):
+                        other.accept()
+    return client, server
 
 
 def receive_record(server: ServerConnection, data: bytes | bytearray) -> bytes | None:

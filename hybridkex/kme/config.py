@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar, get_type_hints
 
 from hybridkex.errors import ConfigError
 from hybridkex.files import read_toml
-from hybridkex.kme.entity import KmeLimits
+from hybridkex.kme.settings import KmeLimits
 from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.net.http import HttpLimits
 from hybridkex.qkd.etsi014.mutual_tls import TLS_KINDS

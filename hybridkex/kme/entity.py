@@ -16,7 +16,6 @@ have promised it to the slave.
 """
 
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
@@ -37,13 +36,11 @@ from hybridkex.errors import (
 from hybridkex.kme.audit import AuditTrail
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import (
-    BLOCKS_AT_ONCE,
     IDS_AT_ONCE,
-    MAX_MESSAGE_BYTES,
     ExtKeys,
     PeerLink,
-    message_bytes,
 )
+from hybridkex.kme.settings import EntitySettings, KmeLimits
 from hybridkex.net.log import BoundedLog
 from hybridkex.net.token_bucket import TokenBucket
 from hybridkex.qkd.etsi014.models import (
@@ -110,83 +107,6 @@ through another process. (A notice of each delivery would cost more: PostgreSQL 
 with a NOTIFY commit at a time.)"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class KmeLimits:
-    """Sizes in bits, times in seconds, rates in requests per second for each SAE."""
-
-    key_size: int = 256
-    """The default key size, and the size of the producers' blocks."""
-    min_key_size: int = 64
-    max_key_size: int = 4096
-    max_key_count: int = 4096
-    max_key_per_request: int = 128
-    max_sae_id_count: int = 8
-    key_ttl: float = 86_400.0
-    tombstone_ttl: float = 30 * 86_400.0
-    sync_grace: float = 60.0
-    """How long a block that the other end does not know may still be in transit to it."""
-    rate: float = 200.0
-    burst: int = 400
-    ready_keys: int = 1
-    """Keys of a link that must be stored for ``/readyz`` to call it ready."""
-    peer_rate: float = 1000.0
-    """Requests per second of each peer KME."""
-    peer_burst: int = 2000
-    max_promised: int = 100_000
-    """Keys of ``key_size`` that one peer KME sent by value and that no SAE has collected yet; a
-    longer key counts as several."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.min_key_size <= self.key_size <= self.max_key_size:
-            raise ConfigError("key sizes must satisfy 0 < min_key_size <= key_size <= max_key_size")
-        if self.key_size % 8 or self.min_key_size % 8 or self.max_key_size % 8:
-            raise ConfigError("key sizes are multiples of 8")
-        for name in (
-            "max_key_count",
-            "max_key_per_request",
-            "burst",
-            "peer_rate",
-            "peer_burst",
-            "max_promised",
-            "rate",
-            "key_ttl",
-            "tombstone_ttl",
-        ):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive")
-        for name in ("max_sae_id_count", "sync_grace", "ready_keys"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} cannot be negative")
-        if self.tombstone_ttl < self.key_ttl:
-            # Otherwise the record of a delivered key could be dropped while the other end still has
-            # the key.
-            raise ConfigError("tombstone_ttl cannot be shorter than key_ttl")
-        most = message_bytes(
-            self.max_key_per_request, self.blocks(self.max_key_size), self.max_key_size
-        )
-        if most > MAX_MESSAGE_BYTES:
-            raise ConfigError(
-                f"max_key_per_request keys of max_key_size bits make a message of {most} bytes for "
-                f"the KME at the other end, which takes {MAX_MESSAGE_BYTES}: lower one of them"
-            )
-        blocks = self.max_key_per_request * self.blocks(self.max_key_size)
-        if blocks > BLOCKS_AT_ONCE:
-            raise ConfigError(
-                f"max_key_per_request keys of max_key_size bits have {blocks} blocks of key_size, "
-                f"and the KME at the other end takes {BLOCKS_AT_ONCE} in one message: lower one of "
-                "the first two"
-            )
-
-    def blocks(self, size: int) -> int:
-        """The number of link blocks that make up a key of ``size`` bits."""
-        return math.ceil(size / self.key_size)
-
-    @property
-    def request_bytes(self) -> int:
-        """The maximum body length of a request by an SAE within these limits."""
-        return 4096 + 128 * self.max_key_per_request + 2048 * self.max_sae_id_count
-
-
 @dataclass(kw_only=True)
 class _Link:
     """The link to another KME, or to this KME itself for pairs of its own SAEs."""
@@ -229,36 +149,25 @@ class KeyManagementEntity:
 
     def __init__(
         self,
-        kme_id: str,
+        settings: EntitySettings,
         *,
-        saes: frozenset[str],
-        peers: Mapping[str, frozenset[str]],
         store: KeyStore,
-        limits: KmeLimits,
         metrics: KmeMetrics,
-        self_pairs: bool = False,
-        not_found_status: int = 400,
         audit: AuditTrail | None = None,
     ) -> None:
-        """``saes`` are attached here, ``peers`` maps other KMEs to the SAEs attached there.
-
-        ``self_pairs`` allows a slave that is attached here too, even the master itself;
-        ``not_found_status`` is 400 by the standard; many deployed KMEs use 404.
-        """
-        self.check(kme_id, saes=saes, peers=peers, not_found_status=not_found_status)
-        self.kme_id: Final = kme_id
-        self.saes = saes
-        self.limits = limits
-        self.not_found_status = not_found_status
+        self.kme_id: Final = settings.id
+        self.settings = settings
         self._store = store
         self._audit = audit
         self._metrics = metrics
         self._links = {
-            target: _Link(target=target, saes=attached, half=int(kme_id > target), peer=None)
-            for target, attached in peers.items()
+            target: _Link(target=target, saes=attached, half=int(settings.id > target), peer=None)
+            for target, attached in settings.peers.items()
         }
-        if self_pairs:
-            self._links[kme_id] = _Link(target=kme_id, saes=saes, half=0, peer=None)
+        if settings.self_pairs:
+            self._links[self.kme_id] = _Link(
+                target=self.kme_id, saes=settings.saes, half=0, peer=None
+            )
         self.log: Final = BoundedLog(LOG)
         """For log lines that any peer or SAE can cause again and again."""
         self._buckets = self._new_buckets()
@@ -268,42 +177,21 @@ class KeyManagementEntity:
     def _new_buckets(self) -> dict[str, TokenBucket]:
         """One for each SAE of ours and for each peer."""
         limits = self.limits
-        return {sae: TokenBucket(limits.rate, limits.burst) for sae in self.saes} | {
+        return {sae: TokenBucket(limits.rate, limits.burst) for sae in self.settings.saes} | {
             peer: TokenBucket(limits.peer_rate, limits.peer_burst) for peer in self._links
         }
 
-    @staticmethod
-    def check(
-        kme_id: str,
-        *,
-        saes: frozenset[str],
-        peers: Mapping[str, frozenset[str]],
-        not_found_status: int,
-    ) -> None:
-        """Check the arguments of a KME. Raises ``ConfigError``."""
-        everyone = [*saes, *(sae for attached in peers.values() for sae in attached)]
-        if not kme_id or kme_id in peers:
-            raise ConfigError("a KME needs an ID of its own")
-        if len(set(everyone)) != len(everyone) or {kme_id, *peers} & set(everyone):
-            raise ConfigError(
-                "SAE IDs and KME IDs must be distinct, and each SAE must belong to one KME"
-            )
-        if not_found_status not in (400, 404):
-            raise ConfigError("not_found_status is 400 or 404")
+    @property
+    def limits(self) -> KmeLimits:
+        """The limits in force."""
+        return self.settings.limits
 
-    def change(
-        self,
-        *,
-        saes: frozenset[str],
-        peers: Mapping[str, frozenset[str]],
-        limits: KmeLimits,
-        not_found_status: int,
-    ) -> None:
-        """Apply new settings for the same peers; :meth:`check` must have accepted them."""
-        self.saes, self.limits, self.not_found_status = saes, limits, not_found_status
+    def change(self, settings: EntitySettings) -> None:
+        """Apply new settings for the same peers."""
+        self.settings = settings
         self._buckets = self._new_buckets()
         for target, link in self._links.items():
-            link.saes = saes if target == self.kme_id else peers[target]
+            link.saes = settings.saes if target == self.kme_id else settings.peers[target]
 
     @property
     def links(self) -> tuple[str, ...]:
@@ -345,7 +233,7 @@ class KeyManagementEntity:
 
     def admit(self, sae: str) -> None:
         """Clause 5.1: check that this SAE is ours and within its rate."""
-        if sae not in self.saes:
+        if sae not in self.settings.saes:
             self.log.log(
                 logging.WARNING,
                 "%s: a certificate of our authority names %s, and no SAE of that ID is attached "
@@ -634,7 +522,7 @@ class KeyManagementEntity:
             raise ErrorResponse(400, "the number of key_IDs is out of range")
         link = next((one for one in self._links.values() if master in one.saes), None)
         if link is None:
-            raise ErrorResponse(self.not_found_status, Message.NOT_FOUND)
+            raise ErrorResponse(self.settings.not_found_status, Message.NOT_FOUND)
         if self._audit is not None:
             await self._audit.check()
         try:
@@ -642,7 +530,7 @@ class KeyManagementEntity:
         except KeyUnauthorized:
             raise ErrorResponse(401, "Unauthorized") from None
         except (KeyUnknown, KeyConsumed, KeyExpired):
-            raise ErrorResponse(self.not_found_status, Message.NOT_FOUND) from None
+            raise ErrorResponse(self.settings.not_found_status, Message.NOT_FOUND) from None
         fields = self._fields(
             "collected", link.target, [key_id for key_id, _ in found], master, [slave]
         )
@@ -688,7 +576,7 @@ class KeyManagementEntity:
         link = self._links.get(peer)
         if link is None or message.master not in link.saes:
             raise ErrorResponse(401, "Unauthorized")
-        if not message.slaves or not self.saes.issuperset(message.slaves):
+        if not message.slaves or not self.settings.saes.issuperset(message.slaves):
             raise ErrorResponse(400, "a target SAE is not attached here")
         # Our limits are for our SAEs; what the peer announces to its SAEs, we honour.
         if any(len(one.blocks) != self.limits.blocks(one.size * 8) for one in message.allotments):

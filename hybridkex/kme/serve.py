@@ -18,6 +18,7 @@ from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.health import Pages
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES, HttpPeer, LocalPeer
+from hybridkex.kme.settings import EntitySettings
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.budget import Budget, Connection
 from hybridkex.net.event_loop import in_thread
@@ -65,12 +66,7 @@ def check_config(config: ServeConfig) -> None:
     """
     for one in config.kme:
         _Settings.of(one)
-        KeyManagementEntity.check(
-            one.id,
-            saes=frozenset(one.saes),
-            peers=_peers(one),
-            not_found_status=one.not_found_status,
-        )
+        _entity_settings(one)
         seal_key, *read_keys = _seal_keys(one)
         if one.audit is not None:
             check_folder(one.audit)
@@ -120,15 +116,7 @@ class KmeServer:
             audit = AuditTrail(config.audit, config.id)
             self._trails.append(audit)
         kme = KeyManagementEntity(
-            config.id,
-            saes=frozenset(config.saes),
-            peers=_peers(config),
-            store=store,
-            limits=config.limits,
-            metrics=self.metrics,
-            self_pairs=config.self_pairs,
-            not_found_status=config.not_found_status,
-            audit=audit,
+            _entity_settings(config), store=store, metrics=self.metrics, audit=audit
         )
         if config.read_key_files:
             kme.renew_soon()
@@ -164,12 +152,7 @@ class KmeServer:
             live.config, live.handshake, live.links = fresh.config, fresh.handshake, fresh.links
             live.expiry = fresh.expiry
             live.resize()
-            kme.change(
-                saes=frozenset(fresh.config.saes),
-                peers=_peers(fresh.config),
-                limits=fresh.config.limits,
-                not_found_status=fresh.config.not_found_status,
-            )
+            kme.change(_entity_settings(fresh.config))
             for peer_id, link in fresh.links.items():
                 kme.connect(peer_id, link)
         self._config = config
@@ -198,12 +181,7 @@ class KmeServer:
             for name, before, after in _fixed(old, one):
                 if before != after:
                     raise ConfigError(f"{kme_id}: another {name} needs a restart")
-            KeyManagementEntity.check(
-                kme_id,
-                saes=frozenset(one.saes),
-                peers=_peers(one),
-                not_found_status=one.not_found_status,
-            )
+            _entity_settings(one)
             settings[kme_id] = _Settings.of(one)
         return config, settings, {one.id: _seal_keys(one) for one in config.kme}
 
@@ -381,7 +359,7 @@ class KmeServer:
                 rejected.labels(kme_id, "no ID").inc()
                 await trio.aclose_forcefully(secure)
                 return
-            of_a_peer = caller in _peers(config)
+            of_a_peer = caller in kme.settings.peers
             if of_a_peer or caller in config.saes:
                 who = f"the {'KME' if of_a_peer else 'SAE'} {caller}"
                 settings.expiry.peer(who, certificate_from_der(certificate))
@@ -487,8 +465,16 @@ def _store(config: KmeConfig, keys: Sequence[Secret], on_failure: Callable[[], o
     )
 
 
-def _peers(config: KmeConfig) -> dict[str, frozenset[str]]:
-    return {peer.id: frozenset(peer.saes) for peer in config.peer}
+def _entity_settings(config: KmeConfig) -> EntitySettings:
+    """Raises ``ConfigError``."""
+    return EntitySettings(
+        id=config.id,
+        saes=frozenset(config.saes),
+        peers={peer.id: frozenset(peer.saes) for peer in config.peer},
+        limits=config.limits,
+        self_pairs=config.self_pairs,
+        not_found_status=config.not_found_status,
+    )
 
 
 def _fixed(old: KmeConfig, new: KmeConfig) -> Iterator[tuple[str, object, object]]:

@@ -18,18 +18,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any, Final, LiteralString, TypeAlias, TypeVar
 
 from cryptography.exceptions import InvalidTag
 
-from hybridkex.errors import (
-    ConfigError,
-    KeyConsumed,
-    KeySourceUnavailable,
-    KeyUnauthorized,
-    KeyUnknown,
-)
+from hybridkex.errors import ConfigError, KeySourceUnavailable
 from hybridkex.net.event_loop import checkpoint, in_thread
 from hybridkex.net.threads import NoThread
 from hybridkex.qkd.postgres_connection import (
@@ -46,22 +39,13 @@ from hybridkex.qkd.postgres_connection import (
 )
 from hybridkex.qkd.postgres_schema import SCHEMA_VERSION, SINCE, TABLES
 from hybridkex.qkd.store import (
-    PAGE,
+    EVERY_LINK,
     Allotment,
-    BlocksRefused,
-    BlockState,
+    KeyStore,
     Material,
-    Position,
     Seal,
     SealRecord,
-    assembled,
-    blocks_of,
-    check_states,
-    check_whole,
-    half_of,
     place_of,
-    position_after,
-    uncollected,
 )
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
@@ -116,11 +100,9 @@ _OPENING_LAZY: Final = f"{_SCOPE} set_config('synchronous_commit', 'off', true) 
 _THESE: Final = "link || '' = %s AND key_id = ANY(%s)"
 """Rows of the material by their IDs. The concatenation keeps the planner from a walk through the
 link's stock by the index that is there for reserving."""
-_ALL_LINKS: Final = "*"
-"""The scope of the work of the clock, which is the same for all links."""
 
 
-class PostgresKeyStore:
+class PostgresKeyStore(KeyStore):
     """A key database in PostgreSQL 13 or later, for any number of processes of one KME.
 
     Args:
@@ -153,8 +135,6 @@ class PostgresKeyStore:
         self._keys = self._seal = Seal(seal_key, *read_keys)
         self._generation = -1
         """The generation of the record for which ``_seal`` was made from ``_keys``."""
-        self._ahead = 0.0
-        """Seconds by which the database's clock, which all processes share, is ahead of ours."""
         self._walked = -1
         """The generation at which the keys have been encrypted anew."""
         self._owner = owner
@@ -290,7 +270,7 @@ class PostgresKeyStore:
         # What other calls go by from the moment of the commit on.
         before, self._keys = self._keys, keys
         try:
-            settled = await self._run(_ALL_LINKS, work, follow=False)
+            settled = await self._run(EVERY_LINK, work, follow=False)
         except BaseException:
             self._keys = before
             raise
@@ -314,19 +294,14 @@ class PostgresKeyStore:
             )
             return former, settled
 
-        pending, settled = await self._run(_ALL_LINKS, state)
+        pending, settled = await self._run(EVERY_LINK, state)
         if not pending:
             return True
-        generation, found = self._generation, 0
+        generation = self._generation
         if not settled and generation == self._walked:
             return False
         self._walked = generation
-        for part in (self._renew_material, self._renew_grants):
-            last: tuple[Any, ...] | None = ()
-            while last is not None:
-                last, number = await self._run(_ALL_LINKS, partial(part, last))
-                found += number
-        if found or not settled:
+        if await self._renew_rows() or not settled:
             return False
 
         def finish(cursor: _Cursor) -> bool:
@@ -339,14 +314,14 @@ class PostgresKeyStore:
                 == 1
             )
 
-        return await self._run(_ALL_LINKS, finish)
+        return await self._run(EVERY_LINK, finish)
 
     def _renew_material(
-        self, after: tuple[Any, ...], cursor: _Cursor
+        self, db: _Cursor, after: tuple[Any, ...]
     ) -> tuple[tuple[Any, ...] | None, int]:
-        rows = cursor.execute(
+        rows = db.execute(
             "SELECT seq, link, key_id, sealed FROM material WHERE seq > %s ORDER BY seq LIMIT %s",
-            (*(after or (0,)), PAGE),
+            (*(after or (0,)), self.PAGE),
         ).fetchall()
         new = [
             (seq, sealed, renewed)
@@ -355,7 +330,7 @@ class PostgresKeyStore:
         ]
         if new:
             # One that is locked is about to leave; if it stays, the next walk finds it.
-            cursor.execute(
+            db.execute(
                 "UPDATE material SET sealed = new.renewed FROM"
                 " (SELECT material.seq, given.renewed FROM material JOIN"
                 " unnest(%s::bigint[], %s::bytea[], %s::bytea[]) AS given (seq, sealed, renewed)"
@@ -363,16 +338,16 @@ class PostgresKeyStore:
                 " FOR UPDATE OF material SKIP LOCKED) AS new WHERE material.seq = new.seq",
                 list(map(list, zip(*new, strict=True))),
             )
-        return (rows[-1][:1] if len(rows) == PAGE else None), len(new)
+        return (rows[-1][:1] if len(rows) == self.PAGE else None), len(new)
 
     def _renew_grants(
-        self, after: tuple[Any, ...], cursor: _Cursor
+        self, db: _Cursor, after: tuple[Any, ...]
     ) -> tuple[tuple[Any, ...] | None, int]:
-        rows = cursor.execute(
+        rows = db.execute(
             "SELECT key_id, link, slave, master, sealed FROM grants"
             " WHERE (key_id, link, slave) > (%s, %s, %s)"
             " ORDER BY key_id, link, slave LIMIT %s",
-            (*(after or ("", "", "")), PAGE),
+            (*(after or ("", "", "")), self.PAGE),
         ).fetchall()
         new = [
             (link, key_id, slave, sealed, renewed)
@@ -385,7 +360,7 @@ class PostgresKeyStore:
             )
         ]
         if new:
-            cursor.execute(
+            db.execute(
                 "UPDATE grants SET sealed = new.renewed FROM"
                 " (SELECT grants.link, grants.key_id, grants.slave, given.renewed FROM grants JOIN"
                 " unnest(%s::text[], %s::text[], %s::text[], %s::bytea[], %s::bytea[])"
@@ -396,7 +371,7 @@ class PostgresKeyStore:
                 " AND grants.slave = new.slave",
                 list(map(list, zip(*new, strict=True))),
             )
-        return (rows[-1][:3] if len(rows) == PAGE else None), len(new)
+        return (rows[-1][:3] if len(rows) == self.PAGE else None), len(new)
 
     # -- a move of another store's keys into this one
 
@@ -408,7 +383,7 @@ class PostgresKeyStore:
         columns = MOVED[table]
         arrays = ", ".join(f"%s::{kind}[]" for kind in columns.values())
         self._transact(
-            _ALL_LINKS,
+            EVERY_LINK,
             lambda cursor: cursor.execute(
                 f"INSERT INTO {table} ({', '.join(columns)}) SELECT * FROM unnest({arrays})"
                 " ON CONFLICT DO NOTHING",
@@ -419,7 +394,7 @@ class PostgresKeyStore:
     def end_move(self) -> None:
         """Put the store into service. Blocks. Raises ``KeySourceUnavailable``."""
         self._transact(
-            _ALL_LINKS, lambda cursor: cursor.execute("UPDATE hybridkex_meta SET moved = true")
+            EVERY_LINK, lambda cursor: cursor.execute("UPDATE hybridkex_meta SET moved = true")
         )
         self.moved = True
 
@@ -430,14 +405,16 @@ class PostgresKeyStore:
         link: str,
         work: Callable[[_Cursor], T],
         *,
+        size: int = 1,
+        writes: bool = True,
+        sae: str = "",
         follow: bool = True,
         durable: bool = True,
-        sae: str = "",
     ) -> T:
-        """Run a transaction that sees the rows of one link.
+        """See :class:`~hybridkex.qkd.store.KeyStore`.
 
         ``follow``: with the current sealing key, whichever process has changed it. ``durable``: it
-        is on the disk before this returns. ``sae``: the only one that can be delivered a key.
+        is on the disk before this returns.
         """
         opening = _OPENING if durable else _OPENING_LAZY
         try:
@@ -508,41 +485,24 @@ class PostgresKeyStore:
 
     # -- material
 
-    async def add(
-        self, link: str, keys: Iterable[tuple[str, Secret]], *, shared: bool = True
+    def _add_material(
+        self, db: _Cursor, link: str, rows: Sequence[tuple[str, int, bytes]], shared: bool
     ) -> None:
-        ordered = sorted(keys, key=lambda item: item[0])  # locks in one order
+        columns = list(map(list, zip(*sorted(rows), strict=True))) or [[], [], []]
+        db.execute(
+            "INSERT INTO material (link, key_id, half, shared, sealed)"
+            " SELECT %s, key_id, half, %s, sealed"
+            " FROM unnest(%s::text[], %s::int[], %s::bytea[]) AS new (key_id, half, sealed)"
+            " ON CONFLICT DO NOTHING",
+            (link, shared, *columns),
+        )
 
-        def work(cursor: _Cursor) -> None:
-            spent = self._among(cursor, "spent", link, [key_id for key_id, _ in ordered])
-            fresh = [(key_id, key) for key_id, key in ordered if key_id not in spent]
-            cursor.execute(
-                "INSERT INTO material (link, key_id, half, shared, sealed)"
-                " SELECT %s, key_id, half, %s, sealed"
-                " FROM unnest(%s::text[], %s::int[], %s::bytea[]) AS new (key_id, half, sealed)"
-                " ON CONFLICT DO NOTHING",
-                (
-                    link,
-                    shared,
-                    [key_id for key_id, _ in fresh],
-                    [half_of(key_id) for key_id, _ in fresh],
-                    [
-                        self._seal.seal(key, place_of("material", link, key_id))
-                        for key_id, key in fresh
-                    ],
-                ),
-            )
-
-        await self._run(link, work)
-
-    @staticmethod
-    def _among(cursor: _Cursor, table: str, link: str, key_ids: Sequence[str]) -> set[str]:
-        """Those of these IDs that are in ``material`` or ``spent``."""
+    def _among(self, db: _Cursor, table: str, link: str, key_ids: Sequence[str]) -> set[str]:
         statement = {
             "material": f"SELECT key_id FROM material WHERE {_THESE}",
             "spent": "SELECT key_id FROM spent WHERE link = %s AND key_id = ANY(%s)",
         }[table]
-        return {key_id for (key_id,) in cursor.execute(statement, (link, list(key_ids)))}
+        return {key_id for (key_id,) in db.execute(statement, (link, list(key_ids)))}
 
     async def reserve(
         self, link: str, number: int, *, half: int = 0, skip: Iterable[str] = ()
@@ -588,7 +548,7 @@ class PostgresKeyStore:
             if damaged:
                 if self.record(cursor)[1] != self._generation:
                     raise InvalidTag  # they may be encrypted under a key that is new
-                self._take_out(cursor, link, damaged)
+                self._spend(cursor, link, self._take(cursor, link, damaged))
             return found, damaged
 
         # A mark that is lost with the machine is of a process that is lost, too.
@@ -615,310 +575,165 @@ class PostgresKeyStore:
         with suppress(KeySourceUnavailable):  # they end by themselves
             await self._run(link, work, durable=False)
 
-    async def count(self, link: str) -> int:
-        return (await self._sizes(link))[0]
+    def _sizes(self, db: _Cursor, link: str) -> tuple[int, int]:
+        free, promised = _one(
+            db.execute(
+                "SELECT coalesce(sum(free), 0), coalesce(sum(promised), 0)"
+                " FROM stock WHERE link = %s",
+                (link,),
+            ),
+            2,
+        )
+        return int(free), int(promised)
 
-    async def promised(self, link: str) -> int:
-        return (await self._sizes(link))[1]
-
-    async def _sizes(self, link: str) -> tuple[int, int]:
-        def work(cursor: _Cursor) -> tuple[int, int]:
-            free, promised = _one(
-                cursor.execute(
-                    "SELECT coalesce(sum(free), 0), coalesce(sum(promised), 0)"
-                    " FROM stock WHERE link = %s",
-                    (link,),
-                ),
-                2,
-            )
-            return int(free), int(promised)
-
-        return await self._run(link, work)
-
-    async def shared_ids(
-        self, link: str, *, created_before: float, after: Position | None = None
-    ) -> tuple[list[str], Position | None]:
-        half, last = after or (0, 0)
-
-        def work(cursor: _Cursor) -> list[tuple[int, str, bool]]:
-            return cursor.execute(
-                "SELECT seq, key_id, shared AND created < %s"
-                " AND (holder IS NULL OR held_until < clock_timestamp()) FROM material"
-                " WHERE link = %s AND half = %s AND seq > %s ORDER BY seq LIMIT %s",
-                (created_before + self._ahead, link, half, last, PAGE),
-            ).fetchall()
-
-        rows = await self._run(link, work)
-        ids = [key_id for _, key_id, fits in rows if fits]
-        return ids, position_after(half, [row[0] for row in rows], PAGE)
-
-    async def unknown(self, link: str, key_ids: Sequence[str]) -> list[str]:
-        found = await self._run(link, lambda cursor: self._among(cursor, "material", link, key_ids))
-        return [key_id for key_id in key_ids if key_id not in found]
-
-    async def never_here(self, link: str, key_ids: Sequence[str]) -> list[str]:
-        def work(cursor: _Cursor) -> set[str]:
-            here = self._among(cursor, "material", link, key_ids)
-            return here | self._among(cursor, "spent", link, key_ids)
-
-        found = await self._run(link, work)
-        return [key_id for key_id in key_ids if key_id not in found]
+    def _material_after(
+        self, db: _Cursor, link: str, half: int, last: int, before: float
+    ) -> list[tuple[int, str, bool]]:
+        return db.execute(
+            "SELECT seq, key_id, shared AND created < %s"
+            " AND (holder IS NULL OR held_until < clock_timestamp()) FROM material"
+            " WHERE link = %s AND half = %s AND seq > %s ORDER BY seq LIMIT %s",
+            (before, link, half, last, self.PAGE),
+        ).fetchall()
 
     # -- from material to grants
 
     async def allot(
         self, link: str, allotments: Sequence[Allotment], *, master: str, slaves: Sequence[str] = ()
     ) -> None:
-        blocks = blocks_of(allotments)
-        marks = list({self._held.get((link, block), "") for block in blocks})
+        await super().allot(link, allotments, master=master, slaves=slaves)
+        for one in allotments:
+            for block in one.blocks:
+                self._held.pop((link, block), None)
 
-        def work(cursor: _Cursor) -> None:
-            rows = cursor.execute(
+    def _reserved_among(self, db: _Cursor, link: str, key_ids: Sequence[str]) -> dict[str, bool]:
+        return dict(
+            db.execute(
+                "SELECT key_id, holder IS NOT NULL AND held_until >= clock_timestamp()"
+                f" FROM material WHERE {_THESE} ORDER BY key_id FOR UPDATE",
+                (link, list(key_ids)),
+            ).fetchall()
+        )
+
+    def _take(self, db: _Cursor, link: str, key_ids: Sequence[str]) -> dict[str, bytes]:
+        return dict(
+            db.execute(
+                f"DELETE FROM material WHERE {_THESE} RETURNING key_id, sealed",
+                (link, list(key_ids)),
+            ).fetchall()
+        )
+
+    def _take_reserved(self, db: _Cursor, link: str, key_ids: Sequence[str]) -> dict[str, bytes]:
+        marks = list({self._held.get((link, key_id), "") for key_id in key_ids})
+        return dict(
+            db.execute(
                 f"DELETE FROM material WHERE {_THESE}"
                 " AND (holder IS NULL OR held_until < clock_timestamp() OR holder = ANY(%s))"
                 " RETURNING key_id, sealed",
-                (link, blocks, marks),
+                (link, list(key_ids), marks),
             ).fetchall()
-            taken = dict(rows)
-            for one in allotments:
-                if not taken.keys() >= set(one.blocks):
-                    raise KeyConsumed(f"a block of key {one.key_id} is gone")
-            keys = self._assemble(cursor, link, allotments, taken)
-            check_whole(allotments, keys)
-            self._grant(cursor, link, allotments, keys, master, slaves)
+        )
 
-        await self._run(link, work)
-        for block in blocks:
-            self._held.pop((link, block), None)
-
-    async def accept(
-        self,
-        link: str,
-        allotments: Sequence[Allotment],
-        *,
-        master: str,
-        slaves: Sequence[str],
-        peer_half: int = 0,
-    ) -> None:
-        blocks = blocks_of(allotments)
-
-        def work(cursor: _Cursor) -> None:
-            rows = cursor.execute(
-                "SELECT key_id, holder IS NOT NULL AND held_until >= clock_timestamp()"
-                f" FROM material WHERE {_THESE} ORDER BY key_id FOR UPDATE",
-                (link, blocks),
-            ).fetchall()
-            check_states(
-                allotments,
-                spent=self._among(cursor, "spent", link, blocks),
-                here={key_id for key_id, _ in rows},
-                reserved={key_id for key_id, is_held in rows if is_held},
-                peer_half=peer_half,
-            )
-            rows = cursor.execute(
-                f"DELETE FROM material WHERE {_THESE} RETURNING key_id, sealed",
-                (link, blocks),
-            ).fetchall()
-            keys = self._assemble(cursor, link, allotments, dict(rows))
-            for one, key in zip(allotments, keys, strict=True):
-                if key is None:
-                    # Listed twice, or taken by another process in the meantime.
-                    raise BlocksRefused(dict.fromkeys(one.blocks, BlockState.SPENT))
-            self._grant(cursor, link, allotments, keys, master, slaves)
-
-        await self._run(link, work)
-
-    def _assemble(
-        self,
-        cursor: _Cursor,
-        link: str,
-        allotments: Sequence[Allotment],
-        taken: dict[str, bytes],
-    ) -> list[Secret | None]:
-        """The keys of blocks that were removed from the material; the blocks are recorded as spent.
-
-        A key is ``None`` if one of its blocks is gone, or missing and needed.
-        """
-        new = self._spend(cursor, link, blocks_of(allotments))
-        return assembled(allotments, seal=self._seal, link=link, taken=taken, new=new)
-
-    @staticmethod
-    def _spend(cursor: _Cursor, link: str, key_ids: Iterable[str]) -> set[str]:
-        """Record IDs as spent. Returns those that were not: an ID is among them for one
-        transaction only, whatever the others do at the same time."""
-        rows = cursor.execute(
+    def _spend(self, db: _Cursor, link: str, key_ids: Iterable[str]) -> set[str]:
+        rows = db.execute(
             "INSERT INTO spent (link, key_id) SELECT %s, unnest(%s::text[])"
             " ON CONFLICT DO NOTHING RETURNING key_id",
             (link, sorted(set(key_ids))),
         )
         return {key_id for (key_id,) in rows}
 
-    def _grant(
-        self,
-        cursor: _Cursor,
-        link: str,
-        allotments: Sequence[Allotment],
-        keys: Sequence[Secret | None],
-        master: str,
-        slaves: Sequence[str],
+    def _add_grants(
+        self, db: _Cursor, link: str, master: str, rows: Sequence[tuple[str, str, int, bytes]]
     ) -> None:
-        rows = [
-            (one.key_id, slave, len(one.blocks),
-             self._seal.seal(key, place_of("grant", link, one.key_id, master, slave)))
-            for one, key in zip(allotments, keys, strict=True)
-            if key is not None
-            for slave in slaves
-        ]  # fmt: skip
-        if rows:
-            cursor.execute(
-                "INSERT INTO grants (link, key_id, slave, master, blocks, sealed)"
-                " SELECT %s, key_id, slave, %s, blocks, sealed"
-                " FROM unnest(%s::text[], %s::text[], %s::int[], %s::bytea[])"
-                " AS new (key_id, slave, blocks, sealed)",
-                (link, master, *map(list, zip(*rows, strict=True))),
-            )
+        db.execute(
+            "INSERT INTO grants (link, key_id, slave, master, blocks, sealed)"
+            " SELECT %s, key_id, slave, %s, blocks, sealed"
+            " FROM unnest(%s::text[], %s::text[], %s::int[], %s::bytea[])"
+            " AS new (key_id, slave, blocks, sealed)",
+            (link, master, *map(list, zip(*rows, strict=True))),
+        )
 
     # -- from grants to slaves
 
-    async def collect(
-        self, link: str, key_ids: Sequence[str], *, slave: str, master: str
-    ) -> list[tuple[str, Secret]]:
-        def work(cursor: _Cursor) -> list[tuple[str, Secret]]:
-            rows = cursor.execute(
-                "SELECT key_id, sealed, ended FROM grants"
-                " WHERE link = %s AND key_id = ANY(%s) AND slave = %s AND master = %s"
-                " ORDER BY key_id FOR UPDATE",
-                (link, list(key_ids), slave, master),
-            ).fetchall()
-            found = {key_id: (sealed, ended) for key_id, sealed, ended in rows}
-            keys: list[tuple[str, Secret]] = []
-            for key_id in key_ids:
-                if key_id not in found:
-                    others = cursor.execute(
-                        "SELECT 1 FROM grants WHERE link = %s AND key_id = %s AND master = %s",
-                        (link, key_id, master),
-                    ).fetchone()
-                    if others is not None:
-                        raise KeyUnauthorized(f"key {key_id} is not for {slave}")
-                    raise KeyUnknown(f"there is no key {key_id} of {master}")
-                sealed, ended = found[key_id]
-                uncollected(key_id, ended)
-                found[key_id] = (None, "delivered")  # a second time in one request
-                place = place_of("grant", link, key_id, master, slave)
-                keys.append((key_id, self._seal.open(sealed, place)))
-            cursor.execute(
-                "UPDATE grants SET sealed = NULL, ended = 'delivered'"
-                " WHERE link = %s AND key_id = ANY(%s) AND slave = %s AND master = %s",
-                (link, list(key_ids), slave, master),
-            )
-            return keys
+    def _grants_among(
+        self, db: _Cursor, link: str, key_ids: Sequence[str], slave: str, master: str
+    ) -> dict[str, tuple[Any, str | None]]:
+        rows = db.execute(
+            "SELECT key_id, sealed, ended FROM grants"
+            " WHERE link = %s AND key_id = ANY(%s) AND slave = %s AND master = %s"
+            " ORDER BY key_id FOR UPDATE",
+            (link, list(key_ids), slave, master),
+        )
+        return {key_id: (sealed, ended) for key_id, sealed, ended in rows}
 
-        return await self._run(link, work, sae=slave)
+    def _is_granted(self, db: _Cursor, link: str, key_id: str, master: str) -> bool:
+        found = db.execute(
+            "SELECT 1 FROM grants WHERE link = %s AND key_id = %s AND master = %s",
+            (link, key_id, master),
+        )
+        return found.fetchone() is not None
+
+    def _deliver(
+        self, db: _Cursor, link: str, key_ids: Sequence[str], slave: str, master: str
+    ) -> None:
+        db.execute(
+            "UPDATE grants SET sealed = NULL, ended = 'delivered'"
+            " WHERE link = %s AND key_id = ANY(%s) AND slave = %s AND master = %s",
+            (link, list(key_ids), slave, master),
+        )
 
     # -- the end of keys
 
-    async def discard(self, link: str, key_ids: Iterable[str]) -> list[str]:
-        ids = sorted(key_ids)
-
-        def work(cursor: _Cursor) -> list[str]:
-            rows = cursor.execute(
-                f"SELECT key_id FROM material WHERE {_THESE}"
-                " AND (holder IS NULL OR held_until < clock_timestamp())"
-                " ORDER BY key_id FOR UPDATE SKIP LOCKED",
-                (link, ids),
-            )
-            return self._take_out(cursor, link, [key_id for (key_id,) in rows])
-
-        return await self._run(link, work)
-
-    def _take_out(self, cursor: _Cursor, link: str, key_ids: Sequence[str]) -> list[str]:
-        """Erase material and record it as spent. Returns the erased IDs."""
-        rows = cursor.execute(
-            f"DELETE FROM material WHERE {_THESE} RETURNING key_id",
+    def _void_grants(self, db: _Cursor, link: str, key_ids: Sequence[str]) -> int:
+        return db.execute(
+            "UPDATE grants SET sealed = NULL, ended = 'void'"
+            " WHERE link = %s AND key_id = ANY(%s) AND ended IS NULL",
             (link, list(key_ids)),
-        )
-        gone = [key_id for (key_id,) in rows]
-        self._spend(cursor, link, gone)
-        return gone
-
-    async def void(self, link: str, key_ids: Iterable[str]) -> int:
-        ids = sorted(key_ids)
-
-        def work(cursor: _Cursor) -> int:
-            cursor.execute(
-                f"SELECT 1 FROM material WHERE {_THESE} ORDER BY key_id FOR UPDATE",
-                (link, ids),
-            )
-            erased = len(self._take_out(cursor, link, ids))
-            self._spend(cursor, link, ids)
-            grants = cursor.execute(
-                "UPDATE grants SET sealed = NULL, ended = 'void'"
-                " WHERE link = %s AND key_id = ANY(%s) AND ended IS NULL",
-                (link, ids),
-            )
-            return erased + grants.rowcount
-
-        return await self._run(link, work)
+        ).rowcount
 
     async def expire(self, *, keys_before: float, tombstones_before: float) -> int:
-        erased = await self._all(self._expire_material, keys_before)
-        erased += await self._all(self._expire_grants, keys_before)
-        await self._all(self._forget_grants, tombstones_before)
-        await self._all(self._forget_spent, tombstones_before)
-        await self._run(_ALL_LINKS, self._sum_up)
+        erased = await super().expire(keys_before=keys_before, tombstones_before=tombstones_before)
+        await self._run(EVERY_LINK, self._sum_up)
         return erased
 
-    async def _all(self, part: Callable[[_Cursor, float], int], before: float) -> int:
-        """Call a method that erases at most ``PAGE`` rows until no rows are left for it."""
-        total = 0
-        while True:
-            found = await self._run(_ALL_LINKS, lambda cursor: part(cursor, before + self._ahead))
-            total += found
-            if found < PAGE:
-                return total
-
-    @staticmethod
-    def _expire_material(cursor: _Cursor, before: float) -> int:
-        return cursor.execute(
+    def _expire_material(self, db: _Cursor, before: float) -> int:
+        return db.execute(
             "WITH old AS (DELETE FROM material WHERE seq = ANY(ARRAY("
             " SELECT seq FROM material WHERE created < %s ORDER BY created LIMIT %s"
             " FOR UPDATE SKIP LOCKED)) RETURNING link, key_id)"
             " INSERT INTO spent (link, key_id) SELECT link, key_id FROM old"
             " ON CONFLICT (link, key_id) DO UPDATE SET at = EXCLUDED.at",
-            (before, PAGE),
+            (before, self.PAGE),
         ).rowcount
 
-    @staticmethod
-    def _expire_grants(cursor: _Cursor, before: float) -> int:
-        return cursor.execute(
+    def _expire_grants(self, db: _Cursor, before: float) -> int:
+        return db.execute(
             "WITH old AS MATERIALIZED (SELECT link, key_id, slave FROM grants"
             " WHERE created < %s AND ended IS NULL ORDER BY created LIMIT %s"
             " FOR UPDATE SKIP LOCKED)"
             " UPDATE grants SET sealed = NULL, ended = 'expired' FROM old"
             " WHERE grants.link = old.link AND grants.key_id = old.key_id"
             " AND grants.slave = old.slave AND grants.ended IS NULL",
-            (before, PAGE),
+            (before, self.PAGE),
         ).rowcount
 
-    @staticmethod
-    def _forget_grants(cursor: _Cursor, before: float) -> int:
-        return cursor.execute(
+    def _forget_grants(self, db: _Cursor, before: float) -> int:
+        return db.execute(
             "WITH old AS MATERIALIZED (SELECT link, key_id, slave FROM grants"
             " WHERE created < %s AND ended IS NOT NULL ORDER BY created LIMIT %s"
             " FOR UPDATE SKIP LOCKED)"
             " DELETE FROM grants USING old WHERE grants.link = old.link"
             " AND grants.key_id = old.key_id AND grants.slave = old.slave",
-            (before, PAGE),
+            (before, self.PAGE),
         ).rowcount
 
-    @staticmethod
-    def _forget_spent(cursor: _Cursor, before: float) -> int:
-        return cursor.execute(
+    def _forget_spent(self, db: _Cursor, before: float) -> int:
+        return db.execute(
             "WITH old AS MATERIALIZED (SELECT link, key_id FROM spent WHERE at < %s"
             " ORDER BY at LIMIT %s FOR UPDATE SKIP LOCKED)"
             " DELETE FROM spent USING old"
             " WHERE spent.link = old.link AND spent.key_id = old.key_id",
-            (before, PAGE),
+            (before, self.PAGE),
         ).rowcount
 
     @staticmethod
@@ -944,7 +759,7 @@ class PostgresKeyStore:
                 == 1
             )
 
-        return await self._run(_ALL_LINKS, work)
+        return await self._run(EVERY_LINK, work)
 
     async def settle(self, job: str, seconds: float) -> None:
         def work(cursor: _Cursor) -> None:
@@ -954,7 +769,7 @@ class PostgresKeyStore:
                 (seconds, job),
             )
 
-        await self._run(_ALL_LINKS, work)
+        await self._run(EVERY_LINK, work)
 
     async def tidy(self) -> None:
         """PostgreSQL does so by itself (autovacuum), at a time of its own."""

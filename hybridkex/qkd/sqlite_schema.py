@@ -6,7 +6,7 @@ from typing import Final
 from uuid import UUID
 
 from hybridkex.errors import ConfigError
-from hybridkex.qkd.store import Seal, half_of, place_of
+from hybridkex.qkd.store import EVERY_LINK, Seal, half_of, place_of
 
 SCHEMA_VERSION: Final = 4
 """``PRAGMA user_version`` of the tables below; 0 with tables is version 1, which did not set it.
@@ -14,8 +14,6 @@ The connection has the functions ``hybridkex_link()`` and ``hybridkex_sae()``.""
 
 ANY_LINK: Final = ""
 """The link of a spent ID from version 1, which did not record it: spent on every link."""
-EVERY_LINK: Final = "*"
-"""The scope of work that is the same for all links."""
 
 _TABLES: Final = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",

@@ -16,16 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from cryptography.exceptions import InvalidTag
 
-from hybridkex.errors import (
-    ConfigError,
-    KeySourceUnavailable,
-    KeyUnauthorized,
-    KeyUnknown,
-)
+from hybridkex.errors import ConfigError, KeySourceUnavailable
 from hybridkex.json_text import load_json
 from hybridkex.net.event_loop import checkpoint, in_thread, shielded
 from hybridkex.net.threads import NoThread
@@ -33,37 +28,25 @@ from hybridkex.qkd.call_queue import Call, CallQueue
 from hybridkex.qkd.sqlite_file import FileInUse, open_locked, open_unlocked
 from hybridkex.qkd.sqlite_schema import (
     ANY_LINK,
-    EVERY_LINK,
     SCHEMA_VERSION,
     check_tables,
     create,
     migrate,
 )
 from hybridkex.qkd.store import (
-    PAGE,
+    EVERY_LINK,
     SEAL_BYTES,
-    Allotment,
-    BlocksRefused,
-    BlockState,
+    KeyStore,
     Material,
-    Position,
     Seal,
     SealRecord,
-    assembled,
-    blocks_of,
-    check_states,
-    check_whole,
-    half_of,
     place_of,
-    position_after,
-    uncollected,
 )
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
 
 LOG: Final = get_logger(__name__)
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 _Inode: TypeAlias = tuple[int, int] | None
@@ -99,7 +82,7 @@ WAL_PAGES: Final = 8000
 does so earlier."""
 
 
-class SqliteKeyStore:
+class SqliteKeyStore(KeyStore):
     """A key database in one SQLite file.
 
     Only one process may have a store open, because reservations are in memory: the file is locked
@@ -266,96 +249,83 @@ class SqliteKeyStore:
         )
 
     async def change_keys(self, seal_key: Secret, read_keys: Sequence[Secret] = ()) -> None:
-        settled = await self._write_all(1, self._change_keys, Seal(seal_key, *read_keys))
+        def work(_: sqlite3.Connection) -> Seal | ConfigError:
+            try:
+                seal, record = self._settled(Seal(seal_key, *read_keys))
+            except ConfigError as error:  # of the configuration, not of the database
+                return error
+            self._write_record(record)
+            return seal
+
+        settled = await self._run(EVERY_LINK, work)
         if isinstance(settled, ConfigError):
             raise settled
         self._seal = settled
 
-    def _change_keys(self, new: Seal) -> Seal | ConfigError:
-        try:
-            seal, record = self._settled(new)
-        except ConfigError as error:  # of the configuration, not of the database
-            return error
-        self._write_record(record)
-        return seal
-
     async def renew(self) -> bool:
-        if not (await self._read(self._record)).former:
-            return True
-        for part in (self._renew_material, self._renew_grants):
-            last: tuple[Any, ...] | None = ()
-            while last is not None:
-                last = await self._write_all(PAGE, part, last)
-        await self._write_all(1, lambda: self._write_record(self._record().renewed()))
+        if (await self._run(EVERY_LINK, _read_record, writes=False)).former:
+            await self._renew_rows()
+            await self._run(EVERY_LINK, lambda db: self._write_record(_read_record(db).renewed()))
         return True
 
-    def _renew_material(self, after: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        rows = self._db.execute(
+    def _renew_material(
+        self, db: sqlite3.Connection, after: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...] | None, int]:
+        rows = db.execute(
             "SELECT seq, link, key_id, sealed FROM material WHERE seq > ? ORDER BY seq LIMIT ?",
-            (*(after or (0,)), PAGE),
+            (*(after or (0,)), self.PAGE),
         ).fetchall()
         new = [
-            (self._seal.renewed(sealed, place_of("material", link, key_id)), link, seq)
+            (renewed, link, seq)
             for seq, link, key_id, sealed in rows
+            if (renewed := self._seal.renewed(sealed, place_of("material", link, key_id)))
         ]
-        self._db.executemany(
-            "UPDATE material SET sealed = ? WHERE link = ? AND seq = ?",
-            [one for one in new if one[0]],
-        )
-        return rows[-1][:1] if len(rows) == PAGE else None
+        db.executemany("UPDATE material SET sealed = ? WHERE link = ? AND seq = ?", new)
+        return (rows[-1][:1] if len(rows) == self.PAGE else None), len(new)
 
-    def _renew_grants(self, after: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        rows = self._db.execute(
+    def _renew_grants(
+        self, db: sqlite3.Connection, after: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...] | None, int]:
+        rows = db.execute(
             "SELECT link, key_id, slave, master, sealed FROM grants"
             " WHERE (link, key_id, slave) > (?, ?, ?)"
             " ORDER BY link, key_id, slave LIMIT ?",
-            (*(after or ("", "", "")), PAGE),
+            (*(after or ("", "", "")), self.PAGE),
         ).fetchall()
         new = [
-            (self._seal.renewed(sealed, place_of("grant", link, key_id, master, slave)), link,
-             key_id, slave)
+            (renewed, link, key_id, slave)
             for link, key_id, slave, master, sealed in rows
             if sealed is not None
-        ]  # fmt: skip
-        self._db.executemany(
-            "UPDATE grants SET sealed = ? WHERE link = ? AND key_id = ? AND slave = ?",
-            [one for one in new if one[0]],
+            and (
+                renewed := self._seal.renewed(
+                    sealed, place_of("grant", link, key_id, master, slave)
+                )
+            )
+        ]
+        db.executemany(
+            "UPDATE grants SET sealed = ? WHERE link = ? AND key_id = ? AND slave = ?", new
         )
-        return rows[-1][:3] if len(rows) == PAGE else None
+        return (rows[-1][:3] if len(rows) == self.PAGE else None), len(new)
 
     # -- carrying out calls
 
-    async def _read(self, operation: Callable[P, T], /, *arguments: P.args, **_: P.kwargs) -> T:
-        return await self._calls.run(partial(operation, *arguments))
-
-    async def _write(
+    async def _run(
         self,
         link: str,
-        size: int,
-        operation: Callable[..., T],
-        *arguments: Any,
-        sae: str | None = None,
+        work: Callable[[sqlite3.Connection], T],
+        *,
+        size: int = 1,
+        writes: bool = True,
+        sae: str = "",
     ) -> T:
-        """Change rows of one link; ``operation`` gets the link and ``arguments``.
+        return await self._calls.run(
+            partial(self._within, (link, sae), work), size=size, writes=writes
+        )
 
-        ``size`` is the number of keys that it changes. Only ``sae`` can be delivered a key.
-        """
-        work = partial(self._within, (link, sae), operation, link, *arguments)
-        return await self._calls.run(work, size=size, writes=True)
-
-    async def _write_all(
-        self, size: int, operation: Callable[P, T], *arguments: P.args, **_: P.kwargs
-    ) -> T:
-        """Change rows of all links alike."""
-        work = partial(self._within, (EVERY_LINK, None), operation, *arguments)
-        return await self._calls.run(work, size=size, writes=True)
-
-    def _within(
-        self, scope: tuple[str, str | None], operation: Callable[..., T], *arguments: Any
-    ) -> T:
+    def _within(self, scope: tuple[str, str], work: Callable[[sqlite3.Connection], T]) -> T:
         self._scope = scope
         try:
-            return operation(*arguments)
+            return work(self._db)
         finally:
             self._scope = (None, None)
 
@@ -521,7 +491,7 @@ class SqliteKeyStore:
         """All rows of a table in pages, oldest first; nothing else may use the store."""
         order = "seq" if table == "material" else "link, key_id"
         found = self._db.execute(f"SELECT {', '.join(columns)} FROM {table} ORDER BY {order}")
-        while page := found.fetchmany(PAGE):
+        while page := found.fetchmany(self.PAGE):
             yield page
 
     def end_move(self, where: str) -> None:
@@ -534,41 +504,31 @@ class SqliteKeyStore:
 
     # -- material
 
-    async def add(
-        self, link: str, keys: Iterable[tuple[str, Secret]], *, shared: bool = True
+    def _add_material(
+        self,
+        db: sqlite3.Connection,
+        link: str,
+        rows: Sequence[tuple[str, int, bytes]],
+        shared: bool,
     ) -> None:
-        keys = list(keys)
-        await self._write(link, len(keys), self._add, keys, shared)
-
-    def _add(self, link: str, keys: list[tuple[str, Secret]], shared: bool) -> None:
         now = time.time()
-        spent = self._spent_among(link, [key_id for key_id, _ in keys])
-        rows = [
-            (link, key_id, half_of(key_id), shared, now,
-             self._seal.seal(key, place_of("material", link, key_id)))
-            for key_id, key in keys
-            if key_id not in spent
-        ]  # fmt: skip
         for start in range(0, len(rows), ROWS):
             part = rows[start : start + ROWS]
-            self._db.execute(
-                "INSERT OR IGNORE INTO material (link, key_id, half, shared, created, sealed)"
+            db.execute(
+                "INSERT OR IGNORE INTO material (link, shared, created, key_id, half, sealed)"
                 " VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?)"] * len(part)),
-                [value for row in part for value in row],
+                [value for row in part for value in (link, shared, now, *row)],
             )
 
-    def _spent_among(self, link: str, key_ids: Sequence[str]) -> set[str]:
-        rows = self._db.execute(
-            "SELECT key_id FROM spent WHERE link IN (?, ?)"
-            " AND key_id IN (SELECT value FROM json_each(?))",
-            (link, ANY_LINK, json.dumps(key_ids)),
-        )
-        return {key_id for (key_id,) in rows}
-
-    def _material_among(self, link: str, key_ids: Sequence[str]) -> set[str]:
-        rows = self._db.execute(
-            "SELECT key_id FROM material WHERE link = ?"
-            " AND key_id IN (SELECT value FROM json_each(?))",
+    def _among(
+        self, db: sqlite3.Connection, table: str, link: str, key_ids: Sequence[str]
+    ) -> set[str]:
+        statement = {
+            "material": "SELECT key_id FROM material WHERE link = ?",
+            "spent": f"SELECT key_id FROM spent WHERE link IN (?, '{ANY_LINK}')",
+        }[table]
+        rows = db.execute(
+            f"{statement} AND key_id IN (SELECT value FROM json_each(?))",
             (link, json.dumps(key_ids)),
         )
         return {key_id for (key_id,) in rows}
@@ -588,7 +548,7 @@ class SqliteKeyStore:
             # One damaged row must not block the others.
             LOG.error("%s: %d damaged keys of %s are erased", self._path, len(damaged), link)
             try:
-                await self._write(link, len(damaged), self._take_out, damaged)
+                await self._run(link, partial(self._erase, link, damaged), size=len(damaged))
             except BaseException:
                 self._let_go(link, [one.key_id for one in found])
                 raise
@@ -630,278 +590,151 @@ class SqliteKeyStore:
         self._let_go(link, key_ids)
         await checkpoint()
 
-    async def count(self, link: str) -> int:
-        return await self._read(self._count, link)
+    def _erase(self, link: str, key_ids: Sequence[str], db: sqlite3.Connection) -> None:
+        self._spend(db, link, self._take(db, link, key_ids))
 
-    def _count(self, link: str) -> int:
-        row = self._db.execute("SELECT free FROM stock WHERE link = ?", (link,)).fetchone()
-        return 0 if row is None else int(row[0])
+    def _sizes(self, db: sqlite3.Connection, link: str) -> tuple[int, int]:
+        row = db.execute("SELECT free, promised FROM stock WHERE link = ?", (link,)).fetchone()
+        return (0, 0) if row is None else (int(row[0]), int(row[1]))
 
     async def shortest(self, link: str) -> int:
         """Bytes of the shortest key that a link has as material; 0 without one."""
-        return await self._read(self._shortest, link)
 
-    def _shortest(self, link: str) -> int:
-        row = self._db.execute(
-            "SELECT min(length(sealed)) FROM material WHERE link = ?", (link,)
-        ).fetchone()
-        return 0 if row[0] is None else int(row[0]) - SEAL_BYTES
+        def work(db: sqlite3.Connection) -> int:
+            [size] = db.execute(
+                "SELECT min(length(sealed)) FROM material WHERE link = ?", (link,)
+            ).fetchone()
+            return 0 if size is None else int(size) - SEAL_BYTES
 
-    async def shared_ids(
-        self, link: str, *, created_before: float, after: Position | None = None
-    ) -> tuple[list[str], Position | None]:
-        return await self._read(self._shared_ids, link, created_before, after or (0, 0))
+        return await self._run(link, work, writes=False)
 
-    def _shared_ids(
-        self, link: str, created_before: float, after: Position
-    ) -> tuple[list[str], Position | None]:
-        half, last = after
-        rows = self._db.execute(
+    def _material_after(
+        self, db: sqlite3.Connection, link: str, half: int, last: int, before: float
+    ) -> list[tuple[int, str, bool]]:
+        rows = db.execute(
             "SELECT seq, key_id, shared AND created < ? FROM material"
             " WHERE link = ? AND half = ? AND seq > ? ORDER BY seq LIMIT ?",
-            (created_before, link, half, last, PAGE),
-        ).fetchall()
-        ids = [key_id for _, key_id, fits in rows if fits and (link, key_id) not in self._reserved]
-        return ids, position_after(half, [row[0] for row in rows], PAGE)
-
-    async def unknown(self, link: str, key_ids: Sequence[str]) -> list[str]:
-        found = await self._read(self._material_among, link, key_ids)
-        return [key_id for key_id in key_ids if key_id not in found]
-
-    async def never_here(self, link: str, key_ids: Sequence[str]) -> list[str]:
-        found = await self._read(self._known_among, link, key_ids)
-        return [key_id for key_id in key_ids if key_id not in found]
-
-    def _known_among(self, link: str, key_ids: Sequence[str]) -> set[str]:
-        return self._material_among(link, key_ids) | self._spent_among(link, key_ids)
-
-    async def promised(self, link: str) -> int:
-        return await self._read(self._promised, link)
-
-    def _promised(self, link: str) -> int:
-        row = self._db.execute("SELECT promised FROM stock WHERE link = ?", (link,)).fetchone()
-        return 0 if row is None else int(row[0])
+            (before, link, half, last, self.PAGE),
+        )
+        return [
+            (seq, key_id, fits and (link, key_id) not in self._reserved)
+            for seq, key_id, fits in rows
+        ]
 
     # -- from material to grants
 
-    async def allot(
-        self, link: str, allotments: Sequence[Allotment], *, master: str, slaves: Sequence[str] = ()
-    ) -> None:
-        await self._write(link, len(blocks_of(allotments)), self._allot, allotments, master, slaves)
+    def _reserved_among(
+        self, db: sqlite3.Connection, link: str, key_ids: Sequence[str]
+    ) -> dict[str, bool]:
+        here = self._among(db, "material", link, key_ids)
+        return {key_id: (link, key_id) in self._reserved for key_id in here}
 
-    def _allot(
-        self, link: str, allotments: Sequence[Allotment], master: str, slaves: Sequence[str]
-    ) -> None:
-        keys = self._assemble(link, allotments)
-        check_whole(allotments, keys)
-        self._grant(link, allotments, keys, master, slaves)
-        self._let_go(link, blocks_of(allotments))
-
-    async def accept(
-        self,
-        link: str,
-        allotments: Sequence[Allotment],
-        *,
-        master: str,
-        slaves: Sequence[str],
-        peer_half: int = 0,
-    ) -> None:
-        await self._write(
-            link, len(blocks_of(allotments)), self._accept, allotments, master, slaves, peer_half
+    def _take(self, db: sqlite3.Connection, link: str, key_ids: Sequence[str]) -> dict[str, bytes]:
+        return dict(
+            db.execute(
+                "DELETE FROM material WHERE link = ?"
+                " AND key_id IN (SELECT value FROM json_each(?)) RETURNING key_id, sealed",
+                (link, json.dumps(key_ids)),
+            ).fetchall()
         )
 
-    def _accept(
-        self,
-        link: str,
-        allotments: Sequence[Allotment],
-        master: str,
-        slaves: Sequence[str],
-        peer_half: int,
-    ) -> None:
-        blocks = blocks_of(allotments)
-        check_states(
-            allotments,
-            spent=self._spent_among(link, blocks),
-            here=self._material_among(link, blocks),
-            reserved={block for block in blocks if (link, block) in self._reserved},
-            peer_half=peer_half,
-        )
-        keys = self._assemble(link, allotments)
-        for allotment, key in zip(allotments, keys, strict=True):
-            if key is None:
-                # The request lists the block twice; its first use took it.
-                raise BlocksRefused(dict.fromkeys(allotment.blocks, BlockState.SPENT))
-        self._grant(link, allotments, keys, master, slaves)
+    _take_reserved = _take
 
-    def _assemble(self, link: str, allotments: Sequence[Allotment]) -> list[Secret | None]:
-        """Remove the blocks from the material, and record them as spent.
+    def _end_reservations(self, link: str, key_ids: Iterable[str]) -> None:
+        self._let_go(link, key_ids)
 
-        A key is ``None`` if one of its blocks is gone, or missing and needed.
-        """
-        blocks = blocks_of(allotments)
-        rows = self._db.execute(
-            "DELETE FROM material WHERE link = ?"
-            " AND key_id IN (SELECT value FROM json_each(?)) RETURNING key_id, sealed",
-            (link, json.dumps(blocks)),
-        ).fetchall()
-        new = self._spend(link, blocks)
-        return assembled(allotments, seal=self._seal, link=link, taken=dict(rows), new=new)
-
-    def _spend(self, link: str, key_ids: Sequence[str]) -> set[str]:
-        """Record IDs as spent. Returns those that were not."""
-        rows = self._db.execute(
+    def _spend(self, db: sqlite3.Connection, link: str, key_ids: Iterable[str]) -> set[str]:
+        rows = db.execute(
             "INSERT OR IGNORE INTO spent (link, key_id, at)"
             " SELECT ?, value, ? FROM json_each(?) RETURNING key_id",
-            (link, time.time(), json.dumps(key_ids)),
+            (link, time.time(), json.dumps(list(key_ids))),
         )
         return {key_id for (key_id,) in rows.fetchall()}
 
-    def _grant(
+    def _add_grants(
         self,
+        db: sqlite3.Connection,
         link: str,
-        allotments: Sequence[Allotment],
-        keys: Sequence[Secret | None],
         master: str,
-        slaves: Sequence[str],
+        rows: Sequence[tuple[str, str, int, bytes]],
     ) -> None:
-        if not slaves:
-            return
         now = time.time()
-        self._db.executemany(
-            "INSERT INTO grants (link, key_id, slave, master, created, sealed, blocks)"
+        db.executemany(
+            "INSERT INTO grants (link, master, created, key_id, slave, blocks, sealed)"
             " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [
-                (link, one.key_id, slave, master, now,
-                 self._seal.seal(key, place_of("grant", link, one.key_id, master, slave)),
-                 len(one.blocks))
-                for one, key in zip(allotments, keys, strict=True)
-                if key is not None
-                for slave in slaves
-            ],
-        )  # fmt: skip
+            [(link, master, now, *row) for row in rows],
+        )
 
     # -- from grants to slaves
 
-    async def collect(
-        self, link: str, key_ids: Sequence[str], *, slave: str, master: str
-    ) -> list[tuple[str, Secret]]:
-        return await self._write(
-            link, len(key_ids), self._collect, key_ids, slave, master, sae=slave
+    def _grants_among(
+        self, db: sqlite3.Connection, link: str, key_ids: Sequence[str], slave: str, master: str
+    ) -> dict[str, tuple[Any, str | None]]:
+        rows = db.execute(
+            "SELECT key_id, sealed, ended FROM grants WHERE link = ?"
+            " AND key_id IN (SELECT value FROM json_each(?)) AND slave = ? AND master = ?",
+            (link, json.dumps(key_ids), slave, master),
         )
+        return {key_id: (sealed, ended) for key_id, sealed, ended in rows}
 
-    def _collect(
-        self, link: str, key_ids: Sequence[str], slave: str, master: str
-    ) -> list[tuple[str, Secret]]:
-        return [(key_id, self._collect_one(link, key_id, slave, master)) for key_id in key_ids]
-
-    def _collect_one(self, link: str, key_id: str, slave: str, master: str) -> Secret:
-        row = self._db.execute(
-            "SELECT sealed, ended FROM grants"
-            " WHERE link = ? AND key_id = ? AND slave = ? AND master = ?",
-            (link, key_id, slave, master),
-        ).fetchone()
-        if row is None:
-            others = self._db.execute(
-                "SELECT 1 FROM grants WHERE link = ? AND key_id = ? AND master = ?",
-                (link, key_id, master),
-            ).fetchone()
-            if others is not None:
-                raise KeyUnauthorized(f"key {key_id} is not for {slave}")
-            raise KeyUnknown(f"there is no key {key_id} of {master}")
-        sealed, ended = row
-        uncollected(key_id, ended)
-        key = self._seal.open(sealed, place_of("grant", link, key_id, master, slave))
-        self._db.execute(
-            "UPDATE grants SET sealed = NULL, ended = 'delivered'"
-            " WHERE link = ? AND key_id = ? AND slave = ? AND master = ?",
-            (link, key_id, slave, master),
+    def _is_granted(self, db: sqlite3.Connection, link: str, key_id: str, master: str) -> bool:
+        found = db.execute(
+            "SELECT 1 FROM grants WHERE link = ? AND key_id = ? AND master = ?",
+            (link, key_id, master),
         )
-        return key
+        return found.fetchone() is not None
+
+    def _deliver(
+        self, db: sqlite3.Connection, link: str, key_ids: Sequence[str], slave: str, master: str
+    ) -> None:
+        db.execute(
+            "UPDATE grants SET sealed = NULL, ended = 'delivered' WHERE link = ?"
+            " AND key_id IN (SELECT value FROM json_each(?)) AND slave = ? AND master = ?",
+            (link, json.dumps(key_ids), slave, master),
+        )
 
     # -- the end of keys
 
-    async def discard(self, link: str, key_ids: Iterable[str]) -> list[str]:
-        ids = list(key_ids)
-        return await self._write(link, len(ids), self._discard, ids)
-
-    def _discard(self, link: str, key_ids: list[str]) -> list[str]:
-        return self._take_out(
-            link, [key_id for key_id in key_ids if (link, key_id) not in self._reserved]
-        )
-
-    def _take_out(self, link: str, key_ids: Sequence[str]) -> list[str]:
-        """Erase material and record it as spent. Returns the erased IDs."""
-        rows = self._db.execute(
-            "DELETE FROM material WHERE link = ?"
-            " AND key_id IN (SELECT value FROM json_each(?)) RETURNING key_id",
-            (link, json.dumps(key_ids)),
-        )
-        gone = [key_id for (key_id,) in rows.fetchall()]
-        self._spend(link, gone)
-        return gone
-
-    async def void(self, link: str, key_ids: Iterable[str]) -> int:
-        ids = list(key_ids)
-        return await self._write(link, len(ids), self._void, ids)
-
-    def _void(self, link: str, key_ids: list[str]) -> int:
-        erased = len(self._take_out(link, key_ids))
-        self._spend(link, key_ids)
-        grants = self._db.execute(
+    def _void_grants(self, db: sqlite3.Connection, link: str, key_ids: Sequence[str]) -> int:
+        return db.execute(
             "UPDATE grants SET sealed = NULL, ended = 'void' WHERE link = ?"
             " AND key_id IN (SELECT value FROM json_each(?)) AND ended IS NULL",
             (link, json.dumps(key_ids)),
-        )
-        return erased + grants.rowcount
+        ).rowcount
 
-    async def expire(self, *, keys_before: float, tombstones_before: float) -> int:
-        erased = await self._all(self._expire_material, keys_before)
-        erased += await self._all(self._expire_grants, keys_before)
-        await self._all(self._forget_grants, tombstones_before)
-        await self._all(self._forget_spent, tombstones_before)
-        return erased
-
-    async def _all(self, part: Callable[[float], int], before: float) -> int:
-        """Call a method that erases at most ``PAGE`` rows until no rows are left for it."""
-        total = found = await self._write_all(PAGE, part, before)
-        while found == PAGE:
-            found = await self._write_all(PAGE, part, before)
-            total += found
-        return total
-
-    def _expire_material(self, before: float) -> int:
-        rows = self._db.execute(
+    def _expire_material(self, db: sqlite3.Connection, before: float) -> int:
+        rows = db.execute(
             "DELETE FROM material WHERE created < ? AND seq IN"
             " (SELECT seq FROM material WHERE created < ? ORDER BY created LIMIT ?)"
             " RETURNING link, key_id",
-            (before, before, PAGE),
+            (before, before, self.PAGE),
         ).fetchall()
         for link in {link for link, _ in rows}:
-            self._spend(link, [key_id for other, key_id in rows if other == link])
+            self._spend(db, link, [key_id for other, key_id in rows if other == link])
         return len(rows)
 
-    def _expire_grants(self, before: float) -> int:
-        return self._db.execute(
+    def _expire_grants(self, db: sqlite3.Connection, before: float) -> int:
+        return db.execute(
             "UPDATE grants SET sealed = NULL, ended = 'expired'"
             " WHERE ended IS NULL AND (link, key_id, slave) IN"
             " (SELECT link, key_id, slave FROM grants"
             "  WHERE created < ? AND ended IS NULL ORDER BY created LIMIT ?)",
-            (before, PAGE),
+            (before, self.PAGE),
         ).rowcount
 
-    def _forget_grants(self, before: float) -> int:
-        return self._db.execute(
+    def _forget_grants(self, db: sqlite3.Connection, before: float) -> int:
+        return db.execute(
             "DELETE FROM grants WHERE (link, key_id, slave) IN"
             " (SELECT link, key_id, slave FROM grants"
             "  WHERE created < ? AND ended IS NOT NULL ORDER BY created LIMIT ?)",
-            (before, PAGE),
+            (before, self.PAGE),
         ).rowcount
 
-    def _forget_spent(self, before: float) -> int:
-        return self._db.execute(
+    def _forget_spent(self, db: sqlite3.Connection, before: float) -> int:
+        return db.execute(
             "DELETE FROM spent WHERE (link, key_id) IN"
             " (SELECT link, key_id FROM spent WHERE at < ? ORDER BY at LIMIT ?)",
-            (before, PAGE),
+            (before, self.PAGE),
         ).rowcount
 
     # -- jobs

@@ -20,18 +20,20 @@ key file is good for 2^32 writes (NIST SP 800-38D section 8.3).
 
 import os
 import stat
-from collections.abc import Container, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Final, Protocol, TypeAlias
+from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from hybridkex.errors import ConfigError, KeyConsumed, KeyExpired
+from hybridkex.errors import ConfigError, KeyConsumed, KeyExpired, KeyUnauthorized, KeyUnknown
 from hybridkex.files import create_file, read_file
 from hybridkex.machine import write_error
 from hybridkex.secret import Secret
@@ -45,29 +47,25 @@ __all__ = [
     "Position",
     "Seal",
     "SealRecord",
-    "assembled",
-    "blocks_of",
-    "check_states",
-    "check_whole",
     "half_of",
     "new_key_file",
     "place_of",
-    "position_after",
     "read_key_file",
-    "uncollected",
     "write_key_file",
 ]
-
-PAGE: Final = 1000
-"""Rows that one call reads or erases where there may be a million."""
 
 NONCE_BYTES: Final = 12
 SEAL_BYTES: Final = NONCE_BYTES + 16
 """By which a sealed key is longer than the key: its nonce and its tag."""
 SEAL_KEY_BYTES: Final = 32
 
+EVERY_LINK: Final = "*"
+"""The scope of work that is the same for all links."""
+
 Position: TypeAlias = tuple[int, int]
 """How far a walk through the material of a link has come."""
+_Db: TypeAlias = Any
+T = TypeVar("T")
 
 
 def half_of(key_id: str) -> int:
@@ -123,19 +121,42 @@ class BlocksRefused(Exception):  # an answer between two KMEs, not a failure
         self.states: Final = states
 
 
-class KeyStore(Protocol):
+class KeyStore(ABC):
     """A key database. Each method is one transaction, durable on return.
 
     A call that fails raises :class:`~hybridkex.errors.KeySourceUnavailable`, changes nothing, and
     leaves the store usable. A call whose caller is cancelled is either not begun or carried out to
     its end.
+
+    What a store decides is here; each database adds its transactions and its statements. In their
+    methods, ``db`` carries out the statements of the transaction in progress.
     """
+
+    PAGE: ClassVar[int] = 1000
+    """Rows that one call reads or erases where there may be a million."""
+
+    _seal: "Seal"
+    _ahead: float = 0.0
+    """Seconds by which the database's clock is ahead of ours."""
 
     async def add(
         self, link: str, keys: Iterable[tuple[str, Secret]], *, shared: bool = True
     ) -> None:
         """Add material. IDs that the link has or had are ignored, so a call can be repeated."""
+        keys = list(keys)
 
+        def work(db: _Db) -> None:
+            spent = self._among(db, "spent", link, [key_id for key_id, _ in keys])
+            rows = [
+                (key_id, half_of(key_id), self._seal.seal(key, place_of("material", link, key_id)))
+                for key_id, key in keys
+                if key_id not in spent
+            ]
+            self._add_material(db, link, rows, shared)
+
+        await self._run(link, work, size=len(keys))
+
+    @abstractmethod
     async def reserve(
         self, link: str, number: int, *, half: int = 0, skip: Iterable[str] = ()
     ) -> list[Material]:
@@ -145,11 +166,20 @@ class KeyStore(Protocol):
         are passed over.
         """
 
+    @abstractmethod
     async def release(self, link: str, key_ids: Iterable[str]) -> None:
         """End reservations; blocks that were not allotted are free again."""
 
     async def count(self, link: str) -> int:
         """The number of keys that a link has as material."""
+        return (await self._run(link, partial(self._sizes, link=link), writes=False))[0]
+
+    async def promised(self, link: str) -> int:
+        """The number of blocks of the promised keys that no SAE has collected.
+
+        Each slave of a key counts.
+        """
+        return (await self._run(link, partial(self._sizes, link=link), writes=False))[1]
 
     async def shared_ids(
         self, link: str, *, created_before: float, after: Position | None = None
@@ -164,18 +194,33 @@ class KeyStore(Protocol):
         Returns:
             The IDs, which may be none, and the position to go on from; ``None`` at the end.
         """
+        half, last = after or (0, 0)
+        rows = await self._run(
+            link,
+            lambda db: self._material_after(db, link, half, last, created_before + self._ahead),
+            writes=False,
+        )
+        ids = [key_id for _, key_id, fits in rows if fits]
+        if len(rows) == self.PAGE:
+            return ids, (half, rows[-1][0])
+        return ids, ((1, 0) if half == 0 else None)
 
     async def unknown(self, link: str, key_ids: Sequence[str]) -> list[str]:
         """Those of these IDs that are not material of the link."""
+        return await self._not_among(("material",), link, key_ids)
 
     async def never_here(self, link: str, key_ids: Sequence[str]) -> list[str]:
         """Those of these IDs that are neither material of the link nor spent."""
+        return await self._not_among(("material", "spent"), link, key_ids)
 
-    async def promised(self, link: str) -> int:
-        """The number of blocks of the promised keys that no SAE has collected.
+    async def _not_among(
+        self, tables: Sequence[str], link: str, key_ids: Sequence[str]
+    ) -> list[str]:
+        def work(db: _Db) -> set[str]:
+            return set().union(*(self._among(db, table, link, key_ids) for table in tables))
 
-        Each slave of a key counts.
-        """
+        found = await self._run(link, work, writes=False)
+        return [key_id for key_id in key_ids if key_id not in found]
 
     async def allot(
         self, link: str, allotments: Sequence[Allotment], *, master: str, slaves: Sequence[str] = ()
@@ -184,6 +229,18 @@ class KeyStore(Protocol):
 
         Raises :class:`~hybridkex.errors.KeyConsumed` when a block is gone.
         """
+        blocks = _blocks_of(allotments)
+
+        def work(db: _Db) -> None:
+            taken = self._take_reserved(db, link, blocks)
+            keys = self._assembled(db, link, allotments, taken)
+            for one, key in zip(allotments, keys, strict=True):
+                if key is None or not taken.keys() >= set(one.blocks):
+                    raise KeyConsumed(f"a block of key {one.key_id} is gone")
+            self._grant(db, link, allotments, keys, master, slaves)
+            self._end_reservations(link, blocks)
+
+        await self._run(link, work, size=len(blocks))
 
     async def accept(
         self,
@@ -200,6 +257,81 @@ class KeyStore(Protocol):
 
         Raises :class:`BlocksRefused`.
         """
+        blocks = _blocks_of(allotments)
+
+        def work(db: _Db) -> None:
+            here = self._reserved_among(db, link, blocks)
+            spent = self._among(db, "spent", link, blocks)
+            states: dict[str, BlockState] = {}
+            for one in allotments:
+                for block in one.blocks:
+                    if block in spent:
+                        states[block] = BlockState.SPENT
+                    elif block not in here:
+                        if one.value is None:
+                            states[block] = BlockState.UNKNOWN
+                    elif here[block] and half_of(block) != peer_half:
+                        states[block] = BlockState.RESERVED
+            if states:
+                raise BlocksRefused(states)
+            keys = self._assembled(db, link, allotments, self._take(db, link, blocks))
+            for one, key in zip(allotments, keys, strict=True):
+                if key is None:
+                    # Listed twice, or taken by another process in the meantime.
+                    raise BlocksRefused(dict.fromkeys(one.blocks, BlockState.SPENT))
+            self._grant(db, link, allotments, keys, master, slaves)
+
+        await self._run(link, work, size=len(blocks))
+
+    def _assembled(
+        self, db: _Db, link: str, allotments: Iterable[Allotment], taken: Mapping[str, bytes]
+    ) -> list[Secret | None]:
+        """The keys of allotments, whose blocks are recorded as spent.
+
+        A key is ``None`` if one of its blocks is gone, as the second time that it is listed; if one
+        is missing and needed; or if its blocks are too short for it.
+
+        Args:
+            taken: the sealed blocks that this transaction has removed from the material.
+
+        Raises ``cryptography.exceptions.InvalidTag``.
+        """
+        left = self._spend(db, link, _blocks_of(allotments))
+        keys: list[Secret | None] = []
+        for one in allotments:
+            fresh = left.issuperset(one.blocks) and len(set(one.blocks)) == len(one.blocks)
+            left.difference_update(one.blocks)
+            if fresh and one.value is not None:
+                keys.append(one.value)
+            elif fresh and all(block in taken for block in one.blocks):
+                parts = [
+                    self._seal.open(taken[block], place_of("material", link, block)).reveal()
+                    for block in one.blocks
+                ]
+                key = b"".join(parts)[: one.size]
+                keys.append(Secret(key) if len(key) == one.size else None)
+            else:
+                keys.append(None)
+        return keys
+
+    def _grant(
+        self,
+        db: _Db,
+        link: str,
+        allotments: Sequence[Allotment],
+        keys: Sequence[Secret | None],
+        master: str,
+        slaves: Sequence[str],
+    ) -> None:
+        rows = [
+            (one.key_id, slave, len(one.blocks),
+             self._seal.seal(key, place_of("grant", link, one.key_id, master, slave)))
+            for one, key in zip(allotments, keys, strict=True)
+            if key is not None
+            for slave in slaves
+        ]  # fmt: skip
+        if rows:
+            self._add_grants(db, link, master, rows)
 
     async def collect(
         self, link: str, key_ids: Sequence[str], *, slave: str, master: str
@@ -210,12 +342,43 @@ class KeyStore(Protocol):
         ``KeyUnauthorized``.
         """
 
+        def work(db: _Db) -> list[tuple[str, Secret]]:
+            found = self._grants_among(db, link, key_ids, slave, master)
+            keys: list[tuple[str, Secret]] = []
+            for key_id in key_ids:
+                if key_id not in found:
+                    if self._is_granted(db, link, key_id, master):
+                        raise KeyUnauthorized(f"key {key_id} is not for {slave}")
+                    raise KeyUnknown(f"there is no key {key_id} of {master}")
+                sealed, ended = found[key_id]
+                if ended == "expired":
+                    raise KeyExpired(f"key {key_id} has expired")
+                if ended is not None:
+                    how = "was delivered before" if ended == "delivered" else f"is {ended}"
+                    raise KeyConsumed(f"key {key_id} {how}")
+                found[key_id] = (None, "delivered")  # a second time in one request
+                place = place_of("grant", link, key_id, master, slave)
+                keys.append((key_id, self._seal.open(sealed, place)))
+            self._deliver(db, link, key_ids, slave, master)
+            return keys
+
+        return await self._run(link, work, size=len(key_ids), sae=slave)
+
     async def discard(self, link: str, key_ids: Iterable[str]) -> list[str]:
         """Erase material that the other end lacks. Returns the erased IDs.
 
         Only unreserved material is erased: a key that has been promised to an SAE meanwhile is not
         touched.
         """
+        ids = list(key_ids)
+
+        def work(db: _Db) -> list[str]:
+            reserved = self._reserved_among(db, link, ids)
+            gone = list(self._take(db, link, [one for one in ids if reserved.get(one) is False]))
+            self._spend(db, link, gone)
+            return gone
+
+        return await self._run(link, work, size=len(ids))
 
     async def void(self, link: str, key_ids: Iterable[str]) -> int:
         """Erase keys that the KME at the other end has discarded. Returns the number erased.
@@ -223,6 +386,14 @@ class KeyStore(Protocol):
         Erases material, and promises made at the peer's request that no SAE has collected. An
         unknown ID is recorded as spent, since its key may still be in transit.
         """
+        ids = list(key_ids)
+
+        def work(db: _Db) -> int:
+            erased = self._take(db, link, list(self._reserved_among(db, link, ids)))
+            self._spend(db, link, ids)
+            return len(erased) + self._void_grants(db, link, ids)
+
+        return await self._run(link, work, size=len(ids))
 
     async def expire(self, *, keys_before: float, tombstones_before: float) -> int:
         """Erase keys older than the first time; forget IDs of keys gone before the second.
@@ -230,16 +401,34 @@ class KeyStore(Protocol):
         Times are in seconds since the epoch. Returns the number of keys erased. Works in small
         transactions, between which other calls are carried out.
         """
+        erased = await self._all(self._expire_material, keys_before)
+        erased += await self._all(self._expire_grants, keys_before)
+        await self._all(self._forget_grants, tombstones_before)
+        await self._all(self._forget_spent, tombstones_before)
+        return erased
 
+    async def _all(self, part: Callable[[_Db, float], int], before: float) -> int:
+        """Call a method that erases at most ``PAGE`` rows until no rows are left for it."""
+        total, found = 0, self.PAGE
+        while found == self.PAGE:
+            found = await self._run(
+                EVERY_LINK, lambda db: part(db, before + self._ahead), size=self.PAGE
+            )
+            total += found
+        return total
+
+    @abstractmethod
     async def claim(self, job: str, seconds: float) -> bool:
         """Whether a job is due and the caller is to do it: one of those who share the store.
 
         For ``seconds``, or until :meth:`settle`, the job is no other caller's.
         """
 
+    @abstractmethod
     async def settle(self, job: str, seconds: float) -> None:
         """A job that was claimed is over; it is due again after ``seconds``."""
 
+    @abstractmethod
     async def change_keys(self, seal_key: Secret, read_keys: Sequence[Secret] = ()) -> None:
         """Encrypt under another key from now on, and decrypt with the others, too.
 
@@ -247,118 +436,148 @@ class KeyStore(Protocol):
         then nothing changes.
         """
 
+    @abstractmethod
     async def renew(self) -> bool:
         """Encrypt all keys under the current sealing key. Returns whether that is done.
 
         Works in small transactions, and is to be called until it returns true.
         """
 
+    async def _renew_rows(self) -> int:
+        """Walk through all keys once. Returns the number of those encrypted anew."""
+        renewed = 0
+        for part in (self._renew_material, self._renew_grants):
+            last: tuple[Any, ...] | None = ()
+            while last is not None:
+                last, number = await self._run(
+                    EVERY_LINK, partial(part, after=last), size=self.PAGE
+                )
+                renewed += number
+        return renewed
+
+    @abstractmethod
     async def tidy(self) -> None:
         """Remove from the disk what is left of keys that had left the database when this method was
         called the last time. To be called again and again."""
 
+    @abstractmethod
     def close(self) -> None:
         """Close the database while no call is under way."""
 
+    @abstractmethod
     async def aclose(self) -> None:
         """Close the database after the calls in progress."""
 
+    # -- what a database supplies
 
-# -- what every implementation decides alike, inside its transaction
+    @abstractmethod
+    async def _run(
+        self,
+        link: str,
+        work: Callable[[_Db], T],
+        *,
+        size: int = 1,
+        writes: bool = True,
+        sae: str = "",
+    ) -> T:
+        """Run a transaction that sees and changes rows of one link, or of :data:`EVERY_LINK`.
+
+        ``size``: the number of keys that it changes. ``sae``: the only one that can be delivered a
+        key.
+        """
+
+    @abstractmethod
+    def _among(self, db: _Db, table: str, link: str, key_ids: Sequence[str]) -> set[str]:
+        """Those of these IDs that are in ``material`` or ``spent``."""
+
+    @abstractmethod
+    def _add_material(
+        self, db: _Db, link: str, rows: Sequence[tuple[str, int, bytes]], shared: bool
+    ) -> None:
+        """Add keys, each an ID, its half and the sealed key, except those that are here."""
+
+    @abstractmethod
+    def _sizes(self, db: _Db, link: str) -> tuple[int, int]:
+        """The keys of a link's material, and the blocks of its promised keys."""
+
+    @abstractmethod
+    def _material_after(
+        self, db: _Db, link: str, half: int, last: int, before: float
+    ) -> list[tuple[int, str, bool]]:
+        """At most ``PAGE`` keys of a half: number, ID, and whether it is shared, free and older."""
+
+    @abstractmethod
+    def _reserved_among(self, db: _Db, link: str, key_ids: Sequence[str]) -> dict[str, bool]:
+        """Those of these IDs that are material, and whether each is reserved; locks them."""
+
+    @abstractmethod
+    def _take(self, db: _Db, link: str, key_ids: Sequence[str]) -> dict[str, bytes]:
+        """Remove material. Returns what was there, sealed."""
+
+    @abstractmethod
+    def _take_reserved(self, db: _Db, link: str, key_ids: Sequence[str]) -> dict[str, bytes]:
+        """Likewise, but only what no other process has reserved."""
+
+    def _end_reservations(  # noqa: B027  # a mark in the row ends with the row
+        self, link: str, key_ids: Iterable[str]
+    ) -> None:
+        """Called in a transaction that has taken what was reserved."""
+
+    @abstractmethod
+    def _spend(self, db: _Db, link: str, key_ids: Iterable[str]) -> set[str]:
+        """Record IDs as spent. Returns those that were not: an ID is among them once only."""
+
+    @abstractmethod
+    def _add_grants(
+        self, db: _Db, link: str, master: str, rows: Sequence[tuple[str, str, int, bytes]]
+    ) -> None:
+        """Add promises, each a key ID, its slave, its number of blocks and the sealed key."""
+
+    @abstractmethod
+    def _grants_among(
+        self, db: _Db, link: str, key_ids: Sequence[str], slave: str, master: str
+    ) -> dict[str, tuple[Any, str | None]]:
+        """The promises by key ID: the sealed key and how it ended."""
+
+    @abstractmethod
+    def _is_granted(self, db: _Db, link: str, key_id: str, master: str) -> bool:
+        """Whether a key is promised to any slave."""
+
+    @abstractmethod
+    def _deliver(self, db: _Db, link: str, key_ids: Sequence[str], slave: str, master: str) -> None:
+        """Erase promises that are delivered."""
+
+    @abstractmethod
+    def _void_grants(self, db: _Db, link: str, key_ids: Sequence[str]) -> int:
+        """Erase promises that were not collected. Returns their number."""
+
+    @abstractmethod
+    def _expire_material(self, db: _Db, before: float) -> int:
+        """Erase at most ``PAGE`` keys, and record them as spent; likewise the next three."""
+
+    @abstractmethod
+    def _expire_grants(self, db: _Db, before: float) -> int: ...
+
+    @abstractmethod
+    def _forget_grants(self, db: _Db, before: float) -> int: ...
+
+    @abstractmethod
+    def _forget_spent(self, db: _Db, before: float) -> int: ...
+
+    @abstractmethod
+    def _renew_material(
+        self, db: _Db, after: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...] | None, int]:
+        """Encrypt anew at most ``PAGE`` keys after a position. Returns the next position, and how
+        many were encrypted anew."""
+
+    @abstractmethod
+    def _renew_grants(self, db: _Db, after: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, int]:
+        """Likewise."""
 
 
-def blocks_of(allotments: Iterable[Allotment]) -> list[str]:
-    """The blocks of all allotments."""
+def _blocks_of(allotments: Iterable[Allotment]) -> list[str]:
     return [block for one in allotments for block in one.blocks]
-
-
-def check_states(
-    allotments: Iterable[Allotment],
-    *,
-    spent: Container[str],
-    here: Container[str],
-    reserved: Container[str],
-    peer_half: int,
-) -> None:
-    """Refuse to promise what is spent, missing, or reserved by us and not of the peer's half.
-
-    Raises ``BlocksRefused``.
-    """
-    states: dict[str, BlockState] = {}
-    for one in allotments:
-        for block in one.blocks:
-            if block in spent:
-                states[block] = BlockState.SPENT
-            elif block not in here:
-                if one.value is None:
-                    states[block] = BlockState.UNKNOWN
-            elif block in reserved and half_of(block) != peer_half:
-                states[block] = BlockState.RESERVED
-    if states:
-        raise BlocksRefused(states)
-
-
-def assembled(
-    allotments: Iterable[Allotment],
-    *,
-    seal: "Seal",
-    link: str,
-    taken: Mapping[str, bytes],
-    new: set[str],
-) -> list[Secret | None]:
-    """The keys of allotments; ``None`` if a block of one is gone, or missing and needed, or if its
-    blocks are too short for it.
-
-    Args:
-        allotments: what is asked for; a block that is listed twice is gone the second time.
-        seal: opens the blocks.
-        link: whose material they were.
-        taken: the sealed blocks that this transaction has removed from the material.
-        new: the IDs that it has recorded as spent, and that were not before.
-
-    Raises ``cryptography.exceptions.InvalidTag``.
-    """
-    left = set(new)
-    keys: list[Secret | None] = []
-    for one in allotments:
-        fresh = left.issuperset(one.blocks) and len(set(one.blocks)) == len(one.blocks)
-        left.difference_update(one.blocks)
-        if fresh and one.value is not None:
-            keys.append(one.value)
-        elif fresh and all(block in taken for block in one.blocks):
-            parts = [
-                seal.open(taken[block], place_of("material", link, block)).reveal()
-                for block in one.blocks
-            ]
-            key = b"".join(parts)[: one.size]
-            keys.append(Secret(key) if len(key) == one.size else None)
-        else:
-            keys.append(None)
-    return keys
-
-
-def check_whole(allotments: Iterable[Allotment], keys: Iterable[Secret | None]) -> None:
-    """Raise ``KeyConsumed`` if one of our own allotments has no key."""
-    for one, key in zip(allotments, keys, strict=True):
-        if key is None:
-            raise KeyConsumed(f"a block of key {one.key_id} is gone")
-
-
-def uncollected(key_id: str, ended: str | None) -> None:
-    """Raise ``KeyExpired`` or ``KeyConsumed`` if a promise has ended, and how."""
-    if ended == "expired":
-        raise KeyExpired(f"key {key_id} has expired")
-    if ended is not None:
-        how = "was delivered before" if ended == "delivered" else f"is {ended}"
-        raise KeyConsumed(f"key {key_id} {how}")
-
-
-def position_after(half: int, read: Sequence[int], page: int) -> Position | None:
-    """The next position of a walk that has read these rows of ``half``, at most ``page``; half 1
-    follows half 0."""
-    if len(read) == page:
-        return half, read[-1]
-    return (1, 0) if half == 0 else None
 
 
 # -- encryption at rest

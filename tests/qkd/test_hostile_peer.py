@@ -13,9 +13,9 @@ import pytest
 import trio
 
 from hybridkex.kme.config import PeerConfig, ServeConfig
-from hybridkex.kme.entity import KmeLimits
 from hybridkex.kme.peering import CHECK, EXT_KEYS, IDS_AT_ONCE, VOID, ExtKeys
 from hybridkex.kme.serve import KmeServer
+from hybridkex.kme.settings import KmeLimits
 from hybridkex.qkd.etsi014.models import ErrorResponse, KeyRequest
 from hybridkex.qkd.store import BlocksRefused, BlockState
 from hybridkex.secret import Secret

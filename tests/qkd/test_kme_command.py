@@ -18,7 +18,7 @@ from waiting import until
 
 from hybridkex.errors import ConfigError
 from hybridkex.kme.config import KmeConfig, LinkConfig, ServeConfig, load_config
-from hybridkex.kme.entity import KmeLimits
+from hybridkex.kme.settings import KmeLimits
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.http import HttpLimits
 from hybridkex.qkd.pool import FilePool

@@ -22,9 +22,10 @@ import trio
 import trio.testing
 
 from hybridkex.errors import KeySourceUnavailable
-from hybridkex.kme.entity import KeyManagementEntity, KmeLimits
+from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import ExtKeys
+from hybridkex.kme.settings import EntitySettings, KmeLimits
 from hybridkex.qkd.etsi014.models import ErrorResponse, KeyContainer, KeyRequest
 from hybridkex.qkd.producer import ProducedKey
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
@@ -110,11 +111,13 @@ class Site:
         self.store._db = self.disk  # type: ignore[assignment]
         other = OTHER[self.id]
         self.kme = KeyManagementEntity(
-            self.id,
-            saes=frozenset(SAES[self.id]),
-            peers={other: frozenset(SAES[other]), HOSTILE: frozenset({"eve"})},
+            EntitySettings(
+                id=self.id,
+                saes=frozenset(SAES[self.id]),
+                peers={other: frozenset(SAES[other]), HOSTILE: frozenset({"eve"})},
+                limits=KmeLimits(rate=1e9, burst=10**9, sync_grace=5.0),
+            ),
             store=self.store,
-            limits=KmeLimits(rate=1e9, burst=10**9, sync_grace=5.0),
             metrics=KmeMetrics(),
         )
         self.kme.connect(other, Wire(world, self.id, other))

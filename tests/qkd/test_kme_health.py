@@ -22,7 +22,7 @@ from hybridkex.cli import main
 from hybridkex.errors import KeySourceUnavailable
 from hybridkex.kme import health
 from hybridkex.kme.config import PeerConfig, ServeConfig
-from hybridkex.kme.entity import KmeLimits
+from hybridkex.kme.settings import KmeLimits
 from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.qkd.store import new_key_file, read_key_file

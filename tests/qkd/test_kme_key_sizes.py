@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from hybridkex.kme.entity import KeyManagementEntity, KmeLimits
+from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import LocalPeer
+from hybridkex.kme.settings import EntitySettings, KmeLimits
 from hybridkex.qkd.etsi014.models import ErrorResponse, KeyRequest
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.secret import Secret
@@ -22,11 +23,13 @@ async def test_stock_of_a_smaller_key_size(tmp_path: Path, size: int, others: in
     kmes, metrics = {}, KmeMetrics()
     for own, other in (("a", "b"), ("b", "a")):
         kmes[own] = KeyManagementEntity(
-            own,
-            saes=SAES[own],
-            peers={other: SAES[other]},
+            EntitySettings(
+                id=own,
+                saes=SAES[own],
+                peers={other: SAES[other]},
+                limits=KmeLimits(key_size=512),
+            ),
             store=stores[own],
-            limits=KmeLimits(key_size=512),
             metrics=metrics,
         )
     kmes["a"].connect("b", LocalPeer(own_id="a", other=kmes["b"]))

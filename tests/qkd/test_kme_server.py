@@ -17,8 +17,9 @@ import trio.testing
 
 from hybridkex.errors import ConfigError, KeySourceExhausted, KeySourceUnavailable
 from hybridkex.kme.config import PeerConfig, ServeConfig
-from hybridkex.kme.entity import KeyManagementEntity, KmeLimits
+from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.serve import KmeServer
+from hybridkex.kme.settings import KmeLimits
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.http import HttpLimits, Request, Response, serve_connection
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeClient

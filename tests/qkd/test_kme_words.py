@@ -21,8 +21,8 @@ from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.crypto import expiry
 from hybridkex.errors import Alert, ConfigError, KeySourceError
 from hybridkex.kme.config import PeerConfig, ServeConfig
-from hybridkex.kme.entity import KmeLimits
 from hybridkex.kme.serve import KmeServer
+from hybridkex.kme.settings import KmeLimits
 from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.models import KeyRequest

@@ -14,7 +14,6 @@ from waiting import until
 
 from hybridkex.cli import main
 from hybridkex.errors import ConfigError, KeySourceUnavailable
-from hybridkex.qkd import sqlite_store
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.qkd.store import KeyStore, write_key_file
 from hybridkex.secret import Secret
@@ -31,12 +30,11 @@ def postgres() -> Iterator[PostgresServer]:
 @pytest.fixture(params=["sqlite", "postgres"])
 def opened(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
     """Opens the same store, with these keys."""
-    monkeypatch.setattr(sqlite_store, "PAGE", 2)
+    monkeypatch.setattr(KeyStore, "PAGE", 2)
     if request.param == "sqlite":
         return lambda key, *others: SqliteKeyStore(tmp_path / "db", key, read_keys=others)
     from hybridkex.qkd import postgres_store as module
 
-    monkeypatch.setattr(module, "PAGE", 2)
     monkeypatch.setattr(module, "TRANSACTION_SECONDS", 0.0)
     server, schema = request.getfixturevalue("postgres"), f"sealing_{next(SCHEMAS)}"
     return lambda key, *others: postgres_store(server, schema, seal_key=key, read_keys=others)

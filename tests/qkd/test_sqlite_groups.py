@@ -14,10 +14,10 @@ import pytest
 import trio
 
 from hybridkex.errors import KeyConsumed, KeySourceError, KeySourceUnavailable, KeyUnknown
-from hybridkex.kme.entity import KeyManagementEntity, KmeLimits
+from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import LocalPeer
-from hybridkex.qkd import sqlite_store
+from hybridkex.kme.settings import EntitySettings, KmeLimits
 from hybridkex.qkd.etsi014.models import KeyRequest
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.qkd.store import Allotment, BlocksRefused
@@ -176,11 +176,8 @@ async def test_flushes_of_pairs_at_once(tmp_path: Path) -> None:
     kmes = {}
     for one, other in (("a", "b"), ("b", "a")):
         kmes[one] = KeyManagementEntity(
-            one,
-            saes=saes[one],
-            peers={other: saes[other]},
+            EntitySettings(id=one, saes=saes[one], peers={other: saes[other]}, limits=limits),
             store=stores[one],
-            limits=limits,
             metrics=KmeMetrics(),
         )
     kmes["a"].connect("b", LocalPeer(own_id="a", other=kmes["b"]))
@@ -319,7 +316,7 @@ async def test_the_counters_never_disagree_with_the_tables(
 async def test_shared_ids_come_in_pages_and_all_of_them(
     store: SqliteKeyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite_store, "PAGE", 7)
+    monkeypatch.setattr(SqliteKeyStore, "PAGE", 7)
     keys = some_keys(50)
     ids = {key_id for key_id, _ in keys}
     await store.add("b", keys)
@@ -340,7 +337,7 @@ async def test_shared_ids_come_in_pages_and_all_of_them(
 async def test_expiry_works_in_small_transactions(
     store: SqliteKeyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite_store, "PAGE", 10)
+    monkeypatch.setattr(SqliteKeyStore, "PAGE", 10)
     await store.add("b", some_keys(35))
     await promise(store, 25)
     with statements(store) as seen:

@@ -270,16 +270,10 @@ async def test_the_database_refuses_what_no_call_may_do(store: KeyStore, stateme
 
 async def within(store: Any, link: str, sae: str, statement: str) -> list[Any]:
     """Run a statement as a call for a link and an SAE would."""
-    if isinstance(store, SqliteKeyStore):
 
-        def do(link: str) -> list[Any]:
-            return store._db.execute(statement).fetchall()
-
-        return await store._write(link, 1, do, sae=sae)
-
-    def work(cursor: Any) -> list[Any]:
-        cursor.execute(statement)
-        return cursor.fetchall() if cursor.description else []
+    def work(db: Any) -> list[Any]:
+        found = db.execute(statement)
+        return found.fetchall() if found.description else []
 
     found: list[Any] = await store._run(link, work, sae=sae)
     return found

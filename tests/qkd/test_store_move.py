@@ -21,7 +21,6 @@ from waiting import until
 
 from hybridkex.errors import ConfigError, KeyConsumed, KeySourceUnavailable
 from hybridkex.net.address import parse_tcp_address
-from hybridkex.qkd import sqlite_store
 from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.sqlite_schema import ANY_LINK
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
@@ -215,7 +214,7 @@ async def test_a_move_that_is_interrupted_at_each_step(
     from hybridkex.qkd.postgres_store import PostgresKeyStore
 
     path = tmp_path / "keys.db"
-    monkeypatch.setattr(sqlite_store, "PAGE", 500)
+    monkeypatch.setattr(SqliteKeyStore, "PAGE", 500)
     source = SqliteKeyStore(path, SEAL)
     await fill(source, 1000)
     await source.aclose()

@@ -15,8 +15,9 @@ from hybridkex.demos.rndl.matrix import Delivery
 from hybridkex.demos.rndl.now.escrow import Escrow
 from hybridkex.demos.rndl.now.tap import wire_tap
 from hybridkex.kme.config import KmeConfig, PeerConfig, ServeConfig
-from hybridkex.kme.entity import TIDY_EVERY, KmeLimits
+from hybridkex.kme.entity import TIDY_EVERY
 from hybridkex.kme.serve import KmeServer, Serving
+from hybridkex.kme.settings import KmeLimits
 from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.client import Etsi014Source, KmeAccess, KmeClient
 from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake

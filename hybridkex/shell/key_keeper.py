@@ -7,8 +7,6 @@ It also handles its own errors, so that each shell only starts it, stops it and 
 """
 
 import logging
-import math
-import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
@@ -24,10 +22,10 @@ from hybridkex.errors import (
 )
 from hybridkex.net.event_loop import Background, Event, current_time, time_limit
 from hybridkex.net.log import BoundedLog
-from hybridkex.net.token_bucket import TokenBucket
 from hybridkex.reasons import Reason
 from hybridkex.shell.inquiry import Inquiry
 from hybridkex.shell.pad_keeper import PadKeeper
+from hybridkex.shell.update_timer import AT_ONCE, UpdateTimer
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
@@ -49,14 +47,6 @@ from hybridkex.tls.session import Session
 _log: Final = get_logger("hybridkex.fresh_keys")
 _LINES: Final = BoundedLog(_log)
 """Rate-limited, because any peer can cause these lines."""
-
-_FIRST_RETRY: Final = 0.5
-_LAST_RETRY: Final = 30.0
-"""Seconds between attempts, while the key source or the peer has no key."""
-
-_AT_ONCE: Final = 16
-"""Updates that we start in a row without data between them, besides one a second: half of what a
-peer takes (:attr:`~hybridkex.tls.config.Limits.key_updates`)."""
 
 _DECLINED: Final = {
     "key_not_found": "the peer declined it: its KME did not give it the QKD key, see its log",
@@ -94,7 +84,7 @@ class KeyKeeper:
         self._fail = fail
         self._gone = gone
         self._client = isinstance(config, ClientConfig)
-        self._schedule = config.fresh_keys
+        self._timer = UpdateTimer(config.fresh_keys)
         self._on_epoch = config.on_epoch
         policy = config.policy_in_force
         self._required = policy.fresh_keys is Requirement.REQUIRE
@@ -115,23 +105,9 @@ class KeyKeeper:
         """The key for our own update."""
         self._stretched: Inquiry[float] | None = None
         """The factor by which the stock of keys stretches the interval."""
-        self._bytes = 0
-        self._why: str | None = None
-        """Why an update is due now."""
         self._again = False
         """Whether one has been asked for since the last has begun."""
-        self._due = math.inf
-        self._interval = 0.0
         self._unplanned = True
-        self._late = math.inf
-        """The time at which an update that is due is late."""
-        self._obstacle = "it was not begun"
-        """Why the last attempt came to nothing."""
-        self._retry = _FIRST_RETRY
-        self._not_before = -math.inf
-        self._pace = TokenBucket(1.0, _AT_ONCE, clock=current_time)
-        self._paced = False
-        """Whether the pace allows the update that is due."""
         self._in_a_row = 0
         """KeyUpdates that we have sent without data of ours between them."""
         self._task: Final = Background(self._run)
@@ -185,11 +161,10 @@ class KeyKeeper:
             case UpdateKeyWanted():
                 self._wanted = event
             case UpdateWanted():
-                self._want("key limit")
+                self._timer.want("key limit")
             case UpdateDeclined(reason):
                 self._lines.log(logging.INFO, "the peer has declined a key update: %s", reason)
-                self._obstacle = _DECLINED[reason]
-                self._try_later()
+                self._timer.try_later(_DECLINED[reason])
             case EpochBegan(epoch):
                 self._began(epoch)
             case _:
@@ -201,25 +176,18 @@ class KeyKeeper:
         """Count bytes of application data that we have sent."""
         self._in_a_row = 0
         self._count(size)
-        if self._connection.update_wanted and self._why is None and not self._under_way:
-            self._want("key limit")
+        if self._connection.update_wanted and self._timer.why is None and not self._under_way:
+            self._timer.want("key limit")
             self.wake()
 
     def _count(self, size: int) -> None:
-        self._bytes += size
-        self._pace.fill()
-        schedule = self._schedule
-        if schedule is None or schedule.after_bytes is None or self._bytes < schedule.after_bytes:
-            return
-        if self._why is None:
-            self._want("after_bytes")
+        if self._timer.count(size):
             self.wake()
 
     def update(self) -> None:
         """Renew the keys now; if an update is under way, once more after it."""
         self._again = self._under_way
-        self._want("asked")
-        self._not_before = -math.inf
+        self._timer.want("asked", at_once=True)
         self.wake()
 
     def wake(self) -> None:
@@ -252,20 +220,19 @@ class KeyKeeper:
         while True:
             self._wake = Event()
             if self._connection.close_sent or self._connection.close_received:
-                self._due = self._late = math.inf
-                self._why = None
+                self._timer.close()
             await self._answer()
             if self._connection.has_data_to_send:
                 await self._send_in_time()
             self._plan()
             now = current_time()
-            if now >= self._late:
+            if now >= self._timer.late:
                 await self._missed()
                 continue
-            if self._why is None and now >= self._due:
-                self._want("every")
-            if self._why is not None and not self._under_way and self._may_start(now):
-                await self._start(self._why)
+            self._timer.look(now)
+            why = self._timer.why
+            if why is not None and not self._under_way and self._may_start(now):
+                await self._start(why)
                 continue
             await self._wait(now)
 
@@ -274,38 +241,16 @@ class KeyKeeper:
         return self.extended and self._connection.update_under_way
 
     async def _wait(self, now: float) -> None:
-        until = min(self._due if self._why is None else math.inf, self._late)
-        if self._why is not None and not self._under_way and self._drawn is None:
-            until = min(until, self._not_before)
+        until = self._timer.next_time(idle=not self._under_way and self._drawn is None)
         try:
             async with time_limit(max(0.0, until - now)):
                 await self._wake.wait()
         except TimeoutError:
             pass
 
-    def _want(self, why: str) -> None:
-        """An update is due now; it is late after the deadline."""
-        self._why = self._why or why
-        if self._schedule is not None and self._late == math.inf:
-            self._late = current_time() + self._schedule.deadline
-
-    def _try_later(self) -> None:
-        """Wait longer after each attempt, but try once more shortly before the deadline."""
-        now = current_time()
-        soon = max(now + _FIRST_RETRY, self._late - 1.0)
-        self._not_before = min(now + self._retry, soon)
-        self._retry = min(2 * self._retry, _LAST_RETRY)
-
     def _may_start(self, now: float) -> bool:
         """Whether it is time for the update that is due, or for its key that has come."""
-        if self._drawn is not None:
-            return self._drawn.over
-        if now < self._not_before:
-            return False
-        self._paced = self._paced or self._pace.take()
-        if not self._paced:
-            self._not_before = now + 1.0
-        return self._paced
+        return self._drawn.over if self._drawn is not None else self._timer.may_start(now)
 
     async def _start(self, why: str) -> None:
         """Draw a key, if the update takes one; when it has come, send the request."""
@@ -313,12 +258,12 @@ class KeyKeeper:
         if not self.extended:
             # Without data, the keys have protected nothing. A peer may take no more than 32 without
             # data of ours between them, however slowly they come (BoringSSL does not).
-            if (self._bytes or why != "every") and self._in_a_row < _AT_ONCE:
+            if (self._timer.bytes or why != "every") and self._in_a_row < AT_ONCE:
                 self._in_a_row += 1
                 connection.update_keys(request_peer=True)
-                self._paced = False
+                self._timer.started()
                 await self._send()
-            self._done()
+            self._timer.done()
             self._unplanned = True
             return
         key, missing = None, None
@@ -330,11 +275,10 @@ class KeyKeeper:
             key, missing = inquiry.result()
             if key is None and self._qkd_required:
                 _LINES.log(logging.WARNING, "no key update now: %s", missing)
-                self._obstacle = f"there was no QKD key for it: {missing}"
-                self._try_later()
+                self._timer.try_later(f"there was no QKD key for it: {missing}")
                 return
         connection.start_update(key, missing=missing, why=why)
-        self._paced = False
+        self._timer.started()
         await self._send_in_time()
 
     async def _draw(self) -> _Found:
@@ -383,15 +327,14 @@ class KeyKeeper:
             await self._send()
             return
         try:
-            async with time_limit(max(0.0, self._late - current_time())):
+            async with time_limit(max(0.0, self._timer.late - current_time())):
                 await self._send()
         except TimeoutError:
             await self._missed()
 
     async def _missed(self) -> None:
         """No update was completed before its deadline."""
-        self._late = math.inf
-        obstacle = self._obstacle
+        obstacle = self._timer.missed()
         if self._under_way:
             obstacle = "the peer has not answered, or our program does not receive its answer"
         elif self._drawn is not None and not self._drawn.over:
@@ -416,8 +359,6 @@ class KeyKeeper:
             )
         )
 
-    # --- the schedule -------------------------------------------------------------------------
-
     def _began(self, epoch: Epoch) -> None:
         legs = " + ".join((epoch.group, *(f"QKD {one}" for one in epoch.qkd_key_ids)))
         self._lines.log(
@@ -431,41 +372,30 @@ class KeyKeeper:
                 "epoch %d has no QKD key: %s",
                 *(epoch.number, epoch.qkd_missing),
             )
-        self._done()
+        self._timer.done()
         if self._drawn is not None:  # the peer was faster; the key is for no other epoch
             self._drawn.cancel()
             self._drawn = None
         self._unplanned = True
         if self._again:
             self._again = False
-            self._want("asked")
+            self._timer.want("asked")
         if self._on_epoch is not None:
             self._on_epoch(self._connection.session)
 
-    def _done(self) -> None:
-        self._why = None
-        self._late = math.inf
-        self._retry, self._not_before = _FIRST_RETRY, -math.inf
-        self._obstacle = "it was not begun"
-        self._bytes = 0
-
     def _plan(self) -> None:
-        """Set the time of the next update: a little earlier at random, later if keys are scarce."""
-        schedule = self._schedule
+        """Set the time of the next update; it comes later if keys are scarce."""
         if self._unplanned:
             self._unplanned = False
             if self._stretched is not None:
                 self._stretched.cancel()
                 self._stretched = None
-            if schedule is None:
-                return
-            self._interval = schedule.every * (1 - schedule.jitter * random.random())  # no secret
-            self._due = current_time() + self._interval
-            if self._connection.updates_take_keys:
+            schedule = self._timer.plan()
+            if schedule is not None and self._connection.updates_take_keys:
                 self._stretched = Inquiry(partial(self._stretch, schedule), self.wake)
         if self._stretched is not None and self._stretched.over:
             inquiry, self._stretched = self._stretched, None
-            self._due += self._interval * (inquiry.result() - 1.0)
+            self._timer.stretch(inquiry.result())
 
     async def _stretch(self, schedule: FreshKeys) -> float:
         try:

@@ -27,7 +27,7 @@ from hybridkex import (
 from hybridkex.errors import AlertReceived, KeySourceUnavailable, PolicyRefused
 from hybridkex.qkd.in_process import InProcessSource, in_process_pair
 from hybridkex.qkd.source import KeyReference, QkdKey, SourceStatus
-from hybridkex.shell import key_keeper
+from hybridkex.shell import update_timer
 from hybridkex.tls.events import KeyUpdated
 
 CA = DevCa.create(algorithm="ed25519")
@@ -210,7 +210,7 @@ async def test_jitter_makes_it_earlier_and_never_later(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chance = random.Random(16)
-    monkeypatch.setattr(key_keeper.random, "random", chance.random)
+    monkeypatch.setattr(update_timer.random, "random", chance.random)
     async with session(FreshKeys(every=10.0, jitter=0.5)) as (client, server, _, _):
         times = []
 

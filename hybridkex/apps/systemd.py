@@ -1,8 +1,51 @@
-"""Reports a service's state to systemd by the protocol of sd_notify(3)."""
+"""What a service manager sends to a service, signals, and what a service reports to it.
+
+The reports follow the protocol of sd_notify(3).
+"""
 
 import os
+import signal
 import socket
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Final
+
+import trio
+
+SIGNALS: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+
+
+async def obey(
+    received: AsyncIterator[int],
+    reload: Callable[[], Awaitable[None]],
+    end: Callable[[int], object],
+) -> None:
+    """Call ``reload`` for SIGHUP, once at a time, and ``end`` with the number of any other signal.
+
+    Args:
+        received: the signals, of ``trio.open_signal_receiver(*SIGNALS)``.
+        reload: cancelled by a signal to end, so that a file or a name server that does not answer
+            does not delay the shutdown. It handles its own errors.
+        end: called for each such signal; a second one may ask for an immediate end.
+    """
+    wanted, reloading = trio.Event(), trio.CancelScope()
+
+    async def reload_when_asked() -> None:
+        nonlocal wanted
+        with reloading:
+            while True:
+                await wanted.wait()
+                wanted = trio.Event()
+                await reload()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reload_when_asked)
+        async for number in received:
+            if number == signal.SIGHUP:
+                wanted.set()
+            else:
+                reloading.cancel()
+                end(number)
 
 
 def notify(*fields: str) -> None:

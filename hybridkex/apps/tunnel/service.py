@@ -1,13 +1,12 @@
 """Tunnels as a service: signals reload or drain them, and systemd is notified."""
 
-import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Final
 
 import trio
 
 from hybridkex import HybridkexError
-from hybridkex.apps.systemd import notify, notify_reloading
+from hybridkex.apps.systemd import SIGNALS, notify, notify_reloading, obey
 from hybridkex.apps.tunnel.config import TunnelSettings
 from hybridkex.apps.tunnel.server import TunnelServer
 from hybridkex.apps.tunnel.workers import WorkerPool
@@ -43,11 +42,9 @@ class TunnelService:
         self._load = load
         self._settings = settings
         self._server = server
-        self._wanted = trio.Event()
-        """Requests a reload."""
-        self._reloading = trio.CancelScope()
         self._starting = trio.CancelScope()
-        self._started = False
+        self._started = trio.Event()
+        self._ending = False
 
     async def run(self) -> None:
         """Serve until a signal.
@@ -55,48 +52,33 @@ class TunnelService:
         Raises:
             ConfigError: the first settings cannot be used.
         """
-        signals = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-        with trio.open_signal_receiver(*signals) as received:
+        with trio.open_signal_receiver(*SIGNALS) as received:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._obey, received)
+                nursery.start_soon(obey, received, self._reload, self._end)
                 with self._starting:
                     await nursery.start(self._serve, nursery.cancel_scope)
                 if self._starting.cancel_called:
                     nursery.cancel_scope.cancel()
                     return
-                self._started = True
                 self._say_ready()
-                nursery.start_soon(self._reload_when_asked)
+                self._started.set()
 
     async def _serve(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
         await self._server.serve(self._settings, task_status=task_status)
         scope.cancel()
 
-    async def _obey(self, received: AsyncIterator[int]) -> None:
-        ending = False
-        async for number in received:
-            if number == signal.SIGHUP:
-                self._wanted.set()
-                continue
-            self._on_end(number)
-            if not self._started:
-                self._starting.cancel()
-                continue
-            # A reload that waits for a name server must not delay the shutdown.
-            self._reloading.cancel()
-            notify("STOPPING=1", "STATUS=no new connections")
-            # A second signal asks for an immediate end.
-            self._server.close(0.0 if ending else self._settings.grace)
-            ending = True
-
-    async def _reload_when_asked(self) -> None:
-        with self._reloading:
-            while True:
-                await self._wanted.wait()
-                self._wanted = trio.Event()
-                await self._reload()
+    def _end(self, number: int) -> None:
+        self._on_end(number)
+        if not self._started.is_set():
+            self._starting.cancel()
+            return
+        notify("STOPPING=1", "STATUS=no new connections")
+        # A second signal asks for an immediate end.
+        self._server.close(0.0 if self._ending else self._settings.grace)
+        self._ending = True
 
     async def _reload(self) -> None:
+        await self._started.wait()
         notify_reloading()
         try:
             settings = await in_thread(self._load, abandon=True)

@@ -4,7 +4,6 @@
 """
 
 import math
-import signal
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Final
 
 import trio
 
-from hybridkex.apps.systemd import notify, notify_reloading
+from hybridkex.apps.systemd import SIGNALS, notify, notify_reloading, obey
 from hybridkex.auth.dev_ca import DevCa, identity_files
 from hybridkex.cli.key_sources import kme_access
 from hybridkex.cli.kme import (
@@ -80,9 +79,14 @@ def _run_server(path: Path, announce: Callable[[Serving], None]) -> int:
     server = KmeServer(load_config(path))
 
     async def main(request: EndRequest) -> None:
-        with trio.open_signal_receiver(*_SIGNALS) as signals:
+        def end(number: int) -> None:
+            request.note(number)
+            notify("STOPPING=1")
+            server.close()
+
+        with trio.open_signal_receiver(*SIGNALS) as signals:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_obey, signals, server, path, request)
+                nursery.start_soon(obey, signals, partial(_reload, server, path), end)
                 try:
                     # Not in the nursery: an error must not be wrapped in an exception group.
                     await server.serve(task_status=_Announced(announce))
@@ -91,9 +95,6 @@ def _run_server(path: Path, announce: Callable[[Serving], None]) -> int:
 
     run_service(main)
     return 0
-
-
-_SIGNALS: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 
 class _Announced:
@@ -105,29 +106,6 @@ class _Announced:
     def started(self, value: Any = None) -> None:
         self._announce(value)
         notify("READY=1")
-
-
-async def _obey(signals: Any, server: KmeServer, path: Path, request: EndRequest) -> None:
-    wanted = trio.Event()
-
-    async def reload_when_asked() -> None:
-        nonlocal wanted
-        while True:
-            await wanted.wait()
-            wanted = trio.Event()
-            await _reload(server, path)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(reload_when_asked)
-        async for number in signals:
-            if number == signal.SIGHUP:
-                wanted.set()
-            else:
-                request.note(number)
-                notify("STOPPING=1")
-                # A reload that waits for a file must not delay the shutdown.
-                nursery.cancel_scope.cancel()
-                server.close()
 
 
 async def _reload(server: KmeServer, path: Path) -> None:

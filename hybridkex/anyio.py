@@ -353,7 +353,7 @@ class _Dismissed(Exception):
     """A connection has to end, for others."""
 
 
-class _Guest:
+class _PendingHandshake:
     """A connection that has, or waits for, a place for its handshake."""
 
     def __init__(self) -> None:
@@ -377,7 +377,7 @@ class _Places:
         self._budget = Budget(
             share(HANDSHAKES), what="handshakes", patience=PATIENCE, freed=self._wake
         )
-        self._pending = PendingConnections[_Guest](self._budget.held)
+        self._pending = PendingConnections[_PendingHandshake](self._budget.held)
         self._entered = 0
         self._news = anyio.Event()
         self._scope = anyio.CancelScope()
@@ -390,12 +390,12 @@ class _Places:
         Raises:
             _Dismissed: it has to end, for others.
         """
-        connection, guest = Connection(_carrier(stream), _LINES), _Guest()
+        connection, handshake = Connection(_carrier(stream), _LINES), _PendingHandshake()
         try:
-            with guest.scope:
-                self._enter(connection, guest)
+            with handshake.scope:
+                self._enter(connection, handshake)
                 try:
-                    await guest.started.wait()
+                    await handshake.started.wait()
                 except BaseException:
                     self._leave(connection)  # before another connection has its descriptor
                     await anyio.aclose_forcefully(stream)
@@ -403,15 +403,15 @@ class _Places:
                 yield
         finally:
             self._leave(connection)
-        if guest.scope.cancelled_caught:
-            raise _Dismissed(guest.reason)
+        if handshake.scope.cancelled_caught:
+            raise _Dismissed(handshake.reason)
 
-    def _enter(self, connection: Connection, guest: _Guest) -> None:
+    def _enter(self, connection: Connection, handshake: _PendingHandshake) -> None:
         if self._closed:
-            guest.started.set()
+            handshake.started.set()
             return
         self._entered += 1
-        self._pending.add(connection, guest)
+        self._pending.add(connection, handshake)
         if not on_trio():  # asyncio may have read what it sent
             self._pending.heard(connection)
         while (leaving := self._pending.crowded_out()) is not None:
@@ -434,11 +434,11 @@ class _Places:
                 with anyio.move_on_after(RETRY_SECONDS if len(self._pending) else None):
                     await self._news.wait()
                 continue
-            connection, guest = found
+            connection, handshake = found
             connection.begin(
-                self._budget, cut=partial(guest.dismiss, "it made room for another connection")
+                self._budget, cut=partial(handshake.dismiss, "it made room for another connection")
             )
-            guest.started.set()
+            handshake.started.set()
             for _ in range(ACCEPTED_BETWEEN):  # the accept loop goes first
                 before = self._entered
                 await anyio.lowlevel.checkpoint()

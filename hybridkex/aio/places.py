@@ -23,7 +23,7 @@ from hybridkex.net.pending import (
 )
 
 
-class Guest(Protocol):
+class PendingHandshake(Protocol):
     """A connection that wants to begin its handshake."""
 
     def wait(self) -> None:
@@ -45,7 +45,7 @@ class Places:
             share(HANDSHAKES), what="handshakes", patience=PATIENCE, freed=self._freed
         )
         # It exists while connections are pending: an asyncio.Server does not report its end.
-        self._pending: PendingConnections[Guest] | None = None
+        self._pending: PendingConnections[PendingHandshake] | None = None
         self._due = False
         self._entered = self._seen = self._at_start = 0
         """Connections so far: all, those at the last turn of the loop, those at the last start."""
@@ -56,12 +56,14 @@ class Places:
         """The event loop."""
         return self._loop
 
-    def enter(self, guest: Guest, raw: asyncio.Transport, log: BoundedLog) -> Connection:
+    def enter(
+        self, handshake: PendingHandshake, raw: asyncio.Transport, log: BoundedLog
+    ) -> Connection:
         """Start a connection's handshake, now or when it is its turn; the caller has to
         :meth:`leave` when the handshake or the connection has ended.
 
         Args:
-            guest: the connection; it is told if it has to wait.
+            handshake: the connection; it is told if it has to wait.
             raw: its transport.
             log: for log lines that the peer can cause.
         """
@@ -70,17 +72,17 @@ class Places:
         self._entered += 1
         self._soon()
         if alone and self._budget.makes_place(connection.address, evict=False):
-            self._start(connection, guest)
+            self._start(connection, handshake)
             return connection
         if self._pending is None:
             try:
                 self._pending = PendingConnections(self._budget.held, _space())
             except OSError:  # there is no descriptor for it
-                self._start(connection, guest)
+                self._start(connection, handshake)
                 return connection
             self._loop.add_reader(self._pending.fileno(), self._listen)
-        guest.wait()
-        self._pending.add(connection, guest)
+        handshake.wait()
+        self._pending.add(connection, handshake)
         while (leaving := self._pending.crowded_out()) is not None:
             leaving[1].dismiss("closed: too many connections of its address are waiting")
         return connection
@@ -98,11 +100,12 @@ class Places:
             self._soon()
         connection.release()
 
-    def _start(self, connection: Connection, guest: Guest) -> None:
+    def _start(self, connection: Connection, handshake: PendingHandshake) -> None:
         connection.begin(
-            self._budget, cut=lambda: guest.dismiss("closed to make room for another connection")
+            self._budget,
+            cut=lambda: handshake.dismiss("closed to make room for another connection"),
         )
-        guest.start()
+        handshake.start()
 
     def _listen(self) -> None:
         assert self._pending is not None

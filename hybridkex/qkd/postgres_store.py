@@ -548,7 +548,7 @@ class PostgresKeyStore(KeyStore):
             if damaged:
                 if self.record(cursor)[1] != self._generation:
                     raise InvalidTag  # they may be encrypted under a key that is new
-                self._spend(cursor, link, self._take(cursor, link, damaged))
+                self._erase(cursor, link, damaged)
             return found, damaged
 
         # A mark that is lost with the machine is of a process that is lost, too.

@@ -548,7 +548,7 @@ class SqliteKeyStore(KeyStore):
             # One damaged row must not block the others.
             LOG.error("%s: %d damaged keys of %s are erased", self._path, len(damaged), link)
             try:
-                await self._run(link, partial(self._erase, link, damaged), size=len(damaged))
+                await self._run(link, lambda db: self._erase(db, link, damaged), size=len(damaged))
             except BaseException:
                 self._let_go(link, [one.key_id for one in found])
                 raise
@@ -589,9 +589,6 @@ class SqliteKeyStore(KeyStore):
         # No I/O: the set belongs to this process.
         self._let_go(link, key_ids)
         await checkpoint()
-
-    def _erase(self, link: str, key_ids: Sequence[str], db: sqlite3.Connection) -> None:
-        self._spend(db, link, self._take(db, link, key_ids))
 
     def _sizes(self, db: sqlite3.Connection, link: str) -> tuple[int, int]:
         row = db.execute("SELECT free, promised FROM stock WHERE link = ?", (link,)).fetchone()

@@ -374,11 +374,15 @@ class KeyStore(ABC):
 
         def work(db: _Db) -> list[str]:
             reserved = self._reserved_among(db, link, ids)
-            gone = list(self._take(db, link, [one for one in ids if reserved.get(one) is False]))
-            self._spend(db, link, gone)
-            return gone
+            return self._erase(db, link, [one for one in ids if reserved.get(one) is False])
 
         return await self._run(link, work, size=len(ids))
+
+    def _erase(self, db: _Db, link: str, key_ids: Sequence[str]) -> list[str]:
+        """Erase material and record it as spent. Returns the erased IDs."""
+        gone = list(self._take(db, link, key_ids))
+        self._spend(db, link, gone)
+        return gone
 
     async def void(self, link: str, key_ids: Iterable[str]) -> int:
         """Erase keys that the KME at the other end has discarded. Returns the number erased.
@@ -389,7 +393,7 @@ class KeyStore(ABC):
         ids = list(key_ids)
 
         def work(db: _Db) -> int:
-            erased = self._take(db, link, list(self._reserved_among(db, link, ids)))
+            erased = self._erase(db, link, list(self._reserved_among(db, link, ids)))
             self._spend(db, link, ids)
             return len(erased) + self._void_grants(db, link, ids)
 

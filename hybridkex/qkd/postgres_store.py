@@ -606,22 +606,24 @@ class PostgresKeyStore(KeyStore):
             for block in one.blocks:
                 self._held.pop((link, block), None)
 
-    def _reserved_among(self, db: _Cursor, link: str, key_ids: Sequence[str]) -> dict[str, bool]:
-        return dict(
-            db.execute(
-                "SELECT key_id, holder IS NOT NULL AND held_until >= clock_timestamp()"
-                f" FROM material WHERE {_THESE} ORDER BY key_id FOR UPDATE",
-                (link, list(key_ids)),
-            ).fetchall()
+    def _unreserved(self, db: _Cursor, link: str, key_ids: Sequence[str]) -> list[str]:
+        rows = db.execute(
+            f"SELECT key_id FROM material WHERE {_THESE}"
+            " AND (holder IS NULL OR held_until < clock_timestamp())"
+            " ORDER BY key_id FOR UPDATE SKIP LOCKED",
+            (link, list(key_ids)),
         )
+        return [key_id for (key_id,) in rows]
 
-    def _take(self, db: _Cursor, link: str, key_ids: Sequence[str]) -> dict[str, bytes]:
-        return dict(
-            db.execute(
-                f"DELETE FROM material WHERE {_THESE} RETURNING key_id, sealed",
-                (link, list(key_ids)),
-            ).fetchall()
+    def _take(
+        self, db: _Cursor, link: str, key_ids: Sequence[str]
+    ) -> dict[str, tuple[bytes, bool]]:
+        rows = db.execute(
+            f"DELETE FROM material WHERE {_THESE} RETURNING key_id, sealed,"
+            " holder IS NOT NULL AND held_until >= clock_timestamp()",
+            (link, list(key_ids)),
         )
+        return {key_id: (sealed, is_held) for key_id, sealed, is_held in rows}
 
     def _take_reserved(self, db: _Cursor, link: str, key_ids: Sequence[str]) -> dict[str, bytes]:
         marks = list({self._held.get((link, key_id), "") for key_id in key_ids})
@@ -655,32 +657,26 @@ class PostgresKeyStore(KeyStore):
 
     # -- from grants to slaves
 
-    def _grants_among(
-        self, db: _Cursor, link: str, key_ids: Sequence[str], slave: str, master: str
-    ) -> dict[str, tuple[Any, str | None]]:
-        rows = db.execute(
-            "SELECT key_id, sealed, ended FROM grants"
-            " WHERE link = %s AND key_id = ANY(%s) AND slave = %s AND master = %s"
-            " ORDER BY key_id FOR UPDATE",
-            (link, list(key_ids), slave, master),
-        )
-        return {key_id: (sealed, ended) for key_id, sealed, ended in rows}
-
-    def _is_granted(self, db: _Cursor, link: str, key_id: str, master: str) -> bool:
-        found = db.execute(
-            "SELECT 1 FROM grants WHERE link = %s AND key_id = %s AND master = %s",
-            (link, key_id, master),
-        )
-        return found.fetchone() is not None
-
     def _deliver(
         self, db: _Cursor, link: str, key_ids: Sequence[str], slave: str, master: str
-    ) -> None:
-        db.execute(
-            "UPDATE grants SET sealed = NULL, ended = 'delivered'"
-            " WHERE link = %s AND key_id = ANY(%s) AND slave = %s AND master = %s",
+    ) -> dict[str, bytes]:
+        rows = db.execute(
+            "UPDATE grants SET sealed = NULL, ended = 'delivered' FROM"
+            " (SELECT link, key_id, slave, sealed FROM grants"
+            " WHERE link = %s AND key_id = ANY(%s) AND slave = %s AND master = %s"
+            " AND ended IS NULL ORDER BY key_id FOR UPDATE) AS old"
+            " WHERE grants.key_id = old.key_id AND grants.link = old.link"
+            " AND grants.slave = old.slave RETURNING old.key_id, old.sealed",
             (link, list(key_ids), slave, master),
         )
+        return dict(rows.fetchall())
+
+    def _ends(self, db: _Cursor, link: str, key_id: str, master: str) -> dict[str, str | None]:
+        rows = db.execute(
+            "SELECT slave, ended FROM grants WHERE link = %s AND key_id = %s AND master = %s",
+            (link, key_id, master),
+        )
+        return dict(rows.fetchall())
 
     # -- the end of keys
 

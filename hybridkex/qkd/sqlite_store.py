@@ -620,22 +620,24 @@ class SqliteKeyStore(KeyStore):
 
     # -- from material to grants
 
-    def _reserved_among(
+    def _unreserved(self, db: sqlite3.Connection, link: str, key_ids: Sequence[str]) -> list[str]:
+        return [key_id for key_id in key_ids if (link, key_id) not in self._reserved]
+
+    def _take(
         self, db: sqlite3.Connection, link: str, key_ids: Sequence[str]
-    ) -> dict[str, bool]:
-        here = self._among(db, "material", link, key_ids)
-        return {key_id: (link, key_id) in self._reserved for key_id in here}
+    ) -> dict[str, tuple[bytes, bool]]:
+        found = self._take_reserved(db, link, key_ids)
+        return {key_id: (found[key_id], (link, key_id) in self._reserved) for key_id in found}
 
-    def _take(self, db: sqlite3.Connection, link: str, key_ids: Sequence[str]) -> dict[str, bytes]:
-        return dict(
-            db.execute(
-                "DELETE FROM material WHERE link = ?"
-                " AND key_id IN (SELECT value FROM json_each(?)) RETURNING key_id, sealed",
-                (link, json.dumps(key_ids)),
-            ).fetchall()
+    def _take_reserved(
+        self, db: sqlite3.Connection, link: str, key_ids: Sequence[str]
+    ) -> dict[str, bytes]:
+        rows = db.execute(
+            "DELETE FROM material WHERE link = ?"
+            " AND key_id IN (SELECT value FROM json_each(?)) RETURNING key_id, sealed",
+            (link, json.dumps(key_ids)),
         )
-
-    _take_reserved = _take
+        return dict(rows.fetchall())
 
     def _end_reservations(self, link: str, key_ids: Iterable[str]) -> None:
         self._let_go(link, key_ids)
@@ -643,7 +645,9 @@ class SqliteKeyStore(KeyStore):
     def _spend(self, db: sqlite3.Connection, link: str, key_ids: Iterable[str]) -> set[str]:
         rows = db.execute(
             "INSERT OR IGNORE INTO spent (link, key_id, at)"
-            " SELECT ?, value, ? FROM json_each(?) RETURNING key_id",
+            " SELECT ?, value, ? FROM json_each(?) WHERE NOT EXISTS"
+            f" (SELECT 1 FROM spent WHERE link = '{ANY_LINK}' AND key_id = value)"
+            " RETURNING key_id",
             (link, time.time(), json.dumps(list(key_ids))),
         )
         return {key_id for (key_id,) in rows.fetchall()}
@@ -664,31 +668,30 @@ class SqliteKeyStore(KeyStore):
 
     # -- from grants to slaves
 
-    def _grants_among(
-        self, db: sqlite3.Connection, link: str, key_ids: Sequence[str], slave: str, master: str
-    ) -> dict[str, tuple[Any, str | None]]:
-        rows = db.execute(
-            "SELECT key_id, sealed, ended FROM grants WHERE link = ?"
-            " AND key_id IN (SELECT value FROM json_each(?)) AND slave = ? AND master = ?",
-            (link, json.dumps(key_ids), slave, master),
-        )
-        return {key_id: (sealed, ended) for key_id, sealed, ended in rows}
-
-    def _is_granted(self, db: sqlite3.Connection, link: str, key_id: str, master: str) -> bool:
-        found = db.execute(
-            "SELECT 1 FROM grants WHERE link = ? AND key_id = ? AND master = ?",
-            (link, key_id, master),
-        )
-        return found.fetchone() is not None
-
     def _deliver(
         self, db: sqlite3.Connection, link: str, key_ids: Sequence[str], slave: str, master: str
-    ) -> None:
+    ) -> dict[str, bytes]:
+        values = (link, json.dumps(key_ids), slave, master)
+        found = db.execute(
+            "SELECT key_id, sealed FROM grants WHERE link = ? AND key_id IN"
+            " (SELECT value FROM json_each(?)) AND slave = ? AND master = ? AND ended IS NULL",
+            values,
+        ).fetchall()
         db.execute(
-            "UPDATE grants SET sealed = NULL, ended = 'delivered' WHERE link = ?"
-            " AND key_id IN (SELECT value FROM json_each(?)) AND slave = ? AND master = ?",
-            (link, json.dumps(key_ids), slave, master),
+            "UPDATE grants SET sealed = NULL, ended = 'delivered' WHERE link = ? AND key_id IN"
+            " (SELECT value FROM json_each(?)) AND slave = ? AND master = ? AND ended IS NULL",
+            values,
         )
+        return dict(found)
+
+    def _ends(
+        self, db: sqlite3.Connection, link: str, key_id: str, master: str
+    ) -> dict[str, str | None]:
+        rows = db.execute(
+            "SELECT slave, ended FROM grants WHERE link = ? AND key_id = ? AND master = ?",
+            (link, key_id, master),
+        )
+        return dict(rows.fetchall())
 
     # -- the end of keys
 

@@ -33,7 +33,14 @@ from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from hybridkex.errors import ConfigError, KeyConsumed, KeyExpired, KeyUnauthorized, KeyUnknown
+from hybridkex.errors import (
+    ConfigError,
+    KeyConsumed,
+    KeyExpired,
+    KeySourceError,
+    KeyUnauthorized,
+    KeyUnknown,
+)
 from hybridkex.files import create_file, read_file
 from hybridkex.machine import write_error
 from hybridkex.secret import Secret
@@ -233,7 +240,7 @@ class KeyStore(ABC):
 
         def work(db: _Db) -> None:
             taken = self._take_reserved(db, link, blocks)
-            keys = self._assembled(db, link, allotments, taken)
+            keys = self._assembled(link, allotments, taken, self._spend(db, link, blocks))
             for one, key in zip(allotments, keys, strict=True):
                 if key is None or not taken.keys() >= set(one.blocks):
                     raise KeyConsumed(f"a block of key {one.key_id} is gone")
@@ -260,43 +267,49 @@ class KeyStore(ABC):
         blocks = _blocks_of(allotments)
 
         def work(db: _Db) -> None:
-            here = self._reserved_among(db, link, blocks)
-            spent = self._among(db, "spent", link, blocks)
+            found = self._take(db, link, blocks)
+            new = self._spend(db, link, blocks)
             states: dict[str, BlockState] = {}
             for one in allotments:
                 for block in one.blocks:
-                    if block in spent:
+                    if block not in new:
                         states[block] = BlockState.SPENT
-                    elif block not in here:
+                    elif block not in found:
                         if one.value is None:
                             states[block] = BlockState.UNKNOWN
-                    elif here[block] and half_of(block) != peer_half:
+                    elif found[block][1] and half_of(block) != peer_half:
                         states[block] = BlockState.RESERVED
             if states:
                 raise BlocksRefused(states)
-            keys = self._assembled(db, link, allotments, self._take(db, link, blocks))
+            taken = {block: sealed for block, (sealed, _) in found.items()}
+            keys = self._assembled(link, allotments, taken, new)
             for one, key in zip(allotments, keys, strict=True):
                 if key is None:
-                    # Listed twice, or taken by another process in the meantime.
+                    # Listed twice, or too short.
                     raise BlocksRefused(dict.fromkeys(one.blocks, BlockState.SPENT))
             self._grant(db, link, allotments, keys, master, slaves)
 
         await self._run(link, work, size=len(blocks))
 
     def _assembled(
-        self, db: _Db, link: str, allotments: Iterable[Allotment], taken: Mapping[str, bytes]
+        self,
+        link: str,
+        allotments: Iterable[Allotment],
+        taken: Mapping[str, bytes],
+        new: Iterable[str],
     ) -> list[Secret | None]:
-        """The keys of allotments, whose blocks are recorded as spent.
-
-        A key is ``None`` if one of its blocks is gone, as the second time that it is listed; if one
-        is missing and needed; or if its blocks are too short for it.
+        """The keys of allotments; ``None`` if a block of one is gone, or missing and needed, or if
+        its blocks are too short for it.
 
         Args:
+            link: whose material the blocks were.
+            allotments: what is asked for; a block that is listed twice is gone the second time.
             taken: the sealed blocks that this transaction has removed from the material.
+            new: the IDs that it has recorded as spent, and that were not before.
 
         Raises ``cryptography.exceptions.InvalidTag``.
         """
-        left = self._spend(db, link, _blocks_of(allotments))
+        left = set(new)
         keys: list[Secret | None] = []
         for one in allotments:
             fresh = left.issuperset(one.blocks) and len(set(one.blocks)) == len(one.blocks)
@@ -343,23 +356,13 @@ class KeyStore(ABC):
         """
 
         def work(db: _Db) -> list[tuple[str, Secret]]:
-            found = self._grants_among(db, link, key_ids, slave, master)
+            found = self._deliver(db, link, key_ids, slave, master)
             keys: list[tuple[str, Secret]] = []
             for key_id in key_ids:
-                if key_id not in found:
-                    if self._is_granted(db, link, key_id, master):
-                        raise KeyUnauthorized(f"key {key_id} is not for {slave}")
-                    raise KeyUnknown(f"there is no key {key_id} of {master}")
-                sealed, ended = found[key_id]
-                if ended == "expired":
-                    raise KeyExpired(f"key {key_id} has expired")
-                if ended is not None:
-                    how = "was delivered before" if ended == "delivered" else f"is {ended}"
-                    raise KeyConsumed(f"key {key_id} {how}")
-                found[key_id] = (None, "delivered")  # a second time in one request
+                if key_id not in found:  # or not any more: it is named twice
+                    raise _refusal(key_id, self._ends(db, link, key_id, master), slave, master)
                 place = place_of("grant", link, key_id, master, slave)
-                keys.append((key_id, self._seal.open(sealed, place)))
-            self._deliver(db, link, key_ids, slave, master)
+                keys.append((key_id, self._seal.open(found.pop(key_id), place)))
             return keys
 
         return await self._run(link, work, size=len(key_ids), sae=slave)
@@ -373,8 +376,7 @@ class KeyStore(ABC):
         ids = list(key_ids)
 
         def work(db: _Db) -> list[str]:
-            reserved = self._reserved_among(db, link, ids)
-            return self._erase(db, link, [one for one in ids if reserved.get(one) is False])
+            return self._erase(db, link, self._unreserved(db, link, ids))
 
         return await self._run(link, work, size=len(ids))
 
@@ -393,7 +395,7 @@ class KeyStore(ABC):
         ids = list(key_ids)
 
         def work(db: _Db) -> int:
-            erased = self._erase(db, link, list(self._reserved_among(db, link, ids)))
+            erased = self._take(db, link, ids)
             self._spend(db, link, ids)
             return len(erased) + self._void_grants(db, link, ids)
 
@@ -511,16 +513,16 @@ class KeyStore(ABC):
         """At most ``PAGE`` keys of a half: number, ID, and whether it is shared, free and older."""
 
     @abstractmethod
-    def _reserved_among(self, db: _Db, link: str, key_ids: Sequence[str]) -> dict[str, bool]:
-        """Those of these IDs that are material, and whether each is reserved; locks them."""
+    def _unreserved(self, db: _Db, link: str, key_ids: Sequence[str]) -> list[str]:
+        """Those of these IDs that are not reserved."""
 
     @abstractmethod
-    def _take(self, db: _Db, link: str, key_ids: Sequence[str]) -> dict[str, bytes]:
-        """Remove material. Returns what was there, sealed."""
+    def _take(self, db: _Db, link: str, key_ids: Sequence[str]) -> dict[str, tuple[bytes, bool]]:
+        """Remove material. Returns what was there: sealed, and whether it was reserved."""
 
     @abstractmethod
     def _take_reserved(self, db: _Db, link: str, key_ids: Sequence[str]) -> dict[str, bytes]:
-        """Likewise, but only what no other process has reserved."""
+        """Remove material that no other process has reserved. Returns what was there, sealed."""
 
     def _end_reservations(  # noqa: B027  # a mark in the row ends with the row
         self, link: str, key_ids: Iterable[str]
@@ -538,18 +540,14 @@ class KeyStore(ABC):
         """Add promises, each a key ID, its slave, its number of blocks and the sealed key."""
 
     @abstractmethod
-    def _grants_among(
+    def _deliver(
         self, db: _Db, link: str, key_ids: Sequence[str], slave: str, master: str
-    ) -> dict[str, tuple[Any, str | None]]:
-        """The promises by key ID: the sealed key and how it ended."""
+    ) -> dict[str, bytes]:
+        """Erase the promises that have not ended, as delivered. Returns the sealed keys."""
 
     @abstractmethod
-    def _is_granted(self, db: _Db, link: str, key_id: str, master: str) -> bool:
-        """Whether a key is promised to any slave."""
-
-    @abstractmethod
-    def _deliver(self, db: _Db, link: str, key_ids: Sequence[str], slave: str, master: str) -> None:
-        """Erase promises that are delivered."""
+    def _ends(self, db: _Db, link: str, key_id: str, master: str) -> dict[str, str | None]:
+        """How the promises of a key have ended, by slave; ``None``: not yet."""
 
     @abstractmethod
     def _void_grants(self, db: _Db, link: str, key_ids: Sequence[str]) -> int:
@@ -578,6 +576,20 @@ class KeyStore(ABC):
     @abstractmethod
     def _renew_grants(self, db: _Db, after: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, int]:
         """Likewise."""
+
+
+def _refusal(
+    key_id: str, ends: Mapping[str, str | None], slave: str, master: str
+) -> KeySourceError:
+    """Why a slave does not get a key."""
+    if not ends:
+        return KeyUnknown(f"there is no key {key_id} of {master}")
+    if slave not in ends:
+        return KeyUnauthorized(f"key {key_id} is not for {slave}")
+    if ends[slave] == "expired":
+        return KeyExpired(f"key {key_id} has expired")
+    how = "is void" if ends[slave] == "void" else "was delivered before"
+    return KeyConsumed(f"key {key_id} {how}")
 
 
 def _blocks_of(allotments: Iterable[Allotment]) -> list[str]:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from hybridkex.apps.transfer import Progress
+from hybridkex.apps.transfer.names import shown
+from hybridkex.apps.transfer.progress import File
 from hybridkex.errors import ConfigError
 from hybridkex.text import terminal
 
@@ -60,23 +62,23 @@ class _Lines(Progress):
 
     def __init__(self, verb: str) -> None:
         self._verb = verb
-        self._begun: dict[str, tuple[float, int, int]] = {}
+        self._begun: dict[int, tuple[File, float, int]] = {}
 
-    def begin(self, name: str, size: int, done: int) -> None:
-        self._begun[name] = time.monotonic(), size, done
+    def begin(self, file: File, done: int) -> None:
+        self._begun[id(file)] = file, time.monotonic(), done
 
-    def end(self, name: str, outcome: str | None) -> None:
-        begun = self._begun.pop(name, None)
+    def end(self, file: File, outcome: str | None) -> None:
+        begun = self._begun.pop(id(file), None)
         if outcome is not None:
-            _say(f"hybridkex: {name}: {outcome}")
+            _say(f"hybridkex: {shown(file.path)}: {outcome}")
         elif begun is not None:
-            start, size, done = begun
-            speed = rate(size - done, time.monotonic() - start)
+            _, start, done = begun
+            speed = rate(file.size - done, time.monotonic() - start)
             again = f", of which {done:,} were already there" if done else ""
-            _say(f"{self._verb} {name}: {size:,} bytes{again}, {speed}")
+            _say(f"{self._verb} {shown(file.path)}: {file.size:,} bytes{again}, {speed}")
 
-    def stored(self, files: Sequence[tuple[str, int]]) -> None:
-        _say("\n".join(f"{self._verb} {name}: {size:,} bytes" for name, size in files))
+    def stored(self, files: Sequence[File]) -> None:
+        _say("\n".join(f"{self._verb} {shown(one.path)}: {one.size:,} bytes" for one in files))
 
     def note(self, text: str) -> None:
         _say(f"hybridkex: {text}")
@@ -103,19 +105,21 @@ class _Bars(Progress):
         self._lines = _Lines(verb)
         self._on_wire = on_wire
         self._started = time.monotonic()
-        self._tasks: dict[str, int] = {}
+        self._tasks: dict[int, int] = {}
         self._all = self.live.add_task("all", total=None, wire="")
 
-    def begin(self, name: str, size: int, done: int) -> None:
-        self._lines.begin(name, size, done)
+    def begin(self, file: File, done: int) -> None:
+        self._lines.begin(file, done)
+        name = shown(file.path)
         short = name if len(name) <= 40 else f"…{name[-39:]}"
-        self._tasks[name] = self.live.add_task(short, total=size, completed=done, wire="")
+        self._tasks[id(file)] = self.live.add_task(short, total=file.size, completed=done, wire="")
         self.live.advance(self._all, done)
 
-    def advance(self, name: str, count: int) -> None:
+    def advance(self, file: File, count: int) -> None:
         wire = self._wire()
-        self.live.update(self._tasks[name], advance=count, wire=wire)
-        self.live.update(self._all, advance=count, wire=wire)
+        for task in (self._tasks.get(id(file)), self._all):
+            if task is not None:  # it ends while its last data are still being sent
+                self.live.update(task, advance=count, wire=wire)
 
     def _wire(self) -> str:
         return f"wire {rate(self._on_wire(), time.monotonic() - self._started)}"
@@ -125,14 +129,14 @@ class _Bars(Progress):
         with contextlib.suppress(ConfigError):  # told where the files are collected
             self.live.update(self._all, total=count())
 
-    def end(self, name: str, outcome: str | None) -> None:
-        task = self._tasks.pop(name, None)
+    def end(self, file: File, outcome: str | None) -> None:
+        task = self._tasks.pop(id(file), None)
         if task is not None:
             self.live.remove_task(task)
-        self._lines.end(name, outcome)  # rich prints this above the bars
+        self._lines.end(file, outcome)  # rich prints this above the bars
 
-    def stored(self, files: Sequence[tuple[str, int]]) -> None:
-        self.live.update(self._all, advance=sum(size for _, size in files), wire=self._wire())
+    def stored(self, files: Sequence[File]) -> None:
+        self.live.update(self._all, advance=sum(one.size for one in files), wire=self._wire())
         self._lines.stored(files)
 
     def note(self, text: str) -> None:

@@ -87,8 +87,8 @@ async def deliver(
 def named(name: str, outcome: Outcome, left_out: list[str]) -> bool:
     """Whether an entry was said not to be carried."""
     text = shown((name,))
-    lines = [*left_out, *outcome.failed, *outcome.incomplete]
-    return any(text in line for line in lines)
+    failed = {shown((path,)) for path in (*outcome.failed, *outcome.incomplete)}
+    return any(text in line for line in (*left_out, *failed))
 
 
 # --- dates, modes, names, kinds: one folder with all of them ------------------------------------
@@ -537,6 +537,66 @@ async def test_files_that_change(
         assert arrived.read_bytes() == content
     elif had != "all":
         assert not arrived.exists()
+
+
+def write_and_hide_it(path: Path) -> None:
+    """Other content at the beginning, of the same length, under the old date."""
+    before = path.stat()
+    rewrite(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def touch(path: Path) -> None:
+    """The content stays."""
+    path.chmod(0o600)
+    os.link(path, path.parent.parent / "second name")
+
+
+@pytest.mark.parametrize("change", [write_and_hide_it, touch])
+@pytest.mark.parametrize(("size", "had"), [(100_000, 0), (2_100_000, 0), (2_100_000, 1 << 20)])
+async def test_a_file_that_is_written_under_its_old_date(
+    tmp_path: Path,
+    configs: Configs,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
+    size: int,
+    had: int,
+) -> None:
+    """Half of the old content and half of the new are not a file; a new mode or name is no harm."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    odd = source / "a"
+    odd.write_bytes(content := random.Random(18).randbytes(size))
+    (source / "b").write_text("the next one")
+    if had:
+        folder = Folder(target)
+        part = begin(folder, offer("source", "a", size=size))
+        part.write([memoryview(content)[:had]])
+        part.close()
+        folder.close()
+    inode, done = odd.stat().st_ino, []
+
+    def first(call: Callable[..., Any]) -> Callable[..., Any]:
+        def change_then(file: int, *args: Any, **more: Any) -> Any:
+            result = call(file, *args, **more)
+            if os.fstat(file).st_ino == inode and not done:
+                done.append(change(odd))
+            return result
+
+        return change_then
+
+    call = "pread" if size <= WHOLE else "preadv"
+    monkeypatch.setattr(os, call, first(getattr(os, call)))
+    outcome, _ = await deliver(configs, target, source)
+    assert done
+    arrived = target / "source" / "a"
+    if change is touch:
+        assert not outcome.failed
+        assert arrived.read_bytes() == content
+    else:
+        assert outcome.failed == {"source/a": "it changed while it was being sent"}
+        assert not arrived.exists()
+    assert (target / "source" / "b").read_text() == "the next one"
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOENT, errno.EMFILE])

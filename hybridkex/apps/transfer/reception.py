@@ -15,7 +15,7 @@ from hybridkex.apps.transfer.arrivals import Arrivals
 from hybridkex.apps.transfer.errors import NotStored
 from hybridkex.apps.transfer.folder import NOTHING, Folder, Present
 from hybridkex.apps.transfer.frames import Received
-from hybridkex.apps.transfer.names import UnsafeName, reason_alone, shown
+from hybridkex.apps.transfer.names import UnsafeName, reason_alone
 from hybridkex.apps.transfer.part import PartFile, Prefix
 from hybridkex.apps.transfer.progress import Progress
 
@@ -104,7 +104,7 @@ class Reception:
         """Close open files. What has been written of a large file is kept."""
         self._arrivals.close()
         if self._current is not None and self._current.part is not None:
-            self._progress.end(shown(self._current.part.offer.path), "the connection broke")
+            self._progress.end(self._current.part.offer, "the connection broke")
             self._current.part.close()
 
     @property
@@ -144,20 +144,20 @@ class Reception:
         return self._take_answers()
 
     def _settle(self) -> None:
-        small: list[tuple[str, int]] = []
+        small: list[wire.Offer] = []
         for offer, how, lost, error in self._arrivals.settle():
-            name, large = shown(offer.path), offer.n in self._large
+            large = offer.n in self._large
             self._large.discard(offer.n)
             if error is not None:
                 self._fail(offer.n, error)
-                self._report(self._progress.end, name, _alone(error, offer))
+                self._report(self._progress.end, offer, _alone(error, offer))
                 continue
             new = how is wire.How.NEW
             self._store(offer.n, how, lost if new else "")
             if large:
-                self._report(self._progress.end, name, None)
+                self._report(self._progress.end, offer, None)
             elif new and not offer.folder:
-                small.append((name, offer.size))
+                small.append(offer)
         if small:
             self._report(self._progress.stored, small)
 
@@ -297,7 +297,7 @@ class Reception:
         try:
             self._arrivals.write(offer, whole, handles)
         except NotStored as error:
-            self._report(self._progress.end, shown(offer.path), _alone(error, offer))
+            self._report(self._progress.end, offer, _alone(error, offer))
             self._fail(whole.n, error)
 
     def _start(self, n: int, handles: "Handles") -> None:
@@ -309,9 +309,7 @@ class Reception:
             self._fail(n, error)
         else:
             self._current.part = part
-            self._report(
-                self._progress.begin, shown(offered.offer.path), offered.offer.size, part.size
-            )
+            self._report(self._progress.begin, part.offer, part.size)
 
     def _data(self, piece: memoryview) -> None:
         current = self._current
@@ -336,12 +334,12 @@ class Reception:
         except NotStored as error:
             self._give_up(current, current.part, error)
         else:
-            self._report(self._progress.advance, shown(current.part.offer.path), count)
+            self._report(self._progress.advance, current.part.offer, count)
 
     def _give_up(self, current: _Current, part: PartFile, error: NotStored) -> None:
         current.part = None
         part.close()
-        self._report(self._progress.end, shown(part.offer.path), _alone(error, part.offer))
+        self._report(self._progress.end, part.offer, _alone(error, part.offer))
         self._fail(current.n, error)
 
     def _end(self, end: wire.End, handles: "Handles") -> None:
@@ -372,9 +370,7 @@ class Reception:
         self._write(current)  # kept for the next attempt
         self._current = None
         if current.part is not None:
-            self._report(
-                self._progress.end, shown(current.part.offer.path), "the sender abandoned it"
-            )
+            self._report(self._progress.end, current.part.offer, "the sender abandoned it")
             current.part.close()
 
 

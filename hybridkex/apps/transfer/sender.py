@@ -66,7 +66,7 @@ class _Changed(HybridkexError):
 
 @dataclass
 class Outcome:
-    """The result of a transfer; failures by name, with the reason for each.
+    """The result of a transfer; failures by path at the receiver, with the reason for each.
 
     ``stored`` counts files transferred, ``already`` files that the receiver had, of which
     ``unchanged`` were compared by size and date alone; ``incomplete`` names files stored without
@@ -203,25 +203,23 @@ class _Transfer:
     def fail(self, n: int, reason: str) -> None:
         """Record that an item is not stored; it is not offered again."""
         item = self._settle(n)
-        name, reason = shown(item.path), reason_alone(reason, item.path)
-        self.outcome.failed[name] = reason
-        self._progress.end(name, reason)
+        self.outcome.failed["/".join(item.path)] = reason = reason_alone(reason, item.path)
+        self._progress.end(item, reason)
 
     def store(self, files: Iterable[int], how: wire.How, lost: str) -> None:
         """Record that items are at the receiver; they are not offered again."""
-        small: list[tuple[str, int]] = []
+        small: list[Item] = []
         for n in files:
             item = self._settle(n)
             if lost:
-                name = shown(item.path)
-                self.outcome.incomplete[name] = lost
-                self._progress.note(f"{name}: stored without {lost}")
+                self.outcome.incomplete["/".join(item.path)] = lost
+                self._progress.note(f"{shown(item.path)}: stored without {lost}")
             if item.size > wire.WHOLE:
-                self._progress.end(shown(item.path), None)
+                self._progress.end(item, None)
             if how is wire.How.NEW:
                 self.outcome.stored += 1
                 if not item.folder and item.size <= wire.WHOLE:
-                    small.append((shown(item.path), item.size))
+                    small.append(item)
             else:
                 self.outcome.already += 1
                 self.outcome.unchanged += how is wire.How.UNCHANGED
@@ -461,7 +459,7 @@ class _Connection:
 
     async def _send_digest(self, n: int, item: Item, file: int, size: int) -> None:
         digest = await in_thread(hash_prefix, file, size)
-        _check(file, item)
+        await _check_read(file, item, digest, size)
         self._prefixes[n] = size, digest
         if size == item.size:
             self._proved.add(n)
@@ -472,7 +470,8 @@ class _Connection:
             self._close(n)
             self._dropped.add(n)
             self._transfer.fail(n, reason)
-            await self._frames.send(wire.Drop(n=n, reason=reason))
+        # Also for one that the receiver has abandoned meanwhile: it waits for the end of the data.
+        await self._frames.send(wire.Drop(n=n, reason=reason))
 
     async def _send_file(self, n: int, item: Item, file: int, offset: int) -> None:
         size, whole = self._prefixes.pop(n, (0, sha256()))
@@ -480,10 +479,11 @@ class _Connection:
             whole = sha256()
         elif offset != size:
             raise wire.ProtocolError("the receiver asks for a part that it has not compared")
-        self._progress.begin(shown(item.path), item.size, offset)
+        self._progress.begin(item, offset)
         await self._frames.send(wire.Start(n=n))
         await self._send_data(n, item, file, whole, offset)
-        _check(file, item)
+        if n in self._open:
+            await _check_read(file, item, whole, item.size)
         if n in self._open:
             self._proved.add(n)
             await self._frames.send(wire.End(n=n, sha256=whole.hexdigest()))
@@ -522,7 +522,7 @@ class _Connection:
                     sent += count
                     self._moved = trio.current_time()
                     self._transfer.sent(n, sent, count)
-                    self._progress.advance(shown(item.path), count)
+                    self._progress.advance(item, count)
                     give_back.send_nowait(frame)
         if failure:
             raise failure[0]
@@ -543,31 +543,47 @@ def _opened(item: Item) -> Iterator[int]:
         os.close(file)
 
 
-def _check(file: int, item: Item) -> None:
-    """Raise ``_Changed`` if the file differs from its offer.
+async def _check_read(file: int, item: Item, digest: "_Hash", size: int) -> None:
+    """Raise ``_Changed`` if the file differs from its offer, or from what was read of it."""
+    if (
+        _check(file, item)
+        and (await in_thread(hash_prefix, file, size)).digest() != digest.digest()
+    ):
+        raise _Changed(_OTHER)
+
+
+def _check(file: int, item: Item) -> bool:
+    """Raise ``_Changed`` if the file differs from its offer; returns as :func:`_check_status`.
 
     Reads one byte past the end, too: files in /proc report a size of 0.
     """
     _check_status(file, item)
     if os.pread(file, 1, item.size):
         raise _Changed(_LONGER.format(item.size))
-    _check_status(file, item)
+    return _check_status(file, item)
 
 
 _LONGER: Final = (
     "it has more than the {:,} bytes of its reported size: it is being written, or the system "
     "generates it when it is read; copy it first"
 )
+_OTHER: Final = "it changed while it was being sent"
 _SHORTER: Final = "it has only {:,} bytes, fewer than its reported size"
 
 
-def _check_status(file: int, item: Item) -> None:
+def _check_status(file: int, item: Item) -> bool:
+    """Raise ``_Changed`` if the file is no longer the one of its offer, by its status.
+
+    Returns whether it has been touched since, so that its content is in doubt: a program may have
+    written to it and put its date back.
+    """
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode):
         raise _Changed("it is no longer a file")
     found = (status.st_dev, status.st_ino), status.st_size, status.st_mtime_ns
     if found != (item.inode, item.size, item.mtime_ns):
-        raise _Changed("it changed while it was being sent")
+        raise _Changed(_OTHER)
+    return status.st_ctime_ns != item.ctime_ns
 
 
 def _small_frames(
@@ -610,7 +626,9 @@ def _read_whole(item: Item) -> bytes:
             raise _Changed(_LONGER.format(item.size))
         if len(content) < item.size:
             raise _Changed(_SHORTER.format(len(content)))
-        _check_status(file, item)
+        touched = _check_status(file, item)
+        if touched and hash_prefix(file, item.size).digest() != sha256(content).digest():
+            raise _Changed(_OTHER)
     finally:
         os.close(file)
     return content

@@ -27,6 +27,7 @@ class Item(NamedTuple):
         mtime_ns: nanoseconds since 1970; negative before.
         mode: permission bits, as of chmod(2).
         inode: device and inode number, which reveal a replaced file.
+        ctime_ns: the last change of its status or content, a time that no program can put back.
     """
 
     source: str
@@ -36,6 +37,7 @@ class Item(NamedTuple):
     mtime_ns: Nanoseconds
     mode: int
     inode: tuple[int, int]
+    ctime_ns: int
 
 
 _KINDS = {
@@ -167,4 +169,5 @@ def _item(
         Nanoseconds(status.st_mtime_ns),
         stat.S_IMODE(status.st_mode),
         (status.st_dev, status.st_ino),
+        status.st_ctime_ns,
     )

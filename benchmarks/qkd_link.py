@@ -44,11 +44,13 @@ from hybridkex.secret import Secret
 Bits = NDArray[np.uint8]
 
 QBERS = (0.01, 0.02, 0.03, 0.04, 0.05)
-BETWEEN = (0.005, 0.015, 0.025, 0.035, 0.07, 0.11)
+BETWEEN = (0.005, 0.015, 0.024, 0.025, 0.035, 0.07, 0.11)
 """QBERs between and beside those of the table."""
 BLOCK = 1_000_000
 LARGE = 10_000_000
 LARGE_ROUNDS = 5
+BLOCK_ROUNDS = 40
+"""Keys of 1e7 and 1e6 bits whose round trips are counted."""
 PEER_BLOCK = 20_000
 """Bits of a key for other implementations of Cascade, whose speed does not depend on it."""
 PEER_TOEPLITZ = 1_000
@@ -517,12 +519,13 @@ def main() -> None:
     parser.add_argument("--end-to-end", action="store_true", help="1e4 to 1e8 bits; takes 3 GiB")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--docs", action="store_true", help="write figures and tables into docs/")
-    parser.add_argument("--round-trips", action="store_true", help="of keys of 1e7 bits; no tables")
+    parser.add_argument("--round-trips", action="store_true", help="of 1e6 and 1e7 bits; no tables")
     args = parser.parse_args()
     if args.round_trips:
-        for rate in BETWEEN:
-            trips = [one_cascade(LARGE, rate, number)[2] for number in range(LARGE_ROUNDS)]
-            print(f"{rate:.1%}: {min(trips)} to {max(trips)} round trips")
+        for rate in sorted(QBERS + BETWEEN):
+            for length, keys in ((BLOCK, BLOCK_ROUNDS), (LARGE, LARGE_ROUNDS)):
+                trips = [one_cascade(length, rate, number)[2] for number in range(keys)]
+                print(f"{rate:.1%}, {length:.0e} bits: {min(trips)} to {max(trips)} round trips")
         return
     found = {"whole_blocks": of_whole_blocks()} if args.end_to_end else steps(args.rounds)
     if args.docs:

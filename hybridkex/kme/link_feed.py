@@ -10,6 +10,7 @@ only Bob reaches Alice's party. A session begins when both connections with its 
 new session ends the previous one: Bob opens one only after losing the other.
 """
 
+import logging
 import math
 import secrets
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from hybridkex.machine import broken, leaves, refusal
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.budget import Budget, Connection
 from hybridkex.net.listening import open_tcp_listeners
+from hybridkex.net.log import BoundedLog
 from hybridkex.net.reading import EndOfStream
 from hybridkex.net.sockets import keep_alive
 from hybridkex.net.supervisor import Supervisor
@@ -49,6 +51,8 @@ from hybridkex.qkd.producer import ProducedKey
 from hybridkex.text import get_logger
 
 LOG: Final = get_logger(__name__)
+NAME: Final = "QKD link"
+"""The beginning of the log lines of a link that has no other name."""
 
 BATCH: Final = 64
 """Keys handed over at a time, so that a large block does not need room for all of its keys at
@@ -58,12 +62,15 @@ SLOW: Final = 60.0
 PAUSE: Final = 1.0
 """Seconds before the next attempt, after an aborted block or a broken connection."""
 LONG_PAUSE: Final = 10.0
-"""The same, if the authentication key is used up or lost and an operator must restart the KMEs."""
+"""Seconds before the next attempt if an operator must restart the KMEs, because the authentication
+key is used up or lost."""
 LONGEST_PAUSE: Final = 600.0
 """The most that Bob waits, where attempts use up authentication key and make no block."""
 FRUITLESS: Final = 2
-"""Such attempts in a row after which Bob waits longer, twice as long each time. An attempt is a
-block that is given up or a session that ends."""
+"""Such attempts in a row after which Bob waits longer. An attempt is a block that is given up or a
+session that ends."""
+LONGER: Final = 4.0
+"""Factor from one of these waits to the next."""
 GREETING_SECONDS: Final = 10.0
 """Seconds for a greeting, and then for the other connection of the session."""
 UNAUTHENTICATED: Final = 32
@@ -71,7 +78,7 @@ UNAUTHENTICATED: Final = 32
 BOBS: Final = 8
 """Simultaneous authenticated connections: two of a session, and remains of earlier ones."""
 FEWEST: Final = 4
-"""Those of a session and of the one before it: with fewer descriptors there is no link."""
+"""Connections of a session and of the one before it: with fewer there is no link."""
 
 _EXPECTED: Final = (LinkError, OSError, trio.BrokenResourceError, MemoryError, NoThread)
 """The exceptions that end a session without a defect of the program."""
@@ -79,10 +86,59 @@ _EXPECTED: Final = (LinkError, OSError, trio.BrokenResourceError, MemoryError, N
 Note = Callable[[Block | BlockAborted], None]
 
 
+class _Troubles:
+    """The log of a link that makes no blocks: a bounded number of lines for as long as that lasts.
+
+    Errors, which an operator must act on, do not compete with warnings.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._warnings = self._errors = BoundedLog(LOG)
+        self.over()
+
+    def over(self) -> None:
+        """A block was made."""
+        for log in (self._warnings, self._errors):
+            log.flush()
+        self._warnings, self._errors = (BoundedLog(LOG, rate=1 / 60, burst=5) for _ in range(2))
+
+    def warn(self, message: str, *args: object) -> None:
+        """Log something that may pass."""
+        self._warnings.log(logging.WARNING, f"%s: {message}", self._name, *args)
+
+    async def given_up(self, error: BlockAborted) -> None:
+        """Log why a block was given up, and wait until it is time for the next one."""
+        self.warn("a block was given up: %s", error)
+        await trio.sleep(PAUSE)
+
+    async def ended(self, error: BaseException) -> None:
+        """Log why a session ended, and wait until it is time for the next one.
+
+        No error ends the feed: its cause may be over when the next session begins.
+        """
+        pause = PAUSE
+        if isinstance(error, LedgerDry | LedgerLost):
+            self._errors.log(logging.ERROR, "%s: %s", self._name, error)  # it says all
+            pause = LONG_PAUSE
+        elif isinstance(error, _EXPECTED):
+            why = str(error) if isinstance(error, LinkError) else refusal(error) or broken(error)
+            self.warn("%s; a new session begins", why)
+        else:
+            kind = type(error).__name__
+            self._errors.log(
+                logging.ERROR, "%s: internal error: %s; please report it", self._name, kind
+            )
+            LOG.debug("%s: the internal error", self._name, exc_info=error)
+            pause = LONG_PAUSE
+        await trio.sleep(pause)
+
+
 class LinkEnd:
     """One end of a link as a key producer."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = NAME) -> None:
+        self._name = name
         self._put, self._take = trio.open_memory_channel[list[ProducedKey]](math.inf)
         self._failure: LinkError | None = None
         self._ready = trio.Event()
@@ -111,9 +167,9 @@ class LinkEnd:
             await self._ready.wait()
             return
         LOG.warning(
-            "QKD link: no block is begun, because the KME has not stored the keys of the last one "
+            "%s: no block is begun, because the KME has not stored the keys of the last one "
             "for %g s: it is full until applications take keys, or its store fails",
-            SLOW,
+            *(self._name, SLOW),
         )
         await self._ready.wait()
 
@@ -137,9 +193,10 @@ class PairFeed:
         make: makes the link, anew for each session: both ends begin again together.
     """
 
-    def __init__(self, make: Callable[[], SimulatedLink]) -> None:
-        self.ends: Final[tuple[LinkEnd, ...]] = (LinkEnd(), LinkEnd())
+    def __init__(self, make: Callable[[], SimulatedLink], *, name: str = NAME) -> None:
+        self.ends: Final[tuple[LinkEnd, ...]] = (LinkEnd(name), LinkEnd(name))
         self._make = make
+        self._troubles = _Troubles(name)
 
     async def run(self) -> None:
         """Make keys until cancelled."""
@@ -156,7 +213,7 @@ class PairFeed:
                 while True:
                     await self._block(link)
         except* Exception as group:
-            await _ended(next(leaves(group)))
+            await self._troubles.ended(next(leaves(group)))
 
     async def _block(self, link: SimulatedLink) -> None:
         for end in self.ends:
@@ -164,9 +221,9 @@ class PairFeed:
         try:
             blocks = await link.block()
         except BlockAborted as error:
-            LOG.warning("QKD link: a block was given up: %s", error)
-            await trio.sleep(PAUSE)
+            await self._troubles.given_up(error)
             return
+        self._troubles.over()
         for end, block in zip(self.ends, blocks, strict=True):
             end.put(block.keys)
 
@@ -183,14 +240,17 @@ class PartyFeed:
         signatures: Signatures,
         real_time: bool,
         note: Note,
+        name: str = NAME,
     ) -> None:
-        self.ends: Final[tuple[LinkEnd, ...]] = (LinkEnd(),)
+        self.ends: Final[tuple[LinkEnd, ...]] = (LinkEnd(name),)
+        self._name = name
         self._settings = settings
         self._party = party
         self._address = address
         self._signatures = signatures
         self._real_time = real_time
         self._note = note
+        self._troubles = _Troubles(name)
         self._ledger = Ledger()  # outlives a session: only the first session uses signatures
         self._used = 0
         """Bytes of the ledger that were used when the last attempt at a block ended."""
@@ -230,12 +290,12 @@ class PartyFeed:
         self._fruitless += 1
         if self._fruitless <= FRUITLESS:
             return
-        pause = min(PAUSE * 2.0**self._fruitless, LONGEST_PAUSE)
+        pause = min(PAUSE * LONGER ** (self._fruitless - 1), LONGEST_PAUSE)
         LOG.warning(
-            "QKD link: %d attempts in a row used authentication key and made no block; %d bytes of "
+            "%s: %d attempts in a row used authentication key and made no block; %d bytes of "
             "it are left; the next attempt in %g s: find out who or what disturbs the light or "
             "cuts the connection, before the link stops",
-            *(self._fruitless, self._ledger.balance, pause),
+            *(self._name, self._fruitless, self._ledger.balance, pause),
         )
         await trio.sleep(pause)
 
@@ -255,9 +315,8 @@ class PartyFeed:
                         raise
             except (OSError, trio.BrokenResourceError, trio.TooSlowError, EndOfStream) as error:
                 if silent:
-                    LOG.warning(
-                        "QKD link: no session with the other party at %s: %s; it is tried again "
-                        "every second",
+                    self._troubles.warn(
+                        "no session with the other party at %s: %s; it is tried again every second",
                         *(self._address, _no_greeting(error)),
                     )
                     silent = False
@@ -274,7 +333,7 @@ class PartyFeed:
         desk = _Reception(self._signatures, pairs)
         supervisor = Supervisor(
             desk.receive,
-            name="QKD link",
+            name=self._name,
             logger=LOG,
             handshakes=UNAUTHENTICATED,
             handshake_seconds=GREETING_SECONDS,
@@ -307,7 +366,7 @@ class PartyFeed:
                 finally:
                     nursery.cancel_scope.cancel()
         except* Exception as group:
-            await _ended(next(leaves(group)))
+            await self._troubles.ended(next(leaves(group)))
 
     def _make(
         self, classical: trio.SocketStream, quantum: trio.SocketStream, nursery: trio.Nursery
@@ -346,13 +405,13 @@ class PartyFeed:
             block = await party.block()
         except BlockAborted as error:
             self._note(error)
-            LOG.warning("QKD link: a block was given up: %s", error)
-            await trio.sleep(PAUSE)
+            await self._troubles.given_up(error)
             if isinstance(party, Bob):  # Alice waits for Bob, who begins each block
                 await self._slow_down()
             return
         self._note(block)
         self._used, self._fruitless = self._ledger.used, 0
+        self._troubles.over()
         self.ends[0].put(block.keys)
 
 
@@ -412,7 +471,7 @@ class _Reception:
 
 
 def _no_greeting(error: BaseException) -> str:
-    """Why the other party did not greet us."""
+    """The reason why the other party did not greet us."""
     if isinstance(error, EndOfStream):
         return "it closed the connection, and may have another certificate of ours: see its log"
     if isinstance(error, trio.TooSlowError):
@@ -421,25 +480,6 @@ def _no_greeting(error: BaseException) -> str:
         return broken(error)
     reason = next(leaves(error.__cause__ or error))
     return getattr(reason, "strerror", None) or str(reason)
-
-
-async def _ended(error: BaseException) -> None:
-    """Say why a session ended, and wait until it is time for the next one.
-
-    No error ends the feed: its cause may be over when the next session begins.
-    """
-    pause = PAUSE
-    if isinstance(error, LedgerDry | LedgerLost):
-        LOG.error("QKD link: %s", error)  # it says all
-        pause = LONG_PAUSE
-    elif isinstance(error, _EXPECTED):
-        why = str(error) if isinstance(error, LinkError) else refusal(error) or broken(error)
-        LOG.warning("QKD link: %s; a new session begins", why)
-    else:
-        LOG.error("QKD link: internal error: %s; please report it", type(error).__name__)
-        LOG.debug("QKD link: the internal error", exc_info=error)
-        pause = LONG_PAUSE
-    await trio.sleep(pause)
 
 
 def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairFeed | PartyFeed:
@@ -455,6 +495,7 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
         reauthentication=link.reauthentication,
     )
 
+    name = f"{config.id}: the QKD link to {peer.id}"
     up = False
 
     def note(block: Block | BlockAborted) -> None:
@@ -463,12 +504,11 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
         if isinstance(block, BlockAborted):
             return
         if not up:
-            LOG.info("%s: the QKD link to %s is up", config.id, peer.id)
+            LOG.info("%s is up", name)
             up = True
         LOG.info(
-            "%s: the QKD link to %s made a block: %d keys, %d secret bits, QBER %.2f %%",
-            config.id,
-            peer.id,
+            "%s made a block: %d keys, %d secret bits, QBER %.2f %%",
+            name,
             len(block.keys),
             block.secret_bits,
             100 * (block.test_qber if block.qber is None else block.qber),
@@ -484,7 +524,7 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
             observer=note,
         )
         make()  # a setting that is wrong is so now
-        return PairFeed(make)
+        return PairFeed(make, name=name)
     return PartyFeed(
         settings,
         party=remote.party,
@@ -492,4 +532,5 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
         signatures=Signatures.from_files(config.key, remote.peer_credential),
         real_time=link.real_time,
         note=note,
+        name=name,
     )

@@ -17,19 +17,19 @@ from hybridkex.link.ranges import instance, within
 HALF: Final = 0.5
 """e0, the error rate of a random bit, and q, the share of pulses with equal bases."""
 MOST_PHOTONS: Final = 100.0
-"""Of a pulse, on average."""
+"""The highest mean photon number of a pulse."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SinglePhotons:
-    """What the decoys tell about single-photon pulses."""
+    """Yield and error rate of single-photon pulses, as the decoys show them."""
 
     yield_1: float
     error_1: float
 
 
 def gain(channel: Channel, mean_photons: float) -> float:
-    """Q_k, equation 10. Raises ``ConfigError`` for what is not an intensity."""
+    """Q_k, equation 10. Raises ``ConfigError`` for other values than intensities."""
     instance("channel", channel, Channel)
     within("mean_photons", mean_photons, 0.0, MOST_PHOTONS)
     return channel.background - math.expm1(-channel.eta * mean_photons)

@@ -49,17 +49,17 @@ def suffices(stock: Mapping[Direction, Position]) -> bool:
 
 
 LEAST_SECRET: Final = len(Direction) * max(map(tag_bytes, Direction))
-"""Bytes that begin a ledger, at least: half of them go into each lane, enough for the tags of one
-block."""
+"""The fewest bytes that can begin a ledger: each lane gets half of them, enough for one block."""
 
 
 def collision_probability(length: int) -> float:
-    """That two messages of ``length`` bytes have a given difference of their polynomials."""
+    """The probability that the polynomials of two messages of ``length`` bytes differ by a given
+    number."""
     return 8.0 * -(-length // 16) / 2.0**106
 
 
 def forgery_probability(length: int) -> float:
-    """Of one tag under a message of ``length`` bytes."""
+    """The probability that a forged tag under a message of ``length`` bytes verifies."""
     return collision_probability(length)
 
 
@@ -68,7 +68,7 @@ class Authenticator(Protocol):
 
     @property
     def name(self) -> str:
-        """How the authentication is named in reports."""
+        """The name of the authentication in reports."""
 
     def tag(self, direction: Direction, parts: Sequence[bytes]) -> bytes:
         """The tag over what this party sent. Raises :class:`~hybridkex.errors.LedgerDry`."""

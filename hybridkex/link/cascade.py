@@ -24,7 +24,7 @@ that were reached. Above each of them, in every pass so far, Bob finds the lowes
 contains another wrong bit, and below it the lowest one with known children. When few nodes are
 active, the next pass begins in the same round, so that rounds stay full.
 
-What is disclosed is counted: one bit for each parity that Alice sends. A parity that follows
+Each parity that Alice sends counts as one disclosed bit. A parity that follows
 from two others is never requested. Bob's requests are determined by Alice's parities and Bob's
 parities of the same nodes, so they disclose at most as many bits of Bob's key
 (:class:`Correction`).
@@ -58,30 +58,30 @@ Orders = NDArray[np.int32]
 LARGE_HEIGHT: Final = 12
 """Blocks of the later passes have up to 4096 bits."""
 MISSED_PAIRS: Final = 1e-3
-"""Passes are added until so many pairs of wrong bits, on average, share a block in all of them; the
-verification finds what is left, at the price of the block."""
+"""Passes are added until no more than this number of pairs of wrong bits, on average, share a block
+in all of them. If wrong bits are left, the verification finds them and the block is lost."""
 MAX_PASSES: Final = 16
 FIRST_BLOCK: Final = 0.73
 """Expected wrong bits in a block of the first pass, as in the first Cascade; then rounded."""
 SECOND_BLOCK: Final = 5.0
-"""The same for the second pass. Larger blocks disclose as much and take many more rounds,
-because each correction leads to another one in a long chain."""
+"""Expected wrong bits in a block of the second pass. Larger blocks disclose as much and take many
+more rounds, because each correction leads to another one in a long chain."""
 FEW: Final = (4e-6, 0.001, 0.0015)
 """The next pass begins when the searches are fewer than this share of the bits plus this share of
 the wrong bits, and at most the last share of the wrong bits. More searches at that time make fewer
 rounds and a higher leak."""
 
 FRAME: Final = 1 << 17
-"""Frames have at most so many bits, so that the trees of a bundle stay in the processor's cache."""
+"""The most bits of a frame: the trees of a bundle stay in the processor's cache."""
 LANES: Final = 8
-"""Frames of a bundle, at most."""
+"""The most frames of a bundle."""
 GROUP: Final = 1 << 24
-"""So many bits are corrected at once, which bounds the memory."""
+"""The most bits that are corrected at once. This bounds the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What both sides must agree on before they begin. All of it is public."""
+    """The public parameters that both sides must have before they begin."""
 
     length: int
     frame: int
@@ -90,13 +90,13 @@ class Plan:
     """Frames of a bundle."""
     bundles: int
     heights: tuple[int, ...]
-    """Of the trees of each pass; blocks have ``2^height`` bits."""
+    """Heights of the trees of each pass; blocks have ``2^height`` bits."""
     few: int
-    """With so many active nodes or fewer the next pass begins."""
+    """The next pass begins when there are no more active nodes than this."""
 
     @classmethod
     def for_error_rate(cls, length: int, error_rate: float) -> "Plan":
-        """Block sizes for an expected error rate and what MISSED_PAIRS asks for."""
+        """Block sizes for an expected error rate, and as many passes as MISSED_PAIRS requires."""
         rate = min(max(error_rate, 1e-4), 0.25)
         bundles = -(-length // (LANES * FRAME))
         lanes = -(-length // (bundles * FRAME))
@@ -132,7 +132,7 @@ class Plan:
         return -(-self.frame >> self.heights[number])
 
     def roots(self, number: int) -> slice:
-        """Where the roots of a pass are in a tree."""
+        """The places of the roots of a pass in a tree."""
         first = 1 << (self.room - self.heights[number])
         return slice(first, first + self.blocks(number))
 
@@ -146,7 +146,7 @@ class Plan:
         return sliced
 
     def unslice(self, sliced: Bits) -> Bits:
-        """The reverse. Raises :class:`ReconciliationError` if a place beyond the key is not 0."""
+        """Reverse :meth:`slice`. Raises :class:`ReconciliationError` if the padding is not 0."""
         whole = np.repeat(sliced[:, None, : self.frame], self.lanes, axis=1)
         whole >>= np.arange(self.lanes, dtype=np.uint8)[:, None]
         whole &= 1
@@ -161,7 +161,7 @@ class Plan:
         return packed.reshape(self.bundles, -1)
 
     def unpack(self, packed: Bits) -> Bits:
-        """The reverse."""
+        """Reverse :meth:`pack`."""
         lanes = np.unpackbits(packed[..., None], axis=-1, count=self.lanes, bitorder="little")
         flat: Bits = lanes.reshape(-1)
         return flat
@@ -169,11 +169,11 @@ class Plan:
 
 @functools.lru_cache(maxsize=64)
 def _order(frame: int, room: int, number: int) -> Nodes:
-    """Which bit of a frame stands at each place in one pass.
+    """For each place in one pass, the number of the bit of a frame that stands there.
 
-    Fixed for each length. Eve may know the orders, because the requests disclose them anyway, and
-    errors do not depend on them. They come from a stream cipher, so that both sides have the same
-    orders with any version of numpy.
+    The order is fixed for each length. Eve may know it, because the requests disclose it anyway,
+    and errors do not depend on it. It comes from a stream cipher, so that both sides have the same
+    order with any version of numpy.
     """
     order = np.arange(1 << room, dtype=np.int64)
     if number:
@@ -197,7 +197,7 @@ def _tables(frame: int, room: int, passes: int) -> tuple[Orders, Orders]:
 
 
 class _Side:
-    """What Alice and Bob have in common: the forest of one group of frames."""
+    """The base of Alice's and Bob's sides: the forest of one group of frames."""
 
     def __init__(self, plan: Plan, key: Bits) -> None:
         self.plan = plan

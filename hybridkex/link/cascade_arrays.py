@@ -115,7 +115,7 @@ def _still(differs: Bits, active: Bits, nodes: Nodes) -> Nodes:
 
 
 def _descend(differs: Bits, known: Bits, nodes: Nodes, room: int) -> tuple[Nodes, Nodes]:
-    """From nodes that differ down to nodes that differ and have no known child, and leaves."""
+    """Descend from nodes that differ to such nodes without a known child, and to leaves."""
     inner, size = nodes.copy(), 1 << room
     moving = np.arange(len(nodes))
     while len(moving):

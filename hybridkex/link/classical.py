@@ -14,7 +14,7 @@ import trio
 from hybridkex.errors import LinkError
 from hybridkex.link.authentication import Authenticator, forgery_probability
 from hybridkex.link.ledger import Direction
-from hybridkex.link.wire import HEADER, LIMITS, Message, Type
+from hybridkex.link.wire import HEADER, LIMITS, VERSION, Message, Type
 
 
 class ClassicalChannel:
@@ -47,7 +47,7 @@ class ClassicalChannel:
 
     @property
     def authentication(self) -> str:
-        """How the current block is authenticated."""
+        """The name of the current block's authentication."""
         return "none" if self._authenticator is None else self._authenticator.name
 
     async def send(self, message: Message) -> None:
@@ -93,7 +93,7 @@ class ClassicalChannel:
         self._authenticator.check(self._receives, self._covered(self._receives), tag)
 
     def _covered(self, direction: Direction) -> list[bytes]:
-        head = b"hybridkex QKD link v2" + self._session + bytes([direction])
+        head = b"hybridkex QKD link v%d" % VERSION + self._session + bytes([direction])
         head += self._block.to_bytes(8) + self._tags[direction].to_bytes(8)
         parts = [head, *self._uncovered[direction]]
         self._tags[direction] += 1

@@ -123,7 +123,7 @@ EAVESDROPPERS: Final = ("intercept", "split", "pns")
 
 
 def eavesdropper(text: str, channel: Channel, transmitter: Source) -> NoEve:
-    """From ``intercept:0.2``, ``split:0.5`` or ``pns``; the share is 1 where none is given.
+    """Make the Eve of ``intercept:0.2``, ``split:0.5`` or ``pns``; the default share is 1.
 
     Raises ``ConfigError``.
     """

@@ -28,7 +28,7 @@ from hybridkex.link.ranges import MOST_EVENTS, check_ranges, instance, one_of, w
 from hybridkex.link.statistics import mean_lower, mean_upper, trials_upper, unseen_errors
 
 ROUNDING: Final = 1.0 + 1e-9
-"""Of expected values: a channel whose bits are all wrong has as many errors as detections."""
+"""The factor by which rounded expected errors may exceed detections, if all bits are wrong."""
 FINITE_KEY: Final = ("tight", "published")
 """Kinds of statistics, by name; the first is the default."""
 
@@ -105,7 +105,7 @@ class SecretLength:
     single: float
     """Lower bound on those that came from single photons."""
     single_test: float
-    """The same in the test basis."""
+    """Lower bound on detections of the test basis that came from single photons."""
     single_test_errors: float
     """Upper bound on wrong bits among the latter."""
     phase_error: float
@@ -223,10 +223,7 @@ class Tight:
     """
 
     smooth: bool = False
-    """For a search: use a smooth estimate of the phase error instead of the bound, which has
-    steps.
-
-    """
+    """Use a smooth estimate of the phase error for a search; the bound itself has steps."""
 
     terms: ClassVar[int] = 15
     name: ClassVar[str] = "tight"
@@ -246,10 +243,7 @@ class Tight:
         )
 
     def vacuum(self, wrong: float, detections: float, security: Security) -> float:
-        """Each vacuum detection shows a wrong bit with probability 1/2, independently of the
-        others.
-
-        """
+        """A vacuum detection shows a wrong bit with probability 1/2, independent of the others."""
         return min(detections, trials_upper(wrong, self._share(security)))
 
     def phase_error(
@@ -323,7 +317,7 @@ def _assemble(
     single_test: float,
     single_test_errors: float,
 ) -> SecretLength:
-    """From the estimates to the length."""
+    """The secret length that follows from the estimates."""
     phase_error = 0.5
     if single > 0.0 and single_test > 0.0:
         phase_error = statistics.phase_error(single_test_errors, single_test, single, security)
@@ -343,7 +337,7 @@ def _assemble(
 
 @dataclass(frozen=True)
 class _DecoyProof:
-    """What the two decoy proofs share: which counts are bounded, and what follows from them."""
+    """The common part of the two decoy proofs: the bounded counts and the length from them."""
 
     statistics: Statistics = Tight()
 

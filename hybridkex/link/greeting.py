@@ -1,4 +1,4 @@
-"""How the party that connects shows the party that listens who it is.
+"""The greeting: the party that connects authenticates itself to the party that listens.
 
 A connection is no part of a link before its greeting, so whoever else connects uses up nothing and
 ends nothing::

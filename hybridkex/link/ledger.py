@@ -1,5 +1,4 @@
-"""The key material that authenticates the classical channel: where it came from and how it was
-used.
+"""The stock of key material that authenticates the classical channel, and its history.
 
 Both parties keep the same ledger. Each direction has a lane of its own, used from the front and
 filled up at the end, so that the two agree on every byte whatever the order of events. A byte has a
@@ -42,7 +41,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Position:
-    """Which bytes of a lane are in stock: from ``start`` to before ``end``."""
+    """The bytes of a lane that are in stock: from ``start`` to before ``end``."""
 
     start: int
     end: int
@@ -94,13 +93,13 @@ class Ledger:
         return sum(max(0, self._reserve - len(lane)) for lane in self._lanes.values())
 
     def position(self, direction: Direction) -> Position:
-        """Which bytes of a lane are in stock."""
+        """The bytes of a lane that are in stock."""
         start = self._starts[direction]
         return Position(start, start + len(self._lanes[direction]))
 
     @property
     def positions(self) -> dict[Direction, Position]:
-        """The same of both lanes."""
+        """The bytes of both lanes that are in stock."""
         return {lane: self.position(lane) for lane in Direction}
 
     def add(self, block: int, what: str, key: bytes) -> None:
@@ -135,11 +134,11 @@ class Ledger:
     def agreement(
         self, speaks: Direction, theirs: dict[Direction, Position]
     ) -> dict[Direction, Position]:
-        """What both parties have in stock, from our positions and theirs.
+        """The bytes that both parties have in stock, from our positions and theirs.
 
-        ``speaks``: our direction. Who speaks on a lane uses its bytes first, so the listener goes
-        on from where the speaker is. What only one of them was filled up with is of a block that
-        the other never finished, and is dropped. Raises ``LedgerLost`` when the positions
+        ``speaks``: our direction. The speaker on a lane uses its bytes first, so the listener
+        continues at the speaker's position. Bytes that only one party has come from a block that
+        the other never finished, and are dropped. Raises ``LedgerLost`` when the positions
         contradict that order: one party's ledger is an old copy.
         """
         agreed = {}

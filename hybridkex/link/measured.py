@@ -21,7 +21,7 @@ a ``.parquet`` file has the columns, and the JSON as the value ``hybridkex`` of 
      "channel": {"receiver_efficiency": 0.2, ...},          fields of Channel
      "security": {"secrecy": 1e-9, "correctness": 1e-15}}   optional
 
-The channel is what the decoy check compares with and what the clock is taken from.
+The decoy check compares the detections with the channel, and the clock rate comes from it.
 """
 
 import io
@@ -73,7 +73,7 @@ UNREADABLE: Final = (
     struct.error,
     zlib.error,
 )
-"""What the libraries raise for a file that is not what it seems."""
+"""Exceptions that the libraries raise for a damaged file, or one in another format."""
 PARQUET_KEY: Final = b"hybridkex"
 
 
@@ -81,7 +81,7 @@ PARQUET_KEY: Final = b"hybridkex"
 class Measured:
     """One party's detections; see the module. Arrays of one length, one dimension, or lists.
 
-    Raises ``ConfigError`` for arrays that cannot be this.
+    Raises ``ConfigError`` for other arrays.
     """
 
     basis: Bits

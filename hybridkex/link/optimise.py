@@ -36,7 +36,7 @@ DETECTIONS_PER_BIT: Final = 25.0
 """Most detections for one bit of the key basis: rarer key bases are not tried."""
 
 RESTARTS: Final = 5
-"""How often the search is restarted from its result, as long as that improves the rate."""
+"""The most restarts of the search from its result; it ends when one gives no better rate."""
 BLOCK_BITS: Final = (1.0, 1e15)
 """The blocks for which closed forms are evaluated."""
 EFFICIENCIES: Final = (0.0, 100.0)
@@ -49,8 +49,8 @@ STARTS: Final = {
     2: ((0.5, 0.2, 0.6, 0.9), (0.5, 0.15, 0.3, 0.97), (0.5, 0.2, 0.4, 0.7)),
     0: ((0.05, 0.9), (0.02, 0.6)),
 }
-"""By the number of intensities: theirs, their probabilities but the last, that of the key basis.
-0 stands for a source of pairs and has its brightness."""
+"""Starting points for each number of intensities: the intensities, all of their probabilities but
+the last, and the probability of the key basis. 0 stands for a source of pairs: its brightness."""
 DEAD_STARTS: Final = {
     3: ((0.1, 0.04, 0.5, 0.6, 0.9), (0.2, 0.05, 0.3, 0.6, 0.95)),
     2: ((0.1, 0.04, 0.6, 0.9), (0.2, 0.05, 0.3, 0.95), (0.3, 0.1, 0.4, 0.9)),

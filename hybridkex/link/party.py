@@ -75,12 +75,12 @@ class Epsilon:
     secrecy: float
     """Distance from keys unknown to Eve: estimates, smoothing, privacy amplification."""
     correctness: float
-    """Of different keys that the verification does not notice: its hash, and Poly1305."""
+    """Different keys that the verification does not notice: its hash, and Poly1305."""
     authentication: float
-    """Of a forged tag under this block's messages, by the bound of Wegman and Carter; 0 for
+    """A forged tag under this block's messages, by the bound of Wegman and Carter; 0 for
     signatures, whose security is computational."""
     inherited: float
-    """Of the earlier blocks, whose keys authenticate this one."""
+    """Failures of the earlier blocks, whose keys authenticate this one."""
     conditional: bool
     """Whether the others assume that no signature was forged while the link began."""
 
@@ -167,7 +167,7 @@ class _Sifted:
 
     key: Bits = field(repr=False)
     intensity: Bits
-    """Of the bits of ``key``."""
+    """Indices of the intensities of the bits of ``key``."""
     counts: Counts
     """Without the errors of the key basis."""
     pulses: int
@@ -175,7 +175,7 @@ class _Sifted:
 
 @dataclass(frozen=True, kw_only=True)
 class _Corrected:
-    """What a party knows after error correction."""
+    """The result of error correction at one party."""
 
     disclosed: int
     announced: int
@@ -364,7 +364,7 @@ class _Party(Generic[L]):
     def _estimate(
         self, own: Bits, basis: Bits, intensity: Bits, tests: tuple[Bits, Bits], pulses: int
     ) -> _Sifted:
-        """From kept detections to a key and counts; ``tests``: both parties' bits of the test."""
+        """The key and counts of the kept detections; ``tests``: both parties' bits of the test."""
         kinds = len(self._settings.preset.transmitter.probabilities)
 
         def count(which: Bits) -> tuple[float, ...]:
@@ -533,7 +533,7 @@ class Alice(_Party[PulseRecord]):
         return reports, sent, pulses
 
     def _choose(self, sent: list[Sent], reports: list[wire.Report]) -> list[NDArray[np.bool_]]:
-        """Which detections are kept: equal bases; of the key basis a random sample."""
+        """Choose the detections to keep: equal bases, and a random sample of the key basis."""
         keeps = [one.basis == report.basis for one, report in zip(sent, reports, strict=True)]
         in_key = [kept & (one.basis == 0) for one, kept in zip(sent, keeps, strict=True)]
         surplus = sum(int(one.sum()) for one in in_key) - self._settings.block_bits

@@ -23,10 +23,10 @@ from hybridkex.link.ranges import check_ranges, within
 
 PROBABILITY_SUM_TOLERANCE: Final = 1e-9
 MOST: Final = 1e6
-"""Of a distance in km and an attenuation in dB/km."""
+"""The greatest distance in km and attenuation in dB/km."""
 LEAST_RATE: Final = 1e-3
 MOST_RATE: Final = 1e12
-"""Of a clock, in Hz."""
+"""The lowest and the highest clock rate, in Hz."""
 PHOTONS: Final = np.arange(41)
 """Photon numbers in sums; for k <= 1 the rest has a probability below 1e-49."""
 
@@ -51,7 +51,7 @@ class Channel:
     receiver_efficiency: float
     """Efficiency of Bob's optics times that of Bob's detectors."""
     dark_count_probability: float
-    """Of one detector; there are two."""
+    """Probability for one detector; there are two."""
     misalignment: float
     afterpulse_probability: float = 0.0
     dead_time_s: float = 0.0
@@ -72,11 +72,11 @@ class Channel:
         )
 
     def at(self, distance_km: float) -> "Channel":
-        """The same equipment with another length of fibre."""
+        """A copy with another length of fibre."""
         return replace(self, distance_km=distance_km)
 
     def with_loss(self, decibels: float) -> "Channel":
-        """The same equipment with more loss in front of the receiver. Raises ``ConfigError``."""
+        """A copy with more loss in front of the receiver. Raises ``ConfigError``."""
         within("decibels", decibels, -1e3, math.inf)
         return replace(
             self, receiver_efficiency=self.receiver_efficiency * 10.0 ** (-decibels / 10.0)
@@ -84,7 +84,7 @@ class Channel:
 
     @property
     def transmittance(self) -> float:
-        """Of the fibre alone."""
+        """Transmittance of the fibre alone."""
         return float(10.0 ** (-self.attenuation_db_per_km * self.distance_km / 10.0))
 
     @property
@@ -149,7 +149,7 @@ def gain_from_yields(light: Light, mean_photons: float) -> float:
 
 
 class Source(Protocol):
-    """What makes the light, as the rest of the link sees it: the probabilities of detections.
+    """A source of light, described by the probabilities of detections.
 
     Alice chooses the *kind* of each pulse with these probabilities. If the source is a laser with
     decoys, the kinds are its intensities.
@@ -157,11 +157,11 @@ class Source(Protocol):
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """Of the kinds."""
+        """Probabilities of the kinds."""
 
     @property
     def key_basis_probability(self) -> float:
-        """Of either party's choice of basis."""
+        """Probability that a party, Alice or Bob, chooses the key basis."""
 
     def response(self, channel: Channel, light: Light | None = None) -> list[tuple[float, float]]:
         """For each kind, the probabilities of a detection and of one with a wrong bit.
@@ -237,14 +237,14 @@ class PairSource:
     C. H. Bennett, G. Brassard, N. D. Mermin, PRL 68, 557 (1992). Gain and error rate are equations
     9 and 10 of X. Ma, C.-H. F. Fung, H.-K. Lo, PRA 76, 012307 (2007): ``2 brightness`` pairs a
     pulse on average, with the statistics of a thermal source in two modes. Alice's detectors see
-    their half of the pairs without the fibre; their dark counts are Bob's. What only one of the two
-    detects is not counted.
+    their half of the pairs without the fibre; their dark counts are Bob's. A detection at only one
+    of the two is not counted.
     """
 
     brightness: float
     """Half of the mean number of pairs, lambda in the paper."""
     alice_efficiency: float
-    """Of Alice's optics and detectors."""
+    """Efficiency of Alice's optics times that of Alice's detectors."""
     key_basis_probability: float
 
     probabilities: ClassVar[tuple[float, ...]] = (1.0,)

@@ -144,7 +144,7 @@ def plot_scan(
 
 
 def _label(name: str, value: Any) -> str:
-    """How the legend names a value of a column."""
+    """The name of a column's value in the legend."""
     if value is None or value is False:
         return f"no {_text(name)}" if value is None else f"not {_text(name)}"
     if value is True:

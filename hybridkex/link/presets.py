@@ -43,7 +43,7 @@ class Preset:
         return {**flat, "efficiency": self.efficiency}
 
     def at(self, distance_km: float) -> "Preset":
-        """The same link over another length of fibre."""
+        """A copy with another length of fibre."""
         return replace(self, channel=self.channel.at(distance_km))
 
 

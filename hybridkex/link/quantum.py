@@ -28,7 +28,7 @@ TEST: Final = 1
 PIECE: Final = 1 << 21
 """Detections that are sampled at a time, which bounds the memory."""
 FADING_PIECE: Final = 1 << 14
-"""The same if the loss changes: it is constant within a piece."""
+"""Detections that are sampled at a time if the loss changes: it is constant within a piece."""
 
 Fading = Callable[[float], float]
 
@@ -108,7 +108,7 @@ class PulseRecord:
     def recall(self, pulse: Pulses) -> Sent:
         """The settings of these pulses.
 
-        Those of a pulse that was not detected are drawn now: nobody can tell the difference.
+        Settings of a pulse that was not detected are drawn now. No observer sees a difference.
         """
         count = len(pulse)
         place = np.searchsorted(self._pulse, pulse)
@@ -172,7 +172,7 @@ class OpticalLink:
 
     @property
     def seconds(self) -> float:
-        """How long the light has been on so far."""
+        """Seconds for which the light has been on."""
         return self._next / self._channel.repetition_rate_hz
 
     async def detect(self, count: int) -> Detections:

@@ -29,10 +29,10 @@ class Randomness:
 
     @classmethod
     def seeded(cls, seed: int | None, purpose: str) -> "Randomness":
-        """The same values again for the same seed and purpose; ``None``: :meth:`system`.
+        """Values that are determined by seed and purpose; without a seed, :meth:`system`.
 
-        A seeded link makes keys that anybody with the seed can make. Raises ``ConfigError`` for
-        what is not a whole number.
+        A seeded link makes keys that anybody with the seed can make. Raises ``ConfigError``
+        unless the seed is a whole number.
         """
         if seed is None:
             return cls.system()

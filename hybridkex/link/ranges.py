@@ -1,7 +1,7 @@
 """The values that the link accepts, and the types in which a caller may give them.
 
-Numbers may be Python's or numpy's, and lists may be arrays or columns of a table. What has been
-checked is of Python's own types.
+Numbers may be Python's or numpy's, and lists may be arrays or columns of a table. Checked values
+have Python's own types.
 """
 
 import math
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MOST_EVENTS: Final = 1e30
-"""In a count."""
+"""The highest count of events."""
 PICTURES: Final = (".png", ".svg")
-"""How the names of pictures end."""
+"""File name extensions of pictures."""
 
 
 def check_ranges(owner: "DataclassInstance", **limits: tuple[float, float]) -> None:
@@ -89,7 +89,7 @@ def probability(name: str, value: Any) -> float:
 def bit_array(name: str, values: Any) -> NDArray[np.uint8]:
     """The bits in an argument: integers or truth values, 0 or 1, in one dimension.
 
-    They are copied only where they are not in bytes. Raises ``ConfigError``.
+    They are copied only if their type is not uint8. Raises ``ConfigError``.
     """
     try:
         found = np.asarray(values)
@@ -137,9 +137,9 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> str:
 
 
 def file_kind(path: Path, what: str, known: Iterable[str]) -> str:
-    """How the name of a file ends, in small letters: one of these. Raises ``ConfigError``.
+    """The extension of a file name in lower case, one of ``known``. Raises ``ConfigError``.
 
-    ``what``: is in the file.
+    ``what``: the content of the file, for the message.
     """
     *others, last = known
     ending = path.suffix.lower()

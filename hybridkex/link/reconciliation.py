@@ -21,7 +21,7 @@ class ReconciliationError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """What Bob knows at the end."""
+    """Bob's result of error correction."""
 
     disclosed: int
     """Bits about Alice's key that Alice disclosed."""
@@ -49,13 +49,13 @@ class Reconciler(Protocol):
 
     @property
     def name(self) -> str:
-        """For reports and for the digest of the settings."""
+        """The name in reports and in the digest of the settings."""
 
     def respond(self, key: Bits, error_rate: float) -> Responder:
         """Alice's side for this key, and an estimate of the share of wrong bits that both have."""
 
     def correct(self, key: Bits, error_rate: float) -> Generator[bytes, bytes, Correction]:
-        """Bob's side: yields requests, wants the answers sent, corrects ``key`` in place.
+        """Bob's side: yields requests, is sent the answers, corrects ``key`` in place.
 
         Raises :class:`ReconciliationError` when the answers contradict each other.
         """

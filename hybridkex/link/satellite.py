@@ -22,7 +22,7 @@ GRAVITY_KM3_S2: Final = 398_600.4418
 LOWEST_DEG: Final = 10.0
 """No link is attempted below this elevation."""
 MOST_SECONDS: Final = 1e9
-"""From the beginning of a pass."""
+"""The latest time of a pass, in seconds from its beginning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,12 @@ class SatellitePass:
     """The highest elevation of the pass."""
     altitude_km: float = 500.0
     waist_m: float = 0.15
-    """Of the beam at the satellite's telescope."""
+    """Waist of the beam at the satellite's telescope."""
     aperture_m: float = 0.5
     """Radius of the telescope on the ground."""
     wavelength_nm: float = 850.0
     zenith_loss_db: float = 2.0
-    """Of the atmosphere at the zenith."""
+    """Loss of the atmosphere at the zenith."""
 
     def __post_init__(self) -> None:
         check_ranges(

@@ -75,15 +75,15 @@ COLUMNS: Final = (
 second; secret bits, QBER, phase error bound, leak and seconds of a block; blocks made and aborted,
 0 unless blocks were simulated."""
 ERROR: Final = "error"
-"""Column of a row without results: why. No other rows have it."""
+"""Column with the reason why a row has no results. Other rows do not have it."""
 SEARCHED: Final = ("intensities", "probabilities", "key_basis_probability", "brightness")
 """Settings that :func:`~hybridkex.link.optimise.tuned` chooses."""
 EXTRA: Final = "more values than columns"
 MOST_POINTS: Final = 1_000_000
 MOST_BLOCKS: Final = 1_000_000
-"""Simulated at a point."""
+"""The most blocks that are simulated at a point."""
 MOST_BYTES: Final = 1 << 30
-"""Of a file of rows: a million points have about 300 MB."""
+"""The largest file of rows: a million points have about 300 MB."""
 SUFFIXES: Final = (".csv", ".parquet", ".json")
 
 
@@ -261,7 +261,7 @@ def _simulated(settings: LinkSettings, eve: str | None, blocks: int, seed: int) 
 
 
 def _evaluated(point: Point, *, blocks: int, seed: int) -> Row:
-    """Like :func:`evaluate`; an impossible point has a row that says why."""
+    """Call :func:`evaluate`; the row of an impossible point gives the reason."""
     try:
         return evaluate(point, blocks=blocks, seed=seed)
     except ConfigError as error:

@@ -37,11 +37,11 @@ KEY_BITS: Final = 256
 MOST_DETECTIONS: Final = (
     (MEMORY - FIXED_MEMORY) * KEY_BITS // ((PER_DETECTION + PER_KEY_BIT) * KEY_BITS + PER_KEY)
 )
-"""Of a block in which all are of the key basis, as those of a file may be."""
+"""The most detections of a block. In a file, all of them may be in the key basis."""
 
 
 def _canonical(value: object) -> object:
-    """The same for equal values: one end may have read ``0`` or ``1e9`` and the other ``0.0`` or
+    """One form for equal values: one end may have read ``0`` or ``1e9`` and the other ``0.0`` or
     ``1000000000``."""
     if isinstance(value, tuple):
         return tuple(map(_canonical, value))
@@ -63,7 +63,7 @@ class LinkSettings:
     """Above this share of wrong bits in the test basis (and in the key basis, where it is
     announced) a block is aborted."""
     tolerance: float = 0.1
-    """How far the rate of detections and their shares of the intensities may drift."""
+    """The relative drift that is allowed in the rate of detections and the intensities' shares."""
     finite_key: str = FINITE_KEY[0]
     """``tight`` or ``published``: see :mod:`hybridkex.link.finite_key`."""
     leak: str = LEAKS[0]
@@ -73,7 +73,7 @@ class LinkSettings:
     """``full``: the rate of detections and the shares of the intensities must match the preset
     within ``tolerance``; ``shares``: only the shares; ``off``: neither. No bound depends on it."""
     reauthentication: str = REAUTHENTICATION[0]
-    """If a party lost its authentication key: ``refuse``, or let ``signatures`` begin again."""
+    """After a party has lost its authentication key: ``refuse``, or begin with ``signatures``."""
     reconciler: Reconciler = field(default_factory=Cascade)
     """The error correction."""
     block_detections: int | None = None
@@ -121,7 +121,7 @@ class LinkSettings:
 
     @cached_property
     def detections(self) -> int:
-        """How many detections a block takes, so that the key basis almost surely has enough."""
+        """The number of detections of a block; the key basis almost surely has enough of them."""
         if self.block_detections is not None:
             return self.block_detections
         share = self.preset.transmitter.key_basis_probability**2

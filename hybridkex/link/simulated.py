@@ -102,7 +102,7 @@ class SimulatedLink:
 
     @property
     def seconds(self) -> float:
-        """How long the laser has been on, by its own clock."""
+        """Seconds for which the laser has been on, by its own clock."""
         return self._link.seconds
 
     @property
@@ -112,7 +112,7 @@ class SimulatedLink:
 
     @property
     def untouched(self) -> str | None:
-        """Why ``tamper:BYTE`` has flipped no bit so far; ``None`` if it has, or is not wanted."""
+        """The reason why ``tamper:BYTE`` has flipped no bit; ``None`` if it has, or is not used."""
         received = self.traffic[1]
         if self._tampered is None or self._tampered < received:
             return None

@@ -55,7 +55,7 @@ LEAST_COMPILED: Final = 2048
 SLACK: Final = 1.0 / 16.0
 ROUNDER: Final = 1.5 * 2.0**52
 LOW: Final = 0 if sys.byteorder == "little" else 7
-"""Where the lowest byte of a number is."""
+"""Index of the lowest byte of a number."""
 STRIP: Final = 64
 """Columns of a strip: with at most as many rows as below, one megabyte of complex numbers."""
 MAX_ROWS: Final = 1024
@@ -78,7 +78,7 @@ def rounding_bound(length: int) -> float:
 
 
 def seed_length(length: int) -> int:
-    """How many random bits a key of ``length`` bits takes: ``length - 1``.
+    """The number of random bits that a key of ``length`` bits takes: ``length - 1``.
 
     Raises ``ConfigError``.
     """

@@ -61,7 +61,7 @@ def _montgomery(product: Any) -> Any:
 
 @inlined
 def _less(a: Any) -> Any:
-    """The same number modulo ``P`` below ``2 P``, for one below ``4 P``."""
+    """Reduce a number below ``4 P`` to one below ``2 P`` that is equal modulo ``P``."""
     return min(a, uint32(a - _2P))  # a difference below zero becomes a large number
 
 
@@ -163,7 +163,7 @@ def _threes(x: Any, cosines: Any, sines: Any) -> None:
 
 @compiled
 def _fives(x: Any, cosines: Any, sines: Any) -> None:
-    """The same for five numbers, a fifth of the rows apart."""
+    """Transform five numbers, a fifth of the rows apart."""
     apart = len(x) // 5
     cosine, twice = uint64(cosines[0]), uint64(cosines[1])
     sine, sine_twice = uint64(sines[0]), uint64(sines[1])
@@ -273,7 +273,7 @@ def _table(count: int) -> tuple[Words, Words, Words, Words]:
 
 
 def _odd_tables(radix: int) -> tuple[Words, Words]:
-    """Of :func:`_threes` and :func:`_fives`."""
+    """Tables of :func:`_threes` and :func:`_fives`."""
     root = pow(GENERATOR, (P - 1) // radix, P)
     half = pow(2, -1, P) << 32
     powers = [(pow(root, k, P), pow(root, -k, P)) for k in range(1, radix // 2 + 1)]
@@ -313,7 +313,7 @@ class _Plan:
         return max(12, (-(-length // odd) - 1).bit_length())
 
     def _odd_layers(self) -> list[Any]:
-        """For each odd layer: rows of a part, radix, tables, and the factors after it."""
+        """Rows of a part, radix, tables and factors after the layer, for each odd layer."""
         layers, rows = [], self.rows
         for radix in ODD[self._odd]:
             root = pow(GENERATOR, (P - 1) // rows, P)
@@ -326,7 +326,7 @@ class _Plan:
         return layers
 
     def _frequencies(self) -> NDArray[np.int64]:
-        """Of each row after the transform of the columns."""
+        """The frequency of each row after the transform of the columns."""
         bits = self._inner.bit_length() - 1
         found = np.zeros(self._inner, dtype=np.int64)
         for bit in range(bits):
@@ -336,7 +336,7 @@ class _Plan:
         return found
 
     def _make_turns(self, sign: int, scale: int) -> tuple[Words, Words, Words]:
-        """Factors of the first strip, and what leads from one strip to the next."""
+        """Factors of the first strip, and factors from one strip to the next."""
         root = pow(GENERATOR, sign * (P - 1) // self._size, P)
         frequencies = self._frequencies()
         lanes = [_powers(pow(root, lane, P), self.rows, scale % P) for lane in range(WIDTH)]
@@ -364,7 +364,7 @@ class _Plan:
                 ODD_LAYERS[radix](part, cosines, P - sines)
 
     def turns(self, *, back: bool) -> Iterator[tuple[int, Words]]:
-        """For each strip: its first column, and the factors of its numbers."""
+        """The first column of each strip, and the factors of its numbers."""
         first, factors, quotients = self._back if back else self._turns
         turns = first.copy()
         for start in range(0, self.columns, WIDTH):

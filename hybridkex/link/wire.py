@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from hybridkex.errors import LinkError
 from hybridkex.link.ledger import Direction, Position
 
-VERSION: Final = 2
+VERSION: Final = 3
 HEADER: Final = struct.Struct(">BI")
 CHUNK: Final = 1 << 20
 """Detections in one REPORT, at most."""
@@ -72,7 +72,7 @@ def pack_bits(bits: Bits) -> bytes:
 
 
 def unpack_bits(data: bytes, count: int) -> Bits:
-    """The reverse. Raises ``LinkError`` unless ``data`` is exactly the bytes of ``count`` bits."""
+    """Reverse :func:`pack_bits`. Raises ``LinkError`` for another length or padding."""
     packed = np.frombuffer(data, dtype=np.uint8)
     if len(packed) != -(-count // 8) or (count % 8 and packed[-1] & (0xFF >> count % 8)):
         raise LinkError("a message has the wrong length")
@@ -118,7 +118,7 @@ class Hello:
     settings: bytes
     """SHA-256 of the settings that must be the same at both ends."""
     positions: dict[Direction, Position] | None
-    """Which bytes of its ledger this party has in stock; ``None`` if it never had any."""
+    """The bytes of its ledger that this party has in stock; ``None`` if it never had any."""
 
     def encode(self) -> bytes:
         numbers = b""
@@ -189,7 +189,7 @@ class Sift:
     kept: Bits
     intensity: Bits
     bit: Bits
-    """Of the test basis alone."""
+    """Bits of the test basis alone."""
 
     def encode(self) -> bytes:
         pairs = np.stack([self.intensity >> 1, self.intensity & 1], axis=1).reshape(-1)

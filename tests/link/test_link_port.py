@@ -17,7 +17,13 @@ import pytest
 import trio
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
-from hybridkex.errors import BlockAborted, LedgerDry, LinkAuthenticationError, LinkError
+from hybridkex.errors import (
+    BlockAborted,
+    LedgerDry,
+    LedgerLost,
+    LinkAuthenticationError,
+    LinkError,
+)
 from hybridkex.kme import link_feed
 from hybridkex.kme.link_feed import PartyFeed
 from hybridkex.link import party
@@ -31,6 +37,7 @@ from hybridkex.link.wire import HEADER, LIMITS, Hello, Type
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.reading import EndOfStream
 from hybridkex.net.threads import NoThread
+from hybridkex.net.token_bucket import TokenBucket
 from interop.ports import free_port
 
 BOB = Direction.BOB_TO_ALICE
@@ -49,7 +56,9 @@ def signatures(tmp_path: Path) -> dict[str, Signatures]:
     return {"alice": of("alice", "bob"), "bob": of("bob", "alice"), "eve": of("eve", "alice")}
 
 
-def feed(party: str, port: int, signatures: dict[str, Signatures]) -> PartyFeed:
+def feed(
+    party: str, port: int, signatures: dict[str, Signatures], name: str = link_feed.NAME
+) -> PartyFeed:
     settings = LinkSettings(preset=tuned(PRESETS["rusca2018"].at(0), 30_000), block_bits=30_000)
     return PartyFeed(
         settings,
@@ -58,6 +67,7 @@ def feed(party: str, port: int, signatures: dict[str, Signatures]) -> PartyFeed:
         signatures=signatures[party],
         real_time=False,
         note=lambda block: None,
+        name=name,
     )
 
 
@@ -416,7 +426,7 @@ async def test_sessions_that_are_cut_use_up_the_ledger_slowly(
     with trio.CancelScope() as scope:
         await bob._run_bob()
     pauses = [round(after - before) for before, after in pairwise(began)]
-    assert pauses == [1, 1, 9, 1, 17, 33, 65, 129, 1, 1, 9, 17, 33]
+    assert pauses == [1, 1, 17, 1, 65, 257, 601, 601, 1, 1, 17, 65, 257]
     assert "3 attempts in a row used authentication key and made no block; 464 bytes" in caplog.text
 
 
@@ -425,7 +435,7 @@ async def test_blocks_that_are_given_up_use_up_the_ledger_slowly(
     monkeypatch: pytest.MonkeyPatch,
     signatures: dict[str, Signatures],
 ) -> None:
-    """Light that is disturbed for a minute does not end the link; a block sets the pause back."""
+    """Light disturbed for ten minutes does not end the link; a block sets the pause back."""
     end = feed("bob", 1, signatures)
     end._ledger.add(0, "a block before", bytes(512))
     began: list[float] = []
@@ -442,4 +452,79 @@ async def test_blocks_that_are_given_up_use_up_the_ledger_slowly(
     for _ in range(12):
         await end._block(object.__new__(party.Bob))
     pauses = [round(after - before) for before, after in pairwise(began)]
-    assert pauses == [1, 1, 9, 0, 1, 1, 9, 17, 33, 65, 1]  # less than a block's tags is left
+    assert pauses == [1, 1, 17, 0, 1, 1, 17, 65, 257, 601, 1]  # less than a block's tags is left
+
+
+TROUBLES = [
+    LedgerDry("the authentication key is used up"),
+    LedgerLost("the other party lost its key"),
+    LinkError("the other party closed the connection"),
+    BlockAborted("too many errors"),
+    ZeroDivisionError(),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", TROUBLES, ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("kind", ["one process", "two processes"])
+async def test_a_link_without_blocks_logs_a_bounded_number_of_lines(
+    kind: str,
+    error: Exception,
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    signatures: dict[str, Signatures],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whatever the trouble is; the line that comes after a block is not held back."""
+    monkeypatch.setitem(TokenBucket.__init__.__kwdefaults__, "clock", trio.current_time)
+    failing = True
+
+    async def block(*_: object) -> Any:
+        await trio.sleep(0.1)
+        if failing:
+            raise error
+        return SimpleNamespace(keys=("a key",))
+
+    if kind == "one process":
+        link = SimpleNamespace(open=lambda: contextlib.nullcontext(link))
+
+        async def pair(*_: object) -> Any:
+            return (await block(),) * 2
+
+        link.block = pair
+        feed_: Any = link_feed.PairFeed(lambda: link, name="a to b")  # type: ignore[arg-type, return-value]
+    else:
+        feed_ = feed("bob", 1, signatures, name="a to b")
+
+        async def reach(*_: object) -> Any:
+            return trio.testing.memory_stream_pair()[0]
+
+        monkeypatch.setattr(feed_, "_reach", reach)
+        monkeypatch.setattr(link_feed, "keep_alive", lambda _: None)
+        monkeypatch.setattr(party.Bob, "block", block)
+
+    def lines() -> list[str]:
+        found = [one.getMessage() for one in caplog.records if one.levelname != "DEBUG"]
+        caplog.clear()
+        return [one for one in found if "suppressed" not in one]
+
+    async def taken(end: link_feed.LinkEnd) -> None:
+        async for _ in end:
+            pass
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(feed_.run)
+        for end in feed_.ends:
+            nursery.start_soon(taken, end)
+        await trio.sleep(300)
+        told = lines()
+        assert 5 < len(told) <= 5 + 5
+        assert all(one.startswith("a to b: ") for one in told)
+        for _ in range(3):
+            failing = False
+            await trio.sleep(15)
+            failing = True
+            caplog.clear()
+            await trio.sleep(2)
+            assert lines()
+        nursery.cancel_scope.cancel()

@@ -42,7 +42,7 @@ from hybridkex.text import get_logger, json_line
 LOG: Final = get_logger("hybridkex.cli.qkd_data")
 
 WAIT: Final = 60.0
-"""How long one end waits for the other, in seconds."""
+"""Seconds that one end waits for the other."""
 
 
 def record(options: RecordOptions) -> int:

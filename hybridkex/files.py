@@ -86,7 +86,11 @@ def read_file(
     name = f"{what} {_shown(path)}".strip()
     try:
         # Non-blocking: otherwise opening a pipe would wait for its writer.
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        file = (
+            _open_own(path, os.O_RDONLY, _check_reading)
+            if own
+            else os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        )
     except OSError as error:
         if missing is not None and isinstance(error, FileNotFoundError):
             return missing
@@ -97,8 +101,6 @@ def read_file(
         status = os.fstat(file)
         if not pipe and not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"cannot read {name}: it is not a regular file")
-        if own:
-            _check_reading(path, status)
         data = _read(file, limit)
     except OSError as error:
         raise ConfigError(f"cannot read {name}: {error.strerror}") from None
@@ -130,12 +132,10 @@ def _read(file: int, limit: int) -> bytes | None:
     return None
 
 
-def read_utf8(
-    path: str | os.PathLike[str], *, missing: bytes | None = None, own: bool = False
-) -> str:
-    """Read a text in UTF-8, with the mark at its start or without it. For arguments and errors, see
+def read_utf8(path: str | os.PathLike[str], **options: Any) -> str:
+    """Read a text in UTF-8, with the mark at its start or without it. For options and errors, see
     :func:`read_file`."""
-    data = read_file(path, missing=missing, own=own)
+    data = read_file(path, **options)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -469,28 +469,59 @@ def change_mode(path: str | Path, mode: int, *, inode: tuple[int, int]) -> None:
 # -- what other users may have put into a folder
 
 
+def _is_shared(path: str) -> bool:
+    """Whether another user than root may change the folder of a file."""
+    folder = os.stat(os.path.dirname(path) or ".")
+    return folder.st_uid not in (os.geteuid(), 0) or bool(folder.st_mode & _WRITABLE)
+
+
+def _check_writing(path: str, status: os.stat_result) -> None:
+    # What belongs to us can be another name (a hard link) of a file elsewhere.
+    if status.st_uid != os.geteuid():
+        reason = "it belongs to another user, who may have put it there"
+    elif stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+        reason = "it has another name (a hard link), which another user may have made"
+    else:
+        return
+    if _is_shared(path):
+        raise PermissionError(errno.EPERM, reason, path)
+
+
+def _check_reading(path: str, status: os.stat_result) -> None:
+    folder = os.stat(os.path.dirname(path) or ".")
+    trusted = (os.geteuid(), 0, folder.st_uid)
+    if folder.st_mode & _WRITABLE and status.st_uid not in trusted:
+        raise PermissionError(
+            errno.EPERM, "it belongs to another user, who may have put it there", path
+        )
+
+
+_Check = Callable[[str, os.stat_result], None]
+
+
 def check_own(path: str | Path) -> None:
     """Raise ``PermissionError`` for what another user may have put there; nothing may be there."""
     with contextlib.suppress(FileNotFoundError):
-        _check_writing(path, os.lstat(path))
+        _check_writing(os.fspath(path), os.lstat(path))
 
 
-def _open_own(path: str | Path, flags: int) -> int:
-    """Open for writing, without waiting. Raises ``PermissionError`` as :func:`check_own` does."""
-    found = _followed(path)
-    check_own(found)
+def _open_own(path: str | os.PathLike[str], flags: int, check: _Check = _check_writing) -> int:
+    """Open without waiting. Raises ``PermissionError`` for what another user may have put there."""
+    found = _followed(path, check)
+    with contextlib.suppress(FileNotFoundError):
+        check(found, os.lstat(found))
     if _is_shared(found):
         flags |= os.O_NOFOLLOW  # nobody puts a link there now
     descriptor = os.open(found, flags | os.O_CLOEXEC | os.O_NONBLOCK, PRIVATE)
     try:
-        _check_writing(found, os.fstat(descriptor))
+        check(found, os.fstat(descriptor))
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def _followed(path: str | Path) -> str:
+def _followed(path: str | os.PathLike[str], check: _Check = _check_writing) -> str:
     """What a symbolic link leads to. Raises ``PermissionError`` for a link of another user."""
     followed = os.fspath(path)
     for _ in range(_MOST_LINKS):
@@ -500,39 +531,12 @@ def _followed(path: str | Path) -> str:
             return followed
         if not stat.S_ISLNK(status.st_mode):
             return followed
-        _check_writing(followed, status)
+        check(followed, status)
         target = os.path.join(os.path.dirname(followed), os.readlink(followed))
         if not os.path.lexists(target) and os.path.exists(followed):
             return followed  # a link of /proc to what has no path
         followed = target
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path))
-
-
-def _is_shared(path: str | Path) -> bool:
-    """Whether another user than root may change the folder of a file."""
-    folder = os.stat(os.path.dirname(path) or ".")
-    return folder.st_uid not in (os.geteuid(), 0) or bool(folder.st_mode & _WRITABLE)
-
-
-def _check_writing(path: str | Path, status: os.stat_result) -> None:
-    # What belongs to us can be another name (a hard link) of a file elsewhere.
-    if status.st_uid != os.geteuid():
-        reason = "it belongs to another user, who may have put it there"
-    elif stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
-        reason = "it has another name (a hard link), which another user may have made"
-    else:
-        return
-    if _is_shared(path):
-        raise PermissionError(errno.EPERM, reason, os.fspath(path))
-
-
-def _check_reading(path: str | os.PathLike[str], status: os.stat_result) -> None:
-    folder = os.stat(Path(path).parent)
-    trusted = (os.geteuid(), 0, folder.st_uid)
-    if folder.st_mode & _WRITABLE and status.st_uid not in trusted:
-        raise PermissionError(
-            errno.EPERM, "it belongs to another user, who may have put it there", os.fspath(path)
-        )
 
 
 def make_private_folder(path: str | Path) -> None:

@@ -31,8 +31,24 @@ _INVISIBLE: Final = frozenset(
 a blank)."""
 
 
-def printable(text: str, *, most: int = MOST, keep: str = "") -> str:
-    r"""Text without control characters or invisible characters.
+def printable(text: str, *, most: int = MOST) -> str:
+    r"""Text without control characters or invisible characters, of bounded length: a message that
+    quotes a long text still says what happened, at its beginning, and what to do, at its end.
+
+    Args:
+        text: from anywhere.
+        most: characters to show; what is left out is in the middle.
+    """
+    shown = escaped(text)
+    if len(shown) <= most:
+        return shown
+    note = f"... ({len(shown):,} characters in all) ..."
+    end = (most - len(note)) // 3
+    return f"{shown[: most - len(note) - end]}{note}{shown[-end:]}"
+
+
+def escaped(text: str, *, keep: str = "") -> str:
+    r"""Text without control characters or invisible characters, as long as it is.
 
     Escaped are control characters (C0, DEL, C1), the characters that reverse a line or have no
     width, line and paragraph separators, lone surrogates, private and unassigned code points, and
@@ -40,11 +56,8 @@ def printable(text: str, *, most: int = MOST, keep: str = "") -> str:
 
     Args:
         text: from anywhere.
-        most: characters to show; the rest is counted and left out.
         keep: characters to pass as they are, such as ``"\n"``.
     """
-    if len(text) > most:
-        text = f"{text[:most]}... ({len(text) - most} more characters)"
     if text.isascii() and text.isprintable():
         return text
     return "".join(
@@ -87,7 +100,7 @@ class _PrintableRecords(logging.Filter):
             record.args = tuple(map(_argument, record.args))
         if record.exc_info and not record.exc_text:
             lines = traceback.format_exception(*record.exc_info)
-            record.exc_text = printable("".join(lines), most=64 * MOST, keep="\n").rstrip("\n")
+            record.exc_text = escaped("".join(lines), keep="\n").rstrip("\n")
         return True
 
 
@@ -117,7 +130,7 @@ class PrintableOutput:
 
     def write(self, text: str) -> int:
         """Write text, escaped. Returns the length of the text given."""
-        shown = printable(text, most=len(text), keep="\n\t")
+        shown = escaped(text, keep="\n\t")
         encoding = self.stream.encoding or "utf-8"
         self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)

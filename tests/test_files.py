@@ -37,8 +37,9 @@ from hybridkex.kme.config import load_config
 from hybridkex.link.measured import read_measured
 from hybridkex.link.scan import read_scan
 from hybridkex.qkd.etsi014.mutual_tls import client_tls
+from hybridkex.qkd.pool import FilePool, PoolNames
 from hybridkex.qkd.sqlite_file import open_locked
-from hybridkex.qkd.store import read_key_file
+from hybridkex.qkd.store import read_key_file, write_key_file
 from hybridkex.shell.ticket_file import FileTicketStore
 
 NOT_FILES = ("missing", "folder", "silent pipe", "/dev/zero", "a\0b", "a/b" * 3000, "loop", "huge")
@@ -176,6 +177,11 @@ def test_texts_as_other_systems_save_them(tmp_path: Path) -> None:
         for read in (read_toml, KnownPeers, FileTicketStore, _read_ids):
             with pytest.raises(ConfigError, match=words):
                 read(file)
+        for ending in (".csv", ".json"):
+            scan = file.with_suffix(ending)
+            scan.write_bytes(file.read_bytes())
+            with pytest.raises(ConfigError, match=words):
+                read_scan(scan)
 
 
 # --- nobody reads files otherwise -----------------------------------------------------------------
@@ -369,17 +375,44 @@ KEPT = (KnownPeers, FileTicketStore, read_key_file)
 
 
 @as_root
+@pytest.mark.parametrize("kind", ["file", "our link to it", "link to our file"])
 @pytest.mark.parametrize("reader", KEPT)
 @pytest.mark.parametrize("shared", SHARED[:3], ids=oct, indirect=True)
 def test_no_trust_is_read_from_what_another_user_has_put_there(
-    shared: Path, reader: Callable[[Path], object]
+    shared: Path, reader: Callable[[Path], object], kind: str
 ) -> None:
-    path = shared / "file"
-    path.write_bytes(b"00" * 32 if reader is read_key_file else b"{}")
-    path.chmod(0o600)
-    os.chown(path, OTHER, OTHER)
+    """Also where a link of ours, in a folder of ours, leads to it."""
+    path, ours = shared / "file", shared.parent / "ours"
+    theirs = ours if kind == "link to our file" else path
+    theirs.write_bytes(b"00" * 32 if reader is read_key_file else b"{}")
+    theirs.chmod(0o600)
+    if kind == "link to our file":
+        path.symlink_to(ours)
+    elif kind == "our link to it":
+        ours.symlink_to(path)
+    os.lchown(path, OTHER, OTHER)
     with pytest.raises(ConfigError, match="belongs to another user"):
-        reader(path)
+        reader(ours if kind == "our link to it" else path)
+
+
+@pytest.mark.parametrize("name", ["/proc/kmsg", "/proc/cpuinfo", "/dev/null", "empty"])
+def test_what_is_no_key_pool_stays_as_it_is(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one has no end, and nothing to read most of the time."""
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    path = tmp_path / name
+    if name == "empty":
+        path.touch(mode=0o644)
+    key_file = tmp_path / "key"
+    write_key_file(key_file)
+    for names in (None, PoolNames(sae="a", kme="A", peer_sae="b", peer_kme="B")):
+        if names is not None and name == "empty":
+            break  # a process that was killed may have left it
+        before = path.lstat()
+        with pytest.raises(ConfigError, match=path.name):
+            FilePool.open(path, key_file=key_file, names=names)
+        assert (path.lstat().st_size, path.lstat().st_mode) == (before.st_size, before.st_mode)
 
 
 @pytest.mark.parametrize("write", [opened, appended, write_file])

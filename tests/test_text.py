@@ -1,6 +1,7 @@
 """Text from outside can steer no terminal and forge no line, wherever it becomes text."""
 
 import ast
+import contextlib
 import io
 import json
 import logging
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 
 import hybridkex
 from hybridkex import errors
+from hybridkex.cli import main
 from hybridkex.text import (
     PRINTABLE,
     PrintableOutput,
+    escaped,
     get_logger,
     json_line,
     printable,
@@ -43,7 +46,7 @@ def is_safe(text: str, *, keep: str = "") -> bool:
 @pytest.mark.parametrize("char", MEMBERS, ids=ascii)
 def test_each_member_is_escaped(char: str) -> None:
     assert printable(f"a{char}b") == f"a{ascii(char)[1:-1]}b"
-    assert printable(f"a{char}b", keep=char) == f"a{char}b"
+    assert escaped(f"a{char}b", keep=char) == f"a{char}b"
 
 
 def test_what_can_be_shown_stays() -> None:
@@ -60,9 +63,48 @@ def test_any_text(text: str) -> None:
     shown.encode()
 
 
-def test_absurd_lengths() -> None:
-    assert printable("x" * 70_000) == "x" * 4096 + "... (65904 more characters)"
-    assert len(str(errors.ConfigError("\0" * 1_000_000))) < 20_000
+@pytest.mark.parametrize("quoted", ["x", "a b", "\0", "\u202e", "\U000e0041"], ids=ascii)
+def test_a_message_that_quotes_a_long_text_keeps_both_ends(quoted: str) -> None:
+    for length in (1, 100, 4000, 5000, 70_000):
+        text = f"a.toml: [listen] name: {quoted * length} is too long; choose a shorter one"
+        shown = printable(text)
+        assert len(shown) <= 4096
+        assert shown.startswith("a.toml: [listen] name: ")
+        assert shown.endswith(" is too long; choose a shorter one")
+        assert (" characters in all) ..." in shown) == (len(escaped(text)) > 4096)
+        assert printable(shown) == shown == str(errors.ConfigError(text))
+        assert len(printable(text, most=200)) <= 200
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["LONG"],
+        ["connect", "localhost", "LONG"],
+        ["connect", "LONG", "1"],
+        ["connect", "localhost", "1", "--ca", "LONG"],
+        ["connect", "localhost", "1", "--groups", "LONG"],
+        ["listen", "0", "--log-level", "LONG"],
+        ["tunnel", "listen", "--local", "LONG", "--target", "h:1"],
+        ["tunnel", "run", "LONG"],
+        ["kme", "serve", "LONG", "--check"],
+        ["dev-ca", "LONG"],
+        ["qkd", "scan", "--vary", "distance_km=LONG", "-o", "x.csv"],
+        ["demo", "LONG"],
+        ["rndl", "--json", "LONG"],
+    ],
+    ids=" ".join,
+)
+def test_no_command_says_more_than_a_screen(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever says it: argparse, our errors, the operating system."""
+    with contextlib.suppress(SystemExit):
+        assert main([one.replace("LONG", "x" * 70_000) for one in words]) == 1
+    said = capsys.readouterr().err
+    assert 10 < len(said) < 4300
+    assert said.startswith("hybridkex: ")
+    assert said.count("\n") == 1
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from hybridkex.files import PUBLIC, write_file
 from hybridkex.machine import write_error
 
 
-def check_port_file(path: str | Path) -> None:
-    """Raise ``ConfigError`` where :func:`write_port` would fail."""
+def check_new_file(path: str | Path) -> None:
+    """Raise ``ConfigError`` if a file cannot be created, or replaced, under a path."""
     where = Path(path)
     if "\0" in str(path):
         raise ConfigError(f"cannot write {str(path)!r}: the path has invalid characters")
@@ -36,7 +36,7 @@ def write_port(path: str | Path | None, port: int) -> None:
     """
     if path is None:
         return
-    check_port_file(path)
+    check_new_file(path)
     try:
         write_file(path, f"{port}\n".encode("ascii"), mode=PUBLIC)
     except OSError as error:

@@ -57,6 +57,7 @@ def notify(*fields: str) -> None:
     address = "\0" + path[1:] if path.startswith("@") else path
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
         try:
+            sender.settimeout(1.0)  # for a service manager that is stopped
             sender.connect(address)
             sender.sendall("\n".join(fields).encode())
         except OSError:

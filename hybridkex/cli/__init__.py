@@ -22,7 +22,7 @@ from hybridkex.cli.standard_streams import (
 from hybridkex.cli.threads import bounded_thread_starts
 from hybridkex.errors import HybridkexError
 from hybridkex.machine import refusal
-from hybridkex.text import PrintableOutput
+from hybridkex.text import PrintableOutput, printable
 
 __all__ = ["main"]
 
@@ -54,12 +54,12 @@ def _main(arguments: list[str]) -> int:
         finally:
             sys.stdout.flush()  # here, where an error can still be reported
     except HybridkexError as error:
-        print(f"hybridkex: {error}", file=sys.stderr)
+        _say(error)
         return 1
     except OSError as error:
         discard_standard_output()
         if not isinstance(error, BrokenPipeError):  # the reader has closed the pipe
-            print(f"hybridkex: {refusal(error)}", file=sys.stderr)
+            _say(refusal(error))
         return 1
     except KeyboardInterrupt:
         return 130
@@ -67,8 +67,12 @@ def _main(arguments: list[str]) -> int:
         told = refusal(error)
         if told is None:
             raise
-        print(f"hybridkex: {told}", file=sys.stderr)
+        _say(told)
         return 1
+
+
+def _say(message: object) -> None:
+    print(f"hybridkex: {printable(str(message))}", file=sys.stderr)
 
 
 def _run(arguments: list[str]) -> int:

@@ -4,6 +4,8 @@ import argparse
 import importlib
 from typing import Final, NoReturn
 
+from hybridkex.text import printable
+
 COMMANDS: Final = {
     "connect": "open a secure channel to a server, for standard input and output",
     "listen": "accept secure channels, for standard input and output",
@@ -27,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2, as usual for wrong usage."""
-        self.exit(2, f"hybridkex: {message}; try: {self.prog} --help\n")
+        self.exit(2, f"hybridkex: {printable(message)}; try: {self.prog} --help\n")
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:

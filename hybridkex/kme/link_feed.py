@@ -140,7 +140,6 @@ class LinkEnd:
     def __init__(self, name: str = NAME) -> None:
         self._name = name
         self._put, self._take = trio.open_memory_channel[list[ProducedKey]](math.inf)
-        self._failure: LinkError | None = None
         self._ready = trio.Event()
         self._ready.set()
 
@@ -153,8 +152,6 @@ class LinkEnd:
         try:
             return await self._take.receive()
         except trio.EndOfChannel:
-            if self._failure is not None:
-                raise self._failure from None
             raise StopAsyncIteration from None
 
     async def ready(self) -> None:
@@ -180,9 +177,8 @@ class LinkEnd:
         for start in range(0, len(keys), BATCH):
             self._put.send_nowait(list(keys[start : start + BATCH]))
 
-    def end(self, failure: LinkError | None) -> None:
+    def end(self) -> None:
         """No more keys."""
-        self._failure = failure
         self._put.close()
 
 
@@ -205,7 +201,7 @@ class PairFeed:
                 await self._session()
         finally:
             for end in self.ends:
-                end.end(None)
+                end.end()
 
     async def _session(self) -> None:
         try:
@@ -258,17 +254,14 @@ class PartyFeed:
         """Attempts since the last block that used some and made none."""
 
     async def run(self) -> None:
-        """Make keys until cancelled. Ends if we cannot listen.
+        """Make keys until cancelled.
 
         A broken connection is replaced by a new session, authenticated with the stored key.
         """
-        failure: LinkError | None = None
         try:
             await (self._run_alice() if self._party == "alice" else self._run_bob())
-        except LinkError as error:
-            failure = error
         finally:
-            self.ends[0].end(failure)
+            self.ends[0].end()
 
     async def _run_bob(self) -> None:
         while True:
@@ -325,10 +318,7 @@ class PartyFeed:
                 return stream
 
     async def _run_alice(self) -> None:
-        try:
-            listeners = await open_tcp_listeners(self._address.port, host=self._address.host)
-        except OSError as error:
-            raise LinkError(f"the link cannot listen on {self._address}: {error}") from None
+        listeners = await self._listeners()
         pairs, arrived = trio.open_memory_channel[_Pair](0)
         desk = _Reception(self._signatures, pairs)
         supervisor = Supervisor(
@@ -346,6 +336,20 @@ class PartyFeed:
                         await self._session(pair.streams[CLASSICAL], pair.streams[QUANTUM])
                 finally:
                     pair.over.set()
+
+    async def _listeners(self) -> list[trio.SocketListener]:
+        silent = True
+        while True:
+            try:
+                return await open_tcp_listeners(self._address.port, host=self._address.host)
+            except OSError as error:
+                if silent:
+                    LOG.error(  # noqa: TRY400
+                        "QKD link: cannot listen on %s: %s; it is tried again every second",
+                        *(self._address, error.strerror),
+                    )
+                    silent = False
+                await trio.sleep(PAUSE)
 
     async def _session(self, classical: trio.SocketStream, quantum: trio.SocketStream) -> None:
         """Make blocks until the connection breaks.

@@ -5,7 +5,8 @@ import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
-from typing import Final, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
 
 import trio
 
@@ -13,7 +14,7 @@ from hybridkex.crypto.x509_parsing import certificate_from_der
 from hybridkex.errors import ConfigError, HybridkexError, KeySourceUnavailable
 from hybridkex.kme.api import kme_handler
 from hybridkex.kme.audit import AuditTrail, check_folder
-from hybridkex.kme.config import KmeConfig, PostgresUrl, ServeConfig
+from hybridkex.kme.config import KmeConfig, PeerConfig, PostgresUrl, ServeConfig
 from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.health import Pages
 from hybridkex.kme.metrics import KmeMetrics
@@ -23,7 +24,7 @@ from hybridkex.net.address import TcpAddress
 from hybridkex.net.budget import Budget, Connection
 from hybridkex.net.event_loop import in_thread
 from hybridkex.net.http import http_supervisor, serve_connection
-from hybridkex.net.listening import open_shared_listeners, open_tcp_listeners
+from hybridkex.net.listening import check_listening, open_shared_listeners, open_tcp_listeners
 from hybridkex.net.supervisor import Supervisor
 from hybridkex.qkd import sqlite_store
 from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, client_tls, server_tls
@@ -41,6 +42,9 @@ from hybridkex.secret import Secret
 from hybridkex.shell.expiry_watch import ExpiryWatch
 from hybridkex.text import get_logger
 
+if TYPE_CHECKING:
+    from hybridkex.kme.link_feed import PairFeed, PartyFeed
+
 LOG: Final = get_logger(__name__)
 
 CLOSE_SECONDS: Final = 1.0
@@ -54,18 +58,33 @@ class Serving:
     metrics: TcpAddress | None
 
 
-def check_config(config: ServeConfig) -> None:
+async def check_config(config: ServeConfig) -> None:
     """Check what a server needs, without serving: a running one is not disturbed.
 
     Reads certificates and key files. An audit trail and a store in a file must have a folder that
     can be written to. A store that exists must be a key store that opens under the key files, and
-    a database must be reachable and this KME's. Nothing is created. Blocks.
+    a database must be reachable and this KME's. The addresses must be this machine's, each for one
+    purpose, and QKD links must be possible. Nothing is created. Blocks.
 
     Raises:
         ConfigError: what :class:`KmeServer` could not use.
     """
+    addresses = [one.listen for one in config.kme]
+    addresses += [config.metrics] if config.metrics is not None else []
+    for link in (peer.link for one in config.kme for peer in one.peer):
+        addresses += [link.address] if link.party == "alice" and link.address is not None else []
+    try:
+        await check_listening(addresses)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {error.filename}: {error.strerror}") from error
+    stores = [one.store.resolve() for one in config.kme if isinstance(one.store, Path)]
+    if len(set(stores)) != len(stores):
+        raise ConfigError("two KMEs have the same store")
     for one in config.kme:
         _Settings.of(one)
+        for peer in one.peer:
+            if peer.producer == "link":
+                _link_feed(one, peer, KmeMetrics())
         _entity_settings(one)
         seal_key, *read_keys = _seal_keys(one)
         if one.audit is not None:
@@ -283,9 +302,7 @@ class KmeServer:
                 if peer.producer == "link":
                     if peer.url is None and config.id > peer.id:
                         continue  # both ends are made at once
-                    from hybridkex.kme.link_feed import link_feed  # noqa: PLC0415  # an extra
-
-                    feed = link_feed(config, peer, self.metrics)
+                    feed = _link_feed(config, peer, self.metrics)
                     links.append(feed.run)
                     found.append((config.id, peer.id, feed.ends[0], True))
                     if peer.url is None:
@@ -448,6 +465,12 @@ class _Settings:
         self.of_saes.total = self.config.max_connections
         self.of_saes.each = self.config.max_sae_connections
         self.of_peers.total = self.config.max_peer_connections
+
+
+def _link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> "PairFeed | PartyFeed":
+    from hybridkex.kme.link_feed import link_feed  # noqa: PLC0415  # an extra
+
+    return link_feed(config, peer, metrics)
 
 
 def _seal_keys(config: KmeConfig) -> list[Secret]:

@@ -7,7 +7,6 @@ process, or with any executor of :mod:`concurrent.futures`, such as a pool of pr
 Dask cluster.
 """
 
-import codecs
 import csv
 import hashlib
 import io
@@ -25,7 +24,7 @@ from typing import Any, Final
 import trio
 
 from hybridkex.errors import BlockAborted, ConfigError, LedgerDry, LinkError
-from hybridkex.files import PUBLIC, read_file, write_file
+from hybridkex.files import PUBLIC, read_file, read_utf8, write_file
 from hybridkex.json_text import load_json
 from hybridkex.link.eavesdroppers import eavesdropper
 from hybridkex.link.entropy import binary_entropy
@@ -361,23 +360,19 @@ def read_scan(path: Path | str) -> list[Row]:
     """The rows of a file that :func:`write_scan` made. Raises ``ConfigError``."""
     path = Path(path)
     kind = _kind(path)
-    parquet = _pyarrow()[0] if kind == ".parquet" else None
-    content = read_file(path, limit=MOST_BYTES, pipe=False)
-    content = content.removeprefix(codecs.BOM_UTF8)  # spreadsheets begin text with it
     try:
-        if parquet is not None:
-            rows = parquet.read_table(io.BytesIO(content)).to_pylist()
-        elif kind == ".json":
-            rows = load_json(content.decode(), most_values=None)
+        if kind == ".parquet":
+            parquet = _pyarrow()[0]
+            content = io.BytesIO(read_file(path, limit=MOST_BYTES, pipe=False))
+            rows = parquet.read_table(content).to_pylist()
         else:
-            rows = _read_csv(content.decode())
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a scan: it is not UTF-8; save the file as UTF-8") from None
+            text = read_utf8(path, limit=MOST_BYTES, pipe=False)
+            rows = load_json(text, most_values=None) if kind == ".json" else _read_csv(text)
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, csv.Error) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{path}: not a scan: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(one, dict) for one in rows):
         raise ConfigError(f"{path}: not a scan")

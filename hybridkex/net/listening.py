@@ -2,9 +2,13 @@
 
 import errno
 import socket
+from collections.abc import Iterable
+from contextlib import AsyncExitStack
 from typing import Final
 
 import trio
+
+from hybridkex.net.address import TcpAddress
 
 _ABSENT: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
@@ -80,3 +84,26 @@ async def open_shared_listeners(port: int, *, host: str) -> list[trio.SocketList
     if not listeners and absent is not None:
         raise absent
     return listeners
+
+
+async def check_listening(addresses: Iterable[TcpAddress]) -> None:
+    """Check that one process can listen at all of these addresses, by doing so for a moment.
+
+    Where another process listens, it may be the service that is being checked, which goes on.
+
+    Raises:
+        OSError: cannot listen at the address that is its ``filename``.
+    """
+    ours = set()
+    async with AsyncExitStack() as stack:
+        for address in addresses:
+            try:
+                listeners = await open_tcp_listeners(address.port, host=address.host)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or address.port in ours:
+                    error.filename = str(address)
+                    raise
+            else:
+                ours.add(address.port)
+                for listener in listeners:
+                    stack.push_async_callback(listener.aclose)

@@ -74,8 +74,8 @@ class FilePool:
 
         Raises ``ConfigError`` for a missing, foreign or damaged file and for a wrong key file.
         """
-        if names is None and not path.exists():
-            raise ConfigError(f"there is no key pool {path}")
+        if names is None and not (path.exists() and path.stat().st_size):
+            raise ConfigError(f"there is no key pool {path}, or it is empty")
         store = SqliteKeyStore(path, read_key_file(key_file))
         try:
             return cls(store, _settle_names(store, path, names))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from hybridkex.errors import ConfigError
-from hybridkex.files import check_own, make_private
+from hybridkex.files import check_own, make_private, read_file
 
 __all__ = ["FileInUse", "open_locked", "open_unlocked"]
 
@@ -44,6 +44,8 @@ def open_locked(path: Path, *, what: str = "key store", create: bool = True) -> 
         ConfigError: it cannot be opened.
     """
     try:
+        if path.is_file() and not path.stat().st_size:
+            read_file(path, what=f"the {what}")  # SQLite would wait for good, as for /proc/kmsg
         if create:
             make_private(path)
         # SQLite names its log after the path: through a symbolic link it would use another log.

@@ -35,6 +35,7 @@ from hybridkex.auth.dev_ca import write_identity
 from hybridkex.cli import main
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import TcpAddress, UnixAddress
+from interop.ports import free_port
 
 
 @pytest.fixture
@@ -582,6 +583,26 @@ async def test_systemd_is_told(tunnel: Tunnel) -> None:
     heard.close()
 
 
+async def test_a_service_manager_that_reads_nothing(tunnel: Tunnel) -> None:
+    """It has been stopped, and its queue is full: the tunnels go on."""
+    path = tunnel.folder / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
+        deaf.bind(str(path))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
+            sender.connect(str(path))
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sender.send(b"x")
+        async with serving(echo) as target:
+            tunnel.write(target)
+            await tunnel.start(NOTIFY_SOCKET=str(path))
+            async with await tunnel.connect() as stream:
+                assert await exchange(stream, b"x") == b"x"
+            tunnel.process.terminate()
+            assert await tunnel.ended() == 0
+
+
 async def test_qkd_keys_from_the_file(tunnel: Tunnel, kmes: Kmes) -> None:
     """The options of ``connect`` and ``listen``, word for word: a new QKD key each connection."""
 
@@ -688,6 +709,39 @@ def test_what_a_file_cannot_say(
     error = capsys.readouterr().err
     assert complaint in error
     assert len(error.strip().splitlines()) == 1
+
+
+ONE = '[[listen]]\nname = "one"\npsk = "a:PSK"\ntarget = "h:1"\n'
+TWO = ONE.replace("one", "two")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (ONE + 'local = "unix:nowhere/x"', "No such file or directory"),
+        (ONE + 'local = "unix:file"', "something that is not a socket is there"),
+        (ONE + 'local = "unix:file/x"', "Not a directory"),
+        (ONE + 'local = "192.0.2.1:1"', "this machine has no such address"),
+        (ONE + 'local = "nowhere.invalid:1"', "check the host's name"),
+        (ONE + 'local = "127.0.0.1:0"\nport_file = "nowhere/port"', "No such file or directory"),
+        (ONE + 'local = "127.0.0.1:0"\nport_file = "."', "Is a directory"),
+        ('metrics = "192.0.2.1:1"\n' + ONE + 'local = "127.0.0.1:0"', "has no such address"),
+        ('metrics = "127.0.0.1:PORT"\n' + ONE + 'local = "127.0.0.1:PORT"', "already in use"),
+        (ONE + 'local = "127.0.0.1:PORT"\n' + TWO + 'local = "0.0.0.0:PORT"', "already in use"),
+    ],
+)
+def test_the_check_refuses_what_a_run_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, complaint: str
+) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "tunnels.toml"
+    path.write_text(text.replace("PORT", str(free_port())).replace("PSK", "ab" * 32))
+    for words in (["--check"], []):
+        before = sorted(tmp_path.iterdir())
+        assert main(["tunnel", "run", str(path), *words]) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert complaint in error, words
+        assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_good_file_is_said_to_be_good(tunnel: Tunnel, capsys: pytest.CaptureFixture[str]) -> None:

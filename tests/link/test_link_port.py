@@ -115,6 +115,30 @@ async def test_a_link_of_few_descriptors(
             nursery.cancel_scope.cancel()
 
 
+async def test_alice_waits_for_her_port(
+    signatures: dict[str, Signatures],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A process that ends may still have it."""
+    monkeypatch.setattr(link_feed, "PAUSE", 0.05)
+    [taken] = await trio.open_tcp_listeners(free_port(), host="127.0.0.1")
+    port = taken.socket.getsockname()[1]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(feed("alice", port, signatures).run)
+        await trio.sleep(0.3)
+        [line] = [one.getMessage() for one in caplog.records]
+        assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in line
+        await taken.aclose()
+        with trio.fail_after(10):
+            while True:
+                with contextlib.suppress(OSError):
+                    await (await trio.open_tcp_stream("127.0.0.1", port)).aclose()
+                    break
+                await trio.sleep(0.02)
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("kind", ["nobody", "closes", "says nothing"])
 async def test_bob_says_once_why_there_is_no_session(
     signatures: dict[str, Signatures],

@@ -417,7 +417,7 @@ def test_files_that_went_through_a_spreadsheet(suffix: str, tmp_path: Path) -> N
         path.write_bytes(content)
         assert read_scan(path) == rows
     path.write_bytes(written.decode().encode("utf-16"))
-    with pytest.raises(ConfigError, match="save the file as UTF-8"):
+    with pytest.raises(ConfigError, match="save it as UTF-8"):
         read_scan(path)
     path.write_text("rate,rate\n1,2\n" if suffix == ".csv" else '[{"rate": 1, "rate": 2}]')
     with pytest.raises(ConfigError, match="same name"):

@@ -160,6 +160,36 @@ def test_the_log_as_json_and_the_check(tmp_path: Path, hybridkex: Forkserver) ->
         assert refused.stderr.count(b"\n") == 1
 
 
+def test_the_check_refuses_what_a_run_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "s"
+    assert main(["kme", "dev-up", str(folder), "--ports", "0,0", "--no-serve"]) == 0
+    path = folder / "kme.toml"
+    good = path.read_text()
+    port, link = free_port(), 'producer = "link"\nlink = '
+    (folder / "other").symlink_to("kme-a")
+    for change, said in (
+        ({"127.0.0.1:0": "192.0.2.1:1"}, "cannot listen on 192.0.2.1:1: "),
+        ({"127.0.0.1:0": "nowhere.invalid:1"}, "cannot listen on nowhere.invalid:1: "),
+        ({"127.0.0.1:0": f"127.0.0.1:{port}"}, f"cannot listen on 127.0.0.1:{port}: "),
+        ({"# Two": f'metrics = "192.0.2.1:{port}"\n#'}, f"cannot listen on 192.0.2.1:{port}: "),
+        ({"kme-b/keys.db": "other/keys.db"}, "the same store|in use by another process"),
+        ({'producer = "random"': link + '{ preset = "none" }'}, "preset"),
+        ({'producer = "random"': link + "{ distance_km = 1e9 }"}, "distance|too far|km"),
+        ({'producer = "random"': link + "{ block_bits = 1 }"}, "block"),
+        ({'producer = "random"': link + '{ bootstrap = "none" }'}, "bootstrap"),
+    ):
+        text = good
+        for before, after in change.items():
+            text = text.replace(before, after)
+        path.write_text(text)
+        for words in (["--check"], []):
+            capsys.readouterr()
+            assert main(["kme", "serve", str(path), *words]) == 1, (change, words)
+            assert re.search(said, capsys.readouterr().err.splitlines()[-1]), (change, words)
+
+
 @pytest.fixture
 def checked(tmp_path: Path, hybridkex: Forkserver) -> Callable[[], str]:
     """``--check`` of the two KMEs in the folder ``s``: what it says; nothing if they can be

@@ -20,7 +20,7 @@ import trio
 
 from hybridkex import ClientConfig, SecureStream, ServerConfig, Session
 from hybridkex.apps.handshakes import handshake_failed
-from hybridkex.apps.port_file import check_port_file, write_port
+from hybridkex.apps.port_file import check_new_file, write_port
 from hybridkex.apps.tcp import no_connection, reset, set_reset
 from hybridkex.apps.tunnel.config import TunnelConfig, TunnelSettings, check_together
 from hybridkex.apps.tunnel.forward import Activity, ConnectionCut, Leg, forward
@@ -251,7 +251,7 @@ class TunnelServer:
             for key, active in fresh.items():
                 port = (opened.get(key) or self._endpoints[key]).listening.port
                 if active.config.port_file is not None and port is not None:
-                    check_port_file(active.config.port_file)
+                    check_new_file(active.config.port_file)
                     port_files.append((active.config.port_file, port))
             for path, port in port_files:
                 write_port(path, port)

@@ -9,12 +9,13 @@ from typing import Final
 
 import trio
 
+from hybridkex.apps.port_file import check_new_file
 from hybridkex.apps.tcp import no_connection
-from hybridkex.apps.tunnel.config import TunnelConfig
+from hybridkex.apps.tunnel.config import TunnelConfig, TunnelSettings
 from hybridkex.errors import ConfigError
 from hybridkex.files import change_mode
-from hybridkex.net.address import Address, UnixAddress
-from hybridkex.net.listening import open_tcp_listeners
+from hybridkex.net.address import Address, TcpAddress, UnixAddress
+from hybridkex.net.listening import check_listening, open_tcp_listeners
 
 _BACKLOG: Final = 4096
 """The backlog of a Unix socket; the kernel caps it at its own limit (listen(2))."""
@@ -141,14 +142,37 @@ def _listen_unix(path: str, mode: int) -> trio.SocketListener:
         raise
 
 
-def _remove_stale(path: str) -> None:
+async def check_local(settings: TunnelSettings) -> None:
+    """Check that tunnels can listen and write their port files, without serving.
+
+    Raises:
+        ConfigError: what they cannot do.
+    """
+    addresses: list[Address | None] = [settings.metrics, *(one.local for one in settings.tunnels)]
     try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise ConfigError(
-                f"cannot listen on unix:{path}: something that is not a socket is there; "
-                "choose another path"
-            )
-    except FileNotFoundError:
+        await check_listening(one for one in addresses if isinstance(one, TcpAddress))
+        for tunnel in settings.tunnels:
+            if isinstance(tunnel.local, UnixAddress):
+                _is_socket(tunnel.local.path)
+                check_new_file(tunnel.local.path)
+            elif tunnel.port_file is not None:
+                check_new_file(tunnel.port_file)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {error.filename}: {no_connection(error)}") from None
+
+
+def _is_socket(path: str) -> bool:
+    """Whether there is a socket. Raises ``ConfigError`` for something else."""
+    if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise ConfigError(
+            f"cannot listen on unix:{path}: something that is not a socket is there; "
+            "choose another path"
+        )
+    return os.path.lexists(path)
+
+
+def _remove_stale(path: str) -> None:
+    if not _is_socket(path):
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)

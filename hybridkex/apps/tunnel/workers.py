@@ -22,7 +22,7 @@ import trio
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
-from hybridkex.apps.port_file import check_port_file, write_port
+from hybridkex.apps.port_file import check_new_file, write_port
 from hybridkex.apps.tunnel.config import TunnelConfig, TunnelSettings, check_together
 from hybridkex.apps.tunnel.sockets import Listening, listen_for
 from hybridkex.apps.tunnel.worker import Orders, messages
@@ -445,7 +445,7 @@ def _write_ports(tunnels: Collection[TunnelConfig], listening: dict[_Key, Listen
     for config in tunnels:
         port = listening[config.endpoint].port
         if config.port_file is not None and port is not None:
-            check_port_file(config.port_file)
+            check_new_file(config.port_file)
             found.append((config.port_file, port))
     for path, port in found:
         write_port(path, port)

@@ -61,7 +61,7 @@ SITES: Final = (("kme-a", "alice"), ("kme-b", "bob"))
 def serve(options: ServeOptions) -> int:
     set_up_logging(options.log_level, options.log_format)
     if options.check:
-        check_config(load_config(options.config))
+        run_trio(partial(check_config, load_config(options.config)))
         print(f"{options.config} can be served")
         return 0
     return _run_server(options.config, _print_where)

@@ -23,6 +23,7 @@ from hybridkex.apps.tunnel import (
     WorkerPool,
 )
 from hybridkex.apps.tunnel.config import ConfigFactory
+from hybridkex.apps.tunnel.sockets import check_local
 from hybridkex.cli.arguments import add_options, from_namespace
 from hybridkex.cli.channel import client_config, server_config
 from hybridkex.cli.logs import set_up_logging
@@ -199,6 +200,7 @@ async def _check(settings: TunnelSettings) -> None:
     for tunnel in settings.tunnels:
         async with tunnel.opened():
             pass
+    await check_local(settings)
 
 
 async def _serve(

@@ -199,8 +199,9 @@ async def _listen(options: WgPskOptions, rotator: Rotator) -> None:
             if options.once:
                 nursery.cancel_scope.cancel()
 
-        await rotator.start()
+        # First what can fail and changes nothing.
         write_port(options.port_file, listeners[0].socket.getsockname()[1])
+        await rotator.start()
         nursery.start_soon(rotator.watch)
         await Supervisor(serve, name=f"wg-psk {interface}", logger=log).serve(listeners)
 

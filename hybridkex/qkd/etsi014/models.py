@@ -14,7 +14,7 @@ from uuid import UUID
 
 from hybridkex.qkd.source import canonical_key_id
 from hybridkex.secret import Secret
-from hybridkex.text import printable
+from hybridkex.text import escaped
 
 API: Final = "/api/v1/keys"
 
@@ -54,7 +54,7 @@ def _member(data: Json, name: str, kind: type, default: object = None) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ModelError(f"{name} has the wrong type")
     # An ID that needs escaping cannot be a configured one, and is safe to show.
-    return printable(value, most=len(value)) if isinstance(value, str) else value
+    return escaped(value) if isinstance(value, str) else value
 
 
 def _object(data: object, what: str) -> Json:

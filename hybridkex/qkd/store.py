@@ -21,7 +21,7 @@ key file is good for 2^32 writes (NIST SP 800-38D section 8.3).
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
@@ -269,17 +269,7 @@ class KeyStore(ABC):
         def work(db: _Db) -> None:
             found = self._take(db, link, blocks)
             new = self._spend(db, link, blocks)
-            states: dict[str, BlockState] = {}
-            for one in allotments:
-                for block in one.blocks:
-                    if block not in new:
-                        states[block] = BlockState.SPENT
-                    elif block not in found:
-                        if one.value is None:
-                            states[block] = BlockState.UNKNOWN
-                    elif found[block][1] and half_of(block) != peer_half:
-                        states[block] = BlockState.RESERVED
-            if states:
+            if states := dict(_refused(allotments, found, new, peer_half)):
                 raise BlocksRefused(states)
             taken = {block: sealed for block, (sealed, _) in found.items()}
             keys = self._assembled(link, allotments, taken, new)
@@ -576,6 +566,24 @@ class KeyStore(ABC):
     @abstractmethod
     def _renew_grants(self, db: _Db, after: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, int]:
         """Likewise."""
+
+
+def _refused(
+    allotments: Iterable[Allotment],
+    found: Mapping[str, tuple[bytes, bool]],
+    new: Container[str],
+    peer_half: int,
+) -> Iterator[tuple[str, BlockState]]:
+    """The blocks that are spent, missing, or reserved by us and not of the peer's half."""
+    for one in allotments:
+        for block in one.blocks:
+            if block not in new:
+                yield block, BlockState.SPENT
+            elif block not in found:
+                if one.value is None:
+                    yield block, BlockState.UNKNOWN
+            elif found[block][1] and half_of(block) != peer_half:
+                yield block, BlockState.RESERVED
 
 
 def _refusal(

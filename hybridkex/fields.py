@@ -163,7 +163,7 @@ _YEAR_10000: Final = 253_402_300_800
 
 @dataclass(frozen=True)
 class _CheckedClock:
-    """What the clock of a caller says is checked whenever it is read."""
+    """The clock of a caller, whose answer is checked at each call."""
 
     clock: Callable[[], Any]
 

@@ -1,7 +1,4 @@
-"""What a service manager sends to a service, signals, and what a service reports to it.
-
-The reports follow the protocol of sd_notify(3).
-"""
+"""The signals of a service manager, and the reports to it (sd_notify(3))."""
 
 import os
 import signal

@@ -134,7 +134,7 @@ def key_bytes(key: object) -> bytes:
 
 
 def subject_of(certificate: x509.Certificate) -> str:
-    """How errors and sessions name a certificate; safe to show."""
+    """The name of a certificate in errors and sessions; safe to show."""
     subject = printable(certificate.subject.rfc4514_string(), most=1024)
     return subject or next(iter(names_of(certificate)), "(no name)")
 

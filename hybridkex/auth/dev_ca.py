@@ -32,7 +32,7 @@ _MAX_COMMON_NAME: Final = 64  # characters, RFC 5280 appendix A.1
 
 @dataclass(frozen=True, kw_only=True)
 class _Algorithm:
-    """How keys of a kind are made, and how an authority signs with one."""
+    """A kind of keys: how they are made, and how an authority signs with one."""
 
     generate: Callable[[], CertificateIssuerPrivateKeyTypes]
     digest: hashes.SHA256 | hashes.SHA384 | hashes.SHA512 | None = None

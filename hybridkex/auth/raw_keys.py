@@ -74,7 +74,7 @@ class PeerRawKey:
 
     @property
     def subject(self) -> str:
-        """How sessions and errors name it."""
+        """The name of the key in sessions and errors."""
         return f"raw public key {self.pin}"
 
     @property

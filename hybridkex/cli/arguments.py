@@ -1,4 +1,4 @@
-"""How a dataclass declares the options of a command, and becomes the argument of its function.
+"""Dataclasses that declare the options of commands, and become the arguments of their functions.
 
 Each field is an option or a positional argument (:func:`option`, :func:`argument`), or a dataclass
 of further ones (:func:`nested`). The field's type says how a value is parsed, how often an option

@@ -61,6 +61,7 @@ class QkdOptions:
 
 @value(kw_only=True)
 class ExchangeQkdOptions(QkdOptions):
-    """The same for an exchange outside TLS, where nothing is negotiated: all rotations or none."""
+    """The options of an exchange outside TLS, which negotiates nothing: all rotations use QKD keys
+    or none does."""
 
     peer_sae: list[str] = option("the peer's SAE ID", metavar="ID")

@@ -73,7 +73,7 @@ class StandardOutput(PrintableOutput):
     _failed: OSError | None = None
 
     def write(self, text: str) -> int:
-        """That of the stream."""
+        """Write to the stream."""
         try:
             with _named():
                 return super().write(text)
@@ -82,7 +82,7 @@ class StandardOutput(PrintableOutput):
             raise
 
     def flush(self) -> None:
-        """That of the stream."""
+        """Flush the stream; a write that has failed raises again."""
         failed, self._failed = self._failed, None
         if failed is not None:
             raise failed

@@ -79,7 +79,7 @@ class Pad:
 
     @property
     def keys(self) -> int:
-        """How many keys have unused bytes."""
+        """The number of keys that have unused bytes."""
         return len(self._keys)
 
     @property

@@ -18,7 +18,7 @@ _READINESS: Final = Route(name="readiness", path=("readyz",), methods=("GET", "H
 
 
 class Pages:
-    """What a monitor or a load balancer asks a KME process.
+    """The pages that a monitor or a load balancer requests from a KME process.
 
     ``/healthz`` answers 200 while the process answers at all. ``/readyz`` answers 200 if each KME
     of the process can serve a request on one of its links at least: the key store works, the peer

@@ -1,4 +1,4 @@
-"""How two KMEs agree on who gets which key.
+"""The messages by which two KMEs agree on who gets which key.
 
 The messages have the shape of ETSI GS QKD 020 (``POST /kmapi/v1/ext_keys``): the KME of the master
 tells the KME of the slaves which keys it is about to deliver, and to whom. Where both have the

@@ -144,8 +144,8 @@ class Connection:
             self._waiting_since = None
 
     def _has_waited(self, seconds: float, now: float) -> float:
-        """How long the peer has kept us waiting; negative if that is less than ``seconds``, or the
-        delay is ours."""
+        """The time for which the peer has kept us waiting; negative if it is less than ``seconds``,
+        or if the delay is ours."""
         since = self._waiting_since
         if since is None and not self._is_used():
             since = self._admitted
@@ -157,8 +157,8 @@ class Connection:
         return now - since
 
     def _has_idled(self, seconds: float, now: float) -> float:
-        """How long ago data last crossed the connection; negative if that is less than ``seconds``
-        or not known, or the delay is ours: bytes of the peer wait to be read, and it reads ours."""
+        """The time since data last crossed the connection; negative if it is less than ``seconds``
+        or unknown, or if the delay is ours: bytes of the peer are unread, and it reads ours."""
         transport = self._transport
         if self.evicted or (has_unread(transport) and not has_unsent(transport)):
             return -1.0

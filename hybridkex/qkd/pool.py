@@ -21,7 +21,7 @@ __all__ = ["FilePool", "PoolNames"]
 
 @dataclass(frozen=True, kw_only=True)
 class PoolNames:
-    """Whose keys a pool holds."""
+    """The SAEs and KMEs whose keys a pool holds."""
 
     sae: str
     kme: str
@@ -91,7 +91,7 @@ class FilePool:
 
     @property
     def names(self) -> PoolNames:
-        """Whose keys the pool holds."""
+        """The SAEs and KMEs whose keys the pool holds."""
         return self._names
 
     @property

@@ -228,7 +228,7 @@ class PostgresKeyStore(KeyStore):
     # -- the sealing key
 
     def _settle(self, cursor: _Cursor, keys: Seal) -> tuple[Seal, int]:
-        """How this process encrypts, and the generation of the record. Raises ``ConfigError``."""
+        """The keys in order of use, and the generation of the record. Raises ``ConfigError``."""
         found, generation = self.record(cursor)
         seal, record = found.settled(keys, self._meta, f"key store {self.where}")
         if record != found:

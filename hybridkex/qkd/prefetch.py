@@ -16,7 +16,7 @@ LOG: Final = get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PrefetchConfig:
-    """How many keys to keep in stock, and for how long."""
+    """The number of keys that are kept in stock, and their age."""
 
     low: int = 2
     """Low watermark: the stock is refilled below this."""

@@ -227,7 +227,7 @@ class SqliteKeyStore(KeyStore):
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _scope_part(self, number: int) -> str | None:
-        """What the triggers ask for."""
+        """The value of a function that the triggers call."""
         return self._scope[number]
 
     # -- the sealing key

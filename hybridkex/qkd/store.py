@@ -537,7 +537,7 @@ class KeyStore(ABC):
 
     @abstractmethod
     def _ends(self, db: _Db, link: str, key_id: str, master: str) -> dict[str, str | None]:
-        """How the promises of a key have ended, by slave; ``None``: not yet."""
+        """For each slave, how its promise of a key has ended; ``None``: not yet."""
 
     @abstractmethod
     def _void_grants(self, db: _Db, link: str, key_ids: Sequence[str]) -> int:
@@ -714,7 +714,7 @@ class SealRecord:
         return cls(current=seal.seal(_CHECK, place))
 
     def settled(self, seal: Seal, place: bytes, store: str) -> "tuple[Seal, SealRecord]":
-        """How a process with these keys encrypts, and the record after that.
+        """The keys in the order in which a process uses them, and the record after that.
 
         A key file that is new to the store replaces the current one. One that was replaced before
         is not taken up again: the configuration of that process is behind that of another.

@@ -248,7 +248,7 @@ class QkdPskSource:
         return _update_key(key, by_client=not client, epoch=epoch)
 
     async def stock_for_updates(self, session: Session) -> int | None:
-        """How many keys there are to draw for this peer.
+        """The number of keys that can be drawn for this peer.
 
         Raises:
             KeySourceError: the key source cannot say.
@@ -311,7 +311,7 @@ class QkdPskSource:
         return _for_pad(key)
 
     async def stock_for_pads(self, session: Session) -> int | None:
-        """How many bytes of key there are to draw for this peer.
+        """The number of bytes of key that can be drawn for this peer.
 
         Raises:
             KeySourceError: the key source cannot say.

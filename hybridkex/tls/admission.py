@@ -32,7 +32,7 @@ class Remembered(Protocol):
 
     @property
     def authenticated_by(self) -> AuthenticatedBy:
-        """How the first handshake authenticated the server."""
+        """The way in which the first handshake authenticated the server."""
 
     @property
     def psk_identity(self) -> bytes | None:
@@ -117,7 +117,7 @@ def _lacks(
 
 
 def _enough(config: ClientConfig | ServerConfig) -> tuple[AuthenticatedBy, ...]:
-    """How the server of a session may have been authenticated."""
+    """The ways in which the server of a session may have been authenticated."""
     wanted = config.authentication
     if wanted is Authentication.BOTH and config.policy_in_force.psk is Requirement.PREFER:
         return _CERTIFICATE

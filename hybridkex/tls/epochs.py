@@ -13,7 +13,7 @@ KEPT_EPOCHS: Final = 64
 
 
 class KeyUpdates(Enum):
-    """How the keys of a session change while it lasts."""
+    """The ways in which the keys of a session can change."""
 
     STANDARD = "standard"
     """KeyUpdate of RFC 9846 section 4.7.3: each key follows from the one before it."""

@@ -144,7 +144,7 @@ def check_finished(message: Finished, traffic: TrafficSecret, transcript: Transc
 def authenticated_by(
     certificate: VerifiedPeer | None, psk: Psk | None, *, has_certificate: bool
 ) -> AuthenticatedBy:
-    """How the server was authenticated, in a handshake that is not a resumption."""
+    """The way in which the server was authenticated, in a handshake that is not a resumption."""
     if psk is not None:
         return AuthenticatedBy.BOTH if has_certificate else AuthenticatedBy.PSK
     if certificate is not None and certificate.verified_by == "insecure":

@@ -89,7 +89,7 @@ class PadBudget:
 
     @property
     def message_with_stock(self) -> int | None:
-        """The same if the whole stock were added to our pad; ``None`` if it is not known."""
+        """Bytes of the longest message with the whole stock added; ``None`` if it is unknown."""
         if self.stock is None:
             return None
         return content_within(self.sending + self.stock, self.record + OVERHEAD)

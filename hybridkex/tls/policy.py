@@ -8,7 +8,7 @@ from hybridkex.fields import check_fields
 
 
 class Requirement(Enum):
-    """How much a part of the keys matters."""
+    """Whether a part of the keys is required, preferred or off."""
 
     REQUIRE = "require"
     """No connection without it."""

@@ -36,7 +36,7 @@ _DAMAGED_OR_OTHER_KEY: Final = (
 
 
 class Padding(Protocol):
-    """How many zeros to add to a record (section 5.4)."""
+    """Chooses the number of zeros that are added to a record (section 5.4)."""
 
     def __call__(self, length: int, limit: int, /) -> int:
         """For ``length`` bytes of content, of at most ``limit``: the zeros to append."""

@@ -188,7 +188,7 @@ class Hello:
 
     @property
     def peer_name(self) -> PeerName | None:
-        """The same, if it is a name at all: a client may ask for any bytes."""
+        """The requested name; ``None`` if it is not valid: a client may ask for any bytes."""
         name = self.server_name
         try:
             return parse_peer_name(name) if name is not None else None

@@ -15,7 +15,7 @@ from hybridkex.demos.rndl.toy_curve import TOY_GROUP
 
 
 class Delivery(Enum):
-    """How the QKD keys of a session reach the two parties."""
+    """The way in which the QKD keys of a session reach the two parties."""
 
     IN_PROCESS = "in-process"
     """No network: each party and its end of the key source are in one process."""

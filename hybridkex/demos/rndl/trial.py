@@ -281,7 +281,8 @@ def _cells(
 
 
 def contradiction(verdict: dict[str, Any], talk: Talk, *, predicted: bool) -> str | None:
-    """How a verdict of an adversary's process contradicts the facts, if it does."""
+    """The contradiction between a verdict of an adversary's process and the facts, if there is
+    one."""
     if not talk.to_server or not talk.to_client:
         return "nothing was said in one direction, so that nothing could be read"
     if verdict["resumed"] != talk.resumed:

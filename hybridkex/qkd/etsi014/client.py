@@ -42,7 +42,7 @@ LOG: Final = get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class KmeAccess:
-    """How an SAE reaches its KME. Files are PEM."""
+    """The settings by which an SAE reaches its KME. Files are PEM."""
 
     url: str
     """``https://host:port``, without a path."""

@@ -263,7 +263,7 @@ class Adversary:
     def _update_options(
         self, connection: Connection, request: bytes, response: bytes
     ) -> "tuple[list[Leg], list[_Option]]":
-        """What a key update rests on, and every pair of secrets that may be in it: those of honest
+        """The legs of a key update, and every pair of secrets that may be in it: those of honest
         parties where all is known, and of faulty ones."""
         asked, answered = decode(request), decode(response)
         assert isinstance(asked, UpdateRequest | FreshRequest)
@@ -337,7 +337,7 @@ def _guesses(leg: Leg) -> list[bytes | None]:
 
 
 def _psk_guesses(connection: Connection, leg: Leg) -> list[bytes | None]:
-    """The same for a PSK, which may also have been imported from nothing or from zeros."""
+    """A PSK, or if it is missing: nothing, and PSKs imported from nothing and from zeros."""
     if leg.secret is not None or leg.kind == "ticket":
         return [leg.secret]
     identity, suite = connection.psk_identity, connection.suite

@@ -182,8 +182,8 @@ class Secrets:
 
 @dataclass(frozen=True)
 class Chain:
-    """What key updates start from (draft-ietf-tls-extended-key-update-13 section 7, and
-    ``docs/fresh-keys.md`` for the QKD key)."""
+    """The secrets from which a key update derives the next epoch
+    (draft-ietf-tls-extended-key-update-13 section 7; ``docs/fresh-keys.md`` for the QKD key)."""
 
     suite: Suite
     salt: bytes

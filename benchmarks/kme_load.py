@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,35 @@ SAES = {"kme-a": ["alice"], "kme-b": ["bob"]}
 FILL = 1000
 LONG = 65_536
 """Bits of a long key."""
-KINDS = {
-    "kept": f"pairs of {CLIENTS} clients, connections kept",
-    "new": "the same, on new connections",
-    "batch": "keys in batches of 100",
-    "long": f"pairs of keys of {LONG:,} bits, connections kept",
-}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the clients do, and with what stock."""
+
+    words: str
+    kind: str = "pairs"
+    """``pairs``, ``new`` (a connection for each request) or ``batches``."""
+    clients: int = CLIENTS
+    stock: int = 100_000
+    """Keys at both ends."""
+    bits: int = 256
+    """Of a key."""
+    setups: int = 4
+    """How many of the set-ups take part."""
+    rounds: int = 2
+
+
+WORKS = (
+    Work(f"pairs of {CLIENTS} clients, connections kept"),
+    Work("the same, on new connections", "new"),
+    Work("the same of 1 client", clients=1, rounds=1),
+    Work("the same of 32 clients", clients=32, rounds=1),
+    Work("the same with 1,000 keys in stock", stock=1000, rounds=1),
+    Work("the same with 1,000,000 keys in stock", stock=1_000_000, setups=2, rounds=1),
+    Work("keys in batches of 100", "batches"),
+    Work(f"pairs of keys of {LONG:,} bits, connections kept", bits=LONG),
+)
 WORDS = {
     "rate": "rate",
     "cpu": "CPU of the KMEs for one",
@@ -75,13 +98,13 @@ class Clients(Load):
         self.kind = kind
 
     def client(self, ready: threading.Barrier) -> None:
-        if self.kind in ("kept", "long"):
+        if self.kind == "pairs":
             super().client(ready)
             return
         try:
             ready.wait()
             self.go.wait()
-            if self.kind == "batch":
+            if self.kind == "batches":
                 self._draw_batches()
             while time.perf_counter() < self.ends:
                 began = time.perf_counter()
@@ -122,30 +145,30 @@ def opened(site: Site, key: Secret, kme: str) -> KeyStore:
     return PostgresKeyStore(Secret(site.store.encode()), key, owner=kme)
 
 
-def measure(store: str, processes: int, clients: int, seconds: float, stock: int, kind: str) -> Run:
+def measure(store: str, processes: int, work: Work, seconds: float) -> Run:
     """One run with stores of its own."""
-    size = LONG if kind == "long" else 0
+    long = work.bits != 256
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hybridkex-")))
         databases = own_databases(folder, stack, fsync="on") if store == "postgresql" else None
-        limits = f"max_key_count = {stock}\nmax_key_size = {max(size, 4096)}\n"
-        limits += f"max_key_per_request = {4 if size else 100}"
+        limits = f"max_key_count = {work.stock}\nmax_key_size = {max(work.bits, 4096)}\n"
+        limits += f"max_key_per_request = {4 if long else 100}"
         sites = Sites(folder, SAES, processes, databases, limits=limits, cables=False)
         stack.callback(sites.close)
-        trio.run(fill, sites, stock)
+        trio.run(fill, sites, work.stock)
         sites.start()
         pids = [one.pid for site in sites.sites.values() for one in site.processes]
         where = {kme: f"https://127.0.0.1:{site.port}" for kme, site in sites.sites.items()}
         _wait_for_all(folder, where)
         _wait_until_idle(pids)
-        load = Clients(folder, where, seconds, kind)
-        load.query = f"?size={size}" if size else ""
+        load = Clients(folder, where, seconds, work.kind)
+        load.query = f"?size={work.bits}" if long else ""
         before = sum(map(cpu, pids)), _database_cpu(databases)
-        took = load.run(clients)
+        took = load.run(work.clients)
         used = sum(map(cpu, pids)) - before[0]
         database_cpu = _database_cpu(databases) - before[1]
     times = sorted(load.times)
-    units = len(times) * (100 if kind == "batch" else 1)
+    units = len(times) * (100 if work.kind == "batches" else 1)
     return Run(
         rate=units / took,
         cpu=used / units * 1000,
@@ -190,20 +213,21 @@ def run(options: Options) -> Iterator[Row]:
             f"PostgreSQL, {number} process{'es' if number > 1 else ''}": ("postgresql", number)
             for number in (1, 2, 4)
         }
-    stock, seconds = options.size(100_000, 1000), 0.2 if options.quick else 3.0
+    seconds = 0.2 if options.quick else 3.0
     units = {"rate": "1/s", "cpu": "ms", "database_cpu": "ms", "median": "ms", "p99": "ms"}
-    for kind, words in list(KINDS.items())[: options.size(len(KINDS), 1)]:
-        runs: dict[str, list[Run]] = {setup: [] for setup in setups}
+    for usual in WORKS[: options.size(len(WORKS), 1)]:
+        work = replace(usual, stock=options.size(usual.stock, 1000))
+        runs: dict[str, list[Run]] = {setup: [] for setup in list(setups)[: work.setups]}
 
-        def once(setup: str, kind: str = kind, runs: dict[str, list[Run]] = runs) -> float:
-            runs[setup].append(measure(*setups[setup], CLIENTS, seconds, stock, kind))
+        def once(setup: str, work: Work = work, runs: dict[str, list[Run]] = runs) -> float:
+            runs[setup].append(measure(*setups[setup], work, seconds))
             return 0.0
 
-        in_turns(options.few(2), {setup: partial(once, setup) for setup in setups})
+        in_turns(options.few(work.rounds), {setup: partial(once, setup) for setup in runs})
         for what, unit in units.items():
             figures = {
                 setup: [getattr(one, what) for one in found] for setup, found in runs.items()
             }
             used = {setup: values for setup, values in figures.items() if all(values)}
             if used:  # a SQLite store has no processes of a database
-                yield Row(f"{words}: {WORDS[what]}", unit, used, compared=False)
+                yield Row(f"{work.words}: {WORDS[what]}", unit, used, compared=False)

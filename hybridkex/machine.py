@@ -42,7 +42,7 @@ NO_THREAD: Final = (
 )
 """The message when a thread is needed and none can be started."""
 
-
+_SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _GONE: Final = frozenset(
     {errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ENOTCONN, errno.ESHUTDOWN}
 )
@@ -100,8 +100,7 @@ def refusal(error: BaseException) -> str | None:
             f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
         )
         return where + _said(error)
-    causes: list[BaseException] = [error]
-    for cause in causes:  # it grows
+    for cause in _related(error):
         if isinstance(cause, MemoryError):
             return NO_MEMORY
         # The dynamic loader's words, which NumPy and others quote.
@@ -110,12 +109,26 @@ def refusal(error: BaseException) -> str | None:
         # threading has no exception of its own for it.
         if isinstance(cause, RuntimeError) and "new thread" in str(cause):
             return NO_THREAD
-        if isinstance(cause, BaseExceptionGroup):
-            causes += cause.exceptions
-        for before in (cause.__cause__, cause.__context__):
-            if before is not None and before not in causes:
-                causes.append(before)
     return None
+
+
+def is_scarce(error: BaseException) -> bool:
+    """Whether an error says that memory, threads or descriptors are exhausted."""
+    return refusal(error) in (NO_MEMORY, NO_THREAD) or any(
+        isinstance(one, OSError) and one.errno in _SCARCE for one in _related(error)
+    )
+
+
+def _related(error: BaseException) -> list[BaseException]:
+    """The error, and all that led to it."""
+    found: list[BaseException] = [error]
+    for one in found:  # it grows
+        if isinstance(one, BaseExceptionGroup):
+            found += one.exceptions
+        for before in (one.__cause__, one.__context__):
+            if before is not None and before not in found:
+                found.append(before)
+    return found
 
 
 def _named(where: object) -> str:

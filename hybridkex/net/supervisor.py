@@ -11,7 +11,9 @@ It accepts, runs a handler for each connection in a task of its own, and keeps t
   (:mod:`hybridkex.net.budget`).
 - **A temporary fault has no lasting effect.** While the system has no descriptors or no memory
   for another connection (accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM) the accept loop waits and
-  retries, and logs it at a bounded rate.
+  retries, and logs it at a bounded rate. It also rests when a handler has failed for such a reason:
+  failing is faster than serving, so that a process without memory would take most connections of
+  a listening socket from the processes that it shares it with.
 """
 
 import contextlib
@@ -27,7 +29,7 @@ import trio
 from trio.abc import AsyncResource, Listener
 
 from hybridkex.errors import HybridkexError
-from hybridkex.machine import refusal
+from hybridkex.machine import is_scarce, refusal
 from hybridkex.net.budget import PATIENCE, Budget, Connection, TooManyConnections
 from hybridkex.net.descriptors import listening
 from hybridkex.net.log import BoundedLog
@@ -40,6 +42,8 @@ from hybridkex.net.pending import (
 
 HANDSHAKE_SECONDS: Final = 10.0
 """Default time until a connection has authenticated, from the moment that it has a place."""
+REST_SECONDS: Final = 1.0
+"""Seconds without accepting after a handler has failed for lack of memory or descriptors."""
 FLUSH_SECONDS: Final = 30.0
 """Seconds between two reports of suppressed log lines."""
 
@@ -86,6 +90,7 @@ class Supervisor(Generic[T]):
         self._handshake_seconds = handshake_seconds
         self._on_failure = on_failure or (lambda _: None)
         self._accepted = 0
+        self._rest_until = -math.inf
         self._accepting = trio.CancelScope()
         self._news = trio.Event()
         self._pending = PendingConnections[T](self._handshakes.held)
@@ -147,8 +152,12 @@ class Supervisor(Generic[T]):
         full = BoundedLog(self._logger, rate=1 / 60, burst=1)
         async with listener:
             while True:
+                if trio.current_time() < self._rest_until:
+                    await trio.sleep_until(self._rest_until)
                 try:
                     await self._accept_one(listener, pending)
+                    if trio.current_time() < self._rest_until + REST_SECONDS:
+                        await trio.sleep(RETRY_SECONDS)  # see how that one fares
                 except (OSError, MemoryError) as error:
                     full.log(
                         logging.ERROR,
@@ -250,6 +259,8 @@ class Supervisor(Generic[T]):
 
     def _failed(self, connection: Connection, error: BaseException) -> None:
         cause = _innermost(error)
+        if is_scarce(error):
+            self._rest_until = trio.current_time() + REST_SECONDS
         if isinstance(cause, TooManyConnections):
             self._on_failure("limit")
             self._say(connection, f"refused: {cause}")

@@ -175,6 +175,47 @@ async def test_a_system_without_room_is_waited_for(
     assert "no room" in caplog.text
 
 
+def chained(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("fault", "rests"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("can't start new thread"), True),
+        (OSError(errno.EMFILE, "Too many open files"), True),
+        (OSError(errno.ENOBUFS, "No buffer space available"), True),
+        (ExceptionGroup("x", [ValueError(), MemoryError()]), True),
+        (chained(OSError("all attempts failed"), OSError(errno.ENFILE, "x")), True),
+        (chained(trio.TrioInternalError(), MemoryError()), True),
+        (OSError(errno.ECONNREFUSED, "Connection refused"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (ValueError(), False),
+    ],
+    ids=repr,
+)
+async def test_a_process_that_lacks_something_leaves_connections_to_others(
+    fault: Exception, rests: bool, autojump_clock: MockClock
+) -> None:
+    """It fails faster than they serve, so it would take most of them."""
+    taken = 0
+
+    async def handler(stream: Any, connection: Connection) -> None:
+        nonlocal taken
+        taken += 1
+        raise fault
+
+    async with serving(handler) as listener:
+        for _ in range(20):
+            listener.connect()
+            await wait_all_tasks_blocked()
+        assert taken == (2 if rests else 20)  # one that it was waiting for already
+        await trio.sleep(5.5)
+        assert taken == (7 if rests else 20)
+
+
 async def test_silence_is_cut(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
     kinds: list[str] = []
     async with serving(echo, handshake_seconds=3, on_failure=kinds.append) as listener:

@@ -27,7 +27,7 @@ from hybridkex.apps.tunnel.forward import Activity, ConnectionCut, Leg, forward
 from hybridkex.apps.tunnel.metrics import TunnelCounters, TunnelMetrics
 from hybridkex.apps.tunnel.sockets import Listening, connect, listen_for
 from hybridkex.errors import ConfigError, HybridkexError
-from hybridkex.machine import refusal
+from hybridkex.machine import is_scarce, refusal
 from hybridkex.net.address import Address, TcpAddress
 from hybridkex.net.budget import Budget, Connection, TooManyConnections
 from hybridkex.net.readiness import Readiness
@@ -494,6 +494,8 @@ class _Connection:
                 f"no answer from {address} within {limit:g} s: check the address and the firewalls",
             ) from None
         except OSError as error:
+            if is_scarce(error):  # for this process, not for the target
+                raise
             raise _Rejected(
                 "upstream", f"cannot connect to {address}: {no_connection(error)}"
             ) from None

@@ -29,8 +29,8 @@ from two others is never requested. Bob's requests are determined by Alice's par
 parities of the same nodes, so they disclose at most as many bits of Bob's key
 (:class:`Correction`).
 
-Bob's steps are in numpy (:mod:`~hybridkex.link.cascade_arrays`) or, where numba is installed,
-compiled (:mod:`~hybridkex.link.cascade_loops`). Both send the same bytes.
+Bob's steps are in numpy (:mod:`~hybridkex.link.cascade_arrays`) or, where the key is long and numba
+is installed, compiled (:mod:`~hybridkex.link.cascade_loops`). Both send the same bytes.
 """
 
 import functools
@@ -75,6 +75,8 @@ FRAME: Final = 1 << 17
 """The most bits of a frame: the trees of a bundle stay in the processor's cache."""
 LANES: Final = 8
 """The most frames of a bundle."""
+LEAST_COMPILED: Final = 1 << 17
+"""Below this many bits numpy takes 30 ms at most; numba takes 500 to load."""
 GROUP: Final = 1 << 24
 """The most bits that are corrected at once. This bounds the memory."""
 
@@ -353,14 +355,14 @@ class _Responder:
 
 @dataclass(frozen=True)
 class Cascade:
-    """See the module. ``compiled``: use numba; ``None``: if it is installed."""
+    """See the module. ``compiled``: use numba; ``None``: if it is installed and the key is long."""
 
     compiled: bool | None = None
 
     name: ClassVar[str] = "cascade"
 
-    def _steps(self) -> ModuleType:
-        if self.compiled is not False:
+    def _steps(self, length: int) -> ModuleType:
+        if self.compiled or (self.compiled is None and length >= LEAST_COMPILED):
             try:
                 return importlib.import_module("hybridkex.link.cascade_loops")
             except ImportError:  # numba is an extra
@@ -380,7 +382,7 @@ class Cascade:
         if not (instance("key", key, np.ndarray).flags.writeable and bit_array("key", key) is key):
             raise ConfigError("key takes an array of bytes that can be changed in its place")
         within("error_rate", error_rate, 0.0, 1.0)
-        steps, disclosed = self._steps(), 0
+        steps, disclosed = self._steps(len(key)), 0
         for part in _groups(len(key)):
             plan = Plan.for_error_rate(part.stop - part.start, error_rate)
             bob = _Bob(plan, key[part], steps)

@@ -434,11 +434,12 @@ class OneDecoy(_DecoyProof):
         tau_1 = _photon_number_probability(transmitter, 1)
         n = self.statistics.expectations(transmitter, counts, security)
         wrong = self.statistics.expectations(transmitter, errors, security)
-        vacuum = max(0.0, tau_0 * (mu_1 * n.lower(1) - mu_2 * n.upper(0)) / (mu_1 - mu_2))
+        dim, bright = n.lower(1), n.upper(0)
+        vacuum = max(0.0, tau_0 * (mu_1 * dim - mu_2 * bright) / (mu_1 - mu_2))
         # An empty pulse shows a wrong bit half of the time, whatever its intensity was meant to be.
         empty = tau_0 * min(wrong.upper(0), wrong.upper(1))
         most = self.statistics.vacuum(empty, sum(counts), security)
-        inner = n.lower(1) - (mu_2**2 * n.upper(0) + (mu_1**2 - mu_2**2) * most / tau_0) / mu_1**2
+        inner = dim - (mu_2**2 * bright + (mu_1**2 - mu_2**2) * most / tau_0) / mu_1**2
         single = tau_1 * mu_1 * inner / (mu_2 * (mu_1 - mu_2))
         return vacuum, single
 

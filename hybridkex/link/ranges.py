@@ -8,6 +8,7 @@ import math
 import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast, get_origin
 
@@ -32,10 +33,16 @@ def check_ranges(owner: "DataclassInstance", **limits: tuple[float, float]) -> N
 
     The limits themselves are accepted. A field whose type is a tuple must have such numbers in it.
     """
-    several = {one.name for one in fields(owner) if get_origin(one.type) is tuple}
+    several = _tuples(type(owner))
     for name, (least, most) in limits.items():
         check = within_all if name in several else within
         object.__setattr__(owner, name, check(name, getattr(owner, name), least, most))
+
+
+@cache
+def _tuples(kind: "type[DataclassInstance]") -> frozenset[str]:
+    """The fields whose type is a tuple."""
+    return frozenset(one.name for one in fields(kind) if get_origin(one.type) is tuple)
 
 
 def within(name: str, value: Any, least: float, most: float) -> Any:

@@ -174,9 +174,10 @@ def test_alice_refuses_malformed_requests() -> None:
 
 def test_bob_ends_even_if_the_answers_are_noise() -> None:
     draw = np.random.default_rng(2)
+    quick = Cascade(compiled=find_spec("numba") is not None)
 
     def converse() -> None:
-        search = Cascade().correct(draw.integers(0, 2, 5000, dtype=np.uint8), 0.05)
+        search = quick.correct(draw.integers(0, 2, 5000, dtype=np.uint8), 0.05)
         alice = Cascade().respond(np.zeros(5000, dtype=np.uint8), 0.05)
         request = next(search)
         while True:

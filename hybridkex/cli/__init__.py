@@ -1,9 +1,9 @@
 """The ``hybridkex`` command.
 
 A command is two modules: one here with a dataclass of its options (:mod:`hybridkex.cli.arguments`)
-and ``configure(parser)``, and one in :mod:`hybridkex.cli.actions` with the function that takes this
-dataclass and returns the exit status. The first imports
-neither the engine nor trio nor any extra, the second is imported when the command runs.
+and ``COMMAND``, which describes it, and one in :mod:`hybridkex.cli.actions` with the function that
+takes this dataclass and returns the exit status. The first imports neither the engine nor trio nor
+any extra, the second is imported when the command runs.
 """
 
 import argparse

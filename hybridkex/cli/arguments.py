@@ -10,13 +10,14 @@ import argparse
 import dataclasses
 import gc
 import importlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import Any, Final, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from hybridkex.cli.help_text import HelpFormatter, below_options, paragraphs
 from hybridkex.cli.values import comma_list, file_path, number, whole_number
 from hybridkex.errors import ConfigError
 
@@ -207,7 +208,7 @@ def from_namespace(options: type[T], namespace: argparse.Namespace) -> T:
 
 @dataclass(frozen=True)
 class Action:
-    """The action of a command; see :func:`add_action`.
+    """The action of a command; see :class:`Command`.
 
     Args:
         module: its module in :mod:`hybridkex.cli.actions`.
@@ -266,7 +267,40 @@ def _without_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def add_action(parser: argparse.ArgumentParser, action: Action, **preset: Any) -> None:
-    """Make a parser that of a command. ``preset`` is that of :func:`add_options`."""
-    add_options(parser, action.options, **preset)
-    parser.set_defaults(action=action)
+@dataclass(frozen=True)
+class Command:
+    """A command, or a command of a command.
+
+    Args:
+        text: what it does; an empty line separates paragraphs.
+        examples: command lines, without the name of the program.
+        status: the meaning of the exit status.
+        notes: where to read more, or further remarks.
+        action: what it does, unless it has ``commands``.
+        preset: values of fields that are no options here.
+        summary: the line for it in the help of the command above it.
+        commands: its own commands, by name.
+    """
+
+    text: str
+    _: KW_ONLY
+    examples: Sequence[str]
+    status: str = "0 on success, 1 after an error, with one line on standard error"
+    notes: str = ""
+    action: Action | None = None
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    summary: str = ""
+    commands: "Mapping[str, Command]" = field(default_factory=dict)
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Make a parser that of this command."""
+        parser.formatter_class = HelpFormatter
+        parser.description = paragraphs(self.text)
+        parser.epilog = below_options(self.examples, self.status, self.notes)
+        if self.action is not None:
+            add_options(parser, self.action.options, **self.preset)
+            parser.set_defaults(action=self.action)
+        if self.commands:
+            parsers = parser.add_subparsers(metavar="command", required=True)
+            for name, command in self.commands.items():
+                command.configure(parsers.add_parser(name, help=command.summary))

@@ -1,11 +1,10 @@
 """``hybridkex demo``: two sites, a QKD link, a file transfer, and what Eve learns."""
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from hybridkex.cli.arguments import Action, add_action, argument, option
-from hybridkex.cli.help_text import describe
+from hybridkex.cli.arguments import Action, Command, argument, option
 from hybridkex.cli.values import folder_path
 
 
@@ -24,15 +23,12 @@ class DemoOptions:
     )
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    describe(
-        parser,
-        "Run two sites in one terminal: a simulated QKD link, a KME at each site, a handshake with "
-        "X25519, ML-KEM and a QKD key, certificates on both sides, and a file transfer. Then "
-        "search every record that Eve captured for the file's content, and report what the keys "
-        "rest on. Everything runs on this machine and takes about half a minute.",
-        examples=["demo", "demo holiday.jpg --distance 80", "demo --keep recording"],
-        status="0 if the file arrived intact and nothing of it is in Eve's recording, 1 otherwise",
-    )
-    add_action(parser, Action("demo", DemoOptions, extra="kme,link"))
+COMMAND: Final = Command(
+    "Run two sites in one terminal: a simulated QKD link, a KME at each site, a handshake with "
+    "X25519, ML-KEM and a QKD key, certificates on both sides, and a file transfer. Then "
+    "search every record that Eve captured for the file's content, and report what the keys "
+    "rest on. Everything runs on this machine and takes about half a minute.",
+    examples=["demo", "demo holiday.jpg --distance 80", "demo --keep recording"],
+    status="0 if the file arrived intact and nothing of it is in Eve's recording, 1 otherwise",
+    action=Action("demo", DemoOptions, extra="kme,link"),
+)

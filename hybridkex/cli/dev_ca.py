@@ -1,12 +1,11 @@
 """``hybridkex dev-ca``: a certificate authority and a certificate, for tests and first steps."""
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from hybridkex.cli.arguments import Action, add_action, argument, option
+from hybridkex.cli.arguments import Action, Command, argument, option
 from hybridkex.cli.choices import DEV_CA_ALGORITHMS
-from hybridkex.cli.help_text import describe
 from hybridkex.cli.values import folder_path
 
 
@@ -32,17 +31,14 @@ class DevCaOptions:
     force: bool = option("replace existing files")
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    describe(
-        parser,
-        "Write ca.pem, cert.pem and key.pem: a certificate authority, a certificate that it "
-        "issued, and the certificate's private key, for tests and first steps. The authority's "
-        "private key is not kept.",
-        examples=[
-            "dev-ca keys",
-            "dev-ca keys --name db.example.org --name 192.0.2.1 --alg mldsa65",
-        ],
-        notes="See docs/certificates.md.",
-    )
-    add_action(parser, Action("dev_ca", DevCaOptions))
+COMMAND: Final = Command(
+    "Write ca.pem, cert.pem and key.pem: a certificate authority, a certificate that it "
+    "issued, and the certificate's private key, for tests and first steps. The authority's "
+    "private key is not kept.",
+    examples=[
+        "dev-ca keys",
+        "dev-ca keys --name db.example.org --name 192.0.2.1 --alg mldsa65",
+    ],
+    notes="See docs/certificates.md.",
+    action=Action("dev_ca", DevCaOptions),
+)

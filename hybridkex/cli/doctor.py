@@ -1,11 +1,9 @@
 """``hybridkex doctor``: what works, what is missing, and how to get it."""
 
-import argparse
 from dataclasses import dataclass
 from typing import Final
 
-from hybridkex.cli.arguments import Action, Group, add_action, nested, option
-from hybridkex.cli.help_text import describe
+from hybridkex.cli.arguments import Action, Command, Group, nested, option
 from hybridkex.cli.qkd_options import KmeOptions
 
 _KME: Final = Group("a KME to query for its status")
@@ -22,18 +20,15 @@ class DoctorOptions:
     )
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    describe(
-        parser,
-        "Check this installation: published test vectors, every group and signature scheme, a "
-        "handshake with all three legs, the trust store, liboqs, the optional packages; and a KME, "
-        "if --kme names one. No key is drawn from the KME.",
-        examples=[
-            "doctor",
-            "doctor --json",
-            "doctor --kme https://localhost:8443 --kme-ca ca.pem --kme-cert a.pem --kme-key a.key",
-        ],
-        status="0 if everything required works, 1 otherwise",
-    )
-    add_action(parser, Action("doctor", DoctorOptions))
+COMMAND: Final = Command(
+    "Check this installation: published test vectors, every group and signature scheme, a "
+    "handshake with all three legs, the trust store, liboqs, the optional packages; and a KME, "
+    "if --kme names one. No key is drawn from the KME.",
+    examples=[
+        "doctor",
+        "doctor --json",
+        "doctor --kme https://localhost:8443 --kme-ca ca.pem --kme-cert a.pem --kme-key a.key",
+    ],
+    status="0 if everything required works, 1 otherwise",
+    action=Action("doctor", DoctorOptions),
+)

@@ -49,36 +49,17 @@ def _continued(line: str, width: int) -> Iterator[str]:
     yield current
 
 
-def describe(
-    parser: argparse.ArgumentParser,
-    text: str,
-    *,
-    examples: Sequence[str],
-    status: str = "0 on success, 1 after an error, with one line on standard error",
-    notes: str = "",
-) -> None:
-    """Set a parser's description and the text below its options.
-
-    Args:
-        parser: of a command, or of a command's command.
-        text: what the command does; paragraphs are held apart by an empty line.
-        examples: command lines, without the name of the program.
-        status: the meaning of the exit status.
-        notes: where to read more, or further remarks.
-    """
-    parser.formatter_class = HelpFormatter
-    parser.description = _paragraphs(text)
-    below = ["examples:\n" + "\n".join(f"  hybridkex {_joined(one)}" for one in examples)]
-    below.append(_paragraphs(f"exit status: {status}"))
-    if notes:
-        below.append(_paragraphs(notes))
-    parser.epilog = "\n\n".join(below)
+def below_options(examples: Sequence[str], status: str, notes: str) -> str:
+    """The text below the options: examples, exit status and notes."""
+    parts = ["examples:\n" + "\n".join(f"  hybridkex {_joined(one)}" for one in examples)]
+    return "\n\n".join([*parts, *map(paragraphs, filter(None, (f"exit status: {status}", notes)))])
 
 
 def _joined(example: str) -> str:
     return re.sub(r"\s*\\\n\s*", " ", example)
 
 
-def _paragraphs(text: str) -> str:
+def paragraphs(text: str) -> str:
+    """Wrap the lines of paragraphs that an empty line holds apart."""
     width = max(min(shutil.get_terminal_size().columns, _WIDEST) - 2, _NARROWEST)
     return "\n\n".join(textwrap.fill(part, width) for part in text.split("\n\n"))

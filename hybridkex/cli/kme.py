@@ -3,13 +3,12 @@
 ``docs/kme.md`` describes the configuration file and each step.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from hybridkex.cli.arguments import Action, add_action, argument, nested, option
+from hybridkex.cli.arguments import Action, Command, argument, nested, option
 from hybridkex.cli.choices import KME_TLS_KINDS, PRODUCERS
-from hybridkex.cli.help_text import describe
 from hybridkex.cli.logs import log_format, log_level
 from hybridkex.cli.qkd_options import KmeOptions
 from hybridkex.cli.values import folder_path, tcp_address
@@ -104,20 +103,12 @@ class DevUpOptions:
     log_level: str = log_level("warning")
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the sub-commands."""
-    describe(
-        parser,
-        "A key management entity (KME) delivers the keys of a QKD link to the applications (SAEs) "
-        "of its site over mutual TLS, as specified by ETSI GS QKD 014.",
-        examples=["kme dev-up sites", "kme serve kme.toml"],
-        notes="See docs/kme.md.",
-    )
-    commands = parser.add_subparsers(metavar="command", required=True)
+def _action(options: type, function: str, extra: str = "kme") -> Action:
+    return Action("kme", options, extra=extra, function=function)
 
-    serve = commands.add_parser("serve", help="run the KMEs of a configuration file")
-    describe(
-        serve,
+
+_COMMANDS: Final = {
+    "serve": Command(
         "Run the KMEs of a configuration file until SIGTERM or SIGINT. SIGHUP reloads the file and "
         "the certificates; an invalid file changes nothing.",
         examples=[
@@ -127,12 +118,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ],
         status="0 after SIGTERM or SIGINT, 1 when it cannot start; with --check, 0 when it could",
         notes="See docs/kme.md.",
-    )
-    add_action(serve, _action(ServeOptions, "serve"))
-
-    migrate = commands.add_parser("migrate", help="move the keys of a store file to PostgreSQL")
-    describe(
-        migrate,
+        summary="run the KMEs of a configuration file",
+        action=_action(ServeOptions, "serve"),
+    ),
+    "migrate": Command(
         "Move all keys of a store file into the PostgreSQL database that the configuration names. "
         "No KME may have the file open. A move that was interrupted, even by SIGKILL, continues "
         "when the command is run again; until it is complete, neither store can be served, and "
@@ -140,12 +129,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         examples=["kme migrate kme.toml --from keys.db"],
         status="0 when all keys are in the database, 1 otherwise",
         notes="See docs/kme.md.",
-    )
-    add_action(migrate, _action(MigrateOptions, "migrate", extra="kme,postgres"))
-
-    verify = commands.add_parser("verify-audit", help="verify the audit trail of a KME")
-    describe(
-        verify,
+        summary="move the keys of a store file to PostgreSQL",
+        action=_action(MigrateOptions, "migrate", extra="kme,postgres"),
+    ),
+    "verify-audit": Command(
         "Verify that no record of an audit trail was changed, removed, inserted or moved, and "
         "print the head of each file. Keep heads elsewhere: a later --head shows that what was "
         "there then is there still.",
@@ -155,27 +142,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ],
         status="0 when the trail is whole, 1 otherwise",
         notes="See docs/kme.md.",
-    )
-    add_action(verify, _action(VerifyAuditOptions, "verify_audit"))
-
-    status = commands.add_parser("status", help="print a KME's status for a peer, as JSON")
-    describe(
-        status,
+        summary="verify the audit trail of a KME",
+        action=_action(VerifyAuditOptions, "verify_audit"),
+    ),
+    "status": Command(
         "Ask a KME how many keys it has for us and a peer, and for its limits (ETSI GS QKD 014, "
         "clause 5.1). No key is drawn.",
         examples=[
             "kme status --kme https://localhost:8443 --kme-ca ca.pem --kme-cert a.pem \\\n"
             "      --kme-key a.key --sae sae-a --peer-sae sae-b",
         ],
-    )
-    add_action(status, _action(StatusOptions, "status"))
-
-    pool = commands.add_parser(
-        "export-pool",
-        help="draw keys from a KME into a pool file",
-    )
-    describe(
-        pool,
+        summary="print a KME's status for a peer, as JSON",
+        action=_action(StatusOptions, "status"),
+    ),
+    "export-pool": Command(
         "As the master (the default), draw --number keys for the peer into a pool file and write "
         "their IDs to --ids. As the slave, collect the keys whose IDs the peer wrote. Run it in "
         "both roles at both sites. Other commands use the pool with --key-pool, for example where "
@@ -185,22 +165,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
             "      --kme https://localhost:8443 --kme-ca ca.pem --kme-cert a.pem \\\n"
             "      --kme-key a.key --sae sae-a --peer-sae sae-b",
         ],
-    )
-    add_action(pool, _action(ExportPoolOptions, "export_pool"))
-
-    dev_up = commands.add_parser(
-        "dev-up", help="make certificates and configuration for two sites, and run both KMEs"
-    )
-    describe(
-        dev_up,
+        summary="draw keys from a KME into a pool file",
+        action=_action(ExportPoolOptions, "export_pool"),
+    ),
+    "dev-up": Command(
         "Make certificates, keys and configuration for two sites, and run both their KMEs. The "
         "commands for 'listen' and 'connect' that use them are printed.",
         examples=["kme dev-up sites", "kme dev-up sites --producer link --distance 80"],
         status="0 after SIGTERM or SIGINT, 1 when it cannot start",
         notes="For tests and first steps: both sites' keys are on one machine. See docs/kme.md.",
-    )
-    add_action(dev_up, _action(DevUpOptions, "dev_up"))
+        summary="make certificates and configuration for two sites, and run both KMEs",
+        action=_action(DevUpOptions, "dev_up"),
+    ),
+}
 
-
-def _action(options: type, function: str, extra: str = "kme") -> Action:
-    return Action("kme", options, extra=extra, function=function)
+COMMAND: Final = Command(
+    "A key management entity (KME) delivers the keys of a QKD link to the applications (SAEs) "
+    "of its site over mutual TLS, as specified by ETSI GS QKD 014.",
+    examples=["kme dev-up sites", "kme serve kme.toml"],
+    notes="See docs/kme.md.",
+    commands=_COMMANDS,
+)

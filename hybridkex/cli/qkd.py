@@ -3,14 +3,12 @@
 ``docs/qkd-link.md`` explains the numbers.
 """
 
-import argparse
 from dataclasses import dataclass
 from typing import Final
 
 from hybridkex.cli import qkd_data, qkd_scan
-from hybridkex.cli.arguments import Action, Exclusive, add_action, option
+from hybridkex.cli.arguments import Action, Command, Exclusive, option
 from hybridkex.cli.choices import LINK_BOOTSTRAPS
-from hybridkex.cli.help_text import describe
 from hybridkex.cli.link_options import as_published, distance, finite_key, key_bits, leak, preset
 
 _WHERE: Final = Exclusive()
@@ -48,39 +46,31 @@ class RunOptions:
     json: bool = option("one JSON line for each block")
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the sub-commands."""
-    describe(
-        parser,
-        "A simulated QKD link: decoy-state BB84 or BBM92 with finite keys, error correction, "
-        "privacy amplification and authentication, with an optional eavesdropper.",
-        examples=[
-            "qkd run --distance 50",
-            "qkd distil alice.npz bob.npz",
-            "qkd scan --vary distance_km=0:150:5 -o rates.csv",
-            "qkd plot --scan rates.csv -o rates.svg",
-        ],
-        notes="See docs/qkd-link.md.",
-    )
-    commands = parser.add_subparsers(metavar="command", required=True)
-
-    run_ = commands.add_parser(
-        "run",
-        help="make blocks of key over a simulated link",
-    )
-    describe(
-        run_,
-        "Run Alice and Bob over a simulated fibre. Each block reports what was detected, "
-        "corrected, leaked and kept.",
-        examples=[
-            "qkd run --distance 80 --blocks 5",
-            "qkd run --eve intercept:1.0",
-            "qkd run --preset rusca2018 --json",
-        ],
-        status="0 if every block made keys, 1 if one was aborted or the link stopped",
-        notes="See docs/qkd-link.md.",
-    )
-    add_action(run_, Action("qkd", RunOptions, extra="link"))
-
-    qkd_data.configure(commands)
-    qkd_scan.configure(commands)
+COMMAND: Final = Command(
+    "A simulated QKD link: decoy-state BB84 or BBM92 with finite keys, error correction, "
+    "privacy amplification and authentication, with an optional eavesdropper.",
+    examples=[
+        "qkd run --distance 50",
+        "qkd distil alice.npz bob.npz",
+        "qkd scan --vary distance_km=0:150:5 -o rates.csv",
+        "qkd plot --scan rates.csv -o rates.svg",
+    ],
+    notes="See docs/qkd-link.md.",
+    commands={
+        "run": Command(
+            "Run Alice and Bob over a simulated fibre. Each block reports what was detected, "
+            "corrected, leaked and kept.",
+            examples=[
+                "qkd run --distance 80 --blocks 5",
+                "qkd run --eve intercept:1.0",
+                "qkd run --preset rusca2018 --json",
+            ],
+            status="0 if every block made keys, 1 if one was aborted or the link stopped",
+            notes="See docs/qkd-link.md.",
+            summary="make blocks of key over a simulated link",
+            action=Action("qkd", RunOptions, extra="link"),
+        ),
+        **qkd_data.COMMANDS,
+        **qkd_scan.COMMANDS,
+    },
+)

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from hybridkex.cli.arguments import Action, Exclusive, add_action, argument, option
+from hybridkex.cli.arguments import Action, Command, Exclusive, argument, option
 from hybridkex.cli.choices import DECOY_CHECKS
-from hybridkex.cli.help_text import describe
 from hybridkex.cli.link_options import as_published, distance, finite_key, key_bits, leak, preset
 from hybridkex.cli.values import folder_path
 
@@ -55,21 +54,20 @@ class DistilOptions:
     leak: str = leak()
 
 
-def configure(commands: Any) -> None:
-    """Add the two commands."""
-    record = commands.add_parser("record", help="simulate detections and write them to files")
-    describe(
-        record,
+def _action(options: type, function: str) -> Action:
+    return Action("qkd_data", options, extra="link", function=function)
+
+
+COMMANDS: Final = {
+    "record": Command(
         "Simulate the light of a link and write what Alice and what Bob know of the detections, "
         "in the format that 'qkd distil' reads.",
         examples=["qkd record --detections 200000 -o data", "qkd distil data/*.npz"],
         notes="See docs/qkd-link.md for the format.",
-    )
-    add_action(record, _action(RecordOptions, "record"))
-
-    command = commands.add_parser("distil", help="make keys of measured detections")
-    describe(
-        command,
+        summary="simulate detections and write them to files",
+        action=_action(RecordOptions, "record"),
+    ),
+    "distil": Command(
         "Make keys of measured detections: sifting, error correction, privacy amplification. With "
         "the files of both parties, both run here. With one file, this end runs Alice or Bob (the "
         "file says which) and reaches the other over TCP, authenticated by signatures.",
@@ -80,9 +78,7 @@ def configure(commands: Any) -> None:
         ],
         status="0 if keys were made, 1 if not",
         notes="See docs/qkd-link.md for the file format.",
-    )
-    add_action(command, _action(DistilOptions, "run_distil"))
-
-
-def _action(options: type, function: str) -> Action:
-    return Action("qkd_data", options, extra="link", function=function)
+        summary="make keys of measured detections",
+        action=_action(DistilOptions, "run_distil"),
+    ),
+}

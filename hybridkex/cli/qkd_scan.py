@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from hybridkex.cli.arguments import Action, Exclusive, add_action, option
+from hybridkex.cli.arguments import Action, Command, Exclusive, option
 from hybridkex.cli.choices import SCAN_SUFFIXES
-from hybridkex.cli.help_text import describe
 
 KINDS: Final = ("rate-vs-distance", "qber", "finite-key")
 
@@ -73,11 +72,8 @@ class PlotOptions:
     )
 
 
-def configure(commands: Any) -> None:
-    """Add the two commands."""
-    command = commands.add_parser("scan", help="compute rates over a grid of settings")
-    describe(
-        command,
+COMMANDS: Final = {
+    "scan": Command(
         "Compute what a link gives for every combination of some settings, and write one row for "
         "each. The numbers are the same for the same seed on one core, on many, and on a Dask "
         "cluster.",
@@ -88,12 +84,10 @@ def configure(commands: Any) -> None:
         ],
         notes="Settings: preset, distance_km, block_bits, eve, finite_key, leak, tuned, and every "
         "field of the channel, the source and the security. See docs/qkd-link.md.",
-    )
-    add_action(command, Action("qkd_scan", ScanOptions, extra="link", function="run_scan"))
-
-    plot = commands.add_parser("plot", help="draw a picture (needs matplotlib)")
-    describe(
-        plot,
+        summary="compute rates over a grid of settings",
+        action=Action("qkd_scan", ScanOptions, extra="link", function="run_scan"),
+    ),
+    "plot": Command(
         "Draw a scan: one column over another, a curve for each value of a third. Or draw one of "
         "the pictures of the documentation.",
         examples=[
@@ -102,5 +96,7 @@ def configure(commands: Any) -> None:
             "qkd plot --kind rate-vs-distance -o rate.svg",
         ],
         notes="See docs/qkd-link.md, which has the pictures.",
-    )
-    add_action(plot, Action("qkd_scan", PlotOptions, extra="link,plot", function="plot"))
+        summary="draw a picture (needs matplotlib)",
+        action=Action("qkd_scan", PlotOptions, extra="link,plot", function="plot"),
+    ),
+}

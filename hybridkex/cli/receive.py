@@ -1,12 +1,11 @@
 """``hybridkex receive``: files and folders from ``hybridkex send``."""
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from hybridkex.cli.arguments import Action, add_action, argument, nested, option
+from hybridkex.cli.arguments import Action, Command, argument, nested, option
 from hybridkex.cli.choices import TRANSFER_PROTOCOL
-from hybridkex.cli.help_text import describe
 from hybridkex.cli.logs import log_level
 from hybridkex.cli.options import ChannelOptions, port_file
 from hybridkex.cli.send import DEFAULT_PORT
@@ -37,18 +36,16 @@ class ReceiveOptions:
     channel: ChannelOptions = nested()
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    describe(
-        parser,
-        "Receive files and folders from 'hybridkex send'. A file appears under its name only when "
-        "it is complete, verified by SHA-256 and on disk. Nothing is written outside the folder. "
-        "Nothing is overwritten without --overwrite.",
-        examples=[
-            "receive incoming --ca ca.pem --cert cert.pem --key key.pem",
-            "receive incoming --once --port 0 --port-file port --pin HEX --key key.pem",
-        ],
-        status="0 after --once, SIGTERM or SIGINT, 1 after an error",
-        notes="See docs/file-transfer.md.",
-    )
-    add_action(parser, Action("receive", ReceiveOptions), alpn=[TRANSFER_PROTOCOL])
+COMMAND: Final = Command(
+    "Receive files and folders from 'hybridkex send'. A file appears under its name only when "
+    "it is complete, verified by SHA-256 and on disk. Nothing is written outside the folder. "
+    "Nothing is overwritten without --overwrite.",
+    examples=[
+        "receive incoming --ca ca.pem --cert cert.pem --key key.pem",
+        "receive incoming --once --port 0 --port-file port --pin HEX --key key.pem",
+    ],
+    status="0 after --once, SIGTERM or SIGINT, 1 after an error",
+    notes="See docs/file-transfer.md.",
+    action=Action("receive", ReceiveOptions),
+    preset={"alpn": [TRANSFER_PROTOCOL]},
+)

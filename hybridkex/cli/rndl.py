@@ -5,12 +5,11 @@ each in its own process, and prints which of them succeeded. ``docs/record-now-d
 says what is modelled, what is real and what it does not prove.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from hybridkex.cli.arguments import Action, add_action, option
-from hybridkex.cli.help_text import describe
+from hybridkex.cli.arguments import Action, Command, option
 from hybridkex.cli.values import folder_path
 
 
@@ -28,16 +27,13 @@ class RndlOptions:
     )
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    describe(
-        parser,
-        "Record handshakes and data of seven configurations, then let future adversaries try to "
-        "decrypt them: they break ECDH, ML-KEM or signatures, or steal keys, key stores, ticket "
-        "keys or the secrets of a session. A table shows what each adversary could read and "
-        "compares it with the prediction.",
-        examples=["rndl", "rndl --html report.html", "rndl --keep recordings"],
-        status="0 if each adversary read what was predicted and nothing else, 1 otherwise",
-        notes="See docs/record-now-decrypt-later.md.",
-    )
-    add_action(parser, Action("rndl", RndlOptions, extra="apps,kme"))
+COMMAND: Final = Command(
+    "Record handshakes and data of seven configurations, then let future adversaries try to "
+    "decrypt them: they break ECDH, ML-KEM or signatures, or steal keys, key stores, ticket "
+    "keys or the secrets of a session. A table shows what each adversary could read and "
+    "compares it with the prediction.",
+    examples=["rndl", "rndl --html report.html", "rndl --keep recordings"],
+    status="0 if each adversary read what was predicted and nothing else, 1 otherwise",
+    notes="See docs/record-now-decrypt-later.md.",
+    action=Action("rndl", RndlOptions, extra="apps,kme"),
+)

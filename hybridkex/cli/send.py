@@ -1,12 +1,11 @@
 """``hybridkex send``: files and folders to a ``hybridkex receive``."""
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from hybridkex.cli.arguments import Action, add_action, argument, nested, option
+from hybridkex.cli.arguments import Action, Command, argument, nested, option
 from hybridkex.cli.choices import TRANSFER_PROTOCOL
-from hybridkex.cli.help_text import describe
 from hybridkex.cli.options import ChannelOptions
 
 DEFAULT_PORT = 4434
@@ -40,17 +39,15 @@ class SendOptions:
     channel: ChannelOptions = nested()
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    describe(
-        parser,
-        "Send files and folders to 'hybridkex receive'. Files that the receiver already has are "
-        "not sent again; an interrupted transfer resumes where it stopped.",
-        examples=[
-            "send report.pdf data/ backup.example.org --ca ca.pem --cert me.pem --key me.key",
-            "send disk.img [2001:db8::1]:4434 --pin HEX --key me.pem",
-        ],
-        status="0 if the receiver has verified everything, 1 otherwise",
-        notes="See docs/file-transfer.md.",
-    )
-    add_action(parser, Action("send", SendOptions), alpn=[TRANSFER_PROTOCOL])
+COMMAND: Final = Command(
+    "Send files and folders to 'hybridkex receive'. Files that the receiver already has are "
+    "not sent again; an interrupted transfer resumes where it stopped.",
+    examples=[
+        "send report.pdf data/ backup.example.org --ca ca.pem --cert me.pem --key me.key",
+        "send disk.img [2001:db8::1]:4434 --pin HEX --key me.pem",
+    ],
+    status="0 if the receiver has verified everything, 1 otherwise",
+    notes="See docs/file-transfer.md.",
+    action=Action("send", SendOptions),
+    preset={"alpn": [TRANSFER_PROTOCOL]},
+)

@@ -3,13 +3,11 @@
 ``docs/tunnel.md`` describes the configuration file and each step.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from hybridkex.cli.arguments import Action, add_action, argument, nested, option
-from hybridkex.cli.help_text import describe
+from hybridkex.cli.arguments import Action, Command, argument, nested, option
 from hybridkex.cli.logs import log_level
 from hybridkex.cli.options import ChannelOptions, port_file
 from hybridkex.cli.values import address
@@ -109,28 +107,12 @@ class FileOptions:
     check: bool = option("check the file and exit")
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the sub-commands."""
-    describe(
-        parser,
-        "Forward TCP connections and Unix sockets of other programs through secure channels, which "
-        "gives unmodified programs hybrid keys. One end runs 'tunnel connect' next to the client "
-        "program, the other 'tunnel listen' next to the server program.",
-        examples=[
-            "tunnel listen --local 0.0.0.0:6432 --target 127.0.0.1:5432 --cert c.pem --key k.pem",
-            "tunnel connect --local 127.0.0.1:5432 --remote db.example.org:6432 --ca ca.pem",
-            "tunnel run tunnels.toml",
-        ],
-        notes="See docs/tunnel.md.",
-    )
-    commands = parser.add_subparsers(metavar="command", required=True)
+def _action(options: type, function: str) -> Action:
+    return Action("tunnel", options, extra="apps", function=function)
 
-    listen = commands.add_parser(
-        "listen",
-        help="accept secure channels and forward them to a program",
-    )
-    describe(
-        listen,
+
+_COMMANDS: Final = {
+    "listen": Command(
         "Accept secure channels and forward each to the socket of a program.",
         examples=[
             "tunnel listen --local 0.0.0.0:6432 --target 127.0.0.1:5432 \\\n"
@@ -138,38 +120,39 @@ def configure(parser: argparse.ArgumentParser) -> None:
             "tunnel listen --local [::]:6379 --target unix:/run/db.sock --cert c.pem --key k.pem",
         ],
         status="0 after SIGTERM or SIGINT, 1 when it cannot start",
-    )
-    add_action(listen, _action(OneListener, "listen"))
-
-    connect = commands.add_parser(
-        "connect",
-        help="accept a program's connections and forward them through secure channels",
-    )
-    describe(
-        connect,
+        summary="accept secure channels and forward them to a program",
+        action=_action(OneListener, "listen"),
+    ),
+    "connect": Command(
         "Accept a program's connections and forward each through a secure channel.",
         examples=[
             "tunnel connect --local 127.0.0.1:5432 --remote db.example.org:6432 \\\n"
             "      --ca ca.pem --cert cert.pem --key key.pem",
         ],
         status="0 after SIGTERM or SIGINT, 1 when it cannot start",
-    )
-    add_action(connect, _action(OneConnector, "connect"))
-
-    run = commands.add_parser(
-        "run",
-        help="run the tunnels of a configuration file",
-    )
-    describe(
-        run,
+        summary="accept a program's connections and forward them through secure channels",
+        action=_action(OneConnector, "connect"),
+    ),
+    "run": Command(
         "Run the tunnels of a configuration file. SIGHUP reloads it: unchanged tunnels continue, "
         "and an invalid file changes nothing.",
         examples=["tunnel run tunnels.toml", "tunnel run tunnels.toml --check"],
         status="0 after SIGTERM or SIGINT (with --check: the file is valid), 1 otherwise",
         notes="examples/tunnel has a systemd unit. See docs/tunnel.md.",
-    )
-    add_action(run, _action(FileOptions, "run_file"))
+        summary="run the tunnels of a configuration file",
+        action=_action(FileOptions, "run_file"),
+    ),
+}
 
-
-def _action(options: type, function: str) -> Action:
-    return Action("tunnel", options, extra="apps", function=function)
+COMMAND: Final = Command(
+    "Forward TCP connections and Unix sockets of other programs through secure channels, which "
+    "gives unmodified programs hybrid keys. One end runs 'tunnel connect' next to the client "
+    "program, the other 'tunnel listen' next to the server program.",
+    examples=[
+        "tunnel listen --local 0.0.0.0:6432 --target 127.0.0.1:5432 --cert c.pem --key k.pem",
+        "tunnel connect --local 127.0.0.1:5432 --remote db.example.org:6432 --ca ca.pem",
+        "tunnel run tunnels.toml",
+    ],
+    notes="See docs/tunnel.md.",
+    commands=_COMMANDS,
+)

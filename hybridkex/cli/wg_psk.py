@@ -1,13 +1,11 @@
 """``hybridkex wg-psk``: rotates the pre-shared key of a WireGuard tunnel."""
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from hybridkex.cli.arguments import Action, Exclusive, Group, add_action, nested, option
+from hybridkex.cli.arguments import Action, Command, Exclusive, Group, nested, option
 from hybridkex.cli.choices import REKEY_AFTER
-from hybridkex.cli.help_text import describe
 from hybridkex.cli.logs import log_level
 from hybridkex.cli.qkd_options import EXCHANGE_KEYS, ExchangeQkdOptions
 from hybridkex.tls.policy import Requirement
@@ -84,23 +82,21 @@ class WgPskOptions:
     log_level: str = log_level()
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    describe(
-        parser,
-        "Agree on a fresh pre-shared key with the other end of a WireGuard tunnel, and install it "
-        "on both sides with 'wg set'. One side listens; the other connects every --interval "
-        "seconds. The tunnel carries traffic only under a fresh key: a random key blocks it until "
-        "the first rotation, and again once the agreed key is older than --max-age. A failed "
-        "rotation is logged with its reason and the key in force, and is retried.",
-        examples=[
-            "wg-psk --listen 4436 --interface wg0 --peer-key KEY --local b --peer a \\\n"
-            "      --key b.pem --pin PIN_OF_A",
-            "wg-psk --connect b.example.org --interface wg0 --peer-key KEY --local a --peer b \\\n"
-            "      --key a.pem --pin PIN_OF_B --key-pool a.pool",
-        ],
-        status="0 after SIGTERM or a successful --once, 1 if the rotation of --once failed or the "
-        "options are invalid",
-        notes="See docs/combiner.md.",
-    )
-    add_action(parser, Action("wg_psk", WgPskOptions), requirement=None)
+COMMAND: Final = Command(
+    "Agree on a fresh pre-shared key with the other end of a WireGuard tunnel, and install it "
+    "on both sides with 'wg set'. One side listens; the other connects every --interval "
+    "seconds. The tunnel carries traffic only under a fresh key: a random key blocks it until "
+    "the first rotation, and again once the agreed key is older than --max-age. A failed "
+    "rotation is logged with its reason and the key in force, and is retried.",
+    examples=[
+        "wg-psk --listen 4436 --interface wg0 --peer-key KEY --local b --peer a \\\n"
+        "      --key b.pem --pin PIN_OF_A",
+        "wg-psk --connect b.example.org --interface wg0 --peer-key KEY --local a --peer b \\\n"
+        "      --key a.pem --pin PIN_OF_B --key-pool a.pool",
+    ],
+    status="0 after SIGTERM or a successful --once, 1 if the rotation of --once failed or the "
+    "options are invalid",
+    notes="See docs/combiner.md.",
+    action=Action("wg_psk", WgPskOptions),
+    preset={"requirement": None},
+)

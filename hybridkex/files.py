@@ -32,6 +32,7 @@ __all__ = [
     "change_mode",
     "check_own",
     "create_file",
+    "is_shared",
     "make_private",
     "make_private_folder",
     "open_private",
@@ -469,7 +470,7 @@ def change_mode(path: str | Path, mode: int, *, inode: tuple[int, int]) -> None:
 # -- what other users may have put into a folder
 
 
-def _is_shared(path: str) -> bool:
+def is_shared(path: str | Path) -> bool:
     """Whether another user than root may change the folder of a file."""
     folder = os.stat(os.path.dirname(path) or ".")
     return folder.st_uid not in (os.geteuid(), 0) or bool(folder.st_mode & _WRITABLE)
@@ -483,7 +484,7 @@ def _check_writing(path: str, status: os.stat_result) -> None:
         reason = "it has another name (a hard link), which another user may have made"
     else:
         return
-    if _is_shared(path):
+    if is_shared(path):
         raise PermissionError(errno.EPERM, reason, path)
 
 
@@ -510,7 +511,7 @@ def _open_own(path: str | os.PathLike[str], flags: int, check: _Check = _check_w
     found = _followed(path, check)
     with contextlib.suppress(FileNotFoundError):
         check(found, os.lstat(found))
-    if _is_shared(found):
+    if is_shared(found):
         flags |= os.O_NOFOLLOW  # nobody puts a link there now
     descriptor = os.open(found, flags | os.O_CLOEXEC | os.O_NONBLOCK, PRIVATE)
     try:

@@ -4,16 +4,20 @@ import ast
 import contextlib
 import os
 import random
+import sqlite3
 import stat
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
+from examples.chat.store import Store as ChatStore
 from hybridkex import files
 from hybridkex.auth import Identity, KnownPeers, RawIdentity, TrustStore
 from hybridkex.cli import main
@@ -39,7 +43,9 @@ from hybridkex.link.scan import read_scan
 from hybridkex.qkd.etsi014.mutual_tls import client_tls
 from hybridkex.qkd.pool import FilePool, PoolNames
 from hybridkex.qkd.sqlite_file import open_locked
+from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.qkd.store import read_key_file, write_key_file
+from hybridkex.secret import Secret
 from hybridkex.shell.ticket_file import FileTicketStore
 
 NOT_FILES = ("missing", "folder", "silent pipe", "/dev/zero", "a\0b", "a/b" * 3000, "loop", "huge")
@@ -369,6 +375,36 @@ def test_a_log_that_another_user_has_put_beside_a_database(shared: Path, suffix:
     os.chown(planted, OTHER, OTHER)
     with pytest.raises(ConfigError, match="belongs to another user"):
         open_locked(path)
+
+
+@as_root
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize("make", [lambda path: SqliteKeyStore(path, Secret(bytes(32))), ChatStore])
+def test_a_log_that_another_user_puts_there_meanwhile(
+    shared: Path, make: Callable[[Path], Any], new: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two statements of ours; SQLite would make it with the first change."""
+    path, log = shared / "keys.db", shared / "keys.db-wal"
+    planted: list[int] = []
+    if not new:
+        make(path).close()
+        log.unlink(missing_ok=True)
+
+    class Connection(sqlite3.Connection):
+        def execute(self, *arguments: Any) -> sqlite3.Cursor:
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(log, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+                os.chown(log, OTHER, OTHER)
+                planted.append(log.stat().st_ino)
+            return super().execute(*arguments)
+
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Connection))
+    if new:
+        with pytest.raises(ConfigError, match="belongs to another user"):
+            make(path)
+    else:
+        make(path).close()
+        assert not planted, "it may be open in another process"
 
 
 KEPT = (KnownPeers, FileTicketStore, read_key_file)

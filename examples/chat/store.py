@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from hybridkex import Secret
 from hybridkex.errors import ConfigError
-from hybridkex.qkd.sqlite_file import open_locked
+from hybridkex.qkd.sqlite_file import open_locked, use_log
 from hybridkex.qkd.store import read_key_file, write_key_file
 
 from .protocol import ChatError, Entry
@@ -131,19 +131,20 @@ class Store:
         except (sqlite3.Error, OSError) as error:
             raise ChatError(f"cannot use {path} as the store: {error}") from None
         try:
-            self._prepare()
+            self._prepare(path)
         except BaseException as error:
             self._db.close()
             if isinstance(error, sqlite3.Error | ChatError):
                 raise ChatError(f"cannot use {path} as the store: {error}") from None
             raise
 
-    def _prepare(self) -> None:
+    def _prepare(self, path: Path | None) -> None:
         [(version,)] = self._db.execute("PRAGMA user_version")
         [(tables,)] = self._db.execute("SELECT count(*) FROM sqlite_master")
         if tables and version != _FORMAT:
             raise ChatError("it is not encrypted: an earlier version of this program wrote it")
-        self._db.execute("PRAGMA journal_mode = WAL")
+        if path is not None:
+            use_log(self._db, path)
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.executescript(_TABLES)
         for (value,) in self._db.execute("SELECT value FROM seal"):

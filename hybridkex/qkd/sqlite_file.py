@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Final
 
 from hybridkex.errors import ConfigError
-from hybridkex.files import check_own, make_private, read_file
+from hybridkex.files import check_own, is_shared, make_private, read_file
 
-__all__ = ["FileInUse", "open_locked", "open_unlocked"]
+__all__ = ["FileInUse", "open_locked", "open_unlocked", "use_log"]
 
 LOCK_SECONDS: Final = 0.1
 """How long the lock is waited for: another process may look into the file for a moment."""
 
-_BESIDE: Final = ("-wal", "-journal", "-shm")
+_LOG: Final = "-wal"
+_BESIDE: Final = (_LOG, "-journal", "-shm")
 """Files that SQLite takes for a part of the database."""
 
 
@@ -60,6 +61,8 @@ def open_locked(path: Path, *, what: str = "key store", create: bool = True) -> 
                 f"the {what} {path} has several names (hard links), and its log would not be found "
                 "under another one; remove the other names"
             )
+        if found.st_size and is_shared(real):
+            make_private(f"{real}{_LOG}")  # before another user makes one
         db = sqlite3.connect(
             f"{real.as_uri()}?mode=rw",  # an empty file in its place would have lost everything
             uri=True,
@@ -84,3 +87,18 @@ def open_locked(path: Path, *, what: str = "key store", create: bool = True) -> 
             ) from None
         raise ConfigError(f"cannot use the {what} {path}: {error}") from error
     return db
+
+
+def use_log(db: sqlite3.Connection, path: Path) -> None:
+    """Have changes written to a write-ahead log, in a file of ours. SQLite opens the log of a new
+    database with its first change, and would take another user's file for it.
+
+    Raises:
+        ConfigError: another user has put a file there.
+        sqlite3.Error: it cannot be used.
+    """
+    db.execute("PRAGMA journal_mode=WAL")
+    try:
+        make_private(f"{path.resolve()}{_LOG}")
+    except OSError as error:
+        raise ConfigError(f"cannot use the log of {path}: {error.strerror}") from error

@@ -25,7 +25,7 @@ from hybridkex.json_text import load_json
 from hybridkex.net.event_loop import checkpoint, in_thread, shielded
 from hybridkex.net.threads import NoThread
 from hybridkex.qkd.call_queue import Call, CallQueue
-from hybridkex.qkd.sqlite_file import FileInUse, open_locked, open_unlocked
+from hybridkex.qkd.sqlite_file import FileInUse, open_locked, open_unlocked, use_log
 from hybridkex.qkd.sqlite_schema import (
     ANY_LINK,
     SCHEMA_VERSION,
@@ -210,7 +210,7 @@ class SqliteKeyStore(KeyStore):
         if version:
             self._seal, record = self._settled(self._seal)
         # The file is ours: now it may change.
-        self._db.execute("PRAGMA journal_mode=WAL")
+        use_log(self._db, self._path)
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute("PRAGMA secure_delete=ON")
         self._db.execute(f"PRAGMA wal_autocheckpoint={WAL_PAGES}")

@@ -44,12 +44,11 @@ async def client_config(
 ) -> AsyncIterator[ClientConfig]:
     """The client configuration that the options describe; key sources stay open in the context.
     ``watch``: log when our certificate expires, for a client that runs for long."""
+    decides, ours = _verifier(options), _identity(options)
+    if decides is None and options.cert is not None:
+        # A client certificate is used only if the server also authenticates with one.
+        decides = TrustStore.system()
     async with _shared_arguments(options) as shared:
-        decides = _verifier(options)
-        if decides is None and options.cert is not None:
-            # A client certificate is used only if the server also authenticates with one.
-            decides = TrustStore.system()
-        ours = _identity(options)
         with watched(options.cert, _certificate(ours)) if watch else nullcontext():
             yield ClientConfig(verifier=decides, identity=ours, **shared, **more)
 
@@ -57,8 +56,8 @@ async def client_config(
 @asynccontextmanager
 async def server_config(options: ChannelOptions, **more: Any) -> AsyncIterator[ServerConfig]:
     """The server configuration that the options describe; key sources stay open in the context."""
+    ours, decides = _identity(options), _verifier(options)
     async with _shared_arguments(options) as shared:
-        ours, decides = _identity(options), _verifier(options)
         if ours is None and decides is not None and (shared.get("psks") or shared["psk_source"]):
             raise ConfigError(
                 "--ca, --pin, --known-peers and --insecure are about the client's certificate, and "

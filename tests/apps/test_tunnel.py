@@ -35,6 +35,8 @@ from hybridkex.auth.dev_ca import write_identity
 from hybridkex.cli import main
 from hybridkex.errors import ConfigError
 from hybridkex.net.address import TcpAddress, UnixAddress
+from hybridkex.qkd.pool import FilePool, PoolNames
+from hybridkex.qkd.store import write_key_file
 from interop.ports import free_port
 
 
@@ -742,6 +744,24 @@ def test_the_check_refuses_what_a_run_refuses(
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert complaint in error, words
         assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_check_of_a_tunnel_that_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has its key pool, which one process uses, and its port."""
+    pool, path = tmp_path / "pool", tmp_path / "tunnels.toml"
+    write_key_file(tmp_path / "pool.key")
+    names = PoolNames(sae="a", kme="A", peer_sae="b", peer_kme="B")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        local = f'local = "127.0.0.1:{server.getsockname()[1]}"\n'
+        path.write_text(ONE.replace('psk = "a:PSK"', 'qkd = "require"\nkey_pool = "pool"') + local)
+        opened = FilePool.open(pool, key_file=tmp_path / "pool.key", names=names)
+        try:
+            assert main(["tunnel", "run", str(path), "--check"]) == 0
+            assert capsys.readouterr().out == f"{path}: 1 tunnel\n"
+        finally:
+            trio.run(opened.aclose)
 
 
 def test_a_good_file_is_said_to_be_good(tunnel: Tunnel, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@
 
 import sys
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,7 @@ from hybridkex.net.address import TcpAddress, parse_address, parse_tcp_address
 from hybridkex.net.descriptors import raise_soft_limit
 from hybridkex.net.http import Request, Response, http_supervisor
 from hybridkex.net.listening import open_tcp_listeners
+from hybridkex.qkd.sqlite_file import FileInUse
 from hybridkex.text import get_logger
 
 LOG: Final = get_logger("hybridkex.tunnel")
@@ -184,7 +186,8 @@ def run_file(options: FileOptions) -> int:
         return _run(load)
     settings = load()
     run_trio(partial(_check, settings))
-    print(f"{options.file}: {len(settings.tunnels)} tunnels")
+    count = len(settings.tunnels)
+    print(f"{options.file}: {count} tunnel{'s' if count > 1 else ''}")
     return 0
 
 
@@ -198,8 +201,9 @@ def _run(load: Callable[[], TunnelSettings]) -> int:
 
 async def _check(settings: TunnelSettings) -> None:
     for tunnel in settings.tunnels:
-        async with tunnel.opened():
-            pass
+        with suppress(FileInUse):  # a key pool, of the tunnels that run now
+            async with tunnel.opened():
+                pass
     await check_local(settings)
 
 

@@ -66,6 +66,7 @@ def results(
     return trio.run(run_all, wanted, materials)[1]
 
 
+@pytest.mark.slow  # the first one runs all cells
 @pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize(("peer", "role"), SEATS)
 def test_peer(peer: Peer, role: Role, shell: str, results: list[Result], thorough: bool) -> None:

@@ -23,6 +23,11 @@ class ServeOptions:
     check: bool = option(
         "check the file, certificates, key files and the connection to databases, and exit"
     )
+    metrics: TcpAddress | None = option(
+        "serve the metrics at this HOST:PORT, whatever the file says: each process has its own",
+        type=tcp_address,
+        metavar="ADDR",
+    )
     log_level: str = log_level("warning")
     log_format: str = log_format()
 

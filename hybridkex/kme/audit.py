@@ -131,6 +131,9 @@ class AuditTrail:
                      self._head)  # fmt: skip
 
     def _write_group(self, group: list[Call[Any]]) -> None:
+        if self._file is not None and not os.fstat(self._file.fileno()).st_nlink:
+            LOG.error("the file %s of the audit trail was removed; another is begun", self._name)
+            self.close()
         if self._file is None or self._size > FILE_BYTES:
             self.close()
             self._begin()

@@ -210,6 +210,12 @@ class KeyManagementEntity:
 
     async def readiness(self) -> dict[str, str | None]:
         """For each link, what keeps it from serving a request now; ``None``: nothing."""
+        try:
+            await self._store.check()
+            if self._audit is not None:
+                await self._audit.check()
+        except KeySourceUnavailable as error:
+            return dict.fromkeys(self._links, str(error))
         return {link.target: await self._hindrance(link) for link in self._links.values()}
 
     async def _hindrance(self, link: _Link) -> str | None:

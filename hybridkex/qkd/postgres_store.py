@@ -102,6 +102,14 @@ _THESE: Final = "link || '' = %s AND key_id = ANY(%s)"
 link's stock by the index that is there for reserving."""
 
 
+_FREE: Final = (
+    "(holder IS NULL OR held_until NOT BETWEEN clock_timestamp()"
+    " AND clock_timestamp() + interval '1 hour')"
+)
+"""Material that is not reserved. A time further ahead than any reservation lasts was set while the
+clock was wrong."""
+
+
 class PostgresKeyStore(KeyStore):
     """A key database in PostgreSQL 13 or later, for any number of processes of one KME.
 
@@ -204,7 +212,18 @@ class PostgresKeyStore(KeyStore):
                     f"the move of keys into {self.where} is not complete: run 'hybridkex kme "
                     "migrate' again, which continues it"
                 )
-            [fsync] = _one(cursor.execute("SELECT current_setting('fsync')"), 1)
+            query = (
+                "SELECT current_setting('fsync'), rolname, rolsuper OR rolbypassrls"
+                " FROM pg_roles WHERE rolname = current_user"
+            )
+            fsync, role, is_exempt = _one(cursor.execute(query), 3)
+            if is_exempt:
+                LOG.warning(
+                    "%s: the role %s is exempt from row-level security, which keeps each link to "
+                    "its own rows; use a role that is no superuser and has no BYPASSRLS",
+                    self.where,
+                    role,
+                )
             if fsync == "off":
                 LOG.warning(
                     "%s has fsync = off: after a failure of its machine, keys may be delivered "
@@ -523,8 +542,7 @@ class PostgresKeyStore(KeyStore):
                         "UPDATE material SET holder = %s,"
                         " held_until = clock_timestamp() + make_interval(secs => %s)"
                         " WHERE seq = ANY(ARRAY(SELECT seq FROM material"
-                        " WHERE link = %s AND half = %s AND NOT key_id = ANY(%s)"
-                        " AND (holder IS NULL OR held_until < clock_timestamp())"
+                        f" WHERE link = %s AND half = %s AND NOT key_id = ANY(%s) AND {_FREE}"
                         " ORDER BY seq LIMIT %s FOR UPDATE SKIP LOCKED))"
                         " RETURNING seq, key_id, shared, created, sealed",
                         (mark, HOLD_SECONDS, link, part, passed, number - len(found)),
@@ -590,8 +608,7 @@ class PostgresKeyStore(KeyStore):
         self, db: _Cursor, link: str, half: int, last: int, before: float
     ) -> list[tuple[int, str, bool]]:
         return db.execute(
-            "SELECT seq, key_id, shared AND created < %s"
-            " AND (holder IS NULL OR held_until < clock_timestamp()) FROM material"
+            f"SELECT seq, key_id, shared AND created < %s AND {_FREE} FROM material"
             " WHERE link = %s AND half = %s AND seq > %s ORDER BY seq LIMIT %s",
             (before, link, half, last, self.PAGE),
         ).fetchall()
@@ -608,8 +625,7 @@ class PostgresKeyStore(KeyStore):
 
     def _unreserved(self, db: _Cursor, link: str, key_ids: Sequence[str]) -> list[str]:
         rows = db.execute(
-            f"SELECT key_id FROM material WHERE {_THESE}"
-            " AND (holder IS NULL OR held_until < clock_timestamp())"
+            f"SELECT key_id FROM material WHERE {_THESE} AND {_FREE}"
             " ORDER BY key_id FOR UPDATE SKIP LOCKED",
             (link, list(key_ids)),
         )
@@ -619,8 +635,7 @@ class PostgresKeyStore(KeyStore):
         self, db: _Cursor, link: str, key_ids: Sequence[str]
     ) -> dict[str, tuple[bytes, bool]]:
         rows = db.execute(
-            f"DELETE FROM material WHERE {_THESE} RETURNING key_id, sealed,"
-            " holder IS NOT NULL AND held_until >= clock_timestamp()",
+            f"DELETE FROM material WHERE {_THESE} RETURNING key_id, sealed, NOT {_FREE}",
             (link, list(key_ids)),
         )
         return {key_id: (sealed, is_held) for key_id, sealed, is_held in rows}
@@ -629,8 +644,7 @@ class PostgresKeyStore(KeyStore):
         marks = list({self._held.get((link, key_id), "") for key_id in key_ids})
         return dict(
             db.execute(
-                f"DELETE FROM material WHERE {_THESE}"
-                " AND (holder IS NULL OR held_until < clock_timestamp() OR holder = ANY(%s))"
+                f"DELETE FROM material WHERE {_THESE} AND ({_FREE} OR holder = ANY(%s))"
                 " RETURNING key_id, sealed",
                 (link, list(key_ids), marks),
             ).fetchall()
@@ -749,7 +763,8 @@ class PostgresKeyStore(KeyStore):
                     "INSERT INTO hybridkex_jobs AS old (job, due)"
                     " VALUES (%s, clock_timestamp() + make_interval(secs => %s))"
                     " ON CONFLICT (job) DO UPDATE SET due = EXCLUDED.due"
-                    " WHERE old.due <= clock_timestamp()",
+                    " WHERE old.due NOT BETWEEN clock_timestamp()"
+                    " AND clock_timestamp() + interval '1 hour'",
                     (job, seconds),
                 ).rowcount
                 == 1
@@ -766,6 +781,9 @@ class PostgresKeyStore(KeyStore):
             )
 
         await self._run(EVERY_LINK, work)
+
+    async def check(self) -> None:
+        await self.claim("check", 0)
 
     async def tidy(self) -> None:
         """PostgreSQL does so by itself (autovacuum), at a time of its own."""

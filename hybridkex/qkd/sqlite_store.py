@@ -739,6 +739,10 @@ class SqliteKeyStore(KeyStore):
 
     # -- jobs
 
+    async def check(self) -> None:
+        statement = "INSERT OR REPLACE INTO meta VALUES ('x-check', ?)"
+        await self._run(EVERY_LINK, lambda db: db.execute(statement, (str(time.time()),)))
+
     async def claim(self, job: str, seconds: float) -> bool:
         """See :class:`~hybridkex.qkd.store.KeyStore`; it is in memory and ends with the process."""
         await checkpoint()

@@ -425,6 +425,10 @@ class KeyStore(ABC):
         """A job that was claimed is over; it is due again after ``seconds``."""
 
     @abstractmethod
+    async def check(self) -> None:
+        """Make a durable change that means nothing: it fails where a delivery would."""
+
+    @abstractmethod
     async def change_keys(self, seal_key: Secret, read_keys: Sequence[Secret] = ()) -> None:
         """Encrypt under another key from now on, and decrypt with the others, too.
 

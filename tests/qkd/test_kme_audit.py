@@ -123,6 +123,24 @@ async def test_a_full_disk_leaves_a_whole_trail(tmp_path: Path) -> None:
     assert "never" not in text
 
 
+async def test_a_file_that_is_removed_while_it_is_in_use(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a rotation of logs, for example: later records are not lost with it."""
+    folder = tmp_path / "audit"
+    trail = AuditTrail(folder, "kme-a")
+    for number in range(3):
+        await trail.note({"event": "drawn", "key_ids": [f"{number}"]})
+        [path] = folder.iterdir()
+        path.unlink()
+    await trail.note({"event": "drawn", "key_ids": ["last"]})
+    trail.close()
+    [path] = folder.iterdir()
+    assert '["last"]' in path.read_text()
+    assert verify([folder]).problems == []
+    assert sum("was removed" in one.getMessage() for one in caplog.records) == 3
+
+
 async def test_many_at_once(tmp_path: Path) -> None:
     trails = [AuditTrail(tmp_path / "audit", "https://kme/a") for _ in range(2)]
     async with trio.open_nursery() as nursery:

@@ -276,3 +276,19 @@ def test_paths_that_cannot_be(tmp_path: Path) -> None:
         )
         with pytest.raises(ConfigError, match="store: the path"):
             load_config(path)
+
+
+def test_each_process_of_a_file_has_metrics_of_its_own(
+    tmp_path: Path, hybridkex: Forkserver
+) -> None:
+    """``--metrics`` goes before the file's address, after a reload, too."""
+    folder = tmp_path / "s"
+    words = ("--ports", "0,0", "--metrics", "127.0.0.1:1", "--no-serve")
+    assert hybridkex.run("kme", "dev-up", folder, *words).returncode == 0
+    process = hybridkex.start("kme", "serve", folder / "kme.toml", "--metrics", "127.0.0.1:0")
+    until(lambda: b"metrics on http://127.0.0.1:" in process.said(), process)
+    process.send_signal(signal.SIGHUP)
+    until(lambda: b"reloaded" in process.told(), process)
+    assert b"not reloaded" not in process.told()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 0

@@ -54,7 +54,8 @@ def test_compose_has_two_sites_of_two_processes(tmp_path: Path) -> None:
         [config] = load_config(tmp_path / f"kme-{site}" / "kme.toml").kme
         database = services[f"postgres-{site}"]
         assert f"@postgres-{site}/kme" in config.store.url.reveal().decode()  # type: ignore[union-attr]
-        assert database["environment"]["POSTGRES_USER"] == "kme"
+        assert "POSTGRES_USER" not in database["environment"], "it would be a superuser"
+        assert "./role.sql:/docker-entrypoint-initdb.d/role.sql:ro" in database["volumes"]
         for number in (1, 2):
             one = services[f"kme-{site}-{number}"]
             assert f"/sites/kme-{site}/kme.toml" in one["command"]
@@ -114,8 +115,10 @@ def test_the_image_has_the_files_that_compose_names(hybridkex: Forkserver) -> No
 def test_the_unit(tmp_path: Path, hybridkex: Forkserver) -> None:
     text = (FOLDER / "hybridkex-kme@.service").read_text()
     for words in re.findall(r"^ExecStart(?:Pre)?=/usr/local/bin/hybridkex (.*)$", text, re.M):
-        refused = hybridkex.run(*words.split())
+        refused = hybridkex.run(*words.replace("%i", "1").split())
         assert b"/etc/hybridkex/kme.toml" in refused.stderr, "the options are right"
+    assert re.search(r"^ExecStart=.* --metrics \S+%i ", text, re.M), "each process has its own port"
+    assert re.search(r"^StartLimitIntervalSec=0$", text, re.M), "it is started until it can serve"
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed: apt install systemd")
     unit = tmp_path / "hybridkex-kme@.service"

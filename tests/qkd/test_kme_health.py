@@ -21,6 +21,7 @@ from waiting import until
 from hybridkex.cli import main
 from hybridkex.errors import KeySourceUnavailable
 from hybridkex.kme import health
+from hybridkex.kme.audit import AuditTrail
 from hybridkex.kme.config import PeerConfig, ServeConfig
 from hybridkex.kme.settings import KmeLimits
 from hybridkex.net.address import TcpAddress
@@ -65,6 +66,28 @@ async def test_ready_with_a_store_a_peer_and_keys(
             assert (status, body["ready"]) == (503, False)
             assert body["kmes"]["kme-a"]["kme-b"] == "the key store failed: disk I/O error"
             assert (await page(where, "healthz"))[0] == 200
+        assert (await page(where, "readyz"))[0] == 200
+
+
+async def test_not_ready_while_no_delivery_can_be_recorded(
+    site: Site, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the store or in the audit trail; reading works."""
+    monkeypatch.setattr(health, "GOOD_FOR", 0.0)
+    config = site.pair()
+    audited = tuple(replace(one, audit=tmp_path / one.id) for one in config.kme)
+    async with serve(replace(config, kme=audited, metrics=ANYWHERE)) as where:
+        await filled(where, site)
+        assert (await page(where, "readyz"))[0] == 200
+
+        async def fails(*_: Any) -> None:
+            raise KeySourceUnavailable("the disk is full")
+
+        for of in (SqliteKeyStore, AuditTrail):
+            with monkeypatch.context() as patch:
+                patch.setattr(of, "check", fails)
+                status, body = await page(where, "readyz")
+                assert (status, body["kmes"]["kme-a"]["kme-b"]) == (503, "the disk is full")
         assert (await page(where, "readyz"))[0] == 200
 
 

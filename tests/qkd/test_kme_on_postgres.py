@@ -1,5 +1,6 @@
 """A KME whose processes share a database of PostgreSQL."""
 
+import re
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -218,6 +219,58 @@ async def test_behind_a_balancer(site: Site, postgres: PostgresServer, tmp_path:
             assert [one.key.reveal() for one in found] == [one.key.reveal() for one in keys]
             assert not seen.keys() & set(ids)
             seen |= {one.key_id: one.key.reveal() for one in keys}
+
+
+async def test_two_sites_behind_balancers_become_ready(site: Site, tmp_path: Path) -> None:
+    """Each is ready only if the other one answers, and reaches it through a balancer that prefers
+    those that are ready. Both balancers have found that nobody is ready, as after a failure of the
+    network between the sites."""
+    haproxy = shutil.which("haproxy")
+    if haproxy is None:
+        pytest.skip("haproxy is not installed: apt install haproxy")
+    example = (Path(__file__).parents[2] / "examples" / "kme" / "haproxy.cfg").read_text()
+    saes = {"kme-a": ("alice",), "kme-b": ("bob",)}
+    front, port, metrics = ({kme: free_port() for kme in saes} for _ in range(3))
+    async with AsyncExitStack() as stack:
+        for kme in saes:
+            text = example.replace("bind :8443", f"bind 127.0.0.1:{front[kme]}").replace(
+                "2s", "100ms"
+            )
+            text = re.sub(
+                r"192\.0\.2\.1\d:8443 port 9464", f"127.0.0.1:{port[kme]} port {metrics[kme]}", text
+            )
+            (tmp_path / f"{kme}.cfg").write_text(text)
+            log = (tmp_path / f"{kme}.log").open("wb")
+            stack.callback(log.close)
+            process = await trio.lowlevel.open_process(
+                [haproxy, "-f", tmp_path / f"{kme}.cfg"], stderr=log
+            )
+            stack.push_async_callback(process.wait)
+            stack.callback(process.kill)
+        with trio.fail_after(20):
+            for kme in saes:
+                log = tmp_path / f"{kme}.log"
+                while log.read_text().count("has no server") < example.count("\nbackend "):  # noqa: ASYNC110
+                    await trio.sleep(0.05)
+        for kme, to in (("kme-a", "kme-b"), ("kme-b", "kme-a")):
+            peer = PeerConfig(id=to, saes=saes[to], url=f"https://127.0.0.1:{front[to]}")
+            one = site.kme(
+                kme, saes=saes[kme], peer=(peer,), listen=TcpAddress("127.0.0.1", port[kme])
+            )
+            config = ServeConfig(kme=(one,), metrics=TcpAddress("127.0.0.1", metrics[kme]))
+            await stack.enter_async_context(running(config))
+        for sae, kme, to in (("alice", "kme-a", "bob"), ("bob", "kme-b", "alice")):
+            with trio.fail_after(20):
+                while True:
+                    try:
+                        async with KmeClient(
+                            site.access(sae, TcpAddress("127.0.0.1", front[kme]))
+                        ) as client:
+                            await client.enc_keys(to, KeyRequest())
+                    except KeySourceError:
+                        await trio.sleep(0.1)
+                    else:
+                        break
 
 
 def test_the_url_in_the_configuration(site: Site, tmp_path: Path) -> None:

@@ -547,6 +547,82 @@ async def test_commits_stay_durable_when_the_server_changes_its_default(
     await store.aclose()
 
 
+async def test_the_check_fails_where_a_delivery_would(
+    postgres: PostgresServer, tmp_path: Path
+) -> None:
+    """Reading works all the same: a managed server is made read-only when its disk is full."""
+    import psycopg
+
+    store = postgres_store(postgres, f"test_{next(SCHEMAS)}")
+    await store.check()
+    with psycopg.connect(postgres.url("public", "postgres"), autocommit=True) as connection:
+        for statement in (
+            "SET default_transaction_read_only = on",
+            "RESET default_transaction_read_only",
+        ):
+            connection.execute(f"ALTER SYSTEM {statement}")
+            connection.execute("SELECT pg_reload_conf()")
+            with trio.fail_after(10):
+                while await fails(store.check) != statement.startswith("SET"):  # noqa: ASYNC110
+                    await trio.sleep(0.05)
+            assert await store.count("a") == 0
+    await store.aclose()
+    files = SqliteKeyStore(tmp_path / "db", SEAL)
+    await files.check()
+    files._db.execute("PRAGMA query_only = ON")
+    assert await fails(files.check)
+    assert await files.count("a") == 0
+    await files.aclose()
+
+
+async def fails(call: Callable[[], Awaitable[None]]) -> bool:
+    try:
+        await call()
+    except KeySourceUnavailable:
+        return True
+    return False
+
+
+async def test_what_was_marked_by_a_wrong_clock_is_free_when_it_is_right(
+    postgres: PostgresServer,
+) -> None:
+    """The clock of the database was a day ahead: of the reservations of a process that was killed
+    then, and of the jobs that were claimed."""
+    import psycopg
+
+    schema = f"test_{next(SCHEMAS)}"
+    killed, store = (postgres_store(postgres, schema) for _ in range(2))
+    await store.add("b", keys(1, 2, 3, 4))
+    assert len(await killed.reserve("b", 4)) == 4
+    assert await store.reserve("b", 4) == []
+    assert await killed.claim("job", 60)
+    assert not await store.claim("job", 60)
+    with psycopg.connect(postgres.url(schema)) as connection:
+        connection.execute("SET hybridkex.link = '*'")
+        connection.execute("UPDATE material SET held_until = held_until + interval '1 day'")
+        connection.execute("UPDATE hybridkex_jobs SET due = due + interval '1 day'")
+    assert await store.claim("job", 60)
+    assert not await store.claim("job", 60)
+    assert await store.discard("b", [key_id(1)]) == [key_id(1)]
+    await store.accept("b", [block(2)], master="m", slaves=["s"], peer_half=1)
+    assert len(await store.reserve("b", 4)) == 2
+    await killed.aclose()
+    await store.aclose()
+
+
+async def test_a_role_that_sees_every_row_is_named(
+    postgres: PostgresServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    from hybridkex.qkd.postgres_store import PostgresKeyStore
+
+    schema = f"test_{next(SCHEMAS)}"
+    await postgres_store(postgres, schema).aclose()
+    assert "row-level" not in caplog.text
+    url = Secret(postgres.url(schema, "postgres").encode())
+    await PostgresKeyStore(url, SEAL, owner="kme-a").aclose()
+    assert "the role postgres is exempt from row-level security" in caplog.text
+
+
 async def test_a_pooler_that_drops_the_settings_is_refused(postgres: PostgresServer) -> None:
     import psycopg
 

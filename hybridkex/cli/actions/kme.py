@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -33,7 +34,7 @@ from hybridkex.errors import (
 from hybridkex.files import PRIVATE, PUBLIC, read_utf8, write_file, write_files
 from hybridkex.json_text import load_json
 from hybridkex.kme.audit import verify
-from hybridkex.kme.config import KmeConfig, PostgresUrl, load_config
+from hybridkex.kme.config import KmeConfig, PostgresUrl, ServeConfig, load_config
 from hybridkex.kme.serve import KmeServer, Serving, check_config
 from hybridkex.machine import write_error
 from hybridkex.net.address import TcpAddress, parse_tcp_address
@@ -60,11 +61,16 @@ SITES: Final = (("kme-a", "alice"), ("kme-b", "bob"))
 
 def serve(options: ServeOptions) -> int:
     set_up_logging(options.log_level, options.log_format)
+
+    def load() -> ServeConfig:
+        config = load_config(options.config)
+        return config if options.metrics is None else replace(config, metrics=options.metrics)
+
     if options.check:
-        run_trio(partial(check_config, load_config(options.config)))
+        run_trio(partial(check_config, load()))
         print(f"{options.config} can be served")
         return 0
-    return _run_server(options.config, _print_where)
+    return _run_server(load, _print_where)
 
 
 def _print_where(where: Serving) -> None:
@@ -74,9 +80,9 @@ def _print_where(where: Serving) -> None:
         print(f"metrics on http://{where.metrics}/metrics", flush=True)
 
 
-def _run_server(path: Path, announce: Callable[[Serving], None]) -> int:
+def _run_server(load: Callable[[], ServeConfig], announce: Callable[[Serving], None]) -> int:
     raise_soft_limit()
-    server = KmeServer(load_config(path))
+    server = KmeServer(load())
 
     async def main(request: EndRequest) -> None:
         def end(number: int) -> None:
@@ -86,7 +92,7 @@ def _run_server(path: Path, announce: Callable[[Serving], None]) -> int:
 
         with trio.open_signal_receiver(*SIGNALS) as signals:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(obey, signals, partial(_reload, server, path), end)
+                nursery.start_soon(obey, signals, partial(_reload, server, load), end)
                 try:
                     # Not in the nursery: an error must not be wrapped in an exception group.
                     await server.serve(task_status=_Announced(announce))
@@ -108,10 +114,10 @@ class _Announced:
         notify("READY=1")
 
 
-async def _reload(server: KmeServer, path: Path) -> None:
+async def _reload(server: KmeServer, load: Callable[[], ServeConfig]) -> None:
     notify_reloading()
     try:
-        await server.reload(partial(load_config, path))
+        await server.reload(load)
     except HybridkexError as error:
         LOG.error("not reloaded, the old configuration stays: %s", error)  # noqa: TRY400
     except Exception as error:
@@ -326,7 +332,7 @@ def dev_up(options: DevUpOptions) -> int:
         print(f"  hybridkex connect 127.0.0.1 4433 {alice} --peer-sae bob\n", flush=True)
 
     set_up_logging(options.log_level)
-    return _run_server(config, announce)
+    return _run_server(partial(load_config, config), announce)
 
 
 def _channel_options(folder: Path, address: TcpAddress, sae: str, tls: str) -> str:

@@ -12,6 +12,7 @@ new session ends the previous one: Bob opens one only after losing the other.
 
 import logging
 import math
+import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -94,22 +95,22 @@ class _Troubles:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._warnings = self._errors = BoundedLog(LOG)
-        self.over()
+        self._logs: dict[int, BoundedLog] = {}
 
     def over(self) -> None:
         """A block was made."""
-        for log in (self._warnings, self._errors):
+        for log in self._logs.values():
             log.flush()
-        self._warnings, self._errors = (BoundedLog(LOG, rate=1 / 60, burst=5) for _ in range(2))
+        self._logs.clear()
 
-    def warn(self, message: str, *args: object) -> None:
-        """Log something that may pass."""
-        self._warnings.log(logging.WARNING, f"%s: {message}", self._name, *args)
+    def log(self, level: int, message: str, *args: object) -> None:
+        """Log this, unless there were many lines of the level since the last block."""
+        log = self._logs.setdefault(level, BoundedLog(LOG, rate=1 / 60, burst=5))
+        log.log(level, f"%s: {message}", self._name, *args)
 
     async def given_up(self, error: BlockAborted) -> None:
         """Log why a block was given up, and wait until it is time for the next one."""
-        self.warn("a block was given up: %s", error)
+        self.log(logging.WARNING, "a block was given up: %s", error)
         await trio.sleep(PAUSE)
 
     async def ended(self, error: BaseException) -> None:
@@ -117,20 +118,17 @@ class _Troubles:
 
         No error ends the feed: its cause may be over when the next session begins.
         """
-        pause = PAUSE
+        pause = LONG_PAUSE
         if isinstance(error, LedgerDry | LedgerLost):
-            self._errors.log(logging.ERROR, "%s: %s", self._name, error)  # it says all
-            pause = LONG_PAUSE
+            self.log(logging.ERROR, "%s", error)  # it says all
         elif isinstance(error, _EXPECTED):
             why = str(error) if isinstance(error, LinkError) else refusal(error) or broken(error)
-            self.warn("%s; a new session begins", why)
+            self.log(logging.WARNING, "%s; a new session begins", why)
+            pause = PAUSE
         else:
             kind = type(error).__name__
-            self._errors.log(
-                logging.ERROR, "%s: internal error: %s; please report it", self._name, kind
-            )
+            self.log(logging.ERROR, "internal error: %s; please report it", kind)
             LOG.debug("%s: the internal error", self._name, exc_info=error)
-            pause = LONG_PAUSE
         await trio.sleep(pause)
 
 
@@ -308,7 +306,8 @@ class PartyFeed:
                         raise
             except (OSError, trio.BrokenResourceError, trio.TooSlowError, EndOfStream) as error:
                 if silent:
-                    self._troubles.warn(
+                    self._troubles.log(
+                        logging.WARNING,
                         "no session with the other party at %s: %s; it is tried again every second",
                         *(self._address, _no_greeting(error)),
                     )
@@ -483,7 +482,8 @@ def _no_greeting(error: BaseException) -> str:
     if not isinstance(error, OSError):
         return broken(error)
     reason = next(leaves(error.__cause__ or error))
-    return getattr(reason, "strerror", None) or str(reason)
+    code, words = getattr(reason, "errno", None) or 0, getattr(reason, "strerror", None)
+    return os.strerror(code) if code > 0 else words or str(reason)  # trio's repeat the address
 
 
 def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairFeed | PartyFeed:

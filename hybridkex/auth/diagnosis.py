@@ -38,7 +38,6 @@ from hybridkex.values import value
 E = TypeVar("E", bound=x509.ExtensionType)
 
 _BROKEN_HASHES: Final = frozenset({"md5", "sha1"})
-_NOT_SUPPORTED: Final = Alert.UNSUPPORTED_CERTIFICATE
 
 
 @value
@@ -67,6 +66,10 @@ class Finding:
         return CertificateRejected(
             f"certificate {subject} {self.reason}", alert=self.alert, subject=subject
         )
+
+
+def _unsupported(certificate: x509.Certificate, reason: str) -> Finding:
+    return Finding(certificate, reason, Alert.UNSUPPORTED_CERTIFICATE)
 
 
 def explain(
@@ -187,7 +190,7 @@ def _issuer_of(
     named = [one for one in candidates if one.subject == child.issuer]
     for one, _ in zip((one for one in named if one not in path), checks, strict=False):
         if (cost := key_cost(key_of(one))) is not None:
-            return Finding(one, f"has {cost}", _NOT_SUPPORTED)
+            return _unsupported(one, f"has {cost}")
         if is_signed_by(child, one):
             return one
     issuer = issuer_of(child)
@@ -201,11 +204,10 @@ def _issuer_of(
     named = [one for one in named if one not in path]
     for one in named:
         if one.subject.public_bytes() != child.issuer.public_bytes():
-            return Finding(
+            return _unsupported(
                 child,
                 f"writes the name of its issuer {issuer} in other string types than the issuer's "
                 "own certificate does, which is not supported",
-                _NOT_SUPPORTED,
             )
     if named and not any(_names_key_of(child, one) for one in named):
         return Finding(
@@ -235,9 +237,7 @@ def _signature(child: x509.Certificate) -> Finding | None:
     """A flaw that prevents verification of its signature, whatever the issuer."""
     digest = child.signature_hash_algorithm
     if digest is not None and digest.name in _BROKEN_HASHES:
-        return Finding(
-            child, f"is signed with {digest.name.upper()}, which is broken", _NOT_SUPPORTED
-        )
+        return _unsupported(child, f"is signed with {digest.name.upper()}, which is broken")
     return None
 
 
@@ -245,19 +245,17 @@ def _signature_form(certificate: x509.Certificate) -> Finding | None:
     """A signature algorithm that the verifier does not support."""
     parameters = certificate.signature_algorithm_parameters
     if isinstance(parameters, padding.PSS):
-        return Finding(
+        return _unsupported(
             certificate,
             "is signed with RSASSA-PSS in a form that is not supported: the salt must be as long "
             "as the digest",
-            _NOT_SUPPORTED,
         )
     if isinstance(parameters, padding.PKCS1v15) and _PKCS1_WITHOUT_NULL.search(
         certificate.tbs_certificate_bytes
     ):
-        return Finding(
+        return _unsupported(
             certificate,
             "names its RSA signature algorithm without the NULL that RFC 4055 section 5 wants",
-            _NOT_SUPPORTED,
         )
     return None
 
@@ -271,10 +269,8 @@ _PKCS1_WITHOUT_NULL: Final = re.compile(
 def _form(certificate: x509.Certificate) -> Finding | None:
     """A field for which the verifier refuses any certificate (RFC 5280 section 4.1)."""
     if certificate.version is not x509.Version.v3:
-        return Finding(
-            certificate,
-            "is of X.509 version 1, which has no extensions; it needs version 3",
-            _NOT_SUPPORTED,
+        return _unsupported(
+            certificate, "is of X.509 version 1, which has no extensions; it needs version 3"
         )
     if certificate.serial_number < 0:
         return Finding(certificate, "has a negative serial number (RFC 5280 section 4.1.2.2)")
@@ -342,7 +338,7 @@ def _authority(issuer: x509.Certificate, below: Sequence[x509.Certificate]) -> F
         )
     if weakness is None:
         return None
-    return Finding(issuer, weakness, _NOT_SUPPORTED)
+    return _unsupported(issuer, weakness)
 
 
 def _usable_by_role(issuer: x509.Certificate, *, server: bool) -> Finding | None:
@@ -351,10 +347,8 @@ def _usable_by_role(issuer: x509.Certificate, *, server: bool) -> Finding | None
     usages = _extension(issuer, x509.ExtendedKeyUsage)
     if usages is None or wanted in usages or ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in usages:
         return None
-    return Finding(
-        issuer,
-        f"may not issue certificates for {side}s (extendedKeyUsage lacks {side}Auth)",
-        _NOT_SUPPORTED,
+    return _unsupported(
+        issuer, f"may not issue certificates for {side}s (extendedKeyUsage lacks {side}Auth)"
     )
 
 
@@ -386,26 +380,22 @@ _PROCESSED: Final = frozenset(
 def _extensions(certificate: x509.Certificate) -> Finding | None:
     policies = _extension(certificate, x509.PolicyConstraints)
     if policies is not None and policies.require_explicit_policy is not None:
-        return Finding(
+        return _unsupported(
             certificate,
             "demands that certificate policies are processed (policyConstraints, "
             "requireExplicitPolicy), which is not supported",
-            _NOT_SUPPORTED,
         )
     if _extension(certificate, x509.PrecertPoison) is not None:
-        return Finding(
+        return _unsupported(
             certificate,
             "is a precertificate, made for a Certificate Transparency log (RFC 6962); it has a "
             "critical extension that keeps it from being used",
-            _NOT_SUPPORTED,
         )
     for extension in certificate.extensions:
         if extension.critical and extension.oid not in _PROCESSED:
             what = extension_name(extension.oid.dotted_string)
-            return Finding(
-                certificate,
-                f"has a critical extension that is not supported: {what}",
-                _NOT_SUPPORTED,
+            return _unsupported(
+                certificate, f"has a critical extension that is not supported: {what}"
             )
     return None
 
@@ -415,9 +405,7 @@ def _leaf(leaf: x509.Certificate, *, server: bool) -> Finding | None:
     side, wanted = _role(server)
     usages = _extension(leaf, x509.ExtendedKeyUsage)
     if usages is not None and wanted not in usages:
-        return Finding(
-            leaf, f"is not for a {side} (extendedKeyUsage lacks {side}Auth)", _NOT_SUPPORTED
-        )
+        return _unsupported(leaf, f"is not for a {side} (extendedKeyUsage lacks {side}Auth)")
     return None
 
 
@@ -429,11 +417,10 @@ def _constraints(below: Sequence[x509.Certificate], refusal: str) -> Finding | N
     if constraints is None:
         return None
     if bounded(certificate, constraints):
-        return Finding(
+        return _unsupported(
             certificate,
             "has nameConstraints with a minimum or a maximum, which RFC 5280 section 4.2.1.10 does "
             "not use and which is not supported",
-            _NOT_SUPPORTED,
         )
     if "constraint" not in refusal:
         return None
@@ -441,17 +428,15 @@ def _constraints(below: Sequence[x509.Certificate], refusal: str) -> Finding | N
     for tree in trees:
         if isinstance(tree, x509.DNSName) and (tree.value.startswith(".") or not tree.value):
             form = "a leading dot" if tree.value else "an empty DNS name"
-            return Finding(
+            return _unsupported(
                 certificate,
                 f"has nameConstraints with {form}, which RFC 5280 section 4.2.1.10 does not have "
                 "for DNS names and which is not supported",
-                _NOT_SUPPORTED,
             )
         if isinstance(tree, x509.DNSName) and not _DNS_CONSTRAINT.fullmatch(tree.value):
-            return Finding(
+            return _unsupported(
                 certificate,
                 f"has nameConstraints with {printable(tree.value, most=255)}, which is no DNS name",
-                _NOT_SUPPORTED,
             )
     if "unsupported" in refusal:
         kinds = sorted(
@@ -461,19 +446,17 @@ def _constraints(below: Sequence[x509.Certificate], refusal: str) -> Finding | N
                 if not isinstance(tree, x509.DNSName | x509.IPAddress | x509.RFC822Name)
             }
         )
-        return Finding(
+        return _unsupported(
             certificate,
             f"has nameConstraints on {' and '.join(kinds) or 'names'} that apply to "
             f"{subject_of(leaf)}, which is not supported",
-            _NOT_SUPPORTED,
         )
     bound = next((one for one in below if _is_outside(one, constraints)), leaf)
     if bound is certificate is not leaf:
-        return Finding(
+        return _unsupported(
             certificate,
             f"is for {_some(names_of(certificate))}, which its own nameConstraints do not allow; "
             "that is not supported in an authority's certificate",
-            _NOT_SUPPORTED,
         )
     return Finding(
         bound,

@@ -6,6 +6,7 @@ all states with the messages between them.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Final
 
@@ -363,16 +364,8 @@ class WaitServerHello(ClientState):
             started = {group.code: group.exchange.start()}
         records.reader.check_message_boundary()
         psks = tuple(psk for psk in offer.psks if psk.hash == suite.hash)
-        again = _Offer(
-            config=offer.config,
-            constant=offer.constant,
-            name=offer.name,
-            random=offer.random,
-            session_id=offer.session_id,
-            psks=psks,
-            resumption=offer.resumption if any(psk.resumption for psk in psks) else None,
-            started=started,
-        )
+        resumption = offer.resumption if any(psk.resumption for psk in psks) else None
+        again = replace(offer, psks=psks, resumption=resumption, started=started)
         transcript = Transcript.after_retry(suite.hash, suite.hash.digest(self.hello), raw)
         records.writer.change_cipher_spec_due = offer.config.compatibility_mode
         try:

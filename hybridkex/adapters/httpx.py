@@ -33,7 +33,8 @@ __all__ = ["SecureBackend", "SecureTransport"]
 
 
 class SecureTransport(httpx.AsyncHTTPTransport):
-    """A transport for ``httpx.AsyncClient(transport=...)``.
+    """A transport for ``httpx.AsyncClient(transport=...)``. With ``proxy=`` the client does not use
+    it, but httpx's own TLS.
 
     The extension ``network_stream`` of a response answers ``get_extra_info("session")`` with the
     :class:`~hybridkex.Session`.

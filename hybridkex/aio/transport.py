@@ -925,7 +925,7 @@ class SecureTransport(transports._FlowControlMixin):
         :exc:`SecureConnectionError`."""
         if self._failure is not None or self._state is _CLOSED:
             return
-        self._failure = cause or connection_error(error)
+        self._failure = cause or connection_error(self._connection.reason_of(error))
         self._state = _CLOSING
         self._stop()
         self._drop()

@@ -197,6 +197,7 @@ class SecureDuplex:
             if not self._complete and self._failure is None:
                 # Cancelled in the middle: part of a flight may be on its way.
                 self._failure = _Interrupted("the handshake was cancelled")
+                self._connection.release()
 
     async def _run_handshake(self) -> None:
         connection = self._connection
@@ -344,7 +345,9 @@ class SecureDuplex:
         try:
             return await self._read_some()
         except self._lib.BrokenResourceError as error:
+            self._check_usable()
             self._failure = error
+            self._connection.release()
             raise
         except self._lib.ClosedResourceError:
             if self._closed:
@@ -386,23 +389,21 @@ class SecureDuplex:
                 async with self._send_lock:
                     self._check_sendable()
                     self._queue(self._connection.send_data, piece)
+                    self._keeper.count(len(piece))
                     await self._flush()
-                self._keeper.count(len(piece))
 
     async def _wait_for_pad(self, pads: PadKeeper, size: int) -> None:
         try:
             await pads.wait_until_ready(size)
         except HybridkexError as error:
-            self._check_usable()
-            raise self._broken(error) from error.with_traceback(None)
+            self._break(error)
 
     def _queue(self, function: Callable[..., None], *arguments: Any, **options: Any) -> None:
         """Call a function of the engine that has something to send."""
         try:
             function(*arguments, **options)
         except HybridkexError as error:
-            self._check_usable()  # If the receiving side has failed, its reason says more.
-            raise self._broken(error) from error.with_traceback(None)
+            self._break(error)
 
     async def _flush(self) -> None:
         """Send what the engine has queued. After an incomplete send, nothing more can be sent."""
@@ -416,6 +417,7 @@ class SecureDuplex:
             complete = True
         except self._lib.BrokenResourceError as error:
             self._send_failure = self._send_failure or error
+            self._check_usable()
             raise
         except self._lib.ClosedResourceError:
             if self._closed:
@@ -490,8 +492,7 @@ class SecureDuplex:
                         await self._send_close_notify()
                     await self._see_off()
         finally:
-            self._stop_keeper()
-            self._forget_failures()
+            self._release()
             await self.transport_stream.aclose()
 
     async def _send_close_notify(self) -> None:
@@ -532,14 +533,15 @@ class SecureDuplex:
                 with self._lib.move_on_after(_ALERT_TIMEOUT), self._unless_gone():
                     await self._send_alert()
         finally:
-            self._stop_keeper()
-            self._forget_failures()
+            self._release()
             await self._lib.aclose_forcefully(self.transport_stream)
 
-    def _forget_failures(self) -> None:
-        """Their tracebacks lead to our frames, and these to us: they would keep the keys in memory
-        until the garbage collector runs."""
-        self._failure = self._send_failure = None
+    def _release(self) -> None:
+        """Discard the keys, which a program that keeps a closed stream would keep, and the
+        failures: their tracebacks lead to our frames, and these to us."""
+        self._stop_keeper()
+        self._keeper = self._failure = self._send_failure = None
+        self._connection.release()
 
     async def __aexit__(
         self,
@@ -585,6 +587,12 @@ class SecureDuplex:
         if self._failure is not None:
             raise self._broken(self._failure) from self._failure.with_traceback(None)
 
+    def _break(self, error: HybridkexError) -> NoReturn:
+        """Raise the first failure of this stream; ``error`` if there was none."""
+        self._check_usable()
+        reason = self._connection.reason_of(error.with_traceback(None))
+        raise self._broken(reason) from reason
+
     def _check_sendable(self) -> None:
         self._check_usable()
         if self._send_failure is not None:
@@ -595,17 +603,16 @@ class SecureDuplex:
     async def _fail(self, error: HybridkexError) -> NoReturn:
         """Send the alert, if there is one, and raise. The first failure is the one that counts:
         another task may find that the engine has ended before it is told why."""
-        if self._failure is not None:
-            raise self._broken(self._failure) from self._failure.with_traceback(None)
-        self._failure = error
+        self._check_usable()
+        self._failure = reason = self._connection.reason_of(error.with_traceback(None))
         if self._pads is not None:
             self._pads.stop()
-        told = isinstance(error, PeerError | KeySourceError)
-        if told:
+        if isinstance(reason, PeerError | KeySourceError):
             with self._lib.move_on_after(_ALERT_TIMEOUT, shield=True), self._unless_gone():
                 async with self._telling:
                     await self._send_alert()
-        raise self._broken(error) from error.with_traceback(None)
+        self._connection.release()
+        raise self._broken(reason) from reason
 
     async def _send_alert(self) -> None:
         """Send the alert that the engine has queued, behind what another task is sending. If that

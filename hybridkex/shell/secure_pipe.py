@@ -168,6 +168,6 @@ class SecurePipe:
     def _fail(self, error: HybridkexError) -> None:
         """The first failure is the one that counts."""
         if self.failure is None:
-            self.failure = error
+            self.failure = self._connection.reason_of(error)
             if self._pads is not None:
                 self._pads.stop()

@@ -216,4 +216,6 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
             if not self._connection.close_received:
                 await self._fail(TruncationError())
             transport, self._closed = self.transport_stream, True
-            return transport, self._connection.trailing_data()
+            trailing = self._connection.trailing_data()
+            self._release()
+            return transport, trailing

@@ -424,8 +424,14 @@ class Connection:
         if self._error is None:
             self._fail(error)
 
+    def reason_of(self, error: HybridkexError) -> HybridkexError:
+        """The first failure of the connection, where ``error`` is only that of a later call."""
+        if isinstance(error, LocalStateError) and self._error is not None:
+            return self._error
+        return error
+
     def release(self) -> None:
-        """Discard all keys: the transport is closed.
+        """Discard all keys: the connection has failed, or its transport is closed.
 
         A program may keep what it has of a closed connection for long. Only :attr:`session`,
         :attr:`pad` and whether close_notify was sent or received remain; all else raises

@@ -27,7 +27,7 @@ from hybridkex import (
     ServerConfig,
 )
 from hybridkex.aio import create_connection, create_server, open_connection, start_server
-from hybridkex.anyio import SecureByteStream
+from hybridkex.anyio import HybridkexAttribute, SecureByteStream
 from hybridkex.crypto.schedule import ExporterSecret, ResumptionSecret, TrafficSecret
 from hybridkex.errors import LocalStateError
 
@@ -220,3 +220,90 @@ def test_of_streams_that_the_program_keeps(
         server.close()
 
     run(main(), debug=False)
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("ending", ["aclose", "abort", "unwrap", "forge", "cut"])
+def test_of_trio_streams_that_the_program_keeps(
+    client_config: ClientConfig, server_config: ServerConfig, ending: str
+) -> None:
+    """Whether they were closed, or have only failed."""
+
+    async def main() -> None:
+        left, right = trio.testing.memory_stream_pair()
+        client = SecureStream(left, client_config, server_hostname="localhost")
+        server = SecureStream(right, server_config)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.do_handshake)
+            nursery.start_soon(server.do_handshake)
+        sessions = client.session, server.session
+        assert secrets()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read_to_the_end, server)
+            if ending == "forge":
+                await left.send_all(FORGED)
+                await read_to_the_end(client)
+            elif ending == "cut":
+                await left.aclose()
+                await client.abort()
+            else:
+                await getattr(client, ending)()
+        if ending in ("aclose", "unwrap"):  # the server has only seen the end
+            await server.aclose()
+        check_kept(sessions, client, server)
+
+    async def read_to_the_end(stream: SecureStream[Any]) -> None:
+        with contextlib.suppress(trio.BrokenResourceError):
+            while await stream.receive_some():
+                pass
+            await stream.send_eof()
+
+    trio.run(main)
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("ending", ["aclose", "abort", "forge"])
+def test_of_anyio_streams_that_the_program_keeps(
+    client_config: ClientConfig, server_config: ServerConfig, ending: str
+) -> None:
+    kept: list[SecureByteStream] = []
+
+    async def main() -> None:
+        over = anyio.Event()
+
+        async def serve(stream: anyio.abc.SocketStream) -> None:
+            kept.append(await SecureByteStream.wrap(stream, server_config))
+            with contextlib.suppress(anyio.BrokenResourceError, anyio.EndOfStream):
+                await kept[-1].receive()
+            if ending == "aclose":
+                await kept[-1].aclose()
+            over.set()
+
+        async with at_server(serve) as stream:
+            client = await SecureByteStream.wrap(stream, client_config, server_hostname="localhost")
+            kept.append(client)
+            session = client.session
+            assert secrets()
+            if ending == "forge":
+                await stream.send(FORGED)
+                with contextlib.suppress(anyio.BrokenResourceError):
+                    await client.receive()
+            else:
+                await getattr(client, ending)()
+            await over.wait()
+            check_kept((session, kept[0].session), client, kept[0])
+            assert client.extra(HybridkexAttribute.session) == session
+            for one in kept:
+                await one.aclose()
+
+    anyio.run(main)
+
+
+def check_kept(sessions: tuple[Any, Any], *streams: Any) -> None:
+    """What is known of the session stays."""
+    assert not secrets()
+    for session, stream in zip(sessions, streams, strict=True):
+        assert stream.session == session
+        assert stream.pad is None
+        with pytest.raises(LocalStateError, match="closed"):
+            stream.export(b"label", b"", 32)

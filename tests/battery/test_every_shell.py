@@ -13,7 +13,13 @@ import pytest
 import trio
 
 from hybridkex import ClientConfig, DevCa, ServerConfig, TrustStore
-from hybridkex.errors import AlertReceived, CertificateRejected, TruncationError
+from hybridkex.errors import (
+    AlertReceived,
+    CertificateRejected,
+    LocalStateError,
+    PolicyRefused,
+    TruncationError,
+)
 from hybridkex.net.event_loop import on_trio, sleep, time_limit
 
 CA = DevCa.create()
@@ -39,6 +45,15 @@ async def together(*tasks: Awaitable[Any]) -> None:
 def talk(run: Any) -> Callable[[Talk], None]:
     """Runs a conversation between the two ends of a connection with certificates."""
     return partial(run, SimpleNamespace(client=CLIENT, server=SERVER))
+
+
+def chain(error: BaseException | None) -> list[BaseException]:
+    """An exception and its causes."""
+    found: list[BaseException] = []
+    while error is not None:
+        found.append(error)
+        error = error.__cause__
+    return found
 
 
 async def echo(end: Any) -> None:
@@ -161,6 +176,31 @@ def test_a_cut_is_no_clean_end(talk: Any) -> None:
         with pytest.raises(Exception, match="cut") as caught:
             await server.receive()
         assert isinstance(caught.value.__cause__.__cause__, TruncationError)
+
+    talk(conversation)
+
+
+@pytest.mark.parametrize("found_by", ["data", "cut", "sending"])
+def test_the_first_failure_is_raised_whoever_finds_out(talk: Any, found_by: str) -> None:
+    """The engine has failed, and a task finds out before the one that knows why tells the stream:
+    it raises the reason, and the peer gets the alert."""
+
+    async def conversation(client: Any, server: Any) -> None:
+        shell = server.stream if hasattr(server, "stream") else server.writer.transport
+        shell._connection.abort(PolicyRefused("for the test"))
+        sends = found_by == "sending" and server.send_waits
+        if found_by == "cut":
+            await client.cut()
+        elif not sends:
+            await client.send(b"late")
+        with pytest.raises(Exception, match=r"for the test|cut") as caught:
+            await (server.send(b"late") if sends else server.receive())
+        assert isinstance(chain(caught.value)[-1], PolicyRefused)
+        assert not any(isinstance(one, LocalStateError) for one in chain(caught.value))
+        if found_by == "data":
+            with pytest.raises(Exception, match=r"the peer sent|cut") as caught:
+                await client.receive()
+            assert any(isinstance(one, AlertReceived) for one in chain(caught.value))
 
     talk(conversation)
 

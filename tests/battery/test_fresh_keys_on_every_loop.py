@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from test_every_shell import together
+from test_every_shell import chain, together
 
 from hybridkex import (
     X25519,
@@ -410,14 +410,6 @@ def test_an_outage_under_require_ends_the_session(run: Run, down: str) -> None:
         assert "before its deadline" in str(causes)
 
     run(sites, conversation)
-
-
-def chain(error: BaseException | None) -> list[BaseException]:
-    found: list[BaseException] = []
-    while error is not None:
-        found.append(error)
-        error = error.__cause__
-    return found
 
 
 def test_an_outage_shorter_than_the_deadline(run: Run) -> None:

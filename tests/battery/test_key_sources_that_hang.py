@@ -6,8 +6,8 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from test_every_shell import together
-from test_fresh_keys_on_every_loop import Sites, chain, epoch_of
+from test_every_shell import chain, together
+from test_fresh_keys_on_every_loop import Sites, epoch_of
 from test_one_time_pad_on_every_loop import Sites as PadSites
 from test_one_time_pad_on_every_loop import pad_of
 

@@ -12,8 +12,8 @@ from typing import Any
 import anyio
 import pytest
 from suspensions import cancelled_at
-from test_every_shell import together
-from test_fresh_keys_on_every_loop import IDENTITY, TRUST, Kme, chain, echo
+from test_every_shell import chain, together
+from test_fresh_keys_on_every_loop import IDENTITY, TRUST, Kme, echo
 
 from hybridkex import (
     X25519,

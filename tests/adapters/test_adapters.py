@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import httpcore
 import httpx
 import pytest
 import trio
@@ -35,7 +36,7 @@ from hybridkex import (
     ServerConfig,
     TrustStore,
 )
-from hybridkex.adapters.httpx import SecureTransport
+from hybridkex.adapters.httpx import SecureBackend, SecureTransport
 from hybridkex.adapters.hypercorn import serve
 from hybridkex.adapters.uvicorn import secure_http
 from hybridkex.aio import SecureProtocolError, open_connection, start_server
@@ -517,6 +518,48 @@ def test_the_time_limit_of_httpx_holds(monkeypatch: pytest.MonkeyPatch) -> None:
                     await client.get(f"https://127.0.0.1:{port}/")
 
     anyio.run(main)
+
+
+def test_httpcore_through_a_proxy() -> None:
+    """httpx itself would use its own TLS there, as docs/from-asyncio.md says."""
+
+    async def main() -> None:
+        tunnels: list[bytes] = []
+
+        async def proxy(client: anyio.abc.SocketStream) -> None:
+            tunnels.append(await client.receive())
+            async with client, await anyio.connect_tcp("127.0.0.1", port) as server:
+                await client.send(b"HTTP/1.1 200 OK\r\n\r\n")
+                async with anyio.create_task_group() as group:
+                    group.start_soon(relay, client, server)
+                    await relay(server, client)
+
+        async def relay(one: anyio.abc.SocketStream, other: anyio.abc.SocketStream) -> None:
+            with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+                async for data in one:
+                    await other.send(data)
+                await other.send_eof()
+
+        async with on_uvicorn() as port, at_server(proxy) as address:
+            async with httpcore.AsyncHTTPProxy(
+                proxy_url=address, network_backend=SecureBackend(client_config())
+            ) as pool:
+                answer = await pool.request("GET", f"https://localhost:{port}/")
+            assert answer.content == b"GET https 1.1 0"
+        assert tunnels[0].startswith(f"CONNECT localhost:{port} HTTP/1.1".encode())
+
+    asyncio.run(main())
+
+
+@asynccontextmanager
+async def at_server(handler: Callable[..., Any]) -> AsyncIterator[str]:
+    async with (
+        await anyio.create_tcp_listener(local_host="127.0.0.1") as listener,
+        anyio.create_task_group() as group,
+    ):
+        group.start_soon(listener.serve, handler)
+        yield f"http://127.0.0.1:{listener.extra(anyio.abc.SocketAttribute.local_port)}"
+        group.cancel_scope.cancel()
 
 
 def test_requests_that_are_cancelled_in_a_queue() -> None:

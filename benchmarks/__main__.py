@@ -1,8 +1,9 @@
 """Compare hybridkex with its peers, each benchmark in one run: ``python -m benchmarks [NAME ...]``.
 
-Without a name, all of them run but kme_load, which takes ten minutes. A peer that is missing is
-named with how to get it, and its rows are left out. Processor times are those of both ends. Figures
-are medians of rounds in which the tools take turns; ratios are taken within a round.
+Without a name, all of them run but kme_load and many_files, which take ten minutes each. A peer
+that is missing is named with how to get it, and its rows are left out. Processor times are those of
+both ends. Figures are medians of rounds in which the tools take turns; ratios are taken within a
+round.
 
 ``--docs`` writes the figures to docs/data/performance.json, and the tables and charts of
 docs/performance.md from there.
@@ -23,6 +24,7 @@ NAMES = {
     "channel": "streams on trio, asyncio and uvloop beside their own TLS",
     "startup": "the start of commands",
     "files": "send and receive beside rsync and scp",
+    "many_files": "send and receive with up to a million files",
     "tunnel": "the tunnel beside stunnel and HAProxy",
     "qkd_handshake": "handshakes with a QKD key",
     "kme": "keys from sources and KMEs, by stock",
@@ -32,6 +34,8 @@ NAMES = {
     "providers": "ML-KEM of cryptography and of liboqs",
     "profiles": "where the processor time goes",
 }
+LONG = ("kme_load", "many_files")
+"""Those that run only by name."""
 
 
 def measure(name: str, options: Options) -> list[page.Result]:
@@ -56,7 +60,9 @@ def main(words: Iterable[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="names:\n" + "\n".join(f"  {name:<14} {text}" for name, text in NAMES.items()),
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="all but kme_load by default")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"all but {' and '.join(LONG)} by default"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="3 at most where they take long")
     parser.add_argument("--quick", action="store_true", help="one round of little work, as a test")
     parser.add_argument(
@@ -70,7 +76,7 @@ def main(words: Iterable[str] | None = None) -> None:
             parser.error(f"there is no benchmark {name}; choose from {', '.join(NAMES)}")
     options = Options(1 if args.quick else args.rounds, args.quick, args.against)
     found = {}
-    for name in args.names or [name for name in NAMES if name != "kme_load"]:
+    for name in args.names or [name for name in NAMES if name not in LONG]:
         found[name] = measure(name, options)
         if args.docs:
             page.keep({name: found[name]})

@@ -181,7 +181,9 @@ def test_benchmarks_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["files", "tunnel", "startup", "kme", "kme_load", "qkd_handshake"])
+@pytest.mark.parametrize(
+    "name", ["files", "many_files", "tunnel", "startup", "kme", "kme_load", "qkd_handshake"]
+)
 def test_benchmarks_with_programs(name: str, tmp_path: Path) -> None:
     entry.main([name, "--quick", "--json", str(tmp_path / "figures.json")])
     (found,) = json.loads((tmp_path / "figures.json").read_text()).values()

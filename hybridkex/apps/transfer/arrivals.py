@@ -13,6 +13,7 @@ import secrets
 import stat
 import time
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from typing import Final, NamedTuple
 from unicodedata import normalize
@@ -179,7 +180,8 @@ class Arrivals:
         durable = [Settled(offer) for offer in made]
         try:
             with self._folder.open() as handles:
-                flush_file = self._flush_files(ready, handles)
+                flush_file = self._flush_files(ready)
+                named = []
                 for one in handles.each(ready):
                     try:
                         with errors_of(one.offer.path):
@@ -187,6 +189,7 @@ class Arrivals:
                             how = self._name(one, handles)
                         touched[one.offer.path[:-1]] = None
                         durable.append(Settled(one.offer, how, one.lost))
+                        named += [one] if how is How.NEW else []
                     except NotStored as error:
                         settled.append(Settled(one.offer, error=error))
                 touched.update(dict.fromkeys(handles.made))
@@ -194,6 +197,8 @@ class Arrivals:
                     self._flush_names(list(touched), handles)
                     handles.check_root()
                 except (OSError, FolderGone) as error:
+                    if isinstance(error, OSError):
+                        _take_back(named, handles)
                     durable = [
                         Settled(offer, error=not_stored(error, offer.path)) for offer, *_ in durable
                     ]
@@ -202,14 +207,18 @@ class Arrivals:
             self._remove_work()
         return settled + durable
 
-    def _flush_files(self, ready: list[Ready], handles: Handles) -> Callable[[Ready], None]:
-        """Flush the data of all files at once; returns what is left to be done for each."""
+    def _flush_files(self, ready: list[Ready]) -> Callable[[Ready], None]:
+        """Flush the data of all files at once; returns what is left to be done for each.
+
+        An error may be that of another program's file. Flushing each file afterwards would not
+        tell: the kernel reports an error once, and takes what it could not write for written.
+        """
         if len(ready) <= _FEW or not self._flush_all:
             return lambda one: flush(one.file) if one.file >= 0 else None
         try:
             flush_all(self._work)
-        except OSError:  # of one of these files, or of another program's
-            return lambda one: _flush_by_name(one, handles)
+        except OSError as error:
+            return partial(_fail, error)
         return lambda one: None
 
     def _flush_names(self, folders: list[tuple[str, ...]], handles: Handles) -> None:
@@ -256,16 +265,18 @@ class Arrivals:
         self._work = -1
 
 
-def _flush_by_name(ready: Ready, handles: Handles) -> None:
-    if ready.file >= 0:
-        flush(ready.file)
-        return
-    parent = handles.get(ready.where[:-1])
-    file = os.open(ready.where[-1], os.O_RDONLY | OPEN_FILE, dir_fd=parent)
-    try:
-        flush(file)
-    finally:
-        os.close(file)
+def _fail(error: OSError, _: Ready) -> None:
+    raise OSError(error.errno, error.strerror)
+
+
+def _take_back(named: list[Ready], handles: Handles) -> None:
+    """Remove names that may not be on disk: the next attempt would take them for stored files."""
+    for one in handles.each(named):
+        path = one.offer.path
+        with contextlib.suppress(OSError, FolderGone):
+            parent = handles.get(path[:-1])
+            if _inode(path[-1], parent) == one.inode:
+                os.unlink(path[-1], dir_fd=parent)
 
 
 def _check_in_place(ready: Ready, handles: Handles) -> int:

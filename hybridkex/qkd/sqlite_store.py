@@ -49,6 +49,7 @@ LOG: Final = get_logger(__name__)
 
 T = TypeVar("T")
 
+_Db: TypeAlias = sqlite3.Connection
 _Inode: TypeAlias = tuple[int, int] | None
 """Device and inode of a file; ``None`` if there is no file."""
 
@@ -249,7 +250,7 @@ class SqliteKeyStore(KeyStore):
         )
 
     async def change_keys(self, seal_key: Secret, read_keys: Sequence[Secret] = ()) -> None:
-        def work(_: sqlite3.Connection) -> Seal | ConfigError:
+        def work(_: _Db) -> Seal | ConfigError:
             try:
                 seal, record = self._settled(Seal(seal_key, *read_keys))
             except ConfigError as error:  # of the configuration, not of the database
@@ -269,7 +270,7 @@ class SqliteKeyStore(KeyStore):
         return True
 
     def _renew_material(
-        self, db: sqlite3.Connection, after: tuple[Any, ...]
+        self, db: _Db, after: tuple[Any, ...]
     ) -> tuple[tuple[Any, ...] | None, int]:
         rows = db.execute(
             "SELECT seq, link, key_id, sealed FROM material WHERE seq > ? ORDER BY seq LIMIT ?",
@@ -283,9 +284,7 @@ class SqliteKeyStore(KeyStore):
         db.executemany("UPDATE material SET sealed = ? WHERE link = ? AND seq = ?", new)
         return (rows[-1][:1] if len(rows) == self.PAGE else None), len(new)
 
-    def _renew_grants(
-        self, db: sqlite3.Connection, after: tuple[Any, ...]
-    ) -> tuple[tuple[Any, ...] | None, int]:
+    def _renew_grants(self, db: _Db, after: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, int]:
         rows = db.execute(
             "SELECT link, key_id, slave, master, sealed FROM grants"
             " WHERE (link, key_id, slave) > (?, ?, ?)"
@@ -312,7 +311,7 @@ class SqliteKeyStore(KeyStore):
     async def _run(
         self,
         link: str,
-        work: Callable[[sqlite3.Connection], T],
+        work: Callable[[_Db], T],
         *,
         size: int = 1,
         writes: bool = True,
@@ -322,7 +321,7 @@ class SqliteKeyStore(KeyStore):
             partial(self._within, (link, sae), work), size=size, writes=writes
         )
 
-    def _within(self, scope: tuple[str, str], work: Callable[[sqlite3.Connection], T]) -> T:
+    def _within(self, scope: tuple[str, str], work: Callable[[_Db], T]) -> T:
         self._scope = scope
         try:
             return work(self._db)
@@ -404,7 +403,7 @@ class SqliteKeyStore(KeyStore):
                 self._db.execute("ROLLBACK")
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self) -> Iterator[_Db]:
         """One durable change or none, before any call; of any link."""
         self._unscrubbed = True
         self._scope = (EVERY_LINK, None)
@@ -506,7 +505,7 @@ class SqliteKeyStore(KeyStore):
 
     def _add_material(
         self,
-        db: sqlite3.Connection,
+        db: _Db,
         link: str,
         rows: Sequence[tuple[str, int, bytes]],
         shared: bool,
@@ -520,9 +519,7 @@ class SqliteKeyStore(KeyStore):
                 [value for row in part for value in (link, shared, now, *row)],
             )
 
-    def _among(
-        self, db: sqlite3.Connection, table: str, link: str, key_ids: Sequence[str]
-    ) -> set[str]:
+    def _among(self, db: _Db, table: str, link: str, key_ids: Sequence[str]) -> set[str]:
         statement = {
             "material": "SELECT key_id FROM material WHERE link = ?",
             "spent": f"SELECT key_id FROM spent WHERE link IN (?, '{ANY_LINK}')",
@@ -590,14 +587,14 @@ class SqliteKeyStore(KeyStore):
         self._let_go(link, key_ids)
         await checkpoint()
 
-    def _sizes(self, db: sqlite3.Connection, link: str) -> tuple[int, int]:
+    def _sizes(self, db: _Db, link: str) -> tuple[int, int]:
         row = db.execute("SELECT free, promised FROM stock WHERE link = ?", (link,)).fetchone()
         return (0, 0) if row is None else (int(row[0]), int(row[1]))
 
     async def shortest(self, link: str) -> int:
         """Bytes of the shortest key that a link has as material; 0 without one."""
 
-        def work(db: sqlite3.Connection) -> int:
+        def work(db: _Db) -> int:
             [size] = db.execute(
                 "SELECT min(length(sealed)) FROM material WHERE link = ?", (link,)
             ).fetchone()
@@ -606,7 +603,7 @@ class SqliteKeyStore(KeyStore):
         return await self._run(link, work, writes=False)
 
     def _material_after(
-        self, db: sqlite3.Connection, link: str, half: int, last: int, before: float
+        self, db: _Db, link: str, half: int, last: int, before: float
     ) -> list[tuple[int, str, bool]]:
         rows = db.execute(
             "SELECT seq, key_id, shared AND created < ? FROM material"
@@ -620,18 +617,14 @@ class SqliteKeyStore(KeyStore):
 
     # -- from material to grants
 
-    def _unreserved(self, db: sqlite3.Connection, link: str, key_ids: Sequence[str]) -> list[str]:
+    def _unreserved(self, db: _Db, link: str, key_ids: Sequence[str]) -> list[str]:
         return [key_id for key_id in key_ids if (link, key_id) not in self._reserved]
 
-    def _take(
-        self, db: sqlite3.Connection, link: str, key_ids: Sequence[str]
-    ) -> dict[str, tuple[bytes, bool]]:
+    def _take(self, db: _Db, link: str, key_ids: Sequence[str]) -> dict[str, tuple[bytes, bool]]:
         found = self._take_reserved(db, link, key_ids)
         return {key_id: (found[key_id], (link, key_id) in self._reserved) for key_id in found}
 
-    def _take_reserved(
-        self, db: sqlite3.Connection, link: str, key_ids: Sequence[str]
-    ) -> dict[str, bytes]:
+    def _take_reserved(self, db: _Db, link: str, key_ids: Sequence[str]) -> dict[str, bytes]:
         rows = db.execute(
             "DELETE FROM material WHERE link = ?"
             " AND key_id IN (SELECT value FROM json_each(?)) RETURNING key_id, sealed",
@@ -642,7 +635,7 @@ class SqliteKeyStore(KeyStore):
     def _end_reservations(self, link: str, key_ids: Iterable[str]) -> None:
         self._let_go(link, key_ids)
 
-    def _spend(self, db: sqlite3.Connection, link: str, key_ids: Iterable[str]) -> set[str]:
+    def _spend(self, db: _Db, link: str, key_ids: Iterable[str]) -> set[str]:
         rows = db.execute(
             "INSERT OR IGNORE INTO spent (link, key_id, at)"
             " SELECT ?, value, ? FROM json_each(?) WHERE NOT EXISTS"
@@ -654,7 +647,7 @@ class SqliteKeyStore(KeyStore):
 
     def _add_grants(
         self,
-        db: sqlite3.Connection,
+        db: _Db,
         link: str,
         master: str,
         rows: Sequence[tuple[str, str, int, bytes]],
@@ -669,7 +662,7 @@ class SqliteKeyStore(KeyStore):
     # -- from grants to slaves
 
     def _deliver(
-        self, db: sqlite3.Connection, link: str, key_ids: Sequence[str], slave: str, master: str
+        self, db: _Db, link: str, key_ids: Sequence[str], slave: str, master: str
     ) -> dict[str, bytes]:
         values = (link, json.dumps(key_ids), slave, master)
         found = db.execute(
@@ -684,9 +677,7 @@ class SqliteKeyStore(KeyStore):
         )
         return dict(found)
 
-    def _ends(
-        self, db: sqlite3.Connection, link: str, key_id: str, master: str
-    ) -> dict[str, str | None]:
+    def _ends(self, db: _Db, link: str, key_id: str, master: str) -> dict[str, str | None]:
         rows = db.execute(
             "SELECT slave, ended FROM grants WHERE link = ? AND key_id = ? AND master = ?",
             (link, key_id, master),
@@ -695,14 +686,14 @@ class SqliteKeyStore(KeyStore):
 
     # -- the end of keys
 
-    def _void_grants(self, db: sqlite3.Connection, link: str, key_ids: Sequence[str]) -> int:
+    def _void_grants(self, db: _Db, link: str, key_ids: Sequence[str]) -> int:
         return db.execute(
             "UPDATE grants SET sealed = NULL, ended = 'void' WHERE link = ?"
             " AND key_id IN (SELECT value FROM json_each(?)) AND ended IS NULL",
             (link, json.dumps(key_ids)),
         ).rowcount
 
-    def _expire_material(self, db: sqlite3.Connection, before: float) -> int:
+    def _expire_material(self, db: _Db, before: float) -> int:
         rows = db.execute(
             "DELETE FROM material WHERE created < ? AND seq IN"
             " (SELECT seq FROM material WHERE created < ? ORDER BY created LIMIT ?)"
@@ -713,7 +704,7 @@ class SqliteKeyStore(KeyStore):
             self._spend(db, link, [key_id for other, key_id in rows if other == link])
         return len(rows)
 
-    def _expire_grants(self, db: sqlite3.Connection, before: float) -> int:
+    def _expire_grants(self, db: _Db, before: float) -> int:
         return db.execute(
             "UPDATE grants SET sealed = NULL, ended = 'expired'"
             " WHERE ended IS NULL AND (link, key_id, slave) IN"
@@ -722,7 +713,7 @@ class SqliteKeyStore(KeyStore):
             (before, self.PAGE),
         ).rowcount
 
-    def _forget_grants(self, db: sqlite3.Connection, before: float) -> int:
+    def _forget_grants(self, db: _Db, before: float) -> int:
         return db.execute(
             "DELETE FROM grants WHERE (link, key_id, slave) IN"
             " (SELECT link, key_id, slave FROM grants"
@@ -730,7 +721,7 @@ class SqliteKeyStore(KeyStore):
             (before, self.PAGE),
         ).rowcount
 
-    def _forget_spent(self, db: sqlite3.Connection, before: float) -> int:
+    def _forget_spent(self, db: _Db, before: float) -> int:
         return db.execute(
             "DELETE FROM spent WHERE (link, key_id) IN"
             " (SELECT link, key_id FROM spent WHERE at < ? ORDER BY at LIMIT ?)",
@@ -789,13 +780,13 @@ def _check_unlocked(path: Path, keys: Seal) -> None:
         _check_content(db, path, keys)
 
 
-def _check_content(db: sqlite3.Connection, path: Path, keys: Seal) -> None:
+def _check_content(db: _Db, path: Path, keys: Seal) -> None:
     if check_tables(db, path):
         _read_record(db).settled(keys, _META, f"key store {path}")
         _check_not_moved(db, path)
 
 
-def _read_record(db: sqlite3.Connection) -> SealRecord:
+def _read_record(db: _Db) -> SealRecord:
     rows = dict(db.execute("SELECT name, value FROM meta WHERE name IN ('seal', ?, ?)", _LISTS))
     former, retired = (
         tuple(bytes.fromhex(one) for one in load_json(rows.get(name, "[]"))) for name in _LISTS
@@ -803,12 +794,12 @@ def _read_record(db: sqlite3.Connection) -> SealRecord:
     return SealRecord(current=rows.get("seal", b""), former=former, retired=retired)
 
 
-def _read_meta(db: sqlite3.Connection, name: str) -> str | None:
+def _read_meta(db: _Db, name: str) -> str | None:
     row = db.execute("SELECT value FROM meta WHERE name = ?", (f"x-{name}",)).fetchone()
     return None if row is None else str(row[0])
 
 
-def _check_not_moved(db: sqlite3.Connection, path: Path) -> None:
+def _check_not_moved(db: _Db, path: Path) -> None:
     if where := _read_meta(db, "moved"):
         raise ConfigError(
             f"the keys of the key store {path} were moved into {where}: name that store in the "
@@ -831,7 +822,7 @@ def _inode(path: str | Path) -> _Inode:
     return status.st_dev, status.st_ino
 
 
-def _write_log(db: sqlite3.Connection) -> None:
+def _write_log(db: _Db) -> None:
     """Write the write-ahead log into the database. Closing does so too, but does not say whether it
     has worked. Raises ``sqlite3.Error``."""
     busy, *_ = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()

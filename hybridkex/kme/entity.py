@@ -171,6 +171,9 @@ class KeyManagementEntity:
         self.log: Final = BoundedLog(LOG)
         """For log lines that any peer or SAE can cause again and again."""
         self._buckets = self._new_buckets()
+        self._may_fail = False
+        """Whether the last delivery could not be recorded, as on a full disk. Its keys are lost, as
+        the other KME had promised them."""
         self._renewal = trio.Event()
         """Set: the store may have rows that are encrypted under an earlier sealing key."""
 
@@ -291,6 +294,9 @@ class KeyManagementEntity:
         needed = per_key * request.number
         if self._audit is not None:
             await self._audit.check()
+        if self._may_fail:
+            await self._store.check()
+            self._may_fail = False
         tried: set[str] = set()
         late: set[str] = set()
         waits = iter(LATE_WAITS)
@@ -425,6 +431,9 @@ class KeyManagementEntity:
             self._note_peer(link, None)
         try:
             await self._store.allot(link.target, allotments, master=master, slaves=local)
+        except KeySourceUnavailable:
+            self._may_fail = True
+            raise
         except KeyConsumed:
             # One block expired, or went to the peer. The other KME's promises are useless now, and
             # so are the rest of our blocks, which it will not allot again.

@@ -14,6 +14,7 @@ database shows and changes no row of another link. (Superusers are exempt; give 
 its own.) A trigger refuses a delivery to another SAE than the one that the transaction names.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,7 @@ from cryptography.exceptions import InvalidTag
 
 from hybridkex.errors import ConfigError, KeySourceUnavailable
 from hybridkex.net.event_loop import checkpoint, in_thread
+from hybridkex.net.log import BoundedLog
 from hybridkex.net.threads import NoThread
 from hybridkex.qkd.postgres_connection import (
     WAIT_SECONDS,
@@ -148,6 +150,8 @@ class PostgresKeyStore(KeyStore):
         self._owner = owner
         self._on_failure = on_failure
         self._failing = False
+        self._log = BoundedLog(LOG, rate=1 / 60)
+        """On a full disk some calls fail, and others need no room."""
         self._telling = threading.Lock()
         """Guards the state of failure logging: calls run in several threads."""
         self._held: dict[tuple[str, str], str] = {}
@@ -437,7 +441,8 @@ class PostgresKeyStore(KeyStore):
         """
         opening = _OPENING if durable else _OPENING_LAZY
         try:
-            return await in_thread(self._transact, link, work, follow, opening, sae)
+            records = writes and durable
+            return await in_thread(self._transact, link, work, follow, opening, sae, records)
         except NoThread as error:
             self._on_failure()
             raise KeySourceUnavailable(f"the key store failed: {error}") from error
@@ -449,6 +454,7 @@ class PostgresKeyStore(KeyStore):
         follow: bool = True,
         opening: LiteralString = _OPENING,
         sae: str = "",
+        records: bool = True,
     ) -> T:
         scope = (link, sae)
         try:
@@ -462,13 +468,13 @@ class PostgresKeyStore(KeyStore):
             text = _reason(cause)
             with self._telling:
                 if not self._failing:  # once, not for every call until the store works again
-                    LOG.error("the key store %s failed: %s", self.where, text)  # noqa: TRY400
+                    self._log.log(logging.ERROR, "the key store %s failed: %s", self.where, text)
                 self._failing = not isinstance(cause, InvalidTag)
             raise KeySourceUnavailable(f"the key store failed: {text}") from cause
         with self._telling:
-            if self._failing:
-                LOG.warning("the key store %s works again", self.where)
-            self._failing = False
+            if self._failing and records:  # reading may work on a full disk
+                self._log.log(logging.WARNING, "the key store %s works again", self.where)
+                self._failing = False
         return result
 
     def _attempt(
@@ -783,7 +789,14 @@ class PostgresKeyStore(KeyStore):
         await self._run(EVERY_LINK, work)
 
     async def check(self) -> None:
-        await self.claim("check", 0)
+        def work(cursor: _Cursor) -> None:
+            with cursor.connection.transaction(force_rollback=True):  # as much as a delivery
+                cursor.execute(
+                    "INSERT INTO spent (link, key_id)"
+                    " SELECT '', gen_random_uuid()::text FROM generate_series(1, 100)"
+                )
+
+        await self._run(EVERY_LINK, work)
 
     async def tidy(self) -> None:
         """PostgreSQL does so by itself (autovacuum), at a time of its own."""

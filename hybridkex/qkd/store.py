@@ -426,7 +426,7 @@ class KeyStore(ABC):
 
     @abstractmethod
     async def check(self) -> None:
-        """Make a durable change that means nothing: it fails where a delivery would."""
+        """Do what a delivery does to the database, without an effect. Fails where that would."""
 
     @abstractmethod
     async def change_keys(self, seal_key: Secret, read_keys: Sequence[Secret] = ()) -> None:

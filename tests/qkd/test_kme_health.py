@@ -91,6 +91,33 @@ async def test_not_ready_while_no_delivery_can_be_recorded(
         assert (await page(where, "readyz"))[0] == 200
 
 
+async def test_no_keys_are_used_up_while_none_can_be_delivered(
+    site: Site, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other KME would promise keys for each request, and none of them could be delivered."""
+    promises = []
+    allots = health.KeyManagementEntity.peer_allots
+
+    async def noted(kme: Any, *message: Any) -> None:
+        promises.append(message)
+        await allots(kme, *message)
+
+    async def fails(*_: Any, **named: Any) -> None:
+        raise KeySourceUnavailable("the disk is full")
+
+    monkeypatch.setattr(health.KeyManagementEntity, "peer_allots", noted)
+    async with serve(site.pair()) as where:
+        await filled(where, site)
+        async with as_sae(site, "alice", where.kmes["kme-a"]) as alice:
+            with monkeypatch.context() as patch:
+                patch.setattr(SqliteKeyStore, "allot", fails)
+                patch.setattr(SqliteKeyStore, "check", fails)
+                for _ in range(5):
+                    assert (await alice.get("/bob/enc_keys")).status_code == 503
+            assert len(promises) == 1
+            assert (await alice.get("/bob/enc_keys")).status_code == 200
+
+
 async def test_not_ready_without_a_peer(site: Site, serve: Any) -> None:
     """One link that can serve is enough."""
     away = PeerConfig(id="kme-x", saes=("xavier",), url=f"https://127.0.0.1:{free_port()}")

@@ -548,12 +548,13 @@ async def test_commits_stay_durable_when_the_server_changes_its_default(
 
 
 async def test_the_check_fails_where_a_delivery_would(
-    postgres: PostgresServer, tmp_path: Path
+    postgres: PostgresServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Reading works all the same: a managed server is made read-only when its disk is full."""
     import psycopg
 
-    store = postgres_store(postgres, f"test_{next(SCHEMAS)}")
+    schema = f"test_{next(SCHEMAS)}"
+    store = postgres_store(postgres, schema)
     await store.check()
     with psycopg.connect(postgres.url("public", "postgres"), autocommit=True) as connection:
         for statement in (
@@ -566,6 +567,17 @@ async def test_the_check_fails_where_a_delivery_would(
                 while await fails(store.check) != statement.startswith("SET"):  # noqa: ASYNC110
                     await trio.sleep(0.05)
             assert await store.count("a") == 0
+    with psycopg.connect(postgres.url(schema), autocommit=True) as connection:
+        connection.execute("REVOKE INSERT ON spent FROM kme")
+    for _ in range(30):  # the line is not repeated, although reading works
+        assert await fails(store.check)
+        assert await store.count("a") == 0
+    with psycopg.connect(postgres.url(schema), autocommit=True) as connection:
+        connection.execute("GRANT INSERT ON spent TO kme")
+    await store.check()
+    said = [one.getMessage() for one in caplog.records if "key store" in one.getMessage()]
+    assert len(said) <= 6, said
+    assert postgres.column(f"SELECT key_id FROM {schema}.spent") == set()
     await store.aclose()
     files = SqliteKeyStore(tmp_path / "db", SEAL)
     await files.check()

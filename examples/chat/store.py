@@ -74,7 +74,7 @@ def _key(path: Path | None, key_file: Path | None) -> Secret:
     """The key of a store; a new one for a new store, or for one in memory."""
     if path is None:
         return Secret(os.urandom(32))
-    key_file = key_file or path.with_name(path.name + ".key")
+    key_file = key_file or Path(f"{path}.key")
     if not path.exists() and not key_file.exists():
         write_key_file(key_file)
     return read_key_file(key_file)

@@ -96,9 +96,7 @@ async def key_sources(options: QkdOptions) -> AsyncIterator[list[KeySource]]:
                     )
                 ]
         if options.key_pool is not None:
-            key_file = options.pool_key or options.key_pool.with_name(
-                options.key_pool.name + ".key"
-            )
+            key_file = options.pool_key or Path(f"{options.key_pool}.key")
             pool = await stack.enter_async_context(_shared_pool(options.key_pool, key_file))
             if options.sae not in (None, pool.local_sae):
                 raise ConfigError(f"{options.key_pool} is the key pool of {pool.local_sae}")

@@ -31,6 +31,8 @@ def _path(text: str) -> Path:
     # pathlib takes an empty string for the current folder.
     if not text:
         raise argparse.ArgumentTypeError("the path is empty; is a shell variable unset?")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("the path has invalid characters")
     return Path(text)
 
 

@@ -5,6 +5,7 @@ is what we may draw, its grants are what the peer may draw and we look up. A poo
 counterpart at the peer are filled by ``hybridkex kme export-pool``.
 """
 
+import os
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class FilePool:
 
         Raises ``ConfigError`` for a missing, foreign or damaged file and for a wrong key file.
         """
-        if names is None and not (path.exists() and path.stat().st_size):
+        if names is None and not (os.path.exists(path) and os.path.getsize(path)):
             raise ConfigError(f"there is no key pool {path}, or it is empty")
         store = SqliteKeyStore(path, read_key_file(key_file))
         try:

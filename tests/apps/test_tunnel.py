@@ -700,6 +700,10 @@ async def test_a_connection_that_lasts_renews_its_keys(tunnel: Tunnel, kmes: Kme
         ),
         ('[[listen]]\nlocal="h:1"\ntarget="h:1"\n', "a server must authenticate itself"),
         ('[[listen]]\nlocal="h:1"\ntarget="h:1"\nsocket_mode="9"\n', "three octal digits"),
+        (
+            '[[listen]]\nlocal="h:1"\ntarget="h:1"\nkeylog="\\u0000"\n',
+            "keylog: the path has invalid characters",
+        ),
     ],
 )
 def test_what_a_file_cannot_say(

@@ -16,6 +16,7 @@ from forked import Forkserver, one_line
 from waiting import until
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
+from hybridkex.cli import main
 
 KEY = "5a" * 32
 PSK = ("--psk", f"site:{KEY}")
@@ -335,3 +336,10 @@ def test_without_echo_the_peers_wait_for_each_other(
         for client in (first, second):
             assert client.wait() == 0
         until(lambda: server.said() == b"hello hello ")
+
+
+@pytest.mark.parametrize("path", ["/", ".", "..", "~", "//", "x" * 5000])
+def test_paths_without_a_name_as_a_key_pool(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The name of its key file would be made from it."""
+    assert main(["connect", "localhost", "1", "--key-pool", path]) == 1
+    assert capsys.readouterr().err.count("\n") == 1

@@ -41,8 +41,8 @@ from hybridkex.net.budget import Connection
 from hybridkex.net.log import BoundedLog
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
-from hybridkex.shell.key_keeper import KeyKeeper
-from hybridkex.shell.pad_keeper import PadKeeper
+from hybridkex.shell.key_renewer import KeyRenewer
+from hybridkex.shell.pad_filler import PadFiller
 from hybridkex.shell.ssl_facade import SslObject, cipher_of, peercert_of
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig
@@ -151,7 +151,7 @@ class SecureTransport(transports._FlowControlMixin):
     # What most connections never change, so that a handshake does not set it.
     _place: Connection | None = None
     _session: Session | None = None
-    _keeper: KeyKeeper | None = None
+    _renewer: KeyRenewer | None = None
     _state = _HANDSHAKE
     _failure: Exception | None = None
     _task: asyncio.Task[None] | None = None
@@ -254,10 +254,10 @@ class SecureTransport(transports._FlowControlMixin):
         Raises:
             LocalStateError: the handshake is not complete, or the sending direction is closed.
         """
-        if self._keeper is not None and self._keeper.extended:
+        if self._renewer is not None and self._renewer.extended:
             if self._connection.close_sent:
                 raise LocalStateError("a key update is started between handshake and close")
-            self._keeper.update()
+            self._renewer.update()
             return
         self._connection.update_keys(request_peer=request_peer)
         self._send_output()
@@ -385,12 +385,12 @@ class SecureTransport(transports._FlowControlMixin):
         if self._answers.keeps_tickets:
             self._keep_tickets()
         self._announced = True
-        if KeyKeeper.needed(self._config, self._connection):
-            self._keeper = KeyKeeper(
+        if KeyRenewer.needed(self._config, self._connection):
+            self._renewer = KeyRenewer(
                 self._config,
                 self._connection,
-                self._send_for_keeper,
-                self._fail_for_keeper,
+                self._send_for_renewer,
+                self._fail_for_renewer,
                 pads_changed=self._pads_changed,
             )
             if self._pads is not None:
@@ -406,15 +406,15 @@ class SecureTransport(transports._FlowControlMixin):
             self._ready.set_result(None)
         self._process()
 
-    async def _send_for_keeper(self) -> None:
+    async def _send_for_renewer(self) -> None:
         self._send_output()
 
-    async def _fail_for_keeper(self, error: PeerError) -> None:
+    async def _fail_for_renewer(self, error: PeerError) -> None:
         self._fail(error)
 
     @property
-    def _pads(self) -> PadKeeper | None:
-        return None if self._keeper is None else self._keeper.pads
+    def _pads(self) -> PadFiller | None:
+        return None if self._renewer is None else self._renewer.pads
 
     def _pads_changed(self) -> None:
         """Go on with what waits for a one-time pad, in either direction."""
@@ -481,8 +481,8 @@ class SecureTransport(transports._FlowControlMixin):
         content = self._connection.receive_record(head, fragment)
         if content is None:
             return False
-        if self._keeper is not None:
-            self._keeper.count(len(content))
+        if self._renewer is not None:
+            self._renewer.count(len(content))
         self._in_read = True
         try:
             if self._buffered:
@@ -508,8 +508,8 @@ class SecureTransport(transports._FlowControlMixin):
                 return
             if event is None:
                 break
-            if self._keeper is not None:
-                self._keeper.saw(event)
+            if self._renewer is not None:
+                self._renewer.saw(event)
             if type(event) is ApplicationData and self._state is _OPEN:
                 if self._reading_paused or self._held:
                     self._held.append(event.data)
@@ -693,8 +693,8 @@ class SecureTransport(transports._FlowControlMixin):
                 self._outgoing.appendleft(batch)
                 self._outgoing_size += len(batch)
                 return  # until more of the pad is there
-            if self._keeper is not None:
-                self._keeper.count(len(batch))
+            if self._renewer is not None:
+                self._renewer.count(len(batch))
             record = self._connection.seal_record(batch) if type(batch) is bytes else None
             if record is not None:
                 self._send(record)
@@ -881,8 +881,8 @@ class SecureTransport(transports._FlowControlMixin):
         if self._task is not None:
             self._task.cancel()
             self._task = None
-        if self._keeper is not None:
-            self._keeper.stop()
+        if self._renewer is not None:
+            self._renewer.stop()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -944,7 +944,7 @@ class SecureTransport(transports._FlowControlMixin):
         complete = self._connection.close_received
         # The application, or the traceback of an error that its reader has raised, may keep this
         # transport.
-        self._keeper = None
+        self._renewer = None
         self._connection.release()
         # Both lead to tracebacks, those to our frames, and they to us: a reference kept here would
         # keep the keys in memory until the garbage collector runs.

@@ -12,7 +12,7 @@ How it works:
 - Answers to the peer (KeyUpdate, tickets) ride on our next send, so receiving never waits for the
   transport to take bytes. Only an alert is sent from the receiving side: once, shielded, and with a
   time limit, before the error is raised.
-- Where the session renews its keys, a :class:`~hybridkex.shell.key_keeper.KeyKeeper` runs beside
+- Where the session renews its keys, a :class:`~hybridkex.shell.key_renewer.KeyRenewer` runs beside
   the caller's tasks and sends too; a lock keeps the two apart.
 """
 
@@ -33,8 +33,8 @@ from hybridkex.errors import (
 )
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
-from hybridkex.shell.key_keeper import KeyKeeper
-from hybridkex.shell.pad_keeper import PadKeeper
+from hybridkex.shell.key_renewer import KeyRenewer
+from hybridkex.shell.pad_filler import PadFiller
 from hybridkex.shell.secure_pipe import SecurePipe
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection, connection_for
@@ -92,7 +92,7 @@ class SecureDuplex:
         self._handshake_timeout = handshake_timeout
         self._handshake_lock = self._lib.Lock()
         self._complete = False
-        self._keeper: KeyKeeper | None = None
+        self._renewer: KeyRenewer | None = None
         self._pipe: SecurePipe | None = None
         """The pipe that carries the data in place of our own calls."""
         self._send_lock = self._lib.Lock()
@@ -162,8 +162,8 @@ class SecureDuplex:
         return connection.pad if self._pads is None else self._pads.budget
 
     @property
-    def _pads(self) -> PadKeeper | None:
-        return None if self._keeper is None else self._keeper.pads
+    def _pads(self) -> PadFiller | None:
+        return None if self._renewer is None else self._renewer.pads
 
     # --- the handshake ------------------------------------------------------------------------
 
@@ -213,13 +213,13 @@ class SecureDuplex:
         except HybridkexError as error:
             await self._fail(error)
         self._complete = True
-        if KeyKeeper.needed(self._config, connection):
+        if KeyRenewer.needed(self._config, connection):
             gone = (self._lib.BrokenResourceError, self._lib.ClosedResourceError)
-            self._keeper = KeyKeeper(
+            self._renewer = KeyRenewer(
                 self._config,
                 connection,
-                self._send_for_keeper,
-                self._fail_for_keeper,
+                self._send_for_renewer,
+                self._fail_for_renewer,
                 gone,
                 self._pads_changed,
             )
@@ -234,7 +234,7 @@ class SecureDuplex:
             if isinstance(event, PskWanted | SessionProposed):
                 await self._answers.give(event)
 
-    async def _send_for_keeper(self) -> None:
+    async def _send_for_renewer(self) -> None:
         async with self._send_lock:
             # At the end, the task that has failed, or closes, sends what is queued.
             if self._pipe is not None:
@@ -242,7 +242,7 @@ class SecureDuplex:
             elif self._send_failure is None and self._failure is None and not self._closed:
                 await self._flush()
 
-    async def _fail_for_keeper(self, error: PeerError) -> None:
+    async def _fail_for_renewer(self, error: PeerError) -> None:
         """End the connection: the caller's tasks find the reason."""
         if self._pipe is not None:
             self._pipe.end(error)
@@ -259,9 +259,9 @@ class SecureDuplex:
         if self._pipe is not None:
             self._pipe.resume()
 
-    def _stop_keeper(self) -> None:
-        if self._keeper is not None:
-            self._keeper.stop()
+    def _stop_renewer(self) -> None:
+        if self._renewer is not None:
+            self._renewer.stop()
 
     # --- receiving ----------------------------------------------------------------------------
 
@@ -307,11 +307,11 @@ class SecureDuplex:
                     await self._answers.keep_tickets()
             except HybridkexError as error:
                 await self._fail(error)
-            if self._keeper is not None:
+            if self._renewer is not None:
                 if event is not None:
-                    self._keeper.saw(event)
+                    self._renewer.saw(event)
                 if connection.has_data_to_send:
-                    self._keeper.wake()
+                    self._renewer.wake()
             if isinstance(event, ApplicationData) or connection.close_received:
                 self._has_carried_data = True
                 if not waited:
@@ -332,7 +332,7 @@ class SecureDuplex:
             except HybridkexError as error:
                 await self._fail(error)
 
-    async def _wait_for_key(self, pads: PadKeeper) -> None:
+    async def _wait_for_key(self, pads: PadFiller) -> None:
         try:
             await pads.wait_for_key()
         except HybridkexError as error:
@@ -382,17 +382,17 @@ class SecureDuplex:
                 if self._pads is not None:
                     await self._wait_for_pad(self._pads, len(piece))
                 self._has_carried_data = True
-                if self._keeper is None:
+                if self._renewer is None:
                     self._queue(self._connection.send_data, piece)
                     await self._flush()
                     continue
                 async with self._send_lock:
                     self._check_sendable()
                     self._queue(self._connection.send_data, piece)
-                    self._keeper.count(len(piece))
+                    self._renewer.count(len(piece))
                     await self._flush()
 
-    async def _wait_for_pad(self, pads: PadKeeper, size: int) -> None:
+    async def _wait_for_pad(self, pads: PadFiller, size: int) -> None:
         try:
             await pads.wait_until_ready(size)
         except HybridkexError as error:
@@ -443,8 +443,8 @@ class SecureDuplex:
         """
         with self._sending:
             await self._begin_to_send()
-            if self._keeper is not None and self._keeper.extended:
-                self._keeper.update()
+            if self._renewer is not None and self._renewer.extended:
+                self._renewer.update()
                 await self._lib.lowlevel.checkpoint()
                 return
             async with self._send_lock:
@@ -496,9 +496,9 @@ class SecureDuplex:
             await self.transport_stream.aclose()
 
     async def _send_close_notify(self) -> None:
-        """Send close_notify, behind what the keeper of the keys may be sending."""
+        """Send close_notify, behind what the key renewer may be sending."""
         async with self._send_lock:
-            self._stop_keeper()
+            self._stop_renewer()
             if self._send_failure is None:
                 self._connection.send_close()
                 await self._flush()
@@ -539,8 +539,8 @@ class SecureDuplex:
     def _release(self) -> None:
         """Discard the keys, which a program that keeps a closed stream would keep, and the
         failures: their tracebacks lead to our frames, and these to us."""
-        self._stop_keeper()
-        self._keeper = self._failure = self._send_failure = None
+        self._stop_renewer()
+        self._renewer = self._failure = self._send_failure = None
         self._connection.release()
 
     async def __aexit__(

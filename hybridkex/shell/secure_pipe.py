@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 from hybridkex.errors import HybridkexError, TruncationError
-from hybridkex.shell.key_keeper import KeyKeeper
-from hybridkex.shell.pad_keeper import PadKeeper
+from hybridkex.shell.key_renewer import KeyRenewer
+from hybridkex.shell.pad_filler import PadFiller
 from hybridkex.tls.connection import ClientConnection, ServerConnection
 from hybridkex.tls.events import ApplicationData
 from hybridkex.tls.protection import SMALL
@@ -26,7 +26,7 @@ class SecurePipe:
 
     Args:
         connection: the engine.
-        keeper: renews the keys, where they are renewed.
+        renewer: renews the keys, where they are renewed.
         close_notify: whether the end of the transport without close_notify is an error.
         deliver: called with application data, in order.
         put: called with records that the engine sends by itself, for the socket.
@@ -37,7 +37,7 @@ class SecurePipe:
     def __init__(
         self,
         connection: ClientConnection | ServerConnection,
-        keeper: KeyKeeper | None,
+        renewer: KeyRenewer | None,
         *,
         close_notify: bool,
         deliver: Put,
@@ -46,8 +46,8 @@ class SecurePipe:
         failed: Callable[[HybridkexError], object],
     ) -> None:
         self._connection = connection
-        self._keeper = keeper
-        self._pads: Final[PadKeeper | None] = None if keeper is None else keeper.pads
+        self._renewer = renewer
+        self._pads: Final[PadFiller | None] = None if renewer is None else renewer.pads
         self._close_notify = close_notify
         self._deliver = deliver
         self._put = put
@@ -72,8 +72,8 @@ class SecurePipe:
             content = self._connection.receive_record(data[:HEADER_LENGTH], data[HEADER_LENGTH:])
             if content is not None:
                 self._take(content)
-                if self._keeper is not None:
-                    self._keeper.count(len(content))
+                if self._renewer is not None:
+                    self._renewer.count(len(content))
                 return
         try:
             self._connection.receive_data(data)
@@ -87,18 +87,18 @@ class SecurePipe:
 
     def take_events(self) -> None:
         """Deliver what has been received and waited. Raises as :meth:`received`."""
-        connection, keeper = self._connection, self._keeper
+        connection, renewer = self._connection, self._renewer
         try:
             while (event := connection.next_event()) is not None:
                 if type(event) is ApplicationData:
                     self._take(event.data)
-                if keeper is not None:
-                    keeper.saw(event)
+                if renewer is not None:
+                    renewer.saw(event)
         except HybridkexError as error:
             self._fail(error)
             raise
-        if keeper is not None and connection.has_data_to_send:
-            keeper.wake()
+        if renewer is not None and connection.has_data_to_send:
+            renewer.wake()
         self.ended = connection.close_received
 
     def _take(self, data: bytes) -> None:
@@ -130,8 +130,8 @@ class SecurePipe:
             HybridkexError: it cannot be sent.
         """
         self.has_carried_data = True
-        if self._keeper is not None:
-            self._keeper.count(len(data))
+        if self._renewer is not None:
+            self._renewer.count(len(data))
         if len(data) <= SMALL:
             record = self._connection.seal_record(bytes(data))
             if record is not None:

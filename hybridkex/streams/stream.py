@@ -174,10 +174,10 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
         """
         with self._receiving, self._sending:
             self._check_usable()
-            async with self._send_lock:  # The keeper of the keys may be sending.
+            async with self._send_lock:  # The key renewer may be sending.
                 pipe = self._pipe = SecurePipe(
                     self._connected,
-                    self._keeper,
+                    self._renewer,
                     close_notify=self._close_notify,
                     deliver=deliver,
                     put=put,
@@ -207,7 +207,7 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
             if not self._complete:
                 await self.do_handshake()
             async with self._send_lock:
-                self._stop_keeper()
+                self._stop_renewer()
                 if not self._connection.close_sent:
                     self._connection.send_close()
                 await self._flush()

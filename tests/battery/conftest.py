@@ -173,10 +173,10 @@ class PipedEnd(TrioEnd):
         await self.program.send_eof()
 
     async def update_keys(self) -> None:
-        keeper, pipe = self.stream._keeper, self.stream._pipe
+        renewer, pipe = self.stream._renewer, self.stream._pipe
         assert pipe is not None
-        if keeper is not None and keeper.extended:
-            keeper.update()
+        if renewer is not None and renewer.extended:
+            renewer.update()
         else:
             self.stream._connection.update_keys(request_peer=True)
             pipe.flush()

@@ -31,7 +31,7 @@ from hybridkex.net.event_loop import current_time, sleep
 from hybridkex.net.log import BoundedLog
 from hybridkex.qkd.in_process import InProcessSource, in_process_pair
 from hybridkex.qkd.source import KeyReference, QkdKey
-from hybridkex.shell import key_keeper
+from hybridkex.shell import key_renewer
 from hybridkex.tls.protection import WriteProtection
 
 CA = DevCa.create(algorithm="ed25519")
@@ -43,7 +43,7 @@ REQUIRE, PREFER, OFF = Requirement.REQUIRE, Requirement.PREFER, Requirement.OFF
 def lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """All lines of a test are written, however many the tests before it have caused."""
     fresh = BoundedLog(logging.getLogger("hybridkex.fresh_keys"))
-    monkeypatch.setattr(key_keeper, "_LINES", fresh)
+    monkeypatch.setattr(key_renewer, "_LINES", fresh)
 
 
 class Kme:

@@ -30,7 +30,7 @@ from hybridkex.errors import AlertReceived, InternalError, PadExhausted, Unknown
 from hybridkex.net.event_loop import current_time, sleep, time_limit
 from hybridkex.net.log import BoundedLog
 from hybridkex.qkd.in_process import in_process_pair
-from hybridkex.shell import pad_keeper
+from hybridkex.shell import pad_filler
 
 REQUIRE, PREFER = Requirement.REQUIRE, Requirement.PREFER
 
@@ -39,7 +39,7 @@ REQUIRE, PREFER = Requirement.REQUIRE, Requirement.PREFER
 def lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """All lines of a test are written, however many the tests before it have caused."""
     fresh = BoundedLog(logging.getLogger("hybridkex.one_time_pad"))
-    monkeypatch.setattr(pad_keeper, "_LINES", fresh)
+    monkeypatch.setattr(pad_filler, "_LINES", fresh)
 
 
 @contextlib.contextmanager
@@ -280,16 +280,16 @@ def test_a_key_that_the_receiver_cannot_get(run: Run, why: str) -> None:
     run(sites, conversation)
 
 
-@pytest.mark.parametrize("first", ["keeper", "receiver"])
+@pytest.mark.parametrize("first", ["renewer", "receiver"])
 def test_the_alert_of_a_missing_key_arrives_whoever_finds_out_first(run: Run, first: str) -> None:
-    """The keeper closes the transport, and not while the receiving task sends the alert."""
+    """The key renewer closes the transport, and not while the receiving task sends the alert."""
     sites = Sites(OneTimePad())
 
     async def conversation(client: Any, server: Any) -> None:
         sites.bob.forgets = True
         stream = getattr(server, "stream", None)
         if stream is not None:  # asyncio's own shell writes without waiting
-            write, fail = stream._write, stream._fail_for_keeper
+            write, fail = stream._write, stream._fail_for_renewer
 
             async def slow(data: bytes) -> None:
                 await sleep(0.05)
@@ -301,7 +301,7 @@ def test_the_alert_of_a_missing_key_arrives_whoever_finds_out_first(run: Run, fi
 
             stream._write = slow
             if first == "receiver":
-                stream._keeper._fail = late
+                stream._renewer._fail = late
         await client.send(b"lost")
 
         async def failure(end: Any) -> list[BaseException]:

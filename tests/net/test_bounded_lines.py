@@ -13,8 +13,8 @@ DOORS = ("aio", "streams", "shell", "adapters", "net", "apps/transfer", "combine
 WRITES = {"info", "warning", "error", "critical", "exception", "log"}
 ALLOWED = {
     # A fault of ours that ends the connection.
-    ("shell/key_keeper.py", "exception"),
-    ("shell/pad_keeper.py", "exception"),
+    ("shell/key_renewer.py", "exception"),
+    ("shell/pad_filler.py", "exception"),
     # What writes the bounded lines. A supervisor's ``log`` is one of them.
     ("net/log.py", "warning"),
     ("net/log.py", "log"),

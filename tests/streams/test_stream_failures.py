@@ -275,7 +275,7 @@ async def with_fresh_keys(
     return client, server, slow
 
 
-@pytest.mark.parametrize("sender", ["caller", "keeper"])
+@pytest.mark.parametrize("sender", ["caller", "renewer"])
 @pytest.mark.parametrize("end", ["peer's fault", "abort"])
 async def test_an_alert_goes_behind_the_send_that_is_under_way(
     stream_ca: DevCa, autojump_clock: trio.testing.MockClock, sender: str, end: str
@@ -285,7 +285,7 @@ async def test_an_alert_goes_behind_the_send_that_is_under_way(
     slow.seconds, slow.sending = 0.2, trio.Event()
 
     async def send() -> None:
-        if sender == "keeper":
+        if sender == "renewer":
             await server.update_keys()
             return
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
@@ -329,7 +329,7 @@ async def test_a_send_that_never_ends_does_not_hold_up_an_error(
         nursery.cancel_scope.cancel()
 
 
-async def test_a_transport_that_breaks_under_the_keeper_of_the_keys(
+async def test_a_transport_that_breaks_under_the_key_renewer(
     stream_ca: DevCa, autojump_clock: trio.testing.MockClock
 ) -> None:
     """The caller's next send says how the transport has ended."""

@@ -1,8 +1,8 @@
-"""PadKeeper: fetches the QKD keys of one connection's one-time pads, for every shell.
+"""PadFiller: fetches the QKD keys of one connection's one-time pads, for every shell.
 
 Two tasks, neither of which the other can hold up: one draws keys for what we send, the other looks
 up those that the peer names. They ask the key source and the engine; the
-:class:`~hybridkex.shell.key_keeper.KeyKeeper` puts what the engine has queued on the transport.
+:class:`~hybridkex.shell.key_renewer.KeyRenewer` puts what the engine has queued on the transport.
 """
 
 import logging
@@ -50,7 +50,7 @@ _LAST_RETRY: Final = 5.0
 """Seconds between attempts, while the key source has no key."""
 
 
-class PadKeeper:
+class PadFiller:
     """The keys of one connection's one-time pads.
 
     Args:
@@ -110,7 +110,7 @@ class PadKeeper:
     def budget(self) -> PadBudget:
         """The remaining pad."""
         budget = self._connection.pad
-        assert budget is not None  # or there would be no keeper
+        assert budget is not None  # or there would be no filler
         return replace(budget, stock=self._stock)
 
     # --- what the shell asks and tells --------------------------------------------------------

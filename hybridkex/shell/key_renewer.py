@@ -1,4 +1,4 @@
-"""KeyKeeper: renews the keys of one live connection, for every shell.
+"""KeyRenewer: renews the keys of one live connection, for every shell.
 
 A task of its own, beside those that send and receive: it waits for the schedule, so that data never
 does. It asks the key source by an :class:`~hybridkex.shell.inquiry.Inquiry`, so that neither the
@@ -24,7 +24,7 @@ from hybridkex.net.event_loop import Background, Event, current_time, time_limit
 from hybridkex.net.log import BoundedLog
 from hybridkex.reasons import Reason
 from hybridkex.shell.inquiry import Inquiry
-from hybridkex.shell.pad_keeper import PadKeeper
+from hybridkex.shell.pad_filler import PadFiller
 from hybridkex.shell.update_timer import AT_ONCE, UpdateTimer
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig
@@ -57,7 +57,7 @@ _Found: TypeAlias = tuple[UpdateKey | None, str | None]
 """A QKD key, or why there is none."""
 
 
-class KeyKeeper:
+class KeyRenewer:
     """Renews the keys of one connection, in a task beside the caller's, until :meth:`stop`.
 
     Args:
@@ -95,7 +95,7 @@ class KeyKeeper:
         """Whether the peers agreed on Extended Key Update."""
         self._lines = BoundedLog(_log)
         """For the epochs of this connection, whose number the peer can choose."""
-        self.pads: Final = self._pad_keeper(config, pads_changed)
+        self.pads: Final = self._pad_filler(config, pads_changed)
         """The keys of the one-time pads, where they were negotiated."""
         self._wake = Event()
         self._wanted: UpdateKeyWanted | None = None
@@ -131,9 +131,9 @@ class KeyKeeper:
         if self.pads is not None:
             self.pads.stop()
 
-    def _pad_keeper(
+    def _pad_filler(
         self, config: ClientConfig | ServerConfig, changed: Callable[[], None]
-    ) -> PadKeeper | None:
+    ) -> PadFiller | None:
         if self._connection.pad is None:
             return None
         assert isinstance(config.psk_source, PadSource)  # or the policy would not have it
@@ -145,7 +145,7 @@ class KeyKeeper:
                 Background(partial(self._end, error))
 
         pads = config.one_time_pad or OneTimePad()
-        return PadKeeper(pads, self._connection, config.psk_source, tell)
+        return PadFiller(pads, self._connection, config.psk_source, tell)
 
     # --- what the shell tells -----------------------------------------------------------------
 

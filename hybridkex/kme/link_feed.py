@@ -343,8 +343,9 @@ class PartyFeed:
                 return await open_tcp_listeners(self._address.port, host=self._address.host)
             except OSError as error:
                 if silent:
-                    LOG.error(  # noqa: TRY400
-                        "QKD link: cannot listen on %s: %s; it is tried again every second",
+                    self._troubles.log(
+                        logging.ERROR,
+                        "cannot listen on %s: %s; it is tried again every second",
                         *(self._address, error.strerror),
                     )
                     silent = False
@@ -357,8 +358,7 @@ class PartyFeed:
         when it contradicts our ledger, and a tag that does not verify may be an attacker's.
         """
         for stream in (classical, quantum):
-            # Bob waits for light, and Alice for his report, without a limit: either's KME may be
-            # full for long.
+            # Alice waits for Bob without a limit: Bob's KME may be full for long.
             keep_alive(stream)
         try:
             async with classical, quantum, trio.open_nursery() as nursery:
@@ -387,9 +387,12 @@ class PartyFeed:
         light = OpticalLink(chosen.channel, chosen.transmitter, real_time=self._real_time)
 
         async def shine() -> None:
-            await serve_detector(
-                _WhenReady(self.ends[0], light), quantum, most=self._settings.detections
-            )
+            ready = _WhenReady(self.ends[0], light)
+            try:
+                await serve_detector(ready, quantum, most=self._settings.detections)
+            except LinkError:
+                await trio.sleep(PAUSE)  # the classical channel may show why Bob has ended it
+                raise
 
         nursery.start_soon(shine)
         return Alice(

@@ -54,13 +54,8 @@ LEAST_SECRET: Final = len(Direction) * max(map(tag_bytes, Direction))
 
 def collision_probability(length: int) -> float:
     """The probability that the polynomials of two messages of ``length`` bytes differ by a given
-    number."""
+    number, and that a forged tag under a message of this length verifies."""
     return 8.0 * -(-length // 16) / 2.0**106
-
-
-def forgery_probability(length: int) -> float:
-    """The probability that a forged tag under a message of ``length`` bytes verifies."""
-    return collision_probability(length)
 
 
 class Authenticator(Protocol):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import trio
 
 from hybridkex.errors import LinkError
-from hybridkex.link.authentication import Authenticator, forgery_probability
+from hybridkex.link.authentication import Authenticator, collision_probability
 from hybridkex.link.ledger import Direction
 from hybridkex.link.wire import HEADER, LIMITS, VERSION, Message, Type
 
@@ -98,7 +98,7 @@ class ClassicalChannel:
         parts = [head, *self._uncovered[direction]]
         self._tags[direction] += 1
         self._uncovered[direction] = []
-        self.forgery += forgery_probability(sum(map(len, parts)))
+        self.forgery += collision_probability(sum(map(len, parts)))
         return parts
 
     async def _send(self, kind: Type, body: bytes) -> None:

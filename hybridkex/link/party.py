@@ -579,10 +579,10 @@ class Bob(_Party[Detector]):
     direction = Direction.BOB_TO_ALICE
 
     async def _greet(self) -> None:
-        theirs = wire.Hello.decode(await self._channel.receive(wire.Type.HELLO))
+        theirs = await self._channel.receive(wire.Type.HELLO)
         ours = self._hello()
-        await self._channel.send(ours)
-        self._begin_session(ours, theirs)
+        await self._channel.send(ours)  # first, so that both see what does not fit
+        self._begin_session(ours, wire.Hello.decode(theirs))
 
     async def _verify(self, key: Bits) -> tuple[wire.Finish, bool]:
         finish = wire.Finish.decode(

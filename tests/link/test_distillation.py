@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hybridkex.errors import ConfigError, LedgerDry, LedgerLost, LinkAuthenticationError, LinkError
 from hybridkex.link import cascade
-from hybridkex.link.authentication import Signatures, WegmanCarter, forgery_probability
+from hybridkex.link.authentication import Signatures, WegmanCarter, collision_probability
 from hybridkex.link.cascade import Cascade, Plan
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.ledger import LANE_RESERVE, Direction, Ledger
@@ -322,7 +322,7 @@ def test_tags_fit_one_message_one_direction_once() -> None:
     ):
         with pytest.raises(LinkAuthenticationError):
             pair()[1].check(direction, parts, wrong)
-    assert forgery_probability(1 << 24) < 2**-82
+    assert collision_probability(1 << 24) < 2**-82
 
 
 def test_a_tag_that_does_not_verify_uses_no_key_up() -> None:

@@ -552,3 +552,35 @@ async def test_a_link_without_blocks_logs_a_bounded_number_of_lines(
             await trio.sleep(2)
             assert lines()
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("different", ["version", "settings"])
+async def test_both_operators_read_why_two_ends_do_not_fit(
+    different: str,
+    monkeypatch: pytest.MonkeyPatch,
+    signatures: dict[str, Signatures],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The connections that one end closes do not hide what the other end knows."""
+    encode, words = Hello.encode, {"version": "another version", "settings": "different settings"}
+    changed = 0 if different == "version" else 40
+
+    def other(hello: Hello) -> bytes:
+        body = bytearray(encode(hello))
+        body[changed] ^= 1 << hello.role
+        return bytes(body)
+
+    monkeypatch.setattr(Hello, "encode", other)
+    port = free_port()
+    said = {"alice": 0, "bob": 0}
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            for name in said:
+                nursery.start_soon(feed(name, port, signatures, name=name).run)
+            while min(said.values()) < 2:
+                await trio.sleep(0.1)
+                lines = [one.getMessage() for one in caplog.records]
+                ended = [one for one in lines if "a new session begins" in one]
+                assert all(words[different] in one for one in ended)
+                said = {name: sum(one.startswith(name) for one in ended) for name in said}
+            nursery.cancel_scope.cancel()

@@ -444,3 +444,13 @@ async def test_both_parties_know_that_the_ledger_is_used_up(
     for end in found:
         assert [type(one) for one in end] == [LedgerDry]
         assert "restart both ends" in str(end[0])
+
+
+async def test_both_parties_know_that_their_versions_differ(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encode = Hello.encode
+    monkeypatch.setattr(Hello, "encode", lambda hello: b"\x07" + encode(hello)[1:])
+    found, _ = await session((Ledger(), Ledger()))
+    for end in found:
+        assert ["another version" in str(one) for one in end] == [True]

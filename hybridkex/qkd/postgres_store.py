@@ -59,6 +59,8 @@ _Cursor: TypeAlias = "psycopg.Cursor[Any]"
 
 CONNECTIONS: Final = 8
 """Most connections of one process to the database."""
+WALK_SECONDS: Final = 10.0
+"""How long keys that were released may be passed over while there are others."""
 HOLD_SECONDS: Final = 30.0
 """How long a reservation lasts if its process does not end it: longer than a request."""
 MOVED: Final = {
@@ -157,6 +159,11 @@ class PostgresKeyStore(KeyStore):
         self._held: dict[tuple[str, str], str] = {}
         """For each reserved block of a link, the mark of its reservation."""
         self._marks = 0
+        self._first: dict[tuple[str, int], int] = {}
+        """For each half of a link, where to look for keys first. Before that are those that have
+        gone: the database walks over them while a long transaction, such as a dump, keeps them."""
+        self._from_the_start = 0.0
+        """When to look for released keys there again, by the monotonic clock."""
         self._meta = place_of("meta", owner)
         conninfo, self.where = _prepared(url)
         self._pool: ConnectionPool[BoundedConnection] = ConnectionPool(
@@ -541,19 +548,26 @@ class PostgresKeyStore(KeyStore):
         def work(cursor: _Cursor) -> tuple[list[Material], list[str]]:
             found: list[Material] = []
             damaged: list[str] = []
+            if time.monotonic() > self._from_the_start:
+                self._first.clear()
+                self._from_the_start = time.monotonic() + WALK_SECONDS
             for part in (half, 1 - half):
                 while len(found) < number:
+                    first = self._first.pop((link, part), 0)
                     rows = cursor.execute(
                         # An array, since a sub-query may be carried out once for each row.
                         "UPDATE material SET holder = %s,"
                         " held_until = clock_timestamp() + make_interval(secs => %s)"
                         " WHERE seq = ANY(ARRAY(SELECT seq FROM material"
-                        f" WHERE link = %s AND half = %s AND NOT key_id = ANY(%s) AND {_FREE}"
+                        " WHERE link = %s AND half = %s AND seq >= %s"
+                        f" AND NOT key_id = ANY(%s) AND {_FREE}"
                         " ORDER BY seq LIMIT %s FOR UPDATE SKIP LOCKED))"
                         " RETURNING seq, key_id, shared, created, sealed",
-                        (mark, HOLD_SECONDS, link, part, passed, number - len(found)),
+                        (mark, HOLD_SECONDS, link, part, first, passed, number - len(found)),
                     ).fetchall()
-                    if not rows:
+                    if rows:
+                        self._first[link, part] = min(rows)[0]
+                    elif not first:
                         break
                     for _, key_id, shared, created, sealed in sorted(rows):
                         try:

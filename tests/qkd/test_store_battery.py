@@ -704,6 +704,9 @@ class LargeStock:
     def open(self, seal_key: Secret = SEAL, *read_keys: Secret) -> KeyStore:
         return postgres_store(self._server, self._schema, seal_key=seal_key, read_keys=read_keys)
 
+    def url(self, role: str = "kme") -> str:
+        return self._server.url(self._schema, role)
+
     def _ask(self, query: LiteralString) -> int:
         import psycopg
 
@@ -762,6 +765,50 @@ async def test_keys_are_looked_up_by_their_ids(large: LargeStock) -> None:
         await store.discard("a", new[50:])
 
     assert await large.rows_read(work) < 20_000
+
+
+async def test_keys_that_a_long_transaction_keeps_are_passed_over(large: LargeStock) -> None:
+    """A dump, or a forgotten session: what was drawn since its start stays in the tables."""
+    import psycopg
+
+    async def draw(store: KeyStore, number: int) -> None:
+        found = await store.reserve("a", number)
+        blocks = [Allotment(blocks=(one.key_id,), size=32) for one in found]
+        await store.allot("a", blocks, master="m")
+
+    async def work(store: KeyStore) -> None:
+        for _ in range(30):
+            await draw(store, 1)
+
+    with psycopg.connect(large.url("postgres")) as connection:
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        connection.execute("SELECT count(*) FROM material")
+        store = large.open()
+        for _ in range(5):
+            await draw(store, 1000)
+        await store.aclose()
+        assert await large.rows_read(work) < 20_000
+
+
+async def test_keys_that_were_released_are_not_forgotten(
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hybridkex.qkd import postgres_store as module
+
+    store = postgres_store(postgres, f"test_{next(SCHEMAS)}")
+    await store.add("b", keys(*range(2, 40, 2)))
+    for seconds, number in ((60.0, 6), (0.0, 2)):
+        monkeypatch.setattr(module, "WALK_SECONDS", seconds)
+        store._from_the_start = 0.0
+        [one] = await store.reserve("b", 1)
+        assert one.key_id == key_id(2)
+        [other] = await store.reserve("b", 1)
+        await store.release("b", [one.key_id])
+        [third] = await store.reserve("b", 1)
+        assert third.key_id == key_id(number), "the oldest, after some time"
+        await store.release("b", [other.key_id, third.key_id])
+    assert len(await store.reserve("b", 40)) == 19
+    await store.aclose()
 
 
 async def test_the_blocks_of_a_long_key_are_looked_up(large: LargeStock) -> None:

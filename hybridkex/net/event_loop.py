@@ -26,9 +26,9 @@ LOOK_SECONDS: Final = 0.5
 
 
 def _trio() -> ModuleType | None:
-    """trio, if the caller runs in it."""
-    trio = sys.modules.get("trio")
-    return trio if trio is not None and trio.lowlevel.in_trio_task() else None
+    """trio, if the caller runs in it. (Another thread may be importing it.)"""
+    in_task = getattr(sys.modules.get("trio.lowlevel"), "in_trio_task", None)
+    return sys.modules["trio"] if in_task is not None and in_task() else None
 
 
 def _asyncio() -> ModuleType:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -207,3 +208,20 @@ def test_what_is_not_loaded(module: str, absent: set[str]) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
     assert absent & set(loaded.stdout.split()) == set()
+
+
+@pytest.mark.parametrize("loaded", [(), ("trio",), ("trio", "trio.lowlevel")])
+def test_while_another_thread_imports_trio(
+    loaded: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The module has no names yet; asyncio runs on."""
+    for name in ("trio", "trio.lowlevel"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in loaded:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+
+    async def main() -> None:
+        assert not on_trio()
+        await sleep(0)
+
+    asyncio.run(main())

@@ -530,6 +530,7 @@ def test_what_a_killed_receiver_leaves_is_removed_and_a_living_ones_is_not(tmp_p
     assert not left.exists()
     assert [one.error for one in group.settle()] == [None]
     assert (tmp_path / "in" / "x").read_bytes() == b"abc"
+    left.mkdir(parents=True)  # a fault while it runs
     other.close()
     assert not (tmp_path / "in" / PARTIAL).exists()
 

@@ -117,12 +117,13 @@ class Folder:
         return Handles(self._path)
 
     def close(self) -> None:
-        """Remove the folder for incomplete files if it is empty."""
+        """Remove what faults have left without a name, and the folder for it if it is empty."""
+        self._remove_abandoned()
         with contextlib.suppress(OSError):
             os.rmdir(os.path.join(self._path, PARTIAL))
 
     def _remove_abandoned(self) -> None:
-        """Remove the small files that a killed receiver has left without a name."""
+        """Remove the small files that a killed receiver, or a fault, has left without a name."""
         with contextlib.suppress(OSError, FolderGone), self.open() as handles:
             partial = handles.get((PARTIAL,))
             for name in os.listdir(partial):

@@ -1,5 +1,6 @@
 """Port files: a server that listens on any free port writes the number to a file."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -19,10 +20,14 @@ def check_new_file(path: str | Path) -> None:
         where.parent.stat()
     except OSError as error:
         raise write_error(path, error) from None
-    if not os.path.isdir(where.parent) or not os.access(where.parent, os.W_OK | os.X_OK):
-        reason = "Permission denied" if os.path.isdir(where.parent) else "Not a directory"
-        raise ConfigError(f"cannot write {path}: {reason}")
-    if len(where.name.encode("utf-8", "surrogateescape")) > os.statvfs(where.parent).f_namemax:
+    if not os.path.isdir(where.parent):
+        raise ConfigError(f"cannot write {path}: Not a directory")
+    system = os.statvfs(where.parent)
+    if not os.access(where.parent, os.W_OK | os.X_OK):
+        is_fixed = system.f_flag & os.ST_RDONLY
+        reason = errno.EROFS if is_fixed else errno.EACCES
+        raise ConfigError(f"cannot write {path}: {os.strerror(reason)}")
+    if len(where.name.encode("utf-8", "surrogateescape")) > system.f_namemax:
         raise ConfigError(f"cannot write {path}: File name too long")
 
 

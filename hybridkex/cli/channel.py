@@ -4,9 +4,9 @@ import binascii
 import errno
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from cryptography import x509
 
@@ -18,6 +18,7 @@ from hybridkex.auth import (
     RawIdentity,
     TrustStore,
 )
+from hybridkex.cli.logs import warnings_shown
 from hybridkex.cli.options import ChannelOptions
 from hybridkex.cli.own_certificate import watched
 from hybridkex.cli.qkd_requirement import qkd_requirement
@@ -37,6 +38,9 @@ __all__ = ["client_config", "server_config"]
 
 N = TypeVar("N")
 
+_KNOWN_PEERS: Final = "hybridkex.auth.known_peers"
+"""The logger that warns of a first use that cannot be remembered."""
+
 
 @asynccontextmanager
 async def client_config(
@@ -49,7 +53,7 @@ async def client_config(
         # A client certificate is used only if the server also authenticates with one.
         decides = TrustStore.system()
     async with _shared_arguments(options) as shared:
-        with watched(options.cert, _certificate(ours)) if watch else nullcontext():
+        with watched(options.cert, _certificate(ours)) if watch else warnings_shown(_KNOWN_PEERS):
             yield ClientConfig(verifier=decides, identity=ours, **shared, **more)
 
 

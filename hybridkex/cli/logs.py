@@ -73,6 +73,20 @@ def silenced(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextmanager
+def warnings_shown(name: str) -> Iterator[None]:
+    """With the warnings of a logger on standard error, for a command without a log."""
+    handler = _StandardError()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("hybridkex: WARNING: %(message)s"))
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 def _is_journal() -> bool:
     """Whether standard error is the journal's socket (systemd.exec(5), ``$JOURNAL_STREAM``)."""
     try:

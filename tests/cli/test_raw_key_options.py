@@ -46,10 +46,17 @@ def test_first_use_then_known_then_somebody_else(tmp_path: Path) -> None:
         while not (port_file.exists() and port_file.read_text().strip()):
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        lock = tmp_path / ".known.lock"
+        lock.mkdir()
+        done = connect()
+        assert (done.returncode, done.stdout) == (0, b"hello"), done.stderr
+        assert b"hybridkex: WARNING: the key of 127.0.0.1 is not remembered: cannot" in done.stderr
+        lock.rmdir()
         for expected in (b'"first use"', b'"known"'):
             done = connect()
             assert (done.returncode, done.stdout) == (0, b"hello"), done.stderr
             assert expected in done.stderr
+            assert b"WARNING" not in done.stderr
         name, _ = known.read_text().split()
         known.write_text(f"{name} AAAA\n")
         done = connect()

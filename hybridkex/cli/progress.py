@@ -110,6 +110,8 @@ class _Bars(Progress):
 
     def begin(self, file: File, done: int) -> None:
         self._lines.begin(file, done)
+        if id(file) in self._tasks:  # on another connection, which broke
+            self.live.remove_task(self._tasks[id(file)])
         name = shown(file.path)
         short = name if len(name) <= 40 else f"…{name[-39:]}"
         self._tasks[id(file)] = self.live.add_task(short, total=file.size, completed=done, wire="")

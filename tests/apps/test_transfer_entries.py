@@ -823,6 +823,35 @@ def test_large_files_of_all_senders_share_descriptors(
     assert len([path for path in tmp_path.rglob("file *") if path.is_file()]) == 48
 
 
+def test_what_begins_on_a_display_ends_when_the_connection_breaks(tmp_path: Path) -> None:
+    """The file whose data are arriving, and one that is complete and waits for its name."""
+    shown_now: list[str] = []
+
+    class Display(Progress):
+        def begin(self, file: Any, done: int) -> None:
+            shown_now.append(file.path[-1])
+
+        def end(self, file: Any, outcome: str | None) -> None:
+            shown_now.remove(file.path[-1])
+
+    content = bytes(WHOLE + 1)
+    folder = Folder(tmp_path)
+    reception = Reception(folder, Display())
+    offered = [
+        Offer(n, (name,), False, len(content), Nanoseconds(0), 0o644)
+        for n, name in enumerate(("complete", "half"))
+    ]
+    end = End(n=0, sha256=hashlib.sha256(content).hexdigest())
+    received = [*offers(offered), Start(n=0), memoryview(content), end]
+    answers = reception.process([*received, Start(n=1), memoryview(content[:100])])
+    for report in answers.reports:
+        report()
+    assert shown_now == ["complete", "half"]
+    reception.close()
+    folder.close()
+    assert shown_now == []
+
+
 def vanishing(part: Path) -> None:
     part.unlink()
 

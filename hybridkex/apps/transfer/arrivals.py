@@ -247,11 +247,14 @@ class Arrivals:
             return How.SAME
         return How.NEW
 
-    def close(self) -> None:
-        """Drop what has not been settled. Large files are kept for the next attempt."""
+    def close(self) -> list[Offer]:
+        """Drop what has not been settled, and return it. Large files are kept for the next
+        attempt."""
+        dropped = [one.offer for one in self._ready]
         self._close_files(self._ready)
         self._ready, self._made, self._touched = [], [], {}
         self._remove_work()
+        return dropped
 
     def _remove_work(self) -> None:
         if self._work < 0:

@@ -102,10 +102,12 @@ class Reception:
 
     def close(self) -> None:
         """Close open files. What has been written of a large file is kept."""
-        self._arrivals.close()
+        begun = [offer for offer in self._arrivals.close() if offer.n in self._large]
         if self._current is not None and self._current.part is not None:
-            self._progress.end(self._current.part.offer, "the connection broke")
+            begun.append(self._current.part.offer)
             self._current.part.close()
+        for offer in begun:
+            self._progress.end(offer, "the connection broke")
 
     @property
     def is_settled(self) -> bool:

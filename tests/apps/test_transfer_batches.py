@@ -274,11 +274,10 @@ async def test_an_error_of_the_disk_is_one_of_the_whole_group(
 
     def failing(file: int) -> None:
         calls.append("data" if WORK in os.readlink(f"/proc/self/fd/{file}") else "names")
-        if calls[-1] == which and "data" in calls and not failures:
-            failures.append(OSError(errno.EIO, os.strerror(errno.EIO)))
-            raise failures[0]
+        if calls[-1] == which and "data" in calls and is_broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    failures: list[OSError] = []
+    is_broken = True
 
     monkeypatch.setattr(arrivals, "has_flush_all", lambda file: True)
     monkeypatch.setattr(arrivals, "flush_all", failing)
@@ -290,6 +289,7 @@ async def test_an_error_of_the_disk_is_one_of_the_whole_group(
     assert len(files) == 50
     assert set(outcome.failed.values()) == {"cannot write it: the disk reports an error"}
     assert not [*(tmp_path / "in").glob("source/*/*")]
+    is_broken = False
     outcome = await deliver(configs, folder, source)
     folder.close()
     assert (len(outcome.failed), outcome.unchanged) == (0, 0)

@@ -105,8 +105,8 @@ class KeyRenewer:
         """The key for our own update."""
         self._stretched: Inquiry[float] | None = None
         """The factor by which the stock of keys stretches the interval."""
-        self._again = False
-        """Whether one has been asked for since the last has begun."""
+        self._asked_for = 0
+        """The epoch that a program has asked for."""
         self._unplanned = True
         self._in_a_row = 0
         """KeyUpdates that we have sent without data of ours between them."""
@@ -186,7 +186,8 @@ class KeyRenewer:
 
     def update(self) -> None:
         """Renew the keys now; if an update is under way, once more after it."""
-        self._again = self._under_way
+        # That of the connection may be ahead of the epochs that we have been told of.
+        self._asked_for = self._connection.session.epoch + (2 if self._under_way else 1)
         self._timer.want("asked", at_once=True)
         self.wake()
 
@@ -377,8 +378,7 @@ class KeyRenewer:
             self._drawn.cancel()
             self._drawn = None
         self._unplanned = True
-        if self._again:
-            self._again = False
+        if epoch.number < self._asked_for:
             self._timer.want("asked")
         if self._on_epoch is not None:
             self._on_epoch(self._connection.session)

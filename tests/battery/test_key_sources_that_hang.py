@@ -14,6 +14,9 @@ from test_one_time_pad_on_every_loop import pad_of
 from hybridkex import FreshKeys, OneTimePad, QkdLimits, QkdPskSource
 from hybridkex.errors import PadExhausted, PolicyRefused
 from hybridkex.net.event_loop import Event, current_time, sleep
+from hybridkex.shell.key_renewer import KeyRenewer
+from hybridkex.tls.epochs import Epoch
+from hybridkex.tls.events import EpochBegan
 
 Conversation = Callable[[Any, Any], Awaitable[None]]
 PATIENT = QkdLimits(timeout=3600.0)
@@ -197,3 +200,29 @@ def test_an_update_that_is_asked_for_during_another(run: Any) -> None:
         await together(ask(), listen(client), listen(server))
 
     run(sites, conversation)
+
+
+def test_an_update_that_is_asked_for_before_the_last_is_reported(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine has changed its keys, and its event is still to be read."""
+    saw = KeyRenewer.saw
+
+    def asks_first(renewer: KeyRenewer, event: Any) -> None:
+        match event:
+            case EpochBegan(Epoch(number=1, why="asked")):
+                renewer.update()
+        saw(renewer, event)
+
+    monkeypatch.setattr(KeyRenewer, "saw", asks_first)
+
+    async def conversation(client: Any, server: Any) -> None:
+        async def ask() -> None:
+            await client.update_keys()
+            await epoch_of(client, 2)
+            await client.close()
+            await server.close()
+
+        await together(ask(), listen(client), listen(server))
+
+    run(Sites(), conversation)

@@ -67,6 +67,9 @@ RETRY_AFTER: Final = 0.25
 RETRY_AFTER_MOST: Final = 10.0
 """Seconds between two attempts to store keys while the store fails; doubled each time."""
 
+TRY_AGAIN_AFTER: Final = 1.0
+"""Seconds in which at most one request draws keys, after a delivery that could not be recorded."""
+
 LATE_WAITS: Final = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Seconds before each retry of a request while the other end lacks some of the blocks."""
 
@@ -171,9 +174,9 @@ class KeyManagementEntity:
         self.log: Final = BoundedLog(LOG)
         """For log lines that any peer or SAE can cause again and again."""
         self._buckets = self._new_buckets()
-        self._may_fail = False
-        """Whether the last delivery could not be recorded, as on a full disk. Its keys are lost, as
-        the other KME had promised them."""
+        self._try_again: float | None = None
+        """When the next delivery may be tried, after one that could not be recorded, as on a full
+        disk: its keys are lost, as the other KME had promised them."""
         self._renewal = trio.Event()
         """Set: the store may have rows that are encrypted under an earlier sealing key."""
 
@@ -294,9 +297,11 @@ class KeyManagementEntity:
         needed = per_key * request.number
         if self._audit is not None:
             await self._audit.check()
-        if self._may_fail:
+        if self._try_again is not None:
+            if trio.current_time() < self._try_again:
+                raise KeySourceUnavailable("the last delivery could not be recorded")
+            self._try_again = trio.current_time() + TRY_AGAIN_AFTER  # the others wait for this one
             await self._store.check()
-            self._may_fail = False
         tried: set[str] = set()
         late: set[str] = set()
         waits = iter(LATE_WAITS)
@@ -432,7 +437,7 @@ class KeyManagementEntity:
         try:
             await self._store.allot(link.target, allotments, master=master, slaves=local)
         except KeySourceUnavailable:
-            self._may_fail = True
+            self._try_again = trio.current_time() + TRY_AGAIN_AFTER
             raise
         except KeyConsumed:
             # One block expired, or went to the peer. The other KME's promises are useless now, and
@@ -442,6 +447,7 @@ class KeyManagementEntity:
             await self._erase(link, blocks, "overtaken")
             await self._tell_void(link, [one.key_id for one in allotments])
             raise ErrorResponse(503, "a key expired while it was being allotted") from None
+        self._try_again = None
         link.note_gone(sum(len(one.blocks) for one in allotments))
 
     def _note_peer(self, link: _Link, error: KeySourceUnavailable | None) -> None:

@@ -20,7 +20,7 @@ from waiting import until
 
 from hybridkex.cli import main
 from hybridkex.errors import KeySourceUnavailable
-from hybridkex.kme import health
+from hybridkex.kme import entity, health
 from hybridkex.kme.audit import AuditTrail
 from hybridkex.kme.config import PeerConfig, ServeConfig
 from hybridkex.kme.settings import KmeLimits
@@ -109,13 +109,17 @@ async def test_no_keys_are_used_up_while_none_can_be_delivered(
     async with serve(site.pair()) as where:
         await filled(where, site)
         async with as_sae(site, "alice", where.kmes["kme-a"]) as alice:
-            with monkeypatch.context() as patch:
-                patch.setattr(SqliteKeyStore, "allot", fails)
-                patch.setattr(SqliteKeyStore, "check", fails)
-                for _ in range(5):
-                    assert (await alice.get("/bob/enc_keys")).status_code == 503
-            assert len(promises) == 1
-            assert (await alice.get("/bob/enc_keys")).status_code == 200
+            for pause, change in ((0.0, "check"), (60.0, "allot")):
+                monkeypatch.setattr(entity, "TRY_AGAIN_AFTER", pause)
+                promises.clear()
+                with monkeypatch.context() as patch:
+                    patch.setattr(SqliteKeyStore, "allot", fails)
+                    patch.setattr(SqliteKeyStore, change, fails)
+                    for _ in range(5):
+                        assert (await alice.get("/bob/enc_keys")).status_code == 503
+                assert len(promises) == 1
+                if not pause:
+                    assert (await alice.get("/bob/enc_keys")).status_code == 200
 
 
 async def test_not_ready_without_a_peer(site: Site, serve: Any) -> None:

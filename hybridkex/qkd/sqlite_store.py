@@ -731,8 +731,9 @@ class SqliteKeyStore(KeyStore):
     # -- jobs
 
     async def check(self) -> None:
-        statement = "INSERT OR REPLACE INTO meta VALUES ('x-check', ?)"
-        await self._run(EVERY_LINK, lambda db: db.execute(statement, (str(time.time()),)))
+        # As many pages as a delivery of some keys.
+        statement = "INSERT OR REPLACE INTO meta VALUES ('x-check', randomblob(65536))"
+        await self._run(EVERY_LINK, lambda db: db.execute(statement))
 
     async def claim(self, job: str, seconds: float) -> bool:
         """See :class:`~hybridkex.qkd.store.KeyStore`; it is in memory and ends with the process."""

@@ -769,9 +769,15 @@ async def test_keys_are_looked_up_by_their_ids(large: LargeStock) -> None:
     assert await large.rows_read(work) < 20_000
 
 
-async def test_keys_that_a_long_transaction_keeps_are_passed_over(large: LargeStock) -> None:
+async def test_keys_that_a_long_transaction_keeps_are_passed_over(
+    large: LargeStock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A dump, or a forgotten session: what was drawn since its start stays in the tables."""
     import psycopg
+
+    from hybridkex.qkd import postgres_store as module
+
+    monkeypatch.setattr(module, "WALK_SECONDS", 3600.0)
 
     async def draw(store: KeyStore, number: int) -> None:
         found = await store.reserve("a", number)

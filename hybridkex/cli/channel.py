@@ -38,8 +38,8 @@ __all__ = ["client_config", "server_config"]
 
 N = TypeVar("N")
 
-_KNOWN_PEERS: Final = "hybridkex.auth.known_peers"
-"""The logger that warns of a first use that cannot be remembered."""
+_UNWRITTEN: Final = ("hybridkex.auth.known_peers", "hybridkex.shell.ticket_file")
+"""The loggers that warn of a first use that cannot be remembered, and of tickets."""
 
 
 @asynccontextmanager
@@ -53,7 +53,7 @@ async def client_config(
         # A client certificate is used only if the server also authenticates with one.
         decides = TrustStore.system()
     async with _shared_arguments(options) as shared:
-        with watched(options.cert, _certificate(ours)) if watch else warnings_shown(_KNOWN_PEERS):
+        with watched(options.cert, _certificate(ours)) if watch else warnings_shown(*_UNWRITTEN):
             yield ClientConfig(verifier=decides, identity=ours, **shared, **more)
 
 

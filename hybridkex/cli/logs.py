@@ -74,17 +74,19 @@ def silenced(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def warnings_shown(name: str) -> Iterator[None]:
-    """With the warnings of a logger on standard error, for a command without a log."""
+def warnings_shown(*names: str) -> Iterator[None]:
+    """With the warnings of loggers on standard error, for a command without a log."""
     handler = _StandardError()
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("hybridkex: WARNING: %(message)s"))
-    logger = logging.getLogger(name)
-    logger.addHandler(handler)
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def _is_journal() -> bool:

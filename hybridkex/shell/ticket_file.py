@@ -15,7 +15,10 @@ from hybridkex.files import read_utf8, write_file
 from hybridkex.json_text import load_json
 from hybridkex.machine import write_error
 from hybridkex.secret import Secret
+from hybridkex.text import get_logger
 from hybridkex.tls.session import AuthenticatedBy, SessionTicket
+
+LOG: Final = get_logger(__name__)
 
 _KEPT: Final = 4
 """Tickets per server."""
@@ -30,7 +33,8 @@ class FileTicketStore:
 
     The engine works on the copy in memory; :meth:`flush`, which the shells call in a worker thread,
     writes the file. A ticket has left the file before the ClientHello with it is sent: it is not
-    used twice, whenever the process ends.
+    used twice, whenever the process ends. New tickets that cannot be written are a warning in the
+    log, once until the file can be written again.
 
     Args:
         path: the file, which is read now; it need not exist.
@@ -45,6 +49,9 @@ class FileTicketStore:
         self._clock = checked_clock(clock)
         self._flushing = Lock()
         self._changed = False
+        self._taken = False
+        """Whether the file may have a ticket that was taken."""
+        self._warned = False
         self._tickets = self._load()
         self._sizes = {server: _size(server, kept) for server, kept in self._tickets.items()}
 
@@ -68,6 +75,7 @@ class FileTicketStore:
         if fitting:
             kept.remove(fitting[-1][0])
         self._change(server, kept)
+        self._taken |= bool(fitting)  # last: a thread may be writing the table of before
         return fitting[-1][1] if fitting else None
 
     def _load(self) -> dict[str, list[Any]]:
@@ -88,7 +96,7 @@ class FileTicketStore:
         """Write the file, if anything has changed.
 
         Raises:
-            ConfigError: it cannot be written.
+            ConfigError: it cannot be written, and may have a ticket that was taken.
         """
         with self._flushing:  # two threads must not write out of order
             self._write()
@@ -111,12 +119,20 @@ class FileTicketStore:
     def _write(self) -> None:
         if not self._changed:
             return
-        self._changed = False
+        taken, self._taken, self._changed = self._taken, False, False
         try:
             write_file(self._path, json.dumps(self._tickets).encode("ascii"))
         except OSError as error:
             self._changed = True
-            raise write_error(self._path, error) from None
+            reason = write_error(self._path, error)
+            if taken:
+                self._taken = True
+                raise reason from None
+            if not self._warned:
+                LOG.warning("new session tickets are not stored: %s", reason)
+            self._warned = True
+        else:
+            self._warned = False
 
 
 def _size(server: str, kept: list[Any]) -> int:

@@ -247,7 +247,8 @@ class FlushableTicketStore(Protocol):
         the handshake, and after a ticket has come.
 
         Raises:
-            ConfigError: it cannot be written.
+            ConfigError: it cannot be written, and may have a ticket that was taken. The handshake
+                fails, since that ticket could be used twice.
         """
 
 

@@ -9,6 +9,7 @@ import gc
 import hashlib
 import io
 import itertools
+import json
 import math
 import os
 import pty
@@ -76,6 +77,7 @@ from hybridkex.apps.transfer.messages import (
     Busy,
     Bye,
     Digest,
+    Drop,
     End,
     Failed,
     Have,
@@ -1088,6 +1090,30 @@ def test_messages_there_and_back() -> None:
     for short in (b"", bytes(39), b"\xff" * 40):
         with pytest.raises(ProtocolError):
             decode(14, short)
+
+
+def test_every_field_may_have_a_value_of_any_type() -> None:
+    """A message or ``ProtocolError``, and no other error."""
+    sent: tuple[Message, ...] = (
+        Hello(version=VERSION, transfer="0"),
+        *offers([offer("f", "g")]),
+        Have(n=0, size=1),
+        Digest(n=0, sha256="0"),
+        Send(files=((0, 5),)),
+        Start(n=0),
+        End(n=0, sha256="0"),
+        Drop(n=0, reason="gone"),
+        Stored(files=(1,), how=How.SAME, lost=""),
+        Failed(n=0, reason="full"),
+    )
+    odd = (None, True, -1, 1 << 63, 1.5, float("inf"), "", "\udcff", [], {}, [[]], [{}], [None, 1])
+    for message in sent:
+        frame = encode(message)
+        fields = json.loads(frame[5:])
+        for name in fields:
+            for value in odd:
+                with contextlib.suppress(ProtocolError):
+                    decode(frame[0], json.dumps({**fields, name: value}).encode())
 
 
 def test_offers_fit_their_messages() -> None:

@@ -138,11 +138,26 @@ def test_the_engine_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert engine.has_data_to_send
 
 
-async def test_a_full_disk_is_reported_before_anything_is_sent(tmp_path: Path) -> None:
+async def test_new_tickets_that_cannot_be_written_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "missing" / "tickets"
-    client, _ = configs(path)
-    assert client.ticket_store is not None
-    client.ticket_store.take("localhost")
+    client, server = configs(path)
+    assert not await connect(client, server, [], path)
+    assert [one.levelname for one in caplog.records] == ["WARNING"]  # for two tickets
+    assert "new session tickets are not stored: cannot write" in caplog.text
+    path.parent.mkdir()
+    assert await connect(client, server, [], path)
+    assert tickets_in(path) == 3
+    assert len(caplog.records) == 1
+
+
+async def test_a_taken_ticket_that_stays_in_the_file_is_not_sent(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "tickets"
+    path.parent.mkdir()
+    client, server = configs(path)
+    assert not await connect(client, server, [], path)
+    path.parent.rename(tmp_path / "gone")
     near, far = trio.testing.memory_stream_pair()
     ours = SecureStream(near, client, server_hostname="localhost")
     with pytest.raises(trio.BrokenResourceError, match="cannot write"):

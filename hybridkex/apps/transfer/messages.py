@@ -365,7 +365,7 @@ def _checked(wanted: type[Message], hint: Any, value: object) -> Any:
         return value
     if hint is str and isinstance(value, str):
         return value
-    if hint is How and value in _HOW:
+    if hint is How and isinstance(value, str) and value in _HOW:
         return How(value)
     if isinstance(value, list):
         if hint == tuple[str, ...] and _is_list_of_strings(value):

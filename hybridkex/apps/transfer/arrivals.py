@@ -12,7 +12,6 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
 from typing import Final, NamedTuple
@@ -180,25 +179,26 @@ class Arrivals:
         durable = [Settled(offer) for offer in made]
         try:
             with self._folder.open() as handles:
-                flush_file = self._flush_files(ready)
+                group_error = self._flush_files(ready)
                 named = []
                 for one in handles.each(ready):
                     try:
                         with errors_of(one.offer.path):
-                            flush_file(one)
+                            _flush_file(one, group_error)
                             how = self._name(one, handles)
                         touched[one.offer.path[:-1]] = None
                         durable.append(Settled(one.offer, how, one.lost))
-                        named += [one] if how is How.NEW else []
+                        named.append(one)
                     except NotStored as error:
                         settled.append(Settled(one.offer, error=error))
                 touched.update(dict.fromkeys(handles.made))
                 try:
-                    self._flush_names(list(touched), handles)
+                    self._flush_names(ready, list(touched), handles)
                     handles.check_root()
+                    self._folder.names.settle(self, (one.offer.path for one in named))
                 except (OSError, FolderGone) as error:
                     if isinstance(error, OSError):
-                        _take_back(named, handles)
+                        self._take_back(named, handles)
                     durable = [
                         Settled(offer, error=not_stored(error, offer.path)) for offer, *_ in durable
                     ]
@@ -207,24 +207,33 @@ class Arrivals:
             self._remove_work()
         return settled + durable
 
-    def _flush_files(self, ready: list[Ready]) -> Callable[[Ready], None]:
-        """Flush the data of all files at once; returns what is left to be done for each.
-
-        An error may be that of another program's file. Flushing each file afterwards would not
-        tell: the kernel reports an error once, and takes what it could not write for written.
-        """
-        if len(ready) <= _FEW or not self._flush_all:
-            return lambda one: flush(one.file) if one.file >= 0 else None
+    def _flush_files(self, ready: list[Ready]) -> OSError | None:
+        """Flush the data of many files at once. Returns the error of the disk, which may be that of
+        another program's file."""
+        if len(ready) <= _FEW or not has_flush_all(self._oldest(ready)):
+            return None
         try:
-            flush_all(self._work)
+            flush_all(self._oldest(ready))
         except OSError as error:
-            return partial(_fail, error)
-        return lambda one: None
+            return error
+        for one in ready:
+            if one.where[:-1] == self._where:
+                one.close()
+        return None
 
-    def _flush_names(self, folders: list[tuple[str, ...]], handles: Handles) -> None:
-        if len(folders) > _FEW and has_flush_all(handles.get(())):
-            flush_all(handles.get(()))
-            return
+    def _oldest(self, ready: list[Ready]) -> int:
+        """A descriptor that was opened before the small files were written: a flush reports the
+        errors since its descriptor was opened, and older ones only if nobody has seen them."""
+        return self._work if self._work >= 0 else ready[0].file
+
+    def _flush_names(
+        self, ready: list[Ready], folders: list[tuple[str, ...]], handles: Handles
+    ) -> None:
+        if len(folders) > _FEW:
+            disk = self._oldest(ready) if ready else handles.get(())
+            if has_flush_all(disk):
+                flush_all(disk)
+                return
         for path in handles.each(folders):
             flush(handles.get(path))
 
@@ -236,16 +245,36 @@ class Arrivals:
         path, name = ready.offer.path, ready.where[-1]
         source = _check_in_place(ready, handles)
         target = handles.get(path[:-1], make=True)
+        names = self._folder.names
+        replace = partial(os.rename, name, path[-1], src_dir_fd=source, dst_dir_fd=target)
         if self._folder.overwrite:
             _refuse_alias(path, target)
-            os.rename(name, path[-1], src_dir_fd=source, dst_dir_fd=target)
-        elif not _rename_new(name, source, path, target):
+            ready.replaces = _inode(path[-1], target) is not None
+            names.give(self, path, replace)
+        elif not names.give(self, path, partial(_rename_new, name, source, path, target)):
             if not _have_same_content((name, source), (path[-1], target)):
                 raise NotStored(taken(path))
             _refuse_alias(path, target)
-            os.unlink(name, dir_fd=source)
+            if path in names:  # another group may still remove its file, but not ours
+                ready.replaces = True
+                names.give(self, path, replace)
+            else:
+                os.unlink(name, dir_fd=source)
             return How.SAME
         return How.NEW
+
+    def _take_back(self, named: list[Ready], handles: Handles) -> None:
+        """Remove names that may not be on disk: a later receiver would take them for stored files.
+
+        What has replaced a file stays: its data are on disk, and the old file is gone.
+        """
+        with self._folder.names.lock:
+            for one in handles.each(named):
+                path = one.offer.path
+                with contextlib.suppress(OSError, FolderGone):
+                    parent = handles.get(path[:-1])
+                    if not one.replaces and _inode(path[-1], parent) == one.inode:
+                        os.unlink(path[-1], dir_fd=parent)
 
     def close(self) -> list[Offer]:
         """Drop what has not been settled, and return it. Large files are kept for the next
@@ -268,18 +297,27 @@ class Arrivals:
         self._work = -1
 
 
-def _fail(error: OSError, _: Ready) -> None:
-    raise OSError(error.errno, error.strerror)
+def _flush_file(one: Ready, group_error: OSError | None) -> None:
+    """Flush a file that is still open.
 
+    A large one is flushed by itself, too: it was written to before its group began, and its own
+    descriptor reports the errors since then. After an error of the group, flushing each file would
+    not tell: the kernel reports an error once, and takes what it could not write for written. For
+    this reason an incomplete file is emptied: the next attempt starts from zero.
 
-def _take_back(named: list[Ready], handles: Handles) -> None:
-    """Remove names that may not be on disk: the next attempt would take them for stored files."""
-    for one in handles.each(named):
-        path = one.offer.path
-        with contextlib.suppress(OSError, FolderGone):
-            parent = handles.get(path[:-1])
-            if _inode(path[-1], parent) == one.inode:
-                os.unlink(path[-1], dir_fd=parent)
+    Raises ``OSError``.
+    """
+    error = group_error
+    if error is None and one.file >= 0:
+        try:
+            flush(one.file)
+        except OSError as own:
+            error = own
+    if error is not None:
+        if one.file >= 0:
+            with contextlib.suppress(OSError):
+                os.ftruncate(one.file, 0)
+        raise OSError(error.errno, error.strerror)
 
 
 def _check_in_place(ready: Ready, handles: Handles) -> int:

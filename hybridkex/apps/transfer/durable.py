@@ -6,6 +6,7 @@ syncfs writes everything out, and with a kernel that reports errors of that writ
 Elsewhere, as on FUSE and network shares, each file is flushed.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -72,6 +73,17 @@ def start_flush(file: int, offset: int, length: int) -> None:
     start = getattr(_library(), "sync_file_range", None)
     if start is not None:
         start(file, ctypes.c_int64(offset), ctypes.c_int64(length), _START)
+
+
+def drop_cached(file: int) -> None:
+    """Let the next reads of a file come from the disk, as far as it has been written.
+
+    A receiver that was killed may have left data that the disk failed to take: they are still in
+    memory, and the kernel does not report the error again.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @cache

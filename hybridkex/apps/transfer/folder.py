@@ -19,12 +19,12 @@ import hmac
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from hybridkex.apps.transfer.durable import flush
+from hybridkex.apps.transfer.durable import drop_cached, flush
 from hybridkex.apps.transfer.errors import NotStored, why
 from hybridkex.apps.transfer.handles import FolderGone, Handles, open_folder
 from hybridkex.apps.transfer.messages import WHOLE, Offer
@@ -88,6 +88,47 @@ def taken(path: tuple[str, ...]) -> str:
     return f"{shown(path)}: exists already, with other content; 'receive --overwrite' replaces it"
 
 
+class UnsettledNames:
+    """Names that were given to files and may not be on disk yet, of all connections.
+
+    A file with such a name does not count as there: its group may still fail, and remove it.
+    Afterwards the name stays here until another group has stored a file under it.
+    """
+
+    def __init__(self) -> None:
+        self.lock: Final = threading.Lock()
+        """Held while a name is given or removed."""
+        self._groups: dict[tuple[str, ...], object] = {}
+
+    def __contains__(self, path: tuple[str, ...]) -> bool:
+        return path in self._groups
+
+    def give(self, group: object, path: tuple[str, ...], rename: Callable[[], bool | None]) -> bool:
+        """Give a file its name, for a group. ``rename`` returns False, or raises, if it did not.
+
+        Returns whether it did.
+        """
+        with self.lock:
+            before = self._groups.get(path)
+            self._groups[path] = group
+            given = False
+            try:
+                given = rename() is not False
+            finally:
+                if not given and before is not None:
+                    self._groups[path] = before
+                elif not given:
+                    del self._groups[path]
+        return given
+
+    def settle(self, group: object, paths: Iterable[tuple[str, ...]]) -> None:
+        """These names are on disk, as far as they are still those of the group."""
+        with self.lock:
+            for path in paths:
+                if self._groups.get(path) is group:
+                    del self._groups[path]
+
+
 class Folder:
     """A folder that receives files.
 
@@ -96,6 +137,7 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         self.overwrite: Final = overwrite
+        self.names: Final = UnsettledNames()
         self.open_files: Final = threading.Semaphore(share(_OPEN_FILES))
         self._path = os.path.abspath(path)
         try:
@@ -145,7 +187,9 @@ class Folder:
             if there is not None:
                 if not stat.S_ISREG(there.st_mode):
                     raise NotStored(f"{shown(path)}: something that is not a file is there")
-                if there.st_size != offer.size:
+                if path in self.names:
+                    there = None
+                elif there.st_size != offer.size:
                     if not self.overwrite:
                         raise NotStored(taken(path))
                     there = None
@@ -187,6 +231,8 @@ class Folder:
             try:
                 if stamp(os.fstat(file)) != present.stamp:
                     return None
+                if not present.complete:
+                    drop_cached(file)
                 return hash_prefix(file, present.size)
             finally:
                 os.close(file)

@@ -52,6 +52,7 @@ class Ready:
         file: its descriptor, -1 once it is closed.
         inode: device and inode number, which reveal a replaced file.
         lost: the metadata that could not be kept, as text; empty if there is none.
+        replaces: whether it has taken the place of a file under its name.
     """
 
     offer: Offer
@@ -59,6 +60,7 @@ class Ready:
     file: int
     inode: tuple[int, int]
     lost: str
+    replaces: bool = False
 
     def close(self) -> None:
         """Close it."""

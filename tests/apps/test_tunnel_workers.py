@@ -1,6 +1,7 @@
 """``hybridkex tunnel`` with several workers: they serve, end, reload and count as one process."""
 
 import ctypes
+import errno
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -336,6 +338,50 @@ async def test_workers_that_fail(
                     await trio_until(lambda: caplog.text.count("another one starts") > 2)
                 pool.close(0)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files; raise the limit"),
+        (OSError(errno.EAGAIN, "Resource temporarily unavailable"), "Resource temporarily"),
+        (RuntimeError("can't start new thread"), "starts no more threads"),
+        (MemoryError(), "no more memory"),
+    ],
+)
+async def test_a_machine_that_gives_no_process_meanwhile(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    reason: str,
+) -> None:
+    """The service goes on: a worker that ended is replaced later, and a reload is refused."""
+    monkeypatch.setattr("hybridkex.apps.tunnel.workers.AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr("hybridkex.apps.tunnel.workers.SURE_SECONDS", 0.1)
+    settings = two_workers(tmp_path)
+    pool = WorkerPool([sys.executable, "-c", ONE_THAT + "say(ready=True); time.sleep(60)"])
+    open_process, started = trio.lowlevel.open_process, list[trio.Process]()
+
+    async def counted(*words: Any, **more: Any) -> trio.Process:
+        started.append(await open_process(*words, **more))
+        return started[-1]
+
+    async def failing(*words: Any, **more: Any) -> trio.Process:
+        raise error
+
+    monkeypatch.setattr(trio.lowlevel, "open_process", counted)
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(pool.serve, settings)
+            with monkeypatch.context() as scarce:
+                scarce.setattr(trio.lowlevel, "open_process", failing)
+                with pytest.raises(ConfigError, match=f"cannot start a worker: .*{reason}"):
+                    await pool.apply_settings(settings)
+                started[0].kill()
+                await trio_until(lambda: caplog.text.count("no worker could be started") > 1)
+            await trio_until(lambda: len(started) == 3)
+            pool.close(0)
 
 
 async def test_a_worker_that_hangs_delays_nothing_however_often_metrics_are_read(

@@ -27,6 +27,7 @@ from hybridkex.apps.tunnel.config import TunnelConfig, TunnelSettings, check_tog
 from hybridkex.apps.tunnel.sockets import Listening, listen_for
 from hybridkex.apps.tunnel.worker import Orders, messages
 from hybridkex.errors import ConfigError, HybridkexError
+from hybridkex.machine import refusal
 from hybridkex.net.address import Address, TcpAddress
 from hybridkex.text import get_logger
 
@@ -279,8 +280,11 @@ class WorkerPool:
         orders = Orders(settings.recipe, descriptors, settings.workers)
         try:
             control, process, life = await self._open(descriptors)
-        except OSError as error:
-            raise ConfigError(f"cannot start a worker: {error.strerror}") from error
+        except Exception as error:
+            reason = refusal(error)
+            if reason is None:
+                raise
+            raise ConfigError(f"cannot start a worker: {reason}") from error
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(control))
         worker = _Worker(process, stream, life)
         self._workers.add(worker)
@@ -295,7 +299,7 @@ class WorkerPool:
         """A new process, the control socket, and what to keep open until the process has ended.
 
         Raises:
-            OSError: there is no descriptor or no process.
+            OSError, RuntimeError, MemoryError: there is no descriptor, process, thread or memory.
         """
         with contextlib.ExitStack() as undo:
             control, theirs = map(undo.enter_context, socket.socketpair())

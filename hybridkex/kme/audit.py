@@ -14,6 +14,7 @@ leave.
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -29,6 +30,7 @@ from hybridkex.errors import ConfigError, KeySourceUnavailable
 from hybridkex.files import check_own, create_file, open_private, open_regular
 from hybridkex.json_text import load_json
 from hybridkex.net.event_loop import checkpoint, in_thread
+from hybridkex.net.log import BoundedLog
 from hybridkex.net.threads import NoThread
 from hybridkex.qkd.call_queue import Call, CallQueue
 from hybridkex.text import get_logger, json_line
@@ -84,6 +86,8 @@ class AuditTrail:
         self._calls = CallQueue(self._carry_out, GROUP)
         self._file: BinaryIO | None = None
         self._failing = False
+        self._log = BoundedLog(LOG, rate=1 / 60)
+        """On a full disk, short records may find room."""
         self._told = 0.0
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -114,13 +118,15 @@ class AuditTrail:
             await in_thread(self._write_group, group)
         except (OSError, NoThread) as error:
             if not self._failing:
-                LOG.error("the audit trail in %s failed: %s", self._folder, error)  # noqa: TRY400
+                self._log.log(
+                    logging.ERROR, "the audit trail in %s failed: %s", self._folder, error
+                )
             self._failing = True
             for call in group:
                 call.fail(KeySourceUnavailable(f"the audit trail failed: {error}"))
         else:
             if self._failing:
-                LOG.warning("the audit trail in %s works again", self._folder)
+                self._log.log(logging.WARNING, "the audit trail in %s works again", self._folder)
             self._failing = False
             self._tell()
 

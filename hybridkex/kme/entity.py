@@ -17,7 +17,7 @@ have promised it to the slave.
 
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -28,7 +28,6 @@ from hybridkex.errors import (
     ConfigError,
     KeyConsumed,
     KeyExpired,
-    KeySourceError,
     KeySourceUnavailable,
     KeyUnauthorized,
     KeyUnknown,
@@ -79,6 +78,7 @@ LOST: Final = {
     "voided": "the other end has discarded them",
     "short": "they are shorter than limits.key_size, which was raised after they were made, or "
     "which is smaller in another process of this KME",
+    "unrecorded": "their delivery could not be recorded in the audit trail",
     "overtaken": "one block of their request expired or went to the other end in the meantime",
 }
 """Why keys are lost, as stated by the counter and the log."""
@@ -222,7 +222,15 @@ class KeyManagementEntity:
                 await self._audit.check()
         except KeySourceUnavailable as error:
             return dict.fromkeys(self._links, str(error))
-        return {link.target: await self._hindrance(link) for link in self._links.values()}
+        found: dict[str, str | None] = dict.fromkeys(self._links)
+
+        async def look(link: _Link) -> None:
+            found[link.target] = await self._hindrance(link)
+
+        async with trio.open_nursery() as nursery:  # one KME that is silent delays no other's
+            for link in self._links.values():
+                nursery.start_soon(look, link)
+        return found
 
     async def _hindrance(self, link: _Link) -> str | None:
         try:
@@ -246,17 +254,20 @@ class KeyManagementEntity:
     def admit(self, sae: str) -> None:
         """Clause 5.1: check that this SAE is ours and within its rate."""
         if sae not in self.settings.saes:
-            self.log.log(
-                logging.WARNING,
-                "%s: a certificate of our authority names %s, and no SAE of that ID is attached "
-                "here: it got 401",
-                self.kme_id,
-                sae,
-            )
-            raise ErrorResponse(401, "Unauthorized")
+            raise self._unauthorized(sae, "no SAE of that ID is attached here")
         if not self._buckets[sae].take():
             self.log.log(logging.WARNING, "%s: %s exceeds its rate: it got 503", self.kme_id, sae)
             raise ErrorResponse(503, "too many requests")
+
+    def _unauthorized(self, caller: str, why: str) -> ErrorResponse:
+        self.log.log(
+            logging.WARNING,
+            "%s: a certificate of our authority names %s, and %s: it got 401",
+            self.kme_id,
+            caller,
+            why,
+        )
+        return ErrorResponse(401, "Unauthorized")
 
     def _link_to(self, slaves: Sequence[str]) -> _Link:
         for link in self._links.values():
@@ -340,10 +351,13 @@ class KeyManagementEntity:
             finally:
                 with trio.CancelScope(shield=True):
                     await self._store.release(link.target, [one.key_id for one in found])
-            fields = self._fields(
-                "drawn", link.target, [one.key_id for one, _ in keys], master, slaves
-            )
-            await self._note_delivery(fields)
+            key_ids = [one.key_id for one, _ in keys]
+            fields = self._fields("drawn", link.target, key_ids, master, slaves)
+            try:
+                await self._note_delivery(link, key_ids, fields)
+            except KeySourceUnavailable:
+                await self._tell_void(link, key_ids)
+                raise
             self._metrics.delivered.labels(self.kme_id, "master", master).inc(len(keys))
             LOG.info(
                 "%s: %s drew %d keys for %s: %s",
@@ -351,7 +365,7 @@ class KeyManagementEntity:
                 master,
                 len(keys),
                 ", ".join(slaves),
-                ", ".join(one.key_id for one, _ in keys),
+                ", ".join(key_ids),
                 extra={"fields": fields},
             )
             return KeyContainer(
@@ -371,10 +385,16 @@ class KeyManagementEntity:
         event_of = {"event": event, "kme": self.kme_id, "link": link}
         return {**event_of, **parties, "key_ids": list(key_ids)}
 
-    async def _note_delivery(self, fields: Mapping[str, object]) -> None:
+    async def _note_delivery(
+        self, link: _Link, key_ids: Sequence[str], fields: Mapping[str, object]
+    ) -> None:
         """Record a delivery before the keys leave. If that fails, the keys are lost."""
         if self._audit is not None:
-            await self._audit.note(fields)
+            try:
+                await self._audit.note(fields)
+            except KeySourceUnavailable:
+                self._note_lost(link, len(key_ids), "unrecorded", key_ids)
+                raise
 
     def _note_shortage(self, link: _Link, needed: int, found: int) -> None:
         self._metrics.shortages.labels(self.kme_id, link.target).inc()
@@ -552,10 +572,9 @@ class KeyManagementEntity:
             raise ErrorResponse(401, "Unauthorized") from None
         except (KeyUnknown, KeyConsumed, KeyExpired):
             raise ErrorResponse(self.settings.not_found_status, Message.NOT_FOUND) from None
-        fields = self._fields(
-            "collected", link.target, [key_id for key_id, _ in found], master, [slave]
-        )
-        await self._note_delivery(fields)
+        collected = [key_id for key_id, _ in found]
+        fields = self._fields("collected", link.target, collected, master, [slave])
+        await self._note_delivery(link, collected, fields)
         self._metrics.delivered.labels(self.kme_id, "slave", slave).inc(len(found))
         LOG.info(
             "%s: %s collected %d keys of %s: %s",
@@ -563,7 +582,7 @@ class KeyManagementEntity:
             slave,
             len(found),
             master,
-            ", ".join(key_id for key_id, _ in found),
+            ", ".join(collected),
             extra={"fields": fields},
         )
         return KeyContainer(
@@ -576,7 +595,7 @@ class KeyManagementEntity:
         """Check that this is a peer of ours and within its rate; the lock is its turn."""
         link = self._links.get(peer)
         if link is None or peer == self.kme_id:
-            raise ErrorResponse(401, "Unauthorized")
+            raise self._unauthorized(peer, "no peer KME has that ID here")
         if not self._buckets[peer].take():
             self._note_excess(link, "rate", 1)
             raise ErrorResponse(503, "too many requests")
@@ -596,7 +615,7 @@ class KeyManagementEntity:
         """Promise keys to SAEs of ours. Raises ``BlocksRefused`` or ``ErrorResponse``."""
         link = self._links.get(peer)
         if link is None or message.master not in link.saes:
-            raise ErrorResponse(401, "Unauthorized")
+            raise self._unauthorized(peer, "it draws for an SAE that is not among its saes here")
         if not message.slaves or not self.settings.saes.issuperset(message.slaves):
             raise ErrorResponse(400, "a target SAE is not attached here")
         # Our limits are for our SAEs; what the peer announces to its SAEs, we honour.
@@ -665,7 +684,12 @@ class KeyManagementEntity:
             )
             for start in range(0, len(ids), IDS_AT_ONCE):
                 asked = ids[start : start + IDS_AT_ONCE]
-                lacking = set(await link.peer.check(asked))
+                try:
+                    lacking = set(await link.peer.check(asked))
+                except KeySourceUnavailable as error:
+                    self._note_peer(link, error)
+                    raise
+                self._note_peer(link, None)
                 await self._erase(link, [one for one in asked if one in lacking], "unknown")
             if position is None:
                 return
@@ -734,36 +758,27 @@ class KeyManagementEntity:
     async def maintain(self, every: float = 10.0) -> None:
         """Erase old keys, reconcile with the other ends and count keys, forever."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._tidy_often)
             nursery.start_soon(self._renew_when_asked)
-            await self._expire_and_reconcile(every)
+            nursery.start_soon(_repeated, TIDY_EVERY, self._store.tidy)
+            nursery.start_soon(_repeated, every, self._expire, every)
+            for link in self._links.values():  # one KME that is away delays no other's
+                nursery.start_soon(_repeated, every, self._count_and_reconcile, link)
 
-    async def _tidy_often(self) -> None:
-        """Tidy the store, so that a delivered key is gone from the disk within a second."""
-        while True:
-            await trio.sleep(TIDY_EVERY)
-            with suppress(KeySourceUnavailable):  # the store logs it
-                await self._store.tidy()
-
-    async def _expire_and_reconcile(self, every: float) -> None:
-        while True:
+    async def _expire(self, every: float) -> None:
+        if await self._store.claim("expiry", every / 2):
             now = time.time()
-            try:
-                if await self._store.claim("expiry", every / 2):
-                    erased = await self._store.expire(
-                        keys_before=now - self.limits.key_ttl,
-                        tombstones_before=now - self.limits.tombstone_ttl,
-                    )
-                    if erased:
-                        self._metrics.expired.labels(self.kme_id).inc(erased)
-                for link in self._links.values():
-                    if trio.current_time() >= link.next_check and link.peer is not None:
-                        await self._reconcile_if_due(link)
-                    stored = await self._store.count(link.target)
-                    self._metrics.stored.labels(self.kme_id, link.target).set(stored)
-            except KeySourceError as error:
-                LOG.warning("%s: %s", self.kme_id, error)
-            await trio.sleep(every)
+            erased = await self._store.expire(
+                keys_before=now - self.limits.key_ttl,
+                tombstones_before=now - self.limits.tombstone_ttl,
+            )
+            if erased:
+                self._metrics.expired.labels(self.kme_id).inc(erased)
+
+    async def _count_and_reconcile(self, link: _Link) -> None:
+        stored = await self._store.count(link.target)
+        self._metrics.stored.labels(self.kme_id, link.target).set(stored)
+        if trio.current_time() >= link.next_check and link.peer is not None:
+            await self._reconcile_if_due(link)
 
     def renew_soon(self) -> None:
         """The sealing key may have changed: encrypt the stored keys under the current one."""
@@ -805,6 +820,14 @@ class KeyManagementEntity:
                 await self._store.settle(job, 0)  # at the next opportunity, by anybody
             raise
         await self._store.settle(job, CHECK_EVERY)
+
+
+async def _repeated(every: float, work: Callable[..., Awaitable[None]], *arguments: object) -> None:
+    """Do something again and again, also while the store or the other end of a link is away."""
+    while True:
+        with suppress(KeySourceUnavailable):  # it is logged where it arises
+            await work(*arguments)
+        await trio.sleep(every)
 
 
 def _assembled(

@@ -58,7 +58,9 @@ class Pages:
     async def _readiness(self) -> Response:
         async with self._turn:
             if trio.current_time() > self._found_at + GOOD_FOR:
-                self._found = {name: await kme.readiness() for name, kme in self._kmes.items()}
+                async with trio.open_nursery() as nursery:
+                    for name, kme in self._kmes.items():
+                        nursery.start_soon(self._find, name, kme)
                 self._found_at = trio.current_time()
         ready = not self._is_closing() and all(
             any(hindrance is None for hindrance in links.values()) for links in self._found.values()
@@ -73,3 +75,6 @@ class Pages:
                 },
             },
         )
+
+    async def _find(self, name: str, kme: KeyManagementEntity) -> None:
+        self._found[name] = await kme.readiness()

@@ -223,6 +223,8 @@ class HttpPeer:
 
 def _said(answer: Answer) -> str:
     """A KME's response as text for a log line, bounded and printable."""
+    if answer.status == 401:
+        return "it answered 401: no peer has our ID there, or not our saes; compare both files"
     try:
         message = message_of(load_json(answer.body))
     except ValueError:

@@ -163,7 +163,9 @@ def check_tables(db: sqlite3.Connection, path: Path) -> int:
     [version] = db.execute("PRAGMA user_version").fetchone()
     tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
     if version > SCHEMA_VERSION:
-        raise ConfigError(f"the key store {path} was written by a later version of hybridkex")
+        raise ConfigError(
+            f"the key store {path} was written by a later version of hybridkex: update this one"
+        )
     if not tables:
         return 0
     if not {"meta", "material", "grants", "spent"} <= tables:

@@ -9,6 +9,7 @@ blocks the event loop.
 """
 
 import json
+import logging
 import os
 import sqlite3
 import time
@@ -23,6 +24,7 @@ from cryptography.exceptions import InvalidTag
 from hybridkex.errors import ConfigError, KeySourceUnavailable
 from hybridkex.json_text import load_json
 from hybridkex.net.event_loop import checkpoint, in_thread, shielded
+from hybridkex.net.log import BoundedLog
 from hybridkex.net.threads import NoThread
 from hybridkex.qkd.call_queue import Call, CallQueue
 from hybridkex.qkd.sqlite_file import FileInUse, open_locked, open_unlocked, use_log
@@ -128,6 +130,8 @@ class SqliteKeyStore(KeyStore):
         self._seal = Seal(seal_key, *read_keys)
         self._on_failure = on_failure
         self._failing = False
+        self._log = BoundedLog(LOG, rate=1 / 60)
+        """On a full disk some calls fail, and others need no room."""
         self._calls = CallQueue(self._carry_out, GROUP_KEYS)
         self._reserved: set[tuple[str, str]] = set()
         self._scope: tuple[str | None, str | None] = (None, None)
@@ -138,7 +142,7 @@ class SqliteKeyStore(KeyStore):
         self._stale = True
         """Whether the log's file has content that is in the database, too."""
         self._real = path.resolve()
-        self._log = f"{self._real}-wal"
+        self._wal = f"{self._real}-wal"
         self._moving = moving
         self._is_open = True
         """Whether the connection is open and prepared; it may fail to be opened again."""
@@ -165,7 +169,7 @@ class SqliteKeyStore(KeyStore):
 
     def _found_files(self) -> tuple[_Inode, _Inode]:
         """The files that the names of the database and its write-ahead log refer to."""
-        return _inode(self._real), _inode(self._log)
+        return _inode(self._real), _inode(self._wal)
 
     def _check_files(self) -> None:
         """Preserve locking and durability even if other programs move or remove the files.
@@ -380,7 +384,7 @@ class SqliteKeyStore(KeyStore):
         self._db.execute("COMMIT")
         self._check_files()
         if self._failing:
-            LOG.warning("the key store %s works again", self._path)
+            self._log.log(logging.WARNING, "the key store %s works again", self._path)
         self._failing = False
 
     def _fail(self, group: list[Call[Any]], make: Callable[[], Exception]) -> None:
@@ -394,7 +398,7 @@ class SqliteKeyStore(KeyStore):
         if isinstance(error, NoThread):
             return
         if not self._failing:  # once, not for every call until the store works again
-            LOG.error("the key store %s failed: %s", self._path, _reason(error))
+            self._log.log(logging.ERROR, "the key store %s failed: %s", self._path, _reason(error))
         self._failing = True
 
     def _undo(self) -> None:
@@ -450,8 +454,8 @@ class SqliteKeyStore(KeyStore):
             [page] = self._db.execute("PRAGMA page_size").fetchone()
             size = WAL_HEADER_BYTES + pages * (WAL_FRAME_HEADER_BYTES + page)
             with suppress(OSError):  # the check of the files tells
-                if os.stat(self._log).st_size > size:
-                    os.truncate(self._log, size)  # the rest of an earlier, longer log
+                if os.stat(self._wal).st_size > size:
+                    os.truncate(self._wal, size)  # the rest of an earlier, longer log
             self._unscrubbed, self._stale = False, True
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import trio
 from test_kme_server import as_sae, filled
@@ -18,6 +20,7 @@ from test_kme_server import as_sae, filled
 from hybridkex.cli import main
 from hybridkex.errors import ConfigError, KeySourceUnavailable
 from hybridkex.kme.audit import AuditTrail, _files, check_folder, verify
+from hybridkex.net.address import TcpAddress
 
 Site = Any  # of conftest.py
 
@@ -103,6 +106,42 @@ async def test_without_a_record_no_key_leaves(
             assert after >= before - 1, "keys are not drawn in vain, but for the first"
             assert (await alice.get("/bob/enc_keys")).status_code == 200
     assert verify([tmp_path / "audit"]).problems == []
+
+
+async def test_keys_that_no_record_let_out_are_counted(
+    site: Site, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At both ends: those that a master did not get can never be collected."""
+    pair = site.pair()
+    kmes = tuple(replace(one, audit=tmp_path / one.id) for one in pair.kme)
+    metrics = TcpAddress("127.0.0.1", 0)
+    async with serve(replace(pair, kme=kmes, metrics=metrics)) as where, httpx.AsyncClient() as web:
+        await filled(where, site, 50)
+
+        async def lost() -> dict[str, float]:
+            text = (await web.get(f"http://{where.metrics}/metrics")).text
+            found = re.findall(r'keys_lost_total{kme="(.+?)".*reason="(.+?)"} (.+)', text)
+            return {f"{kme} {reason}": float(number) for kme, reason, number in found}
+
+        def full(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        async with (
+            as_sae(site, "alice", where.kmes["kme-a"]) as alice,
+            as_sae(site, "bob", where.kmes["kme-b"]) as bob,
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr("os.fdatasync", full)
+                refused = await alice.get("/bob/enc_keys", params={"number": 3})
+                assert refused.status_code == 503
+            assert await lost() == {"kme-a unrecorded": 3, "kme-b voided": 3}
+            answer = await alice.get("/bob/enc_keys", params={"number": 2})
+            ids = [{"key_ID": one["key_ID"]} for one in answer.json()["keys"]]
+            with monkeypatch.context() as patch:
+                patch.setattr("os.fdatasync", full)
+                refused = await bob.post("/alice/dec_keys", json={"key_IDs": ids})
+                assert refused.status_code == 503
+            assert (await lost())["kme-b unrecorded"] == 2
 
 
 async def test_a_full_disk_leaves_a_whole_trail(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ import re
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -23,10 +24,14 @@ from hybridkex.errors import KeySourceUnavailable
 from hybridkex.kme import entity, health
 from hybridkex.kme.audit import AuditTrail
 from hybridkex.kme.config import PeerConfig, ServeConfig
-from hybridkex.kme.settings import KmeLimits
+from hybridkex.kme.entity import KeyManagementEntity
+from hybridkex.kme.metrics import KmeMetrics
+from hybridkex.kme.peering import HttpPeer
+from hybridkex.kme.settings import EntitySettings, KmeLimits
 from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.qkd.store import new_key_file, read_key_file
+from hybridkex.secret import Secret
 from interop.ports import free_port
 
 Site = Any  # of conftest.py
@@ -137,6 +142,80 @@ async def test_not_ready_without_a_peer(site: Site, serve: Any) -> None:
             while (found := await page(where, "readyz"))[0] != 200:  # noqa: ASYNC110
                 await trio.sleep(0.1)
         assert found[1]["kmes"]["kme-a"]["kme-a"] == "ready"
+
+
+async def nothing(*_: Any) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+async def test_links_are_looked_at_together(
+    site: Site, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each silent KME would delay the answer, until a load balancer gives up."""
+    asked, all_asked = [], trio.Event()
+
+    async def silent(peer: Any, _: Any) -> list[str]:
+        asked.append(peer)
+        if len(asked) == 4:
+            all_asked.set()
+        await all_asked.wait()
+        return []
+
+    monkeypatch.setattr(HttpPeer, "check", silent)
+    monkeypatch.setattr(KeyManagementEntity, "_reconcile_if_due", nothing)
+    here = tuple(
+        site.kme(
+            f"kme-{own}",
+            saes=(own,),
+            limits=KmeLimits(ready_keys=0),
+            peer=tuple(
+                PeerConfig(id=f"kme-{own}{end}", saes=(f"{own}{end}",), url="https://127.0.0.1:1")
+                for end in "xy"
+            ),
+        )
+        for own in "ab"
+    )
+    async with serve(ServeConfig(kme=here, metrics=ANYWHERE)) as where:
+        with trio.fail_after(20):
+            assert (await page(where, "readyz"))[0] == 200
+    assert len(asked) == 4
+
+
+async def test_a_kme_that_is_away_delays_no_other_link(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its keys are counted, those of the others are compared, and the log has one line."""
+    store, metrics = SqliteKeyStore(tmp_path / "keys.db", Secret(bytes(32))), KmeMetrics()
+    peers = {f"kme-{end}": frozenset({end}) for end in "bcd"}
+    settings = EntitySettings(
+        id="kme-a", saes=frozenset({"a"}), peers=peers, limits=KmeLimits(sync_grace=0)
+    )
+    kme = KeyManagementEntity(settings, store=store, metrics=metrics)
+    asked: dict[str, int] = dict.fromkeys(peers, 0)
+
+    @dataclass
+    class End:
+        name: str
+
+        async def check(self, ids: Any) -> list[str]:
+            asked[self.name] += 1
+            if self.name == "kme-b":
+                raise KeySourceUnavailable("it cannot be reached")
+            return list(ids)
+
+    for name in peers:
+        await store.add(name, [(str(uuid4()), Secret(bytes(32)))])
+        kme.connect(name, End(name))  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kme.maintain, 0.01)
+        with trio.fail_after(20):
+            while asked["kme-b"] < 3 or await store.count("kme-c") + await store.count("kme-d"):  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    await store.aclose()
+    assert 'hybridkex_kme_keys_stored{kme="kme-a",link="kme-b"} 1.0' in metrics.text().decode()
+    [line] = [one for one in caplog.messages if "reached" in one]
+    assert line.startswith("kme-a: the KME kme-b: it cannot be reached")
 
 
 async def test_many_who_ask_load_nothing(

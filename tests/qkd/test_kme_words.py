@@ -91,6 +91,31 @@ async def test_what_the_client_says(site: Site, serve: Any, tmp_path: Path, tls:
         assert not [word for word in RAW if word in text], text
 
 
+async def test_both_ends_say_that_their_configurations_do_not_fit(
+    site: Site, serve: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for known, saes, why in (
+        ("kme-x", ("alice",), "no peer KME has that ID here"),
+        ("kme-a", ("alicia",), "it draws for an SAE that is not among its saes here"),
+    ):
+        caplog.clear()
+        there = PeerConfig(id=known, saes=saes, url="https://127.0.0.1:1")
+        async with serve(ServeConfig(kme=(site.kme("kme-b", saes=("bob",), peer=(there,)),))) as b:
+            url = f"https://{b.kmes['kme-b']}"
+            here = PeerConfig(id="kme-b", saes=("bob",), url=url)
+            kme_a = site.kme("kme-a", saes=("alice",), peer=(here,))
+            async with serve(ServeConfig(kme=(kme_a,))) as a:
+                await filled(a, site)
+                async with as_sae(site, "alice", a.kmes["kme-a"]) as alice:
+                    assert (await alice.get("/bob/enc_keys")).status_code == 503
+        said = [one for one in caplog.messages if "401" in one]
+        assert sorted(said) == [
+            "kme-a: the KME kme-b: it answered 401: no peer has our ID there, or not our saes; "
+            "compare both files. Requests for its SAEs get 503 until it answers",
+            f"kme-b: a certificate of our authority names kme-a, and {why}: it got 401",
+        ]
+
+
 OF_OUR_CERTIFICATE = (
     *(Alert.BAD_CERTIFICATE, Alert.UNSUPPORTED_CERTIFICATE, Alert.CERTIFICATE_REVOKED),
     *(Alert.CERTIFICATE_EXPIRED, Alert.CERTIFICATE_UNKNOWN, Alert.UNKNOWN_CA),

@@ -103,10 +103,13 @@ class _Troubles:
             log.flush()
         self._logs.clear()
 
-    def log(self, level: int, message: str, *args: object) -> None:
-        """Log this, unless there were many lines of the level since the last block."""
+    def log(self, level: int, message: str, *args: object) -> bool:
+        """Log this, unless there were many lines of the level since the last block.
+
+        Returns whether it was logged.
+        """
         log = self._logs.setdefault(level, BoundedLog(LOG, rate=1 / 60, burst=5))
-        log.log(level, f"%s: {message}", self._name, *args)
+        return log.log(level, f"%s: {message}", self._name, *args)
 
     async def given_up(self, error: BlockAborted) -> None:
         """Log why a block was given up, and wait until it is time for the next one."""
@@ -306,12 +309,11 @@ class PartyFeed:
                         raise
             except (OSError, trio.BrokenResourceError, trio.TooSlowError, EndOfStream) as error:
                 if silent:
-                    self._troubles.log(
+                    silent = not self._troubles.log(
                         logging.WARNING,
                         "no session with the other party at %s: %s; it is tried again every second",
                         *(self._address, _no_greeting(error)),
                     )
-                    silent = False
                 await trio.sleep(PAUSE)
             else:
                 return stream
@@ -343,12 +345,11 @@ class PartyFeed:
                 return await open_tcp_listeners(self._address.port, host=self._address.host)
             except OSError as error:
                 if silent:
-                    self._troubles.log(
+                    silent = not self._troubles.log(
                         logging.ERROR,
                         "cannot listen on %s: %s; it is tried again every second",
                         *(self._address, error.strerror),
                     )
-                    silent = False
                 await trio.sleep(PAUSE)
 
     async def _session(self, classical: trio.SocketStream, quantum: trio.SocketStream) -> None:

@@ -58,6 +58,7 @@ from hybridkex.secret import Secret
 
 Bits = NDArray[np.uint8]
 ARRAYS: Final = ("basis", "bit", "intensity", "pulse")
+SUFFIXES: Final = (".npz", ".parquet")
 SETTINGS: Final = "settings"
 MOST_SETTINGS: Final = 1 << 20
 LONGEST_HEADER: Final = 4096
@@ -503,13 +504,11 @@ def _column(path: Path, table: Any, name: str) -> NDArray[Any]:
 
 
 def _kind(path: Path) -> str:
-    return file_kind(path, "detections", (".npz", ".parquet"))
+    return file_kind(path, "detections", SUFFIXES)
 
 
 def _pyarrow() -> tuple[type[Exception], Any, Any]:
-    try:
-        import pyarrow  # noqa: PLC0415  # an extra
-        import pyarrow.parquet  # noqa: PLC0415
-    except ModuleNotFoundError:
-        raise ConfigError("Parquet files need pyarrow: pip install 'hybridkex[parquet]'") from None
+    import pyarrow  # noqa: PLC0415  # an extra
+    import pyarrow.parquet  # noqa: PLC0415
+
     return pyarrow.ArrowException, pyarrow.parquet, pyarrow

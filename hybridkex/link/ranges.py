@@ -9,6 +9,7 @@ import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast, get_origin
 
@@ -144,9 +145,10 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> str:
 
 
 def file_kind(path: Path, what: str, known: Iterable[str]) -> str:
-    """The extension of a file name in lower case, one of ``known``. Raises ``ConfigError``.
+    """The extension of a file name in lower case, one of ``known``.
 
-    ``what``: the content of the file, for the message.
+    ``what``: the content of the file, for the message. Raises ``ConfigError``, also where the
+    package for such a file is missing, which is better known before hours of work.
     """
     *others, last = known
     ending = path.suffix.lower()
@@ -154,6 +156,8 @@ def file_kind(path: Path, what: str, known: Iterable[str]) -> str:
         raise ConfigError(
             f"{path}: the name of a file with {what} must end in {', '.join(others)} or {last}"
         )
+    if ending == ".parquet" and find_spec("pyarrow") is None:
+        raise ConfigError("Parquet files need pyarrow: pip install 'hybridkex[parquet]'")
     return ending
 
 

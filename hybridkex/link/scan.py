@@ -324,7 +324,12 @@ def _written(name: Any, value: Any) -> Any:
         value = json.dumps([plain(one) for one in value], default=str)
     if not isinstance(value, str | int | float | None):
         raise ConfigError(f"the column {name!r} has a {type(value).__name__}; use numbers or text")
-    return value
+    return _text(value) if isinstance(value, str) else value
+
+
+def _text(text: str) -> str:
+    """What UTF-8 cannot express, such as the odd bytes of an argument, is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def write_scan(path: Path | str, rows: Iterable[Row]) -> None:
@@ -332,7 +337,7 @@ def write_scan(path: Path | str, rows: Iterable[Row]) -> None:
     path = Path(path)
     kind = _kind(path)
     rows = [
-        {str(name): _written(name, value) for name, value in row.items()}
+        {_text(str(name)): _written(name, value) for name, value in row.items()}
         for row in records("rows", rows)
     ]
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -345,13 +350,11 @@ def write_scan(path: Path | str, rows: Iterable[Row]) -> None:
         writer.writerows(rows)
         content = text.getvalue().encode()
     else:
-        parquet, arrow = _pyarrow()
+        import pyarrow.parquet  # noqa: PLC0415  # an extra
+
         made = io.BytesIO()
-        try:
-            table = arrow.table({n: [row.get(n) for row in rows] for n in names})
-        except arrow.ArrowException as error:
-            raise ConfigError(f"{path}: a column of Parquet has one type: {error}") from None
-        parquet.write_table(table, made)
+        table = pyarrow.table({n: _column([row.get(n) for row in rows]) for n in names})
+        pyarrow.parquet.write_table(table, made)
         content = made.getvalue()
     write_file(path, content, mode=PUBLIC)
 
@@ -362,7 +365,8 @@ def read_scan(path: Path | str) -> list[Row]:
     kind = _kind(path)
     try:
         if kind == ".parquet":
-            parquet = _pyarrow()[0]
+            from pyarrow import parquet  # noqa: PLC0415  # an extra
+
             content = io.BytesIO(read_file(path, limit=MOST_BYTES, pipe=False))
             rows = parquet.read_table(content).to_pylist()
         else:
@@ -406,10 +410,11 @@ def _kind(path: Path) -> str:
     return file_kind(path, "a scan", SUFFIXES)
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def _column(values: list[Any]) -> Any:
+    """A column of Parquet, which has one type: values of several types become text."""
+    import pyarrow  # noqa: PLC0415  # an extra
+
     try:
-        import pyarrow  # noqa: PLC0415  # an extra
-        import pyarrow.parquet  # noqa: PLC0415
-    except ModuleNotFoundError:
-        raise ConfigError("Parquet files need pyarrow: pip install 'hybridkex[parquet]'") from None
-    return pyarrow.parquet, pyarrow
+        return pyarrow.array(values)
+    except (pyarrow.ArrowException, OverflowError):
+        return pyarrow.array([None if one is None else str(one) for one in values])

@@ -26,15 +26,16 @@ class BoundedLog:
         self._bucket = TokenBucket(rate, burst)
         self._suppressed = 0
 
-    def log(self, level: int, message: str, *args: object) -> None:
-        """Write a line, or count it."""
+    def log(self, level: int, message: str, *args: object) -> bool:
+        """Write a line, or count it. Returns whether it was written."""
         if not self._logger.isEnabledFor(level):
-            return
+            return False
         if not self._bucket.take():
             self._suppressed += 1
-            return
+            return False
         self.flush()
         self._logger.log(level, message, *args)
+        return True
 
     def flush(self) -> None:
         """Log how many lines were suppressed, if any."""

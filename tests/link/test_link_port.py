@@ -1,6 +1,8 @@
 """The port of a link: strangers neither end Alice nor keep her from Bob."""
 
 import contextlib
+import errno
+import logging
 import resource
 import secrets
 import socket
@@ -554,6 +556,32 @@ async def test_a_link_without_blocks_logs_a_bounded_number_of_lines(
             await trio.sleep(2)
             assert lines()
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("who", ["alice", "bob"])
+async def test_what_is_said_once_is_not_lost_among_other_lines(
+    who: str,
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    signatures: dict[str, Signatures],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Sessions that were cut have used up the lines when the other party or the port is away."""
+    monkeypatch.setitem(TokenBucket.__init__.__kwdefaults__, "clock", trio.current_time)
+
+    async def refused(*_: object, **__: object) -> Any:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+    monkeypatch.setattr(trio, "open_tcp_stream", refused)
+    monkeypatch.setattr(link_feed, "open_tcp_listeners", refused)
+    feed_ = feed(who, 1, signatures)
+    for level in (logging.WARNING, logging.ERROR):
+        for _ in range(5):
+            feed_._troubles.log(level, "the connection broke")
+    with trio.move_on_after(300):
+        await feed_.run()
+    [line] = [one.getMessage() for one in caplog.records if "tried again" in one.getMessage()]
+    assert "Connection refused" in line
 
 
 @pytest.mark.parametrize("different", ["version", "settings"])

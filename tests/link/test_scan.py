@@ -446,14 +446,55 @@ def test_an_impossible_point_has_a_row_that_says_why_and_the_scan_goes_on(
     assert rows[0][ERROR].startswith("preset=bbm92, eve=pns, block_bits=20000")
     assert rows[0]["rate"] is None
     path = tmp_path / f"x{suffix}"
-    mixed = [{**row, "eve": str(row["eve"])} for row in rows]  # Parquet: one type for each column
-    write_scan(path, mixed)
+    write_scan(path, rows)
     again = read_scan(path)
     assert [row["rate"] for row in again] == [row["rate"] for row in rows]
     assert [row.get(ERROR) for row in again] == [row.get(ERROR) for row in rows]
     plot_scan(again, x="block_bits", y="seconds", by=["preset"])
     with pytest.raises(ConfigError, match=r"preset=bbm92, eve=pns, tuned=False: .*not pairs"):
         scan(grid({"preset": ["bbm92"], "eve": ["pns"], "tuned": [False]}), blocks=blocks)
+
+
+def test_values_of_several_types_in_a_column_lose_no_row(tmp_path: Path) -> None:
+    """A column of Parquet has one type, and the computation may have taken hours."""
+    pytest.importorskip("pyarrow")
+    path, odd = tmp_path / "x.parquet", (1, 0.5, "x", None, True, 10**30, [0.5, 0.2])
+    rows = [{"a": one, "b": other, "c": 1.5} for one in odd for other in odd]
+    write_scan(path, rows)
+    again = read_scan(path)
+    assert [row["c"] for row in again] == [1.5] * len(rows)
+    assert [row["a"] is None for row in again] == [row["a"] is None for row in rows]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_value_that_is_no_text_loses_no_row(suffix: str, tmp_path: Path) -> None:
+    """An argument may have any bytes."""
+    path = tmp_path / f"x{suffix}"
+    odd = os.fsdecode(b"lim\xff")
+    vary = ["--vary", f"preset=lim2014,{odd}", "--vary", "distance_km=0"]
+    assert main(["qkd", "scan", *vary, "-o", str(path)]) == 0
+    first, second = read_scan(path)
+    assert first["rate"] > 0
+    assert second["preset"] == r"lim\udcff"
+    write_scan(path, [{odd: 1}])
+    assert read_scan(path) == [{r"lim\udcff": 1}]
+
+
+@pytest.mark.parametrize("command", ["scan", "record"])
+def test_a_missing_package_is_known_before_the_work(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr("hybridkex.cli.actions.qkd_scan.scan", pytest.fail)
+    monkeypatch.setattr("hybridkex.cli.actions.qkd_data.tuned", pytest.fail)
+    path = tmp_path / "x.parquet"
+    given = {"scan": ["-o", str(path)], "record": ["--parquet", "-o", str(tmp_path / "x")]}
+    assert main(["qkd", command, *given[command]]) != 0
+    assert "pip install 'hybridkex[parquet]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_scan_with_impossible_points_says_so(

@@ -19,6 +19,7 @@ from hybridkex.link.authentication import Signatures
 from hybridkex.link.greeting import CLASSICAL, NUMBER, greet, greeted
 from hybridkex.link.ledger import Direction
 from hybridkex.link.measured import (
+    SUFFIXES,
     Measured,
     alice_of,
     bob_of,
@@ -30,6 +31,7 @@ from hybridkex.link.optimise import tuned
 from hybridkex.link.party import Block
 from hybridkex.link.presets import preset
 from hybridkex.link.quantum import OpticalLink
+from hybridkex.link.ranges import file_kind
 from hybridkex.link.settings import MOST_DETECTIONS, LinkSettings
 from hybridkex.machine import write_error
 from hybridkex.net.address import TcpAddress, parse_tcp_address
@@ -48,13 +50,14 @@ WAIT: Final = 60.0
 def record(options: RecordOptions) -> int:
     if not 1 <= options.detections <= MOST_DETECTIONS:
         raise ConfigError(f"--detections must be between 1 and {MOST_DETECTIONS:,}")
+    ending = ".parquet" if options.parquet else ".npz"
+    file_kind(options.output / f"alice{ending}", "detections", SUFFIXES)
     chosen = preset(options.preset).at(options.distance)
     if not options.as_published:
         chosen = tuned(chosen, max(1000, options.detections // 2))
     light = OpticalLink(chosen.channel, chosen.transmitter, seed=options.seed)
     seen = run_trio(partial(light.detect, options.detections))
     sent = light.record.recall(seen.pulse)
-    ending = ".parquet" if options.parquet else ".npz"
     try:
         options.output.mkdir(exist_ok=True)
         for name, measured in (
